@@ -1,0 +1,129 @@
+"""Collect the residual states that closed-form directions are computed from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from .blocks import find_blocks, resolve_layers, site_name
+from .config import Layers, Site
+
+Pool = Literal["completion_mean", "last"]
+
+
+@dataclass(frozen=True)
+class Activations:
+    """Residual states of contrast pairs, one vector per answer and layer.
+
+    Attributes:
+        chosen: Layer index -> `(pairs, d)`, fp32, on the CPU.
+        rejected: The same for the rejected answers.
+        residual_norms: Layer index -> mean norm over all real tokens of all answers.
+        pool: Where they were read: the mean over the completion's tokens, or its last token.
+    """
+
+    chosen: dict[int, Tensor]
+    rejected: dict[int, Tensor]
+    residual_norms: dict[int, float]
+    pool: Pool
+
+
+@torch.no_grad()
+def collect(
+    model: nn.Module,
+    batches: Sequence[Mapping[str, Any]],
+    layers: Layers = "all",
+    site: Site = "block",
+    pool: Pool = "completion_mean",
+) -> Activations:
+    """Run the base model (adapters off) over contrast pairs and keep one state per answer and layer.
+
+    Args:
+        model: A transformers model, with or without adapters.
+        batches: Batches as TRL's preference collator makes them: `input_ids`, `attention_mask` and
+            `completion_mask` of shape `(2 * pairs, tokens)`, the chosen answers first.
+        layers: As in `SteeringVectorConfig`.
+        site: As in `SteeringVectorConfig`.
+        pool: Which tokens stand for an answer.
+
+    Raises:
+        ValueError: no batches.
+    """
+    if not batches:
+        raise ValueError("No batches: a direction needs at least one contrast pair.")
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model  # pyright: ignore[reportCallIssue]
+    blocks = find_blocks(base)
+    indices = resolve_layers(layers, len(blocks))
+    seen: dict[int, Tensor] = {}
+    handles = [
+        base.get_submodule(site_name(*blocks[i], site)).register_forward_hook(partial(_keep, seen, i)) for i in indices
+    ]
+    pooled: dict[int, list[Tensor]] = {i: [] for i in indices}
+    norms = dict.fromkeys(indices, 0.0)
+    tokens = 0
+    device = next(base.parameters()).device
+    training = base.training
+    base.eval()
+    try:
+        with _adapters_off(model):
+            for batch in tqdm(batches, desc="Collecting activations", disable=len(batches) < 4):
+                mask = batch["attention_mask"].to(device)
+                base(input_ids=batch["input_ids"].to(device), attention_mask=mask)
+                weights = _pool_weights(batch["completion_mask"].to(device), pool)
+                tokens += int(mask.sum())
+                for i in indices:
+                    hidden = seen[i].float()
+                    pooled[i].append(torch.einsum("btd,bt->bd", hidden, weights).cpu())
+                    norms[i] += float((hidden.norm(dim=-1) * mask).sum())
+    finally:
+        base.train(training)
+        for handle in handles:
+            handle.remove()
+    halves = {
+        i: [torch.cat(part) for part in zip(*(rows.chunk(2) for rows in pooled[i]), strict=True)] for i in indices
+    }
+    return Activations(
+        chosen={i: halves[i][0] for i in indices},
+        rejected={i: halves[i][1] for i in indices},
+        residual_norms={i: norms[i] / tokens for i in indices},
+        pool=pool,
+    )
+
+
+def _keep(seen: dict[int, Tensor], index: int, module: nn.Module, args: Any, output: Any) -> None:
+    seen[index] = output[0] if isinstance(output, tuple) else output
+
+
+def _pool_weights(completion_mask: Tensor, pool: Pool) -> Tensor:
+    """`(rows, tokens)` weights that sum to 1 over the tokens that stand for an answer."""
+    if pool == "last":
+        column = torch.arange(completion_mask.shape[1], device=completion_mask.device)
+        last = (completion_mask * (column + 1)).argmax(dim=1)
+        return (column == last[:, None]).float()
+    return completion_mask / completion_mask.sum(dim=1, keepdim=True)
+
+
+class _adapters_off:  # noqa: N801
+    """`model.disable_adapter()` when there are adapters."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.context = model.disable_adapter() if hasattr(model, "disable_adapter") else None  # pyright: ignore
+
+    def __enter__(self) -> None:
+        if self.context is not None:
+            self.context.__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        if self.context is not None:
+            self.context.__exit__(*error)
+
+
+def batches_of(rows: Sequence[Any], size: int) -> Iterable[Sequence[Any]]:
+    """Consecutive slices of at most `size` rows."""
+    return (rows[i : i + size] for i in range(0, len(rows), size))

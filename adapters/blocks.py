@@ -1,0 +1,90 @@
+"""Find the decoder blocks of a model, and the attention and MLP inside a block, without a table of models."""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Any
+
+from torch import nn
+
+from .config import Layers, Site
+
+# how class names of attention and MLP (or mixture-of-experts) modules end
+_SITE_CLASSES = {
+    "attention": re.compile(r"attention$", re.I),
+    "mlp": re.compile(r"(mlp|moe|moeblock|moelayer|feedforward|ffn)$", re.I),
+}
+_ESCAPE = "Name the modules to steer yourself: target_modules=<regular expression matching their full names>."
+
+
+def text_config(model: nn.Module) -> Any:
+    """The configuration of the text decoder (a vision-language model keeps it inside)."""
+    config = getattr(model, "config", None)
+    if config is None or not hasattr(config, "get_text_config"):
+        raise ValueError(f"{type(model).__name__} has no transformers config, so its decoder blocks are unknown.")
+    if getattr(config, "is_encoder_decoder", False):
+        raise ValueError(
+            f"{type(model).__name__} is an encoder-decoder model; steering vectors need a decoder-only one."
+        )
+    return config.get_text_config()
+
+
+def find_blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """`(full name, module)` of every decoder block, in order.
+
+    The blocks are the one `nn.ModuleList` with `num_hidden_layers` entries that is not inside another such list.
+
+    Raises:
+        ValueError: not a decoder-only transformers model, or no list, or several lists fit.
+    """
+    depth = text_config(model).num_hidden_layers
+    lists = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == depth
+    }
+    outer = {n: m for n, m in lists.items() if not any(n.startswith(other + ".") for other in lists)}
+    text = {n: m for n, m in outer.items() if not re.search(r"vision|visual|audio", n)}
+    if len(text) != 1:
+        raise ValueError(
+            f"Cannot tell the {depth} decoder blocks of {type(model).__name__}: candidates {list(text)}. {_ESCAPE}"
+        )
+    [(name, blocks)] = text.items()
+    return [(f"{name}.{i}", block) for i, block in enumerate(blocks)]
+
+
+def resolve_layers(layers: Layers, depth: int) -> list[int]:
+    """Indices, in order and without repeats, for a `layers` switch (see `SteeringVectorConfig`).
+
+    Raises:
+        ValueError: an index that the model does not have.
+    """
+    if layers == "all":
+        return list(range(depth))
+    indices = set()
+    for layer in layers if isinstance(layers, list) else [layers]:
+        assert not isinstance(layer, str)  # the config has refused every other word
+        # the small term keeps 0.29 * 100 = 28.999999999999996 at layer 29
+        index = math.floor(layer * depth + 1e-9) if isinstance(layer, float) else layer
+        if index >= depth:
+            raise ValueError(
+                f"layers={layers!r}: layer {index} does not exist, the model has {depth}: 0 to {depth - 1}."
+            )
+        indices.add(index)
+    return sorted(indices)
+
+
+def site_name(block_name: str, block: nn.Module, site: Site) -> str:
+    """Full name of the module whose output is steered.
+
+    Raises:
+        ValueError: the block has no, or several, direct children whose class name says attention (or MLP).
+    """
+    if site == "block":
+        return block_name
+    children = [n for n, child in block.named_children() if _SITE_CLASSES[site].search(type(child).__name__)]
+    if len(children) != 1:
+        kinds = {n: type(child).__name__ for n, child in block.named_children()}
+        raise ValueError(f"Cannot tell the {site} of {block_name} ({type(block).__name__}) among {kinds}. {_ESCAPE}")
+    return f"{block_name}.{children[0]}"

@@ -1,0 +1,141 @@
+"""The switches of a steering vector, one field per ingredient."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+from peft import PeftConfig, TaskType
+
+from .checks import check_adapter_folder, choose, did_you_mean
+from .registration import PEFT_TYPE
+
+Form = Literal["bias", "gated", "linear", "low_rank"]
+Site = Literal["block", "attention", "mlp"]
+Norm = Literal["free", "fixed", "capped", "relative", "preserve"]
+Positions = Literal["all", "completion", "prompt", "last_prompt"]
+Layers = int | float | str | list[int | float]
+
+NORMS_WITH_VALUE = ("fixed", "capped", "relative")
+
+
+@dataclass
+class SteeringVectorConfig(PeftConfig):
+    """A trainable vector in the residual stream: activation addition as a PEFT method.
+
+    The default is the plain trained activation addition: one zero-initialised vector, added to the output of the
+    block at two thirds of the depth, at every position.
+
+    Args:
+        form: What is added to the residual state `h` of shape `(d,)`; `v` is the write vector.
+            `bias` `h + v` (ActAdd, Turner et al. 2308.10248; CAA, Rimsky et al. 2312.06681: a rank-one,
+            input-independent update); `gated` `h + relu(w·h + b) v` (PSR, 2605.03907); `linear` `h + (w·h + b) v`;
+            `low_rank` `h + Vᵀ(Wh + b)` with `rank` rows (DiReFT, Wu et al. 2404.03592). Every form starts as the
+            `bias` form with the same vector (`w = 0`, `b = 1` for the first row).
+        rank: Rows of `low_rank`; 1 for every other form.
+        layers: Blocks counted from 0: an index, a fraction of the depth in [0, 1) (`0.5` of 30 layers is layer 15),
+            a list of either, or `"all"`. After injection this holds the resolved indices.
+        tied: One vector shared by all chosen layers.
+        site: Where it is added: to the output of the `block` (the residual stream), of its `attention` or its `mlp`.
+        norm: What the vector's length may do. `free`; `fixed` length `norm_value`; `capped`: the change at any
+            position is at most `norm_value` long (Dunefsky & Cohan 2502.18862); `relative`: length is `norm_value` times
+            the mean norm of the residual stream there (see `residual_norms`); `preserve`: free, and the steered state
+            is rescaled to its old norm (ICV, Liu et al. 2311.06668).
+        norm_value: Length (`fixed`, `capped`) or share (`relative`).
+        residual_norms: Mean norm of the residual stream per layer (key: the layer's index as a string). Needed by
+            `norm="relative"`; the trainers and `Direction.write` fill it in.
+        positions: Tokens that are steered: `all`, `completion`, `prompt` or `last_prompt`. Where the prompt ends is
+            read from `labels` (the first one that is not -100), from `generate`, or from `adapters.prompt_length`.
+        init: `zeros`, `random` (a random direction of length 1, Dunefsky & Cohan), or the name of a file in
+            `adapters/directions/`, computed from data by the trainers or by `directions.compute(...).write(model)`.
+        init_scale: The initial vector is multiplied by it.
+        base_fingerprint: Filled in at injection: what the vector was made for. Loading on another base is an error;
+            set it to None to transfer a vector on purpose.
+        target_modules: Filled in from `layers` and `site`. For a model whose blocks cannot be told, give a regular
+            expression that matches the full names of the modules whose output is to be steered.
+        modules_to_save: Other modules to train and save whole, as in every PEFT method.
+
+    Raises:
+        ValueError: for a value out of its range, naming it, the allowed values and the fix.
+    """
+
+    form: Form = field(default="bias")
+    rank: int = field(default=1)
+    layers: Layers = field(default=2 / 3)
+    tied: bool = field(default=False)
+    site: Site = field(default="block")
+    norm: Norm = field(default="free")
+    norm_value: float | None = field(default=None)
+    residual_norms: dict[str, float] | None = field(default=None)
+    positions: Positions = field(default="all")
+    init: str = field(default="zeros")
+    init_scale: float = field(default=1.0)
+    base_fingerprint: dict[str, Any] | None = field(default=None)
+    target_modules: str | None = field(default=None)
+    modules_to_save: list[str] | None = field(default=None)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PEFT_TYPE
+        self.task_type = self.task_type or TaskType.CAUSAL_LM
+        for name, kind in (("form", Form), ("site", Site), ("norm", Norm), ("positions", Positions)):
+            choose(name, getattr(self, name), get_args(kind))
+        self._check_layers()
+        self._check_norm()
+        self._check_init()
+        if self.rank < 1 or (self.rank > 1 and self.form != "low_rank"):
+            raise ValueError(f"rank={self.rank} with form={self.form!r}: rank > 1 is what form='low_rank' is for.")
+
+    @property
+    def init_from_data(self) -> bool:
+        """Whether the starting vector has to be computed from examples."""
+        return self.init not in ("zeros", "random")
+
+    @property
+    def parameter_names(self) -> tuple[str, ...]:
+        """The parameters one steered layer holds: `v`, and for input-dependent forms `w` and `b`."""
+        return ("v",) if self.form == "bias" else ("v", "w", "b")
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any):
+        """Read `adapter_config.json`, after checking the weight file beside it (see `check_adapter_folder`)."""
+        config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        check_adapter_folder(os.path.join(pretrained_model_name_or_path, subfolder or ""), config)
+        return config
+
+    def _check_layers(self) -> None:
+        layers = self.layers if isinstance(self.layers, list) else [self.layers]
+        if not layers:
+            raise ValueError("layers=[] steers nothing. Give an index, a fraction of the depth, a list, or 'all'.")
+        if self.layers == "all":
+            return
+        for layer in layers:
+            if isinstance(layer, bool) or not isinstance(layer, int | float):
+                raise ValueError(f"layers={self.layers!r}: {layer!r} is neither an index, a fraction nor 'all'.")
+            if layer < 0 or (isinstance(layer, float) and layer >= 1):
+                raise ValueError(
+                    f"layers={self.layers!r}: {layer!r} is out of range. Indices are whole numbers from 0 "
+                    "(model.layers[i]); fractions of the depth are in [0, 1)."
+                )
+
+    def _check_norm(self) -> None:
+        if self.norm in NORMS_WITH_VALUE and not (self.norm_value or 0) > 0:
+            raise ValueError(f"norm={self.norm!r} needs norm_value > 0, got {self.norm_value!r}.")
+        if self.norm not in NORMS_WITH_VALUE and self.norm_value is not None:
+            raise ValueError(f"norm={self.norm!r} takes no norm_value, got {self.norm_value!r}. Remove it.")
+        if self.norm in ("fixed", "relative"):
+            if self.init == "zeros":
+                raise ValueError(
+                    f"norm={self.norm!r} needs a direction to start from: set init='random' or a direction."
+                )
+            if self.form == "low_rank":
+                raise ValueError(f"norm={self.norm!r} is defined for one write vector, not for form='low_rank'.")
+
+    def _check_init(self) -> None:
+        if self.init_from_data:
+            from .directions import names  # here: the registry reads a folder, which plain inits do not need
+
+            if self.init not in names():
+                hint = did_you_mean(self.init, ["zeros", "random", *names()])
+                raise ValueError(f"init={self.init!r} is not 'zeros', 'random' or a direction {names()}.{hint}")

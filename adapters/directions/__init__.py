@@ -1,0 +1,126 @@
+"""Directions in closed form: steering vectors that need no training.
+
+Each file of this folder is one method, named by the file. It defines `POOL` (the tokens that stand for an answer) and
+
+    fit(chosen, rejected) -> {layer: direction}
+
+over dictionaries layer -> `(pairs, d)`. A new file is a new method: `init="<file>"` finds it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import pkgutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..activations import Pool, collect
+from ..checks import choose
+from ..config import Layers, Site
+
+
+@dataclass(frozen=True)
+class Direction:
+    """A fitted direction, apart from the data and the method that made it.
+
+    Attributes:
+        method: File name of the method.
+        vectors: Layer index -> direction `(d,)`, fp32, with the method's own length.
+        residual_norms: Layer index -> mean norm of the residual stream at the same place.
+        site: Where the activations were read.
+        pool: Which tokens stood for an answer.
+        pairs: Number of contrast pairs.
+        data_sha256: Hash of the token ids they came from.
+    """
+
+    method: str
+    vectors: dict[int, Tensor]
+    residual_norms: dict[int, float]
+    site: Site
+    pool: Pool
+    pairs: int
+    data_sha256: str
+
+    @property
+    def norms(self) -> dict[int, float]:
+        """Length of the direction per layer, in units of the residual stream."""
+        return {layer: float(vector.norm()) for layer, vector in self.vectors.items()}
+
+    def write(self, model: nn.Module, adapter_name: str = "default") -> None:
+        """Make it the value of a steering vector: activation addition without training, or the start of training.
+
+        The written vector is the direction times the adapter's `init_scale`. Also tells the adapter the residual
+        norms that `norm="relative"` needs.
+
+        Raises:
+            ValueError: the model has no such steering vector, or one at a layer the direction does not cover.
+        """
+        from ..layer import SteeringVectorLayer
+
+        layers = [m for m in model.modules() if isinstance(m, SteeringVectorLayer) and adapter_name in m.config]
+        missing = [layer.layer_index for layer in layers if layer.layer_index not in self.vectors]
+        if not layers or missing:
+            raise ValueError(
+                f"Direction {self.method!r} covers layers {sorted(self.vectors)}; adapter {adapter_name!r} has "
+                f"{'no steering layer' if not layers else f'layers {missing} too'}."
+            )
+        for layer in layers:
+            layer.config[adapter_name].residual_norms = {str(i): n for i, n in self.residual_norms.items()}
+            if adapter_name not in layer.tied_to:
+                layer.initialise(adapter_name, self.vectors[layer.layer_index])
+
+
+def names() -> list[str]:
+    """The methods: the files of this folder."""
+    return sorted(m.name for m in pkgutil.iter_modules(__path__) if not m.name.startswith("_"))
+
+
+def get(name: str) -> ModuleType:
+    """The module of a method, with `POOL` and `fit`.
+
+    Raises:
+        ValueError: an unknown name; the message names the nearest.
+    """
+    choose("direction", name, names())
+    return importlib.import_module(f"{__name__}.{name}")
+
+
+def compute(
+    name: str,
+    model: nn.Module,
+    batches: Sequence[Mapping[str, Any]],
+    layers: Layers = "all",
+    site: Site = "block",
+    pool: Pool | None = None,
+) -> Direction:
+    """Fit direction `name` on contrast pairs.
+
+    Args:
+        name: One of `names()`.
+        model: The model to be steered (its adapters are off while activations are read).
+        batches: As for `adapters.activations.collect`.
+        layers: Layers to cover, as in `SteeringVectorConfig`.
+        site: Where to read, as in `SteeringVectorConfig`.
+        pool: Tokens that stand for an answer; None is the method's own choice.
+    """
+    method = get(name)
+    activations = collect(model, batches, layers, site, pool or method.POOL)
+    vectors = method.fit(activations.chosen, activations.rejected)
+    digest = hashlib.sha256()
+    for batch in batches:
+        digest.update(torch.as_tensor(batch["input_ids"]).cpu().numpy().tobytes())
+    return Direction(
+        method=name,
+        vectors={i: v.float() for i, v in vectors.items()},
+        residual_norms=activations.residual_norms,
+        site=site,
+        pool=activations.pool,
+        pairs=len(next(iter(activations.chosen.values()))),
+        data_sha256=digest.hexdigest(),
+    )

@@ -1,0 +1,20 @@
+"""In-context vector, as the paper writes it (Liu, Ye, Xing, Zou, ICML 2024, 2311.06668, section 3).
+
+The states of all layers are laid side by side, `R^(L·d)`; the vector is the first principal direction of the paired
+differences at the last token. Length 1 over all layers together. The released code computes something else: see
+`icv_released`.
+"""
+
+import torch
+from torch import Tensor
+
+from ._pca import first_direction
+
+POOL = "last"
+
+
+def fit(chosen: dict[int, Tensor], rejected: dict[int, Tensor]) -> dict[int, Tensor]:
+    """`(pairs, d)` per layer -> `(d,)` per layer."""
+    layers = sorted(chosen)
+    direction = first_direction(torch.cat([chosen[i] - rejected[i] for i in layers], dim=1))
+    return dict(zip(layers, direction.split([chosen[i].shape[1] for i in layers]), strict=True))

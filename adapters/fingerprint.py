@@ -1,0 +1,61 @@
+"""A few numbers that say which base model a vector was made for.
+
+A vector of the right width loads on any model of that width and then steers nowhere in particular. The fingerprint
+makes that an error. It compares 64 input-embedding entries within 1 %, which lets another dtype or a quantised copy
+of the same base pass (embeddings are not quantised; rounding to bf16 moves them by 0.2 % at most).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from .blocks import text_config
+
+_SAMPLES = 64
+_TOLERANCE = 0.01
+
+
+def fingerprint(model: nn.Module) -> dict[str, Any]:
+    """`model_type`, `hidden_size`, `num_layers` and sampled embedding entries (none for sharded or meta weights)."""
+    config = text_config(model)
+    return {
+        "model_type": config.model_type,
+        "hidden_size": config.hidden_size,
+        "num_layers": config.num_hidden_layers,
+        "embedding": _embedding_sample(model),
+    }
+
+
+def check_fingerprint(expected: dict[str, Any], model: nn.Module) -> None:
+    """Raise a ValueError when `model` is not the base that `expected` describes."""
+    found = fingerprint(model)
+    for name in ("model_type", "hidden_size", "num_layers"):
+        if expected.get(name) != found[name]:
+            _refuse(f"{name} is {found[name]!r}, the adapter was made for {expected.get(name)!r}")
+    old, new = torch.tensor(expected.get("embedding") or []), torch.tensor(found["embedding"])
+    if old.numel() and old.shape == new.shape:
+        distance = float((old - new).norm() / old.norm().clamp_min(1e-12))
+        if distance > _TOLERANCE:
+            _refuse(
+                f"its embeddings differ by {distance:.1%} from those of the adapter's base (at most {_TOLERANCE:.0%})"
+            )
+
+
+def _refuse(what: str) -> None:
+    raise ValueError(
+        f"This is not the adapter's base model: {what}. Load the right base, or, to transfer the vector on purpose, "
+        "read the config with SteeringVectorConfig.from_pretrained, set base_fingerprint=None and pass it as config=."
+    )
+
+
+def _embedding_sample(model: nn.Module) -> list[float]:
+    weight = getattr(model.get_input_embeddings(), "weight", None)  # pyright: ignore[reportCallIssue]
+    if weight is None or weight.ndim != 2 or weight.is_meta or weight.numel() == 0:
+        return []
+    # low rows survive a resized vocabulary; both strides walk over the whole width
+    index = torch.arange(_SAMPLES, device=weight.device)
+    rows, columns = (index * 3) % min(weight.shape[0], 256), (index * 7) % weight.shape[1]
+    return [round(x, 6) for x in weight.detach()[rows, columns].float().tolist()]

@@ -1,0 +1,41 @@
+"""What is added to the residual stream.
+
+Every form is `change(h) = gate(h) · V` with write vectors `V` of shape `(rank, d)`:
+
+| form | gate(h) |
+|---|---|
+| `bias` | 1 |
+| `gated` | relu(w·h + b) |
+| `linear` | w·h + b |
+| `low_rank` | Wh + b, `rank` of them |
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .config import Form
+
+
+def change(form: Form, hidden: Tensor, v: Tensor, w: Tensor | None = None, b: Tensor | None = None) -> Tensor:
+    """The change of the residual stream at strength 1, in fp32.
+
+    Args:
+        form: One of the four forms.
+        hidden: Residual states, `(batch, tokens, d)`.
+        v: Write vector(s), `(d,)` or `(rank, d)`.
+        w: Read vector(s), same shape as `v`; None for `bias`.
+        b: Gate offsets, `(rank,)`; None for `bias`.
+
+    Returns:
+        `(d,)` for `bias`, else `(batch, tokens, d)`.
+    """
+    if form == "bias":
+        return v
+    assert w is not None and b is not None
+    d = v.shape[-1]
+    gate = hidden.float() @ w.reshape(-1, d).T + b
+    if form == "gated":
+        gate = torch.relu(gate)
+    return gate @ v.reshape(-1, d)

@@ -1,0 +1,206 @@
+"""The module that hangs on a steered block and adds the vector to its output."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from .checks import check_tensor, parameter_shape
+from .config import SteeringVectorConfig
+from .forms import change
+from .norms import cap, preserve, write_vector
+from .positions import PromptBoundary
+
+BASE_ROW = "__base__"  # PEFT's name, in `adapter_names`, for a row without an adapter
+
+
+class Vector(nn.Module):
+    """One fp32 parameter. A module of its own, because FSDP, TRL and PEFT treat `<name>.<adapter>.weight` well and
+    an entry of a `ParameterDict` badly."""
+
+    def __init__(self, shape: tuple[int, ...], device: torch.device) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.full(shape, torch.nan, dtype=torch.float32, device=device))
+        self.register_load_state_dict_pre_hook(_check_loaded)
+
+
+def _check_loaded(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    loaded = state_dict.get(f"{prefix}weight")
+    if loaded is not None and not loaded.is_meta:
+        check_tensor(f"{prefix}weight", loaded)
+        state_dict[f"{prefix}weight"] = loaded.float()
+
+
+class SteeringVectorLayer(nn.Module, BaseTunerLayer):
+    """Steering vectors, one per adapter, for the output of one module.
+
+    It is a child of the module it steers, not a wrapper: the model's own layers keep their class, so hidden-state
+    capture, LoRA on the same layers and FSDP wrap policies see what they expect. A forward hook on the parent calls it.
+
+    Vectors start as NaN and count as missing until they are initialised or loaded.
+    """
+
+    adapter_layer_names = ("steering_vector_v", "steering_vector_w", "steering_vector_b")
+    other_param_names = ("config", "strength", "tied_to")
+
+    def __init__(self, hidden_size: int, layer_index: int, boundary: PromptBoundary) -> None:
+        super().__init__()
+        self.steering_vector_v = nn.ModuleDict()
+        self.steering_vector_w = nn.ModuleDict()
+        self.steering_vector_b = nn.ModuleDict()
+        self.config: dict[str, SteeringVectorConfig] = {}
+        self.strength: dict[str, float] = {}
+        self.tied_to: dict[str, SteeringVectorLayer] = {}
+        self.in_features = self.out_features = hidden_size
+        self.layer_index = layer_index
+        self.boundary = boundary
+        self.handle: RemovableHandle  # of the hook on the steered module
+        self.merged_adapters: list[str] = []
+        self._checked: set[str] = set()
+
+    # -- parameters ---------------------------------------------------------------------------------------------
+
+    def add(self, name: str, config: SteeringVectorConfig, device: torch.device, owner: SteeringVectorLayer | None):
+        """Create the parameters of adapter `name`, or share those of `owner` (tied layers)."""
+        self.config[name], self.strength[name] = config, 1.0
+        self._checked.discard(name)
+        if owner is not None:
+            self.tied_to[name] = owner
+            return
+        for parameter in config.parameter_names:
+            shape = parameter_shape(config, parameter, self.in_features)
+            getattr(self, f"steering_vector_{parameter}")[name] = Vector(shape, device)
+        if not config.inference_mode:
+            self.initialise(name)
+
+    @torch.no_grad()
+    def initialise(self, name: str, direction: Tensor | None = None) -> None:
+        """Fill the parameters: the `bias` form of the initial vector, whatever the form.
+
+        Without a `direction`, an `init` that needs data leaves `v` missing (NaN).
+        """
+        config = self.config[name]
+        v = self.parameter(name, "v")
+        if direction is None and not config.init_from_data:
+            direction = torch.zeros(self.in_features)
+            if config.init == "random":
+                direction = nn.functional.normalize(torch.randn(self.in_features), dim=0)
+        v.zero_()
+        # the first row writes the vector; further rows of a low-rank form write nothing yet
+        v.reshape(-1, self.in_features)[0] = torch.nan if direction is None else direction.to(v) * config.init_scale
+        if config.form != "bias":
+            w, b = self.parameter(name, "w"), self.parameter(name, "b")
+            w.zero_()
+            b.zero_()
+            b[0] = 1.0
+            if config.rank > 1:  # rows beyond the first read at random, or their gradients would all be equal
+                nn.init.kaiming_uniform_(w[1:], a=5**0.5)
+        self._checked.discard(name)
+
+    def parameter(self, name: str, kind: str) -> Tensor:
+        """Parameter `v`, `w` or `b` of adapter `name`, looked up at call time (FSDP2 replaces Parameter objects)."""
+        return getattr(self.tied_to.get(name, self), f"steering_vector_{kind}")[name].weight
+
+    # -- forward ------------------------------------------------------------------------------------------------
+
+    def hook(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        """Forward hook of the steered module. Its output is a tensor or a tuple that starts with one."""
+        hidden = output[0] if isinstance(output, tuple) else output
+        if not isinstance(hidden, Tensor) or hidden.shape[-1] != self.in_features:
+            shape = tuple(hidden.shape) if isinstance(hidden, Tensor) else type(hidden).__name__
+            raise ValueError(
+                f"{type(module).__name__} returned {shape}, not residual states of width {self.in_features}. "
+                "It is not a decoder block; choose other layers, site or target_modules."
+            )
+        steered = self(hidden)
+        if steered is hidden:
+            return None
+        return (steered, *output[1:]) if isinstance(output, tuple) else steered
+
+    def forward(self, hidden: Tensor, adapter_names: list[str] | None = None) -> Tensor:
+        """Steer `(rows, tokens, d)` by the active adapters one after the other, or row `i` by `adapter_names[i]`."""
+        if self.disable_adapters:
+            return hidden
+        if adapter_names is None:
+            for name in self.active_adapters:
+                hidden = self._steer(name, hidden)
+            return hidden
+        for name in sorted(set(adapter_names) - {BASE_ROW}):
+            rows = torch.tensor([i for i, n in enumerate(adapter_names) if n == name], device=hidden.device)
+            hidden = hidden.index_copy(0, rows, self._steer(name, hidden[rows], rows))
+        return hidden
+
+    def _steer(self, name: str, hidden: Tensor, rows: Tensor | None = None) -> Tensor:
+        config = self.config.get(name)
+        strength = self.strength.get(name, 1.0)
+        if config is None or strength == 0.0:
+            return hidden
+        self._check_filled(name)
+        w, b = (None, None) if config.form == "bias" else (self.parameter(name, "w"), self.parameter(name, "b"))
+        v = write_vector(config.norm, self.parameter(name, "v"), config.norm_value, self._residual_norm(config))
+        delta = change(config.form, hidden, v, w, b)
+        if config.norm == "capped":
+            assert config.norm_value is not None
+            delta = cap(delta, config.norm_value)
+        mask = self.boundary.mask(config.positions, hidden)
+        steered = hidden + strength * delta  # fp32: the vector is, and it wins the promotion
+        if config.norm == "preserve":
+            steered = preserve(steered, hidden)
+        steered = steered.to(hidden.dtype)
+        if mask is None:
+            return steered
+        return torch.where(mask if rows is None else mask[rows], steered, hidden)
+
+    def _residual_norm(self, config: SteeringVectorConfig) -> float | None:
+        if config.norm != "relative":
+            return None
+        norms = config.residual_norms or {}
+        if str(self.layer_index) not in norms:
+            raise ValueError(
+                f"norm='relative' needs the mean residual norm of layer {self.layer_index}; known: {sorted(norms)}. "
+                "Train with a steertune trainer, write a Direction, or set residual_norms in the config."
+            )
+        return norms[str(self.layer_index)]
+
+    def _check_filled(self, name: str) -> None:
+        """Once per adapter: refuse missing (NaN) and infinite vectors."""
+        if name in self._checked or torch.compiler.is_compiling():
+            return
+        config = self.config[name]
+        for kind in config.parameter_names:
+            if torch.isfinite(self.parameter(name, kind)).all():
+                continue
+            why = (
+                f"init={config.init!r} needs data: use a steertune trainer, or "
+                f"directions.compute({config.init!r}, ...).write(model)"
+                if config.init_from_data and not config.inference_mode
+                else "its values are missing in the adapter file, or not finite"
+            )
+            raise ValueError(f"Steering vector {name!r} at layer {self.layer_index} has no usable {kind}: {why}.")
+        self._checked.add(name)
+
+    # -- PEFT ---------------------------------------------------------------------------------------------------
+
+    @property
+    def weight(self) -> Tensor:
+        """A steering layer wraps nothing, so it has no base weight (PEFT's default would look for one forever)."""
+        raise AttributeError("weight")
+
+    @property
+    def bias(self) -> Tensor:
+        """See `weight`."""
+        raise AttributeError("bias")
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Refused, see `SteeringVectorModel.merge_and_unload`."""
+        raise NotImplementedError(NO_MERGE)
+
+
+NO_MERGE = (
+    "A steering vector is not merged: most architectures have no bias where the residual stream is written, and one "
+    "added in memory is dropped silently by save and reload. Keep the adapter (it is a few kilobytes)."
+)

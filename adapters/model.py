@@ -1,0 +1,149 @@
+"""The PEFT tuner: puts steering layers on a model's blocks."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTuner
+from peft.utils import AuxiliaryTrainingWrapper
+from torch import nn
+
+from .blocks import find_blocks, resolve_layers, site_name, text_config
+from .config import SteeringVectorConfig
+from .fingerprint import check_fingerprint, fingerprint
+from .layer import BASE_ROW, NO_MERGE, SteeringVectorLayer
+from .positions import PromptBoundary, prompt_length
+from .registration import NAME, register
+
+CHILD = "steer"  # name of the steering layer in the module it steers
+
+
+class SteeringVectorModel(BaseTuner):
+    """A model with steering vectors; made by `peft.get_peft_model(model, SteeringVectorConfig(...))`."""
+
+    prefix = f"{NAME}_"
+    tuner_layer_cls = SteeringVectorLayer
+    target_module_mapping = {}
+
+    def _prepare_adapter_config(self, peft_config: SteeringVectorConfig, model_config: dict[str, Any]):
+        if peft_config.base_fingerprint is not None:
+            check_fingerprint(peft_config.base_fingerprint, self.model)
+        if peft_config.target_modules is None:
+            blocks = find_blocks(self.model)
+            peft_config.layers = resolve_layers(peft_config.layers, len(blocks))
+            names = [site_name(*blocks[i], peft_config.site) for i in peft_config.layers]
+            peft_config.target_modules = "|".join(re.escape(name) for name in names)
+        peft_config.base_fingerprint = fingerprint(self.model)
+        return peft_config
+
+    @staticmethod
+    def _check_target_module_exists(peft_config: SteeringVectorConfig, key: str) -> bool:
+        return re.fullmatch(peft_config.target_modules or "", key) is not None
+
+    def _create_and_replace(
+        self,
+        peft_config: SteeringVectorConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        layers = self._steering_layers()
+        layer = getattr(target, CHILD, None)
+        if layer is None:
+            boundary = next((other.boundary for other in layers), None) or PromptBoundary()
+            layer = SteeringVectorLayer(text_config(self.model).hidden_size, _index_of(current_key), boundary)
+            target.add_module(CHILD, layer)
+            layer.handle = target.register_forward_hook(layer.hook)
+        if peft_config.positions != "all":
+            layer.boundary.watch(self.model)
+        owners = [other for other in layers if other is not layer and adapter_name in other.config]
+        layer.add(adapter_name, peft_config, _device(target), owners[0] if peft_config.tied and owners else None)
+        if adapter_name not in self.active_adapters:
+            layer.requires_grad_(False)
+
+    def _steering_layers(self) -> list[SteeringVectorLayer]:
+        return [module for module in self.model.modules() if isinstance(module, SteeringVectorLayer)]
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """As PEFT's. A given `state_dict` names our child modules, PEFT looks for the modules they hang on."""
+        state_dict = kwargs.get("state_dict")
+        if state_dict is not None:
+            kwargs["state_dict"] = {key.replace(f".{CHILD}.{self.prefix}", f".{self.prefix}"): 0 for key in state_dict}
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """As the base model's; everything it is given is the prompt (see `positions`)."""
+        prompt = next((kwargs[k] for k in ("inputs_embeds", "input_ids", "inputs") if kwargs.get(k) is not None), None)
+        prompt = args[0] if prompt is None and args else prompt
+        with nullcontext() if prompt is None else prompt_length(self.model, prompt.shape[1]):
+            return self.model.generate(*args, **kwargs)  # pyright: ignore[reportCallIssue]
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """PEFT's frame around `PeftModel.forward` and `.generate`: gives each row its adapter (`adapter_names=`)."""
+        names = kwargs.get("adapter_names")
+        handles = [] if names is None else self._name_rows(names, kwargs.get("num_beams") or 1)
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _name_rows(self, names: list[str], beams: int) -> list[Any]:
+        if self.training:
+            raise ValueError("adapter_names= is for inference: call model.eval() first.")
+        known = {name for layer in self._steering_layers() for name in layer.config} | {BASE_ROW}
+        if unknown := sorted(set(names) - known):
+            raise ValueError(f"adapter_names: {unknown} are not adapters of this model, which has {sorted(known)}.")
+        rows = [name for name in names for _ in range(beams)]
+        give = partial(_give_names, rows)
+        steered = (SteeringVectorLayer, AuxiliaryTrainingWrapper)
+        return [
+            module.register_forward_pre_hook(give, with_kwargs=True)
+            for module in self.model.modules()
+            if isinstance(module, steered)
+        ]
+
+    def merge_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """Refused, with the reason."""
+        raise NotImplementedError(NO_MERGE)
+
+    def merge_and_unload(self, *args: Any, **kwargs: Any) -> nn.Module:
+        """Refused, with the reason."""
+        raise NotImplementedError(NO_MERGE)
+
+    def unload(self) -> nn.Module:
+        """Take every steering layer off and return the base model."""
+        for module in list(self.model.modules()):
+            layer = getattr(module, CHILD, None)
+            if isinstance(layer, SteeringVectorLayer):
+                layer.handle.remove()
+                layer.boundary.unwatch()
+                delattr(module, CHILD)
+        return super().unload()
+
+
+def _give_names(rows: list[str], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return args, {**kwargs, "adapter_names": rows}
+
+
+def _index_of(name: str) -> int:
+    """The block's index: the first number in the module's name."""
+    match = re.search(r"\.(\d+)(?:\.|$)", f".{name}")
+    return int(match[1]) if match else 0
+
+
+def _device(target: nn.Module) -> torch.device:
+    device = next((p.device for p in target.parameters()), torch.device("cpu"))
+    return torch.device("cpu") if device.type == "meta" else device
+
+
+register(SteeringVectorConfig, SteeringVectorModel)

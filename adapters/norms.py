@@ -1,0 +1,37 @@
+"""What the length of the vector may do (the `norm` switch)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .config import Norm
+
+_TINY = 1e-12
+
+
+def write_vector(norm: Norm, v: Tensor, value: float | None, residual_norm: float | None) -> Tensor:
+    """The vector that is written: `v`, or `v` rescaled to the length that `fixed` or `relative` prescribes.
+
+    Args:
+        v: The trained vector(s), `(d,)` or `(rank, d)`.
+        value: `norm_value`: the length (`fixed`), or the share of the mean residual norm (`relative`).
+        residual_norm: Mean norm of the residual stream at this layer (`relative` only).
+    """
+    if norm not in ("fixed", "relative"):
+        return v
+    assert value is not None
+    length = value if norm == "fixed" else value * (residual_norm or 0.0)
+    return v * (length / torch.linalg.vector_norm(v).clamp_min(_TINY))
+
+
+def cap(change: Tensor, limit: float) -> Tensor:
+    """Shorten every change longer than `limit` to `limit`: `c · min(1, limit / |c|)`."""
+    length = torch.linalg.vector_norm(change, dim=-1, keepdim=True).clamp_min(_TINY)
+    return change * (limit / length).clamp_max(1.0)
+
+
+def preserve(steered: Tensor, hidden: Tensor) -> Tensor:
+    """Rescale each steered state to its old norm: `h' · |h| / |h'|` (ICV, Liu et al. 2311.06668, section 3)."""
+    old = torch.linalg.vector_norm(hidden.float(), dim=-1, keepdim=True)
+    return steered * (old / torch.linalg.vector_norm(steered, dim=-1, keepdim=True).clamp_min(_TINY))

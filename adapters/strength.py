@@ -1,0 +1,48 @@
+"""Scale steering vectors while a model runs."""
+
+from __future__ import annotations
+
+from types import TracebackType
+
+from torch import nn
+
+from .layer import SteeringVectorLayer
+
+
+class set_strength:  # noqa: N801 (used like a function, and like `torch.no_grad` as a context manager)
+    """Multiply the vectors by `strength`: 1 as trained, 0 the base model, negative the opposite.
+
+    `set_strength(model, 2.0)` holds until the next call; `with set_strength(model, 2.0):` restores what was before.
+    The strength is a setting of the running model, not of the saved adapter.
+
+    Args:
+        model: A model with steering vectors.
+        strength: Any finite number.
+        adapter_name: The adapter to scale; None for all.
+
+    Raises:
+        ValueError: no such steering vector in the model, or a strength that is not finite.
+    """
+
+    def __init__(self, model: nn.Module, strength: float, adapter_name: str | None = None) -> None:
+        strength = float(strength)
+        if strength in (float("inf"), float("-inf")) or strength != strength:
+            raise ValueError(f"strength={strength} is not a finite number.")
+        layers = [module for module in model.modules() if isinstance(module, SteeringVectorLayer)]
+        names = {name for layer in layers for name in layer.config}
+        if not names or (adapter_name is not None and adapter_name not in names):
+            raise ValueError(f"No steering vector {adapter_name or ''!r} to scale; the model has {sorted(names)}.")
+        self._before = [(layer, dict(layer.strength)) for layer in layers]
+        for layer in layers:
+            for name in layer.config:
+                if adapter_name in (None, name):
+                    layer.strength[name] = strength
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        for layer, strength in self._before:
+            layer.strength.update(strength)

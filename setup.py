@@ -1,0 +1,52 @@
+"""steertune is a namespace package over the top-level folders: `adapters/` imports as `steertune.adapters`."""
+
+from setuptools import find_namespace_packages, setup
+
+FOLDERS = ("adapters", "losses", "trainers", "recipes")
+
+
+def subpackages(folder: str) -> dict[str, str]:
+    """Import name -> directory, for one top-level folder and the packages below it."""
+    found = {f"steertune.{folder}": folder}
+    for name in find_namespace_packages(folder):
+        found[f"steertune.{folder}.{name}"] = f"{folder}/{name.replace('.', '/')}"
+    return found
+
+
+package_dir = {name: path for folder in FOLDERS for name, path in subpackages(folder).items()}
+
+RECIPES = ["gguf>=0.17", "matplotlib>=3.9", "pydantic>=2.8", "rich>=13"]
+
+setup(
+    name="steertune",
+    version="0.1.0",
+    description="Activation addition as ordinary training: steering vectors by SGD, with every ingredient a switch",
+    long_description=open("README.md", encoding="utf-8").read(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.11",
+    packages=list(package_dir),
+    package_dir=package_dir,
+    package_data={name: ["py.typed", "**/*.toml", "**/*.jsonl", "**/*.md"] for name in package_dir},
+    install_requires=[
+        "torch>=2.11",
+        "transformers>=5.17",
+        "trl>=1.12",
+        "peft>=0.20",
+        "accelerate>=1.12",
+        "datasets>=4.7",
+        "scikit-learn>=1.5",
+    ],
+    extras_require={
+        "recipes": RECIPES,
+        "deepspeed": ["deepspeed>=0.18"],
+        "test": [*RECIPES, "pytest>=8", "bitsandbytes>=0.49", "ruff>=0.14", "pyright>=1.1.400", "build>=1.2"],
+    },
+    classifiers=[
+        "Programming Language :: Python :: 3",
+        "Intended Audience :: Science/Research",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
+)

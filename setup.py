@@ -1,5 +1,7 @@
 """steertune is a namespace package over the top-level folders: `adapters/` imports as `steertune.adapters`."""
 
+from pathlib import Path
+
 from setuptools import find_namespace_packages, setup
 
 FOLDERS = ("adapters", "losses", "trainers", "recipes")
@@ -21,7 +23,7 @@ setup(
     name="steertune",
     version="0.1.0",
     description="Activation addition as ordinary training: steering vectors by SGD, with every ingredient a switch",
-    long_description=open("README.md", encoding="utf-8").read(),
+    long_description=Path("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     license_files=["LICENSE"],

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -57,7 +59,7 @@ def collect(
     """
     if not batches:
         raise ValueError("No batches: a direction needs at least one contrast pair.")
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model  # pyright: ignore[reportCallIssue]
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
     blocks = find_blocks(base)
     indices = resolve_layers(layers, len(blocks))
     seen: dict[int, Tensor] = {}
@@ -109,21 +111,6 @@ def _pool_weights(completion_mask: Tensor, pool: Pool) -> Tensor:
     return completion_mask / completion_mask.sum(dim=1, keepdim=True)
 
 
-class _adapters_off:  # noqa: N801
+def _adapters_off(model: nn.Module) -> AbstractContextManager[Any]:
     """`model.disable_adapter()` when there are adapters."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.context = model.disable_adapter() if hasattr(model, "disable_adapter") else None  # pyright: ignore
-
-    def __enter__(self) -> None:
-        if self.context is not None:
-            self.context.__enter__()
-
-    def __exit__(self, *error: Any) -> None:
-        if self.context is not None:
-            self.context.__exit__(*error)
-
-
-def batches_of(rows: Sequence[Any], size: int) -> Iterable[Sequence[Any]]:
-    """Consecutive slices of at most `size` rows."""
-    return (rows[i : i + size] for i in range(0, len(rows), size))
+    return model.disable_adapter() if isinstance(model, PeftModel) else nullcontext()

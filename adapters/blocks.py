@@ -63,8 +63,8 @@ def resolve_layers(layers: Layers, depth: int) -> list[int]:
     if layers == "all":
         return list(range(depth))
     indices = set()
-    for layer in layers if isinstance(layers, list) else [layers]:
-        assert not isinstance(layer, str)  # the config has refused every other word
+    assert not isinstance(layers, str)  # the config has refused every other word
+    for layer in [layers] if isinstance(layers, int | float) else layers:
         # the small term keeps 0.29 * 100 = 28.999999999999996 at layer 29
         index = math.floor(layer * depth + 1e-9) if isinstance(layer, float) else layer
         if index >= depth:

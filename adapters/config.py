@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
@@ -15,7 +16,7 @@ Form = Literal["bias", "gated", "linear", "low_rank"]
 Site = Literal["block", "attention", "mlp"]
 Norm = Literal["free", "fixed", "capped", "relative", "preserve"]
 Positions = Literal["all", "completion", "prompt", "last_prompt"]
-Layers = int | float | str | list[int | float]
+Layers = int | float | str | Sequence[int | float]
 
 NORMS_WITH_VALUE = ("fixed", "capped", "relative")
 
@@ -39,9 +40,9 @@ class SteeringVectorConfig(PeftConfig):
         tied: One vector shared by all chosen layers.
         site: Where it is added: to the output of the `block` (the residual stream), of its `attention` or its `mlp`.
         norm: What the vector's length may do. `free`; `fixed` length `norm_value`; `capped`: the change at any
-            position is at most `norm_value` long (Dunefsky & Cohan 2502.18862); `relative`: length is `norm_value` times
-            the mean norm of the residual stream there (see `residual_norms`); `preserve`: free, and the steered state
-            is rescaled to its old norm (ICV, Liu et al. 2311.06668).
+            position is at most `norm_value` long (Dunefsky & Cohan 2502.18862); `relative`: length is `norm_value`
+            times the mean norm of the residual stream there (see `residual_norms`); `preserve`: free, and the steered
+            state is rescaled to its old norm (ICV, Liu et al. 2311.06668).
         norm_value: Length (`fixed`, `capped`) or share (`relative`).
         residual_norms: Mean norm of the residual stream per layer (key: the layer's index as a string). Needed by
             `norm="relative"`; the trainers and `Direction.write` fill it in.
@@ -100,12 +101,12 @@ class SteeringVectorConfig(PeftConfig):
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any):
         """Read `adapter_config.json`, after checking the weight file beside it (see `check_adapter_folder`)."""
-        config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        config: Any = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
         check_adapter_folder(os.path.join(pretrained_model_name_or_path, subfolder or ""), config)
         return config
 
     def _check_layers(self) -> None:
-        layers = self.layers if isinstance(self.layers, list) else [self.layers]
+        layers = [self.layers] if isinstance(self.layers, int | float | str) else self.layers
         if not layers:
             raise ValueError("layers=[] steers nothing. Give an index, a fraction of the depth, a list, or 'all'.")
         if self.layers == "all":

@@ -39,7 +39,8 @@ class SteeringVectorLayer(nn.Module, BaseTunerLayer):
     """Steering vectors, one per adapter, for the output of one module.
 
     It is a child of the module it steers, not a wrapper: the model's own layers keep their class, so hidden-state
-    capture, LoRA on the same layers and FSDP wrap policies see what they expect. A forward hook on the parent calls it.
+    capture, LoRA on the same layers and FSDP wrap policies see what they expect. A forward hook on the parent calls
+    it.
 
     Vectors start as NaN and count as missing until they are initialised or loaded.
     """

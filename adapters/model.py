@@ -35,8 +35,8 @@ class SteeringVectorModel(BaseTuner):
             check_fingerprint(peft_config.base_fingerprint, self.model)
         if peft_config.target_modules is None:
             blocks = find_blocks(self.model)
-            peft_config.layers = resolve_layers(peft_config.layers, len(blocks))
-            names = [site_name(*blocks[i], peft_config.site) for i in peft_config.layers]
+            layers = peft_config.layers = resolve_layers(peft_config.layers, len(blocks))
+            names = [site_name(name, block, peft_config.site) for name, block in (blocks[i] for i in layers)]
             peft_config.target_modules = "|".join(re.escape(name) for name in names)
         peft_config.base_fingerprint = fingerprint(self.model)
         return peft_config

@@ -14,6 +14,7 @@ def write_vector(norm: Norm, v: Tensor, value: float | None, residual_norm: floa
     """The vector that is written: `v`, or `v` rescaled to the length that `fixed` or `relative` prescribes.
 
     Args:
+        norm: The rule.
         v: The trained vector(s), `(d,)` or `(rank, d)`.
         value: `norm_value`: the length (`fixed`), or the share of the mean residual norm (`relative`).
         residual_norm: Mean norm of the residual stream at this layer (`relative` only).

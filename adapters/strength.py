@@ -9,7 +9,7 @@ from torch import nn
 from .layer import SteeringVectorLayer
 
 
-class set_strength:  # noqa: N801 (used like a function, and like `torch.no_grad` as a context manager)
+class set_strength:  # lower case: called like a function, and a context manager like `torch.no_grad`
     """Multiply the vectors by `strength`: 1 as trained, 0 the base model, negative the opposite.
 
     `set_strength(model, 2.0)` holds until the next call; `with set_strength(model, 2.0):` restores what was before.

@@ -5,6 +5,7 @@
 `icv` because papers quote one formula and numbers of the other.
 """
 
+import numpy as np
 import torch
 from sklearn.decomposition import PCA
 from torch import Tensor
@@ -17,5 +18,6 @@ def fit(chosen: dict[int, Tensor], rejected: dict[int, Tensor]) -> dict[int, Ten
     layers = sorted(chosen)
     differences = torch.cat([chosen[i] - rejected[i] for i in layers], dim=1)
     pca = PCA(n_components=1).fit(differences.double().numpy())
-    direction = torch.from_numpy(pca.components_.sum(0) + pca.mean_).float()
+    released: np.ndarray = pca.components_.sum(0) + pca.mean_  # pyright: ignore[reportOptionalMemberAccess]
+    direction = torch.from_numpy(released).float()
     return dict(zip(layers, direction.split([chosen[i].shape[1] for i in layers]), strict=True))

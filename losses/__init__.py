@@ -1,0 +1,43 @@
+"""What is minimised. Each file is one loss, named by the file; a new file is a new loss."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import pkgutil
+from dataclasses import fields
+from typing import Any
+
+from ._base import At, Loss, Outputs
+
+__all__ = ["At", "Loss", "Outputs", "get_loss", "names"]
+
+
+def names() -> list[str]:
+    """The losses: the files of this folder."""
+    return sorted(m.name for m in pkgutil.iter_modules(__path__) if not m.name.startswith("_"))
+
+
+def get_loss(loss: str | Loss, **options: Any) -> Loss:
+    """A loss by name (its file), with its hyperparameters; a `Loss` object is returned as it is.
+
+    Raises:
+        ValueError: an unknown name or option (the message names the nearest), options for an object.
+    """
+    if isinstance(loss, Loss):
+        if options:
+            raise ValueError(f"Options {sorted(options)} go with a loss name, not with an object.")
+        return loss
+    _choose("loss", loss, names())
+    module = importlib.import_module(f"{__name__}.{loss}")
+    [kind] = [x for x in vars(module).values() if isinstance(x, type) and x.__module__ == module.__name__]
+    for option in options:
+        _choose(f"option of loss {loss!r}", option, [field.name for field in fields(kind)])
+    return kind(**options)
+
+
+def _choose(what: str, value: object, allowed: list[str]) -> None:
+    if value not in allowed:
+        near = difflib.get_close_matches(str(value), allowed, n=1, cutoff=0.5)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"Unknown {what} {value!r}; there are {allowed}.{hint}")

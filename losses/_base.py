@@ -1,0 +1,97 @@
+"""The one idea: a loss is a function of the same model steered at different strengths.
+
+`at(1)` is the model being trained, `at(0)` the reference it starts from, `at(-1)` its opposite. A loss never sees a
+model, so it is tested with a plain function in place of one.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """What a batch's labelled tokens look like to the model at one strength.
+
+    Attributes:
+        token_logps: Log-probability (nats) of each labelled token given what stands before it, `(rows, tokens)`;
+            0 where there is no label.
+        mask: True on labelled tokens, `(rows, tokens)`.
+    """
+
+    token_logps: Tensor
+    mask: Tensor
+
+    @cached_property
+    def logps(self) -> Tensor:
+        """Log-probability of each row's answer, `(rows,)`."""
+        return self.token_logps.sum(dim=1)
+
+    @cached_property
+    def mean_logps(self) -> Tensor:
+        """The same per token, `(rows,)`."""
+        return self.logps / self.mask.sum(dim=1).clamp_min(1)
+
+    @property
+    def chosen(self) -> Outputs:
+        """The first half of the rows of a pair batch."""
+        half = len(self.mask) // 2
+        return Outputs(self.token_logps[:half], self.mask[:half])
+
+    @property
+    def rejected(self) -> Outputs:
+        """The second half of the rows of a pair batch."""
+        half = len(self.mask) // 2
+        return Outputs(self.token_logps[half:], self.mask[half:])
+
+
+At = Callable[[float], Outputs]
+"""`at(strength)`: the batch seen by the model with its adapter scaled by `strength`. Repeated calls cost nothing."""
+
+
+class Loss(ABC):
+    """A training loss. Subclasses are frozen dataclasses of their hyperparameters, one file each.
+
+    Attributes:
+        pairs: Whether it compares chosen with rejected answers. If not, a pair batch gives it the chosen half only.
+        unit: What it is averaged over, in the whole optimiser step: examples (rows, or pairs) or labelled tokens.
+        reference: Whether it asks for `at(0)`.
+        scales: Whether it asks for strengths other than 0 and 1.
+    """
+
+    pairs: ClassVar[bool] = True
+    unit: ClassVar[Literal["example", "token"]] = "example"
+    reference: ClassVar[bool] = False
+    scales: ClassVar[bool] = False
+
+    @abstractmethod
+    def __call__(self, at: At, generator: torch.Generator | None = None) -> Tensor:
+        """One value per unit, 0 on what does not count. The caller sums and divides by the number of units.
+
+        Args:
+            at: The batch at a strength.
+            generator: Random numbers, the same on every process of a distributed run.
+        """
+
+
+def reference_margin(at: At, strength: float = 1.0) -> Tensor:
+    """How much more than the reference the model prefers chosen to rejected, in nats, `(pairs,)`:
+
+    `[log π(y⁺) - log π₀(y⁺)] - [log π(y⁻) - log π₀(y⁻)]`
+    """
+    policy, reference = at(strength), at(0.0)
+    return (policy.chosen.logps - reference.chosen.logps) - (policy.rejected.logps - reference.rejected.logps)
+
+
+def positive(**values: float) -> None:
+    """Raise a ValueError unless every hyperparameter is a number above 0."""
+    for name, value in values.items():
+        if not isinstance(value, int | float) or isinstance(value, bool) or not value > 0:
+            raise ValueError(f"{name}={value!r} must be a number above 0.")

@@ -1,0 +1,25 @@
+"""Cross-entropy of the labelled tokens: supervised finetuning, on the chosen answers where there are pairs.
+
+`-log π(y_t | x, y_<t)`, averaged over tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ._base import At, Loss
+
+
+@dataclass(frozen=True)
+class CrossEntropy(Loss):
+    """Negative log-likelihood per token."""
+
+    pairs = False
+    unit = "token"
+
+    def __call__(self, at: At, generator: torch.Generator | None = None) -> Tensor:
+        """`(rows, tokens)`, 0 where there is no label."""
+        return -at(1.0).token_logps

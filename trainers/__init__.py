@@ -1,0 +1,29 @@
+"""How it is trained: drop-in subclasses of `Trainer`, `SFTTrainer` and `DPOTrainer`.
+
+The classes are imported when they are first asked for: TRL takes seconds to import.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ._guard import NonFiniteError
+    from .dpo import SteeringDPOTrainer
+    from .sft import SteeringSFTTrainer
+    from .trainer import SteeringTrainer
+
+_HOME = {
+    "NonFiniteError": "_guard",
+    "SteeringDPOTrainer": "dpo",
+    "SteeringSFTTrainer": "sft",
+    "SteeringTrainer": "trainer",
+}
+__all__ = ["NonFiniteError", "SteeringDPOTrainer", "SteeringSFTTrainer", "SteeringTrainer"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)

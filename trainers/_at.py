@@ -1,0 +1,152 @@
+"""`at(strength)` for a real model."""
+
+from __future__ import annotations
+
+import inspect
+from contextlib import AbstractContextManager, ExitStack
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from peft import PeftModel
+from peft.helpers import rescale_adapter_scale
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+from ..adapters import SteeringVectorLayer, prompt_length, set_strength
+from ..losses import Outputs
+from ._batch import Batch
+
+REFERENCE_ADAPTER = "ref"  # TRL's name for the frozen copy of an adapter that training continues
+
+
+class ModelAt:
+    """A batch seen by a model at any strength of its adapter; one forward per strength.
+
+    `at(1)` is the model as it is. `at(0)` is the reference, without gradients and without dropout: the base model, or
+    the frozen copy `ref` when training continues an existing adapter. Other strengths scale the adapter.
+
+    Args:
+        model: The model to call (possibly wrapped for distributed training).
+        unwrapped: The model inside the wrapper.
+        batch: The batch.
+        reference_model: A separate reference, for full finetuning.
+    """
+
+    def __init__(self, model: nn.Module, unwrapped: nn.Module, batch: Batch, reference_model: nn.Module | None = None):
+        self.model = model
+        self.unwrapped = unwrapped
+        self.batch = batch
+        self.reference_model = reference_model
+        self._seen: dict[float, Outputs] = {}
+
+    def __call__(self, strength: float) -> Outputs:
+        """Token log-probabilities of the batch at `strength`."""
+        strength = float(strength)
+        if strength not in self._seen:
+            if strength == 0.0:
+                self._seen[strength] = self._reference()
+            elif strength == 1.0:
+                self._seen[strength] = token_logps(self.model, self.unwrapped, self.batch)
+            else:
+                with scaled(self.unwrapped, strength):
+                    self._seen[strength] = token_logps(self.model, self.unwrapped, self.batch)
+        return self._seen[strength]
+
+    @property
+    def seen(self) -> dict[float, Outputs]:
+        """The strengths asked for so far."""
+        return dict(self._seen)
+
+    def _reference(self) -> Outputs:
+        if self.reference_model is not None:
+            with torch.no_grad(), _eval_mode(self.reference_model):
+                return token_logps(self.reference_model, self.reference_model, self.batch)
+        if not isinstance(self.unwrapped, PeftModel):
+            raise ValueError(
+                "This loss compares with the base model, and full finetuning changes it. Train an adapter, use "
+                "SteeringDPOTrainer (it keeps a reference copy), or choose a loss without a reference."
+            )
+        with torch.no_grad(), reference_adapter(self.unwrapped), _eval_mode(self.unwrapped):
+            return token_logps(self.model, self.unwrapped, self.batch)
+
+
+def reference_adapter(model: PeftModel) -> AbstractContextManager[Any]:
+    """The model as training found it: the copy `ref` if there is one, else no adapter."""
+    from trl.trainer.utils import use_adapter
+
+    return use_adapter(model, REFERENCE_ADAPTER if REFERENCE_ADAPTER in model.peft_config else None)
+
+
+def scaled(model: nn.Module, strength: float) -> AbstractContextManager[Any]:
+    """Context in which the active adapters count `strength` times.
+
+    Raises:
+        ValueError: an adapter that cannot be scaled, or gradient checkpointing around it (the backward pass would
+            recompute the forward at another strength).
+    """
+    kinds = {type(layer) for layer in model.modules() if isinstance(layer, SteeringVectorLayer | LoraLayer)}
+    if not kinds:
+        raise ValueError(
+            f"strength={strength} needs a steering vector or a LoRA to scale; other adapters have no scale."
+        )
+    if _recomputed(model):
+        raise ValueError(
+            f"strength={strength} with gradient checkpointing: the backward pass would recompute the layer at another "
+            "strength. Set gradient_checkpointing=False, or steer site='block'."
+        )
+    stack = ExitStack()
+    if any(issubclass(kind, SteeringVectorLayer) for kind in kinds):
+        stack.enter_context(set_strength(model, strength))
+    if any(issubclass(kind, LoraLayer) for kind in kinds):
+        stack.enter_context(rescale_adapter_scale(model, strength))
+    return stack
+
+
+def _recomputed(model: nn.Module) -> bool:
+    """Whether the backward pass runs an adapter again: checkpointing covers what is inside a block, not its hook."""
+    checkpointing = any(
+        module.training and getattr(module, "gradient_checkpointing", False) for module in model.modules()
+    )
+    return checkpointing and any(
+        isinstance(module, LoraLayer)
+        or (isinstance(module, SteeringVectorLayer) and any(c.site != "block" for c in module.config.values()))
+        for module in model.modules()
+    )
+
+
+def token_logps(model: nn.Module, unwrapped: nn.Module, batch: Batch) -> Outputs:
+    """Log-probabilities of a batch's labels. The head runs only on columns in which some row has one."""
+    labels = batch.labels[:, 1:]
+    mask = labels != -100
+    kwargs: dict[str, Any] = {"use_cache": False}
+    base = unwrapped.get_base_model() if isinstance(unwrapped, PeftModel) else unwrapped
+    if "logits_to_keep" in inspect.signature(type(base).forward).parameters:
+        columns = mask.any(dim=0).nonzero().squeeze(1)
+        kwargs["logits_to_keep"] = columns
+        labels, mask = labels[:, columns], mask[:, columns]
+    with prompt_length(unwrapped, _first_label(batch.labels)):
+        logits = model(**batch.inputs, **kwargs).logits
+    logits = logits[:, : labels.shape[1]].float()
+    return Outputs(-F.cross_entropy(logits.transpose(1, 2), labels, ignore_index=-100, reduction="none"), mask)
+
+
+def _first_label(labels: Tensor) -> Tensor:
+    """Column where each row's completion starts; the row's length if it has none."""
+    labelled = labels != -100
+    return torch.where(labelled.any(dim=1), labelled.int().argmax(dim=1), labels.shape[1])
+
+
+class _eval_mode:
+    """Evaluation mode for a while, each module put back as it was."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.training = [module for module in model.modules() if module.training]
+
+    def __enter__(self) -> None:
+        for module in self.training:
+            module.training = False
+
+    def __exit__(self, *error: Any) -> None:
+        for module in self.training:
+            module.training = True

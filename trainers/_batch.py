@@ -1,0 +1,54 @@
+"""One batch, whatever collator made it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import Tensor
+
+_NOT_FOR_THE_MODEL = {"labels", "completion_mask", "ref_chosen_logps", "ref_rejected_logps", "seq_lengths"}
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Model inputs and what is to be predicted.
+
+    Attributes:
+        inputs: Keyword arguments of the model, every tensor `(rows, ...)`.
+        labels: Token ids to predict, -100 elsewhere, `(rows, tokens)`.
+        pairs: Whether the first half of the rows are chosen and the second half rejected answers.
+    """
+
+    inputs: dict[str, Any]
+    labels: Tensor
+    pairs: bool
+
+    @classmethod
+    def read(cls, inputs: Mapping[str, Any]) -> Batch:
+        """From the inputs of TRL's preference collator (`completion_mask`), or of a collator that makes `labels`.
+
+        Raises:
+            ValueError: neither is there.
+        """
+        model_inputs = {k: v for k, v in inputs.items() if k not in _NOT_FOR_THE_MODEL}
+        if "completion_mask" in inputs:
+            labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, -100)
+            return cls(model_inputs, labels, pairs=True)
+        if "labels" not in inputs:
+            raise ValueError(f"A batch needs labels or completion_mask; this one has {sorted(inputs)}.")
+        return cls(model_inputs, inputs["labels"], pairs=False)
+
+    @property
+    def chosen(self) -> Batch:
+        """The chosen half of a pair batch."""
+        half = len(self.labels) // 2
+        inputs = {k: v[:half] if isinstance(v, Tensor) else v for k, v in self.inputs.items()}
+        return Batch(inputs, self.labels[:half], pairs=False)
+
+    def count(self, unit: Literal["example", "token"]) -> Tensor | int:
+        """Number of examples (rows, or pairs), or of labelled tokens that have something before them."""
+        if unit == "token":
+            return (self.labels[:, 1:] != -100).sum()
+        return len(self.labels) // 2 if self.pairs else len(self.labels)

@@ -1,0 +1,204 @@
+"""Check a data set before anything is trained on it, and tokenise it for the plain Trainer.
+
+The formats are TRL's: preference (`chosen`, `rejected`, explicit or implicit `prompt`), prompt-completion, and
+language modelling (`text` or `messages`); standard (strings) or conversational (lists of messages).
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+
+Row = Any  # a mapping from column to value; `datasets` types it more loosely
+
+# The columns of each format, most specific first.
+FORMATS = (
+    ("prompt", "chosen", "rejected"),
+    ("chosen", "rejected"),
+    ("prompt", "completion"),
+    ("messages",),
+    ("conversations",),
+    ("text",),
+    ("prompt_ids", "chosen_ids", "rejected_ids"),
+    ("input_ids", "labels"),
+    ("input_ids",),
+)
+PAIR_FORMATS = (FORMATS[0], FORMATS[1], FORMATS[6])
+TOKENISED_FORMATS = FORMATS[6:]
+
+
+class DataError(ValueError):
+    """The data cannot be trained on; the message names the row and the fix."""
+
+
+def data_format(columns: list[str]) -> tuple[str, ...]:
+    """The format whose columns are all there.
+
+    Raises:
+        DataError: none fits; the message names the nearest column for each missing one.
+    """
+    for wanted in FORMATS:
+        if set(wanted) <= set(columns):
+            return wanted
+    hints = []
+    for column in columns:
+        near = difflib.get_close_matches(column, {c for wanted in FORMATS for c in wanted}, n=1, cutoff=0.6)
+        hints += [f"rename {column!r} to {near[0]!r}"] if near and near[0] not in columns else []
+    raise DataError(
+        f"Columns {columns} are none of the known formats {[list(f) for f in FORMATS]}."
+        + (f" Perhaps {' and '.join(hints)}?" if hints else "")
+    )
+
+
+def check_rows(
+    dataset: Any, tokenizer: PreTrainedTokenizerBase | None, text_column: str | None = None
+) -> tuple[str, ...]:
+    """Refuse a data set that cannot be trained on, before tokenising; return its format.
+
+    `text_column` is a further name for the column `text`.
+
+    Raises:
+        DataError: no rows, an unknown column, an empty answer, chosen equal to rejected, or conversations for a
+            tokenizer without a chat template.
+    """
+    if isinstance(dataset, Dataset) and len(dataset) == 0:
+        raise DataError("The data set is empty: there is nothing to train on.")
+    rows = dataset if isinstance(dataset, Dataset) else _first(dataset)
+    wanted: tuple[str, ...] = ()
+    for index, row in enumerate(rows):
+        if index == 0:
+            wanted = (text_column,) if text_column and text_column in row else data_format(list(row))
+            _check_template(row, wanted, tokenizer)
+        _check_answers(index, row)
+    return wanted
+
+
+def check_tokens(before: Any, after: Any, max_length: int | None, tokenizer: PreTrainedTokenizerBase | None) -> None:
+    """Refuse what only shows after tokenising.
+
+    Raises:
+        DataError: rows that were dropped or have no label left because the prompt fills `max_length`, an answer
+            without tokens, chosen and rejected with the same tokens, or two BOS tokens in front.
+    """
+    if not isinstance(after, Dataset):
+        return
+    if isinstance(before, Dataset) and len(after) < len(before) and "seq_lengths" not in after.column_names:
+        raise DataError(
+            f"{len(before) - len(after)} of {len(before)} rows have no label left: their prompt fills max_length="
+            f"{max_length} tokens. Raise max_length or shorten the prompts."
+        )
+    bos = getattr(tokenizer, "bos_token_id", None)
+    for index, row in enumerate(
+        after.select_columns([c for c in after.column_names if c.endswith("_ids") or c == "labels"])
+    ):
+        row = dict(row)
+        if "chosen_ids" in row:
+            if row["chosen_ids"] == row["rejected_ids"]:
+                raise DataError(
+                    f"Row {index}: chosen and rejected have the same tokens; the pair carries no contrast."
+                )
+            if not row["chosen_ids"] or not row["rejected_ids"]:
+                raise DataError(f"Row {index}: an answer has no tokens of its own.")
+            if max_length is not None and len(row["prompt_ids"]) >= max_length:
+                raise DataError(
+                    f"Row {index}: the prompt has {len(row['prompt_ids'])} tokens and fills max_length={max_length}."
+                )
+        elif "labels" in row and all(label == -100 for label in row["labels"]):
+            raise DataError(f"Row {index}: no label is left within max_length={max_length} tokens.")
+        ids = row.get("prompt_ids") or row.get("input_ids") or []
+        if bos is not None and list(ids[:2]) == [bos, bos]:
+            raise DataError(
+                f"Row {index} starts with two BOS tokens: the text already holds one. Remove it from the text."
+            )
+
+
+def tokenise(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int | None = None) -> Dataset:
+    """Rows for TRL's collators: `prompt_ids`, `chosen_ids`, `rejected_ids`, or `input_ids` and `labels`.
+
+    A completion ends with EOS, or as the chat template ends it. Prompt tokens have label -100.
+    """
+    wanted = data_format(dataset.column_names)
+    if wanted == ("chosen", "rejected"):
+        from trl.data_utils import extract_prompt
+
+        dataset = dataset.map(extract_prompt)
+    convert = _tokenise_pair if wanted in PAIR_FORMATS else _tokenise_row
+    return dataset.map(
+        lambda row: convert(row, tokenizer, max_length),
+        remove_columns=dataset.column_names,
+        desc="Tokenising",
+    )
+
+
+def _tokenise_pair(row: Row, tokenizer: PreTrainedTokenizerBase, max_length: int | None) -> dict[str, Any]:
+    prompt = _ids(tokenizer, row["prompt"], None)
+    answers = {side: _ids(tokenizer, row["prompt"], row[side]) for side in ("chosen", "rejected")}
+    start = min(_common(prompt, ids) for ids in answers.values())
+    return {"prompt_ids": prompt[:start], **{f"{side}_ids": ids[start:] for side, ids in answers.items()}}
+
+
+def _tokenise_row(row: Row, tokenizer: PreTrainedTokenizerBase, max_length: int | None) -> dict[str, Any]:
+    if "completion" in row:
+        prompt, ids = _ids(tokenizer, row["prompt"], None), _ids(tokenizer, row["prompt"], row["completion"])
+        start = _common(prompt, ids)
+    elif "messages" in row:
+        ids, start = _ids(tokenizer, row["messages"], []), 0
+    else:
+        ids, start = _ids(tokenizer, "", row["text"]), 0
+    ids = ids[:max_length]
+    return {"input_ids": ids, "labels": [-100] * min(start, len(ids)) + ids[start:]}
+
+
+def _ids(tokenizer: Any, prompt: Any, answer: Any) -> list[int]:
+    """Token ids of a prompt that awaits an answer (`answer=None`), or of prompt and answer."""
+    if isinstance(prompt, str):
+        text = prompt if answer is None else prompt + answer
+        ids = list(tokenizer(text)["input_ids"])
+        end = tokenizer.eos_token_id
+        if answer is None:
+            return ids[:-1] if ids and ids[-1] == end and not prompt.endswith(str(tokenizer.eos_token)) else ids
+        return ids if end is None or ids[-1] == end else [*ids, end]
+    messages = prompt if answer is None else [*prompt, *answer]
+    ids = tokenizer.apply_chat_template(messages, add_generation_prompt=answer is None, return_dict=True)["input_ids"]
+    return list(ids)
+
+
+def _common(first: list[int], second: list[int]) -> int:
+    """Length of the common prefix (tokens may merge across the end of the prompt)."""
+    return next(
+        (i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), min(len(first), len(second))
+    )
+
+
+def _first(dataset: Any) -> Iterator[Row]:
+    row = next(iter(dataset), None)
+    if row is None:
+        raise DataError("The data set is empty: there is nothing to train on.")
+    return iter([row])
+
+
+def _check_template(row: Row, wanted: tuple[str, ...], tokenizer: PreTrainedTokenizerBase | None) -> None:
+    conversational = any(isinstance(row[c], list) and row[c] and isinstance(row[c][0], Mapping) for c in wanted)
+    if conversational and tokenizer is not None and getattr(tokenizer, "chat_template", None) is None:
+        raise DataError(
+            "The data are conversations, and the tokenizer has no chat template. Set tokenizer.chat_template, or give "
+            "plain strings."
+        )
+
+
+def _check_answers(index: int, row: Row) -> None:
+    for column in ("chosen", "rejected", "completion"):
+        if column in row and not _text(row[column]).strip():
+            raise DataError(f"Row {index}: {column!r} is empty, so it has no token to train on. Remove the row.")
+    if "chosen" in row and "rejected" in row and row["chosen"] == row["rejected"]:
+        raise DataError(f"Row {index}: chosen equals rejected; the pair carries no contrast. Remove the row.")
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, list):
+        return "".join(_text(m.get("content")) + str(m.get("tool_calls") or "") for m in value)
+    return "" if value is None else str(value)

@@ -1,0 +1,251 @@
+"""What the three trainers add to their parents."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import inspect
+import os
+from collections import defaultdict
+from typing import Any
+
+import torch
+from peft import PeftConfig, PeftModel, get_peft_model
+from torch import Tensor, nn
+from transformers import Trainer, set_seed
+
+from ..adapters import SteeringVectorConfig, SteeringVectorLayer
+from ..losses import Loss, get_loss
+from ._at import REFERENCE_ADAPTER, ModelAt
+from ._batch import Batch
+from ._data import PAIR_FORMATS, DataError, check_rows, check_tokens
+from ._guard import FiniteGradients, check_finite
+from ._start import fill_missing_vectors, steering_layers
+from ._vitals import VectorVitals
+
+DEFAULT: Any = type("Default", (), {"__repr__": lambda self: "SteeringVectorConfig()"})()
+"""`peft_config` left out: a default `SteeringVectorConfig()`, unless the model already is a `PeftModel`."""
+
+
+class SteeringMixin(Trainer):
+    """A Trainer that trains steering vectors (or any PEFT adapter) with any loss of `steertune.losses`.
+
+    Everything goes through documented methods of `Trainer`; with `peft_config=None` and no loss it is its parent.
+
+    Args:
+        peft_config: The adapter to train. Left out: `SteeringVectorConfig()`, or nothing if the model already is a
+            `PeftModel`. None: no adapter (full finetuning).
+        loss: A loss by name, a `Loss` object, or None for the parent's own loss.
+    """
+
+    model: Any  # the parent's type allows None, which it is not after construction
+    takes_pairs: bool | None = None
+    """Whether the parent's data are preference pairs; None: it does not say."""
+
+    def __init__(
+        self, *args: Any, peft_config: PeftConfig | None = DEFAULT, loss: str | Loss | None = None, **kwargs: Any
+    ) -> None:
+        self.loss = None if loss is None else get_loss(loss)
+        self._plain = peft_config is None and loss is None
+        parent = super().__init__
+        bound = inspect.signature(parent).bind_partial(*args, **kwargs)
+        given = bound.arguments
+        continued = isinstance(given.get("model"), PeftModel)
+        if peft_config is DEFAULT:
+            peft_config = None if continued else SteeringVectorConfig()
+        self._metrics_at_1: dict[str, list[Tensor]] = defaultdict(list)
+        self._micro_step = (0, 0)
+        if self._plain:
+            parent(*bound.args, **bound.kwargs)
+            return
+        raw = given.get("train_dataset")
+        self._prepare_data(given)
+        adapter_values = _adapter_values(given.get("model"))
+        if peft_config is not None:
+            # a copy: injection writes the resolved layers into the config
+            self._attach(given, copy.deepcopy(peft_config), "peft_config" in inspect.signature(parent).parameters)
+        elif continued and self.loss is not None and self.loss.reference:
+            _add_reference(given["model"], parent)
+        parent(*bound.args, **bound.kwargs)
+        _restore(self.model, adapter_values)
+        check_tokens(raw, self.train_dataset, getattr(self.args, "max_length", None), given.get("processing_class"))
+        if self.loss is not None:
+            # the loss below is already an average over the whole optimiser step
+            self.loss_is_scaled_for_ga = self.model_accepts_loss_kwargs = True
+        self._vitals = VectorVitals()
+        self.add_callback(FiniteGradients(self))
+
+    def _prepare_data(self, given: dict[str, Any]) -> tuple[str, ...] | None:
+        """Check the training data among the constructor's arguments; return their format (None: the user's own)."""
+        data = given.get("train_dataset")
+        own = given.get("data_collator") is not None or given.get("formatting_func") is not None
+        if data is None or own:
+            return None
+        extra = getattr(given.get("args"), "dataset_text_field", None)
+        wanted = check_rows(data, given.get("processing_class"), text_column=extra)
+        pairs = wanted in PAIR_FORMATS
+        if self.takes_pairs is not None and pairs != self.takes_pairs:
+            other = "SteeringDPOTrainer" if pairs else "SteeringSFTTrainer"
+            raise DataError(f"{type(self).__name__} does not train on columns {list(wanted)}; {other} does.")
+        if self.loss is not None and self.loss.pairs and not pairs:
+            raise DataError(
+                f"{type(self.loss).__name__} compares chosen with rejected answers; the data have {list(wanted)}. "
+                "Give pairs, or choose loss='cross_entropy'."
+            )
+        return wanted
+
+    @staticmethod
+    def _attach(given: dict[str, Any], config: PeftConfig, parent_attaches: bool) -> None:
+        if parent_attaches:
+            given["peft_config"] = config
+            return
+        set_seed(given["args"].seed if given.get("args") is not None else 42)
+        given["model"] = get_peft_model(given["model"], config)
+
+    # -- training -----------------------------------------------------------------------------------------------
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As the parent's, after computing an initial direction that needs data."""
+        if not self._plain:
+            _to_fp32(self.model)
+            fill_missing_vectors(self)
+            self._vitals.start(self)
+        return super().train(*args, **kwargs)
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """As the parent's; stops on a loss that is not finite, before the optimiser uses it."""
+        loss = super().training_step(*args, **kwargs)
+        if not self._plain:
+            check_finite(self, "The loss", loss)
+        return loss
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
+        """As the parent's, counting what our loss is averaged over: pairs, rows or tokens of the whole step."""
+        samples, items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if self.loss is not None and samples:
+            counts = torch.as_tensor(
+                sum(self._read(inputs).count(self.loss.unit) for inputs in samples), device=device
+            )
+            items = self.accelerator.gather(counts).sum()  # pyright: ignore[reportAttributeAccessIssue]
+        return samples, items
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """The parent's loss, or ours: its values summed, over the number of pairs, rows or tokens of the step."""
+        if self.loss is None:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        batch = self._read(inputs)
+        at = ModelAt(model, self.accelerator.unwrap_model(model), batch, getattr(self, "ref_model", None))
+        values = self.loss(at, self._generator())
+        if num_items_in_batch is None:
+            total = values.sum() / batch.count(self.loss.unit)
+        else:  # counted over all processes, whose gradients are then averaged
+            total = values.sum() / num_items_in_batch * self.accelerator.num_processes
+        self._note(at, batch)
+        if return_outputs:
+            with torch.no_grad():
+                return total, model(**batch.inputs)
+        return total
+
+    def prediction_step(
+        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
+    ) -> Any:
+        """As the parent's; with our loss the batch need not have `labels`."""
+        if self.loss is None or not (prediction_loss_only or self.compute_metrics is None):
+            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            return self.compute_loss(model, inputs).detach(), None, None
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """As the parent's, with the margins at strength 1 and, in training, the state of the vectors."""
+        training = "loss" in logs
+        prefix = "" if training else "eval_"
+        if training or any(key.startswith("eval_") for key in logs):
+            for name, values in self._metrics_at_1.items():
+                everywhere: Any = self.accelerator.gather_for_metrics(torch.cat(values))
+                logs[prefix + name] = everywhere.mean().item()
+            self._metrics_at_1.clear()
+        if training and not self._plain:
+            logs.update(self._vitals.read(self.model))
+        super().log(logs, start_time)
+
+    # -- helpers ------------------------------------------------------------------------------------------------
+
+    def _read(self, inputs: dict[str, Any]) -> Batch:
+        assert self.loss is not None
+        batch = Batch.read(inputs)
+        if self.loss.pairs and not batch.pairs:
+            raise DataError(
+                f"{type(self.loss).__name__} compares chosen with rejected answers; the batch has no pairs."
+            )
+        return batch if self.loss.pairs or not batch.pairs else batch.chosen
+
+    def _note(self, at: ModelAt, batch: Batch) -> None:
+        seen = at.seen
+        if not batch.pairs or 1.0 not in seen:
+            return
+        policy = seen[1.0]
+        margin = (policy.chosen.logps - policy.rejected.logps).detach()
+        self._metrics_at_1["pair_accuracy"].append((margin > 0).float())
+        self._metrics_at_1["margin"].append(margin)
+        if 0.0 in seen:
+            base = seen[0.0]
+            self._metrics_at_1["margin_gain"].append(margin - (base.chosen.logps - base.rejected.logps))
+
+    def _generator(self) -> torch.Generator:
+        """Random numbers of this micro-batch: the same on every process, and after a resume."""
+        step, micro = self._micro_step
+        micro = micro + 1 if step == self.state.global_step else 0
+        self._micro_step = (self.state.global_step, micro)
+        key = f"{self.args.seed}/{self.state.global_step}/{micro}".encode()
+        return torch.Generator().manual_seed(int.from_bytes(hashlib.blake2b(key, digest_size=7).digest()))
+
+    def save_last_good(self) -> str:
+        """Save the model as it was before the bad step; return the folder."""
+        folder = os.path.join(str(self.args.output_dir), "last-good")
+        self.save_model(folder)
+        return folder
+
+
+def _adapter_values(model: Any) -> dict[str, Tensor]:
+    """Values of the steering vectors the model came with (TRL rounds them to bf16 on a quantised base)."""
+    if not isinstance(model, nn.Module):
+        return {}
+    return {
+        f"{name}.{key}": value.detach().clone()
+        for name, module in model.named_modules()
+        if isinstance(module, SteeringVectorLayer)
+        for key, value in module.named_parameters()
+    }
+
+
+@torch.no_grad()
+def _restore(model: nn.Module, values: dict[str, Tensor]) -> None:
+    _to_fp32(model)
+    for name, value in values.items():
+        model.get_parameter(name).copy_(value)
+
+
+def _to_fp32(model: nn.Module) -> None:
+    """Steering vectors are fp32 whatever the base: a bf16 vector stops moving when its step is below 1/256 of it."""
+    for layer in steering_layers(model):
+        for parameter in layer.parameters():
+            parameter.data = parameter.data.float()
+
+
+def _add_reference(model: PeftModel, parent: Any) -> None:
+    """Keep a frozen copy of the adapter that training continues, as TRL's DPO does by itself."""
+    if "ref_model" in inspect.signature(parent).parameters or REFERENCE_ADAPTER in model.peft_config:
+        return
+    active = str(model.active_adapter)
+    model.add_adapter(REFERENCE_ADAPTER, copy.deepcopy(model.peft_config[active]))
+    with torch.no_grad():
+        for name, parameter in list(model.named_parameters()):
+            if f".{active}." in name:
+                model.get_parameter(name.replace(f".{active}.", f".{REFERENCE_ADAPTER}.")).copy_(parameter)

@@ -1,0 +1,15 @@
+"""`trl.DPOTrainer` for steering vectors."""
+
+from trl import DPOTrainer
+
+from ._mixin import SteeringMixin
+
+
+class SteeringDPOTrainer(SteeringMixin, DPOTrainer):
+    """`trl.DPOTrainer` plus a default steering vector and `loss=` (see `SteeringMixin`). Data: preference pairs.
+
+    With `loss=None` the loss is TRL's own, as `DPOConfig.loss_type` says. Every loss of `steertune.losses` works here,
+    cross-entropy included (on the chosen answers), so arms of a comparison can share trainer and data.
+    """
+
+    takes_pairs = True

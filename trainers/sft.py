@@ -1,0 +1,11 @@
+"""`trl.SFTTrainer` for steering vectors."""
+
+from trl import SFTTrainer
+
+from ._mixin import SteeringMixin
+
+
+class SteeringSFTTrainer(SteeringMixin, SFTTrainer):
+    """`trl.SFTTrainer` plus a default steering vector and `loss=` (see `SteeringMixin`). Data: demonstrations."""
+
+    takes_pairs = False

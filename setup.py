@@ -10,7 +10,7 @@ FOLDERS = ("adapters", "losses", "trainers", "recipes")
 def subpackages(folder: str) -> dict[str, str]:
     """Import name -> directory, for one top-level folder and the packages below it."""
     found = {f"steertune.{folder}": folder}
-    for name in find_namespace_packages(folder):
+    for name in find_namespace_packages(folder, exclude=["*__pycache__*"]):
         found[f"steertune.{folder}.{name}"] = f"{folder}/{name.replace('.', '/')}"
     return found
 

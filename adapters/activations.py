@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
 import torch
 from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -49,13 +51,14 @@ def collect(
     Args:
         model: A transformers model, with or without adapters.
         batches: Batches as TRL's preference collator makes them: `input_ids`, `attention_mask` and
-            `completion_mask` of shape `(2 * pairs, tokens)`, the chosen answers first.
+            `completion_mask` of shape `(2 * pairs, tokens)`, the chosen answers first. `labels` (-100 on the prompt)
+            may stand in for `completion_mask`.
         layers: As in `SteeringVectorConfig`.
         site: As in `SteeringVectorConfig`.
         pool: Which tokens stand for an answer.
 
     Raises:
-        ValueError: no batches.
+        ValueError: no batches, or an answer without tokens.
     """
     if not batches:
         raise ValueError("No batches: a direction needs at least one contrast pair.")
@@ -77,7 +80,8 @@ def collect(
             for batch in tqdm(batches, desc="Collecting activations", disable=len(batches) < 4):
                 mask = batch["attention_mask"].to(device)
                 base(input_ids=batch["input_ids"].to(device), attention_mask=mask)
-                weights = _pool_weights(batch["completion_mask"].to(device), pool)
+                completion = batch["completion_mask"] if "completion_mask" in batch else batch["labels"] != -100
+                weights = _pool_weights(completion.to(device).long(), pool)
                 tokens += int(mask.sum())
                 for i in indices:
                     hidden = seen[i].float()
@@ -104,6 +108,8 @@ def _keep(seen: dict[int, Tensor], index: int, module: nn.Module, args: Any, out
 
 def _pool_weights(completion_mask: Tensor, pool: Pool) -> Tensor:
     """`(rows, tokens)` weights that sum to 1 over the tokens that stand for an answer."""
+    if not completion_mask.any(dim=1).all():
+        raise ValueError("An answer has no tokens, so it has no state: drop empty or truncated completions.")
     if pool == "last":
         column = torch.arange(completion_mask.shape[1], device=completion_mask.device)
         last = (completion_mask * (column + 1)).argmax(dim=1)
@@ -111,6 +117,15 @@ def _pool_weights(completion_mask: Tensor, pool: Pool) -> Tensor:
     return completion_mask / completion_mask.sum(dim=1, keepdim=True)
 
 
-def _adapters_off(model: nn.Module) -> AbstractContextManager[Any]:
-    """`model.disable_adapter()` when there are adapters."""
-    return model.disable_adapter() if isinstance(model, PeftModel) else nullcontext()
+@contextmanager
+def _adapters_off(model: nn.Module) -> Iterator[None]:
+    """No adapter works inside, whether PEFT or transformers' `add_adapter` put it there."""
+    kinds = (BaseTunerLayer, AuxiliaryTrainingWrapper)
+    working = [m for m in model.modules() if isinstance(m, kinds) and not m.disable_adapters]
+    for module in working:
+        module.enable_adapters(False)
+    try:
+        yield
+    finally:
+        for module in working:
+            module.enable_adapters(True)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeGuard, get_args
 
 from peft import PeftConfig, TaskType
 
@@ -85,7 +86,9 @@ class SteeringVectorConfig(PeftConfig):
         self._check_layers()
         self._check_norm()
         self._check_init()
-        if self.rank < 1 or (self.rank > 1 and self.form != "low_rank"):
+        if not isinstance(self.rank, int) or self.rank < 1:
+            raise ValueError(f"rank={self.rank!r} is not a whole number from 1.")
+        if self.rank > 1 and self.form != "low_rank":
             raise ValueError(f"rank={self.rank} with form={self.form!r}: rank > 1 is what form='low_rank' is for.")
 
     @property
@@ -108,35 +111,44 @@ class SteeringVectorConfig(PeftConfig):
     def _check_layers(self) -> None:
         layers = [self.layers] if isinstance(self.layers, int | float | str) else self.layers
         if not layers:
-            raise ValueError("layers=[] steers nothing. Give an index, a fraction of the depth, a list, or 'all'.")
+            raise ValueError(
+                f"layers={self.layers!r} steers nothing. Give an index, a fraction of the depth, a list, or 'all'."
+            )
         if self.layers == "all":
             return
         for layer in layers:
             if isinstance(layer, bool) or not isinstance(layer, int | float):
                 raise ValueError(f"layers={self.layers!r}: {layer!r} is neither an index, a fraction nor 'all'.")
-            if layer < 0 or (isinstance(layer, float) and layer >= 1):
+            if not layer >= 0 or (isinstance(layer, float) and layer >= 1):
                 raise ValueError(
                     f"layers={self.layers!r}: {layer!r} is out of range. Indices are whole numbers from 0 "
                     "(model.layers[i]); fractions of the depth are in [0, 1)."
                 )
 
     def _check_norm(self) -> None:
-        if self.norm in NORMS_WITH_VALUE and not (self.norm_value or 0) > 0:
-            raise ValueError(f"norm={self.norm!r} needs norm_value > 0, got {self.norm_value!r}.")
+        if self.norm in NORMS_WITH_VALUE and not (_is_finite(self.norm_value) and self.norm_value > 0):
+            raise ValueError(f"norm={self.norm!r} needs a finite norm_value > 0, got {self.norm_value!r}.")
         if self.norm not in NORMS_WITH_VALUE and self.norm_value is not None:
             raise ValueError(f"norm={self.norm!r} takes no norm_value, got {self.norm_value!r}. Remove it.")
         if self.norm in ("fixed", "relative"):
-            if self.init == "zeros":
+            if self.init == "zeros" or self.init_scale == 0:
                 raise ValueError(
-                    f"norm={self.norm!r} needs a direction to start from: set init='random' or a direction."
+                    f"norm={self.norm!r} needs a direction to start from, got init={self.init!r} times "
+                    f"init_scale={self.init_scale}: set init='random' or a direction."
                 )
             if self.form == "low_rank":
                 raise ValueError(f"norm={self.norm!r} is defined for one write vector, not for form='low_rank'.")
 
     def _check_init(self) -> None:
+        if not _is_finite(self.init_scale):
+            raise ValueError(f"init_scale={self.init_scale!r} is not a finite number.")
         if self.init_from_data:
             from .directions import names  # here: the registry reads a folder, which plain inits do not need
 
             if self.init not in names():
                 hint = did_you_mean(self.init, ["zeros", "random", *names()])
                 raise ValueError(f"init={self.init!r} is not 'zeros', 'random' or a direction {names()}.{hint}")
+
+
+def _is_finite(value: object) -> TypeGuard[float]:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -47,7 +47,8 @@ def check_fingerprint(expected: dict[str, Any], model: nn.Module) -> None:
 def _refuse(what: str) -> None:
     raise ValueError(
         f"This is not the adapter's base model: {what}. Load the right base, or, to transfer the vector on purpose, "
-        "read the config with SteeringVectorConfig.from_pretrained, set base_fingerprint=None and pass it as config=."
+        "read the config with SteeringVectorConfig.from_pretrained, set base_fingerprint=None (on another "
+        "architecture target_modules=None too) and pass it as config=."
     )
 
 

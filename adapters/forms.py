@@ -19,7 +19,7 @@ from .config import Form
 
 
 def change(form: Form, hidden: Tensor, v: Tensor, w: Tensor | None = None, b: Tensor | None = None) -> Tensor:
-    """The change of the residual stream at strength 1, in fp32.
+    """The change of the residual stream at strength 1, in fp32 (fp64 on an fp64 base).
 
     Args:
         form: One of the four forms.
@@ -34,8 +34,9 @@ def change(form: Form, hidden: Tensor, v: Tensor, w: Tensor | None = None, b: Te
     if form == "bias":
         return v
     assert w is not None and b is not None
-    d = v.shape[-1]
-    gate = hidden.float() @ w.reshape(-1, d).T + b
-    if form == "gated":
-        gate = torch.relu(gate)
-    return gate @ v.reshape(-1, d)
+    d, exact = v.shape[-1], torch.promote_types(hidden.dtype, torch.float32)
+    with torch.autocast(hidden.device.type, enabled=False):  # it would round both products to half precision
+        gate = hidden.to(exact) @ w.reshape(-1, d).T.to(exact) + b
+        if form == "gated":
+            gate = torch.relu(gate)
+        return gate @ v.reshape(-1, d).to(exact)

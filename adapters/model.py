@@ -61,7 +61,8 @@ class SteeringVectorModel(BaseTuner):
             boundary = next((other.boundary for other in layers), None) or PromptBoundary()
             layer = SteeringVectorLayer(text_config(self.model).hidden_size, _index_of(current_key), boundary)
             target.add_module(CHILD, layer)
-            layer.handle = target.register_forward_hook(layer.hook)
+            # first of all hooks: transformers' hidden-state capture stays once it was asked for, and would not see us
+            layer.handle = target.register_forward_hook(layer.hook, prepend=True)
         if peft_config.positions != "all":
             layer.boundary.watch(self.model)
         owners = [other for other in layers if other is not layer and adapter_name in other.config]
@@ -75,9 +76,14 @@ class SteeringVectorModel(BaseTuner):
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """As PEFT's. A given `state_dict` names our child modules, PEFT looks for the modules they hang on."""
         state_dict = kwargs.get("state_dict")
-        if state_dict is not None:
+        config: Any = self.peft_config[adapter_name]
+        if config.tied:  # the file holds one vector, the config says where else it works
+            kwargs["state_dict"] = None
+        elif state_dict is not None:
             kwargs["state_dict"] = {key.replace(f".{CHILD}.{self.prefix}", f".{self.prefix}"): 0 for key in state_dict}
         super().inject_adapter(model, adapter_name, *args, **kwargs)
+        # with `target_modules` given by hand only now known
+        config.layers = [layer.layer_index for layer in self._steering_layers() if adapter_name in layer.config]
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """As the base model's; everything it is given is the prompt (see `positions`)."""
@@ -90,20 +96,20 @@ class SteeringVectorModel(BaseTuner):
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         """PEFT's frame around `PeftModel.forward` and `.generate`: gives each row its adapter (`adapter_names=`)."""
         names = kwargs.get("adapter_names")
-        handles = [] if names is None else self._name_rows(names, kwargs.get("num_beams") or 1)
+        handles = [] if names is None else self._name_rows(names, _copies(kwargs))
         try:
             yield
         finally:
             for handle in handles:
                 handle.remove()
 
-    def _name_rows(self, names: list[str], beams: int) -> list[Any]:
+    def _name_rows(self, names: list[str], copies: int) -> list[Any]:
         if self.training:
             raise ValueError("adapter_names= is for inference: call model.eval() first.")
         known = {name for layer in self._steering_layers() for name in layer.config} | {BASE_ROW}
         if unknown := sorted(set(names) - known):
             raise ValueError(f"adapter_names: {unknown} are not adapters of this model, which has {sorted(known)}.")
-        rows = [name for name in names for _ in range(beams)]
+        rows = [name for name in names for _ in range(copies)]
         give = partial(_give_names, rows)
         steered = (SteeringVectorLayer, AuxiliaryTrainingWrapper)
         return [
@@ -133,6 +139,12 @@ class SteeringVectorModel(BaseTuner):
 
 def _give_names(rows: list[str], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return args, {**kwargs, "adapter_names": rows}
+
+
+def _copies(kwargs: dict[str, Any]) -> int:
+    """How often `generate` repeats every row: for beams or for several samples."""
+    config = kwargs.get("generation_config")
+    return max(kwargs.get(n) or getattr(config, n, None) or 1 for n in ("num_beams", "num_return_sequences"))
 
 
 def _index_of(name: str) -> int:

@@ -34,5 +34,6 @@ def cap(change: Tensor, limit: float) -> Tensor:
 
 def preserve(steered: Tensor, hidden: Tensor) -> Tensor:
     """Rescale each steered state to its old norm: `h' · |h| / |h'|` (ICV, Liu et al. 2311.06668, section 3)."""
-    old = torch.linalg.vector_norm(hidden.float(), dim=-1, keepdim=True)
-    return steered * (old / torch.linalg.vector_norm(steered, dim=-1, keepdim=True).clamp_min(_TINY))
+    exact = torch.promote_types(hidden.dtype, torch.float32)
+    old, new = (torch.linalg.vector_norm(states, dim=-1, keepdim=True, dtype=exact) for states in (hidden, steered))
+    return steered * (old / new.clamp_min(_TINY))

@@ -65,10 +65,11 @@ class PromptBoundary:
             return torch.full((rows,), self._past or columns, device=tokens.device)
         return None
 
-    def _last_real(self, end: Tensor, tokens: Tensor, attention_mask: Tensor | None) -> Tensor:
+    def _last_real(self, end: Tensor, tokens: Tensor, attention_mask: Any) -> Tensor:
         """Column of the last prompt token that is not padding (right-padded prompts end before column `end`)."""
         columns = tokens.shape[1]
-        if attention_mask is None or attention_mask.ndim != 2 or attention_mask.shape[1] != columns or self._past:
+        # a compiled cache brings a prepared 4-D mask, or a dictionary of them; prompts are padded on the left then
+        if not isinstance(attention_mask, Tensor) or attention_mask.shape != tokens.shape[:2] or self._past:
             return end - 1
         index = torch.arange(columns, device=tokens.device)
         real = attention_mask.bool() & (index < end[:, None])

@@ -6,6 +6,7 @@ from types import TracebackType
 
 from torch import nn
 
+from .checks import did_you_mean
 from .layer import SteeringVectorLayer
 
 
@@ -14,6 +15,9 @@ class set_strength:  # lower case: called like a function, and a context manager
 
     `set_strength(model, 2.0)` holds until the next call; `with set_strength(model, 2.0):` restores what was before.
     The strength is a setting of the running model, not of the saved adapter.
+
+    With gradient checkpointing and site `attention` or `mlp`, the backward pass runs the forward again: keep the
+    strength until it is done.
 
     Args:
         model: A model with steering vectors.
@@ -31,7 +35,9 @@ class set_strength:  # lower case: called like a function, and a context manager
         layers = [module for module in model.modules() if isinstance(module, SteeringVectorLayer)]
         names = {name for layer in layers for name in layer.config}
         if not names or (adapter_name is not None and adapter_name not in names):
-            raise ValueError(f"No steering vector {adapter_name or ''!r} to scale; the model has {sorted(names)}.")
+            which = "" if adapter_name is None else f" {adapter_name!r}"
+            hint = did_you_mean(adapter_name, names)
+            raise ValueError(f"No steering vector{which} to scale; the model has {sorted(names)}.{hint}")
         self._before = [(layer, dict(layer.strength)) for layer in layers]
         for layer in layers:
             for name in layer.config:

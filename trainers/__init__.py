@@ -9,18 +9,40 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ._at import ModelAt, scalable, scaled
+    from ._batch import Batch
+    from ._data import DataError, collator, tokenise
     from ._guard import NonFiniteError
     from .dpo import SteeringDPOTrainer
     from .sft import SteeringSFTTrainer
     from .trainer import SteeringTrainer
 
 _HOME = {
+    "Batch": "_batch",
+    "DataError": "_data",
+    "ModelAt": "_at",
     "NonFiniteError": "_guard",
     "SteeringDPOTrainer": "dpo",
     "SteeringSFTTrainer": "sft",
     "SteeringTrainer": "trainer",
+    "collator": "_data",
+    "scalable": "_at",
+    "scaled": "_at",
+    "tokenise": "_data",
 }
-__all__ = ["NonFiniteError", "SteeringDPOTrainer", "SteeringSFTTrainer", "SteeringTrainer"]
+__all__ = [
+    "Batch",
+    "DataError",
+    "ModelAt",
+    "NonFiniteError",
+    "SteeringDPOTrainer",
+    "SteeringSFTTrainer",
+    "SteeringTrainer",
+    "collator",
+    "scalable",
+    "scaled",
+    "tokenise",
+]
 
 
 def __getattr__(name: str) -> Any:

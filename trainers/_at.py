@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any
 
 import torch
@@ -46,8 +46,6 @@ class ModelAt:
         if strength not in self._seen:
             if strength == 0.0:
                 self._seen[strength] = self._reference()
-            elif strength == 1.0:
-                self._seen[strength] = token_logps(self.model, self.unwrapped, self.batch)
             else:
                 with scaled(self.unwrapped, strength):
                     self._seen[strength] = token_logps(self.model, self.unwrapped, self.batch)
@@ -59,6 +57,11 @@ class ModelAt:
         return dict(self._seen)
 
     def _reference(self) -> Outputs:
+        if self.batch.reference_logps is not None:
+            # known per row only; spread over its tokens, which leaves sums and means per row what they are
+            mask = self.batch.labels[:, 1:] != -100
+            per_token = self.batch.reference_logps / mask.sum(dim=1).clamp_min(1)
+            return Outputs(mask * per_token[:, None], mask)
         if self.reference_model is not None:
             with torch.no_grad(), _eval_mode(self.reference_model):
                 return token_logps(self.reference_model, self.reference_model, self.batch)
@@ -85,8 +88,9 @@ def scaled(model: nn.Module, strength: float) -> AbstractContextManager[Any]:
         ValueError: an adapter that cannot be scaled, or gradient checkpointing around it (the backward pass would
             recompute the forward at another strength).
     """
-    kinds = {type(layer) for layer in model.modules() if isinstance(layer, SteeringVectorLayer | LoraLayer)}
-    if not kinds:
+    if strength == 1.0:
+        return nullcontext()
+    if not scalable(model):
         raise ValueError(
             f"strength={strength} needs a steering vector or a LoRA to scale; other adapters have no scale."
         )
@@ -96,11 +100,16 @@ def scaled(model: nn.Module, strength: float) -> AbstractContextManager[Any]:
             "strength. Set gradient_checkpointing=False, or steer site='block'."
         )
     stack = ExitStack()
-    if any(issubclass(kind, SteeringVectorLayer) for kind in kinds):
+    if any(isinstance(layer, SteeringVectorLayer) for layer in model.modules()):
         stack.enter_context(set_strength(model, strength))
-    if any(issubclass(kind, LoraLayer) for kind in kinds):
+    if any(isinstance(layer, LoraLayer) for layer in model.modules()):
         stack.enter_context(rescale_adapter_scale(model, strength))
     return stack
+
+
+def scalable(model: nn.Module) -> bool:
+    """Whether the model's adapters have a strength: steering vectors and LoRA do."""
+    return any(isinstance(layer, SteeringVectorLayer | LoraLayer) for layer in model.modules())
 
 
 def _recomputed(model: nn.Module) -> bool:
@@ -125,16 +134,17 @@ def token_logps(model: nn.Module, unwrapped: nn.Module, batch: Batch) -> Outputs
         columns = mask.any(dim=0).nonzero().squeeze(1)
         kwargs["logits_to_keep"] = columns
         labels, mask = labels[:, columns], mask[:, columns]
-    with prompt_length(unwrapped, _first_label(batch.labels)):
+    with prompt_of(unwrapped, batch):
         logits = model(**batch.inputs, **kwargs).logits
     logits = logits[:, : labels.shape[1]].float()
     return Outputs(-F.cross_entropy(logits.transpose(1, 2), labels, ignore_index=-100, reduction="none"), mask)
 
 
-def _first_label(labels: Tensor) -> Tensor:
-    """Column where each row's completion starts; the row's length if it has none."""
-    labelled = labels != -100
-    return torch.where(labelled.any(dim=1), labelled.int().argmax(dim=1), labels.shape[1])
+def prompt_of(model: nn.Module, batch: Batch) -> AbstractContextManager[None]:
+    """Say where each row's completion starts (its first label; the row's length if it has none) to `positions`."""
+    labelled = batch.labels != -100
+    start = torch.where(labelled.any(dim=1), labelled.int().argmax(dim=1), batch.labels.shape[1])
+    return prompt_length(model, start)
 
 
 class _eval_mode:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 _NOT_FOR_THE_MODEL = {"labels", "completion_mask", "ref_chosen_logps", "ref_rejected_logps", "seq_lengths"}
@@ -19,11 +20,14 @@ class Batch:
         inputs: Keyword arguments of the model, every tensor `(rows, ...)`.
         labels: Token ids to predict, -100 elsewhere, `(rows, tokens)`.
         pairs: Whether the first half of the rows are chosen and the second half rejected answers.
+        reference_logps: Log-probability of each row's answer under the reference, `(rows,)`, if it was computed before
+            (`DPOConfig(precompute_ref_log_probs=True)`).
     """
 
     inputs: dict[str, Any]
     labels: Tensor
     pairs: bool
+    reference_logps: Tensor | None = None
 
     @classmethod
     def read(cls, inputs: Mapping[str, Any]) -> Batch:
@@ -35,7 +39,8 @@ class Batch:
         model_inputs = {k: v for k, v in inputs.items() if k not in _NOT_FOR_THE_MODEL}
         if "completion_mask" in inputs:
             labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, -100)
-            return cls(model_inputs, labels, pairs=True)
+            known = [inputs[k] for k in ("ref_chosen_logps", "ref_rejected_logps") if k in inputs]
+            return cls(model_inputs, labels, pairs=True, reference_logps=torch.cat(known) if known else None)
         if "labels" not in inputs:
             raise ValueError(f"A batch needs labels or completion_mask; this one has {sorted(inputs)}.")
         return cls(model_inputs, inputs["labels"], pairs=False)
@@ -45,7 +50,8 @@ class Batch:
         """The chosen half of a pair batch."""
         half = len(self.labels) // 2
         inputs = {k: v[:half] if isinstance(v, Tensor) else v for k, v in self.inputs.items()}
-        return Batch(inputs, self.labels[:half], pairs=False)
+        known = None if self.reference_logps is None else self.reference_logps[:half]
+        return Batch(inputs, self.labels[:half], pairs=False, reference_logps=known)
 
     def count(self, unit: Literal["example", "token"]) -> Tensor | int:
         """Number of examples (rows, or pairs), or of labelled tokens that have something before them."""

@@ -126,12 +126,27 @@ def tokenise(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: i
         from trl.data_utils import extract_prompt
 
         dataset = dataset.map(extract_prompt)
+    if wanted == ("conversations",):
+        from trl.data_utils import maybe_convert_to_chatml
+
+        dataset = dataset.map(maybe_convert_to_chatml, remove_columns="conversations")
     convert = _tokenise_pair if wanted in PAIR_FORMATS else _tokenise_row
     return dataset.map(
         lambda row: convert(row, tokenizer, max_length),
         remove_columns=dataset.column_names,
         desc="Tokenising",
     )
+
+
+def collator(tokenised: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int | None = None) -> Any:
+    """TRL's collator for rows that `tokenise` made."""
+    from trl.trainer.dpo_trainer import DataCollatorForPreference
+    from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+
+    pad: Any = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    if "chosen_ids" in tokenised.column_names:
+        return DataCollatorForPreference(pad_token_id=pad, max_length=max_length)
+    return DataCollatorForLanguageModeling(pad_token_id=pad)
 
 
 def _tokenise_pair(row: Row, tokenizer: PreTrainedTokenizerBase, max_length: int | None) -> dict[str, Any]:
@@ -200,5 +215,6 @@ def _check_answers(index: int, row: Row) -> None:
 
 def _text(value: Any) -> str:
     if isinstance(value, list):
-        return "".join(_text(m.get("content")) + str(m.get("tool_calls") or "") for m in value)
+        # messages, or the parts of one message
+        return "".join(_text(m.get("content") or m.get("text")) + str(m.get("tool_calls") or "") for m in value)
     return "" if value is None else str(value)

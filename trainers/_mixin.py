@@ -7,6 +7,7 @@ import hashlib
 import inspect
 import os
 from collections import defaultdict
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from transformers import Trainer, set_seed
 
 from ..adapters import SteeringVectorConfig, SteeringVectorLayer
 from ..losses import Loss, get_loss
-from ._at import REFERENCE_ADAPTER, ModelAt
+from ._at import REFERENCE_ADAPTER, ModelAt, prompt_of, scaled
 from ._batch import Batch
 from ._data import PAIR_FORMATS, DataError, check_rows, check_tokens
 from ._guard import FiniteGradients, check_finite
@@ -41,6 +42,8 @@ class SteeringMixin(Trainer):
     model: Any  # the parent's type allows None, which it is not after construction
     takes_pairs: bool | None = None
     """Whether the parent's data are preference pairs; None: it does not say."""
+    max_length: int | None = None
+    """Where rows are cut, if not at the `max_length` of the arguments."""
 
     def __init__(
         self, *args: Any, peft_config: PeftConfig | None = DEFAULT, loss: str | Loss | None = None, **kwargs: Any
@@ -53,8 +56,8 @@ class SteeringMixin(Trainer):
         continued = isinstance(given.get("model"), PeftModel)
         if peft_config is DEFAULT:
             peft_config = None if continued else SteeringVectorConfig()
-        self._metrics_at_1: dict[str, list[Tensor]] = defaultdict(list)
-        self._micro_step = (0, 0)
+        self._metrics_at_1: dict[str, dict[str, list[Tensor]]] = {"": defaultdict(list), "eval_": defaultdict(list)}
+        self._micro_step = 0
         if self._plain:
             parent(*bound.args, **bound.kwargs)
             return
@@ -68,7 +71,10 @@ class SteeringMixin(Trainer):
             _add_reference(given["model"], parent)
         parent(*bound.args, **bound.kwargs)
         _restore(self.model, adapter_values)
-        check_tokens(raw, self.train_dataset, getattr(self.args, "max_length", None), given.get("processing_class"))
+        keeps_end = getattr(self.args, "truncation_mode", None) == "keep_end"  # it cuts prompts, never all labels
+        limit = None if keeps_end else getattr(self.args, "max_length", self.max_length)
+        check_tokens(raw, self.train_dataset, limit, given.get("processing_class"))
+        _check_packing(self.model, self.train_dataset)
         if self.loss is not None:
             # the loss below is already an average over the whole optimiser step
             self.loss_is_scaled_for_ga = self.model_accepts_loss_kwargs = True
@@ -99,6 +105,10 @@ class SteeringMixin(Trainer):
         if parent_attaches:
             given["peft_config"] = config
             return
+        if given.get("model") is None:
+            raise ValueError("Give the model itself: an adapter cannot be put on what model_init makes later.")
+        if isinstance(given["model"], PeftModel):
+            raise ValueError("The model already has an adapter: leave peft_config out to train it.")
         set_seed(given["args"].seed if given.get("args") is not None else 42)
         given["model"] = get_peft_model(given["model"], config)
 
@@ -107,10 +117,14 @@ class SteeringMixin(Trainer):
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As the parent's, after computing an initial direction that needs data."""
         if not self._plain:
-            _to_fp32(self.model)
-            fill_missing_vectors(self)
+            self.initialise_vectors()
             self._vitals.start(self)
         return super().train(*args, **kwargs)
+
+    def initialise_vectors(self) -> None:
+        """Compute initial vectors that need data, as `train` does first: activation addition without training."""
+        _to_fp32(self.model)
+        fill_missing_vectors(self)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """As the parent's; stops on a loss that is not finite, before the optimiser uses it."""
@@ -121,6 +135,7 @@ class SteeringMixin(Trainer):
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
         """As the parent's, counting what our loss is averaged over: pairs, rows or tokens of the whole step."""
+        self._micro_step = 0
         samples, items = super().get_batch_samples(epoch_iterator, num_batches, device)
         if self.loss is not None and samples:
             counts = torch.as_tensor(
@@ -140,7 +155,11 @@ class SteeringMixin(Trainer):
         if self.loss is None:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         batch = self._read(inputs)
-        at = ModelAt(model, self.accelerator.unwrap_model(model), batch, getattr(self, "ref_model", None))
+        unwrapped = self.accelerator.unwrap_model(model)
+        if self.loss.scales:
+            with scaled(unwrapped, -1.0):  # refuse at the first step what only some of its draws would meet
+                pass
+        at = ModelAt(model, unwrapped, batch, getattr(self, "ref_model", None))
         values = self.loss(at, self._generator())
         if num_items_in_batch is None:
             total = values.sum() / batch.count(self.loss.unit)
@@ -148,7 +167,7 @@ class SteeringMixin(Trainer):
             total = values.sum() / num_items_in_batch * self.accelerator.num_processes
         self._note(at, batch)
         if return_outputs:
-            with torch.no_grad():
+            with torch.no_grad(), prompt_of(unwrapped, batch):
                 return total, model(**batch.inputs)
         return total
 
@@ -156,21 +175,30 @@ class SteeringMixin(Trainer):
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
     ) -> Any:
         """As the parent's; with our loss the batch need not have `labels`."""
-        if self.loss is None or not (prediction_loss_only or self.compute_metrics is None):
-            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        wants_outputs = self.compute_metrics is not None and not prediction_loss_only
+        if self.loss is None or (wants_outputs and (self.takes_pairs or "labels" in inputs)):
+            # one of the parent's forward passes has no labels, which would say where the prompt ends
+            known = not self._plain and {"labels", "completion_mask"} & set(inputs)
+            with prompt_of(self.model, Batch.read(inputs)) if known else nullcontext():
+                return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             return self.compute_loss(model, inputs).detach(), None, None
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """As the parent's; every evaluation draws the same random numbers."""
+        self._micro_step = 0
+        return super().evaluation_loop(*args, **kwargs)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As the parent's, with the margins at strength 1 and, in training, the state of the vectors."""
         training = "loss" in logs
         prefix = "" if training else "eval_"
         if training or any(key.startswith("eval_") for key in logs):
-            for name, values in self._metrics_at_1.items():
+            for name, values in self._metrics_at_1[prefix].items():
                 everywhere: Any = self.accelerator.gather_for_metrics(torch.cat(values))
                 logs[prefix + name] = everywhere.mean().item()
-            self._metrics_at_1.clear()
+            self._metrics_at_1[prefix].clear()
         if training and not self._plain:
             logs.update(self._vitals.read(self.model))
         super().log(logs, start_time)
@@ -191,19 +219,19 @@ class SteeringMixin(Trainer):
         if not batch.pairs or 1.0 not in seen:
             return
         policy = seen[1.0]
+        metrics = self._metrics_at_1["" if self.model.training else "eval_"]
         margin = (policy.chosen.logps - policy.rejected.logps).detach()
-        self._metrics_at_1["pair_accuracy"].append((margin > 0).float())
-        self._metrics_at_1["margin"].append(margin)
+        metrics["pair_accuracy"].append((margin > 0).float())
+        metrics["margin"].append(margin)
         if 0.0 in seen:
             base = seen[0.0]
-            self._metrics_at_1["margin_gain"].append(margin - (base.chosen.logps - base.rejected.logps))
+            metrics["margin_gain"].append(margin - (base.chosen.logps - base.rejected.logps))
 
     def _generator(self) -> torch.Generator:
-        """Random numbers of this micro-batch: the same on every process, and after a resume."""
-        step, micro = self._micro_step
-        micro = micro + 1 if step == self.state.global_step else 0
-        self._micro_step = (self.state.global_step, micro)
-        key = f"{self.args.seed}/{self.state.global_step}/{micro}".encode()
+        """Random numbers of this micro-batch: the same on every process, after a resume, and in every evaluation."""
+        step = self.state.global_step if self.model.training else "eval"
+        key = f"{self.args.seed}/{step}/{self._micro_step}".encode()
+        self._micro_step += 1
         return torch.Generator().manual_seed(int.from_bytes(hashlib.blake2b(key, digest_size=7).digest()))
 
     def save_last_good(self) -> str:
@@ -230,6 +258,14 @@ def _restore(model: nn.Module, values: dict[str, Tensor]) -> None:
     _to_fp32(model)
     for name, value in values.items():
         model.get_parameter(name).copy_(value)
+
+
+def _check_packing(model: nn.Module, dataset: Any) -> None:
+    """Raise a DataError when packed rows, which hold several prompts, meet vectors that depend on where one ends."""
+    packed = "seq_lengths" in (getattr(dataset, "column_names", None) or [])
+    for config in (config for layer in steering_layers(model) for config in layer.config.values()):
+        if packed and config.positions != "all":
+            raise DataError(f"positions={config.positions!r} needs one prompt in a row. Set packing=False.")
 
 
 def _to_fp32(model: nn.Module) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from ..adapters import SteeringVectorLayer, directions
+from ..adapters.config import Layers, Site
 
 if TYPE_CHECKING:
     from ._mixin import SteeringMixin
@@ -42,8 +43,7 @@ def fill_missing_vectors(trainer: SteeringMixin) -> None:
                 trainer.model, name
             )
         elif config.norm == "relative" and not config.residual_norms:
-            batches = first_batches(trainer, 2 * _ROWS)
-            norms = directions.collect(trainer.model, batches, config.layers, config.site).residual_norms
+            norms = residual_norms(trainer, config.layers, config.site, 2 * _ROWS)
             config.residual_norms = {str(layer): norm for layer, norm in norms.items()}
 
 
@@ -53,13 +53,30 @@ def pair_batches(trainer: SteeringMixin, limit: int | None = None) -> list[Mappi
     return batches if batches and "completion_mask" in batches[0] else None
 
 
+def residual_norms(trainer: SteeringMixin, layers: Layers, site: Site, limit: int) -> dict[int, float]:
+    """Mean norm of the base model's residual stream on the first `limit` training examples; empty for a stream."""
+    batches = [_as_pairs(batch) for batch in first_batches(trainer, limit)]
+    return directions.collect(trainer.model, batches, layers, site).residual_norms if batches else {}
+
+
+def _as_pairs(batch: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Pairs as they are; demonstrations twice, because `collect` reads pairs. The mean norm stays the same."""
+    if "completion_mask" in batch:
+        return batch
+    ids = batch["input_ids"]
+    mask = batch.get("attention_mask", torch.ones_like(ids))  # packed rows have none
+    twice = {"input_ids": ids, "attention_mask": mask, "completion_mask": mask}
+    return {name: torch.cat([value, value]) for name, value in twice.items()}
+
+
 def first_batches(trainer: SteeringMixin, limit: int | None = None) -> list[Mapping[str, Any]]:
     """The first `limit` training examples (all if None), collated."""
     dataset: Any = trainer.train_dataset
     if dataset is None or not hasattr(dataset, "__len__"):
         return []
     rows = [dataset[i] for i in range(min(len(dataset), limit or len(dataset)))]
-    return [trainer.data_collator(rows[i : i + _ROWS]) for i in range(0, len(rows), _ROWS)]
+    size = 1 if rows and "seq_lengths" in rows[0] else _ROWS  # packed rows are full already
+    return [trainer.data_collator(rows[i : i + size]) for i in range(0, len(rows), size)]
 
 
 def _steering_configs(model: nn.Module) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..adapters import directions
-from ._start import first_batches, pair_batches, steering_layers
+from ._start import pair_batches, residual_norms, steering_layers
 
 if TYPE_CHECKING:
     from ._mixin import SteeringMixin
@@ -36,8 +36,8 @@ class VectorVitals:
         if pairs:
             direction = directions.compute("mean_difference", trainer.model, pairs, layers, config.site)
             self._mean_difference, self._residual_norms = direction.vectors, direction.residual_norms
-        elif batches := first_batches(trainer, _EXAMPLES):
-            self._residual_norms = directions.collect(trainer.model, batches, layers, config.site).residual_norms
+        else:
+            self._residual_norms = residual_norms(trainer, layers, config.site, _EXAMPLES)
 
     def read(self, model: nn.Module) -> dict[str, float]:
         """The numbers to log; empty for a model without steering vectors."""

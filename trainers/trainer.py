@@ -5,10 +5,10 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
 
-from ._data import PAIR_FORMATS, TOKENISED_FORMATS, DataError, tokenise
+from ._data import PAIR_FORMATS, TOKENISED_FORMATS, DataError, collator, tokenise
 from ._mixin import SteeringMixin
 
 _NO_LIMIT = 10**6  # tokenizers without a maximum length say 10**30
@@ -28,10 +28,10 @@ class SteeringTrainer(SteeringMixin, Trainer):
             return wanted
         if wanted in PAIR_FORMATS and self.loss is None:
             raise DataError("Trainer has no loss for pairs (chosen, rejected): give one, such as loss='dpo'.")
-        limit = tokenizer.model_max_length if tokenizer.model_max_length < _NO_LIMIT else None
+        limit = self.max_length = tokenizer.model_max_length if tokenizer.model_max_length < _NO_LIMIT else None
         for name in ("train_dataset", "eval_dataset"):
             given[name] = _tokenise_all(given.get(name), tokenizer, limit)
-        given["data_collator"] = _collator(wanted in PAIR_FORMATS, tokenizer, limit)
+        given["data_collator"] = collator(given["train_dataset"], tokenizer, limit)
         # every column is for the collator; the parent would drop those that are not arguments of the model
         given["args"] = copy.copy(given.get("args") or TrainingArguments())
         given["args"].remove_unused_columns = False
@@ -41,14 +41,6 @@ class SteeringTrainer(SteeringMixin, Trainer):
 def _tokenise_all(data: Any, tokenizer: PreTrainedTokenizerBase, limit: int | None) -> Any:
     if isinstance(data, dict):
         return {name: _tokenise_all(part, tokenizer, limit) for name, part in data.items()}
+    if isinstance(data, IterableDataset):
+        raise DataError("SteeringTrainer tokenises a Dataset, not a stream. Use SteeringDPOTrainer or SteeringSFTTrainer.")
     return tokenise(data, tokenizer, limit) if isinstance(data, Dataset) else data
-
-
-def _collator(pairs: bool, tokenizer: PreTrainedTokenizerBase, limit: int | None) -> Any:
-    from trl.trainer.dpo_trainer import DataCollatorForPreference
-    from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
-
-    pad: Any = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    if pairs:
-        return DataCollatorForPreference(pad_token_id=pad, max_length=limit)
-    return DataCollatorForLanguageModeling(pad_token_id=pad)

@@ -1,0 +1,1 @@
+"""What people run: each recipe is a module with `main(argv=None)`."""

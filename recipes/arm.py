@@ -1,0 +1,194 @@
+"""An arm: one TOML file that says what is trained, on what and how. Every key can be overridden on the command line.
+
+Keys and types are checked before anything is loaded; an unknown key is an error that names the nearest valid one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import tomllib
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, Literal, get_type_hints
+
+from peft import PeftConfig, get_peft_config
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from pydantic import BaseModel, Field, TypeAdapter, ValidationError
+from pydantic.errors import PydanticSchemaGenerationError, PydanticUndefinedAnnotation
+
+import steertune.adapters  # noqa: F401  registers the method with PEFT
+from steertune.losses import Loss, get_loss
+
+ARMS = Path(__file__).parent / "arms"
+UPSTREAM = "upstream"  # the loss of TRL's own trainer
+
+
+class ArmError(ValueError):
+    """A key or value of an arm is wrong; the message names it and what is valid."""
+
+
+class ModelTable(BaseModel, extra="forbid"):
+    """`[model]`: `embedded`, a Hub name, or a local folder."""
+
+    name: str = "embedded"
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    revision: str | None = None
+    threads: int | None = Field(default=None, ge=1)
+
+
+class DataTable(BaseModel, extra="forbid"):
+    """`[data]`: an embedded task, a Hub name, or a local file or folder (json, jsonl, csv, parquet)."""
+
+    name: str
+    train: int = Field(default=32, ge=1)
+    test: int = Field(default=40, ge=1)
+    train_split: str = "train"
+    test_split: str = "test"
+    seed: int = 0
+
+
+class EvaluationTable(BaseModel, extra="forbid"):
+    """`[evaluation]`: what the page at the end shows."""
+
+    strengths: list[float] = [-1.0, 0.0, 0.5, 1.0, 2.0]
+    generations: int = Field(default=3, ge=0)
+    new_tokens: int = Field(default=40, ge=1)
+    batch_size: int = Field(default=8, ge=1)
+
+
+class OutputTable(BaseModel, extra="forbid"):
+    """`[output]`: where the run is kept."""
+
+    folder: str | None = None
+
+
+class Arm(BaseModel, extra="forbid"):
+    """A whole arm.
+
+    `adapter.type` is any PEFT method in lower case or `none` (full finetuning); `loss.name` is a file of `losses/` or
+    `upstream`; `[trainer]` takes every field of TRL's `DPOConfig` (pairs) or `SFTConfig` (demonstrations).
+    """
+
+    name: str
+    model: ModelTable = ModelTable()
+    data: DataTable
+    adapter: dict[str, Any] = {"type": "steering_vector"}
+    loss: dict[str, Any] = {"name": "dpo"}
+    trainer: dict[str, Any] = {}
+    evaluation: EvaluationTable = EvaluationTable()
+    output: OutputTable = OutputTable()
+
+    def peft_config(self) -> PeftConfig | None:
+        """The adapter's configuration; None for full finetuning."""
+        options = dict(self.adapter)
+        kind = str(options.pop("type", "steering_vector"))
+        if kind == "none":
+            _known("adapter", options, [])
+            return None
+        kinds = {str(name.value).lower(): config for name, config in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
+        if kind not in kinds:
+            raise ArmError(f"adapter.type={kind!r} is no PEFT method.{_nearest(kind, [*kinds, 'none'])}")
+        _known("adapter", options, [f.name for f in dataclasses.fields(kinds[kind])])
+        _typed("adapter", options, kinds[kind])
+        return get_peft_config({"peft_type": kind.upper(), "task_type": "CAUSAL_LM", **options})
+
+    def loss_object(self) -> Loss | None:
+        """The loss; None for TRL's own."""
+        options = dict(self.loss)
+        name = str(options.pop("name", "dpo"))
+        if name == UPSTREAM:
+            _known("loss", options, [])
+            return None
+        return get_loss(name, **options)
+
+    def training_arguments(self, kind: type, folder: str, **defaults: Any) -> Any:
+        """`kind(output_dir=folder, **[trainer])`, its keys and types checked."""
+        _known("trainer", self.trainer, [f.name for f in dataclasses.fields(kind)])
+        _typed("trainer", self.trainer, kind)
+        return kind(output_dir=folder, **{**defaults, **self.trainer})
+
+
+def load_arm(file: str | Path, overrides: Sequence[str] = ()) -> Arm:
+    """Read an arm and apply `--table.key value` (or `--table.key=value`) overrides, values written as in TOML.
+
+    `file` is a path, or the name of a file in `recipes/arms/`.
+
+    Raises:
+        ArmError: no such arm, broken TOML, an unknown key, a value of the wrong type.
+    """
+    path = Path(file) if Path(file).suffix == ".toml" else ARMS / f"{file}.toml"
+    if not path.is_file():
+        known = sorted(p.stem for p in ARMS.glob("*.toml"))
+        raise ArmError(f"No arm {str(file)!r}: neither a .toml file nor one of {known}.{_nearest(str(file), known)}")
+    try:
+        tables = tomllib.loads(path.read_text(encoding="utf-8"))
+    except tomllib.TOMLDecodeError as error:
+        raise ArmError(f"{path} is not valid TOML: {error}") from error
+    for key, value in _pairs(overrides):
+        _put(tables, key, value)
+    tables.setdefault("name", path.stem)
+    _known_tables(tables)
+    try:
+        arm = Arm(**tables)
+    except ValidationError as error:
+        raise ArmError("; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())) from error
+    arm.peft_config()
+    arm.loss_object()
+    return arm
+
+
+def _pairs(words: Sequence[str]) -> Iterable[tuple[str, Any]]:
+    words = list(words)
+    while words:
+        word = words.pop(0)
+        if not word.startswith("--"):
+            raise ArmError(f"{word!r}: overrides are written --table.key value.")
+        key, equals, value = word[2:].partition("=")
+        if not equals:
+            if not words:
+                raise ArmError(f"--{key} has no value.")
+            value = words.pop(0)
+        try:
+            yield key, tomllib.loads(f"value = {value}")["value"]
+        except tomllib.TOMLDecodeError:
+            yield key, value  # a bare word is a string
+
+
+def _put(tables: dict[str, Any], key: str, value: Any) -> None:
+    *path, last = key.split(".")
+    for name in path:
+        tables = tables.setdefault(name, {})
+    tables[last] = value
+
+
+def _known_tables(tables: dict[str, Any]) -> None:
+    fields = Arm.model_fields
+    _known("arm", tables, list(fields))
+    for name, table in tables.items():
+        kind = fields[name].annotation
+        if isinstance(kind, type) and issubclass(kind, BaseModel) and isinstance(table, dict):
+            _known(name, table, list(kind.model_fields))
+
+
+def _known(table: str, keys: Iterable[str], allowed: list[str]) -> None:
+    for key in keys:
+        if key not in allowed:
+            raise ArmError(f"Unknown key {key!r} in [{table}].{_nearest(key, allowed)}")
+
+
+def _nearest(value: str, allowed: list[str]) -> str:
+    near = difflib.get_close_matches(value, allowed, n=1, cutoff=0.4)
+    return f" Did you mean {near[0]!r}?" if near else ""
+
+
+def _typed(table: str, options: dict[str, Any], kind: type) -> None:
+    """Check values against the annotations of a dataclass, which itself keeps a string where a number belongs."""
+    hints = get_type_hints(kind)
+    for key, value in options.items():
+        try:
+            TypeAdapter(hints[key]).validate_python(value)
+        except (PydanticSchemaGenerationError, PydanticUndefinedAnnotation):
+            continue  # an annotation that pydantic does not know
+        except ValidationError as error:
+            raise ArmError(f"{table}.{key}={value!r}: {error.errors()[0]['msg']}.") from error

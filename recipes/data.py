@@ -1,0 +1,64 @@
+"""Models and data by name: embedded, from the Hub, or a local path."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset, load_dataset
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from steertune.recipes import embedded
+from steertune.recipes.arm import ArmError, DataTable, ModelTable
+
+_BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
+
+
+def load_model(table: ModelTable) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Model in evaluation mode, and tokenizer. `trust_remote_code` stays off."""
+    dtype = getattr(torch, table.dtype)
+    if table.name == "embedded":
+        return embedded.load_model(dtype), embedded.load_tokenizer()
+    model: Any = AutoModelForCausalLM.from_pretrained(table.name, revision=table.revision, dtype=dtype)
+    return model.eval(), AutoTokenizer.from_pretrained(table.name, revision=table.revision)
+
+
+def load_splits(table: DataTable) -> tuple[Dataset, Dataset]:
+    """Training examples (the first `train` rows after shuffling by `seed`, so that smaller sets are subsets of larger
+    ones) and test examples (the first `test` rows, the same for every seed).
+
+    Raises:
+        ArmError: an unknown name, a missing split, too few rows.
+    """
+    train, test = (_load(table.name, split) for split in (table.train_split, table.test_split))
+    for rows, asked, split in ((train, table.train, table.train_split), (test, table.test, table.test_split)):
+        if len(rows) < asked:
+            raise ArmError(f"data.{split}: {asked} rows asked, {table.name!r} has {len(rows)}. Ask for fewer.")
+    return train.shuffle(seed=table.seed).select(range(table.train)), test.select(range(table.test))
+
+
+def _load(name: str, split: str) -> Dataset:
+    path = embedded.TASKS / name if name in embedded.task_names() else Path(name)
+    if path.is_dir():
+        files = [p for p in sorted(path.iterdir()) if p.suffix in _BUILDERS and split in p.stem.split(".")]
+        if len(files) != 1:
+            raise ArmError(
+                f"data.name={name!r}: one file for split {split!r} expected, found {[p.name for p in files]}."
+            )
+        path = files[0]
+    if path.is_file():
+        if path.suffix not in _BUILDERS:
+            raise ArmError(f"{path} is none of {sorted(_BUILDERS)}.")
+        loaded: Any = load_dataset(_BUILDERS[path.suffix], data_files=str(path), split="train")
+        return loaded
+    if path.suffix in _BUILDERS or name.startswith((".", "/")):
+        raise ArmError(f"data.name={name!r}: no such file or folder. Embedded tasks: {embedded.task_names()}.")
+    try:
+        loaded = load_dataset(name, split=split)
+    except Exception as error:
+        tasks = embedded.task_names()
+        raise ArmError(
+            f"data.name={name!r} is no embedded task {tasks}, no path, and the Hub says: {error}"
+        ) from error
+    return loaded

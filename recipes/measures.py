@@ -1,0 +1,112 @@
+"""What a trained adapter does: preference on held-out pairs, distance from the base model, free generations."""
+
+from __future__ import annotations
+
+import json
+import math
+import resource
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from datasets import Dataset
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from steertune.trainers import Batch, ModelAt, collator, tokenise
+
+NEUTRAL = Path(__file__).parent / "neutral.jsonl"
+
+
+@torch.no_grad()
+def pair_margins(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    pairs: Dataset,
+    strengths: Sequence[float],
+    batch_size: int = 8,
+) -> dict[float, Tensor]:
+    """`log p(chosen) - log p(rejected)` in nats per held-out pair, at each strength: strength -> `(pairs,)`."""
+    margins: dict[float, list[Tensor]] = {s: [] for s in strengths}
+    with tqdm(total=len(pairs) * len(strengths), desc="Held-out pairs", unit="pair") as bar:
+        for batch in batches(tokenizer, pairs, max(1, batch_size // 2)):
+            at = ModelAt(model, model, batch)
+            for strength in strengths:
+                outputs = at(strength)
+                margins[strength].append((outputs.chosen.logps - outputs.rejected.logps).cpu())
+                bar.update(len(outputs.mask) // 2)
+    return {strength: torch.cat(values) for strength, values in margins.items()}
+
+
+def batches(tokenizer: PreTrainedTokenizerBase, data: Dataset, size: int) -> list[Batch]:
+    """Pairs or demonstrations, tokenised and collated as TRL does, `size` a batch."""
+    tokenised = tokenise(data, tokenizer)
+    collate, rows = collator(tokenised, tokenizer), tokenised.to_list()
+    return [Batch.read(collate(rows[i : i + size])) for i in range(0, len(rows), size)]
+
+
+def neutral_rows() -> list[dict[str, Any]]:
+    """Everyday questions and answers that no behaviour is about."""
+    return [json.loads(line) for line in NEUTRAL.read_text(encoding="utf-8").splitlines()]
+
+
+@torch.no_grad()
+def neutral_logps(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[tuple[Tensor, Tensor]]:
+    """Per neutral answer, log-probabilities of every token `(tokens, vocabulary)` and the true tokens `(tokens,)`."""
+    found = []
+    for row in tokenise(Dataset.from_list(neutral_rows()), tokenizer).to_list():
+        labels = torch.tensor([row["labels"]], device=model.device)
+        kept = labels[0, 1:] != -100
+        logits = model(input_ids=torch.tensor([row["input_ids"]], device=model.device), labels=labels).logits[0, :-1]
+        found.append((F.log_softmax(logits[kept].float(), dim=-1).cpu(), labels[0, 1:][kept].cpu()))
+    return found
+
+
+def side_effects(steered: list[tuple[Tensor, Tensor]], base: list[tuple[Tensor, Tensor]]) -> dict[str, float]:
+    """What the adapter does to text it should leave alone.
+
+    Args:
+        steered: `neutral_logps` of the trained model.
+        base: `neutral_logps` of the base model.
+
+    Returns:
+        `kl`: mean KL(steered || base) per token, in nats; `perplexity` and `base_perplexity` of the neutral answers.
+    """
+    tokens = sum(len(targets) for _, targets in base)
+    pairs = zip(steered, base, strict=True)
+    kl = sum(float((ours.exp() * (ours - theirs)).sum()) for (ours, _), (theirs, _) in pairs)
+    return {"kl": kl / tokens, "perplexity": _perplexity(steered), "base_perplexity": _perplexity(base)}
+
+
+def _perplexity(rows: list[tuple[Tensor, Tensor]]) -> float:
+    nll = sum(float(F.nll_loss(logps, targets, reduction="sum")) for logps, targets in rows)
+    return math.exp(nll / sum(len(targets) for _, targets in rows))
+
+
+@torch.no_grad()
+def generate(model: Any, tokenizer: Any, prompts: Sequence[Any], new_tokens: int) -> list[str]:
+    """Greedy answers to prompts (strings or lists of messages), generated as one left-padded batch."""
+    chat = not isinstance(prompts[0], str)
+    texts = [
+        tokenizer.apply_chat_template(p, add_generation_prompt=True, tokenize=False) if chat else p for p in prompts
+    ]
+    side, tokenizer.padding_side = tokenizer.padding_side, "left"
+    try:
+        inputs = tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=not chat).to(model.device)
+    finally:
+        tokenizer.padding_side = side
+    out = model.generate(**inputs, max_new_tokens=new_tokens, do_sample=False, pad_token_id=tokenizer.eos_token_id)
+    new = out[:, inputs["input_ids"].shape[1] :]
+    return [text.strip() for text in tokenizer.batch_decode(new, skip_special_tokens=True)]
+
+
+def peak_memory_gb() -> float:
+    """Peak memory of the process, or of the GPU where there is one, in GB."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 1e9
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 1e9 if sys.platform == "darwin" else peak / 1e6

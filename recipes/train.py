@@ -1,0 +1,282 @@
+"""Train one arm and see what it did.
+
+    accelerate launch recipes/train.py
+    accelerate launch -m steertune.recipes.train bias_dpo --data.name my_pairs.jsonl --adapter.layers 12
+
+Ends with a page: preference on held-out pairs before, after and at other strengths, side effects, generations, cost.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import os
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from datasets import Dataset
+from transformers import TrainerCallback, set_seed
+from transformers.trainer_utils import get_last_checkpoint
+
+from steertune.recipes.arm import Arm, ArmError, load_arm
+from steertune.recipes.data import load_model, load_splits
+from steertune.recipes.measures import (
+    batches,
+    generate,
+    neutral_logps,
+    pair_margins,
+    peak_memory_gb,
+    side_effects,
+)
+from steertune.recipes.page import strength_plot, write_page
+from steertune.trainers import DataError, ModelAt, scalable, scaled
+
+DEFAULT_ARM = "bias_dpo"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="train", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument(
+        "arm", nargs="?", default=DEFAULT_ARM, help=f"a .toml file or a name in recipes/arms/ ({DEFAULT_ARM})"
+    )
+    known, overrides = parser.parse_known_args(argv)
+    try:
+        run(load_arm(known.arm, overrides))
+    except (ArmError, DataError, FileNotFoundError, FileExistsError) as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def run(arm: Arm) -> dict[str, Any]:
+    """Train and evaluate an arm in its output folder; return what `result.json` holds.
+
+    A run that was interrupted goes on at its last checkpoint; a folder with another arm or a finished run is refused.
+
+    Raises:
+        ArmError: the folder holds something else.
+    """
+    started = time.monotonic()
+    state = PartialState()
+    set_threads(arm.model.threads)
+    folder = Path(arm.output.folder or f"runs/{arm.name}-{arm.data.name.strip('./').replace('/', '-')}")
+    _claim(folder, arm, state.is_main_process)
+    set_seed(arm.data.seed)
+    train, test = load_splits(arm.data)
+    model, tokenizer = load_model(arm.model)
+    say = print if state.is_main_process else (lambda *_: None)
+    say(_plan(arm, model, tokenizer, train, test, state.num_processes))
+
+    before = _look(arm, model, tokenizer, test, [1.0])
+    trainer = make_trainer(arm, model, tokenizer, train, folder)
+    seconds = fit(trainer, folder)
+    model = trainer.accelerator.unwrap_model(trainer.model).eval()
+    if state.is_main_process:
+        trainer.save_model(str(folder / "adapter"))
+    others = [s for s in arm.evaluation.strengths if s not in (0.0, 1.0)] if scalable(model) else []
+    after = _look(arm, model, tokenizer, test, [1.0, *others])
+    result = _result(arm, train, test, before, after)
+    result["cost"] = {
+        "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "steps": trainer.state.global_step,
+        "train_seconds": seconds,
+        "total_seconds": time.monotonic() - started,
+        "peak_memory_gb": peak_memory_gb(),
+        "processes": state.num_processes,
+    }
+    result["use"] = _use(arm, folder)
+    if state.is_main_process:
+        if result["strengths"]:
+            strength_plot(result["strengths"], folder / "strengths.png")
+        page = write_page(folder, result)
+        write_whole(folder / "result.json", json.dumps(result, indent=2))  # last: it says that the run is finished
+        say(f"\n{page.read_text(encoding='utf-8')}\nThis page: {page}")
+    return result
+
+
+@dataclass(frozen=True)
+class Look:
+    """A model seen at some strengths: pair margins, answers to the first test prompts, and neutral text at 1."""
+
+    margins: dict[float, torch.Tensor]
+    answers: dict[float, list[str]]
+    neutral: list[tuple[torch.Tensor, torch.Tensor]]
+
+
+def _look(arm: Arm, model: Any, tokenizer: Any, test: Dataset, strengths: list[float]) -> Look:
+    prompts = _prompts(arm, test)
+    answers = {}
+    for strength in [s for s in strengths if s in (1.0, -1.0)] if prompts else []:
+        with scaled(model, strength):
+            answers[strength] = generate(model, tokenizer, prompts, arm.evaluation.new_tokens)
+    margins = {}
+    if "chosen" in test.column_names:
+        margins = pair_margins(model, tokenizer, test, strengths, arm.evaluation.batch_size)
+    return Look(margins, answers, neutral_logps(model, tokenizer))
+
+
+def _prompts(arm: Arm, test: Dataset) -> list[Any]:
+    return test["prompt"][: arm.evaluation.generations] if "prompt" in test.column_names else []
+
+
+def _result(arm: Arm, train: Dataset, test: Dataset, before: Look, after: Look) -> dict[str, Any]:
+    margins = {**({0.0: before.margins[1.0]} if before.margins else {}), **after.margins}
+    answers = {"base": before.answers.get(1.0, [])}
+    answers |= {f"strength {s:g}": texts for s, texts in after.answers.items()}
+    prompts = [p if isinstance(p, str) else p[-1]["content"] for p in _prompts(arm, test)]
+    return {
+        "name": arm.name,
+        "what": f"{arm.adapter}, loss {arm.loss}, {len(train)} examples of {arm.data.name}, base {arm.model.name}.",
+        "test_examples": len(test),
+        "strengths": [_row(s, margins[s], margins[0.0]) for s in sorted(margins)],
+        "side_effects": side_effects(after.neutral, before.neutral),
+        "generations": [{"prompt": p, **{k: v[i] for k, v in answers.items()}} for i, p in enumerate(prompts)],
+    }
+
+
+def _claim(folder: Path, arm: Arm, main_process: bool) -> None:
+    config = arm.model_dump_json(indent=2)
+    file = folder / "config.json"
+    if (folder / "result.json").exists():
+        raise ArmError(f"{folder} holds a finished run ({folder / 'page.md'}). Choose another --output.folder.")
+    if file.exists() and file.read_text(encoding="utf-8") != config:
+        raise ArmError(
+            f"{folder} holds an unfinished run of another arm. Choose another --output.folder, or delete it."
+        )
+    if main_process:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_whole(file, config)
+
+
+def write_whole(file: Path, text: str) -> None:
+    """Write the whole file or nothing."""
+    part = file.with_name(file.name + ".part")
+    part.write_text(text, encoding="utf-8")
+    os.replace(part, file)
+
+
+def _plan(arm: Arm, model: Any, tokenizer: Any, train: Dataset, test: Dataset, processes: int) -> str:
+    """What will be done, and how long it will take, from one timed forward pass."""
+    pairs = max(1, arm.evaluation.batch_size // 2)
+    [batch] = batches(tokenizer, test.select(range(min(pairs, len(test)))), pairs)
+    with torch.no_grad():
+        ModelAt(model, model, batch)(1.0)  # the first pass warms up
+        start = time.monotonic()
+        ModelAt(model, model, batch)(1.0)
+    row = (time.monotonic() - start) / len(batch.labels)
+    steps = arm.trainer.get("max_steps", 0)
+    rows = 2 * arm.trainer.get("per_device_train_batch_size", 8) * arm.trainer.get("gradient_accumulation_steps", 1)
+    # forward, reference forward and a backward of about the same price; evaluation: every strength, and generations
+    training = steps * rows * row * 3
+    evaluation = (2 * len(test) * (1 + len(arm.evaluation.strengths)) + 40 * arm.evaluation.generations) * row
+    return (
+        f"Arm {arm.name}: adapter {arm.adapter}, loss {arm.loss}\n"
+        f"  {len(train)} training examples and {len(test)} test pairs of {arm.data.name}, base {arm.model.name}, "
+        f"{processes} process(es)\n"
+        f"  about {(training + evaluation) / 60:.1f} minutes: training {training:.0f} s ({steps} steps), "
+        f"evaluation {evaluation:.0f} s"
+    )
+
+
+def set_threads(threads: int | None) -> None:
+    """Threads of a CPU run; None: all cores for a single process, which `accelerate launch` leaves with one thread."""
+    if threads is None and PartialState().num_processes == 1:
+        threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    if threads is not None:
+        torch.set_num_threads(threads)
+
+
+def make_trainer(arm: Arm, model: Any, tokenizer: Any, train: Dataset, folder: Path) -> Any:
+    """The arm's trainer: `SteeringDPOTrainer` for pairs, `SteeringSFTTrainer` for demonstrations."""
+    from trl import DPOConfig, SFTConfig
+
+    from steertune.trainers import SteeringDPOTrainer, SteeringSFTTrainer
+
+    pairs = "chosen" in train.column_names
+    trainer_class, config_class = (SteeringDPOTrainer, DPOConfig) if pairs else (SteeringSFTTrainer, SFTConfig)
+    defaults = {
+        "seed": arm.data.seed,
+        "report_to": "none",
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "logging_steps": 5,
+        "use_cpu": not torch.cuda.is_available(),
+    }
+    arguments = arm.training_arguments(config_class, str(folder / "checkpoints"), **defaults)
+    reference = {}
+    loss, config = arm.loss_object(), arm.peft_config()
+    if pairs and config is None:  # full finetuning changes the base, so the reference is a copy
+        reference["ref_model"] = copy.deepcopy(model)
+    trainer = trainer_class(
+        model=model,
+        args=arguments,
+        train_dataset=train,
+        processing_class=tokenizer,
+        peft_config=config,
+        loss=loss,
+        **reference,
+    )
+    trainer.add_callback(_MetricsFile(folder / "metrics.jsonl"))
+    return trainer
+
+
+def fit(trainer: Any, folder: Path) -> float:
+    """Train, from the last checkpoint if there is one; with `max_steps = 0` only set the initial vector. Seconds."""
+    start = time.monotonic()
+    if trainer.args.max_steps == 0:
+        trainer.initialise_vectors()
+    else:
+        checkpoints = folder / "checkpoints"
+        trainer.train(resume_from_checkpoint=get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None)
+    return time.monotonic() - start
+
+
+def _row(strength: float, margins: torch.Tensor, base: torch.Tensor) -> dict[str, float]:
+    return {
+        "strength": strength,
+        "pair_accuracy": float((margins > 0).float().mean()),
+        "margin": float(margins.mean()),
+        "moved_wrong": float((margins < base).float().mean()),
+    }
+
+
+def _use(arm: Arm, folder: Path) -> list[str]:
+    if arm.adapter.get("type") == "none":
+        return [
+            "from transformers import AutoModelForCausalLM",
+            f'model = AutoModelForCausalLM.from_pretrained("{folder}/adapter")',
+        ]
+    embedded = arm.model.name == "embedded"
+    lines = ["import steertune.adapters  # makes the method known to PEFT", "from peft import PeftModel"]
+    lines += [
+        "from steertune.recipes.embedded import load_model"
+        if embedded
+        else "from transformers import AutoModelForCausalLM",
+        "",
+    ]
+    base = "load_model()" if embedded else f'AutoModelForCausalLM.from_pretrained("{arm.model.name}")'
+    return [*lines, f'model = PeftModel.from_pretrained({base}, "{folder}/adapter")']
+
+
+class _MetricsFile(TrainerCallback):
+    """Keeps `metrics.jsonl`: one line per logged step, whole after every log and right after a resume."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Trainer event: something was logged."""
+        if state.is_world_process_zero:
+            write_whole(self.file, "".join(json.dumps(line) + "\n" for line in state.log_history))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

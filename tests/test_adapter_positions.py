@@ -1,0 +1,282 @@
+"""Which tokens are steered: in training, in cached generation, with padding on either side, with and without PEFT."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import fill, steered, tiny, tokens, vector_of
+from transformers import DynamicCache
+
+from steertune.adapters import SteeringVectorConfig, prompt_length
+
+LAYER = 1
+POSITIONS = ["all", "completion", "prompt", "last_prompt"]
+SAID = ["completion", "prompt", "last_prompt"]  # those that must be told where the prompt ends
+PROMPT, NEW = 5, 4
+
+
+def moved(model, **inputs) -> torch.Tensor:
+    """Boolean (rows, tokens): where the residual stream after block LAYER is not the base's."""
+    with torch.no_grad():
+        after = model(**inputs, output_hidden_states=True).hidden_states[LAYER + 1]
+        with model.disable_adapter():
+            before = model(**inputs, output_hidden_states=True).hidden_states[LAYER + 1]
+    return (after - before).norm(dim=-1) > 1e-3
+
+
+def greedy(model, ids: torch.Tensor, new: int = NEW, **kwargs):
+    """Greedy tokens, and the logits each was chosen from: `(rows, new, vocabulary)`."""
+    kwargs = {"min_new_tokens": new, "max_new_tokens": new, "do_sample": False, **kwargs}
+    out = model.generate(input_ids=ids, output_logits=True, return_dict_in_generate=True, **kwargs)
+    return out.sequences, torch.stack(out.logits, dim=1)
+
+
+# -- training: labels -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "positions, expected",
+    [
+        ("all", [[1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1]]),
+        ("completion", [[0, 0, 1, 1, 1, 1], [0, 0, 0, 0, 1, 1]]),
+        ("prompt", [[1, 1, 0, 0, 0, 0], [1, 1, 1, 1, 0, 0]]),
+        ("last_prompt", [[0, 1, 0, 0, 0, 0], [0, 0, 0, 1, 0, 0]]),
+    ],
+)
+def test_labels_say_where_the_prompt_ends(positions, expected):
+    ids = tokens(2, 6)
+    labels = ids.clone()
+    labels[0, :2] = labels[1, :4] = -100
+    model = steered(layers=LAYER, positions=positions)
+    assert moved(model, input_ids=ids, labels=labels).int().tolist() == expected
+
+
+def test_a_row_without_labels_is_all_prompt():
+    ids = tokens(2, 4)
+    labels = torch.full_like(ids, -100)
+    labels[0, 3] = ids[0, 3]
+    inputs = {"input_ids": ids, "labels": labels}
+    assert moved(steered(layers=LAYER, positions="prompt"), **inputs).int().tolist() == [[1, 1, 1, 0], [1, 1, 1, 1]]
+    assert not moved(steered(layers=LAYER, positions="completion"), **inputs)[1].any()
+
+
+def test_the_last_prompt_token_is_a_real_one():
+    """A prompt padded on its right: `p p . . | c c`."""
+    ids = tokens(1, 6)
+    mask = torch.tensor([[1, 1, 0, 0, 1, 1]])
+    labels = torch.where(torch.arange(6) < 4, -100, ids)
+    model = steered(layers=LAYER, positions="last_prompt")
+    assert moved(model, input_ids=ids, attention_mask=mask, labels=labels).int().tolist() == [[0, 1, 0, 0, 0, 0]]
+
+
+@pytest.mark.parametrize("positions", SAID)
+def test_a_forward_that_does_not_say_is_refused(positions):
+    ids = tokens()
+    model = steered(positions=positions)
+    model(input_ids=ids, labels=ids)
+    with pytest.raises(ValueError, match=f"positions='{positions}'.*does not say where the prompt ends.*labels"):
+        model(input_ids=ids)
+
+
+def test_prompt_length_ends_with_its_block():
+    ids = tokens()
+    model = steered(layers=LAYER, positions="prompt")
+    with prompt_length(model, 3):
+        with pytest.raises(RuntimeError, match="inner"), prompt_length(model, 5):
+            assert moved(model, input_ids=ids).sum(dim=1).tolist() == [5, 5]
+            raise RuntimeError("inner")
+        assert moved(model, input_ids=ids).sum(dim=1).tolist() == [3, 3]
+    with pytest.raises(ValueError, match="does not say"):
+        model(input_ids=ids)
+
+
+def test_prompt_length_per_row_and_before_labels():
+    ids = tokens()
+    model = steered(layers=LAYER, positions="prompt")
+    with prompt_length(model, torch.tensor([2, 6])):
+        assert moved(model, input_ids=ids, labels=ids).sum(dim=1).tolist() == [2, 6]
+
+
+# -- padding --------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("told_by", ["labels", "prompt_length"])
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("positions", POSITIONS)
+@pytest.mark.parametrize("model_type", ["llama", "gpt2"])
+def test_padding_on_either_side_changes_nothing(model_type, positions, side, told_by):
+    model = steered(tiny(model_type), layers=LAYER, positions=positions)
+    rows = [(tokens(1, 5, seed=1)[0], 2), (tokens(1, 8, seed=2)[0], 5)]  # ids, prompt length
+    columns = max(len(ids) for ids, _ in rows)
+    batch = torch.zeros(len(rows), columns, dtype=torch.long)
+    mask, labels, ends, alone = torch.zeros_like(batch), torch.full_like(batch, -100), [], []
+    for i, (ids, prompt) in enumerate(rows):
+        start = columns - len(ids) if side == "left" else 0
+        batch[i, start : start + len(ids)], mask[i, start : start + len(ids)] = ids, 1
+        labels[i, start + prompt : start + len(ids)] = ids[prompt:]
+        ends.append(start + prompt)
+        with prompt_length(model, prompt):
+            alone.append(model(input_ids=ids[None]).logits[0])
+    inputs = {"input_ids": batch, "attention_mask": mask, "position_ids": (mask.cumsum(dim=1) - 1).clamp_min(0)}
+    if told_by == "labels":
+        logits = model(**inputs, labels=labels).logits
+    else:
+        with prompt_length(model, torch.tensor(ends)):
+            logits = model(**inputs).logits
+    torch.testing.assert_close(logits[mask.bool()], torch.cat(alone), rtol=1e-4, atol=1e-5)
+
+
+# -- generation -----------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("positions", POSITIONS)
+def test_cached_generation_is_the_full_forward(architecture, positions):
+    model = steered(tiny(architecture), layers=LAYER, positions=positions)
+    sequences, logits = greedy(model, tokens(2, PROMPT))
+    with prompt_length(model, PROMPT):
+        full = model(input_ids=sequences).logits[:, PROMPT - 1 : -1]
+    torch.testing.assert_close(logits, full, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("positions", POSITIONS)
+def test_generation_without_cache_is_the_same(positions):
+    model = steered(layers=LAYER, positions=positions)
+    sequences, logits = greedy(model, tokens(2, PROMPT))
+    sequences_2, logits_2 = greedy(model, tokens(2, PROMPT), use_cache=False)
+    assert torch.equal(sequences, sequences_2)
+    torch.testing.assert_close(logits, logits_2, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("positions", POSITIONS)
+@pytest.mark.parametrize("model_type", ["llama", "gemma2"])
+def test_a_static_cache_is_the_same(model_type, positions):
+    """It prepares 4-D masks, for models with several kinds of layers in a dictionary."""
+    model = steered(tiny(model_type), layers=LAYER, positions=positions)
+    _, logits = greedy(model, tokens(2, PROMPT))
+    _, static = greedy(model, tokens(2, PROMPT), cache_implementation="static", disable_compile=True)
+    torch.testing.assert_close(logits, static, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_the_four_positions_differ_and_completion_leaves_the_first_token_alone():
+    ids = tokens(2, PROMPT)
+    _, base = greedy(tiny(), ids)
+    logits = {p: greedy(steered(layers=LAYER, positions=p), ids)[1] for p in POSITIONS}
+    for i, one in enumerate(POSITIONS):
+        assert not torch.allclose(logits[one], base, atol=1e-3)
+        assert all(not torch.allclose(logits[one], logits[two], atol=1e-3) for two in POSITIONS[i + 1 :])
+    torch.testing.assert_close(logits["completion"][:, 0], base[:, 0], rtol=0, atol=1e-6)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("positions", POSITIONS)
+def test_left_padded_generation_is_the_same(positions):
+    model = steered(layers=LAYER, positions=positions)
+    short, long = tokens(1, 3, seed=1), tokens(1, 5, seed=2)
+    batch = torch.cat([torch.cat([torch.zeros(1, 2, dtype=torch.long), short], dim=1), long])
+    mask = torch.tensor([[0, 0, 1, 1, 1], [1] * 5])
+    _, logits = greedy(model, batch, attention_mask=mask)
+    alone = torch.cat([greedy(model, ids)[1] for ids in (short, long)])
+    torch.testing.assert_close(logits, alone, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("positions", POSITIONS)
+def test_generation_from_embeddings_is_the_same(positions):
+    model = steered(layers=LAYER, positions=positions)
+    ids = tokens(2, PROMPT)
+    embeddings = model.get_input_embeddings()(ids)
+    new = model.generate(inputs_embeds=embeddings, min_new_tokens=NEW, max_new_tokens=NEW, do_sample=False)
+    assert torch.equal(new, greedy(model, ids)[0][:, PROMPT:])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("use_cache", [True, False])
+@pytest.mark.parametrize("positions", POSITIONS)
+def test_beam_search_scores_are_those_of_the_full_forward(positions, use_cache):
+    model = steered(layers=LAYER, positions=positions)
+    out = model.generate(
+        input_ids=tokens(2, PROMPT), num_beams=3, do_sample=False, min_new_tokens=NEW, max_new_tokens=NEW,
+        use_cache=use_cache, output_scores=True, return_dict_in_generate=True,
+    )  # fmt: skip
+    with prompt_length(model, PROMPT):
+        logits = model(input_ids=out.sequences).logits[:, PROMPT - 1 : -1]
+    logits[..., model.config.eos_token_id] = -torch.inf  # min_new_tokens forbids it before the softmax is taken
+    raw = logits.log_softmax(dim=-1).gather(2, out.sequences[:, PROMPT:, None]).squeeze(2)
+    assert raw.shape == (2, NEW)
+    spread = (raw.sum(dim=1) / NEW - out.sequences_scores).abs().max()
+    assert spread < 0.03  # the mass of the forbidden token, 1/64, is all they may differ by
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("positions", POSITIONS)
+def test_chunked_prefill_is_the_full_forward(positions):
+    model = steered(layers=LAYER, positions=positions)
+    ids = tokens()
+    with prompt_length(model, 6):
+        full = model(input_ids=ids).logits
+        first = model(input_ids=ids[:, :4], use_cache=True)
+        second = model(input_ids=ids[:, 4:], past_key_values=first.past_key_values, use_cache=True)
+    chunks = torch.cat([first.logits, second.logits], dim=1)
+    torch.testing.assert_close(chunks, full, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_what_is_in_the_cache_was_the_prompt():
+    """Nothing else being said: the tokens that found the cache empty are the prompt, all later ones the completion."""
+    ids = tokens(2, 6)
+    for positions in ("completion", "prompt"):
+        model = steered(layers=LAYER, positions=positions)
+        with prompt_length(model, 2):
+            full = model(input_ids=ids).logits
+        cache = DynamicCache(config=model.config)
+        chunks = [model(input_ids=part, past_key_values=cache).logits for part in (ids[:, :2], ids[:, 2:])]
+        torch.testing.assert_close(torch.cat(chunks, dim=1), full, rtol=1e-4, atol=1e-5)
+
+
+# -- transformers' own adapters, without a PeftModel ----------------------------------------------------------------
+
+
+def native(positions: str) -> torch.nn.Module:
+    model = tiny()
+    model.add_adapter(SteeringVectorConfig(layers=LAYER, positions=positions))
+    fill(model)
+    return model.eval()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("beams", [1, 2])
+@pytest.mark.parametrize("positions", POSITIONS)
+def test_add_adapter_generates_like_a_peft_model(positions, beams):
+    ids, inside = tokens(2, PROMPT), native(positions)
+    model = steered(layers=LAYER, positions=positions)
+    assert torch.equal(vector_of(inside), vector_of(model))
+    assert torch.equal(greedy(inside, ids, num_beams=beams)[0], greedy(model, ids, num_beams=beams)[0])
+    torch.testing.assert_close(greedy(inside, ids)[1], greedy(model, ids)[1])
+    assert torch.equal(inside(input_ids=ids, labels=ids).loss, model(input_ids=ids, labels=ids).loss)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("positions", POSITIONS)
+def test_load_adapter_generates_like_a_peft_model(positions, tmp_path):
+    ids, model = tokens(2, PROMPT), steered(layers=LAYER, positions=positions)
+    model.save_pretrained(tmp_path)
+    inside = tiny()
+    inside.load_adapter(str(tmp_path))
+    torch.testing.assert_close(greedy(inside, ids)[1], greedy(model, ids)[1])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("positions", SAID)
+def test_without_cache_and_without_a_peft_model_generate_must_be_told(positions):
+    """Nothing says which of its tokens were the prompt, so it is refused rather than guessed."""
+    ids, model = tokens(2, PROMPT), native(positions)
+    with pytest.raises(ValueError, match=r"does not say where the prompt ends.*prompt_length"):
+        greedy(model, ids, use_cache=False)
+    with prompt_length(model, PROMPT):
+        logits = greedy(model, ids, use_cache=False)[1]
+    torch.testing.assert_close(logits, greedy(model, ids)[1], rtol=1e-4, atol=1e-5)

@@ -9,13 +9,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import fill, tiny
-from tiny_data import arguments, pairs, tokenizer, trained
+from tiny_data import Spy, arguments, pairs, tokenizer, trained
 from trl import DPOTrainer
 from trl.experimental.cpo import CPOTrainer
 
 from steertune import losses as package
 from steertune.adapters import SteeringVectorConfig
-from steertune.losses import Loss, Outputs, get_loss, names
+from steertune.losses import Outputs, get_loss, names
 from steertune.losses.bipo import BiPO
 from steertune.losses.dpo import DPO
 from steertune.losses.ipo import IPO
@@ -225,20 +225,6 @@ def test_loss_falls_when_chosen_rises_and_rejected_falls(name):
     before = get_loss(name)(model, flip(1)).sum()
     after = get_loss(name)(lambda s: Outputs(better, mask()) if s == 1 else model(s), flip(1)).sum()
     assert after < before
-
-
-class Spy(Loss):
-    """BiPO that remembers the directions it drew."""
-
-    reference = scales = True
-
-    def __init__(self):
-        self.drawn = []
-
-    def __call__(self, at, generator=None):
-        value = BiPO()(at, generator)
-        self.drawn.append(next(strength for strength in at.seen if strength))
-        return value
 
 
 def test_bipo_draws_both_directions_equally_often_over_steps_and_micro_batches(tmp_path):

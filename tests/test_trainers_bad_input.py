@@ -30,37 +30,125 @@ def renamed(data: Dataset, **columns: str) -> Dataset:
 
 PAIR = {"prompt": "the ", "chosen": "cat runs", "rejected": "dog sits"}
 DEMONSTRATION = {"prompt": "the ", "completion": "cat runs"}
-NO_TEMPLATE = tokenizer(template=None)
+NO_TEMPLATE = dict(processing_class=tokenizer(template=None))
+ADDS_BOS = dict(processing_class=tokenizer(adds_bos=True))
+SHORT = dict(max_length=12)
+SHORT_TOKENIZER = dict(processing_class=tokenizer(model_max_length=12))
+PACKED = dict(packing=True, max_length=16, peft_config=SteeringVectorConfig(positions="completion"))
+SECOND = dict(model=steered(), peft_config=LoraConfig())
 
 # trainer, loss, data, what the message says, further options
 BAD = {
     "empty": ("dpo", "dpo", rows().select([]), "data set is empty"),
     "empty, SFT": ("sft", None, rows(kind="sft").select([]), "data set is empty"),
     "empty, plain": ("plain", "dpo", rows().select([]), "data set is empty"),
-    "empty completion": ("sft", None, rows(DEMONSTRATION | {"completion": ""}, kind="sft"), "Row 2: 'completion' is empty.*Remove"),
-    "blank completion": ("plain", None, rows(DEMONSTRATION | {"completion": " \n"}, kind="sft"), "Row 2: 'completion' is empty.*Remove"),
+    "empty completion": (
+        "sft",
+        None,
+        rows(DEMONSTRATION | {"completion": ""}, kind="sft"),
+        "Row 2: 'completion' is empty.*Remove",
+    ),
+    "blank completion": (
+        "plain",
+        None,
+        rows(DEMONSTRATION | {"completion": " \n"}, kind="sft"),
+        "Row 2: 'completion' is empty.*Remove",
+    ),
     "empty chosen": ("dpo", None, rows(PAIR | {"chosen": ""}), "Row 2: 'chosen' is empty.*Remove"),
     "empty rejected": ("plain", "dpo", rows(PAIR | {"rejected": ""}), "Row 2: 'rejected' is empty.*Remove"),
-    "empty message": ("dpo", "dpo", conversational(rows(PAIR | {"rejected": ""})), "Row 2: 'rejected' is empty.*Remove"),
-    "chosen == rejected": ("dpo", "dpo", rows(PAIR | {"rejected": "cat runs"}), "Row 2: chosen equals rejected.*Remove"),
+    "empty message": (
+        "dpo",
+        "dpo",
+        conversational(rows(PAIR | {"rejected": ""})),
+        "Row 2: 'rejected' is empty.*Remove",
+    ),
+    "chosen == rejected": (
+        "dpo",
+        "dpo",
+        rows(PAIR | {"rejected": "cat runs"}),
+        "Row 2: chosen equals rejected.*Remove",
+    ),
     "chosen == rejected in tokens": ("dpo", "dpo", rows(PAIR | {"rejected": "cat  runs "}), "have the same tokens"),
-    "chosen == rejected in tokens, plain": ("plain", "dpo", rows(PAIR | {"rejected": "cat  runs "}), "Row 2.*have the same tokens"),
-    "long prompt": ("dpo", "dpo", rows(PAIR | {"prompt": LONG}), "1 of 3 rows.*max_length=12.*Raise max_length or shorten", dict(max_length=12)),
-    "long prompt, TRL's loss": ("dpo", None, rows(PAIR | {"prompt": LONG}), "1 of 3 rows.*max_length=12.*Raise max_length", dict(max_length=12)),
-    "long prompt, SFT": ("sft", None, rows(DEMONSTRATION | {"prompt": LONG}, kind="sft"), "1 of 3 rows.*max_length=12.*Raise max_length", dict(max_length=12)),
-    "long prompt, plain": ("plain", None, rows(DEMONSTRATION | {"prompt": LONG}, kind="sft"), "Row 2: no label is left within max_length=12", dict(processing_class=tokenizer(model_max_length=12))),
-    "long prompt, plain, pairs": ("plain", "dpo", rows(PAIR | {"prompt": LONG}), "Row 2: the prompt .* fills max_length=12", dict(processing_class=tokenizer(model_max_length=12))),
+    "chosen == rejected in tokens, plain": (
+        "plain",
+        "dpo",
+        rows(PAIR | {"rejected": "cat  runs "}),
+        "Row 2.*have the same tokens",
+    ),
+    "long prompt": (
+        "dpo",
+        "dpo",
+        rows(PAIR | {"prompt": LONG}),
+        "1 of 3 rows.*max_length=12.*Raise max_length or shorten",
+        SHORT,
+    ),
+    "long prompt, TRL's loss": (
+        "dpo",
+        None,
+        rows(PAIR | {"prompt": LONG}),
+        "1 of 3 rows.*max_length=12.*Raise max_length",
+        SHORT,
+    ),
+    "long prompt, SFT": (
+        "sft",
+        None,
+        rows(DEMONSTRATION | {"prompt": LONG}, kind="sft"),
+        "1 of 3 rows.*max_length=12.*Raise max_length",
+        SHORT,
+    ),
+    "long prompt, plain": (
+        "plain",
+        None,
+        rows(DEMONSTRATION | {"prompt": LONG}, kind="sft"),
+        "Row 2: no label is left within max_length=12",
+        SHORT_TOKENIZER,
+    ),
+    "long prompt, plain, pairs": (
+        "plain",
+        "dpo",
+        rows(PAIR | {"prompt": LONG}),
+        "Row 2: the prompt .* fills max_length=12",
+        SHORT_TOKENIZER,
+    ),
     "wrong column": ("dpo", None, renamed(rows(), chosen="choosen"), "rename 'choosen' to 'chosen'"),
-    "wrong columns": ("plain", "dpo", renamed(rows(), chosen="choosen", rejected="rejcted"), "rename 'choosen' to 'chosen' and rename 'rejcted' to 'rejected'"),
-    "wrong column, SFT": ("sft", None, renamed(rows(kind="sft"), completion="completions"), "rename 'completions' to 'completion'"),
+    "wrong columns": (
+        "plain",
+        "dpo",
+        renamed(rows(), chosen="choosen", rejected="rejcted"),
+        "rename 'choosen' to 'chosen' and rename 'rejcted' to 'rejected'",
+    ),
+    "wrong column, SFT": (
+        "sft",
+        None,
+        renamed(rows(kind="sft"), completion="completions"),
+        "rename 'completions' to 'completion'",
+    ),
     "wrong column, messages": ("plain", None, Dataset.from_list([{"message": []}]), "rename 'message' to 'messages'"),
     "unheard-of column": ("plain", None, Dataset.from_list([{"x": 1}]), "none of the known formats"),
-    "no chat template": ("dpo", None, conversational(rows()), "Set tokenizer.chat_template", dict(processing_class=NO_TEMPLATE)),
-    "no chat template, SFT": ("sft", None, conversational(rows(kind="sft")), "Set tokenizer.chat_template", dict(processing_class=NO_TEMPLATE)),
-    "no chat template, plain": ("plain", "dpo", conversational(rows()), "Set tokenizer.chat_template", dict(processing_class=NO_TEMPLATE)),
-    "two BOS": ("sft", None, rows({"prompt": "<s> the ", "completion": "cat"}, kind="sft"), "starts with two BOS.*Remove it", dict(processing_class=tokenizer(True))),
-    "two BOS, DPO": ("dpo", "dpo", rows(PAIR | {"prompt": "<s> the "}), "starts with two BOS.*Remove it", dict(processing_class=tokenizer(True))),
-    "two BOS, plain": ("plain", "dpo", rows(PAIR | {"prompt": "<s> the "}), "starts with two BOS.*Remove it", dict(processing_class=tokenizer(True))),
+    "no chat template": ("dpo", None, conversational(rows()), "Set tokenizer.chat_template", NO_TEMPLATE),
+    "no chat template, SFT": (
+        "sft",
+        None,
+        conversational(rows(kind="sft")),
+        "Set tokenizer.chat_template",
+        NO_TEMPLATE,
+    ),
+    "no chat template, plain": ("plain", "dpo", conversational(rows()), "Set tokenizer.chat_template", NO_TEMPLATE),
+    "two BOS": (
+        "sft",
+        None,
+        rows({"prompt": "<s> the ", "completion": "cat"}, kind="sft"),
+        "starts with two BOS.*Remove it",
+        ADDS_BOS,
+    ),
+    "two BOS, DPO": ("dpo", "dpo", rows(PAIR | {"prompt": "<s> the "}), "starts with two BOS.*Remove it", ADDS_BOS),
+    "two BOS, plain": (
+        "plain",
+        "dpo",
+        rows(PAIR | {"prompt": "<s> the "}),
+        "starts with two BOS.*Remove it",
+        ADDS_BOS,
+    ),
     "pair loss on demonstrations": ("sft", "dpo", rows(kind="sft"), "DPO compares.*loss='cross_entropy'"),
     "pair loss on demonstrations, plain": ("plain", "simpo", rows(kind="sft"), "SimPO compares.*loss='cross_entropy'"),
     "pairs without a loss": ("plain", None, rows(), "give one, such as loss='dpo'"),
@@ -68,10 +156,16 @@ BAD = {
     "demonstrations to DPO": ("dpo", None, rows(kind="sft"), "SteeringSFTTrainer does"),
     "unknown loss": ("dpo", "dppo", rows(), "Did you mean 'dpo'"),
     "unknown loss, SFT": ("sft", "crossentropy", rows(kind="sft"), "Did you mean 'cross_entropy'"),
-    "packed rows have several prompts": ("sft", None, rows(kind="sft"), "positions='completion'.*Set packing=False", dict(packing=True, max_length=16, peft_config=SteeringVectorConfig(positions="completion"))),
-    "two adapters": ("plain", "dpo", rows(), "already has an adapter.*leave peft_config out", dict(model=steered(), peft_config=LoraConfig())),
-    "two adapters, DPO": ("dpo", "dpo", rows(), "PeftModel", dict(model=steered(), peft_config=LoraConfig())),
-}  # fmt: skip
+    "packed rows have several prompts": (
+        "sft",
+        None,
+        rows(kind="sft"),
+        "positions='completion'.*Set packing=False",
+        PACKED,
+    ),
+    "two adapters": ("plain", "dpo", rows(), "already has an adapter.*leave peft_config out", SECOND),
+    "two adapters, DPO": ("dpo", "dpo", rows(), "PeftModel", SECOND),
+}
 
 
 @pytest.mark.parametrize("name", BAD)

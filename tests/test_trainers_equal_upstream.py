@@ -7,8 +7,18 @@ import torch
 from conftest import tiny
 from peft import BeftConfig, IA3Config, LoraConfig, PeftModel, get_peft_model
 from tiny_data import (
-    arguments, conversational, demonstrations, history, losses, pairs, same, tokenizer, trained, trainer, values,
-)  # fmt: skip
+    arguments,
+    conversational,
+    demonstrations,
+    history,
+    losses,
+    pairs,
+    same,
+    tokenizer,
+    trained,
+    trainer,
+    values,
+)
 from transformers import Trainer
 from trl import DPOTrainer, SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
@@ -128,6 +138,10 @@ def test_dpo_is_trls_own_loss_in_full_finetuning(tmp_path):
     assert losses(ours) == pytest.approx(losses(theirs), rel=2e-6)
 
 
+def test_dpo_is_trls_own_loss_with_reference_log_probabilities_computed_before(tmp_path):
+    assert_equal_to_dpo(tmp_path, 2e-6, SteeringVectorConfig(), dict(precompute_ref_log_probs=True))
+
+
 def test_labels_off_by_one_would_be_noticed(tmp_path, monkeypatch):
     read = Batch.read
 
@@ -181,7 +195,7 @@ def test_adapter_left_out_is_the_default_vector(kind, tmp_path):
 def test_a_model_with_an_adapter_gets_no_second_one(kind, tmp_path):
     model = get_peft_model(tiny(), LORA)
     made = trainer(kind, tmp_path, model=model, loss="cross_entropy")
-    assert made.model is model and [c.peft_type for c in model.peft_config.values()][0] == "LORA"
+    assert made.model is model and model.peft_type == "LORA"
     assert not any("steering" in name for name, _ in model.named_parameters())
 
 

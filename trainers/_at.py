@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from peft import PeftModel
 from peft.helpers import rescale_adapter_scale
 from peft.tuners.lora import LoraLayer
-from torch import Tensor, nn
+from torch import nn
 
 from ..adapters import SteeringVectorLayer, prompt_length, set_strength
 from ..losses import Outputs

@@ -42,5 +42,7 @@ def _tokenise_all(data: Any, tokenizer: PreTrainedTokenizerBase, limit: int | No
     if isinstance(data, dict):
         return {name: _tokenise_all(part, tokenizer, limit) for name, part in data.items()}
     if isinstance(data, IterableDataset):
-        raise DataError("SteeringTrainer tokenises a Dataset, not a stream. Use SteeringDPOTrainer or SteeringSFTTrainer.")
+        raise DataError(
+            "SteeringTrainer tokenises a Dataset, not a stream. Use SteeringDPOTrainer or SteeringSFTTrainer."
+        )
     return tokenise(data, tokenizer, limit) if isinstance(data, Dataset) else data

@@ -106,6 +106,11 @@ class SteeringVectorLayer(nn.Module, BaseTunerLayer):
         """Parameter `v`, `w` or `b` of adapter `name`, looked up at call time (FSDP2 replaces Parameter objects)."""
         return getattr(self.tied_to.get(name, self), f"steering_vector_{kind}")[name].weight
 
+    def written(self, name: str) -> Tensor:
+        """The write vector(s) of adapter `name` with the length that `norm` gives them."""
+        config = self.config[name]
+        return write_vector(config.norm, self.parameter(name, "v"), config.norm_value, self._residual_norm(config))
+
     # -- forward ------------------------------------------------------------------------------------------------
 
     def hook(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
@@ -144,8 +149,7 @@ class SteeringVectorLayer(nn.Module, BaseTunerLayer):
             return hidden
         self._check_filled(name)
         w, b = (None, None) if config.form == "bias" else (self.parameter(name, "w"), self.parameter(name, "b"))
-        v = write_vector(config.norm, self.parameter(name, "v"), config.norm_value, self._residual_norm(config))
-        delta = change(config.form, hidden, v, w, b)
+        delta = change(config.form, hidden, self.written(name), w, b)
         if config.norm == "capped":
             assert config.norm_value is not None
             delta = cap(delta, config.norm_value)
@@ -175,7 +179,8 @@ class SteeringVectorLayer(nn.Module, BaseTunerLayer):
             return
         config = self.config[name]
         for kind in config.parameter_names:
-            if torch.isfinite(self.parameter(name, kind)).all():
+            # detached: what only the first forward saves for backward, gradient checkpointing misses in its second
+            if torch.isfinite(self.parameter(name, kind).detach()).all():
                 continue
             why = (
                 f"init={config.init!r} needs data: use a steertune trainer, or "

@@ -85,6 +85,10 @@ class SteeringVectorModel(BaseTuner):
         # with `target_modules` given by hand only now known
         config.layers = [layer.layer_index for layer in self._steering_layers() if adapter_name in layer.config]
 
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the model, not its `forward` as PEFT 0.20 does: a hook on the model reads where the prompt ends."""
+        return self.model(*args, **kwargs)
+
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """As the base model's; everything it is given is the prompt (see `positions`)."""
         prompt = next((kwargs[k] for k in ("inputs_embeds", "input_ids", "inputs") if kwargs.get(k) is not None), None)

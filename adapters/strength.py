@@ -16,8 +16,8 @@ class set_strength:  # lower case: called like a function, and a context manager
     `set_strength(model, 2.0)` holds until the next call; `with set_strength(model, 2.0):` restores what was before.
     The strength is a setting of the running model, not of the saved adapter.
 
-    With gradient checkpointing and site `attention` or `mlp`, the backward pass runs the forward again: keep the
-    strength until it is done.
+    With gradient checkpointing the backward pass runs `attention` and `mlp` sites again (before transformers 5.23
+    `block` too): keep the strength until it is done.
 
     Args:
         model: A model with steering vectors.

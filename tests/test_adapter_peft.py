@@ -9,7 +9,9 @@ import warnings
 
 import pytest
 import torch
+import transformers
 from conftest import fill, hooks_on, steered, tiny, tokens, vector_of
+from packaging import version
 from peft import (
     AutoPeftModelForCausalLM,
     LoraConfig,
@@ -384,41 +386,51 @@ def test_injection_by_state_dict(switches, low_cpu_mem_usage):
 
 @pytest.mark.parametrize("reentrant", [True, False])
 @pytest.mark.parametrize("site", ["block", "attention", "mlp"])
-@pytest.mark.parametrize("positions", ["all", "completion"])
-def test_gradient_checkpointing_changes_no_gradient(positions, site, reentrant):
+@pytest.mark.parametrize("switches", [{}, {"form": "gated", "positions": "completion"}], ids=str)
+def test_gradient_checkpointing_changes_no_gradient(switches, site, reentrant):
+    """From the very first forward on."""
     ids = tokens()
     labels = ids.clone()
     labels[:, :3] = -100
-    model = steered(layers=[0, 2], site=site, positions=positions).train()
-    model(input_ids=ids, labels=labels).loss.backward()
-    expected = gradients(model)
-    model.zero_grad()
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
-    model.enable_input_require_grads()
-    model(input_ids=ids, labels=labels).loss.backward()
-    assert len(expected) == 2
-    torch.testing.assert_close(gradients(model), expected)
+    found = []
+    for checkpointing in (False, True):
+        model = steered(layers=[0, 2], site=site, **switches).train()
+        if checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+            model.enable_input_require_grads()
+        model(input_ids=ids, labels=labels).loss.backward()
+        found.append(gradients(model))
+    assert len(found[0]) == 2 * len(model.peft_config["default"].parameter_names)
+    torch.testing.assert_close(found[1], found[0])
+
+
+HOOKS_STAY_OUTSIDE = pytest.mark.skipif(
+    version.parse(transformers.__version__) < version.parse("5.23"),
+    reason="older transformers run a block's hooks again in the backward pass",
+)
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
-@pytest.mark.parametrize("site", ["block", "mlp"])
-def test_gradient_checkpointing_at_another_strength(site, reentrant):
-    """At the block the strength may end before backward; inside the block it must last (see `set_strength`)."""
-    ids = tokens()
-    model = steered(layers=1, site=site).train()
-    with set_strength(model, -2.0):
-        model(input_ids=ids, labels=ids).loss.backward()
-    expected = gradients(model)
-    model.zero_grad()
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
-    model.enable_input_require_grads()
-    with set_strength(model, -2.0):
-        loss = model(input_ids=ids, labels=ids).loss
-        if site != "block":
+@pytest.mark.parametrize(
+    "site, ends",
+    [("block", "after"), ("mlp", "after"), pytest.param("block", "before", marks=HOOKS_STAY_OUTSIDE)],
+)
+def test_gradient_checkpointing_at_another_strength(site, ends, reentrant):
+    """Inside a block the strength must last until backward is done (see `set_strength`), at the block it need not."""
+    ids, found = tokens(), []
+    for checkpointing in (False, True):
+        model = steered(layers=1, site=site, norm="preserve").train()
+        if checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+            model.enable_input_require_grads()
+        with set_strength(model, -2.0):
+            loss = model(input_ids=ids, labels=ids).loss
+            if ends == "after":
+                loss.backward()
+        if ends == "before":
             loss.backward()
-    if site == "block":
-        loss.backward()
-    torch.testing.assert_close(gradients(model), expected)
+        found.append(gradients(model))
+    torch.testing.assert_close(found[1], found[0])
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from peft import LoraConfig, PeftModel
 from tiny_data import arguments, conversational, demonstrations, losses, pairs, tokenizer, trained, trainer, values
 
 from steertune.adapters import SteeringVectorConfig
-from steertune.losses import Loss
+from steertune.losses import Loss, get_loss
 from steertune.trainers import NonFiniteError, SteeringTrainer
 
 LONG = "the cat runs " * 8
@@ -294,3 +294,12 @@ def test_a_plain_parent_is_not_guarded(tmp_path):
 def test_a_finite_run_writes_no_last_good_folder(tmp_path):
     trained("dpo", tmp_path, loss="dpo", peft_config=SteeringVectorConfig())
     assert not os.path.exists(tmp_path / "last-good")
+
+
+def test_arguments_of_trls_own_loss_are_not_dropped_in_silence(tmp_path):
+    with pytest.raises(ValueError, match=r"beta=0.5 belongs to TRL's own loss"):
+        trainer("dpo", tmp_path, loss="dpo", beta=0.5)
+    with pytest.raises(ValueError, match=r"loss_type=\['ipo'\] belongs to TRL's own loss"):
+        trainer("dpo", tmp_path, loss="dpo", loss_type="ipo")
+    trainer("dpo", tmp_path, loss=get_loss("dpo", beta=0.5), beta=0.5)
+    trainer("dpo", tmp_path, loss=None, beta=0.5)

@@ -7,6 +7,7 @@ language modelling (`text` or `messages`); standard (strings) or conversational 
 from __future__ import annotations
 
 import difflib
+import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -150,25 +151,34 @@ def collator(tokenised: Dataset, tokenizer: PreTrainedTokenizerBase, max_length:
 
 
 def _tokenise_pair(row: Row, tokenizer: PreTrainedTokenizerBase, max_length: int | None) -> dict[str, Any]:
-    prompt = _ids(tokenizer, row["prompt"], None)
-    answers = {side: _ids(tokenizer, row["prompt"], row[side]) for side in ("chosen", "rejected")}
+    options = _template_options(row)
+    prompt = _ids(tokenizer, row["prompt"], None, options)
+    answers = {side: _ids(tokenizer, row["prompt"], row[side], options) for side in ("chosen", "rejected")}
     start = min(_common(prompt, ids) for ids in answers.values())
     return {"prompt_ids": prompt[:start], **{f"{side}_ids": ids[start:] for side, ids in answers.items()}}
 
 
 def _tokenise_row(row: Row, tokenizer: PreTrainedTokenizerBase, max_length: int | None) -> dict[str, Any]:
+    options = _template_options(row)
     if "completion" in row:
-        prompt, ids = _ids(tokenizer, row["prompt"], None), _ids(tokenizer, row["prompt"], row["completion"])
+        prompt = _ids(tokenizer, row["prompt"], None, options)
+        ids = _ids(tokenizer, row["prompt"], row["completion"], options)
         start = _common(prompt, ids)
     elif "messages" in row:
-        ids, start = _ids(tokenizer, row["messages"], []), 0
+        ids, start = _ids(tokenizer, row["messages"], [], options), 0
     else:
-        ids, start = _ids(tokenizer, "", row["text"]), 0
+        ids, start = _ids(tokenizer, "", row["text"], options), 0
     ids = ids[:max_length]
     return {"input_ids": ids, "labels": [-100] * min(start, len(ids)) + ids[start:]}
 
 
-def _ids(tokenizer: Any, prompt: Any, answer: Any) -> list[int]:
+def _template_options(row: Row) -> dict[str, Any]:
+    """What a row says to its chat template: TRL's columns `tools` and `chat_template_kwargs`."""
+    tools = row.get("tools")
+    return {"tools": json.loads(tools) if isinstance(tools, str) else tools, **(row.get("chat_template_kwargs") or {})}
+
+
+def _ids(tokenizer: Any, prompt: Any, answer: Any, options: dict[str, Any]) -> list[int]:
     """Token ids of a prompt that awaits an answer (`answer=None`), or of prompt and answer."""
     if isinstance(prompt, str):
         text = prompt if answer is None else prompt + answer
@@ -178,7 +188,9 @@ def _ids(tokenizer: Any, prompt: Any, answer: Any) -> list[int]:
             return ids[:-1] if ids and ids[-1] == end and not prompt.endswith(str(tokenizer.eos_token)) else ids
         return ids if end is None or ids[-1] == end else [*ids, end]
     messages = prompt if answer is None else [*prompt, *answer]
-    ids = tokenizer.apply_chat_template(messages, add_generation_prompt=answer is None, return_dict=True)["input_ids"]
+    ids = tokenizer.apply_chat_template(messages, add_generation_prompt=answer is None, return_dict=True, **options)[
+        "input_ids"
+    ]
     return list(ids)
 
 

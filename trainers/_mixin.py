@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import hashlib
 import inspect
 import os
@@ -61,6 +62,8 @@ class SteeringMixin(Trainer):
         if self._plain:
             parent(*bound.args, **bound.kwargs)
             return
+        if self.loss is not None:
+            _check_arguments(self.loss, given.get("args"))
         raw = given.get("train_dataset")
         self._prepare_data(given)
         adapter_values = _adapter_values(given.get("model"))
@@ -258,6 +261,20 @@ def _restore(model: nn.Module, values: dict[str, Tensor]) -> None:
     _to_fp32(model)
     for name, value in values.items():
         model.get_parameter(name).copy_(value)
+
+
+def _check_arguments(loss: Loss, args: Any) -> None:
+    """Raise a ValueError when the arguments ask for something of TRL's own loss, which is not used."""
+    defaults = {field.name: field.default for field in dataclasses.fields(args)} if args is not None else {}
+    for name in ("beta", "loss_type"):
+        value = getattr(args, name, None)
+        # DPOConfig turns its default loss type into a list
+        unset = value in (defaults.get(name), [defaults.get(name)], ["sigmoid"])
+        if name in defaults and not unset and value != getattr(loss, name, None):
+            raise ValueError(
+                f"{type(args).__name__}.{name}={value!r} belongs to TRL's own loss; {loss} does not use it. Give a "
+                "loss object (get_loss(name, beta=...)), or leave loss out."
+            )
 
 
 def _check_packing(model: nn.Module, dataset: Any) -> None:

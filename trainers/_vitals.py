@@ -63,7 +63,5 @@ def _vectors(model: nn.Module) -> dict[int, Tensor]:
     for layer in steering_layers(model):
         for name in layer.active_adapters:
             if name in layer.config:
-                found[layer.layer_index] = (
-                    layer.parameter(name, "v").detach().reshape(-1, layer.in_features)[0].cpu().clone()
-                )
+                found[layer.layer_index] = layer.written(name).detach().reshape(-1, layer.in_features)[0].cpu().clone()
     return found

@@ -1,0 +1,53 @@
+"""The embedded real model: an ordinary model once loaded, and one that steering means something to."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from peft import get_peft_model
+from transformers import AutoModelForCausalLM
+
+from steertune.adapters import SteeringVectorConfig, directions
+from steertune.recipes import embedded
+from steertune.recipes.arm import DataTable
+from steertune.recipes.data import load_splits
+from steertune.recipes.measures import generate, pair_margins
+from steertune.trainers import collator, tokenise
+
+pytestmark = pytest.mark.real
+
+
+def test_it_saves_and_loads_like_any_model(tmp_path: Path) -> None:
+    model = embedded.load_model()
+    assert not hasattr(model.config, "quantization_config")
+    assert not getattr(model, "is_quantized", False)
+    assert next(model.parameters()).dtype == torch.float32
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    ids = torch.tensor([[1, 520, 28, 11]])
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, again(ids).logits)
+
+
+def test_it_speaks() -> None:
+    model, tokenizer = embedded.load_model(), embedded.load_tokenizer()
+    prompts = [
+        [{"role": "user", "content": f"What is the capital of {land}?"}] for land in ("France", "the country Italy")
+    ]
+    answers = generate(model, tokenizer, prompts, new_tokens=12)
+    assert "Paris" in answers[0]
+    assert "Rome" in answers[1], "the longer prompt is in the same left-padded batch"
+
+
+def test_the_mean_difference_of_eight_pairs_steers_held_out_ones() -> None:
+    model, tokenizer = embedded.load_model(), embedded.load_tokenizer()
+    train, test = load_splits(DataTable(name="warm_tone", train=8, test=12))
+    rows = tokenise(train, tokenizer)
+    batches = [collator(rows, tokenizer)(rows.to_list())]
+    steered = get_peft_model(model, SteeringVectorConfig(layers=15, init="mean_difference"))
+    directions.compute("mean_difference", steered, batches, layers=15).write(steered)
+    margins = pair_margins(steered.eval(), tokenizer, test, [-4.0, 0.0, 4.0])
+    assert margins[4.0].mean() > margins[0.0].mean() + 5 > margins[-4.0].mean() + 10
+    assert (margins[4.0] > 0).float().mean() > (margins[0.0] > 0).float().mean()

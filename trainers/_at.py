@@ -12,6 +12,7 @@ from peft import PeftModel
 from peft.helpers import rescale_adapter_scale
 from peft.tuners.lora import LoraLayer
 from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..adapters import SteeringVectorLayer, prompt_length, set_strength
 from ..losses import Outputs
@@ -97,7 +98,7 @@ def scaled(model: nn.Module, strength: float) -> AbstractContextManager[Any]:
     if _recomputed(model):
         raise ValueError(
             f"strength={strength} with gradient checkpointing: the backward pass would recompute the layer at another "
-            "strength. Set gradient_checkpointing=False, or steer site='block'."
+            "strength. Set gradient_checkpointing=False (or, from transformers 5.23, steer site='block')."
         )
     stack = ExitStack()
     if any(isinstance(layer, SteeringVectorLayer) for layer in model.modules()):
@@ -113,15 +114,18 @@ def scalable(model: nn.Module) -> bool:
 
 
 def _recomputed(model: nn.Module) -> bool:
-    """Whether the backward pass runs an adapter again: checkpointing covers what is inside a block, not its hook."""
+    """Whether the backward pass runs an adapter again.
+
+    Checkpointing covers what is inside a block; before transformers 5.23, which checkpoints `forward` and not
+    `__call__`, the hooks of the block as well.
+    """
+    hooks_too = "__call__" in vars(GradientCheckpointingLayer)
     checkpointing = any(
         module.training and getattr(module, "gradient_checkpointing", False) for module in model.modules()
     )
-    return checkpointing and any(
-        isinstance(module, LoraLayer)
-        or (isinstance(module, SteeringVectorLayer) and any(c.site != "block" for c in module.config.values()))
-        for module in model.modules()
-    )
+    steering = [module for module in model.modules() if isinstance(module, SteeringVectorLayer)]
+    inside = any(hooks_too or config.site != "block" for layer in steering for config in layer.config.values())
+    return checkpointing and (inside or any(isinstance(module, LoraLayer) for module in model.modules()))
 
 
 def token_logps(model: nn.Module, unwrapped: nn.Module, batch: Batch) -> Outputs:

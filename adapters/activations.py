@@ -65,32 +65,22 @@ def collect(
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     blocks = find_blocks(base)
     indices = resolve_layers(layers, len(blocks))
-    seen: dict[int, Tensor] = {}
-    handles = [
-        base.get_submodule(site_name(*blocks[i], site)).register_forward_hook(partial(_keep, seen, i)) for i in indices
-    ]
+    modules = {i: base.get_submodule(site_name(*blocks[i], site)) for i in indices}
     pooled: dict[int, list[Tensor]] = {i: [] for i in indices}
     norms = dict.fromkeys(indices, 0.0)
     tokens = 0
     device = next(base.parameters()).device
-    training = base.training
-    base.eval()
-    try:
-        with _adapters_off(model):
-            for batch in tqdm(batches, desc="Collecting activations", disable=len(batches) < 4):
-                mask = batch["attention_mask"].to(device)
-                base(input_ids=batch["input_ids"].to(device), attention_mask=mask)
-                completion = batch["completion_mask"] if "completion_mask" in batch else batch["labels"] != -100
-                weights = _pool_weights(completion.to(device).long(), pool)
-                tokens += int(mask.sum())
-                for i in indices:
-                    hidden = seen[i].float()
-                    pooled[i].append(torch.einsum("btd,bt->bd", hidden, weights).cpu())
-                    norms[i] += float((hidden.norm(dim=-1) * mask).sum())
-    finally:
-        base.train(training)
-        for handle in handles:
-            handle.remove()
+    with _adapters_off(model), _outputs_of(base, modules) as outputs:
+        for batch in tqdm(batches, desc="Collecting activations", disable=len(batches) < 4):
+            mask = batch["attention_mask"].to(device)
+            base(input_ids=batch["input_ids"].to(device), attention_mask=mask)
+            completion = batch["completion_mask"] if "completion_mask" in batch else batch["labels"] != -100
+            weights = _pool_weights(completion.to(device).long(), pool)
+            tokens += int(mask.sum())
+            for i in indices:
+                hidden = outputs[i].float()
+                pooled[i].append(torch.einsum("btd,bt->bd", hidden, weights).cpu())
+                norms[i] += float((hidden.norm(dim=-1) * mask).sum())
     halves = {
         i: [torch.cat(part) for part in zip(*(rows.chunk(2) for rows in pooled[i]), strict=True)] for i in indices
     }
@@ -100,6 +90,21 @@ def collect(
         residual_norms={i: norms[i] / tokens for i in indices},
         pool=pool,
     )
+
+
+@contextmanager
+def _outputs_of(base: nn.Module, modules: Mapping[int, nn.Module]) -> Iterator[dict[int, Tensor]]:
+    """A dictionary that every forward pass inside, in evaluation mode, fills with the outputs of `modules`."""
+    seen: dict[int, Tensor] = {}
+    handles = [module.register_forward_hook(partial(_keep, seen, i)) for i, module in modules.items()]
+    training = base.training
+    base.eval()
+    try:
+        yield seen
+    finally:
+        base.train(training)
+        for handle in handles:
+            handle.remove()
 
 
 def _keep(seen: dict[int, Tensor], index: int, module: nn.Module, args: Any, output: Any) -> None:

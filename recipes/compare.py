@@ -115,18 +115,18 @@ def run_cell(arm: Arm, model: Any, tokenizer: Any, base_margins: dict[str, torch
 
 
 def summarise(folder: Path) -> str:
-    """The table of a comparison, from its cells: mean and standard deviation over seeds."""
+    """The table of a comparison, from its cells: mean and standard deviation over the seeds that are there."""
     cells = pd.DataFrame([json.loads(f.read_text(encoding="utf-8")) for f in sorted(folder.rglob("cell.json"))])
     lines = [
-        "| task | examples | arm | parameters | base accuracy | accuracy (sd over seeds) | margin gain, nats "
-        "| moved wrong | seconds of training |",
+        "| task | examples | arm | parameters | seeds | base accuracy | accuracy (sd) | margin gain, nats | moved wrong |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for (task, examples, arm), rows in cells.groupby(["task", "examples", "arm"], sort=True):  # pyright: ignore[reportGeneralTypeIssues]
+        spread = f" ({rows.accuracy.std():.3f})" if len(rows) > 1 else ""
         lines.append(
-            f"| {task} | {examples} | {arm} | {rows.parameters.iloc[0]:,} | {rows.base_accuracy.mean():.3f} | "
-            f"{rows.accuracy.mean():.3f} ({rows.accuracy.std():.3f}) | {rows.margin_gain.mean():+.2f} | "
-            f"{rows.moved_wrong.mean():.0%} | {rows.train_seconds.mean():.0f} |"
+            f"| {task} | {examples} | {arm} | {rows.parameters.iloc[0]:,} | {len(rows)} | "
+            f"{rows.base_accuracy.mean():.3f} | {rows.accuracy.mean():.3f}{spread} | "
+            f"{rows.margin_gain.mean():+.2f} | {rows.moved_wrong.mean():.0%} |"
         )
     if differences := _beft_differences(folder):
         lines += [

@@ -121,7 +121,8 @@ def summarise(folder: Path) -> str:
         "| task | examples | arm | parameters | seeds | base accuracy | accuracy (sd) | margin gain, nats | moved wrong |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
-    for (task, examples, arm), rows in cells.groupby(["task", "examples", "arm"], sort=True):  # pyright: ignore[reportGeneralTypeIssues]
+    groups: Any = cells.groupby(["task", "examples", "arm"], sort=True)
+    for (task, examples, arm), rows in groups:
         spread = f" ({rows.accuracy.std():.3f})" if len(rows) > 1 else ""
         lines.append(
             f"| {task} | {examples} | {arm} | {rows.parameters.iloc[0]:,} | {len(rows)} | "

@@ -118,7 +118,8 @@ def summarise(folder: Path) -> str:
     """The table of a comparison, from its cells: mean and standard deviation over the seeds that are there."""
     cells = pd.DataFrame([json.loads(f.read_text(encoding="utf-8")) for f in sorted(folder.rglob("cell.json"))])
     lines = [
-        "| task | examples | arm | parameters | seeds | base accuracy | accuracy (sd) | margin gain, nats | moved wrong |",
+        "| task | examples | arm | parameters | seeds | base accuracy | accuracy (sd) | margin gain, nats "
+        "| moved wrong |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     groups: Any = cells.groupby(["task", "examples", "arm"], sort=True)

@@ -266,7 +266,7 @@ def _restore(model: nn.Module, values: dict[str, Tensor]) -> None:
 def _check_arguments(loss: Loss, args: Any) -> None:
     """Raise a ValueError when the arguments ask for something of TRL's own loss, which is not used."""
     defaults = {field.name: field.default for field in dataclasses.fields(args)} if args is not None else {}
-    for name in ("beta", "loss_type"):
+    for name in ("beta", "loss_type") if "beta" in defaults else ():  # SFTConfig's types are kinds of cross-entropy
         value = getattr(args, name, None)
         # DPOConfig turns its default loss type into a list
         unset = value in (defaults.get(name), [defaults.get(name)], ["sigmoid"])

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from datasets import Dataset
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
@@ -24,7 +24,7 @@ NEUTRAL = Path(__file__).parent / "neutral.jsonl"
 
 @torch.no_grad()
 def pair_margins(
-    model: nn.Module,
+    model: Any,
     tokenizer: PreTrainedTokenizerBase,
     pairs: Dataset,
     strengths: Sequence[float],
@@ -34,7 +34,7 @@ def pair_margins(
     margins: dict[float, list[Tensor]] = {s: [] for s in strengths}
     with tqdm(total=len(pairs) * len(strengths), desc="Held-out pairs", unit="pair") as bar:
         for batch in batches(tokenizer, pairs, max(1, batch_size // 2)):
-            at = ModelAt(model, model, batch)
+            at = ModelAt(model, model, batch.to(model.device))
             for strength in strengths:
                 outputs = at(strength)
                 margins[strength].append((outputs.chosen.logps - outputs.rejected.logps).cpu())

@@ -45,6 +45,12 @@ class Batch:
             raise ValueError(f"A batch needs labels or completion_mask; this one has {sorted(inputs)}.")
         return cls(model_inputs, inputs["labels"], pairs=False)
 
+    def to(self, device: torch.device) -> Batch:
+        """The same batch on another device."""
+        inputs = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in self.inputs.items()}
+        known = None if self.reference_logps is None else self.reference_logps.to(device)
+        return Batch(inputs, self.labels.to(device), self.pairs, known)
+
     @property
     def chosen(self) -> Batch:
         """The chosen half of a pair batch."""

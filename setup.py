@@ -17,7 +17,15 @@ def subpackages(folder: str) -> dict[str, str]:
 
 package_dir = {name: path for folder in FOLDERS for name, path in subpackages(folder).items()}
 
-RECIPES = ["gguf>=0.17", "matplotlib>=3.9", "pydantic>=2.8", "rich>=13"]
+RECIPES = [
+    "gguf>=0.17",
+    "matplotlib>=3.9",
+    "pydantic>=2.8",
+    "rich>=13",
+    "pyDOE3>=1.6",
+    "statsmodels>=0.15",
+    "markdown-it-py>=3",
+]
 
 setup(
     name="steertune",
@@ -43,7 +51,15 @@ setup(
     extras_require={
         "recipes": RECIPES,
         "deepspeed": ["deepspeed>=0.18"],
-        "test": [*RECIPES, "pytest>=8", "bitsandbytes>=0.49", "ruff>=0.14", "pyright>=1.1.400", "build>=1.2"],
+        "test": [
+            *RECIPES,
+            "pytest>=8",
+            "shapiq>=1.4",
+            "bitsandbytes>=0.49",
+            "ruff>=0.14",
+            "pyright>=1.1.400",
+            "build>=1.2",
+        ],
     },
     classifiers=[
         "Programming Language :: Python :: 3",

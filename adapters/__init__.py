@@ -6,7 +6,7 @@ Importing this package registers the method with PEFT, so that `get_peft_model`,
 
 from . import directions
 from .config import SteeringVectorConfig
-from .layer import SteeringVectorLayer
+from .layer import SteeringVectorLayer, steering_layers
 from .model import SteeringVectorModel
 from .positions import prompt_length
 from .strength import set_strength
@@ -18,4 +18,5 @@ __all__ = [
     "directions",
     "prompt_length",
     "set_strength",
+    "steering_layers",
 ]

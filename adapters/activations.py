@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections import defaultdict
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -60,36 +61,79 @@ def collect(
     Raises:
         ValueError: no batches, or an answer without tokens.
     """
+    pooled: dict[int, list[Tensor]] = defaultdict(list)
+    norms = _MeanNorms()
+    with closing(_states(model, batches, layers, site)) as seen:
+        for batch, mask, states in seen:
+            completion = batch["completion_mask"] if "completion_mask" in batch else batch["labels"] != -100
+            weights = _pool_weights(completion.to(mask.device).long(), pool)
+            norms.add(mask, states)
+            for i, hidden in states.items():
+                pooled[i].append(torch.einsum("btd,bt->bd", hidden, weights).cpu())
+    halves = {
+        i: [torch.cat(part) for part in zip(*(rows.chunk(2) for rows in of_layer), strict=True)]
+        for i, of_layer in pooled.items()
+    }
+    return Activations(
+        chosen={i: chosen for i, (chosen, _) in halves.items()},
+        rejected={i: rejected for i, (_, rejected) in halves.items()},
+        residual_norms=norms.read(),
+        pool=pool,
+    )
+
+
+@torch.no_grad()
+def residual_norms(
+    model: nn.Module, batches: Sequence[Mapping[str, Any]], layers: Layers = "all", site: Site = "block"
+) -> dict[int, float]:
+    """Mean norm of the base model's states over all real tokens, by layer index.
+
+    Args:
+        model: As in `collect`.
+        batches: Batches with `input_ids` and, where rows are padded, `attention_mask`.
+        layers: As in `SteeringVectorConfig`.
+        site: As in `SteeringVectorConfig`.
+
+    Raises:
+        ValueError: no batches.
+    """
+    norms = _MeanNorms()
+    with closing(_states(model, batches, layers, site)) as seen:
+        for _, mask, states in seen:
+            norms.add(mask, states)
+    return norms.read()
+
+
+class _MeanNorms:
+    def __init__(self) -> None:
+        self.sums: dict[int, float] = defaultdict(float)
+        self.tokens = 0
+
+    def add(self, mask: Tensor, states: Mapping[int, Tensor]) -> None:
+        self.tokens += int(mask.sum())
+        for i, hidden in states.items():
+            self.sums[i] += float((hidden.norm(dim=-1) * mask).sum())
+
+    def read(self) -> dict[int, float]:
+        return {i: total / self.tokens for i, total in self.sums.items()}
+
+
+def _states(
+    model: nn.Module, batches: Sequence[Mapping[str, Any]], layers: Layers, site: Site
+) -> Generator[tuple[Mapping[str, Any], Tensor, dict[int, Tensor]]]:
+    """For every batch: the batch, its attention mask, and the base model's states in fp32, by layer index."""
     if not batches:
-        raise ValueError("No batches: a direction needs at least one contrast pair.")
+        raise ValueError("No batches: at least one example is needed.")
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     blocks = find_blocks(base)
-    indices = resolve_layers(layers, len(blocks))
-    modules = {i: base.get_submodule(site_name(*blocks[i], site)) for i in indices}
-    pooled: dict[int, list[Tensor]] = {i: [] for i in indices}
-    norms = dict.fromkeys(indices, 0.0)
-    tokens = 0
+    modules = {i: base.get_submodule(site_name(*blocks[i], site)) for i in resolve_layers(layers, len(blocks))}
     device = next(base.parameters()).device
     with _adapters_off(model), _outputs_of(base, modules) as outputs:
         for batch in tqdm(batches, desc="Collecting activations", disable=len(batches) < 4):
-            mask = batch["attention_mask"].to(device)
-            base(input_ids=batch["input_ids"].to(device), attention_mask=mask)
-            completion = batch["completion_mask"] if "completion_mask" in batch else batch["labels"] != -100
-            weights = _pool_weights(completion.to(device).long(), pool)
-            tokens += int(mask.sum())
-            for i in indices:
-                hidden = outputs[i].float()
-                pooled[i].append(torch.einsum("btd,bt->bd", hidden, weights).cpu())
-                norms[i] += float((hidden.norm(dim=-1) * mask).sum())
-    halves = {
-        i: [torch.cat(part) for part in zip(*(rows.chunk(2) for rows in pooled[i]), strict=True)] for i in indices
-    }
-    return Activations(
-        chosen={i: halves[i][0] for i in indices},
-        rejected={i: halves[i][1] for i in indices},
-        residual_norms={i: norms[i] / tokens for i in indices},
-        pool=pool,
-    )
+            ids = batch["input_ids"].to(device)
+            mask = batch["attention_mask"].to(device) if "attention_mask" in batch else torch.ones_like(ids)
+            base(input_ids=ids, attention_mask=mask)
+            yield batch, mask, {i: outputs[i].float() for i in modules}
 
 
 @contextmanager

@@ -208,6 +208,12 @@ class SteeringVectorLayer(nn.Module, BaseTunerLayer):
         raise NotImplementedError(NO_MERGE)
 
 
+def steering_layers(model: nn.Module, name: str | None = None) -> list[SteeringVectorLayer]:
+    """Every steering layer of a model, or those of adapter `name`."""
+    found = (module for module in model.modules() if isinstance(module, SteeringVectorLayer))
+    return [layer for layer in found if name is None or name in layer.config]
+
+
 NO_MERGE = (
     "A steering vector is not merged: most architectures have no bias where the residual stream is written, and one "
     "added in memory is dropped silently by save and reload. Keep the adapter (it is a few kilobytes)."

@@ -16,7 +16,7 @@ from torch import nn
 from .blocks import find_blocks, resolve_layers, site_name, text_config
 from .config import SteeringVectorConfig
 from .fingerprint import check_fingerprint, fingerprint
-from .layer import BASE_ROW, NO_MERGE, SteeringVectorLayer
+from .layer import BASE_ROW, NO_MERGE, SteeringVectorLayer, steering_layers
 from .positions import PromptBoundary, prompt_length
 from .registration import NAME, register
 
@@ -55,7 +55,7 @@ class SteeringVectorModel(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        layers = self._steering_layers()
+        layers = steering_layers(self.model)
         layer = getattr(target, CHILD, None)
         if layer is None:
             boundary = next((other.boundary for other in layers), None) or PromptBoundary()
@@ -70,9 +70,6 @@ class SteeringVectorModel(BaseTuner):
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)
 
-    def _steering_layers(self) -> list[SteeringVectorLayer]:
-        return [module for module in self.model.modules() if isinstance(module, SteeringVectorLayer)]
-
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """As PEFT's. A given `state_dict` names our child modules, PEFT looks for the modules they hang on."""
         state_dict = kwargs.get("state_dict")
@@ -83,7 +80,7 @@ class SteeringVectorModel(BaseTuner):
             kwargs["state_dict"] = {key.replace(f".{CHILD}.{self.prefix}", f".{self.prefix}"): 0 for key in state_dict}
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         # with `target_modules` given by hand only now known
-        config.layers = [layer.layer_index for layer in self._steering_layers() if adapter_name in layer.config]
+        config.layers = [layer.layer_index for layer in steering_layers(self.model, adapter_name)]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call the model, not its `forward` as PEFT 0.20 does: a hook on the model reads where the prompt ends."""
@@ -110,7 +107,7 @@ class SteeringVectorModel(BaseTuner):
     def _name_rows(self, names: list[str], copies: int) -> list[Any]:
         if self.training:
             raise ValueError("adapter_names= is for inference: call model.eval() first.")
-        known = {name for layer in self._steering_layers() for name in layer.config} | {BASE_ROW}
+        known = {name for layer in steering_layers(self.model) for name in layer.config} | {BASE_ROW}
         if unknown := sorted(set(names) - known):
             raise ValueError(f"adapter_names: {unknown} are not adapters of this model, which has {sorted(known)}.")
         rows = [name for name in names for _ in range(copies)]

@@ -106,9 +106,9 @@ def prompt_length(model: nn.Module, length: int | Tensor) -> Iterator[None]:
         length: Number of leading columns that belong to the prompt, padding on the left included: one number, or a
             tensor `(rows,)`.
     """
-    from .layer import SteeringVectorLayer
+    from .layer import steering_layers
 
-    boundaries = {id(m.boundary): m.boundary for m in model.modules() if isinstance(m, SteeringVectorLayer)}
+    boundaries = {id(layer.boundary): layer.boundary for layer in steering_layers(model)}
     before = {key: boundary.declared for key, boundary in boundaries.items()}
     for boundary in boundaries.values():
         boundary.declared = length

@@ -7,7 +7,7 @@ from types import TracebackType
 from torch import nn
 
 from .checks import did_you_mean
-from .layer import SteeringVectorLayer
+from .layer import steering_layers
 
 
 class set_strength:  # lower case: called like a function, and a context manager like `torch.no_grad`
@@ -32,7 +32,7 @@ class set_strength:  # lower case: called like a function, and a context manager
         strength = float(strength)
         if strength in (float("inf"), float("-inf")) or strength != strength:
             raise ValueError(f"strength={strength} is not a finite number.")
-        layers = [module for module in model.modules() if isinstance(module, SteeringVectorLayer)]
+        layers = steering_layers(model)
         names = {name for layer in layers for name in layer.config}
         if not names or (adapter_name is not None and adapter_name not in names):
             which = "" if adapter_name is None else f" {adapter_name!r}"

@@ -9,6 +9,7 @@ from dataclasses import fields, is_dataclass
 from typing import Any
 
 from ._base import At, Loss, Outputs
+from ._contrast import Contrast, Contrasted
 
 __all__ = ["At", "Loss", "Outputs", "get_loss", "names"]
 
@@ -18,8 +19,10 @@ def names() -> list[str]:
     return sorted(m.name for m in pkgutil.iter_modules(__path__) if not m.name.startswith("_"))
 
 
-def get_loss(loss: str | Loss, **options: Any) -> Loss:
+def get_loss(loss: str | Loss, *, contrast: Contrast = "paired", **options: Any) -> Loss:
     """A loss by name (its file), with its hyperparameters; a `Loss` object is returned as it is.
+
+    `contrast` says what a pair loss contrasts the chosen answer with: `paired`, `unpaired` or `none`.
 
     Raises:
         ValueError: an unknown name or option (the message names the nearest), options for an object.
@@ -27,14 +30,15 @@ def get_loss(loss: str | Loss, **options: Any) -> Loss:
     if isinstance(loss, Loss):
         if options:
             raise ValueError(f"Options {sorted(options)} go with a loss name, not with an object.")
-        return loss
+        return loss if contrast == "paired" else Contrasted(loss, contrast)
     _choose("loss", loss, names())
     module = importlib.import_module(f"{__name__}.{loss}")
     classes = [x for x in vars(module).values() if isinstance(x, type) and x.__module__ == module.__name__]
     [kind] = [x for x in classes if issubclass(x, Loss) and is_dataclass(x)]
     for option in options:
         _choose(f"option of loss {loss!r}", option, [field.name for field in fields(kind)])
-    return kind(**options)
+    made = kind(**options)
+    return made if contrast == "paired" else Contrasted(made, contrast)
 
 
 def _choose(what: str, value: object, allowed: list[str]) -> None:

@@ -46,6 +46,8 @@ class DataTable(BaseModel, extra="forbid"):
     train_split: str = "train"
     test_split: str = "test"
     seed: int = 0
+    pairing: Literal["own", "shuffled"] = "own"
+    """`shuffled`: every training prompt gets the rejected answer of another prompt."""
 
 
 class EvaluationTable(BaseModel, extra="forbid"):
@@ -84,12 +86,12 @@ class Arm(BaseModel, extra="forbid"):
         options = dict(self.adapter)
         kind = str(options.pop("type", "steering_vector"))
         if kind == "none":
-            _known("adapter", options, [])
+            known("adapter", options, [])
             return None
         kinds = {str(name.value).lower(): config for name, config in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
         if kind not in kinds:
-            raise ArmError(f"adapter.type={kind!r} is no PEFT method.{_nearest(kind, [*kinds, 'none'])}")
-        _known("adapter", options, [f.name for f in dataclasses.fields(kinds[kind])])
+            raise ArmError(f"adapter.type={kind!r} is no PEFT method.{nearest(kind, [*kinds, 'none'])}")
+        known("adapter", options, [f.name for f in dataclasses.fields(kinds[kind])])
         _typed("adapter", options, kinds[kind])
         return get_peft_config({"peft_type": kind.upper(), "task_type": "CAUSAL_LM", **options})
 
@@ -98,13 +100,13 @@ class Arm(BaseModel, extra="forbid"):
         options = dict(self.loss)
         name = str(options.pop("name", "dpo"))
         if name == UPSTREAM:
-            _known("loss", options, [])
+            known("loss", options, [])
             return None
         return get_loss(name, **options)
 
     def training_arguments(self, kind: type, folder: str, **defaults: Any) -> Any:
         """`kind(output_dir=folder, **[trainer])`, its keys and types checked."""
-        _known("trainer", self.trainer, [f.name for f in dataclasses.fields(kind)])
+        known("trainer", self.trainer, [f.name for f in dataclasses.fields(kind)])
         _typed("trainer", self.trainer, kind)
         return kind(output_dir=folder, **{**defaults, **self.trainer})
 
@@ -117,25 +119,61 @@ def load_arm(file: str | Path, overrides: Sequence[str] = ()) -> Arm:
     Raises:
         ArmError: no such arm, broken TOML, an unknown key, a value of the wrong type.
     """
+    tables = read_tables(file)
+    for key, value in _pairs(overrides):
+        _put(tables, key, value)
+    return make_arm(tables)
+
+
+def read_tables(file: str | Path) -> dict[str, Any]:
+    """The tables of an arm as they stand in its file, named after the file.
+
+    Raises:
+        ArmError: no such arm, or broken TOML.
+    """
     path = Path(file) if Path(file).suffix == ".toml" else ARMS / f"{file}.toml"
     if not path.is_file():
         known = sorted(p.stem for p in ARMS.glob("*.toml"))
-        raise ArmError(f"No arm {str(file)!r}: neither a .toml file nor one of {known}.{_nearest(str(file), known)}")
-    try:
-        tables = tomllib.loads(path.read_text(encoding="utf-8"))
-    except tomllib.TOMLDecodeError as error:
-        raise ArmError(f"{path} is not valid TOML: {error}") from error
-    for key, value in _pairs(overrides):
-        _put(tables, key, value)
+        raise ArmError(f"No arm {str(file)!r}: neither a .toml file nor one of {known}.{nearest(str(file), known)}")
+    tables = read_toml(path)
     tables.setdefault("name", path.stem)
-    _known_tables(tables)
+    return tables
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """A TOML file.
+
+    Raises:
+        ArmError: it is not valid TOML.
+    """
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ArmError(f"{path} is not valid TOML: {error}") from error
+
+
+def make_arm(tables: dict[str, Any]) -> Arm:
+    """An arm from its tables, every key checked.
+
+    Raises:
+        ArmError: an unknown key, a value of the wrong type.
+    """
+    known_tables("arm", tables, Arm)
     try:
         arm = Arm(**tables)
     except ValidationError as error:
-        raise ArmError("; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())) from error
+        raise ArmError(reasons(error)) from error
     arm.peft_config()
-    arm.loss_object()
+    try:
+        arm.loss_object()
+    except ValueError as error:
+        raise ArmError(f"[loss]: {error}") from error
     return arm
+
+
+def reasons(error: ValidationError) -> str:
+    """What pydantic found, on one line."""
+    return "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
 
 
 def _pairs(words: Sequence[str]) -> Iterable[tuple[str, Any]]:
@@ -162,22 +200,24 @@ def _put(tables: dict[str, Any], key: str, value: Any) -> None:
     tables[last] = value
 
 
-def _known_tables(tables: dict[str, Any]) -> None:
-    fields = Arm.model_fields
-    _known("arm", tables, list(fields))
+def known_tables(what: str, tables: dict[str, Any], model: type[BaseModel]) -> None:
+    """Check the keys of a table, and of the tables in it, against a pydantic model; the nearest valid key is named."""
+    known(what, tables, list(model.model_fields))
     for name, table in tables.items():
-        kind = fields[name].annotation
+        kind = model.model_fields[name].annotation
         if isinstance(kind, type) and issubclass(kind, BaseModel) and isinstance(table, dict):
-            _known(name, table, list(kind.model_fields))
+            known_tables(name, table, kind)
 
 
-def _known(table: str, keys: Iterable[str], allowed: list[str]) -> None:
+def known(table: str, keys: Iterable[str], allowed: list[str]) -> None:
+    """Raise an ArmError for a key that is not allowed, naming the nearest that is."""
     for key in keys:
         if key not in allowed:
-            raise ArmError(f"Unknown key {key!r} in [{table}].{_nearest(key, allowed)}")
+            raise ArmError(f"Unknown key {key!r} in [{table}].{nearest(key, allowed)}")
 
 
-def _nearest(value: str, allowed: list[str]) -> str:
+def nearest(value: str, allowed: list[str]) -> str:
+    """ " Did you mean ...?", or nothing."""
     near = difflib.get_close_matches(value, allowed, n=1, cutoff=0.4)
     return f" Did you mean {near[0]!r}?" if near else ""
 

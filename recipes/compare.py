@@ -27,7 +27,7 @@ from tqdm.auto import tqdm
 from steertune.recipes.arm import Arm, ArmError, load_arm
 from steertune.recipes.data import load_model, load_splits
 from steertune.recipes.measures import pair_margins
-from steertune.recipes.train import fit, make_trainer, set_threads, write_whole
+from steertune.recipes.training import fit, make_trainer, set_threads, write_whole
 
 ARMS = ("bias_dpo", "bias_ce", "beft_dpo", "lora_dpo", "mean_difference")
 

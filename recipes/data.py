@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset, load_dataset
+from datasets import Dataset, get_dataset_split_names, load_dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from steertune.recipes import embedded
@@ -31,21 +31,50 @@ def load_splits(table: DataTable) -> tuple[Dataset, Dataset]:
     Raises:
         ArmError: an unknown name, a missing split, too few rows.
     """
-    train, test = (_load(table.name, split) for split in (table.train_split, table.test_split))
+    train, test = (load_split(table.name, split) for split in (table.train_split, table.test_split))
     for rows, asked, split in ((train, table.train, table.train_split), (test, table.test, table.test_split)):
         if len(rows) < asked:
             raise ArmError(f"data.{split}: {asked} rows asked, {table.name!r} has {len(rows)}. Ask for fewer.")
-    return train.shuffle(seed=table.seed).select(range(table.train)), test.select(range(table.test))
+    train = train.shuffle(seed=table.seed).select(range(table.train))
+    return (shuffled_pairs(train) if table.pairing == "shuffled" else train), test.select(range(table.test))
 
 
-def _load(name: str, split: str) -> Dataset:
-    path = embedded.TASKS / name if name in embedded.task_names() else Path(name)
+def shuffled_pairs(rows: Dataset) -> Dataset:
+    """Every row with the rejected answer of the next one, so that the two answers no longer share a prompt.
+
+    Raises:
+        ArmError: a single row, or rows whose answers hold their prompt.
+    """
+    if len(rows) < 2:
+        raise ArmError(f"data.pairing='shuffled' needs at least 2 examples, there are {len(rows)}.")
+    if not {"prompt", "rejected"} <= set(rows.column_names):
+        raise ArmError(
+            f"data.pairing='shuffled' needs columns prompt and rejected; the data have {rows.column_names}."
+        )
+    following = rows["rejected"][1:] + rows["rejected"][:1]
+    return rows.map(lambda _, index: {"rejected": following[index]}, with_indices=True)
+
+
+def load_split(name: str, split: str) -> Dataset:
+    """All rows of one split of an embedded task, a local file or folder, or a data set on the Hub.
+
+    Raises:
+        ArmError: there is no such task, path or split.
+    """
+    found = find_split(name, split)
+    if found is None:
+        there = [p.name for p in sorted(_folder(name).iterdir())] if _folder(name).is_dir() else "its splits"
+        raise ArmError(f"data.name={name!r}: one file for split {split!r} expected, found {there}.")
+    return found
+
+
+def find_split(name: str, split: str) -> Dataset | None:
+    """As `load_split`; None if there is no such split."""
+    path = _folder(name)
     if path.is_dir():
         files = [p for p in sorted(path.iterdir()) if p.suffix in _BUILDERS and split in p.stem.split(".")]
         if len(files) != 1:
-            raise ArmError(
-                f"data.name={name!r}: one file for split {split!r} expected, found {[p.name for p in files]}."
-            )
+            return None
         path = files[0]
     if path.is_file():
         if path.suffix not in _BUILDERS:
@@ -55,6 +84,8 @@ def _load(name: str, split: str) -> Dataset:
     if path.suffix in _BUILDERS or name.startswith((".", "/")):
         raise ArmError(f"data.name={name!r}: no such file or folder. Embedded tasks: {embedded.task_names()}.")
     try:
+        if split not in get_dataset_split_names(name):
+            return None
         loaded = load_dataset(name, split=split)
     except Exception as error:
         tasks = embedded.task_names()
@@ -62,3 +93,7 @@ def _load(name: str, split: str) -> Dataset:
             f"data.name={name!r} is no embedded task {tasks}, no path, and the Hub says: {error}"
         ) from error
     return loaded
+
+
+def _folder(name: str) -> Path:
+    return embedded.TASKS / name if name in embedded.task_names() else Path(name)

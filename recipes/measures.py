@@ -7,6 +7,7 @@ import math
 import resource
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from steertune.trainers import Batch, ModelAt, collator, tokenise
 
+_PROCESS = Path("/proc/self")
 NEUTRAL = Path(__file__).parent / "neutral.jsonl"
 
 
@@ -49,16 +51,18 @@ def batches(tokenizer: PreTrainedTokenizerBase, data: Dataset, size: int) -> lis
     return [Batch.read(collate(rows[i : i + size])) for i in range(0, len(rows), size)]
 
 
-def neutral_rows() -> list[dict[str, Any]]:
+def neutral_rows() -> Dataset:
     """Everyday questions and answers that no behaviour is about."""
-    return [json.loads(line) for line in NEUTRAL.read_text(encoding="utf-8").splitlines()]
+    return Dataset.from_list([json.loads(line) for line in NEUTRAL.read_text(encoding="utf-8").splitlines()])
 
 
 @torch.no_grad()
-def neutral_logps(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[tuple[Tensor, Tensor]]:
+def neutral_logps(
+    model: Any, tokenizer: PreTrainedTokenizerBase, rows: Dataset | None = None
+) -> list[tuple[Tensor, Tensor]]:
     """Per neutral answer, log-probabilities of every token `(tokens, vocabulary)` and the true tokens `(tokens,)`."""
     found = []
-    for row in tokenise(Dataset.from_list(neutral_rows()), tokenizer).to_list():
+    for row in tokenise(neutral_rows() if rows is None else rows, tokenizer).to_list():
         labels = torch.tensor([row["labels"]], device=model.device)
         kept = labels[0, 1:] != -100
         logits = model(input_ids=torch.tensor([row["input_ids"]], device=model.device), labels=labels).logits[0, :-1]
@@ -104,9 +108,32 @@ def generate(model: Any, tokenizer: Any, prompts: Sequence[Any], new_tokens: int
     return [text.strip() for text in tokenizer.batch_decode(new, skip_special_tokens=True)]
 
 
+def repetition(texts: Sequence[str], n: int = 3) -> float:
+    """Share of word n-grams that stood before in the same text, averaged over texts that have any."""
+    shares = []
+    for text in texts:
+        words = text.split()
+        grams = [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
+        if grams:
+            shares.append(1 - len(set(grams)) / len(grams))
+    return sum(shares) / len(shares) if shares else 0.0
+
+
+def reset_peak_memory() -> None:
+    """Count the peak memory from now on, where the system can (CUDA, Linux)."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    elif _PROCESS.is_dir():
+        with suppress(OSError):
+            (_PROCESS / "clear_refs").write_text("5")
+
+
 def peak_memory_gb() -> float:
-    """Peak memory of the process, or of the GPU where there is one, in GB."""
+    """Peak memory of the process, or of the GPU where there is one, in GB, since `reset_peak_memory`."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 1e9
+    if _PROCESS.is_dir():
+        status = (_PROCESS / "status").read_text()
+        return float(status.split("VmHWM:")[1].split()[0]) / 1e6
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 1e9 if sys.platform == "darwin" else peak / 1e6

@@ -9,9 +9,7 @@ Ends with a page: preference on held-out pairs before, after and at other streng
 from __future__ import annotations
 
 import argparse
-import copy
 import json
-import os
 import sys
 import time
 from collections.abc import Sequence
@@ -22,8 +20,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from datasets import Dataset
-from transformers import TrainerCallback, set_seed
-from transformers.trainer_utils import get_last_checkpoint
+from transformers import set_seed
 
 from steertune.recipes.arm import Arm, ArmError, load_arm
 from steertune.recipes.data import load_model, load_splits
@@ -36,6 +33,7 @@ from steertune.recipes.measures import (
     side_effects,
 )
 from steertune.recipes.page import strength_plot, write_page
+from steertune.recipes.training import fit, make_trainer, set_threads, write_whole
 from steertune.trainers import DataError, ModelAt, scalable, scaled
 
 DEFAULT_ARM = "bias_dpo"
@@ -156,13 +154,6 @@ def _claim(folder: Path, arm: Arm, main_process: bool) -> None:
         write_whole(file, config)
 
 
-def write_whole(file: Path, text: str) -> None:
-    """Write the whole file or nothing."""
-    part = file.with_name(file.name + ".part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, file)
-
-
 def _plan(arm: Arm, model: Any, tokenizer: Any, train: Dataset, test: Dataset, processes: int) -> str:
     """What will be done, and how long it will take, from one timed forward pass."""
     pairs = max(1, arm.evaluation.batch_size // 2)
@@ -184,59 +175,6 @@ def _plan(arm: Arm, model: Any, tokenizer: Any, train: Dataset, test: Dataset, p
         f"  about {(training + evaluation) / 60:.1f} minutes: training {training:.0f} s ({steps} steps), "
         f"evaluation {evaluation:.0f} s"
     )
-
-
-def set_threads(threads: int | None) -> None:
-    """Threads of a CPU run; None: all cores for a single process, which `accelerate launch` leaves with one thread."""
-    if threads is None and PartialState().num_processes == 1:
-        threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    if threads is not None:
-        torch.set_num_threads(threads)
-
-
-def make_trainer(arm: Arm, model: Any, tokenizer: Any, train: Dataset, folder: Path) -> Any:
-    """The arm's trainer: `SteeringDPOTrainer` for pairs, `SteeringSFTTrainer` for demonstrations."""
-    from trl import DPOConfig, SFTConfig
-
-    from steertune.trainers import SteeringDPOTrainer, SteeringSFTTrainer
-
-    pairs = "chosen" in train.column_names
-    trainer_class, config_class = (SteeringDPOTrainer, DPOConfig) if pairs else (SteeringSFTTrainer, SFTConfig)
-    defaults = {
-        "seed": arm.data.seed,
-        "report_to": "none",
-        "bf16": False,
-        "gradient_checkpointing": False,
-        "logging_steps": 5,
-        "use_cpu": not torch.cuda.is_available(),
-    }
-    arguments = arm.training_arguments(config_class, str(folder / "checkpoints"), **defaults)
-    reference = {}
-    loss, config = arm.loss_object(), arm.peft_config()
-    if pairs and config is None:  # full finetuning changes the base, so the reference is a copy
-        reference["ref_model"] = copy.deepcopy(model)
-    trainer = trainer_class(
-        model=model,
-        args=arguments,
-        train_dataset=train,
-        processing_class=tokenizer,
-        peft_config=config,
-        loss=loss,
-        **reference,
-    )
-    trainer.add_callback(_MetricsFile(folder / "metrics.jsonl"))
-    return trainer
-
-
-def fit(trainer: Any, folder: Path) -> float:
-    """Train, from the last checkpoint if there is one; with `max_steps = 0` only set the initial vector. Seconds."""
-    start = time.monotonic()
-    if trainer.args.max_steps == 0:
-        trainer.initialise_vectors()
-    else:
-        checkpoints = folder / "checkpoints"
-        trainer.train(resume_from_checkpoint=get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None)
-    return time.monotonic() - start
 
 
 def _row(strength: float, margins: torch.Tensor, base: torch.Tensor) -> dict[str, float]:
@@ -264,18 +202,6 @@ def _use(arm: Arm, folder: Path) -> list[str]:
     ]
     base = "load_model()" if embedded else f'AutoModelForCausalLM.from_pretrained("{arm.model.name}")'
     return [*lines, f'model = PeftModel.from_pretrained({base}, "{folder}/adapter")']
-
-
-class _MetricsFile(TrainerCallback):
-    """Keeps `metrics.jsonl`: one line per logged step, whole after every log and right after a resume."""
-
-    def __init__(self, file: Path) -> None:
-        self.file = file
-
-    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Trainer event: something was logged."""
-        if state.is_world_process_zero:
-            write_whole(self.file, "".join(json.dumps(line) + "\n" for line in state.log_history))
 
 
 if __name__ == "__main__":

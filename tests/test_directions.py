@@ -205,7 +205,7 @@ def test_collecting_reads_the_base_and_leaves_the_model_as_it_was(batches, make)
 
 
 def test_nothing_to_collect(batches):
-    with pytest.raises(ValueError, match="at least one contrast pair"):
+    with pytest.raises(ValueError, match="at least one example"):
         collect(tiny(), [])
     empty = {k: v.clone() for k, v in batches[0].items()}
     empty["completion_mask"][1] = 0

@@ -66,7 +66,7 @@ def test_the_check_for_near_duplicates_finds_one() -> None:
 
 
 def test_neutral_rows_are_demonstrations() -> None:
-    assert all(set(row) == {"prompt", "completion"} for row in neutral_rows())
+    assert set(neutral_rows().column_names) == {"prompt", "completion"}
 
 
 def test_results_name_no_machine() -> None:

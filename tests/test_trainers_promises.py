@@ -23,6 +23,7 @@ from tiny_data import (
     values,
 )
 from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from steertune.adapters import SteeringVectorConfig, directions
 from steertune.trainers._batch import Batch
@@ -263,6 +264,8 @@ def test_our_loss_and_trls_agree_on_where_the_prompt_ends(positions, tmp_path):
     + [("dpo", None, "block"), ("sft", None, "mlp"), ("dpo", "bipo", "block")],
 )
 def test_gradient_checkpointing_changes_nothing(kind, loss, site, tmp_path):
+    if loss == "bipo" and "__call__" in vars(GradientCheckpointingLayer):
+        pytest.skip("before transformers 5.23 the hooks of a block are recomputed as well, so it is refused")
     config = SteeringVectorConfig(site=site, form="gated")
     options = dict(loss=loss, peft_config=config, max_steps=6, **GRADIENT_DESCENT)
     without = trained(kind, tmp_path, gradient_checkpointing=False, **options)

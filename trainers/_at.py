@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from peft import PeftModel
 from peft.helpers import rescale_adapter_scale
 from peft.tuners.lora import LoraLayer
-from torch import nn
+from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from ..adapters import SteeringVectorLayer, prompt_length, set_strength
+from ..adapters import SteeringVectorLayer, prompt_length, set_strength, steering_layers
 from ..losses import Outputs
 from ._batch import Batch
 
@@ -60,7 +60,7 @@ class ModelAt:
     def _reference(self) -> Outputs:
         if self.batch.reference_logps is not None:
             # known per row only; spread over its tokens, which leaves sums and means per row what they are
-            mask = self.batch.labels[:, 1:] != -100
+            mask = _targets(self.batch)[0] != -100
             per_token = self.batch.reference_logps / mask.sum(dim=1).clamp_min(1)
             return Outputs(mask * per_token[:, None], mask)
         if self.reference_model is not None:
@@ -101,7 +101,7 @@ def scaled(model: nn.Module, strength: float) -> AbstractContextManager[Any]:
             "strength. Set gradient_checkpointing=False (or, from transformers 5.23, steer site='block')."
         )
     stack = ExitStack()
-    if any(isinstance(layer, SteeringVectorLayer) for layer in model.modules()):
+    if steering_layers(model):
         stack.enter_context(set_strength(model, strength))
     if any(isinstance(layer, LoraLayer) for layer in model.modules()):
         stack.enter_context(rescale_adapter_scale(model, strength))
@@ -123,25 +123,31 @@ def _recomputed(model: nn.Module) -> bool:
     checkpointing = any(
         module.training and getattr(module, "gradient_checkpointing", False) for module in model.modules()
     )
-    steering = [module for module in model.modules() if isinstance(module, SteeringVectorLayer)]
-    inside = any(hooks_too or config.site != "block" for layer in steering for config in layer.config.values())
+    configs = [config for layer in steering_layers(model) for config in layer.config.values()]
+    inside = any(hooks_too or config.site != "block" for config in configs)
     return checkpointing and (inside or any(isinstance(module, LoraLayer) for module in model.modules()))
 
 
 def token_logps(model: nn.Module, unwrapped: nn.Module, batch: Batch) -> Outputs:
     """Log-probabilities of a batch's labels. The head runs only on columns in which some row has one."""
-    labels = batch.labels[:, 1:]
-    mask = labels != -100
+    labels, columns = _targets(batch)
     kwargs: dict[str, Any] = {"use_cache": False}
     base = unwrapped.get_base_model() if isinstance(unwrapped, PeftModel) else unwrapped
-    if "logits_to_keep" in inspect.signature(type(base).forward).parameters:
-        columns = mask.any(dim=0).nonzero().squeeze(1)
+    keeps = "logits_to_keep" in inspect.signature(type(base).forward).parameters
+    if keeps:
         kwargs["logits_to_keep"] = columns
-        labels, mask = labels[:, columns], mask[:, columns]
     with prompt_of(unwrapped, batch):
         logits = model(**batch.inputs, **kwargs).logits
-    logits = logits[:, : labels.shape[1]].float()
-    return Outputs(-F.cross_entropy(logits.transpose(1, 2), labels, ignore_index=-100, reduction="none"), mask)
+    logits = (logits if keeps else logits[:, columns]).float()
+    logps = -F.cross_entropy(logits.transpose(1, 2), labels, ignore_index=-100, reduction="none")
+    return Outputs(logps, labels != -100)
+
+
+def _targets(batch: Batch) -> tuple[Tensor, Tensor]:
+    """Labels on the columns that predict one in some row, `(rows, columns)`, and those columns."""
+    labels = batch.labels[:, 1:]
+    columns = (labels != -100).any(dim=0).nonzero().squeeze(1)
+    return labels[:, columns], columns
 
 
 def prompt_of(model: nn.Module, batch: Batch) -> AbstractContextManager[None]:

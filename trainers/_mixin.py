@@ -16,13 +16,13 @@ from peft import PeftConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import Trainer, set_seed
 
-from ..adapters import SteeringVectorConfig, SteeringVectorLayer
+from ..adapters import SteeringVectorConfig, SteeringVectorLayer, steering_layers
 from ..losses import Loss, get_loss
 from ._at import REFERENCE_ADAPTER, ModelAt, prompt_of, scaled
 from ._batch import Batch
 from ._data import PAIR_FORMATS, DataError, check_rows, check_tokens
 from ._guard import FiniteGradients, check_finite
-from ._start import fill_missing_vectors, steering_layers
+from ._start import fill_missing_vectors
 from ._vitals import VectorVitals
 
 DEFAULT: Any = type("Default", (), {"__repr__": lambda self: "SteeringVectorConfig()"})()

@@ -8,18 +8,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from ..adapters import SteeringVectorLayer, directions
+from ..adapters import activations, directions, steering_layers
 from ..adapters.config import Layers, Site
 
 if TYPE_CHECKING:
     from ._mixin import SteeringMixin
 
 _ROWS = 8  # examples per forward pass while activations are read
-
-
-def steering_layers(model: nn.Module) -> list[SteeringVectorLayer]:
-    """Every steering layer of a model."""
-    return [module for module in model.modules() if isinstance(module, SteeringVectorLayer)]
 
 
 def fill_missing_vectors(trainer: SteeringMixin) -> None:
@@ -30,7 +25,7 @@ def fill_missing_vectors(trainer: SteeringMixin) -> None:
         ValueError: the training data are no pairs.
     """
     for name, config in _steering_configs(trainer.model).items():
-        layers = [layer for layer in steering_layers(trainer.model) if name in layer.config]
+        layers = steering_layers(trainer.model, name)
         missing = any(not torch.isfinite(layer.parameter(name, "v")).all() for layer in layers)
         if missing and config.init_from_data:
             batches = pair_batches(trainer)
@@ -55,18 +50,8 @@ def pair_batches(trainer: SteeringMixin, limit: int | None = None) -> list[Mappi
 
 def residual_norms(trainer: SteeringMixin, layers: Layers, site: Site, limit: int) -> dict[int, float]:
     """Mean norm of the base model's residual stream on the first `limit` training examples; empty for a stream."""
-    batches = [_as_pairs(batch) for batch in first_batches(trainer, limit)]
-    return directions.collect(trainer.model, batches, layers, site).residual_norms if batches else {}
-
-
-def _as_pairs(batch: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Pairs as they are; demonstrations twice, because `collect` reads pairs. The mean norm stays the same."""
-    if "completion_mask" in batch:
-        return batch
-    ids = batch["input_ids"]
-    mask = batch.get("attention_mask", torch.ones_like(ids))  # packed rows have none
-    twice = {"input_ids": ids, "attention_mask": mask, "completion_mask": mask}
-    return {name: torch.cat([value, value]) for name, value in twice.items()}
+    batches = first_batches(trainer, limit)
+    return activations.residual_norms(trainer.model, batches, layers, site) if batches else {}
 
 
 def first_batches(trainer: SteeringMixin, limit: int | None = None) -> list[Mapping[str, Any]]:

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from ..adapters import directions
-from ._start import pair_batches, residual_norms, steering_layers
+from ..adapters import directions, steering_layers
+from ._start import pair_batches, residual_norms
 
 if TYPE_CHECKING:
     from ._mixin import SteeringMixin

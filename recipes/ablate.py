@@ -1,0 +1,254 @@
+"""Run a grid: which ingredient produces the gain?
+
+    python -m steertune.recipes.ablate quick --dry-run
+    python -m steertune.recipes.ablate quick --folder runs/quick
+    accelerate launch --num_processes 2 -m steertune.recipes.ablate quick --folder runs/quick
+
+Processes (of one launch, or started apart on the same folder) share the cells between them. A killed grid goes on
+where it stopped. Then read the results with `python -m steertune.recipes.report runs/quick`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+import traceback
+from collections.abc import MutableMapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import disable_progress_bars
+from filelock import FileLock, Timeout
+from tqdm.auto import tqdm
+
+from steertune.recipes import scorers
+from steertune.recipes.arm import ArmError
+from steertune.recipes.bench import Bench
+from steertune.recipes.cell import run_cell
+from steertune.recipes.grid import VERSION, Cell, Grid, describe, load_grid
+from steertune.recipes.measures import batches
+from steertune.recipes.training import set_threads, write_whole
+from steertune.trainers import DataError, ModelAt
+
+GRID = "grid.json"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line; returns the exit code: 2 for a grid that cannot run, 1 if a cell failed."""
+    options = _parser().parse_args(argv)
+    rank, processes = stand_alone(os.environ)
+    set_threads(options.threads or (max(1, (os.cpu_count() or 1) // processes) if processes > 1 else None))
+    disable_progress_bars()
+    try:
+        grid = load_grid(options.grid, options.data_root)
+        folder = options.folder or Path("runs") / grid.tables.name
+        cells = grid.cells()
+        check_folder(folder, cells)
+        bench = Bench(grid)
+        for task in grid.tasks:  # refuses bad rows before anything is trained
+            scorers.read(task.scorer)
+            bench.splits(task)
+        if rank == 0:
+            print(plan(grid, cells, bench, folder, processes))
+        if options.dry_run:
+            return 0
+        _write_grid(folder, grid, argv)
+    except (ArmError, DataError, FileNotFoundError) as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return 2
+    failed = run(grid, cells, bench, folder, show=rank == 0)
+    if rank == 0:
+        print(f"Cells are in {folder}. Read them: python -m steertune.recipes.report {folder}")
+    return 1 if failed else 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="ablate", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("grid", help="a .toml file or a name in recipes/grids/")
+    parser.add_argument("--folder", type=Path, help="where cells are kept (runs/<name of the grid>)")
+    parser.add_argument("--data-root", type=Path, help="folder that relative task names start from")
+    parser.add_argument("--threads", type=int, help="CPU threads of this process (all cores, shared by the processes)")
+    parser.add_argument("--dry-run", action="store_true", help="print cells, cost and time, and stop")
+    return parser
+
+
+def run(grid: Grid, cells: Sequence[Cell], bench: Bench, folder: Path, show: bool = True) -> list[str]:
+    """Run every cell that no other runner has or does; return the titles of those that failed.
+
+    A failed cell leaves `failed.json` and is tried again by the next start.
+    """
+    failed = []
+    todo = [cell for cell in cells if not (folder / cell.path / "cell.json").exists()]
+    with tqdm(total=len(cells), initial=len(cells) - len(todo), desc="Cells", unit="cell", disable=not show) as bar:
+        waiting = todo
+        while waiting:
+            busy = []
+            for cell in waiting:
+                outcome = _claimed(cell, bench, folder)
+                if outcome == "busy":
+                    busy.append(cell)
+                    continue
+                if outcome == "failed":
+                    failed.append(cell.title)
+                bar.set_postfix_str(cell.title)
+                bar.update()
+            if len(busy) == len(waiting):  # others are at all of them: wait for them, or for their end
+                time.sleep(1.0)
+            waiting = busy
+    return failed
+
+
+def _claimed(cell: Cell, bench: Bench, folder: Path) -> str:
+    """Run a cell unless it is done or another runner is at it. The lock ends with the process that holds it."""
+    home = folder / cell.path
+    home.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(home / "cell.lock", timeout=0):
+            if (home / "cell.json").exists():
+                return "done"
+            try:
+                run_cell(cell, bench, folder)
+            except Exception as error:  # one broken cell must not end a grid of hours
+                write_whole(home / "failed.json", json.dumps({"error": str(error), "trace": traceback.format_exc()}))
+                tqdm.write(f"{cell.title} failed: {type(error).__name__}: {error}", file=sys.stderr)
+                return "failed"
+            (home / "failed.json").unlink(missing_ok=True)
+    except Timeout:
+        return "busy"
+    return "done"
+
+
+def check_folder(folder: Path, cells: Sequence[Cell]) -> None:
+    """Refuse a folder with cells that this grid would have made differently.
+
+    Raises:
+        ArmError: names the first such cell.
+    """
+    for cell in cells:
+        file = folder / cell.path / "cell.json"
+        if not file.exists():
+            continue
+        try:
+            known = json.loads(file.read_text(encoding="utf-8"))
+            version, key = known["version"], known["key"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ArmError(f"{file} is no cell ({error!r}). Delete it, and it is run again.") from error
+        if version != VERSION:
+            raise ArmError(f"{file} is of version {version} of the instrument, this is {VERSION}: another --folder.")
+        if key != cell.key:
+            raise ArmError(
+                f"{file} was run with other settings (arm, budget, splits, seeds[0] or measures) than this grid asks "
+                "for: take another --folder."
+            )
+
+
+def stand_alone(environment: MutableMapping[str, str]) -> tuple[int, int]:
+    """Take this process out of the group that `accelerate launch` made, since every cell runs in one process.
+
+    Returns:
+        `(rank, processes)` of the launch; `(0, 1)` without one.
+    """
+    rank, processes = int(environment.get("RANK", 0)), int(environment.get("WORLD_SIZE", 1))
+    if processes > 1 and (visible := torch.cuda.device_count()):
+        own = int(environment.get("LOCAL_RANK", rank)) % visible
+        devices = environment.get("CUDA_VISIBLE_DEVICES", "").split(",")
+        environment["CUDA_VISIBLE_DEVICES"] = devices[own] if len(devices) == visible else str(own)
+    for name in [*environment]:
+        if name in (
+            "RANK",
+            "WORLD_SIZE",
+            "LOCAL_RANK",
+            "LOCAL_WORLD_SIZE",
+            "MASTER_ADDR",
+            "MASTER_PORT",
+        ) or name.startswith(("ACCELERATE_USE_", "FSDP_", "TORCHELASTIC_")):
+            del environment[name]
+    return rank, processes
+
+
+def plan(grid: Grid, cells: Sequence[Cell], bench: Bench, folder: Path, processes: int) -> str:
+    """The card's problem, the design, every arm with its cost, and the time for what is left."""
+    left = [cell for cell in cells if not (folder / cell.path / "cell.json").exists()]
+    seconds = estimate(left, bench, folder) if left else {}
+    lines = [
+        f"# {grid.tables.name}: {grid.card.problem}",
+        describe(cells) + f"; {len(cells) - len(left)} are done.",
+        *grid.notes,
+        "",
+        f"{'arm':<60} {'cells left':>10} {'min a cell':>10} {'minutes':>8}",
+    ]
+    for arm in grid.arms:
+        own = [seconds[cell.path] / 60 for cell in left if cell.arm.name == arm.name]
+        mean = sum(own) / len(own) if own else 0.0
+        lines.append(f"{arm.name:<60} {len(own):>10} {mean:>10.1f} {sum(own):>8.1f}")
+    total = sum(seconds.values()) / 60 / processes
+    return "\n".join([*lines, "", f"About {total:.0f} minutes on {processes} process(es)."])
+
+
+def estimate(cells: Sequence[Cell], bench: Bench, folder: Path) -> dict[Path, float]:
+    """Seconds of every cell: from cells of the same arm and task that ran, else from one timed forward pass a task."""
+    rows = {task.label: _row_seconds(bench, task) for task in bench.grid.tasks}
+    found, tuned = {}, set()
+    for cell in cells:
+        known = [json.loads(f.read_text(encoding="utf-8"))["seconds"] for f in _siblings(folder, cell)]
+        row, budget, tables = rows[cell.task.label], cell.arm.budget, bench.grid.tables
+        batch = int(cell.arm.arm.trainer.get("per_device_train_batch_size", 8))
+        step = 2 * batch * row * 3  # two answers a pair; a backward pass costs about two forwards
+        untrained = cell.arm.arm.trainer.get("max_steps") == 0
+        measuring = row * (4 * tables.splits.test + 60 + 5 * tables.generations)
+        tuning = (0 if untrained else budget.steps_spent() * step) + (
+            2 * row * tables.splits.validation * budget.trials * len(budget.strengths)
+        )
+        place = (cell.arm.name, cell.task.label, cell.examples)
+        first = budget.per == "cell" or place not in tuned
+        tuned.add(place)
+        training = 0 if untrained else sum(budget.steps) / len(budget.steps) * step
+        fresh = training + measuring + (tuning if first else 0)
+        found[cell.path] = sum(known) / len(known) if known else fresh
+    return found
+
+
+def _siblings(folder: Path, cell: Cell) -> list[Path]:
+    return sorted((folder / cell.path.parents[1]).glob(f"seed*/{cell.arm.name}/cell.json"))
+
+
+@torch.no_grad()
+def _row_seconds(bench: Bench, task: Any) -> float:
+    rows = bench.splits(task).validation
+    [batch] = batches(bench.tokenizer, rows.select(range(min(4, len(rows)))), 4)
+    for _ in range(2):  # the first pass warms up
+        start = time.monotonic()
+        ModelAt(bench.model, bench.model, batch.to(bench.model.device))(1.0)
+    return (time.monotonic() - start) / len(batch.labels)  # pyright: ignore[reportPossiblyUnboundVariable]
+
+
+def _write_grid(folder: Path, grid: Grid, argv: Sequence[str] | None) -> None:
+    """What the report needs to know of the grid."""
+    folder.mkdir(parents=True, exist_ok=True)
+    words = list(sys.argv[1:] if argv is None else argv)
+    for i, word in enumerate(words):
+        if word == "--data-root":
+            words[i + 1] = "DATA"  # where it is on this machine concerns nobody else
+    tables = grid.tables.model_dump(mode="json")
+    arms = [
+        {"name": arm.name, "levels": arm.levels, "tables": arm.arm.model_dump(mode="json", exclude={"data", "output"})}
+        for arm in grid.arms
+    ]
+    found = {
+        "version": VERSION,
+        "command": " ".join(["python -m steertune.recipes.ablate", *words]),
+        "notes": grid.notes,
+        "tables": tables,
+        "arms": arms,
+        "cells": {str(cell.path): cell.key for cell in grid.cells()},
+    }
+    with FileLock(folder / "grid.lock"):
+        write_whole(folder / GRID, json.dumps(found, indent=1))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,95 @@
+"""What every arm may spend on choosing its settings: the same number of trials, on validation rows only."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from pydantic import BaseModel, Field, field_validator
+from scipy.stats import loguniform
+from sklearn.model_selection import ParameterSampler
+
+
+class BudgetTable(BaseModel, extra="forbid"):
+    """`[budget]`.
+
+    A trial is a learning rate, drawn log-uniformly within a factor `learning_rate` around the arm's own, and a number
+    of steps. It is trained, and measured on the validation rows at every strength (arms without a strength: at 1).
+    With `halving` k, all trials first train a fraction of their steps and only the best 1 in k goes on, rung by rung.
+    """
+
+    trials: int = Field(default=4, ge=1)
+    learning_rate: float = Field(default=4.0, ge=1)
+    steps: list[int] = [16]
+    strengths: list[float] = [1.0, 2.0]
+    halving: int = Field(default=1, ge=1)
+    per: Literal["cell", "arm"] = "arm"
+    """`arm`: settings are chosen once per arm, task and number of examples, on the first seed's training set."""
+
+    @field_validator("steps")
+    @classmethod
+    def _some_steps(cls, steps: list[int]) -> list[int]:
+        if not steps or min(steps) < 1:
+            raise ValueError(f"{steps}: one number of steps or more, each at least 1 (zero trains nothing)")
+        return steps
+
+    @field_validator("strengths")
+    @classmethod
+    def _some_strengths(cls, strengths: list[float]) -> list[float]:
+        if not strengths or min(strengths) <= 0 or not all(math.isfinite(s) for s in strengths):
+            raise ValueError(f"{strengths}: one strength or more, each above 0")
+        return strengths
+
+    @property
+    def rungs(self) -> list[tuple[int, float]]:
+        """`(trials, fraction of their steps)` from the first rung to the last; one rung without halving."""
+        counts = [self.trials]
+        while self.halving > 1 and counts[-1] > 1:
+            counts.append(math.ceil(counts[-1] / self.halving))
+        return [(count, self.halving ** (i - len(counts) + 1.0)) for i, count in enumerate(counts)]
+
+    def steps_spent(self) -> float:
+        """Mean number of training steps that the tuning costs."""
+        return float(np.mean(self.steps)) * sum(count * fraction for count, fraction in self.rungs)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a trial tries.
+
+    Attributes:
+        rate: Multiplies the arm's own learning rate.
+        steps: Training steps.
+        strength: At which the trained adapter is used.
+    """
+
+    rate: float = 1.0
+    steps: int = 0
+    strength: float = 1.0
+
+    def trainer(self, own: Mapping[str, Any]) -> dict[str, Any]:
+        """Training arguments; `own` are the arm's."""
+        rate = {"learning_rate": own["learning_rate"] * self.rate} if "learning_rate" in own else {}
+        return {"max_steps": self.steps, **rate}
+
+
+def draw(budget: BudgetTable, seed: int) -> list[Setting]:
+    """The trials: the same draws for every arm, the first of them the arm's own learning rate."""
+    space: dict[str, Any] = {"steps": budget.steps}
+    if budget.learning_rate > 1:
+        space["rate"] = loguniform(1 / budget.learning_rate, budget.learning_rate)
+    elif len(budget.steps) < budget.trials:
+        return [Setting(steps=steps) for steps in budget.steps]
+    drawn = [Setting(**{k: v.item() if isinstance(v, np.generic) else v for k, v in d.items()})
+             for d in ParameterSampler(space, budget.trials, random_state=seed)]  # fmt: skip
+    return [Setting(steps=drawn[0].steps), *drawn[1:]]
+
+
+def untrained_strengths(budget: BudgetTable) -> list[float]:
+    """Strengths for an arm without training, which spends its trials on them: as many as all trials measure."""
+    low, high = min(budget.strengths), max(budget.strengths)
+    count = budget.trials * len(budget.strengths)
+    return [float(s) for s in np.geomspace(low, max(high, 8 * low), count)] if count > 1 else [low]

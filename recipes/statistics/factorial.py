@@ -1,0 +1,154 @@
+"""Effects of the factors of a grid: matched comparisons, analysis of variance, mixed model."""
+
+from __future__ import annotations
+
+import itertools
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import pandas as pd
+import statsmodels.formula.api as smf
+from statsmodels.stats.anova import anova_lm
+from statsmodels.tools.sm_exceptions import ConvergenceWarning
+
+from steertune.recipes.statistics.paired import Interval, corrected, interval, p_value
+
+INERT = "-"
+
+
+@dataclass(frozen=True)
+class Effect:
+    """What changing one factor does, everything else equal.
+
+    Attributes:
+        factor: Name of the factor.
+        level: The level.
+        reference: The level it is compared with.
+        interval: Mean difference; one value per pair of task and seed, averaged over the matched contexts.
+        p: Permutation test, corrected (Holm) over all effects that were looked at together.
+        contexts: In how many settings of the other factors both levels were run.
+    """
+
+    factor: str
+    level: str
+    reference: str
+    interval: Interval
+    p: float
+    contexts: int
+
+
+def effects(cells: pd.DataFrame, factors: Sequence[str], measure: str) -> list[Effect]:
+    """Every level of every factor against the factor's first level, within matched contexts.
+
+    Levels that mean nothing in a context (`-`) are compared nowhere.
+
+    Args:
+        cells: One row a cell: a column per factor, `task`, `seed`, `examples`, and the measure.
+        factors: The factors; the order of their first appearance in the rows is the order of the levels.
+        measure: Column to compare.
+    """
+    found = []
+    for factor in factors:
+        others = [f for f in factors if f != factor]
+        levels = [level for level in dict.fromkeys(cells[factor]) if level != INERT]
+        wide = cells.pivot_table(index=[*others, "task", "seed", "examples"], columns=factor, values=measure)
+        for level in levels[1:]:
+            both = wide[[levels[0], level]].dropna()
+            if both.empty:
+                continue
+            gap = both[level] - both[levels[0]]
+            pairs = gap.groupby(level=["task", "seed"]).mean()
+            contexts = len(gap.groupby(level=others)) if others else 1
+            found.append(Effect(factor, level, levels[0], interval(pairs), p_value(pairs), contexts))
+    together = corrected([effect.p for effect in found])
+    return [Effect(**{**vars(effect), "p": p}) for effect, p in zip(found, together, strict=True)]
+
+
+def anova(cells: pd.DataFrame, factors: Sequence[str], measure: str) -> pd.DataFrame | None:
+    """Main effects and two-way interactions, with errors that are robust to unequal variances (HC3); tasks and seeds
+    are blocks. Cells with a level that means nothing are left out; None if nothing is left to compare.
+
+    Returns:
+        One row a term: `df`, `F`, `p`, and `share`, the term's share of the variance that the model explains
+        together with the residual (partial eta squared).
+    """
+    rows, varied = _crossed(cells, factors)
+    terms = [f"C(Q('{f}'), Sum)" for f in varied]
+    pairs = [f"{a}:{b}" for a, b in itertools.combinations(terms, 2)]
+    block = "C(block)"
+    rows = rows.assign(block=rows["task"].astype(str) + "/" + rows["seed"].astype(str) + _size(rows))
+    for chosen in ([*terms, *pairs], terms):
+        needed = 1 + rows["block"].nunique() + sum(_size_of(term, rows) for term in chosen)
+        if varied and len(rows) > needed:
+            break
+    else:
+        return None
+    blocks = [block] if rows["block"].nunique() > 1 else []
+    fitted = smf.ols(f"Q('{measure}') ~ {' + '.join([*chosen, *blocks])}", data=rows).fit()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        table = anova_lm(fitted, typ=2, robust="hc3" if fitted.ssr > 1e-12 else None)
+    residual = table.loc["Residual", "sum_sq"]
+    table = table.drop(index=[name for name in ("Residual", block) if name in table.index])
+    names = [str(name).replace("C(Q('", "").replace("'), Sum)", "").replace(":", " x ") for name in table.index]
+    return pd.DataFrame(
+        {
+            "df": table["df"].to_numpy(dtype=int),
+            "F": table["F"].to_numpy(),
+            "p": table["PR(>F)"].to_numpy(),
+            "share": (table["sum_sq"] / (table["sum_sq"] + residual)).to_numpy(),
+        },
+        index=pd.Index(names, name="term"),
+    )
+
+
+def mixed_model(cells: pd.DataFrame, factors: Sequence[str], measure: str, enough: int = 6) -> pd.DataFrame | None:
+    """Main effects with task and seed as random effects; None with fewer than `enough` pairs of task and seed.
+
+    Returns:
+        One row a level against its factor's first: `estimate`, `low`, `high`, `p`.
+    """
+    rows, varied = _crossed(cells, factors)
+    rows = rows.assign(pair=rows["task"].astype(str) + "/" + rows["seed"].astype(str))
+    if not varied or rows["pair"].nunique() < enough:
+        return None
+    size = " + C(examples)" if rows["examples"].nunique() > 1 else ""
+    formula = f"Q('{measure}') ~ " + " + ".join(f"C(Q('{f}'))" for f in varied) + size
+    several = rows["task"].nunique() > 1
+    options = {"groups": "task", "vc_formula": {"seed": "0 + C(seed)"}} if several else {"groups": "seed"}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        warnings.simplefilter("ignore", UserWarning)
+        warnings.simplefilter("ignore", RuntimeWarning)
+        fitted = smf.mixedlm(formula, data=rows, **options).fit()
+    ends = fitted.conf_int()
+    kept = [name for name in fitted.params.index if name.startswith("C(Q(")]
+    names = [n.replace("C(Q('", "").replace("'))[T.", "=").rstrip("]") for n in kept]
+    return pd.DataFrame(
+        {
+            "estimate": fitted.params[kept].to_numpy(),
+            "low": ends.loc[kept, 0].to_numpy(),
+            "high": ends.loc[kept, 1].to_numpy(),
+            "p": fitted.pvalues[kept].to_numpy(),
+        },
+        index=pd.Index(names, name="level"),
+    )
+
+
+def _crossed(cells: pd.DataFrame, factors: Sequence[str]) -> tuple[pd.DataFrame, list[str]]:
+    """Cells without inert levels, and the factors that still vary there."""
+    rows = cells[~(cells[list(factors)] == INERT).any(axis=1)].dropna(subset=list(factors))
+    return rows, [f for f in factors if rows[f].nunique() > 1]
+
+
+def _size(rows: pd.DataFrame) -> pd.Series | str:
+    return "/" + rows["examples"].astype(str) if rows["examples"].nunique() > 1 else ""
+
+
+def _size_of(term: str, rows: pd.DataFrame) -> int:
+    """Degrees of freedom of a main effect or an interaction."""
+    size = 1
+    for part in term.split(":"):
+        size *= rows[part.split("'")[1]].nunique() - 1
+    return size

@@ -1,0 +1,131 @@
+"""Intervals and tests for differences between arms that saw the same data.
+
+A difference is taken within a pair (same task, same seed, same examples), so what the pair has in common cancels.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy import stats
+from statsmodels.stats.multitest import multipletests
+
+FEW = 10
+"""Below this many pairs BCa intervals are too short (the planted problems measure it), and Student's t is used."""
+RESAMPLES = 9999
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean difference and its interval.
+
+    Attributes:
+        estimate: Mean over the pairs.
+        low: Lower end.
+        high: Upper end.
+        pairs: How many pairs there were.
+        method: `bca`, `t`, or `none` where there are too few pairs for either (the ends are infinite then).
+    """
+
+    estimate: float
+    low: float
+    high: float
+    pairs: int
+    method: str
+
+    @property
+    def excludes_zero(self) -> bool:
+        """Whether the interval lies on one side of zero."""
+        return self.low > 0 or self.high < 0
+
+    def __str__(self) -> str:
+        return f"{self.estimate:+.3f} [{self.low:+.3f}, {self.high:+.3f}]"
+
+
+def interval(differences: ArrayLike, confidence: float = 0.95, method: str | None = None, seed: int = 0) -> Interval:
+    """Interval of the mean of paired differences.
+
+    BCa bootstrap (Efron 1987, by scipy) over the pairs; Student's t below `FEW` pairs, where a bootstrap of a handful
+    of values is too sure of itself.
+
+    Args:
+        differences: One per pair.
+        confidence: Share of such intervals that should hold the true mean.
+        method: `bca` or `t` whatever the number of pairs.
+        seed: Of the bootstrap.
+
+    Raises:
+        ValueError: a difference is not finite, or there is none.
+    """
+    values = np.asarray(differences, dtype=float)
+    if values.size == 0 or not np.isfinite(values).all():
+        raise ValueError(f"{values.size} differences, {int((~np.isfinite(values)).sum())} not finite: nothing to say.")
+    mean, pairs = float(values.mean()), len(values)
+    if pairs < 2:
+        return Interval(mean, -np.inf, np.inf, pairs, "none")
+    method = method or ("bca" if pairs >= FEW else "t")
+    if np.ptp(values) == 0:  # no spread at all: neither method says more than the value
+        return Interval(mean, mean, mean, pairs, method)
+    if method == "t":
+        low, high = stats.t.interval(confidence, pairs - 1, loc=mean, scale=stats.sem(values))
+    else:
+        with warnings.catch_warnings():  # a degenerate resample
+            warnings.simplefilter("ignore")
+            found = stats.bootstrap(
+                (values,), np.mean, confidence_level=confidence, n_resamples=RESAMPLES, method="BCa", rng=seed
+            )
+        low, high = found.confidence_interval
+    return Interval(mean, float(low), float(high), pairs, method)
+
+
+def crossed_interval(effects: ArrayLike, confidence: float = 0.95, resamples: int = 2000, seed: int = 0) -> Interval:
+    """Interval over pairs and test rows at once: would it hold for other seeds and other test rows?
+
+    All seeds are measured on the same test rows, so an interval over seeds alone is about these rows only. Rows and
+    columns are resampled independently (pigeonhole bootstrap, Owen 2007), percentile ends.
+
+    Args:
+        effects: Difference per pair and test row, `(pairs, rows)`.
+        confidence: As in `interval`.
+        resamples: Number of resamples.
+        seed: Of the bootstrap.
+    """
+    values = np.asarray(effects, dtype=float)
+    rng = np.random.default_rng(seed)
+    pairs, rows = values.shape
+    means = np.empty(resamples)
+    for i in range(resamples):
+        first = rng.multinomial(pairs, np.full(pairs, 1 / pairs)) / pairs
+        second = rng.multinomial(rows, np.full(rows, 1 / rows)) / rows
+        means[i] = first @ values @ second
+    low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
+    return Interval(float(values.mean()), float(low), float(high), pairs, "crossed")
+
+
+def p_value(differences: ArrayLike, seed: int = 0) -> float:
+    """Two-sided permutation test that the arms of every pair could be swapped: exact for up to 13 pairs.
+
+    The smallest value that n pairs can give is `2 / 2**n`.
+    """
+    values = np.asarray(differences, dtype=float)
+    if len(values) < 2 or not values.any():
+        return 1.0
+    zeros = np.zeros_like(values)
+    found = stats.permutation_test(
+        (values, zeros), _mean_difference, permutation_type="samples", n_resamples=RESAMPLES, vectorized=True, rng=seed
+    )
+    return float(found.pvalue)
+
+
+def _mean_difference(first: NDArray[np.float64], second: NDArray[np.float64], axis: int = -1) -> NDArray[np.float64]:
+    # rounded: permutations that are equal on paper must count as equal
+    return np.round(np.mean(first - second, axis=axis), 12)
+
+
+def corrected(p_values: Sequence[float]) -> list[float]:
+    """Holm's correction for having looked at all of these."""
+    return [float(p) for p in multipletests(list(p_values), method="holm")[1]] if len(p_values) else []

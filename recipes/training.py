@@ -1,0 +1,103 @@
+"""What every recipe that trains shares: threads, the trainer of an arm, resuming, whole files."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from datasets import Dataset
+from transformers import TrainerCallback
+from transformers.trainer_utils import get_last_checkpoint
+
+from steertune.recipes.arm import Arm
+
+
+def set_threads(threads: int | None) -> None:
+    """Threads of a CPU run; None: all cores for a single process, which `accelerate launch` leaves with one thread."""
+    if threads is None and PartialState().num_processes == 1:
+        threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    if threads is not None:
+        torch.set_num_threads(threads)
+
+
+def make_trainer(
+    arm: Arm, model: Any, tokenizer: Any, train: Dataset, folder: Path, reference: Any = None, **settings: Any
+) -> Any:
+    """The arm's trainer: `SteeringDPOTrainer` for pairs, `SteeringSFTTrainer` for demonstrations.
+
+    Args:
+        arm: What is trained and how.
+        model: The base model; the adapter is put on it, full finetuning changes it.
+        tokenizer: Its tokenizer.
+        train: Training examples.
+        folder: For checkpoints and `metrics.jsonl`.
+        reference: For full finetuning, the unchanged base model; None: a copy.
+        settings: Training arguments that go before the arm's own.
+    """
+    from trl import DPOConfig, SFTConfig
+
+    from steertune.trainers import SteeringDPOTrainer, SteeringSFTTrainer
+
+    pairs = "chosen" in train.column_names
+    trainer_class, config_class = (SteeringDPOTrainer, DPOConfig) if pairs else (SteeringSFTTrainer, SFTConfig)
+    defaults = {
+        "seed": arm.data.seed,
+        "report_to": "none",
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "logging_steps": 5,
+        "use_cpu": not torch.cuda.is_available(),
+    }
+    arm = arm.model_copy(update={"trainer": {**arm.trainer, **settings}})
+    arguments = arm.training_arguments(config_class, str(folder / "checkpoints"), **defaults)
+    loss, config = arm.loss_object(), arm.peft_config()
+    unchanged = {}
+    if pairs and config is None:  # full finetuning changes the base, so the reference is another model
+        unchanged["ref_model"] = reference or copy.deepcopy(model)
+    trainer = trainer_class(
+        model=model,
+        args=arguments,
+        train_dataset=train,
+        processing_class=tokenizer,
+        peft_config=config,
+        loss=loss,
+        **unchanged,
+    )
+    trainer.add_callback(_MetricsFile(folder / "metrics.jsonl"))
+    return trainer
+
+
+def fit(trainer: Any, folder: Path) -> float:
+    """Train, from the last checkpoint if there is one; with `max_steps = 0` only set the initial vector. Seconds."""
+    start = time.monotonic()
+    if trainer.args.max_steps == 0:
+        trainer.initialise_vectors()
+    else:
+        checkpoints = folder / "checkpoints"
+        trainer.train(resume_from_checkpoint=get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None)
+    return time.monotonic() - start
+
+
+def write_whole(file: Path, text: str) -> None:
+    """Write the whole file or nothing."""
+    part = file.with_name(file.name + ".part")
+    part.write_text(text, encoding="utf-8")
+    os.replace(part, file)
+
+
+class _MetricsFile(TrainerCallback):
+    """Keeps `metrics.jsonl`: one line per logged step, whole after every log and right after a resume."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Trainer event: something was logged."""
+        if state.is_world_process_zero:
+            write_whole(self.file, "".join(json.dumps(line) + "\n" for line in state.log_history))

@@ -1,0 +1,98 @@
+"""The grid runner on a tiny model: every cell once, fair, resumable, and what it refuses."""
+
+from __future__ import annotations
+
+import copy
+import json
+import tomllib
+from pathlib import Path
+
+import pytest
+import tiny_data
+import torch
+from conftest import tiny
+
+import steertune.recipes.ablate as recipe
+from steertune.recipes.arm import ArmError
+from steertune.recipes.bench import Bench
+from steertune.recipes.grid import make_grid
+
+GRID = """
+name = "tiny"
+base = "bias_dpo"
+arms = ["mean_difference", "base"]
+tasks = [{ name = "task", scorer = { kind = "rule", pattern = "cat" } }]
+examples = [4]
+seeds = [0, 1]
+neutral = "neutral.jsonl"
+generations = 2
+new_tokens = 4
+trainer = { per_device_train_batch_size = 2 }
+splits = { validation = 4, test = 6, scorer = 2, near_duplicates = 1.0 }
+budget = { trials = 2, steps = [2], strengths = [1.0, 2.0] }
+
+[card]
+problem = "Which form learns from four pairs?"
+hypothesis = "The vector needs fewer examples than LoRA."
+against = "LoRA is at least as accurate at the same KL."
+baselines = "LoRA, the untrained mean difference, the base model."
+[card.affordances]
+"*" = "the same pairs"
+
+[claim]
+better = "form=bias,init=zeros"
+than = "form=lora,init=-"
+
+[design]
+kind = "full"
+start = { form = "lora", init = "zeros" }
+end = { form = "bias", init = "mean_difference" }
+
+[factors.form]
+lora = { adapter = { type = "lora", r = 2, target_modules = "all-linear" }, trainer = { learning_rate = 1e-3 } }
+bias = {}
+
+[factors.init]
+zeros = [{ when = { form = "lora" }, inert = true }, {}]
+mean_difference = [{ when = { form = "lora" }, inert = true }, { adapter = { init = "mean_difference" } }]
+"""
+ARMS = ["form=lora,init=-", "form=bias,init=zeros", "form=bias,init=mean_difference", "mean_difference", "base"]
+
+
+@pytest.fixture
+def tables(tmp_path: Path) -> dict:
+    """The grid's tables, with its model and data in `tmp_path`."""
+    tiny(max_position_embeddings=512).save_pretrained(tmp_path / "model")
+    tiny_data.tokenizer().save_pretrained(tmp_path / "model")
+    (tmp_path / "task").mkdir()
+    for split, rows in (("train", 24), ("test", 6)):
+        tiny_data.pairs(rows, seed=rows).to_json(tmp_path / "task" / f"{split}.jsonl")
+    tiny_data.demonstrations(4, seed=5).to_json(tmp_path / "neutral.jsonl")
+    made = tomllib.loads(GRID)
+    made["model"] = {"name": str(tmp_path / "model"), "threads": 1}
+    made["neutral"] = str(tmp_path / "neutral.jsonl")
+    made["tasks"][0]["name"] = str(tmp_path / "task")
+    return made
+
+
+def run(tables: dict, folder: Path, **options) -> list[dict]:
+    grid = make_grid(tables)
+    failed = recipe.run(grid, grid.cells(), Bench(grid), folder, show=False, **options)
+    assert failed == []
+    return [json.loads((folder / cell.path / "cell.json").read_text()) for cell in grid.cells()]
+
+
+def test_every_cell_is_there_and_whole(tables, tmp_path):
+    cells = run(tables, tmp_path / "run")
+    assert [cell["arm"] for cell in cells] == 2 * ARMS
+    for cell in cells:
+        assert cell["status"] == "ok", cell["error"]
+        assert len(cell["margins"]) == 6
+        assert cell["accuracy"] == pytest.approx(sum(m > 0 for m in cell["margins"]) / 6)
+        assert 0 <= cell["behaviour"] <= 1
+        assert cell["judgements_failed"] == 0
+        if cell["arm"] == "base":
+            assert cell["margin_gain"] == pytest.approx(0, abs=1e-5)
+            assert cell["matched_strength"] is None
+        else:
+            assert cell["kl"] > 0

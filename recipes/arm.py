@@ -10,7 +10,7 @@ import difflib
 import tomllib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, Literal, get_type_hints
+from typing import Any, Literal, get_args, get_type_hints
 
 from peft import PeftConfig, get_peft_config
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
@@ -93,7 +93,10 @@ class Arm(BaseModel, extra="forbid"):
             raise ArmError(f"adapter.type={kind!r} is no PEFT method.{nearest(kind, [*kinds, 'none'])}")
         known("adapter", options, [f.name for f in dataclasses.fields(kinds[kind])])
         _typed("adapter", options, kinds[kind])
-        return get_peft_config({"peft_type": kind.upper(), "task_type": "CAUSAL_LM", **options})
+        try:
+            return get_peft_config({"peft_type": kind.upper(), "task_type": "CAUSAL_LM", **options})
+        except ValueError as error:
+            raise ArmError(f"[adapter]: {error}") from error
 
     def loss_object(self) -> Loss | None:
         """The loss; None for TRL's own."""
@@ -104,10 +107,14 @@ class Arm(BaseModel, extra="forbid"):
             return None
         return get_loss(name, **options)
 
-    def training_arguments(self, kind: type, folder: str, **defaults: Any) -> Any:
-        """`kind(output_dir=folder, **[trainer])`, its keys and types checked."""
+    def check_trainer(self, kind: type) -> None:
+        """Check keys and types of `[trainer]` against a class of training arguments."""
         known("trainer", self.trainer, [f.name for f in dataclasses.fields(kind)])
         _typed("trainer", self.trainer, kind)
+
+    def training_arguments(self, kind: type, folder: str, **defaults: Any) -> Any:
+        """`kind(output_dir=folder, **[trainer])`, its keys and types checked."""
+        self.check_trainer(kind)
         return kind(output_dir=folder, **{**defaults, **self.trainer})
 
 
@@ -203,10 +210,13 @@ def _put(tables: dict[str, Any], key: str, value: Any) -> None:
 def known_tables(what: str, tables: dict[str, Any], model: type[BaseModel]) -> None:
     """Check the keys of a table, and of the tables in it, against a pydantic model; the nearest valid key is named."""
     known(what, tables, list(model.model_fields))
-    for name, table in tables.items():
-        kind = model.model_fields[name].annotation
-        if isinstance(kind, type) and issubclass(kind, BaseModel) and isinstance(table, dict):
-            known_tables(name, table, kind)
+    for name, value in tables.items():
+        annotation = model.model_fields[name].annotation
+        for kind in (annotation, *get_args(annotation)):  # also in `Card | None` and `list[str | TaskTable]`
+            kinds = [k for k in (kind, *get_args(kind)) if isinstance(k, type) and issubclass(k, BaseModel)]
+            for entry in value if isinstance(value, list) else [value]:
+                if kinds and isinstance(entry, dict):
+                    known_tables(name, entry, kinds[0])
 
 
 def known(table: str, keys: Iterable[str], allowed: list[str]) -> None:

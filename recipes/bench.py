@@ -89,7 +89,7 @@ class Bench:
         """The base model on the test rows."""
         if task.label not in self._bases:
             tables, rows = self.grid.tables, self.splits(task).test
-            margins = pair_margins(self.model, self.tokenizer, rows, [1.0])[1.0]
+            margins = pair_margins(self.model, self.tokenizer, rows, [1.0], show=False)[1.0]
             prompts = rows["prompt"][: tables.generations] if "prompt" in rows.column_names else []
             answers = generate(self.model, self.tokenizer, prompts, tables.new_tokens) if prompts else []
             self._bases[task.label] = BaseMeasures(margins, answers)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import numpy as np
-from pydantic import BaseModel, Field, field_validator
+from pydantic import BaseModel, Field, field_validator, model_validator
 from scipy.stats import loguniform
 from sklearn.model_selection import ParameterSampler
 
@@ -22,7 +22,7 @@ class BudgetTable(BaseModel, extra="forbid"):
     """
 
     trials: int = Field(default=4, ge=1)
-    learning_rate: float = Field(default=4.0, ge=1)
+    learning_rate: float = Field(default=4.0, ge=1, allow_inf_nan=False)
     steps: list[int] = [16]
     strengths: list[float] = [1.0, 2.0]
     halving: int = Field(default=1, ge=1)
@@ -42,6 +42,15 @@ class BudgetTable(BaseModel, extra="forbid"):
         if not strengths or min(strengths) <= 0 or not all(math.isfinite(s) for s in strengths):
             raise ValueError(f"{strengths}: one strength or more, each above 0")
         return strengths
+
+    @model_validator(mode="after")
+    def _enough_settings(self) -> Self:
+        if self.learning_rate == 1 and self.trials > len(self.steps):
+            raise ValueError(
+                f"trials={self.trials}, but with learning_rate=1 there are only {len(self.steps)} settings to try: "
+                "raise learning_rate, or lower trials"
+            )
+        return self
 
     @property
     def rungs(self) -> list[tuple[int, float]]:
@@ -81,8 +90,6 @@ def draw(budget: BudgetTable, seed: int) -> list[Setting]:
     space: dict[str, Any] = {"steps": budget.steps}
     if budget.learning_rate > 1:
         space["rate"] = loguniform(1 / budget.learning_rate, budget.learning_rate)
-    elif len(budget.steps) < budget.trials:
-        return [Setting(steps=steps) for steps in budget.steps]
     drawn = [Setting(**{k: v.item() if isinstance(v, np.generic) else v for k, v in d.items()})
              for d in ParameterSampler(space, budget.trials, random_state=seed)]  # fmt: skip
     return [Setting(steps=drawn[0].steps), *drawn[1:]]

@@ -139,7 +139,7 @@ def _trial(
     finally:
         shutil.rmtree(home / f"{cell.arm.name}.trial", ignore_errors=True)
     strengths = list(strengths) if scalable(model) else [1.0]
-    margins = pair_margins(model, bench.tokenizer, bench.splits(cell.task).validation, strengths)
+    margins = pair_margins(model, bench.tokenizer, bench.splits(cell.task).validation, strengths, show=False)
     found = []
     for strength in strengths:
         values = margins[strength]
@@ -176,8 +176,16 @@ def train(cell: Cell, bench: Bench, setting: Setting, seed: int, home: Path) -> 
         "train_seconds": seconds,
         "steps": trainer.state.global_step,
         "pairs_read": trainer.state.global_step * batch,
+        "tokens_read": round(trainer.state.global_step * batch * _tokens_of_a_pair(trainer)),
         "parameters": parameters,
     }
+
+
+def _tokens_of_a_pair(trainer: Any) -> float:
+    """Mean number of tokens that a training step runs the model on, for one pair."""
+    sides = ("chosen_ids", "rejected_ids") if trainer.loss is None or trainer.loss.pairs else ("chosen_ids",)
+    lengths = [len(row["prompt_ids"]) + len(row[side]) for row in trainer.train_dataset for side in sides]
+    return sum(lengths) / len(trainer.train_dataset)
 
 
 def measure(cell: Cell, bench: Bench, model: Any, strength: float) -> dict[str, Any]:
@@ -194,7 +202,7 @@ def measure(cell: Cell, bench: Bench, model: Any, strength: float) -> dict[str, 
     strengths = {"": strength} | ({"matched_": found["matched_strength"]} if found["matched_strength"] else {})
     base = bench.base(cell.task)
     rows = bench.splits(cell.task).test
-    margins = pair_margins(model, bench.tokenizer, rows, sorted(set(strengths.values())))
+    margins = pair_margins(model, bench.tokenizer, rows, sorted(set(strengths.values())), show=False)
     for prefix, at in strengths.items():
         found |= {prefix + name: value for name, value in preference(margins[at], base.margins).items()}
         found |= {prefix + name: value for name, value in _behaviour(cell, bench, model, rows, at).items()}

@@ -30,9 +30,12 @@ def fractional(factors: Factors, reduction: int) -> list[Combination]:
     """
     if reduction < 2:
         raise ValueError(f"design.reduction={reduction} reduces nothing: it must be 2 or more.")
-    rows = gsd([len(levels) for levels in factors.values()], reduction)
-    if len(rows) == 0:
-        raise ValueError(f"design.reduction={reduction} leaves no runs for {len(factors)} factors: choose less.")
+    if len(factors) < 2:
+        raise ValueError(f"A fraction needs two factors or more, there are {[*factors]}: choose design.kind='full'.")
+    try:
+        rows = gsd([len(levels) for levels in factors.values()], reduction)
+    except ValueError as error:
+        raise ValueError(f"design.reduction={reduction}: {error}. Choose a smaller one.") from error
     return [{f: factors[f][int(i)] for f, i in zip(factors, row, strict=True)} for row in np.asarray(rows)]
 
 

@@ -20,15 +20,27 @@ import copy
 import fnmatch
 import hashlib
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, Field, ValidationError
+from trl import DPOConfig
 
 from steertune.recipes import designs
-from steertune.recipes.arm import Arm, ArmError, known_tables, make_arm, nearest, read_tables, read_toml, reasons
+from steertune.recipes.arm import (
+    Arm,
+    ArmError,
+    known,
+    known_tables,
+    make_arm,
+    nearest,
+    read_tables,
+    read_toml,
+    reasons,
+)
 from steertune.recipes.budget import BudgetTable
 from steertune.recipes.designs import Combination
 from steertune.recipes.splits import SplitTable
@@ -36,6 +48,7 @@ from steertune.recipes.splits import SplitTable
 GRIDS = Path(__file__).parent / "grids"
 VERSION = 1  # of the cells; raised when a cell of the same grid would come out differently
 INERT = "-"
+_PATCHED = ["adapter", "loss", "trainer", "data"]
 
 Measure = Literal["accuracy", "matched_accuracy", "margin_gain", "matched_margin_gain", "behaviour"]
 
@@ -102,6 +115,9 @@ class GridTables(BaseModel, extra="forbid"):
     """A file of neutral prompts and completions; none: the embedded one."""
     model: dict[str, Any] = {}
     trainer: dict[str, Any] = {}
+    """Training arguments of all arms that are trained."""
+    loss: dict[str, Any] = {}
+    """Options of the loss for all arms."""
     generations: int = Field(default=16, ge=0)
     new_tokens: int = Field(default=32, ge=1)
     card: Card | None = None
@@ -162,8 +178,9 @@ class Grid:
     def cells(self) -> list[Cell]:
         """Every run, seed by seed, so that an unfinished grid holds whole comparisons."""
         t = self.tables
+        neutral = _content(t.neutral)
         return [
-            Cell(arm, task, n, seed, *_keys(t, arm, task, n, seed))
+            Cell(arm, task, n, seed, *_keys(t, neutral, arm, task, n, seed))
             for seed in t.seeds
             for task in self.tasks
             for n in t.examples
@@ -225,6 +242,8 @@ def _combinations(tables: GridTables) -> tuple[list[Combination], list[str]]:
         needed = design.kind == "add_one_in" or (design.kind == "one_at_a_time" and what == "start")
         if needed or point:
             _check_point(f"design.{what}", point, factors)
+    if any(INERT in levels for levels in factors.values()):
+        raise ArmError(f"{INERT!r} is no name for a level: it stands for a level that means nothing.")
     everything = designs.full(factors)
     if design.kind == "full":
         return everything, [f"Full factorial: {len(everything)} combinations."]
@@ -260,21 +279,48 @@ def _arms(tables: GridTables, combinations: list[Combination]) -> list[GridArm]:
     for combination in combinations:
         levels, arm = patched(tables, combination)
         name = ",".join(f"{factor}={level}" for factor, level in levels.items())
+        if name in found and found[name].arm != arm:
+            raise ArmError(
+                f"Combination {combination} is called {name!r} like another, but its arm differs: a level that is "
+                "inert there changes the patch of another factor. Give that patch a `when` that does not depend on it."
+            )
         found.setdefault(name, GridArm(name, levels, arm, _budget(tables, name)))
     for file in tables.arms:
-        raw = _merge(read_tables(file), {"model": tables.model, "trainer": tables.trainer})
+        raw = _common(read_tables(file), tables)
         name = str(raw["name"])
         if name in found:
             raise ArmError(f"Two arms are called {name!r}.")
         found[name] = GridArm(name, None, make_arm(raw), _budget(tables, name))
     if not found:
         raise ArmError("The grid has no arms: list them in `arms`, or give [factors] and a [design].")
+    for pattern in tables.budgets:
+        if not any(fnmatch.fnmatchcase(name, pattern) for name in found):
+            raise ArmError(f"budgets: {pattern!r} fits no arm of {[*found]}.{nearest(pattern, [*found])}")
     for name, arm in found.items():
+        try:
+            arm.arm.check_trainer(DPOConfig)
+        except ArmError as error:
+            raise ArmError(f"Arm {name!r}: {error}") from error
         if arm.arm.trainer.get("max_steps") != 0 and "learning_rate" not in arm.arm.trainer:
             raise ArmError(f"Arm {name!r} has no trainer.learning_rate, around which the budget would search.")
-        if set(name) & set('/\\:*?"<>|') or name.startswith("."):
-            raise ArmError(f"{name!r} cannot name a folder: levels and arms are letters, digits, - and _.")
+        _check_name("arm", name)
     return list(found.values())
+
+
+def _check_name(what: str, name: str) -> None:
+    """Names become folders, so nothing in them may lead elsewhere."""
+    if not re.fullmatch(r"[\w=,+-][\w=,+.-]*", name):
+        raise ArmError(
+            f"{what} {name!r} cannot name a folder: use letters, digits, '_', '-' and '.', no '.' in front."
+        )
+
+
+def _common(raw: dict[str, Any], tables: GridTables) -> dict[str, Any]:
+    """An arm with what the grid says for all; an arm that is not trained stays so."""
+    common: dict[str, Any] = {"model": tables.model, "loss": tables.loss}
+    if raw.get("trainer", {}).get("max_steps") != 0:
+        common["trainer"] = tables.trainer
+    return _merge(raw, {name: table for name, table in common.items() if table})
 
 
 def patched(tables: GridTables, combination: Combination) -> tuple[Combination, Arm]:
@@ -283,7 +329,7 @@ def patched(tables: GridTables, combination: Combination) -> tuple[Combination, 
     Raises:
         ArmError: a patch that does not fit.
     """
-    raw = _merge(read_tables(tables.base), {"model": tables.model, "trainer": tables.trainer})
+    raw = _common(read_tables(tables.base), tables)
     levels: Combination = {}
     for factor, level in combination.items():
         entry = _entry(factor, level, tables.factors[factor][level], combination, tables)
@@ -305,12 +351,19 @@ def _entry(factor: str, level: str, patch: Any, combination: Combination, tables
             raise ArmError(f"factors.{factor}.{level}={patch!r}: a table, or a list of tables, is expected.")
         option = copy.deepcopy(option)
         when = option.pop("when", {})
+        where = f"factors.{factor}.{level}"
+        if not isinstance(when, dict):
+            raise ArmError(f'{where}: when={when!r} must be a table, such as {{ form = "lora" }}.')
+        known(where, option, ["inert", *_PATCHED])
+        known(f"{where}.data", option.get("data", {}), ["pairing"])  # the grid itself says the rest
         for other, wanted in when.items():
+            if not isinstance(wanted, str | list):
+                raise ArmError(f"{where}: when.{other}={wanted!r} must be a level or a list of levels.")
             if other not in tables.factors:
-                raise ArmError(f"factors.{factor}.{level}: when names {other!r}, the factors are {[*tables.factors]}.")
+                raise ArmError(f"{where}: when names {other!r}, the factors are {[*tables.factors]}.")
             missing = set([wanted] if isinstance(wanted, str) else wanted) - set(tables.factors[other])
             if missing:
-                raise ArmError(f"factors.{factor}.{level}: {sorted(missing)} are no levels of {other!r}.")
+                raise ArmError(f"{where}: {sorted(missing)} are no levels of {other!r}.")
         if all(combination[other] in ([w] if isinstance(w, str) else w) for other, w in when.items()):
             return option
     raise ArmError(f"factors.{factor}.{level} says nothing for {combination}: add a last entry without `when`.")
@@ -374,13 +427,16 @@ def _tasks(tables: GridTables, data_root: Path | None) -> list[TaskTable]:
         name = task.name
         if data_root is not None and name not in task_names() and (data_root / name).exists():
             name = str(data_root / name)
+        _check_name("task", label)
         if label in found:
             raise ArmError(f"Two tasks are called {label!r}: give one a label of its own.")
         found[label] = task.model_copy(update={"name": name, "label": label})
     return list(found.values())
 
 
-def _keys(tables: GridTables, arm: GridArm, task: TaskTable, examples: int, seed: int) -> tuple[str, str]:
+def _keys(
+    tables: GridTables, neutral: str, arm: GridArm, task: TaskTable, examples: int, seed: int
+) -> tuple[str, str]:
     """Hashes of everything that decides a cell's result, and its settings. Paths differ between machines: left out."""
     own = arm.arm.model_dump(mode="json", include={"model", "adapter", "loss", "trainer"})
     own["model"].pop("threads")
@@ -393,9 +449,19 @@ def _keys(tables: GridTables, arm: GridArm, task: TaskTable, examples: int, seed
         "seed": tables.seeds[0] if arm.budget.per == "arm" else seed,
         "splits": tables.splits.model_dump(mode="json"),
     }
-    matched = tables.matched.model_dump(mode="json")
+    matched = [tables.matched.model_dump(mode="json"), neutral]
     result = [settings, seed, task.scorer, matched, tables.generations, tables.new_tokens]
     return _hash(result), _hash(settings)
+
+
+def _content(file: str | None) -> str:
+    """Hash of a local file, which may stand elsewhere on another machine; the name of anything else."""
+    if file is None:
+        return ""
+    path = Path(file)
+    if path.suffix and not path.is_file():
+        raise ArmError(f"neutral={file!r}: no such file.")
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else file
 
 
 def _hash(value: Any) -> str:

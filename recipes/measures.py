@@ -31,10 +31,11 @@ def pair_margins(
     pairs: Dataset,
     strengths: Sequence[float],
     batch_size: int = 8,
+    show: bool = True,
 ) -> dict[float, Tensor]:
     """`log p(chosen) - log p(rejected)` in nats per held-out pair, at each strength: strength -> `(pairs,)`."""
     margins: dict[float, list[Tensor]] = {s: [] for s in strengths}
-    with tqdm(total=len(pairs) * len(strengths), desc="Held-out pairs", unit="pair") as bar:
+    with tqdm(total=len(pairs) * len(strengths), desc="Held-out pairs", unit="pair", disable=not show) as bar:
         for batch in batches(tokenizer, pairs, max(1, batch_size // 2)):
             at = ModelAt(model, model, batch.to(model.device))
             for strength in strengths:

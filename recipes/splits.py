@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from typing import Any
 
 from datasets import Dataset
@@ -67,11 +68,11 @@ def load_splits(name: str, sizes: SplitTable, largest: int, reverse: bool = Fals
         ArmError: too few rows, no pairs, or a test or validation row that stands (nearly) in another split.
     """
     train, test = load_split(name, "train"), load_split(name, "test")
-    for rows, split in ((train, "train"), (test, "test")):
-        if not {"chosen", "rejected"} <= set(rows.column_names):
+    own = find_split(name, "validation")
+    for rows, split in ((train, "train"), (test, "test"), (own, "validation")):
+        if rows is not None and not {"chosen", "rejected"} <= set(rows.column_names):
             raise ArmError(f"{name!r}: a grid compares preferences, its {split} rows have {rows.column_names}.")
     train = train.shuffle(seed=0)
-    own = find_split(name, "validation")
     if own is None:
         validation, train = _cut(name, "validation", train, sizes.validation)
     else:
@@ -116,7 +117,7 @@ def _apart(
     named = {"train": pool, "validation": validation, "scorer": scorer, "test": test}
     texts = {split: [text_of(dict(row)) for row in rows] for split, rows in named.items()}
     dropped: set[int] = set()
-    for split, other in (("train", "test"), ("train", "validation"), ("validation", "test"), ("scorer", "test")):
+    for split, other in combinations(named, 2):
         for i, j, similarity in near_duplicates(texts[split], texts[other], sizes.near_duplicates):
             if split == "train" and sizes.drop_near_duplicates:
                 dropped.add(i)

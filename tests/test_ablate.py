@@ -29,6 +29,7 @@ generations = 2
 new_tokens = 4
 trainer = { per_device_train_batch_size = 2 }
 splits = { validation = 4, test = 6, scorer = 2, near_duplicates = 1.0 }
+matched = { kl = 1e-4 }
 budget = { trials = 2, steps = [2], strengths = [1.0, 2.0] }
 
 [card]
@@ -62,6 +63,10 @@ ARMS = ["form=lora,init=-", "form=bias,init=zeros", "form=bias,init=mean_differe
 @pytest.fixture
 def tables(tmp_path: Path) -> dict:
     """The grid's tables, with its model and data in `tmp_path`."""
+    return make_tables(tmp_path)
+
+
+def make_tables(tmp_path: Path) -> dict:
     tiny(max_position_embeddings=512).save_pretrained(tmp_path / "model")
     tiny_data.tokenizer().save_pretrained(tmp_path / "model")
     (tmp_path / "task").mkdir()

@@ -269,8 +269,9 @@ def _check_arguments(loss: Loss, args: Any) -> None:
     for name in ("beta", "loss_type") if "beta" in defaults else ():  # SFTConfig's types are kinds of cross-entropy
         value = getattr(args, name, None)
         # DPOConfig turns its default loss type into a list
+        used = getattr(getattr(loss, "loss", loss), name, None)  # of the loss itself, if its contrast was changed
         unset = value in (defaults.get(name), [defaults.get(name)], ["sigmoid"])
-        if name in defaults and not unset and value != getattr(loss, name, None):
+        if name in defaults and not unset and value != used:
             raise ValueError(
                 f"{type(args).__name__}.{name}={value!r} belongs to TRL's own loss; {loss} does not use it. Give a "
                 "loss object (get_loss(name, beta=...)), or leave loss out."

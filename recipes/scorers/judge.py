@@ -56,8 +56,9 @@ def fit(options: Options, rows: Dataset, model: Any, tokenizer: Any) -> Scorer:
     headers = {"Authorization": f"Bearer {os.environ[options.key]}"} if options.key else {}
 
     def ask(prompt: str, answer: str) -> float | None:
-        # by replacement: an answer may hold braces
-        question = options.question.replace("{prompt}", prompt).replace("{answer}", answer)
+        # in one pass: a prompt or an answer may itself hold {answer}, or other braces
+        texts = {"prompt": prompt, "answer": answer}
+        question = re.sub(r"\{(prompt|answer)\}", lambda match: texts[match[1]], options.question)
         message = {"role": "user", "content": question}
         body = {"model": options.model, "temperature": 0, "messages": [message]}
         for _ in range(options.tries):

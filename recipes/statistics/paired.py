@@ -82,28 +82,28 @@ def interval(differences: ArrayLike, confidence: float = 0.95, method: str | Non
     return Interval(mean, float(low), float(high), pairs, method)
 
 
-def crossed_interval(effects: ArrayLike, confidence: float = 0.95, resamples: int = 2000, seed: int = 0) -> Interval:
+def crossed_interval(*tasks: ArrayLike, confidence: float = 0.95, resamples: int = 2000, seed: int = 0) -> Interval:
     """Interval over pairs and test rows at once: would it hold for other seeds and other test rows?
 
-    All seeds are measured on the same test rows, so an interval over seeds alone is about these rows only. Rows and
-    columns are resampled independently (pigeonhole bootstrap, Owen 2007), percentile ends.
+    All seeds are measured on the same test rows, so an interval over seeds alone is about these rows only. Seeds and
+    rows are resampled independently (pigeonhole bootstrap, Owen 2007), percentile ends.
 
     Args:
-        effects: Difference per pair and test row, `(pairs, rows)`.
+        tasks: Per task the differences by seed and test row, `(seeds, rows)`. Every seed of every task counts once.
         confidence: As in `interval`.
         resamples: Number of resamples.
         seed: Of the bootstrap.
     """
-    values = np.asarray(effects, dtype=float)
+    matrices = [np.asarray(task, dtype=float) for task in tasks]
     rng = np.random.default_rng(seed)
-    pairs, rows = values.shape
-    means = np.empty(resamples)
-    for i in range(resamples):
-        first = rng.multinomial(pairs, np.full(pairs, 1 / pairs)) / pairs
-        second = rng.multinomial(rows, np.full(rows, 1 / rows)) / rows
-        means[i] = first @ values @ second
+    pairs = sum(len(values) for values in matrices)
+    means = np.zeros(resamples)
+    for values in matrices:
+        weights = [rng.multinomial(n, np.full(n, 1 / n), size=resamples) / n for n in values.shape]
+        means += len(values) / pairs * np.einsum("bs,sr,br->b", weights[0], values, weights[1], optimize=True)
+    estimate = sum(len(values) / pairs * float(values.mean()) for values in matrices)
     low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
-    return Interval(float(values.mean()), float(low), float(high), pairs, "crossed")
+    return Interval(estimate, float(low), float(high), pairs, "crossed")
 
 
 def p_value(differences: ArrayLike, seed: int = 0) -> float:

@@ -17,7 +17,9 @@ Coalition = frozenset[str]
 def shapley(
     value: Callable[[Coalition], NDArray[np.float64]], factors: Sequence[str]
 ) -> dict[str, NDArray[np.float64]]:
-    """Shapley value of every factor, `sum_S |S|! (k - |S| - 1)! / k! [v(S + f) - v(S)]` over the coalitions S without f.
+    """Shapley value of every factor f, over the coalitions S without f:
+
+    `sum_S |S|! (k - |S| - 1)! / k! [v(S + f) - v(S)]`
 
     Args:
         value: Score of the arm whose factors in the coalition are at their end, the others at their start; an array

@@ -1,0 +1,647 @@
+"""Grids: which arms and cells a file means, what a cell's keys depend on, and whatever is wrong is named."""
+
+from __future__ import annotations
+
+import copy
+import re
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from steertune.losses import get_loss
+from steertune.recipes import grid as module
+from steertune.recipes.arm import ArmError, load_arm
+from steertune.recipes.budget import draw
+from steertune.recipes.designs import full
+from steertune.recipes.grid import Cell, Grid, describe, load_grid, make_grid, patched
+
+GRID = """
+name = "small"
+base = "bias_dpo"
+arms = ["mean_difference", "base"]
+tasks = ["warm_tone", { name = "cautious_advice", reverse = true, scorer = { kind = "rule", pattern = "careful" } }]
+examples = [4, 8]
+seeds = [0, 1]
+trainer = { per_device_train_batch_size = 2 }
+budget = { trials = 2, steps = [2], strengths = [1.0, 2.0] }
+
+[card]
+problem = "Which form learns from four pairs?"
+hypothesis = "The vector needs fewer examples than LoRA."
+against = "LoRA is at least as accurate at the same KL."
+baselines = "LoRA, the untrained mean difference, the base model."
+[card.affordances]
+"*" = "the same pairs"
+
+[claim]
+better = "form=bias,init=zeros"
+than = "form=lora,init=-"
+
+[design]
+kind = "full"
+
+[factors.form]
+lora = { adapter = { type = "lora", r = 2, target_modules = "all-linear" }, trainer = { learning_rate = 1e-3 } }
+bias = {}
+
+[factors.init]
+zeros = [{ when = { form = "lora" }, inert = true }, {}]
+mean_difference = [{ when = { form = "lora" }, inert = true }, { adapter = { init = "mean_difference" } }]
+"""
+ARMS = ["form=lora,init=-", "form=bias,init=zeros", "form=bias,init=mean_difference", "mean_difference", "base"]
+DELETE = object()
+Changes = dict[str, Any]
+
+
+def changed(changes: Changes | None = None) -> dict[str, Any]:
+    """The tables of the small grid with some values set, `{"table.key": value}`, or taken away."""
+    made = tomllib.loads(GRID)
+    for path, value in (changes or {}).items():
+        *tables, last = path.split(".")
+        table = made
+        for name in tables:
+            table = table.setdefault(name, {})
+        if value is DELETE:
+            del table[last]
+        else:
+            table[last] = copy.deepcopy(value)
+    return made
+
+
+def built(changes: Changes | None = None) -> Grid:
+    return make_grid(changed(changes))
+
+
+def factorial(factors: dict[str, Any], **changes) -> Grid:
+    """A grid of these factors only."""
+    return built({"arms": [], "claim": DELETE, "factors": factors} | changes)
+
+
+def arms(grid: Grid) -> dict[str, Any]:
+    return {arm.name: arm.arm for arm in grid.arms}
+
+
+# -- arms and cells ---------------------------------------------------------------------------------------------------
+
+
+def test_arms_their_levels_and_their_order():
+    grid = built()
+    assert [arm.name for arm in grid.arms] == ARMS
+    assert [arm.levels for arm in grid.arms] == [
+        {"form": "lora", "init": "-"},
+        {"form": "bias", "init": "zeros"},
+        {"form": "bias", "init": "mean_difference"},
+        None,
+        None,
+    ]
+    assert grid.notes == ["Full factorial: 4 combinations."]
+    assert {(arm.budget.trials, *arm.budget.steps, *arm.budget.strengths) for arm in grid.arms} == {(2, 2, 1.0, 2.0)}
+
+
+def test_cells_are_whole_comparisons_seed_by_seed():
+    cells = built().cells()
+    assert [(c.seed, c.task.label, c.examples, c.arm.name) for c in cells] == [
+        (seed, task, examples, arm)
+        for seed in (0, 1)
+        for task in ("warm_tone", "cautious_advice_reversed")
+        for examples in (4, 8)
+        for arm in ARMS
+    ]
+    assert cells[0].path == Path("cells/warm_tone/n4/seed0/form=lora,init=-")
+    assert cells[0].title == "warm_tone n=4 seed=0 form=lora,init=-"
+    assert describe(cells) == "40 cells: 5 arms x 2 tasks x 2 numbers of examples x 2 seeds"
+    assert len({cell.path for cell in cells}) == len({cell.key for cell in cells}) == 40
+
+
+def test_making_a_grid_leaves_its_tables_alone():
+    tables = changed()
+    make_grid(tables).cells()
+    assert tables == changed()
+
+
+def test_tasks_by_name_or_table():
+    plain, table = built().tasks
+    assert (plain.name, plain.label, plain.reverse, plain.scorer) == (
+        "warm_tone", "warm_tone", False, {"kind": "classifier"},
+    )  # fmt: skip
+    assert (table.name, table.reverse, table.scorer["pattern"]) == ("cautious_advice", True, "careful")
+    assert built({"tasks": [{"name": "somewhere/far/tone"}]}).tasks[0].label == "tone"
+    assert built({"tasks": [{"name": "tone", "label": "t"}]}).tasks[0].label == "t"
+
+
+def test_the_grid_s_model_and_trainer_go_into_every_arm_and_patches_over_them():
+    made = arms(built({"model": {"dtype": "bfloat16"}, "trainer": {"learning_rate": 0.5, "weight_decay": 0.1}}))
+    assert {arm.model.dtype for arm in made.values()} == {"bfloat16"}
+    untrained = {name: arm for name, arm in made.items() if arm.trainer["max_steps"] == 0}
+    assert untrained and {tuple(arm.trainer) for arm in untrained.values()} == {("max_steps",)}
+    assert {arm.trainer["weight_decay"] for name, arm in made.items() if name not in untrained} == {0.1}
+    assert made["form=bias,init=zeros"].trainer["learning_rate"] == 0.5
+    assert made["form=lora,init=-"].trainer["learning_rate"] == 1e-3
+
+
+def test_draws_are_the_same_for_every_arm():
+    # each searches around its own learning rate, by the same factors
+    drawn = [draw(arm.budget, seed=3) for arm in built({"budget.trials": 5}).arms]
+    assert len(drawn[0]) == 5 and all(one == drawn[0] for one in drawn)
+
+
+# -- patches ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_patch_changes_what_it_names_and_keeps_the_rest():
+    patch = {"adapter": {"layers": 0.25}, "trainer": {"learning_rate": 0.5}, "loss": {"contrast": "none"}}
+    grid = factorial({"f": {"as_it_is": {}, "patched": patch}})
+    plain, patched = arms(grid).values()
+    base = load_arm("bias_dpo")
+    assert plain.adapter == base.adapter and plain.loss == base.loss
+    assert patched.adapter == base.adapter | {"layers": 0.25}
+    assert patched.trainer == base.trainer | {"learning_rate": 0.5, "per_device_train_batch_size": 2}
+    assert patched.loss_object() == get_loss("dpo", beta=0.1, contrast="none")
+
+
+def test_another_adapter_or_loss_replaces_its_whole_table():
+    lora = {"type": "lora", "r": 2, "target_modules": "all-linear"}
+    grid = factorial({"f": {"lora": {"adapter": lora}, "ipo": {"loss": {"name": "ipo"}}}})
+    made = arms(grid)
+    base = load_arm("bias_dpo")
+    assert made["f=lora"].adapter == lora and made["f=lora"].loss == base.loss
+    assert made["f=ipo"].loss == {"name": "ipo"} and made["f=ipo"].adapter == base.adapter
+
+
+def test_patches_of_several_factors_add_up_and_the_later_factor_wins():
+    grid = factorial(
+        {
+            "depth": {"low": {"adapter": {"layers": 0.25}}, "high": {"adapter": {"layers": 0.75}}},
+            "rate": {"own": {}, "fast": {"trainer": {"learning_rate": 1.0}, "adapter": {"norm": "preserve"}}},
+            "last": {"no": {}, "yes": {"adapter": {"layers": 0.1}}},
+        }
+    )
+    made = arms(grid)
+    assert len(made) == 8
+    chosen = made["depth=high,rate=fast,last=no"]
+    assert (chosen.adapter["layers"], chosen.adapter["norm"], chosen.trainer["learning_rate"]) == (0.75, "preserve", 1)
+    assert made["depth=high,rate=own,last=yes"].adapter["layers"] == 0.1
+    assert "norm" not in made["depth=low,rate=own,last=no"].adapter
+
+
+def test_of_a_list_the_first_entry_counts_whose_when_fits():
+    rates = [
+        {"when": {"form": ["b", "c"], "depth": "high"}, "trainer": {"learning_rate": 2.0}},
+        {"when": {"form": "b"}, "trainer": {"learning_rate": 3.0}},
+        {"trainer": {"learning_rate": 4.0}},
+        {"when": {"form": "a"}, "trainer": {"learning_rate": 5.0}},
+    ]
+    forms, depths = {"a": {}, "b": {}, "c": {}}, {"low": {}, "high": {"adapter": {"layers": 0.75}}}
+    grid = factorial({"form": forms, "depth": depths, "rate": {"own": {}, "given": rates}})
+    found = {
+        (levels["form"], levels["depth"]): arm.arm.trainer["learning_rate"]
+        for arm in grid.arms
+        if (levels := arm.levels) and levels["rate"] == "given"
+    }
+    assert found == {
+        ("a", "low"): 4, ("a", "high"): 4, ("b", "low"): 3, ("b", "high"): 2, ("c", "low"): 4, ("c", "high"): 2,
+    }  # fmt: skip
+
+
+def test_inert_levels_of_several_factors_leave_one_arm():
+    off = {"when": {"form": "none"}, "inert": True}
+    grid = factorial(
+        {
+            "form": {"none": {"trainer": {"max_steps": 0}}, "bias": {}},
+            "beta": {"small": [off, {"loss": {"beta": 0.1}}], "large": [off, {"loss": {"beta": 1.0}}]},
+            "norm": {"free": [off, {}], "kept": [off, {"adapter": {"norm": "preserve"}}]},
+        }
+    )
+    assert [arm.name for arm in grid.arms] == [
+        "form=none,beta=-,norm=-",
+        "form=bias,beta=small,norm=free",
+        "form=bias,beta=small,norm=kept",
+        "form=bias,beta=large,norm=free",
+        "form=bias,beta=large,norm=kept",
+    ]
+
+
+ICV = {"adapter": {"init": "icv"}}
+OFF = {"when": {"form": "icv"}, "inert": True}
+FASTER = {"trainer": {"learning_rate": 9.0}}
+LOSES_AN_ARM = {
+    "inert, yet another level depends on it": {
+        "form": {"bias": {}, "icv": ICV},
+        "init": {"zeros": [OFF, {}], "mean": [OFF, {"adapter": {"init": "mean_difference"}}]},
+        "rate": {"own": {}, "given": [{"when": {"init": "mean"}, **FASTER}, {}]},
+    },
+    "a level with the name of inert ones": {
+        "form": {"bias": {}, "icv": ICV},
+        "rate": {"-": FASTER, "own": [OFF, {}]},
+    },
+}
+
+
+@pytest.mark.parametrize("factors", LOSES_AN_ARM.values(), ids=LOSES_AN_ARM)
+def test_no_combination_is_dropped_for_another_arm_of_its_name(factors):
+    try:
+        grid = factorial(factors)
+    except ArmError:
+        return  # refusing it would do as well
+    made = arms(grid)
+    for combination in full({name: list(levels) for name, levels in factors.items()}):
+        levels, arm = patched(grid.tables, combination)
+        assert made[",".join(f"{f}={level}" for f, level in levels.items())] == arm, combination
+
+
+# -- designs ----------------------------------------------------------------------------------------------------------
+
+FACTORS = {
+    "form": {"bias": {}, "gated": {"adapter": {"form": "gated"}}},
+    "norm": {"free": {}, "kept": {"adapter": {"norm": "preserve"}}},
+    "contrast": {c: {"loss": {"contrast": c}} for c in ("paired", "unpaired", "none")},
+}
+START = {"form": "bias", "norm": "free", "contrast": "paired"}
+END = {"form": "gated", "norm": "kept", "contrast": "none"}
+
+
+def names(*points: str) -> list[str]:
+    return [",".join(f"{f}={level}" for f, level in zip(FACTORS, point.split(), strict=True)) for point in points]
+
+
+def design(kind: str, **options) -> Grid:
+    return factorial(FACTORS, design={"kind": kind, **options})
+
+
+def test_full_design():
+    everything = [f"{form} {norm} {c}" for form in FACTORS["form"] for norm in FACTORS["norm"] for c in
+                  FACTORS["contrast"]]  # fmt: skip
+    grid = design("full")
+    assert [arm.name for arm in grid.arms] == names(*everything)
+    assert grid.notes == ["Full factorial: 12 combinations."]
+
+
+def test_one_at_a_time_design():
+    grid = design("one_at_a_time", start=START)
+    assert [arm.name for arm in grid.arms] == names(
+        "bias free paired", "gated free paired", "bias kept paired", "bias free unpaired", "bias free none"
+    )
+    assert grid.notes == ["one_at_a_time: 5 of 12 combinations; interactions are not estimated."]
+
+
+def test_add_one_in_design():
+    grid = design("add_one_in", start=START, end=END)
+    assert [arm.name for arm in grid.arms] == names(
+        "bias free paired", "gated free paired", "bias kept paired", "bias free none",
+        "gated kept none", "bias kept none", "gated free none", "gated kept paired",
+    )  # fmt: skip
+    assert grid.notes == ["add_one_in: 8 of 12 combinations; interactions are not estimated."]
+    # a factor that stays where it is adds nothing
+    still = design("add_one_in", start=START, end={**START, "norm": "kept"})
+    assert [arm.name for arm in still.arms] == names("bias free paired", "bias kept paired")
+
+
+def test_fractional_design_has_every_pair_of_levels_once_and_says_what_is_aliased():
+    two = {f: {level: FACTORS[f][level] for level in list(FACTORS[f])[:2]} for f in FACTORS}
+    grid = factorial(two, design={"kind": "fractional", "reduction": 2})
+    assert len(grid.arms) == 4
+    for first, second in (("form", "norm"), ("form", "contrast"), ("norm", "contrast")):
+        seen = [(a.levels[first], a.levels[second]) for a in grid.arms if a.levels]
+        assert sorted(seen) == sorted((x, y) for x in two[first] for y in two[second])
+    assert "4 of 8 combinations" in grid.notes[0]
+    # half of a 2x2x2 design is of resolution III: every main effect is an interaction of the other two
+    assert [re.sub(" cannot.*", "", note) for note in grid.notes[1:]] == ["form", "norm", "contrast"]
+
+
+def test_arms_design_needs_no_factors():
+    grid = built({"factors": DELETE, "design": DELETE, "claim": DELETE})
+    assert [arm.name for arm in grid.arms] == ["mean_difference", "base"]
+    assert grid.notes == []
+
+
+# -- keys -------------------------------------------------------------------------------------------------------------
+
+
+def cell(changes: Changes | None = None, arm: str = "form=bias,init=zeros", seed: int = 0, examples: int = 4) -> Cell:
+    """The cell of an arm on the first task."""
+    grid = built(changes)
+    [found] = [
+        c for c in grid.cells()
+        if (c.arm.name, c.seed, c.examples, c.task.label) == (arm, seed, examples, grid.tasks[0].label)
+    ]  # fmt: skip
+    return found
+
+
+DECIDES_ALL = {
+    "budget trials": {"budget.trials": 3},
+    "budget steps": {"budget.steps": [3]},
+    "strengths": {"budget.strengths": [1.0]},
+    "learning rate": {"trainer.learning_rate": 0.3},
+    "patched learning rate": {"factors.form.bias": {"trainer": {"learning_rate": 0.3}}},
+    "adapter": {"factors.form.bias": {"adapter": {"layers": 0.3}}},
+    "loss": {"factors.form.bias": {"loss": {"contrast": "none"}}},
+    "pairing": {"factors.form.bias": {"data": {"pairing": "shuffled"}}},
+    "base arm": {"base": "bias_ce"},
+    "model": {"model": {"dtype": "bfloat16"}},
+    "validation size": {"splits": {"validation": 8}},
+    "near duplicates": {"splits": {"drop_near_duplicates": True}},
+    "label": {"tasks": [{"name": "warm_tone", "label": "tone"}]},
+    "reverse": {"tasks": [{"name": "warm_tone", "label": "warm_tone", "reverse": True}]},
+}
+DECIDES_THE_RESULT = {
+    "matched kl": {"matched": {"kl": 0.2}},
+    "largest strength": {"matched": {"largest_strength": 8.0}},
+    "scorer": {"tasks": [{"name": "warm_tone", "scorer": {"kind": "rule", "pattern": "warm"}}]},
+    "generations": {"generations": 2},
+    "new tokens": {"new_tokens": 8},
+}
+DECIDES_NOTHING = {
+    "name": {"name": "other"},
+    "card": {"card.problem": "Another one?"},
+    "claim": {"claim": DELETE},
+    "threads": {"model": {"threads": 2}},
+    "path of the task": {"tasks": [{"name": "elsewhere/warm_tone"}]},
+    "other arms": {"arms": []},
+    "other seeds": {"seeds": [0, 5]},
+    "other numbers of examples": {"examples": [4, 16]},
+    "design": {"design": {"kind": "one_at_a_time", "start": {"form": "bias", "init": "zeros"}}, "claim": DELETE},
+}
+
+
+@pytest.mark.parametrize("changes", DECIDES_ALL.values(), ids=DECIDES_ALL)
+def test_keys_change_with_what_decides_the_settings(changes):
+    before, after = cell(), cell(changes)
+    assert before.key != after.key and before.tuning_key != after.tuning_key
+
+
+@pytest.mark.parametrize("changes", DECIDES_THE_RESULT.values(), ids=DECIDES_THE_RESULT)
+def test_only_the_result_s_key_changes_with_what_is_measured(changes):
+    before, after = cell(), cell(changes)
+    assert before.key != after.key and before.tuning_key == after.tuning_key
+
+
+@pytest.mark.parametrize("changes", DECIDES_NOTHING.values(), ids=DECIDES_NOTHING)
+def test_keys_do_not_change_with_what_decides_nothing(changes):
+    before, after = cell(), cell(changes)
+    assert (before.key, before.tuning_key) == (after.key, after.tuning_key)
+
+
+def test_keys_change_with_the_arm_the_examples_the_seed_and_the_test_size():
+    assert cell().key == cell().key
+    assert cell().key != cell(arm="form=lora,init=-").key
+    assert cell().key != cell(examples=8).key
+    assert cell().tuning_key != cell(examples=8).tuning_key
+    assert cell().key != cell(seed=1).key
+    assert cell().key != cell({"splits": {"test": 20}}).key
+
+
+@pytest.mark.parametrize(("per", "same"), [("arm", True), ("cell", False)])
+def test_settings_are_chosen_per_arm_or_per_cell(per, same):
+    first, second = (cell({"budget.per": per}, seed=seed) for seed in (0, 1))
+    assert (first.tuning_key == second.tuning_key) is same
+    assert first.key != second.key
+
+
+def test_settings_per_arm_are_those_of_the_first_seed():
+    assert cell({"seeds": [0, 1]}).tuning_key != cell({"seeds": [1, 0]}).tuning_key
+
+
+def test_keys_change_with_the_neutral_text(tmp_path):
+    for name in ("first", "second"):
+        (tmp_path / f"{name}.jsonl").write_text(f'{{"prompt": "{name}", "completion": "answer"}}\n')
+    first, second = (cell({"neutral": str(tmp_path / f"{name}.jsonl")}) for name in ("first", "second"))
+    assert first.key != second.key
+
+
+# -- bad input --------------------------------------------------------------------------------------------------------
+
+LEVEL = "factors.form.bias"
+# id -> what is changed, and what the message must say
+BAD: dict[str, tuple[Changes, list[str]]] = {
+    "no card": ({"card": DELETE}, ["no [card]", "problem, hypothesis, against"]),
+    "empty field of the card": ({"card.against": ""}, ["card.against", "at least 1 character"]),
+    "missing field of the card": ({"card.baselines": DELETE}, ["card.baselines", "required"]),
+    "no affordances": ({"card.affordances": {}}, ["card.affordances", "at least 1"]),
+    "unknown table": ({"exampels": [4]}, ["'exampels'", "Did you mean 'examples'"]),
+    "unknown key of design": ({"design.strat": {}}, ["'strat' in [design]", "Did you mean 'start'"]),
+    "unknown key of splits": ({"splits": {"tets": 3}}, ["'tets' in [splits]", "Did you mean 'test'"]),
+    "unknown key of budget": ({"budget.trails": 3}, ["'trails' in [budget]", "Did you mean 'trials'"]),
+    "unknown key of budgets": ({"budgets": {"*": {"trails": 3}}}, ["'trails' in [budgets.", "Did you mean 'trials'"]),
+    "unknown key of matched": ({"matched": {"k": 1}}, ["'k' in [matched]", "Did you mean 'kl'"]),
+    "unknown key of model": ({"model": {"thread": 1}}, ["'thread' in [model]", "Did you mean 'threads'"]),
+    "unknown key of card": ({"card.basline": "x"}, ["'basline' in [card]", "'baselines'"]),
+    "unknown key of claim": ({"claim.beter": "x"}, ["'beter' in [claim]", "'better'"]),
+    "unknown key of a task": ({"tasks": [{"name": "warm_tone", "lable": "x"}]}, ["'lable' in [tasks]", "'label'"]),
+    "unknown table in a level": ({LEVEL: {"adaptr": {}}}, ["'adaptr' in [factors.form.bias]", "Did you mean 'adapter'"]),
+    "unknown key of a level's adapter": (
+        {LEVEL: {"adapter": {"layer": 1}}},
+        ["'layer' in [adapter]", "Did you mean 'layers'", "'form': 'bias'"],
+    ),
+    "unknown adapter": ({LEVEL: {"adapter": {"type": "lorra"}}}, ["'lorra'", "Did you mean 'lora'", "'form': 'bias'"]),
+    "unknown key of a level's loss": ({LEVEL: {"loss": {"betta": 1}}}, ["'betta'", "Did you mean 'beta'"]),
+    "unknown loss": ({LEVEL: {"loss": {"name": "dpoo"}}}, ["'dpoo'", "Did you mean 'dpo'"]),
+    "contrast that the loss lacks": ({LEVEL: {"loss": {"name": "simpo", "contrast": "none"}}}, ["SimPO", "reference"]),
+    "key of the old adapter kept": ({LEVEL: {"adapter": {"r": 2}}}, ["'r' in [adapter]"]),
+    "misspelt when": ({LEVEL: [{"whenn": {"init": "zeros"}}]}, ["'whenn'"]),
+    "unknown factor in start": (
+        {"design.start": {"form": "bias", "init": "zeros", "innit": "zeros"}},
+        ["design.start", "'innit'", "Did you mean 'init'"],
+    ),
+    "unknown level in start": (
+        {"design.start": {"form": "loar", "init": "zeros"}},
+        ["design.start.form='loar'", "['lora', 'bias']", "Did you mean 'lora'"],
+    ),
+    "unknown level in end": (
+        {"design.end": {"form": "bias", "init": "zero"}},
+        ["design.end.init='zero'", "Did you mean 'zeros'"],
+    ),
+    "factor missing in end": ({"design.end": {"form": "bias"}}, ["design.end", "'init'", "['zeros', 'mean_diff"]),
+    "one_at_a_time without start": ({"design.kind": "one_at_a_time"}, ["design.start names no level of 'form'"]),
+    "add_one_in without end": (
+        {"design": {"kind": "add_one_in", "start": {"form": "lora", "init": "zeros"}}},
+        ["design.end names no level of 'form'"],
+    ),
+    "unknown design": ({"design.kind": "ful"}, ["design.kind", "'full'", "'add_one_in'"]),
+    "fraction that reduces nothing": ({"design": {"kind": "fractional", "reduction": 1}}, ["design.reduction=1", "2"]),
+    "fraction that leaves nothing": ({"design": {"kind": "fractional", "reduction": 9}}, ["reduction"]),
+    "when names an unknown factor": (
+        {"factors.init.zeros": [{"when": {"from": "lora"}}, {}]},
+        ["factors.init.zeros", "'from'", "['form', 'init']"],
+    ),
+    "when names an unknown level": (
+        {"factors.init.zeros": [{"when": {"form": ["lora", "loar"]}}, {}]},
+        ["factors.init.zeros", "['loar']", "'form'"],
+    ),
+    "no entry fits": (
+        {"factors.init.zeros": [{"when": {"form": "lora"}}]},
+        ["factors.init.zeros", "'form': 'bias'", "without `when`"],
+    ),
+    "level that is no table": ({LEVEL: "bias"}, ["factors.form.bias='bias'", "a table"]),
+    "level with an entry that is no table": ({LEVEL: [3]}, ["factors.form.bias=[3]", "a table"]),
+    "factor that is no table": ({"factors.form": "bias"}, ["factors.form", "dictionary"]),
+    "one level": ({"factors.form": {"bias": {}}}, ["two levels or more", "'form': ['bias']"]),
+    "factors for a list of arms": ({"design.kind": "arms"}, ["[factors]", "'arms'", "'full'"]),
+    "full without factors": ({"factors": DELETE}, ["design.kind='full'", "needs [factors]"]),
+    "no arms": ({"factors": DELETE, "design": DELETE, "arms": []}, ["no arms", "`arms`", "[factors]"]),
+    "unknown arm": ({"arms": ["bass"]}, ["'bass'", "Did you mean 'base'"]),
+    "unknown base": ({"base": "bias_dp"}, ["'bias_dp'", "Did you mean 'bias_dpo'"]),
+    "one arm twice": ({"arms": ["base", "base"]}, ["Two arms", "'base'"]),
+    "no trials": ({"budget.trials": 0}, ["budget.trials", "greater than or equal to 1"]),
+    "no steps": ({"budget.steps": [4, 0]}, ["budget.steps", "[4, 0]", "at least 1"]),
+    "empty steps": ({"budget.steps": []}, ["budget.steps", "one number of steps or more"]),
+    "no strengths": ({"budget.strengths": []}, ["budget.strengths", "one strength or more"]),
+    "negative strength": ({"budget.strengths": [1.0, -1.0]}, ["budget.strengths", "-1.0", "above 0"]),
+    "infinite strength": ({"budget.strengths": [float("inf")]}, ["budget.strengths", "inf"]),
+    "learning rates around nothing": ({"budget.learning_rate": 0.5}, ["budget.learning_rate", "1"]),
+    "unknown per": ({"budget.per": "seed"}, ["budget.per", "'cell' or 'arm'"]),
+    "value of a budget of its own": ({"budgets": {"base": {"trials": 0}}}, ["budgets.base", "trials"]),
+    "another budget for one arm": (
+        {"budgets": {"form=lora*": {"trials": 9}}},
+        ["budget", "'form=lora,init=-'", "[budget]", "card.unequal_budgets"],
+    ),
+    "affordances of no arm": (
+        {"card.affordances": {"*": "pairs", "form=lor": "labels"}},
+        ["'form=lor'", "no arm", "Did you mean 'form=lora,init=-'"],
+    ),
+    "arm without affordances": ({"card.affordances": {"form=*": "pairs", "base": "no"}}, ["leaves out", "'mean_diff"]),
+    "claim about no arm": (
+        {"claim.better": "form=bias,init=zero"},
+        ["claim.better='form=bias,init=zero'", "Did you mean 'form=bias,init=zeros'"],
+    ),
+    "claim against no arm": ({"claim.than": "form=lora,init=zeros"}, ["claim.than=", "['form=lora,init=-', "]),
+    "unknown measure": ({"claim.measure": "acuracy"}, ["claim.measure", "'matched_accuracy'"]),
+    "alpha of 1": ({"claim.alpha": 1.0}, ["claim.alpha", "less than 1"]),
+    "two tasks with one label": ({"tasks": ["warm_tone", "elsewhere/warm_tone"]}, ["'warm_tone'", "label"]),
+    "no tasks": ({"tasks": []}, ["tasks", "at least 1"]),
+    "one seed twice": ({"seeds": [0, 1, 0]}, ["seeds=[0, 1, 0]", "every value once"]),
+    "negative seed": ({"seeds": [-1]}, ["seeds=[-1]", "none below 0"]),
+    "no seeds": ({"seeds": []}, ["seeds", "at least 1"]),
+    "no examples": ({"examples": [0, 4]}, ["examples=[0, 4]", "none below 1"]),
+    "one number of examples twice": ({"examples": [4, 4]}, ["examples=[4, 4]", "every value once"]),
+    "level that is no folder": ({"factors": {"f": {"a/b": {}, "c": {}}}}, ["'f=a/b'", "folder"]),
+    "colon in a level": ({"factors": {"f": {"a:b": {}, "c": {}}}}, ["'f=a:b'", "folder"]),
+    "kl of 0": ({"matched": {"kl": 0.0}}, ["matched.kl", "greater than 0"]),
+    "one test row": ({"splits": {"test": 1}}, ["splits.test", "greater than or equal to 2"]),
+}  # fmt: skip
+
+
+def refused(changes: Changes) -> str:
+    with pytest.raises(ArmError) as caught:
+        built(changes).cells()
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(("changes", "words"), BAD.values(), ids=BAD)
+def test_whatever_is_wrong_is_named(changes, words):
+    message = refused(changes)
+    assert [word for word in words if word not in message] == [], message
+
+
+def test_another_budget_is_accepted_with_a_reason():
+    grid = built({"budgets": {"form=lora*": {"trials": 9}}, "card.unequal_budgets": "LoRA has more to tune."})
+    assert [arm.budget.trials for arm in grid.arms] == [9, 2, 2, 2, 2]
+    # the other fields stay the grid's
+    assert {(*arm.budget.steps, *arm.budget.strengths) for arm in grid.arms} == {(2, 1.0, 2.0)}
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("[trainer]\nmax_steps = 4\n", ["'own'", "no trainer.learning_rate"]),
+        ('name = ".own"\n[trainer]\nlearning_rate = 0.1\n', ["'.own'", "folder"]),
+        ('name = "a/b"\n[trainer]\nlearning_rate = 0.1\n', ["'a/b'", "folder"]),
+        ("[trainer\n", ["own.toml", "not valid TOML"]),
+    ],
+    ids=["no learning rate", "hidden", "slash", "broken"],
+)
+def test_arms_from_files_that_cannot_run(text, words, tmp_path):
+    file = tmp_path / "own.toml"
+    data = '[data]\nname = "warm_tone"\n'
+    file.write_text(text + data)
+    message = refused({"arms": [str(file)]})
+    assert [word for word in words if word not in message] == [], message
+
+
+def test_an_untrained_arm_needs_no_learning_rate():
+    assert "learning_rate" not in arms(built())["base"].trainer
+
+
+# Refused, but the message does not help as those above do.
+NO_HINT = {
+    "card": ({"card.basline": "x"}, "Did you mean 'baselines'"),
+    "claim": ({"claim.beter": "x"}, "Did you mean 'better'"),
+    "task": ({"tasks": [{"name": "warm_tone", "lable": "x"}]}, "Did you mean 'label'"),
+    "reduction": ({"design": {"kind": "fractional", "reduction": 9}}, "design.reduction=9"),
+}
+
+
+@pytest.mark.parametrize(("changes", "hint"), NO_HINT.values(), ids=NO_HINT)
+def test_unknown_keys_of_every_table_get_a_hint(changes, hint):
+    assert hint in refused(changes)
+
+
+def case(why: str, changes: Changes, word: str) -> Any:
+    return pytest.param(changes, word, id=why)
+
+
+@pytest.mark.parametrize(
+    ("changes", "word"),
+    [
+        case("a when that is no table: AttributeError", {"factors.init.zeros": [{"when": "lora"}, {}]}, "when"),
+        case("a level in when that is no text: TypeError", {"factors.init.zeros": {"when": {"form": 3}}}, "when"),
+        case(
+            "a fraction of one factor: AssertionError",
+            {"design": {"kind": "fractional"}, "factors.init": DELETE, "claim": DELETE},
+            "factor",
+        ),
+        case("budgets of no arm change nothing", {"budgets": {"form=lorra*": {"trials": 9}}}, "lorra"),
+        case("unknown training arguments fail in every cell", {"trainer": {"learning_rat": 1}}, "learning_rat"),
+        case("a label may leave the folder", {"tasks": [{"name": "tone", "label": "../../tone"}]}, "../../tone"),
+        case("a label may be empty", {"tasks": [{"name": "."}]}, "task"),
+        case("cells share one model: nothing is patched", {LEVEL: {"model": {"dtype": "bfloat16"}}}, "model"),
+        case("the grid says which rows: nothing is patched", {LEVEL: {"data": {"train": 3}}}, "data"),
+        case("no rate is drawn around infinity", {"budget.learning_rate": float("inf")}, "budget.learning_rate"),
+    ],
+)
+def test_what_cannot_run_or_changes_nothing_is_refused(changes, word):
+    assert word in refused(changes)
+
+
+def test_an_arm_without_a_name_is_refused(tmp_path):
+    file = tmp_path / "own.toml"
+    file.write_text('name = ""\n[data]\nname = "warm_tone"\n[trainer]\nlearning_rate = 0.1\n')
+    refused({"arms": [str(file)]})
+
+
+# -- files ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_grid_file_is_named_after_itself(tmp_path):
+    file = tmp_path / "mine.toml"
+    file.write_text(GRID.replace('name = "small"\n', ""))
+    grid = load_grid(file)
+    assert grid.tables.name == "mine"
+    assert [c.key for c in grid.cells()] == [c.key for c in built().cells()]
+    file.write_text(GRID)
+    assert load_grid(str(file)).tables.name == "small"
+
+
+def test_relative_tasks_start_at_the_data_root_and_keep_their_keys(tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "warm_tone").mkdir()  # an embedded task of that name goes first
+    file = tmp_path / "grid.toml"
+    file.write_text(re.sub(r"tasks = .*", 'tasks = ["mine", "warm_tone", "nowhere"]', GRID))
+    rooted, plain = load_grid(file, data_root=tmp_path), load_grid(file)
+    assert [task.name for task in rooted.tasks] == [str(tmp_path / "mine"), "warm_tone", "nowhere"]
+    assert [task.label for task in rooted.tasks] == ["mine", "warm_tone", "nowhere"]
+    assert [c.key for c in rooted.cells()] == [c.key for c in plain.cells()]
+
+
+def test_unknown_and_broken_grid_files(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "GRIDS", tmp_path)
+    (tmp_path / "quick.toml").write_text(GRID)
+    assert load_grid("quick").tables.name == "small"
+    with pytest.raises(ArmError, match=r"'quik'.*\['quick'\].*Did you mean 'quick'"):
+        load_grid("quik")
+    with pytest.raises(ArmError, match=r"No grid .*nowhere\.toml"):
+        load_grid(tmp_path / "nowhere.toml")
+    (tmp_path / "broken.toml").write_text("[card\n")
+    with pytest.raises(ArmError, match=r"broken\.toml is not valid TOML"):
+        load_grid("broken")

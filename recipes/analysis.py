@@ -78,14 +78,18 @@ def _crossed(cells: pd.DataFrame, arm: str, than: str, measure: str) -> Interval
         return None
     tasks = []
     for _, rows in cells[cells["arm"].isin([arm, than])].groupby("task"):
-        matrix = []
-        for _, pair in rows.groupby(["seed", "examples"]):
-            both = pair.set_index("arm")[column]
-            if {arm, than} <= set(both.index) and all(isinstance(both[a], list) for a in (arm, than)):
-                first, second = (np.sign(np.asarray(both[a])) / 2 for a in (arm, than))
-                matrix.append(first - second)
-        if matrix:
-            tasks.append(np.array(matrix))
+        seeds = []
+        for _, of_seed in rows.groupby("seed"):
+            gaps = []
+            for _, pair in of_seed.groupby("examples"):
+                both = pair.set_index("arm")[column]
+                if {arm, than} <= set(both.index) and all(isinstance(both[a], list) for a in (arm, than)):
+                    first, second = (np.sign(np.asarray(both[a])) / 2 for a in (arm, than))
+                    gaps.append(first - second)
+            if gaps:
+                seeds.append(np.mean(gaps, axis=0))
+        if seeds:
+            tasks.append(np.array(seeds))
     return crossed_interval(*tasks) if tasks else None
 
 

@@ -55,21 +55,30 @@ def add_one_in(factors: Factors, start: Combination, end: Combination) -> list[C
 
 
 def aliases(combinations: Sequence[Combination], factors: Factors) -> list[str]:
-    """Main effects that the design cannot tell from an interaction of two others, as sentences.
+    """Main effects that the design cannot tell from each other, or from an interaction of two others, as sentences.
 
-    For every factor and every pair of other factors, the largest canonical correlation, over the runs, between the
-    factor's main effect and the pair's interaction: 1 means they are the same thing in this design.
+    For every such couple the largest canonical correlation, over the runs, between the two: 1 means they are the same
+    thing in this design.
     """
     columns = {f: _contrasts([c[f] for c in combinations], levels) for f, levels in factors.items()}
     found = []
+    for first, second in itertools.combinations(factors, 2):
+        found += _mixed(first, second, _canonical_correlation(columns[first], columns[second]))
     for factor in factors:
         for first, second in itertools.combinations([f for f in factors if f != factor], 2):
             products = [a * b for a in columns[first].T for b in columns[second].T]
-            r = _canonical_correlation(columns[factor], np.column_stack(products)) if products else 0.0
-            if r > 0.1:
-                kind = "cannot be told from" if r > 0.99 else f"is mixed (r = {r:.2f}) with"
-                found.append(f"{factor} {kind} {first} x {second}")
+            found += _mixed(
+                factor,
+                f"{first} x {second}",
+                _canonical_correlation(columns[factor], np.column_stack(products)),
+            )
     return found
+
+
+def _mixed(first: str, second: str, r: float) -> list[str]:
+    if r <= 0.1:
+        return []
+    return [f"{first} cannot be told from {second}." if r > 0.99 else f"{first} is mixed (r = {r:.2f}) with {second}."]
 
 
 def _contrasts(values: Sequence[str], levels: Sequence[str]) -> NDArray[np.float64]:

@@ -48,6 +48,12 @@ from steertune.recipes.splits import SplitTable
 GRIDS = Path(__file__).parent / "grids"
 VERSION = 1  # of the cells; raised when a cell of the same grid would come out differently
 INERT = "-"
+_COLUMNS = {
+    "version", "key", "task", "arm", "examples", "seed", "status", "error", "kl", "perplexity", "accuracy", "margin",
+    "margins", "margin_gain", "moved_wrong", "behaviour", "judgements_failed", "repetition", "answers", "scalable",
+    "parameters", "steps", "pairs_read", "tokens_read", "seconds", "train_seconds", "tuning", "tuning_seconds",
+    "peak_memory_gb", "levels", "setting",
+}  # fmt: skip
 _PATCHED = ["adapter", "loss", "trainer", "data"]
 
 Measure = Literal["accuracy", "matched_accuracy", "margin_gain", "matched_margin_gain", "behaviour"]
@@ -242,6 +248,9 @@ def _combinations(tables: GridTables) -> tuple[list[Combination], list[str]]:
         needed = design.kind == "add_one_in" or (design.kind == "one_at_a_time" and what == "start")
         if needed or point:
             _check_point(f"design.{what}", point, factors)
+    for factor in factors:
+        if factor in _COLUMNS or factor.startswith(("base_", "matched_", "setting_")):
+            raise ArmError(f"A factor cannot be called {factor!r}, like a column of the results.")
     if any(INERT in levels for levels in factors.values()):
         raise ArmError(f"{INERT!r} is no name for a level: it stands for a level that means nothing.")
     everything = designs.full(factors)

@@ -8,11 +8,13 @@ from collections.abc import Callable
 from scipy.optimize import brentq
 
 _TOLERANCE = 0.02  # relative, of the strength
+_REACHED = 0.25  # of log KL: more off than the tolerance of the strength explains is a jump over the target
 _STEP = math.log(2.0)
+_SMALLEST = math.log(1e-6)
 
 
 def matched_strength(kl: Callable[[float], float], target: float, largest: float) -> float | None:
-    """The strength at which `kl(strength)` is `target`; None if that takes more than `largest`, or there is none.
+    """The strength at which `kl(strength)` is `target`; None if there is none up to `largest`.
 
     KL grows about with the square of the strength, so the search runs over log-strength from `sqrt(target / kl(1))`.
 
@@ -21,7 +23,7 @@ def matched_strength(kl: Callable[[float], float], target: float, largest: float
         target: The KL to reach.
         largest: The largest strength to try.
     """
-    seen: dict[float, float] = {}
+    limit, seen = math.log(largest), dict[float, float]()
 
     def excess(log_strength: float) -> float:
         if log_strength not in seen:
@@ -29,17 +31,16 @@ def matched_strength(kl: Callable[[float], float], target: float, largest: float
             seen[log_strength] = math.log(max(value, 1e-12) / target) if math.isfinite(value) else 10.0
         return seen[log_strength]
 
-    limit = math.log(largest)
-    low = high = min(limit, max(-limit, -excess(0.0) / 2))
+    start = min(0.0, limit)
+    low = high = min(limit, max(_SMALLEST, start - excess(start) / 2))
     # bracket the target, from the guess in the direction that is missing
     while excess(low) > 0:
-        high, low = low, low - _STEP
-        if low < -limit - _STEP:
+        if low <= _SMALLEST:
             return None
+        high, low = low, max(_SMALLEST, low - _STEP)
     while excess(high) < 0:
         if high >= limit:
             return None
         low, high = high, min(limit, high + _STEP)
-    if low == high:
-        return math.exp(low)
-    return math.exp(float(brentq(excess, low, high, xtol=_TOLERANCE)))  # pyright: ignore[reportArgumentType]
+    found = low if low == high else float(brentq(excess, low, high, xtol=_TOLERANCE))  # pyright: ignore[reportArgumentType]
+    return math.exp(found) if abs(excess(found)) < _REACHED else None

@@ -39,7 +39,6 @@ from steertune.recipes.tidy import read_cells
 from steertune.recipes.training import set_threads, write_whole
 
 WORDS, LENGTH, LAYER, WRONG_LAYER = 60, 6, 2, 0
-LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 FORMS = ("bias", "gated", "lora")
 PROBLEMS = ("bias", "gated", "lora", "base", "shuffled")
 STUDIES = 200
@@ -51,8 +50,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="planted", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--problems", nargs="+", default=list(PROBLEMS), choices=PROBLEMS)
-    parser.add_argument("--replicates", type=int, default=60, help="independent data sets of every problem")
-    parser.add_argument("--examples", type=int, default=96, help="training pairs")
+    parser.add_argument("--replicates", type=int, default=40, help="independent data sets of every problem")
+    parser.add_argument("--examples", type=int, default=256, help="training pairs")
     parser.add_argument("--pairs", nargs="+", type=int, default=[5, 10, 20], help="replicates in one study")
     parser.add_argument("--folder", type=Path, default=Path("runs/planted"))
     options = parser.parse_args(argv)
@@ -93,7 +92,7 @@ def _cells(problem: str, options: argparse.Namespace) -> pd.DataFrame:
 
 def tables(base: Path, tasks: list[str], examples: int) -> dict[str, Any]:
     """The grid: form x layer, one tuning budget for all."""
-    lora = {"type": "lora", "r": 8, "lora_alpha": 16, "target_modules": LINEARS}
+    lora = {"type": "lora", "r": 1, "lora_alpha": 15, "target_modules": ["down_proj"]}
     at = {"right": LAYER, "wrong": WRONG_LAYER}
     return {
         "name": "planted",
@@ -106,7 +105,7 @@ def tables(base: Path, tasks: list[str], examples: int) -> dict[str, Any]:
         "trainer": {"per_device_train_batch_size": 16},
         "loss": {"beta": 1.0},  # margins here are a few nats
         "splits": {"validation": 40, "test": 100, "scorer": 0, "near_duplicates": 1.0},
-        "budget": {"trials": 2, "steps": [40], "strengths": [0.5, 1.0], "per": "cell"},
+        "budget": {"trials": 1, "steps": [40], "strengths": [0.5, 1.0, 2.0], "per": "cell"},
         "matched": {"kl": 0.02},
         "card": {
             "problem": "Does the instrument find the change that was planted?",
@@ -118,9 +117,9 @@ def tables(base: Path, tasks: list[str], examples: int) -> dict[str, Any]:
         "design": {"kind": "full"},
         "factors": {
             "form": {
-                "bias": {"adapter": {"type": "steering_vector", "form": "bias"}},
+                "bias": {"adapter": {"type": "steering_vector", "form": "bias"}, "trainer": {"learning_rate": 0.3}},
                 "gated": {"adapter": {"type": "steering_vector", "form": "gated"}},
-                "lora": {"adapter": lora, "trainer": {"learning_rate": 2e-3}},
+                "lora": {"adapter": lora, "trainer": {"learning_rate": 0.005}},
             },
             "layer": {
                 level: [
@@ -148,11 +147,13 @@ def save_base(folder: Path) -> None:
     )
     config = LlamaConfig(
         vocab_size=len(vocabulary), hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4,
-        num_key_value_heads=4, max_position_embeddings=64, initializer_range=0.08, pad_token_id=0, bos_token_id=1,
+        num_key_value_heads=4, max_position_embeddings=64, initializer_range=0.12, pad_token_id=0, bos_token_id=1,
         eos_token_id=2,
     )  # fmt: skip
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config).eval()
+    for name, parameter in model.named_parameters():  # lively inner activations, so that a change of weights matters
+        parameter.data *= 8.0 if "gate_proj" in name or "up_proj" in name else 0.1 if "down_proj" in name else 1.0
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     prompts, answers = torch.randint(4, 4 + WORDS, (2, 16, LENGTH), generator=torch.Generator().manual_seed(1))
@@ -165,7 +166,7 @@ def write_task(folder: Path, base: Any, problem: str, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     teacher = make_teacher(base, problem, seed)
     folder.mkdir(parents=True, exist_ok=True)
-    for split, rows in (("train", 140), ("test", 100)):
+    for split, rows in (("train", 300), ("test", 100)):
         coin = problem == "base" or (problem == "shuffled" and split == "train")
         _write_rows(folder / f"{split}.jsonl", sample_pairs(teacher, rows, generator, coin))
 
@@ -176,7 +177,7 @@ def make_teacher(base: Any, problem: str, seed: int) -> Any:
     if problem == "base":
         return base
     if problem == "lora":
-        config: Any = LoraConfig(r=8, lora_alpha=16, target_modules=LINEARS, layers_to_transform=[LAYER])
+        config: Any = LoraConfig(r=1, lora_alpha=15, target_modules=["down_proj"], layers_to_transform=[LAYER])
     else:
         config = SteeringVectorConfig(form="gated" if problem == "gated" else "bias", layers=[LAYER])
     teacher = get_peft_model(copy.deepcopy(base), config).eval()
@@ -184,7 +185,7 @@ def make_teacher(base: Any, problem: str, seed: int) -> Any:
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.1)
         elif "steering_vector_v" in name or "steering_vector_w" in name:
-            torch.nn.init.normal_(parameter, std=1.0)
+            torch.nn.init.normal_(parameter, std=3.0 if problem == "gated" else 8.0)
         elif "steering_vector_b" in name:
             torch.nn.init.zeros_(parameter)
     return teacher

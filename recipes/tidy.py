@@ -56,7 +56,7 @@ def _read(home: Path) -> dict[str, Any] | None:
         raise ArmError(f"{file} is of version {version} of the instrument, this is {VERSION}: run the grid again.")
     row = {k: v for k, v in cell.items() if k not in _LISTS}
     row |= {f"setting_{k}": v for k, v in (cell["setting"] or {}).items()}
-    row |= {k: v for k, v in (cell["levels"] or {}).items() if k not in row}
+    row |= cell["levels"] or {}
     if cell["status"] == "diverged":
         row |= _as_the_base(cell)
     return row

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-import copy
 import json
+import subprocess
+import sys
+import time
 import tomllib
 from pathlib import Path
 
@@ -13,9 +15,11 @@ import torch
 from conftest import tiny
 
 import steertune.recipes.ablate as recipe
+import steertune.recipes.cell as cell_module
 from steertune.recipes.arm import ArmError
 from steertune.recipes.bench import Bench
-from steertune.recipes.grid import make_grid
+from steertune.recipes.grid import VERSION, Grid, make_grid
+from steertune.recipes.tidy import read_cells
 
 GRID = """
 name = "tiny"
@@ -84,7 +88,17 @@ def run(tables: dict, folder: Path, **options) -> list[dict]:
     grid = make_grid(tables)
     failed = recipe.run(grid, grid.cells(), Bench(grid), folder, show=False, **options)
     assert failed == []
+    return read(grid, folder)
+
+
+def read(grid: Grid, folder: Path) -> list[dict]:
     return [json.loads((folder / cell.path / "cell.json").read_text()) for cell in grid.cells()]
+
+
+def results(cells: list[dict]) -> list[dict]:
+    """Cells without what depends on the clock and the machine."""
+    clock = ("seconds", "train_seconds", "tuning_seconds", "peak_memory_gb")
+    return [{k: v for k, v in cell.items() if k not in clock} for cell in cells]
 
 
 def test_every_cell_is_there_and_whole(tables, tmp_path):
@@ -93,7 +107,7 @@ def test_every_cell_is_there_and_whole(tables, tmp_path):
     for cell in cells:
         assert cell["status"] == "ok", cell["error"]
         assert len(cell["margins"]) == 6
-        assert cell["accuracy"] == pytest.approx(sum(m > 0 for m in cell["margins"]) / 6)
+        assert cell["accuracy"] == pytest.approx(sum((m > 0) + (m == 0) / 2 for m in cell["margins"]) / 6)
         assert 0 <= cell["behaviour"] <= 1
         assert cell["judgements_failed"] == 0
         if cell["arm"] == "base":
@@ -101,3 +115,189 @@ def test_every_cell_is_there_and_whole(tables, tmp_path):
             assert cell["matched_strength"] is None
         else:
             assert cell["kl"] > 0
+            if cell["matched_strength"] is not None:
+                assert len(cell["matched_margins"]) == 6
+        assert not list((tmp_path / "run").rglob("checkpoints"))
+
+
+def test_arms_of_a_seed_train_on_the_same_rows_in_the_same_order(tables, tmp_path, monkeypatch):
+    seen = []
+    original = cell_module.make_trainer
+
+    def spy(arm, model, tokenizer, rows, *args, **settings):
+        seen.append((arm.data.seed, tuple(rows["prompt"]), settings["max_steps"]))
+        return original(arm, model, tokenizer, rows, *args, **settings)
+
+    monkeypatch.setattr(cell_module, "make_trainer", spy)
+    run(tables, tmp_path / "run")
+    by_seed = {seed: {rows for s, rows, _ in seen if s == seed} for seed in (0, 1)}
+    assert all(len(rows) == 1 for rows in by_seed.values()), "an arm saw other rows"
+    assert by_seed[0] != by_seed[1]
+    assert {steps for *_, steps in seen} == {0, 2}
+
+
+def test_tuning_reads_validation_rows_only_and_test_rows_are_read_once(tables, tmp_path, monkeypatch):
+    grid = make_grid(tables)
+    bench = Bench(grid)
+    splits = bench.splits(grid.tasks[0])
+    names = {tuple(splits.validation["prompt"]): "validation", tuple(splits.test["prompt"]): "test"}
+    read_splits: list[str] = []
+    original = cell_module.pair_margins
+
+    def spy(model, tokenizer, rows, *args, **options):
+        read_splits.append(names[tuple(rows["prompt"])])
+        return original(model, tokenizer, rows, *args, **options)
+
+    monkeypatch.setattr(cell_module, "pair_margins", spy)
+    cells = grid.cells()
+    recipe.run(grid, cells[:1], bench, tmp_path / "run", show=False)
+    assert read_splits == ["validation", "validation", "test"]  # two trials, then the cell
+
+
+def test_the_best_trial_is_taken_and_shared_by_the_seeds(tables, tmp_path):
+    cells = run(tables, tmp_path / "run")
+    for cell in cells:
+        best = max(cell["tuning"], key=lambda trial: trial["score"])
+        assert cell["setting"] == {k: best[k] for k in ("rate", "steps", "strength")}
+        [other] = [c for c in cells if c["arm"] == cell["arm"] and c["seed"] != cell["seed"]]
+        assert other["tuning"] == cell["tuning"]
+        trained = cell["arm"] not in ("mean_difference", "base")
+        assert len(cell["tuning"]) == 4, "two trials at two strengths, or four strengths for an untrained arm"
+        assert {t["steps"] for t in cell["tuning"]} == ({2} if trained else {0})
+
+
+def test_an_interrupted_grid_goes_on_and_comes_out_the_same(tables, tmp_path):
+    whole = run(tables, tmp_path / "whole")
+    grid = make_grid(tables)
+    cells = grid.cells()
+    recipe.run(grid, cells[:3], Bench(grid), tmp_path / "parts", show=False)
+    stamps = {cell.path: (tmp_path / "parts" / cell.path / "cell.json").stat().st_mtime_ns for cell in cells[:3]}
+    parts = run(tables, tmp_path / "parts")
+    assert results(parts) == results(whole)
+    for path, stamp in stamps.items():
+        assert (tmp_path / "parts" / path / "cell.json").stat().st_mtime_ns == stamp, "a finished cell was run again"
+
+
+def test_two_runners_share_the_cells_and_one_of_them_may_be_killed(tables, tmp_path):
+    file = tmp_path / "grid.toml"
+    file.write_text(_toml(tables))
+    command = [sys.executable, "-m", "steertune.recipes.ablate", str(file), "--threads", "1"]
+    command += ["--folder", str(tmp_path / "run")]
+    first, second = (subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) for _ in range(2))
+    folder = tmp_path / "run"
+    deadline = time.monotonic() + 120
+    while not list(folder.rglob("cell.json")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    first.kill()
+    output, _ = second.communicate(timeout=240)
+    first.wait()
+    assert second.returncode == 0, output.decode()
+    grid = make_grid(tables)
+    assert results(read(grid, folder)) == results(run(tables, tmp_path / "alone"))
+
+
+def test_processes_of_one_launch_share_the_cells(tables, tmp_path):
+    file = tmp_path / "grid.toml"
+    file.write_text(_toml(tables))
+    command = ["accelerate", "launch", "--cpu", "--num_processes", "2", "-m", "steertune.recipes.ablate", str(file)]
+    done = subprocess.run(
+        [*command, "--threads", "1", "--folder", str(tmp_path / "run")], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("10 cells: 5 arms") == 1, "the plan is printed once"
+    assert len(read(make_grid(tables), tmp_path / "run")) == 10
+
+
+def test_a_launched_process_stands_alone():
+    environment = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "x", "MASTER_PORT": "1",
+                   "ACCELERATE_USE_FSDP": "true", "HOME": "kept"}  # fmt: skip
+    assert recipe.stand_alone(environment) == (1, 2)
+    assert environment == {"HOME": "kept"}
+    assert recipe.stand_alone({}) == (0, 1)
+
+
+def test_a_dry_run_says_what_it_would_cost_and_runs_nothing(tables, tmp_path, capsys):
+    file = tmp_path / "grid.toml"
+    file.write_text(_toml(tables))
+    assert recipe.main([str(file), "--folder", str(tmp_path / "run"), "--dry-run", "--threads", "1"]) == 0
+    printed = capsys.readouterr().out
+    assert "10 cells: 5 arms x 1 tasks x 1 numbers of examples x 2 seeds; 0 are done." in printed
+    assert all(arm in printed for arm in ARMS)
+    assert "minutes on 1 process" in printed
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_diverged_cell_is_a_result(tables, tmp_path):
+    tables["factors"]["form"]["bias"] = {"trainer": {"learning_rate": 1e38}}
+    tables["budget"] |= {"trials": 1, "steps": [4]}
+    cells = run(tables, tmp_path / "run")
+    diverged = [cell for cell in cells if cell["status"] == "diverged"]
+    assert {cell["arm"] for cell in diverged} == {"form=bias,init=zeros", "form=bias,init=mean_difference"}
+    frame = read_cells(tmp_path / "run")
+    rows = frame[frame["status"] == "diverged"]
+    assert (rows["accuracy"] == rows["base_accuracy"]).all() and (rows["margin_gain"] == 0).all()
+
+
+def test_a_failed_cell_does_not_end_the_grid_and_is_tried_again(tables, tmp_path, monkeypatch):
+    original = recipe.run_cell
+
+    def fails_on_lora(cell, *args):
+        if cell.arm.name.startswith("form=lora"):
+            raise RuntimeError("out of memory")
+        return original(cell, *args)
+
+    monkeypatch.setattr(recipe, "run_cell", fails_on_lora)
+    grid = make_grid(tables)
+    failed = recipe.run(grid, grid.cells(), Bench(grid), tmp_path / "run", show=False)
+    assert failed == [f"task n=4 seed={seed} form=lora,init=-" for seed in (0, 1)]
+    names = [str(cell.path) for cell in grid.cells()]
+    assert list(read_cells(tmp_path / "run", names)["status"]).count("failed") == 2
+    monkeypatch.undo()
+    run(tables, tmp_path / "run")
+    assert set(read_cells(tmp_path / "run", names)["status"]) == {"ok"}
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda cell: cell | {"version": 0}, "version 0"),
+        (lambda cell: cell | {"key": "other"}, "other settings"),
+        (lambda cell: [], "is no cell"),
+    ],
+)
+def test_a_folder_with_other_cells_is_refused(damage, message, tables, tmp_path):
+    grid = make_grid(tables)
+    cell = grid.cells()[0]
+    file = tmp_path / "run" / cell.path / "cell.json"
+    file.parent.mkdir(parents=True)
+    file.write_text(json.dumps(damage({"version": VERSION, "key": cell.key})))
+    with pytest.raises(ArmError, match=message):
+        recipe.check_folder(tmp_path / "run", grid.cells())
+
+
+def test_full_finetuning_has_no_strength_and_leaves_the_base_alone(tables, tmp_path):
+    tables["arms"] = ["full_dpo"]
+    del tables["factors"], tables["claim"]
+    tables["design"] = {"kind": "arms"}
+    grid = make_grid(tables)
+    bench = Bench(grid)
+    before = {name: value.clone() for name, value in bench.model.state_dict().items()}
+    recipe.run(grid, grid.cells(), bench, tmp_path / "run", show=False)
+    for cell in read(grid, tmp_path / "run"):
+        assert cell["status"] == "ok", cell["error"]
+        assert not cell["scalable"] and cell["matched_strength"] is None and "matched_accuracy" not in cell
+        assert {trial["strength"] for trial in cell["tuning"]} == {1.0}
+    assert all(torch.equal(value, before[name]) for name, value in bench.model.state_dict().items())
+
+
+def _toml(tables: dict) -> str:
+    """The test's tables as TOML; JSON's inline values are valid TOML once written key by key."""
+
+    def inline(value) -> str:
+        if isinstance(value, dict):
+            return "{ " + ", ".join(f"{json.dumps(k)} = {inline(v)}" for k, v in value.items()) + " }"
+        if isinstance(value, list):
+            return "[" + ", ".join(inline(v) for v in value) + "]"
+        return json.dumps(value)
+
+    return "\n".join(f"{key} = {inline(value)}" for key, value in tables.items())

@@ -429,7 +429,7 @@ BAD: dict[str, tuple[Changes, list[str]]] = {
     "unknown key of card": ({"card.basline": "x"}, ["'basline' in [card]", "'baselines'"]),
     "unknown key of claim": ({"claim.beter": "x"}, ["'beter' in [claim]", "'better'"]),
     "unknown key of a task": ({"tasks": [{"name": "warm_tone", "lable": "x"}]}, ["'lable' in [tasks]", "'label'"]),
-    "unknown table in a level": ({LEVEL: {"adaptr": {}}}, ["'adaptr' in [factors.form.bias]", "Did you mean 'adapter'"]),
+    "unknown table in a level": ({LEVEL: {"adaptr": {}}}, ["'adaptr' in [factors.form.bias]", "mean 'adapter'"]),
     "unknown key of a level's adapter": (
         {LEVEL: {"adapter": {"layer": 1}}},
         ["'layer' in [adapter]", "Did you mean 'layers'", "'form': 'bias'"],

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from sklearn.isotonic import IsotonicRegression
+from sklearn.isotonic import isotonic_regression
 
 from steertune.recipes.statistics.paired import RESAMPLES, Interval, interval
 
@@ -47,7 +47,7 @@ class Equivalence:
     def _side(self, n: float) -> str:
         if n == 0:
             return f"<= {self.smallest}"
-        return f"> {self.largest}" if np.isinf(n) else f"{n:.3g}"
+        return f"> {self.largest}" if np.isinf(n) else f"{n:.0f}" if n >= 10 else f"{n:.1f}"
 
 
 def n_equivalence(
@@ -77,7 +77,7 @@ def n_equivalence(
 
 def _crossing(log_n: NDArray[np.float64], curve: NDArray[np.float64], target: float) -> float:
     if len(log_n) > 1:
-        curve = IsotonicRegression().fit_transform(log_n, curve)
+        curve = isotonic_regression(curve)
     reached = np.nonzero(curve >= target - 1e-12)[0]
     if len(reached) == 0:
         return float("inf")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import itertools
+import re
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import combinations
 
+import numpy as np
 import pandas as pd
 import statsmodels.formula.api as smf
 from statsmodels.stats.anova import anova_lm
@@ -15,6 +17,8 @@ from statsmodels.tools.sm_exceptions import ConvergenceWarning
 from steertune.recipes.statistics.paired import Interval, corrected, interval, p_value
 
 INERT = "-"
+_RESIDUAL = 3  # degrees of freedom that an analysis of variance must leave
+_BLOCK = "steertune_block"  # a column of our own, which no factor is called
 
 
 @dataclass(frozen=True)
@@ -67,34 +71,38 @@ def effects(cells: pd.DataFrame, factors: Sequence[str], measure: str) -> list[E
 
 def anova(cells: pd.DataFrame, factors: Sequence[str], measure: str) -> pd.DataFrame | None:
     """Main effects and two-way interactions, with errors that are robust to unequal variances (HC3); tasks and seeds
-    are blocks. Cells with a level that means nothing are left out; None if nothing is left to compare.
+    are blocks. Cells with a level that means nothing are left out, and interactions that the runs cannot tell apart.
+    None if nothing is left to compare.
 
     Returns:
         One row a term: `df`, `F`, `p`, and `share`, the term's share of the variance that the model explains
         together with the residual (partial eta squared).
     """
     rows, varied = _crossed(cells, factors)
+    rows = rows.assign(**{_BLOCK: rows["task"].astype(str) + "/" + rows["seed"].astype(str) + _size(rows)})
     terms = [f"C(Q('{f}'), Sum)" for f in varied]
-    pairs = [f"{a}:{b}" for a, b in itertools.combinations(terms, 2)]
-    block = "C(block)"
-    rows = rows.assign(block=rows["task"].astype(str) + "/" + rows["seed"].astype(str) + _size(rows))
-    for chosen in ([*terms, *pairs], terms):
-        needed = 1 + rows["block"].nunique() + sum(_size_of(term, rows) for term in chosen)
-        if varied and len(rows) > needed:
+    blocks = [f"C({_BLOCK}, Sum)"] if rows[_BLOCK].nunique() > 1 else []
+    for chosen in ([*terms, *(f"{a}:{b}" for a, b in combinations(terms, 2))], terms):
+        model = smf.ols(f"Q('{measure}') ~ {' + '.join([*chosen, *blocks])}", data=rows) if varied else None
+        # a design that cannot tell its terms apart says nothing about them
+        if model is None:
+            continue
+        columns = model.exog.shape[1]
+        if np.linalg.matrix_rank(model.exog) == columns <= len(rows) - _RESIDUAL:
             break
     else:
         return None
-    blocks = [block] if rows["block"].nunique() > 1 else []
-    fitted = smf.ols(f"Q('{measure}') ~ {' + '.join([*chosen, *blocks])}", data=rows).fit()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        table = anova_lm(fitted, typ=2, robust="hc3" if fitted.ssr > 1e-12 else None)
+    fitted = model.fit()
+    if fitted.ssr <= 1e-10 * float((rows[measure] ** 2).sum()):  # nothing but rounding is left to compare with
+        return None
+    # type III: with robust errors, statsmodels' type II lets an interaction leak into its main effects
+    table = anova_lm(fitted, typ=3, robust="hc3")
     residual = table.loc["Residual", "sum_sq"]
-    table = table.drop(index=[name for name in ("Residual", block) if name in table.index])
+    table = table.loc[[name for name in table.index if name in chosen]]
     names = [str(name).replace("C(Q('", "").replace("'), Sum)", "").replace(":", " x ") for name in table.index]
     return pd.DataFrame(
         {
-            "df": table["df"].to_numpy(dtype=int),
+            "df": table["df"].astype(int).to_numpy(),
             "F": table["F"].to_numpy(),
             "p": table["PR(>F)"].to_numpy(),
             "share": (table["sum_sq"] / (table["sum_sq"] + residual)).to_numpy(),
@@ -107,14 +115,15 @@ def mixed_model(cells: pd.DataFrame, factors: Sequence[str], measure: str, enoug
     """Main effects with task and seed as random effects; None with fewer than `enough` pairs of task and seed.
 
     Returns:
-        One row a level against its factor's first: `estimate`, `low`, `high`, `p`.
+        One row a level against its factor's first to appear: `estimate`, `low`, `high`, `p`.
     """
     rows, varied = _crossed(cells, factors)
-    rows = rows.assign(pair=rows["task"].astype(str) + "/" + rows["seed"].astype(str))
-    if not varied or rows["pair"].nunique() < enough:
+    if not varied or len(rows[["task", "seed"]].drop_duplicates()) < enough:
         return None
     size = " + C(examples)" if rows["examples"].nunique() > 1 else ""
-    formula = f"Q('{measure}') ~ " + " + ".join(f"C(Q('{f}'))" for f in varied) + size
+    formula = (
+        f"Q('{measure}') ~ " + " + ".join(f"C(Q('{f}'), Treatment({str(rows[f].iloc[0])!r}))" for f in varied) + size
+    )
     several = rows["task"].nunique() > 1
     options = {"groups": "task", "vc_formula": {"seed": "0 + C(seed)"}} if several else {"groups": "seed"}
     with warnings.catch_warnings():
@@ -124,8 +133,8 @@ def mixed_model(cells: pd.DataFrame, factors: Sequence[str], measure: str, enoug
         fitted = smf.mixedlm(formula, data=rows, **options).fit()
     ends = fitted.conf_int()
     kept = [name for name in fitted.params.index if name.startswith("C(Q(")]
-    names = [n.replace("C(Q('", "").replace("'))[T.", "=").rstrip("]") for n in kept]
-    return pd.DataFrame(
+    names = [re.sub(r"C\(Q\('(.*)'\), Treatment\('(.*)'\)\)\[T\.(.*)\]", r"\1: \3 − \2", name) for name in kept]
+    found = pd.DataFrame(
         {
             "estimate": fitted.params[kept].to_numpy(),
             "low": ends.loc[kept, 0].to_numpy(),
@@ -134,6 +143,7 @@ def mixed_model(cells: pd.DataFrame, factors: Sequence[str], measure: str, enoug
         },
         index=pd.Index(names, name="level"),
     )
+    return None if found.isna().any(axis=None) else found
 
 
 def _crossed(cells: pd.DataFrame, factors: Sequence[str]) -> tuple[pd.DataFrame, list[str]]:
@@ -144,11 +154,3 @@ def _crossed(cells: pd.DataFrame, factors: Sequence[str]) -> tuple[pd.DataFrame,
 
 def _size(rows: pd.DataFrame) -> pd.Series | str:
     return "/" + rows["examples"].astype(str) if rows["examples"].nunique() > 1 else ""
-
-
-def _size_of(term: str, rows: pd.DataFrame) -> int:
-    """Degrees of freedom of a main effect or an interaction."""
-    size = 1
-    for part in term.split(":"):
-        size *= rows[part.split("'")[1]].nunique() - 1
-    return size

@@ -28,7 +28,7 @@ class Interval:
         low: Lower end.
         high: Upper end.
         pairs: How many pairs there were.
-        method: `bca`, `t`, or `none` where there are too few pairs for either (the ends are infinite then).
+        method: `bca`, `t`, `crossed`, or `none` where there are too few pairs for either (the ends are infinite then).
     """
 
     estimate: float
@@ -61,9 +61,7 @@ def interval(differences: ArrayLike, confidence: float = 0.95, method: str | Non
     Raises:
         ValueError: a difference is not finite, or there is none.
     """
-    values = np.asarray(differences, dtype=float)
-    if values.size == 0 or not np.isfinite(values).all():
-        raise ValueError(f"{values.size} differences, {int((~np.isfinite(values)).sum())} not finite: nothing to say.")
+    values = _finite(differences)
     mean, pairs = float(values.mean()), len(values)
     if pairs < 2:
         return Interval(mean, -np.inf, np.inf, pairs, "none")
@@ -82,36 +80,51 @@ def interval(differences: ArrayLike, confidence: float = 0.95, method: str | Non
     return Interval(mean, float(low), float(high), pairs, method)
 
 
-def crossed_interval(*tasks: ArrayLike, confidence: float = 0.95, resamples: int = 2000, seed: int = 0) -> Interval:
-    """Interval over pairs and test rows at once: would it hold for other seeds and other test rows?
+def _finite(differences: ArrayLike) -> NDArray[np.float64]:
+    values = np.asarray(differences, dtype=float)
+    if values.size == 0 or not np.isfinite(values).all():
+        raise ValueError(f"{values.size} differences, {int((~np.isfinite(values)).sum())} not finite: nothing to say.")
+    return values
 
-    All seeds are measured on the same test rows, so an interval over seeds alone is about these rows only. Seeds and
-    rows are resampled independently (pigeonhole bootstrap, Owen 2007), percentile ends.
+
+def crossed_interval(*tasks: ArrayLike, confidence: float = 0.95) -> Interval:
+    """Interval over seeds and test rows at once: would it hold for other seeds and other test rows?
+
+    All seeds are measured on the same test rows, so an interval over seeds alone is about these rows only. In a
+    crossed design the variance of the mean is at most `var(seed means) / seeds + var(row means) / rows`, which counts
+    the residual twice and so errs on the safe side (Owen 2007); Student's t with Satterthwaite's degrees of freedom.
 
     Args:
         tasks: Per task the differences by seed and test row, `(seeds, rows)`. Every seed of every task counts once.
         confidence: As in `interval`.
-        resamples: Number of resamples.
-        seed: Of the bootstrap.
     """
     matrices = [np.asarray(task, dtype=float) for task in tasks]
-    rng = np.random.default_rng(seed)
     pairs = sum(len(values) for values in matrices)
-    means = np.zeros(resamples)
-    for values in matrices:
-        weights = [rng.multinomial(n, np.full(n, 1 / n), size=resamples) / n for n in values.shape]
-        means += len(values) / pairs * np.einsum("bs,sr,br->b", weights[0], values, weights[1], optimize=True)
     estimate = sum(len(values) / pairs * float(values.mean()) for values in matrices)
-    low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
-    return Interval(estimate, float(low), float(high), pairs, "crossed")
+    if any(min(values.shape) < 2 for values in matrices):
+        return Interval(estimate, -np.inf, np.inf, pairs, "none")
+    parts = [  # (variance of the mean, degrees of freedom) of seeds and of rows, task by task
+        ((len(values) / pairs) ** 2 * float(values.mean(axis=1 - axis).var(ddof=1)) / n, n - 1)
+        for values in matrices
+        for axis, n in enumerate(values.shape)
+    ]
+    variance = sum(v for v, _ in parts)
+    if variance == 0:
+        return Interval(estimate, estimate, estimate, pairs, "crossed")
+    freedom = variance**2 / sum(v**2 / n for v, n in parts)
+    reach = float(stats.t.ppf((1 + confidence) / 2, freedom)) * variance**0.5
+    return Interval(estimate, estimate - reach, estimate + reach, pairs, "crossed")
 
 
 def p_value(differences: ArrayLike, seed: int = 0) -> float:
     """Two-sided permutation test that the arms of every pair could be swapped: exact for up to 13 pairs.
 
     The smallest value that n pairs can give is `2 / 2**n`.
+
+    Raises:
+        ValueError: a difference is not finite, or there is none.
     """
-    values = np.asarray(differences, dtype=float)
+    values = _finite(differences)
     if len(values) < 2 or not values.any():
         return 1.0
     zeros = np.zeros_like(values)

@@ -25,11 +25,11 @@ from datasets import disable_progress_bars
 from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 
-from steertune.recipes import scorers
+from steertune.recipes.ablation import scorers
+from steertune.recipes.ablation.bench import Bench
+from steertune.recipes.ablation.cell import run_cell
+from steertune.recipes.ablation.grid import VERSION, Cell, Grid, describe, load_grid
 from steertune.recipes.arm import ArmError
-from steertune.recipes.bench import Bench
-from steertune.recipes.cell import run_cell
-from steertune.recipes.grid import VERSION, Cell, Grid, describe, load_grid
 from steertune.recipes.measures import batches
 from steertune.recipes.training import set_threads, write_whole
 from steertune.trainers import DataError, ModelAt
@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(plan(grid, cells, bench, folder, processes))
         if options.dry_run:
             return 0
-        _write_grid(folder, grid, argv)
+        write_grid(folder, grid, argv)
     except (ArmError, DataError, FileNotFoundError) as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 2
@@ -226,8 +226,8 @@ def _row_seconds(bench: Bench, task: Any) -> float:
     return (time.monotonic() - start) / len(batch.labels)  # pyright: ignore[reportPossiblyUnboundVariable]
 
 
-def _write_grid(folder: Path, grid: Grid, argv: Sequence[str] | None) -> None:
-    """What the report needs to know of the grid."""
+def write_grid(folder: Path, grid: Grid, argv: Sequence[str] | None) -> None:
+    """Write `grid.json`, what the report needs to know of the grid; `argv` is the command that ran it."""
     folder.mkdir(parents=True, exist_ok=True)
     words = list(sys.argv[1:] if argv is None else argv)
     for i, word in enumerate(words):

@@ -30,12 +30,12 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerF
 
 from steertune.adapters import SteeringVectorConfig
 from steertune.recipes.ablate import check_folder, run
+from steertune.recipes.ablation.bench import Bench
+from steertune.recipes.ablation.grid import make_grid
+from steertune.recipes.ablation.statistics.factorial import effects
+from steertune.recipes.ablation.statistics.paired import FEW, interval, p_value
+from steertune.recipes.ablation.tidy import read_cells
 from steertune.recipes.arm import ArmError
-from steertune.recipes.bench import Bench
-from steertune.recipes.grid import make_grid
-from steertune.recipes.statistics.factorial import effects
-from steertune.recipes.statistics.paired import FEW, interval, p_value
-from steertune.recipes.tidy import read_cells
 from steertune.recipes.training import set_threads, write_whole
 
 WORDS, LENGTH, LAYER, WRONG_LAYER = 60, 6, 2, 0

@@ -21,12 +21,12 @@ from typing import Any
 import pandas as pd
 from markdown_it import MarkdownIt
 
-from steertune.recipes import analysis, charts
 from steertune.recipes.ablate import GRID
+from steertune.recipes.ablation import analysis, charts
+from steertune.recipes.ablation.grid import Card, Claim, GridTables
+from steertune.recipes.ablation.statistics.factorial import anova, effects, mixed_model
+from steertune.recipes.ablation.tidy import read_cells
 from steertune.recipes.arm import ArmError
-from steertune.recipes.grid import Card, Claim, GridTables
-from steertune.recipes.statistics.factorial import anova, effects, mixed_model
-from steertune.recipes.tidy import read_cells
 from steertune.recipes.training import write_whole
 
 _SHOWN = 8  # arms in a chart; more cannot be told apart
@@ -57,7 +57,10 @@ def write_report(folder: Path, measure: str | None = None) -> Path:
     file = folder / GRID
     if not file.is_file():
         raise ArmError(f"{folder} holds no grid ({GRID}). Run one: python -m steertune.recipes.ablate")
-    grid = json.loads(file.read_text(encoding="utf-8"))
+    try:
+        grid = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ArmError(f"{file} holds no grid: {error}") from error
     tables = analysis.read_tables(grid)
     cells = read_cells(folder, list(grid["cells"]))
     assert tables.card is not None

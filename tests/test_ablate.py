@@ -15,11 +15,11 @@ import torch
 from conftest import tiny
 
 import steertune.recipes.ablate as recipe
-import steertune.recipes.cell as cell_module
+import steertune.recipes.ablation.cell as cell_module
+from steertune.recipes.ablation.bench import Bench
+from steertune.recipes.ablation.grid import VERSION, Grid, make_grid
+from steertune.recipes.ablation.tidy import read_cells
 from steertune.recipes.arm import ArmError
-from steertune.recipes.bench import Bench
-from steertune.recipes.grid import VERSION, Grid, make_grid
-from steertune.recipes.tidy import read_cells
 
 GRID = """
 name = "tiny"

@@ -17,7 +17,7 @@ import torch
 from conftest import tiny
 from datasets import Dataset
 
-from steertune.recipes import scorers
+from steertune.recipes.ablation import scorers
 from steertune.recipes.arm import ArmError
 
 datasets.disable_progress_bars()

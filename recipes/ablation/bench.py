@@ -1,0 +1,126 @@
+"""What all cells of a grid share, each computed once: the base model, the tasks' rows, what the base does on them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import Tensor
+
+from steertune.recipes.ablation.grid import Grid, TaskTable
+from steertune.recipes.ablation.scorers import Scorer, fit
+from steertune.recipes.ablation.splits import Splits, load_splits, text_of
+from steertune.recipes.arm import ModelTable
+from steertune.recipes.data import load_model, load_split
+from steertune.recipes.measures import batches, generate, neutral_logps, neutral_rows, pair_margins
+from steertune.trainers import ModelAt
+
+_ROWS = 4  # pairs per forward pass
+
+
+@dataclass(frozen=True)
+class BaseMeasures:
+    """The base model on a task's test rows."""
+
+    margins: Tensor
+    answers: list[str]
+
+
+class Bench:
+    """Loads and computes when asked, and keeps.
+
+    Args:
+        grid: The grid.
+    """
+
+    def __init__(self, grid: Grid) -> None:
+        self.grid = grid
+        self.seeds = grid.tables.seeds
+        self._splits: dict[str, Splits] = {}
+        self._bases: dict[str, BaseMeasures] = {}
+        self._scorers: dict[str, Scorer] = {}
+        self._reference: dict[str, tuple[float, float]] = {}
+
+    @cached_property
+    def _loaded(self) -> tuple[Any, Any]:
+        return load_model(ModelTable(**self.grid.tables.model))
+
+    @property
+    def model(self) -> Any:
+        """The base model; cells train copies of it."""
+        return self._loaded[0]
+
+    @property
+    def tokenizer(self) -> Any:
+        """Its tokenizer."""
+        return self._loaded[1]
+
+    @cached_property
+    def neutral(self) -> list[tuple[Tensor, Tensor]]:
+        """`neutral_logps` of the base model."""
+        return neutral_logps(self.model, self.tokenizer, self.neutral_data)
+
+    @cached_property
+    def neutral_data(self) -> Dataset:
+        """Prompts and completions that no behaviour is about."""
+        file = self.grid.tables.neutral
+        return neutral_rows() if file is None else load_split(file, "train")
+
+    def splits(self, task: TaskTable) -> Splits:
+        """The task's rows, checked."""
+        if task.label not in self._splits:
+            tables = self.grid.tables
+            self._splits[task.label] = load_splits(task.name, tables.splits, max(tables.examples), task.reverse)
+        return self._splits[task.label]
+
+    def scorer(self, task: TaskTable) -> Scorer:
+        """The task's scorer of the behaviour."""
+        if task.label not in self._scorers:
+            rows = self.splits(task).scorer
+            self._scorers[task.label] = fit(task.scorer, rows, self.model, self.tokenizer)
+        return self._scorers[task.label]
+
+    def base(self, task: TaskTable) -> BaseMeasures:
+        """The base model on the test rows."""
+        if task.label not in self._bases:
+            tables, rows = self.grid.tables, self.splits(task).test
+            margins = pair_margins(self.model, self.tokenizer, rows, [1.0], show=False)[1.0]
+            prompts = rows["prompt"][: tables.generations] if "prompt" in rows.column_names else []
+            answers = generate(self.model, self.tokenizer, prompts, tables.new_tokens) if prompts else []
+            self._bases[task.label] = BaseMeasures(margins, answers)
+        return self._bases[task.label]
+
+    def base_measures(self, task: TaskTable) -> dict[str, Any]:
+        """What a cell keeps of the base model, under names that start with `base_`."""
+        from steertune.recipes.ablation.cell import behaviour, preference
+
+        base = self.base(task)
+        found = preference(base.margins, base.margins)
+        prompts = self.splits(task).test["prompt"][: len(base.answers)] if base.answers else []
+        if prompts:
+            found |= behaviour(self.scorer(task).score, prompts, base.answers)
+        kept = ("accuracy", "margin", "margins", "behaviour", "repetition")
+        return {f"base_{name}": found[name] for name in kept if name in found}
+
+    @torch.no_grad()
+    def training_rows(self, task: TaskTable, examples: int, seed: int, pairing: str) -> Dataset:
+        """The training set, with the base's log-probabilities of its answers, which every arm needs and none
+        changes."""
+        rows = self.splits(task).train(examples, seed, pairing)
+        names = [hashlib.sha256((text_of(dict(r)) + json.dumps(r["rejected"])).encode()).hexdigest() for r in rows]
+        missing = [i for i, name in enumerate(names) if name not in self._reference]
+        start = 0
+        for batch in batches(self.tokenizer, rows.select(missing), _ROWS) if missing else []:
+            outputs = ModelAt(self.model, self.model, batch.to(self.model.device))(1.0)
+            for pair in zip(outputs.chosen.logps.tolist(), outputs.rejected.logps.tolist(), strict=True):
+                self._reference[names[missing[start]]] = pair
+                start += 1
+        for side, column in enumerate(("ref_chosen_logps", "ref_rejected_logps")):
+            values = [self._reference[name][side] for name in names]
+            rows = rows.add_column(column, values)  # pyright: ignore[reportCallIssue]
+        return rows

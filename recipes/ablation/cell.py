@@ -1,0 +1,256 @@
+"""One cell of a grid: choose the settings on validation rows, train, measure on test rows, write `cell.json`."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from filelock import FileLock
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+from transformers import PrinterCallback, ProgressCallback, set_seed
+
+from steertune.recipes.ablation.bench import Bench
+from steertune.recipes.ablation.budget import Setting, draw, untrained_strengths
+from steertune.recipes.ablation.grid import VERSION, Cell
+from steertune.recipes.ablation.matched import matched_strength
+from steertune.recipes.measures import (
+    generate,
+    neutral_logps,
+    pair_margins,
+    peak_memory_gb,
+    repetition,
+    reset_peak_memory,
+    side_effects,
+)
+from steertune.recipes.training import fit, make_trainer, write_whole
+from steertune.trainers import NonFiniteError, scalable, scaled
+
+_FEW_NEUTRAL = 8  # rows that the matched strength is searched on
+
+
+def run_cell(cell: Cell, bench: Bench, folder: Path) -> dict[str, Any]:
+    """Run a cell and leave its `cell.json`. A diverged training is a result, not an error.
+
+    Args:
+        cell: What to run.
+        bench: The base model, the tasks' rows, and what is known of the base on them.
+        folder: The grid's folder.
+    """
+    started = time.monotonic()
+    home = folder / cell.path
+    home.mkdir(parents=True, exist_ok=True)
+    reset_peak_memory()
+    found: dict[str, Any] = {
+        "version": VERSION,
+        "key": cell.key,
+        "task": cell.task.label,
+        "arm": cell.arm.name,
+        "levels": cell.arm.levels,
+        "examples": cell.examples,
+        "seed": cell.seed,
+        "status": "ok",
+        "error": None,
+        **bench.base_measures(cell.task),
+    }
+    tuning = tuned(cell, bench, folder)
+    found |= {"tuning": tuning["trials"], "tuning_seconds": tuning["seconds"], "setting": tuning["best"]}
+    if tuning["best"] is None:
+        found |= {"status": "diverged", "error": "every trial of the tuning diverged"}
+    else:
+        setting = Setting(**tuning["best"])
+        try:
+            model, cost = train(cell, bench, setting, cell.seed, home)
+            found |= cost | measure(cell, bench, model, setting.strength)
+        except NonFiniteError as error:
+            found |= {"status": "diverged", "error": str(error)}
+    found |= {"seconds": time.monotonic() - started, "peak_memory_gb": peak_memory_gb()}
+    shutil.rmtree(home / "checkpoints", ignore_errors=True)
+    write_whole(home / "cell.json", json.dumps(found, indent=1))
+    return found
+
+
+def tuned(cell: Cell, bench: Bench, folder: Path) -> dict[str, Any]:
+    """The setting that is best on the validation rows, with all trials; computed once for cells that share it."""
+    per_arm = cell.arm.budget.per == "arm"
+    seed = bench.seeds[0] if per_arm else cell.seed
+    home = folder / "tuning" / cell.task.label / f"n{cell.examples}" / f"seed{seed}"
+    home.mkdir(parents=True, exist_ok=True)
+    file = home / f"{cell.arm.name}.json"
+    with FileLock(home / f"{cell.arm.name}.lock"):  # another runner may be at it
+        if file.exists():
+            known = json.loads(file.read_text(encoding="utf-8"))
+            if known["key"] == cell.tuning_key:
+                return known
+        start = time.monotonic()
+        trials = _trials(cell, bench, seed, home)
+        best = max((t for t in trials if t["score"] is not None), key=lambda t: t["score"], default=None)
+        result = {
+            "key": cell.tuning_key,
+            "trials": trials,
+            "best": None if best is None else {k: best[k] for k in ("rate", "steps", "strength")},
+            "seconds": time.monotonic() - start,
+        }
+        write_whole(file, json.dumps(result, indent=1))
+    return result
+
+
+def _trials(cell: Cell, bench: Bench, seed: int, home: Path) -> list[dict[str, Any]]:
+    """Every trial at every strength, with its score on the validation rows; the last rung of a successive halving."""
+    budget = cell.arm.budget
+    if cell.arm.arm.trainer.get("max_steps") == 0:  # nothing to train, so the trials are strengths
+        return _trial(cell, bench, Setting(), untrained_strengths(budget), seed, home)
+    settings, results = draw(budget, seed), []
+    for rung, (count, fraction) in enumerate(budget.rungs):
+        results = [
+            _trial(cell, bench, setting, budget.strengths, seed, home, fraction) for setting in settings[:count]
+        ]
+        # best first, for the next rung; a diverged trial has no score
+        order = sorted(range(len(results)), key=lambda i: -max(t["score"] or -math.inf for t in results[i]))
+        settings = [settings[i] for i in order]
+        if rung + 1 < len(budget.rungs) and not any(t["score"] is not None for trials in results for t in trials):
+            break
+    return [trial for trials in results for trial in trials]
+
+
+def _trial(
+    cell: Cell,
+    bench: Bench,
+    setting: Setting,
+    strengths: Sequence[float],
+    seed: int,
+    home: Path,
+    fraction: float = 1.0,
+) -> list[dict[str, Any]]:
+    tried = Setting(setting.rate, max(1, round(setting.steps * fraction)) if setting.steps else 0)
+    trial = {"rate": setting.rate, "steps": setting.steps}
+    try:
+        model, _ = train(cell, bench, tried, seed, home / f"{cell.arm.name}.trial")
+    except NonFiniteError:
+        return [{**trial, "strength": strengths[0], "accuracy": None, "score": None}]
+    finally:
+        shutil.rmtree(home / f"{cell.arm.name}.trial", ignore_errors=True)
+    strengths = list(strengths) if scalable(model) else [1.0]
+    margins = pair_margins(model, bench.tokenizer, bench.splits(cell.task).validation, strengths, show=False)
+    found = []
+    for strength in strengths:
+        values = margins[strength]
+        # accuracy decides; the likelihood of the preferences breaks its many ties
+        score = accuracy(values) + float(logsigmoid(values / 10).mean()) / 1000 if values.isfinite().all() else None
+        found.append({**trial, "strength": strength, "accuracy": accuracy(values), "score": score})
+    return found
+
+
+def train(cell: Cell, bench: Bench, setting: Setting, seed: int, home: Path) -> tuple[Any, dict[str, Any]]:
+    """Train a fresh copy of the base model; return it, and what that cost.
+
+    Raises:
+        NonFiniteError: the training diverged.
+    """
+    arm = cell.arm.arm
+    rows = bench.training_rows(cell.task, cell.examples, seed, arm.data.pairing)
+    arm = arm.model_copy(update={"data": arm.data.model_copy(update={"seed": seed, "train": cell.examples})})
+    set_seed(seed)
+    settings = {
+        **setting.trainer(arm.trainer),
+        "save_strategy": "no",
+        "precompute_ref_log_probs": False,  # the rows bring them
+        "disable_tqdm": True,
+    }
+    trainer = make_trainer(arm, copy.deepcopy(bench.model), bench.tokenizer, rows, home, bench.model, **settings)
+    for callback in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(callback)
+    seconds = fit(trainer, home)
+    model = trainer.model.eval()
+    batch = trainer.args.per_device_train_batch_size * trainer.args.gradient_accumulation_steps
+    parameters = sum(p.numel() for p in model.parameters() if p.requires_grad) if trainer.args.max_steps else 0
+    return model, {
+        "train_seconds": seconds,
+        "steps": trainer.state.global_step,
+        "pairs_read": trainer.state.global_step * batch,
+        "tokens_read": round(trainer.state.global_step * batch * _tokens_of_a_pair(trainer)),
+        "parameters": parameters,
+    }
+
+
+def _tokens_of_a_pair(trainer: Any) -> float:
+    """Mean number of tokens that a training step runs the model on, for one pair."""
+    sides = ("chosen_ids", "rejected_ids") if trainer.loss is None or trainer.loss.pairs else ("chosen_ids",)
+    lengths = [len(row["prompt_ids"]) + len(row[side]) for row in trainer.train_dataset for side in sides]
+    return sum(lengths) / len(trainer.train_dataset)
+
+
+def measure(cell: Cell, bench: Bench, model: Any, strength: float) -> dict[str, Any]:
+    """What the trained model does, at its tuned strength and at the matched one. The test rows are read here only."""
+    tables = bench.grid.tables
+    found: dict[str, Any] = {"scalable": scalable(model), "matched_strength": None}
+    with scaled(model, strength):
+        neutral = neutral_logps(model, bench.tokenizer, bench.neutral_data)
+    found |= side_effects(neutral, bench.neutral)
+    if found["scalable"]:
+        found["matched_strength"] = matched_strength(
+            lambda s: _kl(model, bench, s), tables.matched.kl, tables.matched.largest_strength
+        )
+    strengths = {"": strength} | ({"matched_": found["matched_strength"]} if found["matched_strength"] else {})
+    base = bench.base(cell.task)
+    rows = bench.splits(cell.task).test
+    margins = pair_margins(model, bench.tokenizer, rows, sorted(set(strengths.values())), show=False)
+    for prefix, at in strengths.items():
+        found |= {prefix + name: value for name, value in preference(margins[at], base.margins).items()}
+        found |= {prefix + name: value for name, value in _behaviour(cell, bench, model, rows, at).items()}
+    return found
+
+
+def _kl(model: Any, bench: Bench, strength: float) -> float:
+    with scaled(model, strength):
+        rows = bench.neutral_data.select(range(min(_FEW_NEUTRAL, len(bench.neutral_data))))
+        seen = neutral_logps(model, bench.tokenizer, rows)
+    return side_effects(seen, bench.neutral[: len(seen)])["kl"]
+
+
+def _behaviour(cell: Cell, bench: Bench, model: Any, rows: Dataset, strength: float) -> dict[str, Any]:
+    tables = bench.grid.tables
+    prompts = rows["prompt"][: tables.generations] if "prompt" in rows.column_names else []
+    if not prompts:
+        return {}
+    with scaled(model, strength):
+        answers = generate(model, bench.tokenizer, prompts, tables.new_tokens)
+    return behaviour(bench.scorer(cell.task).score, prompts, answers)
+
+
+def behaviour(score: Callable[..., list[float | None]], prompts: Sequence[Any], answers: list[str]) -> dict[str, Any]:
+    """Mean score of the answers that could be judged, how many could not, and how much they repeat themselves."""
+    from steertune.recipes.ablation.scorers import plain
+
+    scores = score([plain(prompt) for prompt in prompts], answers)
+    judged = [s for s in scores if s is not None]
+    return {
+        "behaviour": sum(judged) / len(judged) if judged else None,
+        "judgements_failed": len(scores) - len(judged),
+        "repetition": repetition(answers),
+        "answers": answers,
+    }
+
+
+def preference(margins: Tensor, base: Tensor) -> dict[str, Any]:
+    """Held-out preference: accuracy, mean margin, gain over the base, and the share of pairs moved the wrong way."""
+    return {
+        "accuracy": accuracy(margins),
+        "margin": float(margins.mean()),
+        "margin_gain": float((margins - base).mean()),
+        "moved_wrong": float((margins < base).float().mean()),
+        "margins": [round(float(m), 4) for m in margins],
+    }
+
+
+def accuracy(margins: Tensor) -> float:
+    """Share of pairs whose chosen answer is likelier; a tie counts half."""
+    return float((torch.sign(margins) + 1).div(2).mean())

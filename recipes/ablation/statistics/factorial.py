@@ -1,0 +1,160 @@
+"""Effects of the factors of a grid: matched comparisons, analysis of variance, mixed model."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import combinations
+
+import numpy as np
+import pandas as pd
+import statsmodels.formula.api as smf
+from statsmodels.stats.anova import anova_lm
+from statsmodels.tools.sm_exceptions import ConvergenceWarning
+
+from steertune.recipes.ablation.statistics.paired import Interval, corrected, interval, p_value
+
+INERT = "-"
+_RESIDUAL = 3  # degrees of freedom that an analysis of variance must leave
+_BLOCK = "steertune_block"  # a column of our own, which no factor is called
+
+
+@dataclass(frozen=True)
+class Effect:
+    """What changing one factor does, everything else equal.
+
+    Attributes:
+        factor: Name of the factor.
+        level: The level.
+        reference: The level it is compared with.
+        interval: Mean difference; one value per pair of task and seed, averaged over the matched contexts.
+        p: Permutation test, corrected (Holm) over all effects that were looked at together.
+        contexts: In how many settings of the other factors both levels were run.
+    """
+
+    factor: str
+    level: str
+    reference: str
+    interval: Interval
+    p: float
+    contexts: int
+
+
+def effects(cells: pd.DataFrame, factors: Sequence[str], measure: str) -> list[Effect]:
+    """Every level of every factor against the factor's first level, within matched contexts.
+
+    Levels that mean nothing in a context (`-`) are compared nowhere.
+
+    Args:
+        cells: One row a cell: a column per factor, `task`, `seed`, `examples`, and the measure.
+        factors: The factors; the order of their first appearance in the rows is the order of the levels.
+        measure: Column to compare.
+    """
+    found = []
+    for factor in factors:
+        others = [f for f in factors if f != factor]
+        levels = [level for level in dict.fromkeys(cells[factor]) if level != INERT]
+        wide = cells.pivot_table(index=[*others, "task", "seed", "examples"], columns=factor, values=measure)
+        for level in levels[1:]:
+            both = wide[[levels[0], level]].dropna()
+            if both.empty:
+                continue
+            gap = both[level] - both[levels[0]]
+            pairs = gap.groupby(level=["task", "seed"]).mean()
+            contexts = len(gap.groupby(level=others)) if others else 1
+            found.append(Effect(factor, level, levels[0], interval(pairs), p_value(pairs), contexts))
+    together = corrected([effect.p for effect in found])
+    return [Effect(**{**vars(effect), "p": p}) for effect, p in zip(found, together, strict=True)]
+
+
+def anova(cells: pd.DataFrame, factors: Sequence[str], measure: str) -> pd.DataFrame | None:
+    """Main effects and two-way interactions, with errors that are robust to unequal variances (HC3); tasks and seeds
+    are blocks. Cells with a level that means nothing are left out, and interactions that the runs cannot tell apart.
+    None if nothing is left to compare.
+
+    Returns:
+        One row a term: `df`, `F`, `p`, and `share`, the term's share of the variance that the model explains
+        together with the residual (partial eta squared).
+    """
+    rows, varied = _crossed(cells, factors, measure)
+    rows = rows.assign(**{_BLOCK: rows["task"].astype(str) + "/" + rows["seed"].astype(str) + _size(rows)})
+    terms = [f"C(Q('{f}'), Sum)" for f in varied]
+    blocks = [f"C({_BLOCK}, Sum)"] if rows[_BLOCK].nunique() > 1 else []
+    for chosen in ([*terms, *(f"{a}:{b}" for a, b in combinations(terms, 2))], terms):
+        model = smf.ols(f"Q('{measure}') ~ {' + '.join([*chosen, *blocks])}", data=rows) if varied else None
+        # a design that cannot tell its terms apart says nothing about them
+        if model is None:
+            continue
+        columns = model.exog.shape[1]
+        if np.linalg.matrix_rank(model.exog) == columns <= len(rows) - _RESIDUAL:
+            break
+    else:
+        return None
+    fitted = model.fit()
+    if fitted.ssr <= 1e-10 * float((rows[measure] ** 2).sum()):  # nothing but rounding is left to compare with
+        return None
+    # type III: with robust errors, statsmodels' type II lets an interaction leak into its main effects
+    table = anova_lm(fitted, typ=3, robust="hc3")
+    residual = table.loc["Residual", "sum_sq"]
+    table = table.loc[[name for name in table.index if name in chosen]]
+    names = [str(name).replace("C(Q('", "").replace("'), Sum)", "").replace(":", " x ") for name in table.index]
+    return pd.DataFrame(
+        {
+            "df": table["df"].astype(int).to_numpy(),
+            "F": table["F"].to_numpy(),
+            "p": table["PR(>F)"].to_numpy(),
+            "share": (table["sum_sq"] / (table["sum_sq"] + residual)).to_numpy(),
+        },
+        index=pd.Index(names, name="term"),
+    )
+
+
+def mixed_model(cells: pd.DataFrame, factors: Sequence[str], measure: str, enough: int = 6) -> pd.DataFrame | None:
+    """Main effects with task and seed as random effects; None with fewer than `enough` pairs of task and seed.
+
+    Returns:
+        One row a level against its factor's first to appear: `estimate`, `low`, `high`, `p`.
+    """
+    rows, varied = _crossed(cells, factors, measure)
+    if not varied or len(rows[["task", "seed"]].drop_duplicates()) < enough:
+        return None
+    size = " + C(examples)" if rows["examples"].nunique() > 1 else ""
+    terms = [f"C(Q('{f}'), Treatment({_first(cells[f], rows[f])!r}))" for f in varied]
+    formula = f"Q('{measure}') ~ {' + '.join(terms)}{size}"
+    several = rows["task"].nunique() > 1
+    options = {"groups": "task", "vc_formula": {"seed": "0 + C(seed)"}} if several else {"groups": "seed"}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        warnings.simplefilter("ignore", UserWarning)
+        warnings.simplefilter("ignore", RuntimeWarning)
+        fitted = smf.mixedlm(formula, data=rows, **options).fit()
+    ends = fitted.conf_int()
+    kept = [name for name in fitted.params.index if name.startswith("C(Q(")]
+    names = [re.sub(r"C\(Q\('(.*)'\), Treatment\('(.*)'\)\)\[T\.(.*)\]", r"\1: \3 − \2", name) for name in kept]
+    found = pd.DataFrame(
+        {
+            "estimate": fitted.params[kept].to_numpy(),
+            "low": ends.loc[kept, 0].to_numpy(),
+            "high": ends.loc[kept, 1].to_numpy(),
+            "p": fitted.pvalues[kept].to_numpy(),
+        },
+        index=pd.Index(names, name="level"),
+    )
+    return None if found.isna().any(axis=None) else found
+
+
+def _crossed(cells: pd.DataFrame, factors: Sequence[str], measure: str) -> tuple[pd.DataFrame, list[str]]:
+    """Cells with the measure and without inert levels, and the factors that still vary there."""
+    rows = cells[~(cells[list(factors)] == INERT).any(axis=1)].dropna(subset=[*factors, measure])
+    return rows, [f for f in factors if rows[f].nunique() > 1]
+
+
+def _first(everywhere: pd.Series, here: pd.Series) -> str:
+    """The level that all tables of a report count from: the first to appear anywhere that is also here."""
+    return next(level for level in dict.fromkeys(everywhere) if level in set(here))
+
+
+def _size(rows: pd.DataFrame) -> pd.Series | str:
+    return "/" + rows["examples"].astype(str) if rows["examples"].nunique() > 1 else ""

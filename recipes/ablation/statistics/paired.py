@@ -1,0 +1,145 @@
+"""Intervals and tests for differences between arms that saw the same data.
+
+A difference is taken within a pair (same task, same seed, same examples), so what the pair has in common cancels.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy import stats
+from statsmodels.stats.multitest import multipletests
+
+FEW = 10
+"""Below this many pairs BCa intervals are too short (the planted problems measure it), and Student's t is used."""
+RESAMPLES = 9999
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean difference and its interval.
+
+    Attributes:
+        estimate: Mean over the pairs.
+        low: Lower end.
+        high: Upper end.
+        pairs: How many pairs there were.
+        method: `bca`, `t`, `crossed`, or `none` where there are too few pairs for either (the ends are infinite then).
+    """
+
+    estimate: float
+    low: float
+    high: float
+    pairs: int
+    method: str
+
+    @property
+    def excludes_zero(self) -> bool:
+        """Whether the interval lies on one side of zero."""
+        return self.low > 0 or self.high < 0
+
+    def __str__(self) -> str:
+        return f"{self.estimate:+.3f} [{self.low:+.3f}, {self.high:+.3f}]"
+
+
+def interval(differences: ArrayLike, confidence: float = 0.95, method: str | None = None, seed: int = 0) -> Interval:
+    """Interval of the mean of paired differences.
+
+    BCa bootstrap (Efron 1987, by scipy) over the pairs; Student's t below `FEW` pairs, where a bootstrap of a handful
+    of values is too sure of itself.
+
+    Args:
+        differences: One per pair.
+        confidence: Share of such intervals that should hold the true mean.
+        method: `bca` or `t` whatever the number of pairs.
+        seed: Of the bootstrap.
+
+    Raises:
+        ValueError: a difference is not finite, or there is none.
+    """
+    values = _finite(differences)
+    mean, pairs = float(values.mean()), len(values)
+    if pairs < 2:
+        return Interval(mean, -np.inf, np.inf, pairs, "none")
+    method = method or ("bca" if pairs >= FEW else "t")
+    if np.ptp(values) == 0:  # no spread at all: neither method says more than the value
+        return Interval(mean, mean, mean, pairs, method)
+    if method == "t":
+        low, high = stats.t.interval(confidence, pairs - 1, loc=mean, scale=stats.sem(values))
+    else:
+        with warnings.catch_warnings():  # a degenerate resample
+            warnings.simplefilter("ignore")
+            found = stats.bootstrap(
+                (values,), np.mean, confidence_level=confidence, n_resamples=RESAMPLES, method="BCa", rng=seed
+            )
+        low, high = found.confidence_interval
+    return Interval(mean, float(low), float(high), pairs, method)
+
+
+def _finite(differences: ArrayLike) -> NDArray[np.float64]:
+    values = np.asarray(differences, dtype=float)
+    if values.size == 0 or not np.isfinite(values).all():
+        raise ValueError(f"{values.size} differences, {int((~np.isfinite(values)).sum())} not finite: nothing to say.")
+    return values
+
+
+def crossed_interval(*tasks: ArrayLike, confidence: float = 0.95) -> Interval:
+    """Interval over seeds and test rows at once: would it hold for other seeds and other test rows?
+
+    All seeds are measured on the same test rows, so an interval over seeds alone is about these rows only. In a
+    crossed design the variance of the mean is at most `var(seed means) / seeds + var(row means) / rows`, which counts
+    the residual twice and so errs on the safe side (Owen 2007); Student's t with Satterthwaite's degrees of freedom.
+
+    Args:
+        tasks: Per task the differences by seed and test row, `(seeds, rows)`. Every seed of every task counts once.
+        confidence: As in `interval`.
+    """
+    matrices = [np.asarray(task, dtype=float) for task in tasks]
+    pairs = sum(len(values) for values in matrices)
+    estimate = sum(len(values) / pairs * float(values.mean()) for values in matrices)
+    if any(min(values.shape) < 2 for values in matrices):
+        return Interval(estimate, -np.inf, np.inf, pairs, "none")
+    parts = [  # (variance of the mean, degrees of freedom) of seeds and of rows, task by task
+        ((len(values) / pairs) ** 2 * float(values.mean(axis=1 - axis).var(ddof=1)) / n, n - 1)
+        for values in matrices
+        for axis, n in enumerate(values.shape)
+    ]
+    variance = sum(v for v, _ in parts)
+    if variance == 0:
+        return Interval(estimate, estimate, estimate, pairs, "crossed")
+    # at most the seeds' own: two seeds that are close by chance must not hide how few they are
+    freedom = min(variance**2 / sum(v**2 / n for v, n in parts), pairs - len(matrices))
+    reach = float(stats.t.ppf((1 + confidence) / 2, freedom)) * variance**0.5
+    return Interval(estimate, estimate - reach, estimate + reach, pairs, "crossed")
+
+
+def p_value(differences: ArrayLike, seed: int = 0) -> float:
+    """Two-sided permutation test that the arms of every pair could be swapped: exact for up to 13 pairs.
+
+    The smallest value that n pairs can give is `2 / 2**n`.
+
+    Raises:
+        ValueError: a difference is not finite, or there is none.
+    """
+    values = _finite(differences)
+    if len(values) < 2 or not values.any():
+        return 1.0
+    zeros = np.zeros_like(values)
+    found = stats.permutation_test(
+        (values, zeros), _mean_difference, permutation_type="samples", n_resamples=RESAMPLES, vectorized=True, rng=seed
+    )
+    return float(found.pvalue)
+
+
+def _mean_difference(first: NDArray[np.float64], second: NDArray[np.float64], axis: int = -1) -> NDArray[np.float64]:
+    # rounded: permutations that are equal on paper must count as equal
+    return np.round(np.mean(first - second, axis=axis), 12)
+
+
+def corrected(p_values: Sequence[float]) -> list[float]:
+    """Holm's correction for having looked at all of these."""
+    return [float(p) for p in multipletests(list(p_values), method="holm")[1]] if len(p_values) else []

@@ -1,0 +1,53 @@
+"""Exact Shapley shares: how much of the way from one arm to another each factor accounts for."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from itertools import combinations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from steertune.recipes.ablation.statistics.paired import Interval, interval
+
+Coalition = frozenset[str]
+
+
+def shapley(
+    value: Callable[[Coalition], NDArray[np.float64]], factors: Sequence[str]
+) -> dict[str, NDArray[np.float64]]:
+    """Shapley value of every factor f, over the coalitions S without f:
+
+    `sum_S |S|! (k - |S| - 1)! / k! [v(S + f) - v(S)]`
+
+    Args:
+        value: Score of the arm whose factors in the coalition are at their end, the others at their start; an array
+            is taken element by element.
+        factors: The k factors. All `2**k` coalitions are asked for.
+    """
+    k = len(factors)
+    shares: dict[str, NDArray[np.float64]] = {}
+    for factor in factors:
+        others = [f for f in factors if f != factor]
+        total = np.zeros_like(value(frozenset()), dtype=float)
+        for size in range(k):
+            weight = math.factorial(size) * math.factorial(k - size - 1) / math.factorial(k)
+            for chosen in combinations(others, size):
+                coalition = frozenset(chosen)
+                total = total + weight * (value(coalition | {factor}) - value(coalition))
+        shares[factor] = total
+    return shares
+
+
+def shares(scores: Mapping[Coalition, NDArray[np.float64]], factors: Sequence[str]) -> dict[str, Interval]:
+    """Shapley value of every factor with an interval over the pairs (seed and task).
+
+    Shapley values are linear in the scores, so every pair has its own and the interval is that of their mean; the
+    factors' estimates add up to the mean gap between the two ends.
+
+    Args:
+        scores: Coalition -> one score per pair, the pairs in the same order.
+        factors: The factors.
+    """
+    return {f: interval(values) for f, values in shapley(scores.__getitem__, factors).items()}

@@ -1,0 +1,223 @@
+"""The report on cells that were made up, so that what it should say is known."""
+
+from __future__ import annotations
+
+import json
+import re
+import tomllib
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from steertune.recipes import report
+from steertune.recipes.ablate import GRID, write_grid
+from steertune.recipes.ablation.analysis import verdict
+from steertune.recipes.ablation.grid import VERSION, Cell, Grid, make_grid
+from steertune.recipes.ablation.statistics.paired import interval
+from steertune.recipes.ablation.tidy import read_cells
+from steertune.recipes.arm import ArmError
+
+TABLES = """
+name = "made_up"
+base = "bias_dpo"
+arms = ["full_dpo"]
+tasks = ["warm_tone", "cautious_advice"]
+examples = [4, 16, 64]
+seeds = [0, 1, 2, 3, 4, 5]
+
+[card]
+problem = "Does the form matter?"
+hypothesis = "The vector is more accurate at the same KL."
+against = "LoRA is as accurate."
+baselines = "LoRA and full finetuning."
+[card.affordances]
+"*" = "the same pairs"
+
+[claim]
+better = "form=bias,contrast=pairs"
+than = "form=lora,contrast=none"
+measure = "matched_accuracy"
+
+[design]
+kind = "full"
+start = { form = "lora", contrast = "none" }
+end = { form = "bias", contrast = "pairs" }
+
+[factors.form]
+lora = { adapter = { type = "lora", r = 8, target_modules = "all-linear" } }
+bias = {}
+
+[factors.contrast]
+none = { loss.contrast = "none" }
+pairs = {}
+"""
+ROWS = 40
+Score = Callable[[Cell], float]
+
+
+def by_form(cell: Cell, gain: float = 0.1) -> float:
+    """The form is worth `gain`, the contrast nothing, every doubling of the examples 0.02."""
+    levels = cell.arm.levels or {}
+    return 0.55 + gain * (levels.get("form") == "bias") + 0.02 * np.log2(cell.examples)
+
+
+def make_up(folder: Path, score: Score, seed: int = 0, keep: Callable[[Cell], bool] = lambda cell: True) -> Grid:
+    """Cells whose accuracy is `score` up to a little noise of their seed and of their own."""
+    grid = make_grid(tomllib.loads(TABLES))
+    write_grid(folder, grid, ["made_up", "--data-root", "/somewhere"])
+    for cell in filter(keep, grid.cells()):
+        rng = np.random.default_rng([seed, cell.seed, cell.examples, len(cell.task.label), len(cell.arm.name)])
+        shared = np.random.default_rng([seed, cell.seed, len(cell.task.label)]).normal(0, 0.05)
+        right = rng.permutation(ROWS) < ROWS * np.clip(score(cell) + shared + rng.normal(0, 0.02), 0, 1)
+        margins = np.where(right, 1.0, -1.0).tolist()
+        matched = cell.arm.levels is not None  # full finetuning has no strength
+        values = {"accuracy": float(right.mean()), "margin_gain": 1.0, "moved_wrong": 0.2, "behaviour": 0.6}
+        found = {
+            "version": VERSION, "key": cell.key, "task": cell.task.label, "arm": cell.arm.name, "error": None,
+            "levels": cell.arm.levels, "examples": cell.examples, "seed": cell.seed, "status": "ok", "tuning": [],
+            "setting": {"rate": 1.0, "steps": 16, "strength": 1.0}, "kl": 0.1, "perplexity": 6.0, "repetition": 0.0,
+            "base_accuracy": 0.5, "base_perplexity": 5.5, "base_behaviour": 0.5, "base_repetition": 0.0,
+            "margins": margins, "judgements_failed": 0, "parameters": 576, "train_seconds": 1.0, "tuning_seconds": 2.0,
+            "pairs_read": 64, "tokens_read": 999, "peak_memory_gb": 1.0, "scalable": matched, **values,
+        }  # fmt: skip
+        if matched:
+            found |= {f"matched_{name}": value for name, value in (values | {"margins": margins}).items()}
+        home = folder / cell.path
+        home.mkdir(parents=True)
+        (home / "cell.json").write_text(json.dumps(found))
+    return grid
+
+
+def said(folder: Path) -> str:
+    return report.write_report(folder).read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("gain", "side", "words"),
+    [
+        (0.15, "for the hypothesis", "more than the baseline"),
+        (-0.15, "against the hypothesis", "less than the baseline"),
+        (0.0, "neither for nor against the hypothesis", "no difference that can be claimed"),
+    ],
+)
+def test_the_verdict_is_that_of_the_numbers(gain, side, words, tmp_path):
+    grid = make_up(tmp_path, lambda cell: by_form(cell, gain))
+    page = said(tmp_path)
+    assert f"## The result counts {side}" in page
+    assert words in page
+    cells = read_cells(tmp_path)
+    claim = grid.tables.claim
+    means = cells.pivot_table(index=["task", "seed"], columns="arm", values="matched_accuracy")
+    expected = interval(means[claim.better] - means[claim.than])
+    assert str(expected) in verdict(cells, claim).sentence and str(expected) in page
+    assert page.index("## Card") < page.index("## The result")
+    assert "LoRA is as accurate." in page
+
+
+def test_the_attribution_names_the_factor_and_adds_up(tmp_path):
+    make_up(tmp_path, by_form)
+    page = said(tmp_path)
+    assert re.search(r"clearly more or less than nothing comes from form \+0\.\d+", page)
+    assert "nothing can be said of contrast" in page
+    gap = float(re.search(r"shares of the gap \(([+-][\d.]+)\)", page)[1])
+    shares = [float(x) for x in re.findall(r"^\| (?:form|contrast) \| ([+-][\d.]+) \| \[", page, re.MULTILINE)]
+    assert len(shares) == 2 and sum(shares) == pytest.approx(gap, abs=2e-3)
+    effect = re.search(r"\| form \| bias − lora \| ([+-][\d.]+) \|", page)
+    assert float(effect[1]) == pytest.approx(0.1, abs=0.02)
+
+
+def test_what_a_vector_with_four_examples_is_worth_in_loras(tmp_path):
+    # LoRA gains 0.02 with every doubling, the vector is 0.06 ahead: three doublings
+    make_up(tmp_path, lambda cell: by_form(cell, 0.06))
+    row = re.search(r"\| form=bias,contrast=pairs \| .* \| (\d+) \[(\d+), (\d+)\] \| (.*) \|", said(tmp_path))
+    estimate, low, high = map(int, row.groups()[:3])
+    assert 24 <= estimate <= 40 and 12 <= low <= estimate <= high <= 64
+    assert row[4].endswith("> 64 [> 64, > 64]"), "64 examples of the vector are worth more than LoRA has in the grid"
+
+
+def test_an_arm_without_a_strength_is_named_not_compared(tmp_path):
+    make_up(tmp_path, by_form)
+    page = said(tmp_path)
+    assert re.search(r"Not compared, because they have no .* at matched KL .*: full_dpo\.", page)
+    assert "full_dpo |" in page, "it is still in the other tables"
+    assert report.main([str(tmp_path), "--measure", "accuracy"]) == 0
+    assert "Not compared" not in (tmp_path / "report.md").read_text()
+
+
+def test_failed_diverged_and_missing_cells_are_shown(tmp_path):
+    grid = make_up(tmp_path, by_form)
+    diverged, failed, missing = (c for c in grid.cells()[:15:5])
+    file = tmp_path / diverged.path / "cell.json"
+    cell = {k: v for k, v in json.loads(file.read_text()).items() if "accuracy" not in k or k.startswith("base_")}
+    file.write_text(json.dumps(cell | {"status": "diverged", "error": "The loss is nan at step 3", "setting": None}))
+    (tmp_path / failed.path / "cell.json").rename(tmp_path / failed.path / "failed.json")
+    (tmp_path / failed.path / "failed.json").write_text(json.dumps({"error": "out of memory"}))
+    (tmp_path / missing.path / "cell.json").unlink()
+    page = said(tmp_path)
+    total = len(grid.cells())
+    assert f"{total - 2} of {total} cells" in page
+    for words in ("The loss is nan at step 3", "out of memory", f"| {diverged.arm.name} | diverged |"):
+        assert words in page
+    rows = pd.read_parquet(tmp_path / "cells.parquet").set_index(["task", "examples", "seed", "arm"])
+    place = (diverged.task.label, diverged.examples, diverged.seed, diverged.arm.name)
+    assert rows.loc[place, "accuracy"] == rows.loc[place, "base_accuracy"]
+
+
+def test_the_page_opens_without_a_network_and_runs_no_code(tmp_path):
+    grid = make_up(tmp_path, by_form, keep=lambda cell: cell.arm.name != "full_dpo")
+    home = tmp_path / grid.cells()[4].path
+    home.mkdir(parents=True)
+    (home / "failed.json").write_text(json.dumps({"error": "<script>alert(1)</script>"}))
+    said(tmp_path)
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert page.count("data:image/png;base64,") == 4
+    assert not re.findall(r'(?:src|href)="(?!data:)', page)
+    assert "<script" not in page and "&lt;script&gt;" in page
+    assert "<table>" in page
+
+
+def test_the_command_names_no_folder_of_a_machine(tmp_path):
+    make_up(tmp_path, by_form)
+    page = said(tmp_path)
+    assert "python -m steertune.recipes.ablate made_up --data-root DATA" in page
+    assert str(tmp_path) not in page and "/somewhere" not in page
+
+
+def test_the_table_is_tidy(tmp_path):
+    grid = make_up(tmp_path, by_form)
+    said(tmp_path)
+    table = pd.read_parquet(tmp_path / "cells.parquet")
+    assert len(table) == len(grid.cells())
+    assert {"task", "examples", "seed", "arm", "form", "contrast", "accuracy", "kl", "setting_steps"} <= {*table}
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda folder: None, "holds no grid"),
+        (lambda folder: (folder / GRID).write_text("{}"), "holds no grid"),
+        (lambda folder: (folder / GRID).write_text("not json"), "holds no grid"),
+        (lambda folder: make_up(folder, by_form, keep=lambda cell: False), "holds no cells"),
+        (lambda folder: _spoil(folder, "[1]"), "is no cell"),
+        (lambda folder: _spoil(folder, '{"version": 0}'), "version 0"),
+    ],
+)
+def test_what_is_no_grid_is_refused(damage, message, tmp_path, capsys):
+    damage(tmp_path)
+    assert report.main([str(tmp_path)]) == 2
+    assert message in capsys.readouterr().err
+
+
+def _spoil(folder: Path, text: str) -> None:
+    grid = make_up(folder, by_form, keep=lambda cell: cell.seed == 0)
+    (folder / grid.cells()[0].path / "cell.json").write_text(text)
+
+
+def test_an_unknown_measure_of_the_claim_is_refused():
+    tables = tomllib.loads(TABLES)
+    tables["claim"]["measure"] = "acuracy"
+    with pytest.raises(ArmError, match="claim.measure"):
+        make_grid(tables)

@@ -22,8 +22,12 @@ RECIPES = [
     "matplotlib>=3.9",
     "pydantic>=2.8",
     "rich>=13",
+    "scipy>=1.15",
+    "pandas>=2.2",
+    "statsmodels>=0.14.4",
     "pyDOE3>=1.6",
-    "statsmodels>=0.15",
+    "filelock>=3.15",
+    "requests>=2.32",
     "markdown-it-py>=3",
 ]
 

@@ -34,7 +34,7 @@ from steertune.recipes.measures import (
 from steertune.recipes.training import fit, make_trainer, write_whole
 from steertune.trainers import NonFiniteError, scalable, scaled
 
-_FEW_NEUTRAL = 8  # rows that the matched strength is searched on
+_FEW_NEUTRAL = 4  # rows that the matched strength is searched on
 
 
 def run_cell(cell: Cell, bench: Bench, folder: Path) -> dict[str, Any]:

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import torch
 from datasets import disable_progress_bars
 from peft import LoraConfig, get_peft_model
@@ -32,6 +31,7 @@ from steertune.adapters import SteeringVectorConfig
 from steertune.recipes.ablate import check_folder, run
 from steertune.recipes.ablation.bench import Bench
 from steertune.recipes.ablation.grid import make_grid
+from steertune.recipes.ablation.statistics import Frame
 from steertune.recipes.ablation.statistics.factorial import effects
 from steertune.recipes.ablation.statistics.paired import FEW, interval, p_value
 from steertune.recipes.ablation.tidy import read_cells
@@ -71,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _cells(problem: str, options: argparse.Namespace) -> pd.DataFrame:
+def _cells(problem: str, options: argparse.Namespace) -> Frame:
     """The cells of all replicates of a problem; those that are there already are not run again."""
     folder = options.folder / problem
     names = [f"r{i:03d}" for i in range(options.replicates)]
@@ -225,7 +225,7 @@ def _write_rows(file: Path, rows: list[dict[str, str]]) -> None:
 # -- what the studies say -----------------------------------------------------------------------------------------
 
 
-def summarise(cells: dict[str, pd.DataFrame], sizes: Sequence[int]) -> str:
+def summarise(cells: dict[str, Frame], sizes: Sequence[int]) -> str:
     """Markdown: per problem the arms' means, then what studies of several sizes claim, and how good intervals are."""
     lines = ["# Planted problems", "", "Mean held-out accuracy of every arm (form/layer) over all replicates.", ""]
     arms = [f"{form}/{layer}" for form in FORMS for layer in ("right", "wrong")]
@@ -247,7 +247,7 @@ def summarise(cells: dict[str, pd.DataFrame], sizes: Sequence[int]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _claims(cells: dict[str, pd.DataFrame], sizes: Sequence[int]) -> list[str]:
+def _claims(cells: dict[str, Frame], sizes: Sequence[int]) -> list[str]:
     lines = [
         f"{STUDIES} studies of each size, drawn from the replicates. A claim is a corrected permutation test at 5 % "
         "over the study's effects (gated and LoRA against bias, wrong layer against right). *Form named*: the "
@@ -269,13 +269,13 @@ def _claims(cells: dict[str, pd.DataFrame], sizes: Sequence[int]) -> list[str]:
     return lines
 
 
-def _draws(frame: pd.DataFrame, size: int) -> list[list[str]]:
+def _draws(frame: Frame, size: int) -> list[list[str]]:
     names = sorted(frame.task.unique())
     rng = np.random.default_rng(size)
     return [list(rng.choice(names, size=min(size, len(names)), replace=False)) for _ in range(STUDIES)]
 
 
-def _study(problem: str, frame: pd.DataFrame, tasks: list[str]) -> tuple[bool, bool, bool, bool]:
+def _study(problem: str, frame: Frame, tasks: list[str]) -> tuple[bool, bool, bool, bool]:
     """Whether a study names the form, claims it, claims the layer, and claims something false."""
     rows = frame[frame.task.isin(tasks)]
     found = {
@@ -294,7 +294,7 @@ def _study(problem: str, frame: pd.DataFrame, tasks: list[str]) -> tuple[bool, b
     return bool(named), right, wrong_layer[0] < 0 and wrong_layer[1], false
 
 
-def _coverage(cells: dict[str, pd.DataFrame], sizes: Sequence[int]) -> list[str]:
+def _coverage(cells: dict[str, Frame], sizes: Sequence[int]) -> list[str]:
     lines = [
         "How often the 95 % interval of an effect (the three above, of every problem) holds the mean over all "
         f"replicates, by method; the instrument takes `t` below {FEW} pairs and `bca` from there on. Where nothing "
@@ -321,7 +321,7 @@ def _coverage(cells: dict[str, pd.DataFrame], sizes: Sequence[int]) -> list[str]
     return lines
 
 
-def _gaps(frame: pd.DataFrame) -> list[pd.Series]:
+def _gaps(frame: Frame) -> list[Frame]:
     """Per replicate: gated and LoRA minus bias, and the wrong minus the right layer."""
     found = []
     for factor in ("form", "layer"):

@@ -24,6 +24,7 @@ from markdown_it import MarkdownIt
 from steertune.recipes.ablate import GRID
 from steertune.recipes.ablation import analysis, charts
 from steertune.recipes.ablation.grid import Card, Claim, GridTables
+from steertune.recipes.ablation.statistics import Frame
 from steertune.recipes.ablation.statistics.factorial import anova, effects, mixed_model
 from steertune.recipes.ablation.tidy import read_cells
 from steertune.recipes.arm import ArmError
@@ -81,9 +82,7 @@ def write_report(folder: Path, measure: str | None = None) -> Path:
     return page
 
 
-def _body(
-    folder: Path, grid: dict[str, Any], tables: GridTables, claim: Claim, cells: pd.DataFrame, ran: pd.DataFrame
-) -> list[str]:
+def _body(folder: Path, grid: dict[str, Any], tables: GridTables, claim: Claim, cells: Frame, ran: Frame) -> list[str]:
     label = analysis.MEASURES[claim.measure]
     factors = list(tables.factors)
     said = analysis.verdict(ran, claim)
@@ -148,7 +147,7 @@ def _card(card: Card) -> list[str]:
     ]
 
 
-def _factors(folder: Path, cells: pd.DataFrame, factors: list[str], measure: str, label: str) -> list[str]:
+def _factors(folder: Path, cells: Frame, factors: list[str], measure: str, label: str) -> list[str]:
     if not factors or cells.empty:
         return []
     cells = cells.dropna(subset=[measure])
@@ -195,7 +194,7 @@ def _factors(folder: Path, cells: pd.DataFrame, factors: list[str], measure: str
     return lines
 
 
-def _comparisons(cells: pd.DataFrame, claim: Claim) -> list[str]:
+def _comparisons(cells: Frame, claim: Claim) -> list[str]:
     own = analysis.scores(cells, claim.measure)
     if claim.than not in own:
         return [f"{claim.than} has no {analysis.MEASURES[claim.measure]}.", ""]
@@ -216,7 +215,7 @@ def _comparisons(cells: pd.DataFrame, claim: Claim) -> list[str]:
     return [what[0].upper() + what[1:], "", *_table(header, rows), *note]
 
 
-def _behaviour(cells: pd.DataFrame, claim: Claim) -> list[str]:
+def _behaviour(cells: Frame, claim: Claim) -> list[str]:
     columns = {
         "accuracy": "accuracy, tuned strength",
         "matched_accuracy": "accuracy, matched KL",
@@ -249,7 +248,7 @@ def _efficiency(curves: Sequence[analysis.Efficiency], claim: Claim) -> list[str
     ]
 
 
-def _side_effects(folder: Path, cells: pd.DataFrame) -> list[str]:
+def _side_effects(folder: Path, cells: Frame) -> list[str]:
     y, label = (
         ("behaviour", "behaviour score") if cells["behaviour"].notna().any() else ("accuracy", "held-out accuracy")
     )
@@ -279,7 +278,7 @@ def _side_effects(folder: Path, cells: pd.DataFrame) -> list[str]:
     ]
 
 
-def _cost(cells: pd.DataFrame) -> list[str]:
+def _cost(cells: Frame) -> list[str]:
     columns = {
         "parameters": ("trained parameters", "{:,.0f}"),
         "train_seconds": ("training, s", "{:.1f}"),
@@ -297,7 +296,7 @@ def _cost(cells: pd.DataFrame) -> list[str]:
     return ["## Cost", "", *_table(["arm", *(columns[c][0] for c in there)], rows)]
 
 
-def _failures(cells: pd.DataFrame) -> list[str]:
+def _failures(cells: Frame) -> list[str]:
     bad = cells[cells["status"] != "ok"]
     if bad.empty:
         return ["## Failures", "", "None: every cell ran and none diverged.", ""]
@@ -323,7 +322,7 @@ def _how(grid: dict[str, Any], tables: GridTables) -> list[str]:
     ]
 
 
-def _most_telling(cells: pd.DataFrame, claim: Claim) -> list[str]:
+def _most_telling(cells: Frame, claim: Claim) -> list[str]:
     """The arms of the claim and the best others, as many as a chart can show."""
     means = analysis.scores(cells, claim.measure).mean().sort_values(ascending=False)
     first = [arm for arm in (claim.better, claim.than) if arm in means.index]
@@ -352,7 +351,7 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     ]
 
 
-def _parquet(cells: pd.DataFrame, file: Path) -> None:
+def _parquet(cells: Frame, file: Path) -> None:
     part = file.with_suffix(".part")
     cells.to_parquet(part, index=False)
     part.replace(file)

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
-import pandas as pd
 
 from steertune.recipes.ablation import designs
 from steertune.recipes.ablation.grid import Claim, GridTables, patched
+from steertune.recipes.ablation.statistics import Frame
 from steertune.recipes.ablation.statistics.curves import Equivalence, area_between, n_equivalence
 from steertune.recipes.ablation.statistics.paired import Interval, corrected, crossed_interval, interval, p_value
 from steertune.recipes.ablation.statistics.shapley import shares
@@ -52,14 +52,14 @@ class Verdict:
     sentence: str
 
 
-def scores(cells: pd.DataFrame, measure: str) -> pd.DataFrame:
+def scores(cells: Frame, measure: str) -> Frame:
     """Mean over the numbers of examples, by (task, seed) and arm; a pair in which an arm has no number is NaN."""
     wide = cells.pivot_table(index=["task", "seed", "examples"], columns="arm", values=measure, dropna=False)
     complete = wide.notna().groupby(level=["task", "seed"]).all()
     return wide.groupby(level=["task", "seed"]).mean().where(complete)
 
 
-def comparisons(cells: pd.DataFrame, than: str, measure: str) -> list[Comparison]:
+def comparisons(cells: Frame, than: str, measure: str) -> list[Comparison]:
     """Every arm against `than`, paired by task and seed."""
     wide = scores(cells, measure)
     found = []
@@ -72,7 +72,7 @@ def comparisons(cells: pd.DataFrame, than: str, measure: str) -> list[Comparison
     return [Comparison(**{**vars(c), "p": p}) for c, p in zip(found, together, strict=True)]
 
 
-def _crossed(cells: pd.DataFrame, arm: str, than: str, measure: str) -> Interval | None:
+def _crossed(cells: Frame, arm: str, than: str, measure: str) -> Interval | None:
     column = {"accuracy": "margins", "matched_accuracy": "matched_margins"}.get(measure)
     if column is None or column not in cells:
         return None
@@ -93,7 +93,7 @@ def _crossed(cells: pd.DataFrame, arm: str, than: str, measure: str) -> Interval
     return crossed_interval(*tasks) if tasks else None
 
 
-def verdict(cells: pd.DataFrame, claim: Claim) -> Verdict:
+def verdict(cells: Frame, claim: Claim) -> Verdict:
     """Whether the claim's comparison came out for it, against it, or neither."""
     wide = scores(cells, claim.measure)
     missing = [arm for arm in (claim.better, claim.than) if arm not in wide or wide[arm].isna().all()]
@@ -118,7 +118,7 @@ def verdict(cells: pd.DataFrame, claim: Claim) -> Verdict:
     return Verdict("undecided", f"{what}, which is no difference that can be claimed{why}.")
 
 
-def attribution(cells: pd.DataFrame, tables: GridTables, measure: str) -> dict[str, Interval] | None:
+def attribution(cells: Frame, tables: GridTables, measure: str) -> dict[str, Interval] | None:
     """Shapley share of every factor that differs between `design.start` and `design.end` in the gap between them;
     None unless every mixture of the two was run."""
     start, end = tables.design.start, tables.design.end
@@ -159,7 +159,7 @@ class Efficiency:
     equivalents: dict[int, Equivalence]
 
 
-def efficiency(cells: pd.DataFrame, than: str, measure: str) -> list[Efficiency]:
+def efficiency(cells: Frame, than: str, measure: str) -> list[Efficiency]:
     """Curves over the numbers of examples, of the pairs that have all of them."""
     examples = sorted(int(n) for n in cells["examples"].unique())
     wide = cells.pivot_table(index=["task", "seed"], columns=["arm", "examples"], values=measure)
@@ -192,7 +192,7 @@ def read_tables(grid: dict[str, Any]) -> GridTables:
 
 
 def answer(
-    cells: pd.DataFrame,
+    cells: Frame,
     claim: Claim,
     said: Verdict,
     shapley: dict[str, Interval] | None,

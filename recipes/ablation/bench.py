@@ -14,7 +14,7 @@ from torch import Tensor
 
 from steertune.recipes.ablation.grid import Grid, TaskTable
 from steertune.recipes.ablation.scorers import Scorer, fit
-from steertune.recipes.ablation.splits import Splits, load_splits, text_of
+from steertune.recipes.ablation.splits import Splits, load_splits
 from steertune.recipes.arm import ModelTable
 from steertune.recipes.data import load_model, load_split
 from steertune.recipes.measures import batches, generate, neutral_logps, neutral_rows, pair_margins
@@ -112,7 +112,7 @@ class Bench:
         """The training set, with the base's log-probabilities of its answers, which every arm needs and none
         changes."""
         rows = self.splits(task).train(examples, seed, pairing)
-        names = [hashlib.sha256((text_of(dict(r)) + json.dumps(r["rejected"])).encode()).hexdigest() for r in rows]
+        names = [hashlib.sha256(json.dumps(row, sort_keys=True).encode()).hexdigest() for row in rows.to_list()]
         missing = [i for i, name in enumerate(names) if name not in self._reference]
         start = 0
         for batch in batches(self.tokenizer, rows.select(missing), _ROWS) if missing else []:

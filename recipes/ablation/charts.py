@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from steertune.recipes.ablation.statistics import Frame
 from steertune.recipes.ablation.statistics.factorial import Effect
 from steertune.recipes.ablation.statistics.paired import Interval, interval
 
@@ -41,7 +41,7 @@ def effects(found: Sequence[Effect], file: Path, label: str) -> None:
     intervals({f"{e.factor}: {e.level} − {e.reference}": e.interval for e in found}, file, label)
 
 
-def curves(cells: pd.DataFrame, arms: Sequence[str], measure: str, file: Path, label: str) -> None:
+def curves(cells: Frame, arms: Sequence[str], measure: str, file: Path, label: str) -> None:
     """Score against number of examples on a log axis, a panel a task, with intervals over seeds; the base dashed."""
     tasks = sorted(cells["task"].unique())
     columns = min(3, len(tasks))
@@ -78,7 +78,7 @@ def curves(cells: pd.DataFrame, arms: Sequence[str], measure: str, file: Path, l
     figure.savefig(file, dpi=_DPI)
 
 
-def pareto(cells: pd.DataFrame, x: str, y: str, file: Path, xlabel: str, ylabel: str) -> None:
+def pareto(cells: Frame, x: str, y: str, file: Path, xlabel: str, ylabel: str) -> None:
     """Effect against side effect, a dot an arm (mean over its cells); the arms that no other beats on both are
     joined."""
     points = cells.groupby("arm", sort=False)[[x, y]].mean().dropna()

@@ -9,6 +9,7 @@ from typing import Any
 import pandas as pd
 
 from steertune.recipes.ablation.grid import VERSION
+from steertune.recipes.ablation.statistics import Frame
 from steertune.recipes.arm import ArmError
 
 MEASURES = ("accuracy", "margin_gain", "behaviour", "moved_wrong")
@@ -16,7 +17,7 @@ MEASURES = ("accuracy", "margin_gain", "behaviour", "moved_wrong")
 _LISTS = ("tuning", "answers", "matched_answers", "setting", "levels")
 
 
-def read_cells(folder: Path, names: list[str] | None = None) -> pd.DataFrame:
+def read_cells(folder: Path, names: list[str] | None = None) -> Frame:
     """Every cell of a folder, or those at the named paths in it.
 
     A diverged cell counts with what its user would be left with, the base model: its accuracy and no gain. Its

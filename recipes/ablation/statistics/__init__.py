@@ -1,1 +1,6 @@
 """What the numbers of a grid allow to say. One idea a file; all of it works on arrays and frames, not on runs."""
+
+from typing import Any
+
+Frame = Any
+"""A pandas frame or series. Not annotated as one: type checkers cannot follow pandas' indexing."""

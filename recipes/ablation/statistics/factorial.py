@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -14,6 +15,7 @@ import statsmodels.formula.api as smf
 from statsmodels.stats.anova import anova_lm
 from statsmodels.tools.sm_exceptions import ConvergenceWarning
 
+from steertune.recipes.ablation.statistics import Frame
 from steertune.recipes.ablation.statistics.paired import Interval, corrected, interval, p_value
 
 INERT = "-"
@@ -42,7 +44,7 @@ class Effect:
     contexts: int
 
 
-def effects(cells: pd.DataFrame, factors: Sequence[str], measure: str) -> list[Effect]:
+def effects(cells: Frame, factors: Sequence[str], measure: str) -> list[Effect]:
     """Every level of every factor against the factor's first level, within matched contexts.
 
     Levels that mean nothing in a context (`-`) are compared nowhere.
@@ -69,7 +71,7 @@ def effects(cells: pd.DataFrame, factors: Sequence[str], measure: str) -> list[E
     return [Effect(**{**vars(effect), "p": p}) for effect, p in zip(found, together, strict=True)]
 
 
-def anova(cells: pd.DataFrame, factors: Sequence[str], measure: str) -> pd.DataFrame | None:
+def anova(cells: Frame, factors: Sequence[str], measure: str) -> Frame | None:
     """Main effects and two-way interactions, with errors that are robust to unequal variances (HC3); tasks and seeds
     are blocks. Cells with a level that means nothing are left out, and interactions that the runs cannot tell apart.
     None if nothing is left to compare.
@@ -87,13 +89,14 @@ def anova(cells: pd.DataFrame, factors: Sequence[str], measure: str) -> pd.DataF
         # a design that cannot tell its terms apart says nothing about them
         if model is None:
             continue
-        columns = model.exog.shape[1]
-        if np.linalg.matrix_rank(model.exog) == columns <= len(rows) - _RESIDUAL:
+        design: Any = model.exog
+        columns = design.shape[1]
+        if np.linalg.matrix_rank(design) == columns <= len(rows) - _RESIDUAL:
             break
     else:
         return None
     fitted = model.fit()
-    if fitted.ssr <= 1e-10 * float((rows[measure] ** 2).sum()):  # nothing but rounding is left to compare with
+    if fitted.ssr <= 1e-10 * (rows[measure] ** 2).sum():  # nothing but rounding is left to compare with
         return None
     # type III: with robust errors, statsmodels' type II lets an interaction leak into its main effects
     table = anova_lm(fitted, typ=3, robust="hc3")
@@ -111,7 +114,7 @@ def anova(cells: pd.DataFrame, factors: Sequence[str], measure: str) -> pd.DataF
     )
 
 
-def mixed_model(cells: pd.DataFrame, factors: Sequence[str], measure: str, enough: int = 6) -> pd.DataFrame | None:
+def mixed_model(cells: Frame, factors: Sequence[str], measure: str, enough: int = 6) -> Frame | None:
     """Main effects with task and seed as random effects; None with fewer than `enough` pairs of task and seed.
 
     Returns:
@@ -124,7 +127,9 @@ def mixed_model(cells: pd.DataFrame, factors: Sequence[str], measure: str, enoug
     terms = [f"C(Q('{f}'), Treatment({_first(cells[f], rows[f])!r}))" for f in varied]
     formula = f"Q('{measure}') ~ {' + '.join(terms)}{size}"
     several = rows["task"].nunique() > 1
-    options = {"groups": "task", "vc_formula": {"seed": "0 + C(seed)"}} if several else {"groups": "seed"}
+    options: dict[str, Any] = (
+        {"groups": "task", "vc_formula": {"seed": "0 + C(seed)"}} if several else {"groups": "seed"}
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
         warnings.simplefilter("ignore", UserWarning)
@@ -145,16 +150,16 @@ def mixed_model(cells: pd.DataFrame, factors: Sequence[str], measure: str, enoug
     return None if found.isna().any(axis=None) else found
 
 
-def _crossed(cells: pd.DataFrame, factors: Sequence[str], measure: str) -> tuple[pd.DataFrame, list[str]]:
+def _crossed(cells: Frame, factors: Sequence[str], measure: str) -> tuple[Frame, list[str]]:
     """Cells with the measure and without inert levels, and the factors that still vary there."""
     rows = cells[~(cells[list(factors)] == INERT).any(axis=1)].dropna(subset=[*factors, measure])
     return rows, [f for f in factors if rows[f].nunique() > 1]
 
 
-def _first(everywhere: pd.Series, here: pd.Series) -> str:
+def _first(everywhere: Frame, here: Frame) -> str:
     """The level that all tables of a report count from: the first to appear anywhere that is also here."""
     return next(level for level in dict.fromkeys(everywhere) if level in set(here))
 
 
-def _size(rows: pd.DataFrame) -> pd.Series | str:
+def _size(rows: Frame) -> Frame:
     return "/" + rows["examples"].astype(str) if rows["examples"].nunique() > 1 else ""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -142,4 +143,7 @@ def _mean_difference(first: NDArray[np.float64], second: NDArray[np.float64], ax
 
 def corrected(p_values: Sequence[float]) -> list[float]:
     """Holm's correction for having looked at all of these."""
-    return [float(p) for p in multipletests(list(p_values), method="holm")[1]] if len(p_values) else []
+    if not len(p_values):
+        return []
+    adjusted: Any = multipletests(list(p_values), method="holm")[1]
+    return [float(p) for p in adjusted]

@@ -26,9 +26,7 @@ def set_threads(threads: int | None) -> None:
         torch.set_num_threads(threads)
 
 
-def make_trainer(
-    arm: Arm, model: Any, tokenizer: Any, train: Dataset, folder: Path, reference: Any = None, **settings: Any
-) -> Any:
+def make_trainer(arm: Arm, model: Any, tokenizer: Any, train: Dataset, folder: Path, **settings: Any) -> Any:
     """The arm's trainer: `SteeringDPOTrainer` for pairs, `SteeringSFTTrainer` for demonstrations.
 
     Args:
@@ -37,7 +35,6 @@ def make_trainer(
         tokenizer: Its tokenizer.
         train: Training examples.
         folder: For checkpoints and `metrics.jsonl`.
-        reference: For full finetuning, the unchanged base model; None: a copy.
         settings: Training arguments that go before the arm's own.
     """
     from trl import DPOConfig, SFTConfig
@@ -58,8 +55,8 @@ def make_trainer(
     arguments = arm.training_arguments(config_class, str(folder / "checkpoints"), **defaults)
     loss, config = arm.loss_object(), arm.peft_config()
     unchanged = {}
-    if pairs and config is None:  # full finetuning changes the base, so the reference is another model
-        unchanged["ref_model"] = reference or copy.deepcopy(model)
+    if pairs and config is None:  # full finetuning changes the base, so the reference is a copy
+        unchanged["ref_model"] = copy.deepcopy(model)
     trainer = trainer_class(
         model=model,
         args=arguments,

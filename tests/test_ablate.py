@@ -19,6 +19,7 @@ import steertune.recipes.ablation.cell as cell_module
 from steertune.recipes.ablation.bench import Bench
 from steertune.recipes.ablation.grid import VERSION, Grid, make_grid
 from steertune.recipes.ablation.tidy import read_cells
+from steertune.recipes.arm import ARMS as ARMS_FOLDER
 from steertune.recipes.arm import ArmError
 
 GRID = """
@@ -61,6 +62,7 @@ bias = {}
 zeros = [{ when = { form = "lora" }, inert = true }, {}]
 mean_difference = [{ when = { form = "lora" }, inert = true }, { adapter = { init = "mean_difference" } }]
 """
+DEEP = ("beft_dpo", "lora_layer_dpo")  # name layer 15
 ARMS = ["form=lora,init=-", "form=bias,init=zeros", "form=bias,init=mean_difference", "mean_difference", "base"]
 
 
@@ -288,6 +290,27 @@ def test_full_finetuning_has_no_strength_and_leaves_the_base_alone(tables, tmp_p
         assert not cell["scalable"] and cell["matched_strength"] is None and "matched_accuracy" not in cell
         assert {trial["strength"] for trial in cell["tuning"]} == {1.0}
     assert all(torch.equal(value, before[name]) for name, value in bench.model.state_dict().items())
+
+
+def test_every_baseline_arm_runs(tables, tmp_path):
+    """The arms of `recipes/arms/`, on a model of four layers."""
+    tables["arms"] = sorted(file.stem for file in ARMS_FOLDER.glob("*.toml") if file.stem not in DEEP)
+    for name in DEEP:
+        file = tmp_path / f"{name}.toml"
+        file.write_text((ARMS_FOLDER / file.name).read_text().replace("15", "2"))
+        tables["arms"].append(str(file))
+    tables |= {"seeds": [0], "design": {"kind": "arms"}}
+    for key in ("factors", "claim"):
+        del tables[key]
+    tables["budget"] |= {"trials": 1}
+    cells = {cell["arm"]: cell for cell in run(tables, tmp_path / "run")}
+    assert set(cells) == {Path(arm).stem for arm in tables["arms"]}
+    for name, cell in cells.items():
+        assert cell["status"] == "ok", (name, cell["error"])
+        untrained = name in ("base", "icv", "mean_difference")
+        assert (cell["parameters"] == 0) == untrained and (cell["steps"] == 0) == untrained
+        assert (abs(cell["margin_gain"]) > 1e-7) == (name != "base"), name
+        assert cell["scalable"] == (name.startswith(("bias", "lora")) or untrained)
 
 
 def _toml(tables: dict) -> str:

@@ -165,7 +165,7 @@ def train(cell: Cell, bench: Bench, setting: Setting, seed: int, home: Path) -> 
         "precompute_ref_log_probs": False,  # the rows bring them
         "disable_tqdm": True,
     }
-    trainer = make_trainer(arm, copy.deepcopy(bench.model), bench.tokenizer, rows, home, bench.model, **settings)
+    trainer = make_trainer(arm, copy.deepcopy(bench.model), bench.tokenizer, rows, home, **settings)
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)
     seconds = fit(trainer, home)

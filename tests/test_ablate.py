@@ -201,7 +201,17 @@ def test_two_runners_share_the_cells_and_one_of_them_may_be_killed(tables, tmp_p
 def test_processes_of_one_launch_share_the_cells(tables, tmp_path):
     file = tmp_path / "grid.toml"
     file.write_text(_toml(tables))
-    command = ["accelerate", "launch", "--cpu", "--num_processes", "2", "-m", "steertune.recipes.ablate", str(file)]
+    command = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--cpu",
+        "--num_processes",
+        "2",
+        "-m",
+        "steertune.recipes.ablate",
+        str(file),
+    ]
     done = subprocess.run(
         [*command, "--threads", "1", "--folder", str(tmp_path / "run")], capture_output=True, text=True, timeout=300
     )

@@ -8,13 +8,14 @@ import hashlib
 import inspect
 import os
 from collections import defaultdict
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import Trainer, set_seed
+from transformers.trainer_utils import get_last_checkpoint
 
 from ..adapters import SteeringVectorConfig, SteeringVectorLayer, steering_layers
 from ..losses import Loss, get_loss
@@ -22,6 +23,7 @@ from ._at import REFERENCE_ADAPTER, ModelAt, prompt_of, scaled
 from ._batch import Batch
 from ._data import PAIR_FORMATS, DataError, check_rows, check_tokens
 from ._guard import FiniteGradients, check_finite
+from ._resume import RestoredAdapter
 from ._start import fill_missing_vectors
 from ._vitals import VectorVitals
 
@@ -82,7 +84,9 @@ class SteeringMixin(Trainer):
             # the loss below is already an average over the whole optimiser step
             self.loss_is_scaled_for_ga = self.model_accepts_loss_kwargs = True
         self._vitals = VectorVitals()
+        self.resumed: str | None = None  # checkpoint that training goes on from
         self.add_callback(FiniteGradients(self))
+        self.add_callback(RestoredAdapter(self))
 
     def _prepare_data(self, given: dict[str, Any]) -> tuple[str, ...] | None:
         """Check the training data among the constructor's arguments; return their format (None: the user's own)."""
@@ -122,6 +126,8 @@ class SteeringMixin(Trainer):
         if not self._plain:
             self.initialise_vectors()
             self._vitals.start(self)
+            resumed = kwargs.get("resume_from_checkpoint", args[0] if args else None)
+            self.resumed = get_last_checkpoint(str(self.args.output_dir)) if resumed is True else resumed or None
         return super().train(*args, **kwargs)
 
     def initialise_vectors(self) -> None:
@@ -156,7 +162,8 @@ class SteeringMixin(Trainer):
     ) -> Any:
         """The parent's loss, or ours: its values summed, over the number of pairs, rows or tokens of the step."""
         if self.loss is None:
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+            with self._boundary(inputs):
+                return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         batch = self._read(inputs)
         unwrapped = self.accelerator.unwrap_model(model)
         if self.loss.scales:
@@ -180,9 +187,7 @@ class SteeringMixin(Trainer):
         """As the parent's; with our loss the batch need not have `labels`."""
         wants_outputs = self.compute_metrics is not None and not prediction_loss_only
         if self.loss is None or (wants_outputs and (self.takes_pairs or "labels" in inputs)):
-            # one of the parent's forward passes has no labels, which would say where the prompt ends
-            known = not self._plain and {"labels", "completion_mask"} & set(inputs)
-            with prompt_of(self.model, Batch.read(inputs)) if known else nullcontext():
+            with self._boundary(inputs):
                 return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
@@ -207,6 +212,11 @@ class SteeringMixin(Trainer):
         super().log(logs, start_time)
 
     # -- helpers ------------------------------------------------------------------------------------------------
+
+    def _boundary(self, inputs: dict[str, Any]) -> AbstractContextManager[None]:
+        """Where the prompts end, for the parent's forward passes: not all of them have labels, which would say it."""
+        known = not self._plain and {"labels", "completion_mask"} & set(inputs)
+        return prompt_of(self.model, Batch.read(inputs)) if known else nullcontext()
 
     def _read(self, inputs: dict[str, Any]) -> Batch:
         assert self.loss is not None

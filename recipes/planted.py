@@ -33,7 +33,7 @@ from steertune.recipes.ablation.bench import Bench
 from steertune.recipes.ablation.grid import make_grid
 from steertune.recipes.ablation.statistics import Frame
 from steertune.recipes.ablation.statistics.factorial import effects
-from steertune.recipes.ablation.statistics.paired import FEW, interval, p_value
+from steertune.recipes.ablation.statistics.paired import FEW, corrected, interval, p_value
 from steertune.recipes.ablation.tidy import read_cells
 from steertune.recipes.arm import ArmError
 from steertune.recipes.training import set_threads, write_whole
@@ -252,8 +252,10 @@ def _claims(cells: dict[str, Frame], sizes: Sequence[int]) -> list[str]:
         f"{STUDIES} studies of each size, drawn from the replicates. A claim is a corrected permutation test at 5 % "
         "over the study's effects (gated and LoRA against bias, wrong layer against right). *Form named*: the "
         "teacher's form has the highest mean. *Form claimed*: it is also significantly better than `bias`, or for the "
-        "bias teacher, no other form is claimed to be better and one is claimed to be worse. *False claim*: any claim "
-        "where nothing can be learned; else, that a form or layer other than the teacher's is better.",
+        "bias teacher, no other form is claimed to be better and one is claimed to be worse. *False claim*: that a "
+        "form or layer other than the teacher's is better; for `base`, whose labels are a coin's, any claim; for "
+        "`shuffled`, whose training labels are a coin's and whose test labels a bias teacher's, that an arm beats the "
+        "base.",
         "",
         "| teacher | pairs | form named | form claimed | layer claimed | false claim |",
         "|---|---|---|---|---|---|",
@@ -278,6 +280,8 @@ def _draws(frame: Frame, size: int) -> list[list[str]]:
 def _study(problem: str, frame: Frame, tasks: list[str]) -> tuple[bool, bool, bool, bool]:
     """Whether a study names the form, claims it, claims the layer, and claims something false."""
     rows = frame[frame.task.isin(tasks)]
+    if problem == "shuffled":
+        return False, False, False, _beats_the_base(rows)
     found = {
         (e.factor, e.level): (e.interval.estimate, e.p < 0.05) for e in effects(rows, ["form", "layer"], "accuracy")
     }
@@ -294,11 +298,18 @@ def _study(problem: str, frame: Frame, tasks: list[str]) -> tuple[bool, bool, bo
     return bool(named), right, wrong_layer[0] < 0 and wrong_layer[1], false
 
 
+def _beats_the_base(rows: Frame) -> bool:
+    """Whether an arm is claimed to be better than the base model."""
+    gains = [(arm.accuracy - arm.base_accuracy).to_numpy() for _, arm in rows.groupby(["form", "layer"])]
+    tests = corrected([p_value(gain) for gain in gains])
+    return any(gain.mean() > 0 and p < 0.05 for gain, p in zip(gains, tests, strict=True))
+
+
 def _coverage(cells: dict[str, Frame], sizes: Sequence[int]) -> list[str]:
     lines = [
         "How often the 95 % interval of an effect (the three above, of every problem) holds the mean over all "
-        f"replicates, by method; the instrument takes `t` below {FEW} pairs and `bca` from there on. Where nothing "
-        "can be learned the truth is 0.",
+        f"replicates, by method; the instrument takes `t` below {FEW} pairs and `bca` from there on. For `base` "
+        "the truth is 0.",
         "",
         "| pairs | `t` | `bca` | permutation test at 5 % rejects a true zero |",
         "|---|---|---|---|",
@@ -308,13 +319,13 @@ def _coverage(cells: dict[str, Frame], sizes: Sequence[int]) -> list[str]:
         rejected = []
         for problem, frame in cells.items():
             for gaps in _gaps(frame):
-                truth = float(gaps.mean()) if problem in FORMS else 0.0
+                truth = 0.0 if problem == "base" else float(gaps.mean())
                 for tasks in _draws(frame, size)[: STUDIES // 5]:
                     values = gaps.loc[tasks].to_numpy()
                     for method, seen in hits.items():
                         found = interval(values, method=method)
                         seen.append(found.low <= truth <= found.high)
-                    if problem not in FORMS:
+                    if problem == "base":
                         rejected.append(p_value(values) < 0.05)
         shown = [f"{np.mean(seen):.1%}" for seen in (*hits.values(), rejected or [np.nan])]
         lines.append(f"| {size} | " + " | ".join(shown) + " |")

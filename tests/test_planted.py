@@ -100,6 +100,8 @@ TASKS = [f"r{i}" for i in range(10)]
         ("bias", {"bias_wrong": 0.9}, (False, True, False, True)),
         ("base", {"lora_right": 0.9, "lora_wrong": 0.9}, (False, False, False, True)),
         ("base", {}, (False, False, False, False)),
+        ("shuffled", {"lora_wrong": 0.6}, (False, False, False, True)),
+        ("shuffled", {"lora_wrong": 0.4}, (False, False, False, False)),
     ],
 )
 def test_what_counts_as_a_claim(problem, means, expected):

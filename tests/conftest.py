@@ -12,6 +12,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from steertune.adapters import SteeringVectorConfig
 
+torch.set_num_threads(1)  # one test process a core: two threads in each would wait for one another
+
 # What the configuration classes call the sizes; every model is 4 layers deep, 32 wide, 64 tokens.
 _SIZES = {
     "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2,

@@ -19,7 +19,6 @@ from steertune.losses import Loss
 from steertune.losses.bipo import BiPO
 from steertune.trainers import SteeringDPOTrainer, SteeringSFTTrainer, SteeringTrainer
 
-torch.set_num_threads(1)
 datasets.disable_progress_bars()
 gc.freeze()  # every training run collects garbage; without the modules imported so far that takes a tenth of the time
 

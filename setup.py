@@ -58,6 +58,7 @@ setup(
         "test": [
             *RECIPES,
             "pytest>=8",
+            "pytest-xdist>=3.6",
             "shapiq>=1.4",
             "bitsandbytes>=0.49",
             "ruff>=0.14",

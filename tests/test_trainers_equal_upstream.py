@@ -79,7 +79,7 @@ def test_without_adapter_and_loss_it_is_the_parent_to_the_last_number(kind, tmp_
 
 @pytest.mark.parametrize("kind", ["sft", "dpo"])
 def test_with_an_adapter_and_the_parents_loss_the_parents_numbers_are_unchanged(kind, tmp_path):
-    ours = trained(kind, tmp_path, peft_config=SteeringVectorConfig(), loss=None)
+    ours = trained(kind, tmp_path, peft_config=SteeringVectorConfig(), loss=None, frozen_prefix=False)
     theirs = upstream(kind, tmp_path, peft_config=SteeringVectorConfig())
     for mine, other in zip(history(ours), history(theirs), strict=True):
         assert {name: mine[name] for name in other} == other

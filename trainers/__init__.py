@@ -14,12 +14,14 @@ if TYPE_CHECKING:
     from ._data import DataError, collator, tokenise
     from ._guard import NonFiniteError
     from .dpo import SteeringDPOTrainer
+    from .prefix import FrozenPrefix
     from .sft import SteeringSFTTrainer
     from .trainer import SteeringTrainer
 
 _HOME = {
     "Batch": "_batch",
     "DataError": "_data",
+    "FrozenPrefix": "prefix",
     "ModelAt": "_at",
     "NonFiniteError": "_guard",
     "SteeringDPOTrainer": "dpo",
@@ -33,6 +35,7 @@ _HOME = {
 __all__ = [
     "Batch",
     "DataError",
+    "FrozenPrefix",
     "ModelAt",
     "NonFiniteError",
     "SteeringDPOTrainer",

@@ -17,6 +17,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from ..adapters import SteeringVectorLayer, prompt_length, set_strength, steering_layers
 from ..losses import Outputs
 from ._batch import Batch
+from ._modes import evaluating
+from .prefix.reference import ReferenceMemo
 
 REFERENCE_ADAPTER = "ref"  # TRL's name for the frozen copy of an adapter that training continues
 
@@ -32,13 +34,22 @@ class ModelAt:
         unwrapped: The model inside the wrapper.
         batch: The batch.
         reference_model: A separate reference, for full finetuning.
+        reference_memo: What is known of the reference already; it is asked first.
     """
 
-    def __init__(self, model: nn.Module, unwrapped: nn.Module, batch: Batch, reference_model: nn.Module | None = None):
+    def __init__(
+        self,
+        model: nn.Module,
+        unwrapped: nn.Module,
+        batch: Batch,
+        reference_model: nn.Module | None = None,
+        reference_memo: ReferenceMemo | None = None,
+    ) -> None:
         self.model = model
         self.unwrapped = unwrapped
         self.batch = batch
         self.reference_model = reference_model
+        self.reference_memo = reference_memo
         self._seen: dict[float, Outputs] = {}
 
     def __call__(self, strength: float) -> Outputs:
@@ -60,19 +71,27 @@ class ModelAt:
     def _reference(self) -> Outputs:
         if self.batch.reference_logps is not None:
             # known per row only; spread over its tokens, which leaves sums and means per row what they are
-            mask = _targets(self.batch)[0] != -100
+            mask = self.batch.targets[0] != -100
             per_token = self.batch.reference_logps / mask.sum(dim=1).clamp_min(1)
             return Outputs(mask * per_token[:, None], mask)
+        if self.reference_memo is not None:
+            return self.reference_memo.outputs(self.batch, self._compute_reference)
+        return self._compute_reference(self.batch)
+
+    @torch.no_grad()
+    def _compute_reference(self, batch: Batch) -> Outputs:
         if self.reference_model is not None:
-            with torch.no_grad(), _eval_mode(self.reference_model):
-                return token_logps(self.reference_model, self.reference_model, self.batch)
+            with evaluating(self.reference_model):
+                return token_logps(self.reference_model, self.reference_model, batch)
         if not isinstance(self.unwrapped, PeftModel):
             raise ValueError(
                 "This loss compares with the base model, and full finetuning changes it. Train an adapter, use "
                 "SteeringDPOTrainer (it keeps a reference copy), or choose a loss without a reference."
             )
-        with torch.no_grad(), reference_adapter(self.unwrapped), _eval_mode(self.unwrapped):
-            return token_logps(self.model, self.unwrapped, self.batch)
+        # with a memo, processes run different numbers of rows: nothing that waits for the others may be called
+        model = self.model if self.reference_memo is None else self.unwrapped
+        with reference_adapter(self.unwrapped), evaluating(self.unwrapped):
+            return token_logps(model, self.unwrapped, batch)
 
 
 def reference_adapter(model: PeftModel) -> AbstractContextManager[Any]:
@@ -130,10 +149,13 @@ def _recomputed(model: nn.Module) -> bool:
 
 def token_logps(model: nn.Module, unwrapped: nn.Module, batch: Batch) -> Outputs:
     """Log-probabilities of a batch's labels. The head runs only on columns in which some row has one."""
-    labels, columns = _targets(batch)
+    labels, columns = batch.targets
     kwargs: dict[str, Any] = {"use_cache": False}
     base = unwrapped.get_base_model() if isinstance(unwrapped, PeftModel) else unwrapped
-    keeps = "logits_to_keep" in inspect.signature(type(base).forward).parameters
+    accepted = inspect.signature(type(base).forward).parameters
+    if "output_router_logits" in accepted:  # TRL asks the config for them, for a loss that is not used here
+        kwargs["output_router_logits"] = False
+    keeps = "logits_to_keep" in accepted
     if keeps:
         kwargs["logits_to_keep"] = columns
     with prompt_of(unwrapped, batch):
@@ -143,30 +165,8 @@ def token_logps(model: nn.Module, unwrapped: nn.Module, batch: Batch) -> Outputs
     return Outputs(logps, labels != -100)
 
 
-def _targets(batch: Batch) -> tuple[Tensor, Tensor]:
-    """Labels on the columns that predict one in some row, `(rows, columns)`, and those columns."""
-    labels = batch.labels[:, 1:]
-    columns = (labels != -100).any(dim=0).nonzero().squeeze(1)
-    return labels[:, columns], columns
-
-
 def prompt_of(model: nn.Module, batch: Batch) -> AbstractContextManager[None]:
     """Say where each row's completion starts (its first label; the row's length if it has none) to `positions`."""
     labelled = batch.labels != -100
     start = torch.where(labelled.any(dim=1), labelled.int().argmax(dim=1), batch.labels.shape[1])
     return prompt_length(model, start)
-
-
-class _eval_mode:
-    """Evaluation mode for a while, each module put back as it was."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.training = [module for module in model.modules() if module.training]
-
-    def __enter__(self) -> None:
-        for module in self.training:
-            module.training = False
-
-    def __exit__(self, *error: Any) -> None:
-        for module in self.training:
-            module.training = True

@@ -59,6 +59,13 @@ class Batch:
         known = None if self.reference_logps is None else self.reference_logps[:half]
         return Batch(inputs, self.labels[:half], pairs=False, reference_logps=known)
 
+    @property
+    def targets(self) -> tuple[Tensor, Tensor]:
+        """Labels on the columns that predict one in some row, `(rows, columns)`, and the indices of those columns."""
+        labels = self.labels[:, 1:]
+        columns = (labels != -100).any(dim=0).nonzero().squeeze(1)
+        return labels[:, columns], columns
+
     def count(self, unit: Literal["example", "token"]) -> Tensor | int:
         """Number of examples (rows, or pairs), or of labelled tokens that have something before them."""
         if unit == "token":

@@ -26,6 +26,8 @@ from ._guard import FiniteGradients, check_finite
 from ._resume import RestoredAdapter
 from ._start import fill_missing_vectors
 from ._vitals import VectorVitals
+from .prefix import FrozenPrefix
+from .prefix.once import PayOnce
 
 DEFAULT: Any = type("Default", (), {"__repr__": lambda self: "SteeringVectorConfig()"})()
 """`peft_config` left out: a default `SteeringVectorConfig()`, unless the model already is a `PeftModel`."""
@@ -40,6 +42,9 @@ class SteeringMixin(Trainer):
         peft_config: The adapter to train. Left out: `SteeringVectorConfig()`, or nothing if the model already is a
             `PeftModel`. None: no adapter (full finetuning).
         loss: A loss by name, a `Loss` object, or None for the parent's own loss.
+        frozen_prefix: Compute what lies below the trained layers once per example (see `FrozenPrefix`). None: where it
+            is exact, with 2 GB of RAM. True: the same, with a warning where it is not. A `FrozenPrefix` is shared
+            with whoever else uses it. False: never.
     """
 
     model: Any  # the parent's type allows None, which it is not after construction
@@ -49,7 +54,12 @@ class SteeringMixin(Trainer):
     """Where rows are cut, if not at the `max_length` of the arguments."""
 
     def __init__(
-        self, *args: Any, peft_config: PeftConfig | None = DEFAULT, loss: str | Loss | None = None, **kwargs: Any
+        self,
+        *args: Any,
+        peft_config: PeftConfig | None = DEFAULT,
+        loss: str | Loss | None = None,
+        frozen_prefix: FrozenPrefix | bool | None = None,
+        **kwargs: Any,
     ) -> None:
         self.loss = None if loss is None else get_loss(loss)
         self._plain = peft_config is None and loss is None
@@ -61,6 +71,7 @@ class SteeringMixin(Trainer):
             peft_config = None if continued else SteeringVectorConfig()
         self._metrics_at_1: dict[str, dict[str, list[Tensor]]] = {"": defaultdict(list), "eval_": defaultdict(list)}
         self._micro_step = 0
+        self._once = PayOnce(frozen_prefix)
         if self._plain:
             parent(*bound.args, **bound.kwargs)
             return
@@ -128,6 +139,7 @@ class SteeringMixin(Trainer):
             self._vitals.start(self)
             resumed = kwargs.get("resume_from_checkpoint", args[0] if args else None)
             self.resumed = get_last_checkpoint(str(self.args.output_dir)) if resumed is True else resumed or None
+            self._once.start(self, training=True)
         return super().train(*args, **kwargs)
 
     def initialise_vectors(self) -> None:
@@ -162,22 +174,23 @@ class SteeringMixin(Trainer):
     ) -> Any:
         """The parent's loss, or ours: its values summed, over the number of pairs, rows or tokens of the step."""
         if self.loss is None:
-            with self._boundary(inputs):
+            with self._boundary(inputs), self._once.below():
                 return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         batch = self._read(inputs)
         unwrapped = self.accelerator.unwrap_model(model)
         if self.loss.scales:
             with scaled(unwrapped, -1.0):  # refuse at the first step what only some of its draws would meet
                 pass
-        at = ModelAt(model, unwrapped, batch, getattr(self, "ref_model", None))
-        values = self.loss(at, self._generator())
+        at = ModelAt(model, unwrapped, batch, getattr(self, "ref_model", None), self._once.reference)
+        with self._once.below():
+            values = self.loss(at, self._generator())
         if num_items_in_batch is None:
             total = values.sum() / batch.count(self.loss.unit)
         else:  # counted over all processes, whose gradients are then averaged
             total = values.sum() / num_items_in_batch * self.accelerator.num_processes
         self._note(at, batch)
         if return_outputs:
-            with torch.no_grad(), prompt_of(unwrapped, batch):
+            with torch.no_grad(), prompt_of(unwrapped, batch), self._once.below():
                 return total, model(**batch.inputs)
         return total
 
@@ -187,7 +200,7 @@ class SteeringMixin(Trainer):
         """As the parent's; with our loss the batch need not have `labels`."""
         wants_outputs = self.compute_metrics is not None and not prediction_loss_only
         if self.loss is None or (wants_outputs and (self.takes_pairs or "labels" in inputs)):
-            with self._boundary(inputs):
+            with self._boundary(inputs), self._once.below():
                 return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
@@ -196,6 +209,8 @@ class SteeringMixin(Trainer):
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """As the parent's; every evaluation draws the same random numbers."""
         self._micro_step = 0
+        if not self._plain and not self.is_in_train:
+            self._once.start(self, training=False)
         return super().evaluation_loop(*args, **kwargs)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

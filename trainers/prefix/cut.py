@@ -1,0 +1,84 @@
+"""How many decoder blocks are below everything that training changes, and why a memo of them would be wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import AuxiliaryTrainingWrapper
+from torch import nn
+
+from ...adapters import SteeringVectorLayer
+from ...adapters.blocks import find_blocks
+
+_ADAPTERS = (BaseTunerLayer, AuxiliaryTrainingWrapper)
+
+
+class NoPrefix(ValueError):
+    """There is nothing frozen below what is trained, or it cannot be memoised; the message says why."""
+
+
+def base_of(model: nn.Module) -> nn.Module:
+    """The transformers model inside a PEFT model."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def frozen_blocks(model: nn.Module, training: bool) -> int:
+    """Number of decoder blocks whose outputs neither an adapter nor, in training, a trained parameter changes.
+
+    A steering vector on the output of block `i` leaves that block itself as it was: `i + 1` blocks are frozen.
+
+    Raises:
+        NoPrefix: there is none.
+    """
+    try:
+        blocks = find_blocks(base_of(model))
+    except ValueError as error:
+        raise NoPrefix(str(error)) from error
+    for i, (name, block) in enumerate(blocks):
+        changed, after = _changes(block, training)
+        if changed or after:
+            if changed and i == 0:
+                raise NoPrefix(f"the lowest layer that is trained or adapted is 0 ({name}): nothing lies below it")
+            return i if changed else i + 1
+    return len(blocks)
+
+
+def _changes(block: nn.Module, training: bool) -> tuple[bool, bool]:
+    """Whether something changes what a block computes, and whether something is added to its output."""
+    inside, after, owned = False, False, set()
+    for module in block.modules():
+        if isinstance(module, _ADAPTERS):
+            if isinstance(module, SteeringVectorLayer) and module in block.children():
+                after = True
+                owned |= {id(p) for p in module.parameters()}
+            else:
+                inside = True
+    trained = training and any(p.requires_grad and id(p) not in owned for p in block.parameters())
+    return inside or trained, after
+
+
+def check_frozen(modules: Iterable[tuple[str, nn.Module]], training: bool) -> None:
+    """Refuse modules below the cut that are trained, adapted, random, sharded or elsewhere.
+
+    Args:
+        modules: Names and modules that a forward pass ran before it reached the cut.
+        training: Whether parameters that require gradients will change.
+
+    Raises:
+        NoPrefix: names the module and what is wrong with it.
+    """
+    for name, module in modules:
+        if isinstance(module, _ADAPTERS):
+            raise NoPrefix(f"{name} below the trained layers has an adapter")
+        if training:
+            for key, value in (*vars(module).items(), ("p", getattr(module, "p", 0.0))):
+                rate = "drop" in key or (key == "p" and "drop" in type(module).__name__.lower())
+                if rate and isinstance(value, float) and value > 0:
+                    raise NoPrefix(f"{name}.{key}={value} below the trained layers: dropout makes its output random")
+        for key, parameter in module.named_parameters(recurse=False):
+            if training and parameter.requires_grad:
+                raise NoPrefix(f"{name}.{key} below the trained layers is trained")
+            if parameter.is_meta or hasattr(parameter, "ds_id") or hasattr(parameter, "device_mesh"):
+                raise NoPrefix(f"{name}.{key} is sharded or offloaded: all processes must run the same layers")

@@ -1,0 +1,63 @@
+"""`FrozenPrefix`: pay once for what does not change while an adapter trains."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+from torch import nn
+
+from .below import PrefixBelow
+from .cut import NoPrefix
+from .memo import Memo
+from .reference import ReferenceMemo
+
+logger = logging.getLogger(__name__)
+
+
+class FrozenPrefix:
+    """A memo of what is constant for an example, for any number of trainers, arms, seeds and evaluations.
+
+    Constant are the residual stream at the output of the last block below everything that is trained, and the
+    log-probabilities of the example's answer under the reference, `at(0)`. Both are kept by content: the row's tokens,
+    mask and positions, and the weights they were computed with. A row is always computed alone, so its value does not
+    depend on the batch it was first met in, and a resumed run sees the same bits.
+
+    Args:
+        ram_gb: RAM budget in GB (10⁹ bytes), never exceeded. A token takes `hidden size · bytes of a number`.
+        folder: Keep the memo here, for later runs and for other processes. None: what exceeds the budget goes to
+            memory-mapped temporary files.
+
+    Raises:
+        ValueError: a negative or not finite budget.
+    """
+
+    def __init__(self, ram_gb: float = 2.0, folder: str | Path | None = None) -> None:
+        self.memo = Memo(ram_gb, folder)
+        self._proven: set[str] = set()
+
+    @property
+    def usable(self) -> bool:
+        """Whether there is room for anything."""
+        return self.memo.limit > 0 or self.memo.kept_for_later
+
+    def below(self, model: nn.Module, training: bool = False, level: int = logging.INFO) -> PrefixBelow | None:
+        """The blocks below everything that is trained or adapted in `model` as it stands; None where there are none.
+
+        Args:
+            model: A transformers model, with or without PEFT.
+            training: Whether its trainable parameters will be changed; False for evaluation.
+            level: Level of the message that says why it is None.
+        """
+        try:
+            if not self.usable:
+                raise NoPrefix("its budget is 0 GB")
+            self.memo.refresh()
+            return PrefixBelow(self.memo, model, training, self._proven, level)
+        except NoPrefix as error:
+            logger.log(level, "The frozen prefix is off: %s.", error)
+            return None
+
+    def reference(self, model: nn.Module, trained: bool = True) -> ReferenceMemo | None:
+        """The memo of `at(0)`; `trained`: whether what requires gradients in `model` is no part of it."""
+        return ReferenceMemo(self.memo, model, trained) if self.usable else None

@@ -1,0 +1,182 @@
+"""Tensors kept by the content they were computed from: in RAM up to a budget, then in memory-mapped files."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import tempfile
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+_VERSION = "v1"  # of the files; those of another version are not read
+_GB = 10**9
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a tensor lies on disk, and the digest of its bytes."""
+
+    file: Path
+    start: int
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    digest: str
+
+
+class Memo:
+    """A dictionary of tensors that computing again would give bit for bit.
+
+    A process appends to a file of its own and says in an index beside it what is whole; so several processes may
+    share a folder, and what a killed one left half written is in no index. Digests are compared when a tensor is read
+    from disk. A tensor that cannot be kept (a full disk) or is damaged is simply computed again.
+
+    Args:
+        ram_gb: RAM that tensors may take, in GB (10⁹ bytes); never exceeded.
+        folder: Keep tensors here for later runs. None: what does not fit in RAM goes to a temporary folder, which
+            ends with this object.
+
+    Raises:
+        ValueError: a negative or not finite budget.
+    """
+
+    def __init__(self, ram_gb: float, folder: str | Path | None = None) -> None:
+        if not 0 <= ram_gb < float("inf"):
+            raise ValueError(f"ram_gb={ram_gb!r}: the memo's RAM in GB, 0 or more.")
+        self.limit = int(ram_gb * _GB)
+        self.nbytes = 0
+        self.disk_bytes = 0
+        self.kept_for_later = folder is not None
+        self._folder = None if folder is None else Path(folder)
+        self._temporary: tempfile.TemporaryDirectory[str] | None = None
+        self._segment: Path | None = None
+        self._ram: dict[str, Tensor] = {}
+        self._places: dict[str, _Place] = {}
+        self._read: dict[Path, int] = {}  # bytes of every index file that were read
+        self._writable = True
+        self.refresh()
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._ram or key in self._places
+
+    def __len__(self) -> int:
+        return len(self._ram.keys() | self._places.keys())
+
+    def get(self, key: str) -> Tensor | None:
+        """The tensor of `key`, on the CPU, not to be changed; None if it is not known or damaged."""
+        if key in self._ram:
+            return self._ram[key]
+        place = self._places.get(key)
+        if place is None:
+            return None
+        found = _load(place)
+        if found is None:
+            del self._places[key]
+            logger.warning("A tensor in %s is damaged or gone; it is computed again.", place.file)
+        elif self.kept_for_later:
+            self._keep(key, found)
+        return found
+
+    def put(self, key: str, value: Tensor) -> None:
+        """Keep a tensor. With no room left anywhere this does nothing but say so, once."""
+        value = value.detach().to("cpu").contiguous()
+        kept = self._keep(key, value)
+        if self._writable and key not in self._places and (self.kept_for_later or not kept):
+            try:
+                self._append(key, value)
+            except OSError as error:
+                self._writable = False
+                logger.warning(
+                    "The frozen-prefix memo cannot write (%s). What does not fit in %.2g GB of RAM is computed again.",
+                    error,
+                    self.limit / _GB,
+                )
+
+    def refresh(self) -> None:
+        """Read what other processes have added to the folder."""
+        if self._folder is None or not self._folder.is_dir():
+            return
+        for index in sorted(self._folder.glob(f"{_VERSION}-*.index")):
+            if self._segment is None or index != self._segment.with_suffix(".index"):
+                self._read_index(index)
+
+    # -- RAM ----------------------------------------------------------------------------------------------------
+
+    def _keep(self, key: str, value: Tensor) -> bool:
+        if key in self._ram:
+            return True
+        if self.nbytes + value.nbytes > self.limit:
+            return False
+        copy = value.clone()  # a view would hold the whole it is a part of
+        self._ram[key] = copy.pin_memory() if torch.cuda.is_available() else copy
+        self.nbytes += value.nbytes
+        return True
+
+    # -- disk ---------------------------------------------------------------------------------------------------
+
+    def _append(self, key: str, value: Tensor) -> None:
+        segment = self._own_segment()
+        data = value.reshape(-1).view(torch.uint8).numpy().tobytes()
+        with segment.open("ab") as file:
+            start = file.tell()
+            file.write(data)
+            file.flush()
+            if self.kept_for_later:
+                os.fsync(file.fileno())  # the data before the line that vouches for them
+        place = _Place(segment, start, tuple(value.shape), value.dtype, _digest(data))
+        line = [key, place.start, list(place.shape), str(place.dtype).removeprefix("torch."), place.digest]
+        with segment.with_suffix(".index").open("a", encoding="utf-8") as index:
+            index.write(json.dumps(line) + "\n")
+        self._places[key] = place
+        self.disk_bytes += len(data)
+
+    def _own_segment(self) -> Path:
+        if self._segment is None:
+            if self._folder is None:
+                self._temporary = tempfile.TemporaryDirectory(prefix="steertune-prefix-")
+                self._folder = Path(self._temporary.name)
+            self._folder.mkdir(parents=True, exist_ok=True)
+            self._segment = self._folder / f"{_VERSION}-{uuid.uuid4().hex}.rows"
+        return self._segment
+
+    def _read_index(self, index: Path) -> None:
+        with index.open("rb") as file:
+            file.seek(self._read.get(index, 0))
+            for line in file:
+                if not line.endswith(b"\n"):  # being written, or cut off
+                    break
+                self._read[index] = self._read.get(index, 0) + len(line)
+                entry = _entry(line, index.with_suffix(".rows"))
+                if entry is not None:
+                    self._places.setdefault(*entry)
+
+
+def _entry(line: bytes, segment: Path) -> tuple[str, _Place] | None:
+    try:
+        key, start, shape, dtype, digest = json.loads(line)
+        return key, _Place(segment, int(start), tuple(shape), getattr(torch, dtype), digest)
+    except (ValueError, TypeError, AttributeError):
+        return None  # a broken line vouches for nothing
+
+
+def _load(place: _Place) -> Tensor | None:
+    count = int(np.prod(place.shape, dtype=np.int64)) * place.dtype.itemsize
+    try:
+        data: Any = np.memmap(place.file, np.uint8, "c", place.start, (count,))
+    except (OSError, ValueError):  # gone, or shorter than the index says
+        return None
+    if _digest(data) != place.digest:
+        return None
+    return torch.from_numpy(data).view(place.dtype).reshape(place.shape)
+
+
+def _digest(data: Any) -> str:
+    return hashlib.blake2b(data, digest_size=8).hexdigest()

@@ -1,0 +1,67 @@
+"""What a trainer does with a `FrozenPrefix`."""
+
+from __future__ import annotations
+
+import logging
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+from accelerate.utils import DistributedType
+from transformers import Trainer
+
+from .below import PrefixBelow
+from .frozen import FrozenPrefix
+from .reference import ReferenceMemo
+
+logger = logging.getLogger(__name__)
+
+
+class PayOnce:
+    """The memo of one trainer, looked at again at the start of every training and evaluation.
+
+    Args:
+        asked: The trainer's `frozen_prefix=`.
+
+    Raises:
+        TypeError: neither a bool, nor None, nor a `FrozenPrefix`.
+    """
+
+    def __init__(self, asked: FrozenPrefix | bool | None) -> None:
+        if not isinstance(asked, FrozenPrefix | bool | None):
+            raise TypeError(f"frozen_prefix={asked!r}: give True, False, or a FrozenPrefix.")
+        self._level = logging.INFO if asked is None else logging.WARNING
+        self._prefix = asked if isinstance(asked, FrozenPrefix) else (None if asked is False else FrozenPrefix())
+        self._below: PrefixBelow | None = None
+        self.reference: ReferenceMemo | None = None
+
+    def start(self, trainer: Any, training: bool) -> None:
+        """Find what is constant in the trainer's model from now on."""
+        self._below = self.reference = None
+        if self._prefix is None:
+            return
+        why = _impossible(trainer)
+        if why:
+            logger.log(self._level, "The frozen prefix is off: %s.", why)
+            return
+        self._below = self._prefix.below(trainer.model, training, self._level)
+        own = getattr(trainer, "ref_model", None)
+        if trainer.loss is not None and trainer.loss.reference:
+            self.reference = self._prefix.reference(trainer.model if own is None else own, trained=own is None)
+
+    def below(self) -> AbstractContextManager[None]:
+        """The memo answers for the lower blocks inside."""
+        return nullcontext() if self._below is None else self._below.on()
+
+
+def _impossible(trainer: Trainer) -> str | None:
+    """Why the way this trainer runs its model rules a memo out."""
+    args, accelerator = trainer.args, trainer.accelerator
+    if args.torch_compile:
+        return "a compiled graph runs all layers"
+    if args.n_gpu > 1:
+        return "nn.DataParallel copies the model at every step; use accelerate launch"
+    kind = accelerator.distributed_type
+    stage = getattr(accelerator.state.deepspeed_plugin, "zero_stage", 0) if kind == DistributedType.DEEPSPEED else 0
+    if kind == DistributedType.FSDP or stage == 3:
+        return "sharded weights: all processes must run the same layers"
+    return None

@@ -66,7 +66,9 @@ def neutral_logps(
     for row in tokenise(neutral_rows() if rows is None else rows, tokenizer).to_list():
         labels = torch.tensor([row["labels"]], device=model.device)
         kept = labels[0, 1:] != -100
-        logits = model(input_ids=torch.tensor([row["input_ids"]], device=model.device), labels=labels).logits[0, :-1]
+        logits = model(
+            input_ids=torch.tensor([row["input_ids"]], device=model.device), labels=labels, use_cache=False
+        ).logits[0, :-1]
         found.append((F.log_softmax(logits[kept].float(), dim=-1).cpu(), labels[0, 1:][kept].cpu()))
     return found
 

@@ -16,6 +16,7 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from steertune.recipes.arm import Arm
+from steertune.trainers import FrozenPrefix
 
 
 def set_threads(threads: int | None) -> None:
@@ -26,7 +27,15 @@ def set_threads(threads: int | None) -> None:
         torch.set_num_threads(threads)
 
 
-def make_trainer(arm: Arm, model: Any, tokenizer: Any, train: Dataset, folder: Path, **settings: Any) -> Any:
+def make_trainer(
+    arm: Arm,
+    model: Any,
+    tokenizer: Any,
+    train: Dataset,
+    folder: Path,
+    frozen_prefix: FrozenPrefix | bool | None = None,
+    **settings: Any,
+) -> Any:
     """The arm's trainer: `SteeringDPOTrainer` for pairs, `SteeringSFTTrainer` for demonstrations.
 
     Args:
@@ -35,6 +44,7 @@ def make_trainer(arm: Arm, model: Any, tokenizer: Any, train: Dataset, folder: P
         tokenizer: Its tokenizer.
         train: Training examples.
         folder: For checkpoints and `metrics.jsonl`.
+        frozen_prefix: The trainer's.
         settings: Training arguments that go before the arm's own.
     """
     from trl import DPOConfig, SFTConfig
@@ -64,6 +74,7 @@ def make_trainer(arm: Arm, model: Any, tokenizer: Any, train: Dataset, folder: P
         processing_class=tokenizer,
         peft_config=config,
         loss=loss,
+        frozen_prefix=frozen_prefix,
         **unchanged,
     )
     trainer.add_callback(_MetricsFile(folder / "metrics.jsonl"))

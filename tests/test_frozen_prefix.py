@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import logging
-
 import pytest
 import torch
-from conftest import steered, tiny, tokens
-from peft import LoraConfig, get_peft_model
-from tiny_data import demonstrations, history, pairs, trained, trainer, values
+from conftest import tiny
+from tiny_data import demonstrations, history, pairs, trained, values
 
-from steertune.adapters import SteeringVectorConfig
 from steertune.trainers import FrozenPrefix
-from steertune.trainers.prefix.cut import NoPrefix, frozen_blocks
 
 
 def blocks_run(model: torch.nn.Module) -> list[list[torch.Tensor]]:

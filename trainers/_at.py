@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from peft import PeftModel
 from peft.helpers import rescale_adapter_scale
 from peft.tuners.lora import LoraLayer
-from torch import Tensor, nn
+from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..adapters import SteeringVectorLayer, prompt_length, set_strength, steering_layers
@@ -161,8 +161,8 @@ def token_logps(model: nn.Module, unwrapped: nn.Module, batch: Batch) -> Outputs
     with prompt_of(unwrapped, batch):
         logits = model(**batch.inputs, **kwargs).logits
     logits = (logits if keeps else logits[:, columns]).float()
-    logps = -F.cross_entropy(logits.transpose(1, 2), labels, ignore_index=-100, reduction="none")
-    return Outputs(logps, labels != -100)
+    losses = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="none")
+    return Outputs(-losses.view(labels.shape), labels != -100)
 
 
 def prompt_of(model: nn.Module, batch: Batch) -> AbstractContextManager[None]:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-import torch
 from datasets import Dataset
 from torch import Tensor
 
@@ -17,10 +16,10 @@ from steertune.recipes.ablation.scorers import Scorer, fit
 from steertune.recipes.ablation.splits import Splits, load_splits
 from steertune.recipes.arm import ModelTable
 from steertune.recipes.data import load_model, load_split
-from steertune.recipes.measures import batches, generate, neutral_logps, neutral_rows, pair_margins
-from steertune.trainers import ModelAt
+from steertune.recipes.measures import generate, neutral_logps, neutral_rows, pair_margins
+from steertune.trainers import FrozenPrefix
 
-_ROWS = 4  # pairs per forward pass
+_MEMO_GB = 2.0  # RAM for what is constant in all cells; the rest goes to temporary files
 
 
 @dataclass(frozen=True)
@@ -44,7 +43,7 @@ class Bench:
         self._splits: dict[str, Splits] = {}
         self._bases: dict[str, BaseMeasures] = {}
         self._scorers: dict[str, Scorer] = {}
-        self._reference: dict[str, tuple[float, float]] = {}
+        self.prefix = FrozenPrefix(_MEMO_GB)
 
     @cached_property
     def _loaded(self) -> tuple[Any, Any]:
@@ -107,20 +106,9 @@ class Bench:
         kept = ("accuracy", "margin", "margins", "behaviour", "repetition")
         return {f"base_{name}": found[name] for name in kept if name in found}
 
-    @torch.no_grad()
-    def training_rows(self, task: TaskTable, examples: int, seed: int, pairing: str) -> Dataset:
-        """The training set, with the base's log-probabilities of its answers, which every arm needs and none
-        changes."""
-        rows = self.splits(task).train(examples, seed, pairing)
-        names = [hashlib.sha256(json.dumps(row, sort_keys=True).encode()).hexdigest() for row in rows.to_list()]
-        missing = [i for i, name in enumerate(names) if name not in self._reference]
-        start = 0
-        for batch in batches(self.tokenizer, rows.select(missing), _ROWS) if missing else []:
-            outputs = ModelAt(self.model, self.model, batch.to(self.model.device))(1.0)
-            for pair in zip(outputs.chosen.logps.tolist(), outputs.rejected.logps.tolist(), strict=True):
-                self._reference[names[missing[start]]] = pair
-                start += 1
-        for side, column in enumerate(("ref_chosen_logps", "ref_rejected_logps")):
-            values = [self._reference[name][side] for name in names]
-            rows = rows.add_column(column, values)  # pyright: ignore[reportCallIssue]
-        return rows
+    @contextmanager
+    def remembering(self, model: Any) -> Iterator[None]:
+        """Forward passes inside take from the memo what lies below the trained layers of `model`."""
+        below = self.prefix.below(model)
+        with nullcontext() if below is None else below.on():
+            yield

@@ -69,7 +69,8 @@ def run_cell(cell: Cell, bench: Bench, folder: Path) -> dict[str, Any]:
         setting = Setting(**tuning["best"])
         try:
             model, cost = train(cell, bench, setting, cell.seed, home)
-            found |= cost | measure(cell, bench, model, setting.strength)
+            with bench.remembering(model):
+                found |= cost | measure(cell, bench, model, setting.strength)
         except NonFiniteError as error:
             found |= {"status": "diverged", "error": str(error)}
     found |= {"seconds": time.monotonic() - started, "peak_memory_gb": peak_memory_gb()}
@@ -139,7 +140,8 @@ def _trial(
     finally:
         shutil.rmtree(home / f"{cell.arm.name}.trial", ignore_errors=True)
     strengths = list(strengths) if scalable(model) else [1.0]
-    margins = pair_margins(model, bench.tokenizer, bench.splits(cell.task).validation, strengths, show=False)
+    with bench.remembering(model):
+        margins = pair_margins(model, bench.tokenizer, bench.splits(cell.task).validation, strengths, show=False)
     found = []
     for strength in strengths:
         values = margins[strength]
@@ -156,16 +158,16 @@ def train(cell: Cell, bench: Bench, setting: Setting, seed: int, home: Path) -> 
         NonFiniteError: the training diverged.
     """
     arm = cell.arm.arm
-    rows = bench.training_rows(cell.task, cell.examples, seed, arm.data.pairing)
+    rows = bench.splits(cell.task).train(cell.examples, seed, arm.data.pairing)
     arm = arm.model_copy(update={"data": arm.data.model_copy(update={"seed": seed, "train": cell.examples})})
     set_seed(seed)
     settings = {
         **setting.trainer(arm.trainer),
         "save_strategy": "no",
-        "precompute_ref_log_probs": False,  # the rows bring them
+        "precompute_ref_log_probs": False,  # the memo has them
         "disable_tqdm": True,
     }
-    trainer = make_trainer(arm, copy.deepcopy(bench.model), bench.tokenizer, rows, home, **settings)
+    trainer = make_trainer(arm, copy.deepcopy(bench.model), bench.tokenizer, rows, home, bench.prefix, **settings)
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)
     seconds = fit(trainer, home)

@@ -128,8 +128,8 @@ class PrefixBelow:
         difference = float((plain - ours)[real].abs().max() / plain[real].abs().max())
         if not difference <= torch.finfo(dtype).eps ** 0.5:
             raise NoPrefix(
-                f"with it the last hidden states of {type(self._skipped.decoder).__name__} differ by {difference:.1e}, "
-                "so its upper layers read more of the lower ones than their output"
+                f"with it the last hidden states of {type(self._skipped.decoder).__name__} differ by "
+                f"{difference:.1e}, so its upper layers read more of the lower ones than their output"
             )
         self._proven.add(namespace)
 

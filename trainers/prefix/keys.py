@@ -53,15 +53,18 @@ def rows_of(inputs: Mapping[str, Any]) -> list[dict[str, Tensor]]:
     for name, value in inputs.items():
         if name in _PER_ROW and isinstance(value, Tensor) and value.shape in (shape, (1, shape[1])):
             kept[name] = value.expand(shape)
-        elif value is not None and not isinstance(value, bool | int | float | str):
-            # a count of the whole batch, which says nothing about a row
-            if not (isinstance(value, Tensor) and value.ndim == 0):
-                raise Unknown(f"the input {name!r} says more than the tokens of a row do")
+        elif not (value is None or isinstance(value, bool | int | float | str) or _is_number(value)):
+            raise Unknown(f"the input {name!r} says more than the tokens of a row do")
     if "attention_mask" not in kept:
         kept["attention_mask"] = torch.ones_like(ids)
     columns = torch.arange(1, shape[1] + 1, device=ids.device)
     lengths = (kept["attention_mask"].bool() * columns).amax(dim=1).tolist()
     return [{name: value[i : i + 1, : n or None] for name, value in kept.items()} for i, n in enumerate(lengths)]
+
+
+def _is_number(value: Any) -> bool:
+    """A count over the whole batch, say, which no row's state depends on."""
+    return isinstance(value, Tensor) and value.ndim == 0
 
 
 def row_key(namespace: str, row: Mapping[str, Tensor]) -> str:

@@ -64,7 +64,9 @@ class SkippedBlocks:
             return
         self._on = True
         try:
-            with _forwards({self.decoder: self._decoder(states)} | {block: self._block(block) for block in self.blocks}):
+            with _forwards(
+                {self.decoder: self._decoder(states)} | {block: self._block(block) for block in self.blocks}
+            ):
                 yield
         finally:
             self._on = False

@@ -88,10 +88,12 @@ class DesignTable(BaseModel, extra="forbid"):
     kind: Literal["full", "fractional", "one_at_a_time", "add_one_in", "arms"]
     reduction: int = 2
     start: Combination = {}
-    """Level of every factor where one-at-a-time and add-one-in start, and what Shapley shares count from."""
+    """Level of every factor where add-one-in starts, and what Shapley shares count from."""
     end: Combination = {}
+    around: Combination = {}
+    """Where one-at-a-time starts, if not at `start`."""
     mixtures: bool = False
-    """Add every mixture of start and end to a fractional design, for exact Shapley shares."""
+    """Add every mixture of start and end to a fractional or one-at-a-time design, for exact Shapley shares."""
 
 
 class TaskTable(BaseModel, extra="forbid"):
@@ -246,10 +248,11 @@ def _combinations(tables: GridTables) -> tuple[list[Combination], list[str]]:
         return [], []
     if not factors or any(len(levels) < 2 for levels in factors.values()):
         raise ArmError(f"design.kind={design.kind!r} needs [factors], each with two levels or more: {factors}.")
-    for what, point in (("start", design.start), ("end", design.end)):
-        needed = design.kind == "add_one_in" or (design.kind == "one_at_a_time" and what == "start")
-        if needed or point:
-            _check_point(f"design.{what}", point, factors)
+    around = design.around or design.start
+    needed = {"add_one_in": ("start", "end"), "one_at_a_time": ("around",)}.get(design.kind, ())
+    for what, point in (("start", design.start), ("end", design.end), ("around", around)):
+        if point or what in needed or (design.mixtures and what != "around"):
+            _check_point(f"design.{what if what != 'around' or design.around else 'start'}", point, factors)
     for factor in factors:
         if factor in _COLUMNS or factor.startswith(("base_", "matched_", "setting_")):
             raise ArmError(f"A factor cannot be called {factor!r}, like a column of the results.")
@@ -263,20 +266,19 @@ def _combinations(tables: GridTables) -> tuple[list[Combination], list[str]]:
             chosen = designs.fractional(factors, design.reduction)
         except ValueError as error:
             raise ArmError(str(error)) from error
-        what = f"generalised subset design, 1 in {design.reduction}: {len(chosen)} of {len(everything)} combinations"
-        if design.mixtures:
-            _check_point("design.start", design.start, factors)
-            _check_point("design.end", design.end, factors)
-            added = [c for c in designs.mixtures(factors, design.start, design.end) if c not in chosen]
-            chosen, what = chosen + added, f"{what}, and {len(added)} more mixtures of start and end"
-        aliased = designs.aliases(chosen, factors)
-        return chosen, [f"Fractional factorial ({what}).", *(aliased or ["No main effect is aliased with a pair."])]
-    if design.kind == "one_at_a_time":
-        chosen = designs.one_at_a_time(factors, design.start)
+    elif design.kind == "one_at_a_time":
+        chosen = designs.one_at_a_time(factors, around)
     else:
         chosen = designs.add_one_in(factors, design.start, design.end)
-    note = f"{design.kind}: {len(chosen)} of {len(everything)} combinations; interactions are not estimated."
-    return chosen, [note]
+    count = f"{len(chosen)} of {len(everything)} combinations"
+    if design.mixtures:
+        added = [c for c in designs.mixtures(factors, design.start, design.end) if c not in chosen]
+        chosen, count = chosen + added, f"{count}, and {len(added)} more mixtures of start and end"
+    if design.kind != "fractional":
+        return chosen, [f"{design.kind}: {count}; interactions are not estimated."]
+    aliased = designs.aliases(chosen, factors) or ["No main effect is aliased with a pair."]
+    what = f"generalised subset design, 1 in {design.reduction}: {count}"
+    return chosen, [f"Fractional factorial ({what}).", *aliased]
 
 
 def _check_point(what: str, point: Combination, factors: dict[str, list[str]]) -> None:

@@ -28,6 +28,7 @@ class PromptBoundary:
         self._prompt_end: Tensor | None = None
         self._last_prompt: Tensor | None = None
         self._past = 0
+        self._part: tuple[Tensor, Tensor] | None = None
         self._handle: RemovableHandle | None = None
 
     def watch(self, model: nn.Module) -> None:
@@ -88,13 +89,31 @@ class PromptBoundary:
                 f"positions={positions!r}: this forward pass does not say where the prompt ends. Pass labels (-100 on "
                 "the prompt), use generate, or wrap it in `with steertune.adapters.prompt_length(model, n):`."
             )
+        end, last = self._prompt_end.to(hidden.device), self._last_prompt.to(hidden.device)
         column = torch.arange(hidden.shape[1], device=hidden.device) + self._past
+        if self._part is not None:
+            rows, column = self._part
+            end, last = end[rows], last[rows]
         if positions == "last_prompt":
-            chosen = column == self._last_prompt[:, None].to(hidden.device)
+            chosen = column == last[:, None]
         else:
-            before = column < self._prompt_end[:, None].to(hidden.device)
+            before = column < end[:, None]
             chosen = before if positions == "prompt" else ~before
         return chosen[..., None]
+
+    @contextmanager
+    def part(self, rows: Tensor, columns: Tensor) -> Iterator[None]:
+        """Inside, the blocks see a part of the batch only.
+
+        Args:
+            rows: Row of the batch of each row they see, `(rows,)`.
+            columns: Column of the batch of each token they see, `(rows, tokens)`.
+        """
+        before, self._part = self._part, (rows, columns)
+        try:
+            yield
+        finally:
+            self._part = before
 
 
 @contextmanager

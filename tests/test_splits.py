@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
 import random
 from collections.abc import Sequence
@@ -338,3 +339,42 @@ def test_an_untrained_arm_tries_as_many_strengths(trials, strengths, expected):
     budget = BudgetTable(trials=trials, strengths=strengths)
     assert untrained_strengths(budget) == pytest.approx(expected)
     assert len(untrained_strengths(budget)) == len(draw(budget, 0)) * len(strengths)
+
+
+# -- pairs made of other columns --------------------------------------------------------------------------------------
+
+FILLED = {"prompt": "Say it: {toxic}", "chosen": "{neutral}", "rejected": "{toxic}"}
+
+
+def paraphrases(folder: Path) -> Path:
+    for split, start in (("train", 0), ("test", 20)):
+        rows = [
+            {"toxic": f"{WORDS[i]} rude", "neutral": [f"{WORDS[i]} mild", "other"]} for i in range(start, start + 20)
+        ]
+        (folder / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    return folder
+
+
+WORDS = [f"{a}{b}" for a in "abcdefg" for b in "uvwxyz"]
+
+
+def test_columns_become_conversational_pairs(tmp_path):
+    sizes = SplitTable(validation=4, test=4, scorer=4)
+    splits = load_splits(str(paraphrases(tmp_path)), sizes, 8, columns=FILLED)
+    row = splits.test[0]
+    word = row["rejected"][0]["content"].split()[0]
+    assert row["prompt"] == [{"role": "user", "content": f"Say it: {word} rude"}]
+    assert row["chosen"] == [{"role": "assistant", "content": f"{word} mild"}]
+    assert row["rejected"] == [{"role": "assistant", "content": f"{word} rude"}]
+    assert set(splits.pool.column_names) == {"prompt", "chosen", "rejected"}
+
+
+@pytest.mark.parametrize("text", ["{toxc}", "{toxic", "{0}"])
+def test_columns_that_cannot_be_filled_are_named(text, tmp_path):
+    with pytest.raises(ArmError, match=r"cannot be filled in.*Its rows have \['toxic', 'neutral'\]"):
+        load_splits(
+            str(paraphrases(tmp_path)),
+            SplitTable(validation=4, test=4, scorer=4),
+            8,
+            columns={**FILLED, "chosen": text},
+        )

@@ -174,7 +174,7 @@ class SteeringMixin(Trainer):
     ) -> Any:
         """The parent's loss, or ours: its values summed, over the number of pairs, rows or tokens of the step."""
         if self.loss is None:
-            with self._boundary(inputs), self._once.below():
+            with self._boundary(inputs), self._once.shortcut():
                 return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         batch = self._read(inputs)
         unwrapped = self.accelerator.unwrap_model(model)
@@ -182,7 +182,7 @@ class SteeringMixin(Trainer):
             with scaled(unwrapped, -1.0):  # refuse at the first step what only some of its draws would meet
                 pass
         at = ModelAt(model, unwrapped, batch, getattr(self, "ref_model", None), self._once.reference)
-        with self._once.below():
+        with self._once.shortcut():
             values = self.loss(at, self._generator())
         if num_items_in_batch is None:
             total = values.sum() / batch.count(self.loss.unit)
@@ -190,7 +190,7 @@ class SteeringMixin(Trainer):
             total = values.sum() / num_items_in_batch * self.accelerator.num_processes
         self._note(at, batch)
         if return_outputs:
-            with torch.no_grad(), prompt_of(unwrapped, batch), self._once.below():
+            with torch.no_grad(), prompt_of(unwrapped, batch), self._once.shortcut():
                 return total, model(**batch.inputs)
         return total
 
@@ -200,7 +200,7 @@ class SteeringMixin(Trainer):
         """As the parent's; with our loss the batch need not have `labels`."""
         wants_outputs = self.compute_metrics is not None and not prediction_loss_only
         if self.loss is None or (wants_outputs and (self.takes_pairs or "labels" in inputs)):
-            with self._boundary(inputs), self._once.below():
+            with self._boundary(inputs), self._once.shortcut():
                 return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():

@@ -43,7 +43,7 @@ class Bench:
         self._splits: dict[str, Splits] = {}
         self._bases: dict[str, BaseMeasures] = {}
         self._scorers: dict[str, Scorer] = {}
-        self.prefix = FrozenPrefix(_MEMO_GB)
+        self.prefix = FrozenPrefix(_MEMO_GB, warn=False)
 
     @cached_property
     def _loaded(self) -> tuple[Any, Any]:
@@ -74,7 +74,9 @@ class Bench:
         """The task's rows, checked."""
         if task.label not in self._splits:
             tables = self.grid.tables
-            self._splits[task.label] = load_splits(task.name, tables.splits, max(tables.examples), task.reverse)
+            self._splits[task.label] = load_splits(
+                task.name, tables.splits, max(tables.examples), task.reverse, task.columns
+            )
         return self._splits[task.label]
 
     def scorer(self, task: TaskTable) -> Scorer:
@@ -108,7 +110,7 @@ class Bench:
 
     @contextmanager
     def remembering(self, model: Any) -> Iterator[None]:
-        """Forward passes inside take from the memo what lies below the trained layers of `model`."""
-        below = self.prefix.below(model)
-        with nullcontext() if below is None else below.on():
+        """Forward passes inside leave out what the memo knows of `model`."""
+        shortcut = self.prefix.shortcut(model)
+        with nullcontext() if shortcut is None else shortcut.on():
             yield

@@ -102,6 +102,8 @@ class TaskTable(BaseModel, extra="forbid"):
     name: str
     label: str = ""
     reverse: bool = False
+    columns: dict[Literal["prompt", "chosen", "rejected"], str] = {}
+    """Pairs made of other columns: what each side says, with `{column}` for a row's text (the first, of a list)."""
     scorer: dict[str, Any] = {"kind": "classifier"}
 
 

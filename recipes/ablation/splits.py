@@ -7,10 +7,10 @@ pair by pair. Validation, scorer and test rows are the same for every seed.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
-from typing import Any
+from typing import Any, Literal
 
 from datasets import Dataset
 from pydantic import BaseModel, Field
@@ -54,7 +54,13 @@ class Splits:
         return shuffled_pairs(rows) if pairing == "shuffled" else rows
 
 
-def load_splits(name: str, sizes: SplitTable, largest: int, reverse: bool = False) -> Splits:
+def load_splits(
+    name: str,
+    sizes: SplitTable,
+    largest: int,
+    reverse: bool = False,
+    columns: Mapping[Literal["prompt", "chosen", "rejected"], str] | None = None,
+) -> Splits:
     """Split a task. Where it has no file of its own for validation, the first rows of its training file are used;
     scorer rows are the next ones.
 
@@ -63,12 +69,17 @@ def load_splits(name: str, sizes: SplitTable, largest: int, reverse: bool = Fals
         sizes: How many rows for what.
         largest: The largest training set that will be asked for.
         reverse: Swap chosen and rejected answers.
+        columns: What prompt, chosen and rejected say, with `{column}` for a row's text; None: the rows are pairs.
 
     Raises:
-        ArmError: too few rows, no pairs, or a test or validation row that stands (nearly) in another split.
+        ArmError: too few rows, no pairs, an unknown column,
+            or a test or validation row that stands (nearly) in another split.
     """
     train, test = load_split(name, "train"), load_split(name, "test")
     own = find_split(name, "validation")
+    if columns:
+        train, test, own = (None if rows is None else _as_pairs(name, rows, columns) for rows in (train, test, own))
+        assert train is not None and test is not None
     for rows, split in ((train, "train"), (test, "test"), (own, "validation")):
         if rows is not None and not {"chosen", "rejected"} <= set(rows.column_names):
             raise ArmError(f"{name!r}: a grid compares preferences, its {split} rows have {rows.column_names}.")
@@ -108,6 +119,22 @@ def near_duplicates(first: Sequence[str], second: Sequence[str], threshold: floa
 def text_of(row: dict[str, Any]) -> str:
     """Prompt and chosen answer of a pair, as plain text."""
     return " ".join(json.dumps(row[k], sort_keys=True) for k in ("prompt", "chosen") if k in row)
+
+
+def _as_pairs(name: str, rows: Dataset, columns: Mapping[Literal["prompt", "chosen", "rejected"], str]) -> Dataset:
+    """Conversational pairs whose sides are filled in from the rows' own columns."""
+
+    def fill(row: dict[str, Any]) -> dict[str, Any]:
+        texts = {k: v[0] if isinstance(v, list) and v else v for k, v in row.items()}
+        roles = {"prompt": "user", "chosen": "assistant", "rejected": "assistant"}
+        return {k: [{"role": roles[k], "content": text.format_map(texts)}] for k, text in columns.items()}
+
+    try:
+        return rows.map(fill, remove_columns=rows.column_names)
+    except (KeyError, ValueError, IndexError) as error:
+        raise ArmError(
+            f"{name!r}: columns {dict(columns)} cannot be filled in ({error!r}). Its rows have {rows.column_names}."
+        ) from error
 
 
 def _apart(

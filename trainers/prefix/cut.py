@@ -72,13 +72,19 @@ def check_frozen(modules: Iterable[tuple[str, nn.Module]], training: bool) -> No
     for name, module in modules:
         if isinstance(module, _ADAPTERS):
             raise NoPrefix(f"{name} below the trained layers has an adapter")
-        if training:
-            for key, value in (*vars(module).items(), ("p", getattr(module, "p", 0.0))):
-                rate = "drop" in key or (key == "p" and "drop" in type(module).__name__.lower())
-                if rate and isinstance(value, float) and value > 0:
-                    raise NoPrefix(f"{name}.{key}={value} below the trained layers: dropout makes its output random")
+        if training and (rate := dropout(module)):
+            raise NoPrefix(f"{name}.{rate} below the trained layers makes its output random")
         for key, parameter in module.named_parameters(recurse=False):
             if training and parameter.requires_grad:
                 raise NoPrefix(f"{name}.{key} below the trained layers is trained")
             if parameter.is_meta or hasattr(parameter, "ds_id") or hasattr(parameter, "device_mesh"):
                 raise NoPrefix(f"{name}.{key} is sharded or offloaded: all processes must run the same layers")
+
+
+def dropout(module: nn.Module) -> str | None:
+    """The module's own dropout rate above 0, as `name=value`, if it has one (layer drop too)."""
+    own = vars(module)
+    rates = {key: value for key, value in own.items() if "drop" in key}
+    if "drop" in type(module).__name__.lower():
+        rates["p"] = own.get("p")
+    return next((f"{key}={value}" for key, value in rates.items() if isinstance(value, float) and value > 0), None)

@@ -7,10 +7,10 @@ from pathlib import Path
 
 from torch import nn
 
-from .below import PrefixBelow
 from .cut import NoPrefix
 from .memo import Memo
 from .reference import ReferenceMemo
+from .shortcut import Shortcut
 
 logger = logging.getLogger(__name__)
 
@@ -27,13 +27,15 @@ class FrozenPrefix:
         ram_gb: RAM budget in GB (10⁹ bytes), never exceeded. A token takes `hidden size · bytes of a number`.
         folder: Keep the memo here, for later runs and for other processes. None: what exceeds the budget goes to
             memory-mapped temporary files.
+        warn: Warn where something cannot be left out; else an INFO message says so.
 
     Raises:
         ValueError: a negative or not finite budget.
     """
 
-    def __init__(self, ram_gb: float = 2.0, folder: str | Path | None = None) -> None:
+    def __init__(self, ram_gb: float = 2.0, folder: str | Path | None = None, warn: bool = True) -> None:
         self.memo = Memo(ram_gb, folder)
+        self.level = logging.WARNING if warn else logging.INFO
         self._proven: set[str] = set()
 
     @property
@@ -41,21 +43,20 @@ class FrozenPrefix:
         """Whether there is room for anything."""
         return self.memo.limit > 0 or self.memo.kept_for_later
 
-    def below(self, model: nn.Module, training: bool = False, level: int = logging.INFO) -> PrefixBelow | None:
-        """The blocks below everything that is trained or adapted in `model` as it stands; None where there are none.
+    def shortcut(self, model: nn.Module, training: bool = False) -> Shortcut | None:
+        """What a forward pass of `model`, as it stands, can leave out; None if nothing.
 
         Args:
             model: A transformers model, with or without PEFT.
             training: Whether its trainable parameters will be changed; False for evaluation.
-            level: Level of the message that says why it is None.
         """
         try:
             if not self.usable:
                 raise NoPrefix("its budget is 0 GB")
             self.memo.refresh()
-            return PrefixBelow(self.memo, model, training, self._proven, level)
+            return Shortcut(self.memo, model, training, self._proven, self.level)
         except NoPrefix as error:
-            logger.log(level, "The frozen prefix is off: %s.", error)
+            logger.log(self.level, "The frozen prefix is off: %s.", error)
             return None
 
     def reference(self, model: nn.Module, trained: bool = True) -> ReferenceMemo | None:

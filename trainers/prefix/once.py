@@ -9,9 +9,9 @@ from typing import Any
 from accelerate.utils import DistributedType
 from transformers import Trainer
 
-from .below import PrefixBelow
 from .frozen import FrozenPrefix
 from .reference import ReferenceMemo
+from .shortcut import Shortcut
 
 logger = logging.getLogger(__name__)
 
@@ -29,28 +29,28 @@ class PayOnce:
     def __init__(self, asked: FrozenPrefix | bool | None) -> None:
         if not isinstance(asked, FrozenPrefix | bool | None):
             raise TypeError(f"frozen_prefix={asked!r}: give True, False, or a FrozenPrefix.")
-        self._level = logging.INFO if asked is None else logging.WARNING
-        self._prefix = asked if isinstance(asked, FrozenPrefix) else (None if asked is False else FrozenPrefix())
-        self._below: PrefixBelow | None = None
+        own = None if asked is False else FrozenPrefix(warn=asked is True)
+        self._prefix = asked if isinstance(asked, FrozenPrefix) else own
+        self._shortcut: Shortcut | None = None
         self.reference: ReferenceMemo | None = None
 
     def start(self, trainer: Any, training: bool) -> None:
         """Find what is constant in the trainer's model from now on."""
-        self._below = self.reference = None
+        self._shortcut = self.reference = None
         if self._prefix is None:
             return
         why = _impossible(trainer)
         if why:
-            logger.log(self._level, "The frozen prefix is off: %s.", why)
+            logger.log(self._prefix.level, "The frozen prefix is off: %s.", why)
             return
-        self._below = self._prefix.below(trainer.model, training, self._level)
+        self._shortcut = self._prefix.shortcut(trainer.model, training)
         own = getattr(trainer, "ref_model", None)
         if trainer.loss is not None and trainer.loss.reference:
             self.reference = self._prefix.reference(trainer.model if own is None else own, trained=own is None)
 
-    def below(self) -> AbstractContextManager[None]:
-        """The memo answers for the lower blocks inside."""
-        return nullcontext() if self._below is None else self._below.on()
+    def shortcut(self) -> AbstractContextManager[None]:
+        """Forward passes inside leave out what they can."""
+        return nullcontext() if self._shortcut is None else self._shortcut.on()
 
 
 def _impossible(trainer: Trainer) -> str | None:

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from ...adapters.blocks import find_blocks
 from .cut import NoPrefix, base_of
 
-States = Callable[[dict[str, Any]], Tensor | None]
-"""From the arguments of a decoder's forward to the output of its last skipped block, or None to run them all."""
+Replacement = Callable[[dict[str, Any]], Any | None]
+"""From the arguments of a decoder's forward to its output, or None: the decoder runs as it would."""
 
 
 class _Reached(Exception):
@@ -26,100 +26,103 @@ class _Reached(Exception):
         self.hidden = hidden
 
 
-class SkippedBlocks:
-    """The first `count` decoder blocks of a model, skippable.
+class Decoder:
+    """The stack of decoder blocks of a model, of which the first `count` can be skipped.
 
-    While `on(states)`, every forward of the decoder first asks `states` for the output of block `count - 1`. Given
-    one, the skipped blocks compute nothing: each hands on what it got, and the last one hands on that state, so its
+    While `on(replacement)`, every forward of the stack first asks the replacement, which may `run` it from a state:
+    the skipped blocks then compute nothing. Each hands on what it got, and the last one hands on that state, so its
     forward hooks (a steering vector) still work on it.
 
     Args:
         model: A transformers model, with or without PEFT.
-        count: How many blocks to skip.
+        count: How many blocks can be skipped.
 
     Raises:
-        NoPrefix: the blocks do not belong to one decoder that takes `input_ids`.
+        NoPrefix: the blocks do not belong to one module that takes `input_ids`.
     """
 
     def __init__(self, model: nn.Module, count: int) -> None:
         base = base_of(model)
-        blocks = find_blocks(base)
-        self.blocks = [block for _, block in blocks[:count]]
+        try:
+            blocks = find_blocks(base)
+        except ValueError as error:
+            raise NoPrefix(str(error)) from error
+        self.depth, self.count = len(blocks), count
+        self._skipped = [block for _, block in blocks[:count]]
         list_name = blocks[0][0].rpartition(".")[0]
-        self.decoder = base.get_submodule(list_name.rpartition(".")[0])
-        self._signature = inspect.signature(type(self.decoder).forward)
-        if "input_ids" not in self._signature.parameters:
-            raise NoPrefix(f"{type(self.decoder).__name__} does not take input_ids")
+        self.module = base.get_submodule(list_name.rpartition(".")[0])
+        self._signature = inspect.signature(type(self.module).forward)
+        if not self.takes("input_ids"):
+            raise NoPrefix(f"{type(self.module).__name__} does not take input_ids")
         self._tuples: dict[nn.Module, int] = {}  # blocks that return tuples, and how long these are
         self._state: Tensor | None = None
-        self._plain: Callable[..., Any] = self.decoder.forward
-        self._stop = False
-        self._on = False
+        self._plain: Callable[..., Any] = self.module.forward
+        self._stop = self._on = False
+
+    def takes(self, *names: str) -> bool:
+        """Whether the stack's forward has arguments of these names."""
+        return all(name in self._signature.parameters for name in names)
 
     @contextmanager
-    def on(self, states: States) -> Iterator[None]:
-        """Skip inside, wherever `states` gives a state."""
+    def on(self, replacement: Replacement) -> Iterator[None]:
+        """Ask `replacement` inside, at every forward."""
         if self._on:  # an evaluation step inside an evaluation step
             yield
             return
         self._on = True
+        new = {self.module: self._stack(replacement)} | {block: self._block(block) for block in self._skipped}
         try:
-            with _forwards(
-                {self.decoder: self._decoder(states)} | {block: self._block(block) for block in self.blocks}
-            ):
+            with _forwards(new):
                 yield
         finally:
             self._on = False
 
     @torch.no_grad()
-    def run(self, call: Mapping[str, Any]) -> Tensor:
-        """The output of the last skipped block, computed. Only inside `on`.
+    def state(self, call: Mapping[str, Any]) -> Tensor:
+        """The output of the last block that can be skipped. Only inside `on`.
 
         Args:
-            call: Arguments of the decoder.
+            call: Arguments of the stack.
         """
-        state, self._state, self._stop = self._state, None, True
+        before, self._state, self._stop = self._state, None, True
         try:
             self._plain(**call)
         except _Reached as reached:
             return reached.hidden.detach()
         finally:
-            self._state, self._stop = state, False
-        raise NoPrefix(f"{type(self.decoder).__name__} never ran block {len(self.blocks) - 1}")
+            self._state, self._stop = before, False
+        raise NoPrefix(f"{type(self.module).__name__} never ran block {self.count - 1}")
 
-    def run_all(self, call: Mapping[str, Any], state: Tensor | None) -> Tensor:
-        """The decoder's last hidden states, from a state at the cut or (None) from the tokens. Only inside `on`."""
+    def run(self, call: Mapping[str, Any], state: Tensor | None) -> Any:
+        """The stack's output, from a state after the blocks that can be skipped or (None) from the tokens. Only inside
+        `on`."""
         before, self._state = self._state, state
         try:
-            return self._plain(**call)[0]
+            return self._plain(**call)
         finally:
             self._state = before
 
-    def arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-        """The decoder's arguments by name."""
-        given = self._signature.bind(self.decoder, *args, **kwargs).arguments
+    def _arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        given = self._signature.bind(self.module, *args, **kwargs).arguments
         by_name = {name: value for name, value in given.items() if name != "self"}
         for name, parameter in self._signature.parameters.items():
             if parameter.kind is inspect.Parameter.VAR_KEYWORD:
                 by_name |= by_name.pop(name, {})
         return by_name
 
-    def _decoder(self, states: States) -> Callable[..., Any]:
-        plain = self._plain = self.decoder.forward
+    def _stack(self, replacement: Replacement) -> Callable[..., Any]:
+        plain = self._plain = self.module.forward
 
         @functools.wraps(plain)
         def forward(*args: Any, **kwargs: Any) -> Any:
-            before, self._state = self._state, states(self.arguments(args, kwargs))
-            try:
-                return plain(*args, **kwargs)
-            finally:
-                self._state = before
+            output = replacement(self._arguments(args, kwargs))
+            return plain(*args, **kwargs) if output is None else output
 
         return forward
 
     def _block(self, block: nn.Module) -> Callable[..., Any]:
         plain = block.forward
-        last = block is self.blocks[-1]
+        last = block is self._skipped[-1]
 
         @functools.wraps(plain)
         def forward(*args: Any, **kwargs: Any) -> Any:

@@ -1,0 +1,156 @@
+"""Run the tokens that two answers share once: chosen and rejected answer of a pair stand behind one prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache
+
+from ...adapters import steering_layers
+from .decoder import Decoder
+
+_WORTH_IT = 0.9  # of the tokens: two passes over fewer tokens have a cost of their own
+
+
+@dataclass(frozen=True)
+class Split:
+    """A batch of rows as prompts, some of them shared, and what follows them.
+
+    Attributes:
+        prompts: Tokens of each distinct prompt, `(prompts,)`.
+        owner: Row whose first tokens stand for each prompt, `(prompts,)`.
+        prompt_of: Prompt of each row, `(rows,)`.
+        lengths: Real tokens of each row, `(rows,)`.
+    """
+
+    prompts: Tensor
+    owner: Tensor
+    prompt_of: Tensor
+    lengths: Tensor
+
+    @property
+    def starts(self) -> Tensor:
+        """Where what follows the prompt starts in each row, `(rows,)`."""
+        return self.prompts[self.prompt_of]
+
+
+def shared_prompts(call: Mapping[str, Any]) -> Split | None:
+    """The split of a batch whose second half continues the beginnings of its first half; None where that saves little.
+
+    Args:
+        call: Arguments of the decoder.
+    """
+    ids, lengths = call["input_ids"], row_lengths(call)
+    rows, width = ids.shape
+    half = rows // 2
+    if rows % 2 or lengths is None:
+        return None
+    column = torch.arange(width, device=ids.device)
+    same = (ids[:half] == ids[half:]) & (column < torch.minimum(lengths[:half], lengths[half:])[:, None] - 1)
+    prompts = same.long().cumprod(dim=1).sum(dim=1)
+    index = torch.arange(half, device=ids.device)
+    split = Split(prompts, index, torch.cat([index, index]), lengths)
+    rest = int((lengths - split.starts).max())
+    tokens = half * int(prompts.max()) + rows * rest
+    return split if int(prompts.min()) > 0 and tokens <= _WORTH_IT * rows * width else None
+
+
+def row_lengths(call: Mapping[str, Any]) -> Tensor | None:
+    """Real tokens of every row, `(rows,)`; None unless all padding is on the right and positions are the usual."""
+    ids, mask = call["input_ids"], call.get("attention_mask")
+    if call.get("position_ids") is not None or call.get("token_type_ids") is not None:
+        return None
+    if mask is None:
+        return torch.full(ids.shape[:1], ids.shape[1], device=ids.device)
+    lengths = mask.sum(dim=1)
+    ends_there = mask.bool() == (torch.arange(ids.shape[1], device=ids.device) < lengths[:, None])
+    return lengths if bool(ends_there.all()) else None
+
+
+def run_split(model: nn.Module, decoder: Decoder, call: Mapping[str, Any], states: Tensor | None, split: Split) -> Any:
+    """The decoder's output on a batch, its shared prompts computed once.
+
+    Two passes: the prompts fill a cache of keys and values; what follows reads them. Both are differentiable.
+
+    Args:
+        model: The model around the decoder.
+        decoder: The decoder.
+        call: Its arguments.
+        states: States at the cut, `(rows, tokens, d)`; None: nothing is skipped.
+        split: The prompts.
+    """
+    width = int(split.prompts.max())
+    column = torch.arange(width, device=split.prompts.device)
+    real = column < split.prompts[:, None]
+    first = {
+        **call,
+        "input_ids": call["input_ids"][split.owner, :width],
+        "attention_mask": real.long(),
+        "past_key_values": DynamicCache(),
+        "use_cache": True,
+    }
+    with _part(model, split.owner, column.expand(len(split.owner), -1)):
+        prompts = decoder.run(first, None if states is None else states[split.owner, :width])
+    caches = [(layer.keys, layer.values) for layer in prompts.past_key_values.layers[decoder.count :]]
+    output = _continue(model, decoder, call, states, split, caches, width)
+    # every token from the pass that computed it
+    both = torch.cat([prompts[0][split.prompt_of], output[0]], dim=1)
+    place = torch.arange(call["input_ids"].shape[1], device=column.device) - split.starts[:, None]
+    place = torch.where(place < 0, place + split.starts[:, None], place + width).clamp_max(both.shape[1] - 1)
+    output.last_hidden_state = both.gather(1, place[..., None].expand(-1, -1, both.shape[-1]))
+    output.past_key_values = None
+    return output
+
+
+def _continue(
+    model: nn.Module,
+    decoder: Decoder,
+    call: Mapping[str, Any],
+    states: Tensor | None,
+    split: Split,
+    caches: list[tuple[Tensor, Tensor]],
+    width: int,
+) -> Any:
+    """Run what follows the prompts, whose keys and values `(prompts, heads, width, size)` are known above the cut."""
+    ids, starts = call["input_ids"], split.starts
+    rest = int((split.lengths - starts).max())
+    column = starts[:, None] + torch.arange(rest, device=ids.device)
+    real = column < split.lengths[:, None]
+    column = column.clamp_max(ids.shape[1] - 1)
+    before = torch.arange(width, device=ids.device) < starts[:, None]
+    rows = torch.arange(len(ids), device=ids.device)
+    call = {
+        **call,
+        "input_ids": ids.gather(1, column),
+        "attention_mask": torch.cat([before, real], dim=1).long(),
+        "past_key_values": _cache(decoder.count, caches, split.prompt_of),
+        "use_cache": True,
+    }
+    if decoder.takes("position_ids"):
+        call["position_ids"] = column
+    if states is not None:
+        states = states.gather(1, column[..., None].expand(-1, -1, states.shape[-1]))
+    with _part(model, rows, column):
+        return decoder.run(call, states)
+
+
+def _cache(skipped: int, caches: list[tuple[Tensor, Tensor]], prompt_of: Tensor) -> DynamicCache:
+    """A cache of every row's prompt. Skipped layers only have to say how long it is."""
+    length = caches[0][0].shape[-2]
+    nothing = caches[0][0].new_zeros(()).expand(len(prompt_of), 1, length, 1)
+    known = [(keys[prompt_of], values[prompt_of]) for keys, values in caches]
+    return DynamicCache([(nothing, nothing)] * skipped + known)
+
+
+@contextmanager
+def _part(model: nn.Module, rows: Tensor, columns: Tensor) -> Iterator[None]:
+    """Tell every steering layer which tokens of the batch a pass holds."""
+    with ExitStack() as stack:
+        for boundary in {id(layer.boundary): layer.boundary for layer in steering_layers(model)}.values():
+            stack.enter_context(boundary.part(rows, columns))
+        yield

@@ -1,0 +1,146 @@
+"""A model that runs without what is known of its forward pass."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...adapters.blocks import text_config
+from .._modes import evaluating
+from .cut import NoPrefix, base_of, dropout, frozen_blocks
+from .decoder import Decoder
+from .keys import Unknown, rows_of
+from .memo import Memo
+from .prompts import Split, run_split, shared_prompts
+from .states import States
+
+logger = logging.getLogger(__name__)
+_KEPT_BY_LAYER = ("output_hidden_states", "output_attentions", "output_router_logits")
+
+
+class Shortcut:
+    """What a forward pass of one model, as it stands, can leave out while `on()`.
+
+    The blocks below everything that is trained are answered from a memo, and a prompt that chosen and rejected answer
+    share runs once. Before either is used for the first time one batch runs with and without it; where the last
+    hidden states differ by more than rounding (a model whose upper layers read more of the lower ones than their
+    output, say) it stays off.
+
+    Args:
+        memo: Where states are kept.
+        model: A transformers model, with or without PEFT.
+        training: Whether parameters that require gradients will be changed.
+        proven: What was compared before; what is found exact is added.
+        level: Level of the messages that say why something is off.
+
+    Raises:
+        NoPrefix: nothing can be left out.
+    """
+
+    def __init__(self, memo: Memo, model: nn.Module, training: bool, proven: set[str], level: int) -> None:
+        if training and any(getattr(m, "gradient_checkpointing", False) for m in model.modules()):
+            raise NoPrefix("gradient checkpointing asks for gradients of the embeddings, below the trained layers")
+        self.model, self._proven, self._level = model, proven, level
+        self._said: set[str] = set()
+        try:
+            count = frozen_blocks(model, training)
+        except NoPrefix as why:
+            self._say(why)
+            count = 0
+        self.decoder = Decoder(model, count)
+        self._states = States(memo, model, self.decoder, training) if count else None
+        random = training and any(dropout(module) for module in model.modules())
+        self._shares = self.decoder.takes("past_key_values", "use_cache") and not random
+
+    @property
+    def skipped(self) -> int:
+        """How many blocks are answered from the memo."""
+        return 0 if self._states is None else self.decoder.count
+
+    @contextmanager
+    def on(self) -> Iterator[None]:
+        """Take it in every forward pass inside."""
+        with self.decoder.on(self._forward):
+            yield
+
+    def _forward(self, call: dict[str, Any]) -> Any | None:
+        if call.get("past_key_values") is not None or self._asked(call, "use_cache"):  # generation
+            return None
+        try:
+            for name in _KEPT_BY_LAYER:
+                if self._asked(call, name):
+                    raise Unknown(f"{name} needs all layers")
+            rows = rows_of(call)
+        except Unknown as why:
+            self._say(why)
+            return None
+        states = self._known(call, rows)
+        split = self._split(call, states)
+        if split is not None:
+            return run_split(self.model, self.decoder, call, states, split)
+        return None if states is None else self.decoder.run(call, states)
+
+    def _known(self, call: Mapping[str, Any], rows: list[dict[str, Tensor]]) -> Tensor | None:
+        if self._states is None:
+            return None
+        try:
+            states = self._states.of(rows, call["input_ids"].shape[1])
+            self._prove(call, "the memo of the lower layers", lambda: self.decoder.run(call, states))
+        except NoPrefix as why:
+            self._states = None
+            self._say(why)
+            return None
+        return states
+
+    def _split(self, call: Mapping[str, Any], states: Tensor | None) -> Split | None:
+        window = getattr(self.decoder.module.config, "sliding_window", None)
+        if not self._shares or (window is not None and call["input_ids"].shape[1] > window):
+            return None
+        split = shared_prompts(call)
+        if split is None:
+            return None
+        try:
+            what = "a shared pass over the prompts"
+            self._prove(call, what, lambda: run_split(self.model, self.decoder, call, states, split))
+        except NoPrefix as why:
+            self._shares = False
+            self._say(why)
+            return None
+        return split
+
+    def _asked(self, call: Mapping[str, Any], name: str) -> bool:
+        value = call.get(name)
+        return bool(getattr(self.decoder.module.config, name, False) if value is None else value)
+
+    def _say(self, why: Exception) -> None:
+        if (text := str(why)) not in self._said:
+            self._said.add(text)
+            logger.log(self._level, "The frozen prefix: %s.", text)
+
+    @torch.no_grad()
+    def _prove(self, call: Mapping[str, Any], what: str, run: Any) -> None:
+        """Compare the last hidden states of one batch with those of the plain path, once for a model and a way.
+
+        Raises:
+            NoPrefix: they differ.
+        """
+        config = text_config(base_of(self.model)).to_json_string(use_diff=False)
+        known = hashlib.blake2b(f"{what}/{self.decoder.count}/{config}".encode()).hexdigest()
+        if known in self._proven:
+            return
+        with evaluating(self.model):
+            plain, ours = self.decoder.run(call, None)[0], run()[0]
+        device = plain.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else plain.dtype
+        real = call.get("attention_mask")
+        real = torch.ones_like(call["input_ids"]).bool() if real is None else real.bool()
+        difference = float((plain - ours)[real].abs().max() / plain[real].abs().max())
+        if not difference <= torch.finfo(dtype).eps ** 0.5:
+            raise NoPrefix(f"{what} is off: {type(self.decoder.module).__name__} differs by {difference:.1e} with it")
+        self._proven.add(known)

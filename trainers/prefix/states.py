@@ -1,0 +1,79 @@
+"""The residual stream at the cut: of every row once, then from the memo."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor, nn
+
+from ...adapters.blocks import text_config
+from .._modes import evaluating
+from .cut import base_of, check_frozen
+from .decoder import Decoder
+from .keys import row_key, weights_key
+from .memo import Memo
+
+
+class States:
+    """Outputs of the last frozen block, kept by content.
+
+    Args:
+        memo: Where they are kept.
+        model: The model, with or without PEFT.
+        decoder: Its stack of blocks, with the frozen ones to be skipped.
+        training: Whether parameters that require gradients will be changed.
+    """
+
+    def __init__(self, memo: Memo, model: nn.Module, decoder: Decoder, training: bool) -> None:
+        self.memo, self.model, self.decoder, self.training = memo, model, decoder, training
+        self._namespace: str | None = None
+
+    def of(self, rows: Sequence[Mapping[str, Tensor]], width: int) -> Tensor:
+        """States of a batch, `(rows, width, d)`, zero on the padding to the right. Rows run alone where they are new.
+
+        Raises:
+            NoPrefix: what runs below the cut is not constant.
+        """
+        if self._namespace is None:
+            self._namespace = self._check(rows[0])
+        known = []
+        for row in rows:
+            key = row_key(self._namespace, row)
+            state = self.memo.get(key)
+            if state is None:
+                state = self.decoder.state({**row, "use_cache": False})[0]
+                self.memo.put(key, state)
+            known.append(state)
+        states = known[0].new_zeros(len(rows), width, known[0].shape[-1], device="cpu")
+        for i, state in enumerate(known):
+            states[i, : len(state)] = state
+        return states.to(rows[0]["input_ids"].device, non_blocking=True)
+
+    def _check(self, row: Mapping[str, Tensor]) -> str:
+        """Check all that runs below the cut, and say what its outputs depend on."""
+        base, stack = base_of(self.model), self.decoder.module
+        names = {module: name for name, module in base.named_modules()}
+        ran = {names[stack]: stack}
+
+        def note(module: nn.Module, _: object) -> None:
+            ran[names[module]] = module
+
+        handles = [module.register_forward_pre_hook(note) for module in names]
+        try:
+            with evaluating(base):  # dropout would draw random numbers
+                self.decoder.state({**row, "use_cache": False})
+        finally:
+            for handle in handles:
+                handle.remove()
+        check_frozen(ran.items(), self.training)
+        below = {f"{name}.{key}".lstrip("."): t for name, module in ran.items() for key, t in _own_tensors(module)}
+        return weights_key(sorted(below.items()), type(stack).__name__, self.decoder.count, attention_of(base))
+
+
+def attention_of(base: nn.Module) -> str | None:
+    """The attention implementation, which rounds in its own way."""
+    return getattr(text_config(base), "_attn_implementation", None)  # transformers has no public name for it
+
+
+def _own_tensors(module: nn.Module) -> list[tuple[str, Tensor]]:
+    return [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]

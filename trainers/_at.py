@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..adapters import SteeringVectorLayer, prompt_length, set_strength, steering_layers
+from ..adapters.blocks import find_stack
 from ..losses import Outputs
 from ._batch import Batch
 from ._modes import evaluating
@@ -148,21 +150,42 @@ def _recomputed(model: nn.Module) -> bool:
 
 
 def token_logps(model: nn.Module, unwrapped: nn.Module, batch: Batch) -> Outputs:
-    """Log-probabilities of a batch's labels. The head runs only on columns in which some row has one."""
+    """Log-probabilities of a batch's labels. The head runs only on the tokens that predict one."""
     labels, columns = batch.targets
-    kwargs: dict[str, Any] = {"use_cache": False}
+    mask = labels != -100
     base = unwrapped.get_base_model() if isinstance(unwrapped, PeftModel) else unwrapped
-    accepted = inspect.signature(type(base).forward).parameters
-    if "output_router_logits" in accepted:  # TRL asks the config for them, for a loss that is not used here
-        kwargs["output_router_logits"] = False
-    keeps = "logits_to_keep" in accepted
-    if keeps:
-        kwargs["logits_to_keep"] = columns
-    with prompt_of(unwrapped, batch):
+    kwargs: dict[str, Any] = {"use_cache": False}
+    if "output_router_logits" in inspect.signature(type(base).forward).parameters:
+        kwargs["output_router_logits"] = False  # TRL asks the config for them, for a loss that is not used here
+    with prompt_of(unwrapped, batch), _only(base, mask, columns) as packed:
         logits = model(**batch.inputs, **kwargs).logits
-    logits = (logits if keeps else logits[:, columns]).float()
-    losses = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="none")
-    return Outputs(-losses.view(labels.shape), labels != -100)
+    logits = logits[0] if packed else logits[:, columns][mask]
+    found = -F.cross_entropy(logits.float(), labels[mask], reduction="none")
+    return Outputs(found.new_zeros(mask.shape).masked_scatter(mask, found), mask)
+
+
+@contextmanager
+def _only(base: nn.Module, mask: Tensor, columns: Tensor) -> Iterator[bool]:
+    """Of the last hidden states, the head sees only those of `columns` where `mask` holds, as one row; False if the
+    module that gives them is unknown."""
+    try:
+        stack = find_stack(base)
+    except ValueError:
+        yield False
+        return
+
+    def pack(module: nn.Module, args: Any, output: Any) -> Any:
+        packed = output[0][:, columns][mask][None]
+        if isinstance(output, tuple):
+            return packed, *output[1:]
+        output.last_hidden_state = packed
+        return output
+
+    handle = stack.register_forward_hook(pack)
+    try:
+        yield True
+    finally:
+        handle.remove()
 
 
 def prompt_of(model: nn.Module, batch: Batch) -> AbstractContextManager[None]:

@@ -136,7 +136,8 @@ class SteeringMixin(Trainer):
         """As the parent's, after computing an initial direction that needs data."""
         if not self._plain:
             self.initialise_vectors()
-            self._vitals.start(self)
+            if self.args.logging_strategy != "no":
+                self._vitals.start(self)
             resumed = kwargs.get("resume_from_checkpoint", args[0] if args else None)
             self.resumed = get_last_checkpoint(str(self.args.output_dir)) if resumed is True else resumed or None
             self._once.start(self, training=True)

@@ -164,6 +164,7 @@ def train(cell: Cell, bench: Bench, setting: Setting, seed: int, home: Path) -> 
     settings = {
         **setting.trainer(arm.trainer),
         "save_strategy": "no",
+        "logging_strategy": "no",
         "precompute_ref_log_probs": False,  # the memo has them
         "disable_tqdm": True,
     }

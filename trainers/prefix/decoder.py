@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...adapters.blocks import find_blocks
+from ...adapters.blocks import find_blocks, find_stack
 from .cut import NoPrefix, base_of
 
 Replacement = Callable[[dict[str, Any]], Any | None]
@@ -48,9 +48,9 @@ class Decoder:
         except ValueError as error:
             raise NoPrefix(str(error)) from error
         self.depth, self.count = len(blocks), count
-        self._skipped = [block for _, block in blocks[:count]]
-        list_name = blocks[0][0].rpartition(".")[0]
-        self.module = base.get_submodule(list_name.rpartition(".")[0])
+        self._blocks = [block for _, block in blocks]
+        self._skipped = self._blocks[:count]
+        self.module = find_stack(base)
         self._signature = inspect.signature(type(self.module).forward)
         if not self.takes("input_ids"):
             raise NoPrefix(f"{type(self.module).__name__} does not take input_ids")
@@ -62,6 +62,11 @@ class Decoder:
     def takes(self, *names: str) -> bool:
         """Whether the stack's forward has arguments of these names."""
         return all(name in self._signature.parameters for name in names)
+
+    @property
+    def recomputed(self) -> bool:
+        """Whether the backward pass will run blocks again (gradient checkpointing)."""
+        return any(block.training and getattr(block, "gradient_checkpointing", False) for block in self._blocks)
 
     @contextmanager
     def on(self, replacement: Replacement) -> Iterator[None]:

@@ -96,7 +96,10 @@ def run_split(model: nn.Module, decoder: Decoder, call: Mapping[str, Any], state
     }
     with _part(model, split.owner, column.expand(len(split.owner), -1)):
         prompts = decoder.run(first, None if states is None else states[split.owner, :width])
-    caches = [(layer.keys, layer.values) for layer in prompts.past_key_values.layers[decoder.count :]]
+    caches = [
+        (layer.keys, layer.values)
+        for layer in prompts.past_key_values.layers[0 if states is None else decoder.count :]
+    ]
     output = _continue(model, decoder, call, states, split, caches, width)
     # every token from the pass that computed it
     both = torch.cat([prompts[0][split.prompt_of], output[0]], dim=1)
@@ -128,7 +131,7 @@ def _continue(
         **call,
         "input_ids": ids.gather(1, column),
         "attention_mask": torch.cat([before, real], dim=1).long(),
-        "past_key_values": _cache(decoder.count, caches, split.prompt_of),
+        "past_key_values": _cache(0 if states is None else decoder.count, caches, split.prompt_of),
         "use_cache": True,
     }
     if decoder.takes("position_ids"):

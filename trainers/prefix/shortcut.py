@@ -40,12 +40,10 @@ class Shortcut:
         level: Level of the messages that say why something is off.
 
     Raises:
-        NoPrefix: nothing can be left out.
+        NoPrefix: the model's decoder blocks are unknown.
     """
 
     def __init__(self, memo: Memo, model: nn.Module, training: bool, proven: set[str], level: int) -> None:
-        if training and any(getattr(m, "gradient_checkpointing", False) for m in model.modules()):
-            raise NoPrefix("gradient checkpointing asks for gradients of the embeddings, below the trained layers")
         self.model, self._proven, self._level = model, proven, level
         self._said: set[str] = set()
         try:
@@ -56,7 +54,8 @@ class Shortcut:
         self.decoder = Decoder(model, count)
         self._states = States(memo, model, self.decoder, training) if count else None
         random = training and any(dropout(module) for module in model.modules())
-        self._shares = self.decoder.takes("past_key_values", "use_cache") and not random
+        cached = self.decoder.takes("past_key_values", "use_cache") and count < self.decoder.depth
+        self._shares = cached and not random
 
     @property
     def skipped(self) -> int:
@@ -73,6 +72,8 @@ class Shortcut:
         if call.get("past_key_values") is not None or self._asked(call, "use_cache"):  # generation
             return None
         try:
+            if self.decoder.recomputed:
+                raise Unknown("gradient checkpointing asks for gradients of the embeddings")
             for name in _KEPT_BY_LAYER:
                 if self._asked(call, name):
                     raise Unknown(f"{name} needs all layers")

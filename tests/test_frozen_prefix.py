@@ -181,3 +181,134 @@ def test_blocks_below_do_not_run_and_prompts_run_once(tokens_run):
         ModelAt(model, model, batch)(1)
     assert ran == [3, 3]  # the vector is on the output of block 2
     assert tokens_run == [(2, 5), (4, 4)], "two prompts of up to 5 tokens, four answers of up to 4"
+
+
+def test_the_parents_own_loss_is_equal_too(tmp_path):
+    for kind in ("dpo", "sft"):
+        ours, plain, prefix = both_ways(kind, tmp_path / kind, loss=None, peft_config=SteeringVectorConfig())
+        assert_equal(ours, plain)
+        assert len(prefix.memo)
+
+
+def test_the_reference_runs_once_per_row(tmp_path, monkeypatch):
+    seen = []
+    compute = ModelAt._compute_reference
+    monkeypatch.setattr(
+        ModelAt, "_compute_reference", lambda self, b: (seen.append(len(b.labels)), compute(self, b))[1]
+    )
+    ours, plain, _ = both_ways("dpo", tmp_path, loss="dpo", max_steps=6)
+    assert seen[:16] == [1] * 16, "8 pairs, each answer alone"
+    assert seen[16:] == [8] * 6, "the plain path: every batch"
+    assert_equal(ours, plain)
+
+
+def test_evaluation_and_generation_inside(tmp_path):
+    model = get_peft_model(tiny(), SteeringVectorConfig(layers=2)).eval()
+    fill(model)
+    batch = pair_batch()
+    expected = model.generate(input_ids=batch.inputs["input_ids"][:, :3], max_new_tokens=4, do_sample=False)
+    with torch.no_grad(), FrozenPrefix().shortcut(model).on():
+        ModelAt(model, model, batch)(1)
+        found = model.generate(input_ids=batch.inputs["input_ids"][:, :3], max_new_tokens=4, do_sample=False)
+    assert torch.equal(found, expected)
+
+
+def test_left_padding_and_given_positions(caplog):
+    model = get_peft_model(tiny(), SteeringVectorConfig(layers=2))
+    fill(model)
+    right = pair_batch()
+    padding = (1 - right.inputs["attention_mask"]).sum(1).tolist()
+    assert any(padding)
+
+    def shifted(rows):
+        return torch.stack([row.roll(n) for row, n in zip(rows, padding, strict=True)])
+
+    left = Batch({k: shifted(v) for k, v in right.inputs.items()}, shifted(right.labels), pairs=True)
+    assert_same_with_shortcut(model, left)
+    positions = torch.arange(right.labels.shape[1]).expand_as(right.labels) + 3
+    assert_same_with_shortcut(model, Batch({**right.inputs, "position_ids": positions}, right.labels, pairs=True))
+    assert not caplog.records
+
+
+# -- off, and says why -----------------------------------------------------------------------------------------------
+
+
+def off_because(caplog, text: str) -> None:
+    assert any(text in record.getMessage() for record in caplog.records), caplog.text
+
+
+def test_dropout_below_is_off_and_dropout_above_is_not(caplog, splits_run):
+    for rate, where in ((0.5, 0), (0.5, 3)):
+        caplog.clear()
+        model = get_peft_model(tiny(), SteeringVectorConfig(layers=1)).train()
+        fill(model)
+        block = model.get_base_model().model.layers[where]
+        block.add_module("some_dropout", torch.nn.Dropout(rate))
+        block.mlp.register_forward_hook(lambda m, _, out, block=block: block.some_dropout(out))
+        shortcut = FrozenPrefix().shortcut(model, True)
+        with shortcut.on():
+            ModelAt(model, model, pair_batch())(1)
+        assert shortcut.skipped == (0 if where == 0 else 2)
+        assert not splits_run, "random numbers differ between the rows of a pair"
+        if where == 0:
+            off_because(caplog, "some_dropout.p=0.5 below the trained layers makes its output random")
+
+
+def test_a_trained_embedding_is_off(caplog):
+    model = get_peft_model(tiny(), SteeringVectorConfig(layers=2, modules_to_save=["embed_tokens"]))
+    fill(model)
+    assert_same_with_shortcut(model, pair_batch())
+    off_because(caplog, "embed_tokens below the trained layers has an adapter")
+
+
+def test_nothing_below_layer_0(caplog):
+    model = get_peft_model(tiny(), SteeringVectorConfig(layers=0, site="mlp"))
+    assert FrozenPrefix().shortcut(model, True).skipped == 0
+    off_because(caplog, "nothing lies below it")
+
+
+def test_embeddings_and_hidden_states_take_the_plain_path(caplog):
+    model = get_peft_model(tiny(), SteeringVectorConfig(layers=2)).eval()
+    fill(model)
+    ids = pair_batch().inputs["input_ids"]
+    embedded = model.get_input_embeddings()(ids).detach()
+    for kwargs in (dict(inputs_embeds=embedded), dict(input_ids=ids, output_hidden_states=True)):
+        expected = model(**kwargs, use_cache=False)
+        with FrozenPrefix().shortcut(model).on():
+            found = model(**kwargs, use_cache=False)
+        assert torch.equal(found.logits, expected.logits)
+        for mine, other in zip(found.hidden_states or (), expected.hidden_states or (), strict=True):
+            assert torch.equal(mine, other)
+    off_because(caplog, "there are no input_ids")
+    off_because(caplog, "output_hidden_states needs all layers")
+
+
+def test_a_model_whose_upper_layers_read_lower_ones_is_caught(caplog):
+    model = get_peft_model(tiny(), SteeringVectorConfig(layers=2)).eval()
+    fill(model)
+    stack, kept = model.get_base_model().model, []
+    stack.layers[0].self_attn.register_forward_hook(lambda m, a, out: kept.append(out[0]))
+    stack.layers[3].mlp.register_forward_hook(lambda m, a, out: out + kept[-1] if kept else out)
+    stack.layers[3].register_forward_hook(lambda m, a, out: kept.clear())
+    assert_same_with_shortcut(model, pair_batch(), training=False)
+    off_because(caplog, "the memo of the lower layers is off: LlamaModel differs by")
+
+
+def test_gradient_checkpointing_is_off(tmp_path, caplog):
+    ours, plain, _ = both_ways("dpo", tmp_path, loss="dpo", gradient_checkpointing=True)
+    assert_equal(ours, plain)
+    off_because(caplog, "gradient checkpointing asks for gradients of the embeddings")
+
+
+@pytest.mark.parametrize("wrong", ["yes", 1, 0.5])
+def test_other_values_are_refused(wrong, tmp_path):
+    with pytest.raises(TypeError, match="give True, False, or a FrozenPrefix"):
+        trained("dpo", tmp_path, frozen_prefix=wrong)
+
+
+def test_only_what_was_asked_for_warns(tmp_path, caplog):
+    everywhere = SteeringVectorConfig(layers="all", site="mlp")
+    for asked, level in ((None, logging.INFO), (True, logging.WARNING), (FrozenPrefix(warn=False), logging.INFO)):
+        caplog.clear()
+        trained("dpo", tmp_path, frozen_prefix=asked, peft_config=everywhere, loss="dpo")
+        assert {record.levelno for record in caplog.records} == {level}

@@ -8,6 +8,7 @@ import logging
 import os
 import tempfile
 import uuid
+from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,7 +60,7 @@ class Memo:
         self._temporary: tempfile.TemporaryDirectory[str] | None = None
         self._segment: Path | None = None
         self._ram: dict[str, Tensor] = {}
-        self._places: dict[str, _Place] = {}
+        self._places: defaultdict[str, list[_Place]] = defaultdict(list)  # several, if another process had it too
         self._read: dict[Path, int] = {}  # bytes of every index file that were read
         self._writable = True
         self.refresh()
@@ -74,16 +75,15 @@ class Memo:
         """The tensor of `key`, on the CPU, not to be changed; None if it is not known or damaged."""
         if key in self._ram:
             return self._ram[key]
-        place = self._places.get(key)
-        if place is None:
-            return None
-        found = _load(place)
-        if found is None:
-            del self._places[key]
-            logger.warning("A tensor in %s is damaged or gone; it is computed again.", place.file)
-        elif self.kept_for_later:
-            self._keep(key, found)
-        return found
+        while places := self._places.get(key):
+            found = _load(places[-1])
+            if found is not None:
+                if self.kept_for_later:
+                    self._keep(key, found)
+                return found
+            logger.warning("A tensor in %s is damaged or gone; it is computed again.", places.pop().file)
+        self._places.pop(key, None)
+        return None
 
     def put(self, key: str, value: Tensor) -> None:
         """Keep a tensor. With no room left anywhere this does nothing but say so, once."""
@@ -135,7 +135,7 @@ class Memo:
         line = [key, place.start, list(place.shape), str(place.dtype).removeprefix("torch."), place.digest]
         with segment.with_suffix(".index").open("a", encoding="utf-8") as index:
             index.write(json.dumps(line) + "\n")
-        self._places[key] = place
+        self._places[key].append(place)
         self.disk_bytes += len(data)
 
     def _own_segment(self) -> Path:
@@ -156,7 +156,7 @@ class Memo:
                 self._read[index] = self._read.get(index, 0) + len(line)
                 entry = _entry(line, index.with_suffix(".rows"))
                 if entry is not None:
-                    self._places.setdefault(*entry)
+                    self._places[entry[0]].append(entry[1])
 
 
 def _entry(line: bytes, segment: Path) -> tuple[str, _Place] | None:

@@ -136,7 +136,13 @@ class Shortcut:
         if known in self._proven:
             return
         with evaluating(self.model):
-            plain, ours = self.decoder.run(call, None)[0], run()[0]
+            plain = self.decoder.run(call, None)[0]
+            try:
+                ours = run()[0]
+            except Exception as error:  # whatever it is, the plain path has just worked
+                raise NoPrefix(
+                    f"{what} is off: {type(self.decoder.module).__name__} fails with it: {error}"
+                ) from error
         device = plain.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else plain.dtype
         real = call.get("attention_mask")

@@ -1,0 +1,245 @@
+"""The memo: its budget, its files, and what it refuses to believe."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+from conftest import fill, tiny
+from peft import get_peft_model
+from test_frozen_prefix import assert_equal, assert_same_with_shortcut, both_ways, pair_batch
+from tiny_data import pairs, trained
+
+from steertune.adapters import SteeringVectorConfig
+from steertune.trainers import FrozenPrefix, ModelAt
+from steertune.trainers.prefix.memo import Memo
+
+ROW = torch.arange(12.0).reshape(3, 4)  # 48 bytes
+
+
+def steered(**changes):
+    model = get_peft_model(tiny(**changes), SteeringVectorConfig(layers=2))
+    fill(model)
+    return model
+
+
+def run(prefix: FrozenPrefix, model=None):
+    model = steered() if model is None else model
+    with torch.no_grad(), prefix.shortcut(model).on():
+        return ModelAt(model, model, pair_batch())(1).token_logps
+
+
+# -- budget ---------------------------------------------------------------------------------------------------------
+
+
+def test_bytes_are_tokens_times_width_times_four():
+    prefix = FrozenPrefix()
+    run(prefix)
+    real = int(pair_batch().inputs["attention_mask"].sum())
+    assert prefix.memo.nbytes == real * 32 * 4 and prefix.memo.disk_bytes == 0
+
+
+def test_a_tiny_budget_is_never_exceeded_and_changes_nothing(tmp_path):
+    prefix = FrozenPrefix(ram_gb=2000 / 1e9)
+    ours = trained("dpo", tmp_path / "a", loss="dpo", frozen_prefix=prefix)
+    plain = trained("dpo", tmp_path / "b", loss="dpo", frozen_prefix=False)
+    assert 0 < prefix.memo.nbytes <= 2000 < prefix.memo.disk_bytes
+    assert_equal(ours, plain)
+
+
+def test_temporary_files_end_with_the_memo():
+    memo = Memo(0)
+    memo.put("a", ROW)
+    folder = memo._folder
+    assert folder is not None and list(folder.iterdir())
+    del memo
+    assert not folder.exists()
+
+
+def test_no_budget_is_the_plain_path_and_says_so(tmp_path, caplog):
+    trained("dpo", tmp_path, loss="dpo", frozen_prefix=FrozenPrefix(ram_gb=0))
+    assert "The frozen prefix is off: its budget is 0 GB." in caplog.text
+
+
+@pytest.mark.parametrize("budget", [-1, float("inf"), float("nan")])
+def test_impossible_budgets(budget):
+    with pytest.raises(ValueError, match="the memo's RAM in GB"):
+        FrozenPrefix(ram_gb=budget)
+
+
+def test_a_full_disk_is_said_once_and_changes_nothing(tmp_path, caplog, monkeypatch):
+    def full(self, key, value):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Memo, "_append", full)
+    ours, plain, _ = both_ways("dpo", tmp_path, loss="dpo")
+    assert_equal(ours, plain)
+    caplog.clear()
+    prefix = FrozenPrefix(folder=tmp_path / "memo", ram_gb=0)
+    ours = trained("dpo", tmp_path / "c", loss="dpo", frozen_prefix=prefix)
+    assert_equal(ours, plain)
+    assert [r.getMessage() for r in caplog.records if "cannot write" in r.getMessage()] == [
+        "The frozen-prefix memo cannot write ([Errno 28] No space left on device). "
+        "What does not fit in 0 GB of RAM is computed again."
+    ]
+
+
+# -- files ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_later_memo_reads_the_same_bits(dtype, tmp_path):
+    Memo(0, tmp_path).put("a", ROW.to(dtype))
+    found = Memo(1, tmp_path).get("a")
+    assert found is not None and found.dtype == dtype and torch.equal(found, ROW.to(dtype))
+
+
+def test_a_later_run_computes_nothing(tmp_path, monkeypatch):
+    first = run(FrozenPrefix(folder=tmp_path))
+    from steertune.trainers.prefix.decoder import Decoder
+
+    state, ran = Decoder.state, []
+    monkeypatch.setattr(Decoder, "state", lambda self, call: (ran.append(1), state(self, call))[1])
+    assert torch.equal(run(FrozenPrefix(folder=tmp_path)), first)
+    assert len(ran) == 1, "the look at what runs below the cut"
+
+
+def files(folder):
+    [rows], [index] = folder.glob("v1-*.rows"), folder.glob("v1-*.index")
+    return rows, index
+
+
+def spoil_a_byte(rows, index):
+    data = bytearray(rows.read_bytes())
+    data[5] ^= 1
+    rows.write_bytes(data)
+
+
+def cut_the_rows(rows, index):
+    rows.write_bytes(rows.read_bytes()[:-1])
+
+
+def cut_the_index(rows, index):
+    index.write_bytes(index.read_bytes()[:-5])
+
+
+def lose_the_rows(rows, index):
+    rows.unlink()
+
+
+def lie_about_the_shape(rows, index):
+    index.write_text(index.read_text().replace("[3, 4]", "[4, 4]"))
+
+
+def another_version(rows, index):
+    for file in (rows, index):
+        file.rename(file.with_name(file.name.replace("v1-", "v0-")))
+
+
+@pytest.mark.parametrize(
+    "damage", [spoil_a_byte, cut_the_rows, cut_the_index, lose_the_rows, lie_about_the_shape, another_version]
+)
+def test_damaged_files_are_not_believed(damage, tmp_path):
+    Memo(0, tmp_path).put("a", ROW)
+    damage(*files(tmp_path))
+    memo = Memo(1, tmp_path)
+    assert memo.get("a") is None and "a" not in memo
+    memo.put("a", ROW)  # computed again
+    assert torch.equal(Memo(1, tmp_path).get("a"), ROW)
+
+
+def test_two_writers_share_a_folder(tmp_path):
+    one, two = Memo(0, tmp_path), Memo(0, tmp_path)
+    one.put("a", ROW)
+    two.put("b", ROW + 1)
+    assert two.get("a") is None
+    two.refresh(), one.refresh()
+    assert torch.equal(two.get("a"), ROW) and torch.equal(one.get("b"), ROW + 1)
+    one.put("c", ROW + 2)
+    two.refresh()
+    assert torch.equal(two.get("c"), ROW + 2), "an index that grew is read on from where it was"
+
+
+# -- what a memo belongs to -------------------------------------------------------------------------------------------
+
+
+def hits(prefix: FrozenPrefix, model) -> bool:
+    known = len(prefix.memo)
+    run(prefix, model)
+    return len(prefix.memo) == known
+
+
+def changed(part: str):
+    model = steered()
+    with torch.no_grad():
+        weight = model.get_base_model().get_submodule(part).weight
+        weight[0, 0] += 2**-10
+    return model
+
+
+def test_shared_between_models_that_agree_below_the_cut():
+    prefix = FrozenPrefix()
+    run(prefix)
+    assert hits(prefix, steered())
+    assert hits(prefix, changed("model.layers.3.mlp.up_proj"))
+    assert not hits(prefix, changed("model.layers.1.mlp.up_proj"))
+    assert not hits(prefix, changed("model.embed_tokens"))
+    assert not hits(prefix, steered().to(torch.bfloat16))
+
+
+def test_another_adapter_with_the_same_cut_shares(tmp_path):
+    from peft import LoraConfig
+
+    prefix = FrozenPrefix()
+    run(prefix)
+    lora = get_peft_model(tiny(), LoraConfig(r=2, target_modules=["q_proj"], layers_to_transform=[3]))
+    assert hits(prefix, lora)
+    assert not hits(prefix, get_peft_model(tiny(), LoraConfig(target_modules=["q_proj"], layers_to_transform=[2])))
+
+
+def test_trainers_share_one(tmp_path):
+    prefix = FrozenPrefix()
+    trained("dpo", tmp_path / "a", loss="dpo", frozen_prefix=prefix)
+    known = len(prefix.memo)
+    shared = trained("dpo", tmp_path / "b", loss="ipo", frozen_prefix=prefix, learning_rate=0.01)
+    assert len(prefix.memo) == known == 2 * 2 * len(pairs()), "a state and a reference for each answer"
+    alone = trained("dpo", tmp_path / "c", loss="ipo", frozen_prefix=FrozenPrefix(), learning_rate=0.01)
+    assert [h.get("loss") for h in shared.state.log_history] == [h.get("loss") for h in alone.state.log_history]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_sixteen_bit_models(dtype, caplog):
+    caplog.set_level(logging.INFO, logger="steertune.trainers.prefix")
+    model = steered().to(dtype)
+    plain = ModelAt(model, model, pair_batch())(1).token_logps
+    ours = run(FrozenPrefix(), model)
+    torch.testing.assert_close(ours, plain, atol=0.05, rtol=0.05)
+    assert not caplog.records
+
+
+def test_the_reference_of_a_continued_adapter_is_its_own(tmp_path):
+    prefix = FrozenPrefix()
+    for scale in (1.0, 3.0):
+        model = steered()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter.mul_(scale)
+        ours = trained("dpo", tmp_path / "a", loss="dpo", model=model, frozen_prefix=prefix)
+        again = steered()
+        with torch.no_grad():
+            for parameter in again.parameters():
+                if parameter.requires_grad:
+                    parameter.mul_(scale)
+        assert_equal(ours, trained("dpo", tmp_path / "b", loss="dpo", model=again, frozen_prefix=False))
+
+
+def test_helper_finds_differences():
+    model = steered()
+    prefix = assert_same_with_shortcut(model, pair_batch())
+    [key, *_] = prefix.memo._ram
+    prefix.memo._ram[key].add_(1.0)
+    batch = pair_batch()
+    plain = ModelAt(model, model, batch)(1).token_logps
+    assert not torch.allclose(run(prefix, model), plain, atol=1e-3)

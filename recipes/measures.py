@@ -18,7 +18,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from steertune.trainers import Batch, ModelAt, collator, tokenise
+from steertune.trainers import Batch, ModelAt, collator, labelled_logits, tokenise
 
 _PROCESS = Path("/proc/self")
 NEUTRAL = Path(__file__).parent / "neutral.jsonl"
@@ -65,11 +65,10 @@ def neutral_logps(
     found = []
     for row in tokenise(neutral_rows() if rows is None else rows, tokenizer).to_list():
         labels = torch.tensor([row["labels"]], device=model.device)
-        kept = labels[0, 1:] != -100
-        logits = model(
-            input_ids=torch.tensor([row["input_ids"]], device=model.device), labels=labels, use_cache=False
-        ).logits[0, :-1]
-        found.append((F.log_softmax(logits[kept].float(), dim=-1).cpu(), labels[0, 1:][kept].cpu()))
+        ids = torch.tensor([row["input_ids"]], device=model.device)
+        batch = Batch({"input_ids": ids, "attention_mask": torch.ones_like(ids)}, labels, pairs=False)
+        logps = F.log_softmax(labelled_logits(model, model, batch), dim=-1)
+        found.append((logps.cpu(), batch.targets[0][0].cpu()))
     return found
 
 

@@ -9,7 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ._at import ModelAt, scalable, scaled
+    from ._at import ModelAt, labelled_logits, scalable, scaled
     from ._batch import Batch
     from ._data import DataError, collator, tokenise
     from ._guard import NonFiniteError
@@ -28,6 +28,7 @@ _HOME = {
     "SteeringSFTTrainer": "sft",
     "SteeringTrainer": "trainer",
     "collator": "_data",
+    "labelled_logits": "_at",
     "scalable": "_at",
     "scaled": "_at",
     "tokenise": "_data",
@@ -42,6 +43,7 @@ __all__ = [
     "SteeringSFTTrainer",
     "SteeringTrainer",
     "collator",
+    "labelled_logits",
     "scalable",
     "scaled",
     "tokenise",

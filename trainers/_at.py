@@ -150,7 +150,16 @@ def _recomputed(model: nn.Module) -> bool:
 
 
 def token_logps(model: nn.Module, unwrapped: nn.Module, batch: Batch) -> Outputs:
-    """Log-probabilities of a batch's labels. The head runs only on the tokens that predict one."""
+    """Log-probabilities of a batch's labels."""
+    labels = batch.targets[0]
+    mask = labels != -100
+    found = -F.cross_entropy(labelled_logits(model, unwrapped, batch), labels[mask], reduction="none")
+    return Outputs(found.new_zeros(mask.shape).masked_scatter(mask, found), mask)
+
+
+def labelled_logits(model: nn.Module, unwrapped: nn.Module, batch: Batch) -> Tensor:
+    """What the model predicts where a label stands next, `(labels, vocabulary)` in fp32, row after row. The head runs
+    on nothing else."""
     labels, columns = batch.targets
     mask = labels != -100
     base = unwrapped.get_base_model() if isinstance(unwrapped, PeftModel) else unwrapped
@@ -159,9 +168,7 @@ def token_logps(model: nn.Module, unwrapped: nn.Module, batch: Batch) -> Outputs
         kwargs["output_router_logits"] = False  # TRL asks the config for them, for a loss that is not used here
     with prompt_of(unwrapped, batch), _only(base, mask, columns) as packed:
         logits = model(**batch.inputs, **kwargs).logits
-    logits = logits[0] if packed else logits[:, columns][mask]
-    found = -F.cross_entropy(logits.float(), labels[mask], reduction="none")
-    return Outputs(found.new_zeros(mask.shape).masked_scatter(mask, found), mask)
+    return (logits[0] if packed else logits[:, columns][mask]).float()
 
 
 @contextmanager

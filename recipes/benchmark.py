@@ -1,0 +1,294 @@
+"""What a training step costs: stock TRL + PEFT against ours, all in one run, and against the bare matrix products.
+
+    python -m steertune.recipes.benchmark --folder runs/benchmark
+
+Every way trains in short turns, one after the other and round after round, so that a noisy machine is equally noisy to
+all. A turn reads every row twice; the second reading is timed, and in the first round the first one as well (the epoch
+that fills the memo). Peak memory comes from a process of its own for each way. Writes `table.md` and `table.json`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import gc
+import json
+import logging
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset, disable_progress_bars
+from peft import BeftConfig, LoraConfig, PeftConfig
+from tqdm.auto import tqdm
+from transformers import PrinterCallback, ProgressCallback, TrainerCallback
+
+from steertune.adapters import SteeringVectorConfig
+from steertune.recipes.arm import ModelTable
+from steertune.recipes.data import load_model
+from steertune.recipes.measures import peak_memory_gb, reset_peak_memory
+from steertune.recipes.training import set_threads, write_whole
+from steertune.trainers import SteeringDPOTrainer, SteeringSFTTrainer
+
+_STEPS = 2  # batches of the data set
+_PROMPT = 0.5  # share of a row
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way to train: data kind, adapter, loss, and the trainer's options."""
+
+    kind: str
+    adapter: Callable[[int], PeftConfig | None]
+    loss: str | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+def _lora(layer: int) -> PeftConfig:
+    return LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
+
+
+def _beft(layer: int) -> PeftConfig:
+    return BeftConfig(target_modules=["down_proj"], task_type="CAUSAL_LM")
+
+
+def _vector(layer: int) -> PeftConfig:
+    return SteeringVectorConfig(layers=layer)
+
+
+PLAIN, FROZEN = {"frozen_prefix": False}, {"frozen_prefix": True}
+WAYS = {
+    "SFT: TRL + LoRA r8": Way("sft", _lora, None, PLAIN),
+    "SFT: TRL + BEFT": Way("sft", _beft, None, PLAIN),
+    "SFT: TRL, full finetuning": Way("sft", lambda layer: None, None, PLAIN),
+    "SFT: TRL + our vector": Way("sft", _vector, None, PLAIN),
+    "SFT: ours, head on labels": Way("sft", _vector, "cross_entropy", PLAIN),
+    "SFT: ours, and frozen prefix": Way("sft", _vector, "cross_entropy", FROZEN),
+    "pairs: TRL + LoRA r8": Way("dpo", _lora, None, PLAIN),
+    "pairs: TRL + BEFT": Way("dpo", _beft, None, PLAIN),
+    "pairs: TRL + our vector": Way("dpo", _vector, None, PLAIN),
+    "pairs: ours, head on labels": Way("dpo", _vector, "dpo", PLAIN),
+    "pairs: ours, and frozen prefix": Way("dpo", _vector, "dpo", FROZEN),
+}
+"""With an adapter of its own and `loss=None`, `frozen_prefix=False`, our trainers are TRL's."""
+AGAINST = {"sft": "SFT: TRL + LoRA r8", "dpo": "pairs: TRL + LoRA r8"}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="benchmark", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument(
+        "--lengths", nargs="+", type=int, default=[128, 512], help="tokens of a row, half of it prompt"
+    )
+    parser.add_argument("--tokens", type=int, default=1024, help="tokens of a batch")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--model", default="embedded")
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--folder", type=Path, default=Path("runs/benchmark"))
+    parser.add_argument("--memory-of", choices=[*WAYS], help=argparse.SUPPRESS)
+    options = parser.parse_args(argv)
+    set_threads(options.threads)
+    disable_progress_bars()
+    logging.getLogger("trl").setLevel(logging.ERROR)
+    if options.memory_of:
+        print(json.dumps(_memory(options, options.memory_of, options.lengths[0])))
+        return 0
+    found = [measure(options, length) for length in options.lengths]
+    options.folder.mkdir(parents=True, exist_ok=True)
+    write_whole(options.folder / "table.json", json.dumps(found, indent=1))
+    write_whole(options.folder / "table.md", page(options, found))
+    print(page(options, found))
+    return 0
+
+
+def measure(options: Any, length: int) -> dict[str, Any]:
+    """Times, memory and the floor at one row length."""
+    model, tokenizer = load_model(ModelTable(name=options.model))
+    layer = 2 * model.config.num_hidden_layers // 3
+    rows = max(2, options.tokens // length)
+    with tempfile.TemporaryDirectory() as folder:
+        trainers = {name: trainer(way, model, tokenizer, length, rows, layer, folder) for name, way in WAYS.items()}
+        times: dict[str, list[list[float]]] = {name: [] for name in WAYS}
+        for _ in tqdm(range(options.rounds), desc=f"{length} tokens", unit="round"):
+            for name, (made, clock) in tqdm(trainers.items(), desc="Ways", leave=False):
+                clock.seconds.clear()
+                made.train()
+                times[name].append(list(clock.seconds))
+    memory = {}
+    for name in tqdm(WAYS, desc="Memory", unit="way"):
+        words = [sys.executable, "-m", "steertune.recipes.benchmark", "--memory-of", name, "--lengths", str(length)]
+        words += ["--tokens", str(options.tokens), "--model", options.model]
+        words += ["--threads", str(options.threads)] if options.threads else []
+        done = subprocess.run(words, capture_output=True, text=True, check=True)
+        memory[name] = json.loads(done.stdout.splitlines()[-1])
+    return {
+        "length": length,
+        "rows": rows,
+        "layer": layer,
+        "seconds": {name: [s for turn in turns for s in turn[_STEPS:]] for name, turns in times.items()},
+        "first_epoch": {name: sum(turns[0][:_STEPS]) for name, turns in times.items()},
+        "memory_gb": memory,
+        "floor": {kind: floor(model, kind, length, rows, layer) for kind in ("sft", "dpo")},
+    }
+
+
+def trainer(
+    way: Way, model: Any, tokenizer: Any, length: int, rows: int, layer: int, folder: str
+) -> tuple[Any, _Clock]:
+    """A trainer of this way on its own copy of the model, and the clock of its steps."""
+    from trl import DPOConfig, SFTConfig
+
+    pairs = way.kind == "dpo"
+    trainer_class, config_class = (SteeringDPOTrainer, DPOConfig) if pairs else (SteeringSFTTrainer, SFTConfig)
+    batch = rows // 2 if pairs else rows
+    args = config_class(
+        output_dir=folder,
+        per_device_train_batch_size=batch,
+        max_steps=2 * _STEPS,
+        learning_rate=1e-4,
+        bf16=False,
+        gradient_checkpointing=False,
+        use_cpu=not torch.cuda.is_available(),
+        report_to="none",
+        save_strategy="no",
+        logging_strategy="no",
+        disable_tqdm=True,
+        max_length=None,
+    )
+    made = trainer_class(
+        model=copy.deepcopy(model),
+        args=args,
+        train_dataset=data(tokenizer, way.kind, length, batch * _STEPS),
+        processing_class=tokenizer,
+        peft_config=way.adapter(layer),
+        loss=way.loss,
+        **way.options,
+    )
+    for callback in (PrinterCallback, ProgressCallback):
+        made.remove_callback(callback)
+    clock = _Clock()
+    made.add_callback(clock)
+    return made, clock
+
+
+class _Clock(TrainerCallback):
+    """Seconds of every optimiser step."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+        self._start = 0.0
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._start = _now()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.seconds.append(_now() - self._start)
+
+
+def _now() -> float:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def data(tokenizer: Any, kind: str, length: int, count: int) -> Dataset:
+    """Random words of one token each: a prompt of half the tokens, and one answer or two that differ throughout."""
+    generator = np.random.default_rng(0)
+    words = [
+        w for w, _ in sorted(tokenizer.get_vocab().items()) if w.startswith("Ġ") and w[1:].isalpha() and w.isascii()
+    ]
+    words = words or [w for w in (tokenizer.decode([i]) for i in range(200, 5000)) if w.strip().isalpha()]
+    prompt = round(length * _PROMPT)
+
+    def text(tokens: int) -> str:
+        return "".join(generator.choice(words, tokens))
+
+    sides = ("chosen", "rejected") if kind == "dpo" else ("completion",)
+    return Dataset.from_list(
+        [{"prompt": text(prompt), **{side: text(length - prompt - 1) for side in sides}} for _ in range(count)]
+    )
+
+
+def floor(model: Any, kind: str, length: int, rows: int, layer: int) -> float:
+    """Seconds of the bare matrix products: forward and backward of the layers above the vector, and of the head on the
+    labelled tokens, at the rate this machine multiplies matrices of those shapes."""
+    prompt = round(length * _PROMPT)
+    answers = rows * (length - prompt)
+    tokens = answers + (rows // 2 if kind == "dpo" else rows) * prompt
+    blocks = model.get_decoder().layers[layer + 1 :]
+    products = [(tokens, m.weight) for block in blocks for m in block.modules() if isinstance(m, torch.nn.Linear)]
+    products.append((answers, model.get_output_embeddings().weight))
+    total = 0.0
+    for count, weight in {(count, weight.shape): (count, weight) for count, weight in products}.values():
+        times = sum(1 for c, w in products if (c, w.shape) == (count, weight.shape))
+        total += times * (_product(count, weight) + _product(count, weight.t().contiguous()))
+    return total
+
+
+@torch.no_grad()
+def _product(rows: int, weight: torch.Tensor) -> float:
+    states = torch.randn(rows, weight.shape[1], dtype=weight.dtype, device=weight.device)
+    seconds = []
+    for _ in range(7):
+        start = _now()
+        torch.nn.functional.linear(states, weight)
+        seconds.append(_now() - start)
+    return median(seconds[2:])
+
+
+def _memory(options: Any, name: str, length: int) -> float:
+    model, tokenizer = load_model(ModelTable(name=options.model))
+    layer, rows = 2 * model.config.num_hidden_layers // 3, max(2, options.tokens // length)
+    with tempfile.TemporaryDirectory() as folder:
+        made, _ = trainer(WAYS[name], model, tokenizer, length, rows, layer, folder)
+        del model
+        gc.collect()
+        reset_peak_memory()
+        made.train()
+    return peak_memory_gb()
+
+
+def page(options: Any, found: list[dict[str, Any]]) -> str:
+    """The tables."""
+    lines = [
+        "# What a training step costs",
+        "",
+        f"`python -m steertune.recipes.benchmark`, {options.model} model, {torch.get_num_threads()} threads, "
+        f"torch {torch.__version__}, {options.rounds} rounds of {_STEPS} timed steps a way, interleaved. Median "
+        "seconds of a step [smallest, largest]; ratios are of medians.",
+    ]
+    for at in found:
+        lines += [
+            "",
+            f"## {at['rows']} rows of {at['length']} tokens, half prompt; vector on layer {at['layer']}",
+            "",
+            "| | seconds a step | faster than TRL + LoRA | of the floor | first epoch, of that without memo "
+            "| peak memory, GB |",
+            "|---|---|---|---|---|---|",
+        ]
+        for name, way in WAYS.items():
+            seconds, base = at["seconds"][name], AGAINST[way.kind]
+            plain = name.replace("and frozen prefix", "head on labels")
+            lines.append(
+                f"| {name} | {median(seconds):.2f} [{min(seconds):.2f}, {max(seconds):.2f}] "
+                f"| {median(at['seconds'][base]) / median(seconds):.2f} "
+                f"| {median(seconds) / at['floor'][way.kind]:.2f} "
+                f"| {at['first_epoch'][name] / at['first_epoch'][plain]:.2f} | {at['memory_gb'][name]:.2f} |"
+            )
+        floors = ", ".join(f"{kind} {seconds:.2f} s" for kind, seconds in at["floor"].items())
+        lines += ["", f"Floor (matrix products above the vector and of the head on labels): {floors}."]
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -319,7 +319,7 @@ def test_every_baseline_arm_runs(tables, tmp_path):
         assert cell["status"] == "ok", (name, cell["error"])
         untrained = name in ("base", "icv", "mean_difference")
         assert (cell["parameters"] == 0) == untrained and (cell["steps"] == 0) == untrained
-        assert (abs(cell["margin_gain"]) > 1e-7) == (name != "base"), name
+        assert (abs(cell["margin_gain"]) > 1e-6) == (name != "base"), name
         assert cell["scalable"] == (name.startswith(("bias", "lora")) or untrained)
 
 

@@ -62,7 +62,8 @@ class Bench:
     @cached_property
     def neutral(self) -> list[tuple[Tensor, Tensor]]:
         """`neutral_logps` of the base model."""
-        return neutral_logps(self.model, self.tokenizer, self.neutral_data)
+        with self.remembering(self.model):
+            return neutral_logps(self.model, self.tokenizer, self.neutral_data)
 
     @cached_property
     def neutral_data(self) -> Dataset:
@@ -90,7 +91,8 @@ class Bench:
         """The base model on the test rows."""
         if task.label not in self._bases:
             tables, rows = self.grid.tables, self.splits(task).test
-            margins = pair_margins(self.model, self.tokenizer, rows, [1.0], show=False)[1.0]
+            with self.remembering(self.model):
+                margins = pair_margins(self.model, self.tokenizer, rows, [1.0], show=False)[1.0]
             prompts = rows["prompt"][: tables.generations] if "prompt" in rows.column_names else []
             answers = generate(self.model, self.tokenizer, prompts, tables.new_tokens) if prompts else []
             self._bases[task.label] = BaseMeasures(margins, answers)

@@ -31,6 +31,11 @@ class PromptBoundary:
         self._part: tuple[Tensor, Tensor] | None = None
         self._handle: RemovableHandle | None = None
 
+    @property
+    def prompt_end(self) -> Tensor | None:
+        """Columns that belong to the prompt of each row of the current forward pass; None if it does not say."""
+        return self._prompt_end
+
     def watch(self, model: nn.Module) -> None:
         """Read the boundary of every forward pass of `model` from now on."""
         if self._handle is None:

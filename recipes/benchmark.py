@@ -39,7 +39,6 @@ from steertune.recipes.training import set_threads, write_whole
 from steertune.trainers import SteeringDPOTrainer, SteeringSFTTrainer
 
 _STEPS = 2  # batches of the data set
-_PROMPT = 0.5  # share of a row
 
 
 @dataclass(frozen=True)
@@ -50,6 +49,13 @@ class Way:
     adapter: Callable[[int], PeftConfig | None]
     loss: str | None = None
     options: dict[str, Any] = field(default_factory=dict)
+
+
+def _row(text: str) -> tuple[int, int]:
+    length, prompt = map(int, text.split("/"))
+    if not 0 < prompt < length - 1:
+        raise ValueError(text)
+    return length, prompt
 
 
 def _lora(layer: int) -> PeftConfig:
@@ -64,6 +70,10 @@ def _vector(layer: int) -> PeftConfig:
     return SteeringVectorConfig(layers=layer)
 
 
+def _on_completions(layer: int) -> PeftConfig:
+    return SteeringVectorConfig(layers=layer, positions="completion")
+
+
 PLAIN, FROZEN = {"frozen_prefix": False}, {"frozen_prefix": True}
 WAYS = {
     "SFT: TRL + LoRA r8": Way("sft", _lora, None, PLAIN),
@@ -72,11 +82,13 @@ WAYS = {
     "SFT: TRL + our vector": Way("sft", _vector, None, PLAIN),
     "SFT: ours, head on labels": Way("sft", _vector, "cross_entropy", PLAIN),
     "SFT: ours, and frozen prefix": Way("sft", _vector, "cross_entropy", FROZEN),
+    "SFT: ours, on completions only": Way("sft", _on_completions, "cross_entropy", FROZEN),
     "pairs: TRL + LoRA r8": Way("dpo", _lora, None, PLAIN),
     "pairs: TRL + BEFT": Way("dpo", _beft, None, PLAIN),
     "pairs: TRL + our vector": Way("dpo", _vector, None, PLAIN),
     "pairs: ours, head on labels": Way("dpo", _vector, "dpo", PLAIN),
     "pairs: ours, and frozen prefix": Way("dpo", _vector, "dpo", FROZEN),
+    "pairs: ours, on completions only": Way("dpo", _on_completions, "dpo", FROZEN),
 }
 """With an adapter of its own and `loss=None`, `frozen_prefix=False`, our trainers are TRL's."""
 AGAINST = {"sft": "SFT: TRL + LoRA r8", "dpo": "pairs: TRL + LoRA r8"}
@@ -101,9 +113,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     disable_progress_bars()
     logging.getLogger("trl").setLevel(logging.ERROR)
     if options.memory_of:
-        print(json.dumps(_memory(options, options.memory_of, options.lengths[0])))
+        print(json.dumps(_memory(options, options.memory_of, *_row(options.rows[0]))))
         return 0
-    found = [measure(options, length) for length in options.lengths]
+    found = [measure(options, *_row(row)) for row in options.rows]
     options.folder.mkdir(parents=True, exist_ok=True)
     write_whole(options.folder / "table.json", json.dumps(found, indent=1))
     write_whole(options.folder / "table.md", page(options, found))
@@ -111,39 +123,50 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def measure(options: Any, length: int) -> dict[str, Any]:
+def measure(options: Any, length: int, prompt: int) -> dict[str, Any]:
     """Times, memory and the floor at one row length."""
     model, tokenizer = load_model(ModelTable(name=options.model))
     layer = 2 * model.config.num_hidden_layers // 3
     rows = max(2, options.tokens // length)
     with tempfile.TemporaryDirectory() as folder:
-        trainers = {name: trainer(way, model, tokenizer, length, rows, layer, folder) for name, way in WAYS.items()}
+        trainers = {
+            name: trainer(way, model, tokenizer, (length, prompt), rows, layer, folder) for name, way in WAYS.items()
+        }
         times: dict[str, list[list[float]]] = {name: [] for name in WAYS}
-        for _ in tqdm(range(options.rounds), desc=f"{length} tokens", unit="round"):
+        for _ in tqdm(range(options.rounds), desc=f"{prompt} of {length} tokens", unit="round"):
             for name, (made, clock) in tqdm(trainers.items(), desc="Ways", leave=False):
                 clock.seconds.clear()
                 made.train()
                 times[name].append(list(clock.seconds))
     memory = {}
     for name in tqdm(WAYS, desc="Memory", unit="way"):
-        words = [sys.executable, "-m", "steertune.recipes.benchmark", "--memory-of", name, "--lengths", str(length)]
+        words = [
+            sys.executable,
+            "-m",
+            "steertune.recipes.benchmark",
+            "--memory-of",
+            name,
+            "--rows",
+            f"{length}/{prompt}",
+        ]
         words += ["--tokens", str(options.tokens), "--model", options.model]
         words += ["--threads", str(options.threads)] if options.threads else []
         done = subprocess.run(words, capture_output=True, text=True, check=True)
         memory[name] = json.loads(done.stdout.splitlines()[-1])
     return {
         "length": length,
+        "prompt": prompt,
         "rows": rows,
         "layer": layer,
         "seconds": {name: [s for turn in turns for s in turn[_STEPS:]] for name, turns in times.items()},
         "first_epoch": {name: sum(turns[0][:_STEPS]) for name, turns in times.items()},
         "memory_gb": memory,
-        "floor": {kind: floor(model, kind, length, rows, layer) for kind in ("sft", "dpo")},
+        "floor": {name: floor(model, way, length, prompt, rows, layer) for name, way in WAYS.items()},
     }
 
 
 def trainer(
-    way: Way, model: Any, tokenizer: Any, length: int, rows: int, layer: int, folder: str
+    way: Way, model: Any, tokenizer: Any, row: tuple[int, int], rows: int, layer: int, folder: str
 ) -> tuple[Any, _Clock]:
     """A trainer of this way on its own copy of the model, and the clock of its steps."""
     from trl import DPOConfig, SFTConfig
@@ -168,7 +191,7 @@ def trainer(
     made = trainer_class(
         model=copy.deepcopy(model),
         args=args,
-        train_dataset=data(tokenizer, way.kind, length, batch * _STEPS),
+        train_dataset=data(tokenizer, way.kind, *row, batch * _STEPS),
         processing_class=tokenizer,
         peft_config=way.adapter(layer),
         loss=way.loss,
@@ -201,14 +224,13 @@ def _now() -> float:
     return time.perf_counter()
 
 
-def data(tokenizer: Any, kind: str, length: int, count: int) -> Dataset:
+def data(tokenizer: Any, kind: str, length: int, prompt: int, count: int) -> Dataset:
     """Random words of one token each: a prompt of half the tokens, and one answer or two that differ throughout."""
     generator = np.random.default_rng(0)
     words = [
         w for w, _ in sorted(tokenizer.get_vocab().items()) if w.startswith("Ġ") and w[1:].isalpha() and w.isascii()
     ]
     words = words or [w for w in (tokenizer.decode([i]) for i in range(200, 5000)) if w.strip().isalpha()]
-    prompt = round(length * _PROMPT)
 
     def text(tokens: int) -> str:
         return "".join(generator.choice(words, tokens))
@@ -219,12 +241,12 @@ def data(tokenizer: Any, kind: str, length: int, count: int) -> Dataset:
     )
 
 
-def floor(model: Any, kind: str, length: int, rows: int, layer: int) -> float:
+def floor(model: Any, way: Way, length: int, prompt: int, rows: int, layer: int) -> float:
     """Seconds of the bare matrix products: forward and backward of the layers above the vector, and of the head on the
     labelled tokens, at the rate this machine multiplies matrices of those shapes."""
-    prompt = round(length * _PROMPT)
     answers = rows * (length - prompt)
-    tokens = answers + (rows // 2 if kind == "dpo" else rows) * prompt
+    prompts = 0 if way.adapter is _on_completions else rows // 2 if way.kind == "dpo" else rows
+    tokens = answers + prompts * prompt
     blocks = model.get_decoder().layers[layer + 1 :]
     products = [(tokens, m.weight) for block in blocks for m in block.modules() if isinstance(m, torch.nn.Linear)]
     products.append((answers, model.get_output_embeddings().weight))
@@ -246,11 +268,11 @@ def _product(rows: int, weight: torch.Tensor) -> float:
     return median(seconds[2:])
 
 
-def _memory(options: Any, name: str, length: int) -> float:
+def _memory(options: Any, name: str, length: int, prompt: int) -> float:
     model, tokenizer = load_model(ModelTable(name=options.model))
     layer, rows = 2 * model.config.num_hidden_layers // 3, max(2, options.tokens // length)
     with tempfile.TemporaryDirectory() as folder:
-        made, _ = trainer(WAYS[name], model, tokenizer, length, rows, layer, folder)
+        made, _ = trainer(WAYS[name], model, tokenizer, (length, prompt), rows, layer, folder)
         del model
         gc.collect()
         reset_peak_memory()
@@ -265,12 +287,13 @@ def page(options: Any, found: list[dict[str, Any]]) -> str:
         "",
         f"`python -m steertune.recipes.benchmark`, {options.model} model, {torch.get_num_threads()} threads, "
         f"torch {torch.__version__}, {options.rounds} rounds of {_STEPS} timed steps a way, interleaved. Median "
-        "seconds of a step [smallest, largest]; ratios are of medians.",
+        "seconds of a step [smallest, largest]; ratios are of medians. The floor is the matrix products above the "
+        "vector and of the head on labels, at the rate of this machine, for the tokens that have to run.",
     ]
     for at in found:
         lines += [
             "",
-            f"## {at['rows']} rows of {at['length']} tokens, half prompt; vector on layer {at['layer']}",
+            f"## {at['rows']} rows of {at['length']} tokens, {at['prompt']} of them prompt; vector on layer {at['layer']}",
             "",
             "| | seconds a step | faster than TRL + LoRA | of the floor | first epoch, of that without memo "
             "| peak memory, GB |",
@@ -278,15 +301,15 @@ def page(options: Any, found: list[dict[str, Any]]) -> str:
         ]
         for name, way in WAYS.items():
             seconds, base = at["seconds"][name], AGAINST[way.kind]
-            plain = name.replace("and frozen prefix", "head on labels")
+            plain = (
+                f"{name.split(':')[0]}: ours, head on labels" if "frozen_prefix" in way.options and way.loss else name
+            )
             lines.append(
                 f"| {name} | {median(seconds):.2f} [{min(seconds):.2f}, {max(seconds):.2f}] "
                 f"| {median(at['seconds'][base]) / median(seconds):.2f} "
-                f"| {median(seconds) / at['floor'][way.kind]:.2f} "
+                f"| {median(seconds) / at['floor'][name]:.2f} "
                 f"| {at['first_epoch'][name] / at['first_epoch'][plain]:.2f} | {at['memory_gb'][name]:.2f} |"
             )
-        floors = ", ".join(f"{kind} {seconds:.2f} s" for kind, seconds in at["floor"].items())
-        lines += ["", f"Floor (matrix products above the vector and of the head on labels): {floors}."]
     return "\n".join(lines) + "\n"
 
 

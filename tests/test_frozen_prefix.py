@@ -13,6 +13,7 @@ from tiny_data import demonstrations, history, pairs, trained, values
 from steertune.adapters import SteeringVectorConfig
 from steertune.trainers import Batch, FrozenPrefix, ModelAt
 from steertune.trainers.prefix import shortcut as shortcut_module
+from steertune.trainers.prefix.completions import prompts_are_constant
 from steertune.trainers.prefix.decoder import Decoder
 
 
@@ -165,6 +166,43 @@ def fill_lora(model) -> None:
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter.data, std=0.1)
+
+
+@pytest.mark.parametrize("data", [pairs, demonstrations])
+def test_completions_only_are_exact_on_every_architecture(architecture, data, tmp_path, tokens_run, caplog):
+    kind, loss = ("dpo", "dpo") if data is pairs else ("sft", "cross_entropy")
+    config = SteeringVectorConfig(positions="completion")
+    ours, plain, _ = both_ways(
+        kind, tmp_path, lambda: tiny(architecture), data=data(), loss=loss, peft_config=config, max_steps=6
+    )
+    assert not caplog.records
+    assert_equal(ours, plain)
+    longest = max(len(row) for row in ours.train_dataset[next(iter(ours.train_dataset.features))])
+    last = tokens_run[-1]
+    assert last[0] == (8 if data is pairs else 4) and last[1] < longest
+
+
+def test_completions_only_is_for_completions_only():
+    for changes in ({}, {"positions": "prompt"}, {"positions": "completion", "modules_to_save": ["lm_head"]}):
+        model = get_peft_model(tiny(), SteeringVectorConfig(layers=2, **changes))
+        assert not prompts_are_constant(model, training=True)
+    assert not prompts_are_constant(tiny(), training=False)
+    model = get_peft_model(tiny(), SteeringVectorConfig(layers=2, positions="completion"))
+    assert prompts_are_constant(model, training=True)
+    model.get_base_model().lm_head.weight.requires_grad_(True)
+    assert not prompts_are_constant(model, training=True) and prompts_are_constant(model, training=False)
+
+
+def test_without_labels_only_every_token_is_right():
+    model = get_peft_model(tiny(), SteeringVectorConfig(layers=2, positions="completion")).eval()
+    fill(model)
+    batch = pair_batch()
+    with torch.no_grad():
+        expected = model(**batch.inputs, labels=batch.labels, use_cache=False).logits
+        with FrozenPrefix().shortcut(model).on():
+            found = model(**batch.inputs, labels=batch.labels, use_cache=False).logits
+    real = batch.inputs["attention_mask"].bool()
+    torch.testing.assert_close(found[real], expected[real], atol=1e-5, rtol=1e-5)
 
 
 def test_blocks_below_do_not_run_and_prompts_run_once(tokens_run):

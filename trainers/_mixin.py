@@ -183,7 +183,7 @@ class SteeringMixin(Trainer):
             with scaled(unwrapped, -1.0):  # refuse at the first step what only some of its draws would meet
                 pass
         at = ModelAt(model, unwrapped, batch, getattr(self, "ref_model", None), self._once.reference)
-        with self._once.shortcut():
+        with self._once.shortcut(labels_only=True):
             values = self.loss(at, self._generator())
         if num_items_in_batch is None:
             total = values.sum() / batch.count(self.loss.unit)

@@ -114,5 +114,5 @@ class Bench:
     def remembering(self, model: Any) -> Iterator[None]:
         """Forward passes inside leave out what the memo knows of `model`."""
         shortcut = self.prefix.shortcut(model)
-        with nullcontext() if shortcut is None else shortcut.on():
+        with nullcontext() if shortcut is None else shortcut.on(labels_only=True):
             yield

@@ -57,7 +57,7 @@ class Decoder:
         self._tuples: dict[nn.Module, int] = {}  # blocks that return tuples, and how long these are
         self._state: Tensor | None = None
         self._plain: Callable[..., Any] = self.module.forward
-        self._stop = self._on = False
+        self._stop = self.is_on = False
 
     def takes(self, *names: str) -> bool:
         """Whether the stack's forward has arguments of these names."""
@@ -71,16 +71,16 @@ class Decoder:
     @contextmanager
     def on(self, replacement: Replacement) -> Iterator[None]:
         """Ask `replacement` inside, at every forward."""
-        if self._on:  # an evaluation step inside an evaluation step
+        if self.is_on:  # an evaluation step inside an evaluation step
             yield
             return
-        self._on = True
+        self.is_on = True
         new = {self.module: self._stack(replacement)} | {block: self._block(block) for block in self._skipped}
         try:
             with _forwards(new):
                 yield
         finally:
-            self._on = False
+            self.is_on = False
 
     @torch.no_grad()
     def state(self, call: Mapping[str, Any]) -> Tensor:

@@ -48,9 +48,9 @@ class PayOnce:
         if trainer.loss is not None and trainer.loss.reference:
             self.reference = self._prefix.reference(trainer.model if own is None else own, trained=own is None)
 
-    def shortcut(self) -> AbstractContextManager[None]:
-        """Forward passes inside leave out what they can."""
-        return nullcontext() if self._shortcut is None else self._shortcut.on()
+    def shortcut(self, labels_only: bool = False) -> AbstractContextManager[None]:
+        """Forward passes inside leave out what they can (see `Shortcut.on`)."""
+        return nullcontext() if self._shortcut is None else self._shortcut.on(labels_only)
 
 
 def _impossible(trainer: Trainer) -> str | None:

@@ -94,13 +94,13 @@ def run_split(model: nn.Module, decoder: Decoder, call: Mapping[str, Any], state
         "past_key_values": DynamicCache(),
         "use_cache": True,
     }
-    with _part(model, split.owner, column.expand(len(split.owner), -1)):
+    with part(model, split.owner, column.expand(len(split.owner), -1)):
         prompts = decoder.run(first, None if states is None else states[split.owner, :width])
     caches = [
         (layer.keys, layer.values)
         for layer in prompts.past_key_values.layers[0 if states is None else decoder.count :]
     ]
-    output = _continue(model, decoder, call, states, split, caches, width)
+    output = continue_prompts(model, decoder, call, states, split, caches, width)
     # every token from the pass that computed it
     both = torch.cat([prompts[0][split.prompt_of], output[0]], dim=1)
     place = torch.arange(call["input_ids"].shape[1], device=column.device) - split.starts[:, None]
@@ -110,7 +110,7 @@ def run_split(model: nn.Module, decoder: Decoder, call: Mapping[str, Any], state
     return output
 
 
-def _continue(
+def continue_prompts(
     model: nn.Module,
     decoder: Decoder,
     call: Mapping[str, Any],
@@ -119,7 +119,17 @@ def _continue(
     caches: list[tuple[Tensor, Tensor]],
     width: int,
 ) -> Any:
-    """Run what follows the prompts, whose keys and values `(prompts, heads, width, size)` are known above the cut."""
+    """The decoder's output on what follows the prompts, `(rows, longest rest, d)`.
+
+    Args:
+        model: The model around the decoder.
+        decoder: The decoder.
+        call: Its arguments for the whole batch.
+        states: States at the cut; None: nothing is skipped.
+        split: The prompts.
+        caches: Keys and values of the prompts, `(prompts, heads, width, size)`, by layer above the cut.
+        width: Columns of the caches.
+    """
     ids, starts = call["input_ids"], split.starts
     rest = int((split.lengths - starts).max())
     column = starts[:, None] + torch.arange(rest, device=ids.device)
@@ -138,7 +148,7 @@ def _continue(
         call["position_ids"] = column
     if states is not None:
         states = states.gather(1, column[..., None].expand(-1, -1, states.shape[-1]))
-    with _part(model, rows, column):
+    with part(model, rows, column):
         return decoder.run(call, states)
 
 
@@ -151,7 +161,7 @@ def _cache(skipped: int, caches: list[tuple[Tensor, Tensor]], prompt_of: Tensor)
 
 
 @contextmanager
-def _part(model: nn.Module, rows: Tensor, columns: Tensor) -> Iterator[None]:
+def part(model: nn.Module, rows: Tensor, columns: Tensor) -> Iterator[None]:
     """Tell every steering layer which tokens of the batch a pass holds."""
     with ExitStack() as stack:
         for boundary in {id(layer.boundary): layer.boundary for layer in steering_layers(model)}.values():

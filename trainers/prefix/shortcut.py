@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ...adapters.blocks import text_config
 from .._modes import evaluating
+from .completions import PromptCaches, prompts_are_constant
 from .cut import NoPrefix, base_of, dropout, frozen_blocks
 from .decoder import Decoder
 from .keys import Unknown, rows_of
@@ -56,6 +57,9 @@ class Shortcut:
         random = training and any(dropout(module) for module in model.modules())
         cached = self.decoder.takes("past_key_values", "use_cache") and count < self.decoder.depth
         self._shares = cached and not random
+        constant = self._shares and count > 0 and prompts_are_constant(model, training)
+        self._caches = PromptCaches(memo, model, self.decoder) if constant else None
+        self._labels_only = False
 
     @property
     def skipped(self) -> int:
@@ -63,10 +67,20 @@ class Shortcut:
         return 0 if self._states is None else self.decoder.count
 
     @contextmanager
-    def on(self) -> Iterator[None]:
-        """Take it in every forward pass inside."""
-        with self.decoder.on(self._forward):
-            yield
+    def on(self, labels_only: bool = False) -> Iterator[None]:
+        """Take it in every forward pass inside.
+
+        Args:
+            labels_only: Whether nothing is read of the outputs before the last prompt token. Then prompts that no
+                adapter changes need not run at all.
+        """
+        before = self._labels_only
+        self._labels_only = labels_only and (before or not self.decoder.is_on)
+        try:
+            with self.decoder.on(self._forward):
+                yield
+        finally:
+            self._labels_only = before
 
     def _forward(self, call: dict[str, Any]) -> Any | None:
         if call.get("past_key_values") is not None or self._asked(call, "use_cache"):  # generation
@@ -82,6 +96,8 @@ class Shortcut:
             self._say(why)
             return None
         states = self._known(call, rows)
+        if states is not None and self._labels_only and (output := self._completions(call, rows, states)) is not None:
+            return output
         split = self._split(call, states)
         if split is not None:
             return run_split(self.model, self.decoder, call, states, split)
@@ -99,9 +115,29 @@ class Shortcut:
             return None
         return states
 
-    def _split(self, call: Mapping[str, Any], states: Tensor | None) -> Split | None:
+    def _completions(self, call: Mapping[str, Any], rows: list[dict[str, Tensor]], states: Tensor) -> Any | None:
+        caches = self._caches
+        split = None if caches is None or self._beyond_window(call) else caches.split(call)
+        if caches is None or split is None:
+            return None
+        column = torch.arange(call["input_ids"].shape[1], device=states.device)
+        read = (column >= split.starts[:, None]) & (column < split.lengths[:, None])
+        try:
+            what = "running completions only"
+            self._prove(call, what, lambda: caches.run(call, rows, states, split), read)
+        except NoPrefix as why:
+            self._caches = None
+            self._say(why)
+            return None
+        return caches.run(call, rows, states, split)
+
+    def _beyond_window(self, call: Mapping[str, Any]) -> bool:
+        """Whether a sliding window would have to know how far apart tokens are, which a padded cache changes."""
         window = getattr(self.decoder.module.config, "sliding_window", None)
-        if not self._shares or (window is not None and call["input_ids"].shape[1] > window):
+        return window is not None and call["input_ids"].shape[1] > window
+
+    def _split(self, call: Mapping[str, Any], states: Tensor | None) -> Split | None:
+        if not self._shares or self._beyond_window(call):
             return None
         split = shared_prompts(call)
         if split is None:
@@ -125,7 +161,7 @@ class Shortcut:
             logger.log(self._level, "The frozen prefix: %s.", text)
 
     @torch.no_grad()
-    def _prove(self, call: Mapping[str, Any], what: str, run: Any) -> None:
+    def _prove(self, call: Mapping[str, Any], what: str, run: Any, real: Tensor | None = None) -> None:
         """Compare the last hidden states of one batch with those of the plain path, once for a model and a way.
 
         Raises:
@@ -145,8 +181,9 @@ class Shortcut:
                 ) from error
         device = plain.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else plain.dtype
-        real = call.get("attention_mask")
-        real = torch.ones_like(call["input_ids"]).bool() if real is None else real.bool()
+        if real is None:
+            mask = call.get("attention_mask")
+            real = torch.ones_like(call["input_ids"]).bool() if mask is None else mask.bool()
         difference = float((plain - ours)[real].abs().max() / plain[real].abs().max())
         if not difference <= torch.finfo(dtype).eps ** 0.5:
             raise NoPrefix(f"{what} is off: {type(self.decoder.module).__name__} differs by {difference:.1e} with it")

@@ -1,0 +1,104 @@
+"""Run completions only: where no prompt token is steered, a prompt's keys and values are constants in every layer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import AuxiliaryTrainingWrapper
+from torch import Tensor, nn
+from transformers import DynamicCache
+
+from ...adapters import SteeringVectorLayer, steering_layers
+from .cut import base_of
+from .decoder import Decoder
+from .keys import row_key, weights_key
+from .memo import Memo
+from .prompts import Split, continue_prompts, part, row_lengths
+
+
+class PromptCaches:
+    """Keys and values of prompts above the cut, kept by content.
+
+    Args:
+        memo: Where they are kept.
+        model: The model, with or without PEFT.
+        decoder: Its stack of blocks.
+    """
+
+    def __init__(self, memo: Memo, model: nn.Module, decoder: Decoder) -> None:
+        self.memo, self.model, self.decoder = memo, model, decoder
+        self._namespace: str | None = None
+
+    def split(self, call: Mapping[str, Any]) -> Split | None:
+        """Every row's prompt, without its last token (which predicts the first label); None where that cannot be."""
+        lengths, end = row_lengths(call), next(iter(steering_layers(self.model))).boundary.prompt_end
+        if lengths is None or end is None or len(end) != len(lengths):
+            return None
+        prompts = torch.minimum(end.to(lengths.device), lengths) - 1
+        index = torch.arange(len(lengths), device=lengths.device)
+        return Split(prompts, index, index, lengths) if int(prompts.min()) > 0 else None
+
+    def run(self, call: Mapping[str, Any], rows: Sequence[Mapping[str, Tensor]], states: Tensor, split: Split) -> Any:
+        """The decoder's output, right on the last prompt token and after it; before, it means nothing.
+
+        Args:
+            call: Arguments of the decoder.
+            rows: Its rows, each alone.
+            states: States at the cut, `(rows, tokens, d)`.
+            split: The prompts.
+        """
+        width = int(split.prompts.max())
+        known = [
+            self._of(row, states[i : i + 1], int(n))
+            for i, (row, n) in enumerate(zip(rows, split.prompts, strict=True))
+        ]
+        layers, _, heads, _, size = known[0].shape
+        caches = known[0].new_zeros(layers, 2, len(rows), heads, width, size, device="cpu")
+        for i, cache in enumerate(known):
+            caches[:, :, i, :, : cache.shape[3]] = cache
+        caches = caches.to(states.device, non_blocking=True)
+        output = continue_prompts(
+            self.model, self.decoder, call, states, split, [(kv[0], kv[1]) for kv in caches], width
+        )
+        place = torch.arange(call["input_ids"].shape[1], device=states.device) - split.starts[:, None]
+        place = place.clamp(0, output[0].shape[1] - 1)
+        output.last_hidden_state = output[0].gather(1, place[..., None].expand(-1, -1, output[0].shape[-1]))
+        output.past_key_values = None
+        return output
+
+    @torch.no_grad()
+    def _of(self, row: Mapping[str, Tensor], state: Tensor, length: int) -> Tensor:
+        """Keys and values of a row's first `length` tokens, `(layers, 2, heads, length, size)`."""
+        if self._namespace is None:
+            base = base_of(self.model)
+            frozen = [(name, p) for name, p in base.named_parameters() if not p.requires_grad]
+            self._namespace = weights_key([*frozen, *base.named_buffers()], "prompts", self.decoder.count)
+        prompt = {name: value[:, :length] for name, value in row.items()}
+        key = row_key(self._namespace, prompt)
+        known = self.memo.get(key)
+        if known is None:
+            column = torch.arange(length, device=state.device)[None]
+            with part(self.model, torch.zeros(1, dtype=torch.long, device=state.device), column):
+                call = {**prompt, "past_key_values": DynamicCache(), "use_cache": True}
+                cache = self.decoder.run(call, state[:, :length]).past_key_values
+            layers = cache.layers[self.decoder.count :]
+            known = torch.stack([torch.stack([layer.keys[0], layer.values[0]]) for layer in layers]).cpu()
+            self.memo.put(key, known)
+        return known
+
+
+def prompts_are_constant(model: nn.Module, training: bool) -> bool:
+    """Whether all that is adapted or trained in `model` changes completion tokens only."""
+    owned = set()
+    for module in model.modules():
+        if isinstance(module, SteeringVectorLayer):
+            if any(config.positions != "completion" for config in module.config.values()):
+                return False
+            owned |= {id(parameter) for parameter in module.parameters()}
+        elif isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
+            return False
+    trained = any(p.requires_grad and id(p) not in owned for p in model.parameters())
+    return bool(owned) and not (training and trained)

@@ -52,9 +52,10 @@ class Way:
 
 
 def _row(text: str) -> tuple[int, int]:
+    """`tokens/prompt tokens`."""
     length, prompt = map(int, text.split("/"))
     if not 0 < prompt < length - 1:
-        raise ValueError(text)
+        raise argparse.ArgumentTypeError(f"{text}: at least 1 token of prompt and 2 of answer")
     return length, prompt
 
 
@@ -100,7 +101,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="benchmark", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument(
-        "--lengths", nargs="+", type=int, default=[128, 512], help="tokens of a row, half of it prompt"
+        "--rows",
+        nargs="+",
+        type=_row,
+        default=[(128, 64), (512, 256), (512, 384)],
+        help="tokens of a row / of its prompt",
     )
     parser.add_argument("--tokens", type=int, default=1024, help="tokens of a batch")
     parser.add_argument("--rounds", type=int, default=3)
@@ -113,9 +118,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     disable_progress_bars()
     logging.getLogger("trl").setLevel(logging.ERROR)
     if options.memory_of:
-        print(json.dumps(_memory(options, options.memory_of, *_row(options.rows[0]))))
+        print(json.dumps(_memory(options, options.memory_of, *options.rows[0])))
         return 0
-    found = [measure(options, *_row(row)) for row in options.rows]
+    found = [measure(options, *row) for row in options.rows]
     options.folder.mkdir(parents=True, exist_ok=True)
     write_whole(options.folder / "table.json", json.dumps(found, indent=1))
     write_whole(options.folder / "table.md", page(options, found))
@@ -293,7 +298,8 @@ def page(options: Any, found: list[dict[str, Any]]) -> str:
     for at in found:
         lines += [
             "",
-            f"## {at['rows']} rows of {at['length']} tokens, {at['prompt']} of them prompt; vector on layer {at['layer']}",
+            f"## {at['rows']} rows of {at['length']} tokens, {at['prompt']} of them prompt; vector on layer "
+            f"{at['layer']}",
             "",
             "| | seconds a step | faster than TRL + LoRA | of the floor | first epoch, of that without memo "
             "| peak memory, GB |",

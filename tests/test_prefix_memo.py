@@ -186,6 +186,9 @@ def test_shared_between_models_that_agree_below_the_cut():
     assert not hits(prefix, changed("model.layers.1.mlp.up_proj"))
     assert not hits(prefix, changed("model.embed_tokens"))
     assert not hits(prefix, steered().to(torch.bfloat16))
+    eager = steered()
+    eager.get_base_model().set_attn_implementation("eager")
+    assert not hits(prefix, eager)
 
 
 def test_another_adapter_with_the_same_cut_shares(tmp_path):

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import transformers
-from torch import Tensor
+from torch import Tensor, nn
 
 _WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _SAMPLES = 64
@@ -37,6 +37,11 @@ def weights_key(tensors: Iterable[tuple[str, Tensor]], *settings: Any) -> str:
         what = (name.replace(".base_layer.", "."), tuple(tensor.shape), str(tensor.dtype), int(bits.sum()), some)
         digest.update(repr(what).encode())
     return digest.hexdigest()
+
+
+def attention_of(model: nn.Module) -> str | None:
+    """The model's attention implementation, which rounds in its own way."""
+    return getattr(model.config, "_attn_implementation", None)  # transformers has no public name for it
 
 
 def rows_of(inputs: Mapping[str, Any]) -> list[dict[str, Tensor]]:

@@ -9,7 +9,8 @@ from torch import nn
 
 from ...losses import Outputs
 from .._batch import Batch
-from .keys import Unknown, row_key, rows_of, weights_key
+from .cut import base_of
+from .keys import Unknown, attention_of, row_key, rows_of, weights_key
 from .memo import Memo
 
 
@@ -26,7 +27,9 @@ class ReferenceMemo:
     def __init__(self, memo: Memo, reference: nn.Module, trained: bool) -> None:
         self.memo = memo
         tensors = [(name, p) for name, p in reference.named_parameters() if not (trained and p.requires_grad)]
-        self._namespace = weights_key([*tensors, *reference.named_buffers()], "reference", type(reference).__name__)
+        self._namespace = weights_key(
+            [*tensors, *reference.named_buffers()], "reference", attention_of(base_of(reference))
+        )
 
     def outputs(self, batch: Batch, compute: Callable[[Batch], Outputs]) -> Outputs:
         """The outputs of a batch, `compute`d row by row where they are not known."""

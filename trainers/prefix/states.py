@@ -6,11 +6,10 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor, nn
 
-from ...adapters.blocks import text_config
 from .._modes import evaluating
 from .cut import base_of, check_frozen
 from .decoder import Decoder
-from .keys import row_key, weights_key
+from .keys import attention_of, row_key, weights_key
 from .memo import Memo
 
 
@@ -68,11 +67,6 @@ class States:
         check_frozen(ran.items(), self.training)
         below = {f"{name}.{key}".lstrip("."): t for name, module in ran.items() for key, t in _own_tensors(module)}
         return weights_key(sorted(below.items()), type(stack).__name__, self.decoder.count, attention_of(base))
-
-
-def attention_of(base: nn.Module) -> str | None:
-    """The attention implementation, which rounds in its own way."""
-    return getattr(text_config(base), "_attn_implementation", None)  # transformers has no public name for it
 
 
 def _own_tensors(module: nn.Module) -> list[tuple[str, Tensor]]:

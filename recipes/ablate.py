@@ -2,7 +2,7 @@
 
     python -m steertune.recipes.ablate quick --dry-run
     python -m steertune.recipes.ablate quick --folder runs/quick
-    accelerate launch --num_processes 2 -m steertune.recipes.ablate quick --folder runs/quick
+    accelerate launch --multi_gpu --num_processes 2 -m steertune.recipes.ablate quick --folder runs/quick
 
 Processes (of one launch, or started apart on the same folder) share the cells between them. A killed grid goes on
 where it stopped. Then read the results with `python -m steertune.recipes.report runs/quick`.

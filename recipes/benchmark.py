@@ -120,10 +120,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.memory_of:
         print(json.dumps(_memory(options, options.memory_of, *options.rows[0])))
         return 0
-    found = [measure(options, *row) for row in options.rows]
     options.folder.mkdir(parents=True, exist_ok=True)
-    write_whole(options.folder / "table.json", json.dumps(found, indent=1))
-    write_whole(options.folder / "table.md", page(options, found))
+    found: list[dict[str, Any]] = []
+    for row in options.rows:
+        found.append(measure(options, *row))
+        write_whole(options.folder / "table.json", json.dumps(found, indent=1))
+        write_whole(options.folder / "table.md", page(options, found))
     print(page(options, found))
     return 0
 
@@ -287,13 +289,19 @@ def _memory(options: Any, name: str, length: int, prompt: int) -> float:
 
 def page(options: Any, found: list[dict[str, Any]]) -> str:
     """The tables."""
+    rows = " ".join(f"{at['length']}/{at['prompt']}" for at in found)
+    command = (
+        f"python -m steertune.recipes.benchmark --model {options.model} --rows {rows} --tokens {options.tokens} "
+        f"--rounds {options.rounds} --threads {torch.get_num_threads()}"
+    )
     lines = [
         "# What a training step costs",
         "",
-        f"`python -m steertune.recipes.benchmark`, {options.model} model, {torch.get_num_threads()} threads, "
-        f"torch {torch.__version__}, {options.rounds} rounds of {_STEPS} timed steps a way, interleaved. Median "
-        "seconds of a step [smallest, largest]; ratios are of medians. The floor is the matrix products above the "
-        "vector and of the head on labels, at the rate of this machine, for the tokens that have to run.",
+        f"`{command}`: {torch.get_num_threads()} threads, torch {torch.__version__}, {options.rounds} rounds of "
+        f"{_STEPS} timed steps a way, interleaved. Median seconds of a step [smallest, largest]; ratios are of "
+        "medians. The first epoch is of two steps, and holds the one-time comparison with the plain path. The floor "
+        "is the matrix products above the vector and of the head on labels, at the rate of this machine, for the "
+        "tokens that have to run.",
     ]
     for at in found:
         lines += [

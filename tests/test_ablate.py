@@ -205,7 +205,7 @@ def test_processes_of_one_launch_share_the_cells(tables, tmp_path):
         sys.executable,
         "-m",
         "accelerate.commands.launch",
-        "--cpu",
+        "--multi_gpu",  # without it accelerate runs one process on a machine without GPUs, and says nothing
         "--num_processes",
         "2",
         "-m",
@@ -217,6 +217,7 @@ def test_processes_of_one_launch_share_the_cells(tables, tmp_path):
     )
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.count("10 cells: 5 arms") == 1, "the plan is printed once"
+    assert "on 2 process(es)" in done.stdout
     assert len(read(make_grid(tables), tmp_path / "run")) == 10
 
 

@@ -231,8 +231,8 @@ def write_grid(folder: Path, grid: Grid, argv: Sequence[str] | None) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     words = list(sys.argv[1:] if argv is None else argv)
     for i, word in enumerate(words):
-        if word == "--data-root":
-            words[i + 1] = "DATA"  # where it is on this machine concerns nobody else
+        if word in ("--data-root", "--folder"):
+            words[i + 1] = word[2:].upper()  # where it is on this machine concerns nobody else
     tables = grid.tables.model_dump(mode="json")
     arms = [
         {"name": arm.name, "levels": arm.levels, "tables": arm.arm.model_dump(mode="json", exclude={"data", "output"})}

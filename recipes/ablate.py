@@ -201,7 +201,7 @@ def estimate(cells: Sequence[Cell], bench: Bench, folder: Path) -> dict[Path, fl
         untrained = cell.arm.arm.trainer.get("max_steps") == 0
         measuring = row * (4 * tables.splits.test + 60 + 5 * tables.generations)
         tuning = (0 if untrained else budget.steps_spent() * step) + (
-            2 * row * tables.splits.validation * budget.trials * len(budget.strengths)
+            2 * row * tables.splits.validation * budget.trials * budget.measured_at
         )
         place = (cell.arm.name, cell.task.label, cell.examples)
         first = budget.per == "cell" or place not in tuned

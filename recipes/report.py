@@ -120,7 +120,7 @@ def _body(folder: Path, grid: dict[str, Any], tables: GridTables, claim: Claim, 
     if ran["examples"].nunique() > 1:
         charts.curves(ran, shown, claim.measure, folder / "charts" / "curves.png", label)
         lines += ["## Sample efficiency", "", "![Curves](charts/curves.png)", "", *_efficiency(curves, claim)]
-    lines += _side_effects(folder, ran)
+    lines += _side_effects(folder, ran, tables)
     return [*lines, *_cost(ran), *_failures(cells), *_how(grid, tables)]
 
 
@@ -248,12 +248,19 @@ def _efficiency(curves: Sequence[analysis.Efficiency], claim: Claim) -> list[str
     ]
 
 
-def _side_effects(folder: Path, cells: Frame) -> list[str]:
+def _side_effects(folder: Path, cells: Frame, tables: GridTables) -> list[str]:
     y, label = (
         ("behaviour", "behaviour score") if cells["behaviour"].notna().any() else ("accuracy", "held-out accuracy")
     )
+    matched = tables.budget.strengths == "matched"  # then every arm has the same KL, and fluency is what differs
+    x, x_label = ("perplexity", "perplexity") if matched else ("kl", "KL to the base")
     charts.pareto(
-        cells, "kl", y, folder / "charts" / "pareto.png", "KL to the base on neutral text, nats/token", label
+        cells,
+        x,
+        y,
+        folder / "charts" / "pareto.png",
+        f"{x_label} on neutral text{'' if matched else ', nats/token'}",
+        label,
     )
     names = {
         "kl": "KL to the base",
@@ -268,7 +275,7 @@ def _side_effects(folder: Path, cells: Frame) -> list[str]:
     if "base_repetition" in cells:
         base += f", repetition {cells['base_repetition'].mean():.3f}"
     return [
-        "## Side effects, at the tuned strength",
+        f"## Side effects, at the {'matched' if matched else 'tuned'} strength",
         "",
         "![Effect against side effect](charts/pareto.png)",
         "",

@@ -168,6 +168,20 @@ def test_the_best_trial_is_taken_and_shared_by_the_seeds(tables, tmp_path):
         assert {t["steps"] for t in cell["tuning"]} == ({2} if trained else {0})
 
 
+def test_matched_strengths_are_each_model_s_own_and_nothing_else_is_measured(tables, tmp_path):
+    tables["budget"]["strengths"] = "matched"
+    for cell in run(tables, tmp_path / "run"):
+        scaled = cell["arm"] != "base"  # a vector of zeros has no strength at which it does anything
+        trained = scaled and cell["arm"] != "mean_difference"
+        assert len(cell["tuning"]) == (2 if trained else 1), "a trial is measured at one strength"
+        assert (cell["matched_strength"] is not None) == scaled
+        if scaled:
+            assert 0.5e-4 < cell["kl"] < 2e-4, "the KL the grid asks for"
+            assert all(cell["matched_" + name] == cell[name] for name in ("margins", "answers", "accuracy"))
+        else:
+            assert cell["setting"]["strength"] == 1.0
+
+
 def test_an_interrupted_grid_goes_on_and_comes_out_the_same(tables, tmp_path):
     whole = run(tables, tmp_path / "whole")
     grid = make_grid(tables)

@@ -488,6 +488,7 @@ BAD: dict[str, tuple[Changes, list[str]]] = {
     "empty steps": ({"budget.steps": []}, ["budget.steps", "one number of steps or more"]),
     "no strengths": ({"budget.strengths": []}, ["budget.strengths", "one strength or more"]),
     "negative strength": ({"budget.strengths": [1.0, -1.0]}, ["budget.strengths", "-1.0", "above 0"]),
+    "misspelt strengths": ({"budget.strengths": "match"}, ["budget.strengths", "matched"]),
     "infinite strength": ({"budget.strengths": [float("inf")]}, ["budget.strengths", "inf"]),
     "learning rates around nothing": ({"budget.learning_rate": 0.5}, ["budget.learning_rate", "1"]),
     "unknown per": ({"budget.per": "seed"}, ["budget.per", "'cell' or 'arm'"]),

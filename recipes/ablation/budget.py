@@ -17,14 +17,16 @@ class BudgetTable(BaseModel, extra="forbid"):
     """`[budget]`.
 
     A trial is a learning rate, drawn log-uniformly within a factor `learning_rate` around the arm's own, and a number
-    of steps. It is trained, and measured on the validation rows at every strength (arms without a strength: at 1).
+    of steps. It is trained, and measured on the validation rows: at every one of `strengths`, or with "matched" at the
+    strength with the grid's KL to the base, where arms are compared (arms without a strength: at 1). Tuned at free
+    strengths for accuracy alone, every arm buys it with the model's fluency.
     With `halving` k, all trials first train a fraction of their steps and only the best 1 in k goes on, rung by rung.
     """
 
     trials: int = Field(default=4, ge=1)
     learning_rate: float = Field(default=4.0, ge=1, allow_inf_nan=False)
     steps: list[int] = [16]
-    strengths: list[float] = [1.0, 2.0]
+    strengths: list[float] | Literal["matched"] = "matched"
     halving: int = Field(default=1, ge=1)
     per: Literal["cell", "arm"] = "arm"
     """`arm`: settings are chosen once per arm, task and number of examples, on the first seed's training set."""
@@ -38,7 +40,9 @@ class BudgetTable(BaseModel, extra="forbid"):
 
     @field_validator("strengths")
     @classmethod
-    def _some_strengths(cls, strengths: list[float]) -> list[float]:
+    def _some_strengths(cls, strengths: list[float] | Literal["matched"]) -> list[float] | Literal["matched"]:
+        if strengths == "matched":
+            return strengths
         if not strengths or min(strengths) <= 0 or not all(math.isfinite(s) for s in strengths):
             raise ValueError(f"{strengths}: one strength or more, each above 0")
         return strengths
@@ -59,6 +63,11 @@ class BudgetTable(BaseModel, extra="forbid"):
         while self.halving > 1 and counts[-1] > 1:
             counts.append(math.ceil(counts[-1] / self.halving))
         return [(count, self.halving ** (i - len(counts) + 1.0)) for i, count in enumerate(counts)]
+
+    @property
+    def measured_at(self) -> int:
+        """At how many strengths a trial is measured."""
+        return 1 if self.strengths == "matched" else len(self.strengths)
 
     def steps_spent(self) -> float:
         """Mean number of training steps that the tuning costs."""
@@ -95,8 +104,10 @@ def draw(budget: BudgetTable, seed: int) -> list[Setting]:
     return [Setting(steps=drawn[0].steps), *drawn[1:]]
 
 
-def untrained_strengths(budget: BudgetTable) -> list[float]:
+def untrained_strengths(budget: BudgetTable) -> list[float] | Literal["matched"]:
     """Strengths for an arm without training, which spends its trials on them: as many as all trials measure."""
+    if budget.strengths == "matched":
+        return "matched"
     low, high = min(budget.strengths), max(budget.strengths)
     count = budget.trials * len(budget.strengths)
     return [float(s) for s in np.geomspace(low, max(high, 8 * low), count)] if count > 1 else [low]

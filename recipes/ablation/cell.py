@@ -9,7 +9,7 @@ import shutil
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from datasets import Dataset
@@ -126,7 +126,7 @@ def _trial(
     cell: Cell,
     bench: Bench,
     setting: Setting,
-    strengths: Sequence[float],
+    strengths: Sequence[float] | Literal["matched"],
     seed: int,
     home: Path,
     fraction: float = 1.0,
@@ -136,11 +136,14 @@ def _trial(
     try:
         model, _ = train(cell, bench, tried, seed, home / f"{cell.arm.name}.trial")
     except NonFiniteError:
-        return [{**trial, "strength": strengths[0], "accuracy": None, "score": None}]
+        return [{**trial, "strength": None, "accuracy": None, "score": None}]
     finally:
         shutil.rmtree(home / f"{cell.arm.name}.trial", ignore_errors=True)
-    strengths = list(strengths) if scalable(model) else [1.0]
     with bench.remembering(model):
+        if strengths == "matched":
+            strengths = [_matched(bench, model) or 1.0]
+        elif not scalable(model):
+            strengths = [1.0]
         margins = pair_margins(model, bench.tokenizer, bench.splits(cell.task).validation, strengths, show=False)
     found = []
     for strength in strengths:
@@ -193,23 +196,31 @@ def _tokens_of_a_pair(trainer: Any) -> float:
 
 def measure(cell: Cell, bench: Bench, model: Any, strength: float) -> dict[str, Any]:
     """What the trained model does, at its tuned strength and at the matched one. The test rows are read here only."""
-    tables = bench.grid.tables
-    found: dict[str, Any] = {"scalable": scalable(model), "matched_strength": None}
+    matched = _matched(bench, model)
+    if cell.arm.budget.strengths == "matched":  # of this training set, not of the one that the tuning saw
+        strength = matched or strength
+    found: dict[str, Any] = {"scalable": scalable(model), "matched_strength": matched}
     with scaled(model, strength):
         neutral = neutral_logps(model, bench.tokenizer, bench.neutral_data)
     found |= side_effects(neutral, bench.neutral)
-    if found["scalable"]:
-        found["matched_strength"] = matched_strength(
-            lambda s: _kl(model, bench, s), tables.matched.kl, tables.matched.largest_strength
-        )
-    strengths = {"": strength} | ({"matched_": found["matched_strength"]} if found["matched_strength"] else {})
+    strengths = {"": strength} | ({"matched_": matched} if matched else {})
     base = bench.base(cell.task)
     rows = bench.splits(cell.task).test
-    margins = pair_margins(model, bench.tokenizer, rows, sorted(set(strengths.values())), show=False)
+    different = sorted(set(strengths.values()))
+    margins = pair_margins(model, bench.tokenizer, rows, different, show=False)
+    behaviours = {at: _behaviour(cell, bench, model, rows, at) for at in different}
     for prefix, at in strengths.items():
-        found |= {prefix + name: value for name, value in preference(margins[at], base.margins).items()}
-        found |= {prefix + name: value for name, value in _behaviour(cell, bench, model, rows, at).items()}
+        values = preference(margins[at], base.margins) | behaviours[at]
+        found |= {prefix + name: value for name, value in values.items()}
     return found
+
+
+def _matched(bench: Bench, model: Any) -> float | None:
+    """The strength with the grid's KL to the base; None if the model has no strength, or no such one."""
+    table = bench.grid.tables.matched
+    return (
+        matched_strength(lambda s: _kl(model, bench, s), table.kl, table.largest_strength) if scalable(model) else None
+    )
 
 
 def _kl(model: Any, bench: Bench, strength: float) -> float:

@@ -3,8 +3,8 @@
     python -m steertune.recipes.benchmark --folder runs/benchmark
 
 Every way trains in short turns, one after the other and round after round, so that a noisy machine is equally noisy to
-all. A turn reads every row twice; the second reading is timed, and in the first round the first one as well (the epoch
-that fills the memo). Peak memory comes from a process of its own for each way. Writes `table.md` and `table.json`.
+all. A step to warm up is not timed. In the first round our losses read a whole epoch before, which fills the memo, and
+is timed as such. Peak memory comes from a process of its own for each way. Writes `table.md` and `table.json`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -38,17 +38,18 @@ from steertune.recipes.measures import peak_memory_gb, reset_peak_memory
 from steertune.recipes.training import set_threads, write_whole
 from steertune.trainers import SteeringDPOTrainer, SteeringSFTTrainer
 
-_STEPS = 2  # batches of the data set
+_STEPS = 2  # timed, a turn
+_EPOCH = 8  # batches of the data set
 
 
 @dataclass(frozen=True)
 class Way:
-    """One way to train: data kind, adapter, loss, and the trainer's options."""
+    """One way to train: data kind, adapter at a layer, loss, and whether the frozen prefix is used."""
 
     kind: str
     adapter: Callable[[int], PeftConfig | None]
     loss: str | None = None
-    options: dict[str, Any] = field(default_factory=dict)
+    frozen_prefix: bool = False
 
 
 def _row(text: str) -> tuple[int, int]:
@@ -75,21 +76,20 @@ def _on_completions(layer: int) -> PeftConfig:
     return SteeringVectorConfig(layers=layer, positions="completion")
 
 
-PLAIN, FROZEN = {"frozen_prefix": False}, {"frozen_prefix": True}
 WAYS = {
-    "SFT: TRL + LoRA r8": Way("sft", _lora, None, PLAIN),
-    "SFT: TRL + BEFT": Way("sft", _beft, None, PLAIN),
-    "SFT: TRL, full finetuning": Way("sft", lambda layer: None, None, PLAIN),
-    "SFT: TRL + our vector": Way("sft", _vector, None, PLAIN),
-    "SFT: ours, head on labels": Way("sft", _vector, "cross_entropy", PLAIN),
-    "SFT: ours, and frozen prefix": Way("sft", _vector, "cross_entropy", FROZEN),
-    "SFT: ours, on completions only": Way("sft", _on_completions, "cross_entropy", FROZEN),
-    "pairs: TRL + LoRA r8": Way("dpo", _lora, None, PLAIN),
-    "pairs: TRL + BEFT": Way("dpo", _beft, None, PLAIN),
-    "pairs: TRL + our vector": Way("dpo", _vector, None, PLAIN),
-    "pairs: ours, head on labels": Way("dpo", _vector, "dpo", PLAIN),
-    "pairs: ours, and frozen prefix": Way("dpo", _vector, "dpo", FROZEN),
-    "pairs: ours, on completions only": Way("dpo", _on_completions, "dpo", FROZEN),
+    "SFT: TRL + LoRA r8": Way("sft", _lora),
+    "SFT: TRL + BEFT": Way("sft", _beft),
+    "SFT: TRL, full finetuning": Way("sft", lambda layer: None),
+    "SFT: TRL + our vector": Way("sft", _vector),
+    "SFT: ours, head on labels": Way("sft", _vector, "cross_entropy"),
+    "SFT: ours, and frozen prefix": Way("sft", _vector, "cross_entropy", True),
+    "SFT: ours, on completions only": Way("sft", _on_completions, "cross_entropy", True),
+    "pairs: TRL + LoRA r8": Way("dpo", _lora),
+    "pairs: TRL + BEFT": Way("dpo", _beft),
+    "pairs: TRL + our vector": Way("dpo", _vector),
+    "pairs: ours, head on labels": Way("dpo", _vector, "dpo"),
+    "pairs: ours, and frozen prefix": Way("dpo", _vector, "dpo", True),
+    "pairs: ours, on completions only": Way("dpo", _on_completions, "dpo", True),
 }
 """With an adapter of its own and `loss=None`, `frozen_prefix=False`, our trainers are TRL's."""
 AGAINST = {"sft": "SFT: TRL + LoRA r8", "dpo": "pairs: TRL + LoRA r8"}
@@ -139,34 +139,25 @@ def measure(options: Any, length: int, prompt: int) -> dict[str, Any]:
         trainers = {
             name: trainer(way, model, tokenizer, (length, prompt), rows, layer, folder) for name, way in WAYS.items()
         }
-        times: dict[str, list[list[float]]] = {name: [] for name in WAYS}
-        for _ in tqdm(range(options.rounds), desc=f"{prompt} of {length} tokens", unit="round"):
+        seconds: dict[str, list[float]] = {name: [] for name in WAYS}
+        epochs: dict[str, float] = {}
+        for turn in tqdm(range(options.rounds), desc=f"{prompt} of {length} tokens", unit="round"):
             for name, (made, clock) in tqdm(trainers.items(), desc="Ways", leave=False):
                 clock.seconds.clear()
+                filled = turn == 0 and WAYS[name].loss is not None
+                made.args.max_steps = (_EPOCH if filled else 1) + _STEPS
                 made.train()
-                times[name].append(list(clock.seconds))
-    memory = {}
-    for name in tqdm(WAYS, desc="Memory", unit="way"):
-        words = [
-            sys.executable,
-            "-m",
-            "steertune.recipes.benchmark",
-            "--memory-of",
-            name,
-            "--rows",
-            f"{length}/{prompt}",
-        ]
-        words += ["--tokens", str(options.tokens), "--model", options.model]
-        words += ["--threads", str(options.threads)] if options.threads else []
-        done = subprocess.run(words, capture_output=True, text=True, check=True)
-        memory[name] = json.loads(done.stdout.splitlines()[-1])
+                seconds[name] += clock.seconds[-_STEPS:]
+                if filled:
+                    epochs[name] = sum(clock.seconds[:_EPOCH])
+    memory = {name: _memory_apart(options, name, length, prompt) for name in tqdm(WAYS, desc="Memory", unit="way")}
     return {
         "length": length,
         "prompt": prompt,
         "rows": rows,
         "layer": layer,
-        "seconds": {name: [s for turn in turns for s in turn[_STEPS:]] for name, turns in times.items()},
-        "first_epoch": {name: sum(turns[0][:_STEPS]) for name, turns in times.items()},
+        "seconds": seconds,
+        "first_epoch": epochs,
         "memory_gb": memory,
         "floor": {name: floor(model, way, length, prompt, rows, layer) for name, way in WAYS.items()},
     }
@@ -184,7 +175,7 @@ def trainer(
     args = config_class(
         output_dir=folder,
         per_device_train_batch_size=batch,
-        max_steps=2 * _STEPS,
+        max_steps=_STEPS,
         learning_rate=1e-4,
         bf16=False,
         gradient_checkpointing=False,
@@ -198,11 +189,11 @@ def trainer(
     made = trainer_class(
         model=copy.deepcopy(model),
         args=args,
-        train_dataset=data(tokenizer, way.kind, *row, batch * _STEPS),
+        train_dataset=data(tokenizer, way.kind, *row, batch * _EPOCH),
         processing_class=tokenizer,
         peft_config=way.adapter(layer),
         loss=way.loss,
-        **way.options,
+        frozen_prefix=way.frozen_prefix,
     )
     for callback in (PrinterCallback, ProgressCallback):
         made.remove_callback(callback)
@@ -232,12 +223,11 @@ def _now() -> float:
 
 
 def data(tokenizer: Any, kind: str, length: int, prompt: int, count: int) -> Dataset:
-    """Random words of one token each: a prompt of half the tokens, and one answer or two that differ throughout."""
+    """Random words of one token each: prompts of `prompt` tokens, with an answer or two up to `length`, its end
+    included."""
     generator = np.random.default_rng(0)
-    words = [
-        w for w, _ in sorted(tokenizer.get_vocab().items()) if w.startswith("Ġ") and w[1:].isalpha() and w.isascii()
-    ]
-    words = words or [w for w in (tokenizer.decode([i]) for i in range(200, 5000)) if w.strip().isalpha()]
+    known = (tokenizer.decode([i]) for i in range(200, 5000))
+    words = [w for w in known if w.startswith(" ") and w[1:].isalpha() and w.isascii()]
 
     def text(tokens: int) -> str:
         return "".join(generator.choice(words, tokens))
@@ -275,6 +265,13 @@ def _product(rows: int, weight: torch.Tensor) -> float:
     return median(seconds[2:])
 
 
+def _memory_apart(options: Any, name: str, length: int, prompt: int) -> float:
+    words = ["--memory-of", name, "--rows", f"{length}/{prompt}", "--tokens", str(options.tokens)]
+    words += ["--model", options.model, *(["--threads", str(options.threads)] if options.threads else [])]
+    command = [sys.executable, "-m", "steertune.recipes.benchmark", *words]
+    return json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1])
+
+
 def _memory(options: Any, name: str, length: int, prompt: int) -> float:
     model, tokenizer = load_model(ModelTable(name=options.model))
     layer, rows = 2 * model.config.num_hidden_layers // 3, max(2, options.tokens // length)
@@ -299,8 +296,8 @@ def page(options: Any, found: list[dict[str, Any]]) -> str:
         "",
         f"`{command}`: {torch.get_num_threads()} threads, torch {torch.__version__}, {options.rounds} rounds of "
         f"{_STEPS} timed steps a way, interleaved. Median seconds of a step [smallest, largest]; ratios are of "
-        "medians. The first epoch is of two steps, and holds the one-time comparison with the plain path. The floor "
-        "is the matrix products above the vector and of the head on labels, at the rate of this machine, for the "
+        f"medians. The first epoch is of {_EPOCH} steps, and holds the one-time comparison with the plain path. The "
+        "floor is the matrix products above the vector and of the head on labels, at the rate of this machine, for the "
         "tokens that have to run.",
     ]
     for at in found:
@@ -315,14 +312,12 @@ def page(options: Any, found: list[dict[str, Any]]) -> str:
         ]
         for name, way in WAYS.items():
             seconds, base = at["seconds"][name], AGAINST[way.kind]
-            plain = (
-                f"{name.split(':')[0]}: ours, head on labels" if "frozen_prefix" in way.options and way.loss else name
-            )
+            plain = at["first_epoch"].get(f"{name.split(':')[0]}: ours, head on labels")
+            epoch = f"{at['first_epoch'][name] / plain:.2f}" if plain and name in at["first_epoch"] else ""
             lines.append(
                 f"| {name} | {median(seconds):.2f} [{min(seconds):.2f}, {max(seconds):.2f}] "
                 f"| {median(at['seconds'][base]) / median(seconds):.2f} "
-                f"| {median(seconds) / at['floor'][name]:.2f} "
-                f"| {at['first_epoch'][name] / at['first_epoch'][plain]:.2f} | {at['memory_gb'][name]:.2f} |"
+                f"| {median(seconds) / at['floor'][name]:.2f} | {epoch} | {at['memory_gb'][name]:.2f} |"
             )
     return "\n".join(lines) + "\n"
 

@@ -106,6 +106,11 @@ class PromptBoundary:
             chosen = before if positions == "prompt" else ~before
         return chosen[..., None]
 
+    @property
+    def rows(self) -> Tensor | None:
+        """Row of the batch of each row that the blocks see, `(rows,)`; None: all rows, in their order."""
+        return None if self._part is None else self._part[0]
+
     @contextmanager
     def part(self, rows: Tensor, columns: Tensor) -> Iterator[None]:
         """Inside, the blocks see a part of the batch only.

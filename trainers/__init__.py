@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .dpo import SteeringDPOTrainer
     from .prefix import FrozenPrefix
     from .sft import SteeringSFTTrainer
+    from .together import share_weights, train_together
     from .trainer import SteeringTrainer
 
 _HOME = {
@@ -31,7 +32,9 @@ _HOME = {
     "labelled_logits": "_at",
     "scalable": "_at",
     "scaled": "_at",
+    "share_weights": "together",
     "tokenise": "_data",
+    "train_together": "together",
 }
 __all__ = [
     "Batch",
@@ -46,7 +49,9 @@ __all__ = [
     "labelled_logits",
     "scalable",
     "scaled",
+    "share_weights",
     "tokenise",
+    "train_together",
 ]
 
 

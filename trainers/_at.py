@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
@@ -37,6 +37,7 @@ class ModelAt:
         batch: The batch.
         reference_model: A separate reference, for full finetuning.
         reference_memo: What is known of the reference already; it is asked first.
+        together: Computes the outputs of a batch at a strength other than 0, in place of the model.
     """
 
     def __init__(
@@ -46,7 +47,9 @@ class ModelAt:
         batch: Batch,
         reference_model: nn.Module | None = None,
         reference_memo: ReferenceMemo | None = None,
+        together: Callable[[Batch, float], Outputs] | None = None,
     ) -> None:
+        self.together = together
         self.model = model
         self.unwrapped = unwrapped
         self.batch = batch
@@ -60,6 +63,8 @@ class ModelAt:
         if strength not in self._seen:
             if strength == 0.0:
                 self._seen[strength] = self._reference()
+            elif self.together is not None:
+                self._seen[strength] = self.together(self.batch, strength)
             else:
                 with scaled(self.unwrapped, strength):
                     self._seen[strength] = token_logps(self.model, self.unwrapped, self.batch)

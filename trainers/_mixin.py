@@ -71,7 +71,8 @@ class SteeringMixin(Trainer):
             peft_config = None if continued else SteeringVectorConfig()
         self._metrics_at_1: dict[str, dict[str, list[Tensor]]] = {"": defaultdict(list), "eval_": defaultdict(list)}
         self._micro_step = 0
-        self._once = PayOnce(frozen_prefix)
+        self.pay_once = PayOnce(frozen_prefix)
+        self.seat: Any = None  # this trainer's place among those of `train_together`
         if self._plain:
             parent(*bound.args, **bound.kwargs)
             return
@@ -140,7 +141,7 @@ class SteeringMixin(Trainer):
                 self._vitals.start(self)
             resumed = kwargs.get("resume_from_checkpoint", args[0] if args else None)
             self.resumed = get_last_checkpoint(str(self.args.output_dir)) if resumed is True else resumed or None
-            self._once.start(self, training=True)
+            self.pay_once.start(self, training=True)
         return super().train(*args, **kwargs)
 
     def initialise_vectors(self) -> None:
@@ -151,6 +152,8 @@ class SteeringMixin(Trainer):
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """As the parent's; stops on a loss that is not finite, before the optimiser uses it."""
         loss = super().training_step(*args, **kwargs)
+        if self.seat is not None:
+            self.seat.backward()
         if not self._plain:
             check_finite(self, "The loss", loss)
         return loss
@@ -175,15 +178,16 @@ class SteeringMixin(Trainer):
     ) -> Any:
         """The parent's loss, or ours: its values summed, over the number of pairs, rows or tokens of the step."""
         if self.loss is None:
-            with self._boundary(inputs), self._once.shortcut():
+            with self._boundary(inputs), self.pay_once.shortcut():
                 return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         batch = self._read(inputs)
         unwrapped = self.accelerator.unwrap_model(model)
         if self.loss.scales:
             with scaled(unwrapped, -1.0):  # refuse at the first step what only some of its draws would meet
                 pass
-        at = ModelAt(model, unwrapped, batch, getattr(self, "ref_model", None), self._once.reference)
-        with self._once.shortcut(labels_only=True):
+        together = self.seat.logps if self.seat is not None and torch.is_grad_enabled() else None
+        at = ModelAt(model, unwrapped, batch, getattr(self, "ref_model", None), self.pay_once.reference, together)
+        with self.pay_once.shortcut(labels_only=True):
             values = self.loss(at, self._generator())
         if num_items_in_batch is None:
             total = values.sum() / batch.count(self.loss.unit)
@@ -191,7 +195,7 @@ class SteeringMixin(Trainer):
             total = values.sum() / num_items_in_batch * self.accelerator.num_processes
         self._note(at, batch)
         if return_outputs:
-            with torch.no_grad(), prompt_of(unwrapped, batch), self._once.shortcut():
+            with torch.no_grad(), prompt_of(unwrapped, batch), self.pay_once.shortcut():
                 return total, model(**batch.inputs)
         return total
 
@@ -201,7 +205,7 @@ class SteeringMixin(Trainer):
         """As the parent's; with our loss the batch need not have `labels`."""
         wants_outputs = self.compute_metrics is not None and not prediction_loss_only
         if self.loss is None or (wants_outputs and (self.takes_pairs or "labels" in inputs)):
-            with self._boundary(inputs), self._once.shortcut():
+            with self._boundary(inputs), self.pay_once.shortcut():
                 return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
@@ -211,7 +215,7 @@ class SteeringMixin(Trainer):
         """As the parent's; every evaluation draws the same random numbers."""
         self._micro_step = 0
         if not self._plain and not self.is_in_train:
-            self._once.start(self, training=False)
+            self.pay_once.start(self, training=False)
         return super().evaluation_loop(*args, **kwargs)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from accelerate.utils import DistributedType
+from torch import nn
 from transformers import Trainer
 
 from .frozen import FrozenPrefix
@@ -47,6 +48,10 @@ class PayOnce:
         own = getattr(trainer, "ref_model", None)
         if trainer.loss is not None and trainer.loss.reference:
             self.reference = self._prefix.reference(trainer.model if own is None else own, trained=own is None)
+
+    def elsewhere(self, model: nn.Module) -> Shortcut | None:
+        """What forward passes of another model on the same weights can leave out, in training."""
+        return None if self._prefix is None else self._prefix.shortcut(model, training=True)
 
     def shortcut(self, labels_only: bool = False) -> AbstractContextManager[None]:
         """Forward passes inside leave out what they can (see `Shortcut.on`)."""

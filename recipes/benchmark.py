@@ -36,7 +36,7 @@ from steertune.recipes.arm import ModelTable
 from steertune.recipes.data import load_model
 from steertune.recipes.measures import peak_memory_gb, reset_peak_memory
 from steertune.recipes.training import set_threads, write_whole
-from steertune.trainers import SteeringDPOTrainer, SteeringSFTTrainer
+from steertune.trainers import FrozenPrefix, SteeringDPOTrainer, SteeringSFTTrainer, share_weights, train_together
 
 _STEPS = 2  # timed, a turn
 _EPOCH = 8  # batches of the data set
@@ -44,12 +44,14 @@ _EPOCH = 8  # batches of the data set
 
 @dataclass(frozen=True)
 class Way:
-    """One way to train: data kind, adapter at a layer, loss, and whether the frozen prefix is used."""
+    """One way to train: data kind, adapter at a layer, loss, whether the frozen prefix is used, how many such arms at
+    once (times are per arm)."""
 
     kind: str
     adapter: Callable[[int], PeftConfig | None]
     loss: str | None = None
     frozen_prefix: bool = False
+    arms: int = 1
 
 
 def _row(text: str) -> tuple[int, int]:
@@ -90,6 +92,7 @@ WAYS = {
     "pairs: ours, head on labels": Way("dpo", _vector, "dpo"),
     "pairs: ours, and frozen prefix": Way("dpo", _vector, "dpo", True),
     "pairs: ours, on completions only": Way("dpo", _on_completions, "dpo", True),
+    "pairs: ours, and frozen prefix, 4 arms together": Way("dpo", _vector, "dpo", True, arms=4),
 }
 """With an adapter of its own and `loss=None`, `frozen_prefix=False`, our trainers are TRL's."""
 AGAINST = {"sft": "SFT: TRL + LoRA r8", "dpo": "pairs: TRL + LoRA r8"}
@@ -136,20 +139,16 @@ def measure(options: Any, length: int, prompt: int) -> dict[str, Any]:
     layer = 2 * model.config.num_hidden_layers // 3
     rows = max(2, options.tokens // length)
     with tempfile.TemporaryDirectory() as folder:
-        trainers = {
-            name: trainer(way, model, tokenizer, (length, prompt), rows, layer, folder) for name, way in WAYS.items()
-        }
+        runs = {name: Run(way, model, tokenizer, (length, prompt), rows, layer, folder) for name, way in WAYS.items()}
         seconds: dict[str, list[float]] = {name: [] for name in WAYS}
         epochs: dict[str, float] = {}
         for turn in tqdm(range(options.rounds), desc=f"{prompt} of {length} tokens", unit="round"):
-            for name, (made, clock) in tqdm(trainers.items(), desc="Ways", leave=False):
-                clock.seconds.clear()
+            for name, run in tqdm(runs.items(), desc="Ways", leave=False):
                 filled = turn == 0 and WAYS[name].loss is not None
-                made.args.max_steps = (_EPOCH if filled else 1) + _STEPS
-                made.train()
-                seconds[name] += clock.seconds[-_STEPS:]
+                found = run((_EPOCH if filled else 1) + _STEPS)
+                seconds[name] += found[-_STEPS:]
                 if filled:
-                    epochs[name] = sum(clock.seconds[:_EPOCH])
+                    epochs[name] = sum(found[:_EPOCH])
     memory = {name: _memory_apart(options, name, length, prompt) for name in tqdm(WAYS, desc="Memory", unit="way")}
     return {
         "length": length,
@@ -163,15 +162,49 @@ def measure(options: Any, length: int, prompt: int) -> dict[str, Any]:
     }
 
 
-def trainer(
-    way: Way, model: Any, tokenizer: Any, row: tuple[int, int], rows: int, layer: int, folder: str
-) -> tuple[Any, _Clock]:
-    """A trainer of this way on its own copy of the model, and the clock of its steps."""
+class Run:
+    """The trainer of a way (or its trainers), each on its own copy of the model.
+
+    Args:
+        way: The way.
+        model: The base model.
+        tokenizer: Its tokenizer.
+        row: Tokens of a row, and of its prompt.
+        rows: Rows of a batch.
+        layer: Where the vector is.
+        folder: For what trainers write.
+    """
+
+    def __init__(
+        self, way: Way, model: Any, tokenizer: Any, row: tuple[int, int], rows: int, layer: int, folder: str
+    ) -> None:
+        self.clock, batch = _Clock(), rows // 2 if way.kind == "dpo" else rows
+        rows_of_data = data(tokenizer, way.kind, *row, batch * _EPOCH)
+        prefix = FrozenPrefix() if way.frozen_prefix else False
+        self.trainers = [
+            _trainer(way, model, tokenizer, rows_of_data, batch, layer, folder, prefix) for _ in range(way.arms)
+        ]
+        self.trainers[0].add_callback(self.clock)
+
+    def __call__(self, steps: int) -> list[float]:
+        """Train; the seconds of every step, per arm."""
+        self.clock.seconds.clear()
+        for trainer in self.trainers:
+            trainer.args.max_steps = steps
+        if len(self.trainers) > 1:
+            train_together(self.trainers)
+        else:
+            self.trainers[0].train()
+        return [seconds / len(self.trainers) for seconds in self.clock.seconds]
+
+
+def _trainer(
+    way: Way, model: Any, tokenizer: Any, rows: Dataset, batch: int, layer: int, folder: str, prefix: Any
+) -> Any:
     from trl import DPOConfig, SFTConfig
 
     pairs = way.kind == "dpo"
     trainer_class, config_class = (SteeringDPOTrainer, DPOConfig) if pairs else (SteeringSFTTrainer, SFTConfig)
-    batch = rows // 2 if pairs else rows
     args = config_class(
         output_dir=folder,
         per_device_train_batch_size=batch,
@@ -187,19 +220,17 @@ def trainer(
         max_length=None,
     )
     made = trainer_class(
-        model=copy.deepcopy(model),
+        model=share_weights(model) if way.arms > 1 else copy.deepcopy(model),
         args=args,
-        train_dataset=data(tokenizer, way.kind, *row, batch * _EPOCH),
+        train_dataset=rows,
         processing_class=tokenizer,
         peft_config=way.adapter(layer),
         loss=way.loss,
-        frozen_prefix=way.frozen_prefix,
+        frozen_prefix=prefix,
     )
     for callback in (PrinterCallback, ProgressCallback):
         made.remove_callback(callback)
-    clock = _Clock()
-    made.add_callback(clock)
-    return made, clock
+    return made
 
 
 class _Clock(TrainerCallback):
@@ -276,11 +307,11 @@ def _memory(options: Any, name: str, length: int, prompt: int) -> float:
     model, tokenizer = load_model(ModelTable(name=options.model))
     layer, rows = 2 * model.config.num_hidden_layers // 3, max(2, options.tokens // length)
     with tempfile.TemporaryDirectory() as folder:
-        made, _ = trainer(WAYS[name], model, tokenizer, (length, prompt), rows, layer, folder)
+        run = Run(WAYS[name], model, tokenizer, (length, prompt), rows, layer, folder)
         del model
         gc.collect()
         reset_peak_memory()
-        made.train()
+        run(2)
     return peak_memory_gb()
 
 

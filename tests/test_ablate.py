@@ -182,6 +182,22 @@ def test_matched_strengths_are_each_model_s_own_and_nothing_else_is_measured(tab
             assert cell["setting"]["strength"] == 1.0
 
 
+def test_trials_that_train_together_come_out_as_they_do_alone(tables, tmp_path, monkeypatch):
+    seen = []
+    original = cell_module.train_together
+    monkeypatch.setattr(cell_module, "train_together", lambda made: seen.append(len(made)) or original(made))
+    alone = run(tables, tmp_path / "alone")
+    assert not seen, "on a CPU they train one by one"
+    monkeypatch.setattr(
+        cell_module, "_pays_together", lambda cell, bench: cell.arm.arm.adapter["type"] == "steering_vector"
+    )
+    together = run(tables, tmp_path / "together")
+    assert seen == [2, 2], "two trials, of two arms with a trained vector"
+    for one, other in zip(together, alone, strict=True):
+        for trial, expected in zip(one["tuning"], other["tuning"], strict=True):
+            assert trial == pytest.approx(expected, rel=1e-4, abs=1e-4)
+
+
 def test_an_interrupted_grid_goes_on_and_comes_out_the_same(tables, tmp_path):
     whole = run(tables, tmp_path / "whole")
     grid = make_grid(tables)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, Self
 
 import numpy as np
@@ -87,6 +87,10 @@ class Setting:
     rate: float = 1.0
     steps: int = 0
     strength: float = 1.0
+
+    def part(self, fraction: float) -> Self:
+        """The same, for a fraction of its steps."""
+        return replace(self, steps=max(1, round(self.steps * fraction)) if self.steps else 0)
 
     def trainer(self, own: Mapping[str, Any]) -> dict[str, Any]:
         """Training arguments; `own` are the arm's."""

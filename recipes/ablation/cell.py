@@ -7,7 +7,7 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 from transformers import PrinterCallback, ProgressCallback, set_seed
 
+from steertune.adapters import SteeringVectorConfig
 from steertune.recipes.ablation.bench import Bench
 from steertune.recipes.ablation.budget import Setting, draw, untrained_strengths
 from steertune.recipes.ablation.grid import VERSION, Cell
@@ -32,7 +33,7 @@ from steertune.recipes.measures import (
     side_effects,
 )
 from steertune.recipes.training import fit, make_trainer, write_whole
-from steertune.trainers import NonFiniteError, scalable, scaled
+from steertune.trainers import NonFiniteError, scalable, scaled, share_weights, train_together
 
 _FEW_NEUTRAL = 4  # rows that the matched strength is searched on
 
@@ -108,12 +109,13 @@ def _trials(cell: Cell, bench: Bench, seed: int, home: Path) -> list[dict[str, A
     """Every trial at every strength, with its score on the validation rows; the last rung of a successive halving."""
     budget = cell.arm.budget
     if cell.arm.arm.trainer.get("max_steps") == 0:  # nothing to train, so the trials are strengths
-        return _trial(cell, bench, Setting(), untrained_strengths(budget), seed, home)
+        [model] = _trained(cell, bench, [Setting()], seed, home / f"{cell.arm.name}.trial")
+        return _measured(cell, bench, Setting(), model, untrained_strengths(budget))
     settings, results = draw(budget, seed), []
     for rung, (count, fraction) in enumerate(budget.rungs):
-        results = [
-            _trial(cell, bench, setting, budget.strengths, seed, home, fraction) for setting in settings[:count]
-        ]
+        tried = settings[:count]
+        models = _trained(cell, bench, [s.part(fraction) for s in tried], seed, home / f"{cell.arm.name}.trial")
+        results = [_measured(cell, bench, s, m, budget.strengths) for s, m in zip(tried, models, strict=True)]
         # best first, for the next rung; a diverged trial has no score
         order = sorted(range(len(results)), key=lambda i: -max(t["score"] or -math.inf for t in results[i]))
         settings = [settings[i] for i in order]
@@ -122,23 +124,36 @@ def _trials(cell: Cell, bench: Bench, seed: int, home: Path) -> list[dict[str, A
     return [trial for trials in results for trial in trials]
 
 
-def _trial(
-    cell: Cell,
-    bench: Bench,
-    setting: Setting,
-    strengths: Sequence[float] | Literal["matched"],
-    seed: int,
-    home: Path,
-    fraction: float = 1.0,
+def _trained(cell: Cell, bench: Bench, settings: Sequence[Setting], seed: int, home: Path) -> Iterator[Any]:
+    """The model that every setting trains, None where it diverges."""
+    if len(settings) > 1 and _pays_together(cell, bench):
+        trainers = [trainer_of(cell, bench, s, seed, home / str(i)) for i, s in enumerate(settings)]
+        for trainer, result in zip(trainers, train_together(trainers), strict=True):
+            yield None if isinstance(result, NonFiniteError) else trainer.model.eval()
+    else:
+        for setting in settings:
+            try:
+                yield train(cell, bench, setting, seed, home)[0]
+            except NonFiniteError:
+                yield None
+    shutil.rmtree(home, ignore_errors=True)
+
+
+def _pays_together(cell: Cell, bench: Bench) -> bool:
+    """Whether trials train side by side: steering vectors do on a GPU. A CPU has no use for larger products
+    (`recipes/results/benchmark/table.md`)."""
+    arm = cell.arm.arm
+    vectors = isinstance(arm.peft_config(), SteeringVectorConfig) and arm.loss_object() is not None
+    return vectors and bench.model.device.type != "cpu"
+
+
+def _measured(
+    cell: Cell, bench: Bench, setting: Setting, model: Any, strengths: Sequence[float] | Literal["matched"]
 ) -> list[dict[str, Any]]:
-    tried = Setting(setting.rate, max(1, round(setting.steps * fraction)) if setting.steps else 0)
+    """A trial's scores on the validation rows, one entry a strength; `model` None: it diverged."""
     trial = {"rate": setting.rate, "steps": setting.steps}
-    try:
-        model, _ = train(cell, bench, tried, seed, home / f"{cell.arm.name}.trial")
-    except NonFiniteError:
+    if model is None:
         return [{**trial, "strength": None, "accuracy": None, "score": None}]
-    finally:
-        shutil.rmtree(home / f"{cell.arm.name}.trial", ignore_errors=True)
     with bench.remembering(model):
         if strengths == "matched":
             strengths = [_matched(bench, model) or 1.0]
@@ -154,15 +169,13 @@ def _trial(
     return found
 
 
-def train(cell: Cell, bench: Bench, setting: Setting, seed: int, home: Path) -> tuple[Any, dict[str, Any]]:
-    """Train a fresh copy of the base model; return it, and what that cost.
-
-    Raises:
-        NonFiniteError: the training diverged.
-    """
+def trainer_of(cell: Cell, bench: Bench, setting: Setting, seed: int, home: Path) -> Any:
+    """The trainer of an arm, on a fresh model: a copy, or for steering vectors the base's own weights."""
     arm = cell.arm.arm
     rows = bench.splits(cell.task).train(cell.examples, seed, arm.data.pairing)
     arm = arm.model_copy(update={"data": arm.data.model_copy(update={"seed": seed, "train": cell.examples})})
+    vector = isinstance(arm.peft_config(), SteeringVectorConfig)
+    model = share_weights(bench.model) if vector else copy.deepcopy(bench.model)
     set_seed(seed)
     settings = {
         **setting.trainer(arm.trainer),
@@ -171,9 +184,19 @@ def train(cell: Cell, bench: Bench, setting: Setting, seed: int, home: Path) -> 
         "precompute_ref_log_probs": False,  # the memo has them
         "disable_tqdm": True,
     }
-    trainer = make_trainer(arm, copy.deepcopy(bench.model), bench.tokenizer, rows, home, bench.prefix, **settings)
+    trainer = make_trainer(arm, model, bench.tokenizer, rows, home, bench.prefix, **settings)
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)
+    return trainer
+
+
+def train(cell: Cell, bench: Bench, setting: Setting, seed: int, home: Path) -> tuple[Any, dict[str, Any]]:
+    """Train a fresh model; return it, and what that cost.
+
+    Raises:
+        NonFiniteError: the training diverged.
+    """
+    trainer = trainer_of(cell, bench, setting, seed, home)
     seconds = fit(trainer, home)
     model = trainer.model.eval()
     batch = trainer.args.per_device_train_batch_size * trainer.args.gradient_accumulation_steps

@@ -17,6 +17,24 @@ from torch import Tensor
 
 from .config import Form
 
+_TINY = 1e-12
+
+
+def null(hidden: Tensor, v: Tensor) -> Tensor:
+    """The change that takes the direction out of the states that point along it: `-relu(h·v) v / |v|²`.
+
+    Wu et al. 2505.20809, section 3.2. Nothing for a vector of zeros.
+
+    Args:
+        hidden: Residual states, `(batch, tokens, d)`.
+        v: The vector, `(d,)`.
+    """
+    exact = torch.promote_types(hidden.dtype, torch.float32)
+    with torch.autocast(hidden.device.type, enabled=False):
+        v = v.to(exact)
+        along = torch.relu(hidden.to(exact) @ v) / (v @ v).clamp_min(_TINY)
+        return -along[..., None] * v
+
 
 def change(form: Form, hidden: Tensor, v: Tensor, w: Tensor | None = None, b: Tensor | None = None) -> Tensor:
     """The change of the residual stream at strength 1, in fp32 (fp64 on an fp64 base).

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -11,10 +11,11 @@ from torch.utils.hooks import RemovableHandle
 
 from .checks import check_tensor, parameter_shape
 from .config import SteeringVectorConfig
-from .forms import change
+from .forms import change, null
 from .norms import cap, preserve, write_vector
 from .positions import PromptBoundary
 
+Strength = float | Literal["null"]
 BASE_ROW = "__base__"  # PEFT's name, in `adapter_names`, for a row without an adapter
 
 
@@ -54,7 +55,7 @@ class SteeringVectorLayer(nn.Module, BaseTunerLayer):
         self.steering_vector_w = nn.ModuleDict()
         self.steering_vector_b = nn.ModuleDict()
         self.config: dict[str, SteeringVectorConfig] = {}
-        self.strength: dict[str, float] = {}
+        self.strength: dict[str, Strength] = {}
         self.tied_to: dict[str, SteeringVectorLayer] = {}
         self.in_features = self.out_features = hidden_size
         self.layer_index = layer_index
@@ -148,19 +149,26 @@ class SteeringVectorLayer(nn.Module, BaseTunerLayer):
         if config is None or strength == 0.0:
             return hidden
         self._check_filled(name)
-        w, b = (None, None) if config.form == "bias" else (self.parameter(name, "w"), self.parameter(name, "b"))
-        delta = change(config.form, hidden, self.written(name), w, b)
-        if config.norm == "capped":
-            assert config.norm_value is not None
-            delta = cap(delta, config.norm_value)
         mask = self.boundary.mask(config.positions, hidden)
-        steered = hidden + strength * delta  # fp32: the vector is, and it wins the promotion
-        if config.norm == "preserve":
-            steered = preserve(steered, hidden)
+        if strength == "null":
+            steered = hidden + null(hidden, self.written(name))
+        else:
+            steered = hidden + strength * self._change(name, hidden)  # fp32: the vector is, and wins the promotion
+            if config.norm == "preserve":
+                steered = preserve(steered, hidden)
         steered = steered.to(hidden.dtype)
         if mask is None:
             return steered
         return torch.where(mask if rows is None else mask[rows], steered, hidden)
+
+    def _change(self, name: str, hidden: Tensor) -> Tensor:
+        config = self.config[name]
+        w, b = (None, None) if config.form == "bias" else (self.parameter(name, "w"), self.parameter(name, "b"))
+        delta = change(config.form, hidden, self.written(name), w, b)
+        if config.norm != "capped":
+            return delta
+        assert config.norm_value is not None
+        return cap(delta, config.norm_value)
 
     def _residual_norm(self, config: SteeringVectorConfig) -> float | None:
         if config.norm != "relative":

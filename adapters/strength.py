@@ -7,11 +7,13 @@ from types import TracebackType
 from torch import nn
 
 from .checks import did_you_mean
-from .layer import steering_layers
+from .layer import Strength, steering_layers
 
 
 class set_strength:  # lower case: called like a function, and a context manager like `torch.no_grad`
     """Multiply the vectors by `strength`: 1 as trained, 0 the base model, negative the opposite.
+
+    "null" takes the vector's direction out of the states that point along it: `h - relu(h·v) v / |v|²`.
 
     `set_strength(model, 2.0)` holds until the next call; `with set_strength(model, 2.0):` restores what was before.
     The strength is a setting of the running model, not of the saved adapter.
@@ -21,15 +23,17 @@ class set_strength:  # lower case: called like a function, and a context manager
 
     Args:
         model: A model with steering vectors.
-        strength: Any finite number.
+        strength: Any finite number, or "null".
         adapter_name: The adapter to scale; None for all.
 
     Raises:
-        ValueError: no such steering vector in the model, or a strength that is not finite.
+        ValueError: no such steering vector in the model, a strength that is not finite, or "null" for another form
+            than `bias`, which has no one direction.
     """
 
-    def __init__(self, model: nn.Module, strength: float, adapter_name: str | None = None) -> None:
-        strength = float(strength)
+    def __init__(self, model: nn.Module, strength: Strength, adapter_name: str | None = None) -> None:
+        if strength != "null":
+            strength = float(strength)
         if strength in (float("inf"), float("-inf")) or strength != strength:
             raise ValueError(f"strength={strength} is not a finite number.")
         layers = steering_layers(model)
@@ -38,6 +42,9 @@ class set_strength:  # lower case: called like a function, and a context manager
             which = "" if adapter_name is None else f" {adapter_name!r}"
             hint = did_you_mean(adapter_name, names)
             raise ValueError(f"No steering vector{which} to scale; the model has {sorted(names)}.{hint}")
+        chosen = {name: c.form for layer in layers for name, c in layer.config.items() if adapter_name in (None, name)}
+        if strength == "null" and set(chosen.values()) != {"bias"}:
+            raise ValueError(f"strength='null' takes out the one direction of form='bias'; this is {chosen}.")
         self._before = [(layer, dict(layer.strength)) for layer in layers]
         for layer in layers:
             for name in layer.config:

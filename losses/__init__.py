@@ -8,10 +8,10 @@ import pkgutil
 from dataclasses import fields, is_dataclass
 from typing import Any
 
-from ._base import At, Loss, Outputs
+from ._base import At, Loss, Outputs, Strength
 from ._contrast import Contrast, Contrasted
 
-__all__ = ["At", "Loss", "Outputs", "get_loss", "names"]
+__all__ = ["At", "Loss", "Outputs", "Strength", "get_loss", "names"]
 
 
 def names() -> list[str]:

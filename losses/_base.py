@@ -53,8 +53,10 @@ class Outputs:
         return Outputs(self.token_logps[half:], self.mask[half:])
 
 
-At = Callable[[float], Outputs]
-"""`at(strength)`: the batch seen by the model with its adapter scaled by `strength`. Repeated calls cost nothing."""
+Strength = float | Literal["null"]
+At = Callable[[Strength], Outputs]
+"""`at(strength)`: the batch seen by the model with its adapter scaled by `strength`, or with the direction of its
+vector taken out ("null"). Repeated calls cost nothing."""
 
 
 class Loss(ABC):

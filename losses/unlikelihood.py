@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ._base import At, Loss, positive
+from ._base import At, Loss, Outputs, positive
 
 _LARGEST_LOGP = -1e-6  # a certain token has an infinite unlikelihood; here it is 13.8 nats
 
@@ -33,6 +33,11 @@ class Unlikelihood(Loss):
         """`(pairs,)`."""
         policy = at(1.0)
         rejected = policy.rejected
-        logps = rejected.token_logps.clamp_max(_LARGEST_LOGP)
-        unlikely = torch.where(rejected.mask, torch.log(-torch.expm1(logps)), 0.0)
-        return -policy.chosen.mean_logps - self.alpha * unlikely.sum(dim=1) / rejected.mask.sum(dim=1).clamp_min(1)
+        unlikely = log_unlikely(rejected).sum(dim=1) / rejected.mask.sum(dim=1).clamp_min(1)
+        return -policy.chosen.mean_logps - self.alpha * unlikely
+
+
+def log_unlikely(outputs: Outputs) -> Tensor:
+    """`log(1 - π(y_t))` of every labelled token, 0 elsewhere, `(rows, tokens)`."""
+    logps = outputs.token_logps.clamp_max(_LARGEST_LOGP)
+    return torch.where(outputs.mask, torch.log(-torch.expm1(logps)), 0.0)

@@ -4,7 +4,8 @@
 
 Every way trains in short turns, one after the other and round after round, so that a noisy machine is equally noisy to
 all. A step to warm up is not timed. In the first round our losses read a whole epoch before, which fills the memo, and
-is timed as such. Peak memory comes from a process of its own for each way. Writes `table.md` and `table.json`.
+is timed as such. Peak memory comes from a process of its own for each way. `--growth` times ours with ten times the
+rows as well. Writes `table.md` and `table.json`.
 """
 
 from __future__ import annotations
@@ -115,6 +116,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--model", default="embedded")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--folder", type=Path, default=Path("runs/benchmark"))
+    parser.add_argument("--growth", action="store_true", help="time ten times the rows as well")
     parser.add_argument("--memory-of", choices=[*WAYS], help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
     set_threads(options.threads)
@@ -126,7 +128,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options.folder.mkdir(parents=True, exist_ok=True)
     found: list[dict[str, Any]] = []
     for row in options.rows:
-        found.append(measure(options, *row))
+        found.append(measure(options, *row) | ({"growth": growth(options, *row)} if options.growth else {}))
         write_whole(options.folder / "table.json", json.dumps(found, indent=1))
         write_whole(options.folder / "table.md", page(options, found))
     print(page(options, found))
@@ -145,7 +147,7 @@ def measure(options: Any, length: int, prompt: int) -> dict[str, Any]:
         for turn in tqdm(range(options.rounds), desc=f"{prompt} of {length} tokens", unit="round"):
             for name, run in tqdm(runs.items(), desc="Ways", leave=False):
                 filled = turn == 0 and WAYS[name].loss is not None
-                found = run((_EPOCH if filled else 1) + _STEPS)
+                found = run((_EPOCH if filled else not turn) + _STEPS)
                 seconds[name] += found[-_STEPS:]
                 if filled:
                     epochs[name] = sum(found[:_EPOCH])
@@ -160,6 +162,22 @@ def measure(options: Any, length: int, prompt: int) -> dict[str, Any]:
         "memory_gb": memory,
         "floor": {name: floor(model, way, length, prompt, rows, layer) for name, way in WAYS.items()},
     }
+
+
+def growth(options: Any, length: int, prompt: int) -> dict[str, float]:
+    """How much longer a step of ours takes with twenty rows than with two, its memo filled."""
+    model, tokenizer = load_model(ModelTable(name=options.model))
+    layer = 2 * model.config.num_hidden_layers // 3
+    found = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for name in tqdm(
+            ("SFT: ours, and frozen prefix", "pairs: ours, and frozen prefix"), desc="Growth", unit="way"
+        ):
+            few, many = (Run(WAYS[name], model, tokenizer, (length, prompt), rows, layer, folder) for rows in (2, 20))
+            for run in (few, many):
+                run(_EPOCH)
+            found[name] = median(median(many(_STEPS)) / median(few(_EPOCH)) for _ in range(options.rounds))
+    return found
 
 
 class Run:
@@ -350,6 +368,9 @@ def page(options: Any, found: list[dict[str, Any]]) -> str:
                 f"| {median(at['seconds'][base]) / median(seconds):.2f} "
                 f"| {median(seconds) / at['floor'][name]:.2f} | {epoch} | {at['memory_gb'][name]:.2f} |"
             )
+        if "growth" in at:
+            grown = ", ".join(f"{ratio:.1f} ({name})" for name, ratio in at["growth"].items())
+            lines += ["", f"Ten times the rows, 20 against 2, take {grown} times the seconds."]
     return "\n".join(lines) + "\n"
 
 

@@ -110,6 +110,12 @@ def test_strengths_that_are_not_finite(strength):
         set_strength(steered(), strength)
 
 
+@pytest.mark.parametrize("form", ["gated", "linear", "low_rank"])
+def test_forms_without_one_direction_have_no_null(form):
+    with pytest.raises(ValueError, match=f"one direction of form='bias'; this is .*{form}"):
+        set_strength(steered(form=form), "null")
+
+
 def test_strength_of_nothing():
     with pytest.raises(ValueError, match=r"No steering vector to scale; the model has \[\]"):
         set_strength(tiny(), 2.0)

@@ -10,7 +10,7 @@ from conftest import steered, tiny, tokens, vector_of
 from peft import get_peft_model
 
 from steertune.adapters import SteeringVectorConfig, set_strength
-from steertune.adapters.forms import change
+from steertune.adapters.forms import change, null
 from steertune.adapters.norms import cap, preserve, write_vector
 
 LAYER, WIDTH = 1, 32
@@ -69,6 +69,26 @@ def test_every_form_and_norm_is_its_formula(form, norm, strength):
         [[reference(form, norm, h, v, w, b, strength, value=2.0) for h in row] for row in before.tolist()]
     )
     torch.testing.assert_close(after, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_null_by_hand():
+    hidden = torch.tensor([[[3.0, 4.0], [-3.0, 4.0]]])
+    assert (hidden + null(hidden, torch.tensor([2.0, 0.0]))).tolist() == [[[0.0, 4.0], [-3.0, 4.0]]]
+    assert not null(hidden, torch.zeros(2)).any(), "there is no direction yet"
+
+
+@torch.no_grad()
+def test_null_strength_takes_the_direction_out_of_the_residual_stream():
+    model, ids = steered(layers=LAYER), tokens(4, 16)
+    before = captured(tiny(), ids)
+    with set_strength(model, "null"):
+        after = captured(model, ids)
+    along = vector_of(model) / vector_of(model).norm()
+    was, is_now = before @ along, after @ along
+    assert (was > 0).any() and (was < 0).any()
+    torch.testing.assert_close(is_now, was.clamp_max(0), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(after - is_now[..., None] * along, before - was[..., None] * along, atol=1e-5, rtol=1e-5)
+    assert torch.equal(captured(model, ids), captured(steered(layers=LAYER), ids)), "afterwards it is as before"
 
 
 @torch.no_grad()

@@ -15,7 +15,7 @@ from trl.experimental.cpo import CPOTrainer
 
 from steertune import losses as package
 from steertune.adapters import SteeringVectorConfig
-from steertune.losses import Outputs, get_loss, names
+from steertune.losses import Outputs, Strength, get_loss, names
 from steertune.losses.bipo import BiPO
 from steertune.losses.dpo import DPO
 from steertune.losses.ipo import IPO
@@ -25,7 +25,8 @@ from steertune.trainers._batch import Batch
 
 # Two pairs: chosen answers of 3 and 1 tokens, then rejected ones of 2 and 4.
 LENGTHS = (3, 1, 2, 4)
-ALL = ["bipo", "cross_entropy", "dpo", "ipo", "simpo", "unlikelihood"]
+ALL = ["bipo", "cross_entropy", "dpo", "ipo", "one_shot", "reps", "simpo", "split", "unlikelihood"]
+AT_ONE = {"reps": {"factors": (1.0,)}}  # options that make a loss ask for strength 1 where it would draw one
 
 
 def random_logps(seed: int) -> torch.Tensor:
@@ -38,9 +39,9 @@ def mask() -> torch.Tensor:
     return torch.arange(5) < torch.tensor(LENGTHS)[:, None]
 
 
-def model(strength: float) -> Outputs:
+def model(strength: Strength) -> Outputs:
     """A plain function in place of a model."""
-    return Outputs(random_logps(int(strength) + 7), mask())
+    return Outputs(random_logps(50 if strength == "null" else int(strength) + 7), mask())
 
 
 def flip(d: int) -> torch.Generator:
@@ -53,7 +54,7 @@ def flip(d: int) -> torch.Generator:
 # -- the same formulas, one token at a time ---------------------------------------------------------------------------
 
 
-def rows(strength: float) -> list[list[float]]:
+def rows(strength: Strength) -> list[list[float]]:
     """The labelled log-probabilities of every row."""
     return [row[:n].tolist() for row, n in zip(model(strength).token_logps, LENGTHS, strict=True)]
 
@@ -77,7 +78,32 @@ def unlikelihood(pair: int, alpha: float) -> float:
     return likely - alpha * sum(log(1 - exp(logp)) for logp in rejected) / len(rejected)
 
 
+def mean(strength: Strength, row: int) -> float:
+    return sum(rows(strength)[row]) / LENGTHS[row]
+
+
+def split(pair: int) -> float:
+    chosen, rejected = -mean(1, pair), -mean(1, pair + 2)
+    return 0.9 * chosen + 0.5 * rejected + 3.0 * max(0.0, 0.7 - (rejected - chosen))
+
+
+def reps(pair: int, without: Strength | None) -> float:
+    chosen, rejected = pair, pair + 2
+    ahead = sum(rows(0)[rejected]) - sum(rows(0)[chosen])
+    value = minus_log_sigmoid(max(ahead, 1.0) * mean(2, chosen) - mean(2, rejected))
+    if without is None:
+        return value
+    return value + minus_log_sigmoid(max(-ahead, 1.0) * mean(without, rejected) - mean(without, chosen))
+
+
+def one_shot(pair: int) -> float:
+    return -sum(rows(1)[pair]) - sum(log(1 - exp(logp)) for logp in rows(1)[pair + 2])
+
+
 SLOW = {
+    "one_shot": ({"mode": "mixed"}, one_shot),
+    "split": ({"chosen": 0.9, "rejected": 0.5, "gamma": 3.0, "theta": 0.7}, split),
+    "reps": ({"factors": [2.0]}, lambda pair: reps(pair, "null")),
     "dpo": ({"beta": 0.3}, lambda pair: minus_log_sigmoid(0.3 * margin(pair, 1))),
     "ipo": ({"beta": 0.4}, lambda pair: (margin(pair, 1, per_token=True) - 1.25) ** 2),
     "simpo": (
@@ -107,6 +133,38 @@ def test_bipo_is_the_formula_at_the_strength_it_draws(d):
     torch.testing.assert_close(BiPO(beta=0.2)(model, flip(d)), expected, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize(("suppress", "without"), [("negative", -2), ("none", None)])
+def test_reps_suppresses_in_other_ways(suppress, without):
+    expected = torch.tensor([reps(pair, without) for pair in (0, 1)], dtype=torch.float64)
+    value = get_loss("reps", factors=[2.0], suppress=suppress)(model)
+    torch.testing.assert_close(value, expected, rtol=0, atol=1e-12)
+
+
+def test_reps_draws_every_factor_once_a_batch():
+    generator, drawn = torch.Generator().manual_seed(0), []
+
+    def at(strength):
+        drawn.append(strength)
+        return model(strength)
+
+    loss = get_loss("reps", factors=[1.0, 2.0, 4.0], suppress="negative")
+    for _ in range(30):
+        drawn.clear()
+        loss(at, generator)
+        used = {s for s in drawn if s != 0}
+        assert len(used) == 2 and sum(used) == 0, "one strength, and its negative"
+        assert max(used) in (1.0, 2.0, 4.0)
+
+
+def test_promotion_stops_where_the_natural_answer_is():
+    loss = get_loss("one_shot", satisfice=True)
+    reference = one_pair([-9.0], [-2.0])
+    for chosen, expected in ((-3.0, 1.0), (-2.0, 0.0), (-0.5, 0.0)):
+        value = loss({1.0: one_pair([chosen], [-1.0]), 0.0: reference}.__getitem__)
+        assert value.item() == pytest.approx(expected)
+    assert get_loss("one_shot", satisfice=True).reference and not get_loss("one_shot").reference
+
+
 def test_bipo_with_d_plus_one_is_dpo():
     assert torch.equal(BiPO(beta=0.2)(model, flip(1)), DPO(beta=0.2)(model))
 
@@ -128,6 +186,9 @@ BY_HAND = {
     "ipo": ({"beta": 0.5}, 0.25),  # (0.5 + 1 - 1)^2
     "simpo": ({"beta": 1.0, "gamma": 2.0}, 0.6931472),  # -ln σ(-1 + 3 - 2)
     "unlikelihood": ({"alpha": 2.0}, 1.1021380),  # 1 - 2 ln(1 - e^-3)
+    "split": ({"theta": 3.0}, 6.8),  # 1 + 0.6 * 3 + 4 (3 - 2)
+    "reps": ({"factors": [1.0], "suppress": "none"}, 0.1269280),  # -ln σ(1 * -1 + 3)
+    "one_shot": ({"mode": "suppression"}, 0.0510692),  # -ln(1 - e^-3)
     "cross_entropy": ({}, 5.0),  # all three tokens, before the trainer gives it the chosen half only
 }
 
@@ -184,12 +245,12 @@ def test_simpo_is_what_trl_computes(steered_batch):
 
 @pytest.mark.parametrize("name", ALL)
 def test_gradient_by_finite_differences(name):
-    loss, generator_state = get_loss(name), flip(-1).get_state()
+    loss, generator_state = get_loss(name, **AT_ONE.get(name, {})), flip(-1).get_state()
 
     def total(at_1, at_minus_1):
         generator = torch.Generator()
         generator.set_state(generator_state)
-        logps = {1.0: at_1 * mask(), -1.0: at_minus_1 * mask(), 0.0: random_logps(3)}
+        logps = {1.0: at_1 * mask(), -1.0: at_minus_1 * mask(), 0.0: random_logps(3), "null": random_logps(4)}
         return loss(lambda s: Outputs(logps[s], mask()), generator)
 
     inputs = [random_logps(seed).requires_grad_() for seed in (1, 2)]
@@ -222,8 +283,9 @@ def test_unlikelihood_is_finite_at_certain_and_impossible_tokens():
 @pytest.mark.parametrize("name", [name for name in ALL if name != "cross_entropy"])
 def test_loss_falls_when_chosen_rises_and_rejected_falls(name):
     better = model(1).token_logps + torch.tensor([0.05, 0.05, -0.05, -0.05])[:, None] * mask()
-    before = get_loss(name)(model, flip(1)).sum()
-    after = get_loss(name)(lambda s: Outputs(better, mask()) if s == 1 else model(s), flip(1)).sum()
+    loss = get_loss(name, **AT_ONE.get(name, {}))
+    before = loss(model, flip(1)).sum()
+    after = loss(lambda s: Outputs(better, mask()) if s == 1 else model(s), flip(1)).sum()
     assert after < before
 
 
@@ -271,11 +333,34 @@ def test_an_object_is_taken_as_it_is_and_without_options():
 @pytest.mark.parametrize("value", [0, -1.0, float("nan"), float("inf"), "0.1", True, None])
 @pytest.mark.parametrize(
     ("name", "option"),
-    [("dpo", "beta"), ("ipo", "beta"), ("simpo", "beta"), ("bipo", "beta"), ("unlikelihood", "alpha")],
+    [
+        ("dpo", "beta"),
+        ("ipo", "beta"),
+        ("simpo", "beta"),
+        ("bipo", "beta"),
+        ("unlikelihood", "alpha"),
+        ("split", "gamma"),
+    ],
 )
 def test_bad_hyperparameter(name, option, value):
     with pytest.raises(ValueError, match=option):
         get_loss(name, **{option: value})
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("reps", {"factors": []}, "one strength or more"),
+        ("reps", {"factors": [1.0, 0.0]}, r"factors\[1\]=0.0"),
+        ("reps", {"suppress": "nul"}, "'null', 'negative', 'none'"),
+        ("one_shot", {"mode": "promote"}, "'promotion', 'suppression', 'mixed'"),
+        ("one_shot", {"mode": "suppression", "satisfice": True}, "promotes nothing"),
+        ("split", {"theta": float("nan")}, "theta"),
+    ],
+)
+def test_bad_option(name, options, message):
+    with pytest.raises(ValueError, match=message):
+        get_loss(name, **options)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), "1"])

@@ -6,11 +6,12 @@ import pytest
 import torch
 from conftest import steered, tiny
 from peft import IA3Config, LoraConfig, get_peft_model
-from tiny_data import tokenizer, trainer
+from tiny_data import losses, tokenizer, trained, trainer
 from torch import nn
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from steertune.adapters import set_strength
+from steertune.losses import get_loss
 from steertune.trainers._at import ModelAt, token_logps
 from steertune.trainers._batch import Batch
 
@@ -192,6 +193,21 @@ def test_bipo_needs_an_adapter_with_a_strength_and_says_so_at_the_first_step(con
     with pytest.raises(ValueError, match="needs a steering vector or a LoRA to scale"):
         made.train()
     assert made.state.global_step == 0
+
+
+@pytest.mark.parametrize("config", [LoraConfig(target_modules="all-linear"), None])
+def test_reps_needs_a_vector_to_take_out_and_says_so_at_the_first_step(config, tmp_path):
+    made = trainer("dpo", tmp_path, loss="reps", peft_config=config, ref_model=None if config else tiny())
+    with pytest.raises(ValueError, match="steering vector"):
+        made.train()
+    assert made.state.global_step == 0
+
+
+@pytest.mark.parametrize("suppress", ["null", "negative"])
+def test_reps_trains_a_vector(suppress, tmp_path):
+    made = trained("dpo", tmp_path, loss=get_loss("reps", suppress=suppress), max_steps=12)
+    first, *_, last = losses(made)
+    assert last < first
 
 
 @torch.no_grad()

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import logging
+import multiprocessing
+import random
+import time
 
 import pytest
 import torch
@@ -147,6 +150,31 @@ def test_damaged_files_are_not_believed(damage, tmp_path):
     assert memo.get("a") is None and "a" not in memo
     memo.put("a", ROW)  # computed again
     assert torch.equal(Memo(1, tmp_path).get("a"), ROW)
+
+
+def _write_for_ever(folder, started):
+    memo = Memo(0, folder)
+    for i in range(len(memo), 10**6):
+        memo.put(str(i), torch.full((500,), float(i)))
+        started.set()
+
+
+def test_a_writer_killed_at_any_moment_leaves_nothing_wrong_behind(tmp_path):
+    numbers, processes, known = random.Random(0), multiprocessing.get_context("fork"), 0
+    for _ in range(20):
+        started = processes.Event()
+        writer = processes.Process(target=_write_for_ever, args=(tmp_path, started))
+        writer.start()
+        assert started.wait(30)
+        time.sleep(numbers.random() * 0.05)
+        writer.kill()
+        writer.join()
+        memo = Memo(0, tmp_path)
+        assert len(memo) > known
+        known = len(memo)
+        for i in range(known):
+            found = memo.get(str(i))
+            assert found is not None and torch.equal(found, torch.full((500,), float(i)))
 
 
 def test_two_writers_share_a_folder(tmp_path):

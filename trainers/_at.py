@@ -17,7 +17,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..adapters import SteeringVectorLayer, prompt_length, set_strength, steering_layers
 from ..adapters.blocks import find_stack
-from ..losses import Outputs
+from ..losses import Outputs, Strength
 from ._batch import Batch
 from ._modes import evaluating
 from .prefix.reference import ReferenceMemo
@@ -29,7 +29,8 @@ class ModelAt:
     """A batch seen by a model at any strength of its adapter; one forward per strength.
 
     `at(1)` is the model as it is. `at(0)` is the reference, without gradients and without dropout: the base model, or
-    the frozen copy `ref` when training continues an existing adapter. Other strengths scale the adapter.
+    the frozen copy `ref` when training continues an existing adapter. Other strengths scale the adapter, and "null"
+    takes the direction of a steering vector out.
 
     Args:
         model: The model to call (possibly wrapped for distributed training).
@@ -47,7 +48,7 @@ class ModelAt:
         batch: Batch,
         reference_model: nn.Module | None = None,
         reference_memo: ReferenceMemo | None = None,
-        together: Callable[[Batch, float], Outputs] | None = None,
+        together: Callable[[Batch, Strength], Outputs] | None = None,
     ) -> None:
         self.together = together
         self.model = model
@@ -55,11 +56,11 @@ class ModelAt:
         self.batch = batch
         self.reference_model = reference_model
         self.reference_memo = reference_memo
-        self._seen: dict[float, Outputs] = {}
+        self._seen: dict[Strength, Outputs] = {}
 
-    def __call__(self, strength: float) -> Outputs:
+    def __call__(self, strength: Strength) -> Outputs:
         """Token log-probabilities of the batch at `strength`."""
-        strength = float(strength)
+        strength = strength if strength == "null" else float(strength)
         if strength not in self._seen:
             if strength == 0.0:
                 self._seen[strength] = self._reference()
@@ -71,7 +72,7 @@ class ModelAt:
         return self._seen[strength]
 
     @property
-    def seen(self) -> dict[float, Outputs]:
+    def seen(self) -> dict[Strength, Outputs]:
         """The strengths asked for so far."""
         return dict(self._seen)
 
@@ -108,7 +109,7 @@ def reference_adapter(model: PeftModel) -> AbstractContextManager[Any]:
     return use_adapter(model, REFERENCE_ADAPTER if REFERENCE_ADAPTER in model.peft_config else None)
 
 
-def scaled(model: nn.Module, strength: float) -> AbstractContextManager[Any]:
+def scaled(model: nn.Module, strength: Strength) -> AbstractContextManager[Any]:
     """Context in which the active adapters count `strength` times.
 
     Raises:
@@ -130,6 +131,8 @@ def scaled(model: nn.Module, strength: float) -> AbstractContextManager[Any]:
     if steering_layers(model):
         stack.enter_context(set_strength(model, strength))
     if any(isinstance(layer, LoraLayer) for layer in model.modules()):
+        if strength == "null":
+            raise ValueError("strength='null' takes out the direction of a steering vector; a LoRA has none.")
         stack.enter_context(rescale_adapter_scale(model, strength))
     return stack
 

@@ -19,7 +19,7 @@ from transformers import set_seed
 from transformers.trainer_utils import TrainOutput
 
 from ..adapters import SteeringVectorConfig, SteeringVectorLayer, steering_layers
-from ..losses import Outputs
+from ..losses import Outputs, Strength
 from ._at import token_logps
 from ._batch import Batch
 from ._guard import NonFiniteError
@@ -116,7 +116,7 @@ class _Seat:
     def __init__(self, team: _Team, arm: int) -> None:
         self._team, self._arm = team, arm
 
-    def logps(self, batch: Batch, strength: float) -> Outputs:
+    def logps(self, batch: Batch, strength: Strength) -> Outputs:
         """The arm's outputs on its batch, of the pass that all arms share; a leaf of its graph."""
         return self._team.meet(self._arm, "forward", (batch, strength))
 
@@ -188,7 +188,7 @@ class _Team:
             del self._asked[arm]
         self._turn.notify_all()
 
-    def _forward(self, asked: dict[int, tuple[Batch, float]]) -> dict[int, Outputs]:
+    def _forward(self, asked: dict[int, tuple[Batch, Strength]]) -> dict[int, Outputs]:
         batch, rows = _joined({arm: item[0] for arm, item in asked.items()})
         for layer in steering_layers(self.host):
             layer.strength = {_name(arm): strength for arm, (_, strength) in asked.items()}

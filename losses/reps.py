@@ -1,0 +1,65 @@
+"""RePS, reference-free preference steering (Wu et al. 2505.20809, equations 4 to 7).
+
+`-log σ(D⁺) - log σ(D⁻)`: the vector at a drawn strength `a` prefers the chosen answer, and the model without it the
+rejected one:
+
+    D⁺ = β⁺ log π(y⁺; a)/|y⁺| - log π(y⁻; a)/|y⁻|         β⁺ = max(log π₀(y⁻) - log π₀(y⁺), 1)
+    D⁻ = β⁻ log π(y⁻; null)/|y⁻| - log π(y⁺; null)/|y⁺|   β⁻ = max(log π₀(y⁺) - log π₀(y⁻), 1)
+
+`null` takes the direction of the vector out of the states that point along it. Adapters without a direction (LoRA) are
+suppressed with a negative strength instead. The βs ask for the reference once, although the method's name says no.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+from ._base import At, Loss, Outputs, positive
+
+
+@dataclass(frozen=True)
+class RePS(Loss):
+    """Preference at drawn strengths in one direction, and the opposite preference without it.
+
+    Args:
+        factors: Strengths that `a` is drawn from, one a batch. The vector is used at strength 1 afterwards, so they
+            should lie around it (the paper draws from {2, 4, ..., 20} and searches the strength later).
+        suppress: The second term: with the direction taken out (`null`, steering vectors of form `bias`), at strength
+            `-a` (`negative`), or not at all (`none`).
+
+    Raises:
+        ValueError: no factors, or one that is not above 0.
+    """
+
+    factors: tuple[float, ...] = (0.5, 1.0, 1.5, 2.0)
+    suppress: Literal["null", "negative", "none"] = "null"
+    reference = True
+    scales = True
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "factors", tuple(self.factors))  # TOML has lists
+        if not self.factors:
+            raise ValueError("factors=(): give one strength or more.")
+        positive(**{f"factors[{i}]": factor for i, factor in enumerate(self.factors)})
+        if self.suppress not in ("null", "negative", "none"):
+            raise ValueError(f"suppress={self.suppress!r} is none of 'null', 'negative', 'none'.")
+
+    def __call__(self, at: At, generator: torch.Generator | None = None) -> Tensor:
+        """`(pairs,)`."""
+        a = self.factors[int(torch.randint(len(self.factors), (), generator=generator))]
+        base = at(0.0)
+        ahead = base.rejected.logps - base.chosen.logps
+        value = -logsigmoid(_difference(at(a).chosen, at(a).rejected, ahead))
+        if self.suppress == "none":
+            return value
+        without = at("null" if self.suppress == "null" else -a)
+        return value - logsigmoid(_difference(without.rejected, without.chosen, -ahead))
+
+
+def _difference(better: Outputs, worse: Outputs, ahead: Tensor) -> Tensor:
+    return ahead.clamp_min(1) * better.mean_logps - worse.mean_logps

@@ -1,0 +1,133 @@
+"""What a grid costs, against the same cells run one by one with TRL's trainers and PEFT.
+
+    python -m steertune.recipes.benchmark_grid quick --folder runs/benchmark_grid
+
+Of the first task, every arm's first cell (which tunes) and second cell (which does not) are timed both ways, and the
+rest of the grid is extrapolated from them. Stock means: TRL's own DPO loss where the arm compares pairs, and nothing
+kept between forward passes or cells. What both ways need once, the base model's own scores and the loading of the
+model, is not counted, nor is stock made to run the head on all tokens when it evaluates. Writes `grid.md`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import disable_progress_bars
+from tqdm.auto import tqdm
+
+from steertune.recipes.ablation.bench import Bench
+from steertune.recipes.ablation.cell import run_cell
+from steertune.recipes.ablation.grid import Cell, Grid, load_grid
+from steertune.recipes.arm import UPSTREAM, ArmError
+from steertune.recipes.training import set_threads, write_whole
+
+
+class StockBench(Bench):
+    """A bench that leaves nothing out."""
+
+    def __init__(self, grid: Grid) -> None:
+        super().__init__(grid)
+        self.prefix: Any = False
+
+    @contextmanager
+    def remembering(self, model: Any) -> Iterator[None]:
+        """Forward passes inside run all layers."""
+        yield
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="benchmark_grid", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("grid", help="a .toml file or a name in recipes/grids/")
+    parser.add_argument("--folder", type=Path, default=Path("runs/benchmark_grid"))
+    parser.add_argument("--data-root", type=Path)
+    parser.add_argument("--threads", type=int)
+    options = parser.parse_args(argv)
+    set_threads(options.threads)
+    disable_progress_bars()
+    try:
+        grid = load_grid(options.grid, options.data_root)
+    except ArmError as error:
+        print(f"ArmError: {error}", file=sys.stderr)
+        return 2
+    found = measure(grid)
+    options.folder.mkdir(parents=True, exist_ok=True)
+    text = page(grid, found, options.grid)
+    write_whole(options.folder / "grid.md", text)
+    print(text)
+    return 0
+
+
+def measure(grid: Grid) -> dict[str, dict[str, list[float]]]:
+    """Seconds of the first and the second cell of every arm: arm -> `ours` or `stock` -> two numbers."""
+    first = grid.cells()[0]
+    cells = [c for c in grid.cells() if c.task == first.task and c.examples == first.examples]
+    found: dict[str, dict[str, list[float]]] = {arm.name: {"ours": [], "stock": []} for arm in grid.arms}
+    benches = {"ours": Bench(grid), "stock": StockBench(grid)}
+    for bench in benches.values():
+        bench.base_measures(first.task), bench.neutral
+    with tempfile.TemporaryDirectory() as folder, tqdm(total=4 * len(grid.arms), unit="cell") as bar:
+        for seed in grid.tables.seeds[:2]:
+            for cell in (c for c in cells if c.seed == seed):
+                for way, bench in benches.items():
+                    bar.set_postfix_str(f"{way}: {cell.title}")
+                    start = time.monotonic()
+                    run_cell(cell if way == "ours" else _stock(cell), bench, Path(folder) / way)
+                    found[cell.arm.name][way].append(time.monotonic() - start)
+                    bar.update()
+    return found
+
+
+def _stock(cell: Cell) -> Cell:
+    """The cell with TRL's own loss; a loss that TRL does not have (pairs without contrast) stays."""
+    arm = cell.arm.arm
+    if arm.loss.get("contrast", "paired") == "paired" and arm.trainer.get("max_steps") != 0:
+        arm = arm.model_copy(update={"loss": {"name": UPSTREAM}})
+    return dataclasses.replace(cell, arm=dataclasses.replace(cell.arm, arm=arm))
+
+
+def page(grid: Grid, found: dict[str, dict[str, list[float]]], name: str) -> str:
+    """The table."""
+    t = grid.tables
+    places, later = len(t.tasks) * len(t.examples), len(t.seeds) - 1
+    tuned_once = t.budget.per == "arm"
+
+    def whole(cells: list[float]) -> float:
+        return places * (cells[0] + later * cells[-1 if tuned_once else 0])
+
+    totals = {way: sum(whole(arm[way]) for arm in found.values()) for way in ("ours", "stock")}
+    lines = [
+        f"# What the grid {name} costs, against the same cells run one by one with TRL and PEFT",
+        "",
+        f"`python -m steertune.recipes.benchmark_grid {name} --threads {torch.get_num_threads()}`, torch "
+        f"{torch.__version__}. The first cell of an arm tunes, later ones do not; both were timed on the first task "
+        f"and the first two seeds, one way after the other, and the whole grid ({len(grid.cells())} cells) is "
+        "extrapolated from them.",
+        "",
+        "| arm | ours, s (first, later) | stock, s (first, later) | all its cells: stock over ours |",
+        "|---|---|---|---|",
+    ]
+    for arm, ways in found.items():
+        cells = {way: " ".join(f"{s:.0f}" for s in seconds) for way, seconds in ways.items()}
+        ratio = whole(ways["stock"]) / whole(ways["ours"])
+        lines.append(f"| {arm} | {cells['ours']} | {cells['stock']} | {ratio:.1f} |")
+    lines += [
+        f"| whole grid, extrapolated | {totals['ours']:.0f} | {totals['stock']:.0f} "
+        f"| {totals['stock'] / totals['ours']:.1f} |"
+    ]
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

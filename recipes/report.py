@@ -23,9 +23,9 @@ from markdown_it import MarkdownIt
 
 from steertune.recipes.ablate import GRID
 from steertune.recipes.ablation import analysis, charts
-from steertune.recipes.ablation.grid import Card, Claim, GridTables
 from steertune.recipes.ablation.statistics import Frame
 from steertune.recipes.ablation.statistics.factorial import anova, effects, mixed_model
+from steertune.recipes.ablation.tables import Card, Claim, GridTables
 from steertune.recipes.ablation.tidy import read_cells
 from steertune.recipes.arm import ArmError
 from steertune.recipes.training import write_whole

@@ -87,7 +87,9 @@ def test_null_strength_takes_the_direction_out_of_the_residual_stream():
     was, is_now = before @ along, after @ along
     assert (was > 0).any() and (was < 0).any()
     torch.testing.assert_close(is_now, was.clamp_max(0), atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(after - is_now[..., None] * along, before - was[..., None] * along, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        after - is_now[..., None] * along, before - was[..., None] * along, atol=1e-5, rtol=1e-5
+    )
     assert torch.equal(captured(model, ids), captured(steered(layers=LAYER), ids)), "afterwards it is as before"
 
 

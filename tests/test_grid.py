@@ -13,8 +13,7 @@ import pytest
 from steertune.losses import get_loss
 from steertune.recipes.ablation import grid as module
 from steertune.recipes.ablation.budget import draw
-from steertune.recipes.ablation.designs import full
-from steertune.recipes.ablation.grid import Cell, Grid, describe, load_grid, make_grid, patched
+from steertune.recipes.ablation.grid import Cell, Grid, describe, load_grid, make_grid
 from steertune.recipes.arm import ArmError, load_arm
 
 GRID = """
@@ -241,14 +240,8 @@ LOSES_AN_ARM = {
 
 @pytest.mark.parametrize("factors", LOSES_AN_ARM.values(), ids=LOSES_AN_ARM)
 def test_no_combination_is_dropped_for_another_arm_of_its_name(factors):
-    try:
-        grid = factorial(factors)
-    except ArmError:
-        return  # refusing it would do as well
-    made = arms(grid)
-    for combination in full({name: list(levels) for name, levels in factors.items()}):
-        levels, arm = patched(grid.tables, combination)
-        assert made[",".join(f"{f}={level}" for f, level in levels.items())] == arm, combination
+    with pytest.raises(ArmError, match="like another, but its arm differs|no name for a level"):
+        factorial(factors)
 
 
 # -- designs ----------------------------------------------------------------------------------------------------------

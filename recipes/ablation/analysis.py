@@ -9,11 +9,12 @@ from typing import Any, Literal
 import numpy as np
 
 from steertune.recipes.ablation import designs
-from steertune.recipes.ablation.grid import Claim, GridTables, patched
+from steertune.recipes.ablation.levels import patched
 from steertune.recipes.ablation.statistics import Frame
 from steertune.recipes.ablation.statistics.curves import Equivalence, area_between, n_equivalence
 from steertune.recipes.ablation.statistics.paired import Interval, corrected, crossed_interval, interval, p_value
 from steertune.recipes.ablation.statistics.shapley import shares
+from steertune.recipes.ablation.tables import Claim, GridTables
 from steertune.recipes.arm import ArmError
 
 MEASURES = {

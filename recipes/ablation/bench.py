@@ -11,9 +11,10 @@ from typing import Any
 from datasets import Dataset
 from torch import Tensor
 
-from steertune.recipes.ablation.grid import Grid, TaskTable
+from steertune.recipes.ablation.grid import Grid
 from steertune.recipes.ablation.scorers import Scorer, fit
 from steertune.recipes.ablation.splits import Splits, load_splits
+from steertune.recipes.ablation.tables import TaskTable
 from steertune.recipes.arm import ModelTable
 from steertune.recipes.data import load_model, load_split
 from steertune.recipes.measures import generate, neutral_logps, neutral_rows, pair_margins

@@ -1,22 +1,10 @@
 """A grid: factors with levels (or a plain list of arms) x tasks x numbers of examples x seeds, and its card.
 
-Everything is checked before anything runs. A level is a small patch of the base arm:
-
-    [factors.form]
-    bias = { adapter.form = "bias" }
-    lora = { adapter = { type = "lora", r = 8, target_modules = "all-linear" }, trainer.learning_rate = 5e-4 }
-
-    [factors.init]
-    zeros = {}
-    mean_difference = [{ when = { form = "lora" }, inert = true }, { adapter.init = "mean_difference" }]
-
-Of a list the first entry counts whose `when` fits. `inert` says that the level means nothing there; combinations that
-differ only in inert levels are one arm. Patching `adapter.type` or `loss.name` replaces the whole table.
+Everything is checked before anything runs.
 """
 
 from __future__ import annotations
 
-import copy
 import fnmatch
 import hashlib
 import json
@@ -24,19 +12,19 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import ValidationError
 from trl import DPOConfig
 
 from steertune.recipes.ablation import designs
 from steertune.recipes.ablation.budget import BudgetTable
 from steertune.recipes.ablation.designs import Combination
-from steertune.recipes.ablation.splits import SplitTable
+from steertune.recipes.ablation.levels import INERT, patched, with_common
+from steertune.recipes.ablation.tables import Card, Claim, GridTables, TaskTable
 from steertune.recipes.arm import (
     Arm,
     ArmError,
-    known,
     known_tables,
     make_arm,
     nearest,
@@ -47,99 +35,12 @@ from steertune.recipes.arm import (
 
 GRIDS = Path(__file__).parents[1] / "grids"
 VERSION = 1  # of the cells; raised when a cell of the same grid would come out differently
-INERT = "-"
 _COLUMNS = {
     "version", "key", "task", "arm", "examples", "seed", "status", "error", "kl", "perplexity", "accuracy", "margin",
     "margins", "margin_gain", "moved_wrong", "behaviour", "judgements_failed", "repetition", "answers", "scalable",
     "parameters", "steps", "pairs_read", "tokens_read", "seconds", "train_seconds", "tuning", "tuning_seconds",
     "peak_memory_gb", "levels", "setting",
 }  # fmt: skip
-_PATCHED = ["adapter", "loss", "trainer", "data"]
-
-Measure = Literal["accuracy", "matched_accuracy", "margin_gain", "matched_margin_gain", "behaviour"]
-
-
-class Card(BaseModel, extra="forbid"):
-    """`[card]`: what the grid is for, written before it runs. A grid without one does not run."""
-
-    problem: str = Field(min_length=1)
-    hypothesis: str = Field(min_length=1)
-    against: str = Field(min_length=1)
-    """Which result would count against the hypothesis."""
-    baselines: str = Field(min_length=1)
-    affordances: dict[str, str] = Field(min_length=1)
-    """Arm (or pattern such as `lora*`) -> the data, labels, model access and compute it may use."""
-    unequal_budgets: str | None = None
-    """Why some arms get another tuning budget; without it such a grid is refused."""
-
-
-class Claim(BaseModel, extra="forbid"):
-    """`[claim]`: the hypothesis as a comparison, which decides whether the result counts for or against."""
-
-    better: str
-    than: str
-    measure: Measure = "matched_accuracy"
-    alpha: float = Field(default=0.05, gt=0, lt=1)
-
-
-class DesignTable(BaseModel, extra="forbid"):
-    """`[design]`: which combinations of levels are run."""
-
-    kind: Literal["full", "fractional", "one_at_a_time", "add_one_in", "arms"]
-    reduction: int = 2
-    start: Combination = {}
-    """Level of every factor where add-one-in starts, and what Shapley shares count from."""
-    end: Combination = {}
-    around: Combination = {}
-    """Where one-at-a-time starts, if not at `start`."""
-    mixtures: bool = False
-    """Add every mixture of start and end to a fractional or one-at-a-time design, for exact Shapley shares."""
-
-
-class TaskTable(BaseModel, extra="forbid"):
-    """One entry of `tasks`: a name, or a table with what measures the behaviour."""
-
-    name: str
-    label: str = ""
-    reverse: bool = False
-    columns: dict[Literal["prompt", "chosen", "rejected"], str] = {}
-    """Pairs made of other columns: what each side says, with `{column}` for a row's text (the first, of a list)."""
-    scorer: dict[str, Any] = {"kind": "classifier"}
-
-
-class MatchedTable(BaseModel, extra="forbid"):
-    """`[matched]`: the strength at which arms are compared fairly, as their KL to the base on neutral text."""
-
-    kl: float = Field(default=0.1, gt=0)
-    largest_strength: float = Field(default=64.0, gt=0)
-
-
-class GridTables(BaseModel, extra="forbid"):
-    """The file."""
-
-    name: str
-    base: str = "bias_dpo"
-    arms: list[str] = []
-    tasks: list[str | TaskTable] = Field(min_length=1)
-    examples: list[int] = Field(min_length=1)
-    seeds: list[int] = Field(min_length=1)
-    neutral: str | None = None
-    """A file of neutral prompts and completions; none: the embedded one."""
-    model: dict[str, Any] = {}
-    trainer: dict[str, Any] = {}
-    """Training arguments of all arms that are trained."""
-    loss: dict[str, Any] = {}
-    """Options of the loss for all arms."""
-    generations: int = Field(default=16, ge=0)
-    new_tokens: int = Field(default=32, ge=1)
-    card: Card | None = None
-    claim: Claim | None = None
-    design: DesignTable = DesignTable(kind="arms")
-    factors: dict[str, dict[str, Any]] = {}
-    splits: SplitTable = SplitTable()
-    budget: BudgetTable = BudgetTable()
-    budgets: dict[str, dict[str, Any]] = {}
-    matched: MatchedTable = MatchedTable()
 
 
 @dataclass(frozen=True)
@@ -250,11 +151,12 @@ def _combinations(tables: GridTables) -> tuple[list[Combination], list[str]]:
         return [], []
     if not factors or any(len(levels) < 2 for levels in factors.values()):
         raise ArmError(f"design.kind={design.kind!r} needs [factors], each with two levels or more: {factors}.")
-    around = design.around or design.start
-    needed = {"add_one_in": ("start", "end"), "one_at_a_time": ("around",)}.get(design.kind, ())
-    for what, point in (("start", design.start), ("end", design.end), ("around", around)):
+    points = {"start": design.start, "end": design.end, "around": design.around}
+    centre = "around" if design.around else "start"
+    needed = {"add_one_in": ["start", "end"], "one_at_a_time": [centre]}.get(design.kind, [])
+    for what, point in points.items():
         if point or what in needed or (design.mixtures and what != "around"):
-            _check_point(f"design.{what if what != 'around' or design.around else 'start'}", point, factors)
+            _check_point(f"design.{what}", point, factors)
     for factor in factors:
         if factor in _COLUMNS or factor.startswith(("base_", "matched_", "setting_")):
             raise ArmError(f"A factor cannot be called {factor!r}, like a column of the results.")
@@ -269,7 +171,7 @@ def _combinations(tables: GridTables) -> tuple[list[Combination], list[str]]:
         except ValueError as error:
             raise ArmError(str(error)) from error
     elif design.kind == "one_at_a_time":
-        chosen = designs.one_at_a_time(factors, around)
+        chosen = designs.one_at_a_time(factors, points[centre])
     else:
         chosen = designs.add_one_in(factors, design.start, design.end)
     count = f"{len(chosen)} of {len(everything)} combinations"
@@ -306,7 +208,7 @@ def _arms(tables: GridTables, combinations: list[Combination]) -> list[GridArm]:
             )
         found.setdefault(name, GridArm(name, levels, arm, _budget(tables, name)))
     for file in tables.arms:
-        raw = _common(read_tables(file), tables)
+        raw = with_common(read_tables(file), tables)
         name = str(raw["name"])
         if name in found:
             raise ArmError(f"Two arms are called {name!r}.")
@@ -333,72 +235,6 @@ def _check_name(what: str, name: str) -> None:
         raise ArmError(
             f"{what} {name!r} cannot name a folder: use letters, digits, '_', '-' and '.', no '.' in front."
         )
-
-
-def _common(raw: dict[str, Any], tables: GridTables) -> dict[str, Any]:
-    """An arm with what the grid says for all; an arm that is not trained stays so."""
-    common: dict[str, Any] = {"model": tables.model, "loss": tables.loss}
-    if raw.get("trainer", {}).get("max_steps") != 0:
-        common["trainer"] = tables.trainer
-    return _merge(raw, {name: table for name, table in common.items() if table})
-
-
-def patched(tables: GridTables, combination: Combination) -> tuple[Combination, Arm]:
-    """The base arm with a combination's patches, and the combination with `-` for inert levels.
-
-    Raises:
-        ArmError: a patch that does not fit.
-    """
-    raw = _common(read_tables(tables.base), tables)
-    levels: Combination = {}
-    for factor, level in combination.items():
-        entry = _entry(factor, level, tables.factors[factor][level], combination, tables)
-        if entry.pop("inert", False):
-            levels[factor] = INERT
-            continue
-        levels[factor] = level
-        raw = _merge(raw, entry)
-    try:
-        return levels, make_arm(raw)
-    except ArmError as error:
-        raise ArmError(f"Combination {combination}: {error}") from error
-
-
-def _entry(factor: str, level: str, patch: Any, combination: Combination, tables: GridTables) -> dict[str, Any]:
-    """The patch of a level that counts for a combination."""
-    for option in patch if isinstance(patch, list) else [patch]:
-        if not isinstance(option, dict):
-            raise ArmError(f"factors.{factor}.{level}={patch!r}: a table, or a list of tables, is expected.")
-        option = copy.deepcopy(option)
-        when = option.pop("when", {})
-        where = f"factors.{factor}.{level}"
-        if not isinstance(when, dict):
-            raise ArmError(f'{where}: when={when!r} must be a table, such as {{ form = "lora" }}.')
-        known(where, option, ["inert", *_PATCHED])
-        known(f"{where}.data", option.get("data", {}), ["pairing"])  # the grid itself says the rest
-        for other, wanted in when.items():
-            if not isinstance(wanted, str | list):
-                raise ArmError(f"{where}: when.{other}={wanted!r} must be a level or a list of levels.")
-            if other not in tables.factors:
-                raise ArmError(f"{where}: when names {other!r}, the factors are {[*tables.factors]}.")
-            missing = set([wanted] if isinstance(wanted, str) else wanted) - set(tables.factors[other])
-            if missing:
-                raise ArmError(f"{where}: {sorted(missing)} are no levels of {other!r}.")
-        if all(combination[other] in ([w] if isinstance(w, str) else w) for other, w in when.items()):
-            return option
-    raise ArmError(f"factors.{factor}.{level} says nothing for {combination}: add a last entry without `when`.")
-
-
-def _merge(base: dict[str, Any], patch: dict[str, Any]) -> dict[str, Any]:
-    """`base` with `patch` on top, table by table; another adapter or loss replaces its table."""
-    merged = copy.deepcopy(base)
-    for key, value in patch.items():
-        chooser = {"adapter": "type", "loss": "name"}.get(key)
-        if isinstance(value, dict) and isinstance(merged.get(key), dict) and chooser not in value:
-            merged[key] = _merge(merged[key], value)
-        else:
-            merged[key] = copy.deepcopy(value)
-    return merged
 
 
 def _budget(tables: GridTables, name: str) -> BudgetTable:

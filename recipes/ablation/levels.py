@@ -1,0 +1,91 @@
+"""Levels of factors: small patches of the base arm.
+
+    [factors.form]
+    bias = { adapter.form = "bias" }
+    lora = { adapter = { type = "lora", r = 8, target_modules = "all-linear" }, trainer.learning_rate = 5e-4 }
+
+    [factors.init]
+    zeros = {}
+    mean_difference = [{ when = { form = "lora" }, inert = true }, { adapter.init = "mean_difference" }]
+
+Of a list the first entry counts whose `when` fits. `inert` says that the level means nothing there; combinations that
+differ only in inert levels are one arm. Patching `adapter.type` or `loss.name` replaces the whole table.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from steertune.recipes.ablation.designs import Combination
+from steertune.recipes.ablation.tables import GridTables
+from steertune.recipes.arm import Arm, ArmError, known, make_arm, read_tables
+
+INERT = "-"
+_PATCHED = ["adapter", "loss", "trainer", "data"]
+
+
+def with_common(raw: dict[str, Any], tables: GridTables) -> dict[str, Any]:
+    """An arm with what the grid says for all; an arm that is not trained stays so."""
+    common: dict[str, Any] = {"model": tables.model, "loss": tables.loss}
+    if raw.get("trainer", {}).get("max_steps") != 0:
+        common["trainer"] = tables.trainer
+    return _merge(raw, {name: table for name, table in common.items() if table})
+
+
+def patched(tables: GridTables, combination: Combination) -> tuple[Combination, Arm]:
+    """The base arm with a combination's patches, and the combination with `-` for inert levels.
+
+    Raises:
+        ArmError: a patch that does not fit.
+    """
+    raw = with_common(read_tables(tables.base), tables)
+    levels: Combination = {}
+    for factor, level in combination.items():
+        entry = _entry(factor, level, tables.factors[factor][level], combination, tables)
+        if entry.pop("inert", False):
+            levels[factor] = INERT
+            continue
+        levels[factor] = level
+        raw = _merge(raw, entry)
+    try:
+        return levels, make_arm(raw)
+    except ArmError as error:
+        raise ArmError(f"Combination {combination}: {error}") from error
+
+
+def _entry(factor: str, level: str, patch: Any, combination: Combination, tables: GridTables) -> dict[str, Any]:
+    """The patch of a level that counts for a combination."""
+    for option in patch if isinstance(patch, list) else [patch]:
+        if not isinstance(option, dict):
+            raise ArmError(f"factors.{factor}.{level}={patch!r}: a table, or a list of tables, is expected.")
+        option = copy.deepcopy(option)
+        when = option.pop("when", {})
+        where = f"factors.{factor}.{level}"
+        if not isinstance(when, dict):
+            raise ArmError(f'{where}: when={when!r} must be a table, such as {{ form = "lora" }}.')
+        known(where, option, ["inert", *_PATCHED])
+        known(f"{where}.data", option.get("data", {}), ["pairing"])  # the grid itself says the rest
+        for other, wanted in when.items():
+            if not isinstance(wanted, str | list):
+                raise ArmError(f"{where}: when.{other}={wanted!r} must be a level or a list of levels.")
+            if other not in tables.factors:
+                raise ArmError(f"{where}: when names {other!r}, the factors are {[*tables.factors]}.")
+            missing = set([wanted] if isinstance(wanted, str) else wanted) - set(tables.factors[other])
+            if missing:
+                raise ArmError(f"{where}: {sorted(missing)} are no levels of {other!r}.")
+        if all(combination[other] in ([w] if isinstance(w, str) else w) for other, w in when.items()):
+            return option
+    raise ArmError(f"factors.{factor}.{level} says nothing for {combination}: add a last entry without `when`.")
+
+
+def _merge(base: dict[str, Any], patch: dict[str, Any]) -> dict[str, Any]:
+    """`base` with `patch` on top, table by table; another adapter or loss replaces its table."""
+    merged = copy.deepcopy(base)
+    for key, value in patch.items():
+        chooser = {"adapter": "type", "loss": "name"}.get(key)
+        if isinstance(value, dict) and isinstance(merged.get(key), dict) and chooser not in value:
+            merged[key] = _merge(merged[key], value)
+        else:
+            merged[key] = copy.deepcopy(value)
+    return merged

@@ -1,0 +1,96 @@
+"""The tables of a grid's file, their keys and types."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, Field
+
+from steertune.recipes.ablation.budget import BudgetTable
+from steertune.recipes.ablation.designs import Combination
+from steertune.recipes.ablation.splits import SplitTable
+
+Measure = Literal["accuracy", "matched_accuracy", "margin_gain", "matched_margin_gain", "behaviour"]
+
+
+class Card(BaseModel, extra="forbid"):
+    """`[card]`: what the grid is for, written before it runs. A grid without one does not run."""
+
+    problem: str = Field(min_length=1)
+    hypothesis: str = Field(min_length=1)
+    against: str = Field(min_length=1)
+    """Which result would count against the hypothesis."""
+    baselines: str = Field(min_length=1)
+    affordances: dict[str, str] = Field(min_length=1)
+    """Arm (or pattern such as `lora*`) -> the data, labels, model access and compute it may use."""
+    unequal_budgets: str | None = None
+    """Why some arms get another tuning budget; without it such a grid is refused."""
+
+
+class Claim(BaseModel, extra="forbid"):
+    """`[claim]`: the hypothesis as a comparison, which decides whether the result counts for or against."""
+
+    better: str
+    than: str
+    measure: Measure = "matched_accuracy"
+    alpha: float = Field(default=0.05, gt=0, lt=1)
+
+
+class DesignTable(BaseModel, extra="forbid"):
+    """`[design]`: which combinations of levels are run."""
+
+    kind: Literal["full", "fractional", "one_at_a_time", "add_one_in", "arms"]
+    reduction: int = 2
+    start: Combination = {}
+    """Level of every factor where add-one-in starts, and what Shapley shares count from."""
+    end: Combination = {}
+    around: Combination = {}
+    """Where one-at-a-time starts, if not at `start`."""
+    mixtures: bool = False
+    """Add every mixture of start and end to a fractional or one-at-a-time design, for exact Shapley shares."""
+
+
+class TaskTable(BaseModel, extra="forbid"):
+    """One entry of `tasks`: a name, or a table with what measures the behaviour."""
+
+    name: str
+    label: str = ""
+    reverse: bool = False
+    columns: dict[Literal["prompt", "chosen", "rejected"], str] = {}
+    """Pairs made of other columns: what each side says, with `{column}` for a row's text (the first, of a list)."""
+    scorer: dict[str, Any] = {"kind": "classifier"}
+
+
+class MatchedTable(BaseModel, extra="forbid"):
+    """`[matched]`: the strength at which arms are compared fairly, as their KL to the base on neutral text."""
+
+    kl: float = Field(default=0.1, gt=0)
+    largest_strength: float = Field(default=64.0, gt=0)
+
+
+class GridTables(BaseModel, extra="forbid"):
+    """The file."""
+
+    name: str
+    base: str = "bias_dpo"
+    arms: list[str] = []
+    tasks: list[str | TaskTable] = Field(min_length=1)
+    examples: list[int] = Field(min_length=1)
+    seeds: list[int] = Field(min_length=1)
+    neutral: str | None = None
+    """A file of neutral prompts and completions; none: the embedded one."""
+    model: dict[str, Any] = {}
+    trainer: dict[str, Any] = {}
+    """Training arguments of all arms that are trained."""
+    loss: dict[str, Any] = {}
+    """Options of the loss for all arms."""
+    generations: int = Field(default=16, ge=0)
+    new_tokens: int = Field(default=32, ge=1)
+    card: Card | None = None
+    claim: Claim | None = None
+    design: DesignTable = DesignTable(kind="arms")
+    factors: dict[str, dict[str, Any]] = {}
+    splits: SplitTable = SplitTable()
+    budget: BudgetTable = BudgetTable()
+    budgets: dict[str, dict[str, Any]] = {}
+    matched: MatchedTable = MatchedTable()

@@ -14,7 +14,7 @@ import json
 import platform
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +106,8 @@ def _body(folder: Path, grid: dict[str, Any], tables: GridTables, claim: Claim, 
         lines += [
             "## Attribution",
             "",
-            f"Exact Shapley shares of the gap ({total:+.3f}) from `{tables.design.start}` to `{tables.design.end}`.",
+            f"Exact Shapley shares of the gap ({total:+.3f}) from `{_words(tables.design.start)}` to "
+            f"`{_words(tables.design.end)}`.",
             "",
             "![Shapley share of every factor](charts/attribution.png)",
             "",
@@ -254,14 +255,11 @@ def _side_effects(folder: Path, cells: Frame, tables: GridTables) -> list[str]:
     )
     matched = tables.budget.strengths == "matched"  # then every arm has the same KL, and fluency is what differs
     x, x_label = ("perplexity", "perplexity") if matched else ("kl", "KL to the base")
-    charts.pareto(
-        cells,
-        x,
-        y,
-        folder / "charts" / "pareto.png",
-        f"{x_label} on neutral text{'' if matched else ', nats/token'}",
-        label,
-    )
+    base = None
+    if f"base_{y}" in cells:
+        base = (float(cells["base_perplexity"].mean()) if matched else 0.0, float(cells[f"base_{y}"].mean()))
+    unit = "" if matched else ", nats/token"
+    charts.pareto(cells, x, y, folder / "charts" / "pareto.png", f"{x_label} on neutral text{unit}", label, base)
     names = {
         "kl": "KL to the base",
         "perplexity": "perplexity",
@@ -323,10 +321,15 @@ def _how(grid: dict[str, Any], tables: GridTables) -> list[str]:
         "",
         f"```\n{grid['command']}\n```",
         "",
-        f"Tuning budget of every arm: `{tables.budget.model_dump()}`. Splits: `{tables.splits.model_dump()}`. "
+        f"Tuning budget of every arm: `{_words(tables.budget.model_dump())}`. Splits: "
+        f"`{_words(tables.splits.model_dump())}`. "
         f"Matched KL: {tables.matched.kl} nats per token. Python {platform.python_version()}, {versions}.",
         "",
     ]
+
+
+def _words(table: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key}={value}" for key, value in table.items())
 
 
 def _most_telling(cells: Frame, claim: Claim) -> list[str]:
@@ -370,6 +373,7 @@ h1, h2 { line-height: 1.2; } h2 { margin-top: 2em; border-bottom: 1px solid #ddd
 table { border-collapse: collapse; margin: 1em 0; font-size: 13px; font-variant-numeric: tabular-nums; display: block;
   overflow-x: auto; }
 th, td { padding: .3em .7em; border-bottom: 1px solid #e5e5e5; text-align: left; }
+td { white-space: nowrap; } td:last-child { white-space: normal; }
 th { border-bottom: 2px solid #999; }
 img { max-width: 100%; } code { background: #f5f5f5; padding: .1em .3em; }
 pre code { display: block; padding: .8em; }

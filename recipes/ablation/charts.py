@@ -78,9 +78,11 @@ def curves(cells: Frame, arms: Sequence[str], measure: str, file: Path, label: s
     figure.savefig(file, dpi=_DPI)
 
 
-def pareto(cells: Frame, x: str, y: str, file: Path, xlabel: str, ylabel: str) -> None:
-    """Effect against side effect, a dot an arm (mean over its cells); the arms that no other beats on both are
-    joined."""
+def pareto(
+    cells: Frame, x: str, y: str, file: Path, xlabel: str, ylabel: str, base: tuple[float, float] | None = None
+) -> None:
+    """Effect against side effect, a dot an arm (mean over its cells), a cross for the base model; the arms that no
+    other beats on both are joined."""
     points = cells.groupby("arm", sort=False)[[x, y]].mean().dropna()
     if points.empty:
         return
@@ -89,6 +91,8 @@ def pareto(cells: Frame, x: str, y: str, file: Path, xlabel: str, ylabel: str) -
     colours = _colours(list(points.index))
     for arm, point in points.iterrows():
         axis.plot(point[x], point[y], "o", color=colours[str(arm)], label=str(arm))
+    if base is not None:
+        axis.plot(*base, "x", color=_GREY, label="(base model)")
     ordered = points.sort_values([x, y], ascending=[True, False])
     front = ordered[ordered[y] > ordered[y].cummax().shift(fill_value=-np.inf)]
     axis.plot(front[x], front[y], color=_GREY, linewidth=0.8, zorder=0)

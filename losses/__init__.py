@@ -10,6 +10,7 @@ from typing import Any
 
 from ._base import At, Loss, Outputs, Strength
 from ._contrast import Contrast, Contrasted
+from ._regularised import Regularised
 
 __all__ = ["At", "Loss", "Outputs", "Strength", "get_loss", "names"]
 
@@ -19,10 +20,11 @@ def names() -> list[str]:
     return sorted(m.name for m in pkgutil.iter_modules(__path__) if not m.name.startswith("_"))
 
 
-def get_loss(loss: str | Loss, *, contrast: Contrast = "paired", **options: Any) -> Loss:
+def get_loss(loss: str | Loss, *, contrast: Contrast = "paired", neutral_kl: float = 0.0, **options: Any) -> Loss:
     """A loss by name (its file), with its hyperparameters; a `Loss` object is returned as it is.
 
-    `contrast` says what a pair loss contrasts the chosen answer with: `paired`, `unpaired` or `none`.
+    `contrast` says what a pair loss contrasts the chosen answer with: `paired`, `unpaired` or `none`. `neutral_kl`
+    adds a KL to the base model on neutral text, with this weight.
 
     Raises:
         ValueError: an unknown name or option (the message names the nearest), options for an object.
@@ -30,15 +32,22 @@ def get_loss(loss: str | Loss, *, contrast: Contrast = "paired", **options: Any)
     if isinstance(loss, Loss):
         if options:
             raise ValueError(f"Options {sorted(options)} go with a loss name, not with an object.")
-        return loss if contrast == "paired" else Contrasted(loss, contrast)
+        made = loss
+    else:
+        made = _by_name(loss, options)
+    if contrast != "paired":
+        made = Contrasted(made, contrast)
+    return made if neutral_kl == 0 else Regularised(made, neutral_kl)
+
+
+def _by_name(loss: str, options: dict[str, Any]) -> Loss:
     _choose("loss", loss, names())
     module = importlib.import_module(f"{__name__}.{loss}")
     classes = [x for x in vars(module).values() if isinstance(x, type) and x.__module__ == module.__name__]
     [kind] = [x for x in classes if issubclass(x, Loss) and is_dataclass(x)]
     for option in options:
         _choose(f"option of loss {loss!r}", option, [field.name for field in fields(kind)])
-    made = kind(**options)
-    return made if contrast == "paired" else Contrasted(made, contrast)
+    return kind(**options)
 
 
 def _choose(what: str, value: object, allowed: list[str]) -> None:

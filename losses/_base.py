@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import ClassVar, Literal
 
@@ -25,10 +25,16 @@ class Outputs:
         token_logps: Log-probability (nats) of each labelled token given what stands before it, `(rows, tokens)`;
             0 where there is no label.
         mask: True on labelled tokens, `(rows, tokens)`.
+        hidden: Layer -> what its block hands on where each labelled token is predicted, `(labelled tokens, d)`, row
+            after row; only the layers that were asked for.
+        distribution: Log-probabilities of every token of the vocabulary there, `(labelled tokens, vocabulary)`, if
+            asked for.
     """
 
     token_logps: Tensor
     mask: Tensor
+    hidden: Mapping[int, Tensor] = field(default_factory=dict)
+    distribution: Tensor | None = None
 
     @cached_property
     def logps(self) -> Tensor:
@@ -54,9 +60,12 @@ class Outputs:
 
 
 Strength = float | Literal["null"]
-At = Callable[[Strength], Outputs]
-"""`at(strength)`: the batch seen by the model with its adapter scaled by `strength`, or with the direction of its
-vector taken out ("null"). Repeated calls cost nothing."""
+At = Callable[..., Outputs]
+"""`at(strength, view="", layers=(), distribution=False)`: the batch seen by the model with its adapter scaled by
+`strength`, or with the direction of its vector taken out ("null").
+
+`view` names another version of the same examples (see `steertune.trainers.views`); `layers` and `distribution` ask for
+more than log-probabilities. Repeated calls cost nothing."""
 
 
 class Loss(ABC):
@@ -67,12 +76,16 @@ class Loss(ABC):
         unit: What it is averaged over, in the whole optimiser step: examples (rows, or pairs) or labelled tokens.
         reference: Whether it asks for `at(0)`.
         scales: Whether it asks for strengths other than 0 and 1.
+        views: Names of the views that it asks for.
+        states: Whether it asks for hidden states.
     """
 
     pairs: ClassVar[bool] = True
     unit: ClassVar[Literal["example", "token"]] = "example"
     reference: ClassVar[bool] = False
     scales: ClassVar[bool] = False
+    views: ClassVar[tuple[str, ...]] = ()
+    states: ClassVar[bool] = False
 
     @abstractmethod
     def __call__(self, at: At, generator: torch.Generator | None = None) -> Tensor:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
 import tomllib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -19,8 +20,10 @@ from pydantic.errors import PydanticSchemaGenerationError, PydanticUndefinedAnno
 
 import steertune.adapters  # noqa: F401  registers the method with PEFT
 from steertune.losses import Loss, get_loss
+from steertune.trainers.views import View, get_view
 
 ARMS = Path(__file__).parent / "arms"
+NEUTRAL = Path(__file__).parent / "neutral_train.jsonl"
 UPSTREAM = "upstream"  # the loss of TRL's own trainer
 
 
@@ -69,7 +72,8 @@ class Arm(BaseModel, extra="forbid"):
     """A whole arm.
 
     `adapter.type` is any PEFT method in lower case or `none` (full finetuning); `loss.name` is a file of `losses/` or
-    `upstream`; `[trainer]` takes every field of TRL's `DPOConfig` (pairs) or `SFTConfig` (demonstrations).
+    `upstream`; `[views.NAME]` is a view that the loss asks for, its `name` a file of `trainers/views/`; `[trainer]`
+    takes every field of TRL's `DPOConfig` (pairs) or `SFTConfig` (demonstrations).
     """
 
     name: str
@@ -77,6 +81,7 @@ class Arm(BaseModel, extra="forbid"):
     data: DataTable
     adapter: dict[str, Any] = {"type": "steering_vector"}
     loss: dict[str, Any] = {"name": "dpo"}
+    views: dict[str, dict[str, Any]] = {}
     trainer: dict[str, Any] = {}
     evaluation: EvaluationTable = EvaluationTable()
     output: OutputTable = OutputTable()
@@ -106,6 +111,22 @@ class Arm(BaseModel, extra="forbid"):
             known("loss", options, [])
             return None
         return get_loss(name, **options)
+
+    def view_objects(self) -> dict[str, View]:
+        """The views by the name that the loss asks for. Neutral text is the recipes' own, and not that which measures
+        the KL afterwards."""
+        found = {}
+        for key, table in self.views.items():
+            options = dict(table)
+            name = str(options.pop("name", key))
+            if name == "neutral":
+                lines = NEUTRAL.read_text(encoding="utf-8").splitlines()
+                options.setdefault("rows", [json.loads(line) for line in lines])
+            try:
+                found[key] = get_view(name, **options)
+            except (ValueError, TypeError) as error:
+                raise ArmError(f"[views.{key}]: {error}") from error
+        return found
 
     def check_trainer(self, kind: type) -> None:
         """Check keys and types of `[trainer]` against a class of training arguments."""
@@ -171,6 +192,7 @@ def make_arm(tables: dict[str, Any]) -> Arm:
     except ValidationError as error:
         raise ArmError(reasons(error)) from error
     arm.peft_config()
+    arm.view_objects()
     try:
         arm.loss_object()
     except ValueError as error:

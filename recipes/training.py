@@ -75,6 +75,7 @@ def make_trainer(
         peft_config=config,
         loss=loss,
         frozen_prefix=frozen_prefix,
+        views=arm.view_objects(),
         **unchanged,
     )
     trainer.add_callback(_MetricsFile(folder / "metrics.jsonl"))

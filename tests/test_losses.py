@@ -26,6 +26,7 @@ from steertune.trainers._batch import Batch
 # Two pairs: chosen answers of 3 and 1 tokens, then rejected ones of 2 and 4.
 LENGTHS = (3, 1, 2, 4)
 ALL = ["bipo", "cross_entropy", "dpo", "ipo", "one_shot", "reps", "simpo", "split", "unlikelihood"]
+WITH_VIEWS = ["context_distillation", "lorra", "prompted"]  # see test_views.py
 AT_ONE = {"reps": {"factors": (1.0,)}}  # options that make a loss ask for strength 1 where it would draw one
 
 
@@ -302,7 +303,7 @@ def test_bipo_draws_both_directions_equally_often_over_steps_and_micro_batches(t
 
 
 def test_names_are_the_files():
-    assert names() == ALL
+    assert names() == sorted([*ALL, *WITH_VIEWS])
 
 
 @pytest.mark.parametrize(
@@ -382,7 +383,7 @@ def test_a_new_file_is_a_new_loss(tmp_path, monkeypatch):
     )
     monkeypatch.setattr(package, "__path__", [*package.__path__, str(tmp_path)])
     monkeypatch.delitem(sys.modules, "steertune.losses.hinge", raising=False)
-    assert names() == sorted([*ALL, "hinge"])
+    assert names() == sorted([*ALL, *WITH_VIEWS, "hinge"])
     loss = get_loss("hinge", width=3.0)
     assert loss(lambda s: one_pair([-1.0], [-2.0])).tolist() == [2.0]
     trained("dpo", tmp_path / "out", loss="hinge", max_steps=1)

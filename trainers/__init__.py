@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .sft import SteeringSFTTrainer
     from .together import share_weights, train_together
     from .trainer import SteeringTrainer
+    from .views import View, ViewError, get_view
 
 _HOME = {
     "Batch": "_batch",
@@ -28,7 +29,10 @@ _HOME = {
     "SteeringDPOTrainer": "dpo",
     "SteeringSFTTrainer": "sft",
     "SteeringTrainer": "trainer",
+    "View": "views",
+    "ViewError": "views",
     "collator": "_data",
+    "get_view": "views",
     "labelled_logits": "_at",
     "scalable": "_at",
     "scaled": "_at",
@@ -45,7 +49,10 @@ __all__ = [
     "SteeringDPOTrainer",
     "SteeringSFTTrainer",
     "SteeringTrainer",
+    "View",
+    "ViewError",
     "collator",
+    "get_view",
     "labelled_logits",
     "scalable",
     "scaled",

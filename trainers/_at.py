@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from typing import Any
+from dataclasses import replace
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,13 +18,26 @@ from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..adapters import SteeringVectorLayer, prompt_length, set_strength, steering_layers
-from ..adapters.blocks import find_stack
+from ..adapters.blocks import find_blocks, find_stack, resolve_layers
+from ..adapters.config import Layers
 from ..losses import Outputs, Strength
 from ._batch import Batch
 from ._modes import evaluating
+from .prefix.cut import base_of
 from .prefix.reference import ReferenceMemo
+from .views import ViewError, Views
 
 REFERENCE_ADAPTER = "ref"  # TRL's name for the frozen copy of an adapter that training continues
+
+
+class Asked(NamedTuple):
+    """What is asked for beside log-probabilities: layers of hidden states, and whether the whole distribution."""
+
+    layers: tuple[int, ...] = ()
+    distribution: bool = False
+
+
+NOTHING = Asked()
 
 
 class ModelAt:
@@ -39,6 +54,7 @@ class ModelAt:
         reference_model: A separate reference, for full finetuning.
         reference_memo: What is known of the reference already; it is asked first.
         together: Computes the outputs of a batch at a strength other than 0, in place of the model.
+        views: Other versions of the batch.
     """
 
     def __init__(
@@ -49,48 +65,70 @@ class ModelAt:
         reference_model: nn.Module | None = None,
         reference_memo: ReferenceMemo | None = None,
         together: Callable[[Batch, Strength], Outputs] | None = None,
+        views: Views | None = None,
     ) -> None:
-        self.together = together
+        self.together, self.views = together, views
         self.model = model
         self.unwrapped = unwrapped
         self.batch = batch
         self.reference_model = reference_model
         self.reference_memo = reference_memo
-        self._seen: dict[Strength, Outputs] = {}
+        self._seen: dict[tuple[Strength, str, Asked], Outputs] = {}
 
-    def __call__(self, strength: Strength) -> Outputs:
-        """Token log-probabilities of the batch at `strength`."""
+    def __call__(self, strength: Strength, view: str = "", layers: Layers = (), distribution: bool = False) -> Outputs:
+        """What the model says of the batch, or of a view of it, at `strength`.
+
+        Args:
+            strength: See the class.
+            view: Name of a view; "": the batch itself.
+            layers: Whose hidden states are asked for, as in `SteeringVectorConfig`.
+            distribution: Whether the whole distribution over the vocabulary is.
+
+        Raises:
+            ViewError: there is no such view.
+            ValueError: the model has no such layer.
+        """
         strength = strength if strength == "null" else float(strength)
-        if strength not in self._seen:
-            if strength == 0.0:
-                self._seen[strength] = self._reference()
-            elif self.together is not None:
-                self._seen[strength] = self.together(self.batch, strength)
-            else:
-                with scaled(self.unwrapped, strength):
-                    self._seen[strength] = token_logps(self.model, self.unwrapped, self.batch)
-        return self._seen[strength]
+        found = [] if layers == () else resolve_layers(layers, len(find_blocks(base_of(self.unwrapped))))
+        key = (strength, view, Asked(tuple(found), distribution))
+        if key not in self._seen:
+            self._seen[key] = self._outputs(*key)
+        return self._seen[key]
 
     @property
     def seen(self) -> dict[Strength, Outputs]:
-        """The strengths asked for so far."""
-        return dict(self._seen)
+        """The strengths that the batch itself was seen at so far."""
+        return {strength: outputs for (strength, view, _), outputs in self._seen.items() if not view}
 
-    def _reference(self) -> Outputs:
-        if self.batch.reference_logps is not None:
+    def _outputs(self, strength: Strength, view: str, asked: Asked) -> Outputs:
+        batch = self.batch
+        if view:
+            if self.views is None:
+                raise ViewError(f"The loss asks for view {view!r}, and there is none: give the trainer views=.")
+            batch = self.views.of(view, batch)
+        if strength == 0.0:
+            return self._reference(batch, asked)
+        if self.together is not None:
+            return self.together(batch, strength)
+        with scaled(self.unwrapped, strength):
+            return token_logps(self.model, self.unwrapped, batch, asked)
+
+    def _reference(self, batch: Batch, asked: Asked) -> Outputs:
+        if batch.reference_logps is not None and asked == NOTHING:
             # known per row only; spread over its tokens, which leaves sums and means per row what they are
-            mask = self.batch.targets[0] != -100
-            per_token = self.batch.reference_logps / mask.sum(dim=1).clamp_min(1)
+            mask = batch.targets[0] != -100
+            per_token = batch.reference_logps / mask.sum(dim=1).clamp_min(1)
             return Outputs(mask * per_token[:, None], mask)
-        if self.reference_memo is not None:
-            return self.reference_memo.outputs(self.batch, self._compute_reference)
-        return self._compute_reference(self.batch)
+        compute = partial(self._compute_reference, asked=asked)
+        if self.reference_memo is not None and not asked.distribution:
+            return self.reference_memo.outputs(batch, compute, asked.layers)
+        return compute(batch)
 
     @torch.no_grad()
-    def _compute_reference(self, batch: Batch) -> Outputs:
+    def _compute_reference(self, batch: Batch, asked: Asked) -> Outputs:
         if self.reference_model is not None:
             with evaluating(self.reference_model):
-                return token_logps(self.reference_model, self.reference_model, batch)
+                return token_logps(self.reference_model, self.reference_model, batch, asked)
         if not isinstance(self.unwrapped, PeftModel):
             raise ValueError(
                 "This loss compares with the base model, and full finetuning changes it. Train an adapter, use "
@@ -99,7 +137,7 @@ class ModelAt:
         # with a memo, processes run different numbers of rows: nothing that waits for the others may be called
         model = self.model if self.reference_memo is None else self.unwrapped
         with reference_adapter(self.unwrapped), evaluating(self.unwrapped):
-            return token_logps(model, self.unwrapped, batch)
+            return token_logps(model, self.unwrapped, batch, asked)
 
 
 def reference_adapter(model: PeftModel) -> AbstractContextManager[Any]:
@@ -157,12 +195,39 @@ def _recomputed(model: nn.Module) -> bool:
     return checkpointing and (inside or any(isinstance(module, LoraLayer) for module in model.modules()))
 
 
-def token_logps(model: nn.Module, unwrapped: nn.Module, batch: Batch) -> Outputs:
-    """Log-probabilities of a batch's labels."""
+def token_logps(model: nn.Module, unwrapped: nn.Module, batch: Batch, asked: Asked = NOTHING) -> Outputs:
+    """Log-probabilities of a batch's labels, and what else is asked for."""
     labels = batch.targets[0]
     mask = labels != -100
-    found = -F.cross_entropy(labelled_logits(model, unwrapped, batch), labels[mask], reduction="none")
-    return Outputs(found.new_zeros(mask.shape).masked_scatter(mask, found), mask)
+    with _states(unwrapped, batch, asked.layers) as hidden:
+        logits = labelled_logits(model, unwrapped, batch)
+    found = -F.cross_entropy(logits, labels[mask], reduction="none")
+    outputs = Outputs(found.new_zeros(mask.shape).masked_scatter(mask, found), mask)
+    if asked == NOTHING:
+        return outputs
+    return replace(outputs, hidden=hidden, distribution=logits.log_softmax(-1) if asked.distribution else None)
+
+
+@contextmanager
+def _states(model: nn.Module, batch: Batch, layers: Sequence[int]) -> Iterator[dict[int, Tensor]]:
+    """A dictionary that the forward pass inside fills with what blocks hand on where labels are predicted."""
+    found: dict[int, Tensor] = {}
+    if not layers:
+        yield found
+        return
+    labels, columns = batch.targets
+    blocks = [block for _, block in find_blocks(base_of(model))]
+
+    def keep(layer: int, module: nn.Module, args: Any, output: Any) -> None:
+        hidden = output[0] if isinstance(output, tuple) else output
+        found[layer] = hidden[:, columns][labels != -100].float()
+
+    handles = [blocks[layer].register_forward_hook(partial(keep, layer)) for layer in layers]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def labelled_logits(model: nn.Module, unwrapped: nn.Module, batch: Batch) -> Tensor:
@@ -170,7 +235,7 @@ def labelled_logits(model: nn.Module, unwrapped: nn.Module, batch: Batch) -> Ten
     on nothing else."""
     labels, columns = batch.targets
     mask = labels != -100
-    base = unwrapped.get_base_model() if isinstance(unwrapped, PeftModel) else unwrapped
+    base = base_of(unwrapped)
     kwargs: dict[str, Any] = {"use_cache": False}
     if "output_router_logits" in inspect.signature(type(base).forward).parameters:
         kwargs["output_router_logits"] = False  # TRL asks the config for them, for a loss that is not used here

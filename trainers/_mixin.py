@@ -8,16 +8,19 @@ import hashlib
 import inspect
 import os
 from collections import defaultdict
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+from datasets import Dataset
 from peft import PeftConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import Trainer, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 from ..adapters import SteeringVectorConfig, SteeringVectorLayer, steering_layers
+from ..adapters.blocks import text_config
 from ..losses import Loss, get_loss
 from ._at import REFERENCE_ADAPTER, ModelAt, prompt_of, scaled
 from ._batch import Batch
@@ -27,7 +30,9 @@ from ._resume import RestoredAdapter
 from ._start import fill_missing_vectors
 from ._vitals import VectorVitals
 from .prefix import FrozenPrefix
+from .prefix.cut import base_of
 from .prefix.once import PayOnce
+from .views import View, ViewError, Views, get_view
 
 DEFAULT: Any = type("Default", (), {"__repr__": lambda self: "SteeringVectorConfig()"})()
 """`peft_config` left out: a default `SteeringVectorConfig()`, unless the model already is a `PeftModel`."""
@@ -45,6 +50,7 @@ class SteeringMixin(Trainer):
         frozen_prefix: Compute what lies below the trained layers once per example (see `FrozenPrefix`). None: where it
             is exact, with 2 GB of RAM. True: the same, with a warning where it is not. A `FrozenPrefix` is shared
             with whoever else uses it. False: never.
+        views: Other versions of every example, by the name a loss asks for them.
     """
 
     model: Any  # the parent's type allows None, which it is not after construction
@@ -59,6 +65,7 @@ class SteeringMixin(Trainer):
         peft_config: PeftConfig | None = DEFAULT,
         loss: str | Loss | None = None,
         frozen_prefix: FrozenPrefix | bool | None = None,
+        views: Mapping[str, str | View] | None = None,
         **kwargs: Any,
     ) -> None:
         self.loss = None if loss is None else get_loss(loss)
@@ -73,12 +80,14 @@ class SteeringMixin(Trainer):
         self._micro_step = 0
         self.pay_once = PayOnce(frozen_prefix)
         self.seat: Any = None  # this trainer's place among those of `train_together`
+        self._views: Views | None = None
         if self._plain:
             parent(*bound.args, **bound.kwargs)
             return
         if self.loss is not None:
             _check_arguments(self.loss, given.get("args"))
-        raw = given.get("train_dataset")
+        raw, raw_evaluation = given.get("train_dataset"), given.get("eval_dataset")
+        _check_views(self.loss, views)
         self._prepare_data(given)
         adapter_values = _adapter_values(given.get("model"))
         if peft_config is not None:
@@ -92,6 +101,11 @@ class SteeringMixin(Trainer):
         limit = None if keeps_end else getattr(self.args, "max_length", self.max_length)
         check_tokens(raw, self.train_dataset, limit, given.get("processing_class"))
         _check_packing(self.model, self.train_dataset)
+        if views:
+            self._views = _make_views(self, views, given.get("processing_class"))
+            for rows, tokenised in ((raw, self.train_dataset), (raw_evaluation, self.eval_dataset)):
+                if isinstance(rows, Dataset) and isinstance(tokenised, Dataset):
+                    self._views.add(rows, tokenised)
         if self.loss is not None:
             # the loss below is already an average over the whole optimiser step
             self.loss_is_scaled_for_ga = self.model_accepts_loss_kwargs = True
@@ -186,8 +200,10 @@ class SteeringMixin(Trainer):
             with scaled(unwrapped, -1.0):  # refuse at the first step what only some of its draws would meet
                 pass
         together = self.seat.logps if self.seat is not None and torch.is_grad_enabled() else None
-        at = ModelAt(model, unwrapped, batch, getattr(self, "ref_model", None), self.pay_once.reference, together)
-        with self.pay_once.shortcut(labels_only=True):
+        own_reference, memo = getattr(self, "ref_model", None), self.pay_once.reference
+        at = ModelAt(model, unwrapped, batch, own_reference, memo, together, self._views)
+        # blocks that are left out, or run in parts, show no states
+        with nullcontext() if self.loss.states else self.pay_once.shortcut(labels_only=True):
             values = self.loss(at, self._generator())
         if num_items_in_batch is None:
             total = values.sum() / batch.count(self.loss.unit)
@@ -306,6 +322,19 @@ def _check_arguments(loss: Loss, args: Any) -> None:
                 f"{type(args).__name__}.{name}={value!r} belongs to TRL's own loss; {loss} does not use it. Give a "
                 "loss object (get_loss(name, beta=...)), or leave loss out."
             )
+
+
+def _check_views(loss: Loss | None, views: Mapping[str, str | View] | None) -> None:
+    """Raise a ViewError when the loss asks for views that nobody gave."""
+    needed = () if loss is None else loss.views
+    if missing := [name for name in needed if name not in (views or {})]:
+        raise ViewError(f"{type(loss).__name__} compares with the views {list(needed)}; {missing} are not in views=.")
+
+
+def _make_views(trainer: Any, views: Mapping[str, str | View], tokenizer: Any) -> Views:
+    context = getattr(text_config(base_of(trainer.model)), "max_position_embeddings", None)
+    tokenizer = tokenizer if tokenizer is not None else trainer.processing_class
+    return Views({name: get_view(view) for name, view in views.items()}, tokenizer, context)
 
 
 def _check_packing(model: nn.Module, dataset: Any) -> None:

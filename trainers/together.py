@@ -84,6 +84,8 @@ def _apart(trainer: SteeringMixin, first: SteeringMixin) -> str | None:
         return "its model has no steering vector, or other adapters beside it"
     if trainer.args.gradient_checkpointing or trainer.args.torch_compile or trainer.args.world_size > 1:
         return "gradient checkpointing, compiled graphs and several processes run their models in their own way"
+    if trainer.loss.views or trainer.loss.states:
+        return "its loss compares views or hidden states, each in a pass of its own"
     if trainer.loss.pairs != (first.loss is not None and first.loss.pairs):
         return "one loss compares pairs and the other does not"
     if trainer is not first and (model is other or model.get_base_model() is other.get_base_model()):

@@ -296,6 +296,8 @@ def _keys(
     """Hashes of everything that decides a cell's result, and its settings. Paths differ between machines: left out."""
     own = arm.arm.model_dump(mode="json", include={"model", "adapter", "loss", "trainer"})
     own["model"].pop("threads")
+    if arm.arm.views:
+        own["views"] = arm.arm.views
     settings = {
         "version": VERSION,
         "arm": {**own, "pairing": arm.arm.data.pairing},

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ...losses import Outputs
 from .._batch import Batch
@@ -31,8 +31,14 @@ class ReferenceMemo:
             [*tensors, *reference.named_buffers()], "reference", attention_of(base_of(reference))
         )
 
-    def outputs(self, batch: Batch, compute: Callable[[Batch], Outputs]) -> Outputs:
-        """The outputs of a batch, `compute`d row by row where they are not known."""
+    def outputs(self, batch: Batch, compute: Callable[[Batch], Outputs], layers: Sequence[int] = ()) -> Outputs:
+        """The outputs of a batch, `compute`d row by row where they are not known.
+
+        Args:
+            batch: The batch.
+            compute: Outputs of one row under the reference, with the hidden states of `layers`.
+            layers: Whose hidden states are asked for.
+        """
         try:
             rows = rows_of(batch.inputs)
         except Unknown:
@@ -42,12 +48,26 @@ class ReferenceMemo:
         labels = [batch.labels[i : i + 1, : row["input_ids"].shape[1]] for i, row in enumerate(rows)]
         if sum(int((own[:, 1:] != -100).sum()) for own in labels) != int(mask.sum()):  # labels on padding
             return compute(batch)
+        hidden: dict[int, list[Tensor]] = {layer: [] for layer in layers}
         for i, (row, own) in enumerate(zip(rows, labels, strict=True)):
-            key = row_key(self._namespace, {**row, "labels": own})
-            logps = self.memo.get(key)
-            if logps is None:
-                found = compute(Batch(dict(row), own, pairs=False))
-                logps = found.token_logps[found.mask]
-                self.memo.put(key, logps)
+            logps, states = self._row({**row, "labels": own}, layers, compute)
             token_logps[i, mask[i]] = logps.to(mask.device, non_blocking=True)
-        return Outputs(token_logps, mask)
+            for layer, state in zip(layers, states, strict=True):
+                hidden[layer].append(state.to(mask.device, non_blocking=True))
+        return Outputs(token_logps, mask, {layer: torch.cat(states) for layer, states in hidden.items()})
+
+    def _row(
+        self, row: dict[str, Tensor], layers: Sequence[int], compute: Callable[[Batch], Outputs]
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Log-probabilities of a row's labels, `(labels,)`, and the states of every layer, `(labels, d)`."""
+        keys = [row_key(self._namespace, row)]
+        keys += [row_key(f"{self._namespace}/{layer}", row) for layer in layers]
+        known = [self.memo.get(key) for key in keys]
+        if any(value is None for value in known):
+            inputs = {name: value for name, value in row.items() if name != "labels"}
+            found = compute(Batch(inputs, row["labels"], pairs=False))
+            known = [found.token_logps[found.mask], *(found.hidden[layer] for layer in layers)]
+            for key, value in zip(keys, known, strict=True):
+                self.memo.put(key, value)
+        logps, *states = (value for value in known if value is not None)
+        return logps, states

@@ -1,0 +1,30 @@
+"""Context distillation (Askell et al. 2112.00861, section 2; Snell et al. 2209.15189).
+
+`KL(π₀(· | x⁺, y_<t) || π(· | x, y_<t))`, averaged over the answer's tokens: without the prompt of the view `good` the
+model has to say what the base model says with it. The answers are those of the data.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ._base import At, Loss
+
+
+@dataclass(frozen=True)
+class ContextDistillation(Loss):
+    """Divergence from the base model's distributions behind another prompt."""
+
+    pairs = False
+    unit = "token"
+    reference = True
+    views = ("good",)
+
+    def __call__(self, at: At, generator: torch.Generator | None = None) -> Tensor:
+        """`(answer tokens,)`, in nats."""
+        student = at(1.0, distribution=True).distribution
+        teacher = at(0.0, view="good", distribution=True).distribution
+        return (teacher.exp() * (teacher - student)).sum(dim=-1)

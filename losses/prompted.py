@@ -1,0 +1,41 @@
+"""Prompted activations as the target (PSR, 2605.03907; IA2, 2509.22621, its first stage).
+
+`|h(x) - h₀(x⁺)|² / d`, averaged over the answer's tokens and the layers: the adapter has to do what the prompt of the
+view `good` (an instruction, or demonstrations) does to the model's own states.
+
+PSR trains a vector so, with demonstrations it is IA2's target; IA2 itself matches the outputs of self-attention.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ._base import At, Loss
+from ._states import Where, layers_of, over_layers
+
+
+@dataclass(frozen=True)
+class Prompted(Loss):
+    """Mean squared distance to the base model's states behind another prompt.
+
+    Args:
+        layers: Whose states are compared, as in `SteeringVectorConfig`. Layers below all that is trained do nothing.
+    """
+
+    layers: Where = (0.4, 0.5, 0.6)
+    pairs = False
+    unit = "token"
+    reference = True
+    states = True
+    views = ("good",)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "layers", layers_of(self.layers))
+
+    def __call__(self, at: At, generator: torch.Generator | None = None) -> Tensor:
+        """`(answer tokens,)`."""
+        own, target = at(1.0, layers=self.layers).hidden, at(0.0, view="good", layers=self.layers).hidden
+        return over_layers((own[i] - target[i]).square().mean(dim=-1) for i in own)

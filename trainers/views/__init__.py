@@ -1,0 +1,11 @@
+"""Views: the same example behind another prompt, for losses that compare the model with itself. One file each.
+
+A loss asks `at(strength, view="good")`, and the trainer was told `views={"good": get_view("instruction", ...)}`.
+"""
+
+from __future__ import annotations
+
+from ._base import View, ViewError, get_view, names
+from ._table import Views
+
+__all__ = ["View", "ViewError", "Views", "get_view", "names"]

@@ -1,0 +1,80 @@
+"""What a view is, and how it is found by its name."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import pkgutil
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+Row = Mapping[str, Any]
+
+
+class ViewError(ValueError):
+    """A view that a loss needs is missing, or cannot be made of the data; the message names the fix."""
+
+
+class View(ABC):
+    """Another version of every example. Subclasses are frozen dataclasses of their options, one file each.
+
+    Attributes:
+        same_answers: Whether the answers are those of the example, token for token, so that states and distributions
+            can be compared token by token.
+    """
+
+    same_answers: ClassVar[bool] = True
+
+    @abstractmethod
+    def __call__(self, rows: Sequence[Row]) -> list[Row]:
+        """The views of rows in one of TRL's formats, in their order.
+
+        Raises:
+            ViewError: the rows cannot be seen this way.
+        """
+
+
+def names() -> list[str]:
+    """The views: the files of this folder."""
+    found = pkgutil.iter_modules([str(Path(__file__).parent)])
+    return sorted(module.name for module in found if not module.name.startswith("_"))
+
+
+def get_view(view: str | View, **options: Any) -> View:
+    """A view by name (its file), with its options; a `View` object is returned as it is.
+
+    Raises:
+        ValueError: an unknown name or option (the message names the nearest), options for an object.
+    """
+    if isinstance(view, View):
+        if options:
+            raise ValueError(f"Options {sorted(options)} go with a view's name, not with an object.")
+        return view
+    _choose("view", view, names())
+    module = importlib.import_module(f"{__package__}.{view}")
+    classes = [x for x in vars(module).values() if isinstance(x, type) and x.__module__ == module.__name__]
+    [kind] = [x for x in classes if issubclass(x, View) and is_dataclass(x)]
+    for option in options:
+        _choose(f"option of view {view!r}", option, [field.name for field in fields(kind)])
+    return kind(**options)
+
+
+def _choose(what: str, value: object, allowed: list[str]) -> None:
+    if value not in allowed:
+        near = difflib.get_close_matches(str(value), allowed, n=1, cutoff=0.5)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"Unknown {what} {value!r}; there are {allowed}.{hint}")
+
+
+def prompt_of(row: Row) -> Any:
+    """The prompt of a row.
+
+    Raises:
+        ViewError: the row has no prompt of its own.
+    """
+    if "prompt" not in row:
+        raise ViewError(f"A view changes the prompt, and the data have only {list(row)}: give a column 'prompt'.")
+    return row["prompt"]

@@ -1,0 +1,33 @@
+"""Other text that training should leave alone: for a KL to the base model as a regulariser."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from ._base import Row, View
+
+
+@dataclass(frozen=True)
+class Neutral(View):
+    """Rows of another data set, one an example, over and over.
+
+    Args:
+        rows: Prompts and completions that no behaviour is about.
+
+    Raises:
+        ValueError: no rows.
+    """
+
+    rows: tuple[Row, ...]
+    same_answers: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "rows", tuple(self.rows))
+        if not self.rows:
+            raise ValueError("rows=(): neutral text is needed, as rows with 'prompt' and 'completion'.")
+
+    def __call__(self, rows: Sequence[Row]) -> list[Row]:
+        """A neutral row for every row."""
+        return [self.rows[i % len(self.rows)] for i in range(len(rows))]

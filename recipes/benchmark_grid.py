@@ -2,8 +2,8 @@
 
     python -m steertune.recipes.benchmark_grid quick --folder runs/benchmark_grid
 
-Of the first task, every arm's first cell (which tunes) and second cell (which does not) are timed both ways, and the
-rest of the grid is extrapolated from them. Stock means: TRL's own DPO loss where the arm compares pairs, and nothing
+Every arm's first cell is timed both ways, and the time of its tuning apart, which later seeds do not repeat; the rest
+of the grid is extrapolated from them. Stock means: TRL's own DPO loss where the arm compares pairs, and nothing
 kept between forward passes or cells. What both ways need once, the base model's own scores and the loading of the
 model, is not counted, nor is stock made to run the head on all tokens when it evaluates. Writes `grid.md`.
 """
@@ -14,7 +14,6 @@ import argparse
 import dataclasses
 import sys
 import tempfile
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -70,22 +69,21 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def measure(grid: Grid) -> dict[str, dict[str, list[float]]]:
-    """Seconds of the first and the second cell of every arm: arm -> `ours` or `stock` -> two numbers."""
+    """Seconds of every arm's first cell, and without its tuning: arm -> `ours` or `stock` -> two numbers."""
     first = grid.cells()[0]
-    cells = [c for c in grid.cells() if c.task == first.task and c.examples == first.examples]
-    found: dict[str, dict[str, list[float]]] = {arm.name: {"ours": [], "stock": []} for arm in grid.arms}
+    where = (first.task, first.examples, first.seed)
+    cells = [cell for cell in grid.cells() if (cell.task, cell.examples, cell.seed) == where]
+    found: dict[str, dict[str, list[float]]] = {arm.name: {} for arm in grid.arms}
     benches = {"ours": Bench(grid), "stock": StockBench(grid)}
     for bench in benches.values():
         bench.base_measures(first.task), bench.neutral
-    with tempfile.TemporaryDirectory() as folder, tqdm(total=4 * len(grid.arms), unit="cell") as bar:
-        for seed in grid.tables.seeds[:2]:
-            for cell in (c for c in cells if c.seed == seed):
-                for way, bench in benches.items():
-                    bar.set_postfix_str(f"{way}: {cell.title}")
-                    start = time.monotonic()
-                    run_cell(cell if way == "ours" else _stock(cell), bench, Path(folder) / way)
-                    found[cell.arm.name][way].append(time.monotonic() - start)
-                    bar.update()
+    with tempfile.TemporaryDirectory() as folder, tqdm(total=2 * len(cells), unit="cell") as bar:
+        for cell in cells:
+            for way, bench in benches.items():
+                bar.set_postfix_str(f"{way}: {cell.title}")
+                ran = run_cell(cell if way == "ours" else _stock(cell), bench, Path(folder) / way)
+                found[cell.arm.name][way] = [ran["seconds"], ran["seconds"] - ran["tuning_seconds"]]
+                bar.update()
     return found
 
 
@@ -111,9 +109,8 @@ def page(grid: Grid, found: dict[str, dict[str, list[float]]], name: str) -> str
         f"# What the grid {name} costs, against the same cells run one by one with TRL and PEFT",
         "",
         f"`python -m steertune.recipes.benchmark_grid {name} --threads {torch.get_num_threads()}`, torch "
-        f"{torch.__version__}. The first cell of an arm tunes, later ones do not; both were timed on the first task "
-        f"and the first two seeds, one way after the other, and the whole grid ({len(grid.cells())} cells) is "
-        "extrapolated from them.",
+        f"{torch.__version__}. The first cell of an arm tunes, later seeds do not. One cell an arm was timed, one "
+        f"way after the other, and the whole grid ({len(grid.cells())} cells) is extrapolated from it.",
         "",
         "| arm | ours, s (first, later) | stock, s (first, later) | all its cells: stock over ours |",
         "|---|---|---|---|",

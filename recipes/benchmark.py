@@ -338,7 +338,7 @@ def page(options: Any, found: list[dict[str, Any]]) -> str:
     rows = " ".join(f"{at['length']}/{at['prompt']}" for at in found)
     command = (
         f"python -m steertune.recipes.benchmark --model {options.model} --rows {rows} --tokens {options.tokens} "
-        f"--rounds {options.rounds} --threads {torch.get_num_threads()}"
+        f"--rounds {options.rounds} --threads {torch.get_num_threads()}{' --growth' if options.growth else ''}"
     )
     lines = [
         "# What a training step costs",

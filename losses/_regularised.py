@@ -7,12 +7,13 @@ view `neutral` gives: what the adapter does to text it should leave alone.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from ._base import At, Loss, Outputs, positive
+from ._states import divergence
 
 
 @dataclass(frozen=True)
@@ -59,19 +60,18 @@ class Regularised(Loss):
     def __call__(self, at: At, generator: torch.Generator | None = None) -> Tensor:
         """As the loss."""
         value = self.loss(at, generator)
-        divergence = self.neutral_kl * _per_row(at(1.0, view="neutral", distribution=True), at)
+        steered, base = (at(strength, view="neutral", distribution=True) for strength in (1.0, 0.0))
+        added = self.neutral_kl * _per_row(steered, base)
         if self.unit == "example":
-            return value + divergence
+            return value + added
         # a token counts with the divergence of its row
         mask = at(1.0).mask
-        per_token = divergence[:, None].expand(mask.shape)
+        per_token = added[:, None].expand(mask.shape)
         return value + (per_token[mask] if value.ndim == 1 else torch.where(mask, per_token, 0.0))
 
 
-def _per_row(steered: Outputs, at: At) -> Tensor:
-    """Divergence of every neutral row, per token, `(rows,)`."""
-    ours: Any = steered.distribution
-    base: Any = at(0.0, view="neutral", distribution=True).distribution
-    per_token = (ours.exp() * (ours - base)).sum(dim=-1)
+def _per_row(steered: Outputs, base: Outputs) -> Tensor:
+    """Divergence of every row, per token, `(rows,)`."""
+    per_token = divergence(steered, base)
     placed = per_token.new_zeros(steered.mask.shape).masked_scatter(steered.mask, per_token)
     return placed.sum(dim=1) / steered.mask.sum(dim=1).clamp_min(1)

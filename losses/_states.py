@@ -1,4 +1,4 @@
-"""What losses on hidden states share."""
+"""What losses on hidden states and on distributions share."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor
+
+from ._base import Outputs
 
 Where = int | float | str | tuple[int | float, ...]
 
@@ -20,6 +22,12 @@ def layers_of(layers: Where | list[int | float]) -> Where:
     if found == ():
         raise ValueError("layers=(): a loss on hidden states compares one layer or more.")
     return found
+
+
+def divergence(p: Outputs, q: Outputs) -> Tensor:
+    """`KL(p || q)` of every labelled token, in nats, `(labelled tokens,)`."""
+    assert p.distribution is not None and q.distribution is not None  # they were asked for
+    return (p.distribution.exp() * (p.distribution - q.distribution)).sum(dim=-1)
 
 
 def over_layers(values: Iterable[Tensor]) -> Tensor:

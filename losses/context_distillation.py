@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ._base import At, Loss
+from ._states import divergence
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,4 @@ class ContextDistillation(Loss):
 
     def __call__(self, at: At, generator: torch.Generator | None = None) -> Tensor:
         """`(answer tokens,)`, in nats."""
-        student = at(1.0, distribution=True).distribution
-        teacher = at(0.0, view="good", distribution=True).distribution
-        return (teacher.exp() * (teacher - student)).sum(dim=-1)
+        return divergence(at(0.0, view="good", distribution=True), at(1.0, distribution=True))

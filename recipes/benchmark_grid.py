@@ -76,7 +76,8 @@ def measure(grid: Grid) -> dict[str, dict[str, list[float]]]:
     found: dict[str, dict[str, list[float]]] = {arm.name: {} for arm in grid.arms}
     benches = {"ours": Bench(grid), "stock": StockBench(grid)}
     for bench in benches.values():
-        bench.base_measures(first.task), bench.neutral
+        bench.base_measures(first.task)
+        assert bench.neutral
     with tempfile.TemporaryDirectory() as folder, tqdm(total=2 * len(cells), unit="cell") as bar:
         for cell in cells:
             for way, bench in benches.items():

@@ -49,7 +49,7 @@ class Views:
             rows = rows.map(extract_prompt)
         plain: list[Any] = rows.to_list()
         for name, view in self.views.items():
-            seen = tokenise(Dataset.from_list(view(plain)), self.tokenizer)
+            seen = tokenise(Dataset.from_list([dict(row) for row in view(plain)]), self.tokenizer)
             for i, (own, other) in enumerate(zip(tokenised, seen, strict=True)):
                 self._keep(name, view, i, _sides(dict(own)), _sides(dict(other)))
 

@@ -231,9 +231,12 @@ def test_the_parents_own_loss_is_equal_too(tmp_path):
 def test_the_reference_runs_once_per_row(tmp_path, monkeypatch):
     seen = []
     compute = ModelAt._compute_reference
-    monkeypatch.setattr(
-        ModelAt, "_compute_reference", lambda self, b: (seen.append(len(b.labels)), compute(self, b))[1]
-    )
+
+    def spy(self, batch, **asked):
+        seen.append(len(batch.labels))
+        return compute(self, batch, **asked)
+
+    monkeypatch.setattr(ModelAt, "_compute_reference", spy)
     ours, plain, _ = both_ways("dpo", tmp_path, loss="dpo", max_steps=6)
     assert seen[:16] == [1] * 16, "8 pairs, each answer alone"
     assert seen[16:] == [8] * 6, "the plain path: every batch"

@@ -18,7 +18,7 @@ from steertune.trainers import FrozenPrefix, NonFiniteError, share_weights, trai
 from steertune.trainers.prefix.decoder import Decoder
 
 
-def arms(kind: str, folder, count: int = 3, base=None, changes=(), **options) -> list:
+def arms(kind: str, folder, count: int = 2, base=None, changes=(), **options) -> list:
     """Trainers that differ in learning rate and seed, on one set of weights."""
     base, prefix = base or tiny(), options.pop("frozen_prefix", None) or FrozenPrefix()
     found = []
@@ -100,7 +100,7 @@ def test_equals_separate_training_with_other_data_norms_inits_and_lengths(withou
         changes, [{"norm": "capped", "norm_value": 0.1}, {"init": "mean_difference"}, {"init": "random"}], strict=True
     ):
         change["peft_config"] = SteeringVectorConfig(layers=[1, 2], **switches)
-    options = {"loss": "dpo", "per_device_train_batch_size": 2, "changes": changes}
+    options = {"loss": "dpo", "per_device_train_batch_size": 2, "changes": changes, "count": 3}
     if without_memo:
         options["frozen_prefix"] = FrozenPrefix(ram_gb=0)
     assert_same_after_both("dpo", tmp_path, **options)
@@ -130,7 +130,7 @@ def test_all_arms_run_in_one_pass(tmp_path, monkeypatch):
     monkeypatch.setattr(Decoder, "run", spy)
     options = {"loss": "cross_entropy", "max_steps": 2, "peft_config": SteeringVectorConfig(layers=1)}
     train_together(arms("sft", tmp_path, **options))
-    assert seen == [(12, True), (12, True)], "two steps of three arms with four rows each, from the cut"
+    assert seen == [(8, True), (8, True)], "two steps of two arms with four rows each, from the cut"
 
 
 def test_evaluation_is_each_arm_s_own(tmp_path):

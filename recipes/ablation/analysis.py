@@ -106,8 +106,8 @@ def verdict(cells: Frame, claim: Claim) -> Verdict:
     found, p = interval(gap), p_value(gap)
     crossed = _crossed(cells, claim.better, claim.than, claim.measure)
     what = (
-        f"{claim.better} has {wide[claim.better].mean():.3f} {MEASURES[claim.measure]}, {claim.than} has "
-        f"{wide[claim.than].mean():.3f}: a difference of {found} (95 %, {found.pairs} pairs of task and seed, "
+        f"{claim.better} has {wide.loc[gap.index, claim.better].mean():.3f} {MEASURES[claim.measure]}, {claim.than} "
+        f"has {wide.loc[gap.index, claim.than].mean():.3f}: a difference of {found} (95 %, {found.pairs} pairs of task and seed, "
         f"p = {p:.3g})"
     )
     if p < claim.alpha and found.excludes_zero:
@@ -215,7 +215,10 @@ def answer(
             "Shares of the gap are not computed: that takes every mixture of a `design.start` and a `design.end`."
         )
     wide = scores(cells, claim.measure)
-    best = wide.mean().idxmax()
+    means = wide.mean().dropna()
+    if means.empty:
+        return [*sentences, f"No arm has any {MEASURES[claim.measure]}."]
+    best = means.idxmax()
     own = next((e for e in curves if e.arm == claim.better), None)
     several = own is not None and len(own.equivalents) > 1
     needs = ""

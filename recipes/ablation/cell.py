@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 from datasets import Dataset
 from filelock import FileLock
+from peft import LoraConfig
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 from transformers import PrinterCallback, ProgressCallback, set_seed
@@ -22,7 +23,8 @@ from steertune.adapters import SteeringVectorConfig
 from steertune.recipes.ablation.bench import Bench
 from steertune.recipes.ablation.budget import Setting, draw, untrained_strengths
 from steertune.recipes.ablation.grid import VERSION, Cell
-from steertune.recipes.ablation.matched import matched_strength
+from steertune.recipes.ablation.matched import matched_strength, refined
+from steertune.recipes.arm import Arm
 from steertune.recipes.measures import (
     generate,
     neutral_logps,
@@ -35,7 +37,7 @@ from steertune.recipes.measures import (
 from steertune.recipes.training import fit, make_trainer, write_whole
 from steertune.trainers import NonFiniteError, scalable, scaled, share_weights, train_together
 
-_FEW_NEUTRAL = 4  # rows that the matched strength is searched on
+_FEW_NEUTRAL = 4  # rows that the search of the matched strength starts with
 
 
 def run_cell(cell: Cell, bench: Bench, folder: Path) -> dict[str, Any]:
@@ -60,6 +62,7 @@ def run_cell(cell: Cell, bench: Bench, folder: Path) -> dict[str, Any]:
         "seed": cell.seed,
         "status": "ok",
         "error": None,
+        "scalable": has_strength(cell.arm.arm),
         **bench.base_measures(cell.task),
     }
     tuning = tuned(cell, bench, folder)
@@ -72,6 +75,10 @@ def run_cell(cell: Cell, bench: Bench, folder: Path) -> dict[str, Any]:
             model, cost = train(cell, bench, setting, cell.seed, home)
             with bench.remembering(model):
                 found |= cost | measure(cell, bench, model, setting.strength)
+            if found["scalable"] and found["matched_strength"] is None:
+                kl = bench.grid.tables.matched
+                error = f"no strength up to {kl.largest_strength:g} has a KL of {kl.kl:g} to the base"
+                found |= {"status": "unmatched", "error": error}
         except NonFiniteError as error:
             found |= {"status": "diverged", "error": str(error)}
     found |= {"seconds": time.monotonic() - started, "peak_memory_gb": peak_memory_gb()}
@@ -94,7 +101,9 @@ def tuned(cell: Cell, bench: Bench, folder: Path) -> dict[str, Any]:
                 return known
         start = time.monotonic()
         trials = _trials(cell, bench, seed, home)
-        best = max((t for t in trials if t["score"] is not None), key=lambda t: t["score"], default=None)
+        scored = [t for t in trials if t["score"] is not None]
+        # a trial that does not come to the grid's KL is at another one, where accuracy is cheaper or dearer
+        best = max([t for t in scored if t["matched"]] or scored, key=lambda t: t["score"], default=None)
         result = {
             "key": cell.tuning_key,
             "trials": trials,
@@ -153,20 +162,25 @@ def _measured(
     """A trial's scores on the validation rows, one entry a strength; `model` None: it diverged."""
     trial = {"rate": setting.rate, "steps": setting.steps}
     if model is None:
-        return [{**trial, "strength": None, "accuracy": None, "score": None}]
+        return [{**trial, "strength": None, "matched": False, "accuracy": None, "score": None}]
+    matched = True
     with bench.remembering(model):
         if strengths == "matched":
-            strengths = [_matched(bench, model) or 1.0]
+            found = _matched(bench, model)
+            matched = found is not None or not scalable(model)
+            strengths = [found or 1.0]
         elif not scalable(model):
             strengths = [1.0]
         margins = pair_margins(model, bench.tokenizer, bench.splits(cell.task).validation, strengths, show=False)
-    found = []
+    entries = []
     for strength in strengths:
         values = margins[strength]
         # accuracy decides; the likelihood of the preferences breaks its many ties
         score = accuracy(values) + float(logsigmoid(values / 10).mean()) / 1000 if values.isfinite().all() else None
-        found.append({**trial, "strength": strength, "accuracy": accuracy(values), "score": score})
-    return found
+        entries.append(
+            {**trial, "strength": strength, "matched": matched, "accuracy": accuracy(values), "score": score}
+        )
+    return entries
 
 
 def trainer_of(cell: Cell, bench: Bench, setting: Setting, seed: int, home: Path) -> Any:
@@ -231,6 +245,8 @@ def measure(cell: Cell, bench: Bench, model: Any, strength: float) -> dict[str, 
     rows = bench.splits(cell.task).test
     different = sorted(set(strengths.values()))
     margins = pair_margins(model, bench.tokenizer, rows, different, show=False)
+    if not all(values.isfinite().all() for values in margins.values()):
+        raise NonFiniteError("The last update left a model whose log-probabilities are not finite.")
     behaviours = {at: _behaviour(cell, bench, model, rows, at) for at in different}
     for prefix, at in strengths.items():
         values = preference(margins[at], base.margins) | behaviours[at]
@@ -239,17 +255,21 @@ def measure(cell: Cell, bench: Bench, model: Any, strength: float) -> dict[str, 
 
 
 def _matched(bench: Bench, model: Any) -> float | None:
-    """The strength with the grid's KL to the base; None if the model has no strength, or no such one."""
+    """The strength with the grid's KL to the base on all neutral rows, within 3 %; None if the model has no strength,
+    or no such one."""
+    if not scalable(model):
+        return None
     table = bench.grid.tables.matched
-    return (
-        matched_strength(lambda s: _kl(model, bench, s), table.kl, table.largest_strength) if scalable(model) else None
-    )
+    guess = matched_strength(lambda s: _kl(model, bench, s, _FEW_NEUTRAL), table.kl, table.largest_strength)
+    if guess is None:
+        return None
+    return refined(lambda s: _kl(model, bench, s), table.kl, guess, table.largest_strength)
 
 
-def _kl(model: Any, bench: Bench, strength: float) -> float:
+def _kl(model: Any, bench: Bench, strength: float, rows: int | None = None) -> float:
+    data = bench.neutral_data if rows is None else bench.neutral_data.select(range(min(rows, len(bench.neutral_data))))
     with scaled(model, strength):
-        rows = bench.neutral_data.select(range(min(_FEW_NEUTRAL, len(bench.neutral_data))))
-        seen = neutral_logps(model, bench.tokenizer, rows)
+        seen = neutral_logps(model, bench.tokenizer, data)
     return side_effects(seen, bench.neutral[: len(seen)])["kl"]
 
 
@@ -286,6 +306,11 @@ def preference(margins: Tensor, base: Tensor) -> dict[str, Any]:
         "moved_wrong": float((margins < base).float().mean()),
         "margins": [round(float(m), 4) for m in margins],
     }
+
+
+def has_strength(arm: Arm) -> bool:
+    """Whether an arm's adapter has a strength (see `scalable`)."""
+    return isinstance(arm.peft_config(), SteeringVectorConfig | LoraConfig)
 
 
 def accuracy(margins: Tensor) -> float:

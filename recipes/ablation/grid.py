@@ -34,7 +34,7 @@ from steertune.recipes.arm import (
 )
 
 GRIDS = Path(__file__).parents[1] / "grids"
-VERSION = 1  # of the cells; raised when a cell of the same grid would come out differently
+VERSION = 2  # of the cells; raised when a cell of the same grid would come out differently
 _COLUMNS = {
     "version", "key", "task", "arm", "examples", "seed", "status", "error", "kl", "perplexity", "accuracy", "margin",
     "margins", "margin_gain", "moved_wrong", "behaviour", "judgements_failed", "repetition", "answers", "scalable",
@@ -92,8 +92,9 @@ class Grid:
         """Every run, seed by seed, so that an unfinished grid holds whole comparisons."""
         t = self.tables
         neutral = _content(t.neutral)
+        data = {task.label: _data(task.name) for task in self.tasks}
         return [
-            Cell(arm, task, n, seed, *_keys(t, neutral, arm, task, n, seed))
+            Cell(arm, task, n, seed, *_keys(t, neutral, data[task.label], arm, task, n, seed))
             for seed in t.seeds
             for task in self.tasks
             for n in t.examples
@@ -291,7 +292,7 @@ def _tasks(tables: GridTables, data_root: Path | None) -> list[TaskTable]:
 
 
 def _keys(
-    tables: GridTables, neutral: str, arm: GridArm, task: TaskTable, examples: int, seed: int
+    tables: GridTables, neutral: str, data: str, arm: GridArm, task: TaskTable, examples: int, seed: int
 ) -> tuple[str, str]:
     """Hashes of everything that decides a cell's result, and its settings. Paths differ between machines: left out."""
     own = arm.arm.model_dump(mode="json", include={"model", "adapter", "loss", "trainer"})
@@ -302,12 +303,14 @@ def _keys(
         "version": VERSION,
         "arm": {**own, "pairing": arm.arm.data.pairing},
         "budget": arm.budget.model_dump(mode="json"),
-        "task": [task.label, task.reverse],
+        "task": [task.label, task.reverse, task.columns, data],
         "examples": examples,
         "seed": tables.seeds[0] if arm.budget.per == "arm" else seed,
         "splits": tables.splits.model_dump(mode="json"),
     }
     matched = [tables.matched.model_dump(mode="json"), neutral]
+    if arm.budget.strengths == "matched":
+        settings["matched"] = matched
     result = [settings, seed, task.scorer, matched, tables.generations, tables.new_tokens]
     return _hash(result), _hash(settings)
 
@@ -320,6 +323,21 @@ def _content(file: str | None) -> str:
     if path.suffix and not path.is_file():
         raise ArmError(f"neutral={file!r}: no such file.")
     return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else file
+
+
+def _data(name: str) -> str:
+    """Hash of a task's files, or the name of a data set on the Hub."""
+    from steertune.recipes.embedded import TASKS, task_names
+
+    path = TASKS / name if name in task_names() else Path(name)
+    if not path.exists():
+        return name
+    files = sorted(path.rglob("*")) if path.is_dir() else [path]
+    digest = hashlib.sha256()
+    for file in files:
+        if file.suffix in (".json", ".jsonl", ".csv", ".parquet"):
+            digest.update(file.name.encode() + hashlib.sha256(file.read_bytes()).digest())
+    return digest.hexdigest()
 
 
 def _hash(value: Any) -> str:

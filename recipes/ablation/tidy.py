@@ -65,5 +65,7 @@ def _read(home: Path) -> dict[str, Any] | None:
 
 def _as_the_base(cell: dict[str, Any]) -> dict[str, Any]:
     base = {k.removeprefix("base_"): v for k, v in cell.items() if k.startswith("base_")}
-    values = {**base, "margin_gain": 0.0, "moved_wrong": 0.0, "kl": 0.0}
+    values = {**base, "margin_gain": 0.0, "moved_wrong": 0.0}
+    if not cell["scalable"]:
+        return values
     return {**values, **{f"matched_{name}": value for name, value in values.items()}}

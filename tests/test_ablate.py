@@ -107,7 +107,8 @@ def test_every_cell_is_there_and_whole(tables, tmp_path):
     cells = run(tables, tmp_path / "run")
     assert [cell["arm"] for cell in cells] == 2 * ARMS
     for cell in cells:
-        assert cell["status"] == "ok", cell["error"]
+        # a vector of zeros has no strength at which it does anything
+        assert cell["status"] == ("unmatched" if cell["arm"] == "base" else "ok"), cell["error"]
         assert len(cell["margins"]) == 6
         assert cell["accuracy"] == pytest.approx(sum((m > 0) + (m == 0) / 2 for m in cell["margins"]) / 6)
         assert 0 <= cell["behaviour"] <= 1
@@ -176,7 +177,7 @@ def test_matched_strengths_are_each_model_s_own_and_nothing_else_is_measured(tab
         assert len(cell["tuning"]) == (2 if trained else 1), "a trial is measured at one strength"
         assert (cell["matched_strength"] is not None) == scaled
         if scaled:
-            assert 0.5e-4 < cell["kl"] < 2e-4, "the KL the grid asks for"
+            assert cell["kl"] == pytest.approx(1e-4, rel=0.05), "the KL the grid asks for"
             assert all(cell["matched_" + name] == cell[name] for name in ("margins", "answers", "accuracy"))
         else:
             assert cell["setting"]["strength"] == 1.0
@@ -297,7 +298,7 @@ def test_a_failed_cell_does_not_end_the_grid_and_is_tried_again(tables, tmp_path
     assert list(read_cells(tmp_path / "run", names)["status"]).count("failed") == 2
     monkeypatch.undo()
     run(tables, tmp_path / "run")
-    assert set(read_cells(tmp_path / "run", names)["status"]) == {"ok"}
+    assert "failed" not in set(read_cells(tmp_path / "run", names)["status"])
 
 
 @pytest.mark.parametrize(
@@ -347,7 +348,7 @@ def test_every_baseline_arm_runs(tables, tmp_path):
     cells = {cell["arm"]: cell for cell in run(tables, tmp_path / "run")}
     assert set(cells) == {Path(arm).stem for arm in tables["arms"]}
     for name, cell in cells.items():
-        assert cell["status"] == "ok", (name, cell["error"])
+        assert cell["status"] in ("ok", "unmatched"), (name, cell["error"])
         untrained = name in ("base", "icv", "mean_difference")
         assert (cell["parameters"] == 0) == untrained and (cell["steps"] == 0) == untrained
         assert (abs(cell["margin_gain"]) > 1e-6) == (name != "base"), name

@@ -7,6 +7,7 @@ import logging
 import pytest
 import torch
 from conftest import fill, tiny
+from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from tiny_data import demonstrations, history, pairs, trained, values
 
@@ -353,3 +354,38 @@ def test_only_what_was_asked_for_warns(tmp_path, caplog):
         caplog.clear()
         trained("dpo", tmp_path, frozen_prefix=asked, peft_config=everywhere, loss="dpo")
         assert {record.levelno for record in caplog.records} == {level}
+
+
+LONG = "the cat runs the dog sits red blue "
+
+
+@pytest.mark.parametrize("positions", ["completion", "prompt", "last_prompt"])
+@pytest.mark.parametrize("loss", ["dpo", "cross_entropy"])
+def test_prompts_of_very_different_lengths(loss, positions, tmp_path):
+    """The shortcuts are proven with a vector of zeros; most prompts are first met when it is not zero any more."""
+    prompts = ("the sea ", LONG, "now go ", "a " + LONG, "you stay ", "you " + LONG, "red sky ", "red " + LONG)
+    rows = [{"prompt": p, "chosen": "sea now", "rejected": "then we stay"} for p in prompts]
+    config = SteeringVectorConfig(layers=1, positions=positions)
+    options = {"data": Dataset.from_list(rows), "loss": loss, "peft_config": config, "max_steps": 4}
+    options |= {"per_device_train_batch_size": 2, "learning_rate": 0.5}
+    ours, plain, _ = both_ways("dpo", tmp_path, **options)
+    assert_equal(ours, plain)
+
+
+@pytest.mark.parametrize("positions", ["completion", "prompt", "last_prompt"])
+def test_rows_that_begin_alike_and_whose_prompts_end_elsewhere(positions):
+    model = get_peft_model(tiny(), SteeringVectorConfig(layers=1, positions=positions)).eval()
+    ids = torch.tensor([[3, 4, 5, 6, 7, 8, 9, 10]] * 2)
+    ids[1, 6:] = torch.tensor([11, 12])
+    labels = ids.clone()
+    labels[0, :3], labels[1, :6] = -100, -100
+    batch = Batch({"input_ids": ids, "attention_mask": torch.ones_like(ids)}, labels, pairs=False)
+    prefix = FrozenPrefix()
+    with torch.no_grad(), prefix.shortcut(model).on():
+        ModelAt(model, model, batch)(1)  # it is proven with a vector of zeros
+    fill(model)
+    with torch.no_grad():
+        expected = ModelAt(model, model, batch)(1).token_logps
+        with prefix.shortcut(model).on():
+            found = ModelAt(model, model, batch)(1).token_logps
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)

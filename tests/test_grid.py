@@ -350,7 +350,6 @@ DECIDES_NOTHING = {
     "card": {"card.problem": "Another one?"},
     "claim": {"claim": DELETE},
     "threads": {"model": {"threads": 2}},
-    "path of the task": {"tasks": [{"name": "elsewhere/warm_tone"}]},
     "other arms": {"arms": []},
     "other seeds": {"seeds": [0, 5]},
     "other numbers of examples": {"examples": [4, 16]},
@@ -617,11 +616,12 @@ def test_a_grid_file_is_named_after_itself(tmp_path):
     assert load_grid(str(file)).tables.name == "small"
 
 
-def test_relative_tasks_start_at_the_data_root_and_keep_their_keys(tmp_path):
+def test_relative_tasks_start_at_the_data_root_and_keep_their_keys(tmp_path, monkeypatch):
     (tmp_path / "mine").mkdir()
     (tmp_path / "warm_tone").mkdir()  # an embedded task of that name goes first
     file = tmp_path / "grid.toml"
     file.write_text(re.sub(r"tasks = .*", 'tasks = ["mine", "warm_tone", "nowhere"]', GRID))
+    monkeypatch.chdir(tmp_path)
     rooted, plain = load_grid(file, data_root=tmp_path), load_grid(file)
     assert [task.name for task in rooted.tasks] == [str(tmp_path / "mine"), "warm_tone", "nowhere"]
     assert [task.label for task in rooted.tasks] == ["mine", "warm_tone", "nowhere"]

@@ -106,6 +106,15 @@ def test_equals_separate_training_with_other_data_norms_inits_and_lengths(withou
     assert_same_after_both("dpo", tmp_path, **options)
 
 
+@pytest.mark.parametrize("count", [2, 4])
+def test_arms_whose_rows_begin_alike_are_not_mixed(count, tmp_path):
+    """The same rows in every arm, of which a pair batch would share the prompts."""
+    options = {"count": count, "loss": "cross_entropy", "seed": 0, "max_steps": 4, "lr_scheduler_type": "constant"}
+    options["data"] = demonstrations(4)
+    config = SteeringVectorConfig(layers=1, init="random")
+    assert_same_after_both("sft", tmp_path, peft_config=config, **options)
+
+
 def test_tied_vectors(tmp_path):
     config = SteeringVectorConfig(layers=[1, 3], tied=True)
     assert_same_after_both("dpo", tmp_path, loss="dpo", peft_config=config)

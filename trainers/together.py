@@ -24,6 +24,7 @@ from ._at import token_logps
 from ._batch import Batch
 from ._guard import NonFiniteError
 from ._mixin import SteeringMixin
+from .prefix.cut import dropout
 
 _SAME = ("form", "rank", "positions", "tied")  # what arms must have in common beside the layers; see `_steered`
 
@@ -84,6 +85,10 @@ def _apart(trainer: SteeringMixin, first: SteeringMixin) -> str | None:
         return "its model has no steering vector, or other adapters beside it"
     if trainer.args.gradient_checkpointing or trainer.args.torch_compile or trainer.args.world_size > 1:
         return "gradient checkpointing, compiled graphs and several processes run their models in their own way"
+    if trainer.accelerator.mixed_precision != first.accelerator.mixed_precision:
+        return "it computes in another precision"
+    if trainer.args.neftune_noise_alpha is not None or any(dropout(module) for module in model.modules()):
+        return "NEFTune or dropout draws random numbers in its passes, of which there is one for all arms"
     if trainer.loss.views or trainer.loss.states:
         return "its loss compares views or hidden states, each in a pass of its own"
     if trainer.loss.pairs != (first.loss is not None and first.loss.pairs):
@@ -142,6 +147,9 @@ class _Team:
         self._given: dict[int, Any] = {}
         self._passes: list[tuple[Tensor, list[Tensor]]] = []  # joint outputs, and the arms' leaves
         self._shortcut = trainers[0].pay_once.elsewhere(self.host)
+        loss = trainers[0].loss
+        if self._shortcut is not None and not (loss is not None and loss.pairs):
+            self._shortcut.shares_prompts = False  # rows of different arms may begin alike: each has its own vector
 
     def run(self, arm: int) -> None:
         """The body of an arm's thread."""
@@ -185,7 +193,7 @@ class _Team:
                 self._backward()
                 self._given |= dict.fromkeys(self._asked)
         except BaseException as error:
-            self.error = error
+            self.error = self.error or error
         for arm in behind or list(self._asked):
             del self._asked[arm]
         self._turn.notify_all()
@@ -198,7 +206,7 @@ class _Team:
         for arm, own in rows.items():
             for row in own:
                 names[row] = _name(arm)
-        with _row_by_row(self.host, names), self._on():
+        with self.trainers[0].accelerator.autocast(), _row_by_row(self.host, names), self._on():
             outputs = token_logps(self.host, self.host, batch)
         found, leaves = {}, []
         for arm, own in rows.items():

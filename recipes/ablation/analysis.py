@@ -105,10 +105,10 @@ def verdict(cells: Frame, claim: Claim) -> Verdict:
         return Verdict("undecided", "No pair of task and seed has both arms of the claim yet.")
     found, p = interval(gap), p_value(gap)
     crossed = _crossed(cells, claim.better, claim.than, claim.measure)
+    better, than = (wide.loc[gap.index, arm].mean() for arm in (claim.better, claim.than))
     what = (
-        f"{claim.better} has {wide.loc[gap.index, claim.better].mean():.3f} {MEASURES[claim.measure]}, {claim.than} "
-        f"has {wide.loc[gap.index, claim.than].mean():.3f}: a difference of {found} (95 %, {found.pairs} pairs of task and seed, "
-        f"p = {p:.3g})"
+        f"{claim.better} has {better:.3f} {MEASURES[claim.measure]}, {claim.than} has {than:.3f}: a difference of "
+        f"{found} (95 %, {found.pairs} pairs of task and seed, p = {p:.3g})"
     )
     if p < claim.alpha and found.excludes_zero:
         side = "for" if found.estimate > 0 else "against"

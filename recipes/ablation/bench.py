@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import torch
 from datasets import Dataset
 from torch import Tensor
 
@@ -48,7 +49,8 @@ class Bench:
 
     @cached_property
     def _loaded(self) -> tuple[Any, Any]:
-        return load_model(ModelTable(**self.grid.tables.model))
+        model, tokenizer = load_model(ModelTable(**self.grid.tables.model))
+        return model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
 
     @property
     def model(self) -> Any:

@@ -152,8 +152,10 @@ def _pays_together(cell: Cell, bench: Bench) -> bool:
     """Whether trials train side by side: steering vectors do on a GPU. A CPU has no use for larger products
     (`recipes/results/benchmark/table.md`)."""
     arm = cell.arm.arm
-    vectors = isinstance(arm.peft_config(), SteeringVectorConfig) and arm.loss_object() is not None
-    return vectors and bench.model.device.type != "cpu"
+    loss = arm.loss_object()
+    if loss is None or loss.views or loss.states or arm.trainer.get("gradient_checkpointing"):
+        return False  # each needs passes of its own
+    return isinstance(arm.peft_config(), SteeringVectorConfig) and bench.model.device.type != "cpu"
 
 
 def _measured(
@@ -195,9 +197,10 @@ def trainer_of(cell: Cell, bench: Bench, setting: Setting, seed: int, home: Path
         **setting.trainer(arm.trainer),
         "save_strategy": "no",
         "logging_strategy": "no",
-        "precompute_ref_log_probs": False,  # the memo has them
         "disable_tqdm": True,
     }
+    if bench.prefix:
+        settings["precompute_ref_log_probs"] = False  # the memo has them
     trainer = make_trainer(arm, model, bench.tokenizer, rows, home, bench.prefix, **settings)
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)

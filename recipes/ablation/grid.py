@@ -331,7 +331,7 @@ def _data(name: str) -> str:
 
     path = TASKS / name if name in task_names() else Path(name)
     if not path.exists():
-        return name
+        return ""  # on the Hub; the label names it
     files = sorted(path.rglob("*")) if path.is_dir() else [path]
     digest = hashlib.sha256()
     for file in files:

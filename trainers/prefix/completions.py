@@ -52,7 +52,7 @@ class PromptCaches:
         """
         width = int(split.prompts.max())
         known = [
-            self._of(row, states[i : i + 1], int(n))
+            self._of(row, i, states[i : i + 1], int(n))
             for i, (row, n) in enumerate(zip(rows, split.prompts, strict=True))
         ]
         layers, _, heads, _, size = known[0].shape
@@ -70,8 +70,11 @@ class PromptCaches:
         return output
 
     @torch.no_grad()
-    def _of(self, row: Mapping[str, Tensor], state: Tensor, length: int) -> Tensor:
-        """Keys and values of a row's first `length` tokens, `(layers, 2, heads, length, size)`."""
+    def _of(self, row: Mapping[str, Tensor], index: int, state: Tensor, length: int) -> Tensor:
+        """Keys and values of the first `length` tokens of row `index`, `(layers, 2, heads, length, size)`.
+
+        The row's own prompt end counts: behind another's, its prompt would be steered.
+        """
         if self._namespace is None:
             base = base_of(self.model)
             frozen = [(name, p) for name, p in base.named_parameters() if not p.requires_grad]
@@ -82,7 +85,7 @@ class PromptCaches:
         known = self.memo.get(key)
         if known is None:
             column = torch.arange(length, device=state.device)[None]
-            with part(self.model, torch.zeros(1, dtype=torch.long, device=state.device), column):
+            with part(self.model, torch.tensor([index], device=state.device), column):
                 call = {**prompt, "past_key_values": DynamicCache(), "use_cache": True}
                 cache = self.decoder.run(call, state[:, :length]).past_key_values
             layers = cache.layers[self.decoder.count :]

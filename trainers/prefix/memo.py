@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-_VERSION = "v1"  # of the files; those of another version are not read
+_VERSION = "v2"  # of the files; those of another version are not read
 _GB = 10**9
 logger = logging.getLogger(__name__)
 

@@ -39,11 +39,13 @@ class Split:
         return self.prompts[self.prompt_of]
 
 
-def shared_prompts(call: Mapping[str, Any]) -> Split | None:
+def shared_prompts(call: Mapping[str, Any], ends: Tensor | None = None) -> Split | None:
     """The split of a batch whose second half continues the beginnings of its first half; None where that saves little.
 
     Args:
         call: Arguments of the decoder.
+        ends: Where each row's prompt ends, if that decides what is steered: two rows share no token that one of them
+            steers and the other does not, `(rows,)`.
     """
     ids, lengths = call["input_ids"], row_lengths(call)
     rows, width = ids.shape
@@ -52,6 +54,9 @@ def shared_prompts(call: Mapping[str, Any]) -> Split | None:
         return None
     column = torch.arange(width, device=ids.device)
     same = (ids[:half] == ids[half:]) & (column < torch.minimum(lengths[:half], lengths[half:])[:, None] - 1)
+    if ends is not None:
+        first, second = ends.to(ids.device).chunk(2)
+        same &= column < torch.where(first == second, first, torch.minimum(first, second) - 1)[:, None]
     prompts = same.long().cumprod(dim=1).sum(dim=1)
     index = torch.arange(half, device=ids.device)
     split = Split(prompts, index, torch.cat([index, index]), lengths)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...adapters import steering_layers
 from ...adapters.blocks import text_config
 from .._modes import evaluating
 from .completions import PromptCaches, prompts_are_constant
@@ -56,8 +57,8 @@ class Shortcut:
         self._states = States(memo, model, self.decoder, training) if count else None
         random = training and any(dropout(module) for module in model.modules())
         cached = self.decoder.takes("past_key_values", "use_cache") and count < self.decoder.depth
-        self._shares = cached and not random
-        constant = self._shares and count > 0 and prompts_are_constant(model, training)
+        self.shares_prompts = cached and not random
+        constant = self.shares_prompts and count > 0 and prompts_are_constant(model, training)
         self._caches = PromptCaches(memo, model, self.decoder) if constant else None
         self._labels_only = False
 
@@ -137,19 +138,25 @@ class Shortcut:
         return window is not None and call["input_ids"].shape[1] > window
 
     def _split(self, call: Mapping[str, Any], states: Tensor | None) -> Split | None:
-        if not self._shares or self._beyond_window(call):
+        if not self.shares_prompts or self._beyond_window(call):
             return None
-        split = shared_prompts(call)
+        split = shared_prompts(call, self._ends())
         if split is None:
             return None
         try:
             what = "a shared pass over the prompts"
             self._prove(call, what, lambda: run_split(self.model, self.decoder, call, states, split))
         except NoPrefix as why:
-            self._shares = False
+            self.shares_prompts = False
             self._say(why)
             return None
         return split
+
+    def _ends(self) -> Tensor | None:
+        """Where each row's prompt ends, if vectors care."""
+        layers = steering_layers(self.model)
+        cares = any(config.positions != "all" for layer in layers for config in layer.config.values())
+        return layers[0].boundary.prompt_end if cares else None
 
     def _asked(self, call: Mapping[str, Any], name: str) -> bool:
         value = call.get(name)

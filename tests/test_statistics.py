@@ -16,7 +16,7 @@ from scipy import stats
 from scipy.linalg import helmert
 
 from steertune.recipes.ablation import designs
-from steertune.recipes.ablation.matched import matched_strength
+from steertune.recipes.ablation.matched import matched_strength, refined
 from steertune.recipes.ablation.statistics import curves, factorial, paired
 from steertune.recipes.ablation.statistics.shapley import shapley, shares
 
@@ -882,3 +882,23 @@ def test_no_strength_below_a_millionth_is_found():
 @pytest.mark.parametrize("jump", [1e-3, 0.5, 0.7, 20.0])
 def test_a_kl_that_jumps_over_the_target_is_not_matched(above, jump):
     assert search(lambda s: KL / 2 * (s / jump) ** 2 if s < jump else above, 64.0)[0] is None
+
+
+@pytest.mark.parametrize("power", [1.0, 2.0, 3.0])
+@pytest.mark.parametrize("guess", [0.3, 1.0, 3.0])
+def test_a_refined_strength_has_the_kl_within_three_percent(power, guess):
+    asked = []
+
+    def kl(strength: float) -> float:
+        asked.append(strength)
+        return 0.4 * strength**power
+
+    found = refined(kl, 0.3, guess, largest=64.0)
+    assert found is not None and kl(found) == pytest.approx(0.3, rel=0.03)
+    assert len(asked) <= 6
+
+
+def test_a_jump_over_the_kl_is_not_refined():
+    assert refined(lambda s: 0.1 if s < 1 else 0.9, 0.3, 1.0, largest=64.0) is None
+    assert refined(lambda s: 0.1, 0.3, 1.0, largest=64.0) is None
+    assert refined(lambda s: float("nan"), 0.3, 1.0, largest=64.0) is None

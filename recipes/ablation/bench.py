@@ -49,7 +49,8 @@ class Bench:
 
     @cached_property
     def _loaded(self) -> tuple[Any, Any]:
-        model, tokenizer = load_model(ModelTable(**self.grid.tables.model))
+        loaded: tuple[Any, Any] = load_model(ModelTable(**self.grid.tables.model))
+        model, tokenizer = loaded
         return model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
 
     @property

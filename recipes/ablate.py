@@ -18,7 +18,6 @@ import time
 import traceback
 from collections.abc import MutableMapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from datasets import disable_progress_bars
@@ -28,11 +27,11 @@ from tqdm.auto import tqdm
 from steertune.recipes.ablation import scorers
 from steertune.recipes.ablation.bench import Bench
 from steertune.recipes.ablation.cell import run_cell
-from steertune.recipes.ablation.grid import VERSION, Cell, Grid, describe, load_grid
+from steertune.recipes.ablation.grid import VERSION, Cell, Grid, load_grid
+from steertune.recipes.ablation.plan import plan
 from steertune.recipes.arm import ArmError
-from steertune.recipes.measures import batches
 from steertune.recipes.training import set_threads, write_whole
-from steertune.trainers import DataError, ModelAt
+from steertune.trainers import DataError
 
 GRID = "grid.json"
 
@@ -52,8 +51,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         for task in grid.tasks:  # refuses bad rows before anything is trained
             scorers.read(task.scorer)
             bench.splits(task)
+        for task in grid.tasks if grid.tables.generations else ():
+            bench.scorer(task)
         if rank == 0:
-            print(plan(grid, cells, bench, folder, processes))
+            print(plan(grid, cells, bench, folder, processes, every_cell=options.dry_run))
         if options.dry_run:
             return 0
         write_grid(folder, grid, argv)
@@ -81,14 +82,14 @@ def run(grid: Grid, cells: Sequence[Cell], bench: Bench, folder: Path, show: boo
 
     A failed cell leaves `failed.json` and is tried again by the next start.
     """
-    failed = []
+    failed, started = [], time.time()
     todo = [cell for cell in cells if not (folder / cell.path / "cell.json").exists()]
     with tqdm(total=len(cells), initial=len(cells) - len(todo), desc="Cells", unit="cell", disable=not show) as bar:
         waiting = todo
         while waiting:
             busy = []
             for cell in waiting:
-                outcome = _claimed(cell, bench, folder)
+                outcome = _claimed(cell, bench, folder, started)
                 if outcome == "busy":
                     busy.append(cell)
                     continue
@@ -102,21 +103,25 @@ def run(grid: Grid, cells: Sequence[Cell], bench: Bench, folder: Path, show: boo
     return failed
 
 
-def _claimed(cell: Cell, bench: Bench, folder: Path) -> str:
-    """Run a cell unless it is done or another runner is at it. The lock ends with the process that holds it."""
+def _claimed(cell: Cell, bench: Bench, folder: Path, started: float) -> str:
+    """Run a cell unless it is done, another runner is at it or it failed there since this one started. The lock ends
+    with the process that holds it."""
     home = folder / cell.path
+    failure = home / "failed.json"
     home.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(home / "cell.lock", timeout=0):
             if (home / "cell.json").exists():
                 return "done"
+            if failure.exists() and failure.stat().st_mtime >= started:
+                return "failed"
             try:
                 run_cell(cell, bench, folder)
             except Exception as error:  # one broken cell must not end a grid of hours
-                write_whole(home / "failed.json", json.dumps({"error": str(error), "trace": traceback.format_exc()}))
+                write_whole(failure, json.dumps({"error": str(error), "trace": traceback.format_exc()}))
                 tqdm.write(f"{cell.title} failed: {type(error).__name__}: {error}", file=sys.stderr)
                 return "failed"
-            (home / "failed.json").unlink(missing_ok=True)
+            failure.unlink(missing_ok=True)
     except Timeout:
         return "busy"
     return "done"
@@ -168,62 +173,6 @@ def stand_alone(environment: MutableMapping[str, str]) -> tuple[int, int]:
         ) or name.startswith(("ACCELERATE_USE_", "FSDP_", "TORCHELASTIC_")):
             del environment[name]
     return rank, processes
-
-
-def plan(grid: Grid, cells: Sequence[Cell], bench: Bench, folder: Path, processes: int) -> str:
-    """The card's problem, the design, every arm with its cost, and the time for what is left."""
-    left = [cell for cell in cells if not (folder / cell.path / "cell.json").exists()]
-    seconds = estimate(left, bench, folder) if left else {}
-    lines = [
-        f"# {grid.tables.name}: {grid.card.problem}",
-        describe(cells) + f"; {len(cells) - len(left)} are done.",
-        *grid.notes,
-        "",
-        f"{'arm':<60} {'cells left':>10} {'min a cell':>10} {'minutes':>8}",
-    ]
-    for arm in grid.arms:
-        own = [seconds[cell.path] / 60 for cell in left if cell.arm.name == arm.name]
-        mean = sum(own) / len(own) if own else 0.0
-        lines.append(f"{arm.name:<60} {len(own):>10} {mean:>10.1f} {sum(own):>8.1f}")
-    total = sum(seconds.values()) / 60 / processes
-    return "\n".join([*lines, "", f"About {total:.0f} minutes on {processes} process(es)."])
-
-
-def estimate(cells: Sequence[Cell], bench: Bench, folder: Path) -> dict[Path, float]:
-    """Seconds of every cell: from cells of the same arm and task that ran, else from one timed forward pass a task."""
-    rows = {task.label: _row_seconds(bench, task) for task in bench.grid.tasks}
-    found, tuned = {}, set()
-    for cell in cells:
-        known = [json.loads(f.read_text(encoding="utf-8"))["seconds"] for f in _siblings(folder, cell)]
-        row, budget, tables = rows[cell.task.label], cell.arm.budget, bench.grid.tables
-        batch = int(cell.arm.arm.trainer.get("per_device_train_batch_size", 8))
-        step = 2 * batch * row * 3  # two answers a pair; a backward pass costs about two forwards
-        untrained = cell.arm.arm.trainer.get("max_steps") == 0
-        measuring = row * (4 * tables.splits.test + 60 + 5 * tables.generations)
-        tuning = (0 if untrained else budget.steps_spent() * step) + (
-            2 * row * tables.splits.validation * budget.trials * budget.measured_at
-        )
-        place = (cell.arm.name, cell.task.label, cell.examples)
-        first = budget.per == "cell" or place not in tuned
-        tuned.add(place)
-        training = 0 if untrained else sum(budget.steps) / len(budget.steps) * step
-        fresh = training + measuring + (tuning if first else 0)
-        found[cell.path] = sum(known) / len(known) if known else fresh
-    return found
-
-
-def _siblings(folder: Path, cell: Cell) -> list[Path]:
-    return sorted((folder / cell.path.parents[1]).glob(f"seed*/{cell.arm.name}/cell.json"))
-
-
-@torch.no_grad()
-def _row_seconds(bench: Bench, task: Any) -> float:
-    rows = bench.splits(task).validation
-    [batch] = batches(bench.tokenizer, rows.select(range(min(4, len(rows)))), 4)
-    for _ in range(2):  # the first pass warms up
-        start = time.monotonic()
-        ModelAt(bench.model, bench.model, batch.to(bench.model.device))(1.0)
-    return (time.monotonic() - start) / len(batch.labels)  # pyright: ignore[reportPossiblyUnboundVariable]
 
 
 def write_grid(folder: Path, grid: Grid, argv: Sequence[str] | None) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import importlib.metadata
 import json
 import os
+import platform
 import time
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,8 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from steertune.recipes.arm import Arm
 from steertune.trainers import FrozenPrefix
+
+_PACKAGES = ("steertune", "torch", "transformers", "trl", "peft", "accelerate", "datasets", "scikit-learn")
 
 
 def set_threads(threads: int | None) -> None:
@@ -98,6 +102,13 @@ def write_whole(file: Path, text: str) -> None:
     part = file.with_name(file.name + ".part")
     part.write_text(text, encoding="utf-8")
     os.replace(part, file)
+
+
+def versions() -> str:
+    """What a result was made with: Python, packages, device."""
+    packages = [f"{name} {importlib.metadata.version(name)}" for name in _PACKAGES]
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    return ", ".join([f"Python {platform.python_version()}", *packages, f"on {device}"])
 
 
 class _MetricsFile(TrainerCallback):

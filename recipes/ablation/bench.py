@@ -111,7 +111,7 @@ class Bench:
         prompts = self.splits(task).test["prompt"][: len(base.answers)] if base.answers else []
         if prompts:
             found |= behaviour(self.scorer(task).score, prompts, base.answers)
-        kept = ("accuracy", "margin", "margins", "behaviour", "repetition")
+        kept = ("accuracy", "margin", "margins", "behaviour", "behaviours", "repetition")
         return {f"base_{name}": found[name] for name in kept if name in found}
 
     @contextmanager

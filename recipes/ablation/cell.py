@@ -34,10 +34,11 @@ from steertune.recipes.measures import (
     reset_peak_memory,
     side_effects,
 )
-from steertune.recipes.training import fit, make_trainer, write_whole
+from steertune.recipes.training import fit, make_trainer, versions, write_whole
 from steertune.trainers import NonFiniteError, scalable, scaled, share_weights, train_together
 
-_FEW_NEUTRAL = 4  # rows that the search of the matched strength starts with
+FEW_NEUTRAL = 4
+"""Rows that the search of the matched strength starts with."""
 
 
 def run_cell(cell: Cell, bench: Bench, folder: Path) -> dict[str, Any]:
@@ -63,6 +64,8 @@ def run_cell(cell: Cell, bench: Bench, folder: Path) -> dict[str, Any]:
         "status": "ok",
         "error": None,
         "scalable": has_strength(cell.arm.arm),
+        "versions": versions(),
+        "scorer": bench.scorer(cell.task).note if bench.grid.tables.generations else None,
         **bench.base_measures(cell.task),
     }
     tuning = tuned(cell, bench, folder)
@@ -89,11 +92,10 @@ def run_cell(cell: Cell, bench: Bench, folder: Path) -> dict[str, Any]:
 
 def tuned(cell: Cell, bench: Bench, folder: Path) -> dict[str, Any]:
     """The setting that is best on the validation rows, with all trials; computed once for cells that share it."""
-    per_arm = cell.arm.budget.per == "arm"
-    seed = bench.seeds[0] if per_arm else cell.seed
-    home = folder / "tuning" / cell.task.label / f"n{cell.examples}" / f"seed{seed}"
+    seed = bench.seeds[0] if cell.arm.budget.per == "arm" else cell.seed
+    file = tuning_file(cell, bench, folder)
+    home = file.parent
     home.mkdir(parents=True, exist_ok=True)
-    file = home / f"{cell.arm.name}.json"
     with FileLock(home / f"{cell.arm.name}.lock"):  # another runner may be at it
         if file.exists():
             known = json.loads(file.read_text(encoding="utf-8"))
@@ -112,6 +114,13 @@ def tuned(cell: Cell, bench: Bench, folder: Path) -> dict[str, Any]:
         }
         write_whole(file, json.dumps(result, indent=1))
     return result
+
+
+def tuning_file(cell: Cell, bench: Bench, folder: Path) -> Path:
+    """Where the settings chosen for a cell are kept, with all trials."""
+    seed = bench.seeds[0] if cell.arm.budget.per == "arm" else cell.seed
+    home = folder / "tuning" / cell.task.label / f"n{cell.examples}" / f"seed{seed}"
+    return home / f"{cell.arm.name}.json"
 
 
 def _trials(cell: Cell, bench: Bench, seed: int, home: Path) -> list[dict[str, Any]]:
@@ -199,8 +208,6 @@ def trainer_of(cell: Cell, bench: Bench, setting: Setting, seed: int, home: Path
         "logging_strategy": "no",
         "disable_tqdm": True,
     }
-    if bench.prefix:
-        settings["precompute_ref_log_probs"] = False  # the memo has them
     trainer = make_trainer(arm, model, bench.tokenizer, rows, home, bench.prefix, **settings)
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)
@@ -263,7 +270,7 @@ def _matched(bench: Bench, model: Any) -> float | None:
     if not scalable(model):
         return None
     table = bench.grid.tables.matched
-    guess = matched_strength(lambda s: _kl(model, bench, s, _FEW_NEUTRAL), table.kl, table.largest_strength)
+    guess = matched_strength(lambda s: _kl(model, bench, s, FEW_NEUTRAL), table.kl, table.largest_strength)
     if guess is None:
         return None
     return refined(lambda s: _kl(model, bench, s), table.kl, guess, table.largest_strength)
@@ -294,6 +301,7 @@ def behaviour(score: Callable[..., list[float | None]], prompts: Sequence[Any], 
     judged = [s for s in scores if s is not None]
     return {
         "behaviour": sum(judged) / len(judged) if judged else None,
+        "behaviours": scores,
         "judgements_failed": len(scores) - len(judged),
         "repetition": repetition(answers),
         "answers": answers,

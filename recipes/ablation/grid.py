@@ -21,10 +21,11 @@ from steertune.recipes.ablation import designs
 from steertune.recipes.ablation.budget import BudgetTable
 from steertune.recipes.ablation.designs import Combination
 from steertune.recipes.ablation.levels import INERT, patched, with_common
-from steertune.recipes.ablation.tables import Card, Claim, GridTables, TaskTable
+from steertune.recipes.ablation.tables import Card, GridTables, TaskTable
 from steertune.recipes.arm import (
     Arm,
     ArmError,
+    ModelTable,
     known_tables,
     make_arm,
     nearest,
@@ -34,10 +35,11 @@ from steertune.recipes.arm import (
 )
 
 GRIDS = Path(__file__).parents[1] / "grids"
-VERSION = 2  # of the cells; raised when a cell of the same grid would come out differently
+VERSION = 3  # of the cells; raised when a cell of the same grid would come out differently
 _COLUMNS = {
     "version", "key", "task", "arm", "examples", "seed", "status", "error", "kl", "perplexity", "accuracy", "margin",
-    "margins", "margin_gain", "moved_wrong", "behaviour", "judgements_failed", "repetition", "answers", "scalable",
+    "margins", "margin_gain", "moved_wrong", "behaviour", "behaviours", "judgements_failed", "repetition", "answers",
+    "scalable", "scorer", "versions",
     "parameters", "steps", "pairs_read", "tokens_read", "seconds", "train_seconds", "tuning", "tuning_seconds",
     "peak_memory_gb", "levels", "setting",
 }  # fmt: skip
@@ -138,8 +140,9 @@ def make_grid(raw: dict[str, Any], data_root: Path | None = None) -> Grid:
             raise ArmError(f"{what}={values}: every value once, and none below {1 if what == 'examples' else 0}.")
     combinations, notes = _combinations(tables)
     arms = _arms(tables, combinations)
-    _check_card(tables.card, tables.claim, arms)
+    _check_card(tables, tables.card, arms)
     _check_budgets(tables.card, arms)
+    _check_arms(tables, arms)
     return Grid(tables, tables.card, arms, _tasks(tables, data_root), notes)
 
 
@@ -258,9 +261,47 @@ def _check_budgets(card: Card, arms: list[GridArm]) -> None:
             f"Arms {different} have another tuning budget than {arms[0].name!r}, so a difference could be the "
             "tuning's. Give all arms the same [budget], or say why not in card.unequal_budgets."
         )
+    batches = {arm.name: batch_size(arm.arm) for arm in arms if arm.arm.trainer.get("max_steps") != 0}
+    if len(set(batches.values())) > 1 and not card.unequal_budgets:
+        raise ArmError(
+            f"Arms read different numbers of examples a step, so the same steps are not the same budget: {batches}. "
+            "Set per_device_train_batch_size in the grid's [trainer], or say why not in card.unequal_budgets."
+        )
 
 
-def _check_card(card: Card, claim: Claim | None, arms: list[GridArm]) -> None:
+def batch_size(arm: Arm) -> int:
+    """Examples that an arm reads in one step of one process."""
+    default = DPOConfig.per_device_train_batch_size
+    return int(arm.trainer.get("per_device_train_batch_size", default)) * int(
+        arm.trainer.get("gradient_accumulation_steps", 1)
+    )
+
+
+def _check_arms(tables: GridTables, arms: list[GridArm]) -> None:
+    """Refuse arms that the grid's own tables contradict."""
+    model = _model(ModelTable(**tables.model))
+    for arm in arms:
+        if _model(arm.arm.model) != model:
+            raise ArmError(
+                f"Arm {arm.name!r} names the model {_model(arm.arm.model)}, the grid {model}: all arms of a grid "
+                "share one base. Set [model] in the grid."
+            )
+        unmatched = [arm.arm.loss.get("contrast"), arm.arm.data.pairing]
+        if min(tables.examples) < 2 and ("unpaired" in unmatched or "shuffled" in unmatched):
+            raise ArmError(
+                f"Arm {arm.name!r} takes rejected answers from another pair, and examples={tables.examples} has a "
+                "training set of one: ask for 2 or more."
+            )
+
+
+def _model(table: ModelTable) -> dict[str, Any]:
+    return table.model_dump(exclude={"threads"})
+
+
+def _check_card(tables: GridTables, card: Card, arms: list[GridArm]) -> None:
+    claim = tables.claim
+    if claim and claim.measure.endswith("behaviour") and not tables.generations:
+        raise ArmError(f"claim.measure={claim.measure!r}, but generations=0: nothing would be generated to score.")
     names = [arm.name for arm in arms]
     for pattern in card.affordances:
         if not any(fnmatch.fnmatchcase(name, pattern) for name in names):

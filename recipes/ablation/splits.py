@@ -116,9 +116,10 @@ def near_duplicates(first: Sequence[str], second: Sequence[str], threshold: floa
     )
 
 
-def text_of(row: dict[str, Any]) -> str:
-    """Prompt and chosen answer of a pair, as plain text."""
-    return " ".join(json.dumps(row[k], sort_keys=True) for k in ("prompt", "chosen") if k in row)
+def texts_of(row: dict[str, Any]) -> list[str]:
+    """Prompt and chosen answer of a pair, and prompt and rejected answer, as plain text."""
+    prompt = [json.dumps(row["prompt"], sort_keys=True)] if "prompt" in row else []
+    return [" ".join([*prompt, json.dumps(row[side], sort_keys=True)]) for side in ("chosen", "rejected")]
 
 
 def _as_pairs(name: str, rows: Dataset, columns: Mapping[Literal["prompt", "chosen", "rejected"], str]) -> Dataset:
@@ -142,12 +143,12 @@ def _apart(
 ) -> Dataset:
     """Refuse rows that stand in two splits; with `drop_near_duplicates`, drop those of the pool."""
     named = {"train": pool, "validation": validation, "scorer": scorer, "test": test}
-    texts = {split: [text_of(dict(row)) for row in rows] for split, rows in named.items()}
+    texts = {split: [text for row in rows for text in texts_of(dict(row))] for split, rows in named.items()}
     dropped: set[int] = set()
     for split, other in combinations(named, 2):
         for i, j, similarity in near_duplicates(texts[split], texts[other], sizes.near_duplicates):
             if split == "train" and sizes.drop_near_duplicates:
-                dropped.add(i)
+                dropped.add(i // 2)  # of a row's two texts
                 continue
             kind = "the same" if similarity > 1 - 1e-6 else f"nearly the same (similarity {similarity:.2f})"
             fix = "splits.drop_near_duplicates = true" if split == "train" else "another file or fewer rows"

@@ -10,7 +10,9 @@ from steertune.recipes.ablation.budget import BudgetTable
 from steertune.recipes.ablation.designs import Combination
 from steertune.recipes.ablation.splits import SplitTable
 
-Measure = Literal["accuracy", "matched_accuracy", "margin_gain", "matched_margin_gain", "behaviour"]
+Measure = Literal[
+    "accuracy", "matched_accuracy", "margin_gain", "matched_margin_gain", "behaviour", "matched_behaviour"
+]
 
 
 class Card(BaseModel, extra="forbid"):

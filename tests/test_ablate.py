@@ -321,8 +321,8 @@ def test_a_folder_with_other_cells_is_refused(damage, message, tables, tmp_path)
 
 def test_full_finetuning_has_no_strength_and_leaves_the_base_alone(tables, tmp_path):
     tables["arms"] = ["full_dpo"]
-    del tables["factors"], tables["claim"]
-    tables["design"] = {"kind": "arms"}
+    del tables["factors"]
+    tables |= {"design": {"kind": "arms"}, "claim": {"better": "full_dpo", "than": "full_dpo"}}
     grid = make_grid(tables)
     bench = Bench(grid)
     before = {name: value.clone() for name, value in bench.model.state_dict().items()}
@@ -341,9 +341,8 @@ def test_every_baseline_arm_runs(tables, tmp_path):
         file = tmp_path / f"{name}.toml"
         file.write_text((ARMS_FOLDER / file.name).read_text().replace("15", "2"))
         tables["arms"].append(str(file))
-    tables |= {"seeds": [0], "design": {"kind": "arms"}}
-    for key in ("factors", "claim"):
-        del tables[key]
+    tables |= {"seeds": [0], "design": {"kind": "arms"}, "claim": {"better": "bias_dpo", "than": "lora_dpo"}}
+    del tables["factors"]
     tables["budget"] |= {"trials": 1}
     cells = {cell["arm"]: cell for cell in run(tables, tmp_path / "run")}
     assert set(cells) == {Path(arm).stem for arm in tables["arms"]}

@@ -14,6 +14,8 @@ from steertune.losses import get_loss
 from steertune.recipes.ablation import grid as module
 from steertune.recipes.ablation.budget import draw
 from steertune.recipes.ablation.grid import Cell, Grid, describe, load_grid, make_grid
+from steertune.recipes.ablation.tables import GridTables
+from steertune.recipes.arm import ARMS as ARMS_FOLDER
 from steertune.recipes.arm import ArmError, load_arm
 
 GRID = """
@@ -70,7 +72,13 @@ def changed(changes: Changes | None = None) -> dict[str, Any]:
 
 
 def built(changes: Changes | None = None) -> Grid:
-    return make_grid(changed(changes))
+    """The grid; without a claim it gets one between its first and last arm, which no test here is about."""
+    made = changed(changes)
+    if "claim" not in made:
+        tables = GridTables(**made)
+        names = [arm.name for arm in module._arms(tables, module._combinations(tables)[0])]
+        made["claim"] = {"better": names[0], "than": names[-1]}
+    return make_grid(made)
 
 
 def factorial(factors: dict[str, Any], **changes) -> Grid:
@@ -348,7 +356,7 @@ DECIDES_THE_RESULT = {
 DECIDES_NOTHING = {
     "name": {"name": "other"},
     "card": {"card.problem": "Another one?"},
-    "claim": {"claim": DELETE},
+    "claim": {"claim.margin": 0.1},
     "threads": {"model": {"threads": 2}},
     "other arms": {"arms": []},
     "other seeds": {"seeds": [0, 5]},
@@ -510,6 +518,27 @@ BAD: dict[str, tuple[Changes, list[str]]] = {
     "one number of examples twice": ({"examples": [4, 4]}, ["examples=[4, 4]", "every value once"]),
     "level that is no folder": ({"factors": {"f": {"a/b": {}, "c": {}}}}, ["'f=a/b'", "folder"]),
     "colon in a level": ({"factors": {"f": {"a:b": {}, "c": {}}}}, ["'f=a:b'", "folder"]),
+    "behaviour without answers": (
+        {"claim.measure": "matched_behaviour", "generations": 0}, ["'matched_behaviour'", "generations=0"]
+    ),
+    "most of the gap from a factor that stays": (
+        {"claim.factor": "init", "design.start": {"form": "lora", "init": "zeros"},
+         "design.end": {"form": "bias", "init": "zeros"}},
+        ["claim.factor='init'", "['form']"],
+    ),
+    "most of a gap without ends": ({"claim.factor": "form"}, ["claim.factor='form'", "design.start"]),
+    "other examples a step": (
+        {LEVEL: {"trainer": {"per_device_train_batch_size": 4}}}, ["form=lora,init=-': 2", "4", "same budget"]
+    ),
+    "other examples a step, by accumulation": (
+        {LEVEL: {"trainer": {"gradient_accumulation_steps": 2}}}, ["form=bias,init=zeros': 4", "same budget"]
+    ),
+    "one pair and answers of others": (
+        {"examples": [1, 8], LEVEL: {"loss": {"contrast": "unpaired"}}}, ["form=bias,init=zeros", "examples=[1, 8]"]
+    ),
+    "one pair, shuffled": (
+        {"examples": [1], LEVEL: {"data": {"pairing": "shuffled"}}}, ["form=bias,init=zeros", "examples=[1]"]
+    ),
     "kl of 0": ({"matched": {"kl": 0.0}}, ["matched.kl", "greater than 0"]),
     "one test row": ({"splits": {"test": 1}}, ["splits.test", "greater than or equal to 2"]),
 }  # fmt: skip
@@ -525,6 +554,19 @@ def refused(changes: Changes) -> str:
 def test_whatever_is_wrong_is_named(changes, words):
     message = refused(changes)
     assert [word for word in words if word not in message] == [], message
+
+
+def test_a_grid_without_a_claim_is_refused():
+    with pytest.raises(ArmError, match=r"no \[claim\].*`better`, `than`"):
+        make_grid(changed({"claim": DELETE}))
+
+
+def test_an_arm_on_another_model_is_refused(tmp_path):
+    file = tmp_path / "elsewhere.toml"
+    file.write_text((ARMS_FOLDER / "base.toml").read_text() + '\n[model]\nname = "other/model"\nthreads = 1\n')
+    assert all(word in refused({"arms": [str(file)]}) for word in ("'elsewhere'", "'other/model'", "'embedded'"))
+    file.write_text((ARMS_FOLDER / "base.toml").read_text() + "\n[model]\nthreads = 1\n")
+    built({"arms": [str(file)]})  # threads decide nothing
 
 
 def test_another_budget_is_accepted_with_a_reason():

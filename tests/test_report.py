@@ -14,9 +14,10 @@ import pytest
 
 from steertune.recipes import report
 from steertune.recipes.ablate import GRID, write_grid
-from steertune.recipes.ablation.analysis import verdict
+from steertune.recipes.ablation.analysis import MEASURES, attribution, comparisons, verdict
 from steertune.recipes.ablation.grid import VERSION, Cell, Grid, make_grid
-from steertune.recipes.ablation.statistics.paired import interval
+from steertune.recipes.ablation.statistics.paired import crossed_interval
+from steertune.recipes.ablation.statistics.rows import rows_of
 from steertune.recipes.ablation.tidy import read_cells
 from steertune.recipes.arm import ArmError
 
@@ -69,9 +70,11 @@ def make_up(folder: Path, score: Score, seed: int = 0, keep: Callable[[Cell], bo
     grid = make_grid(tomllib.loads(TABLES))
     write_grid(folder, grid, ["made_up", "--data-root", "/somewhere"])
     for cell in filter(keep, grid.cells()):
-        rng = np.random.default_rng([seed, cell.seed, cell.examples, len(cell.task.label), len(cell.arm.name)])
+        rng = np.random.default_rng([seed, cell.seed, cell.examples, *map(ord, cell.task.label + cell.arm.name)])
         shared = np.random.default_rng([seed, cell.seed, len(cell.task.label)]).normal(0, 0.05)
-        right = rng.permutation(ROWS) < ROWS * np.clip(score(cell) + shared + rng.normal(0, 0.02), 0, 1)
+        # the same rows are hard for all cells, about
+        hard = np.random.default_rng(len(cell.task.label)).permutation(ROWS) + rng.normal(0, 2, ROWS)
+        right = hard.argsort().argsort() < ROWS * np.clip(score(cell) + shared + rng.normal(0, 0.02), 0, 1)
         margins = np.where(right, 1.0, -1.0).tolist()
         matched = cell.arm.levels is not None  # full finetuning has no strength
         values = {"accuracy": float(right.mean()), "margin_gain": 1.0, "moved_wrong": 0.2, "behaviour": 0.6}
@@ -110,11 +113,89 @@ def test_the_verdict_is_that_of_the_numbers(gain, side, words, tmp_path):
     assert words in page
     cells = read_cells(tmp_path)
     claim = grid.tables.claim
-    means = cells.pivot_table(index=["task", "seed"], columns="arm", values="matched_accuracy")
-    expected = interval(means[claim.better] - means[claim.than])
+    right = (np.sign(np.stack(cells["matched_margins"][cells["arm"].isin([claim.better, claim.than])])) + 1) / 2
+    by_pair = right.reshape(2, 3, 6, 2, ROWS).mean(axis=1)  # task, examples, seed, arm (better first), row
+    expected = crossed_interval(*(by_pair[:, :, 0] - by_pair[:, :, 1]))
     assert str(expected) in verdict(cells, claim).sentence and str(expected) in page
     assert page.index("## Card") < page.index("## The result")
     assert "LoRA is as accurate." in page
+
+
+@pytest.mark.parametrize(
+    ("gain", "changes", "side", "words"),
+    [
+        (0.15, {"factor": "form"}, "for", "and form's share is the largest"),
+        (0.15, {"factor": "contrast"}, "against", "the share of form is larger than that of contrast"),
+        (0.0, {"margin": 0.1}, "against", "below the smallest difference that would matter (0.1)"),
+        (0.0, {"margin": 0.001}, "undecided", "no difference that can be claimed"),
+    ],
+)
+def test_every_clause_of_the_claim_is_decided(gain, changes, side, words, tmp_path):
+    grid = make_up(tmp_path, lambda cell: by_form(cell, gain))
+    claim = grid.tables.claim.model_copy(update=changes)
+    cells = read_cells(tmp_path)
+    found = verdict(cells, claim, attribution(cells, grid.tables, claim.measure, claim.factor))
+    assert (found.side, words in found.sentence) == (side, True), found.sentence
+
+
+def test_that_most_of_the_gap_is_one_factor_s_takes_every_mixture(tmp_path):
+    grid = make_up(tmp_path, by_form, keep=lambda cell: cell.arm.name != "form=lora,contrast=pairs")
+    claim = grid.tables.claim.model_copy(update={"factor": "form"})
+    cells = read_cells(tmp_path)
+    assert attribution(cells, grid.tables, claim.measure, "form") is None
+    assert verdict(cells, claim).side == "undecided"
+
+
+def test_a_gain_on_these_test_rows_only_is_no_gain(tmp_path):
+    """Every seed gains by the same few rows: sure for these rows, chance for others."""
+    grid = make_up(tmp_path, lambda cell: 0.5)
+    for cell in grid.cells():
+        file = tmp_path / cell.path / "cell.json"
+        found = json.loads(file.read_text())
+        if (cell.arm.levels or {}).get("form") == "bias":
+            lucky = np.array(found["matched_margins"])
+            lucky[:2] = 1.0
+            found |= {"matched_margins": lucky.tolist(), "matched_accuracy": float((lucky > 0).mean())}
+            file.write_text(json.dumps(found))
+    cells, claim = read_cells(tmp_path), grid.tables.claim
+    [against] = [c for c in comparisons(cells, claim.than, claim.measure) if c.arm == claim.better]
+    assert against.difference.interval.excludes_zero and against.difference.p < 0.05
+    assert not against.difference.clear() and verdict(cells, claim).side == "undecided"
+
+
+def test_another_measure_than_the_claim_s_is_no_verdict(tmp_path):
+    make_up(tmp_path, lambda cell: by_form(cell, 0.15))
+    page = report.write_report(tmp_path, "accuracy").read_text(encoding="utf-8")
+    assert "## A look at another measure" in page and "neither for nor against the hypothesis" in page
+    assert "## The result counts" not in page
+
+
+@pytest.mark.parametrize("measure", MEASURES)
+def test_rows_of_a_measure_have_its_mean(measure, tmp_path):
+    make_up(tmp_path, by_form)
+    cells = read_cells(tmp_path)
+    cells["base_margins"] = [[0.5] * ROWS] * len(cells)
+    for prefix in ("", "matched_"):
+        cells[f"{prefix}margin_gain"] = [
+            np.nan if m is np.nan else np.mean(m) - 0.5 for m in cells[f"{prefix}margins"]
+        ]
+        cells[f"{prefix}behaviours"] = [[0.5, None, 0.7]] * len(cells)
+    for value, rows in zip(cells[measure], rows_of(cells, measure), strict=True):
+        assert (rows is None) == bool(np.isnan(value))
+        if rows is not None:
+            assert np.nanmean(rows) == pytest.approx(value) and len(rows) == (3 if "behaviour" in measure else ROWS)
+
+
+def test_the_report_says_what_it_was_made_with(tmp_path):
+    grid = make_up(tmp_path, by_form)
+    for cell in grid.cells():
+        file = tmp_path / cell.path / "cell.json"
+        other = {"versions": f"torch {cell.seed % 2}", "scorer": "a rule", "matched_judgements_failed": 1}
+        file.write_text(json.dumps(json.loads(file.read_text()) | other))
+    page = said(tmp_path)
+    assert "- Made with torch 0." in page and "- Made with torch 1." in page
+    assert "- Behaviour of warm_tone: a rule." in page
+    assert f"{len(grid.cells())} judgements failed" in page
 
 
 def test_the_attribution_names_the_factor_and_adds_up(tmp_path):
@@ -123,7 +204,7 @@ def test_the_attribution_names_the_factor_and_adds_up(tmp_path):
     assert re.search(r"clearly more or less than nothing comes from form \+0\.\d+", page)
     assert "nothing can be said of contrast" in page
     gap = float(re.search(r"shares of the gap \(([+-][\d.]+)\)", page)[1])
-    shares = [float(x) for x in re.findall(r"^\| (?:form|contrast) \| ([+-][\d.]+) \| \[", page, re.MULTILINE)]
+    shares = [float(x) for x in re.findall(r"^\| (?:form|contrast) \| ([+-][\d.]+) \|", page, re.MULTILINE)]
     assert len(shares) == 2 and sum(shares) == pytest.approx(gap, abs=2e-3)
     effect = re.search(r"\| form \| bias − lora \| ([+-][\d.]+) \|", page)
     assert float(effect[1]) == pytest.approx(0.1, abs=0.02)
@@ -132,10 +213,10 @@ def test_the_attribution_names_the_factor_and_adds_up(tmp_path):
 def test_what_a_vector_with_four_examples_is_worth_in_loras(tmp_path):
     # LoRA gains 0.02 with every doubling, the vector is 0.06 ahead: three doublings
     make_up(tmp_path, lambda cell: by_form(cell, 0.06))
-    row = re.search(r"\| form=bias,contrast=pairs \| .* \| (\d+) \[(\d+), (\d+)\] \| (.*) \|", said(tmp_path))
-    estimate, low, high = map(int, row.groups()[:3])
-    assert 24 <= estimate <= 40 and 12 <= low <= estimate <= high <= 64
-    assert row[4].endswith("> 64 [> 64, > 64]"), "64 examples of the vector are worth more than LoRA has in the grid"
+    row = re.search(r"\| form=bias,contrast=pairs \| .* \| (\d+) \[(\d+), > 64\] \| .* \| (.*) \|", said(tmp_path))
+    estimate, low = map(int, row.groups()[:2])
+    assert 24 <= estimate <= 40 and 8 <= low <= estimate
+    assert row[3].startswith("> 64 ["), "64 examples of the vector are worth more than LoRA has in the grid"
 
 
 def test_an_arm_without_a_strength_is_named_not_compared(tmp_path):

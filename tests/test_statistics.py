@@ -73,17 +73,24 @@ def test_one_pair_says_nothing():
 
 
 @pytest.mark.parametrize("pairs, method", [(3, "t"), (12, "bca")])
-@pytest.mark.parametrize("value", [0.0, 0.25, -1.5])
-def test_constant_differences_have_no_width(pairs, method, value):
+def test_no_difference_anywhere_is_no_difference(pairs, method):
+    found = paired.interval([0.0] * pairs)
+    assert (found.estimate, found.low, found.high, found.method) == (0, 0, 0, method)
+
+
+@pytest.mark.parametrize("pairs", [2, 3, 12])
+@pytest.mark.parametrize("value", [0.25, -1.5])
+def test_the_same_difference_everywhere_may_be_chance(pairs, value):
+    """Accuracies of 32 rows are multiples of 1 / 32: two pairs have the same difference every so often."""
     found = paired.interval([value] * pairs)
-    assert (found.estimate, found.low, found.high, found.method) == (value, value, value, method)
-    assert found.excludes_zero == (value != 0)
+    assert (found.estimate, found.low, found.high, found.method) == (value, -math.inf, math.inf, "none")
+    assert not found.excludes_zero and found.ends == "unknown"
 
 
-def test_differences_that_are_equal_up_to_rounding_have_almost_no_width():
+def test_differences_that_are_equal_up_to_rounding_are_equal():
     # 0.8 - 0.6 is not 0.7 - 0.5 in floating point: the bootstrap has spread, but none that means anything
     found = paired.interval([a / 10 - (a - 2) / 10 for a in (8, 7, 9, 6, 5, 4, 3, 8, 7, 6, 9, 10)])
-    assert found.low == pytest.approx(0.2) and found.high == pytest.approx(0.2)
+    assert found.estimate == pytest.approx(0.2) and found.method == "none"
 
 
 @pytest.mark.parametrize("bad", [[], [1.0, math.nan], [math.inf, 1.0, 2.0], [math.nan] * 12, [-math.inf]])
@@ -151,10 +158,10 @@ def test_one_seed_or_one_row_of_any_task_says_nothing_about_others(thin):
         assert (found.estimate, found.pairs) == (pytest.approx(every_seed.mean()), len(every_seed))
 
 
-@pytest.mark.parametrize("value", [0.25, 0.1])
-def test_crossed_interval_of_a_constant_has_no_width(value):
+@pytest.mark.parametrize("value, end", [(0.0, 0.0), (0.1, math.inf)])
+def test_crossed_interval_of_a_constant_is_known_for_zero_only(value, end):
     found = paired.crossed_interval(np.full((3, 7), value), np.full((2, 5), value))
-    assert (found.estimate, found.low, found.high, found.method) == (*[pytest.approx(value)] * 3, "crossed")
+    assert (found.estimate, found.low, found.high) == (pytest.approx(value), -end, end)
 
 
 # standard deviations of the mean by seeds and by rows, and of a single residual
@@ -237,6 +244,35 @@ def test_holm_by_hand(raw, holm):
     assert paired.corrected(raw) == pytest.approx(holm)
 
 
+def by_pair(rows: np.ndarray, tasks: int = 2) -> pd.Series:
+    """Arrays over test rows, `(pairs, rows)`, by task and seed."""
+    seeds = len(rows) // tasks
+    index = pd.MultiIndex.from_product([range(tasks), range(seeds)], names=["task", "seed"])
+    return pd.Series([*rows], index=index, dtype=object)
+
+
+@pytest.mark.parametrize(
+    "gap, shared, claims",
+    [(0.5, 0.1, True), (0.0, 0.1, False), (0.5, 3.0, False)],  # the last is large on these test rows only
+)
+def test_a_difference_is_clear_when_other_test_rows_would_show_it_too(gap, shared, claims):
+    rng = np.random.default_rng(1)
+    rows = np.concatenate([gap + shared * rng.normal(size=(1, 20)) + 0.2 * rng.normal(size=(4, 20)) for _ in "tu"])
+    found = paired.difference(by_pair(rows))
+    assert found.clear() == claims
+    assert (found.p, found.estimate) == (paired.p_value(rows.mean(axis=1)), pytest.approx(rows.mean()))
+    assert vars(found.crossed) == pytest.approx(vars(paired.crossed_interval(rows[:4], rows[4:])))
+
+
+def test_an_answer_that_could_not_be_judged_is_left_out_for_all_seeds():
+    rows = normal(6, 9)
+    rows[1, 3] = math.nan
+    found = paired.difference(by_pair(rows))
+    assert found.interval == paired.interval(np.nanmean(rows, axis=1))
+    kept = paired.crossed_interval(np.delete(rows[:3], 3, axis=1), rows[3:])
+    assert vars(found.crossed) == pytest.approx(vars(kept))
+
+
 # -- Shapley ----------------------------------------------------------------------------------------------------------
 
 FOUR = ["data", "form", "loss", "site"]
@@ -278,86 +314,104 @@ def test_one_factor_and_none():
 
 def test_shares_add_up_to_the_gap_and_an_idle_factor_gets_nothing():
     rng = np.random.default_rng(2)
-    scores = {c: rng.normal(size=6) for c in coalitions(FOUR[:3])}
+    scores = {c: rng.normal(size=(6, 5)) for c in coalitions(FOUR[:3])}
     scores |= {c | {"site"}: scores[c] for c in coalitions(FOUR[:3])}  # site does nothing
-    found = shares(scores, FOUR)
+    found = shares({c: by_pair(rows) for c, rows in scores.items()}, FOUR)
     gap = scores[frozenset(FOUR)] - scores[frozenset()]
     assert sum(share.estimate for share in found.values()) == pytest.approx(gap.mean())
-    assert found["site"] == paired.Interval(0.0, 0.0, 0.0, 6, "t")
+    assert found["site"].interval == paired.Interval(0.0, 0.0, 0.0, 6, "t")
+    assert found["site"].crossed == paired.Interval(0.0, 0.0, 0.0, 6, "crossed") and found["site"].p == 1
     per_pair = shapley(scores.__getitem__, FOUR)
     np.testing.assert_allclose(sum(per_pair.values()), gap)
-    assert found["form"] == paired.interval(per_pair["form"])
+    assert vars(found["form"].interval) == pytest.approx(vars(paired.interval(per_pair["form"].mean(axis=1))))
+    by_task = paired.crossed_interval(per_pair["form"][:3], per_pair["form"][3:])
+    assert vars(found["form"].crossed) == pytest.approx(vars(by_task))
+    raw = [paired.p_value(per_pair[factor].mean(axis=1)) for factor in FOUR]
+    assert [share.p for share in found.values()] == pytest.approx(paired.corrected(raw))
 
 
 # -- curves -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def fewer_resamples(monkeypatch):
-    monkeypatch.setattr(curves, "RESAMPLES", 400)  # a tenth of them is drawn, each an isotonic regression
+def curve(examples: list[int], scores) -> pd.DataFrame:
+    """Scores `(pairs, sizes)` or `(pairs, sizes, rows)`, the pairs being seeds of one task."""
+    scores = np.asarray(scores, dtype=float)
+    scores = scores.reshape(*scores.shape[:2], -1)
+    return pd.DataFrame({n: by_pair(scores[:, i], tasks=1) for i, n in enumerate(examples)})
 
 
 def test_area_between_points_that_are_apart_unequally():
     # widths 1 and 3 in doublings: ((0.1 + 0.3) / 2 * 1 + (0.3 + 0.7) / 2 * 3) / 4, and the same without the 0.7
-    found = curves.area_between([4, 8, 64], [[0.5, 0.8, 1.2], [0.5, 0.8, 0.5]], [[0.4, 0.5, 0.5]] * 2)
+    sizes = [4, 8, 64]
+    own, baseline = curve(sizes, [[0.5, 0.8, 1.2], [0.5, 0.8, 0.5]]), curve(sizes, [[0.4, 0.5, 0.5]] * 2)
     by_hand = paired.interval([0.425, 0.1625])
-    assert vars(found) == pytest.approx(vars(by_hand))
+    assert vars(curves.area_between(own, baseline).interval) == pytest.approx(vars(by_hand))
 
 
 def test_area_of_one_point_and_of_a_constant_gap():
-    assert curves.area_between([8], [[0.5], [0.7]], [[0.4], [0.4]]).estimate == pytest.approx(0.2)
-    baseline = normal(3, 4)
-    assert curves.area_between([2, 5, 6, 90], baseline, baseline + 0.1).estimate == pytest.approx(-0.1)
-
-
-def test_area_of_a_missing_score_is_an_error():
-    with pytest.raises(ValueError, match="not finite"):
-        curves.area_between([4, 8], [[1.0, math.nan]], [[0.0, 0.0]])
+    found = curves.area_between(curve([8], [[0.5], [0.7]]), curve([8], [[0.4], [0.4]]))
+    assert found.estimate == pytest.approx(0.2)
+    sizes, baseline = [2, 5, 6, 90], normal(3, 4)
+    assert curves.area_between(curve(sizes, baseline), curve(sizes, baseline + 0.1)).estimate == pytest.approx(-0.1)
 
 
 @pytest.mark.parametrize(
     "reached, n", [(-0.1, 0.0), (0.0, 4.0), (0.25, 8.0), (0.5, 16.0), (0.75, 32.0), (1.0, 64.0), (1.1, math.inf)]
 )
-def test_n_equivalence_by_hand(fewer_resamples, reached, n):
+def test_n_equivalence_by_hand(reached, n):
     # 8 is half the way from 4 to 16, on the log axis
-    found = curves.n_equivalence([4, 16, 64], [[0.0, 0.5, 1.0]] * 3, [reached] * 3)
-    assert (found.estimate, found.low, found.high) == pytest.approx((n, n, n))
+    found = curves.n_equivalence(curve([4, 16, 64], [[0.0, 0.5, 1.0]] * 3), curve([1], [[reached]] * 3)[1])
+    assert found.estimate == pytest.approx(n)
+    assert (found.low, found.high) == (0, math.inf), "one row a pair says nothing about other rows"
     assert (found.smallest, found.largest) == (4, 64)
 
 
 @pytest.mark.parametrize("reached, n", [(0.25, math.sqrt(8)), (0.5, 4.0), (0.75, 8 * math.sqrt(2))])
-def test_n_equivalence_of_a_baseline_that_falls_once(fewer_resamples, reached, n):
+def test_n_equivalence_of_a_baseline_that_falls_once(reached, n):
     # made monotone the baseline is 0, 0.5, 0.5, 1: its plateau is reached where it starts
-    found = curves.n_equivalence([2, 4, 8, 16], [[0.0, 0.6, 0.4, 1.0]] * 2, [reached] * 2)
-    assert found.estimate == pytest.approx(n)
+    baseline = curve([2, 4, 8, 16], [[0.0, 0.6, 0.4, 1.0]] * 2)
+    assert curves.n_equivalence(baseline, curve([1], [[reached]] * 2)[1]).estimate == pytest.approx(n)
 
 
 def test_n_equivalence_with_one_size_only_says_before_or_after():
-    baseline = [[0.5], [0.7]]
-    assert str(curves.n_equivalence([8], baseline, [0.4, 0.5])).startswith("<= 8 [")
-    assert str(curves.n_equivalence([8], baseline, [0.8, 0.9])) == "> 8 [> 8, > 8]"
+    noise = 0.01 * normal(4, 1, 9)
+    baseline = curve([8], 0.6 + noise)
+    for score, text in ((0.4, "<= 8 [<= 8, <= 8]"), (0.8, "> 8 [> 8, > 8]")):
+        assert str(curves.n_equivalence(baseline, curve([1], score + noise[::-1])[1])) == text
 
 
-def test_interval_of_n_equivalence_follows_that_of_the_score(monkeypatch):
-    monkeypatch.setattr(curves, "RESAMPLES", 4000)
-    reached = np.clip(0.5 + 0.1 * normal(8), 0.05, 0.95)
-    found = curves.n_equivalence([4, 16, 64], [[0.0, 0.5, 1.0]] * 8, reached)
-    # the baseline never varies and is straight on the log axis, so n is a function of the mean score alone
-    scores = stats.bootstrap((reached,), np.mean, method="percentile", rng=1).confidence_interval
+def test_interval_of_n_equivalence_is_where_the_baseline_cannot_be_told_from_the_arm():
+    """The baseline is straight on the log axis and never varies, so its ends are those of the arm's own interval."""
+    reached = 0.5 + 0.1 * normal(8, 1, 20)
+    baseline = curve([4, 16, 64], np.broadcast_to(np.array([0.0, 0.5, 1.0])[:, None], (8, 3, 20)))
+    found = curves.n_equivalence(baseline, curve([1], reached)[1])
+    own = paired.crossed_interval(reached[:, 0])
     assert found.estimate == pytest.approx(4 * 16 ** reached.mean())
-    assert found.low == pytest.approx(4 * 16**scores.low, rel=0.1)
-    assert found.high == pytest.approx(4 * 16**scores.high, rel=0.1)
-    narrow = curves.n_equivalence([4, 16, 64], [[0.0, 0.5, 1.0]] * 8, reached, confidence=0.5)
-    assert found.low < narrow.low < narrow.high < found.high
+    assert found.low == pytest.approx(4 * 16**own.low, rel=0.05)
+    assert found.high == pytest.approx(4 * 16**own.high, rel=0.05)
+    assert found.low < found.estimate < found.high
 
 
-def test_an_interval_can_be_censored_on_one_side(monkeypatch):
-    monkeypatch.setattr(curves, "RESAMPLES", 1000)
-    baseline = [[0.0, 0.5, 1.0]] * 6
-    high = curves.n_equivalence([4, 16, 64], baseline, [0.5, 0.5, 0.5, 1.4, 1.4, 1.4])
-    assert 4 < high.low < high.estimate < 64 and high.high == math.inf
-    low = curves.n_equivalence([4, 16, 64], baseline, [-0.4, -0.4, -0.4, 0.5, 0.5, 0.5])
-    assert low.low == 0 and 4 < low.estimate < low.high < 64
+@pytest.mark.parametrize("few", [3, 8])
+def test_interval_of_n_equivalence_covers_what_it_promises(few):
+    """Also with three pairs, where percentiles of resampled pairs do not."""
+    rng, sizes, truth = np.random.default_rng(few), [4, 16, 64], np.array([0.25, 0.5, 0.75])
+    hits = []
+    for _ in range(100):
+        seeds, rows = 0.1 * rng.normal(size=(few, 4, 1)), 0.3 * rng.normal(size=(1, 4, 30))
+        noise = seeds + rows + 0.3 * rng.normal(size=(few, 4, 30))
+        found = curves.n_equivalence(curve(sizes, truth[:, None] + noise[:, :3]), curve([1], 0.5 + noise[:, 3:])[1])
+        hits.append(found.low <= 16 <= found.high)
+    assert np.mean(hits) > 0.9
+
+
+def test_an_interval_can_be_censored_on_one_side():
+    noise = 0.4 * normal(6, 4, 20)
+    baseline = curve([4, 16, 64], np.array([0.0, 0.5, 1.0])[:, None] + noise[:, :3])
+    high = curves.n_equivalence(baseline, curve([1], 0.97 + noise[:, 3:])[1])
+    assert 4 < high.low < high.estimate and high.high == math.inf
+    low = curves.n_equivalence(baseline, curve([1], 0.05 + noise[:, 3:])[1])
+    assert low.low == 0 and low.high < 64
 
 
 @pytest.mark.parametrize(
@@ -418,8 +472,8 @@ def test_effects_by_hand():
     # y - x: (0.1 + 0.3) / 2 in t and (0.3 + 0.5) / 2 in u
     for effect, by_task in ((y, [0.2, 0.4]), (z, [0.6, 0.8]), (q, [0.3, 0.0])):
         expected = paired.interval(by_task)
-        assert vars(effect.interval) == pytest.approx(vars(expected), abs=1e-12)
-        assert effect.p == 1.0  # half at best with two pairs, and three were looked at
+        assert vars(effect.difference.interval) == pytest.approx(vars(expected), abs=1e-12)
+        assert effect.difference.p == 1.0  # half at best with two pairs, and three were looked at
 
 
 def plain_effects(cells: pd.DataFrame, factors: list[str], measure: str) -> list[tuple]:
@@ -459,16 +513,16 @@ def test_effects_equal_a_plain_search_in_a_grid_with_holes_and_inert_levels():
     assert [(e.factor, e.level, e.reference, e.contexts) for e in found] == [(*e[:3], e[5]) for e in expected]
     assert {e.factor for e in found} == {"rank", "init"}  # bias has no rank, so no form has a partner
     for ours, plain in zip(found, expected, strict=True):
-        assert vars(ours.interval) == pytest.approx(vars(plain[3]), abs=1e-9)
-        assert ours.p == pytest.approx(plain[4])
-    assert min(e.p for e in found if e.factor == "init") < 0.05
+        assert vars(ours.difference.interval) == pytest.approx(vars(plain[3]), abs=1e-9)
+        assert ours.difference.p == pytest.approx(plain[4])
+    assert min(e.difference.p for e in found if e.factor == "init") < 0.05
 
 
 def test_effects_of_one_factor_and_of_none():
     cells = make_cells(planted, {"a": ["x", "y"]})
     (found,) = factorial.effects(cells, ["a"], "m")
-    assert (found.contexts, found.interval.pairs) == (1, 6)
-    assert found.p == pytest.approx(2 / 2**6)
+    assert (found.contexts, found.difference.interval.pairs) == (1, 6)
+    assert found.difference.p == pytest.approx(2 / 2**6)
     assert factorial.effects(cells[cells["a"] == "x"], ["a"], "m") == []
     assert factorial.effects(cells, [], "m") == []
 
@@ -477,7 +531,7 @@ def test_a_cell_without_the_measure_is_matched_with_nothing():
     cells = make_cells(planted, TWO)
     cells.loc[cells.index[-2:], "m"] = math.nan
     kept = factorial.effects(cells.dropna(), [*TWO], "m")
-    assert [e.interval.pairs for e in kept] == [5, 6]  # the last seed has no y any more, and x with both b
+    assert [e.difference.interval.pairs for e in kept] == [5, 6]  # the last seed has no y any more, and x with both b
     assert factorial.effects(cells, [*TWO], "m") == kept
 
 

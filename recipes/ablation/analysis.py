@@ -3,26 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
+import pandas as pd
 
 from steertune.recipes.ablation import designs
 from steertune.recipes.ablation.levels import patched
 from steertune.recipes.ablation.statistics import Frame
 from steertune.recipes.ablation.statistics.curves import Equivalence, area_between, n_equivalence
-from steertune.recipes.ablation.statistics.paired import Interval, corrected, crossed_interval, interval, p_value
-from steertune.recipes.ablation.statistics.shapley import shares
-from steertune.recipes.ablation.tables import Claim, GridTables
+from steertune.recipes.ablation.statistics.paired import Difference, difference, together
+from steertune.recipes.ablation.statistics.rows import mean_rows, rows_of
+from steertune.recipes.ablation.statistics.shapley import share_rows
+from steertune.recipes.ablation.tables import Claim, GridTables, Measure
 from steertune.recipes.arm import ArmError
 
-MEASURES = {
+MEASURES: dict[Measure, str] = {
     "accuracy": "held-out pair accuracy at the tuned strength",
     "matched_accuracy": "held-out pair accuracy at matched KL",
     "margin_gain": "gain in held-out margin (nats) at the tuned strength",
     "matched_margin_gain": "gain in held-out margin (nats) at matched KL",
     "behaviour": "behaviour score of free generations at the tuned strength",
+    "matched_behaviour": "behaviour score of free generations at matched KL",
 }
 
 
@@ -33,16 +36,12 @@ class Comparison:
     Attributes:
         arm: The arm.
         mean: The arm's own mean.
-        interval: Of the difference, over pairs of task and seed.
-        crossed: The same for other test rows too; None where the measure has none.
-        p: Permutation test, corrected (Holm) over all arms of the table.
+        difference: Over pairs of task and seed; p is corrected (Holm) over all arms of the table.
     """
 
     arm: str
     mean: float
-    interval: Interval
-    crossed: Interval | None
-    p: float
+    difference: Difference
 
 
 @dataclass(frozen=True)
@@ -53,79 +52,102 @@ class Verdict:
     sentence: str
 
 
+@dataclass(frozen=True)
+class Attribution:
+    """Who the gap between the two ends of the design comes from.
+
+    Attributes:
+        shares: Factor -> its Shapley share.
+        leads: With a factor that the claim names: other factor -> how much larger the named one's share is.
+    """
+
+    shares: dict[str, Difference]
+    leads: dict[str, Difference]
+
+
 def scores(cells: Frame, measure: str) -> Frame:
-    """Mean over the numbers of examples, by (task, seed) and arm; a pair in which an arm has no number is NaN."""
-    wide = cells.pivot_table(index=["task", "seed", "examples"], columns="arm", values=measure, dropna=False)
-    complete = wide.notna().groupby(level=["task", "seed"]).all()
-    return wide.groupby(level=["task", "seed"]).mean().where(complete)
+    """Mean over the numbers of examples, by (task, seed) and arm, as arrays over the test rows; None for a pair in
+    which an arm has no number."""
+    values = rows_of(cells, measure).set_axis(pd.MultiIndex.from_frame(cells[["task", "seed", "examples", "arm"]]))
+    complete = values.notna().groupby(level=["task", "seed", "arm"]).all()
+    sizes = values.groupby(level=["task", "seed", "arm"]).size()
+    complete &= sizes == cells["examples"].nunique()
+    means = mean_rows(values.dropna(), ["task", "seed", "arm"])
+    wide = means[means.index.isin(complete[complete].index)].unstack("arm")
+    return wide.reindex(columns=[arm for arm in dict.fromkeys(cells["arm"]) if arm in wide])
+
+
+def mean(values: Frame) -> float:
+    """Mean of arrays."""
+    return float(values.map(np.nanmean).mean())
 
 
 def comparisons(cells: Frame, than: str, measure: str) -> list[Comparison]:
     """Every arm against `than`, paired by task and seed."""
     wide = scores(cells, measure)
-    found = []
-    for arm in (a for a in dict.fromkeys(cells["arm"]) if a != than and a in wide and than in wide):
-        gap = (wide[arm] - wide[than]).dropna()
-        if len(gap):
-            mean = float(wide.loc[gap.index, arm].mean())
-            found.append(Comparison(arm, mean, interval(gap), _crossed(cells, arm, than, measure), p_value(gap)))
-    together = corrected([c.p for c in found])
-    return [Comparison(**{**vars(c), "p": p}) for c, p in zip(found, together, strict=True)]
+    pairs = {arm: wide[[arm, than]].dropna() for arm in wide if arm != than and than in wide}
+    pairs = {arm: both for arm, both in pairs.items() if len(both)}
+    found = together({arm: difference(both[arm] - both[than]) for arm, both in pairs.items()})
+    return [Comparison(arm, mean(pairs[arm][arm]), gap) for arm, gap in found.items()]
 
 
-def _crossed(cells: Frame, arm: str, than: str, measure: str) -> Interval | None:
-    column = {"accuracy": "margins", "matched_accuracy": "matched_margins"}.get(measure)
-    if column is None or column not in cells:
-        return None
-    tasks = []
-    for _, rows in cells[cells["arm"].isin([arm, than])].groupby("task"):
-        seeds = []
-        for _, of_seed in rows.groupby("seed"):
-            gaps = []
-            for _, pair in of_seed.groupby("examples"):
-                both = pair.set_index("arm")[column]
-                if {arm, than} <= set(both.index) and all(isinstance(both[a], list) for a in (arm, than)):
-                    first, second = (np.sign(np.asarray(both[a])) / 2 for a in (arm, than))
-                    gaps.append(first - second)
-            if gaps:
-                seeds.append(np.mean(gaps, axis=0))
-        if seeds:
-            tasks.append(np.array(seeds))
-    return crossed_interval(*tasks) if tasks else None
+def verdict(cells: Frame, claim: Claim, found: Attribution | None = None) -> Verdict:
+    """Whether the claim's comparison, and its attribution if it names a factor, came out for it, against it, or
+    neither.
 
-
-def verdict(cells: Frame, claim: Claim) -> Verdict:
-    """Whether the claim's comparison came out for it, against it, or neither."""
+    Args:
+        cells: The cells that ran.
+        claim: The claim.
+        found: `attribution` for the claim's measure.
+    """
     wide = scores(cells, claim.measure)
     missing = [arm for arm in (claim.better, claim.than) if arm not in wide or wide[arm].isna().all()]
     if missing:
         return Verdict("undecided", f"{missing} have no {MEASURES[claim.measure]}, so the claim cannot be decided.")
-    gap = (wide[claim.better] - wide[claim.than]).dropna()
-    if gap.empty:
+    both = wide[[claim.better, claim.than]].dropna()
+    if both.empty:
         return Verdict("undecided", "No pair of task and seed has both arms of the claim yet.")
-    found, p = interval(gap), p_value(gap)
-    crossed = _crossed(cells, claim.better, claim.than, claim.measure)
-    better, than = (wide.loc[gap.index, arm].mean() for arm in (claim.better, claim.than))
+    gap = difference(both[claim.better] - both[claim.than])
+    pairs = gap.interval.pairs
     what = (
-        f"{claim.better} has {better:.3f} {MEASURES[claim.measure]}, {claim.than} has {than:.3f}: a difference of "
-        f"{found} (95 %, {found.pairs} pairs of task and seed, p = {p:.3g})"
+        f"{claim.better} has {mean(both[claim.better]):.3f} {MEASURES[claim.measure]}, {claim.than} has "
+        f"{mean(both[claim.than]):.3f}: a difference of {gap} (95 %, for other seeds and test rows of these tasks; "
+        f"{pairs} pairs of task and seed, p = {gap.p:.3g})"
     )
-    if p < claim.alpha and found.excludes_zero:
-        side = "for" if found.estimate > 0 else "against"
-        rows = "" if crossed is None or crossed.excludes_zero else ", though with other test rows it could be none"
-        return Verdict(side, f"{what}, {'more' if side == 'for' else 'less'} than the baseline{rows}.")
-    least = 2 / 2**found.pairs
-    why = f"; {found.pairs} pairs cannot give a p below {least:.2g}" if least >= claim.alpha else ""
-    return Verdict("undecided", f"{what}, which is no difference that can be claimed{why}.")
+    if gap.clear(claim.alpha) and gap.estimate < 0:
+        return Verdict("against", f"{what}, less than the baseline.")
+    if gap.crossed.high < claim.margin:
+        return Verdict("against", f"{what}, below the smallest difference that would matter ({claim.margin:g}).")
+    if not gap.clear(claim.alpha):
+        least = 2 / 2**pairs
+        why = f"; {pairs} pairs cannot give a p below {least:.2g}" if least >= claim.alpha else ""
+        return Verdict("undecided", f"{what}, which is no difference that can be claimed{why}.")
+    side, clause = _most_of_the_gap(claim, found)
+    return Verdict(side, f"{what}, more than the baseline{clause}.")
 
 
-def attribution(cells: Frame, tables: GridTables, measure: str) -> dict[str, Interval] | None:
+def _most_of_the_gap(claim: Claim, found: Attribution | None) -> tuple[Literal["for", "against", "undecided"], str]:
+    """The second half of a claim: that its factor's share of the gap is the largest."""
+    if claim.factor is None:
+        return "for", ""
+    if found is None:
+        return "undecided", f", but without every mixture of the two ends nothing says that it is {claim.factor}'s"
+    behind = [f for f, lead in found.leads.items() if lead.clear(claim.alpha) and lead.estimate < 0]
+    if behind:
+        return "against", f", but the share of {', '.join(behind)} is larger than that of {claim.factor}"
+    open_ = [f for f, lead in found.leads.items() if not lead.clear(claim.alpha)]
+    if open_:
+        return "undecided", f", but that {claim.factor}'s share is larger than that of {', '.join(open_)} is not shown"
+    return "for", f", and {claim.factor}'s share is the largest"
+
+
+def attribution(cells: Frame, tables: GridTables, measure: str, factor: str | None = None) -> Attribution | None:
     """Shapley share of every factor that differs between `design.start` and `design.end` in the gap between them;
     None unless every mixture of the two was run."""
     start, end = tables.design.start, tables.design.end
     if not start or not end:
         return None
-    moving = [factor for factor in tables.factors if start[factor] != end[factor]]
+    moving = [f for f in tables.factors if start[f] != end[f]]
     wide = scores(cells, measure)
     names = {
         frozenset(f for f in moving if mixture[f] == end[f]): arm_name(tables, mixture)
@@ -136,7 +158,9 @@ def attribution(cells: Frame, tables: GridTables, measure: str) -> dict[str, Int
     complete = wide[sorted(set(names.values()))].dropna()
     if complete.empty:
         return None
-    return shares({coalition: complete[name].to_numpy() for coalition, name in names.items()}, moving)
+    rows = share_rows({coalition: complete[name] for coalition, name in names.items()}, moving)
+    leads = {f: difference(rows[factor] - rows[f]) for f in moving if f != factor} if factor in moving else {}
+    return Attribution(together({f: difference(values) for f, values in rows.items()}), together(leads))
 
 
 def arm_name(tables: GridTables, combination: dict[str, str]) -> str:
@@ -156,28 +180,28 @@ class Efficiency:
     """
 
     arm: str
-    area: Interval
+    area: Difference
     equivalents: dict[int, Equivalence]
 
 
 def efficiency(cells: Frame, than: str, measure: str) -> list[Efficiency]:
     """Curves over the numbers of examples, of the pairs that have all of them."""
     examples = sorted(int(n) for n in cells["examples"].unique())
-    wide = cells.pivot_table(index=["task", "seed"], columns=["arm", "examples"], values=measure)
-    if than not in wide.columns.get_level_values(0):
-        return []
-    found = []
-    for arm in (a for a in dict.fromkeys(cells["arm"]) if a != than and a in wide.columns.get_level_values(0)):
+    values = rows_of(cells, measure).set_axis(pd.MultiIndex.from_frame(cells[["task", "seed", "arm", "examples"]]))
+    wide = values.dropna().unstack(["arm", "examples"])
+    found = {}
+    for arm in (a for a in dict.fromkeys(cells["arm"]) if a != than):
         columns = [(a, n) for a in (arm, than) for n in examples]
         if any(column not in wide.columns for column in columns):
             continue
         both = wide[columns].dropna()
         if both.empty:
             continue
-        own, baseline = both[arm].to_numpy(), both[than].to_numpy()
-        equivalents = {n: n_equivalence(examples, baseline, own[:, i]) for i, n in enumerate(examples)}
-        found.append(Efficiency(arm, area_between(examples, own, baseline), equivalents))
-    return found
+        own, baseline = both[arm][examples], both[than][examples]
+        equivalents = {n: n_equivalence(baseline, own[n]) for n in examples}
+        found[arm] = Efficiency(arm, area_between(own, baseline), equivalents)
+    areas = together({arm: one.area for arm, one in found.items()})
+    return [replace(one, area=areas[arm]) for arm, one in found.items()]
 
 
 def read_tables(grid: dict[str, Any]) -> GridTables:
@@ -193,37 +217,34 @@ def read_tables(grid: dict[str, Any]) -> GridTables:
 
 
 def answer(
-    cells: Frame,
-    claim: Claim,
-    said: Verdict,
-    shapley: dict[str, Interval] | None,
-    curves: Sequence[Efficiency],
+    cells: Frame, claim: Claim, said: Verdict, found: Attribution | None, curves: Sequence[Efficiency]
 ) -> list[str]:
     """The answer in three sentences, all of it from the numbers."""
-    sentences = [said.sentence]
-    if shapley:
-        clear = {f: i for f, i in shapley.items() if i.excludes_zero}
-        parts = ", ".join(f"{f} {i}" for f, i in sorted(clear.items(), key=lambda x: -abs(x[1].estimate)))
-        rest = [f for f in shapley if f not in clear]
-        sentences.append(
-            (f"Of the gap between the two ends of the design, clearly more or less than nothing comes from {parts}"
-             if clear else "No factor's share of the gap between the two ends of the design is clearly not zero")
-            + (f"; nothing can be said of {', '.join(rest)}." if rest else ".")
-        )  # fmt: skip
-    else:
-        sentences.append(
-            "Shares of the gap are not computed: that takes every mixture of a `design.start` and a `design.end`."
-        )
-    wide = scores(cells, claim.measure)
-    means = wide.mean().dropna()
-    if means.empty:
-        return [*sentences, f"No arm has any {MEASURES[claim.measure]}."]
-    best = means.idxmax()
-    own = next((e for e in curves if e.arm == claim.better), None)
-    several = own is not None and len(own.equivalents) > 1
-    needs = ""
-    if several and own is not None:
-        n, count = next(iter(own.equivalents.items()))
-        needs = f"To reach what {claim.better} reaches with {n} examples, {claim.than} needs {count} of them; "
-    sentences.append(f"{needs}{'t' if needs else 'T'}he best mean of all arms is {best}'s, {wide[best].mean():.3f}.")
-    return sentences
+    return [said.sentence, _shares(found), _best(scores(cells, claim.measure), claim, curves)]
+
+
+def _shares(found: Attribution | None) -> str:
+    if found is None:
+        return "Shares of the gap are not computed: that takes every mixture of a `design.start` and a `design.end`."
+    clear = {f: share for f, share in found.shares.items() if share.clear()}
+    if not clear:
+        return "No factor's share of the gap between the two ends of the design is clearly not zero."
+    largest_first = sorted(clear.items(), key=lambda item: -abs(item[1].estimate))
+    parts = ", ".join(f"{factor} {share}" for factor, share in largest_first)
+    rest = [factor for factor in found.shares if factor not in clear]
+    sentence = f"Of the gap between the two ends of the design, clearly more or less than nothing comes from {parts}"
+    return sentence + (f"; nothing can be said of {', '.join(rest)}." if rest else ".")
+
+
+def _best(wide: Frame, claim: Claim, curves: Sequence[Efficiency]) -> str:
+    means = {arm: mean(wide[arm].dropna()) for arm in wide if wide[arm].notna().any()}
+    if not means:
+        return f"No arm has any {MEASURES[claim.measure]}."
+    best = max(means, key=means.__getitem__)
+    sentence = f"The best mean of all arms is {best}'s, {means[best]:.3f}."
+    own = next((one for one in curves if one.arm == claim.better and len(one.equivalents) > 1), None)
+    if own is None:
+        return sentence
+    n, count = next(iter(own.equivalents.items()))
+    needs = f"To reach what {claim.better} reaches with {n} examples, {claim.than} needs {count} of them"
+    return f"{needs}; t{sentence[1:]}"

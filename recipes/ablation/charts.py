@@ -37,8 +37,8 @@ def intervals(values: Mapping[str, Interval], file: Path, label: str) -> None:
 
 
 def effects(found: Sequence[Effect], file: Path, label: str) -> None:
-    """Matched effects of the factors' levels."""
-    intervals({f"{e.factor}: {e.level} − {e.reference}": e.interval for e in found}, file, label)
+    """Matched effects of the factors' levels, with the intervals that allow for other test rows."""
+    intervals({f"{e.factor}: {e.level} − {e.reference}": e.difference.crossed for e in found}, file, label)
 
 
 def curves(cells: Frame, arms: Sequence[str], measure: str, file: Path, label: str) -> None:

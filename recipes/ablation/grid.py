@@ -300,7 +300,17 @@ def _model(table: ModelTable) -> dict[str, Any]:
 
 def _check_card(tables: GridTables, card: Card, arms: list[GridArm]) -> None:
     claim = tables.claim
-    if claim and claim.measure.endswith("behaviour") and not tables.generations:
+    if claim is None:
+        raise ArmError(
+            "The grid has no [claim]: which arm does the hypothesis say is `better`, `than` which, on which `measure`?"
+        )
+    moving = [f for f, level in tables.design.start.items() if tables.design.end.get(f, level) != level]
+    if claim.factor is not None and claim.factor not in moving:
+        raise ArmError(
+            f"claim.factor={claim.factor!r} does not differ between design.start and design.end: {moving} do."
+            f"{nearest(claim.factor, moving)}"
+        )
+    if claim.measure.endswith("behaviour") and not tables.generations:
         raise ArmError(f"claim.measure={claim.measure!r}, but generations=0: nothing would be generated to score.")
     names = [arm.name for arm in arms]
     for pattern in card.affordances:
@@ -309,7 +319,7 @@ def _check_card(tables: GridTables, card: Card, arms: list[GridArm]) -> None:
     for name in names:
         if not any(fnmatch.fnmatchcase(name, pattern) for pattern in card.affordances):
             raise ArmError(f"card.affordances leaves out arm {name!r}: which data, labels and compute does it use?")
-    for what in ("better", "than") if claim else ():
+    for what in ("better", "than"):
         name = getattr(claim, what)
         if name not in names:
             raise ArmError(f"claim.{what}={name!r} is no arm of the grid: {names}.{nearest(name, names)}")

@@ -36,6 +36,10 @@ class Claim(BaseModel, extra="forbid"):
     than: str
     measure: Measure = "matched_accuracy"
     alpha: float = Field(default=0.05, gt=0, lt=1)
+    margin: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+    """The smallest difference that would matter: below it, with its whole interval, the result counts against."""
+    factor: str | None = None
+    """The factor that most of the gap is claimed to come from; another with a larger share counts against."""
 
 
 class DesignTable(BaseModel, extra="forbid"):

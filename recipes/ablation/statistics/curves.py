@@ -2,29 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 from scipy.optimize import isotonic_regression
 
-from steertune.recipes.ablation.statistics.paired import RESAMPLES, Interval, interval
+from steertune.recipes.ablation.statistics import Frame
+from steertune.recipes.ablation.statistics.paired import Difference, crossed, difference
+
+_POINTS = 60  # at which a curve is compared, for the interval of the number of examples
 
 
-def area_between(examples: Sequence[int], first: ArrayLike, second: ArrayLike) -> Interval:
+def area_between(first: Frame, second: Frame) -> Difference:
     """Mean height of the first curve over the second on a log axis (area over the length of the axis).
 
     Args:
-        examples: Numbers of examples, rising.
-        first: Scores `(pairs, len(examples))`.
-        second: Scores of the other arm, paired with the first.
+        first: Scores by task and seed, a column per number of examples (rising), each an array over the test rows.
+        second: Scores of the other arm.
     """
-    log_n = np.log(np.asarray(examples, dtype=float))
-    gap = np.asarray(first, dtype=float) - np.asarray(second, dtype=float)
-    if len(examples) == 1:
-        return interval(gap[:, 0])
-    return interval(np.trapezoid(gap, log_n, axis=1) / (log_n[-1] - log_n[0]))
+    log_n = np.log(np.asarray(first.columns, dtype=float))
+    if len(log_n) == 1:
+        return difference((first - second).iloc[:, 0])
+    widths = np.diff(log_n)
+    weights = (np.append(widths, 0.0) + np.append(0.0, widths)) / 2 / widths.sum()  # of the trapezoidal rule
+    return difference(sum((first[n] - second[n]) * w for n, w in zip(first.columns, weights, strict=True)))
 
 
 @dataclass(frozen=True)
@@ -50,29 +52,45 @@ class Equivalence:
         return f"> {self.largest}" if np.isinf(n) else f"{n:.0f}" if n >= 10 else f"{n:.1f}"
 
 
-def n_equivalence(
-    examples: Sequence[int], baseline: ArrayLike, reached: ArrayLike, confidence: float = 0.95, seed: int = 0
-) -> Equivalence:
-    """How many examples the baseline needs to reach a score, by resampling the pairs.
+def n_equivalence(baseline: Frame, reached: Frame) -> Equivalence:
+    """How many examples the baseline needs to reach a score.
 
-    The baseline's curve is its mean score made monotone (isotonic regression) and interpolated on a log axis.
+    The estimate is where the baseline's mean curve, made monotone (isotonic regression) and interpolated on a log
+    axis, reaches the arm's mean. The interval holds every number of examples at which the interval (95 %, for other
+    seeds and test rows) of the difference between arm and interpolated baseline holds zero, as Fieller's does.
 
     Args:
-        examples: Numbers of examples, rising.
-        baseline: The baseline's scores `(pairs, len(examples))`.
-        reached: The arm's score with its n examples, `(pairs,)`, paired with the baseline.
-        confidence: Of the percentile interval.
-        seed: Of the bootstrap.
+        baseline: The baseline's scores by task and seed, a column per number of examples (rising), each an array over
+            the test rows.
+        reached: The arm's scores with its n examples, of the same pairs.
     """
-    curves, targets = np.asarray(baseline, dtype=float), np.asarray(reached, dtype=float)
+    examples = [int(n) for n in baseline.columns]
     log_n = np.log(np.asarray(examples, dtype=float))
-    rng = np.random.default_rng(seed)
-    draws = rng.integers(len(targets), size=(RESAMPLES // 10, len(targets)))
-    found = np.sort([_crossing(log_n, curves[rows].mean(axis=0), targets[rows].mean()) for rows in draws])
-    # order statistics, not interpolated quantiles: some of the values are infinite
-    tail = int(len(found) * (1 - confidence) / 2)
-    estimate = _crossing(log_n, curves.mean(axis=0), targets.mean())
-    return Equivalence(estimate, float(found[tail]), float(found[-1 - tail]), min(examples), max(examples))
+    curve = np.array([baseline[n].map(np.nanmean).mean() for n in examples])
+    estimate = _crossing(log_n, curve, float(reached.map(np.nanmean).mean()))
+    axis = np.union1d(np.linspace(log_n[0], log_n[-1], _POINTS), log_n)
+    gaps = [crossed(reached - _interpolated(baseline, log_n, x)) for x in axis]
+    short = np.array([gap.low > 0 for gap in gaps])  # the baseline is clearly not there yet
+    beyond = np.array([gap.high < 0 for gap in gaps])
+    inside = np.nonzero(~short & ~beyond)[0]
+    if not len(inside):  # it changes between two points
+        inside = np.nonzero(beyond)[0][:1]
+    low = high = estimate
+    if len(inside):
+        low = 0.0 if inside[0] == 0 else float(np.exp(axis[inside[0]]))
+        high = np.inf if inside[-1] == len(axis) - 1 and not beyond[-1] else float(np.exp(axis[inside[-1]]))
+    if beyond.all():
+        low = high = 0.0
+    return Equivalence(estimate, min(low, estimate), max(high, estimate), examples[0], examples[-1])
+
+
+def _interpolated(baseline: Frame, log_n: NDArray[np.float64], x: float) -> Frame:
+    """The baseline's scores at `exp(x)` examples, every pair's on its own line."""
+    i = min(max(int(np.searchsorted(log_n, x)) - 1, 0), max(len(log_n) - 2, 0))
+    if len(log_n) == 1:
+        return baseline.iloc[:, 0]
+    share = float((x - log_n[i]) / (log_n[i + 1] - log_n[i]))
+    return baseline.iloc[:, i] * (1 - share) + baseline.iloc[:, i + 1] * share
 
 
 def _crossing(log_n: NDArray[np.float64], curve: NDArray[np.float64], target: float) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import Any
 
@@ -16,7 +16,8 @@ from statsmodels.stats.anova import anova_lm
 from statsmodels.tools.sm_exceptions import ConvergenceWarning
 
 from steertune.recipes.ablation.statistics import Frame
-from steertune.recipes.ablation.statistics.paired import Interval, corrected, interval, p_value
+from steertune.recipes.ablation.statistics.paired import Difference, difference, together
+from steertune.recipes.ablation.statistics.rows import mean_rows, rows_of
 
 INERT = "-"
 _RESIDUAL = 3  # degrees of freedom that an analysis of variance must leave
@@ -31,16 +32,15 @@ class Effect:
         factor: Name of the factor.
         level: The level.
         reference: The level it is compared with.
-        interval: Mean difference; one value per pair of task and seed, averaged over the matched contexts.
-        p: Permutation test, corrected (Holm) over all effects that were looked at together.
+        difference: One array of test rows per pair of task and seed, averaged over the matched contexts; p is
+            corrected (Holm) over all effects that were looked at together.
         contexts: In how many settings of the other factors both levels were run.
     """
 
     factor: str
     level: str
     reference: str
-    interval: Interval
-    p: float
+    difference: Difference
     contexts: int
 
 
@@ -55,20 +55,24 @@ def effects(cells: Frame, factors: Sequence[str], measure: str) -> list[Effect]:
         measure: Column to compare.
     """
     found = []
+    index = [*factors, "task", "seed", "examples"]
+    values = rows_of(cells, measure).set_axis(pd.MultiIndex.from_frame(cells[index])).dropna()
     for factor in factors:
         others = [f for f in factors if f != factor]
         levels = [level for level in dict.fromkeys(cells[factor]) if level != INERT]
-        wide = cells.pivot_table(index=[*others, "task", "seed", "examples"], columns=factor, values=measure)
+        wide = values.unstack(factor)
         for level in levels[1:]:
+            if level not in wide or levels[0] not in wide:
+                continue
             both = wide[[levels[0], level]].dropna()
             if both.empty:
                 continue
             gap = both[level] - both[levels[0]]
-            pairs = gap.groupby(level=["task", "seed"]).mean()
             contexts = len(gap.groupby(level=others)) if others else 1
-            found.append(Effect(factor, level, levels[0], interval(pairs), p_value(pairs), contexts))
-    together = corrected([effect.p for effect in found])
-    return [Effect(**{**vars(effect), "p": p}) for effect, p in zip(found, together, strict=True)]
+            pairs = mean_rows(gap, ["task", "seed"])
+            found.append(Effect(factor, level, levels[0], difference(pairs), contexts))
+    tests = together({i: effect.difference for i, effect in enumerate(found)})
+    return [replace(effect, difference=tests[i]) for i, effect in enumerate(found)]
 
 
 def anova(cells: Frame, factors: Sequence[str], measure: str) -> Frame | None:
@@ -128,7 +132,7 @@ def mixed_model(cells: Frame, factors: Sequence[str], measure: str, enough: int 
     formula = f"Q('{measure}') ~ {' + '.join(terms)}{size}"
     several = rows["task"].nunique() > 1
     options: dict[str, Any] = (
-        {"groups": "task", "vc_formula": {"seed": "0 + C(seed)"}} if several else {"groups": "seed"}
+        {"groups": "task", "re_formula": "1", "vc_formula": {"seed": "0 + C(seed)"}} if several else {"groups": "seed"}
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)

@@ -1,23 +1,29 @@
 """Intervals and tests for differences between arms that saw the same data.
 
-A difference is taken within a pair (same task, same seed, same examples), so what the pair has in common cancels.
+A difference is taken within a pair (same task, same seed, same examples), so what the pair has in common cancels. All
+seeds of a task are measured on the same test rows, so the pairs of a task are not independent looks at it: a claim
+takes the interval that allows for other test rows too.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 from statsmodels.stats.multitest import multipletests
 
+from steertune.recipes.ablation.statistics import Frame
+
+_Key = TypeVar("_Key")
 FEW = 10
 """Below this many pairs BCa intervals are too short (the planted problems measure it), and Student's t is used."""
 RESAMPLES = 9999
+_ROUNDING = 1e-12
 
 
 @dataclass(frozen=True)
@@ -29,7 +35,8 @@ class Interval:
         low: Lower end.
         high: Upper end.
         pairs: How many pairs there were.
-        method: `bca`, `t`, `crossed`, or `none` where there are too few pairs for either (the ends are infinite then).
+        method: `bca`, `t`, `crossed`, or `none` where the pairs are too few, or all equal, so that nothing says how
+            much they vary (the ends are infinite then).
     """
 
     estimate: float
@@ -43,8 +50,40 @@ class Interval:
         """Whether the interval lies on one side of zero."""
         return self.low > 0 or self.high < 0
 
+    @property
+    def ends(self) -> str:
+        """`[low, high]` as text."""
+        return "unknown" if np.isinf([self.low, self.high]).any() else f"[{self.low:+.3f}, {self.high:+.3f}]"
+
     def __str__(self) -> str:
-        return f"{self.estimate:+.3f} [{self.low:+.3f}, {self.high:+.3f}]"
+        return f"{self.estimate:+.3f} {self.ends}"
+
+
+@dataclass(frozen=True)
+class Difference:
+    """What pairs say about a mean difference.
+
+    Attributes:
+        interval: Over pairs of task and seed, on these test rows.
+        crossed: Over seeds and test rows.
+        p: Permutation test over the pairs, corrected where several differences were looked at.
+    """
+
+    interval: Interval
+    crossed: Interval
+    p: float
+
+    @property
+    def estimate(self) -> float:
+        """The mean difference."""
+        return self.interval.estimate
+
+    def clear(self, alpha: float = 0.05) -> bool:
+        """Whether it can be claimed: by the permutation test, and by the interval for other test rows."""
+        return self.p < alpha and self.crossed.excludes_zero
+
+    def __str__(self) -> str:
+        return f"{self.estimate:+.3f} {self.crossed.ends}"
 
 
 def interval(differences: ArrayLike, confidence: float = 0.95, method: str | None = None, seed: int = 0) -> Interval:
@@ -67,8 +106,8 @@ def interval(differences: ArrayLike, confidence: float = 0.95, method: str | Non
     if pairs < 2:
         return Interval(mean, -np.inf, np.inf, pairs, "none")
     method = method or ("bca" if pairs >= FEW else "t")
-    if np.ptp(values) == 0:  # no spread at all: neither method says more than the value
-        return Interval(mean, mean, mean, pairs, method)
+    if np.ptp(values) <= _ROUNDING * max(1.0, abs(mean)):
+        return _without_spread(mean, pairs, method)
     if method == "t":
         low, high = stats.t.interval(confidence, pairs - 1, loc=mean, scale=stats.sem(values))
     else:
@@ -79,6 +118,13 @@ def interval(differences: ArrayLike, confidence: float = 0.95, method: str | Non
             )
         low, high = found.confidence_interval
     return Interval(mean, float(low), float(high), pairs, method)
+
+
+def _without_spread(mean: float, pairs: int, method: str) -> Interval:
+    """Nothing but zeros is no difference; the same difference everywhere may be chance, and nothing says how much."""
+    if abs(mean) <= _ROUNDING:
+        return Interval(0.0, 0.0, 0.0, pairs, method)
+    return Interval(mean, -np.inf, np.inf, pairs, "none")
 
 
 def _finite(differences: ArrayLike) -> NDArray[np.float64]:
@@ -110,12 +156,35 @@ def crossed_interval(*tasks: ArrayLike, confidence: float = 0.95) -> Interval:
         for axis, n in enumerate(values.shape)
     ]
     variance = sum(v for v, _ in parts)
-    if variance == 0:
-        return Interval(estimate, estimate, estimate, pairs, "crossed")
+    if variance <= (_ROUNDING * max(1.0, abs(estimate))) ** 2:
+        return _without_spread(estimate, pairs, "crossed")
     # at most the seeds' own: two seeds that are close by chance must not hide how few they are
     freedom = min(variance**2 / sum(v**2 / n for v, n in parts), pairs - len(matrices))
     reach = float(stats.t.ppf((1 + confidence) / 2, freedom)) * variance**0.5
     return Interval(estimate, estimate - reach, estimate + reach, pairs, "crossed")
+
+
+def crossed(gap: Frame) -> Interval:
+    """`crossed_interval` of differences by task and seed, each an array over the task's test rows (NaN: a row that
+    could not be judged, left out for all seeds)."""
+    tasks = [np.stack([*values]) for _, values in gap.groupby(level="task")]
+    return crossed_interval(*(values[:, np.isfinite(values).all(axis=0)] for values in tasks))
+
+
+def difference(gap: Frame) -> Difference:
+    """Interval and test of differences by task and seed, each an array over the task's test rows.
+
+    Raises:
+        ValueError: a pair has no finite row, or there is no pair.
+    """
+    pairs = gap.map(np.nanmean).to_numpy(dtype=float)
+    return Difference(interval(pairs), crossed(gap), p_value(pairs))
+
+
+def together(found: Mapping[_Key, Difference]) -> dict[_Key, Difference]:
+    """The same with p values corrected for having looked at all of these."""
+    p_values = corrected([one.p for one in found.values()])
+    return {key: replace(one, p=p) for (key, one), p in zip(found.items(), p_values, strict=True)}
 
 
 def p_value(differences: ArrayLike, seed: int = 0) -> float:

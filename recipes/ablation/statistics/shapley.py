@@ -7,9 +7,11 @@ from collections.abc import Callable, Mapping, Sequence
 from itertools import combinations
 
 import numpy as np
+import pandas as pd
 from numpy.typing import NDArray
 
-from steertune.recipes.ablation.statistics.paired import Interval, interval
+from steertune.recipes.ablation.statistics import Frame
+from steertune.recipes.ablation.statistics.paired import Difference, difference, together
 
 Coalition = frozenset[str]
 
@@ -40,14 +42,26 @@ def shapley(
     return shares
 
 
-def shares(scores: Mapping[Coalition, NDArray[np.float64]], factors: Sequence[str]) -> dict[str, Interval]:
-    """Shapley value of every factor with an interval over the pairs (seed and task).
+def share_rows(scores: Mapping[Coalition, Frame], factors: Sequence[str]) -> dict[str, Frame]:
+    """Shapley value of every factor, pair by pair and test row by test row.
+
+    Args:
+        scores: Coalition -> scores by task and seed, each an array over the test rows; the same pairs for all.
+        factors: The factors.
+    """
+    pairs = scores[frozenset()].index
+    values = {pair: shapley(lambda coalition, pair=pair: scores[coalition][pair], factors) for pair in pairs}
+    return {f: pd.Series([values[pair][f] for pair in pairs], index=pairs, dtype=object) for f in factors}
+
+
+def shares(scores: Mapping[Coalition, Frame], factors: Sequence[str]) -> dict[str, Difference]:
+    """Shapley value of every factor with intervals and a test, corrected for the number of factors.
 
     Shapley values are linear in the scores, so every pair has its own and the interval is that of their mean; the
     factors' estimates add up to the mean gap between the two ends.
 
     Args:
-        scores: Coalition -> one score per pair, the pairs in the same order.
+        scores: As in `share_rows`.
         factors: The factors.
     """
-    return {f: interval(values) for f, values in shapley(scores.__getitem__, factors).items()}
+    return together({f: difference(rows) for f, rows in share_rows(scores, factors).items()})

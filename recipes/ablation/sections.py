@@ -1,0 +1,242 @@
+"""The sections of a report: each makes its lines of Markdown, and its charts, from the cells."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from steertune.recipes.ablation import analysis, charts
+from steertune.recipes.ablation.statistics import Frame
+from steertune.recipes.ablation.statistics.factorial import anova, effects, mixed_model
+from steertune.recipes.ablation.statistics.paired import Difference
+from steertune.recipes.ablation.tables import Claim, GridTables
+
+_SHOWN = 8  # arms in a chart; more cannot be told apart
+_INTERVALS = ["95 %, these test rows", "95 %, other test rows too", "p (Holm)"]
+
+
+def attribution(folder: Path, tables: GridTables, found: analysis.Attribution, label: str) -> list[str]:
+    """Shapley shares of the gap between the two ends of the design."""
+    file = folder / "charts" / "attribution.png"
+    charts.intervals({f: share.crossed for f, share in found.shares.items()}, file, f"share of the gap in {label}")
+    total = sum(share.estimate for share in found.shares.values())
+    return [
+        "## Attribution",
+        "",
+        f"Exact Shapley shares of the gap ({total:+.3f}) from `{words(tables.design.start)}` to "
+        f"`{words(tables.design.end)}`.",
+        "",
+        "![Shapley share of every factor](charts/attribution.png)",
+        "",
+        *table(["factor", "share", *_INTERVALS], [[f, *_numbers(share)] for f, share in found.shares.items()]),
+    ]
+
+
+def effects_of_factors(folder: Path, cells: Frame, factors: list[str], measure: str, label: str) -> list[str]:
+    """What changing one factor does: matched comparisons, analysis of variance, mixed model."""
+    if not factors or cells.empty:
+        return []
+    cells = cells.dropna(subset=[measure])
+    found = effects(cells, factors, measure)
+    if not found:
+        return []
+    charts.effects(found, folder / "charts" / "effects.png", f"difference in {label}")
+    rows = [[e.factor, f"{e.level} − {e.reference}", *_numbers(e.difference), str(e.contexts)] for e in found]
+    lines = [
+        "## Effect of each factor, everything else equal",
+        "",
+        "![Matched effects](charts/effects.png)",
+        "",
+        *table(["factor", "level against reference", "difference", *_INTERVALS, "contexts"], rows),
+    ]
+    variance = anova(cells, factors, measure)
+    if variance is not None:
+        lines += [
+            "Analysis of variance with HC3 errors, tasks and seeds as blocks; cells with a level that means nothing "
+            "there (`-`) are left out. Its p values are uncorrected and about these test rows.",
+            "",
+            *table(
+                ["term", "df", "F", "p", "partial η²"],
+                [[str(t), str(r.df), f"{r.F:.2f}", f"{r.p:.3g}", f"{r.share:.2f}"] for t, r in variance.iterrows()],
+            ),
+        ]
+    mixed = mixed_model(cells, factors, measure)
+    if mixed is not None:
+        lines += [
+            "Mixed model, task and seed as random effects (p values uncorrected, about these test rows):",
+            "",
+            *table(
+                ["level", "estimate", "95 %", "p"],
+                [[str(n), f"{r.estimate:+.3f}", f"[{r.low:+.3f}, {r.high:+.3f}]", f"{r.p:.3g}"]
+                 for n, r in mixed.iterrows()],
+            ),
+        ]  # fmt: skip
+    return lines
+
+
+def comparisons(cells: Frame, claim: Claim) -> list[str]:
+    """Every arm against the claim's baseline."""
+    own = analysis.scores(cells, claim.measure)
+    if claim.than not in own:
+        return [f"{claim.than} has no {analysis.MEASURES[claim.measure]}.", ""]
+    found = sorted(analysis.comparisons(cells, claim.than, claim.measure), key=lambda c: -c.difference.estimate)
+    rows = [[c.arm, f"{c.mean:.3f}", *_numbers(c.difference), str(c.difference.interval.pairs)] for c in found]
+    absent = [a for a in dict.fromkeys(cells["arm"]) if a != claim.than and a not in {c.arm for c in found}]
+    note = (
+        [f"Not compared, because they have no {analysis.MEASURES[claim.measure]} "
+         f"(no strength to match, or no effect at any): {', '.join(absent)}.", ""]
+        if absent else []
+    )  # fmt: skip
+    itself = analysis.mean(own[claim.than].dropna())
+    what = f"{analysis.MEASURES[claim.measure]}; {claim.than} itself has {itself:.3f}."
+    header = ["arm", "mean", f"minus {claim.than}", *_INTERVALS, "pairs"]
+    return [what[0].upper() + what[1:], "", *table(header, rows), *note]
+
+
+def behaviour(cells: Frame) -> list[str]:
+    """Means of every measure."""
+    columns = {
+        "accuracy": "accuracy, tuned strength",
+        "matched_accuracy": "accuracy, matched KL",
+        "margin_gain": "margin gain, nats",
+        "moved_wrong": "moved the wrong way",
+        "behaviour": "behaviour, tuned",
+        "matched_behaviour": "behaviour, matched KL",
+    }
+    there = [c for c in columns if c in cells and cells[c].notna().any()]
+    means = cells.groupby("arm", sort=False)[there].mean()
+    rows = [[str(arm), *("" if pd.isna(v) else f"{v:.3f}" for v in means.loc[arm])] for arm in means.index]
+    base = [cells[f"base_{c}"].mean() if f"base_{c}" in cells else float("nan") for c in there]
+    rows.insert(0, ["(base model)", *("" if pd.isna(v) else f"{v:.3f}" for v in base)])
+    counts = [c for c in ("judgements_failed", "matched_judgements_failed") if c in cells]
+    failed = int(cells[counts].max(axis=1).fillna(0).sum())  # at the same strength they are the same answers
+    note = [f"{failed} judgements failed; they are in no mean.", ""] if failed else []
+    return ["Means over all cells:", "", *table(["arm", *(columns[c] for c in there)], rows), *note]
+
+
+def efficiency(
+    folder: Path, cells: Frame, curves: Sequence[analysis.Efficiency], claim: Claim, label: str
+) -> list[str]:
+    """Curves over the numbers of examples, and what n examples of an arm are worth in the baseline's."""
+    charts.curves(cells, most_telling(cells, claim), claim.measure, folder / "charts" / "curves.png", label)
+    lines = ["## Sample efficiency", "", "![Curves](charts/curves.png)", ""]
+    if not curves:
+        return [*lines, "No arm has the whole curve yet.", ""]
+    sizes = list(curves[0].equivalents)
+    header = ["arm", "area over the baseline's curve", *_INTERVALS, *(f"n = {n} is worth" for n in sizes)]
+    rows = [[e.arm, *_numbers(e.area), *(str(e.equivalents[n]) for n in sizes)] for e in curves]
+    return [
+        *lines,
+        f"*n is worth*: how many examples {claim.than} needs to reach what the arm reaches with n, with its 95 % "
+        "interval for other seeds and test rows; `>` where its curve never gets there.",
+        "",
+        *table(header, rows),
+    ]
+
+
+def side_effects(folder: Path, cells: Frame, tables: GridTables) -> list[str]:
+    y, label = (
+        ("behaviour", "behaviour score") if cells["behaviour"].notna().any() else ("accuracy", "held-out accuracy")
+    )
+    matched = tables.budget.strengths == "matched"  # then every arm has the same KL, and fluency is what differs
+    x, x_label = ("perplexity", "perplexity") if matched else ("kl", "KL to the base")
+    base = None
+    if f"base_{y}" in cells:
+        base = (float(cells["base_perplexity"].mean()) if matched else 0.0, float(cells[f"base_{y}"].mean()))
+    unit = "" if matched else ", nats/token"
+    charts.pareto(cells, x, y, folder / "charts" / "pareto.png", f"{x_label} on neutral text{unit}", label, base)
+    names = {
+        "kl": "KL to the base",
+        "perplexity": "perplexity",
+        "repetition": "repetition",
+        "moved_wrong": "moved wrong",
+    }
+    there = [c for c in names if c in cells]
+    means = cells.groupby("arm", sort=False)[there].mean()
+    rows = [[str(arm), *("" if pd.isna(v) else f"{v:.3f}" for v in means.loc[arm])] for arm in means.index]
+    base = f"Base: perplexity {cells['base_perplexity'].mean():.2f}" if "base_perplexity" in cells else ""
+    if "base_repetition" in cells:
+        base += f", repetition {cells['base_repetition'].mean():.3f}"
+    return [
+        f"## Side effects, at the {'matched' if matched else 'tuned'} strength",
+        "",
+        "![Effect against side effect](charts/pareto.png)",
+        "",
+        *table(["arm", *(names[c] for c in there)], rows),
+        f"{base}.",
+        "",
+    ]
+
+
+def cost(cells: Frame) -> list[str]:
+    columns = {
+        "parameters": ("trained parameters", "{:,.0f}"),
+        "train_seconds": ("training, s", "{:.1f}"),
+        "tuning_seconds": ("tuning, s", "{:.1f}"),
+        "pairs_read": ("pairs read", "{:.0f}"),
+        "tokens_read": ("tokens read", "{:,.0f}"),
+        "peak_memory_gb": ("peak memory, GB", "{:.2f}"),
+    }
+    there = [c for c in columns if c in cells and cells[c].notna().any()]
+    means = cells.groupby("arm", sort=False)[there].mean()
+    rows = [
+        [str(arm), *("" if pd.isna(v) else columns[c][1].format(v) for c, v in means.loc[arm].items())]
+        for arm in means.index
+    ]
+    return ["## Cost", "", *table(["arm", *(columns[c][0] for c in there)], rows)]
+
+
+def failures(cells: Frame) -> list[str]:
+    bad = cells[cells["status"] != "ok"]
+    if bad.empty:
+        return ["## Failures", "", "None: every cell ran and none diverged.", ""]
+    rows = [
+        [r.task, str(r.examples), str(r.seed), r.arm, r.status, str(r.error).splitlines()[0][:160]]
+        for r in bad.itertuples()
+    ]
+    note = "A diverged cell counts as the base model in every comparison. A failed one counts nowhere."
+    return ["## Failures", "", note, "", *table(["task", "n", "seed", "arm", "status", "error"], rows)]
+
+
+def how(grid: dict[str, Any], tables: GridTables, cells: Frame) -> list[str]:
+    """Command, budgets, scorers, versions: what it takes to run the grid again."""
+    lines = ["## How it was made", "", f"```\n{grid['command']}\n```", ""]
+    budgets = [f"`{name}`: {words(change)}" for name, change in tables.budgets.items()]
+    other = f"; other budgets: {', '.join(budgets)}" if budgets else ""
+    lines += [
+        f"Tuning budget of every arm: `{words(tables.budget.model_dump())}`{other}. Splits: "
+        f"`{words(tables.splits.model_dump())}`. Matched KL: {tables.matched.kl} nats per token.",
+        "",
+    ]
+    if "scorer" in cells:
+        notes = cells.dropna(subset=["scorer"]).groupby("task")["scorer"].unique()
+        lines += [f"- Behaviour of {task}: {'; '.join(found)}." for task, found in notes.items()]
+    versions = cells["versions"].dropna().unique() if "versions" in cells else []
+    return [*lines, *(f"- Made with {version}." for version in versions), ""]
+
+
+def _numbers(found: Difference) -> list[str]:
+    return [f"{found.estimate:+.3f}", found.interval.ends, found.crossed.ends, f"{found.p:.3g}"]
+
+
+def words(table: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key}={value}" for key, value in table.items())
+
+
+def most_telling(cells: Frame, claim: Claim) -> list[str]:
+    """The arms of the claim and the best others, as many as a chart can show."""
+    means = cells.groupby("arm")[claim.measure].mean().dropna().sort_values(ascending=False)
+    first = [arm for arm in (claim.better, claim.than) if arm in means.index]
+    return [*first, *(arm for arm in means.index if arm not in first)][:_SHOWN]
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    return [
+        "| " + " | ".join(header) + " |",
+        "|---" * len(header) + "|",
+        *("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows),
+        "",
+    ]

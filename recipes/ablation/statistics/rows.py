@@ -1,0 +1,48 @@
+"""A measure row by row: what every cell scored on every test row."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from steertune.recipes.ablation.statistics import Frame
+
+
+def rows_of(cells: Frame, measure: str) -> Frame:
+    """Per cell an array over the test rows (or answers) whose mean is the measure; None for a cell that has none.
+
+    A measure whose rows were not kept is an array of one.
+    """
+    prefix = "matched_" if measure.startswith("matched_") else ""
+    margins = cells.get(f"{prefix}margins")
+    kind = measure.removeprefix("matched_")
+    if kind == "accuracy" and margins is not None:
+        found = [_array(m, lambda values: (np.sign(values) + 1) / 2) for m in margins]
+    elif kind == "margin_gain" and margins is not None and "base_margins" in cells:
+        bases = [_array(b) for b in cells["base_margins"]]
+        gains = zip(map(_array, margins), bases, strict=True)
+        found = [None if m is None or b is None else m - b for m, b in gains]
+    elif kind == "behaviour" and f"{prefix}behaviours" in cells:
+        found = [_array(b) for b in cells[f"{prefix}behaviours"]]
+    else:
+        found = [None if pd.isna(value) else np.array([float(value)]) for value in cells[measure]]
+    # a cell whose measure is missing (unmatched, failed) has no rows either
+    kept = [None if pd.isna(value) else rows for value, rows in zip(cells[measure], found, strict=True)]
+    return pd.Series(kept, index=cells.index, dtype=object)
+
+
+def mean_rows(values: Frame, levels: Sequence[str]) -> Frame:
+    """Mean of arrays within groups of the index."""
+    with warnings.catch_warnings():  # a row that could be judged nowhere stays NaN
+        warnings.simplefilter("ignore", RuntimeWarning)
+        groups = values.groupby(level=list(levels), sort=True)
+        means = {key: np.nanmean(np.stack([*group]), axis=0) for key, group in groups}
+    return pd.Series([*means.values()], index=pd.MultiIndex.from_tuples(means, names=levels), dtype=object)
+
+
+def _array(values: Any, change: Callable[[Any], Any] = lambda values: values) -> Any:
+    return change(np.array(values, dtype=float)) if isinstance(values, list | np.ndarray) else None

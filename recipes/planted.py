@@ -1,10 +1,12 @@
-"""Does the instrument tell the truth? Grids on problems whose answer is known.
+"""Does the instrument tell the truth? Whole studies of problems whose answer is known.
 
     python -m steertune.recipes.planted --folder runs/planted
 
-A teacher is the base model plus one known change; of two random answers it calls the likelier one chosen. The arms
-cross the form of the adapter with its layer. Asked is how often a study names the teacher's form and layer, how often
-it claims a difference where there is none, and how often its 95 % intervals hold the true difference.
+A teacher is the base model plus one known change: a vector, a rank-one gate or a rank-one LoRA at a known layer, or
+nothing. Chosen is the answer that the change makes likelier. Every study is a grid of its own, with tasks, seeds,
+tuning and matched KL as in a real one, whose arms cross the form of the adapter with its layer. Asked is how often a
+study names and claims the teacher's form and layer, how often it claims a difference where there is none, and how
+often its 95 % intervals hold the true difference.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import gc
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +25,7 @@ import numpy as np
 import torch
 from datasets import disable_progress_bars
 from peft import LoraConfig, get_peft_model
+from statsmodels.stats.proportion import proportion_confint
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -29,11 +33,12 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerF
 
 from steertune.adapters import SteeringVectorConfig
 from steertune.recipes.ablate import check_folder, run
+from steertune.recipes.ablation import analysis
 from steertune.recipes.ablation.bench import Bench
-from steertune.recipes.ablation.grid import make_grid
+from steertune.recipes.ablation.grid import Grid, make_grid
 from steertune.recipes.ablation.statistics import Frame
 from steertune.recipes.ablation.statistics.factorial import effects
-from steertune.recipes.ablation.statistics.paired import FEW, corrected, interval, p_value
+from steertune.recipes.ablation.statistics.paired import Difference
 from steertune.recipes.ablation.tidy import read_cells
 from steertune.recipes.arm import ArmError
 from steertune.recipes.training import set_threads, write_whole
@@ -41,7 +46,9 @@ from steertune.recipes.training import set_threads, write_whole
 WORDS, LENGTH, LAYER, WRONG_LAYER = 60, 6, 2, 0
 FORMS = ("bias", "gated", "lora")
 PROBLEMS = ("bias", "gated", "lora", "base", "shuffled")
-STUDIES = 200
+TASKS, SEEDS, EXAMPLES, TEST = 2, 4, 128, 60
+MEASURE = "matched_accuracy"
+_CANDIDATES = 4  # random pairs a teacher chooses its clearest from
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -50,63 +57,70 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="planted", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--problems", nargs="+", default=list(PROBLEMS), choices=PROBLEMS)
-    parser.add_argument("--replicates", type=int, default=40, help="independent data sets of every problem")
-    parser.add_argument("--examples", type=int, default=256, help="training pairs")
-    parser.add_argument("--pairs", nargs="+", type=int, default=[5, 10, 20], help="replicates in one study")
+    parser.add_argument("--studies", type=int, default=10, help="of every problem with a teacher")
+    parser.add_argument("--nulls", type=int, default=24, help="studies of every problem with nothing to learn")
     parser.add_argument("--folder", type=Path, default=Path("runs/planted"))
     options = parser.parse_args(argv)
     set_threads(1)  # the models are tiny
     gc.freeze()  # each test of many corrections collects garbage, which takes longer than the test
     disable_progress_bars()
-    found = {}
-    for problem in options.problems:
-        try:
-            found[problem] = _cells(problem, options)
-        except ArmError as error:
-            print(f"ArmError: {error}", file=sys.stderr)
-            return 2
-    table = summarise(found, options.pairs)
+    base = options.folder / "base"
+    if not (base / "config.json").exists():
+        save_base(base)
+    numbers = [
+        (problem, i)
+        for problem in options.problems
+        for i in range(options.studies if problem in FORMS else options.nulls)
+    ]
+    found: dict[str, list[Study]] = {problem: [] for problem in options.problems}
+    try:
+        for problem, i in tqdm(numbers, desc="Studies", unit="study"):
+            found[problem].append(study(problem, i, base, options.folder))
+    except ArmError as error:
+        print(f"ArmError: {error}", file=sys.stderr)
+        return 2
+    table = summarise(found)
     write_whole(options.folder / "table.md", table)
     print(table)
     return 0
 
 
-def _cells(problem: str, options: argparse.Namespace) -> Frame:
-    """The cells of all replicates of a problem; those that are there already are not run again."""
-    folder = options.folder / problem
-    names = [f"r{i:03d}" for i in range(options.replicates)]
-    base = folder.parent / "base"
-    if not (base / "config.json").exists():
-        save_base(base)
-    missing = [name for name in names if not (folder / "data" / name / "test.jsonl").exists()]
-    if missing:
-        model = AutoModelForCausalLM.from_pretrained(base).eval()
-        for name in tqdm(missing, desc=f"Sampling {problem}"):
-            write_task(folder / "data" / name, model, problem, seed=PROBLEMS.index(problem) * 10_000 + int(name[1:]))
-    grid = make_grid(tables(base, [str(folder / "data" / name) for name in names], options.examples))
+def study(problem: str, number: int, base: Path, folder: Path) -> Study:
+    """Run a study, or what is left of it, and read what it says."""
+    home = folder / problem / f"s{number:03d}"
+    tasks = [home / "data" / f"t{i}" for i in range(TASKS)]
+    model: Any = None
+    for i, task in enumerate(tasks):
+        if not (task / "test.jsonl").exists():
+            model = model or AutoModelForCausalLM.from_pretrained(base).eval()
+            write_task(task, model, problem, seed=(PROBLEMS.index(problem) * 1000 + number) * TASKS + i)
+    grid = make_grid(tables(problem, base, [str(task) for task in tasks]))
     cells = grid.cells()
-    check_folder(folder, cells)
-    run(grid, cells, Bench(grid), folder)
-    return read_cells(folder, [str(cell.path) for cell in cells])
+    check_folder(home, cells)
+    run(grid, cells, Bench(grid), home, show=False)
+    return read_study(problem, grid, read_cells(home, [str(cell.path) for cell in cells]))
 
 
-def tables(base: Path, tasks: list[str], examples: int) -> dict[str, Any]:
+def tables(problem: str, base: Path, tasks: list[str]) -> dict[str, Any]:
     """The grid: form x layer, one tuning budget for all."""
     lora = {"type": "lora", "r": 1, "lora_alpha": 15, "target_modules": ["down_proj"]}
     at = {"right": LAYER, "wrong": WRONG_LAYER}
+    true = problem if problem in FORMS else "bias"
+    start = {"form": "lora" if true != "lora" else "bias", "layer": "wrong"}
+    end = {"form": true, "layer": "right"}
     return {
         "name": "planted",
         "model": {"name": str(base), "threads": 1},
         "neutral": str(base / "neutral.jsonl"),
         "tasks": [{"name": task, "scorer": {"kind": "rule", "pattern": "w1"}} for task in tasks],
-        "examples": [examples],
-        "seeds": [0],
+        "examples": [EXAMPLES],
+        "seeds": list(range(SEEDS)),
         "generations": 0,
         "trainer": {"per_device_train_batch_size": 16},
         "loss": {"beta": 1.0},  # margins here are a few nats
-        "splits": {"validation": 40, "test": 100, "scorer": 0, "near_duplicates": 1.0},
-        "budget": {"trials": 1, "steps": [40], "strengths": [0.5, 1.0, 2.0], "per": "cell"},
-        "matched": {"kl": 0.02},
+        "splits": {"validation": 40, "test": TEST, "scorer": 0, "near_duplicates": 1.0},
+        "budget": {"trials": 1, "steps": [20]},
+        "matched": {"kl": 0.3},
         "card": {
             "problem": "Does the instrument find the change that was planted?",
             "hypothesis": "The arm with the teacher's own form and layer is the best.",
@@ -114,12 +128,15 @@ def tables(base: Path, tasks: list[str], examples: int) -> dict[str, Any]:
             "baselines": "The other forms, and the wrong layer.",
             "affordances": {"*": "the same pairs, the same budget"},
         },
-        "design": {"kind": "full"},
+        "claim": {"better": _arm(end), "than": _arm(start), "measure": MEASURE},
+        "design": {"kind": "full", "start": start, "end": end},
         "factors": {
             "form": {
-                "bias": {"adapter": {"type": "steering_vector", "form": "bias"}, "trainer": {"learning_rate": 0.3}},
-                "gated": {"adapter": {"type": "steering_vector", "form": "gated"}},
-                "lora": {"adapter": lora, "trainer": {"learning_rate": 0.005}},
+                "bias": {"adapter": {"type": "steering_vector", "form": "bias"}, "trainer": {"learning_rate": 1.0}},
+                "gated": {
+                    "adapter": {"type": "steering_vector", "form": "gated"}, "trainer": {"learning_rate": 0.3}
+                },
+                "lora": {"adapter": lora, "trainer": {"learning_rate": 0.03}},
             },
             "layer": {
                 level: [
@@ -129,7 +146,11 @@ def tables(base: Path, tasks: list[str], examples: int) -> dict[str, Any]:
                 for level, layer in at.items()
             },
         },
-    }
+    }  # fmt: skip
+
+
+def _arm(levels: dict[str, str]) -> str:
+    return ",".join(f"{factor}={level}" for factor, level in levels.items())
 
 
 # -- teachers and their data --------------------------------------------------------------------------------------
@@ -162,13 +183,13 @@ def save_base(folder: Path) -> None:
 
 
 def write_task(folder: Path, base: Any, problem: str, seed: int) -> None:
-    """Training and test pairs of one replicate: another teacher of the same kind, other prompts and answers."""
+    """Training and test pairs: another teacher of the same kind, other prompts and answers."""
     generator = torch.Generator().manual_seed(seed)
-    teacher = make_teacher(base, problem, seed)
+    teacher = make_teacher(base, "bias" if problem == "shuffled" else problem, seed)
     folder.mkdir(parents=True, exist_ok=True)
-    for split, rows in (("train", 300), ("test", 100)):
+    for split, rows in (("train", EXAMPLES + 100), ("test", TEST)):
         coin = problem == "base" or (problem == "shuffled" and split == "train")
-        _write_rows(folder / f"{split}.jsonl", sample_pairs(teacher, rows, generator, coin))
+        _write_rows(folder / f"{split}.jsonl", sample_pairs(base, teacher, rows, generator, coin))
 
 
 def make_teacher(base: Any, problem: str, seed: int) -> Any:
@@ -191,19 +212,24 @@ def make_teacher(base: Any, problem: str, seed: int) -> Any:
     return teacher
 
 
-def sample_pairs(teacher: Any, rows: int, generator: torch.Generator, coin: bool) -> list[dict[str, str]]:
-    """Random prompts, each with two random answers; chosen is the one likelier to the teacher, or what a coin says."""
-    prompts, first, second = (torch.randint(4, 4 + WORDS, (rows, LENGTH), generator=generator) for _ in range(3))
-    better = _logps(teacher, prompts, first) > _logps(teacher, prompts, second)
-    if coin:
-        better = torch.rand(rows, generator=generator) < 0.5
+@torch.no_grad()
+def sample_pairs(base: Any, teacher: Any, rows: int, generator: torch.Generator, coin: bool) -> list[dict[str, str]]:
+    """Random prompts, each with two random answers; chosen is the one that the teacher's change makes likelier, of
+    the pairs on which it weighs most; or what a coin says."""
+    count = _CANDIDATES * rows
+    prompts, first, second = (torch.randint(4, 4 + WORDS, (count, LENGTH), generator=generator) for _ in range(3))
+    reward = _logps(teacher, prompts, first) - _logps(teacher, prompts, second)
+    reward -= _logps(base, prompts, first) - _logps(base, prompts, second)
+    kept = reward.abs().argsort(descending=True, stable=True)[:rows]
+    kept = kept[torch.randperm(rows, generator=generator)]
+    better = torch.rand(count, generator=generator) < 0.5 if coin else reward > 0
     return [
         {
             "prompt": _words(prompts[i]) + " ",
             "chosen": _words(first[i] if better[i] else second[i]),
             "rejected": _words(second[i] if better[i] else first[i]),
         }
-        for i in range(rows)
+        for i in kept.tolist()
     ]
 
 
@@ -225,121 +251,160 @@ def _write_rows(file: Path, rows: list[dict[str, str]]) -> None:
 # -- what the studies say -----------------------------------------------------------------------------------------
 
 
-def summarise(cells: dict[str, Frame], sizes: Sequence[int]) -> str:
-    """Markdown: per problem the arms' means, then what studies of several sizes claim, and how good intervals are."""
-    lines = ["# Planted problems", "", "Mean held-out accuracy of every arm (form/layer) over all replicates.", ""]
-    arms = [f"{form}/{layer}" for form in FORMS for layer in ("right", "wrong")]
-    lines += ["| teacher | replicates | base | " + " | ".join(arms) + " |", "|---" * (len(arms) + 3) + "|"]
-    for problem, frame in cells.items():
-        means = frame.groupby(["form", "layer"])["accuracy"].mean()
-        values = " | ".join(f"{means[form, layer]:.3f}" for form in FORMS for layer in ("right", "wrong"))
-        lines.append(f"| {problem} | {frame.task.nunique()} | {frame.base_accuracy.mean():.3f} | {values} |")
-    lines += [
-        "",
-        "## What studies claim",
-        "",
-        *_claims(cells, sizes),
-        "",
-        "## Intervals",
-        "",
-        *_coverage(cells, sizes),
-    ]
-    return "\n".join(lines) + "\n"
+@dataclass(frozen=True)
+class Study:
+    """What one study says, and what it should.
+
+    Attributes:
+        means: Mean score of every arm, by form and layer.
+        base: The base model's accuracy.
+        named: The teacher's form has the highest mean at the right layer.
+        form: The teacher's form is claimed: better than `bias`, or for a bias teacher, worse is claimed of another.
+        layer: The right layer is claimed.
+        shares: The Shapley shares that are clear, of form and layer.
+        side: The verdict.
+        false: Something is claimed that is not so.
+        false_by_p: The same if a claim took the permutation test only.
+        gaps: Name of an effect -> what the study says of it.
+    """
+
+    means: dict[tuple[str, str], float]
+    base: float
+    named: bool
+    form: bool
+    layer: bool
+    shares: tuple[str, ...]
+    side: str
+    false: bool
+    false_by_p: bool
+    gaps: dict[str, Difference]
 
 
-def _claims(cells: dict[str, Frame], sizes: Sequence[int]) -> list[str]:
-    lines = [
-        f"{STUDIES} studies of each size, drawn from the replicates. A claim is a corrected permutation test at 5 % "
-        "over the study's effects (gated and LoRA against bias, wrong layer against right). *Form named*: the "
-        "teacher's form has the highest mean. *Form claimed*: it is also significantly better than `bias`, or for the "
-        "bias teacher, no other form is claimed to be better and one is claimed to be worse. *False claim*: that a "
-        "form or layer other than the teacher's is better; for `base`, whose labels are a coin's, any claim; for "
-        "`shuffled`, whose training labels are a coin's and whose test labels a bias teacher's, that an arm beats the "
-        "base.",
-        "",
-        "| teacher | pairs | form named | form claimed | layer claimed | false claim |",
-        "|---|---|---|---|---|---|",
-    ]
-    for problem, frame in cells.items():
-        for size in sizes:
-            studies = [_study(problem, frame, tasks) for tasks in _draws(frame, size)]
-            rates = [sum(study[i] for study in studies) / len(studies) for i in range(4)]
-            shown = [f"{rate:.0%}" for rate in rates]
-            if problem not in FORMS:
-                shown[:3] = ["", "", ""]
-            lines.append(f"| {problem} | {size} | " + " | ".join(shown) + " |")
-    return lines
+def read_study(problem: str, grid: Grid, cells: Frame) -> Study:
+    """What a study says."""
+    claim = grid.tables.claim
+    assert claim is not None
+    found = analysis.attribution(cells, grid.tables, MEASURE)
+    side = analysis.verdict(cells, claim, found).side
+    gaps = {f"{e.factor} {e.level}": e.difference for e in effects(cells, ["form", "layer"], MEASURE)}
+    means = cells.groupby(["form", "layer"])[MEASURE].mean()
+    at_right = {form: float(means[form, "right"]) for form in FORMS}
+    clear = {name: gap.estimate for name, gap in gaps.items() if gap.clear()}
+    by_p = {name: gap.estimate for name, gap in gaps.items() if gap.p < 0.05}
+    others = {name: gap for name, gap in clear.items() if name.startswith("form ")}
+    form = max(others.values(), default=0.0) < 0 if problem == "bias" else others.get(f"form {problem}", 0.0) > 0
+    shares = tuple(f for f, share in (found.shares if found else {}).items() if share.clear())
+    return Study(
+        means={(str(f), str(la)): float(v) for (f, la), v in means.items()},
+        base=float(cells["base_accuracy"].mean()),
+        named=max(at_right, key=at_right.__getitem__) == problem,
+        form=form,
+        layer=clear.get("layer wrong", 0.0) < 0,
+        shares=shares,
+        side=side,
+        false=_false(problem, clear) or (problem not in FORMS and (side != "undecided" or bool(shares))),
+        false_by_p=_false(problem, by_p),
+        gaps=gaps,
+    )
 
 
-def _draws(frame: Frame, size: int) -> list[list[str]]:
-    names = sorted(frame.task.unique())
-    rng = np.random.default_rng(size)
-    return [list(rng.choice(names, size=min(size, len(names)), replace=False)) for _ in range(STUDIES)]
-
-
-def _study(problem: str, frame: Frame, tasks: list[str]) -> tuple[bool, bool, bool, bool]:
-    """Whether a study names the form, claims it, claims the layer, and claims something false."""
-    rows = frame[frame.task.isin(tasks)]
-    if problem == "shuffled":
-        return False, False, False, _beats_the_base(rows)
-    found = {
-        (e.factor, e.level): (e.interval.estimate, e.p < 0.05) for e in effects(rows, ["form", "layer"], "accuracy")
-    }
-    form = {level: found["form", level] for level in FORMS[1:]}
-    wrong_layer = found["layer", "wrong"]
-    claimed = {level: (gain > 0, sure) for level, (gain, sure) in form.items()}
+def _false(problem: str, claimed: dict[str, float]) -> bool:
+    """Whether something is claimed that is not so. With nothing to learn that is anything; else that a form other than
+    the teacher's beats `bias`, that the teacher's loses to it, or that the wrong layer is better. Which of two forms
+    that are not the teacher's is better is not known."""
     if problem not in FORMS:
-        return False, False, False, any(sure for _, sure in found.values())
-    named = rows[rows.layer == "right"].groupby("form")["accuracy"].mean().idxmax() == problem
-    better = [level for level, (up, sure) in claimed.items() if up and sure]
-    worse = [level for level, (up, sure) in claimed.items() if sure and not up]
-    right = bool(worse) and not better if problem == "bias" else problem in better
-    false = any(level != problem for level in better) or problem in worse or (wrong_layer[0] > 0 and wrong_layer[1])
-    return bool(named), right, wrong_layer[0] < 0 and wrong_layer[1], false
+        return bool(claimed)
+    wrong = {f"form {form}" for form in FORMS if form != problem} if problem == "bias" else set()
+    return (
+        any(gap > 0 for name, gap in claimed.items() if name in wrong)
+        or claimed.get(f"form {problem}", 0.0) < 0
+        or claimed.get("layer wrong", 0.0) > 0
+    )
 
 
-def _beats_the_base(rows: Frame) -> bool:
-    """Whether an arm is claimed to be better than the base model."""
-    gains = [(arm.accuracy - arm.base_accuracy).to_numpy() for _, arm in rows.groupby(["form", "layer"])]
-    tests = corrected([p_value(gain) for gain in gains])
-    return any(gain.mean() > 0 and p < 0.05 for gain, p in zip(gains, tests, strict=True))
+def summarise(found: dict[str, list[Study]]) -> str:
+    """Markdown: what the arms reach, what the studies claim, how good the intervals are."""
+    return "\n".join(
+        [
+            "# Planted problems",
+            "",
+            f"Every study is a grid of {TASKS} tasks x {SEEDS} seeds with {EXAMPLES} examples and {TEST} test rows, "
+            "its settings tuned per arm, compared at matched KL. Mean held-out accuracy of every arm (form/layer):",
+            "",
+            *_means(found),
+            "",
+            "## What studies claim",
+            "",
+            "A claim is an effect (gated and LoRA against bias, wrong layer against right) whose permutation test, "
+            "corrected for all three, is below 5 %, and whose interval for other seeds and test rows leaves out zero. "
+            "*Named*: the teacher's form has the highest mean. *Claimed*: it is claimed to be better than `bias`; for "
+            "the bias teacher, that another is worse. *Shares*: a clear Shapley share of form or layer. *False "
+            "claim*: of a form or layer that is not the teacher's; for `base` (all labels are a coin's) and "
+            "`shuffled` (the training labels are), any claim, share or verdict; with its 95 % interval "
+            "(Clopper-Pearson). *By p alone*: if the permutation test were enough.",
+            "",
+            *_claims(found),
+            "",
+            "## Intervals",
+            "",
+            "How often the 95 % interval of an effect holds the truth: the mean of all other studies of the problem; "
+            "for `base` and `shuffled` 0.",
+            "",
+            *_coverage(found),
+            "",
+        ]
+    )
 
 
-def _coverage(cells: dict[str, Frame], sizes: Sequence[int]) -> list[str]:
-    lines = [
-        "How often the 95 % interval of an effect (the three above, of every problem) holds the mean over all "
-        f"replicates, by method; the instrument takes `t` below {FEW} pairs and `bca` from there on. For `base` "
-        "the truth is 0.",
-        "",
-        "| pairs | `t` | `bca` | permutation test at 5 % rejects a true zero |",
-        "|---|---|---|---|",
-    ]
-    for size in sizes:
-        hits: dict[str, list[bool]] = {"t": [], "bca": []}
-        rejected = []
-        for problem, frame in cells.items():
-            for gaps in _gaps(frame):
-                truth = 0.0 if problem == "base" else float(gaps.mean())
-                for tasks in _draws(frame, size)[: STUDIES // 5]:
-                    values = gaps.loc[tasks].to_numpy()
-                    for method, seen in hits.items():
-                        found = interval(values, method=method)
-                        seen.append(found.low <= truth <= found.high)
-                    if problem == "base":
-                        rejected.append(p_value(values) < 0.05)
-        shown = [f"{np.mean(seen):.1%}" for seen in (*hits.values(), rejected or [np.nan])]
-        lines.append(f"| {size} | " + " | ".join(shown) + " |")
+def _means(found: dict[str, list[Study]]) -> list[str]:
+    arms = [(form, layer) for form in FORMS for layer in ("right", "wrong")]
+    lines = ["| teacher | studies | base | " + " | ".join(f"{f}/{la}" for f, la in arms) + " |"]
+    lines.append("|---" * (len(arms) + 3) + "|")
+    for problem, studies in found.items():
+        values = " | ".join(f"{np.nanmean([s.means[arm] for s in studies]):.3f}" for arm in arms)
+        lines.append(f"| {problem} | {len(studies)} | {np.mean([s.base for s in studies]):.3f} | {values} |")
     return lines
 
 
-def _gaps(frame: Frame) -> list[Frame]:
-    """Per replicate: gated and LoRA minus bias, and the wrong minus the right layer."""
-    found = []
-    for factor in ("form", "layer"):
-        means = frame.pivot_table(index="task", columns=factor, values="accuracy")
-        first, *others = FORMS if factor == "form" else ("right", "wrong")
-        found += [means[level] - means[first] for level in others]
-    return found
+def _claims(found: dict[str, list[Study]]) -> list[str]:
+    lines = [
+        "| teacher | studies | form named | form claimed | layer claimed | shares | verdict for / against / undecided "
+        "| false claim | by p alone |",
+        "|---" * 9 + "|",
+    ]
+    for problem, studies in found.items():
+        known = problem in FORMS
+        sides = " / ".join(str(sum(s.side == side for s in studies)) for side in ("for", "against", "undecided"))
+        shares = ", ".join(f"{f} {sum(f in s.shares for s in studies)}" for f in ("form", "layer"))
+        cells = [
+            *(str(sum(getattr(s, name) for s in studies)) if known else "" for name in ("named", "form", "layer")),
+            shares,
+            sides,
+            _rate([s.false for s in studies]),
+            _rate([s.false_by_p for s in studies]),
+        ]
+        lines.append(f"| {problem} | {len(studies)} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def _coverage(found: dict[str, list[Study]]) -> list[str]:
+    lines = ["| teacher | these test rows | other test rows too |", "|---|---|---|"]
+    for problem, studies in found.items():
+        held: tuple[list[bool], list[bool]] = ([], [])
+        for name in studies[0].gaps:
+            gaps = [study.gaps[name] for study in studies if name in study.gaps]
+            for i, gap in enumerate(gaps):
+                rest = [other.estimate for j, other in enumerate(gaps) if j != i]
+                truth = float(np.mean(rest)) if problem in FORMS and rest else 0.0
+                for seen, interval in zip(held, (gap.interval, gap.crossed), strict=True):
+                    seen.append(interval.low <= truth <= interval.high)
+        lines.append(f"| {problem} | {_rate(held[0])} | {_rate(held[1])} |")
+    return lines
+
+
+def _rate(seen: Sequence[bool]) -> str:
+    low, high = proportion_confint(sum(seen), len(seen), method="beta")
+    return f"{np.mean(seen):.0%} [{low:.0%}, {high:.0%}]"
 
 
 if __name__ == "__main__":

@@ -17,7 +17,9 @@ from conftest import tiny
 import steertune.recipes.ablate as recipe
 import steertune.recipes.ablation.cell as cell_module
 from steertune.recipes.ablation.bench import Bench
+from steertune.recipes.ablation.cell import tuning_file
 from steertune.recipes.ablation.grid import VERSION, Grid, make_grid
+from steertune.recipes.ablation.plan import estimate
 from steertune.recipes.ablation.tidy import read_cells
 from steertune.recipes.arm import ARMS as ARMS_FOLDER
 from steertune.recipes.arm import ArmError
@@ -266,9 +268,36 @@ def test_a_dry_run_says_what_it_would_cost_and_runs_nothing(tables, tmp_path, ca
     assert recipe.main([str(file), "--folder", str(tmp_path / "run"), "--dry-run", "--threads", "1"]) == 0
     printed = capsys.readouterr().out
     assert "10 cells: 5 arms x 1 tasks x 1 numbers of examples x 2 seeds; 0 are done." in printed
-    assert all(arm in printed for arm in ARMS)
+    assert all(f"min  task n=4 seed={seed} {arm}" in printed for arm in ARMS for seed in (0, 1))
+    assert "2 x [2] steps, 2" in printed and "not trained" in printed
     assert "minutes on 1 process" in printed
     assert not (tmp_path / "run").exists()
+
+
+def test_a_scorer_that_cannot_be_fitted_ends_the_grid_before_it_starts(tables, tmp_path, capsys):
+    tables["tasks"][0]["scorer"] = {"kind": "classifier"}  # from two rows
+    file = tmp_path / "grid.toml"
+    file.write_text(_toml(tables))
+    assert recipe.main([str(file), "--folder", str(tmp_path / "run"), "--threads", "1"]) == 2
+    assert "splits.scorer=2: a classifier needs 10 rows or more" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_is_left_of_a_grid_is_estimated_from_what_ran(tables, tmp_path):
+    """A cell that ran says what its siblings cost: with its tuning only where that is still to be done."""
+    grid = make_grid(tables)
+    bench, cells = Bench(grid), grid.cells()
+    [first, second] = [cell for cell in cells if cell.arm.name == "form=bias,init=zeros"]
+    before = estimate([first, second], bench, tmp_path)
+    assert before[first.path] > before[second.path] > 0, "the first seed tunes for both"
+    home = tmp_path / first.path
+    home.mkdir(parents=True)
+    known = {"seconds": 30.0, "tuning_seconds": 20.0, "seed": 0}
+    (home / "cell.json").write_text(json.dumps(known))
+    assert estimate([second], bench, tmp_path) == {second.path: 30.0}, "its tuning is not there"
+    tuning_file(second, bench, tmp_path).parent.mkdir(parents=True)
+    tuning_file(second, bench, tmp_path).write_text("{}")
+    assert estimate([second], bench, tmp_path) == {second.path: 10.0}
 
 
 def test_a_diverged_cell_is_a_result(tables, tmp_path):
@@ -291,11 +320,13 @@ def test_a_failed_cell_does_not_end_the_grid_and_is_tried_again(tables, tmp_path
         return original(cell, *args)
 
     monkeypatch.setattr(recipe, "run_cell", fails_on_lora)
-    grid = make_grid(tables)
+    grid, start = make_grid(tables), time.time()
     failed = recipe.run(grid, grid.cells(), Bench(grid), tmp_path / "run", show=False)
     assert failed == [f"task n=4 seed={seed} form=lora,init=-" for seed in (0, 1)]
     names = [str(cell.path) for cell in grid.cells()]
     assert list(read_cells(tmp_path / "run", names)["status"]).count("failed") == 2
+    # another runner of the same launch, which comes to the cell later, does not try it once more
+    assert recipe._claimed(grid.cells()[0], Bench(grid), tmp_path / "run", started=start) == "failed"
     monkeypatch.undo()
     run(tables, tmp_path / "run")
     assert "failed" not in set(read_cells(tmp_path / "run", names)["status"])

@@ -12,6 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from steertune.recipes import planted
+from steertune.recipes.ablation.grid import make_grid
 
 
 @pytest.fixture(scope="module")
@@ -34,85 +35,89 @@ def logp(model, tokenizer, prompt: str, answer: str) -> float:
     return sum(float(logps[i - 1, ids[0, i]]) for i in range(length, ids.shape[1]))
 
 
-@pytest.mark.parametrize("problem", ["bias", "gated", "lora"])
-def test_the_teacher_prefers_every_chosen_answer(problem, base, tmp_path):
+def raised_more(teacher, model, tokenizer, pair: dict) -> bool:
+    """Whether the teacher's change makes the chosen answer likelier than the rejected one."""
+    chosen, rejected = (
+        logp(teacher, tokenizer, pair["prompt"], pair[side]) - logp(model, tokenizer, pair["prompt"], pair[side])
+        for side in ("chosen", "rejected")
+    )
+    return chosen > rejected
+
+
+@pytest.mark.parametrize("problem", planted.FORMS)
+def test_chosen_is_what_the_teacher_s_change_makes_likelier(problem, base, tmp_path):
     model, tokenizer = AutoModelForCausalLM.from_pretrained(base).eval(), AutoTokenizer.from_pretrained(base)
     planted.write_task(tmp_path, model, problem, seed=3)
     teacher = planted.make_teacher(model, problem, 3)
-    pairs = rows(tmp_path / "test.jsonl")[:20]
-    sides = [
-        [logp(m, tokenizer, p["prompt"], p[s]) for s in ("chosen", "rejected")] for p in pairs for m in (teacher,)
-    ]
-    assert all(chosen > rejected for chosen, rejected in sides)
-    # the base does not know it all, or there would be nothing to learn
-    of_base = [logp(model, tokenizer, p["prompt"], p["chosen"]) > logp(model, tokenizer, p["prompt"], p["rejected"])
-               for p in rows(tmp_path / "test.jsonl")]  # fmt: skip
-    assert 0.4 < np.mean(of_base) < 0.95
+    assert all(raised_more(teacher, model, tokenizer, pair) for pair in rows(tmp_path / "test.jsonl")[:20])
 
 
 @pytest.mark.parametrize(("problem", "test_is_a_coin"), [("base", True), ("shuffled", False)])
 def test_labels_without_a_teacher_are_a_coins(problem, test_is_a_coin, base, tmp_path):
     model, tokenizer = AutoModelForCausalLM.from_pretrained(base).eval(), AutoTokenizer.from_pretrained(base)
     planted.write_task(tmp_path, model, problem, seed=5)
-    teacher = planted.make_teacher(model, problem, 5)
+    teacher = planted.make_teacher(model, "bias", 5)
 
     def agreement(split: str) -> float:
-        pairs = rows(tmp_path / f"{split}.jsonl")[:100]
-        return float(np.mean([logp(teacher, tokenizer, p["prompt"], p["chosen"])
-                              > logp(teacher, tokenizer, p["prompt"], p["rejected"]) for p in pairs]))  # fmt: skip
+        pairs = rows(tmp_path / f"{split}.jsonl")[:60]
+        return float(np.mean([raised_more(teacher, model, tokenizer, pair) for pair in pairs]))
 
     assert 0.3 < agreement("train") < 0.7
     assert (0.3 < agreement("test") < 0.7) if test_is_a_coin else agreement("test") == 1.0
 
 
-def frame(**means: float) -> pd.DataFrame:
-    """Cells of ten replicates with these accuracies (`form_layer`) and a little noise."""
+def made_up(problem: str, base: Path, **means: float) -> planted.Study:
+    """What a study says whose arms (`form_layer`) have these accuracies, with a little noise by seed and row."""
+    grid = make_grid(planted.tables(problem, base, ["t0", "t1"]))
     rng = np.random.default_rng(0)
-    return pd.DataFrame(
-        [
-            {
-                "task": f"r{i}",
-                "seed": 0,
-                "examples": 8,
-                "form": form,
-                "layer": layer,
-                "base_accuracy": 0.5,
-                "accuracy": means.get(f"{form}_{layer}", 0.5) + rng.normal(0, 0.01),
-            }
-            for i in range(10)
-            for layer in ("right", "wrong")
-            for form in planted.FORMS
-        ]
-    )
-
-
-TASKS = [f"r{i}" for i in range(10)]
+    cells = []
+    for task in ("t0", "t1"):
+        hard = rng.permutation(planted.TEST)
+        for seed in range(planted.SEEDS):
+            for arm in grid.arms:
+                mean = means.get(f"{arm.levels['form']}_{arm.levels['layer']}", 0.5) + rng.normal(0, 0.01)
+                ranks = (hard + rng.normal(0, 2, planted.TEST)).argsort().argsort()
+                margins = np.where(ranks < planted.TEST * mean, 1.0, -1.0)
+                cells.append({
+                    "task": task, "seed": seed, "examples": planted.EXAMPLES, "arm": arm.name, **arm.levels,
+                    "base_accuracy": 0.5, "matched_accuracy": float((margins > 0).mean()),
+                    "matched_margins": margins.tolist(),
+                })  # fmt: skip
+    return planted.read_study(problem, grid, pd.DataFrame(cells))
 
 
 @pytest.mark.parametrize(
-    ("problem", "means", "expected"),
+    ("problem", "means", "named", "form", "layer", "side", "false"),
     [
-        # named, claimed, layer claimed, false claim
-        ("bias", {"bias_right": 0.8, "bias_wrong": 0.7}, (True, True, True, False)),
-        ("gated", {"gated_right": 0.8, "gated_wrong": 0.7}, (True, True, True, False)),
-        ("bias", {"gated_right": 0.8, "gated_wrong": 0.7}, (False, False, True, True)),
-        ("lora", {"bias_right": 0.8, "bias_wrong": 0.8}, (False, False, False, True)),
-        ("bias", {"bias_wrong": 0.9}, (False, True, False, True)),
-        ("base", {"lora_right": 0.9, "lora_wrong": 0.9}, (False, False, False, True)),
-        ("base", {}, (False, False, False, False)),
-        ("shuffled", {"lora_wrong": 0.6}, (False, False, False, True)),
-        ("shuffled", {"lora_wrong": 0.4}, (False, False, False, False)),
+        ("bias", {"bias_right": 0.8, "bias_wrong": 0.7}, True, True, True, "for", False),
+        ("gated", {"gated_right": 0.8, "gated_wrong": 0.7}, True, True, True, "for", False),
+        ("bias", {"gated_right": 0.8, "gated_wrong": 0.7}, False, False, True, "undecided", True),
+        ("lora", {"bias_right": 0.8, "bias_wrong": 0.8}, False, False, False, "against", True),
+        ("bias", {"bias_wrong": 0.9}, False, True, False, "undecided", True),
+        ("base", {"lora_right": 0.9, "lora_wrong": 0.9}, False, False, False, "against", True),
+        ("base", {}, False, False, False, "undecided", False),
+        ("shuffled", {"lora_wrong": 0.7}, False, False, False, "against", True),
     ],
 )
-def test_what_counts_as_a_claim(problem, means, expected):
-    assert planted._study(problem, frame(**means), TASKS) == expected
+def test_what_a_study_says(problem, means, named, form, layer, side, false, base):
+    found = made_up(problem, base, **means)
+    assert (found.named or problem not in planted.FORMS, found.form, found.layer, found.side, found.false) == (
+        named or problem not in planted.FORMS, form, layer, side, false
+    )  # fmt: skip
+    assert found.base == 0.5 and set(found.gaps) == {"form gated", "form lora", "layer wrong"}
 
 
-def test_the_suite_runs_and_goes_on(tmp_path, capsys):
-    words = ["--problems", "bias", "--replicates", "2", "--examples", "32", "--pairs", "2", "--folder", str(tmp_path)]
+def test_rates_come_with_their_own_uncertainty():
+    assert planted._rate([False] * 24) == "0% [0%, 14%]"
+
+
+def test_the_suite_runs_and_goes_on(tmp_path, capsys, monkeypatch):
+    for name, value in (("TASKS", 1), ("SEEDS", 2), ("TEST", 8), ("EXAMPLES", 8)):
+        monkeypatch.setattr(planted, name, value)
+    words = ["--problems", "base", "--nulls", "1", "--folder", str(tmp_path)]
     assert planted.main(words) == 0
     printed = capsys.readouterr().out
-    assert "| bias | 2 | 0." in printed and (tmp_path / "table.md").read_text() in printed
+    assert "| base | 1 | 0." in printed and (tmp_path / "table.md").read_text() in printed
     cells = sorted(tmp_path.rglob("cell.json"))
     assert len(cells) == 12
     stamps = [file.stat().st_mtime_ns for file in cells]

@@ -198,6 +198,20 @@ def test_dropping_near_duplicates_drops_training_rows_only(first, second, near, 
         split(name, largest=8, drop_near_duplicates=True)
 
 
+@pytest.mark.parametrize(
+    ("seen", "measured"), [("rejected", "rejected"), ("rejected", "chosen"), ("chosen", "rejected")]
+)
+def test_an_answer_to_avoid_leaks_too(seen, measured, tmp_path):
+    """With swapped answers, or another one to prefer, the same prompt and answer are still the same text."""
+    files = {"train": rows("a", 12), "validation": rows("v", 3), "test": rows("t", 3)}
+    for name, place, side in (("train", 6, seen), ("test", 2, measured)):
+        files[name][place] |= {"prompt": "BOTH", side: LONG}
+    with pytest.raises(ArmError, match="a train row and a test row are the same"):
+        split(task(tmp_path / "t", **files))
+    found = prompts(split(task(tmp_path / "t", **files), largest=7, drop_near_duplicates=True))
+    assert "BOTH" not in found["pool"] and "BOTH" in found["test"]
+
+
 @pytest.mark.parametrize(("first", "second"), [("train", "scorer"), ("validation", "scorer")])
 def test_scorer_rows_are_no_rows_of_another_split(first, second, tmp_path):
     with pytest.raises(ArmError, match="are the same"):

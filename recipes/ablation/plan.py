@@ -9,10 +9,13 @@ from pathlib import Path
 
 import torch
 
+from steertune.adapters import SteeringVectorConfig
+from steertune.adapters.blocks import find_blocks, resolve_layers
 from steertune.recipes.ablation.bench import Bench
 from steertune.recipes.ablation.cell import FEW_NEUTRAL, has_strength, tuning_file
 from steertune.recipes.ablation.grid import Cell, Grid, batch_size, describe
 from steertune.recipes.ablation.tables import GridTables, TaskTable
+from steertune.recipes.arm import Arm
 from steertune.recipes.measures import batches
 from steertune.trainers import ModelAt
 
@@ -50,6 +53,7 @@ def plan(
 def estimate(cells: Sequence[Cell], bench: Bench, folder: Path) -> dict[Path, float]:
     """Seconds of every cell: from cells of the same arm and task that ran, else from one timed forward pass a task."""
     rows = {task.label: _row_seconds(bench, task) for task in bench.grid.tasks}
+    shares = {arm.name: _share(arm.arm, len(find_blocks(bench.model))) for arm in bench.grid.arms}
     found, tuned = {}, set()
     for cell in cells:
         place = (cell.arm.name, cell.task.label, cell.examples)
@@ -59,13 +63,13 @@ def estimate(cells: Sequence[Cell], bench: Bench, folder: Path) -> dict[Path, fl
         if known:
             found[cell.path] = sum(known) / len(known)
         else:
-            own, tuning = _forwards(cell, bench.grid.tables, len(bench.neutral_data))
+            own, tuning = _forwards(cell, bench.grid.tables, len(bench.neutral_data), shares[cell.arm.name])
             found[cell.path] = rows[cell.task.label] * (own + (tuning if tunes else 0))
     return found
 
 
-def _forwards(cell: Cell, tables: GridTables, neutral: int) -> tuple[float, float]:
-    """Forward passes of rows that a cell and its tuning take."""
+def _forwards(cell: Cell, tables: GridTables, neutral: int, share: float) -> tuple[float, float]:
+    """Forward passes of whole rows that a cell and its tuning take; `share` of a pass is not remembered."""
     budget = cell.arm.budget
     untrained = cell.arm.arm.trainer.get("max_steps") == 0
     step = 0 if untrained else 2 * batch_size(cell.arm.arm) * _FORWARDS  # two answers a pair
@@ -73,11 +77,23 @@ def _forwards(cell: Cell, tables: GridTables, neutral: int) -> tuple[float, floa
     search = few * FEW_NEUTRAL + all_rows * neutral if has_strength(cell.arm.arm) else 0
     at_match = budget.strengths == "matched"
     strengths = 1 if at_match or not search else 2
-    measuring = strengths * (2 * tables.splits.test + tables.generations * tables.new_tokens / _TOKENS)
+    generating = strengths * tables.generations * tables.new_tokens / _TOKENS
+    measuring = strengths * 2 * tables.splits.test
     training = sum(budget.steps) / len(budget.steps) * step
     validating = 2 * tables.splits.validation * budget.measured_at + (search if at_match else 0)
     trials = 1 if untrained and at_match else budget.trials
-    return training + search + neutral + measuring, budget.steps_spent() * step + trials * validating
+    own = share * (training + search + neutral + measuring) + generating
+    return own, share * (budget.steps_spent() * step + trials * validating)
+
+
+def _share(arm: Arm, depth: int) -> float:
+    """Share of the blocks from the lowest one that an arm trains: what is below is remembered."""
+    config = arm.peft_config()
+    if isinstance(config, SteeringVectorConfig):
+        return 1 - min(resolve_layers(config.layers, depth)) / depth
+    layers = getattr(config, "layers_to_transform", None)
+    lowest = layers if isinstance(layers, int) else min(layers or [0])
+    return 1 - lowest / depth
 
 
 def _known(file: Path, tunes: bool, first_seed: int) -> float:

@@ -57,14 +57,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="planted", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--problems", nargs="+", default=list(PROBLEMS), choices=PROBLEMS)
-    parser.add_argument("--studies", type=int, default=10, help="of every problem with a teacher")
-    parser.add_argument("--nulls", type=int, default=24, help="studies of every problem with nothing to learn")
+    parser.add_argument("--studies", type=int, default=8, help="of every problem with a teacher")
+    parser.add_argument("--nulls", type=int, default=20, help="studies of every problem with nothing to learn")
     parser.add_argument("--folder", type=Path, default=Path("runs/planted"))
     options = parser.parse_args(argv)
     set_threads(1)  # the models are tiny
     gc.freeze()  # each test of many corrections collects garbage, which takes longer than the test
     disable_progress_bars()
-    base = options.folder / "base"
+    base = options.folder / "model"
     if not (base / "config.json").exists():
         save_base(base)
     numbers = [

@@ -336,6 +336,79 @@ def test_a_model_whose_upper_layers_read_lower_ones_is_caught(caplog):
     off_because(caplog, "the memo of the lower layers is off: LlamaModel differs by")
 
 
+@pytest.mark.parametrize("looked_at_first_in", ["training", "evaluation"])
+def test_noise_on_embeddings_is_off(looked_at_first_in, tmp_path, caplog):
+    """NEFTune adds noise in training only: a memo would repeat one draw of it, or none."""
+    options = dict(loss="cross_entropy", neftune_noise_alpha=5.0)
+    if looked_at_first_in == "evaluation":
+        options |= dict(
+            eval_dataset=demonstrations(4, seed=9), eval_strategy="steps", eval_steps=1, eval_on_start=True
+        )
+    ours, plain, _ = both_ways("sft", tmp_path, **options)
+    assert_equal(ours, plain)
+    off_because(caplog, "what runs below the trained layers differs in training")
+
+
+def test_another_adapter_is_proven_again(tokens_run):
+    """One proof of a model says nothing of other adapters on it, in another precision."""
+    prefix, batch = FrozenPrefix(), pair_batch()
+    proofs = []
+    for switches in (
+        dict(layers=2),
+        dict(layers=2),
+        dict(layers=2, positions="completion"),
+        dict(layers=2, form="gated"),
+    ):
+        model = get_peft_model(tiny(), SteeringVectorConfig(**switches))
+        fill(model)
+        before = len(prefix._proven)
+        with torch.no_grad(), prefix.shortcut(model).on():
+            ModelAt(model, model, batch)(1)
+        proofs.append(len(prefix._proven) > before)
+    assert proofs == [True, False, True, True]
+
+
+@pytest.mark.parametrize("change", ["unfreezing", "another adapter"])
+def test_what_changes_during_a_run_is_noticed(change, caplog):
+    model = get_peft_model(tiny(), SteeringVectorConfig(layers=2))
+    fill(model)
+    shortcut = FrozenPrefix().shortcut(model, True)
+    with torch.no_grad(), shortcut.on():
+        ModelAt(model, model, pair_batch())(1)
+    assert shortcut.skipped == 3
+    if change == "unfreezing":
+        model.get_base_model().model.layers[0].requires_grad_(True)
+    else:
+        model.add_adapter("lower", SteeringVectorConfig(layers=0))
+        fill(model, "lower")
+        model.base_model.set_adapter(["default", "lower"])
+    plain, gradients = with_gradients(model, pair_batch(), None)
+    ours, found = with_gradients(model, pair_batch(), shortcut)
+    torch.testing.assert_close(ours, plain, atol=1e-5, rtol=1e-5)
+    assert found.keys() == gradients.keys() and shortcut.skipped == 0
+    off_because(caplog, "adapters or trained parameters are not those it was made for")
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+def test_a_rope_that_depends_on_the_longest_row_is_off_beyond_its_context(kind, caplog):
+    rope = {"rope_type": kind, "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 8}
+    if kind == "longrope":
+        rope |= {"short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
+    model = get_peft_model(
+        tiny(rope_parameters=rope, max_position_embeddings=8), SteeringVectorConfig(layers=2)
+    ).eval()
+    fill(model)
+    prefix = FrozenPrefix()
+    short, long = pair_batch((3, 2), ((2, 2), (2, 1))), pair_batch((9, 3), ((4, 5), (3, 2)), seed=3)
+    for batch in (short, long, short):
+        with torch.no_grad():
+            plain = ModelAt(model, model, batch)(1).token_logps
+            with prefix.shortcut(model).on():
+                ours = ModelAt(model, model, batch)(1).token_logps
+        torch.testing.assert_close(ours, plain, atol=1e-5, rtol=1e-5)
+    off_because(caplog, "beyond 8 tokens this RoPE depends on the longest row of a batch")
+
+
 def test_gradient_checkpointing_is_off(tmp_path, caplog):
     ours, plain, _ = both_ways("dpo", tmp_path, loss="dpo", gradient_checkpointing=True)
     assert_equal(ours, plain)

@@ -88,6 +88,16 @@ def test_a_full_disk_is_said_once_and_changes_nothing(tmp_path, caplog, monkeypa
     ]
 
 
+def test_disk_is_never_exceeded(tmp_path, caplog):
+    memo = Memo(0, tmp_path, disk_gb=100 / 1e9)
+    for key in "abc":
+        memo.put(key, ROW)
+    assert memo.disk_bytes == 96 and memo.get("b") is not None and memo.get("c") is None
+    assert sum("GB of disk are full" in record.getMessage() for record in caplog.records) == 1
+    with pytest.raises(ValueError, match=r"disk_gb=-1: the memo's disk in GB"):
+        Memo(0, disk_gb=-1)
+
+
 # -- files ----------------------------------------------------------------------------------------------------------
 
 
@@ -247,6 +257,73 @@ def test_sixteen_bit_models(dtype, caplog):
     ours = run(FrozenPrefix(), model)
     torch.testing.assert_close(ours, plain, atol=0.05, rtol=0.05)
     assert not caplog.records
+
+
+def test_a_folder_says_whose_states_it_holds(tmp_path, caplog):
+    caplog.set_level(logging.WARNING, logger="steertune.trainers.prefix")
+    (tmp_path / "v1-old.rows").write_bytes(b"")
+    run(FrozenPrefix(folder=tmp_path))
+    assert "holds files of version v1. This run has LlamaForCausalLM of width 32 up to block 2" in caplog.text
+    caplog.clear()
+    run(FrozenPrefix(folder=tmp_path))
+    assert not caplog.records, "it is its own now"
+    run(FrozenPrefix(folder=tmp_path), steered(seed=5))
+    assert "holds LlamaForCausalLM of width 32" in caplog.text and "computed anew" in caplog.text
+
+
+def test_an_index_that_cannot_be_read_is_said_and_left(tmp_path, caplog, monkeypatch):
+    Memo(0, tmp_path).put("a", ROW)
+    monkeypatch.setattr(Memo, "_read_index", lambda self, index: (tmp_path / "gone").read_bytes())
+    assert Memo(1, tmp_path).get("a") is None
+    assert "cannot read" in caplog.text
+
+
+@pytest.mark.parametrize("setting", [{"rms_norm_eps": 0.1}, {"hidden_act": "gelu"}])
+def test_the_same_weights_under_other_settings_share_nothing(setting):
+    """No weight says what an epsilon is: its states are not those of another."""
+    prefix = FrozenPrefix()
+    for changes in ({}, setting):
+        model = steered(**changes)
+        reference = prefix.reference(model)
+        plain = ModelAt(model, model, pair_batch())
+        with torch.no_grad(), prefix.shortcut(model).on():
+            torch.testing.assert_close(ModelAt(model, model, pair_batch())(1).token_logps, plain(1).token_logps)
+        known = ModelAt(model, model, pair_batch(), reference_memo=reference)
+        torch.testing.assert_close(known(0).token_logps, plain(0).token_logps)
+
+
+def test_the_scale_of_a_reference_adapter_is_in_its_key():
+    """Continued LoRA: the frozen copy's tensors are the same whatever its alpha is."""
+    from peft import LoraConfig
+
+    prefix, found = FrozenPrefix(), []
+    for alpha in (1, 16):
+        model = get_peft_model(tiny(), LoraConfig(r=1, lora_alpha=alpha, target_modules=["down_proj"]))
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(False)
+            if "lora_" in name:
+                torch.nn.init.constant_(parameter, 0.3)
+        reference = prefix.reference(model, trained=True)
+        found.append(
+            reference.outputs(pair_batch(), lambda batch, model=model: ModelAt(model, model, batch)(1)).token_logps
+        )
+    assert not torch.equal(*found)
+
+
+def test_prompts_of_finetuned_weights_are_their_own():
+    """Weights that require gradients decide a prompt's keys and values too."""
+    prefix, batch = FrozenPrefix(), pair_batch()
+    for scale in (1.0, 3.0):
+        base = tiny()
+        base.model.layers[3].self_attn.v_proj.weight.data *= scale
+        model = get_peft_model(base, SteeringVectorConfig(layers=1, positions="completion")).eval()
+        fill(model)
+        base.model.layers[3].requires_grad_(True)
+        with torch.no_grad():
+            plain = ModelAt(model, model, batch)(1).token_logps
+            with prefix.shortcut(model).on(labels_only=True):
+                ours = ModelAt(model, model, batch)(1).token_logps
+        torch.testing.assert_close(ours, plain, atol=1e-5, rtol=1e-5)
 
 
 def test_the_reference_of_a_continued_adapter_is_its_own(tmp_path):

@@ -206,9 +206,10 @@ def test_an_answer_to_avoid_leaks_too(seen, measured, tmp_path):
     files = {"train": rows("a", 12), "validation": rows("v", 3), "test": rows("t", 3)}
     for name, place, side in (("train", 6, seen), ("test", 2, measured)):
         files[name][place] |= {"prompt": "BOTH", side: LONG}
+    name = task(tmp_path / "t", **files)
     with pytest.raises(ArmError, match="a train row and a test row are the same"):
-        split(task(tmp_path / "t", **files))
-    found = prompts(split(task(tmp_path / "t", **files), largest=7, drop_near_duplicates=True))
+        split(name)
+    found = prompts(split(name, largest=7, drop_near_duplicates=True))
     assert "BOTH" not in found["pool"] and "BOTH" in found["test"]
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from peft import PeftModel
 from torch import Tensor
 
 from steertune.recipes.ablation.grid import Grid
@@ -116,7 +117,9 @@ class Bench:
 
     @contextmanager
     def remembering(self, model: Any) -> Iterator[None]:
-        """Forward passes inside leave out what the memo knows of `model`."""
-        shortcut = self.prefix.shortcut(model)
+        """Forward passes inside leave out what the memo knows of `model`. Of finetuned weights it would know nothing,
+        and only fill up."""
+        shared = model is self._loaded[0] or isinstance(model, PeftModel)
+        shortcut = self.prefix.shortcut(model) if shared else None
         with nullcontext() if shortcut is None else shortcut.on(labels_only=True):
             yield

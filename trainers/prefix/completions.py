@@ -14,7 +14,7 @@ from transformers import DynamicCache
 from ...adapters import SteeringVectorLayer, steering_layers
 from .cut import base_of
 from .decoder import Decoder
-from .keys import attention_of, row_key, weights_key
+from .keys import attention_of, config_of, row_key, weights_key
 from .memo import Memo
 from .prompts import Split, continue_prompts, part, row_lengths
 
@@ -77,9 +77,10 @@ class PromptCaches:
         """
         if self._namespace is None:
             base = base_of(self.model)
-            frozen = [(name, p) for name, p in base.named_parameters() if not p.requires_grad]
-            tensors = [*frozen, *base.named_buffers()]
-            self._namespace = weights_key(tensors, "prompts", self.decoder.count, attention_of(base))
+            vectors = {id(p) for layer in steering_layers(self.model) for p in layer.parameters()}
+            frozen = [(name, p) for name, p in base.named_parameters() if id(p) not in vectors]
+            settings = ("prompts", self.decoder.count, attention_of(base), config_of(base))
+            self._namespace = weights_key([*frozen, *base.named_buffers()], *settings)
         prompt = {name: value[:, :length] for name, value in row.items()}
         key = row_key(self._namespace, prompt)
         known = self.memo.get(key)

@@ -27,14 +27,17 @@ class FrozenPrefix:
         ram_gb: RAM budget in GB (10⁹ bytes), never exceeded. A token takes `hidden size · bytes of a number`.
         folder: Keep the memo here, for later runs and for other processes. None: what exceeds the budget goes to
             memory-mapped temporary files.
+        disk_gb: What one process may write to disk, in GB; what does not fit is computed again.
         warn: Warn where something cannot be left out; else an INFO message says so.
 
     Raises:
         ValueError: a negative or not finite budget.
     """
 
-    def __init__(self, ram_gb: float = 2.0, folder: str | Path | None = None, warn: bool = True) -> None:
-        self.memo = Memo(ram_gb, folder)
+    def __init__(
+        self, ram_gb: float = 2.0, folder: str | Path | None = None, warn: bool = True, disk_gb: float = 20.0
+    ) -> None:
+        self.memo = Memo(ram_gb, folder, disk_gb)
         self.level = logging.WARNING if warn else logging.INFO
         self._proven: set[str] = set()
 

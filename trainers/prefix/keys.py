@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -10,8 +11,11 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+from ...adapters.blocks import text_config
+
 _WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _SAMPLES = 64
+_NO_SETTINGS = ("_name_or_path", "architectures", "dtype", "transformers_version", "use_cache")
 _PER_ROW = ("input_ids", "attention_mask", "position_ids", "token_type_ids")
 
 
@@ -42,6 +46,12 @@ def weights_key(tensors: Iterable[tuple[str, Tensor]], *settings: Any) -> str:
 def attention_of(model: nn.Module) -> str | None:
     """The model's attention implementation, which rounds in its own way."""
     return getattr(model.config, "_attn_implementation", None)  # transformers has no public name for it
+
+
+def config_of(model: nn.Module) -> str:
+    """The settings of a decoder that its outputs depend on, as text: no weight says an epsilon or a window."""
+    values = text_config(model).to_dict()
+    return json.dumps({k: v for k, v in values.items() if k not in _NO_SETTINGS}, sort_keys=True, default=str)
 
 
 def rows_of(inputs: Mapping[str, Any]) -> list[dict[str, Tensor]]:

@@ -44,15 +44,17 @@ class Memo:
         ram_gb: RAM that tensors may take, in GB (10⁹ bytes); never exceeded.
         folder: Keep tensors here for later runs. None: what does not fit in RAM goes to a temporary folder, which
             ends with this object.
+        disk_gb: What this process may write, in GB.
 
     Raises:
         ValueError: a negative or not finite budget.
     """
 
-    def __init__(self, ram_gb: float, folder: str | Path | None = None) -> None:
-        if not 0 <= ram_gb < float("inf"):
-            raise ValueError(f"ram_gb={ram_gb!r}: the memo's RAM in GB, 0 or more.")
-        self.limit = int(ram_gb * _GB)
+    def __init__(self, ram_gb: float, folder: str | Path | None = None, disk_gb: float = 20.0) -> None:
+        for name, value in (("ram_gb", ram_gb), ("disk_gb", disk_gb)):
+            if not 0 <= value < float("inf"):
+                raise ValueError(f"{name}={value!r}: the memo's {name[:-3]} in GB, 0 or more.")
+        self.limit, self.disk_limit = int(ram_gb * _GB), int(disk_gb * _GB)
         self.nbytes = 0
         self.disk_bytes = 0
         self.kept_for_later = folder is not None
@@ -91,6 +93,8 @@ class Memo:
         kept = self._keep(key, value)
         if self._writable and key not in self._places and (self.kept_for_later or not kept):
             try:
+                if self.disk_bytes + value.nbytes > self.disk_limit:
+                    raise OSError(f"its {self.disk_limit / _GB:.2g} GB of disk are full")
                 self._append(key, value)
             except OSError as error:
                 self._writable = False
@@ -106,7 +110,33 @@ class Memo:
             return
         for index in sorted(self._folder.glob(f"{_VERSION}-*.index")):
             if self._segment is None or index != self._segment.with_suffix(".index"):
-                self._read_index(index)
+                try:
+                    self._read_index(index)
+                except OSError as error:  # gone again, or not ours to read
+                    logger.warning("The frozen-prefix memo cannot read %s (%s).", index, error)
+
+    def belongs_to(self, namespace: str, what: str) -> None:
+        """Say in a folder for later runs which models it holds states of, and say where none of them is this one.
+
+        Args:
+            namespace: Of the keys.
+            what: The model, in words.
+        """
+        if not self.kept_for_later or self._folder is None:
+            return
+        own = self._folder / f"{_VERSION}-{namespace}.model"
+        if own.exists():
+            return
+        others = [file.read_text(encoding="utf-8") for file in sorted(self._folder.glob("*.model"))]
+        old = {file.name.split("-")[0] for file in self._folder.glob("*.rows")} - {_VERSION}
+        if others or old:
+            held = "; ".join([*others, *(f"files of version {version}" for version in sorted(old))])
+            logger.warning("The memo in %s holds %s. This run has %s: computed anew.", self._folder, held, what)
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            own.write_text(what, encoding="utf-8")
+        except OSError as error:
+            logger.warning("The frozen-prefix memo cannot write (%s).", error)
 
     # -- RAM ----------------------------------------------------------------------------------------------------
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 
 from ...losses import Outputs
 from .._batch import Batch
 from .cut import base_of
-from .keys import Unknown, attention_of, row_key, rows_of, weights_key
+from .keys import Unknown, attention_of, config_of, row_key, rows_of, weights_key
 from .memo import Memo
 
 
@@ -27,9 +28,9 @@ class ReferenceMemo:
     def __init__(self, memo: Memo, reference: nn.Module, trained: bool) -> None:
         self.memo = memo
         tensors = [(name, p) for name, p in reference.named_parameters() if not (trained and p.requires_grad)]
-        self._namespace = weights_key(
-            [*tensors, *reference.named_buffers()], "reference", attention_of(base_of(reference))
-        )
+        base = base_of(reference)
+        settings = ("reference", attention_of(base), config_of(base), _frozen_adapters(reference, tensors))
+        self._namespace = weights_key([*tensors, *reference.named_buffers()], *settings)
 
     def outputs(self, batch: Batch, compute: Callable[[Batch], Outputs], layers: Sequence[int] = ()) -> Outputs:
         """The outputs of a batch, `compute`d row by row where they are not known.
@@ -71,3 +72,10 @@ class ReferenceMemo:
                 self.memo.put(key, value)
         logps, *states = (value for value in known if value is not None)
         return logps, states
+
+
+def _frozen_adapters(model: nn.Module, tensors: Sequence[tuple[str, Tensor]]) -> dict[str, str]:
+    """The settings of adapters that belong to the reference: their scale, say, is in no tensor."""
+    configs = model.peft_config if isinstance(model, PeftModel) else {}
+    own = {name: any(f".{name}." in f"{key}." for key, _ in tensors) for name in configs}
+    return {name: repr(sorted(config.to_dict().items(), key=str)) for name, config in configs.items() if own[name]}

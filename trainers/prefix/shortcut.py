@@ -17,9 +17,10 @@ from .._modes import evaluating
 from .completions import PromptCaches, prompts_are_constant
 from .cut import NoPrefix, base_of, dropout, frozen_blocks
 from .decoder import Decoder
-from .keys import Unknown, rows_of
+from .keys import Unknown, attention_of, config_of, rows_of
 from .memo import Memo
 from .prompts import Split, run_split, shared_prompts
+from .rounding import difference
 from .states import States
 
 logger = logging.getLogger(__name__)
@@ -48,6 +49,7 @@ class Shortcut:
     def __init__(self, memo: Memo, model: nn.Module, training: bool, proven: set[str], level: int) -> None:
         self.model, self._proven, self._level = model, proven, level
         self._said: set[str] = set()
+        self._made_for = _trainable(model)
         try:
             count = frozen_blocks(model, training)
         except NoPrefix as why:
@@ -60,6 +62,7 @@ class Shortcut:
         self.shares_prompts = cached and not random
         constant = self.shares_prompts and count > 0 and prompts_are_constant(model, training)
         self._caches = PromptCaches(memo, model, self.decoder) if constant else None
+        self._longest = _original_context(text_config(base_of(model)))
         self._labels_only = False
 
     @property
@@ -75,6 +78,9 @@ class Shortcut:
             labels_only: Whether nothing is read of the outputs before the last prompt token. Then prompts that no
                 adapter changes need not run at all.
         """
+        if self._made_for != _trainable(self.model):
+            self._say(NoPrefix("it is off: adapters or trained parameters are not those it was made for"))
+            self._states, self._caches, self.shares_prompts = None, None, False
         before = self._labels_only
         self._labels_only = labels_only and (before or not self.decoder.is_on)
         try:
@@ -93,6 +99,8 @@ class Shortcut:
                 if self._asked(call, name):
                     raise Unknown(f"{name} needs all layers")
             rows = rows_of(call)
+            if self._longest is not None and call["input_ids"].shape[1] > self._longest:
+                raise Unknown(f"beyond {self._longest} tokens this RoPE depends on the longest row of a batch")
         except Unknown as why:
             self._say(why)
             return None
@@ -174,8 +182,7 @@ class Shortcut:
         Raises:
             NoPrefix: they differ.
         """
-        config = text_config(base_of(self.model)).to_json_string(use_diff=False)
-        known = hashlib.blake2b(f"{what}/{self.decoder.count}/{config}".encode()).hexdigest()
+        known = hashlib.blake2b(f"{what}/{self.decoder.count}/{self._kind(call)}".encode()).hexdigest()
         if known in self._proven:
             return
         with evaluating(self.model):
@@ -186,12 +193,34 @@ class Shortcut:
                 raise NoPrefix(
                     f"{what} is off: {type(self.decoder.module).__name__} fails with it: {error}"
                 ) from error
-        device = plain.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else plain.dtype
-        if real is None:
-            mask = call.get("attention_mask")
-            real = torch.ones_like(call["input_ids"]).bool() if mask is None else mask.bool()
-        difference = float((plain - ours)[real].abs().max() / plain[real].abs().max())
-        if not difference <= torch.finfo(dtype).eps ** 0.5:
-            raise NoPrefix(f"{what} is off: {type(self.decoder.module).__name__} differs by {difference:.1e} with it")
+        if real is None and (mask := call.get("attention_mask")) is not None:
+            real = mask.bool()
+        if (apart := difference(plain, ours, real)) is not None:
+            raise NoPrefix(f"{what} is off: {type(self.decoder.module).__name__} differs by {apart:.1e} with it")
         self._proven.add(known)
+
+    def _kind(self, call: Mapping[str, Any]) -> str:
+        """What a proof is about: another model, adapter, precision or device is compared again."""
+        base, ids = base_of(self.model), call["input_ids"]
+        adapters = {name: repr(config) for name, config in getattr(self.model, "peft_config", {}).items()}
+        parameter = next(base.parameters())
+        autocast = torch.is_autocast_enabled(ids.device.type) and torch.get_autocast_dtype(ids.device.type)
+        return repr((type(base), attention_of(base), config_of(base), adapters, parameter.dtype, ids.device, autocast))
+
+
+def _trainable(model: nn.Module) -> tuple[Any, ...]:
+    """What a shortcut was made for: unfreezing a layer or adding an adapter afterwards changes what is constant."""
+    return tuple(p.requires_grad for p in model.parameters()), tuple(getattr(model, "peft_config", ()))
+
+
+def _original_context(config: Any) -> int | None:
+    """Tokens beyond which the frequencies of a dynamic RoPE depend on the longest row of a batch; None: they never
+    do."""
+    given = getattr(config, "rope_parameters", None) or {}
+    kinds = [given] if "rope_type" in given else [kind for kind in given.values() if isinstance(kind, dict)]
+    limits = [
+        kind.get("original_max_position_embeddings") or config.max_position_embeddings
+        for kind in kinds
+        if "dynamic" in str(kind.get("rope_type")) or kind.get("rope_type") == "longrope"
+    ]
+    return min(limits, default=None)

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import torch
 from torch import Tensor, nn
 
-from .._modes import evaluating
-from .cut import base_of, check_frozen
+from .._modes import evaluating, training
+from .cut import NoPrefix, base_of, check_frozen
 from .decoder import Decoder
-from .keys import attention_of, row_key, weights_key
+from .keys import attention_of, config_of, row_key, weights_key
 from .memo import Memo
+from .rounding import difference
 
 
 class States:
@@ -60,13 +62,26 @@ class States:
         handles = [module.register_forward_pre_hook(note) for module in names]
         try:
             with evaluating(base):  # dropout would draw random numbers
-                self.decoder.state({**row, "use_cache": False})
+                state = self.decoder.state({**row, "use_cache": False})
         finally:
             for handle in handles:
                 handle.remove()
         check_frozen(ran.items(), self.training)
+        if self.training:
+            device = row["input_ids"].device
+            with training(base), torch.random.fork_rng([device] if device.type == "cuda" else []):
+                as_trained = self.decoder.state({**row, "use_cache": False})
+            if difference(state, as_trained) is not None:
+                raise NoPrefix(
+                    "what runs below the trained layers differs in training (noise on embeddings or routers?)"
+                )
         below = {f"{name}.{key}".lstrip("."): t for name, module in ran.items() for key, t in _own_tensors(module)}
-        return weights_key(sorted(below.items()), type(stack).__name__, self.decoder.count, attention_of(base))
+        settings = (type(stack).__name__, self.decoder.count, attention_of(base), config_of(base))
+        namespace = weights_key(sorted(below.items()), *settings)
+        dtype = str(state.dtype).removeprefix("torch.")
+        what = f"{type(base).__name__} of width {state.shape[-1]} up to block {self.decoder.count - 1} in {dtype}"
+        self.memo.belongs_to(namespace, f"{what} with {attention_of(base)} attention")
+        return namespace
 
 
 def _own_tensors(module: nn.Module) -> list[tuple[str, Tensor]]:

@@ -10,7 +10,9 @@ import pytest
 import torch
 from conftest import fill, steered, tiny, tokens, vector_of
 from peft import PeftModel, get_peft_model
+from sklearn.covariance import LedoitWolf
 from sklearn.decomposition import PCA, TruncatedSVD
+from sklearn.preprocessing import StandardScaler
 
 from steertune.adapters import SteeringVectorConfig, directions
 from steertune.adapters.activations import collect
@@ -63,7 +65,8 @@ def test_every_method_finds_the_planted_direction(planted, name):
     found = directions.get(name).fit(chosen, rejected)
     assert sorted(found) == list(LAYERS)
     assert all(found[i].shape == (WIDTH,) for i in LAYERS)
-    least = 0.85 if name == "probe" else 0.98  # a probe turns away from directions of high variance
+    # a probe turns away from directions of high variance, and one without labels has less to go by
+    least = {"probe": 0.85, "sgd_probe": 0.8, "lda": 0.8, "ccs": 0.5}.get(name, 0.98)
     assert all(cosine(found[i], truth[i]) > least for i in LAYERS)
 
 
@@ -72,7 +75,8 @@ def test_swapping_chosen_and_rejected_turns_the_direction_round(planted, name):
     chosen, rejected, _ = planted
     fit = directions.get(name).fit
     right, wrong = fit(chosen, rejected), fit(rejected, chosen)
-    least = 0.95 if name == "icv_released" else 0.999999  # its component keeps its own sign
+    # the component of ICV's code keeps its own sign, and SGD has an order
+    least = {"icv_released": 0.95, "sgd_probe": 0.99, "ccs": 0.9}.get(name, 0.999999)
     assert all(cosine(right[i], -wrong[i]) > least for i in LAYERS)
 
 
@@ -118,6 +122,61 @@ def test_lat_is_pca_of_pairs_in_both_orders_with_the_sign_of_the_mean(planted):
         assert found[i].norm().item() == pytest.approx(1, abs=1e-5)
 
 
+def test_lda_is_the_mean_difference_whitened_by_the_shrunk_covariance(planted):
+    chosen, rejected, _ = planted
+    found = directions.get("lda").fit(chosen, rejected)
+    for i in LAYERS:
+        within = [
+            LedoitWolf().fit(StandardScaler().fit_transform(side[i].double())).covariance_
+            * np.outer(*[side[i].double().std(dim=0, correction=0).numpy()] * 2)
+            for side in (chosen, rejected)
+        ]  # scikit-learn shrinks standardised features
+        gap = (chosen[i] - rejected[i]).mean(dim=0).double().numpy()
+        assert cosine(found[i], torch.from_numpy(np.linalg.solve(sum(within) / 2, gap))) > 0.999999
+
+
+def test_sgd_probe_comes_near_the_probe_that_is_solved_to_the_end(planted):
+    chosen, rejected, _ = planted
+    sgd, solved = (directions.get(name).fit(chosen, rejected) for name in ("sgd_probe", "probe"))
+    assert all(cosine(sgd[i], solved[i]) > 0.85 for i in LAYERS)
+
+
+def test_ccs_reads_without_labels_and_says_when_it_cannot():
+    generator = torch.Generator().manual_seed(0)
+    truth = torch.nn.functional.normalize(torch.randn(8, generator=generator), dim=0)
+    rejected = torch.randn(200, 8, generator=generator)
+    chosen = torch.randn(200, 8, generator=generator) + 4 * truth
+    fit = directions.get("ccs").fit
+    found = fit({0: chosen}, {0: rejected})[0]
+    assert cosine(found, truth) > 0.9
+    # which answer is called chosen decides its sign and nothing else
+    flip = torch.rand(200, 1, generator=generator) < 0.3
+    mixed = fit({0: torch.where(flip, rejected, chosen)}, {0: torch.where(flip, chosen, rejected)})[0]
+    assert cosine(mixed, truth) > 0.9
+    with pytest.raises(ValueError, match="at least 4 pairs, there are 3"):
+        fit({0: chosen[:3]}, {0: rejected[:3]})
+
+
+def test_ccs_loss_by_hand(monkeypatch):
+    """Without a step the best start is the one whose loss, written out, is smallest."""
+    module = directions.get("ccs")
+    monkeypatch.setattr(module, "_STEPS", 1)
+    monkeypatch.setattr(module, "_RATE", 0.0)
+    generator = torch.Generator().manual_seed(3)
+    chosen, rejected = torch.randn(6, 4, generator=generator), torch.randn(6, 4, generator=generator)
+    starts = torch.randn(10, 4, generator=torch.Generator().manual_seed(0)) / 2
+    sides = []
+    for first, second in ((chosen, rejected), (rejected, chosen)):
+        side = torch.stack([(second if i % 2 else first)[i] for i in range(6)])
+        sides.append((side - side.mean(dim=0)) / side.std(dim=0))
+    losses = []
+    for w in starts:
+        p, q = (1 / (1 + torch.exp(-side @ w)) for side in sides)
+        losses.append(float((((p - (1 - q)) ** 2) + torch.minimum(p, q) ** 2).mean()))
+    best = starts[int(np.argmin(losses))]
+    assert abs(cosine(module.fit({0: chosen}, {0: rejected})[0], best)) == pytest.approx(1, abs=1e-6)
+
+
 def test_probe_separates_what_it_has_not_seen(planted):
     chosen, rejected, _ = planted
     found = directions.get("probe").fit({0: chosen[0][:40]}, {0: rejected[0][:40]})[0]
@@ -133,7 +192,7 @@ def test_an_unknown_method_names_the_nearest():
 
 def test_one_pair_is_enough_for_what_needs_no_spread():
     one = ({0: torch.ones(1, WIDTH)}, {0: torch.zeros(1, WIDTH)})
-    for name in ("mean_difference", "icv", "lat", "probe"):
+    for name in ("mean_difference", "icv", "lat", "probe", "lda", "sgd_probe"):
         assert cosine(directions.get(name).fit(*one)[0], torch.ones(WIDTH)) == pytest.approx(1, abs=1e-5)
 
 

@@ -1,0 +1,52 @@
+"""Contrast-consistent search: a probe that needs no labels (CCS, Burns et al. 2212.03827, section 2).
+
+A probability `p(x) = σ(w·x + b)` is sought that says opposite things of the two answers of a pair, and is sure:
+
+    mean of (p(x⁺) - (1 - p(x⁻)))² + min(p(x⁺), p(x⁻))²
+
+after each side was centred and scaled by itself; the best of ten starts. Which answer of a pair is `x⁺` must say
+nothing, or the centring removes what is looked for: every second pair is turned round. Labels give the sign only.
+Length 1. With more dimensions than pairs many directions are consistent, so weights decay as in the paper.
+"""
+
+import torch
+from torch import Tensor
+
+POOL = "completion_mean"
+_STARTS, _STEPS, _RATE, _DECAY = 10, 1000, 1e-2, 1e-2
+
+
+def fit(chosen: dict[int, Tensor], rejected: dict[int, Tensor]) -> dict[int, Tensor]:
+    """`(pairs, d)` per layer -> `(d,)` per layer.
+
+    Raises:
+        ValueError: fewer than 4 pairs, of which two sides cannot be centred.
+    """
+    return {layer: _fit(chosen[layer].float(), rejected[layer].float()) for layer in chosen}
+
+
+def _fit(chosen: Tensor, rejected: Tensor) -> Tensor:
+    if len(chosen) < 4:
+        raise ValueError(f"direction='ccs' needs at least 4 pairs, there are {len(chosen)}.")
+    turned = (torch.arange(len(chosen)) % 2 == 1)[:, None]
+    sides = [_scaled(torch.where(turned, b, a)) for a, b in ((chosen, rejected), (rejected, chosen))]
+    generator = torch.Generator().manual_seed(0)
+    weights = torch.randn(_STARTS, chosen.shape[1], generator=generator) / chosen.shape[1] ** 0.5
+    weights = weights.requires_grad_()
+    bias = torch.zeros(_STARTS, requires_grad=True)
+    optimiser = torch.optim.AdamW([weights, bias], lr=_RATE, weight_decay=_DECAY)
+    losses = torch.zeros(_STARTS)
+    with torch.enable_grad():
+        for _ in range(_STEPS):
+            first, second = (torch.sigmoid(side @ weights.T + bias) for side in sides)
+            losses = ((first - (1 - second)) ** 2 + torch.minimum(first, second) ** 2).mean(dim=0)
+            optimiser.zero_grad()
+            losses.sum().backward()
+            optimiser.step()
+    direction = weights[losses.argmin()].detach()
+    sign = torch.sign(direction @ (chosen - rejected).mean(dim=0))
+    return direction / direction.norm() * (sign if sign != 0 else 1)
+
+
+def _scaled(side: Tensor) -> Tensor:
+    return (side - side.mean(dim=0)) / side.std(dim=0).clamp_min(1e-6)

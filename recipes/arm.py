@@ -53,6 +53,17 @@ class DataTable(BaseModel, extra="forbid"):
     """`shuffled`: every training prompt gets the rejected answer of another prompt."""
 
 
+class PromptTable(BaseModel, extra="forbid"):
+    """`[prompt]`: what stands in front of every prompt, in a grid (`recipes/ablation/prompted.py`)."""
+
+    demonstrations: int = Field(default=0, ge=0)
+    contrast: bool = False
+    instruction: bool = False
+
+    def __bool__(self) -> bool:
+        return self.demonstrations > 0 or self.instruction
+
+
 class EvaluationTable(BaseModel, extra="forbid"):
     """`[evaluation]`: what the page at the end shows."""
 
@@ -82,6 +93,7 @@ class Arm(BaseModel, extra="forbid"):
     adapter: dict[str, Any] = {"type": "steering_vector"}
     loss: dict[str, Any] = {"name": "dpo"}
     views: dict[str, dict[str, Any]] = {}
+    prompt: PromptTable = PromptTable()
     trainer: dict[str, Any] = {}
     evaluation: EvaluationTable = EvaluationTable()
     output: OutputTable = OutputTable()
@@ -193,11 +205,19 @@ def make_arm(tables: dict[str, Any]) -> Arm:
         raise ArmError(reasons(error)) from error
     arm.peft_config()
     arm.view_objects()
+    _check_prompt(arm)
     try:
         arm.loss_object()
     except ValueError as error:
         raise ArmError(f"[loss]: {error}") from error
     return arm
+
+
+def _check_prompt(arm: Arm) -> None:
+    if arm.prompt.contrast and not arm.prompt.demonstrations:
+        raise ArmError("prompt.contrast shows demonstrations with their rejected answers: give prompt.demonstrations.")
+    if arm.prompt and (arm.adapter.get("type") != "none" or arm.trainer.get("max_steps") != 0):
+        raise ArmError('An arm with a [prompt] trains nothing: adapter.type = "none" and trainer.max_steps = 0.')
 
 
 def reasons(error: ValidationError) -> str:

@@ -60,8 +60,10 @@ def run(arm: Arm) -> dict[str, Any]:
     A run that was interrupted goes on at its last checkpoint; a folder with another arm or a finished run is refused.
 
     Raises:
-        ArmError: the folder holds something else.
+        ArmError: the folder holds something else, or the arm is a prompt.
     """
+    if arm.prompt:
+        raise ArmError(f"Arm {arm.name!r} is a prompt: there is nothing to train. Compare it with others in a grid.")
     started = time.monotonic()
     state = PartialState()
     set_threads(arm.model.threads)

@@ -375,14 +375,17 @@ def test_every_baseline_arm_runs(tables, tmp_path):
     tables |= {"seeds": [0], "design": {"kind": "arms"}, "claim": {"better": "bias_dpo", "than": "lora_dpo"}}
     del tables["factors"]
     tables["budget"] |= {"trials": 1}
+    tables["tasks"][0]["instructions"] = ["the dog runs"]
     cells = {cell["arm"]: cell for cell in run(tables, tmp_path / "run")}
     assert set(cells) == {Path(arm).stem for arm in tables["arms"]}
     for name, cell in cells.items():
         assert cell["status"] in ("ok", "unmatched"), (name, cell["error"])
-        untrained = name in ("base", "icv", "mean_difference")
+        prompt = name.startswith("prompt_")
+        untrained = prompt or name in ("base", "icv", "mean_difference", "lda", "ccs")
         assert (cell["parameters"] == 0) == untrained and (cell["steps"] == 0) == untrained
         assert (abs(cell["margin_gain"]) > 1e-6) == (name != "base"), name
-        assert cell["scalable"] == (name.startswith(("bias", "lora")) or untrained)
+        assert cell["scalable"] == (name.startswith(("bias", "lora")) or (untrained and not prompt))
+        assert (cell["prompt_tokens"] > 0) == prompt
 
 
 def _toml(tables: dict) -> str:

@@ -82,11 +82,13 @@ class Setting:
         rate: Multiplies the arm's own learning rate.
         steps: Training steps.
         strength: At which the trained adapter is used.
+        prompt: Which of the task's instructions a prompting arm gives.
     """
 
     rate: float = 1.0
     steps: int = 0
     strength: float = 1.0
+    prompt: int = 0
 
     def part(self, fraction: float) -> Self:
         """The same, for a fraction of its steps."""

@@ -24,6 +24,7 @@ from steertune.recipes.ablation.bench import Bench
 from steertune.recipes.ablation.budget import Setting, draw, untrained_strengths
 from steertune.recipes.ablation.grid import VERSION, Cell
 from steertune.recipes.ablation.matched import matched_strength, refined
+from steertune.recipes.ablation.prompted import Show, candidates, prompt_tokens, shown
 from steertune.recipes.arm import Arm
 from steertune.recipes.measures import (
     generate,
@@ -77,7 +78,8 @@ def run_cell(cell: Cell, bench: Bench, folder: Path) -> dict[str, Any]:
         try:
             model, cost = train(cell, bench, setting, cell.seed, home)
             with bench.remembering(model):
-                found |= cost | measure(cell, bench, model, setting.strength)
+                show = shown(cell, bench, cell.seed, setting.prompt)
+                found |= cost | measure(cell, bench, model, setting.strength, show)
             if found["scalable"] and found["matched_strength"] is None:
                 kl = bench.grid.tables.matched
                 error = f"no strength up to {kl.largest_strength:g} has a KL of {kl.kl:g} to the base"
@@ -109,7 +111,7 @@ def tuned(cell: Cell, bench: Bench, folder: Path) -> dict[str, Any]:
         result = {
             "key": cell.tuning_key,
             "trials": trials,
-            "best": None if best is None else {k: best[k] for k in ("rate", "steps", "strength")},
+            "best": None if best is None else {k: best[k] for k in ("rate", "steps", "strength", "prompt")},
             "seconds": time.monotonic() - start,
         }
         write_whole(file, json.dumps(result, indent=1))
@@ -126,14 +128,17 @@ def tuning_file(cell: Cell, bench: Bench, folder: Path) -> Path:
 def _trials(cell: Cell, bench: Bench, seed: int, home: Path) -> list[dict[str, Any]]:
     """Every trial at every strength, with its score on the validation rows; the last rung of a successive halving."""
     budget = cell.arm.budget
+    if cell.arm.arm.prompt:  # nothing to train, so the trials are instructions
+        tried = [Setting(prompt=i) for i in range(len(candidates(cell)))]
+        return [t for s in tried for t in _measured(cell, bench, s, bench.model, [1.0], seed)]
     if cell.arm.arm.trainer.get("max_steps") == 0:  # nothing to train, so the trials are strengths
         [model] = _trained(cell, bench, [Setting()], seed, home / f"{cell.arm.name}.trial")
-        return _measured(cell, bench, Setting(), model, untrained_strengths(budget))
+        return _measured(cell, bench, Setting(), model, untrained_strengths(budget), seed)
     settings, results = draw(budget, seed), []
     for rung, (count, fraction) in enumerate(budget.rungs):
         tried = settings[:count]
         models = _trained(cell, bench, [s.part(fraction) for s in tried], seed, home / f"{cell.arm.name}.trial")
-        results = [_measured(cell, bench, s, m, budget.strengths) for s, m in zip(tried, models, strict=True)]
+        results = [_measured(cell, bench, s, m, budget.strengths, seed) for s, m in zip(tried, models, strict=True)]
         # best first, for the next rung; a diverged trial has no score
         order = sorted(range(len(results)), key=lambda i: -max(t["score"] or -math.inf for t in results[i]))
         settings = [settings[i] for i in order]
@@ -168,10 +173,15 @@ def _pays_together(cell: Cell, bench: Bench) -> bool:
 
 
 def _measured(
-    cell: Cell, bench: Bench, setting: Setting, model: Any, strengths: Sequence[float] | Literal["matched"]
+    cell: Cell,
+    bench: Bench,
+    setting: Setting,
+    model: Any,
+    strengths: Sequence[float] | Literal["matched"],
+    seed: int,
 ) -> list[dict[str, Any]]:
     """A trial's scores on the validation rows, one entry a strength; `model` None: it diverged."""
-    trial = {"rate": setting.rate, "steps": setting.steps}
+    trial = {"rate": setting.rate, "steps": setting.steps, "prompt": setting.prompt}
     if model is None:
         return [{**trial, "strength": None, "matched": False, "accuracy": None, "score": None}]
     matched = True
@@ -182,7 +192,8 @@ def _measured(
             strengths = [found or 1.0]
         elif not scalable(model):
             strengths = [1.0]
-        margins = pair_margins(model, bench.tokenizer, bench.splits(cell.task).validation, strengths, show=False)
+        rows = shown(cell, bench, seed, setting.prompt)(bench.splits(cell.task).validation)
+        margins = pair_margins(model, bench.tokenizer, rows, strengths, show=False)
     entries = []
     for strength in strengths:
         values = margins[strength]
@@ -220,6 +231,9 @@ def train(cell: Cell, bench: Bench, setting: Setting, seed: int, home: Path) -> 
     Raises:
         NonFiniteError: the training diverged.
     """
+    if cell.arm.arm.prompt:
+        free = ("train_seconds", "steps", "pairs_read", "tokens_read", "parameters")
+        return bench.model, dict.fromkeys(free, 0)
     trainer = trainer_of(cell, bench, setting, seed, home)
     seconds = fit(trainer, home)
     model = trainer.model.eval()
@@ -241,18 +255,20 @@ def _tokens_of_a_pair(trainer: Any) -> float:
     return sum(lengths) / len(trainer.train_dataset)
 
 
-def measure(cell: Cell, bench: Bench, model: Any, strength: float) -> dict[str, Any]:
+def measure(cell: Cell, bench: Bench, model: Any, strength: float, show: Show) -> dict[str, Any]:
     """What the trained model does, at its tuned strength and at the matched one. The test rows are read here only."""
     matched = _matched(bench, model)
     if cell.arm.budget.strengths == "matched":  # of this training set, not of the one that the tuning saw
         strength = matched or strength
     found: dict[str, Any] = {"scalable": scalable(model), "matched_strength": matched}
     with scaled(model, strength):
-        neutral = neutral_logps(model, bench.tokenizer, bench.neutral_data)
+        neutral = neutral_logps(model, bench.tokenizer, show(bench.neutral_data))
     found |= side_effects(neutral, bench.neutral)
     strengths = {"": strength} | ({"matched_": matched} if matched else {})
     base = bench.base(cell.task)
-    rows = bench.splits(cell.task).test
+    plain = bench.splits(cell.task).test
+    rows = show(plain)
+    found["prompt_tokens"] = prompt_tokens(bench, plain, show) if cell.arm.arm.prompt else 0.0
     different = sorted(set(strengths.values()))
     margins = pair_margins(model, bench.tokenizer, rows, different, show=False)
     if not all(values.isfinite().all() for values in margins.values()):

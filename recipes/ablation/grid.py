@@ -41,7 +41,7 @@ _COLUMNS = {
     "margins", "margin_gain", "moved_wrong", "behaviour", "behaviours", "judgements_failed", "repetition", "answers",
     "scalable", "scorer", "versions",
     "parameters", "steps", "pairs_read", "tokens_read", "seconds", "train_seconds", "tuning", "tuning_seconds",
-    "peak_memory_gb", "levels", "setting",
+    "peak_memory_gb", "levels", "setting", "prompt_tokens",
 }  # fmt: skip
 
 
@@ -143,7 +143,9 @@ def make_grid(raw: dict[str, Any], data_root: Path | None = None) -> Grid:
     _check_card(tables, tables.card, arms)
     _check_budgets(tables.card, arms)
     _check_arms(tables, arms)
-    return Grid(tables, tables.card, arms, _tasks(tables, data_root), notes)
+    tasks = _tasks(tables, data_root)
+    _check_prompts(tables, arms, tasks)
+    return Grid(tables, tables.card, arms, tasks, notes)
 
 
 def _combinations(tables: GridTables) -> tuple[list[Combination], list[str]]:
@@ -294,6 +296,23 @@ def _check_arms(tables: GridTables, arms: list[GridArm]) -> None:
             )
 
 
+def _check_prompts(tables: GridTables, arms: list[GridArm], tasks: list[TaskTable]) -> None:
+    """Refuse prompts that the examples or the tasks cannot fill."""
+    for arm in arms:
+        prompt = arm.arm.prompt
+        if prompt.demonstrations > min(tables.examples):
+            raise ArmError(
+                f"Arm {arm.name!r} shows {prompt.demonstrations} demonstrations, and examples={tables.examples}: ask "
+                "for more, or show fewer."
+            )
+        for task in tasks if prompt.instruction else ():
+            if not 1 <= len(task.instructions) <= arm.budget.trials or not all(map(str.strip, task.instructions)):
+                raise ArmError(
+                    f"Arm {arm.name!r} gives an instruction, and task {task.label!r} has instructions="
+                    f"{task.instructions}: one or more, not more than the {arm.budget.trials} trials of the budget."
+                )
+
+
 def _model(table: ModelTable) -> dict[str, Any]:
     return table.model_dump(exclude={"threads"})
 
@@ -350,6 +369,8 @@ def _keys(
     own["model"].pop("threads")
     if arm.arm.views:
         own["views"] = arm.arm.views
+    if arm.arm.prompt:
+        own["prompt"] = [arm.arm.prompt.model_dump(), task.instructions if arm.arm.prompt.instruction else []]
     settings = {
         "version": VERSION,
         "arm": {**own, "pairing": arm.arm.data.pairing},

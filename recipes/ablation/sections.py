@@ -178,6 +178,7 @@ def cost(cells: Frame) -> list[str]:
         "tuning_seconds": ("tuning, s", "{:.1f}"),
         "pairs_read": ("pairs read", "{:.0f}"),
         "tokens_read": ("tokens read", "{:,.0f}"),
+        "prompt_tokens": ("tokens added to every request", "{:.0f}"),
         "peak_memory_gb": ("peak memory, GB", "{:.2f}"),
     }
     there = [c for c in columns if c in cells and cells[c].notna().any()]

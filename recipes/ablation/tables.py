@@ -65,6 +65,8 @@ class TaskTable(BaseModel, extra="forbid"):
     columns: dict[Literal["prompt", "chosen", "rejected"], str] = {}
     """Pairs made of other columns: what each side says, with `{column}` for a row's text (the first, of a list)."""
     scorer: dict[str, Any] = {"kind": "classifier"}
+    instructions: list[str] = []
+    """What prompting arms tell the model to do; several are several trials of their tuning."""
 
 
 class MatchedTable(BaseModel, extra="forbid"):

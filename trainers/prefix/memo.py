@@ -51,9 +51,9 @@ class Memo:
     """
 
     def __init__(self, ram_gb: float, folder: str | Path | None = None, disk_gb: float = 20.0) -> None:
-        for name, value in (("ram_gb", ram_gb), ("disk_gb", disk_gb)):
+        for name, value, what in (("ram_gb", ram_gb, "RAM"), ("disk_gb", disk_gb, "disk")):
             if not 0 <= value < float("inf"):
-                raise ValueError(f"{name}={value!r}: the memo's {name[:-3]} in GB, 0 or more.")
+                raise ValueError(f"{name}={value!r}: the memo's {what} in GB, 0 or more.")
         self.limit, self.disk_limit = int(ram_gb * _GB), int(disk_gb * _GB)
         self.nbytes = 0
         self.disk_bytes = 0

@@ -1,0 +1,143 @@
+"""Arms that are prompts: what they show, what that costs, and what they refuse."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from test_ablate import make_tables, run
+
+import steertune.recipes.ablation.cell as cell_module
+from steertune.recipes import train
+from steertune.recipes.ablation.bench import Bench
+from steertune.recipes.ablation.grid import Cell, make_grid
+from steertune.recipes.ablation.prompted import prompt_tokens, shown
+from steertune.recipes.arm import ArmError, load_arm
+
+ARMS = ["prompt_instruction", "prompt_demonstrations", "prompt_both", "prompt_contrast", "base"]
+INSTRUCTIONS = ["the dog runs", "we stay"]
+
+
+@pytest.fixture
+def tables(tmp_path: Path) -> dict:
+    made = make_tables(tmp_path)
+    made |= {"arms": ARMS, "design": {"kind": "arms"}, "claim": {"better": "prompt_both", "than": "base"}}
+    made["tasks"][0]["instructions"] = INSTRUCTIONS
+    del made["factors"]
+    return made
+
+
+def cell_of(tables: dict, arm: str) -> tuple[Cell, Bench]:
+    grid = make_grid(tables)
+    [found] = [cell for cell in grid.cells() if (cell.arm.name, cell.seed) == (arm, 1)]
+    return found, Bench(grid)
+
+
+def prompts(cell: Cell, bench: Bench, choice: int = 0) -> list[str]:
+    return shown(cell, bench, cell.seed, choice)(bench.splits(cell.task).test)["prompt"]
+
+
+def test_prompts_hold_what_they_say(tables):
+    plain = None
+    for arm in ARMS:
+        cell, bench = cell_of(tables, arm)
+        splits = bench.splits(cell.task)
+        plain, training = splits.test["prompt"], splits.train(4, seed=1).to_list()
+        seen = prompts(cell, bench, choice=len(INSTRUCTIONS) - 1 if "instruction" in arm or "both" in arm else 0)
+        for own, prompt in zip(plain, seen, strict=True):
+            assert own.strip() in prompt and (prompt == own) == (arm == "base")
+            assert (INSTRUCTIONS[1] in prompt.split("\n\n")) == (arm in ("prompt_instruction", "prompt_both"))
+            shows = [row for row in training if f"{row['prompt'].strip()}" in prompt]
+            if arm in ("prompt_demonstrations", "prompt_both", "prompt_contrast"):
+                assert len(shows) == 4 and all(row["chosen"].strip() in prompt for row in shows)
+            if arm == "prompt_contrast":
+                assert prompt.endswith("Good response: ")
+                assert all(f"Bad response: {row['rejected'].strip()}" in prompt for row in shows)
+
+
+def test_demonstrations_are_training_rows_of_the_seed_and_never_test_rows(tables):
+    cell, bench = cell_of(tables, "prompt_demonstrations")
+    splits = bench.splits(cell.task)
+    training = set(splits.train(4, seed=cell.seed)["prompt"])
+    assert not training & {*splits.test["prompt"], *splits.validation["prompt"]}
+    shows = {part for prompt in prompts(cell, bench) for part in prompt.split("\n\n")[:-1]}
+    assert len(shows) == 4 and all(any(part.startswith(t.rstrip()) for t in training) for part in shows)
+
+
+def test_the_added_tokens_are_counted(tables):
+    cell, bench = cell_of(tables, "prompt_instruction")
+    rows = bench.splits(cell.task).test
+    assert prompt_tokens(bench, rows, shown(cell, bench, 1)) == len(INSTRUCTIONS[0].split())
+    assert prompt_tokens(bench, rows, shown(cell, bench, 1, choice=1)) == len(INSTRUCTIONS[1].split())
+
+
+def test_the_tuning_chooses_the_instruction_on_validation_rows(tables, tmp_path, monkeypatch):
+    original = cell_module.pair_margins
+
+    def prefers_the_second(model, tokenizer, rows, *args, **options):
+        found = original(model, tokenizer, rows, *args, **options)
+        told = INSTRUCTIONS[1] in rows["prompt"][0]
+        return {strength: values.abs() * (1 if told else -1) for strength, values in found.items()}
+
+    monkeypatch.setattr(cell_module, "pair_margins", prefers_the_second)
+    cells = {cell["arm"]: cell for cell in run(tables | {"seeds": [0]}, tmp_path / "run")}
+    told = cells["prompt_instruction"]
+    assert [trial["prompt"] for trial in told["tuning"]] == [0, 1] and told["setting"]["prompt"] == 1
+    assert told["accuracy"] == 1 and told["prompt_tokens"] == len(INSTRUCTIONS[1].split())
+    shots = cells["prompt_demonstrations"]
+    assert len(shots["tuning"]) == 1
+    for cell in (told, shots):
+        assert cell["parameters"] == cell["steps"] == 0 and cell["kl"] > 0 and not cell["scalable"]
+        assert "matched_accuracy" not in cell, "a prompt has no strength"
+
+
+def test_prompting_leaves_the_base_alone(tables, tmp_path):
+    """Nothing is put on the shared model: the base's own cell comes out as without prompting arms."""
+    both = run(tables | {"seeds": [0]}, tmp_path / "both")
+    alone = run(tables | {"seeds": [0], "arms": ["base"], "claim": {"better": "base", "than": "base"}}, tmp_path / "a")
+    [mine] = [cell for cell in both if cell["arm"] == "base"]
+    assert mine["margins"] == alone[0]["margins"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"examples": [3]}, r"shows 4 demonstrations, and examples=\[3\]"),
+        ({"tasks": "none"}, r"task 'task' has instructions=\[\]"),
+        ({"tasks": "blank"}, r"instructions=\['  '\]"),
+        ({"tasks": "many"}, "not more than the 2 trials of the budget"),
+    ],
+)
+def test_prompts_that_cannot_be_filled_are_refused(changes, message, tables):
+    kinds = {"none": [], "blank": ["  "], "many": ["a", "b", "c"]}
+    if "tasks" in changes:
+        tables["tasks"][0]["instructions"] = kinds[changes["tasks"]]
+    else:
+        tables |= changes
+    with pytest.raises(ArmError, match=message):
+        make_grid(tables)
+
+
+def test_a_prompt_longer_than_the_context_is_refused(tables):
+    tables["tasks"][0]["instructions"] = ["the dog runs " * 200]
+    cell, bench = cell_of(tables, "prompt_instruction")
+    with pytest.raises(ArmError, match=r"take \d+ tokens, the model reads 512"):
+        prompts(cell, bench)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--prompt.demonstrations=0", "--prompt.contrast=true"], "give prompt.demonstrations"),
+        (["--trainer.max_steps=4"], "trains nothing"),
+        (["--adapter.type=lora"], "trains nothing"),
+    ],
+)
+def test_arms_that_contradict_themselves(words, message):
+    with pytest.raises(ArmError, match=message):
+        load_arm("prompt_contrast", words)
+
+
+def test_the_training_recipe_refuses_a_prompt(capsys):
+    assert train.main(["prompt_contrast"]) == 2
+    assert "is a prompt: there is nothing to train" in capsys.readouterr().err

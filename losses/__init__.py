@@ -9,8 +9,10 @@ from dataclasses import fields, is_dataclass
 from typing import Any
 
 from ._base import At, Loss, Outputs, Strength
+from ._capped import Capped
 from ._contrast import Contrast, Contrasted
 from ._regularised import Regularised
+from ._states import Where, layers_of
 
 __all__ = ["At", "Loss", "Outputs", "Strength", "get_loss", "names"]
 
@@ -20,11 +22,21 @@ def names() -> list[str]:
     return sorted(m.name for m in pkgutil.iter_modules(__path__) if not m.name.startswith("_"))
 
 
-def get_loss(loss: str | Loss, *, contrast: Contrast = "paired", neutral_kl: float = 0.0, **options: Any) -> Loss:
+def get_loss(
+    loss: str | Loss,
+    *,
+    contrast: Contrast = "paired",
+    neutral_kl: float = 0.0,
+    change_cap: float = 0.0,
+    cap_layers: Where | list[int | float] = 0.67,
+    cap_weight: float = 1.0,
+    **options: Any,
+) -> Loss:
     """A loss by name (its file), with its hyperparameters; a `Loss` object is returned as it is.
 
     `contrast` says what a pair loss contrasts the chosen answer with: `paired`, `unpaired` or `none`. `neutral_kl`
-    adds a KL to the base model on neutral text, with this weight.
+    adds a KL to the base model on neutral text, with this weight. `change_cap` makes it cost (`cap_weight`) to change
+    the residual stream of `cap_layers` by a longer vector than this.
 
     Raises:
         ValueError: an unknown name or option (the message names the nearest), options for an object.
@@ -37,6 +49,8 @@ def get_loss(loss: str | Loss, *, contrast: Contrast = "paired", neutral_kl: flo
         made = _by_name(loss, options)
     if contrast != "paired":
         made = Contrasted(made, contrast)
+    if change_cap != 0:
+        made = Capped(made, change_cap, layers_of(cap_layers), cap_weight)
     return made if neutral_kl == 0 else Regularised(made, neutral_kl)
 
 

@@ -15,13 +15,14 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ._base import At, Loss, Outputs
+from ._base import At, Outputs
+from ._wrapped import Wrapped
 
 Contrast = Literal["paired", "unpaired", "none"]
 
 
 @dataclass(frozen=True)
-class Contrasted(Loss):
+class Contrasted(Wrapped):
     """A pair loss with another contrast.
 
     Args:
@@ -32,7 +33,6 @@ class Contrasted(Loss):
         ValueError: the loss has no rejected side; `none` for a loss without a reference.
     """
 
-    loss: Loss
     contrast: Contrast
 
     def __post_init__(self) -> None:
@@ -45,21 +45,6 @@ class Contrasted(Loss):
                 f"contrast='none' holds the rejected answer at the reference, which {type(self.loss).__name__} does "
                 "not use. Choose a loss with a reference, or cross_entropy."
             )
-
-    @property
-    def unit(self) -> Literal["example", "token"]:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """As the loss."""
-        return self.loss.unit
-
-    @property
-    def reference(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """As the loss."""
-        return self.loss.reference
-
-    @property
-    def scales(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """As the loss."""
-        return self.loss.scales
 
     def __call__(self, at: At, generator: torch.Generator | None = None) -> Tensor:
         """As the loss, on pairs whose rejected side is another.

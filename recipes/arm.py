@@ -20,6 +20,7 @@ from pydantic.errors import PydanticSchemaGenerationError, PydanticUndefinedAnno
 
 import steertune.adapters  # noqa: F401  registers the method with PEFT
 from steertune.losses import Loss, get_loss
+from steertune.trainers.biases import get_bias
 from steertune.trainers.views import View, get_view
 
 ARMS = Path(__file__).parent / "arms"
@@ -83,8 +84,9 @@ class Arm(BaseModel, extra="forbid"):
     """A whole arm.
 
     `adapter.type` is any PEFT method in lower case or `none` (full finetuning); `loss.name` is a file of `losses/` or
-    `upstream`; `[views.NAME]` is a view that the loss asks for, its `name` a file of `trainers/views/`; `[trainer]`
-    takes every field of TRL's `DPOConfig` (pairs) or `SFTConfig` (demonstrations).
+    `upstream`; `[views.NAME]` is a view that the loss asks for, its `name` a file of `trainers/views/`;
+    `[biases.NAME]` are options of an inductive bias, NAME a file of `trainers/biases/`; `[trainer]` takes every field
+    of TRL's `DPOConfig` (pairs) or `SFTConfig` (demonstrations).
     """
 
     name: str
@@ -93,6 +95,7 @@ class Arm(BaseModel, extra="forbid"):
     adapter: dict[str, Any] = {"type": "steering_vector"}
     loss: dict[str, Any] = {"name": "dpo"}
     views: dict[str, dict[str, Any]] = {}
+    biases: dict[str, dict[str, Any]] = {}
     prompt: PromptTable = PromptTable()
     trainer: dict[str, Any] = {}
     evaluation: EvaluationTable = EvaluationTable()
@@ -206,6 +209,11 @@ def make_arm(tables: dict[str, Any]) -> Arm:
     arm.peft_config()
     arm.view_objects()
     _check_prompt(arm)
+    for name, options in arm.biases.items():
+        try:
+            get_bias(name, **options)
+        except (ValueError, TypeError) as error:
+            raise ArmError(f"[biases.{name}]: {error}") from error
     try:
         arm.loss_object()
     except ValueError as error:

@@ -80,6 +80,7 @@ def make_trainer(
         loss=loss,
         frozen_prefix=frozen_prefix,
         views=arm.view_objects(),
+        biases=arm.biases,
         **unchanged,
     )
     trainer.add_callback(_MetricsFile(folder / "metrics.jsonl"))

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from ._batch import Batch
     from ._data import DataError, collator, tokenise
     from ._guard import NonFiniteError
+    from .biases import Bias, BiasError, get_bias
     from .dpo import SteeringDPOTrainer
     from .prefix import FrozenPrefix
     from .sft import SteeringSFTTrainer
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 
 _HOME = {
     "Batch": "_batch",
+    "Bias": "biases",
+    "BiasError": "biases",
     "DataError": "_data",
     "FrozenPrefix": "prefix",
     "ModelAt": "_at",
@@ -32,6 +35,7 @@ _HOME = {
     "View": "views",
     "ViewError": "views",
     "collator": "_data",
+    "get_bias": "biases",
     "get_view": "views",
     "labelled_logits": "_at",
     "scalable": "_at",
@@ -42,6 +46,8 @@ _HOME = {
 }
 __all__ = [
     "Batch",
+    "Bias",
+    "BiasError",
     "DataError",
     "FrozenPrefix",
     "ModelAt",
@@ -52,6 +58,7 @@ __all__ = [
     "View",
     "ViewError",
     "collator",
+    "get_bias",
     "get_view",
     "labelled_logits",
     "scalable",

@@ -8,7 +8,7 @@ import hashlib
 import inspect
 import os
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -29,6 +29,8 @@ from ._guard import FiniteGradients, check_finite
 from ._resume import RestoredAdapter
 from ._start import fill_missing_vectors
 from ._vitals import VectorVitals
+from .biases import Bias, get_bias
+from .biases._base import Biased
 from .prefix import FrozenPrefix
 from .prefix.cut import base_of
 from .prefix.once import PayOnce
@@ -51,6 +53,7 @@ class SteeringMixin(Trainer):
             is exact, with 2 GB of RAM. True: the same, with a warning where it is not. A `FrozenPrefix` is shared
             with whoever else uses it. False: never.
         views: Other versions of every example, by the name a loss asks for them.
+        biases: Inductive biases of the training (`trainers/biases/`): name -> options, or objects.
     """
 
     model: Any  # the parent's type allows None, which it is not after construction
@@ -66,6 +69,7 @@ class SteeringMixin(Trainer):
         loss: str | Loss | None = None,
         frozen_prefix: FrozenPrefix | bool | None = None,
         views: Mapping[str, str | View] | None = None,
+        biases: Mapping[str, Mapping[str, Any]] | Sequence[str | Bias] = (),
         **kwargs: Any,
     ) -> None:
         self.loss = None if loss is None else get_loss(loss)
@@ -81,6 +85,9 @@ class SteeringMixin(Trainer):
         self.pay_once = PayOnce(frozen_prefix)
         self.seat: Any = None  # this trainer's place among those of `train_together`
         self._views: Views | None = None
+        given_biases = biases.items() if isinstance(biases, Mapping) else [(bias, {}) for bias in biases]
+        self._unstarted = [get_bias(bias, **options) for bias, options in given_biases]
+        self._plain &= not self._unstarted
         if self._plain:
             parent(*bound.args, **bound.kwargs)
             return
@@ -111,6 +118,7 @@ class SteeringMixin(Trainer):
             self.loss_is_scaled_for_ga = self.model_accepts_loss_kwargs = True
         self._vitals = VectorVitals()
         self.resumed: str | None = None  # checkpoint that training goes on from
+        self.add_callback(Biased(self, [*self._unstarted]))
         self.add_callback(FiniteGradients(self))
         self.add_callback(RestoredAdapter(self))
 
@@ -151,6 +159,9 @@ class SteeringMixin(Trainer):
         """As the parent's, after computing an initial direction that needs data."""
         if not self._plain:
             self.initialise_vectors()
+            waiting, self._unstarted = self._unstarted, []
+            for bias in waiting:
+                bias.start(self)
             if self.args.logging_strategy != "no":
                 self._vitals.start(self)
             resumed = kwargs.get("resume_from_checkpoint", args[0] if args else None)

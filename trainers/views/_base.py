@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import difflib
-import importlib
-import pkgutil
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+from .._registry import by_name, file_names
+
+_FOLDER = Path(__file__).parent
 Row = Mapping[str, Any]
 
 
@@ -39,8 +38,7 @@ class View(ABC):
 
 def names() -> list[str]:
     """The views: the files of this folder."""
-    found = pkgutil.iter_modules([str(Path(__file__).parent)])
-    return sorted(module.name for module in found if not module.name.startswith("_"))
+    return file_names(_FOLDER)
 
 
 def get_view(view: str | View, **options: Any) -> View:
@@ -53,20 +51,7 @@ def get_view(view: str | View, **options: Any) -> View:
         if options:
             raise ValueError(f"Options {sorted(options)} go with a view's name, not with an object.")
         return view
-    _choose("view", view, names())
-    module = importlib.import_module(f"{__package__}.{view}")
-    classes = [x for x in vars(module).values() if isinstance(x, type) and x.__module__ == module.__name__]
-    [kind] = [x for x in classes if issubclass(x, View) and is_dataclass(x)]
-    for option in options:
-        _choose(f"option of view {view!r}", option, [field.name for field in fields(kind)])
-    return kind(**options)
-
-
-def _choose(what: str, value: object, allowed: list[str]) -> None:
-    if value not in allowed:
-        near = difflib.get_close_matches(str(value), allowed, n=1, cutoff=0.5)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"Unknown {what} {value!r}; there are {allowed}.{hint}")
+    return by_name("view", str(__package__), _FOLDER, View, view, options)
 
 
 def prompt_of(row: Row) -> Any:

@@ -1,0 +1,52 @@
+"""A cap on the change of the residual stream, as a term that any loss can carry: activation addition's norm for LoRA.
+
+`loss + λ mean_t relu(‖h_t - h⁰_t‖ / c - 1)²` over the labelled tokens of an example, h being what a block hands on at
+`at(1)` and h⁰ the same at `at(0)`. A capped vector cannot change a state by more than c; any other adapter then pays
+for doing so.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ._base import At, positive
+from ._states import Where, layers_of, over_layers
+from ._wrapped import Wrapped, added, per_row
+
+
+@dataclass(frozen=True)
+class Capped(Wrapped):
+    """A loss and a cap on the change.
+
+    Args:
+        loss: The loss.
+        change_cap: c, in units of the residual stream.
+        layers: Where, as in `SteeringVectorConfig`.
+        weight: λ.
+
+    Raises:
+        ValueError: a cap or weight that is not above 0.
+    """
+
+    change_cap: float
+    layers: Where = 0.67
+    weight: float = 1.0
+    reference = True
+    states = True
+
+    def __post_init__(self) -> None:
+        positive(change_cap=self.change_cap, cap_weight=self.weight)
+        object.__setattr__(self, "layers", layers_of(self.layers))
+
+    def __call__(self, at: At, generator: torch.Generator | None = None) -> Tensor:
+        """As the loss."""
+        value = self.loss(at, generator)
+        steered, base = (at(strength, layers=self.layers) for strength in (1.0, 0.0))
+        over = over_layers(
+            torch.relu((steered.hidden[i] - base.hidden[i]).float().norm(dim=-1) / self.change_cap - 1) ** 2
+            for i in steered.hidden
+        )
+        return added(value, self.weight * per_row(over, steered.mask), self.loss, steered.mask)

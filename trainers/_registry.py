@@ -1,0 +1,46 @@
+"""Find a class by the name of its file."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import pkgutil
+from collections.abc import Mapping
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+
+def file_names(folder: Path) -> list[str]:
+    """The modules of a folder that are not private."""
+    return sorted(m.name for m in pkgutil.iter_modules([str(folder)]) if not m.name.startswith("_"))
+
+
+def by_name(what: str, package: str, folder: Path, kind: type, name: str, options: Mapping[str, Any]) -> Any:
+    """The dataclass of a module, a subclass of `kind`, made from its options.
+
+    Args:
+        what: What it is, for messages.
+        package: Name of the package that the modules belong to.
+        folder: Where they are.
+        kind: The class that they define a subclass of.
+        name: Of the module.
+        options: Fields of the dataclass.
+
+    Raises:
+        ValueError: an unknown name or option; the message names the nearest.
+    """
+    _choose(what, name, file_names(folder))
+    module = importlib.import_module(f"{package}.{name}")
+    classes = [x for x in vars(module).values() if isinstance(x, type) and x.__module__ == module.__name__]
+    [made] = [x for x in classes if issubclass(x, kind) and is_dataclass(x)]
+    for option in options:
+        _choose(f"option of {what} {name!r}", option, [field.name for field in fields(made)])
+    return made(**options)
+
+
+def _choose(what: str, value: object, allowed: list[str]) -> None:
+    if value not in allowed:
+        near = difflib.get_close_matches(str(value), allowed, n=1, cutoff=0.5)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"Unknown {what} {value!r}; there are {allowed}.{hint}")

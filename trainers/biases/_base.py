@@ -1,0 +1,113 @@
+"""What a bias is, and how it is found by its name."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import TrainerCallback
+
+from ...adapters.blocks import find_blocks, resolve_layers, site_name
+from ...adapters.config import Site
+from .._registry import by_name, file_names
+from ..prefix.cut import base_of
+
+_FOLDER = Path(__file__).parent
+
+
+class BiasError(ValueError):
+    """A bias cannot be put on this model or this way of training; the message says what can carry it."""
+
+
+class Bias(ABC):
+    """A change of how parameters are trained. Subclasses are frozen dataclasses of their options, one file each."""
+
+    @abstractmethod
+    def start(self, trainer: Any) -> None:
+        """Once, before the optimiser exists.
+
+        Raises:
+            BiasError: it would change nothing, or not what it says.
+        """
+
+    def before_forward(self, trainer: Any) -> None:
+        """Before the forward pass of every micro-batch; nothing, by default."""
+        return
+
+    def gradients(self, trainer: Any) -> None:
+        """Before every optimiser step, when gradients are there and clipped; as they are, by default."""
+        return
+
+
+class Biased(TrainerCallback):
+    """Lets biases at the gradients of a trainer."""
+
+    def __init__(self, trainer: Any, biases: list[Bias]) -> None:
+        self.trainer, self.biases = trainer, biases
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Trainer event: a step begins, with its first micro-batch."""
+        for bias in self.biases:
+            bias.before_forward(self.trainer)
+
+    def on_substep_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Trainer event: another micro-batch of the step comes next."""
+        for bias in self.biases:
+            bias.before_forward(self.trainer)
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Trainer event: gradients are there and clipped, parameters not yet changed."""
+        for bias in self.biases:
+            bias.gradients(self.trainer)
+
+
+def names() -> list[str]:
+    """The biases: the files of this folder."""
+    return file_names(_FOLDER)
+
+
+def get_bias(bias: str | Bias, **options: Any) -> Bias:
+    """A bias by name (its file), with its options; a `Bias` object is returned as it is.
+
+    Raises:
+        ValueError: an unknown name or option (the message names the nearest), options for an object.
+    """
+    if isinstance(bias, Bias):
+        if options:
+            raise ValueError(f"Options {sorted(options)} go with a bias's name, not with an object.")
+        return bias
+    return by_name("bias", str(__package__), _FOLDER, Bias, bias, options)
+
+
+def trained_matrices(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Trained weights with two dimensions."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad and p.ndim == 2}
+
+
+def write_of(model: nn.Module, layer: int | float, site: Site) -> tuple[int, str]:
+    """The layer's index, and the name (in the base model) of the linear map that writes a site's output into the
+    residual stream: the last of the attention's or the MLP's that is as wide as the stream.
+
+    Raises:
+        BiasError: there is no such map.
+    """
+    base = base_of(model)
+    blocks = find_blocks(base)
+    [index] = resolve_layers(layer, len(blocks))
+    module = base.get_submodule(site_name(*blocks[index], site))
+    width = base.get_input_embeddings().weight.shape[-1]  # pyright: ignore[reportAttributeAccessIssue]
+    found = [name for name, part in _maps(module) if width in tuple(part.weight.shape)]  # pyright: ignore[reportArgumentType, reportOperatorIssue]
+    if not found:
+        raise BiasError(f"The {site} of block {index} has no linear map as wide as the residual stream ({width}).")
+    return index, f"{site_name(*blocks[index], site)}.{found[-1]}"
+
+
+def _maps(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Linear maps of a module as the base model has them: what adapters put inside is not looked at."""
+    for name, part in module.named_modules():
+        inside = ("lora_", "base_layer", ".default")
+        if not any(word in name for word in inside) and getattr(getattr(part, "weight", None), "ndim", 0) == 2:
+            yield name, part

@@ -1,0 +1,110 @@
+"""Start as activation addition: a constant that some adapter can carry begins as a closed-form direction.
+
+LoRA with `lora_bias=True` on the map that writes a block's MLP into the residual stream computes
+`W x + (B A x + b) s`: with `b = v / s` its first forward pass adds v to the output of the block, as a steering vector
+does. The same goes for a trained bias of that map. What is written is checked against the block's output.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+from ...adapters import directions
+from ...adapters.blocks import find_blocks
+from .._modes import evaluating
+from .._start import pair_batches
+from ..prefix.cut import base_of
+from ..prefix.rounding import difference
+from ._base import Bias, BiasError, write_of
+
+
+@dataclass(frozen=True)
+class DirectionStart(Bias):
+    """A trained constant at one block starts as a direction.
+
+    Args:
+        direction: A file of `adapters/directions/`.
+        layer: At whose output: an index, or a fraction of the depth.
+        scale: Times its own length.
+
+    Raises:
+        ValueError: no such direction.
+    """
+
+    direction: str = "mean_difference"
+    layer: int | float = 0.67
+    scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        directions.get(self.direction)
+
+    def start(self, trainer: Any) -> None:
+        """Compute the direction on the training pairs, and write it.
+
+        Raises:
+            BiasError: nothing trained there can carry a constant, the data are no pairs, or the block's output does
+                not change by the direction (a norm behind the MLP, say).
+        """
+        model = trainer.model
+        index, name = write_of(model, self.layer, "mlp")
+        base = base_of(model)
+        bias, factor = _constant(base.get_submodule(name), name)
+        batches = pair_batches(trainer)
+        if batches is None:
+            raise BiasError(
+                f"direction_start computes {self.direction!r} from pairs, and the training data have none."
+            )
+        found = directions.compute(self.direction, model, batches, [index]).vectors[index] * self.scale
+        block = find_blocks(base)[index][1]
+        before, real = _output(model, block, batches[0])
+        with torch.no_grad():
+            bias += (found / factor).to(bias)
+        after, _ = _output(model, block, batches[0])
+        if (apart := difference(before + found.to(before), after, real)) is not None:
+            with torch.no_grad():
+                bias -= (found / factor).to(bias)
+            raise BiasError(
+                f"direction_start: a constant in {name} does not move the output of block {index} by itself (off by "
+                f"{apart:.1e}: something stands behind it). Use a steering vector with init={self.direction!r}."
+            )
+
+
+def _constant(module: nn.Module, name: str) -> tuple[Tensor, float]:
+    """A trained constant at the output of a map, and what it is multiplied by."""
+    if isinstance(module, LoraLayer):
+        for adapter in module.active_adapters:
+            bias = getattr(module.lora_B[adapter], "bias", None) if adapter in module.lora_B else None
+            if isinstance(bias, Tensor) and bias.requires_grad:
+                return bias, float(module.scaling[adapter])
+    bias = getattr(module, "bias", None)
+    if isinstance(bias, Tensor) and bias.requires_grad:
+        return bias, 1.0
+    raise BiasError(
+        f"direction_start: nothing trained at {name} can carry a constant. Use LoraConfig(lora_bias=True) with that "
+        "map among its target_modules, or a steering vector with init=."
+    )
+
+
+@torch.no_grad()
+def _output(model: nn.Module, block: nn.Module, batch: Any) -> tuple[Tensor, Tensor | None]:
+    """What a block hands on for one batch, with the adapters on, and which tokens are real."""
+    seen: list[Tensor] = []
+
+    def keep(module: nn.Module, args: Any, output: Any) -> None:
+        seen.append(output[0] if isinstance(output, tuple) else output)
+
+    handle = block.register_forward_hook(keep)
+    device = next(model.parameters()).device
+    inputs = {k: batch[k].to(device) for k in ("input_ids", "attention_mask") if k in batch}
+    try:
+        with evaluating(model):
+            base_of(model)(**inputs)
+    finally:
+        handle.remove()
+    mask = inputs.get("attention_mask")
+    return seen[0], None if mask is None else mask.bool()

@@ -1,0 +1,63 @@
+"""Updates restricted to what one layer writes: the site of activation addition, for any adapter."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import Tensor, nn
+
+from ._base import Bias, BiasError, write_of
+
+
+@dataclass(frozen=True)
+class OneWrite(Bias):
+    """Only the maps that write one block's attention and MLP into the residual stream are trained.
+
+    Args:
+        layer: Of which block: an index, or a fraction of the depth.
+        site: `mlp`, `attention`, or `both`.
+
+    Raises:
+        ValueError: another site.
+    """
+
+    layer: int | float = 0.67
+    site: Literal["mlp", "attention", "both"] = "mlp"
+
+    def __post_init__(self) -> None:
+        if self.site not in ("mlp", "attention", "both"):
+            raise ValueError(f"site={self.site!r} is none of 'mlp', 'attention', 'both'.")
+
+    def start(self, trainer: Any) -> None:
+        """Freeze every other trained parameter.
+
+        Raises:
+            BiasError: nothing that is trained writes there.
+        """
+        trained = {name: p for name, p in trainer.model.named_parameters() if p.requires_grad}
+        others = self._others(trainer, trained)
+        if len(others) == len(trained):
+            raise BiasError(
+                f"one_write trains the {self.site} write of layer {self.layer} only, and nothing trained is there. "
+                f"Put the adapter on it (target_modules, layers_to_transform); trained are {[*trained][:4]}."
+            )
+        for parameter in others:
+            parameter.register_post_accumulate_grad_hook(_forget)
+            parameter.requires_grad_(False)
+
+    def before_forward(self, trainer: Any) -> None:
+        """Freeze them again: PEFT trains all of an adapter when it is switched on after the reference's turn."""
+        trained = {name: p for name, p in trainer.model.named_parameters() if p.requires_grad}
+        for parameter in self._others(trainer, trained):
+            parameter.requires_grad_(False)
+
+    def _others(self, trainer: Any, trained: dict[str, nn.Parameter]) -> list[nn.Parameter]:
+        """What is trained and does not write there."""
+        sites = ("attention", "mlp") if self.site == "both" else (self.site,)
+        writes = [write_of(trainer.model, self.layer, site)[1] for site in sites]
+        return [p for name, p in trained.items() if not any(f".{write}." in f".{name}" for write in writes)]
+
+
+def _forget(parameter: Tensor) -> None:
+    parameter.grad = None

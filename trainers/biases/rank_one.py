@@ -1,0 +1,48 @@
+"""Rank-one gradients: of every trained matrix the largest singular pair, so that one step changes one direction."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ._base import Bias, BiasError, trained_matrices
+
+_EXTRA = 6  # columns of the random projection beyond the rank, and its power iterations: enough for one pair
+
+
+@dataclass(frozen=True)
+class RankOne(Bias):
+    """The gradient G of a trained matrix becomes `σ₁ u₁ v₁ᵀ`, its best approximation of rank one.
+
+    The gradient of one input-independent bias is an outer product already; that of a weight is a sum of one for every
+    position, of which this keeps what they agree on.
+    """
+
+    def start(self, trainer: Any) -> None:
+        """Refuse what has no such gradient.
+
+        Raises:
+            BiasError: no matrix is trained, or gradients are sharded.
+        """
+        if not trained_matrices(trainer.model):
+            raise BiasError("rank_one projects gradients of matrices, and none is trained: a vector's are rank one.")
+        if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
+            raise BiasError("rank_one needs whole gradients, which DeepSpeed and FSDP shard: use DDP or one process.")
+
+    @torch.no_grad()
+    def gradients(self, trainer: Any) -> None:
+        """Project every matrix's gradient."""
+        for parameter in trained_matrices(trainer.model).values():
+            if parameter.grad is None or min(parameter.shape) == 1:
+                continue
+            gradient = parameter.grad.float()
+            if min(gradient.shape) <= 64:
+                u, s, v = torch.linalg.svd(gradient, full_matrices=False)
+                v = v.T
+            else:
+                with torch.random.fork_rng([gradient.device] if gradient.device.type == "cuda" else []):
+                    torch.manual_seed(0)  # the same projection in every run, and nobody else's random numbers moved
+                    u, s, v = torch.svd_lowrank(gradient, q=1 + _EXTRA, niter=_EXTRA)
+            parameter.grad.copy_(s[0] * torch.outer(u[:, 0], v[:, 0]))

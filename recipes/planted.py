@@ -57,8 +57,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="planted", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--problems", nargs="+", default=list(PROBLEMS), choices=PROBLEMS)
-    parser.add_argument("--studies", type=int, default=8, help="of every problem with a teacher")
-    parser.add_argument("--nulls", type=int, default=20, help="studies of every problem with nothing to learn")
+    parser.add_argument("--studies", type=int, default=8, help="of every problem but base")
+    parser.add_argument("--nulls", type=int, default=20, help="studies of base, where every claim is a false one")
     parser.add_argument("--folder", type=Path, default=Path("runs/planted"))
     options = parser.parse_args(argv)
     set_threads(1)  # the models are tiny
@@ -70,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     numbers = [
         (problem, i)
         for problem in options.problems
-        for i in range(options.studies if problem in FORMS else options.nulls)
+        for i in range(options.nulls if problem == "base" else options.studies)
     ]
     found: dict[str, list[Study]] = {problem: [] for problem in options.problems}
     try:
@@ -189,7 +189,10 @@ def write_task(folder: Path, base: Any, problem: str, seed: int) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for split, rows in (("train", EXAMPLES + 100), ("test", TEST)):
         coin = problem == "base" or (problem == "shuffled" and split == "train")
-        _write_rows(folder / f"{split}.jsonl", sample_pairs(base, teacher, rows, generator, coin))
+        # the pairs that a change weighs most on are those that the base has wrong: whatever disturbs the base then
+        # looks like learning, which must not stand in for it where nothing can be learned
+        candidates = 1 if problem == "shuffled" else _CANDIDATES
+        _write_rows(folder / f"{split}.jsonl", sample_pairs(base, teacher, rows, generator, coin, candidates))
 
 
 def make_teacher(base: Any, problem: str, seed: int) -> Any:
@@ -213,10 +216,12 @@ def make_teacher(base: Any, problem: str, seed: int) -> Any:
 
 
 @torch.no_grad()
-def sample_pairs(base: Any, teacher: Any, rows: int, generator: torch.Generator, coin: bool) -> list[dict[str, str]]:
+def sample_pairs(
+    base: Any, teacher: Any, rows: int, generator: torch.Generator, coin: bool, candidates: int
+) -> list[dict[str, str]]:
     """Random prompts, each with two random answers; chosen is the one that the teacher's change makes likelier, of
-    the pairs on which it weighs most; or what a coin says."""
-    count = _CANDIDATES * rows
+    the pairs (one in `candidates`) on which it weighs most; or what a coin says."""
+    count = candidates * rows
     prompts, first, second = (torch.randint(4, 4 + WORDS, (count, LENGTH), generator=generator) for _ in range(3))
     reward = _logps(teacher, prompts, first) - _logps(teacher, prompts, second)
     reward -= _logps(base, prompts, first) - _logps(base, prompts, second)
@@ -263,8 +268,8 @@ class Study:
         layer: The right layer is claimed.
         shares: The Shapley shares that are clear, of form and layer.
         side: The verdict.
-        false: Something is claimed that is not so.
-        false_by_p: The same if a claim took the permutation test only.
+        false: Effects, shares and verdict: whether something is claimed there that is not so.
+        false_by_p: The first if a claim took the permutation test only.
         gaps: Name of an effect -> what the study says of it.
     """
 
@@ -275,7 +280,7 @@ class Study:
     layer: bool
     shares: tuple[str, ...]
     side: str
-    false: bool
+    false: tuple[bool, bool, bool]
     false_by_p: bool
     gaps: dict[str, Difference]
 
@@ -302,7 +307,11 @@ def read_study(problem: str, grid: Grid, cells: Frame) -> Study:
         layer=clear.get("layer wrong", 0.0) < 0,
         shares=shares,
         side=side,
-        false=_false(problem, clear) or (problem not in FORMS and (side != "undecided" or bool(shares))),
+        false=(
+            _false(problem, clear),
+            problem not in FORMS and bool(shares),
+            problem not in FORMS and side != "undecided",
+        ),
         false_by_p=_false(problem, by_p),
         gaps=gaps,
     )
@@ -339,16 +348,17 @@ def summarise(found: dict[str, list[Study]]) -> str:
             "corrected for all three, is below 5 %, and whose interval for other seeds and test rows leaves out zero. "
             "*Named*: the teacher's form has the highest mean. *Claimed*: it is claimed to be better than `bias`; for "
             "the bias teacher, that another is worse. *Shares*: a clear Shapley share of form or layer. *False "
-            "claim*: of a form or layer that is not the teacher's; for `base` (all labels are a coin's) and "
-            "`shuffled` (the training labels are), any claim, share or verdict; with its 95 % interval "
-            "(Clopper-Pearson). *By p alone*: if the permutation test were enough.",
+            "effect*: of a form or layer that is not the teacher's; for `base` (all labels are a coin's) and "
+            "`shuffled` (the training labels are), any effect, share or verdict is false. Each should come about in 5 "
+            "% of studies at most; their 95 % intervals are Clopper-Pearson's. *By p alone*: false effects if the "
+            "permutation test were enough.",
             "",
             *_claims(found),
             "",
             "## Intervals",
             "",
-            "How often the 95 % interval of an effect holds the truth: the mean of all other studies of the problem; "
-            "for `base` and `shuffled` 0.",
+            "How often the 95 % interval of an effect holds the truth where that is known: for `base` it is 0. (The "
+            "other studies each have teachers of their own, whose true effects nobody knows.)",
             "",
             *_coverage(found),
             "",
@@ -361,16 +371,21 @@ def _means(found: dict[str, list[Study]]) -> list[str]:
     lines = ["| teacher | studies | base | " + " | ".join(f"{f}/{la}" for f, la in arms) + " |"]
     lines.append("|---" * (len(arms) + 3) + "|")
     for problem, studies in found.items():
-        values = " | ".join(f"{np.nanmean([s.means[arm] for s in studies]):.3f}" for arm in arms)
+        values = " | ".join(_mean([s.means[arm] for s in studies]) for arm in arms)
         lines.append(f"| {problem} | {len(studies)} | {np.mean([s.base for s in studies]):.3f} | {values} |")
     return lines
+
+
+def _mean(values: Sequence[float]) -> str:
+    there = [value for value in values if not np.isnan(value)]
+    return f"{np.mean(there):.3f}" if there else "unmatched"
 
 
 def _claims(found: dict[str, list[Study]]) -> list[str]:
     lines = [
         "| teacher | studies | form named | form claimed | layer claimed | shares | verdict for / against / undecided "
-        "| false claim | by p alone |",
-        "|---" * 9 + "|",
+        "| false effect | by p alone | false share | false verdict |",
+        "|---" * 11 + "|",
     ]
     for problem, studies in found.items():
         known = problem in FORMS
@@ -380,26 +395,22 @@ def _claims(found: dict[str, list[Study]]) -> list[str]:
             *(str(sum(getattr(s, name) for s in studies)) if known else "" for name in ("named", "form", "layer")),
             shares,
             sides,
-            _rate([s.false for s in studies]),
+            _rate([s.false[0] for s in studies]),
             _rate([s.false_by_p for s in studies]),
+            *("" if known else _rate([s.false[i] for s in studies]) for i in (1, 2)),
         ]
         lines.append(f"| {problem} | {len(studies)} | " + " | ".join(cells) + " |")
     return lines
 
 
 def _coverage(found: dict[str, list[Study]]) -> list[str]:
-    lines = ["| teacher | these test rows | other test rows too |", "|---|---|---|"]
-    for problem, studies in found.items():
-        held: tuple[list[bool], list[bool]] = ([], [])
-        for name in studies[0].gaps:
-            gaps = [study.gaps[name] for study in studies if name in study.gaps]
-            for i, gap in enumerate(gaps):
-                rest = [other.estimate for j, other in enumerate(gaps) if j != i]
-                truth = float(np.mean(rest)) if problem in FORMS and rest else 0.0
-                for seen, interval in zip(held, (gap.interval, gap.crossed), strict=True):
-                    seen.append(interval.low <= truth <= interval.high)
-        lines.append(f"| {problem} | {_rate(held[0])} | {_rate(held[1])} |")
-    return lines
+    gaps = [gap for study in found.get("base", []) for gap in study.gaps.values()]
+    if not gaps:
+        return ["No study of `base` was run."]
+    both = [gap.interval for gap in gaps], [gap.crossed for gap in gaps]
+    held = [[i.low <= 0 <= i.high for i in intervals] for intervals in both]
+    lines = ["| intervals | these test rows | other test rows too |", "|---|---|---|"]
+    return [*lines, f"| {len(gaps)} | {_rate(held[0])} | {_rate(held[1])} |"]
 
 
 def _rate(seen: Sequence[bool]) -> str:

@@ -101,7 +101,7 @@ def made_up(problem: str, base: Path, **means: float) -> planted.Study:
 )
 def test_what_a_study_says(problem, means, named, form, layer, side, false, base):
     found = made_up(problem, base, **means)
-    assert (found.named or problem not in planted.FORMS, found.form, found.layer, found.side, found.false) == (
+    assert (found.named or problem not in planted.FORMS, found.form, found.layer, found.side, any(found.false)) == (
         named or problem not in planted.FORMS, form, layer, side, false
     )  # fmt: skip
     assert found.base == 0.5 and set(found.gaps) == {"form gated", "form lora", "layer wrong"}

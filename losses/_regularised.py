@@ -29,10 +29,14 @@ class Regularised(Wrapped):
     """
 
     neutral_kl: float
-    reference = True
 
     def __post_init__(self) -> None:
         positive(neutral_kl=self.neutral_kl)
+
+    @property
+    def reference(self) -> bool:
+        """The divergence is from `at(0)`."""
+        return True
 
     @property
     def views(self) -> tuple[str, ...]:  # pyright: ignore[reportIncompatibleVariableOverride]

@@ -4,6 +4,7 @@ Scikit-learn's `SGDClassifier` with the logistic loss, a constant step and weigh
 centred and divided by their overall standard deviation as in `probe`. Length 1.
 """
 
+import numpy as np
 import torch
 from sklearn.linear_model import SGDClassifier
 from torch import Tensor
@@ -23,5 +24,5 @@ def _fit(chosen: Tensor, rejected: Tensor) -> Tensor:
     labels = torch.cat([torch.ones(len(chosen)), torch.zeros(len(rejected))])
     step = {"learning_rate": "constant", "eta0": _RATE, "average": True, "max_iter": _EPOCHS, "tol": None}
     probe = SGDClassifier(loss="log_loss", random_state=0, **step).fit(states.numpy(), labels.numpy())
-    weights = torch.from_numpy(probe.coef_[0])
+    weights = torch.from_numpy(np.asarray(probe.coef_)[0])
     return (weights / weights.norm()).float()

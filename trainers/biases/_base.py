@@ -94,18 +94,18 @@ def write_of(model: nn.Module, layer: int | float, site: Site) -> tuple[int, str
     Raises:
         BiasError: there is no such map.
     """
-    base = base_of(model)
+    base: Any = base_of(model)
     blocks = find_blocks(base)
     [index] = resolve_layers(layer, len(blocks))
     module = base.get_submodule(site_name(*blocks[index], site))
-    width = base.get_input_embeddings().weight.shape[-1]  # pyright: ignore[reportAttributeAccessIssue]
-    found = [name for name, part in _maps(module) if width in tuple(part.weight.shape)]  # pyright: ignore[reportArgumentType, reportOperatorIssue]
+    width = base.get_input_embeddings().weight.shape[-1]
+    found = [name for name, part in _maps(module) if width in part.weight.shape]
     if not found:
         raise BiasError(f"The {site} of block {index} has no linear map as wide as the residual stream ({width}).")
     return index, f"{site_name(*blocks[index], site)}.{found[-1]}"
 
 
-def _maps(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def _maps(module: nn.Module) -> Iterator[tuple[str, Any]]:
     """Linear maps of a module as the base model has them: what adapters put inside is not looked at."""
     for name, part in module.named_modules():
         inside = ("lora_", "base_layer", ".default")

@@ -11,7 +11,7 @@ import json
 import tomllib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_type_hints
 
 from peft import PeftConfig, get_peft_config
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
@@ -22,6 +22,9 @@ import steertune.adapters  # noqa: F401  registers the method with PEFT
 from steertune.losses import Loss, get_loss
 from steertune.trainers.biases import get_bias
 from steertune.trainers.views import View, get_view
+
+if TYPE_CHECKING:
+    from steertune.recipes.proliferation import Augmenter
 
 ARMS = Path(__file__).parent / "arms"
 NEUTRAL = Path(__file__).parent / "neutral_train.jsonl"
@@ -85,8 +88,9 @@ class Arm(BaseModel, extra="forbid"):
 
     `adapter.type` is any PEFT method in lower case or `none` (full finetuning); `loss.name` is a file of `losses/` or
     `upstream`; `[views.NAME]` is a view that the loss asks for, its `name` a file of `trainers/views/`;
-    `[biases.NAME]` are options of an inductive bias, NAME a file of `trainers/biases/`; `[trainer]` takes every field
-    of TRL's `DPOConfig` (pairs) or `SFTConfig` (demonstrations).
+    `[biases.NAME]` are options of an inductive bias, NAME a file of `trainers/biases/`; `[proliferation]` makes more
+    examples of the few, its `name` a file of `recipes/proliferation/`; `[trainer]` takes every field of TRL's
+    `DPOConfig` (pairs) or `SFTConfig` (demonstrations).
     """
 
     name: str
@@ -95,6 +99,7 @@ class Arm(BaseModel, extra="forbid"):
     adapter: dict[str, Any] = {"type": "steering_vector"}
     loss: dict[str, Any] = {"name": "dpo"}
     views: dict[str, dict[str, Any]] = {}
+    proliferation: dict[str, Any] = {}
     biases: dict[str, dict[str, Any]] = {}
     prompt: PromptTable = PromptTable()
     trainer: dict[str, Any] = {}
@@ -142,6 +147,12 @@ class Arm(BaseModel, extra="forbid"):
             except (ValueError, TypeError) as error:
                 raise ArmError(f"[views.{key}]: {error}") from error
         return found
+
+    def augmenter(self) -> tuple[Augmenter, int] | None:
+        """What makes more examples, and how many times as many; None where nothing does."""
+        from steertune.recipes.proliferation import read
+
+        return read(self.proliferation)
 
     def check_trainer(self, kind: type) -> None:
         """Check keys and types of `[trainer]` against a class of training arguments."""
@@ -208,6 +219,7 @@ def make_arm(tables: dict[str, Any]) -> Arm:
         raise ArmError(reasons(error)) from error
     arm.peft_config()
     arm.view_objects()
+    arm.augmenter()
     _check_prompt(arm)
     for name, options in arm.biases.items():
         try:
@@ -226,6 +238,8 @@ def _check_prompt(arm: Arm) -> None:
         raise ArmError("prompt.contrast shows demonstrations with their rejected answers: give prompt.demonstrations.")
     if arm.prompt and (arm.adapter.get("type") != "none" or arm.trainer.get("max_steps") != 0):
         raise ArmError('An arm with a [prompt] trains nothing: adapter.type = "none" and trainer.max_steps = 0.')
+    if arm.prompt and arm.proliferation:
+        raise ArmError("An arm with a [prompt] trains nothing, so [proliferation] would make examples for nothing.")
 
 
 def reasons(error: ValidationError) -> str:

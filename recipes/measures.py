@@ -94,8 +94,11 @@ def _perplexity(rows: list[tuple[Tensor, Tensor]]) -> float:
 
 
 @torch.no_grad()
-def generate(model: Any, tokenizer: Any, prompts: Sequence[Any], new_tokens: int) -> list[str]:
-    """Greedy answers to prompts (strings or lists of messages), generated as one left-padded batch."""
+def generate(
+    model: Any, tokenizer: Any, prompts: Sequence[Any], new_tokens: int, temperature: float = 0.0, seed: int = 0
+) -> list[str]:
+    """Answers to prompts (strings or lists of messages), generated as one left-padded batch: greedily, or with
+    `seed`'s random numbers at a temperature above 0."""
     chat = not isinstance(prompts[0], str)
     texts = [
         tokenizer.apply_chat_template(p, add_generation_prompt=True, tokenize=False) if chat else p for p in prompts
@@ -105,7 +108,11 @@ def generate(model: Any, tokenizer: Any, prompts: Sequence[Any], new_tokens: int
         inputs = tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=not chat).to(model.device)
     finally:
         tokenizer.padding_side = side
-    out = model.generate(**inputs, max_new_tokens=new_tokens, do_sample=False, pad_token_id=tokenizer.eos_token_id)
+    sampling = {"do_sample": True, "temperature": temperature, "top_p": 0.95} if temperature else {"do_sample": False}
+    with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        end = tokenizer.eos_token_id
+        out = model.generate(**inputs, max_new_tokens=new_tokens, pad_token_id=end, **sampling)
     new = out[:, inputs["input_ids"].shape[1] :]
     return [text.strip() for text in tokenizer.batch_decode(new, skip_special_tokens=True)]
 

@@ -33,6 +33,7 @@ from steertune.recipes.measures import (
     side_effects,
 )
 from steertune.recipes.page import strength_plot, write_page
+from steertune.recipes.proliferation import grown
 from steertune.recipes.training import fit, make_trainer, set_threads, write_whole
 from steertune.trainers import DataError, ModelAt, scalable, scaled
 
@@ -73,6 +74,11 @@ def run(arm: Arm) -> dict[str, Any]:
     train, test = load_splits(arm.data)
     model, tokenizer = load_model(arm.model)
     say = print if state.is_main_process else (lambda *_: None)
+    asked = arm.augmenter()
+    if asked is not None:
+        more = grown(train, *asked, seed=arm.data.seed, model=model, tokenizer=tokenizer, apart=[test])
+        train = more.rows
+        say(more.note)
     say(_plan(arm, model, tokenizer, train, test, state.num_processes))
 
     before = _look(arm, model, tokenizer, test, [1.0])

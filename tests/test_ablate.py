@@ -366,11 +366,13 @@ def test_full_finetuning_has_no_strength_and_leaves_the_base_alone(tables, tmp_p
 
 
 def test_every_baseline_arm_runs(tables, tmp_path):
-    """The arms of `recipes/arms/`, on a model of four layers."""
-    tables["arms"] = sorted(file.stem for file in ARMS_FOLDER.glob("*.toml") if file.stem not in DEEP)
-    for name in DEEP:
+    """The arms of `recipes/arms/`, on a model of four layers that cannot write a sentence."""
+    loose = 'name = "rewrites"\noverlap = 0.0\nshortest = 0.0\nlongest = 99.0'
+    changed = {**dict.fromkeys(DEEP, ("15", "2")), "lora_rewrites_dpo": ('name = "rewrites"', loose)}
+    tables["arms"] = sorted(file.stem for file in ARMS_FOLDER.glob("*.toml") if file.stem not in changed)
+    for name, change in changed.items():
         file = tmp_path / f"{name}.toml"
-        file.write_text((ARMS_FOLDER / file.name).read_text().replace("15", "2"))
+        file.write_text((ARMS_FOLDER / file.name).read_text().replace(*change))
         tables["arms"].append(str(file))
     tables |= {"seeds": [0], "design": {"kind": "arms"}, "claim": {"better": "bias_dpo", "than": "lora_dpo"}}
     del tables["factors"]
@@ -386,6 +388,9 @@ def test_every_baseline_arm_runs(tables, tmp_path):
         assert (abs(cell["margin_gain"]) > 1e-6) == (name != "base"), name
         assert cell["scalable"] == (name.startswith(("bias", "lora")) or (untrained and not prompt))
         assert (cell["prompt_tokens"] > 0) == prompt
+        assert ("proliferation" in cell) == (
+            name in ("lora_templates_dpo", "lora_rewrites_dpo", "lora_perturbations_dpo")
+        )
 
 
 def _toml(tables: dict) -> str:

@@ -13,13 +13,14 @@ from datasets import Dataset
 from peft import PeftModel
 from torch import Tensor
 
-from steertune.recipes.ablation.grid import Grid
+from steertune.recipes.ablation.grid import Cell, Grid
 from steertune.recipes.ablation.scorers import Scorer, fit
 from steertune.recipes.ablation.splits import Splits, load_splits
 from steertune.recipes.ablation.tables import TaskTable
 from steertune.recipes.arm import ModelTable
 from steertune.recipes.data import load_model, load_split
 from steertune.recipes.measures import generate, neutral_logps, neutral_rows, pair_margins
+from steertune.recipes.proliferation import Grown, grown
 from steertune.trainers import FrozenPrefix
 
 _MEMO_GB = 2.0  # RAM for what is constant in all cells; the rest goes to temporary files
@@ -46,6 +47,7 @@ class Bench:
         self._splits: dict[str, Splits] = {}
         self._bases: dict[str, BaseMeasures] = {}
         self._scorers: dict[str, Scorer] = {}
+        self._grown: dict[tuple[Any, ...], Grown] = {}
         self.prefix = FrozenPrefix(_MEMO_GB, warn=False)
 
     @cached_property
@@ -84,6 +86,27 @@ class Bench:
                 task.name, tables.splits, max(tables.examples), task.reverse, task.columns
             )
         return self._splits[task.label]
+
+    def training_set(self, cell: Cell, seed: int) -> Grown:
+        """What a cell trains on: rows of the task's pool and, where its arm asks for them, versions of these."""
+        arm, splits, sizes = cell.arm.arm, self.splits(cell.task), self.grid.tables.splits
+        rows = splits.train(cell.examples, seed, arm.data.pairing)
+        asked = arm.augmenter()
+        if asked is None:
+            return Grown(rows, "")
+        key = (cell.task.label, cell.examples, seed, arm.data.pairing, repr(sorted(arm.proliferation.items())))
+        if key not in self._grown:
+            self._grown[key] = grown(
+                rows,
+                *asked,
+                seed=seed,
+                model=self.model,
+                tokenizer=self.tokenizer,
+                apart=[splits.test, splits.validation],
+                near=sizes.near_duplicates,
+                show=False,
+            )
+        return self._grown[key]
 
     def scorer(self, task: TaskTable) -> Scorer:
         """The task's scorer of the behaviour."""

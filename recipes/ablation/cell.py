@@ -80,6 +80,8 @@ def run_cell(cell: Cell, bench: Bench, folder: Path) -> dict[str, Any]:
             with bench.remembering(model):
                 show = shown(cell, bench, cell.seed, setting.prompt)
                 found |= cost | measure(cell, bench, model, setting.strength, show)
+            if cell.arm.arm.proliferation:
+                found["proliferation"] = bench.training_set(cell, cell.seed).note
             if found["scalable"] and found["matched_strength"] is None:
                 kl = bench.grid.tables.matched
                 error = f"no strength up to {kl.largest_strength:g} has a KL of {kl.kl:g} to the base"
@@ -208,7 +210,7 @@ def _measured(
 def trainer_of(cell: Cell, bench: Bench, setting: Setting, seed: int, home: Path) -> Any:
     """The trainer of an arm, on a fresh model: a copy, or for steering vectors the base's own weights."""
     arm = cell.arm.arm
-    rows = bench.splits(cell.task).train(cell.examples, seed, arm.data.pairing)
+    rows = bench.training_set(cell, seed).rows
     arm = arm.model_copy(update={"data": arm.data.model_copy(update={"seed": seed, "train": cell.examples})})
     vector = isinstance(arm.peft_config(), SteeringVectorConfig)
     model = share_weights(bench.model) if vector else copy.deepcopy(bench.model)

@@ -371,6 +371,8 @@ def _keys(
         own["views"] = arm.arm.views
     if arm.arm.biases:
         own["biases"] = list(arm.arm.biases.items())  # in their order
+    if arm.arm.proliferation:
+        own["proliferation"] = arm.arm.proliferation
     if arm.arm.prompt:
         own["prompt"] = [arm.arm.prompt.model_dump(), task.instructions if arm.arm.prompt.instruction else []]
     settings = {

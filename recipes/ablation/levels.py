@@ -9,7 +9,8 @@
     mean_difference = [{ when = { form = "lora" }, inert = true }, { adapter.init = "mean_difference" }]
 
 Of a list the first entry counts whose `when` fits. `inert` says that the level means nothing there; combinations that
-differ only in inert levels are one arm. Patching `adapter.type` or `loss.name` replaces the whole table.
+differ only in inert levels are one arm. Patching `adapter.type`, `loss.name` or `proliferation.name`
+replaces the whole table.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from steertune.recipes.ablation.tables import GridTables
 from steertune.recipes.arm import Arm, ArmError, known, make_arm, read_tables
 
 INERT = "-"
-_PATCHED = ["adapter", "loss", "views", "biases", "trainer", "data"]
+_PATCHED = ["adapter", "loss", "views", "biases", "proliferation", "trainer", "data"]
 
 
 def with_common(raw: dict[str, Any], tables: GridTables) -> dict[str, Any]:
@@ -83,7 +84,7 @@ def _merge(base: dict[str, Any], patch: dict[str, Any]) -> dict[str, Any]:
     """`base` with `patch` on top, table by table; another adapter or loss replaces its table."""
     merged = copy.deepcopy(base)
     for key, value in patch.items():
-        chooser = {"adapter": "type", "loss": "name"}.get(key)
+        chooser = {"adapter": "type", "loss": "name", "proliferation": "name"}.get(key)
         if isinstance(value, dict) and isinstance(merged.get(key), dict) and chooser not in value:
             merged[key] = _merge(merged[key], value)
         else:

@@ -1,0 +1,47 @@
+"""A function of the user's own."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ._base import Augmenter, Row, drawn
+
+
+@dataclass(frozen=True)
+class Function(Augmenter):
+    """`function(row, random) -> row` for every row and turn; it may return None.
+
+    Args:
+        function: It, or where it is found: `module:name`. `random` is a `random.Random` of the row's and turn's own.
+
+    Raises:
+        ValueError: no such function.
+    """
+
+    function: str | Callable[..., Row | None]
+
+    def __post_init__(self) -> None:
+        self.callable()
+
+    def callable(self) -> Callable[..., Row | None]:
+        """The function itself."""
+        if callable(self.function):
+            return self.function
+        module, colon, name = str(self.function).partition(":")
+        if not colon or not module or not name:
+            raise ValueError(f"function={self.function!r}: write module:name.")
+        try:
+            found = getattr(importlib.import_module(module), name)
+        except (ImportError, AttributeError) as error:
+            raise ValueError(f"function={self.function!r}: {error}") from error
+        if not callable(found):
+            raise ValueError(f"function={self.function!r} is no function.")
+        return found
+
+    def __call__(self, rows: Sequence[Row], turn: int, seed: int, model: Any, tokenizer: Any) -> list[Row | None]:
+        """What the function makes of each row."""
+        function = self.callable()
+        return [function(dict(row), drawn(seed, turn, i, row["prompt"])) for i, row in enumerate(rows)]

@@ -1,0 +1,49 @@
+"""Every prompt inside other words that mean nothing: greetings, quotes, labels. The answers stay."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ._base import Augmenter, Row, drawn, said, saying
+
+_TEMPLATES = (
+    "Question: {}", "Hello! {}", "I have a question. {}", "{} Thanks!", "Please help me with this: {}",
+    "Hi there. {}", "I was wondering about this. {}", "{} What would you say?", "Something I think about: {}",
+    "Request: {}", "Good morning. {}", "{} Please answer.", "Could you look at this? {}", "Here it is: {}",
+    "{} Let me know.", "My question today: {}", "One more thing. {}", "{} I would like to know.", "Quick one: {}",
+    "User: {}", "This came up yesterday. {}", "{} Tell me.", "For a friend: {}", "Listen. {}",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Templates(Augmenter):
+    """Prompts in templates, each row in an order of its own.
+
+    Args:
+        templates: With `{}` where the prompt goes.
+
+    Raises:
+        ValueError: a template without `{}`, or none at all.
+    """
+
+    templates: tuple[str, ...] = _TEMPLATES
+
+    def __post_init__(self) -> None:
+        if not self.templates:
+            raise ValueError("templates=(): one or more, with {} where the prompt goes.")
+        for template in self.templates:
+            if template.count("{}") != 1:
+                raise ValueError(f"Template {template!r}: {{}} stands for the prompt, once.")
+
+    def __call__(self, rows: Sequence[Row], turn: int, seed: int, model: Any, tokenizer: Any) -> list[Row | None]:
+        """Each row in its next template; None when there are no more."""
+        return [self._version(row, turn, seed) for row in rows]
+
+    def _version(self, row: Row, turn: int, seed: int) -> Row | None:
+        if turn >= len(self.templates):
+            return None
+        prompt = said(row["prompt"])
+        order = drawn(seed, prompt).sample(range(len(self.templates)), len(self.templates))
+        return {**row, "prompt": saying(row["prompt"], self.templates[order[turn]].replace("{}", prompt.strip()))}

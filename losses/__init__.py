@@ -12,9 +12,10 @@ from ._base import At, Loss, Outputs, Strength
 from ._capped import Capped
 from ._contrast import Contrast, Contrasted
 from ._regularised import Regularised
+from ._staged import Staged
 from ._states import Where, layers_of
 
-__all__ = ["At", "Loss", "Outputs", "Strength", "get_loss", "names"]
+__all__ = ["At", "Loss", "Outputs", "Staged", "Strength", "get_loss", "names"]
 
 
 def names() -> list[str]:
@@ -30,17 +31,23 @@ def get_loss(
     change_cap: float = 0.0,
     cap_layers: Where | list[int | float] = 0.67,
     cap_weight: float = 1.0,
+    then: str | Loss | None = None,
+    then_after: float = 0.5,
     **options: Any,
 ) -> Loss:
     """A loss by name (its file), with its hyperparameters; a `Loss` object is returned as it is.
 
     `contrast` says what a pair loss contrasts the chosen answer with: `paired`, `unpaired` or `none`. `neutral_kl`
     adds a KL to the base model on neutral text, with this weight. `change_cap` makes it cost (`cap_weight`) to change
-    the residual stream of `cap_layers` by a longer vector than this.
+    the residual stream of `cap_layers` by a longer vector than this. `then` names the loss (with its defaults) that
+    takes over after `then_after` of all steps.
 
     Raises:
-        ValueError: an unknown name or option (the message names the nearest), options for an object.
+        ValueError: an unknown name or option (the message names the nearest), options for an object, `then` with a
+            term that would go around both.
     """
+    if then is not None and (change_cap or neutral_kl):
+        raise ValueError("then= with change_cap or neutral_kl: put those on the two losses, and give objects.")
     if isinstance(loss, Loss):
         if options:
             raise ValueError(f"Options {sorted(options)} go with a loss name, not with an object.")
@@ -49,6 +56,8 @@ def get_loss(
         made = _by_name(loss, options)
     if contrast != "paired":
         made = Contrasted(made, contrast)
+    if then is not None:
+        made = Staged(made, get_loss(then), then_after)
     if change_cap != 0:
         made = Capped(made, change_cap, layers_of(cap_layers), cap_weight)
     return made if neutral_kl == 0 else Regularised(made, neutral_kl)

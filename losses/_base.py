@@ -61,11 +61,12 @@ class Outputs:
 
 Strength = float | Literal["null"]
 At = Callable[..., Outputs]
-"""`at(strength, view="", layers=(), distribution=False)`: the batch seen by the model with its adapter scaled by
-`strength`, or with the direction of its vector taken out ("null").
+"""`at(strength, view="", layers=(), distribution=False, site="block")`: the batch seen by the model with its adapter
+scaled by `strength`, or with the direction of its vector taken out ("null").
 
-`view` names another version of the same examples (see `steertune.trainers.views`); `layers` and `distribution` ask for
-more than log-probabilities. Repeated calls cost nothing."""
+`view` names another version of the same examples (see `steertune.trainers.views`); `layers` (of the residual stream,
+or of what `site` "attention" or "mlp" writes into it) and `distribution` ask for more than log-probabilities. Repeated
+calls cost nothing."""
 
 
 class Loss(ABC):

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from ._base import Outputs
 
+Site = Literal["block", "attention", "mlp"]
 Where = int | float | str | tuple[int | float, ...]
 
 
@@ -16,12 +18,18 @@ def layers_of(layers: Where | list[int | float]) -> Where:
     """Layers as an option gives them (TOML has lists).
 
     Raises:
-        ValueError: none.
+        ValueError: no layer.
     """
     found = tuple(layers) if isinstance(layers, list | tuple) else layers
     if found == ():
         raise ValueError("layers=(): a loss on hidden states compares one layer or more.")
     return found
+
+
+def check_site(site: str) -> None:
+    """Raise a ValueError for a site that does not exist."""
+    if site not in get_args(Site):
+        raise ValueError(f"site={site!r} is none of {get_args(Site)}.")
 
 
 def divergence(p: Outputs, q: Outputs) -> Tensor:

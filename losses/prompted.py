@@ -3,7 +3,8 @@
 `|h(x) - h₀(x⁺)|² / d`, averaged over the answer's tokens and the layers: the adapter has to do what the prompt of the
 view `good` (an instruction, or demonstrations) does to the model's own states.
 
-PSR trains a vector so, with demonstrations it is IA2's target; IA2 itself matches the outputs of self-attention.
+PSR trains a vector so, on the residual stream. IA2 is `site="attention"` at all layers, with demonstrations as the
+view, and then cross-entropy: `get_loss("prompted", site="attention", layers="all", then="cross_entropy")`.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ._base import At, Loss
-from ._states import Where, layers_of, over_layers
+from ._states import Site, Where, check_site, layers_of, over_layers
 
 
 @dataclass(frozen=True)
@@ -23,9 +24,14 @@ class Prompted(Loss):
 
     Args:
         layers: Whose states are compared, as in `SteeringVectorConfig`. Layers below all that is trained do nothing.
+        site: What is compared: the residual stream after the block, or what its attention or MLP writes into it.
+
+    Raises:
+        ValueError: no layer, or an unknown site.
     """
 
     layers: Where = (0.4, 0.5, 0.6)
+    site: Site = "block"
     pairs = False
     unit = "token"
     reference = True
@@ -34,8 +40,10 @@ class Prompted(Loss):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "layers", layers_of(self.layers))
+        check_site(self.site)
 
     def __call__(self, at: At, generator: torch.Generator | None = None) -> Tensor:
         """`(answer tokens,)`."""
-        own, target = at(1.0, layers=self.layers).hidden, at(0.0, view="good", layers=self.layers).hidden
+        own = at(1.0, layers=self.layers, site=self.site).hidden
+        target = at(0.0, view="good", layers=self.layers, site=self.site).hidden
         return over_layers((own[i] - target[i]).square().mean(dim=-1) for i in own)

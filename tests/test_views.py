@@ -10,7 +10,7 @@ from peft import LoraConfig
 from tiny_data import conversational, demonstrations, losses, pairs, tokenizer, trained, trainer, values
 
 from steertune.adapters import SteeringVectorConfig
-from steertune.losses import Outputs, get_loss
+from steertune.losses import Outputs, Staged, get_loss
 from steertune.trainers import Batch, FrozenPrefix, View, ViewError, collator, get_view, tokenise, train_together
 from steertune.trainers._at import ModelAt
 from steertune.trainers.views import Views, names
@@ -195,7 +195,7 @@ def test_missing_views_are_refused_before_training(tmp_path):
 # -- losses by hand --------------------------------------------------------------------------------------------------
 
 
-def hand(strength, view="", layers=(), distribution=False):
+def hand(strength, view="", layers=(), distribution=False, site="block"):
     states = {(1.0, ""): [1.0, 2.0], (0.0, ""): [0.0, 0.0], (0.0, "good"): [1.0, 0.0], (0.0, "bad"): [0.0, 1.0]}
     chances = {(1.0, ""): [0.5, 0.5], (0.0, "good"): [0.25, 0.75], (1.0, "neutral"): [0.25, 0.75]}
     chances[0.0, "neutral"] = [0.5, 0.5]
@@ -245,26 +245,30 @@ def test_no_layers(name):
 
 
 @torch.no_grad()
-def states_of(model, data, view=None, layer=2) -> torch.Tensor:
+def states_of(model, data, view=None, layer=2, site="block") -> torch.Tensor:
     """The base's states where the answer's tokens are predicted, `(tokens, d)`, by hand."""
-    rows, found = data.to_list(), []
+    rows, found, attention = data.to_list(), [], []
+    block = model.model.layers[layer]
+    block.self_attn.register_forward_hook(lambda module, args, output: attention.append(output[0]))
     for row in tokenise(Dataset.from_list(view(rows) if view else rows), tokenizer()).to_list():
         answer = "chosen_ids" if "chosen_ids" in row else None
         ids = row["prompt_ids"] + row[answer] if answer else row["input_ids"]
         start = len(row["prompt_ids"]) if answer else next(i for i, label in enumerate(row["labels"]) if label != -100)
         hidden = model(torch.tensor([ids]), output_hidden_states=True).hidden_states[layer + 1]
-        found.append(hidden[0, start - 1 : -1])
+        found.append((hidden if site == "block" else attention[-1])[0, start - 1 : -1])
     return torch.cat(found)
 
 
+@pytest.mark.parametrize("site", ["block", "attention"])
 @pytest.mark.parametrize("kind", ["sft", "dpo"])
-def test_one_full_step_finds_the_vector_that_an_instruction_is(kind, tmp_path):
+def test_one_full_step_finds_the_vector_that_an_instruction_is(kind, site, tmp_path):
     data = demonstrations(6) if kind == "sft" else pairs(6)
-    expected = (states_of(tiny(), data, GOOD) - states_of(tiny(), data)).mean(dim=0)
+    expected = (states_of(tiny(), data, GOOD, site=site) - states_of(tiny(), data, site=site)).mean(dim=0)
+    loss = get_loss("prompted", layers=2, site=site)
     made = trained(
-        kind, tmp_path, data=data, loss=get_loss("prompted", layers=2), views={"good": GOOD}, max_steps=1,
-        peft_config=SteeringVectorConfig(layers=2), optim="sgd", learning_rate=16.0, lr_scheduler_type="constant",
-        per_device_train_batch_size=6, max_grad_norm=0.0,
+        kind, tmp_path, data=data, loss=loss, views={"good": GOOD}, max_steps=1,
+        peft_config=SteeringVectorConfig(layers=2, site=site), optim="sgd", learning_rate=16.0,
+        lr_scheduler_type="constant", per_device_train_batch_size=6, max_grad_norm=0.0,
     )  # fmt: skip
     [vector] = values(made.model).values()
     torch.testing.assert_close(vector, expected, atol=1e-5, rtol=1e-4)
@@ -303,7 +307,10 @@ def test_trains_any_adapter(loss, adapter, tmp_path):
     assert last < first
 
 
-@pytest.mark.parametrize("loss", ["lorra", "context_distillation", get_loss("dpo", neutral_kl=0.3)])
+IA2 = get_loss("prompted", site="attention", layers="all", then="cross_entropy")
+
+
+@pytest.mark.parametrize("loss", ["lorra", IA2, "context_distillation", get_loss("dpo", neutral_kl=0.3)])
 def test_the_memo_changes_nothing(loss, tmp_path):
     views = {**BOTH, "neutral": get_view("neutral", rows=demonstrations(3, seed=7).to_list())}
     options = {"loss": loss, "views": views, "peft_config": SteeringVectorConfig(layers=1), "max_steps": 4}
@@ -340,4 +347,48 @@ def test_views_in_evaluation(tmp_path):
 def test_they_do_not_train_together(tmp_path):
     made = [trainer("dpo", tmp_path / str(i), loss="lorra", views=BOTH) for i in range(2)]
     with pytest.raises(ValueError, match="views or hidden states"):
+        train_together(made)
+
+
+# -- one loss, then another ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("share", "steps", "first"), [(0.5, 6, 3), (0.25, 8, 2), (0.01, 4, 1), (0.99, 4, 3), (0.5, 1, 1)]
+)
+def test_both_stages_get_their_steps(share, steps, first):
+    loss = get_loss("prompted", then="cross_entropy", then_after=share)
+    assert isinstance(loss, Staged)
+    assert [loss.stage(step, steps) is loss.loss for step in range(steps)] == [i < first for i in range(steps)]
+
+
+def test_stages_follow_each_other_and_resume(tmp_path):
+    loss = get_loss("prompted", layers=2, then="dpo")
+    options = {"views": {"good": GOOD}, "peft_config": SteeringVectorConfig(layers=1), "max_steps": 6}
+    options |= {"save_strategy": "steps", "save_steps": 4}
+    staged = trained("dpo", tmp_path / "staged", loss=loss, **options)
+    first = trained("dpo", tmp_path / "first", loss=get_loss("prompted", layers=2), **options)
+    assert losses(staged)[:3] == losses(first)[:3], "half of the steps are the first loss's"
+    second = trained("dpo", tmp_path / "second", loss="dpo", **options)
+    assert losses(staged)[3] == pytest.approx(losses(second)[0], abs=0.02), "then it is DPO, about log 2 at first"
+    resumed = trainer("dpo", tmp_path / "staged", loss=loss, **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "staged" / "checkpoint-4"))
+    for one, other in zip(values(resumed.model).values(), values(staged.model).values(), strict=True):
+        assert torch.equal(one, other)
+    evaluation = staged.evaluate(pairs(3, seed=9))["eval_loss"]
+    assert evaluation == pytest.approx(second.evaluate(pairs(3, seed=9))["eval_loss"], abs=0.1), "DPO too"
+
+
+def test_stages_that_cannot_be(tmp_path):
+    for share in (0.0, 1.0, True):
+        with pytest.raises(ValueError, match="then_after"):
+            get_loss("prompted", then="cross_entropy", then_after=share)
+    with pytest.raises(ValueError, match="put those on the two losses"):
+        get_loss("prompted", then="cross_entropy", neutral_kl=0.1)
+    with pytest.raises(ValueError, match="site='head'"):
+        get_loss("prompted", site="head")
+    with pytest.raises(ViewError, match="good"):
+        trainer("dpo", tmp_path, loss=get_loss("cross_entropy", then="prompted"))
+    made = [trainer("dpo", tmp_path / str(i), loss=get_loss("dpo", then="bipo")) for i in range(2)]
+    with pytest.raises(ValueError, match="changes during the training"):
         train_together(made)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..adapters import SteeringVectorLayer, prompt_length, set_strength, steering_layers
-from ..adapters.blocks import find_blocks, find_stack, resolve_layers
-from ..adapters.config import Layers
+from ..adapters.blocks import find_blocks, find_stack, resolve_layers, site_name
+from ..adapters.config import Layers, Site
 from ..losses import Outputs, Strength
 from ._batch import Batch
 from ._modes import evaluating
@@ -31,10 +31,11 @@ REFERENCE_ADAPTER = "ref"  # TRL's name for the frozen copy of an adapter that t
 
 
 class Asked(NamedTuple):
-    """What is asked for beside log-probabilities: layers of hidden states, and whether the whole distribution."""
+    """What is asked for beside log-probabilities: hidden states of layers, and whether the whole distribution."""
 
     layers: tuple[int, ...] = ()
     distribution: bool = False
+    site: Site = "block"
 
 
 NOTHING = Asked()
@@ -75,7 +76,14 @@ class ModelAt:
         self.reference_memo = reference_memo
         self._seen: dict[tuple[Strength, str, Asked], Outputs] = {}
 
-    def __call__(self, strength: Strength, view: str = "", layers: Layers = (), distribution: bool = False) -> Outputs:
+    def __call__(
+        self,
+        strength: Strength,
+        view: str = "",
+        layers: Layers = (),
+        distribution: bool = False,
+        site: Site = "block",
+    ) -> Outputs:
         """What the model says of the batch, or of a view of it, at `strength`.
 
         Args:
@@ -83,14 +91,15 @@ class ModelAt:
             view: Name of a view; "": the batch itself.
             layers: Whose hidden states are asked for, as in `SteeringVectorConfig`.
             distribution: Whether the whole distribution over the vocabulary is.
+            site: Of those layers, the residual stream, or what attention or MLP write into it.
 
         Raises:
             ViewError: there is no such view.
-            ValueError: the model has no such layer.
+            ValueError: the model has no such layer or site.
         """
         strength = strength if strength == "null" else float(strength)
         found = [] if layers == () else resolve_layers(layers, len(find_blocks(base_of(self.unwrapped))))
-        key = (strength, view, Asked(tuple(found), distribution))
+        key = (strength, view, Asked(tuple(found), distribution, site if found else "block"))
         if key not in self._seen:
             self._seen[key] = self._outputs(*key)
         return self._seen[key]
@@ -121,7 +130,7 @@ class ModelAt:
             return Outputs(mask * per_token[:, None], mask)
         compute = partial(self._compute_reference, asked=asked)
         if self.reference_memo is not None and not asked.distribution:
-            return self.reference_memo.outputs(batch, compute, asked.layers)
+            return self.reference_memo.outputs(batch, compute, asked.layers, asked.site)
         return compute(batch)
 
     @torch.no_grad()
@@ -199,7 +208,7 @@ def token_logps(model: nn.Module, unwrapped: nn.Module, batch: Batch, asked: Ask
     """Log-probabilities of a batch's labels, and what else is asked for."""
     labels = batch.targets[0]
     mask = labels != -100
-    with _states(unwrapped, batch, asked.layers) as hidden:
+    with _states(unwrapped, batch, asked) as hidden:
         logits = labelled_logits(model, unwrapped, batch)
     found = -F.cross_entropy(logits, labels[mask], reduction="none")
     outputs = Outputs(found.new_zeros(mask.shape).masked_scatter(mask, found), mask)
@@ -209,20 +218,23 @@ def token_logps(model: nn.Module, unwrapped: nn.Module, batch: Batch, asked: Ask
 
 
 @contextmanager
-def _states(model: nn.Module, batch: Batch, layers: Sequence[int]) -> Iterator[dict[int, Tensor]]:
-    """A dictionary that the forward pass inside fills with what blocks hand on where labels are predicted."""
+def _states(model: nn.Module, batch: Batch, asked: Asked) -> Iterator[dict[int, Tensor]]:
+    """A dictionary that the forward pass inside fills with what blocks hand on, or their attention or MLP give, where
+    labels are predicted."""
     found: dict[int, Tensor] = {}
-    if not layers:
+    if not asked.layers:
         yield found
         return
     labels, columns = batch.targets
-    blocks = [block for _, block in find_blocks(base_of(model))]
+    base = base_of(model)
+    blocks = find_blocks(base)
+    modules = {layer: base.get_submodule(site_name(*blocks[layer], asked.site)) for layer in asked.layers}
 
     def keep(layer: int, module: nn.Module, args: Any, output: Any) -> None:
         hidden = output[0] if isinstance(output, tuple) else output
         found[layer] = hidden[:, columns][labels != -100].float()
 
-    handles = [blocks[layer].register_forward_hook(partial(keep, layer)) for layer in layers]
+    handles = [module.register_forward_hook(partial(keep, layer)) for layer, module in modules.items()]
     try:
         yield found
     finally:

@@ -21,7 +21,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from ..adapters import SteeringVectorConfig, SteeringVectorLayer, steering_layers
 from ..adapters.blocks import text_config
-from ..losses import Loss, get_loss
+from ..losses import Loss, Staged, get_loss
 from ._at import REFERENCE_ADAPTER, ModelAt, prompt_of, scaled
 from ._batch import Batch
 from ._data import PAIR_FORMATS, DataError, check_rows, check_tokens
@@ -187,10 +187,9 @@ class SteeringMixin(Trainer):
         """As the parent's, counting what our loss is averaged over: pairs, rows or tokens of the whole step."""
         self._micro_step = 0
         samples, items = super().get_batch_samples(epoch_iterator, num_batches, device)
-        if self.loss is not None and samples:
-            counts = torch.as_tensor(
-                sum(self._read(inputs).count(self.loss.unit) for inputs in samples), device=device
-            )
+        loss = self._loss_now
+        if loss is not None and samples:
+            counts = torch.as_tensor(sum(self._read(inputs).count(loss.unit) for inputs in samples), device=device)
             items = self.accelerator.gather(counts).sum()  # pyright: ignore[reportAttributeAccessIssue]
         return samples, items
 
@@ -202,22 +201,23 @@ class SteeringMixin(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """The parent's loss, or ours: its values summed, over the number of pairs, rows or tokens of the step."""
-        if self.loss is None:
+        loss = self._loss_now
+        if loss is None:
             with self._boundary(inputs), self.pay_once.shortcut():
                 return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         batch = self._read(inputs)
         unwrapped = self.accelerator.unwrap_model(model)
-        if self.loss.scales:
+        if loss.scales:
             with scaled(unwrapped, -1.0):  # refuse at the first step what only some of its draws would meet
                 pass
         together = self.seat.logps if self.seat is not None and torch.is_grad_enabled() else None
         own_reference, memo = getattr(self, "ref_model", None), self.pay_once.reference
         at = ModelAt(model, unwrapped, batch, own_reference, memo, together, self._views)
         # blocks that are left out, or run in parts, show no states
-        with nullcontext() if self.loss.states else self.pay_once.shortcut(labels_only=True):
-            values = self.loss(at, self._generator())
+        with nullcontext() if loss.states else self.pay_once.shortcut(labels_only=True):
+            values = loss(at, self._generator())
         if num_items_in_batch is None:
-            total = values.sum() / batch.count(self.loss.unit)
+            total = values.sum() / batch.count(loss.unit)
         else:  # counted over all processes, whose gradients are then averaged
             total = values.sum() / num_items_in_batch * self.accelerator.num_processes
         self._note(at, batch)
@@ -265,14 +265,20 @@ class SteeringMixin(Trainer):
         known = not self._plain and {"labels", "completion_mask"} & set(inputs)
         return prompt_of(self.model, Batch.read(inputs)) if known else nullcontext()
 
+    @property
+    def _loss_now(self) -> Loss | None:
+        """The loss, or of a staged one that of this step; after training the last."""
+        if not isinstance(self.loss, Staged):
+            return self.loss
+        return self.loss.stage(self.state.global_step, self.state.max_steps) if self.is_in_train else self.loss.then
+
     def _read(self, inputs: dict[str, Any]) -> Batch:
-        assert self.loss is not None
+        loss = self._loss_now
+        assert loss is not None
         batch = Batch.read(inputs)
-        if self.loss.pairs and not batch.pairs:
-            raise DataError(
-                f"{type(self.loss).__name__} compares chosen with rejected answers; the batch has no pairs."
-            )
-        return batch if self.loss.pairs or not batch.pairs else batch.chosen
+        if loss.pairs and not batch.pairs:
+            raise DataError(f"{type(loss).__name__} compares chosen with rejected answers; the batch has no pairs.")
+        return batch if loss.pairs or not batch.pairs else batch.chosen
 
     def _note(self, at: ModelAt, batch: Batch) -> None:
         seen = at.seen

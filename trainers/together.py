@@ -19,7 +19,7 @@ from transformers import set_seed
 from transformers.trainer_utils import TrainOutput
 
 from ..adapters import SteeringVectorConfig, SteeringVectorLayer, steering_layers
-from ..losses import Outputs, Strength
+from ..losses import Outputs, Staged, Strength
 from ._at import token_logps
 from ._batch import Batch
 from ._guard import NonFiniteError
@@ -91,6 +91,8 @@ def _apart(trainer: SteeringMixin, first: SteeringMixin) -> str | None:
         return "NEFTune or dropout draws random numbers in its passes, of which there is one for all arms"
     if trainer.loss.views or trainer.loss.states:
         return "its loss compares views or hidden states, each in a pass of its own"
+    if isinstance(trainer.loss, Staged):
+        return "its loss changes during the training"
     if trainer.loss.pairs != (first.loss is not None and first.loss.pairs):
         return "one loss compares pairs and the other does not"
     if trainer is not first and (model is other or model.get_base_model() is other.get_base_model()):

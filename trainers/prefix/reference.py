@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from peft import PeftModel
@@ -32,13 +32,16 @@ class ReferenceMemo:
         settings = ("reference", attention_of(base), config_of(base), _frozen_adapters(reference, tensors))
         self._namespace = weights_key([*tensors, *reference.named_buffers()], *settings)
 
-    def outputs(self, batch: Batch, compute: Callable[[Batch], Outputs], layers: Sequence[int] = ()) -> Outputs:
+    def outputs(
+        self, batch: Batch, compute: Callable[[Batch], Outputs], layers: Sequence[int] = (), site: str = "block"
+    ) -> Outputs:
         """The outputs of a batch, `compute`d row by row where they are not known.
 
         Args:
             batch: The batch.
             compute: Outputs of one row under the reference, with the hidden states of `layers`.
             layers: Whose hidden states are asked for.
+            site: Which of their states.
         """
         try:
             rows = rows_of(batch.inputs)
@@ -51,18 +54,19 @@ class ReferenceMemo:
             return compute(batch)
         hidden: dict[int, list[Tensor]] = {layer: [] for layer in layers}
         for i, (row, own) in enumerate(zip(rows, labels, strict=True)):
-            logps, states = self._row({**row, "labels": own}, layers, compute)
+            logps, states = self._row({**row, "labels": own}, {layer: f"{site}/{layer}" for layer in layers}, compute)
             token_logps[i, mask[i]] = logps.to(mask.device, non_blocking=True)
             for layer, state in zip(layers, states, strict=True):
                 hidden[layer].append(state.to(mask.device, non_blocking=True))
         return Outputs(token_logps, mask, {layer: torch.cat(states) for layer, states in hidden.items()})
 
     def _row(
-        self, row: dict[str, Tensor], layers: Sequence[int], compute: Callable[[Batch], Outputs]
+        self, row: dict[str, Tensor], layers: Mapping[int, str], compute: Callable[[Batch], Outputs]
     ) -> tuple[Tensor, list[Tensor]]:
-        """Log-probabilities of a row's labels, `(labels,)`, and the states of every layer, `(labels, d)`."""
+        """Log-probabilities of a row's labels, `(labels,)`, and the states of every layer, `(labels, d)`, kept by
+        its name."""
         keys = [row_key(self._namespace, row)]
-        keys += [row_key(f"{self._namespace}/{layer}", row) for layer in layers]
+        keys += [row_key(f"{self._namespace}/{name}", row) for name in layers.values()]
         known = [self.memo.get(key) for key in keys]
         if any(value is None for value in known):
             inputs = {name: value for name, value in row.items() if name != "labels"}

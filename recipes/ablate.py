@@ -118,7 +118,9 @@ def _claimed(cell: Cell, bench: Bench, folder: Path, started: float) -> str:
             try:
                 run_cell(cell, bench, folder)
             except Exception as error:  # one broken cell must not end a grid of hours
-                write_whole(failure, json.dumps({"error": str(error), "trace": traceback.format_exc()}))
+                write_whole(
+                    failure, json.dumps({"error": f"{type(error).__name__}: {error}", "trace": traceback.format_exc()})
+                )
                 tqdm.write(f"{cell.title} failed: {type(error).__name__}: {error}", file=sys.stderr)
                 return "failed"
             failure.unlink(missing_ok=True)

@@ -3,10 +3,10 @@
     python -m steertune.recipes.planted --folder runs/planted
 
 A teacher is the base model plus one known change: a vector, a rank-one gate or a rank-one LoRA at a known layer, or
-nothing. Chosen is the answer that the change makes likelier. Every study is a grid of its own, with tasks, seeds,
-tuning and matched KL as in a real one, whose arms cross the form of the adapter with its layer. Asked is how often a
-study names and claims the teacher's form and layer, how often it claims a difference where there is none, and how
-often its 95 % intervals hold the true difference.
+nothing. Chosen is the answer that the change makes likelier. Every study is a grid of its own, with tasks, seeds and
+matched KL as in a real one (but nothing to tune), whose arms cross the form of the adapter with its layer. Asked is
+how often a study names and claims the teacher's form and layer, how often it claims a difference where there is none,
+and how often its 95 % intervals hold the true difference.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from steertune.recipes.ablation.bench import Bench
 from steertune.recipes.ablation.grid import Grid, make_grid
 from steertune.recipes.ablation.statistics import Frame
 from steertune.recipes.ablation.statistics.factorial import effects
-from steertune.recipes.ablation.statistics.paired import Difference
+from steertune.recipes.ablation.statistics.paired import Difference, corrected
 from steertune.recipes.ablation.tidy import read_cells
 from steertune.recipes.arm import ArmError
 from steertune.recipes.training import set_threads, write_whole
@@ -97,7 +97,9 @@ def study(problem: str, number: int, base: Path, folder: Path) -> Study:
     grid = make_grid(tables(problem, base, [str(task) for task in tasks]))
     cells = grid.cells()
     check_folder(home, cells)
-    run(grid, cells, Bench(grid), home, show=False)
+    failed = run(grid, cells, Bench(grid), home, show=False)
+    if failed:
+        raise ArmError(f"{len(failed)} cells of {home} failed, the first {failed[0]}: see their failed.json.")
     return read_study(problem, grid, read_cells(home, [str(cell.path) for cell in cells]))
 
 
@@ -295,14 +297,15 @@ def read_study(problem: str, grid: Grid, cells: Frame) -> Study:
     means = cells.groupby(["form", "layer"])[MEASURE].mean()
     at_right = {form: float(means[form, "right"]) for form in FORMS}
     clear = {name: gap.estimate for name, gap in gaps.items() if gap.clear()}
-    by_p = {name: gap.estimate for name, gap in gaps.items() if gap.p < 0.05}
+    by_p = corrected([gap.permutation for gap in gaps.values()])
+    by_p = {name: gap.estimate for (name, gap), p in zip(gaps.items(), by_p, strict=True) if p < 0.05}
     others = {name: gap for name, gap in clear.items() if name.startswith("form ")}
     form = max(others.values(), default=0.0) < 0 if problem == "bias" else others.get(f"form {problem}", 0.0) > 0
     shares = tuple(f for f, share in (found.shares if found else {}).items() if share.clear())
     return Study(
         means={(str(f), str(la)): float(v) for (f, la), v in means.items()},
         base=float(cells["base_accuracy"].mean()),
-        named=max(at_right, key=at_right.__getitem__) == problem,
+        named=max(at_right, key=lambda form: (not np.isnan(at_right[form]), at_right[form])) == problem,
         form=form,
         layer=clear.get("layer wrong", 0.0) < 0,
         shares=shares,
@@ -338,14 +341,14 @@ def summarise(found: dict[str, list[Study]]) -> str:
             "# Planted problems",
             "",
             f"Every study is a grid of {TASKS} tasks x {SEEDS} seeds with {EXAMPLES} examples and {TEST} test rows, "
-            "its settings tuned per arm, compared at matched KL. Mean held-out accuracy of every arm (form/layer):",
+            "every arm with its own learning rate, compared at matched KL. Mean held-out accuracy (form/layer):",
             "",
             *_means(found),
             "",
             "## What studies claim",
             "",
-            "A claim is an effect (gated and LoRA against bias, wrong layer against right) whose permutation test, "
-            "corrected for all three, is below 5 %, and whose interval for other seeds and test rows leaves out zero. "
+            "A claim is an effect (gated and LoRA against bias, wrong layer against right) whose permutation test and "
+            "test for other seeds and test rows, corrected for all three, are both below 5 %. "
             "*Named*: the teacher's form has the highest mean. *Claimed*: it is claimed to be better than `bias`; for "
             "the bias teacher, that another is worse. *Shares*: a clear Shapley share of form or layer. *False "
             "effect*: of a form or layer that is not the teacher's; for `base` (all labels are a coin's) and "
@@ -357,8 +360,10 @@ def summarise(found: dict[str, list[Study]]) -> str:
             "",
             "## Intervals",
             "",
-            "How often the 95 % interval of an effect holds the truth where that is known: for `base` it is 0. (The "
-            "other studies each have teachers of their own, whose true effects nobody knows.)",
+            "How often the 95 % interval of an effect, one a study, holds the truth where that is known: for `base` "
+            "and other seeds and test rows it is 0. About the same test rows the truth is another number, which "
+            "nobody knows, since their labels happen to suit one arm or the other; how often that interval holds 0 "
+            "says how much it leaves out. (Other teachers each have a true effect of their own, unknown too.)",
             "",
             *_coverage(found),
             "",
@@ -404,13 +409,18 @@ def _claims(found: dict[str, list[Study]]) -> list[str]:
 
 
 def _coverage(found: dict[str, list[Study]]) -> list[str]:
-    gaps = [gap for study in found.get("base", []) for gap in study.gaps.values()]
-    if not gaps:
+    studies = found.get("base", [])
+    if not studies:
         return ["No study of `base` was run."]
-    both = [gap.interval for gap in gaps], [gap.crossed for gap in gaps]
-    held = [[i.low <= 0 <= i.high for i in intervals] for intervals in both]
-    lines = ["| intervals | these test rows | other test rows too |", "|---|---|---|"]
-    return [*lines, f"| {len(gaps)} | {_rate(held[0])} | {_rate(held[1])} |"]
+    lines = [
+        "| effect | studies | other test rows too, holds the truth | these test rows, holds 0 |",
+        "|---" * 4 + "|",
+    ]
+    for name in dict.fromkeys(name for study in studies for name in study.gaps):
+        gaps = [study.gaps[name] for study in studies if name in study.gaps]
+        held = [[i.low <= 0 <= i.high for i in (gap.crossed, gap.interval)] for gap in gaps]
+        lines.append(f"| {name} | {len(gaps)} | {_rate([h[0] for h in held])} | {_rate([h[1] for h in held])} |")
+    return lines
 
 
 def _rate(seen: Sequence[bool]) -> str:

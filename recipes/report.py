@@ -80,25 +80,26 @@ def write_report(folder: Path, measure: str | None = None) -> Path:
 
 def _body(folder: Path, grid: dict[str, Any], tables: GridTables, claim: Claim, cells: Frame, ran: Frame) -> list[str]:
     label = analysis.MEASURES[claim.measure]
-    found = analysis.attribution(ran, tables, claim.measure, claim.factor)
-    said = analysis.verdict(ran, claim, found)
-    curves = analysis.efficiency(ran, claim.than, claim.measure)
+    paired = analysis.in_pairs(ran, tables)  # for whatever compares; means and costs are by task and seed
+    found = analysis.attribution(paired, tables, claim.measure, claim.factor)
+    said = analysis.verdict(analysis.in_pairs(cells, tables), claim, found)
+    curves = analysis.efficiency(paired, claim.than, claim.measure)
     crossed = [arm["name"] for arm in grid["arms"] if arm["levels"]]
     several = ran["examples"].nunique() > 1
     return [
         *_headline(tables, claim, said),
-        *(f"{sentence}  " for sentence in analysis.answer(ran, claim, said, found, curves)),
+        *(f"{sentence}  " for sentence in analysis.answer(paired, claim, said, found, curves)),
         "",
-        *_extent(grid, cells),
+        *_extent(grid, cells, claim.alpha),
         *(sections.attribution(folder, tables, found, label) if found else []),
         *sections.effects_of_factors(
-            folder, ran[ran["arm"].isin(crossed)], list(tables.factors), claim.measure, label
+            folder, paired[paired["arm"].isin(crossed)], list(tables.factors), claim.measure, label
         ),
         f"## Arms against {claim.than}",
         "",
-        *sections.comparisons(ran, claim),
+        *sections.comparisons(paired, claim),
         *sections.behaviour(ran),
-        *(sections.efficiency(folder, ran, curves, claim, label) if several else []),
+        *(sections.efficiency(folder, paired, curves, claim, label) if several else []),
         *sections.side_effects(folder, ran, tables),
         *sections.cost(ran),
         *sections.failures(cells),
@@ -118,13 +119,14 @@ def _headline(tables: GridTables, claim: Claim, said: analysis.Verdict) -> list[
     return [f"## The result counts {_SIDES[said.side]} the hypothesis", ""]
 
 
-def _extent(grid: dict[str, Any], cells: Frame) -> list[str]:
+def _extent(grid: dict[str, Any], cells: Frame, alpha: float) -> list[str]:
     done = len(cells) - int((cells["status"] == "failed").sum())
     return [
         f"{done} of {len(grid['cells'])} cells, {cells['task'].nunique()} tasks, {cells['seed'].nunique()} seeds. "
         "Differences are paired by task and seed. All seeds of a task share its test rows, so nothing is called clear "
-        "unless the 95 % interval for other seeds *and* test rows leaves out zero and a permutation test (corrected "
-        "by Holm within its table) is below 5 %. Both are about these tasks, not about others. "
+        "unless both a permutation test over the pairs and the test for other seeds *and* test rows, corrected by "
+        f"Holm within their table, are below {alpha:.0%}. Both are about these tasks and the settings that the tuning "
+        "chose, not about others. "
         f"{' '.join(grid['notes'])}",
         "",
     ]
@@ -134,11 +136,12 @@ _SIDES = {"for": "for", "against": "against", "undecided": "neither for nor agai
 
 
 def _claim(claim: Claim) -> str:
-    text = f"`{claim.better}` has more {analysis.MEASURES[claim.measure]} than `{claim.than}`"
+    by = f", by more than {claim.margin:g}" if claim.margin else ""
+    text = f"`{claim.better}` has more {analysis.MEASURES[claim.measure]} than `{claim.than}`{by}"
     if claim.factor:
-        text += f", and most of the gap is {claim.factor}'s"
-    less = f"the difference is below {claim.margin:g}" if claim.margin else "it has less"
-    other = f", or if another factor's share is larger than {claim.factor}'s" if claim.factor else ""
+        text += f", and {claim.factor}'s share of the gap is the largest"
+    less = f"the difference is clearly below {claim.margin:g}" if claim.margin else "it clearly has less"
+    other = f", or if another factor's share is clearly larger than {claim.factor}'s" if claim.factor else ""
     return f"{text} (alpha = {claim.alpha:g}); against it counts if {less}{other}."
 
 

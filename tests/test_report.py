@@ -14,10 +14,11 @@ import pytest
 
 from steertune.recipes import report
 from steertune.recipes.ablate import GRID, write_grid
-from steertune.recipes.ablation.analysis import MEASURES, attribution, comparisons, verdict
+from steertune.recipes.ablation.analysis import MEASURES, attribution, comparisons, in_pairs, scores, verdict
 from steertune.recipes.ablation.grid import VERSION, Cell, Grid, make_grid
-from steertune.recipes.ablation.statistics.paired import crossed_interval
+from steertune.recipes.ablation.statistics.paired import crossed_interval, difference
 from steertune.recipes.ablation.statistics.rows import rows_of
+from steertune.recipes.ablation.tables import TaskTable
 from steertune.recipes.ablation.tidy import read_cells
 from steertune.recipes.arm import ArmError
 
@@ -101,9 +102,9 @@ def said(folder: Path) -> str:
 @pytest.mark.parametrize(
     ("gain", "side", "words"),
     [
-        (0.15, "for the hypothesis", "more than the baseline"),
-        (-0.15, "against the hypothesis", "less than the baseline"),
-        (0.0, "neither for nor against the hypothesis", "no difference that can be claimed"),
+        (0.15, "for the hypothesis", ", more."),
+        (-0.15, "against the hypothesis", ", less."),
+        (0.0, "neither for nor against the hypothesis", "neither clearly more nor clearly less than claimed"),
     ],
 )
 def test_the_verdict_is_that_of_the_numbers(gain, side, words, tmp_path):
@@ -127,7 +128,9 @@ def test_the_verdict_is_that_of_the_numbers(gain, side, words, tmp_path):
         (0.15, {"factor": "form"}, "for", "and form's share is the largest"),
         (0.15, {"factor": "contrast"}, "against", "the share of form is larger than that of contrast"),
         (0.0, {"margin": 0.1}, "against", "below the smallest difference that would matter (0.1)"),
-        (0.0, {"margin": 0.001}, "undecided", "no difference that can be claimed"),
+        (0.0, {"margin": 0.001}, "undecided", "neither clearly more nor clearly less than claimed"),
+        (0.15, {"margin": 0.05}, "for", "more than 0.05"),
+        (0.06, {"margin": 0.05}, "undecided", "neither clearly more nor clearly less than claimed"),
     ],
 )
 def test_every_clause_of_the_claim_is_decided(gain, changes, side, words, tmp_path):
@@ -159,7 +162,7 @@ def test_a_gain_on_these_test_rows_only_is_no_gain(tmp_path):
             file.write_text(json.dumps(found))
     cells, claim = read_cells(tmp_path), grid.tables.claim
     [against] = [c for c in comparisons(cells, claim.than, claim.measure) if c.arm == claim.better]
-    assert against.difference.interval.excludes_zero and against.difference.p < 0.05
+    assert against.difference.interval.excludes_zero and against.difference.permutation < 0.05
     assert not against.difference.clear() and verdict(cells, claim).side == "undecided"
 
 
@@ -222,7 +225,7 @@ def test_what_a_vector_with_four_examples_is_worth_in_loras(tmp_path):
 def test_an_arm_without_a_strength_is_named_not_compared(tmp_path):
     make_up(tmp_path, by_form)
     page = said(tmp_path)
-    assert re.search(r"Not compared, because they have no .* at matched KL .*: full_dpo\.", page)
+    assert re.search(r"Not compared, because no pair .* has .* at matched KL of them .*: full_dpo\.", page)
     assert "full_dpo |" in page, "it is still in the other tables"
     assert report.main([str(tmp_path), "--measure", "accuracy"]) == 0
     assert "Not compared" not in (tmp_path / "report.md").read_text()
@@ -302,3 +305,80 @@ def test_an_unknown_measure_of_the_claim_is_refused():
     tables["claim"]["measure"] = "acuracy"
     with pytest.raises(ArmError, match="claim.measure"):
         make_grid(tables)
+
+
+def test_answers_without_a_judgement_make_no_difference(tmp_path):
+    """Two arms that are equal, and better with more examples: rows that one could not be judged on with few examples
+    must not be compared with the other's mean."""
+    grid = make_up(tmp_path, lambda cell: 0.3 if cell.examples == 4 else 0.9)
+    cells, claim = read_cells(tmp_path), grid.tables.claim.model_copy(update={"measure": "behaviour"})
+    score = cells["examples"].map(lambda n: 0.3 if n == 4 else 0.9)
+    cells["behaviours"] = [[s] * 16 for s in score]
+    unjudged = (cells["arm"] == claim.better) & (cells["examples"] == 4)
+    cells.loc[unjudged, "behaviours"] = cells.loc[unjudged, "behaviours"].map(lambda b: [None] * 12 + b[12:])
+    cells["behaviour"] = score
+    found = verdict(cells, claim)
+    assert found.side == "undecided" and "a difference of +0.000" in found.sentence
+
+
+def test_pairs_that_are_left_out_are_counted_and_many_leave_the_verdict_open(tmp_path):
+    grid = make_up(tmp_path, lambda cell: by_form(cell, 0.15))
+    cells, claim = read_cells(tmp_path), grid.tables.claim
+    pairs = len(cells[["task", "seed"]].drop_duplicates())
+    for count, side in ((1, "for"), (4, "undecided")):
+        chosen = cells["seed"].isin([0, 1, 2, 3][:count]) & (cells["arm"] == claim.better)
+        chosen &= cells["task"] == cells["task"].iloc[0]
+        lost = cells.assign(
+            matched_accuracy=cells["matched_accuracy"].mask(chosen), status=cells["status"].mask(chosen, "unmatched")
+        )
+        found = verdict(lost, claim)
+        assert found.side == side, found.sentence
+        assert (
+            f"{pairs - count} of {pairs} pairs of task and seed, {count} left out: {3 * count} unmatched"
+            in found.sentence
+        )
+
+
+def test_the_best_arm_has_every_pair(tmp_path):
+    """An arm that ran on the easy task only has the highest mean, and is not the best."""
+    hard = {"form=lora,contrast=pairs": "warm_tone"}  # which this arm did not run on
+    easy = lambda cell: by_form(cell, 0.05) + (cell.task.label != "warm_tone") * 0.3  # noqa: E731
+    make_up(tmp_path, easy, keep=lambda cell: hard.get(cell.arm.name) != cell.task.label)
+    assert re.search(r"best mean of the 3 arms with every pair is form=bias", said(tmp_path))
+
+
+def test_tasks_of_the_same_rows_are_one_task_when_rows_are_crossed(tmp_path):
+    grid = make_up(tmp_path, by_form)
+    cells = read_cells(tmp_path)
+    assert in_pairs(cells, grid.tables) is cells
+    name = grid.tasks[0].name
+    same = [TaskTable(name=name, label=task.label) for task in grid.tasks]
+    found = in_pairs(cells, grid.tables.model_copy(update={"tasks": same}))
+    assert set(found["task"]) == {name} and found["seed"].nunique() == 2 * cells["seed"].nunique()
+    assert len(found[["task", "seed"]].drop_duplicates()) == len(cells[["task", "seed"]].drop_duplicates())
+    claim = grid.tables.claim
+    one, two = (scores(c, claim.measure)[claim.better] - scores(c, claim.measure)[claim.than] for c in (found, cells))
+    assert difference(one).estimate == pytest.approx(difference(two).estimate)
+    by_hand = crossed_interval(np.stack([*two.sort_index(level=["task", "seed"])]))
+    assert vars(difference(one).crossed) == pytest.approx(vars(by_hand))
+
+
+@pytest.mark.parametrize("message", ["", "AssertionError: "])
+def test_a_cell_that_failed_without_a_word_and_one_that_diverged_have_their_place(message, tmp_path):
+    grid = make_up(tmp_path, by_form)
+    failed, *rest = grid.cells()
+    (tmp_path / failed.path / "cell.json").rename(tmp_path / failed.path / "failed.json")
+    (tmp_path / failed.path / "failed.json").write_text(json.dumps({"error": message}))
+    for cell in rest:
+        if cell.arm.name == "full_dpo":
+            file = tmp_path / cell.path / "cell.json"
+            lost = {
+                k: v
+                for k, v in json.loads(file.read_text()).items()
+                if k not in ("kl", "perplexity", "base_perplexity")
+            }
+            file.write_text(json.dumps(lost | {"status": "diverged", "error": "nan", "setting": None}))
+    page = said(tmp_path)
+    assert "| failed |" in page and "| full_dpo | diverged |" in page
+    side = page[page.index("## Side effects") :]
+    assert "| full_dpo | 0.000 | 5.500 |" in side, "what its user is left with is the base"

@@ -10,13 +10,13 @@ import numpy as np
 import pandas as pd
 
 from steertune.recipes.ablation import designs
-from steertune.recipes.ablation.levels import patched
+from steertune.recipes.ablation.levels import arm_name
 from steertune.recipes.ablation.statistics import Frame
 from steertune.recipes.ablation.statistics.curves import Equivalence, area_between, n_equivalence
 from steertune.recipes.ablation.statistics.paired import Difference, difference, together
 from steertune.recipes.ablation.statistics.rows import mean_rows, rows_of
 from steertune.recipes.ablation.statistics.shapley import share_rows
-from steertune.recipes.ablation.tables import Claim, GridTables, Measure
+from steertune.recipes.ablation.tables import Claim, GridTables, Measure, TaskTable
 from steertune.recipes.arm import ArmError
 
 MEASURES: dict[Measure, str] = {
@@ -27,6 +27,9 @@ MEASURES: dict[Measure, str] = {
     "behaviour": "behaviour score of free generations at the tuned strength",
     "matched_behaviour": "behaviour score of free generations at matched KL",
 }
+
+
+_LEFT_OUT = 0.1  # share of the pairs
 
 
 @dataclass(frozen=True)
@@ -67,19 +70,31 @@ class Attribution:
 
 def scores(cells: Frame, measure: str) -> Frame:
     """Mean over the numbers of examples, by (task, seed) and arm, as arrays over the test rows; None for a pair in
-    which an arm has no number."""
-    values = rows_of(cells, measure).set_axis(pd.MultiIndex.from_frame(cells[["task", "seed", "examples", "arm"]]))
-    complete = values.notna().groupby(level=["task", "seed", "arm"]).all()
-    sizes = values.groupby(level=["task", "seed", "arm"]).size()
-    complete &= sizes == cells["examples"].nunique()
-    means = mean_rows(values.dropna(), ["task", "seed", "arm"])
-    wide = means[means.index.isin(complete[complete].index)].unstack("arm")
-    return wide.reindex(columns=[arm for arm in dict.fromkeys(cells["arm"]) if arm in wide])
+    which an arm lacks one of the numbers."""
+    values = rows_of(cells, measure).set_axis(pd.MultiIndex.from_frame(cells[["task", "seed", "arm", "examples"]]))
+    whole = values.unstack("examples").dropna().stack()
+    if whole.empty:
+        return pd.DataFrame(index=pd.MultiIndex.from_arrays([[], []], names=["task", "seed"]))
+    wide = mean_rows(whole, ["task", "seed", "arm"]).unstack("arm")
+    return wide[[arm for arm in dict.fromkeys(cells["arm"]) if arm in wide]]
 
 
 def mean(values: Frame) -> float:
     """Mean of arrays."""
-    return float(values.map(np.nanmean).mean())
+    return float(np.mean([np.nanmean(rows) for rows in values if np.isfinite(rows).any()]))
+
+
+def in_pairs(cells: Frame, tables: GridTables) -> Frame:
+    """Cells whose `task` and `seed` say what is paired and what is crossed: tasks made of the same rows are one task,
+    with a seed for every seed of each, so that what a test row does to all of them is counted once."""
+    tasks = [task if isinstance(task, TaskTable) else TaskTable(name=task) for task in tables.tasks]
+    names = {task.called: task.name for task in tasks}
+    shared = {label: name for label, name in names.items() if [*names.values()].count(name) > 1}
+    if not shared:
+        return cells
+    pairs = zip(cells["task"], cells["seed"], strict=True)
+    seeds = [f"{task} {seed}" if task in shared else seed for task, seed in pairs]
+    return cells.assign(task=cells["task"].replace(shared), seed=pd.Series(seeds, index=cells.index, dtype=object))
 
 
 def comparisons(cells: Frame, than: str, measure: str) -> list[Comparison]:
@@ -93,10 +108,10 @@ def comparisons(cells: Frame, than: str, measure: str) -> list[Comparison]:
 
 def verdict(cells: Frame, claim: Claim, found: Attribution | None = None) -> Verdict:
     """Whether the claim's comparison, and its attribution if it names a factor, came out for it, against it, or
-    neither.
+    neither: for it if `better` is clearly more than `margin` ahead, against it if it clearly is not.
 
     Args:
-        cells: The cells that ran.
+        cells: All cells, those that failed too.
         claim: The claim.
         found: `attribution` for the claim's measure.
     """
@@ -105,28 +120,43 @@ def verdict(cells: Frame, claim: Claim, found: Attribution | None = None) -> Ver
     if missing:
         return Verdict("undecided", f"{missing} have no {MEASURES[claim.measure]}, so the claim cannot be decided.")
     both = wide[[claim.better, claim.than]].dropna()
-    if both.empty:
+    rows = both[claim.better] - both[claim.than]
+    gap, over = difference(rows), difference(rows - claim.margin)
+    if not gap.interval.pairs:
         return Verdict("undecided", "No pair of task and seed has both arms of the claim yet.")
-    gap = difference(both[claim.better] - both[claim.than])
-    pairs = gap.interval.pairs
+    pairs, all_pairs = gap.interval.pairs, len(cells[["task", "seed"]].drop_duplicates())
+    left_out = _left_out(cells, claim, all_pairs - pairs)
     what = (
         f"{claim.better} has {mean(both[claim.better]):.3f} {MEASURES[claim.measure]}, {claim.than} has "
-        f"{mean(both[claim.than]):.3f}: a difference of {gap} (95 %, for other seeds and test rows of these tasks; "
-        f"{pairs} pairs of task and seed, p = {gap.p:.3g})"
+        f"{mean(both[claim.than]):.3f}: a difference of {gap} (95 %, for other seeds and test rows of these tasks, "
+        f"given the settings chosen; {pairs} of {all_pairs} pairs of task and seed{left_out}; p = {over.p:.3g}"
+        f"{f' that it is not {claim.margin:g}' if claim.margin else ''})"
     )
-    if gap.clear(claim.alpha) and gap.estimate < 0:
-        return Verdict("against", f"{what}, less than the baseline.")
-    if gap.crossed.high < claim.margin:
-        return Verdict("against", f"{what}, below the smallest difference that would matter ({claim.margin:g}).")
-    if not gap.clear(claim.alpha):
+    if all_pairs - pairs > _LEFT_OUT * all_pairs:
+        return Verdict(
+            "undecided", f"{what}; with more than {_LEFT_OUT:.0%} of the pairs left out nothing is decided."
+        )
+    if not over.clear(claim.alpha):
         least = 2 / 2**pairs
         why = f"; {pairs} pairs cannot give a p below {least:.2g}" if least >= claim.alpha else ""
-        return Verdict("undecided", f"{what}, which is no difference that can be claimed{why}.")
-    side, clause = _most_of_the_gap(claim, found)
-    return Verdict(side, f"{what}, more than the baseline{clause}.")
+        return Verdict("undecided", f"{what}, which is neither clearly more nor clearly less than claimed{why}.")
+    if over.estimate < 0:
+        less = f"below the smallest difference that would matter ({claim.margin:g})" if claim.margin else "less"
+        return Verdict("against", f"{what}, {less}.")
+    side, clause = _largest_share(claim, found)
+    return Verdict(side, f"{what}, more{f' than {claim.margin:g}' if claim.margin else ''}{clause}.")
 
 
-def _most_of_the_gap(claim: Claim, found: Attribution | None) -> tuple[Literal["for", "against", "undecided"], str]:
+def _left_out(cells: Frame, claim: Claim, count: int) -> str:
+    """Why pairs are not in the comparison."""
+    if not count:
+        return ""
+    own = cells[cells["arm"].isin([claim.better, claim.than]) & cells[claim.measure].isna()]
+    reasons = [f"{number} {status}" for status, number in own["status"].value_counts().items()]
+    return f", {count} left out: {', '.join(reasons) or 'not run'}"
+
+
+def _largest_share(claim: Claim, found: Attribution | None) -> tuple[Literal["for", "against", "undecided"], str]:
     """The second half of a claim: that its factor's share of the gap is the largest."""
     if claim.factor is None:
         return "for", ""
@@ -161,12 +191,6 @@ def attribution(cells: Frame, tables: GridTables, measure: str, factor: str | No
     rows = share_rows({coalition: complete[name] for coalition, name in names.items()}, moving)
     leads = {f: difference(rows[factor] - rows[f]) for f in moving if f != factor} if factor in moving else {}
     return Attribution(together({f: difference(values) for f, values in rows.items()}), together(leads))
-
-
-def arm_name(tables: GridTables, combination: dict[str, str]) -> str:
-    """Name of a combination's arm."""
-    levels, _ = patched(tables, combination)
-    return ",".join(f"{factor}={level}" for factor, level in levels.items())
 
 
 @dataclass(frozen=True)
@@ -220,13 +244,13 @@ def answer(
     cells: Frame, claim: Claim, said: Verdict, found: Attribution | None, curves: Sequence[Efficiency]
 ) -> list[str]:
     """The answer in three sentences, all of it from the numbers."""
-    return [said.sentence, _shares(found), _best(scores(cells, claim.measure), claim, curves)]
+    return [said.sentence, _shares(found, claim.alpha), _best(scores(cells, claim.measure), claim, curves)]
 
 
-def _shares(found: Attribution | None) -> str:
+def _shares(found: Attribution | None, alpha: float) -> str:
     if found is None:
         return "Shares of the gap are not computed: that takes every mixture of a `design.start` and a `design.end`."
-    clear = {f: share for f, share in found.shares.items() if share.clear()}
+    clear = {f: share for f, share in found.shares.items() if share.clear(alpha)}
     if not clear:
         return "No factor's share of the gap between the two ends of the design is clearly not zero."
     largest_first = sorted(clear.items(), key=lambda item: -abs(item[1].estimate))
@@ -237,11 +261,13 @@ def _shares(found: Attribution | None) -> str:
 
 
 def _best(wide: Frame, claim: Claim, curves: Sequence[Efficiency]) -> str:
-    means = {arm: mean(wide[arm].dropna()) for arm in wide if wide[arm].notna().any()}
-    if not means:
-        return f"No arm has any {MEASURES[claim.measure]}."
-    best = max(means, key=means.__getitem__)
-    sentence = f"The best mean of all arms is {best}'s, {means[best]:.3f}."
+    whole = [arm for arm in wide if wide[arm].notna().all()]  # others have means over other pairs
+    if not whole:
+        return f"No arm has {MEASURES[claim.measure]} in all pairs."
+    means = {arm: mean(wide[arm]) for arm in whole}
+    best = max(whole, key=means.__getitem__)
+    which = "all arms" if len(whole) == wide.shape[1] else f"the {len(whole)} arms with every pair"
+    sentence = f"The best mean of {which} is {best}'s, {means[best]:.3f}."
     own = next((one for one in curves if one.arm == claim.better and len(one.equivalents) > 1), None)
     if own is None:
         return sentence

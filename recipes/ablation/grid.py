@@ -20,7 +20,7 @@ from trl import DPOConfig
 from steertune.recipes.ablation import designs
 from steertune.recipes.ablation.budget import BudgetTable
 from steertune.recipes.ablation.designs import Combination
-from steertune.recipes.ablation.levels import INERT, patched, with_common
+from steertune.recipes.ablation.levels import INERT, arm_name, named, patched, with_common
 from steertune.recipes.ablation.tables import Card, GridTables, TaskTable
 from steertune.recipes.arm import (
     Arm,
@@ -206,7 +206,7 @@ def _arms(tables: GridTables, combinations: list[Combination]) -> list[GridArm]:
     found: dict[str, GridArm] = {}
     for combination in combinations:
         levels, arm = patched(tables, combination)
-        name = ",".join(f"{factor}={level}" for factor, level in levels.items())
+        name = named(levels)
         if name in found and found[name].arm != arm:
             raise ArmError(
                 f"Combination {combination} is called {name!r} like another, but its arm differs: a level that is "
@@ -342,6 +342,12 @@ def _check_card(tables: GridTables, card: Card, arms: list[GridArm]) -> None:
         name = getattr(claim, what)
         if name not in names:
             raise ArmError(f"claim.{what}={name!r} is no arm of the grid: {names}.{nearest(name, names)}")
+    for what, point in (("than", tables.design.start), ("better", tables.design.end)) if claim.factor else ():
+        if getattr(claim, what) != (name := arm_name(tables, point)):
+            raise ArmError(
+                f"claim.factor={claim.factor!r} is about the gap from design.start to design.end, so claim.{what} "
+                f"must be {name!r}, and it is {getattr(claim, what)!r}."
+            )
 
 
 def _tasks(tables: GridTables, data_root: Path | None) -> list[TaskTable]:
@@ -350,8 +356,7 @@ def _tasks(tables: GridTables, data_root: Path | None) -> list[TaskTable]:
     found: dict[str, TaskTable] = {}
     for entry in tables.tasks:
         task = TaskTable(name=entry) if isinstance(entry, str) else entry
-        label = task.label or Path(task.name).name + ("_reversed" if task.reverse else "")
-        name = task.name
+        label, name = task.called, task.name
         if data_root is not None and name not in task_names() and (data_root / name).exists():
             name = str(data_root / name)
         _check_name("task", label)

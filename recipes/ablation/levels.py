@@ -55,6 +55,16 @@ def patched(tables: GridTables, combination: Combination) -> tuple[Combination, 
         raise ArmError(f"Combination {combination}: {error}") from error
 
 
+def arm_name(tables: GridTables, combination: Combination) -> str:
+    """Name of a combination's arm."""
+    return named(patched(tables, combination)[0])
+
+
+def named(levels: Combination) -> str:
+    """Name of the arm with these levels."""
+    return ",".join(f"{factor}={level}" for factor, level in levels.items())
+
+
 def _entry(factor: str, level: str, patch: Any, combination: Combination, tables: GridTables) -> dict[str, Any]:
     """The patch of a level that counts for a combination."""
     for option in patch if isinstance(patch, list) else [patch]:

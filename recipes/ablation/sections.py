@@ -15,7 +15,7 @@ from steertune.recipes.ablation.statistics.paired import Difference
 from steertune.recipes.ablation.tables import Claim, GridTables
 
 _SHOWN = 8  # arms in a chart; more cannot be told apart
-_INTERVALS = ["95 %, these test rows", "95 %, other test rows too", "p (Holm)"]
+_HEADER = ["95 %, these test rows", "95 %, other test rows too", "p (Holm)", "pairs"]
 
 
 def attribution(folder: Path, tables: GridTables, found: analysis.Attribution, label: str) -> list[str]:
@@ -31,7 +31,7 @@ def attribution(folder: Path, tables: GridTables, found: analysis.Attribution, l
         "",
         "![Shapley share of every factor](charts/attribution.png)",
         "",
-        *table(["factor", "share", *_INTERVALS], [[f, *_numbers(share)] for f, share in found.shares.items()]),
+        *table(["factor", "share", *_HEADER], [[f, *_numbers(share)] for f, share in found.shares.items()]),
     ]
 
 
@@ -50,13 +50,14 @@ def effects_of_factors(folder: Path, cells: Frame, factors: list[str], measure: 
         "",
         "![Matched effects](charts/effects.png)",
         "",
-        *table(["factor", "level against reference", "difference", *_INTERVALS, "contexts"], rows),
+        *table(["factor", "level against reference", "difference", *_HEADER, "contexts"], rows),
     ]
     variance = anova(cells, factors, measure)
     if variance is not None:
         lines += [
             "Analysis of variance with HC3 errors, tasks and seeds as blocks; cells with a level that means nothing "
-            "there (`-`) are left out. Its p values are uncorrected and about these test rows.",
+            "there (`-`) are left out. Its p values, as those of the mixed model below, are uncorrected, about these "
+            "test rows, and too small where an effect differs from pair to pair; nothing is claimed from them.",
             "",
             *table(
                 ["term", "df", "F", "p", "partial η²"],
@@ -66,7 +67,7 @@ def effects_of_factors(folder: Path, cells: Frame, factors: list[str], measure: 
     mixed = mixed_model(cells, factors, measure)
     if mixed is not None:
         lines += [
-            "Mixed model, task and seed as random effects (p values uncorrected, about these test rows):",
+            "Mixed model, task and seed as random effects:",
             "",
             *table(
                 ["level", "estimate", "95 %", "p"],
@@ -83,16 +84,16 @@ def comparisons(cells: Frame, claim: Claim) -> list[str]:
     if claim.than not in own:
         return [f"{claim.than} has no {analysis.MEASURES[claim.measure]}.", ""]
     found = sorted(analysis.comparisons(cells, claim.than, claim.measure), key=lambda c: -c.difference.estimate)
-    rows = [[c.arm, f"{c.mean:.3f}", *_numbers(c.difference), str(c.difference.interval.pairs)] for c in found]
+    rows = [[c.arm, f"{c.mean:.3f}", *_numbers(c.difference)] for c in found]
     absent = [a for a in dict.fromkeys(cells["arm"]) if a != claim.than and a not in {c.arm for c in found}]
     note = (
-        [f"Not compared, because they have no {analysis.MEASURES[claim.measure]} "
-         f"(no strength to match, or no effect at any): {', '.join(absent)}.", ""]
+        [f"Not compared, because no pair of task and seed has {analysis.MEASURES[claim.measure]} of them with every "
+         f"number of examples: {', '.join(absent)}.", ""]
         if absent else []
     )  # fmt: skip
     itself = analysis.mean(own[claim.than].dropna())
     what = f"{analysis.MEASURES[claim.measure]}; {claim.than} itself has {itself:.3f}."
-    header = ["arm", "mean", f"minus {claim.than}", *_INTERVALS, "pairs"]
+    header = ["arm", "mean", f"minus {claim.than}", *_HEADER]
     return [what[0].upper() + what[1:], "", *table(header, rows), *note]
 
 
@@ -107,14 +108,19 @@ def behaviour(cells: Frame) -> list[str]:
         "matched_behaviour": "behaviour, matched KL",
     }
     there = [c for c in columns if c in cells and cells[c].notna().any()]
-    means = cells.groupby("arm", sort=False)[there].mean()
-    rows = [[str(arm), *("" if pd.isna(v) else f"{v:.3f}" for v in means.loc[arm])] for arm in means.index]
+    groups = cells.groupby("arm", sort=False)
+    means, counts_of = groups[there].mean(), groups.size()
+    rows = [
+        [str(arm), *("" if pd.isna(v) else f"{v:.3f}" for v in means.loc[arm]), str(counts_of[arm])]
+        for arm in means.index
+    ]
     base = [cells[f"base_{c}"].mean() if f"base_{c}" in cells else float("nan") for c in there]
-    rows.insert(0, ["(base model)", *("" if pd.isna(v) else f"{v:.3f}" for v in base)])
+    rows.insert(0, ["(base model)", *("" if pd.isna(v) else f"{v:.3f}" for v in base), ""])
     counts = [c for c in ("judgements_failed", "matched_judgements_failed") if c in cells]
     failed = int(cells[counts].max(axis=1).fillna(0).sum())  # at the same strength they are the same answers
     note = [f"{failed} judgements failed; they are in no mean.", ""] if failed else []
-    return ["Means over all cells:", "", *table(["arm", *(columns[c] for c in there)], rows), *note]
+    header = ["arm", *(columns[c] for c in there), "cells"]
+    return ["Means over the cells that an arm has:", "", *table(header, rows), *note]
 
 
 def efficiency(
@@ -126,7 +132,7 @@ def efficiency(
     if not curves:
         return [*lines, "No arm has the whole curve yet.", ""]
     sizes = list(curves[0].equivalents)
-    header = ["arm", "area over the baseline's curve", *_INTERVALS, *(f"n = {n} is worth" for n in sizes)]
+    header = ["arm", "area over the baseline's curve", *_HEADER, *(f"n = {n} is worth" for n in sizes)]
     rows = [[e.arm, *_numbers(e.area), *(str(e.equivalents[n]) for n in sizes)] for e in curves]
     return [
         *lines,
@@ -195,10 +201,13 @@ def failures(cells: Frame) -> list[str]:
     if bad.empty:
         return ["## Failures", "", "None: every cell ran and none diverged.", ""]
     rows = [
-        [r.task, str(r.examples), str(r.seed), r.arm, r.status, str(r.error).splitlines()[0][:160]]
+        [r.task, str(r.examples), str(r.seed), r.arm, r.status, (str(r.error).splitlines() or ["no message"])[0][:160]]
         for r in bad.itertuples()
     ]
-    note = "A diverged cell counts as the base model in every comparison. A failed one counts nowhere."
+    note = (
+        "A diverged cell counts as the base model in every comparison. A failed one counts nowhere, and an unmatched "
+        "one nowhere at matched KL: its whole pair is left out, which a verdict allows for one pair in ten."
+    )
     return ["## Failures", "", note, "", *table(["task", "n", "seed", "arm", "status", "error"], rows)]
 
 
@@ -220,7 +229,8 @@ def how(grid: dict[str, Any], tables: GridTables, cells: Frame) -> list[str]:
 
 
 def _numbers(found: Difference) -> list[str]:
-    return [f"{found.estimate:+.3f}", found.interval.ends, found.crossed.ends, f"{found.p:.3g}"]
+    pairs = str(found.interval.pairs)
+    return [f"{found.estimate:+.3f}", found.interval.ends, found.crossed.ends, f"{found.p:.3g}", pairs]
 
 
 def words(table: Mapping[str, Any]) -> str:

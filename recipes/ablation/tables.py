@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, Field
@@ -37,9 +38,9 @@ class Claim(BaseModel, extra="forbid"):
     measure: Measure = "matched_accuracy"
     alpha: float = Field(default=0.05, gt=0, lt=1)
     margin: float = Field(default=0.0, ge=0, allow_inf_nan=False)
-    """The smallest difference that would matter: below it, with its whole interval, the result counts against."""
+    """How far ahead `better` is claimed to be: clearly more counts for the claim, clearly less against it."""
     factor: str | None = None
-    """The factor that most of the gap is claimed to come from; another with a larger share counts against."""
+    """The factor that is claimed to have the largest share of the gap; another with a larger one counts against."""
 
 
 class DesignTable(BaseModel, extra="forbid"):
@@ -67,6 +68,11 @@ class TaskTable(BaseModel, extra="forbid"):
     scorer: dict[str, Any] = {"kind": "classifier"}
     instructions: list[str] = []
     """What prompting arms tell the model to do; several are several trials of their tuning."""
+
+    @property
+    def called(self) -> str:
+        """Its label, or what its name makes."""
+        return self.label or Path(self.name).name + ("_reversed" if self.reverse else "")
 
 
 class MatchedTable(BaseModel, extra="forbid"):

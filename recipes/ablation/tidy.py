@@ -36,6 +36,10 @@ def read_cells(folder: Path, names: list[str] | None = None) -> Frame:
         raise ArmError(f"{folder} holds no cells. Run the grid first: python -m steertune.recipes.ablate")
     measures = [prefix + name for prefix in ("", "matched_") for name in MEASURES]
     cells = pd.DataFrame(rows)
+    if "base_perplexity" in cells:  # which a diverged cell did not come to measure
+        diverged = cells["status"] == "diverged"
+        cells["base_perplexity"] = cells["base_perplexity"].fillna(cells["base_perplexity"].mean())
+        cells.loc[diverged, "perplexity"] = cells.loc[diverged, "base_perplexity"]
     return cells.assign(**{name: float("nan") for name in measures if name not in cells})
 
 
@@ -66,6 +70,5 @@ def _read(home: Path) -> dict[str, Any] | None:
 def _as_the_base(cell: dict[str, Any]) -> dict[str, Any]:
     base = {k.removeprefix("base_"): v for k, v in cell.items() if k.startswith("base_")}
     values = {**base, "margin_gain": 0.0, "moved_wrong": 0.0}
-    if not cell["scalable"]:
-        return values
-    return {**values, **{f"matched_{name}": value for name, value in values.items()}}
+    matched = {f"matched_{name}": value for name, value in values.items()} if cell["scalable"] else {}
+    return {**values, **matched, "kl": 0.0}

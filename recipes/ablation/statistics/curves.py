@@ -70,17 +70,11 @@ def n_equivalence(baseline: Frame, reached: Frame) -> Equivalence:
     estimate = _crossing(log_n, curve, float(reached.map(np.nanmean).mean()))
     axis = np.union1d(np.linspace(log_n[0], log_n[-1], _POINTS), log_n)
     gaps = [crossed(reached - _interpolated(baseline, log_n, x)) for x in axis]
-    short = np.array([gap.low > 0 for gap in gaps])  # the baseline is clearly not there yet
-    beyond = np.array([gap.high < 0 for gap in gaps])
-    inside = np.nonzero(~short & ~beyond)[0]
-    if not len(inside):  # it changes between two points
-        inside = np.nonzero(beyond)[0][:1]
-    low = high = estimate
-    if len(inside):
-        low = 0.0 if inside[0] == 0 else float(np.exp(axis[inside[0]]))
-        high = np.inf if inside[-1] == len(axis) - 1 and not beyond[-1] else float(np.exp(axis[inside[-1]]))
-    if beyond.all():
-        low = high = 0.0
+    there = np.nonzero([gap.low <= 0 for gap in gaps])[0]  # the baseline is not clearly short of it
+    not_beyond = np.nonzero([gap.high >= 0 for gap in gaps])[0]
+    low = np.inf if not len(there) else 0.0 if there[0] == 0 else float(np.exp(axis[there[0]]))
+    last = len(axis) - 1
+    high = 0.0 if not len(not_beyond) else np.inf if not_beyond[-1] == last else float(np.exp(axis[not_beyond[-1]]))
     return Equivalence(estimate, min(low, estimate), max(high, estimate), examples[0], examples[-1])
 
 

@@ -77,49 +77,50 @@ def effects(cells: Frame, factors: Sequence[str], measure: str) -> list[Effect]:
 
 def anova(cells: Frame, factors: Sequence[str], measure: str) -> Frame | None:
     """Main effects and two-way interactions, with errors that are robust to unequal variances (HC3); tasks and seeds
-    are blocks. Cells with a level that means nothing are left out, and interactions that the runs cannot tell apart.
-    None if nothing is left to compare.
+    are blocks, and an effect is taken to be the same in every one. Cells with a level that means nothing are left out,
+    and interactions that the runs cannot tell apart. None if nothing is left to compare.
 
     Returns:
-        One row a term: `df`, `F`, `p`, and `share`, the term's share of the variance that the model explains
-        together with the residual (partial eta squared).
+        One row a term: `df`, `F`, `p`, and `share`, the term's share of the variance that it explains together with
+        the residual (partial eta squared, of the plain analysis).
     """
     rows, varied = _crossed(cells, factors, measure)
+    if not varied:
+        return None
     rows = rows.assign(**{_BLOCK: rows["task"].astype(str) + "/" + rows["seed"].astype(str) + _size(rows)})
     terms = [f"C(Q('{f}'), Sum)" for f in varied]
-    blocks = [f"C({_BLOCK}, Sum)"] if rows[_BLOCK].nunique() > 1 else []
-    for chosen in ([*terms, *(f"{a}:{b}" for a, b in combinations(terms, 2))], terms):
-        model = smf.ols(f"Q('{measure}') ~ {' + '.join([*chosen, *blocks])}", data=rows) if varied else None
-        # a design that cannot tell its terms apart says nothing about them
-        if model is None:
-            continue
-        design: Any = model.exog
-        columns = design.shape[1]
-        if np.linalg.matrix_rank(design) == columns <= len(rows) - _RESIDUAL:
-            break
-    else:
+    chosen = [*terms, *(f"{a}:{b}" for a, b in combinations(terms, 2))]
+    model = _told_apart(rows, measure, chosen) or _told_apart(rows, measure, chosen := terms)
+    if model is None:
         return None
     fitted = model.fit()
     if fitted.ssr <= 1e-10 * (rows[measure] ** 2).sum():  # nothing but rounding is left to compare with
         return None
     # type III: with robust errors, statsmodels' type II lets an interaction leak into its main effects
-    table = anova_lm(fitted, typ=3, robust="hc3")
-    residual = table.loc["Residual", "sum_sq"]
-    table = table.loc[[name for name in table.index if name in chosen]]
-    names = [str(name).replace("C(Q('", "").replace("'), Sum)", "").replace(":", " x ") for name in table.index]
+    robust, plain = (anova_lm(fitted, typ=3, robust=kind).loc[chosen] for kind in ("hc3", None))
+    names = [name.replace("C(Q('", "").replace("'), Sum)", "").replace(":", " x ") for name in chosen]
     return pd.DataFrame(
         {
-            "df": table["df"].astype(int).to_numpy(),
-            "F": table["F"].to_numpy(),
-            "p": table["PR(>F)"].to_numpy(),
-            "share": (table["sum_sq"] / (table["sum_sq"] + residual)).to_numpy(),
+            "df": plain["df"].astype(int).to_numpy(),
+            "F": robust["F"].to_numpy(),
+            "p": robust["PR(>F)"].to_numpy(),
+            "share": (plain["sum_sq"] / (plain["sum_sq"] + fitted.ssr)).to_numpy(),
         },
         index=pd.Index(names, name="term"),
     )
 
 
+def _told_apart(rows: Frame, measure: str, terms: Sequence[str]) -> Any:
+    """The linear model of these terms and blocks; None for a design that cannot tell them apart."""
+    blocks = [f"C({_BLOCK}, Sum)"] if rows[_BLOCK].nunique() > 1 else []
+    model = smf.ols(f"Q('{measure}') ~ {' + '.join([*terms, *blocks])}", data=rows)
+    columns = model.exog.shape[1]
+    return model if np.linalg.matrix_rank(model.exog) == columns <= len(rows) - _RESIDUAL else None
+
+
 def mixed_model(cells: Frame, factors: Sequence[str], measure: str, enough: int = 6) -> Frame | None:
-    """Main effects with task and seed as random effects; None with fewer than `enough` pairs of task and seed.
+    """Main effects with task and seed as random effects; None with fewer than `enough` pairs of task and seed, or a
+    design that cannot tell the factors apart. An effect is taken to be the same in every pair.
 
     Returns:
         One row a level against its factor's first to appear: `estimate`, `low`, `high`, `p`.
@@ -130,6 +131,9 @@ def mixed_model(cells: Frame, factors: Sequence[str], measure: str, enough: int 
     size = " + C(examples)" if rows["examples"].nunique() > 1 else ""
     terms = [f"C(Q('{f}'), Treatment({_first(cells[f], rows[f])!r}))" for f in varied]
     formula = f"Q('{measure}') ~ {' + '.join(terms)}{size}"
+    design: Any = smf.ols(formula, data=rows).exog
+    if np.linalg.matrix_rank(design) < design.shape[1]:
+        return None
     several = rows["task"].nunique() > 1
     options: dict[str, Any] = (
         {"groups": "task", "re_formula": "1", "vc_formula": {"seed": "0 + C(seed)"}} if several else {"groups": "seed"}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -36,11 +35,8 @@ def rows_of(cells: Frame, measure: str) -> Frame:
 
 
 def mean_rows(values: Frame, levels: Sequence[str]) -> Frame:
-    """Mean of arrays within groups of the index."""
-    with warnings.catch_warnings():  # a row that could be judged nowhere stays NaN
-        warnings.simplefilter("ignore", RuntimeWarning)
-        groups = values.groupby(level=list(levels), sort=True)
-        means = {key: np.nanmean(np.stack([*group]), axis=0) for key, group in groups}
+    """Mean of arrays within groups of the index; a row that could not be judged in one of them has none (NaN)."""
+    means = {key: np.mean(np.stack([*group]), axis=0) for key, group in values.groupby(level=list(levels), sort=True)}
     return pd.Series([*means.values()], index=pd.MultiIndex.from_tuples(means, names=levels), dtype=object)
 
 

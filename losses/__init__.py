@@ -14,8 +14,9 @@ from ._contrast import Contrast, Contrasted
 from ._regularised import Regularised
 from ._staged import Staged
 from ._states import Where, layers_of
+from ._wrapped import parts
 
-__all__ = ["At", "Loss", "Outputs", "Staged", "Strength", "get_loss", "names"]
+__all__ = ["At", "Loss", "Outputs", "Staged", "Strength", "get_loss", "names", "parts"]
 
 
 def names() -> list[str]:

@@ -52,6 +52,12 @@ class Wrapped(Loss):
         return self.loss.views
 
 
+def parts(loss: Loss) -> list[Loss]:
+    """A loss and, of one around others, those inside; the innermost last."""
+    inner = [value for value in vars(loss).values() if isinstance(value, Loss)]
+    return [loss, *(part for one in reversed(inner) for part in parts(one))]
+
+
 def per_row(values: Tensor, mask: Tensor) -> Tensor:
     """Mean over the labelled tokens of every row, `(rows,)`.
 

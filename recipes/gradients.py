@@ -71,11 +71,15 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
     """Noise and signal of every contrast.
 
     Raises:
-        ArmError: fewer than two batches, or a batch of one pair, which has no other prompt.
+        ArmError: fewer than two batches, a batch of one pair, which has no other prompt, or an arm with biases.
     """
     if options.batch < 2 or options.pairs < 2 * options.batch:
         raise ArmError(f"--pairs {options.pairs} --batch {options.batch}: two batches or more, of two pairs or more.")
     arms = {name: _arm(options, changes) for name, changes in CONTRASTS.items()}
+    if biases := list(arms["pairs"].biases):
+        raise ArmError(
+            f"Arm {options.arm!r} changes gradients with {biases}; what is measured here is the loss's own."
+        )
     model, tokenizer = load_model(arms["pairs"].model)
     found, directions = [], {}
     for name, arm in tqdm(arms.items(), desc="Contrasts", unit="contrast"):

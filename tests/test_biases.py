@@ -6,12 +6,12 @@ import pytest
 import torch
 from conftest import tiny
 from peft import LoraConfig
-from tiny_data import demonstrations, history, pairs, trained, trainer
+from tiny_data import arguments, demonstrations, history, pairs, tokenizer, trained, trainer
 
 from steertune.adapters import SteeringVectorConfig, directions
 from steertune.adapters.activations import collect
 from steertune.losses import Outputs, get_loss
-from steertune.trainers import BiasError, get_bias
+from steertune.trainers import BiasError, FrozenPrefix, SteeringTrainer, get_bias
 from steertune.trainers._start import pair_batches
 from steertune.trainers.biases import names
 from steertune.trainers.prefix.cut import base_of
@@ -208,6 +208,7 @@ def test_position_average_by_hand(config, tmp_path):
     expected = by_hand(made)
     plain = gradients(tmp_path / "again", [], kind="sft", config=config, **options)
     different = 0
+    expected.pop("lm_head.weight", None)  # which keeps its gradient
     for name, gradient in expected.items():
         torch.testing.assert_close(found[name], gradient, atol=1e-5, rtol=1e-3)
         different += int(not torch.allclose(found[name], plain[name], atol=1e-4))
@@ -231,17 +232,57 @@ def test_position_average_adds_up_over_micro_batches_and_starts_anew_with_every_
     assert norms[0] == pytest.approx(norms[1], rel=1e-4)
 
 
-def test_the_memo_and_shared_prompts_leave_the_average_as_it_is(tmp_path):
-    """Pairs whose prompts run once: a map is called twice in one backward pass."""
+@pytest.mark.parametrize("kind", ["dpo", "sft"])
+def test_the_memo_and_shared_prompts_leave_the_average_as_it_is(kind, tmp_path):
+    """Pairs whose prompts could run once, and rows whose lower layers are known."""
     options = dict(
-        kind="dpo",
-        config=lora(layers_to_transform=[3], target_modules=["o_proj", "down_proj"]),
-        loss="dpo",
-        data=pairs(4),
+        kind=kind,
+        config=lora(layers_to_transform=[2, 3], target_modules=["o_proj", "down_proj"]),
+        loss="dpo" if kind == "dpo" else "cross_entropy",
+        data=pairs(4) if kind == "dpo" else demonstrations(4),
     )
     plain = gradients(tmp_path / "plain", ["position_average"], frozen_prefix=False, **options)
-    ours = gradients(tmp_path / "memo", ["position_average"], frozen_prefix=True, **options)
-    assert plain.keys() == ours.keys()
+    prefix = FrozenPrefix()
+    ours = gradients(tmp_path / "memo", ["position_average"], frozen_prefix=prefix, **options)
+    assert len(prefix.memo) > 0
+    for name, gradient in plain.items():
+        torch.testing.assert_close(ours[name], gradient, atol=1e-6, rtol=1e-4)
+
+
+def test_the_head_and_tied_embeddings_keep_their_gradient(tmp_path):
+    options = dict(kind="sft", loss="cross_entropy", data=demonstrations(4), config=None, frozen_prefix=False)
+    for tied in (True, False):
+        made = [
+            gradients(
+                tmp_path / f"{tied}{len(biases)}",
+                biases,
+                model=lambda tied=tied: tiny(tie_word_embeddings=tied),
+                **options,
+            )
+            for biases in ([], ["position_average"])
+        ]
+        ends = [name for name in made[0] if "embed_tokens" in name or "lm_head" in name]
+        assert len(ends) == (1 if tied else 2)
+        for name in ends:
+            torch.testing.assert_close(made[1][name], made[0][name])
+        assert any(not torch.allclose(made[1][name], made[0][name], atol=1e-5) for name in made[0])
+
+
+def test_gpt2_keeps_its_weights_the_other_way_round(tmp_path):
+    """A Conv1D is a linear map with a transposed weight."""
+    options = dict(kind="sft", loss="cross_entropy", data=demonstrations(3), config=None, frozen_prefix=False,
+                   per_device_train_batch_size=3)  # fmt: skip
+    found = gradients(tmp_path / "a", ["position_average"], model=lambda: tiny("gpt2"), **options)
+    for name in ("transformer.h.1.mlp.c_fc.weight", "transformer.h.0.attn.c_attn.weight"):
+        s = torch.linalg.svdvals(found[name])
+        assert s[3] < 1e-5 * s[0] < s[2], "three rows: a gradient of rank three at most"
+
+
+def test_matrices_that_cannot_be_averaged_are_refused(tmp_path):
+    made = trainer("sft", tmp_path / "a", model=tiny("mixtral"), loss="cross_entropy", peft_config=None,
+                   biases=["position_average"])  # fmt: skip
+    with pytest.raises(BiasError, match="experts.*are trained and none of these"):
+        made.train()
 
 
 # -- the cap ----------------------------------------------------------------------------------------------------------
@@ -345,3 +386,97 @@ def test_directions_are_read_before_anything_is_written(tmp_path):
     )
     gap = expected.chosen[2].mean(dim=0) - expected.rejected[2].mean(dim=0)
     torch.testing.assert_close(found * 2, gap, atol=1e-5, rtol=1e-4)  # lora_alpha / r = 2
+
+
+# -- what is left behind, and what is refused -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("biases", [["one_write"], ["position_average"], ["rank_one"], {"direction_start": {}}])
+def test_nothing_is_left_on_the_model(biases, tmp_path):
+    made = trained("dpo", tmp_path, loss="dpo", peft_config=lora(lora_bias=True), biases=biases, max_steps=1)
+    for module in made.model.modules():
+        assert not module._forward_hooks or "Steering" in type(module).__name__
+    hooked = [name for name, p in made.model.named_parameters() if p._post_accumulate_grad_hooks]
+    assert hooked == []
+    assert all(p.requires_grad for name, p in made.model.named_parameters() if ".default." in name)
+    assert [type(c).__name__ for c in made.callback_handler.callbacks].count("_Steps") == 0
+
+
+def test_a_refused_bias_is_refused_again(tmp_path):
+    biases = {"direction_start": {"layer": 2}, "one_write": {"layer": 1}}
+    config = lora(lora_bias=True, layers_to_transform=[2, 3], target_modules=["down_proj"])
+    made = trainer("dpo", tmp_path, loss="dpo", peft_config=config, biases=biases)
+    for _ in range(2):
+        with pytest.raises(BiasError, match="nothing trained is there"):
+            made.train()
+    starts = [
+        p for n, p in made.model.named_parameters() if "layers.2.mlp.down_proj.lora_B" in n and n.endswith("bias")
+    ]
+    gap = collect(tiny(), pair_batches(made), [2])
+    expected = gap.chosen[2].mean(dim=0) - gap.rejected[2].mean(dim=0)
+    torch.testing.assert_close(starts[0] * 2, expected, atol=1e-5, rtol=1e-4)  # once, not with every try
+
+
+@pytest.mark.parametrize("model_type", ["mixtral", "qwen3_moe"])
+def test_experts_have_no_one_write(model_type, tmp_path):
+    made = trainer("dpo", tmp_path, model=tiny(model_type), ref_model=tiny(model_type), loss="dpo", peft_config=None,
+                   biases={"one_write": {"layer": 2}})  # fmt: skip
+    with pytest.raises(BiasError, match="writes through experts"):
+        made.train()
+
+
+def test_a_block_without_an_mlp_has_no_write(tmp_path):
+    made = trainer("dpo", tmp_path, model=tiny("opt"), ref_model=tiny("opt"), loss="dpo", peft_config=None,
+                   biases=["one_write"])  # fmt: skip
+    with pytest.raises(BiasError, match="mlp"):
+        made.train()
+
+
+def test_the_reference_does_not_move_along(tmp_path):
+    """Biases of the base model stay when an adapter is switched off."""
+    config = lora(bias="all")
+    with pytest.raises(ValueError, match="trains biases of the base model"):
+        trainer("dpo", tmp_path, model=tiny(mlp_bias=True), loss="dpo", peft_config=config)
+    made = trainer("sft", tmp_path, model=tiny(mlp_bias=True), loss="cross_entropy", peft_config=config,
+                   biases=["direction_start"])  # fmt: skip
+    with pytest.raises(BiasError, match="can carry a constant"):
+        made.train()
+
+
+def test_model_init_and_biases_do_not_go_together(tmp_path):
+    with pytest.raises(BiasError, match="model_init"):
+        SteeringTrainer(
+            model_init=tiny, args=arguments("plain", tmp_path), train_dataset=pairs(), processing_class=tokenizer(),
+            loss="dpo", peft_config=None, biases=["rank_one"],
+        )  # fmt: skip
+
+
+def test_rank_one_of_experts_and_of_a_gradient_that_is_not_finite():
+    class Model(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.experts = torch.nn.Parameter(torch.zeros(3, 6, 5))
+            self.broken = torch.nn.Parameter(torch.zeros(4, 4))
+
+    class Trainer:
+        model = Model()
+
+    gradient = torch.randn(3, 6, 5, generator=torch.Generator().manual_seed(0))
+    Trainer.model.experts.grad, Trainer.model.broken.grad = gradient.clone(), torch.full((4, 4), torch.nan)
+    get_bias("rank_one").gradients(Trainer)
+    for found, plain in zip(Trainer.model.experts.grad, gradient, strict=True):
+        u, s, v = torch.linalg.svd(plain)
+        torch.testing.assert_close(found, s[0] * torch.outer(u[:, 0], v[0]), atol=1e-5, rtol=1e-4)
+    assert Trainer.model.broken.grad.isnan().all(), "the trainer's own check names it"
+
+
+def test_a_loss_that_looks_below_all_that_is_trained_is_refused(tmp_path):
+    loss = get_loss("dpo", change_cap=0.1, cap_layers=1)
+    made = trainer(
+        "dpo", tmp_path / "a", loss=loss, peft_config=lora(target_modules=["o_proj"], layers_to_transform=[2, 3])
+    )
+    with pytest.raises(ValueError, match=r"Capped looks at the states of layers \[1\].*trained is 2"):
+        made.train()
+    trained("dpo", tmp_path / "b", loss=loss, peft_config=SteeringVectorConfig(layers=1), max_steps=1)
+    nested = get_loss("dpo", beta=0.5, contrast="unpaired", change_cap=1.0)
+    trainer("dpo", tmp_path / "c", loss=nested, peft_config=lora(), beta=0.5)

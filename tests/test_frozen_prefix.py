@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import fill, tiny
 from datasets import Dataset
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from tiny_data import demonstrations, history, pairs, trained, values
 
 from steertune.adapters import SteeringVectorConfig
@@ -16,6 +16,7 @@ from steertune.trainers import Batch, FrozenPrefix, ModelAt
 from steertune.trainers.prefix import shortcut as shortcut_module
 from steertune.trainers.prefix.completions import prompts_are_constant
 from steertune.trainers.prefix.decoder import Decoder
+from steertune.trainers.prefix.keys import _placed_sum, weights_key
 
 
 @pytest.fixture(autouse=True)
@@ -213,8 +214,9 @@ def test_blocks_below_do_not_run_and_prompts_run_once(tokens_run):
     with shortcut.on():
         ModelAt(model, model, batch)(1)
     ran = []
-    for block in model.get_base_model().model.layers:
-        block.self_attn.register_forward_pre_hook(lambda module, _: ran.append(module.layer_idx))
+    for block in model.get_base_model().model.layers:  # no hooks, which would turn the memo off
+        plain = block.self_attn.forward
+        block.self_attn.forward = lambda *a, i=block.self_attn.layer_idx, f=plain, **k: (ran.append(i), f(*a, **k))[1]
     tokens_run.clear()
     with shortcut.on():
         ModelAt(model, model, batch)(1)
@@ -329,7 +331,14 @@ def test_a_model_whose_upper_layers_read_lower_ones_is_caught(caplog):
     model = get_peft_model(tiny(), SteeringVectorConfig(layers=2)).eval()
     fill(model)
     stack, kept = model.get_base_model().model, []
-    stack.layers[0].self_attn.register_forward_hook(lambda m, a, out: kept.append(out[0]))
+    lower = stack.layers[0].self_attn.forward
+
+    def keep(*args, **kwargs):
+        found = lower(*args, **kwargs)
+        kept.append(found[0])
+        return found
+
+    stack.layers[0].self_attn.forward = keep
     stack.layers[3].mlp.register_forward_hook(lambda m, a, out: out + kept[-1] if kept else out)
     stack.layers[3].register_forward_hook(lambda m, a, out: kept.clear())
     assert_same_with_shortcut(model, pair_batch(), training=False)
@@ -462,3 +471,98 @@ def test_rows_that_begin_alike_and_whose_prompts_end_elsewhere(positions):
         with prefix.shortcut(model).on():
             found = ModelAt(model, model, batch)(1).token_logps
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+# -- what a proof and a memo cannot know -----------------------------------------------------------------------------
+
+
+def test_a_hook_below_is_off_and_leaves_no_stale_state(caplog):
+    """Activation addition by hand on a lower block, and taken away again."""
+    model, prefix = get_peft_model(tiny(), SteeringVectorConfig(layers=2)), FrozenPrefix()
+    batch = pair_batch()
+    with torch.no_grad():
+        plain = ModelAt(model, model, batch)(1).token_logps
+        handle = model.get_base_model().model.layers[0].register_forward_hook(lambda m, a, out: out + 1.0)
+        with prefix.shortcut(model, training=True).on():
+            hooked = ModelAt(model, model, batch)(1).token_logps
+        handle.remove()
+        with prefix.shortcut(model, training=True).on():
+            ours = ModelAt(model, model, batch)(1).token_logps
+    assert "a forward hook hangs on a LlamaDecoderLayer" in caplog.text
+    assert (hooked - plain).abs().max() > 1e-3
+    torch.testing.assert_close(ours, plain, atol=1e-5, rtol=1e-5)
+
+
+def test_noise_that_rounds_away_is_noise(caplog):
+    """Random numbers below the cut, too small to be seen in 16 bits beside one large coordinate."""
+    model = tiny(dtype=torch.bfloat16)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[:, 0] = 50.0
+    plain = model.model.layers[0].mlp.forward
+    model.model.layers[0].mlp.forward = lambda x: plain(x + 1e-3 * torch.rand_like(x) if model.training else x)
+    model = get_peft_model(model, SteeringVectorConfig(layers=2)).train()
+    with torch.no_grad(), FrozenPrefix().shortcut(model, training=True).on():
+        ModelAt(model, model, pair_batch())(1)
+    assert "differs in training" in caplog.text
+
+
+@pytest.mark.parametrize("model_type", ["mpt", "gpt_neo", "llama4_text"])
+def test_equal_prompts_prove_nothing_about_unequal_ones(model_type, caplog):
+    small = {
+        "mpt": {},
+        "gpt_neo": {"attention_types": [[["global", "local"], 2]], "window_size": 8, "num_layers": 4},
+        "llama4_text": {"attention_chunk_size": 8, "num_local_experts": 2, "intermediate_size_mlp": 48, "head_dim": 8},
+    }
+    model = get_peft_model(tiny(model_type, **small[model_type]), SteeringVectorConfig(layers=2))
+    shortcut = FrozenPrefix().shortcut(model, training=True)
+    for prompts in ((6, 6), (12, 3)):
+        batch = pair_batch(prompts, ((2, 4), (3, 1)))
+        with torch.no_grad():
+            plain = ModelAt(model, model, batch)(1).token_logps
+            with shortcut.on():
+                ours = ModelAt(model, model, batch)(1).token_logps
+        torch.testing.assert_close(ours, plain, atol=1e-4, rtol=1e-4)
+
+
+def test_positions_that_start_again_are_packing(caplog):
+    model = get_peft_model(tiny(), SteeringVectorConfig(layers=2))
+    ids = torch.randint(3, 30, (1, 8), generator=torch.Generator().manual_seed(0))
+    shortcut = FrozenPrefix().shortcut(model, training=True)
+    for positions in (range(8), [0, 1, 2, 3, 0, 1, 2, 3]):
+        inputs = {"input_ids": ids, "position_ids": torch.tensor([[*positions]])}
+        with torch.no_grad():
+            plain = model(**inputs).logits
+            with shortcut.on():
+                ours = model(**inputs).logits
+        torch.testing.assert_close(ours, plain, atol=1e-5, rtol=1e-5)
+    assert "pack several texts in one" in caplog.text
+
+
+def test_weights_in_another_order_are_other_weights():
+    weight = torch.randn(64, 32, generator=torch.Generator().manual_seed(0))
+    order = torch.arange(64)
+    order[[3, 11, 40]] = torch.tensor([11, 40, 3])
+    keys = {weights_key([("w", w)]) for w in (weight, weight[order], weight.clone(), weight.T.contiguous().T)}
+    assert len(keys) == 2
+    bits = weight.view(torch.int32).flatten().tolist()
+    expected = sum(bit * (2 * i + 1) for i, bit in enumerate(bits)) % (1 << 64)
+    assert _placed_sum(weight.view(-1).view(torch.int32)) == expected
+
+
+def test_the_sum_of_places_is_the_same_in_chunks(monkeypatch):
+    bits = torch.randint(-(2**31), 2**31, (1000,), generator=torch.Generator().manual_seed(0)).int()
+    whole = _placed_sum(bits)
+    monkeypatch.setattr("steertune.trainers.prefix.keys._CHUNK", 96)
+    assert _placed_sum(bits) == whole
+
+
+def test_prompt_tuning_s_own_tokens_are_no_labels(tmp_path):
+    """Tokens that the adapter puts first move every position: our cross-entropy is TRL's."""
+    config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    made = [
+        trained("sft", tmp_path / str(loss), peft_config=config, loss=loss, max_steps=1, learning_rate=0.0,
+                frozen_prefix=False)
+        for loss in (None, "cross_entropy")
+    ]  # fmt: skip
+    [first], [second] = (history(one, "loss") for one in made)
+    assert first["loss"] == pytest.approx(second["loss"], abs=1e-5)

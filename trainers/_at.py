@@ -232,7 +232,7 @@ def _states(model: nn.Module, batch: Batch, asked: Asked) -> Iterator[dict[int, 
 
     def keep(layer: int, module: nn.Module, args: Any, output: Any) -> None:
         hidden = output[0] if isinstance(output, tuple) else output
-        found[layer] = hidden[:, columns][labels != -100].float()
+        found[layer] = hidden[:, columns + _virtual(hidden, batch)][labels != -100].float()
 
     handles = [module.register_forward_hook(partial(keep, layer)) for layer, module in modules.items()]
     try:
@@ -251,13 +251,18 @@ def labelled_logits(model: nn.Module, unwrapped: nn.Module, batch: Batch) -> Ten
     kwargs: dict[str, Any] = {"use_cache": False}
     if "output_router_logits" in inspect.signature(type(base).forward).parameters:
         kwargs["output_router_logits"] = False  # TRL asks the config for them, for a loss that is not used here
-    with prompt_of(unwrapped, batch), _only(base, mask, columns) as packed:
+    with prompt_of(unwrapped, batch), _only(base, batch, mask, columns) as packed:
         logits = model(**batch.inputs, **kwargs).logits
-    return (logits[0] if packed else logits[:, columns][mask]).float()
+    return (logits[0] if packed else logits[:, columns + _virtual(logits, batch)][mask]).float()
+
+
+def _virtual(output: Tensor, batch: Batch) -> int:
+    """How many tokens of its own an adapter put before those of the batch (prompt tuning does)."""
+    return output.shape[1] - batch.labels.shape[1]
 
 
 @contextmanager
-def _only(base: nn.Module, mask: Tensor, columns: Tensor) -> Iterator[bool]:
+def _only(base: nn.Module, batch: Batch, mask: Tensor, columns: Tensor) -> Iterator[bool]:
     """Of the last hidden states, the head sees only those of `columns` where `mask` holds, as one row; False if the
     module that gives them is unknown."""
     try:
@@ -267,7 +272,7 @@ def _only(base: nn.Module, mask: Tensor, columns: Tensor) -> Iterator[bool]:
         return
 
     def pack(module: nn.Module, args: Any, output: Any) -> Any:
-        packed = output[0][:, columns][mask][None]
+        packed = output[0][:, columns + _virtual(output[0], batch)][mask][None]
         if isinstance(output, tuple):
             return packed, *output[1:]
         output.last_hidden_state = packed

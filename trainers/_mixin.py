@@ -9,7 +9,7 @@ import inspect
 import os
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any
 
 import torch
@@ -20,8 +20,8 @@ from transformers import Trainer, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 from ..adapters import SteeringVectorConfig, SteeringVectorLayer, steering_layers
-from ..adapters.blocks import text_config
-from ..losses import Loss, Staged, get_loss
+from ..adapters.blocks import find_blocks, resolve_layers, text_config
+from ..losses import Loss, Staged, get_loss, parts
 from ._at import REFERENCE_ADAPTER, ModelAt, prompt_of, scaled
 from ._batch import Batch
 from ._data import PAIR_FORMATS, DataError, check_rows, check_tokens
@@ -29,10 +29,10 @@ from ._guard import FiniteGradients, check_finite
 from ._resume import RestoredAdapter
 from ._start import fill_missing_vectors
 from ._vitals import VectorVitals
-from .biases import Bias, get_bias
+from .biases import Bias, BiasError, get_bias
 from .biases._base import Biased
 from .prefix import FrozenPrefix
-from .prefix.cut import base_of
+from .prefix.cut import base_of, lowest_changed
 from .prefix.once import PayOnce
 from .views import View, ViewError, Views, get_view
 
@@ -86,8 +86,11 @@ class SteeringMixin(Trainer):
         self.seat: Any = None  # this trainer's place among those of `train_together`
         self._views: Views | None = None
         given_biases = biases.items() if isinstance(biases, Mapping) else [(bias, {}) for bias in biases]
-        self._unstarted = [get_bias(bias, **options) for bias, options in given_biases]
-        self._plain &= not self._unstarted
+        self._biases = [get_bias(bias, **options) for bias, options in given_biases]
+        self._unstarted = [*self._biases]
+        self._plain &= not self._biases
+        if self._biases and given.get("model_init") is not None:
+            raise BiasError("Biases hang on the model, and model_init makes a new one in train(): give the model.")
         if self._plain:
             parent(*bound.args, **bound.kwargs)
             return
@@ -95,6 +98,7 @@ class SteeringMixin(Trainer):
             _check_arguments(self.loss, given.get("args"))
         raw, raw_evaluation = given.get("train_dataset"), given.get("eval_dataset")
         _check_views(self.loss, views)
+        _check_reference(self.loss, peft_config)
         self._prepare_data(given)
         adapter_values = _adapter_values(given.get("model"))
         if peft_config is not None:
@@ -118,8 +122,8 @@ class SteeringMixin(Trainer):
             self.loss_is_scaled_for_ga = self.model_accepts_loss_kwargs = True
         self._vitals = VectorVitals()
         self.resumed: str | None = None  # checkpoint that training goes on from
-        self.add_callback(Biased(self, [*self._unstarted]))
         self.add_callback(FiniteGradients(self))
+        self.add_callback(Biased(self, self._biases))
         self.add_callback(RestoredAdapter(self))
 
     def _prepare_data(self, given: dict[str, Any]) -> tuple[str, ...] | None:
@@ -159,15 +163,20 @@ class SteeringMixin(Trainer):
         """As the parent's, after computing an initial direction that needs data."""
         if not self._plain:
             self.initialise_vectors()
-            waiting, self._unstarted = self._unstarted, []
-            for bias in waiting:
-                bias.start(self)
+            while self._unstarted:  # one that is refused is refused again by the next call
+                self._unstarted[0].start(self)
+                self._unstarted.pop(0)
             if self.args.logging_strategy != "no":
                 self._vitals.start(self)
             resumed = kwargs.get("resume_from_checkpoint", args[0] if args else None)
             self.resumed = get_last_checkpoint(str(self.args.output_dir)) if resumed is True else resumed or None
-            self.pay_once.start(self, training=True)
-        return super().train(*args, **kwargs)
+        with ExitStack() as stack:
+            for bias in self._biases:
+                stack.enter_context(bias.during(self))
+            if not self._plain:
+                _check_layers(self.loss, self.model)
+                self.pay_once.start(self, training=True, whole_rows=any(bias.whole_rows for bias in self._biases))
+            return super().train(*args, **kwargs)
 
     def initialise_vectors(self) -> None:
         """Compute initial vectors that need data, as `train` does first: activation addition without training."""
@@ -332,13 +341,39 @@ def _check_arguments(loss: Loss, args: Any) -> None:
     for name in ("beta", "loss_type") if "beta" in defaults else ():  # SFTConfig's types are kinds of cross-entropy
         value = getattr(args, name, None)
         # DPOConfig turns its default loss type into a list
-        used = getattr(getattr(loss, "loss", loss), name, None)  # of the loss itself, if its contrast was changed
+        used = getattr(parts(loss)[-1], name, None)  # of the loss itself, whatever is around it
         unset = value in (defaults.get(name), [defaults.get(name)], ["sigmoid"])
         if name in defaults and not unset and value != used:
             raise ValueError(
                 f"{type(args).__name__}.{name}={value!r} belongs to TRL's own loss; {loss} does not use it. Give a "
                 "loss object (get_loss(name, beta=...)), or leave loss out."
             )
+
+
+def _check_layers(loss: Loss | None, model: nn.Module) -> None:
+    """Raise a ValueError when a loss looks at hidden states below all that is trained, which nothing changes."""
+    base: Any = base_of(model)
+    looking = [part for part in parts(loss) if hasattr(part, "layers")] if loss is not None and loss.states else []
+    if not looking or any(p.requires_grad for p in base.get_input_embeddings().parameters()):
+        return
+    lowest = lowest_changed(model, training=True)
+    for part in looking if lowest is not None else []:
+        found = resolve_layers(vars(part)["layers"], len(find_blocks(base)))
+        if lowest is not None and max(found) < lowest:
+            raise ValueError(
+                f"{type(part).__name__} looks at the states of layers {found}, and the lowest layer that is trained "
+                f"is {lowest}: it would change nothing. Name a layer from there on (layers=, or cap_layers=)."
+            )
+
+
+def _check_reference(loss: Loss | None, config: PeftConfig | None) -> None:
+    """Raise a ValueError when an adapter changes the base model itself, which then is no reference any more."""
+    bias = getattr(config, "bias", "none")
+    if loss is not None and loss.reference and isinstance(bias, str) and bias != "none":
+        raise ValueError(
+            f"{type(config).__name__}(bias={bias!r}) trains biases of the base model, which stay when the adapter is "
+            f"switched off: the reference of {type(loss).__name__} would move along. Set bias='none'."
+        )
 
 
 def _check_views(loss: Loss | None, views: Mapping[str, str | View] | None) -> None:

@@ -43,7 +43,9 @@ def _fit(chosen: Tensor, rejected: Tensor) -> Tensor:
             optimiser.zero_grad()
             losses.sum().backward()
             optimiser.step()
-    direction = weights[losses.argmin()].detach()
+    # found on scaled states; a reader takes them as they are
+    scale = torch.stack([chosen.std(dim=0), rejected.std(dim=0)]).mean(dim=0).clamp_min(1e-6)
+    direction = weights[losses.argmin()].detach() / scale
     sign = torch.sign(direction @ (chosen - rejected).mean(dim=0))
     return direction / direction.norm() * (sign if sign != 0 else 1)
 

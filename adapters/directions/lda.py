@@ -1,6 +1,6 @@
 """Linear discriminant: the difference of the class means, whitened, `Σ⁻¹ (mean(chosen) - mean(rejected))`.
 
-Σ is the covariance within the classes, shrunk towards a multiple of the identity (Ledoit and Wolf 2004, by
+Σ is the covariance within the classes, shrunk towards its diagonal (Ledoit and Wolf 2004 on standardised states, by
 scikit-learn), because there are fewer pairs than dimensions. Length 1. The best linear reader of Gaussian classes;
 what whitening gains in reading it loses in writing (Marks and Tegmark 2310.06824, section 5: mass-mean probing).
 """

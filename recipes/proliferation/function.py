@@ -24,22 +24,20 @@ class Function(Augmenter):
     function: str | Callable[..., Row | None]
 
     def __post_init__(self) -> None:
-        self.callable()
+        if not callable(self.callable()):
+            raise ValueError(f"function={self.function!r} is no function.")
 
     def callable(self) -> Callable[..., Row | None]:
         """The function itself."""
-        if callable(self.function):
+        if not isinstance(self.function, str):
             return self.function
-        module, colon, name = str(self.function).partition(":")
+        module, colon, name = self.function.partition(":")
         if not colon or not module or not name:
             raise ValueError(f"function={self.function!r}: write module:name.")
         try:
-            found = getattr(importlib.import_module(module), name)
+            return getattr(importlib.import_module(module), name)
         except (ImportError, AttributeError) as error:
             raise ValueError(f"function={self.function!r}: {error}") from error
-        if not callable(found):
-            raise ValueError(f"function={self.function!r} is no function.")
-        return found
 
     def __call__(self, rows: Sequence[Row], turn: int, seed: int, model: Any, tokenizer: Any) -> list[Row | None]:
         """What the function makes of each row."""

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import TrainerCallback
 
@@ -23,7 +25,13 @@ class BiasError(ValueError):
 
 
 class Bias(ABC):
-    """A change of how parameters are trained. Subclasses are frozen dataclasses of their options, one file each."""
+    """A change of how parameters are trained. Subclasses are frozen dataclasses of their options, one file each.
+
+    Attributes:
+        whole_rows: Whether every row must run in one piece (a prompt that two answers share runs once otherwise).
+    """
+
+    whole_rows: ClassVar[bool] = False
 
     @abstractmethod
     def start(self, trainer: Any) -> None:
@@ -32,6 +40,10 @@ class Bias(ABC):
         Raises:
             BiasError: it would change nothing, or not what it says.
         """
+
+    def during(self, trainer: Any) -> AbstractContextManager[None]:
+        """Around every training; what it hangs on the model is gone afterwards. Nothing, by default."""
+        return nullcontext()
 
     def before_forward(self, trainer: Any) -> None:
         """Before the forward pass of every micro-batch; nothing, by default."""
@@ -83,31 +95,50 @@ def get_bias(bias: str | Bias, **options: Any) -> Bias:
 
 
 def trained_matrices(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Trained weights with two dimensions."""
-    return {name: p for name, p in model.named_parameters() if p.requires_grad and p.ndim == 2}
+    """Trained weights with two dimensions, or three: a matrix for every expert."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad and p.ndim in (2, 3)}
 
 
 def write_of(model: nn.Module, layer: int | float, site: Site) -> tuple[int, str]:
     """The layer's index, and the name (in the base model) of the linear map that writes a site's output into the
-    residual stream: the last of the attention's or the MLP's that is as wide as the stream.
+    residual stream: the last of the attention's or the MLP's whose outputs are as many as the stream is wide.
 
     Raises:
-        BiasError: there is no such map.
+        BiasError: there is no such map, or experts have one each.
     """
     base: Any = base_of(model)
     blocks = find_blocks(base)
     [index] = resolve_layers(layer, len(blocks))
-    module = base.get_submodule(site_name(*blocks[index], site))
-    width = base.get_input_embeddings().weight.shape[-1]
-    found = [name for name, part in _maps(module) if width in part.weight.shape]
+    try:
+        where = site_name(*blocks[index], site)
+    except ValueError as error:
+        raise BiasError(str(error)) from error
+    module, width = base.get_submodule(where), base.get_input_embeddings().weight.shape[-1]
+    found = [name for name, part in _maps(module) if _outputs(part) == width]
+    several = any(p.ndim > 2 for p in module.parameters()) or any(
+        part.isdigit() for n in found for part in n.split(".")
+    )
+    if several:
+        raise BiasError(
+            f"The {site} of block {index} writes through experts, each with a map of its own: name others."
+        )
     if not found:
-        raise BiasError(f"The {site} of block {index} has no linear map as wide as the residual stream ({width}).")
-    return index, f"{site_name(*blocks[index], site)}.{found[-1]}"
+        raise BiasError(f"The {site} of block {index} has no linear map to the residual stream (of width {width}).")
+    return index, f"{where}.{found[-1]}"
 
 
-def _maps(module: nn.Module) -> Iterator[tuple[str, Any]]:
+def _maps(module: nn.Module, name: str = "") -> Iterator[tuple[str, Any]]:
     """Linear maps of a module as the base model has them: what adapters put inside is not looked at."""
-    for name, part in module.named_modules():
-        inside = ("lora_", "base_layer", ".default")
-        if not any(word in name for word in inside) and getattr(getattr(part, "weight", None), "ndim", 0) == 2:
-            yield name, part
+    for child_name, child in module.named_children():
+        full = f"{name}.{child_name}".lstrip(".")
+        if isinstance(child, BaseTunerLayer):
+            yield full, child.get_base_layer()
+        else:
+            yield full, child
+            yield from _maps(child, full)
+
+
+def _outputs(module: nn.Module) -> int | None:
+    """How many outputs a linear map has; None for other modules."""
+    width = getattr(module, "out_features", getattr(module, "nf", None))  # Conv1D of GPT-2 says nf
+    return width if isinstance(width, int) else None

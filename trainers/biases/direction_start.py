@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
@@ -19,7 +20,6 @@ from ...adapters.blocks import find_blocks
 from .._modes import evaluating
 from .._start import pair_batches
 from ..prefix.cut import base_of
-from ..prefix.rounding import difference
 from ._base import Bias, BiasError, write_of
 
 
@@ -53,7 +53,7 @@ class DirectionStart(Bias):
         model = trainer.model
         index, name = write_of(model, self.layer, "mlp")
         base = base_of(model)
-        bias, factor = _constant(base.get_submodule(name), name)
+        bias, factor = _constant(base.get_submodule(name), name, isinstance(model, PeftModel))
         batches = pair_batches(trainer)
         if batches is None:
             raise BiasError(
@@ -65,7 +65,7 @@ class DirectionStart(Bias):
         with torch.no_grad():
             bias += (found / factor).to(bias)
         after, _ = _output(model, block, batches[0])
-        if (apart := difference(before + found.to(before), after, real)) is not None:
+        if (apart := _off(before, after, found.to(before), real)) is not None:
             with torch.no_grad():
                 bias -= (found / factor).to(bias)
             raise BiasError(
@@ -74,14 +74,29 @@ class DirectionStart(Bias):
             )
 
 
-def _constant(module: nn.Module, name: str) -> tuple[Tensor, float]:
-    """A trained constant at the output of a map, and what it is multiplied by."""
+def _off(before: Tensor, after: Tensor, vector: Tensor, real: Tensor | None) -> float | None:
+    """How far an output moved from where the vector would have moved it, in lengths of the vector; None if that is
+    the rounding of the states, number by number."""
+    if real is not None:
+        before, after = before[real], after[real]
+    eps = torch.finfo(before.dtype).eps
+    before, after, vector = before.float(), after.float(), vector.float()
+    gap = (after - before - vector).abs()
+    rounding = (
+        16 * eps * torch.maximum(before.abs(), after.abs()) + 1e-3 * vector.abs().max() + 16 * eps * gap.new_ones(1)
+    )
+    return float(gap.max() / vector.norm()) if bool((gap > rounding).any()) else None
+
+
+def _constant(module: nn.Module, name: str, adapter_only: bool) -> tuple[Tensor, float]:
+    """A trained constant at the output of a map, and what it is multiplied by. Beside an adapter it is the adapter's:
+    a bias of the base model would move the reference too."""
     if isinstance(module, LoraLayer):
         for adapter in module.active_adapters:
             bias = getattr(module.lora_B[adapter], "bias", None) if adapter in module.lora_B else None
             if isinstance(bias, Tensor) and bias.requires_grad:
                 return bias, float(module.scaling[adapter])
-    bias = getattr(module, "bias", None)
+    bias = None if adapter_only else getattr(module, "bias", None)
     if isinstance(bias, Tensor) and bias.requires_grad:
         return bias, 1.0
     raise BiasError(

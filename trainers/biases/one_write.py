@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -30,7 +32,7 @@ class OneWrite(Bias):
             raise ValueError(f"site={self.site!r} is none of 'mlp', 'attention', 'both'.")
 
     def start(self, trainer: Any) -> None:
-        """Freeze every other trained parameter.
+        """Refuse what trains nothing there.
 
         Raises:
             BiasError: nothing that is trained writes there.
@@ -42,9 +44,20 @@ class OneWrite(Bias):
                 f"one_write trains the {self.site} write of layer {self.layer} only, and nothing trained is there. "
                 f"Put the adapter on it (target_modules, layers_to_transform); trained are {[*trained][:4]}."
             )
+
+    @contextmanager
+    def during(self, trainer: Any) -> Iterator[None]:
+        """Freeze every other trained parameter."""
+        others = self._others(trainer, {n: p for n, p in trainer.model.named_parameters() if p.requires_grad})
+        handles = [parameter.register_post_accumulate_grad_hook(_forget) for parameter in others]
         for parameter in others:
-            parameter.register_post_accumulate_grad_hook(_forget)
             parameter.requires_grad_(False)
+        try:
+            yield
+        finally:
+            for parameter, handle in zip(others, handles, strict=True):
+                parameter.requires_grad_(True)
+                handle.remove()
 
     def before_forward(self, trainer: Any) -> None:
         """Freeze them again: PEFT trains all of an adapter when it is switched on after the reference's turn."""

@@ -35,14 +35,14 @@ class RankOne(Bias):
     def gradients(self, trainer: Any) -> None:
         """Project every matrix's gradient."""
         for parameter in trained_matrices(trainer.model).values():
-            if parameter.grad is None or min(parameter.shape) == 1:
+            if parameter.grad is None or min(parameter.shape[-2:]) == 1 or not parameter.grad.isfinite().all():
                 continue
             gradient = parameter.grad.float()
-            if min(gradient.shape) <= 64:
+            if min(gradient.shape[-2:]) <= 64:
                 u, s, v = torch.linalg.svd(gradient, full_matrices=False)
-                v = v.T
+                v = v.mT
             else:
                 with torch.random.fork_rng([gradient.device] if gradient.device.type == "cuda" else []):
                     torch.manual_seed(0)  # the same projection in every run, and nobody else's random numbers moved
                     u, s, v = torch.svd_lowrank(gradient, q=1 + _EXTRA, niter=_EXTRA)
-            parameter.grad.copy_(s[0] * torch.outer(u[:, 0], v[:, 0]))
+            parameter.grad.copy_(s[..., :1, None] * u[..., :, :1] @ v[..., :, :1].mT)

@@ -36,13 +36,26 @@ def frozen_blocks(model: nn.Module, training: bool) -> int:
         blocks = find_blocks(base_of(model))
     except ValueError as error:
         raise NoPrefix(str(error)) from error
-    for i, (name, block) in enumerate(blocks):
-        changed, after = _changes(block, training)
-        if changed or after:
-            if changed and i == 0:
-                raise NoPrefix(f"the lowest layer that is trained or adapted is 0 ({name}): nothing lies below it")
-            return i if changed else i + 1
-    return len(blocks)
+    i = lowest_changed(model, training)
+    if i is None:
+        return len(blocks)
+    name, block = blocks[i]
+    inside, _ = _changes(block, training)
+    if inside and i == 0:
+        raise NoPrefix(f"the lowest layer that is trained or adapted is 0 ({name}): nothing lies below it")
+    return i if inside else i + 1
+
+
+def lowest_changed(model: nn.Module, training: bool) -> int | None:
+    """The lowest decoder block whose output an adapter or, in training, a trained parameter changes; None: no block's.
+
+    Raises:
+        ValueError: the model's blocks are unknown.
+    """
+    for i, (_, block) in enumerate(find_blocks(base_of(model))):
+        if any(_changes(block, training)):
+            return i
+    return None
 
 
 def _changes(block: nn.Module, training: bool) -> tuple[bool, bool]:

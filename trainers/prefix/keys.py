@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ...adapters.blocks import text_config
 
 _WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-_SAMPLES = 64
+_CHUNK = 1 << 22  # numbers at a time
 _NO_SETTINGS = ("_name_or_path", "architectures", "dtype", "transformers_version", "use_cache")
 _PER_ROW = ("input_ids", "attention_mask", "position_ids", "token_type_ids")
 
@@ -24,9 +24,9 @@ class Unknown(ValueError):
 
 
 def weights_key(tensors: Iterable[tuple[str, Tensor]], *settings: Any) -> str:
-    """A digest of weights: name, shape, dtype, the exact sum of their bits as integers, and 64 entries of each.
+    """A digest of weights: name, shape, dtype, and the exact sum of their bits as integers, each times its place.
 
-    The sum does not depend on the order of addition, so it is the same on every machine.
+    The sum (modulo 2⁶⁴) does not depend on the order of addition, so it is the same on every machine.
 
     Args:
         tensors: Names and tensors.
@@ -36,11 +36,20 @@ def weights_key(tensors: Iterable[tuple[str, Tensor]], *settings: Any) -> str:
     digest = hashlib.blake2b(repr(settings).encode(), digest_size=16)
     for name, tensor in tensors:
         bits = tensor.detach().contiguous().view(-1).view(_WORDS[tensor.element_size()])
-        some = bits[:: max(1, bits.numel() // _SAMPLES)][:_SAMPLES].tolist()
         # PEFT puts a layer with an adapter one name deeper
-        what = (name.replace(".base_layer.", "."), tuple(tensor.shape), str(tensor.dtype), int(bits.sum()), some)
+        what = (name.replace(".base_layer.", "."), tuple(tensor.shape), str(tensor.dtype), _placed_sum(bits))
         digest.update(repr(what).encode())
     return digest.hexdigest()
+
+
+def _placed_sum(bits: Tensor) -> int:
+    """`Σ bits[i] (2i + 1)`, chunk by chunk: odd factors lose nothing modulo 2⁶⁴."""
+    places = torch.arange(1, 2 * min(len(bits), _CHUNK), 2, device=bits.device)
+    total = 0
+    for start in range(0, len(bits), _CHUNK):
+        chunk = bits[start : start + _CHUNK].long()
+        total += int((chunk * places[: len(chunk)]).sum()) + 2 * start * int(chunk.sum())
+    return total % (1 << 64)
 
 
 def attention_of(model: nn.Module) -> str | None:
@@ -70,11 +79,20 @@ def rows_of(inputs: Mapping[str, Any]) -> list[dict[str, Tensor]]:
             kept[name] = value.expand(shape)
         elif not (value is None or isinstance(value, bool | int | float | str) or _is_number(value)):
             raise Unknown(f"the input {name!r} says more than the tokens of a row do")
-    if "attention_mask" not in kept:
-        kept["attention_mask"] = torch.ones_like(ids)
+    positions = kept.get("position_ids")
+    if positions is not None and bool((positions.diff(dim=1) < 0)[_both_real(kept, shape)].any()):
+        raise Unknown("position_ids that start again within a row pack several texts in one")
     columns = torch.arange(1, shape[1] + 1, device=ids.device)
-    lengths = (kept["attention_mask"].bool() * columns).amax(dim=1).tolist()
+    mask = kept.get("attention_mask")  # none: a model that is given one where there was none may do something else
+    lengths = [shape[1]] * shape[0] if mask is None else (mask.bool() * columns).amax(dim=1).tolist()
     return [{name: value[i : i + 1, : n or None] for name, value in kept.items()} for i, n in enumerate(lengths)]
+
+
+def _both_real(kept: Mapping[str, Tensor], shape: torch.Size) -> Tensor:
+    """Neighbours that are both no padding, `(rows, tokens - 1)`."""
+    mask = kept.get("attention_mask")
+    real = torch.ones(shape, dtype=torch.bool) if mask is None else mask.bool()
+    return real[:, 1:] & real[:, :-1]
 
 
 def _is_number(value: Any) -> bool:

@@ -35,8 +35,9 @@ class PayOnce:
         self._shortcut: Shortcut | None = None
         self.reference: ReferenceMemo | None = None
 
-    def start(self, trainer: Any, training: bool) -> None:
-        """Find what is constant in the trainer's model from now on."""
+    def start(self, trainer: Any, training: bool, whole_rows: bool = False) -> None:
+        """Find what is constant in the trainer's model from now on; with `whole_rows`, what no row is run in parts
+        for."""
         self._shortcut = self.reference = None
         if self._prefix is None:
             return
@@ -45,6 +46,8 @@ class PayOnce:
             logger.log(self._prefix.level, "The frozen prefix is off: %s.", why)
             return
         self._shortcut = self._prefix.shortcut(trainer.model, training)
+        if whole_rows and self._shortcut is not None:
+            self._shortcut.run_whole_rows()
         own = getattr(trainer, "ref_model", None)
         if trainer.loss is not None and trainer.loss.reference:
             self.reference = self._prefix.reference(trainer.model if own is None else own, trained=own is None)

@@ -24,6 +24,7 @@ from .rounding import difference
 from .states import States
 
 logger = logging.getLogger(__name__)
+_WINDOWS = ("sliding_window", "attention_chunk_size", "window_size")
 _KEPT_BY_LAYER = ("output_hidden_states", "output_attentions", "output_router_logits")
 
 
@@ -69,6 +70,10 @@ class Shortcut:
     def skipped(self) -> int:
         """How many blocks are answered from the memo."""
         return 0 if self._states is None else self.decoder.count
+
+    def run_whole_rows(self) -> None:
+        """Run no row in parts: prompts and completions are not taken apart."""
+        self.shares_prompts, self._caches = False, None
 
     @contextmanager
     def on(self, labels_only: bool = False) -> Iterator[None]:
@@ -132,7 +137,7 @@ class Shortcut:
         column = torch.arange(call["input_ids"].shape[1], device=states.device)
         read = (column >= split.starts[:, None]) & (column < split.lengths[:, None])
         try:
-            what = "running completions only"
+            what = f"running completions only{_shape(split.starts, call)}"
             self._prove(call, what, lambda: caches.run(call, rows, states, split), read)
         except NoPrefix as why:
             self._caches = None
@@ -142,8 +147,9 @@ class Shortcut:
 
     def _beyond_window(self, call: Mapping[str, Any]) -> bool:
         """Whether a sliding window would have to know how far apart tokens are, which a padded cache changes."""
-        window = getattr(self.decoder.module.config, "sliding_window", None)
-        return window is not None and call["input_ids"].shape[1] > window
+        config = self.decoder.module.config
+        found = [getattr(config, name, None) for name in _WINDOWS]
+        return any(isinstance(window, int) and call["input_ids"].shape[1] > window for window in found)
 
     def _split(self, call: Mapping[str, Any], states: Tensor | None) -> Split | None:
         if not self.shares_prompts or self._beyond_window(call):
@@ -152,7 +158,7 @@ class Shortcut:
         if split is None:
             return None
         try:
-            what = "a shared pass over the prompts"
+            what = f"a shared pass over the prompts{_shape(split.starts, call)}"
             self._prove(call, what, lambda: run_split(self.model, self.decoder, call, states, split))
         except NoPrefix as why:
             self.shares_prompts = False
@@ -206,6 +212,13 @@ class Shortcut:
         parameter = next(base.parameters())
         autocast = torch.is_autocast_enabled(ids.device.type) and torch.get_autocast_dtype(ids.device.type)
         return repr((type(base), attention_of(base), config_of(base), adapters, parameter.dtype, ids.device, autocast))
+
+
+def _shape(starts: Tensor, call: Mapping[str, Any]) -> str:
+    """What a proof of running rows in parts is about: prompts of one length leave no hole behind them where positions
+    are counted, and short rows do not meet what only long ones do."""
+    lengths = "of one length" if len(starts.unique()) == 1 else "of several lengths"
+    return f" ({lengths}, in rows of up to {1 << (call['input_ids'].shape[1] - 1).bit_length()} tokens)"
 
 
 def _trainable(model: nn.Module) -> tuple[Any, ...]:

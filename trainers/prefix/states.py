@@ -28,6 +28,7 @@ class States:
     def __init__(self, memo: Memo, model: nn.Module, decoder: Decoder, training: bool) -> None:
         self.memo, self.model, self.decoder, self.training = memo, model, decoder, training
         self._namespace: str | None = None
+        self._below: list[nn.Module] = []
 
     def of(self, rows: Sequence[Mapping[str, Tensor]], width: int) -> Tensor:
         """States of a batch, `(rows, width, d)`, zero on the padding to the right. Rows run alone where they are new.
@@ -37,6 +38,7 @@ class States:
         """
         if self._namespace is None:
             self._namespace = self._check(rows[0])
+        _check_hooks(self._below)
         known = []
         for row in rows:
             key = row_key(self._namespace, row)
@@ -67,11 +69,14 @@ class States:
             for handle in handles:
                 handle.remove()
         check_frozen(ran.items(), self.training)
+        self._below = [module for module in ran.values() if module is not stack]
         if self.training:
-            device = row["input_ids"].device
-            with training(base), torch.random.fork_rng([device] if device.type == "cuda" else []):
+            devices = [row["input_ids"].device] if row["input_ids"].device.type == "cuda" else []
+            with training(base), torch.random.fork_rng(devices):
+                before = _random_states(devices)
                 as_trained = self.decoder.state({**row, "use_cache": False})
-            if difference(state, as_trained) is not None:
+                drawn = not all(map(torch.equal, before, _random_states(devices)))
+            if drawn or difference(state, as_trained) is not None:
                 raise NoPrefix(
                     "what runs below the trained layers differs in training (noise on embeddings or routers?)"
                 )
@@ -82,6 +87,22 @@ class States:
         what = f"{type(base).__name__} of width {state.shape[-1]} up to block {self.decoder.count - 1} in {dtype}"
         self.memo.belongs_to(namespace, f"{what} with {attention_of(base)} attention")
         return namespace
+
+
+def _random_states(devices: Sequence[torch.device]) -> list[Tensor]:
+    """Whoever draws a random number changes them."""
+    return [torch.get_rng_state(), *(torch.cuda.get_rng_state(device) for device in devices)]
+
+
+def _check_hooks(modules: Sequence[nn.Module]) -> None:
+    """Raise a NoPrefix for a hook below the cut: what it does is in no key, and it may be gone the next time. Those of
+    transformers only record, and ours are known."""
+    for module in modules:
+        # torch has no public way to ask
+        for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
+            owner = str(getattr(getattr(hook, "func", hook), "__module__", ""))
+            if not owner.startswith(("transformers.utils.output_capturing", "steertune.")):
+                raise NoPrefix(f"a forward hook hangs on a {type(module).__name__} below the trained layers")
 
 
 def _own_tensors(module: nn.Module) -> list[tuple[str, Tensor]]:

@@ -114,8 +114,8 @@ def _told_apart(rows: Frame, measure: str, terms: Sequence[str]) -> Any:
     """The linear model of these terms and blocks; None for a design that cannot tell them apart."""
     blocks = [f"C({_BLOCK}, Sum)"] if rows[_BLOCK].nunique() > 1 else []
     model = smf.ols(f"Q('{measure}') ~ {' + '.join([*terms, *blocks])}", data=rows)
-    columns = model.exog.shape[1]
-    return model if np.linalg.matrix_rank(model.exog) == columns <= len(rows) - _RESIDUAL else None
+    design: Any = model.exog
+    return model if np.linalg.matrix_rank(design) == design.shape[1] <= len(rows) - _RESIDUAL else None
 
 
 def mixed_model(cells: Frame, factors: Sequence[str], measure: str, enough: int = 6) -> Frame | None:

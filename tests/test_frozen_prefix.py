@@ -529,7 +529,7 @@ def test_positions_that_start_again_are_packing(caplog):
     ids = torch.randint(3, 30, (1, 8), generator=torch.Generator().manual_seed(0))
     shortcut = FrozenPrefix().shortcut(model, training=True)
     for positions in (range(8), [0, 1, 2, 3, 0, 1, 2, 3]):
-        inputs = {"input_ids": ids, "position_ids": torch.tensor([[*positions]])}
+        inputs = {"input_ids": ids, "position_ids": torch.tensor([[*positions]]), "use_cache": False}
         with torch.no_grad():
             plain = model(**inputs).logits
             with shortcut.on():

@@ -95,9 +95,11 @@ class Shortcut:
             self._labels_only = before
 
     def _forward(self, call: dict[str, Any]) -> Any | None:
-        if call.get("past_key_values") is not None or self._asked(call, "use_cache"):  # generation
+        if call.get("past_key_values") is not None:  # generation
             return None
         try:
+            if self._asked(call, "use_cache"):
+                raise Unknown("a call asks for all layers' keys and values; where none are needed, use_cache=False")
             if self.decoder.recomputed:
                 raise Unknown("gradient checkpointing asks for gradients of the embeddings")
             for name in _KEPT_BY_LAYER:

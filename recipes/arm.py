@@ -9,17 +9,19 @@ import dataclasses
 import difflib
 import json
 import tomllib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
 
 from peft import PeftConfig, get_peft_config
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from pydantic import BaseModel, Field, TypeAdapter, ValidationError
 from pydantic.errors import PydanticSchemaGenerationError, PydanticUndefinedAnnotation
+from torch import nn
 
 import steertune.adapters  # noqa: F401  registers the method with PEFT
 from steertune.losses import Loss, get_loss
+from steertune.recipes.teachers import TeacherTable
 from steertune.trainers.biases import get_bias
 from steertune.trainers.views import View, get_view
 
@@ -88,6 +90,7 @@ class Arm(BaseModel, extra="forbid"):
 
     `adapter.type` is any PEFT method in lower case or `none` (full finetuning); `loss.name` is a file of `losses/` or
     `upstream`; `[views.NAME]` is a view that the loss asks for, its `name` a file of `trainers/views/`;
+    `[teachers.NAME]` are models that are trained first, for views that a teacher sees;
     `[biases.NAME]` are options of an inductive bias, NAME a file of `trainers/biases/`; `[proliferation]` makes more
     examples of the few, its `name` a file of `recipes/proliferation/`; `[trainer]` takes every field of TRL's
     `DPOConfig` (pairs) or `SFTConfig` (demonstrations).
@@ -99,6 +102,7 @@ class Arm(BaseModel, extra="forbid"):
     adapter: dict[str, Any] = {"type": "steering_vector"}
     loss: dict[str, Any] = {"name": "dpo"}
     views: dict[str, dict[str, Any]] = {}
+    teachers: dict[str, TeacherTable] = {}
     proliferation: dict[str, Any] = {}
     biases: dict[str, dict[str, Any]] = {}
     prompt: PromptTable = PromptTable()
@@ -132,9 +136,16 @@ class Arm(BaseModel, extra="forbid"):
             return None
         return get_loss(name, **options)
 
-    def view_objects(self) -> dict[str, View]:
+    def view_objects(self, teachers: Mapping[str, nn.Module] | None = None) -> dict[str, View]:
         """The views by the name that the loss asks for. Neutral text is the recipes' own, and not that which measures
-        the KL afterwards."""
+        the KL afterwards.
+
+        Args:
+            teachers: The models of `[teachers]`; None: only check that there is one for every view that asks.
+
+        Raises:
+            ArmError: an unknown view, option or teacher.
+        """
         found = {}
         for key, table in self.views.items():
             options = dict(table)
@@ -142,6 +153,11 @@ class Arm(BaseModel, extra="forbid"):
             if name == "neutral":
                 lines = NEUTRAL.read_text(encoding="utf-8").splitlines()
                 options.setdefault("rows", [json.loads(line) for line in lines])
+            if name == "teacher":
+                asked = str(options.get("model", key))
+                if asked not in self.teachers:
+                    raise ArmError(f"views.{key}.model={asked!r} is none of [teachers]: {sorted(self.teachers)}.")
+                options["model"] = nn.Identity() if teachers is None else teachers[asked]
             try:
                 found[key] = get_view(name, **options)
             except (ValueError, TypeError) as error:
@@ -221,6 +237,7 @@ def make_arm(tables: dict[str, Any]) -> Arm:
     arm.view_objects()
     arm.augmenter()
     _check_prompt(arm)
+    _check_teachers(arm)
     for name, options in arm.biases.items():
         try:
             get_bias(name, **options)
@@ -240,6 +257,14 @@ def _check_prompt(arm: Arm) -> None:
         raise ArmError('An arm with a [prompt] trains nothing: adapter.type = "none" and trainer.max_steps = 0.')
     if arm.prompt and arm.proliferation:
         raise ArmError("An arm with a [prompt] trains nothing, so [proliferation] would make examples for nothing.")
+
+
+def _check_teachers(arm: Arm) -> None:
+    seen = {table.get("model", view) for view, table in arm.views.items() if table.get("name", view) == "teacher"}
+    for name, table in arm.teachers.items():
+        if name not in seen:
+            raise ArmError(f'[teachers.{name}] is asked by no view: [views.good] name = "teacher", model = "{name}".')
+        make_arm({"name": name, "data": {"name": arm.data.name}, "adapter": table.adapter, "trainer": table.trainer})
 
 
 def reasons(error: ValidationError) -> str:
@@ -276,6 +301,8 @@ def known_tables(what: str, tables: dict[str, Any], model: type[BaseModel]) -> N
     known(what, tables, list(model.model_fields))
     for name, value in tables.items():
         annotation = model.model_fields[name].annotation
+        if get_origin(annotation) is dict and isinstance(value, dict):  # tables of any name
+            value = list(value.values())
         for kind in (annotation, *get_args(annotation)):  # also in `Card | None` and `list[str | TaskTable]`
             kinds = [k for k in (kind, *get_args(kind)) if isinstance(k, type) and issubclass(k, BaseModel)]
             for entry in value if isinstance(value, list) else [value]:

@@ -18,9 +18,11 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from steertune.recipes.arm import Arm
+from steertune.recipes.teachers import train_teachers
 from steertune.trainers import FrozenPrefix
 
 _PACKAGES = ("steertune", "torch", "transformers", "trl", "peft", "accelerate", "datasets", "scikit-learn")
+_QUIET = ("save_strategy", "logging_strategy", "disable_tqdm")  # settings that say nothing about learning
 
 
 def set_threads(threads: int | None) -> None:
@@ -68,6 +70,8 @@ def make_trainer(
     arm = arm.model_copy(update={"trainer": {**arm.trainer, **settings}})
     arguments = arm.training_arguments(config_class, str(folder / "checkpoints"), **defaults)
     loss, config = arm.loss_object(), arm.peft_config()
+    quiet = {name: settings[name] for name in _QUIET if name in settings}
+    teachers = train_teachers(arm, model, tokenizer, train, folder, quiet)
     unchanged = {}
     if pairs and config is None:  # full finetuning changes the base, so the reference is a copy
         unchanged["ref_model"] = copy.deepcopy(model)
@@ -79,7 +83,7 @@ def make_trainer(
         peft_config=config,
         loss=loss,
         frozen_prefix=frozen_prefix,
-        views=arm.view_objects(),
+        views=arm.view_objects(teachers),
         biases=arm.biases,
         **unchanged,
     )

@@ -126,7 +126,7 @@ def test_bad_options(name, options, message):
 
 
 def test_names_are_the_files():
-    assert names() == ["demonstrations", "instruction", "neutral"]
+    assert names() == ["demonstrations", "instruction", "neutral", "teacher"]
 
 
 # -- the table -------------------------------------------------------------------------------------------------------
@@ -280,7 +280,7 @@ def test_context_distillation_is_the_divergence_from_the_prompted_model(tmp_path
     data = demonstrations(4)
     made = trainer("sft", tmp_path, data=data, loss="context_distillation", views={"good": GOOD})
     batch = Batch.read(next(iter(made.get_train_dataloader())))
-    at = ModelAt(made.model, made.model, batch, views=made._views)
+    at = ModelAt(made.model, made.model, batch, views=made.views)
     value = get_loss("context_distillation")(at)
     model, expected = tiny(), []
     for ids, labels in zip(batch.inputs["input_ids"].tolist(), batch.labels.tolist(), strict=True):
@@ -326,7 +326,7 @@ def test_the_memo_changes_nothing(loss, tmp_path):
 def divergence(made) -> float:
     """Of the trained model from its base on the neutral rows of a batch, in nats per token."""
     batch = Batch.read(next(iter(made.get_train_dataloader())))
-    at = ModelAt(made.model, made.model, batch, views=made._views)
+    at = ModelAt(made.model, made.model, batch, views=made.views)
     ours, base = (at(s, view="neutral", distribution=True).distribution for s in (1, 0))
     return float((ours.exp() * (ours - base)).sum(dim=-1).mean())
 

@@ -115,6 +115,10 @@ class ModelAt:
             if self.views is None:
                 raise ViewError(f"The loss asks for view {view!r}, and there is none: give the trainer views=.")
             batch = self.views.of(view, batch)
+            if (teacher := self.views.views[view].teacher) is not None:
+                if strength != 0.0:
+                    raise ViewError(f"View {view!r} is seen by another model, which has no strength: at(0.0, view=).")
+                return _remembered(self.views.memos.get(view), batch, partial(_frozen, teacher, asked=asked), asked)
         if strength == 0.0:
             return self._reference(batch, asked)
         if self.together is not None:
@@ -128,16 +132,12 @@ class ModelAt:
             mask = batch.targets[0] != -100
             per_token = batch.reference_logps / mask.sum(dim=1).clamp_min(1)
             return Outputs(mask * per_token[:, None], mask)
-        compute = partial(self._compute_reference, asked=asked)
-        if self.reference_memo is not None and not asked.distribution:
-            return self.reference_memo.outputs(batch, compute, asked.layers, asked.site)
-        return compute(batch)
+        return _remembered(self.reference_memo, batch, partial(self._compute_reference, asked=asked), asked)
 
     @torch.no_grad()
     def _compute_reference(self, batch: Batch, asked: Asked) -> Outputs:
         if self.reference_model is not None:
-            with evaluating(self.reference_model):
-                return token_logps(self.reference_model, self.reference_model, batch, asked)
+            return _frozen(self.reference_model, batch, asked)
         if not isinstance(self.unwrapped, PeftModel):
             raise ValueError(
                 "This loss compares with the base model, and full finetuning changes it. Train an adapter, use "
@@ -147,6 +147,22 @@ class ModelAt:
         model = self.model if self.reference_memo is None else self.unwrapped
         with reference_adapter(self.unwrapped), evaluating(self.unwrapped):
             return token_logps(model, self.unwrapped, batch, asked)
+
+
+@torch.no_grad()
+def _frozen(model: nn.Module, batch: Batch, asked: Asked) -> Outputs:
+    """What a model that is not trained says of a batch."""
+    with evaluating(model):
+        return token_logps(model, model, batch, asked)
+
+
+def _remembered(
+    memo: ReferenceMemo | None, batch: Batch, compute: Callable[[Batch], Outputs], asked: Asked
+) -> Outputs:
+    """Outputs from a memo where there is one; whole distributions are too large to keep."""
+    if memo is None or asked.distribution:
+        return compute(batch)
+    return memo.outputs(batch, compute, asked.layers, asked.site)
 
 
 def reference_adapter(model: PeftModel) -> AbstractContextManager[Any]:

@@ -84,7 +84,7 @@ class SteeringMixin(Trainer):
         self._micro_step = 0
         self.pay_once = PayOnce(frozen_prefix)
         self.seat: Any = None  # this trainer's place among those of `train_together`
-        self._views: Views | None = None
+        self.views: Views | None = None
         given_biases = biases.items() if isinstance(biases, Mapping) else [(bias, {}) for bias in biases]
         self._biases = [get_bias(bias, **options) for bias, options in given_biases]
         self._unstarted = [*self._biases]
@@ -113,10 +113,10 @@ class SteeringMixin(Trainer):
         check_tokens(raw, self.train_dataset, limit, given.get("processing_class"))
         _check_packing(self.model, self.train_dataset)
         if views:
-            self._views = _make_views(self, views, given.get("processing_class"))
+            self.views = _make_views(self, views, given.get("processing_class"))
             for rows, tokenised in ((raw, self.train_dataset), (raw_evaluation, self.eval_dataset)):
                 if isinstance(rows, Dataset) and isinstance(tokenised, Dataset):
-                    self._views.add(rows, tokenised)
+                    self.views.add(rows, tokenised)
         if self.loss is not None:
             # the loss below is already an average over the whole optimiser step
             self.loss_is_scaled_for_ga = self.model_accepts_loss_kwargs = True
@@ -221,7 +221,7 @@ class SteeringMixin(Trainer):
                 pass
         together = self.seat.logps if self.seat is not None and torch.is_grad_enabled() else None
         own_reference, memo = getattr(self, "ref_model", None), self.pay_once.reference
-        at = ModelAt(model, unwrapped, batch, own_reference, memo, together, self._views)
+        at = ModelAt(model, unwrapped, batch, own_reference, memo, together, self.views)
         # blocks that are left out, or run in parts, show no states
         with nullcontext() if loss.states else self.pay_once.shortcut(labels_only=True):
             values = loss(at, self._generator())
@@ -386,7 +386,22 @@ def _check_views(loss: Loss | None, views: Mapping[str, str | View] | None) -> N
 def _make_views(trainer: Any, views: Mapping[str, str | View], tokenizer: Any) -> Views:
     context = getattr(text_config(base_of(trainer.model)), "max_position_embeddings", None)
     tokenizer = tokenizer if tokenizer is not None else trainer.processing_class
-    return Views({name: get_view(view) for name, view in views.items()}, tokenizer, context)
+    made = {name: get_view(view) for name, view in views.items()}
+    for name, view in made.items():
+        if view.teacher is not None:
+            _check_teacher(name, view.teacher, trainer.model)
+            view.teacher.to(trainer.args.device)
+    return Views(made, tokenizer, context)
+
+
+def _check_teacher(name: str, teacher: nn.Module, model: nn.Module) -> None:
+    """Raise a ViewError for a teacher that cannot be compared with the model, or that is this model itself."""
+    theirs, ours = (base_of(each) for each in (teacher, model))
+    if theirs is ours:
+        raise ViewError(f"View {name!r}: its teacher is the trained model itself. Give share_weights(model), adapted.")
+    sizes: Any = [each.get_input_embeddings().weight.shape for each in (theirs, ours)]
+    if sizes[0] != sizes[1]:
+        raise ViewError(f"View {name!r}: its teacher's (tokens, width) are {[*sizes[0]]}, the model's {[*sizes[1]]}.")
 
 
 def _check_packing(model: nn.Module, dataset: Any) -> None:

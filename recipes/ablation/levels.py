@@ -23,7 +23,7 @@ from steertune.recipes.ablation.tables import GridTables
 from steertune.recipes.arm import Arm, ArmError, known, make_arm, read_tables
 
 INERT = "-"
-_PATCHED = ["adapter", "loss", "views", "biases", "proliferation", "trainer", "data"]
+_PATCHED = ["adapter", "loss", "views", "teachers", "biases", "proliferation", "trainer", "data"]
 
 
 def with_common(raw: dict[str, Any], tables: GridTables) -> dict[str, Any]:

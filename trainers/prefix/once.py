@@ -51,6 +51,8 @@ class PayOnce:
         own = getattr(trainer, "ref_model", None)
         if trainer.loss is not None and trainer.loss.reference:
             self.reference = self._prefix.reference(trainer.model if own is None else own, trained=own is None)
+        if trainer.views is not None:
+            trainer.views.remember(self._prefix)
 
     def elsewhere(self, model: nn.Module) -> Shortcut | None:
         """What forward passes of another model on the same weights can leave out, in training."""

@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
+from torch import nn
+
 from .._registry import by_name, file_names
 
 _FOLDER = Path(__file__).parent
@@ -26,6 +28,11 @@ class View(ABC):
     """
 
     same_answers: ClassVar[bool] = True
+
+    @property
+    def teacher(self) -> nn.Module | None:
+        """The model that sees it in place of the reference; None: the reference does."""
+        return None
 
     @abstractmethod
     def __call__(self, rows: Sequence[Row]) -> list[Row]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from datasets import Dataset
@@ -13,6 +13,10 @@ from transformers import PreTrainedTokenizerBase
 from .._batch import Batch
 from .._data import tokenise
 from ._base import View, ViewError
+
+if TYPE_CHECKING:
+    from ..prefix import FrozenPrefix
+    from ..prefix.reference import ReferenceMemo
 
 
 class Views:
@@ -29,6 +33,8 @@ class Views:
     ) -> None:
         self.views, self.tokenizer, self.context = dict(views), tokenizer, context
         self._rows: dict[tuple[str, bytes], tuple[list[int], int]] = {}  # tokens, and where the answer starts
+        self.memos: dict[str, ReferenceMemo | None] = {}
+        """What is known of teachers' outputs already, by view."""
 
     def add(self, rows: Dataset, tokenised: Dataset) -> None:
         """Make every view of a data set.
@@ -52,6 +58,11 @@ class Views:
             seen = tokenise(Dataset.from_list([dict(row) for row in view(plain)]), self.tokenizer)
             for i, (own, other) in enumerate(zip(tokenised, seen, strict=True)):
                 self._keep(name, view, i, _sides(dict(own)), _sides(dict(other)))
+
+    def remember(self, prefix: FrozenPrefix) -> None:
+        """Keep what teachers say in a memo."""
+        teachers = {name: view.teacher for name, view in self.views.items()}
+        self.memos = {name: prefix.reference(t, trained=False) for name, t in teachers.items() if t is not None}
 
     def of(self, name: str, batch: Batch) -> Batch:
         """A view of a batch, padded on the right. Of pairs too unless the view has answers of its own.

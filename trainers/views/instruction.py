@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from ._base import Row, View, ViewError, prompt_of
+
+Where = Literal["before", "after", "system"]
 
 
 @dataclass(frozen=True)
@@ -27,12 +29,12 @@ class Instruction(View):
     """
 
     text: str
-    where: Literal["before", "after", "system"] = "before"
+    where: Where = "before"
 
     def __post_init__(self) -> None:
         if not self.text.strip():
             raise ValueError("text='': an instruction says something.")
-        if self.where not in ("before", "after", "system"):
+        if self.where not in get_args(Where):
             raise ValueError(f"where={self.where!r} is none of 'before', 'after', 'system'.")
 
     def __call__(self, rows: Sequence[Row]) -> list[Row]:

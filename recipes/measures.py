@@ -18,6 +18,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from steertune.recipes.arm import ArmError
 from steertune.trainers import Batch, ModelAt, collator, labelled_logits, tokenise
 
 _PROCESS = Path("/proc/self")
@@ -100,9 +101,7 @@ def generate(
     """Answers to prompts (strings or lists of messages), generated as one left-padded batch: greedily, or with
     `seed`'s random numbers at a temperature above 0."""
     chat = not isinstance(prompts[0], str)
-    texts = [
-        tokenizer.apply_chat_template(p, add_generation_prompt=True, tokenize=False) if chat else p for p in prompts
-    ]
+    texts = _as_asked(tokenizer, prompts)
     side, tokenizer.padding_side = tokenizer.padding_side, "left"
     try:
         inputs = tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=not chat).to(model.device)
@@ -115,6 +114,33 @@ def generate(
         out = model.generate(**inputs, max_new_tokens=new_tokens, pad_token_id=end, **sampling)
     new = out[:, inputs["input_ids"].shape[1] :]
     return [text.strip() for text in tokenizer.batch_decode(new, skip_special_tokens=True)]
+
+
+def prompt_lengths(tokenizer: Any, prompts: Sequence[Any]) -> list[int]:
+    """Tokens of prompts (strings or lists of messages) as `generate` asks them."""
+    special = isinstance(prompts[0], str)
+    return [len(ids) for ids in tokenizer(_as_asked(tokenizer, prompts), add_special_tokens=special)["input_ids"]]
+
+
+def check_context(model: Any, tokenizer: Any, prompts: Sequence[Any], new_tokens: int, what: str) -> None:
+    """Refuse prompts that the model would read cut off.
+
+    Raises:
+        ArmError: the longest one and its answer are longer than the model's context.
+    """
+    context = getattr(model.config, "max_position_embeddings", None)
+    longest = max(prompt_lengths(tokenizer, prompts)) + new_tokens
+    if context is not None and longest > context:
+        raise ArmError(
+            f"{what}: a prompt and its answer take {longest} tokens, the model reads {context}. Fewer demonstrations, "
+            "or a shorter instruction."
+        )
+
+
+def _as_asked(tokenizer: Any, prompts: Sequence[Any]) -> list[str]:
+    if isinstance(prompts[0], str):
+        return [*prompts]
+    return [tokenizer.apply_chat_template(p, add_generation_prompt=True, tokenize=False) for p in prompts]
 
 
 def repetition(texts: Sequence[str], n: int = 3) -> float:

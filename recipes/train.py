@@ -34,7 +34,7 @@ from steertune.recipes.measures import (
 )
 from steertune.recipes.page import strength_plot, write_page
 from steertune.recipes.proliferation import grown
-from steertune.recipes.training import fit, make_trainer, set_threads, write_whole
+from steertune.recipes.training import claim, fit, make_trainer, set_threads, write_whole
 from steertune.trainers import DataError, ModelAt, scalable, scaled
 
 DEFAULT_ARM = "bias_dpo"
@@ -69,7 +69,7 @@ def run(arm: Arm) -> dict[str, Any]:
     state = PartialState()
     set_threads(arm.model.threads)
     folder = Path(arm.output.folder or f"runs/{arm.name}-{arm.data.name.strip('./').replace('/', '-')}")
-    _claim(folder, arm, state.is_main_process)
+    claim(folder, arm, state.is_main_process)
     set_seed(arm.data.seed)
     train, test = load_splits(arm.data)
     model, tokenizer = load_model(arm.model)
@@ -146,20 +146,6 @@ def _result(arm: Arm, train: Dataset, test: Dataset, before: Look, after: Look) 
         "side_effects": side_effects(after.neutral, before.neutral),
         "generations": [{"prompt": p, **{k: v[i] for k, v in answers.items()}} for i, p in enumerate(prompts)],
     }
-
-
-def _claim(folder: Path, arm: Arm, main_process: bool) -> None:
-    config = arm.model_dump_json(indent=2)
-    file = folder / "config.json"
-    if (folder / "result.json").exists():
-        raise ArmError(f"{folder} holds a finished run ({folder / 'page.md'}). Choose another --output.folder.")
-    if file.exists() and file.read_text(encoding="utf-8") != config:
-        raise ArmError(
-            f"{folder} holds an unfinished run of another arm. Choose another --output.folder, or delete it."
-        )
-    if main_process:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_whole(file, config)
 
 
 def _plan(arm: Arm, model: Any, tokenizer: Any, train: Dataset, test: Dataset, processes: int) -> str:

@@ -11,14 +11,13 @@ What they cost is paid at inference: `prompt_tokens` of a cell are the tokens th
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 from datasets import Dataset
 
 from steertune.recipes.ablation.bench import Bench
 from steertune.recipes.ablation.grid import Cell
-from steertune.recipes.arm import ArmError
-from steertune.trainers import View, tokenise
+from steertune.recipes.measures import check_context, prompt_lengths
+from steertune.trainers import View
 from steertune.trainers.views import get_view
 
 Show = Callable[[Dataset], Dataset]
@@ -53,7 +52,7 @@ def shown(cell: Cell, bench: Bench, seed: int, choice: int = 0) -> Show:
 
     def show(rows: Dataset) -> Dataset:
         seen = Dataset.from_list([dict(row) for row in view(rows.to_list())])
-        _check_length(cell, bench, seen)
+        check_context(bench.model, bench.tokenizer, seen["prompt"], bench.grid.tables.new_tokens, cell.title)
         return seen
 
     return show
@@ -61,21 +60,5 @@ def shown(cell: Cell, bench: Bench, seed: int, choice: int = 0) -> Show:
 
 def prompt_tokens(bench: Bench, rows: Dataset, show: Show) -> float:
     """Tokens that a request is longer, on average."""
-    plain, seen = (_tokens(bench, part) for part in (rows, show(rows)))
+    plain, seen = (prompt_lengths(bench.tokenizer, part["prompt"]) for part in (rows, show(rows)))
     return sum(b - a for a, b in zip(plain, seen, strict=True)) / len(plain)
-
-
-def _tokens(bench: Bench, rows: Dataset) -> list[int]:
-    tokenised: Any = tokenise(rows, bench.tokenizer).to_list()
-    return [len(row["prompt_ids"] if "prompt_ids" in row else row["input_ids"]) for row in tokenised]
-
-
-def _check_length(cell: Cell, bench: Bench, rows: Dataset) -> None:
-    """Refuse prompts that the model would read cut off."""
-    context = getattr(bench.model.config, "max_position_embeddings", None)
-    longest = max(_tokens(bench, rows)) + bench.grid.tables.new_tokens
-    if context is not None and longest > context:
-        raise ArmError(
-            f"{cell.title}: a prompt and its answer take {longest} tokens, the model reads {context}. Fewer "
-            "prompt.demonstrations, or a shorter instruction."
-        )

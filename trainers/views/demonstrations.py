@@ -21,7 +21,7 @@ class Demonstrations(View):
         contrast: Show each demonstration's rejected answer too ("Good response: ... Bad response: ..."), and ask for a
             good response.
         instruction: A text in front of everything.
-        seed: Which ones are drawn for which row.
+        seed: Which ones are drawn for which prompt.
         pool: Rows to draw from; none: the other rows of the data.
 
     Raises:
@@ -52,7 +52,7 @@ class Demonstrations(View):
             others = [other for other in pool if other["prompt"] != prompt]
             if len(others) < self.k:
                 raise ViewError(f"Row {i}: {self.k} demonstrations asked, {len(others)} other examples are there.")
-            drawn = random.Random(f"{self.seed}/{i}").sample(others, self.k)
+            drawn = random.Random(f"{self.seed}/{prompt}").sample(others, self.k)
             seen.append({**row, "prompt": self._prompt(prompt, drawn)})
         return seen
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from datasets import Dataset
+from pydantic import BaseModel
 from transformers import TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -25,20 +26,18 @@ _PACKAGES = ("steertune", "torch", "transformers", "trl", "peft", "accelerate", 
 _QUIET = ("save_strategy", "logging_strategy", "disable_tqdm")  # settings that say nothing about learning
 
 
-def claim(folder: Path, arm: Arm, main_process: bool) -> None:
-    """Take a folder for a run of an arm, or go on in it.
+def claim(folder: Path, tables: BaseModel, main_process: bool) -> None:
+    """Take a folder for a run of an arm (or of other tables), or go on in it.
 
     Raises:
         ArmError: it holds a finished run, or one of another arm.
     """
-    config = arm.model_dump_json(indent=2)
+    config = tables.model_dump_json(indent=2)
     file = folder / "config.json"
     if (folder / "result.json").exists():
-        raise ArmError(f"{folder} holds a finished run ({folder / 'page.md'}). Choose another --output.folder.")
+        raise ArmError(f"{folder} holds a finished run ({folder / 'page.md'}). Choose another output folder.")
     if file.exists() and file.read_text(encoding="utf-8") != config:
-        raise ArmError(
-            f"{folder} holds an unfinished run of another arm. Choose another --output.folder, or delete it."
-        )
+        raise ArmError(f"{folder} holds an unfinished run of another arm. Choose another output folder, or delete it.")
     if main_process:
         folder.mkdir(parents=True, exist_ok=True)
         write_whole(file, config)

@@ -143,7 +143,7 @@ def make_grid(raw: dict[str, Any], data_root: Path | None = None) -> Grid:
     _check_card(tables, tables.card, arms)
     _check_budgets(tables.card, arms)
     _check_arms(tables, arms)
-    tasks = _tasks(tables, data_root)
+    tasks = find_tasks(tables.tasks, data_root)
     _check_prompts(tables, arms, tasks)
     return Grid(tables, tables.card, arms, tasks, notes)
 
@@ -350,11 +350,20 @@ def _check_card(tables: GridTables, card: Card, arms: list[GridArm]) -> None:
             )
 
 
-def _tasks(tables: GridTables, data_root: Path | None) -> list[TaskTable]:
+def find_tasks(entries: Sequence[str | TaskTable], data_root: Path | None = None) -> list[TaskTable]:
+    """Tasks with their labels, and where they are.
+
+    Args:
+        entries: Names or tables.
+        data_root: Where names that are relative paths start.
+
+    Raises:
+        ArmError: two tasks of one label, or a label that is no name of a folder.
+    """
     from steertune.recipes.embedded import task_names
 
     found: dict[str, TaskTable] = {}
-    for entry in tables.tasks:
+    for entry in entries:
         task = TaskTable(name=entry) if isinstance(entry, str) else entry
         label, name = task.called, task.name
         if data_root is not None and name not in task_names() and (data_root / name).exists():

@@ -1,0 +1,288 @@
+"""Train a model to respond to contrast prompts, and measure it on tasks that it never saw.
+
+    python -m steertune.recipes.contrast_prompts embedded --folder runs/contrast_prompts
+    python -m steertune.recipes.contrast_prompts wide --data-root DATA --steering bias_dpo lora_dpo
+
+A contrast prompt shows pairs of the task ("Good response: ... Bad response: ..."), then asks for a good response. The
+file names the tasks: `seen` ones, of which contrast prompts are made that an adapter (`arm`) is trained on once, and
+`unseen` ones, of other data. On each of those, and for every draw of a few pairs, held-out pairs are measured
+
+- without a prompt, behind the pairs' good answers (k-shot), and behind the contrast prompt;
+- by the base model, and by the one that was trained on contrast prompts;
+- and, without a prompt, by every `steering` arm, trained on the same few pairs.
+
+Listing a task with `reverse = true` beside itself leaves nothing to learn but to read the prompt.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from accelerate import PartialState
+from datasets import Dataset, concatenate_datasets
+from peft import PeftModel
+from pydantic import BaseModel, Field, ValidationError
+from tqdm.auto import tqdm
+from transformers import set_seed
+
+from steertune.recipes.ablation.grid import find_tasks
+from steertune.recipes.ablation.splits import Splits, SplitTable, load_splits
+from steertune.recipes.ablation.statistics.paired import Difference, difference, together
+from steertune.recipes.ablation.tables import TaskTable
+from steertune.recipes.arm import Arm, ArmError, ModelTable, known_tables, load_arm, read_toml, reasons
+from steertune.recipes.data import load_model
+from steertune.recipes.measures import check_context, neutral_logps, pair_margins, side_effects
+from steertune.recipes.training import claim, fit, make_trainer, set_threads, write_whole
+from steertune.trainers import DataError, get_view, share_weights
+
+MIXTURES = Path(__file__).parent / "mixtures"
+_PROMPTS = ("plain", "k-shot", "contrast")
+
+
+class MixtureTables(BaseModel, extra="forbid"):
+    """The file."""
+
+    seen: list[str | TaskTable] = Field(min_length=1)
+    unseen: list[str | TaskTable] = Field(min_length=1)
+    arm: str = "lora_dpo"
+    """What is trained on contrast prompts: a file or a name in `recipes/arms/`, its task put aside."""
+    adapter: dict[str, Any] = {}
+    loss: dict[str, Any] = {}
+    trainer: dict[str, Any] = {"max_steps": 48, "save_steps": 16, "save_total_limit": 2}
+    """Tables that go before the arm's own."""
+    steering: list[str] = ["bias_dpo"]
+    model: ModelTable = ModelTable()
+    demonstrations: int = Field(default=4, ge=1)
+    """Pairs in a prompt."""
+    examples: int = Field(default=48, ge=2)
+    """Contrast prompts of every seen task."""
+    pairs: int = Field(default=8, ge=2)
+    """What there is of an unseen task: demonstrations are drawn from these, steering is trained on them."""
+    seeds: list[int] = Field(default=[0, 1, 2], min_length=1)
+    splits: SplitTable = SplitTable(validation=2, scorer=0, test=24)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="contrast_prompts", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("file", nargs="?", default="embedded", help="a .toml file, or a name in recipes/mixtures/")
+    parser.add_argument("--data-root", type=Path, help="where task names that are relative paths start")
+    parser.add_argument("--steering", nargs="+", help="arms that learn from the same pairs, instead of the file's")
+    parser.add_argument("--threads", type=int, help="CPU threads (all cores)")
+    parser.add_argument("--folder", type=Path, default=Path("runs/contrast_prompts"))
+    options = parser.parse_args(argv)
+    set_threads(options.threads)
+    try:
+        tables = read(options.file)
+        if options.steering:
+            tables = tables.model_copy(update={"steering": options.steering})
+        page = Mixture(tables, options.data_root).run(options.folder)
+    except (ArmError, DataError, ValueError, FileNotFoundError) as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return 2
+    print(f"\n{page.read_text(encoding='utf-8')}\nThis page: {page}")
+    return 0
+
+
+def read(file: str) -> MixtureTables:
+    """The tables of a file, or of a name in `recipes/mixtures/`.
+
+    Raises:
+        ArmError: no such file, broken TOML, an unknown key or a value of the wrong type.
+    """
+    path = Path(file) if Path(file).suffix == ".toml" else MIXTURES / f"{file}.toml"
+    if not path.is_file():
+        raise ArmError(f"No file {file!r}. Names: {sorted(p.stem for p in MIXTURES.glob('*.toml'))}.")
+    raw = read_toml(path)
+    known_tables("mixture", raw, MixtureTables)
+    try:
+        return MixtureTables(**raw)
+    except ValidationError as error:
+        raise ArmError(reasons(error)) from error
+
+
+class Mixture:
+    """One study: what it needs is checked when it is made.
+
+    Args:
+        tables: The file.
+        data_root: Where task names that are relative paths start.
+
+    Raises:
+        ArmError: an unseen task on the data of a seen one, too few rows or pairs, an arm that does not fit.
+    """
+
+    def __init__(self, tables: MixtureTables, data_root: Path | None = None) -> None:
+        self.tables = tables
+        self.seen, self.unseen = (find_tasks(entries, data_root) for entries in (tables.seen, tables.unseen))
+        if both := {task.name for task in self.seen} & {task.name for task in self.unseen}:
+            raise ArmError(f"{sorted(both)} are data of seen and of unseen tasks: then nothing there is unseen.")
+        if tables.pairs <= tables.demonstrations:
+            raise ArmError(
+                f"pairs={tables.pairs} of an unseen task, and {tables.demonstrations} demonstrations in a prompt: one "
+                "pair more at least, since no prompt demonstrates itself."
+            )
+        self.arm = self._trained_arm()
+        self.steering = [self._arm(name) for name in tables.steering]
+        self.splits = {
+            task.label: load_splits(task.name, tables.splits, rows, task.reverse, task.columns)
+            for tasks, rows in ((self.seen, tables.examples), (self.unseen, tables.pairs))
+            for task in tasks
+        }
+
+    def _arm(self, name: str) -> Arm:
+        arm = load_arm(name)
+        if arm.prompt:
+            raise ArmError(f"Arm {name!r} is a prompt: contrast and k-shot prompts are measured anyway.")
+        return arm
+
+    def _trained_arm(self) -> Arm:
+        arm, tables = self._arm(self.tables.arm), self.tables
+        parts = {part: {**getattr(arm, part), **getattr(tables, part)} for part in ("adapter", "loss", "trainer")}
+        arm = arm.model_copy(update=parts)
+        if arm.peft_config() is None:
+            raise ArmError(f"Arm {tables.arm!r} changes the base model, which is compared with: choose an adapter.")
+        arm.loss_object()
+        return arm
+
+    def run(self, folder: Path) -> Path:
+        """Train once, measure every unseen task, write `page.md`; an interrupted run goes on where it stopped."""
+        main_process = PartialState().is_main_process
+        claim(folder, self.tables, main_process)
+        model, tokenizer = load_model(self.tables.model)
+        model.to(PartialState().device)
+        tuned = self._tuned(model, tokenizer, folder)
+        cells = list(self._cells(model, tuned, tokenizer, folder))
+        result = {"cells": cells, "side_effects": self._side_effects(model, tuned, tokenizer)}
+        if main_process:
+            write_whole(folder / "page.md", page(self.tables, result))
+            write_whole(folder / "result.json", json.dumps(result, indent=1))  # last: the run is finished
+        return folder / "page.md"
+
+    def contrast_prompts(self) -> Dataset:
+        """Pairs of all seen tasks behind contrast prompts made of other pairs of the same task."""
+        parts = []
+        for task in self.seen:
+            rows = self.splits[task.label].train(self.tables.examples, 0)
+            view = get_view("demonstrations", k=self.tables.demonstrations, contrast=True, pool=tuple(rows.to_list()))
+            parts.append(Dataset.from_list([dict(row) for row in view(rows.to_list())]))
+        return concatenate_datasets(parts).shuffle(seed=0)
+
+    def _tuned(self, model: Any, tokenizer: Any, folder: Path) -> Any:
+        home = folder / "adapter"
+        if home.is_dir():
+            return PeftModel.from_pretrained(share_weights(model), str(home)).eval()
+        set_seed(0)
+        rows = self.contrast_prompts()
+        check_context(model, tokenizer, rows["prompt"], 1, "Contrast prompts of seen tasks")
+        trainer = make_trainer(self.arm, share_weights(model), tokenizer, rows, folder)
+        fit(trainer, folder)
+        trainer.save_model(str(folder / "adapter.part"))
+        if PartialState().is_main_process:
+            (folder / "adapter.part").rename(home)
+        return trainer.accelerator.unwrap_model(trainer.model).eval()
+
+    def _cells(self, model: Any, tuned: Any, tokenizer: Any, folder: Path) -> Iterator[dict[str, Any]]:
+        cells = [(task, seed) for task in self.unseen for seed in self.tables.seeds]
+        for task, seed in tqdm(cells, desc="Unseen tasks", unit="cell"):
+            file = folder / "cells" / task.label / f"seed{seed}.json"
+            if not file.exists():
+                file.parent.mkdir(parents=True, exist_ok=True)
+                found = self._measured(model, tuned, tokenizer, self.splits[task.label], seed, file.with_suffix(""))
+                write_whole(file, json.dumps({"task": task.label, "seed": seed, "margins": found}))
+            yield json.loads(file.read_text(encoding="utf-8"))
+
+    def _measured(
+        self, model: Any, tuned: Any, tokenizer: Any, splits: Splits, seed: int, home: Path
+    ) -> dict[str, list[float]]:
+        """Margins of the test pairs, by condition."""
+        pool, k, found = splits.train(self.tables.pairs, seed), self.tables.demonstrations, {}
+        for name in _PROMPTS:
+            rows = splits.test
+            if name != "plain":
+                view = get_view("demonstrations", k=k, contrast=name == "contrast", seed=seed, pool=tuple(pool))
+                rows = Dataset.from_list([dict(row) for row in view(rows.to_list())])
+                check_context(model, tokenizer, rows["prompt"], 1, f"A {name} prompt")
+            for who, asked in (("base", model), ("trained", tuned)):
+                found[f"{who}, {name}"] = pair_margins(asked, tokenizer, rows, [1.0], 4, show=False)[1.0]
+        for arm in self.steering:
+            arm = arm.model_copy(update={"data": arm.data.model_copy(update={"seed": seed})})
+            quiet = {"save_strategy": "no", "disable_tqdm": True}
+            trainer = make_trainer(arm, share_weights(model), tokenizer, pool, home / arm.name, **quiet)
+            fit(trainer, home / arm.name)
+            steered = trainer.accelerator.unwrap_model(trainer.model).eval()
+            found[arm.name] = pair_margins(steered, tokenizer, splits.test, [1.0], 4, show=False)[1.0]
+        return {name: [round(float(m), 4) for m in margins] for name, margins in found.items()}
+
+    def _side_effects(self, model: Any, tuned: Any, tokenizer: Any) -> dict[str, float]:
+        return side_effects(neutral_logps(tuned, tokenizer), neutral_logps(model, tokenizer))
+
+
+def right(cells: list[dict[str, Any]]) -> dict[str, pd.Series]:
+    """By condition, per task and seed which test pairs are preferred the right way (a tie counts half)."""
+    index = pd.MultiIndex.from_tuples([(cell["task"], cell["seed"]) for cell in cells], names=["task", "seed"])
+    return {
+        name: pd.Series([(np.sign(cell["margins"][name]) + 1) / 2 for cell in cells], index=index, dtype=object)
+        for name in cells[0]["margins"]
+    }
+
+
+def questions(found: dict[str, pd.Series], steering: Sequence[str]) -> dict[tuple[str, str], Difference]:
+    """What is asked of the trained model's contrast prompts, corrected for asking several things."""
+    trained = "trained, contrast"
+    asked = [(trained, other) for other in ("base, contrast", "trained, plain", *steering)]
+    asked += [("base, contrast", "base, plain"), ("base, contrast", "base, k-shot")]
+    return together({pair: difference(found[pair[0]] - found[pair[1]]) for pair in asked})
+
+
+def page(tables: MixtureTables, result: dict[str, Any]) -> str:
+    """What came of it, in Markdown."""
+    found, effects = right(result["cells"]), result["side_effects"]
+    tasks = sorted({cell["task"] for cell in result["cells"]})
+    seen = [entry if isinstance(entry, str) else entry.called for entry in tables.seen]
+    lines = [
+        "# Training a model to respond to contrast prompts",
+        "",
+        f"Arm `{tables.arm}` on {tables.examples} contrast prompts of each of {', '.join(seen)}; unseen tasks with "
+        f"{tables.pairs} pairs each, {tables.demonstrations} in a prompt, {len(tables.seeds)} draws.",
+        "",
+        "## Held-out pair accuracy",
+        "",
+        "| | mean | " + " | ".join(tasks) + " |",
+        "|---" * (len(tasks) + 2) + "|",
+    ]
+    for name, values in found.items():
+        means = values.map(np.mean)
+        by_task = (f"{means[task].mean():.3f}" for task in tasks)
+        lines.append(f"| {name} | {means.mean():.3f} | " + " | ".join(by_task) + " |")
+    lines += [
+        "",
+        "## Differences",
+        "",
+        "Intervals for other draws and other test rows; p by the larger of two tests, corrected by Holm.",
+        "",
+        "| | against | difference | 95 % | p |",
+        "|---|---|---|---|---|",
+    ]
+    for (one, other), value in questions(found, tables.steering).items():
+        lines.append(f"| {one} | {other} | {value.estimate:+.3f} | {value.crossed.ends} | {value.p:.3f} |")
+    lines += [
+        "",
+        f"The trained model without a prompt, on neutral text: KL to the base {effects['kl']:.4f} nats a token, "
+        f"perplexity {effects['base_perplexity']:.2f} before and {effects['perplexity']:.2f} after.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

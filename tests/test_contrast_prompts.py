@@ -1,0 +1,161 @@
+"""Training for contrast prompts: what is built, what is measured, what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny_data
+from conftest import tiny
+
+from steertune.recipes import contrast_prompts as recipe
+from steertune.recipes.arm import ArmError
+
+CONDITIONS = [f"{who}, {name}" for name in ("plain", "k-shot", "contrast") for who in ("base", "trained")]
+
+
+@pytest.fixture
+def mixture(tmp_path: Path) -> Path:
+    """A file with two tasks of local pairs, and a tiny local model."""
+    tiny(max_position_embeddings=512).save_pretrained(tmp_path / "model")
+    tiny_data.tokenizer().save_pretrained(tmp_path / "model")
+    for task in ("one", "two"):
+        (tmp_path / task).mkdir()
+        for split, rows in (("train", 16), ("test", 5)):
+            tiny_data.pairs(rows, seed=len(task + split) + ord(task[0])).to_json(tmp_path / task / f"{split}.jsonl")
+    file = tmp_path / "mixture.toml"
+    file.write_text(
+        f"""
+seen = [{{ name = "one" }}, {{ name = "one", reverse = true }}]
+unseen = [{{ name = "two" }}]
+steering = ["mean_difference"]
+demonstrations = 2
+examples = 4
+pairs = 4
+seeds = [0, 1]
+splits = {{ validation = 2, scorer = 0, test = 4, near_duplicates = 1.0 }}
+trainer = {{ max_steps = 2, save_strategy = "no", disable_tqdm = true }}
+model = {{ name = "{tmp_path / "model"}" }}
+"""
+    )
+    return file
+
+
+def make(file: Path, **changes) -> recipe.Mixture:
+    return recipe.Mixture(recipe.read(str(file)).model_copy(update=changes), file.parent)
+
+
+def test_contrast_prompts_show_pairs_of_their_own_task_in_its_direction(mixture):
+    study = make(mixture)
+    rows = study.contrast_prompts()
+    assert len(rows) == 8
+    pool = study.splits["one"].train(4, 0).to_list()
+    for row in rows:
+        [own] = [r for r in pool if row["prompt"].rstrip().endswith(f"{r['prompt'].strip()}\nGood response:")]
+        good = "chosen" if row["chosen"] == own["chosen"] else "rejected"  # rejected: the reversed task
+        bad = {"chosen": "rejected", "rejected": "chosen"}[good]
+        assert row["rejected"] == own[bad]
+        shown = [r for r in pool if f"{r['prompt'].strip()}\nGood response: {r[good]}\nBad response: {r[bad]}" in row["prompt"]]  # fmt: skip  # noqa: E501
+        assert len(shown) == 2
+        assert own not in shown
+    assert sorted(row["chosen"] for row in rows) == sorted(row["rejected"] for row in rows), "both directions"
+
+
+def test_every_condition_is_measured_and_a_run_goes_on(mixture, tmp_path, monkeypatch, capsys):
+    run = tmp_path / "run"
+    words = [str(mixture), "--data-root", str(tmp_path), "--threads", "1", "--folder", str(run)]
+    assert recipe.main(words) == 0
+    result = json.loads((run / "result.json").read_text())
+    assert [(cell["task"], cell["seed"]) for cell in result["cells"]] == [("two", 0), ("two", 1)]
+    for cell in result["cells"]:
+        assert list(cell["margins"]) == [*CONDITIONS, "mean_difference"]
+        assert {len(margins) for margins in cell["margins"].values()} == {4}
+        assert cell["margins"]["base, plain"] != cell["margins"]["trained, plain"]
+    first, second = (cell["margins"] for cell in result["cells"])
+    assert first["base, plain"] == second["base, plain"]
+    assert first["base, contrast"] != second["base, contrast"], "another draw of pairs"
+    page = (run / "page.md").read_text()
+    assert "| trained, contrast | base, contrast |" in page
+    assert recipe.main(words) == 2
+    assert "finished run" in capsys.readouterr().err
+    (run / "result.json").unlink()
+    (run / "page.md").unlink()
+    monkeypatch.setattr(recipe.Mixture, "_measured", lambda *_: pytest.fail("the cells are there"))
+    monkeypatch.setattr(recipe, "fit", lambda *_: pytest.fail("the adapter is there"))
+    assert recipe.main(words) == 0
+    again = json.loads((run / "result.json").read_text())
+    assert again["cells"] == result["cells"]
+    assert again["side_effects"] == pytest.approx(result["side_effects"], rel=1e-4)
+    assert (run / "page.md").read_text() == page
+
+
+def cell(task: str, seed: int, better: float) -> dict:
+    """Margins of eight pairs: the trained model's contrast prompt is right in a share of them, all else is wrong."""
+    margins = {name: [-1.0] * 8 for name in [*CONDITIONS, "bias_dpo"]}
+    margins["trained, contrast"] = [1.0] * int(8 * better) + [-1.0] * (8 - int(8 * better))
+    margins["base, k-shot"] = [0.0] * 8  # a tie counts half
+    return {"task": task, "seed": seed, "margins": margins}
+
+
+def test_questions_by_hand():
+    cells = [cell(task, seed, 0.5 + 0.125 * (seed % 3)) for task in ("a", "b") for seed in range(6)]
+    found = recipe.right(cells)
+    assert np.mean(found["base, k-shot"].iloc[0]) == 0.5
+    answers = recipe.questions(found, ["bias_dpo"])
+    gain = answers["trained, contrast", "base, contrast"]
+    assert gain.estimate == pytest.approx(0.625)
+    assert gain.crossed.low < 0.625 < gain.crossed.high
+    assert gain.p < 0.05
+    assert answers["base, contrast", "base, plain"].estimate == 0
+    assert answers["base, contrast", "base, plain"].p == 1
+    assert answers["base, contrast", "base, k-shot"].estimate == -0.5
+    assert len(answers) == 5
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"unseen": ["one"]}, "are data of seen and of unseen tasks"),
+        ({"demonstrations": 4}, "pairs=4 of an unseen task, and 4 demonstrations"),
+        ({"arm": "full_dpo"}, "choose an adapter"),
+        ({"arm": "prompt_contrast"}, "is a prompt"),
+        ({"steering": ["prompt_contrast"]}, "is a prompt"),
+        ({"steering": ["bias_dop"]}, "Did you mean 'bias_dpo'"),
+        ({"examples": 40}, "40 training examples asked"),
+        ({"loss": {"name": "dop"}}, "dop"),
+    ],
+)
+def test_bad_tables(mixture, changes, message):
+    with pytest.raises((ArmError, ValueError), match=message):
+        make(mixture, **changes)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("sen = []", "Did you mean 'seen'"),
+        ('seen = [{ name = "one", reversed = true }]\nunseen = ["two"]', "Did you mean 'reverse'"),
+        ("seen = []\nunseen = ['two']", "seen"),
+        ("seen = ", "not valid TOML"),
+    ],
+)
+def test_bad_files(tmp_path, text, message):
+    (tmp_path / "bad.toml").write_text(text)
+    with pytest.raises(ArmError, match=message):
+        recipe.read(str(tmp_path / "bad.toml"))
+    with pytest.raises(ArmError, match="embedded"):
+        recipe.read("nowhere")
+
+
+def test_prompts_beyond_the_context_are_refused(mixture, tmp_path):
+    tiny(max_position_embeddings=32).save_pretrained(tmp_path / "model")
+    with pytest.raises(ArmError, match="the model reads 32"):
+        make(mixture).run(tmp_path / "run")
+
+
+def test_the_files_of_the_project_are_read():
+    for file in recipe.MIXTURES.glob("*.toml"):
+        assert recipe.read(file.stem).unseen
+    recipe.Mixture(recipe.read("embedded"))

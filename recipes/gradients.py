@@ -3,8 +3,9 @@
     python -m steertune.recipes.gradients cautious_advice --folder runs/gradients
 
 Before training, the gradient of the arm's loss is computed on every batch of the same pairs, with the rejected answers
-as they are (`pairs`), those of other prompts (`shuffled` in the data, `unpaired` within the batch) or none. With batch
-gradients `g` and their mean `ḡ`
+as they are (`pairs`), those of other prompts (`shuffled` in the data, `unpaired` within the batch), none, or both
+answers of other pairs in the prompt (`in the prompt`: the divergence from the base model behind a contrast prompt).
+With batch gradients `g` and their mean `ḡ`
 
     noise / signal = mean |g - ḡ|² / (|ḡ|² - mean |g - ḡ|² / batches)
 
@@ -36,6 +37,10 @@ CONTRASTS = {
     "none": ["--loss.contrast=none"],
     "unpaired": ["--loss.contrast=unpaired"],
     "shuffled": ["--data.pairing=shuffled"],
+    "in the prompt": [
+        "--loss={name='context_distillation'}",
+        "--views.good={name='demonstrations', k=4, contrast=true}",
+    ],
     "pairs": [],
 }
 

@@ -98,6 +98,7 @@ def _body(folder: Path, grid: dict[str, Any], tables: GridTables, claim: Claim, 
         f"## Arms against {claim.than}",
         "",
         *sections.comparisons(paired, claim),
+        *(sections.recovered(paired, claim) if claim.recovers is not None else []),
         *sections.behaviour(ran),
         *(sections.efficiency(folder, paired, curves, claim, label) if several else []),
         *sections.side_effects(folder, ran, tables),
@@ -136,6 +137,11 @@ _SIDES = {"for": "for", "against": "against", "undecided": "neither for nor agai
 
 
 def _claim(claim: Claim) -> str:
+    if claim.recovers is not None:
+        return (
+            f"`{claim.better}` has at least {claim.recovers:g} of `{claim.than}`'s gain over the base model in "
+            f"{analysis.MEASURES[claim.measure]} (alpha = {claim.alpha:g}); against it counts if it clearly has less."
+        )
     by = f", by more than {claim.margin:g}" if claim.margin else ""
     text = f"`{claim.better}` has more {analysis.MEASURES[claim.measure]} than `{claim.than}`{by}"
     if claim.factor:

@@ -41,11 +41,11 @@ def test_the_recipe_measures_every_contrast_on_the_same_batches(tmp_path, capsys
              "--threads", "1", "--folder", str(tmp_path / "run")]  # fmt: skip
     assert gradients.main(words) == 0
     found = {row["contrast"]: row for row in json.loads((tmp_path / "run" / "gradients.json").read_text())}
-    assert list(found) == ["none", "unpaired", "shuffled", "pairs"]
+    assert list(found) == ["none", "unpaired", "shuffled", "in the prompt", "pairs"]
     assert found["pairs"]["cosine_with_pairs"] == pytest.approx(1)
     # at a vector of zeros DPO's gradient is linear in the answers, so who stands behind whom in a batch is no matter
     assert found["unpaired"]["noise"] == pytest.approx(found["pairs"]["noise"], rel=1e-3)
-    assert len({round(row["noise"], 6) for row in found.values()}) == 3
+    assert len({round(row["noise"], 6) for row in found.values()}) == 4
     printed = capsys.readouterr().out
     assert all(f"| {name} |" in printed for name in found)
     assert gradients.main([*words, "--pairs", "4"]) == 2

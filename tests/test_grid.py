@@ -556,6 +556,10 @@ def test_whatever_is_wrong_is_named(changes, words):
     assert [word for word in words if word not in message] == [], message
 
 
+def test_a_claim_of_a_share_has_no_margin_of_its_own():
+    assert "claim.recovers=0.9: that is a share" in refused({"claim.recovers": 0.9, "claim.margin": 0.05})
+
+
 def test_a_grid_without_a_claim_is_refused():
     with pytest.raises(ArmError, match=r"no \[claim\].*`better`, `than`"):
         make_grid(changed({"claim": DELETE}))

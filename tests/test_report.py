@@ -14,7 +14,15 @@ import pytest
 
 from steertune.recipes import report
 from steertune.recipes.ablate import GRID, write_grid
-from steertune.recipes.ablation.analysis import MEASURES, attribution, comparisons, in_pairs, scores, verdict
+from steertune.recipes.ablation.analysis import (
+    MEASURES,
+    attribution,
+    comparisons,
+    in_pairs,
+    recovered,
+    scores,
+    verdict,
+)
 from steertune.recipes.ablation.grid import VERSION, Cell, Grid, make_grid
 from steertune.recipes.ablation.statistics.paired import crossed_interval, difference
 from steertune.recipes.ablation.statistics.rows import rows_of
@@ -139,6 +147,43 @@ def test_every_clause_of_the_claim_is_decided(gain, changes, side, words, tmp_pa
     cells = read_cells(tmp_path)
     found = verdict(cells, claim, attribution(cells, grid.tables, claim.measure, claim.factor))
     assert (found.side, words in found.sentence) == (side, True), found.sentence
+
+
+@pytest.mark.parametrize(("own", "side"), [(0.85, "for"), (0.6, "against"), (0.775, "undecided"), (0.4, "against")])
+def test_a_share_of_a_gain_over_the_base_model_is_decided(own, side, tmp_path):
+    """The base has 0.5, `than` 0.8, so 0.9 of its gain is 0.27."""
+    grid = make_up(tmp_path, lambda cell: 0.5)
+    claim = grid.tables.claim.model_copy(update={"recovers": 0.9})
+    cells = read_cells(tmp_path)
+    reached = cells["arm"].map({claim.better: own, claim.than: 0.8}).fillna(0.5)
+    cells["base_margins"] = [[1.0, -1.0] * (ROWS // 2)] * len(cells)
+    noise = np.random.default_rng(0)
+    for i in cells.index:  # which rows are right is chance, how many is not
+        margins = noise.permutation(np.where(np.arange(ROWS) < round(ROWS * reached[i]), 1.0, -1.0))
+        cells.at[i, "matched_margins"] = margins.tolist()
+        cells.at[i, "matched_accuracy"] = float((margins > 0).mean())
+    found = verdict(cells, claim)
+    assert found.side == side, found.sentence
+    table = {one.arm: one for one in recovered(cells, claim)}
+    exact = {arm: round(ROWS * share) / ROWS - 0.5 for arm, share in ((claim.better, own), (claim.than, 0.8))}
+    assert table[claim.better].share == pytest.approx(exact[claim.better] / exact[claim.than])
+    assert table[claim.better].ahead.estimate == pytest.approx(exact[claim.better] - 0.9 * exact[claim.than])
+    assert table[claim.than].share == pytest.approx(1)
+    assert set(table) == set(cells["arm"])
+
+
+def test_a_claim_of_a_share_has_its_section(tmp_path):
+    make_up(tmp_path, lambda cell: by_form(cell, 0.15))
+    grid = json.loads((tmp_path / "grid.json").read_text())
+    grid["tables"]["claim"]["recovers"] = 0.9
+    (tmp_path / "grid.json").write_text(json.dumps(grid))
+    for file in tmp_path.rglob("cell.json"):
+        cell = json.loads(file.read_text())
+        file.write_text(json.dumps({**cell, "base_margins": [1.0, -1.0] * (ROWS // 2)}))
+    page = said(tmp_path)
+    than = grid["tables"]["claim"]["than"]
+    assert f"## Recovered of {than}'s gain" in page
+    assert "gain over the base model" in page.split("## The result")[0]
 
 
 def test_that_most_of_the_gap_is_one_factor_s_takes_every_mixture(tmp_path):

@@ -14,7 +14,7 @@ from steertune.recipes.ablation.levels import arm_name
 from steertune.recipes.ablation.statistics import Frame
 from steertune.recipes.ablation.statistics.curves import Equivalence, area_between, n_equivalence
 from steertune.recipes.ablation.statistics.paired import Difference, difference, together
-from steertune.recipes.ablation.statistics.rows import mean_rows, rows_of
+from steertune.recipes.ablation.statistics.rows import mean_rows, rows_of, with_base
 from steertune.recipes.ablation.statistics.shapley import share_rows
 from steertune.recipes.ablation.tables import Claim, GridTables, Measure, TaskTable
 from steertune.recipes.arm import ArmError
@@ -30,6 +30,7 @@ MEASURES: dict[Measure, str] = {
 
 
 _LEFT_OUT = 0.1  # share of the pairs
+BASE = "the base model"
 
 
 @dataclass(frozen=True)
@@ -115,12 +116,14 @@ def verdict(cells: Frame, claim: Claim, found: Attribution | None = None) -> Ver
         claim: The claim.
         found: `attribution` for the claim's measure.
     """
+    if claim.recovers is not None:
+        cells = with_base(cells, BASE)
     wide = scores(cells, claim.measure)
     missing = [arm for arm in (claim.better, claim.than) if arm not in wide or wide[arm].isna().all()]
     if missing:
         return Verdict("undecided", f"{missing} have no {MEASURES[claim.measure]}, so the claim cannot be decided.")
-    both = wide[[claim.better, claim.than]].dropna()
-    rows = both[claim.better] - both[claim.than]
+    both = wide.dropna(subset=[claim.better, claim.than])
+    rows = _ahead(both, claim.better, claim)
     gap, over = difference(rows), difference(rows - claim.margin)
     if not gap.interval.pairs:
         return Verdict("undecided", "No pair of task and seed has both arms of the claim yet.")
@@ -128,9 +131,9 @@ def verdict(cells: Frame, claim: Claim, found: Attribution | None = None) -> Ver
     left_out = _left_out(cells, claim, all_pairs - pairs)
     what = (
         f"{claim.better} has {mean(both[claim.better]):.3f} {MEASURES[claim.measure]}, {claim.than} has "
-        f"{mean(both[claim.than]):.3f}: a difference of {gap} (95 %, for other seeds and test rows of these tasks, "
-        f"given the settings chosen; {pairs} of {all_pairs} pairs of task and seed{left_out}; p = {over.p:.3g}"
-        f"{f' that it is not {claim.margin:g}' if claim.margin else ''})"
+        f"{mean(both[claim.than]):.3f}: {_compared(both, claim)} {gap} (95 %, for other seeds and test rows "
+        f"of these tasks, given the settings chosen; {pairs} of {all_pairs} pairs of task and seed{left_out}; "
+        f"p = {over.p:.3g}{f' that it is not {claim.margin:g}' if claim.margin else ''})"
     )
     if all_pairs - pairs > _LEFT_OUT * all_pairs:
         return Verdict(
@@ -145,6 +148,52 @@ def verdict(cells: Frame, claim: Claim, found: Attribution | None = None) -> Ver
         return Verdict("against", f"{what}, {less}.")
     side, clause = _largest_share(claim, found)
     return Verdict(side, f"{what}, more{f' than {claim.margin:g}' if claim.margin else ''}{clause}.")
+
+
+def _ahead(wide: Frame, arm: str, claim: Claim) -> Frame:
+    """How far an arm is ahead of what the claim compares with: `than`, or a share of its gain over the base."""
+    if claim.recovers is None:
+        return wide[arm] - wide[claim.than]
+    return wide[arm] - wide[BASE] - claim.recovers * (wide[claim.than] - wide[BASE])
+
+
+def _compared(both: Frame, claim: Claim) -> str:
+    if claim.recovers is None:
+        return "a difference of"
+    base, own, other = (mean(both[arm]) for arm in (BASE, claim.better, claim.than))
+    share = f"{(own - base) / (other - base):.2f}" if other > base else "no share"
+    return f"{share} of its gain over the base's {base:.3f}, and more than {claim.recovers:g} of it by"
+
+
+@dataclass(frozen=True)
+class Recovered:
+    """How much of another arm's gain over the base model an arm reaches.
+
+    Attributes:
+        arm: The arm.
+        gain: Over the base model.
+        share: Its mean gain over that of the claim's `than`; None where that gains nothing.
+        ahead: Its gain minus the claimed share of the other's; p is corrected (Holm) over all arms of the table.
+    """
+
+    arm: str
+    gain: Difference
+    share: float | None
+    ahead: Difference
+
+
+def recovered(cells: Frame, claim: Claim) -> list[Recovered]:
+    """What every arm reaches of the gain that the claim is about, for a claim with `recovers`."""
+    wide = scores(with_base(cells, BASE), claim.measure)
+    pairs = {arm: wide[list({arm, claim.than, BASE})].dropna() for arm in wide if arm != BASE and claim.than in wide}
+    pairs = {arm: rows for arm, rows in pairs.items() if len(rows)}
+    ahead = together({arm: difference(_ahead(rows, arm, claim)) for arm, rows in pairs.items()})
+    gains = together({arm: difference(rows[arm] - rows[BASE]) for arm, rows in pairs.items()})
+    whole = {arm: mean(rows[claim.than] - rows[BASE]) for arm, rows in pairs.items()}
+    return [
+        Recovered(arm, gains[arm], gains[arm].estimate / whole[arm] if whole[arm] > 0 else None, ahead[arm])
+        for arm in pairs
+    ]
 
 
 def _left_out(cells: Frame, claim: Claim, count: int) -> str:

@@ -329,6 +329,10 @@ def _check_card(tables: GridTables, card: Card, arms: list[GridArm]) -> None:
             f"claim.factor={claim.factor!r} does not differ between design.start and design.end: {moving} do."
             f"{nearest(claim.factor, moving)}"
         )
+    if claim.recovers is not None and (claim.margin or claim.factor):
+        raise ArmError(
+            f"claim.recovers={claim.recovers}: that is a share of a gain, so leave out claim.margin and claim.factor."
+        )
     if claim.measure.endswith("behaviour") and not tables.generations:
         raise ArmError(f"claim.measure={claim.measure!r}, but generations=0: nothing would be generated to score.")
     names = [arm.name for arm in arms]

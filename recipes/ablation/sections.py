@@ -97,6 +97,17 @@ def comparisons(cells: Frame, claim: Claim) -> list[str]:
     return [what[0].upper() + what[1:], "", *table(header, rows), *note]
 
 
+def recovered(cells: Frame, claim: Claim) -> list[str]:
+    """How much of the claimed arm's gain over the base model every arm reaches."""
+    found = sorted(analysis.recovered(cells, claim), key=lambda one: -one.gain.estimate)
+    rows = [
+        [one.arm, f"{one.gain}", "" if one.share is None else f"{one.share:.2f}", *_numbers(one.ahead)]
+        for one in found
+    ]
+    header = ["arm", "gain over the base", f"share of {claim.than}'s", f"minus {claim.recovers:g} of it", *_HEADER]
+    return [f"## Recovered of {claim.than}'s gain", "", *table(header, rows)]
+
+
 def behaviour(cells: Frame) -> list[str]:
     """Means of every measure."""
     columns = {

@@ -39,6 +39,8 @@ class Claim(BaseModel, extra="forbid"):
     alpha: float = Field(default=0.05, gt=0, lt=1)
     margin: float = Field(default=0.0, ge=0, allow_inf_nan=False)
     """How far ahead `better` is claimed to be: clearly more counts for the claim, clearly less against it."""
+    recovers: float | None = Field(default=None, gt=0, le=1)
+    """What share of `than`'s gain over the base model `better` is claimed to reach, in place of being better."""
     factor: str | None = None
     """The factor that is claimed to have the largest share of the gap; another with a larger one counts against."""
 

@@ -34,6 +34,15 @@ def rows_of(cells: Frame, measure: str) -> Frame:
     return pd.Series(kept, index=cells.index, dtype=object)
 
 
+def with_base(cells: Frame, name: str) -> Frame:
+    """The cells, and the base model as one more arm called `name`, from what every cell keeps of it."""
+    base = cells.drop_duplicates(["task", "seed", "examples"]).assign(arm=name)
+    for prefix in ("", "matched_"):
+        there = [kind for kind in ("accuracy", "margins", "behaviour", "behaviours") if f"base_{kind}" in base]
+        base = base.assign(**{prefix + kind: base[f"base_{kind}"] for kind in there}, **{f"{prefix}margin_gain": 0.0})
+    return pd.concat([cells, base], ignore_index=True)
+
+
 def mean_rows(values: Frame, levels: Sequence[str]) -> Frame:
     """Mean of arrays within groups of the index; a row that could not be judged in one of them has none (NaN)."""
     means = {key: np.mean(np.stack([*group]), axis=0) for key, group in values.groupby(level=list(levels), sort=True)}

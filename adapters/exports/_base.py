@@ -1,0 +1,101 @@
+"""What a target is."""
+
+from __future__ import annotations
+
+import importlib.util
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+from peft import PeftModel
+
+from ._vectors import ConstantVectors, ExportError
+
+__all__ = ["ADD", "LOAD", "Export", "ExportError", "Exported"]
+
+LOAD = """from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained({base!r}, dtype={dtype!r}).eval()
+"""
+"""Lines that load the base model."""
+
+ADD = """
+def adding(vector):
+    def hook(module, args, output):
+        if isinstance(output, tuple):
+            return (output[0] + vector).to(output[0].dtype), *output[1:]
+        return (output + vector).to(output.dtype)
+    return hook
+"""
+"""Lines of a hook that adds a vector to a module's output."""
+
+
+@dataclass(frozen=True)
+class Exported:
+    """An export that was verified.
+
+    Attributes:
+        target: The target's name.
+        folder: Where it is.
+        lines: Python that loads the steered model without this package.
+        error: Largest difference of a logit from the steered model's, in the fresh process.
+        effect: Largest change of a logit that the vector makes, to compare it with.
+    """
+
+    target: str
+    folder: Path
+    lines: str
+    error: float
+    effect: float
+
+
+class Export(ABC):
+    """A target. Its file has one instance, `TARGET`.
+
+    Attributes:
+        packages: What has to be installed to write or to verify it.
+        python: Lines that load the export, with `{folder!r}`, `{base!r}` and `{dtype!r}`; they leave `model`.
+        note: What a reader should know besides.
+    """
+
+    packages: ClassVar[tuple[str, ...]] = ()
+    python: ClassVar[str]
+    note: ClassVar[str] = ""
+
+    def check_packages(self) -> None:
+        """Raise an ExportError when a package is missing."""
+        missing = [name for name in self.packages if importlib.util.find_spec(name) is None]
+        if missing:
+            raise ExportError(f"This target needs {missing}: pip install {' '.join(missing).replace('_', '-')}")
+
+    @abstractmethod
+    def check(self, vectors: ConstantVectors, model: PeftModel) -> None:
+        """Raise an ExportError for what the target cannot carry, with the nearest thing that works."""
+
+    @abstractmethod
+    def write(self, vectors: ConstantVectors, model: PeftModel, folder: Path) -> None:
+        """Write the files into an empty folder."""
+
+    def lines(self, base: str, folder: str, model: PeftModel) -> str:
+        """How a user loads it."""
+        return self.python.format(base=base, folder=folder, dtype=str(model.dtype).removeprefix("torch."))
+
+    def readme(
+        self, vectors: ConstantVectors, base: str, strength: float, lines: str, error: float, effect: float
+    ) -> str:
+        """The export's README."""
+        return "\n".join([
+            "# Exported steering vector",
+            "",
+            f"For `{base}`; added to the output of {', '.join(f'`{name}`' for name in vectors.vectors)}, at strength "
+            f"{strength:g} of the adapter it was made from (baked in).",
+            "",
+            *([self.note, ""] if self.note else []),
+            "```python",
+            lines.strip(),
+            "```",
+            "",
+            f"Verified by these lines in a fresh process: logits differ by at most {error:.2g} from the steered "
+            f"model's, and the vector moves them by up to {effect:.2g}.",
+            "",
+        ])  # fmt: skip

@@ -1,0 +1,124 @@
+"""Where in a model's weights a constant can stand instead of being added by a hook: measured, not looked up."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+
+from ..layer import SteeringVectorLayer
+from ._vectors import ConstantVectors, ExportError
+
+_EXACT = 1e-4  # of the vector's length, in fp32
+_TOKENS = 4
+
+
+def linear_places(
+    vectors: ConstantVectors, model: PeftModel, fits: Callable[[nn.Module], bool]
+) -> dict[str, tuple[str, Tensor]]:
+    """For every steered module a linear map inside it to whose output a constant can be added instead.
+
+    A vector is added to the output of each candidate in turn, from the last one, and the change of the steered
+    module's output is looked at. Where it is the vector (or a fixed multiple of it, which is divided out), the place
+    is exact: blocks that normalise or scale behind their last map, and experts that are no linear maps, have none.
+
+    Args:
+        vectors: What is steered.
+        model: The steered model.
+        fits: Which modules may carry a constant.
+
+    Returns:
+        Name of the steered module -> (name of the linear map, what is added to its output).
+
+    Raises:
+        ExportError: a steered module without such a place.
+    """
+    base = model.get_base_model()
+    with model.disable_adapter(), torch.no_grad():
+        calls = _calls(base, list(vectors.vectors))
+        return {
+            name: _place(name, base.get_submodule(name), *calls[name], vector, fits)
+            for name, vector in vectors.vectors.items()
+        }
+
+
+def _calls(base: nn.Module, names: list[str]) -> dict[str, tuple[tuple[Any, ...], dict[str, Any]]]:
+    """What the steered modules are called with, for a few tokens."""
+    found: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {}
+
+    def keep(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            found[name] = (args, kwargs)
+
+        return hook
+
+    handles = [base.get_submodule(name).register_forward_pre_hook(keep(name), with_kwargs=True) for name in names]
+    training = base.training
+    base.eval()
+    try:
+        tokens = torch.arange(3, 3 + _TOKENS, device=next(base.parameters()).device)[None]
+        base(input_ids=tokens, use_cache=False)
+    finally:
+        base.train(training)
+        for handle in handles:
+            handle.remove()
+    return found
+
+
+def _place(
+    name: str,
+    module: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    vector: Tensor,
+    fits: Callable[[nn.Module], bool],
+) -> tuple[str, Tensor]:
+    training = module.training
+    module.eval()
+    try:
+        before = _hidden(module(*args, **kwargs))
+        candidates = [
+            (path, inner)
+            for path, inner in module.named_modules()
+            if path and fits(inner) and not isinstance(inner, SteeringVectorLayer)
+        ]
+        seen = []
+        for path, inner in reversed(candidates):
+            handle = inner.register_forward_hook(_adding(vector))
+            try:
+                change = (_hidden(module(*args, **kwargs)) - before).float().cpu()
+            except RuntimeError:  # a map of another width
+                continue
+            finally:
+                handle.remove()
+            share = float((change * vector).sum() / (vector.square().sum() * change[..., 0].numel()))
+            off = float((change - share * vector).abs().max() / vector.abs().max())
+            if abs(share) > 1e-3 and off <= _tolerance(before) * max(1.0, abs(share)):
+                return f"{name}.{path}", vector / (1.0 if abs(share - 1) <= _tolerance(before) else share)
+            seen.append(f"{path} (gives {share:.2g} of it, off by {off:.2g})")
+    finally:
+        module.train(training)
+    kinds = ", ".join(seen[:3]) or "it has no linear map of this width"
+    raise ExportError(
+        f"No map inside {name} ({type(module).__name__}) can carry the vector: {kinds}. The block normalises behind "
+        "its last map, or has fused experts. What works: the steering adapter itself, safetensors, gguf."
+    )
+
+
+def _tolerance(states: Tensor) -> float:
+    """Adding to a state rounds it: what is left of a vector is only as exact as the states' precision."""
+    return max(_EXACT, 64 * torch.finfo(states.dtype).eps * (1.0 + float(states.float().abs().max())))
+
+
+def _adding(vector: Tensor) -> Callable[..., Any]:
+    def hook(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        return (output + vector.to(output.device)).to(output.dtype)
+
+    return hook
+
+
+def _hidden(output: Any) -> Tensor:
+    return output[0] if isinstance(output, tuple) else output

@@ -1,0 +1,128 @@
+"""The constant vectors of an adapter, and adapters of constant vectors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from peft import PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from ..config import Site, SteeringVectorConfig
+from ..layer import SteeringVectorLayer
+from ..model import CHILD
+from ..norms import cap
+
+
+class ExportError(ValueError):
+    """Something cannot be exported; the message says why, and the nearest thing that works."""
+
+
+@dataclass(frozen=True)
+class ConstantVectors:
+    """What an adapter adds, whatever the input.
+
+    Attributes:
+        vectors: Full name of the steered module in the base model -> `(d,)`, fp32.
+        layers: The same names -> index of the block.
+        site: What is steered.
+    """
+
+    vectors: dict[str, Tensor]
+    layers: dict[str, int]
+    site: Site
+
+    @property
+    def by_layer(self) -> dict[int, Tensor]:
+        """Index of the block -> vector."""
+        return {self.layers[name]: vector for name, vector in self.vectors.items()}
+
+
+def constant_vectors(model: PeftModel, strength: float = 1.0) -> ConstantVectors:
+    """What the active adapter adds at a strength; lengths that `norm` prescribes are applied.
+
+    Args:
+        model: A model with one active steering vector and no other adapter.
+        strength: Multiplies the vectors.
+
+    Raises:
+        ExportError: another adapter, several active ones, or one that adds no constant at every position.
+    """
+    if not isinstance(model, PeftModel):
+        raise ExportError(f"{type(model).__name__} carries no adapter: PeftModel.from_pretrained(base, folder).")
+    name, config = _only_adapter(model)
+    reasons = {
+        f"form={config.form!r} depends on the state": config.form != "bias",
+        "norm='preserve' depends on the state": config.norm == "preserve",
+        f"positions={config.positions!r} leaves tokens out, and other tools add at every position": (
+            config.positions != "all"
+        ),
+        f"modules_to_save={config.modules_to_save} are trained too": bool(config.modules_to_save),
+    }
+    if found := [reason for reason, holds in reasons.items() if holds]:
+        raise ExportError(
+            f"Adapter {name!r} is no constant vector: {'; '.join(found)}. Exports carry form='bias' with "
+            "positions='all'; share this one as the PEFT folder it is, or train that."
+        )
+    base = model.get_base_model()
+    vectors, layers = {}, {}
+    for path, layer in base.named_modules():
+        if isinstance(layer, SteeringVectorLayer) and name in layer.config:
+            vector = layer.written(name).detach().float().cpu()
+            if config.norm == "capped" and config.norm_value is not None:
+                vector = cap(vector, config.norm_value)
+            module = path.removesuffix(f".{CHILD}")
+            vectors[module], layers[module] = strength * vector, layer.layer_index
+    if not all(v.isfinite().all() for v in vectors.values()) or not any(v.any() for v in vectors.values()):
+        raise ExportError(f"Adapter {name!r} at strength {strength:g} is zero or not finite: nothing to export.")
+    return ConstantVectors(vectors, layers, config.site)
+
+
+def _only_adapter(model: PeftModel) -> tuple[str, SteeringVectorConfig]:
+    active = list(model.active_adapters)
+    configs = {name: model.peft_config[name] for name in active}
+    if len(active) != 1:
+        raise ExportError(
+            f"{len(active)} adapters are active ({active}): export one at a time, model.set_adapter(name)."
+        )
+    [(name, config)] = configs.items()
+    if not isinstance(config, SteeringVectorConfig):
+        raise ExportError(f"Adapter {name!r} is {config.peft_type}: only steering vectors are exported here.")
+    others = {
+        type(module).__name__
+        for module in model.modules()
+        if isinstance(module, BaseTunerLayer) and not isinstance(module, SteeringVectorLayer)
+    }
+    if others:
+        raise ExportError(f"Another adapter is in the model too ({sorted(others)}): load the steering vector alone.")
+    if getattr(model.get_base_model(), "is_quantized", False):
+        raise ExportError("The base is quantised, so nothing can be compared to rounding: load it in plain precision.")
+    return name, config
+
+
+def adapter_of(model: nn.Module, vectors: Mapping[int, Tensor], adapter_name: str = "default") -> PeftModel:
+    """A model steered by given vectors, as an ordinary adapter that can be saved, scaled and trained on.
+
+    Args:
+        model: The base model.
+        vectors: Index of the block -> `(d,)`, added to that block's output.
+        adapter_name: Name of the new adapter.
+
+    Raises:
+        ExportError: no vector, one of another width, not finite, or of a block that the model does not have.
+    """
+    width = model.get_input_embeddings().weight.shape[1]  # pyright: ignore
+    bad = {i: tuple(v.shape) for i, v in vectors.items() if tuple(v.shape) != (width,) or not v.isfinite().all()}
+    if not vectors or bad:
+        raise ExportError(f"Vectors of width {width}, all numbers finite, are needed for this model; these are {bad}.")
+    config = SteeringVectorConfig(layers=sorted(vectors))
+    try:
+        steered = get_peft_model(model, config, adapter_name)  # pyright: ignore[reportArgumentType]
+    except ValueError as error:
+        raise ExportError(str(error)) from error
+    for layer in steered.modules():
+        if isinstance(layer, SteeringVectorLayer) and adapter_name in layer.config:
+            layer.initialise(adapter_name, vectors[layer.layer_index].to(torch.float32))
+    return steered

@@ -1,0 +1,74 @@
+"""Does an export do the same? Asked in a fresh process, of the lines that its README gives."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from torch import Tensor
+
+from ..strength import set_strength
+from ._base import Export, ExportError
+
+_FRESH = Path(__file__).with_name("_fresh.py")
+_ROUNDING = 64  # units of the model's precision, relative to the largest logit
+_TELLING = 10  # how much larger than rounding the vector's effect has to be
+
+
+def verify(
+    target: Export, folder: Path, model: PeftModel, base: str, inputs: Sequence[Sequence[int]], strength: float
+) -> tuple[float, float]:
+    """Largest difference of a logit from the steered model's, and largest change that the vector makes.
+
+    Raises:
+        ExportError: the lines do not run, the logits are others, or the vector moves them too little to tell.
+    """
+    if not inputs or not all(len(ids) for ids in inputs):
+        raise ExportError("inputs is empty: token ids of a prompt or more, at which logits are compared.")
+    with set_strength(model, strength):
+        steered = _logits(model, inputs)
+    with model.disable_adapter():
+        plain = _logits(model, inputs)
+    limit = _ROUNDING * torch.finfo(model.dtype).eps * max(float(x.abs().max()) for x in steered)
+    effect = max(float((a - b).abs().max()) for a, b in zip(steered, plain, strict=True))
+    if effect < _TELLING * limit:
+        raise ExportError(
+            f"The vector moves logits by {effect:.2g} at most, and rounding by {limit:.2g}: whether the export does "
+            "the same cannot be told. Give a larger strength, or a base in fp32."
+        )
+    found = _in_fresh_process(target.lines(base, str(folder), model), inputs)
+    error = max(float((a - b).abs().max()) for a, b in zip(steered, found, strict=True))
+    if not error <= limit:
+        raise ExportError(
+            f"What was written does not do the same: logits differ by {error:.2g} (allowed {limit:.2g}) where the "
+            f"vector moves them by {effect:.2g}. Is base={base!r} the base of this adapter? Nothing was kept."
+        )
+    return error, effect
+
+
+@torch.no_grad()
+def _logits(model: PeftModel, inputs: Sequence[Sequence[int]]) -> list[Tensor]:
+    training = model.training
+    model.eval()
+    try:
+        return [model(input_ids=torch.tensor([ids], device=model.device)).logits[0].float().cpu() for ids in inputs]
+    finally:
+        model.train(training)
+
+
+def _in_fresh_process(lines: str, inputs: Sequence[Sequence[int]]) -> list[Tensor]:
+    with tempfile.TemporaryDirectory() as folder:
+        job, logits = Path(folder) / "job.json", Path(folder) / "logits.safetensors"
+        job.write_text(json.dumps({"lines": lines, "inputs": [list(ids) for ids in inputs], "logits": str(logits)}))
+        ran = subprocess.run([sys.executable, "-P", str(_FRESH), str(job)], capture_output=True, text=True)
+        if ran.returncode:
+            raise ExportError(f"A fresh process cannot load it:\n{lines}\n{ran.stderr[-1500:]}")
+        found = load_file(logits)
+    return [found[str(i)] for i in range(len(inputs))]

@@ -1,0 +1,106 @@
+"""llama.cpp's control vector: a GGUF file that `--control-vector` adds to the residual stream.
+
+Tensor `direction.N` is added to the output of block N, at every position. N starts at 1: block 0 has no place in the
+format. llama.cpp does not look at which model a vector was made for.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+
+from ..blocks import find_blocks, text_config
+from ._base import ADD, LOAD, Export
+from ._vectors import ConstantVectors, ExportError
+
+FILE = "control-vector.gguf"
+_ARCHITECTURE = "controlvector"
+
+
+class GgufExport(Export):
+    """A control vector of llama.cpp, which repeng and EasySteer read too."""
+
+    packages = ("gguf",)
+    python = (
+        LOAD
+        + ADD
+        + """
+import torch
+from gguf import GGUFReader
+for tensor in GGUFReader({folder!r} + "/control-vector.gguf").tensors:
+    layer = int(tensor.name.removeprefix("direction."))
+    block = model.get_submodule("BLOCKS")[layer]
+    block.register_forward_hook(adding(torch.tensor(tensor.data, device=model.device)))
+"""
+    )
+    note = (
+        "With llama.cpp: `llama-cli -m MODEL.gguf --control-vector control-vector.gguf` (`--control-vector-scaled "
+        "FILE 2.0` for twice the strength). llama.cpp does not check that the vector was made for the model."
+    )
+
+    def lines(self, base: str, folder: str, model: PeftModel) -> str:
+        """With the name of the list of blocks."""
+        blocks = find_blocks(model.get_base_model())[0][0].rpartition(".")[0]
+        return super().lines(base, folder, model).replace("BLOCKS", blocks)
+
+    def check(self, vectors: ConstantVectors, model: PeftModel) -> None:
+        """Block outputs only, and not that of block 0."""
+        if vectors.site != "block":
+            raise ExportError(f"site={vectors.site!r}: llama.cpp adds to block outputs only. What works: safetensors.")
+        if 0 in vectors.by_layer:
+            raise ExportError(
+                "Layer 0 is not representable: llama.cpp's format starts at direction.1. Train layers=[1, ...], or "
+                "export to safetensors."
+            )
+
+    def write(self, vectors: ConstantVectors, model: PeftModel, folder: Path) -> None:
+        """`control-vector.gguf`."""
+        from gguf import GGUFWriter
+
+        writer = GGUFWriter(str(folder / FILE), _ARCHITECTURE)
+        writer.add_string(f"{_ARCHITECTURE}.model_hint", text_config(model.get_base_model()).model_type)
+        writer.add_uint32(f"{_ARCHITECTURE}.layer_count", len(vectors.by_layer))
+        for layer, vector in sorted(vectors.by_layer.items()):
+            writer.add_tensor(f"direction.{layer}", vector.numpy())
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+
+
+def read(file: str | Path) -> dict[int, Tensor]:
+    """The directions of a control vector, by block; `adapter_of` makes an adapter of them.
+
+    Raises:
+        ExportError: the file is no control vector, or holds anything but finite fp32 rows of one width.
+    """
+    from gguf import GGUFReader
+
+    try:
+        reader = GGUFReader(str(file))
+        fields = reader.fields["general.architecture"]
+        architecture = bytes(fields.parts[fields.data[0]]).decode()
+        tensors = {tensor.name: torch.tensor(tensor.data) for tensor in reader.tensors}
+    except (OSError, ValueError, KeyError, IndexError, UnicodeDecodeError) as error:
+        raise ExportError(f"{file} is no readable GGUF file: {error}") from error
+    if architecture != _ARCHITECTURE:
+        raise ExportError(f"{file} holds a {architecture!r} model, not a control vector.")
+    found = {}
+    for name, vector in tensors.items():
+        layer = name.removeprefix("direction.")
+        if layer == name or not layer.isdigit() or int(layer) < 1:
+            raise ExportError(f"{file}: tensor {name!r} is no direction.N with N from 1.")
+        if vector.ndim != 1 or vector.dtype != torch.float32 or not vector.isfinite().all():
+            raise ExportError(
+                f"{file}: {name} is {vector.dtype} {tuple(vector.shape)}; expected are finite fp32 rows."
+            )
+        found[int(layer)] = vector
+    if len({len(vector) for vector in found.values()}) != 1:
+        raise ExportError(f"{file}: directions of one width are expected, found {sorted(map(len, found.values()))}.")
+    return found
+
+
+TARGET = GgufExport()

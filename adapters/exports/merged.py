@@ -1,0 +1,77 @@
+"""The vector in the base model's own weights: a bias that the architecture's configuration carries through reload.
+
+GPT-2 has a bias where a block writes; Llama gets one with `mlp_bias=True`. A bias that the configuration does not know
+is dropped by save and reload without a word, so nothing else is written.
+"""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+from transformers.pytorch_utils import Conv1D
+
+from ..model import CHILD
+from ._base import LOAD, Export
+from ._places import linear_places
+from ._vectors import ConstantVectors, ExportError
+
+
+class MergedExport(Export):
+    """A whole model that `AutoModelForCausalLM.from_pretrained` loads."""
+
+    python = LOAD.replace("{base!r}", "{folder!r}")
+
+    def check(self, vectors: ConstantVectors, model: PeftModel) -> None:
+        """See `linear_places`; and there must be a configuration with a bias at these places."""
+        _with_biases(model.get_base_model(), _places(vectors, model))
+
+    def write(self, vectors: ConstantVectors, model: PeftModel, folder: Path) -> None:
+        """The model as `save_pretrained` writes it."""
+        base, places = model.get_base_model(), _places(vectors, model)
+        config = _with_biases(base, places)
+        with torch.device("meta"):
+            merged = AutoModelForCausalLM.from_config(config, dtype=model.dtype)
+        state = {name: value for name, value in base.state_dict().items() if f".{CHILD}." not in name}
+        for name, value in merged.state_dict().items():
+            if name.endswith(".bias") and name not in state:  # the other biases that the switch brings
+                state[name] = torch.zeros(value.shape, dtype=model.dtype, device=model.device)
+        for name, vector in places.items():
+            old = state[f"{name}.bias"]
+            state[f"{name}.bias"] = (old.float() + vector.to(old.device)).to(old.dtype)
+        merged.load_state_dict(state, assign=True)
+        merged.generation_config = copy.deepcopy(getattr(base, "generation_config", None))
+        merged.save_pretrained(folder)
+
+
+def _places(vectors: ConstantVectors, model: PeftModel) -> dict[str, Tensor]:
+    return dict(linear_places(vectors, model, lambda module: isinstance(module, nn.Linear | Conv1D)).values())
+
+
+def _with_biases(base: Any, places: dict[str, Tensor]) -> Any:
+    """The configuration under which these maps have biases: the model's own, or with one switch more.
+
+    Raises:
+        ExportError: there is none.
+    """
+    switches = [k for k, v in base.config.to_dict().items() if k.endswith("bias") and v is False]
+    for switch in [None, *switches]:
+        config = copy.deepcopy(base.config)
+        if switch is not None:
+            setattr(config, switch, True)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+        if all(getattr(model.get_submodule(name), "bias", None) is not None for name in places):
+            return config
+    raise ExportError(
+        f"{type(base).__name__} has no bias at {sorted(places)}, and its configuration no switch for it ({switches}): "
+        "one that was put there would be dropped when the model is loaded again. What works: peft, safetensors."
+    )
+
+
+TARGET = MergedExport()

@@ -1,0 +1,44 @@
+"""repeng's `ControlVector` (github vgel/repeng): directions by block, as numpy arrays."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+
+from ._base import LOAD
+from ._vectors import ConstantVectors, ExportError
+from .safetensors import SafetensorsExport
+
+
+class RepengExport(SafetensorsExport):
+    """A safetensors file, and the lines that make repeng's object of it."""
+
+    packages = ("repeng",)
+    python = (
+        LOAD
+        + """
+import re
+from repeng import ControlModel, ControlVector
+from safetensors.torch import load_file
+vectors = load_file({folder!r} + "/vectors.safetensors")
+directions = {{int(re.findall(r"\\d+", name)[0]): vector.numpy() for name, vector in vectors.items()}}
+model = ControlModel(model, list(directions))
+model.set_control(ControlVector(model.model.config.model_type, directions), 1.0)
+"""
+    )
+
+    def check(self, vectors: ConstantVectors, model: PeftModel) -> None:
+        """Block outputs only."""
+        if vectors.site != "block":
+            raise ExportError(f"site={vectors.site!r}: repeng adds to block outputs only. What works: safetensors.")
+
+
+def read(control_vector: Any) -> dict[int, Tensor]:
+    """The directions of a `repeng.ControlVector`, by block; `adapter_of` makes an adapter of them."""
+    return {int(layer): torch.as_tensor(d, dtype=torch.float32) for layer, d in control_vector.directions.items()}
+
+
+TARGET = RepengExport()

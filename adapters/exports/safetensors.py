@@ -1,0 +1,38 @@
+"""A plain safetensors file: the full name of the steered module -> what is added to its output, `(d,)` in fp32."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from peft import PeftModel
+from safetensors.torch import save_file
+
+from ._base import ADD, LOAD, Export
+from ._vectors import ConstantVectors
+
+FILE = "vectors.safetensors"
+
+
+class SafetensorsExport(Export):
+    """One file, and eight lines that use it."""
+
+    python = (
+        LOAD
+        + ADD
+        + """
+from safetensors.torch import load_file
+for name, vector in load_file({folder!r} + "/vectors.safetensors").items():
+    model.get_submodule(name).register_forward_hook(adding(vector.to(model.device)))
+"""
+    )
+    note = "Keys of `vectors.safetensors` are full names of modules in the base; values are added to their output."
+
+    def check(self, vectors: ConstantVectors, model: PeftModel) -> None:
+        """Every constant vector fits."""
+
+    def write(self, vectors: ConstantVectors, model: PeftModel, folder: Path) -> None:
+        """`vectors.safetensors`."""
+        save_file({name: v.contiguous() for name, v in vectors.vectors.items()}, folder / FILE, {"format": "pt"})
+
+
+TARGET = SafetensorsExport()

@@ -1,0 +1,58 @@
+"""The `SteeringVector` of the package steering-vectors: activations by block."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from peft import PeftModel
+from torch import Tensor
+
+from ._base import LOAD
+from ._vectors import ConstantVectors, ExportError
+from .safetensors import SafetensorsExport
+
+_TYPES = {"block": "decoder_block", "attention": "self_attn", "mlp": "mlp"}
+
+
+class SteeringVectorsExport(SafetensorsExport):
+    """A safetensors file, and the lines that make the package's object of it."""
+
+    packages = ("steering_vectors",)
+    python = (
+        LOAD
+        + """
+import re
+from safetensors.torch import load_file
+from steering_vectors import SteeringVector
+vectors = load_file({folder!r} + "/vectors.safetensors")
+activations = {{int(re.findall(r"\\d+", name)[0]): vector.to(model.device) for name, vector in vectors.items()}}
+SteeringVector(layer_activations=activations, layer_type="TYPE").patch_activations(model)
+"""
+    )
+
+    def lines(self, base: str, folder: str, model: PeftModel) -> str:
+        """With the package's word for the site."""
+        return super().lines(base, folder, model).replace("TYPE", _TYPES[_site(model)])
+
+    def check(self, vectors: ConstantVectors, model: PeftModel) -> None:
+        """Every site has a word there."""
+        if vectors.site not in _TYPES:
+            raise ExportError(f"site={vectors.site!r} is none of {list(_TYPES)}.")
+
+
+def _site(model: PeftModel) -> str:
+    return model.peft_config[model.active_adapters[0]].site  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def read(steering_vector: Any) -> dict[int, Tensor]:
+    """The vectors of a `steering_vectors.SteeringVector`, by block; `adapter_of` makes an adapter of them.
+
+    Raises:
+        ExportError: they are not for block outputs.
+    """
+    if steering_vector.layer_type != "decoder_block":
+        raise ExportError(f"layer_type={steering_vector.layer_type!r}: only 'decoder_block' vectors are read.")
+    return {int(layer): vector.float() for layer, vector in steering_vector.layer_activations.items()}
+
+
+TARGET = SteeringVectorsExport()

@@ -52,6 +52,7 @@ setup(
         "datasets>=4.7",
         "scikit-learn>=1.5",
     ],
+    entry_points={"console_scripts": ["steertune=steertune.recipes.cli:main"]},
     extras_require={
         "recipes": RECIPES,
         "deepspeed": ["deepspeed>=0.18"],

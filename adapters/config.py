@@ -103,8 +103,15 @@ class SteeringVectorConfig(PeftConfig):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any):
-        """Read `adapter_config.json`, after checking the weight file beside it (see `check_adapter_folder`)."""
+        """Read `adapter_config.json`, after checking the weight file beside it (see `check_adapter_folder`).
+
+        Raises:
+            ValueError: the adapter is of another kind, or its weights are not usable.
+        """
         config: Any = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        if not isinstance(config, SteeringVectorConfig):
+            kind = getattr(config.peft_type, "value", config.peft_type)
+            raise ValueError(f"{pretrained_model_name_or_path} holds a {kind} adapter, not a steering vector.")
         check_adapter_folder(os.path.join(pretrained_model_name_or_path, subfolder or ""), config)
         return config
 

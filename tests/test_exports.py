@@ -8,6 +8,7 @@ import types
 from pathlib import Path
 
 import pytest
+import tiny_data
 import torch
 from conftest import ARCHITECTURES, steered, tiny, tokens
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -21,6 +22,7 @@ from steertune.adapters.exports._places import linear_places
 from steertune.adapters.exports.gguf import read as read_gguf
 from steertune.adapters.exports.repeng import read as read_repeng
 from steertune.adapters.exports.steering_vectors import read as read_steering_vectors
+from steertune.recipes import export as recipe
 
 INPUTS = [[3, 9, 27, 5], [7, 11, 13]]
 # the last map of these blocks is not what the block adds: a norm stands behind it, or experts are fused
@@ -48,7 +50,7 @@ def test_a_fresh_process_finds_the_same(target, base, tmp_path):
     made = export(model, target, tmp_path / "out", base, INPUTS, strength=-1.5)
     assert made.error < 1e-4 < 0.1 < made.effect
     page = (tmp_path / "out" / "README.md").read_text()
-    assert made.lines.strip() in page and "strength -1.5" in page
+    assert made.lines.replace(str(tmp_path / "out"), "out").strip() in page and "strength -1.5" in page
     # what the README says, here: the lines do not import steertune, so this process may run them
     names: dict = {}
     exec(made.lines, names)
@@ -299,3 +301,42 @@ def test_a_missing_package_is_named(target, base, tmp_path, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ExportError, match="pip install"):
         export(steered(layers=2), target, tmp_path / "out", base, INPUTS)
+
+
+def adapter_folder(tmp_path: Path, base: str) -> Path:
+    """A saved adapter of the tiny llama, and a tokenizer beside the base."""
+    tiny_data.tokenizer().save_pretrained(base)
+    model = steered(tiny(), layers=2)
+    model.peft_config["default"].base_model_name_or_path = base
+    model.save_pretrained(tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+def test_the_recipe_exports_a_folder_and_reads_a_control_vector(base, tmp_path, capsys):
+    folder = adapter_folder(tmp_path, base)
+    (tmp_path / "prompts.txt").write_text("the cat runs\n\na dog sits\n")
+    words = [str(folder), "--to", "gguf", "--output", str(tmp_path / "out"), "--json"]
+    assert recipe.main([*words, "--prompts", str(tmp_path / "prompts.txt"), "--strength", "2"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["largest difference of a logit"] < 1e-4 < found["largest effect on a logit"]
+    file = str(tmp_path / "out" / "control-vector.gguf")
+    assert recipe.main([file, "--from", "gguf", "--model", base, "--output", str(tmp_path / "back")]) == 0
+    again = PeftModel.from_pretrained(tiny(), tmp_path / "back")
+    own = PeftModel.from_pretrained(tiny(), folder)
+    with set_strength(own, 2):
+        assert torch.allclose(logits(again), logits(own), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["nowhere", "--to", "peft", "--output", "out"], "is no adapter folder"),
+        (["x.gguf", "--from", "gguf", "--output", "out"], "--from needs --model"),
+        (["x.gguf", "--from", "gguf", "--model", "m", "--output", "."], "there already"),
+        (["x.gguf", "--from", "gguf", "--model", "m", "--output", "out"], "no readable GGUF file"),
+    ],
+)
+def test_the_recipe_refuses(words, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert recipe.main(words) == 2
+    assert message in capsys.readouterr().err

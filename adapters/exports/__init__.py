@@ -46,6 +46,7 @@ def export(
     base: str,
     inputs: Sequence[Sequence[int]],
     strength: float = 1.0,
+    called: str | None = None,
 ) -> Exported:
     """Write the active steering vector of a model for another tool, and verify what was written.
 
@@ -56,6 +57,7 @@ def export(
         base: What a fresh process loads the base model from: a local folder or a Hub name.
         inputs: Token ids of some prompts, at which logits are compared.
         strength: It is baked in.
+        called: The base model's name for readers, where `base` is a copy of it on this machine.
 
     Raises:
         ExportError: the adapter is no constant vector, the target cannot carry it on this model, or what was written
@@ -73,9 +75,10 @@ def export(
         whole.mkdir()
         writer.write(vectors, model, whole)
         error, effect = verify(writer, whole, model, base, inputs, strength)
-        lines = writer.lines(base, str(home), model)
-        (whole / "README.md").write_text(writer.readme(vectors, base, strength, lines, error, effect), "utf-8")
+        lines = writer.lines(called or base, home.name, model)
+        readme = writer.readme(vectors, called or base, strength, lines, error, effect)
+        (whole / "README.md").write_text(readme, encoding="utf-8")
         if home.exists():
             home.rmdir()
         whole.rename(home)
-    return Exported(target, home, lines, error, effect)
+    return Exported(target, home, writer.lines(called or base, str(home), model), error, effect)

@@ -1,0 +1,101 @@
+"""What an adapter folder holds, and whether it fits a model.
+
+    python -m steertune.recipes.info runs/bias_dpo-cautious_advice/adapter
+    python -m steertune.recipes.info my-vector --model embedded --json
+
+Every tensor is checked as it is when the adapter is loaded. `--model` loads the base model
+too, puts the vector on it, and says where it can be exported to.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors.torch import load_file
+
+from steertune.adapters import exports
+from steertune.adapters.exports import ExportError
+from steertune.recipes.arm import ArmError
+from steertune.recipes.data import adapter_config, load_steered
+
+_SWITCHES = ("form", "rank", "layers", "tied", "site", "norm", "norm_value", "positions", "init", "init_scale")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line; returns the exit code: 0, or 2 for a folder that is no usable adapter, or not of that model."""
+    parser = argparse.ArgumentParser(prog="info", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("folder", type=Path, help="adapter folder")
+    parser.add_argument("--model", help="also try it on this base: embedded, a local folder or a Hub name")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    options = parser.parse_args(argv)
+    try:
+        found = describe(options.folder)
+        if options.model is not None:
+            found |= tried(options.folder, options.model)
+    except (ArmError, ValueError, OSError) as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return 2
+    print(json.dumps(found, indent=1) if options.json else _lines(found))
+    return 0
+
+
+def describe(folder: Path) -> dict[str, Any]:
+    """The adapter's switches, its base model, and the length of every vector.
+
+    Raises:
+        ArmError: the folder holds no steering vector, or a broken one.
+    """
+    config = adapter_config(folder)
+    weights = folder / SAFETENSORS_WEIGHTS_NAME
+    if not weights.is_file():
+        raise ArmError(f"{folder} has no {SAFETENSORS_WEIGHTS_NAME}: there is a configuration, and no vector.")
+    tensors = load_file(weights)
+    base = config.base_fingerprint or {}
+    return {
+        "base model": config.base_model_name_or_path,
+        "made for": {name: base.get(name) for name in ("model_type", "hidden_size", "num_layers")},
+        "switches": {name: getattr(config, name) for name in _SWITCHES},
+        "lengths": {key.removeprefix("base_model.model."): float(t.norm()) for key, t in sorted(tensors.items())},
+        "parameters": sum(tensor.numel() for tensor in tensors.values()),
+        "PEFT version": config.peft_version,
+    }
+
+
+def tried(folder: Path, name: str) -> dict[str, Any]:
+    """What can be said with the base model at hand: that it fits, and where it can be exported to.
+
+    Raises:
+        ArmError: it is not of this model.
+    """
+    model, *_ = load_steered(folder, name)
+    reasons = {}
+    for target in exports.names():
+        try:
+            exports.get(target).check(exports.constant_vectors(model), model)
+            reasons[target] = "yes"
+        except ExportError as error:
+            reasons[target] = f"no: {error}"
+    return {"fits": name, "exports": reasons}
+
+
+def _lines(found: dict[str, Any]) -> str:
+    lines = []
+    for name, value in found.items():
+        if isinstance(value, dict):
+            lines += [
+                f"{name}:",
+                *(f"  {k}: {v:.4g}" if isinstance(v, float) else f"  {k}: {v}" for k, v in value.items()),
+            ]
+        else:
+            lines.append(f"{name}: {value}")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -27,6 +27,7 @@ RECIPES = [
     "statsmodels>=0.14.4",
     "pyDOE3>=1.6",
     "filelock>=3.15",
+    "psutil>=5.9",
     "requests>=2.32",
     "markdown-it-py>=3",
 ]
@@ -42,7 +43,7 @@ setup(
     python_requires=">=3.11",
     packages=list(package_dir),
     package_dir=package_dir,
-    package_data={name: ["py.typed", "**/*.toml", "**/*.jsonl", "**/*.md"] for name in package_dir},
+    package_data={name: ["py.typed", "**/*.toml", "**/*.yaml", "**/*.jsonl", "**/*.md"] for name in package_dir},
     install_requires=[
         "torch>=2.11",
         "transformers>=5.17",

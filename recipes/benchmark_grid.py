@@ -27,7 +27,8 @@ from steertune.recipes.ablation.bench import Bench
 from steertune.recipes.ablation.cell import run_cell
 from steertune.recipes.ablation.grid import Cell, Grid, load_grid
 from steertune.recipes.arm import UPSTREAM, ArmError
-from steertune.recipes.training import set_threads, write_whole
+from steertune.recipes.processes import begin
+from steertune.recipes.training import write_whole
 
 
 class StockBench(Bench):
@@ -53,9 +54,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--data-root", type=Path)
     parser.add_argument("--threads", type=int)
     options = parser.parse_args(argv)
-    set_threads(options.threads)
     disable_progress_bars()
     try:
+        begin(options.threads)
         grid = load_grid(options.grid, options.data_root)
     except ArmError as error:
         print(f"ArmError: {error}", file=sys.stderr)

@@ -27,7 +27,8 @@ from tqdm.auto import tqdm
 from steertune.recipes.arm import Arm, ArmError, load_arm
 from steertune.recipes.data import load_model, load_splits
 from steertune.recipes.measures import pair_margins
-from steertune.recipes.training import fit, make_trainer, set_threads, write_whole
+from steertune.recipes.processes import begin
+from steertune.recipes.training import fit, make_trainer, write_whole
 
 ARMS = ("bias_dpo", "bias_ce", "beft_dpo", "lora_dpo", "mean_difference")
 
@@ -45,10 +46,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, help="CPU threads (all cores)")
     parser.add_argument("--folder", type=Path, default=Path("runs/compare"))
     options = parser.parse_args(argv)
-    set_threads(options.threads)
     disable_progress_bars()
     cells = list(itertools.product(options.seeds, options.tasks, options.examples, options.arms))
     try:
+        begin(options.threads)
         arms = [_cell_arm(options, *cell) for cell in cells]  # refuses a bad cell before the first one runs
     except ArmError as error:
         print(f"ArmError: {error}", file=sys.stderr)

@@ -39,7 +39,8 @@ from steertune.recipes.ablation.tables import TaskTable
 from steertune.recipes.arm import Arm, ArmError, ModelTable, known_tables, load_arm, read_toml, reasons
 from steertune.recipes.data import load_model
 from steertune.recipes.measures import check_context, neutral_logps, pair_margins, side_effects
-from steertune.recipes.training import claim, fit, make_trainer, set_threads, write_whole
+from steertune.recipes.processes import begin
+from steertune.recipes.training import claim, fit, make_trainer, write_whole
 from steertune.trainers import DataError, get_view, share_weights
 
 MIXTURES = Path(__file__).parent / "mixtures"
@@ -80,8 +81,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, help="CPU threads (all cores)")
     parser.add_argument("--folder", type=Path, default=Path("runs/contrast_prompts"))
     options = parser.parse_args(argv)
-    set_threads(options.threads)
     try:
+        begin(options.threads)
         tables = read(options.file)
         if options.steering:
             tables = tables.model_copy(update={"steering": options.steering})

@@ -42,7 +42,8 @@ from steertune.recipes.measures import (
     prompt_lengths,
     side_effects,
 )
-from steertune.recipes.training import claim, fit, make_trainer, set_threads, write_whole
+from steertune.recipes.processes import begin
+from steertune.recipes.training import claim, fit, make_trainer, write_whole
 from steertune.trainers import DataError, ModelAt, View, share_weights, tokenise
 from steertune.trainers.views import Views
 
@@ -77,8 +78,8 @@ def run(arm: Arm) -> dict[str, Any]:
     """
     _check(arm)
     started = time.monotonic()
+    begin(arm.model.threads)
     state = PartialState()
-    set_threads(arm.model.threads)
     folder = Path(arm.output.folder or f"runs/distill-{arm.name}-{arm.data.name.strip('./').replace('/', '-')}")
     claim(folder, arm, state.is_main_process)
     set_seed(arm.data.seed)

@@ -31,7 +31,8 @@ from tqdm.auto import tqdm
 
 from steertune.recipes.arm import Arm, ArmError, load_arm
 from steertune.recipes.data import load_model, load_splits
-from steertune.recipes.training import make_trainer, set_threads, write_whole
+from steertune.recipes.processes import begin
+from steertune.recipes.training import make_trainer, write_whole
 
 CONTRASTS = {
     "none": ["--loss.contrast=none"],
@@ -58,8 +59,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, help="CPU threads (all cores)")
     parser.add_argument("--folder", type=Path, default=Path("runs/gradients"))
     options = parser.parse_args(argv)
-    set_threads(options.threads)
     try:
+        begin(options.threads)
         found = measure(options)
     except (ArmError, ValueError) as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)

@@ -29,7 +29,8 @@ from steertune.adapters.reading import Pairs, Reading, read
 from steertune.recipes.arm import ArmError, DataTable, ModelTable
 from steertune.recipes.data import load_model, load_splits
 from steertune.recipes.measures import batches
-from steertune.recipes.training import set_threads, write_whole
+from steertune.recipes.processes import begin
+from steertune.recipes.training import write_whole
 
 _BATCH = 4
 
@@ -45,8 +46,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, help="CPU threads (all cores)")
     parser.add_argument("--folder", type=Path, default=Path("runs/probes"))
     options = parser.parse_args(argv)
-    set_threads(options.threads)
     try:
+        begin(options.threads)
         found = probe(options)
     except (ArmError, ValueError) as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)

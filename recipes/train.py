@@ -33,8 +33,9 @@ from steertune.recipes.measures import (
     side_effects,
 )
 from steertune.recipes.page import strength_plot, write_page
+from steertune.recipes.processes import begin
 from steertune.recipes.proliferation import grown
-from steertune.recipes.training import claim, fit, make_trainer, set_threads, write_whole
+from steertune.recipes.training import claim, fit, make_trainer, write_whole
 from steertune.trainers import DataError, ModelAt, scalable, scaled
 
 DEFAULT_ARM = "bias_dpo"
@@ -66,8 +67,8 @@ def run(arm: Arm) -> dict[str, Any]:
     if arm.prompt:
         raise ArmError(f"Arm {arm.name!r} is a prompt: there is nothing to train. Compare it with others in a grid.")
     started = time.monotonic()
+    begin(arm.model.threads)
     state = PartialState()
-    set_threads(arm.model.threads)
     folder = Path(arm.output.folder or f"runs/{arm.name}-{arm.data.name.strip('./').replace('/', '-')}")
     claim(folder, arm, state.is_main_process)
     set_seed(arm.data.seed)

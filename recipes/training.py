@@ -1,4 +1,4 @@
-"""What every recipe that trains shares: threads, the trainer of an arm, resuming, whole files."""
+"""What every recipe that trains shares: the trainer of an arm, resuming, whole files."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from datasets import Dataset
 from pydantic import BaseModel
 from transformers import TrainerCallback
@@ -41,14 +40,6 @@ def claim(folder: Path, tables: BaseModel, main_process: bool) -> None:
     if main_process:
         folder.mkdir(parents=True, exist_ok=True)
         write_whole(file, config)
-
-
-def set_threads(threads: int | None) -> None:
-    """Threads of a CPU run; None: all cores for a single process, which `accelerate launch` leaves with one thread."""
-    if threads is None and PartialState().num_processes == 1:
-        threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    if threads is not None:
-        torch.set_num_threads(threads)
 
 
 def make_trainer(

@@ -1,0 +1,81 @@
+"""How every recipe starts: how many processes there are, whether that is as many as were asked for, and their threads.
+
+`accelerate launch --num_processes 2 --cpu` runs one process and says nothing (huggingface/accelerate#2741), so what
+was asked for is read from the command line of the launcher.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import psutil
+import torch
+from accelerate import PartialState
+from accelerate.commands.config.config_args import default_config_file, load_config_from_file
+from accelerate.commands.launch import launch_command_parser
+
+from steertune.recipes.arm import ArmError
+
+CONFIGS = Path(__file__).parent / "accelerate_configs"
+
+
+def begin(threads: int | None = None, running: int | None = None) -> None:
+    """Say how many processes run, and set the threads of a CPU run.
+
+    Args:
+        threads: None: all cores for a single process, which `accelerate launch` leaves with one thread.
+        running: How many processes there are, where they work side by side and form no group.
+
+    Raises:
+        ArmError: fewer processes run than the launcher was asked for.
+    """
+    # accelerate must hear that this is a CPU run, or every process of several believes to be alone
+    state = PartialState(cpu=not torch.cuda.is_available())
+    running = running or state.num_processes
+    command = launcher()
+    asked = None if command is None else asked_for(command)
+    if asked is not None and asked > running:
+        raise ArmError(
+            f"{asked} processes were asked for, {running} run ({state.distributed_type.value}). On a CPU: "
+            "accelerate launch --config_file $(steertune config cpu_ddp) ..., not --cpu nor MULTI_CPU."
+        )
+    if state.num_processes > 1 and state.is_main_process:
+        print(
+            f"{state.num_processes} processes ({state.distributed_type.value}, {state.device.type})", file=sys.stderr
+        )
+    if threads is None and state.num_processes == 1:
+        threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    if threads is not None:
+        torch.set_num_threads(threads)
+
+
+def launcher() -> list[str] | None:
+    """The words behind `accelerate launch` that this process comes from; None if it was started otherwise."""
+    for parent in psutil.Process().parents():
+        try:
+            words = parent.cmdline()
+        except psutil.Error:  # gone, or another user's
+            continue
+        for i, word in enumerate(words[:3]):
+            name = Path(word).name
+            if (
+                name == "accelerate-launch"
+                or word == "accelerate.commands.launch"
+                or word.endswith("commands/launch.py")
+            ):
+                return words[i + 1 :]
+            if name == "accelerate" and words[i + 1 : i + 2] == ["launch"]:
+                return words[i + 2 :]
+    return None
+
+
+def asked_for(words: Sequence[str]) -> int | None:
+    """How many processes these words ask `accelerate launch` for; None if they do not say."""
+    options, _ = launch_command_parser().parse_known_args(words)
+    if options.num_processes:
+        return options.num_processes
+    file = options.config_file or (default_config_file if os.path.isfile(default_config_file) else None)
+    return None if file is None else load_config_from_file(file).num_processes

@@ -1,0 +1,84 @@
+"""What a launcher was asked for against what runs, and the configurations that are shipped."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.commands.config.config_args import load_config_from_file
+
+from steertune.recipes import config, processes
+from steertune.recipes.arm import ArmError
+
+NAMES = ["single_gpu", "multi_gpu", "fsdp1", "fsdp2", "zero1", "zero2", "zero3"]
+NAMES += ["cpu", "cpu_ddp", "cpu_zero1", "cpu_zero2", "cpu_zero3"]
+SAYS = "from steertune.recipes.processes import begin\nfrom accelerate import PartialState\nbegin()\nprint('ran', PartialState().num_processes)\n"  # noqa: E501
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_configurations_are_read_by_accelerate(name, capsys):
+    assert config.main([name]) == 0
+    file = Path(capsys.readouterr().out.strip())
+    read = load_config_from_file(str(file))
+    kind = {"zero": "DEEPSPEED", "fsdp": "FSDP"}.get(name.removeprefix("cpu_")[:4])
+    expected = kind or ("MULTI_GPU" if name in ("multi_gpu", "cpu_ddp") else "NO")
+    assert read.distributed_type == expected
+    assert read.num_processes == (1 if expected == "NO" else 2 if name.startswith("cpu") else 8)
+    assert read.mixed_precision == ("no" if name.startswith("cpu") else "bf16")
+    if kind == "DEEPSPEED":
+        assert read.deepspeed_config["zero_stage"] == int(name[-1])
+    assert {f.stem for f in processes.CONFIGS.glob("*.yaml")} == set(NAMES)
+
+
+def test_names_are_listed_and_misspelt_ones_are_answered(capsys):
+    assert config.main([]) == 0
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == sorted(NAMES)
+    assert config.main(["zero_2"]) == 2
+    assert "Did you mean" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "count"),
+    [
+        (["--num_processes", "3", "--cpu", "train.py", "--num_processes", "9"], 3),
+        (["--config_file", str(processes.CONFIGS / "cpu_ddp.yaml"), "-m", "steertune.recipes.train", "bias_dpo"], 2),
+        (["--config_file", str(processes.CONFIGS / "zero3.yaml"), "--num_processes=4", "train.py"], 4),
+        (["train.py", "--output.folder", "x"], None),
+    ],
+)
+def test_what_a_command_line_asks_for(words, count, monkeypatch):
+    monkeypatch.setattr(processes, "default_config_file", "/nowhere")
+    assert processes.asked_for(words) == count
+
+
+def test_fewer_processes_than_asked_for_are_refused(monkeypatch, capsys):
+    before = torch.get_num_threads()
+    monkeypatch.setattr(processes, "launcher", lambda: ["--num_processes", "2", "--cpu", "x.py"])
+    with pytest.raises(ArmError, match="2 processes were asked for, 1 run.*cpu_ddp"):
+        processes.begin()
+    processes.begin(threads=before, running=2)  # side by side
+    monkeypatch.setattr(processes, "launcher", lambda: None)
+    processes.begin(threads=before)
+    assert torch.get_num_threads() == before
+
+
+def launch(tmp_path: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    script = tmp_path / "says.py"
+    script.write_text(SAYS)
+    command = [sys.executable, "-m", "accelerate.commands.launch", *words, str(script)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+
+
+def test_the_silent_single_process_is_caught(tmp_path):
+    ran = launch(tmp_path, "--num_processes", "2", "--cpu")
+    assert ran.returncode != 0 and "2 processes were asked for, 1 run" in ran.stderr
+
+
+def test_two_processes_run_with_the_configuration_for_cpus(tmp_path):
+    ran = launch(tmp_path, "--config_file", str(processes.CONFIGS / "cpu_ddp.yaml"))
+    assert ran.returncode == 0, ran.stderr[-2000:]
+    assert ran.stdout.count("ran 2") == 2
+    assert ran.stderr.count("2 processes (MULTI_CPU, cpu)") + ran.stderr.count("2 processes (MULTI_GPU, cpu)") == 1

@@ -7,7 +7,6 @@ import dataclasses
 import hashlib
 import inspect
 import os
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any
@@ -26,6 +25,7 @@ from ._at import REFERENCE_ADAPTER, ModelAt, prompt_of, scaled
 from ._batch import Batch
 from ._data import PAIR_FORMATS, DataError, check_rows, check_tokens
 from ._guard import FiniteGradients, check_finite
+from ._metrics import Metrics
 from ._resume import RestoredAdapter
 from ._start import fill_missing_vectors
 from ._vitals import VectorVitals
@@ -80,7 +80,6 @@ class SteeringMixin(Trainer):
         continued = isinstance(given.get("model"), PeftModel)
         if peft_config is DEFAULT:
             peft_config = None if continued else SteeringVectorConfig()
-        self._metrics_at_1: dict[str, dict[str, list[Tensor]]] = {"": defaultdict(list), "eval_": defaultdict(list)}
         self._micro_step = 0
         self.pay_once = PayOnce(frozen_prefix)
         self.seat: Any = None  # this trainer's place among those of `train_together`
@@ -122,6 +121,7 @@ class SteeringMixin(Trainer):
             self.loss_is_scaled_for_ga = self.model_accepts_loss_kwargs = True
         self._vitals = VectorVitals()
         self.resumed: str | None = None  # checkpoint that training goes on from
+        self._seen = Metrics(self.accelerator)
         self.add_callback(FiniteGradients(self))
         self.add_callback(Biased(self, self._biases))
         self.add_callback(RestoredAdapter(self))
@@ -229,7 +229,7 @@ class SteeringMixin(Trainer):
             total = values.sum() / batch.count(loss.unit)
         else:  # counted over all processes, whose gradients are then averaged
             total = values.sum() / num_items_in_batch * self.accelerator.num_processes
-        self._note(at, batch)
+        self._seen.note(loss, values, at, batch, training=self.model.training)
         if return_outputs:
             with torch.no_grad(), prompt_of(unwrapped, batch), self.pay_once.shortcut():
                 return total, model(**batch.inputs)
@@ -258,11 +258,8 @@ class SteeringMixin(Trainer):
         """As the parent's, with the margins at strength 1 and, in training, the state of the vectors."""
         training = "loss" in logs
         prefix = "" if training else "eval_"
-        if training or any(key.startswith("eval_") for key in logs):
-            for name, values in self._metrics_at_1[prefix].items():
-                everywhere: Any = self.accelerator.gather_for_metrics(torch.cat(values))
-                logs[prefix + name] = everywhere.mean().item()
-            self._metrics_at_1[prefix].clear()
+        if not self._plain and (training or any(key.startswith("eval_") for key in logs)):
+            logs |= {prefix + name: value for name, value in self._seen.read(training).items()}
         if training and not self._plain:
             logs.update(self._vitals.read(self.model))
         super().log(logs, start_time)
@@ -288,19 +285,6 @@ class SteeringMixin(Trainer):
         if loss.pairs and not batch.pairs:
             raise DataError(f"{type(loss).__name__} compares chosen with rejected answers; the batch has no pairs.")
         return batch if loss.pairs or not batch.pairs else batch.chosen
-
-    def _note(self, at: ModelAt, batch: Batch) -> None:
-        seen = at.seen
-        if not batch.pairs or 1.0 not in seen:
-            return
-        policy = seen[1.0]
-        metrics = self._metrics_at_1["" if self.model.training else "eval_"]
-        margin = (policy.chosen.logps - policy.rejected.logps).detach()
-        metrics["pair_accuracy"].append((margin > 0).float())
-        metrics["margin"].append(margin)
-        if 0.0 in seen:
-            base = seen[0.0]
-            metrics["margin_gain"].append(margin - (base.chosen.logps - base.rejected.logps))
 
     def _generator(self) -> torch.Generator:
         """Random numbers of this micro-batch: the same on every process, after a resume, and in every evaluation."""

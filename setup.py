@@ -42,7 +42,7 @@ setup(
     python_requires=">=3.11",
     packages=list(package_dir),
     package_dir=package_dir,
-    package_data={name: ["py.typed", "**/*.toml", "**/*.jsonl", "**/*.md"] for name in package_dir},
+    package_data={name: ["py.typed", "**/*.toml", "**/*.yaml", "**/*.jsonl", "**/*.md"] for name in package_dir},
     install_requires=[
         "torch>=2.11",
         "transformers>=5.17",

@@ -30,6 +30,7 @@ from steertune.recipes.ablation.cell import run_cell
 from steertune.recipes.ablation.grid import VERSION, Cell, Grid, load_grid
 from steertune.recipes.ablation.plan import plan
 from steertune.recipes.arm import ArmError
+from steertune.recipes.processes import announce
 from steertune.recipes.training import set_threads, write_whole
 from steertune.trainers import DataError
 
@@ -39,6 +40,7 @@ GRID = "grid.json"
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; returns the exit code: 2 for a grid that cannot run, 1 if a cell failed."""
     options = _parser().parse_args(argv)
+    announce()
     rank, processes = stand_alone(os.environ)
     set_threads(options.threads or (max(1, (os.cpu_count() or 1) // processes) if processes > 1 else None))
     disable_progress_bars()

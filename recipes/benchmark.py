@@ -36,6 +36,7 @@ from steertune.adapters import SteeringVectorConfig
 from steertune.recipes.arm import ModelTable
 from steertune.recipes.data import load_model
 from steertune.recipes.measures import peak_memory_gb, reset_peak_memory
+from steertune.recipes.processes import announce
 from steertune.recipes.training import set_threads, write_whole
 from steertune.trainers import FrozenPrefix, SteeringDPOTrainer, SteeringSFTTrainer, share_weights, train_together
 
@@ -119,6 +120,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--growth", action="store_true", help="time ten times the rows as well")
     parser.add_argument("--memory-of", choices=[*WAYS], help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
+    announce(only_one=True)
     set_threads(options.threads)
     disable_progress_bars()
     logging.getLogger("trl").setLevel(logging.ERROR)

@@ -27,6 +27,7 @@ from steertune.recipes.ablation.bench import Bench
 from steertune.recipes.ablation.cell import run_cell
 from steertune.recipes.ablation.grid import Cell, Grid, load_grid
 from steertune.recipes.arm import UPSTREAM, ArmError
+from steertune.recipes.processes import announce
 from steertune.recipes.training import set_threads, write_whole
 
 
@@ -53,6 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--data-root", type=Path)
     parser.add_argument("--threads", type=int)
     options = parser.parse_args(argv)
+    announce(only_one=True)
     set_threads(options.threads)
     disable_progress_bars()
     try:

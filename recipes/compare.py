@@ -27,6 +27,7 @@ from tqdm.auto import tqdm
 from steertune.recipes.arm import Arm, ArmError, load_arm
 from steertune.recipes.data import load_model, load_splits
 from steertune.recipes.measures import pair_margins
+from steertune.recipes.processes import announce
 from steertune.recipes.training import fit, make_trainer, set_threads, write_whole
 
 ARMS = ("bias_dpo", "bias_ce", "beft_dpo", "lora_dpo", "mean_difference")
@@ -45,6 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, help="CPU threads (all cores)")
     parser.add_argument("--folder", type=Path, default=Path("runs/compare"))
     options = parser.parse_args(argv)
+    announce(only_one=True)
     set_threads(options.threads)
     disable_progress_bars()
     cells = list(itertools.product(options.seeds, options.tasks, options.examples, options.arms))

@@ -30,6 +30,7 @@ from tqdm.auto import tqdm
 
 from steertune.recipes.arm import Arm, ArmError, load_arm
 from steertune.recipes.data import load_model, load_splits
+from steertune.recipes.processes import announce
 from steertune.recipes.training import make_trainer, set_threads, write_whole
 
 CONTRASTS = {
@@ -53,6 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, help="CPU threads (all cores)")
     parser.add_argument("--folder", type=Path, default=Path("runs/gradients"))
     options = parser.parse_args(argv)
+    announce(only_one=True)
     set_threads(options.threads)
     try:
         found = measure(options)

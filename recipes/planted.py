@@ -41,6 +41,7 @@ from steertune.recipes.ablation.statistics.factorial import effects
 from steertune.recipes.ablation.statistics.paired import Difference, corrected
 from steertune.recipes.ablation.tidy import read_cells
 from steertune.recipes.arm import ArmError
+from steertune.recipes.processes import announce
 from steertune.recipes.training import set_threads, write_whole
 
 WORDS, LENGTH, LAYER, WRONG_LAYER = 60, 6, 2, 0
@@ -61,6 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--nulls", type=int, default=20, help="studies of base, where every claim is a false one")
     parser.add_argument("--folder", type=Path, default=Path("runs/planted"))
     options = parser.parse_args(argv)
+    announce(only_one=True)
     set_threads(1)  # the models are tiny
     gc.freeze()  # each test of many corrections collects garbage, which takes longer than the test
     disable_progress_bars()

@@ -29,6 +29,7 @@ from steertune.adapters.reading import Pairs, Reading, read
 from steertune.recipes.arm import ArmError, DataTable, ModelTable
 from steertune.recipes.data import load_model, load_splits
 from steertune.recipes.measures import batches
+from steertune.recipes.processes import announce
 from steertune.recipes.training import set_threads, write_whole
 
 _BATCH = 4
@@ -45,6 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, help="CPU threads (all cores)")
     parser.add_argument("--folder", type=Path, default=Path("runs/probes"))
     options = parser.parse_args(argv)
+    announce(only_one=True)
     set_threads(options.threads)
     try:
         found = probe(options)

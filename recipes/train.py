@@ -33,6 +33,7 @@ from steertune.recipes.measures import (
     side_effects,
 )
 from steertune.recipes.page import strength_plot, write_page
+from steertune.recipes.processes import ProcessesError, announce
 from steertune.recipes.proliferation import grown
 from steertune.recipes.training import fit, make_trainer, set_threads, write_whole
 from steertune.trainers import DataError, ModelAt, scalable, scaled
@@ -48,8 +49,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     known, overrides = parser.parse_known_args(argv)
     try:
+        announce()
         run(load_arm(known.arm, overrides))
-    except (ArmError, DataError, FileNotFoundError, FileExistsError) as error:
+    except (ArmError, DataError, FileNotFoundError, FileExistsError, ProcessesError) as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 2
     return 0
@@ -85,8 +87,7 @@ def run(arm: Arm) -> dict[str, Any]:
     trainer = make_trainer(arm, model, tokenizer, train, folder)
     seconds = fit(trainer, folder)
     model = trainer.accelerator.unwrap_model(trainer.model).eval()
-    if state.is_main_process:
-        trainer.save_model(str(folder / "adapter"))
+    trainer.save_model(str(folder / "adapter"))  # every process: sharded weights are gathered, the first one writes
     others = [s for s in arm.evaluation.strengths if s not in (0.0, 1.0)] if scalable(model) else []
     after = _look(arm, model, tokenizer, test, [1.0, *others])
     result = _result(arm, train, test, before, after)

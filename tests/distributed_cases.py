@@ -26,7 +26,7 @@ ROWS = 4  # of a step, over all processes
 STEPS = 3
 VECTOR = dict(layers=[2])
 UPPER_LORA = dict(
-    r=2, target_modules=["q_proj", "down_proj"], layers_to_transform=[2, 3], init_lora_weights=True, task_type="CAUSAL_LM"
+    r=2, target_modules=["q_proj", "down_proj"], layers_to_transform=[2, 3], init_lora_weights=False, task_type="CAUSAL_LM"
 )
 
 

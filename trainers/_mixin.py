@@ -10,6 +10,7 @@ import os
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from ._batch import Batch
 from ._data import PAIR_FORMATS, DataError, check_rows, check_tokens
 from ._guard import FiniteGradients, check_finite
 from ._resume import RestoredAdapter
+from ._saved import check_saved
 from ._start import fill_missing_vectors
 from ._vitals import VectorVitals
 from .biases import Bias, BiasError, get_bias
@@ -189,7 +191,7 @@ class SteeringMixin(Trainer):
         if self.seat is not None:
             self.seat.backward()
         if not self._plain:
-            check_finite(self, "The loss", loss)
+            check_finite(self, "The loss", self.accelerator.gather(loss.detach()))  # all stop, or none
         return loss
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
@@ -260,8 +262,8 @@ class SteeringMixin(Trainer):
         prefix = "" if training else "eval_"
         if training or any(key.startswith("eval_") for key in logs):
             for name, values in self._metrics_at_1[prefix].items():
-                everywhere: Any = self.accelerator.gather_for_metrics(torch.cat(values))
-                logs[prefix + name] = everywhere.mean().item()
+                seen: Any = torch.cat(values)
+                logs[prefix + name] = (self.accelerator.gather(seen) if training else seen).mean().item()
             self._metrics_at_1[prefix].clear()
         if training and not self._plain:
             logs.update(self._vitals.read(self.model))
@@ -294,13 +296,16 @@ class SteeringMixin(Trainer):
         if not batch.pairs or 1.0 not in seen:
             return
         policy = seen[1.0]
-        metrics = self._metrics_at_1["" if self.model.training else "eval_"]
         margin = (policy.chosen.logps - policy.rejected.logps).detach()
-        metrics["pair_accuracy"].append((margin > 0).float())
-        metrics["margin"].append(margin)
+        found = {"pair_accuracy": (margin > 0).float(), "margin": margin}
         if 0.0 in seen:
-            base = seen[0.0]
-            metrics["margin_gain"].append(margin - (base.chosen.logps - base.rejected.logps))
+            found["margin_gain"] = margin - (seen[0.0].chosen.logps - seen[0.0].rejected.logps)
+        for name, values in found.items():
+            if self.model.training:
+                self._metrics_at_1[""][name].append(values)
+            else:  # of all processes now: only now is it known which rows of the last batch merely fill it up
+                everywhere: Any = self.accelerator.gather_for_metrics(values)
+                self._metrics_at_1["eval_"][name].append(everywhere)
 
     def _generator(self) -> torch.Generator:
         """Random numbers of this micro-batch: the same on every process, after a resume, and in every evaluation."""
@@ -308,6 +313,16 @@ class SteeringMixin(Trainer):
         key = f"{self.args.seed}/{step}/{self._micro_step}".encode()
         self._micro_step += 1
         return torch.Generator().manual_seed(int.from_bytes(hashlib.blake2b(key, digest_size=7).digest()))
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As the parent's; what was written must hold every vector in full size.
+
+        Raises:
+            IncompleteAdapterError: weights are missing from the file, or are there in part.
+        """
+        super().save_model(output_dir, _internal_call)
+        if not self._plain and self.args.should_save:
+            check_saved(self.accelerator.unwrap_model(self.model), Path(output_dir or str(self.args.output_dir)))
 
     def save_last_good(self) -> str:
         """Save the model as it was before the bad step; return the folder."""

@@ -38,13 +38,13 @@ def announce(only_one: bool = False, environment: Mapping[str, str] = os.environ
     asked = None if command is None else asked_for(command)
     if asked is not None and running < asked:
         raise ProcessesError(
-            f"{running} process(es) run where accelerate launch was asked for {asked}: it silently runs one for --cpu, "
-            "MULTI_CPU and distributed_type NO. Use --config_file recipes/accelerate_configs/cpu_ddp.yaml, or "
+            f"{running} process(es) run where accelerate launch was asked for {asked}: it silently runs one for "
+            "--cpu, MULTI_CPU and distributed_type NO. Use --config_file recipes/accelerate_configs/cpu_ddp.yaml, or "
             "multi_gpu.yaml on GPUs."
         )
     if only_one and running > 1:
         raise ProcessesError(
-            f"{running} processes run, and this recipe uses one: each would do the same work over. Start it with python."
+            f"{running} processes run, and this recipe uses one: each would do the same work. Start it with python."
         )
     wants_fsdp = environment.get("ACCELERATE_USE_FSDP", "").lower() in _ON
     if wants_fsdp and not _accelerator():

@@ -18,10 +18,10 @@ from transformers import AutoConfig, LlamaConfig
 
 from steertune.recipes.processes import announce
 
-LLAMA_70B = dict(
-    hidden_size=8192, num_hidden_layers=80, num_attention_heads=64, num_key_value_heads=8, intermediate_size=28672,
-    vocab_size=128256, tie_word_embeddings=False,
-)  # fmt: skip
+LLAMA_70B: dict[str, Any] = {
+    "hidden_size": 8192, "num_hidden_layers": 80, "num_attention_heads": 64, "num_key_value_heads": 8,
+    "intermediate_size": 28672, "vocab_size": 128256, "tie_word_embeddings": False,
+}  # fmt: skip
 ADAM = 16  # bytes for a trained fp32 number: itself, its gradient, two moments
 GB = 1e9
 

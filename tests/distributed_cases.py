@@ -25,9 +25,11 @@ from steertune.adapters import SteeringVectorConfig
 ROWS = 4  # of a step, over all processes
 STEPS = 3
 VECTOR = dict(layers=[2])
+# random in both factors: gradients that are rounding noise would be blown up by Adam
 UPPER_LORA = dict(
-    r=2, target_modules=["q_proj", "down_proj"], layers_to_transform=[2, 3], init_lora_weights=False, task_type="CAUSAL_LM"
-)
+    r=2, target_modules=["q_proj", "down_proj"], layers_to_transform=[2, 3], init_lora_weights=False,
+    task_type="CAUSAL_LM",
+)  # fmt: skip
 
 
 def _vector(**switches: Any) -> SteeringVectorConfig:
@@ -92,16 +94,16 @@ def look(folder: Path, mode: str, case: str) -> dict[str, Any]:
     return found
 
 
-def resume(folder: Path, mode: str, case: str, reload: bool = False) -> dict[str, Any]:
+def resume(folder: Path, mode: str, case: str) -> dict[str, Any]:
     """A straight run against one that goes on from its second step; both leave their adapter."""
-    adapters = []
-    for name in ("straight", "resumed"):
+    run_folder, adapters = folder / mode / "run", []
+    for name, checkpoint in (("straight", None), ("resumed", str(run_folder / "checkpoint-2"))):
+        made = make(folder, mode, case, run_folder, save_strategy="steps", save_steps=2)
+        made.train(resume_from_checkpoint=checkpoint)
         at = folder / mode / name
-        made = make(folder, mode, case, folder / mode / "straight" / "run", save_strategy="steps", save_steps=2)
-        made.train(resume_from_checkpoint=str(folder / mode / "straight" / "run" / "checkpoint-2") if name == "resumed" else None)
-        made.save_model(str(at / "adapter"))
+        made.save_model(str(at))
         made.accelerator.wait_for_everyone()
-        adapters.append(load_file(at / "adapter" / "adapter_model.safetensors"))
+        adapters.append(load_file(at / "adapter_model.safetensors"))
     return {"bit-equal": tiny_data.same(*adapters), "moved": sum(float(v.abs().sum()) for v in adapters[0].values())}
 
 

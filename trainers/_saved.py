@@ -9,7 +9,11 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import safe_open
 from torch import nn
 
-_CHECKED = ("steering_vector_", "lora_A", "lora_B")  # saved under their own name and whole; others have rules of theirs
+_CHECKED = (
+    "steering_vector_",
+    "lora_A",
+    "lora_B",
+)  # saved under their own name and whole; others have rules of theirs
 _WRAPPERS = ("_fsdp_wrapped_module.", "_orig_mod.", "_checkpoint_wrapped_module.")
 
 
@@ -29,7 +33,9 @@ def check_saved(model: nn.Module, folder: Path) -> None:
     file = folder / SAFETENSORS_WEIGHTS_NAME
     if not file.is_file():
         if (folder / "pytorch_model_fsdp_0").is_dir():
-            raise IncompleteAdapterError(f"{folder} holds shards and no adapter. Set fsdp_state_dict_type: FULL_STATE_DICT.")
+            raise IncompleteAdapterError(
+                f"{folder} holds shards and no adapter. Set fsdp_state_dict_type: FULL_STATE_DICT."
+            )
         raise IncompleteAdapterError(f"{file} was not written: the adapter is not saved.")
     with safe_open(file, "pt") as saved:
         names = set(saved.keys())

@@ -29,6 +29,7 @@ from ._data import PAIR_FORMATS, DataError, check_rows, check_tokens
 from ._guard import FiniteGradients, check_finite
 from ._resume import RestoredAdapter
 from ._saved import check_saved
+from ._sharded import whole_weights
 from ._start import fill_missing_vectors
 from ._vitals import VectorVitals
 from .biases import Bias, BiasError, get_bias
@@ -169,7 +170,8 @@ class SteeringMixin(Trainer):
                 self._unstarted[0].start(self)
                 self._unstarted.pop(0)
             if self.args.logging_strategy != "no":
-                self._vitals.start(self)
+                with self._before_deepspeed():
+                    self._vitals.start(self)
             resumed = kwargs.get("resume_from_checkpoint", args[0] if args else None)
             self.resumed = get_last_checkpoint(str(self.args.output_dir)) if resumed is True else resumed or None
         with ExitStack() as stack:
@@ -183,7 +185,8 @@ class SteeringMixin(Trainer):
     def initialise_vectors(self) -> None:
         """Compute initial vectors that need data, as `train` does first: activation addition without training."""
         _to_fp32(self.model)
-        fill_missing_vectors(self)
+        with self._before_deepspeed():
+            fill_missing_vectors(self)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """As the parent's; stops on a loss that is not finite, before the optimiser uses it."""
@@ -270,6 +273,10 @@ class SteeringMixin(Trainer):
         super().log(logs, start_time)
 
     # -- helpers ------------------------------------------------------------------------------------------------
+
+    def _before_deepspeed(self) -> AbstractContextManager[None]:
+        """Forward passes before the parent's `train`: under ZeRO-3 nobody else gathers weights yet."""
+        return whole_weights(self.model) if self.deepspeed is None else nullcontext()
 
     def _boundary(self, inputs: dict[str, Any]) -> AbstractContextManager[None]:
         """Where the prompts end, for the parent's forward passes: not all of them have labels, which would say it."""

@@ -14,9 +14,9 @@ def gathered(parameters: Iterable[nn.Parameter]) -> AbstractContextManager[Any]:
     shared = [p for p in parameters if hasattr(p, "ds_id")]
     if not shared:
         return nullcontext()
-    from deepspeed.zero import GatheredParameters  # pyright: ignore[reportMissingImports]  # optional
+    import deepspeed  # pyright: ignore[reportMissingImports]  # optional
 
-    return GatheredParameters(shared)
+    return deepspeed.zero.GatheredParameters(shared)
 
 
 @contextmanager

@@ -66,7 +66,8 @@ def compare(folder: Path, one: dict[str, Any], mode: str) -> list[str]:
     wrong = []
     for rank in (0, 1):
         two = json.loads((folder / f"{mode}-{rank}.json").read_text())
-        assert set(distributed_cases.CASES) <= set(two)
+        done = {case for case in distributed_cases.CASES if mode != "zero3" or "RePS" not in case}
+        assert done <= set(two)
         for case, seen in two.items():
             if case.startswith("resume"):
                 ok = seen["bit-equal"] and seen["moved"] > 0
@@ -97,7 +98,7 @@ def test_zero_equals_one_process(alone: tuple[Path, dict[str, Any]], stage: int)
     if missing:
         pytest.skip(f"DeepSpeed builds a small op on first use, and {missing} is not there")
     folder, one = alone
-    done = launch(f"cpu_zero{stage}", distributed_cases.__file__, str(folder), f"zero{stage}", limit=600)
+    done = launch(f"cpu_zero{stage}", distributed_cases.__file__, str(folder), f"zero{stage}", limit=900)
     assert done.returncode == 0, done.stderr[-3000:]
     assert compare(folder, one, f"zero{stage}") == []
 

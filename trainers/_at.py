@@ -192,8 +192,8 @@ def scaled(model: nn.Module, strength: Strength) -> AbstractContextManager[Any]:
         )
     if strength == "null" and any(hasattr(p, "ds_id") for p in model.parameters()):
         raise ValueError(
-            "strength='null' under ZeRO-3: DeepSpeed expects the order of modules that it saw before, and this pass uses "
-            "vectors otherwise. Use ZeRO-2, FSDP2 or DDP, or a loss without it."
+            "strength='null' under ZeRO-3: it expects the order of modules that it saw before, and this pass has "
+            "another. Use ZeRO-2, FSDP2 or DDP, or a loss without it."
         )
     stack = ExitStack()
     if steering_layers(model):

@@ -120,7 +120,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--growth", action="store_true", help="time ten times the rows as well")
     parser.add_argument("--memory-of", choices=[*WAYS], help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
-    begin(options.threads)
+    begin(options.threads, only_one=True)
     disable_progress_bars()
     logging.getLogger("trl").setLevel(logging.ERROR)
     if options.memory_of:

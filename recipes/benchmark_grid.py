@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     disable_progress_bars()
     try:
-        begin(options.threads)
+        begin(options.threads, only_one=True)
         grid = load_grid(options.grid, options.data_root)
     except ArmError as error:
         print(f"ArmError: {error}", file=sys.stderr)

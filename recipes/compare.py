@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     disable_progress_bars()
     cells = list(itertools.product(options.seeds, options.tasks, options.examples, options.arms))
     try:
-        begin(options.threads)
+        begin(options.threads, only_one=True)
         arms = [_cell_arm(options, *cell) for cell in cells]  # refuses a bad cell before the first one runs
     except ArmError as error:
         print(f"ArmError: {error}", file=sys.stderr)

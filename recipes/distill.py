@@ -109,8 +109,8 @@ def run(arm: Arm) -> dict[str, Any]:
     }
     result["generations"] = _generations(arm, model, adapted, tokenizer, view, test)
     result["seconds"] = time.monotonic() - started
+    trainer.save_model(str(folder / "adapter"))
     if state.is_main_process:
-        trainer.save_model(str(folder / "adapter"))
         write_whole(folder / "page.md", page(result))
         write_whole(folder / "result.json", json.dumps(result, indent=1))  # last: it says that the run is finished
         print(f"\n{page(result)}\nThis page: {folder / 'page.md'}")

@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--nulls", type=int, default=20, help="studies of base, where every claim is a false one")
     parser.add_argument("--folder", type=Path, default=Path("runs/planted"))
     options = parser.parse_args(argv)
-    begin(1)  # the models are tiny
+    begin(1, only_one=True)  # the models are tiny
     gc.freeze()  # each test of many corrections collects garbage, which takes longer than the test
     disable_progress_bars()
     base = options.folder / "model"

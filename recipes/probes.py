@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--folder", type=Path, default=Path("runs/probes"))
     options = parser.parse_args(argv)
     try:
-        begin(options.threads)
+        begin(options.threads, only_one=True)
         found = probe(options)
     except (ArmError, ValueError) as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)

@@ -22,15 +22,17 @@ from steertune.recipes.arm import ArmError
 CONFIGS = Path(__file__).parent / "accelerate_configs"
 
 
-def begin(threads: int | None = None, running: int | None = None) -> None:
+def begin(threads: int | None = None, running: int | None = None, only_one: bool = False) -> None:
     """Say how many processes run, and set the threads of a CPU run.
 
     Args:
         threads: None: all cores for a single process, which `accelerate launch` leaves with one thread.
         running: How many processes there are, where they work side by side and form no group.
+        only_one: Whether several would all do the same.
 
     Raises:
-        ArmError: fewer processes run than the launcher was asked for.
+        ArmError: fewer processes run than the launcher was asked for, more than the recipe has work for, or FSDP
+            without a GPU, which accelerate leaves out without a word.
     """
     # accelerate must hear that this is a CPU run, or every process of several believes to be alone
     state = PartialState(cpu=not torch.cuda.is_available())
@@ -42,6 +44,10 @@ def begin(threads: int | None = None, running: int | None = None) -> None:
             f"{asked} processes were asked for, {running} run ({state.distributed_type.value}). On a CPU: "
             "accelerate launch --config_file $(steertune config cpu_ddp) ..., not --cpu nor MULTI_CPU."
         )
+    if only_one and running > 1:
+        raise ArmError(f"{running} processes run, and this recipe has work for one. Start it with python.")
+    if os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true", "yes") and state.device.type == "cpu":
+        raise ArmError("FSDP was asked for, and there is no GPU: accelerate would run DDP. Use cpu_ddp or cpu_zero3.")
     if state.num_processes > 1 and state.is_main_process:
         print(
             f"{state.num_processes} processes ({state.distributed_type.value}, {state.device.type})", file=sys.stderr

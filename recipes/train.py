@@ -86,8 +86,7 @@ def run(arm: Arm) -> dict[str, Any]:
     trainer = make_trainer(arm, model, tokenizer, train, folder)
     seconds = fit(trainer, folder)
     model = trainer.accelerator.unwrap_model(trainer.model).eval()
-    if state.is_main_process:
-        trainer.save_model(str(folder / "adapter"))
+    trainer.save_model(str(folder / "adapter"))  # every process: sharded weights are gathered, the first one writes
     others = [s for s in arm.evaluation.strengths if s not in (0.0, 1.0)] if scalable(model) else []
     after = _look(arm, model, tokenizer, test, [1.0, *others])
     result = _result(arm, train, test, before, after)

@@ -60,9 +60,17 @@ def test_fewer_processes_than_asked_for_are_refused(monkeypatch, capsys):
     with pytest.raises(ArmError, match="2 processes were asked for, 1 run.*cpu_ddp"):
         processes.begin()
     processes.begin(threads=before, running=2)  # side by side
+    with pytest.raises(ArmError, match="work for one"):
+        processes.begin(running=2, only_one=True)
     monkeypatch.setattr(processes, "launcher", lambda: None)
     processes.begin(threads=before)
     assert torch.get_num_threads() == before
+
+
+def test_fsdp_without_a_gpu_is_refused(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ArmError, match="accelerate would run DDP"):
+        processes.begin(threads=torch.get_num_threads())
 
 
 def launch(tmp_path: Path, *words: str) -> subprocess.CompletedProcess[str]:

@@ -190,6 +190,11 @@ def scaled(model: nn.Module, strength: Strength) -> AbstractContextManager[Any]:
             f"strength={strength} with gradient checkpointing: the backward pass would recompute the layer at another "
             "strength. Set gradient_checkpointing=False (or, from transformers 5.23, steer site='block')."
         )
+    if strength == "null" and any(hasattr(p, "ds_id") for p in model.parameters()):
+        raise ValueError(
+            "strength='null' under ZeRO-3: it expects the order of modules that it saw before, and this pass has "
+            "another. Use ZeRO-2, FSDP2 or DDP, or a loss without it."
+        )
     stack = ExitStack()
     if steering_layers(model):
         stack.enter_context(set_strength(model, strength))

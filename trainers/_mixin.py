@@ -9,6 +9,7 @@ import inspect
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,6 +28,8 @@ from ._data import PAIR_FORMATS, DataError, check_rows, check_tokens
 from ._guard import FiniteGradients, check_finite
 from ._metrics import Metrics
 from ._resume import RestoredAdapter
+from ._saved import check_saved
+from ._sharded import whole_weights
 from ._start import fill_missing_vectors
 from ._vitals import VectorVitals
 from .biases import Bias, BiasError, get_bias
@@ -167,7 +170,8 @@ class SteeringMixin(Trainer):
                 self._unstarted[0].start(self)
                 self._unstarted.pop(0)
             if self.args.logging_strategy != "no":
-                self._vitals.start(self)
+                with self._before_deepspeed():
+                    self._vitals.start(self)
             resumed = kwargs.get("resume_from_checkpoint", args[0] if args else None)
             self.resumed = get_last_checkpoint(str(self.args.output_dir)) if resumed is True else resumed or None
         with ExitStack() as stack:
@@ -181,7 +185,8 @@ class SteeringMixin(Trainer):
     def initialise_vectors(self) -> None:
         """Compute initial vectors that need data, as `train` does first: activation addition without training."""
         _to_fp32(self.model)
-        fill_missing_vectors(self)
+        with self._before_deepspeed():
+            fill_missing_vectors(self)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """As the parent's; stops on a loss that is not finite, before the optimiser uses it."""
@@ -189,7 +194,7 @@ class SteeringMixin(Trainer):
         if self.seat is not None:
             self.seat.backward()
         if not self._plain:
-            check_finite(self, "The loss", loss)
+            check_finite(self, "The loss", self.accelerator.gather(loss.detach()))  # all stop, or none
         return loss
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
@@ -266,6 +271,10 @@ class SteeringMixin(Trainer):
 
     # -- helpers ------------------------------------------------------------------------------------------------
 
+    def _before_deepspeed(self) -> AbstractContextManager[None]:
+        """Forward passes before the parent's `train`: under ZeRO-3 nobody else gathers weights yet."""
+        return whole_weights(self.model) if self.deepspeed is None else nullcontext()
+
     def _boundary(self, inputs: dict[str, Any]) -> AbstractContextManager[None]:
         """Where the prompts end, for the parent's forward passes: not all of them have labels, which would say it."""
         known = not self._plain and {"labels", "completion_mask"} & set(inputs)
@@ -292,6 +301,16 @@ class SteeringMixin(Trainer):
         key = f"{self.args.seed}/{step}/{self._micro_step}".encode()
         self._micro_step += 1
         return torch.Generator().manual_seed(int.from_bytes(hashlib.blake2b(key, digest_size=7).digest()))
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As the parent's; what was written must hold every vector in full size.
+
+        Raises:
+            IncompleteAdapterError: weights are missing from the file, or are there in part.
+        """
+        super().save_model(output_dir, _internal_call)
+        if not self._plain and self.args.should_save:
+            check_saved(self.accelerator.unwrap_model(self.model), Path(output_dir or str(self.args.output_dir)))
 
     def save_last_good(self) -> str:
         """Save the model as it was before the bad step; return the folder."""

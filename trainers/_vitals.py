@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..adapters import directions, steering_layers
+from ._sharded import gathered
 from ._start import pair_batches, residual_norms
 
 if TYPE_CHECKING:
@@ -63,5 +64,7 @@ def _vectors(model: nn.Module) -> dict[int, Tensor]:
     for layer in steering_layers(model):
         for name in layer.active_adapters:
             if name in layer.config:
-                found[layer.layer_index] = layer.written(name).detach().reshape(-1, layer.in_features)[0].cpu().clone()
+                with gathered([layer.parameter(name, kind) for kind in layer.config[name].parameter_names]):
+                    row = layer.written(name).detach().reshape(-1, layer.in_features)[0]
+                    found[layer.layer_index] = row.cpu().clone()
     return found

@@ -27,7 +27,7 @@ def test_configurations_are_read_by_accelerate(name, capsys):
     expected = kind or ("MULTI_GPU" if name in ("multi_gpu", "cpu_ddp") else "NO")
     assert read.distributed_type == expected
     assert read.num_processes == (1 if expected == "NO" else 2 if name.startswith("cpu") else 8)
-    assert read.mixed_precision == ("no" if name.startswith("cpu") else "bf16")
+    assert read.mixed_precision == "no"  # the training arguments decide
     if kind == "DEEPSPEED":
         assert read.deepspeed_config["zero_stage"] == int(name[-1])
     assert {f.stem for f in processes.CONFIGS.glob("*.yaml")} == set(NAMES)

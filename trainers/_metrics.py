@@ -77,14 +77,13 @@ def _margins(at: ModelAt, batch: Batch) -> dict[str, Tensor]:
 
 
 def _by_example(values: Tensor, batch: Batch, unit: Literal["example", "token"]) -> dict[str, Tensor]:
-    """Sum and number of a loss's values, by example."""
-    examples = int(batch.count("example"))
+    """Sum and number of a loss's values, by example; of a loss per token they come by row, or all in a line."""
     if unit == "example":
         return {_LOSS: values.float(), _COUNT: torch.ones_like(values, dtype=torch.float32)}
     tokens = (batch.labels[:, 1:] != -100).sum(dim=1)
-    row = torch.arange(len(tokens), device=values.device).repeat_interleave(tokens) % examples
-    empty = torch.zeros(examples, device=values.device)
-    return {
-        _LOSS: empty.index_add(0, row, values.float()),
-        _COUNT: empty.index_add(0, row, torch.ones_like(values, dtype=torch.float32)),
-    }
+    if values.ndim == 2:
+        sums = values.float().sum(dim=1)
+    else:
+        row = torch.arange(len(tokens), device=values.device).repeat_interleave(tokens)
+        sums = torch.zeros(len(tokens), device=values.device).index_add(0, row, values.float())
+    return {_LOSS: sums, _COUNT: tokens.float()}

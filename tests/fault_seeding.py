@@ -83,14 +83,14 @@ def judge(fault: Fault, clean: dict[str, str]) -> tuple[int, int]:
 def table(found: dict[str, list[int]]) -> str:
     """Markdown."""
     lines = [
-        f"Each bug was put back and the tests named beside it were run (`{COMMAND}`). Without the bug all of them pass;",
-        "*noticed by* counts those that fail with it.",
+        f"Each bug was put back and the tests named beside it were run (`{COMMAND}`).",
+        "Without the bug all of them pass; *noticed by* counts those that fail with it.",
         "",
         "| bug | class | tests | noticed by |",
         "|---|---|---|---|",
     ]
     for fault in FAULTS:
-        noticed, of = found[fault.name] if fault.name in found else ("not run", "?")
+        noticed, of = found.get(fault.name, ("not run", "?"))
         lines.append(f"| {fault.name} | {fault.kind} | `{fault.tests}.py -k \"{fault.which}\"` | {noticed} of {of} |")
     return "\n".join(lines) + "\n"
 

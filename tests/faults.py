@@ -96,7 +96,7 @@ FAULTS = [
     Fault(
         "prompt tokens are trained", "label masks", "trainers._batch",
         '(inputs["completion_mask"] == 0, -100)', '(inputs["attention_mask"] == 0, -100)',
-        "test_trainers_equal_upstream", "dpo_is_trls_own_loss_step_by_step",
+        "test_trainers_equal_upstream", "cross_entropy_on_pairs",  # of DPO's margin a shared prompt cancels
     ),
     Fault(
         "a doubled BOS passes", "double BOS", "trainers._data",
@@ -129,7 +129,7 @@ FAULTS = [
         'return getattr(self.tied_to.get(name, self), f"steering_vector_{kind}")[name].weight',
         'return self.__dict__.setdefault("kept", {}).setdefault((name, kind), getattr(self.tied_to.get(name, self), '
         'f"steering_vector_{kind}")[name].weight)',
-        "test_adapter_peft", "parameter_object or low_cpu_mem",
+        "test_adapter_peft", "parameter_object",
     ),
     Fault(
         "output[0] of a tensor", "tuple or tensor", "adapters.layer",
@@ -176,7 +176,8 @@ FAULTS = [
     ),
     Fault(
         "merging drops the vector", "bias dropped on reload", "adapters.model",
-        "        raise NotImplementedError(NO_MERGE)\n\n    def unload", "        return self.unload()\n\n    def unload",
+        "        raise NotImplementedError(NO_MERGE)\n\n    def unload",
+        "        return self.unload()\n\n    def unload",
         "test_adapter_peft", "merging_is_refused",
     ),
     Fault(
@@ -234,12 +235,12 @@ FAULTS = [
     Fault(
         "the memo's key has no precision", "stale memo", "trainers.prefix.keys",
         'f"{namespace}/{device}/{precision}"', 'f"{namespace}/{device}"',
-        "test_prefix_memo", "precision or sixteen_bit",
+        "test_prefix_memo", "precision",
     ),
     Fault(
         "the memo's key has no dtype of weights", "stale memo", "trainers.prefix.keys",
         "tuple(tensor.shape), str(tensor.dtype), _placed_sum(bits))", "tuple(tensor.shape), _placed_sum(bits))",
-        "test_prefix_memo", "dtype or sixteen_bit",
+        "test_prefix_memo", "dtype_of_equal_bits",
     ),
     Fault(
         "the memo's key has no settings", "stale memo", "trainers.prefix.keys",

@@ -91,7 +91,7 @@ def table(found: dict[str, list[int]]) -> str:
     ]
     for fault in FAULTS:
         noticed, of = found.get(fault.name, ("not run", "?"))
-        lines.append(f"| {fault.name} | {fault.kind} | `{fault.tests}.py -k \"{fault.which}\"` | {noticed} of {of} |")
+        lines.append(f'| {fault.name} | {fault.kind} | `{fault.tests}.py -k "{fault.which}"` | {noticed} of {of} |')
     return "\n".join(lines) + "\n"
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -20,6 +21,8 @@ from collections import Counter
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 HERE = Path(__file__).parent
 COMMAND = "python tests/upstream_suites.py"
@@ -72,7 +75,6 @@ def download(folder: Path) -> Path:
 
 
 def _configs() -> list[Any]:
-    import pytest
     from peft import LoraConfig
 
     from steertune.adapters import SteeringVectorConfig
@@ -86,7 +88,6 @@ def pytest_configure(config: Any) -> None:
     """Give the suite its markers."""
     for marker in ("regression", "single_gpu_tests", "multi_gpu_tests", "bitsandbytes"):
         config.addinivalue_line("markers", marker)
-    config.upstream = {}
 
 
 def pytest_collection_modifyitems(config: Any, items: list[Any]) -> None:
@@ -99,14 +100,12 @@ def pytest_collection_modifyitems(config: Any, items: list[Any]) -> None:
             module._HUB_MODEL_ACCESSES.update(dict.fromkeys(MODELS, 0))  # pyright: ignore
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_generate_tests(metafunc: Any) -> None:
     """Put LoRA and ours in place of the configurations."""
     for mark in metafunc.definition.iter_markers("parametrize"):
         if mark.args[0] == "config_cls,config_kwargs" and len(mark.args[1]) > 8:  # the list of all configurations
             mark.args[1][:] = _configs()
-
-
-pytest_generate_tests.tryfirst = True  # type: ignore[attr-defined]
 
 
 def pytest_runtest_logreport(report: Any) -> None:
@@ -150,12 +149,17 @@ def main() -> int:
         make_cache(temporary / "hub")
         log = temporary / "log.jsonl"
         paths = os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")])
+        suite = temporary / "suite"  # the distribution leaves out what makes its tests a package
+        shutil.copytree(folder / "tests", suite / "tests")
+        (suite / "tests" / "__init__.py").touch()
         surroundings = {"HF_HUB_CACHE": str(temporary / "hub"), "HF_HUB_OFFLINE": "1", "PYTHONPATH": paths}
         tests = ["tests/test_decoder_models.py", "-p", "upstream_suites", "-q", "--tb=short", "-k", options.k]
         plain = ["-o", "addopts=", "-n", "0", "-p", "no:cacheprovider"]
         command = [sys.executable, "-m", "pytest", *tests, *plain]
         variables = {**os.environ, **surroundings, "STEERTUNE_UPSTREAM_LOG": str(log)}
-        subprocess.run(command, cwd=folder, env=variables, check=False)
+        subprocess.run(command, cwd=suite, env=variables, check=False)
+        if not log.is_file():
+            raise SystemExit("No test of PEFT's ran; see pytest's words above.")
         lines = [json.loads(line) for line in log.read_text().splitlines()]
     for node, outcome, why in lines:
         if outcome == "failed":

@@ -19,7 +19,9 @@ import tarfile
 import tempfile
 from collections import Counter
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -85,7 +87,10 @@ def _configs() -> list[Any]:
 
 
 def pytest_configure(config: Any) -> None:
-    """Give the suite its markers."""
+    """Give the suite its markers, and a name that its helpers import and these tests do not use."""
+    if find_spec("diffusers") is None:
+        sys.modules["diffusers"] = stub = ModuleType("diffusers")
+        stub.StableDiffusionPipeline = object  # pyright: ignore
     for marker in ("regression", "single_gpu_tests", "multi_gpu_tests", "bitsandbytes"):
         config.addinivalue_line("markers", marker)
 

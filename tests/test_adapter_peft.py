@@ -27,7 +27,7 @@ from peft import (
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from steertune.adapters import SteeringVectorConfig, prompt_length, set_strength
+from steertune.adapters import SteeringVectorConfig, prompt_length, set_strength, steering_layers
 from steertune.adapters.blocks import resolve_layers
 
 LORA = {"r": 2, "target_modules": ["q_proj", "down_proj"], "init_lora_weights": False}
@@ -507,6 +507,18 @@ def test_a_bf16_base_does_not_freeze_the_vector(autocast_adapter_dtype):
 def test_a_model_cast_to_bf16_still_runs():
     for form in ("bias", "gated", "low_rank"):
         assert torch.isfinite(logits(steered(form=form, norm="preserve").to(torch.bfloat16))).all()
+
+
+@torch.no_grad()
+def test_a_new_parameter_object_is_the_one_that_counts():
+    """FSDP2 puts Parameter objects of its own in place of ours."""
+    model = steered()
+    before = logits(model)
+    holder = steering_layers(model)[0].steering_vector_v["default"]
+    holder.weight = torch.nn.Parameter(torch.zeros_like(holder.weight))
+    with model.disable_adapter():
+        base = logits(model)
+    assert torch.equal(logits(model), base) and not torch.equal(before, base)
 
 
 # -- copies, removal, refusals, status ------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from tiny_data import pairs, trained
 
 from steertune.adapters import SteeringVectorConfig
 from steertune.trainers import FrozenPrefix, ModelAt
+from steertune.trainers.prefix.keys import row_key, weights_key
 from steertune.trainers.prefix.memo import Memo
 
 ROW = torch.arange(12.0).reshape(3, 4)  # 48 bytes
@@ -308,6 +309,20 @@ def test_the_scale_of_a_reference_adapter_is_in_its_key():
             reference.outputs(pair_batch(), lambda batch, model=model: ModelAt(model, model, batch)(1)).token_logps
         )
     assert not torch.equal(*found)
+
+
+def test_the_precision_of_autocast_is_in_the_key():
+    row = {"input_ids": torch.arange(3)[None]}
+    keys = {row_key("", row)}
+    for dtype in (torch.bfloat16, torch.float16):
+        with torch.autocast("cpu", dtype):
+            keys.add(row_key("", row))
+    assert len(keys) == 3
+
+
+def test_the_dtype_of_equal_bits_is_in_the_key():
+    dtypes = (torch.bfloat16, torch.float16, torch.int16)
+    assert len({weights_key([("w", torch.zeros(3, dtype=dtype))]) for dtype in dtypes}) == 3
 
 
 def test_prompts_of_finetuned_weights_are_their_own():

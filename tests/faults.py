@@ -1,0 +1,292 @@
+"""Bugs that this field has had, each as one edit of our source, and how to put one in.
+
+A fault is text for text: where the source no longer holds `old` exactly once, `source` says so.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec, SourceFileLoader
+from pathlib import Path
+from types import CodeType, ModuleType
+
+PACKAGE = "steertune"
+ROOT = Path(__file__).parent.parent
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One bug.
+
+    Attributes:
+        name: What is wrong then.
+        kind: Its class.
+        module: Where it is, below the package.
+        old: Text of the source.
+        new: What a bug makes of it.
+        tests: The test file that should notice.
+        which: Its tests, as for `pytest -k`.
+    """
+
+    name: str
+    kind: str
+    module: str
+    old: str
+    new: str
+    tests: str
+    which: str
+
+    @property
+    def source(self) -> str:
+        """The module's source with the bug in it.
+
+        Raises:
+            ValueError: the text to be replaced is not there exactly once.
+        """
+        text = (ROOT / f"{self.module.replace('.', '/')}.py").read_text()
+        if text.count(self.old) != 1 or self.old == self.new:
+            raise ValueError(f"{self.name!r}: {self.old!r} stands {text.count(self.old)} times in {self.module}.")
+        return text.replace(self.old, self.new)
+
+
+class _Broken(SourceFileLoader):
+    source = ""
+
+    def get_code(self, fullname: str) -> CodeType:
+        """Of the broken source; no cached bytecode is read or written."""
+        return compile(self.source, self.path, "exec", dont_inherit=True)
+
+
+class _Finder(MetaPathFinder):
+    def __init__(self, fault: Fault) -> None:
+        self.fault = fault
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if fullname != f"{PACKAGE}.{self.fault.module}":
+            return None
+        others = (finder.find_spec(fullname, path, target) for finder in sys.meta_path if finder is not self)
+        spec = next(spec for spec in others if spec is not None)
+        spec.loader = _Broken(fullname, str(spec.origin))
+        spec.loader.source = self.fault.source
+        return spec
+
+
+def seed(fault: Fault) -> None:
+    """Put a bug into this process, for good.
+
+    Raises:
+        RuntimeError: the package is imported already.
+    """
+    if any(name.startswith(f"{PACKAGE}.") for name in sys.modules):
+        raise RuntimeError(f"{PACKAGE} is imported already: a fault must come first.")
+    sys.meta_path.insert(0, _Finder(fault))
+
+
+FAULTS = [
+    Fault(
+        "labels are off by one", "label masks", "trainers._batch",
+        "        labels = self.labels[:, 1:]\n", "        labels = self.labels[:, :-1]\n",
+        "test_model_at", "full_computation",
+    ),
+    Fault(
+        "prompt tokens are trained", "label masks", "trainers._batch",
+        '(inputs["completion_mask"] == 0, -100)', '(inputs["attention_mask"] == 0, -100)',
+        "test_trainers_equal_upstream", "cross_entropy_on_pairs",  # of DPO's margin a shared prompt cancels
+    ),
+    Fault(
+        "a doubled BOS passes", "double BOS", "trainers._data",
+        "if bos is not None and list(ids[:2]) == [bos, bos]:", "if False:",
+        "test_trainers_bad_input", "refused_before_training and bos",
+    ),
+    Fault(
+        "the reference is the model itself", "DPO reference", "trainers._at",
+        "with reference_adapter(self.unwrapped), evaluating(self.unwrapped):", "with evaluating(self.unwrapped):",
+        "test_model_at", "at_0 or none_at_0",
+    ),
+    Fault(
+        "the reference of a continued adapter is the base", "DPO reference", "trainers._at",
+        "REFERENCE_ADAPTER if REFERENCE_ADAPTER in model.peft_config else None", "None",
+        "test_trainers_promises", "starts_at_ln_2 or reference_copy",
+    ),
+    Fault(
+        "the reference copy stays as it was made", "DPO reference", "trainers._mixin",
+        'REFERENCE_ADAPTER}.")).copy_(parameter)', 'REFERENCE_ADAPTER}."))',
+        "test_trainers_promises", "starts_at_ln_2 or reference_copy",
+    ),
+    Fault(
+        "the reference has dropout", "DPO reference", "trainers._at",
+        "with reference_adapter(self.unwrapped), evaluating(self.unwrapped):",
+        "with reference_adapter(self.unwrapped):",
+        "test_model_at", "reference_has_no_dropout",
+    ),
+    Fault(
+        "the hook keeps the first Parameter object", "hooks", "adapters.layer",
+        'return getattr(self.tied_to.get(name, self), f"steering_vector_{kind}")[name].weight',
+        'return self.__dict__.setdefault("kept", {}).setdefault((name, kind), getattr(self.tied_to.get(name, self), '
+        'f"steering_vector_{kind}")[name].weight)',
+        "test_adapter_peft", "parameter_object",
+    ),
+    Fault(
+        "output[0] of a tensor", "tuple or tensor", "adapters.layer",
+        "hidden = output[0] if isinstance(output, tuple) else output", "hidden = output[0]",
+        "test_adapter_exactness", "adding_by_hand and (llama or gpt2)",
+    ),
+    Fault(
+        "the hook hangs twice", "vector added twice", "adapters.model",
+        "layer.handle = target.register_forward_hook(layer.hook, prepend=True)",
+        "layer.handle = target.register_forward_hook(layer.hook, prepend=True); "
+        "target.register_forward_hook(layer.hook)",
+        "test_adapter_exactness", "adding_by_hand and (llama or gpt2)",
+    ),
+    Fault(
+        "the layer is off by one", "layer off by one", "adapters.model",
+        "(blocks[i] for i in layers)", "(blocks[i - 1] for i in layers)",
+        "test_adapter_exactness", "captured_states and llama",
+    ),
+    Fault(
+        "activations are read one layer below", "layer off by one", "adapters.activations",
+        "site_name(*blocks[i], site)", "site_name(*blocks[i - 1], site)",
+        "test_directions", "collected_states",
+    ),
+    Fault(
+        "the strength is ignored", "adapter has no effect", "adapters.layer",
+        "hidden + strength * self._change(name, hidden)", "hidden + self._change(name, hidden)",
+        "test_model_at", "at_minus_1",
+    ),
+    Fault(
+        "the strength is not put back", "adapter has no effect", "adapters.strength",
+        "layer.strength.update(strength)", "pass",
+        "test_model_at", "strength_is_put_back",
+    ),
+    Fault(
+        "vectors are bf16", "dtype", "adapters.layer",
+        "torch.full(shape, torch.nan, dtype=torch.float32", "torch.full(shape, torch.nan, dtype=torch.bfloat16",
+        "test_adapter_peft", "bf16",
+    ),
+    Fault(
+        "the adapter is saved empty", "ZeRO-3's empty file", "adapters.layer",
+        "self.register_load_state_dict_pre_hook(_check_loaded)",
+        "self.register_state_dict_post_hook(lambda m, s, p, _: s.update({f'{p}weight': s[f'{p}weight'][:0]}))",
+        "test_adapter_peft", "d_numbers",
+    ),
+    Fault(
+        "merging drops the vector", "bias dropped on reload", "adapters.model",
+        "        raise NotImplementedError(NO_MERGE)\n\n    def unload",
+        "        return self.unload()\n\n    def unload",
+        "test_adapter_peft", "merging_is_refused",
+    ),
+    Fault(
+        "NaN in a file passes", "adapter keys not loaded", "adapters.checks",
+        "    if bad:\n", "    if False:\n",
+        "test_adapter_bad_input", "bad_files",
+    ),
+    Fault(
+        "another base passes", "adapter keys not loaded", "adapters.model",
+        "check_fingerprint(peft_config.base_fingerprint, self.model)", "pass",
+        "test_adapter_bad_input", "another_base",
+    ),
+    Fault(
+        "a vector of the config may be missing in the file", "adapter keys not loaded", "adapters.checks",
+        "if expected_layers is not None and len(found) != expected_layers:", "if False:",
+        "test_adapter_bad_input", "bad_files",
+    ),
+    Fault(
+        "what is in the cache is forgotten", "positions with cache", "adapters.positions",
+        "int(cache.get_seq_length()) if cache is not None else 0", "0",
+        "test_adapter_positions", "cached_generation and llama",
+    ),
+    Fault(
+        "the last prompt token is padding", "positions with padding", "adapters.positions",
+        "real = attention_mask.bool() & (index < end[:, None])",
+        "real = (index < end[:, None])",
+        "test_adapter_positions", "real_one or either_side",
+    ),
+    Fault(
+        "rows padded on the left are cut on the right", "positions with padding", "trainers.prefix.keys",
+        "(mask.bool() * columns).amax(dim=1).tolist()", "mask.sum(dim=1).tolist()",
+        "test_frozen_prefix", "left_padding",
+    ),
+    Fault(
+        "random numbers start again in a resumed run", "resume RNG", "trainers._mixin",
+        'key = f"{self.args.seed}/{step}/{self._micro_step}".encode()',
+        'self._drawn = getattr(self, "_drawn", 0) + 1; key = f"{self.args.seed}/{self._drawn}".encode()',
+        "test_trainers_promises", "six_steps or evaluation_does_not_change",
+    ),
+    Fault(
+        "the loss is not scaled by accumulation", "accumulation", "trainers._mixin",
+        "        if num_items_in_batch is None:\n", "        if True:\n",
+        "test_trainers_promises", "four_times_one",
+    ),
+    Fault(
+        "checkpointing at another strength passes", "gradient checkpointing", "trainers._at",
+        "return checkpointing and (inside or", "return False and (inside or",
+        "test_trainers_promises", "bipo_with_checkpointing",
+    ),
+    Fault(
+        "a NaN loss goes on", "NaN hidden in logs", "trainers._guard",
+        "    if torch.isfinite(value).all():\n", "    if True:\n",
+        "test_trainers_bad_input", "training_stops",
+    ),
+    Fault(
+        "the memo's key has no precision", "stale memo", "trainers.prefix.keys",
+        'f"{namespace}/{device}/{precision}"', 'f"{namespace}/{device}"',
+        "test_prefix_memo", "precision",
+    ),
+    Fault(
+        "the memo's key has no dtype of weights", "stale memo", "trainers.prefix.keys",
+        "tuple(tensor.shape), str(tensor.dtype), _placed_sum(bits))", "tuple(tensor.shape), _placed_sum(bits))",
+        "test_prefix_memo", "dtype_of_equal_bits",
+    ),
+    Fault(
+        "the memo's key has no settings", "stale memo", "trainers.prefix.keys",
+        "hashlib.blake2b(repr(settings).encode(), digest_size=16)", "hashlib.blake2b(digest_size=16)",
+        "test_prefix_memo", "other_settings or reference_adapter",
+    ),
+    Fault(
+        "chosen and rejected are swapped in the margin", "sign", "losses._base",
+        "return (policy.chosen.logps - reference.chosen.logps) - (policy.rejected.logps - reference.rejected.logps)",
+        "return (policy.rejected.logps - reference.rejected.logps) - (policy.chosen.logps - reference.chosen.logps)",
+        "test_losses", "by_hand or chosen_rises",
+    ),
+    Fault(
+        "chosen and rejected are swapped in directions", "sign", "adapters.activations",
+        "for i, (chosen, _) in halves.items()},\n        rejected={i: rejected for i, (_, rejected)",
+        "for i, (_, chosen) in halves.items()},\n        rejected={i: rejected for i, (rejected, _)",
+        "test_directions", "collected_states",
+    ),
+    Fault(
+        "β of DPO is dropped", "hyperparameters", "losses.dpo",
+        "-logsigmoid(self.beta * reference_margin(at))", "-logsigmoid(reference_margin(at))",
+        "test_losses", "by_hand or is_its_formula",
+    ),
+    Fault(
+        "training metrics hold those of evaluation", "logs", "trainers._mixin",
+        "at, batch, training=self.model.training)", "at, batch, training=True)",
+        "test_trainers_promises", "evaluation_margins or logged_keys",
+    ),
+    Fault(
+        "test rows may stand in training", "leaks", "recipes.ablation.splits",
+        "    pool = _apart(name, pool, validation, scorer, test, sizes)\n", "",
+        "test_splits", "two_splits or near_duplicates",
+    ),
+    Fault(
+        "larger training sets do not hold the smaller", "leaks", "recipes.ablation.splits",
+        "self.pool.shuffle(seed=seed)", "self.pool.shuffle(seed=seed + examples)",
+        "test_splits", "nested",
+    ),
+    Fault(
+        "percentile bootstrap in place of BCa", "statistics", "recipes.ablation.statistics.paired",
+        'method="BCa"', 'method="percentile"',
+        "test_statistics", "bca_interval_of_scipy",
+    ),
+    Fault(
+        "a judgement that fails counts as 0", "judge", "recipes.ablation.scorers.judge",
+        "        return None\n\n    def score", "        return 0.0\n\n    def score",
+        "test_scorers", "none_never_zero",
+    ),
+]  # fmt: skip

@@ -159,7 +159,8 @@ class Mixture:
         """Train once, measure every unseen task, write `page.md`; an interrupted run goes on where it stopped."""
         main_process = PartialState().is_main_process
         claim(folder, self.tables, main_process)
-        model, tokenizer = load_model(self.tables.model)
+        loaded: tuple[Any, Any] = load_model(self.tables.model)
+        model, tokenizer = loaded
         model.to(PartialState().device)
         tuned = self._tuned(model, tokenizer, folder)
         cells = list(self._cells(model, tuned, tokenizer, folder))

@@ -88,7 +88,8 @@ def run(arm: Arm) -> dict[str, Any]:
         raise ArmError(f"data.name={arm.data.name!r}: distillation answers prompts, the rows have {missing[0]}.")
     arm = _with_pool(arm, train)
     view = arm.view_objects()["good"]
-    model, tokenizer = load_model(arm.model)
+    loaded: tuple[Any, Any] = load_model(arm.model)
+    model, tokenizer = loaded
     model.to(state.device)
     seen = answered(arm, model, tokenizer, view, train, _SEEN, folder / "answers.jsonl")
     held_out = answered(arm, model, tokenizer, view, test, _TEST, folder / "test_answers.jsonl")
@@ -222,8 +223,8 @@ def page(result: dict[str, Any]) -> str:
         ("tokens of a request", f"{tokens['plain']:.0f}", f"{tokens['prompted']:.0f}", f"{tokens['plain']:.0f}"),
     ]  # fmt: skip
     if "accuracy" in result:
-        shown = (f"{result['accuracy'][name]:.3f}" for name in ("base", "prompted", "distilled"))
-        rows.append(("held-out pair accuracy", *shown))
+        base, prompted, distilled = (f"{result['accuracy'][name]:.3f}" for name in ("base", "prompted", "distilled"))
+        rows.append(("held-out pair accuracy", base, prompted, distilled))
     lines = [
         f"# {result['name']}: a prompt, distilled",
         "",

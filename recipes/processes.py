@@ -46,12 +46,12 @@ def begin(threads: int | None = None, running: int | None = None, only_one: bool
         )
     if only_one and running > 1:
         raise ArmError(f"{running} processes run, and this recipe has work for one. Start it with python.")
-    if os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true", "yes") and state.device.type == "cpu":
+    device = str(state.device)
+    if os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true", "yes") and device == "cpu":
         raise ArmError("FSDP was asked for, and there is no GPU: accelerate would run DDP. Use cpu_ddp or cpu_zero3.")
     if state.num_processes > 1 and state.is_main_process:
-        print(
-            f"{state.num_processes} processes ({state.distributed_type.value}, {state.device.type})", file=sys.stderr
-        )
+        kind = f"{state.distributed_type.value}, {device.partition(':')[0]}"
+        print(f"{state.num_processes} processes ({kind})", file=sys.stderr)
     if threads is None and state.num_processes == 1:
         threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     if threads is not None:
@@ -84,4 +84,4 @@ def asked_for(words: Sequence[str]) -> int | None:
     if options.num_processes:
         return options.num_processes
     file = options.config_file or (default_config_file if os.path.isfile(default_config_file) else None)
-    return None if file is None else load_config_from_file(file).num_processes
+    return None if file is None else getattr(load_config_from_file(file), "num_processes", None)

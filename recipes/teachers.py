@@ -68,7 +68,8 @@ def train_teachers(
     from steertune.recipes.training import fit, make_trainer
 
     teachers = {}
-    for name, table in arm.teachers.items():
+    tables: dict[str, Any] = dict(arm.teachers)
+    for name, table in tables.items():
         own = arm.model_copy(
             update={
                 "name": f"{arm.name}/{name}",

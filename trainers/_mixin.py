@@ -194,7 +194,8 @@ class SteeringMixin(Trainer):
         if self.seat is not None:
             self.seat.backward()
         if not self._plain:
-            check_finite(self, "The loss", self.accelerator.gather(loss.detach()))  # all stop, or none
+            everywhere: Any = self.accelerator.gather(loss.detach())
+            check_finite(self, "The loss", everywhere)  # all stop, or none
         return loss
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
@@ -402,7 +403,8 @@ def _check_teacher(name: str, teacher: nn.Module, model: nn.Module) -> None:
     theirs, ours = (base_of(each) for each in (teacher, model))
     if theirs is ours:
         raise ViewError(f"View {name!r}: its teacher is the trained model itself. Give share_weights(model), adapted.")
-    sizes: Any = [each.get_input_embeddings().weight.shape for each in (theirs, ours)]
+    bases: list[Any] = [theirs, ours]
+    sizes = [each.get_input_embeddings().weight.shape for each in bases]
     if sizes[0] != sizes[1]:
         raise ViewError(f"View {name!r}: its teacher's (tokens, width) are {[*sizes[0]]}, the model's {[*sizes[1]]}.")
 

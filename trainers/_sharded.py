@@ -6,10 +6,10 @@ from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 
-def gathered(parameters: Iterable[nn.Parameter]) -> AbstractContextManager[Any]:
+def gathered(parameters: Iterable[Tensor]) -> AbstractContextManager[Any]:
     """Context in which parameters have all their values, on every process; all processes must enter it."""
     shared = [p for p in parameters if hasattr(p, "ds_id")]
     if not shared:

@@ -73,7 +73,8 @@ def _impossible(trainer: Trainer) -> str | None:
     kind = accelerator.distributed_type
     stage = getattr(accelerator.state.deepspeed_plugin, "zero_stage", 0) if kind == DistributedType.DEEPSPEED else 0
     # from_pretrained(distributed_config=) makes DTensors, and accelerate calls it DDP
-    at_load = any(hasattr(p, "device_mesh") for p in trainer.model.parameters())
+    model: Any = trainer.model
+    at_load = any(hasattr(p, "device_mesh") for p in model.parameters())
     if kind == DistributedType.FSDP or stage == 3 or at_load:
         return "sharded weights: all processes must run the same layers"
     return None

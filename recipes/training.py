@@ -15,11 +15,10 @@ import torch
 from datasets import Dataset
 from pydantic import BaseModel
 from transformers import TrainerCallback
-from transformers.trainer_utils import get_last_checkpoint
 
 from steertune.recipes.arm import Arm, ArmError
 from steertune.recipes.teachers import train_teachers
-from steertune.trainers import FrozenPrefix
+from steertune.trainers import FrozenPrefix, last_checkpoint
 
 _PACKAGES = ("steertune", "torch", "transformers", "trl", "peft", "accelerate", "datasets", "scikit-learn")
 _QUIET = ("save_strategy", "logging_strategy", "disable_tqdm")  # settings that say nothing about learning
@@ -101,13 +100,12 @@ def make_trainer(
 
 
 def fit(trainer: Any, folder: Path) -> float:
-    """Train, from the last checkpoint if there is one; with `max_steps = 0` only set the initial vector. Seconds."""
+    """Train, from the last whole checkpoint if any; with `max_steps = 0` only set the initial vector. Seconds."""
     start = time.monotonic()
     if trainer.args.max_steps == 0:
         trainer.initialise_vectors()
     else:
-        checkpoints = folder / "checkpoints"
-        trainer.train(resume_from_checkpoint=get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None)
+        trainer.train(resume_from_checkpoint=last_checkpoint(folder / "checkpoints"))
     return time.monotonic() - start
 
 

@@ -229,7 +229,7 @@ FAULTS = [
     ),
     Fault(
         "a NaN loss goes on", "NaN hidden in logs", "trainers._guard",
-        "    if torch.isfinite(value).all():\n", "    if True:\n",
+        "    if not torch.isfinite(value).all():\n", "    if False:\n",
         "test_trainers_bad_input", "training_stops",
     ),
     Fault(

@@ -13,10 +13,12 @@ if TYPE_CHECKING:
     from ._batch import Batch
     from ._data import DataError, collator, tokenise
     from ._guard import NonFiniteError
+    from ._resume import CheckpointError, last_checkpoint
     from .biases import Bias, BiasError, get_bias
     from .dpo import SteeringDPOTrainer
     from .prefix import FrozenPrefix
     from .sft import SteeringSFTTrainer
+    from .spikes import LossSpikes
     from .together import share_weights, train_together
     from .trainer import SteeringTrainer
     from .views import View, ViewError, get_view
@@ -25,8 +27,10 @@ _HOME = {
     "Batch": "_batch",
     "Bias": "biases",
     "BiasError": "biases",
+    "CheckpointError": "_resume",
     "DataError": "_data",
     "FrozenPrefix": "prefix",
+    "LossSpikes": "spikes",
     "ModelAt": "_at",
     "NonFiniteError": "_guard",
     "SteeringDPOTrainer": "dpo",
@@ -38,6 +42,7 @@ _HOME = {
     "get_bias": "biases",
     "get_view": "views",
     "labelled_logits": "_at",
+    "last_checkpoint": "_resume",
     "scalable": "_at",
     "scaled": "_at",
     "share_weights": "together",
@@ -48,8 +53,10 @@ __all__ = [
     "Batch",
     "Bias",
     "BiasError",
+    "CheckpointError",
     "DataError",
     "FrozenPrefix",
+    "LossSpikes",
     "ModelAt",
     "NonFiniteError",
     "SteeringDPOTrainer",
@@ -61,6 +68,7 @@ __all__ = [
     "get_bias",
     "get_view",
     "labelled_logits",
+    "last_checkpoint",
     "scalable",
     "scaled",
     "share_weights",

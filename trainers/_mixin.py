@@ -17,7 +17,6 @@ from datasets import Dataset
 from peft import PeftConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import Trainer, set_seed
-from transformers.trainer_utils import get_last_checkpoint
 
 from ..adapters import SteeringVectorConfig, SteeringVectorLayer, steering_layers
 from ..adapters.blocks import find_blocks, resolve_layers, text_config
@@ -25,9 +24,9 @@ from ..losses import Loss, Staged, get_loss, parts
 from ._at import REFERENCE_ADAPTER, ModelAt, prompt_of, scaled
 from ._batch import Batch
 from ._data import PAIR_FORMATS, DataError, check_rows, check_tokens
-from ._guard import FiniteGradients, check_finite
+from ._guard import FiniteSteps, check_finite
 from ._metrics import Metrics
-from ._resume import RestoredAdapter
+from ._resume import CheckpointError, RestoredAdapter, check_adapter_in, check_checkpoint, last_checkpoint
 from ._saved import check_saved
 from ._sharded import whole_weights
 from ._start import fill_missing_vectors
@@ -84,6 +83,7 @@ class SteeringMixin(Trainer):
         if peft_config is DEFAULT:
             peft_config = None if continued else SteeringVectorConfig()
         self._micro_step = 0
+        self.step_batches: list[dict[str, Any]] = []  # of the optimiser step at work
         self.pay_once = PayOnce(frozen_prefix)
         self.seat: Any = None  # this trainer's place among those of `train_together`
         self.views: Views | None = None
@@ -125,7 +125,7 @@ class SteeringMixin(Trainer):
         self._vitals = VectorVitals()
         self.resumed: str | None = None  # checkpoint that training goes on from
         self._seen = Metrics(self.accelerator)
-        self.add_callback(FiniteGradients(self))
+        self.add_callback(FiniteSteps(self))
         self.add_callback(Biased(self, self._biases))
         self.add_callback(RestoredAdapter(self))
 
@@ -165,6 +165,9 @@ class SteeringMixin(Trainer):
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As the parent's, after computing an initial direction that needs data."""
         if not self._plain:
+            asked = kwargs.pop("resume_from_checkpoint", args[0] if args else None)
+            self.resumed, args = self._checkpoint(asked), args[1:]
+            kwargs["resume_from_checkpoint"] = self.resumed
             self.initialise_vectors()
             while self._unstarted:  # one that is refused is refused again by the next call
                 self._unstarted[0].start(self)
@@ -172,8 +175,6 @@ class SteeringMixin(Trainer):
             if self.args.logging_strategy != "no":
                 with self._before_deepspeed():
                     self._vitals.start(self)
-            resumed = kwargs.get("resume_from_checkpoint", args[0] if args else None)
-            self.resumed = get_last_checkpoint(str(self.args.output_dir)) if resumed is True else resumed or None
         with ExitStack() as stack:
             for bias in self._biases:
                 stack.enter_context(bias.during(self))
@@ -181,6 +182,21 @@ class SteeringMixin(Trainer):
                 _check_layers(self.loss, self.model)
                 self.pay_once.start(self, training=True, whole_rows=any(bias.whole_rows for bias in self._biases))
             return super().train(*args, **kwargs)
+
+    def _checkpoint(self, asked: str | os.PathLike[str] | bool | None) -> str | None:
+        """What training goes on from; True: the newest whole checkpoint.
+
+        Raises:
+            CheckpointError: it is not whole or not of this training, or there is none.
+        """
+        if asked is None or asked is False or asked == "":
+            return None
+        found = last_checkpoint(str(self.args.output_dir)) if asked is True else os.fspath(asked)
+        if found is None:
+            raise CheckpointError(f"{self.args.output_dir} has no whole checkpoint. Leave resume_from_checkpoint out.")
+        check_checkpoint(found)
+        check_adapter_in(found, self.model)
+        return found
 
     def initialise_vectors(self) -> None:
         """Compute initial vectors that need data, as `train` does first: activation addition without training."""
@@ -194,14 +210,16 @@ class SteeringMixin(Trainer):
         if self.seat is not None:
             self.seat.backward()
         if not self._plain:
+            what = "" if self.loss is None else f" {type(parts(self.loss)[-1]).__name__}"
             everywhere: Any = self.accelerator.gather(loss.detach())
-            check_finite(self, "The loss", everywhere)  # all stop, or none
+            check_finite(self, f"The loss{what}", everywhere)  # all processes stop, or none
         return loss
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
         """As the parent's, counting what our loss is averaged over: pairs, rows or tokens of the whole step."""
-        self._micro_step = 0
+        self.restart_draws()
         samples, items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self.step_batches = samples
         loss = self._loss_now
         if loss is not None and samples:
             counts = torch.as_tensor(sum(self._read(inputs).count(loss.unit) for inputs in samples), device=device)
@@ -312,6 +330,10 @@ class SteeringMixin(Trainer):
         super().save_model(output_dir, _internal_call)
         if not self._plain and self.args.should_save:
             check_saved(self.accelerator.unwrap_model(self.model), Path(output_dir or str(self.args.output_dir)))
+
+    def restart_draws(self, micro_step: int = 0) -> None:
+        """Let the next micro-batch draw the random numbers that number `micro_step` of the optimiser step draws."""
+        self._micro_step = micro_step
 
     def save_last_good(self) -> str:
         """Save the model as it was before the bad step; return the folder."""

@@ -1,18 +1,119 @@
-"""Resuming an adapter that was trained beside its frozen reference copy."""
+"""Resuming: the newest checkpoint that is whole, and an adapter that was trained beside its frozen reference copy."""
 
 from __future__ import annotations
 
+import json
+import logging
+import re
+import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from peft import PeftModel
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors import SafetensorError, safe_open
 from transformers import TrainerCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from ..adapters import SteeringVectorConfig
+from ..adapters.checks import check_adapter_folder
 from ._at import REFERENCE_ADAPTER
 
 if TYPE_CHECKING:
     from ._mixin import SteeringMixin
+
+_STATE = "trainer_state.json"  # the last file of a checkpoint that the Trainer writes
+logger = logging.getLogger(__name__)
+
+
+class CheckpointError(ValueError):
+    """A checkpoint is not whole, or not of this training; the message names the file."""
+
+
+def last_checkpoint(folder: str | Path) -> str | None:
+    """The newest checkpoint of a training that is whole; None if there is none.
+
+    A process that is killed while it writes leaves half a checkpoint, which `transformers.get_last_checkpoint` would
+    choose. It is passed over here, with a warning.
+    """
+    found = {
+        int(match[1]): path
+        for path in (Path(folder).iterdir() if Path(folder).is_dir() else ())
+        if path.is_dir() and (match := re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)", path.name))
+    }
+    for step in sorted(found, reverse=True):
+        try:
+            check_checkpoint(found[step])
+        except CheckpointError as error:
+            logger.warning("%s An earlier checkpoint is looked for.", error)
+            continue
+        return str(found[step])
+    if found:
+        logger.warning("No checkpoint in %s is whole: training starts from the beginning.", folder)
+    return None
+
+
+def check_checkpoint(folder: str | Path) -> None:
+    """Refuse a checkpoint that was not written to its end or is damaged. Nothing is unpickled.
+
+    The Trainer's own state files (`optimizer.pt`, `scheduler.pt`, `rng_state.pth`) are zip files, whose checksums are
+    compared; weights are safetensors, whose sizes are. The Trainer reads the former with `weights_only=True`: tensors
+    and plain values, no code.
+
+    Raises:
+        CheckpointError: names the file.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise CheckpointError(f"No checkpoint {str(folder)!r}: give a folder checkpoint-N of output_dir.")
+    state = folder / _STATE
+    if not state.is_file():
+        raise CheckpointError(f"{folder} is not whole: it has no {_STATE}, which is written last. Delete the folder.")
+    try:
+        step = json.loads(state.read_text(encoding="utf-8"))["global_step"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{state} is damaged ({error!r}). Delete the folder.") from error
+    named = re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)", folder.name)
+    if named and step != int(named[1]):
+        raise CheckpointError(f"{state} is of step {step!r}, not of {folder.name}. Delete the folder.")
+    for file, problem in _damaged(folder):
+        raise CheckpointError(f"{file} is damaged ({problem}). Delete the folder {folder}.")
+
+
+def check_adapter_in(folder: str | Path, model: Any) -> None:
+    """Refuse a checkpoint whose steering vector is not the one being trained: PEFT would leave out what it misses.
+
+    Raises:
+        CheckpointError: names the key.
+    """
+    if not isinstance(model, PeftModel):
+        return
+    config = model.peft_config[str(model.active_adapter)]
+    if not isinstance(config, SteeringVectorConfig):
+        return
+    try:
+        check_adapter_folder(str(folder), config)
+    except ValueError as error:
+        raise CheckpointError(f"{folder} is not of this training: {error}") from error
+
+
+def _damaged(folder: Path) -> Iterator[tuple[Path, str]]:
+    for file in sorted(folder.rglob("*.safetensors")):
+        try:
+            with safe_open(file, "pt") as tensors:
+                tensors.keys()
+        except (SafetensorError, OSError) as error:
+            yield file, str(error)
+    for file in sorted(path for path in folder.iterdir() if path.suffix in (".pt", ".pth")):
+        try:
+            with zipfile.ZipFile(file) as archive:
+                broken = archive.testzip()
+        except (zipfile.BadZipFile, OSError, EOFError, NotImplementedError) as error:
+            yield file, str(error)
+            continue
+        if broken is not None:
+            yield file, f"checksum of {broken}"
 
 
 class RestoredAdapter(TrainerCallback):

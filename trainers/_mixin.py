@@ -218,6 +218,8 @@ class SteeringMixin(Trainer):
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
         """As the parent's, counting what our loss is averaged over: pairs, rows or tokens of the whole step."""
         self.restart_draws()
+        if not self._plain and self.state.global_step >= self.state.max_steps:
+            return [], None  # resumed at its end, where the parent would take one step more
         samples, items = super().get_batch_samples(epoch_iterator, num_batches, device)
         self.step_batches = samples
         loss = self._loss_now

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 import math
 import shutil
 import time
@@ -37,6 +38,8 @@ from steertune.recipes.measures import (
 )
 from steertune.recipes.training import fit, make_trainer, versions, write_whole
 from steertune.trainers import NonFiniteError, scalable, scaled, share_weights, train_together
+
+logger = logging.getLogger(__name__)
 
 FEW_NEUTRAL = 4
 """Rows that the search of the matched strength starts with."""
@@ -101,10 +104,8 @@ def tuned(cell: Cell, bench: Bench, folder: Path) -> dict[str, Any]:
     home = file.parent
     home.mkdir(parents=True, exist_ok=True)
     with FileLock(home / f"{cell.arm.name}.lock"):  # another runner may be at it
-        if file.exists():
-            known = json.loads(file.read_text(encoding="utf-8"))
-            if known["key"] == cell.tuning_key:
-                return known
+        if file.exists() and (known := _known_tuning(file, cell.tuning_key)) is not None:
+            return known
         start = time.monotonic()
         trials = _trials(cell, bench, seed, home)
         scored = [t for t in trials if t["score"] is not None]
@@ -118,6 +119,18 @@ def tuned(cell: Cell, bench: Bench, folder: Path) -> dict[str, Any]:
         }
         write_whole(file, json.dumps(result, indent=1))
     return result
+
+
+def _known_tuning(file: Path, key: str) -> dict[str, Any] | None:
+    """What a file knows of a tuning; None if it is of other settings, or damaged."""
+    try:
+        known = json.loads(file.read_text(encoding="utf-8"))
+        if known["key"] != key:
+            return None
+        return {name: known[name] for name in ("key", "trials", "best", "seconds")}
+    except (ValueError, KeyError, TypeError) as error:
+        logger.warning("%s is no tuning (%r): it is done again.", file, error)
+        return None
 
 
 def tuning_file(cell: Cell, bench: Bench, folder: Path) -> Path:

@@ -137,7 +137,8 @@ def _text(trainer: SteeringMixin, example: Mapping[str, Any]) -> str:
         return "the batch"
     mask = example.get("attention_mask")
     real = ids[0][mask[0].bool()] if isinstance(mask, Tensor) and mask.shape == ids.shape else ids[0]
-    place, tokenizer = _place(trainer.train_dataset, real.tolist()), trainer.processing_class
+    place = _place(trainer.train_dataset, real.tolist())
+    tokenizer: Any = trainer.processing_class
     text: Any = real[:_LETTERS].tolist()
     if hasattr(tokenizer, "decode"):
         text = tokenizer.decode(text, skip_special_tokens=True)[:_LETTERS]

@@ -28,8 +28,9 @@ class BudgetTable(BaseModel, extra="forbid"):
     steps: list[int] = [16]
     strengths: list[float] | Literal["matched"] = "matched"
     halving: int = Field(default=1, ge=1)
-    per: Literal["cell", "arm"] = "arm"
-    """`arm`: settings are chosen once per arm, task and number of examples, on the first seed's training set."""
+    per: Literal["cell", "arm", "grid"] = "arm"
+    """How often settings are chosen: for every `cell`; once per `arm`, task and number of examples, on the first
+    seed's training set; or once per arm for the whole `grid`, on the first task and the middle number of examples."""
 
     @field_validator("steps")
     @classmethod

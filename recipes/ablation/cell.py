@@ -9,6 +9,7 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -99,15 +100,14 @@ def run_cell(cell: Cell, bench: Bench, folder: Path) -> dict[str, Any]:
 
 def tuned(cell: Cell, bench: Bench, folder: Path) -> dict[str, Any]:
     """The setting that is best on the validation rows, with all trials; computed once for cells that share it."""
-    seed = bench.seeds[0] if cell.arm.budget.per == "arm" else cell.seed
-    file = tuning_file(cell, bench, folder)
-    home = file.parent
-    home.mkdir(parents=True, exist_ok=True)
-    with FileLock(home / f"{cell.arm.name}.lock"):  # another runner may be at it
+    file = folder / cell.tuning_file
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(file.with_suffix(".lock")):  # another runner may be at it
         if file.exists() and (known := _known_tuning(file, cell.tuning_key)) is not None:
             return known
         start = time.monotonic()
-        trials = _trials(cell, bench, seed, home)
+        task, examples, seed = cell.tuned_at
+        trials = _trials(replace(cell, task=task, examples=examples), bench, seed, file.parent)
         scored = [t for t in trials if t["score"] is not None]
         # a trial that does not come to the grid's KL is at another one, where accuracy is cheaper or dearer
         best = max([t for t in scored if t["matched"]] or scored, key=lambda t: t["score"], default=None)
@@ -131,13 +131,6 @@ def _known_tuning(file: Path, key: str) -> dict[str, Any] | None:
     except (ValueError, KeyError, TypeError) as error:
         logger.warning("%s is no tuning (%r): it is done again.", file, error)
         return None
-
-
-def tuning_file(cell: Cell, bench: Bench, folder: Path) -> Path:
-    """Where the settings chosen for a cell are kept, with all trials."""
-    seed = bench.seeds[0] if cell.arm.budget.per == "arm" else cell.seed
-    home = folder / "tuning" / cell.task.label / f"n{cell.examples}" / f"seed{seed}"
-    return home / f"{cell.arm.name}.json"
 
 
 def _trials(cell: Cell, bench: Bench, seed: int, home: Path) -> list[dict[str, Any]]:

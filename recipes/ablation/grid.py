@@ -63,6 +63,8 @@ class Cell:
     task: TaskTable
     examples: int
     seed: int
+    tuned_at: tuple[TaskTable, int, int]
+    """Task, number of examples and seed that its settings are chosen at."""
     key: str
     """Hash of everything that decides the result."""
     tuning_key: str
@@ -71,7 +73,12 @@ class Cell:
     @property
     def path(self) -> Path:
         """Its folder, in the grid's folder."""
-        return Path("cells") / self.task.label / f"n{self.examples}" / f"seed{self.seed}" / self.arm.name
+        return Path("cells") / _place(self.task, self.examples, self.seed) / self.arm.name
+
+    @property
+    def tuning_file(self) -> Path:
+        """Where the settings chosen for it are kept, with all trials, in the grid's folder."""
+        return Path("tuning") / _place(*self.tuned_at) / f"{self.arm.name}.json"
 
     @property
     def title(self) -> str:
@@ -95,8 +102,20 @@ class Grid:
         t = self.tables
         neutral = _content(t.neutral)
         data = {task.label: _data(task.name) for task in self.tasks}
+
+        def cell(arm: GridArm, task: TaskTable, n: int, seed: int) -> Cell:
+            at = {
+                "cell": (task, n, seed),
+                "arm": (task, n, t.seeds[0]),
+                "grid": (self.tasks[0], sorted(t.examples)[len(t.examples) // 2], t.seeds[0]),
+            }[arm.budget.per]
+            tuning = _hash(_settings(t, neutral, arm, data[at[0].label], *at))
+            matched = [t.matched.model_dump(mode="json"), neutral]
+            own = [data[task.label], *_named(task), task.scorer, n, seed, matched, t.generations, t.new_tokens]
+            return Cell(arm, task, n, seed, at, _hash([tuning, own]), tuning)
+
         return [
-            Cell(arm, task, n, seed, *_keys(t, neutral, data[task.label], arm, task, n, seed))
+            cell(arm, task, n, seed)
             for seed in t.seeds
             for task in self.tasks
             for n in t.examples
@@ -305,6 +324,11 @@ def _check_prompts(tables: GridTables, arms: list[GridArm], tasks: list[TaskTabl
                 f"Arm {arm.name!r} shows {prompt.demonstrations} demonstrations, and examples={tables.examples}: ask "
                 "for more, or show fewer."
             )
+        if prompt.instruction and arm.budget.per == "grid" and len(tasks) > 1:
+            raise ArmError(
+                f"Arm {arm.name!r} gives an instruction of the task, and budget.per='grid' chooses one for all tasks: "
+                "use budget.per = 'arm'."
+            )
         for task in tasks if prompt.instruction else ():
             if not 1 <= len(task.instructions) <= arm.budget.trials or not all(map(str.strip, task.instructions)):
                 raise ArmError(
@@ -379,10 +403,14 @@ def find_tasks(entries: Sequence[str | TaskTable], data_root: Path | None = None
     return list(found.values())
 
 
-def _keys(
-    tables: GridTables, neutral: str, data: str, arm: GridArm, task: TaskTable, examples: int, seed: int
-) -> tuple[str, str]:
-    """Hashes of everything that decides a cell's result, and its settings. Paths differ between machines: left out."""
+def _place(task: TaskTable, examples: int, seed: int) -> Path:
+    return Path(task.label) / f"n{examples}" / f"seed{seed}"
+
+
+def _settings(
+    tables: GridTables, neutral: str, arm: GridArm, data: str, task: TaskTable, examples: int, seed: int
+) -> dict[str, Any]:
+    """Everything that decides which settings are chosen. Paths differ between machines: left out."""
     own = arm.arm.model_dump(mode="json", include={"model", "adapter", "loss", "trainer"})
     own["model"].pop("threads")
     if arm.arm.views:
@@ -399,16 +427,18 @@ def _keys(
         "version": VERSION,
         "arm": {**own, "pairing": arm.arm.data.pairing},
         "budget": arm.budget.model_dump(mode="json"),
-        "task": [task.label, task.reverse, task.columns, data],
+        "task": [*_named(task), data],
         "examples": examples,
-        "seed": tables.seeds[0] if arm.budget.per == "arm" else seed,
+        "seed": seed,
         "splits": tables.splits.model_dump(mode="json"),
     }
-    matched = [tables.matched.model_dump(mode="json"), neutral]
     if arm.budget.strengths == "matched":
-        settings["matched"] = matched
-    result = [settings, seed, task.scorer, matched, tables.generations, tables.new_tokens]
-    return _hash(result), _hash(settings)
+        settings["matched"] = [tables.matched.model_dump(mode="json"), neutral]
+    return settings
+
+
+def _named(task: TaskTable) -> list[Any]:
+    return [task.label, task.reverse, task.columns]
 
 
 def _content(file: str | None) -> str:

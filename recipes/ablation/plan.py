@@ -12,7 +12,7 @@ import torch
 from steertune.adapters import SteeringVectorConfig
 from steertune.adapters.blocks import find_blocks, resolve_layers
 from steertune.recipes.ablation.bench import Bench
-from steertune.recipes.ablation.cell import FEW_NEUTRAL, has_strength, tuning_file
+from steertune.recipes.ablation.cell import FEW_NEUTRAL, has_strength
 from steertune.recipes.ablation.grid import Cell, Grid, batch_size, describe
 from steertune.recipes.ablation.tables import GridTables, TaskTable
 from steertune.recipes.arm import Arm
@@ -56,15 +56,15 @@ def estimate(cells: Sequence[Cell], bench: Bench, folder: Path) -> dict[Path, fl
     shares = {arm.name: _share(arm.arm, len(find_blocks(bench.model))) for arm in bench.grid.arms}
     found, tuned = {}, set()
     for cell in cells:
-        place = (cell.arm.name, cell.task.label, cell.examples)
-        tunes = cell.arm.budget.per == "cell" or (place not in tuned and not tuning_file(cell, bench, folder).exists())
-        tuned.add(place)
-        known = [_known(file, tunes, bench.seeds[0]) for file in _siblings(folder, cell)]
+        tunes = cell.tuning_file not in tuned and not (folder / cell.tuning_file).exists()
+        tuned.add(cell.tuning_file)
+        known = [_known(file, tunes, cell) for file in _siblings(folder, cell)]
         if known:
             found[cell.path] = sum(known) / len(known)
         else:
             own, tuning = _forwards(cell, bench.grid.tables, len(bench.neutral_data), shares[cell.arm.name])
-            found[cell.path] = rows[cell.task.label] * (own + (tuning if tunes else 0))
+            seconds = rows[cell.task.label] * own
+            found[cell.path] = seconds + (rows[cell.tuned_at[0].label] * tuning if tunes else 0)
     return found
 
 
@@ -96,10 +96,12 @@ def _share(arm: Arm, depth: int) -> float:
     return 1 - lowest / depth
 
 
-def _known(file: Path, tunes: bool, first_seed: int) -> float:
+def _known(file: Path, tunes: bool, like: Cell) -> float:
     """Seconds of a cell that ran, without its tuning where that need not be done again."""
     cell = json.loads(file.read_text(encoding="utf-8"))
-    return cell["seconds"] - (cell["tuning_seconds"] if cell["seed"] == first_seed and not tunes else 0)
+    task, examples, seed = like.tuned_at
+    tuned_itself = (cell["task"], cell["examples"], cell["seed"]) == (task.label, examples, seed)
+    return cell["seconds"] - (cell["tuning_seconds"] if tuned_itself and not tunes else 0)
 
 
 def _siblings(folder: Path, cell: Cell) -> list[Path]:

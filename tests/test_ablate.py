@@ -17,7 +17,6 @@ from conftest import tiny
 import steertune.recipes.ablate as recipe
 import steertune.recipes.ablation.cell as cell_module
 from steertune.recipes.ablation.bench import Bench
-from steertune.recipes.ablation.cell import tuning_file
 from steertune.recipes.ablation.grid import VERSION, Grid, make_grid
 from steertune.recipes.ablation.plan import estimate
 from steertune.recipes.ablation.tidy import read_cells
@@ -284,6 +283,18 @@ def test_a_scorer_that_cannot_be_fitted_ends_the_grid_before_it_starts(tables, t
     assert not (tmp_path / "run").exists()
 
 
+def test_a_grid_that_tunes_once_does_so_on_its_first_task(tables, tmp_path):
+    tables["tasks"].append(tables["tasks"][0] | {"label": "another"})
+    tables["budget"]["per"] = "grid"
+    cells = run(tables, tmp_path / "run")
+    files = sorted((tmp_path / "run" / "tuning").rglob("*.json"))
+    assert {file.parts[-4] for file in files} == {"task"}
+    assert {file.stem for file in files} == {cell["arm"] for cell in cells}
+    for arm in {cell["arm"] for cell in cells}:
+        own = [cell for cell in cells if cell["arm"] == arm]
+        assert len({json.dumps([cell["setting"], cell["tuning"]]) for cell in own}) == 1
+
+
 def test_what_is_left_of_a_grid_is_estimated_from_what_ran(tables, tmp_path):
     """A cell that ran says what its siblings cost: with its tuning only where that is still to be done."""
     grid = make_grid(tables)
@@ -293,11 +304,12 @@ def test_what_is_left_of_a_grid_is_estimated_from_what_ran(tables, tmp_path):
     assert before[first.path] > before[second.path] > 0, "the first seed tunes for both"
     home = tmp_path / first.path
     home.mkdir(parents=True)
-    known = {"seconds": 30.0, "tuning_seconds": 20.0, "seed": 0}
+    known = {"seconds": 30.0, "tuning_seconds": 20.0, "task": first.task.label, "examples": first.examples, "seed": 0}
     (home / "cell.json").write_text(json.dumps(known))
     assert estimate([second], bench, tmp_path) == {second.path: 30.0}, "its tuning is not there"
-    tuning_file(second, bench, tmp_path).parent.mkdir(parents=True)
-    tuning_file(second, bench, tmp_path).write_text("{}")
+    tuning = tmp_path / second.tuning_file
+    tuning.parent.mkdir(parents=True)
+    tuning.write_text("{}")
     assert estimate([second], bench, tmp_path) == {second.path: 10.0}
 
 

@@ -22,7 +22,6 @@ import test_ablate
 import torch
 from tiny_data import history, pairs, same, trained, trainer, values
 
-from steertune.recipes.ablation.cell import tuning_file
 from steertune.recipes.ablation.grid import make_grid
 from steertune.trainers import CheckpointError, FrozenPrefix, last_checkpoint
 
@@ -231,7 +230,7 @@ def test_a_damaged_tuning_is_tuned_again(text, home, caplog):
     bench = test_ablate.Bench(grid)
     folder = home / "run"
     known = test_ablate.cell_module.tuned(cell, bench, folder)
-    file = tuning_file(cell, bench, folder)
+    file = folder / cell.tuning_file
     file.write_text(text.replace("KEY", cell.tuning_key))
     with caplog.at_level(logging.WARNING):
         again = test_ablate.cell_module.tuned(cell, bench, folder)

@@ -399,6 +399,20 @@ def test_settings_are_chosen_per_arm_or_per_cell(per, same):
     assert first.key != second.key
 
 
+def test_settings_per_grid_are_those_of_the_first_task_and_the_middle_number_of_examples():
+    tasks = [{"name": "warm_tone"}, {"name": "cautious_advice"}]
+    changed = {"budget.per": "grid", "tasks": tasks, "examples": [4, 8, 16]}
+    cells = built(changed).cells()
+    for arm in {c.arm.name for c in cells}:
+        own = [c for c in cells if c.arm.name == arm]
+        assert len({c.tuning_key for c in own}) == len({c.tuning_file for c in own}) == 1
+        assert len({c.key for c in own}) == len(own)
+        [(task, examples, seed)] = {(c.tuned_at[0].label, *c.tuned_at[1:]) for c in own}
+        assert (task, examples, seed) == ("warm_tone", 8, 0)
+    more = built(changed | {"tasks": [*tasks, {"name": "warm_tone", "label": "again"}]}).cells()
+    assert {c.path: c.key for c in cells}.items() <= {c.path: c.key for c in more}.items(), "a grid may grow"
+
+
 def test_settings_per_arm_are_those_of_the_first_seed():
     assert cell({"seeds": [0, 1]}).tuning_key != cell({"seeds": [1, 0]}).tuning_key
 
@@ -491,7 +505,7 @@ BAD: dict[str, tuple[Changes, list[str]]] = {
     "misspelt strengths": ({"budget.strengths": "match"}, ["budget.strengths", "matched"]),
     "infinite strength": ({"budget.strengths": [float("inf")]}, ["budget.strengths", "inf"]),
     "learning rates around nothing": ({"budget.learning_rate": 0.5}, ["budget.learning_rate", "1"]),
-    "unknown per": ({"budget.per": "seed"}, ["budget.per", "'cell' or 'arm'"]),
+    "unknown per": ({"budget.per": "seed"}, ["budget.per", "'cell', 'arm' or 'grid'"]),
     "value of a budget of its own": ({"budgets": {"base": {"trials": 0}}}, ["budgets.base", "trials"]),
     "another budget for one arm": (
         {"budgets": {"form=lora*": {"trials": 9}}},

@@ -106,12 +106,16 @@ def test_prompting_leaves_the_base_alone(tables, tmp_path):
         ({"tasks": "none"}, r"task 'task' has instructions=\[\]"),
         ({"tasks": "blank"}, r"instructions=\['  '\]"),
         ({"tasks": "many"}, "not more than the 2 trials of the budget"),
+        ({"per": "grid"}, "budget.per='grid' chooses one for all tasks"),
     ],
 )
 def test_prompts_that_cannot_be_filled_are_refused(changes, message, tables):
     kinds = {"none": [], "blank": ["  "], "many": ["a", "b", "c"]}
     if "tasks" in changes:
         tables["tasks"][0]["instructions"] = kinds[changes["tasks"]]
+    elif "per" in changes:
+        tables["tasks"].append(tables["tasks"][0] | {"label": "another"})
+        tables["budget"]["per"] = changes["per"]
     else:
         tables |= changes
     with pytest.raises(ArmError, match=message):

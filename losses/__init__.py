@@ -38,10 +38,10 @@ def get_loss(
 ) -> Loss:
     """A loss by name (its file), with its hyperparameters; a `Loss` object is returned as it is.
 
-    `contrast` says what a pair loss contrasts the chosen answer with: `paired`, `unpaired` or `none`. `neutral_kl`
-    adds a KL to the base model on neutral text, with this weight. `change_cap` makes it cost (`cap_weight`) to change
-    the residual stream of `cap_layers` by a longer vector than this. `then` names the loss (with its defaults) that
-    takes over after `then_after` of all steps.
+    `contrast` says what a pair loss contrasts the chosen answer with: `paired`, `unpaired` or `none`; a loss of one
+    answer, on pairs, becomes the `difference` of its two. `neutral_kl` adds a KL to the base model on neutral text,
+    with this weight. `change_cap` makes it cost (`cap_weight`) to change the residual stream of `cap_layers` by a
+    longer vector than this. `then` names the loss (with its defaults) that takes over after `then_after` of all steps.
 
     Raises:
         ValueError: an unknown name or option (the message names the nearest), options for an object, `then` with a

@@ -79,6 +79,7 @@ class Loss(ABC):
         scales: Whether it asks for strengths other than 0 and 1.
         views: Names of the views that it asks for.
         states: Whether it asks for hidden states.
+        stops: Whether the training is over once it is 0 on every example.
     """
 
     pairs: ClassVar[bool] = True
@@ -87,6 +88,7 @@ class Loss(ABC):
     scales: ClassVar[bool] = False
     views: ClassVar[tuple[str, ...]] = ()
     states: ClassVar[bool] = False
+    stops: ClassVar[bool] = False
 
     @abstractmethod
     def __call__(self, at: At, generator: torch.Generator | None = None) -> Tensor:

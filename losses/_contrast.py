@@ -1,62 +1,105 @@
-"""What a pair loss contrasts the chosen answer with: an ingredient of its own, for any pair loss.
+"""What a loss contrasts the chosen answer with: an ingredient of its own, for any loss on pairs.
 
 | `contrast` | the rejected side of pair i |
 |---|---|
 | `paired` | its own rejected answer |
 | `unpaired` | the rejected answer of pair i+1 of the batch, to another prompt: same answers, no matching |
 | `none` | nothing: the rejected answer keeps its reference log-probability, so only the chosen answer is trained on |
+
+A loss of one answer, such as cross-entropy, takes contrast too:
+
+| `contrast` | the loss of pair i |
+|---|---|
+| `difference` | `[ℓ(y⁺) - ℓ(y⁻)] / 2`, with ℓ averaged over an answer's tokens: the gradient is averaged over the contrast |
+
+What both answers say about their prompt cancels in this gradient, as it does in a mean difference of states. As there,
+nothing but a length bounds it: add `change_cap`, or train few steps.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from ._base import At, Outputs
-from ._wrapped import Wrapped
+from ._wrapped import Wrapped, per_row
 
-Contrast = Literal["paired", "unpaired", "none"]
+Contrast = Literal["paired", "unpaired", "none", "difference"]
 
 
 @dataclass(frozen=True)
 class Contrasted(Wrapped):
-    """A pair loss with another contrast.
+    """A loss with another contrast.
 
     Args:
-        loss: The pair loss.
-        contrast: See the table of this module.
+        loss: The loss, of pairs or (`difference`) of one answer.
+        contrast: See the tables of this module.
 
     Raises:
-        ValueError: the loss has no rejected side; `none` for a loss without a reference.
+        ValueError: the loss has no rejected side; `none` for a loss without a reference; `difference` for a loss of
+            pairs, or of views or states, whose target is not another for the rejected answer.
     """
 
     contrast: Contrast
 
     def __post_init__(self) -> None:
-        if self.contrast not in ("paired", "unpaired", "none"):
-            raise ValueError(f"contrast={self.contrast!r} is none of 'paired', 'unpaired', 'none'.")
-        if not self.loss.pairs:
-            raise ValueError(f"{type(self.loss).__name__} has no rejected answers, so no contrast={self.contrast!r}.")
+        if self.contrast not in get_args(Contrast):
+            raise ValueError(f"contrast={self.contrast!r} is none of {', '.join(map(repr, get_args(Contrast)))}.")
+        if self.contrast == "difference":
+            self._check_difference()
+        elif not self.loss.pairs:
+            raise ValueError(
+                f"{type(self.loss).__name__} has no rejected answers, so no contrast={self.contrast!r}: 'difference' "
+                "is the contrast of a loss of one answer."
+            )
         if self.contrast == "none" and not self.loss.reference:
             raise ValueError(
                 f"contrast='none' holds the rejected answer at the reference, which {type(self.loss).__name__} does "
                 "not use. Choose a loss with a reference, or cross_entropy."
             )
 
+    def _check_difference(self) -> None:
+        if self.loss.pairs:
+            raise ValueError(f"{type(self.loss).__name__} compares answers already: contrast='difference' is for others.")
+        if self.loss.views or self.loss.states:
+            raise ValueError(
+                f"{type(self.loss).__name__} has a target for every token, rejected ones too: contrast='difference' is "
+                "for losses of the answer alone, such as cross_entropy."
+            )
+
+    @property
+    def pairs(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Both answers are asked for."""
+        return True
+
+    @property
+    def unit(self) -> Literal["example", "token"]:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Pairs, for a difference; else as the loss."""
+        return "example" if self.contrast == "difference" else self.loss.unit
+
     def __call__(self, at: At, generator: torch.Generator | None = None) -> Tensor:
-        """As the loss, on pairs whose rejected side is another.
+        """As the loss, on pairs whose rejected side is another; the difference `(pairs,)`.
 
         Raises:
             ValueError: `unpaired` in a batch of one pair.
         """
+        if self.contrast == "difference":
+            chosen, rejected = self._per_row(self.loss(at, generator), at(1.0).mask).chunk(2)
+            return (chosen - rejected) / 2
         if self.contrast == "none":
             return self.loss(lambda strength: _rejected(at(strength), at(0.0).rejected), generator)
         if self.contrast == "unpaired":
             return self.loss(lambda strength: _rejected(at(strength), _next(at(strength).rejected)), generator)
         return self.loss(at, generator)
+
+    def _per_row(self, value: Tensor, mask: Tensor) -> Tensor:
+        """A loss of one answer as one number a row."""
+        if self.loss.unit == "example":
+            return value
+        return per_row(value[mask] if value.ndim > 1 else value, mask)
 
 
 def _rejected(outputs: Outputs, rejected: Outputs) -> Outputs:

@@ -62,6 +62,11 @@ class Staged(Wrapped):
         return self.loss.states or self.then.states
 
     @property
+    def stops(self) -> bool:
+        """The second's."""
+        return self.then.stops
+
+    @property
     def views(self) -> tuple[str, ...]:
         """Those of both."""
         return tuple(dict.fromkeys((*self.loss.views, *self.then.views)))

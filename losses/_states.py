@@ -18,11 +18,17 @@ def layers_of(layers: Where | list[int | float]) -> Where:
     """Layers as an option gives them (TOML has lists).
 
     Raises:
-        ValueError: no layer.
+        ValueError: no layer, or one that is neither an index, a fraction of the depth nor "all".
     """
     found = tuple(layers) if isinstance(layers, list | tuple) else layers
     if found == ():
         raise ValueError("layers=(): a loss on hidden states compares one layer or more.")
+    for layer in found if isinstance(found, tuple) else (found,) if found != "all" else ():
+        number = isinstance(layer, int | float) and not isinstance(layer, bool)
+        if not number or not layer >= 0 or (isinstance(layer, float) and layer >= 1):
+            raise ValueError(
+                f"layers={layers!r}: {layer!r} is none of an index from 0, a fraction of the depth in [0, 1), and 'all'."
+            )
     return found
 
 

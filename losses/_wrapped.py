@@ -47,6 +47,11 @@ class Wrapped(Loss):
         return self.loss.states
 
     @property
+    def stops(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """As the loss."""
+        return self.loss.stops
+
+    @property
     def views(self) -> tuple[str, ...]:  # pyright: ignore[reportIncompatibleVariableOverride]
         """As the loss."""
         return self.loss.views

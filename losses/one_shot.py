@@ -7,7 +7,7 @@ Promotion raises every token of the chosen answer, suppression lowers every toke
     mixed         both
 
 With `satisfice` the chosen answer is promoted only until it is as likely as the base model finds the rejected one, its
-natural answer: `max(0, -Σ log π(y⁺_t) + Σ log π₀(y⁻_t))`.
+natural answer: `max(0, -Σ log π(y⁺_t) + Σ log π₀(y⁻_t))`. Once that is 0 on every example the training stops.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class OneShot(Loss):
 
     Args:
         mode: Which side is optimised.
-        satisfice: Promote no further than the base model's own answer is likely.
+        satisfice: Promote no further than the base model's own answer is likely, and stop there.
 
     Raises:
         ValueError: an unknown mode, or `satisfice` with nothing to promote.
@@ -49,6 +49,11 @@ class OneShot(Loss):
     def reference(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
         """Whether the base's own answer is asked for."""
         return self.satisfice
+
+    @property
+    def stops(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Whether the training is over at 0, which a suppression never reaches."""
+        return self.satisfice and self.mode == "promotion"
 
     def __call__(self, at: At, generator: torch.Generator | None = None) -> Tensor:
         """`(pairs,)`."""

@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import fill, tiny
 from datasets import Dataset
+from peft import LoraConfig
 from tiny_data import history, losses, pairs, same, tokenizer, trained, trainer, values
 
 from steertune.losses import Contrasted, Outputs, get_loss
@@ -143,6 +144,24 @@ def test_at_the_reference_every_contrast_is_the_loss_itself(loss, contrast):
     assert found.tolist() == pytest.approx([1 / (2 * loss.beta) ** 2 if isinstance(loss, IPO) else log(2)] * 3)
 
 
+def test_the_difference_is_that_of_the_mean_losses_of_both_answers():
+    found = get_loss("cross_entropy", contrast="difference")(model)
+    expected = [(answer(3 + i, 1, True) - answer(i, 1, True)) / 2 for i in range(3)]
+    assert found.tolist() == pytest.approx(expected, abs=1e-12)
+    slopes = gradients("difference", get_loss("cross_entropy"))
+    for row, tokens in enumerate(LENGTHS):
+        sign = -1 if row < 3 else 1
+        assert slopes[row, :tokens].tolist() == pytest.approx([sign / (2 * tokens * 3)] * tokens, abs=1e-12)
+
+
+def test_what_both_answers_share_cancels_in_the_difference():
+    """Every token is likelier by the same: the average over the contrast does not see it."""
+    loss = get_loss("cross_entropy", contrast="difference")
+    likelier = Outputs(model(1.0).token_logps + 0.7 * MASK, MASK)
+    torch.testing.assert_close(loss(lambda strength: likelier), loss(model), rtol=0, atol=1e-12)
+    assert loss.pairs and loss.unit == "example" and not loss.reference
+
+
 # -- objects ----------------------------------------------------------------------------------------------------------
 
 
@@ -170,6 +189,8 @@ def test_it_asks_for_what_the_loss_asks_for(loss):
     ("loss", "contrast", "message"),
     [
         ("dpo", "non", "contrast='non' is none of 'paired', 'unpaired', 'none'"),
+        ("dpo", "difference", "compares answers already"),
+        ("context_distillation", "difference", "such as cross_entropy"),
         ("dpo", "", "contrast='' is none of"),
         ("cross_entropy", "none", "CrossEntropy has no rejected answers, so no contrast='none'"),
         (CrossEntropy(), "unpaired", "CrossEntropy has no rejected answers, so no contrast='unpaired'"),
@@ -297,3 +318,12 @@ def test_arguments_that_agree_with_the_loss_inside_are_accepted(tmp_path):
 def test_unpaired_stops_at_a_last_batch_of_one_pair_and_says_why(tmp_path):
     with pytest.raises(ValueError, match="at least 2 pairs in a batch"):
         trained("dpo", tmp_path, loss=of("unpaired"), data=pairs(5), max_steps=2)
+
+
+@pytest.mark.parametrize("config", [LoraConfig(r=2, target_modules="all-linear"), None], ids=["lora", "full"])
+def test_the_difference_trains_any_adapter(config, tmp_path):
+    loss = get_loss("cross_entropy", contrast="difference", change_cap=1.0, cap_layers=3)
+    options = {"ref_model": tiny()} if config is None else {}
+    made = trained("dpo", tmp_path, loss=loss, peft_config=config, max_steps=8, learning_rate=1e-2, **options)
+    margins = [entry["margin_gain"] for entry in history(made, "margin_gain")]
+    assert margins[0] == pytest.approx(0, abs=1e-4) and margins[-1] > 0.5

@@ -9,7 +9,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import fill, tiny
-from tiny_data import Spy, arguments, pairs, tokenizer, trained
+from datasets import Dataset
+from peft import LoraConfig
+from tiny_data import Spy, arguments, losses, pairs, tokenizer, trained
 from trl import DPOTrainer
 from trl.experimental.cpo import CPOTrainer
 
@@ -20,6 +22,7 @@ from steertune.losses.bipo import BiPO
 from steertune.losses.dpo import DPO
 from steertune.losses.ipo import IPO
 from steertune.losses.simpo import SimPO
+from steertune.recipes.measures import batches
 from steertune.trainers._at import ModelAt
 from steertune.trainers._batch import Batch
 
@@ -164,6 +167,36 @@ def test_promotion_stops_where_the_natural_answer_is():
         value = loss({1.0: one_pair([chosen], [-1.0]), 0.0: reference}.__getitem__)
         assert value.item() == pytest.approx(expected)
     assert get_loss("one_shot", satisfice=True).reference and not get_loss("one_shot").reference
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_training_stops_when_every_example_is_satisfied(rows, tmp_path, caplog):
+    data = pairs(8).filter(lambda row: len(row["rejected"].split()) == 3)  # as many words as chosen
+    [batch] = batches(tokenizer(), data, 8)
+    untrained = tiny()
+    base = ModelAt(untrained, untrained, batch)(1.0)
+    swapped = (base.chosen.logps > base.rejected.logps).tolist()
+    wanted = [dict(row, **({"chosen": row["rejected"], "rejected": row["chosen"]} if swap else {}))
+              for row, swap in zip(data.to_list(), swapped, strict=True)][:rows]  # fmt: skip
+    assert len(wanted) == rows
+    made = trained(
+        "dpo", tmp_path, loss=get_loss("one_shot", satisfice=True), data=Dataset.from_list(wanted), max_steps=40,
+        per_device_train_batch_size=2, learning_rate=5e-3, peft_config=LoraConfig(r=4, target_modules="all-linear"),
+    )  # fmt: skip
+    steps = made.state.global_step
+    assert 1 < steps < 40 and f"Stopped at step {steps} of 40" in caplog.text
+    rest = {1: 1, 3: 3}[rows]  # of three examples five in a row, in steps of two and one
+    assert losses(made)[0] > 0 and losses(made)[-rest:] == [0.0] * rest
+
+
+def test_only_what_can_be_satisfied_stops(tmp_path):
+    assert get_loss("one_shot", satisfice=True).stops
+    assert get_loss("one_shot", satisfice=True, change_cap=9.0).stops
+    assert not get_loss("one_shot").stops and not get_loss("one_shot", mode="mixed", satisfice=True).stops
+    assert not get_loss("dpo", neutral_kl=1.0).stops
+    loss = get_loss("one_shot", mode="mixed", satisfice=True)
+    made = trained("dpo", tmp_path, loss=loss, data=pairs(1), max_steps=12, learning_rate=0.2)
+    assert made.state.global_step == 12
 
 
 def test_bipo_with_d_plus_one_is_dpo():

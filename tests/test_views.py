@@ -236,6 +236,13 @@ def test_bad_neutral_kl(value):
 
 
 @pytest.mark.parametrize("name", ["lorra", "prompted"])
+@pytest.mark.parametrize("layers", [-1, 1.0, True, "half", [0.5, -2]])
+def test_layers_that_are_none(name, layers):
+    with pytest.raises(ValueError, match=r"layers=.* is none of an index from 0"):
+        get_loss(name, layers=layers)
+
+
+@pytest.mark.parametrize("name", ["lorra", "prompted"])
 def test_no_layers(name):
     with pytest.raises(ValueError, match="one layer or more"):
         get_loss(name, layers=[])

@@ -27,6 +27,7 @@ from ._data import PAIR_FORMATS, DataError, check_rows, check_tokens
 from ._guard import FiniteSteps, check_finite
 from ._metrics import Metrics
 from ._resume import CheckpointError, RestoredAdapter, check_adapter_in, check_checkpoint, last_checkpoint
+from ._satisfied import Satisfied
 from ._saved import check_saved
 from ._sharded import whole_weights
 from ._start import fill_missing_vectors
@@ -127,6 +128,8 @@ class SteeringMixin(Trainer):
         self._seen = Metrics(self.accelerator)
         self.add_callback(FiniteSteps(self))
         self.add_callback(Biased(self, self._biases))
+        self._satisfied = Satisfied(self)
+        self.add_callback(self._satisfied)
         self.add_callback(RestoredAdapter(self))
 
     def _prepare_data(self, given: dict[str, Any]) -> tuple[str, ...] | None:
@@ -256,6 +259,8 @@ class SteeringMixin(Trainer):
         else:  # counted over all processes, whose gradients are then averaged
             total = values.sum() / num_items_in_batch * self.accelerator.num_processes
         self._seen.note(loss, values, at, batch, training=self.model.training)
+        if loss.stops and self.model.training:
+            self._satisfied.note(values.detach())
         if return_outputs:
             with torch.no_grad(), prompt_of(unwrapped, batch), self.pay_once.shortcut():
                 return total, model(**batch.inputs)

@@ -10,7 +10,7 @@ A loss of one answer, such as cross-entropy, takes contrast too:
 
 | `contrast` | the loss of pair i |
 |---|---|
-| `difference` | `[ℓ(y⁺) - ℓ(y⁻)] / 2`, with ℓ averaged over an answer's tokens: the gradient is averaged over the contrast |
+| `difference` | `[ℓ(y⁺) - ℓ(y⁻)] / 2`, ℓ averaged over an answer's tokens: the gradient averaged over the contrast |
 
 What both answers say about their prompt cancels in this gradient, as it does in a mean difference of states. As there,
 nothing but a length bounds it: add `change_cap`, or train few steps.
@@ -63,11 +63,11 @@ class Contrasted(Wrapped):
 
     def _check_difference(self) -> None:
         if self.loss.pairs:
-            raise ValueError(f"{type(self.loss).__name__} compares answers already: contrast='difference' is for others.")
+            raise ValueError(f"{type(self.loss).__name__} compares answers already, so no contrast='difference'.")
         if self.loss.views or self.loss.states:
             raise ValueError(
-                f"{type(self.loss).__name__} has a target for every token, rejected ones too: contrast='difference' is "
-                "for losses of the answer alone, such as cross_entropy."
+                f"{type(self.loss).__name__} has a target for every token, rejected ones too: contrast='difference' "
+                "is for losses of the answer alone, such as cross_entropy."
             )
 
     @property

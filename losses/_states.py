@@ -24,10 +24,10 @@ def layers_of(layers: Where | list[int | float]) -> Where:
     if found == ():
         raise ValueError("layers=(): a loss on hidden states compares one layer or more.")
     for layer in found if isinstance(found, tuple) else (found,) if found != "all" else ():
-        number = isinstance(layer, int | float) and not isinstance(layer, bool)
-        if not number or not layer >= 0 or (isinstance(layer, float) and layer >= 1):
+        number = isinstance(layer, int | float) and not isinstance(layer, bool) and layer >= 0
+        if not number or (isinstance(layer, float) and layer >= 1):
             raise ValueError(
-                f"layers={layers!r}: {layer!r} is none of an index from 0, a fraction of the depth in [0, 1), and 'all'."
+                f"layers={layers!r}: {layer!r} is none of an index from 0, a fraction of the depth in [0, 1), 'all'."
             )
     return found
 

@@ -2,16 +2,29 @@
 
     python -m steertune.recipes.gradients cautious_advice --folder runs/gradients
 
-Before training, the gradient of the arm's loss is computed on every batch of the same pairs, with the rejected answers
-as they are (`pairs`), those of other prompts (`shuffled` in the data, `unpaired` within the batch), none, or both
-answers of other pairs in the prompt (`in the prompt`: the divergence from the base model behind a contrast prompt).
+Before training, the gradient of the arm's loss is computed on every batch of the same pairs, with
+
+- `none`: the chosen answers only;
+- `unpaired`, `shuffled`: the rejected answers of other prompts, within the batch or in the data;
+- `in the prompt`: both answers of other pairs in the prompt (the divergence from the base behind a contrast prompt);
+- `difference`: cross-entropy of the chosen answers less that of the rejected ones;
+- `pairs`: the rejected answers as they are;
+- `unmatched`: the chosen answers of one batch and the rejected ones of the next, each behind its own prompt. Its mean
+  is that of `pairs`, so what `pairs` is less noisy is what matching the prompts is good for.
+
 With batch gradients `g` and their mean `ḡ`
 
     noise / signal = mean |g - ḡ|² / (|ḡ|² - mean |g - ḡ|² / batches)
 
-which does not depend on the loss's scale: a step on one batch goes the right way where it is below 1. The denominator
-is the unbiased square of the true gradient; where it is not positive the gradient cannot be told from nothing. (From a
-vector of zeros DPO's gradient is linear in the answers: `unpaired` then has the gradients of `pairs`.)
+which does not depend on the loss's scale: a step on one batch goes the mean's way where it is below 1. The denominator
+is the unbiased square of the true gradient; where it is not positive the gradient cannot be told from nothing.
+
+A steady gradient may be steady for reasons that have nothing to do with the behaviour. So the same is measured along
+the behaviour: with u the direction of the mean gradient of held-out pairs, of the numbers `g·u` alone; and the cosine
+of `g` with u, which is the share of a step on one batch that raises the held-out preference, to first order.
+
+(From a vector of zeros DPO's gradient is linear in the answers: `unpaired` then has the gradients of `pairs`, and
+`pairs` less `none` is the rejected answers' part.)
 """
 
 from __future__ import annotations
@@ -42,6 +55,7 @@ CONTRASTS = {
         "--loss={name='context_distillation'}",
         "--views.good={name='demonstrations', k=4, contrast=true}",
     ],
+    "difference": ["--loss={name='cross_entropy', contrast='difference'}"],
     "pairs": [],
 }
 
@@ -55,6 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--arm", default="bias_dpo", help="a file, or a name in recipes/arms/")
     parser.add_argument("--model", default="embedded", help="embedded, a local folder or a Hub name")
     parser.add_argument("--pairs", type=int, default=64)
+    parser.add_argument("--held-out", type=int, default=64, help="test pairs that give the behaviour's direction")
     parser.add_argument("--batch", type=int, default=4, help="pairs in a batch")
     parser.add_argument("--threads", type=int, help="CPU threads (all cores)")
     parser.add_argument("--folder", type=Path, default=Path("runs/gradients"))
@@ -77,35 +92,42 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
     """Noise and signal of every contrast.
 
     Raises:
-        ArmError: fewer than two batches, a batch of one pair, which has no other prompt, or an arm with biases.
+        ArmError: fewer than two batches, a batch of one pair, which has no other prompt, no batch of held-out pairs,
+            or an arm with biases.
     """
     if options.batch < 2 or options.pairs < 2 * options.batch:
         raise ArmError(f"--pairs {options.pairs} --batch {options.batch}: two batches or more, of two pairs or more.")
+    if options.held_out < options.batch:
+        raise ArmError(f"--held-out {options.held_out}: one batch of {options.batch} or more.")
     arms = {name: _arm(options, changes) for name, changes in CONTRASTS.items()}
     if biases := list(arms["pairs"].biases):
         raise ArmError(
             f"Arm {options.arm!r} changes gradients with {biases}; what is measured here is the loss's own."
         )
     model, tokenizer = load_model(arms["pairs"].model)
-    found, directions = [], {}
-    for name, arm in tqdm(arms.items(), desc="Contrasts", unit="contrast"):
+    asked = {name: (arm, 0, options.pairs) for name, arm in arms.items()}
+    asked["held out"] = (arms["pairs"], 1, options.held_out)
+    seen: dict[str, Tensor] = {}
+    for name, (arm, split, pairs) in tqdm(asked.items(), desc="Contrasts", unit="contrast"):
         with tempfile.TemporaryDirectory() as folder:
             settings = {"save_strategy": "no", "disable_tqdm": True, "per_device_train_batch_size": options.batch}
-            rows = load_splits(arm.data)[0]
+            rows = load_splits(arm.data)[split]
             trainer = make_trainer(arm, copy.deepcopy(model), tokenizer, rows, Path(folder), **settings)
             trainer.initialise_vectors()
-            gradients = _gradients(trainer, options.pairs // options.batch)
-        directions[name] = gradients.mean(dim=0)
-        found.append({"contrast": name, **noise(gradients)})
-    for row in found:
-        row["cosine_with_pairs"] = float(
-            torch.nn.functional.cosine_similarity(directions[row["contrast"]], directions["pairs"], dim=0)
-        )
-    return found
+            seen[name] = _gradients(trainer, pairs // options.batch)
+    behaviour = seen.pop("held out").mean(dim=0)
+    seen = unmatched(seen["none"], seen["pairs"]) | seen
+    return [{"contrast": name, **noise(gradients, behaviour)} for name, gradients in seen.items()]
+
+
+def unmatched(none: Tensor, pairs: Tensor) -> dict[str, Tensor]:
+    """The chosen answers' part of every batch, with the rejected answers' part of the next one."""
+    return {"unmatched": none + (pairs - none).roll(-1, dims=0)}
 
 
 def _arm(options: argparse.Namespace, changes: Sequence[str]) -> Arm:
-    values = {"model.name": options.model, "data.name": options.task, "data.train": options.pairs, "data.test": 1}
+    values = {"model.name": options.model, "data.name": options.task}
+    values |= {"data.train": options.pairs, "data.test": options.held_out}
     return load_arm(options.arm, [*(f"--{key}={value}" for key, value in values.items()), *changes])
 
 
@@ -120,17 +142,27 @@ def _gradients(trainer: Any, batches: int) -> Tensor:
     return torch.stack(found)
 
 
-def noise(gradients: Tensor) -> dict[str, float]:
-    """Signal and noise of batch gradients `(batches, parameters)`; see the module."""
+def noise(gradients: Tensor, behaviour: Tensor) -> dict[str, float]:
+    """Signal and noise of batch gradients `(batches, parameters)`, and the same along a direction; see the module."""
     mean = gradients.mean(dim=0)
     variance = float((gradients - mean).square().sum() / (len(gradients) - 1))
     signal = float(mean.square().sum()) - variance / len(gradients)
+    along = gradients @ (behaviour / behaviour.norm())
+    progress = float(along.mean()) ** 2 - float(along.var()) / len(along)
+    cosines = torch.nn.functional.cosine_similarity(gradients, behaviour[None], dim=1)
     return {
         "signal": signal,
         "noise": variance,
-        "ratio": variance / signal if signal > 0 else float("inf"),
-        "cosine_of_a_batch": float(torch.nn.functional.cosine_similarity(gradients, mean[None], dim=1).mean()),
+        "ratio": _over(variance, signal),
+        "ratio_along": _over(float(along.var()), progress),
+        "cosine": float(cosines.mean()),
+        "cosine_error": float(cosines.std() / len(cosines) ** 0.5),
+        "cosine_of_mean": float(torch.nn.functional.cosine_similarity(mean, behaviour, dim=0)),
     }
+
+
+def _over(noise: float, signal: float) -> float:
+    return noise / signal if signal > 0 else float("inf")
 
 
 def summarise(options: argparse.Namespace, found: list[dict[str, Any]]) -> str:
@@ -138,15 +170,17 @@ def summarise(options: argparse.Namespace, found: list[dict[str, Any]]) -> str:
     lines = [
         f"# Noise of the gradient: {Path(options.task).name}, {options.arm}",
         "",
-        f"{options.pairs} pairs in batches of {options.batch}, before training.",
+        f"{options.pairs} pairs in batches of {options.batch}, before training. The behaviour is the direction of the "
+        f"gradient of {options.held_out} held-out pairs.",
         "",
-        "| contrast | noise / signal | cosine of a batch with the mean | cosine of the mean with that of pairs |",
-        "|---|---|---|---|",
+        "| contrast | noise / signal | noise / signal along the behaviour | cosine of a batch with the behaviour "
+        "| cosine of the mean with the behaviour |",
+        "|---|---|---|---|---|",
     ]
     for row in found:
         lines.append(
-            f"| {row['contrast']} | {row['ratio']:.2f} | {row['cosine_of_a_batch']:.2f} "
-            f"| {row['cosine_with_pairs']:.2f} |"
+            f"| {row['contrast']} | {row['ratio']:.2f} | {row['ratio_along']:.2f} "
+            f"| {row['cosine']:.2f} ± {row['cosine_error']:.2f} | {row['cosine_of_mean']:.2f} |"
         )
     return "\n".join(lines) + "\n"
 

@@ -37,5 +37,6 @@ class Satisfied(TrainerCallback):
         everywhere = trainer.accelerator.gather(torch.tensor([self.met], device=args.device))
         met, needed = int(everywhere.min()) * len(everywhere), 2 * len(rows) - 1
         if met >= needed and state.global_step < state.max_steps:
-            logger.warning("Stopped at step %d of %d: the loss is 0 on all examples.", state.global_step, state.max_steps)
+            steps = state.global_step, state.max_steps
+            logger.warning("Stopped at step %d of %d: the loss is 0 on all examples.", *steps)
             control.should_training_stop = True

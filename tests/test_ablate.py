@@ -16,6 +16,7 @@ from conftest import tiny
 
 import steertune.recipes.ablate as recipe
 import steertune.recipes.ablation.cell as cell_module
+from steertune.adapters import directions
 from steertune.recipes.ablation.bench import Bench
 from steertune.recipes.ablation.grid import VERSION, Grid, make_grid
 from steertune.recipes.ablation.plan import estimate
@@ -398,10 +399,10 @@ def test_every_baseline_arm_runs(tables, tmp_path):
     for name, cell in cells.items():
         assert cell["status"] in ("ok", "unmatched"), (name, cell["error"])
         prompt = name.startswith("prompt_")
-        untrained = prompt or name in ("base", "icv", "mean_difference", "lda", "ccs")
+        untrained = prompt or name == "base" or name in directions.names()
         assert (cell["parameters"] == 0) == untrained and (cell["steps"] == 0) == untrained
         assert (abs(cell["margin_gain"]) > 1e-6) == (name != "base"), name
-        assert cell["scalable"] == (name.startswith(("bias", "lora")) or (untrained and not prompt))
+        assert cell["scalable"] == (name.startswith(("bias", "lora", "gated")) or (untrained and not prompt))
         assert (cell["prompt_tokens"] > 0) == prompt
         assert ("proliferation" in cell) == (
             name in ("lora_templates_dpo", "lora_rewrites_dpo", "lora_perturbations_dpo")

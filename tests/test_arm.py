@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import tomllib
 from pathlib import Path
 
 import pytest
 from peft import LoraConfig
 from trl import DPOConfig
 
-from steertune.adapters import SteeringVectorConfig
+from steertune import losses
+from steertune.adapters import SteeringVectorConfig, directions
 from steertune.losses.dpo import DPO
+from steertune.recipes import proliferation
 from steertune.recipes.arm import ARMS, ArmError, load_arm
 from steertune.recipes.data import load_splits
+from steertune.trainers import biases, views
 
 
 @pytest.mark.parametrize("file", sorted(ARMS.glob("*.toml")), ids=lambda file: file.stem)
@@ -20,6 +24,18 @@ def test_shipped_arms_are_valid(file: Path, tmp_path: Path) -> None:
     arm.training_arguments(DPOConfig, str(tmp_path), bf16=False, use_cpu=True)
     train, test = load_splits(arm.data)
     assert (len(train), len(test)) == (arm.data.train, arm.data.test)
+
+
+def test_everything_has_an_arm() -> None:
+    arms = [tomllib.loads(file.read_text()) for file in ARMS.glob("*.toml")]
+    seen_views = {view.get("name", key) for arm in arms for key, view in arm.get("views", {}).items()}
+    assert {arm["loss"]["name"] for arm in arms if "loss" in arm} == {*losses.names(), "upstream"}
+    assert {arm["adapter"].get("init") for arm in arms} >= {*directions.names()}
+    assert {name for arm in arms for name in arm.get("biases", {})} == {*biases.names()}
+    assert seen_views == {*views.names()}
+    assert {arm["proliferation"]["name"] for arm in arms if "proliferation" in arm} == {*proliferation.names()} - {
+        "function"
+    }
 
 
 def test_overrides_have_toml_types() -> None:

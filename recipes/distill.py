@@ -75,6 +75,7 @@ def run(arm: Arm) -> dict[str, Any]:
     Raises:
         ArmError: an arm without a prompt to distil or without an adapter, data without prompts, a folder that holds
             something else.
+        ViewError: demonstrations that are test rows, or fewer than asked for.
     """
     _check(arm)
     started = time.monotonic()
@@ -87,7 +88,7 @@ def run(arm: Arm) -> dict[str, Any]:
     if missing := [rows.column_names for rows in (train, test) if "prompt" not in rows.column_names]:
         raise ArmError(f"data.name={arm.data.name!r}: distillation answers prompts, the rows have {missing[0]}.")
     arm = _with_pool(arm, train)
-    view = arm.view_objects()["good"]
+    view = arm.view_objects()["good"].for_evaluation(train.to_list(), test.to_list())
     loaded: tuple[Any, Any] = load_model(arm.model)
     model, tokenizer = loaded
     model.to(state.device)

@@ -140,3 +140,14 @@ def test_lengths_of_prompts_are_those_that_generate_asks():
     assert prompt_lengths(tokenizer, ["the cat ", "a dog runs"]) == [2, 3]
     # <s> <user> ... </s> <assistant>
     assert prompt_lengths(tokenizer, rows["prompt"]) == [len(p[0]["content"].split()) + 4 for p in rows["prompt"]]
+
+
+def test_demonstrations_that_are_test_rows_are_refused(words, tmp_path, capsys):
+    task = tmp_path / "leaks"
+    task.mkdir()
+    for split in ("train", "test"):
+        tiny_data.pairs(6, seed=3).to_json(task / f"{split}.jsonl")
+    changes = ["--data.name", str(task), "--data.train", "6", "--data.test", "4"]
+    kept = [word for word in words if not word.startswith(("--views", "--data"))]
+    assert distill.main(["bias_distillation", *kept, *changes, "--views.good={name='demonstrations', k=2}"]) == 2
+    assert "4 of the 6 rows that demonstrations are drawn from are evaluation rows" in capsys.readouterr().err

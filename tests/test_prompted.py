@@ -145,3 +145,10 @@ def test_arms_that_contradict_themselves(words, message):
 def test_the_training_recipe_refuses_a_prompt(capsys):
     assert train.main(["prompt_contrast"]) == 2
     assert "is a prompt: there is nothing to train" in capsys.readouterr().err
+
+
+def test_views_that_show_more_than_there_is_are_refused_before_anything_runs(tables):
+    tables |= {"arms": ["bias_dpo", "lora_ia2"], "claim": {"better": "lora_ia2", "than": "bias_dpo"}}
+    make_grid(tables)
+    with pytest.raises(ArmError, match=r"'lora_ia2' shows 3 other examples at its view 'good', and examples=\[3\].*4"):
+        make_grid(tables | {"examples": [3]})

@@ -7,7 +7,7 @@ import torch
 from conftest import tiny
 from datasets import Dataset
 from peft import LoraConfig
-from tiny_data import conversational, demonstrations, losses, pairs, tokenizer, trained, trainer, values
+from tiny_data import TEMPLATE, conversational, demonstrations, losses, pairs, tokenizer, trained, trainer, values
 
 from steertune.adapters import SteeringVectorConfig
 from steertune.losses import Outputs, Staged, get_loss
@@ -177,6 +177,52 @@ class Other(View):
 def test_views_that_do_not_fit(view, rows, context, message):
     with pytest.raises(ViewError, match=message):
         Views({"good": view}, tokenizer(), context).add(rows, tokenise(rows, tokenizer()))
+
+
+@pytest.mark.parametrize(
+    ("system", "message"),
+    [
+        ("", "View 'good' shows every row as it is.*a system message, say"),
+        (
+            "{{ raise_exception('System role not supported') }}",
+            "refuses it .System role not supported.*where='before'",
+        ),
+    ],
+)
+def test_chat_templates_without_system_messages(system, message):
+    template = TEMPLATE.replace("%}<{{", "%}{% if m.role == 'system' %}" + system + "{% else %}<{{")
+    words = tokenizer(template=template.replace("</s>{% endfor", "</s>{% endif %}{% endfor"))
+    rows = conversational(pairs())
+    table = Views({"good": get_view("instruction", text="we stay", where="system")}, words)
+    with pytest.raises(ViewError, match=message):
+        table.add(rows, tokenise(rows, words))
+    Views({"good": get_view("instruction", text="we stay")}, words).add(rows, tokenise(rows, words))
+
+
+def test_demonstrations_of_evaluation_rows_are_training_rows(tmp_path):
+    view, evaluation = get_view("demonstrations", k=2), pairs(3, seed=9)
+    made = trainer("dpo", tmp_path, loss="prompted", views={"good": view}, eval_dataset=evaluation)
+    [batch] = made.get_eval_dataloader()
+    shown = tokenizer().batch_decode(made.views.of("good", Batch.read(batch)).inputs["input_ids"])
+    starts = [row["prompt"].strip() for row in pairs().to_list()]
+    assert all(sum(text.strip().startswith(start) for start in starts) for text in shown[:3])
+    mixed = Dataset.from_list([*pairs().to_list(), *evaluation.to_list()[:1]])
+    with pytest.raises(ViewError, match="1 of the 9 rows that demonstrations are drawn from are evaluation rows"):
+        trainer("dpo", tmp_path, loss="prompted", views={"good": view}, data=mixed, eval_dataset=evaluation)
+    pooled = get_view("demonstrations", k=2, pool=tuple(evaluation.to_list()))
+    with pytest.raises(ViewError, match="3 of the 3 rows"):
+        trainer("dpo", tmp_path, loss="prompted", views={"good": pooled}, eval_dataset=evaluation)
+
+
+def test_what_is_cut_off_is_said(tmp_path, caplog):
+    trainer("dpo", tmp_path, max_length=7)
+    assert "pairs are longer than max_length=7 (the longest: 9 tokens): the end of their answers" in caplog.text
+    caplog.clear()
+    trainer("dpo", tmp_path, max_length=7, truncation_mode="keep_end")
+    assert "the beginning of their prompts is dropped" in caplog.text
+    caplog.clear()
+    trainer("dpo", tmp_path, max_length=9)
+    assert "dropped" not in caplog.text
 
 
 def test_a_row_that_was_cut_has_no_view(tmp_path):

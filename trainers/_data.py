@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import difflib
 import json
+import logging
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
 
 Row = Any  # a mapping from column to value; `datasets` types it more loosely
 
@@ -115,6 +118,26 @@ def check_tokens(before: Any, after: Any, max_length: int | None, tokenizer: Pre
             raise DataError(
                 f"Row {index} starts with two BOS tokens: the text already holds one. Remove it from the text."
             )
+
+
+def warn_cut(rows: Any, max_length: int | None, keeps_end: bool) -> None:
+    """Say which part of pairs longer than `max_length` is dropped while they are collated.
+
+    Args:
+        rows: Tokenised rows; others than pairs are cut already.
+        max_length: Where they are cut; None: nowhere.
+        keeps_end: Whether the beginning goes, instead of the end.
+    """
+    if max_length is None or not isinstance(rows, Dataset) or "chosen_ids" not in rows.column_names:
+        return
+    columns = [rows[name] for name in ("prompt_ids", "chosen_ids", "rejected_ids")]
+    lengths = [len(prompt) + max(len(a), len(b)) for prompt, a, b in zip(*columns, strict=True)]
+    if cut := sum(length > max_length for length in lengths):
+        part = "the beginning of their prompts" if keeps_end else "the end of their answers"
+        logger.warning(
+            "%d of %d pairs are longer than max_length=%d (the longest: %d tokens): %s is dropped.",
+            *(cut, len(lengths), max_length, max(lengths), part),
+        )
 
 
 def tokenise(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int | None = None) -> Dataset:

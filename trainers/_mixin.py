@@ -23,7 +23,7 @@ from ..adapters.blocks import find_blocks, resolve_layers, text_config
 from ..losses import Loss, Staged, get_loss, parts
 from ._at import REFERENCE_ADAPTER, ModelAt, prompt_of, scaled
 from ._batch import Batch
-from ._data import PAIR_FORMATS, DataError, check_rows, check_tokens
+from ._data import PAIR_FORMATS, DataError, check_rows, check_tokens, warn_cut
 from ._guard import FiniteSteps, check_finite
 from ._metrics import Metrics
 from ._resume import CheckpointError, RestoredAdapter, check_adapter_in, check_checkpoint, last_checkpoint
@@ -114,12 +114,16 @@ class SteeringMixin(Trainer):
         keeps_end = getattr(self.args, "truncation_mode", None) == "keep_end"  # it cuts prompts, never all labels
         limit = None if keeps_end else getattr(self.args, "max_length", self.max_length)
         check_tokens(raw, self.train_dataset, limit, given.get("processing_class"))
+        warn_cut(self.train_dataset, getattr(self.args, "max_length", self.max_length), keeps_end)
         _check_packing(self.model, self.train_dataset)
         if views:
             self.views = _make_views(self, views, given.get("processing_class"))
-            for rows, tokenised in ((raw, self.train_dataset), (raw_evaluation, self.eval_dataset)):
+            for rows, tokenised, training in (
+                (raw, self.train_dataset, None),
+                (raw_evaluation, self.eval_dataset, raw if isinstance(raw, Dataset) else None),
+            ):
                 if isinstance(rows, Dataset) and isinstance(tokenised, Dataset):
-                    self.views.add(rows, tokenised)
+                    self.views.add(rows, tokenised, training)
         if self.loss is not None:
             # the loss below is already an average over the whole optimiser step
             self.loss_is_scaled_for_ga = self.model_accepts_loss_kwargs = True

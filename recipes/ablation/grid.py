@@ -33,6 +33,7 @@ from steertune.recipes.arm import (
     read_toml,
     reasons,
 )
+from steertune.trainers.views.demonstrations import Demonstrations
 
 GRIDS = Path(__file__).parents[1] / "grids"
 VERSION = 3  # of the cells; raised when a cell of the same grid would come out differently
@@ -162,6 +163,7 @@ def make_grid(raw: dict[str, Any], data_root: Path | None = None) -> Grid:
     _check_card(tables, tables.card, arms)
     _check_budgets(tables.card, arms)
     _check_arms(tables, arms)
+    _check_views(tables, arms)
     tasks = find_tasks(tables.tasks, data_root)
     _check_prompts(tables, arms, tasks)
     return Grid(tables, tables.card, arms, tasks, notes)
@@ -334,6 +336,17 @@ def _check_prompts(tables: GridTables, arms: list[GridArm], tasks: list[TaskTabl
                 raise ArmError(
                     f"Arm {arm.name!r} gives an instruction, and task {task.label!r} has instructions="
                     f"{task.instructions}: one or more, not more than the {arm.budget.trials} trials of the budget."
+                )
+
+
+def _check_views(tables: GridTables, arms: list[GridArm]) -> None:
+    """Refuse views that show more examples than the smallest training set has besides one."""
+    for arm in arms:
+        for key, view in arm.arm.view_objects(None).items():
+            if isinstance(view, Demonstrations) and not view.pool and view.k >= min(tables.examples):
+                raise ArmError(
+                    f"Arm {arm.name!r} shows {view.k} other examples at its view {key!r}, and examples="
+                    f"{tables.examples}: ask for {view.k + 1} or more, or set views.{key}.k lower."
                 )
 
 

@@ -34,6 +34,14 @@ class View(ABC):
         """The model that sees it in place of the reference; None: the reference does."""
         return None
 
+    def for_evaluation(self, training: Sequence[Row], rows: Sequence[Row]) -> View:
+        """The view of evaluation rows; itself, unless it shows other rows.
+
+        Raises:
+            ViewError: it would show evaluation rows.
+        """
+        return self
+
     @abstractmethod
     def __call__(self, rows: Sequence[Row]) -> list[Row]:
         """The views of rows in one of TRL's formats, in their order.

@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from datasets import Dataset
+from jinja2 import TemplateError
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from .._batch import Batch
 from .._data import tokenise
-from ._base import View, ViewError
+from ._base import Row, View, ViewError
 
 if TYPE_CHECKING:
     from ..prefix import FrozenPrefix
@@ -36,28 +37,44 @@ class Views:
         self.memos: dict[str, ReferenceMemo | None] = {}
         """What is known of teachers' outputs already, by view."""
 
-    def add(self, rows: Dataset, tokenised: Dataset) -> None:
+    def add(self, rows: Dataset, tokenised: Dataset, training: Dataset | None = None) -> None:
         """Make every view of a data set.
 
         Args:
             rows: The data in one of TRL's formats.
             tokenised: The same rows as the trainer reads them.
+            training: Of evaluation rows, the rows that are trained on.
 
         Raises:
-            ViewError: rows that were packed or dropped, a view longer than the context, or whose answers have other
-                tokens than the example's.
+            ViewError: rows that were packed or dropped, a view that the chat template refuses or leaves out, one
+                longer than the context, one whose answers have other tokens than the example's, or one that shows
+                evaluation rows in front of others.
         """
         if len(rows) != len(tokenised):
             raise ViewError(f"{len(rows)} rows became {len(tokenised)}: views need packing=False, and every row kept.")
-        if "prompt" not in rows.column_names and "chosen" in rows.column_names:
-            from trl.data_utils import extract_prompt
-
-            rows = rows.map(extract_prompt)
-        plain: list[Any] = rows.to_list()
+        plain = _with_prompts(rows)
         for name, view in self.views.items():
-            seen = tokenise(Dataset.from_list([dict(row) for row in view(plain)]), self.tokenizer)
+            shown = view if training is None else view.for_evaluation(_with_prompts(training), plain)
+            seen = self._tokenised(name, shown(plain))
+            same = view.same_answers and view.teacher is None and bool(plain)
             for i, (own, other) in enumerate(zip(tokenised, seen, strict=True)):
-                self._keep(name, view, i, _sides(dict(own)), _sides(dict(other)))
+                sides = _sides(dict(own)), _sides(dict(other))
+                self._keep(name, view, i, *sides)
+                same = same and [ids for ids, _ in sides[0]] == [ids for ids, _ in sides[1]]
+            if same:
+                raise ViewError(
+                    f"View {name!r} shows every row as it is, so that nothing can be learnt from it: the chat "
+                    f"template leaves out what {view} adds (a system message, say)."
+                )
+
+    def _tokenised(self, name: str, rows: Sequence[Row]) -> Dataset:
+        try:
+            return tokenise(Dataset.from_list([dict(row) for row in rows]), self.tokenizer)
+        except TemplateError as error:
+            raise ViewError(
+                f"View {name!r}: the chat template refuses it ({error}). An instruction can stand in the user's "
+                "message: where='before' or 'after'."
+            ) from error
 
     def remember(self, prefix: FrozenPrefix) -> None:
         """Keep what teachers say in a memo."""
@@ -97,6 +114,15 @@ class Views:
                     "own. End prompts the same way (with a space, or as conversations)."
                 )
             self._rows.setdefault((name, _key(ids)), (seen, first))
+
+
+def _with_prompts(rows: Dataset) -> list[Any]:
+    """Rows, of implicit prompts with these."""
+    if "prompt" not in rows.column_names and "chosen" in rows.column_names:
+        from trl.data_utils import extract_prompt
+
+        rows = rows.map(extract_prompt)
+    return rows.to_list()
 
 
 def _sides(row: Mapping[str, Any]) -> list[tuple[list[int], int]]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ._base import Row, View, ViewError, prompt_of
@@ -22,7 +23,7 @@ class Demonstrations(View):
             good response.
         instruction: A text in front of everything.
         seed: Which ones are drawn for which prompt.
-        pool: Rows to draw from; none: the other rows of the data.
+        pool: Rows to draw from; none: the other rows of the training data, also in front of evaluation rows.
 
     Raises:
         ValueError: k below 1.
@@ -56,6 +57,21 @@ class Demonstrations(View):
             seen.append({**row, "prompt": self._prompt(prompt, drawn)})
         return seen
 
+    def for_evaluation(self, training: Sequence[Row], rows: Sequence[Row]) -> View:
+        """Demonstrations of evaluation rows are training rows too.
+
+        Raises:
+            ViewError: evaluation rows are among those that are drawn from.
+        """
+        pool = self.pool or tuple(training)
+        measured_on = {_identity(row) for row in rows}
+        if shared := [row for row in pool if _identity(row) in measured_on]:
+            raise ViewError(
+                f"{len(shared)} of the {len(pool)} rows that demonstrations are drawn from are evaluation rows too, "
+                f"such as {shared[0]['prompt']!r:.120}. Take them out of the training data, or of pool=."
+            )
+        return replace(self, pool=pool)
+
     def _prompt(self, prompt: Any, drawn: Sequence[Row]) -> Any:
         shown = [(other["prompt"], _answer(other), self._bad(other)) for other in drawn]
         if isinstance(prompt, str):
@@ -88,6 +104,10 @@ class Demonstrations(View):
         end = prompt[len(prompt.rstrip()) :]
         parts.append(f"{prompt.strip()}\n{_GOOD}{end}" if self.contrast else prompt)
         return "\n\n".join(parts)
+
+
+def _identity(row: Row) -> str:
+    return json.dumps([prompt_of(row), _answer(row)], sort_keys=True)
 
 
 def _answer(row: Row) -> Any:

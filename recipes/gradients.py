@@ -46,6 +46,7 @@ from steertune.recipes.arm import Arm, ArmError, load_arm
 from steertune.recipes.data import load_model, load_splits
 from steertune.recipes.processes import begin
 from steertune.recipes.training import make_trainer, write_whole
+from steertune.trainers import FrozenPrefix
 
 CONTRASTS = {
     "none": ["--loss.contrast=none"],
@@ -107,13 +108,14 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
     model, tokenizer = load_model(arms["pairs"].model)
     asked = {name: (arm, 0, options.pairs) for name, arm in arms.items()}
     asked["held out"] = (arms["pairs"], 1, options.held_out)
-    seen: dict[str, Tensor] = {}
+    prefix, seen = FrozenPrefix(), {}
     for name, (arm, split, pairs) in tqdm(asked.items(), desc="Contrasts", unit="contrast"):
         with tempfile.TemporaryDirectory() as folder:
             settings = {"save_strategy": "no", "disable_tqdm": True, "per_device_train_batch_size": options.batch}
             rows = load_splits(arm.data)[split]
-            trainer = make_trainer(arm, copy.deepcopy(model), tokenizer, rows, Path(folder), **settings)
+            trainer = make_trainer(arm, copy.deepcopy(model), tokenizer, rows, Path(folder), prefix, **settings)
             trainer.initialise_vectors()
+            trainer.pay_once.start(trainer, training=True)
             seen[name] = _gradients(trainer, pairs // options.batch)
     behaviour = seen.pop("held out").mean(dim=0)
     seen = unmatched(seen["none"], seen["pairs"]) | seen

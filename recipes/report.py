@@ -21,7 +21,7 @@ from markdown_it import MarkdownIt
 from steertune.recipes.ablate import GRID
 from steertune.recipes.ablation import analysis, sections
 from steertune.recipes.ablation.statistics import Frame
-from steertune.recipes.ablation.tables import Card, Claim, GridTables
+from steertune.recipes.ablation.tables import Card, Claim, GridTables, TaskTable
 from steertune.recipes.ablation.tidy import read_cells
 from steertune.recipes.arm import ArmError
 from steertune.recipes.training import write_whole
@@ -67,7 +67,7 @@ def write_report(folder: Path, measure: str | None = None) -> Path:
     _parquet(cells, folder / "cells.parquet")
     claim = tables.claim.model_copy(update={"measure": measure}) if measure else tables.claim
     ran = cells[cells["status"] != "failed"]
-    lines = [f"# {tables.name}", "", *_card(tables.card, tables.claim)]
+    lines = [f"# {tables.name}", "", *_card(tables.card, tables.claim, tables.tasks)]
     if ran.empty:
         lines += ["Every cell failed.", "", *sections.failures(cells)]
     else:
@@ -151,7 +151,14 @@ def _claim(claim: Claim) -> str:
     return f"{text} (alpha = {claim.alpha:g}); against it counts if {less}{other}."
 
 
-def _card(card: Card, claim: Claim) -> list[str]:
+def _instructions(entries: Sequence[str | TaskTable]) -> list[str]:
+    """What prompting arms could say, and who wrote it."""
+    told = [entry for entry in entries if isinstance(entry, TaskTable) and entry.instructions]
+    lines = [f"- `{t.called}`: {t.instructions_by} {' · '.join(f'“{text}”' for text in t.instructions)}" for t in told]
+    return ["**Instructions of prompting arms**, of which the tuning chose one.", "", *lines, ""] if told else []
+
+
+def _card(card: Card, claim: Claim, tasks: Sequence[str | TaskTable]) -> list[str]:
     return [
         "## Card",
         "",
@@ -170,6 +177,7 @@ def _card(card: Card, claim: Claim) -> list[str]:
         *(f"- `{arm}`: {text}" for arm, text in card.affordances.items()),
         *([f"- *Unequal tuning budgets*: {card.unequal_budgets}"] if card.unequal_budgets else []),
         "",
+        *_instructions(tasks),
     ]
 
 

@@ -393,7 +393,7 @@ def test_every_baseline_arm_runs(tables, tmp_path):
     tables |= {"seeds": [0], "design": {"kind": "arms"}, "claim": {"better": "bias_dpo", "than": "lora_dpo"}}
     del tables["factors"]
     tables["budget"] |= {"trials": 1}
-    tables["tasks"][0]["instructions"] = ["the dog runs"]
+    tables["tasks"][0] |= {"instructions": ["the dog runs"], "instructions_by": "This test, in a minute."}
     cells = {cell["arm"]: cell for cell in run(tables, tmp_path / "run")}
     assert set(cells) == {Path(arm).stem for arm in tables["arms"]}
     for name, cell in cells.items():

@@ -99,6 +99,52 @@ def test_a_norm_behind_the_mlp_is_noticed_and_nothing_is_left_behind(tmp_path):
     assert found and all(float(p.abs().max()) < 1e-6 for p in found.values())
 
 
+def test_lora_without_a_bias_starts_near_activation_addition(tmp_path):
+    """The reference knows only the inputs: minimum ridge by numpy's least squares on the stacked system."""
+    biases = {"rank_one_start": {"layer": 2, "scale": 1.5}}
+    made = trainer("dpo", tmp_path, loss="dpo", peft_config=lora(r=3), biases=biases, max_steps=1)
+    model, batches = made.model, pair_batches(made)
+    vector = 1.5 * directions.compute("mean_difference", model, batches, [2]).vectors[2]
+    module = base_of(model).model.layers[2].mlp.down_proj
+    before = module.lora_A.default.weight.detach().clone()
+    made._unstarted[0].start(made)
+    a, b = module.lora_A.default.weight, module.lora_B.default.weight
+    assert torch.equal(a[1:], before[1:]) and not b[:, 1:].any()
+    torch.testing.assert_close(b[:, 0], vector / module.scaling["default"])
+    answers = torch.cat([batch["completion_mask"].bool().flatten() for batch in batches])
+    seen, outputs = [], []
+    handles = [module.register_forward_pre_hook(lambda _, args: seen.append(args[0].flatten(0, 1))),
+               module.register_forward_hook(lambda _, args, out: outputs.append(out.flatten(0, 1)))]  # fmt: skip
+    for batch in batches:
+        inputs = {k: batch[k] for k in ("input_ids", "attention_mask")}
+        with torch.no_grad(), model.disable_adapter():
+            model(**inputs)
+        with torch.no_grad():
+            model(**inputs)
+    for handle in handles:
+        handle.remove()
+    x = torch.cat(seen[::2])[answers].double()
+    ridge = 1e-3 * x.square().sum(dim=1).median()
+    system = torch.cat([x, ridge.sqrt() * torch.eye(x.shape[1], dtype=x.dtype)])
+    target = torch.cat([torch.ones(len(x)), torch.zeros(x.shape[1])]).double()
+    torch.testing.assert_close(a[0].double(), torch.linalg.lstsq(system, target).solution, rtol=1e-3, atol=1e-3)
+    moved = (torch.cat(outputs[1::2]) - torch.cat(outputs[::2]))[answers]
+    gains = moved @ vector / vector.square().sum()
+    assert abs(gains.mean() - 1) < 0.2 and gains.std() < 0.5, "near activation addition"
+
+
+def test_only_a_new_lora_starts_so(tmp_path):
+    for config in (lora(target_modules=["q_proj"]), None):
+        own = {"ref_model": tiny()} if config is None else {}
+        made = trainer("dpo", tmp_path, loss="dpo", peft_config=config, biases=["rank_one_start"], **own)
+        with pytest.raises(BiasError, match=r"no LoRA is trained at .*mlp.down_proj"):
+            made.train()
+    made = trained("dpo", tmp_path, loss="dpo", peft_config=lora(), biases=["rank_one_start"], max_steps=1)
+    made._unstarted = [get_bias("rank_one_start")]
+    with pytest.raises(BiasError, match="is trained already"):
+        made.train()
+
+
 def test_data_without_pairs_have_no_direction(tmp_path):
     config = lora(lora_bias=True)
     made = trainer("sft", tmp_path, loss="cross_entropy", peft_config=config, biases=["direction_start"])
@@ -340,8 +386,8 @@ def test_impossible_caps(options, message):
 
 
 def test_names_and_options_are_checked(tmp_path):
-    assert names() == ["direction_start", "one_write", "position_average", "rank_one"]
-    with pytest.raises(ValueError, match=r"Unknown bias 'rank_on'.*Did you mean 'rank_one'"):
+    assert names() == ["direction_start", "one_write", "position_average", "rank_one", "rank_one_start"]
+    with pytest.raises(ValueError, match=r"Unknown bias 'rank_on'.*Did you mean 'rank_one"):
         trainer("dpo", tmp_path, loss="dpo", biases=["rank_on"])
     with pytest.raises(ValueError, match=r"option of bias 'one_write' 'laier'.*Did you mean 'layer'"):
         get_bias("one_write", laier=3)

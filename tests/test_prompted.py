@@ -5,14 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import tiny_data
 from test_ablate import make_tables, run
 
 import steertune.recipes.ablation.cell as cell_module
-from steertune.recipes import train
+from steertune.recipes import report, train
 from steertune.recipes.ablation.bench import Bench
-from steertune.recipes.ablation.grid import Cell, make_grid
-from steertune.recipes.ablation.prompted import prompt_tokens, shown
+from steertune.recipes.ablation.grid import Cell, load_grid, make_grid
+from steertune.recipes.ablation.prompted import candidates, prompt_tokens, shown
+from steertune.recipes.ablation.tables import TaskTable, told
 from steertune.recipes.arm import ArmError, load_arm
+from steertune.recipes.embedded import TASKS, task_names
+from steertune.recipes.measures import pair_margins
 
 ARMS = ["prompt_instruction", "prompt_demonstrations", "prompt_both", "prompt_contrast", "base"]
 INSTRUCTIONS = ["the dog runs", "we stay"]
@@ -22,7 +26,7 @@ INSTRUCTIONS = ["the dog runs", "we stay"]
 def tables(tmp_path: Path) -> dict:
     made = make_tables(tmp_path)
     made |= {"arms": ARMS, "design": {"kind": "arms"}, "claim": {"better": "prompt_both", "than": "base"}}
-    made["tasks"][0]["instructions"] = INSTRUCTIONS
+    made["tasks"][0] |= {"instructions": INSTRUCTIONS, "instructions_by": "This test, in a minute."}
     del made["factors"]
     return made
 
@@ -152,3 +156,50 @@ def test_views_that_show_more_than_there_is_are_refused_before_anything_runs(tab
     make_grid(tables)
     with pytest.raises(ArmError, match=r"'lora_ia2' shows 3 other examples at its view 'good', and examples=\[3\].*4"):
         make_grid(tables | {"examples": [3]})
+
+
+def test_instructions_have_an_author(tables, tmp_path):
+    task = tables["tasks"][0]
+    task["instructions_by"] = " "
+    with pytest.raises(ArmError, match="instructions by nobody.*with which budget"):
+        make_grid(tables)
+    del task["instructions"], task["instructions_by"]
+    file = Path(task["name"]) / "instructions.toml"
+    file.write_text('by = "A file."\ninstructions = ["we stay"]')
+    grid = make_grid(tables)
+    assert candidates(next(cell for cell in grid.cells() if cell.arm.name == "prompt_both")) == ["we stay"]
+    [kept] = grid.tables.tasks
+    assert isinstance(kept, TaskTable) and kept.instructions_by == "A file."
+    assert "- `task`: A file. “we stay”" in report._card(grid.card, grid.tables.claim, grid.tables.tasks)
+    file.write_text('author = "A file."')
+    with pytest.raises(ArmError, match="Unknown key 'author'"):
+        make_grid(tables)
+
+
+def test_grids_without_prompting_arms_leave_instructions_alone(tables):
+    tables |= {"arms": ["base"], "claim": {"better": "base", "than": "base"}}
+    tables["tasks"][0]["instructions_by"] = ""
+    assert make_grid(tables).tasks[0].instructions == INSTRUCTIONS
+
+
+@pytest.mark.parametrize("name", task_names())
+def test_embedded_tasks_bring_instructions(name):
+    task = told(TaskTable(name=name), TASKS / name)
+    assert len(task.instructions) == len(set(task.instructions)) >= 4 and "none was tried" in task.instructions_by
+    assert told(TaskTable(name=name, reverse=True), TASKS / name).instructions == [], "they ask for the chosen answers"
+
+
+def test_base_models_are_prompted_with_plain_text(tables, tmp_path):
+    tiny_data.tokenizer(template=None).save_pretrained(tmp_path / "model")
+    for arm in ARMS:
+        cell, bench = cell_of(tables, arm)
+        assert getattr(bench.tokenizer, "chat_template", None) is None
+        rows = shown(cell, bench, 1)(bench.splits(cell.task).test)
+        margins = pair_margins(bench.model, bench.tokenizer, rows, [1.0], show=False)[1.0]
+        assert all(isinstance(prompt, str) for prompt in rows["prompt"]) and margins.isfinite().all()
+        assert (prompt_tokens(bench, bench.splits(cell.task).test, shown(cell, bench, 1)) > 0) == (arm != "base")
+
+
+@pytest.mark.parametrize("name", ["contrast", "proliferation", "prompting"])
+def test_shipped_grids_are_valid(name):
+    assert load_grid(name).cells()

@@ -21,7 +21,7 @@ from steertune.recipes.ablation import designs
 from steertune.recipes.ablation.budget import BudgetTable
 from steertune.recipes.ablation.designs import Combination
 from steertune.recipes.ablation.levels import INERT, arm_name, named, patched, with_common
-from steertune.recipes.ablation.tables import Card, GridTables, TaskTable
+from steertune.recipes.ablation.tables import Card, GridTables, TaskTable, told
 from steertune.recipes.arm import (
     Arm,
     ArmError,
@@ -165,6 +165,10 @@ def make_grid(raw: dict[str, Any], data_root: Path | None = None) -> Grid:
     _check_arms(tables, arms)
     _check_views(tables, arms)
     tasks = find_tasks(tables.tasks, data_root)
+    if any(arm.arm.prompt.instruction for arm in arms):
+        tasks = [told(task, _task_folder(task.name)) for task in tasks]
+        entries = zip(tables.tasks, tasks, strict=True)
+        tables = tables.model_copy(update={"tasks": [_told_as(entry, task) for entry, task in entries]})
     _check_prompts(tables, arms, tasks)
     return Grid(tables, tables.card, arms, tasks, notes)
 
@@ -391,6 +395,13 @@ def _check_card(tables: GridTables, card: Card, arms: list[GridArm]) -> None:
             )
 
 
+def _told_as(entry: str | TaskTable, task: TaskTable) -> TaskTable:
+    """A grid's own entry, by the name it has there, with the instructions that were found."""
+    own = TaskTable(name=entry) if isinstance(entry, str) else entry
+    found = {"instructions": task.instructions, "instructions_by": task.instructions_by}
+    return own.model_copy(update=found)
+
+
 def find_tasks(entries: Sequence[str | TaskTable], data_root: Path | None = None) -> list[TaskTable]:
     """Tasks with their labels, and where they are.
 
@@ -466,9 +477,7 @@ def _content(file: str | None) -> str:
 
 def _data(name: str) -> str:
     """Hash of a task's files, or the name of a data set on the Hub."""
-    from steertune.recipes.embedded import TASKS, task_names
-
-    path = TASKS / name if name in task_names() else Path(name)
+    path = _task_folder(name)
     if not path.exists():
         return ""  # on the Hub; the label names it
     files = sorted(path.rglob("*")) if path.is_dir() else [path]
@@ -477,6 +486,12 @@ def _data(name: str) -> str:
         if file.suffix in (".json", ".jsonl", ".csv", ".parquet"):
             digest.update(file.name.encode() + hashlib.sha256(file.read_bytes()).digest())
     return digest.hexdigest()
+
+
+def _task_folder(name: str) -> Path:
+    from steertune.recipes.embedded import TASKS, task_names
+
+    return TASKS / name if name in task_names() else Path(name)
 
 
 def _hash(value: Any) -> str:

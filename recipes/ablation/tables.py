@@ -10,6 +10,7 @@ from pydantic import BaseModel, Field
 from steertune.recipes.ablation.budget import BudgetTable
 from steertune.recipes.ablation.designs import Combination
 from steertune.recipes.ablation.splits import SplitTable
+from steertune.recipes.arm import ArmError, known, read_toml
 
 Measure = Literal[
     "accuracy", "matched_accuracy", "margin_gain", "matched_margin_gain", "behaviour", "matched_behaviour"
@@ -69,12 +70,36 @@ class TaskTable(BaseModel, extra="forbid"):
     """Pairs made of other columns: what each side says, with `{column}` for a row's text (the first, of a list)."""
     scorer: dict[str, Any] = {"kind": "classifier"}
     instructions: list[str] = []
-    """What prompting arms tell the model to do; several are several trials of their tuning."""
+    """What prompting arms tell the model to do; several are several trials of their tuning. None: those of the file
+    `instructions.toml` in the task's folder."""
+    instructions_by: str = ""
+    """Who wrote them, and with which budget: an instruction is as good as the effort behind it."""
 
     @property
     def called(self) -> str:
         """Its label, or what its name makes."""
         return self.label or Path(self.name).name + ("_reversed" if self.reverse else "")
+
+
+def told(task: TaskTable, folder: Path) -> TaskTable:
+    """A task with its instructions: its own, or those of the file `instructions.toml` in its folder.
+
+    Raises:
+        ArmError: the file has other keys, or the task's own instructions are by nobody.
+    """
+    file = folder / "instructions.toml"
+    own = task.instructions or task.instructions_by
+    if not own and not task.reverse and not task.columns and file.is_file():
+        tables = read_toml(file)
+        known(str(file), tables, ["by", "instructions"])
+        found = {"instructions": tables.get("instructions", []), "instructions_by": tables.get("by", "")}
+        task = task.model_copy(update=found)
+    if task.instructions and not task.instructions_by.strip():
+        raise ArmError(
+            f"Task {task.called!r} has instructions by nobody: say in instructions_by who wrote them, with which "
+            "budget (how many were tried, on which rows)."
+        )
+    return task
 
 
 class MatchedTable(BaseModel, extra="forbid"):

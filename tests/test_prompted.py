@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import tiny_data
 from test_ablate import make_tables, run
 
 import steertune.recipes.ablation.cell as cell_module
@@ -190,7 +189,7 @@ def test_embedded_tasks_bring_instructions(name):
 
 
 def test_base_models_are_prompted_with_plain_text(tables, tmp_path):
-    tiny_data.tokenizer(template=None).save_pretrained(tmp_path / "model")
+    (tmp_path / "model" / "chat_template.jinja").unlink()
     for arm in ARMS:
         cell, bench = cell_of(tables, arm)
         assert getattr(bench.tokenizer, "chat_template", None) is None

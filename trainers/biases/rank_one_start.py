@@ -82,9 +82,9 @@ def ones_row(inputs: Tensor) -> Tensor:
 
 def _first_direction(module: nn.Module, name: str) -> tuple[Tensor, Tensor, float]:
     """LoRA's two matrices at a map, and what their product is multiplied by."""
-    for adapter in module.active_adapters if isinstance(module, LoraLayer) else ():
-        if adapter in module.lora_A:
-            a, b = (getattr(side[adapter], "weight", None) for side in (module.lora_A, module.lora_B))
+    if isinstance(module, LoraLayer):
+        for adapter in (adapter for adapter in module.active_adapters if adapter in module.lora_A):
+            a, b = (side[adapter].weight for side in (module.lora_A, module.lora_B))
             if isinstance(a, Tensor) and isinstance(b, Tensor) and a.requires_grad and b.requires_grad:
                 if bool(b.any()):
                     raise BiasError(f"rank_one_start: the LoRA at {name} is trained already. Start from a new one.")

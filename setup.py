@@ -57,6 +57,7 @@ setup(
     extras_require={
         "recipes": RECIPES,
         "deepspeed": ["deepspeed>=0.18"],
+        "docs": ["mkdocs-material>=9.6,<10", "mkdocstrings[python]>=1.0"],
         "test": [
             *RECIPES,
             "pytest>=8",
@@ -66,6 +67,7 @@ setup(
             "ruff>=0.14",
             "pyright>=1.1.400",
             "build>=1.2",
+            "sybil>=9.2",
         ],
     },
     classifiers=[

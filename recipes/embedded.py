@@ -57,16 +57,21 @@ def load_model(dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     return model.eval()
 
 
+def copy_folder() -> Path:
+    """Where `plain_copy` keeps the model, named by the package's file and the version of transformers."""
+    file = gguf_file()
+    state = f"{file.stat().st_size}-{file.stat().st_mtime_ns}-{transformers.__version__}"
+    name = f"{MODEL_NAME.rpartition('/')[2]}-{hashlib.blake2b(state.encode(), digest_size=6).hexdigest()}"
+    return Path(HF_HOME) / "steertune" / name
+
+
 def plain_copy() -> Path:
     """Folder of the de-quantised model and its tokenizer, in fp32: made once, in the cache of Hugging Face.
 
     Reading GGUF takes 20 seconds, and transformers marks a model read from it as quantised, which it then refuses to
     train or save. The weights are plain by then, so they go into a model that was never marked.
     """
-    file = gguf_file()
-    state = f"{file.stat().st_size}-{file.stat().st_mtime_ns}-{transformers.__version__}"
-    name = f"{MODEL_NAME.rpartition('/')[2]}-{hashlib.blake2b(state.encode(), digest_size=6).hexdigest()}"
-    folder = Path(HF_HOME) / "steertune" / name
+    file, folder = gguf_file(), copy_folder()
     if folder.is_dir():
         return folder
     marked = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
@@ -77,7 +82,7 @@ def plain_copy() -> Path:
     model.generation_config = copy.deepcopy(marked.generation_config)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as part:
-        whole = Path(part) / name
+        whole = Path(part) / folder.name
         model.save_pretrained(whole)
         AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(whole)
         with suppress(OSError):  # another process was first

@@ -5,9 +5,8 @@
 - The only way out is a comment in front of the block, `<!-- skip: next "reason" -->` or, on a condition,
   `<!-- skip: next if(missing("repeng"), reason="...") -->`.
 
-The embedded model is a tiny random one here, of the real one's depth and chat template, and commands of `steertune`
-run in this process, because both are quick. `pytest -m slow` reads the pages with the real model, and every block in a
-shell.
+The embedded model is a tiny random one here, with the real one's chat template, and commands of `steertune` run in this
+process, because both are quick. `pytest -m slow` reads the pages with the real model, every block in a shell.
 """
 
 from __future__ import annotations
@@ -134,9 +133,9 @@ def tiny_cache(tmp_path_factory) -> Path:
         texts, vocab_size=600
     )  # the vocabulary is most of a tiny model's work
     config = AutoConfig.from_pretrained(embedded.plain_copy())
-    small = {"hidden_size": 18, "head_dim": 2, "intermediate_size": 24, "initializer_range": 0.2}
-    config.update({**small, "vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id})
-    config.update({"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id})
+    small = {"num_hidden_layers": 18, "hidden_size": 18, "head_dim": 2, "intermediate_size": 24}
+    config.update({**small, "initializer_range": 0.2, "vocab_size": len(tokenizer)})
+    config.update({f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")})
     torch.manual_seed(0)
     home = tmp_path_factory.mktemp("cache")
     folder = home / "steertune" / embedded.copy_folder().name

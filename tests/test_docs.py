@@ -5,8 +5,8 @@
 - The only way out is a comment in front of the block, `<!-- skip: next "reason" -->` or, on a condition,
   `<!-- skip: next if(missing("repeng"), reason="...") -->`.
 
-The embedded model is a tiny random one here, with the real one's chat template, and commands of `steertune` run in this
-process, because both are quick. `pytest -m slow` reads the pages with the real model, every block in a shell.
+The embedded model is a tiny random one here, with the real one's chat template, and commands of `steertune` run in
+this process, because both are quick. `pytest -m slow` reads the pages with the real model, every block in a shell.
 """
 
 from __future__ import annotations

@@ -133,7 +133,7 @@ def tiny_cache(tmp_path_factory) -> Path:
         texts, vocab_size=600
     )  # the vocabulary is most of a tiny model's work
     config = AutoConfig.from_pretrained(embedded.plain_copy())
-    small = {"num_hidden_layers": 18, "hidden_size": 18, "head_dim": 2, "intermediate_size": 24}
+    small = {"num_hidden_layers": 6, "hidden_size": 18, "head_dim": 2, "intermediate_size": 24}
     config.update({**small, "initializer_range": 0.2, "vocab_size": len(tokenizer)})
     config.update({f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")})
     torch.manual_seed(0)
@@ -155,13 +155,10 @@ def at_home(tmp_path, monkeypatch) -> Path:
 @pytest.fixture
 def in_a_copy(tmp_path, monkeypatch) -> Path:
     """A copy of the repository, which `import steertune` finds first."""
-    there = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True)
     folders = ("adapters", "losses", "trainers", "recipes", "tests")
-    for line in there.stdout.splitlines():
-        if "/" not in line or (line.startswith(folders) and "/results/" not in line):
-            target = tmp_path / line
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(ROOT / line, target)
+    for folder in folders:
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__", "results"))
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
     package = tmp_path / "typings" / "steertune"
     package.mkdir(parents=True)
     for folder in folders[:-1]:

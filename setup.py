@@ -63,6 +63,7 @@ setup(
             "pytest>=8",
             "pytest-xdist>=3.6",
             "shapiq>=1.4",
+            "hypothesis>=6.100",
             "bitsandbytes>=0.49",
             "ruff>=0.14",
             "pyright>=1.1.400",

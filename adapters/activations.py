@@ -7,7 +7,7 @@ from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from peft import PeftModel
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .blocks import find_blocks, resolve_layers, site_name
+from .checks import choose
 from .config import Layers, Site
 
 Pool = Literal["completion_mean", "last"]
@@ -59,8 +60,11 @@ def collect(
         pool: Which tokens stand for an answer.
 
     Raises:
-        ValueError: no batches, or an answer without tokens.
+        ValueError: no batches, one that does not say what is answer, an answer without tokens, or an unknown pool.
     """
+    choose("pool", pool, get_args(Pool))
+    if any(not {"completion_mask", "labels"} & set(batch) for batch in batches):
+        raise ValueError("A batch does not say which tokens are the answer's: completion_mask or labels is needed.")
     pooled: dict[int, list[Tensor]] = defaultdict(list)
     norms = _MeanNorms()
     with closing(_states(model, batches, layers, site)) as seen:

@@ -3,18 +3,29 @@
 from __future__ import annotations
 
 import difflib
+import hashlib
+import json
+import math
 import os
 import re
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
-from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+from peft.utils.constants import EMBEDDING_LAYER_NAMES
 from safetensors import SafetensorError, safe_open
+
+from .registration import PEFT_TYPE
 
 if TYPE_CHECKING:
     from .config import SteeringVectorConfig
 
+SAMPLES = 64  # numbers of the embedding in a fingerprint
+_LARGEST_CONFIG = 10**7  # bytes
+CHECKSUMS = "checksums.json"
+_CHECKSUM = "sha256-"
 # base_model.model.<module>.steer.steering_vector_<v|w|b>.weight
 _KEY = re.compile(r"(?:base_model\.model\.)?(?P<module>.+)\.steer\.steering_vector_(?P<name>[vwb])\.weight")
 
@@ -31,6 +42,32 @@ def choose(name: str, value: object, allowed: Sequence[str]) -> None:
         raise ValueError(f"{name}={value!r} is not one of {list(allowed)}.{did_you_mean(value, allowed)}")
 
 
+def read_config(path: str) -> dict[str, Any]:
+    """The JSON object of an `adapter_config.json` that says it is a steering vector's.
+
+    Raises:
+        ValueError: no readable JSON object, too large, or of another kind of adapter.
+    """
+    try:
+        with open(path, "rb") as file:
+            text = file.read(_LARGEST_CONFIG + 1)
+        if len(text) > _LARGEST_CONFIG:
+            raise ValueError(f"more than {_LARGEST_CONFIG} bytes")
+        found = json.loads(text.decode("utf-8-sig"))
+        if not isinstance(found, dict):
+            raise ValueError(f"a JSON object is expected, this is {type(found).__name__}")
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is no adapter's configuration: {error}. Save or download it again.") from error
+    kind = found.get("peft_type")
+    if kind != PEFT_TYPE:
+        raise ValueError(f"{path} holds a {kind} adapter, not a steering vector.")
+    if found.get("auto_mapping") is not None:
+        raise ValueError(
+            f"{path}: auto_mapping names code to import, which a steering vector has no use for. Remove it."
+        )
+    return found
+
+
 def check_adapter_folder(folder: str, config: SteeringVectorConfig) -> None:
     """Check the weights of a local adapter folder before anything is built from it.
 
@@ -39,46 +76,158 @@ def check_adapter_folder(folder: str, config: SteeringVectorConfig) -> None:
 
     Raises:
         ValueError: no safetensors file (a pickle is never read), a broken file, missing or unknown keys, a wrong
-            shape, NaN or infinite values.
+            shape or dtype, NaN or infinite values, other bytes than those that were saved.
     """
     if not os.path.isdir(folder):
         return
     path = os.path.join(folder, SAFETENSORS_WEIGHTS_NAME)
-    if not os.path.isfile(path):
+    if not os.path.lexists(path):
         pickle = os.path.join(folder, WEIGHTS_NAME)
         if os.path.isfile(pickle):
             raise ValueError(
                 f"{pickle} is a pickle, which can run code when read. Save it as {SAFETENSORS_WEIGHTS_NAME}."
             )
         return  # a bare config: PEFT reports the missing weights itself
-    try:
-        with safe_open(path, framework="pt") as file:
-            tensors = {key: file.get_tensor(key) for key in file.keys() if "steering_vector_" in key}  # noqa: SIM118
-    except SafetensorError as error:
-        raise ValueError(f"{path} is not a readable safetensors file: {error}") from error
-    _check_keys(path, tensors, config)
+    tensors = read_tensors(path)
+    vectors = {key: tensor for key, tensor in tensors.items() if "steering_vector_" in key}
+    _check_keys(path, vectors, config)
+    _check_others(path, tensors.keys() - vectors.keys(), config)
     for key, tensor in tensors.items():
         check_tensor(f"{path}: {key}", tensor)
+    _check_checksum(folder, path)
+
+
+def checksum_of(config: dict[str, Any], weights: str) -> str:
+    """Checksum of an adapter's configuration and its file of weights."""
+    values = json.loads(json.dumps({key: value for key, value in config.items() if key != "checksum"}))
+    text = json.dumps([values, sha256_of(weights)], sort_keys=True)
+    return _CHECKSUM + hashlib.sha256(text.encode()).hexdigest()
+
+
+def _check_checksum(folder: str, weights: str) -> None:
+    config = os.path.join(folder, CONFIG_NAME)
+    if not os.path.isfile(config):
+        return
+    found = read_config(config)
+    # looked for by its value too: a bit may have changed in its key
+    marked = [key for key, value in found.items() if isinstance(value, str) and value.startswith(_CHECKSUM)]
+    asked = found.get("checksum")
+    if (asked is not None and asked != checksum_of(found, weights)) or marked not in ([], ["checksum"]):
+        raise ValueError(
+            f"{folder} holds other bytes than those that were saved: it is damaged, or was changed. Save or download "
+            f"it again, or, to take it as it is, set checksum in {CONFIG_NAME} to null."
+        )
+
+
+def read_tensors(path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
+    """Every tensor of a safetensors file.
+
+    Raises:
+        ValueError: it is no file, or not a whole one; its declared sizes must be those of the file.
+    """
+    try:
+        if not os.path.isfile(path):
+            raise OSError("no file")
+        with safe_open(path, framework="pt") as file:
+            return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is not a readable safetensors file: {error}") from error
+
+
+def write_checksums(folder: str | os.PathLike[str]) -> None:
+    """Write `checksums.json`: the digest of every file of weights or JSON in a folder, whole or not at all."""
+    found = {file.name: sha256_of(file) for file in sorted(Path(folder).iterdir()) if _has_checksum(file)}
+    part = Path(folder) / f"{CHECKSUMS}.part"
+    part.write_text(json.dumps(found, indent=1), encoding="utf-8")
+    part.replace(Path(folder) / CHECKSUMS)
+
+
+def check_checksums(folder: str | os.PathLike[str]) -> None:
+    """Compare the files of a folder with its `checksums.json`, if it has one.
+
+    Raises:
+        ValueError: names the file that is gone or holds other bytes.
+    """
+    file = Path(folder) / CHECKSUMS
+    if not file.exists():
+        return
+    try:
+        known = json.loads(file.read_text(encoding="utf-8"))
+        damaged = [name for name, digest in known.items() if sha256_of(Path(folder) / name) != digest]
+    except (ValueError, AttributeError, TypeError, OSError, RecursionError) as error:
+        raise ValueError(f"{file} cannot be compared ({error})") from error
+    if damaged:
+        raise ValueError(f"{Path(folder) / damaged[0]} holds other bytes than those that were written")
+
+
+def _has_checksum(file: Path) -> bool:
+    return file.is_file() and file.suffix in (".safetensors", ".json", ".jsonl") and file.name != CHECKSUMS
+
+
+def sha256_of(path: str | os.PathLike[str]) -> str:
+    """Digest of a file's bytes."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def check_tensor(name: str, tensor: torch.Tensor) -> None:
-    """Raise a ValueError if a tensor holds NaN or infinite values."""
-    bad = int((~torch.isfinite(tensor)).sum())
+    """Raise a ValueError if a tensor is not of floating point, or holds NaN or infinite values."""
+    if not tensor.is_floating_point():
+        raise ValueError(f"{name} is of {tensor.dtype}: weights are floating point numbers. The file is not usable.")
+    bad = int((~torch.isfinite(tensor.float())).sum())
     if bad:
         raise ValueError(f"{name} holds {bad} NaN or infinite values of {tensor.numel()}. The file is not usable.")
 
 
+def check_fingerprint_form(given: Any) -> None:
+    """Raise a ValueError for what is no fingerprint, whatever model it is of."""
+    whole = isinstance(given, dict) and all(
+        isinstance(given.get(name), int) and not isinstance(given[name], bool) and given[name] > 0
+        for name in ("hidden_size", "num_layers")
+    )
+    sample: Any = given.get("embedding", []) if whole else None
+    numbers = isinstance(sample, list) and all(
+        isinstance(x, int | float) and not isinstance(x, bool) and math.isfinite(x) for x in sample
+    )
+    if not numbers or len(sample) not in (0, SAMPLES) or not isinstance(given.get("model_type"), str):
+        raise ValueError(
+            f"base_fingerprint={given!r:.200} is none: model_type, hidden_size, num_layers, and {SAMPLES} numbers of "
+            "the embedding (or none). Set it to None to transfer the vector on purpose."
+        )
+
+
+def module_names(pattern: str) -> list[str]:
+    """The modules that a saved `target_modules` names: plain names, escaped, with "|" between them.
+
+    A regular expression from elsewhere is not run: some take longer than anyone waits.
+
+    Raises:
+        ValueError: it is another regular expression.
+    """
+    names = [re.sub(r"\\(.)", r"\1", part) for part in pattern.split("|")]
+    if "|".join(map(re.escape, names)) != pattern or not all(re.fullmatch(r"[\w.]+", name) for name in names):
+        raise ValueError(
+            f"target_modules={pattern!r:.200} is a regular expression: a saved adapter names its modules. Put it on "
+            "its model with target_modules given by hand, and save it again."
+        )
+    return names
+
+
 def _check_keys(path: str, tensors: dict[str, torch.Tensor], config: SteeringVectorConfig) -> None:
     found: dict[str, set[str]] = {}
+    modules = None if config.target_modules is None else module_names(config.target_modules)
+    d = (config.base_fingerprint or {}).get("hidden_size")
     for key, tensor in tensors.items():
         match = _KEY.fullmatch(key)
-        if match is None or not re.fullmatch(config.target_modules or ".+", match["module"]):
+        if match is None or (modules is not None and match["module"] not in modules):
             raise ValueError(f"{path}: key {key!r} does not belong to an adapter on {config.target_modules!r}.")
         found.setdefault(match["module"], set()).add(match["name"])
-        d = (config.base_fingerprint or {}).get("hidden_size")
-        expected = parameter_shape(config, match["name"], d) if d else None
-        if expected and tuple(tensor.shape) != expected:
-            raise ValueError(f"{path}: {key} has shape {tuple(tensor.shape)}, the config asks for {expected}.")
+        shape = tuple(tensor.shape)
+        if d is None and match["name"] != "b" and shape:
+            d = shape[-1]  # whatever it was made for, all vectors are of one width
+        expected = parameter_shape(config, match["name"], d or 0)
+        if shape != expected:
+            raise ValueError(f"{path}: {key} has shape {shape}, the config asks for {expected}.")
     for module, names in found.items():
         if names != set(config.parameter_names):
             raise ValueError(
@@ -90,6 +239,17 @@ def _check_keys(path: str, tensors: dict[str, torch.Tensor], config: SteeringVec
         raise ValueError(
             f"{path} holds vectors for {len(found)} layers, the config names {expected_layers}: {layers}."
         )
+
+
+def _check_others(path: str, keys: Iterable[str], config: SteeringVectorConfig) -> None:
+    """PEFT would load whatever the file holds into the base model: only what the config says may be there."""
+    allowed = [*(config.modules_to_save or []), *EMBEDDING_LAYER_NAMES]
+    for key in sorted(keys):
+        if not any(f".{name}." in f".{key}" for name in allowed):
+            raise ValueError(
+                f"{path}: {key!r} is no steering vector, and modules_to_save={config.modules_to_save} does not name "
+                "it: it would overwrite the base model. Take it out of the file."
+            )
 
 
 def parameter_shape(config: SteeringVectorConfig, name: str, d: int) -> tuple[int, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import os
 from collections.abc import Sequence
@@ -9,8 +10,16 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, TypeGuard, get_args
 
 from peft import PeftConfig, TaskType
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
 
-from .checks import check_adapter_folder, choose, did_you_mean
+from .checks import (
+    check_adapter_folder,
+    check_fingerprint_form,
+    checksum_of,
+    choose,
+    did_you_mean,
+    read_config,
+)
 from .registration import PEFT_TYPE
 
 Form = Literal["bias", "gated", "linear", "low_rank"]
@@ -55,8 +64,11 @@ class SteeringVectorConfig(PeftConfig):
         base_fingerprint: Filled in at injection: what the vector was made for. Loading on another base is an error;
             set it to None to transfer a vector on purpose.
         target_modules: Filled in from `layers` and `site`. For a model whose blocks cannot be told, give a regular
-            expression that matches the full names of the modules whose output is to be steered.
+            expression that matches the full names of the modules whose output is to be steered. What is saved are
+            their names.
         modules_to_save: Other modules to train and save whole, as in every PEFT method.
+        checksum: Filled in when PEFT saves the adapter: of this configuration and the weights, compared when it is
+            loaded. Set it to null in a file that was changed on purpose.
 
     Raises:
         ValueError: for a value out of its range, naming it, the allowed values and the fix.
@@ -76,6 +88,7 @@ class SteeringVectorConfig(PeftConfig):
     base_fingerprint: dict[str, Any] | None = field(default=None)
     target_modules: str | None = field(default=None)
     modules_to_save: list[str] | None = field(default=None)
+    checksum: str | None = field(default=None)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -86,7 +99,8 @@ class SteeringVectorConfig(PeftConfig):
         self._check_layers()
         self._check_norm()
         self._check_init()
-        if not isinstance(self.rank, int) or self.rank < 1:
+        self._check_types()
+        if not isinstance(self.rank, int) or isinstance(self.rank, bool) or self.rank < 1:
             raise ValueError(f"rank={self.rank!r} is not a whole number from 1.")
         if self.rank > 1 and self.form != "low_rank":
             raise ValueError(f"rank={self.rank} with form={self.form!r}: rank > 1 is what form='low_rank' is for.")
@@ -113,7 +127,27 @@ class SteeringVectorConfig(PeftConfig):
             kind = getattr(config.peft_type, "value", config.peft_type)
             raise ValueError(f"{pretrained_model_name_or_path} holds a {kind} adapter, not a steering vector.")
         check_adapter_folder(os.path.join(pretrained_model_name_or_path, subfolder or ""), config)
+        config.checksum = None  # of the file, not of what becomes of the vector
         return config
+
+    @classmethod
+    def from_json_file(cls, path_json_file: str, **kwargs: Any) -> dict[str, Any]:
+        """As the parent's, after checking that it is a steering vector's configuration (see `read_config`)."""
+        found = read_config(path_json_file)
+        found.pop("runtime_config", None)  # as the parent does
+        return found
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """As the parent's, with a checksum where `PeftModel` saves, which has written the weights before.
+
+        transformers writes them afterwards, over those of an earlier save.
+        """
+        weights = os.path.join(save_directory, SAFETENSORS_WEIGHTS_NAME)
+        saved = copy.copy(self)
+        saved.checksum = None
+        if "auto_mapping_dict" in kwargs and os.path.isfile(weights):
+            saved.checksum = checksum_of(saved.to_dict(), weights)
+        super(SteeringVectorConfig, saved).save_pretrained(save_directory, **kwargs)
 
     def _check_layers(self) -> None:
         layers = [self.layers] if isinstance(self.layers, int | float | str) else self.layers
@@ -145,6 +179,27 @@ class SteeringVectorConfig(PeftConfig):
                 )
             if self.form == "low_rank":
                 raise ValueError(f"norm={self.norm!r} is defined for one write vector, not for form='low_rank'.")
+
+    def _check_types(self) -> None:
+        """What PEFT and JSON keep whatever its type."""
+        kinds = {"tied": bool, "target_modules": str | None, "checksum": str | None, "init": str}
+        for name, kind in kinds.items():
+            if not isinstance(value := getattr(self, name), kind):
+                expected = getattr(kind, "__name__", str(kind))
+                raise ValueError(f"{name}={value!r:.200} is {type(value).__name__}, {expected} is expected.")
+        names = self.modules_to_save
+        if names is not None and not (isinstance(names, list) and all(isinstance(n, str) and n for n in names)):
+            raise ValueError(f"modules_to_save={names!r:.200} is no list of names: give ['lm_head'], or None.")
+        norms = self.residual_norms
+        if norms is not None and not (
+            isinstance(norms, dict) and all(str(k).isdigit() and _is_finite(n) and n > 0 for k, n in norms.items())
+        ):
+            raise ValueError(
+                f"residual_norms={norms!r:.200}: a finite number above 0 for every layer is expected, such as "
+                "{'15': 40.2}; None lets the trainer measure them."
+            )
+        if self.base_fingerprint is not None:
+            check_fingerprint_form(self.base_fingerprint)
 
     def _check_init(self) -> None:
         if not _is_finite(self.init_scale):

@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 from .blocks import text_config
+from .checks import SAMPLES
 
-_SAMPLES = 64
 _TOLERANCE = 0.01
 
 
@@ -36,9 +36,9 @@ def check_fingerprint(expected: dict[str, Any], model: nn.Module) -> None:
         if expected.get(name) != found[name]:
             _refuse(f"{name} is {found[name]!r}, the adapter was made for {expected.get(name)!r}")
     old, new = torch.tensor(expected.get("embedding") or []), torch.tensor(found["embedding"])
-    if old.numel() and old.shape == new.shape:
+    if old.numel() and new.numel():
         distance = float((old - new).norm() / old.norm().clamp_min(1e-12))
-        if distance > _TOLERANCE:
+        if not distance <= _TOLERANCE:
             _refuse(
                 f"its embeddings differ by {distance:.1%} from those of the adapter's base (at most {_TOLERANCE:.0%})"
             )
@@ -59,6 +59,6 @@ def _embedding_sample(model: nn.Module) -> list[float]:
     if hasattr(weight, "device_mesh"):  # a DTensor: reading it would gather the whole matrix
         return []
     # low rows survive a resized vocabulary; both strides walk over the whole width
-    index = torch.arange(_SAMPLES, device=weight.device)
+    index = torch.arange(SAMPLES, device=weight.device)
     rows, columns = (index * 3) % min(weight.shape[0], 256), (index * 7) % weight.shape[1]
     return [round(x, 6) for x in weight.detach()[rows, columns].float().tolist()]

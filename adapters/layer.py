@@ -67,7 +67,15 @@ class SteeringVectorLayer(nn.Module, BaseTunerLayer):
     # -- parameters ---------------------------------------------------------------------------------------------
 
     def add(self, name: str, config: SteeringVectorConfig, device: torch.device, owner: SteeringVectorLayer | None):
-        """Create the parameters of adapter `name`, or share those of `owner` (tied layers)."""
+        """Create the parameters of adapter `name`, or share those of `owner` (tied layers).
+
+        Raises:
+            ValueError: more rows than the residual stream is wide.
+        """
+        if config.rank > self.in_features:
+            raise ValueError(
+                f"rank={config.rank}: the residual stream is {self.in_features} wide, and holds no more directions."
+            )
         self.config[name], self.strength[name] = config, 1.0
         self._checked.discard(name)
         if owner is not None:

@@ -80,7 +80,13 @@ class SteeringVectorModel(BaseTuner):
             kwargs["state_dict"] = {key.replace(f".{CHILD}.{self.prefix}", f".{self.prefix}"): 0 for key in state_dict}
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         # with `target_modules` given by hand only now known
-        config.layers = [layer.layer_index for layer in steering_layers(self.model, adapter_name)]
+        layers = {
+            name.removesuffix(f".{CHILD}"): module.layer_index
+            for name, module in self.model.named_modules()
+            if isinstance(module, SteeringVectorLayer) and adapter_name in module.config
+        }
+        config.layers = [*layers.values()]
+        config.target_modules = "|".join(map(re.escape, layers))
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call the model, not its `forward` as PEFT 0.20 does: a hook on the model reads where the prompt ends."""

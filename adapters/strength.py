@@ -33,7 +33,10 @@ class set_strength:  # lower case: called like a function, and a context manager
 
     def __init__(self, model: nn.Module, strength: Strength, adapter_name: str | None = None) -> None:
         if strength != "null":
-            strength = float(strength)
+            try:
+                strength = float(strength)
+            except (TypeError, ValueError):
+                raise ValueError(f"strength={strength!r} is not a finite number, nor 'null'.") from None
         if strength in (float("inf"), float("-inf")) or strength != strength:
             raise ValueError(f"strength={strength} is not a finite number.")
         layers = steering_layers(model)

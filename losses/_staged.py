@@ -29,7 +29,7 @@ class Staged(Wrapped):
     share: float = 0.5
 
     def __post_init__(self) -> None:
-        if isinstance(self.share, bool) or not 0 < self.share < 1:
+        if not isinstance(self.share, int | float) or isinstance(self.share, bool) or not 0 < self.share < 1:
             raise ValueError(f"then_after={self.share!r}: the first loss's share of the steps, between 0 and 1.")
 
     def stage(self, step: int, steps: int) -> Loss:

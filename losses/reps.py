@@ -42,6 +42,8 @@ class RePS(Loss):
     scales = True
 
     def __post_init__(self) -> None:
+        if not isinstance(self.factors, list | tuple):
+            raise ValueError(f"factors={self.factors!r}: a list of strengths.")
         object.__setattr__(self, "factors", tuple(self.factors))  # TOML has lists
         if not self.factors:
             raise ValueError("factors=(): give one strength or more.")

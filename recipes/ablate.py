@@ -11,7 +11,6 @@ where it stopped. Then read the results with `python -m steertune.recipes.report
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 import time
@@ -29,40 +28,36 @@ from steertune.recipes.ablation.bench import Bench
 from steertune.recipes.ablation.cell import run_cell
 from steertune.recipes.ablation.grid import VERSION, Cell, Grid, load_grid
 from steertune.recipes.ablation.plan import plan
-from steertune.recipes.arm import ArmError
-from steertune.recipes.processes import begin
-from steertune.recipes.training import write_whole
-from steertune.trainers import DataError
+from steertune.recipes.ablation.tidy import read_cell
+from steertune.recipes.files import ArmError, write_result
+from steertune.recipes.processes import begin, command, positive
 
 GRID = "grid.json"
 
 
+@command
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; returns the exit code: 2 for a grid that cannot run, 1 if a cell failed."""
     options = _parser().parse_args(argv)
     rank, processes = stand_alone(os.environ)
     threads = options.threads or (max(1, (os.cpu_count() or 1) // processes) if processes > 1 else None)
     disable_progress_bars()
-    try:
-        begin(threads, running=processes)
-        grid = load_grid(options.grid, options.data_root)
-        folder = options.folder or Path("runs") / grid.tables.name
-        cells = grid.cells()
-        check_folder(folder, cells)
-        bench = Bench(grid)
-        for task in grid.tasks:  # refuses bad rows before anything is trained
-            scorers.read(task.scorer)
-            bench.splits(task)
-        for task in grid.tasks if grid.tables.generations else ():
-            bench.scorer(task)
-        if rank == 0:
-            print(plan(grid, cells, bench, folder, processes, every_cell=options.dry_run))
-        if options.dry_run:
-            return 0
-        write_grid(folder, grid, argv)
-    except (ArmError, DataError, FileNotFoundError) as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return 2
+    begin(threads, running=processes)
+    grid = load_grid(options.grid, options.data_root)
+    folder = options.folder or Path("runs") / grid.tables.name
+    cells = grid.cells()
+    check_folder(folder, cells)
+    bench = Bench(grid)
+    for task in grid.tasks:  # refuses bad rows before anything is trained
+        scorers.read(task.scorer)
+        bench.splits(task)
+    for task in grid.tasks if grid.tables.generations else ():
+        bench.scorer(task)
+    if rank == 0:
+        print(plan(grid, cells, bench, folder, processes, every_cell=options.dry_run))
+    if options.dry_run:
+        return 0
+    write_grid(folder, grid, argv)
     failed = run(grid, cells, bench, folder, show=rank == 0)
     if rank == 0:
         print(f"Cells are in {folder}. Read them: python -m steertune.recipes.report {folder}")
@@ -74,7 +69,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("grid", help="a .toml file or a name in recipes/grids/")
     parser.add_argument("--folder", type=Path, help="where cells are kept (runs/<name of the grid>)")
     parser.add_argument("--data-root", type=Path, help="folder that relative task names start from")
-    parser.add_argument("--threads", type=int, help="CPU threads of this process (all cores, shared by the processes)")
+    parser.add_argument(
+        "--threads", type=positive, help="CPU threads of this process (all cores, shared by the processes)"
+    )
     parser.add_argument("--dry-run", action="store_true", help="print cells, cost and time, and stop")
     return parser
 
@@ -120,9 +117,7 @@ def _claimed(cell: Cell, bench: Bench, folder: Path, started: float) -> str:
             try:
                 run_cell(cell, bench, folder)
             except Exception as error:  # one broken cell must not end a grid of hours
-                write_whole(
-                    failure, json.dumps({"error": f"{type(error).__name__}: {error}", "trace": traceback.format_exc()})
-                )
+                write_result(failure, {"error": f"{type(error).__name__}: {error}", "trace": traceback.format_exc()})
                 tqdm.write(f"{cell.title} failed: {type(error).__name__}: {error}", file=sys.stderr)
                 return "failed"
             failure.unlink(missing_ok=True)
@@ -141,14 +136,7 @@ def check_folder(folder: Path, cells: Sequence[Cell]) -> None:
         file = folder / cell.path / "cell.json"
         if not file.exists():
             continue
-        try:
-            known = json.loads(file.read_text(encoding="utf-8"))
-            version, key = known["version"], known["key"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise ArmError(f"{file} is no cell ({error!r}). Delete it, and it is run again.") from error
-        if version != VERSION:
-            raise ArmError(f"{file} is of version {version} of the instrument, this is {VERSION}: another --folder.")
-        if key != cell.key:
+        if read_cell(file)["key"] != cell.key:
             raise ArmError(
                 f"{file} was run with other settings (arm, budget, splits, seeds[0] or measures) than this grid asks "
                 "for: take another --folder."
@@ -200,7 +188,7 @@ def write_grid(folder: Path, grid: Grid, argv: Sequence[str] | None) -> None:
         "cells": {str(cell.path): cell.key for cell in grid.cells()},
     }
     with FileLock(folder / "grid.lock"):
-        write_whole(folder / GRID, json.dumps(found, indent=1))
+        write_result(folder / GRID, found)
 
 
 if __name__ == "__main__":

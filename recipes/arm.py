@@ -11,7 +11,7 @@ import json
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 from peft import PeftConfig, get_peft_config
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
@@ -21,6 +21,7 @@ from torch import nn
 
 import steertune.adapters  # noqa: F401  registers the method with PEFT
 from steertune.losses import Loss, get_loss
+from steertune.recipes.files import ArmError, check_name, read_toml
 from steertune.recipes.teachers import TeacherTable
 from steertune.trainers.biases import get_bias
 from steertune.trainers.views import View, get_view
@@ -31,10 +32,6 @@ if TYPE_CHECKING:
 ARMS = Path(__file__).parent / "arms"
 NEUTRAL = Path(__file__).parent / "neutral_train.jsonl"
 UPSTREAM = "upstream"  # the loss of TRL's own trainer
-
-
-class ArmError(ValueError):
-    """A key or value of an arm is wrong; the message names it and what is valid."""
 
 
 class ModelTable(BaseModel, extra="forbid"):
@@ -54,7 +51,7 @@ class DataTable(BaseModel, extra="forbid"):
     test: int = Field(default=40, ge=1)
     train_split: str = "train"
     test_split: str = "test"
-    seed: int = 0
+    seed: int = Field(default=0, ge=0, lt=2**32)
     pairing: Literal["own", "shuffled"] = "own"
     """`shuffled`: every training prompt gets the rejected answer of another prompt."""
 
@@ -73,7 +70,7 @@ class PromptTable(BaseModel, extra="forbid"):
 class EvaluationTable(BaseModel, extra="forbid"):
     """`[evaluation]`: what the page at the end shows."""
 
-    strengths: list[float] = [-1.0, 0.0, 0.5, 1.0, 2.0]
+    strengths: list[Annotated[float, Field(allow_inf_nan=False)]] = [-1.0, 0.0, 0.5, 1.0, 2.0]
     generations: int = Field(default=3, ge=0)
     new_tokens: int = Field(default=40, ge=1)
     batch_size: int = Field(default=8, ge=1)
@@ -124,7 +121,7 @@ class Arm(BaseModel, extra="forbid"):
         _typed("adapter", options, kinds[kind])
         try:
             return get_peft_config({"peft_type": kind.upper(), "task_type": "CAUSAL_LM", **options})
-        except ValueError as error:
+        except (ValueError, TypeError) as error:
             raise ArmError(f"[adapter]: {error}") from error
 
     def loss_object(self) -> Loss | None:
@@ -172,6 +169,10 @@ class Arm(BaseModel, extra="forbid"):
 
     def check_trainer(self, kind: type) -> None:
         """Check keys and types of `[trainer]` against a class of training arguments."""
+        if (folder := self.trainer.get("output_dir")) is not None:
+            raise ArmError(f"trainer.output_dir={folder!r}: the recipe chooses it. Set output.folder.")
+        if self.trainer.get("trust_remote_code"):
+            raise ArmError("trainer.trust_remote_code=true: code from a Hub repository is never run. Remove it.")
         known("trainer", self.trainer, [f.name for f in dataclasses.fields(kind)])
         _typed("trainer", self.trainer, kind)
 
@@ -210,18 +211,6 @@ def read_tables(file: str | Path) -> dict[str, Any]:
     return tables
 
 
-def read_toml(path: Path) -> dict[str, Any]:
-    """A TOML file.
-
-    Raises:
-        ArmError: it is not valid TOML.
-    """
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ArmError(f"{path} is not valid TOML: {error}") from error
-
-
 def make_arm(tables: dict[str, Any]) -> Arm:
     """An arm from its tables, every key checked.
 
@@ -233,6 +222,7 @@ def make_arm(tables: dict[str, Any]) -> Arm:
         arm = Arm(**tables)
     except ValidationError as error:
         raise ArmError(reasons(error)) from error
+    check_name("arm", arm.name)
     arm.peft_config()
     arm.view_objects()
     arm.augmenter()
@@ -245,7 +235,7 @@ def make_arm(tables: dict[str, Any]) -> Arm:
             raise ArmError(f"[biases.{name}]: {error}") from error
     try:
         arm.loss_object()
-    except ValueError as error:
+    except (ValueError, TypeError) as error:
         raise ArmError(f"[loss]: {error}") from error
     return arm
 
@@ -285,7 +275,7 @@ def _pairs(words: Sequence[str]) -> Iterable[tuple[str, Any]]:
             value = words.pop(0)
         try:
             yield key, tomllib.loads(f"value = {value}")["value"]
-        except tomllib.TOMLDecodeError:
+        except (tomllib.TOMLDecodeError, RecursionError):
             yield key, value  # a bare word is a string
 
 
@@ -293,6 +283,8 @@ def _put(tables: dict[str, Any], key: str, value: Any) -> None:
     *path, last = key.split(".")
     for name in path:
         tables = tables.setdefault(name, {})
+        if not isinstance(tables, dict):
+            raise ArmError(f"--{key}: {name!r} is {tables!r}, not a table that could hold {last!r}.")
     tables[last] = value
 
 

@@ -36,7 +36,7 @@ from steertune.adapters import SteeringVectorConfig
 from steertune.recipes.arm import ModelTable
 from steertune.recipes.data import load_model
 from steertune.recipes.measures import peak_memory_gb, reset_peak_memory
-from steertune.recipes.processes import begin
+from steertune.recipes.processes import begin, command, positive
 from steertune.recipes.training import write_whole
 from steertune.trainers import FrozenPrefix, SteeringDPOTrainer, SteeringSFTTrainer, share_weights, train_together
 
@@ -100,6 +100,7 @@ WAYS = {
 AGAINST = {"sft": "SFT: TRL + LoRA r8", "dpo": "pairs: TRL + LoRA r8"}
 
 
+@command
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; returns the exit code."""
     parser = argparse.ArgumentParser(
@@ -112,10 +113,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         default=[(128, 64), (512, 256), (512, 384)],
         help="tokens of a row / of its prompt",
     )
-    parser.add_argument("--tokens", type=int, default=1024, help="tokens of a batch")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--tokens", type=positive, default=1024, help="tokens of a batch")
+    parser.add_argument("--rounds", type=positive, default=3)
     parser.add_argument("--model", default="embedded")
-    parser.add_argument("--threads", type=int)
+    parser.add_argument("--threads", type=positive)
     parser.add_argument("--folder", type=Path, default=Path("runs/benchmark"))
     parser.add_argument("--growth", action="store_true", help="time ten times the rows as well")
     parser.add_argument("--memory-of", choices=[*WAYS], help=argparse.SUPPRESS)

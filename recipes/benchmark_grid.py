@@ -26,8 +26,8 @@ from tqdm.auto import tqdm
 from steertune.recipes.ablation.bench import Bench
 from steertune.recipes.ablation.cell import run_cell
 from steertune.recipes.ablation.grid import Cell, Grid, load_grid
-from steertune.recipes.arm import UPSTREAM, ArmError
-from steertune.recipes.processes import begin
+from steertune.recipes.arm import UPSTREAM
+from steertune.recipes.processes import begin, command, positive
 from steertune.recipes.training import write_whole
 
 
@@ -44,6 +44,7 @@ class StockBench(Bench):
         yield
 
 
+@command
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; returns the exit code."""
     parser = argparse.ArgumentParser(
@@ -52,15 +53,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("grid", help="a .toml file or a name in recipes/grids/")
     parser.add_argument("--folder", type=Path, default=Path("runs/benchmark_grid"))
     parser.add_argument("--data-root", type=Path)
-    parser.add_argument("--threads", type=int)
+    parser.add_argument("--threads", type=positive)
     options = parser.parse_args(argv)
     disable_progress_bars()
-    try:
-        begin(options.threads, only_one=True)
-        grid = load_grid(options.grid, options.data_root)
-    except ArmError as error:
-        print(f"ArmError: {error}", file=sys.stderr)
-        return 2
+    begin(options.threads, only_one=True)
+    grid = load_grid(options.grid, options.data_root)
     found = measure(grid)
     options.folder.mkdir(parents=True, exist_ok=True)
     text = page(grid, found, options.grid)

@@ -21,33 +21,40 @@ from typing import Any
 
 from peft import PeftModel
 
-from steertune.recipes.arm import ArmError
 from steertune.recipes.data import load_steered
 from steertune.recipes.measures import generate
+from steertune.recipes.processes import command, positive
 from steertune.trainers import scaled
 
 _HELP = "Commands: /strength NUMBER, /both, /alone, /reset, /quit"
 
 
+@command
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; returns the exit code."""
     parser = argparse.ArgumentParser(prog="chat", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("folder", type=Path, help="adapter folder")
     parser.add_argument("--model", help="base model: embedded, a local folder or a Hub name (the adapter's own)")
     parser.add_argument("--strength", type=float, default=1.0, help="at the start (1)")
-    parser.add_argument("--new-tokens", type=int, default=60, help="longest answer (60)")
+    parser.add_argument("--new-tokens", type=positive, default=60, help="longest answer (60)")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (0)")
     options = parser.parse_args(argv)
-    try:
-        steered, tokenizer, _ = load_steered(options.folder, options.model)
-        chat = Chat(steered, tokenizer, options.strength, options.new_tokens, options.temperature)
-    except (ArmError, ValueError, OSError) as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return 2
+    check_settings(options.strength, options.new_tokens, options.temperature)
+    steered, tokenizer, _ = load_steered(options.folder, options.model)
+    chat = Chat(steered, tokenizer, options.strength, options.new_tokens, options.temperature)
     print(_HELP)
     for said in chat.talk(_typed()):
         print(said, flush=True)
     return 0
+
+
+def check_settings(strength: float, new_tokens: int, temperature: float) -> None:
+    """Raise a ValueError for a strength or temperature that is not finite, or an answer without tokens."""
+    if not math.isfinite(strength) or new_tokens < 1 or not 0 <= temperature < math.inf:
+        raise ValueError(
+            f"strength={strength}, new_tokens={new_tokens}, temperature={temperature}: a finite strength, a token "
+            "or more, and a temperature of 0 or above."
+        )
 
 
 class Chat:
@@ -61,15 +68,11 @@ class Chat:
         temperature: 0 is greedy.
 
     Raises:
-        ValueError: a strength that is not finite, or an answer without tokens.
+        ValueError: see `check_settings`.
     """
 
     def __init__(self, model: PeftModel, tokenizer: Any, strength: float, new_tokens: int, temperature: float) -> None:
-        if not math.isfinite(strength) or new_tokens < 1 or temperature < 0:
-            raise ValueError(
-                f"strength={strength}, new_tokens={new_tokens}, temperature={temperature}: a finite strength, a token "
-                "or more, and a temperature of 0 or above."
-            )
+        check_settings(strength, new_tokens, temperature)
         self.model, self.tokenizer = model, tokenizer
         self.strength, self.new_tokens, self.temperature = strength, new_tokens, temperature
         self.both = True

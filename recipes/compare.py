@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import copy
 import itertools
-import json
 import sys
 import time
 from collections.abc import Sequence
@@ -21,18 +20,20 @@ from typing import Any
 import pandas as pd
 import torch
 from datasets import disable_progress_bars
-from safetensors.torch import load_file
 from tqdm.auto import tqdm
 
-from steertune.recipes.arm import Arm, ArmError, load_arm
+from steertune.adapters.checks import check_checksums, read_tensors, write_checksums
+from steertune.recipes.arm import Arm, load_arm
 from steertune.recipes.data import load_model, load_splits
+from steertune.recipes.files import ArmError, check_name, read_result, write_result, write_whole
 from steertune.recipes.measures import pair_margins
-from steertune.recipes.processes import begin
-from steertune.recipes.training import fit, make_trainer, write_whole
+from steertune.recipes.processes import begin, command, positive
+from steertune.recipes.training import fit, make_trainer
 
 ARMS = ("bias_dpo", "bias_ce", "beft_dpo", "lora_dpo", "mean_difference")
 
 
+@command
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; returns the exit code."""
     parser = argparse.ArgumentParser(
@@ -40,20 +41,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--arms", nargs="+", default=list(ARMS))
     parser.add_argument("--tasks", nargs="+", required=True, help="embedded tasks or paths, as data.name")
-    parser.add_argument("--examples", nargs="+", type=int, default=[8, 64])
+    parser.add_argument("--examples", nargs="+", type=positive, default=[8, 64])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--test", type=int, default=40, help="held-out pairs")
-    parser.add_argument("--threads", type=int, help="CPU threads (all cores)")
+    parser.add_argument("--test", type=positive, default=40, help="held-out pairs")
+    parser.add_argument("--threads", type=positive, help="CPU threads (all cores)")
     parser.add_argument("--folder", type=Path, default=Path("runs/compare"))
     options = parser.parse_args(argv)
     disable_progress_bars()
     cells = list(itertools.product(options.seeds, options.tasks, options.examples, options.arms))
-    try:
-        begin(options.threads, only_one=True)
-        arms = [_cell_arm(options, *cell) for cell in cells]  # refuses a bad cell before the first one runs
-    except ArmError as error:
-        print(f"ArmError: {error}", file=sys.stderr)
-        return 2
+    for what, names in (("--tasks", options.tasks), ("--arms", options.arms)):
+        if len({Path(name).stem for name in names}) < len(names):
+            raise ArmError(f"{what} {names}: two have the same name, and would share their cells. Rename one.")
+    begin(options.threads, only_one=True)
+    arms = [_cell_arm(options, *cell) for cell in cells]  # refuses a bad cell before the first one runs
     base = None
     base_margins: dict[str, torch.Tensor] = {}
     for arm in tqdm(arms, desc="Cells", unit="cell"):
@@ -68,7 +68,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _cell_arm(options: argparse.Namespace, seed: int, task: str, examples: int, arm: str) -> Arm:
-    folder = options.folder / Path(task).name / f"n{examples}" / f"seed{seed}" / arm
+    name = Path(arm).stem if Path(arm).suffix == ".toml" else arm
+    check_name("task", Path(task).name)
+    check_name("arm", name)
+    folder = options.folder / Path(task).name / f"n{examples}" / f"seed{seed}" / name
     values = {
         "data.name": task,
         "data.train": examples,
@@ -96,6 +99,7 @@ def run_cell(arm: Arm, model: Any, tokenizer: Any, base_margins: dict[str, torch
         seen = pair_margins(trained, tokenizer, train.select(range(min(8, len(train)))), [1.0, 2.0, 4.0, 8.0])
         strength = max(seen, key=lambda s: (float((seen[s] > 0).float().mean()), -s))
     trained.save_pretrained(folder / "adapter")
+    write_checksums(folder / "adapter")
     margins = pair_margins(trained, tokenizer, test, [strength])[strength]
     before = base_margins[arm.data.name]
     cell = {
@@ -112,12 +116,13 @@ def run_cell(arm: Arm, model: Any, tokenizer: Any, base_margins: dict[str, torch
         "train_seconds": seconds,
         "seconds": time.monotonic() - start,
     }
-    write_whole(folder / "cell.json", json.dumps(cell, indent=2))
+    write_result(folder / "cell.json", cell)
 
 
 def summarise(folder: Path) -> str:
     """The table of a comparison, from its cells: mean and standard deviation over the seeds that are there."""
-    cells = pd.DataFrame([json.loads(f.read_text(encoding="utf-8")) for f in sorted(folder.rglob("cell.json"))])
+    again = "Delete it, and it is run again."
+    cells = pd.DataFrame([read_result(file, again) for file in sorted(folder.rglob("cell.json"))])
     lines = [
         "| task | examples | arm | parameters | seeds | base accuracy | accuracy (sd) | margin gain, nats "
         "| moved wrong |",
@@ -145,7 +150,9 @@ def _beft_differences(folder: Path) -> list[float]:
     for ours in sorted(folder.rglob("bias_dpo/adapter/adapter_model.safetensors")):
         theirs = ours.parents[2] / "beft_dpo" / "adapter" / "adapter_model.safetensors"
         if theirs.is_file():
-            [v], [b] = (list(load_file(file).values()) for file in (ours, theirs))
+            for file in (ours, theirs):
+                check_checksums(file.parent)
+            [v], [b] = (list(read_tensors(file).values()) for file in (ours, theirs))
             differences.append(float((v - b.flatten()).abs().max() / v.abs().max()))
     return differences
 

@@ -12,10 +12,11 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from steertune.recipes.arm import nearest
-from steertune.recipes.processes import CONFIGS
+from steertune.recipes.arm import ArmError, nearest
+from steertune.recipes.processes import CONFIGS, command
 
 
+@command
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; returns the exit code."""
     parser = argparse.ArgumentParser(prog="config", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
@@ -28,11 +29,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"{name:<{width}}  {file.read_text(encoding='utf-8').splitlines()[0].removeprefix('# ')}")
         return 0
     if options.name not in files:
-        print(
-            f"No configuration {options.name!r}; there are {list(files)}.{nearest(options.name, list(files))}",
-            file=sys.stderr,
+        raise ArmError(
+            f"No configuration {options.name!r}; there are {list(files)}.{nearest(options.name, list(files))}"
         )
-        return 2
     print(files[options.name])
     return 0
 

@@ -21,7 +21,7 @@ import json
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import pandas as pd
@@ -32,16 +32,18 @@ from pydantic import BaseModel, Field, ValidationError
 from tqdm.auto import tqdm
 from transformers import set_seed
 
+from steertune.adapters.checks import check_checksums, write_checksums
 from steertune.recipes.ablation.grid import find_tasks
 from steertune.recipes.ablation.splits import Splits, SplitTable, load_splits
 from steertune.recipes.ablation.statistics.paired import Difference, difference, together
 from steertune.recipes.ablation.tables import TaskTable
-from steertune.recipes.arm import Arm, ArmError, ModelTable, known_tables, load_arm, read_toml, reasons
+from steertune.recipes.arm import Arm, ModelTable, known_tables, load_arm, reasons
 from steertune.recipes.data import load_model
+from steertune.recipes.files import ArmError, read_result, read_toml, write_result, write_whole
 from steertune.recipes.measures import check_context, neutral_logps, pair_margins, side_effects
-from steertune.recipes.processes import begin
-from steertune.recipes.training import claim, fit, make_trainer, write_whole
-from steertune.trainers import DataError, get_view, share_weights
+from steertune.recipes.processes import begin, command, positive
+from steertune.recipes.training import claim, fit, make_trainer
+from steertune.trainers import get_view, share_weights
 
 MIXTURES = Path(__file__).parent / "mixtures"
 _PROMPTS = ("plain", "k-shot", "contrast")
@@ -66,10 +68,11 @@ class MixtureTables(BaseModel, extra="forbid"):
     """Contrast prompts of every seen task."""
     pairs: int = Field(default=8, ge=2)
     """What there is of an unseen task: demonstrations are drawn from these, steering is trained on them."""
-    seeds: list[int] = Field(default=[0, 1, 2], min_length=1)
+    seeds: list[Annotated[int, Field(ge=0, lt=2**32)]] = Field(default=[0, 1, 2], min_length=1)
     splits: SplitTable = SplitTable(validation=2, scorer=0, test=24)
 
 
+@command
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; returns the exit code."""
     parser = argparse.ArgumentParser(
@@ -78,18 +81,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("file", nargs="?", default="embedded", help="a .toml file, or a name in recipes/mixtures/")
     parser.add_argument("--data-root", type=Path, help="where task names that are relative paths start")
     parser.add_argument("--steering", nargs="+", help="arms that learn from the same pairs, instead of the file's")
-    parser.add_argument("--threads", type=int, help="CPU threads (all cores)")
+    parser.add_argument("--threads", type=positive, help="CPU threads (all cores)")
     parser.add_argument("--folder", type=Path, default=Path("runs/contrast_prompts"))
     options = parser.parse_args(argv)
-    try:
-        begin(options.threads)
-        tables = read(options.file)
-        if options.steering:
-            tables = tables.model_copy(update={"steering": options.steering})
-        page = Mixture(tables, options.data_root).run(options.folder)
-    except (ArmError, DataError, ValueError, FileNotFoundError) as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return 2
+    begin(options.threads)
+    tables = read(options.file)
+    if options.steering:
+        tables = tables.model_copy(update={"steering": options.steering})
+    page = Mixture(tables, options.data_root).run(options.folder)
     print(f"\n{page.read_text(encoding='utf-8')}\nThis page: {page}")
     return 0
 
@@ -182,6 +181,10 @@ class Mixture:
     def _tuned(self, model: Any, tokenizer: Any, folder: Path) -> Any:
         home = folder / "adapter"
         if home.is_dir():
+            try:
+                check_checksums(home)
+            except ValueError as error:
+                raise ArmError(f"{error}. Delete {home}, and it is trained again.") from error
             return PeftModel.from_pretrained(share_weights(model), str(home)).eval()
         set_seed(0)
         rows = self.contrast_prompts()
@@ -190,6 +193,7 @@ class Mixture:
         fit(trainer, folder)
         trainer.save_model(str(folder / "adapter.part"))
         if PartialState().is_main_process:
+            write_checksums(folder / "adapter.part")
             (folder / "adapter.part").rename(home)
         return trainer.accelerator.unwrap_model(trainer.model).eval()
 
@@ -200,8 +204,8 @@ class Mixture:
             if not file.exists():
                 file.parent.mkdir(parents=True, exist_ok=True)
                 found = self._measured(model, tuned, tokenizer, self.splits[task.label], seed, file.with_suffix(""))
-                write_whole(file, json.dumps({"task": task.label, "seed": seed, "margins": found}))
-            yield json.loads(file.read_text(encoding="utf-8"))
+                write_result(file, {"task": task.label, "seed": seed, "margins": found})
+            yield read_result(file, "Delete it, and it is measured again.")
 
     def _measured(
         self, model: Any, tuned: Any, tokenizer: Any, splits: Splits, seed: int, home: Path

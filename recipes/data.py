@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import glob
+import re
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +20,24 @@ _BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parq
 
 
 def load_model(table: ModelTable) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Model in evaluation mode, and tokenizer. `trust_remote_code` stays off."""
+    """Model in evaluation mode, and tokenizer. Weights are safetensors; code that comes with a model is not run.
+
+    Raises:
+        ArmError: no such model, or one that needs code of its own or a pickle.
+    """
     dtype = getattr(torch, table.dtype)
     if table.name == "embedded":
         return embedded.load_model(dtype), embedded.load_tokenizer()
-    model: Any = AutoModelForCausalLM.from_pretrained(table.name, revision=table.revision, dtype=dtype)
-    return model.eval(), AutoTokenizer.from_pretrained(table.name, revision=table.revision)
+    safe: Any = {"revision": table.revision, "trust_remote_code": False}
+    try:
+        model = AutoModelForCausalLM.from_pretrained(table.name, dtype=dtype, use_safetensors=True, **safe)
+        tokenizer = AutoTokenizer.from_pretrained(table.name, **safe)
+    except Exception as error:  # of the many kinds that a folder without a model, or a broken one, leads to
+        raise ArmError(
+            f"model.name={table.name!r} cannot be loaded: {type(error).__name__}: {error} (Expected are 'embedded', a "
+            "folder or a Hub name with config.json, a tokenizer and safetensors weights.)"
+        ) from error
+    return model.eval(), tokenizer
 
 
 def adapter_config(folder: Path) -> SteeringVectorConfig:
@@ -120,22 +134,58 @@ def find_split(name: str, split: str) -> Dataset | None:
             return None
         path = files[0]
     if path.is_file():
-        if path.suffix not in _BUILDERS:
-            raise ArmError(f"{path} is none of {sorted(_BUILDERS)}.")
-        loaded: Any = load_dataset(_BUILDERS[path.suffix], data_files=str(path), split="train")
-        return loaded
+        return _read(path)
     if path.suffix in _BUILDERS or name.startswith((".", "/")):
         raise ArmError(f"data.name={name!r}: no such file or folder. Embedded tasks: {embedded.task_names()}.")
     try:
         if split not in get_dataset_split_names(name):
             return None
-        loaded = load_dataset(name, split=split)
+        loaded: Any = load_dataset(name, split=split)
     except Exception as error:
         tasks = embedded.task_names()
         raise ArmError(
             f"data.name={name!r} is no embedded task {tasks}, no path, and the Hub says: {error}"
         ) from error
     return loaded
+
+
+def _read(path: Path) -> Dataset:
+    """The rows of a local file.
+
+    Raises:
+        ArmError: it is of another kind, damaged or empty, or its columns are not those that its first line names.
+    """
+    if path.suffix not in _BUILDERS:
+        raise ArmError(f"{path} is none of {sorted(_BUILDERS)}.")
+    if path.stat().st_size == 0:
+        raise ArmError(f"{path} is empty: rows are expected.")
+    strict: Any = {"encoding_errors": "strict"} if _BUILDERS[path.suffix] != "parquet" else {}
+    try:
+        found: Any = load_dataset(_BUILDERS[path.suffix], data_files=glob.escape(str(path)), split="train", **strict)
+    except Exception as error:  # the parsers have many, most of them inside another
+        why = error.__cause__ or error
+        raise ArmError(
+            f"{path} cannot be read as {_BUILDERS[path.suffix]}: {why}. Rows in UTF-8, all with the same columns, are "
+            "expected."
+        ) from error
+    try:
+        found.data.validate(full=True)  # reads every text as UTF-8, which the parsers do not
+    except ValueError as error:
+        raise ArmError(f"{path} is damaged: {error}. Save it as UTF-8.") from error
+    # what pandas calls the first columns of rows that are longer than the header
+    if unnamed := [name for name in found.column_names if name.startswith(("__index_level_", "Unnamed: "))]:
+        raise ArmError(f"{path}: its rows have {len(unnamed)} fields more than its first line names columns.")
+    repeated = re.compile(rf"({'|'.join(map(re.escape, found.column_names))})\.\d+")  # pandas' name for a second one
+    if path.suffix == ".csv" and (twice := next(filter(repeated.fullmatch, found.column_names), None)):
+        raise ArmError(f"{path}: its first line names the column {twice.rpartition('.')[0]!r} twice. Rename one.")
+    # such a column may name a file or an address, which would be opened
+    if opened := [name for name, feature in found.features.items() if _opens(feature)]:
+        raise ArmError(f"{path}: columns {opened} hold pictures or sound; text is expected. Remove them.")
+    return found
+
+
+def _opens(feature: Any) -> bool:
+    return hasattr(feature, "decode_example") and type(feature).__name__ != "Json"  # a text or number of several types
 
 
 def _folder(name: str) -> Path:

@@ -31,8 +31,9 @@ from tqdm.auto import tqdm
 from transformers import set_seed
 
 from steertune.losses import Outputs
-from steertune.recipes.arm import Arm, ArmError, load_arm
+from steertune.recipes.arm import Arm, load_arm
 from steertune.recipes.data import load_model, load_splits
+from steertune.recipes.files import ArmError, read_rows, write_rows, write_whole
 from steertune.recipes.measures import (
     batches,
     check_context,
@@ -42,9 +43,9 @@ from steertune.recipes.measures import (
     prompt_lengths,
     side_effects,
 )
-from steertune.recipes.processes import begin
-from steertune.recipes.training import claim, fit, make_trainer, write_whole
-from steertune.trainers import DataError, ModelAt, View, share_weights, tokenise
+from steertune.recipes.processes import begin, command
+from steertune.recipes.training import claim, fit, make_trainer
+from steertune.trainers import ModelAt, View, share_weights, tokenise
 from steertune.trainers.views import Views
 
 DEFAULT_ARM = "bias_distillation"
@@ -52,6 +53,7 @@ _TEMPERATURE = 1.0
 _SEEN, _TEST = 0, 1  # seeds of the answers to training and test prompts
 
 
+@command
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; returns the exit code."""
     parser = argparse.ArgumentParser(
@@ -61,11 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "arm", nargs="?", default=DEFAULT_ARM, help=f"a .toml file or a name in recipes/arms/ ({DEFAULT_ARM})"
     )
     known, overrides = parser.parse_known_args(argv)
-    try:
-        run(load_arm(known.arm, overrides))
-    except (ArmError, DataError, ValueError, FileNotFoundError) as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return 2
+    run(load_arm(known.arm, overrides))
     return 0
 
 
@@ -137,7 +135,7 @@ def answered(
         ArmError: the prompted model has nothing to say to any prompt.
     """
     if file is not None and file.exists():
-        return Dataset.from_list([json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()])
+        return Dataset.from_list(read_rows(file, "Delete it, and the prompts are answered again."))
     shown: list[Any] = [row["prompt"] for row in view(rows.to_list())]
     check_context(model, tokenizer, shown, arm.evaluation.new_tokens, "[views.good]")
     size, found = arm.evaluation.batch_size, []
@@ -147,7 +145,7 @@ def answered(
     if not kept:
         raise ArmError("The prompted model answered nothing at all: is [views.good] a prompt for this model?")
     if file is not None and PartialState().is_main_process:
-        write_whole(file, "".join(json.dumps(row) + "\n" for row in kept))
+        write_rows(file, kept)
     return Dataset.from_list(kept)
 
 

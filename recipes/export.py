@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,8 +21,10 @@ from steertune.adapters import exports
 from steertune.adapters.exports import ExportError
 from steertune.adapters.exports.gguf import read
 from steertune.recipes import embedded
-from steertune.recipes.arm import ArmError, ModelTable
+from steertune.recipes.arm import ModelTable
 from steertune.recipes.data import load_model, load_steered
+from steertune.recipes.files import read_text
+from steertune.recipes.processes import command
 
 _PROMPTS = (
     "Should I quit my job and travel the world?",
@@ -30,6 +33,7 @@ _PROMPTS = (
 )
 
 
+@command
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; returns the exit code."""
     parser = argparse.ArgumentParser(
@@ -46,11 +50,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--prompts", type=Path, help="text file, a prompt a line, to compare logits on")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     options = parser.parse_args(argv)
-    try:
-        result = _import(options) if options.origin else _export(options)
-    except (ArmError, ValueError, OSError) as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return 2
+    if not math.isfinite(options.strength) or options.strength == 0:
+        raise ExportError(f"--strength {options.strength:g}: a finite number that is not 0 is baked into the export.")
+    result = _import(options) if options.origin else _export(options)
     print(json.dumps(result) if options.json else "\n".join(f"{k}: {v}" for k, v in result.items()))
     return 0
 
@@ -59,7 +61,7 @@ def _export(options: argparse.Namespace) -> dict[str, Any]:
     steered, tokenizer, name = load_steered(options.source, options.model, options.dtype)
     is_embedded = name == "embedded"
     base, called = (str(embedded.plain_copy()), embedded.MODEL_NAME) if is_embedded else (name, name)
-    lines = options.prompts.read_text(encoding="utf-8").splitlines() if options.prompts else _PROMPTS
+    lines = read_text(options.prompts).splitlines() if options.prompts else _PROMPTS
     inputs = [tokenizer(line)["input_ids"] for line in lines if line.strip()]
     made = exports.export(steered, options.to, options.output, base, inputs, options.strength, called)
     return {

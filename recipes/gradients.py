@@ -44,7 +44,7 @@ from tqdm.auto import tqdm
 
 from steertune.recipes.arm import Arm, ArmError, load_arm
 from steertune.recipes.data import load_model, load_splits
-from steertune.recipes.processes import begin
+from steertune.recipes.processes import begin, command, positive
 from steertune.recipes.training import make_trainer, write_whole
 from steertune.trainers import FrozenPrefix
 
@@ -61,6 +61,7 @@ CONTRASTS = {
 }
 
 
+@command
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; returns the exit code."""
     parser = argparse.ArgumentParser(
@@ -69,18 +70,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("task", help="an embedded task, a path or a Hub name, as data.name")
     parser.add_argument("--arm", default="bias_dpo", help="a file, or a name in recipes/arms/")
     parser.add_argument("--model", default="embedded", help="embedded, a local folder or a Hub name")
-    parser.add_argument("--pairs", type=int, default=64)
-    parser.add_argument("--held-out", type=int, default=64, help="test pairs that give the behaviour's direction")
-    parser.add_argument("--batch", type=int, default=4, help="pairs in a batch")
-    parser.add_argument("--threads", type=int, help="CPU threads (all cores)")
+    parser.add_argument("--pairs", type=positive, default=64)
+    parser.add_argument("--held-out", type=positive, default=64, help="test pairs that give the behaviour's direction")
+    parser.add_argument("--batch", type=positive, default=4, help="pairs in a batch")
+    parser.add_argument("--threads", type=positive, help="CPU threads (all cores)")
     parser.add_argument("--folder", type=Path, default=Path("runs/gradients"))
     options = parser.parse_args(argv)
-    try:
-        begin(options.threads, only_one=True)
-        found = measure(options)
-    except (ArmError, ValueError) as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return 2
+    begin(options.threads, only_one=True)
+    found = measure(options)
     table = summarise(options, found)
     options.folder.mkdir(parents=True, exist_ok=True)
     write_whole(options.folder / "gradients.json", json.dumps(found, indent=1))

@@ -17,16 +17,18 @@ from pathlib import Path
 from typing import Any
 
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
-from safetensors.torch import load_file
 
 from steertune.adapters import exports
+from steertune.adapters.checks import read_tensors
 from steertune.adapters.exports import ExportError
 from steertune.recipes.arm import ArmError
 from steertune.recipes.data import adapter_config, load_steered
+from steertune.recipes.processes import command
 
 _SWITCHES = ("form", "rank", "layers", "tied", "site", "norm", "norm_value", "positions", "init", "init_scale")
 
 
+@command
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; returns the exit code: 0, or 2 for a folder that is no usable adapter, or not of that model."""
     parser = argparse.ArgumentParser(prog="info", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
@@ -34,13 +36,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--model", help="also try it on this base: embedded, a local folder or a Hub name")
     parser.add_argument("--json", action="store_true", help="print JSON")
     options = parser.parse_args(argv)
-    try:
-        found = describe(options.folder)
-        if options.model is not None:
-            found |= tried(options.folder, options.model)
-    except (ArmError, ValueError, OSError) as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return 2
+    found = describe(options.folder)
+    if options.model is not None:
+        found |= tried(options.folder, options.model)
     print(json.dumps(found, indent=1) if options.json else _lines(found))
     return 0
 
@@ -55,7 +53,7 @@ def describe(folder: Path) -> dict[str, Any]:
     weights = folder / SAFETENSORS_WEIGHTS_NAME
     if not weights.is_file():
         raise ArmError(f"{folder} has no {SAFETENSORS_WEIGHTS_NAME}: there is a configuration, and no vector.")
-    tensors = load_file(weights)
+    tensors = read_tensors(weights)
     base = config.base_fingerprint or {}
     return {
         "base model": config.base_model_name_or_path,

@@ -32,6 +32,7 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
 from steertune.adapters import SteeringVectorConfig
+from steertune.adapters.checks import CHECKSUMS, check_checksums, write_checksums
 from steertune.recipes.ablate import check_folder, run
 from steertune.recipes.ablation import analysis
 from steertune.recipes.ablation.bench import Bench
@@ -40,9 +41,8 @@ from steertune.recipes.ablation.statistics import Frame
 from steertune.recipes.ablation.statistics.factorial import effects
 from steertune.recipes.ablation.statistics.paired import Difference, corrected
 from steertune.recipes.ablation.tidy import read_cells
-from steertune.recipes.arm import ArmError
-from steertune.recipes.processes import begin
-from steertune.recipes.training import write_whole
+from steertune.recipes.files import ArmError, write_whole
+from steertune.recipes.processes import begin, command, positive
 
 WORDS, LENGTH, LAYER, WRONG_LAYER = 60, 6, 2, 0
 FORMS = ("bias", "gated", "lora")
@@ -52,34 +52,32 @@ MEASURE = "matched_accuracy"
 _CANDIDATES = 4  # random pairs a teacher chooses its clearest from
 
 
+@command
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; returns the exit code."""
     parser = argparse.ArgumentParser(
         prog="planted", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--problems", nargs="+", default=list(PROBLEMS), choices=PROBLEMS)
-    parser.add_argument("--studies", type=int, default=8, help="of every problem but base")
-    parser.add_argument("--nulls", type=int, default=20, help="studies of base, where every claim is a false one")
+    parser.add_argument("--studies", type=positive, default=8, help="of every problem but base")
+    parser.add_argument("--nulls", type=positive, default=20, help="studies of base, where every claim is a false one")
     parser.add_argument("--folder", type=Path, default=Path("runs/planted"))
     options = parser.parse_args(argv)
     begin(1, only_one=True)  # the models are tiny
     gc.freeze()  # each test of many corrections collects garbage, which takes longer than the test
     disable_progress_bars()
     base = options.folder / "model"
-    if not (base / "config.json").exists():
+    if not (base / CHECKSUMS).exists():
         save_base(base)
+    check_checksums(base)
     numbers = [
         (problem, i)
         for problem in options.problems
         for i in range(options.nulls if problem == "base" else options.studies)
     ]
     found: dict[str, list[Study]] = {problem: [] for problem in options.problems}
-    try:
-        for problem, i in tqdm(numbers, desc="Studies", unit="study"):
-            found[problem].append(study(problem, i, base, options.folder))
-    except ArmError as error:
-        print(f"ArmError: {error}", file=sys.stderr)
-        return 2
+    for problem, i in tqdm(numbers, desc="Studies", unit="study"):
+        found[problem].append(study(problem, i, base, options.folder))
     table = summarise(found)
     write_whole(options.folder / "table.md", table)
     print(table)
@@ -92,9 +90,10 @@ def study(problem: str, number: int, base: Path, folder: Path) -> Study:
     tasks = [home / "data" / f"t{i}" for i in range(TASKS)]
     model: Any = None
     for i, task in enumerate(tasks):
-        if not (task / "test.jsonl").exists():
+        if not (task / CHECKSUMS).exists():
             model = model or AutoModelForCausalLM.from_pretrained(base).eval()
             write_task(task, model, problem, seed=(PROBLEMS.index(problem) * 1000 + number) * TASKS + i)
+        check_checksums(task)
     grid = make_grid(tables(problem, base, [str(task) for task in tasks]))
     cells = grid.cells()
     check_folder(home, cells)
@@ -183,6 +182,7 @@ def save_base(folder: Path) -> None:
     prompts, answers = torch.randint(4, 4 + WORDS, (2, 16, LENGTH), generator=torch.Generator().manual_seed(1))
     rows = [{"prompt": _words(p) + " ", "completion": _words(a)} for p, a in zip(prompts, answers, strict=True)]
     _write_rows(folder / "neutral.jsonl", rows)
+    write_checksums(folder)  # last: it says that all is there
 
 
 def write_task(folder: Path, base: Any, problem: str, seed: int) -> None:
@@ -196,6 +196,7 @@ def write_task(folder: Path, base: Any, problem: str, seed: int) -> None:
         # looks like learning, which must not stand in for it where nothing can be learned
         candidates = 1 if problem == "shuffled" else _CANDIDATES
         _write_rows(folder / f"{split}.jsonl", sample_pairs(base, teacher, rows, generator, coin, candidates))
+    write_checksums(folder)  # last
 
 
 def make_teacher(base: Any, problem: str, seed: int) -> Any:

@@ -29,29 +29,26 @@ from steertune.adapters.reading import Pairs, Reading, read
 from steertune.recipes.arm import ArmError, DataTable, ModelTable
 from steertune.recipes.data import load_model, load_splits
 from steertune.recipes.measures import batches
-from steertune.recipes.processes import begin
+from steertune.recipes.processes import begin, command, positive
 from steertune.recipes.training import write_whole
 
 _BATCH = 4
 
 
+@command
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; returns the exit code."""
     parser = argparse.ArgumentParser(prog="probes", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("task", help="an embedded task, a path or a Hub name, as data.name")
     parser.add_argument("--model", default="embedded", help="embedded, a local folder or a Hub name")
-    parser.add_argument("--train", type=int, default=32, help="training pairs (8 or more)")
-    parser.add_argument("--test", type=int, default=40, help="test pairs")
+    parser.add_argument("--train", type=positive, default=32, help="training pairs (8 or more)")
+    parser.add_argument("--test", type=positive, default=40, help="test pairs")
     parser.add_argument("--methods", nargs="+", default=directions.names(), help="files of adapters/directions/")
-    parser.add_argument("--threads", type=int, help="CPU threads (all cores)")
+    parser.add_argument("--threads", type=positive, help="CPU threads (all cores)")
     parser.add_argument("--folder", type=Path, default=Path("runs/probes"))
     options = parser.parse_args(argv)
-    try:
-        begin(options.threads, only_one=True)
-        found = probe(options)
-    except (ArmError, ValueError) as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return 2
+    begin(options.threads, only_one=True)
+    found = probe(options)
     table = summarise(options, found)
     options.folder.mkdir(parents=True, exist_ok=True)
     write_whole(options.folder / "probes.json", json.dumps(found, indent=1))

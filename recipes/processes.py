@@ -1,4 +1,5 @@
-"""How every recipe starts: how many processes there are, whether that is as many as were asked for, and their threads.
+"""How every recipe starts and ends: how many processes there are, whether that is as many as were asked for, their
+threads, and what is said of wrong input.
 
 `accelerate launch --num_processes 2 --cpu` runs one process and says nothing (huggingface/accelerate#2741), so what
 was asked for is read from the command line of the launcher.
@@ -6,10 +7,13 @@ was asked for is read from the command line of the launcher.
 
 from __future__ import annotations
 
+import argparse
+import functools
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import ParamSpec
 
 import psutil
 import torch
@@ -17,9 +21,37 @@ from accelerate import PartialState
 from accelerate.commands.config.config_args import default_config_file, load_config_from_file
 from accelerate.commands.launch import launch_command_parser
 
-from steertune.recipes.arm import ArmError
+from steertune.recipes.files import ArmError
+from steertune.trainers import NonFiniteError
 
+P = ParamSpec("P")
 CONFIGS = Path(__file__).parent / "accelerate_configs"
+
+
+def command(main: Callable[P, int]) -> Callable[P, int]:
+    """A recipe's `main` that says in one line what is wrong with its input, and returns 2.
+
+    With `python -X dev` it ends in the traceback, as errors that no input should cause always do.
+    """
+
+    @functools.wraps(main)
+    def said(*args: P.args, **kwargs: P.kwargs) -> int:
+        try:
+            return main(*args, **kwargs)
+        except (ValueError, OSError, NonFiniteError) as error:
+            if sys.flags.dev_mode:
+                raise
+            print(f"{type(error).__name__}: {error}", file=sys.stderr)
+            return 2
+
+    return said
+
+
+def positive(text: str) -> int:
+    """A number on the command line that counts something: whole, and 1 or more."""
+    if not text.isascii() or not text.isdigit() or not 1 <= int(text) <= 2**31:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1")
+    return int(text)
 
 
 def begin(threads: int | None = None, running: int | None = None, only_one: bool = False) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 import base64
-import json
+import html
 import re
 import sys
 from collections.abc import Sequence
@@ -23,21 +23,18 @@ from steertune.recipes.ablation import analysis, sections
 from steertune.recipes.ablation.statistics import Frame
 from steertune.recipes.ablation.tables import Card, Claim, GridTables, TaskTable
 from steertune.recipes.ablation.tidy import read_cells
-from steertune.recipes.arm import ArmError
-from steertune.recipes.training import write_whole
+from steertune.recipes.files import ArmError, read_result, write_whole
+from steertune.recipes.processes import command
 
 
+@command
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; returns the exit code."""
     parser = argparse.ArgumentParser(prog="report", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("folder", type=Path, help="folder of a grid")
     parser.add_argument("--measure", choices=sorted(analysis.MEASURES), help="instead of the claim's measure")
     options = parser.parse_args(argv)
-    try:
-        page = write_report(options.folder, options.measure)
-    except ArmError as error:
-        print(f"ArmError: {error}", file=sys.stderr)
-        return 2
+    page = write_report(options.folder, options.measure)
     print(page.read_text(encoding="utf-8"))
     print(f"This page: {page.with_suffix('.html')}")
     return 0
@@ -56,10 +53,7 @@ def write_report(folder: Path, measure: str | None = None) -> Path:
     file = folder / GRID
     if not file.is_file():
         raise ArmError(f"{folder} holds no grid ({GRID}). Run one: python -m steertune.recipes.ablate")
-    try:
-        grid = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ArmError(f"{file} holds no grid: {error}") from error
+    grid = read_result(file, "Run the grid again: it writes this file anew, and keeps its cells.")
     tables = analysis.read_tables(grid)
     cells = read_cells(folder, list(grid["cells"]))
     assert tables.card is not None and tables.claim is not None  # the runner refuses a grid without
@@ -209,7 +203,8 @@ def _html(markdown: str, folder: Path, title: str) -> str:
         return f'src="data:image/png;base64,{data}"'
 
     body = re.sub(r'src="(charts/\w+\.png)"', inline, body)
-    head = f'<meta charset="utf-8"><title>{title}</title><style>{_STYLE}</style>'
+    body = re.sub(r'<img src="(?!data:)[^>]*>', "", body)  # of a text in the grid: it would ask the network
+    head = f'<meta charset="utf-8"><title>{html.escape(title)}</title><style>{_STYLE}</style>'
     return f"<!doctype html><html><head>{head}</head><body>{body}</body></html>\n"
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from transformers import AutoConfig, LlamaConfig
 
-from steertune.recipes.processes import begin
+from steertune.recipes.processes import begin, command, positive
 
 LLAMA_70B: dict[str, Any] = {
     "hidden_size": 8192, "num_hidden_layers": 80, "num_attention_heads": 64, "num_key_value_heads": 8,
@@ -118,17 +118,19 @@ def table(scale: Scale, gpus: int) -> str:
     return "| | |\n|---|---|\n" + "".join(f"| {what} | {value:.3g} |\n" for what, value in rows)
 
 
+@command
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; returns the exit code."""
     parser = argparse.ArgumentParser(prog="scale", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("config", nargs="?", help="a model's folder or Hub name (a 70B llama)")
-    parser.add_argument("--gpus", type=int, default=8)
+    parser.add_argument("--gpus", type=positive, default=8)
     options = parser.parse_args(argv)
     begin(only_one=True)
-    if options.gpus < 1:
-        print(f"--gpus {options.gpus}: 1 or more.", file=sys.stderr)
-        return 2
-    config = LlamaConfig(**LLAMA_70B) if options.config is None else AutoConfig.from_pretrained(options.config)
+    config = (
+        LlamaConfig(**LLAMA_70B)
+        if options.config is None
+        else AutoConfig.from_pretrained(options.config, trust_remote_code=False)
+    )
     print(table(Scale.of(config), options.gpus))
     return 0
 

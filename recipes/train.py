@@ -33,14 +33,15 @@ from steertune.recipes.measures import (
     side_effects,
 )
 from steertune.recipes.page import strength_plot, write_page
-from steertune.recipes.processes import begin
+from steertune.recipes.processes import begin, command
 from steertune.recipes.proliferation import grown
 from steertune.recipes.training import claim, fit, make_trainer, write_whole
-from steertune.trainers import DataError, ModelAt, scalable, scaled
+from steertune.trainers import ModelAt, scalable, scaled
 
 DEFAULT_ARM = "bias_dpo"
 
 
+@command
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; returns the exit code."""
     parser = argparse.ArgumentParser(prog="train", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
@@ -48,11 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "arm", nargs="?", default=DEFAULT_ARM, help=f"a .toml file or a name in recipes/arms/ ({DEFAULT_ARM})"
     )
     known, overrides = parser.parse_known_args(argv)
-    try:
-        run(load_arm(known.arm, overrides))
-    except (ArmError, DataError, FileNotFoundError, FileExistsError) as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return 2
+    run(load_arm(known.arm, overrides))
     return 0
 
 

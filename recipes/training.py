@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import importlib.metadata
 import json
-import os
 import platform
 import time
 from pathlib import Path
@@ -17,6 +16,7 @@ from pydantic import BaseModel
 from transformers import TrainerCallback
 
 from steertune.recipes.arm import Arm, ArmError
+from steertune.recipes.files import read_text, write_whole
 from steertune.recipes.teachers import train_teachers
 from steertune.trainers import FrozenPrefix, last_checkpoint
 
@@ -32,9 +32,11 @@ def claim(folder: Path, tables: BaseModel, main_process: bool) -> None:
     """
     config = tables.model_dump_json(indent=2)
     file = folder / "config.json"
+    if folder.exists() and not folder.is_dir():
+        raise ArmError(f"{folder} is a file. Choose another output folder.")
     if (folder / "result.json").exists():
         raise ArmError(f"{folder} holds a finished run ({folder / 'page.md'}). Choose another output folder.")
-    if file.exists() and file.read_text(encoding="utf-8") != config:
+    if file.exists() and read_text(file, "JSON") != config:
         raise ArmError(f"{folder} holds an unfinished run of another arm. Choose another output folder, or delete it.")
     if main_process:
         folder.mkdir(parents=True, exist_ok=True)
@@ -107,13 +109,6 @@ def fit(trainer: Any, folder: Path) -> float:
     else:
         trainer.train(resume_from_checkpoint=last_checkpoint(folder / "checkpoints"))
     return time.monotonic() - start
-
-
-def write_whole(file: Path, text: str) -> None:
-    """Write the whole file or nothing."""
-    part = file.with_name(file.name + ".part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, file)
 
 
 def versions() -> str:

@@ -23,6 +23,7 @@ from steertune.recipes.ablation.plan import estimate
 from steertune.recipes.ablation.tidy import read_cells
 from steertune.recipes.arm import ARMS as ARMS_FOLDER
 from steertune.recipes.arm import ArmError
+from steertune.recipes.files import read_result
 
 GRID = """
 name = "tiny"
@@ -96,7 +97,7 @@ def run(tables: dict, folder: Path, **options) -> list[dict]:
 
 
 def read(grid: Grid, folder: Path) -> list[dict]:
-    return [json.loads((folder / cell.path / "cell.json").read_text()) for cell in grid.cells()]
+    return [read_result(folder / cell.path / "cell.json", "") for cell in grid.cells()]
 
 
 def results(cells: list[dict]) -> list[dict]:
@@ -305,7 +306,7 @@ def test_what_is_left_of_a_grid_is_estimated_from_what_ran(tables, tmp_path):
     assert before[first.path] > before[second.path] > 0, "the first seed tunes for both"
     home = tmp_path / first.path
     home.mkdir(parents=True)
-    known = {"seconds": 30.0, "tuning_seconds": 20.0, "task": first.task.label, "examples": first.examples, "seed": 0}
+    known = {**CELL, "key": first.key, "seconds": 30.0, "tuning_seconds": 20.0}
     (home / "cell.json").write_text(json.dumps(known))
     assert estimate([second], bench, tmp_path) == {second.path: 30.0}, "its tuning is not there"
     tuning = tmp_path / second.tuning_file
@@ -346,12 +347,19 @@ def test_a_failed_cell_does_not_end_the_grid_and_is_tried_again(tables, tmp_path
     assert "failed" not in set(read_cells(tmp_path / "run", names)["status"])
 
 
+CELL = {
+    "version": VERSION, "task": "task", "arm": "a", "examples": 4, "seed": 0, "status": "ok", "seconds": 1.0,
+    "tuning_seconds": 0.0,
+}  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
         (lambda cell: cell | {"version": 0}, "version 0"),
         (lambda cell: cell | {"key": "other"}, "other settings"),
-        (lambda cell: [], "is no cell"),
+        (lambda cell: [], "this is list"),
+        (lambda cell: cell | {"seed": "0"}, "is no cell: seed='0'"),
     ],
 )
 def test_a_folder_with_other_cells_is_refused(damage, message, tables, tmp_path):
@@ -359,7 +367,7 @@ def test_a_folder_with_other_cells_is_refused(damage, message, tables, tmp_path)
     cell = grid.cells()[0]
     file = tmp_path / "run" / cell.path / "cell.json"
     file.parent.mkdir(parents=True)
-    file.write_text(json.dumps(damage({"version": VERSION, "key": cell.key})))
+    file.write_text(json.dumps(damage({**CELL, "key": cell.key})))
     with pytest.raises(ArmError, match=message):
         recipe.check_folder(tmp_path / "run", grid.cells())
 

@@ -12,6 +12,7 @@ from conftest import steered, tiny
 
 from steertune.recipes import distill
 from steertune.recipes.arm import ArmError, load_arm
+from steertune.recipes.files import read_rows
 from steertune.recipes.measures import prompt_lengths
 from steertune.trainers import get_view
 
@@ -83,7 +84,7 @@ def test_an_instruction_is_learnt_and_its_tokens_are_saved(words, tmp_path, caps
     assert result["tokens"]["saved"] == len(ORDER.split())
     assert set(result["accuracy"]) == {"base", "prompted", "distilled"}
     assert (run / "adapter" / "adapter_model.safetensors").is_file()
-    answers = [json.loads(line) for line in (run / "answers.jsonl").read_text().splitlines()]
+    answers = read_rows(run / "answers.jsonl", "")
     assert {len(row) for row in answers} == {2}
     assert 0 < len(answers) == result["train_prompts"]
     assert "tokens saved" in capsys.readouterr().out

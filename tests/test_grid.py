@@ -530,8 +530,8 @@ BAD: dict[str, tuple[Changes, list[str]]] = {
     "no seeds": ({"seeds": []}, ["seeds", "at least 1"]),
     "no examples": ({"examples": [0, 4]}, ["examples=[0, 4]", "none below 1"]),
     "one number of examples twice": ({"examples": [4, 4]}, ["examples=[4, 4]", "every value once"]),
-    "level that is no folder": ({"factors": {"f": {"a/b": {}, "c": {}}}}, ["'f=a/b'", "folder"]),
-    "colon in a level": ({"factors": {"f": {"a:b": {}, "c": {}}}}, ["'f=a:b'", "folder"]),
+    "level that is no folder": ({"factors": {"f": {"a/b": {}, "c": {}}}}, ["'a/b'", "no name for"]),
+    "colon in a level": ({"factors": {"f": {"a:b": {}, "c": {}}}}, ["'a:b'", "no name for"]),
     "behaviour without answers": (
         {"claim.measure": "matched_behaviour", "generations": 0}, ["'matched_behaviour'", "generations=0"]
     ),

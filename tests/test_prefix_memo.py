@@ -120,7 +120,7 @@ def test_a_later_run_computes_nothing(tmp_path, monkeypatch):
 
 
 def files(folder):
-    [rows], [index] = folder.glob("v2-*.rows"), folder.glob("v2-*.index")
+    [rows], [index] = folder.glob("v3-*.rows"), folder.glob("v3-*.index")
     return rows, index
 
 
@@ -148,7 +148,7 @@ def lie_about_the_shape(rows, index):
 
 def another_version(rows, index):
     for file in (rows, index):
-        file.rename(file.with_name(file.name.replace("v2-", "v1-")))
+        file.rename(file.with_name(file.name.replace("v3-", "v1-")))
 
 
 @pytest.mark.parametrize(

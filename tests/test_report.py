@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
@@ -29,6 +30,7 @@ from steertune.recipes.ablation.statistics.rows import rows_of
 from steertune.recipes.ablation.tables import TaskTable
 from steertune.recipes.ablation.tidy import read_cells
 from steertune.recipes.arm import ArmError
+from steertune.recipes.files import read_result, write_result
 
 TABLES = """
 name = "made_up"
@@ -174,9 +176,9 @@ def test_a_share_of_a_gain_over_the_base_model_is_decided(own, side, tmp_path):
 
 def test_a_claim_of_a_share_has_its_section(tmp_path):
     make_up(tmp_path, lambda cell: by_form(cell, 0.15))
-    grid = json.loads((tmp_path / "grid.json").read_text())
+    grid = read_result(tmp_path / GRID, "")
     grid["tables"]["claim"]["recovers"] = 0.9
-    (tmp_path / "grid.json").write_text(json.dumps(grid))
+    write_result(tmp_path / GRID, grid)
     for file in tmp_path.rglob("cell.json"):
         cell = json.loads(file.read_text())
         file.write_text(json.dumps({**cell, "base_margins": [1.0, -1.0] * (ROWS // 2)}))
@@ -299,13 +301,32 @@ def test_the_page_opens_without_a_network_and_runs_no_code(tmp_path):
     grid = make_up(tmp_path, by_form, keep=lambda cell: cell.arm.name != "full_dpo")
     home = tmp_path / grid.cells()[4].path
     home.mkdir(parents=True)
-    (home / "failed.json").write_text(json.dumps({"error": "<script>alert(1)</script>"}))
+    picture = "![](http://nowhere.invalid/x.png)"
+    (home / "failed.json").write_text(json.dumps({"error": f"<script>alert(1)</script> {picture}"}))
+    found = read_result(tmp_path / GRID, "")
+    found["tables"]["name"] = "</title><script>alert(2)</script>"
+    write_result(tmp_path / GRID, found)
     said(tmp_path)
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert page.count("data:image/png;base64,") == 4
     assert not re.findall(r'(?:src|href)="(?!data:)', page)
     assert "<script" not in page and "&lt;script&gt;" in page
     assert "<table>" in page
+
+
+def test_a_report_makes_no_arm_of_the_grid_it_reads(tmp_path, monkeypatch):
+    """Which may name functions to import, and files."""
+    make_up(tmp_path, by_form)
+    (tmp_path / "evil.py").write_text("raise SystemExit('imported')")
+    monkeypatch.syspath_prepend(tmp_path)
+    found = read_result(tmp_path / GRID, "")
+    for levels in found["tables"]["factors"].values():
+        for patch in levels.values():
+            patch["proliferation"] = {"name": "function", "function": "evil:more"}
+    found["tables"]["base"] = str(tmp_path / "nowhere.toml")
+    write_result(tmp_path / GRID, found)
+    assert "counts for the hypothesis" in said(tmp_path)
+    assert "evil" not in sys.modules
 
 
 def test_the_command_names_no_folder_of_a_machine(tmp_path):
@@ -328,9 +349,9 @@ def test_the_table_is_tidy(tmp_path):
     [
         (lambda folder: None, "holds no grid"),
         (lambda folder: (folder / GRID).write_text("{}"), "holds no grid"),
-        (lambda folder: (folder / GRID).write_text("not json"), "holds no grid"),
+        (lambda folder: (folder / GRID).write_text("not json"), "is damaged"),
         (lambda folder: make_up(folder, by_form, keep=lambda cell: False), "holds no cells"),
-        (lambda folder: _spoil(folder, "[1]"), "is no cell"),
+        (lambda folder: _spoil(folder, "[1]"), "this is list"),
         (lambda folder: _spoil(folder, '{"version": 0}'), "version 0"),
     ],
 )

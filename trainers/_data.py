@@ -66,8 +66,8 @@ def check_rows(
     `text_column` is a further name for the column `text`.
 
     Raises:
-        DataError: no rows, an unknown column, an empty answer, chosen equal to rejected, or conversations for a
-            tokenizer without a chat template.
+        DataError: no rows, an unknown column, a value that is no text or conversation, an empty answer, chosen equal
+            to rejected, or conversations for a tokenizer without a chat template.
     """
     if isinstance(dataset, Dataset) and len(dataset) == 0:
         raise DataError("The data set is empty: there is nothing to train on.")
@@ -77,16 +77,31 @@ def check_rows(
         if index == 0:
             wanted = (text_column,) if text_column and text_column in row else data_format(list(row))
             _check_template(row, wanted, tokenizer)
+        _check_values(index, row, wanted)
         _check_answers(index, row)
     return wanted
 
 
-def check_tokens(before: Any, after: Any, max_length: int | None, tokenizer: PreTrainedTokenizerBase | None) -> None:
+def check_tokens(
+    before: Any,
+    after: Any,
+    max_length: int | None,
+    tokenizer: PreTrainedTokenizerBase | None,
+    vocabulary: int | None = None,
+) -> None:
     """Refuse what only shows after tokenising.
+
+    Args:
+        before: The data as they were given.
+        after: The same, tokenised.
+        max_length: Where rows are cut.
+        tokenizer: Whose BOS is looked for.
+        vocabulary: How many tokens the model knows; None: not checked.
 
     Raises:
         DataError: rows that were dropped or have no label left because the prompt fills `max_length`, an answer
-            without tokens, chosen and rejected with the same tokens, or two BOS tokens in front.
+            without tokens, chosen and rejected with the same tokens, a token that the model does not have, or two BOS
+            tokens in front.
     """
     if not isinstance(after, Dataset):
         return
@@ -100,6 +115,7 @@ def check_tokens(before: Any, after: Any, max_length: int | None, tokenizer: Pre
         after.select_columns([c for c in after.column_names if c.endswith("_ids") or c == "labels"])
     ):
         row = dict(row)
+        _check_ids(index, row, vocabulary)
         if "chosen_ids" in row:
             if row["chosen_ids"] == row["rejected_ids"]:
                 raise DataError(
@@ -144,8 +160,13 @@ def tokenise(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: i
     """Rows for TRL's collators: `prompt_ids`, `chosen_ids`, `rejected_ids`, or `input_ids` and `labels`.
 
     A completion ends with EOS, or as the chat template ends it. Prompt tokens have label -100.
+
+    Raises:
+        DataError: unknown columns, or a value that is no text or conversation.
     """
     wanted = data_format(dataset.column_names)
+    for index, row in enumerate(dataset):
+        _check_values(index, row, wanted)
     if wanted == ("chosen", "rejected"):
         from trl.data_utils import extract_prompt
 
@@ -238,6 +259,49 @@ def _check_template(row: Row, wanted: tuple[str, ...], tokenizer: PreTrainedToke
             "The data are conversations, and the tokenizer has no chat template. Set tokenizer.chat_template, or give "
             "plain strings."
         )
+
+
+def _check_ids(index: int, row: Row, vocabulary: int | None) -> None:
+    if vocabulary is None:
+        return
+    for column in (c for c in row if c.endswith("_ids")):
+        ends = (min(row[column]), max(row[column])) if row[column] else ()
+        if wrong := [end for end in ends if not 0 <= end < vocabulary]:
+            raise DataError(
+                f"Row {index}: {column} holds token {wrong[0]}, the model has {vocabulary}: 0 to {vocabulary - 1}. Is "
+                "this its tokenizer? For added tokens call model.resize_token_embeddings(len(tokenizer))."
+            )
+
+
+def _check_values(index: int, row: Row, wanted: tuple[str, ...]) -> None:
+    """Refuse what is neither text nor a conversation."""
+    for column in wanted if wanted not in TOKENISED_FORMATS else ():
+        value = row.get(column)
+        messages = value if isinstance(value, list) else []
+        speaker, said = ("from", "value") if column == "conversations" else ("role", "content")
+        if not isinstance(value, str) and not messages:
+            raise DataError(
+                f"Row {index}: {column!r} is {value!r:.80}, a text or a list of messages is expected. Remove the "
+                "row, or give the text."
+            )
+        for message in messages:
+            if not isinstance(message, Mapping) or not isinstance(message.get(speaker), str) or said not in message:
+                raise DataError(
+                    f"Row {index}: {column!r} has the message {message!r:.80}, {{{speaker!r}: ..., {said!r}: ...}} is "
+                    "expected."
+                )
+            if not isinstance(message[said], str | list | None):
+                raise DataError(
+                    f"Row {index}: {column!r} has a message with {said}={message[said]!r:.80}, a text is expected."
+                )
+        try:
+            for text in (value, *(message[said] for message in messages)):
+                (text if isinstance(text, str) else "").encode()
+        except UnicodeEncodeError as error:
+            raise DataError(
+                f"Row {index}: {column!r} holds half a character ({error.object[error.start]!r}), which no tokenizer "
+                "reads. Remove it from the text."
+            ) from error
 
 
 def _check_answers(index: int, row: Row) -> None:

@@ -26,7 +26,7 @@ from ._batch import Batch
 from ._data import PAIR_FORMATS, DataError, check_rows, check_tokens, warn_cut
 from ._guard import FiniteSteps, check_finite
 from ._metrics import Metrics
-from ._resume import CheckpointError, RestoredAdapter, check_adapter_in, check_checkpoint, last_checkpoint
+from ._resume import CheckpointError, Checksums, RestoredAdapter, check_adapter_in, check_checkpoint, last_checkpoint
 from ._satisfied import Satisfied
 from ._saved import check_saved
 from ._sharded import whole_weights
@@ -75,6 +75,7 @@ class SteeringMixin(Trainer):
         biases: Mapping[str, Mapping[str, Any]] | Sequence[str | Bias] = (),
         **kwargs: Any,
     ) -> None:
+        _check_own(peft_config, views, biases)
         self.loss = None if loss is None else get_loss(loss)
         self._plain = peft_config is None and loss is None
         parent = super().__init__
@@ -113,7 +114,7 @@ class SteeringMixin(Trainer):
         _restore(self.model, adapter_values)
         keeps_end = getattr(self.args, "truncation_mode", None) == "keep_end"  # it cuts prompts, never all labels
         limit = None if keeps_end else getattr(self.args, "max_length", self.max_length)
-        check_tokens(raw, self.train_dataset, limit, given.get("processing_class"))
+        check_tokens(raw, self.train_dataset, limit, given.get("processing_class"), _vocabulary(self.model))
         warn_cut(self.train_dataset, getattr(self.args, "max_length", self.max_length), keeps_end)
         _check_packing(self.model, self.train_dataset)
         if views:
@@ -135,6 +136,7 @@ class SteeringMixin(Trainer):
         self._satisfied = Satisfied(self)
         self.add_callback(self._satisfied)
         self.add_callback(RestoredAdapter(self))
+        self.add_callback(Checksums())
 
     def _prepare_data(self, given: dict[str, Any]) -> tuple[str, ...] | None:
         """Check the training data among the constructor's arguments; return their format (None: the user's own)."""
@@ -144,6 +146,10 @@ class SteeringMixin(Trainer):
             return None
         extra = getattr(given.get("args"), "dataset_text_field", None)
         wanted = check_rows(data, given.get("processing_class"), text_column=extra)
+        held_out = given.get("eval_dataset")
+        for part in held_out.values() if isinstance(held_out, dict) else [held_out]:
+            if isinstance(part, Dataset) and len(part):
+                check_rows(part, given.get("processing_class"), text_column=extra)
         pairs = wanted in PAIR_FORMATS
         if self.takes_pairs is not None and pairs != self.takes_pairs:
             other = "SteeringDPOTrainer" if pairs else "SteeringSFTTrainer"
@@ -353,6 +359,22 @@ class SteeringMixin(Trainer):
         return folder
 
 
+def _check_own(peft_config: Any, views: Any, biases: Any) -> None:
+    """Raise a TypeError for an argument of our own that is of another type."""
+    wrong = {
+        f"peft_config={peft_config!r:.100}: a PeftConfig such as SteeringVectorConfig(), or None": (
+            peft_config is DEFAULT or isinstance(peft_config, PeftConfig | None)
+        ),
+        f"views={views!r:.100}: a table of names and views, or None": isinstance(views, Mapping | None),
+        f"biases={biases!r:.100}: a table of names and options, or a list": (
+            isinstance(biases, Mapping | Sequence) and not isinstance(biases, str)
+        ),
+    }
+    for what, right in wrong.items():
+        if not right:
+            raise TypeError(f"{what} is expected.")
+
+
 def _adapter_values(model: Any) -> dict[str, Tensor]:
     """Values of the steering vectors the model came with (TRL rounds them to bf16 on a quantised base)."""
     if not isinstance(model, nn.Module):
@@ -418,6 +440,12 @@ def _check_views(loss: Loss | None, views: Mapping[str, str | View] | None) -> N
     needed = () if loss is None else loss.views
     if missing := [name for name in needed if name not in (views or {})]:
         raise ViewError(f"{type(loss).__name__} compares with the views {list(needed)}; {missing} are not in views=.")
+
+
+def _vocabulary(model: nn.Module) -> int | None:
+    """How many tokens a model knows; None: it does not say."""
+    embeddings = base_of(model).get_input_embeddings()  # pyright: ignore[reportCallIssue]
+    return getattr(embeddings, "num_embeddings", None)
 
 
 def _make_views(trainer: Any, views: Mapping[str, str | View], tokenizer: Any) -> Views:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import math
 import pkgutil
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 
 def file_names(folder: Path) -> list[str]:
@@ -28,15 +30,39 @@ def by_name(what: str, package: str, folder: Path, kind: type, name: str, option
         options: Fields of the dataclass.
 
     Raises:
-        ValueError: an unknown name or option; the message names the nearest.
+        ValueError: an unknown name or option (the message names the nearest), or a value of another type.
     """
     _choose(what, name, file_names(folder))
     module = importlib.import_module(f"{package}.{name}")
     classes = [x for x in vars(module).values() if isinstance(x, type) and x.__module__ == module.__name__]
     [made] = [x for x in classes if issubclass(x, kind) and is_dataclass(x)]
-    for option in options:
+    hints = get_type_hints(made)
+    for option, value in options.items():
         _choose(f"option of {what} {name!r}", option, [field.name for field in fields(made)])
+        if not _is(value, hints[option]):
+            given = type(value).__name__
+            raise ValueError(f"{option}={value!r:.100} of {what} {name!r} is {given}, not {_said(hints[option])}.")
     return made(**options)
+
+
+def _is(value: object, hint: Any) -> bool:
+    """Whether a value, of TOML or Python, is of a type; what cannot be told passes."""
+    kind = get_origin(hint) or hint
+    if kind in (Union, UnionType):
+        return any(_is(value, part) for part in get_args(hint))
+    if kind in (int, float):
+        number = isinstance(value, int) or (kind is float and isinstance(value, float) and math.isfinite(value))
+        return number and not isinstance(value, bool)
+    if kind is tuple:
+        return isinstance(value, list | tuple)
+    return kind not in (str, bool) or isinstance(value, kind)
+
+
+def _said(hint: Any) -> str:
+    kind = get_origin(hint) or hint
+    if kind in (Union, UnionType):
+        return " or ".join(_said(part) for part in get_args(hint))
+    return {float: "a finite number", int: "a whole number", str: "a text", tuple: "a list"}.get(kind, str(kind))
 
 
 def _choose(what: str, value: object, allowed: list[str]) -> None:

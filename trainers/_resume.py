@@ -17,7 +17,7 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..adapters import SteeringVectorConfig
-from ..adapters.checks import check_adapter_folder
+from ..adapters.checks import check_adapter_folder, check_checksums, write_checksums
 from ._at import REFERENCE_ADAPTER
 
 if TYPE_CHECKING:
@@ -58,8 +58,8 @@ def check_checkpoint(folder: str | Path) -> None:
     """Refuse a checkpoint that was not written to its end or is damaged. Nothing is unpickled.
 
     The Trainer's own state files (`optimizer.pt`, `scheduler.pt`, `rng_state.pth`) are zip files, whose checksums are
-    compared; weights are safetensors, whose sizes are. The Trainer reads the former with `weights_only=True`: tensors
-    and plain values, no code.
+    compared; weights and JSON have theirs in `checksums.json`, if our trainers wrote them. The Trainer reads the
+    former with `weights_only=True`: tensors and plain values, no code.
 
     Raises:
         CheckpointError: names the file.
@@ -72,13 +72,17 @@ def check_checkpoint(folder: str | Path) -> None:
         raise CheckpointError(f"{folder} is not whole: it has no {_STATE}, which is written last. Delete the folder.")
     try:
         step = json.loads(state.read_text(encoding="utf-8"))["global_step"]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{state} is damaged ({error!r}). Delete the folder.") from error
     named = re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)", folder.name)
     if named and step != int(named[1]):
         raise CheckpointError(f"{state} is of step {step!r}, not of {folder.name}. Delete the folder.")
     for file, problem in _damaged(folder):
         raise CheckpointError(f"{file} is damaged ({problem}). Delete the folder {folder}.")
+    try:
+        check_checksums(folder)
+    except ValueError as error:
+        raise CheckpointError(f"{folder} is damaged: {error}. Delete the folder.") from error
 
 
 def check_adapter_in(folder: str | Path, model: Any) -> None:
@@ -114,6 +118,16 @@ def _damaged(folder: Path) -> Iterator[tuple[Path, str]]:
             continue
         if broken is not None:
             yield file, f"checksum of {broken}"
+
+
+class Checksums(TrainerCallback):
+    """Leaves the checksums of weights and JSON in every checkpoint, as soon as it is whole."""
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Trainer event: a checkpoint was written."""
+        folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+        if state.is_world_process_zero and folder.is_dir():
+            write_checksums(folder)
 
 
 class RestoredAdapter(TrainerCallback):

@@ -78,7 +78,12 @@ class Export(ABC):
 
     def lines(self, base: str, folder: str, model: PeftModel) -> str:
         """How a user loads it."""
-        return self.python.format(base=base, folder=folder, dtype=str(model.dtype).removeprefix("torch."))
+        return self.filled(self.python, base, folder, model)
+
+    @staticmethod
+    def filled(python: str, base: str, folder: str, model: PeftModel) -> str:
+        """Lines with their places filled in, each as a literal of Python."""
+        return python.format(base=base, folder=folder, dtype=str(model.dtype).removeprefix("torch."))
 
     def readme(
         self, vectors: ConstantVectors, base: str, strength: float, lines: str, error: float, effect: float

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model
@@ -102,6 +103,15 @@ def _only_adapter(model: PeftModel) -> tuple[str, SteeringVectorConfig]:
     return name, config
 
 
+def _fits(vector: Any, width: int) -> bool:
+    right = isinstance(vector, Tensor) and vector.is_floating_point() and tuple(vector.shape) == (width,)
+    return right and bool(vector.isfinite().all())
+
+
+def _form(vector: object) -> str:
+    return f"{vector.dtype} {tuple(vector.shape)}" if isinstance(vector, Tensor) else type(vector).__name__
+
+
 def adapter_of(model: nn.Module, vectors: Mapping[int, Tensor], adapter_name: str = "default") -> PeftModel:
     """A model steered by given vectors, as an ordinary adapter that can be saved, scaled and trained on.
 
@@ -114,7 +124,7 @@ def adapter_of(model: nn.Module, vectors: Mapping[int, Tensor], adapter_name: st
         ExportError: no vector, one of another width, not finite, or of a block that the model does not have.
     """
     width = model.get_input_embeddings().weight.shape[1]  # pyright: ignore
-    bad = {i: tuple(v.shape) for i, v in vectors.items() if tuple(v.shape) != (width,) or not v.isfinite().all()}
+    bad = {i: _form(v) for i, v in vectors.items() if not _fits(v, width)}
     if not vectors or bad:
         raise ExportError(f"Vectors of width {width}, all numbers finite, are needed for this model; these are {bad}.")
     config = SteeringVectorConfig(layers=sorted(vectors))

@@ -6,8 +6,11 @@ format. llama.cpp does not look at which model a vector was made for.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from peft import PeftModel
 from torch import Tensor
@@ -18,6 +21,7 @@ from ._vectors import ConstantVectors, ExportError
 
 FILE = "control-vector.gguf"
 _ARCHITECTURE = "controlvector"
+_MOST_VALUES = 10_000  # of the header; llama.cpp's own files have seven a layer
 
 
 class GgufExport(Export):
@@ -44,7 +48,7 @@ for tensor in GGUFReader({folder!r} + "/control-vector.gguf").tensors:
     def lines(self, base: str, folder: str, model: PeftModel) -> str:
         """With the name of the list of blocks."""
         blocks = find_blocks(model.get_base_model())[0][0].rpartition(".")[0]
-        return super().lines(base, folder, model).replace("BLOCKS", blocks)
+        return self.filled(self.python.replace("BLOCKS", blocks), base, folder, model)
 
     def check(self, vectors: ConstantVectors, model: PeftModel) -> None:
         """Block outputs only, and not that of block 0."""
@@ -77,30 +81,47 @@ def read(file: str | Path) -> dict[int, Tensor]:
     Raises:
         ExportError: the file is no control vector, or holds anything but finite fp32 rows of one width.
     """
-    from gguf import GGUFReader
-
     try:
-        reader = GGUFReader(str(file))
+        if not Path(file).is_file():
+            raise OSError("there is no such file")
+        reader = _reader(str(file))
         fields = reader.fields["general.architecture"]
         architecture = bytes(fields.parts[fields.data[0]]).decode()
         tensors = {tensor.name: torch.tensor(tensor.data) for tensor in reader.tensors}
-    except (OSError, ValueError, KeyError, IndexError, UnicodeDecodeError) as error:
+    except (OSError, ValueError, KeyError, IndexError, TypeError, OverflowError, RecursionError) as error:
         raise ExportError(f"{file} is no readable GGUF file: {error}") from error
     if architecture != _ARCHITECTURE:
         raise ExportError(f"{file} holds a {architecture!r} model, not a control vector.")
     found = {}
     for name, vector in tensors.items():
-        layer = name.removeprefix("direction.")
-        if layer == name or not layer.isdigit() or int(layer) < 1:
+        match = re.fullmatch(r"direction\.([1-9]\d{0,5})", name, re.ASCII)
+        if match is None:
             raise ExportError(f"{file}: tensor {name!r} is no direction.N with N from 1.")
         if vector.ndim != 1 or vector.dtype != torch.float32 or not vector.isfinite().all():
             raise ExportError(
                 f"{file}: {name} is {vector.dtype} {tuple(vector.shape)}; expected are finite fp32 rows."
             )
-        found[int(layer)] = vector
+        found[int(match[1])] = vector
     if len({len(vector) for vector in found.values()}) != 1:
         raise ExportError(f"{file}: directions of one width are expected, found {sorted(map(len, found.values()))}.")
     return found
+
+
+def _reader(file: str) -> Any:
+    """The package's reader, which believes every number in a header, kept to the file's own size and to as many values
+    as a control vector can have."""
+    from gguf import GGUFReader
+
+    class Bounded(GGUFReader):
+        reads = 0
+
+        def _get(self, offset: int, dtype: Any, count: int = 1, *args: Any, **kwargs: Any) -> Any:
+            self.reads += 1
+            if self.reads > _MOST_VALUES or int(offset) + int(count) * np.dtype(dtype).itemsize > len(self.data):
+                raise ValueError("its header names more than the file holds, or than a control vector has")
+            return super()._get(offset, dtype, count, *args, **kwargs)
+
+    return Bounded(file)
 
 
 TARGET = GgufExport()

@@ -37,7 +37,13 @@ model.set_control(ControlVector(model.model.config.model_type, directions), 1.0)
 
 
 def read(control_vector: Any) -> dict[int, Tensor]:
-    """The directions of a `repeng.ControlVector`, by block; `adapter_of` makes an adapter of them."""
+    """The directions of a `repeng.ControlVector`, by block; `adapter_of` makes an adapter of them.
+
+    Raises:
+        ExportError: it is none.
+    """
+    if not hasattr(control_vector, "directions"):
+        raise ExportError(f"{type(control_vector).__name__} is no repeng.ControlVector.")
     return {int(layer): torch.as_tensor(d, dtype=torch.float32) for layer, d in control_vector.directions.items()}
 
 

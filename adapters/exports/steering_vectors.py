@@ -32,7 +32,7 @@ SteeringVector(layer_activations=activations, layer_type="TYPE").patch_activatio
 
     def lines(self, base: str, folder: str, model: PeftModel) -> str:
         """With the package's word for the site."""
-        return super().lines(base, folder, model).replace("TYPE", _TYPES[_site(model)])
+        return self.filled(self.python.replace("TYPE", _TYPES[_site(model)]), base, folder, model)
 
     def check(self, vectors: ConstantVectors, model: PeftModel) -> None:
         """Every site has a word there."""
@@ -50,6 +50,8 @@ def read(steering_vector: Any) -> dict[int, Tensor]:
     Raises:
         ExportError: they are not for block outputs.
     """
+    if not hasattr(steering_vector, "layer_activations"):
+        raise ExportError(f"{type(steering_vector).__name__} is no steering_vectors.SteeringVector.")
     if steering_vector.layer_type != "decoder_block":
         raise ExportError(f"layer_type={steering_vector.layer_type!r}: only 'decoder_block' vectors are read.")
     return {int(layer): vector.float() for layer, vector in steering_vector.layer_activations.items()}

@@ -284,9 +284,17 @@ def read_tables(grid: dict[str, Any]) -> GridTables:
         ArmError: they are not those of a grid.
     """
     try:
-        return GridTables(**grid["tables"])
+        tables = GridTables(**grid["tables"])
+        arms, cells = [(arm["name"], arm["levels"]) for arm in grid["arms"]], grid["cells"]
+        texts = [*(name for name, _ in arms), *cells, *grid["notes"], grid["command"]]
+        if not all(isinstance(text, str) for text in texts) or tables.card is None or tables.claim is None:
+            raise ValueError("names, cells, notes, command, [card] and [claim] are expected")
+        for point in (tables.design.start, tables.design.end) if tables.design.start and tables.design.end else ():
+            if missing := [f for f, levels in tables.factors.items() if point.get(f) not in levels]:
+                raise ValueError(f"design.start and design.end name no level of {missing}")
     except (KeyError, TypeError, ValueError) as error:
-        raise ArmError(f"grid.json holds no grid: {error}") from error
+        raise ArmError(f"grid.json holds no grid: {type(error).__name__}: {error}") from error
+    return tables
 
 
 def answer(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import logging
 import math
 import shutil
@@ -28,6 +27,7 @@ from steertune.recipes.ablation.grid import VERSION, Cell
 from steertune.recipes.ablation.matched import matched_strength, refined
 from steertune.recipes.ablation.prompted import Show, candidates, prompt_tokens, shown
 from steertune.recipes.arm import Arm
+from steertune.recipes.files import ArmError, read_result, write_result
 from steertune.recipes.measures import (
     generate,
     neutral_logps,
@@ -37,7 +37,7 @@ from steertune.recipes.measures import (
     reset_peak_memory,
     side_effects,
 )
-from steertune.recipes.training import fit, make_trainer, versions, write_whole
+from steertune.recipes.training import fit, make_trainer, versions
 from steertune.trainers import NonFiniteError, scalable, scaled, share_weights, train_together
 
 logger = logging.getLogger(__name__)
@@ -94,7 +94,7 @@ def run_cell(cell: Cell, bench: Bench, folder: Path) -> dict[str, Any]:
             found |= {"status": "diverged", "error": str(error)}
     found |= {"seconds": time.monotonic() - started, "peak_memory_gb": peak_memory_gb()}
     shutil.rmtree(home / "checkpoints", ignore_errors=True)
-    write_whole(home / "cell.json", json.dumps(found, indent=1))
+    write_result(home / "cell.json", found)
     return found
 
 
@@ -117,18 +117,20 @@ def tuned(cell: Cell, bench: Bench, folder: Path) -> dict[str, Any]:
             "best": None if best is None else {k: best[k] for k in ("rate", "steps", "strength", "prompt")},
             "seconds": time.monotonic() - start,
         }
-        write_whole(file, json.dumps(result, indent=1))
+        write_result(file, result)
     return result
 
 
 def _known_tuning(file: Path, key: str) -> dict[str, Any] | None:
     """What a file knows of a tuning; None if it is of other settings, or damaged."""
     try:
-        known = json.loads(file.read_text(encoding="utf-8"))
+        known = read_result(file, "It is done again.")
         if known["key"] != key:
             return None
+        if known["best"] is not None:
+            Setting(**known["best"])
         return {name: known[name] for name in ("key", "trials", "best", "seconds")}
-    except (ValueError, KeyError, TypeError) as error:
+    except (ArmError, KeyError, TypeError) as error:
         logger.warning("%s is no tuning (%r): it is done again.", file, error)
         return None
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import fnmatch
 import hashlib
 import json
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,9 +29,9 @@ from steertune.recipes.arm import (
     make_arm,
     nearest,
     read_tables,
-    read_toml,
     reasons,
 )
+from steertune.recipes.files import check_name, read_toml
 from steertune.trainers.views.demonstrations import Demonstrations
 
 GRIDS = Path(__file__).parents[1] / "grids"
@@ -232,6 +231,7 @@ def _arms(tables: GridTables, combinations: list[Combination]) -> list[GridArm]:
     for combination in combinations:
         levels, arm = patched(tables, combination)
         name = named(levels)
+        check_name("arm", name)
         if name in found and found[name].arm != arm:
             raise ArmError(
                 f"Combination {combination} is called {name!r} like another, but its arm differs: a level that is "
@@ -241,7 +241,7 @@ def _arms(tables: GridTables, combinations: list[Combination]) -> list[GridArm]:
     for file in tables.arms:
         raw = with_common(read_tables(file), tables)
         name = str(raw["name"])
-        if name in found:
+        if name.casefold() in map(str.casefold, found):  # some file systems do not tell the cases apart
             raise ArmError(f"Two arms are called {name!r}.")
         found[name] = GridArm(name, None, make_arm(raw), _budget(tables, name))
     if not found:
@@ -256,16 +256,7 @@ def _arms(tables: GridTables, combinations: list[Combination]) -> list[GridArm]:
             raise ArmError(f"Arm {name!r}: {error}") from error
         if arm.arm.trainer.get("max_steps") != 0 and "learning_rate" not in arm.arm.trainer:
             raise ArmError(f"Arm {name!r} has no trainer.learning_rate, around which the budget would search.")
-        _check_name("arm", name)
     return list(found.values())
-
-
-def _check_name(what: str, name: str) -> None:
-    """Names become folders, so nothing in them may lead elsewhere."""
-    if not re.fullmatch(r"[\w=,+-][\w=,+.-]*", name):
-        raise ArmError(
-            f"{what} {name!r} cannot name a folder: use letters, digits, '_', '-' and '.', no '.' in front."
-        )
 
 
 def _budget(tables: GridTables, name: str) -> BudgetTable:
@@ -420,8 +411,8 @@ def find_tasks(entries: Sequence[str | TaskTable], data_root: Path | None = None
         label, name = task.called, task.name
         if data_root is not None and name not in task_names() and (data_root / name).exists():
             name = str(data_root / name)
-        _check_name("task", label)
-        if label in found:
+        check_name("task", label)
+        if label.casefold() in map(str.casefold, found):
             raise ArmError(f"Two tasks are called {label!r}: give one a label of its own.")
         found[label] = task.model_copy(update={"name": name, "label": label})
     return list(found.values())

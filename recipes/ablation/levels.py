@@ -29,7 +29,8 @@ _PATCHED = ["adapter", "loss", "views", "teachers", "biases", "proliferation", "
 def with_common(raw: dict[str, Any], tables: GridTables) -> dict[str, Any]:
     """An arm with what the grid says for all; an arm that is not trained stays so."""
     common: dict[str, Any] = {"model": tables.model, "loss": tables.loss}
-    if raw.get("trainer", {}).get("max_steps") != 0:
+    trainer = raw.get("trainer", {})
+    if isinstance(trainer, dict) and trainer.get("max_steps") != 0:
         common["trainer"] = tables.trainer
     return _merge(raw, {name: table for name, table in common.items() if table})
 
@@ -41,13 +42,8 @@ def patched(tables: GridTables, combination: Combination) -> tuple[Combination, 
         ArmError: a patch that does not fit.
     """
     raw = with_common(read_tables(tables.base), tables)
-    levels: Combination = {}
-    for factor, level in combination.items():
-        entry = _entry(factor, level, tables.factors[factor][level], combination, tables)
-        if entry.pop("inert", False):
-            levels[factor] = INERT
-            continue
-        levels[factor] = level
+    levels, entries = _levels(tables, combination)
+    for entry in entries:
         raw = _merge(raw, entry)
     try:
         return levels, make_arm(raw)
@@ -56,8 +52,22 @@ def patched(tables: GridTables, combination: Combination) -> tuple[Combination, 
 
 
 def arm_name(tables: GridTables, combination: Combination) -> str:
-    """Name of a combination's arm."""
-    return named(patched(tables, combination)[0])
+    """Name of a combination's arm. The arm itself is not made: a report reads the grids of others, whose arms may name
+    files and functions."""
+    return named(_levels(tables, combination)[0])
+
+
+def _levels(tables: GridTables, combination: Combination) -> tuple[Combination, list[dict[str, Any]]]:
+    """A combination with `-` for inert levels, and the patches of the others."""
+    levels: Combination = {}
+    entries = []
+    for factor, level in combination.items():
+        entry = _entry(factor, level, tables.factors[factor][level], combination, tables)
+        inert = entry.pop("inert", False)
+        levels[factor] = INERT if inert else level
+        if not inert:
+            entries.append(entry)
+    return levels, entries
 
 
 def named(levels: Combination) -> str:
@@ -76,6 +86,8 @@ def _entry(factor: str, level: str, patch: Any, combination: Combination, tables
         if not isinstance(when, dict):
             raise ArmError(f'{where}: when={when!r} must be a table, such as {{ form = "lora" }}.')
         known(where, option, ["inert", *_PATCHED])
+        if not isinstance(option.get("data", {}), dict):
+            raise ArmError(f'{where}: data={option["data"]!r} must be a table, such as {{ pairing = "shuffled" }}.')
         known(f"{where}.data", option.get("data", {}), ["pairing"])  # the grid itself says the rest
         for other, wanted in when.items():
             if not isinstance(wanted, str | list):

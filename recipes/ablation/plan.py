@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +14,8 @@ from steertune.recipes.ablation.bench import Bench
 from steertune.recipes.ablation.cell import FEW_NEUTRAL, has_strength
 from steertune.recipes.ablation.grid import Cell, Grid, batch_size, describe
 from steertune.recipes.ablation.tables import GridTables, TaskTable
-from steertune.recipes.arm import Arm
+from steertune.recipes.ablation.tidy import AGAIN, read_cell
+from steertune.recipes.arm import Arm, ArmError
 from steertune.recipes.measures import batches
 from steertune.trainers import ModelAt
 
@@ -98,7 +98,10 @@ def _share(arm: Arm, depth: int) -> float:
 
 def _known(file: Path, tunes: bool, like: Cell) -> float:
     """Seconds of a cell that ran, without its tuning where that need not be done again."""
-    cell = json.loads(file.read_text(encoding="utf-8"))
+    cell = read_cell(file)
+    for name in ("seconds", "tuning_seconds"):
+        if not isinstance(cell.get(name), int | float):
+            raise ArmError(f"{file} is no cell: {name}={cell.get(name)!r:.80}. {AGAIN}")
     task, examples, seed = like.tuned_at
     tuned_itself = (cell["task"], cell["examples"], cell["seed"]) == (task.label, examples, seed)
     return cell["seconds"] - (cell["tuning_seconds"] if tuned_itself and not tunes else 0)

@@ -10,6 +10,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
+from string import Formatter
 from typing import Any, Literal
 
 from datasets import Dataset
@@ -124,18 +125,22 @@ def texts_of(row: dict[str, Any]) -> list[str]:
 
 def _as_pairs(name: str, rows: Dataset, columns: Mapping[Literal["prompt", "chosen", "rejected"], str]) -> Dataset:
     """Conversational pairs whose sides are filled in from the rows' own columns."""
+    where = f"{name!r}: columns {dict(columns)} cannot be filled in"
+    try:
+        fields = {
+            field for text in columns.values() for _, field, _, _ in Formatter().parse(text) if field is not None
+        }
+    except ValueError as error:
+        raise ArmError(f"{where} ({error}). Its rows have {rows.column_names}.") from error
+    if unknown := sorted(fields - set(rows.column_names)):  # an attribute of one is none either
+        raise ArmError(f"{where} ({unknown}). Its rows have {rows.column_names}.")
 
     def fill(row: dict[str, Any]) -> dict[str, Any]:
         texts = {k: v[0] if isinstance(v, list) and v else v for k, v in row.items()}
         roles = {"prompt": "user", "chosen": "assistant", "rejected": "assistant"}
         return {k: [{"role": roles[k], "content": text.format_map(texts)}] for k, text in columns.items()}
 
-    try:
-        return rows.map(fill, remove_columns=rows.column_names)
-    except (KeyError, ValueError, IndexError) as error:
-        raise ArmError(
-            f"{name!r}: columns {dict(columns)} cannot be filled in ({error!r}). Its rows have {rows.column_names}."
-        ) from error
+    return rows.map(fill, remove_columns=rows.column_names)
 
 
 def _apart(

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, field_validator
 
 from steertune.recipes.ablation.budget import BudgetTable
 from steertune.recipes.ablation.designs import Combination
@@ -105,8 +106,8 @@ def told(task: TaskTable, folder: Path) -> TaskTable:
 class MatchedTable(BaseModel, extra="forbid"):
     """`[matched]`: the strength at which arms are compared fairly, as their KL to the base on neutral text."""
 
-    kl: float = Field(default=0.1, gt=0)
-    largest_strength: float = Field(default=64.0, gt=0)
+    kl: float = Field(default=0.1, gt=0, allow_inf_nan=False)
+    largest_strength: float = Field(default=64.0, gt=0, allow_inf_nan=False)
 
 
 class GridTables(BaseModel, extra="forbid"):
@@ -135,3 +136,14 @@ class GridTables(BaseModel, extra="forbid"):
     budget: BudgetTable = BudgetTable()
     budgets: dict[str, dict[str, Any]] = {}
     matched: MatchedTable = MatchedTable()
+
+    @field_validator("factors")
+    @classmethod
+    def _plain_names(cls, factors: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+        """Names of factors and levels become folders, and stand in the formulas of the statistics, which are run."""
+        for name in (name for factor, levels in factors.items() for name in (factor, *levels)):
+            if not re.fullmatch(r"\w[\w.+-]*|-", name, re.ASCII):
+                raise ValueError(
+                    f"{name!r} is no name for a factor or level: use letters (a-z), digits, '_', '-', '.'"
+                )
+        return factors

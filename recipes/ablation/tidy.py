@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +10,16 @@ import pandas as pd
 
 from steertune.recipes.ablation.grid import VERSION
 from steertune.recipes.ablation.statistics import Frame
-from steertune.recipes.arm import ArmError
+from steertune.recipes.files import ArmError, read_result
 
 MEASURES = ("accuracy", "margin_gain", "behaviour", "moved_wrong")
 """Every one at the tuned strength, and as `matched_...` at the matched one."""
+AGAIN = "Delete it, and it is run again."
+_PATH = r"cells/[\w=,+-][\w=,+.-]*/n\d{1,9}/seed\d{1,10}/[\w=,+-][\w=,+.-]*"
+_FORM = {
+    "key": str, "task": str, "arm": str, "examples": int, "seed": int, "status": str, "levels": dict | None,
+    "setting": dict | None,
+}  # fmt: skip
 _LISTS = ("tuning", "answers", "matched_answers", "setting", "levels")
 
 
@@ -28,8 +34,11 @@ def read_cells(folder: Path, names: list[str] | None = None) -> Frame:
         names: Paths of cells (as in `grid.json`); None: all that are there.
 
     Raises:
-        ArmError: there is none, or one is of another version.
+        ArmError: there is none, one is damaged or of another version, or a name leads out of the folder.
     """
+    for name in names or ():
+        if not re.fullmatch(_PATH, name, re.ASCII):
+            raise ArmError(f"{name!r:.200} is no path of a cell (cells/<task>/n<examples>/seed<seed>/<arm>).")
     homes = sorted(f.parent for f in folder.rglob("cell.json")) if names is None else [folder / n for n in names]
     rows = [row for home in homes if (row := _read(home)) is not None]
     if not rows:
@@ -49,22 +58,36 @@ def _read(home: Path) -> dict[str, Any] | None:
         if not failed.exists():
             return None
         *_, task, n, seed, arm = home.parts
-        error = json.loads(failed.read_text(encoding="utf-8"))["error"]
+        error = read_result(failed, AGAIN).get("error")
         known = {"task": task, "examples": int(n[1:]), "seed": int(seed[4:]), "arm": arm}
-        return {**known, "status": "failed", "error": error}
-    try:
-        cell = json.loads(file.read_text(encoding="utf-8"))
-        version = cell["version"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ArmError(f"{file} is no cell ({error!r}). Delete it, and it is run again.") from error
-    if version != VERSION:
-        raise ArmError(f"{file} is of version {version} of the instrument, this is {VERSION}: run the grid again.")
+        return {**known, "status": "failed", "error": str(error)}
+    cell = read_cell(file)
     row = {k: v for k, v in cell.items() if k not in _LISTS}
-    row |= {f"setting_{k}": v for k, v in (cell["setting"] or {}).items()}
-    row |= cell["levels"] or {}
+    row |= {f"setting_{k}": v for k, v in (cell.get("setting") or {}).items()}
+    row |= cell.get("levels") or {}
     if cell["status"] == "diverged":
         row |= _as_the_base(cell)
     return row
+
+
+def read_cell(file: Path) -> dict[str, Any]:
+    """A `cell.json`.
+
+    Raises:
+        ArmError: it is damaged, no cell, or of another version.
+    """
+    cell = read_result(file, AGAIN)
+    if "version" not in cell:
+        raise ArmError(f"{file} is no cell: it has no version. {AGAIN}")
+    if cell["version"] != VERSION:
+        raise ArmError(
+            f"{file} is of version {cell['version']} of the instrument, this is {VERSION}: another --folder."
+        )
+    for name, kind in _FORM.items():
+        value = cell.get(name)
+        if not isinstance(value, kind) or isinstance(value, bool):
+            raise ArmError(f"{file} is no cell: {name}={value!r:.80}. {AGAIN}")
+    return cell
 
 
 def _as_the_base(cell: dict[str, Any]) -> dict[str, Any]:

@@ -94,6 +94,12 @@ def get_bias(bias: str | Bias, **options: Any) -> Bias:
     return by_name("bias", str(__package__), _FOLDER, Bias, bias, options)
 
 
+def check_layer(layer: int | float) -> None:
+    """Raise a ValueError for what is neither an index nor a fraction of the depth."""
+    if not layer >= 0 or (isinstance(layer, float) and layer >= 1):
+        raise ValueError(f"layer={layer!r}: an index from 0, or a fraction of the depth in [0, 1).")
+
+
 def trained_matrices(model: nn.Module) -> dict[str, nn.Parameter]:
     """Trained weights with two dimensions, or three: a matrix for every expert."""
     return {name: p for name, p in model.named_parameters() if p.requires_grad and p.ndim in (2, 3)}

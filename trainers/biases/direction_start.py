@@ -20,7 +20,7 @@ from ...adapters.blocks import find_blocks
 from .._modes import evaluating
 from .._start import pair_batches
 from ..prefix.cut import base_of
-from ._base import Bias, BiasError, write_of
+from ._base import Bias, BiasError, check_layer, write_of
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class DirectionStart(Bias):
         scale: Times its own length.
 
     Raises:
-        ValueError: no such direction.
+        ValueError: no such direction, or no layer.
     """
 
     direction: str = "mean_difference"
@@ -42,6 +42,7 @@ class DirectionStart(Bias):
 
     def __post_init__(self) -> None:
         directions.get(self.direction)
+        check_layer(self.layer)
 
     def start(self, trainer: Any) -> None:
         """Compute the direction on the training pairs, and write it.

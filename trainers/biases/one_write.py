@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from ._base import Bias, BiasError, write_of
+from ._base import Bias, BiasError, check_layer, write_of
 
 
 @dataclass(frozen=True)
@@ -21,13 +21,14 @@ class OneWrite(Bias):
         site: `mlp`, `attention`, or `both`.
 
     Raises:
-        ValueError: another site.
+        ValueError: another site, or no layer.
     """
 
     layer: int | float = 0.67
     site: Literal["mlp", "attention", "both"] = "mlp"
 
     def __post_init__(self) -> None:
+        check_layer(self.layer)
         if self.site not in ("mlp", "attention", "both"):
             raise ValueError(f"site={self.site!r} is none of 'mlp', 'attention', 'both'.")
 

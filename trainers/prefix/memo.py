@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import os
 import tempfile
 import uuid
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,20 +18,30 @@ import numpy as np
 import torch
 from torch import Tensor
 
-_VERSION = "v2"  # of the files; those of another version are not read
+_VERSION = "v3"  # of the files; those of another version are not read
 _GB = 10**9
+_DTYPES = {
+    str(dtype).removeprefix("torch."): dtype
+    for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.bool)
+}
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class _Place:
-    """Where a tensor lies on disk, and the digest of its bytes."""
+    """Where a tensor lies on disk, and the digest of its bytes and of what else the index says of it."""
 
+    key: str
     file: Path
     start: int
     shape: tuple[int, ...]
     dtype: torch.dtype
-    digest: str
+    digest: str = ""
+
+    def digest_of(self, data: Any) -> str:
+        """What the digest should be, if these are the bytes."""
+        what = f"{self.key}{self.shape}{self.dtype}".encode()
+        return hashlib.blake2b(what + hashlib.blake2b(data).digest(), digest_size=8).hexdigest()
 
 
 class Memo:
@@ -47,13 +58,15 @@ class Memo:
         disk_gb: What this process may write, in GB.
 
     Raises:
-        ValueError: a negative or not finite budget.
+        ValueError: a negative or not finite budget, or a file in place of a folder.
     """
 
     def __init__(self, ram_gb: float, folder: str | Path | None = None, disk_gb: float = 20.0) -> None:
         for name, value, what in (("ram_gb", ram_gb, "RAM"), ("disk_gb", disk_gb, "disk")):
-            if not 0 <= value < float("inf"):
+            if not isinstance(value, int | float) or not 0 <= value < float("inf"):
                 raise ValueError(f"{name}={value!r}: the memo's {what} in GB, 0 or more.")
+        if folder is not None and Path(folder).exists() and not Path(folder).is_dir():
+            raise ValueError(f"folder={str(folder)!r} is a file: the memo needs a folder.")
         self.limit, self.disk_limit = int(ram_gb * _GB), int(disk_gb * _GB)
         self.nbytes = 0
         self.disk_bytes = 0
@@ -111,6 +124,8 @@ class Memo:
         for index in sorted(self._folder.glob(f"{_VERSION}-*.index")):
             if self._segment is None or index != self._segment.with_suffix(".index"):
                 try:
+                    if not index.is_file():  # reading a pipe would wait for ever
+                        raise OSError("it is no file")
                     self._read_index(index)
                 except OSError as error:  # gone again, or not ours to read
                     logger.warning("The frozen-prefix memo cannot read %s (%s).", index, error)
@@ -127,7 +142,7 @@ class Memo:
         own = self._folder / f"{_VERSION}-{namespace}.model"
         if own.exists():
             return
-        others = [file.read_text(encoding="utf-8") for file in sorted(self._folder.glob("*.model"))]
+        others = [file.read_text(encoding="utf-8", errors="replace") for file in sorted(self._folder.glob("*.model"))]
         old = {file.name.split("-")[0] for file in self._folder.glob("*.rows")} - {_VERSION}
         if others or old:
             held = "; ".join([*others, *(f"files of version {version}" for version in sorted(old))])
@@ -161,7 +176,8 @@ class Memo:
             file.flush()
             if self.kept_for_later:
                 os.fsync(file.fileno())  # the data before the line that vouches for them
-        place = _Place(segment, start, tuple(value.shape), value.dtype, _digest(data))
+        place = _Place(key, segment, start, tuple(value.shape), value.dtype)
+        place = replace(place, digest=place.digest_of(data))
         line = [key, place.start, list(place.shape), str(place.dtype).removeprefix("torch."), place.digest]
         with segment.with_suffix(".index").open("a", encoding="utf-8") as index:
             index.write(json.dumps(line) + "\n")
@@ -192,21 +208,20 @@ class Memo:
 def _entry(line: bytes, segment: Path) -> tuple[str, _Place] | None:
     try:
         key, start, shape, dtype, digest = json.loads(line)
-        return key, _Place(segment, int(start), tuple(shape), getattr(torch, dtype), digest)
-    except (ValueError, TypeError, AttributeError):
+        sizes = [start, *shape]
+        if not isinstance(key, str) or not all(type(size) is int and 0 <= size < 2**40 for size in sizes):
+            return None
+        return key, _Place(key, segment, start, tuple(shape), _DTYPES[dtype], digest)
+    except (ValueError, TypeError, KeyError, RecursionError):
         return None  # a broken line vouches for nothing
 
 
 def _load(place: _Place) -> Tensor | None:
-    count = int(np.prod(place.shape, dtype=np.int64)) * place.dtype.itemsize
+    count = math.prod(place.shape) * place.dtype.itemsize
     try:
         data: Any = np.memmap(place.file, np.uint8, "c", place.start, (count,))
-    except (OSError, ValueError):  # gone, or shorter than the index says
+    except (OSError, ValueError, OverflowError):  # gone, or shorter than the index says
         return None
-    if _digest(data) != place.digest:
+    if place.digest_of(data) != place.digest:
         return None
     return torch.from_numpy(data).view(place.dtype).reshape(place.shape)
-
-
-def _digest(data: Any) -> str:
-    return hashlib.blake2b(data, digest_size=8).hexdigest()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -17,7 +17,7 @@ class Neutral(View):
         rows: Prompts and completions that no behaviour is about.
 
     Raises:
-        ValueError: no rows.
+        ValueError: no rows, or one that is no prompt with its completion.
     """
 
     rows: tuple[Row, ...]
@@ -27,6 +27,9 @@ class Neutral(View):
         object.__setattr__(self, "rows", tuple(self.rows))
         if not self.rows:
             raise ValueError("rows=(): neutral text is needed, as rows with 'prompt' and 'completion'.")
+        for i, row in enumerate(self.rows):
+            if not isinstance(row, Mapping) or not {"prompt", "completion"} <= set(row):
+                raise ValueError(f"rows[{i}]={row!r:.100}: a row with 'prompt' and 'completion' is needed.")
 
     def __call__(self, rows: Sequence[Row]) -> list[Row]:
         """A neutral row for every row."""

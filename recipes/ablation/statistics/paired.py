@@ -104,8 +104,10 @@ def interval(differences: ArrayLike, confidence: float = 0.95, method: str | Non
         seed: Of the bootstrap.
 
     Raises:
-        ValueError: a difference is not finite, or there is none.
+        ValueError: a difference is not finite, or there is none; an unknown method; a share that is none.
     """
+    if method not in (None, "bca", "t") or not 0 < confidence < 1:
+        raise ValueError(f"method={method!r} is none of 'bca', 't', or confidence={confidence} not between 0 and 1.")
     values = _finite(differences)
     mean, pairs = float(values.mean()), len(values)
     if pairs < 2:

@@ -1,0 +1,137 @@
+"""Files that are read, and written to be read again: data, never code, and believed only if they are whole.
+
+Results carry a checksum of what they say, so that a file that was cut, or changed in a single bit, is an error (or is
+computed again) and never a result. One without a checksum, written by hand, is taken as it is.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import tomllib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+_CHECKSUM, _KIND = "checksum", "blake2b-"
+_LONGEST_NAME = 200  # bytes; file systems take 255, and names get endings
+
+
+class ArmError(ValueError):
+    """What a recipe was given is wrong; the message names it and what is valid."""
+
+
+def check_name(what: str, name: str) -> None:
+    """Refuse what cannot name a folder, or would lead out of the one that it belongs in.
+
+    Raises:
+        ArmError: anything but letters, digits and `_ = , + - .` of ASCII (others look alike), a "." in front, or a
+            name too long for a file system.
+    """
+    if not re.fullmatch(r"[\w=,+-][\w=,+.-]*", name, re.ASCII) or len(name) > _LONGEST_NAME:
+        shown = name if len(name) <= 80 else f"{name[:77]}..."
+        raise ArmError(
+            f"{what} {shown!r} cannot name a folder: use letters (a-z), digits, '_', '-' and '.', no '.' in front, "
+            f"{_LONGEST_NAME} at most."
+        )
+
+
+def read_text(file: Path, what: str = "text") -> str:
+    """A text file in UTF-8, with or without a byte order mark.
+
+    Raises:
+        ArmError: it is not there, no file, not to be read, or no UTF-8.
+    """
+    if file.exists() and not file.is_file():
+        raise ArmError(f"{file} is no file: {what} is expected.")
+    try:
+        return file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ArmError(f"{file} is not valid {what}: byte {error.start} is no UTF-8. Save it as UTF-8.") from error
+    except OSError as error:
+        raise ArmError(f"{file} cannot be read: {error.strerror}.") from error
+
+
+def read_toml(file: Path) -> dict[str, Any]:
+    """A TOML file.
+
+    Raises:
+        ArmError: it cannot be read, or is not valid TOML.
+    """
+    try:
+        return tomllib.loads(read_text(file, "TOML"))
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
+        raise ArmError(f"{file} is not valid TOML: {error}") from error
+
+
+def write_whole(file: Path, text: str) -> None:
+    """Write the whole file or nothing."""
+    part = file.with_name(file.name + ".part")
+    part.write_text(text, encoding="utf-8")
+    os.replace(part, file)
+
+
+def write_result(file: Path, found: dict[str, Any]) -> None:
+    """Write a JSON object with its checksum, whole or not at all."""
+    write_whole(file, json.dumps({**found, _CHECKSUM: _checksum(found)}, indent=1))
+
+
+def read_result(file: Path, fix: str) -> dict[str, Any]:
+    """What `write_result` wrote.
+
+    Args:
+        file: The file.
+        fix: What to do about a damaged one, for the message.
+
+    Raises:
+        ArmError: it cannot be read, or is not what was written.
+    """
+    return _checked(read_text(file, "JSON"), str(file), fix)
+
+
+def write_rows(file: Path, rows: Iterable[dict[str, Any]]) -> None:
+    """Write rows of JSON, each with its checksum and the last one with their number, whole or not at all."""
+    lines = [{**row, _CHECKSUM: _checksum(row)} for row in rows]
+    end = {"rows": len(lines)}
+    lines.append({**end, _CHECKSUM: _checksum(end)})
+    write_whole(file, "".join(json.dumps(line) + "\n" for line in lines))
+
+
+def read_rows(file: Path, fix: str) -> list[dict[str, Any]]:
+    """What `write_rows` wrote; arguments and errors as those of `read_result`."""
+    lines = read_text(file, "JSON").splitlines()
+    rows = [_checked(line, f"{file}, line {i + 1}", fix) for i, line in enumerate(lines)]
+    if not rows or rows[-1] != {"rows": len(rows) - 1}:
+        raise ArmError(f"{file} is damaged (its end is missing). {fix}")
+    return rows[:-1]
+
+
+def _checked(text: str, where: str, fix: str) -> dict[str, Any]:
+    try:
+        found = json.loads(text, object_pairs_hook=_without_repeats)
+        if not isinstance(found, dict):
+            raise ValueError(f"a JSON object is expected, this is {type(found).__name__}")
+        # looked for by its value too: a bit may have changed in its key
+        marked = [key for key, value in found.items() if isinstance(value, str) and value.startswith(_KIND)]
+        asked = found.pop(_CHECKSUM, None)
+        if (asked is not None and asked != _checksum(found)) or marked not in ([], [_CHECKSUM]):
+            raise ValueError("its checksum is another")
+    except (ValueError, RecursionError) as error:
+        raise ArmError(f"{where} is damaged ({error}). {fix}") from error
+    return found
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"the key {next(n for n in names if names.count(n) > 1)!r} stands in it twice")
+    return found
+
+
+def _checksum(found: dict[str, Any]) -> str:
+    """Of what a file says, whatever the order of its keys and its white space."""
+    as_read = json.loads(json.dumps(found))
+    return _KIND + hashlib.blake2b(json.dumps(as_read, sort_keys=True).encode(), digest_size=16).hexdigest()

@@ -1,0 +1,90 @@
+"""Every public entry point, given what is wrong, says so: a named error with the value and the fix, soon, and never a
+traceback from somewhere inside. The tables stand in `bad_inputs_*.py`, by entry point."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from typing import Any
+
+import bad_inputs_adapters
+import bad_inputs_arguments
+import bad_inputs_commands
+import bad_inputs_data
+import bad_inputs_grids
+import pytest
+from bad_inputs import Lab, make_lab
+
+from steertune.trainers import NonFiniteError
+
+TABLES = {
+    "adapters": bad_inputs_adapters.ROWS,
+    "arguments": bad_inputs_arguments.ROWS,
+    "commands": bad_inputs_commands.ROWS,
+    "data": bad_inputs_data.ROWS,
+    "grids": bad_inputs_grids.ROWS,
+}
+ROWS = {f"{table}: {name}": row for table, rows in TABLES.items() for name, row in rows.items()}
+NAMED = (ValueError, TypeError, OSError, NonFiniteError, NotImplementedError)
+FROM_INSIDE = (UnicodeError, json.JSONDecodeError)  # both are ValueErrors, and neither names the file
+SECONDS = 2.0  # of this process
+
+
+@pytest.fixture(scope="session")
+def lab(tmp_path_factory) -> Lab:
+    """Good files and models, to be spoiled in copies."""
+    return make_lab(tmp_path_factory.mktemp("lab"))
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_it_is_a_named_error(name: str, lab: Lab, tmp_path, monkeypatch) -> None:
+    call, says = ROWS[name]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    lab.here = tmp_path
+    begun = time.process_time()
+    with pytest.raises(NAMED, match=f"(?s){says}") as caught:
+        call(lab)
+    assert not isinstance(caught.value, FROM_INSIDE), repr(caught.value)
+    assert time.process_time() - begun < SECONDS
+
+
+def test_there_are_two_hundred_and_none_twice() -> None:
+    assert len(ROWS) == sum(map(len, TABLES.values())) >= 200
+
+
+def test_the_good_ones_are_good(lab: Lab, tmp_path) -> None:
+    """What the tables spoil is accepted as it is, so that every error above is about what was spoiled."""
+    lab.here = tmp_path
+    goods: list[Any] = [
+        bad_inputs_adapters.load(lab, lab.adapter()),
+        bad_inputs_data.load(lab, "good.jsonl", bad_inputs_data.LINES),
+        bad_inputs_grids.grid(lab, {}),
+        bad_inputs_grids.report(lab),
+    ]
+    assert all(good is not None for good in goods)
+
+
+@pytest.mark.parametrize("text", bad_inputs_data.WELCOME)
+def test_byte_order_marks_and_line_ends_of_windows_are_welcome(text: str, lab: Lab, tmp_path) -> None:
+    lab.here = tmp_path
+    rows = bad_inputs_data.load(lab, text, bad_inputs_data.WELCOME[text])
+    assert rows.to_list()[:1] == [bad_inputs_data.ROW]
+
+
+def test_an_arm_from_windows_is_read(lab: Lab, tmp_path) -> None:
+    from steertune.recipes.arm import load_arm
+
+    file = tmp_path / "mine.toml"
+    file.write_bytes(b"\xef\xbb\xbf" + b'[data]\r\nname = "cautious_advice"\r\n')
+    assert load_arm(file).data.name == "cautious_advice"
+
+
+@pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="everything may be read here")
+def test_a_file_that_may_not_be_read(lab: Lab, tmp_path) -> None:
+    lab.here = tmp_path
+    folder = lab.adapter()
+    (folder / "adapter_model.safetensors").chmod(0)
+    with pytest.raises(ValueError, match="not a readable safetensors file"):
+        bad_inputs_adapters.load(lab, folder)

@@ -149,7 +149,7 @@ def make_grid(raw: dict[str, Any], data_root: Path | None = None) -> Grid:
         tables = GridTables(**raw)
     except ValidationError as error:
         raise ArmError(reasons(error)) from error
-    if tables.card is None:
+    if (card := tables.card) is None:
         raise ArmError(
             "The grid has no [card]. Write down problem, hypothesis, against (which result would count against it), "
             "baselines and affordances before it runs."
@@ -159,8 +159,8 @@ def make_grid(raw: dict[str, Any], data_root: Path | None = None) -> Grid:
             raise ArmError(f"{what}={values}: every value once, and none below {1 if what == 'examples' else 0}.")
     combinations, notes = _combinations(tables)
     arms = _arms(tables, combinations)
-    _check_card(tables, tables.card, arms)
-    _check_budgets(tables.card, arms)
+    _check_card(tables, card, arms)
+    _check_budgets(card, arms)
     _check_arms(tables, arms)
     _check_views(tables, arms)
     tasks = find_tasks(tables.tasks, data_root)
@@ -169,7 +169,7 @@ def make_grid(raw: dict[str, Any], data_root: Path | None = None) -> Grid:
         entries = zip(tables.tasks, tasks, strict=True)
         tables = tables.model_copy(update={"tasks": [_told_as(entry, task) for entry, task in entries]})
     _check_prompts(tables, arms, tasks)
-    return Grid(tables, tables.card, arms, tasks, notes)
+    return Grid(tables, card, arms, tasks, notes)
 
 
 def _combinations(tables: GridTables) -> tuple[list[Combination], list[str]]:

@@ -56,7 +56,7 @@ setup(
     entry_points={"console_scripts": ["steertune=steertune.recipes.cli:main"]},
     extras_require={
         "recipes": RECIPES,
-        "deepspeed": ["deepspeed>=0.18"],
+        "deepspeed": ["deepspeed>=0.18", "ninja>=1.11"],
         "docs": ["mkdocs-material>=9.6,<10", "mkdocstrings[python]>=1.0"],
         "test": [
             *RECIPES,

@@ -133,7 +133,8 @@ def _states(
     modules = {i: base.get_submodule(site_name(*blocks[i], site)) for i in resolve_layers(layers, len(blocks))}
     device = next(base.parameters()).device
     with _adapters_off(model), _outputs_of(base, modules) as outputs:
-        for batch in tqdm(batches, desc="Collecting activations", disable=len(batches) < 4):
+        others = torch.distributed.is_initialized() and torch.distributed.get_rank() > 0
+        for batch in tqdm(batches, desc="Collecting activations", disable=others or len(batches) < 4):
             ids = batch["input_ids"].to(device)
             mask = batch["attention_mask"].to(device) if "attention_mask" in batch else torch.ones_like(ids)
             base(input_ids=ids, attention_mask=mask)

@@ -145,7 +145,10 @@ class SteeringVectorLayer(nn.Module, BaseTunerLayer):
                 hidden = self._steer(name, hidden)
             return hidden
         if len(adapter_names) != len(hidden):
-            raise ValueError(f"adapter_names has {len(adapter_names)} entries for {len(hidden)} rows: give one a row.")
+            raise ValueError(  # PEFT's words, as for LoRA
+                "Length of `adapter_names` should be the same as the number of inputs, but got "
+                f"{len(adapter_names)} and {len(hidden)} respectively: give one a row."
+            )
         for name in sorted(set(adapter_names) - {BASE_ROW}):
             rows = torch.tensor([i for i, n in enumerate(adapter_names) if n == name], device=hidden.device)
             hidden = hidden.index_copy(0, rows, self._steer(name, hidden[rows], rows))

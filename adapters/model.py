@@ -112,10 +112,12 @@ class SteeringVectorModel(BaseTuner):
 
     def _name_rows(self, names: list[str], copies: int) -> list[Any]:
         if self.training:
-            raise ValueError("adapter_names= is for inference: call model.eval() first.")
+            raise ValueError("Cannot pass `adapter_names` when the model is in training mode. Call eval() first.")
         known = {name for layer in steering_layers(self.model) for name in layer.config} | {BASE_ROW}
         if unknown := sorted(set(names) - known):
-            raise ValueError(f"adapter_names: {unknown} are not adapters of this model, which has {sorted(known)}.")
+            raise ValueError(
+                f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}. There are {sorted(known)}."
+            )
         rows = [name for name in names for _ in range(copies)]
         give = partial(_give_names, rows)
         steered = (SteeringVectorLayer, AuxiliaryTrainingWrapper)

@@ -25,9 +25,9 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import gather_object, tqdm
 from datasets import Dataset
 from torch import Tensor
-from tqdm.auto import tqdm
 from transformers import set_seed
 
 from steertune.losses import Outputs
@@ -120,7 +120,7 @@ def run(arm: Arm) -> dict[str, Any]:
 def answered(
     arm: Arm, model: Any, tokenizer: Any, view: View, rows: Dataset, seed: int, file: Path | None = None
 ) -> Dataset:
-    """Prompts, and what the prompted model says to each (a sample).
+    """Prompts, and what the prompted model says to each (a sample); processes share them.
 
     Args:
         arm: How long and how many at a time.
@@ -134,13 +134,19 @@ def answered(
     Raises:
         ArmError: the prompted model has nothing to say to any prompt.
     """
-    if file is not None and file.exists():
+    if file is not None and all(gather_object([file.exists()])):
         return Dataset.from_list(read_rows(file, "Delete it, and the prompts are answered again."))
     shown: list[Any] = [row["prompt"] for row in view(rows.to_list())]
     check_context(model, tokenizer, shown, arm.evaluation.new_tokens, "[views.good]")
-    size, found = arm.evaluation.batch_size, []
-    for i in tqdm(range(0, len(shown), size), desc="Prompted answers", unit="batch"):
-        found += generate(model, tokenizer, shown[i : i + size], arm.evaluation.new_tokens, _TEMPERATURE, seed + 7 * i)
+    size, length = arm.evaluation.batch_size, arm.evaluation.new_tokens
+    with PartialState().split_between_processes(list(range(0, len(shown), size))) as own:
+        said = {
+            i: generate(model, tokenizer, shown[i : i + size], length, _TEMPERATURE, seed + 7 * i)
+            for i in tqdm(own, desc="Prompted answers", unit="batch")
+        }
+    # by batch: of fewer batches than processes, several have the last one
+    everywhere = dict(gather_object(list(said.items())))
+    found = [text for i in sorted(everywhere) for text in everywhere[i]]
     kept = [{"prompt": p, "completion": _said(p, text)} for p, text in zip(rows["prompt"], found, strict=True) if text]
     if not kept:
         raise ArmError("The prompted model answered nothing at all: is [views.good] a prompt for this model?")

@@ -1,12 +1,14 @@
 """What two processes must do as one does: run by `test_distributed.py` in itself, and in each process it launches.
 
 accelerate launch --config_file recipes/accelerate_configs/cpu_ddp.yaml tests/distributed_cases.py FOLDER ddp fsdp2
+accelerate launch --config_file recipes/accelerate_configs/cpu_zero1.yaml tests/distributed_cases.py FOLDER zero1:few
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +16,7 @@ from typing import Any
 
 import tiny_data
 import torch
+import yaml
 from accelerate import PartialState
 from conftest import tiny
 from peft import LoraConfig
@@ -21,6 +24,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from steertune.adapters import SteeringVectorConfig
+from steertune.recipes.processes import CONFIGS
+from steertune.trainers import CheckpointError
 
 ROWS = 4  # of a step, over all processes
 STEPS = 3
@@ -50,6 +55,19 @@ CASES: dict[str, Callable[[], tuple[str, dict[str, Any]]]] = {
         "dpo", dict(peft_config=LoraConfig(**UPPER_LORA), loss="dpo", frozen_prefix=True)),
     "DPO, started from data": lambda: ("dpo", dict(peft_config=_vector(init="mean_difference"), loss="ipo")),
 }  # fmt: skip
+
+RESUMED = ["plain, BiPO's drawn strengths, memo", "DPO, our loss, LoRA, memo"]
+# what a stage of ZeRO does where there is no time for all: every trainer once, vectors and LoRA
+FEW = {
+    "zero1": ["plain, BiPO's drawn strengths, memo", "DPO, our loss, LoRA, memo"],
+    "zero2": ["SFT, cross-entropy, LoRA, memo", "DPO, its own loss"],
+    "zero3": ["plain, BiPO's drawn strengths, memo", "SFT, its own loss", "DPO, started from data"],
+}
+
+
+def cases(mode: str, few: bool = False) -> list[str]:
+    """The cases of a set-up. DeepSpeed cannot follow `strength="null"` of RePS under ZeRO-3, where it is refused."""
+    return FEW[mode] if few else [case for case in CASES if not (mode == "zero3" and "RePS" in case)]
 
 
 def base(folder: Path, mode: str) -> Any:
@@ -97,31 +115,53 @@ def look(folder: Path, mode: str, case: str) -> dict[str, Any]:
 def resume(folder: Path, mode: str, case: str) -> dict[str, Any]:
     """A straight run against one that goes on from its second step; both leave their adapter."""
     run_folder, adapters = folder / mode / "run", []
-    for name, checkpoint in (("straight", None), ("resumed", str(run_folder / "checkpoint-2"))):
-        made = make(folder, mode, case, run_folder, save_strategy="steps", save_steps=2)
-        made.train(resume_from_checkpoint=checkpoint)
-        at = folder / mode / name
-        made.save_model(str(at))
-        made.accelerator.wait_for_everyone()
-        adapters.append(load_file(at / "adapter_model.safetensors"))
+    for name, checkpoint in (("straight", None), ("resumed", run_folder / "checkpoint-2")):
+        adapters.append(_end(folder, mode, case, folder / mode / name, run_folder, checkpoint))
     return {"bit-equal": tiny_data.same(*adapters), "moved": sum(float(v.abs().sum()) for v in adapters[0].values())}
+
+
+def resume_from(folder: Path, mode: str, case: str, checkpoint: Path) -> dict[str, Any]:
+    """What comes of a checkpoint that another number of processes saved; or why it is refused."""
+    at = folder / mode / "from-others"
+    try:
+        return {f"weight {k}": v.tolist() for k, v in _end(folder, mode, case, at / "adapter", at, checkpoint).items()}
+    except (CheckpointError, ValueError) as error:
+        return {"refused": f"{type(error).__name__}: {error}"}
+
+
+def _end(folder: Path, mode: str, case: str, at: Path, run_folder: Path, checkpoint: Path | None) -> dict[str, Any]:
+    """Train a case to its end, from a checkpoint if there is one; the adapter it leaves."""
+    made = make(folder, mode.partition(" ")[0], case, run_folder, save_strategy="steps", save_steps=2)
+    made.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    made.save_model(str(at))
+    made.accelerator.wait_for_everyone()
+    return load_file(at / "adapter_model.safetensors")
 
 
 def _kept(key: str) -> bool:
     return not key.endswith(("runtime", "per_second", "total_flos", "epoch", "num_tokens"))
 
 
-def run(folder: Path, mode: str) -> None:
+def run(folder: Path, mode: str, few: bool = False) -> None:
     """All cases of a set-up; each process writes what it saw."""
-    found: dict[str, Any] = {}
-    for case in CASES:
-        if not (mode == "zero3" and "RePS" in case):  # refused: DeepSpeed cannot follow strength="null"
-            found[case] = look(folder, mode, case)
-    if mode not in ("alone", "fsdp2"):
-        for case in ("plain, BiPO's drawn strengths, memo", "DPO, our loss, LoRA, memo"):
-            found[f"resume: {case}"] = resume(folder, mode + case[:3], case)
+    found: dict[str, Any] = {case: look(folder, mode, case) for case in cases(mode, few)}
+    for case in RESUMED[:1] if few or mode == "alone" else RESUMED if mode != "fsdp2" else []:
+        found[f"resume: {case}"] = resume(folder, f"{mode} {case[:3]}", case)
+    if mode != "alone":
+        case = RESUMED[0]
+        found["from one process"] = resume_from(
+            folder, mode, case, folder / f"alone {case[:3]}" / "run" / "checkpoint-2"
+        )
     rank = PartialState().process_index if mode != "alone" else 0
     (folder / f"{mode}-{rank}.json").write_text(json.dumps(found))
+
+
+def configure(mode: str) -> None:
+    """What `accelerate launch` hands over of a configuration with DeepSpeed: one launch runs several stages."""
+    read = yaml.safe_load((CONFIGS / f"cpu_{mode}.yaml").read_text())["deepspeed_config"]
+    os.environ["ACCELERATE_DEEPSPEED_ZERO_STAGE"] = str(read["zero_stage"])
+    os.environ["ACCELERATE_DEEPSPEED_ZERO3_INIT"] = str(read["zero3_init_flag"]).lower()
+    os.environ["ACCELERATE_DEEPSPEED_ZERO3_SAVE_16BIT_MODEL"] = str(read.get("zero3_save_16bit_model", False)).lower()
 
 
 def prepare(folder: Path) -> None:
@@ -132,7 +172,11 @@ def prepare(folder: Path) -> None:
 if __name__ == "__main__":
     logging.disable(logging.WARNING)
     place = Path(sys.argv[1])
-    keep = tiny_data.arguments("plain", place / "keep")  # under ZeRO-3, models are built sharded while this lives
     for chosen in sys.argv[2:]:
-        run(place, chosen)
+        name, _, extent = chosen.partition(":")
+        if name.startswith("zero"):
+            configure(name)
+        keep = tiny_data.arguments("plain", place / "keep")  # under ZeRO-3, models are built sharded while this lives
+        run(place, name, few=extent == "few")
+        del keep
     PartialState().destroy_process_group()

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +20,8 @@ from conftest import steered, tiny
 from safetensors.torch import load_file, save_file
 
 from steertune.recipes.processes import CONFIGS
+from steertune.trainers import CheckpointError
+from steertune.trainers._resume import check_processes
 from steertune.trainers._saved import IncompleteAdapterError, check_saved
 
 TOLERANCE = 1e-5
@@ -25,7 +29,7 @@ TOLERANCE = 1e-5
 MEASURED = ("eval eval_loss", "eval eval_margin", "eval eval_margin_gain", "eval eval_pair_accuracy")
 
 
-def launch(config: str, *command: str, limit: int = 240) -> subprocess.CompletedProcess[str]:
+def launch(config: str, *command: str, limit: int = 900) -> subprocess.CompletedProcess[str]:
     """`accelerate launch` with a configuration of ours; ends with everything it started."""
     here = str(Path(__file__).parent)
     inherited = os.environ.get("PYTHONPATH", "")
@@ -40,7 +44,15 @@ def launch(config: str, *command: str, limit: int = 240) -> subprocess.Completed
         str(CONFIGS / f"{config}.yaml"),
         *command,
     ]
-    return subprocess.run(words, env=environment, capture_output=True, text=True, timeout=limit)
+    with subprocess.Popen(
+        words, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    ) as process:
+        try:
+            out, error = process.communicate(timeout=limit)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+    return subprocess.CompletedProcess(words, process.returncode, out, error)
 
 
 @pytest.fixture(scope="module")
@@ -66,20 +78,24 @@ def differences(one: dict[str, Any], two: dict[str, Any]) -> list[str]:
     return found
 
 
-def compare(folder: Path, one: dict[str, Any], mode: str) -> list[str]:
+def compare(folder: Path, one: dict[str, Any], mode: str, few: bool = False) -> list[str]:
     """Every case that went wrong, of both processes."""
     wrong = []
     for rank in (0, 1):
         two = json.loads((folder / f"{mode}-{rank}.json").read_text())
-        done = {case for case in distributed_cases.CASES if mode != "zero3" or "RePS" not in case}
-        assert done <= set(two)
+        assert set(distributed_cases.cases(mode, few)) <= set(two)
         for case, seen in two.items():
             if case.startswith("resume"):
                 ok = seen["bit-equal"] and seen["moved"] > 0
                 wrong += [] if ok else [f"{mode} {rank} {case}: {seen}"]
-            else:
+            elif case in one:
                 wrong += [f"{mode} {rank} {case}: {each}" for each in differences(one[case], seen)]
     return wrong
+
+
+def weights(one: dict[str, Any]) -> dict[str, Any]:
+    """Those that the case which is resumed ends with."""
+    return {k: v for k, v in one[distributed_cases.RESUMED[0]].items() if k.startswith("weight")}
 
 
 def test_ddp_and_fsdp2_equal_one_process(alone: tuple[Path, dict[str, Any]]) -> None:
@@ -88,29 +104,70 @@ def test_ddp_and_fsdp2_equal_one_process(alone: tuple[Path, dict[str, Any]]) -> 
     assert done.returncode == 0, done.stderr[-3000:]
     assert compare(folder, one, "ddp") + compare(folder, one, "fsdp2") == []
     ddp, fsdp2 = (json.loads((folder / f"{mode}-1.json").read_text()) for mode in ("ddp", "fsdp2"))
-    assert [ddp[case]["skipped"] for case in ddp if "memo" in case and "resume" not in case] == [3, 2, 2]
-    assert {fsdp2[case]["skipped"] for case in fsdp2} == {0}, "sharded weights have no memo"
-    assert not list((folder / "ddp").rglob("*rank1*")), "the first process writes"
-    assert done.stdout.count("'eval_loss'") == 2 * len(one), "every evaluation is logged once"
+    assert [ddp[case]["skipped"] for case in distributed_cases.CASES if "memo" in case] == [3, 2, 2]
+    assert {fsdp2[case]["skipped"] for case in distributed_cases.CASES} == {0}, "sharded weights have no memo"
+    assert not [file for file in (folder / "ddp").rglob("*rank1*") if "rng" not in file.name], (
+        "the first process writes"
+    )
+    assert done.stdout.count("'eval_loss'") == 2 * len(distributed_cases.CASES), "every evaluation is logged once"
+    # another number of processes goes on where these stopped, and the other way round
+    assert differences(weights(one), ddp["from one process"]) == []
+    checkpoint = folder / "ddp pla" / "run" / "checkpoint-2"
+    back = distributed_cases.resume_from(folder, "alone", distributed_cases.RESUMED[0], checkpoint)
+    assert differences(weights(one), back) == []
+    assert "sharded" in fsdp2["from one process"]["refused"]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("stage", [1, 2, 3])
-def test_zero_equals_one_process(alone: tuple[Path, dict[str, Any]], stage: int) -> None:
-    pytest.importorskip("deepspeed", reason="deepspeed is not installed")
+def needs_deepspeed() -> None:
+    """Skip without DeepSpeed, or without what it needs to build its small op."""
+    pytest.importorskip("deepspeed", reason="deepspeed is not installed: pip install -e '.[deepspeed]'")
     scripts = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     missing = [tool for tool in ("g++", "ninja") if shutil.which(tool, path=scripts) is None]
     if missing:
         pytest.skip(f"DeepSpeed builds a small op on first use, and {missing} is not there")
+
+
+def check_zero(folder: Path, one: dict[str, Any], stage: int, few: bool) -> None:
+    """Equal to one process; resumed bit for bit; other numbers of processes are refused both ways."""
+    mode = f"zero{stage}"
+    assert compare(folder, one, mode, few) == []
+    seen = json.loads((folder / f"{mode}-1.json").read_text())
+    assert sum(case.startswith("resume") for case in seen) == (1 if few else 2)
+    assert "was not saved under DeepSpeed" in seen["from one process"]["refused"]
+    checkpoint = folder / f"{mode} pla" / "run" / "checkpoint-2"
+    back = distributed_cases.resume_from(folder, "alone", distributed_cases.RESUMED[0], checkpoint)
+    assert "CheckpointError" in back["refused"] and "shares of 2 processes" in back["refused"]
+    with pytest.raises(CheckpointError, match="is of 2 processes, 4 run now"):
+        check_processes(checkpoint, 4, deepspeed=True)
+    check_processes(checkpoint, 2, deepspeed=True)
+
+
+def test_zero_equals_one_process(alone: tuple[Path, dict[str, Any]]) -> None:
+    """Every stage with few cases, in one launch."""
+    needs_deepspeed()
+    folder, one = alone
+    done = launch(
+        "cpu_zero1", distributed_cases.__file__, str(folder), *(f"zero{i}:few" for i in (1, 2, 3)), limit=900
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    for stage in (1, 2, 3):
+        check_zero(folder, one, stage, few=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_zero_equals_one_process_in_every_case(alone: tuple[Path, dict[str, Any]], stage: int) -> None:
+    needs_deepspeed()
     folder, one = alone
     done = launch(f"cpu_zero{stage}", distributed_cases.__file__, str(folder), f"zero{stage}", limit=900)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert compare(folder, one, f"zero{stage}") == []
+    check_zero(folder, one, stage, few=False)
 
 
 def test_a_planted_difference_is_seen(alone: tuple[Path, dict[str, Any]]) -> None:
     _, one = alone
-    for case, seen in one.items():
+    for case in distributed_cases.CASES:
+        seen = one[case]
         assert differences(seen, seen) == []
         weight = next(key for key in seen if key.startswith("weight"))
         moved = (torch.tensor(seen[weight]) + 3e-5).tolist()

@@ -18,7 +18,7 @@ from transformers import TrainerCallback, TrainerControl
 
 from steertune.adapters import SteeringVectorConfig
 from steertune.losses import Loss
-from steertune.trainers import LossSpikes, NonFiniteError
+from steertune.trainers import LossSpikeError, LossSpikes, NonFiniteError
 
 BAD_WORD = "stay"
 
@@ -233,3 +233,67 @@ def test_a_training_stops_at_a_spike_if_asked(stop, tmp_path, caplog):
     made.train()
     assert made.state.global_step == (15 if stop else 18)
     assert caplog.text.count("Loss spike at step") == caplog.text.count("Loss spike at step 15: ") == 1
+
+
+class LoudRow(Loss):
+    """Cross-entropy; from a call on, an example that holds a word weighs a hundred times as much."""
+
+    pairs = False
+    unit = "token"
+
+    def __init__(self, call: int) -> None:
+        self.left, self.token = call, tokenizer().convert_tokens_to_ids(BAD_WORD)
+
+    def __call__(self, at, generator=None):
+        self.left -= 1
+        out = at(1.0)
+        loud = (at.batch.inputs["input_ids"] == self.token).any(dim=1, keepdim=True)
+        weight = 1 + 99 * loud.float() if self.left <= 0 else 1
+        return -out.token_logps * weight
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_a_training_stops_before_a_spike(accumulation, tmp_path):
+    """Rows and parameter are named; what is kept is the state after the step before, bit for bit."""
+    options = dict(
+        data=one_bad_row("sft"), learning_rate=1e-2, lr_scheduler_type="constant",
+        gradient_accumulation_steps=accumulation,
+        per_device_train_batch_size=8 // accumulation,
+    )  # fmt: skip
+    made = trainer("sft", tmp_path, loss=LoudRow(14 * accumulation + 1), max_steps=18, **options)
+    made.add_callback(LossSpikes(stop="before"))
+    with pytest.raises(LossSpikeError, match=r"Loss spike at step 15: .*median of the 14 logged before") as error:
+        made.train()
+    message = str(error.value)
+    first = message.partition("Largest loss: ")[2].partition(";")[0]
+    assert "of row 5 (" in first and BAD_WORD in first, message
+    assert "The largest gradient is that of" in message and "layers.2.steer" in message
+    assert "The state after step 14 is kept in" in message and "Lower the learning rate" in message
+    assert made.state.global_step == 14
+    straight = trained("sft", tmp_path / "straight", loss=LoudRow(1000), max_steps=14, **options)
+    kept = PeftModel.from_pretrained(tiny(), tmp_path / "last-good", is_trainable=True)
+    expected = values(straight.model)
+    assert all(torch.equal(value, expected[name]) for name, value in values(kept).items())
+    assert any(value.abs().max() > 0.01 for value in expected.values()), "it has moved"
+
+
+def test_the_loss_before_the_step_is_the_one_that_is_logged(tmp_path):
+    seen = []
+
+    class Look(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, **kwargs):
+            seen.append(float(made.step_loss))
+
+    made = trainer("dpo", tmp_path, loss="dpo", gradient_accumulation_steps=2, per_device_train_batch_size=2)
+    made.add_callback(Look())
+    made.train()
+    assert seen == pytest.approx([line["loss"] for line in made.state.log_history if "loss" in line], rel=1e-6)
+
+
+def test_a_trainer_that_cannot_stop_before_the_step_says_so(tmp_path):
+    made = trainer("sft", tmp_path, peft_config=None, loss=None)
+    made.add_callback(LossSpikes(stop="before"))
+    with pytest.raises(ValueError, match=r"stop='before'\) needs SteeringTrainer"):
+        made.train()
+    with pytest.raises(ValueError, match="stop='after' must be"):
+        LossSpikes(stop="after")

@@ -62,19 +62,7 @@ def assert_equal_to_dpo(folder, tolerance: float, peft_config, changes=None, dat
         torch.testing.assert_close(value, dict(theirs.model.named_parameters())[name], atol=1e-5, rtol=1e-5)
 
 
-# -- no adapter, no loss: the parent --------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("kind", PARENTS)
-def test_without_adapter_and_loss_it_is_the_parent_to_the_last_number(kind, tmp_path):
-    options = tokenised() if kind == "plain" else {}
-    own = dict(ref_model=tiny()) if kind == "dpo" else {}
-    ours = trained(kind, tmp_path, peft_config=None, loss=None, learning_rate=0.001, **options, **own)
-    own = dict(ref_model=tiny()) if kind == "dpo" else {}
-    theirs = upstream(kind, tmp_path, changes=dict(learning_rate=0.001), **options, **own)
-    assert history(ours) == history(theirs) and len(history(ours)) == 4
-    assert same(values(ours.model), values(theirs.model))
-    assert not same(values(ours.model), values(tiny()))
+# -- the parent's own loss (without an adapter: test_trainers_parents.py) ---------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["sft", "dpo"])

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from .dpo import SteeringDPOTrainer
     from .prefix import FrozenPrefix
     from .sft import SteeringSFTTrainer
-    from .spikes import LossSpikes
+    from .spikes import LossSpikeError, LossSpikes
     from .together import share_weights, train_together
     from .trainer import SteeringTrainer
     from .views import View, ViewError, get_view
@@ -30,6 +30,7 @@ _HOME = {
     "CheckpointError": "_resume",
     "DataError": "_data",
     "FrozenPrefix": "prefix",
+    "LossSpikeError": "spikes",
     "LossSpikes": "spikes",
     "ModelAt": "_at",
     "NonFiniteError": "_guard",
@@ -56,6 +57,7 @@ __all__ = [
     "CheckpointError",
     "DataError",
     "FrozenPrefix",
+    "LossSpikeError",
     "LossSpikes",
     "ModelAt",
     "NonFiniteError",

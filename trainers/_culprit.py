@@ -1,4 +1,4 @@
-"""Where numbers stopped being finite: the failed step is computed again, example by example, with every block watched.
+"""What a bad step came from: it is computed again, example by example, with every block watched.
 
 That costs nothing as long as all goes well, and a step's time where the run is over anyway.
 """
@@ -38,6 +38,31 @@ def culprit(trainer: SteeringMixin) -> str:
     if not found:
         return f"{weights}Computed again, every example of the step alone is finite: their sum, or chance, is not."
     return f"{weights}First in {_listed([f'{place} of {text}' for text, place in found])}."
+
+
+def largest(trainer: SteeringMixin) -> str:
+    """Which examples of the step have the largest loss, and which parameter the largest gradient. Never raises."""
+    norms = [(float(p.grad.norm()), name) for name, p in trainer.model.named_parameters() if p.grad is not None]
+    steepest = f"The largest gradient is that of {max(norms)[1]} (norm {max(norms)[0]:.3g})." if norms else ""
+    try:
+        if trainer.accelerator.num_processes > 1:  # a pass on one process alone would wait for the others
+            texts = [_text(trainer, e) for batch in trainer.step_batches for e in _examples(batch)]
+            return f"This process had {_listed(texts)}. {steepest}"
+        with _alone(trainer), torch.no_grad():
+            losses = sorted(_losses(trainer), key=lambda found: -found[0])
+    except Exception as error:
+        return f"(The step could not be computed again: {type(error).__name__}: {error}) {steepest}"
+    return f"Largest loss: {_listed([f'{loss:.4g} of {text}' for loss, text in losses])}. {steepest}"
+
+
+def _losses(trainer: SteeringMixin) -> Iterator[tuple[float, str]]:
+    """The loss of every example of the step, alone."""
+    for micro, batch in enumerate(trainer.step_batches):
+        for example in _examples(batch):
+            trainer.restart_draws(micro)
+            with trainer.compute_loss_context_manager():
+                loss: Tensor = trainer.compute_loss(trainer.model, trainer._prepare_inputs(dict(example)))
+            yield float(loss), _text(trainer, example)
 
 
 def _listed(items: list[str]) -> str:

@@ -26,7 +26,15 @@ from ._batch import Batch
 from ._data import PAIR_FORMATS, DataError, check_rows, check_tokens, warn_cut
 from ._guard import FiniteSteps, check_finite
 from ._metrics import Metrics
-from ._resume import CheckpointError, Checksums, RestoredAdapter, check_adapter_in, check_checkpoint, last_checkpoint
+from ._resume import (
+    CheckpointError,
+    Checksums,
+    RestoredAdapter,
+    check_adapter_in,
+    check_checkpoint,
+    check_processes,
+    last_checkpoint,
+)
 from ._satisfied import Satisfied
 from ._saved import check_saved
 from ._sharded import whole_weights
@@ -37,6 +45,7 @@ from .biases._base import Biased
 from .prefix import FrozenPrefix
 from .prefix.cut import base_of, lowest_changed
 from .prefix.once import PayOnce
+from .spikes import LossSpikes
 from .views import View, ViewError, Views, get_view
 
 DEFAULT: Any = type("Default", (), {"__repr__": lambda self: "SteeringVectorConfig()"})()
@@ -86,6 +95,7 @@ class SteeringMixin(Trainer):
             peft_config = None if continued else SteeringVectorConfig()
         self._micro_step = 0
         self.step_batches: list[dict[str, Any]] = []  # of the optimiser step at work
+        self.step_loss: Tensor | float = 0.0  # of that step so far, over all processes
         self.pay_once = PayOnce(frozen_prefix)
         self.seat: Any = None  # this trainer's place among those of `train_together`
         self.views: Views | None = None
@@ -188,6 +198,9 @@ class SteeringMixin(Trainer):
             if self.args.logging_strategy != "no":
                 with self._before_deepspeed():
                     self._vitals.start(self)
+            for callback in self.callback_handler.callbacks:
+                if isinstance(callback, LossSpikes):
+                    callback.trainer = self
         with ExitStack() as stack:
             for bias in self._biases:
                 stack.enter_context(bias.during(self))
@@ -208,6 +221,7 @@ class SteeringMixin(Trainer):
         if found is None:
             raise CheckpointError(f"{self.args.output_dir} has no whole checkpoint. Leave resume_from_checkpoint out.")
         check_checkpoint(found)
+        check_processes(found, self.accelerator.num_processes, self.is_deepspeed_enabled)
         check_adapter_in(found, self.model)
         return found
 
@@ -226,6 +240,7 @@ class SteeringMixin(Trainer):
             what = "" if self.loss is None else f" {type(parts(self.loss)[-1]).__name__}"
             everywhere: Any = self.accelerator.gather(loss.detach())
             check_finite(self, f"The loss{what}", everywhere)  # all processes stop, or none
+            self.step_loss = self.step_loss + everywhere.mean()
         return loss
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
@@ -234,7 +249,7 @@ class SteeringMixin(Trainer):
         if not self._plain and self.state.global_step >= self.state.max_steps:
             return [], None  # resumed at its end, where the parent would take one step more
         samples, items = super().get_batch_samples(epoch_iterator, num_batches, device)
-        self.step_batches = samples
+        self.step_batches, self.step_loss = samples, 0.0
         loss = self._loss_now
         if loss is not None and samples:
             counts = torch.as_tensor(sum(self._read(inputs).count(loss.unit) for inputs in samples), device=device)
@@ -254,7 +269,7 @@ class SteeringMixin(Trainer):
             with self._boundary(inputs), self.pay_once.shortcut():
                 return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         batch = self._read(inputs)
-        unwrapped = self.accelerator.unwrap_model(model)
+        unwrapped: Any = self.accelerator.unwrap_model(model)
         if loss.scales:
             with scaled(unwrapped, -1.0):  # refuse at the first step what only some of its draws would meet
                 pass
@@ -346,7 +361,8 @@ class SteeringMixin(Trainer):
         """
         super().save_model(output_dir, _internal_call)
         if not self._plain and self.args.should_save:
-            check_saved(self.accelerator.unwrap_model(self.model), Path(output_dir or str(self.args.output_dir)))
+            saved: Any = self.accelerator.unwrap_model(self.model)
+            check_saved(saved, Path(output_dir or str(self.args.output_dir)))
 
     def restart_draws(self, micro_step: int = 0) -> None:
         """Let the next micro-batch draw the random numbers that number `micro_step` of the optimiser step draws."""

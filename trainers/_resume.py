@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from ._mixin import SteeringMixin
 
 _STATE = "trainer_state.json"  # the last file of a checkpoint that the Trainer writes
+_SHARES = "global_step*/*zero_pp_rank_*_optim_states.pt"  # DeepSpeed's, one a process
 logger = logging.getLogger(__name__)
 
 
@@ -100,6 +101,29 @@ def check_adapter_in(folder: str | Path, model: Any) -> None:
         check_adapter_folder(str(folder), config)
     except ValueError as error:
         raise CheckpointError(f"{folder} is not of this training: {error}") from error
+
+
+def check_processes(folder: str | Path, processes: int, deepspeed: bool) -> None:
+    """Refuse a checkpoint whose optimiser states lie in shares of other processes; all others work with any number.
+
+    Args:
+        folder: The checkpoint.
+        processes: How many run now.
+        deepspeed: Whether they run under DeepSpeed, whose checkpoints hold a share of every process.
+
+    Raises:
+        CheckpointError: says how many processes it is of.
+    """
+    shares = len(list(Path(folder).glob(_SHARES)))
+    if shares and not deepspeed:
+        raise CheckpointError(
+            f"{folder} was saved under DeepSpeed, its optimiser states in shares of {shares} processes: go on under "
+            f"DeepSpeed with {shares}, or start from its adapter (PeftModel.from_pretrained(..., is_trainable=True))."
+        )
+    if deepspeed and not shares:
+        raise CheckpointError(f"{folder} was not saved under DeepSpeed, which cannot go on from it. Go on without it.")
+    if deepspeed and shares != processes:
+        raise CheckpointError(f"{folder} is of {shares} processes, {processes} run now: DeepSpeed needs {shares}.")
 
 
 def _damaged(folder: Path) -> Iterator[tuple[Path, str]]:

@@ -31,25 +31,26 @@ def fingerprint(model: nn.Module) -> dict[str, Any]:
 
 def check_fingerprint(expected: dict[str, Any], model: nn.Module) -> None:
     """Raise a ValueError when `model` is not the base that `expected` describes."""
-    found = fingerprint(model)
+    if (what := difference(expected, fingerprint(model))) is not None:
+        raise ValueError(
+            f"This is not the adapter's base model: {what}. Load the right base, or, to transfer the vector on "
+            "purpose, read the config with SteeringVectorConfig.from_pretrained, set base_fingerprint=None (on "
+            "another architecture target_modules=None too) and pass it as config=."
+        )
+
+
+def difference(expected: dict[str, Any], found: dict[str, Any]) -> str | None:
+    """In what a fingerprint is not the expected one, in words; None: it is."""
     for name in ("model_type", "hidden_size", "num_layers"):
-        if expected.get(name) != found[name]:
-            _refuse(f"{name} is {found[name]!r}, the adapter was made for {expected.get(name)!r}")
-    old, new = torch.tensor(expected.get("embedding") or []), torch.tensor(found["embedding"])
+        if expected.get(name) != found.get(name):
+            return f"{name} is {found.get(name)!r}, the adapter was made for {expected.get(name)!r}"
+    old, new = (torch.tensor(one.get("embedding") or []) for one in (expected, found))
     if old.numel() and new.numel():
         distance = float((old - new).norm() / old.norm().clamp_min(1e-12))
         if not distance <= _TOLERANCE:
-            _refuse(
-                f"its embeddings differ by {distance:.1%} from those of the adapter's base (at most {_TOLERANCE:.0%})"
-            )
-
-
-def _refuse(what: str) -> None:
-    raise ValueError(
-        f"This is not the adapter's base model: {what}. Load the right base, or, to transfer the vector on purpose, "
-        "read the config with SteeringVectorConfig.from_pretrained, set base_fingerprint=None (on another "
-        "architecture target_modules=None too) and pass it as config=."
-    )
+            most = f"at most {_TOLERANCE:.0%}"
+            return f"its embeddings differ by {distance:.1%} from those of the adapter's base ({most})"
+    return None
 
 
 def _embedding_sample(model: nn.Module) -> list[float]:

@@ -59,7 +59,7 @@ class SteeringVectorModel(BaseTuner):
         layer = getattr(target, CHILD, None)
         if layer is None:
             boundary = next((other.boundary for other in layers), None) or PromptBoundary()
-            layer = SteeringVectorLayer(text_config(self.model).hidden_size, _index_of(current_key), boundary)
+            layer = SteeringVectorLayer(text_config(self.model).hidden_size, index_of(current_key), boundary)
             target.add_module(CHILD, layer)
             # first of all hooks: transformers' hidden-state capture stays once it was asked for, and would not see us
             layer.handle = target.register_forward_hook(layer.hook, prepend=True)
@@ -156,7 +156,7 @@ def _copies(kwargs: dict[str, Any]) -> int:
     return max(kwargs.get(n) or getattr(config, n, None) or 1 for n in ("num_beams", "num_return_sequences"))
 
 
-def _index_of(name: str) -> int:
+def index_of(name: str) -> int:
     """The block's index: the first number in the module's name."""
     match = re.search(r"\.(\d+)(?:\.|$)", f".{name}")
     return int(match[1]) if match else 0

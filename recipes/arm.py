@@ -82,6 +82,17 @@ class OutputTable(BaseModel, extra="forbid"):
     folder: str | None = None
 
 
+class CardTable(BaseModel, extra="forbid"):
+    """`[card]`: what the adapter's model card says that no measurement can."""
+
+    behaviour: str | None = None
+    """What it makes the model do, and on what."""
+    problem: str | None = None
+    """The question it was made for, its baselines, and what would count against it."""
+    safety: str | None = None
+    """What to look at before others use it, beside what every card says."""
+
+
 class Arm(BaseModel, extra="forbid"):
     """A whole arm.
 
@@ -106,6 +117,7 @@ class Arm(BaseModel, extra="forbid"):
     trainer: dict[str, Any] = {}
     evaluation: EvaluationTable = EvaluationTable()
     output: OutputTable = OutputTable()
+    card: CardTable = CardTable()
 
     def peft_config(self) -> PeftConfig | None:
         """The adapter's configuration; None for full finetuning."""

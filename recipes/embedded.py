@@ -93,3 +93,12 @@ def plain_copy() -> Path:
 def task_names() -> list[str]:
     """The embedded tasks: the folders of `recipes/tasks/`."""
     return sorted(folder.name for folder in TASKS.iterdir() if (folder / "train.jsonl").is_file())
+
+
+def about(name: str) -> str | None:
+    """What an embedded task is about: the first paragraph of its README. None for other names."""
+    file = TASKS / name / "README.md"
+    if name not in task_names() or not file.is_file():
+        return None
+    paragraphs = [part.strip() for part in file.read_text(encoding="utf-8").split("\n\n")]
+    return next((" ".join(part.split()) for part in paragraphs if part and not part.startswith("#")), None)

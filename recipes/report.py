@@ -8,15 +8,10 @@ Writes `report.html` (opens without a network), `report.md` with `charts/`, and 
 from __future__ import annotations
 
 import argparse
-import base64
-import html
-import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-
-from markdown_it import MarkdownIt
 
 from steertune.recipes.ablate import GRID
 from steertune.recipes.ablation import analysis, sections
@@ -24,6 +19,7 @@ from steertune.recipes.ablation.statistics import Frame
 from steertune.recipes.ablation.tables import Card, Claim, GridTables, TaskTable
 from steertune.recipes.ablation.tidy import read_cells
 from steertune.recipes.files import ArmError, read_result, write_whole
+from steertune.recipes.page import html_page
 from steertune.recipes.processes import command
 
 
@@ -68,7 +64,7 @@ def write_report(folder: Path, measure: str | None = None) -> Path:
         lines += _body(folder, grid, tables, claim, cells, ran)
     page = folder / "report.md"
     write_whole(page, "\n".join(lines) + "\n")
-    write_whole(folder / "report.html", _html("\n".join(lines), folder, tables.name))
+    write_whole(folder / "report.html", html_page("\n".join(lines), folder, tables.name))
     return page
 
 
@@ -179,33 +175,6 @@ def _parquet(cells: Frame, file: Path) -> None:
     part = file.with_suffix(".part")
     cells.to_parquet(part, index=False)
     part.replace(file)
-
-
-_STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 62em; margin: 2em auto; padding: 0 1em; color: #222; }
-h1, h2 { line-height: 1.2; } h2 { margin-top: 2em; border-bottom: 1px solid #ddd; padding-bottom: .2em; }
-table { border-collapse: collapse; margin: 1em 0; font-size: 13px; font-variant-numeric: tabular-nums; display: block;
-  overflow-x: auto; }
-th, td { padding: .3em .7em; border-bottom: 1px solid #e5e5e5; text-align: left; }
-td { white-space: nowrap; } td:last-child { white-space: normal; }
-th { border-bottom: 2px solid #999; }
-img { max-width: 100%; } code { background: #f5f5f5; padding: .1em .3em; }
-pre code { display: block; padding: .8em; }
-"""
-
-
-def _html(markdown: str, folder: Path, title: str) -> str:
-    """The page in one file: pictures inside, no network, no script."""
-    body = MarkdownIt("commonmark", {"html": False}).enable("table").render(markdown)
-
-    def inline(match: re.Match[str]) -> str:
-        data = base64.b64encode((folder / match[1]).read_bytes()).decode()
-        return f'src="data:image/png;base64,{data}"'
-
-    body = re.sub(r'src="(charts/\w+\.png)"', inline, body)
-    body = re.sub(r'<img src="(?!data:)[^>]*>', "", body)  # of a text in the grid: it would ask the network
-    head = f'<meta charset="utf-8"><title>{html.escape(title)}</title><style>{_STYLE}</style>'
-    return f"<!doctype html><html><head>{head}</head><body>{body}</body></html>\n"
 
 
 if __name__ == "__main__":

@@ -22,7 +22,9 @@ from accelerate import PartialState
 from datasets import Dataset
 from transformers import set_seed
 
+from steertune.adapters.card import write_card
 from steertune.recipes.arm import Arm, ArmError, load_arm
+from steertune.recipes.cards import of_training
 from steertune.recipes.data import load_model, load_splits
 from steertune.recipes.measures import (
     batches,
@@ -100,6 +102,8 @@ def run(arm: Arm) -> dict[str, Any]:
         if result["strengths"]:
             strength_plot(result["strengths"], folder / "strengths.png")
         page = write_page(folder, result)
+        if (folder / "adapter" / "adapter_config.json").is_file():
+            write_card(folder / "adapter", of_training(arm, result))
         write_whole(folder / "result.json", json.dumps(result, indent=2))  # last: it says that the run is finished
         say(f"\n{page.read_text(encoding='utf-8')}\nThis page: {page}")
     return result

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import copy
-import importlib.metadata
 import json
-import platform
 import time
 from pathlib import Path
 from typing import Any
@@ -20,7 +18,6 @@ from steertune.recipes.files import read_text, write_whole
 from steertune.recipes.teachers import train_teachers
 from steertune.trainers import FrozenPrefix, last_checkpoint
 
-_PACKAGES = ("steertune", "torch", "transformers", "trl", "peft", "accelerate", "datasets", "scikit-learn")
 _QUIET = ("save_strategy", "logging_strategy", "disable_tqdm")  # settings that say nothing about learning
 
 
@@ -109,13 +106,6 @@ def fit(trainer: Any, folder: Path) -> float:
     else:
         trainer.train(resume_from_checkpoint=last_checkpoint(folder / "checkpoints"))
     return time.monotonic() - start
-
-
-def versions() -> str:
-    """What a result was made with: Python, packages, device."""
-    packages = [f"{name} {importlib.metadata.version(name)}" for name in _PACKAGES]
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-    return ", ".join([f"Python {platform.python_version()}", *packages, f"on {device}"])
 
 
 class _MetricsFile(TrainerCallback):

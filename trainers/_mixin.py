@@ -20,9 +20,11 @@ from transformers import Trainer, set_seed
 
 from ..adapters import SteeringVectorConfig, SteeringVectorLayer, steering_layers
 from ..adapters.blocks import find_blocks, resolve_layers, text_config
+from ..adapters.card import Card
 from ..losses import Loss, Staged, get_loss, parts
 from ._at import REFERENCE_ADAPTER, ModelAt, prompt_of, scaled
 from ._batch import Batch
+from ._card import write_trainer_card
 from ._data import PAIR_FORMATS, DataError, check_rows, check_tokens, warn_cut
 from ._guard import FiniteSteps, check_finite
 from ._metrics import Metrics
@@ -71,6 +73,9 @@ class SteeringMixin(Trainer):
     model: Any  # the parent's type allows None, which it is not after construction
     takes_pairs: bool | None = None
     """Whether the parent's data are preference pairs; None: it does not say."""
+    card: Card = Card()
+    """What the model card says of behaviour, problem, data and measurements. Set it before the adapter is saved or
+    pushed; places left open say so."""
     max_length: int | None = None
     """Where rows are cut, if not at the `max_length` of the arguments."""
 
@@ -354,7 +359,7 @@ class SteeringMixin(Trainer):
         return torch.Generator().manual_seed(int.from_bytes(hashlib.blake2b(key, digest_size=7).digest()))
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """As the parent's; what was written must hold every vector in full size.
+        """As the parent's, with a model card; what was written must hold every vector in full size.
 
         Raises:
             IncompleteAdapterError: weights are missing from the file, or are there in part.
@@ -362,7 +367,16 @@ class SteeringMixin(Trainer):
         super().save_model(output_dir, _internal_call)
         if not self._plain and self.args.should_save:
             saved: Any = self.accelerator.unwrap_model(self.model)
-            check_saved(saved, Path(output_dir or str(self.args.output_dir)))
+            folder = Path(output_dir or str(self.args.output_dir))
+            check_saved(saved, folder)
+            if not _internal_call:
+                write_trainer_card(self, folder)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """As the parent's, which `push_to_hub` calls, with its metadata and the text of `card`."""
+        super().create_model_card(*args, **kwargs)
+        if not self._plain and self.is_world_process_zero():
+            write_trainer_card(self, str(self.args.output_dir), anyway=True)
 
     def restart_draws(self, micro_step: int = 0) -> None:
         """Let the next micro-batch draw the random numbers that number `micro_step` of the optimiser step draws."""

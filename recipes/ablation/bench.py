@@ -143,6 +143,5 @@ class Bench:
         """Forward passes inside leave out what the memo knows of `model`. Of finetuned weights it would know nothing,
         and only fill up."""
         shared = model is self._loaded[0] or isinstance(model, PeftModel)
-        shortcut = self.prefix.shortcut(model) if shared else None
-        with nullcontext() if shortcut is None else shortcut.on(labels_only=True):
+        with self.prefix.on(model, labels_only=True) if shared else nullcontext():
             yield

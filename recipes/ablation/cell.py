@@ -21,6 +21,7 @@ from torch.nn.functional import logsigmoid
 from transformers import PrinterCallback, ProgressCallback, set_seed
 
 from steertune.adapters import SteeringVectorConfig
+from steertune.adapters.card import versions
 from steertune.recipes.ablation.bench import Bench
 from steertune.recipes.ablation.budget import Setting, draw, untrained_strengths
 from steertune.recipes.ablation.grid import VERSION, Cell
@@ -37,7 +38,7 @@ from steertune.recipes.measures import (
     reset_peak_memory,
     side_effects,
 )
-from steertune.recipes.training import fit, make_trainer, versions
+from steertune.recipes.training import fit, make_trainer
 from steertune.trainers import NonFiniteError, scalable, scaled, share_weights, train_together
 
 logger = logging.getLogger(__name__)

@@ -48,8 +48,8 @@ class Decoder:
         except ValueError as error:
             raise NoPrefix(str(error)) from error
         self.depth, self.count = len(blocks), count
-        self._blocks = [block for _, block in blocks]
-        self._skipped = self._blocks[:count]
+        self.blocks = [block for _, block in blocks]
+        self._skipped = self.blocks[:count]
         self.module = find_stack(base)
         self._signature = inspect.signature(type(self.module).forward)
         if not self.takes("input_ids"):
@@ -66,7 +66,7 @@ class Decoder:
     @property
     def recomputed(self) -> bool:
         """Whether the backward pass will run blocks again (gradient checkpointing)."""
-        return any(block.training and getattr(block, "gradient_checkpointing", False) for block in self._blocks)
+        return any(block.training and getattr(block, "gradient_checkpointing", False) for block in self.blocks)
 
     @contextmanager
     def on(self, replacement: Replacement) -> Iterator[None]:

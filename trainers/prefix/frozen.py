@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 from torch import nn
@@ -29,16 +31,24 @@ class FrozenPrefix:
             memory-mapped temporary files.
         disk_gb: What one process may write to disk, in GB; what does not fit is computed again.
         warn: Warn where something cannot be left out; else an INFO message says so.
+        stops: Numbers of lower blocks after which states are kept too, where a pass comes by: a sweep over layers
+            that starts at the top pays for all of them with one pass.
 
     Raises:
         ValueError: a negative or not finite budget.
     """
 
     def __init__(
-        self, ram_gb: float = 2.0, folder: str | Path | None = None, warn: bool = True, disk_gb: float = 20.0
+        self,
+        ram_gb: float = 2.0,
+        folder: str | Path | None = None,
+        warn: bool = True,
+        disk_gb: float = 20.0,
+        stops: Collection[int] = (),
     ) -> None:
         self.memo = Memo(ram_gb, folder, disk_gb)
         self.level = logging.WARNING if warn else logging.INFO
+        self.stops = frozenset(stops)
         self._proven: set[str] = set()
 
     @property
@@ -57,10 +67,22 @@ class FrozenPrefix:
             if not self.usable:
                 raise NoPrefix("its budget is 0 GB")
             self.memo.refresh()
-            return Shortcut(self.memo, model, training, self._proven, self.level)
+            return Shortcut(self.memo, model, training, self._proven, self.level, self.stops)
         except NoPrefix as error:
             logger.log(self.level, "The frozen prefix is off: %s.", error)
             return None
+
+    @contextmanager
+    def on(self, model: nn.Module, labels_only: bool = False) -> Iterator[None]:
+        """Forward passes of `model` inside, for evaluation, leave out what they can.
+
+        Args:
+            model: As for `shortcut`.
+            labels_only: Whether nothing is read of the outputs before the last prompt token.
+        """
+        shortcut = self.shortcut(model)
+        with nullcontext() if shortcut is None else shortcut.on(labels_only):
+            yield
 
     def reference(self, model: nn.Module, trained: bool = True) -> ReferenceMemo | None:
         """The memo of `at(0)`; `trained`: whether what requires gradients in `model` is no part of it."""

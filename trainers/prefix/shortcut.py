@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -42,12 +42,21 @@ class Shortcut:
         training: Whether parameters that require gradients will be changed.
         proven: What was compared before; what is found exact is added.
         level: Level of the messages that say why something is off.
+        stops: See `FrozenPrefix`.
 
     Raises:
         NoPrefix: the model's decoder blocks are unknown.
     """
 
-    def __init__(self, memo: Memo, model: nn.Module, training: bool, proven: set[str], level: int) -> None:
+    def __init__(
+        self,
+        memo: Memo,
+        model: nn.Module,
+        training: bool,
+        proven: set[str],
+        level: int,
+        stops: Collection[int] = (),
+    ) -> None:
         self.model, self._proven, self._level = model, proven, level
         self._said: set[str] = set()
         self._made_for = _trainable(model)
@@ -57,7 +66,7 @@ class Shortcut:
             self._say(why)
             count = 0
         self.decoder = Decoder(model, count)
-        self._states = States(memo, model, self.decoder, training) if count else None
+        self._states = States(memo, model, self.decoder, training, stops) if count else None
         random = training and any(dropout(module) for module in model.modules())
         cached = self.decoder.takes("past_key_values", "use_cache") and count < self.decoder.depth
         self.shares_prompts = cached and not random

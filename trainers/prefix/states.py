@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,11 +26,17 @@ class States:
         model: The model, with or without PEFT.
         decoder: Its stack of blocks, with the frozen ones to be skipped.
         training: Whether parameters that require gradients will be changed.
+        stops: Numbers of blocks after which states are kept as well, where a pass comes by.
     """
 
-    def __init__(self, memo: Memo, model: nn.Module, decoder: Decoder, training: bool) -> None:
+    def __init__(
+        self, memo: Memo, model: nn.Module, decoder: Decoder, training: bool, stops: Collection[int] = ()
+    ) -> None:
         self.memo, self.model, self.decoder, self.training = memo, model, decoder, training
+        self.stops = sorted({stop for stop in stops if 0 < stop < decoder.count})
         self._namespace: str | None = None
+        self._ran_until: dict[int, dict[str, nn.Module]] = {}
+        self._stop_namespaces: dict[int, str] = {}
         self._below: list[nn.Module] = []
 
     def of(self, rows: Sequence[Mapping[str, Tensor]], width: int) -> Tensor:
@@ -44,13 +53,29 @@ class States:
             key = row_key(self._namespace, row)
             state = self.memo.get(key)
             if state is None:
-                state = self.decoder.state({**row, "use_cache": False})[0]
+                with self._stopping() as passed:
+                    state = self.decoder.state({**row, "use_cache": False})[0]
                 self.memo.put(key, state)
+                for stop, lower in passed.items():
+                    self.memo.put(row_key(self._stop_namespace(stop), row), lower[0])
             known.append(state)
         states = known[0].new_zeros(len(rows), width, known[0].shape[-1], device="cpu")
         for i, state in enumerate(known):
             states[i, : len(state)] = state
         return states.to(rows[0]["input_ids"].device, non_blocking=True)
+
+    @contextmanager
+    def _stopping(self) -> Iterator[dict[int, Tensor]]:
+        """A dictionary that the forward pass inside fills: number of blocks -> state behind them."""
+        passed: dict[int, Tensor] = {}
+        handles = [
+            self.decoder.blocks[stop - 1].register_forward_hook(partial(_keep, passed, stop)) for stop in self.stops
+        ]
+        try:
+            yield passed
+        finally:
+            for handle in handles:
+                handle.remove()
 
     def _check(self, row: Mapping[str, Tensor]) -> str:
         """Check all that runs below the cut, and say what its outputs depend on."""
@@ -61,7 +86,11 @@ class States:
         def note(module: nn.Module, _: object) -> None:
             ran[names[module]] = module
 
+        def note_stop(stop: int, *_: object) -> None:
+            self._ran_until[stop] = dict(ran)
+
         handles = [module.register_forward_pre_hook(note) for module in names]
+        handles += [self.decoder.blocks[n - 1].register_forward_hook(partial(note_stop, n)) for n in self.stops]
         try:
             with evaluating(base):  # dropout would draw random numbers
                 state = self.decoder.state({**row, "use_cache": False})
@@ -80,13 +109,28 @@ class States:
                 raise NoPrefix(
                     "what runs below the trained layers differs in training (noise on embeddings or routers?)"
                 )
-        below = {f"{name}.{key}".lstrip("."): t for name, module in ran.items() for key, t in _own_tensors(module)}
-        settings = (type(stack).__name__, self.decoder.count, attention_of(base), config_of(base))
-        namespace = weights_key(sorted(below.items()), *settings)
+        namespace = self._key(ran, self.decoder.count)
         dtype = str(state.dtype).removeprefix("torch.")
         what = f"{type(base).__name__} of width {state.shape[-1]} up to block {self.decoder.count - 1} in {dtype}"
         self.memo.belongs_to(namespace, f"{what} with {attention_of(base)} attention")
         return namespace
+
+    def _stop_namespace(self, stop: int) -> str:
+        """The namespace of a stop: computed when a row is new, because it reads all weights below."""
+        if stop not in self._stop_namespaces:
+            self._stop_namespaces[stop] = self._key(self._ran_until[stop], stop)
+        return self._stop_namespaces[stop]
+
+    def _key(self, ran: Mapping[str, nn.Module], count: int) -> str:
+        """What the state behind `count` blocks depends on beside the row."""
+        base = base_of(self.model)
+        below = {f"{name}.{key}".lstrip("."): t for name, module in ran.items() for key, t in _own_tensors(module)}
+        settings = (type(self.decoder.module).__name__, count, attention_of(base), config_of(base))
+        return weights_key(sorted(below.items()), *settings)
+
+
+def _keep(passed: dict[int, Tensor], stop: int, module: nn.Module, args: object, output: Any) -> None:
+    passed[stop] = (output[0] if isinstance(output, tuple) else output).detach()
 
 
 def _random_states(devices: Sequence[torch.device]) -> list[Tensor]:

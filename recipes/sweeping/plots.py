@@ -1,0 +1,141 @@
+"""The pictures of a sweep, as PNG files: figures of their own, no display, no global state."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from numpy.typing import NDArray
+
+from steertune.recipes.sweeping.choose import Cell, Choice, Reliability
+
+_DPI = 150
+_GREY = "#777777"
+_COLUMNS = 3
+Value = Callable[[Cell], float | None]
+
+
+def heat_maps(cells: Sequence[Cell], panels: dict[str, tuple[Value, str]], choice: Choice, file: Path) -> None:
+    """Layers x strengths, a panel a measure and site; the recommended setting is framed.
+
+    Args:
+        cells: Settings.
+        panels: Title -> what is shown, and its colours.
+        choice: The recommendation.
+        file: Where the picture goes.
+    """
+    sites = list(dict.fromkeys(cell["site"] for cell in cells))
+    layers = sorted({cell["layer"] for cell in cells})
+    strengths = sorted({cell["strength"] for cell in cells})
+    rows = -(-len(panels) // _COLUMNS)
+    size = (0.5 + 0.5 * len(strengths)) * _COLUMNS, (1.0 + 0.3 * len(layers)) * rows * len(sites)
+    figure = Figure(figsize=(max(7.0, size[0]), size[1]), layout="constrained")
+    axes = figure.subplots(rows * len(sites), _COLUMNS, squeeze=False)
+    for axis in axes.flat:
+        axis.set_visible(False)
+    for block, site in enumerate(sites):
+        for place, (title, (value, colours)) in enumerate(panels.items()):
+            axis = axes[block * rows + place // _COLUMNS, place % _COLUMNS]
+            axis.set_visible(True)
+            grid = np.full((len(layers), len(strengths)), np.nan)
+            for cell in (cell for cell in cells if cell["site"] == site):
+                found = value(cell)
+                grid[_where(cell, layers, strengths)] = np.nan if found is None else found
+            _heat(axis, grid, colours)
+            axis.set_xticks(range(len(strengths)), [f"{s:g}" for s in strengths], fontsize=8)
+            axis.set_yticks(range(len(layers)), [str(layer) for layer in layers], fontsize=8)
+            axis.set_title(title if len(sites) == 1 else f"{title}, {site}", fontsize=9)
+            axis.set_xlabel("strength", fontsize=8)
+            axis.set_ylabel("layer", fontsize=8)
+            if choice.cell is not None and choice.cell["site"] == site:
+                y, x = _where(choice.cell, layers, strengths)
+                axis.add_patch(Rectangle((x - 0.5, y - 0.5), 1, 1, fill=False, edgecolor="red", linewidth=2.5))
+    figure.savefig(file, dpi=_DPI)
+
+
+def _where(cell: Cell, layers: list[int], strengths: list[float]) -> tuple[int, int]:
+    return layers.index(cell["layer"]), strengths.index(cell["strength"])
+
+
+def _heat(axis: Axes, grid: NDArray[np.float64], colours: str) -> None:
+    """Cells with their numbers, upper layers on top."""
+    norm, palette = Normalize(np.nanmin(grid), np.nanmax(grid)), colormaps[colours]
+    axis.imshow(grid, origin="lower", aspect="auto", cmap=palette, norm=norm)
+    for (y, x), value in np.ndenumerate(grid):
+        if np.isfinite(value):
+            red, green, blue, _ = palette(norm(value))
+            dark = 0.3 * red + 0.6 * green + 0.1 * blue < 0.5
+            text = f"{value:.2f}" if abs(value) < 10 else f"{value:.0f}"
+            axis.text(x, y, text, ha="center", va="center", fontsize=7, color="white" if dark else "black")
+
+
+def pareto(
+    cells: Sequence[Cell], value: Value, base: float, limit: float, choice: Choice, file: Path, label: str
+) -> None:
+    """Behaviour against KL, a dot a setting coloured by its layer; those that no other beats on both are joined.
+
+    Args:
+        cells: Settings.
+        value: The behaviour.
+        base: Of the base model.
+        limit: Of the KL.
+        choice: The recommendation, ringed.
+        file: Where the picture goes.
+        label: What the behaviour is called.
+    """
+    points = [(max(c["kl"], 1e-6), v, c) for c in cells if (v := value(c)) is not None and np.isfinite(c["kl"])]
+    figure = Figure(figsize=(7.2, 4.2), layout="constrained")
+    axis = figure.subplots()
+    layers = sorted({c["layer"] for c in cells})
+    norm, palette = Normalize(layers[0], max(layers[-1], layers[0] + 1)), colormaps["viridis"]
+    markers = dict(zip(dict.fromkeys(c["site"] for c in cells), "osD", strict=False))
+    front = _front(points, base)
+    axis.plot([x for x, _, _ in front], [y for _, y, _ in front], color=_GREY, linewidth=0.9, zorder=1)
+    for x, y, c in points:
+        axis.plot(x, y, markers[c["site"]], color=palette(norm(c["layer"])), markersize=5.5, zorder=2)
+    for x, y, c in front:
+        label_at = f"{c['layer']}×{c['strength']:g}"
+        axis.annotate(label_at, (x, y), (3, 5), textcoords="offset points", fontsize=7)
+    if choice.cell is not None and (chosen := value(choice.cell)) is not None:
+        ring = {"markersize": 13, "markerfacecolor": "none", "markeredgecolor": "red", "markeredgewidth": 1.8}
+        axis.plot(max(choice.cell["kl"], 1e-6), chosen, "o", label="recommended", **ring)
+    axis.axhline(base, color=_GREY, linestyle="--", linewidth=0.9, label="base model")
+    axis.axvline(limit, color="red", linestyle=":", linewidth=0.9, label="limit of the KL")
+    axis.set_xscale("log")
+    axis.set(xlabel="KL to the base on neutral text, nats a token (layer×strength on the front)", ylabel=label)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.grid(alpha=0.25, linewidth=0.6)
+    figure.legend(loc="outside upper center", ncols=3, fontsize=8, frameon=False)
+    figure.colorbar(ScalarMappable(norm, palette), ax=axis, label="layer", ticks=layers)
+    figure.savefig(file, dpi=_DPI)
+
+
+def _front(points: Sequence[tuple[float, float, Cell]], base: float) -> list[tuple[float, float, Cell]]:
+    """The points that no other, nor the base model, beats in both: less KL and more behaviour."""
+    front, best = [], base
+    for x, y, c in sorted(points, key=lambda p: (p[0], -p[1])):
+        if y > best:
+            front.append((x, y, c))
+            best = y
+    return front
+
+
+def slopes(found: dict[str, Reliability], file: Path) -> None:
+    """Per-example slopes, sorted, a panel a part of the rows; red ones go the wrong way."""
+    figure = Figure(figsize=(3.6 * len(found), 2.8), layout="constrained")
+    axes = figure.subplots(1, len(found), squeeze=False, sharey=True)[0]
+    for axis, (part, one) in zip(axes, found.items(), strict=True):
+        values = sorted(one.slopes)
+        axis.bar(range(len(values)), values, width=0.85, color=["C3" if v < 0 else "C0" for v in values])
+        axis.axhline(0, color="black", linewidth=0.8)
+        axis.set(title=f"{part}: {one.wrong} of {len(values)} the wrong way", xlabel="example, sorted")
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].set_ylabel("d margin / d strength (nats)")
+    figure.savefig(file, dpi=_DPI)

@@ -1,0 +1,103 @@
+"""What a sweep is asked for, checked before anything runs."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, Field, field_validator
+
+from steertune.adapters.config import Site
+from steertune.recipes.ablation.splits import SplitTable
+from steertune.recipes.arm import Arm, ArmError, ModelTable, load_arm, make_arm
+
+SCALABLE = ("steering_vector", "lora")
+
+
+class Limits(BaseModel, extra="forbid"):
+    """What a setting may do to neutral text and still be recommended."""
+
+    kl: float = Field(default=0.3, gt=0)
+    """KL to the base model, in nats per token."""
+    perplexity: float = Field(default=1.25, ge=1)
+    """Times that of the base model."""
+    repetition: float = Field(default=0.1, ge=0)
+    """Share of repeated word triples above that of the base model."""
+
+
+class SweepTable(BaseModel, extra="forbid"):
+    """The whole request; `config.json` of the sweep's folder."""
+
+    task: str
+    model: ModelTable
+    direction: str | None = None
+    """A file of `adapters/directions/`, or"""
+    arm: Arm | None = None
+    """what is trained at every layer."""
+    layers: list[int] = Field(min_length=1)
+    sites: list[Site] = Field(min_length=1)
+    strengths: list[float] = Field(min_length=1)
+    train: int = Field(ge=1)
+    splits: SplitTable
+    seed: int = 0
+    scorer: dict[str, Any] | None = None
+    """How the behaviour in generated answers is scored; None: it is not."""
+    generations: int = Field(ge=0)
+    """How many neutral prompts are answered for the repetition and, with a scorer, how many of the task's."""
+    new_tokens: int = Field(ge=1)
+    limits: Limits = Limits()
+
+    @field_validator("strengths")
+    @classmethod
+    def _strengths(cls, values: list[float]) -> list[float]:
+        bad = [value for value in values if not math.isfinite(value) or value == 0]
+        if bad:
+            raise ValueError(f"{bad}: finite numbers other than 0, which is the base model and always measured")
+        return sorted(set(values))
+
+    @property
+    def what(self) -> str:
+        """What is swept, in words."""
+        return f"the direction `{self.direction}`" if self.arm is None else f"the arm `{self.arm.name}`"
+
+
+def read_arm(name: str, overrides: list[str]) -> Arm:
+    """The arm of a name, a TOML file, or of a folder that `train` wrote (or the adapter in it).
+
+    Raises:
+        ArmError: there is none, it has no strength, or nothing of it can be put at a layer.
+    """
+    folder = Path(name)
+    if folder.is_dir():
+        if overrides:
+            raise ArmError(f"{name} is a folder, whose arm is taken as it was trained: drop {overrides}.")
+        file = next((f for f in (folder / "config.json", folder.parent / "config.json") if f.is_file()), None)
+        if file is None or "adapter" not in (tables := json.loads(file.read_text(encoding="utf-8"))):
+            raise ArmError(
+                f"{name} does not say how it was trained: there is no config.json of a training run in it or beside "
+                "it. Give the arm itself, or a direction."
+            )
+        arm = make_arm(tables)
+    else:
+        arm = load_arm(name, overrides)
+    kind = arm.adapter.get("type", "steering_vector")
+    if kind not in SCALABLE or arm.prompt:
+        raise ArmError(f"Arm {arm.name!r} (adapter {kind!r}) has no strength to sweep; {' and '.join(SCALABLE)} have.")
+    return arm
+
+
+def at(arm: Arm, site: Site, layer: int) -> Arm:
+    """The arm at one place.
+
+    Raises:
+        ArmError: a LoRA at another site than `block`.
+    """
+    if arm.adapter.get("type", "steering_vector") == "lora":
+        if site != "block":
+            raise ArmError(f"--sites {site}: a LoRA sits in the matrices of a block. Leave --sites out.")
+        place: dict[str, Any] = {"layers_to_transform": [layer]}
+    else:
+        place = {"layers": layer, "site": site}
+    return arm.model_copy(update={"adapter": {**arm.adapter, **place}})

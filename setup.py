@@ -32,6 +32,8 @@ RECIPES = [
     "markdown-it-py>=3",
 ]
 
+EVAL = ["lm-eval>=0.4.12"]
+
 setup(
     name="steertune",
     version="0.1.0",
@@ -58,8 +60,12 @@ setup(
         "recipes": RECIPES,
         "deepspeed": ["deepspeed>=0.18", "ninja>=1.11"],
         "docs": ["mkdocs-material>=9.6,<10", "mkdocstrings[python]>=1.0"],
+        "eval": EVAL,
         "test": [
             *RECIPES,
+            *EVAL,
+            "tensorboard>=2.18",
+            "hotwire-vllm>=0.1",
             "pytest>=8",
             "pytest-xdist>=3.6",
             "shapiq>=1.4",

@@ -136,8 +136,11 @@ class SteeringVectorLayer(nn.Module, BaseTunerLayer):
             return None
         return (steered, *output[1:]) if isinstance(output, tuple) else steered
 
-    def forward(self, hidden: Tensor, adapter_names: list[str] | None = None) -> Tensor:
-        """Steer `(rows, tokens, d)` by the active adapters one after the other, or row `i` by `adapter_names[i]`."""
+    def forward(
+        self, hidden: Tensor, adapter_names: list[str] | None = None, strengths: list[float] | None = None
+    ) -> Tensor:
+        """Steer `(rows, tokens, d)` by the active adapters one after the other, or row `i` by `adapter_names[i]`,
+        `strengths[i]` times."""
         if self.disable_adapters:
             return hidden
         if adapter_names is None:
@@ -149,12 +152,13 @@ class SteeringVectorLayer(nn.Module, BaseTunerLayer):
                 "Length of `adapter_names` should be the same as the number of inputs, but got "
                 f"{len(adapter_names)} and {len(hidden)} respectively: give one a row."
             )
+        times = torch.tensor(strengths or [1.0] * len(hidden), device=hidden.device)[:, None, None]
         for name in sorted(set(adapter_names) - {BASE_ROW}):
             rows = torch.tensor([i for i, n in enumerate(adapter_names) if n == name], device=hidden.device)
-            hidden = hidden.index_copy(0, rows, self._steer(name, hidden[rows], rows))
+            hidden = hidden.index_copy(0, rows, self._steer(name, hidden[rows], rows, times[rows]))
         return hidden
 
-    def _steer(self, name: str, hidden: Tensor, rows: Tensor | None = None) -> Tensor:
+    def _steer(self, name: str, hidden: Tensor, rows: Tensor | None = None, times: Tensor | float = 1.0) -> Tensor:
         config = self.config.get(name)
         strength = self.strength.get(name, 1.0)
         if config is None or strength == 0.0:
@@ -164,7 +168,8 @@ class SteeringVectorLayer(nn.Module, BaseTunerLayer):
         if strength == "null":
             steered = hidden + null(hidden, self.written(name))
         else:
-            steered = hidden + strength * self._change(name, hidden)  # fp32: the vector is, and wins the promotion
+            # fp32: the vector is, and wins the promotion
+            steered = hidden + strength * times * self._change(name, hidden)
             if config.norm == "preserve":
                 steered = preserve(steered, hidden)
         steered = steered.to(hidden.dtype)

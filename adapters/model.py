@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
@@ -114,17 +115,19 @@ class SteeringVectorModel(BaseTuner):
         if self.training:
             raise ValueError("Cannot pass `adapter_names` when the model is in training mode. Call eval() first.")
         known = {name for layer in steering_layers(self.model) for name in layer.config} | {BASE_ROW}
-        if unknown := sorted(set(names) - known):
+        asked = [_named_strength(name, known) for name in names]
+        if unknown := sorted({name for name, _ in asked} - known):
             raise ValueError(
                 f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}. There are {sorted(known)}."
             )
-        rows = [name for name in names for _ in range(copies)]
-        give = partial(_give_names, rows)
-        steered = (SteeringVectorLayer, AuxiliaryTrainingWrapper)
+        rows = [row for row in asked for _ in range(copies)]
+        to_others = {"adapter_names": [name for name, _ in rows]}
+        to_ours = {**to_others, "strengths": [strength for _, strength in rows]}
         return [
-            module.register_forward_pre_hook(give, with_kwargs=True)
+            module.register_forward_pre_hook(partial(_give, given), with_kwargs=True)
+            for kind, given in ((SteeringVectorLayer, to_ours), (AuxiliaryTrainingWrapper, to_others))
             for module in self.model.modules()
-            if isinstance(module, steered)
+            if isinstance(module, kind)
         ]
 
     def merge_adapter(self, *args: Any, **kwargs: Any) -> None:
@@ -146,8 +149,30 @@ class SteeringVectorModel(BaseTuner):
         return super().unload()
 
 
-def _give_names(rows: list[str], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    return args, {**kwargs, "adapter_names": rows}
+def _named_strength(asked: str, known: Collection[str]) -> tuple[str, float]:
+    """An entry of `adapter_names`: an adapter, or an adapter and the strength of its row (`"careful@-1.5"`).
+
+    Args:
+        asked: The entry.
+        known: Names of adapters; a name among them is taken as it is.
+
+    Raises:
+        ValueError: the strength is no finite number.
+    """
+    name, at, number = asked.rpartition("@")
+    if not at or asked in known or name not in known:
+        return asked, 1.0
+    try:
+        strength = float(number)
+    except ValueError:
+        strength = math.nan
+    if not math.isfinite(strength):
+        raise ValueError(f"adapter_names: {asked!r}: {number!r} is no finite strength. Write {name}@1.5.")
+    return name, strength
+
+
+def _give(given: dict[str, Any], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return args, kwargs | given
 
 
 def _copies(kwargs: dict[str, Any]) -> int:

@@ -16,7 +16,7 @@ from steertune.adapters import SteeringVectorConfig
 from steertune.recipes import embedded
 from steertune.recipes.arm import ArmError, DataTable, ModelTable
 
-_BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
+BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 
 
 def load_model(table: ModelTable) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -55,7 +55,7 @@ def adapter_config(folder: Path) -> SteeringVectorConfig:
 
 
 def load_steered(
-    folder: Path, base: str | None = None, dtype: str = "float32"
+    folder: Path, base: str | None = None, dtype: str = "float32", name: str = "default"
 ) -> tuple[PeftModel, PreTrainedTokenizerBase, str]:
     """A steering vector on its base model, in evaluation mode, the tokenizer, and the base model's name.
 
@@ -63,20 +63,21 @@ def load_steered(
         folder: The adapter's.
         base: As in `ModelTable`; None: what the adapter names.
         dtype: Of the base model.
+        name: Of the adapter in the model.
 
     Raises:
         ArmError: no usable adapter, no base model, or not the one that the adapter was made for.
     """
     config = adapter_config(folder)
-    name = base or config.base_model_name_or_path
-    if not name:
+    called = base or config.base_model_name_or_path
+    if not called:
         raise ArmError(f"{folder} does not name its base model: give one.")
-    if name == embedded.MODEL_NAME and embedded.installed():
-        name = "embedded"
-    table: Any = {"name": name, "revision": None if base else config.revision, "dtype": dtype}
+    if called == embedded.MODEL_NAME and embedded.installed():
+        called = "embedded"
+    table: Any = {"name": called, "revision": None if base else config.revision, "dtype": dtype}
     model, tokenizer = load_model(ModelTable(**table))
     try:
-        return PeftModel.from_pretrained(model, str(folder)).eval(), tokenizer, name
+        return PeftModel.from_pretrained(model, str(folder), adapter_name=name).eval(), tokenizer, called
     except ValueError as error:
         raise ArmError(str(error)) from error
 
@@ -129,13 +130,13 @@ def find_split(name: str, split: str) -> Dataset | None:
     """As `load_split`; None if there is no such split."""
     path = _folder(name)
     if path.is_dir():
-        files = [p for p in sorted(path.iterdir()) if p.suffix in _BUILDERS and split in p.stem.split(".")]
+        files = [p for p in sorted(path.iterdir()) if p.suffix in BUILDERS and split in p.stem.split(".")]
         if len(files) != 1:
             return None
         path = files[0]
     if path.is_file():
         return _read(path)
-    if path.suffix in _BUILDERS or name.startswith((".", "/")):
+    if path.suffix in BUILDERS or name.startswith((".", "/")):
         raise ArmError(f"data.name={name!r}: no such file or folder. Embedded tasks: {embedded.task_names()}.")
     try:
         if split not in get_dataset_split_names(name):
@@ -155,17 +156,17 @@ def _read(path: Path) -> Dataset:
     Raises:
         ArmError: it is of another kind, damaged or empty, or its columns are not those that its first line names.
     """
-    if path.suffix not in _BUILDERS:
-        raise ArmError(f"{path} is none of {sorted(_BUILDERS)}.")
+    if path.suffix not in BUILDERS:
+        raise ArmError(f"{path} is none of {sorted(BUILDERS)}.")
     if path.stat().st_size == 0:
         raise ArmError(f"{path} is empty: rows are expected.")
-    strict: Any = {"encoding_errors": "strict"} if _BUILDERS[path.suffix] != "parquet" else {}
+    strict: Any = {"encoding_errors": "strict"} if BUILDERS[path.suffix] != "parquet" else {}
     try:
-        found: Any = load_dataset(_BUILDERS[path.suffix], data_files=glob.escape(str(path)), split="train", **strict)
+        found: Any = load_dataset(BUILDERS[path.suffix], data_files=glob.escape(str(path)), split="train", **strict)
     except Exception as error:  # the parsers have many, most of them inside another
         why = error.__cause__ or error
         raise ArmError(
-            f"{path} cannot be read as {_BUILDERS[path.suffix]}: {why}. Rows in UTF-8, all with the same columns, are "
+            f"{path} cannot be read as {BUILDERS[path.suffix]}: {why}. Rows in UTF-8, all with the same columns, are "
             "expected."
         ) from error
     try:

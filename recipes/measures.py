@@ -101,7 +101,7 @@ def generate(
     """Answers to prompts (strings or lists of messages), generated as one left-padded batch: greedily, or with
     `seed`'s random numbers at a temperature above 0."""
     chat = not isinstance(prompts[0], str)
-    texts = _as_asked(tokenizer, prompts)
+    texts = as_asked(tokenizer, prompts)
     side, tokenizer.padding_side = tokenizer.padding_side, "left"
     try:
         inputs = tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=not chat).to(model.device)
@@ -119,7 +119,7 @@ def generate(
 def prompt_lengths(tokenizer: Any, prompts: Sequence[Any]) -> list[int]:
     """Tokens of prompts (strings or lists of messages) as `generate` asks them."""
     special = isinstance(prompts[0], str)
-    return [len(ids) for ids in tokenizer(_as_asked(tokenizer, prompts), add_special_tokens=special)["input_ids"]]
+    return [len(ids) for ids in tokenizer(as_asked(tokenizer, prompts), add_special_tokens=special)["input_ids"]]
 
 
 def check_context(model: Any, tokenizer: Any, prompts: Sequence[Any], new_tokens: int, what: str) -> None:
@@ -137,7 +137,8 @@ def check_context(model: Any, tokenizer: Any, prompts: Sequence[Any], new_tokens
         )
 
 
-def _as_asked(tokenizer: Any, prompts: Sequence[Any]) -> list[str]:
+def as_asked(tokenizer: Any, prompts: Sequence[Any]) -> list[str]:
+    """Prompts as the model reads them: strings as they are, messages through the chat template."""
     if isinstance(prompts[0], str):
         return [*prompts]
     return [tokenizer.apply_chat_template(p, add_generation_prompt=True, tokenize=False) for p in prompts]

@@ -90,6 +90,11 @@ def begin(threads: int | None = None, running: int | None = None, only_one: bool
         torch.set_num_threads(threads)
 
 
+def default_device() -> str:
+    """Where a recipe runs a model that no trainer places."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def launcher() -> list[str] | None:
     """The words behind `accelerate launch` that this process comes from; None if it was started otherwise."""
     for parent in psutil.Process().parents():

@@ -3,6 +3,8 @@
     accelerate launch recipes/train.py
     accelerate launch -m steertune.recipes.train bias_dpo --data.name my_pairs.jsonl --adapter.layers 12
 
+Every key of the arm can be set as `--table.key value`: `--data.name` (an embedded task, a file or folder of pairs, a
+Hub name), `--model.name`, `--adapter.layers`, `--loss.name`, `--trainer.max_steps`, `--output.folder`, ...
 Ends with a page: preference on held-out pairs before, after and at other strengths, side effects, generations, cost.
 """
 
@@ -13,6 +15,7 @@ import json
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,8 +53,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "arm", nargs="?", default=DEFAULT_ARM, help=f"a .toml file or a name in recipes/arms/ ({DEFAULT_ARM})"
     )
+    parser.add_argument("--json", action="store_true", help="print result.json in the end, all else to standard error")
     known, overrides = parser.parse_known_args(argv)
-    run(load_arm(known.arm, overrides))
+    arm = load_arm(known.arm, overrides)
+    if not known.json:
+        run(arm)
+        return 0
+    with redirect_stdout(sys.stderr):
+        result = run(arm)
+    if PartialState().is_main_process:
+        print(json.dumps(result))
     return 0
 
 

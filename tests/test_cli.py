@@ -78,7 +78,7 @@ def test_info_says_what_is_there_and_whether_it_fits(folder, capsys):
     assert len(found["lengths"]) == 2 and found["parameters"] == 64
     assert cli.main(["info", str(folder), "--model", str(folder.parent / "base")]) == 0
     page = capsys.readouterr().out
-    assert "fits: " in page and "  peft: yes" in page and "  lm_eval: no: 2 vectors" in page
+    assert "fits: " in page and "  peft: yes" in page and "  gguf: yes" in page
 
 
 def test_info_refuses_what_is_no_vector_or_does_not_fit(folder, tmp_path, capsys):

@@ -44,7 +44,7 @@ def logits(model: torch.nn.Module) -> torch.Tensor:
         return model(input_ids=tokens()).logits
 
 
-@pytest.mark.parametrize("target", ["peft", "safetensors", "gguf", "lm_eval"])
+@pytest.mark.parametrize("target", ["peft", "safetensors", "gguf", "lm_eval", "vllm"])
 def test_a_fresh_process_finds_the_same(target, base, tmp_path):
     model = steered(layers=2)
     made = export(model, target, tmp_path / "out", base, INPUTS, strength=-1.5)
@@ -147,7 +147,10 @@ REFUSED = {
     "zero": (lambda: steered(layers=2, seed=0), "safetensors", "is zero or not finite"),
     "layer 0": (lambda: steered(layers=[0, 2]), "gguf", "Layer 0 is not representable"),
     "site": (lambda: steered(layers=2, site="mlp"), "gguf", "site='mlp'"),
-    "several": (lambda: steered(layers=[1, 2]), "lm_eval", "2 vectors: lm-eval gives every hook the last"),
+    "site for vllm": (lambda: steered(layers=2, site="mlp"), "vllm", "site='mlp'"),
+    "a gate for merged": (lambda: steered(layers=2, form="gated"), "merged", "form='gated' depends on the state"),
+    "norm for lm_eval": (lambda: steered(layers=2, norm="preserve"), "lm_eval", "norm='preserve'"),
+    "positions for vllm": (lambda: steered(layers=2, positions="prompt"), "vllm", "positions='prompt'"),
     "plain model": (lambda: tiny(), "peft", "carries no adapter"),
     "lora": (lambda: get_peft_model(tiny(), LoraConfig(target_modules="all-linear")), "peft", "only steering vectors"),
     "a typing error": (lambda: steered(layers=2), "safetensor", "Did you mean 'safetensors'"),
@@ -224,6 +227,22 @@ def test_a_control_vector_is_read_back(tmp_path):
     assert torch.allclose(logits(PeftModel.from_pretrained(tiny(), tmp_path / "adapter")), logits(model), atol=1e-6)
 
 
+def test_the_vllm_plug_in_reads_what_was_written(tmp_path):
+    """hotwire's own reader and request parser, on the CPU. Its kernel, and vLLM around it, need a GPU and are not
+    run: what it adds to a row is `scales[slot] * bank[slot]` by its documentation."""
+    state = pytest.importorskip("hotwire._state", reason="pip install hotwire-vllm")
+    model = steered(layers=[1, 3])
+    exports.get("vllm").write(constant_vectors(model, 2.0), model, tmp_path)
+    plugin = state.SteerState(4, 32, 16, torch.device("cpu"), torch.float32, n_slots=8)
+    plugin.load_store(str(tmp_path / "vectors"))
+    spec = state.parse_spec((tmp_path / "request.json").read_text())
+    assert [part["layer"] for part in spec] == [1, 3]
+    for part in spec:
+        slot = plugin.slot_for(part["id"], part["layer"], 0.5 * part["scale"])
+        added = plugin.bank.scales[slot] * plugin.bank.bank[slot]
+        assert torch.allclose(added, constant_vectors(model).by_layer[part["layer"]])
+
+
 def _gguf(file: Path, architecture: str, tensors: dict) -> Path:
     from gguf import GGUFWriter
 
@@ -293,6 +312,13 @@ def test_other_packages_find_the_same(target, base, tmp_path):
     except AttributeError as error:  # repeng 0.4 asks NumPy for what its version 2 has no more
         pytest.skip(f"{target} does not import here: {error}")
     assert export(steered(layers=[1, 2]), target, tmp_path / "out", base, INPUTS).error < 1e-4
+
+
+def test_the_object_of_steering_vectors_is_read():
+    package = pytest.importorskip("steering_vectors", reason="pip install --no-deps steering-vectors")
+    vectors = constant_vectors(steered(layers=[1, 3])).by_layer
+    again = adapter_of(tiny(), read_steering_vectors(package.SteeringVector(vectors, layer_type="decoder_block")))
+    assert torch.allclose(logits(again), logits(steered(layers=[1, 3])), atol=1e-6)
 
 
 @pytest.mark.parametrize("target", ["repeng", "steering_vectors"])

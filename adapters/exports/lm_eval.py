@@ -2,8 +2,8 @@
 
     lm_eval --model steered --model_args pretrained=BASE,steer_path=FOLDER/steer.pt --tasks ...
 
-The format is a pickle of tensors and plain values by definition; lm-eval reads it with `weights_only=True`. Its hooks
-all use the last vector of the file (a Python closure over the loop's variable), so one vector is all it can carry.
+The format is a pickle by definition; ours holds tensors and plain values, so that `weights_only=True` reads it too.
+Several vectors need lm-eval 0.4.13: in releases before, every hook used the last vector of the file.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ FILE = "steer.pt"
 
 
 class LmEvalExport(Export):
-    """One vector for lm-eval's `steered` model."""
+    """Vectors for lm-eval's `steered` model."""
 
     python = (
         LOAD
@@ -35,16 +35,11 @@ for name, part in steer.items():
     )
     note = (
         "With lm-eval: `lm_eval --model steered --model_args pretrained=BASE,steer_path=steer.pt --tasks ...`. "
-        "`steer.pt` is a pickle, because lm-eval's format is one."
+        "`steer.pt` is a pickle, because lm-eval's format is one. Several vectors need lm-eval 0.4.13 or later."
     )
 
     def check(self, vectors: ConstantVectors, model: PeftModel) -> None:
-        """One vector, inside lm-eval's view of the model."""
-        if len(vectors.vectors) != 1:
-            raise ExportError(
-                f"{len(vectors.vectors)} vectors: lm-eval gives every hook the last one of the file. What works: "
-                "peft, whose folder lm-eval reads with --model hf --model_args pretrained=BASE,peft=FOLDER."
-            )
+        """Inside lm-eval's view of the model."""
         self._hookpoints(vectors, model)
 
     def write(self, vectors: ConstantVectors, model: PeftModel, folder: Path) -> None:

@@ -1,0 +1,68 @@
+"""vLLM, through its plug-in hotwire (github moudrkat/hotwire-vllm): CUDA graphs stay on, and every request names its
+vector, layer and scale.
+
+The plug-in reads a folder of `NAME.pt` files with `weights_only=True`, each one tensor `(blocks of the model, d)`. Row
+i is added to the output of block i. Requests say `{"id": NAME, "layer": i, "scale": s}`, or a list of such.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+
+from ..blocks import find_blocks
+from ._base import ADD, LOAD, Export
+from ._vectors import ConstantVectors, ExportError
+
+NAME = "vector"
+
+
+class VllmExport(Export):
+    """`vectors/vector.pt`, and `request.json`: what a request says to be steered by it."""
+
+    python = (
+        LOAD
+        + ADD
+        + """
+import json
+import torch
+vectors = torch.load({folder!r} + "/vectors/vector.pt", weights_only=True)
+for part in json.load(open({folder!r} + "/request.json")):
+    block = model.get_submodule("BLOCKS")[part["layer"]]
+    block.register_forward_hook(adding((part["scale"] * vectors[part["layer"]]).to(model.device)))
+"""
+    )
+    note = (
+        "With vLLM: `pip install hotwire-vllm`, `HOTWIRE_VECTORS=vectors vllm serve BASE`, and in a request "
+        '`"vllm_xargs": {"hotwire": "..."}` with the text of `request.json` (offline: '
+        '`SamplingParams(extra_args={"hotwire": ...})`); other scales are other strengths. With vllm-lens: '
+        "`SteeringVector(activations=vectors[layers], layer_indices=layers)` of the same file. The lines below do the "
+        "same without vLLM, and only they were run."
+    )
+
+    def lines(self, base: str, folder: str, model: PeftModel) -> str:
+        """With the name of the list of blocks."""
+        blocks = find_blocks(model.get_base_model())[0][0].rpartition(".")[0]
+        return super().lines(base, folder, model).replace("BLOCKS", blocks)
+
+    def check(self, vectors: ConstantVectors, model: PeftModel) -> None:
+        """Block outputs only."""
+        if vectors.site != "block":
+            raise ExportError(f"site={vectors.site!r}: vLLM's plug-ins add to block outputs only. Works: safetensors.")
+
+    def write(self, vectors: ConstantVectors, model: PeftModel, folder: Path) -> None:
+        """`vectors/vector.pt` and `request.json`."""
+        by_layer = vectors.by_layer
+        rows = torch.zeros(len(find_blocks(model.get_base_model())), len(next(iter(by_layer.values()))))
+        for layer, vector in by_layer.items():
+            rows[layer] = vector
+        (folder / "vectors").mkdir()
+        torch.save(rows, folder / "vectors" / f"{NAME}.pt")
+        parts = [{"id": NAME, "layer": layer, "scale": 1.0} for layer in sorted(by_layer)]
+        (folder / "request.json").write_text(json.dumps(parts), encoding="utf-8")
+
+
+TARGET = VllmExport()

@@ -1,0 +1,86 @@
+"""A plug-in for axolotl (0.21): steering vectors as `adapter: steering_vector`, in its own YAML.
+
+    plugins:
+      - steertune.recipes.axolotl_plugin.SteeringVectorPlugin
+    adapter: steering_vector
+    steering_vector:
+      layers: 0.5
+      norm: free
+    learning_rate: 0.1
+
+The table takes the fields of `SteeringVectorConfig`. Training, data and losses (also `rl: dpo`, `ipo`, `kto`) are
+axolotl's; `lora_model_dir:` goes on with a saved vector. An `init` that needs data is refused: axolotl has no place to
+compute it before training.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from axolotl.integrations.base import AdapterCapabilities, BasePlugin  # pyright: ignore[reportMissingImports]
+from peft import PeftConfig, PeftModel, get_peft_model
+from pydantic import BaseModel
+from transformers import set_seed
+
+from steertune.adapters import SteeringVectorConfig
+from steertune.recipes.arm import ArmError, known
+
+NAME = "steering_vector"
+_OWN = {field.name for field in dataclasses.fields(SteeringVectorConfig)}
+_INHERITED = {field.name for field in dataclasses.fields(PeftConfig)} | {"base_fingerprint"}
+
+
+class SteeringVectorArgs(BaseModel):
+    """Keys of the YAML that this plug-in adds."""
+
+    steering_vector: dict[str, Any] | None = None
+
+
+class SteeringVectorPlugin(BasePlugin):
+    """What axolotl calls; see its `BasePlugin`."""
+
+    def get_input_args(self) -> str:
+        """The class with our keys."""
+        return f"{SteeringVectorArgs.__module__}.{SteeringVectorArgs.__qualname__}"
+
+    def get_adapter_capabilities(self) -> list[Any]:
+        """The name in `adapter:`."""
+        return [AdapterCapabilities(name=NAME)]
+
+    def load_adapter(
+        self, model: Any, cfg: Any, inference: bool = False, config_only: bool = False
+    ) -> tuple[Any, PeftConfig] | None:
+        """The model with a vector, and its configuration; None where another adapter was asked for.
+
+        Raises:
+            ArmError: an unknown key, or an `init` that needs data.
+            ValueError: a value out of range.
+        """
+        if cfg.adapter != NAME:
+            return None
+        config = peft_config(dict(cfg.steering_vector or {}))
+        if config_only:
+            return None, config
+        if cfg.lora_model_dir:
+            return PeftModel.from_pretrained(model, cfg.lora_model_dir, is_trainable=not inference), config
+        if cfg.seed is not None:
+            set_seed(cfg.seed)
+        return get_peft_model(model, config), config
+
+
+def peft_config(table: dict[str, Any]) -> SteeringVectorConfig:
+    """The configuration that the YAML's table says.
+
+    Raises:
+        ArmError: an unknown key, or an `init` that needs data.
+        ValueError: a value out of range.
+    """
+    known(NAME, table, sorted(_OWN - _INHERITED))
+    config = SteeringVectorConfig(**table)
+    if config.init_from_data:
+        raise ArmError(
+            f"init={config.init!r} is computed from pairs before training, which axolotl has no place for. Use zeros "
+            "or random; or write the direction into a vector first (directions.compute) and name it in lora_model_dir."
+        )
+    return config

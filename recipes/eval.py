@@ -1,0 +1,207 @@
+"""Benchmarks of lm-eval, at several strengths of a steering vector: what it costs, and what it brings.
+
+    steertune eval my-vector --tasks arc_easy hellaswag --limit 200
+    steertune eval my-vector --tasks my_task.yaml cautious_advice my_pairs.jsonl --strengths 0 1 2 --json
+
+A task is a name that lm-eval knows, a task file of yours (.yaml), an embedded task, or a file of pairs: of these two
+the test split, as a choice between the two answers. Strength 0 is the base model, so what is compared ran on the same
+rows with the same code. Standard errors are lm-eval's. Needs lm-eval: pip install "steertune[eval]".
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from peft import PeftModel
+
+from steertune.adapters import steering_layers
+from steertune.recipes import embedded
+from steertune.recipes.arm import ArmError, nearest
+from steertune.recipes.data import BUILDERS, load_split, load_steered
+from steertune.recipes.measures import as_asked
+from steertune.recipes.processes import begin, default_device
+from steertune.recipes.training import write_whole
+from steertune.trainers import scaled
+
+_BATCH = 8
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="eval", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("folder", type=Path, help="adapter folder")
+    parser.add_argument("--tasks", nargs="+", required=True, help="see above")
+    parser.add_argument("--strengths", nargs="+", type=float, default=[0.0, 1.0], help="of the vector (0 1)")
+    parser.add_argument("--include", type=Path, help="a folder with more task files for lm-eval")
+    parser.add_argument("--model", help="base model: embedded, a local folder or a Hub name (the adapter's own)")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
+    parser.add_argument("--device", default=default_device(), help=f"({default_device()})")
+    parser.add_argument("--limit", type=int, help="first rows of every task only (all)")
+    parser.add_argument("--fewshot", type=int, help="demonstrations in front of every question (the task's own)")
+    parser.add_argument("--chat", action="store_true", help="ask lm-eval's own tasks through the chat template")
+    parser.add_argument("--batch", type=int, default=_BATCH, help=f"rows at a time ({_BATCH})")
+    parser.add_argument("--output", type=Path, help="also write the numbers to this JSON file")
+    parser.add_argument("--json", action="store_true", help="print the numbers as JSON")
+    options = parser.parse_args(argv)
+    try:
+        check_installed()
+        begin(only_one=True)
+        model, tokenizer, _ = load_steered(options.folder, options.model, options.dtype)
+        settings = {"num_fewshot": options.fewshot, "limit": options.limit, "apply_chat_template": options.chat}
+        model = model.to(options.device)
+        found = evaluate(
+            model, tokenizer, options.tasks, options.strengths, options.include, options.batch, **settings
+        )
+    except (ArmError, ValueError, OSError) as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return 2
+    text = json.dumps(found, indent=1)
+    if options.output is not None:
+        write_whole(options.output, text)
+    print(text if options.json else table(found))
+    return 0
+
+
+def check_installed() -> None:
+    """Raise an ArmError where lm-eval is missing."""
+    if importlib.util.find_spec("lm_eval") is None:
+        raise ArmError('lm-eval is not installed: pip install "steertune[eval]", or pip install lm-eval.')
+
+
+def evaluate(
+    model: PeftModel,
+    tokenizer: Any,
+    tasks: Sequence[str],
+    strengths: Sequence[float] = (0.0, 1.0),
+    include: Path | None = None,
+    batch_size: int = _BATCH,
+    **settings: Any,
+) -> dict[str, dict[str, dict[str, float]]]:
+    """lm-eval's metrics at each strength.
+
+    Args:
+        model: The steered model.
+        tokenizer: Its tokenizer.
+        tasks: Names of lm-eval, task files, embedded tasks, or files of pairs.
+        strengths: Of the vector; 0 is the base model.
+        include: A folder with more task files.
+        batch_size: Rows at a time.
+        settings: Further arguments of `lm_eval.simple_evaluate`.
+
+    Returns:
+        Strength (as a string) -> task -> metric -> value; `acc_stderr,none` is the standard error of `acc,none`.
+
+    Raises:
+        ArmError: an unknown task, or an adapter that steers by position: lm-eval does not say where prompts end.
+    """
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+
+    positions = {c.positions for layer in steering_layers(model) for c in layer.config.values()} - {"all"}
+    if positions:
+        raise ArmError(
+            f"positions={sorted(positions)}: lm-eval's forward passes do not say where a prompt ends, so such an "
+            "adapter cannot be told which tokens to steer. Train one with positions='all'."
+        )
+    manager, found_tasks = _tasks(tasks, tokenizer, include)
+    wrapped: Any = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)  # pyright: ignore
+    found = {}
+    for strength in strengths:
+        with scaled(model, strength):
+            results = simple_evaluate(wrapped, tasks=found_tasks, task_manager=manager, log_samples=False, **settings)
+        found[f"{strength:g}"] = {task: _numbers(row) for task, row in (results or {})["results"].items()}
+    return found
+
+
+def _tasks(names: Sequence[str], tokenizer: Any, include: Path | None) -> tuple[Any, list[Any]]:
+    """lm-eval's index, and what to ask it for."""
+    from lm_eval.tasks import TaskManager
+
+    found: list[Any] = []
+    asked = []  # of lm-eval's index, whose built-in part takes seconds to read
+    for name in names:
+        suffix = Path(name).suffix
+        if name in embedded.task_names() or suffix in BUILDERS:
+            found.append(pair_task(name, tokenizer))
+        elif suffix in (".yaml", ".yml"):
+            if not Path(name).is_file():
+                raise ArmError(f"--tasks {name}: there is no such file.")
+            found.append(name)
+        else:
+            found.append(name)
+            asked.append(name)
+    manager = TaskManager(include_path=None if include is None else str(include), include_defaults=bool(asked))
+    for name in asked:
+        if name not in manager.all_tasks:
+            known = [*manager.all_tasks, *embedded.task_names()]
+            raise ArmError(f"--tasks {name!r}: lm-eval knows no such task.{nearest(name, known)}")
+    return manager, found
+
+
+def pair_task(name: str, tokenizer: Any) -> dict[str, Any]:
+    """The test split of pairs as a task for lm-eval: which answer is likelier, `acc`; by its length, `acc_norm`.
+
+    Args:
+        name: An embedded task, or a file with the columns prompt, chosen and rejected.
+        tokenizer: Prompts that are messages are asked through its chat template.
+
+    Raises:
+        ArmError: no such data, or no pairs with a prompt.
+    """
+    rows = load_split(name, "test")
+    if missing := {"prompt", "chosen", "rejected"} - set(rows.column_names):
+        raise ArmError(
+            f"--tasks {name}: pairs need the columns prompt, chosen and rejected; {sorted(missing)} missing."
+        )
+    answers = {
+        column: [answer if isinstance(answer, str) else answer[-1]["content"] for answer in rows[column]]
+        for column in ("chosen", "rejected")
+    }
+    rows = Dataset.from_dict({"text": as_asked(tokenizer, rows["prompt"]), **answers})
+    return {
+        "task": Path(name).stem,
+        "custom_dataset": lambda **_: {"test": rows},
+        "test_split": "test",
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{text}}",
+        "doc_to_choice": "{{[chosen, rejected]}}",
+        "doc_to_target": 0,
+        "target_delimiter": "",
+        "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}],
+    }
+
+
+def table(found: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:
+    """A line for every metric of every task, a column for every strength."""
+    strengths = list(found)
+    lines = [["task", "metric", *(f"strength {s}" for s in strengths)]]
+    first = found[strengths[0]]
+    for task, metrics in first.items():
+        for metric in metrics:
+            name, _, rest = metric.partition(",")
+            if name.endswith("_stderr"):
+                continue
+            cells = []
+            for strength in strengths:
+                row = found[strength][task]
+                error = row.get(f"{name}_stderr,{rest}")
+                cells.append(f"{row[metric]:.4g}" + ("" if error is None else f" ± {error:.2g}"))
+            lines.append([task, name if rest in ("", "none") else metric, *cells])
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    return "\n".join("  ".join(f"{c:<{w}}" for c, w in zip(line, widths, strict=True)).rstrip() for line in lines)
+
+
+def _numbers(row: Mapping[str, Any]) -> dict[str, float]:
+    """Metrics without what else lm-eval keeps in a row; a standard error that it does not know is left out."""
+    return {k: float(v) for k, v in row.items() if "," in k and isinstance(v, int | float)}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

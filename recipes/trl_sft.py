@@ -1,0 +1,29 @@
+r"""`trl sft` with a steering vector: TRL's own command line, for demonstrations.
+
+    accelerate launch -m steertune.recipes.trl_sft --model_name_or_path embedded --dataset_name my_data.jsonl \
+        --steering_layers 0.5 --learning_rate 0.1 --max_steps 16 --output_dir my-vector
+    steertune trl_sft --config my.yaml --loss split --steering_norm capped --steering_norm_value 8
+
+Every flag of `trl sft` works, in a YAML file too; `--use_peft` trains TRL's LoRA in place of the vector, with the same
+losses. `--steering_...` are the switches of `SteeringVectorConfig`, `--loss` is a file of losses/ (left out: TRL's own
+loss). Data: a Hub name, a local folder or file, or an embedded task.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line; returns the exit code."""
+    from trl import SFTConfig
+
+    from steertune.recipes.trl_command import run
+    from steertune.trainers import SteeringSFTTrainer
+
+    return run(SteeringSFTTrainer, SFTConfig, argv, "trl_sft", __doc__ or "")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -112,11 +112,12 @@ def evaluate(
         )
     manager, found_tasks = _tasks(tasks, tokenizer, include)
     wrapped: Any = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)  # pyright: ignore
+    run_tasks: Any = simple_evaluate
     found = {}
     for strength in strengths:
         with scaled(model, strength):
-            results = simple_evaluate(wrapped, tasks=found_tasks, task_manager=manager, log_samples=False, **settings)
-        found[f"{strength:g}"] = {task: _numbers(row) for task, row in (results or {})["results"].items()}
+            results: Any = run_tasks(wrapped, tasks=found_tasks, task_manager=manager, log_samples=False, **settings)
+        found[f"{strength:g}"] = {task: _numbers(row) for task, row in results["results"].items()}
     return found
 
 

@@ -87,7 +87,7 @@ def run(trainer_class: type, arguments_class: type, argv: Sequence[str] | None, 
         prog: The command's name.
         doc: Its help.
     """
-    classes = (ScriptArguments, arguments_class, ModelConfig, DatasetMixtureConfig, SteeringArguments)
+    classes: Any = (ScriptArguments, arguments_class, ModelConfig, DatasetMixtureConfig, SteeringArguments)
     parser = TrlParser(classes, prog=prog, description=doc)
     _default_for_cpu(parser)
     try:

@@ -123,7 +123,7 @@ assert manager.supports_adapter("steering_vector")
 assert "{PLUGIN}.SteeringVectorArgs" in manager.get_input_args()
 cfg = DictDefault({{"adapter": "steering_vector", "steering_vector": {{"layers": 2}}}})
 model, config = manager.load_adapter(tiny(), cfg)
-assert vector_of(model).shape == (32,) and config.layers == 2
+assert vector_of(model).shape == (32,) and config.layers == [2]
 assert manager.load_adapter(tiny(), DictDefault({{"adapter": "lora"}})) is None
 """
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

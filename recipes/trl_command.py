@@ -77,7 +77,7 @@ class SteeringArguments:
         return get_loss(self.loss, **options)
 
 
-def run(trainer_class: type, arguments_class: type, argv: Sequence[str] | None, prog: str, doc: str) -> int:
+def run(trainer_class: type, arguments_class: Any, argv: Sequence[str] | None, prog: str, doc: str) -> int:
     """The command line of one trainer; returns the exit code.
 
     Args:
@@ -87,7 +87,7 @@ def run(trainer_class: type, arguments_class: type, argv: Sequence[str] | None, 
         prog: The command's name.
         doc: Its help.
     """
-    classes: Any = (ScriptArguments, arguments_class, ModelConfig, DatasetMixtureConfig, SteeringArguments)
+    classes = (ScriptArguments, arguments_class, ModelConfig, DatasetMixtureConfig, SteeringArguments)
     parser = TrlParser(classes, prog=prog, description=doc)
     _default_for_cpu(parser)
     try:

@@ -26,13 +26,14 @@ from steertune.recipes import embedded
 from steertune.recipes.arm import ArmError, nearest
 from steertune.recipes.data import BUILDERS, load_split, load_steered
 from steertune.recipes.measures import as_asked
-from steertune.recipes.processes import begin, default_device
+from steertune.recipes.processes import begin, command, default_device, positive
 from steertune.recipes.training import write_whole
 from steertune.trainers import scaled
 
 _BATCH = 8
 
 
+@command
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; returns the exit code."""
     parser = argparse.ArgumentParser(prog="eval", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
@@ -43,25 +44,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--model", help="base model: embedded, a local folder or a Hub name (the adapter's own)")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
     parser.add_argument("--device", default=default_device(), help=f"({default_device()})")
-    parser.add_argument("--limit", type=int, help="first rows of every task only (all)")
+    parser.add_argument("--limit", type=positive, help="first rows of every task only (all)")
     parser.add_argument("--fewshot", type=int, help="demonstrations in front of every question (the task's own)")
     parser.add_argument("--chat", action="store_true", help="ask lm-eval's own tasks through the chat template")
-    parser.add_argument("--batch", type=int, default=_BATCH, help=f"rows at a time ({_BATCH})")
+    parser.add_argument("--batch", type=positive, default=_BATCH, help=f"rows at a time ({_BATCH})")
     parser.add_argument("--output", type=Path, help="also write the numbers to this JSON file")
     parser.add_argument("--json", action="store_true", help="print the numbers as JSON")
     options = parser.parse_args(argv)
-    try:
-        check_installed()
-        begin(only_one=True)
-        model, tokenizer, _ = load_steered(options.folder, options.model, options.dtype)
-        settings = {"num_fewshot": options.fewshot, "limit": options.limit, "apply_chat_template": options.chat}
-        model = model.to(options.device)
-        found = evaluate(
-            model, tokenizer, options.tasks, options.strengths, options.include, options.batch, **settings
-        )
-    except (ArmError, ValueError, OSError) as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return 2
+    check_installed()
+    begin(only_one=True)
+    model, tokenizer, _ = load_steered(options.folder, options.model, options.dtype)
+    settings = {"num_fewshot": options.fewshot, "limit": options.limit, "apply_chat_template": options.chat}
+    model = model.to(options.device)
+    found = evaluate(model, tokenizer, options.tasks, options.strengths, options.include, options.batch, **settings)
     text = json.dumps(found, indent=1)
     if options.output is not None:
         write_whole(options.output, text)

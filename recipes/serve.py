@@ -34,11 +34,12 @@ from steertune.adapters.layer import BASE_ROW
 from steertune.recipes.arm import ArmError, nearest, reasons
 from steertune.recipes.data import adapter_config, load_steered
 from steertune.recipes.measures import as_asked
-from steertune.recipes.processes import begin, default_device
+from steertune.recipes.processes import begin, command, default_device, positive
 
 _BATCH = 8
 
 
+@command
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; returns the exit code: 1 when a request was refused."""
     parser = argparse.ArgumentParser(prog="serve", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
@@ -50,25 +51,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--model", help="base model: embedded, a local folder or a Hub name (the adapters' own)")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
     parser.add_argument("--device", default=default_device(), help=f"({default_device()})")
-    parser.add_argument("--batch", type=int, default=_BATCH, help=f"requests at a time ({_BATCH})")
+    parser.add_argument("--batch", type=positive, default=_BATCH, help=f"requests at a time ({_BATCH})")
     options = parser.parse_args(argv)
-    try:
-        if options.batch < 1:
-            raise ArmError(f"--batch {options.batch}: at least one request at a time.")
-        if options.input is not None and not options.input.is_file():
-            raise ArmError(f"--input {options.input}: there is no such file.")
-        done = _answered(options.output)
-        begin(only_one=True)
-        model, tokenizer = load_vectors(_named(options.vectors), options.model, options.dtype)
-        server = Server(model.to(options.device), tokenizer, options.batch)
-        with (
-            nullcontext(sys.stdin) if options.input is None else options.input.open(encoding="utf-8") as asked,
-            nullcontext(sys.stdout) if options.output is None else options.output.open("a", encoding="utf-8") as said,
-        ):
-            return _serve(server, asked, said, done, show=options.input is not None)
-    except (ArmError, ValueError, OSError) as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return 2
+    if options.input is not None and not options.input.is_file():
+        raise ArmError(f"--input {options.input}: there is no such file.")
+    done = _answered(options.output)
+    begin(only_one=True)
+    model, tokenizer = load_vectors(_named(options.vectors), options.model, options.dtype)
+    server = Server(model.to(options.device), tokenizer, options.batch)
+    with (
+        nullcontext(sys.stdin) if options.input is None else options.input.open(encoding="utf-8") as asked,
+        nullcontext(sys.stdout) if options.output is None else options.output.open("a", encoding="utf-8") as said,
+    ):
+        return _serve(server, asked, said, done, show=options.input is not None)
 
 
 class Request(BaseModel, extra="forbid"):

@@ -28,7 +28,7 @@ from steertune.losses import get_loss
 from steertune.recipes import embedded
 from steertune.recipes.arm import ArmError, known
 from steertune.recipes.data import find_split
-from steertune.trainers import DataError
+from steertune.recipes.processes import command
 
 PREFIX = "steering_"
 
@@ -77,6 +77,7 @@ class SteeringArguments:
         return get_loss(self.loss, **options)
 
 
+@command
 def run(trainer_class: type, arguments_class: Any, argv: Sequence[str] | None, prog: str, doc: str) -> int:
     """The command line of one trainer; returns the exit code.
 
@@ -90,12 +91,8 @@ def run(trainer_class: type, arguments_class: Any, argv: Sequence[str] | None, p
     classes = (ScriptArguments, arguments_class, ModelConfig, DatasetMixtureConfig, SteeringArguments)
     parser = TrlParser(classes, prog=prog, description=doc)
     _default_for_cpu(parser)
-    try:
-        parsed: Any = parser.parse_args_and_config(list(sys.argv[1:] if argv is None else argv))
-        train(trainer_class, *parsed)
-    except (ArmError, DataError, ValueError, OSError) as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return 2
+    parsed: Any = parser.parse_args_and_config(list(sys.argv[1:] if argv is None else argv))
+    train(trainer_class, *parsed)
     return 0
 
 

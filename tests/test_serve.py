@@ -173,7 +173,6 @@ def test_the_command_answers_a_file_and_goes_on_where_it_stopped(home, server, t
         (["a=x", "a=y"], "given twice"),
         (["a@2=x"], "without '@'"),
         (["a=nowhere"], "is no adapter folder"),
-        (["a=nowhere", "--batch", "0"], "--batch 0"),
         (["a=nowhere", "--input", "nowhere.jsonl"], "no such file"),
     ],
 )

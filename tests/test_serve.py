@@ -108,8 +108,8 @@ def test_rows_with_strengths_are_rows_apart(switches):
     [
         (["default@much", "default"], "'much' is no finite strength"),
         (["default@nan", "default"], "'nan' is no finite strength"),
-        (["defalt@2", "default"], r"\['defalt@2'\] are not adapters"),
-        (["__base__@2@", "default"], "are not adapters"),
+        (["defalt@2", "default"], r"non-existing adapter\(s\): defalt@2"),
+        (["__base__@2@", "default"], "non-existing adapter"),
     ],
 )
 def test_strengths_that_make_no_sense(names, message):

@@ -89,7 +89,7 @@ def run(trainer_class: type, arguments_class: Any, argv: Sequence[str] | None, p
         doc: Its help.
     """
     classes = (ScriptArguments, arguments_class, ModelConfig, DatasetMixtureConfig, SteeringArguments)
-    parser = TrlParser(classes, prog=prog, description=doc)
+    parser = TrlParser(classes, prog=prog, description=doc)  # pyright: ignore[reportArgumentType]
     _default_for_cpu(parser)
     parsed: Any = parser.parse_args_and_config(list(sys.argv[1:] if argv is None else argv))
     train(trainer_class, *parsed)

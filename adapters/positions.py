@@ -18,6 +18,9 @@ from torch.utils.hooks import RemovableHandle
 
 from .config import Positions
 
+CACHE_NAMES = ("cache", "past_key_values")
+"""What the cache of keys and values is called: from transformers 5.24, and before."""
+
 
 class PromptBoundary:
     """Where the prompt of the current forward pass ends; one object is shared by all steered layers of a model."""
@@ -29,6 +32,7 @@ class PromptBoundary:
         self._last_prompt: Tensor | None = None
         self._past = 0
         self._part: tuple[Tensor, Tensor] | None = None
+        self._selected: Tensor | None = None
         self._handle: RemovableHandle | None = None
 
     @property
@@ -52,7 +56,7 @@ class PromptBoundary:
         tokens = next((kwargs[k] for k in ("input_ids", "inputs_embeds") if kwargs.get(k) is not None), None)
         if tokens is None:
             tokens = args[0]
-        cache = kwargs.get("past_key_values")
+        cache = next((kwargs[name] for name in CACHE_NAMES if kwargs.get(name) is not None), None)
         self._past = int(cache.get_seq_length()) if cache is not None else 0
         end = self._find_end(tokens, kwargs, cache is not None)
         self._prompt_end = end
@@ -61,7 +65,8 @@ class PromptBoundary:
     def _find_end(self, tokens: Tensor, kwargs: Mapping[str, Any], cached: bool) -> Tensor | None:
         rows, columns = tokens.shape[:2]
         if self.declared is not None:
-            return torch.as_tensor(self.declared, device=tokens.device).expand(rows)
+            declared = torch.as_tensor(self.declared, device=tokens.device)
+            return declared if declared.shape == (rows,) else declared.expand(rows)
         labels = kwargs.get("labels")
         if labels is not None:
             labelled = labels != -100
@@ -109,7 +114,9 @@ class PromptBoundary:
     @property
     def rows(self) -> Tensor | None:
         """Row of the batch of each row that the blocks see, `(rows,)`; None: all rows, in their order."""
-        return None if self._part is None else self._part[0]
+        if self._part is None or self._selected is None:
+            return self._selected if self._part is None else self._part[0]
+        return self._selected[self._part[0]]
 
     @contextmanager
     def part(self, rows: Tensor, columns: Tensor) -> Iterator[None]:
@@ -124,6 +131,18 @@ class PromptBoundary:
             yield
         finally:
             self._part = before
+
+    @contextmanager
+    def select(self, rows: Tensor) -> Iterator[None]:
+        """Inside, only these rows are the batch, `(rows,)`; parts are parts of them."""
+        before = self._selected, self._prompt_end, self._last_prompt
+        self._selected = rows
+        if self._prompt_end is not None and self._last_prompt is not None:
+            self._prompt_end, self._last_prompt = self._prompt_end[rows], self._last_prompt[rows]
+        try:
+            yield
+        finally:
+            self._selected, self._prompt_end, self._last_prompt = before
 
 
 @contextmanager

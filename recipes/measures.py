@@ -69,7 +69,7 @@ def neutral_logps(
         ids = torch.tensor([row["input_ids"]], device=model.device)
         batch = Batch({"input_ids": ids, "attention_mask": torch.ones_like(ids)}, labels, pairs=False)
         logps = F.log_softmax(labelled_logits(model, model, batch), dim=-1)
-        found.append((logps.cpu(), batch.targets[0][0].cpu()))
+        found.append((logps.cpu(), batch.targets[0].cpu()))
     return found
 
 

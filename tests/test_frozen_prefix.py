@@ -395,7 +395,7 @@ def test_what_changes_during_a_run_is_noticed(change, caplog):
     ours, found = with_gradients(model, pair_batch(), shortcut)
     torch.testing.assert_close(ours, plain, atol=1e-5, rtol=1e-5)
     assert found.keys() == gradients.keys() and shortcut.skipped == 0
-    off_because(caplog, "adapters or trained parameters are not those it was made for")
+    off_because(caplog, "adapters, trained parameters or the mode are not those it was made for")
 
 
 @pytest.mark.parametrize("kind", ["dynamic", "longrope"])
@@ -566,3 +566,39 @@ def test_prompt_tuning_s_own_tokens_are_no_labels(tmp_path):
     ]  # fmt: skip
     [first], [second] = (history(one, "loss") for one in made)
     assert first["loss"] == pytest.approx(second["loss"], abs=1e-5)
+
+
+def test_random_numbers_above_the_cut_keep_rows_whole(splits_run, caplog):
+    """A router's jitter, say: both answers of a pair would see the same noise on their prompt, in every epoch."""
+    for positions in ("all", "completion"):
+        caplog.clear()
+        model = get_peft_model(tiny(), SteeringVectorConfig(layers=1, positions=positions)).train()
+        block = model.get_base_model().model.layers[3]
+        plain = block.mlp.forward
+        block.mlp.forward = lambda x, f=plain, m=block: f(x * (1 + 0.1 * torch.rand_like(x)) if m.training else x)
+        prefix = FrozenPrefix()
+        with torch.no_grad(), prefix.shortcut(model, training=True).on(labels_only=True):
+            ModelAt(model, model, pair_batch())(1)
+        assert len(prefix.memo) == 4 and not splits_run, "states of four rows, and no keys and values"
+        off_because(caplog, "no row is run in parts: training draws random numbers")
+
+
+def test_states_are_those_of_evaluation():
+    """A user's own pass in training mode, through what was made for evaluation."""
+    model = get_peft_model(tiny(attention_dropout=0.5), SteeringVectorConfig(layers=2)).eval()
+    prefix = FrozenPrefix()
+    shortcut = prefix.shortcut(model)
+    model.train()
+    with torch.no_grad(), shortcut.on():
+        ModelAt(model, model, pair_batch())(1)
+    assert shortcut.skipped == 0 and not len(prefix.memo)
+
+
+def test_a_proof_takes_two_rows(tokens_run):
+    model = get_peft_model(tiny(), SteeringVectorConfig(layers=2)).eval()
+    lengths = (6, 3, 5, 9, 4)
+    ids = torch.nn.utils.rnn.pad_sequence([torch.arange(3, 3 + n) for n in lengths], batch_first=True)
+    mask = (ids != 0).long()
+    with torch.no_grad(), FrozenPrefix().shortcut(model).on():
+        model(input_ids=ids, attention_mask=mask, use_cache=False)
+    assert tokens_run == [(2, 9), (2, 9), (5, 9)], "plain, with the memo, and the batch"

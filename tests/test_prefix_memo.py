@@ -94,7 +94,7 @@ def test_disk_is_never_exceeded(tmp_path, caplog):
     for key in "abc":
         memo.put(key, ROW)
     assert memo.disk_bytes == 96 and memo.get("b") is not None and memo.get("c") is None
-    assert sum("GB of disk are full" in record.getMessage() for record in caplog.records) == 1
+    assert sum("of disk_gb=1e-07" in record.getMessage() for record in caplog.records) == 1
     with pytest.raises(ValueError, match=r"disk_gb=-1: the memo's disk in GB"):
         Memo(0, disk_gb=-1)
 
@@ -366,3 +366,60 @@ def test_helper_finds_differences():
     batch = pair_batch()
     plain = ModelAt(model, model, batch)(1).token_logps
     assert not torch.allclose(run(prefix, model), plain, atol=1e-3)
+
+
+def test_the_disk_budget_is_of_the_folder(tmp_path, caplog):
+    """Whoever wrote before: else every run would add its own."""
+    first = Memo(0, tmp_path, disk_gb=100 / 1e9)
+    first.put("a", ROW), first.put("b", ROW)
+    second = Memo(0, tmp_path, disk_gb=100 / 1e9)
+    second.put("c", ROW)
+    assert second.get("c") is None and sum(file.stat().st_size for file in tmp_path.glob("*.rows")) == 96
+    assert "of disk_gb=1e-07" in caplog.text
+    second.put("a", ROW)  # known: nothing to write
+
+
+def test_a_folder_that_cannot_be_read_is_said_and_left(tmp_path, caplog, monkeypatch):
+    from pathlib import Path
+
+    def refused(self, *args, **kwargs):
+        raise PermissionError(13, "Permission denied", str(self))
+
+    run(FrozenPrefix(folder=tmp_path), steered(seed=5))
+    for method, message in (("read_text", "cannot use"), ("glob", "cannot read")):
+        caplog.clear()
+        with monkeypatch.context() as patched:
+            patched.setattr(Path, method, refused)
+            plain = run(FrozenPrefix(folder=tmp_path))
+        assert message in caplog.text
+        torch.testing.assert_close(plain, run(FrozenPrefix()))
+
+
+def test_weights_below_that_no_token_has_met_are_in_the_key():
+    """Experts that the first row did not choose."""
+    prefix = FrozenPrefix()
+    for value in (1.0, 2.0):
+        model = steered()
+        expert = torch.nn.Linear(2, 2)
+        torch.nn.init.constant_(expert.weight, value)
+        torch.nn.init.constant_(expert.bias, value)
+        model.get_base_model().model.layers[0].mlp.expert = expert
+        assert not hits(prefix, model)
+        assert hits(prefix, model)
+
+
+@pytest.mark.parametrize("positions", ["all", "completion"])
+def test_what_is_not_proven_is_not_kept(positions, monkeypatch, caplog):
+    from steertune.trainers.prefix import shortcut
+    from steertune.trainers.prefix.cut import NoPrefix
+
+    def differs(self, call, what, *args):
+        if positions == "all" or "completions" in what:
+            raise NoPrefix(f"{what} is off")
+
+    monkeypatch.setattr(shortcut.Shortcut, "_prove", differs)
+    caplog.set_level(logging.INFO, logger="steertune.trainers.prefix")
+    model, prefix = get_peft_model(tiny(), SteeringVectorConfig(layers=2, positions=positions)), FrozenPrefix()
+    with torch.no_grad(), prefix.shortcut(model).on(labels_only=True):
+        ModelAt(model, model, pair_batch())(1)
+    assert len(prefix.memo) == (0 if positions == "all" else 4) and "is off" in caplog.text

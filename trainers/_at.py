@@ -22,6 +22,7 @@ from ..adapters.blocks import find_blocks, find_stack, resolve_layers, site_name
 from ..adapters.config import Layers, Site
 from ..losses import Outputs, Strength
 from ._batch import Batch
+from ._host import both
 from ._modes import evaluating
 from .prefix.cut import base_of
 from .prefix.reference import ReferenceMemo
@@ -129,7 +130,7 @@ class ModelAt:
     def _reference(self, batch: Batch, asked: Asked) -> Outputs:
         if batch.reference_logps is not None and asked == NOTHING:
             # known per row only; spread over its tokens, which leaves sums and means per row what they are
-            mask = batch.targets[0] != -100
+            mask = batch.targets != -100
             per_token = batch.reference_logps / mask.sum(dim=1).clamp_min(1)
             return Outputs(mask * per_token[:, None], mask)
         return _remembered(self.reference_memo, batch, partial(self._compute_reference, asked=asked), asked)
@@ -227,12 +228,10 @@ def _recomputed(model: nn.Module) -> bool:
 
 def token_logps(model: nn.Module, unwrapped: nn.Module, batch: Batch, asked: Asked = NOTHING) -> Outputs:
     """Log-probabilities of a batch's labels, and what else is asked for."""
-    labels = batch.targets[0]
-    mask = labels != -100
     with _states(unwrapped, batch, asked) as hidden:
         logits = labelled_logits(model, unwrapped, batch)
-    found = -F.cross_entropy(logits, labels[mask], reduction="none")
-    outputs = Outputs(found.new_zeros(mask.shape).masked_scatter(mask, found), mask)
+    found = -F.cross_entropy(logits, batch.labelled(F.pad(batch.labels[:, 1:], (0, 1))), reduction="none")
+    outputs = Outputs(batch.spread(found), batch.targets != -100)
     if asked == NOTHING:
         return outputs
     return replace(outputs, hidden=hidden, distribution=logits.log_softmax(-1) if asked.distribution else None)
@@ -246,14 +245,13 @@ def _states(model: nn.Module, batch: Batch, asked: Asked) -> Iterator[dict[int, 
     if not asked.layers:
         yield found
         return
-    labels, columns = batch.targets
     base = base_of(model)
     blocks = find_blocks(base)
     modules = {layer: base.get_submodule(site_name(*blocks[layer], asked.site)) for layer in asked.layers}
 
     def keep(layer: int, module: nn.Module, args: Any, output: Any) -> None:
         hidden = output[0] if isinstance(output, tuple) else output
-        found[layer] = hidden[:, columns + _virtual(hidden, batch)][labels != -100].float()
+        found[layer] = batch.labelled(hidden).float()
 
     handles = [module.register_forward_hook(partial(keep, layer)) for layer, module in modules.items()]
     try:
@@ -266,26 +264,20 @@ def _states(model: nn.Module, batch: Batch, asked: Asked) -> Iterator[dict[int, 
 def labelled_logits(model: nn.Module, unwrapped: nn.Module, batch: Batch) -> Tensor:
     """What the model predicts where a label stands next, `(labels, vocabulary)` in fp32, row after row. The head runs
     on nothing else."""
-    labels, columns = batch.targets
-    mask = labels != -100
     base = base_of(unwrapped)
     kwargs: dict[str, Any] = {"use_cache": False}
     if "output_router_logits" in inspect.signature(type(base).forward).parameters:
         kwargs["output_router_logits"] = False  # TRL asks the config for them, for a loss that is not used here
-    with prompt_of(unwrapped, batch), _only(base, batch, mask, columns) as packed:
+    with prompt_of(unwrapped, batch), _only(base, batch) as packed:
         logits = model(**batch.inputs, **kwargs).logits
-    return (logits[0] if packed else logits[:, columns + _virtual(logits, batch)][mask]).float()
-
-
-def _virtual(output: Tensor, batch: Batch) -> int:
-    """How many tokens of its own an adapter put before those of the batch (prompt tuning does)."""
-    return output.shape[1] - batch.labels.shape[1]
+    # not logits[0], whose backward fills zeros of their size and copies into them
+    return (logits.flatten(0, 1) if packed else batch.labelled(logits)).float()
 
 
 @contextmanager
-def _only(base: nn.Module, batch: Batch, mask: Tensor, columns: Tensor) -> Iterator[bool]:
-    """Of the last hidden states, the head sees only those of `columns` where `mask` holds, as one row; False if the
-    module that gives them is unknown."""
+def _only(base: nn.Module, batch: Batch) -> Iterator[bool]:
+    """Of the last hidden states, the head sees only those that predict a label, as one row; False if the module that
+    gives them is unknown."""
     try:
         stack = find_stack(base)
     except ValueError:
@@ -293,7 +285,7 @@ def _only(base: nn.Module, batch: Batch, mask: Tensor, columns: Tensor) -> Itera
         return
 
     def pack(module: nn.Module, args: Any, output: Any) -> Any:
-        packed = output[0][:, columns + _virtual(output[0], batch)][mask][None]
+        packed = batch.labelled(output[0])[None]
         if isinstance(output, tuple):
             return packed, *output[1:]
         output.last_hidden_state = packed
@@ -308,6 +300,9 @@ def _only(base: nn.Module, batch: Batch, mask: Tensor, columns: Tensor) -> Itera
 
 def prompt_of(model: nn.Module, batch: Batch) -> AbstractContextManager[None]:
     """Say where each row's completion starts (its first label; the row's length if it has none) to `positions`."""
-    labelled = batch.labels != -100
-    start = torch.where(labelled.any(dim=1), labelled.int().argmax(dim=1), batch.labels.shape[1])
-    return prompt_length(model, start)
+
+    def start(labels: Tensor) -> Tensor:
+        labelled = labels != -100
+        return torch.where(labelled.any(dim=1), labelled.int().argmax(dim=1), labels.shape[1])
+
+    return prompt_length(model, both(start, batch.labels))

@@ -16,6 +16,7 @@ import torch
 from datasets import Dataset
 from peft import PeftConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
+from torch.utils.data import IterableDataset
 from transformers import Trainer, set_seed
 
 from ..adapters import SteeringVectorConfig, SteeringVectorLayer, steering_layers
@@ -27,6 +28,7 @@ from ._batch import Batch
 from ._card import write_trainer_card
 from ._data import PAIR_FORMATS, DataError, check_rows, check_tokens, warn_cut
 from ._guard import FiniteSteps, check_finite
+from ._host import KeepsHost, unpacked, waits
 from ._metrics import Metrics
 from ._resume import (
     CheckpointError,
@@ -127,6 +129,9 @@ class SteeringMixin(Trainer):
             _add_reference(given["model"], parent)
         parent(*bound.args, **bound.kwargs)
         _restore(self.model, adapter_values)
+        # accelerate cannot hand the batches of one process to others with what is kept beside them
+        if waits(self.args.device) and not isinstance(self.train_dataset, IterableDataset):
+            self.data_collator = KeepsHost(self.data_collator)
         keeps_end = getattr(self.args, "truncation_mode", None) == "keep_end"  # it cuts prompts, never all labels
         limit = None if keeps_end else getattr(self.args, "max_length", self.max_length)
         check_tokens(raw, self.train_dataset, limit, given.get("processing_class"), _vocabulary(self.model))
@@ -254,10 +259,11 @@ class SteeringMixin(Trainer):
         if not self._plain and self.state.global_step >= self.state.max_steps:
             return [], None  # resumed at its end, where the parent would take one step more
         samples, items = super().get_batch_samples(epoch_iterator, num_batches, device)
-        self.step_batches, self.step_loss = samples, 0.0
+        self.step_batches, self.step_loss = [unpacked(inputs) for inputs in samples], 0.0
         loss = self._loss_now
         if loss is not None and samples:
-            counts = torch.as_tensor(sum(self._read(inputs).count(loss.unit) for inputs in samples), device=device)
+            counts = sum(self._read(inputs).count(loss.unit) for inputs in self.step_batches)
+            counts = torch.as_tensor(counts, device=device)
             items = self.accelerator.gather(counts).sum()  # pyright: ignore[reportAttributeAccessIssue]
         return samples, items
 
@@ -269,7 +275,7 @@ class SteeringMixin(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """The parent's loss, or ours: its values summed, over the number of pairs, rows or tokens of the step."""
-        loss = self._loss_now
+        loss, inputs = self._loss_now, unpacked(inputs)
         if loss is None:
             with self._boundary(inputs), self.pay_once.shortcut():
                 return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
@@ -300,6 +306,7 @@ class SteeringMixin(Trainer):
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
     ) -> Any:
         """As the parent's; with our loss the batch need not have `labels`."""
+        inputs = unpacked(inputs)
         wants_outputs = self.compute_metrics is not None and not prediction_loss_only
         if self.loss is None or (wants_outputs and (self.takes_pairs or "labels" in inputs)):
             with self._boundary(inputs), self.pay_once.shortcut():

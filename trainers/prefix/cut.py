@@ -72,12 +72,13 @@ def _changes(block: nn.Module, training: bool) -> tuple[bool, bool]:
     return inside or trained, after
 
 
-def check_frozen(modules: Iterable[tuple[str, nn.Module]], training: bool) -> None:
+def check_frozen(modules: Iterable[tuple[str, nn.Module]], training: bool, random: bool) -> None:
     """Refuse modules below the cut that are trained, adapted, random, sharded or elsewhere.
 
     Args:
         modules: Names and modules that a forward pass ran before it reached the cut.
         training: Whether parameters that require gradients will change.
+        random: Whether dropout will be at work.
 
     Raises:
         NoPrefix: names the module and what is wrong with it.
@@ -85,7 +86,7 @@ def check_frozen(modules: Iterable[tuple[str, nn.Module]], training: bool) -> No
     for name, module in modules:
         if isinstance(module, _ADAPTERS):
             raise NoPrefix(f"{name} below the trained layers has an adapter")
-        if training and (rate := dropout(module)):
+        if random and (rate := dropout(module)):
             raise NoPrefix(f"{name}.{rate} below the trained layers makes its output random")
         for key, parameter in module.named_parameters(recurse=False):
             if training and parameter.requires_grad:

@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...adapters import steering_layers
 from ...adapters.blocks import find_blocks, find_stack
+from ...adapters.positions import CACHE_NAMES
 from .cut import NoPrefix, base_of
 
 Replacement = Callable[[dict[str, Any]], Any | None]
@@ -54,6 +56,8 @@ class Decoder:
         self._signature = inspect.signature(type(self.module).forward)
         if not self.takes("input_ids"):
             raise NoPrefix(f"{type(self.module).__name__} does not take input_ids")
+        # the argument and output that hold keys and values, "" if it has no such
+        self.cache = next((name for name in CACHE_NAMES if self.takes(name)), "")
         self._tuples: dict[nn.Module, int] = {}  # blocks that return tuples, and how long these are
         self._state: Tensor | None = None
         self._plain: Callable[..., Any] = self.module.forward
@@ -62,6 +66,12 @@ class Decoder:
     def takes(self, *names: str) -> bool:
         """Whether the stack's forward has arguments of these names."""
         return all(name in self._signature.parameters for name in names)
+
+    def inside(self, count: int) -> Iterator[nn.Module]:
+        """All modules of the first `count` blocks, but for what steers."""
+        for block in self.blocks[:count]:
+            steering = {m for layer in steering_layers(block) for m in layer.modules()}
+            yield from (module for module in block.modules() if module not in steering)
 
     @property
     def recomputed(self) -> bool:

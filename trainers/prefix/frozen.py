@@ -29,7 +29,8 @@ class FrozenPrefix:
         ram_gb: RAM budget in GB (10⁹ bytes), never exceeded. A token takes `hidden size · bytes of a number`.
         folder: Keep the memo here, for later runs and for other processes. None: what exceeds the budget goes to
             memory-mapped temporary files.
-        disk_gb: What one process may write to disk, in GB; what does not fit is computed again.
+        disk_gb: What the files may take, in GB, with those that are in the folder already; what does not fit is
+            computed again.
         warn: Warn where something cannot be left out; else an INFO message says so.
         stops: Numbers of lower blocks after which states are kept too, where a pass comes by: a sweep over layers
             that starts at the top pays for all of them with one pass.

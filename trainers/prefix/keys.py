@@ -9,9 +9,11 @@ from typing import Any
 
 import torch
 import transformers
+import xxhash
 from torch import Tensor, nn
 
 from ...adapters.blocks import text_config
+from .._host import both, on_host
 
 _WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _CHUNK = 1 << 22  # numbers at a time
@@ -24,9 +26,10 @@ class Unknown(ValueError):
 
 
 def weights_key(tensors: Iterable[tuple[str, Tensor]], *settings: Any) -> str:
-    """A digest of weights: name, shape, dtype, and the exact sum of their bits as integers, each times its place.
+    """A digest of weights: name, shape, dtype, and a digest of their bits.
 
-    The sum (modulo 2⁶⁴) does not depend on the order of addition, so it is the same on every machine.
+    That is xxHash (XXH3, 128 bits) on a CPU, where it takes as long as reading them does. On a device it is the exact
+    sum of the bits as integers, each times its place (modulo 2⁶⁴), which does not depend on the order of addition.
 
     Args:
         tensors: Names and tensors.
@@ -36,8 +39,11 @@ def weights_key(tensors: Iterable[tuple[str, Tensor]], *settings: Any) -> str:
     digest = hashlib.blake2b(repr(settings).encode(), digest_size=16)
     for name, tensor in tensors:
         bits = tensor.detach().contiguous().view(-1).view(_WORDS[tensor.element_size()])
+        content = (
+            xxhash.xxh3_128_hexdigest(memoryview(bits.numpy())) if bits.device.type == "cpu" else _placed_sum(bits)
+        )
         # PEFT puts a layer with an adapter one name deeper
-        what = (name.replace(".base_layer.", "."), tuple(tensor.shape), str(tensor.dtype), _placed_sum(bits))
+        what = (name.replace(".base_layer.", "."), tuple(tensor.shape), str(tensor.dtype), content)
         digest.update(repr(what).encode())
     return digest.hexdigest()
 
@@ -76,23 +82,20 @@ def rows_of(inputs: Mapping[str, Any]) -> list[dict[str, Tensor]]:
     shape, kept = ids.shape, {}
     for name, value in inputs.items():
         if name in _PER_ROW and isinstance(value, Tensor) and value.shape in (shape, (1, shape[1])):
-            kept[name] = value.expand(shape)
+            kept[name] = value if value.shape == shape else both(lambda v: v.expand(shape), value)
         elif not (value is None or isinstance(value, bool | int | float | str) or _is_number(value)):
             raise Unknown(f"the input {name!r} says more than the tokens of a row do")
-    positions = kept.get("position_ids")
-    if positions is not None and bool((positions.diff(dim=1) < 0)[_both_real(kept, shape)].any()):
-        raise Unknown("position_ids that start again within a row pack several texts in one")
-    columns = torch.arange(1, shape[1] + 1, device=ids.device)
     mask = kept.get("attention_mask")  # none: a model that is given one where there was none may do something else
-    lengths = [shape[1]] * shape[0] if mask is None else (mask.bool() * columns).amax(dim=1).tolist()
-    return [{name: value[i : i + 1, : n or None] for name, value in kept.items()} for i, n in enumerate(lengths)]
+    real = torch.ones(shape, dtype=torch.bool) if mask is None else on_host(mask).bool()
+    positions = kept.get("position_ids")
+    if positions is not None and bool((on_host(positions).diff(dim=1) < 0)[real[:, 1:] & real[:, :-1]].any()):
+        raise Unknown("position_ids that start again within a row pack several texts in one")
+    lengths = (real * torch.arange(1, shape[1] + 1)).amax(dim=1).tolist()
+    return [{name: _row(value, i, n) for name, value in kept.items()} for i, n in enumerate(lengths)]
 
 
-def _both_real(kept: Mapping[str, Tensor], shape: torch.Size) -> Tensor:
-    """Neighbours that are both no padding, `(rows, tokens - 1)`."""
-    mask = kept.get("attention_mask")
-    real = torch.ones(shape, dtype=torch.bool) if mask is None else mask.bool()
-    return real[:, 1:] & real[:, :-1]
+def _row(values: Tensor, i: int, length: int) -> Tensor:
+    return both(lambda v: v[i : i + 1, : length or None], values)
 
 
 def _is_number(value: Any) -> bool:
@@ -106,7 +109,7 @@ def row_key(namespace: str, row: Mapping[str, Tensor]) -> str:
     precision = str(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else ""
     digest = hashlib.blake2b(f"{namespace}/{device}/{precision}".encode(), digest_size=16)
     for name in sorted(row):
-        value = row[name].detach().cpu().contiguous()
+        value = on_host(row[name]).detach().contiguous()
         digest.update(f"{name}{tuple(value.shape)}{value.dtype}".encode())
         digest.update(value.view(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

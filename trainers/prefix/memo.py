@@ -55,7 +55,7 @@ class Memo:
         ram_gb: RAM that tensors may take, in GB (10⁹ bytes); never exceeded.
         folder: Keep tensors here for later runs. None: what does not fit in RAM goes to a temporary folder, which
             ends with this object.
-        disk_gb: What this process may write, in GB.
+        disk_gb: What the folder may hold, files of other versions and processes included, in GB.
 
     Raises:
         ValueError: a negative or not finite budget, or a file in place of a folder.
@@ -106,8 +106,9 @@ class Memo:
         kept = self._keep(key, value)
         if self._writable and key not in self._places and (self.kept_for_later or not kept):
             try:
-                if self.disk_bytes + value.nbytes > self.disk_limit:
-                    raise OSError(f"its {self.disk_limit / _GB:.2g} GB of disk are full")
+                if self._on_disk() + value.nbytes > self.disk_limit:
+                    where = f"{self._folder} holds {self._on_disk() / _GB:.2g} GB" if self.kept_for_later else "full"
+                    raise OSError(f"of disk_gb={self.disk_limit / _GB:.2g}, {where}")
                 self._append(key, value)
             except OSError as error:
                 self._writable = False
@@ -119,9 +120,14 @@ class Memo:
 
     def refresh(self) -> None:
         """Read what other processes have added to the folder."""
-        if self._folder is None or not self._folder.is_dir():
+        if self._folder is None:
             return
-        for index in sorted(self._folder.glob(f"{_VERSION}-*.index")):
+        try:
+            indices = sorted(self._folder.glob(f"{_VERSION}-*.index")) if self._folder.is_dir() else []
+        except OSError as error:
+            logger.warning("The frozen-prefix memo cannot read %s (%s).", self._folder, error)
+            return
+        for index in indices:
             if self._segment is None or index != self._segment.with_suffix(".index"):
                 try:
                     if not index.is_file():  # reading a pipe would wait for ever
@@ -140,18 +146,18 @@ class Memo:
         if not self.kept_for_later or self._folder is None:
             return
         own = self._folder / f"{_VERSION}-{namespace}.model"
-        if own.exists():
-            return
-        others = [file.read_text(encoding="utf-8", errors="replace") for file in sorted(self._folder.glob("*.model"))]
-        old = {file.name.split("-")[0] for file in self._folder.glob("*.rows")} - {_VERSION}
-        if others or old:
-            held = "; ".join([*others, *(f"files of version {version}" for version in sorted(old))])
-            logger.warning("The memo in %s holds %s. This run has %s: computed anew.", self._folder, held, what)
         try:
+            if own.exists():
+                return
+            others = [file.read_text(encoding="utf-8", errors="replace") for file in self._folder.glob("*.model")]
+            old = {file.name.split("-")[0] for file in self._folder.glob("*.rows")} - {_VERSION}
+            if others or old:
+                held = "; ".join([*sorted(others), *(f"files of version {version}" for version in sorted(old))])
+                logger.warning("The memo in %s holds %s. This run has %s: computed anew.", self._folder, held, what)
             self._folder.mkdir(parents=True, exist_ok=True)
             own.write_text(what, encoding="utf-8")
         except OSError as error:
-            logger.warning("The frozen-prefix memo cannot write (%s).", error)
+            logger.warning("The frozen-prefix memo cannot use %s (%s).", self._folder, error)
 
     # -- RAM ----------------------------------------------------------------------------------------------------
 
@@ -183,6 +189,12 @@ class Memo:
             index.write(json.dumps(line) + "\n")
         self._places[key].append(place)
         self.disk_bytes += len(data)
+
+    def _on_disk(self) -> int:
+        """Bytes of tensors in the folder, whoever wrote them; two that write at once may both see room for theirs."""
+        if not self.kept_for_later or self._folder is None:
+            return self.disk_bytes
+        return sum(file.stat().st_size for file in self._folder.glob("*.rows"))
 
     def _own_segment(self) -> Path:
         if self._segment is None:

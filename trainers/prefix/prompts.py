@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from ...adapters import steering_layers
+from .._host import on_host, sent
 from .decoder import Decoder
 
 _WORTH_IT = 0.9  # of the tokens: two passes over fewer tokens have a cost of their own
@@ -19,7 +20,7 @@ _WORTH_IT = 0.9  # of the tokens: two passes over fewer tokens have a cost of th
 
 @dataclass(frozen=True)
 class Split:
-    """A batch of rows as prompts, some of them shared, and what follows them.
+    """A batch of rows as prompts, some of them shared, and what follows them; on the host until it is `to` somewhere.
 
     Attributes:
         prompts: Tokens of each distinct prompt, `(prompts,)`.
@@ -38,6 +39,17 @@ class Split:
         """Where what follows the prompt starts in each row, `(rows,)`."""
         return self.prompts[self.prompt_of]
 
+    def to(self, device: torch.device) -> Split:
+        """The same on a device; nobody waits for it."""
+        return Split(*(sent(getattr(self, name), device) for name in ("prompts", "owner", "prompt_of", "lengths")))
+
+    def only(self, prompts: Collection[int]) -> tuple[Split, Tensor]:
+        """The part of the batch that has these prompts, and its rows."""
+        rows = torch.tensor([row for row, prompt in enumerate(self.prompt_of.tolist()) if prompt in prompts])
+        kept, prompt_of = self.prompt_of[rows].unique(return_inverse=True)
+        owner = torch.searchsorted(rows, self.owner[kept])
+        return Split(self.prompts[kept], owner, prompt_of, self.lengths[rows]), rows
+
 
 def shared_prompts(call: Mapping[str, Any], ends: Tensor | None = None) -> Split | None:
     """The split of a batch whose second half continues the beginnings of its first half; None where that saves little.
@@ -47,18 +59,18 @@ def shared_prompts(call: Mapping[str, Any], ends: Tensor | None = None) -> Split
         ends: Where each row's prompt ends, if that decides what is steered: two rows share no token that one of them
             steers and the other does not, `(rows,)`.
     """
-    ids, lengths = call["input_ids"], row_lengths(call)
+    ids, lengths = on_host(call["input_ids"]), row_lengths(call)
     rows, width = ids.shape
     half = rows // 2
     if rows % 2 or lengths is None:
         return None
-    column = torch.arange(width, device=ids.device)
+    column = torch.arange(width)
     same = (ids[:half] == ids[half:]) & (column < torch.minimum(lengths[:half], lengths[half:])[:, None] - 1)
     if ends is not None:
-        first, second = ends.to(ids.device).chunk(2)
+        first, second = on_host(ends).chunk(2)
         same &= column < torch.where(first == second, first, torch.minimum(first, second) - 1)[:, None]
     prompts = same.long().cumprod(dim=1).sum(dim=1)
-    index = torch.arange(half, device=ids.device)
+    index = torch.arange(half)
     split = Split(prompts, index, torch.cat([index, index]), lengths)
     rest = int((lengths - split.starts).max())
     tokens = half * int(prompts.max()) + rows * rest
@@ -66,14 +78,16 @@ def shared_prompts(call: Mapping[str, Any], ends: Tensor | None = None) -> Split
 
 
 def row_lengths(call: Mapping[str, Any]) -> Tensor | None:
-    """Real tokens of every row, `(rows,)`; None unless all padding is on the right and positions are the usual."""
+    """Real tokens of every row, `(rows,)`, on the host; None unless all padding is on the right and positions are the
+    usual."""
     ids, mask = call["input_ids"], call.get("attention_mask")
     if call.get("position_ids") is not None or call.get("token_type_ids") is not None:
         return None
     if mask is None:
-        return torch.full(ids.shape[:1], ids.shape[1], device=ids.device)
+        return torch.full(ids.shape[:1], ids.shape[1])
+    mask = on_host(mask)
     lengths = mask.sum(dim=1)
-    ends_there = mask.bool() == (torch.arange(ids.shape[1], device=ids.device) < lengths[:, None])
+    ends_there = mask.bool() == (torch.arange(ids.shape[1]) < lengths[:, None])
     return lengths if bool(ends_there.all()) else None
 
 
@@ -89,29 +103,30 @@ def run_split(model: nn.Module, decoder: Decoder, call: Mapping[str, Any], state
         states: States at the cut, `(rows, tokens, d)`; None: nothing is skipped.
         split: The prompts.
     """
-    width = int(split.prompts.max())
-    column = torch.arange(width, device=split.prompts.device)
+    width, on = int(split.prompts.max()), call["input_ids"].device
+    rest, split = int((split.lengths - split.starts).max()), split.to(on)
+    column = torch.arange(width, device=on)
     real = column < split.prompts[:, None]
     first = {
         **call,
         "input_ids": call["input_ids"][split.owner, :width],
         "attention_mask": real.long(),
-        "past_key_values": DynamicCache(),
+        decoder.cache: DynamicCache(),
         "use_cache": True,
     }
     with part(model, split.owner, column.expand(len(split.owner), -1)):
         prompts = decoder.run(first, None if states is None else states[split.owner, :width])
     caches = [
         (layer.keys, layer.values)
-        for layer in prompts.past_key_values.layers[0 if states is None else decoder.count :]
+        for layer in getattr(prompts, decoder.cache).layers[0 if states is None else decoder.count :]
     ]
-    output = continue_prompts(model, decoder, call, states, split, caches, width)
+    output = continue_prompts(model, decoder, call, states, split, caches, width, rest)
     # every token from the pass that computed it
     both = torch.cat([prompts[0][split.prompt_of], output[0]], dim=1)
     place = torch.arange(call["input_ids"].shape[1], device=column.device) - split.starts[:, None]
     place = torch.where(place < 0, place + split.starts[:, None], place + width).clamp_max(both.shape[1] - 1)
     output.last_hidden_state = both.gather(1, place[..., None].expand(-1, -1, both.shape[-1]))
-    output.past_key_values = None
+    setattr(output, decoder.cache, None)
     return output
 
 
@@ -123,20 +138,21 @@ def continue_prompts(
     split: Split,
     caches: list[tuple[Tensor, Tensor]],
     width: int,
+    rest: int,
 ) -> Any:
-    """The decoder's output on what follows the prompts, `(rows, longest rest, d)`.
+    """The decoder's output on what follows the prompts, `(rows, rest, d)`.
 
     Args:
         model: The model around the decoder.
         decoder: The decoder.
         call: Its arguments for the whole batch.
         states: States at the cut; None: nothing is skipped.
-        split: The prompts.
+        split: The prompts, on the device.
         caches: Keys and values of the prompts, `(prompts, heads, width, size)`, by layer above the cut.
         width: Columns of the caches.
+        rest: Tokens of the longest row after its prompt.
     """
     ids, starts = call["input_ids"], split.starts
-    rest = int((split.lengths - starts).max())
     column = starts[:, None] + torch.arange(rest, device=ids.device)
     real = column < split.lengths[:, None]
     column = column.clamp_max(ids.shape[1] - 1)
@@ -146,7 +162,7 @@ def continue_prompts(
         **call,
         "input_ids": ids.gather(1, column),
         "attention_mask": torch.cat([before, real], dim=1).long(),
-        "past_key_values": _cache(0 if states is None else decoder.count, caches, split.prompt_of),
+        decoder.cache: _cache(0 if states is None else decoder.count, caches, split.prompt_of),
         "use_cache": True,
     }
     if decoder.takes("position_ids"):

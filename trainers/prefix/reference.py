@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ...losses import Outputs
 from .._batch import Batch
+from .._host import both, on_host
 from .cut import base_of
 from .keys import Unknown, attention_of, config_of, row_key, rows_of, weights_key
 from .memo import Memo
@@ -47,18 +48,21 @@ class ReferenceMemo:
             rows = rows_of(batch.inputs)
         except Unknown:
             return compute(batch)
-        mask = batch.targets[0] != -100
-        token_logps = torch.zeros(mask.shape, device=mask.device)
-        labels = [batch.labels[i : i + 1, : row["input_ids"].shape[1]] for i, row in enumerate(rows)]
-        if sum(int((own[:, 1:] != -100).sum()) for own in labels) != int(mask.sum()):  # labels on padding
+        device = batch.labels.device
+        labels = [_first(batch.labels, i, row["input_ids"].shape[1]) for i, row in enumerate(rows)]
+        labelled = int((on_host(batch.labels)[:, 1:] != -100).sum())
+        if sum(int((on_host(own)[:, 1:] != -100).sum()) for own in labels) != labelled:  # labels on padding
             return compute(batch)
+        found: list[Tensor] = []
         hidden: dict[int, list[Tensor]] = {layer: [] for layer in layers}
-        for i, (row, own) in enumerate(zip(rows, labels, strict=True)):
+        for row, own in zip(rows, labels, strict=True):
             logps, states = self._row({**row, "labels": own}, {layer: f"{site}/{layer}" for layer in layers}, compute)
-            token_logps[i, mask[i]] = logps.to(mask.device, non_blocking=True)
+            found.append(logps)
             for layer, state in zip(layers, states, strict=True):
-                hidden[layer].append(state.to(mask.device, non_blocking=True))
-        return Outputs(token_logps, mask, {layer: torch.cat(states) for layer, states in hidden.items()})
+                hidden[layer].append(state.to(device, non_blocking=True))
+        token_logps = batch.spread(torch.cat([logps.to(device, non_blocking=True) for logps in found]))
+        states = {layer: torch.cat(states) for layer, states in hidden.items()}
+        return Outputs(token_logps, batch.targets != -100, states)
 
     def _row(
         self, row: dict[str, Tensor], layers: Mapping[int, str], compute: Callable[[Batch], Outputs]
@@ -76,6 +80,10 @@ class ReferenceMemo:
                 self.memo.put(key, value)
         logps, *states = (value for value in known if value is not None)
         return logps, states
+
+
+def _first(labels: Tensor, row: int, length: int) -> Tensor:
+    return both(lambda values: values[row : row + 1, :length], labels)
 
 
 def _frozen_adapters(model: nn.Module, tensors: Sequence[tuple[str, Tensor]]) -> dict[str, str]:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from ...adapters import steering_layers
 from ...adapters.blocks import text_config
+from ...adapters.positions import CACHE_NAMES
+from .._host import sent
 from .._modes import evaluating
 from .completions import PromptCaches, prompts_are_constant
 from .cut import NoPrefix, base_of, dropout, frozen_blocks
@@ -20,6 +22,7 @@ from .decoder import Decoder
 from .keys import Unknown, attention_of, config_of, rows_of
 from .memo import Memo
 from .prompts import Split, run_split, shared_prompts
+from .randomness import draws
 from .rounding import difference
 from .states import States
 
@@ -32,9 +35,9 @@ class Shortcut:
     """What a forward pass of one model, as it stands, can leave out while `on()`.
 
     The blocks below everything that is trained are answered from a memo, and a prompt that chosen and rejected answer
-    share runs once. Before either is used for the first time one batch runs with and without it; where the last
-    hidden states differ by more than rounding (a model whose upper layers read more of the lower ones than their
-    output, say) it stays off.
+    share runs once. Before either is used for the first time two rows of a batch (or pairs), the shortest and the
+    longest, run with and without it; where the last hidden states differ by more than rounding (a model whose upper
+    layers read more of the lower ones than their output, say) it stays off.
 
     Args:
         memo: Where states are kept.
@@ -59,16 +62,20 @@ class Shortcut:
     ) -> None:
         self.model, self._proven, self._level = model, proven, level
         self._said: set[str] = set()
-        self._made_for = _trainable(model)
+        self._seen_proven: set[tuple[Any, ...]] = set()
+        self._draws: bool | None = None  # random numbers; not looked at yet
+        self._training = training
+        self._made_for = self._state_of_model()
+        self._draws_by_mode = training or model.training
         try:
             count = frozen_blocks(model, training)
         except NoPrefix as why:
             self._say(why)
             count = 0
         self.decoder = Decoder(model, count)
-        self._states = States(memo, model, self.decoder, training, stops) if count else None
-        random = training and any(dropout(module) for module in model.modules())
-        cached = self.decoder.takes("past_key_values", "use_cache") and count < self.decoder.depth
+        self._states = States(memo, model, self.decoder, training, self._draws_by_mode, stops) if count else None
+        random = self._draws_by_mode and any(dropout(module) for module in model.modules())
+        cached = bool(self.decoder.cache) and self.decoder.takes("use_cache") and count < self.decoder.depth
         self.shares_prompts = cached and not random
         constant = self.shares_prompts and count > 0 and prompts_are_constant(model, training)
         self._caches = PromptCaches(memo, model, self.decoder) if constant else None
@@ -92,8 +99,8 @@ class Shortcut:
             labels_only: Whether nothing is read of the outputs before the last prompt token. Then prompts that no
                 adapter changes need not run at all.
         """
-        if self._made_for != _trainable(self.model):
-            self._say(NoPrefix("it is off: adapters or trained parameters are not those it was made for"))
+        if self._made_for != self._state_of_model():
+            self._say(NoPrefix("it is off: adapters, trained parameters or the mode are not those it was made for"))
             self._states, self._caches, self.shares_prompts = None, None, False
         before = self._labels_only
         self._labels_only = labels_only and (before or not self.decoder.is_on)
@@ -104,7 +111,7 @@ class Shortcut:
             self._labels_only = before
 
     def _forward(self, call: dict[str, Any]) -> Any | None:
-        if call.get("past_key_values") is not None:  # generation
+        if any(call.get(name) is not None for name in CACHE_NAMES):  # generation
             return None
         try:
             if self._asked(call, "use_cache"):
@@ -121,6 +128,8 @@ class Shortcut:
             self._say(why)
             return None
         states = self._known(call, rows)
+        if self.shares_prompts and self._draws_by_mode:
+            self._check_draws(call)
         if states is not None and self._labels_only and (output := self._completions(call, rows, states)) is not None:
             return output
         split = self._split(call, states)
@@ -133,7 +142,11 @@ class Shortcut:
             return None
         try:
             states = self._states.of(rows, call["input_ids"].shape[1])
-            self._prove(call, "the memo of the lower layers", lambda: self.decoder.run(call, states))
+            what, lengths = "the memo of the lower layers", [row["input_ids"].shape[1] for row in rows]
+            if self._unproven(what, call):
+                sample = torch.tensor(_shortest_and_longest(lengths))
+                self._prove(call, what, sample, lambda some: self.decoder.run(some, states[sample]))
+            self._states.keep()
         except NoPrefix as why:
             self._states = None
             self._say(why)
@@ -145,16 +158,33 @@ class Shortcut:
         split = None if caches is None or self._beyond_window(call) else caches.split(call)
         if caches is None or split is None:
             return None
-        column = torch.arange(call["input_ids"].shape[1], device=states.device)
-        read = (column >= split.starts[:, None]) & (column < split.lengths[:, None])
         try:
             what = f"running completions only{_shape(split.starts, call)}"
-            self._prove(call, what, lambda: caches.run(call, rows, states, split), read)
+            if self._unproven(what, call):
+                some, sample = split.only(_shortest_and_longest(split.prompts.tolist()))
+                column = torch.arange(call["input_ids"].shape[1])
+                read = (column >= some.starts[:, None]) & (column < some.lengths[:, None])
+                few = [rows[i] for i in sample.tolist()]
+                self._prove(call, what, sample, lambda part: caches.run(part, few, states[sample], some), read)
+            output = caches.run(call, rows, states, split)
+            caches.keep()
+            return output
         except NoPrefix as why:
             self._caches = None
             self._say(why)
             return None
-        return caches.run(call, rows, states, split)
+
+    def _check_draws(self, call: Mapping[str, Any]) -> None:
+        """Run no row in parts where training draws random numbers (in routers, say): they differ between rows."""
+        if self._draws is None:
+
+            def run(row: Mapping[str, Tensor]) -> Any:
+                return self.decoder.run({**row, "use_cache": False}, None)
+
+            self._draws = draws(self.model, rows_of(call)[0], run)[1]
+        if self._draws:
+            self.run_whole_rows()
+            self._say(NoPrefix("no row is run in parts: training draws random numbers, which differ between rows"))
 
     def _beyond_window(self, call: Mapping[str, Any]) -> bool:
         """Whether a sliding window would have to know how far apart tokens are, which a padded cache changes."""
@@ -170,7 +200,10 @@ class Shortcut:
             return None
         try:
             what = f"a shared pass over the prompts{_shape(split.starts, call)}"
-            self._prove(call, what, lambda: run_split(self.model, self.decoder, call, states, split))
+            if self._unproven(what, call):
+                some, sample = split.only(_shortest_and_longest(split.prompts.tolist()))
+                known = None if states is None else states[sample]
+                self._prove(call, what, sample, lambda part: run_split(self.model, self.decoder, part, known, some))
         except NoPrefix as why:
             self.shares_prompts = False
             self._say(why)
@@ -183,6 +216,12 @@ class Shortcut:
         cares = any(config.positions != "all" for layer in layers for config in layer.config.values())
         return layers[0].boundary.prompt_end if cares else None
 
+    def _state_of_model(self) -> tuple[Any, ...]:
+        """What a shortcut is made for: unfreezing a layer, adding an adapter or drawing random numbers afterwards
+        changes what is constant. Trainers evaluate in between."""
+        trainable = tuple(p.requires_grad for p in self.model.parameters())
+        return trainable, tuple(getattr(self.model, "peft_config", ())), self._training or self.model.training
+
     def _asked(self, call: Mapping[str, Any], name: str) -> bool:
         value = call.get(name)
         return bool(getattr(self.decoder.module.config, name, False) if value is None else value)
@@ -192,20 +231,49 @@ class Shortcut:
             self._said.add(text)
             logger.log(self._level, "The frozen prefix: %s.", text)
 
+    def _proof(self, what: str, call: Mapping[str, Any]) -> str:
+        return hashlib.blake2b(f"{what}/{self.decoder.count}/{self._kind(call)}".encode()).hexdigest()
+
+    def _unproven(self, what: str, call: Mapping[str, Any]) -> bool:
+        on = call["input_ids"].device
+        seen = (what, on, torch.is_autocast_enabled(on.type) and torch.get_autocast_dtype(on.type))
+        if seen not in self._seen_proven and self._proof(what, call) in self._proven:
+            self._seen_proven.add(seen)
+        return seen not in self._seen_proven
+
     @torch.no_grad()
-    def _prove(self, call: Mapping[str, Any], what: str, run: Any, real: Tensor | None = None) -> None:
-        """Compare the last hidden states of one batch with those of the plain path, once for a model and a way.
+    def _prove(
+        self,
+        call: Mapping[str, Any],
+        what: str,
+        sample: Tensor,
+        run: Callable[[dict[str, Any]], Any],
+        real: Tensor | None = None,
+    ) -> None:
+        """Compare the last hidden states of some rows with those of the plain path, once for a model and a way.
+
+        Args:
+            call: Arguments of the decoder.
+            what: The way, in words.
+            sample: The rows.
+            run: The decoder's output from its arguments for these rows, in that way.
+            real: Which of their tokens mean something; None: all that are no padding.
 
         Raises:
             NoPrefix: they differ.
         """
-        known = hashlib.blake2b(f"{what}/{self.decoder.count}/{self._kind(call)}".encode()).hexdigest()
-        if known in self._proven:
-            return
-        with evaluating(self.model):
+        shape = call["input_ids"].shape
+        there = sent(sample, call["input_ids"].device)
+        call = {
+            name: value[there] if isinstance(value, Tensor) and value.shape == shape else value
+            for name, value in call.items()
+        }
+        with evaluating(self.model), ExitStack() as stack:
+            for boundary in {id(layer.boundary): layer.boundary for layer in steering_layers(self.model)}.values():
+                stack.enter_context(boundary.select(there))
             plain = self.decoder.run(call, None)[0]
             try:
-                ours = run()[0]
+                ours = run(call)[0]
             except Exception as error:  # whatever it is, the plain path has just worked
                 raise NoPrefix(
                     f"{what} is off: {type(self.decoder.module).__name__} fails with it: {error}"
@@ -214,7 +282,7 @@ class Shortcut:
             real = mask.bool()
         if (apart := difference(plain, ours, real)) is not None:
             raise NoPrefix(f"{what} is off: {type(self.decoder.module).__name__} differs by {apart:.1e} with it")
-        self._proven.add(known)
+        self._proven.add(self._proof(what, call))
 
     def _kind(self, call: Mapping[str, Any]) -> str:
         """What a proof is about: another model, adapter, precision or device is compared again."""
@@ -232,9 +300,10 @@ def _shape(starts: Tensor, call: Mapping[str, Any]) -> str:
     return f" ({lengths}, in rows of up to {1 << (call['input_ids'].shape[1] - 1).bit_length()} tokens)"
 
 
-def _trainable(model: nn.Module) -> tuple[Any, ...]:
-    """What a shortcut was made for: unfreezing a layer or adding an adapter afterwards changes what is constant."""
-    return tuple(p.requires_grad for p in model.parameters()), tuple(getattr(model, "peft_config", ()))
+def _shortest_and_longest(lengths: Sequence[int]) -> list[int]:
+    """Indices of two lengths that lie far apart; of one, if there is no other."""
+    by_length = sorted(range(len(lengths)), key=lambda i: lengths[i])
+    return sorted({by_length[0], by_length[-1]})
 
 
 def _original_context(config: Any) -> int | None:

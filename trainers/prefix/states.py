@@ -10,37 +10,47 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._modes import evaluating, training
+from .._modes import evaluating
 from .cut import NoPrefix, base_of, check_frozen
 from .decoder import Decoder
 from .keys import attention_of, config_of, row_key, weights_key
 from .memo import Memo
+from .randomness import draws, last_tokens
 from .rounding import difference
 
 
 class States:
-    """Outputs of the last frozen block, kept by content.
+    """Outputs of the last frozen block, kept by content. They are computed in evaluation mode.
 
     Args:
         memo: Where they are kept.
         model: The model, with or without PEFT.
         decoder: Its stack of blocks, with the frozen ones to be skipped.
         training: Whether parameters that require gradients will be changed.
+        random: Whether modules are in training mode, in which some draw random numbers.
         stops: Numbers of blocks after which states are kept as well, where a pass comes by.
     """
 
     def __init__(
-        self, memo: Memo, model: nn.Module, decoder: Decoder, training: bool, stops: Collection[int] = ()
+        self,
+        memo: Memo,
+        model: nn.Module,
+        decoder: Decoder,
+        training: bool,
+        random: bool,
+        stops: Collection[int] = (),
     ) -> None:
-        self.memo, self.model, self.decoder, self.training = memo, model, decoder, training
+        self.memo, self.model, self.decoder, self.training, self.random = memo, model, decoder, training, random
         self.stops = sorted({stop for stop in stops if 0 < stop < decoder.count})
         self._namespace: str | None = None
         self._ran_until: dict[int, dict[str, nn.Module]] = {}
         self._stop_namespaces: dict[int, str] = {}
         self._below: list[nn.Module] = []
+        self._new: dict[str, Tensor] = {}
 
     def of(self, rows: Sequence[Mapping[str, Tensor]], width: int) -> Tensor:
-        """States of a batch, `(rows, width, d)`, zero on the padding to the right. Rows run alone where they are new.
+        """States of a batch, `(rows, width, d)`, zero on the padding to the right. Rows run alone where they are new,
+        and are in the memo after `keep`.
 
         Raises:
             NoPrefix: what runs below the cut is not constant.
@@ -48,21 +58,24 @@ class States:
         if self._namespace is None:
             self._namespace = self._check(rows[0])
         _check_hooks(self._below)
+        self._new.clear()
         known = []
         for row in rows:
             key = row_key(self._namespace, row)
-            state = self.memo.get(key)
-            if state is None:
-                with self._stopping() as passed:
-                    state = self.decoder.state({**row, "use_cache": False})[0]
-                self.memo.put(key, state)
+            state = self._new.get(key)
+            if state is None and (state := self.memo.get(key)) is None:
+                with evaluating(base_of(self.model)), self._stopping() as passed:
+                    state = self._new[key] = self.decoder.state({**row, "use_cache": False})[0]
                 for stop, lower in passed.items():
-                    self.memo.put(row_key(self._stop_namespace(stop), row), lower[0])
+                    self._new[row_key(self._stop_namespace(stop), row)] = lower[0]
             known.append(state)
-        states = known[0].new_zeros(len(rows), width, known[0].shape[-1], device="cpu")
-        for i, state in enumerate(known):
-            states[i, : len(state)] = state
-        return states.to(rows[0]["input_ids"].device, non_blocking=True)
+        return padded(known, width, rows[0]["input_ids"].device)
+
+    def keep(self) -> None:
+        """Memoise what the last `of` computed: it was right."""
+        for key, state in self._new.items():
+            self.memo.put(key, state)
+        self._new.clear()
 
     @contextmanager
     def _stopping(self) -> Iterator[dict[int, Tensor]]:
@@ -79,6 +92,7 @@ class States:
 
     def _check(self, row: Mapping[str, Tensor]) -> str:
         """Check all that runs below the cut, and say what its outputs depend on."""
+        row = last_tokens(row)
         base, stack = base_of(self.model), self.decoder.module
         names = {module: name for name, module in base.named_modules()}
         ran = {names[stack]: stack}
@@ -97,14 +111,10 @@ class States:
         finally:
             for handle in handles:
                 handle.remove()
-        check_frozen(ran.items(), self.training)
+        check_frozen(ran.items(), self.training, self.random)
         self._below = [module for module in ran.values() if module is not stack]
-        if self.training:
-            devices = [row["input_ids"].device] if row["input_ids"].device.type == "cuda" else []
-            with training(base), torch.random.fork_rng(devices):
-                before = _random_states(devices)
-                as_trained = self.decoder.state({**row, "use_cache": False})
-                drawn = not all(map(torch.equal, before, _random_states(devices)))
+        if self.random:
+            as_trained, drawn = draws(base, row, lambda row: self.decoder.state({**row, "use_cache": False}))
             if drawn or difference(state, as_trained) is not None:
                 raise NoPrefix(
                     "what runs below the trained layers differs in training (noise on embeddings or routers?)"
@@ -124,6 +134,9 @@ class States:
     def _key(self, ran: Mapping[str, nn.Module], count: int) -> str:
         """What the state behind `count` blocks depends on beside the row."""
         base = base_of(self.model)
+        names = {module: name for name, module in base.named_modules()}
+        # experts that no token chose, too
+        ran = {**ran, **{names[module]: module for module in self.decoder.inside(count)}}
         below = {f"{name}.{key}".lstrip("."): t for name, module in ran.items() for key, t in _own_tensors(module)}
         settings = (type(self.decoder.module).__name__, count, attention_of(base), config_of(base))
         return weights_key(sorted(below.items()), *settings)
@@ -133,9 +146,13 @@ def _keep(passed: dict[int, Tensor], stop: int, module: nn.Module, args: object,
     passed[stop] = (output[0] if isinstance(output, tuple) else output).detach()
 
 
-def _random_states(devices: Sequence[torch.device]) -> list[Tensor]:
-    """Whoever draws a random number changes them."""
-    return [torch.get_rng_state(), *(torch.cuda.get_rng_state(device) for device in devices)]
+def padded(rows: Sequence[Tensor], width: int, device: torch.device) -> Tensor:
+    """Rows of states `(tokens, d)` side by side on a device, `(rows, width, d)`, zero behind their ends. From pinned
+    memory nobody waits for the copies."""
+    whole = torch.zeros(len(rows), width, rows[0].shape[-1], dtype=rows[0].dtype, device=device)
+    for row, place in zip(rows, whole, strict=True):
+        place[: len(row)].copy_(row, non_blocking=True)
+    return whole
 
 
 def _check_hooks(modules: Sequence[nn.Module]) -> None:

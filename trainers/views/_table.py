@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from .._batch import Batch
 from .._data import tokenise
+from .._host import on_host, sent
 from ._base import Row, View, ViewError
 
 if TYPE_CHECKING:
@@ -92,9 +93,10 @@ class Views:
         pairs = batch.pairs and self.views[name].same_answers
         batch = batch if pairs or not batch.pairs else batch.chosen
         mask = batch.inputs.get("attention_mask")
+        real = None if mask is None else on_host(mask).bool()
         found = []
-        for i, ids in enumerate(batch.inputs["input_ids"]):
-            own = ids if mask is None else ids[mask[i].bool()]
+        for i, ids in enumerate(on_host(batch.inputs["input_ids"])):
+            own = ids if real is None else ids[real[i]]
             known = self._rows.get((name, _key(own.tolist())))
             if known is None:
                 raise ViewError(f"A row has no view {name!r}: it was cut to max_length, or added after the start.")
@@ -147,7 +149,7 @@ def _padded(rows: Sequence[tuple[list[int], int]], pairs: bool, device: torch.de
     width = max(len(ids) for ids, _ in rows)
 
     def filled(values: Sequence[Sequence[int]], fill: int) -> Tensor:
-        return torch.tensor([[*value, *[fill] * (width - len(value))] for value in values], device=device)
+        return sent(torch.tensor([[*value, *[fill] * (width - len(value))] for value in values]), device)
 
     ids, mask = filled([ids for ids, _ in rows], 0), filled([[1] * len(ids) for ids, _ in rows], 0)
     labels = filled([[-100] * start + ids[start:] for ids, start in rows], -100)

@@ -54,6 +54,7 @@ setup(
         "accelerate>=1.12",
         "datasets>=4.7",
         "scikit-learn>=1.5",
+        "xxhash>=3",
     ],
     entry_points={"console_scripts": ["steertune=steertune.recipes.cli:main"]},
     extras_require={

@@ -5,7 +5,8 @@
 Every way trains in short turns, one after the other and round after round, so that a noisy machine is equally noisy to
 all. A step to warm up is not timed. In the first round our losses read a whole epoch before, which fills the memo, and
 is timed as such. Peak memory comes from a process of its own for each way. `--growth` times ours with ten times the
-rows as well. Writes `table.md` and `table.json`.
+rows as well. With one thread on a CPU, seconds are CPU seconds of this process, which other programs on the machine do
+not stretch. Writes `table.md` and `table.json`.
 """
 
 from __future__ import annotations
@@ -15,12 +16,14 @@ import copy
 import gc
 import json
 import logging
+import shlex
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -119,6 +122,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--threads", type=positive)
     parser.add_argument("--folder", type=Path, default=Path("runs/benchmark"))
     parser.add_argument("--growth", action="store_true", help="time ten times the rows as well")
+    parser.add_argument("--ways", nargs="+", default=["*"], help="only ways with such names, as `SFT: ours*`")
+    parser.add_argument("--no-memory", action="store_true", help="leave peak memory out")
     parser.add_argument("--memory-of", choices=[*WAYS], help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
     begin(options.threads, only_one=True)
@@ -141,10 +146,10 @@ def measure(options: Any, length: int, prompt: int) -> dict[str, Any]:
     """Times, memory and the floor at one row length."""
     model, tokenizer = load_model(ModelTable(name=options.model))
     layer = 2 * model.config.num_hidden_layers // 3
-    rows = max(2, options.tokens // length)
+    rows, ways = max(2, options.tokens // length), _asked(options.ways)
     with tempfile.TemporaryDirectory() as folder:
-        runs = {name: Run(way, model, tokenizer, (length, prompt), rows, layer, folder) for name, way in WAYS.items()}
-        seconds: dict[str, list[float]] = {name: [] for name in WAYS}
+        runs = {name: Run(way, model, tokenizer, (length, prompt), rows, layer, folder) for name, way in ways.items()}
+        seconds: dict[str, list[float]] = {name: [] for name in ways}
         epochs: dict[str, float] = {}
         for turn in tqdm(range(options.rounds), desc=f"{prompt} of {length} tokens", unit="round"):
             for name, run in tqdm(runs.items(), desc="Ways", leave=False):
@@ -153,7 +158,8 @@ def measure(options: Any, length: int, prompt: int) -> dict[str, Any]:
                 seconds[name] += found[-_STEPS:]
                 if filled:
                     epochs[name] = sum(found[:_EPOCH])
-    memory = {name: _memory_apart(options, name, length, prompt) for name in tqdm(WAYS, desc="Memory", unit="way")}
+    apart = [] if options.no_memory else tqdm(ways, desc="Memory", unit="way")
+    memory = {name: _memory_apart(options, name, length, prompt) for name in apart}
     return {
         "length": length,
         "prompt": prompt,
@@ -162,8 +168,15 @@ def measure(options: Any, length: int, prompt: int) -> dict[str, Any]:
         "seconds": seconds,
         "first_epoch": epochs,
         "memory_gb": memory,
-        "floor": {name: floor(model, way, length, prompt, rows, layer) for name, way in WAYS.items()},
+        "floor": {name: floor(model, way, length, prompt, rows, layer) for name, way in ways.items()},
     }
+
+
+def _asked(patterns: Sequence[str]) -> dict[str, Way]:
+    """The ways with such names, and what they are compared with."""
+    asked = {name for name in WAYS if any(fnmatchcase(name, pattern) for pattern in patterns)}
+    asked |= {AGAINST[WAYS[name].kind] for name in asked}
+    return {name: way for name, way in WAYS.items() if name in asked}
 
 
 def growth(options: Any, length: int, prompt: int) -> dict[str, float]:
@@ -261,15 +274,18 @@ class _Clock(TrainerCallback):
         self._start = 0.0
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._start = _now()
+        self._start = now()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.seconds.append(_now() - self._start)
+        self.seconds.append(now() - self._start)
 
 
-def _now() -> float:
+def now() -> float:
+    """Seconds: of a GPU's work, of this process with one thread on a CPU, else of the wall clock."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
+    elif torch.get_num_threads() == 1:
+        return time.process_time()
     return time.perf_counter()
 
 
@@ -310,9 +326,9 @@ def _product(rows: int, weight: torch.Tensor) -> float:
     states = torch.randn(rows, weight.shape[1], dtype=weight.dtype, device=weight.device)
     seconds = []
     for _ in range(7):
-        start = _now()
+        start = now()
         torch.nn.functional.linear(states, weight)
-        seconds.append(_now() - start)
+        seconds.append(now() - start)
     return median(seconds[2:])
 
 
@@ -338,15 +354,18 @@ def _memory(options: Any, name: str, length: int, prompt: int) -> float:
 def page(options: Any, found: list[dict[str, Any]]) -> str:
     """The tables."""
     rows = " ".join(f"{at['length']}/{at['prompt']}" for at in found)
+    ways = "" if options.ways == ["*"] else f" --ways {shlex.join(options.ways)}"
     command = (
         f"python -m steertune.recipes.benchmark --model {options.model} --rows {rows} --tokens {options.tokens} "
         f"--rounds {options.rounds} --threads {torch.get_num_threads()}{' --growth' if options.growth else ''}"
+        f"{ways}{' --no-memory' if options.no_memory else ''}"
     )
+    clock = "CPU seconds" if torch.get_num_threads() == 1 and not torch.cuda.is_available() else "seconds"
     lines = [
         "# What a training step costs",
         "",
         f"`{command}`: {torch.get_num_threads()} threads, torch {torch.__version__}, {options.rounds} rounds of "
-        f"{_STEPS} timed steps a way, interleaved. Median seconds of a step [smallest, largest]; ratios are of "
+        f"{_STEPS} timed steps a way, interleaved. Median {clock} of a step [smallest, largest]; ratios are of "
         f"medians. The first epoch is of {_EPOCH} steps, and holds the one-time comparison with the plain path. The "
         "floor is the matrix products above the vector and of the head on labels, at the rate of this machine, for "
         "the tokens that have to run.",
@@ -361,14 +380,16 @@ def page(options: Any, found: list[dict[str, Any]]) -> str:
             "| peak memory, GB |",
             "|---|---|---|---|---|---|",
         ]
-        for name, way in WAYS.items():
-            seconds, base = at["seconds"][name], AGAINST[way.kind]
+        for name, seconds in at["seconds"].items():
+            base = AGAINST[WAYS[name].kind]
             plain = at["first_epoch"].get(f"{name.split(':')[0]}: ours, head on labels")
             epoch = f"{at['first_epoch'][name] / plain:.2f}" if plain and name in at["first_epoch"] else ""
+            memory = at["memory_gb"].get(name)
             lines.append(
                 f"| {name} | {median(seconds):.2f} [{min(seconds):.2f}, {max(seconds):.2f}] "
                 f"| {median(at['seconds'][base]) / median(seconds):.2f} "
-                f"| {median(seconds) / at['floor'][name]:.2f} | {epoch} | {at['memory_gb'][name]:.2f} |"
+                f"| {median(seconds) / at['floor'][name]:.2f} | {epoch} "
+                f"| {'' if memory is None else format(memory, '.2f')} |"
             )
         if "growth" in at:
             grown = ", ".join(f"{ratio:.1f} ({name})" for name, ratio in at["growth"].items())

@@ -1,16 +1,39 @@
-"""The benchmark measures rows of the length that its table names."""
+"""The benchmarks measure what their tables name, and add up what they measured."""
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 
-from steertune.recipes import embedded
-from steertune.recipes.benchmark import data
+from steertune.recipes import benchmark_grid, embedded
+from steertune.recipes.ablation.grid import load_grid
+from steertune.recipes.benchmark import AGAINST, WAYS, _asked, data
 from steertune.trainers import tokenise
 
-pytestmark = pytest.mark.real
+
+def test_ways_that_are_asked_for_come_with_what_they_are_compared_with():
+    assert [*_asked(["SFT: ours*"])] == [AGAINST["sft"], *(name for name in WAYS if name.startswith("SFT: ours"))]
+    assert _asked(["*"]) == WAYS and _asked(["nothing"]) == {}
 
 
+@pytest.mark.parametrize("per,seconds", [("seed", 6 * 10), ("arm", 2 * 10 + 4 * 4), ("grid", 10 + 5 * 4)])
+def test_a_grid_is_extrapolated_from_a_cell(per, seconds):
+    """Two tasks and three seeds; a cell takes 10 s, 6 of them its tuning of two trials."""
+    grid = load_grid("quick")
+    grid.tables.budget.per = per
+    found = {"mean_difference": {"ours": [10.0, 4.0, 2], "stock": [20.0, 8.0, 2]}}
+    text = benchmark_grid.page(grid, found, 1.0, SimpleNamespace(grid="quick", arms=["mean_difference"]))
+    loads = {"seed": 6 * 3, "arm": 2 * 3 + 4, "grid": 3 + 5}[per]
+    assert f"| all, extrapolated | {seconds} | {2 * seconds} | 2.0 | {(2 * seconds + loads) / seconds:.1f} |" in text
+
+
+def test_arms_of_a_grid_that_it_does_not_have(capsys):
+    assert benchmark_grid.main(["quick", "--arms", "mean_diference"]) == 2
+    assert "mean_diference" in capsys.readouterr().err
+
+
+@pytest.mark.real
 @pytest.mark.parametrize("kind", ["sft", "dpo"])
 def test_rows_have_the_tokens_that_are_asked_for(kind):
     tokenizer = embedded.load_tokenizer()

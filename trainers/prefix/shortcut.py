@@ -21,7 +21,7 @@ from .cut import NoPrefix, base_of, dropout, frozen_blocks
 from .decoder import Decoder
 from .keys import Unknown, attention_of, config_of, rows_of
 from .memo import Memo
-from .prompts import Split, run_split, shared_prompts
+from .prompts import Split, part, run_split, shared_prompts
 from .randomness import draws
 from .rounding import difference
 from .states import States
@@ -165,7 +165,7 @@ class Shortcut:
                 column = torch.arange(call["input_ids"].shape[1])
                 read = (column >= some.starts[:, None]) & (column < some.lengths[:, None])
                 few = [rows[i] for i in sample.tolist()]
-                self._prove(call, what, sample, lambda part: caches.run(part, few, states[sample], some), read)
+                self._prove(call, what, sample, lambda few_rows: caches.run(few_rows, few, states[sample], some), read)
             output = caches.run(call, rows, states, split)
             caches.keep()
             return output
@@ -179,7 +179,9 @@ class Shortcut:
         if self._draws is None:
 
             def run(row: Mapping[str, Tensor]) -> Any:
-                return self.decoder.run({**row, "use_cache": False}, None)
+                column = torch.arange(row["input_ids"].shape[1], device=row["input_ids"].device)[None]
+                with part(self.model, column[0, :1], column):  # row 0
+                    return self.decoder.run({**row, "use_cache": False}, None)
 
             self._draws = draws(self.model, rows_of(call)[0], run)[1]
         if self._draws:
@@ -203,7 +205,7 @@ class Shortcut:
             if self._unproven(what, call):
                 some, sample = split.only(_shortest_and_longest(split.prompts.tolist()))
                 known = None if states is None else states[sample]
-                self._prove(call, what, sample, lambda part: run_split(self.model, self.decoder, part, known, some))
+                self._prove(call, what, sample, lambda few: run_split(self.model, self.decoder, few, known, some))
         except NoPrefix as why:
             self.shares_prompts = False
             self._say(why)

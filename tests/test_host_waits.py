@@ -19,6 +19,7 @@ from transformers import TrainerCallback
 import steertune.losses
 import steertune.trainers
 from steertune.adapters import SteeringVectorConfig
+from steertune.adapters.config import Positions
 from steertune.trainers import FrozenPrefix, _mixin
 
 WAITED_FOR = "item tolist numpy cpu __bool__ __int__ __float__ __index__ nonzero argwhere unique masked_select equal"
@@ -35,7 +36,7 @@ def marked(value) -> bool:
 
 def mark(value):
     if isinstance(value, Tensor):
-        value.marked = True
+        vars(value)["marked"] = True
     elif isinstance(value, list | tuple):
         for one in value:
             mark(one)
@@ -89,7 +90,7 @@ class Steps(TrainerCallback):
         self.watch.noting = False
 
 
-def waits(monkeypatch, folder, kind: str, positions: str, kept: bool) -> list[str]:
+def waits(monkeypatch, folder, kind: str, positions: Positions, kept: bool) -> list[str]:
     monkeypatch.setattr(_mixin, "waits", lambda device: kept)
     watch = Watch()
     data, loss = (pairs(8), "dpo") if kind == "dpo" else (demonstrations(8), "cross_entropy")

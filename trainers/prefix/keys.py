@@ -39,9 +39,7 @@ def weights_key(tensors: Iterable[tuple[str, Tensor]], *settings: Any) -> str:
     digest = hashlib.blake2b(repr(settings).encode(), digest_size=16)
     for name, tensor in tensors:
         bits = tensor.detach().contiguous().view(-1).view(_WORDS[tensor.element_size()])
-        content = (
-            xxhash.xxh3_128_hexdigest(memoryview(bits.numpy())) if bits.device.type == "cpu" else _placed_sum(bits)
-        )
+        content = xxhash.xxh3_128_hexdigest(bits.numpy().data) if bits.device.type == "cpu" else _placed_sum(bits)
         # PEFT puts a layer with an adapter one name deeper
         what = (name.replace(".base_layer.", "."), tuple(tensor.shape), str(tensor.dtype), content)
         digest.update(repr(what).encode())

@@ -90,12 +90,12 @@ def seed(fault: Fault) -> None:
 FAULTS = [
     Fault(
         "labels are off by one", "label masks", "trainers._batch",
-        "        labels = self.labels[:, 1:]\n", "        labels = self.labels[:, :-1]\n",
+        "return on_host(self.labels)[:, 1:]", "return on_host(self.labels)[:, :-1]",
         "test_model_at", "full_computation",
     ),
     Fault(
         "prompt tokens are trained", "label masks", "trainers._batch",
-        '(inputs["completion_mask"] == 0, -100)', '(inputs["attention_mask"] == 0, -100)',
+        'inputs["input_ids"], inputs["completion_mask"]', 'inputs["input_ids"], inputs["attention_mask"]',
         "test_trainers_equal_upstream", "cross_entropy_on_pairs",  # of DPO's margin a shared prompt cancels
     ),
     Fault(

@@ -230,7 +230,7 @@ def token_logps(model: nn.Module, unwrapped: nn.Module, batch: Batch, asked: Ask
     """Log-probabilities of a batch's labels, and what else is asked for."""
     with _states(unwrapped, batch, asked) as hidden:
         logits = labelled_logits(model, unwrapped, batch)
-    found = -F.cross_entropy(logits, batch.labelled(F.pad(batch.labels[:, 1:], (0, 1))), reduction="none")
+    found = -F.cross_entropy(logits, batch.answers, reduction="none")
     outputs = Outputs(batch.spread(found), batch.targets != -100)
     if asked == NOTHING:
         return outputs

@@ -72,13 +72,22 @@ class Batch:
     @cached_property
     def targets(self) -> Tensor:
         """Labels on the columns that predict one in some row, `(rows, columns)`."""
-        labels = on_host(self.labels)[:, 1:]
-        return sent(labels[:, (labels != -100).any(dim=0)], self.labels.device)
+        return sent(self._next[:, (self._next != -100).any(dim=0)], self.labels.device)
+
+    @cached_property
+    def answers(self) -> Tensor:
+        """The labels of `targets` in one line, `(labels,)`, row after row."""
+        return sent(self._next[self._next != -100], self.labels.device)
+
+    @cached_property
+    def _next(self) -> Tensor:
+        """What every token but the last has to predict, `(rows, tokens - 1)`, on the host."""
+        return on_host(self.labels)[:, 1:]
 
     @cached_property
     def _places(self) -> tuple[Tensor, Tensor]:
         """Row and column of every prediction of a label."""
-        rows, columns = (on_host(self.labels)[:, 1:] != -100).nonzero(as_tuple=True)
+        rows, columns = (self._next != -100).nonzero(as_tuple=True)
         return sent(rows, self.labels.device), sent(columns, self.labels.device)
 
     def labelled(self, states: Tensor) -> Tensor:

@@ -155,7 +155,7 @@ FAULTS = [
     ),
     Fault(
         "the strength is ignored", "adapter has no effect", "adapters.layer",
-        "hidden + strength * self._change(name, hidden)", "hidden + self._change(name, hidden)",
+        "hidden + strength * times * self._change(name, hidden)", "hidden + self._change(name, hidden)",
         "test_model_at", "at_minus_1",
     ),
     Fault(

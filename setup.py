@@ -48,7 +48,7 @@ setup(
     package_data={name: ["py.typed", "**/*.toml", "**/*.yaml", "**/*.jsonl", "**/*.md"] for name in package_dir},
     install_requires=[
         "torch>=2.11",
-        "transformers>=5.17",
+        "transformers>=5.17,<5.24",  # the adapter methods of 5.24 ask for PEFT 0.22
         "trl>=1.12",
         "peft>=0.20",
         "accelerate>=1.12",

@@ -461,7 +461,7 @@ def test_compiled_is_the_same(switches, backend):
 @pytest.mark.parametrize("bits", [4, 8])
 def test_quantised_bases(bits, tmp_path):
     pytest.importorskip("bitsandbytes")
-    tiny(hidden_size=64).save_pretrained(tmp_path / "base")
+    tiny(hidden_size=64, intermediate_size=64).save_pretrained(tmp_path / "base")
     kind = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"} if bits == 4 else {"load_in_8bit": True}
 
     def base():

@@ -11,12 +11,15 @@ where it stopped. Then read the results with `python -m steertune.recipes.report
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 import time
 import traceback
 from collections.abc import MutableMapping, Sequence
+from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
+from typing import Any
 
 import torch
 from datasets import disable_progress_bars
@@ -40,6 +43,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Command line; returns the exit code: 2 for a grid that cannot run, 1 if a cell failed."""
     options = _parser().parse_args(argv)
     rank, processes = stand_alone(os.environ)
+    with redirect_stdout(sys.stderr) if options.json else nullcontext():
+        found = _ablate(options, argv, rank, processes)
+    if options.json and rank == 0:
+        print(json.dumps(found))
+    return 1 if found["failed"] else 0
+
+
+def _ablate(options: argparse.Namespace, argv: Sequence[str] | None, rank: int, processes: int) -> dict[str, Any]:
+    """Run the grid that the command line names; return where it is, and how far."""
     threads = options.threads or (max(1, (os.cpu_count() or 1) // processes) if processes > 1 else None)
     disable_progress_bars()
     begin(threads, running=processes)
@@ -55,13 +67,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         bench.scorer(task)
     if rank == 0:
         print(plan(grid, cells, bench, folder, processes, every_cell=options.dry_run))
-    if options.dry_run:
-        return 0
-    write_grid(folder, grid, argv)
-    failed = run(grid, cells, bench, folder, show=rank == 0)
-    if rank == 0:
-        print(f"Cells are in {folder}. Read them: python -m steertune.recipes.report {folder}")
-    return 1 if failed else 0
+    failed = []
+    if not options.dry_run:
+        write_grid(folder, grid, argv)
+        failed = run(grid, cells, bench, folder, show=rank == 0)
+        if rank == 0:
+            print(f"Cells are in {folder}. Read them: python -m steertune.recipes.report {folder}")
+    done = sum((folder / cell.path / "cell.json").exists() for cell in cells)
+    return {"folder": str(folder), "cells": len(cells), "done": done, "failed": failed}
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -73,6 +86,9 @@ def _parser() -> argparse.ArgumentParser:
         "--threads", type=positive, help="CPU threads of this process (all cores, shared by the processes)"
     )
     parser.add_argument("--dry-run", action="store_true", help="print cells, cost and time, and stop")
+    parser.add_argument(
+        "--json", action="store_true", help="print how far it is in the end, all else to standard error"
+    )
     return parser
 
 

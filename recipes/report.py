@@ -2,14 +2,17 @@
 
     python -m steertune.recipes.report runs/quick
 
-Writes `report.html` (opens without a network), `report.md` with `charts/`, and `cells.parquet`, a row a cell.
+Writes `report.html` (opens without a network), `report.md` with `charts/`, `report.json` (the verdict and the answer),
+and `cells.parquet`, a row a cell.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +32,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="report", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("folder", type=Path, help="folder of a grid")
     parser.add_argument("--measure", choices=sorted(analysis.MEASURES), help="instead of the claim's measure")
+    parser.add_argument("--json", action="store_true", help="print report.json instead of the page")
     options = parser.parse_args(argv)
     page = write_report(options.folder, options.measure)
+    if options.json:
+        print(page.with_suffix(".json").read_text(encoding="utf-8"))
+        return 0
     print(page.read_text(encoding="utf-8"))
     print(f"This page: {page.with_suffix('.html')}")
     return 0
@@ -58,30 +65,60 @@ def write_report(folder: Path, measure: str | None = None) -> Path:
     claim = tables.claim.model_copy(update={"measure": measure}) if measure else tables.claim
     ran = cells[cells["status"] != "failed"]
     lines = [f"# {tables.name}", "", *_card(tables.card, tables.claim, tables.tasks)]
+    short = {"grid": tables.name, "measure": claim.measure, "cells": len(grid["cells"]), "ran": len(ran)}
     if ran.empty:
         lines += ["Every cell failed.", "", *sections.failures(cells)]
     else:
-        lines += _body(folder, grid, tables, claim, cells, ran)
+        found = _find(tables, claim, cells, ran)
+        lines += _body(folder, grid, tables, claim, cells, ran, found)
+        claimed = tables.claim.measure == claim.measure
+        short |= {"counts": _SIDES[found.said.side] if claimed else "not claimed", "answer": found.answer}
     page = folder / "report.md"
+    write_whole(page.with_suffix(".json"), json.dumps(short, indent=1))
     write_whole(page, "\n".join(lines) + "\n")
     write_whole(folder / "report.html", html_page("\n".join(lines), folder, tables.name))
     return page
 
 
-def _body(folder: Path, grid: dict[str, Any], tables: GridTables, claim: Claim, cells: Frame, ran: Frame) -> list[str]:
-    label = analysis.MEASURES[claim.measure]
-    paired = analysis.in_pairs(ran, tables)  # for whatever compares; means and costs are by task and seed
-    found = analysis.attribution(paired, tables, claim.measure, claim.factor)
-    said = analysis.verdict(analysis.in_pairs(cells, tables), claim, found)
+@dataclass(frozen=True)
+class _Found:
+    """What the cells say.
+
+    Attributes:
+        paired: The cells for whatever compares; means and costs are by task and seed.
+        shares: Of the gap that the claim is about.
+        said: The verdict.
+        curves: Every arm's against the baseline's.
+        answer: Three sentences.
+    """
+
+    paired: Frame
+    shares: analysis.Attribution | None
+    said: analysis.Verdict
+    curves: list[analysis.Efficiency]
+    answer: list[str]
+
+
+def _find(tables: GridTables, claim: Claim, cells: Frame, ran: Frame) -> _Found:
+    paired = analysis.in_pairs(ran, tables)
+    shares = analysis.attribution(paired, tables, claim.measure, claim.factor)
+    said = analysis.verdict(analysis.in_pairs(cells, tables), claim, shares)
     curves = analysis.efficiency(paired, claim.than, claim.measure)
+    return _Found(paired, shares, said, curves, analysis.answer(paired, claim, said, shares, curves))
+
+
+def _body(
+    folder: Path, grid: dict[str, Any], tables: GridTables, claim: Claim, cells: Frame, ran: Frame, found: _Found
+) -> list[str]:
+    label, paired = analysis.MEASURES[claim.measure], found.paired
     crossed = [arm["name"] for arm in grid["arms"] if arm["levels"]]
     several = ran["examples"].nunique() > 1
     return [
-        *_headline(tables, claim, said),
-        *(f"{sentence}  " for sentence in analysis.answer(paired, claim, said, found, curves)),
+        *_headline(tables, claim, found.said),
+        *(f"{sentence}  " for sentence in found.answer),
         "",
         *_extent(grid, cells, claim.alpha),
-        *(sections.attribution(folder, tables, found, label) if found else []),
+        *(sections.attribution(folder, tables, found.shares, label) if found.shares else []),
         *sections.effects_of_factors(
             folder, paired[paired["arm"].isin(crossed)], list(tables.factors), claim.measure, label
         ),
@@ -90,7 +127,7 @@ def _body(folder: Path, grid: dict[str, Any], tables: GridTables, claim: Claim, 
         *sections.comparisons(paired, claim),
         *(sections.recovered(paired, claim) if claim.recovers is not None else []),
         *sections.behaviour(ran),
-        *(sections.efficiency(folder, paired, curves, claim, label) if several else []),
+        *(sections.efficiency(folder, paired, found.curves, claim, label) if several else []),
         *sections.side_effects(folder, ran, tables),
         *sections.cost(ran),
         *sections.failures(cells),

@@ -267,8 +267,9 @@ def test_a_launched_process_stands_alone():
 def test_a_dry_run_says_what_it_would_cost_and_runs_nothing(tables, tmp_path, capsys):
     file = tmp_path / "grid.toml"
     file.write_text(_toml(tables))
-    assert recipe.main([str(file), "--folder", str(tmp_path / "run"), "--dry-run", "--threads", "1"]) == 0
-    printed = capsys.readouterr().out
+    assert recipe.main([str(file), "--folder", str(tmp_path / "run"), "--dry-run", "--threads", "1", "--json"]) == 0
+    out, printed = capsys.readouterr()
+    assert json.loads(out) == {"folder": str(tmp_path / "run"), "cells": 10, "done": 0, "failed": []}
     assert "10 cells: 5 arms x 1 tasks x 1 numbers of examples x 2 seeds; 0 are done." in printed
     assert all(f"min  task n=4 seed={seed} {arm}" in printed for arm in ARMS for seed in (0, 1))
     assert "2 x [2] steps, 2" in printed and "not trained" in printed

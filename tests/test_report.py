@@ -269,13 +269,18 @@ def test_what_a_vector_with_four_examples_is_worth_in_loras(tmp_path):
     assert row[3].startswith("> 64 ["), "64 examples of the vector are worth more than LoRA has in the grid"
 
 
-def test_an_arm_without_a_strength_is_named_not_compared(tmp_path):
+def test_an_arm_without_a_strength_is_named_not_compared(tmp_path, capsys):
     make_up(tmp_path, by_form)
     page = said(tmp_path)
     assert re.search(r"Not compared, because no pair .* has .* at matched KL of them .*: full_dpo\.", page)
     assert "full_dpo |" in page, "it is still in the other tables"
-    assert report.main([str(tmp_path), "--measure", "accuracy"]) == 0
-    assert "Not compared" not in (tmp_path / "report.md").read_text()
+    counts = json.loads((tmp_path / "report.json").read_text())["counts"]
+    assert f"## The result counts {counts} the hypothesis" in page
+    capsys.readouterr()
+    assert report.main([str(tmp_path), "--measure", "accuracy", "--json"]) == 0
+    found, page = json.loads(capsys.readouterr().out), (tmp_path / "report.md").read_text()
+    assert "Not compared" not in page and found["counts"] == "not claimed"
+    assert len(found["answer"]) == 3 and all(sentence in page for sentence in found["answer"])
 
 
 def test_failed_diverged_and_missing_cells_are_shown(tmp_path):

@@ -54,7 +54,13 @@ def test_the_gentlest_within_one_standard_error_of_the_best():
 def test_one_that_stands_alone():
     cells = [cell(1, 1, 3, kl=0.01), cell(2, 2, 9)]
     found = choose(cells, base(), Limits())
-    assert found.cell is cells[1] and "no other is within one standard error" in found.reason
+    assert found.cell is cells[1] and "no other is both within one standard error" in found.reason
+
+
+def test_what_is_not_ahead_of_the_base_is_not_chosen_for_being_gentle():
+    # one right is one error from the base's none, and one error from the best's two
+    cells = [cell(1, 0.5, 1, kl=0.01), cell(1, 1, 2, kl=0.1)]
+    assert choose(cells, base(), Limits()).cell is cells[1]
 
 
 @pytest.mark.parametrize(

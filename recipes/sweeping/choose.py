@@ -1,8 +1,8 @@
 """Which setting is recommended, with its reason in words; and whether the direction can be relied on.
 
-Of the settings that leave neutral text within the limits, and the base model itself, the gentlest one that is within
-one standard error of the best (Breiman et al. 1984, section 3.4.3): the best of many settings measured on a few rows
-is the best partly by luck, and strength costs fluency.
+Of the settings that leave neutral text within the limits, the gentlest one that is within one standard error of the
+best (Breiman et al. 1984, section 3.4.3) and ahead of the base model by more than one: the best of many settings
+measured on a few rows is the best partly by luck, and strength costs fluency.
 
 Slopes are those of least squares, per held-out example, of the margin against the strength from the base model up to
 the setting ("steerability", Tan et al. 2407.12404). A mean effect can hide examples that move the other way.
@@ -80,7 +80,11 @@ def choose(cells: Sequence[Cell], base: Cell, limits: Limits) -> Choice:
         return Choice(None, f"No setting: {counted}. Try smaller strengths.")
     best = max(gentle, key=lambda cell: (_mean(cell, measure), -cell["kl"]))
     top = f"{place(best)} has the best {_NAMES[measure]} on validation rows ({_mean(best, measure):.3f})"
-    near = [cell for cell in gentle if _within_one_error(best, cell, measure)]
+    near = [
+        cell
+        for cell in gentle  # as good as the best, and better than nothing
+        if _within_one_error(best, cell, measure) and (cell is best or not _within_one_error(cell, base, measure))
+    ]
     if _within_one_error(best, base, measure):
         return Choice(
             None,
@@ -89,11 +93,16 @@ def choose(cells: Sequence[Cell], base: Cell, limits: Limits) -> Choice:
         )
     chosen = min(near, key=lambda cell: (cell["kl"], abs(cell["strength"])))
     if len(near) == 1:
-        return Choice(chosen, f"{counted}. Of these {top}, and no other is within one standard error of it.")
+        return Choice(
+            chosen,
+            f"{counted}. Of these {top}, and no other is both within one standard error of it and ahead of the base "
+            "model by more than that.",
+        )
     here = "it has itself" if chosen is best else f"{place(chosen)} ({_mean(chosen, measure):.3f}) has"
     return Choice(
         chosen,
-        f"{counted}. Of these {top}, and {len(near) - 1} more are within one standard error of it; among them "
+        f"{counted}. Of these {top}, and {len(near) - 1} more are within one standard error of it and ahead of the "
+        f"base model by more than that; among them "
         f"{here} the least KL to the base model ({chosen['kl']:.3f} nats a token).",
     )
 

@@ -107,7 +107,7 @@ def _maps(charts: Path, table: SweepTable, base: Cell, cells: list[Cell], choice
         "margin gain, nats": (lambda c: c["margin_gain"], "viridis"),
         "moved wrong": (lambda c: c["moved_wrong"], "magma_r"),
         "log10 KL": (lambda c: float(np.log10(max(c["kl"], 1e-6))), "magma_r"),
-        "perplexity / base": (lambda c: c["perplexity"] / base["perplexity"], "magma_r"),
+        "log10 perplexity / base": (lambda c: float(np.log10(c["perplexity"] / base["perplexity"])), "magma_r"),
     }
     if "repetition" in base:
         panels["repetition"] = (lambda c: c["repetition"], "magma_r")

@@ -29,7 +29,8 @@ from tqdm.auto import tqdm
 from steertune.recipes.ablation import scorers
 from steertune.recipes.ablation.bench import Bench
 from steertune.recipes.ablation.cell import run_cell
-from steertune.recipes.ablation.grid import VERSION, Cell, Grid, load_grid
+from steertune.recipes.ablation.grid import Cell, Grid, load_grid
+from steertune.recipes.ablation.keys import VERSION
 from steertune.recipes.ablation.plan import plan
 from steertune.recipes.ablation.tidy import read_cell
 from steertune.recipes.files import ArmError, write_result

@@ -18,7 +18,8 @@ import steertune.recipes.ablate as recipe
 import steertune.recipes.ablation.cell as cell_module
 from steertune.adapters import directions
 from steertune.recipes.ablation.bench import Bench
-from steertune.recipes.ablation.grid import VERSION, Grid, make_grid
+from steertune.recipes.ablation.grid import Grid, make_grid
+from steertune.recipes.ablation.keys import VERSION
 from steertune.recipes.ablation.plan import estimate
 from steertune.recipes.ablation.tidy import read_cells
 from steertune.recipes.arm import ARMS as ARMS_FOLDER

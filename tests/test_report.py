@@ -24,7 +24,8 @@ from steertune.recipes.ablation.analysis import (
     scores,
     verdict,
 )
-from steertune.recipes.ablation.grid import VERSION, Cell, Grid, make_grid
+from steertune.recipes.ablation.grid import Cell, Grid, make_grid
+from steertune.recipes.ablation.keys import VERSION
 from steertune.recipes.ablation.statistics.paired import crossed_interval, difference
 from steertune.recipes.ablation.statistics.rows import rows_of
 from steertune.recipes.ablation.tables import TaskTable

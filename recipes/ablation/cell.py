@@ -24,7 +24,8 @@ from steertune.adapters import SteeringVectorConfig
 from steertune.adapters.card import versions
 from steertune.recipes.ablation.bench import Bench
 from steertune.recipes.ablation.budget import Setting, draw, untrained_strengths
-from steertune.recipes.ablation.grid import VERSION, Cell
+from steertune.recipes.ablation.grid import Cell
+from steertune.recipes.ablation.keys import VERSION
 from steertune.recipes.ablation.matched import matched_strength, refined
 from steertune.recipes.ablation.prompted import Show, candidates, prompt_tokens, shown
 from steertune.recipes.arm import Arm

@@ -6,8 +6,6 @@ Everything is checked before anything runs.
 from __future__ import annotations
 
 import fnmatch
-import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,13 +16,14 @@ from trl import DPOConfig
 
 from steertune.recipes.ablation import designs
 from steertune.recipes.ablation.budget import BudgetTable
+from steertune.recipes.ablation.checks import check_arms, check_budgets, check_card, check_prompts, check_views
 from steertune.recipes.ablation.designs import Combination
-from steertune.recipes.ablation.levels import INERT, arm_name, named, patched, with_common
+from steertune.recipes.ablation.keys import content, data_of, digest, named_task, settings, task_folder
+from steertune.recipes.ablation.levels import INERT, named, patched, with_common
 from steertune.recipes.ablation.tables import Card, GridTables, TaskTable, told
 from steertune.recipes.arm import (
     Arm,
     ArmError,
-    ModelTable,
     known_tables,
     make_arm,
     nearest,
@@ -32,10 +31,8 @@ from steertune.recipes.arm import (
     reasons,
 )
 from steertune.recipes.files import check_name, read_toml
-from steertune.trainers.views.demonstrations import Demonstrations
 
 GRIDS = Path(__file__).parents[1] / "grids"
-VERSION = 3  # of the cells; raised when a cell of the same grid would come out differently
 _COLUMNS = {
     "version", "key", "task", "arm", "examples", "seed", "status", "error", "kl", "perplexity", "accuracy", "margin",
     "margins", "margin_gain", "moved_wrong", "behaviour", "behaviours", "judgements_failed", "repetition", "answers",
@@ -100,8 +97,8 @@ class Grid:
     def cells(self) -> list[Cell]:
         """Every run, seed by seed, so that an unfinished grid holds whole comparisons."""
         t = self.tables
-        neutral = _content(t.neutral)
-        data = {task.label: _data(task.name) for task in self.tasks}
+        neutral = content(t.neutral)
+        data = {task.label: data_of(task.name) for task in self.tasks}
 
         def cell(arm: GridArm, task: TaskTable, n: int, seed: int) -> Cell:
             at = {
@@ -109,10 +106,10 @@ class Grid:
                 "arm": (task, n, t.seeds[0]),
                 "grid": (self.tasks[0], sorted(t.examples)[len(t.examples) // 2], t.seeds[0]),
             }[arm.budget.per]
-            tuning = _hash(_settings(t, neutral, arm, data[at[0].label], *at))
+            tuning = digest(settings(t, neutral, arm, data[at[0].label], *at))
             matched = [t.matched.model_dump(mode="json"), neutral]
-            own = [data[task.label], *_named(task), task.scorer, n, seed, matched, t.generations, t.new_tokens]
-            return Cell(arm, task, n, seed, at, _hash([tuning, own]), tuning)
+            own = [data[task.label], *named_task(task), task.scorer, n, seed, matched, t.generations, t.new_tokens]
+            return Cell(arm, task, n, seed, at, digest([tuning, own]), tuning)
 
         return [
             cell(arm, task, n, seed)
@@ -159,16 +156,16 @@ def make_grid(raw: dict[str, Any], data_root: Path | None = None) -> Grid:
             raise ArmError(f"{what}={values}: every value once, and none below {1 if what == 'examples' else 0}.")
     combinations, notes = _combinations(tables)
     arms = _arms(tables, combinations)
-    _check_card(tables, card, arms)
-    _check_budgets(card, arms)
-    _check_arms(tables, arms)
-    _check_views(tables, arms)
+    check_card(tables, card, arms)
+    check_budgets(card, arms)
+    check_arms(tables, arms)
+    check_views(tables, arms)
     tasks = find_tasks(tables.tasks, data_root)
     if any(arm.arm.prompt.instruction for arm in arms):
-        tasks = [told(task, _task_folder(task.name)) for task in tasks]
+        tasks = [told(task, task_folder(task.name)) for task in tasks]
         entries = zip(tables.tasks, tasks, strict=True)
         tables = tables.model_copy(update={"tasks": [_told_as(entry, task) for entry, task in entries]})
-    _check_prompts(tables, arms, tasks)
+    check_prompts(tables, arms, tasks)
     return Grid(tables, card, arms, tasks, notes)
 
 
@@ -272,120 +269,6 @@ def _budget(tables: GridTables, name: str) -> BudgetTable:
         raise ArmError(f"budgets.{name}: {reasons(error)}") from error
 
 
-def _check_budgets(card: Card, arms: list[GridArm]) -> None:
-    different = [arm.name for arm in arms if arm.budget != arms[0].budget]
-    if different and not card.unequal_budgets:
-        raise ArmError(
-            f"Arms {different} have another tuning budget than {arms[0].name!r}, so a difference could be the "
-            "tuning's. Give all arms the same [budget], or say why not in card.unequal_budgets."
-        )
-    batches = {arm.name: batch_size(arm.arm) for arm in arms if arm.arm.trainer.get("max_steps") != 0}
-    if len(set(batches.values())) > 1 and not card.unequal_budgets:
-        raise ArmError(
-            f"Arms read different numbers of examples a step, so the same steps are not the same budget: {batches}. "
-            "Set per_device_train_batch_size in the grid's [trainer], or say why not in card.unequal_budgets."
-        )
-
-
-def batch_size(arm: Arm) -> int:
-    """Examples that an arm reads in one step of one process."""
-    default = DPOConfig.per_device_train_batch_size
-    return int(arm.trainer.get("per_device_train_batch_size", default)) * int(
-        arm.trainer.get("gradient_accumulation_steps", 1)
-    )
-
-
-def _check_arms(tables: GridTables, arms: list[GridArm]) -> None:
-    """Refuse arms that the grid's own tables contradict."""
-    model = _model(ModelTable(**tables.model))
-    for arm in arms:
-        if _model(arm.arm.model) != model:
-            raise ArmError(
-                f"Arm {arm.name!r} names the model {_model(arm.arm.model)}, the grid {model}: all arms of a grid "
-                "share one base. Set [model] in the grid."
-            )
-        unmatched = [arm.arm.loss.get("contrast"), arm.arm.data.pairing]
-        if min(tables.examples) < 2 and ("unpaired" in unmatched or "shuffled" in unmatched):
-            raise ArmError(
-                f"Arm {arm.name!r} takes rejected answers from another pair, and examples={tables.examples} has a "
-                "training set of one: ask for 2 or more."
-            )
-
-
-def _check_prompts(tables: GridTables, arms: list[GridArm], tasks: list[TaskTable]) -> None:
-    """Refuse prompts that the examples or the tasks cannot fill."""
-    for arm in arms:
-        prompt = arm.arm.prompt
-        if prompt.demonstrations > min(tables.examples):
-            raise ArmError(
-                f"Arm {arm.name!r} shows {prompt.demonstrations} demonstrations, and examples={tables.examples}: ask "
-                "for more, or show fewer."
-            )
-        if prompt.instruction and arm.budget.per == "grid" and len(tasks) > 1:
-            raise ArmError(
-                f"Arm {arm.name!r} gives an instruction of the task, and budget.per='grid' chooses one for all tasks: "
-                "use budget.per = 'arm'."
-            )
-        for task in tasks if prompt.instruction else ():
-            if not 1 <= len(task.instructions) <= arm.budget.trials or not all(map(str.strip, task.instructions)):
-                raise ArmError(
-                    f"Arm {arm.name!r} gives an instruction, and task {task.label!r} has instructions="
-                    f"{task.instructions}: one or more, not more than the {arm.budget.trials} trials of the budget."
-                )
-
-
-def _check_views(tables: GridTables, arms: list[GridArm]) -> None:
-    """Refuse views that show more examples than the smallest training set has besides one."""
-    for arm in arms:
-        for key, view in arm.arm.view_objects(None).items():
-            if isinstance(view, Demonstrations) and not view.pool and view.k >= min(tables.examples):
-                raise ArmError(
-                    f"Arm {arm.name!r} shows {view.k} other examples at its view {key!r}, and examples="
-                    f"{tables.examples}: ask for {view.k + 1} or more, or set views.{key}.k lower."
-                )
-
-
-def _model(table: ModelTable) -> dict[str, Any]:
-    return table.model_dump(exclude={"threads"})
-
-
-def _check_card(tables: GridTables, card: Card, arms: list[GridArm]) -> None:
-    claim = tables.claim
-    if claim is None:
-        raise ArmError(
-            "The grid has no [claim]: which arm does the hypothesis say is `better`, `than` which, on which `measure`?"
-        )
-    moving = [f for f, level in tables.design.start.items() if tables.design.end.get(f, level) != level]
-    if claim.factor is not None and claim.factor not in moving:
-        raise ArmError(
-            f"claim.factor={claim.factor!r} does not differ between design.start and design.end: {moving} do."
-            f"{nearest(claim.factor, moving)}"
-        )
-    if claim.recovers is not None and (claim.margin or claim.factor):
-        raise ArmError(
-            f"claim.recovers={claim.recovers}: that is a share of a gain, so leave out claim.margin and claim.factor."
-        )
-    if claim.measure.endswith("behaviour") and not tables.generations:
-        raise ArmError(f"claim.measure={claim.measure!r}, but generations=0: nothing would be generated to score.")
-    names = [arm.name for arm in arms]
-    for pattern in card.affordances:
-        if not any(fnmatch.fnmatchcase(name, pattern) for name in names):
-            raise ArmError(f"card.affordances: {pattern!r} fits no arm of the grid: {names}.{nearest(pattern, names)}")
-    for name in names:
-        if not any(fnmatch.fnmatchcase(name, pattern) for pattern in card.affordances):
-            raise ArmError(f"card.affordances leaves out arm {name!r}: which data, labels and compute does it use?")
-    for what in ("better", "than"):
-        name = getattr(claim, what)
-        if name not in names:
-            raise ArmError(f"claim.{what}={name!r} is no arm of the grid: {names}.{nearest(name, names)}")
-    for what, point in (("than", tables.design.start), ("better", tables.design.end)) if claim.factor else ():
-        if getattr(claim, what) != (name := arm_name(tables, point)):
-            raise ArmError(
-                f"claim.factor={claim.factor!r} is about the gap from design.start to design.end, so claim.{what} "
-                f"must be {name!r}, and it is {getattr(claim, what)!r}."
-            )
-
-
 def _told_as(entry: str | TaskTable, task: TaskTable) -> TaskTable:
     """A grid's own entry, by the name it has there, with the instructions that were found."""
     own = TaskTable(name=entry) if isinstance(entry, str) else entry
@@ -420,73 +303,6 @@ def find_tasks(entries: Sequence[str | TaskTable], data_root: Path | None = None
 
 def _place(task: TaskTable, examples: int, seed: int) -> Path:
     return Path(task.label) / f"n{examples}" / f"seed{seed}"
-
-
-def _settings(
-    tables: GridTables, neutral: str, arm: GridArm, data: str, task: TaskTable, examples: int, seed: int
-) -> dict[str, Any]:
-    """Everything that decides which settings are chosen. Paths differ between machines: left out."""
-    own = arm.arm.model_dump(mode="json", include={"model", "adapter", "loss", "trainer"})
-    own["model"].pop("threads")
-    if arm.arm.views:
-        own["views"] = arm.arm.views
-    if arm.arm.biases:
-        own["biases"] = list(arm.arm.biases.items())  # in their order
-    if arm.arm.teachers:
-        own["teachers"] = {name: table.model_dump() for name, table in arm.arm.teachers.items()}
-    if arm.arm.proliferation:
-        own["proliferation"] = arm.arm.proliferation
-    if arm.arm.prompt:
-        own["prompt"] = [arm.arm.prompt.model_dump(), task.instructions if arm.arm.prompt.instruction else []]
-    settings = {
-        "version": VERSION,
-        "arm": {**own, "pairing": arm.arm.data.pairing},
-        "budget": arm.budget.model_dump(mode="json"),
-        "task": [*_named(task), data],
-        "examples": examples,
-        "seed": seed,
-        "splits": tables.splits.model_dump(mode="json"),
-    }
-    if arm.budget.strengths == "matched":
-        settings["matched"] = [tables.matched.model_dump(mode="json"), neutral]
-    return settings
-
-
-def _named(task: TaskTable) -> list[Any]:
-    return [task.label, task.reverse, task.columns]
-
-
-def _content(file: str | None) -> str:
-    """Hash of a local file, which may stand elsewhere on another machine; the name of anything else."""
-    if file is None:
-        return ""
-    path = Path(file)
-    if path.suffix and not path.is_file():
-        raise ArmError(f"neutral={file!r}: no such file.")
-    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else file
-
-
-def _data(name: str) -> str:
-    """Hash of a task's files, or the name of a data set on the Hub."""
-    path = _task_folder(name)
-    if not path.exists():
-        return ""  # on the Hub; the label names it
-    files = sorted(path.rglob("*")) if path.is_dir() else [path]
-    digest = hashlib.sha256()
-    for file in files:
-        if file.suffix in (".json", ".jsonl", ".csv", ".parquet"):
-            digest.update(file.name.encode() + hashlib.sha256(file.read_bytes()).digest())
-    return digest.hexdigest()
-
-
-def _task_folder(name: str) -> Path:
-    from steertune.recipes.embedded import TASKS, task_names
-
-    return TASKS / name if name in task_names() else Path(name)
-
-
-def _hash(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def describe(cells: Sequence[Cell]) -> str:

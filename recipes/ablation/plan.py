@@ -12,7 +12,8 @@ from steertune.adapters import SteeringVectorConfig
 from steertune.adapters.blocks import find_blocks, resolve_layers
 from steertune.recipes.ablation.bench import Bench
 from steertune.recipes.ablation.cell import FEW_NEUTRAL, has_strength
-from steertune.recipes.ablation.grid import Cell, Grid, batch_size, describe
+from steertune.recipes.ablation.checks import batch_size
+from steertune.recipes.ablation.grid import Cell, Grid, describe
 from steertune.recipes.ablation.tables import GridTables, TaskTable
 from steertune.recipes.ablation.tidy import AGAIN, read_cell
 from steertune.recipes.arm import Arm, ArmError

@@ -8,7 +8,7 @@ from typing import Any
 
 import pandas as pd
 
-from steertune.recipes.ablation.grid import VERSION
+from steertune.recipes.ablation.keys import VERSION
 from steertune.recipes.ablation.statistics import Frame
 from steertune.recipes.files import ArmError, read_result
 

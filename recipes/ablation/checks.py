@@ -1,0 +1,130 @@
+"""What a grid must not contradict: its card, its budgets, its own tables."""
+
+from __future__ import annotations
+
+import fnmatch
+from typing import TYPE_CHECKING, Any
+
+from trl import DPOConfig
+
+from steertune.recipes.ablation.levels import arm_name
+from steertune.recipes.ablation.tables import Card, GridTables, TaskTable
+from steertune.recipes.arm import Arm, ArmError, ModelTable, nearest
+from steertune.trainers.views.demonstrations import Demonstrations
+
+if TYPE_CHECKING:
+    from steertune.recipes.ablation.grid import GridArm
+
+
+def check_budgets(card: Card, arms: list[GridArm]) -> None:
+    different = [arm.name for arm in arms if arm.budget != arms[0].budget]
+    if different and not card.unequal_budgets:
+        raise ArmError(
+            f"Arms {different} have another tuning budget than {arms[0].name!r}, so a difference could be the "
+            "tuning's. Give all arms the same [budget], or say why not in card.unequal_budgets."
+        )
+    batches = {arm.name: batch_size(arm.arm) for arm in arms if arm.arm.trainer.get("max_steps") != 0}
+    if len(set(batches.values())) > 1 and not card.unequal_budgets:
+        raise ArmError(
+            f"Arms read different numbers of examples a step, so the same steps are not the same budget: {batches}. "
+            "Set per_device_train_batch_size in the grid's [trainer], or say why not in card.unequal_budgets."
+        )
+
+
+def batch_size(arm: Arm) -> int:
+    """Examples that an arm reads in one step of one process."""
+    default = DPOConfig.per_device_train_batch_size
+    return int(arm.trainer.get("per_device_train_batch_size", default)) * int(
+        arm.trainer.get("gradient_accumulation_steps", 1)
+    )
+
+
+def check_arms(tables: GridTables, arms: list[GridArm]) -> None:
+    """Refuse arms that the grid's own tables contradict."""
+    model = _model(ModelTable(**tables.model))
+    for arm in arms:
+        if _model(arm.arm.model) != model:
+            raise ArmError(
+                f"Arm {arm.name!r} names the model {_model(arm.arm.model)}, the grid {model}: all arms of a grid "
+                "share one base. Set [model] in the grid."
+            )
+        unmatched = [arm.arm.loss.get("contrast"), arm.arm.data.pairing]
+        if min(tables.examples) < 2 and ("unpaired" in unmatched or "shuffled" in unmatched):
+            raise ArmError(
+                f"Arm {arm.name!r} takes rejected answers from another pair, and examples={tables.examples} has a "
+                "training set of one: ask for 2 or more."
+            )
+
+
+def check_prompts(tables: GridTables, arms: list[GridArm], tasks: list[TaskTable]) -> None:
+    """Refuse prompts that the examples or the tasks cannot fill."""
+    for arm in arms:
+        prompt = arm.arm.prompt
+        if prompt.demonstrations > min(tables.examples):
+            raise ArmError(
+                f"Arm {arm.name!r} shows {prompt.demonstrations} demonstrations, and examples={tables.examples}: ask "
+                "for more, or show fewer."
+            )
+        if prompt.instruction and arm.budget.per == "grid" and len(tasks) > 1:
+            raise ArmError(
+                f"Arm {arm.name!r} gives an instruction of the task, and budget.per='grid' chooses one for all tasks: "
+                "use budget.per = 'arm'."
+            )
+        for task in tasks if prompt.instruction else ():
+            if not 1 <= len(task.instructions) <= arm.budget.trials or not all(map(str.strip, task.instructions)):
+                raise ArmError(
+                    f"Arm {arm.name!r} gives an instruction, and task {task.label!r} has instructions="
+                    f"{task.instructions}: one or more, not more than the {arm.budget.trials} trials of the budget."
+                )
+
+
+def check_views(tables: GridTables, arms: list[GridArm]) -> None:
+    """Refuse views that show more examples than the smallest training set has besides one."""
+    for arm in arms:
+        for key, view in arm.arm.view_objects(None).items():
+            if isinstance(view, Demonstrations) and not view.pool and view.k >= min(tables.examples):
+                raise ArmError(
+                    f"Arm {arm.name!r} shows {view.k} other examples at its view {key!r}, and examples="
+                    f"{tables.examples}: ask for {view.k + 1} or more, or set views.{key}.k lower."
+                )
+
+
+def _model(table: ModelTable) -> dict[str, Any]:
+    return table.model_dump(exclude={"threads"})
+
+
+def check_card(tables: GridTables, card: Card, arms: list[GridArm]) -> None:
+    claim = tables.claim
+    if claim is None:
+        raise ArmError(
+            "The grid has no [claim]: which arm does the hypothesis say is `better`, `than` which, on which `measure`?"
+        )
+    moving = [f for f, level in tables.design.start.items() if tables.design.end.get(f, level) != level]
+    if claim.factor is not None and claim.factor not in moving:
+        raise ArmError(
+            f"claim.factor={claim.factor!r} does not differ between design.start and design.end: {moving} do."
+            f"{nearest(claim.factor, moving)}"
+        )
+    if claim.recovers is not None and (claim.margin or claim.factor):
+        raise ArmError(
+            f"claim.recovers={claim.recovers}: that is a share of a gain, so leave out claim.margin and claim.factor."
+        )
+    if claim.measure.endswith("behaviour") and not tables.generations:
+        raise ArmError(f"claim.measure={claim.measure!r}, but generations=0: nothing would be generated to score.")
+    names = [arm.name for arm in arms]
+    for pattern in card.affordances:
+        if not any(fnmatch.fnmatchcase(name, pattern) for name in names):
+            raise ArmError(f"card.affordances: {pattern!r} fits no arm of the grid: {names}.{nearest(pattern, names)}")
+    for name in names:
+        if not any(fnmatch.fnmatchcase(name, pattern) for pattern in card.affordances):
+            raise ArmError(f"card.affordances leaves out arm {name!r}: which data, labels and compute does it use?")
+    for what in ("better", "than"):
+        name = getattr(claim, what)
+        if name not in names:
+            raise ArmError(f"claim.{what}={name!r} is no arm of the grid: {names}.{nearest(name, names)}")
+    for what, point in (("than", tables.design.start), ("better", tables.design.end)) if claim.factor else ():
+        if getattr(claim, what) != (name := arm_name(tables, point)):
+            raise ArmError(
+                f"claim.factor={claim.factor!r} is about the gap from design.start to design.end, so claim.{what} "
+                f"must be {name!r}, and it is {getattr(claim, what)!r}."
+            )

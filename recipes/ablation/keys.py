@@ -1,0 +1,83 @@
+"""Hashes of everything that decides a cell's result: a folder of other settings is told by them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from steertune.recipes.ablation.tables import GridTables, TaskTable
+from steertune.recipes.arm import ArmError
+
+if TYPE_CHECKING:
+    from steertune.recipes.ablation.grid import GridArm
+
+VERSION = 3  # of the cells; raised when a cell of the same grid would come out differently
+
+
+def settings(
+    tables: GridTables, neutral: str, arm: GridArm, data: str, task: TaskTable, examples: int, seed: int
+) -> dict[str, Any]:
+    """Everything that decides which settings are chosen. Paths differ between machines: left out."""
+    own = arm.arm.model_dump(mode="json", include={"model", "adapter", "loss", "trainer"})
+    own["model"].pop("threads")
+    if arm.arm.views:
+        own["views"] = arm.arm.views
+    if arm.arm.biases:
+        own["biases"] = list(arm.arm.biases.items())  # in their order
+    if arm.arm.teachers:
+        own["teachers"] = {name: table.model_dump() for name, table in arm.arm.teachers.items()}
+    if arm.arm.proliferation:
+        own["proliferation"] = arm.arm.proliferation
+    if arm.arm.prompt:
+        own["prompt"] = [arm.arm.prompt.model_dump(), task.instructions if arm.arm.prompt.instruction else []]
+    settings = {
+        "version": VERSION,
+        "arm": {**own, "pairing": arm.arm.data.pairing},
+        "budget": arm.budget.model_dump(mode="json"),
+        "task": [*named_task(task), data],
+        "examples": examples,
+        "seed": seed,
+        "splits": tables.splits.model_dump(mode="json"),
+    }
+    if arm.budget.strengths == "matched":
+        settings["matched"] = [tables.matched.model_dump(mode="json"), neutral]
+    return settings
+
+
+def named_task(task: TaskTable) -> list[Any]:
+    return [task.label, task.reverse, task.columns]
+
+
+def content(file: str | None) -> str:
+    """Hash of a local file, which may stand elsewhere on another machine; the name of anything else."""
+    if file is None:
+        return ""
+    path = Path(file)
+    if path.suffix and not path.is_file():
+        raise ArmError(f"neutral={file!r}: no such file.")
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else file
+
+
+def data_of(name: str) -> str:
+    """Hash of a task's files, or the name of a data set on the Hub."""
+    path = task_folder(name)
+    if not path.exists():
+        return ""  # on the Hub; the label names it
+    files = sorted(path.rglob("*")) if path.is_dir() else [path]
+    digest = hashlib.sha256()
+    for file in files:
+        if file.suffix in (".json", ".jsonl", ".csv", ".parquet"):
+            digest.update(file.name.encode() + hashlib.sha256(file.read_bytes()).digest())
+    return digest.hexdigest()
+
+
+def task_folder(name: str) -> Path:
+    from steertune.recipes.embedded import TASKS, task_names
+
+    return TASKS / name if name in task_names() else Path(name)
+
+
+def digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]

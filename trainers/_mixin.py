@@ -117,7 +117,7 @@ class SteeringMixin(Trainer):
             return
         if self.loss is not None:
             _check_arguments(self.loss, given.get("args"))
-        raw, raw_evaluation = given.get("train_dataset"), given.get("eval_dataset")
+        given_rows = given.get("train_dataset"), given.get("eval_dataset")
         _check_views(self.loss, views)
         _check_reference(self.loss, peft_config)
         self._prepare_data(given)
@@ -132,22 +132,32 @@ class SteeringMixin(Trainer):
         # accelerate cannot hand the batches of one process to others with what is kept beside them
         if waits(self.args.device) and not isinstance(self.train_dataset, IterableDataset):
             self.data_collator = KeepsHost(self.data_collator)
-        keeps_end = getattr(self.args, "truncation_mode", None) == "keep_end"  # it cuts prompts, never all labels
-        limit = None if keeps_end else getattr(self.args, "max_length", self.max_length)
-        check_tokens(raw, self.train_dataset, limit, given.get("processing_class"), _vocabulary(self.model))
-        warn_cut(self.train_dataset, getattr(self.args, "max_length", self.max_length), keeps_end)
-        _check_packing(self.model, self.train_dataset)
+        raw, raw_evaluation = given_rows
+        self._check_tokenised(raw, given.get("processing_class"))
         if views:
             self.views = _make_views(self, views, given.get("processing_class"))
+            shown = raw if isinstance(raw, Dataset) else None
             for rows, tokenised, training in (
                 (raw, self.train_dataset, None),
-                (raw_evaluation, self.eval_dataset, raw if isinstance(raw, Dataset) else None),
+                (raw_evaluation, self.eval_dataset, shown),
             ):
                 if isinstance(rows, Dataset) and isinstance(tokenised, Dataset):
                     self.views.add(rows, tokenised, training)
         if self.loss is not None:
             # the loss below is already an average over the whole optimiser step
             self.loss_is_scaled_for_ga = self.model_accepts_loss_kwargs = True
+        self._watch()
+
+    def _check_tokenised(self, raw: Any, tokenizer: Any) -> None:
+        """Refuse rows that came out of tokenisation unfit, and say what was cut."""
+        keeps_end = getattr(self.args, "truncation_mode", None) == "keep_end"  # it cuts prompts, never all labels
+        longest = getattr(self.args, "max_length", self.max_length)
+        check_tokens(raw, self.train_dataset, None if keeps_end else longest, tokenizer, _vocabulary(self.model))
+        warn_cut(self.train_dataset, longest, keeps_end)
+        _check_packing(self.model, self.train_dataset)
+
+    def _watch(self) -> None:
+        """Add what is measured and checked during training."""
         self._vitals = VectorVitals()
         self.resumed: str | None = None  # checkpoint that training goes on from
         self._seen = Metrics(self.accelerator)

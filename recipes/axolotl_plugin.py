@@ -28,7 +28,7 @@ from steertune.recipes.arm import ArmError, known
 
 NAME = "steering_vector"
 _OWN = {field.name for field in dataclasses.fields(SteeringVectorConfig)}
-_INHERITED = {field.name for field in dataclasses.fields(PeftConfig)} | {"base_fingerprint"}
+_INHERITED = {field.name for field in dataclasses.fields(PeftConfig)} | {"base_fingerprint", "checksum"}
 
 
 class SteeringVectorArgs(BaseModel):

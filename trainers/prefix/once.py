@@ -10,6 +10,7 @@ from accelerate.utils import DistributedType
 from torch import nn
 from transformers import Trainer
 
+from .._modes import evaluating
 from .frozen import FrozenPrefix
 from .reference import ReferenceMemo
 from .shortcut import Shortcut
@@ -45,7 +46,8 @@ class PayOnce:
         if why:
             logger.log(self._prefix.level, "The frozen prefix is off: %s.", why)
             return
-        self._shortcut = self._prefix.shortcut(trainer.model, training)
+        with nullcontext() if training else evaluating(trainer.model):  # as evaluation loops will run it
+            self._shortcut = self._prefix.shortcut(trainer.model, training)
         if whole_rows and self._shortcut is not None:
             self._shortcut.run_whole_rows()
         own = getattr(trainer, "ref_model", None)

@@ -99,7 +99,8 @@ class Shortcut:
             labels_only: Whether nothing is read of the outputs before the last prompt token. Then prompts that no
                 adapter changes need not run at all.
         """
-        if self._made_for != self._state_of_model():
+        drawing = self._training or self.model.training
+        if self._made_for != self._state_of_model() or drawing > self._draws_by_mode:
             self._say(NoPrefix("it is off: adapters, trained parameters or the mode are not those it was made for"))
             self._states, self._caches, self.shares_prompts = None, None, False
         before = self._labels_only
@@ -219,10 +220,8 @@ class Shortcut:
         return layers[0].boundary.prompt_end if cares else None
 
     def _state_of_model(self) -> tuple[Any, ...]:
-        """What a shortcut is made for: unfreezing a layer, adding an adapter or drawing random numbers afterwards
-        changes what is constant. Trainers evaluate in between."""
-        trainable = tuple(p.requires_grad for p in self.model.parameters())
-        return trainable, tuple(getattr(self.model, "peft_config", ())), self._training or self.model.training
+        """What a shortcut is made for: unfreezing a layer or adding an adapter afterwards changes what is constant."""
+        return tuple(p.requires_grad for p in self.model.parameters()), tuple(getattr(self.model, "peft_config", ()))
 
     def _asked(self, call: Mapping[str, Any], name: str) -> bool:
         value = call.get(name)

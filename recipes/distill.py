@@ -31,7 +31,7 @@ from torch import Tensor
 from transformers import set_seed
 
 from steertune.losses import Outputs
-from steertune.recipes.arm import Arm, load_arm
+from steertune.recipes.arm import Arm, load_arm, parse_arm
 from steertune.recipes.data import load_model, load_splits
 from steertune.recipes.files import ArmError, read_rows, write_rows, write_whole
 from steertune.recipes.measures import (
@@ -59,10 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="distill", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "arm", nargs="?", default=DEFAULT_ARM, help=f"a .toml file or a name in recipes/arms/ ({DEFAULT_ARM})"
-    )
-    known, overrides = parser.parse_known_args(argv)
+    known, overrides = parse_arm(parser, argv, DEFAULT_ARM)
     run(load_arm(known.arm, overrides))
     return 0
 

@@ -26,7 +26,7 @@ from datasets import Dataset
 from transformers import set_seed
 
 from steertune.adapters.card import write_card
-from steertune.recipes.arm import Arm, ArmError, load_arm
+from steertune.recipes.arm import Arm, ArmError, load_arm, parse_arm
 from steertune.recipes.cards import of_training
 from steertune.recipes.data import load_model, load_splits
 from steertune.recipes.measures import (
@@ -50,11 +50,8 @@ DEFAULT_ARM = "bias_dpo"
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; returns the exit code."""
     parser = argparse.ArgumentParser(prog="train", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument(
-        "arm", nargs="?", default=DEFAULT_ARM, help=f"a .toml file or a name in recipes/arms/ ({DEFAULT_ARM})"
-    )
     parser.add_argument("--json", action="store_true", help="print result.json in the end, all else to standard error")
-    known, overrides = parser.parse_known_args(argv)
+    known, overrides = parse_arm(parser, argv, DEFAULT_ARM)
     arm = load_arm(known.arm, overrides)
     if not known.json:
         run(arm)

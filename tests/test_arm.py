@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import tomllib
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from steertune import losses
 from steertune.adapters import SteeringVectorConfig, directions
 from steertune.losses.dpo import DPO
 from steertune.recipes import proliferation
-from steertune.recipes.arm import ARMS, ArmError, load_arm
+from steertune.recipes.arm import ARMS, ArmError, load_arm, parse_arm
 from steertune.recipes.data import load_splits
 from steertune.trainers import biases, views
 
@@ -126,3 +127,23 @@ def test_local_csv_and_parquet(tmp_path: Path) -> None:
     read, test = load_splits(load_arm("bias_dpo", words).data)
     assert sorted(read["prompt"]) == sorted(plain["prompt"])
     assert test.to_list() == plain.select(range(3)).to_list()
+
+
+@pytest.mark.parametrize(
+    ("words", "arm", "overrides"),
+    [
+        ([], "bias_dpo", []),
+        (["--model.threads", "1"], "bias_dpo", ["--model.threads", "1"]),
+        (
+            ["lora_dpo", "--adapter.r", "1", "--json", "--data.seed=2"],
+            "lora_dpo",
+            ["--adapter.r", "1", "--data.seed=2"],
+        ),
+        (["--json", "--trainer.max_steps", "4"], "bias_dpo", ["--trainer.max_steps", "4"]),
+    ],
+)
+def test_the_value_of_an_override_is_no_arm(words, arm, overrides):
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--json", action="store_true")
+    options, rest = parse_arm(parser, words, "bias_dpo")
+    assert (options.arm, rest, options.json) == (arm, overrides, "--json" in words)

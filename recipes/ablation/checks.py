@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import fnmatch
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from trl import DPOConfig
 
 from steertune.recipes.ablation.levels import arm_name
-from steertune.recipes.ablation.tables import Card, GridTables, TaskTable
+from steertune.recipes.ablation.tables import Card, GridArm, GridTables, TaskTable
 from steertune.recipes.arm import Arm, ArmError, ModelTable, nearest
 from steertune.trainers.views.demonstrations import Demonstrations
-
-if TYPE_CHECKING:
-    from steertune.recipes.ablation.grid import GridArm
 
 
 def check_budgets(card: Card, arms: list[GridArm]) -> None:

@@ -20,9 +20,8 @@ from steertune.recipes.ablation.checks import check_arms, check_budgets, check_c
 from steertune.recipes.ablation.designs import Combination
 from steertune.recipes.ablation.keys import content, data_of, digest, named_task, settings, task_folder
 from steertune.recipes.ablation.levels import INERT, named, patched, with_common
-from steertune.recipes.ablation.tables import Card, GridTables, TaskTable, told
+from steertune.recipes.ablation.tables import Card, GridArm, GridTables, TaskTable, told
 from steertune.recipes.arm import (
-    Arm,
     ArmError,
     known_tables,
     make_arm,
@@ -40,16 +39,6 @@ _COLUMNS = {
     "parameters", "steps", "pairs_read", "tokens_read", "seconds", "train_seconds", "tuning", "tuning_seconds",
     "peak_memory_gb", "levels", "setting", "prompt_tokens",
 }  # fmt: skip
-
-
-@dataclass(frozen=True)
-class GridArm:
-    """An arm of a grid: its name, its level of every factor (None for an arm from a file), its tables and budget."""
-
-    name: str
-    levels: Combination | None
-    arm: Arm
-    budget: BudgetTable
 
 
 @dataclass(frozen=True)

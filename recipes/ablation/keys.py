@@ -5,13 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from steertune.recipes.ablation.tables import GridTables, TaskTable
+from steertune.recipes.ablation.tables import GridArm, GridTables, TaskTable
 from steertune.recipes.arm import ArmError
-
-if TYPE_CHECKING:
-    from steertune.recipes.ablation.grid import GridArm
 
 VERSION = 3  # of the cells; raised when a cell of the same grid would come out differently
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,7 +12,7 @@ from pydantic import BaseModel, Field, field_validator
 from steertune.recipes.ablation.budget import BudgetTable
 from steertune.recipes.ablation.designs import Combination
 from steertune.recipes.ablation.splits import SplitTable
-from steertune.recipes.arm import ArmError, known, read_toml
+from steertune.recipes.arm import Arm, ArmError, known, read_toml
 
 Measure = Literal[
     "accuracy", "matched_accuracy", "margin_gain", "matched_margin_gain", "behaviour", "matched_behaviour"
@@ -108,6 +109,16 @@ class MatchedTable(BaseModel, extra="forbid"):
 
     kl: float = Field(default=0.1, gt=0, allow_inf_nan=False)
     largest_strength: float = Field(default=64.0, gt=0, allow_inf_nan=False)
+
+
+@dataclass(frozen=True)
+class GridArm:
+    """An arm of a grid: its name, its level of every factor (None for an arm from a file), its tables and budget."""
+
+    name: str
+    levels: Combination | None
+    arm: Arm
+    budget: BudgetTable
 
 
 class GridTables(BaseModel, extra="forbid"):

@@ -3,9 +3,11 @@
     python -m steertune.recipes.ablate quick --dry-run
     python -m steertune.recipes.ablate quick --folder runs/quick
     accelerate launch --multi_gpu --num_processes 2 -m steertune.recipes.ablate quick --folder runs/quick
+    python -m steertune.recipes.ablate mine.toml --folder runs/mine --known runs/quick
 
 Processes (of one launch, or started apart on the same folder) share the cells between them. A killed grid goes on
-where it stopped. Then read the results with `python -m steertune.recipes.report runs/quick`.
+where it stopped. Cells that the folder of another grid holds (`--known`) are taken over. Then read the results with
+`python -m steertune.recipes.report runs/quick`.
 """
 
 from __future__ import annotations
@@ -31,6 +33,7 @@ from steertune.recipes.ablation.bench import Bench
 from steertune.recipes.ablation.cell import run_cell
 from steertune.recipes.ablation.grid import Cell, Grid, load_grid
 from steertune.recipes.ablation.keys import VERSION
+from steertune.recipes.ablation.known import Known
 from steertune.recipes.ablation.plan import plan
 from steertune.recipes.ablation.tidy import read_cell
 from steertune.recipes.files import ArmError, write_result
@@ -60,12 +63,17 @@ def _ablate(options: argparse.Namespace, argv: Sequence[str] | None, rank: int, 
     folder = options.folder or Path("runs") / grid.tables.name
     cells = grid.cells()
     check_folder(folder, cells)
+    known = Known(options.known)
     bench = Bench(grid)
     for task in grid.tasks:  # refuses bad rows before anything is trained
         scorers.read(task.scorer)
         bench.splits(task)
     for task in grid.tasks if grid.tables.generations else ():
         bench.scorer(task)
+    if options.dry_run and options.known:
+        print(f"{len(known.of(cells))} cells are known already, which count as left below.")
+    elif not options.dry_run:
+        known.take(cells, folder)
     if rank == 0:
         print(plan(grid, cells, bench, folder, processes, every_cell=options.dry_run))
     failed = []
@@ -82,6 +90,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="ablate", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("grid", help="a .toml file or a name in recipes/grids/")
     parser.add_argument("--folder", type=Path, help="where cells are kept (runs/<name of the grid>)")
+    parser.add_argument(
+        "--known", type=Path, action="append", default=[], help="folder of another grid, whose cells are taken over"
+    )
     parser.add_argument("--data-root", type=Path, help="folder that relative task names start from")
     parser.add_argument(
         "--threads", type=positive, help="CPU threads of this process (all cores, shared by the processes)"
@@ -189,7 +200,7 @@ def write_grid(folder: Path, grid: Grid, argv: Sequence[str] | None) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     words = list(sys.argv[1:] if argv is None else argv)
     for i, word in enumerate(words):
-        if word in ("--data-root", "--folder"):
+        if word in ("--data-root", "--folder", "--known"):
             words[i + 1] = word[2:].upper()  # where it is on this machine concerns nobody else
     tables = grid.tables.model_dump(mode="json")
     arms = [

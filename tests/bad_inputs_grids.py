@@ -224,6 +224,9 @@ ROWS: dict[str, Row] = {
     "grid with data of text in a level": bad("data='x' must be a table", {"factors/form/bias": {"data": "x"}}),
     "grid with a level that patches nothing known": bad("Unknown key 'adaptr'", {"factors/form/bias": {"adaptr": {}}}),
     "grid with two arms of one name": bad("Two arms are called 'base'", {"arms": ["base", "base"]}),
+    "grid with an arm whose instruction is about another task": bad(
+        "an instruction about 'cautious_advice' at its view 'good'", {"arms": ["base", "bias_lorra"]}
+    ),
     "grid with an arm of a path": bad("No arm '../../x'", {"arms": ["../../x"]}),
     "grid with a base of a path": bad("No arm '../x'", {"base": "../x"}),
     "grid with a task that is a path up": bad(NAME, {"tasks": [".."]}),

@@ -20,6 +20,7 @@ from steertune.adapters import directions
 from steertune.recipes.ablation.bench import Bench
 from steertune.recipes.ablation.grid import Grid, make_grid
 from steertune.recipes.ablation.keys import VERSION
+from steertune.recipes.ablation.known import Known
 from steertune.recipes.ablation.plan import estimate
 from steertune.recipes.ablation.tidy import read_cells
 from steertune.recipes.arm import ARMS as ARMS_FOLDER
@@ -315,6 +316,36 @@ def test_what_is_left_of_a_grid_is_estimated_from_what_ran(tables, tmp_path):
     tuning.parent.mkdir(parents=True)
     tuning.write_text("{}")
     assert estimate([second], bench, tmp_path) == {second.path: 10.0}
+
+
+def test_what_another_grid_holds_is_taken_over(tables, tmp_path, capsys):
+    first = {**tables, "factors": {}, "design": {"kind": "arms"}, "seeds": [0]}
+    first["arms"] = ["bias_dpo", "mean_difference"]
+    first["claim"] = {"better": "bias_dpo", "than": "mean_difference"}
+    known = run(first, tmp_path / "first")
+    file, folder = tmp_path / "grid.toml", tmp_path / "second"
+    file.write_text(_toml(tables))
+    command = [str(file), "--folder", str(folder), "--known", str(tmp_path / "first"), "--threads", "1"]
+    assert recipe.main([*command, "--dry-run"]) == 0
+    assert "2 cells are known already" in capsys.readouterr().out and not folder.exists()
+    grid = make_grid(tables)
+    Known([tmp_path / "first"]).take(grid.cells(), folder)
+    taken = [cell for cell in grid.cells() if (folder / cell.path / "cell.json").exists()]
+    assert [(cell.seed, cell.arm.name) for cell in taken] == [(0, "form=bias,init=zeros"), (0, "mean_difference")]
+    assert len(list((folder / "tuning").rglob("*.json"))) == 2
+    assert recipe.main(command) == 0
+    cells = [cell for cell in read(grid, folder) if (cell["seed"], cell["arm"]) == (0, "form=bias,init=zeros")]
+    assert cells == [known[0] | {"arm": "form=bias,init=zeros", "levels": {"form": "bias", "init": "zeros"}}]
+    assert results(read(grid, folder)) == results(run(tables, tmp_path / "alone")), "as if nothing had been known"
+    assert "--known KNOWN" in read_result(folder / "grid.json", "")["command"]
+
+
+def test_a_folder_without_cells_is_not_known(tables, tmp_path, capsys):
+    file = tmp_path / "grid.toml"
+    file.write_text(_toml(tables))
+    assert recipe.main([str(file), "--folder", str(tmp_path / "run"), "--known", str(tmp_path / "nothing")]) == 2
+    assert "no cells in it" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_diverged_cell_is_a_result(tables, tmp_path):

@@ -15,7 +15,14 @@ from steertune.recipes.arm import ArmError
 
 NAMES = ["single_gpu", "multi_gpu", "fsdp1", "fsdp2", "zero1", "zero2", "zero3"]
 NAMES += ["cpu", "cpu_ddp", "cpu_zero1", "cpu_zero2", "cpu_zero3"]
-SAYS = "from steertune.recipes.processes import begin\nfrom accelerate import PartialState\nbegin()\nprint('ran', PartialState().num_processes)\n"  # noqa: E501
+# one write a process: they share the pipe, and `print` writes words and ends apart
+SAYS = """
+import os
+from accelerate import PartialState
+from steertune.recipes.processes import begin
+begin()
+os.write(1, f"ran {PartialState().num_processes}\\n".encode())
+"""
 
 
 @pytest.mark.parametrize("name", NAMES)

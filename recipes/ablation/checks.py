@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+from pathlib import Path
 from typing import Any
 
 from trl import DPOConfig
@@ -11,6 +12,7 @@ from steertune.recipes.ablation.levels import arm_name
 from steertune.recipes.ablation.tables import Card, GridArm, GridTables, TaskTable
 from steertune.recipes.arm import Arm, ArmError, ModelTable, nearest
 from steertune.trainers.views.demonstrations import Demonstrations
+from steertune.trainers.views.instruction import Instruction
 
 
 def check_budgets(card: Card, arms: list[GridArm]) -> None:
@@ -75,10 +77,18 @@ def check_prompts(tables: GridTables, arms: list[GridArm], tasks: list[TaskTable
                 )
 
 
-def check_views(tables: GridTables, arms: list[GridArm]) -> None:
-    """Refuse views that show more examples than the smallest training set has besides one."""
+def check_views(tables: GridTables, arms: list[GridArm], tasks: list[TaskTable]) -> None:
+    """Refuse views that show more examples than the smallest training set has besides one, and instructions that an
+    arm's file gives about its own task, in a grid of others."""
     for arm in arms:
+        own = arm.arm.data.name
+        others = [t.called for t in tasks if Path(t.name).name != Path(own).name or t.reverse or t.columns]
         for key, view in arm.arm.view_objects(None).items():
+            if isinstance(view, Instruction) and arm.levels is None and others:
+                raise ArmError(
+                    f"Arm {arm.name!r} has an instruction about {own!r} at its view {key!r}, and the grid has the "
+                    f"task {others[0]!r}: leave the arm out, or give it a grid of {own!r} alone."
+                )
             if isinstance(view, Demonstrations) and not view.pool and view.k >= min(tables.examples):
                 raise ArmError(
                     f"Arm {arm.name!r} shows {view.k} other examples at its view {key!r}, and examples="

@@ -148,8 +148,8 @@ def make_grid(raw: dict[str, Any], data_root: Path | None = None) -> Grid:
     check_card(tables, card, arms)
     check_budgets(card, arms)
     check_arms(tables, arms)
-    check_views(tables, arms)
     tasks = find_tasks(tables.tasks, data_root)
+    check_views(tables, arms, tasks)
     if any(arm.arm.prompt.instruction for arm in arms):
         tasks = [told(task, task_folder(task.name)) for task in tasks]
         entries = zip(tables.tasks, tasks, strict=True)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
+import tiny_data
 import torch
 from peft import PeftModel, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
@@ -65,6 +68,17 @@ def steered(base: PreTrainedModel | None = None, seed: int = 1, **switches) -> P
     model = get_peft_model(base or tiny(), SteeringVectorConfig(**switches))
     fill(model, seed=seed)
     return model.eval()
+
+
+def saved_on_its_base(home: Path, **changes) -> Path:
+    """A saved adapter with vectors at layers 1 and 2, its tiny base with a tokenizer beside it."""
+    base = tiny(**changes)
+    base.save_pretrained(home / "base")
+    tiny_data.tokenizer().save_pretrained(home / "base")
+    model = steered(base, layers=[1, 2])
+    model.peft_config["default"].base_model_name_or_path = str(home / "base")
+    model.save_pretrained(home / "adapter")
+    return home / "adapter"
 
 
 def vector_of(model: torch.nn.Module, adapter_name: str = "default") -> torch.Tensor:

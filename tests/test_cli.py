@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import tiny_data
-from conftest import steered, tiny
+from conftest import saved_on_its_base, steered, tiny
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
 
@@ -23,14 +23,7 @@ RECIPES = Path(cli.__file__).parent
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     """A saved adapter whose base, with a tokenizer, stands beside it."""
-    home = tmp_path_factory.mktemp("cli")
-    base = tiny(max_position_embeddings=512)
-    base.save_pretrained(home / "base")
-    tiny_data.tokenizer().save_pretrained(home / "base")
-    model = steered(base, layers=[1, 2])
-    model.peft_config["default"].base_model_name_or_path = str(home / "base")
-    model.save_pretrained(home / "adapter")
-    return home / "adapter"
+    return saved_on_its_base(tmp_path_factory.mktemp("cli"), max_position_embeddings=512)
 
 
 def test_every_recipe_is_a_command_with_a_line_of_help(capsys):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import tiny_data
-from conftest import steered, tiny
+from conftest import saved_on_its_base, steered, tiny
 
 from steertune.adapters import set_strength
 from steertune.recipes import cli
@@ -22,15 +22,9 @@ TASK = Path(__file__).parent / "lm_eval_task"
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     """A saved adapter, its base with a tokenizer beside it."""
-    home = tmp_path_factory.mktemp("eval")
     # lm-eval cuts the vocabulary to the tokenizer's where it loads an adapter (`peft=`): let them be of one size
-    base = tiny(max_position_embeddings=128, vocab_size=len(tiny_data.tokenizer()))
-    base.save_pretrained(home / "base")
-    tiny_data.tokenizer().save_pretrained(home / "base")
-    model = steered(base, layers=[1, 2])
-    model.peft_config["default"].base_model_name_or_path = str(home / "base")
-    model.save_pretrained(home / "adapter")
-    return home / "adapter"
+    sizes = {"max_position_embeddings": 128, "vocab_size": len(tiny_data.tokenizer())}
+    return saved_on_its_base(tmp_path_factory.mktemp("eval"), **sizes)
 
 
 def numbers(plain):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import hashlib
 import inspect
 import os
@@ -20,12 +19,21 @@ from torch.utils.data import IterableDataset
 from transformers import Trainer, set_seed
 
 from ..adapters import SteeringVectorConfig, SteeringVectorLayer, steering_layers
-from ..adapters.blocks import find_blocks, resolve_layers, text_config
+from ..adapters.blocks import text_config
 from ..adapters.card import Card
 from ..losses import Loss, Staged, get_loss, parts
 from ._at import REFERENCE_ADAPTER, ModelAt, prompt_of, scaled
 from ._batch import Batch
 from ._card import write_trainer_card
+from ._checks import (
+    check_arguments,
+    check_layers,
+    check_own,
+    check_packing,
+    check_reference,
+    check_teacher,
+    check_views,
+)
 from ._data import PAIR_FORMATS, DataError, check_rows, check_tokens, warn_cut
 from ._guard import FiniteSteps, check_finite
 from ._host import KeepsHost, unpacked, waits
@@ -47,10 +55,10 @@ from ._vitals import VectorVitals
 from .biases import Bias, BiasError, get_bias
 from .biases._base import Biased
 from .prefix import FrozenPrefix
-from .prefix.cut import base_of, lowest_changed
+from .prefix.cut import base_of
 from .prefix.once import PayOnce
 from .spikes import LossSpikes
-from .views import View, ViewError, Views, get_view
+from .views import View, Views, get_view
 
 DEFAULT: Any = type("Default", (), {"__repr__": lambda self: "SteeringVectorConfig()"})()
 """`peft_config` left out: a default `SteeringVectorConfig()`, unless the model already is a `PeftModel`."""
@@ -91,7 +99,7 @@ class SteeringMixin(Trainer):
         biases: Mapping[str, Mapping[str, Any]] | Sequence[str | Bias] = (),
         **kwargs: Any,
     ) -> None:
-        _check_own(peft_config, views, biases)
+        check_own(None if peft_config is DEFAULT else peft_config, views, biases)
         self.loss = None if loss is None else get_loss(loss)
         self._plain = peft_config is None and loss is None
         parent = super().__init__
@@ -116,10 +124,10 @@ class SteeringMixin(Trainer):
             parent(*bound.args, **bound.kwargs)
             return
         if self.loss is not None:
-            _check_arguments(self.loss, given.get("args"))
+            check_arguments(self.loss, given.get("args"))
         given_rows = given.get("train_dataset"), given.get("eval_dataset")
-        _check_views(self.loss, views)
-        _check_reference(self.loss, peft_config)
+        check_views(self.loss, views)
+        check_reference(self.loss, peft_config)
         self._prepare_data(given)
         adapter_values = _adapter_values(given.get("model"))
         if peft_config is not None:
@@ -154,7 +162,7 @@ class SteeringMixin(Trainer):
         longest = getattr(self.args, "max_length", self.max_length)
         check_tokens(raw, self.train_dataset, None if keeps_end else longest, tokenizer, _vocabulary(self.model))
         warn_cut(self.train_dataset, longest, keeps_end)
-        _check_packing(self.model, self.train_dataset)
+        check_packing(self.model, self.train_dataset)
 
     def _watch(self) -> None:
         """Add what is measured and checked during training."""
@@ -225,7 +233,7 @@ class SteeringMixin(Trainer):
             for bias in self._biases:
                 stack.enter_context(bias.during(self))
             if not self._plain:
-                _check_layers(self.loss, self.model)
+                check_layers(self.loss, self.model)
                 self.pay_once.start(self, training=True, whole_rows=any(bias.whole_rows for bias in self._biases))
             return super().train(*args, **kwargs)
 
@@ -406,22 +414,6 @@ class SteeringMixin(Trainer):
         return folder
 
 
-def _check_own(peft_config: Any, views: Any, biases: Any) -> None:
-    """Raise a TypeError for an argument of our own that is of another type."""
-    wrong = {
-        f"peft_config={peft_config!r:.100}: a PeftConfig such as SteeringVectorConfig(), or None": (
-            peft_config is DEFAULT or isinstance(peft_config, PeftConfig | None)
-        ),
-        f"views={views!r:.100}: a table of names and views, or None": isinstance(views, Mapping | None),
-        f"biases={biases!r:.100}: a table of names and options, or a list": (
-            isinstance(biases, Mapping | Sequence) and not isinstance(biases, str)
-        ),
-    }
-    for what, right in wrong.items():
-        if not right:
-            raise TypeError(f"{what} is expected.")
-
-
 def _adapter_values(model: Any) -> dict[str, Tensor]:
     """Values of the steering vectors the model came with (TRL rounds them to bf16 on a quantised base)."""
     if not isinstance(model, nn.Module):
@@ -441,54 +433,6 @@ def _restore(model: nn.Module, values: dict[str, Tensor]) -> None:
         model.get_parameter(name).copy_(value)
 
 
-def _check_arguments(loss: Loss, args: Any) -> None:
-    """Raise a ValueError when the arguments ask for something of TRL's own loss, which is not used."""
-    defaults = {field.name: field.default for field in dataclasses.fields(args)} if args is not None else {}
-    for name in ("beta", "loss_type") if "beta" in defaults else ():  # SFTConfig's types are kinds of cross-entropy
-        value = getattr(args, name, None)
-        # DPOConfig turns its default loss type into a list
-        used = getattr(parts(loss)[-1], name, None)  # of the loss itself, whatever is around it
-        unset = value in (defaults.get(name), [defaults.get(name)], ["sigmoid"])
-        if name in defaults and not unset and value != used:
-            raise ValueError(
-                f"{type(args).__name__}.{name}={value!r} belongs to TRL's own loss; {loss} does not use it. Give a "
-                "loss object (get_loss(name, beta=...)), or leave loss out."
-            )
-
-
-def _check_layers(loss: Loss | None, model: nn.Module) -> None:
-    """Raise a ValueError when a loss looks at hidden states below all that is trained, which nothing changes."""
-    base: Any = base_of(model)
-    looking = [part for part in parts(loss) if hasattr(part, "layers")] if loss is not None and loss.states else []
-    if not looking or any(p.requires_grad for p in base.get_input_embeddings().parameters()):
-        return
-    lowest = lowest_changed(model, training=True)
-    for part in looking if lowest is not None else []:
-        found = resolve_layers(vars(part)["layers"], len(find_blocks(base)))
-        if lowest is not None and max(found) < lowest:
-            raise ValueError(
-                f"{type(part).__name__} looks at the states of layers {found}, and the lowest layer that is trained "
-                f"is {lowest}: it would change nothing. Name a layer from there on (layers=, or cap_layers=)."
-            )
-
-
-def _check_reference(loss: Loss | None, config: PeftConfig | None) -> None:
-    """Raise a ValueError when an adapter changes the base model itself, which then is no reference any more."""
-    bias = getattr(config, "bias", "none")
-    if loss is not None and loss.reference and isinstance(bias, str) and bias != "none":
-        raise ValueError(
-            f"{type(config).__name__}(bias={bias!r}) trains biases of the base model, which stay when the adapter is "
-            f"switched off: the reference of {type(loss).__name__} would move along. Set bias='none'."
-        )
-
-
-def _check_views(loss: Loss | None, views: Mapping[str, str | View] | None) -> None:
-    """Raise a ViewError when the loss asks for views that nobody gave."""
-    needed = () if loss is None else loss.views
-    if missing := [name for name in needed if name not in (views or {})]:
-        raise ViewError(f"{type(loss).__name__} compares with the views {list(needed)}; {missing} are not in views=.")
-
-
 def _vocabulary(model: nn.Module) -> int | None:
     """How many tokens a model knows; None: it does not say."""
     embeddings = base_of(model).get_input_embeddings()  # pyright: ignore[reportCallIssue]
@@ -501,28 +445,9 @@ def _make_views(trainer: Any, views: Mapping[str, str | View], tokenizer: Any) -
     made = {name: get_view(view) for name, view in views.items()}
     for name, view in made.items():
         if view.teacher is not None:
-            _check_teacher(name, view.teacher, trainer.model)
+            check_teacher(name, view.teacher, trainer.model)
             view.teacher.to(trainer.args.device)
     return Views(made, tokenizer, context)
-
-
-def _check_teacher(name: str, teacher: nn.Module, model: nn.Module) -> None:
-    """Raise a ViewError for a teacher that cannot be compared with the model, or that is this model itself."""
-    theirs, ours = (base_of(each) for each in (teacher, model))
-    if theirs is ours:
-        raise ViewError(f"View {name!r}: its teacher is the trained model itself. Give share_weights(model), adapted.")
-    bases: list[Any] = [theirs, ours]
-    sizes = [each.get_input_embeddings().weight.shape for each in bases]
-    if sizes[0] != sizes[1]:
-        raise ViewError(f"View {name!r}: its teacher's (tokens, width) are {[*sizes[0]]}, the model's {[*sizes[1]]}.")
-
-
-def _check_packing(model: nn.Module, dataset: Any) -> None:
-    """Raise a DataError when packed rows, which hold several prompts, meet vectors that depend on where one ends."""
-    packed = "seq_lengths" in (getattr(dataset, "column_names", None) or [])
-    for config in (config for layer in steering_layers(model) for config in layer.config.values()):
-        if packed and config.positions != "all":
-            raise DataError(f"positions={config.positions!r} needs one prompt in a row. Set packing=False.")
 
 
 def _to_fp32(model: nn.Module) -> None:

@@ -269,13 +269,15 @@ def _tokens_of_a_pair(trainer: Any) -> float:
 
 def measure(cell: Cell, bench: Bench, model: Any, strength: float, show: Show) -> dict[str, Any]:
     """What the trained model does, at its tuned strength and at the matched one. The test rows are read here only."""
-    matched = _matched(bench, model)
+    neutral: dict[float, Any] = {}
+    matched = _matched(bench, model, neutral)
     if cell.arm.budget.strengths == "matched":  # of this training set, not of the one that the tuning saw
         strength = matched or strength
     found: dict[str, Any] = {"scalable": scalable(model), "matched_strength": matched}
-    with scaled(model, strength):
-        neutral = neutral_logps(model, bench.tokenizer, show(bench.neutral_data))
-    found |= side_effects(neutral, bench.neutral)
+    if strength not in neutral:
+        with scaled(model, strength):
+            neutral[strength] = neutral_logps(model, bench.tokenizer, show(bench.neutral_data))
+    found |= side_effects(neutral[strength], bench.neutral)
     strengths = {"": strength} | ({"matched_": matched} if matched else {})
     base = bench.base(cell.task)
     plain = bench.splits(cell.task).test
@@ -292,23 +294,26 @@ def measure(cell: Cell, bench: Bench, model: Any, strength: float, show: Show) -
     return found
 
 
-def _matched(bench: Bench, model: Any) -> float | None:
+def _matched(bench: Bench, model: Any, last: dict[float, Any] | None = None) -> float | None:
     """The strength with the grid's KL to the base on all neutral rows, within 3 %; None if the model has no strength,
-    or no such one."""
+    or no such one. `last` is given what was read of all rows last: strength -> `neutral_logps`."""
     if not scalable(model):
         return None
     table = bench.grid.tables.matched
-    guess = matched_strength(lambda s: _kl(model, bench, s, FEW_NEUTRAL), table.kl, table.largest_strength)
+
+    def kl(strength: float, rows: int) -> float:
+        data = bench.neutral_data.select(range(min(rows, len(bench.neutral_data))))
+        with scaled(model, strength):
+            seen = neutral_logps(model, bench.tokenizer, data)
+        if last is not None and len(seen) == len(bench.neutral):
+            last.clear()
+            last[strength] = seen
+        return side_effects(seen, bench.neutral[: len(seen)])["kl"]
+
+    guess = matched_strength(lambda s: kl(s, FEW_NEUTRAL), table.kl, table.largest_strength)
     if guess is None:
         return None
-    return refined(lambda s: _kl(model, bench, s), table.kl, guess, table.largest_strength)
-
-
-def _kl(model: Any, bench: Bench, strength: float, rows: int | None = None) -> float:
-    data = bench.neutral_data if rows is None else bench.neutral_data.select(range(min(rows, len(bench.neutral_data))))
-    with scaled(model, strength):
-        seen = neutral_logps(model, bench.tokenizer, data)
-    return side_effects(seen, bench.neutral[: len(seen)])["kl"]
+    return refined(lambda s: kl(s, len(bench.neutral)), table.kl, guess, table.largest_strength)
 
 
 def _behaviour(cell: Cell, bench: Bench, model: Any, rows: Dataset, strength: float) -> dict[str, Any]:

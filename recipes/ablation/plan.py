@@ -79,11 +79,11 @@ def _forwards(cell: Cell, tables: GridTables, neutral: int, share: float) -> tup
     at_match = budget.strengths == "matched"
     strengths = 1 if at_match or not search else 2
     generating = strengths * tables.generations * tables.new_tokens / _TOKENS
-    measuring = strengths * 2 * tables.splits.test
+    measuring = strengths * 2 * tables.splits.test + (0 if search and at_match else neutral)
     training = sum(budget.steps) / len(budget.steps) * step
     validating = 2 * tables.splits.validation * budget.measured_at + (search if at_match else 0)
     trials = 1 if untrained and at_match else budget.trials
-    own = share * (training + search + neutral + measuring) + generating
+    own = share * (training + search + measuring) + generating
     return own, share * (budget.steps_spent() * step + trials * validating)
 
 

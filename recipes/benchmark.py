@@ -6,13 +6,13 @@ Every way trains in short turns, one after the other and round after round, so t
 all. A step to warm up is not timed. In the first round our losses read a whole epoch before, which fills the memo, and
 is timed as such. Peak memory comes from a process of its own for each way. `--growth` times ours with ten times the
 rows as well. With one thread on a CPU, seconds are CPU seconds of this process, which other programs on the machine do
-not stretch. Writes `table.md` and `table.json`.
+not stretch. Two more steps of every way of ours with the frozen prefix run under torch's profiler, which says where
+they go. Writes `table.md` and `table.json`.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
 import gc
 import json
 import logging
@@ -20,43 +20,24 @@ import shlex
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-import numpy as np
 import torch
-from datasets import Dataset, disable_progress_bars
-from peft import BeftConfig, LoraConfig, PeftConfig
+from datasets import disable_progress_bars
 from tqdm.auto import tqdm
-from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
-from steertune.adapters import SteeringVectorConfig
 from steertune.recipes.arm import ModelTable
 from steertune.recipes.data import load_model
 from steertune.recipes.measures import peak_memory_gb, reset_peak_memory
 from steertune.recipes.processes import begin, command, positive
+from steertune.recipes.timing.floor import floor
+from steertune.recipes.timing.shares import shares
+from steertune.recipes.timing.ways import AGAINST, EPOCH, STEPS, WAYS, Run, Way
 from steertune.recipes.training import write_whole
-from steertune.trainers import FrozenPrefix, SteeringDPOTrainer, SteeringSFTTrainer, share_weights, train_together
-
-_STEPS = 2  # timed, a turn
-_EPOCH = 8  # batches of the data set
-
-
-@dataclass(frozen=True)
-class Way:
-    """One way to train: data kind, adapter at a layer, loss, whether the frozen prefix is used, how many such arms at
-    once (times are per arm)."""
-
-    kind: str
-    adapter: Callable[[int], PeftConfig | None]
-    loss: str | None = None
-    frozen_prefix: bool = False
-    arms: int = 1
 
 
 def _row(text: str) -> tuple[int, int]:
@@ -65,42 +46,6 @@ def _row(text: str) -> tuple[int, int]:
     if not 0 < prompt < length - 1:
         raise argparse.ArgumentTypeError(f"{text}: at least 1 token of prompt and 2 of answer")
     return length, prompt
-
-
-def _lora(layer: int) -> PeftConfig:
-    return LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
-
-
-def _beft(layer: int) -> PeftConfig:
-    return BeftConfig(target_modules=["down_proj"], task_type="CAUSAL_LM")
-
-
-def _vector(layer: int) -> PeftConfig:
-    return SteeringVectorConfig(layers=layer)
-
-
-def _on_completions(layer: int) -> PeftConfig:
-    return SteeringVectorConfig(layers=layer, positions="completion")
-
-
-WAYS = {
-    "SFT: TRL + LoRA r8": Way("sft", _lora),
-    "SFT: TRL + BEFT": Way("sft", _beft),
-    "SFT: TRL, full finetuning": Way("sft", lambda layer: None),
-    "SFT: TRL + our vector": Way("sft", _vector),
-    "SFT: ours, head on labels": Way("sft", _vector, "cross_entropy"),
-    "SFT: ours, and frozen prefix": Way("sft", _vector, "cross_entropy", True),
-    "SFT: ours, on completions only": Way("sft", _on_completions, "cross_entropy", True),
-    "pairs: TRL + LoRA r8": Way("dpo", _lora),
-    "pairs: TRL + BEFT": Way("dpo", _beft),
-    "pairs: TRL + our vector": Way("dpo", _vector),
-    "pairs: ours, head on labels": Way("dpo", _vector, "dpo"),
-    "pairs: ours, and frozen prefix": Way("dpo", _vector, "dpo", True),
-    "pairs: ours, on completions only": Way("dpo", _on_completions, "dpo", True),
-    "pairs: ours, and frozen prefix, 4 arms together": Way("dpo", _vector, "dpo", True, arms=4),
-}
-"""With an adapter of its own and `loss=None`, `frozen_prefix=False`, our trainers are TRL's."""
-AGAINST = {"sft": "SFT: TRL + LoRA r8", "dpo": "pairs: TRL + LoRA r8"}
 
 
 @command
@@ -154,10 +99,12 @@ def measure(options: Any, length: int, prompt: int) -> dict[str, Any]:
         for turn in tqdm(range(options.rounds), desc=f"{prompt} of {length} tokens", unit="round"):
             for name, run in tqdm(runs.items(), desc="Ways", leave=False):
                 filled = turn == 0 and WAYS[name].loss is not None
-                found = run((_EPOCH if filled else not turn) + _STEPS)
-                seconds[name] += found[-_STEPS:]
+                found = run((EPOCH if filled else not turn) + STEPS)
+                seconds[name] += found[-STEPS:]
                 if filled:
-                    epochs[name] = sum(found[:_EPOCH])
+                    epochs[name] = sum(found[:EPOCH])
+        profiled = {name: run for name, run in runs.items() if ways[name].frozen_prefix and ways[name].arms == 1}
+        parts = {name: shares(run) for name, run in tqdm(profiled.items(), desc="Profile", unit="way")}
     apart = [] if options.no_memory else tqdm(ways, desc="Memory", unit="way")
     memory = {name: _memory_apart(options, name, length, prompt) for name in apart}
     return {
@@ -168,6 +115,7 @@ def measure(options: Any, length: int, prompt: int) -> dict[str, Any]:
         "seconds": seconds,
         "first_epoch": epochs,
         "memory_gb": memory,
+        "shares": parts,
         "floor": {name: floor(model, way, length, prompt, rows, layer) for name, way in ways.items()},
     }
 
@@ -190,146 +138,9 @@ def growth(options: Any, length: int, prompt: int) -> dict[str, float]:
         ):
             few, many = (Run(WAYS[name], model, tokenizer, (length, prompt), rows, layer, folder) for rows in (2, 20))
             for run in (few, many):
-                run(_EPOCH)
-            found[name] = median(median(many(_STEPS)) / median(few(_EPOCH)) for _ in range(options.rounds))
+                run(EPOCH)
+            found[name] = median(median(many(STEPS)) / median(few(EPOCH)) for _ in range(options.rounds))
     return found
-
-
-class Run:
-    """The trainer of a way (or its trainers), each on its own copy of the model.
-
-    Args:
-        way: The way.
-        model: The base model.
-        tokenizer: Its tokenizer.
-        row: Tokens of a row, and of its prompt.
-        rows: Rows of a batch.
-        layer: Where the vector is.
-        folder: For what trainers write.
-    """
-
-    def __init__(
-        self, way: Way, model: Any, tokenizer: Any, row: tuple[int, int], rows: int, layer: int, folder: str
-    ) -> None:
-        self.clock, batch = _Clock(), rows // 2 if way.kind == "dpo" else rows
-        rows_of_data = data(tokenizer, way.kind, *row, batch * _EPOCH)
-        prefix = FrozenPrefix() if way.frozen_prefix else False
-        self.trainers = [
-            _trainer(way, model, tokenizer, rows_of_data, batch, layer, folder, prefix) for _ in range(way.arms)
-        ]
-        self.trainers[0].add_callback(self.clock)
-
-    def __call__(self, steps: int) -> list[float]:
-        """Train; the seconds of every step, per arm."""
-        self.clock.seconds.clear()
-        for trainer in self.trainers:
-            trainer.args.max_steps = steps
-        if len(self.trainers) > 1:
-            train_together(self.trainers)
-        else:
-            self.trainers[0].train()
-        return [seconds / len(self.trainers) for seconds in self.clock.seconds]
-
-
-def _trainer(
-    way: Way, model: Any, tokenizer: Any, rows: Dataset, batch: int, layer: int, folder: str, prefix: Any
-) -> Any:
-    from trl import DPOConfig, SFTConfig
-
-    pairs = way.kind == "dpo"
-    trainer_class, config_class = (SteeringDPOTrainer, DPOConfig) if pairs else (SteeringSFTTrainer, SFTConfig)
-    args = config_class(
-        output_dir=folder,
-        per_device_train_batch_size=batch,
-        max_steps=_STEPS,
-        learning_rate=1e-4,
-        bf16=False,
-        gradient_checkpointing=False,
-        use_cpu=not torch.cuda.is_available(),
-        report_to="none",
-        save_strategy="no",
-        logging_strategy="no",
-        disable_tqdm=True,
-        max_length=None,
-    )
-    made = trainer_class(
-        model=share_weights(model) if way.arms > 1 else copy.deepcopy(model),
-        args=args,
-        train_dataset=rows,
-        processing_class=tokenizer,
-        peft_config=way.adapter(layer),
-        loss=way.loss,
-        frozen_prefix=prefix,
-    )
-    for callback in (PrinterCallback, ProgressCallback):
-        made.remove_callback(callback)
-    return made
-
-
-class _Clock(TrainerCallback):
-    """Seconds of every optimiser step."""
-
-    def __init__(self) -> None:
-        self.seconds: list[float] = []
-        self._start = 0.0
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._start = now()
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.seconds.append(now() - self._start)
-
-
-def now() -> float:
-    """Seconds: of a GPU's work, of this process with one thread on a CPU, else of the wall clock."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    elif torch.get_num_threads() == 1:
-        return time.process_time()
-    return time.perf_counter()
-
-
-def data(tokenizer: Any, kind: str, length: int, prompt: int, count: int) -> Dataset:
-    """Random words of one token each: prompts of `prompt` tokens, with an answer or two up to `length`, its end
-    included."""
-    generator = np.random.default_rng(0)
-    known = (tokenizer.decode([i]) for i in range(200, 5000))
-    words = [w for w in known if w.startswith(" ") and w[1:].isalpha() and w.isascii()]
-
-    def text(tokens: int) -> str:
-        return "".join(generator.choice(words, tokens))
-
-    sides = ("chosen", "rejected") if kind == "dpo" else ("completion",)
-    return Dataset.from_list(
-        [{"prompt": text(prompt), **{side: text(length - prompt - 1) for side in sides}} for _ in range(count)]
-    )
-
-
-def floor(model: Any, way: Way, length: int, prompt: int, rows: int, layer: int) -> float:
-    """Seconds of the bare matrix products: forward and backward of the layers above the vector, and of the head on the
-    labelled tokens, at the rate this machine multiplies matrices of those shapes."""
-    answers = rows * (length - prompt)
-    prompts = 0 if way.adapter is _on_completions else rows // 2 if way.kind == "dpo" else rows
-    tokens = answers + prompts * prompt
-    blocks = model.get_decoder().layers[layer + 1 :]
-    products = [(tokens, m.weight) for block in blocks for m in block.modules() if isinstance(m, torch.nn.Linear)]
-    products.append((answers, model.get_output_embeddings().weight))
-    total = 0.0
-    for count, weight in {(count, weight.shape): (count, weight) for count, weight in products}.values():
-        times = sum(1 for c, w in products if (c, w.shape) == (count, weight.shape))
-        total += times * (_product(count, weight) + _product(count, weight.t().contiguous()))
-    return total
-
-
-@torch.no_grad()
-def _product(rows: int, weight: torch.Tensor) -> float:
-    states = torch.randn(rows, weight.shape[1], dtype=weight.dtype, device=weight.device)
-    seconds = []
-    for _ in range(7):
-        start = now()
-        torch.nn.functional.linear(states, weight)
-        seconds.append(now() - start)
-    return median(seconds[2:])
 
 
 def _memory_apart(options: Any, name: str, length: int, prompt: int) -> float:
@@ -365,8 +176,8 @@ def page(options: Any, found: list[dict[str, Any]]) -> str:
         "# What a training step costs",
         "",
         f"`{command}`: {torch.get_num_threads()} threads, torch {torch.__version__}, {options.rounds} rounds of "
-        f"{_STEPS} timed steps a way, interleaved. Median {clock} of a step [smallest, largest]; ratios are of "
-        f"medians. The first epoch is of {_EPOCH} steps, and holds the one-time comparison with the plain path. The "
+        f"{STEPS} timed steps a way, interleaved. Median {clock} of a step [smallest, largest]; ratios are of "
+        f"medians. The first epoch is of {EPOCH} steps, and holds the one-time comparison with the plain path. The "
         "floor is the matrix products above the vector and of the head on labels, at the rate of this machine, for "
         "the tokens that have to run.",
     ]
@@ -391,10 +202,22 @@ def page(options: Any, found: list[dict[str, Any]]) -> str:
                 f"| {median(seconds) / at['floor'][name]:.2f} | {epoch} "
                 f"| {'' if memory is None else format(memory, '.2f')} |"
             )
+        lines += ["", *_shares(at["shares"])]
         if "growth" in at:
             grown = ", ".join(f"{ratio:.1f} ({name})" for name, ratio in at["growth"].items())
             lines += ["", f"Ten times the rows, 20 against 2, take {grown} times the seconds."]
     return "\n".join(lines) + "\n"
+
+
+def _shares(parts: dict[str, dict[str, float]]) -> list[str]:
+    """Where the seconds of our steps go."""
+    if not parts:
+        return []
+    kinds = list(next(iter(parts.values())))
+    lines = [f"| where a step goes, % | {' | '.join(kinds)} |", "|---" * (len(kinds) + 1) + "|"]
+    return lines + [
+        f"| {name} | {' | '.join(f'{100 * share:.0f}' for share in found.values())} |" for name, found in parts.items()
+    ]
 
 
 if __name__ == "__main__":

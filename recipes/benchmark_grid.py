@@ -31,9 +31,9 @@ from steertune.recipes.ablation.bench import Bench
 from steertune.recipes.ablation.cell import run_cell, tuned
 from steertune.recipes.ablation.grid import Cell, Grid, load_grid
 from steertune.recipes.arm import UPSTREAM, ArmError, ModelTable
-from steertune.recipes.benchmark import now
 from steertune.recipes.data import load_model
 from steertune.recipes.processes import begin, command, positive
+from steertune.recipes.timing.ways import now
 from steertune.recipes.training import write_whole
 
 

@@ -5,10 +5,14 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 import pytest
+import torch
+from torch.profiler import record_function
 
 from steertune.recipes import benchmark_grid, embedded
 from steertune.recipes.ablation.grid import load_grid
-from steertune.recipes.benchmark import AGAINST, WAYS, _asked, data
+from steertune.recipes.benchmark import _asked
+from steertune.recipes.timing.shares import OTHER, kind_of, shares
+from steertune.recipes.timing.ways import AGAINST, STEP, WAYS, data
 from steertune.trainers import tokenise
 
 
@@ -45,3 +49,32 @@ def test_rows_have_the_tokens_that_are_asked_for(kind):
         else:
             assert [len(row[side]) for side in ("prompt_ids", "chosen_ids", "rejected_ids")] == [9, 15, 15]
             assert row["chosen_ids"] != row["rejected_ids"]
+
+
+def test_shares_of_a_step_add_up_and_name_what_takes_the_time():
+    square = torch.randn(512, 512)
+
+    def run(steps: int) -> None:
+        square.t().contiguous() @ square  # before the first step: not counted
+        for _ in range(steps):
+            with record_function(STEP):
+                torch.softmax(square @ square, -1)
+
+    found = shares(run)
+    assert sum(found.values()) == pytest.approx(1)
+    assert max(found, key=lambda kind: found[kind]) == "matrix products" and found["loss"] > 0
+    assert found["attention"] == found["copies"] == 0
+
+
+@pytest.mark.parametrize(
+    "operation,kind",
+    [
+        ("aten::addmm", "matrix products"),
+        ("aten::_scaled_dot_product_flash_attention_for_cpu_backward", "attention"),
+        ("aten::_log_softmax_backward_data", "loss"),
+        ("aten::copy_", "copies"),
+        ("aten::mul", OTHER),
+    ],
+)
+def test_kinds_of_work(operation, kind):
+    assert kind_of(operation) == kind

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import math
 import pkgutil
@@ -12,26 +11,33 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
+from ..adapters.checks import did_you_mean
+
 
 def file_names(folder: Path) -> list[str]:
     """The modules of a folder that are not private."""
     return sorted(m.name for m in pkgutil.iter_modules([str(folder)]) if not m.name.startswith("_"))
 
 
-def by_name(what: str, package: str, folder: Path, kind: type, name: str, options: Mapping[str, Any]) -> Any:
-    """The dataclass of a module, a subclass of `kind`, made from its options.
+def by_name(what: str, package: str, folder: Path, kind: type, name: object, options: Mapping[str, Any]) -> Any:
+    """The dataclass of a module, a subclass of `kind`, made from its options; an object of `kind` as it is.
 
     Args:
         what: What it is, for messages.
         package: Name of the package that the modules belong to.
         folder: Where they are.
         kind: The class that they define a subclass of.
-        name: Of the module.
+        name: Of the module, or such an object.
         options: Fields of the dataclass.
 
     Raises:
-        ValueError: an unknown name or option (the message names the nearest), or a value of another type.
+        ValueError: an unknown name or option (the message names the nearest), a value of another type, or options for
+            an object.
     """
+    if isinstance(name, kind):
+        if options:
+            raise ValueError(f"Options {sorted(options)} go with the name of a {what}, not with an object.")
+        return name
     _choose(what, name, file_names(folder))
     module = importlib.import_module(f"{package}.{name}")
     classes = [x for x in vars(module).values() if isinstance(x, type) and x.__module__ == module.__name__]
@@ -67,6 +73,4 @@ def _said(hint: Any) -> str:
 
 def _choose(what: str, value: object, allowed: list[str]) -> None:
     if value not in allowed:
-        near = difflib.get_close_matches(str(value), allowed, n=1, cutoff=0.5)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"Unknown {what} {value!r}; there are {allowed}.{hint}")
+        raise ValueError(f"Unknown {what} {value!r}; there are {allowed}.{did_you_mean(value, allowed)}")

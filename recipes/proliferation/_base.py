@@ -48,10 +48,6 @@ def get_augmenter(augmenter: str | Augmenter, **options: Any) -> Augmenter:
     Raises:
         ValueError: an unknown name or option (the message names the nearest), options for an object.
     """
-    if isinstance(augmenter, Augmenter):
-        if options:
-            raise ValueError(f"Options {sorted(options)} go with an augmenter's name, not with an object.")
-        return augmenter
     return by_name("augmenter", str(__package__), _FOLDER, Augmenter, augmenter, _tuples(options))
 
 

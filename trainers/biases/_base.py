@@ -87,10 +87,6 @@ def get_bias(bias: str | Bias, **options: Any) -> Bias:
     Raises:
         ValueError: an unknown name or option (the message names the nearest), options for an object.
     """
-    if isinstance(bias, Bias):
-        if options:
-            raise ValueError(f"Options {sorted(options)} go with a bias's name, not with an object.")
-        return bias
     return by_name("bias", str(__package__), _FOLDER, Bias, bias, options)
 
 

@@ -62,10 +62,6 @@ def get_view(view: str | View, **options: Any) -> View:
     Raises:
         ValueError: an unknown name or option (the message names the nearest), options for an object.
     """
-    if isinstance(view, View):
-        if options:
-            raise ValueError(f"Options {sorted(options)} go with a view's name, not with an object.")
-        return view
     return by_name("view", str(__package__), _FOLDER, View, view, options)
 
 

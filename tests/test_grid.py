@@ -666,6 +666,12 @@ def test_an_arm_without_a_name_is_refused(tmp_path):
 # -- files ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("name", sorted(file.stem for file in module.GRIDS.glob("*.toml")))
+def test_every_grid_that_is_shipped_can_be_read(name):
+    cells = load_grid(name).cells()
+    assert len({cell.key for cell in cells}) == len({cell.path for cell in cells}) == len(cells)
+
+
 def test_a_grid_file_is_named_after_itself(tmp_path):
     file = tmp_path / "mine.toml"
     file.write_text(GRID.replace('name = "small"\n', ""))

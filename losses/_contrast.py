@@ -6,6 +6,10 @@
 | `unpaired` | the rejected answer of pair i+1 of the batch, to another prompt: same answers, no matching |
 | `none` | nothing: the rejected answer keeps its reference log-probability, so only the chosen answer is trained on |
 
+Over a batch, `unpaired` pushes the same answers up and down as `paired`: where the adapter still does nothing, both
+have the same gradient. It tests the matching in the loss; rejected answers behind other prompts are a matter of the
+data (`pairing = "shuffled"` of an arm's `[data]`).
+
 A loss of one answer, such as cross-entropy, takes contrast too:
 
 | `contrast` | the loss of pair i |

@@ -69,7 +69,7 @@ def write_report(folder: Path, measure: str | None = None) -> Path:
     if ran.empty:
         lines += ["Every cell failed.", "", *sections.failures(cells)]
     else:
-        found = _find(tables, claim, cells, ran)
+        found = _find(tables, claim, cells, ran, len({tuple(name.split("/")[1:4:2]) for name in grid["cells"]}))
         lines += _body(folder, grid, tables, claim, cells, ran, found)
         claimed = tables.claim.measure == claim.measure
         short |= {"counts": _SIDES[found.said.side] if claimed else "not claimed", "answer": found.answer}
@@ -99,10 +99,11 @@ class _Found:
     answer: list[str]
 
 
-def _find(tables: GridTables, claim: Claim, cells: Frame, ran: Frame) -> _Found:
+def _find(tables: GridTables, claim: Claim, cells: Frame, ran: Frame, planned: int) -> _Found:
+    """`planned`: pairs of task and seed that the grid has."""
     paired = analysis.in_pairs(ran, tables)
     shares = analysis.attribution(paired, tables, claim.measure, claim.factor)
-    said = analysis.verdict(analysis.in_pairs(cells, tables), claim, shares)
+    said = analysis.verdict(analysis.in_pairs(cells, tables), claim, shares, planned)
     curves = analysis.efficiency(paired, claim.than, claim.measure)
     return _Found(paired, shares, said, curves, analysis.answer(paired, claim, said, shares, curves))
 
@@ -119,9 +120,7 @@ def _body(
         "",
         *_extent(grid, cells, claim.alpha),
         *(sections.attribution(folder, tables, found.shares, label) if found.shares else []),
-        *sections.effects_of_factors(
-            folder, paired[paired["arm"].isin(crossed)], list(tables.factors), claim.measure, label
-        ),
+        *sections.effects_of_factors(folder, paired[paired["arm"].isin(crossed)], tables, claim.measure, label),
         f"## Arms against {claim.than}",
         "",
         *sections.comparisons(paired, claim),

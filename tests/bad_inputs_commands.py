@@ -168,16 +168,6 @@ ROWS: dict[str, Row] = {
     "report of nothing": said("holds no grid", "report", "{here}"),
     "report of half a grid": on("is damaged", "grid.json", "{", "report", "{here}"),
     "report of an unknown measure": said("invalid choice: 'acc'", "report", "{here}", "--measure", "acc"),
-    # comparisons
-    "compare without tasks": said("required: --tasks", "compare"),
-    "compare of a negative number": said(WHOLE, "compare", "--tasks", "cautious_advice", "--test", "-4"),
-    "compare of no examples": said(f"'0' {WHOLE}", "compare", "--tasks", "cautious_advice", "--examples", "0"),
-    "compare of a negative seed": said(
-        "seed: Input should be greater", "compare", "--tasks", "cautious_advice", "--seeds=-1"
-    ),
-    "compare of a task up": said("cannot name a folder", "compare", "--tasks", ".."),
-    "compare of tasks with one name": said("two have the same name", "compare", "--tasks", "a/bipo", "b/bipo"),
-    "compare of nothing": said(NO_ARM, "compare", "--tasks", "cautious_advice", "--arms", "nothing"),
     "contrast_prompts of nothing": said("No file 'nothing'. Names: ", "contrast_prompts", "nothing"),
     "contrast_prompts of half a file": on("not valid TOML", "x.toml", "seen = [", "contrast_prompts", "x.toml"),
     "planted of no studies": said(WHOLE, "planted", "--studies", "0"),

@@ -154,6 +154,12 @@ def test_draws_are_the_same_for_every_arm():
     assert len(drawn[0]) == 5 and all(one == drawn[0] for one in drawn)
 
 
+def test_rates_that_are_listed_are_all_tried_with_every_number_of_steps():
+    changes = {"budget.trials": 6, "budget.learning_rate": [0.3, 1, 3], "budget.steps": [2, 4]}
+    drawn = draw(built(changes).arms[0].budget, seed=3)
+    assert [(s.rate, s.steps) for s in drawn] == [(0.3, 2), (1, 2), (3, 2), (0.3, 4), (1, 4), (3, 4)]
+
+
 # -- patches ----------------------------------------------------------------------------------------------------------
 
 
@@ -505,6 +511,12 @@ BAD: dict[str, tuple[Changes, list[str]]] = {
     "misspelt strengths": ({"budget.strengths": "match"}, ["budget.strengths", "matched"]),
     "infinite strength": ({"budget.strengths": [float("inf")]}, ["budget.strengths", "inf"]),
     "learning rates around nothing": ({"budget.learning_rate": 0.5}, ["budget.learning_rate", "1"]),
+    "no learning rate": ({"budget.learning_rate": []}, ["budget.learning_rate", "one multiple"]),
+    "a learning rate of nothing": ({"budget.learning_rate": [0.0, 1.0]}, ["budget.learning_rate", "above 0"]),
+    "fewer trials than rates": (
+        {"budget.learning_rate": [0.3, 1, 3]},
+        ["trials=2", "makes 3: set trials to that"],
+    ),
     "unknown per": ({"budget.per": "seed"}, ["budget.per", "'cell', 'arm' or 'grid'"]),
     "value of a budget of its own": ({"budgets": {"base": {"trials": 0}}}, ["budgets.base", "trials"]),
     "another budget for one arm": (

@@ -167,12 +167,54 @@ def test_a_share_of_a_gain_over_the_base_model_is_decided(own, side, tmp_path):
         cells.at[i, "matched_accuracy"] = float((margins > 0).mean())
     found = verdict(cells, claim)
     assert found.side == side, found.sentence
+    # what failed elsewhere, before its base was measured, is nobody's
+    failed = pd.DataFrame([{**cells.iloc[0][["task", "seed", "examples"]], "arm": "other", "status": "failed"}])
+    assert verdict(pd.concat([failed, cells], ignore_index=True), claim) == found
     table = {one.arm: one for one in recovered(cells, claim)}
     exact = {arm: round(ROWS * share) / ROWS - 0.5 for arm, share in ((claim.better, own), (claim.than, 0.8))}
     assert table[claim.better].share == pytest.approx(exact[claim.better] / exact[claim.than])
     assert table[claim.better].ahead.estimate == pytest.approx(exact[claim.better] - 0.9 * exact[claim.than])
     assert table[claim.than].share == pytest.approx(1)
     assert set(table) == set(cells["arm"])
+
+
+def test_a_share_of_no_gain_is_nothing(tmp_path):
+    """`than` is worse than the base, `better` less so."""
+    grid = make_up(tmp_path, lambda cell: 0.5)
+    claim = grid.tables.claim.model_copy(update={"recovers": 0.9})
+    cells = read_cells(tmp_path)
+    right = cells["arm"].map({claim.better: 0.5, claim.than: 0.3}).fillna(0.5)
+    margins = [np.where(np.arange(ROWS) < ROWS * share, 1.0, -1.0).tolist() for share in right]
+    cells = cells.assign(matched_margins=margins, matched_accuracy=right, base_accuracy=0.6)
+    cells["base_margins"] = [np.where(np.arange(ROWS) < ROWS * 0.6, 1.0, -1.0).tolist()] * len(cells)
+    found = verdict(cells, claim)
+    assert found.side == "undecided" and "has no clear gain over the base" in found.sentence
+
+
+def test_pairs_that_were_never_run_are_left_out_of_the_verdict(tmp_path):
+    make_up(tmp_path, lambda cell: by_form(cell, 0.15), keep=lambda cell: cell.seed < 4)
+    page = said(tmp_path)
+    assert "8 of 12 pairs of task and seed, 4 left out: not run" in page
+    assert "## The result counts neither for nor against" in page
+
+
+def test_a_factor_that_means_nothing_in_an_arm_is_compared_at_the_design_s_centre(tmp_path):
+    one = lambda cell: cell.arm.name != "form=lora,contrast=pairs"  # noqa: E731
+    grid = make_up(tmp_path, lambda cell: by_form(cell, 0.15), keep=one)
+    for file in tmp_path.rglob("cell.json"):
+        cell = json.loads(file.read_text())
+        if (cell["levels"] or {}).get("form") == "lora":
+            cell["levels"]["contrast"] = "-"
+            file.write_text(json.dumps(cell))
+    section = said(tmp_path).split("## Effect of each factor")[1].split("\n## ")[0]
+    assert grid.tables.design.start["contrast"] == "none" and "counts as `contrast=none`" in section
+    assert re.search(r"\| form \| bias − lora \| \+0\.1", section)
+
+
+def test_learning_rates_at_the_edge_of_what_was_tried_are_named(tmp_path):
+    make_up(tmp_path, by_form)
+    page = said(tmp_path)
+    assert "Learning rates that were tried" in page and "Of 5 trained arms" in page
 
 
 def test_a_claim_of_a_share_has_its_section(tmp_path):
@@ -273,7 +315,7 @@ def test_what_a_vector_with_four_examples_is_worth_in_loras(tmp_path):
 def test_an_arm_without_a_strength_is_named_not_compared(tmp_path, capsys):
     make_up(tmp_path, by_form)
     page = said(tmp_path)
-    assert re.search(r"Not compared, because no pair .* has .* at matched KL of them .*: full_dpo\.", page)
+    assert "Not compared, because they have no strength that could be matched: full_dpo." in page
     assert "full_dpo |" in page, "it is still in the other tables"
     counts = json.loads((tmp_path / "report.json").read_text())["counts"]
     assert f"## The result counts {counts} the hypothesis" in page

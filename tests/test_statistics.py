@@ -18,7 +18,7 @@ from scipy.linalg import helmert
 from steertune.recipes.ablation import designs
 from steertune.recipes.ablation.matched import matched_strength, refined
 from steertune.recipes.ablation.statistics import curves, factorial, paired
-from steertune.recipes.ablation.statistics.shapley import shapley, shares
+from steertune.recipes.ablation.statistics.shapley import shapley, share_rows
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -348,7 +348,8 @@ def test_shares_add_up_to_the_gap_and_an_idle_factor_gets_nothing():
     rng = np.random.default_rng(2)
     scores = {c: rng.normal(size=(6, 5)) for c in coalitions(FOUR[:3])}
     scores |= {c | {"site"}: scores[c] for c in coalitions(FOUR[:3])}  # site does nothing
-    found = shares({c: by_pair(rows) for c, rows in scores.items()}, FOUR)
+    rows = share_rows({c: by_pair(values) for c, values in scores.items()}, FOUR)
+    found = paired.together({factor: paired.difference(values) for factor, values in rows.items()})
     gap = scores[frozenset(FOUR)] - scores[frozenset()]
     assert sum(share.estimate for share in found.values()) == pytest.approx(gap.mean())
     assert found["site"].interval == paired.Interval(0.0, 0.0, 0.0, 6, "t")

@@ -107,7 +107,7 @@ def comparisons(cells: Frame, than: str, measure: str) -> list[Comparison]:
     return [Comparison(arm, mean(pairs[arm][arm]), gap) for arm, gap in found.items()]
 
 
-def verdict(cells: Frame, claim: Claim, found: Attribution | None = None) -> Verdict:
+def verdict(cells: Frame, claim: Claim, found: Attribution | None = None, planned: int = 0) -> Verdict:
     """Whether the claim's comparison, and its attribution if it names a factor, came out for it, against it, or
     neither: for it if `better` is clearly more than `margin` ahead, against it if it clearly is not.
 
@@ -115,6 +115,7 @@ def verdict(cells: Frame, claim: Claim, found: Attribution | None = None) -> Ver
         cells: All cells, those that failed too.
         claim: The claim.
         found: `attribution` for the claim's measure.
+        planned: How many pairs of task and seed the grid has, run or not; 0: those of the cells.
     """
     if claim.recovers is not None:
         cells = with_base(cells, BASE)
@@ -127,7 +128,7 @@ def verdict(cells: Frame, claim: Claim, found: Attribution | None = None) -> Ver
     gap, over = difference(rows), difference(rows - claim.margin)
     if not gap.interval.pairs:
         return Verdict("undecided", "No pair of task and seed has both arms of the claim yet.")
-    pairs, all_pairs = gap.interval.pairs, len(cells[["task", "seed"]].drop_duplicates())
+    pairs, all_pairs = gap.interval.pairs, planned or len(cells[["task", "seed"]].drop_duplicates())
     left_out = _left_out(cells, claim, all_pairs - pairs)
     what = (
         f"{claim.better} has {mean(both[claim.better]):.3f} {MEASURES[claim.measure]}, {claim.than} has "
@@ -138,6 +139,12 @@ def verdict(cells: Frame, claim: Claim, found: Attribution | None = None) -> Ver
     if all_pairs - pairs > _LEFT_OUT * all_pairs:
         return Verdict(
             "undecided", f"{what}; with more than {_LEFT_OUT:.0%} of the pairs left out nothing is decided."
+        )
+    gain = None if claim.recovers is None else difference(both[claim.than] - both[BASE])
+    if gain is not None and not (gain.clear(claim.alpha) and gain.estimate > 0):
+        return Verdict(
+            "undecided",
+            f"{what}; but {claim.than} has no clear gain over the base ({gain}), of which that were a share.",
         )
     if not over.clear(claim.alpha):
         least = 2 / 2**pairs

@@ -43,7 +43,6 @@ class Bench:
 
     def __init__(self, grid: Grid) -> None:
         self.grid = grid
-        self.seeds = grid.tables.seeds
         self._splits: dict[str, Splits] = {}
         self._bases: dict[str, BaseMeasures] = {}
         self._scorers: dict[str, Scorer] = {}

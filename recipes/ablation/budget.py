@@ -1,4 +1,4 @@
-"""What every arm may spend on choosing its settings: the same number of trials, on validation rows only."""
+"""What every arm may spend on choosing its settings: the same trials, on validation rows only."""
 
 from __future__ import annotations
 
@@ -16,15 +16,17 @@ from sklearn.model_selection import ParameterSampler
 class BudgetTable(BaseModel, extra="forbid"):
     """`[budget]`.
 
-    A trial is a learning rate, drawn log-uniformly within a factor `learning_rate` around the arm's own, and a number
-    of steps. It is trained, and measured on the validation rows: at every one of `strengths`, or with "matched" at the
-    strength with the grid's KL to the base, where arms are compared (arms without a strength: at 1). Tuned at free
-    strengths for accuracy alone, every arm buys it with the model's fluency.
+    A trial is a learning rate and a number of steps. `learning_rate` lists multiples of the arm's own, and each is
+    tried with every number of `steps`; or it is a factor, around the arm's own, within which all but the first are
+    drawn log-uniformly, so that few draws may leave out much of it. A trial is trained, and measured on the validation
+    rows: at every one of `strengths`, or with "matched" at the strength with the grid's KL to the base, where arms are
+    compared (arms without a strength: at 1). Tuned at free strengths for accuracy alone, every arm buys it with the
+    model's fluency.
     With `halving` k, all trials first train a fraction of their steps and only the best 1 in k goes on, rung by rung.
     """
 
     trials: int = Field(default=4, ge=1)
-    learning_rate: float = Field(default=4.0, ge=1, allow_inf_nan=False)
+    learning_rate: float | list[float] = 4.0
     steps: list[int] = [16]
     strengths: list[float] | Literal["matched"] = "matched"
     halving: int = Field(default=1, ge=1)
@@ -39,6 +41,16 @@ class BudgetTable(BaseModel, extra="forbid"):
             raise ValueError(f"{steps}: one number of steps or more, each at least 1 (zero trains nothing)")
         return steps
 
+    @field_validator("learning_rate")
+    @classmethod
+    def _some_rates(cls, rate: float | list[float]) -> float | list[float]:
+        if isinstance(rate, list):
+            if not rate or min(rate) <= 0 or not all(map(math.isfinite, rate)) or len(set(rate)) < len(rate):
+                raise ValueError(f"{rate}: one multiple of the arm's own rate or more, each above 0 and there once")
+        elif not 1 <= rate < math.inf:
+            raise ValueError(f"{rate}: a factor of 1 or more around the arm's own rate, or a list of multiples of it")
+        return rate
+
     @field_validator("strengths")
     @classmethod
     def _some_strengths(cls, strengths: list[float] | Literal["matched"]) -> list[float] | Literal["matched"]:
@@ -50,7 +62,13 @@ class BudgetTable(BaseModel, extra="forbid"):
 
     @model_validator(mode="after")
     def _enough_settings(self) -> Self:
-        if self.learning_rate == 1 and self.trials > len(self.steps):
+        rates = self.learning_rate
+        if isinstance(rates, list) and self.trials != len(rates) * len(self.steps):
+            raise ValueError(
+                f"trials={self.trials}, and learning_rate={rates} with steps={self.steps} makes "
+                f"{len(rates) * len(self.steps)}: set trials to that"
+            )
+        if rates == 1 and self.trials > len(self.steps):
             raise ValueError(
                 f"trials={self.trials}, but with learning_rate=1 there are only {len(self.steps)} settings to try: "
                 "raise learning_rate, or lower trials"
@@ -102,7 +120,10 @@ class Setting:
 
 
 def draw(budget: BudgetTable, seed: int) -> list[Setting]:
-    """The trials: the same draws for every arm, the first of them the arm's own learning rate."""
+    """The trials, the same for every arm: all multiples that are listed, or draws, the first of them the arm's own
+    learning rate."""
+    if isinstance(budget.learning_rate, list):
+        return [Setting(rate=rate, steps=steps) for steps in budget.steps for rate in budget.learning_rate]
     space: dict[str, Any] = {"steps": budget.steps}
     if budget.learning_rate > 1:
         space["rate"] = loguniform(1 / budget.learning_rate, budget.learning_rate)

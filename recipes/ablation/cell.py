@@ -199,10 +199,10 @@ def _measured(
     matched = True
     with bench.remembering(model):
         if strengths == "matched":
-            found = _matched(bench, model)
-            matched = found is not None or not scalable(model)
+            found = _matched(cell, bench, model)
+            matched = found is not None or not _scales(cell, model)
             strengths = [found or 1.0]
-        elif not scalable(model):
+        elif not _scales(cell, model):
             strengths = [1.0]
         rows = shown(cell, bench, seed, setting.prompt)(bench.splits(cell.task).validation)
         margins = pair_margins(model, bench.tokenizer, rows, strengths, show=False)
@@ -270,10 +270,10 @@ def _tokens_of_a_pair(trainer: Any) -> float:
 def measure(cell: Cell, bench: Bench, model: Any, strength: float, show: Show) -> dict[str, Any]:
     """What the trained model does, at its tuned strength and at the matched one. The test rows are read here only."""
     neutral: dict[float, Any] = {}
-    matched = _matched(bench, model, neutral)
+    matched = _matched(cell, bench, model, neutral)
     if cell.arm.budget.strengths == "matched":  # of this training set, not of the one that the tuning saw
         strength = matched or strength
-    found: dict[str, Any] = {"scalable": scalable(model), "matched_strength": matched}
+    found: dict[str, Any] = {"scalable": _scales(cell, model), "matched_strength": matched}
     if strength not in neutral:
         with scaled(model, strength):
             neutral[strength] = neutral_logps(model, bench.tokenizer, show(bench.neutral_data))
@@ -294,10 +294,10 @@ def measure(cell: Cell, bench: Bench, model: Any, strength: float, show: Show) -
     return found
 
 
-def _matched(bench: Bench, model: Any, last: dict[float, Any] | None = None) -> float | None:
+def _matched(cell: Cell, bench: Bench, model: Any, last: dict[float, Any] | None = None) -> float | None:
     """The strength with the grid's KL to the base on all neutral rows, within 3 %; None if the model has no strength,
     or no such one. `last` is given what was read of all rows last: strength -> `neutral_logps`."""
-    if not scalable(model):
+    if not _scales(cell, model):
         return None
     table = bench.grid.tables.matched
 
@@ -353,8 +353,15 @@ def preference(margins: Tensor, base: Tensor) -> dict[str, Any]:
 
 
 def has_strength(arm: Arm) -> bool:
-    """Whether an arm's adapter has a strength (see `scalable`)."""
-    return isinstance(arm.peft_config(), SteeringVectorConfig | LoraConfig)
+    """Whether an arm's adapter has a strength (see `scalable`); vectors that stay zero do nothing at any."""
+    config = arm.peft_config()
+    if isinstance(config, SteeringVectorConfig) and config.init == "zeros" and arm.trainer.get("max_steps") == 0:
+        return False
+    return isinstance(config, SteeringVectorConfig | LoraConfig)
+
+
+def _scales(cell: Cell, model: Any) -> bool:
+    return has_strength(cell.arm.arm) and scalable(model)
 
 
 def accuracy(margins: Tensor) -> float:

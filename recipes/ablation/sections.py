@@ -9,8 +9,9 @@ from typing import Any
 import pandas as pd
 
 from steertune.recipes.ablation import analysis, charts
+from steertune.recipes.ablation.budget import draw
 from steertune.recipes.ablation.statistics import Frame
-from steertune.recipes.ablation.statistics.factorial import anova, effects, mixed_model
+from steertune.recipes.ablation.statistics.factorial import INERT, anova, effects, mixed_model
 from steertune.recipes.ablation.statistics.paired import Difference
 from steertune.recipes.ablation.tables import Claim, GridTables
 
@@ -35,11 +36,15 @@ def attribution(folder: Path, tables: GridTables, found: analysis.Attribution, l
     ]
 
 
-def effects_of_factors(folder: Path, cells: Frame, factors: list[str], measure: str, label: str) -> list[str]:
-    """What changing one factor does: matched comparisons, analysis of variance, mixed model."""
+def effects_of_factors(folder: Path, cells: Frame, tables: GridTables, measure: str, label: str) -> list[str]:
+    """What changing one factor does: matched comparisons, analysis of variance, mixed model. What means
+    nothing in an arm counts as at the design's centre, else such arms would be compared with none."""
+    factors, centre = list(tables.factors), tables.design.around or tables.design.start
     if not factors or cells.empty:
         return []
     cells = cells.dropna(subset=[measure])
+    inert = {f: centre[f] for f in factors if centre and f in cells and (cells[f] == INERT).any()}
+    cells = cells.replace({f: {INERT: level} for f, level in inert.items()})
     found = effects(cells, factors, measure)
     if not found:
         return []
@@ -51,6 +56,7 @@ def effects_of_factors(folder: Path, cells: Frame, factors: list[str], measure: 
         "![Matched effects](charts/effects.png)",
         "",
         *table(["factor", "level against reference", "difference", *_HEADER, "contexts"], rows),
+        *([f"Where a factor means nothing in an arm, it counts as `{words(inert)}`.", ""] if inert else []),
     ]
     variance = anova(cells, factors, measure)
     if variance is not None:
@@ -86,15 +92,23 @@ def comparisons(cells: Frame, claim: Claim) -> list[str]:
     found = sorted(analysis.comparisons(cells, claim.than, claim.measure), key=lambda c: -c.difference.estimate)
     rows = [[c.arm, f"{c.mean:.3f}", *_numbers(c.difference)] for c in found]
     absent = [a for a in dict.fromkeys(cells["arm"]) if a != claim.than and a not in {c.arm for c in found}]
-    note = (
-        [f"Not compared, because no pair of task and seed has {analysis.MEASURES[claim.measure]} of them with every "
-         f"number of examples: {', '.join(absent)}.", ""]
-        if absent else []
-    )  # fmt: skip
+    rigid = [a for a in absent if claim.measure.startswith("matched_") and not _has_strength(cells, a)]
+    others = [a for a in absent if a not in rigid]
+    note = []
+    if rigid:
+        note += [f"Not compared, because they have no strength that could be matched: {', '.join(rigid)}.", ""]
+    if others:
+        what = f"{analysis.MEASURES[claim.measure]} of them with every number of examples"
+        note += [f"Not compared, because no pair of task and seed has {what}: {', '.join(others)}.", ""]
     itself = analysis.mean(own[claim.than].dropna())
     what = f"{analysis.MEASURES[claim.measure]}; {claim.than} itself has {itself:.3f}."
     header = ["arm", "mean", f"minus {claim.than}", *_HEADER]
     return [what[0].upper() + what[1:], "", *table(header, rows), *note]
+
+
+def _has_strength(cells: Frame, arm: str) -> bool:
+    said = cells.loc[cells["arm"] == arm, "scalable"] if "scalable" in cells else pd.Series([True])
+    return bool((said != False).any())  # noqa: E712  None: a cell that failed does not say
 
 
 def recovered(cells: Frame, claim: Claim) -> list[str]:
@@ -231,12 +245,32 @@ def how(grid: dict[str, Any], tables: GridTables, cells: Frame) -> list[str]:
         f"Tuning budget of every arm: `{words(tables.budget.model_dump())}`{other}. Splits: "
         f"`{words(tables.splits.model_dump())}`. Matched KL: {tables.matched.kl} nats per token.",
         "",
+        *_rates(tables, cells),
     ]
     if "scorer" in cells:
         notes = cells.dropna(subset=["scorer"]).groupby("task")["scorer"].unique()
         lines += [f"- Behaviour of {task}: {'; '.join(found)}." for task, found in notes.items()]
     versions = cells["versions"].dropna().unique() if "versions" in cells else []
     return [*lines, *(f"- Made with {version}." for version in versions), ""]
+
+
+def _rates(tables: GridTables, cells: Frame) -> list[str]:
+    """Which learning rates were tried, and whose best one lies at the edge of them."""
+    if "setting_rate" not in cells or tables.budgets:
+        return []
+    seeds = tables.seeds if tables.budget.per == "cell" else tables.seeds[:1]
+    tried = sorted({setting.rate for seed in seeds for setting in draw(tables.budget, seed)})
+    trained = cells[cells["setting_steps"] > 0].dropna(subset=["setting_rate"])
+    edges = {what: trained.loc[trained["setting_rate"] == rate, "arm"].unique()
+             for what, rate in (("largest", tried[-1]), ("smallest", tried[0]))}  # fmt: skip
+    said = [f"the {what} for {len(arms)} ({', '.join(arms)})" for what, arms in edges.items() if len(arms)]
+    count = f"{trained['arm'].nunique()} trained arms"
+    return [
+        f"Learning rates that were tried, as multiples of an arm's own: {', '.join(f'{rate:.3g}' for rate in tried)}. "
+        f"Of {count}, the best on the validation rows was {' and '.join(said) or 'never at an edge'}; beyond an edge "
+        "something better may lie.",
+        "",
+    ]
 
 
 def _numbers(found: Difference) -> list[str]:

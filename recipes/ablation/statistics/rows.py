@@ -36,7 +36,8 @@ def rows_of(cells: Frame, measure: str) -> Frame:
 
 def with_base(cells: Frame, name: str) -> Frame:
     """The cells, and the base model as one more arm called `name`, from what every cell keeps of it."""
-    base = cells.drop_duplicates(["task", "seed", "examples"]).assign(arm=name)
+    known = cells.dropna(subset=["base_accuracy"])  # a failed cell knows nothing of it
+    base = known.drop_duplicates(["task", "seed", "examples"]).assign(arm=name)
     for prefix in ("", "matched_"):
         there = [kind for kind in ("accuracy", "margins", "behaviour", "behaviours") if f"base_{kind}" in base]
         base = base.assign(**{prefix + kind: base[f"base_{kind}"] for kind in there}, **{f"{prefix}margin_gain": 0.0})

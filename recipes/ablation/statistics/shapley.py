@@ -11,7 +11,6 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from steertune.recipes.ablation.statistics import Frame
-from steertune.recipes.ablation.statistics.paired import Difference, difference, together
 
 Coalition = frozenset[str]
 
@@ -52,16 +51,3 @@ def share_rows(scores: Mapping[Coalition, Frame], factors: Sequence[str]) -> dic
     pairs = scores[frozenset()].index
     values = {pair: shapley(lambda coalition, pair=pair: scores[coalition][pair], factors) for pair in pairs}
     return {f: pd.Series([values[pair][f] for pair in pairs], index=pairs, dtype=object) for f in factors}
-
-
-def shares(scores: Mapping[Coalition, Frame], factors: Sequence[str]) -> dict[str, Difference]:
-    """Shapley value of every factor with intervals and a test, corrected for the number of factors.
-
-    Shapley values are linear in the scores, so every pair has its own and the interval is that of their mean; the
-    factors' estimates add up to the mean gap between the two ends.
-
-    Args:
-        scores: As in `share_rows`.
-        factors: The factors.
-    """
-    return together({f: difference(rows) for f, rows in share_rows(scores, factors).items()})

@@ -7,7 +7,7 @@ all. A step to warm up is not timed. In the first round our losses read a whole 
 is timed as such. Peak memory comes from a process of its own for each way. `--growth` times ours with ten times the
 rows as well. With one thread on a CPU, seconds are CPU seconds of this process, which other programs on the machine do
 not stretch. Two more steps of every way of ours with the frozen prefix run under torch's profiler, which says where
-they go. Writes `table.md` and `table.json`.
+they go. Writes `table.md` and `table.json`; a killed benchmark goes on with the kinds of rows that are missing.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ from tqdm.auto import tqdm
 
 from steertune.recipes.arm import ModelTable
 from steertune.recipes.data import load_model
+from steertune.recipes.files import ArmError, read_result, write_result, write_whole
 from steertune.recipes.measures import peak_memory_gb, reset_peak_memory
 from steertune.recipes.processes import begin, command, positive
 from steertune.recipes.timing.floor import floor
 from steertune.recipes.timing.shares import shares
 from steertune.recipes.timing.ways import AGAINST, EPOCH, STEPS, WAYS, Run, Way
-from steertune.recipes.training import write_whole
 
 
 def _row(text: str) -> tuple[int, int]:
@@ -78,18 +78,59 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(json.dumps(_memory(options, options.memory_of, *options.rows[0])))
         return 0
     options.folder.mkdir(parents=True, exist_ok=True)
-    found: list[dict[str, Any]] = []
+    found = _measured(options)
     for row in options.rows:
-        found.append(measure(options, *row) | ({"growth": growth(options, *row)} if options.growth else {}))
-        write_whole(options.folder / "table.json", json.dumps(found, indent=1))
-        write_whole(options.folder / "table.md", page(options, found))
+        if row not in [(at["length"], at["prompt"]) for at in found]:
+            found.append(measure(options, *row) | ({"growth": growth(options, *row)} if options.growth else {}))
+            write_result(options.folder / "table.json", {"settings": _settings(options), "rows": found})
+            write_whole(options.folder / "table.md", page(options, found))
     print(page(options, found))
     return 0
+
+
+def _settings(options: Any) -> dict[str, Any]:
+    """Everything that the numbers of one kind of rows depend on."""
+    asked = {name: getattr(options, name) for name in ("model", "tokens", "rounds", "growth", "ways", "no_memory")}
+    return {**asked, "threads": torch.get_num_threads(), "torch": torch.__version__}
+
+
+def _measured(options: Any) -> list[dict[str, Any]]:
+    """The kinds of rows that a benchmark in this folder has finished.
+
+    Raises:
+        ArmError: it had other settings.
+    """
+    file = options.folder / "table.json"
+    if not file.exists():
+        return []
+    known = read_result(file, "Delete it, and all is measured again.")
+    if known.get("settings") != _settings(options):
+        raise ArmError(f"{file} has other settings ({known.get('settings')}). Choose another --folder.")
+    return known["rows"]
 
 
 def measure(options: Any, length: int, prompt: int) -> dict[str, Any]:
     """Times, memory and the floor at one row length."""
     model, tokenizer = load_model(ModelTable(name=options.model))
+    layer = 2 * model.config.num_hidden_layers // 3
+    rows, ways = max(2, options.tokens // length), _asked(options.ways)
+    times = _timed(options, model, tokenizer, length, prompt)
+    gc.collect()  # the models that were trained, before others are in processes of their own
+    apart = [] if options.no_memory else tqdm(ways, desc="Memory", unit="way")
+    memory = {name: _memory_apart(options, name, length, prompt) for name in apart}
+    return {
+        "length": length,
+        "prompt": prompt,
+        "rows": rows,
+        "layer": layer,
+        **times,
+        "memory_gb": memory,
+        "floor": {name: floor(model, way, length, prompt, rows, layer) for name, way in ways.items()},
+    }
+
+
+def _timed(options: Any, model: Any, tokenizer: Any, length: int, prompt: int) -> dict[str, Any]:
+    """Seconds of the steps and of the first epoch of every way, and where those of ours go."""
     layer = 2 * model.config.num_hidden_layers // 3
     rows, ways = max(2, options.tokens // length), _asked(options.ways)
     with tempfile.TemporaryDirectory() as folder:
@@ -105,19 +146,7 @@ def measure(options: Any, length: int, prompt: int) -> dict[str, Any]:
                     epochs[name] = sum(found[:EPOCH])
         profiled = {name: run for name, run in runs.items() if ways[name].frozen_prefix and ways[name].arms == 1}
         parts = {name: shares(run) for name, run in tqdm(profiled.items(), desc="Profile", unit="way")}
-    apart = [] if options.no_memory else tqdm(ways, desc="Memory", unit="way")
-    memory = {name: _memory_apart(options, name, length, prompt) for name in apart}
-    return {
-        "length": length,
-        "prompt": prompt,
-        "rows": rows,
-        "layer": layer,
-        "seconds": seconds,
-        "first_epoch": epochs,
-        "memory_gb": memory,
-        "shares": parts,
-        "floor": {name: floor(model, way, length, prompt, rows, layer) for name, way in ways.items()},
-    }
+    return {"seconds": seconds, "first_epoch": epochs, "shares": parts}
 
 
 def _asked(patterns: Sequence[str]) -> dict[str, Way]:

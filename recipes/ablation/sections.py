@@ -61,9 +61,9 @@ def effects_of_factors(folder: Path, cells: Frame, tables: GridTables, measure: 
     variance = anova(cells, factors, measure)
     if variance is not None:
         lines += [
-            "Analysis of variance with HC3 errors, tasks and seeds as blocks; cells with a level that means nothing "
-            "there (`-`) are left out. Its p values, as those of the mixed model below, are uncorrected, about these "
-            "test rows, and too small where an effect differs from pair to pair; nothing is claimed from them.",
+            "Analysis of variance with HC3 errors, tasks and seeds as blocks. Its p values, as those of the mixed "
+            "model below, are uncorrected, about these test rows, and too small where an effect differs from pair to "
+            "pair; nothing is claimed from them.",
             "",
             *table(
                 ["term", "df", "F", "p", "partial η²"],
@@ -261,14 +261,11 @@ def _rates(tables: GridTables, cells: Frame) -> list[str]:
     seeds = tables.seeds if tables.budget.per == "cell" else tables.seeds[:1]
     tried = sorted({setting.rate for seed in seeds for setting in draw(tables.budget, seed)})
     trained = cells[cells["setting_steps"] > 0].dropna(subset=["setting_rate"])
-    edges = {what: trained.loc[trained["setting_rate"] == rate, "arm"].unique()
-             for what, rate in (("largest", tried[-1]), ("smallest", tried[0]))}  # fmt: skip
-    said = [f"the {what} for {len(arms)} ({', '.join(arms)})" for what, arms in edges.items() if len(arms)]
-    count = f"{trained['arm'].nunique()} trained arms"
+    largest, smallest = (trained.loc[trained["setting_rate"] == tried[end], "arm"].nunique() for end in (-1, 0))
     return [
         f"Learning rates that were tried, as multiples of an arm's own: {', '.join(f'{rate:.3g}' for rate in tried)}. "
-        f"Of {count}, the best on the validation rows was {' and '.join(said) or 'never at an edge'}; beyond an edge "
-        "something better may lie.",
+        f"Of {trained['arm'].nunique()} trained arms, {largest} did best on the validation rows with the largest and "
+        f"{smallest} with the smallest, beyond which something better may lie.",
         "",
     ]
 

@@ -8,9 +8,11 @@ import pytest
 import torch
 from torch.profiler import record_function
 
-from steertune.recipes import benchmark_grid, embedded
+from steertune.recipes import benchmark, benchmark_grid, embedded
 from steertune.recipes.ablation.grid import load_grid
+from steertune.recipes.arm import ArmError
 from steertune.recipes.benchmark import _asked
+from steertune.recipes.files import write_result
 from steertune.recipes.timing.shares import OTHER, kind_of, shares
 from steertune.recipes.timing.ways import AGAINST, STEP, WAYS, data
 from steertune.trainers import tokenise
@@ -78,3 +80,15 @@ def test_shares_of_a_step_add_up_and_name_what_takes_the_time():
 )
 def test_kinds_of_work(operation, kind):
     assert kind_of(operation) == kind
+
+
+def test_a_benchmark_goes_on_with_its_own_settings_only(tmp_path):
+    asked = {"model": "embedded", "tokens": 64, "rounds": 1, "growth": False, "ways": ["*"], "no_memory": True}
+    options = SimpleNamespace(**asked, folder=tmp_path)
+    assert benchmark._measured(options) == []
+    rows = [{"length": 32, "prompt": 16}]
+    write_result(tmp_path / "table.json", {"settings": benchmark._settings(options), "rows": rows})
+    assert benchmark._measured(options) == rows
+    options.rounds = 2
+    with pytest.raises(ArmError, match="has other settings"):
+        benchmark._measured(options)

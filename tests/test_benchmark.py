@@ -60,7 +60,7 @@ def test_shares_of_a_step_add_up_and_name_what_takes_the_time():
         square.t().contiguous() @ square  # before the first step: not counted
         for _ in range(steps):
             with record_function(STEP):
-                torch.softmax(square @ square, -1)
+                torch.softmax((square @ square)[:8], -1)
 
     found = shares(run)
     assert sum(found.values()) == pytest.approx(1)

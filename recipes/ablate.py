@@ -70,10 +70,10 @@ def _ablate(options: argparse.Namespace, argv: Sequence[str] | None, rank: int, 
         bench.splits(task)
     for task in grid.tasks if grid.tables.generations else ():
         bench.scorer(task)
-    if options.dry_run and options.known:
-        print(f"{len(known.of(cells))} cells are known already, which count as left below.")
-    elif not options.dry_run:
+    if not options.dry_run:
         known.take(cells, folder)
+    elif options.known and rank == 0:
+        print(f"{len(known.of(cells))} cells are known already, which count as left below.")
     if rank == 0:
         print(plan(grid, cells, bench, folder, processes, every_cell=options.dry_run))
     failed = []

@@ -13,6 +13,7 @@ import pytest
 import tiny_data
 import torch
 from conftest import tiny
+from filelock import FileLock
 
 import steertune.recipes.ablate as recipe
 import steertune.recipes.ablation.cell as cell_module
@@ -331,6 +332,11 @@ def test_what_another_grid_holds_is_taken_over(tables, tmp_path, capsys):
     assert recipe.main([*command, "--dry-run"]) == 0
     assert "2 cells are known already" in capsys.readouterr().out and not folder.exists()
     grid = make_grid(tables)
+    busy = next(cell for cell in grid.cells() if cell.arm.name == "mean_difference")
+    (folder / busy.path).mkdir(parents=True)
+    with FileLock(folder / busy.path / "cell.lock"):  # another runner is at it
+        Known([tmp_path / "first"]).take(grid.cells(), folder)
+        assert not (folder / busy.path / "cell.json").exists()
     Known([tmp_path / "first"]).take(grid.cells(), folder)
     taken = [cell for cell in grid.cells() if (folder / cell.path / "cell.json").exists()]
     assert [(cell.seed, cell.arm.name) for cell in taken] == [(0, "form=bias,init=zeros"), (0, "mean_difference")]

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from steertune.recipes.ablation.grid import Cell
 from steertune.recipes.ablation.tidy import AGAIN, read_cell
@@ -37,17 +40,20 @@ class Known:
         return [cell for cell in cells if cell.key in self._cells]
 
     def take(self, cells: Sequence[Cell], folder: Path) -> None:
-        """Write what is known of a grid's cells and tunings into its folder, where it is not there yet. What a cell
-        is called may differ between grids."""
+        """Write what is known of a grid's cells and tunings into its folder, where it is not there yet and no other
+        runner is at it. What a cell is called may differ between grids."""
         for cell in cells:
-            file, tuning = folder / cell.path / "cell.json", folder / cell.tuning_file
-            if cell.key in self._cells and not file.exists():
-                names = {"arm": cell.arm.name, "levels": cell.arm.levels}
-                _write(file, {**self._cells[cell.key], **names})
-            if cell.tuning_key in self._tunings and not tuning.exists():
+            names = {"arm": cell.arm.name, "levels": cell.arm.levels}
+            home, tuning = folder / cell.path, folder / cell.tuning_file
+            if cell.key in self._cells:
+                _write(home / "cell.json", {**self._cells[cell.key], **names})
+            if cell.tuning_key in self._tunings:
                 _write(tuning, self._tunings[cell.tuning_key])
 
 
 def _write(file: Path, found: dict[str, Any]) -> None:
+    """Write a result under the lock that whoever makes it holds."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    write_result(file, found)
+    with suppress(Timeout), FileLock(file.with_suffix(".lock"), timeout=0):
+        if not file.exists():
+            write_result(file, found)

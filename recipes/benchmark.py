@@ -20,7 +20,7 @@ import shlex
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 from statistics import median
@@ -112,9 +112,13 @@ def _measured(options: Any) -> list[dict[str, Any]]:
 def measure(options: Any, length: int, prompt: int) -> dict[str, Any]:
     """Times, memory and the floor at one row length."""
     model, tokenizer = load_model(ModelTable(name=options.model))
-    layer = 2 * model.config.num_hidden_layers // 3
-    rows, ways = max(2, options.tokens // length), _asked(options.ways)
-    times = _timed(options, model, tokenizer, length, prompt)
+    rows, layer = _sizes(options, model, length)
+    ways = _asked(options.ways)
+
+    def runs(folder: str) -> dict[str, Run]:
+        return {name: Run(way, model, tokenizer, (length, prompt), rows, layer, folder) for name, way in ways.items()}
+
+    times = _timed(runs, options.rounds, f"{prompt} of {length} tokens")
     gc.collect()  # the models that were trained, before others are in processes of their own
     apart = [] if options.no_memory else tqdm(ways, desc="Memory", unit="way")
     memory = {name: _memory_apart(options, name, length, prompt) for name in apart}
@@ -129,24 +133,28 @@ def measure(options: Any, length: int, prompt: int) -> dict[str, Any]:
     }
 
 
-def _timed(options: Any, model: Any, tokenizer: Any, length: int, prompt: int) -> dict[str, Any]:
-    """Seconds of the steps and of the first epoch of every way, and where those of ours go."""
-    layer = 2 * model.config.num_hidden_layers // 3
-    rows, ways = max(2, options.tokens // length), _asked(options.ways)
+def _timed(runs_in: Callable[[str], dict[str, Run]], rounds: int, title: str) -> dict[str, Any]:
+    """Seconds of the steps and of the first epoch of every way, and where those of ours go; `runs_in` makes the runs,
+    which are gone afterwards."""
     with tempfile.TemporaryDirectory() as folder:
-        runs = {name: Run(way, model, tokenizer, (length, prompt), rows, layer, folder) for name, way in ways.items()}
-        seconds: dict[str, list[float]] = {name: [] for name in ways}
+        runs = runs_in(folder)
+        seconds: dict[str, list[float]] = {name: [] for name in runs}
         epochs: dict[str, float] = {}
-        for turn in tqdm(range(options.rounds), desc=f"{prompt} of {length} tokens", unit="round"):
+        for turn in tqdm(range(rounds), desc=title, unit="round"):
             for name, run in tqdm(runs.items(), desc="Ways", leave=False):
                 filled = turn == 0 and WAYS[name].loss is not None
                 found = run((EPOCH if filled else not turn) + STEPS)
                 seconds[name] += found[-STEPS:]
                 if filled:
                     epochs[name] = sum(found[:EPOCH])
-        profiled = {name: run for name, run in runs.items() if ways[name].frozen_prefix and ways[name].arms == 1}
+        profiled = {name: run for name, run in runs.items() if WAYS[name].frozen_prefix and WAYS[name].arms == 1}
         parts = {name: shares(run) for name, run in tqdm(profiled.items(), desc="Profile", unit="way")}
     return {"seconds": seconds, "first_epoch": epochs, "shares": parts}
+
+
+def _sizes(options: Any, model: Any, length: int) -> tuple[int, int]:
+    """Rows of a batch, and the layer of the vector."""
+    return max(2, options.tokens // length), 2 * model.config.num_hidden_layers // 3
 
 
 def _asked(patterns: Sequence[str]) -> dict[str, Way]:
@@ -181,7 +189,7 @@ def _memory_apart(options: Any, name: str, length: int, prompt: int) -> float:
 
 def _memory(options: Any, name: str, length: int, prompt: int) -> float:
     model, tokenizer = load_model(ModelTable(name=options.model))
-    layer, rows = 2 * model.config.num_hidden_layers // 3, max(2, options.tokens // length)
+    rows, layer = _sizes(options, model, length)
     with tempfile.TemporaryDirectory() as folder:
         run = Run(WAYS[name], model, tokenizer, (length, prompt), rows, layer, folder)
         del model

@@ -144,13 +144,7 @@ class SteeringMixin(Trainer):
         self._check_tokenised(raw, given.get("processing_class"))
         if views:
             self.views = _make_views(self, views, given.get("processing_class"))
-            shown = raw if isinstance(raw, Dataset) else None
-            for rows, tokenised, training in (
-                (raw, self.train_dataset, None),
-                (raw_evaluation, self.eval_dataset, shown),
-            ):
-                if isinstance(rows, Dataset) and isinstance(tokenised, Dataset):
-                    self.views.add(rows, tokenised, training)
+            self._view(self.views, raw, raw_evaluation)
         if self.loss is not None:
             # the loss below is already an average over the whole optimiser step
             self.loss_is_scaled_for_ga = self.model_accepts_loss_kwargs = True
@@ -163,6 +157,16 @@ class SteeringMixin(Trainer):
         check_tokens(raw, self.train_dataset, None if keeps_end else longest, tokenizer, _vocabulary(self.model))
         warn_cut(self.train_dataset, longest, keeps_end)
         check_packing(self.model, self.train_dataset)
+
+    def _view(self, views: Views, raw: Any, raw_evaluation: Any) -> None:
+        """Make the views of the rows as they were given; those of evaluation rows may show training rows."""
+        shown = raw if isinstance(raw, Dataset) else None
+        for rows, tokenised, training in (
+            (raw, self.train_dataset, None),
+            (raw_evaluation, self.eval_dataset, shown),
+        ):
+            if isinstance(rows, Dataset) and isinstance(tokenised, Dataset):
+                views.add(rows, tokenised, training)
 
     def _watch(self) -> None:
         """Add what is measured and checked during training."""

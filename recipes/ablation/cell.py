@@ -199,7 +199,7 @@ def _measured(
     matched = True
     with bench.remembering(model):
         if strengths == "matched":
-            found = _matched(cell, bench, model)
+            found, _ = _matched(cell, bench, model)
             matched = found is not None or not _scales(cell, model)
             strengths = [found or 1.0]
         elif not _scales(cell, model):
@@ -269,15 +269,14 @@ def _tokens_of_a_pair(trainer: Any) -> float:
 
 def measure(cell: Cell, bench: Bench, model: Any, strength: float, show: Show) -> dict[str, Any]:
     """What the trained model does, at its tuned strength and at the matched one. The test rows are read here only."""
-    neutral: dict[float, Any] = {}
-    matched = _matched(cell, bench, model, neutral)
+    matched, neutral = _matched(cell, bench, model)
     if cell.arm.budget.strengths == "matched":  # of this training set, not of the one that the tuning saw
         strength = matched or strength
     found: dict[str, Any] = {"scalable": _scales(cell, model), "matched_strength": matched}
-    if strength not in neutral:
+    if neutral is None or strength != matched:
         with scaled(model, strength):
-            neutral[strength] = neutral_logps(model, bench.tokenizer, show(bench.neutral_data))
-    found |= side_effects(neutral[strength], bench.neutral)
+            neutral = neutral_logps(model, bench.tokenizer, show(bench.neutral_data))
+    found |= side_effects(neutral, bench.neutral)
     strengths = {"": strength} | ({"matched_": matched} if matched else {})
     base = bench.base(cell.task)
     plain = bench.splits(cell.task).test
@@ -294,26 +293,26 @@ def measure(cell: Cell, bench: Bench, model: Any, strength: float, show: Show) -
     return found
 
 
-def _matched(cell: Cell, bench: Bench, model: Any, last: dict[float, Any] | None = None) -> float | None:
-    """The strength with the grid's KL to the base on all neutral rows, within 3 %; None if the model has no strength,
-    or no such one. `last` is given what was read of all rows last: strength -> `neutral_logps`."""
+def _matched(cell: Cell, bench: Bench, model: Any) -> tuple[float | None, list[tuple[Tensor, Tensor]] | None]:
+    """The strength with the grid's KL to the base on all neutral rows, within 3 %, and `neutral_logps` there; None if
+    the model has no strength, or no such one."""
     if not _scales(cell, model):
-        return None
-    table = bench.grid.tables.matched
+        return None, None
+    table, last = bench.grid.tables.matched, {}
 
     def kl(strength: float, rows: int) -> float:
         data = bench.neutral_data.select(range(min(rows, len(bench.neutral_data))))
         with scaled(model, strength):
             seen = neutral_logps(model, bench.tokenizer, data)
-        if last is not None and len(seen) == len(bench.neutral):
-            last.clear()
-            last[strength] = seen
+        last.clear()
+        last[strength] = seen
         return side_effects(seen, bench.neutral[: len(seen)])["kl"]
 
     guess = matched_strength(lambda s: kl(s, FEW_NEUTRAL), table.kl, table.largest_strength)
     if guess is None:
-        return None
-    return refined(lambda s: kl(s, len(bench.neutral)), table.kl, guess, table.largest_strength)
+        return None, None
+    found = refined(lambda s: kl(s, len(bench.neutral)), table.kl, guess, table.largest_strength)
+    return found, last.get(found)
 
 
 def _behaviour(cell: Cell, bench: Bench, model: Any, rows: Dataset, strength: float) -> dict[str, Any]:

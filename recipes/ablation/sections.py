@@ -98,8 +98,8 @@ def comparisons(cells: Frame, claim: Claim) -> list[str]:
     if rigid:
         note += [f"Not compared, because they have no strength that could be matched: {', '.join(rigid)}.", ""]
     if others:
-        what = f"{analysis.MEASURES[claim.measure]} of them with every number of examples"
-        note += [f"Not compared, because no pair of task and seed has {what}: {', '.join(others)}.", ""]
+        measured = f"{analysis.MEASURES[claim.measure]} of them with every number of examples"
+        note += [f"Not compared, because no pair of task and seed has {measured}: {', '.join(others)}.", ""]
     itself = analysis.mean(own[claim.than].dropna())
     what = f"{analysis.MEASURES[claim.measure]}; {claim.than} itself has {itself:.3f}."
     header = ["arm", "mean", f"minus {claim.than}", *_HEADER]

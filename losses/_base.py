@@ -76,7 +76,7 @@ class Loss(ABC):
         pairs: Whether it compares chosen with rejected answers. If not, a pair batch gives it the chosen half only.
         unit: What it is averaged over, in the whole optimiser step: examples (rows, or pairs) or labelled tokens.
         reference: Whether it asks for `at(0)`.
-        scales: Whether it asks for strengths other than 0 and 1.
+        strengths: Which strengths other than 0 and 1 it may ask for.
         views: Names of the views that it asks for.
         states: Whether it asks for hidden states.
         stops: Whether the training is over once it is 0 on every example.
@@ -85,7 +85,7 @@ class Loss(ABC):
     pairs: ClassVar[bool] = True
     unit: ClassVar[Literal["example", "token"]] = "example"
     reference: ClassVar[bool] = False
-    scales: ClassVar[bool] = False
+    strengths: ClassVar[tuple[Strength, ...]] = ()
     views: ClassVar[tuple[str, ...]] = ()
     states: ClassVar[bool] = False
     stops: ClassVar[bool] = False

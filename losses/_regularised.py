@@ -39,6 +39,11 @@ class Regularised(Wrapped):
         return True
 
     @property
+    def stops(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Never: the divergence of a trained model is not 0."""
+        return False
+
+    @property
     def views(self) -> tuple[str, ...]:  # pyright: ignore[reportIncompatibleVariableOverride]
         """Those of the loss, and neutral text."""
         return (*self.loss.views, "neutral")

@@ -52,9 +52,9 @@ class Staged(Wrapped):
         return self.loss.reference or self.then.reference
 
     @property
-    def scales(self) -> bool:
-        """If one of them does."""
-        return self.loss.scales or self.then.scales
+    def strengths(self) -> tuple[Strength, ...]:
+        """Those of both."""
+        return self.loss.strengths + self.then.strengths
 
     @property
     def states(self) -> bool:

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ._base import Loss
+from ._base import Loss, Strength
 
 
 @dataclass(frozen=True)
@@ -37,9 +37,9 @@ class Wrapped(Loss):
         return self.loss.reference
 
     @property
-    def scales(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+    def strengths(self) -> tuple[Strength, ...]:  # pyright: ignore[reportIncompatibleVariableOverride]
         """As the loss."""
-        return self.loss.scales
+        return self.loss.strengths
 
     @property
     def states(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]

@@ -26,7 +26,7 @@ class BiPO(Loss):
 
     beta: float = 0.1
     reference = True
-    scales = True
+    strengths = (-1.0,)
 
     def __post_init__(self) -> None:
         positive(beta=self.beta)

@@ -6,8 +6,8 @@ rejected one:
     D⁺ = β⁺ log π(y⁺; a)/|y⁺| - log π(y⁻; a)/|y⁻|         β⁺ = max(log π₀(y⁻) - log π₀(y⁺), 1)
     D⁻ = β⁻ log π(y⁻; null)/|y⁻| - log π(y⁺; null)/|y⁺|   β⁻ = max(log π₀(y⁺) - log π₀(y⁻), 1)
 
-`null` takes the direction of the vector out of the states that point along it. Adapters without a direction (LoRA) are
-suppressed with a negative strength instead. The βs ask for the reference once, although the method's name says no.
+`null` takes the direction of the vector out of the states that point along it. Adapters without a direction (LoRA) need
+`suppress="negative"`, a negative strength instead. The βs ask for the reference once, although the method's name says no.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from ._base import At, Loss, Outputs, positive
+from ._base import At, Loss, Outputs, Strength, positive
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,6 @@ class RePS(Loss):
     factors: tuple[float, ...] = (0.5, 1.0, 1.5, 2.0)
     suppress: Literal["null", "negative", "none"] = "null"
     reference = True
-    scales = True
 
     def __post_init__(self) -> None:
         if not isinstance(self.factors, list | tuple):
@@ -50,6 +49,12 @@ class RePS(Loss):
         positive(**{f"factors[{i}]": factor for i, factor in enumerate(self.factors)})
         if self.suppress not in ("null", "negative", "none"):
             raise ValueError(f"suppress={self.suppress!r} is none of 'null', 'negative', 'none'.")
+
+    @property
+    def strengths(self) -> tuple[Strength, ...]:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Every factor, and what the second term asks for."""
+        without: dict[str, tuple[Strength, ...]] = {"null": ("null",), "negative": tuple(-a for a in self.factors)}
+        return (*self.factors, *without.get(self.suppress, ()))
 
     def __call__(self, at: At, generator: torch.Generator | None = None) -> Tensor:
         """`(pairs,)`."""

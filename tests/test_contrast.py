@@ -181,7 +181,7 @@ def test_other_contrasts_wrap_it_by_name_or_object():
 @pytest.mark.parametrize("loss", [DPO(), SimPO(), BiPO()], ids=["dpo", "simpo", "bipo"])
 def test_it_asks_for_what_the_loss_asks_for(loss):
     wrapped = Contrasted(loss, "unpaired")
-    for what in ("pairs", "unit", "reference", "scales"):
+    for what in ("pairs", "unit", "reference", "strengths"):
         assert getattr(wrapped, what) == getattr(loss, what)
 
 

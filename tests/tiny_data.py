@@ -140,7 +140,8 @@ def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> boo
 class Spy(Loss):
     """BiPO that remembers the directions it drew."""
 
-    reference = scales = True
+    reference = True
+    strengths = (-1.0,)
 
     def __init__(self):
         self.drawn = []

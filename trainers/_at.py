@@ -141,8 +141,7 @@ class ModelAt:
             return _frozen(self.reference_model, batch, asked)
         if not isinstance(self.unwrapped, PeftModel):
             raise ValueError(
-                "This loss compares with the base model, and full finetuning changes it. Train an adapter, use "
-                "SteeringDPOTrainer (it keeps a reference copy), or choose a loss without a reference."
+                "This loss compares with the base model, which full finetuning changes: give a reference_model."
             )
         # with a memo, processes run different numbers of rows: nothing that waits for the others may be called
         model = self.model if self.reference_memo is None else self.unwrapped
@@ -201,7 +200,7 @@ def scaled(model: nn.Module, strength: Strength) -> AbstractContextManager[Any]:
         stack.enter_context(set_strength(model, strength))
     if any(isinstance(layer, LoraLayer) for layer in model.modules()):
         if strength == "null":
-            raise ValueError("strength='null' takes out the direction of a steering vector; a LoRA has none.")
+            raise ValueError("strength='null' takes out the direction of a steering vector; a LoRA has none. (RePS does without: suppress='negative'.)")
         stack.enter_context(rescale_adapter_scale(model, strength))
     return stack
 

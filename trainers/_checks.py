@@ -12,6 +12,7 @@ from torch import nn
 from ..adapters import steering_layers
 from ..adapters.blocks import find_blocks, resolve_layers
 from ..losses import Loss, parts
+from ._at import scaled
 from ._data import DataError
 from .prefix.cut import base_of, lowest_changed
 from .views import View, ViewError
@@ -72,6 +73,13 @@ def check_reference(loss: Loss | None, config: PeftConfig | None) -> None:
             f"{type(config).__name__}(bias={bias!r}) trains biases of the base model, which stay when the adapter is "
             f"switched off: the reference of {type(loss).__name__} would move along. Set bias='none'."
         )
+
+
+def check_strengths(loss: Loss, model: nn.Module) -> None:
+    """Raise a ValueError for a strength that the loss may ask for and the adapter does not have."""
+    for strength in loss.strengths:
+        with scaled(model, strength):
+            pass
 
 
 def check_views(loss: Loss | None, views: Mapping[str, str | View] | None) -> None:

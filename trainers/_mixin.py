@@ -31,6 +31,7 @@ from ._checks import (
     check_own,
     check_packing,
     check_reference,
+    check_strengths,
     check_teacher,
     check_views,
 )
@@ -114,6 +115,7 @@ class SteeringMixin(Trainer):
         self.pay_once = PayOnce(frozen_prefix)
         self.seat: Any = None  # this trainer's place among those of `train_together`
         self.views: Views | None = None
+        self._reference: nn.Module | None = None  # of full finetuning, where the parent keeps none
         given_biases = biases.items() if isinstance(biases, Mapping) else [(bias, {}) for bias in biases]
         self._biases = [get_bias(bias, **options) for bias, options in given_biases]
         self._unstarted = [*self._biases]
@@ -137,6 +139,10 @@ class SteeringMixin(Trainer):
             _add_reference(given["model"], parent)
         parent(*bound.args, **bound.kwargs)
         _restore(self.model, adapter_values)
+        if self.loss is not None:
+            check_strengths(self.loss, self.model)
+        if peft_config is None and not continued and self.loss is not None and self.loss.reference:
+            self._keep_reference()
         # accelerate cannot hand the batches of one process to others with what is kept beside them
         if waits(self.args.device) and not isinstance(self.train_dataset, IterableDataset):
             self.data_collator = KeepsHost(self.data_collator)
@@ -167,6 +173,17 @@ class SteeringMixin(Trainer):
         ):
             if isinstance(rows, Dataset) and isinstance(tokenised, Dataset):
                 views.add(rows, tokenised, training)
+
+    def _keep_reference(self) -> None:
+        """Copy the model before full finetuning changes it, unless the parent has."""
+        if getattr(self, "ref_model", None) is not None:
+            return
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+            raise ValueError(
+                f"{type(self.loss).__name__} compares with the base model, and full finetuning changes it: the copy "
+                "kept for that would not be sharded. Train an adapter, or use SteeringDPOTrainer."
+            )
+        self._reference = copy.deepcopy(self.model).eval().requires_grad_(False)
 
     def _watch(self) -> None:
         """Add what is measured and checked during training."""
@@ -303,11 +320,11 @@ class SteeringMixin(Trainer):
                 return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         batch = self._read(inputs)
         unwrapped: Any = self.accelerator.unwrap_model(model)
-        if loss.scales:
-            with scaled(unwrapped, -1.0):  # refuse at the first step what only some of its draws would meet
+        for strength in loss.strengths[-1:]:  # refuse at the first step what only some of its draws would meet
+            with scaled(unwrapped, strength):
                 pass
         together = self.seat.logps if self.seat is not None and torch.is_grad_enabled() else None
-        own_reference, memo = getattr(self, "ref_model", None), self.pay_once.reference
+        own_reference, memo = self._reference or getattr(self, "ref_model", None), self.pay_once.reference
         at = ModelAt(model, unwrapped, batch, own_reference, memo, together, self.views)
         # blocks that are left out, or run in parts, show no states
         with nullcontext() if loss.states else self.pay_once.shortcut(labels_only=True):

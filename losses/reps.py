@@ -6,8 +6,9 @@ rejected one:
     D⁺ = β⁺ log π(y⁺; a)/|y⁺| - log π(y⁻; a)/|y⁻|         β⁺ = max(log π₀(y⁻) - log π₀(y⁺), 1)
     D⁻ = β⁻ log π(y⁻; null)/|y⁻| - log π(y⁺; null)/|y⁺|   β⁻ = max(log π₀(y⁺) - log π₀(y⁻), 1)
 
-`null` takes the direction of the vector out of the states that point along it. Adapters without a direction (LoRA) need
-`suppress="negative"`, a negative strength instead. The βs ask for the reference once, although the method's name says no.
+`null` takes the direction of the vector out of the states that point along it. Adapters without a direction (LoRA)
+need `suppress="negative"`, a negative strength instead. The βs ask for the reference once, although the method's name
+says no.
 """
 
 from __future__ import annotations

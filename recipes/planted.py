@@ -303,7 +303,7 @@ def read_study(problem: str, grid: Grid, cells: Frame) -> Study:
     by_p = {name: gap.estimate for (name, gap), p in zip(gaps.items(), by_p, strict=True) if p < 0.05}
     others = {name: gap for name, gap in clear.items() if name.startswith("form ")}
     form = max(others.values(), default=0.0) < 0 if problem == "bias" else others.get(f"form {problem}", 0.0) > 0
-    shares = tuple(f for f, share in (found.shares if found else {}).items() if share.clear())
+    shares = tuple(f for f, share in found.shares.items() if share.clear())
     return Study(
         means={(str(f), str(la)): float(v) for (f, la), v in means.items()},
         base=float(cells["base_accuracy"].mean()),

@@ -18,6 +18,7 @@ from typing import Any
 
 from steertune.recipes.ablate import GRID
 from steertune.recipes.ablation import analysis, sections
+from steertune.recipes.ablation.levels import arm_name
 from steertune.recipes.ablation.statistics import Frame
 from steertune.recipes.ablation.tables import Card, Claim, GridTables, TaskTable
 from steertune.recipes.ablation.tidy import read_cells
@@ -88,14 +89,14 @@ class _Found:
         paired: The cells for whatever compares; means and costs are by task and seed.
         shares: Of the gap that the claim is about.
         said: The verdict.
-        curves: Every arm's against the baseline's.
+        curves: Every arm's against that of the claim's baseline, and of the design's start.
         answer: Three sentences.
     """
 
     paired: Frame
-    shares: analysis.Attribution | None
+    shares: analysis.Attribution
     said: analysis.Verdict
-    curves: list[analysis.Efficiency]
+    curves: dict[str, list[analysis.Efficiency]]
     answer: list[str]
 
 
@@ -104,8 +105,10 @@ def _find(tables: GridTables, claim: Claim, cells: Frame, ran: Frame, planned: i
     paired = analysis.in_pairs(ran, tables)
     shares = analysis.attribution(paired, tables, claim.measure, claim.factor)
     said = analysis.verdict(analysis.in_pairs(cells, tables), claim, shares, planned)
-    curves = analysis.efficiency(paired, claim.than, claim.measure)
-    return _Found(paired, shares, said, curves, analysis.answer(paired, claim, said, shares, curves))
+    start = [arm_name(tables, tables.design.start)] if tables.design.start else []
+    baselines = dict.fromkeys([claim.than, *start])
+    curves = {than: analysis.efficiency(paired, than, claim.measure) for than in baselines}
+    return _Found(paired, shares, said, curves, analysis.answer(paired, claim, said, shares, curves[claim.than]))
 
 
 def _body(
@@ -119,7 +122,7 @@ def _body(
         *(f"{sentence}  " for sentence in found.answer),
         "",
         *_extent(grid, cells, claim.alpha),
-        *(sections.attribution(folder, tables, found.shares, label) if found.shares else []),
+        *(sections.attribution(folder, tables, found.shares, label) if found.shares.shares else []),
         *sections.effects_of_factors(folder, paired[paired["arm"].isin(crossed)], tables, claim.measure, label),
         f"## Arms against {claim.than}",
         "",
@@ -148,12 +151,14 @@ def _headline(tables: GridTables, claim: Claim, said: analysis.Verdict) -> list[
 
 def _extent(grid: dict[str, Any], cells: Frame, alpha: float) -> list[str]:
     done = len(cells) - int((cells["status"] == "failed").sum())
+    sizes = sorted(int(n) for n in cells["examples"].unique())
+    means = f"Scores are means over n = {', '.join(map(str, sizes))}. " if len(sizes) > 1 else ""
     return [
         f"{done} of {len(grid['cells'])} cells, {cells['task'].nunique()} tasks, {cells['seed'].nunique()} seeds. "
-        "Differences are paired by task and seed. All seeds of a task share its test rows, so nothing is called clear "
-        "unless both a permutation test over the pairs and the test for other seeds *and* test rows, corrected by "
-        f"Holm within their table, are below {alpha:.0%}. Both are about these tasks and the settings that the tuning "
-        "chose, not about others. "
+        f"{means}Differences are paired by task and seed. All seeds of a task share its test rows, so nothing is "
+        "called clear unless both a permutation test over the pairs and the test for other seeds *and* test rows, "
+        f"corrected by Holm within their table, are below {alpha:.0%}. Both are about these tasks and the settings "
+        "that the tuning chose, not about others. "
         f"{' '.join(grid['notes'])}",
         "",
     ]

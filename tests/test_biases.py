@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import tiny
-from peft import LoraConfig
+from peft import AdaLoraConfig, LoraConfig
 from tiny_data import arguments, demonstrations, history, pairs, tokenizer, trained, trainer
 
 from steertune.adapters import SteeringVectorConfig, directions
@@ -134,15 +134,67 @@ def test_lora_without_a_bias_starts_near_activation_addition(tmp_path):
 
 
 def test_only_a_new_lora_starts_so(tmp_path):
-    for config in (lora(target_modules=["q_proj"]), None):
-        own = {"ref_model": tiny()} if config is None else {}
-        made = trainer("dpo", tmp_path, loss="dpo", peft_config=config, biases=["rank_one_start"], **own)
-        with pytest.raises(BiasError, match=r"no LoRA is trained at .*mlp.down_proj"):
+    ada = AdaLoraConfig(target_modules=["down_proj"], init_r=2, target_r=1, total_step=10, tinit=1, tfinal=1)
+    for config in (lora(target_modules=["q_proj"]), ada):
+        made = trainer("dpo", tmp_path, loss="dpo", peft_config=config, biases=["rank_one_start"])
+        with pytest.raises(BiasError, match=r"no LoRA of two matrices is trained at .*mlp.down_proj"):
             made.train()
     made = trained("dpo", tmp_path, loss="dpo", peft_config=lora(), biases=["rank_one_start"], max_steps=1)
     made._unstarted = [get_bias("rank_one_start")]
     with pytest.raises(BiasError, match="is trained already"):
         made.train()
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gpt2"])
+def test_full_finetuning_starts_near_activation_addition_too(model_type, tmp_path):
+    biases = {"rank_one_start": {"layer": 2, "scale": 1.5}}
+    options = dict(model=tiny(model_type), loss="dpo", peft_config=None, ref_model=tiny(model_type), biases=biases)
+    made = trainer("dpo", tmp_path, **options)
+    batches = pair_batches(made)
+    vector = 1.5 * directions.compute("mean_difference", made.model, batches, [2]).vectors[2]
+    before, plain = {n: p.detach().clone() for n, p in made.model.named_parameters()}, handed_on(made.model, batches)
+    made._unstarted[0].start(made)
+    changed = [n for n, p in made.model.named_parameters() if not torch.equal(p, before[n])]
+    [name] = changed
+    assert name.split(".layers.")[-1] == "2.mlp.down_proj.weight" or name.endswith("h.2.mlp.c_proj.weight")
+    change = made.model.get_parameter(name) - before[name]
+    singular = torch.linalg.svdvals(change.detach())
+    assert singular[1] < 1e-5 * singular[0], "one direction"
+    moved = handed_on(made.model, batches) - plain
+    gains = moved @ vector / vector.square().sum()
+    assert abs(gains.mean() - 1) < 0.2 and gains.std() < 0.5
+    torch.testing.assert_close(moved, gains[:, None] * vector, rtol=1e-3, atol=1e-4)
+    reference = dict(made.ref_model.named_parameters())
+    assert torch.equal(reference[name], before[name])
+    made.train()
+
+
+def handed_on(model, batches) -> torch.Tensor:
+    """What block 2 hands on at the answers' tokens, `(tokens, d)`."""
+    found = []
+    for batch in batches:
+        inputs = {k: batch[k] for k in ("input_ids", "attention_mask")}
+        with torch.no_grad():
+            hidden = model(**inputs, output_hidden_states=True).hidden_states[3]
+        found.append(hidden[batch["completion_mask"].bool()])
+    return torch.cat(found)
+
+
+@pytest.mark.parametrize(("model_type", "options"), [("gemma2", {}), ("llama", {"use_dora": True})])
+def test_a_rank_one_start_that_does_not_come_out_is_taken_back(model_type, options, tmp_path):
+    config = lora(target_modules=["down_proj"], **options)
+    made = trainer("dpo", tmp_path, model=tiny(model_type), loss="dpo", peft_config=config, biases=["rank_one_start"])
+    before = steps(made)
+    with pytest.raises(BiasError, match="something stands behind it, or scales it"):
+        made.train()
+    assert all(torch.equal(value, before[name]) for name, value in steps(made).items())
+
+
+@pytest.mark.parametrize("layer", [-1, 1.5, "middle"])
+@pytest.mark.parametrize("name", ["direction_start", "rank_one_start"])
+def test_layers_of_a_start_are_checked(name, layer):
+    with pytest.raises((ValueError, TypeError), match="layer=|not supported"):
+        get_bias(name, layer=layer)
 
 
 def test_data_without_pairs_have_no_direction(tmp_path):

@@ -200,7 +200,10 @@ def scaled(model: nn.Module, strength: Strength) -> AbstractContextManager[Any]:
         stack.enter_context(set_strength(model, strength))
     if any(isinstance(layer, LoraLayer) for layer in model.modules()):
         if strength == "null":
-            raise ValueError("strength='null' takes out the direction of a steering vector; a LoRA has none. (RePS does without: suppress='negative'.)")
+            raise ValueError(
+                "strength='null' takes out the direction of a steering vector; a LoRA has none. (RePS can do "
+                "without: suppress='negative'.)"
+            )
         stack.enter_context(rescale_adapter_scale(model, strength))
     return stack
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -13,8 +13,8 @@ from steertune.recipes.ablation import designs
 from steertune.recipes.ablation.levels import arm_name
 from steertune.recipes.ablation.statistics import Frame
 from steertune.recipes.ablation.statistics.curves import Equivalence, area_between, n_equivalence
-from steertune.recipes.ablation.statistics.paired import Difference, difference, together
-from steertune.recipes.ablation.statistics.rows import mean_rows, rows_of, with_base
+from steertune.recipes.ablation.statistics.paired import Difference, difference, least_p, together
+from steertune.recipes.ablation.statistics.rows import over_examples, rows_of, with_base
 from steertune.recipes.ablation.statistics.shapley import share_rows
 from steertune.recipes.ablation.tables import Claim, GridTables, Measure, TaskTable
 from steertune.recipes.arm import ArmError
@@ -61,22 +61,20 @@ class Attribution:
     """Who the gap between the two ends of the design comes from.
 
     Attributes:
-        shares: Factor -> its Shapley share.
+        shares: Factor -> its Shapley share; empty if they cannot be computed.
         leads: With a factor that the claim names: other factor -> how much larger the named one's share is.
+        why: What is missing, if there are no shares.
     """
 
-    shares: dict[str, Difference]
-    leads: dict[str, Difference]
+    shares: dict[str, Difference] = field(default_factory=dict)
+    leads: dict[str, Difference] = field(default_factory=dict)
+    why: str = ""
 
 
 def scores(cells: Frame, measure: str) -> Frame:
     """Mean over the numbers of examples, by (task, seed) and arm, as arrays over the test rows; None for a pair in
     which an arm lacks one of the numbers."""
-    values = rows_of(cells, measure).set_axis(pd.MultiIndex.from_frame(cells[["task", "seed", "arm", "examples"]]))
-    whole = values.unstack("examples").dropna().stack()
-    if whole.empty:
-        return pd.DataFrame(index=pd.MultiIndex.from_arrays([[], []], names=["task", "seed"]))
-    wide = mean_rows(whole, ["task", "seed", "arm"]).unstack("arm")
+    wide = over_examples(cells, measure, ["task", "seed", "arm"]).unstack("arm")
     return wide[[arm for arm in dict.fromkeys(cells["arm"]) if arm in wide]]
 
 
@@ -194,7 +192,8 @@ def recovered(cells: Frame, claim: Claim) -> list[Recovered]:
     wide = scores(with_base(cells, BASE), claim.measure)
     pairs = {arm: wide[list({arm, claim.than, BASE})].dropna() for arm in wide if arm != BASE and claim.than in wide}
     pairs = {arm: rows for arm, rows in pairs.items() if len(rows)}
-    ahead = together({arm: difference(_ahead(rows, arm, claim)) for arm, rows in pairs.items()})
+    ahead = {arm: difference(_ahead(rows, arm, claim)) for arm, rows in pairs.items()}
+    ahead |= together({arm: one for arm, one in ahead.items() if arm != claim.than})  # of itself it has all, by itself
     gains = together({arm: difference(rows[arm] - rows[BASE]) for arm, rows in pairs.items()})
     whole = {arm: mean(rows[claim.than] - rows[BASE]) for arm, rows in pairs.items()}
     return [
@@ -216,7 +215,7 @@ def _largest_share(claim: Claim, found: Attribution | None) -> tuple[Literal["fo
     """The second half of a claim: that its factor's share of the gap is the largest."""
     if claim.factor is None:
         return "for", ""
-    if found is None:
+    if found is None or not found.shares:
         return "undecided", f", but without every mixture of the two ends nothing says that it is {claim.factor}'s"
     behind = [f for f, lead in found.leads.items() if lead.clear(claim.alpha) and lead.estimate < 0]
     if behind:
@@ -227,23 +226,22 @@ def _largest_share(claim: Claim, found: Attribution | None) -> tuple[Literal["fo
     return "for", f", and {claim.factor}'s share is the largest"
 
 
-def attribution(cells: Frame, tables: GridTables, measure: str, factor: str | None = None) -> Attribution | None:
-    """Shapley share of every factor that differs between `design.start` and `design.end` in the gap between them;
-    None unless every mixture of the two was run."""
+def attribution(cells: Frame, tables: GridTables, measure: str, factor: str | None = None) -> Attribution:
+    """Shapley share of every factor that differs between `design.start` and `design.end` in the gap between them,
+    over the pairs that have every mixture of the two."""
     start, end = tables.design.start, tables.design.end
     if not start or not end:
-        return None
+        return Attribution(why="that takes every mixture of a `design.start` and a `design.end`")
     moving = [f for f in tables.factors if start[f] != end[f]]
     wide = scores(cells, measure)
     names = {
         frozenset(f for f in moving if mixture[f] == end[f]): arm_name(tables, mixture)
         for mixture in designs.mixtures({f: list(levels) for f, levels in tables.factors.items()}, start, end)
     }
-    if any(name not in wide for name in names.values()):
-        return None
-    complete = wide[sorted(set(names.values()))].dropna()
+    complete = wide.reindex(columns=sorted(set(names.values()))).dropna()
     if complete.empty:
-        return None
+        short = [name for name in names.values() if name not in wide or wide[name].isna().any()]
+        return Attribution(why=f"no pair of task and seed has every mixture; {', '.join(short)} lack some or all")
     rows = share_rows({coalition: complete[name] for coalition, name in names.items()}, moving)
     leads = {f: difference(rows[factor] - rows[f]) for f in moving if f != factor} if factor in moving else {}
     return Attribution(together({f: difference(values) for f, values in rows.items()}), together(leads))
@@ -284,6 +282,25 @@ def efficiency(cells: Frame, than: str, measure: str) -> list[Efficiency]:
     return [replace(one, area=areas[arm]) for arm, one in found.items()]
 
 
+def by_examples(cells: Frame, than: str, measure: str) -> dict[str, dict[int, tuple[float, Difference | None]]]:
+    """Arm -> number of examples -> its mean and its difference from `than` with as many (None: `than` itself, or no
+    pair has both); p is corrected (Holm) over the whole table."""
+    means: dict[tuple[str, int], float] = {}
+    gaps: dict[tuple[str, int], Difference] = {}
+    for n in sorted(int(n) for n in cells["examples"].unique()):
+        wide = scores(cells[cells["examples"] == n], measure)
+        for arm in (arm for arm in wide if wide[arm].notna().any()):
+            means[arm, n] = mean(wide[arm].dropna())
+            both = wide[[arm, than]].dropna() if than in wide and arm != than else wide[:0]
+            if len(both):
+                gaps[arm, n] = difference(both[arm] - both[than])
+    tests = together(gaps)
+    found: dict[str, dict[int, tuple[float, Difference | None]]] = {}
+    for (arm, n), value in means.items():
+        found.setdefault(arm, {})[n] = value, tests.get((arm, n))
+    return found
+
+
 def read_tables(grid: dict[str, Any]) -> GridTables:
     """The tables of a `grid.json`.
 
@@ -304,16 +321,20 @@ def read_tables(grid: dict[str, Any]) -> GridTables:
     return tables
 
 
-def answer(
-    cells: Frame, claim: Claim, said: Verdict, found: Attribution | None, curves: Sequence[Efficiency]
-) -> list[str]:
+def answer(cells: Frame, claim: Claim, said: Verdict, found: Attribution, curves: Sequence[Efficiency]) -> list[str]:
     """The answer in three sentences, all of it from the numbers."""
     return [said.sentence, _shares(found, claim.alpha), _best(scores(cells, claim.measure), claim, curves)]
 
 
-def _shares(found: Attribution | None, alpha: float) -> str:
-    if found is None:
-        return "Shares of the gap are not computed: that takes every mixture of a `design.start` and a `design.end`."
+def _shares(found: Attribution, alpha: float) -> str:
+    if not found.shares:
+        return f"Shares of the gap are not computed: {found.why}."
+    least, pairs = least_p([*found.shares.values()]), max(s.interval.pairs for s in found.shares.values())
+    if least >= alpha:
+        return (
+            f"No factor's share of the gap can be clear: {pairs} pairs of task and seed have every mixture of its two "
+            f"ends, and p of {len(found.shares)} shares cannot be below {least:.2g}."
+        )
     clear = {f: share for f, share in found.shares.items() if share.clear(alpha)}
     if not clear:
         return "No factor's share of the gap between the two ends of the design is clearly not zero."
@@ -326,8 +347,8 @@ def _shares(found: Attribution | None, alpha: float) -> str:
 
 def _best(wide: Frame, claim: Claim, curves: Sequence[Efficiency]) -> str:
     whole = [arm for arm in wide if wide[arm].notna().all()]  # others have means over other pairs
-    if not whole:
-        return f"No arm has {MEASURES[claim.measure]} in all pairs."
+    if 2 * len(whole) <= wide.shape[1]:
+        return f"Which arm has the best mean is not said: {len(whole)} of {wide.shape[1]} have all pairs."
     means = {arm: mean(wide[arm]) for arm in whole}
     best = max(whole, key=means.__getitem__)
     which = "all arms" if len(whole) == wide.shape[1] else f"the {len(whole)} arms with every pair"

@@ -89,7 +89,7 @@ class Bench:
     def training_set(self, cell: Cell, seed: int) -> Grown:
         """What a cell trains on: rows of the task's pool and, where its arm asks for them, versions of these."""
         arm, splits, sizes = cell.arm.arm, self.splits(cell.task), self.grid.tables.splits
-        rows = splits.train(cell.examples, seed, arm.data.pairing)
+        rows = splits.train(cell.examples, seed, arm.data.pairing, cell.task.draw)
         asked = arm.augmenter()
         if asked is None:
             return Grown(rows, "")

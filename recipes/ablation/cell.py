@@ -15,7 +15,6 @@ from typing import Any, Literal
 import torch
 from datasets import Dataset
 from filelock import FileLock
-from peft import LoraConfig
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 from transformers import PrinterCallback, ProgressCallback, set_seed
@@ -24,11 +23,11 @@ from steertune.adapters import SteeringVectorConfig
 from steertune.adapters.card import versions
 from steertune.recipes.ablation.bench import Bench
 from steertune.recipes.ablation.budget import Setting, draw, untrained_strengths
+from steertune.recipes.ablation.checks import has_strength
 from steertune.recipes.ablation.grid import Cell
 from steertune.recipes.ablation.keys import VERSION
 from steertune.recipes.ablation.matched import matched_strength, refined
 from steertune.recipes.ablation.prompted import Show, candidates, prompt_tokens, shown
-from steertune.recipes.arm import Arm
 from steertune.recipes.files import ArmError, read_result, write_result
 from steertune.recipes.measures import (
     generate,
@@ -349,14 +348,6 @@ def preference(margins: Tensor, base: Tensor) -> dict[str, Any]:
         "moved_wrong": float((margins < base).float().mean()),
         "margins": [round(float(m), 4) for m in margins],
     }
-
-
-def has_strength(arm: Arm) -> bool:
-    """Whether an arm's adapter has a strength (see `scalable`); vectors that stay zero do nothing at any."""
-    config = arm.peft_config()
-    if isinstance(config, SteeringVectorConfig) and config.init == "zeros" and arm.trainer.get("max_steps") == 0:
-        return False
-    return isinstance(config, SteeringVectorConfig | LoraConfig)
 
 
 def _scales(cell: Cell, model: Any) -> bool:

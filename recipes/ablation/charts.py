@@ -48,7 +48,7 @@ def curves(cells: Frame, arms: Sequence[str], measure: str, file: Path, label: s
     rows = -(-len(tasks) // columns)
     figure = Figure(figsize=(4.2 * columns + 1.6, 3.2 * rows), layout="constrained")
     axes = np.atleast_1d(figure.subplots(rows, columns, sharey=True)).ravel()
-    colours = _colours(arms)
+    colours, base = _colours(arms), f"base_{measure.removeprefix('matched_')}"
     for axis, task in zip(axes, tasks, strict=False):
         own = cells[cells["task"] == task]
         for shift, arm in enumerate(arms):
@@ -63,8 +63,8 @@ def curves(cells: Frame, arms: Sequence[str], measure: str, file: Path, label: s
             errors = np.abs(ends - y[:, None]).T
             axis.errorbar(n, y, yerr=errors, marker="o", markersize=4, linewidth=1.4, color=colours[arm], label=arm,
                           elinewidth=0.8)  # fmt: skip
-        if f"base_{measure}" in own:
-            axis.axhline(own[f"base_{measure}"].mean(), color=_GREY, linestyle="--", linewidth=1)
+        if base in own:
+            axis.axhline(own[base].mean(), color=_GREY, linestyle="--", linewidth=1)
         sizes = sorted(own["examples"].unique())
         axis.set_xscale("log")
         axis.set_xticks(sizes, [str(n) for n in sizes])
@@ -73,8 +73,9 @@ def curves(cells: Frame, arms: Sequence[str], measure: str, file: Path, label: s
     for axis in axes[len(tasks) :]:
         axis.set_visible(False)
     axes[0].set_ylabel(label)
-    handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside right center", fontsize=7, frameon=False)
+    shown = {label: handle for axis in axes for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    named = [arm for arm in arms if arm in shown]
+    figure.legend([shown[arm] for arm in named], named, loc="outside right center", fontsize=7, frameon=False)
     figure.savefig(file, dpi=_DPI)
 
 

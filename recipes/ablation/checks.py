@@ -6,10 +6,12 @@ import fnmatch
 from pathlib import Path
 from typing import Any
 
+from peft import LoraConfig
 from trl import DPOConfig
 
+from steertune.adapters import SteeringVectorConfig
 from steertune.recipes.ablation.levels import arm_name
-from steertune.recipes.ablation.tables import Card, GridArm, GridTables, TaskTable
+from steertune.recipes.ablation.tables import Card, Claim, GridArm, GridTables, TaskTable
 from steertune.recipes.arm import Arm, ArmError, ModelTable, nearest
 from steertune.trainers.views.demonstrations import Demonstrations
 from steertune.trainers.views.instruction import Instruction
@@ -30,12 +32,32 @@ def check_budgets(card: Card, arms: list[GridArm]) -> None:
         )
 
 
+def check_reading(examples: list[int], arms: list[GridArm]) -> None:
+    """Refuse numbers of examples that training would not reach the end of, so that some would stand for fewer."""
+    for arm in arms:
+        reads = batch_size(arm.arm) * max(arm.budget.steps)
+        if arm.arm.trainer.get("max_steps") != 0 and not arm.arm.prompt and max(examples) > reads:
+            raise ArmError(
+                f"examples={examples}, and arm {arm.name!r} reads {reads} in {max(arm.budget.steps)} steps of "
+                f"{batch_size(arm.arm)}: it would never see the rest. Set budget.steps to "
+                f"{-(-max(examples) // batch_size(arm.arm))} or more, or ask for at most {reads} examples."
+            )
+
+
 def batch_size(arm: Arm) -> int:
     """Examples that an arm reads in one step of one process."""
     default = DPOConfig.per_device_train_batch_size
     return int(arm.trainer.get("per_device_train_batch_size", default)) * int(
         arm.trainer.get("gradient_accumulation_steps", 1)
     )
+
+
+def has_strength(arm: Arm) -> bool:
+    """Whether an arm's adapter has a strength (see `scalable`); vectors that stay zero do nothing at any."""
+    config = arm.peft_config()
+    if isinstance(config, SteeringVectorConfig) and config.init == "zeros" and arm.trainer.get("max_steps") == 0:
+        return False
+    return isinstance(config, SteeringVectorConfig | LoraConfig)
 
 
 def check_arms(tables: GridTables, arms: list[GridArm]) -> None:
@@ -129,9 +151,23 @@ def check_card(tables: GridTables, card: Card, arms: list[GridArm]) -> None:
         name = getattr(claim, what)
         if name not in names:
             raise ArmError(f"claim.{what}={name!r} is no arm of the grid: {names}.{nearest(name, names)}")
+    _check_decidable(claim, arms)
     for what, point in (("than", tables.design.start), ("better", tables.design.end)) if claim.factor else ():
         if getattr(claim, what) != (name := arm_name(tables, point)):
             raise ArmError(
                 f"claim.factor={claim.factor!r} is about the gap from design.start to design.end, so claim.{what} "
                 f"must be {name!r}, and it is {getattr(claim, what)!r}."
             )
+
+
+def _check_decidable(claim: Claim, arms: list[GridArm]) -> None:
+    """Refuse a comparison of an arm with itself, and one at a strength that an arm does not have."""
+    if claim.better == claim.than:
+        raise ArmError(f"claim.better and claim.than are both {claim.than!r}: compare two arms.")
+    compared = {arm.name: arm for arm in arms if arm.name in (claim.better, claim.than)}
+    rigid = [name for name, arm in compared.items() if arm.arm.prompt or not has_strength(arm.arm)]
+    if claim.measure.startswith("matched_") and rigid:
+        raise ArmError(
+            f"claim.measure={claim.measure!r}, and {rigid} have no strength that could be matched: claim something "
+            f"about {claim.measure.removeprefix('matched_')!r}, or about another arm."
+        )

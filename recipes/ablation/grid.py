@@ -16,7 +16,14 @@ from trl import DPOConfig
 
 from steertune.recipes.ablation import designs
 from steertune.recipes.ablation.budget import BudgetTable
-from steertune.recipes.ablation.checks import check_arms, check_budgets, check_card, check_prompts, check_views
+from steertune.recipes.ablation.checks import (
+    check_arms,
+    check_budgets,
+    check_card,
+    check_prompts,
+    check_reading,
+    check_views,
+)
 from steertune.recipes.ablation.designs import Combination
 from steertune.recipes.ablation.keys import content, data_of, digest, named_task, settings, task_folder
 from steertune.recipes.ablation.levels import INERT, named, patched, with_common
@@ -147,6 +154,7 @@ def make_grid(raw: dict[str, Any], data_root: Path | None = None) -> Grid:
     arms = _arms(tables, combinations)
     check_card(tables, card, arms)
     check_budgets(card, arms)
+    check_reading(tables.examples, arms)
     check_arms(tables, arms)
     tasks = find_tasks(tables.tasks, data_root)
     check_views(tables, arms, tasks)
@@ -273,7 +281,7 @@ def find_tasks(entries: Sequence[str | TaskTable], data_root: Path | None = None
         data_root: Where names that are relative paths start.
 
     Raises:
-        ArmError: two tasks of one label, or a label that is no name of a folder.
+        ArmError: two tasks of one label or of the same training sets, or a label that is no name of a folder.
     """
     from steertune.recipes.embedded import task_names
 
@@ -286,6 +294,12 @@ def find_tasks(entries: Sequence[str | TaskTable], data_root: Path | None = None
         check_name("task", label)
         if label.casefold() in map(str.casefold, found):
             raise ArmError(f"Two tasks are called {label!r}: give one a label of its own.")
+        twin = next((t for t in found.values() if (t.name, t.draw) == (name, task.draw)), None)
+        if twin is not None:
+            raise ArmError(
+                f"Tasks {twin.label!r} and {label!r} would train on the same rows of {name!r}, and count as "
+                f"independent: give one of them draw = {task.draw + 1}."
+            )
         found[label] = task.model_copy(update={"name": name, "label": label})
     return list(found.values())
 

@@ -44,7 +44,7 @@ def settings(
 
 
 def named_task(task: TaskTable) -> list[Any]:
-    return [task.label, task.reverse, task.columns]
+    return [task.label, task.reverse, task.columns, *([task.draw] if task.draw else [])]
 
 
 def content(file: str | None) -> str:

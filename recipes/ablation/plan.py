@@ -11,8 +11,8 @@ import torch
 from steertune.adapters import SteeringVectorConfig
 from steertune.adapters.blocks import find_blocks, resolve_layers
 from steertune.recipes.ablation.bench import Bench
-from steertune.recipes.ablation.cell import FEW_NEUTRAL, has_strength
-from steertune.recipes.ablation.checks import batch_size
+from steertune.recipes.ablation.cell import FEW_NEUTRAL
+from steertune.recipes.ablation.checks import batch_size, has_strength
 from steertune.recipes.ablation.grid import Cell, Grid, describe
 from steertune.recipes.ablation.tables import GridTables, TaskTable
 from steertune.recipes.ablation.tidy import AGAIN, read_cell
@@ -47,6 +47,9 @@ def plan(
         lines.append(f"{arm.name:<66} {len(own):>10} {mean:>10.1f} {sum(own):>8.1f}  {budget}")
     if every_cell:
         lines += ["", *(f"{seconds[cell.path] / 60:6.1f} min  {cell.title}" for cell in left)]
+    claim, pairs = grid.tables.claim, len(grid.tasks) * len(grid.tables.seeds)
+    if claim is not None and (least := 2 / 2**pairs) >= claim.alpha:
+        lines += ["", f"{pairs} pairs of task and seed give no p below {least:.2g}: the claim cannot be decided."]
     total = sum(seconds.values()) / 60 / processes
     return "\n".join([*lines, "", f"About {total:.0f} minutes on {processes} process(es)."])
 

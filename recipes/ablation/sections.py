@@ -11,8 +11,8 @@ import pandas as pd
 from steertune.recipes.ablation import analysis, charts
 from steertune.recipes.ablation.budget import draw
 from steertune.recipes.ablation.statistics import Frame
-from steertune.recipes.ablation.statistics.factorial import INERT, anova, effects, mixed_model
-from steertune.recipes.ablation.statistics.paired import Difference
+from steertune.recipes.ablation.statistics.factorial import INERT, Effect, anova, changes, effects, mixed_model
+from steertune.recipes.ablation.statistics.paired import Difference, least_p
 from steertune.recipes.ablation.tables import Claim, GridTables
 
 _SHOWN = 8  # arms in a chart; more cannot be told apart
@@ -33,6 +33,7 @@ def attribution(folder: Path, tables: GridTables, found: analysis.Attribution, l
         "![Shapley share of every factor](charts/attribution.png)",
         "",
         *table(["factor", "share", *_HEADER], [[f, *_numbers(share)] for f, share in found.shares.items()]),
+        *_reach([*found.shares.values()]),
     ]
 
 
@@ -49,25 +50,29 @@ def effects_of_factors(folder: Path, cells: Frame, tables: GridTables, measure: 
     if not found:
         return []
     charts.effects(found, folder / "charts" / "effects.png", f"difference in {label}")
-    rows = [[e.factor, f"{e.level} − {e.reference}", *_numbers(e.difference), str(e.contexts)] for e in found]
+    header = ["factor", "level against reference", "difference", *_HEADER, "contexts"]
     lines = [
         "## Effect of each factor, everything else equal",
         "",
         "![Matched effects](charts/effects.png)",
         "",
-        *table(["factor", "level against reference", "difference", *_HEADER, "contexts"], rows),
+        *table(header, _effect_rows(found)),
+        *_reach([e.difference for e in found]),
         *([f"Where a factor means nothing in an arm, it counts as `{words(inert)}`.", ""] if inert else []),
     ]
+    if cells["examples"].nunique() > 1 and (changed := changes(cells, factors, measure)):
+        sizes = f"{cells['examples'].max()} examples than with {cells['examples'].min()}"
+        lines += [f"How much larger the effect is with {sizes}:", "", *table(header, _effect_rows(changed))]
     variance = anova(cells, factors, measure)
     if variance is not None:
         lines += [
             "Analysis of variance with HC3 errors, tasks and seeds as blocks. Its p values, as those of the mixed "
             "model below, are uncorrected, about these test rows, and too small where an effect differs from pair to "
-            "pair; nothing is claimed from them.",
+            "pair; nothing is claimed from them. Of several numbers of examples both take the mean.",
             "",
             *table(
                 ["term", "df", "F", "p", "partial η²"],
-                [[str(t), str(r.df), f"{r.F:.2f}", f"{r.p:.3g}", f"{r.share:.2f}"] for t, r in variance.iterrows()],
+                [[str(t), str(r.df), f"{r.F:.2f}", _p(r.p), f"{r.share:.2f}"] for t, r in variance.iterrows()],
             ),
         ]
     mixed = mixed_model(cells, factors, measure)
@@ -77,7 +82,7 @@ def effects_of_factors(folder: Path, cells: Frame, tables: GridTables, measure: 
             "",
             *table(
                 ["level", "estimate", "95 %", "p"],
-                [[str(n), f"{r.estimate:+.3f}", f"[{r.low:+.3f}, {r.high:+.3f}]", f"{r.p:.3g}"]
+                [[str(n), f"{r.estimate:+.3f}", f"[{r.low:+.3f}, {r.high:+.3f}]", _p(r.p)]
                  for n, r in mixed.iterrows()],
             ),
         ]  # fmt: skip
@@ -103,7 +108,7 @@ def comparisons(cells: Frame, claim: Claim) -> list[str]:
     itself = analysis.mean(own[claim.than].dropna())
     what = f"{analysis.MEASURES[claim.measure]}; {claim.than} itself has {itself:.3f}."
     header = ["arm", "mean", f"minus {claim.than}", *_HEADER]
-    return [what[0].upper() + what[1:], "", *table(header, rows), *note]
+    return [what[0].upper() + what[1:], "", *table(header, rows), *_reach([c.difference for c in found]), *note]
 
 
 def _has_strength(cells: Frame, arm: str) -> bool:
@@ -139,7 +144,8 @@ def behaviour(cells: Frame) -> list[str]:
         [str(arm), *("" if pd.isna(v) else f"{v:.3f}" for v in means.loc[arm]), str(counts_of[arm])]
         for arm in means.index
     ]
-    base = [cells[f"base_{c}"].mean() if f"base_{c}" in cells else float("nan") for c in there]
+    bases = [f"base_{c.removeprefix('matched_')}" for c in there]
+    base = [cells[name].mean() if name in cells else float("nan") for name in bases]
     rows.insert(0, ["(base model)", *("" if pd.isna(v) else f"{v:.3f}" for v in base), ""])
     counts = [c for c in ("judgements_failed", "matched_judgements_failed") if c in cells]
     failed = int(cells[counts].max(axis=1).fillna(0).sum())  # at the same strength they are the same answers
@@ -149,22 +155,59 @@ def behaviour(cells: Frame) -> list[str]:
 
 
 def efficiency(
-    folder: Path, cells: Frame, curves: Sequence[analysis.Efficiency], claim: Claim, label: str
+    folder: Path, cells: Frame, curves: Mapping[str, Sequence[analysis.Efficiency]], claim: Claim, label: str
 ) -> list[str]:
-    """Curves over the numbers of examples, and what n examples of an arm are worth in the baseline's."""
+    """Scores by number of examples, curves, and what n examples of an arm are worth in those of each baseline."""
     charts.curves(cells, most_telling(cells, claim), claim.measure, folder / "charts" / "curves.png", label)
-    lines = ["## Sample efficiency", "", "![Curves](charts/curves.png)", ""]
-    if not curves:
-        return [*lines, "No arm has the whole curve yet.", ""]
-    sizes = list(curves[0].equivalents)
-    header = ["arm", "area over the baseline's curve", *_HEADER, *(f"n = {n} is worth" for n in sizes)]
-    rows = [[e.arm, *_numbers(e.area), *(str(e.equivalents[n]) for n in sizes)] for e in curves]
     return [
-        *lines,
-        f"*n is worth*: how many examples {claim.than} needs to reach what the arm reaches with n, with its 95 % "
-        "interval for other seeds and test rows; `>` where its curve never gets there.",
+        "## Sample efficiency",
+        "",
+        "![Curves](charts/curves.png)",
+        "",
+        "Bars: 95 % over the seeds of a task, unpaired; the intervals of the tables are paired, and allow for other "
+        "test rows. Dashed: the base model.",
+        "",
+        *_by_examples(cells, claim),
+        *(line for than, found in curves.items() for line in _worth(cells, found, than)),
+    ]
+
+
+def _by_examples(cells: Frame, claim: Claim) -> list[str]:
+    found = analysis.by_examples(cells, claim.than, claim.measure)
+    sizes = sorted({n for by_size in found.values() for n in by_size})
+
+    def said(by_size: Mapping[int, tuple[float, Difference | None]], n: int) -> str:
+        if n not in by_size:
+            return ""
+        mean, gap = by_size[n]
+        return f"{mean:.3f}" if gap is None else f"{mean:.3f} ({gap}, p {_p(gap.p)})"
+
+    rows = [[arm, *(said(by_size, n) for n in sizes)] for arm, by_size in found.items()]
+    gaps = [gap for by_size in found.values() for _, gap in by_size.values() if gap is not None]
+    return [
+        f"Mean at every n (and minus {claim.than} with as many, 95 % for other seeds and test rows, p by Holm over "
+        "the table):",
+        "",
+        *table(["arm", *(f"n = {n}" for n in sizes)], rows),
+        *_reach(gaps),
+    ]
+
+
+def _worth(cells: Frame, curves: Sequence[analysis.Efficiency], than: str) -> list[str]:
+    """What n examples of every arm are worth in those of one baseline."""
+    if not curves:
+        return [f"No arm has its whole curve beside that of {than} in any pair.", ""]
+    sizes = list(curves[0].equivalents)
+    header = ["arm", f"area over {than}'s curve", *_HEADER, *(f"n = {n} is worth" for n in sizes)]
+    rows = [[e.arm, *_numbers(e.area), *(str(e.equivalents[n]) for n in sizes)] for e in curves]
+    absent = [arm for arm in dict.fromkeys(cells["arm"]) if arm not in {than, *(e.arm for e in curves)}]
+    return [
+        f"*n is worth*: how many examples {than} needs to reach what the arm reaches with n, with its 95 % interval "
+        "for other seeds and test rows; `>` where its curve never gets there.",
         "",
         *table(header, rows),
+        *_reach([e.area for e in curves]),
+        *([f"Left out, because no pair has the whole curve of them: {', '.join(absent)}.", ""] if absent else []),
     ]
 
 
@@ -270,9 +313,29 @@ def _rates(tables: GridTables, cells: Frame) -> list[str]:
     ]
 
 
+def _effect_rows(found: Sequence[Effect]) -> list[list[str]]:
+    return [[e.factor, f"{e.level} − {e.reference}", *_numbers(e.difference), str(e.contexts)] for e in found]
+
+
+def _reach(found: Sequence[Difference], alpha: float = 0.05) -> list[str]:
+    """Say so where the pairs are too few for anything in a table to be clear."""
+    least = least_p(found)
+    if not found or least < alpha:
+        return []
+    pairs = max(one.interval.pairs for one in found)
+    return [
+        f"Nothing here can be clear: p of {len(found)} comparisons of {pairs} pairs cannot be below {least:.2g}.",
+        "",
+    ]
+
+
+def _p(value: float) -> str:
+    return f"{value:.3g}" if value >= 1e-4 else "< 0.0001"
+
+
 def _numbers(found: Difference) -> list[str]:
     pairs = str(found.interval.pairs)
-    return [f"{found.estimate:+.3f}", found.interval.ends, found.crossed.ends, f"{found.p:.3g}", pairs]
+    return [f"{found.estimate:+.3f}", found.interval.ends, found.crossed.ends, _p(found.p), pairs]
 
 
 def words(table: Mapping[str, Any]) -> str:

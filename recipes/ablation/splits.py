@@ -13,6 +13,7 @@ from itertools import combinations
 from string import Formatter
 from typing import Any, Literal
 
+import numpy as np
 from datasets import Dataset
 from pydantic import BaseModel, Field
 from sklearn.feature_extraction.text import TfidfVectorizer
@@ -49,9 +50,11 @@ class Splits:
     scorer: Dataset
     test: Dataset
 
-    def train(self, examples: int, seed: int, pairing: str = "own") -> Dataset:
-        """The first `examples` rows of the pool after shuffling by `seed`; smaller sets are subsets of larger ones."""
-        rows = self.pool.shuffle(seed=seed).select(range(examples))
+    def train(self, examples: int, seed: int, pairing: str = "own", draw: int = 0) -> Dataset:
+        """The first `examples` rows of the pool after shuffling by `seed` and `draw`; smaller sets are subsets of
+        larger ones."""
+        shuffled = self.pool.shuffle(generator=np.random.default_rng([seed, draw] if draw else seed))
+        rows = shuffled.select(range(examples))
         return shuffled_pairs(rows) if pairing == "shuffled" else rows
 
 

@@ -70,6 +70,9 @@ class TaskTable(BaseModel, extra="forbid"):
     reverse: bool = False
     columns: dict[Literal["prompt", "chosen", "rejected"], str] = {}
     """Pairs made of other columns: what each side says, with `{column}` for a row's text (the first, of a list)."""
+    draw: int = Field(default=0, ge=0)
+    """Which of several draws of training sets: tasks made of the same rows need one each, or they train on the same
+    examples and are no further evidence."""
     scorer: dict[str, Any] = {"kind": "classifier"}
     instructions: list[str] = []
     """What prompting arms tell the model to do; several are several trials of their tuning. None: those of the file

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 
 from ...adapters import directions
 from ...adapters.blocks import find_blocks
-from .._modes import evaluating
 from .._start import pair_batches
 from ..prefix.cut import base_of
 from ._base import Bias, BiasError, check_layer, write_of
+from ._written import off, run
 
 
 @dataclass(frozen=True)
@@ -61,32 +61,17 @@ class DirectionStart(Bias):
                 f"direction_start computes {self.direction!r} from pairs, and the training data have none."
             )
         found = directions.compute(self.direction, model, batches, [index]).vectors[index] * self.scale
-        block = find_blocks(base)[index][1]
-        before, real = _output(model, block, batches[0])
+        module, block = base.get_submodule(name), find_blocks(base)[index][1]
+        before = run(model, module, block, batches[0])
         with torch.no_grad():
             bias += (found / factor).to(bias)
-        after, _ = _output(model, block, batches[0])
-        if (apart := _off(before, after, found.to(before), real)) is not None:
+        if (apart := off(before, run(model, module, block, batches[0]), found)) is not None:
             with torch.no_grad():
                 bias -= (found / factor).to(bias)
             raise BiasError(
                 f"direction_start: a constant in {name} does not move the output of block {index} by itself (off by "
                 f"{apart:.1e}: something stands behind it). Use a steering vector with init={self.direction!r}."
             )
-
-
-def _off(before: Tensor, after: Tensor, vector: Tensor, real: Tensor | None) -> float | None:
-    """How far an output moved from where the vector would have moved it, in lengths of the vector; None if that is
-    the rounding of the states, number by number."""
-    if real is not None:
-        before, after = before[real], after[real]
-    eps = torch.finfo(before.dtype).eps
-    before, after, vector = before.float(), after.float(), vector.float()
-    gap = (after - before - vector).abs()
-    rounding = (
-        16 * eps * torch.maximum(before.abs(), after.abs()) + 1e-3 * vector.abs().max() + 16 * eps * gap.new_ones(1)
-    )
-    return float(gap.max() / vector.norm()) if bool((gap > rounding).any()) else None
 
 
 def _constant(module: nn.Module, name: str, adapter_only: bool) -> tuple[Tensor, float]:
@@ -104,23 +89,3 @@ def _constant(module: nn.Module, name: str, adapter_only: bool) -> tuple[Tensor,
         f"direction_start: nothing trained at {name} can carry a constant. Use LoraConfig(lora_bias=True) with that "
         "map among its target_modules, or a steering vector with init=."
     )
-
-
-@torch.no_grad()
-def _output(model: nn.Module, block: nn.Module, batch: Any) -> tuple[Tensor, Tensor | None]:
-    """What a block hands on for one batch, with the adapters on, and which tokens are real."""
-    seen: list[Tensor] = []
-
-    def keep(module: nn.Module, args: Any, output: Any) -> None:
-        seen.append(output[0] if isinstance(output, tuple) else output)
-
-    handle = block.register_forward_hook(keep)
-    device = next(model.parameters()).device
-    inputs = {k: batch[k].to(device) for k in ("input_ids", "attention_mask") if k in batch}
-    try:
-        with evaluating(model):
-            base_of(model)(**inputs)
-    finally:
-        handle.remove()
-    mask = inputs.get("attention_mask")
-    return seen[0], None if mask is None else mask.bool()

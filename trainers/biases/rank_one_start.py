@@ -1,13 +1,14 @@
-"""Start near activation addition without a bias: one direction of a LoRA begins as a closed-form direction.
+"""Start near activation addition without a constant: one direction of a map begins as a closed-form direction.
 
-LoRA on the map that writes a block's MLP into the residual stream computes `W x + s B A x`. With `v / s` as B's first
-column and `a` as A's first row it adds `(a·x) v`, and a is the row that comes nearest to `a·x = 1` on the training
-answers' inputs x_t, by ridge regression:
+A map that writes a block's MLP into the residual stream adds `(a·x) v` more once its weight is `W + v aᵀ`: in LoRA
+`W x + s B A x` with `v / s` as B's first column and `a` as A's first row, in full finetuning in the weight itself. The
+row a is the one that comes nearest to `a·x = 1` on the training answers' inputs x_t, by ridge regression:
 
     a = argmin Σ_t (a·x_t - 1)² + λ |a|² = Xᵀ (X Xᵀ + λ I)⁻¹ 1
 
 So on states like these the first pass is activation addition, and on others as much of it as they are alike. A LoRA
-with `lora_bias=True` can start exactly there: `direction_start`.
+with `lora_bias=True`, or a model whose maps have biases, can start exactly there: `direction_start`. That the block's
+output moves by `(a·x) v` is checked.
 """
 
 from __future__ import annotations
@@ -16,14 +17,18 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from ...adapters import directions
+from ...adapters.blocks import find_blocks
 from .._modes import evaluating
 from .._start import pair_batches
 from ..prefix.cut import base_of
-from ._base import Bias, BiasError, write_of
+from ._base import Bias, BiasError, check_layer, write_of
+from ._written import off, run
 
 _TOKENS = 1024  # inputs that the row is fitted on, evenly drawn: the system has as many equations
 _RIDGE = 1e-3  # of the median squared length of an input; the mean would be that of a few massive ones
@@ -31,7 +36,7 @@ _RIDGE = 1e-3  # of the median squared length of an input; the mean would be tha
 
 @dataclass(frozen=True)
 class RankOneStart(Bias):
-    """The first direction of a LoRA starts as a direction.
+    """The first direction of a LoRA, or one more of a trained weight, starts as a direction.
 
     Args:
         direction: A file of `adapters/directions/`.
@@ -39,7 +44,7 @@ class RankOneStart(Bias):
         scale: Times its own length.
 
     Raises:
-        ValueError: no such direction.
+        ValueError: no such direction, or no layer.
     """
 
     direction: str = "mean_difference"
@@ -48,24 +53,40 @@ class RankOneStart(Bias):
 
     def __post_init__(self) -> None:
         directions.get(self.direction)
+        check_layer(self.layer)
 
     def start(self, trainer: Any) -> None:
         """Compute the direction on the training pairs, fit the row, and write both.
 
         Raises:
-            BiasError: no LoRA that is new is trained there, or the data are no pairs.
+            BiasError: neither a LoRA that is new nor the weight is trained there, the data are no pairs, or the
+                block's output does not move by `(a·x) v` (a norm behind the MLP; DoRA, which scales what it adds).
         """
-        index, name = write_of(trainer.model, self.layer, "mlp")
-        module = base_of(trainer.model).get_submodule(name)
-        a, b, factor = _first_direction(module, name)
+        model: Any = trainer.model
+        base = base_of(model)
+        index, name = write_of(model, self.layer, "mlp")
+        module, block = base.get_submodule(name), find_blocks(base)[index][1]
+        matrices, factor = _matrices(module, name, isinstance(model, PeftModel))
         batches = pair_batches(trainer)
         if batches is None:
             raise BiasError(f"rank_one_start computes {self.direction!r} from pairs, and the training data have none.")
-        found = directions.compute(self.direction, trainer.model, batches, [index]).vectors[index] * self.scale
-        row = ones_row(_inputs(trainer.model, module, batches))
-        with torch.no_grad():
-            a[0] = row.to(a)
-            b[:, 0] = (found / factor).to(b)
+        found = directions.compute(self.direction, model, batches, [index]).vectors[index] * self.scale
+        row = ones_row(_inputs(model, module, batches))
+        before, kept = run(model, module, block, batches[0]), [matrix.detach().clone() for matrix in matrices]
+        _write(matrices, row, found / factor)
+        after = run(model, module, block, batches[0])
+        expected = (before.inputs.float() @ row.to(before.inputs.device).float())[..., None] * found.to(
+            before.output.device
+        )
+        if (apart := off(before, after, expected)) is not None:
+            with torch.no_grad():
+                for matrix, value in zip(matrices, kept, strict=True):
+                    matrix.copy_(value)
+            raise BiasError(
+                f"rank_one_start: what {name} adds does not reach the output of block {index} as it is (off by "
+                f"{apart:.1e}: something stands behind it, or scales it). Use a plain LoRA, or a steering vector with "
+                f"init={self.direction!r}."
+            )
 
 
 def ones_row(inputs: Tensor) -> Tensor:
@@ -80,19 +101,34 @@ def ones_row(inputs: Tensor) -> Tensor:
     return (x.T @ torch.linalg.solve(gram + ridge, x.new_ones(len(x)))).float()
 
 
-def _first_direction(module: nn.Module, name: str) -> tuple[Tensor, Tensor, float]:
-    """LoRA's two matrices at a map, and what their product is multiplied by."""
+def _matrices(module: nn.Module, name: str, adapter_only: bool) -> tuple[list[Tensor], float]:
+    """What is written to, and what that is multiplied by: a new LoRA's two matrices, or the map's own weight. Beside an
+    adapter it is the adapter's: the base model's would move the reference too."""
     if isinstance(module, LoraLayer):
         for adapter in (adapter for adapter in module.active_adapters if adapter in module.lora_A):
-            a, b = (side[adapter].weight for side in (module.lora_A, module.lora_B))
+            a, b = (getattr(side[adapter], "weight", None) for side in (module.lora_A, module.lora_B))
             if isinstance(a, Tensor) and isinstance(b, Tensor) and a.requires_grad and b.requires_grad:
                 if bool(b.any()):
                     raise BiasError(f"rank_one_start: the LoRA at {name} is trained already. Start from a new one.")
-                return a, b, float(module.scaling[adapter])
+                return [a, b], float(module.scaling[adapter])
+    weight = None if adapter_only else getattr(module, "weight", None)
+    if isinstance(weight, Tensor) and weight.requires_grad:
+        return [weight.T if isinstance(module, Conv1D) else weight], 1.0
     raise BiasError(
-        f"rank_one_start: no LoRA is trained at {name}. Put that map among its target_modules, or use a steering "
-        "vector with init=."
+        f"rank_one_start: no LoRA of two matrices is trained at {name}, nor that map itself. Put it among LoRA's "
+        "target_modules, or use a steering vector with init=."
     )
+
+
+@torch.no_grad()
+def _write(matrices: list[Tensor], row: Tensor, vector: Tensor) -> None:
+    """Let a map add `(row·x) vector`."""
+    if len(matrices) == 1:
+        [weight] = matrices
+        weight += torch.outer(vector.to(weight), row.to(weight))
+    else:
+        a, b = matrices
+        a[0], b[:, 0] = row.to(a), vector.to(b)
 
 
 @torch.no_grad()

@@ -17,7 +17,7 @@ from statsmodels.tools.sm_exceptions import ConvergenceWarning
 
 from steertune.recipes.ablation.statistics import Frame
 from steertune.recipes.ablation.statistics.paired import Difference, difference, together
-from steertune.recipes.ablation.statistics.rows import mean_rows, rows_of
+from steertune.recipes.ablation.statistics.rows import mean_rows, over_examples
 
 INERT = "-"
 _RESIDUAL = 3  # degrees of freedom that an analysis of variance must leave
@@ -32,7 +32,7 @@ class Effect:
         factor: Name of the factor.
         level: The level.
         reference: The level it is compared with.
-        difference: One array of test rows per pair of task and seed, averaged over the matched contexts; p is
+        difference: Over pairs of task and seed, of means over numbers of examples and matched contexts; p is
             corrected (Holm) over all effects that were looked at together.
         contexts: In how many settings of the other factors both levels were run.
     """
@@ -54,11 +54,24 @@ def effects(cells: Frame, factors: Sequence[str], measure: str) -> list[Effect]:
         factors: The factors; the order of their first appearance in the rows is the order of the levels.
         measure: Column to compare.
     """
+    if not factors:
+        return []
+    return _effects(over_examples(cells, measure, [*factors, "task", "seed"]), cells, factors)
+
+
+def changes(cells: Frame, factors: Sequence[str], measure: str) -> list[Effect]:
+    """How much larger every effect is with the most examples than with the fewest: the interaction of a factor with
+    the number of examples."""
+    ends = [cells[cells["examples"] == n] for n in (cells["examples"].max(), cells["examples"].min())]
+    most, fewest = (over_examples(end, measure, [*factors, "task", "seed"]) for end in ends)
+    both = most.index.intersection(fewest.index)
+    return _effects(most[both] - fewest[both], cells, factors)
+
+
+def _effects(values: Frame, cells: Frame, factors: Sequence[str]) -> list[Effect]:
+    """Effects in arrays by factors, task and seed; the order of levels is that of the cells."""
     found = []
-    index = [*factors, "task", "seed", "examples"]
-    values = rows_of(cells, measure).set_axis(pd.MultiIndex.from_frame(cells[index])).dropna()
-    for factor in factors:
-        others = [f for f in factors if f != factor]
+    for factor in factors if len(values) else ():
         levels = [level for level in dict.fromkeys(cells[factor]) if level != INERT]
         wide = values.unstack(factor)
         for level in levels[1:]:
@@ -67,12 +80,25 @@ def effects(cells: Frame, factors: Sequence[str], measure: str) -> list[Effect]:
             both = wide[[levels[0], level]].dropna()
             if both.empty:
                 continue
-            gap = both[level] - both[levels[0]]
+            gap, others = both[level] - both[levels[0]], [f for f in factors if f != factor]
+            gap = balanced(gap) if others else gap
             contexts = len(gap.groupby(level=others)) if others else 1
-            pairs = mean_rows(gap, ["task", "seed"])
-            found.append(Effect(factor, level, levels[0], difference(pairs), contexts))
+            found.append(Effect(factor, level, levels[0], difference(mean_rows(gap, ["task", "seed"])), contexts))
     tests = together({i: effect.difference for i, effect in enumerate(found)})
     return [replace(effect, difference=tests[i]) for i, effect in enumerate(found)]
+
+
+def balanced(gap: Frame) -> Frame:
+    """Those differences (by task, seed and contexts) whose every pair of task and seed has the same contexts: what
+    differs from context to context must not be averaged over other contexts in other pairs. Contexts are taken in the
+    order of how many pairs have them, as many as leave the most differences."""
+    wide = gap.unstack(["task", "seed"])
+    there = wide.notna().to_numpy()
+    order = np.argsort(-there.sum(axis=1), kind="stable")
+    have_all = np.logical_and.accumulate(there[order], axis=0)
+    counts = np.arange(1, len(order) + 1) * have_all.sum(axis=1)
+    kept = int(np.flatnonzero(counts == counts.max())[-1]) + 1
+    return wide.iloc[np.sort(order[:kept])].loc[:, have_all[kept - 1]].stack(["task", "seed"], future_stack=True)
 
 
 def anova(cells: Frame, factors: Sequence[str], measure: str) -> Frame | None:
@@ -87,7 +113,7 @@ def anova(cells: Frame, factors: Sequence[str], measure: str) -> Frame | None:
     rows, varied = _crossed(cells, factors, measure)
     if not varied:
         return None
-    rows = rows.assign(**{_BLOCK: rows["task"].astype(str) + "/" + rows["seed"].astype(str) + _size(rows)})
+    rows = rows.assign(**{_BLOCK: rows["task"].astype(str) + "/" + rows["seed"].astype(str)})
     terms = [f"C(Q('{f}'), Sum)" for f in varied]
     chosen = [*terms, *(f"{a}:{b}" for a, b in combinations(terms, 2))]
     model = _told_apart(rows, measure, chosen) or _told_apart(rows, measure, chosen := terms)
@@ -128,16 +154,14 @@ def mixed_model(cells: Frame, factors: Sequence[str], measure: str, enough: int 
     rows, varied = _crossed(cells, factors, measure)
     if not varied or len(rows[["task", "seed"]].drop_duplicates()) < enough:
         return None
-    size = " + C(examples)" if rows["examples"].nunique() > 1 else ""
     terms = [f"C(Q('{f}'), Treatment({_first(cells[f], rows[f])!r}))" for f in varied]
-    formula = f"Q('{measure}') ~ {' + '.join(terms)}{size}"
+    formula = f"Q('{measure}') ~ {' + '.join(terms)}"
     design: Any = smf.ols(formula, data=rows).exog
     if np.linalg.matrix_rank(design) < design.shape[1]:
         return None
-    several = rows["task"].nunique() > 1
-    options: dict[str, Any] = (
-        {"groups": "task", "re_formula": "1", "vc_formula": {"seed": "0 + C(seed)"}} if several else {"groups": "seed"}
-    )
+    options: dict[str, Any] = {"groups": "task" if rows["task"].nunique() > 1 else "seed"}
+    if options["groups"] == "task" and rows["seed"].nunique() > 1:  # of one seed a task says nothing beyond the task
+        options |= {"re_formula": "1", "vc_formula": {"seed": "0 + C(seed)"}}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
         warnings.simplefilter("ignore", UserWarning)
@@ -159,15 +183,14 @@ def mixed_model(cells: Frame, factors: Sequence[str], measure: str, enough: int 
 
 
 def _crossed(cells: Frame, factors: Sequence[str], measure: str) -> tuple[Frame, list[str]]:
-    """Cells with the measure and without inert levels, and the factors that still vary there."""
+    """Means over the numbers of examples (whose training sets are nested, so that they are no further runs) of arms
+    that have all of them, without inert levels; and the factors that still vary there."""
     rows = cells[~(cells[list(factors)] == INERT).any(axis=1)].dropna(subset=[*factors, measure])
-    return rows, [f for f in factors if rows[f].nunique() > 1]
+    groups = rows.groupby([*factors, "task", "seed"], sort=False)[measure]
+    means = groups.mean()[groups.size() == cells["examples"].nunique()].reset_index()
+    return means, [f for f in factors if means[f].nunique() > 1]
 
 
 def _first(everywhere: Frame, here: Frame) -> str:
     """The level that all tables of a report count from: the first to appear anywhere that is also here."""
     return next(level for level in dict.fromkeys(everywhere) if level in set(here))
-
-
-def _size(rows: Frame) -> Frame:
-    return "/" + rows["examples"].astype(str) if rows["examples"].nunique() > 1 else ""

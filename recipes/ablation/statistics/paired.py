@@ -229,6 +229,11 @@ def _mean_difference(first: NDArray[np.float64], second: NDArray[np.float64], ax
     return np.round(np.mean(first - second, axis=axis), 12)
 
 
+def least_p(found: Sequence[Difference]) -> float:
+    """The smallest corrected p that differences looked at together can have: what their pairs allow, by Holm."""
+    return min(1.0, len(found) * 2.0 / 2 ** max(one.interval.pairs for one in found)) if found else 1.0
+
+
 def corrected(p_values: Sequence[float]) -> list[float]:
     """Holm's correction for having looked at all of these."""
     if not len(p_values):

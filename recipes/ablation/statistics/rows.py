@@ -44,6 +44,16 @@ def with_base(cells: Frame, name: str) -> Frame:
     return pd.concat([cells, base], ignore_index=True)
 
 
+def over_examples(cells: Frame, measure: str, levels: Sequence[str]) -> Frame:
+    """Means over the numbers of examples, by these columns (task and seed among them), as arrays over the test rows;
+    only of what has every number, since training sets are nested and scores rise with them."""
+    index = pd.MultiIndex.from_frame(cells[[*levels, "examples"]])
+    values = rows_of(cells, measure).set_axis(index).unstack("examples").dropna()
+    if values.empty:
+        return pd.Series(index=pd.MultiIndex.from_arrays([[] for _ in levels], names=levels), dtype=object)
+    return mean_rows(values.stack(future_stack=True), levels)
+
+
 def mean_rows(values: Frame, levels: Sequence[str]) -> Frame:
     """Mean of arrays within groups of the index; a row that could not be judged in one of them has none (NaN)."""
     means = {key: np.mean(np.stack([*group]), axis=0) for key, group in values.groupby(level=list(levels), sort=True)}

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ._base import At, Loss
+from ._base import At, Loss, Strength
 from ._wrapped import Wrapped
 
 

@@ -414,9 +414,10 @@ def test_a_folder_with_other_cells_is_refused(damage, message, tables, tmp_path)
 
 
 def test_full_finetuning_has_no_strength_and_leaves_the_base_alone(tables, tmp_path):
-    tables["arms"] = ["full_dpo"]
+    tables["arms"] = ["full_dpo", "base"]
     del tables["factors"]
-    tables |= {"design": {"kind": "arms"}, "claim": {"better": "full_dpo", "than": "full_dpo"}}
+    tables |= {"design": {"kind": "arms"}, "claim": {"better": "full_dpo", "than": "base", "measure": "accuracy"}}
+    tables["card"]["affordances"] = {"*": "The same pairs."}
     grid = make_grid(tables)
     bench = Bench(grid)
     before = {name: value.clone() for name, value in bench.model.state_dict().items()}

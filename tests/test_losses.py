@@ -194,6 +194,7 @@ def test_only_what_can_be_satisfied_stops(tmp_path):
     assert get_loss("one_shot", satisfice=True, change_cap=9.0).stops
     assert not get_loss("one_shot").stops and not get_loss("one_shot", mode="mixed", satisfice=True).stops
     assert not get_loss("dpo", neutral_kl=1.0).stops
+    assert not get_loss("one_shot", satisfice=True, neutral_kl=1.0).stops, "a divergence is never 0"
     loss = get_loss("one_shot", mode="mixed", satisfice=True)
     made = trained("dpo", tmp_path, loss=loss, data=pairs(1), max_steps=12, learning_rate=0.2)
     assert made.state.global_step == 12

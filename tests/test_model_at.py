@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import steered, tiny
 from peft import IA3Config, LoraConfig, get_peft_model
-from tiny_data import losses, tokenizer, trained, trainer
+from tiny_data import losses, same, tokenizer, trained, trainer
 from torch import nn
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
@@ -180,27 +180,39 @@ def test_left_padding_is_right_padding(positions):
     assert not torch.allclose(theirs, token_logps(base, base, right).logps, atol=1e-2)
 
 
-def test_full_finetuning_without_a_reference_is_refused(tmp_path):
+@pytest.mark.parametrize("options", [{"loss": "dpo"}, {"loss": get_loss("cross_entropy", change_cap=0.01)}])
+def test_full_finetuning_keeps_a_reference_where_the_parent_has_none(options, tmp_path):
+    changes = dict(peft_config=None, max_steps=3, learning_rate=1e-2, **options)
+    ours = trained("plain", tmp_path, **changes)
+    theirs = trained("dpo", tmp_path, ref_model=tiny(), **changes)
+    assert losses(ours) == pytest.approx(losses(theirs), rel=1e-5)
+    assert same(dict(tiny().named_parameters()), dict(ours._reference.named_parameters()))
+
+
+def test_sharded_full_finetuning_keeps_no_reference(tmp_path):
     made = trainer("plain", tmp_path, loss="dpo", peft_config=None)
-    with pytest.raises(ValueError, match="full finetuning changes it"):
-        made.train()
+    made.is_fsdp_enabled = True
+    with pytest.raises(ValueError, match="would not be sharded"):
+        made._keep_reference()
 
 
-@pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("config", [IA3Config(target_modules=["k_proj"], feedforward_modules=[]), None])
-def test_bipo_needs_an_adapter_with_a_strength_and_says_so_at_the_first_step(config, seed, tmp_path):
-    made = trainer("dpo", tmp_path, loss="bipo", peft_config=config, ref_model=None if config else tiny(), seed=seed)
+def test_bipo_needs_an_adapter_with_a_strength_and_says_so_before_training(config, tmp_path):
     with pytest.raises(ValueError, match="needs a steering vector or a LoRA to scale"):
-        made.train()
-    assert made.state.global_step == 0
+        trainer("dpo", tmp_path, loss="bipo", peft_config=config, ref_model=None if config else tiny())
 
 
 @pytest.mark.parametrize("config", [LoraConfig(target_modules="all-linear"), None])
-def test_reps_needs_a_vector_to_take_out_and_says_so_at_the_first_step(config, tmp_path):
-    made = trainer("dpo", tmp_path, loss="reps", peft_config=config, ref_model=None if config else tiny())
+def test_reps_needs_a_vector_to_take_out_and_says_so_before_training(config, tmp_path):
     with pytest.raises(ValueError, match="steering vector"):
-        made.train()
-    assert made.state.global_step == 0
+        trainer("dpo", tmp_path, loss="reps", peft_config=config, ref_model=None if config else tiny())
+
+
+def test_reps_on_a_lora_names_what_it_can_do_instead(tmp_path):
+    with pytest.raises(ValueError, match="suppress='negative'"):
+        trainer("dpo", tmp_path, loss="reps", peft_config=LoraConfig(target_modules="all-linear"))
+    loss = get_loss("reps", suppress="negative")
+    trained("dpo", tmp_path, loss=loss, peft_config=LoraConfig(target_modules="all-linear"), max_steps=1)
 
 
 @pytest.mark.parametrize("suppress", ["null", "negative"])

@@ -1,4 +1,8 @@
-"""Rank-one gradients: of every trained matrix the largest singular pair, so that one step changes one direction."""
+"""Rank-one gradients: of every trained matrix the largest singular pair.
+
+With plain SGD one step then changes one direction. Momentum adds those of earlier steps, and AdamW divides number by
+number, so that its steps are of full rank again; of a LoRA it is the two matrices that are projected, not their product.
+"""
 
 from __future__ import annotations
 

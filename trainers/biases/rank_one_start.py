@@ -102,8 +102,8 @@ def ones_row(inputs: Tensor) -> Tensor:
 
 
 def _matrices(module: nn.Module, name: str, adapter_only: bool) -> tuple[list[Tensor], float]:
-    """What is written to, and what that is multiplied by: a new LoRA's two matrices, or the map's own weight. Beside an
-    adapter it is the adapter's: the base model's would move the reference too."""
+    """What is written to, and what that is multiplied by: a new LoRA's two matrices, or the map's own weight; with an
+    adapter never the base model's, which would move the reference too."""
     if isinstance(module, LoraLayer):
         for adapter in (adapter for adapter in module.active_adapters if adapter in module.lora_A):
             a, b = (getattr(side[adapter], "weight", None) for side in (module.lora_A, module.lora_B))

@@ -26,7 +26,7 @@ tasks = ["warm_tone", { name = "cautious_advice", reverse = true, scorer = { kin
 examples = [4, 8]
 seeds = [0, 1]
 trainer = { per_device_train_batch_size = 2 }
-budget = { trials = 2, steps = [2], strengths = [1.0, 2.0] }
+budget = { trials = 2, steps = [4], strengths = [1.0, 2.0] }
 
 [card]
 problem = "Which form learns from four pairs?"
@@ -77,7 +77,7 @@ def built(changes: Changes | None = None) -> Grid:
     if "claim" not in made:
         tables = GridTables(**made)
         names = [arm.name for arm in module._arms(tables, module._combinations(tables)[0])]
-        made["claim"] = {"better": names[0], "than": names[-1]}
+        made["claim"] = {"better": names[0], "than": names[-1], "measure": "accuracy"}
     return make_grid(made)
 
 
@@ -104,7 +104,7 @@ def test_arms_their_levels_and_their_order():
         None,
     ]
     assert grid.notes == ["Full factorial: 4 combinations."]
-    assert {(arm.budget.trials, *arm.budget.steps, *arm.budget.strengths) for arm in grid.arms} == {(2, 2, 1.0, 2.0)}
+    assert {(arm.budget.trials, *arm.budget.steps, *arm.budget.strengths) for arm in grid.arms} == {(2, 4, 1.0, 2.0)}
 
 
 def test_cells_are_whole_comparisons_seed_by_seed():
@@ -338,7 +338,7 @@ def cell(changes: Changes | None = None, arm: str = "form=bias,init=zeros", seed
 
 DECIDES_ALL = {
     "budget trials": {"budget.trials": 3},
-    "budget steps": {"budget.steps": [3]},
+    "budget steps": {"budget.steps": [5]},
     "strengths": {"budget.strengths": [1.0]},
     "learning rate": {"trainer.learning_rate": 0.3},
     "patched learning rate": {"factors.form.bias": {"trainer": {"learning_rate": 0.3}}},
@@ -350,6 +350,7 @@ DECIDES_ALL = {
     "validation size": {"splits": {"validation": 8}},
     "near duplicates": {"splits": {"drop_near_duplicates": True}},
     "label": {"tasks": [{"name": "warm_tone", "label": "tone"}]},
+    "draw": {"tasks": [{"name": "warm_tone", "label": "warm_tone", "draw": 1}]},
     "reverse": {"tasks": [{"name": "warm_tone", "label": "warm_tone", "reverse": True}]},
 }
 DECIDES_THE_RESULT = {
@@ -366,7 +367,7 @@ DECIDES_NOTHING = {
     "threads": {"model": {"threads": 2}},
     "other arms": {"arms": []},
     "other seeds": {"seeds": [0, 5]},
-    "other numbers of examples": {"examples": [4, 16]},
+    "other numbers of examples": {"examples": [4, 6]},
     "design": {"design": {"kind": "one_at_a_time", "start": {"form": "bias", "init": "zeros"}}, "claim": DELETE},
 }
 
@@ -407,15 +408,15 @@ def test_settings_are_chosen_per_arm_or_per_cell(per, same):
 
 def test_settings_per_grid_are_those_of_the_first_task_and_the_middle_number_of_examples():
     tasks = [{"name": "warm_tone"}, {"name": "cautious_advice"}]
-    changed = {"budget.per": "grid", "tasks": tasks, "examples": [4, 8, 16]}
+    changed = {"budget.per": "grid", "tasks": tasks, "examples": [4, 6, 8]}
     cells = built(changed).cells()
     for arm in {c.arm.name for c in cells}:
         own = [c for c in cells if c.arm.name == arm]
         assert len({c.tuning_key for c in own}) == len({c.tuning_file for c in own}) == 1
         assert len({c.key for c in own}) == len(own)
         [(task, examples, seed)] = {(c.tuned_at[0].label, *c.tuned_at[1:]) for c in own}
-        assert (task, examples, seed) == ("warm_tone", 8, 0)
-    more = built(changed | {"tasks": [*tasks, {"name": "warm_tone", "label": "again"}]}).cells()
+        assert (task, examples, seed) == ("warm_tone", 6, 0)
+    more = built(changed | {"tasks": [*tasks, {"name": "warm_tone", "label": "again", "draw": 1}]}).cells()
     assert {c.path: c.key for c in cells}.items() <= {c.path: c.key for c in more}.items(), "a grid may grow"
 
 
@@ -565,6 +566,15 @@ BAD: dict[str, tuple[Changes, list[str]]] = {
     "one pair, shuffled": (
         {"examples": [1], LEVEL: {"data": {"pairing": "shuffled"}}}, ["form=bias,init=zeros", "examples=[1]"]
     ),
+    "more examples than training reads": (
+        {"examples": [8, 64]}, ["examples=[8, 64]", "reads 8 in 4 steps of 2", "budget.steps to 32 or more"]
+    ),
+    "an arm against itself": ({"claim.better": "base", "claim.than": "base"}, ["'base'", "compare two arms"]),
+    "matched without a strength": ({"claim.than": "base"}, ["['base']", "no strength", "'accuracy'"]),
+    "the same rows twice": (
+        {"tasks": [{"name": "warm_tone", "label": "a"}, {"name": "warm_tone", "label": "b", "reverse": True}]},
+        ["'a' and 'b'", "same rows of 'warm_tone'", "draw = 1"],
+    ),
     "kl of 0": ({"matched": {"kl": 0.0}}, ["matched.kl", "greater than 0"]),
     "one test row": ({"splits": {"test": 1}}, ["splits.test", "greater than or equal to 2"]),
 }  # fmt: skip
@@ -603,7 +613,7 @@ def test_another_budget_is_accepted_with_a_reason():
     grid = built({"budgets": {"form=lora*": {"trials": 9}}, "card.unequal_budgets": "LoRA has more to tune."})
     assert [arm.budget.trials for arm in grid.arms] == [9, 2, 2, 2, 2]
     # the other fields stay the grid's
-    assert {(*arm.budget.steps, *arm.budget.strengths) for arm in grid.arms} == {(2, 1.0, 2.0)}
+    assert {(*arm.budget.steps, *arm.budget.strengths) for arm in grid.arms} == {(4, 1.0, 2.0)}
 
 
 @pytest.mark.parametrize(

@@ -15,9 +15,11 @@ import pytest
 
 from steertune.recipes import report
 from steertune.recipes.ablate import GRID, write_grid
+from steertune.recipes.ablation import charts
 from steertune.recipes.ablation.analysis import (
     MEASURES,
     attribution,
+    by_examples,
     comparisons,
     in_pairs,
     recovered,
@@ -27,7 +29,7 @@ from steertune.recipes.ablation.analysis import (
 from steertune.recipes.ablation.grid import Cell, Grid, make_grid
 from steertune.recipes.ablation.keys import VERSION
 from steertune.recipes.ablation.statistics.paired import crossed_interval, difference
-from steertune.recipes.ablation.statistics.rows import rows_of
+from steertune.recipes.ablation.statistics.rows import rows_of, with_base
 from steertune.recipes.ablation.tables import TaskTable
 from steertune.recipes.ablation.tidy import read_cells
 from steertune.recipes.arm import ArmError
@@ -235,8 +237,10 @@ def test_that_most_of_the_gap_is_one_factor_s_takes_every_mixture(tmp_path):
     grid = make_up(tmp_path, by_form, keep=lambda cell: cell.arm.name != "form=lora,contrast=pairs")
     claim = grid.tables.claim.model_copy(update={"factor": "form"})
     cells = read_cells(tmp_path)
-    assert attribution(cells, grid.tables, claim.measure, "form") is None
-    assert verdict(cells, claim).side == "undecided"
+    found = attribution(cells, grid.tables, claim.measure, "form")
+    assert not found.shares and "form=lora,contrast=pairs" in found.why
+    assert verdict(cells, claim, found).side == "undecided"
+    assert f"Shares of the gap are not computed: {found.why}." in said(tmp_path)
 
 
 def test_a_gain_on_these_test_rows_only_is_no_gain(tmp_path):
@@ -310,6 +314,95 @@ def test_what_a_vector_with_four_examples_is_worth_in_loras(tmp_path):
     estimate, low = map(int, row.groups()[:2])
     assert 24 <= estimate <= 40 and 8 <= low <= estimate
     assert row[3].startswith("> 64 ["), "64 examples of the vector are worth more than LoRA has in the grid"
+
+
+def test_every_number_of_examples_has_its_means_and_its_differences(tmp_path):
+    grid = make_up(tmp_path, lambda cell: by_form(cell, 0.06 * np.log2(cell.examples) / 6))
+    page, claim = said(tmp_path), grid.tables.claim
+    assert "Scores are means over n = 4, 16, 64." in page
+    cells = read_cells(tmp_path)
+    found = by_examples(cells, claim.than, claim.measure)
+    for n in (4, 16, 64):
+        own = cells[cells["examples"] == n]
+        wide = own.pivot_table(index=["task", "seed"], columns="arm", values=claim.measure)
+        value, gap = found[claim.better][n]
+        assert value == pytest.approx(wide[claim.better].mean())
+        assert gap.estimate == pytest.approx((wide[claim.better] - wide[claim.than]).mean())
+        assert f"{value:.3f} ({gap}, p " in page
+        assert found[claim.than][n] == (pytest.approx(wide[claim.than].mean()), None)
+    assert "How much larger the effect is with 64 examples than with 4:" in page
+    row = re.search(r"64 examples than with 4:.*?\| form \| bias − lora \| ([+-][\d.]+) \|", page, re.DOTALL)
+    assert float(row[1]) == pytest.approx(0.04, abs=0.02)
+
+
+def test_arms_are_measured_in_examples_of_the_claim_s_baseline_and_of_the_design_s_start(tmp_path):
+    tables = tomllib.loads(TABLES)
+    grid = make_up(tmp_path, by_form)
+    found = read_result(tmp_path / GRID, "Make it up again.")
+    found["tables"]["claim"]["than"] = "form=lora,contrast=pairs"
+    write_result(tmp_path / GRID, found)
+    page = said(tmp_path)
+    assert tables["design"]["start"] == {"form": "lora", "contrast": "none"} and grid.tables.claim is not None
+    for than in ("form=lora,contrast=pairs", "form=lora,contrast=none"):
+        assert f"| arm | area over {than}'s curve |" in page
+    assert "Left out, because no pair has the whole curve of them: full_dpo." in page
+
+
+def test_tables_say_when_their_pairs_are_too_few(tmp_path):
+    make_up(tmp_path, lambda cell: by_form(cell, 0.2), keep=lambda cell: cell.seed < 3)
+    page = said(tmp_path)
+    assert "Nothing here can be clear: p of 3 comparisons of 6 pairs cannot be below 0.094." in page
+    assert (
+        "No factor's share of the gap can be clear: 6 pairs" in page and "p of 2 shares cannot be below 0.062" in page
+    )
+    assert "Nothing here can be clear" not in said_of(tmp_path / "more", seeds=6)
+
+
+def said_of(folder: Path, seeds: int) -> str:
+    make_up(folder, by_form, keep=lambda cell: cell.seed < seeds)
+    return said(folder)
+
+
+def test_no_best_mean_is_named_where_most_arms_lack_pairs(tmp_path):
+    make_up(tmp_path, by_form, keep=lambda cell: cell.seed > 0 or cell.arm.name == "form=lora,contrast=none")
+    assert "Which arm has the best mean is not said: 1 of 4 have all pairs." in said(tmp_path)
+
+
+def test_curves_show_the_base_model_and_name_every_arm(tmp_path, monkeypatch):
+    figures = []
+
+    class Kept(charts.Figure):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            figures.append(self)
+
+    monkeypatch.setattr(charts, "Figure", Kept)
+    grid = make_up(
+        tmp_path, by_form, keep=lambda c: (c.arm.name, c.task.label) != ("form=bias,contrast=none", "cautious_advice")
+    )
+    cells = read_cells(tmp_path)
+    arms = [arm.name for arm in grid.arms if arm.levels]
+    charts.curves(cells, arms, "matched_accuracy", tmp_path / "x.png", "accuracy")
+    [figure] = figures
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == arms, "also what the first panel lacks"
+    for axis in figure.axes:
+        [base] = [line for line in axis.lines if line.get_linestyle() == "--"]
+        assert set(base.get_ydata()) == {0.5}
+
+
+def test_the_baseline_of_a_recovered_gain_is_no_comparison_of_its_own(tmp_path):
+    grid = make_up(tmp_path, by_form)
+    cells = read_cells(tmp_path).assign(base_margins=[[1.0, -1.0] * (ROWS // 2)] * len(grid.cells()))
+    claim = grid.tables.claim.model_copy(update={"recovers": 0.5, "than": "form=bias,contrast=none"})
+    found = {one.arm: one for one in recovered(cells, claim)}
+    assert found[claim.than].share == 1.0
+    alone = difference_of(cells, claim, claim.better)
+    assert found[claim.better].ahead.p <= 3 * alone.p + 1e-12, "Holm over the three others"
+
+
+def difference_of(cells, claim, arm):
+    wide = scores(with_base(cells, "base"), claim.measure)
+    return difference(wide[arm] - wide["base"] - claim.recovers * (wide[claim.than] - wide["base"]))
 
 
 def test_an_arm_without_a_strength_is_named_not_compared(tmp_path, capsys):

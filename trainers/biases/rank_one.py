@@ -1,7 +1,7 @@
 """Rank-one gradients: of every trained matrix the largest singular pair.
 
 With plain SGD one step then changes one direction. Momentum adds those of earlier steps, and AdamW divides number by
-number, so that its steps are of full rank again; of a LoRA it is the two matrices that are projected, not their product.
+number, so that its steps are of full rank again. Of a LoRA the two matrices are projected, not their product.
 """
 
 from __future__ import annotations

@@ -73,6 +73,8 @@ def test_training_sets_are_nested_and_differ_by_seed(seed):
     assert sorted(r["prompt"] for r in every) == sorted(splits.pool["prompt"])
     assert splits.train(16, seed).to_list() == every  # asked again, as every arm does
     assert splits.train(16, seed + 1).to_list() != every
+    other_few, other = (splits.train(n, seed, draw=1).to_list() for n in (4, 16))
+    assert other != every and other_few == other[:4] and splits.train(16, seed, draw=0).to_list() == every
 
 
 @pytest.mark.parametrize("seed", range(5))

@@ -77,6 +77,18 @@ def check_arms(tables: GridTables, arms: list[GridArm]) -> None:
             )
 
 
+def check_draws(tasks: list[TaskTable]) -> None:
+    """Refuse tasks whose training sets are the same rows, and which would count as independent."""
+    drawn: dict[tuple[str, int], TaskTable] = {}
+    for task in tasks:
+        twin = drawn.setdefault((task.name, task.draw), task)
+        if twin is not task:
+            raise ArmError(
+                f"Tasks {twin.label!r} and {task.label!r} would train on the same rows of {task.name!r}, and count as "
+                f"independent: give one of them draw = {task.draw + 1}."
+            )
+
+
 def check_prompts(tables: GridTables, arms: list[GridArm], tasks: list[TaskTable]) -> None:
     """Refuse prompts that the examples or the tasks cannot fill."""
     for arm in arms:

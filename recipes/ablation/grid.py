@@ -20,6 +20,7 @@ from steertune.recipes.ablation.checks import (
     check_arms,
     check_budgets,
     check_card,
+    check_draws,
     check_prompts,
     check_reading,
     check_views,
@@ -157,6 +158,7 @@ def make_grid(raw: dict[str, Any], data_root: Path | None = None) -> Grid:
     check_reading(tables.examples, arms)
     check_arms(tables, arms)
     tasks = find_tasks(tables.tasks, data_root)
+    check_draws(tasks)
     check_views(tables, arms, tasks)
     if any(arm.arm.prompt.instruction for arm in arms):
         tasks = [told(task, task_folder(task.name)) for task in tasks]
@@ -281,7 +283,7 @@ def find_tasks(entries: Sequence[str | TaskTable], data_root: Path | None = None
         data_root: Where names that are relative paths start.
 
     Raises:
-        ArmError: two tasks of one label or of the same training sets, or a label that is no name of a folder.
+        ArmError: two tasks of one label, or a label that is no name of a folder.
     """
     from steertune.recipes.embedded import task_names
 
@@ -294,12 +296,6 @@ def find_tasks(entries: Sequence[str | TaskTable], data_root: Path | None = None
         check_name("task", label)
         if label.casefold() in map(str.casefold, found):
             raise ArmError(f"Two tasks are called {label!r}: give one a label of its own.")
-        twin = next((t for t in found.values() if (t.name, t.draw) == (name, task.draw)), None)
-        if twin is not None:
-            raise ArmError(
-                f"Tasks {twin.label!r} and {label!r} would train on the same rows of {name!r}, and count as "
-                f"independent: give one of them draw = {task.draw + 1}."
-            )
         found[label] = task.model_copy(update={"name": name, "label": label})
     return list(found.values())
 

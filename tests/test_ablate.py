@@ -279,6 +279,7 @@ def test_a_dry_run_says_what_it_would_cost_and_runs_nothing(tables, tmp_path, ca
     assert all(f"min  task n=4 seed={seed} {arm}" in printed for arm in ARMS for seed in (0, 1))
     assert "2 x [2] steps, 2" in printed and "not trained" in printed
     assert "minutes on 1 process" in printed
+    assert "2 pairs of task and seed give no p below 0.5: the claim cannot be decided." in printed
     assert not (tmp_path / "run").exists()
 
 

@@ -82,6 +82,40 @@ def test_contrast_prompts_show_a_bad_answer_beside_a_good_one(as_chat):
     assert first["chosen"] == rows[0]["chosen"]
 
 
+def talks(*before: tuple[str, str]) -> list[dict]:
+    """The rows as conversations, each with a system message of its own and turns before its question."""
+    return [
+        {
+            "prompt": chat(("system", f"s{i}"), *before, ("user", f"q{i}")),
+            **{side: chat(("assistant", row[side])) for side in ("chosen", "rejected")},
+        }
+        for i, row in enumerate(ROWS)
+    ]
+
+
+@pytest.mark.parametrize("contrast", [False, True])
+def test_a_conversation_keeps_its_own_system_message_alone(contrast):
+    for i, row in enumerate(get_view("demonstrations", k=2, contrast=contrast)(talks())):
+        first, *rest = row["prompt"]
+        assert first == {"role": "system", "content": f"s{i}"}
+        assert [m["role"] for m in rest] == ["user"] if contrast else ["user", "assistant"] * 2 + ["user"]
+        assert not any(f"s{j}" in m["content"] for m in rest for j in range(4)), "not those of other rows"
+    for row in get_view("demonstrations", k=2, contrast=contrast, instruction="be kind")(talks()):
+        first, *rest = row["prompt"]
+        assert first["role"] == ("user" if contrast else "system") and first["content"].startswith("be kind")
+        assert not any("s0" in m["content"] for m in row["prompt"])
+        assert all(m["role"] != "system" for m in rest)
+
+
+def test_contrast_prompts_say_who_says_what():
+    pool = tuple(talks()[1:2])
+    [first, *_] = get_view("demonstrations", k=1, contrast=True, pool=pool)(talks(("user", "a"), ("assistant", "r")))
+    assert first["prompt"] == chat(
+        ("system", "s0"),
+        ("user", "q1\nGood response: good1\nBad response: bad1\n\nuser: a\nassistant: r\nuser: q0\nGood response:"),
+    )
+
+
 def test_a_given_pool_is_drawn_from_and_a_row_never_shows_itself():
     view = get_view("demonstrations", k=1, pool=(ROWS[0], ROWS[1]))
     assert view([ROWS[0]])[0]["prompt"].startswith("q1 good1")

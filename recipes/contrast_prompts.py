@@ -37,7 +37,7 @@ from steertune.recipes.ablation.grid import find_tasks
 from steertune.recipes.ablation.splits import Splits, SplitTable, load_splits
 from steertune.recipes.ablation.statistics.paired import Difference, difference, together
 from steertune.recipes.ablation.tables import TaskTable
-from steertune.recipes.arm import Arm, ModelTable, known_tables, load_arm, reasons
+from steertune.recipes.arm import Arm, ModelTable, known_tables, load_arm, reasons, refuse_proliferation
 from steertune.recipes.data import load_model
 from steertune.recipes.files import ArmError, read_result, read_toml, write_result, write_whole
 from steertune.recipes.measures import check_context, neutral_logps, pair_margins, side_effects
@@ -143,6 +143,9 @@ class Mixture:
         arm = load_arm(name)
         if arm.prompt:
             raise ArmError(f"Arm {name!r} is a prompt: contrast and k-shot prompts are measured anyway.")
+        refuse_proliferation(arm, "contrast_prompts")
+        if arm.data.pairing != "own":
+            raise ArmError(f"Arm {name!r}: data.pairing={arm.data.pairing!r}, and all arms here get the same pairs.")
         return arm
 
     def _trained_arm(self) -> Arm:

@@ -31,7 +31,7 @@ from torch import Tensor
 from transformers import set_seed
 
 from steertune.losses import Outputs
-from steertune.recipes.arm import Arm, load_arm, parse_arm
+from steertune.recipes.arm import Arm, load_arm, parse_arm, refuse_proliferation
 from steertune.recipes.data import load_model, load_splits
 from steertune.recipes.files import ArmError, read_rows, write_rows, write_whole
 from steertune.recipes.measures import (
@@ -68,8 +68,8 @@ def run(arm: Arm) -> dict[str, Any]:
     """Distil the arm's prompt and measure it, in the arm's output folder; return what `result.json` holds.
 
     Raises:
-        ArmError: an arm without a prompt to distil or without an adapter, data without prompts, a folder that holds
-            something else.
+        ArmError: an arm without a prompt to distil, without an adapter or with a `[proliferation]`, data without
+            prompts, a folder that holds something else.
         ViewError: demonstrations that are test rows, or fewer than asked for.
     """
     _check(arm)
@@ -257,6 +257,7 @@ def _check(arm: Arm) -> None:
         raise ArmError('[views.good] is the prompt: name = "instruction" or "demonstrations".')
     if arm.peft_config() is None or arm.trainer.get("max_steps") == 0:
         raise ArmError('adapter.type="none" or trainer.max_steps=0: distillation trains an adapter.')
+    refuse_proliferation(arm, "distill")
 
 
 def _with_pool(arm: Arm, train: Dataset) -> Arm:

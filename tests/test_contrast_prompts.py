@@ -122,6 +122,8 @@ def test_questions_by_hand():
         ({"arm": "full_dpo"}, "choose an adapter"),
         ({"arm": "prompt_contrast"}, "is a prompt"),
         ({"steering": ["prompt_contrast"]}, "is a prompt"),
+        ({"steering": ["lora_templates_dpo"]}, "contrast_prompts makes no further examples"),
+        ({"arm": "lora_templates_dpo"}, "contrast_prompts makes no further examples"),
         ({"steering": ["bias_dop"]}, "Did you mean 'bias_dpo'"),
         ({"examples": 40}, "40 training examples asked"),
         ({"loss": {"name": "dop"}}, "dop"),
@@ -130,6 +132,12 @@ def test_questions_by_hand():
 def test_bad_tables(mixture, changes, message):
     with pytest.raises((ArmError, ValueError), match=message):
         make(mixture, **changes)
+
+
+def test_arms_do_not_choose_their_pairs(mixture, tmp_path):
+    (tmp_path / "mine.toml").write_text('[data]\nname = "one"\npairing = "shuffled"')
+    with pytest.raises(ArmError, match="data.pairing='shuffled', and all arms here get the same pairs"):
+        make(mixture, steering=[str(tmp_path / "mine.toml")])
 
 
 @pytest.mark.parametrize(

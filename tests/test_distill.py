@@ -123,6 +123,7 @@ def test_a_contrast_prompt_shows_training_examples_in_front_of_test_prompts(word
         (["--views.good.name=neutral", "--views.good={name='neutral'}"], r"\[views.good\] is the prompt"),
         (["--trainer.max_steps=0"], "distillation trains an adapter"),
         (["--adapter={type='none'}"], "distillation trains an adapter"),
+        (["--proliferation={name='templates'}"], "has a .proliferation., and distill makes no further examples"),
     ],
 )
 def test_bad_arms(words, changes, message):

@@ -20,6 +20,7 @@ import argparse
 import json
 import sys
 from collections.abc import Iterator, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -34,7 +35,7 @@ from transformers import set_seed
 
 from steertune.adapters.checks import check_checksums, write_checksums
 from steertune.recipes.ablation.grid import find_tasks
-from steertune.recipes.ablation.splits import Splits, SplitTable, load_splits
+from steertune.recipes.ablation.splits import SplitTable, load_splits
 from steertune.recipes.ablation.statistics.paired import Difference, difference, together
 from steertune.recipes.ablation.tables import TaskTable
 from steertune.recipes.arm import Arm, ModelTable, known_tables, load_arm, reasons, refuse_proliferation
@@ -164,6 +165,7 @@ class Mixture:
         loaded: tuple[Any, Any] = load_model(self.tables.model)
         model, tokenizer = loaded
         model.to(PartialState().device)
+        self._check_prompts(model, tokenizer)
         tuned = self._tuned(model, tokenizer, folder)
         cells = list(self._cells(model, tuned, tokenizer, folder))
         result = {"cells": cells, "side_effects": self._side_effects(model, tuned, tokenizer)}
@@ -181,6 +183,22 @@ class Mixture:
             parts.append(Dataset.from_list([dict(row) for row in view(rows.to_list())]))
         return concatenate_datasets(parts).shuffle(seed=0)
 
+    def _shown(self, task: TaskTable, seed: int, prompt: str) -> Dataset:
+        """A task's test pairs, plain or behind other pairs."""
+        splits = self.splits[task.label]
+        if prompt == "plain":
+            return splits.test
+        pool = tuple(splits.train(self.tables.pairs, seed).to_list())
+        options = {"k": self.tables.demonstrations, "seed": seed, "pool": pool}
+        view = get_view("demonstrations", contrast=prompt == "contrast", **options)
+        return Dataset.from_list([dict(row) for row in view(splits.test.to_list())])
+
+    def _check_prompts(self, model: Any, tokenizer: Any) -> None:
+        check_context(model, tokenizer, self.contrast_prompts(), 0, "Contrast prompts of seen tasks")
+        for task, seed, prompt in product(self.unseen, self.tables.seeds, _PROMPTS):
+            rows = self._shown(task, seed, prompt)
+            check_context(model, tokenizer, rows, 0, f"Task {task.label!r}, {prompt} prompts")
+
     def _tuned(self, model: Any, tokenizer: Any, folder: Path) -> Any:
         home = folder / "adapter"
         if home.is_dir():
@@ -190,9 +208,7 @@ class Mixture:
                 raise ArmError(f"{error}. Delete {home}, and it is trained again.") from error
             return PeftModel.from_pretrained(share_weights(model), str(home)).eval()
         set_seed(0)
-        rows = self.contrast_prompts()
-        check_context(model, tokenizer, rows["prompt"], 1, "Contrast prompts of seen tasks")
-        trainer = make_trainer(self.arm, share_weights(model), tokenizer, rows, folder)
+        trainer = make_trainer(self.arm, share_weights(model), tokenizer, self.contrast_prompts(), folder)
         fit(trainer, folder)
         trainer.save_model(str(folder / "adapter.part"))
         if PartialState().is_main_process:
@@ -206,27 +222,24 @@ class Mixture:
             file = folder / "cells" / task.label / f"seed{seed}.json"
             if not file.exists():
                 file.parent.mkdir(parents=True, exist_ok=True)
-                found = self._measured(model, tuned, tokenizer, self.splits[task.label], seed, file.with_suffix(""))
+                found = self._measured(model, tuned, tokenizer, task, seed, file.with_suffix(""))
                 write_result(file, {"task": task.label, "seed": seed, "margins": found})
             yield read_result(file, "Delete it, and it is measured again.")
 
     def _measured(
-        self, model: Any, tuned: Any, tokenizer: Any, splits: Splits, seed: int, home: Path
+        self, model: Any, tuned: Any, tokenizer: Any, task: TaskTable, seed: int, home: Path
     ) -> dict[str, list[float]]:
         """Margins of the test pairs, by condition."""
-        pool, k, found = splits.train(self.tables.pairs, seed), self.tables.demonstrations, {}
-        for name in _PROMPTS:
-            rows = splits.test
-            if name != "plain":
-                view = get_view("demonstrations", k=k, contrast=name == "contrast", seed=seed, pool=tuple(pool))
-                rows = Dataset.from_list([dict(row) for row in view(rows.to_list())])
-                check_context(model, tokenizer, rows["prompt"], 1, f"A {name} prompt")
+        splits, found = self.splits[task.label], {}
+        for prompt in _PROMPTS:
+            rows = self._shown(task, seed, prompt)
             for who, asked in (("base", model), ("trained", tuned)):
-                found[f"{who}, {name}"] = pair_margins(asked, tokenizer, rows, [1.0], 4, show=False)[1.0]
+                found[f"{who}, {prompt}"] = pair_margins(asked, tokenizer, rows, [1.0], 4, show=False)[1.0]
         for arm in self.steering:
             arm = arm.model_copy(update={"data": arm.data.model_copy(update={"seed": seed})})
             quiet = {"save_strategy": "no", "disable_tqdm": True}
-            trainer = make_trainer(arm, share_weights(model), tokenizer, pool, home / arm.name, **quiet)
+            pairs = splits.train(self.tables.pairs, seed)
+            trainer = make_trainer(arm, share_weights(model), tokenizer, pairs, home / arm.name, **quiet)
             fit(trainer, home / arm.name)
             steered = trainer.accelerator.unwrap_model(trainer.model).eval()
             found[arm.name] = pair_margins(steered, tokenizer, splits.test, [1.0], 4, show=False)[1.0]

@@ -163,6 +163,17 @@ def test_prompts_beyond_the_context_are_refused(mixture, tmp_path):
         make(mixture).run(tmp_path / "run")
 
 
+@pytest.mark.parametrize(("task", "rows"), [("one", "train"), ("two", "test")])
+def test_long_answers_are_refused_before_anything_is_trained(task, rows, mixture, tmp_path, monkeypatch):
+    file = tmp_path / task / f"{rows}.jsonl"
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    made = [{**row, "rejected": " ".join(["sea"] * (500 + i))} for i, row in enumerate(lines)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in made))
+    monkeypatch.setattr(recipe, "make_trainer", lambda *_: pytest.fail("nothing is trained"))
+    with pytest.raises(ArmError, match=r"(seen tasks|Task 'two', .*): a prompt and its answer take .*reads 512"):
+        make(mixture).run(tmp_path / "run")
+
+
 def test_the_files_of_the_project_are_read():
     for file in recipe.MIXTURES.glob("*.toml"):
         assert recipe.read(file.stem).unseen

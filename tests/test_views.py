@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import tiny
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from peft import LoraConfig
 from tiny_data import TEMPLATE, conversational, demonstrations, losses, pairs, tokenizer, trained, trainer, values
 
@@ -429,6 +429,25 @@ def test_neutral_kl_keeps_neutral_text_as_it_was(tmp_path):
 def test_views_in_evaluation(tmp_path):
     made = trained("dpo", tmp_path, loss="lorra", views=BOTH, eval_dataset=pairs(3, seed=9), max_steps=1)
     assert made.evaluate()["eval_loss"] > 0
+
+
+def test_views_of_several_evaluation_sets(tmp_path):
+    evaluation, view = {"a": pairs(3, seed=9), "b": pairs(2, seed=10)}, get_view("demonstrations", k=2)
+    options = {"loss": "prompted", "views": {"good": view}, "eval_strategy": "steps", "eval_steps": 1, "max_steps": 1}
+    made = trained("dpo", tmp_path, eval_dataset=evaluation, **options)
+    logged = {key for entry in made.state.log_history for key in entry}
+    assert {"eval_a_loss", "eval_b_loss"} <= logged
+    mixed = Dataset.from_list([*pairs().to_list(), *evaluation["b"].to_list()[:1]])
+    with pytest.raises(ViewError, match="are evaluation rows too"):
+        trainer("dpo", tmp_path, data=mixed, eval_dataset=evaluation, **options)
+
+
+@pytest.mark.parametrize("which", ["data", "eval_dataset"])
+def test_views_of_a_stream_are_refused(which, tmp_path):
+    stream = IterableDataset.from_generator(lambda: iter(pairs().to_list()))
+    given = {"eval_dataset": {"a": stream}} if which == "eval_dataset" else {"data": stream}
+    with pytest.raises(ViewError, match="before training, and these are a IterableDataset: give a datasets.Dataset"):
+        trainer("dpo", tmp_path, loss="lorra", views=BOTH, **given)
 
 
 def test_they_do_not_train_together(tmp_path):

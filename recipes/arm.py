@@ -241,7 +241,7 @@ def make_arm(tables: dict[str, Any]) -> Arm:
     """An arm from its tables, every key checked.
 
     Raises:
-        ArmError: an unknown key, a value of the wrong type.
+        ArmError: an unknown key, a value of the wrong type, tables that contradict each other.
     """
     known_tables("arm", tables, Arm)
     try:
@@ -251,8 +251,8 @@ def make_arm(tables: dict[str, Any]) -> Arm:
     check_name("arm", arm.name)
     arm.peft_config()
     arm.view_objects()
-    arm.augmenter()
     _check_prompt(arm)
+    _check_proliferation(arm)
     _check_teachers(arm)
     for name, options in arm.biases.items():
         try:
@@ -273,6 +273,28 @@ def _check_prompt(arm: Arm) -> None:
         raise ArmError('An arm with a [prompt] trains nothing: adapter.type = "none" and trainer.max_steps = 0.')
     if arm.prompt and arm.proliferation:
         raise ArmError("An arm with a [prompt] trains nothing, so [proliferation] would make examples for nothing.")
+
+
+def _check_proliferation(arm: Arm) -> None:
+    asked, steps = arm.augmenter(), arm.trainer.get("max_steps", -1)
+    if asked is not None and asked[1] > 1 and not (isinstance(steps, int) and steps >= 0):
+        raise ArmError(
+            f"[proliferation] makes {asked[1]} times as many examples, and trainer.max_steps={steps!r}, so that all "
+            "of them would be read as often: set trainer.max_steps, and the optimiser's budget stays what it was."
+        )
+
+
+def refuse_proliferation(arm: Arm, recipe: str) -> None:
+    """Refuse an arm's `[proliferation]` where no examples are made.
+
+    Raises:
+        ArmError: it has one.
+    """
+    if arm.proliferation:
+        raise ArmError(
+            f"Arm {arm.name!r} has a [proliferation], and {recipe} makes no further examples: remove the table, or "
+            "use the arm in train, in a grid or in a sweep."
+        )
 
 
 def _check_teachers(arm: Arm) -> None:

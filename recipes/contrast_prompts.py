@@ -11,6 +11,10 @@ file names the tasks: `seen` ones, of which contrast prompts are made that an ad
 - by the base model, and by the one that was trained on contrast prompts;
 - and, without a prompt, by every `steering` arm, trained on the same few pairs.
 
+Whether that training took at all is measured too: on held-out pairs of the seen tasks, without a prompt and behind
+contrast prompts of the pairs that it was trained on, by the base model and by the trained one. Without a response
+there, nothing on unseen tasks says whether such a response transfers.
+
 Listing a task with `reverse = true` beside itself leaves nothing to learn but to read the prompt.
 """
 
@@ -19,25 +23,26 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Annotated, Any
 
-import numpy as np
-import pandas as pd
 from accelerate import PartialState
 from datasets import Dataset, concatenate_datasets
 from peft import PeftModel
 from pydantic import BaseModel, Field, ValidationError
+from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import set_seed
 
 from steertune.adapters.checks import check_checksums, write_checksums
 from steertune.recipes.ablation.grid import find_tasks
-from steertune.recipes.ablation.splits import Splits, SplitTable, load_splits
-from steertune.recipes.ablation.statistics.paired import Difference, difference, together
+from steertune.recipes.ablation.splits import SplitTable, load_splits
 from steertune.recipes.ablation.tables import TaskTable
-from steertune.recipes.arm import Arm, ModelTable, known_tables, load_arm, reasons
+from steertune.recipes.arm import Arm, ModelTable, known_tables, load_arm, reasons, refuse_proliferation
+from steertune.recipes.contrast_page import page
 from steertune.recipes.data import load_model
 from steertune.recipes.files import ArmError, read_result, read_toml, write_result, write_whole
 from steertune.recipes.measures import check_context, neutral_logps, pair_margins, side_effects
@@ -47,6 +52,7 @@ from steertune.trainers import get_view, share_weights
 
 MIXTURES = Path(__file__).parent / "mixtures"
 _PROMPTS = ("plain", "k-shot", "contrast")
+_CHECKED = ("plain", "contrast")  # on seen tasks
 
 
 class MixtureTables(BaseModel, extra="forbid"):
@@ -118,7 +124,8 @@ class Mixture:
         data_root: Where task names that are relative paths start.
 
     Raises:
-        ArmError: an unseen task on the data of a seen one, too few rows or pairs, an arm that does not fit.
+        ArmError: an unseen task on the data of a seen one or with its label, too few rows or pairs, an arm that does
+            not fit.
     """
 
     def __init__(self, tables: MixtureTables, data_root: Path | None = None) -> None:
@@ -126,6 +133,7 @@ class Mixture:
         self.seen, self.unseen = (find_tasks(entries, data_root) for entries in (tables.seen, tables.unseen))
         if both := {task.name for task in self.seen} & {task.name for task in self.unseen}:
             raise ArmError(f"{sorted(both)} are data of seen and of unseen tasks: then nothing there is unseen.")
+        find_tasks([*self.seen, *self.unseen])  # no two of one label
         if tables.pairs <= tables.demonstrations:
             raise ArmError(
                 f"pairs={tables.pairs} of an unseen task, and {tables.demonstrations} demonstrations in a prompt: one "
@@ -143,6 +151,9 @@ class Mixture:
         arm = load_arm(name)
         if arm.prompt:
             raise ArmError(f"Arm {name!r} is a prompt: contrast and k-shot prompts are measured anyway.")
+        refuse_proliferation(arm, "contrast_prompts")
+        if arm.data.pairing != "own":
+            raise ArmError(f"Arm {name!r}: data.pairing={arm.data.pairing!r}, and all arms here get the same pairs.")
         return arm
 
     def _trained_arm(self) -> Arm:
@@ -155,19 +166,31 @@ class Mixture:
         return arm
 
     def run(self, folder: Path) -> Path:
-        """Train once, measure every unseen task, write `page.md`; an interrupted run goes on where it stopped."""
+        """Train once, measure every task, write `page.md`; an interrupted run goes on where it stopped."""
         main_process = PartialState().is_main_process
         claim(folder, self.tables, main_process)
         loaded: tuple[Any, Any] = load_model(self.tables.model)
         model, tokenizer = loaded
         model.to(PartialState().device)
+        self._check_prompts(model, tokenizer)
         tuned = self._tuned(model, tokenizer, folder)
-        cells = list(self._cells(model, tuned, tokenizer, folder))
-        result = {"cells": cells, "side_effects": self._side_effects(model, tuned, tokenizer)}
+        models = {"base": model, "trained": tuned}
+        result = {
+            "seen": list(self._seen_cells(models, tokenizer, folder / "seen")),
+            "cells": list(self._cells(models, tokenizer, folder / "cells")),
+            "side_effects": side_effects(neutral_logps(tuned, tokenizer), neutral_logps(model, tokenizer)),
+        }
         if main_process:
-            write_whole(folder / "page.md", page(self.tables, result))
+            write_whole(folder / "page.md", page(self._about(), self.tables.steering, result))
             write_whole(folder / "result.json", json.dumps(result, indent=1))  # last: the run is finished
         return folder / "page.md"
+
+    def _about(self) -> str:
+        tables, seen = self.tables, ", ".join(task.label for task in self.seen)
+        return (
+            f"Arm `{tables.arm}` on {tables.examples} contrast prompts of each of {seen}; unseen tasks with "
+            f"{tables.pairs} pairs each, {tables.demonstrations} in a prompt, {len(tables.seeds)} draws."
+        )
 
     def contrast_prompts(self) -> Dataset:
         """Pairs of all seen tasks behind contrast prompts made of other pairs of the same task."""
@@ -178,6 +201,23 @@ class Mixture:
             parts.append(Dataset.from_list([dict(row) for row in view(rows.to_list())]))
         return concatenate_datasets(parts).shuffle(seed=0)
 
+    def _shown(self, task: TaskTable, seed: int, prompt: str) -> Dataset:
+        """A task's test pairs, plain or behind other pairs: of a seen task those that were trained on."""
+        splits, tables = self.splits[task.label], self.tables
+        if prompt == "plain":
+            return splits.test
+        pool = splits.train(tables.examples, 0) if task in self.seen else splits.train(tables.pairs, seed)
+        options = {"k": tables.demonstrations, "seed": seed, "pool": tuple(pool.to_list())}
+        view = get_view("demonstrations", contrast=prompt == "contrast", **options)
+        return Dataset.from_list([dict(row) for row in view(splits.test.to_list())])
+
+    def _check_prompts(self, model: Any, tokenizer: Any) -> None:
+        check_context(model, tokenizer, self.contrast_prompts(), 0, "Contrast prompts of seen tasks")
+        for tasks, prompts in ((self.seen, _CHECKED), (self.unseen, _PROMPTS)):
+            for task, seed, prompt in product(tasks, self.tables.seeds, prompts):
+                rows = self._shown(task, seed, prompt)
+                check_context(model, tokenizer, rows, 0, f"Task {task.label!r}, {prompt} prompts")
+
     def _tuned(self, model: Any, tokenizer: Any, folder: Path) -> Any:
         home = folder / "adapter"
         if home.is_dir():
@@ -187,9 +227,7 @@ class Mixture:
                 raise ArmError(f"{error}. Delete {home}, and it is trained again.") from error
             return PeftModel.from_pretrained(share_weights(model), str(home)).eval()
         set_seed(0)
-        rows = self.contrast_prompts()
-        check_context(model, tokenizer, rows["prompt"], 1, "Contrast prompts of seen tasks")
-        trainer = make_trainer(self.arm, share_weights(model), tokenizer, rows, folder)
+        trainer = make_trainer(self.arm, share_weights(model), tokenizer, self.contrast_prompts(), folder)
         fit(trainer, folder)
         trainer.save_model(str(folder / "adapter.part"))
         if PartialState().is_main_process:
@@ -197,97 +235,49 @@ class Mixture:
             (folder / "adapter.part").rename(home)
         return trainer.accelerator.unwrap_model(trainer.model).eval()
 
-    def _cells(self, model: Any, tuned: Any, tokenizer: Any, folder: Path) -> Iterator[dict[str, Any]]:
-        cells = [(task, seed) for task in self.unseen for seed in self.tables.seeds]
-        for task, seed in tqdm(cells, desc="Unseen tasks", unit="cell"):
-            file = folder / "cells" / task.label / f"seed{seed}.json"
-            if not file.exists():
-                file.parent.mkdir(parents=True, exist_ok=True)
-                found = self._measured(model, tuned, tokenizer, self.splits[task.label], seed, file.with_suffix(""))
-                write_result(file, {"task": task.label, "seed": seed, "margins": found})
-            yield read_result(file, "Delete it, and it is measured again.")
+    def _seen_cells(self, models: Mapping[str, Any], tokenizer: Any, folder: Path) -> Iterator[dict[str, Any]]:
+        for task, seed in tqdm([*product(self.seen, self.tables.seeds)], desc="Seen tasks", unit="cell"):
+            yield _kept(folder, task, seed, partial(self._measured, models, tokenizer, task, seed, _CHECKED))
+
+    def _cells(self, models: Mapping[str, Any], tokenizer: Any, folder: Path) -> Iterator[dict[str, Any]]:
+        for task, seed in tqdm([*product(self.unseen, self.tables.seeds)], desc="Unseen tasks", unit="cell"):
+            yield _kept(folder, task, seed, partial(self._compared, models, tokenizer, task, seed, folder))
 
     def _measured(
-        self, model: Any, tuned: Any, tokenizer: Any, splits: Splits, seed: int, home: Path
-    ) -> dict[str, list[float]]:
-        """Margins of the test pairs, by condition."""
-        pool, k, found = splits.train(self.tables.pairs, seed), self.tables.demonstrations, {}
-        for name in _PROMPTS:
-            rows = splits.test
-            if name != "plain":
-                view = get_view("demonstrations", k=k, contrast=name == "contrast", seed=seed, pool=tuple(pool))
-                rows = Dataset.from_list([dict(row) for row in view(rows.to_list())])
-                check_context(model, tokenizer, rows["prompt"], 1, f"A {name} prompt")
-            for who, asked in (("base", model), ("trained", tuned)):
-                found[f"{who}, {name}"] = pair_margins(asked, tokenizer, rows, [1.0], 4, show=False)[1.0]
+        self, models: Mapping[str, Any], tokenizer: Any, task: TaskTable, seed: int, prompts: Sequence[str]
+    ) -> dict[str, Tensor]:
+        """Margins of a task's test pairs, by model and prompt."""
+        found = {}
+        for prompt in prompts:
+            rows = self._shown(task, seed, prompt)
+            for name, model in models.items():
+                found[f"{name}, {prompt}"] = pair_margins(model, tokenizer, rows, [1.0], 4, show=False)[1.0]
+        return found
+
+    def _compared(
+        self, models: Mapping[str, Any], tokenizer: Any, task: TaskTable, seed: int, folder: Path
+    ) -> dict[str, Tensor]:
+        """The same for every prompt, and those of the steering arms."""
+        splits, found = self.splits[task.label], self._measured(models, tokenizer, task, seed, _PROMPTS)
         for arm in self.steering:
             arm = arm.model_copy(update={"data": arm.data.model_copy(update={"seed": seed})})
             quiet = {"save_strategy": "no", "disable_tqdm": True}
-            trainer = make_trainer(arm, share_weights(model), tokenizer, pool, home / arm.name, **quiet)
-            fit(trainer, home / arm.name)
+            pairs, home = splits.train(self.tables.pairs, seed), folder / task.label / f"seed{seed}" / arm.name
+            trainer = make_trainer(arm, share_weights(models["base"]), tokenizer, pairs, home, **quiet)
+            fit(trainer, home)
             steered = trainer.accelerator.unwrap_model(trainer.model).eval()
             found[arm.name] = pair_margins(steered, tokenizer, splits.test, [1.0], 4, show=False)[1.0]
-        return {name: [round(float(m), 4) for m in margins] for name, margins in found.items()}
-
-    def _side_effects(self, model: Any, tuned: Any, tokenizer: Any) -> dict[str, float]:
-        return side_effects(neutral_logps(tuned, tokenizer), neutral_logps(model, tokenizer))
+        return found
 
 
-def right(cells: list[dict[str, Any]]) -> dict[str, pd.Series]:
-    """By condition, per task and seed which test pairs are preferred the right way (a tie counts half)."""
-    index = pd.MultiIndex.from_tuples([(cell["task"], cell["seed"]) for cell in cells], names=["task", "seed"])
-    return {
-        name: pd.Series([(np.sign(cell["margins"][name]) + 1) / 2 for cell in cells], index=index, dtype=object)
-        for name in cells[0]["margins"]
-    }
-
-
-def questions(found: dict[str, pd.Series], steering: Sequence[str]) -> dict[tuple[str, str], Difference]:
-    """What is asked of the trained model's contrast prompts, corrected for asking several things."""
-    trained = "trained, contrast"
-    asked = [(trained, other) for other in ("base, contrast", "trained, plain", *steering)]
-    asked += [("base, contrast", "base, plain"), ("base, contrast", "base, k-shot")]
-    return together({pair: difference(found[pair[0]] - found[pair[1]]) for pair in asked})
-
-
-def page(tables: MixtureTables, result: dict[str, Any]) -> str:
-    """What came of it, in Markdown."""
-    found, effects = right(result["cells"]), result["side_effects"]
-    tasks = sorted({cell["task"] for cell in result["cells"]})
-    seen = [entry if isinstance(entry, str) else entry.called for entry in tables.seen]
-    lines = [
-        "# Training a model to respond to contrast prompts",
-        "",
-        f"Arm `{tables.arm}` on {tables.examples} contrast prompts of each of {', '.join(seen)}; unseen tasks with "
-        f"{tables.pairs} pairs each, {tables.demonstrations} in a prompt, {len(tables.seeds)} draws.",
-        "",
-        "## Held-out pair accuracy",
-        "",
-        "| | mean | " + " | ".join(tasks) + " |",
-        "|---" * (len(tasks) + 2) + "|",
-    ]
-    for name, values in found.items():
-        means = values.map(np.mean)
-        by_task = (f"{means[task].mean():.3f}" for task in tasks)
-        lines.append(f"| {name} | {means.mean():.3f} | " + " | ".join(by_task) + " |")
-    lines += [
-        "",
-        "## Differences",
-        "",
-        "Intervals for other draws and other test rows; p by the larger of two tests, corrected by Holm.",
-        "",
-        "| | against | difference | 95 % | p |",
-        "|---|---|---|---|---|",
-    ]
-    for (one, other), value in questions(found, tables.steering).items():
-        lines.append(f"| {one} | {other} | {value.estimate:+.3f} | {value.crossed.ends} | {value.p:.3f} |")
-    lines += [
-        "",
-        f"The trained model without a prompt, on neutral text: KL to the base {effects['kl']:.4f} nats a token, "
-        f"perplexity {effects['base_perplexity']:.2f} before and {effects['perplexity']:.2f} after.",
-        "",
-    ]
-    return "\n".join(lines)
+def _kept(folder: Path, task: TaskTable, seed: int, measure: Callable[[], dict[str, Tensor]]) -> dict[str, Any]:
+    """A cell from its file, which is written first where there is none."""
+    file = folder / task.label / f"seed{seed}.json"
+    if not file.exists():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        margins = {name: [round(float(m), 4) for m in values] for name, values in measure().items()}
+        write_result(file, {"task": task.label, "seed": seed, "margins": margins})
+    return read_result(file, "Delete it, and it is measured again.")
 
 
 if __name__ == "__main__":

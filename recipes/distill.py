@@ -31,7 +31,7 @@ from torch import Tensor
 from transformers import set_seed
 
 from steertune.losses import Outputs
-from steertune.recipes.arm import Arm, load_arm, parse_arm
+from steertune.recipes.arm import Arm, load_arm, parse_arm, refuse_proliferation
 from steertune.recipes.data import load_model, load_splits
 from steertune.recipes.files import ArmError, read_rows, write_rows, write_whole
 from steertune.recipes.measures import (
@@ -68,8 +68,8 @@ def run(arm: Arm) -> dict[str, Any]:
     """Distil the arm's prompt and measure it, in the arm's output folder; return what `result.json` holds.
 
     Raises:
-        ArmError: an arm without a prompt to distil or without an adapter, data without prompts, a folder that holds
-            something else.
+        ArmError: an arm without a prompt to distil, without an adapter or with a `[proliferation]`, data without
+            prompts, a folder that holds something else.
         ViewError: demonstrations that are test rows, or fewer than asked for.
     """
     _check(arm)
@@ -87,6 +87,8 @@ def run(arm: Arm) -> dict[str, Any]:
     loaded: tuple[Any, Any] = load_model(arm.model)
     model, tokenizer = loaded
     model.to(state.device)
+    if _are_pairs(test):
+        check_context(model, tokenizer, _shown(view, test), 0, "[views.good] of test pairs")
     seen = answered(arm, model, tokenizer, view, train, _SEEN, folder / "answers.jsonl")
     held_out = answered(arm, model, tokenizer, view, test, _TEST, folder / "test_answers.jsonl")
 
@@ -134,7 +136,7 @@ def answered(
     if file is not None and all(gather_object([file.exists()])):
         return Dataset.from_list(read_rows(file, "Delete it, and the prompts are answered again."))
     shown: list[Any] = [row["prompt"] for row in view(rows.to_list())]
-    check_context(model, tokenizer, shown, arm.evaluation.new_tokens, "[views.good]")
+    check_context(model, tokenizer, Dataset.from_dict({"prompt": shown}), arm.evaluation.new_tokens, "[views.good]")
     size, length = arm.evaluation.batch_size, arm.evaluation.new_tokens
     with PartialState().split_between_processes(list(range(0, len(shown), size))) as own:
         said = {
@@ -186,14 +188,21 @@ def _compared(prompted: Outputs, other: Outputs) -> tuple[Tensor, Tensor]:
 
 def _preference(arm: Arm, model: Any, tokenizer: Any, view: View, test: Dataset) -> dict[str, Any]:
     """Held-out pair accuracy of the base, the prompted and the distilled model, where the data are pairs."""
-    if not {"chosen", "rejected"} <= set(test.column_names):
+    if not _are_pairs(test):
         return {}
     size = arm.evaluation.batch_size
     plain = pair_margins(model, tokenizer, test, [0.0, 1.0], size)
-    shown = Dataset.from_list([dict(row) for row in view(test.to_list())])
-    prompted = pair_margins(model, tokenizer, shown, [0.0], size)
+    prompted = pair_margins(model, tokenizer, _shown(view, test), [0.0], size)
     margins = {"base": plain[0.0], "prompted": prompted[0.0], "distilled": plain[1.0]}
     return {"accuracy": {name: float((values > 0).float().mean()) for name, values in margins.items()}}
+
+
+def _are_pairs(rows: Dataset) -> bool:
+    return {"chosen", "rejected"} <= set(rows.column_names)
+
+
+def _shown(view: View, rows: Dataset) -> Dataset:
+    return Dataset.from_list([dict(row) for row in view(rows.to_list())])
 
 
 def _tokens(tokenizer: Any, view: View, test: Dataset) -> dict[str, float]:
@@ -257,6 +266,7 @@ def _check(arm: Arm) -> None:
         raise ArmError('[views.good] is the prompt: name = "instruction" or "demonstrations".')
     if arm.peft_config() is None or arm.trainer.get("max_steps") == 0:
         raise ArmError('adapter.type="none" or trainer.max_steps=0: distillation trains an adapter.')
+    refuse_proliferation(arm, "distill")
 
 
 def _with_pool(arm: Arm, train: Dataset) -> Arm:

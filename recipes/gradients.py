@@ -42,7 +42,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from steertune.recipes.arm import Arm, ArmError, load_arm
+from steertune.recipes.arm import Arm, ArmError, load_arm, refuse_proliferation
 from steertune.recipes.data import load_model, load_splits
 from steertune.recipes.processes import begin, command, positive
 from steertune.recipes.training import make_trainer, write_whole
@@ -91,7 +91,7 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
 
     Raises:
         ArmError: fewer than two batches, a batch of one pair, which has no other prompt, no batch of held-out pairs,
-            or an arm with biases.
+            or an arm with biases or a `[proliferation]`.
     """
     if options.batch < 2 or options.pairs < 2 * options.batch:
         raise ArmError(f"--pairs {options.pairs} --batch {options.batch}: two batches or more, of two pairs or more.")
@@ -102,6 +102,7 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
         raise ArmError(
             f"Arm {options.arm!r} changes gradients with {biases}; what is measured here is the loss's own."
         )
+    refuse_proliferation(arms["pairs"], "gradients")
     model, tokenizer = load_model(arms["pairs"].model)
     asked = {name: (arm, 0, options.pairs) for name, arm in arms.items()}
     asked["held out"] = (arms["pairs"], 1, options.held_out)

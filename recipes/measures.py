@@ -122,18 +122,28 @@ def prompt_lengths(tokenizer: Any, prompts: Sequence[Any]) -> list[int]:
     return [len(ids) for ids in tokenizer(as_asked(tokenizer, prompts), add_special_tokens=special)["input_ids"]]
 
 
-def check_context(model: Any, tokenizer: Any, prompts: Sequence[Any], new_tokens: int, what: str) -> None:
+def check_context(model: Any, tokenizer: Any, rows: Dataset, new_tokens: int, what: str) -> None:
     """Refuse prompts that the model would read cut off.
+
+    Args:
+        model: Which says how much it reads.
+        tokenizer: Its tokenizer.
+        rows: Prompts, and the answers that stand behind them, if any.
+        new_tokens: How long an answer of the model's own may become.
+        what: Whose prompts they are.
 
     Raises:
         ArmError: the longest one and its answer are longer than the model's context.
     """
     context = getattr(model.config, "max_position_embeddings", None)
-    longest = max(prompt_lengths(tokenizer, prompts)) + new_tokens
+    longest = max(prompt_lengths(tokenizer, rows["prompt"])) + new_tokens
+    if {"chosen", "completion"} & set(rows.column_names):
+        [batch] = batches(tokenizer, rows, len(rows))  # as wide as its longest row
+        longest = max(longest, batch.inputs["input_ids"].shape[1])
     if context is not None and longest > context:
         raise ArmError(
             f"{what}: a prompt and its answer take {longest} tokens, the model reads {context}. Fewer demonstrations, "
-            "or a shorter instruction."
+            "a shorter instruction, or shorter answers."
         )
 
 

@@ -58,7 +58,7 @@ def make_trainer(
         train: Training examples.
         folder: For checkpoints and `metrics.jsonl`.
         frozen_prefix: The trainer's.
-        settings: Training arguments that go before the arm's own.
+        settings: Training arguments that go before the arm's own, which are its teachers'.
     """
     from trl import DPOConfig, SFTConfig
 
@@ -74,8 +74,8 @@ def make_trainer(
         "logging_steps": 5,
         "use_cpu": not torch.cuda.is_available(),
     }
-    arm = arm.model_copy(update={"trainer": {**arm.trainer, **settings}})
-    arguments = arm.training_arguments(config_class, str(folder / "checkpoints"), **defaults)
+    tried = arm.model_copy(update={"trainer": {**arm.trainer, **settings}})
+    arguments = tried.training_arguments(config_class, str(folder / "checkpoints"), **defaults)
     loss, config = arm.loss_object(), arm.peft_config()
     quiet = {name: settings[name] for name in _QUIET if name in settings}
     teachers = train_teachers(arm, model, tokenizer, train, folder, quiet)

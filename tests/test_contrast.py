@@ -315,9 +315,33 @@ def test_arguments_that_agree_with_the_loss_inside_are_accepted(tmp_path):
     trainer("dpo", tmp_path, loss=Contrasted(DPO(beta=0.2), "none"), beta=0.2)
 
 
-def test_unpaired_stops_at_a_last_batch_of_one_pair_and_says_why(tmp_path):
-    with pytest.raises(ValueError, match="at least 2 pairs in a batch"):
-        trained("dpo", tmp_path, loss=of("unpaired"), data=pairs(5), max_steps=2)
+EVALUATED = {"eval_dataset": {"a": pairs(4, seed=9), "b": pairs(5, seed=9)}, "per_device_eval_batch_size": 4}
+
+
+@pytest.mark.parametrize(
+    ("rows", "options", "message"),
+    [
+        (5, {"max_steps": 2}, "5 pairs in batches of 4.*per_device_train_batch_size"),
+        (5, {"max_steps": -1, "num_train_epochs": 1}, "5 pairs in batches of 4"),
+        (5, {"max_steps": 1}, None),  # which takes the first batch only
+        (9, {"max_steps": 2, "gradient_accumulation_steps": 2}, "9 pairs in batches of 4"),
+        (9, {"max_steps": 1, "gradient_accumulation_steps": 2}, None),
+        (5, {"max_steps": 2, "dataloader_drop_last": True}, None),
+        (4, {"max_steps": 2, "per_device_train_batch_size": 1}, "4 pairs in batches of 1"),
+        (4, {"max_steps": 1, "eval_strategy": "steps", "eval_steps": 1, **EVALUATED}, "per_device_eval_batch_size"),
+        (4, {"max_steps": 1, **EVALUATED}, None),
+    ],
+)
+def test_unpaired_refuses_a_batch_of_one_pair_before_the_first_step(rows, options, message, tmp_path):
+    loss = get_loss("dpo", contrast="unpaired", change_cap=9.0)
+    made = trainer("dpo", tmp_path, loss=loss, data=pairs(rows), **options)
+    if message is None:
+        made.train()
+        assert made.state.global_step == options["max_steps"]
+        return
+    with pytest.raises(ValueError, match=message):
+        made.train()
+    assert made.state.global_step == 0
 
 
 @pytest.mark.parametrize("config", [LoraConfig(r=2, target_modules="all-linear"), None], ids=["lora", "full"])

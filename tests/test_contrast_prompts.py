@@ -10,7 +10,9 @@ import pytest
 import tiny_data
 from conftest import tiny
 
+from steertune.recipes import contrast_page
 from steertune.recipes import contrast_prompts as recipe
+from steertune.recipes.ablation.tables import TaskTable
 from steertune.recipes.arm import ArmError
 
 CONDITIONS = [f"{who}, {name}" for name in ("plain", "k-shot", "contrast") for who in ("base", "trained")]
@@ -76,7 +78,16 @@ def test_every_condition_is_measured_and_a_run_goes_on(mixture, tmp_path, monkey
     first, second = (cell["margins"] for cell in result["cells"])
     assert first["base, plain"] == second["base, plain"]
     assert first["base, contrast"] != second["base, contrast"], "another draw of pairs"
+    labels = [("one", 0), ("one", 1), ("one_reversed", 0), ("one_reversed", 1)]
+    assert [(cell["task"], cell["seed"]) for cell in result["seen"]] == labels
+    for cell in result["seen"]:
+        assert list(cell["margins"]) == [name for name in CONDITIONS if "k-shot" not in name]
+        assert {len(margins) for margins in cell["margins"].values()} == {4}
+        assert cell["margins"]["base, contrast"] != cell["margins"]["trained, contrast"]
+    forward, backward = result["seen"][0]["margins"], result["seen"][2]["margins"]
+    assert forward["base, plain"] == pytest.approx([-margin for margin in backward["base, plain"]])
     page = (run / "page.md").read_text()
+    assert "| trained, contrast, nats | base, contrast, nats |" in page and "one_reversed |" in page
     assert "| trained, contrast | base, contrast |" in page
     assert recipe.main(words) == 2
     assert "finished run" in capsys.readouterr().err
@@ -86,9 +97,36 @@ def test_every_condition_is_measured_and_a_run_goes_on(mixture, tmp_path, monkey
     monkeypatch.setattr(recipe, "fit", lambda *_: pytest.fail("the adapter is there"))
     assert recipe.main(words) == 0
     again = json.loads((run / "result.json").read_text())
-    assert again["cells"] == result["cells"]
+    assert (again["cells"], again["seen"]) == (result["cells"], result["seen"])
     assert again["side_effects"] == pytest.approx(result["side_effects"], rel=1e-4)
     assert (run / "page.md").read_text() == page
+
+
+def test_the_check_asks_about_held_out_rows_behind_the_pairs_that_were_trained_on(mixture):
+    study = make(mixture)
+    for task in study.seen:
+        splits = study.splits[task.label]
+        trained_on, test = splits.train(4, 0).to_list(), splits.test.to_list()
+        seen = {name: study._shown(task, 1, name).to_list() for name in ("plain", "contrast")}
+        assert seen["plain"] == test and not {r["prompt"] for r in test} & {r["prompt"] for r in trained_on}
+        for own, row in zip(test, seen["contrast"], strict=True):
+            *shown, asked = row["prompt"].split("\n\n")
+            assert asked == f"{own['prompt'].strip()}\nGood response: " and row == {**own, "prompt": row["prompt"]}
+            for text in shown:
+                [other] = [r for r in trained_on if text.startswith(r["prompt"].strip() + "\n")]
+                assert text.endswith(f"\nGood response: {other['chosen']}\nBad response: {other['rejected']}")
+            assert len(shown) == 2
+
+
+@pytest.mark.parametrize("better", [0.75, 0.0])
+def test_the_page_says_whether_the_training_took(better):
+    cells = [cell(task, seed, better) for task in ("one", "one_reversed") for seed in range(6)]
+    effects = {"kl": 0.0, "perplexity": 1.0, "base_perplexity": 1.0}
+    text = contrast_page.page("A study.", ["bias_dpo"], {"seen": cells, "cells": cells, "side_effects": effects})
+    assert ("It responds to contrast prompts of the tasks" in text) == (better > 0)
+    assert ("too little training as well as no transfer" in text) == (better == 0)
+    gain = contrast_page.responses(cells)["trained, contrast, nats", "base, contrast, nats"]
+    assert gain.estimate == pytest.approx(2 * better), "from -1 to 1 in this share of the pairs"
 
 
 def cell(task: str, seed: int, better: float) -> dict:
@@ -101,9 +139,9 @@ def cell(task: str, seed: int, better: float) -> dict:
 
 def test_questions_by_hand():
     cells = [cell(task, seed, 0.5 + 0.125 * (seed % 3)) for task in ("a", "b") for seed in range(6)]
-    found = recipe.right(cells)
+    found = contrast_page.right(cells)
     assert np.mean(found["base, k-shot"].iloc[0]) == 0.5
-    answers = recipe.questions(found, ["bias_dpo"])
+    answers = contrast_page.questions(found, ["bias_dpo"])
     gain = answers["trained, contrast", "base, contrast"]
     assert gain.estimate == pytest.approx(0.625)
     assert gain.crossed.low < 0.625 < gain.crossed.high
@@ -118,10 +156,13 @@ def test_questions_by_hand():
     ("changes", "message"),
     [
         ({"unseen": ["one"]}, "are data of seen and of unseen tasks"),
+        ({"unseen": [TaskTable(name="two", label="one")]}, "Two tasks are called 'one'"),
         ({"demonstrations": 4}, "pairs=4 of an unseen task, and 4 demonstrations"),
         ({"arm": "full_dpo"}, "choose an adapter"),
         ({"arm": "prompt_contrast"}, "is a prompt"),
         ({"steering": ["prompt_contrast"]}, "is a prompt"),
+        ({"steering": ["lora_templates_dpo"]}, "contrast_prompts makes no further examples"),
+        ({"arm": "lora_templates_dpo"}, "contrast_prompts makes no further examples"),
         ({"steering": ["bias_dop"]}, "Did you mean 'bias_dpo'"),
         ({"examples": 40}, "40 training examples asked"),
         ({"loss": {"name": "dop"}}, "dop"),
@@ -130,6 +171,12 @@ def test_questions_by_hand():
 def test_bad_tables(mixture, changes, message):
     with pytest.raises((ArmError, ValueError), match=message):
         make(mixture, **changes)
+
+
+def test_arms_do_not_choose_their_pairs(mixture, tmp_path):
+    (tmp_path / "mine.toml").write_text('[data]\nname = "one"\npairing = "shuffled"')
+    with pytest.raises(ArmError, match="data.pairing='shuffled', and all arms here get the same pairs"):
+        make(mixture, steering=[str(tmp_path / "mine.toml")])
 
 
 @pytest.mark.parametrize(
@@ -152,6 +199,17 @@ def test_bad_files(tmp_path, text, message):
 def test_prompts_beyond_the_context_are_refused(mixture, tmp_path):
     tiny(max_position_embeddings=32).save_pretrained(tmp_path / "model")
     with pytest.raises(ArmError, match="the model reads 32"):
+        make(mixture).run(tmp_path / "run")
+
+
+@pytest.mark.parametrize(("task", "rows"), [("one", "train"), ("two", "test")])
+def test_long_answers_are_refused_before_anything_is_trained(task, rows, mixture, tmp_path, monkeypatch):
+    file = tmp_path / task / f"{rows}.jsonl"
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    made = [{**row, "rejected": " ".join(["sea"] * (500 + i))} for i, row in enumerate(lines)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in made))
+    monkeypatch.setattr(recipe, "make_trainer", lambda *_: pytest.fail("nothing is trained"))
+    with pytest.raises(ArmError, match=r"(seen tasks|Task 'two', .*): a prompt and its answer take .*reads 512"):
         make(mixture).run(tmp_path / "run")
 
 

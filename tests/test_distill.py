@@ -9,11 +9,12 @@ import pytest
 import tiny_data
 import torch
 from conftest import steered, tiny
+from datasets import Dataset
 
 from steertune.recipes import distill
 from steertune.recipes.arm import ArmError, load_arm
 from steertune.recipes.files import read_rows
-from steertune.recipes.measures import prompt_lengths
+from steertune.recipes.measures import check_context, prompt_lengths
 from steertune.trainers import get_view
 
 ORDER = "you stay now "
@@ -123,6 +124,7 @@ def test_a_contrast_prompt_shows_training_examples_in_front_of_test_prompts(word
         (["--views.good.name=neutral", "--views.good={name='neutral'}"], r"\[views.good\] is the prompt"),
         (["--trainer.max_steps=0"], "distillation trains an adapter"),
         (["--adapter={type='none'}"], "distillation trains an adapter"),
+        (["--proliferation={name='templates'}"], "has a .proliferation., and distill makes no further examples"),
     ],
 )
 def test_bad_arms(words, changes, message):
@@ -133,6 +135,26 @@ def test_bad_arms(words, changes, message):
 def test_prompts_beyond_the_context_are_refused_before_anything(words):
     with pytest.raises(ArmError, match=r"the model reads 256"):
         distill.run(load_arm("bias_distillation", [*words, "--evaluation.new_tokens=300"]))
+
+
+def test_test_pairs_beyond_the_context_are_refused_before_anything(words, tmp_path, monkeypatch):
+    long = [{**row, "rejected": "sea " * 255} for row in tiny_data.pairs(8, seed=len("test"))]
+    Dataset.from_list(long).to_json(tmp_path / "test.jsonl")
+    monkeypatch.setattr(distill, "generate", lambda *_: pytest.fail("nothing is generated"))
+    with pytest.raises(ArmError, match=r"test pairs: a prompt and its answer take \d+ tokens, the model reads 256"):
+        distill.run(load_arm("bias_distillation", words))
+
+
+def test_the_longest_of_prompt_and_answer_counts():
+    rows = {"prompt": ["the cat ", "a "], "chosen": ["runs", "dog"], "rejected": ["sits", "dog sits then runs now"]}
+    model, pairs = tiny(max_position_embeddings=7), Dataset.from_dict(rows)
+    check_context(model, tiny_data.tokenizer(), pairs, 5, "Pairs")  # 2 + 5 new ones; 1 + 5 and the end of the text
+    with pytest.raises(ArmError, match="Pairs: a prompt and its answer take 8 tokens, the model reads 7"):
+        check_context(model, tiny_data.tokenizer(), pairs, 6, "Pairs")
+    model.config.max_position_embeddings = 6
+    with pytest.raises(ArmError, match="take 7 tokens"):
+        check_context(model, tiny_data.tokenizer(), pairs, 0, "Pairs")
+    check_context(model, tiny_data.tokenizer(), pairs.select_columns("prompt"), 4, "Prompts")
 
 
 def test_lengths_of_prompts_are_those_that_generate_asks():

@@ -74,3 +74,8 @@ def test_the_recipe_measures_every_contrast_on_the_same_batches(tmp_path, capsys
     assert "two batches or more" in capsys.readouterr().err
     assert gradients.main([*words, "--held-out", "2"]) == 2
     assert "--held-out 2" in capsys.readouterr().err
+
+
+def test_an_arm_that_makes_examples_is_refused_before_anything_is_loaded(tmp_path, capsys):
+    assert gradients.main([str(tmp_path), "--model", "nowhere", "--arm", "lora_templates_dpo"]) == 2
+    assert "has a [proliferation], and gradients makes no further examples" in capsys.readouterr().err

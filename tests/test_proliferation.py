@@ -193,6 +193,17 @@ def test_bad_tables(table, said):
         make_arm({"name": "a", "data": {"name": "warm_tone"}, "proliferation": table})
 
 
+@pytest.mark.parametrize(("times", "steps", "fits"), [(4, None, False), (4, "x", False), (1, -1, True), (4, 0, True)])
+def test_the_budget_stays_only_with_a_number_of_steps(times, steps, fits):
+    tables = {"name": "a", "data": {"name": "warm_tone"}, "proliferation": {"name": "templates", "times": times}}
+    tables["trainer"] = {} if steps is None else {"max_steps": steps}
+    if fits:
+        assert make_arm(tables).augmenter() is not None
+        return
+    with pytest.raises(ArmError, match="makes 4 times as many examples, and trainer.max_steps=(-1|'x').*set trainer"):
+        make_arm(tables)
+
+
 def test_data_without_prompts_are_refused():
     with pytest.raises(ProliferationError, match="made of prompts"):
         grown(rows().remove_columns("prompt"), Templates(), 2, show=False)

@@ -132,6 +132,16 @@ def test_a_prompt_longer_than_the_context_is_refused(tables):
         prompts(cell, bench)
 
 
+def test_an_answer_beyond_the_context_is_refused(tables):
+    cell, bench = cell_of(tables, "prompt_demonstrations")
+    test = bench.splits(cell.task).test
+    long = test.map(lambda row: {"rejected": "sea " * 512})
+    show = shown(cell, bench, 1)
+    show(test)
+    with pytest.raises(ArmError, match=r"take \d+ tokens, the model reads 512"):
+        show(long)
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

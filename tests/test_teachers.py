@@ -11,6 +11,7 @@ from tiny_data import pairs, tokenizer, trained, trainer, values
 
 from steertune.adapters import SteeringVectorConfig
 from steertune.losses import get_loss
+from steertune.recipes import training
 from steertune.recipes.arm import ArmError, make_arm
 from steertune.recipes.measures import batches
 from steertune.recipes.teachers import answers
@@ -82,7 +83,7 @@ TABLES = {
     "data": {"name": "cautious_advice"},
     "adapter": {"type": "steering_vector", "layers": 2},
     "loss": {"name": "lorra", "layers": [2, 3]},
-    "teachers": {"good": {"chosen": ""}, "bad": {"rejected": "", "trainer": {"learning_rate": 0.02}}},
+    "teachers": {"good": {"chosen": ""}, "bad": {"rejected": "", "trainer": {"learning_rate": 0.03}}},
     "views": {"good": TEACHER, "bad": TEACHER},
     "trainer": {"max_steps": 6, "learning_rate": 0.02, "per_device_train_batch_size": 4},
 }
@@ -111,6 +112,17 @@ def test_every_teacher_learns_its_own_answers_on_the_base_s_weights(tmp_path):
     made.train()
     [vector] = values(made.model).values()
     assert vector.norm() > 0.01
+
+
+def test_a_trial_s_settings_are_not_the_teachers(tmp_path, monkeypatch):
+    seen = {}
+    monkeypatch.setattr(training, "fit", lambda made, folder: seen.update({folder.name: made.args}))
+    tried = {"max_steps": 2, "learning_rate": 0.5, "save_strategy": "no"}
+    made = make_trainer(make_arm(TABLES), tiny(), tokenizer(), pairs(4), tmp_path, **tried)
+    assert (made.args.max_steps, made.args.learning_rate) == (2, 0.5)
+    for name, rate in (("good", 0.02), ("bad", 0.03)):
+        assert (seen[name].max_steps, seen[name].learning_rate) == (6, rate)
+        assert seen[name].save_strategy == "no", "how the run is kept is theirs too"
 
 
 def test_one_teacher_of_both_answers_sees_an_instruction_before_each():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import tiny
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from peft import LoraConfig
 from tiny_data import TEMPLATE, conversational, demonstrations, losses, pairs, tokenizer, trained, trainer, values
 
@@ -80,6 +80,40 @@ def test_contrast_prompts_show_a_bad_answer_beside_a_good_one(as_chat):
     expected = f"q{shown}\nGood response: good{shown}\nBad response: bad{shown}\n\nq0\nGood response: "
     assert text == expected
     assert first["chosen"] == rows[0]["chosen"]
+
+
+def talks(*before: tuple[str, str]) -> list[dict]:
+    """The rows as conversations, each with a system message of its own and turns before its question."""
+    return [
+        {
+            "prompt": chat(("system", f"s{i}"), *before, ("user", f"q{i}")),
+            **{side: chat(("assistant", row[side])) for side in ("chosen", "rejected")},
+        }
+        for i, row in enumerate(ROWS)
+    ]
+
+
+@pytest.mark.parametrize("contrast", [False, True])
+def test_a_conversation_keeps_its_own_system_message_alone(contrast):
+    for i, row in enumerate(get_view("demonstrations", k=2, contrast=contrast)(talks())):
+        first, *rest = row["prompt"]
+        assert first == {"role": "system", "content": f"s{i}"}
+        assert [m["role"] for m in rest] == ["user"] if contrast else ["user", "assistant"] * 2 + ["user"]
+        assert not any(f"s{j}" in m["content"] for m in rest for j in range(4)), "not those of other rows"
+    for row in get_view("demonstrations", k=2, contrast=contrast, instruction="be kind")(talks()):
+        first, *rest = row["prompt"]
+        assert first["role"] == ("user" if contrast else "system") and first["content"].startswith("be kind")
+        assert not any("s0" in m["content"] for m in row["prompt"])
+        assert all(m["role"] != "system" for m in rest)
+
+
+def test_contrast_prompts_say_who_says_what():
+    pool = tuple(talks()[1:2])
+    [first, *_] = get_view("demonstrations", k=1, contrast=True, pool=pool)(talks(("user", "a"), ("assistant", "r")))
+    assert first["prompt"] == chat(
+        ("system", "s0"),
+        ("user", "q1\nGood response: good1\nBad response: bad1\n\nuser: a\nassistant: r\nuser: q0\nGood response:"),
+    )
 
 
 def test_a_given_pool_is_drawn_from_and_a_row_never_shows_itself():
@@ -395,6 +429,25 @@ def test_neutral_kl_keeps_neutral_text_as_it_was(tmp_path):
 def test_views_in_evaluation(tmp_path):
     made = trained("dpo", tmp_path, loss="lorra", views=BOTH, eval_dataset=pairs(3, seed=9), max_steps=1)
     assert made.evaluate()["eval_loss"] > 0
+
+
+def test_views_of_several_evaluation_sets(tmp_path):
+    evaluation, view = {"a": pairs(3, seed=9), "b": pairs(2, seed=10)}, get_view("demonstrations", k=2)
+    options = {"loss": "prompted", "views": {"good": view}, "eval_strategy": "steps", "eval_steps": 1, "max_steps": 1}
+    made = trained("dpo", tmp_path, eval_dataset=evaluation, **options)
+    logged = {key for entry in made.state.log_history for key in entry}
+    assert {"eval_a_loss", "eval_b_loss"} <= logged
+    mixed = Dataset.from_list([*pairs().to_list(), *evaluation["b"].to_list()[:1]])
+    with pytest.raises(ViewError, match="are evaluation rows too"):
+        trainer("dpo", tmp_path, data=mixed, eval_dataset=evaluation, **options)
+
+
+@pytest.mark.parametrize("which", ["data", "eval_dataset"])
+def test_views_of_a_stream_are_refused(which, tmp_path):
+    stream = IterableDataset.from_generator(lambda: iter(pairs().to_list()))
+    given = {"eval_dataset": {"a": stream}} if which == "eval_dataset" else {"data": stream}
+    with pytest.raises(ViewError, match="before training, and these are a IterableDataset: give a datasets.Dataset"):
+        trainer("dpo", tmp_path, loss="lorra", views=BOTH, **given)
 
 
 def test_they_do_not_train_together(tmp_path):

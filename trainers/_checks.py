@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from datasets import Dataset
 from peft import PeftConfig
 from torch import nn
 
@@ -82,11 +84,44 @@ def check_strengths(loss: Loss, model: nn.Module) -> None:
             pass
 
 
-def check_views(loss: Loss | None, views: Mapping[str, str | View] | None) -> None:
-    """Raise a ViewError when the loss asks for views that nobody gave."""
+def check_views(loss: Loss | None, views: Mapping[str, str | View] | None, data: Iterable[Any]) -> None:
+    """Raise a ViewError when the loss asks for views that nobody gave, or when data have no rows to make them of."""
     needed = () if loss is None else loss.views
     if missing := [name for name in needed if name not in (views or {})]:
         raise ViewError(f"{type(loss).__name__} compares with the views {list(needed)}; {missing} are not in views=.")
+    for part in (part for given in data for part in each(given)):
+        if views and not isinstance(part, Dataset):
+            raise ViewError(
+                f"Views are made of all rows before training, and these are a {type(part).__name__}: give a "
+                "datasets.Dataset (load it without streaming, or Dataset.from_list([*stream]))."
+            )
+
+
+def each(data: Any) -> list[Any]:
+    """The data sets among an argument: none, one, or several by name."""
+    return [part for part in (data.values() if isinstance(data, dict) else [data]) if part is not None]
+
+
+def check_partners(loss: Loss | None, args: Any, training: Any, evaluation: Any) -> None:
+    """Raise a ValueError when `contrast='unpaired'` would come to a batch of one pair, in the middle of training.
+
+    Several processes fill their last batches up.
+    """
+    if loss is None or all(getattr(part, "contrast", None) != "unpaired" for part in parts(loss)):
+        return
+    asked = [("train", rows, args.train_batch_size) for rows in each(training)]
+    asked += [("eval", rows, args.eval_batch_size) for rows in each(evaluation) if args.eval_strategy != "no"]
+    for name, rows, size in asked:
+        pairs = len(rows) if hasattr(rows, "__len__") else 0
+        left = pairs % size == 1 and not args.dataloader_drop_last and args.world_size == 1
+        epoch = math.ceil(math.ceil(pairs / size) / args.gradient_accumulation_steps)  # the last of its steps has it
+        steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * epoch)
+        if size == 1 or (left and (name == "eval" or steps >= epoch)):
+            raise ValueError(
+                f"contrast='unpaired' takes the rejected answer of another pair of the batch, and {pairs} pairs in "
+                f"batches of {size} come to one without another. Set another per_device_{name}_batch_size (2 or more) "
+                "or dataloader_drop_last=True, or leave out a pair."
+            )
 
 
 def check_teacher(name: str, teacher: nn.Module, model: nn.Module) -> None:

@@ -30,10 +30,12 @@ from ._checks import (
     check_layers,
     check_own,
     check_packing,
+    check_partners,
     check_reference,
     check_strengths,
     check_teacher,
     check_views,
+    each,
 )
 from ._data import PAIR_FORMATS, DataError, check_rows, check_tokens, warn_cut
 from ._guard import FiniteSteps, check_finite
@@ -128,7 +130,7 @@ class SteeringMixin(Trainer):
         if self.loss is not None:
             check_arguments(self.loss, given.get("args"))
         given_rows = given.get("train_dataset"), given.get("eval_dataset")
-        check_views(self.loss, views)
+        check_views(self.loss, views, given_rows)
         check_reference(self.loss, peft_config)
         self._prepare_data(given)
         adapter_values = _adapter_values(given.get("model"))
@@ -166,12 +168,8 @@ class SteeringMixin(Trainer):
 
     def _view(self, views: Views, raw: Any, raw_evaluation: Any) -> None:
         """Make the views of the rows as they were given; those of evaluation rows may show training rows."""
-        shown = raw if isinstance(raw, Dataset) else None
-        for rows, tokenised, training in (
-            (raw, self.train_dataset, None),
-            (raw_evaluation, self.eval_dataset, shown),
-        ):
-            if isinstance(rows, Dataset) and isinstance(tokenised, Dataset):
+        for given, prepared, training in ((raw, self.train_dataset, None), (raw_evaluation, self.eval_dataset, raw)):
+            for rows, tokenised in zip(each(given), each(prepared), strict=True):
                 views.add(rows, tokenised, training)
 
     def _keep_reference(self) -> None:
@@ -206,7 +204,7 @@ class SteeringMixin(Trainer):
         extra = getattr(given.get("args"), "dataset_text_field", None)
         wanted = check_rows(data, given.get("processing_class"), text_column=extra)
         held_out = given.get("eval_dataset")
-        for part in held_out.values() if isinstance(held_out, dict) else [held_out]:
+        for part in each(held_out):
             if isinstance(part, Dataset) and len(part):
                 check_rows(part, given.get("processing_class"), text_column=extra)
         pairs = wanted in PAIR_FORMATS
@@ -237,6 +235,7 @@ class SteeringMixin(Trainer):
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As the parent's, after computing an initial direction that needs data."""
         if not self._plain:
+            check_partners(self.loss, self.args, self.train_dataset, self.eval_dataset)
             asked = kwargs.pop("resume_from_checkpoint", args[0] if args else None)
             self.resumed, args = self._checkpoint(asked), args[1:]
             kwargs["resume_from_checkpoint"] = self.resumed

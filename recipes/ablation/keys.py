@@ -24,7 +24,10 @@ def settings(
     if arm.arm.biases:
         own["biases"] = list(arm.arm.biases.items())  # in their order
     if arm.arm.teachers:
-        own["teachers"] = {name: table.model_dump() for name, table in arm.arm.teachers.items()}
+        own["teachers"] = {
+            name: {**table.model_dump(), "trainer": {**arm.arm.trainer, **table.trainer}}
+            for name, table in arm.arm.teachers.items()
+        }
     if arm.arm.proliferation:
         own["proliferation"] = arm.arm.proliferation
     if arm.arm.prompt:

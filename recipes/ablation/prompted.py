@@ -52,7 +52,7 @@ def shown(cell: Cell, bench: Bench, seed: int, choice: int = 0) -> Show:
 
     def show(rows: Dataset) -> Dataset:
         seen = Dataset.from_list([dict(row) for row in view(rows.to_list())])
-        check_context(bench.model, bench.tokenizer, seen["prompt"], bench.grid.tables.new_tokens, cell.title)
+        check_context(bench.model, bench.tokenizer, seen, bench.grid.tables.new_tokens, cell.title)
         return seen
 
     return show

@@ -17,11 +17,16 @@ _GOOD, _BAD = "Good response:", "Bad response:"
 class Demonstrations(View):
     """`k` other rows of the same data in front of every prompt.
 
+    A conversation keeps its own system message, if it begins with one and there is no `instruction`; those of the
+    conversations that are shown stay out, since a conversation has one. A contrast prompt is one user message behind
+    it, which says of conversations of several turns who says what.
+
     Args:
         k: How many.
         contrast: Show each demonstration's rejected answer too ("Good response: ... Bad response: ..."), and ask for a
             good response.
-        instruction: A text in front of everything.
+        instruction: A text in front of everything: of conversations the system message, whose own it replaces as the
+            view `instruction` does, or with `contrast` the beginning of the one user message.
         seed: Which ones are drawn for which prompt.
         pool: Rows to draw from; none: the other rows of the training data, also in front of evaluation rows.
 
@@ -73,19 +78,17 @@ class Demonstrations(View):
         return replace(self, pool=pool)
 
     def _prompt(self, prompt: Any, drawn: Sequence[Row]) -> Any:
-        shown = [(other["prompt"], _answer(other), self._bad(other)) for other in drawn]
+        shown = [tuple(map(_turns, (other["prompt"], _answer(other), self._bad(other)))) for other in drawn]
         if isinstance(prompt, str):
             return self._text(prompt, shown)
+        leads = bool(prompt) and prompt[0]["role"] == "system"
+        system, turns = (prompt[:1], prompt[1:]) if leads else ([], prompt)
         if self.contrast:  # one user message: a conversation has no turn for a bad answer
-            return [
-                {
-                    "role": "user",
-                    "content": self._text(_said(prompt), [(_said(p), _said(g), _said(b)) for p, g, b in shown]),
-                }
-            ]
-        turns = [message for other, good, _ in shown for message in (*other, *good)]
-        system = [{"role": "system", "content": self.instruction}] if self.instruction else []
-        return [*system, *(m for m in turns if m["role"] != "system"), *(m for m in prompt if m["role"] != "system")]
+            text = self._text(_said(turns), [tuple(map(_said, parts)) for parts in shown])
+            return [*([] if self.instruction else system), {"role": "user", "content": text}]
+        if self.instruction:
+            system = [{"role": "system", "content": self.instruction}]
+        return [*system, *(message for other, good, _ in shown for message in (*other, *good)), *turns]
 
     def _bad(self, other: Row) -> Any:
         if not self.contrast:
@@ -94,7 +97,7 @@ class Demonstrations(View):
             raise ViewError("contrast=True shows rejected answers, and the data have none.")
         return other["rejected"]
 
-    def _text(self, prompt: str, shown: Sequence[tuple[str, str, str | None]]) -> str:
+    def _text(self, prompt: str, shown: Sequence[tuple[Any, ...]]) -> str:
         parts = [self.instruction] if self.instruction else []
         for other, good, bad in shown:
             if self.contrast:
@@ -114,9 +117,15 @@ def _answer(row: Row) -> Any:
     return row["chosen"] if "chosen" in row else row["completion"]
 
 
-def _said(messages: Any) -> str:
-    return (
-        "\n".join(m["content"] for m in messages if m["role"] != "system")
-        if isinstance(messages, list)
-        else messages or ""
-    )
+def _turns(value: Any) -> Any:
+    """A conversation without its system messages; a text as it is."""
+    return [message for message in value if message["role"] != "system"] if isinstance(value, list) else value
+
+
+def _said(value: Any) -> str:
+    """A conversation as text: what its one message says, or who says what."""
+    if not isinstance(value, list):
+        return value or ""
+    if len(value) == 1:
+        return value[0]["content"]
+    return "\n".join(f"{message['role']}: {message['content']}" for message in value)

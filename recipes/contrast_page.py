@@ -1,0 +1,108 @@
+"""What training for contrast prompts came to: whether the model responds, the questions asked of it, and the page."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from steertune.recipes.ablation.statistics.paired import Difference, difference, together
+
+
+def nats(cells: list[dict[str, Any]]) -> dict[str, pd.Series]:
+    """By condition, per task and seed the margins of its test pairs."""
+    index = pd.MultiIndex.from_tuples([(cell["task"], cell["seed"]) for cell in cells], names=["task", "seed"])
+    return {
+        name: pd.Series([np.array(cell["margins"][name]) for cell in cells], index=index, dtype=object)
+        for name in cells[0]["margins"]
+    }
+
+
+def right(cells: list[dict[str, Any]]) -> dict[str, pd.Series]:
+    """By condition, per task and seed which test pairs are preferred the right way (a tie counts half)."""
+    return {name: values.map(lambda margins: (np.sign(margins) + 1) / 2) for name, values in nats(cells).items()}
+
+
+def questions(found: dict[str, pd.Series], steering: Sequence[str]) -> dict[tuple[str, str], Difference]:
+    """What is asked of the trained model's contrast prompts, corrected for asking several things."""
+    trained = "trained, contrast"
+    asked = [(trained, other) for other in ("base, contrast", "trained, plain", *steering)]
+    asked += [("base, contrast", "base, plain"), ("base, contrast", "base, k-shot")]
+    return together({pair: difference(found[pair[0]] - found[pair[1]]) for pair in asked})
+
+
+def responses(cells: list[dict[str, Any]]) -> dict[tuple[str, str], Difference]:
+    """Whether the trained model responds to contrast prompts of the tasks that it was trained on, in accuracy and, as
+    the base may be right already, in nats."""
+    found = {}
+    for unit, values in (("", right(cells)), (", nats", nats(cells))):
+        for other in ("base, contrast", "trained, plain"):
+            pair = f"trained, contrast{unit}", f"{other}{unit}"
+            found[pair] = difference(values["trained, contrast"] - values[other])
+    return together(found)
+
+
+def page(about: str, steering: Sequence[str], result: dict[str, Any]) -> str:
+    """What came of it, in Markdown.
+
+    Args:
+        about: What was trained on what, and measured on what.
+        steering: Names of the steering arms.
+        result: Cells of `seen` tasks, `cells` of unseen ones, and `side_effects`.
+    """
+    effects, found, response = result["side_effects"], right(result["cells"]), responses(result["seen"])
+    lines = [
+        "# Training a model to respond to contrast prompts",
+        "",
+        about,
+        "",
+        "## Held-out pair accuracy on the tasks that it was trained on",
+        "",
+        *_accuracies(right(result["seen"])),
+        "",
+        *_differences(response),
+        "",
+        _verdict(response),
+        "",
+        "## Held-out pair accuracy on unseen tasks",
+        "",
+        *_accuracies(found),
+        "",
+        *_differences(questions(found, steering)),
+        "",
+        "Intervals for other draws and other test rows; p by the larger of two tests, corrected by Holm per table.",
+        "",
+        f"The trained model without a prompt, on neutral text: KL to the base {effects['kl']:.4f} nats a token, "
+        f"perplexity {effects['base_perplexity']:.2f} before and {effects['perplexity']:.2f} after.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _accuracies(found: dict[str, pd.Series]) -> list[str]:
+    tasks = sorted({str(task) for series in found.values() for task in series.index.get_level_values("task")})
+    lines = ["| | mean | " + " | ".join(tasks) + " |", "|---" * (len(tasks) + 2) + "|"]
+    for name, values in found.items():
+        means = values.map(np.mean)
+        by_task = (f"{means[task].mean():.3f}" for task in tasks)
+        lines.append(f"| {name} | {means.mean():.3f} | " + " | ".join(by_task) + " |")
+    return lines
+
+
+def _differences(found: dict[tuple[str, str], Difference]) -> list[str]:
+    lines = ["| | against | difference | 95 % | p |", "|---|---|---|---|---|"]
+    for (one, other), value in found.items():
+        lines.append(f"| {one} | {other} | {value.estimate:+.3f} | {value.crossed.ends} | {value.p:.3f} |")
+    return lines
+
+
+def _verdict(found: dict[tuple[str, str], Difference]) -> str:
+    gain = found["trained, contrast", "base, contrast"]
+    if gain.clear() and gain.estimate > 0:
+        return "It responds to contrast prompts of the tasks that it was trained on better than the base does."
+    return (
+        "Contrast prompts of the tasks that it was trained on do not clearly help it more than the base. So no effect "
+        "on unseen tasks may be too little training as well as no transfer."
+    )

@@ -143,8 +143,8 @@ class SteeringMixin(Trainer):
         _restore(self.model, adapter_values)
         if self.loss is not None:
             check_strengths(self.loss, self.model)
-        if peft_config is None and not continued and self.loss is not None and self.loss.reference:
-            self._keep_reference()
+            if self.loss.reference and peft_config is None and not continued:
+                self._keep_reference()
         # accelerate cannot hand the batches of one process to others with what is kept beside them
         if waits(self.args.device) and not isinstance(self.train_dataset, IterableDataset):
             self.data_collator = KeepsHost(self.data_collator)

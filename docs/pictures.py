@@ -19,7 +19,10 @@ from steertune.recipes.page import strength_plot
 ROOT = Path(__file__).parent.parent
 PICTURES = Path(__file__).parent / "pages" / "pictures"
 REPORT = ROOT / "recipes" / "results" / "quick" / "report.html"
-EFFECTS = ROOT / "recipes" / "results" / "first_study" / "charts" / "effects.png"
+CHARTS = {  # picture -> chart of a study
+    "first-study-effects": ROOT / "recipes" / "results" / "first_study" / "charts" / "effects.png",
+    "curves": ROOT / "recipes" / "results" / "curves" / "charts" / "curves.png",
+}
 TASK = ROOT / "recipes" / "tasks" / "cautious_advice" / "README.md"
 PARTS = {  # picture -> beginnings of the headings of the sections that it shows
     "report-top": ("Card", "The result"),
@@ -82,7 +85,8 @@ def main() -> None:
     """Make them all."""
     for name, headings in PARTS.items():
         picture(only(REPORT.read_text(encoding="utf-8"), headings), PICTURES / f"{name}.png")
-    save(Image.open(EFFECTS).convert("RGB"), PICTURES / "first-study-effects.png")
+    for name, chart in CHARTS.items():
+        save(Image.open(chart).convert("RGB"), PICTURES / f"{name}.png")
     with tempfile.TemporaryDirectory() as folder:
         plot = Path(folder) / "strengths.png"
         strength_plot(strengths(), plot)

@@ -332,8 +332,9 @@ def _shares(found: Attribution, alpha: float) -> str:
     least, pairs = least_p([*found.shares.values()]), max(s.interval.pairs for s in found.shares.values())
     if least >= alpha:
         return (
-            f"No factor's share of the gap can be clear: {pairs} pairs of task and seed have every mixture of its two "
-            f"ends, and p of {len(found.shares)} shares cannot be below {least:.2g}."
+            f"No factor's share of the gap can be clear: every mixture of its two ends is there in {pairs} "
+            f"pair{'s' * (pairs > 1)} of task and seed, and p of {len(found.shares)} shares cannot be below "
+            f"{least:.2g}."
         )
     clear = {f: share for f, share in found.shares.items() if share.clear(alpha)}
     if not clear:

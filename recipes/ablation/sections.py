@@ -323,10 +323,8 @@ def _reach(found: Sequence[Difference], alpha: float = 0.05) -> list[str]:
     if not found or least < alpha:
         return []
     pairs = max(one.interval.pairs for one in found)
-    return [
-        f"Nothing here can be clear: p of {len(found)} comparisons of {pairs} pairs cannot be below {least:.2g}.",
-        "",
-    ]
+    what = f"{len(found)} comparison{'s' * (len(found) > 1)} of {pairs} pair{'s' * (pairs > 1)}"
+    return [f"Nothing here can be clear: p of {what} cannot be below {least:.2g}.", ""]
 
 
 def _p(value: float) -> str:

@@ -413,6 +413,29 @@ def test_n_equivalence_with_one_size_only_says_before_or_after():
         assert str(curves.n_equivalence(baseline, curve([1], score + noise[::-1])[1])) == text
 
 
+def test_of_arms_that_learn_alike_the_area_is_nothing_and_n_examples_are_worth_n():
+    """Grids of two tasks, three seeds and 32 test rows; rows are hard and training sets good or bad for both arms."""
+    rng, held = np.random.default_rng(0), []
+    index = pd.MultiIndex.from_product([range(2), range(3)], names=["task", "seed"])
+    for _ in range(40):
+        hard = {task: rng.normal(0, 0.15, 32) for task in range(2)}
+        luck = {pair: rng.normal(0, 0.05) for pair in index}
+
+        def arm(hard=hard, luck=luck) -> pd.DataFrame:
+            def rows(pair: tuple[int, int], n: int) -> np.ndarray:
+                chance = 0.45 + 0.06 * np.log2(n) + hard[pair[0]] + luck[pair] + rng.normal(0, 0.03)
+                return (rng.random(32) < np.clip(chance, 0, 1)).astype(float)
+
+            columns = {n: pd.Series([rows(pair, n) for pair in index], index=index, dtype=object) for n in (4, 16, 64)}
+            return pd.DataFrame(columns)
+
+        own, baseline = arm(), arm()
+        area, worth = curves.area_between(own, baseline), curves.n_equivalence(baseline, own[16])
+        held.append([area.crossed.low <= 0 <= area.crossed.high, worth.low <= 16 <= worth.high])
+    of_area, of_worth = np.mean(held, axis=0)
+    assert of_area >= 0.93 and of_worth >= 0.93
+
+
 def test_interval_of_n_equivalence_is_where_the_baseline_cannot_be_told_from_the_arm():
     """The baseline is straight on the log axis and never varies, so its ends are those of the arm's own interval."""
     reached = 0.5 + 0.1 * normal(8, 1, 20)

@@ -276,7 +276,7 @@ FAULTS = [
     ),
     Fault(
         "larger training sets do not hold the smaller", "leaks", "recipes.ablation.splits",
-        "self.pool.shuffle(seed=seed)", "self.pool.shuffle(seed=seed + examples)",
+        "default_rng([seed, draw] if draw else seed)", "default_rng([seed, draw] if draw else seed + examples)",
         "test_splits", "nested",
     ),
     Fault(

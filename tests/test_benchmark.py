@@ -54,7 +54,7 @@ def test_rows_have_the_tokens_that_are_asked_for(kind):
 
 
 def test_shares_of_a_step_add_up_and_name_what_takes_the_time():
-    square = torch.randn(512, 512)
+    square = torch.randn(1536, 1536)  # a product takes longer than being put aside for another process
 
     def run(steps: int) -> None:
         square.t().contiguous() @ square  # before the first step: not counted

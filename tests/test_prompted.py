@@ -24,7 +24,11 @@ INSTRUCTIONS = ["the dog runs", "we stay"]
 @pytest.fixture
 def tables(tmp_path: Path) -> dict:
     made = make_tables(tmp_path)
-    made |= {"arms": ARMS, "design": {"kind": "arms"}, "claim": {"better": "prompt_both", "than": "base"}}
+    made |= {
+        "arms": ARMS,
+        "design": {"kind": "arms"},
+        "claim": {"better": "prompt_both", "than": "base", "measure": "accuracy"},
+    }
     made["tasks"][0] |= {"instructions": INSTRUCTIONS, "instructions_by": "This test, in a minute."}
     del made["factors"]
     return made
@@ -97,7 +101,8 @@ def test_the_tuning_chooses_the_instruction_on_validation_rows(tables, tmp_path,
 def test_prompting_leaves_the_base_alone(tables, tmp_path):
     """Nothing is put on the shared model: the base's own cell comes out as without prompting arms."""
     both = run(tables | {"seeds": [0]}, tmp_path / "both")
-    alone = run(tables | {"seeds": [0], "arms": ["base"], "claim": {"better": "base", "than": "base"}}, tmp_path / "a")
+    claim = {"better": "mean_difference", "than": "base", "measure": "accuracy"}
+    alone = run(tables | {"seeds": [0], "arms": ["base", "mean_difference"], "claim": claim}, tmp_path / "a")
     [mine] = [cell for cell in both if cell["arm"] == "base"]
     assert mine["margins"] == alone[0]["margins"]
 
@@ -117,7 +122,7 @@ def test_prompts_that_cannot_be_filled_are_refused(changes, message, tables):
     if "tasks" in changes:
         tables["tasks"][0]["instructions"] = kinds[changes["tasks"]]
     elif "per" in changes:
-        tables["tasks"].append(tables["tasks"][0] | {"label": "another"})
+        tables["tasks"].append(tables["tasks"][0] | {"label": "another", "draw": 1})
         tables["budget"]["per"] = changes["per"]
     else:
         tables |= changes
@@ -186,7 +191,8 @@ def test_instructions_have_an_author(tables, tmp_path):
 
 
 def test_grids_without_prompting_arms_leave_instructions_alone(tables):
-    tables |= {"arms": ["base"], "claim": {"better": "base", "than": "base"}}
+    tables |= {"arms": ["base", "mean_difference"]}
+    tables["claim"] |= {"better": "mean_difference"}
     tables["tasks"][0]["instructions_by"] = ""
     assert make_grid(tables).tasks[0].instructions == INSTRUCTIONS
 

@@ -129,8 +129,8 @@ class SteeringMixin(Trainer):
             return
         if self.loss is not None:
             check_arguments(self.loss, given.get("args"))
-        given_rows = given.get("train_dataset"), given.get("eval_dataset")
-        check_views(self.loss, views, given_rows)
+        raw, raw_evaluation = given.get("train_dataset"), given.get("eval_dataset")
+        check_views(self.loss, views, (raw, raw_evaluation))
         check_reference(self.loss, peft_config)
         self._prepare_data(given)
         adapter_values = _adapter_values(given.get("model"))
@@ -142,21 +142,23 @@ class SteeringMixin(Trainer):
         parent(*bound.args, **bound.kwargs)
         _restore(self.model, adapter_values)
         if self.loss is not None:
-            check_strengths(self.loss, self.model)
-            if self.loss.reference and peft_config is None and not continued:
-                self._keep_reference()
+            self._meet(self.loss, changes_base=peft_config is None and not continued)
         # accelerate cannot hand the batches of one process to others with what is kept beside them
         if waits(self.args.device) and not isinstance(self.train_dataset, IterableDataset):
             self.data_collator = KeepsHost(self.data_collator)
-        raw, raw_evaluation = given_rows
         self._check_tokenised(raw, given.get("processing_class"))
         if views:
             self.views = _make_views(self, views, given.get("processing_class"))
             self._view(self.views, raw, raw_evaluation)
-        if self.loss is not None:
-            # the loss below is already an average over the whole optimiser step
-            self.loss_is_scaled_for_ga = self.model_accepts_loss_kwargs = True
         self._watch()
+
+    def _meet(self, loss: Loss, changes_base: bool) -> None:
+        """Check that the model has what our loss asks for, and keep what training would take away."""
+        check_strengths(loss, self.model)
+        if loss.reference and changes_base:
+            self._keep_reference()
+        # our loss is already an average over the whole optimiser step
+        self.loss_is_scaled_for_ga = self.model_accepts_loss_kwargs = True
 
     def _check_tokenised(self, raw: Any, tokenizer: Any) -> None:
         """Refuse rows that came out of tokenisation unfit, and say what was cut."""

@@ -13,7 +13,7 @@ from steertune.recipes.ablation import designs
 from steertune.recipes.ablation.levels import arm_name
 from steertune.recipes.ablation.statistics import Frame
 from steertune.recipes.ablation.statistics.curves import Equivalence, area_between, n_equivalence
-from steertune.recipes.ablation.statistics.paired import Difference, difference, least_p, together
+from steertune.recipes.ablation.statistics.paired import Difference, difference, least_p, smallest_p, together
 from steertune.recipes.ablation.statistics.rows import over_examples, rows_of, with_base
 from steertune.recipes.ablation.statistics.shapley import share_rows
 from steertune.recipes.ablation.tables import Claim, GridTables, Measure, TaskTable
@@ -105,7 +105,7 @@ def comparisons(cells: Frame, than: str, measure: str) -> list[Comparison]:
     return [Comparison(arm, mean(pairs[arm][arm]), gap) for arm, gap in found.items()]
 
 
-def verdict(cells: Frame, claim: Claim, found: Attribution | None = None, planned: int = 0) -> Verdict:
+def verdict(cells: Frame, claim: Claim, found: Attribution = Attribution(), planned: int = 0) -> Verdict:
     """Whether the claim's comparison, and its attribution if it names a factor, came out for it, against it, or
     neither: for it if `better` is clearly more than `margin` ahead, against it if it clearly is not.
 
@@ -145,7 +145,7 @@ def verdict(cells: Frame, claim: Claim, found: Attribution | None = None, planne
             f"{what}; but {claim.than} has no clear gain over the base ({gain}), of which that were a share.",
         )
     if not over.clear(claim.alpha):
-        least = 2 / 2**pairs
+        least = smallest_p(pairs)
         why = f"; {pairs} pairs cannot give a p below {least:.2g}" if least >= claim.alpha else ""
         return Verdict("undecided", f"{what}, which is neither clearly more nor clearly less than claimed{why}.")
     if over.estimate < 0:
@@ -211,11 +211,11 @@ def _left_out(cells: Frame, claim: Claim, count: int) -> str:
     return f", {count} left out: {', '.join(reasons) or 'not run'}"
 
 
-def _largest_share(claim: Claim, found: Attribution | None) -> tuple[Literal["for", "against", "undecided"], str]:
+def _largest_share(claim: Claim, found: Attribution) -> tuple[Literal["for", "against", "undecided"], str]:
     """The second half of a claim: that its factor's share of the gap is the largest."""
     if claim.factor is None:
         return "for", ""
-    if found is None or not found.shares:
+    if not found.shares:
         return "undecided", f", but without every mixture of the two ends nothing says that it is {claim.factor}'s"
     behind = [f for f, lead in found.leads.items() if lead.clear(claim.alpha) and lead.estimate < 0]
     if behind:

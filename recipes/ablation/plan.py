@@ -14,6 +14,7 @@ from steertune.recipes.ablation.bench import Bench
 from steertune.recipes.ablation.cell import FEW_NEUTRAL
 from steertune.recipes.ablation.checks import batch_size, has_strength
 from steertune.recipes.ablation.grid import Cell, Grid, describe
+from steertune.recipes.ablation.statistics.paired import smallest_p
 from steertune.recipes.ablation.tables import GridTables, TaskTable
 from steertune.recipes.ablation.tidy import AGAIN, read_cell
 from steertune.recipes.arm import Arm, ArmError
@@ -48,7 +49,7 @@ def plan(
     if every_cell:
         lines += ["", *(f"{seconds[cell.path] / 60:6.1f} min  {cell.title}" for cell in left)]
     claim, pairs = grid.tables.claim, len(grid.tasks) * len(grid.tables.seeds)
-    if claim is not None and (least := 2 / 2**pairs) >= claim.alpha:
+    if claim is not None and (least := smallest_p(pairs)) >= claim.alpha:
         lines += ["", f"{pairs} pairs of task and seed give no p below {least:.2g}: the claim cannot be decided."]
     total = sum(seconds.values()) / 60 / processes
     return "\n".join([*lines, "", f"About {total:.0f} minutes on {processes} process(es)."])

@@ -15,34 +15,15 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from ...adapters import directions
 from ...adapters.blocks import find_blocks
-from .._start import pair_batches
 from ..prefix.cut import base_of
-from ._base import Bias, BiasError, check_layer, write_of
-from ._written import off, run
+from ._base import BiasError, write_of
+from ._closed_form import ClosedForm, off, run
 
 
 @dataclass(frozen=True)
-class DirectionStart(Bias):
-    """A trained constant at one block starts as a direction.
-
-    Args:
-        direction: A file of `adapters/directions/`.
-        layer: At whose output: an index, or a fraction of the depth.
-        scale: Times its own length.
-
-    Raises:
-        ValueError: no such direction, or no layer.
-    """
-
-    direction: str = "mean_difference"
-    layer: int | float = 0.67
-    scale: float = 1.0
-
-    def __post_init__(self) -> None:
-        directions.get(self.direction)
-        check_layer(self.layer)
+class DirectionStart(ClosedForm):
+    """A trained constant at one block starts as a direction."""
 
     def start(self, trainer: Any) -> None:
         """Compute the direction on the training pairs, and write it.
@@ -55,12 +36,7 @@ class DirectionStart(Bias):
         index, name = write_of(model, self.layer, "mlp")
         base = base_of(model)
         bias, factor = _constant(base.get_submodule(name), name, isinstance(model, PeftModel))
-        batches = pair_batches(trainer)
-        if batches is None:
-            raise BiasError(
-                f"direction_start computes {self.direction!r} from pairs, and the training data have none."
-            )
-        found = directions.compute(self.direction, model, batches, [index]).vectors[index] * self.scale
+        found, batches = self.computed(trainer, index)
         module, block = base.get_submodule(name), find_blocks(base)[index][1]
         before = run(model, module, block, batches[0])
         with torch.no_grad():

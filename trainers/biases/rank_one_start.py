@@ -22,38 +22,18 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ...adapters import directions
 from ...adapters.blocks import find_blocks
-from .._modes import evaluating
-from .._start import pair_batches
 from ..prefix.cut import base_of
-from ._base import Bias, BiasError, check_layer, write_of
-from ._written import off, run
+from ._base import BiasError, write_of
+from ._closed_form import ClosedForm, off, run
 
 _TOKENS = 1024  # inputs that the row is fitted on, evenly drawn: the system has as many equations
 _RIDGE = 1e-3  # of the median squared length of an input; the mean would be that of a few massive ones
 
 
 @dataclass(frozen=True)
-class RankOneStart(Bias):
-    """The first direction of a LoRA, or one more of a trained weight, starts as a direction.
-
-    Args:
-        direction: A file of `adapters/directions/`.
-        layer: At whose output: an index, or a fraction of the depth.
-        scale: Times its own length.
-
-    Raises:
-        ValueError: no such direction, or no layer.
-    """
-
-    direction: str = "mean_difference"
-    layer: int | float = 0.67
-    scale: float = 1.0
-
-    def __post_init__(self) -> None:
-        directions.get(self.direction)
-        check_layer(self.layer)
+class RankOneStart(ClosedForm):
+    """The first direction of a LoRA, or one more of a trained weight, starts as a direction."""
 
     def start(self, trainer: Any) -> None:
         """Compute the direction on the training pairs, fit the row, and write both.
@@ -67,11 +47,9 @@ class RankOneStart(Bias):
         index, name = write_of(model, self.layer, "mlp")
         module, block = base.get_submodule(name), find_blocks(base)[index][1]
         matrices, factor = _matrices(module, name, isinstance(model, PeftModel))
-        batches = pair_batches(trainer)
-        if batches is None:
-            raise BiasError(f"rank_one_start computes {self.direction!r} from pairs, and the training data have none.")
-        found = directions.compute(self.direction, model, batches, [index]).vectors[index] * self.scale
-        row = ones_row(_inputs(model, module, batches))
+        found, batches = self.computed(trainer, index)
+        inputs = [run(model, module, block, batch).inputs[batch["completion_mask"].bool()] for batch in batches]
+        row = ones_row(_some(torch.cat(inputs).float()))
         before, kept = run(model, module, block, batches[0]), [matrix.detach().clone() for matrix in matrices]
         _write(matrices, row, found / factor)
         after = run(model, module, block, batches[0])
@@ -131,22 +109,6 @@ def _write(matrices: list[Tensor], row: Tensor, vector: Tensor) -> None:
         a[0], b[:, 0] = row.to(a), vector.to(b)
 
 
-@torch.no_grad()
-def _inputs(model: nn.Module, module: nn.Module, batches: Any) -> Tensor:
-    """What a map is given at the answers' tokens of all batches, `(tokens, d)`; at most some."""
-    seen: list[Tensor] = []
-
-    def keep(_: nn.Module, args: Any) -> None:
-        seen.append(args[0])
-
-    handle, found = module.register_forward_pre_hook(keep), []
-    device = next(model.parameters()).device
-    try:
-        with evaluating(model):
-            for batch in batches:
-                base_of(model)(**{k: batch[k].to(device) for k in ("input_ids", "attention_mask") if k in batch})
-                found.append(seen.pop()[batch["completion_mask"].to(device).bool()].float())
-    finally:
-        handle.remove()
-    rows = torch.cat(found)
+def _some(rows: Tensor) -> Tensor:
+    """At most so many rows as the row is fitted on, evenly drawn."""
     return rows[:: -(-len(rows) // _TOKENS)]

@@ -209,7 +209,7 @@ def together(found: Mapping[_Key, Difference]) -> dict[_Key, Difference]:
 def p_value(differences: ArrayLike, seed: int = 0) -> float:
     """Two-sided permutation test that the arms of every pair could be swapped: exact for up to 13 pairs.
 
-    The smallest value that n pairs can give is `2 / 2**n`.
+    Its smallest value is `smallest_p`.
 
     Raises:
         ValueError: a difference is not finite, or there is none.
@@ -229,9 +229,14 @@ def _mean_difference(first: NDArray[np.float64], second: NDArray[np.float64], ax
     return np.round(np.mean(first - second, axis=axis), 12)
 
 
+def smallest_p(pairs: int) -> float:
+    """The smallest p that the permutation test over so many pairs can give."""
+    return 2.0 / 2**pairs
+
+
 def least_p(found: Sequence[Difference]) -> float:
     """The smallest corrected p that differences looked at together can have: what their pairs allow, by Holm."""
-    return min(1.0, len(found) * 2.0 / 2 ** max(one.interval.pairs for one in found)) if found else 1.0
+    return min(1.0, len(found) * smallest_p(max(one.interval.pairs for one in found))) if found else 1.0
 
 
 def corrected(p_values: Sequence[float]) -> list[float]:

@@ -1,14 +1,52 @@
-"""Whether what a start wrote into a map comes out of its block as it should."""
+"""What starts that write a direction share: their options, the direction, and whether it comes out of its block."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from ...adapters import directions
 from .._modes import evaluating
+from .._start import pair_batches
 from ..prefix.cut import base_of
+from ._base import Bias, BiasError, check_layer
+
+
+@dataclass(frozen=True)
+class ClosedForm(Bias):
+    """A start that writes a direction where one block's MLP ends.
+
+    Args:
+        direction: A file of `adapters/directions/`.
+        layer: At whose output: an index, or a fraction of the depth.
+        scale: Times its own length.
+
+    Raises:
+        ValueError: no such direction, or no layer.
+    """
+
+    direction: str = "mean_difference"
+    layer: int | float = 0.67
+    scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        directions.get(self.direction)
+        check_layer(self.layer)
+
+    def computed(self, trainer: Any, index: int) -> tuple[Tensor, Any]:
+        """The direction at a layer in its length, `(d,)`, and the batches of training pairs that it is from.
+
+        Raises:
+            BiasError: the data are no pairs.
+        """
+        batches = pair_batches(trainer)
+        if batches is None:
+            name = type(self).__module__.rpartition(".")[2]
+            raise BiasError(f"{name} computes {self.direction!r} from pairs, and the training data have none.")
+        return directions.compute(self.direction, trainer.model, batches, [index]).vectors[index] * self.scale, batches
 
 
 class Pass(NamedTuple):

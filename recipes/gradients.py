@@ -23,6 +23,8 @@ A steady gradient may be steady for reasons that have nothing to do with the beh
 the behaviour: with u the direction of the mean gradient of held-out pairs, of the numbers `g·u` alone; and the cosine
 of `g` with u, which is the share of a step on one batch that raises the held-out preference, to first order.
 
+Errors are standard errors over batches, by leaving each out in turn (jackknife); u is taken as given.
+
 (From a vector of zeros DPO's gradient is linear in the answers: `unpaired` then has the gradients of `pairs`, and
 `pairs` less `none` is the rejected answers' part.)
 """
@@ -32,6 +34,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import math
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -117,7 +120,10 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
             seen[name] = _gradients(trainer, pairs // options.batch)
     behaviour = seen.pop("held out").mean(dim=0)
     seen = unmatched(seen["none"], seen["pairs"]) | seen
-    return [{"contrast": name, **noise(gradients, behaviour)} for name, gradients in seen.items()]
+    return [
+        {"contrast": name, **noise(gradients, behaviour), "errors": errors(gradients, behaviour)}
+        for name, gradients in seen.items()
+    ]
 
 
 def unmatched(none: Tensor, pairs: Tensor) -> dict[str, Tensor]:
@@ -156,9 +162,21 @@ def noise(gradients: Tensor, behaviour: Tensor) -> dict[str, float]:
         "ratio": _over(variance, signal),
         "ratio_along": _over(float(along.var()), progress),
         "cosine": float(cosines.mean()),
-        "cosine_error": float(cosines.std() / len(cosines) ** 0.5),
         "cosine_of_mean": float(torch.nn.functional.cosine_similarity(mean, behaviour, dim=0)),
     }
+
+
+def errors(gradients: Tensor, behaviour: Tensor) -> dict[str, float]:
+    """Jackknife standard errors of `noise`: `sqrt((b - 1) / b sum (x_i - x̄)²)`, x_i without the i-th of b batches.
+
+    Not a number with two batches, of which one has no variance, and where some have no signal.
+    """
+    batches = len(gradients)
+    if batches < 3:
+        return dict.fromkeys(noise(gradients, behaviour), math.nan)
+    left = [noise(torch.cat([gradients[:i], gradients[i + 1 :]]), behaviour) for i in range(batches)]
+    found = {name: torch.tensor([one[name] for one in left], dtype=torch.float64) for name in left[0]}
+    return {name: float(((batches - 1) * x.var(correction=0)) ** 0.5) for name, x in found.items()}
 
 
 def _over(noise: float, signal: float) -> float:
@@ -178,11 +196,17 @@ def summarise(options: argparse.Namespace, found: list[dict[str, Any]]) -> str:
         "|---|---|---|---|---|",
     ]
     for row in found:
-        lines.append(
-            f"| {row['contrast']} | {row['ratio']:.2f} | {row['ratio_along']:.2f} "
-            f"| {row['cosine']:.2f} ± {row['cosine_error']:.2f} | {row['cosine_of_mean']:.2f} |"
+        numbers = (
+            _shown(row[name], row["errors"][name]) for name in ("ratio", "ratio_along", "cosine", "cosine_of_mean")
         )
+        lines.append(f"| {row['contrast']} | {' | '.join(numbers)} |")
     return "\n".join(lines) + "\n"
+
+
+def _shown(value: float, error: float) -> str:
+    if not math.isfinite(value):
+        return "no signal"
+    return f"{value:.2f} ± {error:.2f}" if math.isfinite(error) else f"{value:.2f} ± ?"
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 
 import pytest
 import tiny_data
@@ -22,9 +23,23 @@ def test_noise_by_hand():
     assert found["ratio_along"] == float("inf") and found["cosine_of_mean"] == pytest.approx(0)
     cosines = (1 / 10**0.5, -1 / 26**0.5)
     assert found["cosine"] == pytest.approx(sum(cosines) / 2)
-    assert found["cosine_error"] == pytest.approx(abs(cosines[0] - cosines[1]) / 2)
     along = gradients.noise(torch.tensor([[3.0, 1.0], [5.0, -1.0]]), torch.tensor([0.1, 0.0]))
     assert along["ratio_along"] == pytest.approx(2 / (16 - 2 / 2))
+
+
+def test_errors_are_the_spread_over_other_batches():
+    def drawn(seed):
+        return torch.randn(100, 3, generator=torch.Generator().manual_seed(seed)) + torch.tensor([1.0, 0.0, 0.0])
+
+    behaviour = torch.tensor([1.0, 1.0, 0.0])
+    found = gradients.errors(drawn(0), behaviour)
+    cosines = torch.nn.functional.cosine_similarity(drawn(0), behaviour[None], dim=1)
+    assert found["cosine"] == pytest.approx(float(cosines.std()) / 100**0.5, rel=1e-4), "that of a mean"
+    others = [gradients.noise(drawn(seed), behaviour) for seed in range(1, 300)]
+    for name in ("ratio", "ratio_along", "cosine_of_mean"):
+        spread = float(torch.tensor([other[name] for other in others]).std())
+        assert found[name] == pytest.approx(spread, rel=0.35), f"{name}: that of other batches"
+    assert math.isnan(gradients.errors(torch.eye(2), behaviour[:2])["ratio"]), "one batch has no variance"
 
 
 def test_the_signal_is_unbiased_and_noise_alone_is_none():

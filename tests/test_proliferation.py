@@ -9,7 +9,7 @@ from datasets import Dataset
 from test_ablate import make_tables, run
 
 from steertune.recipes.ablation.grid import make_grid
-from steertune.recipes.arm import ArmError, load_arm, make_arm
+from steertune.recipes.arm import ARMS, ArmError, load_arm, make_arm
 from steertune.recipes.proliferation import ProliferationError, get_augmenter, grown, names, read
 from steertune.recipes.proliferation import function as function_module
 from steertune.recipes.proliferation.perturbations import Perturbations
@@ -235,3 +235,17 @@ def test_a_grid_crosses_it_at_the_same_budget(tmp_path):
     tables["factors"]["data"]["x4"]["proliferation"]["times"] = 3
     changed = {cell.arm.name: cell.key for cell in make_grid(tables).cells()}
     assert {name for name in keys if keys[name] != changed[name]} == {"form=lora,data=x4", "form=bias,data=x4"}
+
+
+def test_a_grid_s_budget_is_the_number_of_steps_of_an_arm_that_says_none(tmp_path):
+    tables = make_tables(tmp_path)
+    kept = make_grid(tables).cells()[0].key
+    arm = ARMS / "lora_templates_dpo.toml"
+    base = tmp_path / "base.toml"
+    base.write_text(arm.read_text().replace("max_steps = 16\n", ""))
+    with pytest.raises(ArmError, match="set trainer.max_steps"):
+        load_arm(str(base))
+    made = make_grid({**tables, "arms": [str(base)]})
+    (own,) = (arm for arm in made.arms if arm.name == "base")
+    assert own.arm.trainer["max_steps"] == made.tables.budget.steps[0] and own.arm.augmenter()
+    assert make_grid(tables).cells()[0].key == kept

@@ -32,6 +32,7 @@ def with_common(raw: dict[str, Any], tables: GridTables) -> dict[str, Any]:
     trainer = raw.get("trainer", {})
     if isinstance(trainer, dict) and trainer.get("max_steps") != 0:
         common["trainer"] = tables.trainer
+        raw = _merge({"trainer": {"max_steps": tables.budget.steps[0]}}, raw)  # every trial has the budget's
     return _merge(raw, {name: table for name, table in common.items() if table})
 
 

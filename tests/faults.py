@@ -114,7 +114,7 @@ FAULTS = [
         "test_trainers_promises", "starts_at_ln_2 or reference_copy",
     ),
     Fault(
-        "the reference copy stays as it was made", "DPO reference", "trainers._mixin",
+        "the reference copy stays as it was made", "DPO reference", "trainers._reference",
         'REFERENCE_ADAPTER}.")).copy_(parameter)', 'REFERENCE_ADAPTER}."))',
         "test_trainers_promises", "starts_at_ln_2 or reference_copy",
     ),

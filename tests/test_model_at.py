@@ -14,6 +14,7 @@ from steertune.adapters import set_strength
 from steertune.losses import get_loss
 from steertune.trainers._at import ModelAt, token_logps
 from steertune.trainers._batch import Batch
+from steertune.trainers._reference import reference_copy
 
 ROWS = [
     {"prompt_ids": [6, 7, 8], "chosen_ids": [9, 10, 2], "rejected_ids": [11, 2]},
@@ -193,7 +194,7 @@ def test_sharded_full_finetuning_keeps_no_reference(tmp_path):
     made = trainer("plain", tmp_path, loss="dpo", peft_config=None)
     made.is_fsdp_enabled = True
     with pytest.raises(ValueError, match="would not be sharded"):
-        made._keep_reference()
+        reference_copy(made)
 
 
 @pytest.mark.parametrize("config", [IA3Config(target_modules=["k_proj"], feedforward_modules=[]), None])

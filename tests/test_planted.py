@@ -13,12 +13,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from steertune.recipes import planted
 from steertune.recipes.ablation.grid import make_grid
+from steertune.recipes.planting.page import _rate
+from steertune.recipes.planting.studies import Study, read_study
+from steertune.recipes.planting.teachers import FORMS, make_teacher, save_base, write_task
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("planted") / "base"
-    planted.save_base(folder)
+    save_base(folder)
     return folder
 
 
@@ -44,19 +47,19 @@ def raised_more(teacher, model, tokenizer, pair: dict) -> bool:
     return chosen > rejected
 
 
-@pytest.mark.parametrize("problem", planted.FORMS)
+@pytest.mark.parametrize("problem", FORMS)
 def test_chosen_is_what_the_teacher_s_change_makes_likelier(problem, base, tmp_path):
     model, tokenizer = AutoModelForCausalLM.from_pretrained(base).eval(), AutoTokenizer.from_pretrained(base)
-    planted.write_task(tmp_path, model, problem, seed=3)
-    teacher = planted.make_teacher(model, problem, 3)
+    write_task(tmp_path, model, problem, seed=3, train=20, test=20)
+    teacher = make_teacher(model, problem, 3)
     assert all(raised_more(teacher, model, tokenizer, pair) for pair in rows(tmp_path / "test.jsonl")[:20])
 
 
 @pytest.mark.parametrize(("problem", "test_is_a_coin"), [("base", True), ("shuffled", False)])
 def test_labels_without_a_teacher_are_a_coins(problem, test_is_a_coin, base, tmp_path):
     model, tokenizer = AutoModelForCausalLM.from_pretrained(base).eval(), AutoTokenizer.from_pretrained(base)
-    planted.write_task(tmp_path, model, problem, seed=5)
-    teacher = planted.make_teacher(model, "bias", 5)
+    write_task(tmp_path, model, problem, seed=5, train=60, test=60)
+    teacher = make_teacher(model, "bias", 5)
 
     def agreement(split: str) -> float:
         pairs = rows(tmp_path / f"{split}.jsonl")[:60]
@@ -66,7 +69,7 @@ def test_labels_without_a_teacher_are_a_coins(problem, test_is_a_coin, base, tmp
     assert (0.3 < agreement("test") < 0.7) if test_is_a_coin else agreement("test") == 1.0
 
 
-def made_up(problem: str, base: Path, **means: float) -> planted.Study:
+def made_up(problem: str, base: Path, **means: float) -> Study:
     """What a study says whose arms (`form_layer`) have these accuracies, with a little noise by seed and row."""
     grid = make_grid(planted.tables(problem, base, ["t0", "t1"]))
     rng = np.random.default_rng(0)
@@ -83,7 +86,7 @@ def made_up(problem: str, base: Path, **means: float) -> planted.Study:
                     "base_accuracy": 0.5, "matched_accuracy": float((margins > 0).mean()),
                     "matched_margins": margins.tolist(),
                 })  # fmt: skip
-    return planted.read_study(problem, grid, pd.DataFrame(cells))
+    return read_study(problem, grid, pd.DataFrame(cells))
 
 
 @pytest.mark.parametrize(
@@ -101,14 +104,14 @@ def made_up(problem: str, base: Path, **means: float) -> planted.Study:
 )
 def test_what_a_study_says(problem, means, named, form, layer, side, false, base):
     found = made_up(problem, base, **means)
-    assert (found.named or problem not in planted.FORMS, found.form, found.layer, found.side, any(found.false)) == (
-        named or problem not in planted.FORMS, form, layer, side, false
+    assert (found.named or problem not in FORMS, found.form, found.layer, found.side, any(found.false)) == (
+        named or problem not in FORMS, form, layer, side, false
     )  # fmt: skip
     assert found.base == 0.5 and set(found.gaps) == {"form gated", "form lora", "layer wrong"}
 
 
 def test_rates_come_with_their_own_uncertainty():
-    assert planted._rate([False] * 24) == "0% [0%, 14%]"
+    assert _rate([False] * 24) == "0% [0%, 14%]"
 
 
 def test_the_suite_runs_and_goes_on(tmp_path, capsys, monkeypatch):

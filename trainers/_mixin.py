@@ -22,7 +22,7 @@ from ..adapters import SteeringVectorConfig, SteeringVectorLayer, steering_layer
 from ..adapters.blocks import text_config
 from ..adapters.card import Card
 from ..losses import Loss, Staged, get_loss, parts
-from ._at import REFERENCE_ADAPTER, ModelAt, prompt_of, scaled
+from ._at import ModelAt, prompt_of, scaled
 from ._batch import Batch
 from ._card import write_trainer_card
 from ._checks import (
@@ -41,6 +41,7 @@ from ._data import PAIR_FORMATS, DataError, check_rows, check_tokens, warn_cut
 from ._guard import FiniteSteps, check_finite
 from ._host import KeepsHost, unpacked, waits
 from ._metrics import Metrics
+from ._reference import add_reference, reference_copy
 from ._resume import (
     CheckpointError,
     Checksums,
@@ -138,7 +139,7 @@ class SteeringMixin(Trainer):
             # a copy: injection writes the resolved layers into the config
             self._attach(given, copy.deepcopy(peft_config), "peft_config" in inspect.signature(parent).parameters)
         elif continued and self.loss is not None and self.loss.reference:
-            _add_reference(given["model"], parent)
+            add_reference(given["model"], parent)
         parent(*bound.args, **bound.kwargs)
         _restore(self.model, adapter_values)
         if self.loss is not None:
@@ -156,7 +157,7 @@ class SteeringMixin(Trainer):
         """Check that the model has what our loss asks for, and keep what training would take away."""
         check_strengths(loss, self.model)
         if loss.reference and changes_base:
-            self._keep_reference()
+            self._reference = reference_copy(self)
         # our loss is already an average over the whole optimiser step
         self.loss_is_scaled_for_ga = self.model_accepts_loss_kwargs = True
 
@@ -173,17 +174,6 @@ class SteeringMixin(Trainer):
         for given, prepared, training in ((raw, self.train_dataset, None), (raw_evaluation, self.eval_dataset, raw)):
             for rows, tokenised in zip(each(given), each(prepared), strict=True):
                 views.add(rows, tokenised, training)
-
-    def _keep_reference(self) -> None:
-        """Copy the model before full finetuning changes it, unless the parent has."""
-        if getattr(self, "ref_model", None) is not None:
-            return
-        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
-            raise ValueError(
-                f"{type(self.loss).__name__} compares with the base model, and full finetuning changes it: the copy "
-                "kept for that would not be sharded. Train an adapter, or use SteeringDPOTrainer."
-            )
-        self._reference = copy.deepcopy(self.model).eval().requires_grad_(False)
 
     def _watch(self) -> None:
         """Add what is measured and checked during training."""
@@ -477,15 +467,3 @@ def _to_fp32(model: nn.Module) -> None:
     for layer in steering_layers(model):
         for parameter in layer.parameters():
             parameter.data = parameter.data.float()
-
-
-def _add_reference(model: PeftModel, parent: Any) -> None:
-    """Keep a frozen copy of the adapter that training continues, as TRL's DPO does by itself."""
-    if "ref_model" in inspect.signature(parent).parameters or REFERENCE_ADAPTER in model.peft_config:
-        return
-    active = str(model.active_adapter)
-    model.add_adapter(REFERENCE_ADAPTER, copy.deepcopy(model.peft_config[active]))
-    with torch.no_grad():
-        for name, parameter in list(model.named_parameters()):
-            if f".{active}." in name:
-                model.get_parameter(name.replace(f".{active}.", f".{REFERENCE_ADAPTER}.")).copy_(parameter)

@@ -1,0 +1,1 @@
+"""The parts of `recipes/planted.py`: teachers and their data, what a study says, the page."""

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from pydantic import BaseModel
-from transformers import TrainerCallback
+from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
 from steertune.recipes.arm import Arm, ArmError
 from steertune.recipes.files import read_text, write_whole
@@ -106,6 +106,13 @@ def fit(trainer: Any, folder: Path) -> float:
     else:
         trainer.train(resume_from_checkpoint=last_checkpoint(folder / "checkpoints"))
     return time.monotonic() - start
+
+
+def silent(trainer: Any) -> Any:
+    """The trainer, without printed logs and without a bar: one of many short trainings, which have a bar together."""
+    for callback in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(callback)
+    return trainer
 
 
 class _MetricsFile(TrainerCallback):

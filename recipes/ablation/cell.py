@@ -17,7 +17,7 @@ from datasets import Dataset
 from filelock import FileLock
 from torch import Tensor
 from torch.nn.functional import logsigmoid
-from transformers import PrinterCallback, ProgressCallback, set_seed
+from transformers import set_seed
 
 from steertune.adapters import SteeringVectorConfig
 from steertune.adapters.card import versions
@@ -38,7 +38,7 @@ from steertune.recipes.measures import (
     reset_peak_memory,
     side_effects,
 )
-from steertune.recipes.training import fit, make_trainer
+from steertune.recipes.training import fit, make_trainer, silent
 from steertune.trainers import NonFiniteError, scalable, scaled, share_weights, train_together
 
 logger = logging.getLogger(__name__)
@@ -231,9 +231,7 @@ def trainer_of(cell: Cell, bench: Bench, setting: Setting, seed: int, home: Path
         "disable_tqdm": True,
     }
     trainer = make_trainer(arm, model, bench.tokenizer, rows, home, bench.prefix, **settings)
-    for callback in (PrinterCallback, ProgressCallback):
-        trainer.remove_callback(callback)
-    return trainer
+    return silent(trainer)
 
 
 def train(cell: Cell, bench: Bench, setting: Setting, seed: int, home: Path) -> tuple[Any, dict[str, Any]]:

@@ -11,7 +11,7 @@ from typing import Any
 
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
-from transformers import PrinterCallback, ProgressCallback, set_seed
+from transformers import set_seed
 
 from steertune.adapters import SteeringVectorConfig, directions, steering_layers
 from steertune.adapters.activations import collect
@@ -21,7 +21,7 @@ from steertune.recipes.measures import batches
 from steertune.recipes.proliferation import grown
 from steertune.recipes.sweeping.bench import Bench
 from steertune.recipes.sweeping.settings import at
-from steertune.recipes.training import fit, make_trainer
+from steertune.recipes.training import fit, make_trainer, silent
 from steertune.trainers import share_weights
 
 _BATCH = 4
@@ -98,9 +98,7 @@ class Source:
         set_seed(table.seed)
         quiet: dict[str, Any] = {"save_strategy": "no", "logging_strategy": "no", "disable_tqdm": True}
         trainer = make_trainer(arm, share_weights(bench.model), bench.tokenizer, rows, home, bench.prefix, **quiet)
-        for callback in (PrinterCallback, ProgressCallback):
-            trainer.remove_callback(callback)
-        fit(trainer, home)
+        fit(silent(trainer), home)
         return trainer.model
 
 

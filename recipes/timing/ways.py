@@ -13,9 +13,10 @@ import torch
 from datasets import Dataset
 from peft import BeftConfig, LoraConfig, PeftConfig
 from torch.profiler import record_function
-from transformers import PrinterCallback, ProgressCallback, TrainerCallback
+from transformers import TrainerCallback
 
 from steertune.adapters import SteeringVectorConfig
+from steertune.recipes.training import silent
 from steertune.trainers import FrozenPrefix, SteeringDPOTrainer, SteeringSFTTrainer, share_weights, train_together
 
 STEPS = 2
@@ -140,9 +141,7 @@ def _trainer(
         loss=way.loss,
         frozen_prefix=prefix,
     )
-    for callback in (PrinterCallback, ProgressCallback):
-        made.remove_callback(callback)
-    return made
+    return silent(made)
 
 
 class _Clock(TrainerCallback):

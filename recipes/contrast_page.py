@@ -8,24 +8,33 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from steertune.recipes.ablation.analysis import in_pairs
 from steertune.recipes.ablation.statistics.paired import Difference, difference, together
+from steertune.recipes.ablation.tables import TaskTable
+
+Values = dict[str, pd.Series]
+"""By condition, per task and seed, a number for every test pair."""
 
 
-def nats(cells: list[dict[str, Any]]) -> dict[str, pd.Series]:
-    """By condition, per task and seed the margins of its test pairs."""
-    index = pd.MultiIndex.from_tuples([(cell["task"], cell["seed"]) for cell in cells], names=["task", "seed"])
+def nats(cells: list[dict[str, Any]], tasks: Sequence[TaskTable] = ()) -> Values:
+    """Margins of the test pairs. Of these `tasks` those made of the same rows count as one, with more seeds."""
+    rows = [{"task": cell["task"], "seed": cell["seed"]} | _arrays(cell["margins"]) for cell in cells]
+    frame = in_pairs(pd.DataFrame(rows), tasks).set_index(["task", "seed"])
+    return {str(name): frame[name] for name in frame}
+
+
+def _arrays(margins: dict[str, list[float]]) -> dict[str, Any]:
+    return {name: np.array(values) for name, values in margins.items()}
+
+
+def right(cells: list[dict[str, Any]], tasks: Sequence[TaskTable] = ()) -> Values:
+    """The same, of whether a pair is preferred the right way (a tie counts half)."""
     return {
-        name: pd.Series([np.array(cell["margins"][name]) for cell in cells], index=index, dtype=object)
-        for name in cells[0]["margins"]
+        name: values.map(lambda margins: (np.sign(margins) + 1) / 2) for name, values in nats(cells, tasks).items()
     }
 
 
-def right(cells: list[dict[str, Any]]) -> dict[str, pd.Series]:
-    """By condition, per task and seed which test pairs are preferred the right way (a tie counts half)."""
-    return {name: values.map(lambda margins: (np.sign(margins) + 1) / 2) for name, values in nats(cells).items()}
-
-
-def questions(found: dict[str, pd.Series], steering: Sequence[str]) -> dict[tuple[str, str], Difference]:
+def questions(found: Values, steering: Sequence[str]) -> dict[tuple[str, str], Difference]:
     """What is asked of the trained model's contrast prompts, corrected for asking several things."""
     trained = "trained, contrast"
     asked = [(trained, other) for other in ("base, contrast", "trained, plain", *steering)]
@@ -33,26 +42,27 @@ def questions(found: dict[str, pd.Series], steering: Sequence[str]) -> dict[tupl
     return together({pair: difference(found[pair[0]] - found[pair[1]]) for pair in asked})
 
 
-def responses(cells: list[dict[str, Any]]) -> dict[tuple[str, str], Difference]:
+def responses(cells: list[dict[str, Any]], tasks: Sequence[TaskTable]) -> dict[tuple[str, str], Difference]:
     """Whether the trained model responds to contrast prompts of the tasks that it was trained on, in accuracy and, as
     the base may be right already, in nats."""
     found = {}
-    for unit, values in (("", right(cells)), (", nats", nats(cells))):
+    for unit, values in (("", right(cells, tasks)), (", nats", nats(cells, tasks))):
         for other in ("base, contrast", "trained, plain"):
             pair = f"trained, contrast{unit}", f"{other}{unit}"
             found[pair] = difference(values["trained, contrast"] - values[other])
     return together(found)
 
 
-def page(about: str, steering: Sequence[str], result: dict[str, Any]) -> str:
+def page(about: str, steering: Sequence[str], tasks: Sequence[TaskTable], result: dict[str, Any]) -> str:
     """What came of it, in Markdown.
 
     Args:
         about: What was trained on what, and measured on what.
         steering: Names of the steering arms.
+        tasks: All tasks.
         result: Cells of `seen` tasks, `cells` of unseen ones, and `side_effects`.
     """
-    effects, found, response = result["side_effects"], right(result["cells"]), responses(result["seen"])
+    effects, response = result["side_effects"], responses(result["seen"], tasks)
     lines = [
         "# Training a model to respond to contrast prompts",
         "",
@@ -68,11 +78,12 @@ def page(about: str, steering: Sequence[str], result: dict[str, Any]) -> str:
         "",
         "## Held-out pair accuracy on unseen tasks",
         "",
-        *_accuracies(found),
+        *_accuracies(right(result["cells"])),
         "",
-        *_differences(questions(found, steering)),
+        *_differences(questions(right(result["cells"], tasks), steering)),
         "",
-        "Intervals for other draws and other test rows; p by the larger of two tests, corrected by Holm per table.",
+        "Intervals for other draws and other test rows (a task and its reverse share theirs); p by the larger of two "
+        "tests, corrected by Holm per table.",
         "",
         f"The trained model without a prompt, on neutral text: KL to the base {effects['kl']:.4f} nats a token, "
         f"perplexity {effects['base_perplexity']:.2f} before and {effects['perplexity']:.2f} after.",
@@ -81,7 +92,7 @@ def page(about: str, steering: Sequence[str], result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _accuracies(found: dict[str, pd.Series]) -> list[str]:
+def _accuracies(found: Values) -> list[str]:
     tasks = sorted({str(task) for series in found.values() for task in series.index.get_level_values("task")})
     lines = ["| | mean | " + " | ".join(tasks) + " |", "|---" * (len(tasks) + 2) + "|"]
     for name, values in found.items():

@@ -9,7 +9,7 @@ file names the tasks: `seen` ones, of which contrast prompts are made that an ad
 
 - without a prompt, behind the pairs' good answers (k-shot), and behind the contrast prompt;
 - by the base model, and by the one that was trained on contrast prompts;
-- and, without a prompt, by every `steering` arm, trained on the same few pairs.
+- and, without a prompt, by every `steering` arm, trained on the same few pairs (with as many in a prompt as there are).
 
 Whether that training took at all is measured too: on held-out pairs of the seen tasks, without a prompt and behind
 contrast prompts of the pairs that it was trained on, by the base model and by the trained one. Without a response
@@ -38,6 +38,7 @@ from tqdm.auto import tqdm
 from transformers import set_seed
 
 from steertune.adapters.checks import check_checksums, write_checksums
+from steertune.recipes.ablation.checks import check_draws
 from steertune.recipes.ablation.grid import find_tasks
 from steertune.recipes.ablation.splits import SplitTable, load_splits
 from steertune.recipes.ablation.tables import TaskTable
@@ -72,8 +73,9 @@ class MixtureTables(BaseModel, extra="forbid"):
     """Pairs in a prompt."""
     examples: int = Field(default=48, ge=2)
     """Contrast prompts of every seen task."""
-    pairs: int = Field(default=8, ge=2)
-    """What there is of an unseen task: demonstrations are drawn from these, steering is trained on them."""
+    pairs: int = Field(default=4, ge=2)
+    """What there is of an unseen task: demonstrations are drawn from these, steering is trained on them. As many as
+    `demonstrations`, and both see the same."""
     seeds: list[Annotated[int, Field(ge=0, lt=2**32)]] = Field(default=[0, 1, 2], min_length=1)
     splits: SplitTable = SplitTable(validation=2, scorer=0, test=24)
 
@@ -134,10 +136,16 @@ class Mixture:
         if both := {task.name for task in self.seen} & {task.name for task in self.unseen}:
             raise ArmError(f"{sorted(both)} are data of seen and of unseen tasks: then nothing there is unseen.")
         find_tasks([*self.seen, *self.unseen])  # no two of one label
-        if tables.pairs <= tables.demonstrations:
+        check_draws(self.unseen)
+        if tables.pairs < tables.demonstrations:
             raise ArmError(
-                f"pairs={tables.pairs} of an unseen task, and {tables.demonstrations} demonstrations in a prompt: one "
-                "pair more at least, since no prompt demonstrates itself."
+                f"pairs={tables.pairs} of an unseen task, and {tables.demonstrations} demonstrations in a prompt: as "
+                "many pairs at least."
+            )
+        if tables.examples <= tables.demonstrations:
+            raise ArmError(
+                f"examples={tables.examples} of a seen task, and {tables.demonstrations} demonstrations in a prompt: "
+                "one example more at least, since no prompt demonstrates itself."
             )
         self.arm = self._trained_arm()
         self.steering = [self._arm(name) for name in tables.steering]
@@ -181,7 +189,7 @@ class Mixture:
             "side_effects": side_effects(neutral_logps(tuned, tokenizer), neutral_logps(model, tokenizer)),
         }
         if main_process:
-            write_whole(folder / "page.md", page(self._about(), self.tables.steering, result))
+            write_whole(folder / "page.md", page(self._about(), self.tables.steering, self.seen + self.unseen, result))
             write_whole(folder / "result.json", json.dumps(result, indent=1))  # last: the run is finished
         return folder / "page.md"
 
@@ -196,7 +204,7 @@ class Mixture:
         """Pairs of all seen tasks behind contrast prompts made of other pairs of the same task."""
         parts = []
         for task in self.seen:
-            rows = self.splits[task.label].train(self.tables.examples, 0)
+            rows = self.splits[task.label].train(self.tables.examples, 0, draw=task.draw)
             view = get_view("demonstrations", k=self.tables.demonstrations, contrast=True, pool=tuple(rows.to_list()))
             parts.append(Dataset.from_list([dict(row) for row in view(rows.to_list())]))
         return concatenate_datasets(parts).shuffle(seed=0)
@@ -206,10 +214,17 @@ class Mixture:
         splits, tables = self.splits[task.label], self.tables
         if prompt == "plain":
             return splits.test
-        pool = splits.train(tables.examples, 0) if task in self.seen else splits.train(tables.pairs, seed)
-        options = {"k": tables.demonstrations, "seed": seed, "pool": tuple(pool.to_list())}
+        seen = task in self.seen
+        pool = splits.train(tables.examples, 0, draw=task.draw) if seen else self._pairs(task, seed)
+        # no two tasks, such as one and its reverse, show the same rows
+        number = seed * len(self.seen) + self.seen.index(task) if seen else seed
+        options = {"k": tables.demonstrations, "seed": number, "pool": tuple(pool.to_list())}
         view = get_view("demonstrations", contrast=prompt == "contrast", **options)
         return Dataset.from_list([dict(row) for row in view(splits.test.to_list())])
+
+    def _pairs(self, task: TaskTable, seed: int) -> Dataset:
+        """What there is of an unseen task."""
+        return self.splits[task.label].train(self.tables.pairs, seed, draw=task.draw)
 
     def _check_prompts(self, model: Any, tokenizer: Any) -> None:
         check_context(model, tokenizer, self.contrast_prompts(), 0, "Contrast prompts of seen tasks")
@@ -262,7 +277,7 @@ class Mixture:
         for arm in self.steering:
             arm = arm.model_copy(update={"data": arm.data.model_copy(update={"seed": seed})})
             quiet = {"save_strategy": "no", "disable_tqdm": True}
-            pairs, home = splits.train(self.tables.pairs, seed), folder / task.label / f"seed{seed}" / arm.name
+            pairs, home = self._pairs(task, seed), folder / task.label / f"seed{seed}" / arm.name
             trainer = make_trainer(arm, share_weights(models["base"]), tokenizer, pairs, home, **quiet)
             fit(trainer, home)
             steered = trainer.accelerator.unwrap_model(trainer.model).eval()

@@ -102,9 +102,9 @@ class _Found:
 
 def _find(tables: GridTables, claim: Claim, cells: Frame, ran: Frame, planned: int) -> _Found:
     """`planned`: pairs of task and seed that the grid has."""
-    paired = analysis.in_pairs(ran, tables)
+    paired = analysis.in_pairs(ran, tables.tasks)
     shares = analysis.attribution(paired, tables, claim.measure, claim.factor)
-    said = analysis.verdict(analysis.in_pairs(cells, tables), claim, shares, planned)
+    said = analysis.verdict(analysis.in_pairs(cells, tables.tasks), claim, shares, planned)
     start = [arm_name(tables, tables.design.start)] if tables.design.start else []
     baselines = dict.fromkeys([claim.than, *start])
     curves = {than: analysis.efficiency(paired, than, claim.measure) for than in baselines}

@@ -15,6 +15,7 @@ from steertune.recipes import contrast_prompts as recipe
 from steertune.recipes.ablation.tables import TaskTable
 from steertune.recipes.arm import ArmError
 
+TASKS = [TaskTable(name="one"), TaskTable(name="one", reverse=True)]
 CONDITIONS = [f"{who}, {name}" for name in ("plain", "k-shot", "contrast") for who in ("base", "trained")]
 
 
@@ -122,11 +123,27 @@ def test_the_check_asks_about_held_out_rows_behind_the_pairs_that_were_trained_o
 def test_the_page_says_whether_the_training_took(better):
     cells = [cell(task, seed, better) for task in ("one", "one_reversed") for seed in range(6)]
     effects = {"kl": 0.0, "perplexity": 1.0, "base_perplexity": 1.0}
-    text = contrast_page.page("A study.", ["bias_dpo"], {"seen": cells, "cells": cells, "side_effects": effects})
+    text = contrast_page.page(
+        "A study.", ["bias_dpo"], TASKS, {"seen": cells, "cells": cells, "side_effects": effects}
+    )
     assert ("It responds to contrast prompts of the tasks" in text) == (better > 0)
     assert ("too little training as well as no transfer" in text) == (better == 0)
-    gain = contrast_page.responses(cells)["trained, contrast, nats", "base, contrast, nats"]
+    gain = contrast_page.responses(cells, TASKS)["trained, contrast, nats", "base, contrast, nats"]
     assert gain.estimate == pytest.approx(2 * better), "from -1 to 1 in this share of the pairs"
+
+
+def test_a_task_and_its_reverse_are_one_task_that_shows_and_trains_on_other_rows(mixture):
+    cells = [cell(task, seed, 0.5) for task in ("one", "one_reversed") for seed in range(2)]
+    both, apart = (contrast_page.nats(cells, tasks)["base, plain"].index for tasks in (TASKS, ()))
+    assert both.tolist() == [("one", f"{task} {seed}") for task in ("one", "one_reversed") for seed in (0, 1)]
+    assert apart.tolist() == [(task, seed) for task in ("one", "one_reversed") for seed in (0, 1)]
+    study = make(mixture, unseen=["two", TaskTable(name="two", reverse=True, draw=1)], demonstrations=3)
+    for tasks, prompt in ((study.seen, "contrast"), (study.unseen, "k-shot")):
+        one, other = (study._shown(task, 0, prompt)["prompt"] for task in tasks)
+        assert [a.split("\n")[-1] for a in one] == [b.split("\n")[-1] for b in other], "the same rows are asked"
+        assert all({*a.split("\n\n")[:-1]} != {*b.split("\n\n")[:-1]} for a, b in zip(one, other, strict=True))
+    one, other = (sorted(study._pairs(task, 0)["prompt"]) for task in study.unseen)
+    assert one != other
 
 
 def cell(task: str, seed: int, better: float) -> dict:
@@ -157,7 +174,9 @@ def test_questions_by_hand():
     [
         ({"unseen": ["one"]}, "are data of seen and of unseen tasks"),
         ({"unseen": [TaskTable(name="two", label="one")]}, "Two tasks are called 'one'"),
-        ({"demonstrations": 4}, "pairs=4 of an unseen task, and 4 demonstrations"),
+        ({"demonstrations": 5}, "pairs=4 of an unseen task, and 5 demonstrations"),
+        ({"demonstrations": 4}, "examples=4 of a seen task, and 4 demonstrations"),
+        ({"unseen": ["two", TaskTable(name="two", reverse=True)]}, "would train on the same rows of '.*': give one"),
         ({"arm": "full_dpo"}, "choose an adapter"),
         ({"arm": "prompt_contrast"}, "is a prompt"),
         ({"steering": ["prompt_contrast"]}, "is a prompt"),

@@ -83,11 +83,11 @@ def mean(values: Frame) -> float:
     return float(np.mean([np.nanmean(rows) for rows in values if np.isfinite(rows).any()]))
 
 
-def in_pairs(cells: Frame, tables: GridTables) -> Frame:
+def in_pairs(cells: Frame, tasks: Sequence[str | TaskTable]) -> Frame:
     """Cells whose `task` and `seed` say what is paired and what is crossed: tasks made of the same rows are one task,
     with a seed for every seed of each, so that what a test row does to all of them is counted once."""
-    tasks = [task if isinstance(task, TaskTable) else TaskTable(name=task) for task in tables.tasks]
-    names = {task.called: task.name for task in tasks}
+    tables = [task if isinstance(task, TaskTable) else TaskTable(name=task) for task in tasks]
+    names = {task.called: task.name for task in tables}
     shared = {label: name for label, name in names.items() if [*names.values()].count(name) > 1}
     if not shared:
         return cells

@@ -29,9 +29,8 @@ def _arrays(margins: dict[str, list[float]]) -> dict[str, Any]:
 
 def right(cells: list[dict[str, Any]], tasks: Sequence[TaskTable] = ()) -> Values:
     """The same, of whether a pair is preferred the right way (a tie counts half)."""
-    return {
-        name: values.map(lambda margins: (np.sign(margins) + 1) / 2) for name, values in nats(cells, tasks).items()
-    }
+    found = nats(cells, tasks)
+    return {name: values.map(lambda margins: (np.sign(margins) + 1) / 2) for name, values in found.items()}
 
 
 def questions(found: Values, steering: Sequence[str]) -> dict[tuple[str, str], Difference]:

@@ -9,7 +9,7 @@ file names the tasks: `seen` ones, of which contrast prompts are made that an ad
 
 - without a prompt, behind the pairs' good answers (k-shot), and behind the contrast prompt;
 - by the base model, and by the one that was trained on contrast prompts;
-- and, without a prompt, by every `steering` arm, trained on the same few pairs (with as many in a prompt as there are).
+- and, without a prompt, by every `steering` arm, trained on these few pairs.
 
 Whether that training took at all is measured too: on held-out pairs of the seen tasks, without a prompt and behind
 contrast prompts of the pairs that it was trained on, by the base model and by the trained one. Without a response

@@ -98,7 +98,7 @@ def run(arm: Arm) -> dict[str, Any]:
     after = _look(arm, model, tokenizer, test, [1.0, *others])
     result = _result(arm, train, test, before, after)
     result["cost"] = {
-        "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "trainable_parameters": trainer.get_num_trainable_parameters(),
         "steps": trainer.state.global_step,
         "train_seconds": seconds,
         "total_seconds": time.monotonic() - started,

@@ -57,7 +57,7 @@ def test_lora_that_starts_as_activation_addition_is_activation_addition(scale, t
         peft_config=SteeringVectorConfig(layers=2, init="mean_difference", init_scale=scale),
     )
     vector.initialise_vectors()
-    made._unstarted[0].start(made)
+    made.initialise_vectors()
     batch = {k: v for k, v in pair_batches(made)[0].items() if k in ("input_ids", "attention_mask")}
     with torch.no_grad():
         ours, theirs = (m.model.eval()(**batch).logits for m in (made, vector))
@@ -219,6 +219,10 @@ def test_one_write_trains_what_one_block_writes(site, maps, config, tmp_path):
     moved = {name for name, p in made.model.named_parameters() if not torch.equal(p, before[name])}
     assert moved and all("layers.2." in name for name in moved)
     assert {part for name in moved for part in name.split(".") if part.endswith("_proj")} == maps
+    sizes = {name: p.numel() for name, p in made.model.named_parameters()}
+    counted = made.get_num_trainable_parameters()
+    assert counted == sum(p.numel() for group in made.optimizer.param_groups for p in group["params"])
+    assert sum(sizes[name] for name in moved) <= counted < sum(sizes.values()), "a gradient may be zero at the start"
 
 
 def test_one_write_where_nothing_is_trained(tmp_path):
@@ -576,5 +580,8 @@ def test_a_loss_that_looks_below_all_that_is_trained_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"Capped looks at the states of layers \[1\].*trained is 2"):
         made.train()
     trained("dpo", tmp_path / "b", loss=loss, peft_config=SteeringVectorConfig(layers=1), max_steps=1)
+    held = trainer("dpo", tmp_path / "d", loss=loss, peft_config=lora(), biases={"one_write": {"layer": 2}})
+    with pytest.raises(ValueError, match=r"Capped looks at the states of layers \[1\].*trained is 2"):
+        held.train()
     nested = get_loss("dpo", beta=0.5, contrast="unpaired", change_cap=1.0)
     trainer("dpo", tmp_path / "c", loss=nested, peft_config=lora(), beta=0.5)

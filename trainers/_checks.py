@@ -16,7 +16,7 @@ from ..adapters.blocks import find_blocks, resolve_layers
 from ..losses import Loss, parts
 from ._at import scaled
 from ._data import DataError
-from .prefix.cut import base_of, lowest_changed
+from .prefix.cut import base_of
 from .views import View, ViewError
 
 
@@ -57,10 +57,12 @@ def check_layers(loss: Loss | None, model: nn.Module) -> None:
     looking = [part for part in parts(loss) if hasattr(part, "layers")] if loss is not None and loss.states else []
     if not looking or any(p.requires_grad for p in base.get_input_embeddings().parameters()):
         return
-    lowest = lowest_changed(model, training=True)
-    for part in looking if lowest is not None else []:
-        found = resolve_layers(vars(part)["layers"], len(find_blocks(base)))
-        if lowest is not None and max(found) < lowest:
+    blocks = find_blocks(base)
+    trained = [i for i, (_, block) in enumerate(blocks) if any(p.requires_grad for p in block.parameters())]
+    lowest = min(trained, default=0)
+    for part in looking:
+        found = resolve_layers(vars(part)["layers"], len(blocks))
+        if max(found) < lowest:
             raise ValueError(
                 f"{type(part).__name__} looks at the states of layers {found}, and the lowest layer that is trained "
                 f"is {lowest}: it would change nothing. Name a layer from there on (layers=, or cap_layers=)."

@@ -232,9 +232,6 @@ class SteeringMixin(Trainer):
             self.resumed, args = self._checkpoint(asked), args[1:]
             kwargs["resume_from_checkpoint"] = self.resumed
             self.initialise_vectors()
-            while self._unstarted:  # one that is refused is refused again by the next call
-                self._unstarted[0].start(self)
-                self._unstarted.pop(0)
             if self.args.logging_strategy != "no":
                 with self._before_deepspeed():
                     self._vitals.start(self)
@@ -266,10 +263,14 @@ class SteeringMixin(Trainer):
         return found
 
     def initialise_vectors(self) -> None:
-        """Compute initial vectors that need data, as `train` does first: activation addition without training."""
+        """Compute initial vectors that need data, and let biases start, as `train` does first: activation addition
+        without training."""
         _to_fp32(self.model)
         with self._before_deepspeed():
             fill_missing_vectors(self)
+        while self._unstarted:  # one that is refused is refused again by the next call
+            self._unstarted[0].start(self)
+            self._unstarted.pop(0)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """As the parent's; stops on a loss that is not finite, before the optimiser uses it."""
@@ -408,6 +409,13 @@ class SteeringMixin(Trainer):
             check_saved(saved, folder)
             if not _internal_call:
                 write_trainer_card(self, folder)
+
+    def get_num_trainable_parameters(self) -> int:
+        """As the parent's, without what the biases hold during training."""
+        with ExitStack() as stack:
+            for bias in self._biases:
+                stack.enter_context(bias.during(self))
+            return super().get_num_trainable_parameters()
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """As the parent's, which `push_to_hub` calls, with its metadata and the text of `card`."""

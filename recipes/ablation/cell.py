@@ -247,13 +247,12 @@ def train(cell: Cell, bench: Bench, setting: Setting, seed: int, home: Path) -> 
     seconds = fit(trainer, home)
     model = trainer.model.eval()
     batch = trainer.args.per_device_train_batch_size * trainer.args.gradient_accumulation_steps
-    parameters = sum(p.numel() for p in model.parameters() if p.requires_grad) if trainer.args.max_steps else 0
     return model, {
         "train_seconds": seconds,
         "steps": trainer.state.global_step,
         "pairs_read": trainer.state.global_step * batch,
         "tokens_read": round(trainer.state.global_step * batch * _tokens_of_a_pair(trainer)),
-        "parameters": parameters,
+        "parameters": trainer.get_num_trainable_parameters() if trainer.args.max_steps else 0,
     }
 
 

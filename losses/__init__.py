@@ -30,23 +30,31 @@ def get_loss(
     contrast: Contrast = "paired",
     neutral_kl: float = 0.0,
     change_cap: float = 0.0,
-    cap_layers: Where | list[int | float] = 0.67,
-    cap_weight: float = 1.0,
+    cap_layers: Where | list[int | float] | None = None,
+    cap_weight: float | None = None,
     then: str | Loss | None = None,
-    then_after: float = 0.5,
+    then_after: float | None = None,
     **options: Any,
 ) -> Loss:
     """A loss by name (its file), with its hyperparameters; a `Loss` object is returned as it is.
 
     `contrast` says what a pair loss contrasts the chosen answer with: `paired`, `unpaired` or `none`; a loss of one
     answer, on pairs, becomes the `difference` of its two. `neutral_kl` adds a KL to the base model on neutral text,
-    with this weight. `change_cap` makes it cost (`cap_weight`) to change the residual stream of `cap_layers` by a
-    longer vector than this. `then` names the loss (with its defaults) that takes over after `then_after` of all steps.
+    with this weight. `change_cap` makes it cost (`cap_weight`, 1) to change the residual stream of `cap_layers` (0.67)
+    by a longer vector than this. `then` names the loss (with its defaults) that takes over after `then_after` (0.5) of
+    all steps.
 
     Raises:
         ValueError: an unknown name or option (the message names the nearest), options for an object, `then` with a
-            term that would go around both.
+            term that would go around both, an option of a term that is not there.
     """
+    for option, value, of, missing in (
+        ("cap_layers", cap_layers, "change_cap", change_cap == 0),
+        ("cap_weight", cap_weight, "change_cap", change_cap == 0),
+        ("then_after", then_after, "then", then is None),
+    ):
+        if value is not None and missing:
+            raise ValueError(f"{option}={value!r} says how {of} works, which is not given: it would change nothing.")
     if then is not None and (change_cap or neutral_kl):
         raise ValueError("then= with change_cap or neutral_kl: put those on the two losses, and give objects.")
     if isinstance(loss, Loss):
@@ -58,9 +66,10 @@ def get_loss(
     if contrast != "paired":
         made = Contrasted(made, contrast)
     if then is not None:
-        made = Staged(made, get_loss(then), then_after)
+        made = Staged(made, get_loss(then), 0.5 if then_after is None else then_after)
     if change_cap != 0:
-        made = Capped(made, change_cap, layers_of(cap_layers), cap_weight)
+        where = layers_of(0.67 if cap_layers is None else cap_layers)
+        made = Capped(made, change_cap, where, 1.0 if cap_weight is None else cap_weight)
     return made if neutral_kl == 0 else Regularised(made, neutral_kl)
 
 

@@ -80,6 +80,7 @@ class Loss(ABC):
         views: Names of the views that it asks for.
         states: Whether it asks for hidden states.
         stops: Whether the training is over once it is 0 on every example.
+        separable: Whether a pair's value is a term of its chosen answer plus one of its rejected answer.
     """
 
     pairs: ClassVar[bool] = True
@@ -89,6 +90,7 @@ class Loss(ABC):
     views: ClassVar[tuple[str, ...]] = ()
     states: ClassVar[bool] = False
     stops: ClassVar[bool] = False
+    separable: ClassVar[bool] = False
 
     @abstractmethod
     def __call__(self, at: At, generator: torch.Generator | None = None) -> Tensor:

@@ -22,14 +22,15 @@ nothing but a length bounds it: add `change_cap`, or train few steps.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from ._base import At, Outputs
-from ._wrapped import Wrapped, per_row
+from ._wrapped import Wrapped, parts, per_row
 
 Contrast = Literal["paired", "unpaired", "none", "difference"]
 
@@ -43,8 +44,9 @@ class Contrasted(Wrapped):
         contrast: See the tables of this module.
 
     Raises:
-        ValueError: the loss has no rejected side; `none` for a loss without a reference; `difference` for a loss of
-            pairs, or of views or states, whose target is not another for the rejected answer.
+        ValueError: the loss has no rejected side; `none` for a loss without a reference; `unpaired` for one that adds
+            up a term of each answer; `difference` for a loss of pairs, or of views or states, whose target is not
+            another for the rejected answer.
     """
 
     contrast: Contrast
@@ -58,6 +60,11 @@ class Contrasted(Wrapped):
             raise ValueError(
                 f"{type(self.loss).__name__} has no rejected answers, so no contrast={self.contrast!r}: 'difference' "
                 "is the contrast of a loss of one answer."
+            )
+        if self.contrast == "unpaired" and self.loss.separable:
+            raise ValueError(
+                f"{type(parts(self.loss)[-1]).__name__} adds up a term of the chosen and one of the rejected answer: "
+                "which is paired with which changes nothing. contrast='unpaired' is for losses that compare them."
             )
         if self.contrast == "none" and not self.loss.reference:
             raise ValueError(
@@ -94,10 +101,21 @@ class Contrasted(Wrapped):
             chosen, rejected = self._per_row(self.loss(at, generator), at(1.0).mask).chunk(2)
             return (chosen - rejected) / 2
         if self.contrast == "none":
-            return self.loss(lambda strength: _rejected(at(strength), at(0.0).rejected), generator)
+            return self.loss(self._seen(at, lambda _: at(0.0).rejected), generator)
         if self.contrast == "unpaired":
-            return self.loss(lambda strength: _rejected(at(strength), _next(at(strength).rejected)), generator)
+            return self.loss(self._seen(at, lambda outputs: _next(outputs.rejected)), generator)
         return self.loss(at, generator)
+
+    @staticmethod
+    def _seen(at: At, rejected: Callable[[Outputs], Outputs]) -> At:
+        """The batch with another rejected side; states and distributions, which a term around a loss asks for, are
+        those of the rows as they are."""
+
+        def seen(strength: Any, **asked: Any) -> Outputs:
+            outputs = at(strength, **asked)
+            return outputs if asked else _rejected(outputs, rejected(outputs))
+
+        return seen
 
     def _per_row(self, value: Tensor, mask: Tensor) -> Tensor:
         """A loss of one answer as one number a row."""

@@ -52,6 +52,11 @@ class Wrapped(Loss):
         return self.loss.stops
 
     @property
+    def separable(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """As the loss."""
+        return self.loss.separable
+
+    @property
     def views(self) -> tuple[str, ...]:  # pyright: ignore[reportIncompatibleVariableOverride]
         """As the loss."""
         return self.loss.views

@@ -6,8 +6,9 @@ Promotion raises every token of the chosen answer, suppression lowers every toke
     suppression   -Σ log(1 - π(y⁻_t))
     mixed         both
 
-With `satisfice` the chosen answer is promoted only until it is as likely as the base model finds the rejected one, its
-natural answer: `max(0, -Σ log π(y⁺_t) + Σ log π₀(y⁻_t))`. Once that is 0 on every example the training stops.
+With `satisfice` the chosen answer is promoted only until it is as likely as the base model finds the rejected one:
+`max(0, -Σ log π(y⁺_t) + Σ log π₀(y⁻_t))`. Once that is 0 on every example the training stops. The paper takes the
+base's own answer; here that is so where the rejected answers are what the base says.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ class OneShot(Loss):
 
     Args:
         mode: Which side is optimised.
-        satisfice: Promote no further than the base model's own answer is likely, and stop there.
+        satisfice: Promote no further than the rejected answer is likely for the base model, and stop there.
 
     Raises:
         ValueError: an unknown mode, or `satisfice` with nothing to promote.
@@ -47,8 +48,13 @@ class OneShot(Loss):
 
     @property
     def reference(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """Whether the base's own answer is asked for."""
+        """Whether the base is asked how likely the rejected answer is."""
         return self.satisfice
+
+    @property
+    def separable(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Unless the promotion ends where the rejected answer says."""
+        return not self.satisfice
 
     @property
     def stops(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]

@@ -7,6 +7,7 @@ Contrast without a margin: each side has its own term.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -24,6 +25,7 @@ class Unlikelihood(Loss):
         alpha: Weight of the unlikelihood term.
     """
 
+    separable: ClassVar[bool] = True
     alpha: float = 1.0
 
     def __post_init__(self) -> None:

@@ -303,6 +303,11 @@ def _check_teachers(arm: Arm) -> None:
         if name not in seen:
             raise ArmError(f'[teachers.{name}] is asked by no view: [views.good] name = "teacher", model = "{name}".')
         make_arm({"name": name, "data": {"name": arm.data.name}, "adapter": table.adapter, "trainer": table.trainer})
+        if table.adapter.get("type") != arm.adapter.get("type") and "learning_rate" not in table.trainer:
+            raise ArmError(
+                f"[teachers.{name}] trains {table.adapter.get('type')!r} at the learning rate that the arm has for "
+                f"{arm.adapter.get('type')!r}: set teachers.{name}.trainer.learning_rate."
+            )
 
 
 def reasons(error: ValidationError) -> str:

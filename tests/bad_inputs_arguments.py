@@ -109,6 +109,10 @@ ROWS: dict[str, Row] = {
         "then_after=1.0: the first loss's share", "dpo", then="ipo", then_after=1.0
     ),
     "loss that hands over at text": loss("then_after='x'", "dpo", then="ipo", then_after="x"),
+    "loss with the weight of no cap": loss("cap_weight=2.0 says how change_cap works", "dpo", cap_weight=2.0),
+    "loss with the layers of no cap": loss("cap_layers=0.5 says how change_cap works", "dpo", cap_layers=0.5),
+    "loss with the share of no other": loss("then_after=0.3 says how then works", "dpo", then_after=0.3),
+    "loss that adds up its answers, unpaired": loss("changes nothing", "unlikelihood", contrast="unpaired"),
     "loss that hands over under a cap": loss("put those on the two losses", "dpo", then="ipo", change_cap=1.0),
     "loss object with options": loss("go with a loss name, not with an object", get_loss("dpo"), beta=1.0),
     "loss with strengths of 0": loss(r"factors\[0\]=0 must be above 0", "reps", factors=[0]),
@@ -178,10 +182,15 @@ ROWS: dict[str, Row] = {
         "frozen_prefix='yes': give True, False, or a FrozenPrefix", frozen_prefix="yes"
     ),
     "trainer with views of text": trainer("views='good'", views="good"),
-    "trainer with a view of a number": trainer("Unknown view 5", views={"good": 5}, loss="dpo"),
+    "trainer with a view of a number": trainer("Unknown view 5", views={"good": 5}, loss="prompted"),
     "trainer with a bias of text": trainer("biases='one_write': a table of names", biases="one_write"),
     "trainer with biases of a number": trainer("biases=5", biases=5),
     "trainer whose loss misses its view": trainer(r"\['good'\] are not in views=", loss="prompted"),
+    "trainer with a view that nobody sees": trainer(
+        r"views \['good'\] are seen by nobody: DPO asks for \[\]",
+        loss="dpo",
+        views={"good": get_view("instruction", text="x")},
+    ),
     "trainer on evaluation rows that are empty": trainer(
         "'chosen' is empty", eval_dataset=tiny_data.pairs(1).map(lambda row: {"chosen": ""})
     ),

@@ -267,7 +267,7 @@ ROWS: dict[str, Row] = {
     "mixture with an unknown key": mixture("Unknown key 'unsen'.*'unseen'", unsen=[]),
     "mixture of the same tasks": mixture("nothing there is unseen", seen=["a"], unseen=["a"]),
     "mixture of a task that is a path": mixture(NAME, seen=[".."]),
-    "mixture of too few pairs": mixture("one pair more at least", pairs=4),
+    "mixture of too few pairs": mixture("pairs=3 of an unseen task, and 4 demonstrations", pairs=3),
     "mixture with a negative seed": mixture("seeds.0: Input should be greater", seeds=[-1]),
     "mixture with an arm of a path": mixture("No arm '../x'", arm="../x"),
     "mixture with a steering arm of nothing": mixture("No arm 'nothing'", steering=["nothing"]),

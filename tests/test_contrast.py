@@ -12,7 +12,7 @@ from datasets import Dataset
 from peft import LoraConfig
 from tiny_data import history, losses, pairs, same, tokenizer, trained, trainer, values
 
-from steertune.losses import Contrasted, Outputs, get_loss
+from steertune.losses import Contrasted, Outputs, get_loss, names
 from steertune.losses.bipo import BiPO
 from steertune.losses.cross_entropy import CrossEntropy
 from steertune.losses.dpo import DPO
@@ -90,7 +90,7 @@ def test_contrast_by_hand(loss, contrast, slow):
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("loss", [DPO(), IPO(), SimPO(), BiPO(), Unlikelihood()], ids=lambda loss: type(loss).__name__)
+@pytest.mark.parametrize("loss", [DPO(), IPO(), SimPO(), BiPO()], ids=lambda loss: type(loss).__name__)
 def test_unpaired_is_the_loss_on_rejected_rows_rolled_by_one(loss):
     def rolled(strength: float) -> Outputs:
         order = [0, 1, 2, 4, 5, 3]
@@ -100,6 +100,40 @@ def test_unpaired_is_the_loss_on_rejected_rows_rolled_by_one(loss):
     found = get_loss(loss, contrast="unpaired")(model, flip(1))
     assert torch.equal(found, loss(rolled, flip(1)))
     assert not torch.equal(found, loss(model, flip(1)))
+
+
+@pytest.mark.parametrize("name", [name for name in names() if get_loss(name).pairs])
+@pytest.mark.parametrize("options", [{}, {"mode": "mixed"}, {"mode": "mixed", "satisfice": True}], ids=str)
+def test_unpaired_is_refused_exactly_where_it_changes_nothing(name, options):
+    """Of the whole batch: a sum of one term an answer does not say which belong together."""
+    loss = get_loss(name, **(options if name == "one_shot" else {"theta": 9.0} if name == "split" else {}))
+
+    def rolled(strength: Any) -> Outputs:
+        outputs = model(3.0 if strength == "null" else strength)
+        return Outputs(outputs.token_logps[[0, 1, 2, 4, 5, 3]], outputs.mask[[0, 1, 2, 4, 5, 3]])
+
+    def plain(strength: Any) -> Outputs:
+        return model(3.0 if strength == "null" else strength)
+
+    same = torch.allclose(loss(rolled, flip(1)).sum(), loss(plain, flip(1)).sum(), rtol=0, atol=1e-9)
+    if loss.separable:
+        assert same
+        with pytest.raises(ValueError, match="which is paired with which changes nothing"):
+            Contrasted(loss, "unpaired")
+    elif name != "split":  # whose hinge is active on all rows here, and need not be
+        assert not same
+
+
+def test_a_term_around_a_loss_may_stand_inside_a_contrast():
+    def at(strength: float, layers: Any = (), **_: Any) -> Outputs:
+        outputs = model(strength)
+        hidden = torch.full((int(MASK.sum()), 2), float(strength))
+        return Outputs(outputs.token_logps, outputs.mask, dict.fromkeys(range(len(layers)), hidden) if layers else {})
+
+    for contrast in ("unpaired", "none"):
+        inside = Contrasted(get_loss("dpo", change_cap=0.1, cap_layers=[1]), contrast)
+        outside = get_loss("dpo", contrast=contrast, change_cap=0.1, cap_layers=[1])
+        assert torch.equal(inside(at), outside(at)) and not torch.equal(inside(at), get_loss("dpo")(at))
 
 
 def gradients(contrast: str, loss: Any = None) -> torch.Tensor:

@@ -165,16 +165,17 @@ def test_ccs_loss_by_hand(monkeypatch):
     generator = torch.Generator().manual_seed(3)
     chosen, rejected = torch.randn(6, 4, generator=generator), torch.randn(6, 4, generator=generator)
     starts = torch.randn(10, 4, generator=torch.Generator().manual_seed(0)) / 2
-    sides = []
+    sides, spread = [], torch.zeros(4)
     for first, second in ((chosen, rejected), (rejected, chosen)):
         side = torch.stack([(second if i % 2 else first)[i] for i in range(6)])
         sides.append((side - side.mean(dim=0)) / side.std(dim=0))
+        spread += side.std(dim=0)
     losses = []
     for w in starts:
         p, q = (1 / (1 + torch.exp(-side @ w)) for side in sides)
         losses.append(float((((p - (1 - q)) ** 2) + torch.minimum(p, q) ** 2).mean()))
     # found on scaled states, given for states as they are
-    best = starts[int(np.argmin(losses))] / (chosen.std(dim=0) + rejected.std(dim=0))
+    best = starts[int(np.argmin(losses))] / spread
     assert abs(cosine(module.fit({0: chosen}, {0: rejected})[0], best)) == pytest.approx(1, abs=1e-6)
 
 

@@ -96,6 +96,17 @@ def nothing(row, random):
     return None
 
 
+def test_a_function_may_change_its_row_in_place():
+    def louder(row, random):
+        row["prompt"][-1]["content"] += "!" * random.randint(1, 10**6)
+        return row
+
+    talk = [{"prompt": [{"role": "user", "content": prompt}], "chosen": "a", "rejected": "b"} for prompt in PROMPTS]
+    found = grown(Dataset.from_list(talk), get_augmenter("function", function=louder), 3, show=False).rows
+    said = [row["prompt"][0]["content"] for row in found]
+    assert said[:3] == PROMPTS[:3] and len({*said}) == 9, "the rows themselves stay as they are"
+
+
 def test_a_function_of_the_user_s(monkeypatch):
     found = grown(rows(), get_augmenter("function", function=shout), 3, show=False)
     assert len(found.rows) == 9 and all(

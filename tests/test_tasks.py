@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from steertune.recipes.arm import NEUTRAL
 from steertune.recipes.embedded import TASKS, task_names
 from steertune.recipes.measures import neutral_rows
 
@@ -63,6 +64,14 @@ def test_no_near_duplicates_within_or_across_splits(task: str) -> None:
 def test_the_check_for_near_duplicates_finds_one() -> None:
     assert near("What is a good first motorcycle?", "What's a good first motorcycle")
     assert not near("What is a good first motorcycle?", "We might adopt a second child.")
+
+
+def test_what_neutral_training_shows_is_not_what_side_effects_are_measured_on() -> None:
+    measured, shown = (
+        [str(json.loads(line)["prompt"][-1]["content"]) for line in file.read_text(encoding="utf-8").splitlines()]
+        for file in (NEUTRAL.with_name("neutral.jsonl"), NEUTRAL)
+    )
+    assert len(measured) > 8 < len(shown) and not [pair for pair in itertools.product(shown, measured) if near(*pair)]
 
 
 def test_neutral_rows_are_demonstrations() -> None:

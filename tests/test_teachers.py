@@ -43,7 +43,8 @@ def test_the_memo_changes_nothing_and_asks_teachers_once(loss, tmp_path):
     calls = []
     views["good"].model.register_forward_pre_hook(lambda *_: calls.append(1))
     before = {name: p.clone() for name, p in views["good"].model.named_parameters()}
-    options = {"data": pairs(4), "loss": loss, "views": views, "max_steps": 4}
+    seen = {name: views[name] for name in get_loss(loss).views}
+    options = {"data": pairs(4), "loss": loss, "views": seen, "max_steps": 4}
     ours = trained("dpo", tmp_path / "a", frozen_prefix=FrozenPrefix(), **options)
     # a row is asked for alone and kept; whole distributions are not
     assert len(calls) == 4
@@ -83,9 +84,12 @@ TABLES = {
     "data": {"name": "cautious_advice"},
     "adapter": {"type": "steering_vector", "layers": 2},
     "loss": {"name": "lorra", "layers": [2, 3]},
-    "teachers": {"good": {"chosen": ""}, "bad": {"rejected": "", "trainer": {"learning_rate": 0.03}}},
+    "teachers": {
+        "good": {"chosen": "", "trainer": {"learning_rate": 0.02}},
+        "bad": {"rejected": "", "trainer": {"learning_rate": 0.03}},
+    },
     "views": {"good": TEACHER, "bad": TEACHER},
-    "trainer": {"max_steps": 6, "learning_rate": 0.02, "per_device_train_batch_size": 4},
+    "trainer": {"max_steps": 6, "learning_rate": 0.1, "per_device_train_batch_size": 4},
 }
 
 
@@ -130,7 +134,7 @@ def test_one_teacher_of_both_answers_sees_an_instruction_before_each():
     table = make_arm(
         {
             **TABLES,
-            "teachers": {"both": {"chosen": "be good", "rejected": "be bad"}},
+            "teachers": {"both": {"chosen": "be good", "rejected": "be bad", "trainer": {"learning_rate": 0.02}}},
             "views": {"good": {**TEACHER, "model": "both"}, "bad": {**TEACHER, "model": "both"}},
         }
     ).teachers["both"]
@@ -149,6 +153,10 @@ def test_one_teacher_of_both_answers_sees_an_instruction_before_each():
         ({"teachers": {**TABLES["teachers"], "third": {"chosen": ""}}}, r"\[teachers.third\] is asked by no view"),
         ({"views": {"good": {**TEACHER, "instructions": "x"}, "bad": TEACHER}}, "Did you mean 'instruction'"),
         ({"teachers": {"good": {"chosen": "", "adapter": {"type": "lroa"}}, "bad": {"rejected": ""}}}, "'lroa' is no"),
+        (
+            {"teachers": {**TABLES["teachers"], "bad": {"rejected": ""}}},
+            r"\[teachers.bad\] trains 'lora' at the learning rate .*'steering_vector': set teachers.bad.trainer.learn",
+        ),
     ],
 )
 def test_bad_tables(change, message):

@@ -10,13 +10,18 @@ from peft import LoraConfig
 from tiny_data import TEMPLATE, conversational, demonstrations, losses, pairs, tokenizer, trained, trainer, values
 
 from steertune.adapters import SteeringVectorConfig
-from steertune.losses import Outputs, Staged, get_loss
+from steertune.losses import Loss, Outputs, Staged, get_loss
 from steertune.trainers import Batch, FrozenPrefix, View, ViewError, collator, get_view, tokenise, train_together
 from steertune.trainers._at import ModelAt
 from steertune.trainers.views import Views, names
 
 GOOD, BAD = get_view("instruction", text="now we stay"), get_view("instruction", text="then you go")
 BOTH = {"good": GOOD, "bad": BAD}
+
+
+def seen_by(loss: str | Loss, **others: View) -> dict[str, View]:
+    """The views that a loss asks for."""
+    return {name: {**BOTH, **others}[name] for name in get_loss(loss).views}
 
 
 # -- what a view makes of a row --------------------------------------------------------------------------------------
@@ -53,6 +58,17 @@ def test_demonstrations_are_other_rows_with_their_answers():
         assert own == f"q{i} " and len(shown) == 2 and f"q{i} good{i}" not in shown
         assert set(shown) < {f"q{j} good{j}" for j in range(4)}
         assert row["chosen"] == f"good{i}"
+
+
+def test_where_all_ask_the_same_other_answers_are_demonstrations():
+    rows = [{"prompt": "Say something: ", "chosen": f"good {i}", "rejected": f"bad {i}"} for i in range(5)]
+    seen = [row["prompt"] for row in get_view("demonstrations", k=4, contrast=True)(rows)]
+    for i, prompt in enumerate(seen):
+        assert [f"good {j}" in prompt for j in range(5)] == [j != i for j in range(5)]
+    [asked] = get_view("demonstrations", k=5, pool=tuple(rows))([{"prompt": "Say something: "}])
+    assert all(row["chosen"] in asked["prompt"] for row in rows), "a row without an answer is none of them"
+    with pytest.raises(ViewError, match="2 demonstrations asked, 1 other examples"):
+        get_view("demonstrations", k=2)([*ROWS[:2], {**ROWS[0], "chosen": "another answer"}])
 
 
 def test_demonstrations_of_a_conversation_are_turns():
@@ -387,7 +403,7 @@ def test_context_distillation_is_the_divergence_from_the_prompted_model(tmp_path
 def test_trains_any_adapter(loss, adapter, tmp_path):
     options = {} if adapter else {"ref_model": tiny()}
     made = trained(
-        "dpo", tmp_path, loss=loss, views=BOTH, peft_config=adapter, max_steps=8,
+        "dpo", tmp_path, loss=loss, views=seen_by(loss), peft_config=adapter, max_steps=8,
         learning_rate=0.01 if adapter else 1e-3, lr_scheduler_type="constant", **options,
     )  # fmt: skip
     first, *_, last = losses(made)
@@ -399,7 +415,7 @@ IA2 = get_loss("prompted", site="attention", layers="all", then="cross_entropy")
 
 @pytest.mark.parametrize("loss", ["lorra", IA2, "context_distillation", get_loss("dpo", neutral_kl=0.3)])
 def test_the_memo_changes_nothing(loss, tmp_path):
-    views = {**BOTH, "neutral": get_view("neutral", rows=demonstrations(3, seed=7).to_list())}
+    views = seen_by(loss, neutral=get_view("neutral", rows=demonstrations(3, seed=7).to_list()))
     options = {"loss": loss, "views": views, "peft_config": SteeringVectorConfig(layers=1), "max_steps": 4}
     prefix = FrozenPrefix()
     ours = trained("dpo", tmp_path / "a", frozen_prefix=prefix, **options)
@@ -420,9 +436,9 @@ def divergence(made) -> float:
 
 def test_neutral_kl_keeps_neutral_text_as_it_was(tmp_path):
     views = {"neutral": get_view("neutral", rows=demonstrations(4, seed=7).to_list())}
-    options = {"views": views, "max_steps": 20, "learning_rate": 0.03}
+    options = {"max_steps": 20, "learning_rate": 0.03}
     free = trained("dpo", tmp_path / "free", loss="dpo", **options)
-    held = trained("dpo", tmp_path / "held", loss=get_loss("dpo", neutral_kl=100.0), **options)
+    held = trained("dpo", tmp_path / "held", loss=get_loss("dpo", neutral_kl=100.0), views=views, **options)
     assert divergence(held) < divergence(free) / 3
 
 
@@ -470,12 +486,17 @@ def test_both_stages_get_their_steps(share, steps, first):
 
 def test_stages_follow_each_other_and_resume(tmp_path):
     loss = get_loss("prompted", layers=2, then="dpo")
-    options = {"views": {"good": GOOD}, "peft_config": SteeringVectorConfig(layers=1), "max_steps": 6}
-    options |= {"save_strategy": "steps", "save_steps": 4}
+    options = {
+        "peft_config": SteeringVectorConfig(layers=1),
+        "max_steps": 6,
+        "save_strategy": "steps",
+        "save_steps": 4,
+    }
+    second = trained("dpo", tmp_path / "second", loss="dpo", **options)
+    options["views"] = {"good": GOOD}
     staged = trained("dpo", tmp_path / "staged", loss=loss, **options)
     first = trained("dpo", tmp_path / "first", loss=get_loss("prompted", layers=2), **options)
     assert losses(staged)[:3] == losses(first)[:3], "half of the steps are the first loss's"
-    second = trained("dpo", tmp_path / "second", loss="dpo", **options)
     assert losses(staged)[3] == pytest.approx(losses(second)[0], abs=0.02), "then it is DPO, about log 2 at first"
     resumed = trainer("dpo", tmp_path / "staged", loss=loss, **options)
     resumed.train(resume_from_checkpoint=str(tmp_path / "staged" / "checkpoint-4"))

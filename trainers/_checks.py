@@ -87,10 +87,16 @@ def check_strengths(loss: Loss, model: nn.Module) -> None:
 
 
 def check_views(loss: Loss | None, views: Mapping[str, str | View] | None, data: Iterable[Any]) -> None:
-    """Raise a ViewError when the loss asks for views that nobody gave, or when data have no rows to make them of."""
+    """Raise a ViewError when the loss asks for views that nobody gave, or does not ask for those that are there, or
+    when data have no rows to make them of."""
     needed = () if loss is None else loss.views
     if missing := [name for name in needed if name not in (views or {})]:
         raise ViewError(f"{type(loss).__name__} compares with the views {list(needed)}; {missing} are not in views=.")
+    if unused := [name for name in views or () if name not in needed]:
+        raise ViewError(
+            f"views {unused} are seen by nobody: {'the loss' if loss is None else type(loss).__name__} asks for "
+            f"{list(needed)}. Leave them out, or choose the loss that compares with them."
+        )
     for part in (part for given in data for part in each(given)):
         if views and not isinstance(part, Dataset):
             raise ViewError(

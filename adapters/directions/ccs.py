@@ -29,7 +29,8 @@ def _fit(chosen: Tensor, rejected: Tensor) -> Tensor:
     if len(chosen) < 4:
         raise ValueError(f"direction='ccs' needs at least 4 pairs, there are {len(chosen)}.")
     turned = (torch.arange(len(chosen)) % 2 == 1)[:, None]
-    sides = [_scaled(torch.where(turned, b, a)) for a, b in ((chosen, rejected), (rejected, chosen))]
+    plain = [torch.where(turned, b, a) for a, b in ((chosen, rejected), (rejected, chosen))]
+    sides = [_scaled(side) for side in plain]
     generator = torch.Generator().manual_seed(0)
     weights = torch.randn(_STARTS, chosen.shape[1], generator=generator) / chosen.shape[1] ** 0.5
     weights = weights.requires_grad_()
@@ -44,7 +45,7 @@ def _fit(chosen: Tensor, rejected: Tensor) -> Tensor:
             losses.sum().backward()
             optimiser.step()
     # found on scaled states; a reader takes them as they are
-    scale = torch.stack([chosen.std(dim=0), rejected.std(dim=0)]).mean(dim=0).clamp_min(1e-6)
+    scale = torch.stack([side.std(dim=0) for side in plain]).mean(dim=0).clamp_min(1e-6)
     direction = weights[losses.argmin()].detach() / scale
     sign = torch.sign(direction @ (chosen - rejected).mean(dim=0))
     return direction / direction.norm() * (sign if sign != 0 else 1)

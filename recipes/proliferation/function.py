@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -40,6 +41,6 @@ class Function(Augmenter):
             raise ValueError(f"function={self.function!r}: {error}") from error
 
     def __call__(self, rows: Sequence[Row], turn: int, seed: int, model: Any, tokenizer: Any) -> list[Row | None]:
-        """What the function makes of each row."""
+        """What the function makes of each row, of a copy that it may change."""
         function = self.callable()
-        return [function(dict(row), drawn(seed, turn, i, row["prompt"])) for i, row in enumerate(rows)]
+        return [function(copy.deepcopy(row), drawn(seed, turn, i, row["prompt"])) for i, row in enumerate(rows)]

@@ -51,14 +51,17 @@ class Demonstrations(View):
             ViewError: fewer than k other rows, or a contrast without rejected answers.
         """
         pool = self.pool or rows
+        # where all ask the same, the answers are what rows differ in
+        one_prompt = all(other["prompt"] == pool[0]["prompt"] for other in pool)
         seen = []
         for i, row in enumerate(rows):
             prompt = prompt_of(row)
             # a row never demonstrates itself, nor does another row with its prompt
-            others = [other for other in pool if other["prompt"] != prompt]
+            own = _identity(row) if one_prompt else prompt
+            others = [other for other in pool if (_identity(other) if one_prompt else other["prompt"]) != own]
             if len(others) < self.k:
                 raise ViewError(f"Row {i}: {self.k} demonstrations asked, {len(others)} other examples are there.")
-            drawn = random.Random(f"{self.seed}/{prompt}").sample(others, self.k)
+            drawn = random.Random(f"{self.seed}/{own}").sample(others, self.k)
             seen.append({**row, "prompt": self._prompt(prompt, drawn)})
         return seen
 
@@ -110,7 +113,8 @@ class Demonstrations(View):
 
 
 def _identity(row: Row) -> str:
-    return json.dumps([prompt_of(row), _answer(row)], sort_keys=True)
+    """Its prompt and its answer, if it has one."""
+    return json.dumps([prompt_of(row), row.get("chosen", row.get("completion"))], sort_keys=True)
 
 
 def _answer(row: Row) -> Any:

@@ -436,9 +436,9 @@ def divergence(made) -> float:
 
 def test_neutral_kl_keeps_neutral_text_as_it_was(tmp_path):
     views = {"neutral": get_view("neutral", rows=demonstrations(4, seed=7).to_list())}
-    options = {"max_steps": 20, "learning_rate": 0.03}
-    free = trained("dpo", tmp_path / "free", loss="dpo", **options)
-    held = trained("dpo", tmp_path / "held", loss=get_loss("dpo", neutral_kl=100.0), views=views, **options)
+    options = {"views": views, "max_steps": 20, "learning_rate": 0.03}
+    free = trained("dpo", tmp_path / "free", loss=get_loss("dpo", neutral_kl=1e-9), **options)
+    held = trained("dpo", tmp_path / "held", loss=get_loss("dpo", neutral_kl=100.0), **options)
     assert divergence(held) < divergence(free) / 3
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import gc
+import importlib.metadata
 from pathlib import Path
 
 import pytest
@@ -13,6 +16,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from steertune.adapters import SteeringVectorConfig
 from steertune.recipes import embedded
 
+# accelerate asks at every turn which packages are there, and reads their metadata each time
+importlib.metadata.metadata = functools.cache(importlib.metadata.metadata)
 torch.set_num_threads(1)  # one test process a core: two threads in each would wait for one another
 
 # What the configuration classes call the sizes; every model is 4 layers deep, 32 wide, 64 tokens.
@@ -38,6 +43,12 @@ ARCHITECTURES: dict[str, dict] = {
     "mixtral": {"num_local_experts": 4},
     "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "head_dim": 8},
 }
+
+
+def pytest_collection_finish() -> None:
+    """Leave what was imported out of garbage collection: trainers and statsmodels collect at every turn, and walking
+    through all of it takes longer than most tests."""
+    gc.freeze()
 
 
 def tiny(model_type: str = "llama", seed: int = 0, **changes) -> PreTrainedModel:

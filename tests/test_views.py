@@ -486,12 +486,8 @@ def test_both_stages_get_their_steps(share, steps, first):
 
 def test_stages_follow_each_other_and_resume(tmp_path):
     loss = get_loss("prompted", layers=2, then="dpo")
-    options = {
-        "peft_config": SteeringVectorConfig(layers=1),
-        "max_steps": 6,
-        "save_strategy": "steps",
-        "save_steps": 4,
-    }
+    options = {"peft_config": SteeringVectorConfig(layers=1), "max_steps": 6}
+    options |= {"save_strategy": "steps", "save_steps": 4}
     second = trained("dpo", tmp_path / "second", loss="dpo", **options)
     options["views"] = {"good": GOOD}
     staged = trained("dpo", tmp_path / "staged", loss=loss, **options)

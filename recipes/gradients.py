@@ -26,7 +26,7 @@ of `g` with u, which is the share of a step on one batch that raises the held-ou
 Errors are standard errors over batches, by leaving each out in turn (jackknife); u is taken as given.
 
 (From a vector of zeros DPO's gradient is linear in the answers: `unpaired` then has the gradients of `pairs`, and
-`pairs` less `none` is the rejected answers' part.)
+`pairs` less `none` is the rejected answers' part. Where that is not so there is no row `unmatched`.)
 """
 
 from __future__ import annotations
@@ -119,15 +119,18 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
             trainer.pay_once.start(trainer, training=True)
             seen[name] = _gradients(trainer, pairs // options.batch)
     behaviour = seen.pop("held out").mean(dim=0)
-    seen = unmatched(seen["none"], seen["pairs"]) | seen
+    seen = unmatched(seen["none"], seen["unpaired"], seen["pairs"]) | seen
     return [
         {"contrast": name, **noise(gradients, behaviour), "errors": errors(gradients, behaviour)}
         for name, gradients in seen.items()
     ]
 
 
-def unmatched(none: Tensor, pairs: Tensor) -> dict[str, Tensor]:
-    """The chosen answers' part of every batch, with the rejected answers' part of the next one."""
+def unmatched(none: Tensor, unpaired: Tensor, pairs: Tensor) -> dict[str, Tensor]:
+    """The chosen answers' part of every batch, with the rejected answers' part of the next one. Nothing where the
+    gradient is no sum of the two, as the gradients of other pairs in the batch (`unpaired`) say."""
+    if (unpaired - pairs).norm() > 1e-2 * pairs.norm():
+        return {}
     return {"unmatched": none + (pairs - none).roll(-1, dims=0)}
 
 

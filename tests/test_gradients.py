@@ -59,7 +59,8 @@ def test_a_steady_gradient_may_have_nothing_to_do_with_the_behaviour():
     of_prompt = torch.randn(64, 8, generator=generator)
     chosen, rejected = of_prompt + 5 * common + behaviour, of_prompt + 5 * common - behaviour
     none, pairs = chosen, chosen - rejected + 0.1 * torch.randn(64, 8, generator=generator)
-    apart = gradients.unmatched(none, pairs)["unmatched"]
+    apart = gradients.unmatched(none, pairs, pairs)["unmatched"]
+    assert gradients.unmatched(none, pairs.roll(1, dims=0), pairs) == {}, "no sum of an answer's part and another's"
     found = [gradients.noise(one, behaviour) for one in (none, pairs, apart)]
     assert found[0]["ratio"] < 0.5 < found[0]["ratio_along"], "steady, and not about the behaviour"
     assert found[1]["cosine"] > 0.95 > 0.5 > found[0]["cosine"]

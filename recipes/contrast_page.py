@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from steertune.recipes.ablation.analysis import in_pairs
-from steertune.recipes.ablation.statistics.paired import Difference, difference, together
+from steertune.recipes.ablation.statistics.paired import Difference, difference, together, too_few
 from steertune.recipes.ablation.tables import TaskTable
 
 Values = dict[str, pd.Series]
@@ -104,14 +104,17 @@ def _accuracies(found: Values) -> list[str]:
 def _differences(found: dict[tuple[str, str], Difference]) -> list[str]:
     lines = ["| | against | difference | 95 % | p |", "|---|---|---|---|---|"]
     for (one, other), value in found.items():
-        lines.append(f"| {one} | {other} | {value.estimate:+.3f} | {value.crossed.ends} | {value.p:.3f} |")
-    return lines
+        lines.append(f"| {one} | {other} | {value.estimate:+.3f} | {value.crossed.ends} | {value.p:.3g} |")
+    sentence = too_few([*found.values()])
+    return [*lines, *(["", sentence] if sentence else [])]
 
 
 def _verdict(found: dict[tuple[str, str], Difference]) -> str:
     gain = found["trained, contrast", "base, contrast"]
     if gain.clear() and gain.estimate > 0:
         return "It responds to contrast prompts of the tasks that it was trained on better than the base does."
+    if too_few([*found.values()]):
+        return "More `seeds` would say whether it responds to contrast prompts of the tasks that it was trained on."
     return (
         "Contrast prompts of the tasks that it was trained on do not clearly help it more than the base. So no effect "
         "on unseen tasks may be too little training as well as no transfer."

@@ -12,7 +12,7 @@ from steertune.recipes.ablation import analysis, charts
 from steertune.recipes.ablation.budget import draw
 from steertune.recipes.ablation.statistics import Frame
 from steertune.recipes.ablation.statistics.factorial import INERT, Effect, anova, changes, effects, mixed_model
-from steertune.recipes.ablation.statistics.paired import Difference, least_p
+from steertune.recipes.ablation.statistics.paired import Difference, too_few
 from steertune.recipes.ablation.tables import Claim, GridTables
 
 _SHOWN = 8  # arms in a chart; more cannot be told apart
@@ -317,14 +317,9 @@ def _effect_rows(found: Sequence[Effect]) -> list[list[str]]:
     return [[e.factor, f"{e.level} − {e.reference}", *_numbers(e.difference), str(e.contexts)] for e in found]
 
 
-def _reach(found: Sequence[Difference], alpha: float = 0.05) -> list[str]:
-    """Say so where the pairs are too few for anything in a table to be clear."""
-    least = least_p(found)
-    if not found or least < alpha:
-        return []
-    pairs = max(one.interval.pairs for one in found)
-    what = f"{len(found)} comparison{'s' * (len(found) > 1)} of {pairs} pair{'s' * (pairs > 1)}"
-    return [f"Nothing here can be clear: p of {what} cannot be below {least:.2g}.", ""]
+def _reach(found: Sequence[Difference]) -> list[str]:
+    sentence = too_few(found)
+    return [sentence, ""] if sentence else []
 
 
 def _p(value: float) -> str:

@@ -239,6 +239,16 @@ def least_p(found: Sequence[Difference]) -> float:
     return min(1.0, len(found) * smallest_p(max(one.interval.pairs for one in found))) if found else 1.0
 
 
+def too_few(found: Sequence[Difference], alpha: float = 0.05) -> str:
+    """A sentence where there are too few pairs for anything in a table to be clear; else nothing."""
+    least = least_p(found)
+    if not found or least < alpha:
+        return ""
+    pairs = max(one.interval.pairs for one in found)
+    what = f"{len(found)} comparison{'s' * (len(found) > 1)} of {pairs} pair{'s' * (pairs > 1)}"
+    return f"Nothing here can be clear: p of {what} cannot be below {least:.2g}."
+
+
 def corrected(p_values: Sequence[float]) -> list[float]:
     """Holm's correction for having looked at all of these."""
     if not len(p_values):

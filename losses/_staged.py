@@ -33,7 +33,13 @@ class Staged(Wrapped):
             raise ValueError(f"then_after={self.share!r}: the first loss's share of the steps, between 0 and 1.")
 
     def stage(self, step: int, steps: int) -> Loss:
-        """The loss of a step (from 0) of so many; afterwards it is the second."""
+        """The loss of a step (from 0) of so many; afterwards it is the second.
+
+        Raises:
+            ValueError: one step, which is not enough for two losses.
+        """
+        if steps == 1:
+            raise ValueError(f"{type(self.loss).__name__} hands over to another loss: that takes 2 steps or more.")
         return self.loss if step < min(max(1, round(self.share * steps)), max(1, steps - 1)) else self.then
 
     @property

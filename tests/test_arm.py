@@ -33,10 +33,18 @@ def test_everything_has_an_arm() -> None:
     assert {arm["loss"]["name"] for arm in arms if "loss" in arm} == {*losses.names(), "upstream"}
     assert {arm["adapter"].get("init") for arm in arms} >= {*directions.names()}
     assert {name for arm in arms for name in arm.get("biases", {})} == {*biases.names()}
+    assert {arm.get("loss", {}).get("contrast") for arm in arms} >= {"none", "unpaired", "difference"}
+    assert "shuffled" in {arm["data"].get("pairing") for arm in arms}
     assert seen_views == {*views.names()}
     assert {arm["proliferation"]["name"] for arm in arms if "proliferation" in arm} == {*proliferation.names()} - {
         "function"
     }
+
+
+def test_apo_is_trls_own(tmp_path: Path) -> None:
+    arm = load_arm("bias_apo")
+    arguments = arm.training_arguments(DPOConfig, str(tmp_path), bf16=False, use_cpu=True)
+    assert arm.loss_object() is None and (arguments.loss_type, arguments.beta) == (["apo_zero"], 0.1)
 
 
 def test_overrides_have_toml_types() -> None:

@@ -476,12 +476,14 @@ def test_they_do_not_train_together(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("share", "steps", "first"), [(0.5, 6, 3), (0.25, 8, 2), (0.01, 4, 1), (0.99, 4, 3), (0.5, 1, 1)]
+    ("share", "steps", "first"), [(0.5, 6, 3), (0.25, 8, 2), (0.01, 4, 1), (0.99, 4, 3), (0.5, 2, 1)]
 )
 def test_both_stages_get_their_steps(share, steps, first):
     loss = get_loss("prompted", then="cross_entropy", then_after=share)
     assert isinstance(loss, Staged)
     assert [loss.stage(step, steps) is loss.loss for step in range(steps)] == [i < first for i in range(steps)]
+    with pytest.raises(ValueError, match="hands over to another loss: that takes 2 steps or more"):
+        loss.stage(0, 1)
 
 
 def test_stages_follow_each_other_and_resume(tmp_path):

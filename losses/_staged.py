@@ -33,13 +33,7 @@ class Staged(Wrapped):
             raise ValueError(f"then_after={self.share!r}: the first loss's share of the steps, between 0 and 1.")
 
     def stage(self, step: int, steps: int) -> Loss:
-        """The loss of a step (from 0) of so many; afterwards it is the second.
-
-        Raises:
-            ValueError: one step, which is not enough for two losses.
-        """
-        if steps == 1:
-            raise ValueError(f"{type(self.loss).__name__} hands over to another loss: that takes 2 steps or more.")
+        """The loss of a step (from 0) of so many, of one step the first; afterwards it is the second."""
         return self.loss if step < min(max(1, round(self.share * steps)), max(1, steps - 1)) else self.then
 
     @property
@@ -61,6 +55,11 @@ class Staged(Wrapped):
     def strengths(self) -> tuple[Strength, ...]:
         """Those of both."""
         return self.loss.strengths + self.then.strengths
+
+    @property
+    def separable(self) -> bool:
+        """The second's."""
+        return self.then.separable
 
     @property
     def states(self) -> bool:

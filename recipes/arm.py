@@ -147,6 +147,11 @@ class Arm(BaseModel, extra="forbid"):
             return None
         return get_loss(name, **options)
 
+    def views_seen(self) -> tuple[str, ...]:
+        """Names of the views that the loss asks for."""
+        loss = self.loss_object()
+        return () if loss is None else loss.views
+
     def view_objects(self, teachers: Mapping[str, nn.Module] | None = None) -> dict[str, View]:
         """The views by the name that the loss asks for. Neutral text is the recipes' own, and not that which measures
         the KL afterwards.
@@ -214,12 +219,17 @@ def load_arm(file: str | Path, overrides: Sequence[str] = ()) -> Arm:
     `file` is a path, or the name of a file in `recipes/arms/`.
 
     Raises:
-        ArmError: no such arm, broken TOML, an unknown key, a value of the wrong type.
+        ArmError: no such arm, broken TOML, an unknown key, a value of the wrong type, a view that the file's own loss
+            does not ask for (that of an override may leave some).
     """
     tables = read_tables(file)
     for key, value in _pairs(overrides):
         _put(tables, key, value)
-    return make_arm(tables)
+    arm = make_arm(tables)
+    seen = arm.views_seen()
+    if not overrides and (unseen := [name for name in arm.views if name not in seen]):
+        raise ArmError(f"[views] {unseen} of arm {arm.name!r} are seen by nobody: its loss asks for {list(seen)}.")
+    return arm
 
 
 def read_tables(file: str | Path) -> dict[str, Any]:

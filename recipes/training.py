@@ -77,6 +77,7 @@ def make_trainer(
     tried = arm.model_copy(update={"trainer": {**arm.trainer, **settings}})
     arguments = tried.training_arguments(config_class, str(folder / "checkpoints"), **defaults)
     loss, config = arm.loss_object(), arm.peft_config()
+    asked = arm.views_seen()  # an override or a level may have put another loss in the place of one that saw more
     quiet = {name: settings[name] for name in _QUIET if name in settings}
     teachers = train_teachers(arm, model, tokenizer, train, folder, quiet)
     unchanged = {}
@@ -90,7 +91,7 @@ def make_trainer(
         peft_config=config,
         loss=loss,
         frozen_prefix=frozen_prefix,
-        views=arm.view_objects(teachers),
+        views={name: view for name, view in arm.view_objects(teachers).items() if name in asked},
         biases=arm.biases,
         **unchanged,
     )

@@ -7,7 +7,9 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from conftest import tiny
 from peft import LoraConfig
+from tiny_data import pairs, tokenizer
 from trl import DPOConfig
 
 from steertune import losses
@@ -16,6 +18,7 @@ from steertune.losses.dpo import DPO
 from steertune.recipes import proliferation
 from steertune.recipes.arm import ARMS, ArmError, load_arm, parse_arm
 from steertune.recipes.data import load_splits
+from steertune.recipes.training import make_trainer
 from steertune.trainers import biases, views
 
 
@@ -39,6 +42,18 @@ def test_everything_has_an_arm() -> None:
     assert {arm["proliferation"]["name"] for arm in arms if "proliferation" in arm} == {*proliferation.names()} - {
         "function"
     }
+
+
+def test_views_that_the_loss_does_not_see(tmp_path: Path) -> None:
+    file = tmp_path / "mine.toml"
+    file.write_text((ARMS / "bias_distillation.toml").read_text().replace('"context_distillation"', '"dpo"'))
+    with pytest.raises(
+        ArmError, match=r"\[views\] \['good'\] of arm 'mine' are seen by nobody: its loss asks for \[\]"
+    ):
+        load_arm(str(file))
+    arm = load_arm("bias_neutral_dpo", ["--loss={name='cross_entropy'}", "--trainer.max_steps=1"])
+    made = make_trainer(arm, tiny(), tokenizer(), pairs(4), tmp_path, save_strategy="no", disable_tqdm=True)
+    assert made.views is None, "left over by an override of the loss"
 
 
 def test_apo_is_trls_own(tmp_path: Path) -> None:

@@ -27,12 +27,11 @@ from steertune.recipes.ablation.checks import (
 )
 from steertune.recipes.ablation.designs import Combination
 from steertune.recipes.ablation.keys import content, data_of, digest, named_task, settings, task_folder
-from steertune.recipes.ablation.levels import INERT, named, patched, with_common
+from steertune.recipes.ablation.levels import INERT, arm_of, named, patched, with_common
 from steertune.recipes.ablation.tables import Card, GridArm, GridTables, TaskTable, told
 from steertune.recipes.arm import (
     ArmError,
     known_tables,
-    make_arm,
     nearest,
     read_tables,
     reasons,
@@ -239,7 +238,7 @@ def _arms(tables: GridTables, combinations: list[Combination]) -> list[GridArm]:
         name = str(raw["name"])
         if name.casefold() in map(str.casefold, found):  # some file systems do not tell the cases apart
             raise ArmError(f"Two arms are called {name!r}.")
-        found[name] = GridArm(name, None, make_arm(raw), _budget(tables, name))
+        found[name] = GridArm(name, None, arm_of(raw, tables), _budget(tables, name))
     if not found:
         raise ArmError("The grid has no arms: list them in `arms`, or give [factors] and a [design].")
     for pattern in tables.budgets:

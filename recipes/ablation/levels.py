@@ -32,8 +32,19 @@ def with_common(raw: dict[str, Any], tables: GridTables) -> dict[str, Any]:
     trainer = raw.get("trainer", {})
     if isinstance(trainer, dict) and trainer.get("max_steps") != 0:
         common["trainer"] = tables.trainer
-        raw = _merge({"trainer": {"max_steps": tables.budget.steps[0]}}, raw)  # every trial has the budget's
     return _merge(raw, {name: table for name, table in common.items() if table})
+
+
+def arm_of(raw: dict[str, Any], tables: GridTables) -> Arm:
+    """The arm of these tables. One that makes more examples and says no number of steps has the budget's, which every
+    trial has anyway.
+
+    Raises:
+        ArmError: as `make_arm`.
+    """
+    if raw.get("proliferation"):
+        raw = _merge({"trainer": {"max_steps": tables.budget.steps[0]}}, raw)
+    return make_arm(raw)
 
 
 def patched(tables: GridTables, combination: Combination) -> tuple[Combination, Arm]:
@@ -47,7 +58,7 @@ def patched(tables: GridTables, combination: Combination) -> tuple[Combination, 
     for entry in entries:
         raw = _merge(raw, entry)
     try:
-        return levels, make_arm(raw)
+        return levels, arm_of(raw, tables)
     except ArmError as error:
         raise ArmError(f"Combination {combination}: {error}") from error
 

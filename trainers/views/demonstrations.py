@@ -52,7 +52,7 @@ class Demonstrations(View):
         """
         pool = self.pool or rows
         # where all ask the same, the answers are what rows differ in
-        one_prompt = all(other["prompt"] == pool[0]["prompt"] for other in pool)
+        one_prompt = len(pool) > 1 and all(row["prompt"] == pool[0]["prompt"] for row in (*pool, *rows))
         seen = []
         for i, row in enumerate(rows):
             prompt = prompt_of(row)

@@ -176,7 +176,7 @@ def test_questions_by_hand():
         ({"unseen": [TaskTable(name="two", label="one")]}, "Two tasks are called 'one'"),
         ({"demonstrations": 5}, "pairs=4 of an unseen task, and 5 demonstrations"),
         ({"demonstrations": 4}, "examples=4 of a seen task, and 4 demonstrations"),
-        ({"unseen": ["two", TaskTable(name="two", reverse=True)]}, "would train on the same rows of '.*': give one"),
+        ({"unseen": ["two", TaskTable(name="two", reverse=True)]}, "would train on the same rows of '.*give one"),
         ({"arm": "full_dpo"}, "choose an adapter"),
         ({"arm": "prompt_contrast"}, "is a prompt"),
         ({"steering": ["prompt_contrast"]}, "is a prompt"),

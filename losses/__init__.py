@@ -13,7 +13,7 @@ from ._capped import Capped
 from ._contrast import Contrast, Contrasted
 from ._regularised import Regularised
 from ._staged import Staged
-from ._states import Where, layers_of
+from ._states import Where
 from ._wrapped import parts
 
 __all__ = ["At", "Loss", "Outputs", "Staged", "Strength", "get_loss", "names", "parts"]
@@ -66,11 +66,15 @@ def get_loss(
     if contrast != "paired":
         made = Contrasted(made, contrast)
     if then is not None:
-        made = Staged(made, get_loss(then), 0.5 if then_after is None else then_after)
+        made = Staged(made, get_loss(then), **_given(share=then_after))
     if change_cap != 0:
-        where = layers_of(0.67 if cap_layers is None else cap_layers)
-        made = Capped(made, change_cap, where, 1.0 if cap_weight is None else cap_weight)
+        made = Capped(made, change_cap, **_given(layers=cap_layers, weight=cap_weight))
     return made if neutral_kl == 0 else Regularised(made, neutral_kl)
+
+
+def _given(**options: Any) -> dict[str, Any]:
+    """Options that are there; the others keep the defaults of what they go to."""
+    return {name: value for name, value in options.items() if value is not None}
 
 
 def _by_name(loss: str, options: dict[str, Any]) -> Loss:

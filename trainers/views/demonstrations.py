@@ -53,16 +53,15 @@ class Demonstrations(View):
         pool = self.pool or rows
         # where all ask the same, the answers are what rows differ in
         one_prompt = len(pool) > 1 and all(row["prompt"] == pool[0]["prompt"] for row in (*pool, *rows))
+        key = _identity if one_prompt else prompt_of
         seen = []
         for i, row in enumerate(rows):
-            prompt = prompt_of(row)
             # a row never demonstrates itself, nor does another row with its prompt
-            own = _identity(row) if one_prompt else prompt
-            others = [other for other in pool if (_identity(other) if one_prompt else other["prompt"]) != own]
+            others = [other for other in pool if key(other) != key(row)]
             if len(others) < self.k:
                 raise ViewError(f"Row {i}: {self.k} demonstrations asked, {len(others)} other examples are there.")
-            drawn = random.Random(f"{self.seed}/{own}").sample(others, self.k)
-            seen.append({**row, "prompt": self._prompt(prompt, drawn)})
+            drawn = random.Random(f"{self.seed}/{key(row)}").sample(others, self.k)
+            seen.append({**row, "prompt": self._prompt(prompt_of(row), drawn)})
         return seen
 
     def for_evaluation(self, training: Sequence[Row], rows: Sequence[Row]) -> View:

@@ -61,6 +61,9 @@ class SteeringVectorConfig(PeftConfig):
         init: `zeros`, `random` (a random direction of length 1, Dunefsky & Cohan), or the name of a file in
             `adapters/directions/`, computed from data by the trainers or by `directions.compute(...).write(model)`.
         init_scale: The initial vector is multiplied by it.
+        stream_sizes: Typical norm of the residual stream where each layer's vector is written (key: the layer's index
+            as a string), the unit of learning rates (see `adapters/units.py`). Measured at injection of an adapter
+            that is to be trained. `{}`: learning rates are absolute.
         base_fingerprint: Filled in at injection: what the vector was made for. Loading on another base is an error;
             set it to None to transfer a vector on purpose.
         target_modules: Filled in from `layers` and `site`. For a model whose blocks cannot be told, give a regular
@@ -85,6 +88,7 @@ class SteeringVectorConfig(PeftConfig):
     positions: Positions = field(default="all")
     init: str = field(default="zeros")
     init_scale: float = field(default=1.0)
+    stream_sizes: dict[str, float] | None = field(default=None)
     base_fingerprint: dict[str, Any] | None = field(default=None)
     target_modules: str | None = field(default=None)
     modules_to_save: list[str] | None = field(default=None)
@@ -190,14 +194,15 @@ class SteeringVectorConfig(PeftConfig):
         names = self.modules_to_save
         if names is not None and not (isinstance(names, list) and all(isinstance(n, str) and n for n in names)):
             raise ValueError(f"modules_to_save={names!r:.200} is no list of names: give ['lm_head'], or None.")
-        norms = self.residual_norms
-        if norms is not None and not (
-            isinstance(norms, dict) and all(str(k).isdigit() and _is_finite(n) and n > 0 for k, n in norms.items())
-        ):
-            raise ValueError(
-                f"residual_norms={norms!r:.200}: a finite number above 0 for every layer is expected, such as "
-                "{'15': 40.2}; None lets the trainer measure them."
-            )
+        for name in ("residual_norms", "stream_sizes"):
+            norms = getattr(self, name)
+            if norms is not None and not (
+                isinstance(norms, dict) and all(str(k).isdigit() and _is_finite(n) and n > 0 for k, n in norms.items())
+            ):
+                raise ValueError(
+                    f"{name}={norms!r:.200}: a finite number above 0 for every layer is expected, such as "
+                    "{'15': 40.2}; None has them measured."
+                )
         if self.base_fingerprint is not None:
             check_fingerprint_form(self.base_fingerprint)
 

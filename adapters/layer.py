@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from typing import Any, Literal
 
 import torch
@@ -9,6 +10,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from . import units
 from .checks import check_tensor, parameter_shape
 from .config import SteeringVectorConfig
 from .forms import change, null
@@ -26,7 +28,14 @@ class Vector(nn.Module):
     def __init__(self, shape: tuple[int, ...], device: torch.device) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.full(shape, torch.nan, dtype=torch.float32, device=device))
+        self.unit: float | None = None
+        """What optimisers divide it by (see `units`); None: nothing, its learning rate is absolute."""
         self.register_load_state_dict_pre_hook(_check_loaded)
+        units.track(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # copied, or unpickled
+        units.track(self)
 
 
 def _check_loaded(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
@@ -84,6 +93,7 @@ class SteeringVectorLayer(nn.Module, BaseTunerLayer):
         for parameter in config.parameter_names:
             shape = parameter_shape(config, parameter, self.in_features)
             getattr(self, f"steering_vector_{parameter}")[name] = Vector(shape, device)
+        self.set_units(name)
         if not config.inference_mode:
             self.initialise(name)
 
@@ -102,6 +112,7 @@ class SteeringVectorLayer(nn.Module, BaseTunerLayer):
         v.zero_()
         # the first row writes the vector; further rows of a low-rank form write nothing yet
         v.reshape(-1, self.in_features)[0] = torch.nan if direction is None else direction.to(v) * config.init_scale
+        self.fit_length(name)
         if config.form != "bias":
             w, b = self.parameter(name, "w"), self.parameter(name, "b")
             w.zero_()
@@ -109,16 +120,41 @@ class SteeringVectorLayer(nn.Module, BaseTunerLayer):
             b[0] = 1.0
             if config.rank > 1:  # rows beyond the first read at random, or their gradients would all be equal
                 nn.init.kaiming_uniform_(w[1:], a=5**0.5)
+                w[1:] *= self.in_features**0.5 / (config.stream_sizes or {}).get(str(self.layer_index), 1.0)
         self._checked.discard(name)
+
+    @torch.no_grad()
+    def fit_length(self, name: str) -> None:
+        """Give the parameter the length that `norm` prescribes, where it is known, so that a step turns it by as much
+        as it would move a free vector."""
+        config = self.config[name]
+        if config.norm == "fixed" or (config.norm == "relative" and config.residual_norms):
+            self.parameter(name, "v").copy_(self.written(name))
 
     def parameter(self, name: str, kind: str) -> Tensor:
         """Parameter `v`, `w` or `b` of adapter `name`, looked up at call time (FSDP2 replaces Parameter objects)."""
         return getattr(self.tied_to.get(name, self), f"steering_vector_{kind}")[name].weight
 
+    def value(self, name: str, kind: str) -> Tensor:
+        """The same parameter as the forward pass uses it: with a gradient in units (see `units`)."""
+        return units.value(getattr(self.tied_to.get(name, self), f"steering_vector_{kind}")[name])
+
+    def set_units(self, name: str) -> None:
+        """Let optimisers see the parameters of adapter `name` in units of the stream, where its size is known."""
+        config = self.config[name]
+        if name in self.tied_to:
+            return
+        sizes = config.stream_sizes or {}
+        # a tied vector is written at several places
+        size = statistics.median(sizes.values()) if config.tied and sizes else sizes.get(str(self.layer_index))
+        for kind in config.parameter_names:
+            vector = getattr(self, f"steering_vector_{kind}")[name]
+            vector.unit = None if size is None else units.unit_of(kind, size, self.in_features, len(sizes))
+
     def written(self, name: str) -> Tensor:
         """The write vector(s) of adapter `name` with the length that `norm` gives them."""
         config = self.config[name]
-        return write_vector(config.norm, self.parameter(name, "v"), config.norm_value, self._residual_norm(config))
+        return write_vector(config.norm, self.value(name, "v"), config.norm_value, self._residual_norm(config))
 
     # -- forward ------------------------------------------------------------------------------------------------
 
@@ -179,7 +215,7 @@ class SteeringVectorLayer(nn.Module, BaseTunerLayer):
 
     def _change(self, name: str, hidden: Tensor) -> Tensor:
         config = self.config[name]
-        w, b = (None, None) if config.form == "bias" else (self.parameter(name, "w"), self.parameter(name, "b"))
+        w, b = (None, None) if config.form == "bias" else (self.value(name, "w"), self.value(name, "b"))
         delta = change(config.form, hidden, self.written(name), w, b)
         if config.norm != "capped":
             return delta

@@ -14,12 +14,14 @@ from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
+from .activations import _adapters_off as adapters_off
 from .blocks import find_blocks, resolve_layers, site_name, text_config
 from .config import SteeringVectorConfig
 from .fingerprint import check_fingerprint, fingerprint
 from .layer import BASE_ROW, NO_MERGE, SteeringVectorLayer, steering_layers
 from .positions import PromptBoundary, prompt_length
 from .registration import NAME, register
+from .stream import stream_sizes
 
 CHILD = "steer"  # name of the steering layer in the module it steers
 
@@ -40,7 +42,29 @@ class SteeringVectorModel(BaseTuner):
             names = [site_name(name, block, peft_config.site) for name, block in (blocks[i] for i in layers)]
             peft_config.target_modules = "|".join(re.escape(name) for name in names)
         peft_config.base_fingerprint = fingerprint(self.model)
+        if peft_config.stream_sizes is None and not peft_config.inference_mode:
+            peft_config.stream_sizes = self._stream_sizes(peft_config.target_modules) or None
         return peft_config
+
+    def _stream_sizes(self, target_modules: str, sharded: bool = False) -> dict[str, float]:
+        """Size of the base model's residual stream at every module that is steered, by layer index."""
+        steered = (name for name, _ in self.model.named_modules() if re.fullmatch(target_modules, name))
+        with adapters_off(self.model):
+            sizes = stream_sizes(self.model, {index_of(name): name for name in steered}, sharded)
+        return {str(layer): size for layer, size in sizes.items()}
+
+    def set_stream_sizes(self, adapter_name: str, sizes: dict[str, float] | None = None) -> None:
+        """Set the sizes of the residual stream that are the units of learning rates (see `adapters/units.py`).
+
+        Args:
+            adapter_name: Whose.
+            sizes: Layer index, as a string -> size. None: they are measured. Sharded weights must be gathered while
+                the model runs, and all processes must call this.
+        """
+        config: Any = self.peft_config[adapter_name]
+        config.stream_sizes = sizes if sizes is not None else self._stream_sizes(config.target_modules, True) or None
+        for layer in steering_layers(self.model, adapter_name):
+            layer.set_units(adapter_name)
 
     @staticmethod
     def _check_target_module_exists(peft_config: SteeringVectorConfig, key: str) -> bool:

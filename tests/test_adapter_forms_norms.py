@@ -156,7 +156,7 @@ def test_gradients_from_a_zero_start_are_finite_and_move_the_vector(form, norm):
 def test_gradients_match_finite_differences(form, norm):
     """A derivative along a random direction of all parameters, in a base model of 64-bit numbers."""
     rank = 3 if form == "low_rank" else 1
-    model = steered(tiny().double(), layers=LAYER, form=form, norm=norm, rank=rank, **NORMS[norm])
+    model = steered(tiny().double(), layers=LAYER, form=form, norm=norm, rank=rank, stream_sizes={}, **NORMS[norm])
     kinds = model.peft_config["default"].parameter_names
     for kind in kinds:
         parameter(model, kind).data = parameter(model, kind).data.double()
@@ -182,8 +182,8 @@ def test_gradients_match_finite_differences(form, norm):
 @pytest.mark.parametrize("form", ["bias", "gated"])
 def test_tied_layers_share_one_vector_and_add_their_gradients(form):
     ids = tokens()
-    tied = steered(layers=[0, 2], tied=True, form=form)
-    apart = steered(layers=[0, 2], form=form)
+    tied = steered(layers=[0, 2], tied=True, form=form, stream_sizes={})
+    apart = steered(layers=[0, 2], form=form, stream_sizes={})
     for kind in tied.peft_config["default"].parameter_names:
         copies = [p for n, p in apart.named_parameters() if f"steering_vector_{kind}." in n]
         assert len(copies) == 2

@@ -490,7 +490,7 @@ def test_quantised_bases(bits, tmp_path):
 @pytest.mark.parametrize("autocast_adapter_dtype", [True, False])
 def test_a_bf16_base_does_not_freeze_the_vector(autocast_adapter_dtype):
     """A bf16 number near 2 cannot take steps of 0.001: it would stay 2 for ever."""
-    base, config = tiny().to(torch.bfloat16), SteeringVectorConfig(init="random")
+    base, config = tiny().to(torch.bfloat16), SteeringVectorConfig(init="random", stream_sizes={})
     model = get_peft_model(base, config, autocast_adapter_dtype=autocast_adapter_dtype)
     vector = vector_of(model)
     assert vector.dtype == torch.float32

@@ -70,8 +70,33 @@ def test_with_an_adapter_and_the_parents_loss_the_parents_numbers_are_unchanged(
     ours = trained(kind, tmp_path, peft_config=SteeringVectorConfig(), loss=None, frozen_prefix=False)
     theirs = upstream(kind, tmp_path, peft_config=SteeringVectorConfig())
     for mine, other in zip(history(ours), history(theirs), strict=True):
-        assert {name: mine[name] for name in other} == other
-    assert same(values(ours.model), values(theirs.model))
+        assert {name: mine[name] for name in other} == pytest.approx(other, rel=1e-6, abs=1e-6)
+    for name, value in values(ours.model).items():
+        torch.testing.assert_close(value, values(theirs.model)[name], atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("loss_type", ["sigmoid", "ipo", "hinge", "robust", "apo_zero", ["sigmoid", "sft"]])
+@pytest.mark.parametrize("frozen_prefix", [None, False])
+def test_every_loss_of_dpo_is_trls_with_the_default_prefix(loss_type, frozen_prefix, tmp_path):
+    changes = dict(loss_type=loss_type, per_device_train_batch_size=2, gradient_accumulation_steps=2)
+    theirs = upstream("dpo", tmp_path, peft_config=SteeringVectorConfig(), changes=changes)
+    ours = trained("dpo", tmp_path, peft_config=SteeringVectorConfig(), frozen_prefix=frozen_prefix, **changes)
+    for mine, other in zip(history(ours), history(theirs), strict=True):
+        assert {name: mine[name] for name in other} == pytest.approx(other, rel=1e-5, abs=1e-5)
+
+
+@pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("peft_config", [SteeringVectorConfig(), LORA], ids=["vector", "lora"])
+@pytest.mark.parametrize("loss", [None, "dpo", "ipo"])
+def test_an_untrained_adapter_has_no_margin_in_bf16(loss, peft_config, weights, tmp_path):
+    changes = dict(bf16=True, gradient_checkpointing=True)
+    made = trained("dpo", tmp_path, model=tiny().to(weights), loss=loss, peft_config=peft_config, **changes)
+    theirs = upstream("dpo", tmp_path, model=tiny().to(weights), peft_config=peft_config, changes=changes)
+    first = made.state.log_history[0]
+    assert first["rewards/margins" if loss is None else "margin_gain"] == 0.0
+    if loss != "ipo":
+        assert first["loss"] == pytest.approx(theirs.state.log_history[0]["loss"], abs=1e-3)
+        assert first["loss"] == pytest.approx(0.6931472, abs=1e-6)
 
 
 def test_positional_arguments_of_the_parents_still_work(tmp_path):
@@ -214,7 +239,8 @@ def test_losses_train_any_peft_adapter(name, loss, tmp_path):
 def test_pefts_bias_on_the_last_linear_of_a_block_is_our_vector(loss, tmp_path):
     beft = BeftConfig(target_modules=["layers.2.mlp.down_proj"])
     theirs = trained("plain", tmp_path, loss=loss, peft_config=beft, max_steps=4)
-    ours = trained("plain", tmp_path, loss=loss, peft_config=SteeringVectorConfig(layers=2), max_steps=4)
+    ours = SteeringVectorConfig(layers=2, stream_sizes={})  # a bias has absolute learning rates
+    ours = trained("plain", tmp_path, loss=loss, peft_config=ours, max_steps=4)
     [bias], [vector] = values(theirs.model).values(), values(ours.model).values()
     assert vector.norm() > 0.1
     torch.testing.assert_close(bias.flatten(), vector, atol=1e-5, rtol=0)

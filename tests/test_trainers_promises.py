@@ -169,7 +169,7 @@ def test_labels_are_the_answers_and_nothing_else(kind, adds_bos, form, tmp_path)
 
 @pytest.mark.parametrize(("kind", "loss"), TRAININGS)
 def test_vectors_stay_fp32_on_a_bf16_base(kind, loss, tmp_path):
-    model = steered(tiny().bfloat16())
+    model = steered(tiny().bfloat16(), stream_sizes={})
     with torch.no_grad():
         vector_of(model).fill_(2.001)
     made = trained(kind, tmp_path, model=model, loss=loss, learning_rate=1e-4, optim="sgd", max_grad_norm=0.0)

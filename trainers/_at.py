@@ -57,6 +57,7 @@ class ModelAt:
         reference_memo: What is known of the reference already; it is asked first.
         together: Computes the outputs of a batch at a strength other than 0, in place of the model.
         views: Other versions of the batch.
+        look: Is shown the logits of the batch's labels at strength 1, and the labels.
     """
 
     def __init__(
@@ -68,8 +69,9 @@ class ModelAt:
         reference_memo: ReferenceMemo | None = None,
         together: Callable[[Batch, Strength], Outputs] | None = None,
         views: Views | None = None,
+        look: Callable[[Tensor, Tensor], None] | None = None,
     ) -> None:
-        self.together, self.views = together, views
+        self.together, self.views, self.look = together, views, look
         self.model = model
         self.unwrapped = unwrapped
         self.batch = batch
@@ -125,7 +127,7 @@ class ModelAt:
         if self.together is not None:
             return self.together(batch, strength)
         with scaled(self.unwrapped, strength):
-            return token_logps(self.model, self.unwrapped, batch, asked)
+            return token_logps(self.model, self.unwrapped, batch, asked, None if view else self.look)
 
     def _reference(self, batch: Batch, asked: Asked) -> Outputs:
         if batch.reference_logps is not None and asked == NOTHING:
@@ -228,10 +230,18 @@ def _recomputed(model: nn.Module) -> bool:
     return checkpointing and (inside or any(isinstance(module, LoraLayer) for module in model.modules()))
 
 
-def token_logps(model: nn.Module, unwrapped: nn.Module, batch: Batch, asked: Asked = NOTHING) -> Outputs:
-    """Log-probabilities of a batch's labels, and what else is asked for."""
+def token_logps(
+    model: nn.Module,
+    unwrapped: nn.Module,
+    batch: Batch,
+    asked: Asked = NOTHING,
+    look: Callable[[Tensor, Tensor], None] | None = None,
+) -> Outputs:
+    """Log-probabilities of a batch's labels, and what else is asked for; `look` is shown their logits, and them."""
     with _states(unwrapped, batch, asked) as hidden:
         logits = labelled_logits(model, unwrapped, batch)
+    if look is not None:
+        look(logits, batch.answers)
     found = -F.cross_entropy(logits, batch.answers, reduction="none")
     outputs = Outputs(batch.spread(found), batch.targets != -100)
     if asked == NOTHING:

@@ -22,6 +22,7 @@ from ..adapters import SteeringVectorConfig, SteeringVectorLayer, steering_layer
 from ..adapters.blocks import text_config
 from ..adapters.card import Card
 from ..losses import Loss, Staged, get_loss, parts
+from ._announce import Announcement
 from ._at import ModelAt, prompt_of, scaled
 from ._batch import Batch
 from ._card import write_trainer_card
@@ -41,6 +42,8 @@ from ._data import PAIR_FORMATS, DataError, check_rows, check_tokens, warn_cut
 from ._guard import FiniteSteps, check_finite
 from ._host import KeepsHost, unpacked, waits
 from ._metrics import Metrics
+from ._parents import ParentsMetrics, parents_loss, parents_mean
+from ._rates import agree_on_units, check_rate, group_vectors, take_units_of, trained_vectors, vector_rate
 from ._reference import add_reference, reference_copy
 from ._resume import (
     CheckpointError,
@@ -77,6 +80,9 @@ class SteeringMixin(Trainer):
         peft_config: The adapter to train. Left out: `SteeringVectorConfig()`, or nothing if the model already is a
             `PeftModel`. None: no adapter (full finetuning).
         loss: A loss by name, a `Loss` object, or None for the parent's own loss.
+        vector_learning_rate: Learning rate of steering vectors, in units of the residual stream (see
+            `adapters/units.py`; 1e-4 to 1e-3 are usual, as for LoRA). None: `learning_rate`, if it is not left at
+            its class's default, else 1e-3.
         frozen_prefix: Compute what lies below the trained layers once per example (see `FrozenPrefix`). None: where it
             is exact, with 2 GB of RAM. True: the same, with a warning where it is not. A `FrozenPrefix` is shared
             with whoever else uses it. False: never.
@@ -98,12 +104,17 @@ class SteeringMixin(Trainer):
         *args: Any,
         peft_config: PeftConfig | None = DEFAULT,
         loss: str | Loss | None = None,
+        vector_learning_rate: float | None = None,
         frozen_prefix: FrozenPrefix | bool | None = None,
         views: Mapping[str, str | View] | None = None,
         biases: Mapping[str, Mapping[str, Any]] | Sequence[str | Bias] = (),
         **kwargs: Any,
     ) -> None:
         check_own(None if peft_config is DEFAULT else peft_config, views, biases)
+        check_rate(vector_learning_rate)
+        self.vector_learning_rate = vector_learning_rate
+        self.vectors_have_groups = False  # in the optimizer
+        self._parents_loss: Loss | None = None  # of ours, where it is the parent's own
         self.loss = None if loss is None else get_loss(loss)
         self._plain = peft_config is None and loss is None
         parent = super().__init__
@@ -144,6 +155,8 @@ class SteeringMixin(Trainer):
         _restore(self.model, adapter_values)
         if self.loss is not None:
             self._meet(self.loss, changes_base=peft_config is None and not continued)
+        else:
+            self._parents_loss = parents_loss(self)
         # accelerate cannot hand the batches of one process to others with what is kept beside them
         if waits(self.args.device) and not isinstance(self.train_dataset, IterableDataset):
             self.data_collator = KeepsHost(self.data_collator)
@@ -178,6 +191,8 @@ class SteeringMixin(Trainer):
     def _watch(self) -> None:
         """Add what is measured and checked during training."""
         self._vitals = VectorVitals()
+        self._parents_metrics = ParentsMetrics(self.accelerator)
+        self.add_callback(Announcement(self))
         self.resumed: str | None = None  # checkpoint that training goes on from
         self._seen = Metrics(self.accelerator)
         self.add_callback(FiniteSteps(self))
@@ -260,6 +275,7 @@ class SteeringMixin(Trainer):
         check_checkpoint(found)
         check_processes(found, self.accelerator.num_processes, self.is_deepspeed_enabled)
         check_adapter_in(found, self.model)
+        take_units_of(found, self.model)
         return found
 
     def initialise_vectors(self) -> None:
@@ -267,10 +283,20 @@ class SteeringMixin(Trainer):
         without training."""
         _to_fp32(self.model)
         with self._before_deepspeed():
+            agree_on_units(self)
             fill_missing_vectors(self)
         while self._unstarted:  # one that is refused is refused again by the next call
             self._unstarted[0].start(self)
             self._unstarted.pop(0)
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        """As the parent's, with the learning rate of vectors."""
+        given = self.optimizer is not None
+        optimizer = super().create_optimizer(*args, **kwargs)
+        if not self._plain and not given and trained_vectors(self.model):
+            group_vectors(optimizer, self.model, vector_rate(self.args, self.vector_learning_rate).value)
+            self.vectors_have_groups = True
+        return optimizer
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """As the parent's; stops on a loss that is not finite, before the optimiser uses it."""
@@ -291,8 +317,8 @@ class SteeringMixin(Trainer):
             return [], None  # resumed at its end, where the parent would take one step more
         samples, items = super().get_batch_samples(epoch_iterator, num_batches, device)
         self.step_batches, self.step_loss = [unpacked(inputs) for inputs in samples], 0.0
-        loss = self._loss_now
-        if loss is not None and samples:
+        loss = self.loss_at_work
+        if self.loss is not None and loss is not None and samples:  # for its own loss, the parent knows
             counts = sum(self._read(inputs).count(loss.unit) for inputs in self.step_batches)
             counts = torch.as_tensor(counts, device=device)
             items = self.accelerator.gather(counts).sum()  # pyright: ignore[reportAttributeAccessIssue]
@@ -306,8 +332,8 @@ class SteeringMixin(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """The parent's loss, or ours: its values summed, over the number of pairs, rows or tokens of the step."""
-        loss, inputs = self._loss_now, unpacked(inputs)
-        if loss is None:
+        loss, inputs = self.loss_at_work, unpacked(inputs)
+        if loss is None or (self.loss is None and (return_outputs or not _readable(inputs, loss))):
             with self._boundary(inputs), self.pay_once.shortcut():
                 return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         batch = self._read(inputs)
@@ -317,10 +343,16 @@ class SteeringMixin(Trainer):
                 pass
         together = self.seat.logps if self.seat is not None and torch.is_grad_enabled() else None
         own_reference, memo = self._reference or getattr(self, "ref_model", None), self.pay_once.reference
-        at = ModelAt(model, unwrapped, batch, own_reference, memo, together, self.views)
+        # the plain Trainer logs nothing beside the loss
+        look = self._parents_metrics.look if self.loss is None and self.takes_pairs is not None else None
+        at = ModelAt(model, unwrapped, batch, own_reference, memo, together, self.views, look)
         # blocks that are left out, or run in parts, show no states
         with nullcontext() if loss.states else self.pay_once.shortcut(labels_only=True):
             values = loss(at, self._generator())
+        if self.loss is None:
+            if look is not None:
+                self._parents_metrics.note(at, batch, getattr(loss, "beta", None), self.model.training)
+            return parents_mean(values, loss, batch, num_items_in_batch, self)
         if num_items_in_batch is None:
             total = values.sum() / batch.count(loss.unit)
         else:  # counted over all processes, whose gradients are then averaged
@@ -358,7 +390,8 @@ class SteeringMixin(Trainer):
         training = "loss" in logs
         prefix = "" if training else "eval_"
         if not self._plain and (training or any(key.startswith("eval_") for key in logs)):
-            logs |= {prefix + name: value for name, value in self._seen.read(training).items()}
+            values = self._seen.read(training) | self._parents_metrics.read(training)
+            logs |= {prefix + name: value for name, value in values.items()}
         if training and not self._plain:
             logs.update(self._vitals.read(self.model))
         super().log(logs, start_time)
@@ -375,14 +408,15 @@ class SteeringMixin(Trainer):
         return prompt_of(self.model, Batch.read(inputs)) if known else nullcontext()
 
     @property
-    def _loss_now(self) -> Loss | None:
-        """The loss, or of a staged one that of this step; after training the last."""
+    def loss_at_work(self) -> Loss | None:
+        """The loss, or the one of ours that equals the parent's own; of a staged one that of this step, and after
+        training the last."""
         if not isinstance(self.loss, Staged):
-            return self.loss
+            return self._parents_loss if self.loss is None else self.loss
         return self.loss.stage(self.state.global_step, self.state.max_steps) if self.is_in_train else self.loss.then
 
     def _read(self, inputs: dict[str, Any]) -> Batch:
-        loss = self._loss_now
+        loss = self.loss_at_work
         assert loss is not None
         batch = Batch.read(inputs)
         if loss.pairs and not batch.pairs:
@@ -451,6 +485,11 @@ def _restore(model: nn.Module, values: dict[str, Tensor]) -> None:
     _to_fp32(model)
     for name, value in values.items():
         model.get_parameter(name).copy_(value)
+
+
+def _readable(inputs: Mapping[str, Any], loss: Loss) -> bool:
+    """Whether a batch says what a loss needs: a collator of the user's may not."""
+    return "completion_mask" in inputs if loss.pairs else "labels" in inputs and "completion_mask" not in inputs
 
 
 def _vocabulary(model: nn.Module) -> int | None:

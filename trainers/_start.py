@@ -40,6 +40,8 @@ def fill_missing_vectors(trainer: SteeringMixin) -> None:
         elif config.norm == "relative" and not config.residual_norms:
             norms = residual_norms(trainer, config.layers, config.site, 2 * _ROWS)
             config.residual_norms = {str(layer): norm for layer, norm in norms.items()}
+            for layer in layers:
+                layer.fit_length(name)
 
 
 def pair_batches(trainer: SteeringMixin, limit: int | None = None) -> list[Mapping[str, Any]] | None:

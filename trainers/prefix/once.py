@@ -6,6 +6,7 @@ import logging
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+import torch
 from accelerate.utils import DistributedType
 from torch import nn
 from transformers import Trainer
@@ -51,7 +52,8 @@ class PayOnce:
         if whole_rows and self._shortcut is not None:
             self._shortcut.run_whole_rows()
         own = getattr(trainer, "ref_model", None)
-        if trainer.loss is not None and trainer.loss.reference:
+        loss = trainer.loss_at_work
+        if loss is not None and loss.reference and _rounds_finely(trainer):
             self.reference = self._prefix.reference(trainer.model if own is None else own, trained=own is None)
         if trainer.views is not None:
             trainer.views.remember(self._prefix)
@@ -63,6 +65,17 @@ class PayOnce:
     def shortcut(self, labels_only: bool = False) -> AbstractContextManager[None]:
         """Forward passes inside leave out what they can (see `Shortcut.on`)."""
         return nullcontext() if self._shortcut is None else self._shortcut.on(labels_only)
+
+
+def _rounds_finely(trainer: Trainer) -> bool:
+    """Whether two ways to compute log-probabilities agree to 1e-6, as they do in fp32.
+
+    In half precision the reference takes the policy's own way, batch by batch: kept from another way, it would differ
+    by rounding, and an untrained adapter would have a margin.
+    """
+    model: Any = trainer.model
+    dtypes = {p.dtype for p in model.parameters() if p.is_floating_point() and not p.requires_grad}
+    return trainer.accelerator.mixed_precision == "no" and not dtypes & {torch.bfloat16, torch.float16}
 
 
 def _impossible(trainer: Trainer) -> str | None:

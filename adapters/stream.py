@@ -1,0 +1,164 @@
+"""The typical size of the residual stream where a vector is written, measured once on a fixed text."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .blocks import find_blocks, find_stack
+
+ROWS, TOKENS = 2, 64
+FIRST = 4
+"""Tokens at the beginning of a row that are left out: models keep massive activations there (22,600 on the first
+token of SmolLM2-135M, whose others have a norm of 240)."""
+_DIGITS = 3  # kept of a size, so that machines which round differently agree
+logger = logging.getLogger(__name__)
+
+
+@torch.no_grad()
+def stream_sizes(model: nn.Module, modules: Mapping[int, str], sharded: bool = False) -> dict[int, float]:
+    """Median norm over tokens of the residual stream that each module writes to.
+
+    Of a block that is its output. An attention or MLP module writes to the stream through whatever stands behind it
+    (nothing in Llama, a norm in Gemma, a factor in Granite), so it is moved a little, and the size is the length there
+    that would move the block's output by its own norm: `|output| · |change here| / |change of the output|`.
+
+    The text is made of fixed token ids: it needs no tokenizer, and norms on it are within a third of those on English.
+
+    Args:
+        model: The base model, adapters off.
+        modules: Layer index -> full name of the module whose output is steered.
+        sharded: Whether sharded weights are gathered while the model runs, on all processes at once.
+
+    Returns:
+        Layer index -> size; empty where the model cannot be run as it stands (its weights are sharded or on the meta
+        device, or it is no transformers model), for which a warning gives the reason.
+    """
+    if why := _cannot_run(model, sharded):
+        logger.warning("The size of the residual stream was not measured: %s.", why)
+        return {}
+    norms: dict[int, list[Tensor]] = {layer: [] for layer in modules}
+    with ExitStack() as stack:
+        stack.enter_context(_evaluating(model))
+        for layer, name in modules.items():
+            block = _block_around(model, name)
+            handle = (
+                model.get_submodule(name).register_forward_hook(_keep_norm(norms[layer]))
+                if block is None or block is model.get_submodule(name)
+                else block.register_forward_hook(
+                    _keep_lever(norms[layer], model.get_submodule(name)), with_kwargs=True
+                )
+            )
+            stack.callback(handle.remove)
+        try:
+            _run(model)
+        except Exception as error:
+            logger.warning("The size of the residual stream was not measured: %s: %s.", type(error).__name__, error)
+            return {}
+    medians = {layer: float(torch.cat(of_layer).median()) for layer, of_layer in norms.items() if of_layer}
+    return {layer: float(f"{size:.{_DIGITS}g}") for layer, size in medians.items() if 0 < size < float("inf")}
+
+
+def _cannot_run(model: nn.Module, sharded: bool) -> str | None:
+    """Why the model cannot be run as it stands, or None."""
+    if not hasattr(model, "config") or not hasattr(model, "get_input_embeddings"):
+        return f"{type(model).__name__} is not a transformers model"
+    for name, parameter in model.named_parameters():
+        if parameter.is_meta or (not sharded and _is_sharded(parameter)):
+            return f"{name} is sharded or on the meta device"
+    return None
+
+
+def _is_sharded(parameter: Tensor) -> bool:
+    return hasattr(parameter, "device_mesh") or hasattr(parameter, "ds_id")  # FSDP2's, and ZeRO-3's
+
+
+def _run(model: nn.Module) -> None:
+    """One pass over the fixed text, through the decoder alone where that works (the head is not needed)."""
+    embeddings: Any = model.get_input_embeddings()  # pyright: ignore[reportCallIssue]
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None) or TOKENS  # pyright: ignore
+    length = min(TOKENS, longest)
+    # a prime step walks over the whole vocabulary
+    ids = (torch.arange(ROWS * length) * 7919 + 101) % embeddings.num_embeddings
+    ids = ids.view(ROWS, length).to(embeddings.weight.device)  # (rows, tokens)
+    try:
+        decoder = find_stack(model)
+    except ValueError:
+        decoder = model
+    whole = any(map(_is_sharded, model.parameters()))  # FSDP takes what runs first for its root
+    if whole or "input_ids" not in inspect.signature(type(decoder).forward).parameters:
+        decoder = model
+    options = {"use_cache": False} if "use_cache" in inspect.signature(type(decoder).forward).parameters else {}
+    decoder(input_ids=ids, **options)
+
+
+def _states(output: Any) -> Tensor:
+    """The residual states in a module's output, `(rows, tokens, d)`, in fp32 and without the first tokens."""
+    states = output[0] if isinstance(output, tuple) else output
+    return states[:, min(FIRST, states.shape[1] - 1) :].float()
+
+
+def _keep_norm(norms: list[Tensor]) -> Any:
+    def hook(module: nn.Module, args: Any, output: Any) -> None:
+        norms.append(_states(output).norm(dim=-1).flatten().cpu())
+
+    return hook
+
+
+def _keep_lever(norms: list[Tensor], inner: nn.Module) -> Any:
+    """A hook on a block that runs it again with the output of `inner` moved, and keeps `|output| · |move| / |change|`
+    of every token."""
+    running = False
+
+    def hook(block: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        nonlocal running
+        if running:  # the second run
+            return
+        moves: list[Tensor] = []
+
+        def move(module: nn.Module, args: Any, inner_output: Any) -> Any:
+            states = inner_output[0] if isinstance(inner_output, tuple) else inner_output
+            generator = torch.Generator().manual_seed(0)
+            direction = torch.randn(states.shape[-1], generator=generator).to(states.device)
+            moves.append(direction * _states(inner_output).norm(dim=-1).median() / direction.norm())
+            moved = states + moves[-1].to(states.dtype)
+            return (moved, *inner_output[1:]) if isinstance(inner_output, tuple) else moved
+
+        running, handle = True, inner.register_forward_hook(move)
+        try:
+            plain, moved = _states(output), _states(block(*args, **kwargs))
+        finally:
+            handle.remove()
+            running = False
+        change = (moved - plain).norm(dim=-1)
+        norms.append((plain.norm(dim=-1) * moves[0].norm() / change).flatten().cpu())
+
+    return hook
+
+
+def _block_around(model: nn.Module, name: str) -> nn.Module | None:
+    """The decoder block that a module is, or is inside of; None where the blocks cannot be told."""
+    try:
+        blocks = find_blocks(model)
+    except ValueError:
+        return None
+    return next((block for prefix, block in blocks if name == prefix or name.startswith(f"{prefix}.")), None)
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside, each module put back as it was."""
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True

@@ -1,0 +1,144 @@
+"""Learning rates that mean the same on every model: optimisers see a steering vector in units of the residual stream.
+
+How far a vector has to go depends on the size of the stream that it is added to, and that differs between models,
+layers and sites by orders of magnitude: about 240 at two thirds of SmolLM2-135M, 10,000 there in Gemma-3-270M. So an
+optimiser works on `u = v / unit`, where
+
+    v: unit = 32 · size / (√d · layers)     written:  a step of 1e-3 moves the vector by at most 3.2 % of the stream
+    w: unit = 32 / (√d · size)              read:     ... and the gate w·h by as much
+    b: unit = 32                            offset:   ... and b
+
+`size` is the typical norm of the stream where the vector is written (`adapters/stream.py`), kept in the adapter's
+configuration, d its width, and `layers` the number of layers that share the move. A step of AdamW changes every
+entry of u by about the learning rate, so rates that suit a LoRA (1e-4 to 1e-3) suit a vector.
+
+The parameter itself always holds the vector v, in absolute units: what people read and write, what every file and
+every other tool means. Only inside `optimizer.step()` is it divided by its unit, by two hooks that PyTorch offers for
+all optimisers; its gradient is dL/du at all times, so that clipping does not depend on the stream either. Hence the
+rate means the same for every optimiser (a step of SGD on v would scale with size²), with weight decay, clipping and
+every Trainer, of this package or not. The two other ways are worse. Parameter groups of another rate reach neither
+stock trainers nor SGD, weight decay and clipping. A parameter that holds u breaks all that reads or writes vectors,
+and what is saved under ZeRO-3, where weights do not go through `state_dict`.
+"""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import (
+    Optimizer,
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
+
+STEP_SHARE = 32.0
+"""Share of the stream's size that a vector moves by, at most, in a step of AdamW with learning rate 1."""
+UNIT = "steering_unit"
+"""Key of a parameter group all of whose parameters have this unit. DeepSpeed flattens the parameters of a group, so
+that only the group can say what they are."""
+
+
+class HasUnit(Protocol):
+    """A module with one parameter, `weight`, that optimisers see in units."""
+
+    weight: Any
+    unit: float | None
+
+
+_live: weakref.WeakSet[Any] = weakref.WeakSet()
+_stepping: dict[int, list[tuple[Tensor, Tensor, Tensor, float]]] = {}  # id of an optimiser -> (p, v, u, unit)
+_in_units: dict[int, float] = {}  # id of a parameter -> its unit, while some optimiser steps
+
+
+def unit_of(kind: str, size: float, width: int, layers: int) -> float:
+    """The unit of a parameter of a steering vector.
+
+    Args:
+        kind: `v`, `w` or `b`.
+        size: Typical norm of the residual stream where the vector is written.
+        width: d, the width of the stream.
+        layers: How many layers the adapter steers.
+    """
+    if kind == "b":
+        return STEP_SHARE
+    if kind == "w":
+        return STEP_SHARE / (math.sqrt(width) * size)
+    return STEP_SHARE * size / (math.sqrt(width) * layers)
+
+
+def track(module: HasUnit) -> None:
+    """Let optimisers see the parameter of `module` in its unit."""
+    _live.add(module)
+
+
+def value(module: HasUnit) -> Tensor:
+    """The parameter of a module as the forward pass uses it: its value as it stands, its gradient that of `u`."""
+    weight = module.weight
+    if (unit := _in_units.get(id(weight))) is not None:  # an optimiser that calls a closure runs the model in its step
+        return weight * unit
+    if module.unit is None or not torch.is_grad_enabled():
+        return weight
+    held = weight.detach()
+    return (
+        held + (weight - held) * module.unit
+    )  # the difference is exactly 0: the value is v, the gradient unit · dL/dv
+
+
+def _parameters_in_units(optimizer: Optimizer, closure: bool) -> Iterator[tuple[Tensor, float]]:
+    """The parameters that this step moves and sees in units, and their units.
+
+    Args:
+        optimizer: About to step.
+        closure: Whether it computes the gradients itself.
+    """
+    units = {id(module.weight): module.unit for module in _live if module.unit is not None}
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            unit = units.get(id(parameter), group.get(UNIT))
+            if unit is not None and (closure or parameter.grad is not None):
+                yield parameter, unit
+
+
+@torch.no_grad()
+def _divide(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    """Before a step: `u = v / unit`."""
+    if id(optimizer) in _stepping:
+        return
+    moved, closure = [], len(args) > 1 or kwargs.get("closure") is not None  # args[0] is the optimiser
+    for parameter, unit in _parameters_in_units(optimizer, closure):
+        if id(parameter) in _in_units:  # inside the step of an optimiser around this one
+            continue
+        _refuse_averaging(optimizer)
+        before = parameter.detach().clone()
+        parameter.div_(unit)
+        moved.append((parameter, before, parameter.detach().clone(), unit))
+        _in_units[id(parameter)] = unit
+    if moved:
+        _stepping[id(optimizer)] = moved
+
+
+@torch.no_grad()
+def _multiply(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    """After it: `v + unit · Δu`, which leaves alone to the bit what did not move."""
+    for parameter, before, u, unit in _stepping.pop(id(optimizer), ()):
+        parameter.copy_(before + (parameter - u) * unit)
+        _in_units.pop(id(parameter), None)
+
+
+def _refuse_averaging(optimizer: Optimizer) -> None:
+    """Schedule-free optimisers mix parameters with averages of theirs outside of steps, where u would meet v."""
+    if callable(getattr(optimizer, "eval", None)):
+        raise ValueError(
+            f"{type(optimizer).__name__} averages parameters outside of its steps, and steering vectors are in units "
+            "of the residual stream only inside. Use another optimizer (optim='adamw_torch'), or set "
+            "stream_sizes={} in the SteeringVectorConfig for absolute learning rates."
+        )
+
+
+register_optimizer_step_pre_hook(_divide)
+register_optimizer_step_post_hook(_multiply)

@@ -1,0 +1,68 @@
+"""What a person should see at the start of a training: what is trained, how fast, and whether that can work."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any
+
+from peft import PeftModel
+from torch import nn
+from transformers import TrainerCallback
+
+from ..adapters import SteeringVectorConfig, steering_layers
+from ._rates import largest_share, mark_deepspeeds_optimizer, trained_vectors, vector_rate, warning_of
+
+if TYPE_CHECKING:
+    from ._mixin import SteeringMixin
+
+logger = logging.getLogger(__name__)
+_VISIBLE = logging.WARNING  # what Python shows where logging was not set up
+
+
+class Announcement(TrainerCallback):
+    """Says once, on the main process, what is trained and with which learning rate.
+
+    Args:
+        trainer: The trainer.
+    """
+
+    def __init__(self, trainer: SteeringMixin) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Trainer event: optimiser and scheduler are there, no step is taken."""
+        trainer = self.trainer
+        if trainer.is_deepspeed_enabled and trained_vectors(trainer.model) and not trainer.vectors_have_groups:
+            mark_deepspeeds_optimizer(trainer, kwargs["optimizer"])
+        if not state.is_world_process_zero:
+            return
+        model = trainer.accelerator.unwrap_model(trainer.model)
+        logger.log(_VISIBLE, "%s", _what_is_trained(model))
+        if not trained_vectors(model):
+            return
+        rate = vector_rate(args, trainer.vector_learning_rate)
+        steps = max(state.max_steps - state.global_step, 0)
+        share = largest_share(kwargs["optimizer"], kwargs["lr_scheduler"], steps, rate.value)
+        reach = "" if share is None else f": {steps} steps can move it by up to {share:.0%} of the residual stream"
+        logger.log(_VISIBLE, "Learning rate %g (%s)%s.", rate.value, rate.reason, reach)
+        if share is not None and steps and (problem := warning_of(rate.value, steps, share)):
+            logger.warning("Learning rate %g: %s", rate.value, problem)
+
+
+def _what_is_trained(model: nn.Module) -> str:
+    """Which of how many parameters are trained, in a sentence."""
+    # under ZeRO-3 a parameter's full size stands beside its empty shard
+    sizes = {p: int(getattr(p, "ds_numel", p.numel())) for p in model.parameters()}
+    trained, total = sum(size for p, size in sizes.items() if p.requires_grad), sum(sizes.values())
+    if not isinstance(model, PeftModel):
+        return f"Training {trained:,} of {total:,} parameters of {type(model).__name__}: full finetuning, no adapter."
+    adapters = []
+    for name in model.active_adapters:
+        config = model.peft_config[name]
+        if isinstance(config, SteeringVectorConfig):
+            layers = [layer.layer_index for layer in steering_layers(model, name)]
+            where = f"layer {layers[0]}" if len(layers) == 1 else f"{len(layers)} layers"
+            adapters.append(f"steering vector {name!r} at {where}")
+        else:
+            adapters.append(f"{getattr(config.peft_type, 'value', config.peft_type)} {name!r}")
+    return f"Training {trained:,} of {total:,} parameters: {', '.join(adapters)}."

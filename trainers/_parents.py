@@ -1,0 +1,157 @@
+"""A parent's own loss, where it is one of ours: then it is computed our way, and logged under the parent's names."""
+
+from __future__ import annotations
+
+import inspect
+from collections import defaultdict
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+
+from ..adapters.blocks import text_config
+from ..losses import Loss, get_loss
+from ._at import ModelAt
+from ._batch import Batch
+from .prefix.cut import base_of
+
+if TYPE_CHECKING:
+    from ._mixin import SteeringMixin
+
+_DPO_TYPES = {"sigmoid": "dpo", "ipo": "ipo"}
+"""TRL's name of a loss -> the file of ours that computes the same."""
+_NEUTRAL = {
+    "label_smoothing_factor": (0.0,),
+    "loss_weights": (None, [1.0]),
+    "ld_alpha": (None,),
+    "f_divergence_type": ("reverse_kl",),
+    "use_weighting": (False,),
+    "sync_ref_model": (False,),
+    "disable_dropout": (True,),
+    "use_liger_kernel": (False,),
+}
+"""Arguments with which a parent's loss is the plain one."""
+
+
+def parents_loss(trainer: SteeringMixin) -> Loss | None:
+    """The loss of ours that equals the parent's own under its arguments; None if there is none.
+
+    Args:
+        trainer: After its parent's constructor.
+    """
+    args: Any = trainer.args
+    base = base_of(trainer.model)
+    plain = (
+        all(getattr(args, name) in values for name, values in _NEUTRAL.items() if hasattr(args, name))
+        and trainer.compute_loss_func is None
+        and trainer.accelerator.parallelism_config is None  # the parent reduces its loss over sequence shards
+        and isinstance(trainer.processing_class, PreTrainedTokenizerBase | None)  # not a processor of images
+        # the parent adds the routers' auxiliary loss
+        and "output_router_logits" not in inspect.signature(type(base).forward).parameters
+    )
+    if not plain:
+        return None
+    if isinstance(trainer, DPOTrainer) and isinstance(args, DPOConfig):
+        [kind, *more] = args.loss_type
+        return get_loss(_DPO_TYPES[kind], beta=args.beta) if kind in _DPO_TYPES and not more else None
+    if isinstance(trainer, SFTTrainer) and isinstance(args, SFTConfig):
+        return get_loss("cross_entropy") if args.loss_type == "nll" else None
+    causal = type(base).__name__.endswith("ForCausalLM") and getattr(text_config(base), "loss_type", None) is None
+    return get_loss("cross_entropy") if causal else None
+
+
+def parents_mean(values: Tensor, loss: Loss, batch: Batch, items: Tensor | int | None, trainer: SteeringMixin) -> Any:
+    """The mean that the parent takes of a micro-batch's values.
+
+    Args:
+        values: What the loss returned.
+        loss: The loss.
+        batch: The micro-batch.
+        items: Labels in the whole optimiser step, where the parent counts them; None: it averages the micro-batch, and
+            `Trainer` the micro-batches.
+        trainer: The trainer.
+    """
+    if items is None or loss.unit == "example":
+        return values.sum() / batch.count(loss.unit)
+    processes = trainer.accelerator.num_processes if trainer.args.average_tokens_across_devices else 1
+    return values.sum() / items * processes
+
+
+class ParentsMetrics:
+    """What TRL logs beside its losses, by its names: averages over micro-batches since the last log.
+
+    Args:
+        accelerator: Of the trainer; it knows the other processes.
+    """
+
+    def __init__(self, accelerator: Any) -> None:
+        self._accelerator = accelerator
+        self._values: dict[bool, dict[str, list[float]]] = {True: defaultdict(list), False: defaultdict(list)}
+        self._tokens = 0  # trained on so far, padding left out
+        self._of_labels: tuple[Tensor, Tensor, Tensor] | None = None
+
+    @torch.no_grad()
+    def look(self, logits: Tensor, answers: Tensor) -> None:
+        """Keep, of every label: the entropy of its distribution, whether it was the best guess, and the mean logit.
+
+        Args:
+            logits: `(labels, vocabulary)`.
+            answers: The labels, `(labels,)`.
+        """
+        logps = logits.log_softmax(-1)
+        entropy = -(logps.exp() * logps).sum(-1)
+        self._of_labels = entropy, (logits.argmax(-1) == answers).float(), logits.mean(-1)
+
+    @torch.no_grad()
+    def note(self, at: ModelAt, batch: Batch, beta: float | None, training: bool) -> None:
+        """Take in a micro-batch.
+
+        Args:
+            at: Where the batch was seen.
+            batch: The batch.
+            beta: Of a loss on pairs, the scale of its rewards; None for cross-entropy.
+            training: Whether this is a step of training.
+        """
+        values = self._values[training]
+        for name, value in (self._of_tokens() | ({} if beta is None else self._of_pairs(at, beta))).items():
+            values[name].append(value)
+        if training:
+            ids, mask = batch.inputs["input_ids"], batch.inputs.get("attention_mask")
+            real = torch.ones_like(ids).sum() if mask is None else mask.sum()
+            self._tokens += int(self._accelerator.gather(real).sum())
+        values["num_tokens"] = [self._tokens]
+
+    def read(self, training: bool) -> dict[str, float]:
+        """Averages, after which counting starts again."""
+        means = {name: sum(values) / len(values) for name, values in self._values[training].items()}
+        self._values[training].clear()
+        return means
+
+    def _of_tokens(self) -> dict[str, float]:
+        entropy, best, _ = self._of_labels or (torch.zeros(0),) * 3
+        return {"entropy": self._average(entropy), "mean_token_accuracy": self._average(best)}
+
+    def _of_pairs(self, at: ModelAt, beta: float) -> dict[str, float]:
+        policy, base = at(1.0), at(0.0)
+        rewards = {
+            side: beta * (getattr(policy, side).logps - getattr(base, side).logps) for side in ("chosen", "rejected")
+        }  # (pairs,) each
+        _, best, logits = self._of_labels or (torch.zeros(0),) * 3
+        first = int(policy.chosen.mask.sum())  # labels come row after row, chosen answers first
+        return {
+            **{f"rewards/{side}": self._average(reward) for side, reward in rewards.items()},
+            "rewards/accuracies": self._average((rewards["chosen"] > rewards["rejected"]).float()),
+            "rewards/margins": self._average(rewards["chosen"] - rewards["rejected"]),
+            **{f"logps/{side}": self._average(getattr(policy, side).logps) for side in ("chosen", "rejected")},
+            "logits/chosen": self._average(logits[:first]),
+            "logits/rejected": self._average(logits[first:]),
+            "mean_token_accuracy": self._average(best[:first]),  # of the chosen answers
+        }
+
+    def _average(self, values: Tensor) -> float:
+        """Mean over all values of all processes, which need not have as many."""
+        total = torch.stack([values.detach().sum(), values.new_tensor(float(len(values)))])[None]
+        total, count = self._accelerator.gather(total).sum(dim=0)
+        return float(total / count.clamp_min(1))

@@ -47,14 +47,11 @@ def stream_sizes(model: nn.Module, modules: Mapping[int, str], sharded: bool = F
     with ExitStack() as stack:
         stack.enter_context(_evaluating(model))
         for layer, name in modules.items():
-            block = _block_around(model, name)
-            handle = (
-                model.get_submodule(name).register_forward_hook(_keep_norm(norms[layer]))
-                if block is None or block is model.get_submodule(name)
-                else block.register_forward_hook(
-                    _keep_lever(norms[layer], model.get_submodule(name)), with_kwargs=True
-                )
-            )
+            module, block = model.get_submodule(name), _block_around(model, name)
+            if block is None or block is module:
+                handle = module.register_forward_hook(_keep_norm(norms[layer]))
+            else:
+                handle = block.register_forward_hook(_keep_lever(norms[layer], module), with_kwargs=True)
             stack.callback(handle.remove)
         try:
             _run(model)

@@ -6,7 +6,7 @@
     steering_vector:
       layers: 0.5
       norm: free
-    learning_rate: 0.1
+    learning_rate: 5e-4
 
 The table takes the fields of `SteeringVectorConfig`. Training, data and losses (also `rl: dpo`, `ipo`, `kto`) are
 axolotl's; `lora_model_dir:` goes on with a saved vector. An `init` that needs data is refused: axolotl has no place to

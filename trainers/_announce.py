@@ -36,7 +36,7 @@ class Announcement(TrainerCallback):
             mark_deepspeeds_optimizer(trainer, kwargs["optimizer"])
         if not state.is_world_process_zero:
             return
-        model = trainer.accelerator.unwrap_model(trainer.model)
+        model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
         logger.log(_VISIBLE, "%s", _what_is_trained(model))
         if not trained_vectors(model):
             return

@@ -337,7 +337,7 @@ class SteeringMixin(Trainer):
             with self._boundary(inputs), self.pay_once.shortcut():
                 return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         batch = self._read(inputs)
-        unwrapped: Any = self.accelerator.unwrap_model(model)
+        unwrapped: Any = self.accelerator.unwrap_model(model, keep_torch_compile=False)
         for strength in loss.strengths[-1:]:  # refuse at the first step what only some of its draws would meet
             with scaled(unwrapped, strength):
                 pass
@@ -438,7 +438,7 @@ class SteeringMixin(Trainer):
         """
         super().save_model(output_dir, _internal_call)
         if not self._plain and self.args.should_save:
-            saved: Any = self.accelerator.unwrap_model(self.model)
+            saved: Any = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
             folder = Path(output_dir or str(self.args.output_dir))
             check_saved(saved, folder)
             if not _internal_call:

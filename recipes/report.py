@@ -23,6 +23,7 @@ from steertune.recipes.ablation.statistics import Frame
 from steertune.recipes.ablation.tables import Card, Claim, GridTables, TaskTable
 from steertune.recipes.ablation.tidy import read_cells, read_table
 from steertune.recipes.files import ArmError, read_result, write_whole
+from steertune.recipes.measures import neutral_rows
 from steertune.recipes.page import html_page
 from steertune.recipes.processes import command
 
@@ -127,7 +128,7 @@ def _body(
         *_headline(tables, claim, found.said),
         *(f"{sentence}  " for sentence in found.answer),
         "",
-        *_extent(grid, cells, claim.alpha),
+        *_extent(grid, tables, claim, cells),
         *(sections.attribution(folder, tables, found.shares, label) if found.shares.shares else []),
         *sections.effects_of_factors(folder, paired[paired["arm"].isin(crossed)], tables, claim.measure, label),
         f"## Arms against {claim.than}",
@@ -155,7 +156,8 @@ def _headline(tables: GridTables, claim: Claim, said: analysis.Verdict) -> list[
     return [f"## The result counts {_SIDES[said.side]} the hypothesis", ""]
 
 
-def _extent(grid: dict[str, Any], cells: Frame, alpha: float) -> list[str]:
+def _extent(grid: dict[str, Any], tables: GridTables, claim: Claim, cells: Frame) -> list[str]:
+    """How much there is, and how far it reaches."""
     done = len(cells) - int((cells["status"] == "failed").sum())
     sizes = sorted(int(n) for n in cells["examples"].unique())
     means = f"Scores are means over n = {', '.join(map(str, sizes))}. " if len(sizes) > 1 else ""
@@ -163,11 +165,27 @@ def _extent(grid: dict[str, Any], cells: Frame, alpha: float) -> list[str]:
         f"{done} of {len(grid['cells'])} cells, {cells['task'].nunique()} tasks, {cells['seed'].nunique()} seeds. "
         f"{means}Differences are paired by task and seed. All seeds of a task share its test rows, so nothing is "
         "called clear unless both a permutation test over the pairs and the test for other seeds *and* test rows, "
-        f"corrected by Holm within their table, are below {alpha:.0%}. Both are about these tasks and the settings "
-        "that the tuning chose, not about others. "
-        f"{' '.join(grid['notes'])}",
+        f"corrected by Holm within their table, are below {claim.alpha:.0%}. Both are about these tasks and the "
+        "settings that the tuning chose, not about others; *other tasks too* takes the tasks as a sample of many "
+        f"like them, and nothing is called clear by it. {_measured(tables, claim)}{' '.join(grid['notes'])}",
         "",
     ]
+
+
+def _measured(tables: GridTables, claim: Claim) -> str:
+    """What the measure of the claim is not."""
+    if "accuracy" not in claim.measure:
+        return ""
+    matched = f" The KL was matched on {_neutral(tables)} alone." if claim.measure.startswith("matched_") else ""
+    return (
+        "Pair accuracy is how often the model finds the chosen one of two given answers likelier; what it writes by "
+        f"itself is another question (`--measure matched_behaviour`, where answers were generated).{matched} "
+    )
+
+
+def _neutral(tables: GridTables) -> str:
+    """The text on which the KL to the base was measured."""
+    return f"{len(neutral_rows())} neutral rows" if tables.neutral is None else f"the rows of {tables.neutral}"
 
 
 _SIDES = {"for": "for", "against": "against", "undecided": "neither for nor against"}

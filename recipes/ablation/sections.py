@@ -226,9 +226,12 @@ def side_effects(folder: Path, cells: Frame, tables: GridTables) -> list[str]:
     names = {
         "kl": "KL to the base",
         "perplexity": "perplexity",
+        "perplexity_ratio": "of the base's",
         "repetition": "repetition",
         "moved_wrong": "moved wrong",
     }
+    if "base_perplexity" in cells:
+        cells = cells.assign(perplexity_ratio=cells["perplexity"] / cells["base_perplexity"])
     there = [c for c in names if c in cells]
     means = cells.groupby("arm", sort=False)[there].mean()
     rows = [[str(arm), *("" if pd.isna(v) else f"{v:.3f}" for v in means.loc[arm])] for arm in means.index]

@@ -26,8 +26,6 @@ CHARTS = {  # picture -> chart of a study
 TASK = ROOT / "recipes" / "tasks" / "cautious_advice" / "README.md"
 PARTS = {  # picture -> beginnings of the headings of the sections that it shows
     "report-top": ("Card", "The result"),
-    "report-effects": ("Attribution", "Effect of each factor"),
-    "report-arms": ("Arms against",),
 }
 WIDTH, COLOURS = 960, 64
 

@@ -214,9 +214,10 @@ def page(options: Any, found: list[dict[str, Any]]) -> str:
         "",
         f"`{command}`: {torch.get_num_threads()} threads, torch {torch.__version__}, {options.rounds} rounds of "
         f"{STEPS} timed steps a way, interleaved. Median {clock} of a step [smallest, largest]; ratios are of "
-        f"medians. The first epoch is of {EPOCH} steps, and holds the one-time comparison with the plain path. The "
-        "floor is the matrix products above the vector and of the head on labels, at the rate of this machine, for "
-        "the tokens that have to run.",
+        "medians. Timed steps are warm (what is computed once is there already) and of rows of one length: a whole "
+        f"run saves less. The first epoch is of {EPOCH} steps, and holds the one-time comparison with the plain path. "
+        "The floor is the matrix products above the vector and of the head on labels, at the rate of this machine, "
+        "for the tokens that have to run.",
     ]
     for at in found:
         lines += [

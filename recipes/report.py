@@ -3,7 +3,7 @@
     python -m steertune.recipes.report runs/quick
 
 Writes `report.html` (opens without a network), `report.md` with `charts/`, `report.json` (the verdict and the answer),
-and `cells.parquet`, a row a cell.
+and `cells.parquet`, a row a cell. A folder that has only this table of its cells is read from it.
 """
 
 from __future__ import annotations
@@ -21,10 +21,13 @@ from steertune.recipes.ablation import analysis, sections
 from steertune.recipes.ablation.levels import arm_name
 from steertune.recipes.ablation.statistics import Frame
 from steertune.recipes.ablation.tables import Card, Claim, GridTables, TaskTable
-from steertune.recipes.ablation.tidy import read_cells
+from steertune.recipes.ablation.tidy import read_cells, read_table
 from steertune.recipes.files import ArmError, read_result, write_whole
+from steertune.recipes.measures import neutral_rows
 from steertune.recipes.page import html_page
 from steertune.recipes.processes import command
+
+TABLE = "cells.parquet"
 
 
 @command
@@ -33,9 +36,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="report", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("folder", type=Path, help="folder of a grid")
     parser.add_argument("--measure", choices=sorted(analysis.MEASURES), help="instead of the claim's measure")
+    parser.add_argument("--output", type=Path, help="folder to write to (default: the grid's)")
     parser.add_argument("--json", action="store_true", help="print report.json instead of the page")
     options = parser.parse_args(argv)
-    page = write_report(options.folder, options.measure)
+    page = write_report(options.folder, options.measure, options.output)
     if options.json:
         print(page.with_suffix(".json").read_text(encoding="utf-8"))
         return 0
@@ -44,12 +48,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def write_report(folder: Path, measure: str | None = None) -> Path:
+def write_report(folder: Path, measure: str | None = None, output: Path | None = None) -> Path:
     """Write the report of a grid's folder; return the Markdown page.
 
     Args:
         folder: Where the grid's cells are.
         measure: Look at this measure instead of the claim's; the page says that it is not what was claimed.
+        output: Where to write; None: to the grid's folder, over an older report.
 
     Raises:
         ArmError: the folder holds no grid or no cells.
@@ -59,10 +64,12 @@ def write_report(folder: Path, measure: str | None = None) -> Path:
         raise ArmError(f"{folder} holds no grid ({GRID}). Run one: python -m steertune.recipes.ablate")
     grid = read_result(file, "Run the grid again: it writes this file anew, and keeps its cells.")
     tables = analysis.read_tables(grid)
-    cells = read_cells(folder, list(grid["cells"]))
+    only_table = (folder / TABLE).is_file() and not (folder / "cells").exists()
+    cells = read_table(folder / TABLE) if only_table else read_cells(folder, list(grid["cells"]))
     assert tables.card is not None and tables.claim is not None  # the runner refuses a grid without
-    (folder / "charts").mkdir(exist_ok=True)
-    _parquet(cells, folder / "cells.parquet")
+    output = output or folder
+    (output / "charts").mkdir(parents=True, exist_ok=True)
+    _parquet(cells, output / TABLE)
     claim = tables.claim.model_copy(update={"measure": measure}) if measure else tables.claim
     ran = cells[cells["status"] != "failed"]
     lines = [f"# {tables.name}", "", *_card(tables.card, tables.claim, tables.tasks)]
@@ -71,13 +78,13 @@ def write_report(folder: Path, measure: str | None = None) -> Path:
         lines += ["Every cell failed.", "", *sections.failures(cells)]
     else:
         found = _find(tables, claim, cells, ran, len({tuple(name.split("/")[1:4:2]) for name in grid["cells"]}))
-        lines += _body(folder, grid, tables, claim, cells, ran, found)
+        lines += _body(output, grid, tables, claim, cells, ran, found)
         claimed = tables.claim.measure == claim.measure
         short |= {"counts": _SIDES[found.said.side] if claimed else "not claimed", "answer": found.answer}
-    page = folder / "report.md"
+    page = output / "report.md"
     write_whole(page.with_suffix(".json"), json.dumps(short, indent=1))
     write_whole(page, "\n".join(lines) + "\n")
-    write_whole(folder / "report.html", html_page("\n".join(lines), folder, tables.name))
+    write_whole(output / "report.html", html_page("\n".join(lines), output, tables.name))
     return page
 
 
@@ -121,7 +128,7 @@ def _body(
         *_headline(tables, claim, found.said),
         *(f"{sentence}  " for sentence in found.answer),
         "",
-        *_extent(grid, cells, claim.alpha),
+        *_extent(grid, tables, claim, cells),
         *(sections.attribution(folder, tables, found.shares, label) if found.shares.shares else []),
         *sections.effects_of_factors(folder, paired[paired["arm"].isin(crossed)], tables, claim.measure, label),
         f"## Arms against {claim.than}",
@@ -149,7 +156,8 @@ def _headline(tables: GridTables, claim: Claim, said: analysis.Verdict) -> list[
     return [f"## The result counts {_SIDES[said.side]} the hypothesis", ""]
 
 
-def _extent(grid: dict[str, Any], cells: Frame, alpha: float) -> list[str]:
+def _extent(grid: dict[str, Any], tables: GridTables, claim: Claim, cells: Frame) -> list[str]:
+    """How much there is, and how far it reaches."""
     done = len(cells) - int((cells["status"] == "failed").sum())
     sizes = sorted(int(n) for n in cells["examples"].unique())
     means = f"Scores are means over n = {', '.join(map(str, sizes))}. " if len(sizes) > 1 else ""
@@ -157,11 +165,27 @@ def _extent(grid: dict[str, Any], cells: Frame, alpha: float) -> list[str]:
         f"{done} of {len(grid['cells'])} cells, {cells['task'].nunique()} tasks, {cells['seed'].nunique()} seeds. "
         f"{means}Differences are paired by task and seed. All seeds of a task share its test rows, so nothing is "
         "called clear unless both a permutation test over the pairs and the test for other seeds *and* test rows, "
-        f"corrected by Holm within their table, are below {alpha:.0%}. Both are about these tasks and the settings "
-        "that the tuning chose, not about others. "
-        f"{' '.join(grid['notes'])}",
+        f"corrected by Holm within their table, are below {claim.alpha:.0%}. Both are about these tasks and the "
+        "settings that the tuning chose, not about others; *other tasks too* takes the tasks as a sample of many "
+        f"like them, and nothing is called clear by it. {_measured(tables, claim)}{' '.join(grid['notes'])}",
         "",
     ]
+
+
+def _measured(tables: GridTables, claim: Claim) -> str:
+    """What the measure of the claim is not."""
+    if "accuracy" not in claim.measure:
+        return ""
+    matched = f" The KL was matched on {_neutral(tables)} alone." if claim.measure.startswith("matched_") else ""
+    return (
+        "Pair accuracy is how often the model finds the chosen one of two given answers likelier; what it writes by "
+        f"itself is another question (`--measure matched_behaviour`, where answers were generated).{matched} "
+    )
+
+
+def _neutral(tables: GridTables) -> str:
+    """The text on which the KL to the base was measured."""
+    return f"{len(neutral_rows())} neutral rows" if tables.neutral is None else f"the rows of {tables.neutral}"
 
 
 _SIDES = {"for": "for", "against": "against", "undecided": "neither for nor against"}

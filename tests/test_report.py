@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
+import shutil
 import sys
 import tomllib
 from collections.abc import Callable
@@ -265,6 +267,80 @@ def test_another_measure_than_the_claim_s_is_no_verdict(tmp_path):
     page = report.write_report(tmp_path, "accuracy").read_text(encoding="utf-8")
     assert "## A look at another measure" in page and "neither for nor against the hypothesis" in page
     assert "## The result counts" not in page
+
+
+def test_another_folder_can_be_written_to(tmp_path):
+    make_up(tmp_path / "grid", by_form, keep=lambda cell: cell.examples == 4)
+    page = report.write_report(tmp_path / "grid")
+    of_the_claim = page.read_text(encoding="utf-8")
+    options = ["--measure", "accuracy", "--output", str(tmp_path / "look" / "accuracy")]
+    assert report.main([str(tmp_path / "grid"), *options]) == 0
+    look = tmp_path / "look" / "accuracy"
+    assert "## A look at another measure" in (look / "report.md").read_text(encoding="utf-8")
+    assert (look / "charts" / "effects.png").is_file() and (look / "report.html").is_file()
+    assert page.read_text(encoding="utf-8") == of_the_claim
+
+
+def test_a_grid_of_which_only_the_table_was_kept_has_the_same_report(tmp_path, capsys):
+    make_up(tmp_path, by_form)
+    page = said(tmp_path)
+    shutil.rmtree(tmp_path / "cells")
+    assert said(tmp_path) == page
+    pd.read_parquet(tmp_path / "cells.parquet").assign(version=VERSION - 1).to_parquet(tmp_path / "cells.parquet")
+    assert report.main([str(tmp_path)]) == 2
+    assert f"of version {{{VERSION - 1}}}" in capsys.readouterr().err
+    (tmp_path / "cells.parquet").write_text("no table")
+    assert report.main([str(tmp_path)]) == 2
+    assert "is no table of cells" in capsys.readouterr().err
+
+
+def column(header: list[str], title: str, row: list[str]) -> tuple[float, float]:
+    """The ends of an interval in a row of a report's table; infinite where they are unknown."""
+    text = row[header.index(title)]
+    low, high = map(float, text.strip("[]").split(", ")) if text != "unknown" else (-np.inf, np.inf)
+    return low, high
+
+
+def tables_of(page: str) -> list[list[list[str]]]:
+    """The tables of a page, each a list of rows."""
+    found = re.findall(r"(?:^\|.*\n)+", page, re.MULTILINE)
+    return [[line.strip("| ").split(" | ") for line in table.splitlines()] for table in found]
+
+
+def test_the_effects_table_has_tasks_as_a_sample_beside_the_other_intervals(tmp_path):
+    """Pairs help by 0.3 in one task and not at all in the other: surely in these two, and who knows in others."""
+    make_up(tmp_path, lambda cell: 0.4 + 0.3 * ("contrast=pairs" in cell.arm.name and cell.task.label == "warm_tone"))
+    header, _, *rows = next(table for table in tables_of(said(tmp_path)) if "level against reference" in table[0])
+    row = next(row for row in rows if row[0] == "contrast")
+    title = header.index("95 %, other tasks too")
+    assert header[title - 2 : title + 2] == [
+        "95 %, these test rows",
+        "95 %, other test rows too",
+        "95 %, other tasks too",
+        "p (Holm)",
+    ]
+    assert column(header, "95 %, other test rows too", row)[0] > 0.05
+    by_task = read_cells(tmp_path).groupby(["task", "contrast"])["matched_accuracy"].mean().unstack("contrast")
+    means = by_task["pairs"] - by_task["none"]
+    reach = 12.706 * abs(means.iloc[0] - means.iloc[1]) / 2
+    expected = (means.mean() - reach, means.mean() + reach)
+    assert column(header, "95 %, other tasks too", row) == pytest.approx(expected, abs=2e-3)
+
+
+PUBLISHED = sorted((Path(report.__file__).parent / "results").rglob("report.md"))
+
+
+@pytest.mark.parametrize("page", PUBLISHED, ids=lambda page: page.parent.name)
+def test_no_published_interval_is_narrower_than_one_that_allows_for_less(page):
+    titles = ["95 %, these test rows", "95 %, other test rows too", "95 %, other tasks too"]
+    compared = 0
+    for header, _, *rows in tables_of(page.read_text(encoding="utf-8")):
+        there = [title for title in titles if title in header]
+        for row, (less, more) in itertools.product(rows, itertools.pairwise(there)):
+            (low, high), (lower, higher) = column(header, less, row), column(header, more, row)
+            assert lower <= low and high <= higher, row
+            compared += 1
+    assert compared
 
 
 @pytest.mark.parametrize("measure", MEASURES)

@@ -164,6 +164,125 @@ def test_crossed_interval_of_a_constant_is_known_for_zero_only(value, end):
     assert (found.estimate, found.low, found.high) == (pytest.approx(value), -end, end)
 
 
+def spread(parts: list[tuple[float, float]]) -> tuple[float, float]:
+    """Variance and Satterthwaite's degrees of freedom of a sum of (variance, degrees of freedom)."""
+    variance = sum(v for v, _ in parts)
+    return variance, variance**2 / sum(v**2 / n for v, n in parts)
+
+
+@pytest.mark.parametrize("confidence", [0.5, 0.95])
+def test_an_interval_over_seeds_by_hand(confidence):
+    """Seeds vary within their task; that the second task's mean may be another is no variance."""
+    for shift in (0.0, 100.0):
+        found = paired.seeds_interval(FIRST, np.add(SECOND, shift), confidence=confidence)
+        variance, freedom = spread([(0.16 * 2 / 2, 1), (0.36 * 7 / 3, 2)])
+        half = stats.t.ppf((1 + confidence) / 2, freedom) * math.sqrt(variance)
+        estimate = 3 + 0.6 * shift
+        assert (found.estimate, found.low, found.high) == pytest.approx((estimate, estimate - half, estimate + half))
+        assert (found.pairs, found.method) == (5, "t")
+
+
+def test_an_interval_over_the_seeds_of_one_task_is_students_t():
+    rows = normal(4, 9)
+    assert vars(paired.seeds_interval(rows)) == pytest.approx(vars(paired.interval(rows.mean(axis=1))))
+
+
+def test_what_holds_for_others_holds_for_these():
+    agreeing = [[1.0, 2.0, 3.0], [1.0, 2.0, 3.0]]  # seeds that say nothing about how much they vary
+    found, others = paired.seeds_interval(agreeing), paired.crossed_interval(agreeing)
+    assert (found.low, found.high) == (others.low, others.high) and np.isfinite(found.low)
+    alone = [[[0.2]], [[0.4]], [[0.9]]]  # a seed a task
+    found, others = paired.seeds_interval(*alone), paired.interval([0.2, 0.4, 0.9])
+    assert (found.low, found.high) == pytest.approx((others.low, others.high))
+    assert paired.crossed_interval(*alone).method == "none"
+
+
+def as_task(mean: float, seeds: int = 3) -> np.ndarray:
+    """Differences with this mean that hardly vary, `(seeds, 4)`."""
+    rows = 1e-4 * normal(seeds, 4)
+    return mean + rows - rows.mean()
+
+
+def test_an_interval_over_tasks_is_students_t_over_their_means():
+    found = paired.tasks_interval(*map(as_task, (-0.346, -0.206, -0.018)))
+    assert (found.estimate, found.low, found.high) == pytest.approx((-0.190, -0.599, 0.219), abs=5e-4)
+    theirs = stats.ttest_1samp([-0.346, -0.206, -0.018], 0)
+    assert (found.p, found.pairs, found.method) == (pytest.approx(theirs.pvalue, rel=1e-3), 9, "tasks")
+    two = paired.tasks_interval(as_task(0.1), as_task(0.3))
+    half = 12.706 * 0.1  # a single degree of freedom
+    assert (two.low, two.high) == pytest.approx((0.2 - half, 0.2 + half), abs=1e-3)
+
+
+def test_a_task_weighs_as_much_as_its_pairs():
+    found = paired.tasks_interval(as_task(0.1, 2), as_task(0.4, 4))
+    half = 12.706 * math.sqrt(2 * ((0.1 - 0.3) ** 2 / 9 + 4 * (0.4 - 0.3) ** 2 / 9))
+    assert (found.estimate, found.low, found.high) == pytest.approx((0.3, 0.3 - half, 0.3 + half), abs=1e-3)
+
+
+def test_tasks_that_are_alike_by_chance_do_not_vary_less_than_their_seeds_and_rows():
+    tasks = [values - values.mean() + 0.5 for values in normal(3, 3, 8)]
+    found = paired.tasks_interval(*tasks)
+    variance, _ = spread([(task.mean(axis=1).var(ddof=1) / 27, 2) for task in tasks])
+    variance += sum(task.mean(axis=0).var(ddof=1) / 72 for task in tasks)
+    half = stats.t.ppf(0.975, 2) * math.sqrt(variance)
+    assert (found.low, found.high) == pytest.approx((0.5 - half, 0.5 + half))
+
+
+def test_one_task_says_nothing_about_others():
+    found = paired.tasks_interval(normal(5, 9))
+    assert (found.low, found.high, found.method) == (-math.inf, math.inf, "none")
+
+
+def any_design(rng: np.random.Generator) -> list[np.ndarray]:
+    """Tasks whose seeds and rows are few or many, vary much, little or not at all, and may be of no difference."""
+    tasks = []
+    for _ in range(rng.integers(1, 5)):
+        seeds, rows = rng.integers(1, 6), rng.integers(1, 12)
+        sizes = rng.choice([0, 0, 1e-9, 0.1, 1, 10], size=4)
+        parts = [(1, 1), (seeds, 1), (1, rows), (seeds, rows)]
+        values = sum(size * rng.normal(size=shape) for size, shape in zip(sizes, parts, strict=True))
+        tasks.append(np.broadcast_to(values, (seeds, rows)))
+    return tasks
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("confidence", [0.5, 0.95])
+def test_no_interval_is_narrower_than_one_that_allows_for_less(seed, confidence):
+    rng, finite = np.random.default_rng(seed), 0
+    for _ in range(150):
+        tasks = any_design(rng)
+        seeds, rows, others = (
+            interval(*tasks, confidence=confidence)
+            for interval in (paired.seeds_interval, paired.crossed_interval, paired.tasks_interval)
+        )
+        assert rows.low <= seeds.low <= seeds.high <= rows.high, tasks
+        assert others.low <= seeds.low <= seeds.high <= others.high, tasks
+        if rows.method != "none":
+            assert others.low <= rows.low <= rows.high <= others.high, tasks
+            finite += 1
+    assert finite > 30
+
+
+@pytest.mark.parametrize("seeds, tasks, quieter", [(3, 2, 1), (3, 3, 0.5), (2, 3, 1), (4, 2, 0.2)])
+@pytest.mark.parametrize("by_rows", [0, 0.5, 2])
+def test_intervals_cover_what_they_promise(seeds, tasks, quieter, by_rows):
+    """Over seeds the mean on these rows of these tasks, over rows that of these tasks, over tasks that of all tasks;
+    whatever tasks differ by, and though all tasks but one have quieter seeds."""
+    rng, n, times = np.random.default_rng(seeds), 24, 500
+    by_task = rng.normal(size=(times, tasks, 1, 1))
+    by_row = by_rows * math.sqrt(n) * rng.normal(size=(times, tasks, 1, n))
+    noise = np.array([1.0, *[quieter] * (tasks - 1)])[:, None, None]
+    values = by_task + by_row + noise * rng.normal(size=(times, tasks, seeds, 1))
+    values = values + rng.normal(size=(times, tasks, seeds, n))
+    targets = (by_task + by_row).mean(axis=(1, 2, 3)), by_task.mean(axis=(1, 2, 3)), np.zeros(times)
+    for interval, target in zip(
+        (paired.seeds_interval, paired.crossed_interval, paired.tasks_interval), targets, strict=True
+    ):
+        found = [interval(*one) for one in values]
+        held = np.mean([i.low <= t <= i.high for i, t in zip(found, target, strict=True)])
+        assert held > 0.91, interval.__name__
+
+
 # standard deviations of the mean by seeds and by rows, and of a single residual
 @pytest.mark.parametrize(
     "seeds, by_seeds, by_rows, residual",
@@ -271,9 +390,7 @@ def test_an_answer_that_could_not_be_judged_is_left_out_for_all_seeds():
     rows[1, 3] = math.nan
     found = paired.difference(by_pair(rows))
     kept = np.delete(rows[:3], 3, axis=1), rows[3:]
-    assert vars(found.interval) == pytest.approx(
-        vars(paired.interval([x for task in kept for x in task.mean(axis=1)]))
-    )
+    assert vars(found.interval) == pytest.approx(vars(paired.seeds_interval(*kept)))
     assert vars(found.crossed) == pytest.approx(vars(paired.crossed_interval(*kept)))
     assert found.estimate == pytest.approx(found.crossed.estimate)
 
@@ -356,9 +473,10 @@ def test_shares_add_up_to_the_gap_and_an_idle_factor_gets_nothing():
     assert found["site"].crossed == paired.Interval(0.0, 0.0, 0.0, 6, "crossed") and found["site"].p == 1
     per_pair = shapley(scores.__getitem__, FOUR)
     np.testing.assert_allclose(sum(per_pair.values()), gap)
-    assert vars(found["form"].interval) == pytest.approx(vars(paired.interval(per_pair["form"].mean(axis=1))))
-    by_task = paired.crossed_interval(per_pair["form"][:3], per_pair["form"][3:])
-    assert vars(found["form"].crossed) == pytest.approx(vars(by_task))
+    by_task = per_pair["form"][:3], per_pair["form"][3:]
+    assert vars(found["form"].interval) == pytest.approx(vars(paired.seeds_interval(*by_task)))
+    assert vars(found["form"].crossed) == pytest.approx(vars(paired.crossed_interval(*by_task)))
+    assert vars(found["form"].tasks) == pytest.approx(vars(paired.tasks_interval(*by_task)))
     raw = [paired.difference(by_pair(per_pair[factor])).p for factor in FOUR]
     assert [share.p for share in found.values()] == pytest.approx(paired.corrected(raw))
 
@@ -552,7 +670,11 @@ def plain_effects(cells: pd.DataFrame, factors: list[str], measure: str) -> list
             if gaps:
                 kept, pairs = most_whole(gaps)
                 means = [float(np.mean([gaps[context][pair] for context in kept])) for pair in pairs]
-                found.append((factor, level, levels[0], paired.interval(means), paired.p_value(means), len(kept)))
+                by_task = defaultdict(list)  # of one test row
+                for (task, _), gap in zip(pairs, means, strict=True):
+                    by_task[task].append([gap])
+                interval = paired.seeds_interval(*by_task.values())
+                found.append((factor, level, levels[0], interval, paired.p_value(means), len(kept)))
     return found
 
 

@@ -17,6 +17,7 @@ from steertune.recipes.ablation.tables import Claim, GridTables
 
 _SHOWN = 8  # arms in a chart; more cannot be told apart
 _HEADER = ["95 %, these test rows", "95 %, other test rows too", "p (Holm)", "pairs"]
+_TASKS = "95 %, other tasks too"
 
 
 def attribution(folder: Path, tables: GridTables, found: analysis.Attribution, label: str) -> list[str]:
@@ -50,7 +51,7 @@ def effects_of_factors(folder: Path, cells: Frame, tables: GridTables, measure: 
     if not found:
         return []
     charts.effects(found, folder / "charts" / "effects.png", f"difference in {label}")
-    header = ["factor", "level against reference", "difference", *_HEADER, "contexts"]
+    header = ["factor", "level against reference", "difference", *_HEADER[:2], _TASKS, *_HEADER[2:], "contexts"]
     lines = [
         "## Effect of each factor, everything else equal",
         "",
@@ -225,9 +226,12 @@ def side_effects(folder: Path, cells: Frame, tables: GridTables) -> list[str]:
     names = {
         "kl": "KL to the base",
         "perplexity": "perplexity",
+        "perplexity_ratio": "of the base's",
         "repetition": "repetition",
         "moved_wrong": "moved wrong",
     }
+    if "base_perplexity" in cells:
+        cells = cells.assign(perplexity_ratio=cells["perplexity"] / cells["base_perplexity"])
     there = [c for c in names if c in cells]
     means = cells.groupby("arm", sort=False)[there].mean()
     rows = [[str(arm), *("" if pd.isna(v) else f"{v:.3f}" for v in means.loc[arm])] for arm in means.index]
@@ -314,7 +318,14 @@ def _rates(tables: GridTables, cells: Frame) -> list[str]:
 
 
 def _effect_rows(found: Sequence[Effect]) -> list[list[str]]:
-    return [[e.factor, f"{e.level} − {e.reference}", *_numbers(e.difference), str(e.contexts)] for e in found]
+    rows = []
+    for effect in found:
+        estimate, these_rows, other_rows, *rest = _numbers(effect.difference)
+        ends = [these_rows, other_rows, effect.difference.tasks.ends]
+        rows.append(
+            [effect.factor, f"{effect.level} − {effect.reference}", estimate, *ends, *rest, str(effect.contexts)]
+        )
+    return rows
 
 
 def _reach(found: Sequence[Difference]) -> list[str]:

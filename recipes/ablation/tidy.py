@@ -52,6 +52,22 @@ def read_cells(folder: Path, names: list[str] | None = None) -> Frame:
     return cells.assign(**{name: float("nan") for name in measures if name not in cells})
 
 
+def read_table(file: Path) -> Frame:
+    """The same from a `cells.parquet`, where only that was kept of a grid.
+
+    Raises:
+        ArmError: it is no table of cells, or of another version.
+    """
+    try:
+        cells = pd.read_parquet(file)
+        found = set(cells["version"].dropna())
+    except (OSError, ValueError, KeyError) as error:
+        raise ArmError(f"{file} is no table of cells: {error}. Delete it and run the grid again.") from error
+    if found != {VERSION}:
+        raise ArmError(f"{file} is of version {found} of the instrument, this is {VERSION}. Run the grid again.")
+    return cells
+
+
 def _read(home: Path) -> dict[str, Any] | None:
     file, failed = home / "cell.json", home / "failed.json"
     if not file.exists():

@@ -1,8 +1,14 @@
 """Intervals and tests for differences between arms that saw the same data.
 
-A difference is taken within a pair (same task, same seed, same examples), so what the pair has in common cancels. All
-seeds of a task are measured on the same test rows, so the pairs of a task are not independent looks at it: a claim
-takes the interval that allows for other test rows too.
+A difference is taken within a pair (same task, same seed, same examples), so what the pair has in common cancels.
+Three things could have been others: the seeds, the test rows, and the tasks. There is an interval for each step, and
+each allows for everything that the one before it allows for, so it is never the narrower one:
+
+1. `seeds_interval`: other seeds, on these test rows of these tasks.
+2. `crossed_interval`: other seeds and other test rows, of these tasks. All seeds of a task are measured on the same
+   rows, so the pairs of a task are not independent looks at it. This is the interval of a claim.
+3. `tasks_interval`: other seeds, test rows and tasks, as if the tasks had been drawn from many like them. It is shown
+   beside the others; a claim is about its own tasks.
 """
 
 from __future__ import annotations
@@ -36,9 +42,9 @@ class Interval:
         low: Lower end.
         high: Upper end.
         pairs: How many pairs there were.
-        method: `bca`, `t`, `crossed`, or `none` where the pairs are too few, or all equal, so that nothing says how
-            much they vary (the ends are infinite then).
-        p: Of the test that goes with a crossed interval: the error at which it would just hold zero.
+        method: `bca`, `t`, `crossed`, `tasks`, or `none` where the pairs are too few, or all equal, so that nothing
+            says how much they vary (the ends are infinite then).
+        p: Of the test that goes with a crossed interval or one over tasks: the error at which it would just hold zero.
     """
 
     estimate: float
@@ -67,14 +73,16 @@ class Difference:
     """What pairs say about a mean difference.
 
     Attributes:
-        interval: Over pairs of task and seed, on these test rows.
-        crossed: Over seeds and test rows.
+        interval: For other seeds, on these test rows of these tasks.
+        crossed: For other seeds and test rows of these tasks.
+        tasks: For other seeds, test rows and tasks.
         permutation: p of the permutation test over the pairs.
         p: The larger of that and of the crossed interval's, corrected where several differences were looked at.
     """
 
     interval: Interval
     crossed: Interval
+    tasks: Interval
     permutation: float
     p: float
 
@@ -92,7 +100,8 @@ class Difference:
 
 
 def interval(differences: ArrayLike, confidence: float = 0.95, method: str | None = None, seed: int = 0) -> Interval:
-    """Interval of the mean of paired differences.
+    """Interval of the mean of differences that are independent of each other, as those of test rows are; pairs of
+    task and seed are not (`seeds_interval`).
 
     BCa bootstrap (Efron 1987, by scipy) over the pairs; Student's t below `FEW` pairs, where a bootstrap of a handful
     of values is too sure of itself.
@@ -141,6 +150,39 @@ def _finite(differences: ArrayLike) -> NDArray[np.float64]:
     return values
 
 
+@dataclass(frozen=True)
+class _Spread:
+    """Variance of the mean over all pairs, and the degrees of freedom with which it is known."""
+
+    variance: float
+    freedom: float
+
+
+def seeds_interval(*tasks: ArrayLike, confidence: float = 0.95) -> Interval:
+    """Interval over seeds: would it hold for other seeds, on these test rows of these tasks?
+
+    The tasks are given, so that they differ from each other does not make the interval wider: only seeds of the same
+    task say how much seeds vary. Student's t with Satterthwaite's degrees of freedom, since the seeds of one task may
+    vary more than those of another; for one task that is the plain t interval.
+
+    What holds for other test rows, or other tasks, holds for these too. So where one of those intervals is shorter it
+    is the answer: test rows have many degrees of freedom where seeds are few, all seeds may happen to agree, or every
+    task has one seed.
+
+    Args:
+        tasks: Per task the differences by seed and test row, `(seeds, rows)`. Every seed of every task counts once.
+        confidence: Share of such intervals that should hold the true mean.
+    """
+    matrices = _matrices(tasks)
+    found = [
+        _students(matrices, _within(matrices, axis=0), confidence, "t"),
+        crossed_interval(*tasks, confidence=confidence),
+        tasks_interval(*tasks, confidence=confidence),
+    ]
+    shortest = min(found, key=lambda one: one.high - one.low)
+    return replace(shortest, method="none" if shortest.method == "none" else "t", p=1.0)
+
+
 def crossed_interval(*tasks: ArrayLike, confidence: float = 0.95) -> Interval:
     """Interval over seeds and test rows at once: would it hold for other seeds and other test rows?
 
@@ -150,26 +192,94 @@ def crossed_interval(*tasks: ArrayLike, confidence: float = 0.95) -> Interval:
 
     Args:
         tasks: Per task the differences by seed and test row, `(seeds, rows)`. Every seed of every task counts once.
-        confidence: As in `interval`.
+        confidence: As in `seeds_interval`.
     """
-    matrices = [np.asarray(task, dtype=float) for task in tasks]
-    pairs = sum(len(values) for values in matrices)
-    estimate = sum(len(values) / pairs * float(values.mean()) for values in matrices)
-    if any(min(values.shape) < 2 for values in matrices):
-        return Interval(estimate, -np.inf, np.inf, pairs, "none")
-    parts = [  # (variance of the mean, degrees of freedom) of seeds and of rows, task by task
-        ((len(values) / pairs) ** 2 * float(values.mean(axis=1 - axis).var(ddof=1)) / n, n - 1)
-        for values in matrices
-        for axis, n in enumerate(values.shape)
-    ]
-    variance = sum(v for v, _ in parts)
-    if variance <= (_ROUNDING * max(1.0, abs(estimate))) ** 2:
-        return _without_spread(estimate, pairs, "crossed")
+    matrices = _matrices(tasks)
+    return _students(matrices, _over_seeds_and_rows(matrices), confidence, "crossed")
+
+
+def tasks_interval(*tasks: ArrayLike, confidence: float = 0.95) -> Interval:
+    """Interval over tasks, with their seeds and test rows: would it hold for other tasks like these?
+
+    Student's t over the means of the tasks, with one degree of freedom less than there are tasks. Task means differ
+    by their seeds and rows too, so the variance cannot be less than that of `crossed_interval`; where the means are
+    closer than that by chance, the tasks themselves are taken to add nothing.
+
+    Args:
+        tasks: Per task the differences by seed and test row, `(seeds, rows)`. Every seed of every task counts once.
+        confidence: As in `seeds_interval`.
+    """
+    matrices = _matrices(tasks)
+    between, within = _over_tasks(matrices), _over_seeds_and_rows(matrices)
+    if between is not None and within is not None:
+        between = _Spread(max(between.variance, within.variance), min(between.freedom, within.freedom))
+    return _students(matrices, between, confidence, "tasks")
+
+
+def _matrices(tasks: Sequence[ArrayLike]) -> list[NDArray[np.float64]]:
+    return [np.asarray(task, dtype=float) for task in tasks]
+
+
+def _weights(tasks: Sequence[NDArray[np.float64]]) -> NDArray[np.float64]:
+    """The share of every task in the mean over all pairs."""
+    seeds = np.array([len(values) for values in tasks], dtype=float)
+    return seeds / seeds.sum()
+
+
+def _over_seeds_and_rows(tasks: Sequence[NDArray[np.float64]]) -> _Spread | None:
+    seeds, rows = _within(tasks, axis=0), _within(tasks, axis=1)
+    if seeds is None or rows is None:
+        return None
+    both = _summed([seeds, rows])
     # at most the seeds' own: two seeds that are close by chance must not hide how few they are
-    freedom = min(variance**2 / sum(v**2 / n for v, n in parts), pairs - len(matrices))
-    reach = float(stats.t.ppf((1 + confidence) / 2, freedom)) * variance**0.5
-    p = 2 * float(stats.t.sf(abs(estimate) / variance**0.5, freedom))
-    return Interval(estimate, estimate - reach, estimate + reach, pairs, "crossed", p)
+    return _Spread(both.variance, min(both.freedom, sum(len(values) - 1 for values in tasks)))
+
+
+def _over_tasks(tasks: Sequence[NDArray[np.float64]]) -> _Spread | None:
+    """How much the mean varies with the tasks: `var(task means) / tasks` where all have as many pairs."""
+    count = len(tasks)
+    if count < 2:
+        return None
+    weights, means = _weights(tasks), np.array([values.mean() for values in tasks])
+    squares = (weights * (means - weights @ means)) ** 2
+    return _Spread(count / (count - 1) * float(squares.sum()), count - 1)
+
+
+def _within(tasks: Sequence[NDArray[np.float64]], axis: int) -> _Spread | None:
+    """What the seeds (axis 0) or the test rows (axis 1) of each task add to the variance of the mean; None where a
+    task has one of them, which does not say how much they vary."""
+    parts = []
+    for weight, values in zip(_weights(tasks), tasks, strict=True):
+        means = values.mean(axis=1 - axis)
+        if len(means) < 2:
+            return None
+        parts.append(_Spread(float(weight**2 * means.var(ddof=1)) / len(means), len(means) - 1))
+    return _summed(parts)
+
+
+def _summed(parts: Sequence[_Spread]) -> _Spread:
+    """Independent parts as one, with Satterthwaite's degrees of freedom."""
+    variance = sum(part.variance for part in parts)
+    squares = sum(part.variance**2 / part.freedom for part in parts)
+    return _Spread(variance, variance**2 / squares if squares > 0 else sum(part.freedom for part in parts))
+
+
+def _students(
+    tasks: Sequence[NDArray[np.float64]], spread: _Spread | None, confidence: float, method: str
+) -> Interval:
+    """Student's t interval of the mean over all pairs, with p of the test that the mean is zero."""
+    means = np.concatenate([values.mean(axis=1) for values in tasks])
+    estimate, largest = float(means.mean()), float(np.abs(means).max())
+    if spread is None:
+        return Interval(estimate, -np.inf, np.inf, len(means), "none")
+    if spread.variance <= (_ROUNDING * max(1.0, largest)) ** 2:
+        if largest <= _ROUNDING:  # nothing but zeros is no difference
+            return Interval(0.0, 0.0, 0.0, len(means), method)
+        return Interval(estimate, -np.inf, np.inf, len(means), "none")  # the same for all seeds may be chance
+    error = spread.variance**0.5
+    reach = float(stats.t.ppf((1 + confidence) / 2, spread.freedom)) * error
+    p = 2 * float(stats.t.sf(abs(estimate) / error, spread.freedom))
+    return Interval(estimate, estimate - reach, estimate + reach, len(means), method, p)
 
 
 def judged(gap: Frame) -> list[NDArray[np.float64]]:
@@ -191,10 +301,12 @@ def difference(gap: Frame) -> Difference:
     """Intervals and tests of differences by task and seed, each an array over the task's test rows (see `judged`)."""
     tasks = judged(gap)
     if not tasks:
-        return Difference(_NOTHING, _NOTHING, 1.0, 1.0)
-    pairs = np.concatenate([values.mean(axis=1) for values in tasks])
-    over_rows, permutation = crossed_interval(*tasks), p_value(pairs)
-    return Difference(interval(pairs), over_rows, permutation, max(permutation, over_rows.p))
+        return Difference(_NOTHING, _NOTHING, _NOTHING, 1.0, 1.0)
+    permutation = p_value(np.concatenate([values.mean(axis=1) for values in tasks]))
+    over_rows = crossed_interval(*tasks)
+    return Difference(
+        seeds_interval(*tasks), over_rows, tasks_interval(*tasks), permutation, max(permutation, over_rows.p)
+    )
 
 
 _NOTHING = Interval(np.nan, -np.inf, np.inf, 0, "none")

@@ -20,6 +20,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from ..adapters import SteeringVectorLayer, prompt_length, set_strength, steering_layers
 from ..adapters.blocks import find_blocks, find_stack, resolve_layers, site_name
 from ..adapters.config import Layers, Site
+from ..adapters.observing import untouched
 from ..losses import Outputs, Strength
 from ._batch import Batch
 from ._host import both
@@ -165,11 +166,13 @@ def _remembered(
     return memo.outputs(batch, compute, asked.layers, asked.site)
 
 
-def reference_adapter(model: PeftModel) -> AbstractContextManager[Any]:
+@contextmanager
+def reference_adapter(model: PeftModel) -> Iterator[None]:
     """The model as training found it: the copy `ref` if there is one, else no adapter."""
     from trl.trainer.utils import use_adapter
 
-    return use_adapter(model, REFERENCE_ADAPTER if REFERENCE_ADAPTER in model.peft_config else None)
+    with untouched(model), use_adapter(model, REFERENCE_ADAPTER if REFERENCE_ADAPTER in model.peft_config else None):
+        yield
 
 
 def scaled(model: nn.Module, strength: Strength) -> AbstractContextManager[Any]:

@@ -13,3 +13,6 @@ class SteeringDPOTrainer(SteeringMixin, DPOTrainer):
     """
 
     takes_pairs = True
+
+    def _forget_evaluations(self) -> None:
+        self._metrics["eval"].clear()  # TRL's; it is read and cleared by `log` only, which `predict` does not call

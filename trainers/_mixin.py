@@ -325,7 +325,7 @@ class SteeringMixin(Trainer):
         own_reference, memo = self._reference or getattr(self, "ref_model", None), self.pay_once.reference
         at = ModelAt(model, unwrapped, batch, own_reference, memo, together, self.views)
         # blocks that are left out, or run in parts, show no states
-        with nullcontext() if loss.states else self.pay_once.shortcut(labels_only=True):
+        with self.pay_once.whole() if loss.states else self.pay_once.shortcut(labels_only=True):
             values = loss(at, self._generator())
         if num_items_in_batch is None:
             total = values.sum() / batch.count(loss.unit)

@@ -1,4 +1,4 @@
-"""Gradient checkpointing and the frozen prefix together: equal to the plain path, and nothing left out is run again."""
+"""Gradient checkpointing and the frozen prefix together: as the plain path, and nothing left out is run again."""
 
 from __future__ import annotations
 
@@ -121,9 +121,9 @@ def test_activations_are_not_kept(monkeypatch):
         shortcut = FrozenPrefix().shortcut(model, training=True)
         with_gradients(model, batch, shortcut)
         saved = []
-        with torch.autograd.graph.saved_tensors_hooks(lambda x, s=saved: s.append(x.numel()) or x, lambda x: x):
-            with shortcut.on():
-                ModelAt(model, model, batch)(1)
+        noting = torch.autograd.graph.saved_tensors_hooks(lambda x, s=saved: s.append(x.numel()) or x, lambda x: x)
+        with noting, shortcut.on():
+            ModelAt(model, model, batch)(1)
         sizes[name] = sum(saved)
     assert sizes["checkpointed"] < 0.6 * sizes["kept"]
 
@@ -140,7 +140,7 @@ OPTIONS = {
         "dpo",
         dict(
             loss="lorra", peft_config=SteeringVectorConfig(layers=1, site="mlp", positions="completion"),
-            views={name: get_view("instruction", text=text) for name, text in (("good", "the sea"), ("bad", "a dog runs"))},
+            views={name: get_view("instruction", text=text) for name, text in (("good", "sea"), ("bad", "a dog"))},
         ),
     ),
     "attention": ("dpo", dict(loss="dpo", peft_config=SteeringVectorConfig(layers=2, site="attention"))),
@@ -162,7 +162,9 @@ OPTIONS = {
     "every second layer": (
         "dpo", dict(loss="dpo", gradient_checkpointing_kwargs={"use_reentrant": False, "every_n_layers": 2}),
     ),
-    "nothing below": ("dpo", dict(loss="dpo", peft_config=SteeringVectorConfig(layers=0, site="mlp", positions="prompt"))),
+    "nothing below": (
+        "dpo", dict(loss="dpo", peft_config=SteeringVectorConfig(layers=0, site="mlp", positions="prompt")),
+    ),
 }  # fmt: skip
 
 

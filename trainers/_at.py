@@ -198,15 +198,16 @@ def scaled(model: nn.Module, strength: Strength) -> AbstractContextManager[Any]:
             "strength='null' under ZeRO-3: it expects the order of modules that it saw before, and this pass has "
             "another. Use ZeRO-2, FSDP2 or DDP, or a loss without it."
         )
+    lora = any(isinstance(layer, LoraLayer) for layer in model.modules())
+    if lora and strength == "null":
+        raise ValueError(
+            "strength='null' takes out the direction of a steering vector; a LoRA has none. (RePS can do without: "
+            "suppress='negative'.)"
+        )
     stack = ExitStack()
     if steering_layers(model):
         stack.enter_context(set_strength(model, strength))
-    if any(isinstance(layer, LoraLayer) for layer in model.modules()):
-        if strength == "null":
-            raise ValueError(
-                "strength='null' takes out the direction of a steering vector; a LoRA has none. (RePS can do "
-                "without: suppress='negative'.)"
-            )
+    if lora:
         stack.enter_context(rescale_adapter_scale(model, strength))
     return stack
 

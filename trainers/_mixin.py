@@ -314,7 +314,9 @@ class SteeringMixin(Trainer):
         """The parent's loss, or ours: its values summed, over the number of pairs, rows or tokens of the step."""
         loss, inputs = self._loss_now, unpacked(inputs)
         if loss is None:
-            with untouched(self.model), self._boundary(inputs), self.pay_once.shortcut():
+            # outputs that somebody reads are the parent's on padding too, where states that are left out are zero
+            passes = self.pay_once.whole() if return_outputs else self.pay_once.shortcut()
+            with untouched(self.model), self._boundary(inputs), passes:
                 return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         batch = self._read(inputs)
         unwrapped: Any = self.accelerator.unwrap_model(model)
@@ -336,7 +338,7 @@ class SteeringMixin(Trainer):
             self._satisfied.note(values.detach())
         if return_outputs:
             whole = Batch.read(inputs)  # the parent's outputs: of all rows, also where the loss reads chosen ones only
-            with torch.no_grad(), prompt_of(unwrapped, whole), self.pay_once.shortcut():
+            with torch.no_grad(), prompt_of(unwrapped, whole), self.pay_once.whole():
                 return total, model(**whole.inputs)
         return total
 
@@ -346,7 +348,7 @@ class SteeringMixin(Trainer):
         """As the parent's; with our loss the batch need not have `labels`."""
         inputs = unpacked(inputs)
         if self.loss is None or (not prediction_loss_only and (self.takes_pairs or "labels" in inputs)):
-            with self._boundary(inputs), self.pay_once.shortcut():
+            with self._boundary(inputs):
                 return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():

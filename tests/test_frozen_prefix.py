@@ -458,7 +458,7 @@ def test_what_was_asked_for_warns_and_what_was_not_says_one_line(tmp_path, caplo
          "reentrant gradient checkpointing", "'use_reentrant': False"),
         ("sft", dict(loss="cross_entropy", neftune_noise_alpha=5.0), "differs in training", "frozen_prefix=False"),
         ("sft", dict(loss=None, neftune_noise_alpha=5.0), "differs in training", "frozen_prefix=False"),
-        ("dpo", dict(loss="dpo", torch_compile=True, torch_compile_backend="eager"), "a compiled graph",
+        ("dpo", dict(loss="simpo", torch_compile=True, torch_compile_backend="eager"), "a compiled graph",
          "torch_compile=False"),
         ("sft", dict(loss="cross_entropy", model="dropout"), "makes its output random", "Set it to 0"),
         ("sft", dict(loss="cross_entropy", peft_config=None), "is trained or adapted is 0", "layers="),
@@ -539,6 +539,20 @@ def test_whatever_goes_wrong_inside_changes_nothing(place, when, tmp_path, monke
     assert_equal(made, plain)
     warnings = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
     assert len(warnings) == len(set(warnings)) <= 3
+
+
+@pytest.mark.parametrize("block", [0, 3])
+@pytest.mark.parametrize("loss", ["dpo", "cross_entropy", None])
+def test_an_error_of_the_model_itself_is_raised(block, loss, tmp_path, caplog):
+    made = trainer("dpo", tmp_path, loss=loss)
+
+    def broken(*args, **kwargs):
+        raise KeyError("the model's own")
+
+    made.model.get_base_model().model.layers[block].mlp.forward = broken
+    with pytest.raises(KeyError, match="the model's own"):
+        made.train()
+    assert "failed" not in caplog.text
 
 
 LONG = "the cat runs the dog sits red blue "

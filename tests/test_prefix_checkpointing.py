@@ -173,6 +173,8 @@ OPTIONS = {
 def test_training_is_equal_to_training_without_both(name, prefix, tmp_path):
     """With TRL's default `gradient_checkpointing=True`, and without the prefix too."""
     kind, options = OPTIONS[name]
+    if name in ("bipo", "reps") and "__call__" in vars(GradientCheckpointingLayer):
+        pytest.skip("refused before transformers 5.23, which checkpoints hooks too")
     options = {"data": demonstrations() if kind == "sft" else pairs(), "max_steps": 4, **options}
     plain_options = {k: v for k, v in options.items() if k != "gradient_checkpointing_kwargs"}
     plain = trained(kind, tmp_path / "plain", gradient_checkpointing=False, frozen_prefix=False, **plain_options)

@@ -11,7 +11,7 @@ from torch import nn
 
 from .cut import NoPrefix
 from .memo import Memo
-from .notices import Notices
+from .notices import Notices, in_words
 from .reference import ReferenceMemo
 from .shortcut import Shortcut
 
@@ -73,7 +73,7 @@ class FrozenPrefix:
         except NoPrefix as error:
             notices.off(error)
         except Exception as error:  # a fault of the memo's own is no reason not to train
-            notices.failed("looking at the model", error)
+            notices.failed("looking at the model", in_words(error))
         return None
 
     @contextmanager
@@ -93,5 +93,5 @@ class FrozenPrefix:
         try:
             return ReferenceMemo(self.memo, model, trained) if self.usable else None
         except Exception as error:  # weights that have no bits to read, say
-            Notices(self.level).failed("the memo of the reference", error)
+            Notices(self.level).failed("the memo of the reference", in_words(error))
             return None

@@ -28,13 +28,10 @@ class Notices:
         self._visible = False
         self._tell(level, f"The frozen prefix is off: {why}. {_SILENCE}")
 
-    def failed(self, what: str, error: BaseException) -> None:
-        """`what` raised an error that the plain path did not: that is a fault of ours, and always a warning."""
+    def failed(self, what: str, error: str) -> None:
+        """`what` raised an `error` that the plain path did not: that is a fault of ours, and always a warning."""
         self._visible = False
-        self._tell(
-            logging.WARNING,
-            f"The frozen prefix is off: {what} failed with {type(error).__name__}: {error}. {_SILENCE}",
-        )
+        self._tell(logging.WARNING, f"The frozen prefix is off: {what} failed with {error}. {_SILENCE}")
 
     def less(self, why: object) -> None:
         """A part of what can be left out is not, because of `why`."""
@@ -45,3 +42,8 @@ class Notices:
         if text not in self._told and not elsewhere:
             self._told.add(text)
             logger.log(level, "%s.", text)
+
+
+def in_words(error: BaseException) -> str:
+    """An error without its traceback, which would hold the tensors of the pass that failed."""
+    return f"{type(error).__name__}: {error}".removesuffix(".")

@@ -77,7 +77,7 @@ class PayOnce:
 
     def whole(self) -> AbstractContextManager[None]:
         """Forward passes inside leave nothing out; where layers are checkpointed, they are run again as they ran."""
-        if self._model is None:
+        if self._model is None or not self._model.training:
             return nullcontext()
         try:
             base = base_of(self._model)

@@ -15,7 +15,7 @@ from .._host import both, on_host
 from .cut import base_of
 from .keys import Unknown, attention_of, config_of, row_key, rows_of, weights_key
 from .memo import Memo
-from .notices import Notices
+from .notices import Notices, in_words
 
 
 class ReferenceMemo:
@@ -46,17 +46,19 @@ class ReferenceMemo:
             layers: Whose hidden states are asked for.
             site: Which of their states.
         """
-        if self._failed:
-            return compute(batch)
-        try:
-            return self._outputs(batch, compute, layers, site)
-        except Unknown:
-            return compute(batch)
-        except Exception as error:  # whatever it is: if the model is at fault, it raises that again
-            outputs = compute(batch)
+        failure = ""
+        if not self._failed:
+            try:
+                return self._outputs(batch, compute, layers, site)
+            except Unknown:
+                pass
+            except Exception as error:
+                failure = in_words(error)
+        outputs = compute(batch)  # if the model is at fault, it raises its error again
+        if failure:
             self._failed = True
-            Notices(logging.WARNING).failed("the memo of the reference", error)
-            return outputs
+            Notices(logging.WARNING).failed("the memo of the reference", failure)
+        return outputs
 
     def _outputs(self, batch: Batch, compute: Callable[[Batch], Outputs], layers: Sequence[int], site: str) -> Outputs:
         rows = rows_of(batch.inputs)

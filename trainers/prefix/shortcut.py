@@ -20,7 +20,7 @@ from .cut import NoPrefix, base_of, dropout, frozen_blocks
 from .decoder import Decoder
 from .keys import Unknown, attention_of, config_of, rows_of
 from .memo import Memo
-from .notices import Notices
+from .notices import Notices, in_words
 from .prompts import Split, part, run_split, shared_prompts
 from .randomness import draws, draws_again
 from .rounding import difference
@@ -60,7 +60,7 @@ class Shortcut:
         stops: Collection[int] = (),
     ) -> None:
         self.model, self._proven, self._notices = model, proven, notices
-        self._error: Exception | None = None  # of our own code, until the plain path has done without it
+        self._error: str | None = None  # of our own code, until the plain path has done without it
         self._seen_proven: set[tuple[Any, ...]] = set()
         self._draws: bool | None = None  # random numbers; not looked at yet
         self._training = training
@@ -110,7 +110,7 @@ class Shortcut:
         finally:
             self._labels_only = before
         if self._error is not None:  # an error of the model itself would have been raised by the plain path
-            self._notices.failed("leaving it out", self._error)
+            self._notices.failed("a pass without them", self._error)
             self._error = None
 
     def _leave_nothing_out(self) -> None:
@@ -126,7 +126,7 @@ class Shortcut:
             return self._output(call)
         except Exception as error:
             self._leave_nothing_out()
-            self._error = error
+            self._error = in_words(error)
             if rewind is not None:
                 rewind()
             return None

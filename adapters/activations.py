@@ -11,14 +11,13 @@ from typing import Any, Literal, get_args
 
 import torch
 from peft import PeftModel
-from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .blocks import find_blocks, resolve_layers, site_name
 from .checks import choose
 from .config import Layers, Site
+from .observing import adapters_off, evaluating
 
 Pool = Literal["completion_mean", "last"]
 
@@ -132,7 +131,7 @@ def _states(
     blocks = find_blocks(base)
     modules = {i: base.get_submodule(site_name(*blocks[i], site)) for i in resolve_layers(layers, len(blocks))}
     device = next(base.parameters()).device
-    with _adapters_off(model), _outputs_of(base, modules) as outputs:
+    with adapters_off(model), evaluating(base), _outputs_of(base, modules) as outputs:
         others = torch.distributed.is_initialized() and torch.distributed.get_rank() > 0
         for batch in tqdm(batches, desc="Collecting activations", disable=others or len(batches) < 4):
             ids = batch["input_ids"].to(device)
@@ -143,15 +142,12 @@ def _states(
 
 @contextmanager
 def _outputs_of(base: nn.Module, modules: Mapping[int, nn.Module]) -> Iterator[dict[int, Tensor]]:
-    """A dictionary that every forward pass inside, in evaluation mode, fills with the outputs of `modules`."""
+    """A dictionary that every forward pass inside fills with the outputs of `modules`."""
     seen: dict[int, Tensor] = {}
     handles = [module.register_forward_hook(partial(_keep, seen, i)) for i, module in modules.items()]
-    training = base.training
-    base.eval()
     try:
         yield seen
     finally:
-        base.train(training)
         for handle in handles:
             handle.remove()
 
@@ -169,17 +165,3 @@ def _pool_weights(completion_mask: Tensor, pool: Pool) -> Tensor:
         last = (completion_mask * (column + 1)).argmax(dim=1)
         return (column == last[:, None]).float()
     return completion_mask / completion_mask.sum(dim=1, keepdim=True)
-
-
-@contextmanager
-def _adapters_off(model: nn.Module) -> Iterator[None]:
-    """No adapter works inside, whether PEFT or transformers' `add_adapter` put it there."""
-    kinds = (BaseTunerLayer, AuxiliaryTrainingWrapper)
-    working = [m for m in model.modules() if isinstance(m, kinds) and not m.disable_adapters]
-    for module in working:
-        module.enable_adapters(False)
-    try:
-        yield
-    finally:
-        for module in working:
-            module.enable_adapters(True)

@@ -14,11 +14,11 @@ from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
-from .activations import _adapters_off as adapters_off
 from .blocks import find_blocks, resolve_layers, site_name, text_config
 from .config import SteeringVectorConfig
 from .fingerprint import check_fingerprint, fingerprint
 from .layer import BASE_ROW, NO_MERGE, SteeringVectorLayer, steering_layers
+from .observing import adapters_off
 from .positions import PromptBoundary, prompt_length
 from .registration import NAME, register
 from .stream import stream_sizes

@@ -8,8 +8,8 @@ guessing would steer the wrong tokens without a word.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -131,6 +131,22 @@ class PromptBoundary:
             yield
         finally:
             self._part = before
+
+    def snapshot(self) -> Callable[[], AbstractContextManager[None]]:
+        """What is steered now, as a context for later: gradient checkpointing runs blocks again in the backward pass,
+        when other forward passes have been made."""
+        then = dict(vars(self))
+
+        @contextmanager
+        def as_it_was() -> Iterator[None]:
+            before = dict(vars(self))
+            vars(self).update(then)
+            try:
+                yield
+            finally:
+                vars(self).update(before)
+
+        return as_it_was
 
     @contextmanager
     def select(self, rows: Tensor) -> Iterator[None]:

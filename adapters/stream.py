@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .blocks import find_blocks, find_stack
+from .observing import evaluating
 
 ROWS, TOKENS = 2, 64
 FIRST = 4
@@ -45,7 +46,7 @@ def stream_sizes(model: nn.Module, modules: Mapping[int, str], sharded: bool = F
         return {}
     norms: dict[int, list[Tensor]] = {layer: [] for layer in modules}
     with ExitStack() as stack:
-        stack.enter_context(_evaluating(model))
+        stack.enter_context(evaluating(model))
         for layer, name in modules.items():
             module, block = model.get_submodule(name), _block_around(model, name)
             if block is None or block is module:
@@ -146,16 +147,3 @@ def _block_around(model: nn.Module, name: str) -> nn.Module | None:
     except ValueError:
         return None
     return next((block for prefix, block in blocks if name == prefix or name.startswith(f"{prefix}.")), None)
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside, each module put back as it was."""
-    training = [module for module in model.modules() if module.training]
-    for module in training:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True

@@ -9,7 +9,8 @@ import torch
 from conftest import fill, tiny
 from datasets import Dataset
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
-from tiny_data import demonstrations, history, pairs, trained, values
+from tiny_data import demonstrations, history, pairs, trained, trainer, values
+from transformers import TrainerCallback
 
 from steertune.adapters import SteeringVectorConfig
 from steertune.trainers import Batch, FrozenPrefix, ModelAt
@@ -418,10 +419,16 @@ def test_a_rope_that_depends_on_the_longest_row_is_off_beyond_its_context(kind, 
     off_because(caplog, "beyond 8 tokens this RoPE depends on the longest row of a batch")
 
 
-def test_gradient_checkpointing_is_off(tmp_path, caplog):
-    ours, plain, _ = both_ways("dpo", tmp_path, loss="dpo", gradient_checkpointing=True)
+@pytest.mark.parametrize("reentrant", [True, False, None])
+def test_gradient_checkpointing_is_exact_and_reentrant_is_off(reentrant, tmp_path, caplog):
+    given = None if reentrant is None else {"use_reentrant": reentrant}
+    options = dict(loss="dpo", gradient_checkpointing=True, gradient_checkpointing_kwargs=given)
+    ours, plain, prefix = both_ways("dpo", tmp_path, **options)
     assert_equal(ours, plain)
-    off_because(caplog, "gradient checkpointing asks for gradients of the embeddings")
+    if reentrant:
+        off_because(caplog, "reentrant gradient checkpointing needs gradients of the embeddings")
+    else:
+        assert not caplog.records and len(prefix.memo)
 
 
 @pytest.mark.parametrize("wrong", ["yes", 1, 0.5])
@@ -430,12 +437,122 @@ def test_other_values_are_refused(wrong, tmp_path):
         trained("dpo", tmp_path, frozen_prefix=wrong)
 
 
-def test_only_what_was_asked_for_warns(tmp_path, caplog):
-    everywhere = SteeringVectorConfig(layers="all", site="mlp")
-    for asked, level in ((None, logging.INFO), (True, logging.WARNING), (FrozenPrefix(warn=False), logging.INFO)):
+NOWHERE = SteeringVectorConfig(layers="all", site="mlp")  # nothing lies below layer 0
+
+
+def test_what_was_asked_for_warns_and_what_was_not_says_one_line(tmp_path, caplog):
+    for asked, levels in (
+        (None, [logging.WARNING]), (True, [logging.WARNING]), (FrozenPrefix(warn=False), [logging.INFO]), (False, [])
+    ):  # fmt: skip
         caplog.clear()
-        trained("dpo", tmp_path, frozen_prefix=asked, peft_config=everywhere, loss="dpo")
-        assert {record.levelno for record in caplog.records} == {level}
+        evaluated = dict(eval_dataset=pairs(4, seed=9), eval_strategy="steps", eval_steps=1)
+        trained("dpo", tmp_path, frozen_prefix=asked, peft_config=NOWHERE, loss="dpo", **evaluated)
+        assert [record.levelno for record in caplog.records] == levels
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "why", "fix"),
+    [
+        ("dpo", dict(loss="dpo", peft_config=NOWHERE), "nothing lies below it", "layers="),
+        ("dpo", dict(loss="dpo", gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": True}),
+         "reentrant gradient checkpointing", "'use_reentrant': False"),
+        ("sft", dict(loss="cross_entropy", neftune_noise_alpha=5.0), "differs in training", "frozen_prefix=False"),
+        ("sft", dict(loss=None, neftune_noise_alpha=5.0), "differs in training", "frozen_prefix=False"),
+        ("dpo", dict(loss="simpo", torch_compile=True, torch_compile_backend="eager"), "a compiled graph",
+         "torch_compile=False"),
+        ("sft", dict(loss="cross_entropy", model="dropout"), "makes its output random", "Set it to 0"),
+        ("sft", dict(loss="cross_entropy", peft_config=None), "is trained or adapted is 0", "layers="),
+    ],
+)  # fmt: skip
+def test_one_visible_line_where_nobody_asked(kind, options, why, fix, tmp_path, caplog):
+    if options.get("model") == "dropout":
+        options = {**options, "model": tiny()}
+        options["model"].model.layers[0].self_attn.attention_dropout = 0.1
+    trained(kind, tmp_path, **options)
+    [warning] = [
+        record.getMessage()
+        for record in caplog.records
+        if record.levelno >= logging.WARNING and record.name.startswith("steertune")
+    ]
+    assert why in warning and fix in warning and warning.startswith("The frozen prefix is off: ")
+
+
+# -- what goes wrong inside ------------------------------------------------------------------------------------------
+
+
+class Broken(RuntimeError):
+    """A fault of our own."""
+
+
+class BreakAfter(TrainerCallback):
+    """Breaks something when a number of steps is done."""
+
+    def __init__(self, steps, act):
+        self.steps, self.act = steps, act
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.steps:
+            self.act()
+
+
+def with_lora_dropout():
+    config = LoraConfig(r=2, target_modules=["q_proj"], layers_to_transform=[2, 3], lora_dropout=0.3)
+    return get_peft_model(tiny(), config)
+
+
+def break_in(monkeypatch, place: str) -> None:
+    def broken(*args, **kwargs):
+        torch.rand(3)  # and it has drawn random numbers before
+        raise Broken(place)
+
+    monkeypatch.setattr(f"steertune.trainers.prefix.{place}", broken)
+
+
+@pytest.mark.parametrize(
+    "place",
+    [
+        "shortcut.frozen_blocks", "shortcut.rows_of", "shortcut.shared_prompts", "shortcut.run_split",
+        "shortcut.draws", "states.row_key", "states.weights_key", "states.padded", "states.States.keep",
+        "memo.Memo.put", "memo.Memo.get", "memo.Memo.refresh", "completions.continue_prompts",
+        "completions.row_lengths", "decoder.Decoder.state", "reference.weights_key", "reference.row_key",
+        "reference.rows_of",
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("when", ["from the start", "in the middle"])
+def test_whatever_goes_wrong_inside_changes_nothing(place, when, tmp_path, monkeypatch, caplog):
+    """Also with random numbers above the cut: an error must not move them."""
+    config = SteeringVectorConfig(positions="completion" if place.startswith("completions") else "all")
+
+    def options(folder):
+        if place in ("shortcut.draws", "decoder.Decoder.state"):
+            return dict(folder=tmp_path / folder, loss="dpo", max_steps=4, model=with_lora_dropout())
+        return dict(folder=tmp_path / folder, loss="dpo", max_steps=4, peft_config=config)
+
+    plain = trained("dpo", frozen_prefix=False, **options("plain"))
+    made = trainer("dpo", **options("ours"))
+    if when == "in the middle":
+        made.add_callback(BreakAfter(2, lambda: break_in(monkeypatch, place)))
+    else:
+        break_in(monkeypatch, place)
+    made.train()
+    monkeypatch.undo()
+    assert_equal(made, plain)
+    warnings = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+    assert len(warnings) == len(set(warnings)) <= 3
+
+
+@pytest.mark.parametrize("block", [0, 3])
+@pytest.mark.parametrize("loss", ["dpo", "cross_entropy", None])
+def test_an_error_of_the_model_itself_is_raised(block, loss, tmp_path, caplog):
+    made = trainer("dpo", tmp_path, loss=loss)
+
+    def broken(*args, **kwargs):
+        raise KeyError("the model's own")
+
+    made.model.get_base_model().model.layers[block].mlp.forward = broken
+    with pytest.raises(KeyError, match="the model's own"):
+        made.train()
+    assert "failed" not in caplog.text
 
 
 LONG = "the cat runs the dog sits red blue "

@@ -20,6 +20,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from ..adapters import SteeringVectorLayer, prompt_length, set_strength, steering_layers
 from ..adapters.blocks import find_blocks, find_stack, resolve_layers, site_name
 from ..adapters.config import Layers, Site
+from ..adapters.observing import untouched
 from ..losses import Outputs, Strength
 from ._batch import Batch
 from ._host import both
@@ -167,11 +168,13 @@ def _remembered(
     return memo.outputs(batch, compute, asked.layers, asked.site)
 
 
-def reference_adapter(model: PeftModel) -> AbstractContextManager[Any]:
+@contextmanager
+def reference_adapter(model: PeftModel) -> Iterator[None]:
     """The model as training found it: the copy `ref` if there is one, else no adapter."""
     from trl.trainer.utils import use_adapter
 
-    return use_adapter(model, REFERENCE_ADAPTER if REFERENCE_ADAPTER in model.peft_config else None)
+    with untouched(model), use_adapter(model, REFERENCE_ADAPTER if REFERENCE_ADAPTER in model.peft_config else None):
+        yield
 
 
 def scaled(model: nn.Module, strength: Strength) -> AbstractContextManager[Any]:
@@ -197,15 +200,16 @@ def scaled(model: nn.Module, strength: Strength) -> AbstractContextManager[Any]:
             "strength='null' under ZeRO-3: it expects the order of modules that it saw before, and this pass has "
             "another. Use ZeRO-2, FSDP2 or DDP, or a loss without it."
         )
+    lora = any(isinstance(layer, LoraLayer) for layer in model.modules())
+    if lora and strength == "null":
+        raise ValueError(
+            "strength='null' takes out the direction of a steering vector; a LoRA has none. (RePS can do without: "
+            "suppress='negative'.)"
+        )
     stack = ExitStack()
     if steering_layers(model):
         stack.enter_context(set_strength(model, strength))
-    if any(isinstance(layer, LoraLayer) for layer in model.modules()):
-        if strength == "null":
-            raise ValueError(
-                "strength='null' takes out the direction of a steering vector; a LoRA has none. (RePS can do "
-                "without: suppress='negative'.)"
-            )
+    if lora:
         stack.enter_context(rescale_adapter_scale(model, strength))
     return stack
 

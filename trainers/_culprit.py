@@ -97,12 +97,12 @@ def _again(trainer: SteeringMixin) -> Iterator[tuple[str, str]]:
 @contextmanager
 def _alone(trainer: SteeringMixin) -> Iterator[None]:
     """Inside, the trainer runs whole passes of its own: nothing memoised, nobody beside it."""
-    before = trainer.pay_once, trainer.seat
+    before = trainer.pay_once, trainer.seat, trainer._micro_step
     trainer.pay_once, trainer.seat = PayOnce(False), None
     try:
         yield
     finally:
-        trainer.pay_once, trainer.seat = before
+        trainer.pay_once, trainer.seat, trainer._micro_step = before
 
 
 @contextmanager

@@ -7,6 +7,8 @@ last batch are left out, and a loss per token is averaged over all tokens.
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
@@ -20,7 +22,11 @@ _LOSS, _COUNT = "loss", "count"
 
 
 class Metrics:
-    """Values by name, one an example, since the last log of their kind.
+    """Means of what batches showed, of a stretch of training or of one evaluation.
+
+    Values are kept only inside `step` and `evaluation`. So an evaluation is a function of its rows: it neither sees
+    what another one noted, finished or not, nor what a prediction or somebody's own call of `compute_loss` did, and an
+    evaluation inside an evaluation, or inside a step, keeps to itself.
 
     Args:
         accelerator: Of the trainer; it knows the other processes.
@@ -28,38 +34,77 @@ class Metrics:
 
     def __init__(self, accelerator: Any) -> None:
         self._accelerator = accelerator
-        self._values: dict[bool, dict[str, list[Tensor]]] = {True: defaultdict(list), False: defaultdict(list)}
+        self._training = _Values()
+        self._open: list[_Values] = []  # the innermost loop last
+
+    def restart(self) -> None:
+        """Forget what an earlier training noted and did not log."""
+        self._training.clear()
+
+    @contextmanager
+    def step(self) -> Iterator[None]:
+        """A step of training: its values are kept until they are logged."""
+        with self._opened(self._training):
+            yield
+
+    @contextmanager
+    def evaluation(self) -> Iterator[dict[str, list[Tensor]]]:
+        """One evaluation or prediction: what is noted inside, for `means`."""
+        values = _Values()
+        with self._opened(values):
+            yield values
+
+    @contextmanager
+    def _opened(self, values: _Values) -> Iterator[None]:
+        self._open.append(values)
+        try:
+            yield
+        finally:
+            self._open.pop()
 
     @torch.no_grad()
-    def note(self, loss: Loss, values: Tensor, at: ModelAt, batch: Batch, training: bool) -> None:
-        """Take in what a batch has shown.
+    def note(self, loss: Loss, values: Tensor, at: ModelAt, batch: Batch) -> None:
+        """Take in what a batch has shown; outside of `step` and `evaluation` nothing.
 
         Args:
             loss: The loss.
             values: What it gave.
             at: Where the margins are.
             batch: The batch.
-            training: Whether this is a step of training.
         """
-        found = _margins(at, batch)
+        if not self._open:
+            return
+        training = self._open[-1] is self._training
+        by_name = _margins(at, batch)
         if not training:
-            found |= _by_example(values, batch, loss.unit)
-        for name, value in found.items():
+            by_name |= _by_example(values, batch, loss.unit)
+        for name, value in by_name.items():
             if not training:  # now: only the loader that is being read knows what was repeated
                 value = self._accelerator.gather_for_metrics(value)
-            self._values[training][name].append(value)
+            self._open[-1][name].append(value)
 
-    def read(self, training: bool) -> dict[str, float]:
-        """Means over all processes, after which counting starts again."""
-        kept = {name: torch.cat(values) for name, values in self._values[training].items()}
-        self._values[training].clear()
-        if training:
-            return {name: float(self._accelerator.gather(values).mean()) for name, values in kept.items()}
-        counts = kept.pop(_COUNT, None)
-        found = {name: float(values.mean()) for name, values in kept.items() if name != _LOSS}
-        if counts is not None:
-            found[_LOSS] = float(kept[_LOSS].sum() / counts.sum())
-        return found
+    def logged(self) -> dict[str, float]:
+        """Means of training since the last time, over all processes."""
+        values = {name: torch.cat(of_batches) for name, of_batches in self._training.items()}
+        self._training.clear()
+        return {name: float(self._accelerator.gather(value).mean()) for name, value in values.items()}
+
+
+class _Values(defaultdict[str, list[Tensor]]):
+    """Values by name, one an example, a tensor of them for every batch."""
+
+    def __init__(self) -> None:
+        super().__init__(list)
+
+
+def means(values: Mapping[str, list[Tensor]], prefix: str) -> dict[str, float]:
+    """Means of an evaluation, over all processes, with its prefix (`eval`, `eval_<name of the set>`, `test`)."""
+    kept = {name: torch.cat(of_batches) for name, of_batches in values.items()}
+    counts = kept.pop(_COUNT, None)
+    found = {name: float(value.mean()) for name, value in kept.items() if name != _LOSS}
+    if counts is not None:
+        found[_LOSS] = float(kept[_LOSS].sum() / counts.sum())
+    return {f"{prefix}_{name}": value for name, value in found.items()}
 
 
 def _margins(at: ModelAt, batch: Batch) -> dict[str, Tensor]:

@@ -8,6 +8,7 @@ import inspect
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from transformers import Trainer, set_seed
 from ..adapters import SteeringVectorConfig, SteeringVectorLayer, steering_layers
 from ..adapters.blocks import text_config
 from ..adapters.card import Card
+from ..adapters.observing import untouched
 from ..losses import Loss, Staged, get_loss, parts
 from ._announce import Announcement
 from ._at import ModelAt, prompt_of, scaled
@@ -41,7 +43,7 @@ from ._checks import (
 from ._data import PAIR_FORMATS, DataError, check_rows, check_tokens, warn_cut
 from ._guard import FiniteSteps, check_finite
 from ._host import KeepsHost, unpacked, waits
-from ._metrics import Metrics
+from ._metrics import Metrics, means
 from ._parents import ParentsMetrics, parents_loss, parents_mean
 from ._rates import agree_on_units, check_rate, group_vectors, take_units_of, trained_vectors, vector_rate
 from ._reference import add_reference, reference_copy
@@ -149,9 +151,11 @@ class SteeringMixin(Trainer):
         if peft_config is not None:
             # a copy: injection writes the resolved layers into the config
             self._attach(given, copy.deepcopy(peft_config), "peft_config" in inspect.signature(parent).parameters)
-        elif continued and self.loss is not None and self.loss.reference:
-            add_reference(given["model"], parent)
-        parent(*bound.args, **bound.kwargs)
+        # what the user froze stays frozen: adding the reference to a model makes all its active adapters trainable
+        with untouched(given["model"]) if continued else nullcontext():
+            if continued and peft_config is None and self.loss is not None and self.loss.reference:
+                add_reference(given["model"], parent)
+            parent(*bound.args, **bound.kwargs)
         _restore(self.model, adapter_values)
         if self.loss is not None:
             self._meet(self.loss, changes_base=peft_config is None and not continued)
@@ -191,7 +195,7 @@ class SteeringMixin(Trainer):
     def _watch(self) -> None:
         """Add what is measured and checked during training."""
         self._vitals = VectorVitals()
-        self._parents_metrics = ParentsMetrics(self.accelerator)
+        self._parents_metrics = ParentsMetrics(self.accelerator, getattr(self._parents_loss, "beta", 1.0))
         self.add_callback(Announcement(self))
         self.resumed: str | None = None  # checkpoint that training goes on from
         self._seen = Metrics(self.accelerator)
@@ -247,6 +251,7 @@ class SteeringMixin(Trainer):
             self.resumed, args = self._checkpoint(asked), args[1:]
             kwargs["resume_from_checkpoint"] = self.resumed
             self.initialise_vectors()
+            self._seen.restart()
             if self.args.logging_strategy != "no":
                 with self._before_deepspeed():
                     self._vitals.start(self)
@@ -300,7 +305,8 @@ class SteeringMixin(Trainer):
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """As the parent's; stops on a loss that is not finite, before the optimiser uses it."""
-        loss = super().training_step(*args, **kwargs)
+        with nullcontext() if self._plain else self._seen.step():
+            loss = super().training_step(*args, **kwargs)
         if self.seat is not None:
             self.seat.backward()
         if not self._plain:
@@ -334,7 +340,9 @@ class SteeringMixin(Trainer):
         """The parent's loss, or ours: its values summed, over the number of pairs, rows or tokens of the step."""
         loss, inputs = self.loss_at_work, unpacked(inputs)
         if loss is None or (self.loss is None and (return_outputs or not _readable(inputs, loss))):
-            with self._boundary(inputs), self.pay_once.shortcut():
+            # outputs that somebody reads are the parent's on padding too, where states that are left out are zero
+            passes = self.pay_once.whole() if return_outputs else self.pay_once.shortcut()
+            with untouched(self.model), self._boundary(inputs), passes:
                 return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         batch = self._read(inputs)
         unwrapped: Any = self.accelerator.unwrap_model(model, keep_torch_compile=False)
@@ -343,26 +351,27 @@ class SteeringMixin(Trainer):
                 pass
         together = self.seat.logps if self.seat is not None and torch.is_grad_enabled() else None
         own_reference, memo = self._reference or getattr(self, "ref_model", None), self.pay_once.reference
-        # the plain Trainer logs nothing beside the loss
-        look = self._parents_metrics.look if self.loss is None and self.takes_pairs is not None else None
+        parents_log = None if self.loss is not None else self._parents_log()
+        look = None if parents_log is None else self._parents_metrics.look
         at = ModelAt(model, unwrapped, batch, own_reference, memo, together, self.views, look)
         # blocks that are left out, or run in parts, show no states
-        with nullcontext() if loss.states else self.pay_once.shortcut(labels_only=True):
+        with self.pay_once.whole() if loss.states else self.pay_once.shortcut(labels_only=True):
             values = loss(at, self._generator())
         if self.loss is None:
-            if look is not None:
-                self._parents_metrics.note(at, batch, getattr(loss, "beta", None), self.model.training)
+            if parents_log is not None:
+                self._parents_metrics.note(parents_log, at, batch, self.model.training)
             return parents_mean(values, loss, batch, num_items_in_batch, self)
         if num_items_in_batch is None:
             total = values.sum() / batch.count(loss.unit)
         else:  # counted over all processes, whose gradients are then averaged
             total = values.sum() / num_items_in_batch * self.accelerator.num_processes
-        self._seen.note(loss, values, at, batch, training=self.model.training)
+        self._seen.note(loss, values, at, batch)
         if loss.stops and self.model.training:
             self._satisfied.note(values.detach())
         if return_outputs:
-            with torch.no_grad(), prompt_of(unwrapped, batch), self.pay_once.shortcut():
-                return total, model(**batch.inputs)
+            whole = Batch.read(inputs)  # the parent's outputs: of all rows, also where the loss reads chosen ones only
+            with torch.no_grad(), prompt_of(unwrapped, whole), self.pay_once.whole():
+                return total, model(**whole.inputs)
         return total
 
     def prediction_step(
@@ -370,30 +379,54 @@ class SteeringMixin(Trainer):
     ) -> Any:
         """As the parent's; with our loss the batch need not have `labels`."""
         inputs = unpacked(inputs)
-        wants_outputs = self.compute_metrics is not None and not prediction_loss_only
-        if self.loss is None or (wants_outputs and (self.takes_pairs or "labels" in inputs)):
-            with self._boundary(inputs), self.pay_once.shortcut():
+        if self.loss is None or (not prediction_loss_only and (self.takes_pairs or "labels" in inputs)):
+            with self._boundary(inputs):
                 return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
-            return self.compute_loss(model, inputs).detach(), None, None
+            if prediction_loss_only:
+                return self.compute_loss(model, inputs).detach(), None, None
+            # pairs in a Trainer, which knows none: what DPOTrainer gives of them
+            loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
+            return loss.detach(), outputs.logits, inputs["input_ids"]
 
-    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        """As the parent's; every evaluation draws the same random numbers."""
-        self._micro_step = 0
-        if not self._plain and not self.is_in_train:
+    def evaluation_loop(
+        self,
+        dataloader: Any,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> Any:
+        """As the parent's, with our metrics; every evaluation draws the same random numbers."""
+        loop = partial(
+            super().evaluation_loop, dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
+        )
+        if self._plain:
+            return loop()
+        if not self.is_in_train:
             self.pay_once.start(self, training=False)
-        return super().evaluation_loop(*args, **kwargs)
+        if (parents_log := self._parents_log()) is not None and not self.model.training:
+            parents_log.clear()  # what `predict` noted is read by no log
+        # an evaluation between two micro-steps changes no draw of theirs
+        before, self._micro_step = self._micro_step, 0
+        try:
+            with self._seen.evaluation() as values:
+                output = loop()
+        finally:
+            self._micro_step = before
+        output.metrics.update(means(values, metric_key_prefix))
+        return output
+
+    def _parents_log(self) -> dict[str, list[float]] | None:
+        """What the parent has noted since it last logged, in training or in evaluation as the model's mode is; None
+        where it notes nothing beside the loss."""
+        return None
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """As the parent's, with the margins at strength 1 and, in training, the state of the vectors."""
-        training = "loss" in logs
-        prefix = "" if training else "eval_"
-        if not self._plain and (training or any(key.startswith("eval_") for key in logs)):
-            values = self._seen.read(training) | self._parents_metrics.read(training)
-            logs |= {prefix + name: value for name, value in values.items()}
-        if training and not self._plain:
-            logs.update(self._vitals.read(self.model))
+        """As the parent's; in training with the margins at strength 1 and the state of the vectors."""
+        if "loss" in logs and not self._plain:
+            logs |= self._seen.logged() | self._vitals.read(self.model)
         super().log(logs, start_time)
 
     # -- helpers ------------------------------------------------------------------------------------------------

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-from collections import defaultdict
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -80,15 +79,15 @@ def parents_mean(values: Tensor, loss: Loss, batch: Batch, items: Tensor | int |
 
 
 class ParentsMetrics:
-    """What TRL logs beside its losses, by its names: averages over micro-batches since the last log.
+    """What TRL notes beside its losses, under its names; it logs their averages over micro-batches.
 
     Args:
         accelerator: Of the trainer; it knows the other processes.
+        beta: Scale of the rewards of pairs.
     """
 
-    def __init__(self, accelerator: Any) -> None:
-        self._accelerator = accelerator
-        self._values: dict[bool, dict[str, list[float]]] = {True: defaultdict(list), False: defaultdict(list)}
+    def __init__(self, accelerator: Any, beta: float = 1.0) -> None:
+        self._accelerator, self.beta = accelerator, beta
         self._tokens = 0  # trained on so far, padding left out
         self._of_labels: tuple[Tensor, Tensor, Tensor] | None = None
 
@@ -105,38 +104,32 @@ class ParentsMetrics:
         self._of_labels = entropy, (logits.argmax(-1) == answers).float(), logits.mean(-1)
 
     @torch.no_grad()
-    def note(self, at: ModelAt, batch: Batch, beta: float | None, training: bool) -> None:
-        """Take in a micro-batch.
+    def note(self, log: dict[str, list[float]], at: ModelAt, batch: Batch, training: bool) -> None:
+        """Note a micro-batch.
 
         Args:
+            log: Name -> values since the parent last logged.
             at: Where the batch was seen.
             batch: The batch.
-            beta: Of a loss on pairs, the scale of its rewards; None for cross-entropy.
             training: Whether this is a step of training.
         """
-        values = self._values[training]
-        for name, value in (self._of_tokens() | ({} if beta is None else self._of_pairs(at, beta))).items():
-            values[name].append(value)
+        for name, value in (self._of_tokens() | (self._of_pairs(at) if batch.pairs else {})).items():
+            log.setdefault(name, []).append(value)
         if training:
             ids, mask = batch.inputs["input_ids"], batch.inputs.get("attention_mask")
             real = torch.ones_like(ids).sum() if mask is None else mask.sum()
             self._tokens += int(self._accelerator.gather(real).sum())
-        values["num_tokens"] = [self._tokens]
-
-    def read(self, training: bool) -> dict[str, float]:
-        """Averages, after which counting starts again."""
-        means = {name: sum(values) / len(values) for name, values in self._values[training].items()}
-        self._values[training].clear()
-        return means
+        log["num_tokens"] = [float(self._tokens)]
 
     def _of_tokens(self) -> dict[str, float]:
         entropy, best, _ = self._of_labels or (torch.zeros(0),) * 3
         return {"entropy": self._average(entropy), "mean_token_accuracy": self._average(best)}
 
-    def _of_pairs(self, at: ModelAt, beta: float) -> dict[str, float]:
+    def _of_pairs(self, at: ModelAt) -> dict[str, float]:
         policy, base = at(1.0), at(0.0)
         rewards = {
-            side: beta * (getattr(policy, side).logps - getattr(base, side).logps) for side in ("chosen", "rejected")
+            side: self.beta * (getattr(policy, side).logps - getattr(base, side).logps)
+            for side in ("chosen", "rejected")
         }  # (pairs,) each
         _, best, logits = self._of_labels or (torch.zeros(0),) * 3
         first = int(policy.chosen.mask.sum())  # labels come row after row, chosen answers first
@@ -144,7 +137,7 @@ class ParentsMetrics:
             **{f"rewards/{side}": self._average(reward) for side, reward in rewards.items()},
             "rewards/accuracies": self._average((rewards["chosen"] > rewards["rejected"]).float()),
             "rewards/margins": self._average(rewards["chosen"] - rewards["rejected"]),
-            **{f"logps/{side}": self._average(getattr(policy, side).logps) for side in ("chosen", "rejected")},
+            **{f"logps/{side}": self._average(now.logps) for side, (now, _) in sides.items()},
             "logits/chosen": self._average(logits[:first]),
             "logits/rejected": self._average(logits[first:]),
             "mean_token_accuracy": self._average(best[:first]),  # of the chosen answers

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ..adapters import directions, steering_layers
+from ..adapters.config import Site
 from ._sharded import gathered
 from ._start import pair_batches, residual_norms
 
@@ -17,40 +18,47 @@ if TYPE_CHECKING:
 _EXAMPLES = 16  # enough for a mean norm and a reference direction to look at; a fixed small cost
 
 
+class Place(NamedTuple):
+    """Where a vector is added: one layer may hold several adapters, at several sites."""
+
+    layer: int
+    site: Site
+    adapter: str
+
+
 class VectorVitals:
     """Norm, share of the residual norm, and cosines to the start and to the mean difference, averaged over layers."""
 
     def __init__(self) -> None:
-        self._start: dict[int, Tensor] = {}
-        self._mean_difference: dict[int, Tensor] = {}
-        self._residual_norms: dict[int, float] = {}
+        self._start: dict[Place, Tensor] = {}
+        self._mean_difference: dict[Place, Tensor] = {}
+        self._residual_norms: dict[Place, float] = {}
 
     def start(self, trainer: SteeringMixin) -> None:
         """Remember the initial vectors, and measure the base model on at most 16 training examples."""
-        vectors = _vectors(trainer.model)
-        if not vectors:
-            return
-        self._start = vectors
-        config = next(c for layer in steering_layers(trainer.model) for c in layer.config.values())
-        layers = sorted(vectors)
-        pairs = pair_batches(trainer, _EXAMPLES)
-        if pairs:
-            direction = directions.compute("mean_difference", trainer.model, pairs, layers, config.site)
-            self._mean_difference, self._residual_norms = direction.vectors, direction.residual_norms
-        else:
-            self._residual_norms = residual_norms(trainer, layers, config.site, _EXAMPLES)
+        self._start = _vectors(trainer.model)
+        pairs = pair_batches(trainer, _EXAMPLES) if self._start else None
+        for site in sorted({place.site for place in self._start}):
+            places = [place for place in self._start if place.site == site]
+            layers = sorted({place.layer for place in places})
+            if pairs:
+                direction = directions.compute("mean_difference", trainer.model, pairs, layers, site)
+                self._mean_difference |= {place: direction.vectors[place.layer] for place in places}
+                norms = direction.residual_norms
+            else:
+                norms = residual_norms(trainer, layers, site, _EXAMPLES)
+            self._residual_norms |= {place: norms[place.layer] for place in places if place.layer in norms}
 
     def read(self, model: nn.Module) -> dict[str, float]:
         """The numbers to log; empty for a model without steering vectors."""
-        vectors = _vectors(model)
         values: dict[str, list[float]] = {}
-        for layer, vector in vectors.items():
+        for place, vector in _vectors(model).items():
             norm = float(vector.norm())
             values.setdefault("vector/norm", []).append(norm)
-            if layer in self._residual_norms:
-                values.setdefault("vector/share_of_residual", []).append(norm / self._residual_norms[layer])
+            if place in self._residual_norms:
+                values.setdefault("vector/share_of_residual", []).append(norm / self._residual_norms[place])
             for name, others in (("init", self._start), ("mean_difference", self._mean_difference)):
-                other = others.get(layer)
+                other = others.get(place)
                 if other is not None and norm > 0 and float(other.norm()) > 0:
                     values.setdefault(f"vector/cos_{name}", []).append(
                         float(torch.cosine_similarity(vector, other, dim=0))
@@ -58,13 +66,13 @@ class VectorVitals:
         return {name: sum(of_layers) / len(of_layers) for name, of_layers in values.items()}
 
 
-def _vectors(model: nn.Module) -> dict[int, Tensor]:
-    """The first row of each layer's active write vector, on the CPU."""
-    found = {}
+def _vectors(model: nn.Module) -> dict[Place, Tensor]:
+    """The first row `(d,)` of every write vector that is trained, on the CPU."""
+    vectors = {}
     for layer in steering_layers(model):
         for name in layer.active_adapters:
-            if name in layer.config:
+            if name in layer.config and layer.parameter(name, "v").requires_grad:
                 with gathered([layer.parameter(name, kind) for kind in layer.config[name].parameter_names]):
                     row = layer.written(name).detach().reshape(-1, layer.in_features)[0]
-                    found[layer.layer_index] = row.cpu().clone()
-    return found
+                    vectors[Place(layer.layer_index, layer.config[name].site, name)] = row.cpu().clone()
+    return vectors

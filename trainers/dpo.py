@@ -13,3 +13,6 @@ class SteeringDPOTrainer(SteeringMixin, DPOTrainer):
     """
 
     takes_pairs = True
+
+    def _parents_log(self) -> dict[str, list[float]]:
+        return self._metrics["train" if self.model.training else "eval"]  # TRL has no public name for it

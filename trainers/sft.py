@@ -9,3 +9,6 @@ class SteeringSFTTrainer(SteeringMixin, SFTTrainer):
     """`trl.SFTTrainer` plus a default steering vector and `loss=` (see `SteeringMixin`). Data: demonstrations."""
 
     takes_pairs = False
+
+    def _parents_log(self) -> dict[str, list[float]]:
+        return self._metrics["train" if self.model.training else "eval"]  # TRL has no public name for it

@@ -10,6 +10,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from ..layer import SteeringVectorLayer
+from ..observing import evaluating, untouched
 from ._vectors import ConstantVectors, ExportError
 
 _EXACT = 1e-4  # of the vector's length, in fp32
@@ -37,7 +38,7 @@ def linear_places(
         ExportError: a steered module without such a place.
     """
     base = model.get_base_model()
-    with model.disable_adapter(), torch.no_grad():
+    with untouched(model), model.disable_adapter(), evaluating(base), torch.no_grad():
         calls = _calls(base, list(vectors.vectors))
         return {
             name: _place(name, base.get_submodule(name), *calls[name], vector, fits)
@@ -56,13 +57,10 @@ def _calls(base: nn.Module, names: list[str]) -> dict[str, tuple[tuple[Any, ...]
         return hook
 
     handles = [base.get_submodule(name).register_forward_pre_hook(keep(name), with_kwargs=True) for name in names]
-    training = base.training
-    base.eval()
     try:
         tokens = torch.arange(3, 3 + _TOKENS, device=next(base.parameters()).device)[None]
         base(input_ids=tokens, use_cache=False)
     finally:
-        base.train(training)
         for handle in handles:
             handle.remove()
     return found
@@ -76,31 +74,26 @@ def _place(
     vector: Tensor,
     fits: Callable[[nn.Module], bool],
 ) -> tuple[str, Tensor]:
-    training = module.training
-    module.eval()
-    try:
-        before = _hidden(module(*args, **kwargs))
-        candidates = [
-            (path, inner)
-            for path, inner in module.named_modules()
-            if path and fits(inner) and not isinstance(inner, SteeringVectorLayer)
-        ]
-        seen = []
-        for path, inner in reversed(candidates):
-            handle = inner.register_forward_hook(_adding(vector))
-            try:
-                change = (_hidden(module(*args, **kwargs)) - before).float().cpu()
-            except RuntimeError:  # a map of another width
-                continue
-            finally:
-                handle.remove()
-            share = float((change * vector).sum() / (vector.square().sum() * change[..., 0].numel()))
-            off = float((change - share * vector).abs().max() / vector.abs().max())
-            if abs(share) > 1e-3 and off <= _tolerance(before) * max(1.0, abs(share)):
-                return f"{name}.{path}", vector / (1.0 if abs(share - 1) <= _tolerance(before) else share)
-            seen.append(f"{path} (gives {share:.2g} of it, off by {off:.2g})")
-    finally:
-        module.train(training)
+    before = _hidden(module(*args, **kwargs))
+    candidates = [
+        (path, inner)
+        for path, inner in module.named_modules()
+        if path and fits(inner) and not isinstance(inner, SteeringVectorLayer)
+    ]
+    seen = []
+    for path, inner in reversed(candidates):
+        handle = inner.register_forward_hook(_adding(vector))
+        try:
+            change = (_hidden(module(*args, **kwargs)) - before).float().cpu()
+        except RuntimeError:  # a map of another width
+            continue
+        finally:
+            handle.remove()
+        share = float((change * vector).sum() / (vector.square().sum() * change[..., 0].numel()))
+        off = float((change - share * vector).abs().max() / vector.abs().max())
+        if abs(share) > 1e-3 and off <= _tolerance(before) * max(1.0, abs(share)):
+            return f"{name}.{path}", vector / (1.0 if abs(share - 1) <= _tolerance(before) else share)
+        seen.append(f"{path} (gives {share:.2g} of it, off by {off:.2g})")
     kinds = ", ".join(seen[:3]) or "it has no linear map of this width"
     raise ExportError(
         f"No map inside {name} ({type(module).__name__}) can carry the vector: {kinds}. The block normalises behind "

@@ -14,6 +14,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from torch import Tensor
 
+from ..observing import evaluating, untouched
 from ..strength import set_strength
 from ._base import Export, ExportError
 
@@ -34,7 +35,7 @@ def verify(
         raise ExportError("inputs is empty: token ids of a prompt or more, at which logits are compared.")
     with set_strength(model, strength):
         steered = _logits(model, inputs)
-    with model.disable_adapter():
+    with untouched(model), model.disable_adapter():
         plain = _logits(model, inputs)
     limit = _ROUNDING * torch.finfo(model.dtype).eps * max(float(x.abs().max()) for x in steered)
     effect = max(float((a - b).abs().max()) for a, b in zip(steered, plain, strict=True))
@@ -55,12 +56,8 @@ def verify(
 
 @torch.no_grad()
 def _logits(model: PeftModel, inputs: Sequence[Sequence[int]]) -> list[Tensor]:
-    training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         return [model(input_ids=torch.tensor([ids], device=model.device)).logits[0].float().cpu() for ids in inputs]
-    finally:
-        model.train(training)
 
 
 def _in_fresh_process(lines: str, inputs: Sequence[Sequence[int]]) -> list[Tensor]:

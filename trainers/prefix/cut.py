@@ -42,7 +42,10 @@ def frozen_blocks(model: nn.Module, training: bool) -> int:
     name, block = blocks[i]
     inside, _ = _changes(block, training)
     if inside and i == 0:
-        raise NoPrefix(f"the lowest layer that is trained or adapted is 0 ({name}): nothing lies below it")
+        raise NoPrefix(
+            f"the lowest layer that is trained or adapted is 0 ({name}): nothing lies below it. Train higher layers "
+            "(layers=) to leave some out"
+        )
     return i if inside else i + 1
 
 
@@ -87,10 +90,10 @@ def check_frozen(modules: Iterable[tuple[str, nn.Module]], training: bool, rando
         if isinstance(module, _ADAPTERS):
             raise NoPrefix(f"{name} below the trained layers has an adapter")
         if random and (rate := dropout(module)):
-            raise NoPrefix(f"{name}.{rate} below the trained layers makes its output random")
+            raise NoPrefix(f"{name}.{rate} below the trained layers makes its output random. Set it to 0")
         for key, parameter in module.named_parameters(recurse=False):
             if training and parameter.requires_grad:
-                raise NoPrefix(f"{name}.{key} below the trained layers is trained")
+                raise NoPrefix(f"{name}.{key} below the trained layers is trained. Freeze it, or train an adapter")
             if parameter.is_meta or hasattr(parameter, "ds_id") or hasattr(parameter, "device_mesh"):
                 raise NoPrefix(f"{name}.{key} is sharded or offloaded: all processes must run the same layers")
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ...adapters import steering_layers
 from ...adapters.blocks import find_blocks, find_stack
 from ...adapters.positions import CACHE_NAMES
+from .checkpointing import not_recomputable, replaced_forwards, run_again_alike
 from .cut import NoPrefix, base_of
 
 Replacement = Callable[[dict[str, Any]], Any | None]
@@ -73,10 +74,9 @@ class Decoder:
             steering = {m for layer in steering_layers(block) for m in layer.modules()}
             yield from (module for module in block.modules() if module not in steering)
 
-    @property
-    def recomputed(self) -> bool:
-        """Whether the backward pass will run blocks again (gradient checkpointing)."""
-        return any(block.training and getattr(block, "gradient_checkpointing", False) for block in self.blocks)
+    def not_recomputable(self) -> str | None:
+        """Why blocks cannot be left out under the gradient checkpointing that is on; None where they can."""
+        return not_recomputable(self.module, self.blocks)
 
     @contextmanager
     def on(self, replacement: Replacement) -> Iterator[None]:
@@ -87,7 +87,7 @@ class Decoder:
         self.is_on = True
         new = {self.module: self._stack(replacement)} | {block: self._block(block) for block in self._skipped}
         try:
-            with _forwards(new):
+            with replaced_forwards(new):
                 yield
         finally:
             self.is_on = False
@@ -112,8 +112,11 @@ class Decoder:
         """The stack's output, from a state after the blocks that can be skipped or (None) from the tokens. Only inside
         `on`."""
         before, self._state = self._state, state
+        left_out = () if state is None else self._skipped
+        cached = call.get(self.cache) is not None
         try:
-            return self._plain(**call)
+            with run_again_alike(self.module, self.blocks, left_out, cached):
+                return self._plain(**call)
         finally:
             self._state = before
 
@@ -131,7 +134,10 @@ class Decoder:
         @functools.wraps(plain)
         def forward(*args: Any, **kwargs: Any) -> Any:
             output = replacement(self._arguments(args, kwargs))
-            return plain(*args, **kwargs) if output is None else output
+            if output is not None:
+                return output
+            with run_again_alike(self.module, self.blocks):
+                return plain(*args, **kwargs)
 
         return forward
 
@@ -153,19 +159,3 @@ class Decoder:
             return hidden if length is None else (hidden, *[None] * (length - 1))
 
         return forward
-
-
-@contextmanager
-def _forwards(new: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
-    """Other `forward`s for some modules, put back at the end (also where one stood on the instance before)."""
-    before = {module: vars(module).get("forward") for module in new}
-    for module, forward in new.items():
-        module.forward = forward
-    try:
-        yield
-    finally:
-        for module, forward in before.items():
-            if forward is None:
-                del module.forward
-            else:
-                module.forward = forward

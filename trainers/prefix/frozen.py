@@ -11,10 +11,9 @@ from torch import nn
 
 from .cut import NoPrefix
 from .memo import Memo
+from .notices import Notices, in_words
 from .reference import ReferenceMemo
 from .shortcut import Shortcut
-
-logger = logging.getLogger(__name__)
 
 
 class FrozenPrefix:
@@ -57,21 +56,25 @@ class FrozenPrefix:
         """Whether there is room for anything."""
         return self.memo.limit > 0 or self.memo.kept_for_later
 
-    def shortcut(self, model: nn.Module, training: bool = False) -> Shortcut | None:
+    def shortcut(self, model: nn.Module, training: bool = False, notices: Notices | None = None) -> Shortcut | None:
         """What a forward pass of `model`, as it stands, can leave out; None if nothing.
 
         Args:
             model: A transformers model, with or without PEFT.
             training: Whether its trainable parameters will be changed; False for evaluation.
+            notices: Who says why something is not left out; None: at the level of this memo, each reason once.
         """
+        notices = notices or Notices(self.level)
         try:
             if not self.usable:
                 raise NoPrefix("its budget is 0 GB")
             self.memo.refresh()
-            return Shortcut(self.memo, model, training, self._proven, self.level, self.stops)
+            return Shortcut(self.memo, model, training, self._proven, notices, self.stops)
         except NoPrefix as error:
-            logger.log(self.level, "The frozen prefix is off: %s.", error)
-            return None
+            notices.off(error)
+        except Exception as error:  # a fault of the memo's own is no reason not to train
+            notices.failed("looking at the model", in_words(error))
+        return None
 
     @contextmanager
     def on(self, model: nn.Module, labels_only: bool = False) -> Iterator[None]:
@@ -87,4 +90,8 @@ class FrozenPrefix:
 
     def reference(self, model: nn.Module, trained: bool = True) -> ReferenceMemo | None:
         """The memo of `at(0)`; `trained`: whether what requires gradients in `model` is no part of it."""
-        return ReferenceMemo(self.memo, model, trained) if self.usable else None
+        try:
+            return ReferenceMemo(self.memo, model, trained) if self.usable else None
+        except Exception as error:  # weights that have no bits to read, say
+            Notices(self.level).failed("the memo of the reference", in_words(error))
+            return None

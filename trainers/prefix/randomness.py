@@ -29,6 +29,23 @@ def draws(model: nn.Module, row: Mapping[str, Tensor], run: Callable[[Mapping[st
         return found, not all(map(torch.equal, before, _states(devices)))
 
 
+def draws_again(device: torch.device) -> Callable[[], None]:
+    """A function that makes the random numbers drawn from now on be drawn once more.
+
+    Args:
+        device: Where the model runs.
+    """
+    devices = [device] if device.type == "cuda" else []
+    before = _states(devices)
+
+    def rewind() -> None:
+        torch.set_rng_state(before[0])
+        for device, state in zip(devices, before[1:], strict=True):
+            torch.cuda.set_rng_state(state, device)
+
+    return rewind
+
+
 def last_tokens(row: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The end of a row: enough to see which modules run, and how."""
     return {name: value[:, -_TOKENS:] for name, value in row.items()}

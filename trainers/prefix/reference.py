@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -14,6 +15,7 @@ from .._host import both, on_host
 from .cut import base_of
 from .keys import Unknown, attention_of, config_of, row_key, rows_of, weights_key
 from .memo import Memo
+from .notices import Notices, in_words
 
 
 class ReferenceMemo:
@@ -27,7 +29,7 @@ class ReferenceMemo:
     """
 
     def __init__(self, memo: Memo, reference: nn.Module, trained: bool) -> None:
-        self.memo = memo
+        self.memo, self._failed = memo, False
         tensors = [(name, p) for name, p in reference.named_parameters() if not (trained and p.requires_grad)]
         base = base_of(reference)
         settings = ("reference", attention_of(base), config_of(base), _frozen_adapters(reference, tensors))
@@ -44,10 +46,22 @@ class ReferenceMemo:
             layers: Whose hidden states are asked for.
             site: Which of their states.
         """
-        try:
-            rows = rows_of(batch.inputs)
-        except Unknown:
-            return compute(batch)
+        failure = ""
+        if not self._failed:
+            try:
+                return self._outputs(batch, compute, layers, site)
+            except Unknown:
+                pass
+            except Exception as error:
+                failure = in_words(error)
+        outputs = compute(batch)  # if the model is at fault, it raises its error again
+        if failure:
+            self._failed = True
+            Notices(logging.WARNING).failed("the memo of the reference", failure)
+        return outputs
+
+    def _outputs(self, batch: Batch, compute: Callable[[Batch], Outputs], layers: Sequence[int], site: str) -> Outputs:
+        rows = rows_of(batch.inputs)
         device = batch.labels.device
         labels = [_first(batch.labels, i, row["input_ids"].shape[1]) for i, row in enumerate(rows)]
         labelled = int((on_host(batch.labels)[:, 1:] != -100).sum())

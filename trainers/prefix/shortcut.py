@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import logging
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -21,12 +20,12 @@ from .cut import NoPrefix, base_of, dropout, frozen_blocks
 from .decoder import Decoder
 from .keys import Unknown, attention_of, config_of, rows_of
 from .memo import Memo
+from .notices import Notices, in_words
 from .prompts import Split, part, run_split, shared_prompts
-from .randomness import draws
+from .randomness import draws, draws_again
 from .rounding import difference
 from .states import States
 
-logger = logging.getLogger(__name__)
 _WINDOWS = ("sliding_window", "attention_chunk_size", "window_size")
 _KEPT_BY_LAYER = ("output_hidden_states", "output_attentions", "output_router_logits")
 
@@ -44,7 +43,7 @@ class Shortcut:
         model: A transformers model, with or without PEFT.
         training: Whether parameters that require gradients will be changed.
         proven: What was compared before; what is found exact is added.
-        level: Level of the messages that say why something is off.
+        notices: Says why something is off.
         stops: See `FrozenPrefix`.
 
     Raises:
@@ -57,11 +56,11 @@ class Shortcut:
         model: nn.Module,
         training: bool,
         proven: set[str],
-        level: int,
+        notices: Notices,
         stops: Collection[int] = (),
     ) -> None:
-        self.model, self._proven, self._level = model, proven, level
-        self._said: set[str] = set()
+        self.model, self._proven, self._notices = model, proven, notices
+        self._error: str | None = None  # of our own code, until the plain path has done without it
         self._seen_proven: set[tuple[Any, ...]] = set()
         self._draws: bool | None = None  # random numbers; not looked at yet
         self._training = training
@@ -70,7 +69,7 @@ class Shortcut:
         try:
             count = frozen_blocks(model, training)
         except NoPrefix as why:
-            self._say(why)
+            notices.off(why)
             count = 0
         self.decoder = Decoder(model, count)
         self._states = States(memo, model, self.decoder, training, self._draws_by_mode, stops) if count else None
@@ -101,8 +100,8 @@ class Shortcut:
         """
         drawing = self._training or self.model.training
         if self._made_for != self._state_of_model() or drawing > self._draws_by_mode:
-            self._say(NoPrefix("it is off: adapters, trained parameters or the mode are not those it was made for"))
-            self._states, self._caches, self.shares_prompts = None, None, False
+            self._notices.off("adapters, trained parameters or the mode are not those it was made for")
+            self._leave_nothing_out()
         before = self._labels_only
         self._labels_only = labels_only and (before or not self.decoder.is_on)
         try:
@@ -110,15 +109,36 @@ class Shortcut:
                 yield
         finally:
             self._labels_only = before
+        if self._error is not None:  # an error of the model itself would have been raised by the plain path
+            self._notices.failed("a pass without them", self._error)
+            self._error = None
+
+    def _leave_nothing_out(self) -> None:
+        self._states, self._caches, self.shares_prompts = None, None, False
 
     def _forward(self, call: dict[str, Any]) -> Any | None:
+        """The decoder's output; None where the plain path is to run, also after an error of any kind."""
+        if self._states is None and not self.shares_prompts:
+            return None
+        ids = call.get("input_ids")
+        rewind = draws_again(ids.device) if self._draws_by_mode and isinstance(ids, Tensor) else None
+        try:
+            return self._output(call)
+        except Exception as error:
+            self._leave_nothing_out()
+            self._error = in_words(error)
+            if rewind is not None:
+                rewind()
+            return None
+
+    def _output(self, call: dict[str, Any]) -> Any | None:
         if any(call.get(name) is not None for name in CACHE_NAMES):  # generation
             return None
         try:
             if self._asked(call, "use_cache"):
                 raise Unknown("a call asks for all layers' keys and values; where none are needed, use_cache=False")
-            if self.decoder.recomputed:
-                raise Unknown("gradient checkpointing asks for gradients of the embeddings")
+            if torch.is_grad_enabled() and (why := self.decoder.not_recomputable()):
+                raise Unknown(why)
             for name in _KEPT_BY_LAYER:
                 if self._asked(call, name):
                     raise Unknown(f"{name} needs all layers")
@@ -126,7 +146,7 @@ class Shortcut:
             if self._longest is not None and call["input_ids"].shape[1] > self._longest:
                 raise Unknown(f"beyond {self._longest} tokens this RoPE depends on the longest row of a batch")
         except Unknown as why:
-            self._say(why)
+            self._notices.off(why)
             return None
         states = self._known(call, rows)
         if self.shares_prompts and self._draws_by_mode:
@@ -150,7 +170,7 @@ class Shortcut:
             self._states.keep()
         except NoPrefix as why:
             self._states = None
-            self._say(why)
+            self._notices.off(why)
             return None
         return states
 
@@ -172,7 +192,7 @@ class Shortcut:
             return output
         except NoPrefix as why:
             self._caches = None
-            self._say(why)
+            self._notices.less(why)
             return None
 
     def _check_draws(self, call: Mapping[str, Any]) -> None:
@@ -187,7 +207,7 @@ class Shortcut:
             self._draws = draws(self.model, rows_of(call)[0], run)[1]
         if self._draws:
             self.run_whole_rows()
-            self._say(NoPrefix("no row is run in parts: training draws random numbers, which differ between rows"))
+            self._notices.less("no row is run in parts: training draws random numbers, which differ between rows")
 
     def _beyond_window(self, call: Mapping[str, Any]) -> bool:
         """Whether a sliding window would have to know how far apart tokens are, which a padded cache changes."""
@@ -209,7 +229,7 @@ class Shortcut:
                 self._prove(call, what, sample, lambda few: run_split(self.model, self.decoder, few, known, some))
         except NoPrefix as why:
             self.shares_prompts = False
-            self._say(why)
+            self._notices.less(why)
             return None
         return split
 
@@ -226,11 +246,6 @@ class Shortcut:
     def _asked(self, call: Mapping[str, Any], name: str) -> bool:
         value = call.get(name)
         return bool(getattr(self.decoder.module.config, name, False) if value is None else value)
-
-    def _say(self, why: Exception) -> None:
-        if (text := str(why)) not in self._said:
-            self._said.add(text)
-            logger.log(self._level, "The frozen prefix: %s.", text)
 
     def _proof(self, what: str, call: Mapping[str, Any]) -> str:
         return hashlib.blake2b(f"{what}/{self.decoder.count}/{self._kind(call)}".encode()).hexdigest()

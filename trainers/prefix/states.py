@@ -117,7 +117,8 @@ class States:
             as_trained, drawn = draws(base, row, lambda row: self.decoder.state({**row, "use_cache": False}))
             if drawn or difference(state, as_trained) is not None:
                 raise NoPrefix(
-                    "what runs below the trained layers differs in training (noise on embeddings or routers?)"
+                    "what runs below the trained layers differs in training (noise on embeddings or routers?). Set "
+                    "neftune_noise_alpha=None, or router_jitter_noise=0, to leave them out"
                 )
         namespace = self._key(ran, self.decoder.count)
         dtype = str(state.dtype).removeprefix("torch.")
@@ -157,10 +158,13 @@ def padded(rows: Sequence[Tensor], width: int, device: torch.device) -> Tensor:
 
 def _check_hooks(modules: Sequence[nn.Module]) -> None:
     """Raise a NoPrefix for a hook below the cut: what it does is in no key, and it may be gone the next time. Those of
-    transformers only record, and ours are known."""
+    transformers only record, ours are known, and gradient checkpointing hangs one on the embeddings that lets their
+    output require a gradient (transformers, PEFT and TRL give it one name)."""
     for module in modules:
         # torch has no public way to ask
         for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
+            if "make_inputs_require_grad" in getattr(hook, "__qualname__", ""):
+                continue
             owner = str(getattr(getattr(hook, "func", hook), "__module__", ""))
             if not owner.startswith(("transformers.utils.output_capturing", "steertune.")):
                 raise NoPrefix(f"a forward hook hangs on a {type(module).__name__} below the trained layers")

@@ -15,6 +15,7 @@ _SITE_CLASSES = {
     "attention": re.compile(r"attention$", re.I),
     "mlp": re.compile(r"(mlp|moe|moeblock|moelayer|feedforward|ffn)$", re.I),
 }
+_PARALLEL_STREAMS = re.compile(r"altup$", re.I)  # Gemma 3n
 _ESCAPE = "Name the modules to steer yourself: target_modules=<regular expression matching their full names>."
 
 
@@ -88,9 +89,15 @@ def site_name(block_name: str, block: nn.Module, site: Site) -> str:
     """Full name of the module whose output is steered.
 
     Raises:
-        ValueError: the block has no, or several, direct children whose class name says attention (or MLP).
+        ValueError: the block has no, or several, direct children whose class name says attention (or MLP), or hands
+            on several streams.
     """
     if site == "block":
+        if any(_PARALLEL_STREAMS.search(type(child).__name__) for child in block.children()):
+            raise ValueError(
+                f"{block_name} ({type(block).__name__}) hands on several parallel streams (AltUp), so it has no single "
+                "residual stream to steer. Use site='attention' or site='mlp'."
+            )
         return block_name
     children = [n for n, child in block.named_children() if _SITE_CLASSES[site].search(type(child).__name__)]
     if len(children) != 1:

@@ -131,6 +131,11 @@ class SteeringVectorLayer(nn.Module, BaseTunerLayer):
                 f"{type(module).__name__} returned {shape}, not residual states of width {self.in_features}. "
                 "It is not a decoder block; choose other layers, site or target_modules."
             )
+        if hidden.ndim > 3:
+            raise ValueError(
+                f"{type(module).__name__} returned states of shape {tuple(hidden.shape)}: several parallel streams, not "
+                "one (rows, tokens, width). Choose site='attention' or site='mlp', or other target_modules."
+            )
         steered = self(hidden)
         if steered is hidden:
             return None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -18,7 +18,7 @@ from .blocks import find_blocks, resolve_layers, site_name, text_config
 from .config import SteeringVectorConfig
 from .fingerprint import check_fingerprint, fingerprint
 from .layer import BASE_ROW, NO_MERGE, SteeringVectorLayer, steering_layers
-from .positions import PromptBoundary, prompt_length
+from .positions import PromptBoundary
 from .registration import NAME, register
 
 CHILD = "steer"  # name of the steering layer in the module it steers
@@ -92,13 +92,6 @@ class SteeringVectorModel(BaseTuner):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call the model, not its `forward` as PEFT 0.20 does: a hook on the model reads where the prompt ends."""
         return self.model(*args, **kwargs)
-
-    def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """As the base model's; everything it is given is the prompt (see `positions`)."""
-        prompt = next((kwargs[k] for k in ("inputs_embeds", "input_ids", "inputs") if kwargs.get(k) is not None), None)
-        prompt = args[0] if prompt is None and args else prompt
-        with nullcontext() if prompt is None else prompt_length(self.model, prompt.shape[1]):
-            return self.model.generate(*args, **kwargs)  # pyright: ignore[reportCallIssue]
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:

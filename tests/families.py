@@ -6,6 +6,7 @@ The reference is the base model without a cache, with a hook that adds the vecto
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -132,7 +133,7 @@ def reference(family: str, positions: str, vector: Tensor, ids: Tensor, mask: Te
     inputs = {"input_ids": ids, "use_cache": False}
     if mask is not None:
         inputs |= {"attention_mask": mask}
-        if "position_ids" in type(base).forward.__code__.co_varnames:
+        if "position_ids" in inspect.signature(type(base).forward).parameters:
             inputs |= {"position_ids": (mask.cumsum(dim=1) - 1).clamp_min(0)}
     with added(base, vector, chosen(positions, tuple(ids.shape), prompt)):
         return base(**inputs).logits[:, prompt - 1 : -1]

@@ -22,6 +22,11 @@ def cache_in(arguments: Mapping[str, Any]) -> Any:
     return next((arguments[name] for name in names if arguments.get(name) is not None), None)
 
 
+def counts_itself(cache: Any) -> bool:
+    """Whether a cache says how many columns it holds, as far as that is known already."""
+    return bool(cache is not None and _own_length(cache))
+
+
 class CacheLengths:
     """Columns that each cache holds. Caches are referred to weakly, so that none is kept alive."""
 
@@ -43,7 +48,7 @@ class CacheLengths:
 
     def count(self, cache: Any, columns: int) -> None:
         """Note that `cache` now holds this many columns, unless it counts them itself."""
-        if cache is None or _own_length(cache):
+        if cache is None or counts_itself(cache):
             return
         anchor = _referable(cache)
         key, numbers = id(anchor), self._columns

@@ -16,10 +16,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 from transformers.generation import GenerationMixin
 
-from .caches import CacheLengths, cache_in
+from .caches import CacheLengths, cache_in, counts_itself
 from .config import Positions
 from .samples import hides_a_first_label, last_of_prompts, prompts_of, samples_of
 
@@ -96,15 +95,11 @@ class PromptBoundary:
         """Read the boundary of every forward pass and of every `generate` of `model` from now on."""
         if self._undo:
             return
-        handles: list[RemovableHandle] = [
-            model.register_forward_pre_hook(self.before_forward, with_kwargs=True),
-            model.register_forward_hook(self.after_forward, with_kwargs=True),
-        ]
-        self._undo = [handle.remove for handle in handles]
+        self._undo = [model.register_forward_pre_hook(self.before_forward, with_kwargs=True).remove]
         if isinstance(model, GenerationMixin):
             # `generate` alone knows its prompt: prefill in chunks, reused caches and candidates look like completions
             inner, own = model.generate, model.__dict__.get("generate")
-            model.generate = functools.wraps(inner)(functools.partial(self._generate, inner))
+            model.generate = functools.partial(self._generate, inner)
             self._undo.append(functools.partial(_restore_generate, model, own))
 
     def unwatch(self) -> None:
@@ -121,6 +116,7 @@ class PromptBoundary:
         held = self._lengths.of(cache)
         self._columns, self._past = tokens.shape[1], held or 0
         self._prompts, self._why_not = None, _NO_BOUNDARY
+        self._count_after(module, cache, kwargs)
         samples = samples_of(tokens, kwargs) if cache is None else None
         labels = self.declared_labels if self.declared_labels is not None else kwargs.get("labels")
         if self.declared is not None:
@@ -132,10 +128,17 @@ class PromptBoundary:
             end = self._past if held != 0 else self._columns
             self._prompts = self._ending(torch.full(tokens.shape[:1], end, device=tokens.device), tokens, kwargs)
 
-    def after_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        """Forward hook of the whole model: count the columns of a cache that does not do so itself."""
-        cache = cache_in(output) if isinstance(output, Mapping) else cache_in(kwargs)
-        self._lengths.count(cache, self._past + self._columns)
+    def _count_after(self, model: nn.Module, cache: Any, kwargs: Mapping[str, Any]) -> None:
+        """After this forward pass, count the columns of its cache, which may be one that the model makes itself."""
+        if (cache is None and (model.training or kwargs.get("use_cache") is False)) or counts_itself(cache):
+            return
+
+        def count(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            made = cache_in(output) if isinstance(output, Mapping) else None
+            self._lengths.count(cache if made is None else made, self._past + self._columns)
+            handle.remove()
+
+        handle = model.register_forward_hook(count, always_call=True)
 
     def _declared(
         self, tokens: Tensor, kwargs: Mapping[str, Any], samples: Tensor | None, held: int | None

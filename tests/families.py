@@ -236,7 +236,7 @@ WAYS: dict[str, Callable[[nn.Module], Computed]] = {
 
 
 def result(family: str, way: str, positions: str) -> str:
-    """"right", or why there is nothing to compare: who refuses it, or that the base's own ways differ.
+    """ "right", or why there is nothing to compare: who refuses it, or that the base's own ways differ.
 
     Raises:
         AssertionError: the logits are wrong.

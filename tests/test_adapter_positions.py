@@ -332,7 +332,10 @@ def test_prompt_length_needs_recurrent_states_that_were_counted():
     model = model_of("mamba", "completion")
     with torch.no_grad():
         cache = tiny("mamba", state_size=4)(input_ids=tokens(), use_cache=True).cache_params
-        with prompt_length(model, 12), pytest.raises(ValueError, match="recurrent states of tokens that this model was"):
+        with (
+            prompt_length(model, 12),
+            pytest.raises(ValueError, match="recurrent states of tokens that this model was"),
+        ):
             model(input_ids=tokens(), cache_params=cache)
         steered_all = model_of("mamba", "all")(input_ids=tokens(), cache_params=copy.deepcopy(cache)).logits
         # nothing said: what is in the cache was the prompt
@@ -372,7 +375,9 @@ def packed(how: str, samples: list[tuple[int, int]] = SAMPLES) -> tuple[dict, li
     }[how]
     positions = torch.cat([torch.arange(int(n)) for n in lengths])[None]
     row = {"input_ids": torch.cat(rows, dim=1), "labels": torch.cat(labels, dim=1), "position_ids": positions}
-    return {**row, **said, "use_cache": False}, [{"input_ids": i, "labels": answer} for i, answer in zip(rows, labels, strict=True)]
+    return {**row, **said, "use_cache": False}, [
+        {"input_ids": i, "labels": answer} for i, answer in zip(rows, labels, strict=True)
+    ]
 
 
 @torch.no_grad()

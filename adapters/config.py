@@ -18,6 +18,8 @@ from .checks import (
     checksum_of,
     choose,
     did_you_mean,
+    drop_undeclared,
+    local_folder,
     read_config,
 )
 from .registration import PEFT_TYPE
@@ -126,7 +128,8 @@ class SteeringVectorConfig(PeftConfig):
         if not isinstance(config, SteeringVectorConfig):
             kind = getattr(config.peft_type, "value", config.peft_type)
             raise ValueError(f"{pretrained_model_name_or_path} holds a {kind} adapter, not a steering vector.")
-        check_adapter_folder(os.path.join(pretrained_model_name_or_path, subfolder or ""), config)
+        hub_options = cls._split_kwargs(kwargs)[0]
+        check_adapter_folder(local_folder(pretrained_model_name_or_path, subfolder, **hub_options), config)
         config.checksum = None  # of the file, not of what becomes of the vector
         return config
 
@@ -140,12 +143,14 @@ class SteeringVectorConfig(PeftConfig):
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """As the parent's, with a checksum where `PeftModel` saves, which has written the weights before.
 
-        transformers writes them afterwards, over those of an earlier save.
+        transformers writes them afterwards, over those of an earlier save. Embeddings that PEFT added to the weights
+        because the vocabulary was resized are taken out: they are the base's.
         """
         weights = os.path.join(save_directory, SAFETENSORS_WEIGHTS_NAME)
         saved = copy.copy(self)
         saved.checksum = None
         if "auto_mapping_dict" in kwargs and os.path.isfile(weights):
+            drop_undeclared(weights, self)
             saved.checksum = checksum_of(saved.to_dict(), weights)
         super(SteeringVectorConfig, saved).save_pretrained(save_directory, **kwargs)
 

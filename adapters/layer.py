@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import torch
+from accelerate.state import AcceleratorState, is_initialized
+from accelerate.utils import DistributedType
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
@@ -26,14 +28,43 @@ class Vector(nn.Module):
     def __init__(self, shape: tuple[int, ...], device: torch.device) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.full(shape, torch.nan, dtype=torch.float32, device=device))
+        self.exact: Tensor | None = None
+        """The value last given by us or by a file, which a cast to half precision only rounded."""
         self.register_load_state_dict_pre_hook(_check_loaded)
 
+    @torch.no_grad()
+    def restore_fp32(self) -> None:
+        """Undo a cast of the parameter to half precision; optimisers keep the parameter object they have.
 
-def _check_loaded(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+        Raises:
+            RuntimeError: DistributedDataParallel has made its buckets for the cast parameter already.
+        """
+        weight = self.weight
+        if weight.dtype not in (torch.bfloat16, torch.float16) or not weight.requires_grad:
+            return
+        if hasattr(weight, "device_mesh") or weight.numel() == 0 or _deepspeed_trains():
+            return  # sharded, or with an fp32 copy in DeepSpeed's optimiser
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            raise RuntimeError(
+                f"A steering vector was cast to {weight.dtype} before training in several processes: half precision "
+                "cannot take its steps, and DistributedDataParallel cannot change to fp32 any more. Train with a "
+                "steertune trainer, or cast it back (parameter.data = parameter.data.float()) before train()."
+            )
+        exact = None if self.exact is None else self.exact.to(weight.device)
+        rounded_only = exact is not None and torch.equal(exact.to(weight.dtype), weight)
+        weight.data = exact.clone() if rounded_only else weight.data.float()
+
+
+def _deepspeed_trains() -> bool:
+    return is_initialized() and AcceleratorState().distributed_type == DistributedType.DEEPSPEED
+
+
+def _check_loaded(module: Vector, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
     loaded = state_dict.get(f"{prefix}weight")
     if loaded is not None and not loaded.is_meta:
         check_tensor(f"{prefix}weight", loaded)
         state_dict[f"{prefix}weight"] = loaded.float()
+        module.exact = loaded.detach().float().clone()
 
 
 class SteeringVectorLayer(nn.Module, BaseTunerLayer):
@@ -109,6 +140,9 @@ class SteeringVectorLayer(nn.Module, BaseTunerLayer):
             b[0] = 1.0
             if config.rank > 1:  # rows beyond the first read at random, or their gradients would all be equal
                 nn.init.kaiming_uniform_(w[1:], a=5**0.5)
+        for kind in config.parameter_names:
+            vector = getattr(self.tied_to.get(name, self), f"steering_vector_{kind}")[name]
+            vector.exact = vector.weight.detach().float().clone()
         self._checked.discard(name)
 
     def parameter(self, name: str, kind: str) -> Tensor:
@@ -119,6 +153,15 @@ class SteeringVectorLayer(nn.Module, BaseTunerLayer):
         """The write vector(s) of adapter `name` with the length that `norm` gives them."""
         config = self.config[name]
         return write_vector(config.norm, self.parameter(name, "v"), config.norm_value, self._residual_norm(config))
+
+    def train(self, mode: bool = True) -> SteeringVectorLayer:
+        """As the parent's; vectors that somebody cast to half precision are fp32 again before they are trained (TRL
+        casts every trained parameter on a quantised base)."""
+        if mode:
+            for module in self.modules():
+                if isinstance(module, Vector):
+                    module.restore_fp32()
+        return super().train(mode)
 
     # -- forward ------------------------------------------------------------------------------------------------
 

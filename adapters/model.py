@@ -15,9 +15,11 @@ from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
 from .blocks import find_blocks, resolve_layers, site_name, text_config
+from .checks import undeclared
 from .config import SteeringVectorConfig
 from .fingerprint import check_fingerprint, fingerprint
 from .layer import BASE_ROW, NO_MERGE, SteeringVectorLayer, steering_layers
+from .loading import check_what_transformers_loads
 from .positions import PromptBoundary
 from .registration import NAME, register
 
@@ -39,7 +41,8 @@ class SteeringVectorModel(BaseTuner):
             layers = peft_config.layers = resolve_layers(peft_config.layers, len(blocks))
             names = [site_name(name, block, peft_config.site) for name, block in (blocks[i] for i in layers)]
             peft_config.target_modules = "|".join(re.escape(name) for name in names)
-        peft_config.base_fingerprint = fingerprint(self.model)
+        if not (peft_config.base_fingerprint or {}).get("weights"):  # what it was made for may be the more exact one
+            peft_config.base_fingerprint = fingerprint(self.model)
         return peft_config
 
     @staticmethod
@@ -88,6 +91,23 @@ class SteeringVectorModel(BaseTuner):
         }
         config.layers = [*layers.values()]
         config.target_modules = "|".join(map(re.escape, layers))
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Any]
+    ) -> dict[str, Any]:
+        """As PEFT's, which then loads every key into the model: only vectors and `modules_to_save` may be among them.
+
+        Raises:
+            ValueError: there is another key, which would overwrite the base model.
+        """
+        own = {key for key in state_dict if ".modules_to_save." not in key}
+        if names := undeclared(own, config):
+            raise ValueError(
+                f"{names[0]!r} is no steering vector, and modules_to_save={config.modules_to_save} does not name it: it "
+                "would overwrite the base model. Take it out of the adapter's weights."
+            )
+        return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call the model, not its `forward` as PEFT 0.20 does: a hook on the model reads where the prompt ends."""
@@ -186,3 +206,4 @@ def _device(target: nn.Module) -> torch.device:
 
 
 register(SteeringVectorConfig, SteeringVectorModel)
+check_what_transformers_loads()

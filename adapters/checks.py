@@ -235,15 +235,19 @@ def module_names(pattern: str) -> list[str]:
 def _check_keys(path: str, tensors: dict[str, torch.Tensor], config: SteeringVectorConfig) -> None:
     found: dict[str, set[str]] = {}
     modules = None if config.target_modules is None else module_names(config.target_modules)
-    d = (config.base_fingerprint or {}).get("hidden_size")
+    hidden_size = (config.base_fingerprint or {}).get("hidden_size")
+    # modules of a model without a transformers configuration, which has no fingerprint, may differ in width
+    widths: dict[str | None, int] = {}
     for key, tensor in tensors.items():
         match = _KEY.fullmatch(key)
         if match is None or (modules is not None and match["module"] not in modules):
             raise ValueError(f"{path}: key {key!r} does not belong to an adapter on {config.target_modules!r}.")
         found.setdefault(match["module"], set()).add(match["name"])
         shape = tuple(tensor.shape)
-        if d is None and match["name"] != "b" and shape:
-            d = shape[-1]  # whatever it was made for, all vectors are of one width
+        group = None if modules is None else match["module"]
+        if match["name"] != "b" and shape:
+            widths.setdefault(group, hidden_size or shape[-1])
+        d = widths.get(group)
         expected = parameter_shape(config, match["name"], d or 0)
         if shape != expected:
             raise ValueError(f"{path}: {key} has shape {shape}, the config asks for {expected}.")

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeGuard, get_args
 
-from peft import PeftConfig, TaskType
+from peft import PeftConfig
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 
 from .checks import (
@@ -22,7 +22,7 @@ from .checks import (
     local_folder,
     read_config,
 )
-from .registration import PEFT_TYPE
+from .registration import AUTO, PEFT_TYPE
 
 Form = Literal["bias", "gated", "linear", "low_rank"]
 Site = Literal["block", "attention", "mlp"]
@@ -71,6 +71,10 @@ class SteeringVectorConfig(PeftConfig):
         modules_to_save: Other modules to train and save whole, as in every PEFT method.
         checksum: Filled in when PEFT saves the adapter: of this configuration and the weights, compared when it is
             loaded. Set it to null in a file that was changed on purpose.
+        init_weights: False starts from a random direction instead of zeros, so that the adapter has an effect before it
+            is trained: PEFT's word for it in other methods, the same as `init="random"`.
+        task_type: As in every PEFT method; None takes the one of the model. Sequence and token classifiers and models
+            for question answering save their head (PEFT names it in `modules_to_save`) and are steered at all positions.
 
     Raises:
         ValueError: for a value out of its range, naming it, the allowed values and the fix.
@@ -91,13 +95,16 @@ class SteeringVectorConfig(PeftConfig):
     target_modules: str | None = field(default=None)
     modules_to_save: list[str] | None = field(default=None)
     checksum: str | None = field(default=None)
+    init_weights: bool = field(default=True)
 
     def __post_init__(self) -> None:
+        self.task_type = None if self.task_type == AUTO else self.task_type
         super().__post_init__()
         self.peft_type = PEFT_TYPE
-        self.task_type = self.task_type or TaskType.CAUSAL_LM
+        self.task_type = self.task_type or AUTO  # pyright: ignore[reportAttributeAccessIssue]
         for name, kind in (("form", Form), ("site", Site), ("norm", Norm), ("positions", Positions)):
             choose(name, getattr(self, name), get_args(kind))
+        self._start_with_an_effect()
         self._check_layers()
         self._check_norm()
         self._check_init()
@@ -106,6 +113,11 @@ class SteeringVectorConfig(PeftConfig):
             raise ValueError(f"rank={self.rank!r} is not a whole number from 1.")
         if self.rank > 1 and self.form != "low_rank":
             raise ValueError(f"rank={self.rank} with form={self.form!r}: rank > 1 is what form='low_rank' is for.")
+
+    def to_dict(self) -> dict[str, Any]:
+        """As the parent's; the task is None until the model has said it."""
+        values = super().to_dict()
+        return {**values, "task_type": None if self.task_type == AUTO else self.task_type}
 
     @property
     def init_from_data(self) -> bool:
@@ -149,6 +161,8 @@ class SteeringVectorConfig(PeftConfig):
         weights = os.path.join(save_directory, SAFETENSORS_WEIGHTS_NAME)
         saved = copy.copy(self)
         saved.checksum = None
+        if "auto_mapping_dict" in kwargs:
+            kwargs["auto_mapping_dict"] = None  # code to import for models without a task: never read, so never written
         if "auto_mapping_dict" in kwargs and os.path.isfile(weights):
             drop_undeclared(weights, self)
             saved.checksum = checksum_of(saved.to_dict(), weights)
@@ -205,6 +219,19 @@ class SteeringVectorConfig(PeftConfig):
             )
         if self.base_fingerprint is not None:
             check_fingerprint_form(self.base_fingerprint)
+
+    def _start_with_an_effect(self) -> None:
+        """Read PEFT's `init_weights=False`."""
+        if not isinstance(self.init_weights, bool):
+            kind = type(self.init_weights).__name__
+            raise ValueError(f"init_weights={self.init_weights!r:.200} is {kind}, bool is expected.")
+        if not self.init_weights:
+            if self.init not in ("zeros", "random"):
+                raise ValueError(
+                    f"init_weights=False starts from a random direction, and init={self.init!r} from another one. Leave "
+                    "one of them out."
+                )
+            self.init = "random"
 
     def _check_init(self) -> None:
         if not _is_finite(self.init_scale):

@@ -3,39 +3,56 @@
 from __future__ import annotations
 
 import functools
+import inspect
+import os
 from typing import Any
 
 from peft import PeftConfig
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from transformers import PreTrainedModel
 
-from .checks import undeclared
+from .checks import check_adapter_folder, local_folder, undeclared
 from .config import SteeringVectorConfig
 
 
 def check_what_transformers_loads() -> None:
-    """Let transformers' `model.load_adapter` check an adapter's folder as `PeftModel.from_pretrained` does.
+    """Let transformers' `model.load_adapter` check an adapter as `PeftModel.from_pretrained` does.
 
-    It reads the configuration past `SteeringVectorConfig.from_pretrained`, and loads every tensor of the file into the model,
-    the base's among them.
+    It reads the configuration past `SteeringVectorConfig.from_pretrained`, and loads every tensor of the file into the
+    model, over the base's among them.
     """
     load = PreTrainedModel.load_adapter
+    signature = inspect.signature(load)
 
     @functools.wraps(load)
-    def load_adapter(self: Any, peft_model_id: str | None = None, *args: Any, **kwargs: Any) -> Any:
-        if peft_model_id is not None:
-            options = {"local_files_only": kwargs.get("local_files_only", False), **(kwargs.get("adapter_kwargs") or {})}
-            try:
-                config = PeftConfig.from_pretrained(peft_model_id, **options)
-            except (ValueError, OSError, KeyError):
-                config = None  # transformers says what is wrong
-            if isinstance(config, SteeringVectorConfig):
-                SteeringVectorConfig.from_pretrained(peft_model_id, **options)
-        given = kwargs.get("peft_config")
-        if isinstance(given, SteeringVectorConfig) and (names := undeclared(kwargs.get("adapter_state_dict") or {}, given)):
-            raise ValueError(
-                f"adapter_state_dict holds {names[0]!r}, which is no steering vector and not in modules_to_save="
-                f"{given.modules_to_save}: it would overwrite the base model. Take it out."
-            )
-        return load(self, peft_model_id, *args, **kwargs)
+    def load_adapter(self: Any, *args: Any, **kwargs: Any) -> Any:
+        given = signature.bind(self, *args, **kwargs).arguments
+        options = {"local_files_only": given.get("local_files_only", False), **(given.get("adapter_kwargs") or {})}
+        if given.get("peft_model_id") is not None:
+            _check_folder(given["peft_model_id"], given.get("peft_config"), options)
+        elif isinstance(given.get("peft_config"), SteeringVectorConfig):
+            _check_names(given.get("adapter_state_dict") or {}, given["peft_config"])
+        return load(self, *args, **kwargs)
 
     PreTrainedModel.load_adapter = load_adapter
+
+
+def _check_folder(name: str, config: Any, options: dict[str, Any]) -> None:
+    """Check the folder of a steering vector; of anything else, transformers says what is wrong."""
+    folder = local_folder(name, **options)
+    if not os.path.lexists(os.path.join(folder, SAFETENSORS_WEIGHTS_NAME)):
+        return  # it reads no pickle either, and says which file is missing
+    try:
+        found = PeftConfig.from_pretrained(name, **options) if config is None else config
+    except (ValueError, OSError, KeyError):
+        return
+    if isinstance(found, SteeringVectorConfig):
+        check_adapter_folder(folder, found)
+
+
+def _check_names(tensors: dict[str, Any], config: SteeringVectorConfig) -> None:
+    for name in undeclared(tensors, config):
+        raise ValueError(
+            f"adapter_state_dict: {name!r} is no steering vector, and modules_to_save={config.modules_to_save} does not "
+            "name it: it would overwrite the base model. Take it out."
+        )

@@ -14,7 +14,7 @@ from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
-from .blocks import find_blocks, resolve_layers, site_name, text_config
+from .blocks import find_blocks, has_config, resolve_layers, site_name, width_of
 from .checks import undeclared
 from .config import SteeringVectorConfig
 from .fingerprint import check_fingerprint, fingerprint
@@ -22,6 +22,7 @@ from .layer import BASE_ROW, NO_MERGE, SteeringVectorLayer, steering_layers
 from .loading import check_what_transformers_loads
 from .positions import PromptBoundary
 from .registration import NAME, register
+from .tasks import resolve_task
 
 CHILD = "steer"  # name of the steering layer in the module it steers
 
@@ -34,14 +35,17 @@ class SteeringVectorModel(BaseTuner):
     target_module_mapping = {}
 
     def _prepare_adapter_config(self, peft_config: SteeringVectorConfig, model_config: dict[str, Any]):
-        if peft_config.base_fingerprint is not None:
+        resolve_task(peft_config, self.model)
+        if peft_config.base_fingerprint is not None:  # also on a model that has no configuration: that is another one
             check_fingerprint(peft_config.base_fingerprint, self.model)
         if peft_config.target_modules is None:
             blocks = find_blocks(self.model)
             layers = peft_config.layers = resolve_layers(peft_config.layers, len(blocks))
             names = [site_name(name, block, peft_config.site) for name, block in (blocks[i] for i in layers)]
             peft_config.target_modules = "|".join(re.escape(name) for name in names)
-        if not (peft_config.base_fingerprint or {}).get("weights"):  # what it was made for may be the more exact one
+        if not has_config(self.model):
+            peft_config.base_fingerprint = None  # nothing says what kind of model it is
+        elif not (peft_config.base_fingerprint or {}).get("weights"):  # what it was made for may be the more exact one
             peft_config.base_fingerprint = fingerprint(self.model)
         return peft_config
 
@@ -63,7 +67,7 @@ class SteeringVectorModel(BaseTuner):
         layer = getattr(target, CHILD, None)
         if layer is None:
             boundary = next((other.boundary for other in layers), None) or PromptBoundary()
-            layer = SteeringVectorLayer(text_config(self.model).hidden_size, index_of(current_key), boundary)
+            layer = SteeringVectorLayer(width_of(self.model, current_key, target), index_of(current_key), boundary)
             target.add_module(CHILD, layer)
             # first of all hooks: transformers' hidden-state capture stays once it was asked for, and would not see us
             layer.handle = target.register_forward_hook(layer.hook, prepend=True)

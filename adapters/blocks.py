@@ -123,8 +123,8 @@ def site_name(block_name: str, block: nn.Module, site: Site) -> str:
     if site == "block":
         if any(_PARALLEL_STREAMS.search(type(child).__name__) for child in block.children()):
             raise ValueError(
-                f"{block_name} ({type(block).__name__}) hands on several parallel streams (AltUp), so it has no single "
-                "residual stream to steer. Use site='attention' or site='mlp'."
+                f"{block_name} ({type(block).__name__}) hands on several parallel streams (AltUp), so it has no "
+                "single residual stream to steer. Use site='attention' or site='mlp'."
             )
         return block_name
     children = [n for n, child in block.named_children() if _SITE_CLASSES[site].search(type(child).__name__)]

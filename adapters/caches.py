@@ -1,7 +1,7 @@
 """How many tokens a cache holds, for caches of keys and values and for those of recurrent states.
 
-A cache of keys and values says it itself. One of recurrent states (Mamba, xLSTM, RWKV, MiniMax) has no column per token,
-so the columns are counted here while the model runs.
+A cache of keys and values says it itself. One of recurrent states (Mamba, xLSTM, RWKV, MiniMax) has no column per
+token, so the columns are counted here while the model runs.
 """
 
 from __future__ import annotations

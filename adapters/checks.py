@@ -294,7 +294,9 @@ def drop_undeclared(path: str, config: SteeringVectorConfig) -> None:
             "name the modules in modules_to_save.",
             stacklevel=4,
         )
-        save_file({key: tensor for key, tensor in tensors.items() if key not in names}, path, metadata={"format": "pt"})
+        save_file(
+            {key: tensor for key, tensor in tensors.items() if key not in names}, path, metadata={"format": "pt"}
+        )
 
 
 def local_folder(name: str, subfolder: str | None = None, **hub_options: Any) -> str:

@@ -59,7 +59,8 @@ class SteeringVectorConfig(PeftConfig):
         residual_norms: Mean norm of the residual stream per layer (key: the layer's index as a string). Needed by
             `norm="relative"`; the trainers and `Direction.write` fill it in.
         positions: Tokens that are steered: `all`, `completion`, `prompt` or `last_prompt`. Where the prompt ends is
-            read from `labels` (the first one that is not -100), from `generate`, or from `adapters.prompt_length`.
+            read from `labels`, from `generate`, or from `adapters.prompt_length`. Of labels, -100 before a labelled
+            token is the prompt: in a row of several answers (packed samples, chats) there is one before each answer.
         init: `zeros`, `random` (a random direction of length 1, Dunefsky & Cohan), or the name of a file in
             `adapters/directions/`, computed from data by the trainers or by `directions.compute(...).write(model)`.
         init_scale: The initial vector is multiplied by it.
@@ -71,10 +72,11 @@ class SteeringVectorConfig(PeftConfig):
         modules_to_save: Other modules to train and save whole, as in every PEFT method.
         checksum: Filled in when PEFT saves the adapter: of this configuration and the weights, compared when it is
             loaded. Set it to null in a file that was changed on purpose.
-        init_weights: False starts from a random direction instead of zeros, so that the adapter has an effect before it
-            is trained: PEFT's word for it in other methods, the same as `init="random"`.
+        init_weights: False starts from a random direction instead of zeros, so that the adapter has an effect before
+            it is trained: PEFT's word for it in other methods, the same as `init="random"`.
         task_type: As in every PEFT method; None takes the one of the model. Sequence and token classifiers and models
-            for question answering save their head (PEFT names it in `modules_to_save`) and are steered at all positions.
+            for question answering save their head (PEFT names it in `modules_to_save`), and all their positions are
+            steered.
 
     Raises:
         ValueError: for a value out of its range, naming it, the allowed values and the fix.
@@ -162,7 +164,9 @@ class SteeringVectorConfig(PeftConfig):
         saved = copy.copy(self)
         saved.checksum = None
         if "auto_mapping_dict" in kwargs:
-            kwargs["auto_mapping_dict"] = None  # code to import for models without a task: never read, so never written
+            kwargs["auto_mapping_dict"] = (
+                None  # code to import for models without a task: never read, so never written
+            )
         if "auto_mapping_dict" in kwargs and os.path.isfile(weights):
             drop_undeclared(weights, self)
             saved.checksum = checksum_of(saved.to_dict(), weights)
@@ -228,8 +232,8 @@ class SteeringVectorConfig(PeftConfig):
         if not self.init_weights:
             if self.init not in ("zeros", "random"):
                 raise ValueError(
-                    f"init_weights=False starts from a random direction, and init={self.init!r} from another one. Leave "
-                    "one of them out."
+                    f"init_weights=False starts from a random direction, and init={self.init!r} from another one. "
+                    "Leave one of them out."
                 )
             self.init = "random"
 

@@ -21,7 +21,7 @@ _TOLERANCE = 0.01
 
 
 def fingerprint(model: nn.Module) -> dict[str, Any]:
-    """`model_type`, `hidden_size`, `num_layers`, and samples of embedding and weights (none of sharded or meta ones)."""
+    """`model_type`, `hidden_size`, `num_layers`, samples of embedding and weights (none of sharded or meta ones)."""
     config = text_config(model)
     return {
         "model_type": config.model_type,

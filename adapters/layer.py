@@ -176,8 +176,8 @@ class SteeringVectorLayer(nn.Module, BaseTunerLayer):
             )
         if hidden.ndim > 3:
             raise ValueError(
-                f"{type(module).__name__} returned states of shape {tuple(hidden.shape)}: several parallel streams, not "
-                "one (rows, tokens, width). Choose site='attention' or site='mlp', or other target_modules."
+                f"{type(module).__name__} returned states of shape {tuple(hidden.shape)}: several parallel streams, "
+                "not one (rows, tokens, width). Choose site='attention' or site='mlp', or other target_modules."
             )
         steered = self(hidden)
         if steered is hidden:

@@ -53,6 +53,6 @@ def _check_folder(name: str, config: Any, options: dict[str, Any]) -> None:
 def _check_names(tensors: dict[str, Any], config: SteeringVectorConfig) -> None:
     for name in undeclared(tensors, config):
         raise ValueError(
-            f"adapter_state_dict: {name!r} is no steering vector, and modules_to_save={config.modules_to_save} does not "
-            "name it: it would overwrite the base model. Take it out."
+            f"adapter_state_dict: {name!r} is no steering vector, and modules_to_save={config.modules_to_save} does "
+            "not name it: it would overwrite the base model. Take it out."
         )

@@ -108,8 +108,8 @@ class SteeringVectorModel(BaseTuner):
         own = {key for key in state_dict if ".modules_to_save." not in key}
         if names := undeclared(own, config):
             raise ValueError(
-                f"{names[0]!r} is no steering vector, and modules_to_save={config.modules_to_save} does not name it: it "
-                "would overwrite the base model. Take it out of the adapter's weights."
+                f"{names[0]!r} is no steering vector, and modules_to_save={config.modules_to_save} does not name it: "
+                "it would overwrite the base model. Take it out of the adapter's weights."
             )
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
 

@@ -1,9 +1,9 @@
 """Which tokens are steered, in training, in cached generation, with padding on either side and in packed rows.
 
 A forward pass does not say where its prompt ends. It is read, in this order, from `prompt_length(model, n)`, from
-`generate` (its input is the prompt), from `labels` (see `SteeringVectorConfig`), or from a cache (what is already in it
-was the prompt, or follows it). A forward that tells nothing is refused: guessing would steer the wrong tokens without
-a word.
+`generate` (its input is the prompt), from `labels` (see `SteeringVectorConfig`), or from a cache (what is already in
+it was the prompt, or follows it). A forward that tells nothing is refused: guessing would steer the wrong tokens
+without a word.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ _NO_BOUNDARY = (
     "in `with steertune.adapters.prompt_length(model, n):`."
 )
 _SEVERAL_SAMPLES = (
-    "a row holds several packed samples, and prompt_length gives one boundary per row. Pass labels (-100 on the prompts) "
-    "without prompt_length, or one sample per row (packing=False, padding_free=False)."
+    "a row holds several packed samples, and prompt_length gives one boundary per row. Pass labels (-100 on the "
+    "prompts) without prompt_length, or one sample per row (packing=False, padding_free=False)."
 )
 _UNCOUNTED_CACHE = (
-    "the cache holds recurrent states of tokens that this model was not seen to read, so prompt_length cannot be counted "
-    "from the first token. Fill the cache with this model, or use generate, whose input is the prompt."
+    "the cache holds recurrent states of tokens that this model was not seen to read, so prompt_length cannot be "
+    "counted from the first token. Fill the cache with this model, or use generate, whose input is the prompt."
 )
 _HIDDEN_FIRST_LABEL = (
     "the first token of a packed sample has no label and its second has one. Padding-free collators remove the first "
@@ -226,9 +226,9 @@ class PromptBoundary:
             raise ValueError(f"positions={positions!r}: {self._why_not}")
         if self._part is None and (hidden.ndim != 3 or hidden.shape[1] != self._columns):
             raise ValueError(
-                f"positions={positions!r}: the steered module returned states of shape {tuple(hidden.shape)} for rows of "
-                f"{self._columns} tokens, so its states cannot be told apart by token. Use positions='all', or another "
-                "layer or site."
+                f"positions={positions!r}: the steered module returned states of shape {tuple(hidden.shape)} for rows "
+                f"of {self._columns} tokens, so its states cannot be told apart by token. Use positions='all', or "
+                "another layer or site."
             )
         if prompts.mask is not None and prompts.last_mask is not None:
             chosen = self._of_mask(positions, prompts.mask, prompts.last_mask, hidden.device)

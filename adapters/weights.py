@@ -6,6 +6,7 @@ cannot be read cheaply (sharded, on the meta device, quantised by another method
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections import defaultdict
 from collections.abc import Iterator
@@ -44,7 +45,9 @@ def sample_weights(model: nn.Module) -> dict[str, Any]:
     for pattern in patterns:
         count = PER_BLOCK if ".*." in pattern else ELSEWHERE
         numbers, exact = zip(*(_entries(module, name, count) for module, name in groups[pattern]), strict=True)
-        values[pattern] = " ".join(_MISSING if x is None else f"{x:.9g}" for x in sum(numbers, []))
+        values[pattern] = " ".join(
+            _MISSING if x is None else f"{x:.9g}" for x in itertools.chain.from_iterable(numbers)
+        )
         if not all(exact):
             quantised.append(pattern)
     return {"values": values, "quantised": quantised}
@@ -127,7 +130,11 @@ def _numbers(line: str) -> Tensor:
 
 def _distance(old: Tensor, new: Tensor) -> float:
     """Of two samples, as a share of the first; the least one over the roundings that may lie between them."""
-    gaps = [old - new, *(rounded - new for rounded in _roundings(old)), *(old - rounded for rounded in _roundings(new))]
+    gaps = [
+        old - new,
+        *(rounded - new for rounded in _roundings(old)),
+        *(old - rounded for rounded in _roundings(new)),
+    ]
     if _is(old, torch.bfloat16) and _is(new, torch.float16):
         gaps.append(_beyond_two_roundings(old, new))
     elif _is(old, torch.float16) and _is(new, torch.bfloat16):

@@ -81,7 +81,7 @@ SEVERAL_STREAMS = {
         "activation_sparsity_pattern": [0.0] * 4, "intermediate_size": [48] * 4,
     },
 }  # fmt: skip
-FAMILIES = {**dict.fromkeys(ARCHITECTURES, {}), **RECURRENT, **SEVERAL_STREAMS}
+FAMILIES = {**{family: {} for family in ARCHITECTURES}, **RECURRENT, **SEVERAL_STREAMS}
 
 Computed = tuple[Tensor, Tensor, Tensor | None, int]
 """Token ids, logits from the last prompt token on, the attention mask, and the prompt's length."""
@@ -271,8 +271,8 @@ def main() -> int:
         "# Steered logits in every way of computing them",
         "",
         "Written by `python tests/families.py`; compared with the base model without a cache and a hook that adds the",
-        f"vector to an explicit mask of tokens (within {TOLERANCE:g}). Each entry holds for all of {', '.join(POSITIONS)},",
-        "unless it names some.",
+        f"vector to an explicit mask of tokens (within {TOLERANCE:g}). An entry holds for all of",
+        f"{', '.join(POSITIONS)}, unless it names some.",
         "",
         f"| family | {' | '.join(WAYS)} |",
         f"|---|{'---|' * len(WAYS)}",

@@ -207,7 +207,7 @@ def test_the_base_is_bit_for_bit_the_base(folder, way):
 
 
 def test_deleted_adapters_steer_nothing(folder):
-    for bare in (deleted(peft(folder)).get_base_model(), deleted(native(folder))):
+    for bare in (deleted(peft(folder)).base_model.model, deleted(native(folder))):
         assert torch.equal(bare(tokens()).logits, tiny()(tokens()).logits)
 
 

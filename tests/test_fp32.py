@@ -66,9 +66,9 @@ def test_steps_are_those_of_a_trainer_that_casts_nothing(quantised, tmp_path, mo
         trainer = stock("sft", tmp_path, model)
         if not restored:
             trainer = stock("sft", tmp_path, model)
-            vector_of(model).data = trainer.model.base_model.model.model.layers[2].steer.steering_vector_v[
-                "default"
-            ].exact.clone()
+            vector_of(model).data = (
+                trainer.model.base_model.model.model.layers[2].steer.steering_vector_v["default"].exact.clone()
+            )
         trainer.train()
         made[restored] = vector_of(model).detach()
     torch.testing.assert_close(made[True], made[False], rtol=0, atol=0)

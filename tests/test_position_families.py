@@ -1,4 +1,4 @@
-"""Every family of models, in every way of computing logits, is steered like the plain uncached reference or refuses."""
+"""Every family of models, in every way of computing logits, is steered like the uncached reference, or refuses."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Classifiers, reward models, question answering, feature extraction, and modules that are not transformers' at all."""
+"""Classifiers, reward models, question answering, feature extraction, and modules that are not transformers'."""
 
 from __future__ import annotations
 

@@ -302,8 +302,8 @@ def _only(base: nn.Module, batch: Batch) -> Iterator[bool]:
 
 
 def prompt_of(model: nn.Module, batch: Batch) -> AbstractContextManager[None]:
-    """Say where each row's completion starts (its first label; the row's length if it has none) to `positions`; of rows
-    with several answers, where each of them does."""
+    """Say where each row's completion starts (its first label; the row's length if it has none) to `positions`; of
+    rows with several answers, where each of them does."""
     labelled = on_host(batch.labels) != -100
     if bool(((labelled[:, 1:] & ~labelled[:, :-1]).sum(dim=1) + labelled[:, 0] > 1).any()):
         return prompts_by_labels(model, batch.labels)

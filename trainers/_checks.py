@@ -144,8 +144,8 @@ def check_teacher(name: str, teacher: nn.Module, model: nn.Module) -> None:
 
 
 def check_packing(model: nn.Module, dataset: Any, args: Any = None) -> None:
-    """Raise a DataError when rows of several samples meet vectors that depend on where a prompt ends: our losses know one
-    prompt in a row."""
+    """Raise a DataError when rows of several samples meet vectors that depend on where a prompt ends: our losses know
+    one prompt in a row."""
     packed = "seq_lengths" in (getattr(dataset, "column_names", None) or [])
     asked = [name for name in ("packing", "padding_free") if getattr(args, name, False)]
     for config in (config for layer in steering_layers(model) for config in layer.config.values()):

@@ -50,8 +50,8 @@ class Vector(nn.Module):
                 "cannot take its steps, and DistributedDataParallel cannot change to fp32 any more. Train with a "
                 "steertune trainer, or cast it back (parameter.data = parameter.data.float()) before train()."
             )
-        exact = None if self.exact is None else self.exact.to(weight.device)
-        rounded_only = exact is not None and torch.equal(exact.to(weight.dtype), weight)
+        exact = weight.float() if self.exact is None else self.exact.to(weight.device)
+        rounded_only = torch.equal(exact.to(weight.dtype), weight)
         weight.data = exact.clone() if rounded_only else weight.data.float()
 
 

@@ -98,8 +98,9 @@ class PromptBoundary:
         self._undo = [model.register_forward_pre_hook(self.before_forward, with_kwargs=True).remove]
         if isinstance(model, GenerationMixin):
             # `generate` alone knows its prompt: prefill in chunks, reused caches and candidates look like completions
-            inner, own = model.generate, model.__dict__.get("generate")
-            model.generate = functools.partial(self._generate, inner)
+            generating: Any = model
+            inner, own = generating.generate, model.__dict__.get("generate")
+            generating.generate = functools.partial(self._generate, inner)
             self._undo.append(functools.partial(_restore_generate, model, own))
 
     def unwatch(self) -> None:
@@ -183,6 +184,7 @@ class PromptBoundary:
 
     def _generate(self, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """`generate`: everything it is given is the prompt, unless `prompt_length` says otherwise around it."""
+        _refuse_guidance(getattr(inner, "__self__", None), kwargs)
         if self.declared is not None:  # also a draft of the model itself, inside another `generate`
             return inner(*args, **kwargs)
         self.declared = self._given(args, kwargs)
@@ -286,6 +288,18 @@ class PromptBoundary:
             yield
         finally:
             self._selected, self._prompts = before
+
+
+def _refuse_guidance(model: Any, kwargs: Mapping[str, Any]) -> None:
+    """Classifier-free guidance runs a second prompt of another length inside `generate`, whose end nobody says."""
+    configs = [kwargs.get("generation_config"), getattr(model, "generation_config", None)]
+    scales = [kwargs.get("guidance_scale"), *(getattr(config, "guidance_scale", None) for config in configs)]
+    scale = next((value for value in scales if value is not None), 1)
+    if scale != 1 or kwargs.get("negative_prompt_ids") is not None:
+        raise ValueError(
+            f"guidance_scale={scale} runs a second prompt of another length, and positions other than 'all' cannot be "
+            "told in it. Use guidance_scale=1 without negative_prompt_ids, or positions='all'."
+        )
 
 
 def _has_columns(cache: Any) -> bool:

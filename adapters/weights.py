@@ -17,10 +17,15 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
 from peft.utils.integrations import dequantize_bnb_weight
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 PER_BLOCK = 2  # numbers of one parameter of one block
 ELSEWHERE = 16  # numbers of one parameter that no block repeats
 MOST_PATTERNS = 64  # mixtures of experts have thousands of matrices in a block
+EXACT_TOLERANCE = 1e-5
+"""Share of their length by which exact weights may differ: they are written with nine digits."""
+QUANTISED_TOLERANCE = 0.3
+"""The same for weights of which one side was quantised: 4 bits move a weight by a tenth of a typical one."""
 _MISSING = "?"
 _GOLDEN = 0.6180339887498949  # its multiples are spread evenly, whatever the number of entries
 _QUANTISED = ("Params4bit", "Int8Params")
@@ -34,7 +39,7 @@ def sample_weights(model: nn.Module) -> dict[str, Any]:
     A pattern is a parameter's name with `*` for the block. Its numbers stand in one line, so that a configuration file
     stays short; `?` is one that could not be read.
     """
-    embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    embedding = model.get_input_embeddings() if isinstance(model, PreTrainedModel) else None
     groups: dict[str, list[tuple[nn.Module, str]]] = defaultdict(list)
     for name, module, parameter in base_parameters(model):
         if module is not embedding:
@@ -116,12 +121,6 @@ def difference_of_weights(expected: dict[str, Any], found: dict[str, Any]) -> tu
         if distance > EXACT_TOLERANCE and (worst is None or distance > worst[1]):
             worst = pattern, distance
     return worst
-
-
-EXACT_TOLERANCE = 1e-5
-"""Share of their length by which exact weights may differ: they are written with nine digits."""
-QUANTISED_TOLERANCE = 0.3
-"""The same for weights of which one side was quantised: 4 bits move a weight by a tenth of a typical one."""
 
 
 def _numbers(line: str) -> Tensor:

@@ -347,6 +347,15 @@ def test_a_list_of_prompts_is_refused():
         steered(positions="completion").generate([[3, 4], [5]])
 
 
+@pytest.mark.parametrize(
+    "how", [{"guidance_scale": 1.5}, {"guidance_scale": 2.0, "negative_prompt_ids": tokens(1, 2)}]
+)
+def test_guidance_by_a_second_prompt_is_refused(how):
+    with pytest.raises(ValueError, match=r"guidance_scale=.* runs a second prompt.*positions='all'"):
+        steered(positions="completion").generate(input_ids=tokens(1, 4), **how)
+    steered(positions="all").generate(input_ids=tokens(1, 4), max_new_tokens=1, **how)
+
+
 def test_unload_and_copies_leave_generate_as_it_was():
     ids, model = tokens(2, PROMPT), steered(layers=LAYER, positions="completion")
     copied, expected = copy.deepcopy(model), greedy(model, ids)[1]

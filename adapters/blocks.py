@@ -15,6 +15,8 @@ _SITE_CLASSES = {
     "attention": re.compile(r"attention$", re.I),
     "mlp": re.compile(r"(mlp|moe|moeblock|moelayer|feedforward|ffn)$", re.I),
 }
+_PARALLEL_STREAMS = re.compile(r"altup$", re.I)  # Gemma 3n
+_WIDTHS = ("out_features", "normalized_shape", "embedding_dim")
 _ESCAPE = "Name the modules to steer yourself: target_modules=<regular expression matching their full names>."
 
 
@@ -28,6 +30,33 @@ def text_config(model: nn.Module) -> Any:
             f"{type(model).__name__} is an encoder-decoder model; steering vectors need a decoder-only one."
         )
     return config.get_text_config()
+
+
+def has_config(model: nn.Module) -> bool:
+    """Whether a model has a transformers configuration, which says how wide and how deep it is."""
+    return hasattr(getattr(model, "config", None), "get_text_config")
+
+
+def width_of(model: nn.Module, name: str, target: nn.Module) -> int:
+    """Width of what the steered module returns: the hidden size, or in a model without a transformers configuration
+    that of the module, or of the last one in it that tells.
+
+    Raises:
+        ValueError: no module inside tells.
+    """
+    if has_config(model):
+        return text_config(model).hidden_size
+    for module in reversed(list(target.modules())):
+        for attribute in _WIDTHS:
+            width = getattr(module, attribute, None)
+            if isinstance(width, int):
+                return width
+            if isinstance(width, tuple) and width:
+                return int(width[-1])
+    raise ValueError(
+        f"Cannot tell the width of what {name} ({type(target).__name__}) returns: no module in it has one of "
+        f"{_WIDTHS}. Choose target_modules that are or end with a layer such as nn.Linear or nn.LayerNorm."
+    )
 
 
 def find_blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
@@ -88,9 +117,15 @@ def site_name(block_name: str, block: nn.Module, site: Site) -> str:
     """Full name of the module whose output is steered.
 
     Raises:
-        ValueError: the block has no, or several, direct children whose class name says attention (or MLP).
+        ValueError: the block has no, or several, direct children whose class name says attention (or MLP), or hands
+            on several streams.
     """
     if site == "block":
+        if any(_PARALLEL_STREAMS.search(type(child).__name__) for child in block.children()):
+            raise ValueError(
+                f"{block_name} ({type(block).__name__}) hands on several parallel streams (AltUp), so it has no "
+                "single residual stream to steer. Use site='attention' or site='mlp'."
+            )
         return block_name
     children = [n for n, child in block.named_children() if _SITE_CLASSES[site].search(type(child).__name__)]
     if len(children) != 1:

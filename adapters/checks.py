@@ -8,14 +8,17 @@ import json
 import math
 import os
 import re
+import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
-from peft.utils.constants import EMBEDDING_LAYER_NAMES
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
 from .registration import PEFT_TYPE
 
@@ -26,6 +29,7 @@ SAMPLES = 64  # numbers of the embedding in a fingerprint
 _LARGEST_CONFIG = 10**7  # bytes
 CHECKSUMS = "checksums.json"
 _CHECKSUM = "sha256-"
+_NUMBERS = re.compile(r"(?:(?:\?|-?\d+(?:\.\d+)?(?:e[+-]?\d+)?)(?: |$))*")
 # base_model.model.<module>.steer.steering_vector_<v|w|b>.weight
 _KEY = re.compile(r"(?:base_model\.model\.)?(?P<module>.+)\.steer\.steering_vector_(?P<name>[vwb])\.weight")
 
@@ -71,8 +75,7 @@ def read_config(path: str) -> dict[str, Any]:
 def check_adapter_folder(folder: str, config: SteeringVectorConfig) -> None:
     """Check the weights of a local adapter folder before anything is built from it.
 
-    A folder that is not on this machine (a Hub repository) is left to PEFT; its tensors are checked when they are
-    loaded and at the first forward.
+    Nothing is checked in a folder that is not on this machine; its tensors are when they are loaded.
 
     Raises:
         ValueError: no safetensors file (a pickle is never read), a broken file, missing or unknown keys, a wrong
@@ -189,11 +192,27 @@ def check_fingerprint_form(given: Any) -> None:
     numbers = isinstance(sample, list) and all(
         isinstance(x, int | float) and not isinstance(x, bool) and math.isfinite(x) for x in sample
     )
-    if not numbers or len(sample) not in (0, SAMPLES) or not isinstance(given.get("model_type"), str):
+    named = numbers and isinstance(given.get("model_type"), str) and _is_weight_sample(given.get("weights"))
+    if not named or len(sample) not in (0, SAMPLES):
         raise ValueError(
             f"base_fingerprint={given!r:.200} is none: model_type, hidden_size, num_layers, and {SAMPLES} numbers of "
             "the embedding (or none). Set it to None to transfer the vector on purpose."
         )
+
+
+def _is_weight_sample(given: Any) -> bool:
+    """Whether it is what `weights.sample_weights` makes, or None: earlier versions had none."""
+    if given is None:
+        return True
+    if not isinstance(given, dict) or given.keys() != {"values", "quantised"}:
+        return False
+    values, quantised = given["values"], given["quantised"]
+    return (
+        isinstance(quantised, list)
+        and all(isinstance(name, str) for name in quantised)
+        and isinstance(values, dict)
+        and all(isinstance(line, str) and _NUMBERS.fullmatch(line) for line in values.values())
+    )
 
 
 def module_names(pattern: str) -> list[str]:
@@ -216,15 +235,19 @@ def module_names(pattern: str) -> list[str]:
 def _check_keys(path: str, tensors: dict[str, torch.Tensor], config: SteeringVectorConfig) -> None:
     found: dict[str, set[str]] = {}
     modules = None if config.target_modules is None else module_names(config.target_modules)
-    d = (config.base_fingerprint or {}).get("hidden_size")
+    hidden_size = (config.base_fingerprint or {}).get("hidden_size")
+    # modules of a model without a transformers configuration, which has no fingerprint, may differ in width
+    widths: dict[str | None, int] = {}
     for key, tensor in tensors.items():
         match = _KEY.fullmatch(key)
         if match is None or (modules is not None and match["module"] not in modules):
             raise ValueError(f"{path}: key {key!r} does not belong to an adapter on {config.target_modules!r}.")
         found.setdefault(match["module"], set()).add(match["name"])
         shape = tuple(tensor.shape)
-        if d is None and match["name"] != "b" and shape:
-            d = shape[-1]  # whatever it was made for, all vectors are of one width
+        group = None if modules is None else match["module"]
+        if match["name"] != "b" and shape:
+            widths.setdefault(group, hidden_size or shape[-1])
+        d = widths.get(group)
         expected = parameter_shape(config, match["name"], d or 0)
         if shape != expected:
             raise ValueError(f"{path}: {key} has shape {shape}, the config asks for {expected}.")
@@ -242,14 +265,49 @@ def _check_keys(path: str, tensors: dict[str, torch.Tensor], config: SteeringVec
 
 
 def _check_others(path: str, keys: Iterable[str], config: SteeringVectorConfig) -> None:
-    """PEFT would load whatever the file holds into the base model: only what the config says may be there."""
-    allowed = [*(config.modules_to_save or []), *EMBEDDING_LAYER_NAMES]
-    for key in sorted(keys):
-        if not any(f".{name}." in f".{key}" for name in allowed):
-            raise ValueError(
-                f"{path}: {key!r} is no steering vector, and modules_to_save={config.modules_to_save} does not name "
-                "it: it would overwrite the base model. Take it out of the file."
-            )
+    """Refuse weights of the base: PEFT and transformers would load whatever the file holds into it."""
+    for key in undeclared(keys, config):
+        raise ValueError(
+            f"{path}: {key!r} is no steering vector, and modules_to_save={config.modules_to_save} does not name "
+            "it: it would overwrite the base model. Take it out of the file."
+        )
+
+
+def undeclared(keys: Iterable[str], config: SteeringVectorConfig) -> list[str]:
+    """Keys that are neither a steering vector's nor of a module that `modules_to_save` names, sorted."""
+    saved = config.modules_to_save or []
+    return [
+        key
+        for key in sorted(keys)
+        if "steering_vector_" not in key and not any(f".{name}." in f".{key}" for name in saved)
+    ]
+
+
+def drop_undeclared(path: str, config: SteeringVectorConfig) -> None:
+    """Take out of a file of weights what it would be refused for when it is loaded, with a warning."""
+    tensors = read_tensors(path)
+    names = undeclared(tensors, config)
+    if names:
+        warnings.warn(
+            f"{names} are weights of the base model (its vocabulary was resized, or save_embedding_layers=True was "
+            "given) and are not saved with the adapter. Save the base model itself, and load the adapter on that; or "
+            "name the modules in modules_to_save.",
+            stacklevel=4,
+        )
+        save_file(
+            {key: tensor for key, tensor in tensors.items() if key not in names}, path, metadata={"format": "pt"}
+        )
+
+
+def local_folder(name: str, subfolder: str | None = None, **hub_options: Any) -> str:
+    """The folder of an adapter on this machine; of a Hub repository, that of its downloaded weights."""
+    folder = os.path.join(name, subfolder or "")
+    if os.path.isdir(name):
+        return folder
+    try:
+        return os.path.dirname(hf_hub_download(name, SAFETENSORS_WEIGHTS_NAME, subfolder=subfolder, **hub_options))
+    except (HfHubHTTPError, HFValidationError, OSError):
+        return folder  # a bare configuration: whoever loads the weights reports that they are missing
 
 
 def parameter_shape(config: SteeringVectorConfig, name: str, d: int) -> tuple[int, ...]:

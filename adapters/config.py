@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeGuard, get_args
 
-from peft import PeftConfig, TaskType
+from peft import PeftConfig
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 
 from .checks import (
@@ -18,9 +18,11 @@ from .checks import (
     checksum_of,
     choose,
     did_you_mean,
+    drop_undeclared,
+    local_folder,
     read_config,
 )
-from .registration import PEFT_TYPE
+from .registration import AUTO, PEFT_TYPE
 
 Form = Literal["bias", "gated", "linear", "low_rank"]
 Site = Literal["block", "attention", "mlp"]
@@ -57,7 +59,8 @@ class SteeringVectorConfig(PeftConfig):
         residual_norms: Mean norm of the residual stream per layer (key: the layer's index as a string). Needed by
             `norm="relative"`; the trainers and `Direction.write` fill it in.
         positions: Tokens that are steered: `all`, `completion`, `prompt` or `last_prompt`. Where the prompt ends is
-            read from `labels` (the first one that is not -100), from `generate`, or from `adapters.prompt_length`.
+            read from `labels`, from `generate`, or from `adapters.prompt_length`. Of labels, -100 before a labelled
+            token is the prompt: in a row of several answers (packed samples, chats) there is one before each answer.
         init: `zeros`, `random` (a random direction of length 1, Dunefsky & Cohan), or the name of a file in
             `adapters/directions/`, computed from data by the trainers or by `directions.compute(...).write(model)`.
         init_scale: The initial vector is multiplied by it.
@@ -72,6 +75,11 @@ class SteeringVectorConfig(PeftConfig):
         modules_to_save: Other modules to train and save whole, as in every PEFT method.
         checksum: Filled in when PEFT saves the adapter: of this configuration and the weights, compared when it is
             loaded. Set it to null in a file that was changed on purpose.
+        init_weights: False starts from a random direction instead of zeros, so that the adapter has an effect before
+            it is trained: PEFT's word for it in other methods, the same as `init="random"`.
+        task_type: As in every PEFT method; None takes the one of the model. Sequence and token classifiers and models
+            for question answering save their head (PEFT names it in `modules_to_save`), and all their positions are
+            steered.
 
     Raises:
         ValueError: for a value out of its range, naming it, the allowed values and the fix.
@@ -93,13 +101,16 @@ class SteeringVectorConfig(PeftConfig):
     target_modules: str | None = field(default=None)
     modules_to_save: list[str] | None = field(default=None)
     checksum: str | None = field(default=None)
+    init_weights: bool = field(default=True)
 
     def __post_init__(self) -> None:
+        self.task_type = None if self.task_type == AUTO else self.task_type
         super().__post_init__()
         self.peft_type = PEFT_TYPE
-        self.task_type = self.task_type or TaskType.CAUSAL_LM
+        self.task_type = self.task_type or AUTO  # pyright: ignore[reportAttributeAccessIssue]
         for name, kind in (("form", Form), ("site", Site), ("norm", Norm), ("positions", Positions)):
             choose(name, getattr(self, name), get_args(kind))
+        self._start_with_an_effect()
         self._check_layers()
         self._check_norm()
         self._check_init()
@@ -108,6 +119,11 @@ class SteeringVectorConfig(PeftConfig):
             raise ValueError(f"rank={self.rank!r} is not a whole number from 1.")
         if self.rank > 1 and self.form != "low_rank":
             raise ValueError(f"rank={self.rank} with form={self.form!r}: rank > 1 is what form='low_rank' is for.")
+
+    def to_dict(self) -> dict[str, Any]:
+        """As the parent's; the task is None until the model has said it."""
+        values = super().to_dict()
+        return {**values, "task_type": None if self.task_type == AUTO else self.task_type}
 
     @property
     def init_from_data(self) -> bool:
@@ -130,7 +146,8 @@ class SteeringVectorConfig(PeftConfig):
         if not isinstance(config, SteeringVectorConfig):
             kind = getattr(config.peft_type, "value", config.peft_type)
             raise ValueError(f"{pretrained_model_name_or_path} holds a {kind} adapter, not a steering vector.")
-        check_adapter_folder(os.path.join(pretrained_model_name_or_path, subfolder or ""), config)
+        hub_options = cls._split_kwargs(kwargs)[0]
+        check_adapter_folder(local_folder(pretrained_model_name_or_path, subfolder, **hub_options), config)
         config.checksum = None  # of the file, not of what becomes of the vector
         return config
 
@@ -144,12 +161,18 @@ class SteeringVectorConfig(PeftConfig):
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """As the parent's, with a checksum where `PeftModel` saves, which has written the weights before.
 
-        transformers writes them afterwards, over those of an earlier save.
+        transformers writes them afterwards, over those of an earlier save. Embeddings that PEFT added to the weights
+        because the vocabulary was resized are taken out: they are the base's.
         """
         weights = os.path.join(save_directory, SAFETENSORS_WEIGHTS_NAME)
         saved = copy.copy(self)
         saved.checksum = None
+        if "auto_mapping_dict" in kwargs:
+            kwargs["auto_mapping_dict"] = (
+                None  # code to import for models without a task: never read, so never written
+            )
         if "auto_mapping_dict" in kwargs and os.path.isfile(weights):
+            drop_undeclared(weights, self)
             saved.checksum = checksum_of(saved.to_dict(), weights)
         super(SteeringVectorConfig, saved).save_pretrained(save_directory, **kwargs)
 
@@ -205,6 +228,19 @@ class SteeringVectorConfig(PeftConfig):
                 )
         if self.base_fingerprint is not None:
             check_fingerprint_form(self.base_fingerprint)
+
+    def _start_with_an_effect(self) -> None:
+        """Read PEFT's `init_weights=False`."""
+        if not isinstance(self.init_weights, bool):
+            kind = type(self.init_weights).__name__
+            raise ValueError(f"init_weights={self.init_weights!r:.200} is {kind}, bool is expected.")
+        if not self.init_weights:
+            if self.init not in ("zeros", "random"):
+                raise ValueError(
+                    f"init_weights=False starts from a random direction, and init={self.init!r} from another one. "
+                    "Leave one of them out."
+                )
+            self.init = "random"
 
     def _check_init(self) -> None:
         if not _is_finite(self.init_scale):

@@ -1,8 +1,9 @@
 """A few numbers that say which base model a vector was made for.
 
 A vector of the right width loads on any model of that width and then steers nowhere in particular. The fingerprint
-makes that an error. It compares 64 input-embedding entries within 1 %, which lets another dtype or a quantised copy
-of the same base pass (embeddings are not quantised; rounding to bf16 moves them by 0.2 % at most).
+makes that an error. It compares 64 input-embedding entries within 1 %, and a sample of every block's weights (see
+`weights`), which sees a merged LoRA and lets another dtype or a quantised copy of the same base pass. Fingerprints of
+earlier versions have no sample of weights; what they have is compared.
 """
 
 from __future__ import annotations
@@ -14,18 +15,20 @@ from torch import nn
 
 from .blocks import text_config
 from .checks import SAMPLES
+from .weights import difference_of_weights, sample_weights
 
 _TOLERANCE = 0.01
 
 
 def fingerprint(model: nn.Module) -> dict[str, Any]:
-    """`model_type`, `hidden_size`, `num_layers` and sampled embedding entries (none for sharded or meta weights)."""
+    """`model_type`, `hidden_size`, `num_layers`, samples of embedding and weights (none of sharded or meta ones)."""
     config = text_config(model)
     return {
         "model_type": config.model_type,
         "hidden_size": config.hidden_size,
         "num_layers": config.num_hidden_layers,
         "embedding": _embedding_sample(model),
+        "weights": sample_weights(model),
     }
 
 
@@ -50,6 +53,11 @@ def difference(expected: dict[str, Any], found: dict[str, Any]) -> str | None:
         if not distance <= _TOLERANCE:
             most = f"at most {_TOLERANCE:.0%}"
             return f"its embeddings differ by {distance:.1%} from those of the adapter's base ({most})"
+    if expected.get("weights") and found.get("weights"):
+        worst = difference_of_weights(expected["weights"], found["weights"])
+        if worst is not None:
+            name, distance = worst
+            return f"its weights {name} differ by {distance:.2g} of their length from those of the adapter's base"
     return None
 
 

@@ -6,6 +6,8 @@ import statistics
 from typing import Any, Literal
 
 import torch
+from accelerate.state import AcceleratorState, is_initialized
+from accelerate.utils import DistributedType
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
@@ -30,6 +32,8 @@ class Vector(nn.Module):
         self.weight = nn.Parameter(torch.full(shape, torch.nan, dtype=torch.float32, device=device))
         self.unit: float | None = None
         """What optimisers divide it by (see `units`); None: nothing, its learning rate is absolute."""
+        self.exact: Tensor | None = None
+        """The value last given by us or by a file, which a cast to half precision only rounded."""
         self.register_load_state_dict_pre_hook(_check_loaded)
         units.track(self)
 
@@ -37,12 +41,39 @@ class Vector(nn.Module):
         super().__setstate__(state)  # copied, or unpickled
         units.track(self)
 
+    @torch.no_grad()
+    def restore_fp32(self) -> None:
+        """Undo a cast of the parameter to half precision; optimisers keep the parameter object they have.
 
-def _check_loaded(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+        Raises:
+            RuntimeError: DistributedDataParallel has made its buckets for the cast parameter already.
+        """
+        weight = self.weight
+        if weight.dtype not in (torch.bfloat16, torch.float16) or not weight.requires_grad:
+            return
+        if hasattr(weight, "device_mesh") or weight.numel() == 0 or _deepspeed_trains():
+            return  # sharded, or with an fp32 copy in DeepSpeed's optimiser
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            raise RuntimeError(
+                f"A steering vector was cast to {weight.dtype} before training in several processes: half precision "
+                "cannot take its steps, and DistributedDataParallel cannot change to fp32 any more. Train with a "
+                "steertune trainer, or cast it back (parameter.data = parameter.data.float()) before train()."
+            )
+        exact = weight.float() if self.exact is None else self.exact.to(weight.device)
+        rounded_only = torch.equal(exact.to(weight.dtype), weight)
+        weight.data = exact.clone() if rounded_only else weight.data.float()
+
+
+def _deepspeed_trains() -> bool:
+    return is_initialized() and AcceleratorState().distributed_type == DistributedType.DEEPSPEED
+
+
+def _check_loaded(module: Vector, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
     loaded = state_dict.get(f"{prefix}weight")
     if loaded is not None and not loaded.is_meta:
         check_tensor(f"{prefix}weight", loaded)
         state_dict[f"{prefix}weight"] = loaded.float()
+        module.exact = loaded.detach().float().clone()
 
 
 class SteeringVectorLayer(nn.Module, BaseTunerLayer):
@@ -120,7 +151,11 @@ class SteeringVectorLayer(nn.Module, BaseTunerLayer):
             b[0] = 1.0
             if config.rank > 1:  # rows beyond the first read at random, or their gradients would all be equal
                 nn.init.kaiming_uniform_(w[1:], a=5**0.5)
-                w[1:] *= self.in_features**0.5 / (config.stream_sizes or {}).get(str(self.layer_index), 1.0)
+                if size := (config.stream_sizes or {}).get(str(self.layer_index)):
+                    w[1:] *= self.in_features**0.5 / size  # what they read is of the order of 1 on any model
+        for kind in config.parameter_names:
+            vector = self._vector(name, kind)
+            vector.exact = vector.weight.detach().float().clone()
         self._checked.discard(name)
 
     @torch.no_grad()
@@ -131,13 +166,16 @@ class SteeringVectorLayer(nn.Module, BaseTunerLayer):
         if config.norm == "fixed" or (config.norm == "relative" and config.residual_norms):
             self.parameter(name, "v").copy_(self.written(name))
 
+    def _vector(self, name: str, kind: str) -> Vector:
+        return getattr(self.tied_to.get(name, self), f"steering_vector_{kind}")[name]
+
     def parameter(self, name: str, kind: str) -> Tensor:
         """Parameter `v`, `w` or `b` of adapter `name`, looked up at call time (FSDP2 replaces Parameter objects)."""
-        return getattr(self.tied_to.get(name, self), f"steering_vector_{kind}")[name].weight
+        return self._vector(name, kind).weight
 
     def value(self, name: str, kind: str) -> Tensor:
         """The same parameter as the forward pass uses it: with a gradient in units (see `units`)."""
-        return units.value(getattr(self.tied_to.get(name, self), f"steering_vector_{kind}")[name])
+        return units.value(self._vector(name, kind))
 
     def set_units(self, name: str) -> None:
         """Let optimisers see the parameters of adapter `name` in units of the stream, where its size is known."""
@@ -148,13 +186,22 @@ class SteeringVectorLayer(nn.Module, BaseTunerLayer):
         # a tied vector is written at several places
         size = statistics.median(sizes.values()) if config.tied and sizes else sizes.get(str(self.layer_index))
         for kind in config.parameter_names:
-            vector = getattr(self, f"steering_vector_{kind}")[name]
-            vector.unit = None if size is None else units.unit_of(kind, size, self.in_features, len(sizes))
+            unit = None if size is None else units.unit_of(kind, size, self.in_features, len(sizes))
+            self._vector(name, kind).unit = unit
 
     def written(self, name: str) -> Tensor:
         """The write vector(s) of adapter `name` with the length that `norm` gives them."""
         config = self.config[name]
         return write_vector(config.norm, self.value(name, "v"), config.norm_value, self._residual_norm(config))
+
+    def train(self, mode: bool = True) -> SteeringVectorLayer:
+        """As the parent's; vectors that somebody cast to half precision are fp32 again before they are trained (TRL
+        casts every trained parameter on a quantised base)."""
+        if mode:
+            for module in self.modules():
+                if isinstance(module, Vector):
+                    module.restore_fp32()
+        return super().train(mode)
 
     # -- forward ------------------------------------------------------------------------------------------------
 
@@ -166,6 +213,11 @@ class SteeringVectorLayer(nn.Module, BaseTunerLayer):
             raise ValueError(
                 f"{type(module).__name__} returned {shape}, not residual states of width {self.in_features}. "
                 "It is not a decoder block; choose other layers, site or target_modules."
+            )
+        if hidden.ndim > 3:
+            raise ValueError(
+                f"{type(module).__name__} returned states of shape {tuple(hidden.shape)}: several parallel streams, "
+                "not one (rows, tokens, width). Choose site='attention' or site='mlp', or other target_modules."
             )
         steered = self(hidden)
         if steered is hidden:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -14,14 +14,17 @@ from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
-from .blocks import find_blocks, resolve_layers, site_name, text_config
+from .blocks import find_blocks, has_config, resolve_layers, site_name, width_of
+from .checks import undeclared
 from .config import SteeringVectorConfig
 from .fingerprint import check_fingerprint, fingerprint
 from .layer import BASE_ROW, NO_MERGE, SteeringVectorLayer, steering_layers
+from .loading import check_what_transformers_loads
 from .observing import adapters_off
-from .positions import PromptBoundary, prompt_length
+from .positions import PromptBoundary
 from .registration import NAME, register
 from .stream import stream_sizes
+from .tasks import resolve_task
 
 CHILD = "steer"  # name of the steering layer in the module it steers
 
@@ -34,14 +37,18 @@ class SteeringVectorModel(BaseTuner):
     target_module_mapping = {}
 
     def _prepare_adapter_config(self, peft_config: SteeringVectorConfig, model_config: dict[str, Any]):
-        if peft_config.base_fingerprint is not None:
+        resolve_task(peft_config, self.model)
+        if peft_config.base_fingerprint is not None:  # also on a model that has no configuration: that is another one
             check_fingerprint(peft_config.base_fingerprint, self.model)
         if peft_config.target_modules is None:
             blocks = find_blocks(self.model)
             layers = peft_config.layers = resolve_layers(peft_config.layers, len(blocks))
             names = [site_name(name, block, peft_config.site) for name, block in (blocks[i] for i in layers)]
             peft_config.target_modules = "|".join(re.escape(name) for name in names)
-        peft_config.base_fingerprint = fingerprint(self.model)
+        if not has_config(self.model):
+            peft_config.base_fingerprint = None  # nothing says what kind of model it is
+        elif not (peft_config.base_fingerprint or {}).get("weights"):  # what it was made for may be the more exact one
+            peft_config.base_fingerprint = fingerprint(self.model)
         if peft_config.stream_sizes is None and not peft_config.inference_mode:
             peft_config.stream_sizes = self._stream_sizes(peft_config.target_modules) or None
         return peft_config
@@ -84,7 +91,7 @@ class SteeringVectorModel(BaseTuner):
         layer = getattr(target, CHILD, None)
         if layer is None:
             boundary = next((other.boundary for other in layers), None) or PromptBoundary()
-            layer = SteeringVectorLayer(text_config(self.model).hidden_size, index_of(current_key), boundary)
+            layer = SteeringVectorLayer(width_of(self.model, current_key, target), index_of(current_key), boundary)
             target.add_module(CHILD, layer)
             # first of all hooks: transformers' hidden-state capture stays once it was asked for, and would not see us
             layer.handle = target.register_forward_hook(layer.hook, prepend=True)
@@ -113,16 +120,26 @@ class SteeringVectorModel(BaseTuner):
         config.layers = [*layers.values()]
         config.target_modules = "|".join(map(re.escape, layers))
 
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Any]
+    ) -> dict[str, Any]:
+        """As PEFT's, which then loads every key into the model: only vectors and `modules_to_save` may be among them.
+
+        Raises:
+            ValueError: there is another key, which would overwrite the base model.
+        """
+        own = {key for key in state_dict if ".modules_to_save." not in key}
+        if names := undeclared(own, config):
+            raise ValueError(
+                f"{names[0]!r} is no steering vector, and modules_to_save={config.modules_to_save} does not name it: "
+                "it would overwrite the base model. Take it out of the adapter's weights."
+            )
+        return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call the model, not its `forward` as PEFT 0.20 does: a hook on the model reads where the prompt ends."""
         return self.model(*args, **kwargs)
-
-    def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """As the base model's; everything it is given is the prompt (see `positions`)."""
-        prompt = next((kwargs[k] for k in ("inputs_embeds", "input_ids", "inputs") if kwargs.get(k) is not None), None)
-        prompt = args[0] if prompt is None and args else prompt
-        with nullcontext() if prompt is None else prompt_length(self.model, prompt.shape[1]):
-            return self.model.generate(*args, **kwargs)  # pyright: ignore[reportCallIssue]
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
@@ -217,3 +234,4 @@ def _device(target: nn.Module) -> torch.device:
 
 
 register(SteeringVectorConfig, SteeringVectorModel)
+check_what_transformers_loads()

@@ -11,6 +11,8 @@ from peft import PeftType
 from peft.utils import register_peft_method
 
 NAME = "steering_vector"
+AUTO = "AUTO"
+"""The `task_type` of a configuration that names none, until it meets its model (see `tasks`)."""
 
 
 def _ensure_peft_type(value: str) -> PeftType:

@@ -197,13 +197,62 @@ FAULTS = [
     ),
     Fault(
         "what is in the cache is forgotten", "positions with cache", "adapters.positions",
-        "int(cache.get_seq_length()) if cache is not None else 0", "0",
+        "self._columns, self._past = tokens.shape[1], held or 0", "self._columns, self._past = tokens.shape[1], 0",
         "test_adapter_positions", "cached_generation and llama",
     ),
     Fault(
-        "the last prompt token is padding", "positions with padding", "adapters.positions",
-        "real = attention_mask.bool() & (index < end[:, None])",
-        "real = (index < end[:, None])",
+        "recurrent states are not counted", "positions with cache", "adapters.positions",
+        "        self._count_after(module, cache, kwargs)\n", "",
+        "test_position_families", "mamba-cached or minimax-cached",
+    ),
+    Fault(
+        "generate without PEFT does not say its prompt", "positions with cache", "adapters.positions",
+        "self.declared = self._given(args, kwargs)", "self.declared = None",
+        "test_position_families", "llama-inside",
+    ),
+    Fault(
+        "packed samples are one", "positions in packed rows", "adapters.samples",
+        "    return starts.cumsum(dim=1)\n", "    return None\n",
+        "test_adapter_positions", "packed_row and position_ids",
+    ),
+    Fault(
+        "a row has one prompt only", "positions in packed rows", "adapters.samples",
+        "~labelled & (_nearest(labelled, samples, after=True) | ~before)", "~labelled & ~before",
+        "test_adapter_positions", "several_answers",
+    ),
+    Fault(
+        "several streams pass", "positions of parallel streams", "adapters.blocks",
+        "if any(_PARALLEL_STREAMS.search(type(child).__name__) for child in block.children()):", "if False:",
+        "test_position_families", "several_streams",
+    ),
+    Fault(
+        "weights of the base pass", "the base is changed", "adapters.checks",
+        "if \"steering_vector_\" not in key and not any(f\".{name}.\" in f\".{key}\" for name in saved)", "if False",
+        "test_base_is_the_base", "extra_weights",
+    ),
+    Fault(
+        "transformers loads unchecked", "the base is changed", "adapters.loading",
+        "        check_adapter_folder(folder, found)\n", "        pass\n",
+        "test_base_is_the_base", "extra_weights and transformers",
+    ),
+    Fault(
+        "a merged LoRA passes", "the base is changed", "adapters.fingerprint",
+        "        if worst is not None:\n", "        if False:\n",
+        "test_base_is_the_base", "merged",
+    ),
+    Fault(
+        "a cast vector stays cast", "dtype", "adapters.layer",
+        "                    module.restore_fp32()\n", "                    pass\n",
+        "test_fp32", "cast_model",
+    ),
+    Fault(
+        "the score is not saved", "tasks", "adapters.tasks",
+        "        if type(model).__name__.endswith(end):\n", "        if False:\n",
+        "test_tasks", "reward_trainer",
+    ),
+    Fault(
+        "the last prompt token is padding", "positions with padding", "adapters.samples",
+        "candidates = prompts if real is None else prompts & real", "candidates = prompts",
         "test_adapter_positions", "real_one or either_side",
     ),
     Fault(

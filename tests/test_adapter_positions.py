@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
-from conftest import fill, steered, tiny, tokens, vector_of
+from conftest import fill, hooks_on, steered, tiny, tokens, vector_of
+from families import added, model_of
+from peft import get_peft_model
 from transformers import DynamicCache
 
 from steertune.adapters import SteeringVectorConfig, prompt_length
@@ -272,11 +276,169 @@ def test_load_adapter_generates_like_a_peft_model(positions, tmp_path):
 
 @torch.no_grad()
 @pytest.mark.parametrize("positions", SAID)
-def test_without_cache_and_without_a_peft_model_generate_must_be_told(positions):
-    """Nothing says which of its tokens were the prompt, so it is refused rather than guessed."""
+def test_without_cache_and_without_a_peft_model_generate_is_the_same(positions):
     ids, model = tokens(2, PROMPT), native(positions)
-    with pytest.raises(ValueError, match=r"does not say where the prompt ends.*prompt_length"):
-        greedy(model, ids, use_cache=False)
+    torch.testing.assert_close(greedy(model, ids, use_cache=False)[1], greedy(model, ids)[1], rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_prompt_length_around_generate_says_where_the_prompt_ends():
+    """An answer that was begun by others is continued."""
+    ids, model = tokens(2, PROMPT), steered(layers=LAYER, positions="completion")
+    with prompt_length(model, 3):
+        sequences, logits = greedy(model, ids)
+        full = model(input_ids=sequences).logits[:, PROMPT - 1 : -1]
+    torch.testing.assert_close(logits, full, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("how", ["all tokens", "new tokens"])
+@pytest.mark.parametrize("positions", POSITIONS)
+def test_a_second_generate_continues_the_cache_of_the_first(positions, how):
+    """What was steered stays so; everything else that the second one is given is its prompt."""
+    model, base = native(positions), tiny()
+    first = model.generate(tokens(2, PROMPT), min_new_tokens=NEW, max_new_tokens=NEW, return_dict_in_generate=True)
+    given = torch.cat([first.sequences, tokens(2, 3, seed=5)], dim=1)
+    held, end = first.past_key_values.get_seq_length(), given.shape[1]
+    inputs = {"past_key_values": first.past_key_values, "attention_mask": torch.ones_like(given)}
+    sequences, logits = greedy(model, given if how == "all tokens" else given[:, held:], **inputs)
+    sequences = torch.cat([given, sequences[:, -NEW:]], dim=1)
+    column = torch.arange(sequences.shape[1])
+    chosen = {
+        "all": column >= 0,
+        "completion": ((column >= PROMPT) & (column < held)) | (column >= end),
+        "prompt": (column < PROMPT) | ((column >= held) & (column < end)),
+        "last_prompt": (column == PROMPT - 1) | (column == end - 1),
+    }[positions]
+    with added(base, vector_of(model), chosen[None]):
+        full = base(input_ids=sequences, use_cache=False).logits[:, end - 1 : -1]
+    torch.testing.assert_close(logits, full, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("positions", POSITIONS)
+def test_generate_continues_recurrent_states(positions):
+    """Mamba is given the new tokens only, and its cache counts none."""
+    model = model_of("mamba", positions)
+    ids = tokens(2, PROMPT)
     with prompt_length(model, PROMPT):
-        logits = greedy(model, ids, use_cache=False)[1]
-    torch.testing.assert_close(logits, greedy(model, ids)[1], rtol=1e-4, atol=1e-5)
+        cache = model(input_ids=ids[:, :-1], use_cache=True).cache_params
+        full = model(input_ids=ids, use_cache=False).logits[:, -1]
+    _, logits = greedy(model, ids[:, -1:], new=1, cache_params=cache)
+    torch.testing.assert_close(logits[:, 0], full, rtol=1e-4, atol=1e-5)
+
+
+def test_prompt_length_needs_recurrent_states_that_were_counted():
+    model = model_of("mamba", "completion")
+    with torch.no_grad():
+        cache = tiny("mamba", state_size=4)(input_ids=tokens(), use_cache=True).cache_params
+        with (
+            prompt_length(model, 12),
+            pytest.raises(ValueError, match="recurrent states of tokens that this model was"),
+        ):
+            model(input_ids=tokens(), cache_params=cache)
+        steered_all = model_of("mamba", "all")(input_ids=tokens(), cache_params=copy.deepcopy(cache)).logits
+        # nothing said: what is in the cache was the prompt
+        torch.testing.assert_close(model(input_ids=tokens(), cache_params=cache).logits, steered_all)
+
+
+def test_a_list_of_prompts_is_refused():
+    with pytest.raises(ValueError, match="continuous batching.*left-padded"):
+        steered(positions="completion").generate([[3, 4], [5]])
+
+
+@pytest.mark.parametrize(
+    "how", [{"guidance_scale": 1.5}, {"guidance_scale": 2.0, "negative_prompt_ids": tokens(1, 2)}]
+)
+def test_guidance_by_a_second_prompt_is_refused(how):
+    with pytest.raises(ValueError, match=r"guidance_scale=.* runs a second prompt.*positions='all'"):
+        steered(positions="completion").generate(input_ids=tokens(1, 4), **how)
+    steered(positions="all").generate(input_ids=tokens(1, 4), max_new_tokens=1, **how)
+
+
+def test_unload_and_copies_leave_generate_as_it_was():
+    ids, model = tokens(2, PROMPT), steered(layers=LAYER, positions="completion")
+    copied, expected = copy.deepcopy(model), greedy(model, ids)[1]
+    torch.testing.assert_close(greedy(copied, ids)[1], expected)
+    assert copied.get_base_model().generate.args[0].__self__ is copied.get_base_model()
+    base = model.unload()
+    assert "generate" not in vars(base) and hooks_on(base) == 0
+    torch.testing.assert_close(greedy(base, ids)[1], greedy(tiny(), ids)[1])
+
+
+# -- several samples in one row -------------------------------------------------------------------------------------
+
+SAMPLES = [(5, 2), (4, 3), (6, 6), (3, 0)]  # tokens, and how many of them are the prompt: 6 of 6 have no answer
+
+
+def packed(how: str, samples: list[tuple[int, int]] = SAMPLES) -> tuple[dict, list[dict]]:
+    """A row of several samples, and each alone."""
+    rows = [tokens(1, length, seed=i) for i, (length, _) in enumerate(samples)]
+    labels = [torch.where(torch.arange(n) < p, -100, ids) for ids, (n, p) in zip(rows, samples, strict=True)]
+    lengths = torch.tensor([length for length, _ in samples])
+    ends = torch.cat([torch.zeros(1, dtype=torch.long), lengths.cumsum(0)]).int()
+    said = {
+        "position_ids": {},
+        "cu_seq_lens": {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": 6, "max_length_k": 6},
+        "seq_idx": {"seq_idx": torch.repeat_interleave(torch.arange(len(samples)), lengths)[None].int()},
+    }[how]
+    positions = torch.cat([torch.arange(int(n)) for n in lengths])[None]
+    row = {"input_ids": torch.cat(rows, dim=1), "labels": torch.cat(labels, dim=1), "position_ids": positions}
+    return {**row, **said, "use_cache": False}, [
+        {"input_ids": i, "labels": answer} for i, answer in zip(rows, labels, strict=True)
+    ]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("how", ["position_ids", "cu_seq_lens", "seq_idx"])
+@pytest.mark.parametrize("positions", POSITIONS)
+def test_every_sample_of_a_packed_row_has_its_own_prompt(positions, how):
+    model = steered(layers=LAYER, positions=positions)
+    row, alone = packed(how)
+    expected = torch.cat([model(**sample).logits for sample in alone], dim=1)
+    torch.testing.assert_close(model(**row).logits, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_packed_row_without_labels_is_refused():
+    row, _ = packed("position_ids")
+    model = steered(layers=LAYER, positions="completion")
+    with pytest.raises(ValueError, match="does not say where the prompt ends"):
+        model(**{**row, "labels": None})
+    with prompt_length(model, 2), pytest.raises(ValueError, match="several packed samples.*packing=False"):
+        model(**row)
+
+
+def test_a_sample_whose_first_label_alone_is_hidden_is_refused():
+    """TRL's padding-free collator hides it whether it was a prompt or not."""
+    row, _ = packed("position_ids", [(4, 2), (4, 1)])
+    with pytest.raises(ValueError, match=r"prompt of one token cannot be told from none.*padding_free=False"):
+        steered(positions="completion")(**row)
+    steered(positions="all")(**row)
+
+
+@pytest.mark.parametrize(
+    "positions, expected",
+    [
+        ("completion", [0, 0, 1, 1, 0, 0, 1, 1, 1]),
+        ("prompt", [1, 1, 0, 0, 1, 1, 0, 0, 0]),
+        ("last_prompt", [0, 1, 0, 0, 0, 1, 0, 0, 0]),
+    ],
+)
+def test_a_row_of_several_answers_has_a_prompt_before_each(positions, expected):
+    """A chat of two turns, or two samples in a row that say nothing else (packing_strategy="wrapped")."""
+    ids = tokens(1, 9)
+    labels = torch.where(torch.tensor([[0, 0, 1, 1, 0, 0, 1, 1, 0]]).bool(), ids, -100)
+    assert moved(steered(layers=LAYER, positions=positions), input_ids=ids, labels=labels).int().tolist() == [expected]
+
+
+@torch.no_grad()
+def test_states_that_are_not_of_the_tokens_are_refused():
+    class Pooled(torch.nn.Linear):
+        def forward(self, hidden):
+            return super().forward(hidden).mean(dim=1, keepdim=True)
+
+    base = tiny()
+    base.model.layers[LAYER].self_attn.o_proj = Pooled(32, 32)
+    model = get_peft_model(base, SteeringVectorConfig(positions="prompt", target_modules=".*1.self_attn.o_proj"))
+    with pytest.raises(ValueError, match=r"shape \(2, 1, 32\) for rows of 8 tokens.*positions='all'"):
+        model(input_ids=tokens(), labels=tokens())

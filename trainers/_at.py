@@ -21,9 +21,10 @@ from ..adapters import SteeringVectorLayer, prompt_length, set_strength, steerin
 from ..adapters.blocks import find_blocks, find_stack, resolve_layers, site_name
 from ..adapters.config import Layers, Site
 from ..adapters.observing import untouched
+from ..adapters.positions import prompts_by_labels
 from ..losses import Outputs, Strength
 from ._batch import Batch
-from ._host import both
+from ._host import both, on_host
 from ._modes import evaluating
 from .prefix.cut import base_of
 from .prefix.reference import ReferenceMemo
@@ -315,7 +316,11 @@ def _only(base: nn.Module, batch: Batch) -> Iterator[bool]:
 
 
 def prompt_of(model: nn.Module, batch: Batch) -> AbstractContextManager[None]:
-    """Say where each row's completion starts (its first label; the row's length if it has none) to `positions`."""
+    """Say where each row's completion starts (its first label; the row's length if it has none) to `positions`; of
+    rows with several answers, where each of them does."""
+    labelled = on_host(batch.labels) != -100
+    if bool(((labelled[:, 1:] & ~labelled[:, :-1]).sum(dim=1) + labelled[:, 0] > 1).any()):
+        return prompts_by_labels(model, batch.labels)
 
     def start(labels: Tensor) -> Tensor:
         labelled = labels != -100

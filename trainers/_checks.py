@@ -143,9 +143,12 @@ def check_teacher(name: str, teacher: nn.Module, model: nn.Module) -> None:
         raise ViewError(f"View {name!r}: its teacher's (tokens, width) are {[*sizes[0]]}, the model's {[*sizes[1]]}.")
 
 
-def check_packing(model: nn.Module, dataset: Any) -> None:
-    """Raise a DataError when packed rows, which hold several prompts, meet vectors that depend on where one ends."""
+def check_packing(model: nn.Module, dataset: Any, args: Any = None) -> None:
+    """Raise a DataError when rows of several samples meet vectors that depend on where a prompt ends: our losses know
+    one prompt in a row."""
     packed = "seq_lengths" in (getattr(dataset, "column_names", None) or [])
+    asked = [name for name in ("packing", "padding_free") if getattr(args, name, False)]
     for config in (config for layer in steering_layers(model) for config in layer.config.values()):
-        if packed and config.positions != "all":
-            raise DataError(f"positions={config.positions!r} needs one prompt in a row. Set packing=False.")
+        if (packed or asked) and config.positions != "all":
+            fix = " and ".join(f"{name}=False" for name in asked or ["packing"])
+            raise DataError(f"positions={config.positions!r} needs one prompt in a row. Set {fix}.")

@@ -180,11 +180,11 @@ class SteeringMixin(Trainer):
 
     def _check_tokenised(self, raw: Any, tokenizer: Any) -> None:
         """Refuse rows that came out of tokenisation unfit, and say what was cut."""
+        check_packing(self.model, self.train_dataset, self.args)
         keeps_end = getattr(self.args, "truncation_mode", None) == "keep_end"  # it cuts prompts, never all labels
         longest = getattr(self.args, "max_length", self.max_length)
         check_tokens(raw, self.train_dataset, None if keeps_end else longest, tokenizer, _vocabulary(self.model))
         warn_cut(self.train_dataset, longest, keeps_end)
-        check_packing(self.model, self.train_dataset)
 
     def _view(self, views: Views, raw: Any, raw_evaluation: Any) -> None:
         """Make the views of the rows as they were given; those of evaluation rows may show training rows."""

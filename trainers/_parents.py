@@ -127,10 +127,8 @@ class ParentsMetrics:
 
     def _of_pairs(self, at: ModelAt) -> dict[str, float]:
         policy, base = at(1.0), at(0.0)
-        rewards = {
-            side: self.beta * (getattr(policy, side).logps - getattr(base, side).logps)
-            for side in ("chosen", "rejected")
-        }  # (pairs,) each
+        sides = {"chosen": (policy.chosen, base.chosen), "rejected": (policy.rejected, base.rejected)}
+        rewards = {side: self.beta * (now.logps - before.logps) for side, (now, before) in sides.items()}  # (pairs,)
         _, best, logits = self._of_labels or (torch.zeros(0),) * 3
         first = int(policy.chosen.mask.sum())  # labels come row after row, chosen answers first
         return {

@@ -52,18 +52,26 @@ class Direction:
         """Length of the direction per layer, in units of the residual stream."""
         return {layer: float(vector.norm()) for layer, vector in self.vectors.items()}
 
-    def write(self, model: nn.Module, adapter_name: str = "default") -> None:
+    def write(self, model: nn.Module, adapter_name: str | None = None) -> None:
         """Make it the value of a steering vector: activation addition without training, or the start of training.
 
         The written vector is the direction times the adapter's `init_scale`. Also tells the adapter the residual
         norms that `norm="relative"` needs.
+
+        Args:
+            model: A model with steering vectors.
+            adapter_name: The adapter; None for the only one, or the one called "default".
 
         Raises:
             ValueError: the model has no such steering vector, or one at a layer the direction does not cover.
         """
         from ..layer import SteeringVectorLayer
 
-        layers = [m for m in model.modules() if isinstance(m, SteeringVectorLayer) and adapter_name in m.config]
+        steering = [m for m in model.modules() if isinstance(m, SteeringVectorLayer)]
+        if adapter_name is None:
+            adapters = {name for layer in steering for name in layer.config}
+            adapter_name = adapters.pop() if len(adapters) == 1 else "default"
+        layers = [layer for layer in steering if adapter_name in layer.config]
         missing = [layer.layer_index for layer in layers if layer.layer_index not in self.vectors]
         if not layers or missing:
             raise ValueError(

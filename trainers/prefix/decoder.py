@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ...adapters import steering_layers
 from ...adapters.blocks import find_blocks, find_stack
-from ...adapters.positions import CACHE_NAMES
+from ...adapters.caches import CACHE_NAMES
 from .checkpointing import not_recomputable, replaced_forwards, run_again_alike
 from .cut import NoPrefix, base_of
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ...adapters import steering_layers
 from ...adapters.blocks import text_config
-from ...adapters.positions import CACHE_NAMES
+from ...adapters.caches import CACHE_NAMES
 from .._host import sent
 from .._modes import evaluating
 from .completions import PromptCaches, prompts_are_constant
@@ -218,7 +218,9 @@ class Shortcut:
     def _split(self, call: Mapping[str, Any], states: Tensor | None) -> Split | None:
         if not self.shares_prompts or self._beyond_window(call):
             return None
-        split = shared_prompts(call, self._ends())
+        ends = self._ends()
+        # rows of several prompts, or of unknown ones, share no beginning
+        split = None if ends is None and self._steers_by_position() else shared_prompts(call, ends)
         if split is None:
             return None
         try:
@@ -234,10 +236,11 @@ class Shortcut:
         return split
 
     def _ends(self) -> Tensor | None:
-        """Where each row's prompt ends, if vectors care."""
-        layers = steering_layers(self.model)
-        cares = any(config.positions != "all" for layer in layers for config in layer.config.values())
-        return layers[0].boundary.prompt_end if cares else None
+        """Where each row's prompt ends, if vectors care and every row has one prompt."""
+        return steering_layers(self.model)[0].boundary.prompt_end if self._steers_by_position() else None
+
+    def _steers_by_position(self) -> bool:
+        return any(c.positions != "all" for layer in steering_layers(self.model) for c in layer.config.values())
 
     def _state_of_model(self) -> tuple[Any, ...]:
         """What a shortcut is made for: unfreezing a layer or adding an adapter afterwards changes what is constant."""

@@ -277,6 +277,43 @@ FAULTS = [
         "test_trainers_promises", "bipo_with_checkpointing",
     ),
     Fault(
+        "blocks run again at another prompt's end", "gradient checkpointing", "trainers.prefix.checkpointing",
+        "stack.enter_context(circumstance())", "circumstance()",
+        "test_prefix_checkpointing", "mlp_on or mlp",
+    ),
+    Fault(
+        "blocks run again write to the same cache", "gradient checkpointing", "trainers.prefix.checkpointing",
+        "own = _copied(before)", "own = cache",
+        "test_prefix_checkpointing", "architecture and llama",
+    ),
+    Fault(
+        "reentrant checkpointing keeps the prefix", "gradient checkpointing", "trainers.prefix.checkpointing",
+        "_flagged(block) and _is_reentrant(block)", "False and _is_reentrant(block)",
+        "test_prefix_checkpointing", "reentrant",
+    ),
+    Fault(
+        "an adapter that is switched on again is trained", "observer changes training", "adapters.observing",
+        "            if parameter.requires_grad != requires_grad:\n", "            if False:\n",
+        "test_observers", "frozen",
+    ),
+    Fault(
+        "an evaluation sees another loop's values", "metrics accumulate", "trainers._metrics",
+        "        values = _Values()\n        with self._opened(values):\n",
+        "        values = self.__dict__.setdefault('_kept', _Values())\n        with self._opened(values):\n",
+        "test_evaluation", "nothing_of_another",
+    ),
+    Fault(
+        "an error of the memo ends training", "memo's own errors", "trainers.prefix.shortcut",
+        "        except Exception as error:\n            self._leave_nothing_out()\n",
+        "        except ZeroDivisionError as error:\n            self._leave_nothing_out()\n",
+        "test_frozen_prefix", "inside_changes",
+    ),
+    Fault(
+        "a pass that failed has drawn random numbers", "memo's own errors", "trainers.prefix.shortcut",
+        "            if rewind is not None:\n", "            if False:\n",
+        "test_frozen_prefix", "inside_changes",
+    ),
+    Fault(
         "a NaN loss goes on", "NaN hidden in logs", "trainers._guard",
         "    if not torch.isfinite(value).all():\n", "    if False:\n",
         "test_trainers_bad_input", "training_stops",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -34,21 +33,6 @@ def check_own(peft_config: Any, views: Any, biases: Any) -> None:
     for what, right in wrong.items():
         if not right:
             raise TypeError(f"{what} is expected.")
-
-
-def check_arguments(loss: Loss, args: Any) -> None:
-    """Raise a ValueError when the arguments ask for something of TRL's own loss, which is not used."""
-    defaults = {field.name: field.default for field in dataclasses.fields(args)} if args is not None else {}
-    for name in ("beta", "loss_type") if "beta" in defaults else ():  # SFTConfig's types are kinds of cross-entropy
-        value = getattr(args, name, None)
-        # DPOConfig turns its default loss type into a list
-        used = getattr(parts(loss)[-1], name, None)  # of the loss itself, whatever is around it
-        unset = value in (defaults.get(name), [defaults.get(name)], ["sigmoid"])
-        if name in defaults and not unset and value != used:
-            raise ValueError(
-                f"{type(args).__name__}.{name}={value!r} belongs to TRL's own loss; {loss} does not use it. Give a "
-                "loss object (get_loss(name, beta=...)), or leave loss out."
-            )
 
 
 def check_layers(loss: Loss | None, model: nn.Module) -> None:

@@ -26,7 +26,6 @@ from ._at import ModelAt, prompt_of, scaled
 from ._batch import Batch
 from ._card import write_trainer_card
 from ._checks import (
-    check_arguments,
     check_layers,
     check_own,
     check_packing,
@@ -49,6 +48,7 @@ from ._resume import (
     check_adapter_in,
     check_checkpoint,
     check_processes,
+    check_state,
     last_checkpoint,
 )
 from ._satisfied import Satisfied
@@ -56,6 +56,7 @@ from ._saved import check_saved
 from ._sharded import whole_weights
 from ._start import fill_missing_vectors
 from ._vitals import VectorVitals
+from .arguments import check_arguments, check_ranges
 from .biases import Bias, BiasError, get_bias
 from .biases._base import Biased
 from .prefix import FrozenPrefix
@@ -90,6 +91,8 @@ class SteeringMixin(Trainer):
     card: Card = Card()
     """What the model card says of behaviour, problem, data and measurements. Set it before the adapter is saved or
     pushed; places left open say so."""
+    trust_checkpoint: bool = False
+    """Whether `train` may resume from a checkpoint whose pickles name code (DeepSpeed's, FSDP's; see trust.md)."""
     max_length: int | None = None
     """Where rows are cut, if not at the `max_length` of the arguments."""
 
@@ -109,6 +112,7 @@ class SteeringMixin(Trainer):
         parent = super().__init__
         bound = inspect.signature(parent).bind_partial(*args, **kwargs)
         given = bound.arguments
+        check_ranges(given.get("args"))
         continued = isinstance(given.get("model"), PeftModel)
         if peft_config is DEFAULT:
             peft_config = None if continued else SteeringVectorConfig()
@@ -129,7 +133,7 @@ class SteeringMixin(Trainer):
             parent(*bound.args, **bound.kwargs)
             return
         if self.loss is not None:
-            check_arguments(self.loss, given.get("args"))
+            check_arguments(self.loss, given)
         raw, raw_evaluation = given.get("train_dataset"), given.get("eval_dataset")
         check_views(self.loss, views, (raw, raw_evaluation))
         check_reference(self.loss, peft_config)
@@ -259,6 +263,7 @@ class SteeringMixin(Trainer):
             raise CheckpointError(f"{self.args.output_dir} has no whole checkpoint. Leave resume_from_checkpoint out.")
         check_checkpoint(found)
         check_processes(found, self.accelerator.num_processes, self.is_deepspeed_enabled)
+        check_state(found, self)
         check_adapter_in(found, self.model)
         return found
 

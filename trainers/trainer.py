@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
 
 from ._data import PAIR_FORMATS, TOKENISED_FORMATS, DataError, collator, tokenise
 from ._mixin import SteeringMixin
+from .arguments import check_plain
 
 _NO_LIMIT = 10**6  # tokenizers without a maximum length say 10**30
 
@@ -22,6 +23,7 @@ class SteeringTrainer(SteeringMixin, Trainer):
     """
 
     def _prepare_data(self, given: dict[str, Any]) -> tuple[str, ...] | None:
+        check_plain(self.loss, given.get("args"))
         wanted = super()._prepare_data(given)
         tokenizer = given.get("processing_class")
         if wanted is None or wanted in TOKENISED_FORMATS or not isinstance(tokenizer, PreTrainedTokenizerBase):

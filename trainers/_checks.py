@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from datasets import Dataset
-from peft import PeftConfig
+from peft import PeftConfig, PeftModel
 from torch import nn
+from transformers import AutoTokenizer
 
 from ..adapters import steering_layers
 from ..adapters.blocks import find_blocks, resolve_layers
@@ -127,9 +129,57 @@ def check_teacher(name: str, teacher: nn.Module, model: nn.Module) -> None:
         raise ViewError(f"View {name!r}: its teacher's (tokens, width) are {[*sizes[0]]}, the model's {[*sizes[1]]}.")
 
 
-def check_packing(model: nn.Module, dataset: Any) -> None:
-    """Raise a DataError when packed rows, which hold several prompts, meet vectors that depend on where one ends."""
-    packed = "seq_lengths" in (getattr(dataset, "column_names", None) or [])
+def packs(args: Any, evaluation: bool = False) -> bool:
+    """Whether TRL puts several examples into one row, as SFTConfig says."""
+    packing = getattr(args, "packing", False)
+    own = getattr(args, "eval_packing", None) if evaluation else None
+    return packing if own is None else own
+
+
+def check_packing(model: nn.Module, args: Any) -> None:
+    """Raise a DataError when rows that hold several prompts meet vectors that depend on where one ends."""
+    joined = {
+        "packing": packs(args),
+        "eval_packing": packs(args, evaluation=True),
+        # DPOConfig has the argument, and DPOTrainer pads all the same
+        "padding_free": hasattr(args, "packing") and args.padding_free,
+    }
     for config in (config for layer in steering_layers(model) for config in layer.config.values()):
-        if packed and config.positions != "all":
-            raise DataError(f"positions={config.positions!r} needs one prompt in a row. Set packing=False.")
+        for name in (name for name, several in joined.items() if several and config.positions != "all"):
+            raise DataError(
+                f"positions={config.positions!r} needs one prompt in a row, and {name}=True puts several there. Set "
+                f"{name}=False, or positions='all'."
+            )
+
+
+def check_view_rows(views: Any, args: Any) -> None:
+    """Raise a ViewError when the tokenised rows are not, one by one, those that views are made of."""
+    for name in ("packing", "padding_free", "shuffle_dataset"):
+        if views and hasattr(args, "packing") and getattr(args, name):
+            raise ViewError(f"Views are found row by row, which {name}=True mixes up. Set {name}=False.")
+
+
+def check_chat_template(args: Any, config: PeftConfig | None, tokenizer: Any) -> None:
+    """Raise a ValueError when the chat template of another tokenizer brings tokens that the adapter cannot train."""
+    path = getattr(args, "chat_template_path", None)
+    if path is None or os.path.isfile(path) or config is None or tokenizer is None:
+        return
+    known = tokenizer.get_vocab()
+    source = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    added = [token.content for token in source.added_tokens_decoder.values() if token.content not in known]
+    if added and not hasattr(config, "trainable_token_indices"):
+        raise ValueError(
+            f"chat_template_path={path!r} brings tokens that this tokenizer does not have ({added[:3]}), and "
+            f"{type(config).__name__} cannot train their embeddings. Give the path of a template file (.jinja) that "
+            "uses known tokens, or train a LoRA."
+        )
+
+
+def check_best(args: Any, model: nn.Module) -> None:
+    """Raise a ValueError when the best checkpoint would not be loaded back: the Trainer looks for `default` only."""
+    name = str(model.active_adapter) if isinstance(model, PeftModel) else "default"
+    if args.load_best_model_at_end and name != "default":
+        raise ValueError(
+            f"load_best_model_at_end=True loads the adapter 'default', and {name!r} is trained. Set it to False and "
+            "load the best checkpoint yourself (trainer.state.best_model_checkpoint), or name the adapter 'default'."
+        )

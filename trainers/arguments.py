@@ -188,8 +188,9 @@ def check_arguments(loss: Loss, given: Mapping[str, Any]) -> None:
             "matched": f"Give a loss object (get_loss(name, {name}=...)), or leave loss out.",
             "reference": "Leave it out, or choose a loss with a reference, such as 'dpo'.",
         }.get(use_of(args, name), "Leave it out, or leave loss out to train with the parent's loss.")
+        owner = "the parent's" if name in FIELDS["TrainingArguments"] else "TRL's"
         argument = f"{type(args).__name__}.{name}={getattr(args, name)!r}"
-        raise ValueError(f"{argument} belongs to the parent's own loss; {loss} does not use it. {advice}")
+        raise ValueError(f"{argument} belongs to {owner} own loss; {loss} does not use it. {advice}")
     if given.get("compute_loss_func") is not None:
         raise ValueError(
             f"compute_loss_func={given['compute_loss_func']!r} would not be called: the loss is {loss}. Leave one of "

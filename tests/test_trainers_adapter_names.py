@@ -137,7 +137,7 @@ def test_every_training_starts_anew_and_as_with_the_model_given(loss, options, t
     assert options.get("peft_config", ...) is None or made.model.peft_config
 
 
-def test_every_trial_is_told_to_model_init_and_adapted(tmp_path):
+def test_every_trial_is_told_to_model_init_and_adapted(tmp_path, monkeypatch):
     trials = []
 
     def model_init(trial):
@@ -145,8 +145,9 @@ def test_every_trial_is_told_to_model_init_and_adapted(tmp_path):
         return tiny()
 
     made = later(tmp_path, "dpo", model_init)
-    made.train(trial={"rate": 1})
-    made.train(trial={"rate": 2})
+    monkeypatch.setattr("transformers.integrations.hp_params", dict)  # it takes Optuna's trials
+    for rate in (1, 2):
+        made.train(trial={"rate": rate})
     assert trials == [None, {"rate": 1}, {"rate": 2}]
     assert isinstance(made.model, PeftModel)
 
@@ -169,14 +170,14 @@ def test_a_search_minimises_the_evaluation_loss(tmp_path, monkeypatch):
             found = []
             for rate in (1e-4, 0.1):
                 made.args.learning_rate = rate
-                monkeypatch.setattr(type(made), "_hp_search_setup", lambda self, trial: None)
                 made.train(trial={"learning_rate": rate})
                 found.append((made.compute_objective(made.evaluate()), rate))
             objective, rate = min(found)
             return BestRun("0", objective, {"learning_rate": rate})
 
+    monkeypatch.setattr("transformers.integrations.hp_params", dict)
     monkeypatch.setitem(ALL_HYPERPARAMETER_SEARCH_BACKENDS, HPSearchBackend.OPTUNA, Backend)
-    best = later(tmp_path, "dpo").hyperparameter_search(backend="optuna", n_trials=2)
+    best = later(tmp_path, "dpo").hyperparameter_search(dict, backend="optuna", n_trials=2)
     assert best.hyperparameters == {"learning_rate": 0.1} or best.objective < 0.6931
     assert 0.5 < best.objective < 0.75
 

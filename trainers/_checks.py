@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -10,7 +11,6 @@ from typing import Any
 from datasets import Dataset
 from peft import PeftConfig, PeftModel
 from torch import nn
-from transformers import AutoTokenizer
 
 from ..adapters import steering_layers
 from ..adapters.blocks import find_blocks, resolve_layers
@@ -19,6 +19,8 @@ from ._at import scaled
 from ._data import DataError
 from .prefix.cut import base_of
 from .views import View, ViewError
+
+logger = logging.getLogger(__name__)
 
 
 def check_own(peft_config: Any, views: Any, biases: Any) -> None:
@@ -159,19 +161,18 @@ def check_view_rows(views: Any, args: Any) -> None:
             raise ViewError(f"Views are found row by row, which {name}=True mixes up. Set {name}=False.")
 
 
-def check_chat_template(args: Any, config: PeftConfig | None, tokenizer: Any) -> None:
-    """Raise a ValueError when the chat template of another tokenizer brings tokens that the adapter cannot train."""
+def check_chat_template(args: Any, config: PeftConfig | None) -> None:
+    """Raise a ValueError when TRL would take over the tokens of another tokenizer, and the adapter cannot train them.
+
+    From a tokenizer, unlike a file, TRL takes its tokens too, and fills the embeddings up with further ones.
+    """
     path = getattr(args, "chat_template_path", None)
-    if path is None or os.path.isfile(path) or config is None or tokenizer is None:
-        return
-    known = tokenizer.get_vocab()
-    source = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    added = [token.content for token in source.added_tokens_decoder.values() if token.content not in known]
-    if added and not hasattr(config, "trainable_token_indices"):
+    is_file = path is not None and os.path.isfile(path) and path.endswith((".jinja", ".j2"))
+    if path is not None and not is_file and config is not None and not hasattr(config, "trainable_token_indices"):
         raise ValueError(
-            f"chat_template_path={path!r} brings tokens that this tokenizer does not have ({added[:3]}), and "
-            f"{type(config).__name__} cannot train their embeddings. Give the path of a template file (.jinja) that "
-            "uses known tokens, or train a LoRA."
+            f"chat_template_path={path!r} is a tokenizer, whose tokens TRL adds and trains, and "
+            f"{type(config).__name__} cannot train embeddings. Give the path of a template file (.jinja), or set "
+            "tokenizer.chat_template."
         )
 
 
@@ -182,4 +183,14 @@ def check_best(args: Any, model: nn.Module) -> None:
         raise ValueError(
             f"load_best_model_at_end=True loads the adapter 'default', and {name!r} is trained. Set it to False and "
             "load the best checkpoint yourself (trainer.state.best_model_checkpoint), or name the adapter 'default'."
+        )
+
+
+def warn_router(loss: Loss, trainer: Any) -> None:
+    """Say that TRL's auxiliary loss of a mixture of experts is not part of ours."""
+    if getattr(trainer, "aux_loss_enabled", False):
+        logger.warning(
+            "With its own loss, TRL would add %g times the router's auxiliary loss of this mixture of experts; %s is "
+            "trained without. Set router_aux_loss_coef=0.0 if that is what you want, or leave loss out.",
+            *(trainer.router_aux_loss_coef, loss),
         )

@@ -39,6 +39,7 @@ from ._checks import (
     check_views,
     each,
     packs,
+    warn_router,
 )
 from ._data import PAIR_FORMATS, DataError, as_python, check_rows, check_tokens, warn_cut
 from ._guard import FiniteSteps, check_finite
@@ -146,7 +147,7 @@ class SteeringMixin(Trainer):
         check_views(self.loss, views, (raw, raw_evaluation))
         check_view_rows(views, given.get("args"))
         check_reference(self.loss, peft_config)
-        check_chat_template(given.get("args"), peft_config, given.get("processing_class"))
+        check_chat_template(given.get("args"), peft_config)
         self._prepare_data(given)
         adapter_values = _adapter_values(given.get("model"))
         if peft_config is not None:
@@ -172,6 +173,7 @@ class SteeringMixin(Trainer):
     def _meet(self, loss: Loss, changes_base: bool) -> None:
         """Check that the model has what our loss asks for, and keep what training would take away."""
         check_strengths(loss, self.model)
+        warn_router(loss, self)
         if loss.reference and changes_base:
             self._reference = reference_copy(self)
         # our loss is already an average over the whole optimiser step

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -178,14 +177,14 @@ def test_a_search_minimises_the_evaluation_loss(tmp_path, monkeypatch):
         def run(self, made, n_trials, direction, **kwargs):
             found = []
             for rate in (1e-4, 0.1):
-                made.train(trial=SimpleNamespace(params={"learning_rate": rate}))
+                made.args.learning_rate = rate
+                made.train()
                 found.append((made.compute_objective(made.evaluate()), rate))
             objective, rate = min(found)
             return BestRun("0", objective, {"learning_rate": rate})
 
-    monkeypatch.setattr("transformers.integrations.hp_params", lambda trial: trial.params)
     monkeypatch.setitem(ALL_HYPERPARAMETER_SEARCH_BACKENDS, HPSearchBackend.OPTUNA, Backend)
-    best = later(tmp_path, "dpo").hyperparameter_search(lambda trial: trial.params, backend="optuna", n_trials=2)
+    best = later(tmp_path, "dpo").hyperparameter_search(backend="optuna", n_trials=2)
     # a margin or an accuracy would be another number, and the worst run the one with the smallest
     assert 0.6 < best.objective < 0.75 and best.hyperparameters["learning_rate"] in (1e-4, 0.1)
 

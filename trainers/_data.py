@@ -127,11 +127,12 @@ def check_tokens(
         )
     bos = getattr(tokenizer, "bos_token_id", None)
     columns = [column for column in after.column_names if column.endswith("_ids") or column == "labels"]
-    predicted = False
+    predicted = not {"labels", "input_ids"} & {*columns}  # pairs are checked row by row
     for index, row in enumerate(as_python(after.select_columns(columns))):
         row = dict(row)
         labels = row.get("labels", row.get("input_ids"))
-        predicted = predicted or labels is None or any(label != -100 for label in labels[1:])
+        # a classifier has one label a row
+        predicted = predicted or not isinstance(labels, list) or any(label != -100 for label in labels[1:])
         _check_ids(index, row, vocabulary)
         if "chosen_ids" in row:
             if row["chosen_ids"] == row["rejected_ids"]:
@@ -144,7 +145,7 @@ def check_tokens(
                 raise DataError(
                     f"Row {index}: the prompt has {len(row['prompt_ids'])} tokens and fills max_length={max_length}."
                 )
-        elif "labels" in row and all(label == -100 for label in row["labels"]):
+        elif isinstance(row.get("labels"), list) and all(label == -100 for label in row["labels"]):
             raise DataError(f"Row {index}: no label is left within max_length={max_length} tokens.")
         ids = row.get("prompt_ids") or row.get("input_ids") or []
         if bos is not None and list(ids[:2]) == [bos, bos]:

@@ -232,17 +232,17 @@ def problem(case: Case, folder: Path) -> str | None:
 
 def _difference(case: Case, ours: dict[str, Any], theirs: dict[str, Any]) -> str | None:
     coarse = case.half or "bf16" in case.changes
-    tolerance = 3e-2 if coarse else 1e-5
     by_token = case.loss is not None and case.loss[0] == "cross_entropy"  # evaluated over all tokens, not by batch
     for key in (key for key in theirs if key != "weights"):
         if key not in ours:
             return f"{key} is not logged"
-        exact = key == "loss 1" and not coarse
+        # Adam makes more of what is rounded in the first step
+        tolerance = 3e-2 if coarse else 2e-6 if key == "loss 1" else 1e-5 if key == "grad_norm 1" else 1e-4
         # of a stream, the stock trainers count the last batch as if it were full
         if (by_token or case.streamed) and key.startswith("eval"):
             continue
         one, two = ours[key], theirs[key]
-        if not abs(one - two) <= (2e-6 if exact else tolerance) * max(1.0 if "loss" in key else 0.01, abs(two)):
+        if not abs(one - two) <= tolerance * max(1.0 if "loss" in key else 0.01, abs(two)):
             return f"{key}: ours {one!r}, theirs {two!r}"
     for name, value in ours["weights"].items():
         error = (value.float() - theirs["weights"][name].float()).abs().max()

@@ -71,6 +71,13 @@ def test_tokenised_rows_and_streams_in_a_format(form, tmp_path):
     assert losses(one) == losses(two)
 
 
+def test_columns_that_a_format_hides_stay_hidden(tmp_path):
+    data = demonstrations().add_column("chosen", ["cat"] * 8).add_column("rejected", ["dog"] * 8)
+    shown = data.with_format("torch", columns=["prompt", "completion"])
+    hidden, plain = (trained("sft", tmp_path, data=each, loss="cross_entropy") for each in (shown, demonstrations()))
+    assert losses(hidden) == losses(plain)
+
+
 def test_a_format_does_not_hide_what_is_wrong(tmp_path):
     data = Dataset.from_list([dict(prompt="the ", chosen="cat", rejected="cat")] * 2).with_format("torch")
     with pytest.raises(DataError, match="Row 0: chosen equals rejected"):

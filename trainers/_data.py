@@ -65,10 +65,14 @@ def as_python(data: Any) -> Any:
     `with_transform` makes of rows is left alone.
     """
     if isinstance(data, Mapping):
-        return type(data)({name: as_python(part) for name, part in data.items()})
+        kind: Any = type(data)  # of `datasets` too
+        return kind({name: as_python(part) for name, part in data.items()})
     if isinstance(data, IterableDataset):
         return data.with_format(None)
-    return data.with_format(None) if isinstance(data, Dataset) and data.format["type"] != "custom" else data
+    if not isinstance(data, Dataset) or data.format["type"] == "custom":
+        return data
+    columns = data.format["columns"]  # a format may hide the others
+    return data.with_format(None) if columns == data.column_names else data.with_format(None).select_columns(columns)
 
 
 def check_rows(

@@ -284,12 +284,14 @@ class SteeringMixin(Trainer):
             self._settle()
         return model
 
-    def hyperparameter_search(self, hp_space: Any = None, compute_objective: Any = None, **kwargs: Any) -> Any:
+    def hyperparameter_search(
+        self, hp_space: Any = None, compute_objective: Any = None, *args: Any, **kwargs: Any
+    ) -> Any:
         """As the parent's. The objective left out is the evaluation loss: the parent's would be the sum of all else
         that is measured, margins and accuracies, which are better when they are higher."""
         if compute_objective is None and not self._plain and self.compute_metrics is None:
             compute_objective = evaluation_loss
-        return super().hyperparameter_search(hp_space, compute_objective, **kwargs)
+        return super().hyperparameter_search(hp_space, compute_objective, *args, **kwargs)
 
     def _begin(self) -> None:
         """Start the vectors, and note what training is measured against."""

@@ -45,7 +45,7 @@ def reference_of(given: Mapping[str, Any], parent: Any) -> Iterator[None]:
         ValueError: there is another adapter `default`, or reference log-probabilities are computed before the values
             are there.
     """
-    model = given.get("model")
+    model: Any = given.get("model")
     own = "ref_model" in inspect.signature(parent).parameters and given.get("ref_model") is None
     active = str(model.active_adapter) if isinstance(model, PeftModel) and own else "default"
     if active == "default":

@@ -125,7 +125,10 @@ _RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
 def use_of(args: Any, name: str) -> Use:
     """The class of a field of these arguments; `used` for a field that the tables do not know."""
     own = [cls.__name__ for cls in type(args).__mro__ if cls.__name__ in FIELDS]
-    return next((FIELDS[cls][name] for cls in own if name in FIELDS[cls]), "used")
+    for cls in own:
+        if name in FIELDS[cls]:
+            return FIELDS[cls][name]
+    return "used"
 
 
 def unused_by(loss: Loss, args: Any) -> list[str]:

@@ -14,6 +14,7 @@ from ..adapters.blocks import text_config
 from ..losses import Loss, get_loss
 from ._at import ModelAt
 from ._batch import Batch
+from .arguments import unused_by
 from .prefix.cut import base_of
 
 if TYPE_CHECKING:
@@ -21,17 +22,6 @@ if TYPE_CHECKING:
 
 _DPO_TYPES = {"sigmoid": "dpo", "ipo": "ipo"}
 """TRL's name of a loss -> the file of ours that computes the same."""
-_NEUTRAL = {
-    "label_smoothing_factor": (0.0,),
-    "loss_weights": (None, [1.0]),
-    "ld_alpha": (None,),
-    "f_divergence_type": ("reverse_kl",),
-    "use_weighting": (False,),
-    "sync_ref_model": (False,),
-    "disable_dropout": (True,),
-    "use_liger_kernel": (False,),
-}
-"""Arguments with which a parent's loss is the plain one."""
 
 
 def parents_loss(trainer: SteeringMixin) -> Loss | None:
@@ -42,16 +32,23 @@ def parents_loss(trainer: SteeringMixin) -> Loss | None:
     """
     args: Any = trainer.args
     base = base_of(trainer.model)
-    plain = (
-        all(getattr(args, name) in values for name, values in _NEUTRAL.items() if hasattr(args, name))
+    loss = _of_the_same_name(trainer, base)
+    same = (
+        loss is not None
+        and not unused_by(loss, args)
+        and getattr(args, "disable_dropout", True)  # else TRL's reference has dropout, which ours has not
+        and not args.use_liger_kernel
         and trainer.compute_loss_func is None
         and trainer.accelerator.parallelism_config is None  # the parent reduces its loss over sequence shards
         and isinstance(trainer.processing_class, PreTrainedTokenizerBase | None)  # not a processor of images
         # the parent adds the routers' auxiliary loss
         and "output_router_logits" not in inspect.signature(type(base).forward).parameters
     )
-    if not plain:
-        return None
+    return loss if same else None
+
+
+def _of_the_same_name(trainer: SteeringMixin, base: Any) -> Loss | None:
+    args: Any = trainer.args
     if isinstance(trainer, DPOTrainer) and isinstance(args, DPOConfig):
         [kind, *more] = args.loss_type
         return get_loss(_DPO_TYPES[kind], beta=args.beta) if kind in _DPO_TYPES and not more else None
@@ -73,9 +70,9 @@ def parents_mean(values: Tensor, loss: Loss, batch: Batch, items: Tensor | int |
         trainer: The trainer.
     """
     if items is None or loss.unit == "example":
-        return values.sum() / batch.count(loss.unit)
+        return values.sum() / torch.as_tensor(batch.count(loss.unit)).clamp(min=1)
     processes = trainer.accelerator.num_processes if trainer.args.average_tokens_across_devices else 1
-    return values.sum() / items * processes
+    return values.sum() / torch.as_tensor(items).clamp(min=1) * processes  # a step without a label is worth 0
 
 
 class ParentsMetrics:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from accelerate.utils import broadcast_object_list
@@ -17,6 +17,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from ..adapters import SteeringVectorConfig, SteeringVectorModel, steering_layers, units
 from ._resume import CheckpointError
+from ._saved import adapter_folder
 
 if TYPE_CHECKING:
     from ._mixin import SteeringMixin
@@ -131,7 +132,8 @@ def take_units_of(folder: str, model: nn.Module) -> None:
     config, tuner = model.peft_config[name], model.base_model
     if not isinstance(config, SteeringVectorConfig) or not isinstance(tuner, SteeringVectorModel):
         return
-    sizes = SteeringVectorConfig.from_json_file(os.path.join(folder, CONFIG_NAME)).get("stream_sizes")
+    file = adapter_folder(model, Path(folder)) / CONFIG_NAME
+    sizes = SteeringVectorConfig.from_json_file(str(file)).get("stream_sizes")
     if sizes is None and config.stream_sizes:
         raise CheckpointError(
             f"{folder} was trained with an absolute learning rate; rates are in units of the residual stream now, so "

@@ -49,6 +49,7 @@ class SteeringArguments:
     steering_positions: str = field(default="all", metadata={"help": "all, completion, prompt or last_prompt"})
     steering_init: str = field(default="zeros", metadata={"help": "zeros, random, or a direction as mean_difference"})
     steering_init_scale: float = field(default=1.0, metadata={"help": "multiplies the initial vector"})
+    steering_init_weights: bool = field(default=True, metadata={"help": "False: as init=random, PEFT's word for it"})
     loss: str | None = field(default=None, metadata={"help": "a file of losses/, as bipo (TRL's own loss)"})
     loss_options: str = field(default="{}", metadata={"help": 'of the loss, as "{beta = 0.2}"'})
 

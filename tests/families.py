@@ -279,13 +279,13 @@ def main() -> int:
     ]
     with torch.no_grad():
         for family in FAMILIES:
-            lines.append(f"| {family} | {' | '.join(_entry(family, way) for way in WAYS)} |")
+            lines.append(f"| {family} | {' | '.join(entry(family, way) for way in WAYS)} |")
             print(lines[-1], flush=True)
     TABLE.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return 0
 
 
-def _entry(family: str, way: str) -> str:
+def entry(family: str, way: str) -> str:
     by_result: dict[str, list[str]] = {}
     for positions in POSITIONS:
         by_result.setdefault(result(family, way, positions), []).append(positions)

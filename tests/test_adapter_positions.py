@@ -368,7 +368,13 @@ def test_unload_and_copies_leave_generate_as_it_was():
 
 # -- several samples in one row -------------------------------------------------------------------------------------
 
-SAMPLES = [(5, 2), (4, 3), (6, 6), (3, 0)]  # tokens, and how many of them are the prompt: 6 of 6 have no answer
+SAMPLES = [
+    (5, 2),
+    (3, 0),
+    (6, 6),
+    (4, 3),
+    (4, 4),
+]  # tokens, and how many of them are the prompt: 6 of 6 have no answer
 
 
 def packed(how: str, samples: list[tuple[int, int]] = SAMPLES) -> tuple[dict, list[dict]]:

@@ -1,0 +1,241 @@
+"""What every field of the training arguments does when the loss is one of ours, and which values make no sense.
+
+With `loss=None` a field means what it means to the parent. With a loss of ours, what the parent's own loss alone reads
+would change nothing without a word, so it is refused. The tables below classify every field of `TrainingArguments`,
+`SFTConfig` and `DPOConfig`; a test compares them with the installed versions, and fails by name on a new field.
+
+| class | with a loss of ours |
+|---|---|
+| `used` | means what it means to the parent |
+| `irrelevant` | means what it means to the parent, and the loss is the same with it and without |
+| `refused` | is of the parent's own loss: refused, unless its value changes nothing |
+| `matched` | is of the parent's own loss: refused, unless our loss does the same |
+| `reference` | is about the reference: refused, unless our loss has one |
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, get_args
+
+from ..losses import Loss, parts
+
+Use = Literal["used", "irrelevant", "refused", "matched", "reference"]
+
+
+def _table(**fields: str) -> dict[str, Use]:
+    """Field -> its class, from the names of each class in one text."""
+    return {name: use for use in get_args(Use) for name in fields.get(use, "").split()}
+
+
+FIELDS: dict[str, dict[str, Use]] = {
+    "TrainingArguments": _table(
+        used="""
+            per_device_train_batch_size num_train_epochs max_steps learning_rate lr_scheduler_type lr_scheduler_kwargs
+            warmup_steps warmup_ratio optim optim_args weight_decay adam_beta1 adam_beta2 adam_epsilon
+            optim_target_modules gradient_accumulation_steps max_grad_norm bf16 fp16 tf32 activation_checkpointing
+            activation_checkpointing_kwargs gradient_checkpointing gradient_checkpointing_kwargs torch_compile
+            torch_compile_backend torch_compile_mode use_liger_kernel liger_kernel_config neftune_noise_alpha
+            auto_find_batch_size ignore_data_skip full_determinism seed data_seed use_cpu accelerator_config
+            parallelism_config dataloader_drop_last remove_unused_columns label_names train_sampling_strategy
+            length_column_name group_by_length fsdp fsdp_config deepspeed
+        """,
+        irrelevant="""
+            output_dir bf16_full_eval fp16_full_eval use_cache torch_empty_cache_steps logging_strategy logging_steps
+            logging_first_step log_on_each_node logging_nan_inf_filter logging_dir include_num_input_tokens_seen
+            include_tokens_per_second log_level log_level_replica disable_tqdm report_to run_name project
+            trackio_space_id trackio_bucket_id trackio_static_space_id eval_strategy eval_steps eval_delay
+            per_device_eval_batch_size prediction_loss_only eval_on_start eval_do_concat_batches
+            eval_use_gather_object eval_accumulation_steps include_for_metrics batch_eval_metrics save_only_model
+            save_strategy save_steps save_on_each_node save_total_limit enable_jit_checkpoint push_to_hub hub_token
+            hub_private_repo hub_model_id hub_strategy hub_always_push hub_revision load_best_model_at_end
+            metric_for_best_model greater_is_better restore_callback_states_from_checkpoint dataloader_num_workers
+            dataloader_pin_memory dataloader_persistent_workers dataloader_prefetch_factor
+            dataloader_multiprocessing_context dataloader_in_order ddp_find_unused_parameters ddp_bucket_cap_mb
+            ddp_broadcast_buffers ddp_static_graph ddp_backend ddp_timeout debug skip_memory_metrics do_train do_eval
+            do_predict resume_from_checkpoint local_rank
+        """,
+        refused="label_smoothing_factor average_tokens_across_devices",
+    ),
+    "SFTConfig": _table(
+        used="""
+            model_init_kwargs trust_remote_code chat_template_path dataset_text_field dataset_kwargs eos_token
+            max_length truncation_mode shuffle_dataset packing packing_strategy padding_free pad_to_multiple_of
+            completion_only_loss assistant_only_loss activation_offloading pad_token
+        """,
+        irrelevant="dataset_num_proc eval_packing",
+        refused="router_aux_loss_coef",
+        matched="loss_type",
+    ),
+    "DPOConfig": _table(
+        used="""
+            model_init_kwargs trust_remote_code disable_dropout max_length truncation_mode pad_to_multiple_of
+            activation_offloading pad_token
+        """,
+        irrelevant="dataset_num_proc padding_free",
+        refused="""
+            router_aux_loss_coef loss_weights ld_alpha f_divergence_type f_alpha_divergence_coef label_smoothing
+            use_weighting discopop_tau sync_ref_model ref_model_mixup_alpha ref_model_sync_steps
+        """,
+        matched="beta loss_type",
+        reference="precompute_ref_log_probs precompute_ref_batch_size",
+    ),
+}
+"""Configuration -> its fields (those of `TrainingArguments` are in both others too) and their classes. Fields that
+only some of the supported versions have are here as well."""
+
+# values other than the default that change nothing either
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "loss_weights": ([1.0],),
+    "ld_alpha": (1.0,),
+    "router_aux_loss_coef": (0.0,),
+    "pad_to_multiple_of": (None,),  # what "auto" becomes
+}
+# the type of TRL's own loss that is the same as one of ours, by the name of the class
+_LOSS_TYPES = {"DPO": "sigmoid", "IPO": "ipo", "CrossEntropy": "nll"}
+
+
+def _from(low: float, high: float) -> Callable[[float], bool]:
+    return lambda value: low <= value <= high
+
+
+# field -> which numbers make sense, in words too
+_RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
+    "beta": (lambda value: 0 < value < math.inf, "a finite number above 0 (below, it trains the wrong way round)"),
+    "label_smoothing": (
+        lambda value: 0 <= value < 0.5,
+        "from 0 to below 0.5 (it is the share of pairs that are the wrong way round)",
+    ),
+    "label_smoothing_factor": (lambda value: 0 <= value < 1, "from 0 to below 1"),
+    "loss_weights": (lambda value: 0 <= value < math.inf, "finite numbers of 0 or more, not all of them 0"),
+    "ld_alpha": (_from(0, 1), "from 0 to 1"),
+    "f_alpha_divergence_coef": (math.isfinite, "a finite number"),
+    "discopop_tau": (lambda value: 0 < value < math.inf, "a finite number above 0"),
+    "ref_model_mixup_alpha": (_from(0, 1), "from 0 to 1"),
+    "ref_model_sync_steps": (lambda value: 1 <= value < math.inf, "1 or more"),
+    "router_aux_loss_coef": (lambda value: 0 <= value < math.inf, "a finite number of 0 or more"),
+    "neftune_noise_alpha": (lambda value: 0 <= value < math.inf, "a finite number of 0 or more"),
+    "max_grad_norm": (lambda value: not math.isnan(value), "a number"),
+    "max_length": (lambda value: 1 <= value < math.inf, "1 or more, or None (rows are not cut)"),
+}
+
+
+def use_of(args: Any, name: str) -> Use:
+    """The class of a field of these arguments; `used` for a field that the tables do not know."""
+    own = [cls.__name__ for cls in type(args).__mro__ if cls.__name__ in FIELDS]
+    for cls in own:
+        if name in FIELDS[cls]:
+            return FIELDS[cls][name]
+    return "used"
+
+
+def unused_by(loss: Loss, args: Any) -> list[str]:
+    """The arguments that are set and that this loss makes no use of, because they are of the parent's own loss.
+
+    Empty: the arguments ask for nothing that `loss` does not do. The parent's own loss is then `loss` itself if its
+    type is (and if the parent adds no auxiliary loss of a mixture of experts, which no argument says).
+
+    Args:
+        loss: One of ours.
+        args: `TrainingArguments`, or a configuration of TRL; None: all at their defaults.
+    """
+    return [] if args is None else [name for name in changed(args) if not _does(loss, args, name)]
+
+
+def changed(args: Any) -> list[str]:
+    """The arguments whose value is neither their default nor one that changes as little."""
+    names = []
+    for field in dataclasses.fields(args):
+        value = getattr(args, field.name, None)
+        neutral = [_default(field), *_NEUTRAL.get(field.name, ())]
+        # DPOConfig turns its loss type into a list
+        if value not in neutral and value not in [[each] for each in neutral]:
+            names.append(field.name)
+    return names
+
+
+def _default(field: dataclasses.Field[Any]) -> Any:
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+
+
+def _does(loss: Loss, args: Any, name: str) -> bool:
+    """Whether a loss does what an argument asks for, or the argument is not about the loss."""
+    use, value = use_of(args, name), getattr(args, name)
+    if use == "reference":
+        return loss.reference
+    if name == "average_tokens_across_devices":  # ours is always an average over all processes
+        return bool(value) or args.world_size == 1
+    if use == "matched":
+        core = parts(loss)[-1]  # the loss itself, whatever is around it
+        if name == "loss_type":
+            return [_LOSS_TYPES.get(type(core).__name__)] == (value if isinstance(value, list) else [value])
+        return value == getattr(core, name, None)
+    return use != "refused"
+
+
+def check_arguments(loss: Loss, given: Mapping[str, Any]) -> None:
+    """Refuse what is given for the parent's own loss when the loss is one of ours.
+
+    Args:
+        loss: Our loss.
+        given: The arguments of the trainer's constructor.
+
+    Raises:
+        ValueError: names the argument.
+    """
+    args = given.get("args")
+    for name in unused_by(loss, args):
+        advice = {
+            "matched": f"Give a loss object (get_loss(name, {name}=...)), or leave loss out.",
+            "reference": "Leave it out, or choose a loss with a reference, such as 'dpo'.",
+        }.get(use_of(args, name), "Leave it out, or leave loss out to train with the parent's loss.")
+        owner = "the parent's" if name in FIELDS["TrainingArguments"] else "TRL's"
+        argument = f"{type(args).__name__}.{name}={getattr(args, name)!r}"
+        raise ValueError(f"{argument} belongs to {owner} own loss; {loss} does not use it. {advice}")
+    if given.get("compute_loss_func") is not None:
+        raise ValueError(
+            f"compute_loss_func={given['compute_loss_func']!r} would not be called: the loss is {loss}. Leave one of "
+            "them out, or write the function as a Loss (docs/pages/extend.md)."
+        )
+    if given.get("ref_model") is not None and not loss.reference:
+        raise ValueError(f"ref_model is given, and {loss} compares with no reference. Leave ref_model out.")
+
+
+def check_ranges(args: Any) -> None:
+    """Refuse values that make no sense, whatever the loss: TRL takes some of them, and trains the wrong way round.
+
+    Raises:
+        ValueError: names the argument, its value and those allowed.
+    """
+    for field in dataclasses.fields(args) if args is not None else ():
+        value = getattr(args, field.name)
+        if field.name in _RANGES and not _makes_sense(field.name, value):
+            words = _RANGES[field.name][1]
+            raise ValueError(f"{type(args).__name__}.{field.name}={value!r} makes no sense. It must be {words}.")
+
+
+def _makes_sense(name: str, value: Any) -> bool:
+    if value is None:
+        return name != "beta"
+    values = value if isinstance(value, list | tuple) else [value]
+    numbers = all(isinstance(each, int | float) and not isinstance(each, bool) for each in values)
+    return numbers and all(map(_RANGES[name][0], values)) and (name != "loss_weights" or any(values))
+
+
+def check_plain(loss: Loss | None, args: Any) -> None:
+    """Refuse fields of TRL's configurations in the trainer whose parent is `transformers.Trainer`, which reads none.
+
+    Raises:
+        ValueError: names the argument and the trainer that uses it.
+    """
+    for name in changed(args) if args is not None else ():
+        readers = [config for config in ("SFTConfig", "DPOConfig") if name in FIELDS[config]]
+        matched = loss is not None and use_of(args, name) == "matched" and _does(loss, args, name)
+        if readers and not matched:
+            trainers = " or ".join(f"Steering{config.removesuffix('Config')}Trainer" for config in readers)
+            raise ValueError(
+                f"{type(args).__name__}.{name}={getattr(args, name)!r} changes nothing in SteeringTrainer, whose "
+                f"arguments are TrainingArguments. Leave it out, or use {trainers}."
+            )

@@ -135,8 +135,10 @@ def read_tensors(path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
 
 
 def write_checksums(folder: str | os.PathLike[str]) -> None:
-    """Write `checksums.json`: the digest of every file of weights or JSON in a folder, whole or not at all."""
-    found = {file.name: sha256_of(file) for file in sorted(Path(folder).iterdir()) if _has_checksum(file)}
+    """Write `checksums.json`: the digest of every file of weights or JSON in a folder and below, whole or not at
+    all."""
+    files = [file for file in sorted(Path(folder).rglob("*")) if _has_checksum(file)]
+    found = {file.relative_to(folder).as_posix(): sha256_of(file) for file in files}
     part = Path(folder) / f"{CHECKSUMS}.part"
     part.write_text(json.dumps(found, indent=1), encoding="utf-8")
     part.replace(Path(folder) / CHECKSUMS)

@@ -5,26 +5,27 @@ from __future__ import annotations
 import json
 import logging
 import re
-import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from peft import PeftModel
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 from transformers import TrainerCallback
+from transformers.trainer import SCALER_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..adapters import SteeringVectorConfig
 from ..adapters.checks import check_adapter_folder, check_checksums, write_checksums
 from ._at import REFERENCE_ADAPTER
+from ._saved import adapter_folder
+from .checkpoint_files import SHARES, code_in, damaged_archives, missing_states, sharded
 
 if TYPE_CHECKING:
     from ._mixin import SteeringMixin
 
 _STATE = "trainer_state.json"  # the last file of a checkpoint that the Trainer writes
-_SHARES = "global_step*/*zero_pp_rank_*_optim_states.pt"  # DeepSpeed's, one a process
 logger = logging.getLogger(__name__)
 
 
@@ -56,7 +57,7 @@ def last_checkpoint(folder: str | Path) -> str | None:
 
 
 def check_checkpoint(folder: str | Path) -> None:
-    """Refuse a checkpoint that was not written to its end or is damaged. Nothing is unpickled.
+    """Refuse a checkpoint that was not written to its end, is damaged or lacks a part. Nothing is unpickled.
 
     The Trainer's own state files (`optimizer.pt`, `scheduler.pt`, `rng_state.pth`) are zip files, whose checksums are
     compared; weights and JSON have theirs in `checksums.json`, if our trainers wrote them. The Trainer reads the
@@ -84,21 +85,55 @@ def check_checkpoint(folder: str | Path) -> None:
         check_checksums(folder)
     except ValueError as error:
         raise CheckpointError(f"{folder} is damaged: {error}. Delete the folder.") from error
+    if (missing := missing_states(folder)) is not None:
+        raise CheckpointError(
+            f"{folder} has no {missing}, without which training would not go on where it stopped, but end elsewhere. "
+            "Resume from another checkpoint (they are whole with save_only_model=False), or start a new training from "
+            "its adapter: PeftModel.from_pretrained(base, folder, is_trainable=True)."
+        )
+
+
+def check_state(folder: str | Path, trainer: SteeringMixin) -> None:
+    """Refuse a checkpoint that lacks what this run needs beyond the others, or that would run code of its own.
+
+    Raises:
+        CheckpointError: names the file.
+    """
+    scaler = Path(folder) / SCALER_NAME
+    # DeepSpeed keeps the scaler among its own states
+    if trainer.accelerator.scaler is not None and not sharded(Path(folder)) and not scaler.is_file():
+        raise CheckpointError(
+            f"{folder} has no {SCALER_NAME}, which a training in fp16 goes on with: it was saved without fp16, or is "
+            "not whole. Resume with the precision it was saved with, or from another checkpoint."
+        )
+    code = None if trainer.trust_checkpoint else code_in(Path(folder))
+    if code is not None:
+        raise CheckpointError(
+            f"{code[0]} would run code when it is read: it holds {code[1]}. If this checkpoint is your own, or you "
+            "trust who made it, set trainer.trust_checkpoint = True before train()."
+        )
 
 
 def check_adapter_in(folder: str | Path, model: Any) -> None:
-    """Refuse a checkpoint whose steering vector is not the one being trained: PEFT would leave out what it misses.
+    """Refuse a checkpoint without the adapter that is trained, or whose steering vector is not the one being trained:
+    PEFT would leave out what it misses.
 
     Raises:
-        CheckpointError: names the key.
+        CheckpointError: names the file or the key.
     """
     if not isinstance(model, PeftModel):
         return
     config = model.peft_config[str(model.active_adapter)]
+    home = adapter_folder(model, Path(folder))
+    if not any((home / name).is_file() for name in (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)):
+        raise CheckpointError(
+            f"{folder} has no adapter {str(model.active_adapter)!r}: {home / SAFETENSORS_WEIGHTS_NAME} is missing. "
+            "Give the adapter the name it had (adapter_name=), or resume from another checkpoint."
+        )
     if not isinstance(config, SteeringVectorConfig):
         return
     try:
-        check_adapter_folder(str(folder), config)
+        check_adapter_folder(str(home), config)
     except ValueError as error:
         raise CheckpointError(f"{folder} is not of this training: {error}") from error
 
@@ -114,7 +149,7 @@ def check_processes(folder: str | Path, processes: int, deepspeed: bool) -> None
     Raises:
         CheckpointError: says how many processes it is of.
     """
-    shares = len(list(Path(folder).glob(_SHARES)))
+    shares = len(list(Path(folder).glob(SHARES)))
     if shares and not deepspeed:
         raise CheckpointError(
             f"{folder} was saved under DeepSpeed, its optimiser states in shares of {shares} processes: go on under "
@@ -133,15 +168,7 @@ def _damaged(folder: Path) -> Iterator[tuple[Path, str]]:
                 tensors.keys()
         except (SafetensorError, OSError) as error:
             yield file, str(error)
-    for file in sorted(path for path in folder.iterdir() if path.suffix in (".pt", ".pth")):
-        try:
-            with zipfile.ZipFile(file) as archive:
-                broken = archive.testzip()
-        except (zipfile.BadZipFile, OSError, EOFError, NotImplementedError) as error:
-            yield file, str(error)
-            continue
-        if broken is not None:
-            yield file, f"checksum of {broken}"
+    yield from damaged_archives(folder)
 
 
 class Checksums(TrainerCallback):
@@ -169,5 +196,6 @@ class RestoredAdapter(TrainerCallback):
         model, folder = self.trainer.accelerator.unwrap_model(self.trainer.model), self.trainer.resumed
         if folder is None or not isinstance(model, PeftModel) or REFERENCE_ADAPTER not in model.peft_config:
             return
-        if (Path(folder) / SAFETENSORS_WEIGHTS_NAME).is_file():
-            model.load_adapter(folder, str(model.active_adapter), is_trainable=True)
+        home = adapter_folder(model, Path(folder))
+        if (home / SAFETENSORS_WEIGHTS_NAME).is_file():
+            model.load_adapter(str(home), str(model.active_adapter), is_trainable=True)

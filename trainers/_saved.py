@@ -21,6 +21,12 @@ class IncompleteAdapterError(RuntimeError):
     """A saved adapter does not hold what was trained."""
 
 
+def adapter_folder(model: nn.Module, folder: Path) -> Path:
+    """Where PEFT saves the active adapter of a model in a folder: adapters not named `default` have one of theirs."""
+    name = str(model.active_adapter) if isinstance(model, PeftModel) else "default"
+    return folder if name == "default" else folder / name
+
+
 def check_saved(model: nn.Module, folder: Path) -> None:
     """Compare the names and shapes in an adapter's file with the trained parameters in their full size.
 
@@ -30,7 +36,7 @@ def check_saved(model: nn.Module, folder: Path) -> None:
     expected = _full_shapes(model)
     if not expected:
         return
-    file = folder / SAFETENSORS_WEIGHTS_NAME
+    file = adapter_folder(model, folder) / SAFETENSORS_WEIGHTS_NAME
     if not file.is_file():
         if (folder / "pytorch_model_fsdp_0").is_dir():
             raise IncompleteAdapterError(

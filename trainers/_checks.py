@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
+import logging
 import math
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from datasets import Dataset
-from peft import PeftConfig
+from peft import PeftConfig, PeftModel
 from torch import nn
 
 from ..adapters import steering_layers
@@ -18,6 +19,8 @@ from ._at import scaled
 from ._data import DataError
 from .prefix.cut import base_of
 from .views import View, ViewError
+
+logger = logging.getLogger(__name__)
 
 
 def check_own(peft_config: Any, views: Any, biases: Any) -> None:
@@ -34,21 +37,6 @@ def check_own(peft_config: Any, views: Any, biases: Any) -> None:
     for what, right in wrong.items():
         if not right:
             raise TypeError(f"{what} is expected.")
-
-
-def check_arguments(loss: Loss, args: Any) -> None:
-    """Raise a ValueError when the arguments ask for something of TRL's own loss, which is not used."""
-    defaults = {field.name: field.default for field in dataclasses.fields(args)} if args is not None else {}
-    for name in ("beta", "loss_type") if "beta" in defaults else ():  # SFTConfig's types are kinds of cross-entropy
-        value = getattr(args, name, None)
-        # DPOConfig turns its default loss type into a list
-        used = getattr(parts(loss)[-1], name, None)  # of the loss itself, whatever is around it
-        unset = value in (defaults.get(name), [defaults.get(name)], ["sigmoid"])
-        if name in defaults and not unset and value != used:
-            raise ValueError(
-                f"{type(args).__name__}.{name}={value!r} belongs to TRL's own loss; {loss} does not use it. Give a "
-                "loss object (get_loss(name, beta=...)), or leave loss out."
-            )
 
 
 def check_layers(loss: Loss | None, model: nn.Module) -> None:
@@ -143,9 +131,66 @@ def check_teacher(name: str, teacher: nn.Module, model: nn.Module) -> None:
         raise ViewError(f"View {name!r}: its teacher's (tokens, width) are {[*sizes[0]]}, the model's {[*sizes[1]]}.")
 
 
-def check_packing(model: nn.Module, dataset: Any) -> None:
-    """Raise a DataError when packed rows, which hold several prompts, meet vectors that depend on where one ends."""
-    packed = "seq_lengths" in (getattr(dataset, "column_names", None) or [])
+def packs(args: Any, evaluation: bool = False) -> bool:
+    """Whether TRL puts several examples into one row, as SFTConfig says."""
+    packing = getattr(args, "packing", False)
+    own = getattr(args, "eval_packing", None) if evaluation else None
+    return packing if own is None else own
+
+
+def check_packing(model: nn.Module, args: Any) -> None:
+    """Raise a DataError when rows that hold several prompts meet vectors that depend on where one ends."""
+    joined = {
+        "packing": packs(args),
+        "eval_packing": packs(args, evaluation=True),
+        # DPOConfig has the argument, and DPOTrainer pads all the same
+        "padding_free": hasattr(args, "packing") and args.padding_free,
+    }
     for config in (config for layer in steering_layers(model) for config in layer.config.values()):
-        if packed and config.positions != "all":
-            raise DataError(f"positions={config.positions!r} needs one prompt in a row. Set packing=False.")
+        for name in (name for name, several in joined.items() if several and config.positions != "all"):
+            raise DataError(
+                f"positions={config.positions!r} needs one prompt in a row, and {name}=True puts several there. Set "
+                f"{name}=False, or positions='all'."
+            )
+
+
+def check_view_rows(views: Any, args: Any) -> None:
+    """Raise a ViewError when the tokenised rows are not, one by one, those that views are made of."""
+    for name in ("packing", "padding_free", "shuffle_dataset"):
+        if views and hasattr(args, "packing") and getattr(args, name):
+            raise ViewError(f"Views are found row by row, which {name}=True mixes up. Set {name}=False.")
+
+
+def check_chat_template(args: Any, config: PeftConfig | None) -> None:
+    """Raise a ValueError when TRL would take over the tokens of another tokenizer, and the adapter cannot train them.
+
+    From a tokenizer, unlike a file, TRL takes its tokens too, and fills the embeddings up with further ones.
+    """
+    path = getattr(args, "chat_template_path", None)
+    is_file = path is not None and os.path.isfile(path) and path.endswith((".jinja", ".j2"))
+    if path is not None and not is_file and config is not None and not hasattr(config, "trainable_token_indices"):
+        raise ValueError(
+            f"chat_template_path={path!r} is a tokenizer, whose tokens TRL adds and trains, and "
+            f"{type(config).__name__} cannot train embeddings. Give the path of a template file (.jinja), or set "
+            "tokenizer.chat_template."
+        )
+
+
+def check_best(args: Any, model: nn.Module) -> None:
+    """Raise a ValueError when the best checkpoint would not be loaded back: the Trainer looks for `default` only."""
+    name = str(model.active_adapter) if isinstance(model, PeftModel) else "default"
+    if args.load_best_model_at_end and name != "default":
+        raise ValueError(
+            f"load_best_model_at_end=True loads the adapter 'default', and {name!r} is trained. Set it to False and "
+            "load the best checkpoint yourself (trainer.state.best_model_checkpoint), or name the adapter 'default'."
+        )
+
+
+def warn_router(loss: Loss, trainer: Any) -> None:
+    """Say that TRL's auxiliary loss of a mixture of experts is not part of ours."""
+    if getattr(trainer, "aux_loss_enabled", False):
+        logger.warning(
+            "With its own loss, TRL would add %g times the router's auxiliary loss of this mixture of experts; %s is "
+            "trained without. Set router_aux_loss_coef=0.0 if that is what you want, or leave loss out.",
+            *(trainer.router_aux_loss_coef, loss),
+        )

@@ -12,7 +12,7 @@ import logging
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
@@ -58,6 +58,23 @@ def data_format(columns: list[str]) -> tuple[str, ...]:
     )
 
 
+def as_python(data: Any) -> Any:
+    """The same data, whose rows hold Python's own lists and numbers, whatever format (torch, numpy, ...) was set.
+
+    A format of TRL's DPO rows would add up the tokens of prompt and answer where it puts one behind the other. What
+    `with_transform` makes of rows is left alone.
+    """
+    if isinstance(data, Mapping):
+        kind: Any = type(data)  # of `datasets` too
+        return kind({name: as_python(part) for name, part in data.items()})
+    if isinstance(data, IterableDataset):
+        return data.with_format(None)
+    if not isinstance(data, Dataset) or data.format["type"] == "custom":
+        return data
+    columns = data.format["columns"]  # a format may hide the others
+    return data.with_format(None) if columns == data.column_names else data.with_format(None).select_columns(columns)
+
+
 def check_rows(
     dataset: Any, tokenizer: PreTrainedTokenizerBase | None, text_column: str | None = None
 ) -> tuple[str, ...]:
@@ -88,6 +105,7 @@ def check_tokens(
     max_length: int | None,
     tokenizer: PreTrainedTokenizerBase | None,
     vocabulary: int | None = None,
+    packed: bool = False,
 ) -> None:
     """Refuse what only shows after tokenising.
 
@@ -97,24 +115,28 @@ def check_tokens(
         max_length: Where rows are cut.
         tokenizer: Whose BOS is looked for.
         vocabulary: How many tokens the model knows; None: not checked.
+        packed: Whether one row holds several of the rows that were given.
 
     Raises:
-        DataError: rows that were dropped or have no label left because the prompt fills `max_length`, an answer
-            without tokens, chosen and rejected with the same tokens, a token that the model does not have, or two BOS
-            tokens in front.
+        DataError: no row with a token to predict, rows that were dropped or have no label left because the prompt
+            fills `max_length`, an answer without tokens, chosen and rejected with the same tokens, a token that the
+            model does not have, or two BOS tokens in front.
     """
     if not isinstance(after, Dataset):
         return
-    if isinstance(before, Dataset) and len(after) < len(before) and "seq_lengths" not in after.column_names:
+    if isinstance(before, Dataset) and len(after) < len(before) and not packed:
         raise DataError(
             f"{len(before) - len(after)} of {len(before)} rows have no label left: their prompt fills max_length="
             f"{max_length} tokens. Raise max_length or shorten the prompts."
         )
     bos = getattr(tokenizer, "bos_token_id", None)
-    for index, row in enumerate(
-        after.select_columns([c for c in after.column_names if c.endswith("_ids") or c == "labels"])
-    ):
+    columns = [column for column in after.column_names if column.endswith("_ids") or column == "labels"]
+    predicted = not {"labels", "input_ids"} & {*columns}  # pairs are checked row by row
+    for index, row in enumerate(as_python(after.select_columns(columns))):
         row = dict(row)
+        labels = row.get("labels", row.get("input_ids"))
+        # a classifier has one label a row
+        predicted = predicted or not isinstance(labels, list) or any(label != -100 for label in labels[1:])
         _check_ids(index, row, vocabulary)
         if "chosen_ids" in row:
             if row["chosen_ids"] == row["rejected_ids"]:
@@ -127,13 +149,15 @@ def check_tokens(
                 raise DataError(
                     f"Row {index}: the prompt has {len(row['prompt_ids'])} tokens and fills max_length={max_length}."
                 )
-        elif "labels" in row and all(label == -100 for label in row["labels"]):
+        elif isinstance(row.get("labels"), list) and all(label == -100 for label in row["labels"]):
             raise DataError(f"Row {index}: no label is left within max_length={max_length} tokens.")
         ids = row.get("prompt_ids") or row.get("input_ids") or []
         if bos is not None and list(ids[:2]) == [bos, bos]:
             raise DataError(
                 f"Row {index} starts with two BOS tokens: the text already holds one. Remove it from the text."
             )
+    if len(after) and not predicted:
+        raise DataError("No row has a token to predict: the texts are empty, or of one token. Give longer ones.")
 
 
 def warn_cut(rows: Any, max_length: int | None, keeps_end: bool) -> None:
@@ -146,6 +170,7 @@ def warn_cut(rows: Any, max_length: int | None, keeps_end: bool) -> None:
     """
     if max_length is None or not isinstance(rows, Dataset) or "chosen_ids" not in rows.column_names:
         return
+    rows = as_python(rows)
     columns = [rows[name] for name in ("prompt_ids", "chosen_ids", "rejected_ids")]
     lengths = [len(prompt) + max(len(a), len(b)) for prompt, a, b in zip(*columns, strict=True)]
     if cut := sum(length > max_length for length in lengths):
@@ -164,7 +189,7 @@ def tokenise(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: i
     Raises:
         DataError: unknown columns, or a value that is no text or conversation.
     """
-    wanted = data_format(dataset.column_names)
+    wanted, dataset = data_format(dataset.column_names), as_python(dataset)
     for index, row in enumerate(dataset):
         _check_values(index, row, wanted)
     if wanted == ("chosen", "rejected"):
@@ -230,7 +255,7 @@ def _ids(tokenizer: Any, prompt: Any, answer: Any, options: dict[str, Any]) -> l
         end = tokenizer.eos_token_id
         if answer is None:
             return ids[:-1] if ids and ids[-1] == end and not prompt.endswith(str(tokenizer.eos_token)) else ids
-        return ids if end is None or ids[-1] == end else [*ids, end]
+        return ids if end is None or ids[-1:] == [end] else [*ids, end]
     messages = prompt if answer is None else [*prompt, *answer]
     ids = tokenizer.apply_chat_template(messages, add_generation_prompt=answer is None, return_dict=True, **options)[
         "input_ids"
@@ -285,17 +310,21 @@ def _check_values(index: int, row: Row, wanted: tuple[str, ...]) -> None:
                 "row, or give the text."
             )
         for message in messages:
-            if not isinstance(message, Mapping) or not isinstance(message.get(speaker), str) or said not in message:
+            # a message that calls tools, or that only reasons, says nothing
+            speaks = isinstance(message, Mapping) and any(
+                value is not None for name, value in message.items() if name != speaker
+            )
+            if not isinstance(message, Mapping) or not isinstance(message.get(speaker), str) or not speaks:
                 raise DataError(
                     f"Row {index}: {column!r} has the message {message!r:.80}, {{{speaker!r}: ..., {said!r}: ...}} is "
                     "expected."
                 )
-            if not isinstance(message[said], str | list | None):
+            if not isinstance(message.get(said), str | list | None):
                 raise DataError(
                     f"Row {index}: {column!r} has a message with {said}={message[said]!r:.80}, a text is expected."
                 )
         try:
-            for text in (value, *(message[said] for message in messages)):
+            for text in (value, *(message.get(said) for message in messages)):
                 (text if isinstance(text, str) else "").encode()
         except UnicodeEncodeError as error:
             raise DataError(

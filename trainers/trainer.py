@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
 
 from ._data import PAIR_FORMATS, TOKENISED_FORMATS, DataError, collator, tokenise
 from ._mixin import SteeringMixin
+from .arguments import check_plain
 
 _NO_LIMIT = 10**6  # tokenizers without a maximum length say 10**30
 
@@ -22,10 +23,16 @@ class SteeringTrainer(SteeringMixin, Trainer):
     """
 
     def _prepare_data(self, given: dict[str, Any]) -> tuple[str, ...] | None:
+        check_plain(self.loss, given.get("args"))
         wanted = super()._prepare_data(given)
         tokenizer = given.get("processing_class")
-        if wanted is None or wanted in TOKENISED_FORMATS or not isinstance(tokenizer, PreTrainedTokenizerBase):
+        if wanted is None or wanted in TOKENISED_FORMATS:
             return wanted
+        if not isinstance(tokenizer, PreTrainedTokenizerBase):
+            raise DataError(
+                f"Columns {list(wanted)} are text, and processing_class={tokenizer!r:.80} is no tokenizer to read it. "
+                "Give processing_class=tokenizer, or tokenised rows."
+            )
         if wanted in PAIR_FORMATS and self.loss is None:
             raise DataError("Trainer has no loss for pairs (chosen, rejected): give one, such as loss='dpo'.")
         limit = self.max_length = tokenizer.model_max_length if tokenizer.model_max_length < _NO_LIMIT else None

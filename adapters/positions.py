@@ -144,6 +144,16 @@ class PromptBoundary:
         finally:
             self._selected, self._prompt_end, self._last_prompt = before
 
+    @contextmanager
+    def kept(self) -> Iterator[None]:
+        """Afterwards, the boundary is that of the forward pass before: a backward pass that computes blocks again
+        (gradient checkpointing) reads it."""
+        before = self._prompt_end, self._last_prompt, self._past
+        try:
+            yield
+        finally:
+            self._prompt_end, self._last_prompt, self._past = before
+
 
 @contextmanager
 def prompt_length(model: nn.Module, length: int | Tensor) -> Iterator[None]:

@@ -121,7 +121,10 @@ class ModelAt:
                     raise ViewError(f"View {view!r} is seen by another model, which has no strength: at(0.0, view=).")
                 return _remembered(self.views.memos.get(view), batch, partial(_frozen, teacher, asked=asked), asked)
         if strength == 0.0:
-            return self._reference(batch, asked)
+            with ExitStack() as stack:  # what the backward pass computes again is not the reference's
+                for layer in steering_layers(self.unwrapped):
+                    stack.enter_context(layer.boundary.kept())
+                return self._reference(batch, asked)
         if self.together is not None:
             return self.together(batch, strength)
         with scaled(self.unwrapped, strength):

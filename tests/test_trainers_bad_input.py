@@ -9,11 +9,11 @@ import torch
 from conftest import steered, tiny, vector_of
 from datasets import Dataset, IterableDataset
 from peft import LoraConfig, PeftModel
-from tiny_data import arguments, conversational, demonstrations, losses, pairs, tokenizer, trained, trainer, values
+from tiny_data import conversational, demonstrations, losses, pairs, tokenizer, trained, trainer, values
 
 from steertune.adapters import SteeringVectorConfig
 from steertune.losses import Loss, get_loss
-from steertune.trainers import NonFiniteError, SteeringTrainer
+from steertune.trainers import NonFiniteError
 
 LONG = "the cat runs " * 8
 
@@ -189,14 +189,6 @@ def test_streamed_bad_data_are_refused_by_their_first_row(kind, tmp_path):
 def test_a_stream_of_text_to_the_plain_trainer_is_refused(tmp_path):
     with pytest.raises(ValueError, match="Use SteeringDPOTrainer"):
         trainer("plain", tmp_path, data=IterableDataset.from_generator(lambda: iter([PAIR])), loss="dpo")
-
-
-def test_a_model_to_be_made_later_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="Give the model itself"):
-        SteeringTrainer(
-            model_init=tiny, args=arguments("plain", tmp_path), train_dataset=pairs(), processing_class=tokenizer(),
-            loss="dpo",
-        )  # fmt: skip
 
 
 def test_pair_loss_on_batches_of_a_callers_own_collator(tmp_path):

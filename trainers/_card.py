@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..adapters.card import Card, write_card
+from ._saved import adapter_folder
 
 if TYPE_CHECKING:
     from ._mixin import SteeringMixin
@@ -20,7 +21,7 @@ def write_trainer_card(trainer: SteeringMixin, folder: str | Path, anyway: bool 
         folder: Where its adapter was saved.
         anyway: Whether a README is replaced that may say what somebody wrote.
     """
-    home = Path(folder)
+    home = adapter_folder(trainer.accelerator.unwrap_model(trainer.model), Path(folder))
     if not (home / "adapter_config.json").is_file():
         return
     card = trainer.card

@@ -87,3 +87,16 @@ def _by_example(values: Tensor, batch: Batch, unit: Literal["example", "token"])
         row = torch.arange(len(tokens), device=values.device).repeat_interleave(tokens)
         sums = torch.zeros(len(tokens), device=values.device).index_add(0, row, values.float())
     return {_LOSS: sums, _COUNT: tokens.float()}
+
+
+def evaluation_loss(metrics: dict[str, float]) -> float:
+    """The loss of an evaluation: what a search over training arguments makes small.
+
+    Raises:
+        ValueError: there are several, one of each evaluation set.
+    """
+    if "eval_loss" not in metrics:
+        raise ValueError(
+            f"The evaluation measured {sorted(metrics)}, and no eval_loss to search by. Give compute_objective=."
+        )
+    return metrics["eval_loss"]

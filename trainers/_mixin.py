@@ -26,7 +26,8 @@ from ._at import ModelAt, prompt_of, scaled
 from ._batch import Batch
 from ._card import write_trainer_card
 from ._checks import (
-    check_arguments,
+    check_best,
+    check_chat_template,
     check_layers,
     check_own,
     check_packing,
@@ -34,14 +35,17 @@ from ._checks import (
     check_reference,
     check_strengths,
     check_teacher,
+    check_view_rows,
     check_views,
     each,
+    packs,
+    warn_router,
 )
-from ._data import PAIR_FORMATS, DataError, check_rows, check_tokens, warn_cut
+from ._data import PAIR_FORMATS, DataError, as_python, check_rows, check_tokens, warn_cut
 from ._guard import FiniteSteps, check_finite
 from ._host import KeepsHost, unpacked, waits
-from ._metrics import Metrics
-from ._reference import add_reference, reference_copy
+from ._metrics import Metrics, evaluation_loss
+from ._reference import add_reference, reference_copy, reference_of
 from ._resume import (
     CheckpointError,
     Checksums,
@@ -49,6 +53,7 @@ from ._resume import (
     check_adapter_in,
     check_checkpoint,
     check_processes,
+    check_state,
     last_checkpoint,
 )
 from ._satisfied import Satisfied
@@ -56,6 +61,7 @@ from ._saved import check_saved
 from ._sharded import whole_weights
 from ._start import fill_missing_vectors
 from ._vitals import VectorVitals
+from .arguments import check_arguments, check_ranges
 from .biases import Bias, BiasError, get_bias
 from .biases._base import Biased
 from .prefix import FrozenPrefix
@@ -90,6 +96,8 @@ class SteeringMixin(Trainer):
     card: Card = Card()
     """What the model card says of behaviour, problem, data and measurements. Set it before the adapter is saved or
     pushed; places left open say so."""
+    trust_checkpoint: bool = False
+    """Whether `train` may resume from a checkpoint whose pickles name code (DeepSpeed's, FSDP's; see trust.md)."""
     max_length: int | None = None
     """Where rows are cut, if not at the `max_length` of the arguments."""
 
@@ -109,6 +117,7 @@ class SteeringMixin(Trainer):
         parent = super().__init__
         bound = inspect.signature(parent).bind_partial(*args, **kwargs)
         given = bound.arguments
+        check_ranges(given.get("args"))
         continued = isinstance(given.get("model"), PeftModel)
         if peft_config is DEFAULT:
             peft_config = None if continued else SteeringVectorConfig()
@@ -118,6 +127,8 @@ class SteeringMixin(Trainer):
         self.pay_once = PayOnce(frozen_prefix)
         self.seat: Any = None  # this trainer's place among those of `train_together`
         self.views: Views | None = None
+        self._adapter: PeftConfig | None = None  # of the models that model_init makes
+        self._constructed = False
         self._reference: nn.Module | None = None  # of full finetuning, where the parent keeps none
         given_biases = biases.items() if isinstance(biases, Mapping) else [(bias, {}) for bias in biases]
         self._biases = [get_bias(bias, **options) for bias, options in given_biases]
@@ -129,10 +140,14 @@ class SteeringMixin(Trainer):
             parent(*bound.args, **bound.kwargs)
             return
         if self.loss is not None:
-            check_arguments(self.loss, given.get("args"))
+            check_arguments(self.loss, given)
+        if given.get("data_collator") is None and given.get("formatting_func") is None:
+            given |= {name: as_python(given[name]) for name in ("train_dataset", "eval_dataset") if name in given}
         raw, raw_evaluation = given.get("train_dataset"), given.get("eval_dataset")
         check_views(self.loss, views, (raw, raw_evaluation))
+        check_view_rows(views, given.get("args"))
         check_reference(self.loss, peft_config)
+        check_chat_template(given.get("args"), peft_config)
         self._prepare_data(given)
         adapter_values = _adapter_values(given.get("model"))
         if peft_config is not None:
@@ -140,14 +155,16 @@ class SteeringMixin(Trainer):
             self._attach(given, copy.deepcopy(peft_config), "peft_config" in inspect.signature(parent).parameters)
         elif continued and self.loss is not None and self.loss.reference:
             add_reference(given["model"], parent)
-        parent(*bound.args, **bound.kwargs)
+        with reference_of(given, parent):
+            parent(*bound.args, **bound.kwargs)
+        self._constructed = True
         _restore(self.model, adapter_values)
         if self.loss is not None:
             self._meet(self.loss, changes_base=peft_config is None and not continued)
         # accelerate cannot hand the batches of one process to others with what is kept beside them
         if waits(self.args.device) and not isinstance(self.train_dataset, IterableDataset):
             self.data_collator = KeepsHost(self.data_collator)
-        self._check_tokenised(raw, given.get("processing_class"))
+        self._check_tokenised(raw, raw_evaluation)
         if views:
             self.views = _make_views(self, views, given.get("processing_class"))
             self._view(self.views, raw, raw_evaluation)
@@ -156,18 +173,25 @@ class SteeringMixin(Trainer):
     def _meet(self, loss: Loss, changes_base: bool) -> None:
         """Check that the model has what our loss asks for, and keep what training would take away."""
         check_strengths(loss, self.model)
+        warn_router(loss, self)
         if loss.reference and changes_base:
             self._reference = reference_copy(self)
         # our loss is already an average over the whole optimiser step
         self.loss_is_scaled_for_ga = self.model_accepts_loss_kwargs = True
 
-    def _check_tokenised(self, raw: Any, tokenizer: Any) -> None:
+    def _check_tokenised(self, raw: Any, raw_evaluation: Any) -> None:
         """Refuse rows that came out of tokenisation unfit, and say what was cut."""
         keeps_end = getattr(self.args, "truncation_mode", None) == "keep_end"  # it cuts prompts, never all labels
         longest = getattr(self.args, "max_length", self.max_length)
-        check_tokens(raw, self.train_dataset, None if keeps_end else longest, tokenizer, _vocabulary(self.model))
+        how: Any = (None if keeps_end else longest, self.processing_class, _vocabulary(self.model))
+        check_tokens(raw, self.train_dataset, *how, packed=packs(self.args))
+        for before, after in zip(each(raw_evaluation), each(self.eval_dataset), strict=True):
+            try:
+                check_tokens(before, after, *how, packed=packs(self.args, evaluation=True))
+            except DataError as error:
+                raise DataError(f"In the evaluation data: {error}") from error
         warn_cut(self.train_dataset, longest, keeps_end)
-        check_packing(self.model, self.train_dataset)
+        check_packing(self.model, self.args)
 
     def _view(self, views: Views, raw: Any, raw_evaluation: Any) -> None:
         """Make the views of the rows as they were given; those of evaluation rows may show training rows."""
@@ -194,11 +218,14 @@ class SteeringMixin(Trainer):
         if data is None or own:
             return None
         extra = getattr(given.get("args"), "dataset_text_field", None)
-        wanted = check_rows(data, given.get("processing_class"), text_column=extra)
+        # a template that TRL reads from a file is not there yet
+        later = getattr(given.get("args"), "chat_template_path", None) is not None
+        tokenizer = None if later else given.get("processing_class")
+        wanted = check_rows(data, tokenizer, text_column=extra)
         held_out = given.get("eval_dataset")
         for part in each(held_out):
             if isinstance(part, Dataset) and len(part):
-                check_rows(part, given.get("processing_class"), text_column=extra)
+                check_rows(part, tokenizer, text_column=extra)
         pairs = wanted in PAIR_FORMATS
         if self.takes_pairs is not None and pairs != self.takes_pairs:
             other = "SteeringDPOTrainer" if pairs else "SteeringSFTTrainer"
@@ -210,13 +237,13 @@ class SteeringMixin(Trainer):
             )
         return wanted
 
-    @staticmethod
-    def _attach(given: dict[str, Any], config: PeftConfig, parent_attaches: bool) -> None:
+    def _attach(self, given: dict[str, Any], config: PeftConfig, parent_attaches: bool) -> None:
         if parent_attaches:
             given["peft_config"] = config
             return
         if given.get("model") is None:
-            raise ValueError("Give the model itself: an adapter cannot be put on what model_init makes later.")
+            self._adapter = config  # for every model that model_init makes
+            return
         if isinstance(given["model"], PeftModel):
             raise ValueError("The model already has an adapter: leave peft_config out to train it.")
         set_seed(given["args"].seed if given.get("args") is not None else 42)
@@ -228,23 +255,55 @@ class SteeringMixin(Trainer):
         """As the parent's, after computing an initial direction that needs data."""
         if not self._plain:
             check_partners(self.loss, self.args, self.train_dataset, self.eval_dataset)
+            check_best(self.args, self.model)
             asked = kwargs.pop("resume_from_checkpoint", args[0] if args else None)
             self.resumed, args = self._checkpoint(asked), args[1:]
             kwargs["resume_from_checkpoint"] = self.resumed
-            self.initialise_vectors()
-            if self.args.logging_strategy != "no":
-                with self._before_deepspeed():
-                    self._vitals.start(self)
+            if self.model_init is None:  # else the parent makes the model first
+                self._begin()
             for callback in self.callback_handler.callbacks:
                 if isinstance(callback, LossSpikes):
                     callback.trainer = self
         with ExitStack() as stack:
             for bias in self._biases:
                 stack.enter_context(bias.during(self))
-            if not self._plain:
-                check_layers(self.loss, self.model)
-                self.pay_once.start(self, training=True, whole_rows=any(bias.whole_rows for bias in self._biases))
+            if not self._plain and self.model_init is None:
+                self._settle()
             return super().train(*args, **kwargs)
+
+    def call_model_init(self, trial: Any = None) -> nn.Module:
+        """As the parent's, with the adapter. In `train` (every trial of a search), it starts as a given model does."""
+        model: Any = super().call_model_init(trial)
+        if self._adapter is not None:
+            model = get_peft_model(model, copy.deepcopy(self._adapter))
+        if not self._plain and self._constructed:
+            self.model = model
+            if self._reference is not None:
+                self._reference = reference_copy(self)
+            self._begin()
+            self._settle()
+        return model
+
+    def hyperparameter_search(
+        self, hp_space: Any = None, compute_objective: Any = None, *args: Any, **kwargs: Any
+    ) -> Any:
+        """As the parent's. The objective left out is the evaluation loss: the parent's would be the sum of all else
+        that is measured, margins and accuracies, which are better when they are higher."""
+        if compute_objective is None and not self._plain and self.compute_metrics is None:
+            compute_objective = evaluation_loss
+        return super().hyperparameter_search(hp_space, compute_objective, *args, **kwargs)
+
+    def _begin(self) -> None:
+        """Start the vectors, and note what training is measured against."""
+        self.initialise_vectors()
+        if self.args.logging_strategy != "no":
+            with self._before_deepspeed():
+                self._vitals.start(self)
+
+    def _settle(self) -> None:
+        """Find what stays constant in the model from now on."""
+        check_layers(self.loss, self.model)
+        self.pay_once.start(self, training=True, whole_rows=any(bias.whole_rows for bias in self._biases))
 
     def _checkpoint(self, asked: str | os.PathLike[str] | bool | None) -> str | None:
         """What training goes on from; True: the newest whole checkpoint.
@@ -259,6 +318,7 @@ class SteeringMixin(Trainer):
             raise CheckpointError(f"{self.args.output_dir} has no whole checkpoint. Leave resume_from_checkpoint out.")
         check_checkpoint(found)
         check_processes(found, self.accelerator.num_processes, self.is_deepspeed_enabled)
+        check_state(found, self)
         check_adapter_in(found, self.model)
         return found
 
@@ -290,6 +350,8 @@ class SteeringMixin(Trainer):
         if not self._plain and self.state.global_step >= self.state.max_steps:
             return [], None  # resumed at its end, where the parent would take one step more
         samples, items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if not samples and self.state.global_step == 0 and not self._plain:
+            raise DataError("The stream gives no row to train on: it is empty, or all its rows were dropped as unfit.")
         self.step_batches, self.step_loss = [unpacked(inputs) for inputs in samples], 0.0
         loss = self._loss_now
         if loss is not None and samples:
@@ -322,9 +384,11 @@ class SteeringMixin(Trainer):
         with nullcontext() if loss.states else self.pay_once.shortcut(labels_only=True):
             values = loss(at, self._generator())
         if num_items_in_batch is None:
-            total = values.sum() / batch.count(loss.unit)
+            num_items_in_batch, processes = batch.count(loss.unit), 1
         else:  # counted over all processes, whose gradients are then averaged
-            total = values.sum() / num_items_in_batch * self.accelerator.num_processes
+            processes = self.accelerator.num_processes
+        # rows that were cut before their first label are none: 0, as the parent's
+        total = values.sum() / torch.as_tensor(num_items_in_batch).clamp(min=1) * processes
         self._seen.note(loss, values, at, batch, training=self.model.training)
         if loss.stops and self.model.training:
             self._satisfied.note(values.detach())

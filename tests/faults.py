@@ -351,8 +351,9 @@ FAULTS = [
         "test_losses", "by_hand or is_its_formula",
     ),
     Fault(
-        "training metrics hold those of evaluation", "logs", "trainers._mixin",
-        "at, batch, training=self.model.training)", "at, batch, training=True)",
+        "training metrics hold those of evaluation", "logs", "trainers._metrics",
+        "self._open[-1][name].append(value)",
+        "(self._training if self._training else self._open[-1])[name].append(value)",
         "test_trainers_promises", "evaluation_margins or logged_keys",
     ),
     Fault(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
@@ -38,7 +38,8 @@ class VectorVitals:
         """Remember the initial vectors, and measure the base model on at most 16 training examples."""
         self._start = _vectors(trainer.model)
         pairs = pair_batches(trainer, _EXAMPLES) if self._start else None
-        for site in sorted({place.site for place in self._start}):
+        sites = {place.site for place in self._start}
+        for site in (site for site in get_args(Site) if site in sites):
             places = [place for place in self._start if place.site == site]
             layers = sorted({place.layer for place in places})
             if pairs:

@@ -104,7 +104,7 @@ def _checkpointed(block: nn.Module, function: Callable[..., Any]) -> Callable[..
         written: list[Cache] = []  # the cache after the forward pass
 
         def run(*args: Any) -> Any:
-            given = {**kwargs}
+            given, own = {**kwargs}, None
             if before is not None:  # each run writes to a cache of its own
                 own = _copied(before)
                 args = tuple(own if value is cache else value for value in args)
@@ -114,7 +114,7 @@ def _checkpointed(block: nn.Module, function: Callable[..., Any]) -> Callable[..
                     stack.enter_context(circumstance())
                 stack.enter_context(_off(switched))
                 output = plain(*args, **given)
-            if before is not None and not written:
+            if own is not None and not written:
                 written.append(own)
             return output
 

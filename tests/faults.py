@@ -119,6 +119,52 @@ FAULTS = [
         "test_trainers_promises", "starts_at_ln_2 or reference_copy",
     ),
     Fault(
+        "in half precision the reference is kept from another way", "DPO reference", "trainers.prefix.once",
+        'return trainer.accelerator.mixed_precision == "no" and', "return True or",
+        "test_trainers_equal_upstream", "no_margin_in_bf16",
+    ),
+    Fault(
+        "the reference of a compiled model is looked for in its wrapper", "DPO reference", "trainers._mixin",
+        "unwrapped: Any = self.accelerator.unwrap_model(model, keep_torch_compile=False)",
+        "unwrapped: Any = self.accelerator.unwrap_model(model)",
+        "test_trainers_equal_upstream", "compiled",
+    ),
+    Fault(
+        "the parent's default is the rate of a vector", "learning rates", "trainers._rates",
+        "if args.learning_rate != default:", "if True:",
+        "test_units", "default_rate_of_the_parent",
+    ),
+    Fault(
+        "the unit is the same on every model", "learning rates", "adapters.units",
+        "return STEP_SHARE * size / (", "return STEP_SHARE / (",
+        "test_units", "larger_stream",
+    ),
+    Fault(
+        "optimisers step in absolute units", "learning rates", "adapters.units",
+        "yield parameter, unit", "yield parameter, 1.0",
+        "test_units", "larger_stream",
+    ),
+    Fault(
+        "gradients are absolute where they are clipped", "learning rates", "adapters.units",
+        "return held + (weight - held) * module.unit", "return held + (weight - held)",
+        "test_units", "every_optimiser",
+    ),
+    Fault(
+        "a checkpoint of absolute rates goes on", "learning rates", "trainers._rates",
+        "if sizes is None and config.stream_sizes:", "if False:",
+        "test_units", "absolute_rates_is_refused",
+    ),
+    Fault(
+        "nobody says what is trained", "another method than asked", "trainers._announce",
+        'logger.log(_VISIBLE, "%s", _what_is_trained(model))', "pass",
+        "test_units", "what_is_trained",
+    ),
+    Fault(
+        "the parent's own loss runs all layers", "slow by default", "trainers._parents",
+        "return loss if same else None", "return None",
+        "test_trainers_equal_upstream", "takes_our_path",
+    ),
+    Fault(
         "the reference has dropout", "DPO reference", "trainers._at",
         "with reference_adapter(self.unwrapped), evaluating(self.unwrapped):",
         "with reference_adapter(self.unwrapped):",
@@ -126,9 +172,8 @@ FAULTS = [
     ),
     Fault(
         "the hook keeps the first Parameter object", "hooks", "adapters.layer",
-        'return getattr(self.tied_to.get(name, self), f"steering_vector_{kind}")[name].weight',
-        'return self.__dict__.setdefault("kept", {}).setdefault((name, kind), getattr(self.tied_to.get(name, self), '
-        'f"steering_vector_{kind}")[name].weight)',
+        "return self._vector(name, kind).weight",
+        'return self.__dict__.setdefault("kept", {}).setdefault((name, kind), self._vector(name, kind).weight)',
         "test_adapter_peft", "parameter_object",
     ),
     Fault(

@@ -24,6 +24,7 @@ from trl import DPOTrainer, SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from steertune.adapters import SteeringVectorConfig
+from steertune.losses import get_loss
 from steertune.trainers import SteeringTrainer
 from steertune.trainers._batch import Batch
 
@@ -83,6 +84,39 @@ def test_every_loss_of_dpo_is_trls_with_the_default_prefix(loss_type, frozen_pre
     ours = trained("dpo", tmp_path, peft_config=SteeringVectorConfig(), frozen_prefix=frozen_prefix, **changes)
     for mine, other in zip(history(ours), history(theirs), strict=True):
         assert {name: mine[name] for name in other} == pytest.approx(other, rel=1e-5, abs=1e-5)
+
+
+@pytest.mark.parametrize("kind, changes, ours", [
+    ("dpo", {}, "dpo"),
+    ("dpo", dict(loss_type="ipo", beta=0.3), "ipo"),
+    ("dpo", dict(loss_type="hinge"), None),
+    ("dpo", dict(use_weighting=True), None),
+    ("dpo", dict(ld_alpha=0.5), None),
+    ("dpo", dict(disable_dropout=False), None),
+    ("sft", {}, "cross_entropy"),
+    ("sft", dict(loss_type="dft"), None),
+    ("sft", dict(label_smoothing_factor=0.1), None),
+])  # fmt: skip
+def test_a_parents_loss_that_is_one_of_ours_takes_our_path(kind, changes, ours, tmp_path):
+    made = trainer(kind, tmp_path, **changes)
+    options = {"beta": made.args.beta} if kind == "dpo" else {}
+    assert made.loss is None and made.loss_at_work == (None if ours is None else get_loss(ours, **options))
+
+
+def test_the_plain_trainer_takes_it_for_causal_models_without_a_loss_of_their_own(tmp_path):
+    assert trainer("plain", tmp_path, data=demonstrations()).loss_at_work == get_loss("cross_entropy")
+    mixture = trainer("plain", tmp_path, data=demonstrations(), model=tiny("mixtral"))
+    assert mixture.loss_at_work is None, "the auxiliary loss of its routers is the parent's"
+
+
+@pytest.mark.parametrize("loss", ["dpo", *(pytest.param(name, marks=pytest.mark.slow) for name in (None, "bipo"))])
+def test_a_compiled_model_has_its_reference(loss, tmp_path):
+    """A backend that generates no code: what is compiled is the same."""
+    compiled = dict(torch_compile=True, torch_compile_backend="aot_eager")
+    options = dict(loss=loss, peft_config=SteeringVectorConfig(positions="completion"), max_steps=4)
+    assert losses(trained("dpo", tmp_path, **options, **compiled)) == pytest.approx(
+        losses(trained("dpo", tmp_path, **options)), abs=1e-5
+    )
 
 
 @pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16])

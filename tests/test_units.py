@@ -266,6 +266,30 @@ def test_a_vector_learning_rate_that_is_none_is_refused(rate, tmp_path):
         trainer("dpo", tmp_path, vector_learning_rate=rate)
 
 
+def test_an_optimizer_of_the_users_own_keeps_its_rate(tmp_path, caplog):
+    def made(**options):
+        model = get_peft_model(tiny(), SteeringVectorConfig())
+        own = torch.optim.AdamW([vector_of(model)], lr=2e-3)
+        return trainer("dpo", tmp_path, model=model, optimizers=(own, None), **options)
+
+    made().train()
+    assert "Learning rate 0.002 (the optimizer's own)" in caplog.text
+    with pytest.raises(ValueError, match="an optimizer of your own"):
+        made(vector_learning_rate=1e-3).train()
+
+
+@pytest.mark.parametrize("optim", ["lomo", "galore_adamw_layerwise", "schedule_free_adamw"])
+def test_optimizers_that_work_outside_of_their_steps_are_refused_before_training(optim, tmp_path):
+    with pytest.raises(ValueError, match=f"optim='{optim}' changes parameters outside of optimizer.step"):
+        trainer("dpo", tmp_path, optim=optim).train()
+
+
+def test_trls_script_without_an_adapter_says_that_it_trains_everything(tmp_path, caplog):
+    """`peft_config=get_peft_config(model_args)` is None without `--use_peft`."""
+    text = lines(caplog, "sft", tmp_path, peft_config=None, learning_rate=1e-5)
+    assert "Training 35,104 of 35,104 parameters of LlamaForCausalLM: full finetuning, no adapter." in text
+
+
 def test_what_is_trained_is_said_for_full_finetuning_too(tmp_path, caplog):
     text = lines(caplog, "plain", tmp_path, peft_config=None, loss="cross_entropy", learning_rate=1e-5)
     assert "Training 35,104 of 35,104 parameters of LlamaForCausalLM: full finetuning, no adapter." in text

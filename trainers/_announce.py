@@ -10,7 +10,7 @@ from torch import nn
 from transformers import TrainerCallback
 
 from ..adapters import SteeringVectorConfig, steering_layers
-from ._rates import largest_share, mark_deepspeeds_optimizer, trained_vectors, vector_rate, warning_of
+from ._rates import VectorRate, largest_share, mark_deepspeeds_optimizer, trained_vectors, vector_rate, warning_of
 
 if TYPE_CHECKING:
     from ._mixin import SteeringMixin
@@ -37,10 +37,10 @@ class Announcement(TrainerCallback):
         if not state.is_world_process_zero:
             return
         model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
-        logger.log(_VISIBLE, "%s", _what_is_trained(model))
+        say_what_is_trained(model)
         if not trained_vectors(model):
             return
-        rate = vector_rate(args, trainer.vector_learning_rate)
+        rate = _rate_of(trainer, kwargs["optimizer"])
         steps = max(state.max_steps - state.global_step, 0)
         share = largest_share(kwargs["optimizer"], kwargs["lr_scheduler"], steps, rate.value)
         reach = "" if share is None else f": {steps} steps can move it by up to {share:.0%} of the residual stream"
@@ -49,8 +49,22 @@ class Announcement(TrainerCallback):
             logger.warning("Learning rate %g: %s", rate.value, problem)
 
 
+def _rate_of(trainer: SteeringMixin, optimizer: Any) -> VectorRate:
+    """The rate that the vectors have, which an optimiser of the user's own decides."""
+    if trainer.vectors_have_groups or trainer.is_deepspeed_enabled:
+        return vector_rate(trainer.args, trainer.vector_learning_rate)
+    vectors = trained_vectors(trainer.model)
+    groups = [group for group in optimizer.param_groups if any(id(p) in vectors for p in group["params"])]
+    rate = groups[0].get("initial_lr", groups[0]["lr"]) if groups else 0.0
+    return VectorRate(rate, "the optimizer's own")
+
+
+def say_what_is_trained(model: nn.Module) -> None:
+    """Say which of how many parameters are trained, in a line."""
+    logger.log(_VISIBLE, "%s", _what_is_trained(model))
+
+
 def _what_is_trained(model: nn.Module) -> str:
-    """Which of how many parameters are trained, in a sentence."""
     # under ZeRO-3 a parameter's full size stands beside its empty shard
     sizes = {p: int(getattr(p, "ds_numel", p.numel())) for p in model.parameters()}
     trained, total = sum(size for p, size in sizes.items() if p.requires_grad), sum(sizes.values())

@@ -24,7 +24,7 @@ from ..adapters.blocks import text_config
 from ..adapters.card import Card
 from ..adapters.observing import untouched
 from ..losses import Loss, Staged, get_loss, parts
-from ._announce import Announcement
+from ._announce import Announcement, say_what_is_trained
 from ._at import ModelAt, prompt_of, scaled
 from ._batch import Batch
 from ._card import write_trainer_card
@@ -49,7 +49,15 @@ from ._guard import FiniteSteps, check_finite
 from ._host import KeepsHost, unpacked, waits
 from ._metrics import Metrics, evaluation_loss, means
 from ._parents import ParentsMetrics, parents_loss, parents_mean
-from ._rates import agree_on_units, check_rate, group_vectors, take_units_of, trained_vectors, vector_rate
+from ._rates import (
+    agree_on_units,
+    check_optimizer,
+    check_rate,
+    group_vectors,
+    take_units_of,
+    trained_vectors,
+    vector_rate,
+)
 from ._reference import add_reference, reference_copy, reference_of
 from ._resume import (
     CheckpointError,
@@ -126,12 +134,12 @@ class SteeringMixin(Trainer):
         self.vectors_have_groups = False  # in the optimizer
         self._parents_loss: Loss | None = None  # of ours, where it is the parent's own
         self.loss = None if loss is None else get_loss(loss)
-        self._plain = peft_config is None and loss is None
         parent = super().__init__
         bound = inspect.signature(parent).bind_partial(*args, **kwargs)
         given = bound.arguments
         check_ranges(given.get("args"))
         continued = isinstance(given.get("model"), PeftModel)
+        self._plain = peft_config is None and loss is None and not continued
         if peft_config is DEFAULT:
             peft_config = None if continued else SteeringVectorConfig()
         self._micro_step = 0
@@ -282,6 +290,8 @@ class SteeringMixin(Trainer):
             for callback in self.callback_handler.callbacks:
                 if isinstance(callback, LossSpikes):
                     callback.trainer = self
+        elif self.is_world_process_zero() and self.model is not None:
+            say_what_is_trained(self.model)
         with ExitStack() as stack:
             for bias in self._biases:
                 stack.enter_context(bias.during(self))
@@ -356,6 +366,8 @@ class SteeringMixin(Trainer):
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         """As the parent's, with the learning rate of vectors."""
         given = self.optimizer is not None
+        if not self._plain and (vectors := trained_vectors(self.model)):
+            check_optimizer(self.args, vectors, given, self.vector_learning_rate)
         optimizer = super().create_optimizer(*args, **kwargs)
         if not self._plain and not given and trained_vectors(self.model):
             group_vectors(optimizer, self.model, vector_rate(self.args, self.vector_learning_rate).value)

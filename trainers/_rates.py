@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +27,7 @@ DEFAULT_RATE = 1e-3
 """In units of the residual stream (`adapters/units.py`); chosen in `recipes/results/learning_rates/`."""
 _HARDLY_MOVES = 0.02  # of the stream's size, over the whole training
 _BLOWS_UP = 0.25  # of the stream's size, in one step
+_OUTSIDE = ("lomo", "layerwise", "schedule_free")  # step in the backward pass, or average between steps
 _ADAPTIVE = ("adam", "lion", "adagrad", "adadelta", "rmsprop", "ademamix", "sign")
 
 
@@ -66,6 +68,29 @@ def check_rate(given: float | None) -> None:
         raise ValueError(
             f"vector_learning_rate={given!r} must be a finite number above 0, such as 1e-3. None leaves it to "
             "learning_rate."
+        )
+
+
+def check_optimizer(args: Any, vectors: Mapping[int, float | None], given: bool, rate: float | None) -> None:
+    """Raise a ValueError for an optimiser that would not step vectors in their units, or not at their rate.
+
+    Args:
+        args: The training arguments.
+        vectors: See `trained_vectors`.
+        given: Whether the user made the optimiser.
+        rate: The trainer's `vector_learning_rate`.
+    """
+    if given and rate is not None:
+        raise ValueError(
+            f"vector_learning_rate={rate:g} and an optimizer of your own: set the rate of the vectors' parameter "
+            "group, or leave optimizers= out."
+        )
+    kind = str(getattr(args.optim, "value", args.optim))
+    if not given and any(name in kind for name in _OUTSIDE) and any(unit is not None for unit in vectors.values()):
+        raise ValueError(
+            f"optim={kind!r} changes parameters outside of optimizer.step(), and steering vectors are in units of the "
+            "residual stream only inside. Use another (optim='adamw_torch'), or absolute learning rates: "
+            "SteeringVectorConfig(stream_sizes={})."
         )
 
 

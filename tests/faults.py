@@ -156,7 +156,7 @@ FAULTS = [
     ),
     Fault(
         "nobody says what is trained", "another method than asked", "trainers._announce",
-        'logger.log(_VISIBLE, "%s", _what_is_trained(model))', "return",
+        "_say(_what_is_trained(model))", "return",
         "test_units", "what_is_trained",
     ),
     Fault(

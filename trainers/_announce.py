@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from ._mixin import SteeringMixin
 
 logger = logging.getLogger(__name__)
-_VISIBLE = logging.WARNING  # what Python shows where logging was not set up
+logger.setLevel(logging.INFO)  # lines that everybody should see are no warnings
 
 
 class Announcement(TrainerCallback):
@@ -44,7 +44,7 @@ class Announcement(TrainerCallback):
         steps = max(state.max_steps - state.global_step, 0)
         share = largest_share(kwargs["optimizer"], kwargs["lr_scheduler"], steps, rate.value)
         reach = "" if share is None else f": {steps} steps can move it by up to {share:.0%} of the residual stream"
-        logger.log(_VISIBLE, "Learning rate %g (%s)%s.", rate.value, rate.reason, reach)
+        _say(f"Learning rate {rate.value:g} ({rate.reason}){reach}.")
         if share is not None and steps and (problem := warning_of(rate.value, steps, share)):
             logger.warning("Learning rate %g: %s", rate.value, problem)
 
@@ -61,7 +61,14 @@ def _rate_of(trainer: SteeringMixin, optimizer: Any) -> VectorRate:
 
 def say_what_is_trained(model: nn.Module) -> None:
     """Say which of how many parameters are trained, in a line."""
-    logger.log(_VISIBLE, "%s", _what_is_trained(model))
+    _say(_what_is_trained(model))
+
+
+def _say(line: str) -> None:
+    """Log a line, and show it where logging was not set up: Python itself would show warnings only."""
+    if not logger.hasHandlers():
+        logger.addHandler(logging.StreamHandler())
+    logger.info("%s", line)
 
 
 def _what_is_trained(model: nn.Module) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import gc
 import importlib.metadata
+import logging
 from pathlib import Path
 
 import pytest
@@ -100,6 +101,11 @@ def vector_of(model: torch.nn.Module, adapter_name: str = "default") -> torch.Te
 def tokens(rows: int = 2, columns: int = 8, seed: int = 0) -> torch.Tensor:
     """Random token ids, none of them special."""
     return torch.randint(3, 64, (rows, columns), generator=torch.Generator().manual_seed(seed))
+
+
+def of_the_prefix(caplog: pytest.LogCaptureFixture) -> list[logging.LogRecord]:
+    """What the frozen prefix has logged, of all that was."""
+    return [record for record in caplog.records if ".prefix." in record.name]
 
 
 def hooks_on(model: torch.nn.Module) -> int:

@@ -6,7 +6,7 @@ import logging
 
 import pytest
 import torch
-from conftest import fill, tiny
+from conftest import fill, of_the_prefix, tiny
 from datasets import Dataset
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from tiny_data import demonstrations, history, pairs, trained, trainer, values
@@ -122,7 +122,7 @@ def test_training_is_equal_on_every_architecture(architecture, kind, tmp_path, c
     data = pairs() if kind == "dpo" else demonstrations()
     loss = "dpo" if kind == "dpo" else "cross_entropy"
     ours, plain, prefix = both_ways(kind, tmp_path, lambda: tiny(architecture), data=data, loss=loss)
-    assert not caplog.records
+    assert not of_the_prefix(caplog)
     assert len(prefix.memo) >= len(data)
     assert_equal(ours, plain)
 
@@ -132,7 +132,7 @@ def test_shared_prompts_are_exact_on_every_architecture(architecture, positions,
     model = get_peft_model(tiny(architecture), SteeringVectorConfig(positions=positions))
     fill(model)
     assert_same_with_shortcut(model, pair_batch())
-    assert not caplog.records and len(splits_run) >= 2
+    assert not of_the_prefix(caplog) and len(splits_run) >= 2
 
 
 @pytest.mark.parametrize("form", ["gated", "linear", "low_rank"])
@@ -178,7 +178,7 @@ def test_completions_only_are_exact_on_every_architecture(architecture, data, tm
     ours, plain, _ = both_ways(
         kind, tmp_path, lambda: tiny(architecture), data=data(), loss=loss, peft_config=config, max_steps=6
     )
-    assert not caplog.records
+    assert not of_the_prefix(caplog)
     assert_equal(ours, plain)
     longest = max(len(row) for row in ours.train_dataset[next(iter(ours.train_dataset.features))])
     last = tokens_run[-1]
@@ -272,14 +272,14 @@ def test_left_padding_and_given_positions(caplog):
     assert_same_with_shortcut(model, left)
     positions = torch.arange(right.labels.shape[1]).expand_as(right.labels) + 3
     assert_same_with_shortcut(model, Batch({**right.inputs, "position_ids": positions}, right.labels, pairs=True))
-    assert not caplog.records
+    assert not of_the_prefix(caplog)
 
 
 # -- off, and says why -----------------------------------------------------------------------------------------------
 
 
 def off_because(caplog, text: str) -> None:
-    assert any(text in record.getMessage() for record in caplog.records), caplog.text
+    assert any(text in record.getMessage() for record in of_the_prefix(caplog)), caplog.text
 
 
 def test_dropout_below_is_off_and_dropout_above_is_not(caplog, splits_run):
@@ -428,7 +428,7 @@ def test_gradient_checkpointing_is_exact_and_reentrant_is_off(reentrant, tmp_pat
     if reentrant:
         off_because(caplog, "reentrant gradient checkpointing needs gradients of the embeddings")
     else:
-        assert not caplog.records and len(prefix.memo)
+        assert not of_the_prefix(caplog) and len(prefix.memo)
 
 
 @pytest.mark.parametrize("wrong", ["yes", 1, 0.5])
@@ -447,7 +447,7 @@ def test_what_was_asked_for_warns_and_what_was_not_says_one_line(tmp_path, caplo
         caplog.clear()
         evaluated = dict(eval_dataset=pairs(4, seed=9), eval_strategy="steps", eval_steps=1)
         trained("dpo", tmp_path, frozen_prefix=asked, peft_config=NOWHERE, loss="dpo", **evaluated)
-        assert [record.levelno for record in caplog.records] == levels
+        assert [record.levelno for record in of_the_prefix(caplog)] == levels
 
 
 @pytest.mark.parametrize(
@@ -471,7 +471,7 @@ def test_one_visible_line_where_nobody_asked(kind, options, why, fix, tmp_path, 
     trained(kind, tmp_path, **options)
     [warning] = [
         record.getMessage()
-        for record in caplog.records
+        for record in of_the_prefix(caplog)
         if record.levelno >= logging.WARNING and record.name.startswith("steertune")
     ]
     assert why in warning and fix in warning and warning.startswith("The frozen prefix is off: ")
@@ -537,7 +537,7 @@ def test_whatever_goes_wrong_inside_changes_nothing(place, when, tmp_path, monke
     made.train()
     monkeypatch.undo()
     assert_equal(made, plain)
-    warnings = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+    warnings = [record.getMessage() for record in of_the_prefix(caplog) if record.levelno >= logging.WARNING]
     assert len(warnings) == len(set(warnings)) <= 3
 
 

@@ -74,12 +74,15 @@ def seen(boundary: PromptBoundary, positions: Any, columns: int) -> torch.Tensor
     return None if mask is None else mask[..., 0]
 
 
+MODEL = torch.nn.Identity().eval()  # whose forward passes a boundary is told of
+
+
 @given(st.lists(row, min_size=1, max_size=4), st.booleans(), st.sampled_from(POSITIONS[1:]))
 def test_masks_are_what_the_tokens_say(rows, right, positions):
     batch = batch_of(same_width(rows, right))
     boundary = PromptBoundary()
     boundary.before_forward(
-        None, (), {"input_ids": batch["kinds"], "attention_mask": batch["mask"], "labels": batch["labels"]}
+        MODEL, (), {"input_ids": batch["kinds"], "attention_mask": batch["mask"], "labels": batch["labels"]}
     )
     mask = seen(boundary, positions, batch["kinds"].shape[1])
     real = batch["mask"].bool()
@@ -102,7 +105,7 @@ def test_parts_through_a_cache_are_the_whole(rows, positions, data):
         cache = SimpleNamespace(get_seq_length=lambda start=start: start)
         given_mask = batch["mask"][:, :end]
         boundary.before_forward(
-            None, (),
+            MODEL, (),
             {"input_ids": batch["kinds"][:, start:end], "attention_mask": given_mask, "past_key_values": cache},
         )  # fmt: skip
         mask = seen(boundary, positions, end - start)

@@ -222,7 +222,7 @@ def test_sizes_are_saved_and_an_adapter_without_them_gets_them(tmp_path):
 
 def lines(caplog, *args, **options) -> str:
     """What a training says at its start."""
-    with caplog.at_level(logging.WARNING, logger="steertune"):
+    with caplog.at_level(logging.INFO, logger="steertune"):
         trained(*args, **options)
     return caplog.text
 
@@ -241,7 +241,8 @@ def test_the_default_rate_of_the_parent_is_not_a_vectors(kind, tmp_path, caplog)
 
 def test_a_rate_that_the_user_chose_is_kept_and_logged(tmp_path, caplog):
     made = trainer("dpo", tmp_path, learning_rate=2e-4, lr_scheduler_type="constant")
-    made.train()
+    with caplog.at_level(logging.INFO, logger="steertune"):
+        made.train()
     assert "Learning rate 0.0002 (DPOConfig.learning_rate)" in caplog.text
     assert all(entry["learning_rate"] == 2e-4 for entry in history(made, "learning_rate"))
 
@@ -272,7 +273,8 @@ def test_an_optimizer_of_the_users_own_keeps_its_rate(tmp_path, caplog):
         own = torch.optim.AdamW([vector_of(model)], lr=2e-3)
         return trainer("dpo", tmp_path, model=model, optimizers=(own, None), **options)
 
-    made().train()
+    with caplog.at_level(logging.INFO, logger="steertune"):
+        made().train()
     assert "Learning rate 0.002 (the optimizer's own)" in caplog.text
     with pytest.raises(ValueError, match="an optimizer of your own"):
         made(vector_learning_rate=1e-3).train()

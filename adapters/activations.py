@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, get_args
@@ -18,6 +18,7 @@ from .blocks import find_blocks, resolve_layers, site_name
 from .checks import choose
 from .config import Layers, Site
 from .observing import adapters_off, evaluating
+from .stream import is_sharded
 
 Pool = Literal["completion_mean", "last"]
 
@@ -131,20 +132,29 @@ def _states(
     blocks = find_blocks(base)
     modules = {i: base.get_submodule(site_name(*blocks[i], site)) for i in resolve_layers(layers, len(blocks))}
     device = next(base.parameters()).device
-    with adapters_off(model), evaluating(base), _outputs_of(base, modules) as outputs:
+    # where weights are gathered for every module, a pass that ends early would leave some gathered
+    ends_early = not any(is_sharded(parameter) for parameter in base.parameters())
+    with adapters_off(model), evaluating(base), _outputs_of(base, modules, ends_early) as outputs:
         others = torch.distributed.is_initialized() and torch.distributed.get_rank() > 0
         for batch in tqdm(batches, desc="Collecting activations", disable=others or len(batches) < 4):
             ids = batch["input_ids"].to(device)
             mask = batch["attention_mask"].to(device) if "attention_mask" in batch else torch.ones_like(ids)
-            base(input_ids=ids, attention_mask=mask)
+            with suppress(_Enough):
+                base(input_ids=ids, attention_mask=mask)
             yield batch, mask, {i: outputs[i].float() for i in modules}
 
 
+class _Enough(Exception):
+    """The layers that are asked for have run: the layers above and the head need not."""
+
+
 @contextmanager
-def _outputs_of(base: nn.Module, modules: Mapping[int, nn.Module]) -> Iterator[dict[int, Tensor]]:
-    """A dictionary that every forward pass inside fills with the outputs of `modules`."""
+def _outputs_of(base: nn.Module, modules: Mapping[int, nn.Module], ends_early: bool) -> Iterator[dict[int, Tensor]]:
+    """A dictionary that every forward pass inside fills with the outputs of `modules`; with `ends_early`, a pass ends
+    there."""
     seen: dict[int, Tensor] = {}
-    handles = [module.register_forward_hook(partial(_keep, seen, i)) for i, module in modules.items()]
+    last = max(modules) if ends_early else None
+    handles = [module.register_forward_hook(partial(_keep, seen, i, i == last)) for i, module in modules.items()]
     try:
         yield seen
     finally:
@@ -152,8 +162,10 @@ def _outputs_of(base: nn.Module, modules: Mapping[int, nn.Module]) -> Iterator[d
             handle.remove()
 
 
-def _keep(seen: dict[int, Tensor], index: int, module: nn.Module, args: Any, output: Any) -> None:
+def _keep(seen: dict[int, Tensor], index: int, last: bool, module: nn.Module, args: Any, output: Any) -> None:
     seen[index] = output[0] if isinstance(output, tuple) else output
+    if last:
+        raise _Enough
 
 
 def _pool_weights(completion_mask: Tensor, pool: Pool) -> Tensor:

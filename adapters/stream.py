@@ -71,12 +71,13 @@ def _cannot_run(model: nn.Module, sharded: bool) -> str | None:
     if not hasattr(model, "config") or not hasattr(model, "get_input_embeddings"):
         return f"{type(model).__name__} is not a transformers model"
     for name, parameter in model.named_parameters():
-        if parameter.is_meta or (not sharded and _is_sharded(parameter)):
+        if parameter.is_meta or (not sharded and is_sharded(parameter)):
             return f"{name} is sharded or on the meta device"
     return None
 
 
-def _is_sharded(parameter: Tensor) -> bool:
+def is_sharded(parameter: Tensor) -> bool:
+    """Whether a parameter holds a share of its values only."""
     return hasattr(parameter, "device_mesh") or hasattr(parameter, "ds_id")  # FSDP2's, and ZeRO-3's
 
 
@@ -92,7 +93,7 @@ def _run(model: nn.Module) -> None:
         decoder = find_stack(model)
     except ValueError:
         decoder = model
-    whole = any(map(_is_sharded, model.parameters()))  # FSDP takes what runs first for its root
+    whole = any(map(is_sharded, model.parameters()))  # FSDP takes what runs first for its root
     if whole or "input_ids" not in inspect.signature(type(decoder).forward).parameters:
         decoder = model
     options = {"use_cache": False} if "use_cache" in inspect.signature(type(decoder).forward).parameters else {}

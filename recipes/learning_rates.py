@@ -46,7 +46,7 @@ TRAIN, TEST = 32, 40
 PLANTED_SHARE = 0.2  # of the stream's size: how long the tiny model's planted vector is
 SHARPER = 10.0  # times the tiny model's logits: a random one is nearly uniform, and hardly any vector changes that
 WORDS = 12  # of a prompt and of an answer of the tiny model
-NEAR = 0.05  # share of the best gain that still counts as best
+NEAR = 0.1  # share of a model's best gain that a rate may miss and still suit it
 
 
 @dataclass(frozen=True)
@@ -206,11 +206,12 @@ def table(runs: Sequence[Run]) -> str:
     """Losses by rate, and of every model the best rate and those that are nearly as good, as Markdown."""
     frame = pd.DataFrame([asdict(run) for run in runs])
     losses = frame.pivot(index="model", columns="rate", values="loss").reindex(frame["model"].unique())
-    rows = []
+    rows, suits_all = [], set(RATES)
     for name, of_model in frame.groupby("model", sort=False):
         best = of_model.loc[of_model["loss"].idxmin()]
         gain = of_model["base_loss"] - of_model["loss"]
         near = of_model.loc[gain >= (1 - NEAR) * gain.max(), "rate"]
+        suits_all &= set(near)
         rows.append(
             {
                 "model": name,
@@ -231,6 +232,11 @@ def table(runs: Sequence[Run]) -> str:
             "",
             pd.DataFrame(rows).to_markdown(index=False),
             "",
+            f"Rates that come within {NEAR:.0%} of the best gain of every model: "
+            f"{', '.join(f'{rate:g}' for rate in sorted(suits_all)) or 'none'}. Best rates differ by a factor of "
+            f"{_spread(rows, 'best rate'):.0f}, in absolute units by one of "
+            f"{_spread(rows, 'the best in absolute units'):.0f}.",
+            "",
             "Held-out loss by rate:",
             "",
             losses.round(4).rename(columns=lambda rate: f"{rate:g}").to_markdown(),
@@ -242,6 +248,12 @@ def table(runs: Sequence[Run]) -> str:
             "",
         ]
     )
+
+
+def _spread(rows: Sequence[dict[str, str]], column: str) -> float:
+    """Largest over smallest number of a column."""
+    values = [float(row[column]) for row in rows]
+    return max(values) / min(values)
 
 
 if __name__ == "__main__":

@@ -328,7 +328,9 @@ def test_logged_numbers_are_what_they_say(tmp_path):
     batches = [made.data_collator([made.train_dataset[i] for i in range(8)])]
     direction = directions.compute("mean_difference", tiny(), batches, [2])
     assert step["vector/norm"] == pytest.approx(float(vector.norm()))
-    assert step["vector/share_of_residual"] == pytest.approx(float(vector.norm()) / direction.residual_norms[2])
+    assert step["vector/share_of_residual"] == pytest.approx(
+        float(vector.norm()) / made.model.peft_config["default"].stream_sizes["2"]
+    )
     cosine = torch.cosine_similarity(vector, direction.vectors[2], dim=0)
     assert step["vector/cos_mean_difference"] == pytest.approx(float(cosine), abs=1e-5)
     metrics = made.evaluate()

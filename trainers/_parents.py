@@ -96,9 +96,12 @@ class ParentsMetrics:
             logits: `(labels, vocabulary)`.
             answers: The labels, `(labels,)`.
         """
-        logps = logits.log_softmax(-1)
-        entropy = -(logps.exp() * logps).sum(-1)
-        self._of_labels = entropy, (logits.argmax(-1) == answers).float(), logits.mean(-1)
+        top, best = logits.max(-1)
+        shifted = logits - top[:, None]
+        weights = shifted.exp()  # (labels, vocabulary), the largest 1
+        total = weights.sum(-1)
+        entropy = total.log() - torch.linalg.vecdot(weights, shifted) / total
+        self._of_labels = entropy, (best == answers).float(), logits.mean(-1)
 
     @torch.no_grad()
     def note(self, log: dict[str, list[float]], at: ModelAt, batch: Batch, training: bool) -> None:

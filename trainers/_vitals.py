@@ -10,12 +10,12 @@ from torch import Tensor, nn
 from ..adapters import directions, steering_layers
 from ..adapters.config import Site
 from ._sharded import gathered
-from ._start import pair_batches, residual_norms
+from ._start import pair_batches
 
 if TYPE_CHECKING:
     from ._mixin import SteeringMixin
 
-_EXAMPLES = 16  # enough for a mean norm and a reference direction to look at; a fixed small cost
+_PAIRS = 8  # enough for a direction to look at; a fixed small cost
 
 
 class Place(NamedTuple):
@@ -27,28 +27,22 @@ class Place(NamedTuple):
 
 
 class VectorVitals:
-    """Norm, share of the residual norm, and cosines to the start and to the mean difference, averaged over layers."""
+    """Norm, share of the stream's size, and cosines to the start and to the mean difference, averaged over layers."""
 
     def __init__(self) -> None:
         self._start: dict[Place, Tensor] = {}
         self._mean_difference: dict[Place, Tensor] = {}
-        self._residual_norms: dict[Place, float] = {}
 
     def start(self, trainer: SteeringMixin) -> None:
-        """Remember the initial vectors, and measure the base model on at most 16 training examples."""
+        """Remember the initial vectors, and the mean difference of the first training pairs."""
         self._start = _vectors(trainer.model)
-        pairs = pair_batches(trainer, _EXAMPLES) if self._start else None
-        sites = {place.site for place in self._start}
+        pairs = pair_batches(trainer, _PAIRS) if self._start else None
+        sites = {place.site for place in self._start} if pairs else set()
         for site in (site for site in get_args(Site) if site in sites):
             places = [place for place in self._start if place.site == site]
             layers = sorted({place.layer for place in places})
-            if pairs:
-                direction = directions.compute("mean_difference", trainer.model, pairs, layers, site)
-                self._mean_difference |= {place: direction.vectors[place.layer] for place in places}
-                norms = direction.residual_norms
-            else:
-                norms = residual_norms(trainer, layers, site, _EXAMPLES)
-            self._residual_norms |= {place: norms[place.layer] for place in places if place.layer in norms}
+            direction = directions.compute("mean_difference", trainer.model, pairs or [], layers, site)
+            self._mean_difference |= {place: direction.vectors[place.layer] for place in places}
 
     def read(self, model: nn.Module) -> dict[str, float]:
         """The numbers to log; empty for a model without steering vectors."""
@@ -56,8 +50,8 @@ class VectorVitals:
         for place, vector in _vectors(model).items():
             norm = float(vector.norm())
             values.setdefault("vector/norm", []).append(norm)
-            if place in self._residual_norms:
-                values.setdefault("vector/share_of_residual", []).append(norm / self._residual_norms[place])
+            if size := _stream_size(model, place):
+                values.setdefault("vector/share_of_residual", []).append(norm / size)
             for name, others in (("init", self._start), ("mean_difference", self._mean_difference)):
                 other = others.get(place)
                 if other is not None and norm > 0 and float(other.norm()) > 0:
@@ -65,6 +59,12 @@ class VectorVitals:
                         float(torch.cosine_similarity(vector, other, dim=0))
                     )
         return {name: sum(of_layers) / len(of_layers) for name, of_layers in values.items()}
+
+
+def _stream_size(model: nn.Module, place: Place) -> float | None:
+    """Typical size of the residual stream where a vector is written, if it was measured."""
+    configs = [layer.config[place.adapter] for layer in steering_layers(model, place.adapter)]
+    return (configs[0].stream_sizes or {}).get(str(place.layer)) if configs else None
 
 
 def _vectors(model: nn.Module) -> dict[Place, Tensor]:

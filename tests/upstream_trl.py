@@ -1,19 +1,20 @@
 """pytest plug-in that puts our trainers in place of TRL's in TRL's own tests of its trainers.
 
-`upstream_suites.py --trl FOLDER` runs the tests twice: as they are (the control), and with the names `DPOTrainer` and
-`SFTTrainer` of the test modules standing for ours. `RewardTrainer` stays TRL's own; there `LoraConfig` stands for our
-configuration. Nothing of upstream is edited. Models, tokenizers and data that the tests ask of the hub are tiny ones
+`upstream_suites.py --trl FOLDER` runs the tests for every subject: as they are ("control"); with the names `DPOTrainer`
+and `SFTTrainer` of the test modules standing for ours, and the same `peft_config` ("ours"); and with a steering vector
+in place of LoRA and of full finetuning ("vector"). `RewardTrainer` stays TRL's own; there "vector" puts a steering
+vector in place of LoRA. Nothing of upstream is edited. Models, tokenizers and data that the tests ask of the hub are tiny ones
 made here: random weights, a byte-pair tokenizer of 1200 tokens, and 19 made-up rows in every format.
 """
 
 from __future__ import annotations
 
+import ast
+import contextlib
 import json
 import os
 import re
-from collections.abc import Callable
 from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,10 @@ from steertune.adapters import SteeringVectorConfig
 from steertune.trainers import SteeringDPOTrainer, SteeringSFTTrainer
 
 WHO = "STEERTUNE_UPSTREAM_WHO"
-"""Environment variable: "control" or "ours"."""
+"""Environment variable: one of SUBJECTS."""
+SUBJECTS = {"dpo_trainer": ("control", "ours", "vector"), "sft_trainer": ("control", "ours", "vector"),
+            "reward_trainer": ("control", "vector")}  # fmt: skip
+"""File of TRL's tests -> for whom it is run."""
 CLASSES = ("TestDPOTrainer", "TestSFTTrainer", "TestRewardTrainer")
 LEFT_OUT = re.compile("(?i)vlm|vision|vllm|liger|remote_code|quantization|padding_free$")
 
@@ -69,7 +73,9 @@ def make_trl_cache(folder: Path) -> None:
         config = AutoConfig.for_model(kind, **sizes, **({"num_labels": 1} if classifies else {}))
         auto.from_config(config).save_pretrained(snapshot)
         tokenizer.save_pretrained(snapshot)
-    _tokenizer((_TEMPLATES / "qwen3.jinja").read_text()).save_pretrained(_snapshot(folder, "Qwen/Qwen3-4B"))
+    lends_template = _snapshot(folder, "Qwen/Qwen3-4B")
+    AutoConfig.for_model("qwen3").save_pretrained(lends_template)
+    _tokenizer((_TEMPLATES / "qwen3.jinja").read_text()).save_pretrained(lends_template)
 
 
 def _snapshot(folder: Path, name: str) -> Path:
@@ -100,7 +106,7 @@ def _tokenizer(template: str | None) -> PreTrainedTokenizerFast:
 
 _THINGS = "rain snow wind fire sand iron gold salt milk bread honey wool silk stone wood glass smoke steam chalk".split()
 # prompt, right answer, wrong answer
-ROWS = [(f"What I know of {a} is that", f" {a} is not {b}.", f" {a} equals {b}.") for a, b in zip(
+ROWS = [(f"Is {a} {b}?", f" {a} is not {b}.", f" {a} equals {b}.") for a, b in zip(
     _THINGS, reversed(_THINGS), strict=True)]  # fmt: skip
 _TOOL = {
     "type": "function",
@@ -168,29 +174,38 @@ def load_dataset(path: str, name: str = "", split: str | None = None, streaming:
 # -- hooks ----------------------------------------------------------------------------------------------------------
 
 
-class DPOTrainer(SteeringDPOTrainer):
+class _Full:
     """Ours, where a test that gives no `peft_config` means full finetuning."""
 
     def __init__(self, *args: Any, peft_config: Any = None, **kwargs: Any) -> None:
         super().__init__(*args, peft_config=peft_config, **kwargs)
 
 
-class SFTTrainer(SteeringSFTTrainer):
-    """Ours, where a test that gives no `peft_config` means full finetuning."""
+class _Vector:
+    """Ours with a steering vector; training must change all of it and nothing else."""
 
-    def __init__(self, *args: Any, peft_config: Any = None, **kwargs: Any) -> None:
-        super().__init__(*args, peft_config=peft_config, **kwargs)
+    def train(self: Any, *args: Any, **kwargs: Any) -> Any:
+        before = {name: value.detach().clone() for name, value in self.model.named_parameters()}
+        result = super().train(*args, **kwargs)  # pyright: ignore
+        for name, value in self.model.named_parameters():
+            assert torch.equal(value, before[name]) != value.requires_grad, f"{name} is not what was to be trained"
+        return result
 
 
 def _vector(*_: Any, **__: Any) -> SteeringVectorConfig:
-    """What stands where the tests of `RewardTrainer` give a LoRA of any options."""
+    """What stands where tests give a LoRA of any options."""
     return SteeringVectorConfig()
 
 
-def names_of(module: str) -> dict[str, Any]:
-    """What is put in place of names of a test module when ours are tested."""
-    trainers_of = {"dpo": {"DPOTrainer": DPOTrainer}, "sft": {"SFTTrainer": SFTTrainer}}
-    return trainers_of.get(module.rpartition("test_")[2].partition("_")[0], {"LoraConfig": _vector})
+def names_of(module: str, subject: str) -> dict[str, Any]:
+    """What is put in place of names of a test module for a subject."""
+    kind = module.rpartition("test_")[2].partition("_")[0]
+    mixin, names = (_Full, {}) if subject == "ours" else (_Vector, {"LoraConfig": _vector})
+    trainer = {"dpo": SteeringDPOTrainer, "sft": SteeringSFTTrainer}.get(kind)  # RewardTrainer stays TRL's own
+    if trainer is not None:
+        name = f"{kind.upper()}Trainer"
+        names[name] = type(name, (mixin, trainer), {})
+    return {} if subject == "control" else names
 
 
 def pytest_configure(config: Any) -> None:
@@ -199,15 +214,19 @@ def pytest_configure(config: Any) -> None:
     disable_progress_bars()
     for marker in ("slow", "low_priority", "invariant"):
         config.addinivalue_line("markers", marker)
-    # helpers of another version of TRL's ask for optional packages that the installed version no longer knows
-    import_module("trl.import_utils").__getattr__ = _is_available  # pyright: ignore
+    for file in Path("tests").glob("*.py"):
+        _stand_in(file)
 
 
-def _is_available(name: str) -> Callable[[], bool]:
-    package = re.fullmatch("is_(.+)_available", name)
-    if package is None:
-        raise AttributeError(name)
-    return lambda: find_spec(package[1]) is not None
+def _stand_in(file: Path) -> None:
+    """Let a file import names that the installed TRL does not have, as the tests of another version do."""
+    for node in ast.walk(ast.parse(file.read_text())):
+        if not isinstance(node, ast.ImportFrom) or node.level or not (node.module or "").startswith("trl."):
+            continue
+        with contextlib.suppress(ImportError):  # of a file that is not run
+            module = import_module(node.module or "")
+            for name in [alias.name for alias in node.names if not hasattr(module, alias.name)]:
+                setattr(module, name, lambda *_, **__: False)  # most ask whether a package is there
 
 
 @pytest.fixture
@@ -222,7 +241,7 @@ def pytest_collection_modifyitems(config: Any, items: list[Any]) -> None:
     config.hook.pytest_deselected(items=[item for item in items if item not in kept])
     items[:] = kept
     for module in {item.module for item in kept}:
-        names = names_of(module.__name__) if os.environ[WHO] == "ours" else {}
+        names = names_of(module.__name__, os.environ[WHO])
         for name, value in {"load_dataset": load_dataset, **names}.items():
             setattr(module, name, value)
 

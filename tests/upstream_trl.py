@@ -1,10 +1,10 @@
 """pytest plug-in that puts our trainers in place of TRL's in TRL's own tests of its trainers.
 
-`upstream_suites.py --trl FOLDER` runs the tests for every subject: as they are ("control"); with the names `DPOTrainer`
-and `SFTTrainer` of the test modules standing for ours, and the same `peft_config` ("ours"); and with a steering vector
-in place of LoRA and of full finetuning ("vector"). `RewardTrainer` stays TRL's own; there "vector" puts a steering
-vector in place of LoRA. Nothing of upstream is edited. Models, tokenizers and data that the tests ask of the hub are tiny ones
-made here: random weights, a byte-pair tokenizer of 1200 tokens, and 19 made-up rows in every format.
+`upstream_suites.py --trl FOLDER` runs the tests for every subject: as they are ("control"); with `DPOTrainer` and
+`SFTTrainer` in the test modules standing for ours, and the same `peft_config` ("ours"); and with a steering vector in
+place of LoRA and of full finetuning ("vector"). `RewardTrainer` stays TRL's own; there "vector" puts a steering vector
+in place of LoRA. Nothing of upstream is edited. Models, tokenizers and data that the tests ask of the hub are tiny
+ones made here: random weights, a byte-pair tokenizer of 1200 tokens, and 19 made-up rows in every format.
 """
 
 from __future__ import annotations
@@ -34,6 +34,8 @@ WHO = "STEERTUNE_UPSTREAM_WHO"
 SUBJECTS = {"dpo_trainer": ("control", "ours", "vector"), "sft_trainer": ("control", "ours", "vector"),
             "reward_trainer": ("control", "vector")}  # fmt: skip
 """File of TRL's tests -> for whom it is run."""
+FROZEN = re.compile(r"AssertionError: Parameter (?!.*steering_vector)(?!.*original_module)\S+ has not changed")
+"""What a test says that asks for a change of the base's weights."""
 CLASSES = ("TestDPOTrainer", "TestSFTTrainer", "TestRewardTrainer")
 LEFT_OUT = re.compile("(?i)vlm|vision|vllm|liger|remote_code|quantization|padding_free$")
 
@@ -104,7 +106,9 @@ def _tokenizer(template: str | None) -> PreTrainedTokenizerFast:
 
 # -- data -----------------------------------------------------------------------------------------------------------
 
-_THINGS = "rain snow wind fire sand iron gold salt milk bread honey wool silk stone wood glass smoke steam chalk".split()
+_THINGS = (
+    "rain snow wind fire sand iron gold salt milk bread honey wool silk stone wood glass smoke steam chalk".split()
+)
 # prompt, right answer, wrong answer
 ROWS = [(f"Is {a} {b}?", f" {a} is not {b}.", f" {a} equals {b}.") for a, b in zip(
     _THINGS, reversed(_THINGS), strict=True)]  # fmt: skip

@@ -52,7 +52,11 @@ TRL_BY_DESIGN = [
         "DID NOT RAISE",
         "with an adapter the reference is the base, which training does not change: it can be computed at any time",
     ),
-    ("dropped", "rows have no label left", "rows that are cut before their first label are refused, not dropped"),
+    (
+        "dropped",
+        "rows have no label left",
+        "rows of a data set that are cut before their first label are refused, not dropped unsaid",
+    ),
     ("template_from_model", "cannot train embeddings", "TRL adds and trains tokens then, which a vector cannot"),
 ]
 _HUB = re.compile(r"(?i)offline|huggingface\.co|can't find '|couldn't connect|localentrynotfound|not a local folder")

@@ -182,7 +182,7 @@ class _Full:
     """Ours, where a test that gives no `peft_config` means full finetuning."""
 
     def __init__(self, *args: Any, peft_config: Any = None, **kwargs: Any) -> None:
-        super().__init__(*args, peft_config=peft_config, **kwargs)
+        super().__init__(*args, peft_config=peft_config, **kwargs)  # pyright: ignore
 
 
 class _Vector:

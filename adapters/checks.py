@@ -50,6 +50,7 @@ def read_config(path: str) -> dict[str, Any]:
     """The JSON object of an `adapter_config.json` that says it is a steering vector's.
 
     Raises:
+        TypeError: it does not say of which method it is; PEFT's error, for its configurations raise it too.
         ValueError: no readable JSON object, too large, or of another kind of adapter.
     """
     try:
@@ -63,6 +64,11 @@ def read_config(path: str) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is no adapter's configuration: {error}. Save or download it again.") from error
     kind = found.get("peft_type")
+    if kind is None:
+        raise TypeError(
+            f"{path} holds a None adapter. The SteeringVectorConfig config that is trying to be loaded is missing "
+            "required keys: {'peft_type'}."
+        )
     if kind != PEFT_TYPE:
         raise ValueError(f"{path} holds a {kind} adapter, not a steering vector.")
     if found.get("auto_mapping") is not None:

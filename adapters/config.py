@@ -140,6 +140,7 @@ class SteeringVectorConfig(PeftConfig):
         """Read `adapter_config.json`, after checking the weight file beside it (see `check_adapter_folder`).
 
         Raises:
+            TypeError: the file does not say of which kind the adapter is.
             ValueError: the adapter is of another kind, or its weights are not usable.
         """
         config: Any = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)

@@ -30,7 +30,7 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import SFTConfig
 
-from steertune.adapters import SteeringVectorConfig, steering_layers
+from steertune.adapters import SteeringVectorConfig, SteeringVectorLayer, steering_layers
 from steertune.adapters.card import versions
 from steertune.recipes import embedded
 from steertune.recipes.arm import DataTable
@@ -128,7 +128,8 @@ def train(name: str, subject: Subject, rate: float, prefix: FrozenPrefix) -> Run
         trainer.train()
         after = trainer.evaluate()["eval_loss"]
     [layer] = steering_layers(trainer.model)
-    vector, size = layer.steering_vector_v["default"], layer.config["default"].stream_sizes[str(layer.layer_index)]
+    vector: Any = layer.steering_vector_v["default"]
+    size = _size(layer)
     return Run(
         model=name,
         size=size,
@@ -138,6 +139,10 @@ def train(name: str, subject: Subject, rate: float, prefix: FrozenPrefix) -> Run
         loss=after,
         base_loss=before,
     )
+
+
+def _size(layer: SteeringVectorLayer) -> float:
+    return (layer.config["default"].stream_sizes or {})[str(layer.layer_index)]
 
 
 def smollm2() -> Subject:
@@ -177,7 +182,7 @@ def tiny(factor: float = 1.0) -> Subject:
     teacher = get_peft_model(copy.deepcopy(base), SteeringVectorConfig())
     [layer] = steering_layers(teacher)
     direction = torch.nn.functional.normalize(torch.randn(layer.in_features, generator=_seeded()), dim=0)
-    layer.initialise("default", direction * PLANTED_SHARE * layer.config["default"].stream_sizes["2"])
+    layer.initialise("default", direction * PLANTED_SHARE * _size(layer))
     first = len(tokenizer.all_special_ids)
     prompts = torch.randint(first, len(tokenizer), (TRAIN + 200, WORDS), generator=_seeded())  # (rows, words)
     torch.manual_seed(0)

@@ -36,7 +36,7 @@ class Announcement(TrainerCallback):
             mark_deepspeeds_optimizer(trainer, kwargs["optimizer"])
         if not state.is_world_process_zero:
             return
-        model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
+        model: Any = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
         say_what_is_trained(model)
         if not trained_vectors(model):
             return

@@ -210,7 +210,7 @@ def scaled(model: nn.Module, strength: Strength) -> AbstractContextManager[Any]:
     stack = ExitStack()
     if steering_layers(model):
         stack.enter_context(set_strength(model, strength))
-    if lora:
+    if lora and strength != "null":
         stack.enter_context(rescale_adapter_scale(model, strength))
     return stack
 

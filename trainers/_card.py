@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..adapters.card import Card, write_card
 from ._saved import adapter_folder
@@ -21,7 +21,8 @@ def write_trainer_card(trainer: SteeringMixin, folder: str | Path, anyway: bool 
         folder: Where its adapter was saved.
         anyway: Whether a README is replaced that may say what somebody wrote.
     """
-    home = adapter_folder(trainer.accelerator.unwrap_model(trainer.model), Path(folder))
+    model: Any = trainer.accelerator.unwrap_model(trainer.model)
+    home = adapter_folder(model, Path(folder))
     if not (home / "adapter_config.json").is_file():
         return
     card = trainer.card

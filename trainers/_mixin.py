@@ -487,7 +487,7 @@ class SteeringMixin(Trainer):
         before, self._micro_step = self._micro_step, 0
         try:
             with self._seen.evaluation() as values:
-                output = loop()
+                output: Any = loop()
         finally:
             self._micro_step = before
         output.metrics.update(means(values, metric_key_prefix))

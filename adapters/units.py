@@ -84,9 +84,8 @@ def value(module: HasUnit) -> Tensor:
     if module.unit is None or not torch.is_grad_enabled():
         return weight
     held = weight.detach()
-    return (
-        held + (weight - held) * module.unit
-    )  # the difference is exactly 0: the value is v, the gradient unit · dL/dv
+    # the difference is exactly 0, so that the value is v and only the gradient is multiplied
+    return held + (weight - held) * module.unit
 
 
 def _parameters_in_units(optimizer: Optimizer, closure: bool) -> Iterator[tuple[Tensor, float]]:

@@ -30,8 +30,9 @@ def test_one_full_step_finds_the_vector_that_a_teacher_is(instruction, tmp_path)
     expected = (states_of(tiny(seed=5), data, view) - states_of(tiny(), data)).mean(dim=0)
     made = trained(
         "dpo", tmp_path, data=data, loss=get_loss("prompted", layers=2), max_steps=1,
-        views={"good": taught(instruction=instruction)}, peft_config=SteeringVectorConfig(layers=2), optim="sgd",
-        learning_rate=16.0, lr_scheduler_type="constant", per_device_train_batch_size=6, max_grad_norm=0.0,
+        views={"good": taught(instruction=instruction)}, peft_config=SteeringVectorConfig(layers=2, stream_sizes={}),
+        optim="sgd", learning_rate=16.0, lr_scheduler_type="constant", max_grad_norm=0.0,
+        per_device_train_batch_size=6,
     )  # fmt: skip
     [vector] = values(made.model).values()
     torch.testing.assert_close(vector, expected, atol=1e-5, rtol=1e-4)

@@ -25,7 +25,7 @@ def arms(kind: str, folder, count: int = 2, base=None, changes=(), **options) ->
     for i in range(count):
         # Adam divides by the size of the gradient: without the epsilon, rounding decides where it is almost nothing
         own = {
-            "learning_rate": 0.05 * (i + 1),
+            "learning_rate": 0.01 * (i + 1),
             "seed": i,
             "adam_epsilon": 1e-4,
             **options,

@@ -75,7 +75,7 @@ def test_lora_by_trls_own_flags(home, tmp_path):
 
 def test_every_switch_can_be_said():
     """A new field of the configuration must get a flag, or be named here."""
-    inner = {"residual_norms", "base_fingerprint", "checksum", "target_modules", "modules_to_save"}
+    inner = {"residual_norms", "stream_sizes", "base_fingerprint", "checksum", "target_modules", "modules_to_save"}
     own = set(SteeringVectorConfig.__annotations__) - inner
     flags = {name.removeprefix("steering_") for name in SteeringArguments.__dataclass_fields__ if "steering_" in name}
     assert flags == own

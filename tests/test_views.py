@@ -372,8 +372,8 @@ def test_one_full_step_finds_the_vector_that_an_instruction_is(kind, site, tmp_p
     loss = get_loss("prompted", layers=2, site=site)
     made = trained(
         kind, tmp_path, data=data, loss=loss, views={"good": GOOD}, max_steps=1,
-        peft_config=SteeringVectorConfig(layers=2, site=site), optim="sgd", learning_rate=16.0,
-        lr_scheduler_type="constant", per_device_train_batch_size=6, max_grad_norm=0.0,
+        peft_config=SteeringVectorConfig(layers=2, site=site, stream_sizes={}), optim="sgd",
+        learning_rate=16.0, lr_scheduler_type="constant", per_device_train_batch_size=6, max_grad_norm=0.0,
     )  # fmt: skip
     [vector] = values(made.model).values()
     torch.testing.assert_close(vector, expected, atol=1e-5, rtol=1e-4)

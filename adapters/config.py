@@ -77,9 +77,9 @@ class SteeringVectorConfig(PeftConfig):
             loaded. Set it to null in a file that was changed on purpose.
         init_weights: False starts from a random direction instead of zeros, so that the adapter has an effect before
             it is trained: PEFT's word for it in other methods, the same as `init="random"`.
-        task_type: As in every PEFT method; None takes the one of the model. Sequence and token classifiers and models
-            for question answering save their head (PEFT names it in `modules_to_save`), and all their positions are
-            steered.
+
+    PEFT's `task_type` left out is that of the model. Sequence and token classifiers and models for question answering
+    save their head (PEFT names it in `modules_to_save`), and all their positions are steered.
 
     Raises:
         ValueError: for a value out of its range, naming it, the allowed values and the fix.

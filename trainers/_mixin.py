@@ -159,7 +159,26 @@ class SteeringMixin(Trainer):
             raise BiasError("Biases hang on the model, and model_init makes a new one in train(): give the model.")
         if self._plain:
             parent(*bound.args, **bound.kwargs)
-            return
+        else:
+            self._construct(parent, bound, peft_config, views or {})
+
+    def _construct(
+        self,
+        parent: Any,
+        bound: inspect.BoundArguments,
+        peft_config: PeftConfig | None,
+        views: Mapping[str, str | View],
+    ) -> None:
+        """Check what is given, construct the parent around the adapter, and check what came of it.
+
+        Args:
+            parent: The parent's constructor.
+            bound: Its arguments.
+            peft_config: The adapter to put on the model; None: none, or one that the model has already.
+            views: See the class.
+        """
+        given = bound.arguments
+        continued = isinstance(given.get("model"), PeftModel)
         if self.loss is not None:
             check_arguments(self.loss, given)
         if given.get("data_collator") is None and given.get("formatting_func") is None:

@@ -172,7 +172,7 @@ FAULTS = [
     ),
     Fault(
         "the hook keeps the first Parameter object", "hooks", "adapters.layer",
-        "return self._vector(name, kind).weight",
+        "return units.value(self._vector(name, kind))",
         'return self.__dict__.setdefault("kept", {}).setdefault((name, kind), self._vector(name, kind).weight)',
         "test_adapter_peft", "parameter_object",
     ),

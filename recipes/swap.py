@@ -207,7 +207,8 @@ def table(runs: Sequence[Run]) -> str:
             "",
             f"SmolLM2-135M-Instruct, {TRAIN} rows of {TASK}, default arguments (3 epochs, 12 steps of 8), one thread. "
             f"From the import to the saved adapter. {TEST} held-out pairs. TRL's `Trainer` row is its SFTTrainer. "
-            "TRL's default rates are those of full finetuning, so its LoRA hardly moves. Two processes take half the steps.",
+            "TRL's default rates are those of full finetuning, so its LoRA hardly moves. Two processes take half the "
+            "steps.",
             "",
             pd.DataFrame(rows).to_markdown(index=False, disable_numparse=True),
             "",

@@ -525,7 +525,8 @@ def test_whatever_goes_wrong_inside_changes_nothing(place, when, tmp_path, monke
 
     def options(folder):
         if place in ("shortcut.draws", "decoder.Decoder.state"):
-            return dict(folder=tmp_path / folder, loss="dpo", max_steps=4, model=with_lora_dropout())
+            dropout = dict(model=with_lora_dropout(), disable_dropout=False)
+            return dict(folder=tmp_path / folder, loss="dpo", max_steps=4, **dropout)
         return dict(folder=tmp_path / folder, loss="dpo", max_steps=4, peft_config=config)
 
     plain = trained("dpo", frozen_prefix=False, **options("plain"))

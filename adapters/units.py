@@ -108,7 +108,8 @@ def _divide(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     """Before a step: `u = v / unit`."""
     if id(optimizer) in _stepping:
         return
-    moved, closure = [], len(args) > 1 or kwargs.get("closure") is not None  # args[0] is the optimiser
+    # args[0] is the optimiser; accelerate passes closure=None by place
+    moved, closure = [], (args[1] if len(args) > 1 else kwargs.get("closure")) is not None
     for parameter, unit in _parameters_in_units(optimizer, closure):
         if id(parameter) in _in_units:  # inside the step of an optimiser around this one
             continue

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ...adapters import directions
-from .._modes import evaluating
+from ...adapters.observing import evaluating
 from .._start import pair_batches
 from ..prefix.cut import base_of
 from ._base import Bias, BiasError, check_layer

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import Trainer
 
 from ...adapters.blocks import find_blocks, find_stack
-from .._modes import evaluating
+from ...adapters.observing import evaluating
 from .checkpointing import run_again_alike
 from .cut import base_of
 from .frozen import FrozenPrefix

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._modes import training
+from ...adapters.observing import training
 
 _TOKENS = 8
 

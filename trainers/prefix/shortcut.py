@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from ...adapters import steering_layers
 from ...adapters.blocks import text_config
 from ...adapters.caches import CACHE_NAMES
+from ...adapters.observing import evaluating
 from .._host import sent
-from .._modes import evaluating
 from .completions import PromptCaches, prompts_are_constant
 from .cut import NoPrefix, base_of, dropout, frozen_blocks
 from .decoder import Decoder

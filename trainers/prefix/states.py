@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._modes import evaluating
+from ...adapters.observing import evaluating
 from .cut import NoPrefix, base_of, check_frozen
 from .decoder import Decoder
 from .keys import attention_of, config_of, row_key, weights_key

@@ -1,0 +1,93 @@
+"""Grids of tiny cells, and how to run them."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+
+import pytest
+import tiny_data
+from tiny_models import tiny
+
+import steertune.recipes.ablate as recipe
+from steertune.recipes.ablation.bench import Bench
+from steertune.recipes.ablation.grid import Grid, make_grid
+from steertune.recipes.files import read_result
+
+GRID = """
+name = "tiny"
+base = "bias_dpo"
+arms = ["mean_difference", "base"]
+tasks = [{ name = "task", scorer = { kind = "rule", pattern = "cat" } }]
+examples = [4]
+seeds = [0, 1]
+neutral = "neutral.jsonl"
+generations = 2
+new_tokens = 4
+trainer = { per_device_train_batch_size = 2 }
+splits = { validation = 4, test = 6, scorer = 2, near_duplicates = 1.0 }
+matched = { kl = 1e-4 }
+budget = { trials = 2, steps = [2], strengths = [1.0, 2.0] }
+
+[card]
+problem = "Which form learns from four pairs?"
+hypothesis = "The vector needs fewer examples than LoRA."
+against = "LoRA is at least as accurate at the same KL."
+baselines = "LoRA, the untrained mean difference, the base model."
+[card.affordances]
+"*" = "the same pairs"
+
+[claim]
+better = "form=bias,init=zeros"
+than = "form=lora,init=-"
+
+[design]
+kind = "full"
+start = { form = "lora", init = "zeros" }
+end = { form = "bias", init = "mean_difference" }
+
+[factors.form]
+lora = { adapter = { type = "lora", r = 2, target_modules = "all-linear" }, trainer = { learning_rate = 1e-3 } }
+bias = {}
+
+[factors.init]
+zeros = [{ when = { form = "lora" }, inert = true }, {}]
+mean_difference = [{ when = { form = "lora" }, inert = true }, { adapter = { init = "mean_difference" } }]
+"""
+
+
+@pytest.fixture
+def tables(tmp_path: Path) -> dict:
+    """The grid's tables, with its model and data in `tmp_path`."""
+    return make_tables(tmp_path)
+
+
+def make_tables(tmp_path: Path) -> dict:
+    tiny(max_position_embeddings=512).save_pretrained(tmp_path / "model")
+    tiny_data.tokenizer().save_pretrained(tmp_path / "model")
+    (tmp_path / "task").mkdir()
+    for split, rows in (("train", 24), ("test", 6)):
+        tiny_data.pairs(rows, seed=rows).to_json(tmp_path / "task" / f"{split}.jsonl")
+    tiny_data.demonstrations(4, seed=5).to_json(tmp_path / "neutral.jsonl")
+    made = tomllib.loads(GRID)
+    made["model"] = {"name": str(tmp_path / "model"), "threads": 1}
+    made["neutral"] = str(tmp_path / "neutral.jsonl")
+    made["tasks"][0]["name"] = str(tmp_path / "task")
+    return made
+
+
+def run(tables: dict, folder: Path, **options) -> list[dict]:
+    grid = make_grid(tables)
+    failed = recipe.run(grid, grid.cells(), Bench(grid), folder, show=False, **options)
+    assert failed == []
+    return read(grid, folder)
+
+
+def read(grid: Grid, folder: Path) -> list[dict]:
+    return [read_result(folder / cell.path / "cell.json", "") for cell in grid.cells()]
+
+
+def results(cells: list[dict]) -> list[dict]:
+    """Cells without what depends on the clock and the machine."""
+    clock = ("seconds", "train_seconds", "tuning_seconds", "peak_memory_gb")
+    return [{k: v for k, v in cell.items() if k not in clock} for cell in cells]

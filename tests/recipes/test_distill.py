@@ -1,0 +1,176 @@
+"""Distilling a prompt: fidelity against a plain computation, what the run leaves behind, what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import tiny_data
+import torch
+from datasets import Dataset
+from tiny_models import steered, tiny
+
+from steertune.recipes import distill
+from steertune.recipes.arm import ArmError, load_arm
+from steertune.recipes.files import read_rows
+from steertune.recipes.measures import check_context, prompt_lengths
+from steertune.trainers import get_view
+
+ORDER = "you stay now "
+VIEW = get_view("instruction", text=ORDER)
+
+
+@pytest.fixture
+def words(tmp_path: Path) -> list[str]:
+    """Overrides: a tiny local model and local pairs."""
+    tiny(max_position_embeddings=256, vocab_size=22).save_pretrained(tmp_path / "model")
+    tiny_data.tokenizer().save_pretrained(tmp_path / "model")
+    for split in ("train", "test"):
+        tiny_data.pairs(8, seed=len(split)).to_json(tmp_path / f"{split}.jsonl")
+    options = {
+        "model.name": tmp_path / "model",
+        "model.threads": 1,
+        "data.name": tmp_path,
+        "data.train": 8,
+        "data.test": 8,
+        "views.good.text": ORDER,
+        "trainer.max_steps": 30,
+        "trainer.learning_rate": 0.01,
+        "evaluation.new_tokens": 6,
+        "output.folder": tmp_path / "run",
+    }
+    return [f"--{key}={value}" for key, value in options.items()]
+
+
+def test_fidelity_is_what_a_plain_loop_finds():
+    model, tokenizer, rows = steered(layers=2).float(), tiny_data.tokenizer(), tiny_data.demonstrations(5)
+    found = distill.fidelity(model, tokenizer, rows, VIEW, batch_size=2)
+
+    def distributions(row, text, plain):
+        ids = tokenizer(text + row["prompt"] + row["completion"])["input_ids"]
+        answer = len(tokenizer(row["completion"])["input_ids"])
+        with torch.no_grad(), model.disable_adapter() if plain else torch.no_grad():
+            logits = model(torch.tensor([[*ids, tokenizer.eos_token_id]])).logits[0]
+        return logits.log_softmax(-1)[-answer - 2 : -1]  # TRL ends completions
+
+    kls, agreements = {True: [], False: []}, []
+    for row in rows:
+        prompted = distributions(row, ORDER.strip() + "\n\n", plain=True)
+        for plain in (True, False):
+            other = distributions(row, "", plain)
+            kls[plain].append((prompted.exp() * (prompted - other)).sum(-1))
+            if not plain:
+                agreements.append((prompted.argmax(-1) == other.argmax(-1)).float())
+    base, ours = (float(torch.cat(kls[plain]).mean()) for plain in (True, False))
+    assert found["kl_base"] == pytest.approx(base, rel=1e-4)
+    assert found["kl"] == pytest.approx(ours, rel=1e-4)
+    assert found["fidelity"] == pytest.approx(1 - ours / base, rel=1e-4)
+    assert found["agreement"] == pytest.approx(float(torch.cat(agreements).mean()))
+
+
+def test_a_vector_of_zeros_is_as_far_as_the_base():
+    model = steered(layers=2)
+    torch.nn.init.zeros_(next(p for n, p in model.named_parameters() if "steering_vector_v" in n))
+    found = distill.fidelity(model, tiny_data.tokenizer(), tiny_data.demonstrations(3), VIEW)
+    assert found["fidelity"] == pytest.approx(0, abs=1e-6)
+
+
+def test_an_instruction_is_learnt_and_its_tokens_are_saved(words, tmp_path, capsys):
+    assert distill.main(["bias_distillation", *words]) == 0
+    run = tmp_path / "run"
+    result = json.loads((run / "result.json").read_text())
+    assert result["fidelity"] > 0.3
+    assert result["kl"] < result["kl_base"]
+    assert result["tokens"]["saved"] == len(ORDER.split())
+    assert set(result["accuracy"]) == {"base", "prompted", "distilled"}
+    assert (run / "adapter" / "adapter_model.safetensors").is_file()
+    answers = read_rows(run / "answers.jsonl", "")
+    assert {len(row) for row in answers} == {2}
+    assert 0 < len(answers) == result["train_prompts"]
+    assert "tokens saved" in capsys.readouterr().out
+    assert distill.main(["bias_distillation", *words]) == 2
+    assert "finished run" in capsys.readouterr().err
+
+
+def test_an_interrupted_run_reads_its_answers(words, tmp_path, monkeypatch):
+    monkeypatch.setattr(distill, "fit", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        distill.main(["bias_distillation", *words])
+    before = (tmp_path / "run" / "answers.jsonl").read_text()
+    monkeypatch.undo()
+    monkeypatch.setattr(distill, "generate", lambda *_: pytest.fail("the answers are there"))
+    monkeypatch.setattr(distill, "_generations", lambda *_: [])
+    assert distill.main(["bias_distillation", *words]) == 0
+    assert (tmp_path / "run" / "answers.jsonl").read_text() == before
+
+
+def test_a_contrast_prompt_shows_training_examples_in_front_of_test_prompts(words, tmp_path):
+    words = [word for word in words if "views" not in word]
+    arm = load_arm("bias_contrast_distillation", [*words, "--views.good.k=2", "--trainer.max_steps=2"])
+    result = distill.run(arm)
+    assert result["tokens"]["saved"] > 15  # two demonstrations of a prompt and two answers
+    train = tiny_data.pairs(8, seed=len("train"))
+    pooled = distill._with_pool(arm, train).view_objects()["good"]
+    [first, *_] = pooled(tiny_data.pairs(8, seed=len("test")).to_list())
+    shown = [row for row in train if row["chosen"] in first["prompt"] and row["rejected"] in first["prompt"]]
+    assert len(shown) >= 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (["--loss.name=dpo", "--views={}"], "learns no prompt"),
+        (["--views.good.name=neutral", "--views.good={name='neutral'}"], r"\[views.good\] is the prompt"),
+        (["--trainer.max_steps=0"], "distillation trains an adapter"),
+        (["--adapter={type='none'}"], "distillation trains an adapter"),
+        (["--proliferation={name='templates'}"], "has a .proliferation., and distill makes no further examples"),
+    ],
+)
+def test_bad_arms(words, changes, message):
+    with pytest.raises(ArmError, match=message):
+        distill.run(load_arm("bias_distillation", [*words, *changes]))
+
+
+def test_prompts_beyond_the_context_are_refused_before_anything(words):
+    with pytest.raises(ArmError, match=r"the model reads 256"):
+        distill.run(load_arm("bias_distillation", [*words, "--evaluation.new_tokens=300"]))
+
+
+def test_test_pairs_beyond_the_context_are_refused_before_anything(words, tmp_path, monkeypatch):
+    long = [{**row, "rejected": "sea " * 255} for row in tiny_data.pairs(8, seed=len("test"))]
+    Dataset.from_list(long).to_json(tmp_path / "test.jsonl")
+    monkeypatch.setattr(distill, "generate", lambda *_: pytest.fail("nothing is generated"))
+    with pytest.raises(ArmError, match=r"test pairs: a prompt and its answer take \d+ tokens, the model reads 256"):
+        distill.run(load_arm("bias_distillation", words))
+
+
+def test_the_longest_of_prompt_and_answer_counts():
+    rows = {"prompt": ["the cat ", "a "], "chosen": ["runs", "dog"], "rejected": ["sits", "dog sits then runs now"]}
+    model, pairs = tiny(max_position_embeddings=7), Dataset.from_dict(rows)
+    check_context(model, tiny_data.tokenizer(), pairs, 5, "Pairs")  # 2 + 5 new ones; 1 + 5 and the end of the text
+    with pytest.raises(ArmError, match="Pairs: a prompt and its answer take 8 tokens, the model reads 7"):
+        check_context(model, tiny_data.tokenizer(), pairs, 6, "Pairs")
+    model.config.max_position_embeddings = 6
+    with pytest.raises(ArmError, match="take 7 tokens"):
+        check_context(model, tiny_data.tokenizer(), pairs, 0, "Pairs")
+    check_context(model, tiny_data.tokenizer(), pairs.select_columns("prompt"), 4, "Prompts")
+
+
+def test_lengths_of_prompts_are_those_that_generate_asks():
+    tokenizer = tiny_data.tokenizer()
+    rows = tiny_data.conversational(tiny_data.demonstrations(2))
+    assert prompt_lengths(tokenizer, ["the cat ", "a dog runs"]) == [2, 3]
+    # <s> <user> ... </s> <assistant>
+    assert prompt_lengths(tokenizer, rows["prompt"]) == [len(p[0]["content"].split()) + 4 for p in rows["prompt"]]
+
+
+def test_demonstrations_that_are_test_rows_are_refused(words, tmp_path, capsys):
+    task = tmp_path / "leaks"
+    task.mkdir()
+    for split in ("train", "test"):
+        tiny_data.pairs(6, seed=3).to_json(task / f"{split}.jsonl")
+    changes = ["--data.name", str(task), "--data.train", "6", "--data.test", "4"]
+    kept = [word for word in words if not word.startswith(("--views", "--data"))]
+    assert distill.main(["bias_distillation", *kept, *changes, "--views.good={name='demonstrations', k=2}"]) == 2
+    assert "4 of the 6 rows that demonstrations are drawn from are evaluation rows" in capsys.readouterr().err

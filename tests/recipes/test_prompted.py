@@ -1,0 +1,220 @@
+"""Arms that are prompts: what they show, what that costs, and what they refuse."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from tiny_grids import make_tables, run
+
+import steertune.recipes.ablation.cell as cell_module
+from steertune.recipes import report, train
+from steertune.recipes.ablation.bench import Bench
+from steertune.recipes.ablation.grid import Cell, load_grid, make_grid
+from steertune.recipes.ablation.prompted import candidates, prompt_tokens, shown
+from steertune.recipes.ablation.tables import TaskTable, told
+from steertune.recipes.arm import ArmError, load_arm
+from steertune.recipes.embedded import TASKS, task_names
+from steertune.recipes.measures import pair_margins
+
+ARMS = ["prompt_instruction", "prompt_demonstrations", "prompt_both", "prompt_contrast", "base"]
+INSTRUCTIONS = ["the dog runs", "we stay"]
+
+
+@pytest.fixture
+def tables(tmp_path: Path) -> dict:
+    made = make_tables(tmp_path)
+    made |= {
+        "arms": ARMS,
+        "design": {"kind": "arms"},
+        "claim": {"better": "prompt_both", "than": "base", "measure": "accuracy"},
+    }
+    made["tasks"][0] |= {"instructions": INSTRUCTIONS, "instructions_by": "This test, in a minute."}
+    del made["factors"]
+    return made
+
+
+def cell_of(tables: dict, arm: str) -> tuple[Cell, Bench]:
+    grid = make_grid(tables)
+    [found] = [cell for cell in grid.cells() if (cell.arm.name, cell.seed) == (arm, 1)]
+    return found, Bench(grid)
+
+
+def prompts(cell: Cell, bench: Bench, choice: int = 0) -> list[str]:
+    return shown(cell, bench, cell.seed, choice)(bench.splits(cell.task).test)["prompt"]
+
+
+def test_prompts_hold_what_they_say(tables):
+    plain = None
+    for arm in ARMS:
+        cell, bench = cell_of(tables, arm)
+        splits = bench.splits(cell.task)
+        plain, training = splits.test["prompt"], splits.train(4, seed=1).to_list()
+        seen = prompts(cell, bench, choice=len(INSTRUCTIONS) - 1 if "instruction" in arm or "both" in arm else 0)
+        for own, prompt in zip(plain, seen, strict=True):
+            assert own.strip() in prompt and (prompt == own) == (arm == "base")
+            assert (INSTRUCTIONS[1] in prompt.split("\n\n")) == (arm in ("prompt_instruction", "prompt_both"))
+            shows = [row for row in training if f"{row['prompt'].strip()}" in prompt]
+            if arm in ("prompt_demonstrations", "prompt_both", "prompt_contrast"):
+                assert len(shows) == 4 and all(row["chosen"].strip() in prompt for row in shows)
+            if arm == "prompt_contrast":
+                assert prompt.endswith("Good response: ")
+                assert all(f"Bad response: {row['rejected'].strip()}" in prompt for row in shows)
+
+
+def test_demonstrations_are_training_rows_of_the_seed_and_never_test_rows(tables):
+    cell, bench = cell_of(tables, "prompt_demonstrations")
+    splits = bench.splits(cell.task)
+    training = set(splits.train(4, seed=cell.seed)["prompt"])
+    assert not training & {*splits.test["prompt"], *splits.validation["prompt"]}
+    shows = {part for prompt in prompts(cell, bench) for part in prompt.split("\n\n")[:-1]}
+    assert len(shows) == 4 and all(any(part.startswith(t.rstrip()) for t in training) for part in shows)
+
+
+def test_the_added_tokens_are_counted(tables):
+    cell, bench = cell_of(tables, "prompt_instruction")
+    rows = bench.splits(cell.task).test
+    assert prompt_tokens(bench, rows, shown(cell, bench, 1)) == len(INSTRUCTIONS[0].split())
+    assert prompt_tokens(bench, rows, shown(cell, bench, 1, choice=1)) == len(INSTRUCTIONS[1].split())
+
+
+def test_the_tuning_chooses_the_instruction_on_validation_rows(tables, tmp_path, monkeypatch):
+    original = cell_module.pair_margins
+
+    def prefers_the_second(model, tokenizer, rows, *args, **options):
+        found = original(model, tokenizer, rows, *args, **options)
+        told = INSTRUCTIONS[1] in rows["prompt"][0]
+        return {strength: values.abs() * (1 if told else -1) for strength, values in found.items()}
+
+    monkeypatch.setattr(cell_module, "pair_margins", prefers_the_second)
+    cells = {cell["arm"]: cell for cell in run(tables | {"seeds": [0]}, tmp_path / "run")}
+    told = cells["prompt_instruction"]
+    assert [trial["prompt"] for trial in told["tuning"]] == [0, 1] and told["setting"]["prompt"] == 1
+    assert told["accuracy"] == 1 and told["prompt_tokens"] == len(INSTRUCTIONS[1].split())
+    shots = cells["prompt_demonstrations"]
+    assert len(shots["tuning"]) == 1
+    for cell in (told, shots):
+        assert cell["parameters"] == cell["steps"] == 0 and cell["kl"] > 0 and not cell["scalable"]
+        assert "matched_accuracy" not in cell, "a prompt has no strength"
+
+
+def test_prompting_leaves_the_base_alone(tables, tmp_path):
+    """Nothing is put on the shared model: the base's own cell comes out as without prompting arms."""
+    both = run(tables | {"seeds": [0]}, tmp_path / "both")
+    claim = {"better": "mean_difference", "than": "base", "measure": "accuracy"}
+    alone = run(tables | {"seeds": [0], "arms": ["base", "mean_difference"], "claim": claim}, tmp_path / "a")
+    [mine] = [cell for cell in both if cell["arm"] == "base"]
+    assert mine["margins"] == alone[0]["margins"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"examples": [3]}, r"shows 4 demonstrations, and examples=\[3\]"),
+        ({"tasks": "none"}, r"task 'task' has instructions=\[\]"),
+        ({"tasks": "blank"}, r"instructions=\['  '\]"),
+        ({"tasks": "many"}, "not more than the 2 trials of the budget"),
+        ({"per": "grid"}, "budget.per='grid' chooses one for all tasks"),
+    ],
+)
+def test_prompts_that_cannot_be_filled_are_refused(changes, message, tables):
+    kinds = {"none": [], "blank": ["  "], "many": ["a", "b", "c"]}
+    if "tasks" in changes:
+        tables["tasks"][0]["instructions"] = kinds[changes["tasks"]]
+    elif "per" in changes:
+        tables["tasks"].append(tables["tasks"][0] | {"label": "another", "draw": 1})
+        tables["budget"]["per"] = changes["per"]
+    else:
+        tables |= changes
+    with pytest.raises(ArmError, match=message):
+        make_grid(tables)
+
+
+def test_a_prompt_longer_than_the_context_is_refused(tables):
+    tables["tasks"][0]["instructions"] = ["the dog runs " * 200]
+    cell, bench = cell_of(tables, "prompt_instruction")
+    with pytest.raises(ArmError, match=r"take \d+ tokens, the model reads 512"):
+        prompts(cell, bench)
+
+
+def test_an_answer_beyond_the_context_is_refused(tables):
+    cell, bench = cell_of(tables, "prompt_demonstrations")
+    test = bench.splits(cell.task).test
+    long = test.map(lambda row: {"rejected": "sea " * 512})
+    show = shown(cell, bench, 1)
+    show(test)
+    with pytest.raises(ArmError, match=r"take \d+ tokens, the model reads 512"):
+        show(long)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--prompt.demonstrations=0", "--prompt.contrast=true"], "give prompt.demonstrations"),
+        (["--trainer.max_steps=4"], "trains nothing"),
+        (["--adapter.type=lora"], "trains nothing"),
+    ],
+)
+def test_arms_that_contradict_themselves(words, message):
+    with pytest.raises(ArmError, match=message):
+        load_arm("prompt_contrast", words)
+
+
+def test_the_training_recipe_refuses_a_prompt(capsys):
+    assert train.main(["prompt_contrast"]) == 2
+    assert "is a prompt: there is nothing to train" in capsys.readouterr().err
+
+
+def test_views_that_show_more_than_there_is_are_refused_before_anything_runs(tables):
+    tables |= {"arms": ["bias_dpo", "lora_ia2"], "claim": {"better": "lora_ia2", "than": "bias_dpo"}}
+    make_grid(tables)
+    with pytest.raises(ArmError, match=r"'lora_ia2' shows 3 other examples at its view 'good', and examples=\[3\].*4"):
+        make_grid(tables | {"examples": [3]})
+
+
+def test_instructions_have_an_author(tables, tmp_path):
+    task = tables["tasks"][0]
+    task["instructions_by"] = " "
+    with pytest.raises(ArmError, match="instructions by nobody.*with which budget"):
+        make_grid(tables)
+    del task["instructions"], task["instructions_by"]
+    file = Path(task["name"]) / "instructions.toml"
+    file.write_text('by = "A file."\ninstructions = ["we stay"]')
+    grid = make_grid(tables)
+    assert candidates(next(cell for cell in grid.cells() if cell.arm.name == "prompt_both")) == ["we stay"]
+    [kept] = grid.tables.tasks
+    assert isinstance(kept, TaskTable) and kept.instructions_by == "A file."
+    assert "- `task`: A file. “we stay”" in report._card(grid.card, grid.tables.claim, grid.tables.tasks)
+    file.write_text('author = "A file."')
+    with pytest.raises(ArmError, match="Unknown key 'author'"):
+        make_grid(tables)
+
+
+def test_grids_without_prompting_arms_leave_instructions_alone(tables):
+    tables |= {"arms": ["base", "mean_difference"]}
+    tables["claim"] |= {"better": "mean_difference"}
+    tables["tasks"][0]["instructions_by"] = ""
+    assert make_grid(tables).tasks[0].instructions == INSTRUCTIONS
+
+
+@pytest.mark.parametrize("name", task_names())
+def test_embedded_tasks_bring_instructions(name):
+    task = told(TaskTable(name=name), TASKS / name)
+    assert len(task.instructions) == len(set(task.instructions)) >= 4 and "none was tried" in task.instructions_by
+    assert told(TaskTable(name=name, reverse=True), TASKS / name).instructions == [], "they ask for the chosen answers"
+
+
+def test_base_models_are_prompted_with_plain_text(tables, tmp_path):
+    (tmp_path / "model" / "chat_template.jinja").unlink()
+    for arm in ARMS:
+        cell, bench = cell_of(tables, arm)
+        assert getattr(bench.tokenizer, "chat_template", None) is None
+        rows = shown(cell, bench, 1)(bench.splits(cell.task).test)
+        margins = pair_margins(bench.model, bench.tokenizer, rows, [1.0], show=False)[1.0]
+        assert all(isinstance(prompt, str) for prompt in rows["prompt"]) and margins.isfinite().all()
+        assert (prompt_tokens(bench, bench.splits(cell.task).test, shown(cell, bench, 1)) > 0) == (arm != "base")
+
+
+@pytest.mark.parametrize("name", ["contrast", "proliferation", "prompting"])
+def test_shipped_grids_are_valid(name):
+    assert load_grid(name).cells()

@@ -1,0 +1,343 @@
+"""The sweep over layers and strengths: its choice by hand, its slopes, and the recipe itself."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny_data
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from tiny_models import steered, tiny, tokens
+
+from steertune.adapters import set_strength
+from steertune.recipes import sweep
+from steertune.recipes.ablation.cell import preference
+from steertune.recipes.arm import ArmError
+from steertune.recipes.measures import pair_margins
+from steertune.recipes.sweeping import choose as choosing
+from steertune.recipes.sweeping import settings
+from steertune.recipes.sweeping.choose import choose, reliability
+from steertune.recipes.sweeping.settings import Limits
+from steertune.recipes.sweeping.sources import Source, bake
+from steertune.trainers import NonFiniteError, scaled
+
+BASE = np.array([-1.0] * 10)
+
+
+def cell(layer: int, strength: float, right: int, kl: float = 0.1, **more) -> dict:
+    """A setting that gets the first `right` of ten pairs right."""
+    margins = torch.tensor([1.0] * right + [-1.0] * (10 - right))
+    found = preference(margins, torch.tensor(BASE)) | {"kl": kl, "perplexity": 6.0, "repetition": 0.1}
+    return {"site": "block", "layer": layer, "strength": strength, **found, **more}
+
+
+def base() -> dict:
+    return preference(torch.tensor(BASE), torch.tensor(BASE)) | {"kl": 0.0, "perplexity": 6.0, "repetition": 0.1}
+
+
+# -- the choice, by hand ---------------------------------------------------------------------------------------------
+
+
+def test_the_gentlest_within_one_standard_error_of_the_best():
+    # 9 and 8 right differ in one pair of ten: mean 0.1, standard error of ten such differences 0.1
+    cells = [cell(1, 1, 3, kl=0.01), cell(1, 2, 8, kl=0.05), cell(2, 2, 9, kl=0.2), cell(2, 4, 10, kl=2.0)]
+    found = choose(cells, base(), Limits())
+    assert found.cell is cells[1]
+    assert "layer 1 at strength 2 (0.800) has the least KL" in found.reason
+    assert "3 of 4 settings leave neutral text within the limits" in found.reason
+    assert "layer 2 at strength 2 has the best pair accuracy on validation rows (0.900)" in found.reason
+
+
+def test_one_that_stands_alone():
+    cells = [cell(1, 1, 3, kl=0.01), cell(2, 2, 9)]
+    found = choose(cells, base(), Limits())
+    assert found.cell is cells[1] and "no other is both within one standard error" in found.reason
+
+
+def test_what_is_not_ahead_of_the_base_is_not_chosen_for_being_gentle():
+    # one right is one error from the base's none, and one error from the best's two
+    cells = [cell(1, 0.5, 1, kl=0.01), cell(1, 1, 2, kl=0.1)]
+    assert choose(cells, base(), Limits()).cell is cells[1]
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        (dict(kl=0.31), "KL 0.31"),
+        (dict(perplexity=7.6), "perplexity × 1.3"),
+        (dict(repetition=0.25), "repetition 25%"),
+        (dict(kl=float("nan")), "not finite"),
+    ],
+)
+def test_what_harms_neutral_text_is_not_recommended(change, why):
+    harmful = cell(1, 2, 9, **{"kl": 0.1, **change})
+    assert why in choosing.excesses(harmful, base(), Limits())[0]
+    assert choose([harmful], base(), Limits()).cell is None
+    gentle = cell(2, 1, 6)
+    assert choose([harmful, gentle], base(), Limits()).cell is gentle
+
+
+def test_no_gain_is_no_recommendation():
+    # one pair of ten is within one standard error of nothing
+    found = choose([cell(1, 1, 1)], base(), Limits())
+    assert found.cell is None and "within one standard error of the base model" in found.reason
+    assert choose([], base(), Limits()).cell is None
+    assert choose([cell(1, -1, 9)], base(), Limits()).cell is None, "negative strengths are the opposite"
+
+
+def test_with_a_scorer_the_generated_answers_decide():
+    cells = [cell(1, 1, 9, behaviours=[0.1] * 4), cell(2, 1, 2, behaviours=[0.8, 0.9, 0.8, 0.9])]
+    found = choose(cells, base() | {"behaviours": [0.1] * 4}, Limits())
+    assert found.cell is cells[1] and "behaviour score" in found.reason
+    cells[0]["behaviours"] = [0.1, None, 0.1, 0.1]  # a judgement that failed: pairs decide
+    assert choose(cells, base() | {"behaviours": [0.1] * 4}, Limits()).cell is cells[0]
+
+
+def test_slopes_by_hand():
+    margins = {1.0: [1.0, 0.0, -2.0, 0.5], 2.0: [2.0, -1.0, -4.0, 1.0], 4.0: [9.0, 9.0, 9.0, 9.0], -1.0: [5.0] * 4}
+    cells = [{"site": "block", "layer": 1, "strength": s, "margins": m} for s, m in margins.items()]
+    other = {"site": "mlp", "layer": 1, "strength": 2.0, "margins": [7.0] * 4}
+    found = reliability(cells[1], [*cells, other], {"margins": [0.0, 0.0, 0.0, 0.0]})
+    # lines through strengths 0, 1, 2: the second goes 0, 0, -1
+    assert found.slopes == pytest.approx([1, -0.5, -2, 0.5])
+    assert (found.wrong, found.share, found.unreliable) == (2, 0.5, True)
+    assert found.low == pytest.approx(0.15, abs=0.01) and found.high == pytest.approx(0.85, abs=0.01)
+    opposite = reliability(cells[3], cells, {"margins": [6.0, 4.0, 4.0, 4.0]})
+    assert opposite.slopes == pytest.approx([1, -1, -1, -1]), "nats per unit of strength, also below 0"
+
+
+# -- adapters ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "switches",
+    [
+        {},
+        dict(form="gated"),
+        dict(form="low_rank", rank=2),
+        dict(norm="fixed", norm_value=2.0, init="random"),
+        dict(norm="capped", norm_value=1.0),
+        dict(norm="preserve"),
+        dict(tied=True, layers=[0, 2]),
+        dict(norm="relative", norm_value=0.5, init="random", residual_norms={"1": 3.0}),
+    ],
+)
+@pytest.mark.parametrize("strength", [3.0, -2.0])
+def test_a_baked_strength_is_that_strength(switches, strength, tmp_path):
+    model = steered(**{"layers": 1, **switches})
+    with torch.no_grad(), set_strength(model, strength):
+        expected = model(tokens()).logits
+    bake(model, strength)
+    model.save_pretrained(tmp_path)
+    with torch.no_grad():
+        found = PeftModel.from_pretrained(tiny(), str(tmp_path)).eval()(tokens()).logits
+    torch.testing.assert_close(found, expected)
+
+
+def test_a_baked_strength_of_a_lora(tmp_path):
+    config = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
+    model = get_peft_model(tiny(), config).eval()
+    with torch.no_grad(), scaled(model, 3.0):
+        expected = model(tokens()).logits
+    bake(model, 3.0)
+    model.save_pretrained(tmp_path)
+    with torch.no_grad():
+        found = PeftModel.from_pretrained(tiny(), str(tmp_path)).eval()(tokens()).logits
+    torch.testing.assert_close(found, expected)
+
+
+# -- the recipe -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory) -> Path:
+    """A tiny model, a task that it has a chance at (chosen answers end in `cat`, rejected ones in `dog`, which it
+    prefers), and an arm."""
+    folder = tmp_path_factory.mktemp("sweep")
+    tiny(max_position_embeddings=512).save_pretrained(folder / "model")
+    tiny_data.tokenizer().save_pretrained(folder / "model")
+    (folder / "task").mkdir()
+    for seed, (split, rows) in enumerate((("train", 24), ("validation", 8), ("test", 8))):
+        pairs = tiny_data.pairs(rows, seed=seed)
+        pairs = pairs.map(lambda row: {"chosen": f"{row['chosen']} cat", "rejected": f"{row['chosen']} dog"})
+        pairs.to_json(folder / "task" / f"{split}.jsonl")
+    (folder / "arm.toml").write_text(
+        f'[data]\nname = "{folder / "task"}"\n[adapter]\ntype = "steering_vector"\n[loss]\nname = "dpo"\n'
+        "[trainer]\nmax_steps = 8\nper_device_train_batch_size = 4\nlearning_rate = 0.5\n"
+    )
+    return folder
+
+
+def words(home: Path, folder: Path, *more: object) -> list[str]:
+    given = [home / "task", "--model", home / "model", "--train", 8, "--validation", 8, "--test", 8, "--threads", 1,
+             "--new-tokens", 4, "--generations", 2, "--folder", folder, *more]  # fmt: skip
+    return [str(word) for word in given]
+
+
+@pytest.fixture(scope="module")
+def swept(home, tmp_path_factory) -> Path:
+    """A finished sweep of what was trained at two layers."""
+    folder = tmp_path_factory.mktemp("swept") / "run"
+    limits = ["--max-kl", 9, "--max-perplexity", 99, "--max-repetition", 1]
+    more = ["--layers", 1, 0.75, "--strengths", 1, 3, "--arm", home / "arm.toml", *limits]
+    assert sweep.main(words(home, folder, *more)) == 0
+    return folder
+
+
+def test_every_setting_is_measured_as_it_is_by_hand(swept, home):
+    result = json.loads((swept / "result.json").read_text())
+    assert [(c["layer"], c["strength"]) for c in result["cells"]] == [(1, 1), (1, 3), (3, 1), (3, 3)]
+    model, tokenizer = tiny(max_position_embeddings=512), tiny_data.tokenizer()
+    rows = sweep.Bench(sweep.SweepTable(**result["settings"]), model, tokenizer).rows("validation")
+    plain = pair_margins(model, tokenizer, rows, [1.0], show=False)[1.0]
+    assert result["base"]["validation"]["margins"] == pytest.approx(plain.tolist(), abs=1e-3)
+    for one in result["cells"]:
+        adapter = swept / "cells" / f"block-{one['layer']}" / "adapter"
+        made = PeftModel.from_pretrained(tiny(max_position_embeddings=512), str(adapter)).eval()
+        found = pair_margins(made, tokenizer, rows, [one["strength"]], show=False)[one["strength"]]
+        assert one["margins"] == pytest.approx(found.tolist(), abs=1e-3)
+        assert one["kl"] > 0 and one["margin_gain"] == pytest.approx(float((found - plain).mean()), abs=1e-3)
+
+
+def test_the_recommended_adapter_is_the_setting_with_its_strength_baked_in(swept):
+    result = json.loads((swept / "result.json").read_text())
+    where = result["recommended"]
+    assert where is not None and result["test"]["margin_gain"] > 0
+    place = swept / "cells" / f"block-{where['layer']}" / "adapter"
+    one, other = (
+        PeftModel.from_pretrained(tiny(max_position_embeddings=512), str(folder)).eval()
+        for folder in (swept / "adapter", place)
+    )
+    with torch.no_grad(), set_strength(other, where["strength"]):
+        torch.testing.assert_close(one(tokens()).logits, other(tokens()).logits)
+
+
+def test_the_page_the_pictures_and_the_card(swept):
+    page = (swept / "page.md").read_text()
+    for text in ("## Recommended: layer", "charts/heat.png", "charts/pareto.png", "charts/slopes.png", "read once",
+                 "## Every setting", "| base | 0 |", "--folder FOLDER"):  # fmt: skip
+        assert text in page, text
+    assert (swept / "page.html").read_text().count("data:image/png;base64") == 3
+    card = (swept / "adapter" / "README.md").read_text()
+    for text in (
+        "## Safety",
+        "of the sweep, baked in",
+        "| pair accuracy |",
+        "KL to the base model",
+        "8 training pairs",
+    ):
+        assert text in card, text
+    assert "[More Information Needed]" not in card
+
+
+def test_a_finished_sweep_is_not_overwritten(swept, home, capsys):
+    assert sweep.main(words(home, swept, "--layers", 1, "--strengths", 4)) == 2
+    assert "holds a finished run" in capsys.readouterr().err
+
+
+def test_an_interrupted_sweep_goes_on(home, tmp_path, monkeypatch):
+    asked = words(home, tmp_path / "run", "--layers", 1, 3, "--strengths", 4, 64)
+    measured, plain = [], sweep._cell
+
+    def stops(bench, model, strength):
+        if len(measured) == 3:
+            raise KeyboardInterrupt
+        measured.append(strength)
+        return plain(bench, model, strength)
+
+    monkeypatch.setattr(sweep, "_cell", stops)
+    with pytest.raises(KeyboardInterrupt):
+        sweep.main(asked)
+    kept = {file.name: file.stat().st_mtime_ns for file in (tmp_path / "run").rglob("*.safetensors")}
+    monkeypatch.setattr(sweep, "_cell", lambda *given: measured.append(given[2]) or plain(*given))
+    fitted = []
+    monkeypatch.setattr(Source, "_fit_directions", lambda self, site: fitted.append(site))
+    assert sweep.main(asked) == 0
+    assert measured == [4, 64, 4, 64] and not fitted, "nothing is measured or made twice"
+    assert {f.name: f.stat().st_mtime_ns for f in (tmp_path / "run" / "cells").rglob("*.safetensors")} == kept
+
+
+def test_arms_are_changed_on_the_command_line_and_a_run_says_how_it_was_trained(home, tmp_path):
+    arm = settings.read_arm(str(home / "arm.toml"), ["--loss.beta", "0.2"])
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "config.json").write_text(arm.model_dump_json())
+    for folder in (tmp_path, tmp_path / "adapter"):
+        assert settings.read_arm(str(folder), []).loss == {"name": "dpo", "beta": 0.2}
+    with pytest.raises(ArmError, match="taken as it was trained"):
+        settings.read_arm(str(tmp_path), ["--loss.beta", "0.1"])
+    assert settings.at(arm, "mlp", 2).adapter == {"type": "steering_vector", "layers": 2, "site": "mlp"}
+    lora = settings.read_arm("lora_dpo", [])
+    assert settings.at(lora, "block", 2).adapter["layers_to_transform"] == [2]
+
+
+def test_a_training_that_diverges_is_a_result(home, tmp_path, monkeypatch):
+    def diverges(self, site, layer, folder):
+        raise NonFiniteError("The loss is not finite.")
+
+    monkeypatch.setattr(Source, "model", diverges)
+    assert sweep.main(words(home, tmp_path / "run", "--layers", 1, "--strengths", 1, 2)) == 0
+    page = (tmp_path / "run" / "page.md").read_text()
+    assert page.count("The loss is not finite.") == 2 and "leave the model as it is" in page
+
+
+def test_sites_and_a_scorer(home, tmp_path):
+    scorer = '{kind = "rule", pattern = "stay"}'
+    more = ["--layers", 2, "--strengths", 16, "--sites", "block", "mlp", "--scorer", scorer, "--scorer-rows", 4]
+    assert sweep.main(words(home, tmp_path / "run", *more)) == 0
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert [c["site"] for c in result["cells"]] == ["block", "mlp"]
+    assert all(len(c["behaviours"]) == 2 for c in result["cells"])
+    assert "rule: the answer matches /stay/" in (tmp_path / "run" / "page.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("more", "reason"),
+    [
+        (["--layers", "9"], "layer 9 does not exist, the model has 4"),
+        (["--layers", "1.5"], "fractions of the depth are in [0, 1)"),
+        (["--layers", "first"], "an index, a fraction of the depth"),
+        (["--strengths", "0", "1"], "other than 0, which is the base model"),
+        (["--strengths", "nan"], "finite numbers"),
+        (["--direction", "mean_diference"], "Did you mean 'mean_difference'?"),
+        (["--sites", "head"], "sites"),
+        (["--arm", "full_dpo"], "has no strength to sweep"),
+        (["--arm", "no_such_arm"], "No arm"),
+        (["--arm", "lora_dpo", "--sites", "mlp"], "a LoRA sits in the matrices"),
+        (["--loss.beta", "1"], "changes an --arm"),
+        (["--scorer", "rulle"], "scorer.kind='rulle'"),
+        (["--scorer", "{kind = "], "no TOML table"),
+        (["--scorer", '{kind = "rule", pattern = "x"}', "--generations", "0"], "--generations 1 or more"),
+        (["--train", "99"], "Ask for fewer"),
+        (["--max-kl", "0"], "kl"),
+    ],
+)
+def test_bad_input_is_refused_before_anything_runs(more, reason, home, tmp_path, capsys):
+    assert sweep.main(words(home, tmp_path / "run", *more)) == 2
+    assert reason in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_data_without_pairs_are_refused(home, tmp_path, capsys):
+    (tmp_path / "task").mkdir()
+    for split in ("train", "test"):
+        tiny_data.demonstrations(8).to_json(tmp_path / "task" / f"{split}.jsonl")
+    asked = words(home, tmp_path / "run")
+    assert sweep.main([str(tmp_path / "task"), *asked[1:]]) == 2
+    assert "['prompt', 'completion']" in capsys.readouterr().err
+
+
+def test_a_folder_that_does_not_say_how_it_was_trained(tmp_path):
+    steered(layers=1).save_pretrained(tmp_path)
+    with pytest.raises(ArmError, match="does not say how it was trained"):
+        settings.read_arm(str(tmp_path), [])
+
+
+def test_a_damaged_setting_is_named(home, tmp_path, capsys):
+    cell_file = tmp_path / "run" / "cells" / "block-1" / "4.json"
+    cell_file.parent.mkdir(parents=True)
+    cell_file.write_text("{")
+    assert sweep.main(words(home, tmp_path / "run", "--layers", 1, "--strengths", 4)) == 2
+    assert "block-1/4.json is damaged" in capsys.readouterr().err

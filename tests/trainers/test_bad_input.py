@@ -1,0 +1,275 @@
+"""Bad data, bad combinations and numbers that are not finite: refused, with the fix in the message."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+from datasets import Dataset, IterableDataset
+from peft import LoraConfig, PeftModel
+from poison import Poison
+from tiny_data import conversational, demonstrations, losses, pairs, tokenizer, trained, trainer
+from tiny_models import steered, tiny, vector_of
+
+from steertune.adapters import SteeringVectorConfig
+from steertune.losses import get_loss
+from steertune.trainers import NonFiniteError
+
+LONG = "the cat runs " * 8
+
+
+def rows(*changed: dict, kind: str = "dpo") -> Dataset:
+    """Good rows, then bad ones."""
+    good = (demonstrations if kind == "sft" else pairs)(2).to_list()
+    return Dataset.from_list([*good, *changed])
+
+
+def renamed(data: Dataset, **columns: str) -> Dataset:
+    return data.rename_columns(columns)
+
+
+PAIR = {"prompt": "the ", "chosen": "cat runs", "rejected": "dog sits"}
+DEMONSTRATION = {"prompt": "the ", "completion": "cat runs"}
+NO_TEMPLATE = dict(processing_class=tokenizer(template=None))
+ADDS_BOS = dict(processing_class=tokenizer(adds_bos=True))
+SHORT = dict(max_length=12)
+SHORT_TOKENIZER = dict(processing_class=tokenizer(model_max_length=12))
+PACKED = dict(packing=True, max_length=16, peft_config=SteeringVectorConfig(positions="completion"))
+SECOND = dict(model=steered(), peft_config=LoraConfig())
+
+# trainer, loss, data, what the message says, further options
+BAD = {
+    "empty": ("dpo", "dpo", rows().select([]), "data set is empty"),
+    "empty, SFT": ("sft", None, rows(kind="sft").select([]), "data set is empty"),
+    "empty, plain": ("plain", "dpo", rows().select([]), "data set is empty"),
+    "empty completion": (
+        "sft",
+        None,
+        rows(DEMONSTRATION | {"completion": ""}, kind="sft"),
+        "Row 2: 'completion' is empty.*Remove",
+    ),
+    "blank completion": (
+        "plain",
+        None,
+        rows(DEMONSTRATION | {"completion": " \n"}, kind="sft"),
+        "Row 2: 'completion' is empty.*Remove",
+    ),
+    "empty chosen": ("dpo", None, rows(PAIR | {"chosen": ""}), "Row 2: 'chosen' is empty.*Remove"),
+    "empty rejected": ("plain", "dpo", rows(PAIR | {"rejected": ""}), "Row 2: 'rejected' is empty.*Remove"),
+    "empty message": (
+        "dpo",
+        "dpo",
+        conversational(rows(PAIR | {"rejected": ""})),
+        "Row 2: 'rejected' is empty.*Remove",
+    ),
+    "chosen == rejected": (
+        "dpo",
+        "dpo",
+        rows(PAIR | {"rejected": "cat runs"}),
+        "Row 2: chosen equals rejected.*Remove",
+    ),
+    "chosen == rejected in tokens": ("dpo", "dpo", rows(PAIR | {"rejected": "cat  runs "}), "have the same tokens"),
+    "chosen == rejected in tokens, plain": (
+        "plain",
+        "dpo",
+        rows(PAIR | {"rejected": "cat  runs "}),
+        "Row 2.*have the same tokens",
+    ),
+    "long prompt": (
+        "dpo",
+        "dpo",
+        rows(PAIR | {"prompt": LONG}),
+        "1 of 3 rows.*max_length=12.*Raise max_length or shorten",
+        SHORT,
+    ),
+    "long prompt, TRL's loss": (
+        "dpo",
+        None,
+        rows(PAIR | {"prompt": LONG}),
+        "1 of 3 rows.*max_length=12.*Raise max_length",
+        SHORT,
+    ),
+    "long prompt, SFT": (
+        "sft",
+        None,
+        rows(DEMONSTRATION | {"prompt": LONG}, kind="sft"),
+        "1 of 3 rows.*max_length=12.*Raise max_length",
+        SHORT,
+    ),
+    "long prompt, plain": (
+        "plain",
+        None,
+        rows(DEMONSTRATION | {"prompt": LONG}, kind="sft"),
+        "Row 2: no label is left within max_length=12",
+        SHORT_TOKENIZER,
+    ),
+    "long prompt, plain, pairs": (
+        "plain",
+        "dpo",
+        rows(PAIR | {"prompt": LONG}),
+        "Row 2: the prompt .* fills max_length=12",
+        SHORT_TOKENIZER,
+    ),
+    "wrong column": ("dpo", None, renamed(rows(), chosen="choosen"), "rename 'choosen' to 'chosen'"),
+    "wrong columns": (
+        "plain",
+        "dpo",
+        renamed(rows(), chosen="choosen", rejected="rejcted"),
+        "rename 'choosen' to 'chosen' and rename 'rejcted' to 'rejected'",
+    ),
+    "wrong column, SFT": (
+        "sft",
+        None,
+        renamed(rows(kind="sft"), completion="completions"),
+        "rename 'completions' to 'completion'",
+    ),
+    "wrong column, messages": ("plain", None, Dataset.from_list([{"message": []}]), "rename 'message' to 'messages'"),
+    "unheard-of column": ("plain", None, Dataset.from_list([{"x": 1}]), "none of the known formats"),
+    "no chat template": ("dpo", None, conversational(rows()), "Set tokenizer.chat_template", NO_TEMPLATE),
+    "no chat template, SFT": (
+        "sft",
+        None,
+        conversational(rows(kind="sft")),
+        "Set tokenizer.chat_template",
+        NO_TEMPLATE,
+    ),
+    "no chat template, plain": ("plain", "dpo", conversational(rows()), "Set tokenizer.chat_template", NO_TEMPLATE),
+    "two BOS": (
+        "sft",
+        None,
+        rows({"prompt": "<s> the ", "completion": "cat"}, kind="sft"),
+        "starts with two BOS.*Remove it",
+        ADDS_BOS,
+    ),
+    "two BOS, DPO": ("dpo", "dpo", rows(PAIR | {"prompt": "<s> the "}), "starts with two BOS.*Remove it", ADDS_BOS),
+    "two BOS, plain": (
+        "plain",
+        "dpo",
+        rows(PAIR | {"prompt": "<s> the "}),
+        "starts with two BOS.*Remove it",
+        ADDS_BOS,
+    ),
+    "pair loss on demonstrations": ("sft", "dpo", rows(kind="sft"), "DPO compares.*loss='cross_entropy'"),
+    "pair loss on demonstrations, plain": ("plain", "simpo", rows(kind="sft"), "SimPO compares.*loss='cross_entropy'"),
+    "pairs without a loss": ("plain", None, rows(), "give one, such as loss='dpo'"),
+    "pairs to SFT": ("sft", None, rows(), "SteeringDPOTrainer does"),
+    "demonstrations to DPO": ("dpo", None, rows(kind="sft"), "SteeringSFTTrainer does"),
+    "unknown loss": ("dpo", "dppo", rows(), "Did you mean 'dpo'"),
+    "unknown loss, SFT": ("sft", "crossentropy", rows(kind="sft"), "Did you mean 'cross_entropy'"),
+    "packed rows have several prompts": (
+        "sft",
+        None,
+        rows(kind="sft"),
+        "positions='completion'.*Set packing=False",
+        PACKED,
+    ),
+    "two adapters": ("plain", "dpo", rows(), "already has an adapter.*leave peft_config out", SECOND),
+    "two adapters, DPO": ("dpo", "dpo", rows(), "PeftModel", SECOND),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_refused_before_training(name, tmp_path):
+    kind, loss, data, message, *options = BAD[name]
+    with pytest.raises(ValueError, match=f"(?s){message}"):
+        trainer(kind, tmp_path, data=data, loss=loss, **(options[0] if options else {}))
+
+
+@pytest.mark.parametrize("kind", ["plain", "dpo"])
+def test_streamed_bad_data_are_refused_by_their_first_row(kind, tmp_path):
+    def stream(*given):
+        return IterableDataset.from_generator(lambda: iter(given))
+
+    with pytest.raises(ValueError, match="data set is empty"):
+        trainer(kind, tmp_path, data=stream(), loss="dpo")
+    with pytest.raises(ValueError, match="Row 0: chosen equals rejected"):
+        trainer(kind, tmp_path, data=stream(PAIR | {"rejected": PAIR["chosen"]}), loss="dpo")
+
+
+def test_a_stream_of_text_to_the_plain_trainer_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="Use SteeringDPOTrainer"):
+        trainer("plain", tmp_path, data=IterableDataset.from_generator(lambda: iter([PAIR])), loss="dpo")
+
+
+def test_pair_loss_on_batches_of_a_callers_own_collator(tmp_path):
+    def collate(rows):
+        ids = torch.tensor([[6, 7, 8]] * len(rows))
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+
+    made = trainer("plain", tmp_path, loss="dpo", data_collator=collate, remove_unused_columns=False)
+    with pytest.raises(ValueError, match="DPO compares.*the batch has no pairs"):
+        made.train()
+
+
+# -- good input that looks bad --------------------------------------------------------------------------------------
+
+
+def test_keep_end_truncation_keeps_the_answer_of_a_long_prompt(tmp_path):
+    data = rows(PAIR | {"prompt": LONG})
+    made = trained("dpo", tmp_path, data=data, loss="dpo", max_length=12, truncation_mode="keep_end", max_steps=1)
+    assert len(made.train_dataset) == 3
+
+
+def test_message_content_in_parts_is_not_empty(tmp_path):
+    def parts(row):
+        return {name: [{"role": m["role"], "content": [{"type": "text", "text": m["content"]}]} for m in messages]
+                for name, messages in row.items()}  # fmt: skip
+
+    template = "{% for m in messages %}<{{ m.role }}>{{ m.content[0].text }}</s>{% endfor %}"
+    data = Dataset.from_list([parts(row) for row in conversational(demonstrations(4))])
+    trainer("sft", tmp_path, data=data, processing_class=tokenizer(template=template))
+
+
+# -- numbers that are not finite ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+@pytest.mark.parametrize("kind", ["plain", "sft", "dpo"])
+def test_training_stops_and_keeps_the_state_before_the_bad_step(kind, where, accumulation, tmp_path):
+    loss = Poison(3 * accumulation, where)
+    made = loss.made = trainer(
+        kind, tmp_path, loss=loss, max_steps=5, per_device_train_batch_size=1,
+        gradient_accumulation_steps=accumulation,
+    )  # fmt: skip
+    with pytest.raises(NonFiniteError, match=f"(?i){where}.* is not finite at step 3.*after step 2 is kept") as error:
+        made.train()
+    folder = os.path.join(str(tmp_path), "last-good")
+    assert folder in str(error.value) and made.state.global_step == 2
+    kept = PeftModel.from_pretrained(tiny(), folder)
+    [before] = loss.before.values()
+    assert torch.equal(vector_of(kept), before)
+    assert torch.isfinite(before).all() and before.norm() > 0
+
+
+@pytest.mark.parametrize(("kind", "loss"), [("sft", None), ("dpo", None), ("dpo", "dpo")])
+def test_a_base_that_is_not_finite_stops_the_first_step_under_every_loss(kind, loss, tmp_path):
+    model = tiny()
+    model.lm_head.weight.data[7, 0] = torch.inf
+    made = trainer(kind, tmp_path, model=model, loss=loss)
+    with pytest.raises(NonFiniteError, match="not finite at step 1"):
+        made.train()
+    assert not vector_of(made.model).any()
+
+
+def test_a_plain_parent_is_not_guarded(tmp_path):
+    """`peft_config=None` without a loss is the parent, so it does what the parent does."""
+    model = tiny()
+    model.lm_head.weight.data[7, 0] = torch.inf
+    made = trained("sft", tmp_path, model=model, peft_config=None, logging_nan_inf_filter=False)
+    assert len(losses(made)) == 3
+
+
+def test_a_finite_run_writes_no_last_good_folder(tmp_path):
+    trained("dpo", tmp_path, loss="dpo", peft_config=SteeringVectorConfig())
+    assert not os.path.exists(tmp_path / "last-good")
+
+
+def test_arguments_of_trls_own_loss_are_not_dropped_in_silence(tmp_path):
+    with pytest.raises(ValueError, match=r"beta=0.5 belongs to TRL's own loss"):
+        trainer("dpo", tmp_path, loss="dpo", beta=0.5)
+    with pytest.raises(ValueError, match=r"loss_type=\['ipo'\] belongs to TRL's own loss"):
+        trainer("dpo", tmp_path, loss="dpo", loss_type="ipo")
+    trainer("dpo", tmp_path, loss=get_loss("dpo", beta=0.5), beta=0.5)
+    trainer("dpo", tmp_path, loss=None, beta=0.5)

@@ -12,11 +12,11 @@ from tiny_models import tiny
 import steertune.recipes.ablate as recipe
 from steertune.recipes.ablation.bench import Bench
 from steertune.recipes.ablation.grid import Grid, make_grid
-from steertune.recipes.files import read_result
+from steertune.recipes.lab.files import read_result
 
 GRID = """
 name = "tiny"
-base = "bias_dpo"
+base = "vector_dpo"
 arms = ["mean_difference", "base"]
 tasks = [{ name = "task", scorer = { kind = "rule", pattern = "cat" } }]
 examples = [4]

@@ -3,8 +3,8 @@
     steertune --help
     steertune train vector_dpo --data.name my_pairs.jsonl
 
-is `python -m steertune.recipes.train vector_dpo ...`. A recipe is a file of this folder with a function `main`; nothing
-is imported before one is asked for.
+is `python -m steertune.recipes.train vector_dpo ...`. A recipe is a file of this folder, or of `studies/`, with a
+function `main`; nothing is imported before one is asked for.
 """
 
 from __future__ import annotations

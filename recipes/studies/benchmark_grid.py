@@ -134,7 +134,7 @@ def page(grid: Grid, found: dict[str, dict[str, list[float]]], load: float, opti
     lines = [
         f"# What the grid {options.grid} costs, against the same cells run one by one with TRL and PEFT",
         "",
-        f"`python -m steertune.recipes.studies.benchmark_grid {options.grid} --threads {torch.get_num_threads()}{arms}`, "
+        f"`steertune benchmark_grid {options.grid} --threads {torch.get_num_threads()}{arms}`, "
         f"torch {torch.__version__}. {clock}. One cell an arm was timed, one way after the other, and all its {count} "
         f"cells, of which {tunings} tune, are extrapolated from it. Loading the model takes {load:.1f} s.",
         "",

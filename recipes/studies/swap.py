@@ -144,7 +144,7 @@ def measure(case: str, way: str, launch: str, precision: str, folder: Path) -> R
     script = [str(Path(__file__)), "--run", case, way, precision, str(home)]
     command = [sys.executable, *script]
     if launch:
-        config = LAUNCHES / f"{launch}.yaml"
+        config = Path(__file__).parents[1] / "configs" / "accelerate" / f"{launch}.yaml"
         command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config), *script]
     with (home / "log.txt").open("w") as log:
         subprocess.run(command, check=True, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1"})

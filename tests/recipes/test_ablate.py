@@ -30,6 +30,12 @@ DEEP = ("beft_dpo", "lora_layer_dpo")  # name layer 15
 ARMS = ["form=lora,init=-", "form=bias,init=zeros", "form=bias,init=mean_difference", "mean_difference", "base"]
 
 
+@pytest.fixture
+def tables(tmp_path: Path) -> dict:
+    """The grid's tables, with its model and data in `tmp_path`."""
+    return make_tables(tmp_path)
+
+
 def test_every_cell_is_there_and_whole(tables, tmp_path):
     cells = run(tables, tmp_path / "run")
     assert [cell["arm"] for cell in cells] == 2 * ARMS

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from filelock import FileLock
-from tiny_grids import read, results, run
+from tiny_grids import make_tables, read, results, run
 
 import steertune.recipes.ablate as recipe
 import steertune.recipes.ablation.cell as cell_module

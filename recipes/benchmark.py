@@ -33,7 +33,7 @@ from tqdm.auto import tqdm
 from steertune.recipes.lab.arm import ModelTable
 from steertune.recipes.lab.data import load_model
 from steertune.recipes.lab.files import ArmError, read_result, write_result, write_whole
-from steertune.recipes.lab.measures import peak_memory_gb, reset_peak_memory
+from steertune.recipes.lab.memory import peak_memory_gb, reset_peak_memory
 from steertune.recipes.lab.processes import begin, command, positive
 from steertune.recipes.studies.timing.floor import floor
 from steertune.recipes.studies.timing.shares import shares

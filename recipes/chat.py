@@ -22,7 +22,7 @@ from typing import Any
 from peft import PeftModel
 
 from steertune.recipes.lab.data import load_steered
-from steertune.recipes.lab.measures import generate
+from steertune.recipes.lab.generation import generate
 from steertune.recipes.lab.processes import command, positive
 from steertune.trainers import scaled
 

@@ -21,8 +21,8 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from steertune.adapters import exports
 from steertune.adapters.checks import read_tensors
 from steertune.adapters.exports import ExportError
-from steertune.recipes.lab.arm import ArmError
 from steertune.recipes.lab.data import adapter_config, load_steered
+from steertune.recipes.lab.files import ArmError
 from steertune.recipes.lab.processes import command
 
 _SWITCHES = ("form", "rank", "layers", "tied", "site", "norm", "norm_value", "positions", "init", "init_scale")

@@ -23,7 +23,7 @@ from steertune.recipes.ablation.statistics import Frame
 from steertune.recipes.ablation.tables import Card, Claim, GridTables, TaskTable
 from steertune.recipes.ablation.tidy import read_cells, read_table
 from steertune.recipes.lab.files import ArmError, read_result, write_whole
-from steertune.recipes.lab.measures import neutral_rows
+from steertune.recipes.lab.observe import neutral_rows
 from steertune.recipes.lab.page import html_page
 from steertune.recipes.lab.processes import command
 

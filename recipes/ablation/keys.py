@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from steertune.recipes.ablation.tables import GridArm, GridTables, TaskTable
-from steertune.recipes.lab.arm import ArmError
+from steertune.recipes.lab.files import ArmError
 
 VERSION = 3  # of the cells; raised when a cell of the same grid would come out differently
 

@@ -20,7 +20,8 @@ from typing import Any
 
 from steertune.recipes.ablation.designs import Combination
 from steertune.recipes.ablation.tables import GridTables
-from steertune.recipes.lab.arm import Arm, ArmError, known, make_arm, read_tables
+from steertune.recipes.lab.arm import Arm, known, make_arm, read_tables
+from steertune.recipes.lab.files import ArmError
 
 INERT = "-"
 _PATCHED = ["adapter", "loss", "views", "teachers", "biases", "augmentation", "trainer", "data"]

@@ -6,14 +6,17 @@ computed again) and never a result. One without a checksum, written by hand, is 
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import json
 import os
 import re
 import tomllib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
+
+from pydantic import ValidationError
 
 _CHECKSUM, _KIND = "checksum", "blake2b-"
 _LONGEST_NAME = 200  # bytes; file systems take 255, and names get endings
@@ -21,6 +24,17 @@ _LONGEST_NAME = 200  # bytes; file systems take 255, and names get endings
 
 class ArmError(ValueError):
     """What a recipe was given is wrong; the message names it and what is valid."""
+
+
+def nearest(value: str, allowed: Sequence[str]) -> str:
+    """The end of an error message: " Did you mean ...?", or nothing where no allowed value is similar."""
+    near = difflib.get_close_matches(value, allowed, n=1, cutoff=0.4)
+    return f" Did you mean {near[0]!r}?" if near else ""
+
+
+def reasons(error: ValidationError) -> str:
+    """What pydantic found, on one line."""
+    return "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
 
 
 def check_name(what: str, name: str) -> None:

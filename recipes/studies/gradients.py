@@ -45,8 +45,9 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from steertune.recipes.lab.arm import Arm, ArmError, load_arm, refuse_augmentation
+from steertune.recipes.lab.arm import Arm, load_arm, refuse_augmentation
 from steertune.recipes.lab.data import load_model, load_splits
+from steertune.recipes.lab.files import ArmError
 from steertune.recipes.lab.processes import begin, command, positive
 from steertune.recipes.lab.training import make_trainer, write_whole
 from steertune.trainers import FrozenPrefix

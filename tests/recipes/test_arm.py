@@ -16,8 +16,9 @@ from steertune import losses
 from steertune.adapters import SteeringVectorConfig, directions
 from steertune.losses.dpo import DPO
 from steertune.recipes.lab import augmentation as augmentation
-from steertune.recipes.lab.arm import ARMS, ArmError, load_arm, parse_arm
+from steertune.recipes.lab.arm import ARMS, load_arm, parse_arm
 from steertune.recipes.lab.data import load_splits
+from steertune.recipes.lab.files import ArmError
 from steertune.recipes.lab.training import make_trainer
 from steertune.trainers import biases, views
 

@@ -12,8 +12,9 @@ from tiny_views import states_of
 from steertune.adapters import SteeringVectorConfig
 from steertune.losses import get_loss
 from steertune.recipes.lab import training
-from steertune.recipes.lab.arm import ArmError, make_arm
-from steertune.recipes.lab.measures import batches
+from steertune.recipes.lab.arm import make_arm
+from steertune.recipes.lab.batches import batches
+from steertune.recipes.lab.files import ArmError
 from steertune.recipes.lab.teachers import answers
 from steertune.recipes.lab.training import make_trainer
 from steertune.trainers import Batch, FrozenPrefix, ViewError, get_view, share_weights

@@ -13,11 +13,11 @@ import sys
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
 
 from peft import PeftConfig, get_peft_config
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
-from pydantic import BaseModel, Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, TypeAdapter, ValidationError
 from pydantic.errors import PydanticSchemaGenerationError, PydanticUndefinedAnnotation
 from torch import nn
 
@@ -25,7 +25,15 @@ import steertune.adapters  # noqa: F401  registers the method with PEFT
 from steertune.losses import Loss, get_loss
 from steertune.recipes.lab.files import ArmError, check_name, read_toml
 from steertune.recipes.lab.paths import CONFIGS, TASKS
-from steertune.recipes.lab.teachers import TeacherTable
+from steertune.recipes.lab.tables import (  # noqa: F401
+    ArmTables,
+    CardTable,
+    DataTable,
+    EvaluationTable,
+    ModelTable,
+    OutputTable,
+    PromptTable,
+)
 from steertune.trainers.biases import get_bias
 from steertune.trainers.views import View, get_view
 
@@ -37,66 +45,7 @@ NEUTRAL = TASKS / "neutral_train.jsonl"
 UPSTREAM = "upstream"  # the loss of TRL's own trainer
 
 
-class ModelTable(BaseModel, extra="forbid"):
-    """`[model]`: `embedded`, a Hub name, or a local folder."""
-
-    name: str = "embedded"
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    revision: str | None = None
-    threads: int | None = Field(default=None, ge=1)
-
-
-class DataTable(BaseModel, extra="forbid"):
-    """`[data]`: an embedded task, a Hub name, or a local file or folder (json, jsonl, csv, parquet)."""
-
-    name: str
-    train: int = Field(default=32, ge=1)
-    test: int = Field(default=40, ge=1)
-    train_split: str = "train"
-    test_split: str = "test"
-    seed: int = Field(default=0, ge=0, lt=2**32)
-    pairing: Literal["own", "shuffled"] = "own"
-    """`shuffled`: every training prompt gets the rejected answer of another prompt."""
-
-
-class PromptTable(BaseModel, extra="forbid"):
-    """`[prompt]`: what stands in front of every prompt, in a grid (`recipes/ablation/prompted.py`)."""
-
-    demonstrations: int = Field(default=0, ge=0)
-    contrast: bool = False
-    instruction: bool = False
-
-    def __bool__(self) -> bool:
-        return self.demonstrations > 0 or self.instruction
-
-
-class EvaluationTable(BaseModel, extra="forbid"):
-    """`[evaluation]`: what the page at the end shows."""
-
-    strengths: list[Annotated[float, Field(allow_inf_nan=False)]] = [-1.0, 0.0, 0.5, 1.0, 2.0]
-    generations: int = Field(default=3, ge=0)
-    new_tokens: int = Field(default=40, ge=1)
-    batch_size: int = Field(default=8, ge=1)
-
-
-class OutputTable(BaseModel, extra="forbid"):
-    """`[output]`: where the run is kept."""
-
-    folder: str | None = None
-
-
-class CardTable(BaseModel, extra="forbid"):
-    """`[card]`: what the adapter's model card says that no measurement can."""
-
-    behaviour: str | None = None
-    """What it makes the model do, and on what."""
-    problem: str | None = None
-    """The question it was made for, its baselines, and what would count against it."""
-    safety: str | None = None
-    """What to look at before others use it, beside what every card says."""
-
-
-class Arm(BaseModel, extra="forbid"):
+class Arm(ArmTables):
     """A whole arm.
 
     `adapter.type` is any PEFT method in lower case or `none` (full finetuning); `loss.name` is a file of `losses/` or
@@ -106,21 +55,6 @@ class Arm(BaseModel, extra="forbid"):
     examples of the few, its `name` a file of `recipes/lab/augmentation/`; `[trainer]` takes every field of TRL's
     `DPOConfig` (pairs) or `SFTConfig` (demonstrations).
     """
-
-    name: str
-    model: ModelTable = ModelTable()
-    data: DataTable
-    adapter: dict[str, Any] = {"type": "steering_vector"}
-    loss: dict[str, Any] = {"name": "dpo"}
-    views: dict[str, dict[str, Any]] = {}
-    teachers: dict[str, TeacherTable] = {}
-    augmentation: dict[str, Any] = {}
-    biases: dict[str, dict[str, Any]] = {}
-    prompt: PromptTable = PromptTable()
-    trainer: dict[str, Any] = {}
-    evaluation: EvaluationTable = EvaluationTable()
-    output: OutputTable = OutputTable()
-    card: CardTable = CardTable()
 
     def peft_config(self) -> PeftConfig | None:
         """The adapter's configuration; None for full finetuning."""

@@ -21,34 +21,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from datasets import Dataset
-from pydantic import BaseModel, model_validator
 from torch import nn
 
+from steertune.recipes.lab.tables import TeacherTable
 from steertune.trainers import get_view, share_weights
 
 if TYPE_CHECKING:
     from steertune.recipes.lab.arm import Arm
-
-_LORA = {"type": "lora", "r": 8, "lora_alpha": 16, "target_modules": "all-linear"}
-
-
-class TeacherTable(BaseModel, extra="forbid"):
-    """`[teachers.NAME]`: what a teacher is trained on, with cross-entropy, and how."""
-
-    chosen: str | None = None
-    """What stands in front of the prompts of chosen answers; left out: it does not see them."""
-    rejected: str | None = None
-    """The same for rejected answers."""
-    adapter: dict[str, Any] = _LORA
-    trainer: dict[str, Any] = {}
-    """Settings that differ from the arm's `[trainer]`."""
-
-    @model_validator(mode="after")
-    def _sees_something(self) -> TeacherTable:
-        if self.chosen is None and self.rejected is None:
-            raise ValueError('a teacher learns from answers: chosen = "", rejected = "", or both')
-        return self
-
 
 def train_teachers(
     arm: Arm, model: Any, tokenizer: Any, rows: Dataset, folder: Path, quiet: Mapping[str, Any]

@@ -38,11 +38,17 @@ def get_loss(
 ) -> Loss:
     """A loss by name (its file), with its hyperparameters; a `Loss` object is returned as it is.
 
-    `contrast` says what a pair loss contrasts the chosen answer with: `paired`, `unpaired` or `none`; a loss of one
-    answer, on pairs, becomes the `difference` of its two. `neutral_kl` adds a KL to the base model on neutral text,
-    with this weight. `change_cap` makes it cost (`cap_weight`, 1) to change the residual stream of `cap_layers` (0.67)
-    by a longer vector than this. `then` names the loss (with its defaults) that takes over after `then_after` (0.5) of
-    all steps.
+    Args:
+        loss: The loss, or its name.
+        contrast: What a pair loss contrasts the chosen answer with: `paired`, `unpaired` or `none`; a loss of one
+            answer, on pairs, becomes the `difference` of its two.
+        neutral_kl: Weight of a KL to the base model on neutral text.
+        change_cap: Longest change of the residual stream at `cap_layers` that costs nothing; 0: no cap.
+        cap_layers: Where `change_cap` applies (0.67).
+        cap_weight: Price of a longer change (1).
+        then: The loss, with its defaults, that takes over after `then_after` of all steps.
+        then_after: Share of all steps before `then` takes over (0.5).
+        options: Hyperparameters of the named loss.
 
     Raises:
         ValueError: an unknown name or option (the message names the nearest), options for an object, `then` with a

@@ -30,7 +30,7 @@ import torch
 from datasets import disable_progress_bars
 from tqdm.auto import tqdm
 
-from steertune.recipes.lab.arm import ModelTable
+from steertune.recipes.lab.tables import ModelTable
 from steertune.recipes.lab.data import load_model
 from steertune.recipes.lab.files import ArmError, read_result, write_result, write_whole
 from steertune.recipes.lab.memory import peak_memory_gb, reset_peak_memory

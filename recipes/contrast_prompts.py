@@ -41,7 +41,8 @@ from steertune.adapters.checks import check_checksums, write_checksums
 from steertune.recipes.ablation.checks import check_draws
 from steertune.recipes.ablation.grid import find_tasks
 from steertune.recipes.ablation.tables import TaskTable
-from steertune.recipes.lab.arm import Arm, ModelTable, known_tables, load_arm, refuse_augmentation
+from steertune.recipes.lab.arm import Arm, known_tables, load_arm, refuse_augmentation
+from steertune.recipes.lab.tables import ModelTable
 from steertune.recipes.lab.contrast_page import page
 from steertune.recipes.lab.data import load_model
 from steertune.recipes.lab.files import ArmError, read_result, read_toml, reasons, write_result, write_whole

@@ -36,7 +36,7 @@ from steertune.adapters.blocks import find_blocks, resolve_layers
 from steertune.adapters.card import versions, write_card
 from steertune.adapters.config import Site
 from steertune.recipes.lab import scorers
-from steertune.recipes.lab.arm import ModelTable
+from steertune.recipes.lab.tables import ModelTable
 from steertune.recipes.lab.cards import of_sweep
 from steertune.recipes.lab.data import load_model
 from steertune.recipes.lab.files import ArmError, read_result, reasons, write_result

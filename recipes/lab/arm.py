@@ -11,13 +11,12 @@ import sys
 import tomllib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from peft import PeftConfig, get_peft_config
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from pydantic import (
     BaseModel,
-    Field,
     SerializeAsAny,
     SerializerFunctionWrapHandler,
     TypeAdapter,
@@ -32,61 +31,14 @@ from steertune.losses import Loss, get_loss
 from steertune.recipes.lab.files import ArmError, check_name, nearest, read_toml, reasons
 from steertune.recipes.lab.ingredients import Ingredient, check_recipe, kinds
 from steertune.recipes.lab.paths import CONFIGS
+from steertune.recipes.lab.tables import ArmTables
 
 ARMS = CONFIGS / "arms"
 UPSTREAM = "upstream"  # the loss of TRL's own trainer
 IngredientT = TypeVar("IngredientT", bound=Ingredient)
 
 
-class ModelTable(BaseModel, extra="forbid"):
-    """`[model]`: `embedded`, a Hub name, or a local folder."""
-
-    name: str = "embedded"
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    revision: str | None = None
-    threads: int | None = Field(default=None, ge=1)
-
-
-class DataTable(BaseModel, extra="forbid"):
-    """`[data]`: an embedded task, a Hub name, or a local file or folder (json, jsonl, csv, parquet)."""
-
-    name: str
-    train: int = Field(default=32, ge=1)
-    test: int = Field(default=40, ge=1)
-    train_split: str = "train"
-    test_split: str = "test"
-    seed: int = Field(default=0, ge=0, lt=2**32)
-    pairing: Literal["own", "shuffled"] = "own"
-    """`shuffled`: every training prompt gets the rejected answer of another prompt."""
-
-
-class EvaluationTable(BaseModel, extra="forbid"):
-    """`[evaluation]`: what the page at the end shows."""
-
-    strengths: list[Annotated[float, Field(allow_inf_nan=False)]] = [-1.0, 0.0, 0.5, 1.0, 2.0]
-    generations: int = Field(default=3, ge=0)
-    new_tokens: int = Field(default=40, ge=1)
-    batch_size: int = Field(default=8, ge=1)
-
-
-class OutputTable(BaseModel, extra="forbid"):
-    """`[output]`: where the run is kept."""
-
-    folder: str | None = None
-
-
-class CardTable(BaseModel, extra="forbid"):
-    """`[card]`: what the adapter's model card says that no measurement can."""
-
-    behaviour: str | None = None
-    """What it makes the model do, and on what."""
-    problem: str | None = None
-    """The question it was made for, its baselines, and what would count against it."""
-    safety: str | None = None
-    """What to look at before others use it, beside what every card says."""
-
-
-class Arm(BaseModel, extra="forbid"):
+class Arm(ArmTables):
     """A whole arm.
 
     `adapter.type` is any PEFT method in lower case or `none` (full finetuning); `loss.name` is a file of `losses/` or
@@ -94,15 +46,6 @@ class Arm(BaseModel, extra="forbid"):
     of `recipes/lab/ingredients/` is one more table.
     """
 
-    name: str
-    model: ModelTable = ModelTable()
-    data: DataTable
-    adapter: dict[str, Any] = {"type": "steering_vector"}
-    loss: dict[str, Any] = {"name": "dpo"}
-    trainer: dict[str, Any] = {}
-    evaluation: EvaluationTable = EvaluationTable()
-    output: OutputTable = OutputTable()
-    card: CardTable = CardTable()
     ingredients: dict[str, SerializeAsAny[Ingredient]] = {}
 
     @model_validator(mode="before")
@@ -136,11 +79,11 @@ class Arm(BaseModel, extra="forbid"):
         if kind == "none":
             known("adapter", options, [])
             return None
-        kinds = {str(name.value).lower(): config for name, config in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
-        if kind not in kinds:
-            raise ArmError(f"adapter.type={kind!r} is no PEFT method.{nearest(kind, [*kinds, 'none'])}")
-        known("adapter", options, [f.name for f in dataclasses.fields(kinds[kind])])
-        _typed("adapter", options, kinds[kind])
+        methods = {str(name.value).lower(): config for name, config in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
+        if kind not in methods:
+            raise ArmError(f"adapter.type={kind!r} is not a PEFT method.{nearest(kind, [*methods, 'none'])}")
+        known("adapter", options, [f.name for f in dataclasses.fields(methods[kind])])
+        _typed("adapter", options, methods[kind])
         try:
             return get_peft_config({"peft_type": kind.upper(), "task_type": "CAUSAL_LM", **options})
         except (ValueError, TypeError) as error:

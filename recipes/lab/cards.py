@@ -8,7 +8,8 @@ from typing import Any
 
 from steertune.adapters.card import SAFETY, Card
 from steertune.recipes.lab import embedded
-from steertune.recipes.lab.arm import Arm, CardTable
+from steertune.recipes.lab.arm import Arm
+from steertune.recipes.lab.tables import CardTable
 from steertune.recipes.lab.page import preference
 
 

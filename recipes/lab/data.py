@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from steertune.adapters import SteeringVectorConfig
 from steertune.recipes.lab import embedded
-from steertune.recipes.lab.arm import DataTable, ModelTable
+from steertune.recipes.lab.tables import DataTable, ModelTable
 from steertune.recipes.lab.files import ArmError
 
 BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}

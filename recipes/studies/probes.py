@@ -26,7 +26,7 @@ from steertune.adapters import directions
 from steertune.adapters.activations import Activations, collect
 from steertune.adapters.erasure import Eraser, erase
 from steertune.adapters.reading import Pairs, Reading, read
-from steertune.recipes.lab.arm import DataTable, ModelTable
+from steertune.recipes.lab.tables import DataTable, ModelTable
 from steertune.recipes.lab.batches import batches
 from steertune.recipes.lab.data import load_model, load_splits
 from steertune.recipes.lab.files import ArmError

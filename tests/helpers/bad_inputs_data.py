@@ -14,7 +14,7 @@ from bad_inputs import Lab, Row
 from datasets import Dataset, Image
 from tiny_models import tiny
 
-from steertune.recipes.lab.arm import DataTable
+from steertune.recipes.lab.tables import DataTable
 from steertune.recipes.lab.data import load_split, shuffled_pairs
 from steertune.recipes.lab.data import load_splits as two_splits
 from steertune.recipes.lab.files import read_rows, write_rows

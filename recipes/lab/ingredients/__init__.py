@@ -29,7 +29,7 @@ from pydantic import BaseModel
 from steertune.recipes.lab.files import ArmError
 
 
-class ArmTables(Protocol):
+class ArmLike(Protocol):
     """The arm that an ingredient stands in."""
 
     name: str
@@ -89,7 +89,7 @@ class Ingredient(BaseModel, extra="forbid"):
     def __bool__(self) -> bool:
         return bool(self.model_dump(exclude_defaults=True))
 
-    def check(self, arm: ArmTables) -> None:
+    def check(self, arm: ArmLike) -> None:
         """Refuse an arm that contradicts this table.
 
         Raises:
@@ -99,7 +99,7 @@ class Ingredient(BaseModel, extra="forbid"):
     def apply(self, training: Training) -> None:
         """Change a training before its trainer is made."""
 
-    def key(self, arm: ArmTables) -> Any:
+    def key(self, arm: ArmLike) -> Any:
         """What of it decides a cell's result, as JSON."""
         return self.model_dump(mode="json", exclude_defaults=True)
 
@@ -130,7 +130,7 @@ def kinds() -> dict[str, type[Ingredient]]:
     return dict(sorted(found.items(), key=lambda item: item[1].order))
 
 
-def check_recipe(arm: ArmTables, recipe: str) -> None:
+def check_recipe(arm: ArmLike, recipe: str) -> None:
     """Refuse an arm with an ingredient that a recipe cannot honour.
 
     Raises:

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from steertune.recipes.lab.augmentation import Augmenter, grown, read
 from steertune.recipes.lab.files import ArmError
-from steertune.recipes.lab.ingredients import ArmTables, Ingredient, Training
+from steertune.recipes.lab.ingredients import ArmLike, Ingredient, Training
 
 _ELSEWHERE = "remove the table, or use the arm in train, in a grid or in a sweep."
 
@@ -25,7 +25,7 @@ class Augmentation(Ingredient, extra="allow"):
         """What makes the versions, and how many times as many examples there are; None where nothing does."""
         return read(self.model_extra or {})
 
-    def check(self, arm: ArmTables) -> None:
+    def check(self, arm: ArmLike) -> None:
         """Refuse one whose new examples would also mean more training steps."""
         found, steps = self.augmenter(), arm.trainer.get("max_steps", -1)
         if found is not None and found[1] > 1 and not (isinstance(steps, int) and steps >= 0):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 from steertune.recipes.lab.files import ArmError
-from steertune.recipes.lab.ingredients import ArmTables, Named, Training
+from steertune.recipes.lab.ingredients import ArmLike, Named, Training
 from steertune.trainers.biases import get_bias
 
 
@@ -14,7 +14,7 @@ class InductiveBiases(Named):
 
     order: ClassVar[int] = 40
 
-    def check(self, arm: ArmTables) -> None:
+    def check(self, arm: ArmLike) -> None:
         """Refuse unknown biases and options."""
         for name, options in self.tables.items():
             try:
@@ -26,6 +26,6 @@ class InductiveBiases(Named):
         """Give them to the trainer."""
         training.options["biases"] = self.tables
 
-    def key(self, arm: ArmTables) -> Any:
+    def key(self, arm: ArmLike) -> Any:
         """In their order, which decides what the later ones find."""
         return list(self.tables.items())

@@ -17,7 +17,7 @@ from datasets import Dataset
 from pydantic import Field
 
 from steertune.recipes.lab.files import ArmError
-from steertune.recipes.lab.ingredients import ArmTables, Ingredient
+from steertune.recipes.lab.ingredients import ArmLike, Ingredient
 from steertune.recipes.lab.observe import Show
 from steertune.trainers import View, get_view
 
@@ -35,7 +35,7 @@ class Prompt(Ingredient):
     contrast: bool = False
     instruction: bool = False
 
-    def check(self, arm: ArmTables) -> None:
+    def check(self, arm: ArmLike) -> None:
         """Refuse a prompt beside a training, and contrast without demonstrations."""
         if self.contrast and not self.demonstrations:
             raise ArmError(

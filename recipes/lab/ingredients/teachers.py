@@ -22,7 +22,7 @@ from datasets import Dataset
 from pydantic import BaseModel, ValidationError, model_validator
 
 from steertune.recipes.lab.files import ArmError, reasons
-from steertune.recipes.lab.ingredients import ArmTables, Named, Training
+from steertune.recipes.lab.ingredients import ArmLike, Named, Training
 from steertune.recipes.lab.ingredients.views import Views
 from steertune.trainers import get_view
 
@@ -67,7 +67,7 @@ class Teachers(Named):
                 raise ArmError(f"[teachers.{name}]: {why}") from error
         return teachers
 
-    def check(self, arm: ArmTables) -> None:
+    def check(self, arm: ArmLike) -> None:
         """Refuse teachers that no view shows, and those that would train at another method's learning rate."""
         views = arm.ingredients.get("views", Views())
         shown = {
@@ -95,7 +95,7 @@ class Teachers(Named):
         }
         training.options["teachers"] = models
 
-    def key(self, arm: ArmTables) -> Any:
+    def key(self, arm: ArmLike) -> Any:
         """Every teacher with the arm's own training arguments, which it inherits."""
         return {
             name: {**table.model_dump(), "trainer": {**arm.trainer, **table.trainer}}

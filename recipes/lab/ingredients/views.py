@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from torch import nn
 
 from steertune.recipes.lab.files import ArmError
-from steertune.recipes.lab.ingredients import ArmTables, Named, Training
+from steertune.recipes.lab.ingredients import ArmLike, Named, Training
 from steertune.recipes.lab.paths import TASKS
 from steertune.trainers import View, get_view
 
@@ -51,7 +51,7 @@ class Views(Named):
                 raise ArmError(f"[views.{key}]: {error}") from error
         return views
 
-    def check(self, arm: ArmTables) -> None:
+    def check(self, arm: ArmLike) -> None:
         """Refuse views that cannot be made."""
         teachers = arm.ingredients.get("teachers")
         self.views(known=getattr(teachers, "tables", {}))

@@ -1,0 +1,240 @@
+"""Every `--table.key` of an arm, for help, completion and hints. Nothing that takes long is imported."""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any, get_origin
+
+from pydantic import BaseModel
+from pydantic_core import PydanticUndefined
+
+from steertune.recipes.lab.fields import FieldText, arguments_of, dataclasses_in, fields_of
+from steertune.recipes.lab.paths import RECIPES
+from steertune.recipes.lab.tables import ArmTables
+
+OPEN = ("views", "teachers", "augmentation", "biases")
+"""Tables whose keys depend on what they name."""
+REFUSED = {"output_dir", "trust_remote_code"}
+"""Fields of `[trainer]` that no arm may set."""
+USUAL = {
+    "lr": "trainer.learning_rate",
+    "learning-rate": "trainer.learning_rate",
+    "epochs": "trainer.num_train_epochs",
+    "num-epochs": "trainer.num_train_epochs",
+    "batch-size": "trainer.per_device_train_batch_size",
+    "batch": "trainer.per_device_train_batch_size",
+    "gradient-accumulation": "trainer.gradient_accumulation_steps",
+    "steps": "trainer.max_steps",
+    "max-steps": "trainer.max_steps",
+    "warmup": "trainer.warmup_steps",
+    "optimizer": "trainer.optim",
+    "weight-decay": "trainer.weight_decay",
+    "beta": "loss.beta",
+    "loss": "loss.name",
+    "output": "output.folder",
+    "output-dir": "output.folder",
+    "out": "output.folder",
+    "folder": "output.folder",
+    "model": "model.name",
+    "model-name": "model.name",
+    "dtype": "model.dtype",
+    "data": "data.name",
+    "dataset": "data.name",
+    "dataset-name": "data.name",
+    "task": "data.name",
+    "train": "data.train",
+    "test": "data.test",
+    "seed": "data.seed",
+    "layer": "adapter.layers",
+    "layers": "adapter.layers",
+    "adapter": "adapter.type",
+    "rank": "adapter.rank",
+    "norm": "adapter.norm",
+    "init": "adapter.init",
+    "strength": "evaluation.strengths",
+    "strengths": "evaluation.strengths",
+    "generations": "evaluation.generations",
+    "new-tokens": "evaluation.new_tokens",
+}
+"""What people type, and the key that they mean."""
+
+
+@dataclass(frozen=True)
+class Key:
+    """One key of an arm.
+
+    Attributes:
+        group: What it is listed under.
+        name: `table.key`.
+        type: What its value must be.
+        default: As TOML or Python writes it; empty where there is none.
+        text: What it means.
+    """
+
+    group: str
+    name: str
+    type: str
+    default: str
+    text: str
+
+
+@cache
+def arm_keys() -> dict[str, Key]:
+    """Every key by its name, in the order of the tables."""
+    keys = [*_of_tables(), *_of_loss(), *_of_adapter(), *_of_trainer()]
+    tables = list(ArmTables.model_fields)
+    keys.sort(key=lambda key: tables.index(key.name.partition(".")[0]))
+    return {key.name: key for key in keys}
+
+
+def meant(name: str) -> str | None:
+    """The key that a wrong name without its dashes most likely stands for; None if there is none like it."""
+    plain = name.replace("_", "-")
+    if plain in USUAL:
+        return USUAL[plain]
+    keys = arm_keys()
+    table, dot, key = name.partition(".")
+    # somebody who knows TRL types the field itself: --learning_rate
+    bare = [full for full in keys if full.partition(".")[2] == name.replace("-", "_")]
+    if not dot and bare:
+        return bare[0]
+    own = [full for full in keys if dot and full.startswith(f"{table}.")]
+    near = difflib.get_close_matches(name, own or [*keys], n=1, cutoff=0.6)
+    return near[0] if near else None
+
+
+def _of_tables() -> Iterator[Key]:
+    """Keys of the tables that a model of ours checks, and a line for each table whose keys are open."""
+    for table, field in ArmTables.model_fields.items():
+        kind: Any = field.annotation
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            for key, own in kind.model_fields.items():
+                yield Key(table, f"{table}.{key}", _plain(_named(own.annotation)), _shown(own), own.description or "")
+        elif table in OPEN:
+            names = ".NAME" if _holds_tables(kind) else ""
+            yield Key("open tables", f"{table}{names}.KEY", "any", "", field.description or "")
+        elif table == "name":
+            yield Key("name", table, "str", "", field.description or "")
+
+
+def _holds_tables(kind: Any) -> bool:
+    value: Any = kind.__args__[1]
+    return get_origin(value) is dict or (isinstance(value, type) and issubclass(value, BaseModel))
+
+
+def _of_loss() -> Iterator[Key]:
+    """`loss.name`, and the options of every loss: one line for what several call alike."""
+    names = _files("losses")
+    yield Key("loss", "loss.name", " | ".join([*names, "upstream"]), "dpo", "What is minimised.")
+    for field in arguments_of("steertune.losses", "get_loss"):
+        yield _key("loss", "loss", field)
+    options: dict[str, dict[str, FieldText]] = {}
+    for loss in names:
+        module = f"steertune.losses.{loss}"
+        for kind in dataclasses_in(module):
+            for field in fields_of(module, kind).values():
+                options.setdefault(field.name, {})[loss] = field
+    for fields in options.values():
+        defaults: dict[str, list[str]] = {}
+        for loss, field in fields.items():
+            defaults.setdefault(field.default or "", []).append(loss)
+        default = _unquoted(next(iter(defaults)))
+        if len(defaults) > 1:
+            default = "; ".join(f"{_unquoted(value)} ({', '.join(losses)})" for value, losses in defaults.items())
+        first = next(iter(fields.values()))
+        yield replace(_key("loss", "loss", first, f"Of {', '.join(fields)}. "), default=default)
+
+
+def _of_adapter() -> Iterator[Key]:
+    """The fields of a steering vector, and what LoRA has beside them."""
+    ours = fields_of("steertune.adapters.config", "SteeringVectorConfig")
+    yield Key("adapter", "adapter.type", "str", "steering_vector", ArmTables.model_fields["adapter"].description or "")
+    for field in ours.values():
+        yield _key("adapter", "adapter", field)
+    for name, field in fields_of("peft", "LoraConfig").items():
+        if name not in ours:
+            yield _key("adapter, of type lora", "adapter", field)
+
+
+def _of_trainer() -> Iterator[Key]:
+    """The fields of TRL's arguments, with a note where only one of its trainers has them."""
+    pairs, demonstrations = fields_of("trl", "DPOConfig"), fields_of("trl", "SFTConfig")
+    for name, field in (pairs | demonstrations).items():
+        if name not in REFUSED:
+            only = "" if name in pairs and name in demonstrations else "Pairs only. "
+            only = "Demonstrations only. " if name not in pairs else only
+            yield _key("trainer", "trainer", field, only)
+
+
+def _key(group: str, table: str, field: FieldText, note: str = "") -> Key:
+    default = "" if field.default in (None, "None") else _unquoted(field.default)
+    return Key(group, f"{table}.{field.name}", _plain(field.type), default, note + field.text)
+
+
+def _files(folder: str) -> list[str]:
+    """The public modules of a folder of the library."""
+    return sorted(file.stem for file in (RECIPES.parent / folder).glob("[!_]*.py"))
+
+
+def _named(kind: Any) -> str:
+    """An annotation as it would be written."""
+    return kind.__name__ if isinstance(kind, type) and get_origin(kind) is None else str(kind)
+
+
+def _plain(kind: str) -> str:
+    """A type as a reader of the help needs it: `a | b` for a choice, without what None and modules add."""
+    kind = re.sub(r"\b(?:typing|collections\.abc|annotationlib)\.", "", kind)
+    kind = re.sub(r"Annotated\[(\w+), .*\)\]\)?\]", r"\1]", kind)
+    kind = re.sub(r"Optional\[(.*)\]$", r"\1", kind)
+    kind = re.sub(r"Union\[(.*)\]$", lambda match: " | ".join(_split(match[1])), kind)
+    kind = re.sub(r"Literal\[((?:'[^']*'|[^]'])*)\]", lambda match: match[1].replace("'", "").replace(", ", " | "), kind)
+    return kind.removesuffix(" | None")
+
+
+def _split(parts: str) -> list[str]:
+    """`a, b[c, d]` at the commas that stand in no bracket."""
+    return re.split(r", (?![^\[]*\])", parts)
+
+
+def _shown(field: Any) -> str:
+    """A default of a table as TOML writes it."""
+    if field.default in (None, PydanticUndefined, {}):
+        return ""
+    return str(field.default).lower() if isinstance(field.default, bool) else str(field.default)
+
+
+def _unquoted(default: str) -> str:
+    try:
+        value = ast.literal_eval(default)
+    except ValueError:
+        return default
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def split_overrides(words: list[str], own: Mapping[str, Any]) -> tuple[list[str], list[str]]:
+    """Take `--table.key value`, `--table.key=value` and `--table={...}` out of the words of a command line.
+
+    Args:
+        words: The command line.
+        own: The command's own options, which go before a table of the same name.
+
+    Returns:
+        The other words, and what `load_arm` takes as overrides.
+    """
+    rest, overrides, left = [], [], list(words)
+    while left:
+        word = left.pop(0)
+        key, equals, value = word[2:].partition("=")
+        table, dot, _ = key.partition(".")
+        whole = (value if equals else "".join(left[:1])).lstrip().startswith("{")
+        is_table = word.startswith("--") and table in ArmTables.model_fields
+        if is_table and (dot or ((whole or table == "name") and f"--{key}" not in own)):
+            overrides += [word] if equals or not left else [word, left.pop(0)]
+        else:
+            rest.append(word)
+    return rest, overrides

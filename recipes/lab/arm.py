@@ -101,7 +101,7 @@ class Arm(ArmTables):
     def views_seen(self) -> tuple[str, ...]:
         """Names of the views that the loss asks for."""
         loss = self.loss_object()
-        return () if loss is None else loss.views
+        return () if loss is None else loss.needs.views
 
     def check_trainer(self, kind: type) -> None:
         """Check keys and types of `[trainer]` against a class of training arguments."""

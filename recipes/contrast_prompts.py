@@ -42,7 +42,6 @@ from steertune.recipes.ablation.checks import check_draws
 from steertune.recipes.ablation.grid import find_tasks
 from steertune.recipes.ablation.tables import TaskTable
 from steertune.recipes.lab.arm import Arm, known_tables, load_arm, refuse_augmentation
-from steertune.recipes.lab.tables import ModelTable
 from steertune.recipes.lab.contrast_page import page
 from steertune.recipes.lab.data import load_model
 from steertune.recipes.lab.files import ArmError, read_result, read_toml, reasons, write_result, write_whole
@@ -52,6 +51,7 @@ from steertune.recipes.lab.old import pair_margins, side_effects
 from steertune.recipes.lab.paths import CONFIGS
 from steertune.recipes.lab.processes import begin, command, positive
 from steertune.recipes.lab.splits import SplitTable, load_splits
+from steertune.recipes.lab.tables import ModelTable
 from steertune.recipes.lab.training import claim, fit, make_trainer
 from steertune.trainers import get_view, share_weights
 

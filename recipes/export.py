@@ -21,10 +21,10 @@ from steertune.adapters import exports
 from steertune.adapters.exports import ExportError
 from steertune.adapters.exports.gguf import read
 from steertune.recipes.lab import embedded
-from steertune.recipes.lab.tables import ModelTable
 from steertune.recipes.lab.data import load_model, load_steered
 from steertune.recipes.lab.files import read_text
 from steertune.recipes.lab.processes import command
+from steertune.recipes.lab.tables import ModelTable
 
 _PROMPTS = (
     "Should I quit my job and travel the world?",

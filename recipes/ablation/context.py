@@ -1,4 +1,4 @@
-"""What all cells of a grid share, each loaded or computed once: the base model, the tasks' rows, what the base does."""
+"""What all cells of a grid share, each loaded once: the base model, the tasks' rows, what the base does on them."""
 
 from __future__ import annotations
 

@@ -31,6 +31,7 @@ from steertune.recipes.ablation.levels import INERT, arm_of, named, patched, wit
 from steertune.recipes.ablation.tables import Card, GridArm, GridTables, TaskTable, told
 from steertune.recipes.lab.arm import known_tables, read_tables
 from steertune.recipes.lab.files import ArmError, check_name, nearest, read_toml, reasons
+from steertune.recipes.lab.ingredients.prompt import Prompt
 from steertune.recipes.lab.paths import CONFIGS
 
 GRIDS = CONFIGS / "grids"
@@ -154,7 +155,7 @@ def make_grid(raw: dict[str, Any], data_root: Path | None = None) -> Grid:
     tasks = find_tasks(tables.tasks, data_root)
     check_draws(tasks)
     check_views(tables, arms, tasks)
-    if any(arm.arm.prompt.instruction for arm in arms):
+    if any(arm.arm.get(Prompt).instruction for arm in arms):
         tasks = [told(task, task_folder(task.name)) for task in tasks]
         entries = zip(tables.tasks, tasks, strict=True)
         tables = tables.model_copy(update={"tasks": [_told_as(entry, task) for entry, task in entries]})

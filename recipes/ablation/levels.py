@@ -9,8 +9,7 @@
     mean_difference = [{ when = { form = "lora" }, inert = true }, { adapter.init = "mean_difference" }]
 
 Of a list the first entry counts whose `when` fits. `inert` says that the level means nothing there; combinations that
-differ only in inert levels are one arm. Patching `adapter.type`, `loss.name` or `augmentation.name`
-replaces the whole table.
+differ only in inert levels are one arm. Patching `adapter.type`, or the `name` of another table, replaces the table.
 """
 
 from __future__ import annotations
@@ -22,9 +21,10 @@ from steertune.recipes.ablation.designs import Combination
 from steertune.recipes.ablation.tables import GridTables
 from steertune.recipes.lab.arm import Arm, known, make_arm, read_tables
 from steertune.recipes.lab.files import ArmError
+from steertune.recipes.lab.ingredients import kinds
 
 INERT = "-"
-_PATCHED = ["adapter", "loss", "views", "teachers", "biases", "augmentation", "trainer", "data"]
+_CORE = ["adapter", "loss", "trainer", "data"]
 
 
 def with_common(raw: dict[str, Any], tables: GridTables) -> dict[str, Any]:
@@ -37,15 +37,12 @@ def with_common(raw: dict[str, Any], tables: GridTables) -> dict[str, Any]:
 
 
 def arm_of(raw: dict[str, Any], tables: GridTables) -> Arm:
-    """The arm of these tables. One that makes more examples and says no number of steps has the budget's, which every
-    trial has anyway.
+    """The arm of these tables. One that says no number of steps has the budget's, which every trial has anyway.
 
     Raises:
         ArmError: as `make_arm`.
     """
-    if raw.get("augmentation"):
-        raw = _merge({"trainer": {"max_steps": tables.budget.steps[0]}}, raw)
-    return make_arm(raw)
+    return make_arm(_merge({"trainer": {"max_steps": tables.budget.steps[0]}}, raw))
 
 
 def patched(tables: GridTables, combination: Combination) -> tuple[Combination, Arm]:
@@ -98,7 +95,7 @@ def _entry(factor: str, level: str, patch: Any, combination: Combination, tables
         where = f"factors.{factor}.{level}"
         if not isinstance(when, dict):
             raise ArmError(f'{where}: when={when!r} must be a table, such as {{ form = "lora" }}.')
-        known(where, option, ["inert", *_PATCHED])
+        known(where, option, ["inert", *_CORE, *kinds()])
         if not isinstance(option.get("data", {}), dict):
             raise ArmError(f'{where}: data={option["data"]!r} must be a table, such as {{ pairing = "shuffled" }}.')
         known(f"{where}.data", option.get("data", {}), ["pairing"])  # the grid itself says the rest
@@ -119,7 +116,7 @@ def _merge(base: dict[str, Any], patch: dict[str, Any]) -> dict[str, Any]:
     """`base` with `patch` on top, table by table; another adapter or loss replaces its table."""
     merged = copy.deepcopy(base)
     for key, value in patch.items():
-        chooser = {"adapter": "type", "loss": "name", "augmentation": "name"}.get(key)
+        chooser = "type" if key == "adapter" else "name"
         if isinstance(value, dict) and isinstance(merged.get(key), dict) and chooser not in value:
             merged[key] = _merge(merged[key], value)
         else:

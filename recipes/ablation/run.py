@@ -1,8 +1,8 @@
 """One cell of a grid: choose the settings on validation rows, train, measure on test rows, write the record.
 
-    tuned()    every trial of the budget is trained and scored on validation rows; the best one is kept
-    train()    the chosen setting, on the cell's own training rows
-    measure()  the trained model on test rows, at its tuned strength and at the one that matches the grid's KL
+tuned()    every trial of the budget is trained and scored on validation rows; the best one is kept
+train()    the chosen setting, on the cell's own training rows
+measure()  the trained model on test rows, at its tuned strength and at the one that matches the grid's KL
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ def _train_and_measure(cell: Cell, context: Context, setting: Setting, record: R
         record.facts |= {"status": "unmatched", "error": error}
 
 
-# -- tuning ------------------------------------------------------------------------------------------------------------
+# -- tuning ------------------------------------------------------------
 
 
 def tuned(cell: Cell, context: Context, folder: Path) -> dict[str, Any]:
@@ -165,9 +165,7 @@ def _trials(cell: Cell, context: Context, seed: int, home: Path) -> list[dict[st
     return [trial for trials in results for trial in trials]
 
 
-def _train_trials(
-    cell: Cell, context: Context, settings: Sequence[Setting], seed: int, home: Path
-) -> Iterator[Any]:
+def _train_trials(cell: Cell, context: Context, settings: Sequence[Setting], seed: int, home: Path) -> Iterator[Any]:
     """The model that every setting trains, None where it diverges."""
     if len(settings) > 1 and _pays_together(cell, context):
         trainers = [make_cell_trainer(cell, context, s, seed, home / str(i))[0] for i, s in enumerate(settings)]
@@ -225,12 +223,10 @@ def _score_trial(
     return entries
 
 
-# -- training ----------------------------------------------------------------------------------------------------------
+# -- training ------------------------------------------------------------
 
 
-def make_cell_trainer(
-    cell: Cell, context: Context, setting: Setting, seed: int, home: Path
-) -> tuple[Any, Training]:
+def make_cell_trainer(cell: Cell, context: Context, setting: Setting, seed: int, home: Path) -> tuple[Any, Training]:
     """The trainer of a cell's arm, on a fresh model (a copy, or for steering vectors the base's own weights), and what
     its ingredients made of the training."""
     arm = cell.arm.arm
@@ -275,7 +271,7 @@ def _tokens_of_a_pair(trainer: Any) -> float:
     return sum(lengths) / len(trainer.train_dataset)
 
 
-# -- measuring ---------------------------------------------------------------------------------------------------------
+# -- measuring ------------------------------------------------------------
 
 
 def measure(cell: Cell, context: Context, model: Any, strength: float, show: Show, record: Record) -> None:

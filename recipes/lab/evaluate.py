@@ -43,7 +43,9 @@ def evaluate(
     observed: dict[str, Observations] = {key: dict((known or {}).get(value, {})) for key, value in different.items()}
     with held_out.remember(model):
         for observer in dict.fromkeys(need for measure in wanted for need in measure.needs):
-            new = {key: value for key, value in different.items() if observer != "neutral" or value not in (known or {})}
+            new = {
+                key: value for key, value in different.items() if observer != "neutral" or value not in (known or {})
+            }
             for key, values in OBSERVERS[observer](model, held_out, new).items():
                 observed[key] |= values
         # a measure that needs something of its own looks itself, at one strength at a time

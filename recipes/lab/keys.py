@@ -192,7 +192,9 @@ def _plain(kind: str) -> str:
     kind = re.sub(r"Annotated\[(\w+), .*\)\]\)?\]", r"\1]", kind)
     kind = re.sub(r"Optional\[(.*)\]$", r"\1", kind)
     kind = re.sub(r"Union\[(.*)\]$", lambda match: " | ".join(_split(match[1])), kind)
-    kind = re.sub(r"Literal\[((?:'[^']*'|[^]'])*)\]", lambda match: match[1].replace("'", "").replace(", ", " | "), kind)
+    kind = re.sub(
+        r"Literal\[((?:'[^']*'|[^]'])*)\]", lambda match: match[1].replace("'", "").replace(", ", " | "), kind
+    )
     return kind.removesuffix(" | None")
 
 

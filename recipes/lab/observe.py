@@ -148,7 +148,10 @@ def answers(model: Any, held_out: HeldOut, strengths: Strengths) -> dict[str, Ob
         with scaled(model, strength):
             if prompts := held_out.prompts:
                 texts = generate(model, held_out.tokenizer, prompts, held_out.new_tokens)
-                observed[label] |= {"answer": texts, "score": _scores(held_out, prompts, texts)}
+                observed[label]["answer"] = texts
+                if held_out.scorer is not None:
+                    questions = [plain(prompt) for prompt in prompts]
+                    observed[label]["score"] = [*held_out.scorer.score(questions, texts)]
             if asked := held_out.neutral["prompt"][: held_out.neutral_generations]:
                 texts = generate(model, held_out.tokenizer, asked, held_out.new_tokens)
                 observed[label]["neutral_answer"] = texts
@@ -193,9 +196,3 @@ def neutral_logps(model: Any, tokenizer: PreTrainedTokenizerBase, rows: Dataset)
 def neutral_rows() -> Dataset:
     """Everyday questions and answers that no behaviour is about."""
     return Dataset.from_list([json.loads(line) for line in NEUTRAL.read_text(encoding="utf-8").splitlines()])
-
-
-def _scores(held_out: HeldOut, prompts: Sequence[Any], texts: Sequence[str]) -> list[float | None]:
-    if held_out.scorer is None:
-        return [None] * len(texts)
-    return held_out.scorer.score([plain(prompt) for prompt in prompts], texts)

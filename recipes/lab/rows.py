@@ -14,11 +14,13 @@ import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 from steertune.recipes.lab import measures
+from steertune.recipes.lab.files import ArmError, read_result, write_result
 from steertune.recipes.lab.measures import Missing, Seen
 
 BASE = "0"
@@ -26,6 +28,10 @@ BASE = "0"
 TUNED, MATCHED = "tuned", "matched"
 """Labels of strengths that were chosen: by the tuning, or to match the grid's KL."""
 KEYS = ("arm", "task", "examples", "seed")
+FORMAT = 4
+"""Of the file of a record; older ones are read by `ablation/old_cells.py`."""
+AGAIN = "Delete it, and it is run again."
+_TABLES: dict[str, type] = {"facts": dict, "observations": dict}
 COLUMNS = (*KEYS, "strength", "measure", "example", "value", "text")
 
 _JSON = "json:"
@@ -60,6 +66,25 @@ class Record:
             return measures.get(measure).summary(self.seen(strength))
         except (KeyError, Missing):
             return math.nan
+
+    def write(self, file: Path) -> None:
+        """Write the record as JSON, whole or not at all. Its rows are grouped, so that no key stands there twice."""
+        write_result(file, {"format": FORMAT, **self.keys, "facts": self.facts, "observations": self.observations})
+
+    @classmethod
+    def read(cls, file: Path) -> Record:
+        """A record that `write` wrote.
+
+        Raises:
+            ArmError: the file is damaged, not a record, or of another format.
+        """
+        content = read_result(file, AGAIN)
+        if content.get("format") != FORMAT:
+            raise ArmError(f"{file} has format {content.get('format')!r}, this version reads {FORMAT}. {AGAIN}")
+        for name, kind in {"arm": str, "task": str, "examples": int, "seed": int, **_TABLES}.items():
+            if not isinstance(content.get(name), kind) or isinstance(content.get(name), bool):
+                raise ArmError(f"{file} is not a record: {name}={content.get(name)!r:.80}. {AGAIN}")
+        return cls({name: content[name] for name in KEYS}, content["observations"], content["facts"])
 
     def rows(self) -> Iterator[dict[str, Any]]:
         """The record as rows: observations with their strength and example, facts with neither."""

@@ -31,10 +31,10 @@ from steertune.recipes.ablation.bench import Bench
 from steertune.recipes.ablation.cell import run_cell, tuned
 from steertune.recipes.ablation.grid import Cell, Grid, load_grid
 from steertune.recipes.lab.arm import UPSTREAM
-from steertune.recipes.lab.tables import ModelTable
 from steertune.recipes.lab.data import load_model
 from steertune.recipes.lab.files import ArmError
 from steertune.recipes.lab.processes import begin, command, positive
+from steertune.recipes.lab.tables import ModelTable
 from steertune.recipes.lab.training import write_whole
 from steertune.recipes.studies.timing.ways import now
 

@@ -33,9 +33,9 @@ from trl import SFTConfig
 from steertune.adapters import SteeringVectorConfig, SteeringVectorLayer, steering_layers
 from steertune.adapters.card import versions
 from steertune.recipes.lab import embedded
-from steertune.recipes.lab.tables import DataTable
 from steertune.recipes.lab.data import load_splits
 from steertune.recipes.lab.processes import begin, command, positive
+from steertune.recipes.lab.tables import DataTable
 from steertune.recipes.lab.training import silent, write_whole
 from steertune.recipes.studies.planting.teachers import save_base
 from steertune.trainers import FrozenPrefix, SteeringSFTTrainer

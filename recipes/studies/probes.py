@@ -26,11 +26,11 @@ from steertune.adapters import directions
 from steertune.adapters.activations import Activations, collect
 from steertune.adapters.erasure import Eraser, erase
 from steertune.adapters.reading import Pairs, Reading, read
-from steertune.recipes.lab.tables import DataTable, ModelTable
 from steertune.recipes.lab.batches import batches
 from steertune.recipes.lab.data import load_model, load_splits
 from steertune.recipes.lab.files import ArmError
 from steertune.recipes.lab.processes import begin, command, positive
+from steertune.recipes.lab.tables import DataTable, ModelTable
 from steertune.recipes.lab.training import write_whole
 
 _BATCH = 4

@@ -11,9 +11,9 @@ from pydantic import BaseModel, Field, field_validator
 
 from steertune.adapters.config import Site
 from steertune.recipes.lab.arm import Arm, load_arm, make_arm
-from steertune.recipes.lab.tables import ModelTable
 from steertune.recipes.lab.files import ArmError
 from steertune.recipes.lab.splits import SplitTable
+from steertune.recipes.lab.tables import ModelTable
 
 SCALABLE = ("steering_vector", "lora")
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import tomllib
 from pathlib import Path
 
-import pytest
 import tiny_data
 from tiny_models import tiny
 
@@ -54,12 +53,6 @@ bias = {}
 zeros = [{ when = { form = "lora" }, inert = true }, {}]
 mean_difference = [{ when = { form = "lora" }, inert = true }, { adapter = { init = "mean_difference" } }]
 """
-
-
-@pytest.fixture
-def tables(tmp_path: Path) -> dict:
-    """The grid's tables, with its model and data in `tmp_path`."""
-    return make_tables(tmp_path)
 
 
 def make_tables(tmp_path: Path) -> dict:

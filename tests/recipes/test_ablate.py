@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from filelock import FileLock
-from tiny_grids import read, results, run
+from tiny_grids import make_tables, read, results, run
 
 import steertune.recipes.ablate as recipe
 import steertune.recipes.ablation.cell as cell_module
@@ -28,6 +28,12 @@ from steertune.recipes.lab.files import read_result
 
 DEEP = ("beft_dpo", "lora_layer_dpo")  # name layer 15
 ARMS = ["form=lora,init=-", "form=bias,init=zeros", "form=bias,init=mean_difference", "mean_difference", "base"]
+
+
+@pytest.fixture
+def tables(tmp_path: Path) -> dict:
+    """The grid's tables, with its model and data in `tmp_path`."""
+    return make_tables(tmp_path)
 
 
 def test_every_cell_is_there_and_whole(tables, tmp_path):

@@ -50,4 +50,6 @@ def test_a_step_does_the_counted_work() -> None:
 
 
 def test_the_page_holds_the_numbers_of_the_script() -> None:
-    assert table(Scale.of(LlamaConfig(**LLAMA_70B)), 8) in (RECIPES / "scale.md").read_text(encoding="utf-8")
+    assert table(Scale.of(LlamaConfig(**LLAMA_70B)), 8) in (RECIPES / "studies" / "scale.md").read_text(
+        encoding="utf-8"
+    )

@@ -12,7 +12,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from steertune.recipes.lab.arm import ArmError, nearest
+from steertune.recipes.lab.files import ArmError, nearest
 from steertune.recipes.lab.processes import LAUNCHES, command
 
 

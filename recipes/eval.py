@@ -23,8 +23,8 @@ from peft import PeftModel
 
 from steertune.adapters import steering_layers
 from steertune.recipes.lab import embedded
-from steertune.recipes.lab.arm import ArmError, nearest
 from steertune.recipes.lab.data import BUILDERS, load_split, load_steered
+from steertune.recipes.lab.files import ArmError, nearest
 from steertune.recipes.lab.measures import as_asked
 from steertune.recipes.lab.processes import begin, command, default_device, positive
 from steertune.recipes.lab.training import write_whole

@@ -31,8 +31,9 @@ from tqdm.auto import tqdm
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 from steertune.adapters.layer import BASE_ROW
-from steertune.recipes.lab.arm import ArmError, nearest, reasons
+from steertune.recipes.lab.arm import ArmError, reasons
 from steertune.recipes.lab.data import adapter_config, load_steered
+from steertune.recipes.lab.files import nearest
 from steertune.recipes.lab.measures import as_asked
 from steertune.recipes.lab.processes import begin, command, default_device, positive
 

@@ -32,11 +32,10 @@ from steertune.recipes.ablation.tables import Card, GridArm, GridTables, TaskTab
 from steertune.recipes.lab.arm import (
     ArmError,
     known_tables,
-    nearest,
-    read_tables,
     reasons,
 )
-from steertune.recipes.lab.files import check_name, read_toml
+from steertune.recipes.lab.arm_files import read_tables
+from steertune.recipes.lab.files import check_name, nearest, read_toml
 from steertune.recipes.lab.paths import CONFIGS
 
 GRIDS = CONFIGS / "grids"

@@ -11,7 +11,8 @@ from pydantic import BaseModel, Field, field_validator
 
 from steertune.recipes.ablation.budget import BudgetTable
 from steertune.recipes.ablation.designs import Combination
-from steertune.recipes.lab.arm import Arm, ArmError, known, read_toml
+from steertune.recipes.lab.arm import Arm, ArmError, known
+from steertune.recipes.lab.files import read_toml
 from steertune.recipes.lab.splits import SplitTable
 
 Measure = Literal[

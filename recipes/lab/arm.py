@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import difflib
 import json
 import sys
 import tomllib
@@ -23,8 +22,9 @@ from torch import nn
 
 import steertune.adapters  # noqa: F401  registers the method with PEFT
 from steertune.losses import Loss, get_loss
-from steertune.recipes.lab.files import ArmError, check_name, read_toml
-from steertune.recipes.lab.paths import CONFIGS, TASKS
+from steertune.recipes.lab.arm_files import read_tables, renamed_tables
+from steertune.recipes.lab.files import ArmError, check_name, nearest
+from steertune.recipes.lab.paths import TASKS
 from steertune.recipes.lab.teachers import TeacherTable
 from steertune.trainers.biases import get_bias
 from steertune.trainers.views import View, get_view
@@ -32,7 +32,6 @@ from steertune.trainers.views import View, get_view
 if TYPE_CHECKING:
     from steertune.recipes.lab.augmentation import Augmenter
 
-ARMS = CONFIGS / "arms"
 NEUTRAL = TASKS / "neutral_train.jsonl"
 UPSTREAM = "upstream"  # the loss of TRL's own trainer
 
@@ -235,27 +234,13 @@ def load_arm(file: str | Path, overrides: Sequence[str] = ()) -> Arm:
     return arm
 
 
-def read_tables(file: str | Path) -> dict[str, Any]:
-    """The tables of an arm as they stand in its file, named after the file.
-
-    Raises:
-        ArmError: no such arm, or broken TOML.
-    """
-    path = Path(file) if Path(file).suffix == ".toml" else ARMS / f"{file}.toml"
-    if not path.is_file():
-        known = sorted(p.stem for p in ARMS.glob("*.toml"))
-        raise ArmError(f"No arm {str(file)!r}: neither a .toml file nor one of {known}.{nearest(str(file), known)}")
-    tables = read_toml(path)
-    tables.setdefault("name", path.stem)
-    return tables
-
-
 def make_arm(tables: dict[str, Any]) -> Arm:
     """An arm from its tables, every key checked.
 
     Raises:
         ArmError: an unknown key, a value of the wrong type, tables that contradict each other.
     """
+    tables = renamed_tables(tables)
     known_tables("arm", tables, Arm)
     try:
         arm = Arm(**tables)
@@ -373,12 +358,6 @@ def known(table: str, keys: Iterable[str], allowed: list[str]) -> None:
     for key in keys:
         if key not in allowed:
             raise ArmError(f"Unknown key {key!r} in [{table}].{nearest(key, allowed)}")
-
-
-def nearest(value: str, allowed: list[str]) -> str:
-    """ " Did you mean ...?", or nothing."""
-    near = difflib.get_close_matches(value, allowed, n=1, cutoff=0.4)
-    return f" Did you mean {near[0]!r}?" if near else ""
 
 
 def _typed(table: str, options: dict[str, Any], kind: type) -> None:

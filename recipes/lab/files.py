@@ -6,6 +6,7 @@ computed again) and never a result. One without a checksum, written by hand, is 
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import json
 import os
@@ -21,6 +22,12 @@ _LONGEST_NAME = 200  # bytes; file systems take 255, and names get endings
 
 class ArmError(ValueError):
     """What a recipe was given is wrong; the message names it and what is valid."""
+
+
+def nearest(value: str, allowed: Iterable[str]) -> str:
+    """ " Did you mean ...?" with the allowed value that looks most like this one, or nothing."""
+    near = difflib.get_close_matches(value, list(allowed), n=1, cutoff=0.4)
+    return f" Did you mean {near[0]!r}?" if near else ""
 
 
 def check_name(what: str, name: str) -> None:

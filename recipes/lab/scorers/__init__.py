@@ -19,7 +19,8 @@ from typing import Any
 from datasets import Dataset
 from pydantic import ValidationError
 
-from steertune.recipes.lab.arm import ArmError, known_tables, nearest, reasons
+from steertune.recipes.lab.arm import ArmError, known_tables, reasons
+from steertune.recipes.lab.files import nearest
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,8 @@ from steertune.recipes.ablation.designs import Combination
 from steertune.recipes.ablation.keys import content, data_of, digest, named_task, settings, task_folder
 from steertune.recipes.ablation.levels import INERT, arm_of, named, patched, with_common
 from steertune.recipes.ablation.tables import Card, GridArm, GridTables, TaskTable, told
-from steertune.recipes.lab.arm import known_tables, read_tables
+from steertune.recipes.lab.arm import known_tables
+from steertune.recipes.lab.arm_files import read_tables
 from steertune.recipes.lab.files import ArmError, check_name, nearest, read_toml, reasons
 from steertune.recipes.lab.ingredients.prompt import Prompt
 from steertune.recipes.lab.paths import CONFIGS

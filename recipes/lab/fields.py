@@ -108,6 +108,7 @@ def _value(value: ast.expr | None) -> tuple[str | None, str]:
     if "default_factory" in given:
         made = given["default_factory"]
         default = ast.unparse(made.body) if isinstance(made, ast.Lambda) else f"{ast.unparse(made)}()"
+        default = {"list()": "[]", "dict()": "{}"}.get(default, default)
     return default, _help(given.get("metadata"))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import difflib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any, get_origin
@@ -14,7 +14,8 @@ from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
 from steertune.recipes.lab.fields import FieldText, arguments_of, dataclasses_in, fields_of
-from steertune.recipes.lab.paths import RECIPES
+from steertune.recipes.lab.files import ArmError
+from steertune.recipes.lab.paths import modules_in
 from steertune.recipes.lab.tables import ArmTables
 
 OPEN = ("views", "teachers", "augmentation", "biases")
@@ -129,7 +130,7 @@ def _holds_tables(kind: Any) -> bool:
 
 def _of_loss() -> Iterator[Key]:
     """`loss.name`, and the options of every loss: one line for what several call alike."""
-    names = _files("losses")
+    names = modules_in("losses")
     yield Key("loss", "loss.name", " | ".join([*names, "upstream"]), "dpo", "What is minimised.")
     for field in arguments_of("steertune.losses", "get_loss"):
         yield _key("loss", "loss", field)
@@ -176,11 +177,6 @@ def _key(group: str, table: str, field: FieldText, note: str = "") -> Key:
     return Key(group, f"{table}.{field.name}", _plain(field.type), default, note + field.text)
 
 
-def _files(folder: str) -> list[str]:
-    """The public modules of a folder of the library."""
-    return sorted(file.stem for file in (RECIPES.parent / folder).glob("[!_]*.py"))
-
-
 def _named(kind: Any) -> str:
     """An annotation as it would be written."""
     return kind.__name__ if isinstance(kind, type) and get_origin(kind) is None else str(kind)
@@ -216,25 +212,41 @@ def _unquoted(default: str) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def split_overrides(words: list[str], own: Mapping[str, Any]) -> tuple[list[str], list[str]]:
+def split_overrides(words: Sequence[str], own: Container[str]) -> tuple[list[str], list[str]]:
     """Take `--table.key value`, `--table.key=value` and `--table={...}` out of the words of a command line.
 
     Args:
         words: The command line.
-        own: The command's own options, which go before a table of the same name.
+        own: The command's own options, as `--train`. They go before a table of the same name.
 
     Returns:
         The other words, and what `load_arm` takes as overrides.
+
+    Raises:
+        ArmError: a table has no such key.
     """
     rest, overrides, left = [], [], list(words)
     while left:
         word = left.pop(0)
         key, equals, value = word[2:].partition("=")
         table, dot, _ = key.partition(".")
-        whole = (value if equals else "".join(left[:1])).lstrip().startswith("{")
-        is_table = word.startswith("--") and table in ArmTables.model_fields
-        if is_table and (dot or ((whole or table == "name") and f"--{key}" not in own)):
-            overrides += [word] if equals or not left else [word, left.pop(0)]
-        else:
+        if not word.startswith("--") or table not in ArmTables.model_fields or f"--{key}" in own:
             rest.append(word)
+            continue
+        whole = (value if equals else "".join(left[:1])).lstrip().startswith("{")
+        if not (dot or whole or table == "name"):
+            rest.append(word)
+            continue
+        if dot:
+            _check(key)
+        overrides += [word] if equals or not left else [word, left.pop(0)]
     return rest, overrides
+
+
+def _check(name: str) -> None:
+    """Refuse a key that its table cannot have; those of an adapter depend on its type and are checked with it."""
+    table, _, key = name.partition(".")
+    if table in OPEN or table == "adapter" or name in arm_keys() or key in REFUSED:
+        return
+    near = meant(name)
+    raise ArmError(f"Unknown key {key!r} in [{table}]." + (f" Did you mean --{near}?" if near else ""))

@@ -7,3 +7,8 @@ from pathlib import Path
 RECIPES = Path(__file__).parents[1]
 CONFIGS = RECIPES / "configs"
 TASKS = RECIPES / "tasks"
+
+
+def modules_in(folder: str) -> list[str]:
+    """The public modules of a folder of the library, as `adapters/exports`: what a name in a command may be."""
+    return sorted(file.stem for file in (RECIPES.parent / folder).glob("[!_]*.py"))

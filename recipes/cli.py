@@ -23,7 +23,7 @@ import typer
 from typer.core import TyperCommand
 from typer.main import get_command
 
-from steertune.recipes.lab.command_line import Command, Group, RootGroup, run
+from steertune.recipes.lab.command_line import SETTINGS, Command, Group, RootGroup, run
 
 _HERE = Path(__file__).parent
 _FOLDERS = (_HERE, _HERE / "studies")
@@ -76,9 +76,9 @@ def outline(file: Path, module: str) -> Command | Group | None:
     else:  # main = group(add, subtract)
         called = [node.id for node in ast.walk(main) if isinstance(node, ast.Name) and node.id in defined][1:]
         called = [name for name in called if isinstance(defined[name], ast.FunctionDef)]
-    for name in called:
+    for name in called:  # the docstring stays, what follows runs in the real module
         stub: Any = defined[name]
-        stub.body = [*ast.parse(f"return _imported({name!r})(**locals())").body]
+        stub.body = [*stub.body[:1], *ast.parse(f"return _imported({name!r})(**locals())").body]
     kept = _needed("main", defined)
     docstring = [ast.Expr(ast.Constant(ast.get_docstring(tree, clean=False) or ""))]
     tree.body = [*docstring, *(node for node in tree.body if node in kept or _is_future(node))]
@@ -126,11 +126,13 @@ def _is_future(node: ast.stmt) -> bool:
 
 def _root() -> Any:
     """The command `steertune` for typer: its help, and the completion of every recipe's options."""
-    app = typer.Typer(add_completion=True, rich_markup_mode=None, context_settings={"help_option_names": ["-h", "--help"]})
+    app = typer.Typer(add_completion=True, rich_markup_mode=None, context_settings=SETTINGS)
 
     @app.callback(cls=RootGroup, help=__doc__, invoke_without_command=False)
     def steertune(
-        version: Annotated[bool, typer.Option("--version", help="Show the version and exit.", callback=_version)] = False,
+        version: Annotated[
+            bool, typer.Option("--version", help="Show the version and exit.", callback=_version)
+        ] = False,
     ) -> None:
         pass
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import difflib
 import json
 import sys
 import tomllib
@@ -23,7 +22,7 @@ from torch import nn
 
 import steertune.adapters  # noqa: F401  registers the method with PEFT
 from steertune.losses import Loss, get_loss
-from steertune.recipes.lab.files import ArmError, check_name, read_toml
+from steertune.recipes.lab.files import ArmError, check_name, nearest, read_toml
 from steertune.recipes.lab.paths import CONFIGS, TASKS
 from steertune.recipes.lab.tables import (  # noqa: F401
     ArmTables,
@@ -307,12 +306,6 @@ def known(table: str, keys: Iterable[str], allowed: list[str]) -> None:
     for key in keys:
         if key not in allowed:
             raise ArmError(f"Unknown key {key!r} in [{table}].{nearest(key, allowed)}")
-
-
-def nearest(value: str, allowed: list[str]) -> str:
-    """ " Did you mean ...?", or nothing."""
-    near = difflib.get_close_matches(value, allowed, n=1, cutoff=0.4)
-    return f" Did you mean {near[0]!r}?" if near else ""
 
 
 def _typed(table: str, options: dict[str, Any], kind: type) -> None:

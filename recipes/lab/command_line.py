@@ -25,19 +25,19 @@ from contextlib import nullcontext, redirect_stdout
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from typer import Argument, Option
 from typer.core import TyperCommand, TyperGroup
 from typer.main import get_command
 
-from steertune.recipes.lab.files import ArmError
+from steertune.recipes.lab.files import ArmError, nearest
 from steertune.recipes.lab.keys import Key, arm_keys, meant, split_overrides
 from steertune.recipes.lab.paths import CONFIGS
 
 INTERRUPTED = 130
-_WIDTH = 119
+SETTINGS: dict[str, Any] = {"max_content_width": 119, "help_option_names": ["-h", "--help"]}
 
 
 @dataclass(frozen=True)
@@ -55,8 +55,9 @@ class Result:
     code: int = 0
 
 
-def whole_number(text: str) -> int:
-    """A number on the command line that counts something: whole, and 1 or more."""
+def whole_number(value: str | int) -> int:
+    """A number that counts something: whole, and 1 or more. Typer reads defaults with it too."""
+    text = str(value)
     if not text.isascii() or not text.isdigit() or not 1 <= int(text) <= 2**31:
         raise typer.BadParameter(f"{text!r} must be a whole number of 1 or more")
     return int(text)
@@ -67,10 +68,27 @@ def Count(help: str, **settings: Any) -> Any:
     return Option(parser=whole_number, metavar="N", help=help, **settings)
 
 
+def Choice(names: Sequence[str], help: str, *flags: str, **settings: Any) -> Any:
+    """An option that takes one of some names."""
+
+    def chosen(text: str) -> str:
+        if text not in names:
+            raise typer.BadParameter(f"{text!r} must be one of {', '.join(names)}.{nearest(text, names)}")
+        return text
+
+    def completions(incomplete: str) -> list[str]:
+        return [name for name in names if name.startswith(incomplete)]
+
+    metavar = settings.pop("metavar", "|".join(names))
+    return Option(*flags, parser=chosen, autocompletion=completions, metavar=metavar, help=help, **settings)
+
+
 Threads = Annotated[int | None, Count("CPU threads (OMP_NUM_THREADS, else the cores that this process may use)")]
 """`--threads` of every command that computes."""
 Base = Annotated[str | None, Option(help="base model: embedded, a local folder or a Hub name (the adapter's own)")]
 """`--model` of every command that loads an adapter."""
+DType = Annotated[Literal["float32", "bfloat16", "float16"], Option(help="number format of the base model")]
+Device = Annotated[str | None, Option(help="where the model runs (cuda if there is a GPU, else cpu)")]
 
 
 def arm_names(incomplete: str) -> list[str]:
@@ -106,8 +124,7 @@ class Command:
         app = typer.Typer(add_completion=False, rich_markup_mode=None)
         takes_arm = "overrides" in inspect.signature(self.function).parameters
         text = help or self.function.__globals__["__doc__"] or ""
-        settings = {"max_content_width": _WIDTH, "help_option_names": ["-h", "--help"]}
-        app.command(self.name, cls=_ArmCommand if takes_arm else _Command, help=text, context_settings=settings)(
+        app.command(self.name, cls=_ArmCommand if takes_arm else _Command, help=text, context_settings=SETTINGS)(
             self._callback()
         )
         made = get_command(app)
@@ -184,7 +201,12 @@ class Group:
 
     def build(self) -> Any:
         """The group for typer; the help of a command is its function's docstring."""
-        app = typer.Typer(add_completion=False, rich_markup_mode=None, help=self.functions[0].__globals__["__doc__"])
+        app = typer.Typer(
+            add_completion=False,
+            rich_markup_mode=None,
+            help=self.functions[0].__globals__["__doc__"],
+            context_settings=SETTINGS,
+        )
         app.callback(cls=RootGroup)(lambda: None)
         group: Any = get_command(app)
         for function in self.functions:

@@ -56,9 +56,9 @@ def fields_of(module: str, name: str) -> dict[str, FieldText]:
 def dataclasses_in(module: str) -> Iterator[str]:
     """The public dataclasses that a module defines."""
     for node in _parsed(_file(module)).body:
-        if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
-            if any(ast.unparse(mark).startswith("dataclass") for mark in node.decorator_list):
-                yield node.name
+        marks = [ast.unparse(mark) for mark in node.decorator_list] if isinstance(node, ast.ClassDef) else []
+        if isinstance(node, ast.ClassDef) and any(mark.startswith("dataclass") for mark in marks):
+            yield node.name
 
 
 def arguments_of(module: str, name: str) -> list[FieldText]:

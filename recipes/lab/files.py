@@ -6,12 +6,13 @@ computed again) and never a result. One without a checksum, written by hand, is 
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import json
 import os
 import re
 import tomllib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,12 @@ _LONGEST_NAME = 200  # bytes; file systems take 255, and names get endings
 
 class ArmError(ValueError):
     """What a recipe was given is wrong; the message names it and what is valid."""
+
+
+def nearest(value: str, allowed: Sequence[str]) -> str:
+    """ " Did you mean ...?", or nothing."""
+    near = difflib.get_close_matches(value, allowed, n=1, cutoff=0.4)
+    return f" Did you mean {near[0]!r}?" if near else ""
 
 
 def check_name(what: str, name: str) -> None:

@@ -99,7 +99,7 @@ def meant(name: str) -> str | None:
     if plain in USUAL:
         return USUAL[plain]
     keys = arm_keys()
-    table, dot, key = name.partition(".")
+    table, dot, _ = name.partition(".")
     # somebody who knows TRL types the field itself: --learning_rate
     bare = [full for full in keys if full.partition(".")[2] == name.replace("-", "_")]
     if not dot and bare:
@@ -188,7 +188,9 @@ def _plain(kind: str) -> str:
     kind = re.sub(r"Annotated\[(\w+), .*\)\]\)?\]", r"\1]", kind)
     kind = re.sub(r"Optional\[(.*)\]$", r"\1", kind)
     kind = re.sub(r"Union\[(.*)\]$", lambda match: " | ".join(_split(match[1])), kind)
-    kind = re.sub(r"Literal\[((?:'[^']*'|[^]'])*)\]", lambda match: match[1].replace("'", "").replace(", ", " | "), kind)
+    kind = re.sub(
+        r"Literal\[((?:'[^']*'|[^]'])*)\]", lambda match: match[1].replace("'", "").replace(", ", " | "), kind
+    )
     return kind.removesuffix(" | None")
 
 

@@ -6,6 +6,8 @@ from pathlib import Path
 
 RECIPES = Path(__file__).parents[1]
 CONFIGS = RECIPES / "configs"
+LAUNCHES = CONFIGS / "accelerate"
+"""Configurations of `accelerate launch`."""
 TASKS = RECIPES / "tasks"
 
 

@@ -29,6 +29,7 @@ from steertune.trainers import get_view, share_weights
 if TYPE_CHECKING:
     from steertune.recipes.lab.arm import Arm
 
+
 def train_teachers(
     arm: Arm, model: Any, tokenizer: Any, rows: Dataset, folder: Path, quiet: Mapping[str, Any]
 ) -> dict[str, nn.Module]:

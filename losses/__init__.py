@@ -8,15 +8,16 @@ import pkgutil
 from dataclasses import fields, is_dataclass
 from typing import Any
 
-from ._base import At, Loss, Outputs, Strength
+from ._base import At, Loss, Outputs
 from ._capped import Capped
 from ._contrast import Contrast, Contrasted
+from ._needs import Needs, Strength
 from ._regularised import Regularised
 from ._staged import Staged
 from ._states import Where
 from ._wrapped import parts
 
-__all__ = ["At", "Loss", "Outputs", "Staged", "Strength", "get_loss", "names", "parts"]
+__all__ = ["At", "Loss", "Needs", "Outputs", "Staged", "Strength", "get_loss", "names", "parts"]
 
 
 def names() -> list[str]:

@@ -11,10 +11,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
+
+from ._needs import Needs, SingleAttributes
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,6 @@ class Outputs:
         return Outputs(self.token_logps[half:], self.mask[half:])
 
 
-Strength = float | Literal["null"]
 At = Callable[..., Outputs]
 """`at(strength, view="", layers=(), distribution=False, site="block")`: the batch seen by the model with its adapter
 scaled by `strength`, or with the direction of its vector taken out ("null").
@@ -69,28 +69,15 @@ or of what `site` "attention" or "mlp" writes into it) and `distribution` ask fo
 calls cost nothing."""
 
 
-class Loss(ABC):
+class Loss(SingleAttributes, ABC):
     """A training loss. Subclasses are frozen dataclasses of their hyperparameters, one file each.
 
     Attributes:
-        pairs: Whether it compares chosen with rejected answers. If not, a pair batch gives it the chosen half only.
-        unit: What it is averaged over, in the whole optimiser step: examples (rows, or pairs) or labelled tokens.
-        reference: Whether it asks for `at(0)`.
-        strengths: Which strengths other than 0 and 1 it may ask for.
-        views: Names of the views that it asks for.
-        states: Whether it asks for hidden states.
-        stops: Whether the training is over once it is 0 on every example.
-        separable: Whether a pair's value is a term of its chosen answer plus one of its rejected answer.
+        needs: What it needs from the trainer. A subclass sets this in its body, or in `__post_init__` if it depends on
+            hyperparameters.
     """
 
-    pairs: ClassVar[bool] = True
-    unit: ClassVar[Literal["example", "token"]] = "example"
-    reference: ClassVar[bool] = False
-    strengths: ClassVar[tuple[Strength, ...]] = ()
-    views: ClassVar[tuple[str, ...]] = ()
-    states: ClassVar[bool] = False
-    stops: ClassVar[bool] = False
-    separable: ClassVar[bool] = False
+    needs: Needs = Needs()
 
     @abstractmethod
     def __call__(self, at: At, generator: torch.Generator | None = None) -> Tensor:

@@ -38,16 +38,7 @@ class Capped(Wrapped):
     def __post_init__(self) -> None:
         positive(change_cap=self.change_cap, cap_weight=self.weight)
         object.__setattr__(self, "layers", layers_of(self.layers))
-
-    @property
-    def reference(self) -> bool:
-        """The change is from `at(0)`."""
-        return True
-
-    @property
-    def states(self) -> bool:
-        """The change is of hidden states."""
-        return True
+        self._need(reference=True, states=True)
 
     def __call__(self, at: At, generator: torch.Generator | None = None) -> Tensor:
         """As the loss."""

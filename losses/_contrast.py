@@ -56,40 +56,31 @@ class Contrasted(Wrapped):
             raise ValueError(f"contrast={self.contrast!r} is none of {', '.join(map(repr, get_args(Contrast)))}.")
         if self.contrast == "difference":
             self._check_difference()
-        elif not self.loss.pairs:
+        elif not self.loss.needs.pairs:
             raise ValueError(
                 f"{type(self.loss).__name__} has no rejected answers, so no contrast={self.contrast!r}: 'difference' "
                 "is the contrast of a loss of one answer."
             )
-        if self.contrast == "unpaired" and self.loss.separable:
+        if self.contrast == "unpaired" and self.loss.needs.separable:
             raise ValueError(
                 f"{type(parts(self.loss)[-1]).__name__} adds up a term of the chosen and one of the rejected answer: "
                 "which is paired with which changes nothing. contrast='unpaired' is for losses that compare them."
             )
-        if self.contrast == "none" and not self.loss.reference:
+        if self.contrast == "none" and not self.loss.needs.reference:
             raise ValueError(
                 f"contrast='none' holds the rejected answer at the reference, which {type(self.loss).__name__} does "
                 "not use. Choose a loss with a reference, or cross_entropy."
             )
+        self._need(pairs=True, unit="example" if self.contrast == "difference" else self.loss.needs.unit)
 
     def _check_difference(self) -> None:
-        if self.loss.pairs:
+        if self.loss.needs.pairs:
             raise ValueError(f"{type(self.loss).__name__} compares answers already, so no contrast='difference'.")
-        if self.loss.views or self.loss.states:
+        if self.loss.needs.views or self.loss.needs.states:
             raise ValueError(
                 f"{type(self.loss).__name__} has a target for every token, rejected ones too: contrast='difference' "
                 "is for losses of the answer alone, such as cross_entropy."
             )
-
-    @property
-    def pairs(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """Both answers are asked for."""
-        return True
-
-    @property
-    def unit(self) -> Literal["example", "token"]:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """Pairs, for a difference; else as the loss."""
-        return "example" if self.contrast == "difference" else self.loss.unit
 
     def __call__(self, at: At, generator: torch.Generator | None = None) -> Tensor:
         """As the loss, on pairs whose rejected side is another; the difference `(pairs,)`.
@@ -119,7 +110,7 @@ class Contrasted(Wrapped):
 
     def _per_row(self, value: Tensor, mask: Tensor) -> Tensor:
         """A loss of one answer as one number a row."""
-        if self.loss.unit == "example":
+        if self.loss.needs.unit == "example":
             return value
         return per_row(value[mask] if value.ndim > 1 else value, mask)
 

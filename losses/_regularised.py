@@ -32,21 +32,8 @@ class Regularised(Wrapped):
 
     def __post_init__(self) -> None:
         positive(neutral_kl=self.neutral_kl)
-
-    @property
-    def reference(self) -> bool:
-        """The divergence is from `at(0)`."""
-        return True
-
-    @property
-    def stops(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """Never: the divergence of a trained model is not 0."""
-        return False
-
-    @property
-    def views(self) -> tuple[str, ...]:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """Those of the loss, and neutral text."""
-        return (*self.loss.views, "neutral")
+        # It never stops: the divergence of a trained model is not 0.
+        self._need(reference=True, views=(*self.loss.needs.views, "neutral"), stops=False)
 
     def __call__(self, at: At, generator: torch.Generator | None = None) -> Tensor:
         """As the loss."""

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from ._base import At, Loss, Strength
+from ._base import At, Loss
 from ._wrapped import Wrapped
 
 
@@ -31,50 +30,21 @@ class Staged(Wrapped):
     def __post_init__(self) -> None:
         if not isinstance(self.share, int | float) or isinstance(self.share, bool) or not 0 < self.share < 1:
             raise ValueError(f"then_after={self.share!r}: the first loss's share of the steps, between 0 and 1.")
+        first, second = self.loss.needs, self.then.needs
+        # What is prepared before training is what either needs; unit, stops and separable are those of the second.
+        both = replace(
+            second,
+            pairs=first.pairs or second.pairs,
+            reference=first.reference or second.reference,
+            strengths=first.strengths + second.strengths,
+            views=tuple(dict.fromkeys(first.views + second.views)),
+            states=first.states or second.states,
+        )
+        object.__setattr__(self, "needs", both)
 
     def stage(self, step: int, steps: int) -> Loss:
         """The loss of a step (from 0) of so many, of one step the first; afterwards it is the second."""
         return self.loss if step < min(max(1, round(self.share * steps)), max(1, steps - 1)) else self.then
-
-    @property
-    def pairs(self) -> bool:
-        """If one of them does."""
-        return self.loss.pairs or self.then.pairs
-
-    @property
-    def unit(self) -> Literal["example", "token"]:
-        """The second's."""
-        return self.then.unit
-
-    @property
-    def reference(self) -> bool:
-        """If one of them does."""
-        return self.loss.reference or self.then.reference
-
-    @property
-    def strengths(self) -> tuple[Strength, ...]:
-        """Those of both."""
-        return self.loss.strengths + self.then.strengths
-
-    @property
-    def separable(self) -> bool:
-        """The second's."""
-        return self.then.separable
-
-    @property
-    def states(self) -> bool:
-        """If one of them does."""
-        return self.loss.states or self.then.states
-
-    @property
-    def stops(self) -> bool:
-        """The second's."""
-        return self.then.stops
-
-    @property
-    def views(self) -> tuple[str, ...]:
-        """Those of both."""
-        return tuple(dict.fromkeys((*self.loss.views, *self.then.views)))
 
     def __call__(self, at: At, generator: torch.Generator | None = None) -> Tensor:
         """As the second."""

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ._base import Loss, Strength
+from ._base import Loss
 
 
 @dataclass(frozen=True)
@@ -21,45 +21,9 @@ class Wrapped(Loss):
 
     loss: Loss
 
-    @property
-    def pairs(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """As the loss."""
-        return self.loss.pairs
-
-    @property
-    def unit(self) -> Literal["example", "token"]:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """As the loss."""
-        return self.loss.unit
-
-    @property
-    def reference(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """As the loss."""
-        return self.loss.reference
-
-    @property
-    def strengths(self) -> tuple[Strength, ...]:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """As the loss."""
-        return self.loss.strengths
-
-    @property
-    def states(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """As the loss."""
-        return self.loss.states
-
-    @property
-    def stops(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """As the loss."""
-        return self.loss.stops
-
-    @property
-    def separable(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """As the loss."""
-        return self.loss.separable
-
-    @property
-    def views(self) -> tuple[str, ...]:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """As the loss."""
-        return self.loss.views
+    def _need(self, **more: Any) -> None:
+        """Need what the other loss needs, with `more` on top."""
+        object.__setattr__(self, "needs", replace(self.loss.needs, **more))
 
 
 def parts(loss: Loss) -> list[Loss]:
@@ -88,7 +52,7 @@ def added(value: Tensor, of_rows: Tensor, loss: Loss, mask: Tensor) -> Tensor:
         loss: The loss.
         mask: True on labelled tokens of the batch, `(rows, tokens)`.
     """
-    if loss.unit == "example":
+    if loss.needs.unit == "example":
         return value + (of_rows if len(of_rows) == len(value) else torch.stack(of_rows.chunk(2)).mean(dim=0))
     per_token = of_rows[:, None].expand(mask.shape)
     return value + (per_token[mask] if value.ndim == 1 else torch.where(mask, per_token, 0.0))

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from ._base import At, Loss, positive, reference_margin
+from ._base import At, Loss, Needs, positive, reference_margin
 
 
 @dataclass(frozen=True)
@@ -25,8 +25,7 @@ class BiPO(Loss):
     """
 
     beta: float = 0.1
-    reference = True
-    strengths = (-1.0,)
+    needs = Needs(reference=True, strengths=(-1.0,))
 
     def __post_init__(self) -> None:
         positive(beta=self.beta)

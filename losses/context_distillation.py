@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ._base import At, Loss
+from ._base import At, Loss, Needs
 from ._states import divergence
 
 
@@ -19,10 +19,7 @@ from ._states import divergence
 class ContextDistillation(Loss):
     """Divergence from the base model's distributions behind another prompt."""
 
-    pairs = False
-    unit = "token"
-    reference = True
-    views = ("good",)
+    needs = Needs(pairs=False, unit="token", reference=True, views=("good",))
 
     def __call__(self, at: At, generator: torch.Generator | None = None) -> Tensor:
         """`(answer tokens,)`, in nats."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from ._base import At, Loss, positive, reference_margin
+from ._base import At, Loss, Needs, positive, reference_margin
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class DPO(Loss):
     """
 
     beta: float = 0.1
-    reference = True
+    needs = Needs(reference=True)
 
     def __post_init__(self) -> None:
         positive(beta=self.beta)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ._base import At, Loss, positive
+from ._base import At, Loss, Needs, positive
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class IPO(Loss):
     """
 
     beta: float = 0.1
-    reference = True
+    needs = Needs(reference=True)
 
     def __post_init__(self) -> None:
         positive(beta=self.beta)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ._base import At, Loss, finite
+from ._base import At, Loss, Needs, finite
 from ._states import Where, layers_of, over_layers
 
 
@@ -29,11 +29,7 @@ class LoRRA(Loss):
 
     alpha: float = 5.0
     layers: Where = (0.4, 0.5, 0.6)
-    pairs = False
-    unit = "token"
-    reference = True
-    states = True
-    views = ("good", "bad")
+    needs = Needs(pairs=False, unit="token", reference=True, views=("good", "bad"), states=True)
 
     def __post_init__(self) -> None:
         finite(alpha=self.alpha)
@@ -42,7 +38,7 @@ class LoRRA(Loss):
     def __call__(self, at: At, generator: torch.Generator | None = None) -> Tensor:
         """`(answer tokens,)`."""
         own, base = at(1.0, layers=self.layers).hidden, at(0.0, layers=self.layers).hidden
-        good, bad = (at(0.0, view=view, layers=self.layers).hidden for view in self.views)
+        good, bad = (at(0.0, view=view, layers=self.layers).hidden for view in ("good", "bad"))
         return over_layers(
             torch.linalg.vector_norm(own[i] - base[i] - self.alpha * (good[i] - bad[i]), dim=-1) for i in own
         )

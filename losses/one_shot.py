@@ -13,7 +13,7 @@ base's own answer; here that is so where the rejected answers are what the base 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -45,21 +45,10 @@ class OneShot(Loss):
             raise ValueError(f"mode={self.mode!r} is none of 'promotion', 'suppression', 'mixed'.")
         if self.satisfice and self.mode == "suppression":
             raise ValueError("satisfice=True stops promotion; mode='suppression' promotes nothing.")
-
-    @property
-    def reference(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """Whether the base is asked how likely the rejected answer is."""
-        return self.satisfice
-
-    @property
-    def separable(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """Unless the promotion ends where the rejected answer says."""
-        return not self.satisfice
-
-    @property
-    def stops(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """Whether the training is over at 0, which a suppression never reaches."""
-        return self.satisfice and self.mode == "promotion"
+        # Satisficing compares with the reference, and training ends at 0 unless a suppression, never 0, is part of it.
+        stops = self.satisfice and self.mode == "promotion"
+        needs = replace(self.needs, reference=self.satisfice, separable=not self.satisfice, stops=stops)
+        object.__setattr__(self, "needs", needs)
 
     def __call__(self, at: At, generator: torch.Generator | None = None) -> Tensor:
         """`(pairs,)`."""

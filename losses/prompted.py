@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ._base import At, Loss
+from ._base import At, Loss, Needs
 from ._states import Site, Where, check_site, layers_of, over_layers
 
 
@@ -32,11 +32,7 @@ class Prompted(Loss):
 
     layers: Where = (0.4, 0.5, 0.6)
     site: Site = "block"
-    pairs = False
-    unit = "token"
-    reference = True
-    states = True
-    views = ("good",)
+    needs = Needs(pairs=False, unit="token", reference=True, views=("good",), states=True)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "layers", layers_of(self.layers))

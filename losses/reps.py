@@ -13,14 +13,15 @@ says no.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from ._base import At, Loss, Outputs, Strength, positive
+from ._base import At, Loss, Outputs, positive
+from ._needs import Strength
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,6 @@ class RePS(Loss):
 
     factors: tuple[float, ...] = (0.5, 1.0, 1.5, 2.0)
     suppress: Literal["null", "negative", "none"] = "null"
-    reference = True
 
     def __post_init__(self) -> None:
         if not isinstance(self.factors, list | tuple):
@@ -50,12 +50,9 @@ class RePS(Loss):
         positive(**{f"factors[{i}]": factor for i, factor in enumerate(self.factors)})
         if self.suppress not in ("null", "negative", "none"):
             raise ValueError(f"suppress={self.suppress!r} is none of 'null', 'negative', 'none'.")
-
-    @property
-    def strengths(self) -> tuple[Strength, ...]:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """Every factor, and what the second term asks for."""
-        without: dict[str, tuple[Strength, ...]] = {"null": ("null",), "negative": tuple(-a for a in self.factors)}
-        return (*self.factors, *without.get(self.suppress, ()))
+        suppressed: dict[str, tuple[Strength, ...]] = {"null": ("null",), "negative": tuple(-a for a in self.factors)}
+        strengths = (*self.factors, *suppressed.get(self.suppress, ()))
+        object.__setattr__(self, "needs", replace(self.needs, reference=True, strengths=strengths))
 
     def __call__(self, at: At, generator: torch.Generator | None = None) -> Tensor:
         """`(pairs,)`."""

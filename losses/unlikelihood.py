@@ -7,12 +7,11 @@ Contrast without a margin: each side has its own term.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from ._base import At, Loss, Outputs, positive
+from ._base import At, Loss, Needs, Outputs, positive
 
 _LARGEST_LOGP = -1e-6  # a certain token has an infinite unlikelihood; here it is 13.8 nats
 
@@ -25,8 +24,8 @@ class Unlikelihood(Loss):
         alpha: Weight of the unlikelihood term.
     """
 
-    separable: ClassVar[bool] = True
     alpha: float = 1.0
+    needs = Needs(separable=True)
 
     def __post_init__(self) -> None:
         positive(alpha=self.alpha)

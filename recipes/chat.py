@@ -22,7 +22,7 @@ from peft import PeftModel
 
 from steertune.recipes.lab.command_line import Argument, Base, Count, Option, Threads, command
 from steertune.recipes.lab.data import load_steered
-from steertune.recipes.lab.measures import generate
+from steertune.recipes.lab.generation import generate
 from steertune.recipes.lab.processes import begin
 from steertune.trainers import scaled
 

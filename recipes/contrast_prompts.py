@@ -41,14 +41,17 @@ from steertune.adapters.checks import check_checksums, write_checksums
 from steertune.recipes.ablation.checks import check_draws
 from steertune.recipes.ablation.grid import find_tasks
 from steertune.recipes.ablation.tables import TaskTable
-from steertune.recipes.lab.arm import Arm, ModelTable, known_tables, load_arm, reasons, refuse_augmentation
+from steertune.recipes.lab.arm import Arm, known_tables, load_arm, refuse_augmentation
 from steertune.recipes.lab.contrast_page import page
 from steertune.recipes.lab.data import load_model
-from steertune.recipes.lab.files import ArmError, read_result, read_toml, write_result, write_whole
-from steertune.recipes.lab.measures import check_context, neutral_logps, pair_margins, side_effects
+from steertune.recipes.lab.files import ArmError, read_result, read_toml, reasons, write_result, write_whole
+from steertune.recipes.lab.generation import check_context
+from steertune.recipes.lab.observe import neutral_logps
+from steertune.recipes.lab.old import pair_margins, side_effects
 from steertune.recipes.lab.paths import CONFIGS
 from steertune.recipes.lab.processes import begin, command, positive
 from steertune.recipes.lab.splits import SplitTable, load_splits
+from steertune.recipes.lab.tables import ModelTable
 from steertune.recipes.lab.training import claim, fit, make_trainer
 from steertune.trainers import get_view, share_weights
 

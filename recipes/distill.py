@@ -32,17 +32,12 @@ from transformers import set_seed
 
 from steertune.losses import Outputs
 from steertune.recipes.lab.arm import Arm, load_arm, parse_arm, refuse_augmentation
+from steertune.recipes.lab.batches import batches
 from steertune.recipes.lab.data import load_model, load_splits
 from steertune.recipes.lab.files import ArmError, read_rows, write_rows, write_whole
-from steertune.recipes.lab.measures import (
-    batches,
-    check_context,
-    generate,
-    neutral_logps,
-    pair_margins,
-    prompt_lengths,
-    side_effects,
-)
+from steertune.recipes.lab.generation import check_context, generate, prompt_lengths
+from steertune.recipes.lab.observe import neutral_logps
+from steertune.recipes.lab.old import pair_margins, side_effects
 from steertune.recipes.lab.processes import begin, command
 from steertune.recipes.lab.training import claim, fit, make_trainer
 from steertune.trainers import ModelAt, View, share_weights, tokenise
@@ -258,7 +253,7 @@ def page(result: dict[str, Any]) -> str:
 
 def _check(arm: Arm) -> None:
     loss = arm.loss_object()
-    if loss is None or {*loss.views} - {"neutral"} != {"good"} or loss.pairs:
+    if loss is None or {*loss.needs.views} - {"neutral"} != {"good"} or loss.needs.pairs:
         raise ArmError(
             f"loss.name={arm.loss.get('name')!r} learns no prompt: choose context_distillation or prompted."
         )

@@ -35,7 +35,7 @@ from steertune.recipes.lab.command_line import (
 )
 from steertune.recipes.lab.data import BUILDERS, load_split, load_steered
 from steertune.recipes.lab.files import ArmError, nearest, write_whole
-from steertune.recipes.lab.measures import as_asked
+from steertune.recipes.lab.generation import as_asked
 from steertune.recipes.lab.processes import begin, default_device
 from steertune.recipes.lab.progress import progress, track
 from steertune.trainers import scaled

@@ -29,7 +29,6 @@ from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 from steertune.adapters.layer import BASE_ROW
-from steertune.recipes.lab.arm import reasons
 from steertune.recipes.lab.command_line import (
     Argument,
     Base,
@@ -41,8 +40,8 @@ from steertune.recipes.lab.command_line import (
     command,
 )
 from steertune.recipes.lab.data import adapter_config, load_steered
-from steertune.recipes.lab.files import ArmError, nearest
-from steertune.recipes.lab.measures import as_asked
+from steertune.recipes.lab.files import ArmError, nearest, reasons
+from steertune.recipes.lab.generation import as_asked
 from steertune.recipes.lab.processes import begin, default_device
 from steertune.recipes.lab.progress import Bar, progress
 

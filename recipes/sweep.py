@@ -36,12 +36,12 @@ from steertune.adapters.blocks import find_blocks, resolve_layers
 from steertune.adapters.card import versions, write_card
 from steertune.adapters.config import Site
 from steertune.recipes.lab import scorers
-from steertune.recipes.lab.arm import ArmError, ModelTable, reasons
 from steertune.recipes.lab.cards import of_sweep
 from steertune.recipes.lab.data import load_model
-from steertune.recipes.lab.files import read_result, write_result
+from steertune.recipes.lab.files import ArmError, read_result, reasons, write_result
 from steertune.recipes.lab.processes import begin, command
 from steertune.recipes.lab.splits import SplitTable
+from steertune.recipes.lab.tables import ModelTable
 from steertune.recipes.lab.training import claim
 from steertune.recipes.sweeping.bench import Bench
 from steertune.recipes.sweeping.choose import choose

@@ -26,18 +26,16 @@ from datasets import Dataset
 from transformers import set_seed
 
 from steertune.adapters.card import write_card
-from steertune.recipes.lab.arm import Arm, ArmError, load_arm, parse_arm
+from steertune.recipes.lab.arm import Arm, load_arm, parse_arm
 from steertune.recipes.lab.augmentation import grown
+from steertune.recipes.lab.batches import batches
 from steertune.recipes.lab.cards import of_training
 from steertune.recipes.lab.data import load_model, load_splits
-from steertune.recipes.lab.measures import (
-    batches,
-    generate,
-    neutral_logps,
-    pair_margins,
-    peak_memory_gb,
-    side_effects,
-)
+from steertune.recipes.lab.files import ArmError
+from steertune.recipes.lab.generation import generate
+from steertune.recipes.lab.memory import peak_memory_gb
+from steertune.recipes.lab.observe import neutral_logps
+from steertune.recipes.lab.old import pair_margins, side_effects
 from steertune.recipes.lab.page import strength_plot, write_page
 from steertune.recipes.lab.processes import begin, command
 from steertune.recipes.lab.training import claim, fit, make_trainer, write_whole

@@ -42,7 +42,9 @@ def check_own(peft_config: Any, views: Any, biases: Any) -> None:
 def check_layers(loss: Loss | None, model: nn.Module) -> None:
     """Raise a ValueError when a loss looks at hidden states below all that is trained, which nothing changes."""
     base: Any = base_of(model)
-    looking = [part for part in parts(loss) if hasattr(part, "layers")] if loss is not None and loss.states else []
+    if loss is None or not loss.needs.states:
+        return
+    looking = [part for part in parts(loss) if hasattr(part, "layers")]
     if not looking or any(p.requires_grad for p in base.get_input_embeddings().parameters()):
         return
     blocks = find_blocks(base)
@@ -60,7 +62,7 @@ def check_layers(loss: Loss | None, model: nn.Module) -> None:
 def check_reference(loss: Loss | None, config: PeftConfig | None) -> None:
     """Raise a ValueError when an adapter changes the base model itself, which then is no reference any more."""
     bias = getattr(config, "bias", "none")
-    if loss is not None and loss.reference and isinstance(bias, str) and bias != "none":
+    if loss is not None and loss.needs.reference and isinstance(bias, str) and bias != "none":
         raise ValueError(
             f"{type(config).__name__}(bias={bias!r}) trains biases of the base model, which stay when the adapter is "
             f"switched off: the reference of {type(loss).__name__} would move along. Set bias='none'."
@@ -69,7 +71,7 @@ def check_reference(loss: Loss | None, config: PeftConfig | None) -> None:
 
 def check_strengths(loss: Loss, model: nn.Module) -> None:
     """Raise a ValueError for a strength that the loss may ask for and the adapter does not have."""
-    for strength in loss.strengths:
+    for strength in loss.needs.strengths:
         with scaled(model, strength):
             pass
 
@@ -77,7 +79,7 @@ def check_strengths(loss: Loss, model: nn.Module) -> None:
 def check_views(loss: Loss | None, views: Mapping[str, str | View] | None, data: Iterable[Any]) -> None:
     """Raise a ViewError when the loss asks for views that nobody gave, or does not ask for those that are there, or
     when data have no rows to make them of."""
-    needed = () if loss is None else loss.views
+    needed = () if loss is None else loss.needs.views
     if missing := [name for name in needed if name not in (views or {})]:
         raise ViewError(f"{type(loss).__name__} compares with the views {list(needed)}; {missing} are not in views=.")
     if unused := [name for name in views or () if name not in needed]:

@@ -77,7 +77,7 @@ class Metrics:
         training = self._open[-1] is self._training
         by_name = _margins(at, batch)
         if not training:
-            by_name |= _by_example(values, batch, loss.unit)
+            by_name |= _by_example(values, batch, loss.needs.unit)
         for name, value in by_name.items():
             if not training:  # now: only the loader that is being read knows what was repeated
                 value = self._accelerator.gather_for_metrics(value)

@@ -195,7 +195,7 @@ class SteeringMixin(Trainer):
             self._attach(given, copy.deepcopy(peft_config), "peft_config" in inspect.signature(parent).parameters)
         # what the user froze stays frozen: adding the reference to a model makes all its active adapters trainable
         with untouched(given["model"]) if continued else nullcontext(), reference_of(given, parent):
-            if continued and peft_config is None and self.loss is not None and self.loss.reference:
+            if continued and peft_config is None and self.loss is not None and self.loss.needs.reference:
                 add_reference(given["model"], parent)
             parent(*bound.args, **bound.kwargs)
         self._constructed = True
@@ -217,7 +217,7 @@ class SteeringMixin(Trainer):
         """Check that the model has what our loss asks for, and keep what training would take away."""
         check_strengths(loss, self.model)
         warn_router(loss, self)
-        if loss.reference and changes_base:
+        if loss.needs.reference and changes_base:
             self._reference = reference_copy(self)
         # our loss is already an average over the whole optimiser step
         self.loss_is_scaled_for_ga = self.model_accepts_loss_kwargs = True
@@ -275,7 +275,7 @@ class SteeringMixin(Trainer):
         if self.takes_pairs is not None and pairs != self.takes_pairs:
             other = "SteeringDPOTrainer" if pairs else "SteeringSFTTrainer"
             raise DataError(f"{type(self).__name__} does not train on columns {list(wanted)}; {other} does.")
-        if self.loss is not None and self.loss.pairs and not pairs:
+        if self.loss is not None and self.loss.needs.pairs and not pairs:
             raise DataError(
                 f"{type(self.loss).__name__} compares chosen with rejected answers; the data have {list(wanted)}. "
                 "Give pairs, or choose loss='cross_entropy'."
@@ -417,7 +417,7 @@ class SteeringMixin(Trainer):
         self.step_batches, self.step_loss = [unpacked(inputs) for inputs in samples], 0.0
         loss = self.loss_at_work
         if self.loss is not None and loss is not None and samples:  # for its own loss, the parent knows
-            counts = sum(self._read(inputs).count(loss.unit) for inputs in self.step_batches)
+            counts = sum(self._read(inputs).count(loss.needs.unit) for inputs in self.step_batches)
             counts = torch.as_tensor(counts, device=device)
             items = self.accelerator.gather(counts).sum()  # pyright: ignore[reportAttributeAccessIssue]
         return samples, items
@@ -438,7 +438,7 @@ class SteeringMixin(Trainer):
                 return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         batch = self._read(inputs)
         unwrapped: Any = self.accelerator.unwrap_model(model, keep_torch_compile=False)
-        for strength in loss.strengths[-1:]:  # refuse at the first step what only some of its draws would meet
+        for strength in loss.needs.strengths[-1:]:  # refuse at the first step what only some of its draws would meet
             with scaled(unwrapped, strength):
                 pass
         together = self.seat.logps if self.seat is not None and torch.is_grad_enabled() else None
@@ -447,20 +447,20 @@ class SteeringMixin(Trainer):
         look = None if parents_log is None else self._parents_metrics.look
         at = ModelAt(model, unwrapped, batch, own_reference, memo, together, self.views, look)
         # blocks that are left out, or run in parts, show no states
-        with self.pay_once.whole() if loss.states else self.pay_once.shortcut(labels_only=True):
+        with self.pay_once.whole() if loss.needs.states else self.pay_once.shortcut(labels_only=True):
             values = loss(at, self._generator())
         if self.loss is None:
             if parents_log is not None:
                 self._parents_metrics.note(parents_log, at, batch, self.model.training)
             return parents_mean(values, loss, batch, num_items_in_batch, self)
         if num_items_in_batch is None:
-            num_items_in_batch, processes = batch.count(loss.unit), 1
+            num_items_in_batch, processes = batch.count(loss.needs.unit), 1
         else:  # counted over all processes, whose gradients are then averaged
             processes = self.accelerator.num_processes
         # rows that were cut before their first label are none: 0, as the parent's
         total = values.sum() / torch.as_tensor(num_items_in_batch).clamp(min=1) * processes
         self._seen.note(loss, values, at, batch)
-        if loss.stops and self.model.training:
+        if loss.needs.stops and self.model.training:
             self._satisfied.note(values.detach())
         if return_outputs:
             whole = Batch.read(inputs)  # the parent's outputs: of all rows, also where the loss reads chosen ones only
@@ -546,9 +546,9 @@ class SteeringMixin(Trainer):
         loss = self.loss_at_work
         assert loss is not None
         batch = Batch.read(inputs)
-        if loss.pairs and not batch.pairs:
+        if loss.needs.pairs and not batch.pairs:
             raise DataError(f"{type(loss).__name__} compares chosen with rejected answers; the batch has no pairs.")
-        return batch if loss.pairs or not batch.pairs else batch.chosen
+        return batch if loss.needs.pairs or not batch.pairs else batch.chosen
 
     def _generator(self) -> torch.Generator:
         """Random numbers of this micro-batch: the same on every process, after a resume, and in every evaluation."""
@@ -616,7 +616,7 @@ def _restore(model: nn.Module, values: dict[str, Tensor]) -> None:
 
 def _readable(inputs: Mapping[str, Any], loss: Loss) -> bool:
     """Whether a batch says what a loss needs: a collator of the user's may not."""
-    return "completion_mask" in inputs if loss.pairs else "labels" in inputs and "completion_mask" not in inputs
+    return "completion_mask" in inputs if loss.needs.pairs else "labels" in inputs and "completion_mask" not in inputs
 
 
 def _vocabulary(model: nn.Module) -> int | None:

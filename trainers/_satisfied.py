@@ -13,7 +13,7 @@ logger = logging.getLogger(__name__)
 
 
 class Satisfied(TrainerCallback):
-    """Ends the training once a loss that says so (`Loss.stops`) was 0 on every example.
+    """Ends the training once a loss that says so (`Needs.stops`) was 0 on every example.
 
     Of n examples, `2n - 1` in a row hold a whole epoch, whatever its order. A stream has no length and is not stopped.
     """
@@ -32,7 +32,7 @@ class Satisfied(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Trainer event: the parameters are updated."""
         trainer, rows = self.trainer, self.trainer.train_dataset
-        if trainer.loss is None or not trainer.loss.stops or not hasattr(rows, "__len__"):
+        if trainer.loss is None or not trainer.loss.needs.stops or not hasattr(rows, "__len__"):
             return
         everywhere = trainer.accelerator.gather(torch.tensor([self.met], device=args.device))
         met, needed = int(everywhere.min()) * len(everywhere), 2 * len(rows) - 1

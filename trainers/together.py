@@ -89,11 +89,11 @@ def _apart(trainer: SteeringMixin, first: SteeringMixin) -> str | None:
         return "it computes in another precision"
     if trainer.args.neftune_noise_alpha is not None or any(dropout(module) for module in model.modules()):
         return "NEFTune or dropout draws random numbers in its passes, of which there is one for all arms"
-    if trainer.loss.views or trainer.loss.states:
+    if trainer.loss.needs.views or trainer.loss.needs.states:
         return "its loss compares views or hidden states, each in a pass of its own"
     if isinstance(trainer.loss, Staged):
         return "its loss changes during the training"
-    if trainer.loss.pairs != (first.loss is not None and first.loss.pairs):
+    if trainer.loss.needs.pairs != (first.loss is not None and first.loss.needs.pairs):
         return "one loss compares pairs and the other does not"
     if trainer is not first and (model is other or model.get_base_model() is other.get_base_model()):
         return "it has the same model; give it one of its own, share_weights(model)"
@@ -150,7 +150,7 @@ class _Team:
         self._passes: list[tuple[Tensor, list[Tensor]]] = []  # joint outputs, and the arms' leaves
         self._shortcut = trainers[0].pay_once.elsewhere(self.host)
         loss = trainers[0].loss
-        if self._shortcut is not None and not (loss is not None and loss.pairs):
+        if self._shortcut is not None and not (loss is not None and loss.needs.pairs):
             self._shortcut.shares_prompts = False  # rows of different arms may begin alike: each has its own vector
 
     def run(self, arm: int) -> None:

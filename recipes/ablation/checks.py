@@ -12,7 +12,14 @@ from trl import DPOConfig
 from steertune.adapters import SteeringVectorConfig
 from steertune.recipes.ablation.levels import arm_name
 from steertune.recipes.ablation.tables import Card, Claim, GridArm, GridTables, TaskTable
-from steertune.recipes.lab.arm import Arm, ArmError, ModelTable, nearest
+from steertune.recipes.lab import measures
+from steertune.recipes.lab.arm import Arm
+from steertune.recipes.lab.files import ArmError, nearest
+from steertune.recipes.lab.ingredients.prompt import Prompt
+from steertune.recipes.lab.ingredients.teachers import Teachers
+from steertune.recipes.lab.ingredients.views import Views
+from steertune.recipes.lab.tables import ModelTable
+from steertune.trainers import View
 from steertune.trainers.views.demonstrations import Demonstrations
 from steertune.trainers.views.instruction import Instruction
 
@@ -36,7 +43,7 @@ def check_reading(examples: list[int], arms: list[GridArm]) -> None:
     """Refuse numbers of examples that training would not reach the end of, so that some would stand for fewer."""
     for arm in arms:
         reads = batch_size(arm.arm) * max(arm.budget.steps)
-        if arm.arm.trainer.get("max_steps") != 0 and not arm.arm.prompt and max(examples) > reads:
+        if arm.arm.trainer.get("max_steps") != 0 and not arm.arm.get(Prompt) and max(examples) > reads:
             raise ArmError(
                 f"examples={examples}, and arm {arm.name!r} reads {reads} in {max(arm.budget.steps)} steps of "
                 f"{batch_size(arm.arm)}: it would never see the rest. Set budget.steps to "
@@ -92,7 +99,7 @@ def check_draws(tasks: list[TaskTable]) -> None:
 def check_prompts(tables: GridTables, arms: list[GridArm], tasks: list[TaskTable]) -> None:
     """Refuse prompts that the examples or the tasks cannot fill."""
     for arm in arms:
-        prompt = arm.arm.prompt
+        prompt = arm.arm.get(Prompt)
         if prompt.demonstrations > min(tables.examples):
             raise ArmError(
                 f"Arm {arm.name!r} shows {prompt.demonstrations} demonstrations, and examples={tables.examples}: ask "
@@ -117,7 +124,7 @@ def check_views(tables: GridTables, arms: list[GridArm], tasks: list[TaskTable])
     for arm in arms:
         own = arm.arm.data.name
         others = [t.called for t in tasks if Path(t.name).name != Path(own).name or t.reverse or t.columns]
-        for key, view in arm.arm.view_objects(None).items():
+        for key, view in _views(arm.arm).items():
             if isinstance(view, Instruction) and arm.levels is None and others:
                 raise ArmError(
                     f"Arm {arm.name!r} has an instruction about {own!r} at its view {key!r}, and the grid has the "
@@ -128,6 +135,10 @@ def check_views(tables: GridTables, arms: list[GridArm], tasks: list[TaskTable])
                     f"Arm {arm.name!r} shows {view.k} other examples at its view {key!r}, and examples="
                     f"{tables.examples}: ask for {view.k + 1} or more, or set views.{key}.k lower."
                 )
+
+
+def _views(arm: Arm) -> dict[str, View]:
+    return arm.get(Views).views(known=arm.get(Teachers).tables)
 
 
 def _model(table: ModelTable) -> dict[str, Any]:
@@ -150,7 +161,7 @@ def check_card(tables: GridTables, card: Card, arms: list[GridArm]) -> None:
         raise ArmError(
             f"claim.recovers={claim.recovers}: that is a share of a gain, so leave out claim.margin and claim.factor."
         )
-    if claim.measure.endswith("behaviour") and not tables.generations:
+    if "answers" in measures.get(claim.measure).needs and not tables.generations:
         raise ArmError(f"claim.measure={claim.measure!r}, but generations=0: nothing would be generated to score.")
     names = [arm.name for arm in arms]
     for pattern in card.affordances:
@@ -177,9 +188,9 @@ def _check_decidable(claim: Claim, arms: list[GridArm]) -> None:
     if claim.better == claim.than:
         raise ArmError(f"claim.better and claim.than are both {claim.than!r}: compare two arms.")
     compared = {arm.name: arm for arm in arms if arm.name in (claim.better, claim.than)}
-    rigid = [name for name, arm in compared.items() if arm.arm.prompt or not has_strength(arm.arm)]
-    if claim.measure.startswith("matched_") and rigid:
+    rigid = [name for name, arm in compared.items() if arm.arm.get(Prompt) or not has_strength(arm.arm)]
+    if claim.strength == "matched" and rigid:
         raise ArmError(
-            f"claim.measure={claim.measure!r}, and {rigid} have no strength that could be matched: claim something "
-            f"about {claim.measure.removeprefix('matched_')!r}, or about another arm."
+            f"claim.strength='matched', and {rigid} have no strength that could be matched. Set claim.strength = "
+            "'tuned', or claim something about another arm."
         )

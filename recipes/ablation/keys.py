@@ -8,32 +8,24 @@ from pathlib import Path
 from typing import Any
 
 from steertune.recipes.ablation.tables import GridArm, GridTables, TaskTable
-from steertune.recipes.lab.arm import ArmError
+from steertune.recipes.lab.files import ArmError
+from steertune.recipes.lab.ingredients.prompt import Prompt
 
-VERSION = 3  # of the cells; raised when a cell of the same grid would come out differently
+VERSION = 4  # of the cells; raised when a cell of the same grid would come out differently
 
 
 def settings(
     tables: GridTables, neutral: str, arm: GridArm, data: str, task: TaskTable, examples: int, seed: int
 ) -> dict[str, Any]:
     """Everything that decides which settings are chosen. Paths differ between machines: left out."""
-    own = arm.arm.model_dump(mode="json", include={"model", "adapter", "loss", "trainer"})
+    core = ("model", "adapter", "loss", "trainer")
+    own = {name: table for name, table in arm.arm.model_dump(mode="json").items() if name in core}
     own["model"].pop("threads")
     if own["adapter"].get("type", "steering_vector") == "steering_vector":
         own["unit"] = "stream"  # of learning rates; cells without it had absolute ones
-    if arm.arm.views:
-        own["views"] = arm.arm.views
-    if arm.arm.biases:
-        own["biases"] = list(arm.arm.biases.items())  # in their order
-    if arm.arm.teachers:
-        own["teachers"] = {
-            name: {**table.model_dump(), "trainer": {**arm.arm.trainer, **table.trainer}}
-            for name, table in arm.arm.teachers.items()
-        }
-    if arm.arm.augmentation:
-        own["augmentation"] = arm.arm.augmentation
-    if arm.arm.prompt:
-        own["prompt"] = [arm.arm.prompt.model_dump(), task.instructions if arm.arm.prompt.instruction else []]
+    own |= {name: ingredient.key(arm.arm) for name, ingredient in arm.arm.ingredients.items() if ingredient}
+    if arm.arm.get(Prompt).instruction:
+        own["instructions"] = task.instructions
     settings = {
         "version": VERSION,
         "arm": {**own, "pairing": arm.arm.data.pairing},

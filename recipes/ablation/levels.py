@@ -9,8 +9,8 @@
     mean_difference = [{ when = { form = "lora" }, inert = true }, { adapter.init = "mean_difference" }]
 
 Of a list the first entry counts whose `when` fits. `inert` says that the level means nothing there; combinations that
-differ only in inert levels are one arm. Patching `adapter.type`, `loss.name` or `augmentation.name`
-replaces the whole table.
+differ only in inert levels are one arm. A patch goes on top of the base arm as an arm on top of the one it extends
+(`lab/arm_files.py`): one that names another adapter, loss, augmentation or view replaces its whole table.
 """
 
 from __future__ import annotations
@@ -20,10 +20,13 @@ from typing import Any
 
 from steertune.recipes.ablation.designs import Combination
 from steertune.recipes.ablation.tables import GridTables
-from steertune.recipes.lab.arm import Arm, ArmError, known, make_arm, read_tables
+from steertune.recipes.lab.arm import Arm, known, make_arm
+from steertune.recipes.lab.arm_files import merge_tables, read_tables, renamed_tables
+from steertune.recipes.lab.files import ArmError
+from steertune.recipes.lab.ingredients import kinds
 
 INERT = "-"
-_PATCHED = ["adapter", "loss", "views", "teachers", "biases", "augmentation", "trainer", "data"]
+_CORE = ["adapter", "loss", "trainer", "data"]
 
 
 def with_common(raw: dict[str, Any], tables: GridTables) -> dict[str, Any]:
@@ -32,18 +35,18 @@ def with_common(raw: dict[str, Any], tables: GridTables) -> dict[str, Any]:
     trainer = raw.get("trainer", {})
     if isinstance(trainer, dict) and trainer.get("max_steps") != 0:
         common["trainer"] = tables.trainer
-    return _merge(raw, {name: table for name, table in common.items() if table})
+    return merge_tables(raw, {name: table for name, table in common.items() if table})
 
 
 def arm_of(raw: dict[str, Any], tables: GridTables) -> Arm:
-    """The arm of these tables. One that makes more examples and says no number of steps has the budget's, which every
-    trial has anyway.
+    """The arm of these tables. One that says no number of steps has the budget's, which every trial has anyway.
 
     Raises:
         ArmError: as `make_arm`.
     """
-    if raw.get("augmentation"):
-        raw = _merge({"trainer": {"max_steps": tables.budget.steps[0]}}, raw)
+    trainer = raw.get("trainer", {})
+    if isinstance(trainer, dict):
+        raw = {**raw, "trainer": {"max_steps": tables.budget.steps[0], **trainer}}
     return make_arm(raw)
 
 
@@ -56,7 +59,7 @@ def patched(tables: GridTables, combination: Combination) -> tuple[Combination, 
     raw = with_common(read_tables(tables.base), tables)
     levels, entries = _levels(tables, combination)
     for entry in entries:
-        raw = _merge(raw, entry)
+        raw = merge_tables(raw, entry)
     try:
         return levels, arm_of(raw, tables)
     except ArmError as error:
@@ -92,12 +95,12 @@ def _entry(factor: str, level: str, patch: Any, combination: Combination, tables
     for option in patch if isinstance(patch, list) else [patch]:
         if not isinstance(option, dict):
             raise ArmError(f"factors.{factor}.{level}={patch!r}: a table, or a list of tables, is expected.")
-        option = copy.deepcopy(option)
+        option = renamed_tables(copy.deepcopy(option))
         when = option.pop("when", {})
         where = f"factors.{factor}.{level}"
         if not isinstance(when, dict):
             raise ArmError(f'{where}: when={when!r} must be a table, such as {{ form = "lora" }}.')
-        known(where, option, ["inert", *_PATCHED])
+        known(where, option, ["inert", *_CORE, *kinds()])
         if not isinstance(option.get("data", {}), dict):
             raise ArmError(f'{where}: data={option["data"]!r} must be a table, such as {{ pairing = "shuffled" }}.')
         known(f"{where}.data", option.get("data", {}), ["pairing"])  # the grid itself says the rest
@@ -114,13 +117,13 @@ def _entry(factor: str, level: str, patch: Any, combination: Combination, tables
     raise ArmError(f"factors.{factor}.{level} says nothing for {combination}: add a last entry without `when`.")
 
 
-def _merge(base: dict[str, Any], patch: dict[str, Any]) -> dict[str, Any]:
+def merge_tables(base: dict[str, Any], patch: dict[str, Any]) -> dict[str, Any]:
     """`base` with `patch` on top, table by table; another adapter or loss replaces its table."""
     merged = copy.deepcopy(base)
     for key, value in patch.items():
-        chooser = {"adapter": "type", "loss": "name", "augmentation": "name"}.get(key)
+        chooser = "type" if key == "adapter" else "name"
         if isinstance(value, dict) and isinstance(merged.get(key), dict) and chooser not in value:
-            merged[key] = _merge(merged[key], value)
+            merged[key] = merge_tables(merged[key], value)
         else:
             merged[key] = copy.deepcopy(value)
     return merged

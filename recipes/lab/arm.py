@@ -7,53 +7,69 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import sys
 import tomllib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from peft import PeftConfig, get_peft_config
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
-from pydantic import BaseModel, TypeAdapter, ValidationError
+from pydantic import (
+    BaseModel,
+    SerializeAsAny,
+    SerializerFunctionWrapHandler,
+    TypeAdapter,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 from pydantic.errors import PydanticSchemaGenerationError, PydanticUndefinedAnnotation
-from torch import nn
 
 import steertune.adapters  # noqa: F401  registers the method with PEFT
 from steertune.losses import Loss, get_loss
-from steertune.recipes.lab.files import ArmError, check_name, nearest, read_toml
-from steertune.recipes.lab.paths import CONFIGS, TASKS
-from steertune.recipes.lab.tables import (  # noqa: F401
-    ArmTables,
-    CardTable,
-    DataTable,
-    EvaluationTable,
-    ModelTable,
-    OutputTable,
-    PromptTable,
-)
-from steertune.trainers.biases import get_bias
-from steertune.trainers.views import View, get_view
+from steertune.recipes.lab.arm_files import read_tables, renamed_tables
+from steertune.recipes.lab.files import ArmError, check_name, nearest, reasons
+from steertune.recipes.lab.ingredients import Ingredient, check_recipe, kinds
+from steertune.recipes.lab.tables import ArmTables
 
-if TYPE_CHECKING:
-    from steertune.recipes.lab.augmentation import Augmenter
-
-ARMS = CONFIGS / "arms"
-NEUTRAL = TASKS / "neutral_train.jsonl"
 UPSTREAM = "upstream"  # the loss of TRL's own trainer
+IngredientT = TypeVar("IngredientT", bound=Ingredient)
 
 
 class Arm(ArmTables):
     """A whole arm.
 
     `adapter.type` is any PEFT method in lower case or `none` (full finetuning); `loss.name` is a file of `losses/` or
-    `upstream`; `[views.NAME]` is a view that the loss asks for, its `name` a file of `trainers/views/`;
-    `[teachers.NAME]` are models that are trained first, for views that a teacher sees;
-    `[biases.NAME]` are options of an inductive bias, NAME a file of `trainers/biases/`; `[augmentation]` makes more
-    examples of the few, its `name` a file of `recipes/lab/augmentation/`; `[trainer]` takes every field of TRL's
-    `DPOConfig` (pairs) or `SFTConfig` (demonstrations).
+    `upstream`; `[trainer]` takes every field of TRL's `DPOConfig` (pairs) or `SFTConfig` (demonstrations). Every file
+    of `recipes/lab/ingredients/` is one more table.
     """
+
+    ingredients: dict[str, SerializeAsAny[Ingredient]] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _gather(cls, tables: Any) -> Any:
+        """Tables that are named after an ingredient become one."""
+        named = {name: kind for name, kind in kinds().items() if name in tables}
+        made = {name: kind.model_validate(tables[name]) for name, kind in named.items()}
+        rest = {key: value for key, value in tables.items() if key not in named}
+        return rest | {"ingredients": {**tables.get("ingredients", {}), **made}}
+
+    @model_serializer(mode="wrap")
+    def _spread(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """As in the file: ingredients are tables beside the others."""
+        tables = handler(self)
+        return tables | {name: table for name, table in tables.pop("ingredients", {}).items() if table}
+
+    def get(self, kind: type[IngredientT]) -> IngredientT:
+        """The arm's ingredient of a kind; one that changes nothing where the arm has no such table."""
+        found = [ingredient for ingredient in self.ingredients.values() if isinstance(ingredient, kind)]
+        return found[0] if found else kind()
+
+    def ordered_ingredients(self) -> list[Ingredient]:
+        """The ingredients in the order in which they change a training."""
+        return [self.ingredients[name] for name in kinds() if name in self.ingredients]
 
     def peft_config(self) -> PeftConfig | None:
         """The adapter's configuration; None for full finetuning."""
@@ -62,11 +78,11 @@ class Arm(ArmTables):
         if kind == "none":
             known("adapter", options, [])
             return None
-        kinds = {str(name.value).lower(): config for name, config in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
-        if kind not in kinds:
-            raise ArmError(f"adapter.type={kind!r} is no PEFT method.{nearest(kind, [*kinds, 'none'])}")
-        known("adapter", options, [f.name for f in dataclasses.fields(kinds[kind])])
-        _typed("adapter", options, kinds[kind])
+        methods = {str(name.value).lower(): config for name, config in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
+        if kind not in methods:
+            raise ArmError(f"adapter.type={kind!r} is not a PEFT method.{nearest(kind, [*methods, 'none'])}")
+        known("adapter", options, [f.name for f in dataclasses.fields(methods[kind])])
+        _typed("adapter", options, methods[kind])
         try:
             return get_peft_config({"peft_type": kind.upper(), "task_type": "CAUSAL_LM", **options})
         except (ValueError, TypeError) as error:
@@ -84,41 +100,7 @@ class Arm(ArmTables):
     def views_seen(self) -> tuple[str, ...]:
         """Names of the views that the loss asks for."""
         loss = self.loss_object()
-        return () if loss is None else loss.views
-
-    def view_objects(self, teachers: Mapping[str, nn.Module] | None = None) -> dict[str, View]:
-        """The views by the name that the loss asks for. Neutral text is the recipes' own, and not that which measures
-        the KL afterwards.
-
-        Args:
-            teachers: The models of `[teachers]`; None: only check that there is one for every view that asks.
-
-        Raises:
-            ArmError: an unknown view, option or teacher.
-        """
-        found = {}
-        for key, table in self.views.items():
-            options = dict(table)
-            name = str(options.pop("name", key))
-            if name == "neutral":
-                lines = NEUTRAL.read_text(encoding="utf-8").splitlines()
-                options.setdefault("rows", [json.loads(line) for line in lines])
-            if name == "teacher":
-                asked = str(options.get("model", key))
-                if asked not in self.teachers:
-                    raise ArmError(f"views.{key}.model={asked!r} is none of [teachers]: {sorted(self.teachers)}.")
-                options["model"] = nn.Identity() if teachers is None else teachers[asked]
-            try:
-                found[key] = get_view(name, **options)
-            except (ValueError, TypeError) as error:
-                raise ArmError(f"[views.{key}]: {error}") from error
-        return found
-
-    def augmenter(self) -> tuple[Augmenter, int] | None:
-        """What makes more examples, and how many times as many; None where nothing does."""
-        from steertune.recipes.lab.augmentation import read
-
-        return read(self.augmentation)
+        return () if loss is None else loss.needs.views
 
     def check_trainer(self, kind: type) -> None:
         """Check keys and types of `[trainer]` against a class of training arguments."""
@@ -149,38 +131,29 @@ def parse_arm(
     return parser.parse_known_args(words)
 
 
-def load_arm(file: str | Path, overrides: Sequence[str] = ()) -> Arm:
+def load_arm(file: str | Path, overrides: Sequence[str] = (), recipe: str = "") -> Arm:
     """Read an arm and apply `--table.key value` (or `--table.key=value`) overrides, values written as in TOML.
 
-    `file` is a path, or the name of a file in `recipes/configs/arms/`.
+    Args:
+        file: A path, or the name of a file in `recipes/configs/arms/`.
+        overrides: The words of the command line.
+        recipe: Who asks; an ingredient may be one that this recipe cannot honour.
 
     Raises:
-        ArmError: no such arm, broken TOML, an unknown key, a value of the wrong type, a view that the file's own loss
-            does not ask for (that of an override may leave some).
+        ArmError: no such arm, broken TOML, an unknown key, a value of the wrong type, an ingredient that the recipe
+            refuses, a view that the file's own loss does not ask for (an override of the loss may leave some).
     """
     tables = read_tables(file)
     for key, value in _pairs(overrides):
         _put(tables, key, value)
     arm = make_arm(tables)
-    seen = arm.views_seen()
-    if not overrides and (unseen := [name for name in arm.views if name not in seen]):
-        raise ArmError(f"[views] {unseen} of arm {arm.name!r} are seen by nobody: its loss asks for {list(seen)}.")
+    check_recipe(arm, recipe)
+    asked, views = arm.views_seen(), arm.model_dump().get("views", {})
+    if not overrides and (unused := [name for name in views if name not in asked]):
+        raise ArmError(
+            f"Arm {arm.name!r} has [views] {unused}, but its loss uses none of them: it asks for {list(asked)}."
+        )
     return arm
-
-
-def read_tables(file: str | Path) -> dict[str, Any]:
-    """The tables of an arm as they stand in its file, named after the file.
-
-    Raises:
-        ArmError: no such arm, or broken TOML.
-    """
-    path = Path(file) if Path(file).suffix == ".toml" else ARMS / f"{file}.toml"
-    if not path.is_file():
-        known = sorted(p.stem for p in ARMS.glob("*.toml"))
-        raise ArmError(f"No arm {str(file)!r}: neither a .toml file nor one of {known}.{nearest(str(file), known)}")
-    tables = read_toml(path)
-    tables.setdefault("name", path.stem)
-    return tables
 
 
 def make_arm(tables: dict[str, Any]) -> Arm:
@@ -189,76 +162,22 @@ def make_arm(tables: dict[str, Any]) -> Arm:
     Raises:
         ArmError: an unknown key, a value of the wrong type, tables that contradict each other.
     """
-    known_tables("arm", tables, Arm)
+    tables = renamed_tables(tables)
+    known("arm", tables, [*(name for name in Arm.model_fields if name != "ingredients"), *kinds()])
+    known_tables("arm", {name: table for name, table in tables.items() if name not in kinds()}, Arm)
     try:
         arm = Arm(**tables)
     except ValidationError as error:
         raise ArmError(reasons(error)) from error
     check_name("arm", arm.name)
     arm.peft_config()
-    arm.view_objects()
-    _check_prompt(arm)
-    _check_augmentation(arm)
-    _check_teachers(arm)
-    for name, options in arm.biases.items():
-        try:
-            get_bias(name, **options)
-        except (ValueError, TypeError) as error:
-            raise ArmError(f"[biases.{name}]: {error}") from error
+    for ingredient in arm.ingredients.values():
+        ingredient.check(arm)
     try:
         arm.loss_object()
     except (ValueError, TypeError) as error:
         raise ArmError(f"[loss]: {error}") from error
     return arm
-
-
-def _check_prompt(arm: Arm) -> None:
-    if arm.prompt.contrast and not arm.prompt.demonstrations:
-        raise ArmError("prompt.contrast shows demonstrations with their rejected answers: give prompt.demonstrations.")
-    if arm.prompt and (arm.adapter.get("type") != "none" or arm.trainer.get("max_steps") != 0):
-        raise ArmError('An arm with a [prompt] trains nothing: adapter.type = "none" and trainer.max_steps = 0.')
-    if arm.prompt and arm.augmentation:
-        raise ArmError("An arm with a [prompt] trains nothing, so [augmentation] would make examples for nothing.")
-
-
-def _check_augmentation(arm: Arm) -> None:
-    asked, steps = arm.augmenter(), arm.trainer.get("max_steps", -1)
-    if asked is not None and asked[1] > 1 and not (isinstance(steps, int) and steps >= 0):
-        raise ArmError(
-            f"[augmentation] makes {asked[1]} times as many examples, and trainer.max_steps={steps!r}, so that all "
-            "of them would be read as often: set trainer.max_steps, and the optimiser's budget stays what it was."
-        )
-
-
-def refuse_augmentation(arm: Arm, recipe: str) -> None:
-    """Refuse an arm's `[augmentation]` where no examples are made.
-
-    Raises:
-        ArmError: it has one.
-    """
-    if arm.augmentation:
-        raise ArmError(
-            f"Arm {arm.name!r} has a [augmentation], and {recipe} makes no further examples: remove the table, or "
-            "use the arm in train, in a grid or in a sweep."
-        )
-
-
-def _check_teachers(arm: Arm) -> None:
-    seen = {table.get("model", view) for view, table in arm.views.items() if table.get("name", view) == "teacher"}
-    for name, table in arm.teachers.items():
-        if name not in seen:
-            raise ArmError(f'[teachers.{name}] is asked by no view: [views.good] name = "teacher", model = "{name}".')
-        make_arm({"name": name, "data": {"name": arm.data.name}, "adapter": table.adapter, "trainer": table.trainer})
-        if table.adapter.get("type") != arm.adapter.get("type") and "learning_rate" not in table.trainer:
-            raise ArmError(
-                f"[teachers.{name}] trains {table.adapter.get('type')!r} at the learning rate that the arm has for "
-                f"{arm.adapter.get('type')!r}: set teachers.{name}.trainer.learning_rate."
-            )
-
-
-def reasons(error: ValidationError) -> str:
-    """What pydantic found, on one line."""
-    return "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
 
 
 def _pairs(words: Sequence[str]) -> Iterable[tuple[str, Any]]:

@@ -8,8 +8,9 @@ from typing import Any
 
 from steertune.adapters.card import SAFETY, Card
 from steertune.recipes.lab import embedded
-from steertune.recipes.lab.arm import Arm, CardTable
+from steertune.recipes.lab.arm import Arm
 from steertune.recipes.lab.page import preference
+from steertune.recipes.lab.tables import CardTable
 
 
 def of_training(arm: Arm, result: Mapping[str, Any]) -> Card:

@@ -324,7 +324,6 @@ def spread(words: Sequence[str], several: set[str]) -> list[str]:
 def _as_option(key: Key) -> Any:
     """A key as an option of the help; its value is read with all overrides."""
     headings = {
-        "open tables": "open tables: NAME and KEY depend on what they name (docs/pages/reference/recipes.md)",
         "trainer": "trainer: TRL's DPOConfig and SFTConfig, with their defaults; an arm's file may set others",
     }
     text = f"{_short(key.text)} [{key.default}]" if key.default else _short(key.text)

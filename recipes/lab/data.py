@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from steertune.adapters import SteeringVectorConfig
 from steertune.recipes.lab import embedded
-from steertune.recipes.lab.arm import ArmError, DataTable, ModelTable
+from steertune.recipes.lab.files import ArmError
+from steertune.recipes.lab.tables import DataTable, ModelTable
 
 BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 

@@ -16,6 +16,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 _CHECKSUM, _KIND = "checksum", "blake2b-"
 _LONGEST_NAME = 200  # bytes; file systems take 255, and names get endings
 
@@ -25,9 +27,14 @@ class ArmError(ValueError):
 
 
 def nearest(value: str, allowed: Sequence[str]) -> str:
-    """ " Did you mean ...?", or nothing."""
+    """The end of an error message: " Did you mean ...?", or nothing where no allowed value is similar."""
     near = difflib.get_close_matches(value, allowed, n=1, cutoff=0.4)
     return f" Did you mean {near[0]!r}?" if near else ""
+
+
+def reasons(error: ValidationError) -> str:
+    """What pydantic found, on one line."""
+    return "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
 
 
 def check_name(what: str, name: str) -> None:

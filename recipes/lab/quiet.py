@@ -1,4 +1,4 @@
-"""What libraries say that is not for the person who runs a command: their bars, and warnings that nobody can act on."""
+"""What libraries say that is not for the person who runs a command: bars, and warnings that nobody can act on."""
 
 from __future__ import annotations
 

@@ -18,8 +18,8 @@ from datasets import Dataset
 from pydantic import BaseModel, Field
 from sklearn.feature_extraction.text import TfidfVectorizer
 
-from steertune.recipes.lab.arm import ArmError
 from steertune.recipes.lab.data import find_split, load_split, shuffled_pairs
+from steertune.recipes.lab.files import ArmError
 
 NEAR = 0.9
 

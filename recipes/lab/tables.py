@@ -7,9 +7,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
-
-_LORA = {"type": "lora", "r": 8, "lora_alpha": 16, "target_modules": "all-linear"}
+from pydantic import BaseModel, ConfigDict, Field
 
 
 class Table(BaseModel):
@@ -50,20 +48,6 @@ class DataTable(Table):
     """`shuffled`: every training prompt gets the rejected answer of another prompt."""
 
 
-class PromptTable(Table):
-    """`[prompt]`: what stands in front of every prompt, in a grid (`recipes/ablation/prompted.py`)."""
-
-    demonstrations: int = Field(default=0, ge=0)
-    """Number of training examples in front of the prompt."""
-    contrast: bool = False
-    """Show the demonstrations with their rejected answers too."""
-    instruction: bool = False
-    """Put the task's instruction in front of the prompt."""
-
-    def __bool__(self) -> bool:
-        return self.demonstrations > 0 or self.instruction
-
-
 class EvaluationTable(Table):
     """`[evaluation]`: what the page at the end shows."""
 
@@ -95,27 +79,8 @@ class CardTable(Table):
     """What to check before others use it, beside what every card says."""
 
 
-class TeacherTable(Table):
-    """`[teachers.NAME]`: what a teacher is trained on, with cross-entropy, and how."""
-
-    chosen: str | None = None
-    """What stands in front of the prompts of chosen answers; left out: the teacher does not see them."""
-    rejected: str | None = None
-    """The same for rejected answers."""
-    adapter: dict[str, Any] = _LORA
-    """The teacher's adapter, as `[adapter]`."""
-    trainer: dict[str, Any] = {}
-    """Settings that differ from the arm's `[trainer]`."""
-
-    @model_validator(mode="after")
-    def _sees_something(self) -> TeacherTable:
-        if self.chosen is None and self.rejected is None:
-            raise ValueError('a teacher learns from answers: chosen = "", rejected = "", or both')
-        return self
-
-
 class ArmTables(Table):
-    """Every table of an arm."""
+    """The tables of an arm, but for those of its ingredients (`lab/ingredients/`)."""
 
     name: str
     """Name of the arm; left out: that of its file."""
@@ -125,15 +90,6 @@ class ArmTables(Table):
     """`type` is a PEFT method in lower case, or `none` for full finetuning; the other keys are that method's."""
     loss: dict[str, Any] = {"name": "dpo"}
     """`name` is a file of `losses/`, or `upstream` for TRL's own loss; the other keys are that loss's."""
-    views: dict[str, dict[str, Any]] = {}
-    """`[views.NAME]`: a view that the loss asks for; its `name` is a file of `trainers/views/`."""
-    teachers: dict[str, TeacherTable] = {}
-    """`[teachers.NAME]`: a model that is trained first, for a view that a teacher sees."""
-    augmentation: dict[str, Any] = {}
-    """More examples made of the few; `name` is a file of `recipes/lab/augmentation/`."""
-    biases: dict[str, dict[str, Any]] = {}
-    """`[biases.NAME]`: options of an inductive bias; NAME is a file of `trainers/biases/`."""
-    prompt: PromptTable = PromptTable()
     trainer: dict[str, Any] = {}
     """Any field of TRL's `DPOConfig` (pairs) or `SFTConfig` (demonstrations)."""
     evaluation: EvaluationTable = EvaluationTable()

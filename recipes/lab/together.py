@@ -22,9 +22,10 @@ from numpy.typing import NDArray
 
 from steertune.adapters import set_strength
 from steertune.recipes.ablation.statistics.paired import interval
-from steertune.recipes.lab.arm import ArmError
 from steertune.recipes.lab.data import load_split, load_steered
-from steertune.recipes.lab.measures import neutral_logps, pair_margins, side_effects
+from steertune.recipes.lab.files import ArmError
+from steertune.recipes.lab.observe import neutral_logps
+from steertune.recipes.lab.old import pair_margins, side_effects
 from steertune.recipes.lab.processes import begin
 from steertune.trainers import FrozenPrefix, scaled
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,12 @@ from datasets import Dataset
 from pydantic import BaseModel
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
-from steertune.recipes.lab.arm import Arm, ArmError
-from steertune.recipes.lab.files import read_text, write_whole
-from steertune.recipes.lab.teachers import train_teachers
-from steertune.trainers import FrozenPrefix, last_checkpoint
+from steertune.recipes.lab.arm import Arm
+from steertune.recipes.lab.files import ArmError, read_text, write_whole
+from steertune.recipes.lab.ingredients import Training
+from steertune.trainers import FrozenPrefix, last_checkpoint, share_weights
 
-_QUIET = ("save_strategy", "logging_strategy", "disable_tqdm")  # settings that say nothing about learning
+_QUIET = ("save_strategy", "logging_strategy", "disable_tqdm")  # settings that do not change what is learned
 
 
 def claim(folder: Path, tables: BaseModel, main_process: bool) -> None:
@@ -40,31 +41,51 @@ def claim(folder: Path, tables: BaseModel, main_process: bool) -> None:
         write_whole(file, config)
 
 
-def make_trainer(
-    arm: Arm,
-    model: Any,
-    tokenizer: Any,
-    train: Dataset,
-    folder: Path,
-    frozen_prefix: FrozenPrefix | bool | None = None,
-    **settings: Any,
-) -> Any:
-    """The arm's trainer: `SteeringDPOTrainer` for pairs, `SteeringSFTTrainer` for demonstrations.
+def training_of(arm: Arm, model: Any, tokenizer: Any, rows: Dataset, folder: Path, **context: Any) -> Training:
+    """A training of an arm on some rows; `context` sets further fields of `Training`."""
+
+    def train(name: str, changes: Mapping[str, Any], examples: Dataset) -> Any:
+        """Train a teacher beside the base's own weights, with cross-entropy."""
+        own = arm.model_copy(
+            update={
+                "name": f"{arm.name}/{name}",
+                "adapter": changes["adapter"],
+                "loss": {"name": "cross_entropy"},
+                "trainer": {**arm.trainer, **changes["trainer"]},
+                "ingredients": {},
+            }
+        )
+        home = folder / "teachers" / name
+        home.mkdir(parents=True, exist_ok=True)
+        quiet = {key: value for key, value in training.options.get("settings", {}).items() if key in _QUIET}
+        trainer = make_trainer(training_of(own, share_weights(model), tokenizer, examples, home), **quiet)
+        fit(trainer, home)
+        return trainer.model.eval().requires_grad_(False)
+
+    training = Training(arm, model, tokenizer, rows, folder, arm.data.seed, train, **context)
+    return training
+
+
+def make_trainer(training: Training, frozen_prefix: FrozenPrefix | bool | None = None, **settings: Any) -> Any:
+    """The trainer of a training: `SteeringDPOTrainer` for pairs, `SteeringSFTTrainer` for demonstrations.
 
     Args:
-        arm: What is trained and how.
-        model: The base model; the adapter is put on it, full finetuning changes it.
-        tokenizer: Its tokenizer.
-        train: Training examples.
-        folder: For checkpoints and `metrics.jsonl`.
+        training: What is trained, on which rows; the adapter is put on its model, full finetuning changes it.
         frozen_prefix: The trainer's.
-        settings: Training arguments that go before the arm's own, which are its teachers'.
+        settings: Training arguments that take precedence over the arm's own, which its teachers inherit.
     """
     from trl import DPOConfig, SFTConfig
 
     from steertune.trainers import SteeringDPOTrainer, SteeringSFTTrainer
 
-    pairs = "chosen" in train.column_names
+    arm, folder = training.arm, training.folder
+    # the ingredients change the rows, train teachers, and add arguments of the trainer
+    training.options["settings"] = settings
+    for ingredient in arm.ordered_ingredients():
+        ingredient.apply(training)
+    options = {name: value for name, value in training.options.items() if name != "settings"}
+
+    pairs = "chosen" in training.rows.column_names
     trainer_class, config_class = (SteeringDPOTrainer, DPOConfig) if pairs else (SteeringSFTTrainer, SFTConfig)
     defaults = {
         "seed": arm.data.seed,
@@ -74,33 +95,30 @@ def make_trainer(
         "logging_steps": 5,
         "use_cpu": not torch.cuda.is_available(),
     }
-    tried = arm.model_copy(update={"trainer": {**arm.trainer, **settings}})
-    arguments = tried.training_arguments(config_class, str(folder / "checkpoints"), **defaults)
-    loss, config = arm.loss_object(), arm.peft_config()
-    asked = arm.views_seen()  # an override or a level may have put another loss in the place of one that saw more
-    quiet = {name: settings[name] for name in _QUIET if name in settings}
-    teachers = train_teachers(arm, model, tokenizer, train, folder, quiet)
-    unchanged = {}
+    with_settings = arm.model_copy(update={"trainer": {**arm.trainer, **settings}})
+    config = arm.peft_config()
     if pairs and config is None:  # full finetuning changes the base, so the reference is a copy
-        unchanged["ref_model"] = copy.deepcopy(model)
+        options["ref_model"] = copy.deepcopy(training.model)
     trainer = trainer_class(
-        model=model,
-        args=arguments,
-        train_dataset=train,
-        processing_class=tokenizer,
+        model=training.model,
+        args=with_settings.training_arguments(config_class, str(folder / "checkpoints"), **defaults),
+        train_dataset=training.rows,
+        processing_class=training.tokenizer,
         peft_config=config,
-        loss=loss,
+        loss=arm.loss_object(),
         frozen_prefix=frozen_prefix,
-        views={name: view for name, view in arm.view_objects(teachers).items() if name in asked},
-        biases=arm.biases,
-        **unchanged,
+        **options,
     )
     trainer.add_callback(_MetricsFile(folder / "metrics.jsonl"))
     return trainer
 
 
 def fit(trainer: Any, folder: Path) -> float:
-    """Train, from the last whole checkpoint if any; with `max_steps = 0` only set the initial vector. Seconds."""
+    """Train, from the last whole checkpoint if there is one; with `max_steps = 0` only set the initial vector.
+
+    Returns:
+        Seconds.
+    """
     start = time.monotonic()
     if trainer.args.max_steps == 0:
         trainer.initialise_vectors()
@@ -110,7 +128,7 @@ def fit(trainer: Any, folder: Path) -> float:
 
 
 def silent(trainer: Any) -> Any:
-    """The trainer, without printed logs and without a bar: one of many short trainings, which have a bar together."""
+    """The trainer without printed logs and progress bar: one of many short trainings, which share a bar."""
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)
     return trainer

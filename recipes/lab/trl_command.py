@@ -26,8 +26,9 @@ from trl import (
 from steertune.adapters import SteeringVectorConfig
 from steertune.losses import get_loss
 from steertune.recipes.lab import embedded
-from steertune.recipes.lab.arm import ArmError, known
+from steertune.recipes.lab.arm import known
 from steertune.recipes.lab.data import find_split
+from steertune.recipes.lab.files import ArmError
 from steertune.recipes.lab.processes import command
 
 PREFIX = "steering_"

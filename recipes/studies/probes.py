@@ -24,10 +24,10 @@ from steertune.adapters import directions
 from steertune.adapters.activations import Activations, collect
 from steertune.adapters.erasure import Eraser, erase
 from steertune.adapters.reading import Pairs, Reading, read
+from steertune.recipes.lab.batches import batches
 from steertune.recipes.lab.command_line import Argument, Count, Option, Result, Threads, command
 from steertune.recipes.lab.data import load_model, load_splits
 from steertune.recipes.lab.files import ArmError, write_whole
-from steertune.recipes.lab.measures import batches
 from steertune.recipes.lab.paths import modules_in
 from steertune.recipes.lab.processes import begin
 from steertune.recipes.lab.progress import progress, track

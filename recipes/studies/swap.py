@@ -174,7 +174,7 @@ def read_rows(adapter: Path | None) -> tuple[float, float]:
     from peft import PeftModel
 
     from steertune.recipes.lab import embedded
-    from steertune.recipes.lab.measures import batches
+    from steertune.recipes.lab.batches import batches
     from steertune.trainers import ModelAt
 
     disable_progress_bars()

@@ -12,14 +12,9 @@ from torch import Tensor
 
 from steertune.recipes.ablation.cell import behaviour, preference
 from steertune.recipes.lab import scorers
-from steertune.recipes.lab.measures import (
-    generate,
-    neutral_logps,
-    neutral_rows,
-    pair_margins,
-    repetition,
-    side_effects,
-)
+from steertune.recipes.lab.generation import generate
+from steertune.recipes.lab.observe import neutral_logps, neutral_rows
+from steertune.recipes.lab.old import pair_margins, repetition, side_effects
 from steertune.recipes.lab.splits import load_splits
 from steertune.recipes.sweeping.settings import SweepTable
 from steertune.trainers import FrozenPrefix, scaled

@@ -10,8 +10,10 @@ from typing import Any
 from pydantic import BaseModel, Field, field_validator
 
 from steertune.adapters.config import Site
-from steertune.recipes.lab.arm import Arm, ArmError, ModelTable, load_arm, make_arm
+from steertune.recipes.lab.arm import Arm, load_arm, make_arm
+from steertune.recipes.lab.files import ArmError
 from steertune.recipes.lab.splits import SplitTable
+from steertune.recipes.lab.tables import ModelTable
 
 SCALABLE = ("steering_vector", "lora")
 

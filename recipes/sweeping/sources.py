@@ -16,9 +16,10 @@ from transformers import set_seed
 from steertune.adapters import SteeringVectorConfig, directions, steering_layers
 from steertune.adapters.activations import collect
 from steertune.adapters.config import NORMS_WITH_VALUE, Site
-from steertune.recipes.lab.arm import Arm, ArmError
+from steertune.recipes.lab.arm import Arm
 from steertune.recipes.lab.augmentation import grown
-from steertune.recipes.lab.measures import batches
+from steertune.recipes.lab.batches import batches
+from steertune.recipes.lab.files import ArmError
 from steertune.recipes.lab.training import fit, make_trainer, silent
 from steertune.recipes.sweeping.bench import Bench
 from steertune.recipes.sweeping.settings import at

@@ -9,10 +9,11 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import readme
 from paths import ROOT
 
+from steertune import losses
 from steertune.adapters import directions
-from steertune.losses import names
 
 MAY_IMPORT = {
     "adapters": {"adapters"},
@@ -61,10 +62,17 @@ def test_importing_is_quick(package: str, unwanted: list[str]) -> None:
     assert loaded.stdout.strip() == "[]"
 
 
-def test_readme_names_every_loss_and_direction() -> None:
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    for name in [*names(), *directions.names()]:
-        assert f"| `{name}` |" in readme
+def test_readme_describes_losses_and_directions_that_exist() -> None:
+    for heading, files in (("loss", losses.names()), ("direction", directions.names())):
+        assert len(readme.rows(heading)) >= 8 and readme.rows(heading) <= {*files}
+
+
+@pytest.mark.parametrize("folder", ["losses", "adapters/directions"])
+def test_every_loss_and_direction_describes_itself(folder: str) -> None:
+    """The reference pages show the file's own words, so that a new file needs no entry elsewhere."""
+    for file in (ROOT / folder).glob("[!_]*.py"):
+        first, *_ = (ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or "").splitlines()
+        assert first.endswith((".", ":")), file
 
 
 @pytest.mark.slow

@@ -9,12 +9,14 @@ from tiny_grids import make_tables, run
 from tiny_models import tiny
 
 from steertune.recipes.ablation.grid import make_grid
-from steertune.recipes.lab.arm import ARMS, ArmError, load_arm, make_arm
+from steertune.recipes.lab.arm import load_arm, make_arm
+from steertune.recipes.lab.arm_files import ARMS
 from steertune.recipes.lab.augmentation import AugmentationError, get_augmenter, grown, names, read
 from steertune.recipes.lab.augmentation import function as function_module
 from steertune.recipes.lab.augmentation.perturbations import Perturbations
 from steertune.recipes.lab.augmentation.rewrites import Rewrites, _first
 from steertune.recipes.lab.augmentation.templates import Templates
+from steertune.recipes.lab.files import ArmError
 
 PROMPTS = ["Should we record an album?", "What is a good first motorcycle?", "Can I eat it after a week?"]
 

@@ -12,8 +12,7 @@ from steertune.recipes import benchmark
 from steertune.recipes.ablation.grid import load_grid
 from steertune.recipes.benchmark import _asked
 from steertune.recipes.lab import embedded
-from steertune.recipes.lab.arm import ArmError
-from steertune.recipes.lab.files import write_result
+from steertune.recipes.lab.files import ArmError, write_result
 from steertune.recipes.studies import benchmark_grid
 from steertune.recipes.studies.timing.shares import OTHER, kind_of, shares
 from steertune.recipes.studies.timing.ways import AGAINST, STEP, WAYS, data

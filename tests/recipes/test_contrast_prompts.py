@@ -13,7 +13,7 @@ from tiny_models import tiny
 from steertune.recipes import contrast_prompts as recipe
 from steertune.recipes.ablation.tables import TaskTable
 from steertune.recipes.lab import contrast_page
-from steertune.recipes.lab.arm import ArmError
+from steertune.recipes.lab.files import ArmError
 
 TASKS = [TaskTable(name="one"), TaskTable(name="one", reverse=True)]
 CONDITIONS = [f"{who}, {name}" for name in ("plain", "k-shot", "contrast") for who in ("base", "trained")]

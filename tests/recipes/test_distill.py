@@ -12,9 +12,9 @@ from datasets import Dataset
 from tiny_models import steered, tiny
 
 from steertune.recipes import distill
-from steertune.recipes.lab.arm import ArmError, load_arm
-from steertune.recipes.lab.files import read_rows
-from steertune.recipes.lab.measures import check_context, prompt_lengths
+from steertune.recipes.lab.arm import load_arm
+from steertune.recipes.lab.files import ArmError, read_rows
+from steertune.recipes.lab.generation import check_context, prompt_lengths
 from steertune.trainers import get_view
 
 ORDER = "you stay now "

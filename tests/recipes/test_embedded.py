@@ -11,9 +11,10 @@ from transformers import AutoModelForCausalLM
 
 from steertune.adapters import SteeringVectorConfig, directions
 from steertune.recipes.lab import embedded
-from steertune.recipes.lab.arm import DataTable
 from steertune.recipes.lab.data import load_splits
-from steertune.recipes.lab.measures import generate, pair_margins
+from steertune.recipes.lab.generation import generate
+from steertune.recipes.lab.old import pair_margins
+from steertune.recipes.lab.tables import DataTable
 from steertune.trainers import collator, tokenise
 
 pytestmark = pytest.mark.real

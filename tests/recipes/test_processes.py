@@ -12,7 +12,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 
 from steertune.recipes import config
 from steertune.recipes.lab import processes
-from steertune.recipes.lab.arm import ArmError
+from steertune.recipes.lab.files import ArmError
 from steertune.recipes.lab.paths import LAUNCHES
 
 NAMES = ["single_gpu", "multi_gpu", "fsdp1", "fsdp2", "zero1", "zero2", "zero3"]

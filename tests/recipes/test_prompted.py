@@ -13,9 +13,10 @@ from steertune.recipes.ablation.bench import Bench
 from steertune.recipes.ablation.grid import Cell, load_grid, make_grid
 from steertune.recipes.ablation.prompted import candidates, prompt_tokens, shown
 from steertune.recipes.ablation.tables import TaskTable, told
-from steertune.recipes.lab.arm import ArmError, load_arm
+from steertune.recipes.lab.arm import load_arm
 from steertune.recipes.lab.embedded import TASKS, task_names
-from steertune.recipes.lab.measures import pair_margins
+from steertune.recipes.lab.files import ArmError
+from steertune.recipes.lab.old import pair_margins
 
 ARMS = ["prompt_instruction", "prompt_demonstrations", "prompt_both", "prompt_contrast", "base"]
 INSTRUCTIONS = ["the dog runs", "we stay"]

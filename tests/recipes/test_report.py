@@ -34,8 +34,7 @@ from steertune.recipes.ablation.statistics.paired import crossed_interval, diffe
 from steertune.recipes.ablation.statistics.rows import rows_of, with_base
 from steertune.recipes.ablation.tables import TaskTable
 from steertune.recipes.ablation.tidy import read_cells
-from steertune.recipes.lab.arm import ArmError
-from steertune.recipes.lab.files import read_result, write_result
+from steertune.recipes.lab.files import ArmError, read_result, write_result
 
 TABLES = """
 name = "made_up"

@@ -18,7 +18,7 @@ from datasets import Dataset
 from tiny_models import tiny
 
 from steertune.recipes.lab import scorers
-from steertune.recipes.lab.arm import ArmError
+from steertune.recipes.lab.files import ArmError
 
 datasets.disable_progress_bars()
 

@@ -15,8 +15,8 @@ import pytest
 from datasets import Dataset
 
 from steertune.recipes.ablation.budget import BudgetTable, Setting, draw, untrained_strengths
-from steertune.recipes.lab.arm import ArmError
 from steertune.recipes.lab.embedded import task_names
+from steertune.recipes.lab.files import ArmError
 from steertune.recipes.lab.splits import Splits, SplitTable, load_splits, near_duplicates
 
 datasets.disable_progress_bars()

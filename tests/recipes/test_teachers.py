@@ -12,8 +12,9 @@ from tiny_views import states_of
 from steertune.adapters import SteeringVectorConfig
 from steertune.losses import get_loss
 from steertune.recipes.lab import training
-from steertune.recipes.lab.arm import ArmError, make_arm
-from steertune.recipes.lab.measures import batches
+from steertune.recipes.lab.arm import make_arm
+from steertune.recipes.lab.batches import batches
+from steertune.recipes.lab.files import ArmError
 from steertune.recipes.lab.teachers import answers
 from steertune.recipes.lab.training import make_trainer
 from steertune.trainers import Batch, FrozenPrefix, ViewError, get_view, share_weights
@@ -44,7 +45,7 @@ def test_the_memo_changes_nothing_and_asks_teachers_once(loss, tmp_path):
     calls = []
     views["good"].model.register_forward_pre_hook(lambda *_: calls.append(1))
     before = {name: p.clone() for name, p in views["good"].model.named_parameters()}
-    seen = {name: views[name] for name in get_loss(loss).views}
+    seen = {name: views[name] for name in get_loss(loss).needs.views}
     options = {"data": pairs(4), "loss": loss, "views": seen, "max_steps": 4}
     ours = trained("dpo", tmp_path / "a", frozen_prefix=FrozenPrefix(), **options)
     # a row is asked for alone and kept; whole distributions are not

@@ -18,7 +18,8 @@ from safetensors.torch import load_file
 from tiny_models import tiny
 
 import steertune.recipes.train as recipe
-from steertune.recipes.lab.arm import ArmError, load_arm
+from steertune.recipes.lab.arm import load_arm
+from steertune.recipes.lab.files import ArmError
 
 LEFT_BEHIND = ["adapter", "config.json", "metrics.jsonl", "page.md", "result.json", "strengths.png"]
 

@@ -22,7 +22,7 @@ BOTH = {"good": GOOD, "bad": BAD}
 
 def seen_by(loss: str | Loss, **others: View) -> dict[str, View]:
     """The views that a loss asks for."""
-    return {name: {**BOTH, **others}[name] for name in get_loss(loss).views}
+    return {name: {**BOTH, **others}[name] for name in get_loss(loss).needs.views}
 
 
 # -- what a view makes of a row --------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from steertune.recipes.lab.arm import ArmError
+from steertune.recipes.lab.files import ArmError
 from steertune.trainers._registry import by_name, file_names
 
 _FOLDER = Path(__file__).parent

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from steertune.recipes.lab.measures import generate
+from steertune.recipes.lab.generation import generate
 
 from ._base import Augmenter, Row, said, saying
 

@@ -19,7 +19,8 @@ from typing import Any
 from datasets import Dataset
 from pydantic import ValidationError
 
-from steertune.recipes.lab.arm import ArmError, known_tables, nearest, reasons
+from steertune.recipes.lab.arm import known_tables
+from steertune.recipes.lab.files import ArmError, nearest, reasons
 
 
 @dataclass(frozen=True)
@@ -69,8 +70,3 @@ def fit(table: dict[str, Any], rows: Dataset, model: Any, tokenizer: Any) -> Sco
     """
     kind, options = read(table)
     return importlib.import_module(f"{__name__}.{kind}").fit(options, rows, model, tokenizer)
-
-
-def plain(text: Any) -> str:
-    """A string, or the words of the last message of a conversation."""
-    return text if isinstance(text, str) else str(text[-1]["content"])

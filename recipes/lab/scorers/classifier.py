@@ -13,8 +13,9 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GroupKFold, cross_val_score
 from sklearn.pipeline import make_pipeline
 
-from steertune.recipes.lab.arm import ArmError
-from steertune.recipes.lab.scorers import Scorer, plain
+from steertune.recipes.lab.files import ArmError
+from steertune.recipes.lab.generation import plain
+from steertune.recipes.lab.scorers import Scorer
 
 
 class Options(BaseModel, extra="forbid"):

@@ -12,7 +12,7 @@ import requests
 from datasets import Dataset
 from pydantic import BaseModel, Field, field_validator
 
-from steertune.recipes.lab.arm import ArmError
+from steertune.recipes.lab.files import ArmError
 from steertune.recipes.lab.scorers import Scorer
 
 

@@ -12,7 +12,7 @@ import torch
 from datasets import Dataset
 from pydantic import BaseModel, Field
 
-from steertune.recipes.lab.measures import batches
+from steertune.recipes.lab.batches import batches
 from steertune.recipes.lab.scorers import Scorer
 from steertune.trainers import ModelAt
 

@@ -1,0 +1,156 @@
+"""What all cells of a grid share, each loaded once: the base model, the tasks' rows, what the base does on them."""
+
+from __future__ import annotations
+
+from functools import cache, cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+
+from steertune.recipes.ablation.grid import Cell, Grid
+from steertune.recipes.ablation.tables import TaskTable
+from steertune.recipes.lab.data import load_model, load_split
+from steertune.recipes.lab.generation import check_context, prompt_lengths
+from steertune.recipes.lab.ingredients import Training
+from steertune.recipes.lab.ingredients.prompt import Prompt
+from steertune.recipes.lab.observe import HeldOut, Show, neutral_rows
+from steertune.recipes.lab.scorers import Scorer, fit
+from steertune.recipes.lab.splits import Splits, load_splits
+from steertune.recipes.lab.tables import ModelTable
+from steertune.recipes.lab.training import training_of
+from steertune.trainers import FrozenPrefix
+
+_MEMO_GB = 2.0  # RAM for what is constant in all cells; the rest goes to temporary files
+
+
+class Context:
+    """Loads and computes on demand, and keeps the result.
+
+    Args:
+        grid: The grid.
+    """
+
+    def __init__(self, grid: Grid) -> None:
+        self.grid = grid
+        self.prefix = FrozenPrefix(_MEMO_GB, warn=False)
+        self.cache: dict[Any, Any] = {}
+        """What ingredients keep from one training to the next."""
+        # by label: a task with its instructions cannot be hashed
+        self._tasks = {task.label: task for task in grid.tasks}
+        self._splits = cache(self._load_splits)
+        self._scorers = cache(self._fit_scorer)
+        self._held_out = cache(self._make_held_out)
+
+    @cached_property
+    def _loaded(self) -> tuple[Any, Any]:
+        loaded: tuple[Any, Any] = load_model(ModelTable(**self.grid.tables.model))
+        model, tokenizer = loaded
+        return model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
+
+    @property
+    def model(self) -> Any:
+        """The base model; cells train copies of it."""
+        return self._loaded[0]
+
+    @property
+    def tokenizer(self) -> Any:
+        """Its tokenizer."""
+        return self._loaded[1]
+
+    @cached_property
+    def neutral(self) -> Dataset:
+        """Prompts and completions that no behaviour is about."""
+        file = self.grid.tables.neutral
+        return neutral_rows() if file is None else load_split(file, "train")
+
+    def splits(self, task: TaskTable) -> Splits:
+        """The task's rows, checked."""
+        return self._splits(task.label)
+
+    def scorer(self, task: TaskTable) -> Scorer:
+        """The task's scorer of the behaviour."""
+        return self._scorers(task.label)
+
+    def held_out(self, task: TaskTable) -> HeldOut:
+        """The task's test rows and the neutral text, with what the base model does on them."""
+        return self._held_out(task.label)
+
+    def training(self, cell: Cell, seed: int, model: Any, folder: Path, settings: dict[str, Any]) -> Training:
+        """The training of a cell's arm on its rows.
+
+        Args:
+            cell: The cell.
+            seed: Of the training rows, and of training.
+            model: The model that the adapter is put on.
+            folder: For checkpoints.
+            settings: Training arguments of the setting that is tried.
+        """
+        arm, splits = cell.arm.arm, self.splits(cell.task)
+        rows = splits.train(cell.examples, seed, arm.data.pairing, cell.task.draw)
+        data = arm.data.model_copy(update={"seed": seed, "train": cell.examples})
+        arm = arm.model_copy(update={"data": data, "trainer": {**arm.trainer, **settings}})
+        return training_of(
+            arm,
+            model,
+            self.tokenizer,
+            rows,
+            folder,
+            held_out=[splits.test, splits.validation],
+            near=self.grid.tables.splits.near_duplicates,
+            cache=self.cache,
+            show=False,
+        )
+
+    def show(self, cell: Cell, seed: int, instruction: int = 0) -> Show:
+        """What a cell's model is shown: the rows themselves, unless its arm is a prompt.
+
+        Args:
+            cell: The cell.
+            seed: Of the training rows, which are the demonstrations.
+            instruction: Index of the task's instruction.
+        """
+        prompt = cell.arm.arm.get(Prompt)
+        if not prompt:
+            return lambda rows: rows
+        behind = prompt.show(instructions(cell)[instruction], self.splits(cell.task).train(cell.examples, seed))
+
+        def checked(rows: Dataset) -> Dataset:
+            shown = behind(rows)
+            check_context(self.model, self.tokenizer, shown, self.grid.tables.new_tokens, cell.title)
+            return shown
+
+        return checked
+
+    def prompt_tokens(self, cell: Cell, show: Show) -> float:
+        """Tokens by which the cell's prompt makes a request longer, on average."""
+        rows = self.splits(cell.task).test
+        plain, shown = (prompt_lengths(self.tokenizer, part["prompt"]) for part in (rows, show(rows)))
+        return sum(b - a for a, b in zip(plain, shown, strict=True)) / len(plain)
+
+    def _load_splits(self, label: str) -> Splits:
+        task, tables = self._tasks[label], self.grid.tables
+        return load_splits(task.name, tables.splits, max(tables.examples), task.reverse, task.columns)
+
+    def _fit_scorer(self, label: str) -> Scorer:
+        task = self._tasks[label]
+        return fit(task.scorer, self.splits(task).scorer, self.model, self.tokenizer)
+
+    def _make_held_out(self, label: str) -> HeldOut:
+        task, tables = self._tasks[label], self.grid.tables
+        return HeldOut(
+            self.model,
+            self.tokenizer,
+            pairs=self.splits(task).test,
+            neutral=self.neutral,
+            generations=tables.generations,
+            new_tokens=tables.new_tokens,
+            scorer=self.scorer(task) if tables.generations else None,
+            prefix=self.prefix,
+        )
+
+
+def instructions(cell: Cell) -> list[str]:
+    """The instructions that the tuning of a prompting arm tries; one empty one for an arm without."""
+    return cell.task.instructions if cell.arm.arm.get(Prompt).instruction else [""]

@@ -1,0 +1,337 @@
+"""One cell of a grid: choose the settings on validation rows, train, measure on test rows, write the record.
+
+tuned()    every trial of the budget is trained and scored on validation rows; the best one is kept
+train()    the chosen setting, on the cell's own training rows
+measure()  the trained model on test rows, at its tuned strength and at the one that matches the grid's KL
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import math
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from filelock import FileLock
+from scipy.special import log_expit
+from transformers import set_seed
+
+from steertune.adapters import SteeringVectorConfig
+from steertune.adapters.card import versions
+from steertune.recipes.ablation.budget import Setting, draw, untrained_strengths
+from steertune.recipes.ablation.checks import has_strength
+from steertune.recipes.ablation.context import Context, instructions
+from steertune.recipes.ablation.grid import Cell
+from steertune.recipes.ablation.matched import matched_strength, refined
+from steertune.recipes.lab.evaluate import evaluate, evaluate_base
+from steertune.recipes.lab.files import ArmError, read_result, write_result
+from steertune.recipes.lab.ingredients import Training
+from steertune.recipes.lab.ingredients.prompt import Prompt
+from steertune.recipes.lab.measures import Seen
+from steertune.recipes.lab.memory import peak_memory_gb, reset_peak_memory
+from steertune.recipes.lab.observe import HeldOut, Observations, Show, against_base, neutral_logps
+from steertune.recipes.lab.rows import MATCHED, TUNED, Record
+from steertune.recipes.lab.training import fit, make_trainer, silent
+from steertune.trainers import NonFiniteError, scalable, scaled, share_weights, train_together
+
+logger = logging.getLogger(__name__)
+
+FEW_NEUTRAL = 4
+"""Rows that the search for the matched strength starts with."""
+
+
+def run_cell(cell: Cell, context: Context, folder: Path) -> Record:
+    """Run a cell and leave its `cell.json`. A diverged training is a result, not an error.
+
+    Args:
+        cell: What to run.
+        context: The base model and the tasks' rows.
+        folder: The grid's folder.
+    """
+    started = time.monotonic()
+    home = folder / cell.path
+    home.mkdir(parents=True, exist_ok=True)
+    reset_peak_memory()
+    held_out = context.held_out(cell.task)
+    record = Record({"arm": cell.arm.name, "task": cell.task.label, "examples": cell.examples, "seed": cell.seed})
+    record.observations |= evaluate_base(held_out)
+    record.facts |= {
+        "key": cell.key,
+        "status": "ok",
+        "error": None,
+        "scalable": has_strength(cell.arm.arm),
+        "versions": versions(),
+        "scorer": held_out.scorer.note if held_out.scorer is not None else None,
+    }
+
+    # settings are chosen on validation rows, once for all cells that share them
+    tuning = tuned(cell, context, folder)
+    record.facts |= {"tuning_key": cell.tuning_key, "tuning": tuning["trials"]}
+    record.facts |= {"tuning_seconds": tuning["seconds"], "setting": tuning["best"]}
+    if tuning["best"] is None:
+        record.facts |= {"status": "diverged", "error": "every trial of the tuning diverged"}
+    else:
+        try:
+            _train_and_measure(cell, context, Setting(**tuning["best"]), record, home)
+        except NonFiniteError as error:
+            record.facts |= {"status": "diverged", "error": str(error)}
+    record.facts |= {"seconds": time.monotonic() - started, "peak_memory_gb": peak_memory_gb()}
+    shutil.rmtree(home / "checkpoints", ignore_errors=True)
+    record.write(home / "cell.json")
+    return record
+
+
+def _train_and_measure(cell: Cell, context: Context, setting: Setting, record: Record, home: Path) -> None:
+    model, cost = train(cell, context, setting, cell.seed, home)
+    record.facts |= cost
+    held_out = context.held_out(cell.task)
+    show = context.show(cell, cell.seed, setting.prompt)
+    record.facts["prompt_tokens"] = context.prompt_tokens(cell, show) if cell.arm.arm.get(Prompt) else 0.0
+    with held_out.remember(model):
+        measure(cell, context, model, setting.strength, show, record)
+    if record.facts["scalable"] and record.facts["matched_strength"] is None:
+        kl = context.grid.tables.matched
+        error = f"no strength up to {kl.largest_strength:g} has a KL of {kl.kl:g} to the base"
+        record.facts |= {"status": "unmatched", "error": error}
+
+
+# -- tuning ------------------------------------------------------------
+
+
+def tuned(cell: Cell, context: Context, folder: Path) -> dict[str, Any]:
+    """The setting that is best on the validation rows, with all trials; computed once for cells that share it."""
+    file = folder / cell.tuning_file
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(file.with_suffix(".lock")):  # another runner may be tuning for the same cells
+        if file.exists() and (tuning := _read_tuning(file, cell.tuning_key)) is not None:
+            return tuning
+        start = time.monotonic()
+        task, examples, seed = cell.tuned_at
+        trials = _trials(replace(cell, task=task, examples=examples), context, seed, file.parent)
+        scored = [trial for trial in trials if trial["score"] is not None]
+        # a trial that does not reach the grid's KL is at another one, where accuracy is cheaper or dearer
+        best = max([t for t in scored if t["matched"]] or scored, key=lambda t: t["score"], default=None)
+        tuning = {
+            "key": cell.tuning_key,
+            "trials": trials,
+            "best": None if best is None else {k: best[k] for k in ("rate", "steps", "strength", "prompt")},
+            "seconds": time.monotonic() - start,
+        }
+        write_result(file, tuning)
+    return tuning
+
+
+def _read_tuning(file: Path, key: str) -> dict[str, Any] | None:
+    """A finished tuning; None if it is of other settings, or damaged."""
+    try:
+        tuning = read_result(file, "It is done again.")
+        if tuning["key"] != key:
+            return None
+        if tuning["best"] is not None:
+            Setting(**tuning["best"])
+        return {name: tuning[name] for name in ("key", "trials", "best", "seconds")}
+    except (ArmError, KeyError, TypeError) as error:
+        logger.warning("%s is not a usable tuning (%r): it is done again.", file, error)
+        return None
+
+
+def _trials(cell: Cell, context: Context, seed: int, home: Path) -> list[dict[str, Any]]:
+    """Every trial at every strength, with its score on the validation rows; the last rung of a successive halving."""
+    budget, folder = cell.arm.budget, home / f"{cell.arm.name}.trial"
+    if cell.arm.arm.get(Prompt):  # nothing to train, so the trials are instructions
+        tried = [Setting(prompt=i) for i in range(len(instructions(cell)))]
+        return [t for s in tried for t in _score_trial(cell, context, s, context.model, [1.0], seed)]
+    if cell.arm.arm.trainer.get("max_steps") == 0:  # nothing to train, so the trials are strengths
+        [model] = _train_trials(cell, context, [Setting()], seed, folder)
+        return _score_trial(cell, context, Setting(), model, untrained_strengths(budget), seed)
+    settings, results = draw(budget, seed), []
+    for rung, (count, fraction) in enumerate(budget.rungs):
+        tried = settings[:count]
+        models = _train_trials(cell, context, [s.part(fraction) for s in tried], seed, folder)
+        results = [
+            _score_trial(cell, context, setting, model, budget.strengths, seed)
+            for setting, model in zip(tried, models, strict=True)
+        ]
+        # best first, for the next rung; a diverged trial has no score
+        order = sorted(range(len(results)), key=lambda i: -max(t["score"] or -math.inf for t in results[i]))
+        settings = [settings[i] for i in order]
+        if rung + 1 < len(budget.rungs) and not any(t["score"] is not None for trials in results for t in trials):
+            break
+    return [trial for trials in results for trial in trials]
+
+
+def _train_trials(cell: Cell, context: Context, settings: Sequence[Setting], seed: int, home: Path) -> Iterator[Any]:
+    """The model that every setting trains, None where it diverges."""
+    if len(settings) > 1 and _pays_together(cell, context):
+        trainers = [make_cell_trainer(cell, context, s, seed, home / str(i))[0] for i, s in enumerate(settings)]
+        for trainer, result in zip(trainers, train_together(trainers), strict=True):
+            yield None if isinstance(result, NonFiniteError) else trainer.model.eval()
+    else:
+        for setting in settings:
+            try:
+                yield train(cell, context, setting, seed, home)[0]
+            except NonFiniteError:
+                yield None
+    shutil.rmtree(home, ignore_errors=True)
+
+
+def _pays_together(cell: Cell, context: Context) -> bool:
+    """Whether trials train side by side: steering vectors do on a GPU. A CPU gains nothing from larger products
+    (`docs/results/benchmark/table.md`)."""
+    arm = cell.arm.arm
+    loss = arm.loss_object()
+    if loss is None or loss.needs.views or loss.needs.states or arm.trainer.get("gradient_checkpointing"):
+        return False  # each needs passes of its own
+    return isinstance(arm.peft_config(), SteeringVectorConfig) and context.model.device.type != "cpu"
+
+
+def _score_trial(
+    cell: Cell,
+    context: Context,
+    setting: Setting,
+    model: Any,
+    strengths: Sequence[float] | Literal["matched"],
+    seed: int,
+) -> list[dict[str, Any]]:
+    """A trial's scores on the validation rows, one entry for each strength; `model` None: it diverged."""
+    trial = {"rate": setting.rate, "steps": setting.steps, "prompt": setting.prompt}
+    if model is None:
+        return [{**trial, "strength": None, "matched": False, "accuracy": None, "score": None}]
+    matched = True
+    held_out = replace(context.held_out(cell.task), pairs=context.splits(cell.task).validation)
+    with held_out.remember(model):
+        if strengths == "matched":
+            found, _ = match_strength(cell, context, model)
+            matched = found is not None or not _has_strength(cell, model)
+            strengths = [found or 1.0]
+        elif not _has_strength(cell, model):
+            strengths = [1.0]
+        behind = held_out.behind(context.show(cell, seed, setting.prompt))
+        observed = evaluate(model, behind, ["accuracy"], {repr(strength): strength for strength in strengths})
+    entries = []
+    for strength in strengths:
+        seen = Seen(observed[repr(strength)])
+        accuracy, margins = float(seen["accuracy"].mean()), seen["margin"]
+        # accuracy decides; the likelihood of the preferences breaks its many ties
+        score = accuracy + float(log_expit(margins / 10).mean()) / 1000 if np.isfinite(margins).all() else None
+        entries.append({**trial, "strength": strength, "matched": matched, "accuracy": accuracy, "score": score})
+    return entries
+
+
+# -- training ------------------------------------------------------------
+
+
+def make_cell_trainer(cell: Cell, context: Context, setting: Setting, seed: int, home: Path) -> tuple[Any, Training]:
+    """The trainer of a cell's arm, on a fresh model (a copy, or for steering vectors the base's own weights), and what
+    its ingredients made of the training."""
+    arm = cell.arm.arm
+    vector = isinstance(arm.peft_config(), SteeringVectorConfig)
+    model = share_weights(context.model) if vector else copy.deepcopy(context.model)
+    set_seed(seed)
+    training = context.training(cell, seed, model, home, setting.trainer(arm.trainer))
+    quiet: dict[str, Any] = {"save_strategy": "no", "logging_strategy": "no", "disable_tqdm": True}
+    return silent(make_trainer(training, context.prefix, **quiet)), training
+
+
+def train(cell: Cell, context: Context, setting: Setting, seed: int, home: Path) -> tuple[Any, dict[str, Any]]:
+    """Train a fresh model.
+
+    Returns:
+        The model, and what training it cost.
+
+    Raises:
+        NonFiniteError: the training diverged.
+    """
+    if cell.arm.arm.get(Prompt):
+        free = ("train_seconds", "steps", "pairs_read", "tokens_read", "parameters")
+        return context.model, dict.fromkeys(free, 0)
+    trainer, training = make_cell_trainer(cell, context, setting, seed, home)
+    seconds = fit(trainer, home)
+    batch = trainer.args.per_device_train_batch_size * trainer.args.gradient_accumulation_steps
+    pairs = trainer.state.global_step * batch
+    return trainer.model.eval(), {
+        "train_seconds": seconds,
+        "steps": trainer.state.global_step,
+        "pairs_read": pairs,
+        "tokens_read": round(pairs * _tokens_of_a_pair(trainer)),
+        "parameters": trainer.get_num_trainable_parameters() if trainer.args.max_steps else 0,
+        "notes": training.notes,
+    }
+
+
+def _tokens_of_a_pair(trainer: Any) -> float:
+    """Mean number of tokens that a training step runs the model on, for one pair."""
+    sides = ("chosen_ids", "rejected_ids") if trainer.loss is None or trainer.loss.needs.pairs else ("chosen_ids",)
+    lengths = [len(row["prompt_ids"]) + len(row[side]) for row in trainer.train_dataset for side in sides]
+    return sum(lengths) / len(trainer.train_dataset)
+
+
+# -- measuring ------------------------------------------------------------
+
+
+def measure(cell: Cell, context: Context, model: Any, strength: float, show: Show, record: Record) -> None:
+    """What the trained model does on the test rows, which are read here only.
+
+    Args:
+        cell: The cell.
+        context: The base model and the tasks' rows.
+        model: The trained model.
+        strength: At which the tuning found it best.
+        show: What it is shown.
+        record: Gets the observations, at the tuned strength and at the matched one.
+
+    Raises:
+        NonFiniteError: log-probabilities of the trained model are not finite.
+    """
+    matched, neutral = match_strength(cell, context, model)
+    if cell.arm.budget.strengths == "matched":  # of this training set, not of the one that the tuning saw
+        strength = matched or strength
+    strengths = {TUNED: strength} | ({MATCHED: matched} if matched else {})
+    held_out = context.held_out(cell.task).behind(show)
+    observed = evaluate(model, held_out, strengths=strengths, known={matched: neutral} if neutral else {})
+    if not all(np.isfinite(Seen(values)["margin"]).all() for values in observed.values()):
+        raise NonFiniteError("The last update left a model whose log-probabilities are not finite.")
+    record.facts |= {"scalable": _has_strength(cell, model), "tuned_strength": strength, "matched_strength": matched}
+    record.observations |= observed
+
+
+def match_strength(cell: Cell, context: Context, model: Any) -> tuple[float | None, Observations | None]:
+    """The strength with the grid's KL to the base on all neutral rows, within 3 %.
+
+    Returns:
+        The strength, and what was observed on neutral text there; None if the model has no strength, or no such one.
+    """
+    if not _has_strength(cell, model):
+        return None, None
+    table, held_out = context.grid.tables.matched, context.held_out(cell.task)
+    last: dict[float, Observations] = {}
+
+    def kl(strength: float, rows: int) -> float:
+        last.clear()
+        last[strength] = _on_neutral(model, held_out, strength, rows)
+        return sum(last[strength]["neutral_kl"]) / sum(last[strength]["neutral_tokens"])
+
+    # a search on a few rows first, refined on all of them
+    guess = matched_strength(lambda s: kl(s, FEW_NEUTRAL), table.kl, table.largest_strength)
+    if guess is None:
+        return None, None
+    found = refined(lambda s: kl(s, len(held_out.neutral)), table.kl, guess, table.largest_strength)
+    return (None, None) if found is None else (found, last.get(found))
+
+
+def _on_neutral(model: Any, held_out: HeldOut, strength: float, rows: int) -> Observations:
+    """What a model does on the first neutral rows at a strength."""
+    data = held_out.neutral.select(range(min(rows, len(held_out.neutral))))
+    base = held_out.base_neutral
+    with scaled(model, strength):
+        return against_base(neutral_logps(model, held_out.tokenizer, data), base)
+
+
+def _has_strength(cell: Cell, model: Any) -> bool:
+    return has_strength(cell.arm.arm) and scalable(model)

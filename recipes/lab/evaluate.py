@@ -1,0 +1,65 @@
+"""Measure a model on held-out examples: the one way in which every recipe does it.
+
+    held_out = HeldOut(base, tokenizer, pairs=test, neutral=neutral_rows())
+    observations = evaluate(steered, held_out, ["accuracy", "kl"], {"1": 1.0, "2": 2.0})
+
+What the measures share is computed once: each kind of example is shown to the model once per strength, however many
+measures use it; the base model's part is kept in `held_out`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from steertune.recipes.lab import measures
+from steertune.recipes.lab.observe import OBSERVERS, HeldOut, Observations, Strengths
+from steertune.recipes.lab.rows import BASE, label
+from steertune.trainers import scaled
+
+
+def evaluate(
+    model: Any,
+    held_out: HeldOut,
+    names: Iterable[str] | None = None,
+    strengths: Strengths | Sequence[float] = (1.0,),
+    known: Mapping[float, Observations] | None = None,
+) -> dict[str, Observations]:
+    """What the measures need to know of a model.
+
+    Args:
+        model: In evaluation mode, with or without an adapter.
+        held_out: The examples.
+        names: Measures; None: all of them.
+        strengths: Numbers, or labels with numbers. Equal numbers are computed once.
+        known: Strength -> observations on neutral text that were made already.
+
+    Returns:
+        Label of a strength -> observations, for a `Record`.
+    """
+    labels = dict(strengths) if isinstance(strengths, Mapping) else {label(value): value for value in strengths}
+    wanted = [measures.get(name) for name in (measures.names() if names is None else names)]
+    different = {repr(value): float(value) for value in labels.values()}
+    observed: dict[str, Observations] = {key: dict((known or {}).get(value, {})) for key, value in different.items()}
+    with held_out.remember(model):
+        for observer in dict.fromkeys(need for measure in wanted for need in measure.needs):
+            new = {
+                key: value for key, value in different.items() if observer != "neutral" or value not in (known or {})
+            }
+            for key, values in OBSERVERS[observer](model, held_out, new).items():
+                observed[key] |= values
+        # a measure that needs something of its own looks itself, at one strength at a time
+        for measure in (measure for measure in wanted if measure.observe is not None):
+            for key, strength in different.items():
+                with scaled(model, strength):
+                    observed[key][measure.name] = [*measure.observe(model, held_out)]
+    return {name: observed[repr(value)] for name, value in labels.items()}
+
+
+def evaluate_base(held_out: HeldOut, names: Iterable[str] | None = None) -> dict[str, Observations]:
+    """The same of the base model, under the label of strength 0. Computed once for the same `held_out`."""
+    names = tuple(measures.names() if names is None else names)
+    known: dict[tuple[str, ...], dict[str, Observations]] = held_out.shared.setdefault("base", {})
+    if names not in known:
+        known[names] = evaluate(held_out.model, held_out.plain or held_out, names, {BASE: 1.0})
+    return known[names]

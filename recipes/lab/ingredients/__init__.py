@@ -1,0 +1,141 @@
+"""What an arm may have beside adapter, loss and trainer. Each file of this folder is one ingredient, named like its
+table:
+
+    class LabelNoise(Ingredient):                    # ingredients/label_noise.py, [label_noise] in an arm
+        \"\"\"`[label_noise]`: some pairs are learned the wrong way round.\"\"\"
+
+        share: float = Field(default=0.0, ge=0, le=1)
+
+        def apply(self, training: Training) -> None:
+            training.rows = swapped(training.rows, self.share, training.seed)
+
+An ingredient checks the arm it stands in, changes a training before its trainer is made, and enters a cell's key with
+what differs from its defaults. A recipe that cannot honour it is named in `refused_by`, with the reason.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
+
+from datasets import Dataset
+from pydantic import BaseModel
+
+from steertune.recipes.lab.files import ArmError
+
+
+class ArmLike(Protocol):
+    """The arm that an ingredient stands in."""
+
+    name: str
+    adapter: dict[str, Any]
+    loss: dict[str, Any]
+    trainer: dict[str, Any]
+    ingredients: dict[str, Ingredient]
+
+    def views_seen(self) -> tuple[str, ...]:
+        """Names of the views that the loss asks for."""
+        ...
+
+
+@dataclass
+class Training:
+    """A training that is about to begin. Ingredients change it, one after the other.
+
+    Attributes:
+        arm: What is trained and how.
+        model: The base model.
+        tokenizer: Its tokenizer.
+        rows: Training examples.
+        folder: For checkpoints.
+        seed: Of whatever is drawn.
+        held_out: Rows that the model is measured on; new examples must not resemble them.
+        near: From which similarity on a new example resembles one of them.
+        options: Arguments of the trainer.
+        train: Trains another arm on other rows and returns its model: `train(name, changes, rows)`.
+        notes: What a page says about this training, by ingredient.
+        cache: What is the same in every training of a study.
+        show: Whether progress is shown.
+    """
+
+    arm: Any
+    model: Any
+    tokenizer: Any
+    rows: Dataset
+    folder: Path
+    seed: int
+    train: Callable[[str, Mapping[str, Any], Dataset], Any]
+    held_out: Sequence[Dataset] = ()
+    near: float = 0.9
+    options: dict[str, Any] = field(default_factory=dict)
+    notes: dict[str, str] = field(default_factory=dict)
+    cache: MutableMapping[Any, Any] = field(default_factory=dict)
+    show: bool = True
+
+
+class Ingredient(BaseModel, extra="forbid"):
+    """One table of an arm. Its fields are the table's keys; one of all defaults changes nothing."""
+
+    order: ClassVar[int] = 50
+    """Lower ones are applied first: examples are made before teachers are trained on them."""
+    refused_by: ClassVar[Mapping[str, str]] = {}
+    """Recipe -> why it cannot honour this ingredient."""
+
+    def __bool__(self) -> bool:
+        return bool(self.model_dump(exclude_defaults=True))
+
+    def check(self, arm: ArmLike) -> None:
+        """Refuse an arm that contradicts this table.
+
+        Raises:
+            ArmError: names the key and the fix.
+        """
+
+    def apply(self, training: Training) -> None:
+        """Change a training before its trainer is made."""
+
+    def key(self, arm: ArmLike) -> Any:
+        """What of it decides a cell's result, as JSON."""
+        return self.model_dump(mode="json", exclude_defaults=True)
+
+
+class Named(Ingredient, extra="allow"):
+    """An ingredient whose table holds tables of any name: `[views.good]`, `[views.bad]`."""
+
+    @property
+    def tables(self) -> dict[str, dict[str, Any]]:
+        """Name -> its options."""
+        return dict(self.model_extra or {})
+
+    def model_post_init(self, context: Any) -> None:
+        """Refuse anything but tables."""
+        for name, options in self.tables.items():
+            if not isinstance(options, dict):
+                raise ValueError(f"{name}={options!r} must be a table of options")
+
+
+@cache
+def kinds() -> dict[str, type[Ingredient]]:
+    """The ingredients by the name of their table: the files of this folder, in the order in which they are applied."""
+    found = {}
+    for name in sorted(module.name for module in pkgutil.iter_modules(__path__) if not module.name.startswith("_")):
+        module = importlib.import_module(f"{__name__}.{name}")
+        classes = [value for value in vars(module).values() if isinstance(value, type)]
+        [found[name]] = [c for c in classes if issubclass(c, Ingredient) and c.__module__ == module.__name__]
+    return dict(sorted(found.items(), key=lambda item: item[1].order))
+
+
+def check_recipe(arm: ArmLike, recipe: str) -> None:
+    """Refuse an arm with an ingredient that a recipe cannot honour.
+
+    Raises:
+        ArmError: names the table and the reason.
+    """
+    for name, ingredient in arm.ingredients.items():
+        if ingredient and recipe in ingredient.refused_by:
+            raise ArmError(f"Arm {arm.name!r} has a table [{name}]: {ingredient.refused_by[recipe]}")

@@ -1,0 +1,31 @@
+"""Inductive biases of ordinary training: `[inductive_biases.NAME]`, NAME a file of `trainers/inductive_biases/`."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from steertune.recipes.lab.files import ArmError
+from steertune.recipes.lab.ingredients import ArmLike, Named, Training
+from steertune.trainers.biases import get_bias
+
+
+class InductiveBiases(Named):
+    """`[inductive_biases.NAME]`: options of each bias, in the order in which they start."""
+
+    order: ClassVar[int] = 40
+
+    def check(self, arm: ArmLike) -> None:
+        """Refuse unknown biases and options."""
+        for name, options in self.tables.items():
+            try:
+                get_bias(name, **options)
+            except (ValueError, TypeError) as error:
+                raise ArmError(f"[inductive_biases.{name}]: {error}") from error
+
+    def apply(self, training: Training) -> None:
+        """Give them to the trainer."""
+        training.options["biases"] = self.tables
+
+    def key(self, arm: ArmLike) -> Any:
+        """In their order, which decides what the later ones find."""
+        return list(self.tables.items())

@@ -1,0 +1,75 @@
+"""Arms that train nothing and say more in front of every prompt: an instruction, demonstrations, contrast prompts.
+
+    [prompt]
+    demonstrations = 4      # of the arm's own training examples, other ones for every prompt
+    contrast = true         # each with its rejected answer: "Good response: ... Bad response: ..."
+    instruction = true      # one of the task's `instructions`; the tuning chooses among them
+
+What they cost is paid at inference: `prompt_tokens` of a cell are the tokens that every request is longer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import ClassVar
+
+from datasets import Dataset
+from pydantic import Field
+
+from steertune.recipes.lab.files import ArmError
+from steertune.recipes.lab.ingredients import ArmLike, Ingredient
+from steertune.recipes.lab.observe import Show
+from steertune.trainers import View, get_view
+
+_NOTHING = "such an arm is a prompt, so there is nothing to train. Compare it with others in a grid."
+
+
+class Prompt(Ingredient):
+    """`[prompt]`: what stands in front of every prompt."""
+
+    refused_by: ClassVar[Mapping[str, str]] = dict.fromkeys(
+        ("train", "sweep", "distill", "contrast_prompts"), _NOTHING
+    )
+
+    demonstrations: int = Field(default=0, ge=0)
+    """Number of training examples in front of every prompt."""
+    contrast: bool = False
+    """Show the demonstrations with their rejected answers too."""
+    instruction: bool = False
+    """Put an instruction of the task in front of every prompt."""
+
+    def check(self, arm: ArmLike) -> None:
+        """Refuse a prompt beside a training, and contrast without demonstrations."""
+        if self.contrast and not self.demonstrations:
+            raise ArmError(
+                "prompt.contrast shows demonstrations with their rejected answers. Set prompt.demonstrations."
+            )
+        if not self:
+            return
+        if arm.adapter.get("type") != "none" or arm.trainer.get("max_steps") != 0:
+            raise ArmError(
+                'An arm with a [prompt] trains nothing. Set adapter.type = "none" and trainer.max_steps = 0.'
+            )
+        if arm.ingredients.get("augmentation"):
+            raise ArmError("An arm with a [prompt] trains nothing, so [augmentation] would make examples for nothing.")
+
+    def show(self, instruction: str, examples: Dataset) -> Show:
+        """From rows to the rows behind this prompt.
+
+        Args:
+            instruction: Of the task; "" for none.
+            examples: The demonstrations are drawn from these.
+        """
+        if not self:
+            return lambda rows: rows
+        if self.demonstrations:
+            view: View = get_view(
+                "demonstrations",
+                k=self.demonstrations,
+                contrast=self.contrast,
+                instruction=instruction,
+                pool=tuple(examples.to_list()),
+            )
+        else:
+            view = get_view("instruction", text=instruction)
+        return lambda rows: Dataset.from_list([dict(row) for row in view(rows.to_list())])

@@ -1,0 +1,119 @@
+"""Teachers: models trained on the same examples first, whose states or distributions an arm then learns (RAHF).
+
+    [teachers.good]                # trained on the chosen answers
+    chosen = ""
+
+    [teachers.bad]                 # trained on the rejected answers
+    rejected = ""
+
+    [views.good]
+    name = "teacher"
+    model = "good"                 # what the loss sees at its view "good" is what this teacher says
+
+A text in place of "" stands in front of these answers' prompts: one teacher may see both answers, each behind an
+instruction of its own, and is asked with the same instructions (`[views.good] instruction = ...`).
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from datasets import Dataset
+from pydantic import BaseModel, ValidationError, model_validator
+
+from steertune.recipes.lab.files import ArmError, reasons
+from steertune.recipes.lab.ingredients import ArmLike, Named, Training
+from steertune.recipes.lab.ingredients.views import Views
+from steertune.trainers import get_view
+
+_LORA = {"type": "lora", "r": 8, "lora_alpha": 16, "target_modules": "all-linear"}
+
+
+class TeacherTable(BaseModel, extra="forbid"):
+    """`[teachers.NAME]`: what a teacher is trained on, with cross-entropy, and how."""
+
+    chosen: str | None = None
+    """What stands in front of the prompts of chosen answers; left out: it does not see them."""
+    rejected: str | None = None
+    """The same for rejected answers."""
+    adapter: dict[str, Any] = _LORA
+    trainer: dict[str, Any] = {}
+    """Settings that differ from the arm's `[trainer]`."""
+
+    @model_validator(mode="after")
+    def _sees_something(self) -> TeacherTable:
+        if self.chosen is None and self.rejected is None:
+            raise ValueError('a teacher learns from answers: set chosen = "", rejected = "", or both')
+        return self
+
+
+class Teachers(Named):
+    """`[teachers.NAME]`: models that are trained before the arm."""
+
+    order: ClassVar[int] = 20
+
+    def teachers(self) -> dict[str, TeacherTable]:
+        """The teachers by name.
+
+        Raises:
+            ArmError: a table of the wrong form.
+        """
+        teachers = {}
+        for name, table in self.tables.items():
+            try:
+                teachers[name] = TeacherTable(**table)
+            except (ValidationError, TypeError) as error:
+                why = reasons(error) if isinstance(error, ValidationError) else str(error)
+                raise ArmError(f"[teachers.{name}]: {why}") from error
+        return teachers
+
+    def check(self, arm: ArmLike) -> None:
+        """Refuse teachers that no view shows, and those that would train at another method's learning rate."""
+        views = arm.ingredients.get("views", Views())
+        shown = {
+            table.get("model", view) for view, table in views.tables.items() if table.get("name", view) == "teacher"
+        }
+        for name, table in self.teachers().items():
+            if name not in shown:
+                raise ArmError(
+                    f"No view shows the teacher of [teachers.{name}]. Add one: "
+                    f'[views.good] name = "teacher", model = "{name}".'
+                )
+            if table.adapter.get("type") != arm.adapter.get("type") and "learning_rate" not in table.trainer:
+                raise ArmError(
+                    f"[teachers.{name}] trains {table.adapter.get('type')!r} at the learning rate of the arm's "
+                    f"{arm.adapter.get('type')!r}. Set teachers.{name}.trainer.learning_rate."
+                )
+
+    def apply(self, training: Training) -> None:
+        """Train the teachers; the views that show them are made next."""
+        models = {
+            name: training.train(
+                name, {"adapter": table.adapter, "trainer": table.trainer}, examples_of(training.rows, table)
+            )
+            for name, table in self.teachers().items()
+        }
+        training.options["teachers"] = models
+
+    def key(self, arm: ArmLike) -> Any:
+        """Every teacher with the arm's own training arguments, which it inherits."""
+        return {
+            name: {**table.model_dump(), "trainer": {**arm.trainer, **table.trainer}}
+            for name, table in self.teachers().items()
+        }
+
+
+def examples_of(rows: Dataset, table: TeacherTable) -> Dataset:
+    """What a teacher is trained on: prompts and completions.
+
+    Raises:
+        ArmError: the examples are not pairs with prompts.
+    """
+    if not {"prompt", "chosen", "rejected"} <= set(rows.column_names):
+        raise ArmError(f"[teachers] learn from pairs with a prompt; the data have the columns {rows.column_names}.")
+    examples = []
+    for side, text in (("chosen", table.chosen), ("rejected", table.rejected)):
+        if text is not None:
+            shown = get_view("instruction", text=text)(rows.to_list()) if text else rows.to_list()
+            examples += [{"prompt": row["prompt"], "completion": row[side]} for row in shown]
+    return Dataset.from_list(examples)

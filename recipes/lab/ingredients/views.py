@@ -1,0 +1,63 @@
+"""Other versions of every example that a loss asks for: `[views.NAME]`, its `name` a file of `trainers/views/`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from torch import nn
+
+from steertune.recipes.lab.files import ArmError
+from steertune.recipes.lab.ingredients import ArmLike, Named, Training
+from steertune.recipes.lab.paths import TASKS
+from steertune.trainers import View, get_view
+
+NEUTRAL = TASKS / "neutral_train.jsonl"
+"""Neutral text to train on: not that which measures the KL afterwards."""
+
+
+class Views(Named):
+    """`[views.NAME]`: a view by the name that the loss asks for."""
+
+    order: ClassVar[int] = 30
+
+    def views(self, teachers: Mapping[str, nn.Module] | None = None, known: Any = None) -> dict[str, View]:
+        """The views by name.
+
+        Args:
+            teachers: The trained models of `[teachers]`; None: a stand-in for each of `known`.
+            known: Names in `[teachers]`.
+
+        Raises:
+            ArmError: an unknown view, option or teacher.
+        """
+        views = {}
+        names = set(teachers or {}) | set(known or ())
+        for key, table in self.tables.items():
+            options = dict(table)
+            name = str(options.pop("name", key))
+            if name == "neutral":
+                lines = NEUTRAL.read_text(encoding="utf-8").splitlines()
+                options.setdefault("rows", [json.loads(line) for line in lines])
+            if name == "teacher":
+                teacher = str(options.get("model", key))
+                if teacher not in names:
+                    raise ArmError(f"views.{key}.model={teacher!r} must be one of [teachers]: {sorted(names)}.")
+                options["model"] = nn.Identity() if teachers is None else teachers[teacher]
+            try:
+                views[key] = get_view(name, **options)
+            except (ValueError, TypeError) as error:
+                raise ArmError(f"[views.{key}]: {error}") from error
+        return views
+
+    def check(self, arm: ArmLike) -> None:
+        """Refuse views that cannot be made."""
+        teachers = arm.ingredients.get("teachers")
+        self.views(known=getattr(teachers, "tables", {}))
+
+    def apply(self, training: Training) -> None:
+        """Give the trainer the views that the loss asks for; an override may have chosen another loss."""
+        teachers = training.options.pop("teachers", {})
+        asked = training.arm.views_seen()
+        training.options["views"] = {name: view for name, view in self.views(teachers).items() if name in asked}

@@ -1,0 +1,158 @@
+"""What a number on a page means. Each file of this folder is one measure, named by the file:
+
+    @measure("held-out pair accuracy", better="higher", needs=["pairs"])
+    def accuracy(seen: Seen) -> Array:
+        \"\"\"Share of the pairs whose chosen answer is likelier than the rejected one; a tie counts half.\"\"\"
+        return (np.sign(seen["margin"]) + 1) / 2
+
+A measure is a function from what was seen of a model (`lab/observe.py`) to one value for every example. It may use
+other measures by name. A new file is a new measure of every recipe, and of every record that holds what it needs.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+import pkgutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from steertune.recipes.lab.files import ArmError, nearest
+
+Array = NDArray[Any]
+
+
+class Missing(LookupError):
+    """A record does not hold the observation that a measure needs."""
+
+
+class Seen:
+    """What was seen of a model at one strength: observations, and the measures that follow from them.
+
+    Args:
+        observations: Name -> one value for every example: numbers, texts, or None.
+        base: The same of the base model on the same examples; None: this is the base model.
+    """
+
+    def __init__(self, observations: Mapping[str, Sequence[Any]], base: Seen | None = None) -> None:
+        self.observations = observations
+        self._base = base
+
+    @property
+    def base(self) -> Seen:
+        """The base model on the same examples."""
+        return self if self._base is None else self._base
+
+    def __getitem__(self, name: str) -> Array:
+        """An observation, or else the measure of this name, `(examples,)`.
+
+        Raises:
+            Missing: neither was recorded.
+        """
+        if name in self.observations:
+            return self.recorded(name)
+        if name not in names():
+            raise Missing(f"No observation {name!r} was recorded; there are {sorted(self.observations)}.")
+        return get(name).values(self)
+
+    def recorded(self, name: str) -> Array:
+        """An observation as an array, `(examples,)`; where there is no value it is NaN."""
+        values = self.observations[name]
+        return np.array(values, dtype=object if any(isinstance(value, str) for value in values) else float)
+
+    def __contains__(self, name: str) -> bool:
+        try:
+            return len(self[name]) > 0
+        except Missing:
+            return False
+
+
+@dataclass(frozen=True)
+class Measure:
+    """One measure.
+
+    Attributes:
+        name: Its file.
+        title: What a page calls it.
+        unit: Of its values; "": none.
+        better: Which direction is better, if one is.
+        needs: Observers of `lab/observe.py` whose observations it uses.
+        rows: What was seen -> one value for every example.
+        weight: Observation that weights the examples in the mean, such as a number of tokens; "": all count the same.
+        total: Applied to the mean, such as `exp` for a perplexity.
+        observe: For a measure that no observer serves: `(model, held_out)` -> one value for every example, computed
+            with the model at the strength in question and recorded under the measure's own name.
+    """
+
+    name: str
+    title: str
+    unit: str
+    better: Literal["higher", "lower"] | None
+    needs: tuple[str, ...]
+    rows: Callable[[Seen], Array]
+    weight: str = ""
+    total: Callable[[float], float] | None = None
+    observe: Callable[[Any, Any], Sequence[float]] | None = None
+
+    def values(self, seen: Seen) -> Array:
+        """One value for every example: what was recorded under the measure's name, else what follows from the rest.
+
+        Raises:
+            Missing: an observation was not recorded.
+        """
+        return seen.recorded(self.name) if self.name in seen.observations else self.rows(seen)
+
+    def summary(self, seen: Seen) -> float:
+        """The mean over the examples that have a value; NaN if none has.
+
+        Raises:
+            Missing: an observation was not recorded.
+        """
+        values = self.values(seen)
+        valid = ~np.isnan(values)
+        if not valid.any():
+            return math.nan
+        weights = seen[self.weight][valid] if self.weight in seen.observations else None
+        mean = float(np.average(values[valid], weights=weights))
+        return mean if self.total is None else float(self.total(mean))
+
+
+def measure(
+    title: str,
+    *,
+    needs: Sequence[str] = (),
+    unit: str = "",
+    better: Literal["higher", "lower"] | None = None,
+    weight: str = "",
+    total: Callable[[float], float] | None = None,
+    observe: Callable[[Any, Any], Sequence[float]] | None = None,
+) -> Callable[[Callable[[Seen], Array]], Measure]:
+    """Make a measure of a function; see `Measure` for the arguments."""
+
+    def decorate(function: Callable[[Seen], Array]) -> Measure:
+        return Measure(function.__name__, title, unit, better, tuple(needs), function, weight, total, observe)
+
+    return decorate
+
+
+@cache
+def names() -> tuple[str, ...]:
+    """The measures: the files of this folder."""
+    return tuple(sorted(module.name for module in pkgutil.iter_modules(__path__) if not module.name.startswith("_")))
+
+
+@cache
+def get(name: str) -> Measure:
+    """A measure by name.
+
+    Raises:
+        ArmError: there is no such measure; the message names the nearest.
+    """
+    if name not in names():
+        raise ArmError(f"Unknown measure {name!r}; there are {list(names())}.{nearest(name, names())}")
+    return getattr(importlib.import_module(f"{__name__}.{name}"), name)

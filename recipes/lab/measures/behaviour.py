@@ -1,0 +1,9 @@
+"""How much of the behaviour generated answers show."""
+
+from steertune.recipes.lab.measures import Array, Seen, measure
+
+
+@measure("behaviour score of free generations", better="higher", needs=["answers"])
+def behaviour(seen: Seen) -> Array:
+    """What the task's scorer says of each generated answer, NaN where judging failed, `(answers,)`."""
+    return seen["score"]

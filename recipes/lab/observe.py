@@ -1,0 +1,198 @@
+"""What is seen of a model on held-out examples: one function for each kind of example, shared by all measures.
+
+    pairs     log-probability (nats) and tokens of the chosen and of the rejected answer
+    neutral   KL to the base model and negative log-likelihood (nats, summed), and tokens, of neutral answers
+    answers   generated answers to the first test prompts, and the scorer's judgement of each
+
+Shapes: B rows of a batch, T labelled tokens of a row, V tokens of the vocabulary.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from datasets import Dataset
+from peft import PeftModel
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from steertune.recipes.lab.batches import batches
+from steertune.recipes.lab.generation import generate, plain
+from steertune.recipes.lab.paths import TASKS
+from steertune.recipes.lab.scorers import Scorer
+from steertune.trainers import Batch, FrozenPrefix, ModelAt, labelled_logits, scaled, tokenise
+
+NEUTRAL = TASKS / "neutral.jsonl"
+
+Observations = dict[str, list[Any]]
+Strengths = Mapping[str, float]
+"""Label -> strength."""
+Show = Callable[[Dataset], Dataset]
+"""From rows to the rows that a model is shown instead, such as the same prompts behind an instruction."""
+
+
+@dataclass
+class HeldOut:
+    """The examples that models are measured on, and what all of these measurements share.
+
+    Args:
+        model: The base model.
+        tokenizer: Its tokenizer.
+        pairs: Test rows: preference pairs, or prompts alone.
+        neutral: Prompts and completions that the behaviour is not about.
+        generations: How many of the first test prompts are answered.
+        neutral_generations: How many of the first neutral prompts are answered.
+        new_tokens: Longest generated answer.
+        scorer: Judges the answers; None: they are not judged.
+        prefix: Remembers what the layers below an adapter compute; None: nothing is remembered.
+        batch_size: Rows in one forward pass.
+    """
+
+    model: Any
+    tokenizer: PreTrainedTokenizerBase
+    pairs: Dataset
+    neutral: Dataset
+    generations: int = 0
+    neutral_generations: int = 0
+    new_tokens: int = 32
+    scorer: Scorer | None = None
+    prefix: FrozenPrefix | None = None
+    batch_size: int = 8
+    shared: dict[str, Any] = field(default_factory=dict, repr=False)
+    """What was computed of the base model."""
+    plain: HeldOut | None = None
+    """The examples as they are, where these stand behind a prompt."""
+
+    def behind(self, show: Show) -> HeldOut:
+        """The same examples as a model sees them that is shown something else in front of every prompt."""
+        return replace(self, pairs=show(self.pairs), neutral=show(self.neutral), plain=self.plain or self)
+
+    @cached_property
+    def prompts(self) -> list[Any]:
+        """The test prompts that are answered."""
+        return self.pairs["prompt"][: self.generations] if "prompt" in self.pairs.column_names else []
+
+    @property
+    def has_pairs(self) -> bool:
+        """Whether the test rows are preference pairs."""
+        return {"chosen", "rejected"} <= set(self.pairs.column_names)
+
+    @property
+    def base_neutral(self) -> list[Tensor]:
+        """Per neutral row, the base model's log-probabilities, `(T, V)`. Computed once."""
+        if "neutral" not in self.shared:
+            rows = self.neutral if self.plain is None else self.plain.neutral
+            with self.remember(self.model):
+                seen = neutral_logps(self.model, self.tokenizer, rows)
+            self.shared["neutral"] = [logps for logps, _ in seen]
+        return self.shared["neutral"]
+
+    @contextmanager
+    def remember(self, model: Any) -> Iterator[None]:
+        """Forward passes inside skip what the cached prefix holds of `model`, if it shares the base's weights.
+
+        Entering reads the weights below the adapter; inside another one for the same model it costs nothing.
+        """
+        shares_weights = model is self.model or isinstance(model, PeftModel)
+        outer = self.shared.get("remembered")
+        if self.prefix is None or not shares_weights or outer is model:
+            yield
+            return
+        with self.prefix.on(model, labels_only=True):
+            self.shared["remembered"] = model
+            try:
+                yield
+            finally:
+                self.shared["remembered"] = outer
+
+
+@torch.no_grad()
+def pairs(model: Any, held_out: HeldOut, strengths: Strengths) -> dict[str, Observations]:
+    """Log-probabilities and tokens of both answers of every test pair, at every strength."""
+    if not held_out.has_pairs:
+        return {}
+    names = ("chosen_logp", "rejected_logp", "chosen_tokens", "rejected_tokens")
+    observed: dict[str, Observations] = {label: {name: [] for name in names} for label in strengths}
+    for batch in batches(held_out.tokenizer, held_out.pairs, max(1, held_out.batch_size // 2)):
+        at = ModelAt(model, model, batch.to(model.device))
+        for label, strength in strengths.items():
+            outputs = at(strength)
+            for side in ("chosen", "rejected"):
+                answers = getattr(outputs, side)
+                observed[label][f"{side}_logp"] += answers.logps.tolist()
+                observed[label][f"{side}_tokens"] += answers.mask.sum(dim=1).tolist()
+    return observed
+
+
+def neutral(model: Any, held_out: HeldOut, strengths: Strengths) -> dict[str, Observations]:
+    """KL to the base model and likelihood of every neutral answer, at every strength."""
+    observed = {}
+    for label, strength in strengths.items():
+        with scaled(model, strength):
+            seen = neutral_logps(model, held_out.tokenizer, held_out.neutral)
+        observed[label] = against_base(seen, held_out.base_neutral)
+    return observed
+
+
+def answers(model: Any, held_out: HeldOut, strengths: Strengths) -> dict[str, Observations]:
+    """Greedy answers to the first test prompts, their scores, and answers to the first neutral prompts."""
+    observed: dict[str, Observations] = {label: {} for label in strengths}
+    for label, strength in strengths.items():
+        with scaled(model, strength):
+            if prompts := held_out.prompts:
+                texts = generate(model, held_out.tokenizer, prompts, held_out.new_tokens)
+                observed[label]["answer"] = texts
+                if held_out.scorer is not None:
+                    questions = [plain(prompt) for prompt in prompts]
+                    observed[label]["score"] = [*held_out.scorer.score(questions, texts)]
+            if asked := held_out.neutral["prompt"][: held_out.neutral_generations]:
+                texts = generate(model, held_out.tokenizer, asked, held_out.new_tokens)
+                observed[label]["neutral_answer"] = texts
+    return observed
+
+
+OBSERVERS: dict[str, Callable[[Any, HeldOut, Strengths], dict[str, Observations]]] = {
+    "pairs": pairs,
+    "neutral": neutral,
+    "answers": answers,
+}
+
+
+def against_base(seen: Sequence[tuple[Tensor, Tensor]], base: Sequence[Tensor]) -> Observations:
+    """Sums over the tokens of every neutral answer.
+
+    Args:
+        seen: `neutral_logps` of a steered model; of fewer rows than the base's, those of the first.
+        base: The base model's log-probabilities of the same rows, `(T, V)` each.
+    """
+    rows = [(ours, theirs, targets) for (ours, targets), theirs in zip(seen, base, strict=False)]
+    return {
+        "neutral_kl": [float((ours.exp() * (ours - theirs)).sum()) for ours, theirs, _ in rows],
+        "neutral_nll": [float(F.nll_loss(ours, targets, reduction="sum")) for ours, _, targets in rows],
+        "neutral_tokens": [len(targets) for _, _, targets in rows],
+    }
+
+
+@torch.no_grad()
+def neutral_logps(model: Any, tokenizer: PreTrainedTokenizerBase, rows: Dataset) -> list[tuple[Tensor, Tensor]]:
+    """Per neutral answer, log-probabilities of all tokens of the vocabulary, `(T, V)`, and the true tokens, `(T,)`."""
+    seen = []
+    for row in tokenise(rows, tokenizer).to_list():
+        labels = torch.tensor([row["labels"]], device=model.device)
+        ids = torch.tensor([row["input_ids"]], device=model.device)
+        batch = Batch({"input_ids": ids, "attention_mask": torch.ones_like(ids)}, labels, pairs=False)
+        logps_TV = F.log_softmax(labelled_logits(model, model, batch), dim=-1)
+        seen.append((logps_TV.cpu(), batch.targets[0].cpu()))
+    return seen
+
+
+def neutral_rows() -> Dataset:
+    """Everyday questions and answers that no behaviour is about."""
+    return Dataset.from_list([json.loads(line) for line in NEUTRAL.read_text(encoding="utf-8").splitlines()])

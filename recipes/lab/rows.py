@@ -1,0 +1,144 @@
+"""The one record of every recipe: rows `(arm, task, examples, seed, strength, measure, example, value)`.
+
+A training run, a cell of a grid, a setting of a sweep, a distilled prompt and a prompted baseline are the same record
+under other keys. What is kept are *observations*: what the model said about every held-out example (log-probabilities
+of its answers, tokens, generated texts). Measures (`lab/measures/`) are functions of observations, so a measure added
+later needs no new run.
+
+`strength` is a number, or the word for a strength that was chosen: `tuned` or `matched`. Strength 0 is the base model.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from steertune.recipes.lab import measures
+from steertune.recipes.lab.files import ArmError, read_result, write_result
+from steertune.recipes.lab.measures import Missing, Seen
+
+BASE = "0"
+"""The label of the base model's observations: every adapter at strength 0."""
+TUNED, MATCHED = "tuned", "matched"
+"""Labels of strengths that were chosen: by the tuning, or to match the grid's KL."""
+KEYS = ("arm", "task", "examples", "seed")
+FORMAT = 4
+"""Of the file of a record; older ones are read by `ablation/old_cells.py`."""
+AGAIN = "Delete it, and it is run again."
+_TABLES: dict[str, type] = {"facts": dict, "observations": dict}
+COLUMNS = (*KEYS, "strength", "measure", "example", "value", "text")
+
+_JSON = "json:"
+
+
+@dataclass
+class Record:
+    """Everything that is known about one model.
+
+    Attributes:
+        keys: Arm, task, number of examples and seed.
+        observations: Strength -> what was seen of the model at it; `BASE` is the base model.
+        facts: What does not belong to an example: status, cost, the setting that was chosen, versions.
+    """
+
+    keys: dict[str, Any]
+    observations: dict[str, dict[str, list[Any]]] = field(default_factory=dict)
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    def seen(self, strength: float | str = BASE) -> Seen:
+        """The observations at a strength, beside those of the base model.
+
+        Raises:
+            KeyError: the model was not seen at this strength.
+        """
+        base = self.observations.get(BASE)
+        return Seen(self.observations[label(strength)], None if base is None else Seen(base, None))
+
+    def value(self, measure: str, strength: float | str = BASE) -> float:
+        """A measure's mean over the examples; NaN where the record does not hold what it needs."""
+        try:
+            return measures.get(measure).summary(self.seen(strength))
+        except (KeyError, Missing):
+            return math.nan
+
+    def write(self, file: Path) -> None:
+        """Write the record as JSON, whole or not at all. Its rows are grouped, so that no key stands there twice."""
+        write_result(file, {"format": FORMAT, **self.keys, "facts": self.facts, "observations": self.observations})
+
+    @classmethod
+    def read(cls, file: Path) -> Record:
+        """A record that `write` wrote.
+
+        Raises:
+            ArmError: the file is damaged, not a record, or of another format.
+        """
+        content = read_result(file, AGAIN)
+        if content.get("format") != FORMAT:
+            raise ArmError(f"{file} has format {content.get('format')!r}, this version reads {FORMAT}. {AGAIN}")
+        for name, kind in {"arm": str, "task": str, "examples": int, "seed": int, **_TABLES}.items():
+            if not isinstance(content.get(name), kind) or isinstance(content.get(name), bool):
+                raise ArmError(f"{file} is not a record: {name}={content.get(name)!r:.80}. {AGAIN}")
+        return cls({name: content[name] for name in KEYS}, content["observations"], content["facts"])
+
+    def rows(self) -> Iterator[dict[str, Any]]:
+        """The record as rows: observations with their strength and example, facts with neither."""
+        for name, value in self.facts.items():
+            yield {**self.keys, "measure": name, **_as_value(value)}
+        for strength, named in self.observations.items():
+            for name, values in named.items():
+                for example, value in enumerate(values):
+                    yield {**self.keys, "strength": strength, "measure": name, "example": example, **_as_value(value)}
+
+
+def label(strength: float | str) -> str:
+    """How a strength is written in a row."""
+    return strength if isinstance(strength, str) else f"{strength:g}"
+
+
+def to_table(records: Sequence[Record]) -> pd.DataFrame:
+    """The rows of several records as one table."""
+    table = pd.DataFrame([row for record in records for row in record.rows()], columns=pd.Index(COLUMNS))
+    return table.astype({"strength": "string", "example": "Int32", "value": "float64", "text": "string"})
+
+
+def from_table(table: pd.DataFrame) -> list[Record]:
+    """Records from the rows of `to_table`."""
+    records = []
+    for keys, rows in table.groupby(list(KEYS), sort=False):
+        record = Record(dict(zip(KEYS, (_plain(key) for key in keys), strict=True)))
+        facts = rows[rows["strength"].isna()]
+        values = (_from_value(row.value, row.text) for row in facts.itertuples())
+        record.facts = dict(zip(facts["measure"], values, strict=True))
+        observed = rows.dropna(subset=["strength"]).sort_values("example", kind="stable")
+        for (strength, name), examples in observed.groupby(["strength", "measure"], sort=False):
+            values = [_from_value(row.value, row.text) for row in examples.itertuples()]
+            record.observations.setdefault(str(strength), {})[str(name)] = values
+        records.append(record)
+    return records
+
+
+def _as_value(value: Any) -> dict[str, Any]:
+    """A number in the column `value`; anything else as JSON in the column `text`, texts as they are."""
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return {"value": float(value), "text": None}
+    if value is None or (isinstance(value, str) and not value.startswith(_JSON)):
+        return {"value": None, "text": value}
+    return {"value": None, "text": _JSON + json.dumps(value)}
+
+
+def _from_value(value: Any, text: Any) -> Any:
+    if isinstance(text, str):
+        return json.loads(text.removeprefix(_JSON)) if text.startswith(_JSON) else text
+    if value is None or math.isnan(value):
+        return None
+    return int(value) if float(value).is_integer() else float(value)
+
+
+def _plain(key: Any) -> Any:
+    return key.item() if hasattr(key, "item") else key

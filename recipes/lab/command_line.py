@@ -25,7 +25,7 @@ from contextlib import nullcontext, redirect_stdout
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import typer
 from typer import Argument, Option
@@ -46,7 +46,7 @@ class Result:
 
     Attributes:
         data: What `--json` prints.
-        text: What is printed otherwise.
+        text: What is printed otherwise; empty where the command has printed it already.
         code: The exit code.
     """
 
@@ -96,7 +96,12 @@ def arm_names(incomplete: str) -> list[str]:
     return [file.stem for file in sorted((CONFIGS / "arms").glob(f"{incomplete}*.toml"))]
 
 
-Arm = Annotated[
+def grid_names(incomplete: str) -> list[str]:
+    """Names of the grids that are shipped, for completion."""
+    return [file.stem for file in sorted((CONFIGS / "grids").glob(f"{incomplete}*.toml"))]
+
+
+ArmName = Annotated[
     str, Argument(help="a .toml file, or a name in recipes/configs/arms/", autocompletion=arm_names, metavar="ARM")
 ]
 """The arm that a command trains."""
@@ -137,7 +142,7 @@ class Command:
         special = {"overrides", "words"} & {*signature.parameters}
         own = [p for p in signature.parameters.values() if p.name not in special]
         added = {"context": typer.Context}
-        if signature.return_annotation is Result:
+        if Result in (signature.return_annotation, *get_args(signature.return_annotation)):
             added["as_json"] = Annotated[
                 bool, Option("--json", help="print the result as JSON, and all else to standard error")
             ]
@@ -179,7 +184,8 @@ class Command:
             return 2
         if not isinstance(result, Result):
             return result or 0
-        print(json.dumps(result.data, indent=1) if as_json else result.text)
+        if as_json or result.text:
+            print(json.dumps(result.data, indent=1) if as_json else result.text)
         return result.code
 
 

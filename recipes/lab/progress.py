@@ -37,19 +37,21 @@ class Display:
     Attributes:
         at: Share that is done.
         steps: Names of the steps that run now, the innermost last.
+        note: What the innermost step says of itself, such as its loss.
         spans: Where the share of each of these steps starts, and how wide it is.
     """
 
     def __init__(self) -> None:
         self.at, self.skipped = 0.0, 0.0
         self.steps: list[str] = []
+        self.note = ""
         self.spans: list[tuple[float, float]] = [(0.0, 1.0)]
         self.started = time.monotonic()
 
     @property
     def step(self) -> str:
         """The steps that run now, as one text."""
-        return ", ".join(self.steps)
+        return ", ".join(filter(None, [*self.steps, self.note]))
 
     def left(self) -> str:
         """The time left, in words; empty where it is too early to tell. What an earlier run did is not counted."""
@@ -155,6 +157,11 @@ class Bar:
         """So many units were done before this command started."""
         self.display.skipped += self.width * weight / self.total
         self.advance(weight)
+
+    def note(self, text: str) -> None:
+        """Show a text beside the name of the step, until another one takes its place."""
+        self.display.note = text
+        self.display.show()
 
     def say(self, text: str) -> None:
         """Print a line on standard error."""

@@ -15,7 +15,6 @@ is 1 where the adapter does what the prompt does, 0 where it does as much as not
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 import time
@@ -25,41 +24,40 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import gather_object, tqdm
+from accelerate.utils import gather_object
 from datasets import Dataset
 from torch import Tensor
 from transformers import set_seed
 
 from steertune.losses import Outputs
-from steertune.recipes.lab.arm import Arm, load_arm, parse_arm, refuse_augmentation
+from steertune.recipes.lab.arm import Arm, load_arm, refuse_augmentation
 from steertune.recipes.lab.batches import batches
+from steertune.recipes.lab.command_line import ArmName, Result, Threads, command
 from steertune.recipes.lab.data import load_model, load_splits
 from steertune.recipes.lab.files import ArmError, read_rows, write_rows, write_whole
 from steertune.recipes.lab.generation import check_context, generate, prompt_lengths
 from steertune.recipes.lab.observe import neutral_logps
 from steertune.recipes.lab.old import pair_margins, side_effects
-from steertune.recipes.lab.processes import begin, command
+from steertune.recipes.lab.processes import begin
+from steertune.recipes.lab.progress import track
 from steertune.recipes.lab.training import claim, fit, make_trainer
 from steertune.trainers import ModelAt, View, share_weights, tokenise
 from steertune.trainers.views import Views
 
-DEFAULT_ARM = "vector_distillation"
 _TEMPERATURE = 1.0
 _SEEN, _TEST = 0, 1  # seeds of the answers to training and test prompts
 
 
 @command
-def main(argv: Sequence[str] | None = None) -> int:
-    """Command line; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="distill", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    known, overrides = parse_arm(parser, argv, DEFAULT_ARM)
-    run(load_arm(known.arm, overrides))
-    return 0
+def main(
+    arm: ArmName = "vector_distillation", threads: Threads = None, overrides: Sequence[str] = ()
+) -> Result | None:
+    """Distil the arm's prompt and measure it; of several processes the first one has the result."""
+    result = run(load_arm(arm, overrides), threads)
+    return Result(result, "") if PartialState().is_main_process else None
 
 
-def run(arm: Arm) -> dict[str, Any]:
+def run(arm: Arm, threads: int | None = None) -> dict[str, Any]:
     """Distil the arm's prompt and measure it, in the arm's output folder; return what `result.json` holds.
 
     Raises:
@@ -69,7 +67,7 @@ def run(arm: Arm) -> dict[str, Any]:
     """
     _check(arm)
     started = time.monotonic()
-    begin(arm.model.threads)
+    begin(threads or arm.model.threads)
     state = PartialState()
     folder = Path(arm.output.folder or f"runs/distill-{arm.name}-{arm.data.name.strip('./').replace('/', '-')}")
     claim(folder, arm, state.is_main_process)
@@ -136,7 +134,7 @@ def answered(
     with PartialState().split_between_processes(list(range(0, len(shown), size))) as own:
         said = {
             i: generate(model, tokenizer, shown[i : i + size], length, _TEMPERATURE, seed + 7 * i)
-            for i in tqdm(own, desc="Prompted answers", unit="batch")
+            for i in track(own, "batch")
         }
     # by batch: of fewer batches than processes, several have the last one
     everywhere = dict(gather_object(list(said.items())))
@@ -160,7 +158,7 @@ def fidelity(model: Any, tokenizer: Any, rows: Dataset, view: View, batch_size: 
     views = Views({"good": view}, tokenizer, getattr(model.config, "max_position_embeddings", None))
     views.add(rows, tokenise(rows, tokenizer))
     found: list[Tensor] = []
-    for batch in tqdm(batches(tokenizer, rows, batch_size), desc="Fidelity", unit="batch"):
+    for batch in track(batches(tokenizer, rows, batch_size), "batch"):
         at = ModelAt(model, model, batch.to(model.device), views=views)
         prompted = at(0.0, view="good", distribution=True)
         sides = [at(strength, distribution=True) for strength in (0.0, 1.0)]

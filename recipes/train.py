@@ -10,12 +10,10 @@ Ends with a page: preference on held-out pairs before, after and at other streng
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,10 +24,11 @@ from datasets import Dataset
 from transformers import set_seed
 
 from steertune.adapters.card import write_card
-from steertune.recipes.lab.arm import Arm, load_arm, parse_arm
+from steertune.recipes.lab.arm import Arm, load_arm
 from steertune.recipes.lab.augmentation import grown
 from steertune.recipes.lab.batches import batches
 from steertune.recipes.lab.cards import of_training
+from steertune.recipes.lab.command_line import ArmName, Result, Threads, command
 from steertune.recipes.lab.data import load_model, load_splits
 from steertune.recipes.lab.files import ArmError
 from steertune.recipes.lab.generation import generate
@@ -37,31 +36,19 @@ from steertune.recipes.lab.memory import peak_memory_gb
 from steertune.recipes.lab.observe import neutral_logps
 from steertune.recipes.lab.old import pair_margins, side_effects
 from steertune.recipes.lab.page import strength_plot, write_page
-from steertune.recipes.lab.processes import begin, command
+from steertune.recipes.lab.processes import begin
 from steertune.recipes.lab.training import claim, fit, make_trainer, write_whole
 from steertune.trainers import ModelAt, scalable, scaled
 
-DEFAULT_ARM = "vector_dpo"
-
 
 @command
-def main(argv: Sequence[str] | None = None) -> int:
-    """Command line; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="train", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--json", action="store_true", help="print result.json in the end, all else to standard error")
-    known, overrides = parse_arm(parser, argv, DEFAULT_ARM)
-    arm = load_arm(known.arm, overrides)
-    if not known.json:
-        run(arm)
-        return 0
-    with redirect_stdout(sys.stderr):
-        result = run(arm)
-    if PartialState().is_main_process:
-        print(json.dumps(result))
-    return 0
+def main(arm: ArmName = "vector_dpo", threads: Threads = None, overrides: Sequence[str] = ()) -> Result | None:
+    """Train the arm and evaluate it; of several processes the first one has the result."""
+    result = run(load_arm(arm, overrides), threads)
+    return Result(result, "") if PartialState().is_main_process else None
 
 
-def run(arm: Arm) -> dict[str, Any]:
+def run(arm: Arm, threads: int | None = None) -> dict[str, Any]:
     """Train and evaluate an arm in its output folder; return what `result.json` holds.
 
     A run that was interrupted goes on at its last checkpoint; a folder with another arm or a finished run is refused.
@@ -72,7 +59,7 @@ def run(arm: Arm) -> dict[str, Any]:
     if arm.prompt:
         raise ArmError(f"Arm {arm.name!r} is a prompt: there is nothing to train. Compare it with others in a grid.")
     started = time.monotonic()
-    begin(arm.model.threads)
+    begin(threads or arm.model.threads)
     state = PartialState()
     folder = Path(arm.output.folder or f"runs/{arm.name}-{arm.data.name.strip('./').replace('/', '-')}")
     claim(folder, arm, state.is_main_process)

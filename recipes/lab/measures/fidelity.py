@@ -1,5 +1,7 @@
 """How much of what a prompt does an adapter does without it (Askell et al. 2112.00861)."""
 
+import numpy as np
+
 from steertune.recipes.lab.measures import Array, Seen, measure
 
 
@@ -9,4 +11,7 @@ def fidelity(seen: Seen) -> Array:
 
     Weighted by KL(prompted || base), the mean is the same ratio of the KLs of all tokens.
     """
-    return 1 - seen["prompted_nats"] / seen["prompted_base_nats"]
+    base = seen["prompted_base_nats"]
+    ratio = np.full_like(base, np.nan)  # where the prompt changes nothing, there is nothing to learn
+    np.divide(seen["prompted_nats"], base, out=ratio, where=base > 0)
+    return 1 - ratio

@@ -3,11 +3,12 @@
     python -m steertune.recipes.ablate quick --dry-run
     python -m steertune.recipes.ablate quick --folder runs/quick
     accelerate launch --multi_gpu --num_processes 2 -m steertune.recipes.ablate quick --folder runs/quick
-    python -m steertune.recipes.ablate mine.toml --folder runs/mine --known runs/quick
+    python -m steertune.recipes.ablate mine.toml --folder runs/mine --reuse runs/quick
 
 Processes (of one launch, or started apart on the same folder) share the cells between them. A killed grid goes on
-where it stopped. Cells that the folder of another grid holds (`--known`) are taken over. Then read the results with
-`python -m steertune.recipes.report runs/quick`.
+where it stopped, from its `cells.parquet` and the cells that ran since; both are written in the folder, and the table
+is what to commit of a long study. Cells that the folder of another grid holds (`--reuse`) are not run again. Then read
+the results with `python -m steertune.recipes.report runs/quick`.
 """
 
 from __future__ import annotations
@@ -28,18 +29,18 @@ from datasets import disable_progress_bars
 from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 
-from steertune.recipes.ablation.bench import Bench
-from steertune.recipes.ablation.cell import run_cell
+from steertune.recipes.ablation.context import Context
 from steertune.recipes.ablation.grid import Cell, Grid, load_grid
 from steertune.recipes.ablation.keys import VERSION
-from steertune.recipes.ablation.known import Known
 from steertune.recipes.ablation.plan import plan
-from steertune.recipes.ablation.tidy import read_cell
+from steertune.recipes.ablation.run import run_cell
+from steertune.recipes.ablation.store import TABLE, Reusable, Store
 from steertune.recipes.lab import scorers
-from steertune.recipes.lab.files import ArmError, write_result
+from steertune.recipes.lab.files import write_result
 from steertune.recipes.lab.processes import begin, command, positive
 
 GRID = "grid.json"
+_PACK_SECONDS = 600
 
 
 @command
@@ -62,27 +63,28 @@ def _ablate(options: argparse.Namespace, argv: Sequence[str] | None, rank: int, 
     grid = load_grid(options.grid, options.data_root)
     folder = options.folder or Path("runs") / grid.tables.name
     cells = grid.cells()
-    check_folder(folder, cells)
-    known = Known(options.known)
-    bench = Bench(grid)
+    # the folder's own table holds tunings that further seeds need
+    own = [folder] if (folder / TABLE).is_file() else []
+    store, reusable, context = Store(folder), Reusable([*options.reuse, *own]), Context(grid)
+    store.check(cells)
     for task in grid.tasks:  # refuses bad rows before anything is trained
         scorers.read(task.scorer)
-        bench.splits(task)
+        context.splits(task)
     for task in grid.tasks if grid.tables.generations else ():
-        bench.scorer(task)
+        context.scorer(task)
     if not options.dry_run:
-        known.take(cells, folder)
-    elif options.known and rank == 0:
-        print(f"{len(known.of(cells))} cells are known already, which count as left below.")
+        reusable.take(cells, folder)
+    elif options.reuse and rank == 0:
+        print(f"{len(reusable.of(cells))} cells can be reused; they count as left below.")
     if rank == 0:
-        print(plan(grid, cells, bench, folder, processes, every_cell=options.dry_run))
+        print(plan(grid, cells, context, folder, processes, every_cell=options.dry_run))
     failed = []
     if not options.dry_run:
         write_grid(folder, grid, argv)
-        failed = run(grid, cells, bench, folder, show=rank == 0)
+        failed = run(cells, context, folder, show=rank == 0)
         if rank == 0:
             print(f"Cells are in {folder}. Read them: python -m steertune.recipes.report {folder}")
-    done = sum((folder / cell.path / "cell.json").exists() for cell in cells)
+    done = sum(store.has(cell) for cell in cells)
     return {"folder": str(folder), "cells": len(cells), "done": done, "failed": failed}
 
 
@@ -91,7 +93,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("grid", help="a .toml file or a name in recipes/configs/grids/")
     parser.add_argument("--folder", type=Path, help="where cells are kept (runs/<name of the grid>)")
     parser.add_argument(
-        "--known", type=Path, action="append", default=[], help="folder of another grid, whose cells are taken over"
+        "--reuse", "--known", type=Path, action="append", default=[], help="folder of another grid with the same cells"
     )
     parser.add_argument("--data-root", type=Path, help="folder that relative task names start from")
     parser.add_argument(
@@ -104,19 +106,23 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def run(grid: Grid, cells: Sequence[Cell], bench: Bench, folder: Path, show: bool = True) -> list[str]:
-    """Run every cell that no other runner has or does; return the titles of those that failed.
+def run(cells: Sequence[Cell], context: Context, folder: Path, show: bool = True) -> list[str]:
+    """Run every cell that has not run and that no other runner is at work on.
 
-    A failed cell leaves `failed.json` and is tried again by the next start.
+    A failed cell leaves `failed.json` and is tried again by the next start. The table of all cells is written every
+    few minutes and at the end.
+
+    Returns:
+        The titles of the cells that failed.
     """
-    failed, started = [], time.time()
-    todo = [cell for cell in cells if not (folder / cell.path / "cell.json").exists()]
+    failed, started, store = [], time.time(), Store(folder)
+    todo, packed = [cell for cell in cells if not store.has(cell)], time.monotonic()
     with tqdm(total=len(cells), initial=len(cells) - len(todo), desc="Cells", unit="cell", disable=not show) as bar:
         waiting = todo
         while waiting:
             busy = []
             for cell in waiting:
-                outcome = _claimed(cell, bench, folder, started)
+                outcome = _claimed(cell, context, folder, started)
                 if outcome == "busy":
                     busy.append(cell)
                     continue
@@ -124,13 +130,17 @@ def run(grid: Grid, cells: Sequence[Cell], bench: Bench, folder: Path, show: boo
                     failed.append(cell.title)
                 bar.set_postfix_str(cell.title)
                 bar.update()
+                if time.monotonic() - packed > _PACK_SECONDS:
+                    store.pack()
+                    packed = time.monotonic()
             if len(busy) == len(waiting):  # others are at all of them: wait for them, or for their end
                 time.sleep(1.0)
             waiting = busy
+    store.pack()
     return failed
 
 
-def _claimed(cell: Cell, bench: Bench, folder: Path, started: float) -> str:
+def _claimed(cell: Cell, context: Context, folder: Path, started: float) -> str:
     """Run a cell unless it is done, another runner is at it or it failed there since this one started. The lock ends
     with the process that holds it."""
     home = folder / cell.path
@@ -143,7 +153,7 @@ def _claimed(cell: Cell, bench: Bench, folder: Path, started: float) -> str:
             if failure.exists() and failure.stat().st_mtime >= started:
                 return "failed"
             try:
-                run_cell(cell, bench, folder)
+                run_cell(cell, context, folder)
             except Exception as error:  # one broken cell must not end a grid of hours
                 write_result(failure, {"error": f"{type(error).__name__}: {error}", "trace": traceback.format_exc()})
                 tqdm.write(f"{cell.title} failed: {type(error).__name__}: {error}", file=sys.stderr)
@@ -152,23 +162,6 @@ def _claimed(cell: Cell, bench: Bench, folder: Path, started: float) -> str:
     except Timeout:
         return "busy"
     return "done"
-
-
-def check_folder(folder: Path, cells: Sequence[Cell]) -> None:
-    """Refuse a folder with cells that this grid would have made differently.
-
-    Raises:
-        ArmError: names the first such cell.
-    """
-    for cell in cells:
-        file = folder / cell.path / "cell.json"
-        if not file.exists():
-            continue
-        if read_cell(file)["key"] != cell.key:
-            raise ArmError(
-                f"{file} was run with other settings (arm, budget, splits, seeds[0] or measures) than this grid asks "
-                "for: take another --folder."
-            )
 
 
 def stand_alone(environment: MutableMapping[str, str]) -> tuple[int, int]:
@@ -200,23 +193,11 @@ def write_grid(folder: Path, grid: Grid, argv: Sequence[str] | None) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     words = list(sys.argv[1:] if argv is None else argv)
     for i, word in enumerate(words):
-        if word in ("--data-root", "--folder", "--known"):
-            words[i + 1] = word[2:].upper()  # where it is on this machine concerns nobody else
-    tables = grid.tables.model_dump(mode="json")
-    arms = [
-        {"name": arm.name, "levels": arm.levels, "tables": arm.arm.model_dump(mode="json", exclude={"data", "output"})}
-        for arm in grid.arms
-    ]
-    found = {
-        "version": VERSION,
-        "command": " ".join(["python -m steertune.recipes.ablate", *words]),
-        "notes": grid.notes,
-        "tables": tables,
-        "arms": arms,
-        "cells": {str(cell.path): cell.key for cell in grid.cells()},
-    }
+        if word in ("--data-root", "--folder", "--reuse", "--known"):
+            words[i + 1] = word[2:].upper()  # a path on this machine means nothing elsewhere
+    command = " ".join(["python -m steertune.recipes.ablate", *words])
     with FileLock(folder / "grid.lock"):
-        write_result(folder / GRID, found)
+        write_result(folder / GRID, {"version": VERSION, "command": command, **grid.to_json()})
 
 
 if __name__ == "__main__":

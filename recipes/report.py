@@ -18,16 +18,16 @@ from typing import Any
 
 from steertune.recipes.ablate import GRID
 from steertune.recipes.ablation import analysis, sections
+from steertune.recipes.ablation.cells import read_cells
 from steertune.recipes.ablation.levels import arm_name
 from steertune.recipes.ablation.statistics import Frame
+from steertune.recipes.ablation.store import Store
 from steertune.recipes.ablation.tables import Card, Claim, GridTables, TaskTable
-from steertune.recipes.ablation.tidy import read_cells, read_table
+from steertune.recipes.lab import measures
 from steertune.recipes.lab.files import ArmError, read_result, write_whole
 from steertune.recipes.lab.observe import neutral_rows
 from steertune.recipes.lab.page import html_page
 from steertune.recipes.lab.processes import command
-
-TABLE = "cells.parquet"
 
 
 @command
@@ -35,11 +35,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Command line; returns the exit code."""
     parser = argparse.ArgumentParser(prog="report", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("folder", type=Path, help="folder of a grid")
-    parser.add_argument("--measure", choices=sorted(analysis.MEASURES), help="instead of the claim's measure")
+    parser.add_argument("--measure", help=f"instead of the claim's measure: {', '.join(measures.names())}")
+    parser.add_argument("--strength", choices=["tuned", "matched"], help="instead of the claim's strength")
     parser.add_argument("--output", type=Path, help="folder to write to (default: the grid's)")
     parser.add_argument("--json", action="store_true", help="print report.json instead of the page")
     options = parser.parse_args(argv)
-    page = write_report(options.folder, options.measure, options.output)
+    page = write_report(options.folder, options.measure, options.output, options.strength)
     if options.json:
         print(page.with_suffix(".json").read_text(encoding="utf-8"))
         return 0
@@ -48,13 +49,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def write_report(folder: Path, measure: str | None = None, output: Path | None = None) -> Path:
+def write_report(
+    folder: Path, measure: str | None = None, output: Path | None = None, strength: str | None = None
+) -> Path:
     """Write the report of a grid's folder; return the Markdown page.
 
     Args:
         folder: Where the grid's cells are.
         measure: Look at this measure instead of the claim's; the page says that it is not what was claimed.
         output: Where to write; None: to the grid's folder, over an older report.
+        strength: Where to look at it, "tuned" or "matched"; None: where the claim does.
 
     Raises:
         ArmError: the folder holds no grid or no cells.
@@ -64,28 +68,45 @@ def write_report(folder: Path, measure: str | None = None, output: Path | None =
         raise ArmError(f"{folder} holds no grid ({GRID}). Run one: python -m steertune.recipes.ablate")
     grid = read_result(file, "Run the grid again: it writes this file anew, and keeps its cells.")
     tables = analysis.read_tables(grid)
-    only_table = (folder / TABLE).is_file() and not (folder / "cells").exists()
-    cells = read_table(folder / TABLE) if only_table else read_cells(folder, list(grid["cells"]))
+    cells = read_cells(folder, grid)
     assert tables.card is not None and tables.claim is not None  # the runner refuses a grid without
     output = output or folder
     (output / "charts").mkdir(parents=True, exist_ok=True)
-    _parquet(cells, output / TABLE)
-    claim = tables.claim.model_copy(update={"measure": measure}) if measure else tables.claim
+    Store(folder).pack()
+    claim = claim_about(tables.claim, measure, strength)
     ran = cells[cells["status"] != "failed"]
     lines = [f"# {tables.name}", "", *_card(tables.card, tables.claim, tables.tasks)]
-    short = {"grid": tables.name, "measure": claim.measure, "cells": len(grid["cells"]), "ran": len(ran)}
+    short = {
+        "grid": tables.name,
+        "measure": claim.measure,
+        "strength": claim.strength,
+        "cells": len(grid["cells"]),
+        "ran": len(ran),
+    }
     if ran.empty:
         lines += ["Every cell failed.", "", *sections.failures(cells)]
     else:
         found = _find(tables, claim, cells, ran, len({tuple(name.split("/")[1:4:2]) for name in grid["cells"]}))
         lines += _body(output, grid, tables, claim, cells, ran, found)
-        claimed = tables.claim.measure == claim.measure
+        claimed = tables.claim.column == claim.column
         short |= {"counts": _SIDES[found.said.side] if claimed else "not claimed", "answer": found.answer}
     page = output / "report.md"
     write_whole(page.with_suffix(".json"), json.dumps(short, indent=1))
     write_whole(page, "\n".join(lines) + "\n")
     write_whole(output / "report.html", html_page("\n".join(lines), output, tables.name))
     return page
+
+
+def claim_about(claim: Claim, measure: str | None, strength: str | None) -> Claim:
+    """The claim, or the same comparison on another measure.
+
+    Raises:
+        ArmError: there is no such measure.
+    """
+    name = measure or claim.measure
+    if name.startswith("matched_"):  # how it was written before
+        name, strength = name.removeprefix("matched_"), strength or "matched"
+    return claim.model_copy(update={"measure": measures.get(name).name, "strength": strength or claim.strength})
 
 
 @dataclass(frozen=True)
@@ -110,18 +131,18 @@ class _Found:
 def _find(tables: GridTables, claim: Claim, cells: Frame, ran: Frame, planned: int) -> _Found:
     """`planned`: pairs of task and seed that the grid has."""
     paired = analysis.in_pairs(ran, tables.tasks)
-    shares = analysis.attribution(paired, tables, claim.measure, claim.factor)
+    shares = analysis.attribution(paired, tables, claim.column, claim.factor)
     said = analysis.verdict(analysis.in_pairs(cells, tables.tasks), claim, shares, planned)
     start = [arm_name(tables, tables.design.start)] if tables.design.start else []
     baselines = dict.fromkeys([claim.than, *start])
-    curves = {than: analysis.efficiency(paired, than, claim.measure) for than in baselines}
+    curves = {than: analysis.efficiency(paired, than, claim.column) for than in baselines}
     return _Found(paired, shares, said, curves, analysis.answer(paired, claim, said, shares, curves[claim.than]))
 
 
 def _body(
     folder: Path, grid: dict[str, Any], tables: GridTables, claim: Claim, cells: Frame, ran: Frame, found: _Found
 ) -> list[str]:
-    label, paired = analysis.MEASURES[claim.measure], found.paired
+    label, paired = claim.label, found.paired
     crossed = [arm["name"] for arm in grid["arms"] if arm["levels"]]
     several = ran["examples"].nunique() > 1
     return [
@@ -130,7 +151,7 @@ def _body(
         "",
         *_extent(grid, tables, claim, cells),
         *(sections.attribution(folder, tables, found.shares, label) if found.shares.shares else []),
-        *sections.effects_of_factors(folder, paired[paired["arm"].isin(crossed)], tables, claim.measure, label),
+        *sections.effects_of_factors(folder, paired[paired["arm"].isin(crossed)], tables, claim.column, label),
         f"## Arms against {claim.than}",
         "",
         *sections.comparisons(paired, claim),
@@ -145,11 +166,11 @@ def _body(
 
 
 def _headline(tables: GridTables, claim: Claim, said: analysis.Verdict) -> list[str]:
-    if tables.claim is not None and claim.measure != tables.claim.measure:
+    if tables.claim is not None and claim.column != tables.claim.column:
         return [
-            f"## A look at another measure: {analysis.MEASURES[claim.measure]}",
+            f"## A look at another measure: {claim.label}",
             "",
-            f"The claim is about {analysis.MEASURES[tables.claim.measure]}; what follows was not claimed before the "
+            f"The claim is about {tables.claim.label}; what follows was not claimed before the "
             "cells were run, and counts neither for nor against the hypothesis.",
             "",
         ]
@@ -174,12 +195,12 @@ def _extent(grid: dict[str, Any], tables: GridTables, claim: Claim, cells: Frame
 
 def _measured(tables: GridTables, claim: Claim) -> str:
     """What the measure of the claim is not."""
-    if "accuracy" not in claim.measure:
+    if claim.measure != "accuracy":
         return ""
-    matched = f" The KL was matched on {_neutral(tables)} alone." if claim.measure.startswith("matched_") else ""
+    matched = f" The KL was matched on {_neutral(tables)} alone." if claim.strength == "matched" else ""
     return (
         "Pair accuracy is how often the model finds the chosen one of two given answers likelier; what it writes by "
-        f"itself is another question (`--measure matched_behaviour`, where answers were generated).{matched} "
+        f"itself is another question (`--measure behaviour`, where answers were generated).{matched} "
     )
 
 
@@ -195,10 +216,10 @@ def _claim(claim: Claim) -> str:
     if claim.recovers is not None:
         return (
             f"`{claim.better}` has at least {claim.recovers:g} of `{claim.than}`'s gain over the base model in "
-            f"{analysis.MEASURES[claim.measure]} (alpha = {claim.alpha:g}); against it counts if it clearly has less."
+            f"{claim.label} (alpha = {claim.alpha:g}); against it counts if it clearly has less."
         )
     by = f", by more than {claim.margin:g}" if claim.margin else ""
-    text = f"`{claim.better}` has more {analysis.MEASURES[claim.measure]} than `{claim.than}`{by}"
+    text = f"`{claim.better}` has more {claim.label} than `{claim.than}`{by}"
     if claim.factor:
         text += f", and {claim.factor}'s share of the gap is the largest"
     less = f"the difference is clearly below {claim.margin:g}" if claim.margin else "it clearly has less"
@@ -234,12 +255,6 @@ def _card(card: Card, claim: Claim, tasks: Sequence[str | TaskTable]) -> list[st
         "",
         *_instructions(tasks),
     ]
-
-
-def _parquet(cells: Frame, file: Path) -> None:
-    part = file.with_suffix(".part")
-    cells.to_parquet(part, index=False)
-    part.replace(file)
 
 
 if __name__ == "__main__":

@@ -16,18 +16,8 @@ from steertune.recipes.ablation.statistics.curves import Equivalence, area_betwe
 from steertune.recipes.ablation.statistics.paired import Difference, difference, least_p, smallest_p, together
 from steertune.recipes.ablation.statistics.rows import over_examples, rows_of, with_base
 from steertune.recipes.ablation.statistics.shapley import share_rows
-from steertune.recipes.ablation.tables import Claim, GridTables, Measure, TaskTable
+from steertune.recipes.ablation.tables import Claim, GridTables, TaskTable
 from steertune.recipes.lab.files import ArmError
-
-MEASURES: dict[Measure, str] = {
-    "accuracy": "held-out pair accuracy at the tuned strength",
-    "matched_accuracy": "held-out pair accuracy at matched KL",
-    "margin_gain": "gain in held-out margin (nats) at the tuned strength",
-    "matched_margin_gain": "gain in held-out margin (nats) at matched KL",
-    "behaviour": "behaviour score of free generations at the tuned strength",
-    "matched_behaviour": "behaviour score of free generations at matched KL",
-}
-
 
 _LEFT_OUT = 0.1  # share of the pairs
 BASE = "the base model"
@@ -117,10 +107,10 @@ def verdict(cells: Frame, claim: Claim, found: Attribution = Attribution(), plan
     """
     if claim.recovers is not None:
         cells = with_base(cells, BASE)
-    wide = scores(cells, claim.measure)
+    wide = scores(cells, claim.column)
     missing = [arm for arm in (claim.better, claim.than) if arm not in wide or wide[arm].isna().all()]
     if missing:
-        return Verdict("undecided", f"{missing} have no {MEASURES[claim.measure]}, so the claim cannot be decided.")
+        return Verdict("undecided", f"{missing} have no {claim.label}, so the claim cannot be decided.")
     both = wide.dropna(subset=[claim.better, claim.than])
     rows = _ahead(both, claim.better, claim)
     gap, over = difference(rows), difference(rows - claim.margin)
@@ -129,7 +119,7 @@ def verdict(cells: Frame, claim: Claim, found: Attribution = Attribution(), plan
     pairs, all_pairs = gap.interval.pairs, planned or len(cells[["task", "seed"]].drop_duplicates())
     left_out = _left_out(cells, claim, all_pairs - pairs)
     what = (
-        f"{claim.better} has {mean(both[claim.better]):.3f} {MEASURES[claim.measure]}, {claim.than} has "
+        f"{claim.better} has {mean(both[claim.better]):.3f} {claim.label}, {claim.than} has "
         f"{mean(both[claim.than]):.3f}: {_compared(both, claim)} {gap} (95 %, for other seeds and test rows "
         f"of these tasks, given the settings chosen; {pairs} of {all_pairs} pairs of task and seed{left_out}; "
         f"p = {over.p:.3g}{f' that it is not {claim.margin:g}' if claim.margin else ''})"
@@ -189,7 +179,7 @@ class Recovered:
 
 def recovered(cells: Frame, claim: Claim) -> list[Recovered]:
     """What every arm reaches of the gain that the claim is about, for a claim with `recovers`."""
-    wide = scores(with_base(cells, BASE), claim.measure)
+    wide = scores(with_base(cells, BASE), claim.column)
     pairs = {arm: wide[list({arm, claim.than, BASE})].dropna() for arm in wide if arm != BASE and claim.than in wide}
     pairs = {arm: rows for arm, rows in pairs.items() if len(rows)}
     ahead = {arm: difference(_ahead(rows, arm, claim)) for arm, rows in pairs.items()}
@@ -206,7 +196,7 @@ def _left_out(cells: Frame, claim: Claim, count: int) -> str:
     """Why pairs are not in the comparison."""
     if not count:
         return ""
-    own = cells[cells["arm"].isin([claim.better, claim.than]) & cells[claim.measure].isna()]
+    own = cells[cells["arm"].isin([claim.better, claim.than]) & cells[claim.column].isna()]
     reasons = [f"{number} {status}" for status, number in own["status"].value_counts().items()]
     return f", {count} left out: {', '.join(reasons) or 'not run'}"
 
@@ -308,7 +298,10 @@ def read_tables(grid: dict[str, Any]) -> GridTables:
         ArmError: they are not those of a grid.
     """
     try:
-        tables = GridTables(**grid["tables"])
+        content = dict(grid["tables"])
+        if "strength" not in content["claim"]:  # version 3 meant the tuned strength where it did not say "matched"
+            content["claim"] = {"strength": "tuned", **content["claim"]}
+        tables = GridTables(**content)
         arms, cells = [(arm["name"], arm["levels"]) for arm in grid["arms"]], grid["cells"]
         texts = [*(name for name, _ in arms), *cells, *grid["notes"], grid["command"]]
         if not all(isinstance(text, str) for text in texts) or tables.card is None or tables.claim is None:
@@ -323,7 +316,7 @@ def read_tables(grid: dict[str, Any]) -> GridTables:
 
 def answer(cells: Frame, claim: Claim, said: Verdict, found: Attribution, curves: Sequence[Efficiency]) -> list[str]:
     """The answer in three sentences, all of it from the numbers."""
-    return [said.sentence, _shares(found, claim.alpha), _best(scores(cells, claim.measure), claim, curves)]
+    return [said.sentence, _shares(found, claim.alpha), _best(scores(cells, claim.column), claim, curves)]
 
 
 def _shares(found: Attribution, alpha: float) -> str:

@@ -48,7 +48,7 @@ def curves(cells: Frame, arms: Sequence[str], measure: str, file: Path, label: s
     rows = -(-len(tasks) // columns)
     figure = Figure(figsize=(4.2 * columns + 1.6, 3.2 * rows), layout="constrained")
     axes = np.atleast_1d(figure.subplots(rows, columns, sharey=True)).ravel()
-    colours, base = _colours(arms), f"base_{measure.removeprefix('matched_')}"
+    colours, base = _colours(arms), f"{measure.partition('@')[0]}@0"
     for axis, task in zip(axes, tasks, strict=False):
         own = cells[cells["task"] == task]
         for shift, arm in enumerate(arms):

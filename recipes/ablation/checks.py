@@ -12,6 +12,7 @@ from trl import DPOConfig
 from steertune.adapters import SteeringVectorConfig
 from steertune.recipes.ablation.levels import arm_name
 from steertune.recipes.ablation.tables import Card, Claim, GridArm, GridTables, TaskTable
+from steertune.recipes.lab import measures
 from steertune.recipes.lab.arm import Arm
 from steertune.recipes.lab.files import ArmError, nearest
 from steertune.recipes.lab.ingredients.prompt import Prompt
@@ -160,7 +161,7 @@ def check_card(tables: GridTables, card: Card, arms: list[GridArm]) -> None:
         raise ArmError(
             f"claim.recovers={claim.recovers}: that is a share of a gain, so leave out claim.margin and claim.factor."
         )
-    if claim.measure.endswith("behaviour") and not tables.generations:
+    if "answers" in measures.get(claim.measure).needs and not tables.generations:
         raise ArmError(f"claim.measure={claim.measure!r}, but generations=0: nothing would be generated to score.")
     names = [arm.name for arm in arms]
     for pattern in card.affordances:
@@ -188,8 +189,8 @@ def _check_decidable(claim: Claim, arms: list[GridArm]) -> None:
         raise ArmError(f"claim.better and claim.than are both {claim.than!r}: compare two arms.")
     compared = {arm.name: arm for arm in arms if arm.name in (claim.better, claim.than)}
     rigid = [name for name, arm in compared.items() if arm.arm.get(Prompt) or not has_strength(arm.arm)]
-    if claim.measure.startswith("matched_") and rigid:
+    if claim.strength == "matched" and rigid:
         raise ArmError(
-            f"claim.measure={claim.measure!r}, and {rigid} have no strength that could be matched: claim something "
-            f"about {claim.measure.removeprefix('matched_')!r}, or about another arm."
+            f"claim.strength='matched', and {rigid} have no strength that could be matched. Set claim.strength = "
+            "'tuned', or claim something about another arm."
         )

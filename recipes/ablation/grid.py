@@ -29,18 +29,17 @@ from steertune.recipes.ablation.designs import Combination
 from steertune.recipes.ablation.keys import content, data_of, digest, named_task, settings, task_folder
 from steertune.recipes.ablation.levels import INERT, arm_of, named, patched, with_common
 from steertune.recipes.ablation.tables import Card, GridArm, GridTables, TaskTable, told
-from steertune.recipes.lab.arm import known_tables, read_tables
+from steertune.recipes.lab.arm import known_tables
+from steertune.recipes.lab.arm_files import read_tables
 from steertune.recipes.lab.files import ArmError, check_name, nearest, read_toml, reasons
 from steertune.recipes.lab.ingredients.prompt import Prompt
 from steertune.recipes.lab.paths import CONFIGS
 
 GRIDS = CONFIGS / "grids"
 _COLUMNS = {
-    "version", "key", "task", "arm", "examples", "seed", "status", "error", "kl", "perplexity", "accuracy", "margin",
-    "margins", "margin_gain", "moved_wrong", "behaviour", "behaviours", "judgements_failed", "repetition", "answers",
-    "scalable", "scorer", "versions",
-    "parameters", "steps", "pairs_read", "tokens_read", "seconds", "train_seconds", "tuning", "tuning_seconds",
-    "peak_memory_gb", "levels", "setting", "prompt_tokens",
+    "key", "task", "arm", "examples", "seed", "status", "error", "scalable", "scorer", "versions", "tuned_strength",
+    "matched_strength", "parameters", "steps", "pairs_read", "tokens_read", "seconds", "train_seconds", "tuning",
+    "tuning_key", "tuning_seconds", "peak_memory_gb", "setting", "prompt_tokens", "notes",
 }  # fmt: skip
 
 
@@ -85,6 +84,20 @@ class Grid:
     tasks: list[TaskTable]
     notes: list[str]
     """About the design: its size, what is aliased."""
+
+    def to_json(self) -> dict[str, Any]:
+        """What a report needs to know: the tables, the arms with their levels, and every cell with its key."""
+        arms = []
+        for arm in self.arms:
+            tables = arm.arm.model_dump(mode="json")
+            shown = {name: table for name, table in tables.items() if name not in ("data", "output")}
+            arms.append({"name": arm.name, "levels": arm.levels, "tables": shown})
+        return {
+            "notes": self.notes,
+            "tables": self.tables.model_dump(mode="json"),
+            "arms": arms,
+            "cells": {str(cell.path): cell.key for cell in self.cells()},
+        }
 
     def cells(self) -> list[Cell]:
         """Every run, seed by seed, so that an unfinished grid holds whole comparisons."""
@@ -179,7 +192,7 @@ def _combinations(tables: GridTables) -> tuple[list[Combination], list[str]]:
         if point or what in needed or (design.mixtures and what != "around"):
             _check_point(f"design.{what}", point, factors)
     for factor in factors:
-        if factor in _COLUMNS or factor.startswith(("base_", "matched_", "setting_")):
+        if factor in _COLUMNS or factor.startswith("setting_"):
             raise ArmError(f"A factor cannot be called {factor!r}, like a column of the results.")
     if any(INERT in levels for levels in factors.values()):
         raise ArmError(f"{INERT!r} is no name for a level: it stands for a level that means nothing.")

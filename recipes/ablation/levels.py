@@ -9,7 +9,8 @@
     mean_difference = [{ when = { form = "lora" }, inert = true }, { adapter.init = "mean_difference" }]
 
 Of a list the first entry counts whose `when` fits. `inert` says that the level means nothing there; combinations that
-differ only in inert levels are one arm. Patching `adapter.type`, or the `name` of another table, replaces the table.
+differ only in inert levels are one arm. A patch goes on top of the base arm as an arm on top of the one it extends
+(`lab/arm_files.py`): one that names another adapter, loss, augmentation or view replaces its whole table.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from typing import Any
 
 from steertune.recipes.ablation.designs import Combination
 from steertune.recipes.ablation.tables import GridTables
-from steertune.recipes.lab.arm import Arm, known, make_arm, read_tables
+from steertune.recipes.lab.arm import Arm, known, make_arm
+from steertune.recipes.lab.arm_files import merge_tables, read_tables, renamed_tables
 from steertune.recipes.lab.files import ArmError
 from steertune.recipes.lab.ingredients import kinds
 
@@ -33,7 +35,7 @@ def with_common(raw: dict[str, Any], tables: GridTables) -> dict[str, Any]:
     trainer = raw.get("trainer", {})
     if isinstance(trainer, dict) and trainer.get("max_steps") != 0:
         common["trainer"] = tables.trainer
-    return _merge(raw, {name: table for name, table in common.items() if table})
+    return merge_tables(raw, {name: table for name, table in common.items() if table})
 
 
 def arm_of(raw: dict[str, Any], tables: GridTables) -> Arm:
@@ -42,7 +44,10 @@ def arm_of(raw: dict[str, Any], tables: GridTables) -> Arm:
     Raises:
         ArmError: as `make_arm`.
     """
-    return make_arm(_merge({"trainer": {"max_steps": tables.budget.steps[0]}}, raw))
+    trainer = raw.get("trainer", {})
+    if isinstance(trainer, dict):
+        raw = {**raw, "trainer": {"max_steps": tables.budget.steps[0], **trainer}}
+    return make_arm(raw)
 
 
 def patched(tables: GridTables, combination: Combination) -> tuple[Combination, Arm]:
@@ -54,7 +59,7 @@ def patched(tables: GridTables, combination: Combination) -> tuple[Combination, 
     raw = with_common(read_tables(tables.base), tables)
     levels, entries = _levels(tables, combination)
     for entry in entries:
-        raw = _merge(raw, entry)
+        raw = merge_tables(raw, entry)
     try:
         return levels, arm_of(raw, tables)
     except ArmError as error:
@@ -90,7 +95,7 @@ def _entry(factor: str, level: str, patch: Any, combination: Combination, tables
     for option in patch if isinstance(patch, list) else [patch]:
         if not isinstance(option, dict):
             raise ArmError(f"factors.{factor}.{level}={patch!r}: a table, or a list of tables, is expected.")
-        option = copy.deepcopy(option)
+        option = renamed_tables(copy.deepcopy(option))
         when = option.pop("when", {})
         where = f"factors.{factor}.{level}"
         if not isinstance(when, dict):
@@ -110,15 +115,3 @@ def _entry(factor: str, level: str, patch: Any, combination: Combination, tables
         if all(combination[other] in ([w] if isinstance(w, str) else w) for other, w in when.items()):
             return option
     raise ArmError(f"factors.{factor}.{level} says nothing for {combination}: add a last entry without `when`.")
-
-
-def _merge(base: dict[str, Any], patch: dict[str, Any]) -> dict[str, Any]:
-    """`base` with `patch` on top, table by table; another adapter or loss replaces its table."""
-    merged = copy.deepcopy(base)
-    for key, value in patch.items():
-        chooser = "type" if key == "adapter" else "name"
-        if isinstance(value, dict) and isinstance(merged.get(key), dict) and chooser not in value:
-            merged[key] = _merge(merged[key], value)
-        else:
-            merged[key] = copy.deepcopy(value)
-    return merged

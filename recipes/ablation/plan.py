@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import time
+from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from steertune.adapters import SteeringVectorConfig
 from steertune.adapters.blocks import find_blocks, resolve_layers
-from steertune.recipes.ablation.bench import Bench
-from steertune.recipes.ablation.cell import FEW_NEUTRAL
 from steertune.recipes.ablation.checks import batch_size, has_strength
+from steertune.recipes.ablation.context import Context
 from steertune.recipes.ablation.grid import Cell, Grid, describe
+from steertune.recipes.ablation.run import FEW_NEUTRAL
 from steertune.recipes.ablation.statistics.paired import smallest_p
+from steertune.recipes.ablation.store import Store, name_of
 from steertune.recipes.ablation.tables import GridTables, TaskTable
-from steertune.recipes.ablation.tidy import AGAIN, read_cell
 from steertune.recipes.lab.arm import Arm
 from steertune.recipes.lab.batches import batches
 from steertune.recipes.lab.files import ArmError
+from steertune.recipes.lab.rows import AGAIN, Record
 from steertune.trainers import ModelAt
 
 _FORWARDS = 3  # a training step in forward passes: a backward pass costs about two
@@ -28,12 +31,13 @@ _TOKENS = 6  # generated tokens that cost as much as one forward pass of a row
 
 
 def plan(
-    grid: Grid, cells: Sequence[Cell], bench: Bench, folder: Path, processes: int, every_cell: bool = False
+    grid: Grid, cells: Sequence[Cell], context: Context, folder: Path, processes: int, every_cell: bool = False
 ) -> str:
     """The card's problem, the design, every arm (or every cell) with its cost and budget, and the time for what is
     left."""
-    left = [cell for cell in cells if not (folder / cell.path / "cell.json").exists()]
-    seconds = estimate(left, bench, folder) if left else {}
+    store = Store(folder)
+    left = [cell for cell in cells if not store.has(cell)]
+    seconds = estimate(left, context, folder) if left else {}
     lines = [
         f"# {grid.tables.name}: {grid.card.problem}",
         describe(cells) + f"; {len(cells) - len(left)} are done.",
@@ -56,22 +60,26 @@ def plan(
     return "\n".join([*lines, "", f"About {total:.0f} minutes on {processes} process(es)."])
 
 
-def estimate(cells: Sequence[Cell], bench: Bench, folder: Path) -> dict[Path, float]:
+def estimate(cells: Sequence[Cell], context: Context, folder: Path) -> dict[Path, float]:
     """Seconds of every cell: from cells of the same arm and task that ran, else from one timed forward pass a task."""
-    rows = {task.label: _row_seconds(bench, task) for task in bench.grid.tasks}
-    shares = {arm.name: _share(arm.arm, len(find_blocks(bench.model))) for arm in bench.grid.arms}
-    found, tuned = {}, set()
+    rows = {task.label: _row_seconds(context, task) for task in context.grid.tasks}
+    shares = {arm.name: _share(arm.arm, len(find_blocks(context.model))) for arm in context.grid.arms}
+    # (arm, task, number of examples) -> cells that ran, whatever their seed
+    ran: dict[tuple[Any, ...], list[Record]] = defaultdict(list)
+    for record in Store(folder).records():
+        ran[name_of(record)[:3]].append(record)
+    seconds_of, tuned = {}, set()
     for cell in cells:
         tunes = cell.tuning_file not in tuned and not (folder / cell.tuning_file).exists()
         tuned.add(cell.tuning_file)
-        known = [_known(file, tunes, cell) for file in _siblings(folder, cell)]
-        if known:
-            found[cell.path] = sum(known) / len(known)
+        siblings = [_seconds(r, tunes, cell) for r in ran[cell.arm.name, cell.task.label, cell.examples]]
+        if siblings:
+            seconds_of[cell.path] = sum(siblings) / len(siblings)
         else:
-            own, tuning = _forwards(cell, bench.grid.tables, len(bench.neutral_data), shares[cell.arm.name])
+            own, tuning = _forwards(cell, context.grid.tables, len(context.neutral), shares[cell.arm.name])
             seconds = rows[cell.task.label] * own
-            found[cell.path] = seconds + (rows[cell.tuned_at[0].label] * tuning if tunes else 0)
-    return found
+            seconds_of[cell.path] = seconds + (rows[cell.tuned_at[0].label] * tuning if tunes else 0)
+    return seconds_of
 
 
 def _forwards(cell: Cell, tables: GridTables, neutral: int, share: float) -> tuple[float, float]:
@@ -102,28 +110,27 @@ def _share(arm: Arm, depth: int) -> float:
     return 1 - lowest / depth
 
 
-def _known(file: Path, tunes: bool, like: Cell) -> float:
-    """Seconds of a cell that ran, without its tuning where that need not be done again."""
-    cell = read_cell(file)
+def _seconds(record: Record, tunes: bool, like: Cell) -> float:
+    """Seconds of a cell that ran, without its tuning where that need not be done again.
+
+    Raises:
+        ArmError: the record does not say.
+    """
     for name in ("seconds", "tuning_seconds"):
-        if not isinstance(cell.get(name), int | float):
-            raise ArmError(f"{file} is no cell: {name}={cell.get(name)!r:.80}. {AGAIN}")
+        if not isinstance(record.facts.get(name), int | float):
+            raise ArmError(f"A cell of {like.arm.name} is damaged: {name}={record.facts.get(name)!r:.80}. {AGAIN}")
     task, examples, seed = like.tuned_at
-    tuned_itself = (cell["task"], cell["examples"], cell["seed"]) == (task.label, examples, seed)
-    return cell["seconds"] - (cell["tuning_seconds"] if tuned_itself and not tunes else 0)
-
-
-def _siblings(folder: Path, cell: Cell) -> list[Path]:
-    return sorted((folder / cell.path.parents[1]).glob(f"seed*/{cell.arm.name}/cell.json"))
+    tuned_itself = (record.keys["task"], record.keys["examples"], record.keys["seed"]) == (task.label, examples, seed)
+    return record.facts["seconds"] - (record.facts["tuning_seconds"] if tuned_itself and not tunes else 0)
 
 
 @torch.no_grad()
-def _row_seconds(bench: Bench, task: TaskTable) -> float:
-    rows = bench.splits(task).validation
-    [batch] = batches(bench.tokenizer, rows.select(range(min(4, len(rows)))), 4)
+def _row_seconds(context: Context, task: TaskTable) -> float:
+    rows = context.splits(task).validation
+    [batch] = batches(context.tokenizer, rows.select(range(min(4, len(rows)))), 4)
     seconds = 0.0
     for _ in range(2):  # the first pass warms up
         start = time.monotonic()
-        ModelAt(bench.model, bench.model, batch.to(bench.model.device))(1.0)
+        ModelAt(context.model, context.model, batch.to(context.model.device))(1.0)
         seconds = time.monotonic() - start
     return seconds / len(batch.labels)

@@ -72,7 +72,8 @@ def run_cell(cell: Cell, context: Context, folder: Path) -> Record:
 
     # settings are chosen on validation rows, once for all cells that share them
     tuning = tuned(cell, context, folder)
-    record.facts |= {"tuning": tuning["trials"], "tuning_seconds": tuning["seconds"], "setting": tuning["best"]}
+    record.facts |= {"tuning_key": cell.tuning_key, "tuning": tuning["trials"]}
+    record.facts |= {"tuning_seconds": tuning["seconds"], "setting": tuning["best"]}
     if tuning["best"] is None:
         record.facts |= {"status": "diverged", "error": "every trial of the tuning diverged"}
     else:
@@ -296,7 +297,7 @@ def measure(cell: Cell, context: Context, model: Any, strength: float, show: Sho
     observed = evaluate(model, held_out, strengths=strengths, known={matched: neutral} if neutral else {})
     if not all(np.isfinite(Seen(values)["margin"]).all() for values in observed.values()):
         raise NonFiniteError("The last update left a model whose log-probabilities are not finite.")
-    record.facts |= {"scalable": _has_strength(cell, model), "strength": strength, "matched_strength": matched}
+    record.facts |= {"scalable": _has_strength(cell, model), "tuned_strength": strength, "matched_strength": matched}
     record.observations |= observed
 
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from steertune.recipes.ablation import analysis, charts
@@ -13,6 +14,7 @@ from steertune.recipes.ablation.budget import draw
 from steertune.recipes.ablation.statistics import Frame
 from steertune.recipes.ablation.statistics.factorial import INERT, Effect, anova, changes, effects, mixed_model
 from steertune.recipes.ablation.statistics.paired import Difference, too_few
+from steertune.recipes.ablation.statistics.rows import examples_of
 from steertune.recipes.ablation.tables import Claim, GridTables
 
 _SHOWN = 8  # arms in a chart; more cannot be told apart
@@ -92,22 +94,22 @@ def effects_of_factors(folder: Path, cells: Frame, tables: GridTables, measure: 
 
 def comparisons(cells: Frame, claim: Claim) -> list[str]:
     """Every arm against the claim's baseline."""
-    own = analysis.scores(cells, claim.measure)
+    own = analysis.scores(cells, claim.column)
     if claim.than not in own:
-        return [f"{claim.than} has no {analysis.MEASURES[claim.measure]}.", ""]
-    found = sorted(analysis.comparisons(cells, claim.than, claim.measure), key=lambda c: -c.difference.estimate)
+        return [f"{claim.than} has no {claim.label}.", ""]
+    found = sorted(analysis.comparisons(cells, claim.than, claim.column), key=lambda c: -c.difference.estimate)
     rows = [[c.arm, f"{c.mean:.3f}", *_numbers(c.difference)] for c in found]
     absent = [a for a in dict.fromkeys(cells["arm"]) if a != claim.than and a not in {c.arm for c in found}]
-    rigid = [a for a in absent if claim.measure.startswith("matched_") and not _has_strength(cells, a)]
+    rigid = [a for a in absent if claim.strength == "matched" and not _has_strength(cells, a)]
     others = [a for a in absent if a not in rigid]
     note = []
     if rigid:
         note += [f"Not compared, because they have no strength that could be matched: {', '.join(rigid)}.", ""]
     if others:
-        measured = f"{analysis.MEASURES[claim.measure]} of them with every number of examples"
+        measured = f"{claim.label} of them with every number of examples"
         note += [f"Not compared, because no pair of task and seed has {measured}: {', '.join(others)}.", ""]
     itself = analysis.mean(own[claim.than].dropna())
-    what = f"{analysis.MEASURES[claim.measure]}; {claim.than} itself has {itself:.3f}."
+    what = f"{claim.label}; {claim.than} itself has {itself:.3f}."
     header = ["arm", "mean", f"minus {claim.than}", *_HEADER]
     return [what[0].upper() + what[1:], "", *table(header, rows), *_reach([c.difference for c in found]), *note]
 
@@ -131,12 +133,12 @@ def recovered(cells: Frame, claim: Claim) -> list[str]:
 def behaviour(cells: Frame) -> list[str]:
     """Means of every measure."""
     columns = {
-        "accuracy": "accuracy, tuned strength",
-        "matched_accuracy": "accuracy, matched KL",
-        "margin_gain": "margin gain, nats",
-        "moved_wrong": "moved the wrong way",
-        "behaviour": "behaviour, tuned",
-        "matched_behaviour": "behaviour, matched KL",
+        "accuracy@tuned": "accuracy, tuned strength",
+        "accuracy@matched": "accuracy, matched KL",
+        "margin_gain@tuned": "margin gain, nats",
+        "moved_wrong@tuned": "moved the wrong way",
+        "behaviour@tuned": "behaviour, tuned",
+        "behaviour@matched": "behaviour, matched KL",
     }
     there = [c for c in columns if c in cells and cells[c].notna().any()]
     groups = cells.groupby("arm", sort=False)
@@ -145,21 +147,25 @@ def behaviour(cells: Frame) -> list[str]:
         [str(arm), *("" if pd.isna(v) else f"{v:.3f}" for v in means.loc[arm]), str(counts_of[arm])]
         for arm in means.index
     ]
-    bases = [f"base_{c.removeprefix('matched_')}" for c in there]
-    base = [cells[name].mean() if name in cells else float("nan") for name in bases]
+    base = [cells[f"{c.partition('@')[0]}@0"].mean() for c in there]
     rows.insert(0, ["(base model)", *("" if pd.isna(v) else f"{v:.3f}" for v in base), ""])
-    counts = [c for c in ("judgements_failed", "matched_judgements_failed") if c in cells]
-    failed = int(cells[counts].max(axis=1).fillna(0).sum())  # at the same strength they are the same answers
+    failed = int(sum(_failed(row) for _, row in cells.iterrows()))
     note = [f"{failed} judgements failed; they are in no mean.", ""] if failed else []
     header = ["arm", *(columns[c] for c in there), "cells"]
     return ["Means over the cells that an arm has:", "", *table(header, rows), *note]
+
+
+def _failed(cell: pd.Series) -> int:
+    """Judgements that failed in a cell; at the same strength they are of the same answers."""
+    values = (cell[examples_of(f"judgements_failed@{strength}")] for strength in ("tuned", "matched"))
+    return max((int(v.sum()) for v in values if isinstance(v, np.ndarray)), default=0)
 
 
 def efficiency(
     folder: Path, cells: Frame, curves: Mapping[str, Sequence[analysis.Efficiency]], claim: Claim, label: str
 ) -> list[str]:
     """Scores by number of examples, curves, and what n examples of an arm are worth in those of each baseline."""
-    charts.curves(cells, most_telling(cells, claim), claim.measure, folder / "charts" / "curves.png", label)
+    charts.curves(cells, most_telling(cells, claim), claim.column, folder / "charts" / "curves.png", label)
     return [
         "## Sample efficiency",
         "",
@@ -174,7 +180,7 @@ def efficiency(
 
 
 def _by_examples(cells: Frame, claim: Claim) -> list[str]:
-    found = analysis.by_examples(cells, claim.than, claim.measure)
+    found = analysis.by_examples(cells, claim.than, claim.column)
     sizes = sorted({n for by_size in found.values() for n in by_size})
 
     def said(by_size: Mapping[int, tuple[float, Difference | None]], n: int) -> str:
@@ -213,38 +219,42 @@ def _worth(cells: Frame, curves: Sequence[analysis.Efficiency], than: str) -> li
 
 
 def side_effects(folder: Path, cells: Frame, tables: GridTables) -> list[str]:
-    y, label = (
-        ("behaviour", "behaviour score") if cells["behaviour"].notna().any() else ("accuracy", "held-out accuracy")
-    )
+    scored = cells["behaviour@tuned"].notna().any()
+    y, label = ("behaviour", "behaviour score") if scored else ("accuracy", "held-out accuracy")
     matched = tables.budget.strengths == "matched"  # then every arm has the same KL, and fluency is what differs
     x, x_label = ("perplexity", "perplexity") if matched else ("kl", "KL to the base")
-    base = None
-    if f"base_{y}" in cells:
-        base = (float(cells["base_perplexity"].mean()) if matched else 0.0, float(cells[f"base_{y}"].mean()))
+    base = (float(cells["perplexity@0"].mean()) if matched else 0.0, float(cells[f"{y}@0"].mean()))
     unit = "" if matched else ", nats/token"
-    charts.pareto(cells, x, y, folder / "charts" / "pareto.png", f"{x_label} on neutral text{unit}", label, base)
+    charts.pareto(
+        cells,
+        f"{x}@tuned",
+        f"{y}@tuned",
+        folder / "charts" / "pareto.png",
+        f"{x_label} on neutral text{unit}",
+        label,
+        base,
+    )
     names = {
-        "kl": "KL to the base",
-        "perplexity": "perplexity",
+        "kl@tuned": "KL to the base",
+        "perplexity@tuned": "perplexity",
         "perplexity_ratio": "of the base's",
-        "repetition": "repetition",
-        "moved_wrong": "moved wrong",
+        "repetition@tuned": "repetition",
+        "moved_wrong@tuned": "moved wrong",
     }
-    if "base_perplexity" in cells:
-        cells = cells.assign(perplexity_ratio=cells["perplexity"] / cells["base_perplexity"])
-    there = [c for c in names if c in cells]
+    cells = cells.assign(perplexity_ratio=cells["perplexity@tuned"] / cells["perplexity@0"])
+    there = [c for c in names if cells[c].notna().any()]
     means = cells.groupby("arm", sort=False)[there].mean()
     rows = [[str(arm), *("" if pd.isna(v) else f"{v:.3f}" for v in means.loc[arm])] for arm in means.index]
-    base = f"Base: perplexity {cells['base_perplexity'].mean():.2f}" if "base_perplexity" in cells else ""
-    if "base_repetition" in cells:
-        base += f", repetition {cells['base_repetition'].mean():.3f}"
+    said = f"Base: perplexity {cells['perplexity@0'].mean():.2f}" if cells["perplexity@0"].notna().any() else ""
+    if cells["repetition@0"].notna().any():
+        said += f", repetition {cells['repetition@0'].mean():.3f}"
     return [
         f"## Side effects, at the {'matched' if matched else 'tuned'} strength",
         "",
         "![Effect against side effect](charts/pareto.png)",
         "",
         *table(["arm", *(names[c] for c in there)], rows),
-        f"{base}.",
+        f"{said}.",
         "",
     ]
 
@@ -348,7 +358,7 @@ def words(table: Mapping[str, Any]) -> str:
 
 def most_telling(cells: Frame, claim: Claim) -> list[str]:
     """The arms of the claim and the best others, as many as a chart can show."""
-    means = cells.groupby("arm")[claim.measure].mean().dropna().sort_values(ascending=False)
+    means = cells.groupby("arm")[claim.column].mean().dropna().sort_values(ascending=False)
     first = [arm for arm in (claim.better, claim.than) if arm in means.index]
     return [*first, *(arm for arm in means.index if arm not in first)][:_SHOWN]
 

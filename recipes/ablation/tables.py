@@ -7,17 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, Field, field_validator
+from pydantic import BaseModel, Field, field_validator, model_validator
 
 from steertune.recipes.ablation.budget import BudgetTable
 from steertune.recipes.ablation.designs import Combination
+from steertune.recipes.lab import measures
 from steertune.recipes.lab.arm import Arm, known
 from steertune.recipes.lab.files import ArmError, read_toml
 from steertune.recipes.lab.splits import SplitTable
-
-Measure = Literal[
-    "accuracy", "matched_accuracy", "margin_gain", "matched_margin_gain", "behaviour", "matched_behaviour"
-]
 
 
 class Card(BaseModel, extra="forbid"):
@@ -39,7 +36,10 @@ class Claim(BaseModel, extra="forbid"):
 
     better: str
     than: str
-    measure: Measure = "matched_accuracy"
+    measure: str = "accuracy"
+    """A file of `recipes/lab/measures/`."""
+    strength: Literal["tuned", "matched"] = "matched"
+    """Where it is compared: at the strength that the tuning chose, or at the grid's KL to the base."""
     alpha: float = Field(default=0.05, gt=0, lt=1)
     margin: float = Field(default=0.0, ge=0, allow_inf_nan=False)
     """How far ahead `better` is claimed to be: clearly more counts for the claim, clearly less against it."""
@@ -47,6 +47,41 @@ class Claim(BaseModel, extra="forbid"):
     """What share of `than`'s gain over the base model `better` is claimed to reach, in place of being better."""
     factor: str | None = None
     """The factor that is claimed to have the largest share of the gap; another with a larger one counts against."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_measure(cls, table: Any) -> Any:
+        """`matched_accuracy` is how `measure = "accuracy"`, `strength = "matched"` was written before."""
+        if not isinstance(table, dict) or not isinstance(table.get("measure"), str):
+            return table
+        name = table["measure"]
+        if name.startswith("matched_"):
+            return {**table, "measure": name.removeprefix("matched_"), "strength": "matched"}
+        if "strength" not in table:
+            raise ValueError(f'measure={name!r} needs a strength: set strength = "matched" or strength = "tuned"')
+        return table
+
+    @field_validator("measure")
+    @classmethod
+    def _known_measure(cls, name: str) -> str:
+        return measures.get(name).name
+
+    @property
+    def column(self) -> str:
+        """The column of the cells that it is about."""
+        return f"{self.measure}@{self.strength}"
+
+    @property
+    def label(self) -> str:
+        """What it is about, in words."""
+        return measure_label(self.measure, self.strength)
+
+
+def measure_label(measure: str, strength: str) -> str:
+    """A measure at a strength in words, with its unit."""
+    found = measures.get(measure)
+    unit = f" ({found.unit})" if found.unit else ""
+    return f"{found.title}{unit} at {'matched KL' if strength == 'matched' else 'the tuned strength'}"
 
 
 class DesignTable(BaseModel, extra="forbid"):

@@ -28,12 +28,11 @@ from pydantic.errors import PydanticSchemaGenerationError, PydanticUndefinedAnno
 
 import steertune.adapters  # noqa: F401  registers the method with PEFT
 from steertune.losses import Loss, get_loss
-from steertune.recipes.lab.files import ArmError, check_name, nearest, read_toml, reasons
+from steertune.recipes.lab.arm_files import read_tables, renamed_tables
+from steertune.recipes.lab.files import ArmError, check_name, nearest, reasons
 from steertune.recipes.lab.ingredients import Ingredient, check_recipe, kinds
-from steertune.recipes.lab.paths import CONFIGS
 from steertune.recipes.lab.tables import ArmTables
 
-ARMS = CONFIGS / "arms"
 UPSTREAM = "upstream"  # the loss of TRL's own trainer
 IngredientT = TypeVar("IngredientT", bound=Ingredient)
 
@@ -157,27 +156,13 @@ def load_arm(file: str | Path, overrides: Sequence[str] = (), recipe: str = "") 
     return arm
 
 
-def read_tables(file: str | Path) -> dict[str, Any]:
-    """The tables of an arm as they stand in its file, named after the file.
-
-    Raises:
-        ArmError: no such arm, or broken TOML.
-    """
-    path = Path(file) if Path(file).suffix == ".toml" else ARMS / f"{file}.toml"
-    if not path.is_file():
-        known = sorted(p.stem for p in ARMS.glob("*.toml"))
-        raise ArmError(f"No arm {str(file)!r}: neither a .toml file nor one of {known}.{nearest(str(file), known)}")
-    tables = read_toml(path)
-    tables.setdefault("name", path.stem)
-    return tables
-
-
 def make_arm(tables: dict[str, Any]) -> Arm:
     """An arm from its tables, every key checked.
 
     Raises:
         ArmError: an unknown key, a value of the wrong type, tables that contradict each other.
     """
+    tables = renamed_tables(tables)
     known("arm", tables, [*(name for name in Arm.model_fields if name != "ingredients"), *kinds()])
     known_tables("arm", {name: table for name, table in tables.items() if name not in kinds()}, Arm)
     try:

@@ -23,10 +23,11 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM
 
 from steertune.adapters.checks import CHECKSUMS, check_checksums
-from steertune.recipes.ablate import check_folder, run
-from steertune.recipes.ablation.bench import Bench
+from steertune.recipes.ablate import run
+from steertune.recipes.ablation.cells import read_cells
+from steertune.recipes.ablation.context import Context
 from steertune.recipes.ablation.grid import make_grid
-from steertune.recipes.ablation.tidy import read_cells
+from steertune.recipes.ablation.store import Store
 from steertune.recipes.lab.files import ArmError, write_whole
 from steertune.recipes.lab.processes import begin, command, positive
 from steertune.recipes.studies.planting.page import page
@@ -83,11 +84,11 @@ def study(problem: str, number: int, base: Path, folder: Path) -> Study:
         check_checksums(task)
     grid = make_grid(tables(problem, base, [str(task) for task in tasks]))
     cells = grid.cells()
-    check_folder(home, cells)
-    failed = run(grid, cells, Bench(grid), home, show=False)
+    Store(home).check(cells)
+    failed = run(cells, Context(grid), home, show=False)
     if failed:
         raise ArmError(f"{len(failed)} cells of {home} failed, the first {failed[0]}: see their failed.json.")
-    return read_study(problem, grid, read_cells(home, [str(cell.path) for cell in cells]))
+    return read_study(problem, grid, read_cells(home, grid.to_json()))
 
 
 def tables(problem: str, base: Path, tasks: list[str]) -> dict[str, Any]:
@@ -117,7 +118,7 @@ def tables(problem: str, base: Path, tasks: list[str]) -> dict[str, Any]:
             "baselines": "The other forms, and the wrong layer.",
             "affordances": {"*": "the same pairs, the same budget"},
         },
-        "claim": {"better": _arm(end), "than": _arm(start), "measure": "matched_accuracy"},
+        "claim": {"better": _arm(end), "than": _arm(start), "measure": "accuracy", "strength": "matched"},
         "design": {"kind": "full", "start": start, "end": end},
         "factors": {
             "form": {

@@ -22,7 +22,7 @@ from steertune.recipes.ablation.keys import VERSION
 from steertune.recipes.ablation.known import Known
 from steertune.recipes.ablation.plan import estimate
 from steertune.recipes.ablation.tidy import read_cells
-from steertune.recipes.lab.arm import ARMS as ARMS_FOLDER
+from steertune.recipes.lab.arm_files import ARMS as ARMS_FOLDER
 from steertune.recipes.lab.files import ArmError, read_result
 
 DEEP = ("beft_dpo", "lora_layer_dpo")  # name layer 15

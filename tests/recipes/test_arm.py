@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import argparse
+import json
 import tomllib
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import readme
 from peft import LoraConfig
 from tiny_data import pairs, tokenizer
+from tiny_grids import GRID
 from tiny_models import tiny
 from trl import DPOConfig
 
 from steertune import losses
 from steertune.adapters import SteeringVectorConfig
 from steertune.losses.dpo import DPO
+from steertune.recipes.ablation.grid import make_grid
 from steertune.recipes.lab import augmentation as augmentation
-from steertune.recipes.lab.arm import ARMS, load_arm, parse_arm
+from steertune.recipes.lab.arm import load_arm, parse_arm
+from steertune.recipes.lab.arm_files import ARMS, read_tables
 from steertune.recipes.lab.data import load_splits
 from steertune.recipes.lab.files import ArmError
 from steertune.recipes.lab.training import make_trainer
@@ -33,7 +39,7 @@ def test_shipped_arms_are_valid(file: Path, tmp_path: Path) -> None:
 
 
 def test_everything_has_an_arm() -> None:
-    arms = [tomllib.loads(file.read_text()) for file in ARMS.glob("*.toml")]
+    arms = [read_tables(file) for file in ARMS.glob("*.toml")]
     seen_views = {view.get("name", key) for arm in arms for key, view in arm.get("views", {}).items()}
     named = {arm["loss"]["name"] for arm in arms if "loss" in arm}
     assert readme.rows("loss") <= named <= {*losses.names(), "upstream"}
@@ -45,6 +51,95 @@ def test_everything_has_an_arm() -> None:
     assert {arm["augmentation"]["name"] for arm in arms if "augmentation" in arm} == {*augmentation.names()} - {
         "function"
     }
+
+
+def resolved(file: str | Path) -> dict[str, Any]:
+    """What an arm and its parents say, with the defaults of `[data]`, which only some of them state."""
+    tables = read_tables(file)
+    del tables["name"]
+    return {**tables, "data": {"train": 32, "test": 40, **tables["data"]}}
+
+
+def test_shipped_arms_resolve_to_what_cells_were_keyed_by() -> None:
+    expected = json.loads((Path(__file__).parent / "resolved_arms.json").read_text())
+    for name, tables in expected.items():
+        assert resolved(name) == tables, name
+        for table in ("biases", "views", "teachers"):  # their order counts
+            assert [*resolved(name).get(table, {})] == [*tables.get(table, {})], name
+
+
+def write(folder: Path, **files: str) -> None:
+    for name, text in files.items():
+        (folder / f"{name}.toml").write_text(text)
+
+
+def test_an_arm_that_extends_another_states_what_differs(tmp_path: Path) -> None:
+    write(
+        tmp_path,
+        parent='name = "theirs"\nextends = "lora_dpo"\noutput.folder = "runs/theirs"\n[biases.rank_one]\n',
+        child='extends = "parent.toml"\n[adapter]\nr = 2\n[loss]\nname = "simpo"\n'
+        "[trainer]\nmax_steps = {}\n[biases]\n",
+    )
+    child, lora = load_arm(tmp_path / "child.toml"), load_arm("lora_dpo")
+    assert (child.name, child.output.folder) == ("child", None), "an arm's own"
+    assert child.data == lora.data
+    assert child.adapter == {**lora.adapter, "r": 2}, "key by key"
+    assert child.loss == {"name": "simpo"}, "another loss has other options"
+    assert child.trainer == {key: value for key, value in lora.trainer.items() if key != "max_steps"}, "the default"
+    assert child.biases == {}, "an empty table replaces"
+
+
+def test_a_view_of_another_kind_replaces_the_inherited_one(tmp_path: Path) -> None:
+    write(tmp_path, child='extends = "vector_distillation"\n[views.good]\nname = "demonstrations"\nk = 2\n')
+    assert load_arm(tmp_path / "child.toml").views == {"good": {"name": "demonstrations", "k": 2}}
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({"a": 'extends = "a.toml"'}, "circle: a -> a. Remove"),
+        ({"a": 'extends = "b.toml"', "b": 'extends = "c.toml"', "c": 'extends = "b.toml"'}, "circle: b -> c -> b"),
+        ({"a": 'extends = "b.toml"'}, r"a.toml: extends='b.toml' does not exist"),
+        ({"a": 'extends = "vector_dop"'}, r"extends='vector_dop' does not exist.*Did you mean 'vector_dpo'"),
+        ({"a": 'extends = ["vector_dpo"]'}, r"extends must be a string \(got \['vector_dpo'\]\)"),
+        ({"a": 'extends = "b.toml"', "b": "[data"}, "b.toml is not valid TOML"),
+        ({"a": 'extends = "vector_dpo"\n[adapter]\nlayer = 3'}, "Did you mean 'layers'"),
+    ],
+)
+def test_what_an_arm_cannot_extend(files: dict[str, str], message: str, tmp_path: Path) -> None:
+    write(tmp_path, **files)
+    with pytest.raises(ArmError, match=message):
+        load_arm(tmp_path / "a.toml")
+
+
+def test_a_cells_key_does_not_depend_on_how_its_arm_is_written(tmp_path: Path) -> None:
+    write(tmp_path, child='extends = "lora_capped_dpo"\nname = "arm"\n')
+    write(tmp_path, whole="name = 'arm'\n" + "".join(toml(resolved("lora_capped_dpo"))))
+    tables = {"name": "g", "tasks": ["warm_tone"], "examples": [8], "seeds": [0]}
+    tables |= {"card": tomllib.loads(GRID)["card"], "claim": {"better": "arm", "than": "base"}}
+
+    def keys(file: str) -> list[str]:
+        grid = make_grid({**tables, "arms": [str(tmp_path / file), "base"]})
+        return [cell.key for cell in grid.cells()]
+
+    assert keys("child.toml") == keys("whole.toml")
+
+
+def toml(tables: dict[str, Any]) -> Iterator[str]:
+    """Lines of TOML, for tables of numbers and strings."""
+    for name, table in tables.items():
+        yield f"[{name}]\n"
+        yield from (f"{key} = {json.dumps(value)}\n" for key, value in table.items())
+
+
+def test_former_names_work_with_a_warning(tmp_path: Path) -> None:
+    with pytest.warns(FutureWarning, match="'bias_dpo' is now called 'vector_dpo'"):
+        assert load_arm("bias_dpo") == load_arm("vector_dpo")
+    write(tmp_path, old='extends = "lora_templates_dpo"\n[proliferation]\ntimes = 4\n')
+    with pytest.warns(FutureWarning, match=r"\[proliferation\] is now called \[augmentation\]"):
+        assert load_arm(tmp_path / "old.toml").augmentation == {"name": "templates", "times": 4}
+    with pytest.warns(FutureWarning, match=r"\[augmentation\]"):
+        assert load_arm("lora_templates_dpo", ["--proliferation.times=4"]).augmentation["times"] == 4
 
 
 def test_views_that_the_loss_does_not_see(tmp_path: Path) -> None:

@@ -9,7 +9,8 @@ from tiny_grids import make_tables, run
 from tiny_models import tiny
 
 from steertune.recipes.ablation.grid import make_grid
-from steertune.recipes.lab.arm import ARMS, load_arm, make_arm
+from steertune.recipes.lab.arm import load_arm, make_arm
+from steertune.recipes.lab.arm_files import ARMS
 from steertune.recipes.lab.augmentation import AugmentationError, get_augmenter, grown, names, read
 from steertune.recipes.lab.augmentation import function as function_module
 from steertune.recipes.lab.augmentation.perturbations import Perturbations

@@ -15,8 +15,8 @@ from steertune.recipes.ablation import grid as module
 from steertune.recipes.ablation.budget import draw
 from steertune.recipes.ablation.grid import Cell, Grid, describe, load_grid, make_grid
 from steertune.recipes.ablation.tables import GridTables
-from steertune.recipes.lab.arm import ARMS as ARMS_FOLDER
 from steertune.recipes.lab.arm import load_arm
+from steertune.recipes.lab.arm_files import ARMS as ARMS_FOLDER
 from steertune.recipes.lab.files import ArmError
 
 GRID = """

@@ -55,12 +55,15 @@ class Seen:
             Missing: neither was recorded.
         """
         if name in self.observations:
-            values = self.observations[name]
-            is_text = any(isinstance(value, str) for value in values)
-            return np.array(values, dtype=object if is_text else float)  # None becomes NaN
+            return self.recorded(name)
         if name not in names():
             raise Missing(f"No observation {name!r} was recorded; there are {sorted(self.observations)}.")
-        return get(name).rows(self)
+        return get(name).values(self)
+
+    def recorded(self, name: str) -> Array:
+        """An observation as an array, `(examples,)`; where there is no value it is NaN."""
+        values = self.observations[name]
+        return np.array(values, dtype=object if any(isinstance(value, str) for value in values) else float)
 
     def __contains__(self, name: str) -> bool:
         try:
@@ -96,17 +99,25 @@ class Measure:
     total: Callable[[float], float] | None = None
     observe: Callable[[Any, Any], Sequence[float]] | None = None
 
+    def values(self, seen: Seen) -> Array:
+        """One value for every example: what was recorded under the measure's name, else what follows from the rest.
+
+        Raises:
+            Missing: an observation was not recorded.
+        """
+        return seen.recorded(self.name) if self.name in seen.observations else self.rows(seen)
+
     def summary(self, seen: Seen) -> float:
         """The mean over the examples that have a value; NaN if none has.
 
         Raises:
             Missing: an observation was not recorded.
         """
-        values = self.rows(seen)
+        values = self.values(seen)
         valid = ~np.isnan(values)
         if not valid.any():
             return math.nan
-        weights = seen[self.weight][valid] if self.weight and self.weight in seen else None
+        weights = seen[self.weight][valid] if self.weight in seen.observations else None
         mean = float(np.average(values[valid], weights=weights))
         return mean if self.total is None else float(self.total(mean))
 

@@ -47,10 +47,10 @@ def read_study(problem: str, grid: Grid, cells: Frame) -> Study:
     """What a study says."""
     claim = grid.tables.claim
     assert claim is not None
-    found = analysis.attribution(cells, grid.tables, claim.measure)
+    found = analysis.attribution(cells, grid.tables, claim.column)
     side = analysis.verdict(cells, claim, found).side
-    gaps = {f"{e.factor} {e.level}": e.difference for e in effects(cells, ["form", "layer"], claim.measure)}
-    means = cells.groupby(["form", "layer"])[claim.measure].mean()
+    gaps = {f"{e.factor} {e.level}": e.difference for e in effects(cells, ["form", "layer"], claim.column)}
+    means = cells.groupby(["form", "layer"])[claim.column].mean()
     at_right = {form: float(means[form, "right"]) for form in FORMS}
     clear = {name: gap.estimate for name, gap in gaps.items() if gap.clear()}
     by_p = corrected([gap.permutation for gap in gaps.values()])
@@ -60,7 +60,7 @@ def read_study(problem: str, grid: Grid, cells: Frame) -> Study:
     shares = tuple(f for f, share in found.shares.items() if share.clear())
     return Study(
         means={(str(f), str(la)): float(v) for (f, la), v in means.items()},
-        base=float(cells["base_accuracy"].mean()),
+        base=float(cells["accuracy@0"].mean()),
         named=max(at_right, key=lambda form: (not np.isnan(at_right[form]), at_right[form])) == problem,
         form=form,
         layer=clear.get("layer wrong", 0.0) < 0,

@@ -1,0 +1,95 @@
+"""Cells of version 3, which kept margins and means in place of observations, as records.
+
+A mean whose examples were not kept becomes an observation of one example, so it counts as before.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from steertune.recipes.lab.files import ArmError
+from steertune.recipes.lab.rows import AGAIN, BASE, KEYS, MATCHED, TUNED, Record
+
+VERSION = 3
+_PREFIXES = {BASE: "base_", TUNED: "", MATCHED: "matched_"}
+_LISTS = {"margin": "margins", "score": "behaviours", "answer": "answers"}
+_MEANS = ("accuracy", "margin_gain", "moved_wrong", "behaviour", "repetition", "kl")
+_FROM_LISTS = {"accuracy": "margin", "margin_gain": "margin", "moved_wrong": "margin", "behaviour": "score"}
+"""Means that follow from a list, where it was kept."""
+
+
+def is_old(content: Mapping[str, Any]) -> bool:
+    """Whether this is the content of an old `cell.json`."""
+    return "version" in content and "format" not in content
+
+
+def record_of(cell: Mapping[str, Any], where: str = "This") -> Record:
+    """The record of an old cell.
+
+    Raises:
+        ArmError: it is of a version that is not read any more, or lacks what every cell has.
+    """
+    if cell["version"] != VERSION:
+        raise ArmError(
+            f"{where} is of version {cell['version']} of the instrument; {VERSION} and later are read. {AGAIN}"
+        )
+    for name in (*KEYS, "status"):
+        if name not in cell:
+            raise ArmError(f"{where} is not a cell: it has no {name}. {AGAIN}")
+    observations = {label: _observations(cell, prefix) for label, prefix in _PREFIXES.items()}
+    taken = {prefix + name for prefix in _PREFIXES.values() for name in (*_LISTS.values(), *_MEANS, *_DROPPED)}
+    facts = {name: value for name, value in cell.items() if name not in taken and name not in (*KEYS, "version")}
+    return Record({name: cell[name] for name in KEYS}, {k: o for k, o in observations.items() if o}, facts)
+
+
+_DROPPED = ("margin", "judgements_failed", "perplexity", "levels")
+
+
+def _observations(cell: Mapping[str, Any], prefix: str) -> dict[str, list[Any]]:
+    observed: dict[str, list[Any]] = {}
+    for name, column in _LISTS.items():
+        values = cell.get(f"{prefix}{column}")
+        if values is not None and len(values):
+            observed[name] = [*values]
+    for name in _MEANS:
+        value = cell.get(f"{prefix}{name}")
+        kept = _FROM_LISTS.get(name) in observed
+        if value is not None and not kept and math.isfinite(value):
+            observed[name] = [float(value)]
+    perplexity = cell.get(f"{prefix}perplexity")
+    if perplexity is not None and math.isfinite(perplexity):
+        observed["perplexity"] = [math.log(perplexity)]  # its values are log-likelihoods
+    return observed
+
+
+def records_of_table(table: pd.DataFrame) -> list[Record]:
+    """The records of an old `cells.parquet`, a row a cell.
+
+    Raises:
+        ArmError: it is of a version that is not read any more.
+    """
+    records = []
+    for row in table.to_dict("records"):
+        cell: dict[str, Any] = {str(name): _python(value) for name, value in row.items()}
+        setting = {name.removeprefix("setting_"): cell.pop(name) for name in [*cell] if name.startswith("setting_")}
+        present = {name: value for name, value in cell.items() if value is not None}
+        if present.get("status") == "failed":
+            keys = {name: present[name] for name in KEYS}
+            records.append(Record(keys, facts={"status": "failed", "error": present.get("error")}))
+            continue
+        present["setting"] = setting if any(value is not None for value in setting.values()) else None
+        records.append(record_of({**present, "error": cell.get("error"), "seed": int(present["seed"])}))
+    return records
+
+
+def _python(value: Any) -> Any:
+    if isinstance(value, np.ndarray):
+        return [_python(entry) for entry in value]
+    if isinstance(value, np.generic):
+        value = value.item()
+    return None if isinstance(value, float) and math.isnan(value) else value

@@ -106,7 +106,9 @@ def run(arm: Arm) -> Record:
     # the base, the same behind the prompt, and the distilled model, on the same rows
     keys = {"task": Path(arm.data.name).name, "examples": arm.data.train, "seed": arm.data.seed}
     base = evaluate_base(held_out)
-    prompted = Record({"arm": f"{arm.name}, prompted", **keys}, base | evaluate(model, held_out.behind(partial(_behind, view))))
+    prompted = Record(
+        {"arm": f"{arm.name}, prompted", **keys}, base | evaluate(model, held_out.behind(partial(_behind, view)))
+    )
     record = Record({"arm": arm.name, **keys}, base | evaluate(adapted, held_out))
     record.facts = {
         "adapter": arm.adapter,

@@ -46,7 +46,11 @@ DEFAULT_ARM = "vector_dpo"
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; returns the exit code."""
     parser = argparse.ArgumentParser(prog="train", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--json", action="store_true", help="print result.json and the mean of every measure in the end, all else to standard error")
+    parser.add_argument(
+        "--json",
+        action="store_true",
+        help="print result.json and the mean of every measure in the end, all else to standard error",
+    )
     known, overrides = parse_arm(parser, argv, DEFAULT_ARM)
     arm = load_arm(known.arm, overrides, recipe="train")
     if not known.json:
@@ -117,8 +121,8 @@ def run(arm: Arm) -> Record:
     }
     if state.is_main_process:
         what = (
-            f"{arm.adapter}, loss {arm.loss}, {len(training.rows)} examples of {arm.data.name}, base {arm.model.name}; "
-            f"{len(test)} held-out examples."
+            f"{arm.adapter}, loss {arm.loss}, {len(training.rows)} examples of {arm.data.name}, base "
+            f"{arm.model.name}; {len(test)} held-out examples."
         )
         page = write_page(folder, record, what, _use(arm, folder))
         if (folder / "adapter" / "adapter_config.json").is_file():

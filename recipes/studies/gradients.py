@@ -45,11 +45,11 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from steertune.recipes.lab.arm import Arm, load_arm, refuse_augmentation
+from steertune.recipes.lab.arm import Arm, load_arm
 from steertune.recipes.lab.data import load_model, load_splits
-from steertune.recipes.lab.files import ArmError
+from steertune.recipes.lab.files import ArmError, write_whole
 from steertune.recipes.lab.processes import begin, command, positive
-from steertune.recipes.lab.training import make_trainer, write_whole
+from steertune.recipes.lab.training import make_trainer, training_of
 from steertune.trainers import FrozenPrefix
 
 CONTRASTS = {
@@ -81,10 +81,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--folder", type=Path, default=Path("runs/gradients"))
     options = parser.parse_args(argv)
     begin(options.threads, only_one=True)
-    found = measure(options)
-    table = summarise(options, found)
+    rows = measure(options)
+    table = summarise(options, rows)
     options.folder.mkdir(parents=True, exist_ok=True)
-    write_whole(options.folder / "gradients.json", json.dumps(found, indent=1))
+    write_whole(options.folder / "gradients.json", json.dumps(rows, indent=1))
     write_whole(options.folder / "table.md", table)
     print(table)
     return 0
@@ -95,18 +95,13 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
 
     Raises:
         ArmError: fewer than two batches, a batch of one pair, which has no other prompt, no batch of held-out pairs,
-            or an arm with biases or a `[augmentation]`.
+            or an arm with an ingredient that makes examples or changes gradients.
     """
     if options.batch < 2 or options.pairs < 2 * options.batch:
         raise ArmError(f"--pairs {options.pairs} --batch {options.batch}: two batches or more, of two pairs or more.")
     if options.held_out < options.batch:
         raise ArmError(f"--held-out {options.held_out}: one batch of {options.batch} or more.")
     arms = {name: _arm(options, changes) for name, changes in CONTRASTS.items()}
-    if biases := list(arms["pairs"].biases):
-        raise ArmError(
-            f"Arm {options.arm!r} changes gradients with {biases}; what is measured here is the loss's own."
-        )
-    refuse_augmentation(arms["pairs"], "gradients")
     model, tokenizer = load_model(arms["pairs"].model)
     asked = {name: (arm, 0, options.pairs) for name, arm in arms.items()}
     asked["held out"] = (arms["pairs"], 1, options.held_out)
@@ -115,7 +110,8 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
         with tempfile.TemporaryDirectory() as folder:
             settings = {"save_strategy": "no", "disable_tqdm": True, "per_device_train_batch_size": options.batch}
             rows = load_splits(arm.data)[split]
-            trainer = make_trainer(arm, copy.deepcopy(model), tokenizer, rows, Path(folder), prefix, **settings)
+            training = training_of(arm, copy.deepcopy(model), tokenizer, rows, Path(folder))
+            trainer = make_trainer(training, prefix, **settings)
             trainer.initialise_vectors()
             trainer.pay_once.start(trainer, training=True)
             seen[name] = _gradients(trainer, pairs // options.batch)
@@ -138,7 +134,8 @@ def unmatched(none: Tensor, unpaired: Tensor, pairs: Tensor) -> dict[str, Tensor
 def _arm(options: argparse.Namespace, changes: Sequence[str]) -> Arm:
     values = {"model.name": options.model, "data.name": options.task}
     values |= {"data.train": options.pairs, "data.test": options.held_out}
-    return load_arm(options.arm, [*(f"--{key}={value}" for key, value in values.items()), *changes])
+    overrides = [*(f"--{key}={value}" for key, value in values.items()), *changes]
+    return load_arm(options.arm, overrides, recipe="gradients")
 
 
 def _gradients(trainer: Any, batches: int) -> Tensor:

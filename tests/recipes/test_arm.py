@@ -211,7 +211,7 @@ def test_wrong_training_arguments_are_named(words: list[str], message: str, tmp_
 
 def test_unknown_arm_and_broken_file(tmp_path: Path) -> None:
     with pytest.raises(ArmError, match="Did you mean 'vector_dpo'"):
-        load_arm("bias_dp")
+        load_arm("vector_dp")
     broken = tmp_path / "broken.toml"
     broken.write_text("[data\n")
     with pytest.raises(ArmError, match="not valid TOML"):

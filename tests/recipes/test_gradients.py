@@ -93,7 +93,7 @@ def test_the_recipe_measures_every_contrast_on_the_same_batches(tmp_path, capsys
 
 
 def test_an_arm_that_changes_gradients_is_refused(tmp_path, capsys):
-    assert gradients.main([str(tmp_path), "--model", "nowhere", "--arm", "lora_vector_start"]) == 2
+    assert gradients.main([str(tmp_path), "--model", "nowhere", "--arm", "lora_start_dpo"]) == 2
     assert "has a table [inductive_biases]: they change gradients" in capsys.readouterr().err
 
 

@@ -13,21 +13,16 @@ the results with `python -m steertune.recipes.report runs/quick`.
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
 import sys
 import time
 import traceback
 from collections.abc import MutableMapping, Sequence
-from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
-from typing import Any
+from typing import Annotated
 
 import torch
-from datasets import disable_progress_bars
 from filelock import FileLock, Timeout
-from tqdm.auto import tqdm
 
 from steertune.recipes.ablation.context import Context
 from steertune.recipes.ablation.grid import Cell, Grid, load_grid
@@ -36,74 +31,57 @@ from steertune.recipes.ablation.plan import plan
 from steertune.recipes.ablation.run import run_cell
 from steertune.recipes.ablation.store import TABLE, Reusable, Store
 from steertune.recipes.lab import scorers
+from steertune.recipes.lab.command_line import Argument, Option, Result, Threads, command, grid_names
 from steertune.recipes.lab.files import write_result
-from steertune.recipes.lab.processes import begin, command, positive
+from steertune.recipes.lab.processes import begin
+from steertune.recipes.lab.progress import Bar, progress
 
 GRID = "grid.json"
 _PACK_SECONDS = 600
 
 
 @command
-def main(argv: Sequence[str] | None = None) -> int:
-    """Command line; returns the exit code: 2 for a grid that cannot run, 1 if a cell failed."""
-    options = _parser().parse_args(argv)
+def main(
+    grid: Annotated[str, Argument(help="a .toml file or a name in recipes/configs/grids/", autocompletion=grid_names)],
+    folder: Annotated[Path | None, Option(help="where cells are kept (runs/<name of the grid>)")] = None,
+    reuse: Annotated[
+        list[Path] | None, Option("--reuse", "--known", help="folders of other grids with the same cells")
+    ] = None,
+    data_root: Annotated[Path | None, Option(help="folder that relative task names start from")] = None,
+    threads: Threads = None,
+    dry_run: Annotated[bool, Option("--dry-run", help="print cells, cost and time, and stop")] = False,
+    words: Sequence[str] = (),
+) -> Result | int:
+    """Run the grid; the exit code is 1 if a cell failed."""
     rank, processes = stand_alone(os.environ)
-    with redirect_stdout(sys.stderr) if options.json else nullcontext():
-        found = _ablate(options, argv, rank, processes)
-    if options.json and rank == 0:
-        print(json.dumps(found))
-    return 1 if found["failed"] else 0
-
-
-def _ablate(options: argparse.Namespace, argv: Sequence[str] | None, rank: int, processes: int) -> dict[str, Any]:
-    """Run the grid that the command line names; return where it is, and how far."""
-    threads = options.threads or (max(1, (os.cpu_count() or 1) // processes) if processes > 1 else None)
-    disable_progress_bars()
     begin(threads, running=processes)
-    grid = load_grid(options.grid, options.data_root)
-    folder = options.folder or Path("runs") / grid.tables.name
-    cells = grid.cells()
+    loaded = load_grid(grid, data_root)
+    folder = folder or Path("runs") / loaded.tables.name
+    cells = loaded.cells()
     # the folder's own table holds tunings that further seeds need
     own = [folder] if (folder / TABLE).is_file() else []
-    store, reusable, context = Store(folder), Reusable([*options.reuse, *own]), Context(grid)
+    store, reusable, context = Store(folder), Reusable([*(reuse or ()), *own]), Context(loaded)
     store.check(cells)
-    for task in grid.tasks:  # refuses bad rows before anything is trained
+    for task in loaded.tasks:  # refuses bad rows before anything is trained
         scorers.read(task.scorer)
         context.splits(task)
-    for task in grid.tasks if grid.tables.generations else ():
+    for task in loaded.tasks if loaded.tables.generations else ():
         context.scorer(task)
-    if not options.dry_run:
+    if not dry_run:
         reusable.take(cells, folder)
-    elif options.reuse and rank == 0:
+    elif reuse and rank == 0:
         print(f"{len(reusable.of(cells))} cells can be reused; they count as left below.")
     if rank == 0:
-        print(plan(grid, cells, context, folder, processes, every_cell=options.dry_run))
+        print(plan(loaded, cells, context, folder, processes, every_cell=dry_run))
     failed = []
-    if not options.dry_run:
-        write_grid(folder, grid, argv)
+    if not dry_run:
+        write_grid(folder, loaded, words)
         failed = run(cells, context, folder, show=rank == 0)
-        if rank == 0:
-            print(f"Cells are in {folder}. Read them: python -m steertune.recipes.report {folder}")
+    code = 1 if failed else 0
     done = sum(store.has(cell) for cell in cells)
-    return {"folder": str(folder), "cells": len(cells), "done": done, "failed": failed}
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="ablate", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("grid", help="a .toml file or a name in recipes/configs/grids/")
-    parser.add_argument("--folder", type=Path, help="where cells are kept (runs/<name of the grid>)")
-    parser.add_argument(
-        "--reuse", "--known", type=Path, action="append", default=[], help="folder of another grid with the same cells"
-    )
-    parser.add_argument("--data-root", type=Path, help="folder that relative task names start from")
-    parser.add_argument(
-        "--threads", type=positive, help="CPU threads of this process (all cores, shared by the processes)"
-    )
-    parser.add_argument("--dry-run", action="store_true", help="print cells, cost and time, and stop")
-    parser.add_argument(
-        "--json", action="store_true", help="print how far it is in the end, all else to standard error"
-    )
-    return parser
+    data = {"folder": str(folder), "cells": len(cells), "done": done, "failed": failed}
+    text = "" if dry_run else f"Cells are in {folder}. Read them: steertune report {folder}"
+    return Result(data, text, code) if rank == 0 else code
 
 
 def run(cells: Sequence[Cell], context: Context, folder: Path, show: bool = True) -> list[str]:
@@ -117,19 +95,18 @@ def run(cells: Sequence[Cell], context: Context, folder: Path, show: bool = True
     """
     failed, started, store = [], time.time(), Store(folder)
     todo, packed = [cell for cell in cells if not store.has(cell)], time.monotonic()
-    with tqdm(total=len(cells), initial=len(cells) - len(todo), desc="Cells", unit="cell", disable=not show) as bar:
+    with progress("Cells", len(cells), show) as bar:
+        bar.skip(len(cells) - len(todo))
         waiting = todo
         while waiting:
             busy = []
             for cell in waiting:
-                outcome = _claimed(cell, context, folder, started)
+                outcome = _claimed(cell, context, folder, started, bar)
                 if outcome == "busy":
                     busy.append(cell)
                     continue
                 if outcome == "failed":
                     failed.append(cell.title)
-                bar.set_postfix_str(cell.title)
-                bar.update()
                 if time.monotonic() - packed > _PACK_SECONDS:
                     store.pack()
                     packed = time.monotonic()
@@ -140,7 +117,7 @@ def run(cells: Sequence[Cell], context: Context, folder: Path, show: bool = True
     return failed
 
 
-def _claimed(cell: Cell, context: Context, folder: Path, started: float) -> str:
+def _claimed(cell: Cell, context: Context, folder: Path, started: float, bar: Bar) -> str:
     """Run a cell unless it is done, another runner is at it or it failed there since this one started. The lock ends
     with the process that holds it."""
     home = folder / cell.path
@@ -149,14 +126,17 @@ def _claimed(cell: Cell, context: Context, folder: Path, started: float) -> str:
     try:
         with FileLock(home / "cell.lock", timeout=0):
             if (home / "cell.json").exists():
+                bar.skip()
                 return "done"
             if failure.exists() and failure.stat().st_mtime >= started:
+                bar.skip()
                 return "failed"
             try:
-                run_cell(cell, context, folder)
+                with bar.step(cell.title):
+                    run_cell(cell, context, folder)
             except Exception as error:  # one broken cell must not end a grid of hours
                 write_result(failure, {"error": f"{type(error).__name__}: {error}", "trace": traceback.format_exc()})
-                tqdm.write(f"{cell.title} failed: {type(error).__name__}: {error}", file=sys.stderr)
+                bar.say(f"{cell.title} failed: {type(error).__name__}: {error}")
                 return "failed"
             failure.unlink(missing_ok=True)
     except Timeout:
@@ -188,10 +168,10 @@ def stand_alone(environment: MutableMapping[str, str]) -> tuple[int, int]:
     return rank, processes
 
 
-def write_grid(folder: Path, grid: Grid, argv: Sequence[str] | None) -> None:
-    """Write `grid.json`, what the report needs to know of the grid; `argv` is the command that ran it."""
+def write_grid(folder: Path, grid: Grid, words: Sequence[str]) -> None:
+    """Write `grid.json`, what the report needs to know of the grid; `words` is the command line that ran it."""
     folder.mkdir(parents=True, exist_ok=True)
-    words = list(sys.argv[1:] if argv is None else argv)
+    words = list(words)
     for i, word in enumerate(words):
         if word in ("--data-root", "--folder", "--reuse", "--known"):
             words[i + 1] = word[2:].upper()  # a path on this machine means nothing elsewhere

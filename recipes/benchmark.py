@@ -12,89 +12,104 @@ they go. Writes `table.md` and `table.json`; a killed benchmark goes on with the
 
 from __future__ import annotations
 
-import argparse
 import gc
 import json
-import logging
 import shlex
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Annotated, Any
 
 import torch
-from datasets import disable_progress_bars
-from tqdm.auto import tqdm
 
+from steertune.recipes.lab.command_line import Count, Option, Result, Threads, command
 from steertune.recipes.lab.data import load_model
 from steertune.recipes.lab.files import ArmError, read_result, write_result, write_whole
 from steertune.recipes.lab.memory import peak_memory_gb, reset_peak_memory
-from steertune.recipes.lab.processes import begin, command, positive
+from steertune.recipes.lab.processes import begin
+from steertune.recipes.lab.progress import progress, track
 from steertune.recipes.lab.tables import ModelTable
 from steertune.recipes.studies.timing.floor import floor
 from steertune.recipes.studies.timing.shares import shares
 from steertune.recipes.studies.timing.ways import AGAINST, EPOCH, STEPS, WAYS, Run, Way
 
+ROWS = ["128/64", "512/256", "512/384"]
+ALL = ["*"]
 
-def _row(text: str) -> tuple[int, int]:
+
+def row(text: str) -> tuple[int, int]:
     """`tokens/prompt tokens`."""
-    length, prompt = map(int, text.split("/"))
+    try:
+        length, prompt = map(int, text.split("/"))
+    except ValueError:
+        length, prompt = 0, 0
     if not 0 < prompt < length - 1:
-        raise argparse.ArgumentTypeError(f"{text}: at least 1 token of prompt and 2 of answer")
+        raise ArmError(f"--rows {text}: TOKENS/PROMPT, with at least 1 token of prompt and 2 of answer.")
     return length, prompt
 
 
+@dataclass(frozen=True)
+class Options:
+    """What is timed, and how."""
+
+    model: str
+    tokens: int
+    rounds: int
+    growth: bool
+    ways: list[str]
+    no_memory: bool
+    folder: Path
+    threads: int | None = None
+
+
 @command
-def main(argv: Sequence[str] | None = None) -> int:
-    """Command line; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="benchmark", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument(
-        "--rows",
-        nargs="+",
-        type=_row,
-        default=[(128, 64), (512, 256), (512, 384)],
-        help="tokens of a row / of its prompt",
-    )
-    parser.add_argument("--tokens", type=positive, default=1024, help="tokens of a batch")
-    parser.add_argument("--rounds", type=positive, default=3)
-    parser.add_argument("--model", default="embedded")
-    parser.add_argument("--threads", type=positive)
-    parser.add_argument("--folder", type=Path, default=Path("runs/benchmark"))
-    parser.add_argument("--growth", action="store_true", help="time ten times the rows as well")
-    parser.add_argument("--ways", nargs="+", default=["*"], help="only ways with such names, as `SFT: ours*`")
-    parser.add_argument("--no-memory", action="store_true", help="leave peak memory out")
-    parser.add_argument("--memory-of", choices=[*WAYS], help=argparse.SUPPRESS)
-    options = parser.parse_args(argv)
-    begin(options.threads, only_one=True)
-    disable_progress_bars()
-    logging.getLogger("trl").setLevel(logging.ERROR)
-    if options.memory_of:
-        print(json.dumps(_memory(options, options.memory_of, *options.rows[0])))
-        return 0
-    options.folder.mkdir(parents=True, exist_ok=True)
+def main(
+    rows: Annotated[list[str], Option(help="tokens of a row / of its prompt", metavar="TOKENS/PROMPT ...")] = ROWS,
+    tokens: Annotated[int, Count("tokens of a batch")] = 1024,
+    rounds: Annotated[int, Count("turns of every way")] = 3,
+    model: Annotated[str, Option(help="embedded, a local folder or a Hub name")] = "embedded",
+    threads: Threads = None,
+    folder: Annotated[Path, Option(help="where the table is written")] = Path("runs/benchmark"),
+    growth: Annotated[bool, Option("--growth", help="time ten times the rows as well")] = False,
+    ways: Annotated[list[str], Option(help="only ways with such names, as 'SFT: ours*'", metavar="NAME ...")] = ALL,
+    no_memory: Annotated[bool, Option("--no-memory", help="leave peak memory out")] = False,
+    memory_of: Annotated[str | None, Option(hidden=True, help="print the peak memory of this way")] = None,
+) -> Result:
+    """Time the kinds of rows that are missing, and write the table."""
+    kinds = [row(text) for text in rows]
+    begin(threads, only_one=True)
+    options = Options(model, tokens, rounds, growth, ways, no_memory, folder, threads)
+    if memory_of is not None:
+        peak = _memory(options, memory_of, *kinds[0])
+        return Result(peak, f"{peak:.2f} GB")
+    folder.mkdir(parents=True, exist_ok=True)
     found = _measured(options)
-    for row in options.rows:
-        if row not in [(at["length"], at["prompt"]) for at in found]:
-            found.append(measure(options, *row) | ({"growth": growth(options, *row)} if options.growth else {}))
-            write_result(options.folder / "table.json", {"settings": _settings(options), "rows": found})
-            write_whole(options.folder / "table.md", page(options, found))
-    print(page(options, found))
-    return 0
+    with progress("Benchmark", len(kinds)) as bar:
+        for length, prompt in kinds:
+            if (length, prompt) in [(at["length"], at["prompt"]) for at in found]:
+                bar.skip()
+                continue
+            with bar.step(f"{prompt} of {length} tokens"):
+                found.append(measure(options, length, prompt))
+                if growth:
+                    found[-1]["growth"] = grown(options, length, prompt)
+            write_result(folder / "table.json", {"settings": _settings(options), "rows": found})
+            write_whole(folder / "table.md", page(options, found))
+    return Result(found, page(options, found))
 
 
-def _settings(options: Any) -> dict[str, Any]:
+def _settings(options: Options) -> dict[str, Any]:
     """Everything that the numbers of one kind of rows depend on."""
     asked = {name: getattr(options, name) for name in ("model", "tokens", "rounds", "growth", "ways", "no_memory")}
     return {**asked, "threads": torch.get_num_threads(), "torch": torch.__version__}
 
 
-def _measured(options: Any) -> list[dict[str, Any]]:
+def _measured(options: Options) -> list[dict[str, Any]]:
     """The kinds of rows that a benchmark in this folder has finished.
 
     Raises:
@@ -109,7 +124,7 @@ def _measured(options: Any) -> list[dict[str, Any]]:
     return known["rows"]
 
 
-def measure(options: Any, length: int, prompt: int) -> dict[str, Any]:
+def measure(options: Options, length: int, prompt: int) -> dict[str, Any]:
     """Times, memory and the floor at one row length."""
     model, tokenizer = load_model(ModelTable(name=options.model))
     rows, layer = _sizes(options, model, length)
@@ -118,10 +133,13 @@ def measure(options: Any, length: int, prompt: int) -> dict[str, Any]:
     def runs(folder: str) -> dict[str, Run]:
         return {name: Run(way, model, tokenizer, (length, prompt), rows, layer, folder) for name, way in ways.items()}
 
-    times = _timed(runs, options.rounds, f"{prompt} of {length} tokens")
-    gc.collect()  # the models that were trained, before others are in processes of their own
-    apart = [] if options.no_memory else tqdm(ways, desc="Memory", unit="way")
-    memory = {name: _memory_apart(options, name, length, prompt) for name in apart}
+    with progress("Rows", 3) as bar:
+        with bar.step("steps", 2):
+            times = _timed(runs, options.rounds)
+        gc.collect()  # the models that were trained, before others are in processes of their own
+        with bar.step("memory"):
+            apart = [] if options.no_memory else list(ways)
+            memory = {name: _memory_apart(options, name, length, prompt) for name in track(apart, "way")}
     return {
         "length": length,
         "prompt": prompt,
@@ -133,26 +151,26 @@ def measure(options: Any, length: int, prompt: int) -> dict[str, Any]:
     }
 
 
-def _timed(runs_in: Callable[[str], dict[str, Run]], rounds: int, title: str) -> dict[str, Any]:
+def _timed(runs_in: Callable[[str], dict[str, Run]], rounds: int) -> dict[str, Any]:
     """Seconds of the steps and of the first epoch of every way, and where those of ours go; `runs_in` makes the runs,
     which are gone afterwards."""
     with tempfile.TemporaryDirectory() as folder:
         runs = runs_in(folder)
         seconds: dict[str, list[float]] = {name: [] for name in runs}
         epochs: dict[str, float] = {}
-        for turn in tqdm(range(rounds), desc=title, unit="round"):
-            for name, run in tqdm(runs.items(), desc="Ways", leave=False):
+        for turn in track(range(rounds), "round"):
+            for name, run in track([*runs.items()], "way"):
                 filled = turn == 0 and WAYS[name].loss is not None
                 found = run((EPOCH if filled else not turn) + STEPS)
                 seconds[name] += found[-STEPS:]
                 if filled:
                     epochs[name] = sum(found[:EPOCH])
         profiled = {name: run for name, run in runs.items() if WAYS[name].frozen_prefix and WAYS[name].arms == 1}
-        parts = {name: shares(run) for name, run in tqdm(profiled.items(), desc="Profile", unit="way")}
+        parts = {name: shares(run) for name, run in profiled.items()}
     return {"seconds": seconds, "first_epoch": epochs, "shares": parts}
 
 
-def _sizes(options: Any, model: Any, length: int) -> tuple[int, int]:
+def _sizes(options: Options, model: Any, length: int) -> tuple[int, int]:
     """Rows of a batch, and the layer of the vector."""
     return max(2, options.tokens // length), 2 * model.config.num_hidden_layers // 3
 
@@ -164,15 +182,13 @@ def _asked(patterns: Sequence[str]) -> dict[str, Way]:
     return {name: way for name, way in WAYS.items() if name in asked}
 
 
-def growth(options: Any, length: int, prompt: int) -> dict[str, float]:
+def grown(options: Options, length: int, prompt: int) -> dict[str, float]:
     """How much longer a step of ours takes with twenty rows than with two, its memo filled."""
     model, tokenizer = load_model(ModelTable(name=options.model))
     layer = 2 * model.config.num_hidden_layers // 3
     found = {}
     with tempfile.TemporaryDirectory() as folder:
-        for name in tqdm(
-            ("SFT: ours, and frozen prefix", "pairs: ours, and frozen prefix"), desc="Growth", unit="way"
-        ):
+        for name in ("SFT: ours, and frozen prefix", "pairs: ours, and frozen prefix"):
             few, many = (Run(WAYS[name], model, tokenizer, (length, prompt), rows, layer, folder) for rows in (2, 20))
             for run in (few, many):
                 run(EPOCH)
@@ -180,14 +196,14 @@ def growth(options: Any, length: int, prompt: int) -> dict[str, float]:
     return found
 
 
-def _memory_apart(options: Any, name: str, length: int, prompt: int) -> float:
-    words = ["--memory-of", name, "--rows", f"{length}/{prompt}", "--tokens", str(options.tokens)]
+def _memory_apart(options: Options, name: str, length: int, prompt: int) -> float:
+    words = ["--json", "--memory-of", name, "--rows", f"{length}/{prompt}", "--tokens", str(options.tokens)]
     words += ["--model", options.model, *(["--threads", str(options.threads)] if options.threads else [])]
     command = [sys.executable, "-m", "steertune.recipes.benchmark", *words]
-    return json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1])
+    return json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
 
-def _memory(options: Any, name: str, length: int, prompt: int) -> float:
+def _memory(options: Options, name: str, length: int, prompt: int) -> float:
     model, tokenizer = load_model(ModelTable(name=options.model))
     rows, layer = _sizes(options, model, length)
     with tempfile.TemporaryDirectory() as folder:
@@ -199,7 +215,7 @@ def _memory(options: Any, name: str, length: int, prompt: int) -> float:
     return peak_memory_gb()
 
 
-def page(options: Any, found: list[dict[str, Any]]) -> str:
+def page(options: Options, found: list[dict[str, Any]]) -> str:
     """The tables."""
     rows = " ".join(f"{at['length']}/{at['prompt']}" for at in found)
     ways = "" if options.ways == ["*"] else f" --ways {shlex.join(options.ways)}"

@@ -12,40 +12,40 @@ Each side remembers its own answers. A line that starts with / is a command:
 
 from __future__ import annotations
 
-import argparse
 import math
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from peft import PeftModel
 
+from steertune.recipes.lab.command_line import Argument, Base, Count, Option, Threads, command
 from steertune.recipes.lab.data import load_steered
 from steertune.recipes.lab.generation import generate
-from steertune.recipes.lab.processes import command, positive
+from steertune.recipes.lab.processes import begin
 from steertune.trainers import scaled
 
 _HELP = "Commands: /strength NUMBER, /both, /alone, /reset, /quit"
 
 
 @command
-def main(argv: Sequence[str] | None = None) -> int:
-    """Command line; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="chat", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("folder", type=Path, help="adapter folder")
-    parser.add_argument("--model", help="base model: embedded, a local folder or a Hub name (the adapter's own)")
-    parser.add_argument("--strength", type=float, default=1.0, help="at the start (1)")
-    parser.add_argument("--new-tokens", type=positive, default=60, help="longest answer (60)")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (0)")
-    options = parser.parse_args(argv)
-    check_settings(options.strength, options.new_tokens, options.temperature)
-    steered, tokenizer, _ = load_steered(options.folder, options.model)
-    chat = Chat(steered, tokenizer, options.strength, options.new_tokens, options.temperature)
+def main(
+    folder: Annotated[Path, Argument(help="adapter folder")],
+    model: Base = None,
+    strength: Annotated[float, Option(help="at the start")] = 1.0,
+    new_tokens: Annotated[int, Count("longest answer")] = 60,
+    temperature: Annotated[float, Option(help="0 is greedy")] = 0.0,
+    threads: Threads = None,
+) -> None:
+    """Answer what is typed until the input ends."""
+    check_settings(strength, new_tokens, temperature)
+    begin(threads, only_one=True)
+    steered, tokenizer, _ = load_steered(folder, model)
+    chat = Chat(steered, tokenizer, strength, new_tokens, temperature)
     print(_HELP)
-    for said in chat.talk(_typed()):
-        print(said, flush=True)
-    return 0
+    for line in chat.talk(_typed()):
+        print(line, flush=True)
 
 
 def check_settings(strength: float, new_tokens: int, temperature: float) -> None:

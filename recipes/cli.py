@@ -2,68 +2,160 @@
 
     steertune --help
     steertune train vector_dpo --data.name my_pairs.jsonl
+    steertune --install-completion
 
-is `python -m steertune.recipes.train vector_dpo ...`. A recipe is a file of this folder, or of `studies/`, with a
-function `main`; nothing is imported before one is asked for.
+is `python -m steertune.recipes.train vector_dpo ...`. A recipe is a file of this folder, or of `studies/`, that
+defines `main`. Its options are read from the file, and it is imported when it runs: so help, completion and errors
+come at once.
 """
 
 from __future__ import annotations
 
 import ast
-import difflib
 import importlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from importlib.metadata import version
 from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperCommand
+from typer.main import get_command
+
+from steertune.recipes.lab.command_line import SETTINGS, Command, Group, RootGroup, run
 
 _HERE = Path(__file__).parent
 _FOLDERS = (_HERE, _HERE / "studies")
 
 
-def commands() -> dict[str, str]:
-    """Every recipe and the first line of its docstring."""
-    found = {}
-    for file in sorted((f for folder in _FOLDERS for f in folder.glob("*.py")), key=lambda f: f.stem):
-        module = ast.parse(file.read_text(encoding="utf-8"))
-        defines_main = any(isinstance(node, ast.FunctionDef) and node.name == "main" for node in module.body)
-        if defines_main and file != Path(__file__):
-            found[file.stem] = (ast.get_docstring(module) or "").split("\n")[0]
-    return found
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; returns the exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
-    known = commands()
-    if not words or words[0] in ("-h", "--help"):
-        print(_help(known))
-        return 0 if words else 2
-    name, *rest = words
-    if name == "--version":
-        from importlib.metadata import version
+    if words and words[0] in commands():
+        return load(words[0])(words[1:])
+    code = run(_root(), "steertune", words or ["--help"])
+    return code if words else 2
 
+
+def commands() -> dict[str, str]:
+    """Every recipe and the first line of its docstring."""
+    lines = {}
+    for file in sorted((f for folder in _FOLDERS for f in folder.glob("*.py")), key=lambda f: f.stem):
+        module = ast.parse(file.read_text(encoding="utf-8"))
+        if file != Path(__file__) and "main" in _definitions(module):
+            lines[file.stem] = (ast.get_docstring(module) or "").split("\n")[0]
+    return lines
+
+
+def load(name: str) -> Callable[[Sequence[str]], int]:
+    """A recipe's `main`, of which only the options are read until it runs."""
+    file = next(file for folder in _FOLDERS if (file := folder / f"{name}.py").is_file())
+    module = f"{__package__}.{name}" if file.parent == _HERE else f"{__package__}.studies.{name}"
+    return outline(file, module) or importlib.import_module(module).main
+
+
+def outline(file: Path, module: str) -> Command | Group | None:
+    """The command that a file defines, without what only its functions need: they import the module when they are
+    called.
+
+    Args:
+        file: A recipe.
+        module: The name that it is imported under.
+
+    Returns:
+        The command; None if `main` is a function that reads its words itself.
+    """
+    tree = ast.parse(file.read_text(encoding="utf-8"))
+    defined = _definitions(tree)
+    main = defined["main"]
+    if isinstance(main, ast.FunctionDef):
+        if not main.decorator_list:
+            return None
+        called = ["main"]
+    else:  # main = group(add, subtract)
+        called = [node.id for node in ast.walk(main) if isinstance(node, ast.Name) and node.id in defined][1:]
+        called = [name for name in called if isinstance(defined[name], ast.FunctionDef)]
+    for name in called:  # the docstring stays, what follows runs in the real module
+        stub: Any = defined[name]
+        stub.body = [*stub.body[:1], *ast.parse(f"return _imported({name!r})(**locals())").body]
+    kept = _needed("main", defined)
+    docstring = [ast.Expr(ast.Constant(ast.get_docstring(tree, clean=False) or ""))]
+    tree.body = [*docstring, *(node for node in tree.body if node in kept or _is_future(node))]
+
+    def imported(name: str) -> Callable[..., Any]:
+        real = vars(importlib.import_module(module))[name]
+        return real.function if isinstance(real, Command) else real
+
+    space: dict[str, Any] = {"__name__": module, "__file__": str(file), "_imported": imported}
+    exec(compile(ast.fix_missing_locations(tree), str(file), "exec"), space)
+    return space["main"]
+
+
+def _needed(name: str, defined: dict[str, ast.stmt]) -> set[ast.stmt]:
+    """The statements of a module that a name depends on."""
+    needed: set[ast.stmt] = set()
+    names = [name]
+    while names:
+        node = defined.get(names.pop())
+        if node is not None and node not in needed:
+            needed.add(node)
+            names += [part.id for part in ast.walk(node) if isinstance(part, ast.Name)]
+    return needed
+
+
+def _definitions(tree: ast.Module) -> dict[str, ast.stmt]:
+    """The statement that defines each name of a module."""
+    return {name: node for node in tree.body for name in _names(node)}
+
+
+def _names(node: ast.stmt) -> Iterator[str]:
+    if isinstance(node, ast.FunctionDef | ast.ClassDef):
+        yield node.name
+    elif isinstance(node, ast.Import | ast.ImportFrom):
+        yield from ((alias.asname or alias.name).partition(".")[0] for alias in node.names)
+    elif isinstance(node, ast.Assign):
+        yield from (part.id for target in node.targets for part in ast.walk(target) if isinstance(part, ast.Name))
+    elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+        yield node.target.id
+
+
+def _is_future(node: ast.stmt) -> bool:
+    return isinstance(node, ast.ImportFrom) and node.module == "__future__"
+
+
+def _root() -> Any:
+    """The command `steertune` for typer: its help, and the completion of every recipe's options."""
+    app = typer.Typer(add_completion=True, rich_markup_mode=None, context_settings=SETTINGS)
+
+    @app.callback(cls=RootGroup, help=__doc__, invoke_without_command=False)
+    def steertune(
+        version: Annotated[
+            bool, typer.Option("--version", help="Show the version and exit.", callback=_version)
+        ] = False,
+    ) -> None:
+        pass
+
+    root: Any = get_command(app)
+    for name, line in commands().items():
+        root.add_command(_Listed(name, help=line))
+    return root
+
+
+def _version(asked: bool) -> None:
+    if asked:
         print(f"steertune {version('steertune')}")
-        return 0
-    if name not in known:
-        near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
-        print(f"steertune: unknown command {name!r}.{hint}\n\n{_help(known)}", file=sys.stderr)
-        return 2
-    try:
-        return importlib.import_module(f"{__package__}.{_module(name)}").main(rest)
-    except KeyboardInterrupt:
-        print("\nInterrupted. The same command goes on where it stopped.", file=sys.stderr)
-        return 130
+        raise typer.Exit
 
 
-def _module(name: str) -> str:
-    return name if (_HERE / f"{name}.py").is_file() else f"studies.{name}"
+class _Listed(TyperCommand):
+    """A recipe in the list of commands; its file is read when its options are needed."""
 
-
-def _help(known: dict[str, str]) -> str:
-    width = max(map(len, known))
-    lines = [f"  {name:<{width}}  {text}" for name, text in known.items()]
-    return "\n".join(["usage: steertune COMMAND ...", "", *lines, "", "steertune COMMAND --help says more."])
+    def make_context(self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any) -> Any:
+        assert self.name is not None
+        recipe = load(self.name)
+        made = recipe.build() if isinstance(recipe, Command | Group) else super()
+        return made.make_context(info_name, args, parent=parent, **extra)
 
 
 if __name__ == "__main__":

@@ -8,32 +8,32 @@ Without a name it says what there is. GPUs: single_gpu, multi_gpu, fsdp1, fsdp2,
 
 from __future__ import annotations
 
-import argparse
 import sys
-from collections.abc import Sequence
+from typing import Annotated
 
+from steertune.recipes.lab.command_line import Argument, Result, command
 from steertune.recipes.lab.files import ArmError, nearest
-from steertune.recipes.lab.processes import LAUNCHES, command
+from steertune.recipes.lab.paths import LAUNCHES
+
+
+def configurations(incomplete: str = "") -> list[str]:
+    """Names of the configurations."""
+    return sorted(file.stem for file in LAUNCHES.glob(f"{incomplete}*.yaml"))
 
 
 @command
-def main(argv: Sequence[str] | None = None) -> int:
-    """Command line; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="config", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("name", nargs="?", help="without .yaml")
-    options = parser.parse_args(argv)
-    files = {file.stem: file for file in sorted(LAUNCHES.glob("*.yaml"))}
-    if options.name is None:
-        width = max(map(len, files))
-        for name, file in files.items():
-            print(f"{name:<{width}}  {file.read_text(encoding='utf-8').splitlines()[0].removeprefix('# ')}")
-        return 0
-    if options.name not in files:
-        raise ArmError(
-            f"No configuration {options.name!r}; there are {list(files)}.{nearest(options.name, list(files))}"
-        )
-    print(files[options.name])
-    return 0
+def main(
+    name: Annotated[str | None, Argument(help="without .yaml", autocompletion=configurations)] = None,
+) -> Result:
+    """Find a configuration, or list them all."""
+    files = {name: LAUNCHES / f"{name}.yaml" for name in configurations()}
+    if name is None:
+        lines = {name: file.read_text(encoding="utf-8").splitlines()[0][2:] for name, file in files.items()}
+        width = max(map(len, lines))
+        return Result(lines, "\n".join(f"{name:<{width}}  {line}" for name, line in lines.items()))
+    if name not in files:
+        raise ArmError(f"No configuration {name!r}; there are {list(files)}.{nearest(name, list(files))}")
+    return Result(str(files[name]), str(files[name]))
 
 
 if __name__ == "__main__":

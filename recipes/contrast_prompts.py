@@ -20,7 +20,6 @@ Listing a task with `reverse = true` beside itself leaves nothing to learn but t
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
@@ -32,7 +31,6 @@ from accelerate import PartialState
 from datasets import Dataset, concatenate_datasets
 from peft import PeftModel
 from pydantic import BaseModel, Field, ValidationError
-from tqdm.auto import tqdm
 from transformers import set_seed
 
 from steertune.adapters.checks import check_checksums, write_checksums
@@ -41,14 +39,16 @@ from steertune.recipes.ablation.grid import find_tasks
 from steertune.recipes.ablation.tables import TaskTable
 from steertune.recipes.lab import measures
 from steertune.recipes.lab.arm import Arm, known_tables, load_arm
+from steertune.recipes.lab.command_line import Argument, Option, Result, Threads, command
 from steertune.recipes.lab.contrast_page import page
 from steertune.recipes.lab.data import load_model
 from steertune.recipes.lab.evaluate import evaluate, evaluate_base
-from steertune.recipes.lab.files import ArmError, read_toml, reasons, write_result, write_whole
+from steertune.recipes.lab.files import ArmError, read_result, read_toml, reasons, write_result, write_whole
 from steertune.recipes.lab.generation import check_context
 from steertune.recipes.lab.observe import HeldOut, neutral_rows
 from steertune.recipes.lab.paths import CONFIGS
-from steertune.recipes.lab.processes import begin, command, positive
+from steertune.recipes.lab.processes import begin
+from steertune.recipes.lab.progress import track
 from steertune.recipes.lab.rows import Record
 from steertune.recipes.lab.splits import SplitTable, load_splits
 from steertune.recipes.lab.tables import ModelTable
@@ -86,26 +86,25 @@ class MixtureTables(BaseModel, extra="forbid"):
 
 
 @command
-def main(argv: Sequence[str] | None = None) -> int:
-    """Command line; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="contrast_prompts", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "file", nargs="?", default="embedded", help="a .toml file, or a name in recipes/configs/mixtures/"
-    )
-    parser.add_argument("--data-root", type=Path, help="where task names that are relative paths start")
-    parser.add_argument("--steering", nargs="+", help="arms that learn from the same pairs, instead of the file's")
-    parser.add_argument("--threads", type=positive, help="CPU threads (all cores)")
-    parser.add_argument("--folder", type=Path, default=Path("runs/contrast_prompts"))
-    options = parser.parse_args(argv)
-    begin(options.threads)
-    tables = read(options.file)
-    if options.steering:
-        tables = tables.model_copy(update={"steering": options.steering})
-    page = Mixture(tables, options.data_root).run(options.folder)
-    print(f"\n{page.read_text(encoding='utf-8')}\nThis page: {page}")
-    return 0
+def main(
+    file: Annotated[str, Argument(help="a .toml file, or a name in recipes/configs/mixtures/")] = "embedded",
+    data_root: Annotated[Path | None, Option(help="folder that relative task names start from")] = None,
+    steering: Annotated[
+        list[str] | None, Option(help="arms that learn from the same pairs, instead of the file's", metavar="ARM ...")
+    ] = None,
+    threads: Threads = None,
+    folder: Annotated[Path, Option(help="where the study is kept")] = Path("runs/contrast_prompts"),
+) -> Result | None:
+    """Run the study, and print its page; of several processes the first one has the result."""
+    begin(threads)
+    tables = read(file)
+    if steering:
+        tables = tables.model_copy(update={"steering": steering})
+    page = Mixture(tables, data_root).run(folder)
+    if not PartialState().is_main_process:
+        return None
+    result = read_result(folder / "result.json", "Run the study again.")
+    return Result(result, f"\n{page.read_text(encoding='utf-8')}\nThis page: {page}")
 
 
 def read(file: str) -> MixtureTables:
@@ -265,7 +264,7 @@ class Mixture:
         steering: Sequence[Arm] = (),
     ) -> Iterator[Record]:
         """A record for every task, seed and condition: a model behind a prompt, or a steering arm without one."""
-        for task, seed in tqdm([*product(tasks, self.tables.seeds)], desc=f"Tasks, {folder.name}", unit="cell"):
+        for task, seed in track([*product(tasks, self.tables.seeds)], "task"):
             held_out = HeldOut(
                 models["base"], tokenizer, self.splits[task.label].test, neutral_rows(), batch_size=_BATCH
             )

@@ -15,7 +15,6 @@ is 1 where the adapter does what the prompt does, 0 where it does as much as not
 
 from __future__ import annotations
 
-import argparse
 import sys
 import time
 from collections.abc import Sequence
@@ -24,11 +23,12 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
-from accelerate.utils import gather_object, tqdm
+from accelerate.utils import gather_object
 from datasets import Dataset
 from transformers import set_seed
 
-from steertune.recipes.lab.arm import Arm, load_arm, parse_arm
+from steertune.recipes.lab.arm import Arm, load_arm
+from steertune.recipes.lab.command_line import ArmName, Result, Threads, command
 from steertune.recipes.lab.data import load_model, load_splits
 from steertune.recipes.lab.evaluate import evaluate, evaluate_base
 from steertune.recipes.lab.files import ArmError, read_rows, write_rows, write_whole
@@ -36,28 +36,28 @@ from steertune.recipes.lab.generation import check_context, generate, plain, pro
 from steertune.recipes.lab.ingredients.views import Views
 from steertune.recipes.lab.observe import HeldOut, Prompted, neutral_rows
 from steertune.recipes.lab.page import comparison, generations
-from steertune.recipes.lab.processes import begin, command
+from steertune.recipes.lab.processes import begin
+from steertune.recipes.lab.progress import track
 from steertune.recipes.lab.rows import BASE, Record
 from steertune.recipes.lab.training import claim, fit, make_trainer, training_of
 from steertune.trainers import View, share_weights
 
-DEFAULT_ARM = "vector_distillation"
 _TEMPERATURE = 1.0
 _TRAIN, _TEST = 0, 1  # seeds of the answers to training and test prompts
 
 
 @command
-def main(argv: Sequence[str] | None = None) -> int:
-    """Command line; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="distill", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    known, overrides = parse_arm(parser, argv, DEFAULT_ARM)
-    run(load_arm(known.arm, overrides, recipe="distill"))
-    return 0
+def main(
+    arm: ArmName = "vector_distillation", threads: Threads = None, overrides: Sequence[str] = ()
+) -> Result | None:
+    """Distil the arm's prompt and measure it; of several processes the first one has the result."""
+    record = run(load_arm(arm, overrides, recipe="distill"), threads)
+    if not PartialState().is_main_process:
+        return None
+    return Result({**record.to_json(), "measures": record.means()}, "")
 
 
-def run(arm: Arm) -> Record:
+def run(arm: Arm, threads: int | None = None) -> Record:
     """Distil the arm's prompt and measure it, in the arm's output folder; return what `result.json` holds.
 
     Raises:
@@ -67,7 +67,7 @@ def run(arm: Arm) -> Record:
     """
     _check(arm)
     started = time.monotonic()
-    begin(arm.model.threads)
+    begin(threads or arm.model.threads)
     state = PartialState()
     folder = Path(arm.output.folder or f"runs/distill-{arm.name}-{arm.data.name.strip('./').replace('/', '-')}")
     claim(folder, arm, state.is_main_process)
@@ -156,7 +156,7 @@ def answered(
     with PartialState().split_between_processes(list(range(0, len(shown), size))) as starts:
         answers_by_start = {
             i: generate(model, tokenizer, shown[i : i + size], length, _TEMPERATURE, seed + 7 * i)
-            for i in tqdm(starts, desc="Prompted answers", unit="batch")
+            for i in track(starts, "batch")
         }
     # by batch: of fewer batches than processes, several have the last one
     everywhere = dict(gather_object(list(answers_by_start.items())))

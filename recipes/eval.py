@@ -10,58 +10,67 @@ rows with the same code. Standard errors are lm-eval's. Needs lm-eval: pip insta
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
 import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from datasets import Dataset
 from peft import PeftModel
 
 from steertune.adapters import steering_layers
 from steertune.recipes.lab import embedded
+from steertune.recipes.lab.command_line import (
+    Argument,
+    Base,
+    Count,
+    Device,
+    DType,
+    Option,
+    Result,
+    Threads,
+    command,
+)
 from steertune.recipes.lab.data import BUILDERS, load_split, load_steered
-from steertune.recipes.lab.files import ArmError, nearest
+from steertune.recipes.lab.files import ArmError, nearest, write_whole
 from steertune.recipes.lab.generation import as_asked
-from steertune.recipes.lab.processes import begin, command, default_device, positive
-from steertune.recipes.lab.training import write_whole
+from steertune.recipes.lab.processes import begin, default_device
+from steertune.recipes.lab.progress import progress, track
 from steertune.trainers import scaled
 
 _BATCH = 8
+STRENGTHS = [0.0, 1.0]
 
 
 @command
-def main(argv: Sequence[str] | None = None) -> int:
-    """Command line; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="eval", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("folder", type=Path, help="adapter folder")
-    parser.add_argument("--tasks", nargs="+", required=True, help="see above")
-    parser.add_argument("--strengths", nargs="+", type=float, default=[0.0, 1.0], help="of the vector (0 1)")
-    parser.add_argument("--include", type=Path, help="a folder with more task files for lm-eval")
-    parser.add_argument("--model", help="base model: embedded, a local folder or a Hub name (the adapter's own)")
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
-    parser.add_argument("--device", default=default_device(), help=f"({default_device()})")
-    parser.add_argument("--limit", type=positive, help="first rows of every task only (all)")
-    parser.add_argument("--fewshot", type=int, help="demonstrations in front of every question (the task's own)")
-    parser.add_argument("--chat", action="store_true", help="ask lm-eval's own tasks through the chat template")
-    parser.add_argument("--batch", type=positive, default=_BATCH, help=f"rows at a time ({_BATCH})")
-    parser.add_argument("--output", type=Path, help="also write the numbers to this JSON file")
-    parser.add_argument("--json", action="store_true", help="print the numbers as JSON")
-    options = parser.parse_args(argv)
+def main(
+    folder: Annotated[Path, Argument(help="adapter folder")],
+    tasks: Annotated[list[str], Option(help="see above", metavar="TASK ...")],
+    strengths: Annotated[list[float], Option(help="of the vector", metavar="NUMBER ...")] = STRENGTHS,
+    include: Annotated[Path | None, Option(help="a folder with more task files for lm-eval")] = None,
+    model: Base = None,
+    dtype: DType = "float32",
+    device: Device = None,
+    limit: Annotated[int | None, Count("first rows of every task only (all)")] = None,
+    fewshot: Annotated[int | None, Option(help="demonstrations in front of every question (the task's own)")] = None,
+    chat: Annotated[bool, Option("--chat", help="ask lm-eval's own tasks through the chat template")] = False,
+    batch: Annotated[int, Count("rows at a time")] = _BATCH,
+    output: Annotated[Path | None, Option(help="also write the numbers to this JSON file")] = None,
+    threads: Threads = None,
+) -> Result:
+    """Run lm-eval at every strength."""
     check_installed()
-    begin(only_one=True)
-    model, tokenizer, _ = load_steered(options.folder, options.model, options.dtype)
-    settings = {"num_fewshot": options.fewshot, "limit": options.limit, "apply_chat_template": options.chat}
-    model = model.to(options.device)
-    found = evaluate(model, tokenizer, options.tasks, options.strengths, options.include, options.batch, **settings)
-    text = json.dumps(found, indent=1)
-    if options.output is not None:
-        write_whole(options.output, text)
-    print(text if options.json else table(found))
-    return 0
+    begin(threads, only_one=True)
+    steered, tokenizer, _ = load_steered(folder, model, dtype)
+    steered = steered.to(device or default_device())
+    settings = {"num_fewshot": fewshot, "limit": limit, "apply_chat_template": chat}
+    with progress("Benchmarks"):
+        metrics = evaluate(steered, tokenizer, tasks, strengths, include, batch, **settings)
+    if output is not None:
+        write_whole(output, json.dumps(metrics, indent=1))
+    return Result(metrics, table(metrics))
 
 
 def check_installed() -> None:
@@ -109,7 +118,7 @@ def evaluate(
     wrapped: Any = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)  # pyright: ignore
     run_tasks: Any = simple_evaluate
     found = {}
-    for strength in strengths:
+    for strength in track(strengths, "strength"):
         with scaled(model, strength):
             results: Any = run_tasks(wrapped, tasks=found_tasks, task_manager=manager, log_samples=False, **settings)
         found[f"{strength:g}"] = {task: _numbers(row) for task, row in results["results"].items()}

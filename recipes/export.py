@@ -9,21 +9,30 @@ on some prompts; otherwise nothing is left, and the reason is printed. `--from` 
 
 from __future__ import annotations
 
-import argparse
-import json
 import math
 import sys
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from steertune.adapters import exports
 from steertune.adapters.exports import ExportError
 from steertune.adapters.exports.gguf import read
 from steertune.recipes.lab import embedded
+from steertune.recipes.lab.command_line import (
+    Argument,
+    Base,
+    Choice,
+    DType,
+    Option,
+    Result,
+    Threads,
+    command,
+)
 from steertune.recipes.lab.data import load_model, load_steered
 from steertune.recipes.lab.files import read_text
-from steertune.recipes.lab.processes import command
+from steertune.recipes.lab.paths import modules_in
+from steertune.recipes.lab.processes import begin
+from steertune.recipes.lab.progress import progress
 from steertune.recipes.lab.tables import ModelTable
 
 _PROMPTS = (
@@ -34,36 +43,40 @@ _PROMPTS = (
 
 
 @command
-def main(argv: Sequence[str] | None = None) -> int:
-    """Command line; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("source", type=Path, help="adapter folder; with --from, a file")
-    way = parser.add_mutually_exclusive_group(required=True)
-    way.add_argument("--to", choices=exports.names(), metavar="TARGET", help=f"one of {', '.join(exports.names())}")
-    way.add_argument("--from", dest="origin", choices=["gguf"], help="make an adapter of a control vector")
-    parser.add_argument("--output", type=Path, required=True, help="a new folder")
-    parser.add_argument("--strength", type=float, default=1.0, help="baked into the export (1)")
-    parser.add_argument("--model", help="base model: embedded, a local folder or a Hub name (the adapter's own)")
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
-    parser.add_argument("--prompts", type=Path, help="text file, a prompt a line, to compare logits on")
-    parser.add_argument("--json", action="store_true", help="print the result as JSON")
-    options = parser.parse_args(argv)
-    if not math.isfinite(options.strength) or options.strength == 0:
-        raise ExportError(f"--strength {options.strength:g}: a finite number that is not 0 is baked into the export.")
-    result = _import(options) if options.origin else _export(options)
-    print(json.dumps(result) if options.json else "\n".join(f"{k}: {v}" for k, v in result.items()))
-    return 0
+def main(
+    source: Annotated[Path, Argument(help="adapter folder; with --from, a file")],
+    output: Annotated[Path, Option(help="a new folder")],
+    to: Annotated[str | None, Choice(modules_in("adapters/exports"), "the tool it is for")] = None,
+    origin: Annotated[str | None, Choice(["gguf"], "make an adapter of a control vector", "--from")] = None,
+    strength: Annotated[float, Option(help="baked into the export")] = 1.0,
+    model: Base = None,
+    dtype: DType = "float32",
+    prompts: Annotated[Path | None, Option(help="text file, a prompt a line, to compare logits on")] = None,
+    threads: Threads = None,
+) -> Result:
+    """Write the export, or the adapter of a control vector."""
+    if (to is None) == (origin is None):
+        raise ExportError("Give either --to TOOL, to export an adapter, or --from gguf, to make one.")
+    if not math.isfinite(strength) or strength == 0:
+        raise ExportError(f"--strength {strength:g}: a finite number that is not 0 is baked into the export.")
+    begin(threads, only_one=True)
+    if to is None:
+        data = _import(source, output, strength, model)
+    else:
+        data = _export(source, output, to, strength, model, dtype, prompts)
+    return Result(data, "\n".join(f"{name}: {value}" for name, value in data.items()))
 
 
-def _export(options: argparse.Namespace) -> dict[str, Any]:
-    steered, tokenizer, name = load_steered(options.source, options.model, options.dtype)
+def _export(
+    source: Path, output: Path, target: str, strength: float, model: str | None, dtype: str, prompts: Path | None
+) -> dict[str, Any]:
+    steered, tokenizer, name = load_steered(source, model, dtype)
     is_embedded = name == "embedded"
     base, called = (str(embedded.plain_copy()), embedded.MODEL_NAME) if is_embedded else (name, name)
-    lines = read_text(options.prompts).splitlines() if options.prompts else _PROMPTS
+    lines = read_text(prompts).splitlines() if prompts else _PROMPTS
     inputs = [tokenizer(line)["input_ids"] for line in lines if line.strip()]
-    made = exports.export(steered, options.to, options.output, base, inputs, options.strength, called)
+    with progress("Export") as bar, bar.step("written, loaded again without this package, and compared"):
+        made = exports.export(steered, target, output, base, inputs, strength, called)
     return {
         "target": made.target,
         "folder": str(made.folder),
@@ -73,15 +86,15 @@ def _export(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def _import(options: argparse.Namespace) -> dict[str, Any]:
-    if options.model is None:
+def _import(source: Path, output: Path, strength: float, base: str | None) -> dict[str, Any]:
+    if base is None:
         raise ExportError("--from needs --model: a control vector does not say which model it was made for.")
-    if options.output.exists():
-        raise ExportError(f"{options.output} is there already. Choose a new folder.")
-    vectors = {layer: options.strength * vector for layer, vector in read(options.source).items()}
-    model, _ = load_model(ModelTable(name=options.model))
-    exports.adapter_of(model, vectors).save_pretrained(str(options.output))
-    return {"folder": str(options.output), "layers": sorted(vectors)}
+    if output.exists():
+        raise ExportError(f"{output} is there already. Choose a new folder.")
+    vectors = {layer: strength * vector for layer, vector in read(source).items()}
+    model, _ = load_model(ModelTable(name=base))
+    exports.adapter_of(model, vectors).save_pretrained(str(output))
+    return {"folder": str(output), "layers": sorted(vectors)}
 
 
 if __name__ == "__main__":

@@ -9,38 +9,37 @@ too, puts the vector on it, and says where it can be exported to.
 
 from __future__ import annotations
 
-import argparse
-import json
 import sys
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 
 from steertune.adapters import exports
 from steertune.adapters.checks import read_tensors
 from steertune.adapters.exports import ExportError
+from steertune.recipes.lab.command_line import Argument, Option, Result, Threads, command
 from steertune.recipes.lab.data import adapter_config, load_steered
 from steertune.recipes.lab.files import ArmError
-from steertune.recipes.lab.processes import command
+from steertune.recipes.lab.processes import begin
 
 _SWITCHES = ("form", "rank", "layers", "tied", "site", "norm", "norm_value", "positions", "init", "init_scale")
 
 
 @command
-def main(argv: Sequence[str] | None = None) -> int:
-    """Command line; returns the exit code: 0, or 2 for a folder that is no usable adapter, or not of that model."""
-    parser = argparse.ArgumentParser(prog="info", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("folder", type=Path, help="adapter folder")
-    parser.add_argument("--model", help="also try it on this base: embedded, a local folder or a Hub name")
-    parser.add_argument("--json", action="store_true", help="print JSON")
-    options = parser.parse_args(argv)
-    found = describe(options.folder)
-    if options.model is not None:
-        found |= tried(options.folder, options.model)
-    print(json.dumps(found, indent=1) if options.json else _lines(found))
-    return 0
+def main(
+    folder: Annotated[Path, Argument(help="adapter folder")],
+    model: Annotated[
+        str | None, Option(help="also try it on this base: embedded, a local folder or a Hub name")
+    ] = None,
+    threads: Threads = None,
+) -> Result:
+    """Describe an adapter; a folder that is no usable adapter, or not of the model, is an error."""
+    data = describe(folder)
+    if model is not None:
+        begin(threads, only_one=True)
+        data |= tried(folder, model)
+    return Result(data, _lines(data))
 
 
 def describe(folder: Path) -> dict[str, Any]:

@@ -8,13 +8,12 @@ and `cells.parquet`, a row a cell. A folder that has only this table of its cell
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from steertune.recipes.ablate import GRID
 from steertune.recipes.ablation import analysis, sections
@@ -24,29 +23,24 @@ from steertune.recipes.ablation.statistics import Frame
 from steertune.recipes.ablation.store import Store
 from steertune.recipes.ablation.tables import Card, Claim, GridTables, TaskTable
 from steertune.recipes.lab import measures
+from steertune.recipes.lab.command_line import Argument, Option, Result, command
 from steertune.recipes.lab.files import ArmError, read_result, write_whole
 from steertune.recipes.lab.observe import neutral_rows
 from steertune.recipes.lab.page import html_page
-from steertune.recipes.lab.processes import command
 
 
 @command
-def main(argv: Sequence[str] | None = None) -> int:
-    """Command line; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="report", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("folder", type=Path, help="folder of a grid")
-    parser.add_argument("--measure", help=f"instead of the claim's measure: {', '.join(measures.names())}")
-    parser.add_argument("--strength", choices=["tuned", "matched"], help="instead of the claim's strength")
-    parser.add_argument("--output", type=Path, help="folder to write to (default: the grid's)")
-    parser.add_argument("--json", action="store_true", help="print report.json instead of the page")
-    options = parser.parse_args(argv)
-    page = write_report(options.folder, options.measure, options.output, options.strength)
-    if options.json:
-        print(page.with_suffix(".json").read_text(encoding="utf-8"))
-        return 0
-    print(page.read_text(encoding="utf-8"))
-    print(f"This page: {page.with_suffix('.html')}")
-    return 0
+def main(
+    folder: Annotated[Path, Argument(help="folder of a grid")],
+    measure: Annotated[str | None, Option(help="instead of the claim's measure")] = None,
+    output: Annotated[Path | None, Option(help="folder to write to (the grid's)")] = None,
+) -> Result:
+    """Write the report, and print its page."""
+    if measure is not None and measure not in analysis.MEASURES:
+        raise ArmError(f"--measure {measure!r} must be one of {sorted(analysis.MEASURES)}.")
+    page = write_report(folder, measure, output)
+    short = json.loads(page.with_suffix(".json").read_text(encoding="utf-8"))
+    return Result(short, f"{page.read_text(encoding='utf-8')}\nThis page: {page.with_suffix('.html')}")
 
 
 def write_report(

@@ -14,56 +14,65 @@ In Python: `Server(model, tokenizer).answers([Request("Shall I quit?", "careful"
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Annotated, Any
 
 import torch
 from peft import PeftModel
 from pydantic import BaseModel, Field, ValidationError
 from torch import Tensor
-from tqdm.auto import tqdm
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 from steertune.adapters.layer import BASE_ROW
+from steertune.recipes.lab.command_line import (
+    Argument,
+    Base,
+    Count,
+    Device,
+    DType,
+    Option,
+    Threads,
+    command,
+)
 from steertune.recipes.lab.data import adapter_config, load_steered
 from steertune.recipes.lab.files import ArmError, nearest, reasons
 from steertune.recipes.lab.generation import as_asked
-from steertune.recipes.lab.processes import begin, command, default_device, positive
+from steertune.recipes.lab.processes import begin, default_device
+from steertune.recipes.lab.progress import Bar, progress
 
 _BATCH = 8
 
 
 @command
-def main(argv: Sequence[str] | None = None) -> int:
-    """Command line; returns the exit code: 1 when a request was refused."""
-    parser = argparse.ArgumentParser(prog="serve", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument(
-        "vectors", nargs="+", metavar="NAME=FOLDER", help="adapter folders, and what requests call them"
-    )
-    parser.add_argument("--input", type=Path, help="a file of requests (standard input)")
-    parser.add_argument("--output", type=Path, help="a file of answers (standard output)")
-    parser.add_argument("--model", help="base model: embedded, a local folder or a Hub name (the adapters' own)")
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
-    parser.add_argument("--device", default=default_device(), help=f"({default_device()})")
-    parser.add_argument("--batch", type=positive, default=_BATCH, help=f"requests at a time ({_BATCH})")
-    options = parser.parse_args(argv)
-    if options.input is not None and not options.input.is_file():
-        raise ArmError(f"--input {options.input}: there is no such file.")
-    done = _answered(options.output)
-    begin(only_one=True)
-    model, tokenizer = load_vectors(_named(options.vectors), options.model, options.dtype)
-    server = Server(model.to(options.device), tokenizer, options.batch)
+def main(
+    vectors: Annotated[list[str], Argument(metavar="NAME=FOLDER", help="adapters, and what requests call them")],
+    input: Annotated[Path | None, Option(help="a file of requests (standard input)")] = None,
+    output: Annotated[Path | None, Option(help="a file of answers (standard output)")] = None,
+    model: Base = None,
+    dtype: DType = "float32",
+    device: Device = None,
+    batch: Annotated[int, Count("requests at a time")] = _BATCH,
+    threads: Threads = None,
+) -> int:
+    """Answer the requests; the exit code is 1 when one was refused."""
+    if input is not None and not input.is_file():
+        raise ArmError(f"--input {input}: there is no such file.")
+    done = _answered(output)
+    begin(threads, only_one=True)
+    loaded, tokenizer = load_vectors(_named(vectors), model, dtype)
+    server = Server(loaded.to(device or default_device()), tokenizer, batch)
     with (
-        nullcontext(sys.stdin) if options.input is None else options.input.open(encoding="utf-8") as asked,
-        nullcontext(sys.stdout) if options.output is None else options.output.open("a", encoding="utf-8") as said,
+        nullcontext(sys.stdin) if input is None else input.open(encoding="utf-8") as requests,
+        nullcontext(sys.stdout) if output is None else output.open("a", encoding="utf-8") as answers,
     ):
-        return _serve(server, asked, said, done, show=options.input is not None)
+        lines = list(requests) if input is not None else requests  # how many there are is known of a file alone
+        with progress("Requests", total=len(lines) if isinstance(lines, list) else 1, show=input is not None) as bar:
+            return _serve(server, lines, answers, done, bar)
 
 
 class Request(BaseModel, extra="forbid"):
@@ -205,30 +214,29 @@ class _Lengths(StoppingCriteria):
         return (input_ids.shape[1] >= self._ends).to(input_ids.device)
 
 
-def _serve(server: Server, asked: Iterable[str], said: IO[str], done: set[Any], show: bool) -> int:
+def _serve(server: Server, asked: Iterable[str], said: IO[str], done: set[Any], bar: Bar) -> int:
     """Answer line after line, some batches at a time; a refused request has an `error` in place of an answer."""
     refused, seen = 0, set()
-    with tqdm(desc="Requests", unit="request", disable=not show) as bar:
-        for lines in _parts(enumerate(asked), server.batch):
-            good: list[tuple[Request, dict[str, Any]]] = []
-            replies: list[dict[str, Any]] = []
-            for number, line in lines:
-                bar.update()
-                request, error = _read(server, line, number)
-                if request.id in done:
-                    continue
-                if request.id in seen:
-                    error = f"id={request.id!r} was asked before."
-                seen.add(request.id)
-                replies.append({"id": request.id} | ({} if error is None else {"error": error}))
-                if error is None:
-                    good.append((request, replies[-1]))
-            answers = server.answers([request for request, _ in good])
-            for (_, reply), answer in zip(good, answers, strict=True):
-                reply["answer"] = answer
-            refused += len(replies) - len(good)
-            said.writelines(json.dumps(reply, ensure_ascii=False) + "\n" for reply in replies)
-            said.flush()
+    for lines in _parts(enumerate(asked), server.batch):
+        good: list[tuple[Request, dict[str, Any]]] = []
+        replies: list[dict[str, Any]] = []
+        for number, line in lines:
+            bar.advance()
+            request, error = _read(server, line, number)
+            if request.id in done:
+                continue
+            if request.id in seen:
+                error = f"id={request.id!r} was asked before."
+            seen.add(request.id)
+            replies.append({"id": request.id} | ({} if error is None else {"error": error}))
+            if error is None:
+                good.append((request, replies[-1]))
+        answers = server.answers([request for request, _ in good])
+        for (_, reply), answer in zip(good, answers, strict=True):
+            reply["answer"] = answer
+        refused += len(replies) - len(good)
+        said.writelines(json.dumps(reply, ensure_ascii=False) + "\n" for reply in replies)
+        said.flush()
     return 1 if refused else 0
 
 

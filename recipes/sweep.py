@@ -16,8 +16,6 @@ where it stopped.
 
 from __future__ import annotations
 
-import argparse
-import json
 import shlex
 import sys
 import time
@@ -25,23 +23,33 @@ import tomllib
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast, get_args
+from types import SimpleNamespace
+from typing import Annotated, Any, cast, get_args
 
-from datasets import disable_progress_bars
 from pydantic import ValidationError
-from tqdm.auto import tqdm
 
 from steertune.adapters import directions
 from steertune.adapters.blocks import find_blocks, resolve_layers
 from steertune.adapters.card import versions, write_card
 from steertune.adapters.config import Site
 from steertune.recipes.lab import scorers
+from steertune.recipes.lab.command_line import (
+    Argument,
+    Choice,
+    Option,
+    Result,
+    Threads,
+    arm_names,
+    command,
+)
 from steertune.recipes.lab.data import load_model
 from steertune.recipes.lab.evaluate import evaluate, evaluate_base
 from steertune.recipes.lab.files import ArmError, reasons, write_result
 from steertune.recipes.lab.generation import plain
 from steertune.recipes.lab.observe import Observations
-from steertune.recipes.lab.processes import begin, command
+from steertune.recipes.lab.paths import modules_in
+from steertune.recipes.lab.processes import begin
+from steertune.recipes.lab.progress import Bar, progress
 from steertune.recipes.lab.rows import Record, label
 from steertune.recipes.lab.splits import SplitTable
 from steertune.recipes.lab.tables import ModelTable
@@ -49,66 +57,68 @@ from steertune.recipes.lab.training import claim
 from steertune.recipes.sweeping.card import card
 from steertune.recipes.sweeping.choose import Setting
 from steertune.recipes.sweeping.context import TEST, VALIDATION, Context
-from steertune.recipes.sweeping.page import Result, on_test, write_page
+from steertune.recipes.sweeping.page import Sweep, on_test, write_page
 from steertune.recipes.sweeping.settings import Limits, SweepTable, at, read_arm
 from steertune.recipes.sweeping.sources import Source, bake
 from steertune.trainers import NonFiniteError
 
-LAYERS = [0.1, 0.25, 0.4, 0.55, 0.7, 0.85]
+LAYERS = ["0.1", "0.25", "0.4", "0.55", "0.7", "0.85"]
+SITES = ["block"]
+SCORER = (
+    "score generated answers too, and let the score decide in place of the pair accuracy: "
+    f'{", ".join(modules_in("recipes/lab/scorers"))}, or a table such as \'{{kind = "rule", pattern = "careful"}}\''
+)
 STRENGTHS = [0.5, 1.0, 2.0, 4.0, 8.0]
 
 
 @command
-def main(argv: Sequence[str] | None = None) -> int:
-    """Command line; returns the exit code: 0, or 2 for a sweep that cannot run."""
-    options, overrides = _parser().parse_known_args(argv)
-    disable_progress_bars()
-    words = list(sys.argv[1:] if argv is None else argv)
-    begin(options.threads, only_one=True)
-    result, page = run(options, overrides, words)
-    print(
-        json.dumps(result.to_json(), indent=1)
-        if options.json
-        else f"{page.read_text(encoding='utf-8')}\nThis page: {page}"
-    )
-    return 0
+def main(
+    task: Annotated[str, Argument(help="an embedded task, a path or a Hub name, as data.name: preference pairs")],
+    direction: Annotated[
+        str | None, Choice(modules_in("adapters/directions"), "how the vector is computed (mean_difference)")
+    ] = None,
+    arm: Annotated[
+        str | None,
+        Option(
+            help="trained at every layer instead: a name in recipes/configs/arms/ or a .toml file (both take "
+            "--table.key value), or the folder of a training run",
+            autocompletion=arm_names,
+        ),
+    ] = None,
+    layers: Annotated[
+        list[str], Option(help="indices, fractions of the depth, or 'all'", metavar="LAYER ...")
+    ] = LAYERS,
+    strengths: Annotated[list[float], Option(help="negative ones too, but not 0", metavar="NUMBER ...")] = STRENGTHS,
+    sites: Annotated[list[str], Option(help="of block, attention and mlp", metavar="SITE ...")] = SITES,
+    model: Annotated[
+        str | None, Option(help="embedded, a local folder or a Hub name (embedded, or the arm's)")
+    ] = None,
+    train: Annotated[int | None, Option(help="training pairs (32, or the arm's)")] = None,
+    validation: Annotated[int, Option(help="pairs that choose")] = 24,
+    test: Annotated[int, Option(help="pairs of the report")] = 40,
+    seed: Annotated[int, Option(help="of the training rows and of training")] = 0,
+    scorer: Annotated[str | None, Option(help=SCORER)] = None,
+    scorer_rows: Annotated[int, Option(help="pairs that the scorer is fitted on")] = 40,
+    generations: Annotated[int, Option(help="answers that a setting generates")] = 4,
+    new_tokens: Annotated[int, Option(help="longest answer")] = 24,
+    max_kl: Annotated[float, Option(help="largest KL to the base on neutral text, in nats a token")] = 0.3,
+    max_perplexity: Annotated[float, Option(help="largest perplexity of neutral text, in times the base's")] = 1.25,
+    max_repetition: Annotated[float, Option(help="largest share of repeated word triples above the base's")] = 0.1,
+    threads: Threads = None,
+    folder: Annotated[Path | None, Option(help="(runs/sweep-<what>-<task>)")] = None,
+    overrides: Sequence[str] = (),
+    words: Sequence[str] = (),
+) -> Result:
+    """Sweep, recommend a setting, and print the page."""
+    options = SimpleNamespace(**locals())
+    if direction is not None and arm is not None:
+        raise ArmError("Give either --direction or --arm.")
+    begin(threads, only_one=True)
+    result, page = run(options, list(overrides), words)
+    return Result(result.to_json(), f"{page.read_text(encoding='utf-8')}\nThis page: {page}")
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="sweep", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("task", help="an embedded task, a path or a Hub name, as data.name: preference pairs")
-    what = parser.add_mutually_exclusive_group()
-    what.add_argument("--direction", metavar="NAME", help=f"one of {', '.join(directions.names())} (mean_difference)")
-    what.add_argument(
-        "--arm",
-        help="trained at every layer: a name in recipes/configs/arms/, a .toml file (both take --table.key value),\n"
-        "or the folder of a training run",
-    )
-    parser.add_argument("--layers", nargs="+", default=LAYERS, help="indices, fractions of the depth, or 'all'")
-    parser.add_argument("--strengths", nargs="+", type=float, default=STRENGTHS, help="negative ones too, but not 0")
-    parser.add_argument("--sites", nargs="+", default=["block"], help=f"of {', '.join(get_args(Site))} (block)")
-    parser.add_argument("--model", help="embedded, a local folder or a Hub name (embedded, or the arm's)")
-    parser.add_argument("--train", type=int, help="training pairs (32, or the arm's)")
-    parser.add_argument("--validation", type=int, default=24, help="pairs that choose (24)")
-    parser.add_argument("--test", type=int, default=40, help="pairs of the report (40)")
-    parser.add_argument("--seed", type=int, default=0, help="of the training rows and of training (0)")
-    parser.add_argument(
-        "--scorer",
-        help=f"score generated answers too: {', '.join(scorers.names())}, or a table such as\n"
-        '\'{kind = "rule", pattern = "careful"}\'; then it decides in place of the pair accuracy',
-    )
-    parser.add_argument("--scorer-rows", type=int, default=40, help="pairs that the scorer is fitted on (40)")
-    parser.add_argument("--generations", type=int, default=4, help="answers a setting generates (4)")
-    parser.add_argument("--new-tokens", type=int, default=24, help="longest answer (24)")
-    for name, field in Limits.model_fields.items():
-        parser.add_argument(f"--max-{name}", type=float, default=field.default, help=f"limit ({field.default})")
-    parser.add_argument("--threads", type=int, help="CPU threads (all cores)")
-    parser.add_argument("--folder", type=Path, help="(runs/sweep-<what>-<task>)")
-    parser.add_argument("--json", action="store_true", help="print the result as JSON")
-    return parser
-
-
-def run(options: argparse.Namespace, overrides: list[str], words: Sequence[str]) -> tuple[Result, Path]:
+def run(options: SimpleNamespace, overrides: list[str], words: Sequence[str]) -> tuple[Sweep, Path]:
     """Sweep, recommend, read the recommended setting on test rows, and write the page.
 
     Returns:
@@ -127,7 +137,7 @@ def run(options: argparse.Namespace, overrides: list[str], words: Sequence[str])
     print(_plan(table, context), file=sys.stderr)
 
     # validation rows choose; only what they chose is seen on test rows, and saved
-    result = Result(table, measure(context, folder), as_typed(words), note, versions())
+    result = Sweep(table, measure(context, folder), as_typed(words), note, versions())
     if (setting := result.choice.setting) is not None:
         held_out = context.held_out(TEST)
         adapter = Source(context).model(cast(Site, setting.site), setting.layer, home_of(folder, setting))
@@ -145,7 +155,7 @@ def run(options: argparse.Namespace, overrides: list[str], words: Sequence[str])
     return result, page
 
 
-def request(options: argparse.Namespace, overrides: list[str]) -> tuple[SweepTable, Any, Any]:
+def request(options: SimpleNamespace, overrides: list[str]) -> tuple[SweepTable, Any, Any]:
     """What is asked for, checked against the model; the model and its tokenizer.
 
     Raises:
@@ -199,13 +209,13 @@ def measure(context: Context, folder: Path) -> list[Record]:
     table, source = context.table, Source(context)
     places = [(site, layer) for site in table.sites for layer in sorted(table.layers, reverse=True)]
     records = {}
-    with tqdm(total=len(places) * len(table.strengths), desc="Settings", unit="setting") as bar:
+    with progress("Settings", len(places) * len(table.strengths)) as bar:
         for site, layer in places:
             records[site, layer] = _at_place(context, source, site, layer, folder, bar)
     return [records[site, layer] for site in table.sites for layer in table.layers]
 
 
-def _at_place(context: Context, source: Source, site: Site, layer: int, folder: Path, bar: tqdm[Any]) -> Record:
+def _at_place(context: Context, source: Source, site: Site, layer: int, folder: Path, bar: Bar) -> Record:
     """The settings of one place. Its adapter is made, and its lower blocks are read, if one of them is missing."""
     record = context.record(site, layer, VALIDATION)
     home = home_of(folder, record)
@@ -213,8 +223,8 @@ def _at_place(context: Context, source: Source, site: Site, layer: int, folder: 
     home.mkdir(parents=True, exist_ok=True)
     if file.is_file():
         record = Record.read(file)
-    missing = [s for s in context.table.strengths if label(s) not in record.observations]
-    bar.update(len(context.table.strengths) - len(missing))
+    missing = [strength for strength in context.table.strengths if label(strength) not in record.observations]
+    bar.skip(len(context.table.strengths) - len(missing))
     if not missing or record.facts["status"] != "ok":
         return record
     try:
@@ -225,10 +235,9 @@ def _at_place(context: Context, source: Source, site: Site, layer: int, folder: 
         return record
     with context.held_out(VALIDATION).remember(model):
         for strength in missing:
-            bar.set_postfix_str(f"{site} {layer} at {strength:g}")
-            record.observations |= _seen_at(context, model, strength)
-            record.write(file)
-            bar.update()
+            with bar.step(f"{site} {layer} at {strength:g}"):
+                record.observations |= _seen_at(context, model, strength)
+                record.write(file)
     return record
 
 

@@ -10,12 +10,9 @@ Ends with a page: every measure of `lab/measures/` before, after and at other st
 
 from __future__ import annotations
 
-import argparse
-import json
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -25,45 +22,32 @@ from datasets import Dataset
 from transformers import set_seed
 
 from steertune.adapters.card import write_card
-from steertune.recipes.lab.arm import Arm, load_arm, parse_arm
+from steertune.recipes.lab.arm import Arm, load_arm
 from steertune.recipes.lab.batches import batches
 from steertune.recipes.lab.cards import of_training
+from steertune.recipes.lab.command_line import ArmName, Result, Threads, command
 from steertune.recipes.lab.data import load_model, load_splits
 from steertune.recipes.lab.evaluate import evaluate, evaluate_base
 from steertune.recipes.lab.generation import plain
 from steertune.recipes.lab.memory import peak_memory_gb
 from steertune.recipes.lab.observe import HeldOut, neutral_rows
 from steertune.recipes.lab.page import write_page
-from steertune.recipes.lab.processes import begin, command
+from steertune.recipes.lab.processes import begin
 from steertune.recipes.lab.rows import Record
 from steertune.recipes.lab.training import claim, fit, make_trainer, training_of
 from steertune.trainers import ModelAt, scalable
 
-DEFAULT_ARM = "vector_dpo"
-
 
 @command
-def main(argv: Sequence[str] | None = None) -> int:
-    """Command line; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="train", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument(
-        "--json",
-        action="store_true",
-        help="print result.json and the mean of every measure in the end, all else to standard error",
-    )
-    known, overrides = parse_arm(parser, argv, DEFAULT_ARM)
-    arm = load_arm(known.arm, overrides, recipe="train")
-    if not known.json:
-        run(arm)
-        return 0
-    with redirect_stdout(sys.stderr):
-        record = run(arm)
-    if PartialState().is_main_process:
-        print(json.dumps({**record.to_json(), "measures": record.means()}))
-    return 0
+def main(arm: ArmName = "vector_dpo", threads: Threads = None, overrides: Sequence[str] = ()) -> Result | None:
+    """Train the arm and evaluate it; of several processes the first one has the result."""
+    record = run(load_arm(arm, overrides, recipe="train"), threads)
+    if not PartialState().is_main_process:
+        return None
+    return Result({**record.to_json(), "measures": record.means()}, "")
 
 
-def run(arm: Arm) -> Record:
+def run(arm: Arm, threads: int | None = None) -> Record:
     """Train and evaluate an arm in its output folder; return what `result.json` holds.
 
     A run that was interrupted goes on at its last checkpoint; a folder with another arm or a finished run is refused.
@@ -72,7 +56,7 @@ def run(arm: Arm) -> Record:
         ArmError: the folder holds something else.
     """
     started = time.monotonic()
-    begin(arm.model.threads)
+    begin(threads or arm.model.threads)
     state = PartialState()
     folder = Path(arm.output.folder or f"runs/{arm.name}-{arm.data.name.strip('./').replace('/', '-')}")
     claim(folder, arm, state.is_main_process)

@@ -12,122 +12,129 @@ of. `together` measures each vector alone and both at once on the data of each: 
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Literal
 
 from steertune.adapters import arithmetic
 from steertune.adapters.arithmetic import VectorError, Vectors
 from steertune.adapters.card import Card
-from steertune.recipes.lab.processes import command
+from steertune.recipes.lab.command_line import Argument, Count, Option, Result, Threads, group
+
+Folders = Annotated[list[Path], Argument(help="adapter folders")]
+Output = Annotated[Path, Option(help="a new folder")]
+Missing = Annotated[
+    Literal["refuse", "zero"], Option(help="a layer that not all of them steer: refuse it, or take zeros there")
+]
+Weights = Annotated[list[float] | None, Option(help="one a folder (1)", metavar="NUMBER ...")]
 
 
-@command
-def main(argv: Sequence[str] | None = None) -> int:
-    """Command line; returns the exit code: 0, or 2 for vectors that cannot be put together."""
-    options = _parser().parse_args(argv)
-    result = options.run(options)
-    print(json.dumps(result, indent=1) if options.json else result["text"])
-    return 0
+def add(folders: Folders, output: Output, weights: Weights = None, missing: Missing = "refuse") -> Result:
+    """The sum, or with --weights any weighted sum; one folder and one weight scale it."""
+    return _combined(folders, weights or [1.0] * len(folders), output, missing)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="vectors", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-
-    def add(name: str, run: Any, text: str, saves: bool = True) -> argparse.ArgumentParser:
-        own = commands.add_parser(name, help=text, description=text)
-        own.add_argument("folders", nargs="+", type=Path, help="adapter folders")
-        own.add_argument("--json", action="store_true", help="print the result as JSON")
-        own.set_defaults(run=run)
-        if saves:
-            own.add_argument("--output", type=Path, required=True, help="a new folder")
-            own.add_argument(
-                "--missing",
-                choices=["refuse", "zero"],
-                default="refuse",
-                help="a layer that not all of them steer is refused, or zeros there (refuse)",
-            )
-        return own
-
-    for name, text in (
-        ("add", "the sum, or with --weights any weighted sum; one folder and one weight scale it"),
-        ("average", "the mean, or with --weights the weighted mean"),
-    ):
-        own = add(name, _sum, text)
-        own.add_argument("--weights", nargs="+", type=float, help="one a folder (1)")
-    add("subtract", _sum, "the first minus the others")
-    add("project-out", _project, "the first without what lies in the span of the others")
-    add("orthogonalise", _orthogonalise, "each without what lies along those before it; a folder each in --output")
-    add("similarity", _similarity, "cosine of every two, layer by layer", saves=False)
-    own = add("together", _together, "does the pair do what each does alone, on the data of both?", saves=False)
-    own.add_argument("--data", nargs=2, required=True, help="pairs of the first vector, and of the second")
-    own.add_argument("--strengths", nargs=2, type=float, default=[1.0, 1.0], help="(1 1)")
-    own.add_argument("--rows", type=int, default=40, help="test pairs of each (40)")
-    own.add_argument("--model", help="base model: embedded, a local folder or a Hub name (the adapters' own)")
-    own.add_argument("--threads", type=int, help="CPU threads (all cores)")
-    return parser
+def average(folders: Folders, output: Output, weights: Weights = None, missing: Missing = "refuse") -> Result:
+    """The mean, or with --weights the weighted mean."""
+    _several(folders, "average")
+    weights = weights or [1.0] * len(folders)
+    if len(weights) == len(folders) and sum(weights) == 0:
+        raise VectorError(f"--weights {weights} add up to 0: there is no mean of them.")
+    return _combined(folders, [weight / sum(weights) for weight in weights], output, missing)
 
 
-def _sum(options: argparse.Namespace) -> dict[str, Any]:
-    sets, count = _read(options.folders), len(options.folders)
-    if options.command != "add" and count < 2:
-        raise VectorError(f"{options.command} needs two folders or more; this is {count}.")
-    weights: list[float] = getattr(options, "weights", None) or [1.0] * count
-    if options.command == "subtract":
-        weights = [1.0, *[-1.0] * (count - 1)]
-    if options.command == "average":
-        if len(weights) == count and sum(weights) == 0:
-            raise VectorError(f"--weights {weights} add up to 0: there is no mean of them.")
-        weights = [weight / sum(weights) for weight in weights]
-    made = arithmetic.combine(sets, weights, options.missing, options.output.name)
-    formula = " + ".join(f"{weight:g} × {one.name}" for weight, one in zip(weights, sets, strict=True))
-    return _saved(options, made, options.output, formula, sets)
+def subtract(folders: Folders, output: Output, missing: Missing = "refuse") -> Result:
+    """The first minus the others."""
+    _several(folders, "subtract")
+    return _combined(folders, [1.0, *[-1.0] * (len(folders) - 1)], output, missing)
 
 
-def _project(options: argparse.Namespace) -> dict[str, Any]:
-    sets = _read(options.folders)
-    if len(sets) < 2:
-        raise VectorError("project-out needs what is projected and one folder or more whose directions are taken out.")
-    made = arithmetic.project_out(sets[0], sets[1:], options.missing, options.output.name)
+def project_out(folders: Folders, output: Output, missing: Missing = "refuse") -> Result:
+    """The first without what lies in the span of the others."""
+    _several(folders, "project-out")
+    sets = _read(folders)
+    made = arithmetic.project_out(sets[0], sets[1:], missing, output.name)
     formula = f"{sets[0].name} without the span of {', '.join(one.name for one in sets[1:])}"
-    return _saved(options, made, options.output, formula, sets)
+    return _saved(made, output, formula, sets)
 
 
-def _orthogonalise(options: argparse.Namespace) -> dict[str, Any]:
-    sets = _read(options.folders)
-    if len(sets) < 2:
-        raise VectorError("orthogonalise needs two folders or more, the most important first.")
-    if options.output.exists():
-        raise VectorError(f"{options.output} is there already. Choose a new folder.")
+def orthogonalise(folders: Folders, output: Output, missing: Missing = "refuse") -> Result:
+    """Each without what lies along those before it, the most important first; a folder each in --output."""
+    _several(folders, "orthogonalise")
+    sets = _read(folders)
+    if output.exists():
+        raise VectorError(f"{output} is there already. Choose a new folder.")
     saved = []
-    for i, made in enumerate(arithmetic.orthogonalise(sets, options.missing)):
+    for i, made in enumerate(arithmetic.orthogonalise(sets, missing)):
         before = ", ".join(one.name for one in sets[:i])
         formula = f"{made.name} without the span of {before}" if before else f"{made.name}, as it was"
-        saved.append(_saved(options, made, options.output / made.name, formula, sets[: i + 1]))
-    return {"adapters": saved, "text": "\n\n".join(one["text"] for one in saved)}
+        saved.append(_saved(made, output / made.name, formula, sets[: i + 1]))
+    return Result({"adapters": [one.data for one in saved]}, "\n\n".join(one.text for one in saved))
 
 
-def _saved(
-    options: argparse.Namespace, made: Vectors, folder: Path, formula: str, sets: Sequence[Vectors]
-) -> dict[str, Any]:
+def similarity(folders: Folders) -> Result:
+    """Cosine of every two, layer by layer."""
+    _several(folders, "similarity")
+    sets = _read(folders)
+    cosines = arithmetic.similarity(sets)
+    names = [one.name for one in sets]
+    lines = []
+    for layer, matrix in cosines.items():
+        lines += [f"layer {layer}", ""]
+        lines += ["| | " + " | ".join(names) + " | length |", "|---" * (len(names) + 2) + "|"]
+        for one, row in zip(sets, matrix.tolist(), strict=True):
+            length = float(one.vectors[layer].norm()) if layer in one.vectors else 0.0
+            values = ["-" if value != value else f"{value:+.3f}" for value in row]
+            lines.append(f"| {one.name} | " + " | ".join(values) + f" | {length:.4g} |")
+        lines.append("")
+    plain = {layer: [[None if v != v else v for v in row] for row in m.tolist()] for layer, m in cosines.items()}
+    return Result({"names": names, "cosines": plain}, "\n".join(lines).rstrip())
+
+
+def together(
+    folders: Folders,
+    data: Annotated[tuple[str, str], Option(help="pairs of the first vector, and of the second")],
+    strengths: Annotated[tuple[float, float], Option(help="of each")] = (1.0, 1.0),
+    rows: Annotated[int, Count("test pairs of each")] = 40,
+    model: Annotated[str | None, Option(help="embedded, a local folder or a Hub name (the adapters' own)")] = None,
+    threads: Threads = None,
+) -> Result:
+    """Does the pair do what each does alone, on the data of both?"""
+    from steertune.recipes.lab.together import measure, summarise
+
+    if len(folders) != 2:
+        raise VectorError(f"together needs two folders, the vector of each data set; these are {len(folders)}.")
+    result = measure(folders, data, strengths, rows, model, threads)
+    return Result(result, summarise(result))
+
+
+main = group(add, average, subtract, project_out, orthogonalise, similarity, together)
+
+
+def _several(folders: Sequence[Path], name: str) -> None:
+    """Refuse one folder alone."""
+    if len(folders) < 2:
+        raise VectorError(f"{name} needs two folders or more; this is {len(folders)}.")
+
+
+def _combined(folders: Sequence[Path], weights: list[float], output: Path, missing: str) -> Result:
+    """A weighted sum, saved."""
+    sets = _read(folders)
+    made = arithmetic.combine(sets, weights, missing, output.name)
+    formula = " + ".join(f"{weight:g} × {one.name}" for weight, one in zip(weights, sets, strict=True))
+    return _saved(made, output, formula, sets)
+
+
+def _saved(made: Vectors, folder: Path, formula: str, sets: Sequence[Vectors]) -> Result:
+    """Write an adapter with its card, and say how long its vectors are."""
     arithmetic.write(made, folder, _card(made, formula, sets))
     lengths = {layer: float(made.vectors[layer].norm()) for layer in made.layers}
     before = {one.name: {layer: float(one.vectors[layer].norm()) for layer in one.layers} for one in sets}
     table = [f"layer {layer}: length {length:.4g}" for layer, length in lengths.items()]
-    return {
-        "folder": str(folder),
-        "formula": formula,
-        "lengths": lengths,
-        "lengths before": before,
-        "text": "\n".join([f"{folder} = {formula}", *(f"  {line}" for line in table)]),
-    }
+    data = {"folder": str(folder), "formula": formula, "lengths": lengths, "lengths before": before}
+    return Result(data, "\n".join([f"{folder} = {formula}", *(f"  {line}" for line in table)]))
 
 
 def _card(made: Vectors, formula: str, sets: Sequence[Vectors]) -> Card:
@@ -141,36 +148,6 @@ def _card(made: Vectors, formula: str, sets: Sequence[Vectors]) -> Card:
         advice="Layers are those of the adapters it was made of. Measure strengths again: "
         "`steertune vectors together`, or held-out pairs of yours.",
     )
-
-
-def _similarity(options: argparse.Namespace) -> dict[str, Any]:
-    sets = _read(options.folders)
-    if len(sets) < 2:
-        raise VectorError("similarity needs two folders or more.")
-    found = arithmetic.similarity(sets)
-    names = [one.name for one in sets]
-    lines = []
-    for layer, cosines in found.items():
-        lines += [f"layer {layer}", ""]
-        lines += ["| | " + " | ".join(names) + " | length |", "|---" * (len(names) + 2) + "|"]
-        for one, row in zip(sets, cosines.tolist(), strict=True):
-            length = float(one.vectors[layer].norm()) if layer in one.vectors else 0.0
-            values = ["-" if value != value else f"{value:+.3f}" for value in row]
-            lines.append(f"| {one.name} | " + " | ".join(values) + f" | {length:.4g} |")
-        lines.append("")
-    plain = {layer: [[None if v != v else v for v in row] for row in m.tolist()] for layer, m in found.items()}
-    return {"names": names, "cosines": plain, "text": "\n".join(lines).rstrip()}
-
-
-def _together(options: argparse.Namespace) -> dict[str, Any]:
-    from steertune.recipes.lab.together import measure, summarise
-
-    if len(options.folders) != 2:
-        raise VectorError(
-            f"together needs two folders, the vector of each data set; these are {len(options.folders)}."
-        )
-    result = measure(options.folders, options.data, options.strengths, options.rows, options.model, options.threads)
-    return {**result, "text": summarise(result)}
 
 
 def _read(folders: Sequence[Path]) -> list[Vectors]:

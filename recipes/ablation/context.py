@@ -100,7 +100,6 @@ class Context:
             held_out=[splits.test, splits.validation],
             near=self.grid.tables.splits.near_duplicates,
             cache=self.cache,
-            show=False,
         )
 
     def show(self, cell: Cell, seed: int, instruction: int = 0) -> Show:

@@ -36,6 +36,7 @@ from steertune.recipes.lab.ingredients.prompt import Prompt
 from steertune.recipes.lab.measures import Seen
 from steertune.recipes.lab.memory import peak_memory_gb, reset_peak_memory
 from steertune.recipes.lab.observe import HeldOut, Observations, Show, against_base, neutral_logps
+from steertune.recipes.lab.progress import Bar, track
 from steertune.recipes.lab.rows import MATCHED, TUNED, Record
 from steertune.recipes.lab.training import fit, make_trainer, silent
 from steertune.trainers import NonFiniteError, scalable, scaled, share_weights, train_together
@@ -71,14 +72,16 @@ def run_cell(cell: Cell, context: Context, folder: Path) -> Record:
     }
 
     # settings are chosen on validation rows, once for all cells that share them
-    tuning = tuned(cell, context, folder)
+    bar = Bar(len(cell.arm.budget.rungs) + 2)
+    with bar.step("tuning", len(cell.arm.budget.rungs)):
+        tuning = tuned(cell, context, folder)
     record.facts |= {"tuning_key": cell.tuning_key, "tuning": tuning["trials"]}
     record.facts |= {"tuning_seconds": tuning["seconds"], "setting": tuning["best"]}
     if tuning["best"] is None:
         record.facts |= {"status": "diverged", "error": "every trial of the tuning diverged"}
     else:
         try:
-            _train_and_measure(cell, context, Setting(**tuning["best"]), record, home)
+            _train_and_measure(cell, context, Setting(**tuning["best"]), record, home, bar)
         except NonFiniteError as error:
             record.facts |= {"status": "diverged", "error": str(error)}
     record.facts |= {"seconds": time.monotonic() - started, "peak_memory_gb": peak_memory_gb()}
@@ -87,13 +90,15 @@ def run_cell(cell: Cell, context: Context, folder: Path) -> Record:
     return record
 
 
-def _train_and_measure(cell: Cell, context: Context, setting: Setting, record: Record, home: Path) -> None:
-    model, cost = train(cell, context, setting, cell.seed, home)
+def _train_and_measure(cell: Cell, context: Context, setting: Setting, record: Record, home: Path, bar: Bar) -> None:
+    """The part of a cell after its tuning."""
+    with bar.step("training"):
+        model, cost = train(cell, context, setting, cell.seed, home)
     record.facts |= cost
     held_out = context.held_out(cell.task)
     show = context.show(cell, cell.seed, setting.prompt)
     record.facts["prompt_tokens"] = context.prompt_tokens(cell, show) if cell.arm.arm.get(Prompt) else 0.0
-    with held_out.remember(model):
+    with bar.step("measuring"), held_out.remember(model):
         measure(cell, context, model, setting.strength, show, record)
     if record.facts["scalable"] and record.facts["matched_strength"] is None:
         kl = context.grid.tables.matched
@@ -151,13 +156,15 @@ def _trials(cell: Cell, context: Context, seed: int, home: Path) -> list[dict[st
         [model] = _train_trials(cell, context, [Setting()], seed, folder)
         return _score_trial(cell, context, Setting(), model, untrained_strengths(budget), seed)
     settings, results = draw(budget, seed), []
+    bar = Bar(sum(count * fraction for count, fraction in budget.rungs))
     for rung, (count, fraction) in enumerate(budget.rungs):
         tried = settings[:count]
         models = _train_trials(cell, context, [s.part(fraction) for s in tried], seed, folder)
-        results = [
-            _score_trial(cell, context, setting, model, budget.strengths, seed)
-            for setting, model in zip(tried, models, strict=True)
-        ]
+        with bar.step(f"rung {rung + 1}" if len(budget.rungs) > 1 else "", count * fraction):
+            results = [
+                _score_trial(cell, context, setting, model, budget.strengths, seed)
+                for setting, model in zip(track(tried, "trial"), models, strict=True)
+            ]
         # best first, for the next rung; a diverged trial has no score
         order = sorted(range(len(results)), key=lambda i: -max(t["score"] or -math.inf for t in results[i]))
         settings = [settings[i] for i in order]

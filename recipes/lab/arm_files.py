@@ -23,7 +23,7 @@ from steertune.recipes.lab.paths import CONFIGS
 ARMS = CONFIGS / "arms"
 _CHOOSERS = {"adapter": "type", "loss": "name", "augmentation": "name"}  # the key that says whose options follow
 _NOT_INHERITED = ("name", "output")  # two arms must not write into one folder
-_RENAMED_TABLES = {"proliferation": "augmentation", "biases": "inductive_biases"}
+RENAMED_TABLES = {"proliferation": "augmentation", "biases": "inductive_biases"}
 
 
 def read_tables(file: str | Path) -> dict[str, Any]:
@@ -62,7 +62,7 @@ def merge_tables(base: dict[str, Any], patch: dict[str, Any], inside: str = "") 
 def renamed_tables(tables: dict[str, Any]) -> dict[str, Any]:
     """The tables by their present names; a former one works for one release, with a FutureWarning."""
     tables = dict(tables)
-    for old, new in _RENAMED_TABLES.items():
+    for old, new in RENAMED_TABLES.items():
         if old in tables:
             warnings.warn(f"The table [{old}] is now called [{new}].", FutureWarning, stacklevel=3)
             tables = merge_tables(tables, {new: tables.pop(old)})

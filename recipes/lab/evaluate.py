@@ -14,8 +14,12 @@ from typing import Any
 
 from steertune.recipes.lab import measures
 from steertune.recipes.lab.observe import OBSERVERS, HeldOut, Observations, Strengths
+from steertune.recipes.lab.progress import Bar
 from steertune.recipes.lab.rows import BASE, label
 from steertune.trainers import scaled
+
+STEPS = {"pairs": "test pairs", "neutral": "neutral text", "answers": "generation", "prompted": "prompted answers"}
+"""What the progress bar calls each kind of example."""
 
 
 def evaluate(
@@ -42,12 +46,15 @@ def evaluate(
     different = {repr(value): float(value) for value in labels.values()}
     observed: dict[str, Observations] = {key: dict((known or {}).get(value, {})) for key, value in different.items()}
     with held_out.remember(model):
-        for observer in dict.fromkeys(need for measure in wanted for need in measure.needs):
+        observers = dict.fromkeys(need for measure in wanted for need in measure.needs)
+        bar = Bar(len(observers))
+        for observer in observers:
             new = {
                 key: value for key, value in different.items() if observer != "neutral" or value not in (known or {})
             }
-            for key, values in OBSERVERS[observer](model, held_out, new).items():
-                observed[key] |= values
+            with bar.step(STEPS[observer]):
+                for key, values in OBSERVERS[observer](model, held_out, new).items():
+                    observed[key] |= values
         # a measure that needs something of its own looks itself, at one strength at a time
         for measure in (measure for measure in wanted if measure.observe is not None):
             for key, strength in different.items():

@@ -1,6 +1,6 @@
 """The fields of a dataclass, read from its source file: importing TRL or PEFT takes seconds, reading them does not.
 
-A field's text is its `metadata={"help": ...}`, or what the class says of it under `Args:`.
+A field's text is its `metadata={"help": ...}`, the docstring below it, or what the class says of it under `Args:`.
 """
 
 from __future__ import annotations
@@ -47,18 +47,22 @@ def fields_of(module: str, name: str) -> dict[str, FieldText]:
     for base in reversed(node.bases):
         if isinstance(base, ast.Name):
             try:
-                fields |= fields_of(home, base.id)
+                parent, definition = _definition(home, base.id)
             except LookupError:
-                continue  # of the standard library, or no dataclass
+                continue  # of the standard library
+            if is_dataclass(definition):  # annotations of other classes are no fields
+                fields |= fields_of(parent, base.id)
     return fields | {field.name: field for field in fields_in(home, node)}
 
 
-def dataclasses_in(module: str) -> Iterator[str]:
-    """The public dataclasses that a module defines."""
-    for node in _parsed(_file(module)).body:
-        if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
-            if any(ast.unparse(mark).startswith("dataclass") for mark in node.decorator_list):
-                yield node.name
+def classes_in(module: str) -> list[ast.ClassDef]:
+    """The classes that a module defines."""
+    return [node for node in _parsed(_file(module)).body if isinstance(node, ast.ClassDef)]
+
+
+def is_dataclass(node: ast.ClassDef) -> bool:
+    """Whether a class is decorated as a dataclass."""
+    return any(ast.unparse(mark).startswith("dataclass") for mark in node.decorator_list)
 
 
 def arguments_of(module: str, name: str) -> list[FieldText]:
@@ -80,13 +84,15 @@ def arguments_of(module: str, name: str) -> list[FieldText]:
 def fields_in(module: str, node: ast.ClassDef) -> Iterator[FieldText]:
     """The fields that a class of a module adds to those of its bases."""
     texts = documented(ast.get_docstring(node))
-    for line in node.body:
+    for line, following in zip(node.body, [*node.body[1:], None], strict=True):
         if not (isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name)):
             continue
         if ast.unparse(line.annotation).startswith("ClassVar"):
             continue
         default, text = _value(line.value)
         name = line.target.id
+        if isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant):
+            text = " ".join(str(following.value.value).split())
         yield FieldText(name, _type(module, line.annotation), default, text or texts.get(name, ""))
 
 
@@ -100,14 +106,15 @@ def documented(docstring: str | None) -> dict[str, str]:
 
 
 def _value(value: ast.expr | None) -> tuple[str | None, str]:
-    """Default and help of a field, from what it is assigned."""
-    if not (isinstance(value, ast.Call) and ast.unparse(value.func).removeprefix("dataclasses.") == "field"):
+    """Default and help of a field, from what it is assigned: a value, `field(...)`, or pydantic's `Field(...)`."""
+    if not (isinstance(value, ast.Call) and ast.unparse(value.func).removeprefix("dataclasses.").lower() == "field"):
         return (None if value is None else ast.unparse(value)), ""
     given = {word.arg: word.value for word in value.keywords}
     default = ast.unparse(given["default"]) if "default" in given else None
     if "default_factory" in given:
         made = given["default_factory"]
         default = ast.unparse(made.body) if isinstance(made, ast.Lambda) else f"{ast.unparse(made)}()"
+        default = {"list()": "[]", "dict()": "{}"}.get(default, default)
     return default, _help(given.get("metadata"))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import difflib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any, get_origin
@@ -13,12 +13,13 @@ from typing import Any, get_origin
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
-from steertune.recipes.lab.fields import FieldText, arguments_of, dataclasses_in, fields_of
-from steertune.recipes.lab.paths import RECIPES
+from steertune.recipes.lab.arm_files import RENAMED_TABLES
+from steertune.recipes.lab.fields import FieldText, arguments_of, classes_in, fields_in, fields_of, is_dataclass
+from steertune.recipes.lab.files import ArmError
+from steertune.recipes.lab.paths import modules_in
 from steertune.recipes.lab.tables import ArmTables
 
-OPEN = ("views", "teachers", "augmentation", "biases")
-"""Tables whose keys depend on what they name."""
+INGREDIENTS = "recipes/lab/ingredients"
 REFUSED = {"output_dir", "trust_remote_code"}
 """Fields of `[trainer]` that no arm may set."""
 USUAL = {
@@ -83,11 +84,16 @@ class Key:
     text: str
 
 
+def table_names() -> dict[str, None]:
+    """The tables of an arm, also by names that they had before."""
+    return dict.fromkeys([*ArmTables.model_fields, *modules_in(INGREDIENTS), *RENAMED_TABLES])
+
+
 @cache
 def arm_keys() -> dict[str, Key]:
     """Every key by its name, in the order of the tables."""
-    keys = [*_of_tables(), *_of_loss(), *_of_adapter(), *_of_trainer()]
-    tables = list(ArmTables.model_fields)
+    keys = [*_of_tables(), *_of_loss(), *_of_adapter(), *_of_trainer(), *_of_ingredients()]
+    tables = [*table_names()]
     keys.sort(key=lambda key: tables.index(key.name.partition(".")[0]))
     return {key.name: key for key in keys}
 
@@ -98,7 +104,7 @@ def meant(name: str) -> str | None:
     if plain in USUAL:
         return USUAL[plain]
     keys = arm_keys()
-    table, dot, key = name.partition(".")
+    table, dot, _ = name.partition(".")
     # somebody who knows TRL types the field itself: --learning_rate
     bare = [full for full in keys if full.partition(".")[2] == name.replace("-", "_")]
     if not dot and bare:
@@ -109,35 +115,43 @@ def meant(name: str) -> str | None:
 
 
 def _of_tables() -> Iterator[Key]:
-    """Keys of the tables that a model of ours checks, and a line for each table whose keys are open."""
+    """Keys of the tables that every arm has."""
     for table, field in ArmTables.model_fields.items():
         kind: Any = field.annotation
         if isinstance(kind, type) and issubclass(kind, BaseModel):
             for key, own in kind.model_fields.items():
                 yield Key(table, f"{table}.{key}", _plain(_named(own.annotation)), _shown(own), own.description or "")
-        elif table in OPEN:
-            names = ".NAME" if _holds_tables(kind) else ""
-            yield Key("open tables", f"{table}{names}.KEY", "any", "", field.description or "")
         elif table == "name":
             yield Key("name", table, "str", "", field.description or "")
 
 
-def _holds_tables(kind: Any) -> bool:
-    value: Any = kind.__args__[1]
-    return get_origin(value) is dict or (isinstance(value, type) and issubclass(value, BaseModel))
+def _of_ingredients() -> Iterator[Key]:
+    """Keys of the ingredients, and a line for each whose keys depend on what it names."""
+    for table in modules_in(INGREDIENTS):
+        module = f"steertune.{INGREDIENTS.replace('/', '.')}.{table}"
+        for node in classes_in(module):
+            bases = {ast.unparse(base) for base in node.bases}
+            text = (ast.get_docstring(node) or "").split("\n")[0]
+            if "Named" in bases:
+                yield Key(table, f"{table}.NAME.KEY", "any", "", text)
+            elif "Ingredient" in bases and node.keywords:  # extra="allow"
+                yield Key(table, f"{table}.KEY", "any", "", text)
+            elif "Ingredient" in bases:
+                for field in fields_in(module, node):
+                    yield _key(table, table, field)
 
 
 def _of_loss() -> Iterator[Key]:
     """`loss.name`, and the options of every loss: one line for what several call alike."""
-    names = _files("losses")
+    names = modules_in("losses")
     yield Key("loss", "loss.name", " | ".join([*names, "upstream"]), "dpo", "What is minimised.")
     for field in arguments_of("steertune.losses", "get_loss"):
         yield _key("loss", "loss", field)
     options: dict[str, dict[str, FieldText]] = {}
     for loss in names:
         module = f"steertune.losses.{loss}"
-        for kind in dataclasses_in(module):
-            for field in fields_of(module, kind).values():
+        for kind in filter(is_dataclass, classes_in(module)):
+            for field in fields_of(module, kind.name).values():
                 options.setdefault(field.name, {})[loss] = field
     for fields in options.values():
         defaults: dict[str, list[str]] = {}
@@ -174,11 +188,6 @@ def _of_trainer() -> Iterator[Key]:
 def _key(group: str, table: str, field: FieldText, note: str = "") -> Key:
     default = "" if field.default in (None, "None") else _unquoted(field.default)
     return Key(group, f"{table}.{field.name}", _plain(field.type), default, note + field.text)
-
-
-def _files(folder: str) -> list[str]:
-    """The public modules of a folder of the library."""
-    return sorted(file.stem for file in (RECIPES.parent / folder).glob("[!_]*.py"))
 
 
 def _named(kind: Any) -> str:
@@ -218,25 +227,42 @@ def _unquoted(default: str) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def split_overrides(words: list[str], own: Mapping[str, Any]) -> tuple[list[str], list[str]]:
+def split_overrides(words: Sequence[str], own: Container[str]) -> tuple[list[str], list[str]]:
     """Take `--table.key value`, `--table.key=value` and `--table={...}` out of the words of a command line.
 
     Args:
         words: The command line.
-        own: The command's own options, which go before a table of the same name.
+        own: The command's own options, as `--train`. They go before a table of the same name.
 
     Returns:
         The other words, and what `load_arm` takes as overrides.
+
+    Raises:
+        ArmError: a table has no such key.
     """
     rest, overrides, left = [], [], list(words)
     while left:
         word = left.pop(0)
         key, equals, value = word[2:].partition("=")
         table, dot, _ = key.partition(".")
-        whole = (value if equals else "".join(left[:1])).lstrip().startswith("{")
-        is_table = word.startswith("--") and table in ArmTables.model_fields
-        if is_table and (dot or ((whole or table == "name") and f"--{key}" not in own)):
-            overrides += [word] if equals or not left else [word, left.pop(0)]
-        else:
+        if not word.startswith("--") or table not in table_names() or f"--{key}" in own:
             rest.append(word)
+            continue
+        whole = (value if equals else "".join(left[:1])).lstrip().startswith("{")
+        if not (dot or whole or table == "name"):
+            rest.append(word)
+            continue
+        if dot:
+            _check(key)
+        overrides += [word] if equals or not left else [word, left.pop(0)]
     return rest, overrides
+
+
+def _check(name: str) -> None:
+    """Refuse a key that its table cannot have; those of an adapter depend on its type and are checked with it."""
+    table, _, key = name.partition(".")
+    closed = {full.partition(".")[0] for full in arm_keys() if not full.endswith("KEY")} - {"adapter"}
+    if table not in closed or name in arm_keys() or key in REFUSED:
+        return
+    near = meant(name)
+    raise ArmError(f"Unknown key {key!r} in [{table}]." + (f" Did you mean --{near}?" if near else ""))

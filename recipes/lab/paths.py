@@ -6,4 +6,11 @@ from pathlib import Path
 
 RECIPES = Path(__file__).parents[1]
 CONFIGS = RECIPES / "configs"
+LAUNCHES = CONFIGS / "accelerate"
+"""Configurations of `accelerate launch`."""
 TASKS = RECIPES / "tasks"
+
+
+def modules_in(folder: str) -> list[str]:
+    """The public modules of a folder of the library, as `adapters/exports`: what a name in a command may be."""
+    return sorted(file.stem for file in (RECIPES.parent / folder).glob("[!_]*.py"))

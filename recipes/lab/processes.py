@@ -1,5 +1,4 @@
-"""How every recipe starts and ends: how many processes there are, whether that is as many as were asked for, their
-threads, and what is said of wrong input.
+"""How every recipe starts: how many processes there are, whether that is as many as were asked for, and their threads.
 
 `accelerate launch --num_processes 2 --cpu` runs one process and says nothing (huggingface/accelerate#2741), so what
 was asked for is read from the command line of the launcher.
@@ -7,13 +6,10 @@ was asked for is read from the command line of the launcher.
 
 from __future__ import annotations
 
-import argparse
-import functools
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import ParamSpec
 
 import psutil
 import torch
@@ -22,60 +18,31 @@ from accelerate.commands.config.config_args import default_config_file, load_con
 from accelerate.commands.launch import launch_command_parser
 
 from steertune.recipes.lab.files import ArmError
-from steertune.recipes.lab.paths import CONFIGS
-from steertune.trainers import NonFiniteError
-
-P = ParamSpec("P")
-LAUNCHES = CONFIGS / "accelerate"
-"""Configurations of `accelerate launch`."""
-
-
-def command(main: Callable[P, int]) -> Callable[P, int]:
-    """A recipe's `main` that says in one line what is wrong with its input, and returns 2.
-
-    With `python -X dev` it ends in the traceback, as errors that no input should cause always do.
-    """
-
-    @functools.wraps(main)
-    def said(*args: P.args, **kwargs: P.kwargs) -> int:
-        try:
-            return main(*args, **kwargs)
-        except (ValueError, OSError, NonFiniteError) as error:
-            if sys.flags.dev_mode:
-                raise
-            print(f"{type(error).__name__}: {error}", file=sys.stderr)
-            return 2
-
-    return said
-
-
-def positive(text: str) -> int:
-    """A number on the command line that counts something: whole, and 1 or more."""
-    if not text.isascii() or not text.isdigit() or not 1 <= int(text) <= 2**31:
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1")
-    return int(text)
+from steertune.recipes.lab.quiet import quiet
 
 
 def begin(threads: int | None = None, running: int | None = None, only_one: bool = False) -> None:
-    """Say how many processes run, and set the threads of a CPU run.
+    """Check that as many processes run as were asked for, set the threads of a CPU run, and silence libraries.
 
     Args:
-        threads: None: all cores for a single process, which `accelerate launch` leaves with one thread.
+        threads: CPU threads of this process; None: `OMP_NUM_THREADS`, else the cores that this process may use, which
+            the processes of one launch share.
         running: How many processes there are, where they work side by side and form no group.
         only_one: Whether several would all do the same.
 
     Raises:
         ArmError: fewer processes run than the launcher was asked for, more than the recipe has work for, or FSDP
-            without a GPU, which accelerate leaves out without a word.
+            without a GPU, which accelerate turns into DDP without a word.
     """
+    quiet()
     # accelerate must hear that this is a CPU run, or every process of several believes to be alone
     state = PartialState(cpu=not torch.cuda.is_available())
     running = running or state.num_processes
-    command = launcher()
-    asked = None if command is None else asked_for(command)
-    if asked is not None and asked > running:
+    launched = launcher()
+    requested = None if launched is None else asked_for(launched[1])
+    if requested is not None and requested > running:
         raise ArmError(
-            f"{asked} processes were asked for, {running} run ({state.distributed_type.value}). On a CPU: "
+            f"{requested} processes were asked for, {running} run ({state.distributed_type.value}). On a CPU: "
             "accelerate launch --config_file $(steertune config cpu_ddp) ..., not --cpu nor MULTI_CPU."
         )
     if only_one and running > 1:
@@ -86,10 +53,26 @@ def begin(threads: int | None = None, running: int | None = None, only_one: bool
     if state.num_processes > 1 and state.is_main_process:
         kind = f"{state.distributed_type.value}, {device.partition(':')[0]}"
         print(f"{state.num_processes} processes ({kind})", file=sys.stderr)
-    if threads is None and state.num_processes == 1:
-        threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    if threads is not None:
-        torch.set_num_threads(threads)
+    torch.set_num_threads(threads or default_threads(launched, running))
+
+
+def default_threads(launched: tuple[Mapping[str, str], list[str]] | None = None, running: int = 1) -> int:
+    """Threads of a process: `OMP_NUM_THREADS`, else its share of the cores that this process may use.
+
+    Args:
+        launched: What `launcher` says. `accelerate launch` sets `OMP_NUM_THREADS=1` by itself, so what counts is its
+            own environment and `--num_cpu_threads_per_process`.
+        running: How many processes share the cores.
+    """
+    chosen = os.environ.get("OMP_NUM_THREADS")
+    if launched is not None:
+        environment, words = launched
+        options, _ = launch_command_parser().parse_known_args(words)
+        chosen = options.num_cpu_threads_per_process or environment.get("OMP_NUM_THREADS")
+    if chosen and str(chosen).isdigit():
+        return int(chosen)
+    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+    return max(1, cores // running)
 
 
 def default_device() -> str:
@@ -97,23 +80,24 @@ def default_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def launcher() -> list[str] | None:
-    """The words behind `accelerate launch` that this process comes from; None if it was started otherwise."""
+def launcher() -> tuple[Mapping[str, str], list[str]] | None:
+    """The environment of the `accelerate launch` that this process comes from, and the words behind it; None if it was
+    started otherwise."""
     for parent in psutil.Process().parents():
         try:
             words = parent.cmdline()
+            for i, word in enumerate(words[:3]):
+                name = Path(word).name
+                if (
+                    name == "accelerate-launch"
+                    or word == "accelerate.commands.launch"
+                    or word.endswith("commands/launch.py")
+                ):
+                    return parent.environ(), words[i + 1 :]
+                if name == "accelerate" and words[i + 1 : i + 2] == ["launch"]:
+                    return parent.environ(), words[i + 2 :]
         except psutil.Error:  # gone, or another user's
             continue
-        for i, word in enumerate(words[:3]):
-            name = Path(word).name
-            if (
-                name == "accelerate-launch"
-                or word == "accelerate.commands.launch"
-                or word.endswith("commands/launch.py")
-            ):
-                return words[i + 1 :]
-            if name == "accelerate" and words[i + 1 : i + 2] == ["launch"]:
-                return words[i + 2 :]
     return None
 
 

@@ -17,6 +17,7 @@ from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 from steertune.recipes.lab.arm import Arm
 from steertune.recipes.lab.files import ArmError, read_text, write_whole
 from steertune.recipes.lab.ingredients import Training
+from steertune.recipes.lab.progress import Bar
 from steertune.trainers import FrozenPrefix, last_checkpoint, share_weights
 
 _QUIET = ("save_strategy", "logging_strategy", "disable_tqdm")  # settings that do not change what is learned
@@ -93,6 +94,7 @@ def make_trainer(training: Training, frozen_prefix: FrozenPrefix | bool | None =
         "bf16": False,
         "gradient_checkpointing": False,
         "logging_steps": 5,
+        "disable_tqdm": True,  # the command has a bar of its own
         "use_cpu": not torch.cuda.is_available(),
     }
     with_settings = arm.model_copy(update={"trainer": {**arm.trainer, **settings}})
@@ -110,6 +112,8 @@ def make_trainer(training: Training, frozen_prefix: FrozenPrefix | bool | None =
         **options,
     )
     trainer.add_callback(_MetricsFile(folder / "metrics.jsonl"))
+    trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(_Steps())
     return trainer
 
 
@@ -132,6 +136,28 @@ def silent(trainer: Any) -> Any:
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)
     return trainer
+
+
+class _Steps(TrainerCallback):
+    """Moves the command's bar with every step, and shows the loss beside the name of what is trained."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Trainer event: training starts, or continues after the steps of an earlier run."""
+        self.bar = Bar(state.max_steps)
+        self.bar.skip(state.global_step)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Trainer event: the optimiser made a step."""
+        self.bar.advance()
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        """Trainer event: something was logged."""
+        if "loss" in (logs or {}):
+            self.bar.note(f"loss {float(logs['loss']):.3g}")
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Trainer event: training has ended."""
+        self.bar.note("")
 
 
 class _MetricsFile(TrainerCallback):

@@ -13,7 +13,6 @@ last column is what it comes to if it does. With one thread on a CPU, seconds ar
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import shlex
 import sys
@@ -21,21 +20,20 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
-from datasets import disable_progress_bars
-from tqdm.auto import tqdm
 
 from steertune.recipes.ablation.bench import Bench
 from steertune.recipes.ablation.cell import run_cell, tuned
 from steertune.recipes.ablation.grid import Cell, Grid, load_grid
 from steertune.recipes.lab.arm import UPSTREAM
+from steertune.recipes.lab.command_line import Argument, Option, Result, Threads, command
 from steertune.recipes.lab.data import load_model
-from steertune.recipes.lab.files import ArmError
-from steertune.recipes.lab.processes import begin, command, positive
+from steertune.recipes.lab.files import ArmError, write_whole
+from steertune.recipes.lab.processes import begin
+from steertune.recipes.lab.progress import progress
 from steertune.recipes.lab.tables import ModelTable
-from steertune.recipes.lab.training import write_whole
 from steertune.recipes.studies.timing.ways import now
 
 
@@ -53,28 +51,23 @@ class StockBench(Bench):
 
 
 @command
-def main(argv: Sequence[str] | None = None) -> int:
-    """Command line; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="benchmark_grid", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("grid", help="a .toml file or a name in recipes/configs/grids/")
-    parser.add_argument("--folder", type=Path, default=Path("runs/benchmark_grid"))
-    parser.add_argument("--data-root", type=Path)
-    parser.add_argument("--arms", nargs="+", help="names of the arms to time; left out: all")
-    parser.add_argument("--threads", type=positive)
-    options = parser.parse_args(argv)
-    disable_progress_bars()
-    begin(options.threads, only_one=True)
-    grid = load_grid(options.grid, options.data_root)
-    if unknown := set(options.arms or ()) - {arm.name for arm in grid.arms}:
-        raise ArmError(f"--arms {sorted(unknown)}: the grid has {[arm.name for arm in grid.arms]}.")
-    found = measure(grid, options.arms)
-    options.folder.mkdir(parents=True, exist_ok=True)
-    text = page(grid, found, loading(grid), options)
-    write_whole(options.folder / "grid.md", text)
-    print(text)
-    return 0
+def main(
+    grid: Annotated[str, Argument(help="a .toml file or a name in recipes/configs/grids/")],
+    folder: Annotated[Path, Option(help="where the table is written")] = Path("runs/benchmark_grid"),
+    data_root: Annotated[Path | None, Option(help="folder that relative task names start from")] = None,
+    arms: Annotated[list[str] | None, Option(help="names of the arms to time (all)", metavar="NAME ...")] = None,
+    threads: Threads = None,
+) -> Result:
+    """Time a cell of every arm both ways, and write the table."""
+    begin(threads, only_one=True)
+    loaded = load_grid(grid, data_root)
+    if unknown := set(arms or ()) - {arm.name for arm in loaded.arms}:
+        raise ArmError(f"--arms {sorted(unknown)}: the grid has {[arm.name for arm in loaded.arms]}.")
+    seconds = measure(loaded, arms)
+    folder.mkdir(parents=True, exist_ok=True)
+    text = page(loaded, seconds, loading(loaded), grid, arms)
+    write_whole(folder / "grid.md", text)
+    return Result(seconds, text)
 
 
 def loading(grid: Grid) -> float:
@@ -96,17 +89,16 @@ def measure(grid: Grid, arms: Sequence[str] | None = None) -> dict[str, dict[str
     for bench in benches.values():
         bench.base_measures(first.task)
         assert bench.neutral
-    with tempfile.TemporaryDirectory() as folder, tqdm(total=2 * len(cells), unit="cell") as bar:
+    with tempfile.TemporaryDirectory() as folder, progress("Cells", 2 * len(cells)) as bar:
         for cell in cells:
             for way, bench in benches.items():
-                bar.set_postfix_str(f"{way}: {cell.title}")
                 own, home = cell if way == "ours" else _stock(cell), Path(folder) / way
-                start = now()
-                trials = len(tuned(own, bench, home)["trials"])
-                tuning = now() - start
-                run_cell(own, bench, home)
-                found[cell.arm.name][way] = [now() - start, now() - start - tuning, trials]
-                bar.update()
+                with bar.step(f"{way}: {cell.title}"):
+                    start = now()
+                    trials = len(tuned(own, bench, home)["trials"])
+                    tuning = now() - start
+                    run_cell(own, bench, home)
+                    found[cell.arm.name][way] = [now() - start, now() - start - tuning, trials]
     return found
 
 
@@ -118,7 +110,9 @@ def _stock(cell: Cell) -> Cell:
     return dataclasses.replace(cell, arm=dataclasses.replace(cell.arm, arm=arm))
 
 
-def page(grid: Grid, found: dict[str, dict[str, list[float]]], load: float, options: Any) -> str:
+def page(
+    grid: Grid, found: dict[str, dict[str, list[float]]], load: float, name: str, timed: Sequence[str] | None
+) -> str:
     """The table."""
     t = grid.tables
     places = len(t.tasks) * len(t.examples)
@@ -131,12 +125,12 @@ def page(grid: Grid, found: dict[str, dict[str, list[float]]], load: float, opti
 
     totals = {way: sum(whole(arm[way]) for arm in found.values()) for way in ("ours", "stock")}
     loads = sum(whole(arm["stock"], load) for arm in found.values())
-    arms = "" if options.arms is None else f" --arms {shlex.join(options.arms)}"
+    arms = "" if timed is None else f" --arms {shlex.join(timed)}"
     clock = "CPU seconds" if torch.get_num_threads() == 1 and not torch.cuda.is_available() else "Seconds"
     lines = [
-        f"# What the grid {options.grid} costs, against the same cells run one by one with TRL and PEFT",
+        f"# What the grid {name} costs, against the same cells run one by one with TRL and PEFT",
         "",
-        f"`steertune benchmark_grid {options.grid} --threads {torch.get_num_threads()}{arms}`, "
+        f"`steertune benchmark_grid {name} --threads {torch.get_num_threads()}{arms}`, "
         f"torch {torch.__version__}. {clock}. One cell an arm was timed, one way after the other, and all its {count} "
         f"cells, of which {tunings} tune, are extrapolated from it. Loading the model takes {load:.1f} s.",
         "",

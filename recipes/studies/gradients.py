@@ -31,24 +31,25 @@ Errors are standard errors over batches, by leaving each out in turn (jackknife)
 
 from __future__ import annotations
 
-import argparse
 import copy
 import json
 import math
 import sys
 import tempfile
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from steertune.recipes.lab.arm import Arm, load_arm
+from steertune.recipes.lab.command_line import Argument, Count, Option, Result, Threads, command
 from steertune.recipes.lab.data import load_model, load_splits
 from steertune.recipes.lab.files import ArmError, write_whole
-from steertune.recipes.lab.processes import begin, command, positive
+from steertune.recipes.lab.processes import begin
+from steertune.recipes.lab.progress import progress, track
 from steertune.recipes.lab.training import make_trainer, training_of
 from steertune.trainers import FrozenPrefix
 
@@ -65,56 +66,66 @@ CONTRASTS = {
 }
 
 
+@dataclass(frozen=True)
+class Study:
+    """What is measured: the options of the command."""
+
+    task: str
+    arm: str
+    model: str
+    pairs: int
+    held_out: int
+    batch: int
+
+
 @command
-def main(argv: Sequence[str] | None = None) -> int:
-    """Command line; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="gradients", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("task", help="an embedded task, a path or a Hub name, as data.name")
-    parser.add_argument("--arm", default="vector_dpo", help="a file, or a name in recipes/configs/arms/")
-    parser.add_argument("--model", default="embedded", help="embedded, a local folder or a Hub name")
-    parser.add_argument("--pairs", type=positive, default=64)
-    parser.add_argument("--held-out", type=positive, default=64, help="test pairs that give the behaviour's direction")
-    parser.add_argument("--batch", type=positive, default=4, help="pairs in a batch")
-    parser.add_argument("--threads", type=positive, help="CPU threads (all cores)")
-    parser.add_argument("--folder", type=Path, default=Path("runs/gradients"))
-    options = parser.parse_args(argv)
-    begin(options.threads, only_one=True)
-    rows = measure(options)
-    table = summarise(options, rows)
-    options.folder.mkdir(parents=True, exist_ok=True)
-    write_whole(options.folder / "gradients.json", json.dumps(rows, indent=1))
-    write_whole(options.folder / "table.md", table)
-    print(table)
-    return 0
+def main(
+    task: Annotated[str, Argument(help="an embedded task, a path or a Hub name, as data.name")],
+    arm: Annotated[str, Option(help="a file, or a name in recipes/configs/arms/")] = "vector_dpo",
+    model: Annotated[str, Option(help="embedded, a local folder or a Hub name")] = "embedded",
+    pairs: Annotated[int, Count("training pairs")] = 64,
+    held_out: Annotated[int, Count("test pairs that give the behaviour's direction")] = 64,
+    batch: Annotated[int, Count("pairs in a batch")] = 4,
+    threads: Threads = None,
+    folder: Annotated[Path, Option(help="where the table is written")] = Path("runs/gradients"),
+) -> Result:
+    """Measure every contrast, and write the table."""
+    begin(threads, only_one=True)
+    study = Study(task, arm, model, pairs, held_out, batch)
+    with progress("Contrasts"):
+        rows = measure(study)
+    table = summarise(study, rows)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_whole(folder / "gradients.json", json.dumps(rows, indent=1))
+    write_whole(folder / "table.md", table)
+    return Result(rows, table)
 
 
-def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
+def measure(study: Study) -> list[dict[str, Any]]:
     """Noise and signal of every contrast.
 
     Raises:
         ArmError: fewer than two batches, a batch of one pair, which has no other prompt, no batch of held-out pairs,
             or an arm with an ingredient that makes examples or changes gradients.
     """
-    if options.batch < 2 or options.pairs < 2 * options.batch:
-        raise ArmError(f"--pairs {options.pairs} --batch {options.batch}: two batches or more, of two pairs or more.")
-    if options.held_out < options.batch:
-        raise ArmError(f"--held-out {options.held_out}: one batch of {options.batch} or more.")
-    arms = {name: _arm(options, changes) for name, changes in CONTRASTS.items()}
+    if study.batch < 2 or study.pairs < 2 * study.batch:
+        raise ArmError(f"--pairs {study.pairs} --batch {study.batch}: two batches or more, of two pairs or more.")
+    if study.held_out < study.batch:
+        raise ArmError(f"--held-out {study.held_out}: one batch of {study.batch} or more.")
+    arms = {name: _arm(study, changes) for name, changes in CONTRASTS.items()}
     model, tokenizer = load_model(arms["pairs"].model)
-    asked = {name: (arm, 0, options.pairs) for name, arm in arms.items()}
-    asked["held out"] = (arms["pairs"], 1, options.held_out)
+    asked = {name: (arm, 0, study.pairs) for name, arm in arms.items()}
+    asked["held out"] = (arms["pairs"], 1, study.held_out)
     prefix, seen = FrozenPrefix(), {}
-    for name, (arm, split, pairs) in tqdm(asked.items(), desc="Contrasts", unit="contrast"):
+    for name, (arm, split, pairs) in track([*asked.items()], "contrast"):
         with tempfile.TemporaryDirectory() as folder:
-            settings = {"save_strategy": "no", "disable_tqdm": True, "per_device_train_batch_size": options.batch}
+            settings = {"save_strategy": "no", "disable_tqdm": True, "per_device_train_batch_size": study.batch}
             rows = load_splits(arm.data)[split]
             training = training_of(arm, copy.deepcopy(model), tokenizer, rows, Path(folder))
             trainer = make_trainer(training, prefix, **settings)
             trainer.initialise_vectors()
             trainer.pay_once.start(trainer, training=True)
-            seen[name] = _gradients(trainer, pairs // options.batch)
+            seen[name] = _gradients(trainer, pairs // study.batch)
     behaviour = seen.pop("held out").mean(dim=0)
     seen = unmatched(seen["none"], seen["unpaired"], seen["pairs"]) | seen
     return [
@@ -131,11 +142,11 @@ def unmatched(none: Tensor, unpaired: Tensor, pairs: Tensor) -> dict[str, Tensor
     return {"unmatched": none + (pairs - none).roll(-1, dims=0)}
 
 
-def _arm(options: argparse.Namespace, changes: Sequence[str]) -> Arm:
-    values = {"model.name": options.model, "data.name": options.task}
-    values |= {"data.train": options.pairs, "data.test": options.held_out}
+def _arm(study: Study, changes: Sequence[str]) -> Arm:
+    values = {"model.name": study.model, "data.name": study.task}
+    values |= {"data.train": study.pairs, "data.test": study.held_out}
     overrides = [*(f"--{key}={value}" for key, value in values.items()), *changes]
-    return load_arm(options.arm, overrides, recipe="gradients")
+    return load_arm(study.arm, overrides, recipe="gradients")
 
 
 def _gradients(trainer: Any, batches: int) -> Tensor:
@@ -184,13 +195,13 @@ def _over(noise: float, signal: float) -> float:
     return noise / signal if signal > 0 else float("inf")
 
 
-def summarise(options: argparse.Namespace, found: list[dict[str, Any]]) -> str:
+def summarise(study: Study, found: list[dict[str, Any]]) -> str:
     """The table, in Markdown."""
     lines = [
-        f"# Noise of the gradient: {Path(options.task).name}, {options.arm}",
+        f"# Noise of the gradient: {Path(study.task).name}, {study.arm}",
         "",
-        f"{options.pairs} pairs in batches of {options.batch}, before training. The behaviour is the direction of the "
-        f"gradient of {options.held_out} held-out pairs.",
+        f"{study.pairs} pairs in batches of {study.batch}, before training. The behaviour is the direction of the "
+        f"gradient of {study.held_out} held-out pairs.",
         "",
         "| contrast | noise / signal | noise / signal along the behaviour | cosine of a batch with the behaviour "
         "| cosine of the mean with the behaviour |",

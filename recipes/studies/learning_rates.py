@@ -12,34 +12,37 @@ large. Writes `table.md` and `runs.json`; runs that are in `runs.json` are not r
 
 from __future__ import annotations
 
-import argparse
 import copy
 import json
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import pandas as pd
 import torch
-from datasets import Dataset, disable_progress_bars
+from datasets import Dataset
 from peft import get_peft_model
-from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import SFTConfig
 
 from steertune.adapters import SteeringVectorConfig, SteeringVectorLayer, steering_layers
 from steertune.adapters.card import versions
 from steertune.recipes.lab import embedded
+from steertune.recipes.lab.command_line import Choice, Count, Option, Result, command
 from steertune.recipes.lab.data import load_splits
-from steertune.recipes.lab.processes import begin, command, positive
+from steertune.recipes.lab.files import write_whole
+from steertune.recipes.lab.processes import begin
+from steertune.recipes.lab.progress import progress
 from steertune.recipes.lab.tables import DataTable
-from steertune.recipes.lab.training import silent, write_whole
+from steertune.recipes.lab.training import silent
 from steertune.recipes.studies.planting.teachers import save_base
 from steertune.trainers import FrozenPrefix, SteeringSFTTrainer
 
+NAMES = ["SmolLM2-135M-Instruct", "Gemma-3-270M", "tiny", "tiny, stream x100"]
 RATES = [1.25e-4 * 2**step for step in range(7)]
 TASK = "cautious_advice"
 TRAIN, TEST = 32, 40
@@ -83,31 +86,30 @@ class Run:
 
 
 @command
-def main(argv: Sequence[str] | None = None) -> int:
-    """Command line; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="learning_rates", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("--models", nargs="+", default=list(SUBJECTS), choices=SUBJECTS)
-    parser.add_argument("--folder", type=Path, default=Path("runs/learning_rates"))
-    parser.add_argument("--threads", type=positive, default=1)
-    options = parser.parse_args(argv)
-    begin(options.threads, only_one=True)
-    disable_progress_bars()
-    options.folder.mkdir(parents=True, exist_ok=True)
-    file = options.folder / "runs.json"
+def main(
+    models: Annotated[list[str], Choice(NAMES, "models to train", metavar="NAME ...")] = NAMES,
+    folder: Annotated[Path, Option(help="where runs are kept")] = Path("runs/learning_rates"),
+    threads: Annotated[int, Count("CPU threads")] = 1,
+) -> Result:
+    """Train with the rates that are missing, and write the table."""
+    begin(threads, only_one=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / "runs.json"
     runs = [Run(**run) for run in json.loads(file.read_text())] if file.exists() else []
     finished = {(run.model, run.rate) for run in runs}
-    left = [(name, rate) for name in options.models for rate in RATES if (name, rate) not in finished]
     subject, loaded, prefix = None, "", FrozenPrefix()
-    for name, rate in tqdm(left, desc="Trainings", unit="training"):
-        if subject is None or name != loaded:
-            subject, loaded, prefix = SUBJECTS[name](), name, FrozenPrefix(warn=False)
-        runs.append(train(name, subject, rate, prefix))
-        write_whole(file, json.dumps([asdict(run) for run in runs], indent=1) + "\n")
-    write_whole(options.folder / "table.md", table(runs))
-    print(table(runs))
-    return 0
+    with progress("Trainings", len(models) * len(RATES)) as bar:
+        for name, rate in product(models, RATES):
+            if (name, rate) in finished:
+                bar.skip()
+                continue
+            with bar.step(f"{name} at {rate:g}"):
+                if subject is None or name != loaded:
+                    subject, loaded, prefix = SUBJECTS[name](), name, FrozenPrefix(warn=False)
+                runs.append(train(name, subject, rate, prefix))
+                write_whole(file, json.dumps([asdict(run) for run in runs], indent=1) + "\n")
+    write_whole(folder / "table.md", table(runs))
+    return Result([asdict(run) for run in runs], table(runs))
 
 
 def train(name: str, subject: Subject, rate: float, prefix: FrozenPrefix) -> Run:
@@ -199,12 +201,9 @@ def _seeded() -> torch.Generator:
     return torch.Generator().manual_seed(0)
 
 
-SUBJECTS: dict[str, Callable[[], Subject]] = {
-    "SmolLM2-135M-Instruct": smollm2,
-    "Gemma-3-270M": gemma3,
-    "tiny": tiny,
-    "tiny, stream x100": lambda: tiny(100.0),
-}
+SUBJECTS: dict[str, Callable[[], Subject]] = dict(
+    zip(NAMES, (smollm2, gemma3, tiny, lambda: tiny(100.0)), strict=True)
+)
 
 
 def table(runs: Sequence[Run]) -> str:

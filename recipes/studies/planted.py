@@ -11,15 +11,12 @@ and how often its 95 % intervals hold the true difference.
 
 from __future__ import annotations
 
-import argparse
 import gc
 import sys
-from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from datasets import disable_progress_bars
-from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM
 
 from steertune.adapters.checks import CHECKSUMS, check_checksums
@@ -28,47 +25,45 @@ from steertune.recipes.ablation.cells import read_cells
 from steertune.recipes.ablation.context import Context
 from steertune.recipes.ablation.grid import make_grid
 from steertune.recipes.ablation.store import Store
+from steertune.recipes.lab.command_line import Choice, Count, Option, Result, command
 from steertune.recipes.lab.files import ArmError, write_whole
-from steertune.recipes.lab.processes import begin, command, positive
+from steertune.recipes.lab.processes import begin
+from steertune.recipes.lab.progress import progress
+from steertune.recipes.studies.planting import FORMS, PROBLEMS
 from steertune.recipes.studies.planting.page import page
 from steertune.recipes.studies.planting.studies import Study, read_study
-from steertune.recipes.studies.planting.teachers import FORMS, LAYER, PROBLEMS, save_base, write_task
+from steertune.recipes.studies.planting.teachers import LAYER, save_base, write_task
 
+CHOSEN = list(PROBLEMS)
 WRONG_LAYER = 0
 TASKS, SEEDS, EXAMPLES, TEST = 2, 4, 128, 60
 
 
 @command
-def main(argv: Sequence[str] | None = None) -> int:
-    """Command line; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="planted", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("--problems", nargs="+", default=list(PROBLEMS), choices=PROBLEMS)
-    parser.add_argument("--studies", type=positive, default=8, help="of every problem but base")
-    parser.add_argument("--nulls", type=positive, default=20, help="studies of base, where every claim is a false one")
-    parser.add_argument("--folder", type=Path, default=Path("runs/planted"))
-    options = parser.parse_args(argv)
-    begin(1, only_one=True)  # the models are tiny
+def main(
+    problems: Annotated[list[str], Choice(PROBLEMS, "teachers to study", metavar="NAME ...")] = CHOSEN,
+    studies: Annotated[int, Count("of every problem but base")] = 8,
+    nulls: Annotated[int, Count("studies of base, where every claim is a false one")] = 20,
+    threads: Annotated[int, Count("CPU threads; the models are tiny")] = 1,
+    folder: Annotated[Path, Option(help="where studies are kept")] = Path("runs/planted"),
+) -> Result:
+    """Run the studies that are missing, and write the table."""
+    begin(threads, only_one=True)
     gc.freeze()  # each test of many corrections collects garbage, which takes longer than the test
-    disable_progress_bars()
-    base = options.folder / "model"
+    base = folder / "model"
     if not (base / CHECKSUMS).exists():
         save_base(base)
     check_checksums(base)
-    numbers = [
-        (problem, i)
-        for problem in options.problems
-        for i in range(options.nulls if problem == "base" else options.studies)
-    ]
-    found: dict[str, list[Study]] = {problem: [] for problem in options.problems}
-    for problem, i in tqdm(numbers, desc="Studies", unit="study"):
-        found[problem].append(study(problem, i, base, options.folder))
+    numbers = [(problem, i) for problem in problems for i in range(nulls if problem == "base" else studies)]
+    done: dict[str, list[Study]] = {problem: [] for problem in problems}
+    with progress("Studies", len(numbers)) as bar:
+        for problem, i in numbers:
+            with bar.step(f"{problem} {i}"):
+                done[problem].append(study(problem, i, base, folder))
     size = f"{TASKS} tasks x {SEEDS} seeds with {EXAMPLES} examples and {TEST} test rows"
-    table = page(found, size)
-    write_whole(options.folder / "table.md", table)
-    print(table)
-    return 0
+    table = page(done, size)
+    write_whole(folder / "table.md", table)
+    return Result({problem: [asdict(one) for one in many] for problem, many in done.items()}, table)
 
 
 def study(problem: str, number: int, base: Path, folder: Path) -> Study:

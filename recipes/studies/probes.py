@@ -10,69 +10,69 @@ erased test states.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 from sklearn.linear_model import LogisticRegression
-from tqdm.auto import tqdm
 
 from steertune.adapters import directions
 from steertune.adapters.activations import Activations, collect
 from steertune.adapters.erasure import Eraser, erase
 from steertune.adapters.reading import Pairs, Reading, read
 from steertune.recipes.lab.batches import batches
+from steertune.recipes.lab.command_line import Argument, Count, Option, Result, Threads, command
 from steertune.recipes.lab.data import load_model, load_splits
-from steertune.recipes.lab.files import ArmError
-from steertune.recipes.lab.processes import begin, command, positive
+from steertune.recipes.lab.files import ArmError, write_whole
+from steertune.recipes.lab.paths import modules_in
+from steertune.recipes.lab.processes import begin
+from steertune.recipes.lab.progress import progress, track
 from steertune.recipes.lab.tables import DataTable, ModelTable
-from steertune.recipes.lab.training import write_whole
 
 _BATCH = 4
+METHODS = modules_in("adapters/directions")
 
 
 @command
-def main(argv: Sequence[str] | None = None) -> int:
-    """Command line; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="probes", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("task", help="an embedded task, a path or a Hub name, as data.name")
-    parser.add_argument("--model", default="embedded", help="embedded, a local folder or a Hub name")
-    parser.add_argument("--train", type=positive, default=32, help="training pairs (8 or more)")
-    parser.add_argument("--test", type=positive, default=40, help="test pairs")
-    parser.add_argument("--methods", nargs="+", default=directions.names(), help="files of adapters/directions/")
-    parser.add_argument("--threads", type=positive, help="CPU threads (all cores)")
-    parser.add_argument("--folder", type=Path, default=Path("runs/probes"))
-    options = parser.parse_args(argv)
-    begin(options.threads, only_one=True)
-    found = probe(options)
-    table = summarise(options, found)
-    options.folder.mkdir(parents=True, exist_ok=True)
-    write_whole(options.folder / "probes.json", json.dumps(found, indent=1))
-    write_whole(options.folder / "table.md", table)
-    print(table)
-    return 0
+def main(
+    task: Annotated[str, Argument(help="an embedded task, a path or a Hub name, as data.name")],
+    model: Annotated[str, Option(help="embedded, a local folder or a Hub name")] = "embedded",
+    train: Annotated[int, Count("training pairs (8 or more)")] = 32,
+    test: Annotated[int, Count("test pairs")] = 40,
+    methods: Annotated[list[str], Option(help="files of adapters/directions/", metavar="NAME ...")] = METHODS,
+    threads: Threads = None,
+    folder: Annotated[Path, Option(help="where the table is written")] = Path("runs/probes"),
+) -> Result:
+    """Fit every direction, read it on test pairs, and write the table."""
+    begin(threads, only_one=True)
+    with progress("Directions"):
+        readings = probe(task, model, train, test, methods)
+    table = summarise(task, train, test, readings)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_whole(folder / "probes.json", json.dumps(readings, indent=1))
+    write_whole(folder / "table.md", table)
+    return Result(readings, table)
 
 
-def probe(options: argparse.Namespace) -> list[dict[str, Any]]:
+def probe(task: str, model_name: str, train: int, test: int, names: Sequence[str]) -> list[dict[str, Any]]:
     """Every method at the layer that the last quarter of the training pairs chose.
 
     Raises:
         ArmError: too few pairs, or no such task.
         ValueError: no such method.
     """
-    if options.train < 8:
-        raise ArmError(f"--train {options.train}: 8 pairs or more, of which a quarter chooses the layer.")
-    methods = {name: directions.get(name) for name in options.methods}
-    rows = load_splits(DataTable(name=options.task, train=options.train, test=options.test))
+    if train < 8:
+        raise ArmError(f"--train {train}: 8 pairs or more, of which a quarter chooses the layer.")
+    methods = {name: directions.get(name) for name in names}
+    rows = load_splits(DataTable(name=task, train=train, test=test))
     for part in rows:
         if not {"chosen", "rejected"} <= set(part.column_names):
-            raise ArmError(f"{options.task!r}: directions are read from pairs, its rows have {part.column_names}.")
-    model, tokenizer = load_model(ModelTable(name=options.model))
+            raise ArmError(f"{task!r}: directions are read from pairs, its rows have {part.column_names}.")
+    model, tokenizer = load_model(ModelTable(name=model_name))
     states: dict[str, tuple[Activations, Activations]] = {}
     for pool in sorted({method.POOL for method in methods.values()}):
         made: list[Activations] = []
@@ -82,7 +82,7 @@ def probe(options: argparse.Namespace) -> list[dict[str, Any]]:
         states[pool] = (made[0], made[1])
     return [
         {"method": name, **_best(method, *states[method.POOL])}
-        for name, method in tqdm(methods.items(), desc="Directions", unit="method")
+        for name, method in track([*methods.items()], "direction")
     ]
 
 
@@ -114,13 +114,13 @@ def _part(states: Activations, layer: int, rows: slice) -> Pairs:
     return states.chosen[layer][rows], states.rejected[layer][rows]
 
 
-def summarise(options: argparse.Namespace, found: list[dict[str, Any]]) -> str:
+def summarise(task: str, train: int, test: int, found: list[dict[str, Any]]) -> str:
     """The table, in Markdown."""
     names = [field.name for field in dataclasses.fields(Reading)]
     lines = [
-        f"# What directions read: {Path(options.task).name}",
+        f"# What directions read: {Path(task).name}",
         "",
-        f"{options.train} training pairs, {options.test} test pairs.",
+        f"{train} training pairs, {test} test pairs.",
         "",
         "| direction | layer | " + " | ".join(name.replace("_", " ") for name in names) + " | accuracy, erased |",
         "|---" * (len(names) + 3) + "|",

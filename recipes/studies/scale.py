@@ -8,15 +8,14 @@ Counts blocks of the llama family. A test compares every formula with a measured
 
 from __future__ import annotations
 
-import argparse
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 from transformers import AutoConfig, LlamaConfig
 
-from steertune.recipes.lab.processes import begin, command, positive
+from steertune.recipes.lab.command_line import Argument, Count, Result, command
+from steertune.recipes.lab.processes import begin
 
 LLAMA_70B: dict[str, Any] = {
     "hidden_size": 8192, "num_hidden_layers": 80, "num_attention_heads": 64, "num_key_value_heads": 8,
@@ -95,44 +94,44 @@ class Scale:
         return share * (self.parameters + above * self.matrices)
 
 
-def table(scale: Scale, gpus: int) -> str:
-    """The numbers as Markdown."""
+def numbers(scale: Scale, gpus: int) -> dict[str, float]:
+    """What training on `gpus` GPUs needs, by what it is."""
     at = round(2 / 3 * (scale.layers - 1))
     above = scale.layers - 1 - at
     full = 6.0 * (scale.layers * scale.matrices + scale.vocabulary * scale.hidden)
     lora = scale.layers * 16 * (4 * scale.hidden + 2 * scale.heads + 2 * scale.keys + 3 * (scale.hidden + scale.ffn))
-    rows = [
-        ("parameters of the base, billions", scale.parameters / 1e9),
-        ("base, whole (single GPU, DDP, ZeRO-1, ZeRO-2), GB", scale.base() / GB),
-        (f"base, sharded over {gpus} GPUs (FSDP, ZeRO-3), GB a GPU", scale.base(gpus) / GB),
-        ("two gathered blocks, GB", 2 * scale.matrices * scale.bytes_each / GB),
-        ("one vector with gradient and Adam, MB", scale.trained(scale.hidden) / 1e6),
-        ("a vector in every block, MB", scale.trained(scale.hidden * scale.layers) / 1e6),
-        ("LoRA of rank 16 on every linear, GB", scale.trained(lora) / GB),
-        ("memo for 1000 pairs of 512 tokens, GB (unsharded bases only)", scale.memo(2 * 1000 * 512) / GB),
-        ("logits of 4096 labelled tokens in fp32, GB", 4096 * scale.vocabulary * 4 / GB),
-        (f"vector at layer {at}: work of a token, TFLOP", scale.flops(above) / 1e12),
-        ("the same as a share of full finetuning", scale.flops(above) / full),
-        ("weights gathered in a step, GB a GPU", scale.gathered(above, gpus) / GB),
-    ]
+    return {
+        "parameters of the base, billions": scale.parameters / 1e9,
+        "base, whole (single GPU, DDP, ZeRO-1, ZeRO-2), GB": scale.base() / GB,
+        f"base, sharded over {gpus} GPUs (FSDP, ZeRO-3), GB a GPU": scale.base(gpus) / GB,
+        "two gathered blocks, GB": 2 * scale.matrices * scale.bytes_each / GB,
+        "one vector with gradient and Adam, MB": scale.trained(scale.hidden) / 1e6,
+        "a vector in every block, MB": scale.trained(scale.hidden * scale.layers) / 1e6,
+        "LoRA of rank 16 on every linear, GB": scale.trained(lora) / GB,
+        "memo for 1000 pairs of 512 tokens, GB (unsharded bases only)": scale.memo(2 * 1000 * 512) / GB,
+        "logits of 4096 labelled tokens in fp32, GB": 4096 * scale.vocabulary * 4 / GB,
+        f"vector at layer {at}: work of a token, TFLOP": scale.flops(above) / 1e12,
+        "the same as a share of full finetuning": scale.flops(above) / full,
+        "weights gathered in a step, GB a GPU": scale.gathered(above, gpus) / GB,
+    }
+
+
+def table(scale: Scale, gpus: int) -> str:
+    """The numbers as Markdown."""
+    rows = numbers(scale, gpus).items()
     return "| | |\n|---|---|\n" + "".join(f"| {what} | {value:.3g} |\n" for what, value in rows)
 
 
 @command
-def main(argv: Sequence[str] | None = None) -> int:
-    """Command line; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="scale", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("config", nargs="?", help="a model's folder or Hub name (a 70B llama)")
-    parser.add_argument("--gpus", type=positive, default=8)
-    options = parser.parse_args(argv)
+def main(
+    config: Annotated[str | None, Argument(help="a model's folder or Hub name (a 70B llama)")] = None,
+    gpus: Annotated[int, Count("GPUs that the base is sharded over")] = 8,
+) -> Result:
+    """Compute the table for a model's configuration."""
     begin(only_one=True)
-    config = (
-        LlamaConfig(**LLAMA_70B)
-        if options.config is None
-        else AutoConfig.from_pretrained(options.config, trust_remote_code=False)
-    )
-    print(table(Scale.of(config), options.gpus))
-    return 0
+    read = LlamaConfig(**LLAMA_70B) if config is None else AutoConfig.from_pretrained(config, trust_remote_code=False)
+    scale = Scale.of(read)
+    return Result(numbers(scale, gpus), table(scale, gpus))
 
 
 if __name__ == "__main__":

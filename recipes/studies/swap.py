@@ -12,7 +12,6 @@ are in `runs.json` are not repeated.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import subprocess
@@ -21,14 +20,18 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import pandas as pd
-from tqdm.auto import tqdm
+
+from steertune.recipes.lab.command_line import Choice, Count, Option, Result, command
+from steertune.recipes.lab.progress import progress
 
 TASK = "cautious_advice"
 TRAIN, TEST = 32, 40
 CASES = ("DPO", "SFT", "Trainer")
+ALL: list[str] = list(CASES)
+NONE: list[str] = []
 STOCK = "TRL + LoRA r8"
 OURS = "one import changed"
 
@@ -65,32 +68,37 @@ class Run:
         return self.case, self.way, self.launch, self.precision
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Command line; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="swap", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--cases", nargs="+", default=list(CASES), choices=CASES)
-    parser.add_argument("--launch", nargs="*", default=[], help="set-ups in recipes/configs/accelerate/")
-    parser.add_argument("--fp32", action="store_true", help="instead of bf16, TRL's default")
-    parser.add_argument("--folder", type=Path, default=Path("runs/swap"))
-    parser.add_argument("--run", nargs=4, metavar=("CASE", "WAY", "PRECISION", "FOLDER"), help=argparse.SUPPRESS)
-    options = parser.parse_args(argv)
-    if options.run:
-        case, way, precision, folder = options.run
-        run_example(case, way, precision, Path(folder))
-        return 0
-    options.folder.mkdir(parents=True, exist_ok=True)
-    file = options.folder / "runs.json"
+@command
+def main(
+    cases: Annotated[list[str], Choice(CASES, "examples to run", metavar="NAME ...")] = ALL,
+    launch: Annotated[list[str], Option(help="set-ups in recipes/configs/accelerate/", metavar="NAME ...")] = NONE,
+    fp32: Annotated[bool, Option("--fp32", help="instead of bf16, TRL's default")] = False,
+    threads: Annotated[int, Count("CPU threads of every run")] = 1,
+    folder: Annotated[Path, Option(help="where runs are kept")] = Path("runs/swap"),
+    run: Annotated[tuple[str, str, str, str] | None, Option(hidden=True, help="run one example here")] = None,
+) -> Result | None:
+    """Run the examples that are missing, and write the table."""
+    if run is not None:
+        case, way, precision, home = run
+        run_example(case, way, precision, Path(home))
+        return None
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / "runs.json"
     runs = [Run(**run) for run in json.loads(file.read_text())] if file.exists() else []
     finished = {run.key for run in runs}
-    precision = "fp32" if options.fp32 else "bf16"
-    wanted = [(case, way, "", precision) for case in options.cases for way in (OURS, STOCK)]
-    wanted += [(case, OURS, launch, precision) for launch in options.launch for case in options.cases]
-    for key in tqdm([key for key in wanted if key not in finished], desc="Runs", unit="run"):
-        runs.append(measure(*key, options.folder))
-        file.write_text(json.dumps([asdict(run) for run in runs], indent=1) + "\n", encoding="utf-8")
-    (options.folder / "table.md").write_text(table(runs), encoding="utf-8")
-    print(table(runs))
-    return 0
+    precision = "fp32" if fp32 else "bf16"
+    keys = [(case, way, "", precision) for case in cases for way in (OURS, STOCK)]
+    keys += [(case, OURS, each, precision) for each in launch for case in cases]
+    with progress("Runs", len(keys)) as bar:
+        for key in keys:
+            if key in finished:
+                bar.skip()
+                continue
+            with bar.step(", ".join(filter(None, key))):
+                runs.append(measure(*key, folder, threads))
+                file.write_text(json.dumps([asdict(run) for run in runs], indent=1) + "\n", encoding="utf-8")
+    (folder / "table.md").write_text(table(runs), encoding="utf-8")
+    return Result([asdict(run) for run in runs], table(runs))
 
 
 def run_example(case: str, way: str, precision: str, folder: Path) -> None:
@@ -136,7 +144,7 @@ def run_example(case: str, way: str, precision: str, folder: Path) -> None:
         (folder / "seconds.json").write_text(json.dumps(time.process_time()))
 
 
-def measure(case: str, way: str, launch: str, precision: str, folder: Path) -> Run:
+def measure(case: str, way: str, launch: str, precision: str, folder: Path, threads: int = 1) -> Run:
     """Run an example in a process of its own, and read held-out rows with what it saved."""
     name = "-".join(part for part in (case, "ours" if way == OURS else "stock", launch, precision) if part)
     home = folder.absolute() / "runs" / name
@@ -147,7 +155,9 @@ def measure(case: str, way: str, launch: str, precision: str, folder: Path) -> R
         config = Path(__file__).parents[1] / "configs" / "accelerate" / f"{launch}.yaml"
         command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config), *script]
     with (home / "log.txt").open("w") as log:
-        subprocess.run(command, check=True, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        subprocess.run(
+            command, check=True, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": str(threads)}
+        )
     seconds = json.loads((home / "seconds.json").read_text())
     base, trained = read_rows(None), read_rows(home / "adapter")
     return Run(case, way, launch, precision, seconds, trained[0], trained[1], base[0], base[1])

@@ -32,7 +32,7 @@ from steertune.recipes.sweeping.settings import SweepTable
 
 
 @dataclass(frozen=True)
-class Result:
+class Sweep:
     """What a sweep found.
 
     Attributes:
@@ -90,7 +90,7 @@ class Result:
         }
 
 
-def write_page(folder: Path, result: Result) -> Path:
+def write_page(folder: Path, result: Sweep) -> Path:
     """Write `page.md`, `page.html` and `charts/`; return the Markdown page."""
     table = result.table
     charts = folder / "charts"
@@ -114,7 +114,7 @@ def warning(slopes: Reliability) -> str:
     )
 
 
-def _recommended(result: Result) -> list[str]:
+def _recommended(result: Sweep) -> list[str]:
     choice = result.choice
     if choice.setting is None:
         return ["## Recommended: leave the model as it is", "", choice.reason, ""]
@@ -145,7 +145,7 @@ def _difference(name: str, base: Seen, steered: Seen) -> str:
     return str(interval(differences)) if np.isfinite(differences).all() else ""
 
 
-def _maps(charts: Path, result: Result) -> list[str]:
+def _maps(charts: Path, result: Sweep) -> list[str]:
     settings, choice = result.settings, result.choice
     if not settings:
         return []
@@ -178,7 +178,7 @@ def _maps(charts: Path, result: Result) -> list[str]:
     ]
 
 
-def _evenness(charts: Path, result: Result) -> list[str]:
+def _evenness(charts: Path, result: Sweep) -> list[str]:
     """How evenly the recommended setting works, or without one the setting with the largest mean effect."""
     choice = result.choice
     shown = choice.setting or max(result.settings, key=lambda one: one.value("margin_gain"), default=None)
@@ -202,7 +202,7 @@ def _evenness(charts: Path, result: Result) -> list[str]:
     ]
 
 
-def _table(result: Result) -> list[str]:
+def _table(result: Sweep) -> list[str]:
     """Every measure of every setting, the base model first."""
     means = [record.means() for record in result.records]
     names = measured([row for of_place in means for row in of_place.values()])
@@ -225,7 +225,7 @@ def _table(result: Result) -> list[str]:
     return [*lines, ""]
 
 
-def _answers(result: Result) -> list[str]:
+def _answers(result: Sweep) -> list[str]:
     """What the base model and the recommended setting answer to test prompts, or to neutral ones."""
     if result.test is None or not result.table.generations:
         return []
@@ -250,7 +250,7 @@ def _use(setting: Setting) -> list[str]:
     ]
 
 
-def _how(result: Result) -> list[str]:
+def _how(result: Sweep) -> list[str]:
     table = result.table
     one = "as long as the mean difference of the two answers there" if table.arm is None else "as trained"
     return [

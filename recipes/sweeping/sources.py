@@ -100,7 +100,6 @@ class Source:
             held_out=[context.splits.test, context.splits.validation],
             near=table.splits.near_duplicates,
             cache=self.cache,
-            show=False,
         )
         quiet: dict[str, Any] = {"save_strategy": "no", "logging_strategy": "no", "disable_tqdm": True}
         trainer = make_trainer(training, context.prefix, **quiet)

@@ -26,7 +26,7 @@ from tiny_models import tiny
 from transformers import AutoModelForCausalLM
 
 from steertune.adapters import SteeringVectorConfig
-from steertune.recipes.lab.processes import LAUNCHES
+from steertune.recipes.lab.paths import LAUNCHES
 from steertune.trainers import CheckpointError
 
 ROWS = 4  # of a step, over all processes

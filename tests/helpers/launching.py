@@ -11,7 +11,7 @@ from pathlib import Path
 
 from paths import HELPERS
 
-from steertune.recipes.lab.processes import LAUNCHES
+from steertune.recipes.lab.paths import LAUNCHES
 
 
 def launch(config: str, *command: str, limit: int = 900) -> subprocess.CompletedProcess[str]:

@@ -45,24 +45,24 @@ def text(prompt):
 @pytest.mark.parametrize("name", ["templates", "perturbations"])
 def test_versions_are_new_prompts_with_the_same_answers(name, chat):
     given = rows(chat)
-    found = grown(given, get_augmenter(name), 4, seed=1, show=False)
+    found = grown(given, get_augmenter(name), 4, seed=1)
     assert found.rows[:3] == given[:], "the examples themselves come first"
     assert len(found.rows) == 12 and "3 examples became 12" in found.note
     for k, row in enumerate(found.rows):
         own = given[k % 3]
         assert (row["chosen"], row["rejected"]) == (own["chosen"], own["rejected"])
     assert len({text(row["prompt"]) for row in found.rows}) == 12, "no version twice"
-    assert found.rows[:] == grown(given, get_augmenter(name), 4, seed=1, show=False).rows[:], "drawn by the seed"
-    assert found.rows[:] != grown(given, get_augmenter(name), 4, seed=2, show=False).rows[:]
+    assert found.rows[:] == grown(given, get_augmenter(name), 4, seed=1).rows[:], "drawn by the seed"
+    assert found.rows[:] != grown(given, get_augmenter(name), 4, seed=2).rows[:]
 
 
 def test_templates_hold_the_whole_prompt():
-    for row in grown(rows(), Templates(), 16, show=False).rows:
+    for row in grown(rows(), Templates(), 16).rows:
         assert any(prompt in row["prompt"] for prompt in PROMPTS)
 
 
 def test_perturbations_touch_the_inside_of_words_only():
-    found = grown(rows(), Perturbations(rate=0.1), 6, show=False).rows
+    found = grown(rows(), Perturbations(rate=0.1), 6).rows
     for k, row in enumerate(found):
         own = PROMPTS[k % 3]
         assert [w[0].lower() for w in row["prompt"].split()] == [w[0].lower() for w in own.split()]
@@ -70,7 +70,7 @@ def test_perturbations_touch_the_inside_of_words_only():
 
 
 def test_one_time_is_nothing_new():
-    assert grown(rows(), Templates(), 1, show=False).rows[:] == rows()[:]
+    assert grown(rows(), Templates(), 1).rows[:] == rows()[:]
     assert read({}) is None and make_arm({"name": "a", "data": {"name": "warm_tone"}}).augmenter() is None
 
 
@@ -104,19 +104,19 @@ def test_a_function_may_change_its_row_in_place():
         return row
 
     talk = [{"prompt": [{"role": "user", "content": prompt}], "chosen": "a", "rejected": "b"} for prompt in PROMPTS]
-    found = grown(Dataset.from_list(talk), get_augmenter("function", function=louder), 3, show=False).rows
+    found = grown(Dataset.from_list(talk), get_augmenter("function", function=louder), 3).rows
     said = [row["prompt"][0]["content"] for row in found]
     assert said[:3] == PROMPTS[:3] and len({*said}) == 9, "the rows themselves stay as they are"
 
 
 def test_a_function_of_the_user_s(monkeypatch):
-    found = grown(rows(), get_augmenter("function", function=shout), 3, show=False)
+    found = grown(rows(), get_augmenter("function", function=shout), 3)
     assert len(found.rows) == 9 and all(
         row["prompt"].startswith(PROMPTS[k].upper()) for k, row in enumerate(found.rows.select(range(3, 6)))
     )
     monkeypatch.setattr(function_module, "shout", shout, raising=False)
     named = get_augmenter("function", function="steertune.recipes.lab.augmentation.function:shout")
-    assert grown(rows(), named, 3, show=False).rows[:] == found.rows[:]
+    assert grown(rows(), named, 3).rows[:] == found.rows[:]
 
 
 @pytest.mark.parametrize(
@@ -130,7 +130,7 @@ def test_a_function_of_the_user_s(monkeypatch):
 )
 def test_augmenters_that_return_nothing_new_are_refused(function, said):
     with pytest.raises(AugmentationError, match=said):
-        grown(rows(), get_augmenter("function", function=function), 3, show=False)
+        grown(rows(), get_augmenter("function", function=function), 3)
 
 
 def test_versions_near_test_text_are_left_out():
@@ -138,8 +138,8 @@ def test_versions_near_test_text_are_left_out():
         [{"prompt": "Is this a test row about whales and ships?", "chosen": "Yes.", "rejected": "No."}]
     )
     with pytest.raises(AugmentationError, match="near rows that are measured on"):
-        grown(rows(), get_augmenter("function", function=leaks), 2, apart=[test], show=False)
-    assert len(grown(rows(), get_augmenter("function", function=leaks), 2, show=False).rows) == 6, "not without them"
+        grown(rows(), get_augmenter("function", function=leaks), 2, apart=[test])
+    assert len(grown(rows(), get_augmenter("function", function=leaks), 2).rows) == 6, "not without them"
 
 
 def test_a_prompt_that_all_data_share_is_no_leak():
@@ -147,7 +147,7 @@ def test_a_prompt_that_all_data_share_is_no_leak():
     test = Dataset.from_list(
         [{"prompt": "Say something kind about the weather.", "chosen": "Sun.", "rejected": "Rain."}]
     )
-    assert len(grown(shared, Perturbations(), 2, apart=[test], show=False).rows) == 6
+    assert len(grown(shared, Perturbations(), 2, apart=[test]).rows) == 6
 
 
 @pytest.mark.parametrize(
@@ -179,7 +179,7 @@ def test_rewrites_ask_the_model_and_count_what_fails():
         assert versions == augmenter(given.to_list(), 0, 3, model, tokenizer), "the same random numbers again"
     assert all((a == b).all() for a, b in zip(before, model.parameters(), strict=True))
     with pytest.raises(AugmentationError, match="Lower augmentation.times, or loosen"):
-        grown(given, Rewrites(), 3, model=model, tokenizer=tokenizer, show=False)
+        grown(given, Rewrites(), 3, model=model, tokenizer=tokenizer)
     with pytest.raises(ValueError, match="give model and tokenizer"):
         Rewrites()(given.to_list(), 0, 0, None, None)
 
@@ -219,7 +219,7 @@ def test_the_budget_stays_only_with_a_number_of_steps(times, steps, fits):
 
 def test_data_without_prompts_are_refused():
     with pytest.raises(AugmentationError, match="made of prompts"):
-        grown(rows().remove_columns("prompt"), Templates(), 2, show=False)
+        grown(rows().remove_columns("prompt"), Templates(), 2)
 
 
 def test_every_augmenter_with_options_of_its_own_is_an_arm_s():

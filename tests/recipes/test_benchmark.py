@@ -30,7 +30,7 @@ def test_a_grid_is_extrapolated_from_a_cell(per, seconds):
     grid = load_grid("quick")
     grid.tables.budget.per = per
     found = {"mean_difference": {"ours": [10.0, 4.0, 2], "stock": [20.0, 8.0, 2]}}
-    text = benchmark_grid.page(grid, found, 1.0, SimpleNamespace(grid="quick", arms=["mean_difference"]))
+    text = benchmark_grid.page(grid, found, 1.0, "quick", ["mean_difference"])
     loads = {"seed": 6 * 3, "arm": 2 * 3 + 4, "grid": 3 + 5}[per]
     assert f"| all, extrapolated | {seconds} | {2 * seconds} | 2.0 | {(2 * seconds + loads) / seconds:.1f} |" in text
 

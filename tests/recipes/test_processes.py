@@ -13,6 +13,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 from steertune.recipes import config
 from steertune.recipes.lab import processes
 from steertune.recipes.lab.files import ArmError
+from steertune.recipes.lab.paths import LAUNCHES
 
 NAMES = ["single_gpu", "multi_gpu", "fsdp1", "fsdp2", "zero1", "zero2", "zero3"]
 NAMES += ["cpu", "cpu_ddp", "cpu_zero1", "cpu_zero2", "cpu_zero3"]
@@ -38,7 +39,7 @@ def test_configurations_are_read_by_accelerate(name, capsys):
     assert read.mixed_precision == "no"  # the training arguments decide
     if kind == "DEEPSPEED":
         assert read.deepspeed_config["zero_stage"] == int(name[-1])
-    assert {f.stem for f in processes.LAUNCHES.glob("*.yaml")} == set(NAMES)
+    assert {f.stem for f in LAUNCHES.glob("*.yaml")} == set(NAMES)
 
 
 def test_names_are_listed_and_misspelt_ones_are_answered(capsys):
@@ -53,10 +54,10 @@ def test_names_are_listed_and_misspelt_ones_are_answered(capsys):
     [
         (["--num_processes", "3", "--cpu", "train.py", "--num_processes", "9"], 3),
         (
-            ["--config_file", str(processes.LAUNCHES / "cpu_ddp.yaml"), "-m", "steertune.recipes.train", "vector_dpo"],
+            ["--config_file", str(LAUNCHES / "cpu_ddp.yaml"), "-m", "steertune.recipes.train", "vector_dpo"],
             2,
         ),
-        (["--config_file", str(processes.LAUNCHES / "zero3.yaml"), "--num_processes=4", "train.py"], 4),
+        (["--config_file", str(LAUNCHES / "zero3.yaml"), "--num_processes=4", "train.py"], 4),
         (["train.py", "--output.folder", "x"], None),
     ],
 )
@@ -67,7 +68,7 @@ def test_what_a_command_line_asks_for(words, count, monkeypatch):
 
 def test_fewer_processes_than_asked_for_are_refused(monkeypatch, capsys):
     before = torch.get_num_threads()
-    monkeypatch.setattr(processes, "launcher", lambda: ["--num_processes", "2", "--cpu", "x.py"])
+    monkeypatch.setattr(processes, "launcher", lambda: ({}, ["--num_processes", "2", "--cpu", "x.py"]))
     with pytest.raises(ArmError, match="2 processes were asked for, 1 run.*cpu_ddp"):
         processes.begin()
     processes.begin(threads=before, running=2)  # side by side
@@ -97,7 +98,7 @@ def test_the_silent_single_process_is_caught(tmp_path):
 
 
 def test_two_processes_run_with_the_configuration_for_cpus(tmp_path):
-    ran = launch(tmp_path, "--config_file", str(processes.LAUNCHES / "cpu_ddp.yaml"))
+    ran = launch(tmp_path, "--config_file", str(LAUNCHES / "cpu_ddp.yaml"))
     assert ran.returncode == 0, ran.stderr[-2000:]
     assert ran.stdout.count("ran 2") == 2
     assert ran.stderr.count("2 processes (MULTI_CPU, cpu)") + ran.stderr.count("2 processes (MULTI_GPU, cpu)") == 1

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from datasets import Dataset
-from tqdm.auto import tqdm
 
+from steertune.recipes.lab.progress import Bar
 from steertune.recipes.lab.splits import near_duplicates
 
 from ._base import AugmentationError, Augmenter, Row, get_augmenter, said
@@ -62,7 +62,6 @@ def grown(
     tokenizer: Any = None,
     apart: Sequence[Dataset] = (),
     near: float = _NEAR,
-    show: bool = True,
 ) -> Grown:
     """A training set `times` as large.
 
@@ -75,7 +74,6 @@ def grown(
         tokenizer: Its tokenizer.
         apart: Rows that are measured on: versions whose text or prompt comes near one of theirs are left out.
         near: From which similarity on (see `near_duplicates`).
-        show: Whether a progress bar shows how many versions are there.
 
     Raises:
         AugmentationError: no prompts, or fewer versions than asked for.
@@ -87,22 +85,22 @@ def grown(
     known = [{_identity(row)} for row in own]
     made: list[list[Row]] = [[] for _ in own]
     left_out: Counter[str] = Counter()
-    with tqdm(total=(times - 1) * len(own), desc="New examples", unit="row", disable=not show) as bar:
-        for turn in range(_TURNS * (times - 1)):
-            wanted = [i for i, versions in enumerate(made) if len(versions) < times - 1]
-            if not wanted:
-                break
-            versions = augmenter([own[i] for i in wanted], turn, seed, model, tokenizer)
-            _check(augmenter, [own[i] for i in wanted], versions)
-            near_one = _near_rows(versions, [own[i] for i in wanted], measured_on, near)
-            for j, (i, version) in enumerate(zip(wanted, versions, strict=True)):
-                reason = _reason(version, j in near_one, known[i])
-                if reason is not None or version is None:
-                    left_out[str(reason)] += 1
-                    continue
-                known[i].add(_identity(version))
-                made[i].append(version)
-                bar.update()
+    bar = Bar((times - 1) * len(own))
+    for turn in range(_TURNS * (times - 1)):
+        wanted = [i for i, versions in enumerate(made) if len(versions) < times - 1]
+        if not wanted:
+            break
+        versions = augmenter([own[i] for i in wanted], turn, seed, model, tokenizer)
+        _check(augmenter, [own[i] for i in wanted], versions)
+        near_one = _near_rows(versions, [own[i] for i in wanted], measured_on, near)
+        for j, (i, version) in enumerate(zip(wanted, versions, strict=True)):
+            reason = _reason(version, j in near_one, known[i])
+            if reason is not None or version is None:
+                left_out[str(reason)] += 1
+                continue
+            known[i].add(_identity(version))
+            made[i].append(version)
+            bar.advance()
     _check_enough(augmenter, own, made, times, left_out)
     turns = [versions[t] for t in range(times - 1) for versions in made]
     note = f"{len(own)} examples became {len(own) * times} by {type(augmenter).__name__.lower()}"

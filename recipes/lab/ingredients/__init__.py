@@ -60,7 +60,6 @@ class Training:
         train: Trains another arm on other rows and returns its model: `train(name, changes, rows)`.
         notes: What a page says about this training, by ingredient.
         cache: What is the same in every training of a study.
-        show: Whether progress is shown.
     """
 
     arm: Any
@@ -75,7 +74,6 @@ class Training:
     options: dict[str, Any] = field(default_factory=dict)
     notes: dict[str, str] = field(default_factory=dict)
     cache: MutableMapping[Any, Any] = field(default_factory=dict)
-    show: bool = True
 
 
 class Ingredient(BaseModel, extra="forbid"):

@@ -51,6 +51,5 @@ class Augmentation(Ingredient, extra="allow"):
                 tokenizer=training.tokenizer,
                 apart=training.held_out,
                 near=training.near,
-                show=training.show,
             )
         training.rows, training.notes["augmentation"] = training.cache[key].rows, training.cache[key].note

@@ -32,8 +32,11 @@ class Prompt(Ingredient):
     )
 
     demonstrations: int = Field(default=0, ge=0)
+    """Number of training examples in front of every prompt."""
     contrast: bool = False
+    """Show the demonstrations with their rejected answers too."""
     instruction: bool = False
+    """Put an instruction of the task in front of every prompt."""
 
     def check(self, arm: ArmLike) -> None:
         """Refuse a prompt beside a training, and contrast without demonstrations."""

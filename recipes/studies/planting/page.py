@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 from statsmodels.stats.proportion import proportion_confint
 
+from steertune.recipes.studies.planting import FORMS
 from steertune.recipes.studies.planting.studies import Study
-from steertune.recipes.studies.planting.teachers import FORMS
 
 
 def page(found: dict[str, list[Study]], size: str) -> str:

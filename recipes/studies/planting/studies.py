@@ -11,7 +11,7 @@ from steertune.recipes.ablation.grid import Grid
 from steertune.recipes.ablation.statistics import Frame
 from steertune.recipes.ablation.statistics.factorial import effects
 from steertune.recipes.ablation.statistics.paired import Difference, corrected
-from steertune.recipes.studies.planting.teachers import FORMS
+from steertune.recipes.studies.planting import FORMS
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,6 @@ from steertune.adapters.checks import write_checksums
 from steertune.recipes.lab.files import write_whole
 
 LAYER = 2
-FORMS = ("bias", "gated", "lora")
-PROBLEMS = (*FORMS, "base", "shuffled")  # the last two: all labels are a coin's, and those of training are
 _WORDS, _LENGTH = 60, 6
 _CANDIDATES = 4  # random pairs a teacher chooses its clearest from
 

@@ -1,0 +1,223 @@
+"""How far a command is: one bar for all that it does, with the time left and the step that runs now.
+
+    with progress("Training", total=10) as bar:
+        with bar.step("train", 8):
+            for batch in track(batches, "batch"):  # fills the step's share, wherever it is called
+                ...
+        with bar.step("neutral text", 2):
+            ...
+
+A `progress` inside a step of another fills that step's share, so that a cell that runs inside a grid moves the grid's
+bar. `step` and `track` work anywhere, and do nothing where no bar is open. Without a terminal there is a line at the
+start, at most one every 30 seconds, and a line at the end.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TypeVar
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, ProgressColumn, TaskID, TaskProgressColumn, TextColumn
+from rich.text import Text
+
+T = TypeVar("T")
+EVERY = 30.0
+"""Seconds between two lines where there is no terminal."""
+_FIRST = 0.02  # share of the work from which the time left can be estimated
+
+
+class Display:
+    """The whole of a command's work, of which bars fill parts; this one shows nothing.
+
+    Attributes:
+        at: Share that is done.
+        steps: Names of the steps that run now, the innermost last.
+        note: What the innermost step says of itself, such as its loss.
+        spans: Where the share of each of these steps starts, and how wide it is.
+    """
+
+    def __init__(self) -> None:
+        self.at, self.skipped = 0.0, 0.0
+        self.steps: list[str] = []
+        self.note = ""
+        self.spans: list[tuple[float, float]] = [(0.0, 1.0)]
+        self.started = time.monotonic()
+
+    @property
+    def step(self) -> str:
+        """The steps that run now, as one text."""
+        return ", ".join(filter(None, [*self.steps, self.note]))
+
+    def left(self) -> str:
+        """The time left, in words; empty where it is too early to tell. What an earlier run did is not counted."""
+        own = self.at - self.skipped
+        if own < _FIRST * (1 - self.skipped):
+            return ""
+        return f"{duration((time.monotonic() - self.started) * (1 - self.at) / own)} left"
+
+    def show(self) -> None:
+        """Something changed."""
+
+    def say(self, text: str) -> None:
+        """Print a line, above the bar if there is one."""
+        print(text, file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        """The work has ended."""
+
+
+class Lines(Display):
+    """For a file or a pipe: a line now and then."""
+
+    def __init__(self, title: str) -> None:
+        super().__init__()
+        self.title, self.last = title, self.started
+        self.say(f"{title}: started")
+
+    def show(self) -> None:
+        if self.at < 1 and time.monotonic() - self.last >= EVERY:
+            self.last = time.monotonic()
+            self.say(", ".join(filter(None, [f"{self.title}: {self.at:.0%}", self.left(), self.step])))
+
+    def close(self) -> None:
+        self.say(f"{self.title}: {self.at:.0%} after {duration(time.monotonic() - self.started)}")
+
+
+class Terminal(Display):
+    """For a terminal: a bar."""
+
+    def __init__(self, title: str) -> None:
+        super().__init__()
+        columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), _State(self))
+        # what is printed goes above the bar, but a redirected standard output stays where it is
+        self.progress = Progress(
+            *columns, console=Console(stderr=True), transient=True, redirect_stdout=sys.stdout.isatty()
+        )
+        self.task: TaskID = self.progress.add_task(title, total=1.0)
+        self.progress.start()
+
+    def show(self) -> None:
+        self.progress.update(self.task, completed=self.at)
+
+    def say(self, text: str) -> None:
+        self.progress.console.print(text, markup=False, highlight=False)
+
+    def close(self) -> None:
+        self.progress.stop()
+
+
+class _State(ProgressColumn):
+    """The time left and the step that runs now."""
+
+    def __init__(self, display: Display) -> None:
+        super().__init__()
+        self.display = display
+
+    def render(self, task: object) -> Text:
+        return Text(", ".join(filter(None, [self.display.left(), self.display.step])), overflow="ellipsis")
+
+
+class Bar:
+    """A part of the work, in units of its own.
+
+    Args:
+        total: How many units.
+    """
+
+    def __init__(self, total: float) -> None:
+        self.display = _display
+        self.start, self.width = _display.spans[-1]
+        self.total, self.done = max(total, 1e-9), 0.0
+
+    @contextmanager
+    def step(self, name: str, weight: float = 1.0) -> Iterator[None]:
+        """A named step that is `weight` units of this bar. Bars that are opened inside fill it."""
+        self.display.steps.append(name)
+        self.display.spans.append((self._at(self.done), self.width * weight / self.total))
+        self.display.show()
+        try:
+            yield
+        finally:
+            self.display.steps.pop()
+            self.display.spans.pop()
+            self.advance(weight)
+
+    def advance(self, weight: float = 1.0) -> None:
+        """So many units more are done."""
+        self.done += weight
+        self.display.at = max(self.display.at, self._at(self.done))
+        self.display.show()
+
+    def skip(self, weight: float = 1.0) -> None:
+        """So many units were done before this command started."""
+        self.display.skipped += self.width * weight / self.total
+        self.advance(weight)
+
+    def note(self, text: str) -> None:
+        """Show a text beside the name of the step, until another one takes its place."""
+        self.display.note = text
+        self.display.show()
+
+    def say(self, text: str) -> None:
+        """Print a line on standard error."""
+        self.display.say(text)
+
+    def _at(self, done: float) -> float:
+        return self.start + self.width * min(done / self.total, 1.0)
+
+
+_SILENT = Display()
+_display = _SILENT
+
+
+@contextmanager
+def progress(title: str, total: float = 1.0, show: bool = True) -> Iterator[Bar]:
+    """A bar of `total` units: the command's own, or inside a step of another bar that step's.
+
+    Args:
+        title: What the command does.
+        total: Units of work. They weigh the steps, and the time left is estimated with them.
+        show: Whether to show a bar of its own; of several processes only the first one does.
+    """
+    global _display
+    if _display is not _SILENT or not show or os.environ.get("RANK", "0") != "0":
+        yield Bar(total)
+        return
+    _display = Terminal(title) if sys.stderr.isatty() else Lines(title)
+    try:
+        yield Bar(total)
+    finally:
+        _display.close()
+        _display = _SILENT
+
+
+@contextmanager
+def step(name: str) -> Iterator[None]:
+    """Name what runs now, all of the step that it is in."""
+    with Bar(1.0).step(name):
+        yield
+
+
+def track(items: Sequence[T], name: str = "") -> Iterator[T]:
+    """The items, one after the other; each is an equal part of the step that runs now."""
+    bar = Bar(len(items))
+    for i, item in enumerate(items):
+        with bar.step(f"{name} {i + 1} of {len(items)}".strip()):
+            yield item
+
+
+def say(text: str) -> None:
+    """Print a line on standard error, above the bar if there is one."""
+    _display.say(text)
+
+
+def duration(seconds: float) -> str:
+    """Seconds in words that are as exact as an estimate can be."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -26,7 +26,7 @@ from steertune.recipes.lab.arm import load_arm, parse_arm
 from steertune.recipes.lab.arm_files import ARMS, read_tables
 from steertune.recipes.lab.data import load_splits
 from steertune.recipes.lab.files import ArmError
-from steertune.recipes.lab.training import make_trainer
+from steertune.recipes.lab.training import make_trainer, training_of
 from steertune.trainers import biases, views
 
 
@@ -150,7 +150,9 @@ def test_views_that_the_loss_does_not_see(tmp_path: Path) -> None:
     ):
         load_arm(str(file))
     arm = load_arm("vector_neutral_dpo", ["--loss={name='cross_entropy'}", "--trainer.max_steps=1"])
-    made = make_trainer(arm, tiny(), tokenizer(), pairs(4), tmp_path, save_strategy="no", disable_tqdm=True)
+    made = make_trainer(
+        training_of(arm, tiny(), tokenizer(), pairs(4), tmp_path), save_strategy="no", disable_tqdm=True
+    )
     assert made.views is None, "left over by an override of the loss"
 
 
@@ -211,7 +213,7 @@ def test_wrong_training_arguments_are_named(words: list[str], message: str, tmp_
 
 def test_unknown_arm_and_broken_file(tmp_path: Path) -> None:
     with pytest.raises(ArmError, match="Did you mean 'vector_dpo'"):
-        load_arm("bias_dp")
+        load_arm("vector_dp")
     broken = tmp_path / "broken.toml"
     broken.write_text("[data\n")
     with pytest.raises(ArmError, match="not valid TOML"):

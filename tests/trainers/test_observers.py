@@ -7,6 +7,7 @@ from functools import partial
 
 import pytest
 import torch
+from measuring import margins
 from peft import LoraConfig, get_peft_model
 from prefixes import pair_batch
 from tiny_data import arguments, demonstrations, pairs, tokenizer, trained, trainer
@@ -23,7 +24,6 @@ from steertune.adapters.exports._vectors import constant_vectors
 from steertune.adapters.exports._verify import _logits
 from steertune.adapters.observing import untouched
 from steertune.losses import get_loss
-from steertune.recipes.lab.old import pair_margins
 from steertune.trainers import FrozenPrefix, ModelAt
 from steertune.trainers._at import reference_adapter, scaled
 from steertune.trainers._culprit import culprit, largest
@@ -134,7 +134,7 @@ OBSERVERS = {
     "the memo of the reference": lambda model: at(model, 0, reference_memo=FrozenPrefix().reference(model)),
     "places of an export": places,
     "logits of an export": lambda model: _logits(model, [[3, 4, 5]]),
-    "margins": lambda model: pair_margins(model, tokenizer(), pairs(2), [1.0]),
+    "margins": lambda model: margins(model, tokenizer(), pairs(2)),
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from steertune.recipes.lab.files import ArmError
@@ -13,6 +14,9 @@ class InductiveBiases(Named):
     """`[inductive_biases.NAME]`: options of each bias, in the order in which they start."""
 
     order: ClassVar[int] = 40
+    refused_by: ClassVar[Mapping[str, str]] = {
+        "gradients": "they change gradients, and gradients measures those of the loss; remove the table."
+    }
 
     def check(self, arm: ArmLike) -> None:
         """Refuse unknown biases and options."""

@@ -115,15 +115,3 @@ def _entry(factor: str, level: str, patch: Any, combination: Combination, tables
         if all(combination[other] in ([w] if isinstance(w, str) else w) for other, w in when.items()):
             return option
     raise ArmError(f"factors.{factor}.{level} says nothing for {combination}: add a last entry without `when`.")
-
-
-def merge_tables(base: dict[str, Any], patch: dict[str, Any]) -> dict[str, Any]:
-    """`base` with `patch` on top, table by table; another adapter or loss replaces its table."""
-    merged = copy.deepcopy(base)
-    for key, value in patch.items():
-        chooser = "type" if key == "adapter" else "name"
-        if isinstance(value, dict) and isinstance(merged.get(key), dict) and chooser not in value:
-            merged[key] = merge_tables(merged[key], value)
-        else:
-            merged[key] = copy.deepcopy(value)
-    return merged

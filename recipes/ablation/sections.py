@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from steertune.recipes.ablation import analysis, charts
@@ -157,7 +158,7 @@ def behaviour(cells: Frame) -> list[str]:
 def _failed(cell: pd.Series) -> int:
     """Judgements that failed in a cell; at the same strength they are of the same answers."""
     values = (cell[examples_of(f"judgements_failed@{strength}")] for strength in ("tuned", "matched"))
-    return max((int(v.sum()) for v in values if v is not None), default=0)
+    return max((int(v.sum()) for v in values if isinstance(v, np.ndarray)), default=0)
 
 
 def efficiency(

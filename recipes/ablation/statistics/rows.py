@@ -19,7 +19,7 @@ def rows_of(cells: Frame, column: str) -> Frame:
     """Per cell an array over the test rows (or answers) whose mean is the measure; None for a cell that has none."""
     values = cells.get(examples_of(column), pd.Series(None, index=cells.index, dtype=object))
     rows = [
-        None if pd.isna(mean) else np.array([float(mean)]) if values_of is None else values_of
+        None if pd.isna(mean) else values_of if isinstance(values_of, np.ndarray) else np.array([float(mean)])
         for mean, values_of in zip(cells[column], values, strict=True)
     ]
     return pd.Series(rows, index=cells.index, dtype=object)

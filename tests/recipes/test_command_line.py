@@ -164,7 +164,16 @@ def _is_written(field: FieldText) -> bool:
 
 
 def test_documented_reads_what_a_docstring_says_of_arguments():
-    text = "A thing.\n\n    Args:\n        first: One\n            and more.\n        second (int): Two: three.\n\n    Raises:\n        X: y."
+    text = """A thing.
+
+    Args:
+        first: One
+            and more.
+        second (int): Two: three.
+
+    Raises:
+        X: y.
+    """
     assert documented(text) == {"first": "One and more.", "second": "Two: three."}
     assert documented(None) == {}
 

@@ -29,13 +29,15 @@ from steertune.recipes.lab.observe import neutral_rows
 from steertune.recipes.lab.page import html_page
 from steertune.recipes.lab.paths import modules_in
 
-MEASURE = f"instead of the claim's measure: {', '.join(modules_in('recipes/lab/measures'))}"
+NAMES = modules_in("recipes/lab/measures")
+MEASURES = [*NAMES, *(f"matched_{name}" for name in NAMES)]
+MEASURE = f"instead of the claim's measure: {', '.join(NAMES)}; matched_NAME is short for --strength matched"
 
 
 @command
 def main(
     folder: Annotated[Path, Argument(help="folder of a grid")],
-    measure: Annotated[str | None, Option(help=MEASURE)] = None,
+    measure: Annotated[str | None, Choice(MEASURES, MEASURE, metavar="NAME")] = None,
     strength: Annotated[
         str | None, Choice(["tuned", "matched"], "where it is read, instead of the claim's strength")
     ] = None,

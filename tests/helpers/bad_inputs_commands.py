@@ -171,7 +171,7 @@ ROWS: dict[str, Row] = {
     "benchmark_grid of nothing": said(NO_GRID, "benchmark_grid", "nothing"),
     "report of nothing": said("holds no grid", "report", "{here}"),
     "report of half a grid": on("is damaged", "grid.json", "{", "report", "{here}"),
-    "report of an unknown measure": said("'acc'", "report", "{here}", "--measure", "acc"),
+    "report of an unknown measure": said("'acc' must be one of accuracy", "report", "{here}", "--measure", "acc"),
     "contrast_prompts of nothing": said("No file 'nothing'. Names: ", "contrast_prompts", "nothing"),
     "contrast_prompts of half a file": on("not valid TOML", "x.toml", "seen = [", "contrast_prompts", "x.toml"),
     "planted of no studies": said(WHOLE, "planted", "--studies", "0"),

@@ -119,7 +119,7 @@ def _several(folders: Sequence[Path], name: str) -> None:
         raise VectorError(f"{name} needs two folders or more; this is {len(folders)}.")
 
 
-def _combined(folders: Sequence[Path], weights: list[float], output: Path, missing: str) -> Result:
+def _combined(folders: Sequence[Path], weights: list[float], output: Path, missing: Missing) -> Result:
     """A weighted sum, saved."""
     sets = _read(folders)
     made = arithmetic.combine(sets, weights, missing, output.name)

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from .config import Layers, Site
+from .types import Layers, Site
 
 # how class names of attention and MLP (or mixture-of-experts) modules end
 _SITE_CLASSES = {

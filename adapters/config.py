@@ -5,32 +5,20 @@ from __future__ import annotations
 import copy
 import math
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeGuard, get_args
+from pathlib import Path
+from typing import Any, TypeGuard, get_args
 
 from peft import PeftConfig
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 
-from .checks import (
-    check_adapter_folder,
-    check_fingerprint_form,
-    checksum_of,
-    choose,
-    did_you_mean,
-    drop_undeclared,
-    local_folder,
-    read_config,
-)
+from .fingerprint import check_fingerprint_form
 from .registration import AUTO, PEFT_TYPE
+from .registry import choose, did_you_mean, file_names
+from .saved import check_adapter_folder, checksum_of, drop_undeclared, local_folder, read_config
+from .types import NORMS_WITH_VALUE, Form, Layers, Norm, Positions, Site
 
-Form = Literal["bias", "gated", "linear", "low_rank"]
-Site = Literal["block", "attention", "mlp"]
-Norm = Literal["free", "fixed", "capped", "relative", "preserve"]
-Positions = Literal["all", "completion", "prompt", "last_prompt"]
-Layers = int | float | str | Sequence[int | float]
-
-NORMS_WITH_VALUE = ("fixed", "capped", "relative")
+_DIRECTIONS = Path(__file__).parent / "directions"
 
 
 @dataclass
@@ -134,6 +122,12 @@ class SteeringVectorConfig(PeftConfig):
     def parameter_names(self) -> tuple[str, ...]:
         """The parameters one steered layer holds: `v`, and for input-dependent forms `w` and `b`."""
         return ("v",) if self.form == "bias" else ("v", "w", "b")
+
+    def parameter_shape(self, name: str, d: int) -> tuple[int, ...]:
+        """Shape of parameter `v`, `w` or `b` in a residual stream of width `d`."""
+        if name == "b":
+            return (self.rank,)
+        return (self.rank, d) if self.form == "low_rank" else (d,)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any):
@@ -247,11 +241,10 @@ class SteeringVectorConfig(PeftConfig):
         if not _is_finite(self.init_scale):
             raise ValueError(f"init_scale={self.init_scale!r} is not a finite number.")
         if self.init_from_data:
-            from .directions import names  # here: the registry reads a folder, which plain inits do not need
-
-            if self.init not in names():
-                hint = did_you_mean(self.init, ["zeros", "random", *names()])
-                raise ValueError(f"init={self.init!r} is not 'zeros', 'random' or a direction {names()}.{hint}")
+            directions = file_names(_DIRECTIONS)
+            if self.init not in directions:
+                hint = did_you_mean(self.init, ["zeros", "random", *directions])
+                raise ValueError(f"init={self.init!r} is not 'zeros', 'random' or a direction {directions}.{hint}")
 
 
 def _is_finite(value: object) -> TypeGuard[float]:

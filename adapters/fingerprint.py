@@ -8,16 +8,19 @@ earlier versions have no sample of weights; what they have is compared.
 
 from __future__ import annotations
 
+import math
+import re
 from typing import Any
 
 import torch
 from torch import nn
 
 from .blocks import text_config
-from .checks import SAMPLES
 from .weights import difference_of_weights, sample_weights
 
+SAMPLES = 64  # numbers of the embedding in a fingerprint
 _TOLERANCE = 0.01
+_NUMBERS = re.compile(r"(?:(?:\?|-?\d+(?:\.\d+)?(?:e[+-]?\d+)?)(?: |$))*")
 
 
 def fingerprint(model: nn.Module) -> dict[str, Any]:
@@ -40,6 +43,39 @@ def check_fingerprint(expected: dict[str, Any], model: nn.Module) -> None:
             "purpose, read the config with SteeringVectorConfig.from_pretrained, set base_fingerprint=None (on "
             "another architecture target_modules=None too) and pass it as config=."
         )
+
+
+def check_fingerprint_form(given: Any) -> None:
+    """Raise a ValueError for what is no fingerprint, whatever model it is of."""
+    whole = isinstance(given, dict) and all(
+        isinstance(given.get(name), int) and not isinstance(given[name], bool) and given[name] > 0
+        for name in ("hidden_size", "num_layers")
+    )
+    sample: Any = given.get("embedding", []) if whole else None
+    numbers = isinstance(sample, list) and all(
+        isinstance(x, int | float) and not isinstance(x, bool) and math.isfinite(x) for x in sample
+    )
+    named = numbers and isinstance(given.get("model_type"), str) and _is_weight_sample(given.get("weights"))
+    if not named or len(sample) not in (0, SAMPLES):
+        raise ValueError(
+            f"base_fingerprint={given!r:.200} is none: model_type, hidden_size, num_layers, and {SAMPLES} numbers of "
+            "the embedding (or none). Set it to None to transfer the vector on purpose."
+        )
+
+
+def _is_weight_sample(given: Any) -> bool:
+    """Whether it is what `weights.sample_weights` makes, or None: earlier versions had none."""
+    if given is None:
+        return True
+    if not isinstance(given, dict) or given.keys() != {"values", "quantised"}:
+        return False
+    values, quantised = given["values"], given["quantised"]
+    return (
+        isinstance(quantised, list)
+        and all(isinstance(name, str) for name in quantised)
+        and isinstance(values, dict)
+        and all(isinstance(line, str) and _NUMBERS.fullmatch(line) for line in values.values())
+    )
 
 
 def difference(expected: dict[str, Any], found: dict[str, Any]) -> str | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from accelerate.state import AcceleratorState, is_initialized
@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from . import units
-from .checks import check_tensor, parameter_shape
 from .config import SteeringVectorConfig
 from .forms import change, null
 from .norms import cap, preserve, write_vector
 from .positions import PromptBoundary
+from .saved import check_tensor
+from .types import Strength
 
-Strength = float | Literal["null"]
 BASE_ROW = "__base__"  # PEFT's name, in `adapter_names`, for a row without an adapter
 
 
@@ -122,7 +122,7 @@ class SteeringVectorLayer(nn.Module, BaseTunerLayer):
             self.tied_to[name] = owner
             return
         for parameter in config.parameter_names:
-            shape = parameter_shape(config, parameter, self.in_features)
+            shape = config.parameter_shape(parameter, self.in_features)
             getattr(self, f"steering_vector_{parameter}")[name] = Vector(shape, device)
         self.set_units(name)
         if not config.inference_mode:

@@ -11,8 +11,8 @@ from peft import PeftConfig
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from transformers import PreTrainedModel
 
-from .checks import check_adapter_folder, local_folder, undeclared
 from .config import SteeringVectorConfig
+from .saved import check_adapter_folder, local_folder, undeclared
 
 
 def check_what_transformers_loads() -> None:

@@ -15,7 +15,6 @@ from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
 from .blocks import find_blocks, has_config, resolve_layers, site_name, width_of
-from .checks import undeclared
 from .config import SteeringVectorConfig
 from .fingerprint import check_fingerprint, fingerprint
 from .layer import BASE_ROW, NO_MERGE, SteeringVectorLayer, steering_layers
@@ -23,6 +22,7 @@ from .loading import check_what_transformers_loads
 from .observing import adapters_off
 from .positions import PromptBoundary
 from .registration import NAME, register
+from .saved import undeclared
 from .stream import stream_sizes
 from .tasks import resolve_task
 

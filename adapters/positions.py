@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from transformers.generation import GenerationMixin
 
 from .caches import CacheLengths, cache_in, counts_itself
-from .config import Positions
 from .samples import hides_a_first_label, last_of_prompts, prompts_of, samples_of
+from .types import Positions
 
 _NO_BOUNDARY = (
     "this forward pass does not say where the prompt ends. Pass labels (-100 on the prompt), use generate, or wrap it "
@@ -331,43 +331,3 @@ def _restore_generate(model: Any, own: Any) -> None:
         del model.generate
     else:
         model.generate = own
-
-
-@contextmanager
-def prompt_length(model: nn.Module, length: int | Tensor) -> Iterator[None]:
-    """Say where the prompt ends in every forward pass inside the block.
-
-    Args:
-        model: A model with steering vectors.
-        length: Number of leading columns that belong to the prompt, padding on the left included: one number, or a
-            tensor `(rows,)`.
-    """
-    with _declare(model, "declared", length):
-        yield
-
-
-@contextmanager
-def prompts_by_labels(model: nn.Module, labels: Tensor) -> Iterator[None]:
-    """Let these labels say where the prompts end in every forward pass inside the block, as if the model got them.
-
-    Args:
-        model: A model with steering vectors.
-        labels: -100 on the prompts, `(rows, columns)`.
-    """
-    with _declare(model, "declared_labels", labels):
-        yield
-
-
-@contextmanager
-def _declare(model: nn.Module, name: str, value: Any) -> Iterator[None]:
-    from .layer import steering_layers
-
-    boundaries = {id(layer.boundary): layer.boundary for layer in steering_layers(model)}
-    before = {key: getattr(boundary, name) for key, boundary in boundaries.items()}
-    for boundary in boundaries.values():
-        setattr(boundary, name, value)
-    try:
-        yield
-    finally:
-        for key, boundary in boundaries.items():
-            setattr(boundary, name, before[key])

@@ -6,8 +6,9 @@ from types import TracebackType
 
 from torch import nn
 
-from .checks import did_you_mean
-from .layer import Strength, steering_layers
+from .layer import steering_layers
+from .registry import did_you_mean
+from .types import Strength
 
 
 class set_strength:  # lower case: called like a function, and a context manager like `torch.no_grad`

@@ -34,7 +34,7 @@ from tqdm.auto import tqdm
 from steertune.adapters import directions
 from steertune.adapters.blocks import find_blocks, resolve_layers
 from steertune.adapters.card import versions, write_card
-from steertune.adapters.config import Site
+from steertune.adapters.types import Site
 from steertune.recipes.ablation import scorers
 from steertune.recipes.ablation.splits import SplitTable
 from steertune.recipes.arm import ArmError, ModelTable, reasons

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib
-import pkgutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import ModuleType
@@ -20,9 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..activations import Pool, collect
-from ..checks import choose
-from ..config import Layers, Site
+from ..analysis.activations import Pool, collect
+from ..layer import SteeringVectorLayer
+from ..registry import choose, file_names
+from ..types import Layers, Site
 
 
 @dataclass(frozen=True)
@@ -65,8 +65,6 @@ class Direction:
         Raises:
             ValueError: the model has no such steering vector, or one at a layer the direction does not cover.
         """
-        from ..layer import SteeringVectorLayer
-
         steering = [m for m in model.modules() if isinstance(m, SteeringVectorLayer)]
         if adapter_name is None:
             adapters = {name for layer in steering for name in layer.config}
@@ -86,7 +84,7 @@ class Direction:
 
 def names() -> list[str]:
     """The methods: the files of this folder."""
-    return sorted(m.name for m in pkgutil.iter_modules(__path__) if not m.name.startswith("_"))
+    return file_names(__path__[0])
 
 
 def get(name: str) -> ModuleType:
@@ -112,7 +110,7 @@ def compute(
     Args:
         name: One of `names()`.
         model: The model to be steered (its adapters are off while activations are read).
-        batches: As for `adapters.activations.collect`.
+        batches: As for `adapters.analysis.activations.collect`.
         layers: Layers to cover, as in `SteeringVectorConfig`.
         site: Where to read, as in `SteeringVectorConfig`.
         pool: Tokens that stand for an answer; None is the method's own choice.

@@ -9,14 +9,13 @@ loaded without this package, and is believed only after a fresh process has load
 from __future__ import annotations
 
 import importlib
-import pkgutil
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 from peft import PeftModel
 
-from ..checks import choose
+from ..registry import choose, file_names
 from ._base import Export, Exported, ExportError
 from ._vectors import ConstantVectors, adapter_of, constant_vectors
 from ._verify import verify
@@ -26,7 +25,7 @@ __all__ = ["ConstantVectors", "Export", "ExportError", "Exported", "adapter_of",
 
 def names() -> list[str]:
     """The targets: the files of this folder."""
-    return sorted(m.name for m in pkgutil.iter_modules(__path__) if not m.name.startswith("_"))
+    return file_names(__path__[0])
 
 
 def get(target: str) -> Export:

@@ -11,10 +11,11 @@ from peft import PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from ..config import Site, SteeringVectorConfig
+from ..config import SteeringVectorConfig
 from ..layer import SteeringVectorLayer
 from ..model import CHILD
 from ..norms import cap
+from ..types import Site
 
 
 class ExportError(ValueError):

@@ -98,7 +98,7 @@ def test_extra_weights_of_a_hub_repository_are_refused(folder, monkeypatch):
         return str(folder / filename)
 
     monkeypatch.setattr("peft.config.hf_hub_download", download)
-    monkeypatch.setattr("steertune.adapters.checks.hf_hub_download", download)
+    monkeypatch.setattr("steertune.adapters.saved.hf_hub_download", download)
     SteeringVectorConfig.from_pretrained("somebody/vector", revision="v1")
     assert ("somebody/vector", WEIGHTS, "v1") in asked
     with_extra(folder, "lm_head.weight")

@@ -15,7 +15,7 @@ from sklearn.preprocessing import StandardScaler
 from tiny_models import fill, steered, tiny, tokens, vector_of
 
 from steertune.adapters import SteeringVectorConfig, directions
-from steertune.adapters.activations import collect
+from steertune.adapters.analysis.activations import collect
 
 WIDTH, LAYERS = 32, (0, 2)
 BIPO = ROOT.parent / "shared" / "data" / "bipo" / "power-seeking.train.jsonl"

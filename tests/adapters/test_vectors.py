@@ -12,8 +12,9 @@ import torch
 from peft import PeftModel, get_peft_model
 from tiny_models import fill, steered, tiny, tokens
 
-from steertune.adapters import SteeringVectorConfig, arithmetic, set_strength, steering_layers
-from steertune.adapters.arithmetic import VectorError, combine, orthogonalise, project_out, read, similarity
+from steertune.adapters import SteeringVectorConfig, set_strength, steering_layers
+from steertune.adapters.analysis import arithmetic
+from steertune.adapters.analysis.arithmetic import VectorError, combine, orthogonalise, project_out, read, similarity
 from steertune.recipes import together, vectors
 
 

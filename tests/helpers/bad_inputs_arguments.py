@@ -13,8 +13,8 @@ from peft import get_peft_model
 from tiny_models import steered, tiny, tokens
 
 from steertune.adapters import SteeringVectorConfig, directions, set_strength
-from steertune.adapters.activations import collect
-from steertune.adapters.reading import read
+from steertune.adapters.analysis.activations import collect
+from steertune.adapters.analysis.probing import read
 from steertune.losses import get_loss
 from steertune.recipes.ablation.scorers import fit
 from steertune.recipes.ablation.scorers import read as read_scorer

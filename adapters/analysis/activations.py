@@ -14,11 +14,11 @@ from peft import PeftModel
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .blocks import find_blocks, resolve_layers, site_name
-from .checks import choose
-from .config import Layers, Site
-from .observing import adapters_off, evaluating
-from .stream import is_sharded
+from ..blocks import find_blocks, resolve_layers, site_name
+from ..observing import adapters_off, evaluating
+from ..registry import choose
+from ..stream import is_sharded
+from ..types import Layers, Site
 
 Pool = Literal["completion_mean", "last"]
 

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
-import math
 import os
 import re
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from huggingface_hub import hf_hub_download
@@ -21,29 +19,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from .registration import PEFT_TYPE
+from .types import Declared
 
-if TYPE_CHECKING:
-    from .config import SteeringVectorConfig
-
-SAMPLES = 64  # numbers of the embedding in a fingerprint
 _LARGEST_CONFIG = 10**7  # bytes
 CHECKSUMS = "checksums.json"
 _CHECKSUM = "sha256-"
-_NUMBERS = re.compile(r"(?:(?:\?|-?\d+(?:\.\d+)?(?:e[+-]?\d+)?)(?: |$))*")
 # base_model.model.<module>.steer.steering_vector_<v|w|b>.weight
 _KEY = re.compile(r"(?:base_model\.model\.)?(?P<module>.+)\.steer\.steering_vector_(?P<name>[vwb])\.weight")
-
-
-def did_you_mean(value: object, allowed: Iterable[str]) -> str:
-    """` Did you mean 'x'?` when one of the allowed values is near, else nothing."""
-    near = difflib.get_close_matches(str(value), list(allowed), n=1, cutoff=0.5)
-    return f" Did you mean {near[0]!r}?" if near else ""
-
-
-def choose(name: str, value: object, allowed: Sequence[str]) -> None:
-    """Raise a ValueError unless `value` is one of `allowed`."""
-    if value not in allowed:
-        raise ValueError(f"{name}={value!r} is not one of {list(allowed)}.{did_you_mean(value, allowed)}")
 
 
 def read_config(path: str) -> dict[str, Any]:
@@ -78,7 +60,7 @@ def read_config(path: str) -> dict[str, Any]:
     return found
 
 
-def check_adapter_folder(folder: str, config: SteeringVectorConfig) -> None:
+def check_adapter_folder(folder: str, config: Declared) -> None:
     """Check the weights of a local adapter folder before anything is built from it.
 
     Nothing is checked in a folder that is not on this machine; its tensors are when they are loaded.
@@ -190,39 +172,6 @@ def check_tensor(name: str, tensor: torch.Tensor) -> None:
         raise ValueError(f"{name} holds {bad} NaN or infinite values of {tensor.numel()}. The file is not usable.")
 
 
-def check_fingerprint_form(given: Any) -> None:
-    """Raise a ValueError for what is no fingerprint, whatever model it is of."""
-    whole = isinstance(given, dict) and all(
-        isinstance(given.get(name), int) and not isinstance(given[name], bool) and given[name] > 0
-        for name in ("hidden_size", "num_layers")
-    )
-    sample: Any = given.get("embedding", []) if whole else None
-    numbers = isinstance(sample, list) and all(
-        isinstance(x, int | float) and not isinstance(x, bool) and math.isfinite(x) for x in sample
-    )
-    named = numbers and isinstance(given.get("model_type"), str) and _is_weight_sample(given.get("weights"))
-    if not named or len(sample) not in (0, SAMPLES):
-        raise ValueError(
-            f"base_fingerprint={given!r:.200} is none: model_type, hidden_size, num_layers, and {SAMPLES} numbers of "
-            "the embedding (or none). Set it to None to transfer the vector on purpose."
-        )
-
-
-def _is_weight_sample(given: Any) -> bool:
-    """Whether it is what `weights.sample_weights` makes, or None: earlier versions had none."""
-    if given is None:
-        return True
-    if not isinstance(given, dict) or given.keys() != {"values", "quantised"}:
-        return False
-    values, quantised = given["values"], given["quantised"]
-    return (
-        isinstance(quantised, list)
-        and all(isinstance(name, str) for name in quantised)
-        and isinstance(values, dict)
-        and all(isinstance(line, str) and _NUMBERS.fullmatch(line) for line in values.values())
-    )
-
-
 def module_names(pattern: str) -> list[str]:
     """The modules that a saved `target_modules` names: plain names, escaped, with "|" between them.
 
@@ -240,7 +189,7 @@ def module_names(pattern: str) -> list[str]:
     return names
 
 
-def _check_keys(path: str, tensors: dict[str, torch.Tensor], config: SteeringVectorConfig) -> None:
+def _check_keys(path: str, tensors: dict[str, torch.Tensor], config: Declared) -> None:
     found: dict[str, set[str]] = {}
     modules = None if config.target_modules is None else module_names(config.target_modules)
     hidden_size = (config.base_fingerprint or {}).get("hidden_size")
@@ -256,7 +205,7 @@ def _check_keys(path: str, tensors: dict[str, torch.Tensor], config: SteeringVec
         if match["name"] != "b" and shape:
             widths.setdefault(group, hidden_size or shape[-1])
         d = widths.get(group)
-        expected = parameter_shape(config, match["name"], d or 0)
+        expected = config.parameter_shape(match["name"], d or 0)
         if shape != expected:
             raise ValueError(f"{path}: {key} has shape {shape}, the config asks for {expected}.")
     for module, names in found.items():
@@ -272,7 +221,7 @@ def _check_keys(path: str, tensors: dict[str, torch.Tensor], config: SteeringVec
         )
 
 
-def _check_others(path: str, keys: Iterable[str], config: SteeringVectorConfig) -> None:
+def _check_others(path: str, keys: Iterable[str], config: Declared) -> None:
     """Refuse weights of the base: PEFT and transformers would load whatever the file holds into it."""
     for key in undeclared(keys, config):
         raise ValueError(
@@ -281,7 +230,7 @@ def _check_others(path: str, keys: Iterable[str], config: SteeringVectorConfig) 
         )
 
 
-def undeclared(keys: Iterable[str], config: SteeringVectorConfig) -> list[str]:
+def undeclared(keys: Iterable[str], config: Declared) -> list[str]:
     """Keys that are neither a steering vector's nor of a module that `modules_to_save` names, sorted."""
     saved = config.modules_to_save or []
     return [
@@ -291,7 +240,7 @@ def undeclared(keys: Iterable[str], config: SteeringVectorConfig) -> list[str]:
     ]
 
 
-def drop_undeclared(path: str, config: SteeringVectorConfig) -> None:
+def drop_undeclared(path: str, config: Declared) -> None:
     """Take out of a file of weights what it would be refused for when it is loaded, with a warning."""
     tensors = read_tensors(path)
     names = undeclared(tensors, config)
@@ -316,10 +265,3 @@ def local_folder(name: str, subfolder: str | None = None, **hub_options: Any) ->
         return os.path.dirname(hf_hub_download(name, SAFETENSORS_WEIGHTS_NAME, subfolder=subfolder, **hub_options))
     except (HfHubHTTPError, HFValidationError, OSError):
         return folder  # a bare configuration: whoever loads the weights reports that they are missing
-
-
-def parameter_shape(config: SteeringVectorConfig, name: str, d: int) -> tuple[int, ...]:
-    """Shape of parameter `v`, `w` or `b` for hidden size `d`."""
-    if name == "b":
-        return (config.rank,)
-    return (config.rank, d) if config.form == "low_rank" else (d,)

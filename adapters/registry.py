@@ -1,21 +1,35 @@
-"""Find a class by the name of its file."""
+"""Find things by name, and say which name is near when there is none. In many folders a file is one thing of a kind.
+
+`steertune.losses` looks up its files itself: it imports nothing but torch.
+"""
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import math
 import pkgutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from types import UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
-from ..adapters.checks import did_you_mean
+
+def did_you_mean(value: object, allowed: Iterable[str]) -> str:
+    """` Did you mean 'x'?` if one of the allowed values is similar, else an empty string."""
+    near = difflib.get_close_matches(str(value), list(allowed), n=1, cutoff=0.5)
+    return f" Did you mean {near[0]!r}?" if near else ""
 
 
-def file_names(folder: Path) -> list[str]:
-    """The modules of a folder that are not private."""
+def choose(name: str, value: object, allowed: Sequence[str]) -> None:
+    """Raise a ValueError unless `value` is one of `allowed`."""
+    if value not in allowed:
+        raise ValueError(f"{name}={value!r} is not one of {list(allowed)}.{did_you_mean(value, allowed)}")
+
+
+def file_names(folder: str | Path) -> list[str]:
+    """The modules of a folder whose names do not start with an underscore, sorted."""
     return sorted(m.name for m in pkgutil.iter_modules([str(folder)]) if not m.name.startswith("_"))
 
 

@@ -1,0 +1,49 @@
+"""Say where the prompts end, where a forward pass does not say it itself."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+from .layer import steering_layers
+
+
+@contextmanager
+def prompt_length(model: nn.Module, length: int | Tensor) -> Iterator[None]:
+    """Say where the prompt ends in every forward pass inside the block.
+
+    Args:
+        model: A model with steering vectors.
+        length: Number of leading columns that belong to the prompt, padding on the left included: one number, or a
+            tensor `(rows,)`.
+    """
+    with _declare(model, "declared", length):
+        yield
+
+
+@contextmanager
+def prompts_by_labels(model: nn.Module, labels: Tensor) -> Iterator[None]:
+    """Let these labels say where the prompts end in every forward pass inside the block, as if the model got them.
+
+    Args:
+        model: A model with steering vectors.
+        labels: -100 on the prompts, `(rows, columns)`.
+    """
+    with _declare(model, "declared_labels", labels):
+        yield
+
+
+@contextmanager
+def _declare(model: nn.Module, name: str, value: Any) -> Iterator[None]:
+    boundaries = {id(layer.boundary): layer.boundary for layer in steering_layers(model)}
+    before = {key: getattr(boundary, name) for key, boundary in boundaries.items()}
+    for boundary in boundaries.values():
+        setattr(boundary, name, value)
+    try:
+        yield
+    finally:
+        for key, boundary in boundaries.items():
+            setattr(boundary, name, before[key])

@@ -1,4 +1,4 @@
-"""Say where the prompts end, where a forward pass does not say it itself."""
+"""Declare where prompts end, for forward passes that do not say so themselves."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from .layer import steering_layers
 
 @contextmanager
 def prompt_length(model: nn.Module, length: int | Tensor) -> Iterator[None]:
-    """Say where the prompt ends in every forward pass inside the block.
+    """Declare where the prompt ends in every forward pass inside the block.
 
     Args:
         model: A model with steering vectors.
-        length: Number of leading columns that belong to the prompt, padding on the left included: one number, or a
+        length: The number of leading columns that belong to the prompt, including left padding: one number, or a
             tensor `(rows,)`.
     """
     with _declare(model, "declared", length):
@@ -26,7 +26,7 @@ def prompt_length(model: nn.Module, length: int | Tensor) -> Iterator[None]:
 
 @contextmanager
 def prompts_by_labels(model: nn.Module, labels: Tensor) -> Iterator[None]:
-    """Let these labels say where the prompts end in every forward pass inside the block, as if the model got them.
+    """Use these labels to find where prompts end in every forward pass inside the block, as if the model got them.
 
     Args:
         model: A model with steering vectors.

@@ -1,6 +1,7 @@
-"""Find things by name, and say which name is near when there is none. In many folders a file is one thing of a kind.
+"""Look things up by name, and suggest the nearest name for a misspelt one.
 
-`steertune.losses` looks up its files itself: it imports nothing but torch.
+In many folders of this package a file is one thing of a kind, and its name is the name to ask for. `steertune.losses`
+does not use this module, because it imports nothing but torch.
 """
 
 from __future__ import annotations
@@ -34,19 +35,19 @@ def file_names(folder: str | Path) -> list[str]:
 
 
 def by_name(what: str, package: str, folder: Path, kind: type, name: object, options: Mapping[str, Any]) -> Any:
-    """The dataclass of a module, a subclass of `kind`, made from its options; an object of `kind` as it is.
+    """Make the dataclass that a module defines from its options. An object of `kind` is returned unchanged.
 
     Args:
-        what: What it is, for messages.
-        package: Name of the package that the modules belong to.
-        folder: Where they are.
-        kind: The class that they define a subclass of.
-        name: Of the module, or such an object.
-        options: Fields of the dataclass.
+        what: A word for it in error messages.
+        package: The name of the package that the modules belong to.
+        folder: The folder of the package.
+        kind: The base class of the dataclasses.
+        name: The name of the module, or an object of `kind`.
+        options: The fields of the dataclass.
 
     Raises:
-        ValueError: an unknown name or option (the message names the nearest), a value of another type, or options for
-            an object.
+        ValueError: an unknown name or option (the message suggests the nearest one), a value of the wrong type, or
+            options for an object.
     """
     if isinstance(name, kind):
         if options:
@@ -55,21 +56,21 @@ def by_name(what: str, package: str, folder: Path, kind: type, name: object, opt
     _choose(what, name, file_names(folder))
     module = importlib.import_module(f"{package}.{name}")
     classes = [x for x in vars(module).values() if isinstance(x, type) and x.__module__ == module.__name__]
-    [made] = [x for x in classes if issubclass(x, kind) and is_dataclass(x)]
-    hints = get_type_hints(made)
+    [dataclass] = [x for x in classes if issubclass(x, kind) and is_dataclass(x)]
+    hints = get_type_hints(dataclass)
     for option, value in options.items():
-        _choose(f"option of {what} {name!r}", option, [field.name for field in fields(made)])
-        if not _is(value, hints[option]):
+        _choose(f"option of {what} {name!r}", option, [field.name for field in fields(dataclass)])
+        if not _has_type(value, hints[option]):
             given = type(value).__name__
-            raise ValueError(f"{option}={value!r:.100} of {what} {name!r} is {given}, not {_said(hints[option])}.")
-    return made(**options)
+            raise ValueError(f"{option}={value!r:.100} of {what} {name!r} is {given}, not {_in_words(hints[option])}.")
+    return dataclass(**options)
 
 
-def _is(value: object, hint: Any) -> bool:
-    """Whether a value, of TOML or Python, is of a type; what cannot be told passes."""
+def _has_type(value: object, hint: Any) -> bool:
+    """Whether a value, from TOML or Python, has a type; types that are not checked here pass."""
     kind = get_origin(hint) or hint
     if kind in (Union, UnionType):
-        return any(_is(value, part) for part in get_args(hint))
+        return any(_has_type(value, part) for part in get_args(hint))
     if kind in (int, float):
         number = isinstance(value, int) or (kind is float and isinstance(value, float) and math.isfinite(value))
         return number and not isinstance(value, bool)
@@ -78,10 +79,10 @@ def _is(value: object, hint: Any) -> bool:
     return kind not in (str, bool) or isinstance(value, kind)
 
 
-def _said(hint: Any) -> str:
+def _in_words(hint: Any) -> str:
     kind = get_origin(hint) or hint
     if kind in (Union, UnionType):
-        return " or ".join(_said(part) for part in get_args(hint))
+        return " or ".join(_in_words(part) for part in get_args(hint))
     return {float: "a finite number", int: "a whole number", str: "a text", tuple: "a list"}.get(kind, str(kind))
 
 

@@ -1,4 +1,4 @@
-"""The words that switches are set with, and what a saved adapter says of itself. This module imports none of ours."""
+"""The types of the switches, and of what a configuration says about weights. Imports nothing of this package."""
 
 from __future__ import annotations
 

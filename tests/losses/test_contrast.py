@@ -225,7 +225,7 @@ def test_it_needs_what_the_loss_needs(loss):
         ("context_distillation", "difference", "such as cross_entropy"),
         ("dpo", "", "contrast='' must be one of"),
         ("cross_entropy", "none", "contrast='none' needs a loss on pairs, and CrossEntropy reads single answers"),
-        (CrossEntropy(), "unpaired", "contrast='unpaired' needs a loss on pairs, and CrossEntropy reads single answers"),
+        (CrossEntropy(), "unpaired", "contrast='unpaired' needs a loss on pairs, and CrossEntropy reads single"),
         ("simpo", "none", "SimPO does not use.*cross_entropy"),
         (Unlikelihood(), "none", "Unlikelihood does not use.*cross_entropy"),
     ],

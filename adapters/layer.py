@@ -124,7 +124,7 @@ class SteeringVectorLayer(nn.Module, BaseTunerLayer):
             return
         for parameter in config.parameter_names:
             shape = config.parameter_shape(parameter, self.in_features)
-            getattr(self, f"steering_vector_{parameter}")[name] = Vector(shape, device)
+            self._vectors(parameter)[name] = Vector(shape, device)
         self.set_units(name)
         if not config.inference_mode:
             self.initialise(name)
@@ -167,8 +167,13 @@ class SteeringVectorLayer(nn.Module, BaseTunerLayer):
         if config.norm == "fixed" or (config.norm == "relative" and config.residual_norms):
             self.parameter(name, "v").copy_(self.written(name))
 
+    def _vectors(self, kind: str) -> nn.ModuleDict:
+        return {"v": self.steering_vector_v, "w": self.steering_vector_w, "b": self.steering_vector_b}[kind]
+
     def _vector(self, name: str, kind: str) -> Vector:
-        return getattr(self.tied_to.get(name, self), f"steering_vector_{kind}")[name]
+        vector = self.tied_to.get(name, self)._vectors(kind)[name]
+        assert isinstance(vector, Vector)
+        return vector
 
     def parameter(self, name: str, kind: str) -> Tensor:
         """Parameter `v`, `w` or `b` of adapter `name`, looked up at call time (FSDP2 replaces Parameter objects)."""

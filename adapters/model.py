@@ -13,6 +13,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
+from transformers import GenerationConfig
 
 from .blocks import find_blocks, has_config, resolve_layers, site_name, width_of
 from .config import SteeringVectorConfig
@@ -88,7 +89,7 @@ class SteeringVectorModel(BaseTuner):
         parameter_name: str | None = None,
     ) -> None:
         layers = steering_layers(self.model)
-        layer = getattr(target, CHILD, None)
+        layer = _steering_layer_of(target)
         if layer is None:
             boundary = next((other.boundary for other in layers), None) or PromptBoundary()
             layer = SteeringVectorLayer(width_of(self.model, current_key, target), index_of(current_key), boundary)
@@ -182,8 +183,7 @@ class SteeringVectorModel(BaseTuner):
     def unload(self) -> nn.Module:
         """Remove every steering layer and return the base model."""
         for module in list(self.model.modules()):
-            layer = getattr(module, CHILD, None)
-            if isinstance(layer, SteeringVectorLayer):
+            if (layer := _steering_layer_of(module)) is not None:
                 layer.handle.remove()
                 layer.boundary.unwatch()
                 delattr(module, CHILD)
@@ -218,14 +218,21 @@ def _give(given: dict[str, Any], module: nn.Module, args: tuple[Any, ...], kwarg
 
 def _copies(kwargs: dict[str, Any]) -> int:
     """How often `generate` repeats every row: for beams or for several samples."""
-    config = kwargs.get("generation_config")
-    return max(kwargs.get(n) or getattr(config, n, None) or 1 for n in ("num_beams", "num_return_sequences"))
+    config = kwargs.get("generation_config") or GenerationConfig()
+    beams = kwargs.get("num_beams") or config.num_beams or 1
+    return max(beams, kwargs.get("num_return_sequences") or config.num_return_sequences or 1)
 
 
 def index_of(name: str) -> int:
     """The block's index: the first number in the module's name."""
     match = re.search(r"\.(\d+)(?:\.|$)", f".{name}")
     return int(match[1]) if match else 0
+
+
+def _steering_layer_of(module: nn.Module) -> SteeringVectorLayer | None:
+    """The steering layer that is attached to a module."""
+    child = dict(module.named_children()).get(CHILD)
+    return child if isinstance(child, SteeringVectorLayer) else None
 
 
 def _device(target: nn.Module) -> torch.device:

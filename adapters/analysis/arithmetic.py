@@ -1,10 +1,10 @@
-"""Arithmetic on saved steering vectors: folders in, folders out, no model loaded.
+"""Arithmetic on saved steering vectors: it reads and writes adapter folders, and loads no model.
 
     both = combine([read("cautious"), read("warm")], [1, 0.5])
     write(both, "both", Card(title="Cautious and warm"))
 
-Sums mean something only among vectors that are added at the same places of the same base model and do not depend on
-the state; everything else is refused with the reason and with what works.
+A sum is meaningful only for vectors that are added at the same places of the same base model and do not depend on the
+state. Everything else is refused, with the reason and with what works instead.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ Missing = Literal["refuse", "zero"]
 _PREFIX, _SUFFIX = "base_model.model.", ".steer.steering_vector_v.weight"
 _NEGLIGIBLE = 1e-6
 _TOGETHER = (
-    "Or let them work side by side, each in its own way: model.load_adapter(folder, 'second') and "
+    "Or use both adapters at once: model.load_adapter(folder, 'second') and "
     "model.base_model.set_adapter(['default', 'second'])."
 )
 
 
 class VectorError(ValueError):
-    """Vectors that cannot be put together; the message says why, and the nearest thing that works."""
+    """Vectors that cannot be combined; the message says why, and what works instead."""
 
 
 @dataclass(frozen=True)
@@ -47,15 +47,15 @@ class Vectors:
     """The constant vectors of a saved adapter.
 
     Attributes:
-        name: What they are called in tables and messages.
+        name: Their name in tables and messages.
         modules: Index of the block -> full name of the steered module.
         vectors: Index of the block -> `(d,)`, fp32, with the length that `norm` gave it.
         site: What is steered.
-        positions: Which tokens are.
+        positions: Which tokens are steered.
         norm: `preserve`, or `free`.
         base: Fingerprint of the base model.
-        base_name: Its name.
-        sha256: Of the weights they were read from; "" for what was computed.
+        base_name: The name of the base model.
+        sha256: Digest of the weights they were read from; "" if they were computed.
     """
 
     name: str
@@ -75,25 +75,25 @@ class Vectors:
 
 
 def read(folder: str | Path) -> Vectors:
-    """The vectors of an adapter folder.
+    """Read the vectors of an adapter folder.
 
     Raises:
-        VectorError: there is no steering vector in it, or one that depends on the state.
+        VectorError: it has no steering vector, or one that depends on the state.
         ValueError: its weights are not usable.
     """
     home = Path(folder)
     if not (home / "adapter_config.json").is_file() or not (home / SAFETENSORS_WEIGHTS_NAME).is_file():
-        raise VectorError(f"{folder} is no adapter folder: adapter_config.json and safetensors are needed.")
+        raise VectorError(f"{folder} is not an adapter folder, which has adapter_config.json and safetensors.")
     config = SteeringVectorConfig.from_pretrained(str(home))
     if config.form != "bias":
         raise VectorError(
-            f"{folder} has form={config.form!r}: what it adds depends on the state, so there is no vector to add up. "
+            f"{folder} has form={config.form!r}: what it adds depends on the state, so there is no vector to add. "
             f"Train form='bias'. {_TOGETHER}"
         )
     if config.modules_to_save:
         raise VectorError(
-            f"{folder} holds whole modules too (modules_to_save={config.modules_to_save}), which no vector carries. "
-            "Train it without them."
+            f"{folder} also holds whole modules (modules_to_save={config.modules_to_save}), which a vector cannot "
+            "represent. Train it without them."
         )
     names, vectors = _by_layer(home, config)
     digest = hashlib.sha256((home / SAFETENSORS_WEIGHTS_NAME).read_bytes()).hexdigest()
@@ -108,7 +108,7 @@ def write(vectors: Vectors, folder: str | Path, card: Card) -> Path:
     """Save vectors as an ordinary adapter folder.
 
     Args:
-        vectors: What is saved.
+        vectors: The vectors.
         folder: A new folder.
         card: Its model card.
 
@@ -117,7 +117,7 @@ def write(vectors: Vectors, folder: str | Path, card: Card) -> Path:
     """
     home = Path(folder)
     if home.exists() and (not home.is_dir() or any(home.iterdir())):
-        raise VectorError(f"{home} is not empty: nothing is written over. Choose a new folder.")
+        raise VectorError(f"{home} is not empty, and nothing is overwritten. Choose a new folder.")
     if not all(v.isfinite().all() for v in vectors.vectors.values()) or not any(
         v.any() for v in vectors.vectors.values()
     ):
@@ -140,7 +140,8 @@ def write(vectors: Vectors, folder: str | Path, card: Card) -> Path:
             f"{_PREFIX}{vectors.modules[i]}{_SUFFIX}": v.float().contiguous() for i, v in vectors.vectors.items()
         }
         save_file(tensors, whole / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
-        config.save_pretrained(str(whole), auto_mapping_dict=None)  # as PEFT: behind the weights, with a checksum
+        # Like PEFT, after the weights, so that it gets a checksum.
+        config.save_pretrained(str(whole), auto_mapping_dict=None)
         write_card(whole, card)
         if home.exists():
             home.rmdir()
@@ -153,81 +154,81 @@ def combine(sets: Sequence[Vectors], weights: Sequence[float], missing: Missing 
 
     Args:
         sets: One or more.
-        weights: As many.
-        missing: Layers that some of them do not steer are an error, or count as zeros there.
-        name: Of the result.
+        weights: One for each.
+        missing: Whether a layer that some of them do not steer is an error (`refuse`) or counts as zeros (`zero`).
+        name: The name of the result.
 
     Raises:
         VectorError: they are not added at the same places of the same base model.
     """
     if len(sets) != len(weights) or not all(torch.isfinite(torch.tensor(float(w))) for w in weights):
-        raise VectorError(f"{len(sets)} vectors need as many finite weights; these are {[*weights]}.")
+        raise VectorError(f"{len(sets)} vectors need {len(sets)} finite weights, got {[*weights]}.")
     check_alike(sets, missing)
-    found: dict[int, Tensor] = {}
+    sums: dict[int, Tensor] = {}
     modules: dict[int, str] = {}
     for one, weight in zip(sets, weights, strict=True):
         modules |= one.modules
         for layer, vector in one.vectors.items():
-            found[layer] = found.get(layer, torch.zeros_like(vector)) + weight * vector
-    return replace(sets[0], name=name, modules=modules, vectors=found, sha256="")
+            sums[layer] = sums.get(layer, torch.zeros_like(vector)) + weight * vector
+    return replace(sets[0], name=name, modules=modules, vectors=sums, sha256="")
 
 
 def project_out(one: Vectors, others: Sequence[Vectors], missing: Missing = "refuse", name: str = "") -> Vectors:
-    """What is left of a vector once the span of others is taken out, layer by layer: `v - Q Qᵀ v`.
+    """Remove the span of other vectors from a vector, layer by layer: `v - Q Qᵀ v`.
 
     Args:
-        one: What is projected.
-        others: Whose directions are taken out; they need not be orthogonal to each other.
-        missing: Layers of `one` that others do not steer are an error, or stay as they are.
-        name: Of the result.
+        one: The vector.
+        others: The vectors whose span is removed; they need not be orthogonal to each other.
+        missing: Whether a layer of `one` that others do not steer is an error or stays unchanged.
+        name: The name of the result.
 
     Raises:
-        VectorError: as `combine`, or nothing is left.
+        VectorError: like `combine`, or nothing is left.
     """
     check_alike([one, *others], missing)
-    found = {}
+    rest = {}
     for layer, vector in one.vectors.items():
         span = [other.vectors[layer].double() for other in others if layer in other.vectors]
-        found[layer] = _without(vector.double(), span).float()
-    if all(found[i].norm() <= _NEGLIGIBLE * one.vectors[i].norm() for i in found):
+        rest[layer] = _without(vector.double(), span).float()
+    if all(rest[i].norm() <= _NEGLIGIBLE * one.vectors[i].norm() for i in rest):
         raise VectorError(f"Nothing of {one.name} is left: it lies in the span of {[o.name for o in others]}.")
-    return replace(one, name=name or one.name, vectors=found, sha256="")
+    return replace(one, name=name or one.name, vectors=rest, sha256="")
 
 
 def orthogonalise(sets: Sequence[Vectors], missing: Missing = "refuse") -> list[Vectors]:
-    """Gram-Schmidt without scaling: the first stays as it is, each further one loses what lies along those before it.
+    """Gram-Schmidt without scaling: the first stays unchanged, and each of the others loses the span of those before.
 
     Args:
         sets: Two or more, the most important first.
-        missing: As in `project_out`.
+        missing: Like in `project_out`.
 
     Raises:
-        VectorError: as `project_out`.
+        VectorError: like `project_out`.
     """
     check_alike(sets, missing)
     return [one if i == 0 else project_out(one, sets[:i], missing) for i, one in enumerate(sets)]
 
 
 def similarity(sets: Sequence[Vectors]) -> dict[int, Tensor]:
-    """Cosines of every two at every layer that any two of them share.
+    """The cosine of every two vectors, at every layer that two of them share.
 
     Returns:
-        Layer -> `(sets, sets)`, NaN where one of the two steers nothing.
+        Layer -> `(sets, sets)`, NaN where one of the two does not steer the layer.
 
     Raises:
-        VectorError: another base model or site, where a cosine means nothing, or no shared layer.
+        VectorError: they differ in base model or site, so that a cosine has no meaning, or share no layer.
     """
     _check_same(sets, "site")
     layers = sorted({i for one in sets for i in one.vectors if sum(i in other.vectors for other in sets) > 1})
     if not layers:
-        raise VectorError(f"No layer is shared: {_layers_of(sets)}. Vectors are compared at the same layer.")
-    found = {}
+        raise VectorError(f"They share no layer: {_layers_of(sets)}. Vectors can be compared only at the same layer.")
+    cosines = {}
     for layer in layers:
         nothing = torch.full_like(next(one.vectors[layer] for one in sets if layer in one.vectors), torch.nan)
         rows = torch.stack([one.vectors.get(layer, nothing).double() for one in sets])
-        unit = rows / rows.norm(dim=1, keepdim=True)
-        found[layer] = unit @ unit.T
-    return found
+        unit = rows / rows.norm(dim=1, keepdim=True)  # (sets, d)
+        cosines[layer] = unit @ unit.T
+    return cosines
 
 
 def check_alike(sets: Sequence[Vectors], missing: Missing = "refuse") -> None:
@@ -235,15 +236,15 @@ def check_alike(sets: Sequence[Vectors], missing: Missing = "refuse") -> None:
 
     Args:
         sets: One or more.
-        missing: Whether other layers are an error.
+        missing: Whether different layers are an error.
     """
     if not sets:
         raise VectorError("No vectors were given.")
     _check_same(sets, "site", "positions", "norm")
     if missing == "refuse" and len({tuple(one.layers) for one in sets}) > 1:
         raise VectorError(
-            f"They steer other layers: {_layers_of(sets)}. With missing='zero' (--missing zero) a layer that one of "
-            f"them does not steer counts as zeros there. {_TOGETHER}"
+            f"They steer different layers: {_layers_of(sets)}. With missing='zero' (--missing zero) a layer that one "
+            f"of them does not steer counts as zeros there. {_TOGETHER}"
         )
 
 
@@ -253,14 +254,14 @@ def _check_same(sets: Sequence[Vectors], *names: str) -> None:
         known = first.base is not None and one.base is not None
         if known and (what := difference(first.base or {}, one.base or {})) is not None:
             raise VectorError(
-                f"{one.name} is of another base model than {first.name}: {what}. A direction of one model means "
-                f"nothing in another; train it again on the base of {first.name}."
+                f"{one.name} is of another base model than {first.name}: {what}. A direction of one model has no "
+                f"meaning in another: train it again on the base of {first.name}."
             )
         for name in names:
             ours, theirs = getattr(first, name), getattr(one, name)
             if ours != theirs:
                 raise VectorError(
-                    f"{first.name} has {name}={ours!r}, {one.name} {name}={theirs!r}: no one adapter does what "
+                    f"{first.name} has {name}={ours!r}, {one.name} {name}={theirs!r}: no single adapter does what "
                     f"both do. Make them with the same {name}. {_TOGETHER}"
                 )
 

@@ -5,8 +5,8 @@ orthogonal projection P onto `W Σ_xz`. For two classes `Σ_xz` is one vector, a
 
     r(x) = x - u (w·(x - E[x])),   u = Σ_xz,   w = Σ⁺ Σ_xz / (Σ_xz·Σ⁺ Σ_xz)
 
-So what is written is the mean difference (activation addition's vector), and what is read is the whitened one (`lda`
-without shrinkage). After it both classes have the same mean, which is what no linear probe can tell apart.
+So it writes along the mean difference (activation addition's vector) and reads along the whitened one (`lda` without
+shrinkage). Afterwards both classes have the same mean, so that no linear probe can tell them apart.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 _NOTHING = 1e-12
-_RANK = 1e-10  # of the largest eigenvalue: directions of less variance do not occur
+_RANK = 1e-10  # share of the largest eigenvalue: directions of less variance are ignored
 
 
 @dataclass(frozen=True)
@@ -26,8 +26,8 @@ class Eraser:
 
     Attributes:
         mean: `E[x]`, `(d,)`.
-        written: u, `(d,)`: what is taken away.
-        read: w, `(d,)`: how much of it, with `w·u = 1`.
+        written: The direction u that is removed, `(d,)`.
+        read: The direction w that measures how much of u to remove, `(d,)`, with `w·u = 1`.
     """
 
     mean: Tensor
@@ -36,24 +36,26 @@ class Eraser:
 
     def __call__(self, states: Tensor) -> Tensor:
         """`r(x)` for states `(..., d)`, in their own precision."""
-        found = states.to(self.mean) - ((states.to(self.mean) - self.mean) @ self.read)[..., None] * self.written
-        return found.to(states)
+        exact = states.to(self.mean)
+        erased = exact - ((exact - self.mean) @ self.read)[..., None] * self.written
+        return erased.to(states)
 
 
 def erase(chosen: Tensor, rejected: Tensor) -> Eraser:
-    """Fit an eraser of what tells chosen from rejected states, both `(pairs, d)`.
+    """Fit an eraser of the difference between chosen and rejected states, both `(pairs, d)`.
 
     Raises:
-        ValueError: the classes have the same mean, so that there is nothing to erase.
+        ValueError: both classes have the same mean, so there is nothing to erase.
     """
     states = torch.cat([chosen, rejected]).double()
     mean = states.mean(dim=0)
     centred = states - mean
+    # The label z of each state is ±1/2, and cross is its covariance Σ_xz with the states, (d,).
     half = torch.cat([torch.ones(len(chosen)), -torch.ones(len(rejected))]).double()[:, None] / 2
     cross = (centred * (half - half.mean())).mean(dim=0)
     values, vectors = torch.linalg.eigh(centred.T @ centred / len(states))
-    kept = values > _RANK * values[-1]
-    whitened = vectors[:, kept] @ ((vectors[:, kept].T @ cross) / values[kept])
+    varying = values > _RANK * values[-1]
+    whitened = vectors[:, varying] @ ((vectors[:, varying].T @ cross) / values[varying])  # Σ⁺ Σ_xz, (d,)
     length = cross @ whitened  # between 0 and 1/4: the share of the classes' variance that is linear in x
     if not length > _NOTHING:
         raise ValueError("Chosen and rejected states have the same mean: there is nothing to erase.")

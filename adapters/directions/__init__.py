@@ -1,6 +1,7 @@
 """Directions in closed form: steering vectors that need no training.
 
-Each file of this folder is one method, named by the file. It defines `POOL` (the tokens that stand for an answer) and
+Each file of this folder is one method and gives it its name. It defines `POOL` (the tokens that stand for an answer)
+and
 
     fit(chosen, rejected) -> {layer: direction}
 
@@ -27,7 +28,7 @@ from ..types import Layers, Site
 
 @dataclass(frozen=True)
 class Direction:
-    """A fitted direction, apart from the data and the method that made it.
+    """A fitted direction, without the data and the method that made it.
 
     Attributes:
         method: File name of the method.
@@ -55,15 +56,15 @@ class Direction:
     def write(self, model: nn.Module, adapter_name: str | None = None) -> None:
         """Make it the value of a steering vector: activation addition without training, or the start of training.
 
-        The written vector is the direction times the adapter's `init_scale`. Also tells the adapter the residual
-        norms that `norm="relative"` needs.
+        The written vector is the direction times the adapter's `init_scale`. The adapter also gets the residual norms
+        that `norm="relative"` needs.
 
         Args:
             model: A model with steering vectors.
-            adapter_name: The adapter; None for the only one, or the one called "default".
+            adapter_name: The adapter; None for the only one, or for the one named "default".
 
         Raises:
-            ValueError: the model has no such steering vector, or one at a layer the direction does not cover.
+            ValueError: the model has no such steering vector, or has one at a layer that the direction does not cover.
         """
         steering = [m for m in model.modules() if isinstance(m, SteeringVectorLayer)]
         if adapter_name is None:
@@ -83,7 +84,7 @@ class Direction:
 
 
 def names() -> list[str]:
-    """The methods: the files of this folder."""
+    """The names of all methods: the files of this folder that do not start with an underscore."""
     return file_names(__path__[0])
 
 
@@ -91,7 +92,7 @@ def get(name: str) -> ModuleType:
     """The module of a method, with `POOL` and `fit`.
 
     Raises:
-        ValueError: an unknown name; the message names the nearest.
+        ValueError: the name is unknown; the message suggests the nearest one.
     """
     choose("direction", name, names())
     return importlib.import_module(f"{__name__}.{name}")
@@ -109,11 +110,11 @@ def compute(
 
     Args:
         name: One of `names()`.
-        model: The model to be steered (its adapters are off while activations are read).
-        batches: As for `adapters.analysis.activations.collect`.
-        layers: Layers to cover, as in `SteeringVectorConfig`.
-        site: Where to read, as in `SteeringVectorConfig`.
-        pool: Tokens that stand for an answer; None is the method's own choice.
+        model: The model to be steered; its adapters are disabled while activations are collected.
+        batches: Like for `adapters.analysis.activations.collect`.
+        layers: The layers to cover, as in `SteeringVectorConfig`.
+        site: The site to read, as in `SteeringVectorConfig`.
+        pool: The tokens that stand for an answer; None for the method's own choice.
     """
     method = get(name)
     activations = collect(model, batches, layers, site, pool or method.POOL)

@@ -252,9 +252,9 @@ ROWS: dict[str, Row] = {
     ),
     "a configuration alone, described": (describe, "has no adapter_model.safetensors"),
     # control vectors of other tools
-    "gguf of nothing": gguf_file("is no readable GGUF file", b""),
-    "gguf of another magic": gguf_file("is no readable GGUF file", b"FUGG" + bytes(40)),
-    "gguf of another version": gguf_file("is no readable GGUF file", b"GGUF" + struct.pack("<IQQ", 99, 0, 0)),
+    "gguf of nothing": gguf_file("is not a readable GGUF file", b""),
+    "gguf of another magic": gguf_file("is not a readable GGUF file", b"FUGG" + bytes(40)),
+    "gguf of another version": gguf_file("is not a readable GGUF file", b"GGUF" + struct.pack("<IQQ", 99, 0, 0)),
     "gguf cut off in its header": gguf_file("more than the file holds", b"GGUF" + struct.pack("<I", 3)),
     "gguf with 2**60 fields": gguf_file("more than the file holds", control(0, 2**60, b"")),
     "gguf with 2**60 tensors": gguf_file("more than the file holds", control(2**60, 1, ARCHITECTURE)),
@@ -265,40 +265,40 @@ ROWS: dict[str, Row] = {
         "or than a control vector has", control(0, 1, string(b"x") + struct.pack("<IIQ", 9, 0, 10**6) + bytes(10**6))
     ),
     "gguf with lists in lists": gguf_file(
-        "is no readable GGUF file",
+        "is not a readable GGUF file",
         control(0, 1, string(b"x") + struct.pack("<I", 9) + struct.pack("<IQ", 9, 1) * 5000),
     ),
     "gguf with a name that is no text": gguf_file(
-        "is no readable GGUF file", control(0, 1, string(b"\xff\xfe") + struct.pack("<I", 8) + string(b"a"))
+        "is not a readable GGUF file", control(0, 1, string(b"\xff\xfe") + struct.pack("<I", 8) + string(b"a"))
     ),
-    "gguf without an architecture": gguf_file("is no readable GGUF file", control(0, 0, bytes(64))),
+    "gguf without an architecture": gguf_file("is not a readable GGUF file", control(0, 0, bytes(64))),
     "gguf with a tensor of ten gigabytes": gguf_file(
         "more than the file holds",
         control(1, 1, ARCHITECTURE + string(b"direction.1") + struct.pack("<IQIQ", 1, GB10, 0, 0) + bytes(64)),
     ),
     "gguf with a direction of look-alike digits": gguf_file(
-        "is no direction.N",
+        "must be named direction.N",
         control(1, 1, ARCHITECTURE + string("direction.²".encode()) + struct.pack("<IQIQ", 1, 4, 0, 0) + bytes(96)),
     ),
     "gguf without directions": gguf_file("directions of one width are expected", control(0, 1, ARCHITECTURE)),
-    "gguf that is a folder": ((lambda lab: gguf.read(lab.root)), "is no readable GGUF file: there is no such file"),
+    "gguf that is a folder": ((lambda lab: gguf.read(lab.root)), "is not a readable GGUF file: there is no such file"),
     "vectors of whole numbers": ((lambda lab: adapter_of(tiny(), {1: FULL.long()})), r"torch.int64 \(32,\)"),
     "vectors that are lists": ((lambda lab: adapter_of(tiny(), {1: [1.0] * 32})), "these are .*list"),
     "vectors of a negative layer": ((lambda lab: adapter_of(tiny(), {-1: FULL})), "-1 is out of range"),
-    "repeng of another object": ((lambda lab: repeng.read(5)), "int is no repeng.ControlVector"),
+    "repeng of another object": ((lambda lab: repeng.read(5)), "int is not a repeng.ControlVector"),
     "steering_vectors of another object": ((lambda lab: steering_vectors.read({})), "dict is no .*SteeringVector"),
     # exports
     "export to an unknown target": export("target='pfet' is not one of.*Did you mean 'peft'", "pfet"),
     "export to a target that is a path": export("target='../peft' is not one of", "../peft"),
     "export to a private file": export("target='_vectors' is not one of", "_vectors"),
     "export to no name": export("target=None is not one of", None),
-    "export into a full folder": export("is not empty: an export never writes over", "safetensors", "full"),
+    "export into a full folder": export("is not empty: and an export never overwrites", "safetensors", "full"),
     "export onto a file": export("is not empty", "safetensors", "file"),
     "export at strength 0": export("at strength 0 is zero or not finite", "safetensors", strength=0.0),
     "export at strength NaN": export("at strength nan is zero or not finite", "safetensors", strength=math.nan),
     "export without inputs": export("inputs is empty", "safetensors", inputs=[]),
     "export of a plain model": (
         lambda lab: exports.export(tiny(), "peft", lab.here / "x", "b", [[5]]),
-        "LlamaForCausalLM carries no adapter",
+        "LlamaForCausalLM has no adapter",
     ),
 }

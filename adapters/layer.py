@@ -171,8 +171,7 @@ class SteeringVectorLayer(nn.Module, BaseTunerLayer):
         return {"v": self.steering_vector_v, "w": self.steering_vector_w, "b": self.steering_vector_b}[kind]
 
     def _vector(self, name: str, kind: str) -> Vector:
-        vector = self.tied_to.get(name, self)._vectors(kind)[name]
-        assert isinstance(vector, Vector)
+        vector: Any = self.tied_to.get(name, self)._vectors(kind)[name]  # FSDP may have wrapped it
         return vector
 
     def parameter(self, name: str, kind: str) -> Tensor:

@@ -1,6 +1,6 @@
 """Pictures of the documentation: parts of a real report, and the plot of a real run. Needs chromium and Pillow.
 
-python docs/pictures.py                  the report of recipes/results/quick
+python docs/pictures.py                  the report of docs/results/quick
 python docs/pictures.py runs/first       and strengths.png of this run of `steertune train`
 """
 
@@ -14,7 +14,7 @@ from pathlib import Path
 
 from PIL import Image, ImageChops
 
-from steertune.recipes.page import strength_plot
+from steertune.recipes.lab.page import strength_plot
 
 ROOT = Path(__file__).parent.parent
 PICTURES = Path(__file__).parent / "pages" / "pictures"

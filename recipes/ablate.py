@@ -28,7 +28,6 @@ from datasets import disable_progress_bars
 from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 
-from steertune.recipes.ablation import scorers
 from steertune.recipes.ablation.bench import Bench
 from steertune.recipes.ablation.cell import run_cell
 from steertune.recipes.ablation.grid import Cell, Grid, load_grid
@@ -36,8 +35,9 @@ from steertune.recipes.ablation.keys import VERSION
 from steertune.recipes.ablation.known import Known
 from steertune.recipes.ablation.plan import plan
 from steertune.recipes.ablation.tidy import read_cell
-from steertune.recipes.files import ArmError, write_result
-from steertune.recipes.processes import begin, command, positive
+from steertune.recipes.lab import scorers
+from steertune.recipes.lab.files import ArmError, write_result
+from steertune.recipes.lab.processes import begin, command, positive
 
 GRID = "grid.json"
 
@@ -88,7 +88,7 @@ def _ablate(options: argparse.Namespace, argv: Sequence[str] | None, rank: int, 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="ablate", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("grid", help="a .toml file or a name in recipes/grids/")
+    parser.add_argument("grid", help="a .toml file or a name in recipes/configs/grids/")
     parser.add_argument("--folder", type=Path, help="where cells are kept (runs/<name of the grid>)")
     parser.add_argument(
         "--known", type=Path, action="append", default=[], help="folder of another grid, whose cells are taken over"

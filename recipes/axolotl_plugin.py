@@ -24,7 +24,7 @@ from pydantic import BaseModel
 from transformers import set_seed
 
 from steertune.adapters import SteeringVectorConfig
-from steertune.recipes.arm import ArmError, known
+from steertune.recipes.lab.arm import ArmError, known
 
 NAME = "steering_vector"
 _OWN = {field.name for field in dataclasses.fields(SteeringVectorConfig)}

@@ -30,14 +30,14 @@ import torch
 from datasets import disable_progress_bars
 from tqdm.auto import tqdm
 
-from steertune.recipes.arm import ModelTable
-from steertune.recipes.data import load_model
-from steertune.recipes.files import ArmError, read_result, write_result, write_whole
-from steertune.recipes.measures import peak_memory_gb, reset_peak_memory
-from steertune.recipes.processes import begin, command, positive
-from steertune.recipes.timing.floor import floor
-from steertune.recipes.timing.shares import shares
-from steertune.recipes.timing.ways import AGAINST, EPOCH, STEPS, WAYS, Run, Way
+from steertune.recipes.lab.arm import ModelTable
+from steertune.recipes.lab.data import load_model
+from steertune.recipes.lab.files import ArmError, read_result, write_result, write_whole
+from steertune.recipes.lab.measures import peak_memory_gb, reset_peak_memory
+from steertune.recipes.lab.processes import begin, command, positive
+from steertune.recipes.studies.timing.floor import floor
+from steertune.recipes.studies.timing.shares import shares
+from steertune.recipes.studies.timing.ways import AGAINST, EPOCH, STEPS, WAYS, Run, Way
 
 
 def _row(text: str) -> tuple[int, int]:

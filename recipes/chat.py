@@ -1,6 +1,6 @@
 """Talk to the base and the steered model side by side, and change the strength while talking.
 
-    python -m steertune.recipes.chat runs/bias_dpo-cautious_advice/adapter
+    python -m steertune.recipes.chat runs/vector_dpo-cautious_advice/adapter
 
 Each side remembers its own answers. A line that starts with / is a command:
 
@@ -21,9 +21,9 @@ from typing import Any
 
 from peft import PeftModel
 
-from steertune.recipes.data import load_steered
-from steertune.recipes.measures import generate
-from steertune.recipes.processes import command, positive
+from steertune.recipes.lab.data import load_steered
+from steertune.recipes.lab.measures import generate
+from steertune.recipes.lab.processes import command, positive
 from steertune.trainers import scaled
 
 _HELP = "Commands: /strength NUMBER, /both, /alone, /reset, /quit"

@@ -1,10 +1,10 @@
 """The command `steertune`: every recipe is a subcommand, named by its file.
 
     steertune --help
-    steertune train bias_dpo --data.name my_pairs.jsonl
+    steertune train vector_dpo --data.name my_pairs.jsonl
 
-is `python -m steertune.recipes.train bias_dpo ...`. A recipe is a file of this folder with a function `main`; nothing
-is imported before one is asked for.
+is `python -m steertune.recipes.train vector_dpo ...`. A recipe is a file of this folder, or of `studies/`, with a
+function `main`; nothing is imported before one is asked for.
 """
 
 from __future__ import annotations
@@ -16,13 +16,14 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-_FOLDER = Path(__file__).parent
+_HERE = Path(__file__).parent
+_FOLDERS = (_HERE, _HERE / "studies")
 
 
 def commands() -> dict[str, str]:
     """Every recipe and the first line of its docstring."""
     found = {}
-    for file in sorted(_FOLDER.glob("*.py")):
+    for file in sorted((f for folder in _FOLDERS for f in folder.glob("*.py")), key=lambda f: f.stem):
         module = ast.parse(file.read_text(encoding="utf-8"))
         defines_main = any(isinstance(node, ast.FunctionDef) and node.name == "main" for node in module.body)
         if defines_main and file != Path(__file__):
@@ -49,10 +50,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"steertune: unknown command {name!r}.{hint}\n\n{_help(known)}", file=sys.stderr)
         return 2
     try:
-        return importlib.import_module(f"{__package__}.{name}").main(rest)
+        return importlib.import_module(f"{__package__}.{_module(name)}").main(rest)
     except KeyboardInterrupt:
         print("\nInterrupted. The same command goes on where it stopped.", file=sys.stderr)
         return 130
+
+
+def _module(name: str) -> str:
+    return name if (_HERE / f"{name}.py").is_file() else f"studies.{name}"
 
 
 def _help(known: dict[str, str]) -> str:

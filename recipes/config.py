@@ -12,8 +12,8 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from steertune.recipes.arm import ArmError, nearest
-from steertune.recipes.processes import CONFIGS, command
+from steertune.recipes.lab.arm import ArmError, nearest
+from steertune.recipes.lab.processes import LAUNCHES, command
 
 
 @command
@@ -22,7 +22,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="config", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("name", nargs="?", help="without .yaml")
     options = parser.parse_args(argv)
-    files = {file.stem: file for file in sorted(CONFIGS.glob("*.yaml"))}
+    files = {file.stem: file for file in sorted(LAUNCHES.glob("*.yaml"))}
     if options.name is None:
         width = max(map(len, files))
         for name, file in files.items():

@@ -1,7 +1,7 @@
 """Train a model to respond to contrast prompts, and measure it on tasks that it never saw.
 
     python -m steertune.recipes.contrast_prompts embedded --folder runs/contrast_prompts
-    python -m steertune.recipes.contrast_prompts wide --data-root DATA --steering bias_dpo lora_dpo
+    python -m steertune.recipes.contrast_prompts wide --data-root DATA --steering vector_dpo lora_dpo
 
 A contrast prompt shows pairs of the task ("Good response: ... Bad response: ..."), then asks for a good response. The
 file names the tasks: `seen` ones, of which contrast prompts are made that an adapter (`arm`) is trained on once, and
@@ -40,18 +40,19 @@ from transformers import set_seed
 from steertune.adapters.saved import check_checksums, write_checksums
 from steertune.recipes.ablation.checks import check_draws
 from steertune.recipes.ablation.grid import find_tasks
-from steertune.recipes.ablation.splits import SplitTable, load_splits
 from steertune.recipes.ablation.tables import TaskTable
-from steertune.recipes.arm import Arm, ModelTable, known_tables, load_arm, reasons, refuse_proliferation
-from steertune.recipes.contrast_page import page
-from steertune.recipes.data import load_model
-from steertune.recipes.files import ArmError, read_result, read_toml, write_result, write_whole
-from steertune.recipes.measures import check_context, neutral_logps, pair_margins, side_effects
-from steertune.recipes.processes import begin, command, positive
-from steertune.recipes.training import claim, fit, make_trainer
+from steertune.recipes.lab.arm import Arm, ModelTable, known_tables, load_arm, reasons, refuse_augmentation
+from steertune.recipes.lab.contrast_page import page
+from steertune.recipes.lab.data import load_model
+from steertune.recipes.lab.files import ArmError, read_result, read_toml, write_result, write_whole
+from steertune.recipes.lab.measures import check_context, neutral_logps, pair_margins, side_effects
+from steertune.recipes.lab.paths import CONFIGS
+from steertune.recipes.lab.processes import begin, command, positive
+from steertune.recipes.lab.splits import SplitTable, load_splits
+from steertune.recipes.lab.training import claim, fit, make_trainer
 from steertune.trainers import get_view, share_weights
 
-MIXTURES = Path(__file__).parent / "mixtures"
+MIXTURES = CONFIGS / "mixtures"
 _PROMPTS = ("plain", "k-shot", "contrast")
 _CHECKED = ("plain", "contrast")  # on seen tasks
 
@@ -62,12 +63,12 @@ class MixtureTables(BaseModel, extra="forbid"):
     seen: list[str | TaskTable] = Field(min_length=1)
     unseen: list[str | TaskTable] = Field(min_length=1)
     arm: str = "lora_dpo"
-    """What is trained on contrast prompts: a file or a name in `recipes/arms/`, its task put aside."""
+    """What is trained on contrast prompts: a file or a name in `recipes/configs/arms/`, its task put aside."""
     adapter: dict[str, Any] = {}
     loss: dict[str, Any] = {}
     trainer: dict[str, Any] = {"max_steps": 48, "save_steps": 16, "save_total_limit": 2}
     """Tables that go before the arm's own."""
-    steering: list[str] = ["bias_dpo"]
+    steering: list[str] = ["vector_dpo"]
     model: ModelTable = ModelTable()
     demonstrations: int = Field(default=4, ge=1)
     """Pairs in a prompt."""
@@ -86,7 +87,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="contrast_prompts", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("file", nargs="?", default="embedded", help="a .toml file, or a name in recipes/mixtures/")
+    parser.add_argument(
+        "file", nargs="?", default="embedded", help="a .toml file, or a name in recipes/configs/mixtures/"
+    )
     parser.add_argument("--data-root", type=Path, help="where task names that are relative paths start")
     parser.add_argument("--steering", nargs="+", help="arms that learn from the same pairs, instead of the file's")
     parser.add_argument("--threads", type=positive, help="CPU threads (all cores)")
@@ -102,7 +105,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def read(file: str) -> MixtureTables:
-    """The tables of a file, or of a name in `recipes/mixtures/`.
+    """The tables of a file, or of a name in `recipes/configs/mixtures/`.
 
     Raises:
         ArmError: no such file, broken TOML, an unknown key or a value of the wrong type.
@@ -159,7 +162,7 @@ class Mixture:
         arm = load_arm(name)
         if arm.prompt:
             raise ArmError(f"Arm {name!r} is a prompt: contrast and k-shot prompts are measured anyway.")
-        refuse_proliferation(arm, "contrast_prompts")
+        refuse_augmentation(arm, "contrast_prompts")
         if arm.data.pairing != "own":
             raise ArmError(f"Arm {name!r}: data.pairing={arm.data.pairing!r}, and all arms here get the same pairs.")
         return arm

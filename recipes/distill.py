@@ -1,8 +1,8 @@
 """Distil a prompt into an adapter: what the model does behind it, it then does without (Askell et al. 2112.00861).
 
-    python -m steertune.recipes.distill bias_distillation
+    python -m steertune.recipes.distill vector_distillation
     python -m steertune.recipes.distill lora_distillation --views.good.text "Answer like a pirate."
-    python -m steertune.recipes.distill bias_contrast_distillation      # demonstrations, each with a bad answer
+    python -m steertune.recipes.distill vector_contrast_distillation      # demonstrations, each with a bad answer
 
 The prompt is the arm's view `good`: an instruction, demonstrations, a contrast prompt. The prompted model answers the
 training prompts; at these answers the arm learns its distributions (loss `context_distillation`) or its states
@@ -31,10 +31,10 @@ from torch import Tensor
 from transformers import set_seed
 
 from steertune.losses import Outputs
-from steertune.recipes.arm import Arm, load_arm, parse_arm, refuse_proliferation
-from steertune.recipes.data import load_model, load_splits
-from steertune.recipes.files import ArmError, read_rows, write_rows, write_whole
-from steertune.recipes.measures import (
+from steertune.recipes.lab.arm import Arm, load_arm, parse_arm, refuse_augmentation
+from steertune.recipes.lab.data import load_model, load_splits
+from steertune.recipes.lab.files import ArmError, read_rows, write_rows, write_whole
+from steertune.recipes.lab.measures import (
     batches,
     check_context,
     generate,
@@ -43,12 +43,12 @@ from steertune.recipes.measures import (
     prompt_lengths,
     side_effects,
 )
-from steertune.recipes.processes import begin, command
-from steertune.recipes.training import claim, fit, make_trainer
+from steertune.recipes.lab.processes import begin, command
+from steertune.recipes.lab.training import claim, fit, make_trainer
 from steertune.trainers import ModelAt, View, share_weights, tokenise
 from steertune.trainers.views import Views
 
-DEFAULT_ARM = "bias_distillation"
+DEFAULT_ARM = "vector_distillation"
 _TEMPERATURE = 1.0
 _SEEN, _TEST = 0, 1  # seeds of the answers to training and test prompts
 
@@ -68,7 +68,7 @@ def run(arm: Arm) -> dict[str, Any]:
     """Distil the arm's prompt and measure it, in the arm's output folder; return what `result.json` holds.
 
     Raises:
-        ArmError: an arm without a prompt to distil, without an adapter or with a `[proliferation]`, data without
+        ArmError: an arm without a prompt to distil, without an adapter or with a `[augmentation]`, data without
             prompts, a folder that holds something else.
         ViewError: demonstrations that are test rows, or fewer than asked for.
     """
@@ -266,7 +266,7 @@ def _check(arm: Arm) -> None:
         raise ArmError('[views.good] is the prompt: name = "instruction" or "demonstrations".')
     if arm.peft_config() is None or arm.trainer.get("max_steps") == 0:
         raise ArmError('adapter.type="none" or trainer.max_steps=0: distillation trains an adapter.')
-    refuse_proliferation(arm, "distill")
+    refuse_augmentation(arm, "distill")
 
 
 def _with_pool(arm: Arm, train: Dataset) -> Arm:

@@ -22,12 +22,12 @@ from datasets import Dataset
 from peft import PeftModel
 
 from steertune.adapters import steering_layers
-from steertune.recipes import embedded
-from steertune.recipes.arm import ArmError, nearest
-from steertune.recipes.data import BUILDERS, load_split, load_steered
-from steertune.recipes.measures import as_asked
-from steertune.recipes.processes import begin, command, default_device, positive
-from steertune.recipes.training import write_whole
+from steertune.recipes.lab import embedded
+from steertune.recipes.lab.arm import ArmError, nearest
+from steertune.recipes.lab.data import BUILDERS, load_split, load_steered
+from steertune.recipes.lab.measures import as_asked
+from steertune.recipes.lab.processes import begin, command, default_device, positive
+from steertune.recipes.lab.training import write_whole
 from steertune.trainers import scaled
 
 _BATCH = 8

@@ -1,6 +1,6 @@
 """A trained vector for another tool: stock PEFT, llama.cpp, lm-eval, repeng, plain weights.
 
-    python -m steertune.recipes.export runs/bias_dpo-cautious_advice/adapter --to peft --output my-export
+    python -m steertune.recipes.export runs/vector_dpo-cautious_advice/adapter --to peft --output my-export
     python -m steertune.recipes.export my.gguf --from gguf --model embedded --output my-adapter
 
 What is written is loaded again in a fresh process without this package, and believed only if it gives the same logits
@@ -20,11 +20,11 @@ from typing import Any
 from steertune.adapters import exports
 from steertune.adapters.exports import ExportError
 from steertune.adapters.exports.gguf import read
-from steertune.recipes import embedded
-from steertune.recipes.arm import ModelTable
-from steertune.recipes.data import load_model, load_steered
-from steertune.recipes.files import read_text
-from steertune.recipes.processes import command
+from steertune.recipes.lab import embedded
+from steertune.recipes.lab.arm import ModelTable
+from steertune.recipes.lab.data import load_model, load_steered
+from steertune.recipes.lab.files import read_text
+from steertune.recipes.lab.processes import command
 
 _PROMPTS = (
     "Should I quit my job and travel the world?",

@@ -1,6 +1,6 @@
 """What an adapter folder holds, and whether it fits a model.
 
-    python -m steertune.recipes.info runs/bias_dpo-cautious_advice/adapter
+    python -m steertune.recipes.info runs/vector_dpo-cautious_advice/adapter
     python -m steertune.recipes.info my-vector --model embedded --json
 
 Every tensor is checked as it is when the adapter is loaded. `--model` loads the base model
@@ -21,9 +21,9 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from steertune.adapters import exports
 from steertune.adapters.exports import ExportError
 from steertune.adapters.saved import read_tensors
-from steertune.recipes.arm import ArmError
-from steertune.recipes.data import adapter_config, load_steered
-from steertune.recipes.processes import command
+from steertune.recipes.lab.arm import ArmError
+from steertune.recipes.lab.data import adapter_config, load_steered
+from steertune.recipes.lab.processes import command
 
 _SWITCHES = ("form", "rank", "layers", "tied", "site", "norm", "norm_value", "positions", "init", "init_scale")
 

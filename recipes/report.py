@@ -22,10 +22,10 @@ from steertune.recipes.ablation.levels import arm_name
 from steertune.recipes.ablation.statistics import Frame
 from steertune.recipes.ablation.tables import Card, Claim, GridTables, TaskTable
 from steertune.recipes.ablation.tidy import read_cells, read_table
-from steertune.recipes.files import ArmError, read_result, write_whole
-from steertune.recipes.measures import neutral_rows
-from steertune.recipes.page import html_page
-from steertune.recipes.processes import command
+from steertune.recipes.lab.files import ArmError, read_result, write_whole
+from steertune.recipes.lab.measures import neutral_rows
+from steertune.recipes.lab.page import html_page
+from steertune.recipes.lab.processes import command
 
 TABLE = "cells.parquet"
 

@@ -31,10 +31,10 @@ from tqdm.auto import tqdm
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 from steertune.adapters.layer import BASE_ROW
-from steertune.recipes.arm import ArmError, nearest, reasons
-from steertune.recipes.data import adapter_config, load_steered
-from steertune.recipes.measures import as_asked
-from steertune.recipes.processes import begin, command, default_device, positive
+from steertune.recipes.lab.arm import ArmError, nearest, reasons
+from steertune.recipes.lab.data import adapter_config, load_steered
+from steertune.recipes.lab.measures import as_asked
+from steertune.recipes.lab.processes import begin, command, default_device, positive
 
 _BATCH = 8
 

@@ -2,8 +2,8 @@
 
     python -m steertune.recipes.sweep cautious_advice                           # the mean difference
     python -m steertune.recipes.sweep my_pairs/ --direction lat --layers 8 12 0.5 --strengths 1 2 4
-    python -m steertune.recipes.sweep my_pairs/ --arm bias_dpo                  # trained at every layer
-    python -m steertune.recipes.sweep my_pairs/ --arm runs/bias_dpo-my_pairs    # as that run was trained
+    python -m steertune.recipes.sweep my_pairs/ --arm vector_dpo                  # trained at every layer
+    python -m steertune.recipes.sweep my_pairs/ --arm runs/vector_dpo-my_pairs    # as that run was trained
 
 A direction has strength 1 where it is as long as the mean difference of the two answers' states at that layer, so that
 methods and layers can be compared; an arm has strength 1 as trained. Settings are measured on validation rows, and one
@@ -35,19 +35,19 @@ from steertune.adapters import directions
 from steertune.adapters.blocks import find_blocks, resolve_layers
 from steertune.adapters.card import versions, write_card
 from steertune.adapters.types import Site
-from steertune.recipes.ablation import scorers
-from steertune.recipes.ablation.splits import SplitTable
-from steertune.recipes.arm import ArmError, ModelTable, reasons
-from steertune.recipes.cards import of_sweep
-from steertune.recipes.data import load_model
-from steertune.recipes.files import read_result, write_result
-from steertune.recipes.processes import begin, command
+from steertune.recipes.lab import scorers
+from steertune.recipes.lab.arm import ArmError, ModelTable, reasons
+from steertune.recipes.lab.cards import of_sweep
+from steertune.recipes.lab.data import load_model
+from steertune.recipes.lab.files import read_result, write_result
+from steertune.recipes.lab.processes import begin, command
+from steertune.recipes.lab.splits import SplitTable
+from steertune.recipes.lab.training import claim
 from steertune.recipes.sweeping.bench import Bench
 from steertune.recipes.sweeping.choose import choose
 from steertune.recipes.sweeping.page import on_test, write_page
 from steertune.recipes.sweeping.settings import Limits, SweepTable, at, read_arm
 from steertune.recipes.sweeping.sources import Source, bake
-from steertune.recipes.training import claim
 from steertune.trainers import NonFiniteError
 
 LAYERS = [0.1, 0.25, 0.4, 0.55, 0.7, 0.85]
@@ -73,7 +73,7 @@ def _parser() -> argparse.ArgumentParser:
     what.add_argument("--direction", metavar="NAME", help=f"one of {', '.join(directions.names())} (mean_difference)")
     what.add_argument(
         "--arm",
-        help="trained at every layer: a name in recipes/arms/, a .toml file (both take --table.key value),\n"
+        help="trained at every layer: a name in recipes/configs/arms/, a .toml file (both take --table.key value),\n"
         "or the folder of a training run",
     )
     parser.add_argument("--layers", nargs="+", default=LAYERS, help="indices, fractions of the depth, or 'all'")

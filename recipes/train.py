@@ -1,7 +1,7 @@
 """Train one arm and see what it did.
 
     accelerate launch recipes/train.py
-    accelerate launch -m steertune.recipes.train bias_dpo --data.name my_pairs.jsonl --adapter.layers 12
+    accelerate launch -m steertune.recipes.train vector_dpo --data.name my_pairs.jsonl --adapter.layers 12
 
 Every key of the arm can be set as `--table.key value`: `--data.name` (an embedded task, a file or folder of pairs, a
 Hub name), `--model.name`, `--adapter.layers`, `--loss.name`, `--trainer.max_steps`, `--output.folder`, ...
@@ -26,10 +26,11 @@ from datasets import Dataset
 from transformers import set_seed
 
 from steertune.adapters.card import write_card
-from steertune.recipes.arm import Arm, ArmError, load_arm, parse_arm
-from steertune.recipes.cards import of_training
-from steertune.recipes.data import load_model, load_splits
-from steertune.recipes.measures import (
+from steertune.recipes.lab.arm import Arm, ArmError, load_arm, parse_arm
+from steertune.recipes.lab.augmentation import grown
+from steertune.recipes.lab.cards import of_training
+from steertune.recipes.lab.data import load_model, load_splits
+from steertune.recipes.lab.measures import (
     batches,
     generate,
     neutral_logps,
@@ -37,13 +38,12 @@ from steertune.recipes.measures import (
     peak_memory_gb,
     side_effects,
 )
-from steertune.recipes.page import strength_plot, write_page
-from steertune.recipes.processes import begin, command
-from steertune.recipes.proliferation import grown
-from steertune.recipes.training import claim, fit, make_trainer, write_whole
+from steertune.recipes.lab.page import strength_plot, write_page
+from steertune.recipes.lab.processes import begin, command
+from steertune.recipes.lab.training import claim, fit, make_trainer, write_whole
 from steertune.trainers import ModelAt, scalable, scaled
 
-DEFAULT_ARM = "bias_dpo"
+DEFAULT_ARM = "vector_dpo"
 
 
 @command
@@ -198,7 +198,7 @@ def _use(arm: Arm, folder: Path) -> list[str]:
     embedded = arm.model.name == "embedded"
     lines = ["import steertune.adapters  # makes the method known to PEFT", "from peft import PeftModel"]
     lines += [
-        "from steertune.recipes.embedded import load_model"
+        "from steertune.recipes.lab.embedded import load_model"
         if embedded
         else "from transformers import AutoModelForCausalLM",
         "",

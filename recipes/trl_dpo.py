@@ -19,7 +19,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Command line; returns the exit code."""
     from trl import DPOConfig
 
-    from steertune.recipes.trl_command import run
+    from steertune.recipes.lab.trl_command import run
     from steertune.trainers import SteeringDPOTrainer
 
     return run(SteeringDPOTrainer, DPOConfig, argv, "trl_dpo", __doc__ or "")

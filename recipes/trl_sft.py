@@ -19,7 +19,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Command line; returns the exit code."""
     from trl import SFTConfig
 
-    from steertune.recipes.trl_command import run
+    from steertune.recipes.lab.trl_command import run
     from steertune.trainers import SteeringSFTTrainer
 
     return run(SteeringSFTTrainer, SFTConfig, argv, "trl_sft", __doc__ or "")

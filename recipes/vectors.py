@@ -23,7 +23,7 @@ from typing import Any
 from steertune.adapters.analysis import arithmetic
 from steertune.adapters.analysis.arithmetic import VectorError, Vectors
 from steertune.adapters.card import Card
-from steertune.recipes.processes import command
+from steertune.recipes.lab.processes import command
 
 
 @command
@@ -163,7 +163,7 @@ def _similarity(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _together(options: argparse.Namespace) -> dict[str, Any]:
-    from steertune.recipes.together import measure, summarise
+    from steertune.recipes.lab.together import measure, summarise
 
     if len(options.folders) != 2:
         raise VectorError(

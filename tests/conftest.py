@@ -10,7 +10,7 @@ import pytest
 import torch
 from tiny_models import ARCHITECTURES
 
-from steertune.recipes import embedded
+from steertune.recipes.lab import embedded
 
 # accelerate asks at every turn which packages are there, and reads their metadata each time
 importlib.metadata.metadata = functools.cache(importlib.metadata.metadata)

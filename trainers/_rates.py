@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from ._mixin import SteeringMixin
 
 DEFAULT_RATE = 1e-3
-"""In units of the residual stream (`adapters/units.py`); chosen in `recipes/results/learning_rates/`."""
+"""In units of the residual stream (`adapters/units.py`); chosen in `docs/results/learning_rates/`."""
 _HARDLY_MOVES = 0.02  # of the stream's size, over the whole training
 _BLOWS_UP = 0.25  # of the stream's size, in one step
 _OUTSIDE = ("lomo", "layerwise", "schedule_free")  # step in the backward pass, or average between steps

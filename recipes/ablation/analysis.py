@@ -17,7 +17,7 @@ from steertune.recipes.ablation.statistics.paired import Difference, difference,
 from steertune.recipes.ablation.statistics.rows import over_examples, rows_of, with_base
 from steertune.recipes.ablation.statistics.shapley import share_rows
 from steertune.recipes.ablation.tables import Claim, GridTables, Measure, TaskTable
-from steertune.recipes.arm import ArmError
+from steertune.recipes.lab.arm import ArmError
 
 MEASURES: dict[Measure, str] = {
     "accuracy": "held-out pair accuracy at the tuned strength",

@@ -14,13 +14,13 @@ from peft import PeftModel
 from torch import Tensor
 
 from steertune.recipes.ablation.grid import Cell, Grid
-from steertune.recipes.ablation.scorers import Scorer, fit
-from steertune.recipes.ablation.splits import Splits, load_splits
 from steertune.recipes.ablation.tables import TaskTable
-from steertune.recipes.arm import ModelTable
-from steertune.recipes.data import load_model, load_split
-from steertune.recipes.measures import generate, neutral_logps, neutral_rows, pair_margins
-from steertune.recipes.proliferation import Grown, grown
+from steertune.recipes.lab.arm import ModelTable
+from steertune.recipes.lab.augmentation import Grown, grown
+from steertune.recipes.lab.data import load_model, load_split
+from steertune.recipes.lab.measures import generate, neutral_logps, neutral_rows, pair_margins
+from steertune.recipes.lab.scorers import Scorer, fit
+from steertune.recipes.lab.splits import Splits, load_splits
 from steertune.trainers import FrozenPrefix
 
 _MEMO_GB = 2.0  # RAM for what is constant in all cells; the rest goes to temporary files
@@ -93,7 +93,7 @@ class Bench:
         asked = arm.augmenter()
         if asked is None:
             return Grown(rows, "")
-        key = (cell.task.label, cell.examples, seed, arm.data.pairing, repr(sorted(arm.proliferation.items())))
+        key = (cell.task.label, cell.examples, seed, arm.data.pairing, repr(sorted(arm.augmentation.items())))
         if key not in self._grown:
             self._grown[key] = grown(
                 rows,

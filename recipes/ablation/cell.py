@@ -28,8 +28,8 @@ from steertune.recipes.ablation.grid import Cell
 from steertune.recipes.ablation.keys import VERSION
 from steertune.recipes.ablation.matched import matched_strength, refined
 from steertune.recipes.ablation.prompted import Show, candidates, prompt_tokens, shown
-from steertune.recipes.files import ArmError, read_result, write_result
-from steertune.recipes.measures import (
+from steertune.recipes.lab.files import ArmError, read_result, write_result
+from steertune.recipes.lab.measures import (
     generate,
     neutral_logps,
     pair_margins,
@@ -38,7 +38,7 @@ from steertune.recipes.measures import (
     reset_peak_memory,
     side_effects,
 )
-from steertune.recipes.training import fit, make_trainer, silent
+from steertune.recipes.lab.training import fit, make_trainer, silent
 from steertune.trainers import NonFiniteError, scalable, scaled, share_weights, train_together
 
 logger = logging.getLogger(__name__)
@@ -85,8 +85,8 @@ def run_cell(cell: Cell, bench: Bench, folder: Path) -> dict[str, Any]:
             with bench.remembering(model):
                 show = shown(cell, bench, cell.seed, setting.prompt)
                 found |= cost | measure(cell, bench, model, setting.strength, show)
-            if cell.arm.arm.proliferation:
-                found["proliferation"] = bench.training_set(cell, cell.seed).note
+            if cell.arm.arm.augmentation:
+                found["augmentation"] = bench.training_set(cell, cell.seed).note
             if found["scalable"] and found["matched_strength"] is None:
                 kl = bench.grid.tables.matched
                 error = f"no strength up to {kl.largest_strength:g} has a KL of {kl.kl:g} to the base"
@@ -175,7 +175,7 @@ def _trained(cell: Cell, bench: Bench, settings: Sequence[Setting], seed: int, h
 
 def _pays_together(cell: Cell, bench: Bench) -> bool:
     """Whether trials train side by side: steering vectors do on a GPU. A CPU has no use for larger products
-    (`recipes/results/benchmark/table.md`)."""
+    (`docs/results/benchmark/table.md`)."""
     arm = cell.arm.arm
     loss = arm.loss_object()
     if loss is None or loss.needs.views or loss.needs.states or arm.trainer.get("gradient_checkpointing"):
@@ -323,7 +323,7 @@ def _behaviour(cell: Cell, bench: Bench, model: Any, rows: Dataset, strength: fl
 
 def behaviour(score: Callable[..., list[float | None]], prompts: Sequence[Any], answers: list[str]) -> dict[str, Any]:
     """Mean score of the answers that could be judged, how many could not, and how much they repeat themselves."""
-    from steertune.recipes.ablation.scorers import plain
+    from steertune.recipes.lab.scorers import plain
 
     scores = score([plain(prompt) for prompt in prompts], answers)
     judged = [s for s in scores if s is not None]

@@ -12,7 +12,7 @@ from trl import DPOConfig
 from steertune.adapters import SteeringVectorConfig
 from steertune.recipes.ablation.levels import arm_name
 from steertune.recipes.ablation.tables import Card, Claim, GridArm, GridTables, TaskTable
-from steertune.recipes.arm import Arm, ArmError, ModelTable, nearest
+from steertune.recipes.lab.arm import Arm, ArmError, ModelTable, nearest
 from steertune.trainers.views.demonstrations import Demonstrations
 from steertune.trainers.views.instruction import Instruction
 

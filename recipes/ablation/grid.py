@@ -29,16 +29,17 @@ from steertune.recipes.ablation.designs import Combination
 from steertune.recipes.ablation.keys import content, data_of, digest, named_task, settings, task_folder
 from steertune.recipes.ablation.levels import INERT, arm_of, named, patched, with_common
 from steertune.recipes.ablation.tables import Card, GridArm, GridTables, TaskTable, told
-from steertune.recipes.arm import (
+from steertune.recipes.lab.arm import (
     ArmError,
     known_tables,
     nearest,
     read_tables,
     reasons,
 )
-from steertune.recipes.files import check_name, read_toml
+from steertune.recipes.lab.files import check_name, read_toml
+from steertune.recipes.lab.paths import CONFIGS
 
-GRIDS = Path(__file__).parents[1] / "grids"
+GRIDS = CONFIGS / "grids"
 _COLUMNS = {
     "version", "key", "task", "arm", "examples", "seed", "status", "error", "kl", "perplexity", "accuracy", "margin",
     "margins", "margin_gain", "moved_wrong", "behaviour", "behaviours", "judgements_failed", "repetition", "answers",
@@ -117,7 +118,7 @@ class Grid:
 
 
 def load_grid(file: str | Path, data_root: Path | None = None) -> Grid:
-    """Read and check a grid: a path, or the name of a file in `recipes/grids/`.
+    """Read and check a grid: a path, or the name of a file in `recipes/configs/grids/`.
 
     Args:
         file: The grid.
@@ -284,7 +285,7 @@ def find_tasks(entries: Sequence[str | TaskTable], data_root: Path | None = None
     Raises:
         ArmError: two tasks of one label, or a label that is no name of a folder.
     """
-    from steertune.recipes.embedded import task_names
+    from steertune.recipes.lab.embedded import task_names
 
     found: dict[str, TaskTable] = {}
     for entry in entries:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from steertune.recipes.ablation.tables import GridArm, GridTables, TaskTable
-from steertune.recipes.arm import ArmError
+from steertune.recipes.lab.arm import ArmError
 
 VERSION = 3  # of the cells; raised when a cell of the same grid would come out differently
 
@@ -30,8 +30,8 @@ def settings(
             name: {**table.model_dump(), "trainer": {**arm.arm.trainer, **table.trainer}}
             for name, table in arm.arm.teachers.items()
         }
-    if arm.arm.proliferation:
-        own["proliferation"] = arm.arm.proliferation
+    if arm.arm.augmentation:
+        own["augmentation"] = arm.arm.augmentation
     if arm.arm.prompt:
         own["prompt"] = [arm.arm.prompt.model_dump(), task.instructions if arm.arm.prompt.instruction else []]
     settings = {
@@ -76,7 +76,7 @@ def data_of(name: str) -> str:
 
 
 def task_folder(name: str) -> Path:
-    from steertune.recipes.embedded import TASKS, task_names
+    from steertune.recipes.lab.embedded import TASKS, task_names
 
     return TASKS / name if name in task_names() else Path(name)
 

@@ -11,7 +11,7 @@ from filelock import FileLock, Timeout
 
 from steertune.recipes.ablation.grid import Cell
 from steertune.recipes.ablation.tidy import AGAIN, read_cell
-from steertune.recipes.files import ArmError, read_result, write_result
+from steertune.recipes.lab.files import ArmError, read_result, write_result
 
 
 class Known:

@@ -9,7 +9,7 @@
     mean_difference = [{ when = { form = "lora" }, inert = true }, { adapter.init = "mean_difference" }]
 
 Of a list the first entry counts whose `when` fits. `inert` says that the level means nothing there; combinations that
-differ only in inert levels are one arm. Patching `adapter.type`, `loss.name` or `proliferation.name`
+differ only in inert levels are one arm. Patching `adapter.type`, `loss.name` or `augmentation.name`
 replaces the whole table.
 """
 
@@ -20,10 +20,10 @@ from typing import Any
 
 from steertune.recipes.ablation.designs import Combination
 from steertune.recipes.ablation.tables import GridTables
-from steertune.recipes.arm import Arm, ArmError, known, make_arm, read_tables
+from steertune.recipes.lab.arm import Arm, ArmError, known, make_arm, read_tables
 
 INERT = "-"
-_PATCHED = ["adapter", "loss", "views", "teachers", "biases", "proliferation", "trainer", "data"]
+_PATCHED = ["adapter", "loss", "views", "teachers", "biases", "augmentation", "trainer", "data"]
 
 
 def with_common(raw: dict[str, Any], tables: GridTables) -> dict[str, Any]:
@@ -42,7 +42,7 @@ def arm_of(raw: dict[str, Any], tables: GridTables) -> Arm:
     Raises:
         ArmError: as `make_arm`.
     """
-    if raw.get("proliferation"):
+    if raw.get("augmentation"):
         raw = _merge({"trainer": {"max_steps": tables.budget.steps[0]}}, raw)
     return make_arm(raw)
 
@@ -118,7 +118,7 @@ def _merge(base: dict[str, Any], patch: dict[str, Any]) -> dict[str, Any]:
     """`base` with `patch` on top, table by table; another adapter or loss replaces its table."""
     merged = copy.deepcopy(base)
     for key, value in patch.items():
-        chooser = {"adapter": "type", "loss": "name", "proliferation": "name"}.get(key)
+        chooser = {"adapter": "type", "loss": "name", "augmentation": "name"}.get(key)
         if isinstance(value, dict) and isinstance(merged.get(key), dict) and chooser not in value:
             merged[key] = _merge(merged[key], value)
         else:

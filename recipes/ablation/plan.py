@@ -17,8 +17,8 @@ from steertune.recipes.ablation.grid import Cell, Grid, describe
 from steertune.recipes.ablation.statistics.paired import smallest_p
 from steertune.recipes.ablation.tables import GridTables, TaskTable
 from steertune.recipes.ablation.tidy import AGAIN, read_cell
-from steertune.recipes.arm import Arm, ArmError
-from steertune.recipes.measures import batches
+from steertune.recipes.lab.arm import Arm, ArmError
+from steertune.recipes.lab.measures import batches
 from steertune.trainers import ModelAt
 
 _FORWARDS = 3  # a training step in forward passes: a backward pass costs about two

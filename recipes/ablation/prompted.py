@@ -16,7 +16,7 @@ from datasets import Dataset
 
 from steertune.recipes.ablation.bench import Bench
 from steertune.recipes.ablation.grid import Cell
-from steertune.recipes.measures import check_context, prompt_lengths
+from steertune.recipes.lab.measures import check_context, prompt_lengths
 from steertune.trainers import View
 from steertune.trainers.views import get_view
 

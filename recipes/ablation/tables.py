@@ -11,8 +11,8 @@ from pydantic import BaseModel, Field, field_validator
 
 from steertune.recipes.ablation.budget import BudgetTable
 from steertune.recipes.ablation.designs import Combination
-from steertune.recipes.ablation.splits import SplitTable
-from steertune.recipes.arm import Arm, ArmError, known, read_toml
+from steertune.recipes.lab.arm import Arm, ArmError, known, read_toml
+from steertune.recipes.lab.splits import SplitTable
 
 Measure = Literal[
     "accuracy", "matched_accuracy", "margin_gain", "matched_margin_gain", "behaviour", "matched_behaviour"
@@ -128,7 +128,7 @@ class GridTables(BaseModel, extra="forbid"):
     """The file."""
 
     name: str
-    base: str = "bias_dpo"
+    base: str = "vector_dpo"
     arms: list[str] = []
     tasks: list[str | TaskTable] = Field(min_length=1)
     examples: list[int] = Field(min_length=1)

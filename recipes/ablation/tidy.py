@@ -10,7 +10,7 @@ import pandas as pd
 
 from steertune.recipes.ablation.keys import VERSION
 from steertune.recipes.ablation.statistics import Frame
-from steertune.recipes.files import ArmError, read_result
+from steertune.recipes.lab.files import ArmError, read_result
 
 MEASURES = ("accuracy", "margin_gain", "behaviour", "moved_wrong")
 """Every one at the tuned strength, and as `matched_...` at the matched one."""

@@ -10,10 +10,17 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 
-from steertune.recipes.ablation import scorers
 from steertune.recipes.ablation.cell import behaviour, preference
-from steertune.recipes.ablation.splits import load_splits
-from steertune.recipes.measures import generate, neutral_logps, neutral_rows, pair_margins, repetition, side_effects
+from steertune.recipes.lab import scorers
+from steertune.recipes.lab.measures import (
+    generate,
+    neutral_logps,
+    neutral_rows,
+    pair_margins,
+    repetition,
+    side_effects,
+)
+from steertune.recipes.lab.splits import load_splits
 from steertune.recipes.sweeping.settings import SweepTable
 from steertune.trainers import FrozenPrefix, scaled
 

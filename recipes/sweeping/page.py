@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from steertune.recipes.ablation.scorers import plain
 from steertune.recipes.ablation.statistics.paired import interval
-from steertune.recipes.files import write_whole
-from steertune.recipes.page import html_page, one_line
+from steertune.recipes.lab.files import write_whole
+from steertune.recipes.lab.page import html_page, one_line
+from steertune.recipes.lab.scorers import plain
 from steertune.recipes.sweeping import plots
 from steertune.recipes.sweeping.choose import (
     UNRELIABLE,

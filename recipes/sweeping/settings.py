@@ -10,8 +10,8 @@ from typing import Any
 from pydantic import BaseModel, Field, field_validator
 
 from steertune.adapters.types import Site
-from steertune.recipes.ablation.splits import SplitTable
-from steertune.recipes.arm import Arm, ArmError, ModelTable, load_arm, make_arm
+from steertune.recipes.lab.arm import Arm, ArmError, ModelTable, load_arm, make_arm
+from steertune.recipes.lab.splits import SplitTable
 
 SCALABLE = ("steering_vector", "lora")
 

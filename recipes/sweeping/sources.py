@@ -16,12 +16,12 @@ from transformers import set_seed
 from steertune.adapters import SteeringVectorConfig, directions, steering_layers
 from steertune.adapters.analysis.activations import collect
 from steertune.adapters.types import NORMS_WITH_VALUE, Site
-from steertune.recipes.arm import Arm, ArmError
-from steertune.recipes.measures import batches
-from steertune.recipes.proliferation import grown
+from steertune.recipes.lab.arm import Arm, ArmError
+from steertune.recipes.lab.augmentation import grown
+from steertune.recipes.lab.measures import batches
+from steertune.recipes.lab.training import fit, make_trainer, silent
 from steertune.recipes.sweeping.bench import Bench
 from steertune.recipes.sweeping.settings import at
-from steertune.recipes.training import fit, make_trainer, silent
 from steertune.trainers import share_weights
 
 _BATCH = 4

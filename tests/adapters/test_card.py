@@ -17,7 +17,7 @@ from transformers.utils import hub
 
 from steertune.adapters.card import SAFETY, Card, write_card
 from steertune.recipes import train
-from steertune.recipes.arm import make_arm
+from steertune.recipes.lab.arm import make_arm
 
 KNOWN = Card("Careful", "It is careful.", "Is it?", "8 pairs.", "By hand.", "| a | b |", "None seen.", "Strength 2.")
 

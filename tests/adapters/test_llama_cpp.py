@@ -8,7 +8,7 @@ import torch
 from gguf_files import gguf
 
 from steertune.adapters.exports import adapter_of, constant_vectors, get
-from steertune.recipes import embedded
+from steertune.recipes.lab import embedded
 
 pytestmark = [pytest.mark.slow, pytest.mark.real]
 PROMPTS = ("The capital of France is", "Should I quit my job and travel the world?", "Write one sentence about rain.")

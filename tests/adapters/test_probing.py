@@ -13,7 +13,7 @@ from sklearn.linear_model import LogisticRegression
 
 from steertune.adapters.analysis.erasure import erase
 from steertune.adapters.analysis.probing import read
-from steertune.recipes import probes
+from steertune.recipes.studies import probes
 
 
 def states(pairs: int = 200, d: int = 6, gap: float = 1.5, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:

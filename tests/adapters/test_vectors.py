@@ -15,7 +15,8 @@ from tiny_models import fill, steered, tiny, tokens
 from steertune.adapters import SteeringVectorConfig, set_strength, steering_layers
 from steertune.adapters.analysis import arithmetic
 from steertune.adapters.analysis.arithmetic import VectorError, combine, orthogonalise, project_out, read, similarity
-from steertune.recipes import together, vectors
+from steertune.recipes import vectors
+from steertune.recipes.lab import together
 
 
 def saved(folder: Path, values: dict[int, list[float]] | None = None, base=None, seed: int = 1, **switches) -> Path:

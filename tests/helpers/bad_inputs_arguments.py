@@ -16,12 +16,12 @@ from steertune.adapters import SteeringVectorConfig, directions, set_strength
 from steertune.adapters.analysis.activations import collect
 from steertune.adapters.analysis.probing import read
 from steertune.losses import get_loss
-from steertune.recipes.ablation.scorers import fit
-from steertune.recipes.ablation.scorers import read as read_scorer
 from steertune.recipes.ablation.statistics.paired import interval, p_value
 from steertune.recipes.chat import Chat
-from steertune.recipes.proliferation import get_augmenter, grown
-from steertune.recipes.proliferation import read as read_proliferation
+from steertune.recipes.lab.augmentation import get_augmenter, grown
+from steertune.recipes.lab.augmentation import read as read_augmentation
+from steertune.recipes.lab.scorers import fit
+from steertune.recipes.lab.scorers import read as read_scorer
 from steertune.trainers import CheckpointError, FrozenPrefix, get_bias, get_view
 from steertune.trainers._resume import check_checkpoint
 
@@ -74,7 +74,7 @@ def scorer(says: str, **table: Any) -> Row:
 
 
 def more(says: str, **table: Any) -> Row:
-    return row(says, read_proliferation, table)
+    return row(says, read_augmentation, table)
 
 
 BATCH = {"input_ids": tokens(2), "attention_mask": torch.ones(2, 8, dtype=torch.long)}
@@ -219,21 +219,21 @@ ROWS: dict[str, Row] = {
     "classifier of too few rows": row(
         "needs 10 rows or more", fit, {"kind": "classifier"}, tiny_data.pairs(3), None, None
     ),
-    # proliferation
-    "proliferation without a name": more("has no name: say which augmenter", times=2),
-    "proliferation of an unknown name": more("Unknown augmenter 'rewrite'.*Did you mean 'rewrites'", name="rewrite"),
-    "proliferation of a path": more("Unknown augmenter '../os'", name="../os"),
-    "proliferation of no times": more("proliferation.times=0: a whole number", name="templates", times=0),
-    "proliferation of half times": more("proliferation.times=1.5", name="templates", times=1.5),
-    "proliferation at a rate of text": more("rate='x'", name="perturbations", rate="x"),
-    "proliferation at a rate of 1": more("rate=1: above 0, and at most 0.2", name="perturbations", rate=1),
-    "proliferation by no function": more("function='f': write module:name", name="function", function="f"),
-    "proliferation by a function of nothing": more("No module named 'nowhere'", name="function", function="nowhere:f"),
-    "proliferation by a function that is none": more("is no function", name="function", function="math:pi"),
-    "proliferation at no temperature": more("temperature=0: above 0", name="rewrites", temperature=0),
-    "proliferation at a temperature of text": more("temperature='hot'", name="rewrites", temperature="hot"),
-    "proliferation of an unknown part": more(r"parts=\('promt',\)", name="rewrites", parts=["promt"]),
-    "proliferation of rows without prompts": row(
+    # augmentation
+    "augmentation without a name": more("has no name: say which augmenter", times=2),
+    "augmentation of an unknown name": more("Unknown augmenter 'rewrite'.*Did you mean 'rewrites'", name="rewrite"),
+    "augmentation of a path": more("Unknown augmenter '../os'", name="../os"),
+    "augmentation of no times": more("augmentation.times=0: a whole number", name="templates", times=0),
+    "augmentation of half times": more("augmentation.times=1.5", name="templates", times=1.5),
+    "augmentation at a rate of text": more("rate='x'", name="perturbations", rate="x"),
+    "augmentation at a rate of 1": more("rate=1: above 0, and at most 0.2", name="perturbations", rate=1),
+    "augmentation by no function": more("function='f': write module:name", name="function", function="f"),
+    "augmentation by a function of nothing": more("No module named 'nowhere'", name="function", function="nowhere:f"),
+    "augmentation by a function that is none": more("is no function", name="function", function="math:pi"),
+    "augmentation at no temperature": more("temperature=0: above 0", name="rewrites", temperature=0),
+    "augmentation at a temperature of text": more("temperature='hot'", name="rewrites", temperature="hot"),
+    "augmentation of an unknown part": more(r"parts=\('promt',\)", name="rewrites", parts=["promt"]),
+    "augmentation of rows without prompts": row(
         "Versions are made of prompts",
         grown,
         tiny_data.pairs(2).remove_columns("prompt"),

@@ -87,34 +87,34 @@ ROWS: dict[str, Row] = {
     "train of a path that is a folder": said(
         "No arm 'x.toml'", "train", "x.toml", before=lambda lab: (lab.here / "x.toml").mkdir()
     ),
-    "train with an unknown flag": said("Unknown key 'thread' in .arm", "train", "bias_dpo", "--thread", "5"),
+    "train with an unknown flag": said("Unknown key 'thread' in .arm", "train", "vector_dpo", "--thread", "5"),
     "train into a finished run": said(
-        "holds a finished run .*Choose another", "train", "bias_dpo", "--output.folder=done", before=finished
+        "holds a finished run .*Choose another", "train", "vector_dpo", "--output.folder=done", before=finished
     ),
     "train into another's run": said(
-        "Save it as UTF-8", "train", "bias_dpo", "--output.folder=half", before=other_arm
+        "Save it as UTF-8", "train", "vector_dpo", "--output.folder=half", before=other_arm
     ),
     "train into a file": on(
-        "file is a file. Choose another output folder", "file", "x", "train", "bias_dpo", "--output.folder=file"
+        "file is a file. Choose another output folder", "file", "x", "train", "vector_dpo", "--output.folder=file"
     ),
     "train of a prompt": said("is a prompt: there is nothing to train", "train", "prompt_contrast"),
     "train on data that are not there": said(
-        "no such file or folder", "train", "bias_dpo", "--data.name=./no.jsonl", "--output.folder=o"
+        "no such file or folder", "train", "vector_dpo", "--data.name=./no.jsonl", "--output.folder=o"
     ),
     "train on half a file": on(
         "cannot be read as json",
         "x.jsonl",
         '{"prompt": "a',
         "train",
-        "bias_dpo",
+        "vector_dpo",
         "--data.name=x.jsonl",
         "--output.folder=o",
     ),
-    "train on too few rows": said("32 rows asked.*Ask for fewer", "train", "bias_dpo", DATA, "--output.folder=o"),
+    "train on too few rows": said("32 rows asked.*Ask for fewer", "train", "vector_dpo", DATA, "--output.folder=o"),
     "train of a model that is not there": said(
         "model.name='./nowhere' cannot be loaded.*safetensors",
         "train",
-        "bias_dpo",
+        "vector_dpo",
         DATA,
         "--data.train=4",
         "--data.test=2",
@@ -124,7 +124,7 @@ ROWS: dict[str, Row] = {
     "train of a pickled model": said(
         "cannot be loaded.*safetensors",
         "train",
-        "bias_dpo",
+        "vector_dpo",
         DATA,
         "--data.train=4",
         "--data.test=2",
@@ -135,7 +135,7 @@ ROWS: dict[str, Row] = {
     "train of a model with code": said(
         "cannot be loaded",
         "train",
-        "bias_dpo",
+        "vector_dpo",
         DATA,
         "--data.train=4",
         "--data.test=2",
@@ -146,7 +146,7 @@ ROWS: dict[str, Row] = {
     "train of a layer that is not there": said(
         "layer 99 does not exist, the model has 4",
         "train",
-        "bias_dpo",
+        "vector_dpo",
         DATA,
         "--data.train=4",
         "--data.test=2",
@@ -156,7 +156,9 @@ ROWS: dict[str, Row] = {
         "--output.folder=o",
     ),
     "distill of nothing": said(NO_ARM, "distill", "nothing"),
-    "distill of an arm without a prompt": said("learns no prompt: choose context_distillation", "distill", "bias_dpo"),
+    "distill of an arm without a prompt": said(
+        "learns no prompt: choose context_distillation", "distill", "vector_dpo"
+    ),
     # grids
     "ablate of nothing": said(NO_GRID, "ablate", "nothing"),
     "ablate of a path": said("No grid '../../x'", "ablate", "../../x"),

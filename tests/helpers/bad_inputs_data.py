@@ -14,11 +14,11 @@ from bad_inputs import Lab, Row
 from datasets import Dataset, Image
 from tiny_models import tiny
 
-from steertune.recipes.ablation.splits import SplitTable, load_splits
-from steertune.recipes.arm import DataTable
-from steertune.recipes.data import load_split, shuffled_pairs
-from steertune.recipes.data import load_splits as two_splits
-from steertune.recipes.files import read_rows, write_rows
+from steertune.recipes.lab.arm import DataTable
+from steertune.recipes.lab.data import load_split, shuffled_pairs
+from steertune.recipes.lab.data import load_splits as two_splits
+from steertune.recipes.lab.files import read_rows, write_rows
+from steertune.recipes.lab.splits import SplitTable, load_splits
 from steertune.trainers import tokenise
 from steertune.trainers._data import check_rows, check_tokens
 from steertune.trainers.views import get_view

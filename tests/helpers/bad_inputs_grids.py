@@ -12,10 +12,10 @@ from steertune.recipes.ablate import GRID, check_folder
 from steertune.recipes.ablation.grid import find_tasks, load_grid, make_grid
 from steertune.recipes.ablation.tables import TaskTable
 from steertune.recipes.ablation.tidy import read_cells
-from steertune.recipes.arm import load_arm, make_arm
 from steertune.recipes.contrast_prompts import Mixture
 from steertune.recipes.contrast_prompts import read as read_mixture
-from steertune.recipes.files import read_result, write_result
+from steertune.recipes.lab.arm import load_arm, make_arm
+from steertune.recipes.lab.files import read_result, write_result
 from steertune.recipes.report import write_report
 
 ARM = {"name": "mine", "data": {"name": "cautious_advice"}}
@@ -45,7 +45,7 @@ def arm(says: str, **tables: Any) -> Row:
 
 
 def words(says: str, *overrides: str) -> Row:
-    return (lambda lab: load_arm("bias_dpo", overrides)), says
+    return (lambda lab: load_arm("vector_dpo", overrides)), says
 
 
 def toml(says: str, content: bytes | None, read: Callable[[Any], Any] = load_arm) -> Row:
@@ -225,7 +225,7 @@ ROWS: dict[str, Row] = {
     "grid with a level that patches nothing known": bad("Unknown key 'adaptr'", {"factors/form/bias": {"adaptr": {}}}),
     "grid with two arms of one name": bad("Two arms are called 'base'", {"arms": ["base", "base"]}),
     "grid with an arm whose instruction is about another task": bad(
-        "an instruction about 'cautious_advice' at its view 'good'", {"arms": ["base", "bias_lorra"]}
+        "an instruction about 'cautious_advice' at its view 'good'", {"arms": ["base", "vector_lorra"]}
     ),
     "grid with an arm of a path": bad("No arm '../../x'", {"arms": ["../../x"]}),
     "grid with a base of a path": bad("No arm '../x'", {"base": "../x"}),

@@ -1,8 +1,8 @@
 r"""What two processes must do as one does: run by `test_distributed.py` in itself, and in each process it launches.
 
-accelerate launch --config_file recipes/accelerate_configs/cpu_ddp.yaml \
+accelerate launch --config_file recipes/configs/accelerate/cpu_ddp.yaml \
     tests/helpers/distributed_cases.py FOLDER ddp fsdp2
-accelerate launch --config_file recipes/accelerate_configs/cpu_zero1.yaml \
+accelerate launch --config_file recipes/configs/accelerate/cpu_zero1.yaml \
     tests/helpers/distributed_cases.py FOLDER zero1:few
 """
 
@@ -26,7 +26,7 @@ from tiny_models import tiny
 from transformers import AutoModelForCausalLM
 
 from steertune.adapters import SteeringVectorConfig
-from steertune.recipes.processes import CONFIGS
+from steertune.recipes.lab.processes import LAUNCHES
 from steertune.trainers import CheckpointError
 
 ROWS = 4  # of a step, over all processes
@@ -160,7 +160,7 @@ def run(folder: Path, mode: str, few: bool = False) -> None:
 
 def configure(mode: str) -> None:
     """What `accelerate launch` hands over of a configuration with DeepSpeed: one launch runs several stages."""
-    read = yaml.safe_load((CONFIGS / f"cpu_{mode}.yaml").read_text())["deepspeed_config"]
+    read = yaml.safe_load((LAUNCHES / f"cpu_{mode}.yaml").read_text())["deepspeed_config"]
     os.environ["ACCELERATE_DEEPSPEED_ZERO_STAGE"] = str(read["zero_stage"])
     os.environ["ACCELERATE_DEEPSPEED_ZERO3_INIT"] = str(read["zero3_init_flag"]).lower()
     os.environ["ACCELERATE_DEEPSPEED_ZERO3_SAVE_16BIT_MODEL"] = str(read.get("zero3_save_16bit_model", False)).lower()

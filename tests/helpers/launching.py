@@ -11,7 +11,7 @@ from pathlib import Path
 
 from paths import HELPERS
 
-from steertune.recipes.processes import CONFIGS
+from steertune.recipes.lab.processes import LAUNCHES
 
 
 def launch(config: str, *command: str, limit: int = 900) -> subprocess.CompletedProcess[str]:
@@ -26,7 +26,7 @@ def launch(config: str, *command: str, limit: int = 900) -> subprocess.Completed
         "-m",
         "accelerate.commands.launch",
         "--config_file",
-        str(CONFIGS / f"{config}.yaml"),
+        str(LAUNCHES / f"{config}.yaml"),
         *command,
     ]
     with subprocess.Popen(

@@ -5,18 +5,17 @@ from __future__ import annotations
 import tomllib
 from pathlib import Path
 
-import pytest
 import tiny_data
 from tiny_models import tiny
 
 import steertune.recipes.ablate as recipe
 from steertune.recipes.ablation.bench import Bench
 from steertune.recipes.ablation.grid import Grid, make_grid
-from steertune.recipes.files import read_result
+from steertune.recipes.lab.files import read_result
 
 GRID = """
 name = "tiny"
-base = "bias_dpo"
+base = "vector_dpo"
 arms = ["mean_difference", "base"]
 tasks = [{ name = "task", scorer = { kind = "rule", pattern = "cat" } }]
 examples = [4]
@@ -54,12 +53,6 @@ bias = {}
 zeros = [{ when = { form = "lora" }, inert = true }, {}]
 mean_difference = [{ when = { form = "lora" }, inert = true }, { adapter = { init = "mean_difference" } }]
 """
-
-
-@pytest.fixture
-def tables(tmp_path: Path) -> dict:
-    """The grid's tables, with its model and data in `tmp_path`."""
-    return make_tables(tmp_path)
 
 
 def make_tables(tmp_path: Path) -> dict:

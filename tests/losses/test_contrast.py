@@ -19,7 +19,7 @@ from steertune.losses.dpo import DPO
 from steertune.losses.ipo import IPO
 from steertune.losses.simpo import SimPO
 from steertune.losses.unlikelihood import Unlikelihood
-from steertune.recipes.measures import batches
+from steertune.recipes.lab.measures import batches
 from steertune.trainers import ModelAt
 
 CONTRASTS = ["paired", "unpaired", "none"]

@@ -25,7 +25,7 @@ from steertune.losses.bipo import BiPO
 from steertune.losses.dpo import DPO
 from steertune.losses.ipo import IPO
 from steertune.losses.simpo import SimPO
-from steertune.recipes.measures import batches
+from steertune.recipes.lab.measures import batches
 from steertune.trainers._at import ModelAt
 from steertune.trainers._batch import Batch
 

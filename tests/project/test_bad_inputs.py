@@ -74,7 +74,7 @@ def test_byte_order_marks_and_line_ends_of_windows_are_welcome(text: str, lab: L
 
 
 def test_an_arm_from_windows_is_read(lab: Lab, tmp_path) -> None:
-    from steertune.recipes.arm import load_arm
+    from steertune.recipes.lab.arm import load_arm
 
     file = tmp_path / "mine.toml"
     file.write_bytes(b"\xef\xbb\xbf" + b'[data]\r\nname = "cautious_advice"\r\n')

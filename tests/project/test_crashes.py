@@ -27,7 +27,7 @@ from tiny_grids import make_tables
 import steertune.recipes.ablation.cell as cell_module
 from steertune.recipes.ablation.bench import Bench
 from steertune.recipes.ablation.grid import make_grid
-from steertune.recipes.files import read_result
+from steertune.recipes.lab.files import read_result
 from steertune.trainers import CheckpointError, FrozenPrefix, last_checkpoint
 
 # a server without threads of its own, that has everything imported: a start costs a fork
@@ -45,8 +45,8 @@ def home(tmp_path: Path, monkeypatch) -> Path:
     monkeypatch.syspath_prepend(here)
     tables = make_tables(tmp_path)
     del tables["factors"], tables["base"]
-    tables |= {"design": {"kind": "arms"}, "arms": ["mean_difference", "bias_dpo"]}
-    tables["claim"] = {"better": "bias_dpo", "than": "mean_difference"}
+    tables |= {"design": {"kind": "arms"}, "arms": ["mean_difference", "vector_dpo"]}
+    tables["claim"] = {"better": "vector_dpo", "than": "mean_difference"}
     (tmp_path / "tables.json").write_text(json.dumps(tables))
     return tmp_path
 

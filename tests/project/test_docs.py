@@ -32,7 +32,8 @@ from sybil.parsers.markdown import SkipParser
 from sybil.parsers.markdown.lexers import RawFencedCodeBlockLexer
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from steertune.recipes import cli, embedded
+from steertune.recipes import cli
+from steertune.recipes.lab import embedded
 
 PAGES = ROOT / "docs" / "pages"
 NAMES = sorted(str(file.relative_to(PAGES)) for file in PAGES.rglob("*.md"))

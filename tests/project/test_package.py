@@ -92,8 +92,8 @@ def test_wheel_holds_code_and_data(tmp_path: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(tmp_path / "site")
     for inside in (
-        "recipes/arms/bias_dpo.toml",
-        "recipes/neutral.jsonl",
+        "recipes/configs/arms/vector_dpo.toml",
+        "recipes/tasks/neutral.jsonl",
         "adapters/directions/lat.py",
         "losses/py.typed",
     ):

@@ -24,11 +24,11 @@ from steertune.adapters import SteeringVectorConfig, prompt_length, set_strength
 from steertune.adapters.positions import PromptBoundary
 from steertune.adapters.saved import check_checksums, write_checksums
 from steertune.recipes.ablation.matched import matched_strength
-from steertune.recipes.ablation.splits import Splits
 from steertune.recipes.ablation.statistics.curves import n_equivalence
 from steertune.recipes.ablation.statistics.paired import corrected, crossed_interval, interval, p_value
 from steertune.recipes.ablation.statistics.shapley import shapley
-from steertune.recipes.files import ArmError, read_result, read_rows, write_result, write_rows
+from steertune.recipes.lab.files import ArmError, read_result, read_rows, write_result, write_rows
+from steertune.recipes.lab.splits import Splits
 from steertune.trainers import Batch, get_view, tokenise
 from steertune.trainers.prefix.memo import Memo
 from steertune.trainers.views import Views

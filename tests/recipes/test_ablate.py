@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from filelock import FileLock
-from tiny_grids import read, results, run
+from tiny_grids import make_tables, read, results, run
 
 import steertune.recipes.ablate as recipe
 import steertune.recipes.ablation.cell as cell_module
@@ -22,12 +22,18 @@ from steertune.recipes.ablation.keys import VERSION
 from steertune.recipes.ablation.known import Known
 from steertune.recipes.ablation.plan import estimate
 from steertune.recipes.ablation.tidy import read_cells
-from steertune.recipes.arm import ARMS as ARMS_FOLDER
-from steertune.recipes.arm import ArmError
-from steertune.recipes.files import read_result
+from steertune.recipes.lab.arm import ARMS as ARMS_FOLDER
+from steertune.recipes.lab.arm import ArmError
+from steertune.recipes.lab.files import read_result
 
 DEEP = ("beft_dpo", "lora_layer_dpo")  # name layer 15
 ARMS = ["form=lora,init=-", "form=bias,init=zeros", "form=bias,init=mean_difference", "mean_difference", "base"]
+
+
+@pytest.fixture
+def tables(tmp_path: Path) -> dict:
+    """The grid's tables, with its model and data in `tmp_path`."""
+    return make_tables(tmp_path)
 
 
 def test_every_cell_is_there_and_whole(tables, tmp_path):
@@ -245,8 +251,8 @@ def test_what_is_left_of_a_grid_is_estimated_from_what_ran(tables, tmp_path):
 
 def test_what_another_grid_holds_is_taken_over(tables, tmp_path, capsys):
     first = {**tables, "factors": {}, "design": {"kind": "arms"}, "seeds": [0]}
-    first["arms"] = ["bias_dpo", "mean_difference"]
-    first["claim"] = {"better": "bias_dpo", "than": "mean_difference"}
+    first["arms"] = ["vector_dpo", "mean_difference"]
+    first["claim"] = {"better": "vector_dpo", "than": "mean_difference"}
     known = run(first, tmp_path / "first")
     file, folder = tmp_path / "grid.toml", tmp_path / "second"
     file.write_text(_toml(tables))
@@ -353,16 +359,16 @@ def test_full_finetuning_has_no_strength_and_leaves_the_base_alone(tables, tmp_p
 
 @pytest.mark.slow
 def test_every_baseline_arm_runs(tables, tmp_path):
-    """The arms of `recipes/arms/`, on a model of four layers that cannot write a sentence."""
+    """The arms of `recipes/configs/arms/`, on a model of four layers that cannot write a sentence."""
     loose = 'name = "rewrites"\noverlap = 0.0\nshortest = 0.0\nlongest = 99.0'
     changed = {**dict.fromkeys(DEEP, ("15", "2")), "lora_rewrites_dpo": ('name = "rewrites"', loose)}
-    changed["bias_contrast_distillation"] = ("k = 4", "k = 3")  # of four pairs three are others
+    changed["vector_contrast_distillation"] = ("k = 4", "k = 3")  # of four pairs three are others
     tables["arms"] = sorted(file.stem for file in ARMS_FOLDER.glob("*.toml") if file.stem not in changed)
     for name, change in changed.items():
         file = tmp_path / f"{name}.toml"
         file.write_text((ARMS_FOLDER / file.name).read_text().replace(*change))
         tables["arms"].append(str(file))
-    tables |= {"seeds": [0], "design": {"kind": "arms"}, "claim": {"better": "bias_dpo", "than": "lora_dpo"}}
+    tables |= {"seeds": [0], "design": {"kind": "arms"}, "claim": {"better": "vector_dpo", "than": "lora_dpo"}}
     del tables["factors"]
     tables["budget"] |= {"trials": 1}
     tables["tasks"][0] |= {"instructions": ["the dog runs"], "instructions_by": "This test, in a minute."}
@@ -376,7 +382,7 @@ def test_every_baseline_arm_runs(tables, tmp_path):
         assert (abs(cell["margin_gain"]) > 1e-6) == (name != "base"), name
         assert cell["scalable"] == (name.startswith(("bias", "lora", "gated")) or (untrained and not prompt))
         assert (cell["prompt_tokens"] > 0) == prompt
-        assert ("proliferation" in cell) == (
+        assert ("augmentation" in cell) == (
             name in ("lora_templates_dpo", "lora_rewrites_dpo", "lora_perturbations_dpo")
         )
 

@@ -19,7 +19,7 @@ from peft import PeftModel, get_peft_model
 from tiny_models import tiny, vector_of
 
 from steertune.adapters import SteeringVectorConfig
-from steertune.recipes.arm import ArmError
+from steertune.recipes.lab.arm import ArmError
 
 PLUGIN = "steertune.recipes.axolotl_plugin"
 

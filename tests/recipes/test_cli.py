@@ -16,7 +16,7 @@ from tiny_models import steered, tiny
 
 from steertune.adapters import set_strength
 from steertune.recipes import chat, cli, info
-from steertune.recipes.measures import generate
+from steertune.recipes.lab.measures import generate
 
 RECIPES = Path(cli.__file__).parent
 

@@ -10,10 +10,10 @@ import pytest
 import tiny_data
 from tiny_models import tiny
 
-from steertune.recipes import contrast_page
 from steertune.recipes import contrast_prompts as recipe
 from steertune.recipes.ablation.tables import TaskTable
-from steertune.recipes.arm import ArmError
+from steertune.recipes.lab import contrast_page
+from steertune.recipes.lab.arm import ArmError
 
 TASKS = [TaskTable(name="one"), TaskTable(name="one", reverse=True)]
 CONDITIONS = [f"{who}, {name}" for name in ("plain", "k-shot", "contrast") for who in ("base", "trained")]
@@ -124,7 +124,7 @@ def test_the_page_says_whether_the_training_took(better):
     cells = [cell(task, seed, better) for task in ("one", "one_reversed") for seed in range(6)]
     effects = {"kl": 0.0, "perplexity": 1.0, "base_perplexity": 1.0}
     text = contrast_page.page(
-        "A study.", ["bias_dpo"], TASKS, {"seen": cells, "cells": cells, "side_effects": effects}
+        "A study.", ["vector_dpo"], TASKS, {"seen": cells, "cells": cells, "side_effects": effects}
     )
     assert ("It responds to contrast prompts of the tasks" in text) == (better > 0)
     assert ("too little training as well as no transfer" in text) == (better == 0)
@@ -148,7 +148,7 @@ def test_a_task_and_its_reverse_are_one_task_that_shows_and_trains_on_other_rows
 
 def cell(task: str, seed: int, better: float) -> dict:
     """Margins of eight pairs: the trained model's contrast prompt is right in a share of them, all else is wrong."""
-    margins = {name: [-1.0] * 8 for name in [*CONDITIONS, "bias_dpo"]}
+    margins = {name: [-1.0] * 8 for name in [*CONDITIONS, "vector_dpo"]}
     margins["trained, contrast"] = [1.0] * int(8 * better) + [-1.0] * (8 - int(8 * better))
     margins["base, k-shot"] = [0.0] * 8  # a tie counts half
     return {"task": task, "seed": seed, "margins": margins}
@@ -158,7 +158,7 @@ def test_questions_by_hand():
     cells = [cell(task, seed, 0.5 + 0.125 * (seed % 3)) for task in ("a", "b") for seed in range(6)]
     found = contrast_page.right(cells)
     assert np.mean(found["base, k-shot"].iloc[0]) == 0.5
-    answers = contrast_page.questions(found, ["bias_dpo"])
+    answers = contrast_page.questions(found, ["vector_dpo"])
     gain = answers["trained, contrast", "base, contrast"]
     assert gain.estimate == pytest.approx(0.625)
     assert gain.crossed.low < 0.625 < gain.crossed.high
@@ -182,7 +182,7 @@ def test_questions_by_hand():
         ({"steering": ["prompt_contrast"]}, "is a prompt"),
         ({"steering": ["lora_templates_dpo"]}, "contrast_prompts makes no further examples"),
         ({"arm": "lora_templates_dpo"}, "contrast_prompts makes no further examples"),
-        ({"steering": ["bias_dop"]}, "Did you mean 'bias_dpo'"),
+        ({"steering": ["bias_dop"]}, "Did you mean 'vector_dpo'"),
         ({"examples": 40}, "40 training examples asked"),
         ({"loss": {"name": "dop"}}, "dop"),
     ],

@@ -12,9 +12,9 @@ from datasets import Dataset
 from tiny_models import steered, tiny
 
 from steertune.recipes import distill
-from steertune.recipes.arm import ArmError, load_arm
-from steertune.recipes.files import read_rows
-from steertune.recipes.measures import check_context, prompt_lengths
+from steertune.recipes.lab.arm import ArmError, load_arm
+from steertune.recipes.lab.files import read_rows
+from steertune.recipes.lab.measures import check_context, prompt_lengths
 from steertune.trainers import get_view
 
 ORDER = "you stay now "
@@ -77,7 +77,7 @@ def test_a_vector_of_zeros_is_as_far_as_the_base():
 
 
 def test_an_instruction_is_learnt_and_its_tokens_are_saved(words, tmp_path, capsys):
-    assert distill.main(["bias_distillation", *words]) == 0
+    assert distill.main(["vector_distillation", *words]) == 0
     run = tmp_path / "run"
     result = json.loads((run / "result.json").read_text())
     assert result["fidelity"] > 0.3
@@ -89,25 +89,25 @@ def test_an_instruction_is_learnt_and_its_tokens_are_saved(words, tmp_path, caps
     assert {len(row) for row in answers} == {2}
     assert 0 < len(answers) == result["train_prompts"]
     assert "tokens saved" in capsys.readouterr().out
-    assert distill.main(["bias_distillation", *words]) == 2
+    assert distill.main(["vector_distillation", *words]) == 2
     assert "finished run" in capsys.readouterr().err
 
 
 def test_an_interrupted_run_reads_its_answers(words, tmp_path, monkeypatch):
     monkeypatch.setattr(distill, "fit", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
-        distill.main(["bias_distillation", *words])
+        distill.main(["vector_distillation", *words])
     before = (tmp_path / "run" / "answers.jsonl").read_text()
     monkeypatch.undo()
     monkeypatch.setattr(distill, "generate", lambda *_: pytest.fail("the answers are there"))
     monkeypatch.setattr(distill, "_generations", lambda *_: [])
-    assert distill.main(["bias_distillation", *words]) == 0
+    assert distill.main(["vector_distillation", *words]) == 0
     assert (tmp_path / "run" / "answers.jsonl").read_text() == before
 
 
 def test_a_contrast_prompt_shows_training_examples_in_front_of_test_prompts(words, tmp_path):
     words = [word for word in words if "views" not in word]
-    arm = load_arm("bias_contrast_distillation", [*words, "--views.good.k=2", "--trainer.max_steps=2"])
+    arm = load_arm("vector_contrast_distillation", [*words, "--views.good.k=2", "--trainer.max_steps=2"])
     result = distill.run(arm)
     assert result["tokens"]["saved"] > 15  # two demonstrations of a prompt and two answers
     train = tiny_data.pairs(8, seed=len("train"))
@@ -124,17 +124,17 @@ def test_a_contrast_prompt_shows_training_examples_in_front_of_test_prompts(word
         (["--views.good.name=neutral", "--views.good={name='neutral'}"], r"\[views.good\] is the prompt"),
         (["--trainer.max_steps=0"], "distillation trains an adapter"),
         (["--adapter={type='none'}"], "distillation trains an adapter"),
-        (["--proliferation={name='templates'}"], "has a .proliferation., and distill makes no further examples"),
+        (["--augmentation={name='templates'}"], "has a .augmentation., and distill makes no further examples"),
     ],
 )
 def test_bad_arms(words, changes, message):
     with pytest.raises(ArmError, match=message):
-        distill.run(load_arm("bias_distillation", [*words, *changes]))
+        distill.run(load_arm("vector_distillation", [*words, *changes]))
 
 
 def test_prompts_beyond_the_context_are_refused_before_anything(words):
     with pytest.raises(ArmError, match=r"the model reads 256"):
-        distill.run(load_arm("bias_distillation", [*words, "--evaluation.new_tokens=300"]))
+        distill.run(load_arm("vector_distillation", [*words, "--evaluation.new_tokens=300"]))
 
 
 def test_test_pairs_beyond_the_context_are_refused_before_anything(words, tmp_path, monkeypatch):
@@ -142,7 +142,7 @@ def test_test_pairs_beyond_the_context_are_refused_before_anything(words, tmp_pa
     Dataset.from_list(long).to_json(tmp_path / "test.jsonl")
     monkeypatch.setattr(distill, "generate", lambda *_: pytest.fail("nothing is generated"))
     with pytest.raises(ArmError, match=r"test pairs: a prompt and its answer take \d+ tokens, the model reads 256"):
-        distill.run(load_arm("bias_distillation", words))
+        distill.run(load_arm("vector_distillation", words))
 
 
 def test_the_longest_of_prompt_and_answer_counts():
@@ -172,5 +172,5 @@ def test_demonstrations_that_are_test_rows_are_refused(words, tmp_path, capsys):
         tiny_data.pairs(6, seed=3).to_json(task / f"{split}.jsonl")
     changes = ["--data.name", str(task), "--data.train", "6", "--data.test", "4"]
     kept = [word for word in words if not word.startswith(("--views", "--data"))]
-    assert distill.main(["bias_distillation", *kept, *changes, "--views.good={name='demonstrations', k=2}"]) == 2
+    assert distill.main(["vector_distillation", *kept, *changes, "--views.good={name='demonstrations', k=2}"]) == 2
     assert "4 of the 6 rows that demonstrations are drawn from are evaluation rows" in capsys.readouterr().err

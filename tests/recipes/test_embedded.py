@@ -10,10 +10,10 @@ from peft import get_peft_model
 from transformers import AutoModelForCausalLM
 
 from steertune.adapters import SteeringVectorConfig, directions
-from steertune.recipes import embedded
-from steertune.recipes.arm import DataTable
-from steertune.recipes.data import load_splits
-from steertune.recipes.measures import generate, pair_margins
+from steertune.recipes.lab import embedded
+from steertune.recipes.lab.arm import DataTable
+from steertune.recipes.lab.data import load_splits
+from steertune.recipes.lab.measures import generate, pair_margins
 from steertune.trainers import collator, tokenise
 
 pytestmark = pytest.mark.real

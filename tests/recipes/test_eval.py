@@ -13,8 +13,8 @@ from tiny_models import steered, tiny
 from steertune.adapters import set_strength
 from steertune.recipes import cli
 from steertune.recipes import eval as recipe
-from steertune.recipes.arm import ArmError
-from steertune.recipes.measures import pair_margins
+from steertune.recipes.lab.arm import ArmError
+from steertune.recipes.lab.measures import pair_margins
 
 pytest.importorskip("lm_eval", reason='pip install "steertune[eval]"')
 TASK = Path(__file__).parent / "lm_eval_task"

@@ -10,7 +10,7 @@ import tiny_data
 import torch
 from tiny_models import tiny
 
-from steertune.recipes import gradients
+from steertune.recipes.studies import gradients
 
 
 def test_noise_by_hand():
@@ -94,4 +94,4 @@ def test_the_recipe_measures_every_contrast_on_the_same_batches(tmp_path, capsys
 
 def test_an_arm_that_makes_examples_is_refused_before_anything_is_loaded(tmp_path, capsys):
     assert gradients.main([str(tmp_path), "--model", "nowhere", "--arm", "lora_templates_dpo"]) == 2
-    assert "has a [proliferation], and gradients makes no further examples" in capsys.readouterr().err
+    assert "has a [augmentation], and gradients makes no further examples" in capsys.readouterr().err

@@ -15,12 +15,12 @@ from steertune.recipes.ablation import grid as module
 from steertune.recipes.ablation.budget import draw
 from steertune.recipes.ablation.grid import Cell, Grid, describe, load_grid, make_grid
 from steertune.recipes.ablation.tables import GridTables
-from steertune.recipes.arm import ARMS as ARMS_FOLDER
-from steertune.recipes.arm import ArmError, load_arm
+from steertune.recipes.lab.arm import ARMS as ARMS_FOLDER
+from steertune.recipes.lab.arm import ArmError, load_arm
 
 GRID = """
 name = "small"
-base = "bias_dpo"
+base = "vector_dpo"
 arms = ["mean_difference", "base"]
 tasks = ["warm_tone", { name = "cautious_advice", reverse = true, scorer = { kind = "rule", pattern = "careful" } }]
 examples = [4, 8]
@@ -167,7 +167,7 @@ def test_a_patch_changes_what_it_names_and_keeps_the_rest():
     patch = {"adapter": {"layers": 0.25}, "trainer": {"learning_rate": 0.5}, "loss": {"contrast": "none"}}
     grid = factorial({"f": {"as_it_is": {}, "patched": patch}})
     plain, patched = arms(grid).values()
-    base = load_arm("bias_dpo")
+    base = load_arm("vector_dpo")
     assert plain.adapter == base.adapter and plain.loss == base.loss
     assert patched.adapter == base.adapter | {"layers": 0.25}
     assert patched.trainer == base.trainer | {"learning_rate": 0.5, "per_device_train_batch_size": 2}
@@ -178,7 +178,7 @@ def test_another_adapter_or_loss_replaces_its_whole_table():
     lora = {"type": "lora", "r": 2, "target_modules": "all-linear"}
     grid = factorial({"f": {"lora": {"adapter": lora}, "ipo": {"loss": {"name": "ipo"}}}})
     made = arms(grid)
-    base = load_arm("bias_dpo")
+    base = load_arm("vector_dpo")
     assert made["f=lora"].adapter == lora and made["f=lora"].loss == base.loss
     assert made["f=ipo"].loss == {"name": "ipo"} and made["f=ipo"].adapter == base.adapter
 
@@ -345,7 +345,7 @@ DECIDES_ALL = {
     "adapter": {"factors.form.bias": {"adapter": {"layers": 0.3}}},
     "loss": {"factors.form.bias": {"loss": {"contrast": "none"}}},
     "pairing": {"factors.form.bias": {"data": {"pairing": "shuffled"}}},
-    "base arm": {"base": "bias_ce"},
+    "base arm": {"base": "vector_ce"},
     "model": {"model": {"dtype": "bfloat16"}},
     "validation size": {"splits": {"validation": 8}},
     "near duplicates": {"splits": {"drop_near_duplicates": True}},
@@ -502,7 +502,7 @@ BAD: dict[str, tuple[Changes, list[str]]] = {
     "full without factors": ({"factors": DELETE}, ["design.kind='full'", "needs [factors]"]),
     "no arms": ({"factors": DELETE, "design": DELETE, "arms": []}, ["no arms", "`arms`", "[factors]"]),
     "unknown arm": ({"arms": ["bass"]}, ["'bass'", "Did you mean 'base'"]),
-    "unknown base": ({"base": "bias_dp"}, ["'bias_dp'", "Did you mean 'bias_dpo'"]),
+    "unknown base": ({"base": "bias_dp"}, ["'bias_dp'", "Did you mean 'vector_dpo'"]),
     "one arm twice": ({"arms": ["base", "base"]}, ["Two arms", "'base'"]),
     "no trials": ({"budget.trials": 0}, ["budget.trials", "greater than or equal to 1"]),
     "no steps": ({"budget.steps": [4, 0]}, ["budget.steps", "[4, 0]", "at least 1"]),

@@ -11,11 +11,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from steertune.recipes import planted
 from steertune.recipes.ablation.grid import make_grid
-from steertune.recipes.planting.page import _rate
-from steertune.recipes.planting.studies import Study, read_study
-from steertune.recipes.planting.teachers import FORMS, make_teacher, save_base, write_task
+from steertune.recipes.studies import planted
+from steertune.recipes.studies.planting.page import _rate
+from steertune.recipes.studies.planting.studies import Study, read_study
+from steertune.recipes.studies.planting.teachers import FORMS, make_teacher, save_base, write_task
 
 
 @pytest.fixture(scope="module")

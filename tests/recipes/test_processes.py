@@ -10,8 +10,9 @@ import pytest
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
 
-from steertune.recipes import config, processes
-from steertune.recipes.arm import ArmError
+from steertune.recipes import config
+from steertune.recipes.lab import processes
+from steertune.recipes.lab.arm import ArmError
 
 NAMES = ["single_gpu", "multi_gpu", "fsdp1", "fsdp2", "zero1", "zero2", "zero3"]
 NAMES += ["cpu", "cpu_ddp", "cpu_zero1", "cpu_zero2", "cpu_zero3"]
@@ -19,7 +20,7 @@ NAMES += ["cpu", "cpu_ddp", "cpu_zero1", "cpu_zero2", "cpu_zero3"]
 SAYS = """
 import os
 from accelerate import PartialState
-from steertune.recipes.processes import begin
+from steertune.recipes.lab.processes import begin
 begin()
 os.write(1, f"ran {PartialState().num_processes}\\n".encode())
 """
@@ -37,7 +38,7 @@ def test_configurations_are_read_by_accelerate(name, capsys):
     assert read.mixed_precision == "no"  # the training arguments decide
     if kind == "DEEPSPEED":
         assert read.deepspeed_config["zero_stage"] == int(name[-1])
-    assert {f.stem for f in processes.CONFIGS.glob("*.yaml")} == set(NAMES)
+    assert {f.stem for f in processes.LAUNCHES.glob("*.yaml")} == set(NAMES)
 
 
 def test_names_are_listed_and_misspelt_ones_are_answered(capsys):
@@ -51,8 +52,11 @@ def test_names_are_listed_and_misspelt_ones_are_answered(capsys):
     ("words", "count"),
     [
         (["--num_processes", "3", "--cpu", "train.py", "--num_processes", "9"], 3),
-        (["--config_file", str(processes.CONFIGS / "cpu_ddp.yaml"), "-m", "steertune.recipes.train", "bias_dpo"], 2),
-        (["--config_file", str(processes.CONFIGS / "zero3.yaml"), "--num_processes=4", "train.py"], 4),
+        (
+            ["--config_file", str(processes.LAUNCHES / "cpu_ddp.yaml"), "-m", "steertune.recipes.train", "vector_dpo"],
+            2,
+        ),
+        (["--config_file", str(processes.LAUNCHES / "zero3.yaml"), "--num_processes=4", "train.py"], 4),
         (["train.py", "--output.folder", "x"], None),
     ],
 )
@@ -93,7 +97,7 @@ def test_the_silent_single_process_is_caught(tmp_path):
 
 
 def test_two_processes_run_with_the_configuration_for_cpus(tmp_path):
-    ran = launch(tmp_path, "--config_file", str(processes.CONFIGS / "cpu_ddp.yaml"))
+    ran = launch(tmp_path, "--config_file", str(processes.LAUNCHES / "cpu_ddp.yaml"))
     assert ran.returncode == 0, ran.stderr[-2000:]
     assert ran.stdout.count("ran 2") == 2
     assert ran.stderr.count("2 processes (MULTI_CPU, cpu)") + ran.stderr.count("2 processes (MULTI_GPU, cpu)") == 1

@@ -13,9 +13,9 @@ from steertune.recipes.ablation.bench import Bench
 from steertune.recipes.ablation.grid import Cell, load_grid, make_grid
 from steertune.recipes.ablation.prompted import candidates, prompt_tokens, shown
 from steertune.recipes.ablation.tables import TaskTable, told
-from steertune.recipes.arm import ArmError, load_arm
-from steertune.recipes.embedded import TASKS, task_names
-from steertune.recipes.measures import pair_margins
+from steertune.recipes.lab.arm import ArmError, load_arm
+from steertune.recipes.lab.embedded import TASKS, task_names
+from steertune.recipes.lab.measures import pair_margins
 
 ARMS = ["prompt_instruction", "prompt_demonstrations", "prompt_both", "prompt_contrast", "base"]
 INSTRUCTIONS = ["the dog runs", "we stay"]
@@ -166,7 +166,7 @@ def test_the_training_recipe_refuses_a_prompt(capsys):
 
 
 def test_views_that_show_more_than_there_is_are_refused_before_anything_runs(tables):
-    tables |= {"arms": ["bias_dpo", "lora_ia2"], "claim": {"better": "lora_ia2", "than": "bias_dpo"}}
+    tables |= {"arms": ["vector_dpo", "lora_ia2"], "claim": {"better": "lora_ia2", "than": "vector_dpo"}}
     make_grid(tables)
     with pytest.raises(ArmError, match=r"'lora_ia2' shows 3 other examples at its view 'good', and examples=\[3\].*4"):
         make_grid(tables | {"examples": [3]})
@@ -215,6 +215,6 @@ def test_base_models_are_prompted_with_plain_text(tables, tmp_path):
         assert (prompt_tokens(bench, bench.splits(cell.task).test, shown(cell, bench, 1)) > 0) == (arm != "base")
 
 
-@pytest.mark.parametrize("name", ["contrast", "proliferation", "prompting"])
+@pytest.mark.parametrize("name", ["contrast", "augmentation", "prompting"])
 def test_shipped_grids_are_valid(name):
     assert load_grid(name).cells()

@@ -57,8 +57,8 @@ def words(folder: Path, processes: int, run: str) -> list[str]:
 def both(folder: Path, processes: int) -> list[str]:
     """The words of the two recipes."""
     prompt = ["--views.good.text=you stay now ", "--trainer.learning_rate=0.01"]
-    distilled = ["bias_distillation", *words(folder, processes, "distill"), *prompt]
-    return ["bias_dpo", *words(folder, processes, "train"), "distill", *distilled]
+    distilled = ["vector_distillation", *words(folder, processes, "distill"), *prompt]
+    return ["vector_dpo", *words(folder, processes, "train"), "distill", *distilled]
 
 
 def differences(one: Any, two: Any, path: str = "") -> list[str]:

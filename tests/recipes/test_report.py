@@ -34,12 +34,12 @@ from steertune.recipes.ablation.statistics.paired import crossed_interval, diffe
 from steertune.recipes.ablation.statistics.rows import rows_of, with_base
 from steertune.recipes.ablation.tables import TaskTable
 from steertune.recipes.ablation.tidy import read_cells
-from steertune.recipes.arm import ArmError
-from steertune.recipes.files import read_result, write_result
+from steertune.recipes.lab.arm import ArmError
+from steertune.recipes.lab.files import read_result, write_result
 
 TABLES = """
 name = "made_up"
-base = "bias_dpo"
+base = "vector_dpo"
 arms = ["full_dpo"]
 tasks = ["warm_tone", "cautious_advice"]
 examples = [4, 16, 64]
@@ -540,7 +540,7 @@ def test_a_report_makes_no_arm_of_the_grid_it_reads(tmp_path, monkeypatch):
     found = read_result(tmp_path / GRID, "")
     for levels in found["tables"]["factors"].values():
         for patch in levels.values():
-            patch["proliferation"] = {"name": "function", "function": "evil:more"}
+            patch["augmentation"] = {"name": "function", "function": "evil:more"}
     found["tables"]["base"] = str(tmp_path / "nowhere.toml")
     write_result(tmp_path / GRID, found)
     assert "counts for the hypothesis" in said(tmp_path)

@@ -1,4 +1,4 @@
-"""The arithmetic of `recipes/scale.md` against measured small models."""
+"""The arithmetic of `recipes/studies/scale.md` against measured small models."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig
 
 from steertune.adapters import SteeringVectorConfig
-from steertune.recipes.scale import LLAMA_70B, Scale, table
+from steertune.recipes.studies.scale import LLAMA_70B, Scale, table
 from steertune.trainers import FrozenPrefix
 
 RECIPES = ROOT / "recipes"
@@ -50,4 +50,6 @@ def test_a_step_does_the_counted_work() -> None:
 
 
 def test_the_page_holds_the_numbers_of_the_script() -> None:
-    assert table(Scale.of(LlamaConfig(**LLAMA_70B)), 8) in (RECIPES / "scale.md").read_text(encoding="utf-8")
+    assert table(Scale.of(LlamaConfig(**LLAMA_70B)), 8) in (RECIPES / "studies" / "scale.md").read_text(
+        encoding="utf-8"
+    )

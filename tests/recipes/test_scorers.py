@@ -17,8 +17,8 @@ import torch
 from datasets import Dataset
 from tiny_models import tiny
 
-from steertune.recipes.ablation import scorers
-from steertune.recipes.arm import ArmError
+from steertune.recipes.lab import scorers
+from steertune.recipes.lab.arm import ArmError
 
 datasets.disable_progress_bars()
 

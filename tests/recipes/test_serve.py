@@ -13,8 +13,8 @@ from tiny_models import fill, steered, tiny, tokens
 
 from steertune.adapters import SteeringVectorConfig, set_strength
 from steertune.recipes import cli
-from steertune.recipes.arm import ArmError
-from steertune.recipes.measures import generate
+from steertune.recipes.lab.arm import ArmError
+from steertune.recipes.lab.measures import generate
 from steertune.recipes.serve import Request, Server, load_vectors
 
 SAY = [

@@ -15,9 +15,9 @@ import pytest
 from datasets import Dataset
 
 from steertune.recipes.ablation.budget import BudgetTable, Setting, draw, untrained_strengths
-from steertune.recipes.ablation.splits import Splits, SplitTable, load_splits, near_duplicates
-from steertune.recipes.arm import ArmError
-from steertune.recipes.embedded import task_names
+from steertune.recipes.lab.arm import ArmError
+from steertune.recipes.lab.embedded import task_names
+from steertune.recipes.lab.splits import Splits, SplitTable, load_splits, near_duplicates
 
 datasets.disable_progress_bars()
 

@@ -15,8 +15,8 @@ from tiny_models import steered, tiny, tokens
 from steertune.adapters import set_strength
 from steertune.recipes import sweep
 from steertune.recipes.ablation.cell import preference
-from steertune.recipes.arm import ArmError
-from steertune.recipes.measures import pair_margins
+from steertune.recipes.lab.arm import ArmError
+from steertune.recipes.lab.measures import pair_margins
 from steertune.recipes.sweeping import choose as choosing
 from steertune.recipes.sweeping import settings
 from steertune.recipes.sweeping.choose import choose, reliability

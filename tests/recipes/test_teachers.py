@@ -11,11 +11,11 @@ from tiny_views import states_of
 
 from steertune.adapters import SteeringVectorConfig
 from steertune.losses import get_loss
-from steertune.recipes import training
-from steertune.recipes.arm import ArmError, make_arm
-from steertune.recipes.measures import batches
-from steertune.recipes.teachers import answers
-from steertune.recipes.training import make_trainer
+from steertune.recipes.lab import training
+from steertune.recipes.lab.arm import ArmError, make_arm
+from steertune.recipes.lab.measures import batches
+from steertune.recipes.lab.teachers import answers
+from steertune.recipes.lab.training import make_trainer
 from steertune.trainers import Batch, FrozenPrefix, ViewError, get_view, share_weights
 from steertune.trainers._at import ModelAt
 

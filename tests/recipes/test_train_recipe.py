@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from tiny_models import tiny
 
 import steertune.recipes.train as recipe
-from steertune.recipes.arm import ArmError, load_arm
+from steertune.recipes.lab.arm import ArmError, load_arm
 
 LEFT_BEHIND = ["adapter", "config.json", "metrics.jsonl", "page.md", "result.json", "strengths.png"]
 
@@ -45,7 +45,7 @@ def words(tmp_path: Path) -> list[str]:
 
 
 def test_it_leaves_everything_behind(words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert recipe.main(["bias_dpo", *words]) == 0
+    assert recipe.main(["vector_dpo", *words]) == 0
     run = tmp_path / "run"
     assert [name for name in LEFT_BEHIND if not (run / name).exists()] == []
     result = json.loads((run / "result.json").read_text())
@@ -55,7 +55,7 @@ def test_it_leaves_everything_behind(words: list[str], tmp_path: Path, capsys: p
     steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert steps[-1] == 6
     printed = capsys.readouterr().out
-    assert "minutes" in printed.split("# bias_dpo")[0], "the plan comes first"
+    assert "minutes" in printed.split("# vector_dpo")[0], "the plan comes first"
     assert "PeftModel.from_pretrained" in printed
     # the command on the page loads what was evaluated
     model = PeftModel.from_pretrained(tiny(max_position_embeddings=512), run / "adapter")
@@ -66,19 +66,19 @@ def test_it_leaves_everything_behind(words: list[str], tmp_path: Path, capsys: p
 
 
 def test_a_finished_or_foreign_folder_is_refused(words: list[str], tmp_path: Path) -> None:
-    recipe.run(load_arm("bias_dpo", words))
+    recipe.run(load_arm("vector_dpo", words))
     with pytest.raises(ArmError, match="finished run"):
-        recipe.run(load_arm("bias_dpo", words))
+        recipe.run(load_arm("vector_dpo", words))
     (tmp_path / "run" / "result.json").unlink()
     with pytest.raises(ArmError, match="another arm"):
-        recipe.run(load_arm("bias_dpo", [*words, "--loss.beta=0.2"]))
-    assert recipe.main(["bias_dpo", *words, "--loss.beta=0.2"]) == 2
+        recipe.run(load_arm("vector_dpo", [*words, "--loss.beta=0.2"]))
+    assert recipe.main(["vector_dpo", *words, "--loss.beta=0.2"]) == 2
 
 
 def test_an_interrupted_run_ends_as_the_straight_one(words: list[str], tmp_path: Path) -> None:
     straight = [word.replace("/run", "/straight") for word in words]
-    recipe.run(load_arm("bias_dpo", straight))
-    command = [sys.executable, "-m", "steertune.recipes.train", "bias_dpo", *words]
+    recipe.run(load_arm("vector_dpo", straight))
+    command = [sys.executable, "-m", "steertune.recipes.train", "vector_dpo", *words]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     checkpoint = tmp_path / "run" / "checkpoints" / "checkpoint-2" / "trainer_state.json"
     while process.poll() is None and not checkpoint.exists():
@@ -87,7 +87,7 @@ def test_an_interrupted_run_ends_as_the_straight_one(words: list[str], tmp_path:
     process.wait()
     assert checkpoint.exists()
     if not (tmp_path / "run" / "result.json").exists():  # killed before its end, as meant
-        recipe.run(load_arm("bias_dpo", words))
+        recipe.run(load_arm("vector_dpo", words))
     adapters = [load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("run", "straight")]
     for key, value in adapters[1].items():
         assert torch.equal(value, adapters[0][key])
@@ -100,13 +100,14 @@ def test_untrained_and_full_finetuning_and_demonstrations(words: list[str], tmp_
     untrained = run("untrained", "mean_difference", "--trainer.max_steps=0")
     assert untrained["cost"]["steps"] == 0
     assert untrained["side_effects"]["kl"] > 0
-    full = run("full", "bias_dpo", "--adapter={type='none'}", "--trainer.learning_rate=1e-3", "--trainer.max_steps=2",
+    full = run("full", "vector_dpo", "--adapter={type='none'}", "--trainer.learning_rate=1e-3",
+                "--trainer.max_steps=2",
                "--trainer.precompute_ref_log_probs=false")  # fmt: skip
     assert [row["strength"] for row in full["strengths"]] == [0, 1], "full finetuning has no strength"
     for split in ("train", "test"):
         tiny_data.demonstrations(8).to_json(tmp_path / f"{split}.jsonl")
     arm = ["--loss={name='cross_entropy'}", "--trainer={max_steps=2}"]
-    shown = run("demonstrations", "bias_ce", *arm)
+    shown = run("demonstrations", "vector_ce", *arm)
     assert shown["strengths"] == []
     assert shown["generations"]
 
@@ -114,7 +115,7 @@ def test_untrained_and_full_finetuning_and_demonstrations(words: list[str], tmp_
 def test_accelerate_launches_it_as_a_script(words: list[str], tmp_path: Path) -> None:
     script = Path(recipe.__file__)
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1"]
-    command = [*launch, str(script), "bias_dpo", *words, "--trainer.max_steps=2"]
+    command = [*launch, str(script), "vector_dpo", *words, "--trainer.max_steps=2"]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
     assert done.returncode == 0, done.stderr[-2000:]
     assert (tmp_path / "run" / "page.md").is_file()

@@ -14,7 +14,7 @@ from tiny_models import tiny, vector_of
 from steertune.adapters import SteeringVectorConfig
 from steertune.losses.bipo import BiPO
 from steertune.recipes import cli
-from steertune.recipes.trl_command import SteeringArguments
+from steertune.recipes.lab.trl_command import SteeringArguments
 
 
 @pytest.fixture(scope="module")

@@ -24,7 +24,7 @@ from steertune.adapters.exports._vectors import constant_vectors
 from steertune.adapters.exports._verify import _logits
 from steertune.adapters.observing import untouched
 from steertune.losses import get_loss
-from steertune.recipes.measures import pair_margins
+from steertune.recipes.lab.measures import pair_margins
 from steertune.trainers import FrozenPrefix, ModelAt
 from steertune.trainers._at import reference_adapter, scaled
 from steertune.trainers._culprit import culprit, largest

@@ -1,0 +1,1 @@
+"""What the commands share: arms, data, training, measuring, pages."""

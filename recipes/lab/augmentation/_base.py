@@ -1,0 +1,73 @@
+"""What an augmenter is, and how it is found by its name."""
+
+from __future__ import annotations
+
+import random
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from steertune.adapters.registry import by_name, file_names
+from steertune.recipes.lab.arm import ArmError
+
+_FOLDER = Path(__file__).parent
+Row = dict[str, Any]
+
+
+class AugmentationError(ArmError):
+    """Examples cannot be made into more; the message says which, and what would help."""
+
+
+class Augmenter(ABC):
+    """Makes new versions of examples. Subclasses are frozen dataclasses of their options, one file each."""
+
+    @abstractmethod
+    def __call__(self, rows: Sequence[Row], turn: int, seed: int, model: Any, tokenizer: Any) -> list[Row | None]:
+        """One new version of every row, or None where none came out that passes the augmenter's own checks.
+
+        The same arguments give the same versions; copies and rows too near to test text are the caller's to find.
+
+        Args:
+            rows: Examples with a prompt, in one of TRL's formats.
+            turn: 0, 1, 2, ...: every turn asks for other versions.
+            seed: Of whatever is drawn.
+            model: The base model, for augmenters that ask it.
+            tokenizer: Its tokenizer.
+        """
+
+
+def names() -> list[str]:
+    """The augmenters: the files of this folder."""
+    return file_names(_FOLDER)
+
+
+def get_augmenter(augmenter: str | Augmenter, **options: Any) -> Augmenter:
+    """An augmenter by name (its file), with its options; an `Augmenter` object is returned as it is.
+
+    Raises:
+        ValueError: an unknown name or option (the message names the nearest), options for an object.
+    """
+    return by_name("augmenter", str(__package__), _FOLDER, Augmenter, augmenter, _tuples(options))
+
+
+def _tuples(options: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in options.items()}
+
+
+def drawn(seed: int, *what: Any) -> random.Random:
+    """Random numbers of their own for everything that is named."""
+    return random.Random("/".join(map(str, (seed, *what))))
+
+
+def said(value: Any) -> str:
+    """A text, or the content of the last message of a conversation."""
+    return value if isinstance(value, str) else str(value[-1]["content"])
+
+
+def saying(value: Any, text: str) -> Any:
+    """The same with another text; a plain text keeps the white space at its ends, which tokens depend on."""
+    if isinstance(value, str):
+        start, end = len(value) - len(value.lstrip()), len(value.rstrip())
+        return value[:start] + text.strip() + value[end:]
+    return [*value[:-1], {**value[-1], "content": text.strip()}]

@@ -1,0 +1,178 @@
+"""A training set, and what an augmenter makes of it."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from datasets import Dataset
+from tqdm.auto import tqdm
+
+from steertune.recipes.lab.splits import near_duplicates
+
+from ._base import AugmentationError, Augmenter, Row, get_augmenter, said
+
+_TURNS = 8  # an augmenter may fail at so many versions for each that is asked for
+_NEAR = 0.9
+
+
+@dataclass(frozen=True)
+class Grown:
+    """A larger training set.
+
+    Attributes:
+        rows: The examples and their versions, turn after turn.
+        note: What was made and what was left out.
+    """
+
+    rows: Dataset
+    note: str
+
+
+def read(table: Mapping[str, Any]) -> tuple[Augmenter, int] | None:
+    """Augmenter and `times` of a `[augmentation]` table; None where nothing is asked for.
+
+    Raises:
+        AugmentationError: an unknown name or option, or `times` that is no number from 1 on.
+    """
+    if not table:
+        return None
+    options = dict(table)
+    name, times = options.pop("name", None), options.pop("times", 4)
+    if name is None:
+        raise AugmentationError("[augmentation] has no name: say which augmenter makes the new examples.")
+    if isinstance(times, bool) or not isinstance(times, int) or times < 1:
+        raise AugmentationError(f"augmentation.times={times!r}: a whole number, 1 (nothing new) or more.")
+    try:
+        return get_augmenter(str(name), **options), times
+    except (ValueError, TypeError) as error:
+        raise AugmentationError(f"[augmentation]: {error}") from error
+
+
+def grown(
+    rows: Dataset,
+    augmenter: Augmenter,
+    times: int,
+    *,
+    seed: int = 0,
+    model: Any = None,
+    tokenizer: Any = None,
+    apart: Sequence[Dataset] = (),
+    near: float = _NEAR,
+    show: bool = True,
+) -> Grown:
+    """A training set `times` as large.
+
+    Args:
+        rows: The examples, with a column `prompt`.
+        augmenter: Makes the versions.
+        times: How many times as many; the examples themselves are the first time.
+        seed: Of what the augmenter draws.
+        model: The base model, for augmenters that ask it.
+        tokenizer: Its tokenizer.
+        apart: Rows that are measured on: versions whose text or prompt comes near one of theirs are left out.
+        near: From which similarity on (see `near_duplicates`).
+        show: Whether a progress bar shows how many versions are there.
+
+    Raises:
+        AugmentationError: no prompts, or fewer versions than asked for.
+    """
+    if "prompt" not in rows.column_names:
+        raise AugmentationError(f"Versions are made of prompts, and the data have only {rows.column_names}.")
+    own: list[Row] = [dict(row) for row in rows.to_list()]
+    measured_on = [dict(row) for part in apart for row in part.to_list()]
+    known = [{_identity(row)} for row in own]
+    made: list[list[Row]] = [[] for _ in own]
+    left_out: Counter[str] = Counter()
+    with tqdm(total=(times - 1) * len(own), desc="New examples", unit="row", disable=not show) as bar:
+        for turn in range(_TURNS * (times - 1)):
+            wanted = [i for i, versions in enumerate(made) if len(versions) < times - 1]
+            if not wanted:
+                break
+            versions = augmenter([own[i] for i in wanted], turn, seed, model, tokenizer)
+            _check(augmenter, [own[i] for i in wanted], versions)
+            near_one = _near_rows(versions, [own[i] for i in wanted], measured_on, near)
+            for j, (i, version) in enumerate(zip(wanted, versions, strict=True)):
+                reason = _reason(version, j in near_one, known[i])
+                if reason is not None or version is None:
+                    left_out[str(reason)] += 1
+                    continue
+                known[i].add(_identity(version))
+                made[i].append(version)
+                bar.update()
+    _check_enough(augmenter, own, made, times, left_out)
+    turns = [versions[t] for t in range(times - 1) for versions in made]
+    note = f"{len(own)} examples became {len(own) * times} by {type(augmenter).__name__.lower()}"
+    missed = ", ".join(f"{count} {reason}" for reason, count in sorted(left_out.items()))
+    return Grown(Dataset.from_list([*own, *turns]), f"{note}; left out: {missed or 'nothing'}")
+
+
+def _reason(version: Row | None, near: bool, known: set[str]) -> str | None:
+    """Why a version is left out; None: it is kept."""
+    if version is None:
+        return "that fail its checks"
+    if _identity(version) in known:
+        return "copies"
+    return "near rows that are measured on" if near else None
+
+
+def _identity(row: Row) -> str:
+    """Versions that differ in white space and case only are the same."""
+    return json.dumps(row, sort_keys=True).casefold().replace("\\n", " ").replace(" ", "")
+
+
+def _near_rows(
+    versions: Sequence[Row | None], own: Sequence[Row], measured_on: Sequence[Row], near: float
+) -> set[int]:
+    """Versions whose prompt, or prompt and answer, comes near a row that is measured on; where prompts are the same in
+    all data, as a task's one question is, only with the answer."""
+    prompts, texts = [_prompt(row) for row in measured_on], [text for row in measured_on for text in _texts(row)]
+    alike = {i for i, _, _ in near_duplicates([_prompt(row) for row in own], prompts, near)}
+    kept = [(i, version) for i, version in enumerate(versions) if version is not None]
+    apart = [(i, _prompt(version)) for i, version in kept if i not in alike]
+    whole = [(i, text) for i, version in kept for text in _texts(version)]
+    found = [apart[k][0] for k, _, _ in near_duplicates([text for _, text in apart], prompts, near)]
+    return {*found, *(whole[k][0] for k, _, _ in near_duplicates([text for _, text in whole], texts, near))}
+
+
+def _prompt(row: Row) -> str:
+    return said(row["prompt"]) if "prompt" in row else ""
+
+
+def _texts(row: Row) -> list[str]:
+    return [f"{_prompt(row)} {said(row[side])}" for side in ("chosen", "rejected", "completion") if side in row]
+
+
+def _check(augmenter: Augmenter, rows: Sequence[Row], versions: Sequence[Row | None]) -> None:
+    """What any augmenter, a user's too, must return."""
+    name = type(augmenter).__name__
+    if len(versions) != len(rows):
+        raise AugmentationError(f"{name} returned {len(versions)} versions of {len(rows)} rows: one each, or None.")
+    for row, version in zip(rows, versions, strict=True):
+        if version is None:
+            continue
+        if not isinstance(version, dict) or set(version) != set(row):
+            raise AugmentationError(f"{name} returned {version!r:.200}: a row with keys {sorted(row)} is expected.")
+        for key, value in row.items():
+            if type(version[key]) is not type(value):
+                kinds = type(version[key]).__name__, type(value).__name__
+                raise AugmentationError(f"{name}: {key!r} is a {kinds[0]} in a new version, and was a {kinds[1]}.")
+
+
+def _check_enough(
+    augmenter: Augmenter, rows: Sequence[Row], made: Sequence[Sequence[Row]], times: int, left_out: Counter[str]
+) -> None:
+    short = [i for i, versions in enumerate(made) if len(versions) < times - 1]
+    if not short:
+        return
+    first = short[0]
+    missed = ", ".join(f"{count} {reason}" for reason, count in sorted(left_out.items())) or "none"
+    prompt, turns = said(rows[first]["prompt"]), _TURNS * (times - 1)
+    raise AugmentationError(
+        f"{type(augmenter).__name__} made {len(made[first])} of {times - 1} versions of {prompt!r} in {turns} turns, "
+        f"and too few for {len(short)} of {len(rows)} rows (left out: {missed}). "
+        "Lower augmentation.times, or loosen the augmenter's checks."
+    )

@@ -1,0 +1,112 @@
+"""The base model says every prompt in its own words, under several instructions, at a temperature.
+
+What it says is kept if it passes checks that are declared here, not judged: a small model often answers a question
+that it was asked to rewrite.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from steertune.recipes.lab.measures import generate
+
+from ._base import Augmenter, Row, said, saying
+
+_INSTRUCTIONS = (
+    "Say this in other words, with the same meaning. Write the new sentence only.",
+    "Rewrite this more formally. Write the new sentence only.",
+    "Rewrite this as a friend would say it. Write the new sentence only.",
+    "Rewrite this with more words. Write the new sentence only.",
+)
+_PARTS = ("prompt", "chosen", "rejected", "completion")
+_OPENINGS = re.compile(r"^(?:here(?:'s| is)[^:\n]*:|sure[^:\n]*:|rewritten[^:\n]*:|new sentence:)\s*", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Rewrites(Augmenter):
+    """Paraphrases by the base model itself.
+
+    A paraphrase passes if it is between `shortest` and `longest` times as long as the original in words, keeps
+    `overlap` of its longer words, and asks if and only if the original asks.
+
+    Args:
+        instructions: What the model is told, one after the other.
+        parts: What is rewritten; the rest of a row stays.
+        temperature: Of the sampling.
+        overlap: Share of the original's words of five letters and more that must be kept.
+        shortest: Words of a paraphrase, in words of the original.
+        longest: The same.
+
+    Raises:
+        ValueError: a value outside its limits.
+    """
+
+    instructions: tuple[str, ...] = _INSTRUCTIONS
+    parts: tuple[str, ...] = ("prompt",)
+    temperature: float = 1.0
+    overlap: float = 0.3
+    shortest: float = 0.5
+    longest: float = 2.0
+
+    def __post_init__(self) -> None:
+        if not self.instructions or not all(text.strip() for text in self.instructions):
+            raise ValueError("instructions: one or more, none of them empty.")
+        if not self.parts or set(self.parts) - set(_PARTS):
+            raise ValueError(f"parts={self.parts}: one or more of {_PARTS}.")
+        if not self.temperature > 0:
+            raise ValueError(f"temperature={self.temperature}: above 0, or every turn says the same.")
+        if not 0 <= self.overlap <= 1 or not 0 <= self.shortest < self.longest:
+            raise ValueError("overlap lies between 0 and 1, and 0 <= shortest < longest.")
+
+    def __call__(self, rows: Sequence[Row], turn: int, seed: int, model: Any, tokenizer: Any) -> list[Row | None]:
+        """A paraphrase of every row; None where one of its parts fails the checks."""
+        if model is None or tokenizer is None:
+            raise ValueError("Rewrites are made by the model: give model and tokenizer.")
+        versions: list[Row | None] = [dict(row) for row in rows]
+        for k, part in enumerate(part for part in self.parts if part in rows[0]):
+            texts = [said(row[part]).strip() for row in rows]
+            instruction = self.instructions[turn % len(self.instructions)]
+            new_tokens = 8 + int(1.5 * max(len(text.split()) for text in texts) * self.longest)
+            found = generate(
+                model,
+                tokenizer,
+                [_asked(tokenizer, instruction, text) for text in texts],
+                new_tokens=min(new_tokens, 256),
+                temperature=self.temperature,
+                seed=seed * 100_003 + turn * 11 + k,
+            )
+            for i, (text, answer) in enumerate(zip(texts, found, strict=True)):
+                version, new = versions[i], _first(answer)
+                if version is None:
+                    continue
+                versions[i] = {**version, part: saying(version[part], new)} if self.passes(text, new) else None
+        return versions
+
+    def passes(self, text: str, new: str) -> bool:
+        """Whether a paraphrase passes the checks."""
+        before, after = len(text.split()), len(new.split())
+        if not self.shortest * before <= after <= self.longest * before:
+            return False
+        if text.rstrip().endswith("?") != new.endswith("?"):
+            return False
+        kept, own = _long_words(new), _long_words(text)
+        return not own or len(own & kept) >= self.overlap * len(own)
+
+
+def _asked(tokenizer: Any, instruction: str, text: str) -> Any:
+    if getattr(tokenizer, "chat_template", None):
+        return [{"role": "user", "content": f"{instruction}\n\n{text}"}]
+    return f"{instruction}\n\n{text}\n\nIn other words:"
+
+
+def _first(answer: str) -> str:
+    """The sentence itself: small models introduce it, quote it, and go on to explain."""
+    text = _OPENINGS.sub("", answer.strip())
+    return text.split("\n")[0].strip().strip('"').strip()
+
+
+def _long_words(text: str) -> set[str]:
+    return set(re.findall(r"\w{5,}", text.casefold()))

@@ -1,0 +1,63 @@
+"""The base model as reader: how much likelier the answer becomes under one instruction than under its opposite.
+
+`[log p(answer | positive, prompt) - log p(answer | negative, prompt)] / tokens`, in nats per token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from datasets import Dataset
+from pydantic import BaseModel, Field
+
+from steertune.recipes.lab.measures import batches
+from steertune.recipes.lab.scorers import Scorer
+from steertune.trainers import ModelAt
+
+_ROWS = 8
+
+
+class Options(BaseModel, extra="forbid"):
+    """`positive`, `negative`: instructions that stand before the prompt."""
+
+    positive: str = Field(min_length=1)
+    negative: str = Field(min_length=1)
+
+
+def fit(options: Options, rows: Dataset, model: Any, tokenizer: Any) -> Scorer:
+    """Nothing is fitted; `model` is the base model, without an adapter."""
+
+    def score(prompts: Sequence[str], answers: Sequence[str]) -> list[float | None]:
+        kept = [i for i, answer in enumerate(answers) if answer.strip()]
+        sides = [
+            _mean_logps(model, tokenizer, [(f"{instruction}\n\n{prompts[i]}", answers[i]) for i in kept])
+            for instruction in (options.positive, options.negative)
+        ]
+        found: list[float | None] = [None] * len(answers)
+        for i, positive, negative in zip(kept, *sides, strict=True):
+            found[i] = positive - negative
+        return found
+
+    return Scorer(score, f"log-probability contrast of the base model: {options.positive!r} - {options.negative!r}")
+
+
+@torch.no_grad()
+def _mean_logps(model: Any, tokenizer: Any, rows: list[tuple[str, str]]) -> list[float]:
+    if not rows:
+        return []
+    chat = tokenizer.chat_template is not None
+    data = Dataset.from_list(
+        [
+            {
+                "prompt": [{"role": "user", "content": prompt}] if chat else f"{prompt}\n",
+                "completion": [{"role": "assistant", "content": answer}] if chat else answer,
+            }
+            for prompt, answer in rows
+        ]
+    )
+    found: list[float] = []
+    for batch in batches(tokenizer, data, _ROWS):
+        found += ModelAt(model, model, batch.to(model.device))(1.0).mean_logps.tolist()
+    return found

@@ -1,0 +1,179 @@
+"""TRL's command line with our trainers: all of its flags, and a steering vector's switches as `--steering_...`."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import tomllib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import load_dataset
+from peft import PeftConfig
+from trl import (
+    DatasetMixtureConfig,
+    ModelConfig,
+    ScriptArguments,
+    TrlParser,
+    get_dataset,
+    get_peft_config,
+    get_quantization_config,
+)
+
+from steertune.adapters import SteeringVectorConfig
+from steertune.losses import get_loss
+from steertune.recipes.lab import embedded
+from steertune.recipes.lab.arm import ArmError, known
+from steertune.recipes.lab.data import find_split
+from steertune.recipes.lab.processes import command
+
+PREFIX = "steering_"
+
+
+@dataclass
+class SteeringArguments:
+    """What is trained, and by which loss. Values are written as in TOML: `--steering_layers "[10, 0.5]"`."""
+
+    steering_layers: str = field(
+        default="0.667", metadata={"help": "a block, a fraction of the depth, a list of either, or all"}
+    )
+    steering_form: str = field(default="bias", metadata={"help": "bias, gated, linear or low_rank"})
+    steering_rank: int = field(default=1, metadata={"help": "of low_rank"})
+    steering_tied: bool = field(default=False, metadata={"help": "one vector for all layers"})
+    steering_site: str = field(default="block", metadata={"help": "block, attention or mlp"})
+    steering_norm: str = field(default="free", metadata={"help": "free, fixed, capped, relative or preserve"})
+    steering_norm_value: float | None = field(default=None, metadata={"help": "of fixed, capped and relative"})
+    steering_positions: str = field(default="all", metadata={"help": "all, completion, prompt or last_prompt"})
+    steering_init: str = field(default="zeros", metadata={"help": "zeros, random, or a direction as mean_difference"})
+    steering_init_scale: float = field(default=1.0, metadata={"help": "multiplies the initial vector"})
+    steering_init_weights: bool = field(default=True, metadata={"help": "False: as init=random, PEFT's word for it"})
+    loss: str | None = field(default=None, metadata={"help": "a file of losses/, as bipo (TRL's own loss)"})
+    loss_options: str = field(default="{}", metadata={"help": 'of the loss, as "{beta = 0.2}"'})
+
+    def peft_config(self) -> SteeringVectorConfig:
+        """The adapter.
+
+        Raises:
+            ValueError: a value that is out of range.
+        """
+        given = {f.name.removeprefix(PREFIX): getattr(self, f.name) for f in dataclasses.fields(self)}
+        switches = {name: value for name, value in given.items() if name not in ("loss", "loss_options")}
+        return SteeringVectorConfig(**{**switches, "layers": _toml(self.steering_layers)})
+
+    def loss_object(self) -> Any:
+        """The loss; None for TRL's own.
+
+        Raises:
+            ValueError: an unknown loss or option.
+        """
+        options = _toml(self.loss_options)
+        if not isinstance(options, dict):
+            raise ArmError(f"--loss_options {self.loss_options!r} is no table. Write '{{beta = 0.2}}'.")
+        if self.loss is None:
+            known("loss_options", options, [])
+            return None
+        return get_loss(self.loss, **options)
+
+
+@command
+def run(trainer_class: type, arguments_class: Any, argv: Sequence[str] | None, prog: str, doc: str) -> int:
+    """The command line of one trainer; returns the exit code.
+
+    Args:
+        trainer_class: One of ours.
+        arguments_class: TRL's arguments for it.
+        argv: Words of the command line.
+        prog: The command's name.
+        doc: Its help.
+    """
+    classes = (ScriptArguments, arguments_class, ModelConfig, DatasetMixtureConfig, SteeringArguments)
+    parser = TrlParser(classes, prog=prog, description=doc)  # pyright: ignore[reportArgumentType]
+    _default_for_cpu(parser)
+    parsed: Any = parser.parse_args_and_config(list(sys.argv[1:] if argv is None else argv))
+    train(trainer_class, *parsed)
+    return 0
+
+
+def train(
+    trainer_class: Any,
+    script: ScriptArguments,
+    args: Any,
+    model: ModelConfig,
+    mixture: Any,
+    steering: SteeringArguments,
+) -> None:
+    """As TRL's scripts do it: data, trainer, training, saving.
+
+    Raises:
+        ValueError: no data are named, a split is missing, or a switch is out of range.
+    """
+    adapter: PeftConfig | None = get_peft_config(model) or steering.peft_config()
+    loss = steering.loss_object()
+    data = _data(script, mixture)
+    splits = {"train_dataset": script.dataset_train_split}
+    if args.eval_strategy != "no":
+        splits["eval_dataset"] = script.dataset_test_split
+    for split in splits.values():
+        if split not in data:
+            raise ArmError(f"The data have no split {split!r}, only {sorted(data)}.")
+    trainer = trainer_class(
+        args=args,
+        peft_config=adapter,
+        loss=loss,
+        **_model(model, args),
+        **{name: data[split] for name, split in splits.items()},
+    )
+    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    trainer.save_model(args.output_dir)
+    trainer.accelerator.print(f"Saved to {args.output_dir}")
+    if args.push_to_hub:
+        trainer.push_to_hub(dataset_name=script.dataset_name)
+
+
+def _data(script: ScriptArguments, mixture: DatasetMixtureConfig) -> Any:
+    """Split -> rows: TRL's mixture, an embedded task, local files, or a data set on the Hub."""
+    if mixture.datasets:
+        return get_dataset(mixture)
+    name: Any = script.dataset_name
+    if not name:
+        raise ArmError("No data: give --dataset_name (a Hub name, a folder, a file, an embedded task) or datasets:.")
+    if name in embedded.task_names() or Path(name).exists():
+        splits = (script.dataset_train_split, script.dataset_test_split)
+        return {split: rows for split in splits if (rows := find_split(name, split)) is not None}
+    return load_dataset(name, name=script.dataset_config, streaming=script.dataset_streaming)
+
+
+def _model(model: ModelConfig, args: Any) -> dict[str, Any]:
+    """The model as TRL's scripts give it to a trainer; `embedded` is the one that needs no Hub."""
+    name = model.model_name_or_path
+    if name is None:
+        raise ArmError("No model: give --model_name_or_path (a Hub name, a local folder, or embedded).")
+    if name == "embedded":
+        dtype = getattr(torch, model.dtype or "float32", None)
+        if not isinstance(dtype, torch.dtype):
+            raise ArmError(f"--dtype {model.dtype}: the embedded model is loaded as float32, bfloat16 or float16.")
+        return {"model": embedded.load_model(dtype), "processing_class": embedded.load_tokenizer()}
+    args.model_init_kwargs = {
+        "revision": model.model_revision,
+        "attn_implementation": model.attn_implementation,
+        "dtype": model.dtype,
+        **(args.model_init_kwargs or {}),
+    }
+    return {"model": name, "quantization_config": get_quantization_config(model)}
+
+
+def _default_for_cpu(parser: TrlParser) -> None:
+    """TRL's defaults are for a GPU."""
+    if not torch.cuda.is_available():
+        parser.set_defaults(bf16=False, use_cpu=True)
+
+
+def _toml(text: str) -> Any:
+    """A value as TOML writes it; a bare word is a string."""
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text

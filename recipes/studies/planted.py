@@ -1,0 +1,146 @@
+"""Does the instrument tell the truth? Whole studies of problems whose answer is known.
+
+    python -m steertune.recipes.studies.planted --folder runs/planted
+
+A teacher is the base model plus one known change: a vector, a rank-one gate or a rank-one LoRA at a known layer, or
+nothing. Chosen is the answer that the change makes likelier. Every study is a grid of its own, with tasks, seeds and
+matched KL as in a real one (but nothing to tune), whose arms cross the form of the adapter with its layer. Asked is
+how often a study names and claims the teacher's form and layer, how often it claims a difference where there is none,
+and how often its 95 % intervals hold the true difference.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from datasets import disable_progress_bars
+from tqdm.auto import tqdm
+from transformers import AutoModelForCausalLM
+
+from steertune.adapters.saved import CHECKSUMS, check_checksums
+from steertune.recipes.ablate import check_folder, run
+from steertune.recipes.ablation.bench import Bench
+from steertune.recipes.ablation.grid import make_grid
+from steertune.recipes.ablation.tidy import read_cells
+from steertune.recipes.lab.files import ArmError, write_whole
+from steertune.recipes.lab.processes import begin, command, positive
+from steertune.recipes.studies.planting.page import page
+from steertune.recipes.studies.planting.studies import Study, read_study
+from steertune.recipes.studies.planting.teachers import FORMS, LAYER, PROBLEMS, save_base, write_task
+
+WRONG_LAYER = 0
+TASKS, SEEDS, EXAMPLES, TEST = 2, 4, 128, 60
+
+
+@command
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="planted", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--problems", nargs="+", default=list(PROBLEMS), choices=PROBLEMS)
+    parser.add_argument("--studies", type=positive, default=8, help="of every problem but base")
+    parser.add_argument("--nulls", type=positive, default=20, help="studies of base, where every claim is a false one")
+    parser.add_argument("--folder", type=Path, default=Path("runs/planted"))
+    options = parser.parse_args(argv)
+    begin(1, only_one=True)  # the models are tiny
+    gc.freeze()  # each test of many corrections collects garbage, which takes longer than the test
+    disable_progress_bars()
+    base = options.folder / "model"
+    if not (base / CHECKSUMS).exists():
+        save_base(base)
+    check_checksums(base)
+    numbers = [
+        (problem, i)
+        for problem in options.problems
+        for i in range(options.nulls if problem == "base" else options.studies)
+    ]
+    found: dict[str, list[Study]] = {problem: [] for problem in options.problems}
+    for problem, i in tqdm(numbers, desc="Studies", unit="study"):
+        found[problem].append(study(problem, i, base, options.folder))
+    size = f"{TASKS} tasks x {SEEDS} seeds with {EXAMPLES} examples and {TEST} test rows"
+    table = page(found, size)
+    write_whole(options.folder / "table.md", table)
+    print(table)
+    return 0
+
+
+def study(problem: str, number: int, base: Path, folder: Path) -> Study:
+    """Run a study, or what is left of it, and read what it says."""
+    home = folder / problem / f"s{number:03d}"
+    tasks = [home / "data" / f"t{i}" for i in range(TASKS)]
+    model: Any = None
+    for i, task in enumerate(tasks):
+        if not (task / CHECKSUMS).exists():
+            model = model or AutoModelForCausalLM.from_pretrained(base).eval()
+            seed = (PROBLEMS.index(problem) * 1000 + number) * TASKS + i
+            write_task(task, model, problem, seed, train=EXAMPLES + 100, test=TEST)
+        check_checksums(task)
+    grid = make_grid(tables(problem, base, [str(task) for task in tasks]))
+    cells = grid.cells()
+    check_folder(home, cells)
+    failed = run(grid, cells, Bench(grid), home, show=False)
+    if failed:
+        raise ArmError(f"{len(failed)} cells of {home} failed, the first {failed[0]}: see their failed.json.")
+    return read_study(problem, grid, read_cells(home, [str(cell.path) for cell in cells]))
+
+
+def tables(problem: str, base: Path, tasks: list[str]) -> dict[str, Any]:
+    """The grid: form x layer, one tuning budget for all."""
+    lora = {"type": "lora", "r": 1, "lora_alpha": 15, "target_modules": ["down_proj"]}
+    at = {"right": LAYER, "wrong": WRONG_LAYER}
+    true = problem if problem in FORMS else "bias"
+    start = {"form": "lora" if true != "lora" else "bias", "layer": "wrong"}
+    end = {"form": true, "layer": "right"}
+    return {
+        "name": "planted",
+        "model": {"name": str(base), "threads": 1},
+        "neutral": str(base / "neutral.jsonl"),
+        "tasks": [{"name": task, "scorer": {"kind": "rule", "pattern": "w1"}} for task in tasks],
+        "examples": [EXAMPLES],
+        "seeds": list(range(SEEDS)),
+        "generations": 0,
+        "trainer": {"per_device_train_batch_size": 16},
+        "loss": {"beta": 1.0},  # margins here are a few nats
+        "splits": {"validation": 40, "test": TEST, "scorer": 0, "near_duplicates": 1.0},
+        "budget": {"trials": 1, "steps": [20]},
+        "matched": {"kl": 0.3},
+        "card": {
+            "problem": "Does the instrument find the change that was planted?",
+            "hypothesis": "The arm with the teacher's own form and layer is the best.",
+            "against": "Another arm is named, or a difference is claimed where there is none.",
+            "baselines": "The other forms, and the wrong layer.",
+            "affordances": {"*": "the same pairs, the same budget"},
+        },
+        "claim": {"better": _arm(end), "than": _arm(start), "measure": "matched_accuracy"},
+        "design": {"kind": "full", "start": start, "end": end},
+        "factors": {
+            "form": {
+                "bias": {"adapter": {"type": "steering_vector", "form": "bias"}, "trainer": {"learning_rate": 0.01}},
+                "gated": {
+                    "adapter": {"type": "steering_vector", "form": "gated"}, "trainer": {"learning_rate": 0.01}
+                },
+                "lora": {"adapter": lora, "trainer": {"learning_rate": 0.03}},
+            },
+            "layer": {
+                level: [
+                    {"when": {"form": "lora"}, "adapter": {"layers_to_transform": [layer]}},
+                    {"adapter": {"layers": [layer]}},
+                ]
+                for level, layer in at.items()
+            },
+        },
+    }  # fmt: skip
+
+
+def _arm(levels: dict[str, str]) -> str:
+    return ",".join(f"{factor}={level}" for factor, level in levels.items())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,37 @@
+"""The floor of a training step: its matrix products alone."""
+
+from __future__ import annotations
+
+from statistics import median
+from typing import Any
+
+import torch
+
+from steertune.recipes.studies.timing.ways import Way, now, on_completions
+
+
+def floor(model: Any, way: Way, length: int, prompt: int, rows: int, layer: int) -> float:
+    """Seconds of the bare matrix products: forward and backward of the layers above the vector, and of the head on the
+    labelled tokens, at the rate this machine multiplies matrices of those shapes."""
+    answers = rows * (length - prompt)
+    prompts = 0 if way.adapter is on_completions else rows // 2 if way.kind == "dpo" else rows
+    tokens = answers + prompts * prompt
+    blocks = model.get_decoder().layers[layer + 1 :]
+    products = [(tokens, m.weight) for block in blocks for m in block.modules() if isinstance(m, torch.nn.Linear)]
+    products.append((answers, model.get_output_embeddings().weight))
+    total = 0.0
+    for count, weight in {(count, weight.shape): (count, weight) for count, weight in products}.values():
+        times = sum(1 for c, w in products if (c, w.shape) == (count, weight.shape))
+        total += times * (_product(count, weight) + _product(count, weight.t().contiguous()))
+    return total
+
+
+@torch.no_grad()
+def _product(rows: int, weight: torch.Tensor) -> float:
+    states = torch.randn(rows, weight.shape[1], dtype=weight.dtype, device=weight.device)
+    seconds = []
+    for _ in range(7):
+        start = now()
+        torch.nn.functional.linear(states, weight)
+        seconds.append(now() - start)
+    return median(seconds[2:])

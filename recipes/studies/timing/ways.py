@@ -1,0 +1,187 @@
+"""The ways to train that are timed against each other."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from peft import BeftConfig, LoraConfig, PeftConfig
+from torch.profiler import record_function
+from transformers import TrainerCallback
+
+from steertune.adapters import SteeringVectorConfig
+from steertune.recipes.lab.training import silent
+from steertune.trainers import FrozenPrefix, SteeringDPOTrainer, SteeringSFTTrainer, share_weights, train_together
+
+STEPS = 2
+"""Timed, a turn."""
+EPOCH = 8
+"""Batches of the data set."""
+STEP = "training step"
+"""What a profiler sees around every optimiser step."""
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way to train: data kind, adapter at a layer, loss, whether the frozen prefix is used, how many such arms at
+    once (times are per arm)."""
+
+    kind: str
+    adapter: Callable[[int], PeftConfig | None]
+    loss: str | None = None
+    frozen_prefix: bool = False
+    arms: int = 1
+
+
+def _lora(layer: int) -> PeftConfig:
+    return LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
+
+
+def _beft(layer: int) -> PeftConfig:
+    return BeftConfig(target_modules=["down_proj"], task_type="CAUSAL_LM")
+
+
+def _vector(layer: int) -> PeftConfig:
+    return SteeringVectorConfig(layers=layer)
+
+
+def on_completions(layer: int) -> PeftConfig:
+    return SteeringVectorConfig(layers=layer, positions="completion")
+
+
+WAYS = {
+    "SFT: TRL + LoRA r8": Way("sft", _lora),
+    "SFT: TRL + BEFT": Way("sft", _beft),
+    "SFT: TRL, full finetuning": Way("sft", lambda layer: None),
+    "SFT: TRL + our vector": Way("sft", _vector),
+    "SFT: ours, head on labels": Way("sft", _vector, "cross_entropy"),
+    "SFT: ours, and frozen prefix": Way("sft", _vector, "cross_entropy", True),
+    "SFT: ours, on completions only": Way("sft", on_completions, "cross_entropy", True),
+    "pairs: TRL + LoRA r8": Way("dpo", _lora),
+    "pairs: TRL + BEFT": Way("dpo", _beft),
+    "pairs: TRL + our vector": Way("dpo", _vector),
+    "pairs: ours, head on labels": Way("dpo", _vector, "dpo"),
+    "pairs: ours, and frozen prefix": Way("dpo", _vector, "dpo", True),
+    "pairs: ours, on completions only": Way("dpo", on_completions, "dpo", True),
+    "pairs: ours, and frozen prefix, 4 arms together": Way("dpo", _vector, "dpo", True, arms=4),
+}
+"""With an adapter of its own and `loss=None`, `frozen_prefix=False`, our trainers are TRL's."""
+AGAINST = {"sft": "SFT: TRL + LoRA r8", "dpo": "pairs: TRL + LoRA r8"}
+
+
+class Run:
+    """The trainer of a way (or its trainers), each on its own copy of the model.
+
+    Args:
+        way: The way.
+        model: The base model.
+        tokenizer: Its tokenizer.
+        row: Tokens of a row, and of its prompt.
+        rows: Rows of a batch.
+        layer: Where the vector is.
+        folder: For what trainers write.
+    """
+
+    def __init__(
+        self, way: Way, model: Any, tokenizer: Any, row: tuple[int, int], rows: int, layer: int, folder: str
+    ) -> None:
+        self.clock, batch = _Clock(), rows // 2 if way.kind == "dpo" else rows
+        rows_of_data = data(tokenizer, way.kind, *row, batch * EPOCH)
+        prefix = FrozenPrefix() if way.frozen_prefix else False
+        self.trainers = [
+            _trainer(way, model, tokenizer, rows_of_data, batch, layer, folder, prefix) for _ in range(way.arms)
+        ]
+        self.trainers[0].add_callback(self.clock)
+
+    def __call__(self, steps: int) -> list[float]:
+        """Train; the seconds of every step, per arm."""
+        self.clock.seconds.clear()
+        for trainer in self.trainers:
+            trainer.args.max_steps = steps
+        if len(self.trainers) > 1:
+            train_together(self.trainers)
+        else:
+            self.trainers[0].train()
+        return [seconds / len(self.trainers) for seconds in self.clock.seconds]
+
+
+def _trainer(
+    way: Way, model: Any, tokenizer: Any, rows: Dataset, batch: int, layer: int, folder: str, prefix: Any
+) -> Any:
+    from trl import DPOConfig, SFTConfig
+
+    pairs = way.kind == "dpo"
+    trainer_class, config_class = (SteeringDPOTrainer, DPOConfig) if pairs else (SteeringSFTTrainer, SFTConfig)
+    args = config_class(
+        output_dir=folder,
+        per_device_train_batch_size=batch,
+        max_steps=STEPS,
+        learning_rate=1e-4,
+        bf16=False,
+        gradient_checkpointing=False,
+        use_cpu=not torch.cuda.is_available(),
+        report_to="none",
+        save_strategy="no",
+        logging_strategy="no",
+        disable_tqdm=True,
+        max_length=None,
+    )
+    made = trainer_class(
+        model=share_weights(model) if way.arms > 1 else copy.deepcopy(model),
+        args=args,
+        train_dataset=rows,
+        processing_class=tokenizer,
+        peft_config=way.adapter(layer),
+        loss=way.loss,
+        frozen_prefix=prefix,
+    )
+    return silent(made)
+
+
+class _Clock(TrainerCallback):
+    """Seconds of every optimiser step."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+        self._start = 0.0
+        self._step = record_function(STEP)
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._start = now()
+        self._step = record_function(STEP)
+        self._step.__enter__()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._step.__exit__(None, None, None)
+        self.seconds.append(now() - self._start)
+
+
+def now() -> float:
+    """Seconds: of a GPU's work, of this process with one thread on a CPU, else of the wall clock."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    elif torch.get_num_threads() == 1:
+        return time.process_time()
+    return time.perf_counter()
+
+
+def data(tokenizer: Any, kind: str, length: int, prompt: int, count: int) -> Dataset:
+    """Random words of one token each: prompts of `prompt` tokens, with an answer or two up to `length`, its end
+    included."""
+    generator = np.random.default_rng(0)
+    known = (tokenizer.decode([i]) for i in range(200, 5000))
+    words = [w for w in known if w.startswith(" ") and w[1:].isalpha() and w.isascii()]
+
+    def text(tokens: int) -> str:
+        return "".join(generator.choice(words, tokens))
+
+    sides = ("chosen", "rejected") if kind == "dpo" else ("completion",)
+    return Dataset.from_list(
+        [{"prompt": text(prompt), **{side: text(length - prompt - 1) for side in sides}} for _ in range(count)]
+    )

@@ -337,9 +337,9 @@ def test_loading_on_a_rounded_base_keeps_the_exact_fingerprint(folder):
     [[], {"values": {}}, {"values": {"a": [1.0]}, "quantised": []}, {"values": {"a": "1 x"}, "quantised": []},
      {"values": {"a": "nan"}, "quantised": []}, {"values": {}, "quantised": [1]}],
 )  # fmt: skip
-def test_a_sample_that_is_none_is_refused(weights):
+def test_a_malformed_sample_of_weights_is_refused(weights):
     given = {"model_type": "llama", "hidden_size": 32, "num_layers": 4, "embedding": [0.1] * 64, "weights": weights}
-    with pytest.raises(ValueError, match="base_fingerprint=.* is none"):
+    with pytest.raises(ValueError, match="base_fingerprint=.* is not a fingerprint"):
         SteeringVectorConfig(base_fingerprint=given)
 
 

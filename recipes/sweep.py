@@ -31,7 +31,7 @@ from pydantic import ValidationError
 from steertune.adapters import directions
 from steertune.adapters.blocks import find_blocks, resolve_layers
 from steertune.adapters.card import versions, write_card
-from steertune.adapters.config import Site
+from steertune.adapters.types import Site
 from steertune.recipes.lab import scorers
 from steertune.recipes.lab.command_line import (
     Argument,

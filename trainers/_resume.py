@@ -17,7 +17,7 @@ from transformers.trainer import SCALER_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..adapters import SteeringVectorConfig
-from ..adapters.checks import check_adapter_folder, check_checksums, write_checksums
+from ..adapters.saved import check_adapter_folder, check_checksums, write_checksums
 from ._at import REFERENCE_ADAPTER
 from ._saved import adapter_folder
 from .checkpoint_files import SHARES, code_in, damaged_archives, missing_states, sharded

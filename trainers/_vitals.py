@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..adapters import directions, steering_layers
-from ..adapters.config import Site
+from ..adapters.types import Site
 from ._sharded import gathered
 from ._start import pair_batches
 

@@ -13,8 +13,8 @@ from torch import nn
 from transformers import TrainerCallback
 
 from ...adapters.blocks import find_blocks, resolve_layers, site_name
-from ...adapters.config import Site
-from .._registry import by_name, file_names
+from ...adapters.registry import by_name, file_names
+from ...adapters.types import Site
 from ..prefix.cut import base_of
 
 _FOLDER = Path(__file__).parent

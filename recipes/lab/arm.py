@@ -26,7 +26,7 @@ from steertune.losses import Loss, get_loss
 from steertune.recipes.lab.files import ArmError, check_name, read_toml
 from steertune.recipes.lab.paths import CONFIGS, TASKS
 from steertune.recipes.lab.teachers import TeacherTable
-from steertune.trainers.biases import get_bias
+from steertune.trainers.inductive_biases import get_bias
 from steertune.trainers.views import View, get_view
 
 if TYPE_CHECKING:

@@ -23,7 +23,7 @@ from steertune.recipes.lab.augmentation import read as read_augmentation
 from steertune.recipes.lab.scorers import fit
 from steertune.recipes.lab.scorers import read as read_scorer
 from steertune.trainers import CheckpointError, FrozenPrefix, get_bias, get_view
-from steertune.trainers._resume import check_checkpoint
+from steertune.trainers.checkpoints import check_checkpoint
 
 assert issubclass(CheckpointError, ValueError)
 
@@ -183,8 +183,10 @@ ROWS: dict[str, Row] = {
     ),
     "trainer with views of text": trainer("views='good'", views="good"),
     "trainer with a view of a number": trainer("Unknown view 5", views={"good": 5}, loss="prompted"),
-    "trainer with a bias of text": trainer("biases='one_write': a table of names", biases="one_write"),
-    "trainer with biases of a number": trainer("biases=5", biases=5),
+    "trainer with a bias of text": trainer(
+        "inductive_biases='one_write' must be a table", inductive_biases="one_write"
+    ),
+    "trainer with biases of a number": trainer("inductive_biases=5", inductive_biases=5),
     "trainer whose loss misses its view": trainer(r"\['good'\] are not in views=", loss="prompted"),
     "trainer with a view that nobody sees": trainer(
         r"views \['good'\] are seen by nobody: DPO asks for \[\]",

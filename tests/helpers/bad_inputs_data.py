@@ -20,7 +20,7 @@ from steertune.recipes.lab.data import load_splits as two_splits
 from steertune.recipes.lab.files import read_rows, write_rows
 from steertune.recipes.lab.splits import SplitTable, load_splits
 from steertune.trainers import tokenise
-from steertune.trainers._data import check_rows, check_tokens
+from steertune.trainers.row_checks import TokenLimits, check_rows, check_tokenised
 from steertune.trainers.views import get_view
 
 ROW = {"prompt": "the ", "chosen": "cat", "rejected": "dog"}
@@ -209,11 +209,11 @@ ROWS: dict[str, Row] = {
         "Row 1: 'chosen' is None", {"prompt": "the ", "choosen": "cat", "rejected": "a"}
     ),
     "a token that the model does not have": (
-        lambda lab: check_tokens(None, Dataset.from_list([{"input_ids": [1, 64]}]), None, None, 64),
+        lambda lab: check_tokenised(None, Dataset.from_list([{"input_ids": [1, 64]}]), TokenLimits(vocabulary=64)),
         "Row 0: input_ids holds token 64, the model has 64: 0 to 63.*resize_token_embeddings",
     ),
     "a negative token": (
-        lambda lab: check_tokens(None, Dataset.from_list([{"input_ids": [-1, 3]}]), None, None, 64),
+        lambda lab: check_tokenised(None, Dataset.from_list([{"input_ids": [-1, 3]}]), TokenLimits(vocabulary=64)),
         "holds token -1",
     ),
     "a tokenizer with more words than the model": (

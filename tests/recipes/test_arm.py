@@ -19,7 +19,7 @@ from steertune.recipes.lab import augmentation as augmentation
 from steertune.recipes.lab.arm import ARMS, ArmError, load_arm, parse_arm
 from steertune.recipes.lab.data import load_splits
 from steertune.recipes.lab.training import make_trainer
-from steertune.trainers import biases, views
+from steertune.trainers import inductive_biases, views
 
 
 @pytest.mark.parametrize("file", sorted(ARMS.glob("*.toml")), ids=lambda file: file.stem)
@@ -35,7 +35,7 @@ def test_everything_has_an_arm() -> None:
     seen_views = {view.get("name", key) for arm in arms for key, view in arm.get("views", {}).items()}
     assert {arm["loss"]["name"] for arm in arms if "loss" in arm} == {*losses.names(), "upstream"}
     assert {arm["adapter"].get("init") for arm in arms} >= {*directions.names()}
-    assert {name for arm in arms for name in arm.get("biases", {})} == {*biases.names()}
+    assert {name for arm in arms for name in arm.get("biases", {})} == {*inductive_biases.names()}
     assert {arm.get("loss", {}).get("contrast") for arm in arms} >= {"none", "unpaired", "difference"}
     assert "shuffled" in {arm["data"].get("pairing") for arm in arms}
     assert seen_views == {*views.names()}

@@ -17,7 +17,7 @@ from steertune.recipes.lab.measures import batches
 from steertune.recipes.lab.teachers import answers
 from steertune.recipes.lab.training import make_trainer
 from steertune.trainers import Batch, FrozenPrefix, ViewError, get_view, share_weights
-from steertune.trainers._at import ModelAt
+from steertune.trainers.model_at import ModelAt
 
 
 def taught(seed: int = 5, **options):

@@ -12,9 +12,9 @@ from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from steertune.adapters import set_strength
 from steertune.losses import get_loss
-from steertune.trainers._at import ModelAt, token_logps
-from steertune.trainers._batch import Batch
-from steertune.trainers._reference import reference_copy
+from steertune.trainers.batch import Batch
+from steertune.trainers.model_at import ModelAt, token_logps
+from steertune.trainers.reference import reference_copy
 
 ROWS = [
     {"prompt_ids": [6, 7, 8], "chosen_ids": [9, 10, 2], "rejected_ids": [11, 2]},

@@ -13,7 +13,7 @@ from tiny_views import states_of
 from steertune.adapters import SteeringVectorConfig
 from steertune.losses import Loss, Outputs, Staged, get_loss
 from steertune.trainers import Batch, FrozenPrefix, View, ViewError, collator, get_view, tokenise, train_together
-from steertune.trainers._at import ModelAt
+from steertune.trainers.model_at import ModelAt
 from steertune.trainers.views import Views, names
 
 GOOD, BAD = get_view("instruction", text="now we stay"), get_view("instruction", text="then you go")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from steertune.recipes.lab.arm import ArmError
-from steertune.trainers._registry import by_name, file_names
+from steertune.trainers.registry import by_name, file_names
 
 _FOLDER = Path(__file__).parent
 Row = dict[str, Any]

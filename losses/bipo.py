@@ -1,8 +1,8 @@
 """BiPO, bi-directional preference optimisation (Cao et al. 2406.00045, equation 3).
 
 `-log σ(d β m(d))`, with `m(d)` the DPO margin of the model steered at strength `d`, and `d` drawn from {-1, +1}:
-adding the vector has to raise the chosen answer as much as subtracting it lowers it. As in the released code, `d` is
-drawn once per batch.
+adding the vector has to raise the chosen answer as much as subtracting the vector lowers it. Like the released code,
+this draws `d` once per batch.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from ._base import At, Loss, positive, reference_margin
+from ._base import At, Loss, Needs, positive, reference_margin
 
 
 @dataclass(frozen=True)
@@ -25,8 +25,7 @@ class BiPO(Loss):
     """
 
     beta: float = 0.1
-    reference = True
-    strengths = (-1.0,)
+    needs = Needs(reference=True, strengths=(-1.0,))
 
     def __post_init__(self) -> None:
         positive(beta=self.beta)

@@ -1,4 +1,4 @@
-"""Cross-entropy of the labelled tokens: supervised finetuning, on the chosen answers where there are pairs.
+"""Cross-entropy of the labelled tokens: supervised finetuning; of pairs, it reads the chosen answers.
 
 `-log π(y_t | x, y_<t)`, averaged over tokens.
 """
@@ -10,15 +10,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ._base import At, Loss
+from ._base import At, Loss, Needs
 
 
 @dataclass(frozen=True)
 class CrossEntropy(Loss):
     """Negative log-likelihood per token."""
 
-    pairs = False
-    unit = "token"
+    needs = Needs(pairs=False, unit="token")
 
     def __call__(self, at: At, generator: torch.Generator | None = None) -> Tensor:
         """`(rows, tokens)`, 0 where there is no label."""

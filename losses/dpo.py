@@ -11,19 +11,19 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from ._base import At, Loss, positive, reference_margin
+from ._base import At, Loss, Needs, positive, reference_margin
 
 
 @dataclass(frozen=True)
 class DPO(Loss):
-    """Sigmoid DPO; ln 2 as long as the model is its reference.
+    """Sigmoid DPO; its value is ln 2 while the model equals its reference.
 
     Args:
         beta: Inverse temperature β of the margin, in 1/nats.
     """
 
     beta: float = 0.1
-    reference = True
+    needs = Needs(reference=True)
 
     def __post_init__(self) -> None:
         positive(beta=self.beta)

@@ -1,4 +1,4 @@
-"""IPO (Azar et al. 2310.12036, equation 17), with log-probabilities per token as its authors confirmed to TRL.
+"""IPO (Azar et al. 2310.12036, equation 17), with log-probabilities per token, as its authors confirmed to TRL.
 
 `(m - 1/(2β))²`, with `m = [log π(y⁺) - log π₀(y⁺)] / |y⁺| - [log π(y⁻) - log π₀(y⁻)] / |y⁻|`.
 """
@@ -10,19 +10,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ._base import At, Loss, positive
+from ._base import At, Loss, Needs, positive
 
 
 @dataclass(frozen=True)
 class IPO(Loss):
-    """Squared distance of the per-token margin from `1/(2β)`: it stops pushing once the margin is there.
+    """Squared distance of the per-token margin from `1/(2β)`, which it does not exceed.
 
     Args:
         beta: Regularisation (τ in the paper); the target margin is `1/(2β)` nats per token.
     """
 
     beta: float = 0.1
-    reference = True
+    needs = Needs(reference=True)
 
     def __post_init__(self) -> None:
         positive(beta=self.beta)

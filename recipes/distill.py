@@ -258,7 +258,7 @@ def page(result: dict[str, Any]) -> str:
 
 def _check(arm: Arm) -> None:
     loss = arm.loss_object()
-    if loss is None or {*loss.views} - {"neutral"} != {"good"} or loss.pairs:
+    if loss is None or {*loss.needs.views} - {"neutral"} != {"good"} or loss.needs.pairs:
         raise ArmError(
             f"loss.name={arm.loss.get('name')!r} learns no prompt: choose context_distillation or prompted."
         )

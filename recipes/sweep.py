@@ -34,7 +34,7 @@ from tqdm.auto import tqdm
 from steertune.adapters import directions
 from steertune.adapters.blocks import find_blocks, resolve_layers
 from steertune.adapters.card import versions, write_card
-from steertune.adapters.config import Site
+from steertune.adapters.types import Site
 from steertune.recipes.lab import scorers
 from steertune.recipes.lab.arm import ArmError, ModelTable, reasons
 from steertune.recipes.lab.cards import of_sweep

@@ -165,7 +165,7 @@ def _does(loss: Loss, args: Any, name: str) -> bool:
     """Whether a loss does what an argument asks for, or the argument does not concern the loss."""
     use, value = use_of(args, name), getattr(args, name)
     if use == "reference":
-        return loss.reference
+        return loss.needs.reference
     if name == "average_tokens_across_devices":  # ours is always an average over all processes
         return bool(value) or args.world_size == 1
     if use == "matched":
@@ -200,7 +200,7 @@ def check_arguments(loss: Loss, given: Mapping[str, Any]) -> None:
             f"compute_loss_func={given['compute_loss_func']!r} would not be called: the loss is {loss}. Leave one of "
             "them out, or write the function as a Loss (docs/pages/extend.md)."
         )
-    if given.get("ref_model") is not None and not loss.reference:
+    if given.get("ref_model") is not None and not loss.needs.reference:
         raise ValueError(f"ref_model is given, but {loss} compares with no reference. Leave ref_model out.")
 
 

@@ -16,7 +16,7 @@ from transformers.trainer import SCALER_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..adapters import SteeringVectorConfig
-from ..adapters.checks import check_adapter_folder, check_checksums
+from ..adapters.saved import check_adapter_folder, check_checksums
 from .checkpoint_files import SHARDS, code_in, damaged_files, missing_states, saved_by_deepspeed
 from .parallel import full_shape
 from .types import SteeringRun

@@ -44,7 +44,9 @@ def check_types(peft_config: Any, views: Any, inductive_biases: Any) -> None:
 def check_layers(loss: Loss | None, model: nn.Module) -> None:
     """Raise a ValueError if a loss reads hidden states below everything that is trained."""
     base: Any = base_of(model)
-    looking = [part for part in parts(loss) if hasattr(part, "layers")] if loss is not None and loss.states else []
+    if loss is None or not loss.needs.states:
+        return
+    looking = [part for part in parts(loss) if hasattr(part, "layers")]
     if not looking or any(p.requires_grad for p in base.get_input_embeddings().parameters()):
         return
     blocks = find_blocks(base)
@@ -62,7 +64,7 @@ def check_layers(loss: Loss | None, model: nn.Module) -> None:
 def check_reference(loss: Loss | None, config: PeftConfig | None) -> None:
     """Raise a ValueError if an adapter changes the base model itself, which is then no reference any more."""
     bias = config.to_dict().get("bias", "none") if config is not None else "none"  # not every adapter has the option
-    if loss is not None and loss.reference and isinstance(bias, str) and bias != "none":
+    if loss is not None and loss.needs.reference and isinstance(bias, str) and bias != "none":
         raise ValueError(
             f"{type(config).__name__}(bias={bias!r}) trains biases of the base model, which stay when the adapter is "
             f"switched off: the reference of {type(loss).__name__} would move along. Set bias='none'."
@@ -71,14 +73,14 @@ def check_reference(loss: Loss | None, config: PeftConfig | None) -> None:
 
 def check_strengths(loss: Loss, model: nn.Module) -> None:
     """Raise a ValueError if the loss may ask for a strength that the adapter does not have."""
-    for strength in loss.strengths:
+    for strength in loss.needs.strengths:
         with scaled(model, strength):
             pass
 
 
 def check_views(loss: Loss | None, views: Mapping[str, str | View], data: Iterable[Any]) -> None:
     """Raise a ViewError if a view is missing, unused, or to be made of rows that are not all there."""
-    needed = () if loss is None else loss.views
+    needed = () if loss is None else loss.needs.views
     if missing := [name for name in needed if name not in views]:
         raise ViewError(f"{type(loss).__name__} compares with the views {list(needed)}; {missing} are not in views=.")
     if unused := [name for name in views if name not in needed]:

@@ -95,7 +95,7 @@ def check_columns(trainer: Any, columns: tuple[str, ...]) -> None:
     if trainer.takes_pairs is not None and pairs != trainer.takes_pairs:
         other = "SteeringDPOTrainer" if pairs else "SteeringSFTTrainer"
         raise DataError(f"{type(trainer).__name__} does not train on columns {list(columns)}; {other} does.")
-    if loss is not None and loss.pairs and not pairs:
+    if loss is not None and loss.needs.pairs and not pairs:
         raise DataError(
             f"{type(loss).__name__} compares chosen with rejected answers; the data have {list(columns)}. Give pairs, "
             "or choose loss='cross_entropy'."
@@ -240,7 +240,7 @@ class Construction:
         loss = self.trainer.loss
         # adding the reference to a model would make all its active adapters trainable
         with untouched(model) if self.continued else nullcontext(), reference_of(self.given, self.parent):
-            if self.continued and self.peft_config is None and loss is not None and loss.reference:
+            if self.continued and self.peft_config is None and loss is not None and loss.needs.reference:
                 add_reference(model, self.parent)
             self.parent(*self.bound.args, **self.bound.kwargs)
         to_fp32(self.trainer.model)
@@ -254,7 +254,7 @@ class Construction:
         trainer = self.trainer
         check_strengths(trainer.loss, trainer.model)
         warn_of_router_loss(trainer.loss, trainer)
-        if trainer.loss.reference and self.peft_config is None and not self.continued:
+        if trainer.loss.needs.reference and self.peft_config is None and not self.continued:
             trainer.reference = reference_copy(trainer)
         # our loss is already an average over the whole optimiser step
         trainer.loss_is_scaled_for_ga = trainer.model_accepts_loss_kwargs = True

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..adapters import activations, directions, steering_layers
-from ..adapters.config import Layers, Site
+from ..adapters import directions, steering_layers
+from ..adapters.analysis import activations
+from ..adapters.types import Layers, Site
 from .types import SteeringRun
 
 _ROWS = 8  # examples per forward pass while activations are read

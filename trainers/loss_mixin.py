@@ -78,7 +78,7 @@ class LossMixin(Trainer):
         self.step_batches = [self._prepare_inputs(inputs) for inputs in samples]
         loss = self.loss_at_work
         if self.loss is not None and loss is not None and samples:  # the parent counts for its own loss
-            count: Any = sum(self._batch_for(loss, inputs).count(loss.unit) for inputs in self.step_batches)
+            count: Any = sum(self._batch_for(loss, inputs).count(loss.needs.unit) for inputs in self.step_batches)
             gathered: Any = self.accelerator.gather(torch.as_tensor(count, device=device))
             items = gathered.sum()
         return self.step_batches, items
@@ -93,9 +93,9 @@ class LossMixin(Trainer):
     def _batch_for(self, loss: Loss, inputs: Inputs) -> Batch:
         """The part of a batch that a loss reads: a loss on single answers reads the chosen ones of pairs."""
         batch = inputs.batch
-        if loss.pairs and not batch.pairs:
+        if loss.needs.pairs and not batch.pairs:
             raise DataError(f"{type(loss).__name__} compares chosen with rejected answers; the batch has no pairs.")
-        return batch if loss.pairs or not batch.pairs else batch.chosen
+        return batch if loss.needs.pairs or not batch.pairs else batch.chosen
 
     def _boundary(self, inputs: Inputs) -> AbstractContextManager[None]:
         """Context in which `positions` know where prompts end, for forward passes of the parent."""
@@ -114,7 +114,7 @@ class LossMixin(Trainer):
         if self._plain:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         loss, inputs = self.loss_at_work, Inputs.of(inputs)
-        if loss is None or (self.loss is None and (return_outputs or not inputs.has_units_of(loss.pairs))):
+        if loss is None or (self.loss is None and (return_outputs or not inputs.has_units_of(loss.needs.pairs))):
             # outputs that somebody reads must be the parent's on padding too, where skipped states are zero
             passes = self.pay_once.whole() if return_outputs else self.pay_once.shortcut()
             with untouched(self.model), self._boundary(inputs), passes:
@@ -132,7 +132,7 @@ class LossMixin(Trainer):
     ) -> Tensor:
         """The mean of a loss of ours over `items` (all processes' units in the step; None: the batch's own)."""
         # refuse at the first step a strength that the loss draws only at some steps
-        for strength in loss.strengths[-1:]:
+        for strength in loss.needs.strengths[-1:]:
             with scaled(unwrapped, strength):
                 pass
         joint = self.joint_pass.logps if self.joint_pass is not None and torch.is_grad_enabled() else None
@@ -142,7 +142,7 @@ class LossMixin(Trainer):
         reference = self.reference or reference_model(self)
         at = ModelAt(model, unwrapped, batch, reference, self.pay_once.reference, joint, self.views, look)
         # skipped blocks, and blocks that run rows in parts, show no hidden states
-        with self.pay_once.whole() if loss.states else self.pay_once.shortcut(labels_only=True):
+        with self.pay_once.whole() if loss.needs.states else self.pay_once.shortcut(labels_only=True):
             values = loss(at, self._generator())  # one per example or labelled token
         if self.loss is None:
             if log is not None:
@@ -151,7 +151,7 @@ class LossMixin(Trainer):
         for callback in self.steering_callbacks():
             callback.on_loss_values(LossValues(loss, values, at, batch, self.model.training))
         if items is None:
-            items, processes = batch.count(loss.unit), 1
+            items, processes = batch.count(loss.needs.unit), 1
         else:  # counted over all processes, whose gradients are then averaged
             processes = self.accelerator.num_processes
         # a step without a unit (all its labels are cut) counts 0, as with the parents

@@ -22,9 +22,9 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..adapters import SteeringVectorLayer, prompt_length, set_strength, steering_layers
 from ..adapters.blocks import find_blocks, find_stack, resolve_layers, site_name
-from ..adapters.config import Layers, Site
 from ..adapters.observing import evaluating, untouched
-from ..adapters.positions import prompts_by_labels
+from ..adapters.prompts import prompts_by_labels
+from ..adapters.types import Layers, Site
 from ..losses import Outputs, Strength
 from .batch import Batch
 from .host_copies import both, on_host

@@ -67,8 +67,8 @@ def parents_mean(values: Tensor, loss: Loss, batch: Batch, items: Tensor | int |
             micro-batch, and `Trainer` the micro-batches.
         trainer: The trainer.
     """
-    if items is None or loss.unit == "example":
-        return values.sum() / torch.as_tensor(batch.count(loss.unit)).clamp(min=1)
+    if items is None or loss.needs.unit == "example":
+        return values.sum() / torch.as_tensor(batch.count(loss.needs.unit)).clamp(min=1)
     processes = trainer.accelerator.num_processes if trainer.args.average_tokens_across_devices else 1
     return values.sum() / torch.as_tensor(items).clamp(min=1) * processes  # a step without a label counts 0
 

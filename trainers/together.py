@@ -89,11 +89,11 @@ def _why_not(trainer: SteeringMixin, first: SteeringMixin) -> str | None:
         return "it computes in another precision"
     if trainer.args.neftune_noise_alpha is not None or any(dropout(module) for module in model.modules()):
         return "NEFTune or dropout draws random numbers in its passes, and one pass serves all arms"
-    if trainer.loss.views or trainer.loss.states:
+    if trainer.loss.needs.views or trainer.loss.needs.states:
         return "its loss compares views or hidden states, which take passes of their own"
     if isinstance(trainer.loss, Staged):
         return "its loss changes during the training"
-    if trainer.loss.pairs != (first.loss is not None and first.loss.pairs):
+    if trainer.loss.needs.pairs != (first.loss is not None and first.loss.needs.pairs):
         return "one loss compares pairs and the other does not"
     if trainer is not first and (model is other or model.get_base_model() is other.get_base_model()):
         return "it has the same model; give it one of its own, share_weights(model)"
@@ -154,7 +154,7 @@ class _JointTraining:
         self._passes: list[tuple[Tensor, list[Any]]] = []  # joint outputs; rows and leaf of each arm
         self._shortcut = trainers[0].pay_once.elsewhere(self.model)
         loss = trainers[0].loss
-        if self._shortcut is not None and not (loss is not None and loss.pairs):
+        if self._shortcut is not None and not (loss is not None and loss.needs.pairs):
             self._shortcut.shares_prompts = (
                 False  # rows of different arms may begin alike, but each arm has its own vector
             )

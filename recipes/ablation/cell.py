@@ -178,7 +178,7 @@ def _pays_together(cell: Cell, bench: Bench) -> bool:
     (`docs/results/benchmark/table.md`)."""
     arm = cell.arm.arm
     loss = arm.loss_object()
-    if loss is None or loss.views or loss.states or arm.trainer.get("gradient_checkpointing"):
+    if loss is None or loss.needs.views or loss.needs.states or arm.trainer.get("gradient_checkpointing"):
         return False  # each needs passes of its own
     return isinstance(arm.peft_config(), SteeringVectorConfig) and bench.model.device.type != "cpu"
 
@@ -258,7 +258,7 @@ def train(cell: Cell, bench: Bench, setting: Setting, seed: int, home: Path) -> 
 
 def _tokens_of_a_pair(trainer: Any) -> float:
     """Mean number of tokens that a training step runs the model on, for one pair."""
-    sides = ("chosen_ids", "rejected_ids") if trainer.loss is None or trainer.loss.pairs else ("chosen_ids",)
+    sides = ("chosen_ids", "rejected_ids") if trainer.loss is None or trainer.loss.needs.pairs else ("chosen_ids",)
     lengths = [len(row["prompt_ids"]) + len(row[side]) for row in trainer.train_dataset for side in sides]
     return sum(lengths) / len(trainer.train_dataset)
 

@@ -151,7 +151,7 @@ class Arm(BaseModel, extra="forbid"):
     def views_seen(self) -> tuple[str, ...]:
         """Names of the views that the loss asks for."""
         loss = self.loss_object()
-        return () if loss is None else loss.views
+        return () if loss is None else loss.needs.views
 
     def view_objects(self, teachers: Mapping[str, nn.Module] | None = None) -> dict[str, View]:
         """The views by the name that the loss asks for. Neutral text is the recipes' own, and not that which measures

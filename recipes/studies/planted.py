@@ -22,7 +22,7 @@ from datasets import disable_progress_bars
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM
 
-from steertune.adapters.checks import CHECKSUMS, check_checksums
+from steertune.adapters.saved import CHECKSUMS, check_checksums
 from steertune.recipes.ablate import check_folder, run
 from steertune.recipes.ablation.bench import Bench
 from steertune.recipes.ablation.grid import make_grid

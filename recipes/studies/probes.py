@@ -23,9 +23,9 @@ from sklearn.linear_model import LogisticRegression
 from tqdm.auto import tqdm
 
 from steertune.adapters import directions
-from steertune.adapters.activations import Activations, collect
-from steertune.adapters.erasure import Eraser, erase
-from steertune.adapters.reading import Pairs, Reading, read
+from steertune.adapters.analysis.activations import Activations, collect
+from steertune.adapters.analysis.erasure import Eraser, erase
+from steertune.adapters.analysis.probing import Pairs, Reading, read
 from steertune.recipes.lab.arm import ArmError, DataTable, ModelTable
 from steertune.recipes.lab.data import load_model, load_splits
 from steertune.recipes.lab.measures import batches

@@ -73,8 +73,10 @@ ROUTES = {
 @pytest.mark.parametrize("route", ROUTES)
 def test_extra_weights_are_refused_by_name(folder, route, key, prefix):
     base = tiny()
-    with pytest.raises(ValueError, match=rf"{key}'.* is no steering vector.*would overwrite the base|{key}'.*Take it"):
+    refused = rf"{key}'.* is not a steering vector.*would overwrite the base|{key}'.*remove it"
+    with pytest.raises(ValueError, match=refused):
         ROUTES[route](base, with_extra(folder, key, prefix))
+
     assert same_base(base)
 
 
@@ -85,7 +87,7 @@ def test_extra_weights_in_the_folder_of_a_model_are_refused(folder, tmp_path):
     config |= {"base_model_name_or_path": str(tmp_path / "base"), "checksum": None}
     (folder / "adapter_config.json").write_text(json.dumps(config))
     AutoModelForCausalLM.from_pretrained(folder)
-    with pytest.raises(ValueError, match="lm_head.weight' is no steering vector"):
+    with pytest.raises(ValueError, match="lm_head.weight' is not a steering vector"):
         AutoModelForCausalLM.from_pretrained(with_extra(folder, "lm_head.weight"))
 
 
@@ -98,11 +100,11 @@ def test_extra_weights_of_a_hub_repository_are_refused(folder, monkeypatch):
         return str(folder / filename)
 
     monkeypatch.setattr("peft.config.hf_hub_download", download)
-    monkeypatch.setattr("steertune.adapters.checks.hf_hub_download", download)
+    monkeypatch.setattr("steertune.adapters.saved.hf_hub_download", download)
     SteeringVectorConfig.from_pretrained("somebody/vector", revision="v1")
     assert ("somebody/vector", WEIGHTS, "v1") in asked
     with_extra(folder, "lm_head.weight")
-    with pytest.raises(ValueError, match="lm_head.weight' is no steering vector"):
+    with pytest.raises(ValueError, match="lm_head.weight' is not a steering vector"):
         SteeringVectorConfig.from_pretrained("somebody/vector")
 
 

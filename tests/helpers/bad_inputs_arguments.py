@@ -13,8 +13,8 @@ from peft import get_peft_model
 from tiny_models import steered, tiny, tokens
 
 from steertune.adapters import SteeringVectorConfig, directions, set_strength
-from steertune.adapters.activations import collect
-from steertune.adapters.reading import read
+from steertune.adapters.analysis.activations import collect
+from steertune.adapters.analysis.probing import read
 from steertune.losses import get_loss
 from steertune.recipes.ablation.statistics.paired import interval, p_value
 from steertune.recipes.chat import Chat
@@ -98,7 +98,7 @@ ROWS: dict[str, Row] = {
     "loss with beta 0": loss("beta=0 must be above 0", "ipo", beta=0),
     "loss with an unknown contrast": loss("contrast='pared' is none of 'paired'", "dpo", contrast="pared"),
     "loss with a contrast that is None": loss("contrast=None is none of", "dpo", contrast=None),
-    "loss without pairs, contrasted": loss("has no rejected answers", "cross_entropy", contrast="unpaired"),
+    "loss without pairs, contrasted": loss("needs a loss on pairs", "cross_entropy", contrast="unpaired"),
     "loss without a reference, without contrast": loss("contrast='none' holds", "simpo", contrast="none"),
     "loss with a negative KL": loss("neutral_kl=-1 must be above 0", "dpo", neutral_kl=-1),
     "loss with a KL of text": loss("neutral_kl='a' must be a finite number", "dpo", neutral_kl="a"),
@@ -109,11 +109,11 @@ ROWS: dict[str, Row] = {
         "then_after=1.0: the first loss's share", "dpo", then="ipo", then_after=1.0
     ),
     "loss that hands over at text": loss("then_after='x'", "dpo", then="ipo", then_after="x"),
-    "loss with the weight of no cap": loss("cap_weight=2.0 says how change_cap works", "dpo", cap_weight=2.0),
-    "loss with the layers of no cap": loss("cap_layers=0.5 says how change_cap works", "dpo", cap_layers=0.5),
-    "loss with the share of no other": loss("then_after=0.3 says how then works", "dpo", then_after=0.3),
+    "loss with the weight of no cap": loss("cap_weight=2.0 has no effect without change_cap", "dpo", cap_weight=2.0),
+    "loss with the layers of no cap": loss("cap_layers=0.5 has no effect without change_cap", "dpo", cap_layers=0.5),
+    "loss with the share of no other": loss("then_after=0.3 has no effect without then", "dpo", then_after=0.3),
     "loss that adds up its answers, unpaired": loss("changes nothing", "unlikelihood", contrast="unpaired"),
-    "loss that hands over under a cap": loss("put those on the two losses", "dpo", then="ipo", change_cap=1.0),
+    "loss that hands over under a cap": loss("Add these to the two losses", "dpo", then="ipo", change_cap=1.0),
     "loss object with options": loss("go with a loss name, not with an object", get_loss("dpo"), beta=1.0),
     "loss with strengths of 0": loss(r"factors\[0\]=0 must be above 0", "reps", factors=[0]),
     "loss with strengths that are a number": loss("factors=5", "reps", factors=5),

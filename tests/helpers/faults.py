@@ -194,7 +194,7 @@ FAULTS = [
         "adapters/test_exactness", "captured_states and llama",
     ),
     Fault(
-        "activations are read one layer below", "layer off by one", "adapters.activations",
+        "activations are read one layer below", "layer off by one", "adapters.analysis.activations",
         "site_name(*blocks[i], site)", "site_name(*blocks[i - 1], site)",
         "adapters/test_directions", "collected_states",
     ),
@@ -226,7 +226,7 @@ FAULTS = [
         "adapters/test_peft", "merging_is_refused",
     ),
     Fault(
-        "NaN in a file passes", "adapter keys not loaded", "adapters.checks",
+        "NaN in a file passes", "adapter keys not loaded", "adapters.saved",
         "    if bad:\n", "    if False:\n",
         "adapters/test_bad_input", "bad_files",
     ),
@@ -236,7 +236,7 @@ FAULTS = [
         "adapters/test_bad_input", "another_base",
     ),
     Fault(
-        "a vector of the config may be missing in the file", "adapter keys not loaded", "adapters.checks",
+        "a vector of the config may be missing in the file", "adapter keys not loaded", "adapters.saved",
         "if expected_layers is not None and len(found) != expected_layers:", "if False:",
         "adapters/test_bad_input", "bad_files",
     ),
@@ -271,7 +271,7 @@ FAULTS = [
         "adapters/test_position_families", "several_streams",
     ),
     Fault(
-        "weights of the base pass", "the base is changed", "adapters.checks",
+        "weights of the base pass", "the base is changed", "adapters.saved",
         "if \"steering_vector_\" not in key and not any(f\".{name}.\" in f\".{key}\" for name in saved)", "if False",
         "adapters/test_base_is_the_base", "extra_weights",
     ),
@@ -385,7 +385,7 @@ FAULTS = [
         "losses/test_losses", "by_hand or chosen_rises",
     ),
     Fault(
-        "chosen and rejected are swapped in directions", "sign", "adapters.activations",
+        "chosen and rejected are swapped in directions", "sign", "adapters.analysis.activations",
         "for i, (chosen, _) in halves.items()},\n        rejected={i: rejected for i, (_, rejected)",
         "for i, (_, chosen) in halves.items()},\n        rejected={i: rejected for i, (rejected, _)",
         "adapters/test_directions", "collected_states",

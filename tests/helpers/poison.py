@@ -5,14 +5,13 @@ from __future__ import annotations
 import torch
 from tiny_data import values
 
-from steertune.losses import Loss
+from steertune.losses import Loss, Needs
 
 
 class Poison(Loss):
     """Cross-entropy until some call, then a loss, or only a gradient, that is not a number."""
 
-    pairs = False
-    unit = "token"
+    needs = Needs(pairs=False, unit="token")
 
     def __init__(self, call: int, where: str) -> None:
         self.left, self.where = call, where

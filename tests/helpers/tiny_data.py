@@ -16,7 +16,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast, TrainingArguments
 from trl import DPOConfig, SFTConfig
 
-from steertune.losses import Loss
+from steertune.losses import Loss, Needs
 from steertune.losses.bipo import BiPO
 from steertune.trainers import SteeringDPOTrainer, SteeringSFTTrainer, SteeringTrainer
 
@@ -141,8 +141,7 @@ def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> boo
 class Spy(Loss):
     """BiPO that remembers the directions it drew."""
 
-    reference = True
-    strengths = (-1.0,)
+    needs = Needs(reference=True, strengths=(-1.0,))
 
     def __init__(self):
         self.drawn = []

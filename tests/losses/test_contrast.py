@@ -102,26 +102,26 @@ def test_unpaired_is_the_loss_on_rejected_rows_rolled_by_one(loss):
     assert not torch.equal(found, loss(model, flip(1)))
 
 
-@pytest.mark.parametrize("name", [name for name in names() if get_loss(name).pairs])
+@pytest.mark.parametrize("name", [name for name in names() if get_loss(name).needs.pairs])
 @pytest.mark.parametrize("options", [{}, {"mode": "mixed"}, {"mode": "mixed", "satisfice": True}], ids=str)
 def test_unpaired_is_refused_exactly_where_it_changes_nothing(name, options):
-    """Of the whole batch: a sum of one term an answer does not say which belong together."""
-    loss = get_loss(name, **(options if name == "one_shot" else {"theta": 9.0} if name == "split" else {}))
+    """Summed over the batch, a term of each answer does not depend on which answers belong together."""
+    loss = get_loss(name, **(options if name == "one_shot" else {}))
 
-    def rolled(strength: Any) -> Outputs:
-        outputs = model(3.0 if strength == "null" else strength)
-        return Outputs(outputs.token_logps[[0, 1, 2, 4, 5, 3]], outputs.mask[[0, 1, 2, 4, 5, 3]])
+    def total(scale: float, rows: list[int]) -> torch.Tensor:
+        def at(strength: Any) -> Outputs:
+            outputs = model(3.0 if strength == "null" else strength)
+            return Outputs(scale * outputs.token_logps[rows], outputs.mask[rows])
 
-    def plain(strength: Any) -> Outputs:
-        return model(3.0 if strength == "null" else strength)
+        return loss(at, flip(1)).sum()
 
-    same = torch.allclose(loss(rolled, flip(1)).sum(), loss(plain, flip(1)).sum(), rtol=0, atol=1e-9)
-    if loss.separable:
-        assert same
-        with pytest.raises(ValueError, match="which is paired with which changes nothing"):
+    # A hinge is linear where it is active on every pair, or on none: so at several scales of the log-probabilities.
+    differences = [total(scale, [0, 1, 2, 4, 5, 3]) - total(scale, [0, 1, 2, 3, 4, 5]) for scale in (0.1, 1.0, 10.0)]
+    unchanged = all(abs(difference) < 1e-9 for difference in differences)
+    assert unchanged == loss.needs.separable
+    if unchanged:
+        with pytest.raises(ValueError, match="how they are paired changes nothing"):
             Contrasted(loss, "unpaired")
-    elif name != "split":  # whose hinge is active on all rows here, and need not be
-        assert not same
 
 
 def test_a_term_around_a_loss_may_stand_inside_a_contrast():
@@ -193,7 +193,7 @@ def test_what_both_answers_share_cancels_in_the_difference():
     loss = get_loss("cross_entropy", contrast="difference")
     likelier = Outputs(model(1.0).token_logps + 0.7 * MASK, MASK)
     torch.testing.assert_close(loss(lambda strength: likelier), loss(model), rtol=0, atol=1e-12)
-    assert loss.pairs and loss.unit == "example" and not loss.reference
+    assert loss.needs.pairs and loss.needs.unit == "example" and not loss.needs.reference
 
 
 # -- objects ----------------------------------------------------------------------------------------------------------
@@ -213,21 +213,19 @@ def test_other_contrasts_wrap_it_by_name_or_object():
 
 
 @pytest.mark.parametrize("loss", [DPO(), SimPO(), BiPO()], ids=["dpo", "simpo", "bipo"])
-def test_it_asks_for_what_the_loss_asks_for(loss):
-    wrapped = Contrasted(loss, "unpaired")
-    for what in ("pairs", "unit", "reference", "strengths"):
-        assert getattr(wrapped, what) == getattr(loss, what)
+def test_it_needs_what_the_loss_needs(loss):
+    assert Contrasted(loss, "unpaired").needs == loss.needs
 
 
 @pytest.mark.parametrize(
     ("loss", "contrast", "message"),
     [
-        ("dpo", "non", "contrast='non' is none of 'paired', 'unpaired', 'none'"),
-        ("dpo", "difference", "compares answers already"),
+        ("dpo", "non", "contrast='non' must be one of 'paired', 'unpaired', 'none'"),
+        ("dpo", "difference", "DPO is a loss on pairs"),
         ("context_distillation", "difference", "such as cross_entropy"),
-        ("dpo", "", "contrast='' is none of"),
-        ("cross_entropy", "none", "CrossEntropy has no rejected answers, so no contrast='none'"),
-        (CrossEntropy(), "unpaired", "CrossEntropy has no rejected answers, so no contrast='unpaired'"),
+        ("dpo", "", "contrast='' must be one of"),
+        ("cross_entropy", "none", "contrast='none' needs a loss on pairs, and CrossEntropy reads single answers"),
+        (CrossEntropy(), "unpaired", "contrast='unpaired' needs a loss on pairs, and CrossEntropy reads single"),
         ("simpo", "none", "SimPO does not use.*cross_entropy"),
         (Unlikelihood(), "none", "Unlikelihood does not use.*cross_entropy"),
     ],

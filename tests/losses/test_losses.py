@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import dataclass
 from math import exp, log
 from types import SimpleNamespace
+from typing import ClassVar
 
 import pytest
 import torch
 from datasets import Dataset
+from paths import ROOT
 from peft import LoraConfig
 from tiny_data import Spy, arguments, losses, pairs, tokenizer, trained
 from tiny_models import fill, tiny
@@ -17,7 +20,7 @@ from trl.experimental.cpo import CPOTrainer
 
 from steertune import losses as package
 from steertune.adapters import SteeringVectorConfig
-from steertune.losses import Outputs, Strength, get_loss, names
+from steertune.losses import Loss, Needs, Outputs, Strength, get_loss, names
 from steertune.losses.bipo import BiPO
 from steertune.losses.dpo import DPO
 from steertune.losses.ipo import IPO
@@ -28,8 +31,7 @@ from steertune.trainers.model_at import ModelAt
 
 # Two pairs: chosen answers of 3 and 1 tokens, then rejected ones of 2 and 4.
 LENGTHS = (3, 1, 2, 4)
-ALL = ["bipo", "cross_entropy", "dpo", "ipo", "one_shot", "reps", "simpo", "split", "unlikelihood"]
-WITH_VIEWS = ["context_distillation", "lorra", "prompted"]  # see test_views.py
+ALL = [name for name in names() if not get_loss(name).needs.views]  # for those with views, see test_views.py
 AT_ONE = {"reps": {"factors": (1.0,)}}  # options that make a loss ask for strength 1 where it would draw one
 
 
@@ -166,7 +168,7 @@ def test_promotion_stops_where_the_natural_answer_is():
     for chosen, expected in ((-3.0, 1.0), (-2.0, 0.0), (-0.5, 0.0)):
         value = loss({1.0: one_pair([chosen], [-1.0]), 0.0: reference}.__getitem__)
         assert value.item() == pytest.approx(expected)
-    assert get_loss("one_shot", satisfice=True).reference and not get_loss("one_shot").reference
+    assert get_loss("one_shot", satisfice=True).needs.reference and not get_loss("one_shot").needs.reference
 
 
 @pytest.mark.parametrize("rows", [1, 3])
@@ -190,11 +192,11 @@ def test_training_stops_when_every_example_is_satisfied(rows, tmp_path, caplog):
 
 
 def test_only_what_can_be_satisfied_stops(tmp_path):
-    assert get_loss("one_shot", satisfice=True).stops
-    assert get_loss("one_shot", satisfice=True, change_cap=9.0).stops
-    assert not get_loss("one_shot").stops and not get_loss("one_shot", mode="mixed", satisfice=True).stops
-    assert not get_loss("dpo", neutral_kl=1.0).stops
-    assert not get_loss("one_shot", satisfice=True, neutral_kl=1.0).stops, "a divergence is never 0"
+    assert get_loss("one_shot", satisfice=True).needs.stops
+    assert get_loss("one_shot", satisfice=True, change_cap=9.0).needs.stops
+    assert not get_loss("one_shot").needs.stops and not get_loss("one_shot", mode="mixed", satisfice=True).needs.stops
+    assert not get_loss("dpo", neutral_kl=1.0).needs.stops
+    assert not get_loss("one_shot", satisfice=True, neutral_kl=1.0).needs.stops, "a divergence is never 0"
     loss = get_loss("one_shot", mode="mixed", satisfice=True)
     made = trained("dpo", tmp_path, loss=loss, data=pairs(1), max_steps=12, learning_rate=0.2)
     assert made.state.global_step == 12
@@ -291,8 +293,9 @@ def test_gradient_by_finite_differences(name):
     inputs = [random_logps(seed).requires_grad_() for seed in (1, 2)]
     assert torch.autograd.gradcheck(total, inputs)
     gradients = torch.autograd.grad(total(*inputs).sum(), inputs, allow_unused=True)
-    asked = gradients[1 if name == "bipo" else 0]
-    assert asked is not None and asked.abs().sum() > 0 and not asked[~mask()].any()
+    gradient = gradients[1 if name == "bipo" else 0]
+    assert gradient is not None and not gradient[~mask()].any()
+    assert gradient.abs().sum() > 0 or total(*inputs).sum() == 0, "only where it is 0 may it be flat"
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -321,7 +324,7 @@ def test_loss_falls_when_chosen_rises_and_rejected_falls(name):
     loss = get_loss(name, **AT_ONE.get(name, {}))
     before = loss(model, flip(1)).sum()
     after = loss(lambda s: Outputs(better, mask()) if s == 1 else model(s), flip(1)).sum()
-    assert after < before
+    assert after < before or before == after == 0
 
 
 def test_bipo_draws_both_directions_equally_often_over_steps_and_micro_batches(tmp_path):
@@ -337,7 +340,8 @@ def test_bipo_draws_both_directions_equally_often_over_steps_and_micro_batches(t
 
 
 def test_names_are_the_files():
-    assert names() == sorted([*ALL, *WITH_VIEWS])
+    files = {file.stem for file in (ROOT / "losses").glob("*.py")}
+    assert names() == sorted(name for name in files if not name.startswith("_")) and {"dpo", "lorra"} <= {*names()}
 
 
 @pytest.mark.parametrize(
@@ -405,7 +409,7 @@ def test_bad_gamma(value):
 
 
 def test_a_new_file_is_a_new_loss(tmp_path, monkeypatch):
-    (tmp_path / "hinge.py").write_text(
+    (tmp_path / "new_hinge.py").write_text(
         "from dataclasses import dataclass\n"
         "from steertune.losses import Loss\n"
         "class Helper: pass\n"
@@ -415,9 +419,63 @@ def test_a_new_file_is_a_new_loss(tmp_path, monkeypatch):
         "    def __call__(self, at, generator=None):\n"
         "        return (self.width - at(1).chosen.logps + at(1).rejected.logps).clamp_min(0)\n"
     )
+    before = names()
     monkeypatch.setattr(package, "__path__", [*package.__path__, str(tmp_path)])
-    monkeypatch.delitem(sys.modules, "steertune.losses.hinge", raising=False)
-    assert names() == sorted([*ALL, *WITH_VIEWS, "hinge"])
-    loss = get_loss("hinge", width=3.0)
+    monkeypatch.delitem(sys.modules, "steertune.losses.new_hinge", raising=False)
+    assert names() == sorted([*before, "new_hinge"])
+    loss = get_loss("new_hinge", width=3.0)
     assert loss(lambda s: one_pair([-1.0], [-2.0])).tolist() == [2.0]
-    trained("dpo", tmp_path / "out", loss="hinge", max_steps=1)
+    trained("dpo", tmp_path / "out", loss="new_hinge", max_steps=1)
+
+
+# -- what a loss needs ------------------------------------------------------------------------------------------------
+
+
+def test_single_attributes_declare_needs_for_one_more_release():
+    message = r"Tokens declares pairs, unit, strengths as .* `needs = Needs\(pairs=\.\.\., unit=\.\.\., "
+    with pytest.warns(FutureWarning, match=message):
+
+        class Tokens(Loss):
+            pairs: ClassVar[bool] = False
+            unit = "token"
+
+            def __init__(self, strength):
+                self.strength = strength
+
+            @property
+            def strengths(self):
+                return (self.strength,)
+
+            def __call__(self, at, generator=None):
+                return -at(self.strength).token_logps
+
+    assert Tokens(2.0).needs == Needs(pairs=False, unit="token", strengths=(2.0,))
+    assert get_loss(Tokens(3.0), neutral_kl=1.0).needs == Needs(
+        pairs=False, unit="token", reference=True, strengths=(3.0,), views=("neutral",)
+    )
+
+
+def test_a_single_attribute_of_a_subclass_is_added_to_what_its_parent_needs():
+    with pytest.warns(FutureWarning, match="declares strengths"):
+
+        @dataclass(frozen=True)
+        class Doubled(DPO):
+            strengths = (2.0,)
+
+    assert Doubled().needs == Needs(reference=True, strengths=(2.0,)) and DPO().needs == Needs(reference=True)
+
+
+def test_a_need_can_be_read_as_an_attribute_for_one_more_release():
+    with pytest.warns(FutureWarning, match=r"`loss.reference` is now `loss.needs.reference`"):
+        assert get_loss("dpo").reference
+    with pytest.raises(AttributeError, match="'DPO' object has no attribute 'refrence'"):
+        getattr(get_loss("dpo"), "refrence")  # noqa: B009  # misspelt, which a type checker refuses
+
+
+def test_terms_and_stages_combine_needs():
+    assert get_loss("simpo", neutral_kl=0.1, change_cap=1.0).needs == Needs(
+        reference=True, views=("neutral",), states=True
+    )
+    staged = get_loss("lorra", then=get_loss("reps", factors=[2.0]))
+    assert staged.needs == Needs(reference=True, strengths=(2.0, "null"), views=("good", "bad"), states=True)
+    assert get_loss("cross_entropy", contrast="difference").needs == Needs()

@@ -44,7 +44,7 @@ def test_the_memo_changes_nothing_and_asks_teachers_once(loss, tmp_path):
     calls = []
     views["good"].model.register_forward_pre_hook(lambda *_: calls.append(1))
     before = {name: p.clone() for name, p in views["good"].model.named_parameters()}
-    seen = {name: views[name] for name in get_loss(loss).views}
+    seen = {name: views[name] for name in get_loss(loss).needs.views}
     options = {"data": pairs(4), "loss": loss, "views": seen, "max_steps": 4}
     ours = trained("dpo", tmp_path / "a", frozen_prefix=FrozenPrefix(), **options)
     # a row is asked for alone and kept; whole distributions are not

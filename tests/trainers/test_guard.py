@@ -17,7 +17,7 @@ from tiny_models import tiny, vector_of
 from transformers import TrainerCallback, TrainerControl
 
 from steertune.adapters import SteeringVectorConfig
-from steertune.losses import Loss
+from steertune.losses import Loss, Needs
 from steertune.trainers import LossSpikeError, LossSpikes, NonFiniteError
 from steertune.trainers.callbacks import finite
 
@@ -214,8 +214,7 @@ def test_the_rule_by_hand(caplog):
 class Jump(Loss):
     """Cross-entropy, in one call a hundred times as much."""
 
-    pairs = False
-    unit = "token"
+    needs = Needs(pairs=False, unit="token")
 
     def __init__(self, call: int) -> None:
         self.left = call
@@ -237,8 +236,7 @@ def test_a_training_stops_at_a_spike_if_asked(stop, tmp_path, caplog):
 class LoudRow(Loss):
     """Cross-entropy; from a call on, an example that holds a word weighs a hundred times as much."""
 
-    pairs = False
-    unit = "token"
+    needs = Needs(pairs=False, unit="token")
 
     def __init__(self, call: int) -> None:
         self.left, self.token = call, tokenizer().convert_tokens_to_ids(BAD_WORD)

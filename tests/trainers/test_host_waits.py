@@ -19,7 +19,7 @@ from transformers import TrainerCallback
 import steertune.losses
 import steertune.trainers
 from steertune.adapters import SteeringVectorConfig
-from steertune.adapters.config import Positions
+from steertune.adapters.types import Positions
 from steertune.trainers import FrozenPrefix, construction, mixin
 
 WAITED_FOR = "item tolist numpy cpu __bool__ __int__ __float__ __index__ nonzero argwhere unique masked_select equal"

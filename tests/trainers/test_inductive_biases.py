@@ -9,7 +9,7 @@ from tiny_data import arguments, demonstrations, history, pairs, tokenizer, trai
 from tiny_models import tiny
 
 from steertune.adapters import SteeringVectorConfig, directions
-from steertune.adapters.activations import collect
+from steertune.adapters.analysis.activations import collect
 from steertune.losses import Outputs, get_loss
 from steertune.trainers import BiasError, FrozenPrefix, SteeringTrainer, get_bias
 from steertune.trainers.inductive_biases import names

@@ -15,7 +15,8 @@ from transformers import TrainerCallback
 from trl import SFTTrainer
 from untouched import changes, snapshot
 
-from steertune.adapters import SteeringVectorConfig, activations, directions, prompt_length, set_strength
+from steertune.adapters import SteeringVectorConfig, directions, prompt_length, set_strength
+from steertune.adapters.analysis import activations
 from steertune.adapters.card import Card, write_card
 from steertune.adapters.exports import ExportError
 from steertune.adapters.exports._places import linear_places

@@ -22,7 +22,7 @@ BOTH = {"good": GOOD, "bad": BAD}
 
 def seen_by(loss: str | Loss, **others: View) -> dict[str, View]:
     """The views that a loss asks for."""
-    return {name: {**BOTH, **others}[name] for name in get_loss(loss).views}
+    return {name: {**BOTH, **others}[name] for name in get_loss(loss).needs.views}
 
 
 # -- what a view makes of a row --------------------------------------------------------------------------------------
@@ -337,7 +337,7 @@ def test_bad_neutral_kl(value):
 @pytest.mark.parametrize("name", ["lorra", "prompted"])
 @pytest.mark.parametrize("layers", [-1, 1.0, True, "half", [0.5, -2]])
 def test_layers_that_are_none(name, layers):
-    with pytest.raises(ValueError, match=r"layers=.* is none of an index from 0"):
+    with pytest.raises(ValueError, match=r"layers=.* must be an index from 0"):
         get_loss(name, layers=layers)
 
 
@@ -494,7 +494,7 @@ def test_stages_that_cannot_be(tmp_path):
     for share in (0.0, 1.0, True):
         with pytest.raises(ValueError, match="then_after"):
             get_loss("prompted", then="cross_entropy", then_after=share)
-    with pytest.raises(ValueError, match="put those on the two losses"):
+    with pytest.raises(ValueError, match="Add these to the two losses"):
         get_loss("prompted", then="cross_entropy", neutral_kl=0.1)
     with pytest.raises(ValueError, match="site='head'"):
         get_loss("prompted", site="head")

@@ -11,7 +11,7 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from ...adapters.checks import write_checksums
+from ...adapters.saved import write_checksums
 from ..checkpoints import (
     CheckpointError,
     adapter_folder,

@@ -130,7 +130,7 @@ def _margins(at: ModelAt, batch: Batch) -> dict[str, Tensor]:
 def _loss_by_example(result: LossValues) -> dict[str, Tensor]:
     """Sum and number of a loss's values for each example, `(rows,)`."""
     values, batch = result.values, result.batch
-    if result.loss.unit == "example":
+    if result.loss.needs.unit == "example":
         return {_LOSS: values.float(), _COUNT: torch.ones_like(values, dtype=torch.float32)}
     tokens = (batch.labels[:, 1:] != -100).sum(dim=1)  # (rows,)
     if values.ndim == 2:  # (rows, columns)

@@ -15,7 +15,7 @@ logger = logging.getLogger(__name__)
 
 
 class StopWhenSatisfied(SteeringCallback):
-    """Ends the training once a loss that allows it (`Loss.stops`) was 0 on every example.
+    """Ends the training once a loss that allows it (`Needs.stops`) was 0 on every example.
 
     Any `2n - 1` examples in a row contain a whole epoch of n, whatever its order. A stream has no length and is not
     stopped.
@@ -30,7 +30,7 @@ class StopWhenSatisfied(SteeringCallback):
 
     def on_loss_values(self, result: LossValues) -> None:
         """Count the examples of a training micro-batch."""
-        if result.loss.stops and result.training:
+        if result.loss.needs.stops and result.training:
             self.satisfied = 0 if result.values.detach().any() else self.satisfied + len(result.values)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -40,7 +40,7 @@ class StopWhenSatisfied(SteeringCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Stop if the examples in a row, over all processes, contain every example."""
         trainer, rows = self.trainer, self.trainer.train_dataset
-        if trainer.loss is None or not trainer.loss.stops or not isinstance(rows, Sized):
+        if trainer.loss is None or not trainer.loss.needs.stops or not isinstance(rows, Sized):
             return
         counts = trainer.accelerator.gather(torch.tensor([self.satisfied], device=args.device))
         satisfied, needed = int(counts.min()) * len(counts), 2 * len(rows) - 1

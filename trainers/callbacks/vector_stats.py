@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ...adapters import directions, steering_layers
-from ...adapters.config import Site
+from ...adapters.types import Site
 from ..initial_vectors import pair_batches
 from ..parallel import gathered
 from ..types import SteeringRun

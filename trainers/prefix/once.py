@@ -56,7 +56,7 @@ class PayOnce:
         if why:
             self._notices.off(why)
             return
-        if trainer.loss is not None and trainer.loss.states:
+        if trainer.loss is not None and trainer.loss.needs.states:
             self._notices.off("the loss looks at hidden states, which layers that are left out do not show")
         with nullcontext() if training else evaluating(trainer.model):  # as evaluation loops will run it
             self._shortcut = self._prefix.shortcut(trainer.model, training, self._notices)
@@ -64,7 +64,7 @@ class PayOnce:
             self._shortcut.run_whole_rows()
         own = getattr(trainer, "ref_model", None)
         loss = trainer.loss_at_work
-        if loss is not None and loss.reference and _rounds_finely(trainer):
+        if loss is not None and loss.needs.reference and _rounds_finely(trainer):
             self.reference = self._prefix.reference(trainer.model if own is None else own, trained=own is None)
         if trainer.views is not None:
             trainer.views.remember(self._prefix)

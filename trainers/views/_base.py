@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from ..registry import by_name, file_names
+from ...adapters.registry import by_name, file_names
 
 _FOLDER = Path(__file__).parent
 Row = Mapping[str, Any]

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import sys
 
 import numpy as np
 import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
 
-from steertune.adapters.erasure import erase
-from steertune.adapters.reading import read
+from steertune.adapters.analysis.erasure import erase
+from steertune.adapters.analysis.probing import read
 from steertune.recipes.studies import probes
 
 
@@ -141,3 +143,11 @@ def test_the_recipe_reads_every_direction(tmp_path, capsys):
     assert "--train 4: 8 pairs or more" in capsys.readouterr().err
     assert probes.main([*words, "--methods", "lad"]) == 2
     assert "Did you mean" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["arithmetic", "erasure"])
+def test_the_old_names_of_moved_modules_work_for_one_more_release(name, monkeypatch):
+    old, new = f"steertune.adapters.{name}", f"steertune.adapters.analysis.{name}"
+    monkeypatch.delitem(sys.modules, old, raising=False)
+    with pytest.warns(FutureWarning, match=f"Import {new} instead of {old}"):
+        assert importlib.import_module(old) is importlib.import_module(new)

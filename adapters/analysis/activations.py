@@ -1,4 +1,4 @@
-"""Collect the residual states that closed-form directions are computed from."""
+"""Collect residual states, from which closed-form directions are computed."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from peft import PeftModel
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .blocks import find_blocks, resolve_layers, site_name
-from .checks import choose
-from .config import Layers, Site
-from .observing import adapters_off, evaluating
-from .stream import is_sharded
+from ..blocks import find_blocks, resolve_layers, site_name
+from ..observing import adapters_off, evaluating
+from ..registry import choose
+from ..stream import is_sharded
+from ..types import Layers, Site
 
 Pool = Literal["completion_mean", "last"]
 
@@ -31,7 +31,7 @@ class Activations:
         chosen: Layer index -> `(pairs, d)`, fp32, on the CPU.
         rejected: The same for the rejected answers.
         residual_norms: Layer index -> mean norm over all real tokens of all answers.
-        pool: Where they were read: the mean over the completion's tokens, or its last token.
+        pool: Which tokens they stand for: the mean over the completion, or its last token.
     """
 
     chosen: dict[int, Tensor]
@@ -48,32 +48,34 @@ def collect(
     site: Site = "block",
     pool: Pool = "completion_mean",
 ) -> Activations:
-    """Run the base model (adapters off) over contrast pairs and keep one state per answer and layer.
+    """Run the base model (adapters off) over contrast pairs and return one state per answer and layer.
 
     Args:
         model: A transformers model, with or without adapters.
         batches: Batches as TRL's preference collator makes them: `input_ids`, `attention_mask` and
             `completion_mask` of shape `(2 * pairs, tokens)`, the chosen answers first. `labels` (-100 on the prompt)
-            may stand in for `completion_mask`.
+            may replace `completion_mask`.
         layers: As in `SteeringVectorConfig`.
         site: As in `SteeringVectorConfig`.
         pool: Which tokens stand for an answer.
 
     Raises:
-        ValueError: no batches, one that does not say what is answer, an answer without tokens, or an unknown pool.
+        ValueError: there are no batches, a batch does not mark its answers, an answer has no tokens, or the pool is
+            unknown.
     """
     choose("pool", pool, get_args(Pool))
     if any(not {"completion_mask", "labels"} & set(batch) for batch in batches):
-        raise ValueError("A batch does not say which tokens are the answer's: completion_mask or labels is needed.")
+        raise ValueError("A batch has neither completion_mask nor labels, which mark the tokens of the answers.")
     pooled: dict[int, list[Tensor]] = defaultdict(list)
     norms = _MeanNorms()
-    with closing(_states(model, batches, layers, site)) as seen:
-        for batch, mask, states in seen:
+    with closing(_states(model, batches, layers, site)) as passes:
+        for batch, mask, states in passes:  # mask: (rows, tokens), states: layer -> (rows, tokens, d)
             completion = batch["completion_mask"] if "completion_mask" in batch else batch["labels"] != -100
             weights = _pool_weights(completion.to(mask.device).long(), pool)
             norms.add(mask, states)
             for i, hidden in states.items():
-                pooled[i].append(torch.einsum("btd,bt->bd", hidden, weights).cpu())
+                pooled[i].append(torch.einsum("btd,bt->bd", hidden, weights).cpu())  # (rows, d)
+    # The first half of the rows of each batch are chosen answers, the second half rejected ones.
     halves = {
         i: [torch.cat(part) for part in zip(*(rows.chunk(2) for rows in of_layer), strict=True)]
         for i, of_layer in pooled.items()
@@ -99,11 +101,11 @@ def residual_norms(
         site: As in `SteeringVectorConfig`.
 
     Raises:
-        ValueError: no batches.
+        ValueError: there are no batches.
     """
     norms = _MeanNorms()
-    with closing(_states(model, batches, layers, site)) as seen:
-        for _, mask, states in seen:
+    with closing(_states(model, batches, layers, site)) as passes:
+        for _, mask, states in passes:
             norms.add(mask, states)
     return norms.read()
 
@@ -132,11 +134,11 @@ def _states(
     blocks = find_blocks(base)
     modules = {i: base.get_submodule(site_name(*blocks[i], site)) for i in resolve_layers(layers, len(blocks))}
     device = next(base.parameters()).device
-    # where weights are gathered for every module, a pass that ends early would leave some gathered
+    # If weights are gathered module by module, a pass that ends early would leave some of them gathered.
     ends_early = not any(is_sharded(parameter) for parameter in base.parameters())
     with adapters_off(model), evaluating(base), _outputs_of(base, modules, ends_early) as outputs:
-        others = torch.distributed.is_initialized() and torch.distributed.get_rank() > 0
-        for batch in tqdm(batches, desc="Collecting activations", disable=others or len(batches) < 4):
+        quiet = torch.distributed.is_initialized() and torch.distributed.get_rank() > 0
+        for batch in tqdm(batches, desc="Collecting activations", disable=quiet or len(batches) < 4):
             ids = batch["input_ids"].to(device)
             mask = batch["attention_mask"].to(device) if "attention_mask" in batch else torch.ones_like(ids)
             with suppress(_Enough):
@@ -145,25 +147,25 @@ def _states(
 
 
 class _Enough(Exception):
-    """The layers that are asked for have run: the layers above and the head need not."""
+    """Raised once all requested layers have run, to skip the layers above and the head."""
 
 
 @contextmanager
 def _outputs_of(base: nn.Module, modules: Mapping[int, nn.Module], ends_early: bool) -> Iterator[dict[int, Tensor]]:
-    """A dictionary that every forward pass inside fills with the outputs of `modules`; with `ends_early`, a pass ends
-    there."""
-    seen: dict[int, Tensor] = {}
+    """A dictionary that each forward pass inside fills with the outputs of `modules`. With `ends_early`, a pass stops
+    after the last of them."""
+    outputs: dict[int, Tensor] = {}
     last = max(modules) if ends_early else None
-    handles = [module.register_forward_hook(partial(_keep, seen, i, i == last)) for i, module in modules.items()]
+    handles = [module.register_forward_hook(partial(_keep, outputs, i, i == last)) for i, module in modules.items()]
     try:
-        yield seen
+        yield outputs
     finally:
         for handle in handles:
             handle.remove()
 
 
-def _keep(seen: dict[int, Tensor], index: int, last: bool, module: nn.Module, args: Any, output: Any) -> None:
-    seen[index] = output[0] if isinstance(output, tuple) else output
+def _keep(outputs: dict[int, Tensor], index: int, last: bool, module: nn.Module, args: Any, output: Any) -> None:
+    outputs[index] = output[0] if isinstance(output, tuple) else output
     if last:
         raise _Enough
 

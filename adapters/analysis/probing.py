@@ -1,4 +1,4 @@
-"""How well a direction reads: what its projection says of states it was not fitted on."""
+"""How well a direction reads: what its projection says about states that it was not fitted on."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ _BINS = 10
 
 @dataclass(frozen=True)
 class Reading:
-    """A direction as a reader, on held-out pairs.
+    """How well a direction reads held-out pairs.
 
     Attributes:
-        pair_accuracy: Share of pairs whose chosen answer projects further; a tie counts half.
+        pair_accuracy: Share of pairs whose chosen answer has the larger projection; a tie counts half.
         accuracy: Share of single answers on the right side of a threshold.
         auroc: Area under the ROC curve.
         brier: Mean squared error of the probability, 0.25 for a coin's.
@@ -43,31 +43,31 @@ def read(direction: Tensor, fitted_on: Pairs, held_out: Pairs) -> Reading:
 
     Args:
         direction: `(d,)`, of any length.
-        fitted_on: The answers it was fitted on.
-        held_out: Answers it was not.
+        fitted_on: The answers that it was fitted on.
+        held_out: Answers that it was not fitted on.
 
     Raises:
         ValueError: the direction is zero or not finite.
     """
     if not torch.isfinite(direction).all() or not direction.norm() > 0:
         raise ValueError("The direction is zero or not finite: it reads nothing.")
-    known, labels = _projections(direction, fitted_on)
-    unseen, truth = _projections(direction, held_out)
-    centre, spread = known.mean(), known.std() + 1e-12
-    scale = LogisticRegression(C=1e6).fit((known - centre) / spread, labels)
-    probability = scale.predict_proba((unseen - centre) / spread)[:, 1]
-    first, second = np.split(unseen[:, 0], 2)
+    fitted, labels = _projections(direction, fitted_on)
+    projections, truth = _projections(direction, held_out)
+    centre, spread = fitted.mean(), fitted.std() + 1e-12
+    scale = LogisticRegression(C=1e6).fit((fitted - centre) / spread, labels)
+    probability = scale.predict_proba((projections - centre) / spread)[:, 1]
+    chosen, rejected = np.split(projections[:, 0], 2)
     return Reading(
-        pair_accuracy=float((np.sign(first - second) + 1).mean() / 2),
+        pair_accuracy=float((np.sign(chosen - rejected) + 1).mean() / 2),
         accuracy=float(((probability > 0.5) == truth).mean()),
-        auroc=float(roc_auc_score(truth, unseen[:, 0])),
+        auroc=float(roc_auc_score(truth, projections[:, 0])),
         brier=float(brier_score_loss(truth, probability)),
         calibration_error=_calibration_error(probability, truth),
     )
 
 
 def _projections(direction: Tensor, pairs: Pairs) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
-    """Projections `(2 pairs, 1)`, the chosen ones first, and whether each is chosen."""
+    """Projections `(2 * pairs, 1)`, those of chosen answers first, and whether each is of a chosen answer."""
     unit = direction.double() / direction.double().norm()
     values = torch.cat([side.double() @ unit for side in pairs]).numpy()[:, None]
     return values, np.repeat([True, False], [len(pairs[0]), len(pairs[1])])

@@ -40,7 +40,7 @@ from .checks import (
     packs,
     warn_of_router_loss,
 )
-from .data import PAIR_FORMATS, DataError, as_python, data_sets, map_data_sets
+from .data import PAIR_FORMATS, TOKENISED_FORMATS, DataError, as_python, data_sets, map_data_sets
 from .host_copies import KeepsHost, waits
 from .inductive_biases import Bias, BiasError, get_bias
 from .initial_vectors import to_fp32
@@ -92,6 +92,11 @@ def check_columns(trainer: Any, columns: tuple[str, ...]) -> None:
     """
     loss: Loss | None = trainer.loss
     pairs = columns in PAIR_FORMATS
+    if trainer.takes_pairs and pairs and columns in TOKENISED_FORMATS:
+        raise DataError(
+            f"Columns {list(columns)} are tokenised already, and DPOTrainer tokenises rows itself. Leave eval_dataset "
+            "out, or give the rows as text."
+        )
     if trainer.takes_pairs is not None and pairs != trainer.takes_pairs:
         other = "SteeringDPOTrainer" if pairs else "SteeringSFTTrainer"
         raise DataError(f"{type(trainer).__name__} does not train on columns {list(columns)}; {other} does.")

@@ -92,7 +92,7 @@ def make_trainer(
         loss=loss,
         frozen_prefix=frozen_prefix,
         views={name: view for name, view in arm.view_objects(teachers).items() if name in asked},
-        biases=arm.biases,
+        inductive_biases=arm.biases,
         **unchanged,
     )
     trainer.add_callback(_MetricsFile(folder / "metrics.jsonl"))

@@ -116,7 +116,7 @@ def view(says: str, name: str, data: list[dict[str, Any]], **options: Any) -> Ro
 
 
 UTF8 = "Rows in UTF-8, all with the same columns"
-TEXT = "a text or a list of messages is expected"
+TEXT = "must be a text or a list of messages"
 DAMAGED = "is damaged .*Delete it"
 
 ROWS: dict[str, Row] = {
@@ -194,14 +194,14 @@ ROWS: dict[str, Row] = {
     "answers that are empty lists": alone(f"Row 0: 'chosen' is \\[\\], {TEXT}", ROW | {"chosen": []}),
     "answers that are lists of texts": alone("the message 'cat', .*'role': ..., 'content'", ROW | {"chosen": ["cat"]}),
     "messages without a role": alone(
-        "Row 0: 'messages' has the message .*is expected", {"messages": [{"content": "cat"}]}
+        "Row 0: 'messages' has the message .*must be", {"messages": [{"content": "cat"}]}
     ),
     "messages without content": alone("Row 0: 'messages' has the message", {"messages": [{"role": "user"}]}),
     "messages of a role that is a number": alone(
         "Row 0: 'messages' has the message", {"messages": [{"role": 5, "content": "cat"}]}
     ),
     "messages of content that is a number": alone(
-        "a message with content=5, a text is expected", {"messages": [{"role": "user", "content": 5}]}
+        "a message with content=5. It must be a text", {"messages": [{"role": "user", "content": 5}]}
     ),
     "conversations without from": alone("'from': ..., 'value': ...", {"conversations": [{"value": "cat"}]}),
     "texts that are numbers": alone(f"Row 0: 'text' is 7, {TEXT}", {"text": 7}),
@@ -229,7 +229,9 @@ ROWS: dict[str, Row] = {
     "kept rows that are no UTF-8": kept("Save it as UTF-8", lambda text: b"\xff" + text),
     # views of rows
     "a view of rows without prompts": view("give a column 'prompt'", "instruction", [{"text": "a"}], text="Be kind."),
-    "demonstrations of too few rows": view("4 demonstrations asked, 0 other", "demonstrations", [ROW]),
+    "demonstrations of too few rows": view(
+        "k=4 demonstrations need as many other examples, and there are 0", "demonstrations", [ROW]
+    ),
     "contrast demonstrations without bad answers": view(
         "shows rejected answers, and the data have none",
         "demonstrations",

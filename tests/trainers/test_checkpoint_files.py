@@ -62,7 +62,7 @@ def test_fp16_needs_its_scaler(run, tmp_path):
     shutil.copytree(run, tmp_path / "run")
     made = new(tmp_path / "run", max_steps=3)
     made.accelerator.scaler = torch.amp.GradScaler("cpu")  # what fp16 brings
-    with pytest.raises(CheckpointError, match=r"has no scaler.pt, which a training in fp16 goes on with"):
+    with pytest.raises(CheckpointError, match=r"has no scaler.pt, which a training in fp16 needs to go on"):
         made.train(resume_from_checkpoint=True)
 
 
@@ -132,9 +132,9 @@ def test_states_that_name_code_are_refused_without_the_flag(protocol, run, tmp_p
     with pytest.raises(
         CheckpointError, match=r"optim_states.pt would run code when it is read.*trust_checkpoint = True"
     ):
-        made._checkpoint(str(folder))
+        made.checkpoints.resume_from(str(folder))
     made.trust_checkpoint = True
-    assert made._checkpoint(str(folder)) == str(folder)
+    assert made.checkpoints.resume_from(str(folder)) == str(folder)
     assert not (tmp_path / "sprung").exists()
 
 

@@ -82,9 +82,7 @@ def test_what_carries_no_constant_is_refused(tmp_path):
     for config in (lora(), lora(lora_bias=True, target_modules=["q_proj"]), None):
         own = {"ref_model": tiny()} if config is None else {}
         made = trainer("dpo", tmp_path, loss="dpo", peft_config=config, inductive_biases=["direction_start"], **own)
-        with pytest.raises(
-            BiasError, match=r"nothing trained at .*mlp.down_proj can carry a constant.*lora_bias=True"
-        ):
+        with pytest.raises(BiasError, match=r"nothing trained at .*mlp.down_proj can hold a constant.*lora_bias=True"):
             made.train()
 
 
@@ -98,7 +96,7 @@ def test_a_norm_behind_the_mlp_is_noticed_and_nothing_is_left_behind(tmp_path):
         peft_config=lora(lora_bias=True),
         inductive_biases=["direction_start"],
     )
-    with pytest.raises(BiasError, match="something stands behind it"):
+    with pytest.raises(BiasError, match="another module follows it"):
         made.train()
     found = {name: p for name, p in made.model.named_parameters() if "lora_B" in name and name.endswith("bias")}
     assert found and all(float(p.abs().max()) < 1e-6 for p in found.values())
@@ -194,7 +192,7 @@ def test_a_rank_one_start_that_does_not_come_out_is_taken_back(model_type, optio
         "dpo", tmp_path, model=tiny(model_type), loss="dpo", peft_config=config, inductive_biases=["rank_one_start"]
     )
     before = steps(made)
-    with pytest.raises(BiasError, match="something stands behind it, or scales it"):
+    with pytest.raises(BiasError, match="another module follows it, or scales it"):
         made.train()
     assert all(torch.equal(value, before[name]) for name, value in steps(made).items())
 
@@ -238,7 +236,7 @@ def test_one_write_where_nothing_is_trained(tmp_path):
     made = trainer(
         "dpo", tmp_path, loss="dpo", peft_config=lora(target_modules=["q_proj"]), inductive_biases=["one_write"]
     )
-    with pytest.raises(BiasError, match="nothing trained is there"):
+    with pytest.raises(BiasError, match="no trained parameter is there"):
         made.train()
 
 
@@ -524,7 +522,7 @@ def test_a_refused_bias_is_refused_again(tmp_path):
     config = lora(lora_bias=True, layers_to_transform=[2, 3], target_modules=["down_proj"])
     made = trainer("dpo", tmp_path, loss="dpo", peft_config=config, inductive_biases=biases)
     for _ in range(2):
-        with pytest.raises(BiasError, match="nothing trained is there"):
+        with pytest.raises(BiasError, match="no trained parameter is there"):
             made.train()
     starts = [
         p for n, p in made.model.named_parameters() if "layers.2.mlp.down_proj.lora_B" in n and n.endswith("bias")
@@ -556,7 +554,7 @@ def test_the_reference_does_not_move_along(tmp_path):
         trainer("dpo", tmp_path, model=tiny(mlp_bias=True), loss="dpo", peft_config=config)
     made = trainer("sft", tmp_path, model=tiny(mlp_bias=True), loss="cross_entropy", peft_config=config,
                    inductive_biases=["direction_start"])  # fmt: skip
-    with pytest.raises(BiasError, match="can carry a constant"):
+    with pytest.raises(BiasError, match="can hold a constant"):
         made.train()
 
 
@@ -592,11 +590,11 @@ def test_a_loss_that_looks_below_all_that_is_trained_is_refused(tmp_path):
     made = trainer(
         "dpo", tmp_path / "a", loss=loss, peft_config=lora(target_modules=["o_proj"], layers_to_transform=[2, 3])
     )
-    with pytest.raises(ValueError, match=r"Capped looks at the states of layers \[1\].*trained is 2"):
+    with pytest.raises(ValueError, match=r"Capped reads the states of layers \[1\].*trained is 2"):
         made.train()
     trained("dpo", tmp_path / "b", loss=loss, peft_config=SteeringVectorConfig(layers=1), max_steps=1)
     held = trainer("dpo", tmp_path / "d", loss=loss, peft_config=lora(), inductive_biases={"one_write": {"layer": 2}})
-    with pytest.raises(ValueError, match=r"Capped looks at the states of layers \[1\].*trained is 2"):
+    with pytest.raises(ValueError, match=r"Capped reads the states of layers \[1\].*trained is 2"):
         held.train()
     nested = get_loss("dpo", beta=0.5, contrast="unpaired", change_cap=1.0)
     trainer("dpo", tmp_path / "c", loss=nested, peft_config=lora(), beta=0.5)

@@ -187,7 +187,7 @@ def test_full_finetuning_keeps_a_reference_where_the_parent_has_none(options, tm
     ours = trained("plain", tmp_path, **changes)
     theirs = trained("dpo", tmp_path, ref_model=tiny(), **changes)
     assert losses(ours) == pytest.approx(losses(theirs), rel=1e-5)
-    assert same(dict(tiny().named_parameters()), dict(ours._reference.named_parameters()))
+    assert same(dict(tiny().named_parameters()), dict(ours.reference.named_parameters()))
 
 
 def test_sharded_full_finetuning_keeps_no_reference(tmp_path):

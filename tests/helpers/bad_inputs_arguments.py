@@ -23,7 +23,7 @@ from steertune.recipes.lab.augmentation import read as read_augmentation
 from steertune.recipes.lab.scorers import fit
 from steertune.recipes.lab.scorers import read as read_scorer
 from steertune.trainers import CheckpointError, FrozenPrefix, get_bias, get_view
-from steertune.trainers._resume import check_checkpoint
+from steertune.trainers.checkpoints import check_checkpoint
 
 assert issubclass(CheckpointError, ValueError)
 
@@ -122,7 +122,7 @@ ROWS: dict[str, Row] = {
     "bias of a path": bias("Unknown bias '../os'", "../os"),
     "bias of a number": bias("Unknown bias 5", 5),
     "bias with an unknown option": bias("Unknown option of bias 'one_write' 'sit'.*'site'", "one_write", sit="mlp"),
-    "bias of an unknown site": bias("site='mpl' is none of", "one_write", site="mpl"),
+    "bias of an unknown site": bias("site='mpl' must be", "one_write", site="mpl"),
     "bias of a layer of text": bias("layer='x'", "one_write", layer="x"),
     "bias of a negative layer": bias("layer=-1", "one_write", layer=-1),
     "bias of an unknown direction": bias("direction='men' is not one of", "direction_start", direction="men"),
@@ -133,7 +133,7 @@ ROWS: dict[str, Row] = {
     "view without a text": view("text=''", "instruction", text="  "),
     "view without its option": view("text", "instruction"),
     "view with a text that is a number": view("text=5", "instruction", text=5),
-    "view in an unknown place": view("where='behind' is none of", "instruction", text="a", where="behind"),
+    "view in an unknown place": view("where='behind' must be", "instruction", text="a", where="behind"),
     "view of no demonstrations": view("k=0: one demonstration or more", "demonstrations", k=0),
     "view of demonstrations of text": view(
         "k='4' of view 'demonstrations' is str, not a whole number", "demonstrations", k="4"
@@ -183,11 +183,13 @@ ROWS: dict[str, Row] = {
     ),
     "trainer with views of text": trainer("views='good'", views="good"),
     "trainer with a view of a number": trainer("Unknown view 5", views={"good": 5}, loss="prompted"),
-    "trainer with a bias of text": trainer("biases='one_write': a table of names", biases="one_write"),
-    "trainer with biases of a number": trainer("biases=5", biases=5),
+    "trainer with a bias of text": trainer(
+        "inductive_biases='one_write' must be a table", inductive_biases="one_write"
+    ),
+    "trainer with biases of a number": trainer("inductive_biases=5", inductive_biases=5),
     "trainer whose loss misses its view": trainer(r"\['good'\] are not in views=", loss="prompted"),
     "trainer with a view that nobody sees": trainer(
-        r"views \['good'\] are seen by nobody: DPO asks for \[\]",
+        r"views \['good'\] are given, but DPO uses only \[\]",
         loss="dpo",
         views={"good": get_view("instruction", text="x")},
     ),

@@ -27,7 +27,7 @@ from steertune.recipes.lab.arm_files import ARMS, read_tables
 from steertune.recipes.lab.data import load_splits
 from steertune.recipes.lab.files import ArmError
 from steertune.recipes.lab.training import make_trainer, training_of
-from steertune.trainers import biases, views
+from steertune.trainers import inductive_biases, views
 
 
 @pytest.mark.parametrize("file", sorted(ARMS.glob("*.toml")), ids=lambda file: file.stem)
@@ -44,7 +44,7 @@ def test_everything_has_an_arm() -> None:
     named = {arm["loss"]["name"] for arm in arms if "loss" in arm}
     assert readme.rows("loss") <= named <= {*losses.names(), "upstream"}
     assert {arm["adapter"].get("init") for arm in arms} >= readme.rows("direction")
-    assert {name for arm in arms for name in arm.get("biases", {})} == {*biases.names()}
+    assert {name for arm in arms for name in arm.get("biases", {})} == {*inductive_biases.names()}
     assert {arm.get("loss", {}).get("contrast") for arm in arms} >= {"none", "unpaired", "difference"}
     assert "shuffled" in {arm["data"].get("pairing") for arm in arms}
     assert seen_views == {*views.names()}

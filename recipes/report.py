@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from steertune.recipes.ablate import GRID
 from steertune.recipes.ablation import analysis
@@ -26,17 +26,22 @@ from steertune.recipes.ablation.statistics import Frame
 from steertune.recipes.ablation.store import Store
 from steertune.recipes.ablation.tables import Claim, GridTables
 from steertune.recipes.lab import measures
-from steertune.recipes.lab.command_line import Argument, Option, Result, command
+from steertune.recipes.lab.command_line import Argument, Choice, Option, Result, command
 from steertune.recipes.lab.files import ArmError, read_result, write_whole
 from steertune.recipes.lab.pages import Page, Section, Text, write_page
+from steertune.recipes.lab.paths import modules_in
+
+NAMES = modules_in("recipes/lab/measures")
+MEASURES = [*NAMES, *(f"matched_{name}" for name in NAMES)]
+MEASURE = f"instead of the claim's measure: {', '.join(NAMES)}; matched_NAME is short for --strength matched"
 
 
 @command
 def main(
     folder: Annotated[Path, Argument(help="folder of a grid")],
-    measure: Annotated[str | None, Option(help="instead of the claim's measure")] = None,
+    measure: Annotated[str | None, Choice(MEASURES, MEASURE, metavar="NAME")] = None,
     strength: Annotated[
-        Literal["tuned", "matched"] | None, Option(help="instead of the strength that the claim is about")
+        str | None, Choice(["tuned", "matched"], "where it is read, instead of the claim's strength")
     ] = None,
     output: Annotated[Path | None, Option(help="folder to write to (the grid's)")] = None,
 ) -> Result:

@@ -36,7 +36,7 @@ from steertune.recipes.lab.ingredients.prompt import Prompt
 from steertune.recipes.lab.measures import Seen
 from steertune.recipes.lab.memory import peak_memory_gb, reset_peak_memory
 from steertune.recipes.lab.observe import HeldOut, Observations, Show, against_base, neutral_logps
-from steertune.recipes.lab.progress import Bar
+from steertune.recipes.lab.progress import Bar, track
 from steertune.recipes.lab.rows import MATCHED, TUNED, Record
 from steertune.recipes.lab.training import fit, make_trainer, silent
 from steertune.trainers import NonFiniteError, scalable, scaled, share_weights, train_together

@@ -26,8 +26,8 @@ from steertune.recipes.lab.arm import load_arm, parse_arm
 from steertune.recipes.lab.arm_files import ARMS, read_tables
 from steertune.recipes.lab.data import load_splits
 from steertune.recipes.lab.files import ArmError
-from steertune.recipes.lab.training import make_trainer
-from steertune.trainers import biases, views
+from steertune.recipes.lab.training import make_trainer, training_of
+from steertune.trainers import inductive_biases, views
 
 
 @pytest.mark.parametrize("file", sorted(ARMS.glob("*.toml")), ids=lambda file: file.stem)
@@ -44,7 +44,7 @@ def test_everything_has_an_arm() -> None:
     named = {arm["loss"]["name"] for arm in arms if "loss" in arm}
     assert readme.rows("loss") <= named <= {*losses.names(), "upstream"}
     assert {arm["adapter"].get("init") for arm in arms} >= readme.rows("direction")
-    assert {name for arm in arms for name in arm.get("biases", {})} == {*biases.names()}
+    assert {name for arm in arms for name in arm.get("biases", {})} == {*inductive_biases.names()}
     assert {arm.get("loss", {}).get("contrast") for arm in arms} >= {"none", "unpaired", "difference"}
     assert "shuffled" in {arm["data"].get("pairing") for arm in arms}
     assert seen_views == {*views.names()}
@@ -150,7 +150,9 @@ def test_views_that_the_loss_does_not_see(tmp_path: Path) -> None:
     ):
         load_arm(str(file))
     arm = load_arm("vector_neutral_dpo", ["--loss={name='cross_entropy'}", "--trainer.max_steps=1"])
-    made = make_trainer(arm, tiny(), tokenizer(), pairs(4), tmp_path, save_strategy="no", disable_tqdm=True)
+    made = make_trainer(
+        training_of(arm, tiny(), tokenizer(), pairs(4), tmp_path), save_strategy="no", disable_tqdm=True
+    )
     assert made.views is None, "left over by an override of the loss"
 
 
@@ -211,7 +213,7 @@ def test_wrong_training_arguments_are_named(words: list[str], message: str, tmp_
 
 def test_unknown_arm_and_broken_file(tmp_path: Path) -> None:
     with pytest.raises(ArmError, match="Did you mean 'vector_dpo'"):
-        load_arm("bias_dp")
+        load_arm("vector_dp")
     broken = tmp_path / "broken.toml"
     broken.write_text("[data\n")
     with pytest.raises(ArmError, match="not valid TOML"):

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -66,6 +67,12 @@ def numbers(difference: Difference) -> list[str]:
     """A difference as cells of a table: the estimate, then those of `COMPARED`."""
     ends = [difference.interval.ends, difference.crossed.ends]
     return [f"{difference.estimate:+.3f}", *ends, p_text(difference.p), str(difference.interval.pairs)]
+
+
+def emphasised(sentence: str, findings: Findings) -> str:
+    """A sentence in which labels of several words stand out."""
+    labels = sorted((label for label in findings.labels.values() if ", " in label), key=len, reverse=True)
+    return re.sub("|".join(map(re.escape, labels)), r"*\g<0>*", sentence) if labels else sentence
 
 
 def p_text(value: float) -> str:

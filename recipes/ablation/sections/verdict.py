@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import re
-
 from steertune.recipes.ablation import analysis, charts
 from steertune.recipes.ablation.analysis import BASE
 from steertune.recipes.ablation.findings import Findings
-from steertune.recipes.ablation.sections import OTHER_ROWS, ROWS, numbers, section, table
+from steertune.recipes.ablation.sections import OTHER_ROWS, ROWS, emphasised, numbers, section, table
 from steertune.recipes.lab.pages import Block, Figure, Section, Text, escape, prose
 
 SIDES = {"for": "for", "against": "against", "undecided": "neither for nor against"}
@@ -19,12 +17,6 @@ def verdict(findings: Findings) -> Section:
     lines = [Text("  \n".join(emphasised(sentence, findings) for sentence in findings.answer))]
     blocks = [*_question(findings), *lines, *_tasks(findings), *_cost(findings), _extent(findings)]
     return Section(_title(findings), blocks)
-
-
-def emphasised(sentence: str, findings: Findings) -> str:
-    """A sentence in which labels of several words stand out."""
-    labels = sorted((label for label in findings.labels.values() if ", " in label), key=len, reverse=True)
-    return re.sub("|".join(map(re.escape, labels)), r"*\g<0>*", sentence) if labels else sentence
 
 
 def _title(findings: Findings) -> str:
@@ -62,7 +54,15 @@ def _tasks(findings: Findings) -> list[Block]:
         [task.name, f"{task.base:.3f}", f"{task.than:.3f}", f"{task.better:.3f}", *numbers(task.ahead)[:3]]
         for task in tasks
     ]
-    header = ["task", BASE, claim.than, claim.better, ahead, ROWS, OTHER_ROWS]
+    header = [
+        "task",
+        BASE,
+        claim.than,
+        claim.better,
+        "difference" if claim.recovers is None else ahead,
+        ROWS,
+        OTHER_ROWS,
+    ]
     alt = f"{ahead}, over all tasks and in each"
     return [Figure(drawing, "verdict", alt), Text("**How the tasks differ.**"), table(header, rows, "tasks")]
 

@@ -16,6 +16,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+from matplotlib.colors import to_hex
+from matplotlib.figure import Figure
 
 from steertune.recipes import report
 from steertune.recipes.ablate import GRID, write_grid
@@ -25,16 +27,21 @@ from steertune.recipes.ablation.analysis import (
     by_examples,
     comparisons,
     in_pairs,
+    read_tables,
     recovered,
     scores,
     verdict,
 )
 from steertune.recipes.ablation.cells import column, read_cells
+from steertune.recipes.ablation.findings import find
 from steertune.recipes.ablation.grid import Cell, Grid, make_grid
+from steertune.recipes.ablation.labels import arm_labels
+from steertune.recipes.ablation.levels import named
+from steertune.recipes.ablation.sections import sections
 from steertune.recipes.ablation.statistics.paired import crossed_interval, difference
 from steertune.recipes.ablation.statistics.rows import examples_of, rows_of, with_base
-from steertune.recipes.ablation.tables import TaskTable
-from steertune.recipes.lab import measures
+from steertune.recipes.ablation.tables import GridTables, TaskTable
+from steertune.recipes.lab import measures, pages
 from steertune.recipes.lab.files import ArmError, read_result, write_result
 from steertune.recipes.lab.rows import BASE, COLUMNS, MATCHED, TUNED, Record
 
@@ -159,7 +166,6 @@ def test_the_verdict_is_that_of_the_numbers(gain, side, words, tmp_path):
     by_pair = right.reshape(2, 3, 6, 2, ROWS).mean(axis=1)  # task, examples, seed, arm (better first), row
     expected = crossed_interval(*(by_pair[:, :, 0] - by_pair[:, :, 1]))
     assert str(expected) in verdict(cells, claim).sentence and str(expected) in page
-    assert page.index("## Card") < page.index("## The result")
     assert "LoRA is as accurate." in page
 
 
@@ -235,8 +241,8 @@ def test_a_factor_that_means_nothing_in_an_arm_is_compared_at_the_design_s_centr
             arm["levels"]["contrast"] = "-"
     write_result(tmp_path / GRID, content)
     section = said(tmp_path).split("## Effect of each factor")[1].split("\n## ")[0]
-    assert grid.tables.design.start["contrast"] == "none" and "counts as `contrast=none`" in section
-    assert re.search(r"\| form \| bias − lora \| \+0\.1", section)
+    assert grid.tables.design.start["contrast"] == "none" and "it counts as no contrast" in section
+    assert re.search(r"\| form \| vector − LoRA \| \+0\.1", section)
 
 
 def test_learning_rates_at_the_edge_of_what_was_tried_are_named(tmp_path):
@@ -263,7 +269,9 @@ def test_that_most_of_the_gap_is_one_factor_s_takes_every_mixture(tmp_path):
     found = attribution(cells, grid.tables, claim.column, "form")
     assert not found.shares and "form=lora,contrast=pairs" in found.why
     assert verdict(cells, claim, found).side == "undecided"
-    assert f"Shares of the gap are not computed: {found.why}." in said(tmp_path)
+    assert "Shares of the gap are not computed: no pair of task and seed has every mixture; *LoRA, pairs*" in said(
+        tmp_path
+    )
 
 
 def test_a_gain_on_these_test_rows_only_is_no_gain(tmp_path):
@@ -347,6 +355,12 @@ PUBLISHED = sorted((Path(report.__file__).parent.parent / "docs" / "results").rg
 
 
 @pytest.mark.parametrize("page", PUBLISHED, ids=lambda page: page.parent.name)
+def test_no_published_page_has_python_in_its_prose(page):
+    text = page.read_text(encoding="utf-8")
+    assert not re.search(r"\{'|\b(?:True|False|None)\b", text.split("```")[0])
+
+
+@pytest.mark.parametrize("page", PUBLISHED, ids=lambda page: page.parent.name)
 def test_no_published_interval_is_narrower_than_one_that_allows_for_less(page):
     titles = ["95 %, these test rows", "95 %, other test rows too", "95 %, other tasks too"]
     compared = 0
@@ -393,14 +407,14 @@ def test_the_attribution_names_the_factor_and_adds_up(tmp_path):
     gap = float(re.search(r"shares of the gap \(([+-][\d.]+)\)", page)[1])
     shares = [float(x) for x in re.findall(r"^\| (?:form|contrast) \| ([+-][\d.]+) \|", page, re.MULTILINE)]
     assert len(shares) == 2 and sum(shares) == pytest.approx(gap, abs=2e-3)
-    effect = re.search(r"\| form \| bias − lora \| ([+-][\d.]+) \|", page)
+    effect = re.search(r"\| form \| vector − LoRA \| ([+-][\d.]+) \|", page)
     assert float(effect[1]) == pytest.approx(0.1, abs=0.02)
 
 
 def test_what_a_vector_with_four_examples_is_worth_in_loras(tmp_path):
     # LoRA gains 0.02 with every doubling, the vector is 0.06 ahead: three doublings
     make_up(tmp_path, lambda cell: by_form(cell, 0.06))
-    row = re.search(r"\| form=bias,contrast=pairs \| .* \| (\d+) \[(\d+), > 64\] \| .* \| (.*) \|", said(tmp_path))
+    row = re.search(r"\| vector, pairs \| .* \| (\d+) \[(\d+), > 64\] \| .* \| (.*) \|", said(tmp_path))
     estimate, low = map(int, row.groups()[:2])
     assert 24 <= estimate <= 40 and 8 <= low <= estimate
     assert row[3].startswith("> 64 ["), "64 examples of the vector are worth more than LoRA has in the grid"
@@ -421,7 +435,7 @@ def test_every_number_of_examples_has_its_means_and_its_differences(tmp_path):
         assert f"{value:.3f} ({gap}, p " in page
         assert found[claim.than][n] == (pytest.approx(wide[claim.than].mean()), None)
     assert "How much larger the effect is with 64 examples than with 4:" in page
-    row = re.search(r"64 examples than with 4:.*?\| form \| bias − lora \| ([+-][\d.]+) \|", page, re.DOTALL)
+    row = re.search(r"64 examples than with 4:.*?\| form \| vector − LoRA \| ([+-][\d.]+) \|", page, re.DOTALL)
     assert float(row[1]) == pytest.approx(0.04, abs=0.02)
 
 
@@ -433,9 +447,9 @@ def test_arms_are_measured_in_examples_of_the_claim_s_baseline_and_of_the_design
     write_result(tmp_path / GRID, found)
     page = said(tmp_path)
     assert tables["design"]["start"] == {"form": "lora", "contrast": "none"} and grid.tables.claim is not None
-    for than in ("form=lora,contrast=pairs", "form=lora,contrast=none"):
+    for than in ("LoRA, pairs", "LoRA, no contrast"):
         assert f"| arm | area over {than}'s curve |" in page
-    assert "Left out, because no pair has the whole curve of them: full_dpo." in page
+    assert "Left out, because no pair has the whole curve of them: full DPO." in page
 
 
 def test_tables_say_when_their_pairs_are_too_few(tmp_path):
@@ -459,23 +473,103 @@ def test_no_best_mean_is_named_where_most_arms_lack_pairs(tmp_path):
     assert "Which arm has the best mean is not said: 1 of 4 have all pairs." in said(tmp_path)
 
 
-def test_curves_show_the_base_model_and_name_every_arm(tmp_path, monkeypatch):
-    figures = []
+def check_that_nothing_is_cut(figure: Figure) -> None:
+    """Everything that is drawn lies within the figure."""
+    figure.canvas.draw()
+    tight = figure.get_tightbbox()
+    assert min(tight.x0, tight.y0) >= 0 and (tight.x1, tight.y1) <= tuple(figure.get_size_inches())
 
-    class Kept(charts.Figure):
-        def __init__(self, *args, **kwargs):
-            super().__init__(*args, **kwargs)
-            figures.append(self)
 
-    monkeypatch.setattr(charts, "Figure", Kept)
+def test_every_arm_has_one_colour_in_all_figures_and_none_is_cut(tmp_path):
+    make_up(tmp_path, by_form)
+    grid = read_result(tmp_path / GRID, "")
+    tables = read_tables(grid)
+    findings = find(grid, tables, tables.claim, read_cells(tmp_path, grid))
+    colours: dict[str, set[str]] = {}
+    figures = [block for made in sections(findings) for block in made.blocks if isinstance(block, pages.Figure)]
+    assert [figure.name for figure in figures] == ["verdict", "attribution", "effects", "curves", "pareto"]
+    for figure in figures:
+        check_that_nothing_is_cut(figure.drawing)
+        for legend in figure.drawing.legends:
+            for text, handle in zip(legend.get_texts(), legend.legend_handles, strict=True):
+                colours.setdefault(text.get_text(), set()).add(to_hex(handle.get_color()))
+    assert all(len(used) == 1 for used in colours.values()) and {*findings.labels.values()} <= {*colours}
+    of_arms = [colours[label] for label in findings.labels.values()]
+    assert len(set.union(*of_arms)) == len(of_arms), "no two arms share one"
+
+
+def test_the_first_screen_has_the_question_the_answer_and_what_it_costs(tmp_path):
+    make_up(tmp_path, lambda cell: by_form(cell, 0.15))
+    page = said(tmp_path)
+    first = page[: page.index("\n## ", page.index("## The result"))]
+    parts = (
+        "Does the form matter?",
+        "*vector, pairs* has",
+        "charts/verdict.png",
+        "| warm_tone |",
+        "**What it costs.**",
+    )
+    places = [first.index(part) for part in parts]
+    assert places == sorted(places)
+    assert "trains 576 numbers in 1.0 s (2.0 s of tuning before, 1.00 GB at the peak)" in first
+    assert page.index("## Card") > page.index("## Cost") and "LoRA is as accurate." in page
+    assert page.count("form=bias,contrast=pairs") == 1, "the name of an arm, once, in a table"
+    assert "{'" not in page and "=" not in first.replace("p = ", "").replace("n = ", "")
+
+
+def test_figures_are_png_and_svg_and_tables_latex_too(tmp_path):
+    make_up(tmp_path, by_form, keep=lambda cell: cell.seed < 3)
+    said(tmp_path)
+    names = {file.stem for file in (tmp_path / "charts").glob("*.png")}
+    assert names == {file.stem for file in (tmp_path / "charts").glob("*.svg")} and "verdict" in names
+    once = (tmp_path / "charts" / "verdict.svg").read_bytes()
+    said(tmp_path)
+    assert (tmp_path / "charts" / "verdict.svg").read_bytes() == once
+    table = (tmp_path / "tables" / "comparisons.tex").read_text(encoding="utf-8")
+    assert table.startswith("\\begin{tabular}") and "95 \\%" in table and "vector, pairs & 0." in table
+
+
+@pytest.mark.parametrize(
+    ("levels", "label"),
+    [
+        ({"form": "bias", "layers": "one", "contrast": "pairs", "norm": "free"}, "vector, one layer, pairs"),
+        ({"form": "lora", "layers": "all", "contrast": "none", "norm": "-"}, "LoRA, all layers, no contrast"),
+        ({"form": "low_rank", "layers": "one", "contrast": "pairs", "norm": "free"}, "low rank, one layer, pairs"),
+        (
+            {"form": "bias", "layers": "one", "contrast": "pairs", "norm": "capped"},
+            "vector, one layer, pairs, norm capped",
+        ),
+    ],
+)
+def test_an_arm_is_called_by_what_sets_it_apart(levels, label):
+    tables = tomllib.loads(TABLES)
+    tables["factors"] |= {"layers": {"all": {}, "one": {}}, "norm": {"free": {}, "capped": {}}}
+    tables["factors"]["form"]["low_rank"] = {}
+    tables["design"]["start"] |= {"layers": "all", "norm": "free"}
+    tables["design"]["end"] |= {"layers": "one", "norm": "free"}
+    others = [{"form": form, "layers": "one", "contrast": "none", "norm": "capped"} for form in ("bias", "lora")]
+    arms = [{"name": named(one), "levels": one} for one in (levels, *others)] + [{"name": "icv", "levels": None}]
+    labels = arm_labels(GridTables(**tables), arms)
+    assert labels[named(levels)] == label and labels["icv"] == "ICV" and len(set(labels.values())) == len(arms)
+
+
+def test_arms_that_would_have_the_same_label_keep_their_names():
+    tables = GridTables(**tomllib.loads(TABLES))
+    arms = [{"name": name, "levels": {"form": "bias", "contrast": "x"}} for name in ("a_one", "a_two")]
+    assert arm_labels(tables, [*arms, {"name": "lora_x", "levels": {"form": "lora"}}]) == {
+        "a_one": "a_one", "a_two": "a_two", "lora_x": "LoRA",
+    }  # fmt: skip
+
+
+def test_curves_show_the_base_model_and_name_every_arm(tmp_path):
     grid = make_up(
         tmp_path, by_form, keep=lambda c: (c.arm.name, c.task.label) != ("form=bias,contrast=none", "cautious_advice")
     )
     cells = cells_of(tmp_path)
     arms = [arm.name for arm in grid.arms if arm.levels]
-    charts.curves(cells, arms, "accuracy@matched", tmp_path / "x.png", "accuracy")
-    [figure] = figures
+    figure = charts.curves(cells, arms, "accuracy@matched", "accuracy", charts.colours(arms))
     assert [text.get_text() for text in figure.legends[0].get_texts()] == arms, "also what the first panel lacks"
+    check_that_nothing_is_cut(figure)
     for axis in figure.axes:
         [base] = [line for line in axis.lines if line.get_linestyle() == "--"]
         assert set(base.get_ydata()) == {0.5}
@@ -499,15 +593,15 @@ def difference_of(cells, claim, arm):
 def test_an_arm_without_a_strength_is_named_not_compared(tmp_path, capsys):
     make_up(tmp_path, by_form)
     page = said(tmp_path)
-    assert "Not compared, because they have no strength that could be matched: full_dpo." in page
-    assert "full_dpo |" in page, "it is still in the other tables"
+    assert "Not compared, because they have no strength that could be matched: full DPO." in page
+    assert "| full DPO |" in page, "it is still in the other tables"
     counts = json.loads((tmp_path / "report.json").read_text())["counts"]
     assert f"## The result counts {counts} the hypothesis" in page
     capsys.readouterr()
     assert report.main([str(tmp_path), "--strength", "tuned", "--json"]) == 0
     found, page = json.loads(capsys.readouterr().out), (tmp_path / "report.md").read_text()
     assert "Not compared" not in page and found["counts"] == "not claimed"
-    assert len(found["answer"]) == 3 and all(sentence in page for sentence in found["answer"])
+    assert len(found["answer"]) == 3 and all(sentence in page.replace("*", "") for sentence in found["answer"])
 
 
 def place(cell: Cell) -> tuple[str, int, int, str]:
@@ -546,7 +640,7 @@ def test_the_page_opens_without_a_network_and_runs_no_code(tmp_path):
     write_result(tmp_path / GRID, found)
     said(tmp_path)
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
-    assert page.count("data:image/png;base64,") == 4
+    assert page.count("data:image/png;base64,") == 5
     assert not re.findall(r'(?:src|href)="(?!data:)', page)
     assert "<script" not in page and "&lt;script&gt;" in page
     assert "<table>" in page
@@ -660,7 +754,7 @@ def test_the_best_arm_has_every_pair(tmp_path):
     hard = {"form=lora,contrast=pairs": "warm_tone"}  # which this arm did not run on
     easy = lambda cell: by_form(cell, 0.05) + (cell.task.label != "warm_tone") * 0.3  # noqa: E731
     make_up(tmp_path, easy, keep=lambda cell: hard.get(cell.arm.name) != cell.task.label)
-    assert re.search(r"best mean of the 3 arms with every pair is form=bias", said(tmp_path))
+    assert re.search(r"best mean of the 3 arms with every pair is \*vector", said(tmp_path))
 
 
 def test_tasks_of_the_same_rows_are_one_task_when_rows_are_crossed(tmp_path):
@@ -693,6 +787,10 @@ def test_a_cell_that_failed_without_a_word_and_one_that_diverged_have_their_plac
             base = {k: v for k, v in record.observations[BASE].items() if k != "neutral_nll"}
             Record(record.keys, {BASE: base}, record.facts).write(file)
     page = said(tmp_path)
-    assert "| failed |" in page and "| full_dpo | diverged |" in page
-    side = page[page.index("## Side effects") :]
-    assert "| full_dpo | 0.000 | 5.500 |" in side, "what its user is left with is the base"
+    assert "| failed |" in page and "| full DPO | diverged |" in page
+    header, _, *rows = next(table for table in tables_of(page) if "perplexity ↓" in table[0])
+    lost = dict(zip(header, next(row for row in rows if row[0] == "full DPO"), strict=True))
+    left = [
+        lost[title] for title in ("KL to the base, nats per token ↓", "perplexity ↓", "perplexity, times the base's ↓")
+    ]
+    assert left == ["0.000", "5.500", "1.000"], "what its user is left with is the base"

@@ -54,15 +54,8 @@ def _tasks(findings: Findings) -> list[Block]:
         [task.name, f"{task.base:.3f}", f"{task.than:.3f}", f"{task.better:.3f}", *numbers(task.ahead)[:3]]
         for task in tasks
     ]
-    header = [
-        "task",
-        BASE,
-        claim.than,
-        claim.better,
-        "difference" if claim.recovers is None else ahead,
-        ROWS,
-        OTHER_ROWS,
-    ]
+    compared = "difference" if claim.recovers is None else ahead
+    header = ["task", BASE, claim.than, claim.better, compared, ROWS, OTHER_ROWS]
     alt = f"{ahead}, over all tasks and in each"
     return [Figure(drawing, "verdict", alt), Text("**How the tasks differ.**"), table(header, rows, "tasks")]
 

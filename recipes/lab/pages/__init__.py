@@ -5,8 +5,8 @@ A page has sections, and a section has blocks: text, tables, figures, code.
     page = Page("warm_tone", [Section("Cost", [Text("It took 3 s."), Table(frame, "cost")])])
     write_page(page, folder, "report")
 
-writes `report.md` and `report.html` from the two templates of this folder, `charts/NAME.png` and `.svg` for every
-figure and `tables/NAME.tex` for every table that has a name. The HTML file opens without a network and runs no script.
+writes `report.md` and `report.html` from the templates of this folder, `charts/NAME.png` and `.svg` for every
+figure and `tables/NAME.tex` and `.md` for every table that has a name. The HTML file opens without a network and runs no script.
 
 Texts that the project did not write (an answer, an error, a name in somebody else's grid) are data. Cells of tables,
 titles and code are escaped here; inside a `Text`, pass them through `escape`, or through `prose` where they may be
@@ -61,7 +61,7 @@ class Table:
 
     Attributes:
         frame: What it holds, as text; the index is not shown.
-        name: Of its LaTeX file; "": it has none.
+        name: Of its own files, for a paper or a page that includes it; "": it has none.
     """
 
     kind: ClassVar[str] = "table"
@@ -134,6 +134,8 @@ def write_page(page: Page, folder: Path, name: str = "page") -> Path:
         elif isinstance(block, Table) and block.name:
             (folder / TABLES).mkdir(exist_ok=True)
             write_whole(folder / TABLES / f"{block.name}.tex", latex(block))
+            text = _templates().get_template("table.md.jinja").render(table=block)
+            write_whole(folder / TABLES / f"{block.name}.md", text)
     file = folder / f"{name}.md"
     write_whole(file, markdown(page))
     write_whole(folder / f"{name}.html", html(page, folder))

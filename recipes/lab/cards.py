@@ -9,7 +9,8 @@ from typing import Any
 from steertune.adapters.card import SAFETY, Card
 from steertune.recipes.lab import embedded
 from steertune.recipes.lab.arm import Arm
-from steertune.recipes.lab.page import by_strength, comparison
+from steertune.recipes.lab.pages import settings_in_words, table_markdown
+from steertune.recipes.lab.pages.measured import by_strength, comparison
 from steertune.recipes.lab.rows import BASE, Record
 from steertune.recipes.lab.tables import CardTable
 
@@ -24,14 +25,15 @@ def of_training(arm: Arm, record: Record) -> Card:
     means, facts, task = record.means(), record.facts, Path(arm.data.name).name
     advice = "Layer and strength are the arm's, not chosen by measurement (`steertune sweep` does that)."
     if len(means) > 2:
-        advice += " On the held-out rows, which chose nothing:\n\n" + "\n".join(by_strength(means))
+        advice += " On the held-out rows, which chose nothing:\n\n" + table_markdown(by_strength(means))
     return Card(
         title=f"{arm.name}, {task}",
         **purpose(arm.card, arm.data.name),
         data=f"{arm.data.train} training examples of `{task}`, seed {arm.data.seed}.",
-        made=f"Arm `{arm.name}`: adapter `{arm.adapter}`, loss `{arm.loss}`, {facts['steps']} steps; "
+        made=f"Arm `{arm.name}`: adapter {settings_in_words(arm.adapter)}, loss {settings_in_words(arm.loss)}, "
+        f"{facts['steps']} steps; "
         f"{facts['parameters']:,} trained parameters.",
-        measured="\n".join(comparison({"before": means[BASE], "after": means["1"]})),
+        measured=table_markdown(comparison({"before": means[BASE], "after": means["1"]})),
         side_effects=side_effects(means[BASE], means["1"]),
         advice=advice,
     )

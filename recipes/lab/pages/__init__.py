@@ -6,7 +6,8 @@ A page has sections, and a section has blocks: text, tables, figures, code.
     write_page(page, folder, "report")
 
 writes `report.md` and `report.html` from the templates of this folder, `charts/NAME.png` and `.svg` for every
-figure and `tables/NAME.tex` and `.md` for every table that has a name. The HTML file opens without a network and runs no script.
+figure and `tables/NAME.tex` and `.md` for every table that has a name. The HTML file opens without a network and runs
+no script.
 
 Texts that the project did not write (an answer, an error, a name in somebody else's grid) are data. Cells of tables,
 titles and code are escaped here; inside a `Text`, pass them through `escape`, or through `prose` where they may be
@@ -17,11 +18,11 @@ from __future__ import annotations
 
 import base64
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import ClassVar, TypeAlias
+from typing import Any, ClassVar, TypeAlias
 
 import pandas as pd
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -134,8 +135,7 @@ def write_page(page: Page, folder: Path, name: str = "page") -> Path:
         elif isinstance(block, Table) and block.name:
             (folder / TABLES).mkdir(exist_ok=True)
             write_whole(folder / TABLES / f"{block.name}.tex", latex(block))
-            text = _templates().get_template("table.md.jinja").render(table=block)
-            write_whole(folder / TABLES / f"{block.name}.md", text)
+            write_whole(folder / TABLES / f"{block.name}.md", table_markdown(block))
     file = folder / f"{name}.md"
     write_whole(file, markdown(page))
     write_whole(folder / f"{name}.html", html(page, folder))
@@ -145,6 +145,11 @@ def write_page(page: Page, folder: Path, name: str = "page") -> Path:
 def markdown(page: Page) -> str:
     """A page as Markdown."""
     return _templates().get_template("page.md.jinja").render(page=page)
+
+
+def table_markdown(table: Table) -> str:
+    """A table as Markdown."""
+    return _templates().get_template("table.md.jinja").render(table=table)
 
 
 def html(page: Page, folder: Path) -> str:
@@ -177,6 +182,20 @@ def escape(text: str) -> str:
 def prose(text: str) -> str:
     """Somebody's Markdown on one line: it may emphasise and quote, and none of it is HTML."""
     return re.sub(r"<(?=[a-zA-Z/!?])", "&lt;", " ".join(text.split()))
+
+
+def settings_in_words(table: Mapping[str, Any]) -> str:
+    """A table of settings, such as an arm's `[adapter]`, for a sentence: "lora (r 8, lora_alpha 16)"."""
+    values = {key: value for key, value in table.items() if key not in ("type", "name")}
+    kind = str(table.get("type", table.get("name", "")))
+    listed = ", ".join(f"{key} {_value_in_words(value)}" for key, value in values.items())
+    return escape(f"{kind} ({listed})" if kind and listed else kind or listed)
+
+
+def _value_in_words(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return f"({', '.join(f'{key} {_value_in_words(inner)}' for key, inner in value.items())})"
+    return " ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
 
 def _cell(text: str) -> str:

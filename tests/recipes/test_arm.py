@@ -26,6 +26,9 @@ from steertune.recipes.lab.arm import load_arm, parse_arm
 from steertune.recipes.lab.arm_files import ARMS, read_tables
 from steertune.recipes.lab.data import load_splits
 from steertune.recipes.lab.files import ArmError
+from steertune.recipes.lab.ingredients.augmentation import Augmentation
+from steertune.recipes.lab.ingredients.inductive_biases import InductiveBiases
+from steertune.recipes.lab.ingredients.views import Views
 from steertune.recipes.lab.training import make_trainer, training_of
 from steertune.trainers import biases, views
 
@@ -44,7 +47,7 @@ def test_everything_has_an_arm() -> None:
     named = {arm["loss"]["name"] for arm in arms if "loss" in arm}
     assert readme.rows("loss") <= named <= {*losses.names(), "upstream"}
     assert {arm["adapter"].get("init") for arm in arms} >= readme.rows("direction")
-    assert {name for arm in arms for name in arm.get("biases", {})} == {*biases.names()}
+    assert {name for arm in arms for name in arm.get("inductive_biases", {})} == {*biases.names()}
     assert {arm.get("loss", {}).get("contrast") for arm in arms} >= {"none", "unpaired", "difference"}
     assert "shuffled" in {arm["data"].get("pairing") for arm in arms}
     assert seen_views == {*views.names()}
@@ -64,7 +67,7 @@ def test_shipped_arms_resolve_to_what_cells_were_keyed_by() -> None:
     expected = json.loads((Path(__file__).parent / "resolved_arms.json").read_text())
     for name, tables in expected.items():
         assert resolved(name) == tables, name
-        for table in ("biases", "views", "teachers"):  # their order counts
+        for table in ("inductive_biases", "views", "teachers"):  # their order counts
             assert [*resolved(name).get(table, {})] == [*tables.get(table, {})], name
 
 
@@ -76,9 +79,9 @@ def write(folder: Path, **files: str) -> None:
 def test_an_arm_that_extends_another_states_what_differs(tmp_path: Path) -> None:
     write(
         tmp_path,
-        parent='name = "theirs"\nextends = "lora_dpo"\noutput.folder = "runs/theirs"\n[biases.rank_one]\n',
+        parent='name = "theirs"\nextends = "lora_dpo"\noutput.folder = "runs/theirs"\n[inductive_biases.rank_one]\n',
         child='extends = "parent.toml"\n[adapter]\nr = 2\n[loss]\nname = "simpo"\n'
-        "[trainer]\nmax_steps = {}\n[biases]\n",
+        "[trainer]\nmax_steps = {}\n[inductive_biases]\n",
     )
     child, lora = load_arm(tmp_path / "child.toml"), load_arm("lora_dpo")
     assert (child.name, child.output.folder) == ("child", None), "an arm's own"
@@ -86,12 +89,12 @@ def test_an_arm_that_extends_another_states_what_differs(tmp_path: Path) -> None
     assert child.adapter == {**lora.adapter, "r": 2}, "key by key"
     assert child.loss == {"name": "simpo"}, "another loss has other options"
     assert child.trainer == {key: value for key, value in lora.trainer.items() if key != "max_steps"}, "the default"
-    assert child.biases == {}, "an empty table replaces"
+    assert child.get(InductiveBiases).tables == {}, "an empty table replaces"
 
 
 def test_a_view_of_another_kind_replaces_the_inherited_one(tmp_path: Path) -> None:
     write(tmp_path, child='extends = "vector_distillation"\n[views.good]\nname = "demonstrations"\nk = 2\n')
-    assert load_arm(tmp_path / "child.toml").views == {"good": {"name": "demonstrations", "k": 2}}
+    assert load_arm(tmp_path / "child.toml").get(Views).tables == {"good": {"name": "demonstrations", "k": 2}}
 
 
 @pytest.mark.parametrize(
@@ -116,7 +119,10 @@ def test_a_cells_key_does_not_depend_on_how_its_arm_is_written(tmp_path: Path) -
     write(tmp_path, child='extends = "lora_capped_dpo"\nname = "arm"\n')
     write(tmp_path, whole="name = 'arm'\n" + "".join(toml(resolved("lora_capped_dpo"))))
     tables = {"name": "g", "tasks": ["warm_tone"], "examples": [8], "seeds": [0]}
-    tables |= {"card": tomllib.loads(GRID)["card"], "claim": {"better": "arm", "than": "base"}}
+    tables |= {
+        "card": tomllib.loads(GRID)["card"],
+        "claim": {"better": "arm", "than": "base", "measure": "accuracy", "strength": "tuned"},
+    }
 
     def keys(file: str) -> list[str]:
         grid = make_grid({**tables, "arms": [str(tmp_path / file), "base"]})
@@ -133,11 +139,12 @@ def toml(tables: dict[str, Any]) -> Iterator[str]:
 
 
 def test_former_names_work_with_a_warning(tmp_path: Path) -> None:
+    arm = load_arm("vector_dpo")
     with pytest.warns(FutureWarning, match="'bias_dpo' is now called 'vector_dpo'"):
-        assert load_arm("bias_dpo") == load_arm("vector_dpo")
+        assert load_arm("bias_dpo") == arm
     write(tmp_path, old='extends = "lora_templates_dpo"\n[proliferation]\ntimes = 4\n')
     with pytest.warns(FutureWarning, match=r"\[proliferation\] is now called \[augmentation\]"):
-        assert load_arm(tmp_path / "old.toml").augmentation == {"name": "templates", "times": 4}
+        assert load_arm(tmp_path / "old.toml").get(Augmentation).key(arm) == {"name": "templates", "times": 4}
     with pytest.warns(FutureWarning, match=r"\[augmentation\]"):
         assert load_arm("lora_templates_dpo", ["--proliferation.times=4"]).augmentation["times"] == 4
 
@@ -146,7 +153,7 @@ def test_views_that_the_loss_does_not_see(tmp_path: Path) -> None:
     file = tmp_path / "mine.toml"
     file.write_text((ARMS / "vector_distillation.toml").read_text().replace('"context_distillation"', '"dpo"'))
     with pytest.raises(
-        ArmError, match=r"\[views\] \['good'\] of arm 'mine' are seen by nobody: its loss asks for \[\]"
+        ArmError, match=r"Arm 'mine' has \[views\] \['good'\], but its loss uses none of them: it asks for \[\]"
     ):
         load_arm(str(file))
     arm = load_arm("vector_neutral_dpo", ["--loss={name='cross_entropy'}", "--trainer.max_steps=1"])

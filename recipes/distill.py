@@ -156,7 +156,7 @@ def answered(
     with PartialState().split_between_processes(list(range(0, len(shown), size))) as starts:
         answers_by_start = {
             i: generate(model, tokenizer, shown[i : i + size], length, _TEMPERATURE, seed + 7 * i)
-            for i in track(starts, "batch")
+            for i in track([*starts], "batch")
         }
     # by batch: of fewer batches than processes, several have the last one
     everywhere = dict(gather_object(list(answers_by_start.items())))

@@ -72,10 +72,9 @@ class Teachers(Named):
 
     def check(self, arm: ArmLike) -> None:
         """Refuse teachers that no view shows, and those that would train at another method's learning rate."""
-        views = arm.ingredients.get("views", Views())
-        shown = {
-            table.get("model", view) for view, table in views.tables.items() if table.get("name", view) == "teacher"
-        }
+        views = arm.ingredients.get("views")
+        tables = views.tables if isinstance(views, Views) else {}
+        shown = {table.get("model", view) for view, table in tables.items() if table.get("name", view) == "teacher"}
         for name, table in self.teachers().items():
             if name not in shown:
                 raise ArmError(

@@ -22,6 +22,7 @@ RECIPES = [
     "matplotlib>=3.9",
     "pydantic>=2.8",
     "rich>=13",
+    "typer>=0.29",
     "scipy>=1.15",
     "pandas>=2.2",
     "tabulate>=0.9",  # pandas writes Markdown tables with it

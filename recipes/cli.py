@@ -48,10 +48,15 @@ def commands() -> dict[str, str]:
     return lines
 
 
+def find(name: str) -> tuple[Path, str]:
+    """The file of a recipe, and the module that it is."""
+    file = next(file for folder in _FOLDERS if (file := folder / f"{name}.py").is_file())
+    return file, f"{__package__}.{name}" if file.parent == _HERE else f"{__package__}.studies.{name}"
+
+
 def load(name: str) -> Callable[[Sequence[str]], int]:
     """A recipe's `main`, of which only the options are read until it runs."""
-    file = next(file for folder in _FOLDERS if (file := folder / f"{name}.py").is_file())
-    module = f"{__package__}.{name}" if file.parent == _HERE else f"{__package__}.studies.{name}"
+    file, module = find(name)
     return outline(file, module) or importlib.import_module(module).main
 
 

@@ -33,7 +33,7 @@ from peft import PeftModel
 from pydantic import BaseModel, Field, ValidationError
 from transformers import set_seed
 
-from steertune.adapters.checks import check_checksums, write_checksums
+from steertune.adapters.saved import check_checksums, write_checksums
 from steertune.recipes.ablation.checks import check_draws
 from steertune.recipes.ablation.grid import find_tasks
 from steertune.recipes.ablation.tables import TaskTable

@@ -23,22 +23,28 @@ from steertune.recipes.ablation.statistics import Frame
 from steertune.recipes.ablation.store import Store
 from steertune.recipes.ablation.tables import Card, Claim, GridTables, TaskTable
 from steertune.recipes.lab import measures
-from steertune.recipes.lab.command_line import Argument, Option, Result, command
+from steertune.recipes.lab.command_line import Argument, Choice, Option, Result, command
 from steertune.recipes.lab.files import ArmError, read_result, write_whole
 from steertune.recipes.lab.observe import neutral_rows
 from steertune.recipes.lab.page import html_page
+from steertune.recipes.lab.paths import modules_in
+
+NAMES = modules_in("recipes/lab/measures")
+MEASURES = [*NAMES, *(f"matched_{name}" for name in NAMES)]
+MEASURE = f"instead of the claim's measure: {', '.join(NAMES)}; matched_NAME is short for --strength matched"
 
 
 @command
 def main(
     folder: Annotated[Path, Argument(help="folder of a grid")],
-    measure: Annotated[str | None, Option(help="instead of the claim's measure")] = None,
+    measure: Annotated[str | None, Choice(MEASURES, MEASURE, metavar="NAME")] = None,
+    strength: Annotated[
+        str | None, Choice(["tuned", "matched"], "where it is read, instead of the claim's strength")
+    ] = None,
     output: Annotated[Path | None, Option(help="folder to write to (the grid's)")] = None,
 ) -> Result:
     """Write the report, and print its page."""
-    if measure is not None and measure not in analysis.MEASURES:
-        raise ArmError(f"--measure {measure!r} must be one of {sorted(analysis.MEASURES)}.")
-    page = write_report(folder, measure, output)
+    page = write_report(folder, measure, output, strength)
     short = json.loads(page.with_suffix(".json").read_text(encoding="utf-8"))
     return Result(short, f"{page.read_text(encoding='utf-8')}\nThis page: {page.with_suffix('.html')}")
 

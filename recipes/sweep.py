@@ -31,7 +31,7 @@ from pydantic import ValidationError
 from steertune.adapters import directions
 from steertune.adapters.blocks import find_blocks, resolve_layers
 from steertune.adapters.card import versions, write_card
-from steertune.adapters.config import Site
+from steertune.adapters.types import Site
 from steertune.recipes.lab import scorers
 from steertune.recipes.lab.command_line import (
     Argument,
@@ -207,8 +207,8 @@ def measure(context: Context, folder: Path) -> list[Record]:
     """Every setting on validation rows, from the top layer down, a record for each place; what is there is not
     measured again."""
     table, source = context.table, Source(context)
-    places = [(site, layer) for site in table.sites for layer in sorted(table.layers, reverse=True)]
-    records = {}
+    places: list[tuple[Site, int]] = [(site, layer) for site in table.sites for layer in sorted(table.layers, reverse=True)]
+    records: dict[tuple[Site, int], Record] = {}
     with progress("Settings", len(places) * len(table.strengths)) as bar:
         for site, layer in places:
             records[site, layer] = _at_place(context, source, site, layer, folder, bar)

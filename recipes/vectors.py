@@ -18,8 +18,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
-from steertune.adapters import arithmetic
-from steertune.adapters.arithmetic import VectorError, Vectors
+from steertune.adapters.analysis import arithmetic
+from steertune.adapters.analysis.arithmetic import VectorError, Vectors
 from steertune.adapters.card import Card
 from steertune.recipes.lab.command_line import Argument, Count, Option, Result, Threads, group
 
@@ -119,7 +119,7 @@ def _several(folders: Sequence[Path], name: str) -> None:
         raise VectorError(f"{name} needs two folders or more; this is {len(folders)}.")
 
 
-def _combined(folders: Sequence[Path], weights: list[float], output: Path, missing: str) -> Result:
+def _combined(folders: Sequence[Path], weights: list[float], output: Path, missing: Missing) -> Result:
     """A weighted sum, saved."""
     sets = _read(folders)
     made = arithmetic.combine(sets, weights, missing, output.name)

@@ -25,7 +25,7 @@ from contextlib import nullcontext, redirect_stdout
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import typer
 from typer import Argument, Option
@@ -36,6 +36,7 @@ from steertune.recipes.lab.files import ArmError, nearest
 from steertune.recipes.lab.keys import Key, arm_keys, meant, split_overrides
 from steertune.recipes.lab.paths import CONFIGS
 
+T = TypeVar("T")
 INTERRUPTED = 130
 SETTINGS: dict[str, Any] = {"max_content_width": 119, "help_option_names": ["-h", "--help"]}
 
@@ -141,7 +142,7 @@ class Command:
         signature = inspect.signature(self.function, eval_str=True)
         special = {"overrides", "words"} & {*signature.parameters}
         own = [p for p in signature.parameters.values() if p.name not in special]
-        added = {"context": typer.Context}
+        added: dict[str, Any] = {"context": typer.Context}
         if Result in (signature.return_annotation, *get_args(signature.return_annotation)):
             added["as_json"] = Annotated[
                 bool, Option("--json", help="print the result as JSON, and all else to standard error")
@@ -167,26 +168,32 @@ class Command:
         return signed
 
     def _guarded(self, arguments: dict[str, Any], as_json: bool) -> int:
-        """Call the function, print what it found or what was wrong, and return the exit code.
-
-        With `python -X dev` wrong input ends in the traceback, as errors that no input should cause always do.
-        """
-        try:
-            with redirect_stdout(sys.stderr) if as_json else nullcontext():
-                result = self.function(**arguments)
-        except KeyboardInterrupt:
-            print("\nInterrupted. The same command continues where it stopped.", file=sys.stderr)
-            return INTERRUPTED
-        except (ValueError, OSError, RuntimeError) as error:
-            if sys.flags.dev_mode or not _is_of_input(error):
-                raise
-            print(f"{type(error).__name__}: {error}", file=sys.stderr)
-            return 2
+        """Call the function, print what it found, and return the exit code."""
+        with redirect_stdout(sys.stderr) if as_json else nullcontext():
+            result = outcome(functools.partial(self.function, **arguments))
         if not isinstance(result, Result):
             return result or 0
         if as_json or result.text:
             print(json.dumps(result.data, indent=1) if as_json else result.text)
         return result.code
+
+
+def outcome(function: Callable[[], T]) -> T | int:
+    """What a function returns; if its input is wrong, or the user interrupts it, a line says so and this is the exit
+    code.
+
+    With `python -X dev` wrong input ends in the traceback, as errors that no input should cause always do.
+    """
+    try:
+        return function()
+    except KeyboardInterrupt:
+        print("\nInterrupted. The same command continues where it stopped.", file=sys.stderr)
+        return INTERRUPTED
+    except (ValueError, OSError, RuntimeError) as error:
+        if sys.flags.dev_mode or not _is_of_input(error):
+            raise
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return 2
 
 
 def command(function: Callable[..., Result | int | None]) -> Command:

@@ -27,9 +27,10 @@ from steertune.adapters import SteeringVectorConfig
 from steertune.losses import get_loss
 from steertune.recipes.lab import embedded
 from steertune.recipes.lab.arm import known
+from steertune.recipes.lab.command_line import outcome
 from steertune.recipes.lab.data import find_split
 from steertune.recipes.lab.files import ArmError
-from steertune.recipes.lab.processes import command
+from steertune.recipes.lab.processes import begin
 
 PREFIX = "steering_"
 
@@ -51,6 +52,10 @@ class SteeringArguments:
     steering_init: str = field(default="zeros", metadata={"help": "zeros, random, or a direction as mean_difference"})
     steering_init_scale: float = field(default=1.0, metadata={"help": "multiplies the initial vector"})
     steering_init_weights: bool = field(default=True, metadata={"help": "False: as init=random, PEFT's word for it"})
+    threads: int | None = field(
+        default=None,
+        metadata={"help": "CPU threads (OMP_NUM_THREADS, else the cores that this process may use)"},
+    )
     loss: str | None = field(default=None, metadata={"help": "a file of losses/, as bipo (TRL's own loss)"})
     loss_options: str = field(default="{}", metadata={"help": 'of the loss, as "{beta = 0.2}"'})
 
@@ -61,7 +66,7 @@ class SteeringArguments:
             ValueError: a value that is out of range.
         """
         given = {f.name.removeprefix(PREFIX): getattr(self, f.name) for f in dataclasses.fields(self)}
-        switches = {name: value for name, value in given.items() if name not in ("loss", "loss_options")}
+        switches = {name: value for name, value in given.items() if name not in ("threads", "loss", "loss_options")}
         return SteeringVectorConfig(**{**switches, "layers": _toml(self.steering_layers)})
 
     def loss_object(self) -> Any:
@@ -79,7 +84,6 @@ class SteeringArguments:
         return get_loss(self.loss, **options)
 
 
-@command
 def run(trainer_class: type, arguments_class: Any, argv: Sequence[str] | None, prog: str, doc: str) -> int:
     """The command line of one trainer; returns the exit code.
 
@@ -91,11 +95,15 @@ def run(trainer_class: type, arguments_class: Any, argv: Sequence[str] | None, p
         doc: Its help.
     """
     classes = (ScriptArguments, arguments_class, ModelConfig, DatasetMixtureConfig, SteeringArguments)
-    parser = TrlParser(classes, prog=prog, description=doc)  # pyright: ignore[reportArgumentType]
+    parser = TrlParser(classes, prog=f"steertune {prog}", description=doc)  # pyright: ignore[reportArgumentType]
     _default_for_cpu(parser)
-    parsed: Any = parser.parse_args_and_config(list(sys.argv[1:] if argv is None else argv))
-    train(trainer_class, *parsed)
-    return 0
+
+    def parse_and_train() -> int:
+        parsed: Any = parser.parse_args_and_config(list(sys.argv[1:] if argv is None else argv))
+        train(trainer_class, *parsed)
+        return 0
+
+    return outcome(parse_and_train)
 
 
 def train(
@@ -106,11 +114,12 @@ def train(
     mixture: Any,
     steering: SteeringArguments,
 ) -> None:
-    """As TRL's scripts do it: data, trainer, training, saving.
+    """Train as TRL's scripts do: data, trainer, training, saving.
 
     Raises:
         ValueError: no data are named, a split is missing, or a switch is out of range.
     """
+    begin(steering.threads)
     adapter: PeftConfig | None = get_peft_config(model) or steering.peft_config()
     loss = steering.loss_object()
     data = _data(script, mixture)

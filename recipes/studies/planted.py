@@ -19,7 +19,7 @@ from typing import Annotated, Any
 
 from transformers import AutoModelForCausalLM
 
-from steertune.adapters.checks import CHECKSUMS, check_checksums
+from steertune.adapters.saved import CHECKSUMS, check_checksums
 from steertune.recipes.ablate import run
 from steertune.recipes.ablation.cells import read_cells
 from steertune.recipes.ablation.context import Context
@@ -34,7 +34,7 @@ from steertune.recipes.studies.planting.page import page
 from steertune.recipes.studies.planting.studies import Study, read_study
 from steertune.recipes.studies.planting.teachers import LAYER, save_base, write_task
 
-CHOSEN = list(PROBLEMS)
+CHOSEN: list[str] = list(PROBLEMS)
 WRONG_LAYER = 0
 TASKS, SEEDS, EXAMPLES, TEST = 2, 4, 128, 60
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import BaseModel, Field, field_validator
 
-from steertune.adapters.config import Site
+from steertune.adapters.types import Site
 from steertune.recipes.lab.arm import Arm, load_arm, make_arm
 from steertune.recipes.lab.files import ArmError
 from steertune.recipes.lab.ingredients import check_recipe

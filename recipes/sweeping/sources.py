@@ -14,8 +14,8 @@ from torch import Tensor
 from transformers import set_seed
 
 from steertune.adapters import SteeringVectorConfig, directions, steering_layers
-from steertune.adapters.activations import collect
-from steertune.adapters.config import NORMS_WITH_VALUE, Site
+from steertune.adapters.analysis.activations import collect
+from steertune.adapters.types import NORMS_WITH_VALUE, Site
 from steertune.recipes.lab.arm import Arm
 from steertune.recipes.lab.batches import batches
 from steertune.recipes.lab.files import ArmError

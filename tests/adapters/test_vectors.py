@@ -14,8 +14,9 @@ from measuring import margins
 from peft import PeftModel, get_peft_model
 from tiny_models import fill, steered, tiny, tokens
 
-from steertune.adapters import SteeringVectorConfig, arithmetic, set_strength, steering_layers
-from steertune.adapters.arithmetic import VectorError, combine, orthogonalise, project_out, read, similarity
+from steertune.adapters import SteeringVectorConfig, set_strength, steering_layers
+from steertune.adapters.analysis import arithmetic
+from steertune.adapters.analysis.arithmetic import VectorError, combine, orthogonalise, project_out, read, similarity
 from steertune.recipes import vectors
 from steertune.recipes.lab import together
 from steertune.recipes.lab.rows import Record
@@ -242,13 +243,13 @@ def test_another_base_is_refused(pair, tmp_path, capsys):
     ("words", "reason"),
     [
         (["subtract", "A", "--output", "NEW"], "two folders or more"),
-        (["add", "A", "B", "--weights", "1", "--output", "NEW"], "as many finite weights"),
-        (["add", "A", "B", "--weights", "1", "nan", "--output", "NEW"], "as many finite weights"),
+        (["add", "A", "B", "--weights", "1", "--output", "NEW"], "2 vectors need 2 finite weights"),
+        (["add", "A", "B", "--weights", "1", "nan", "--output", "NEW"], "2 vectors need 2 finite weights"),
         (["average", "A", "B", "--weights", "1", "-1", "--output", "NEW"], "add up to 0"),
         (["subtract", "A", "A2", "--output", "NEW"], "zero or not finite"),
         (["project-out", "A", "A2", "--output", "NEW"], "Nothing of"),
         (["orthogonalise", "A", "A2", "--output", "NEW"], "Nothing of"),
-        (["add", "A", "EMPTY", "--output", "NEW"], "is no adapter folder"),
+        (["add", "A", "EMPTY", "--output", "NEW"], "is not an adapter folder"),
         (["add", "A", "B", "--output", "B"], "is not empty"),
         (["similarity", "A"], "two folders or more"),
         (["together", "A", "--data", "x", "y"], "two folders"),
@@ -264,7 +265,7 @@ def test_bad_input(words, reason, pair, tmp_path, capsys):
 
 
 def test_no_shared_layer_has_no_similarity(tmp_path):
-    with pytest.raises(VectorError, match=r"No layer is shared: a \[1\], b \[2\]"):
+    with pytest.raises(VectorError, match=r"They share no layer: a \[1\], b \[2\]"):
         similarity([read(saved(tmp_path / "a", {1: [1.0]})), read(saved(tmp_path / "b", {2: [1.0]}))])
 
 

@@ -20,7 +20,7 @@ def said(says: str, recipe: str, *words: str, before: Callable[[Lab], Any] | Non
         if before is not None:
             before(lab)
         given = [word.replace("{root}", str(lab.root)).replace("{here}", str(lab.here)) for word in words]
-        run(import_module(f"steertune.recipes.{recipe}").main, given)
+        run(import_module(cli.find(recipe)[1]).main, given)
 
     return call, says
 
@@ -68,7 +68,7 @@ def pipe(lab: Lab) -> None:
     os.mkfifo(lab.here / "prompts")
 
 
-WHOLE = "is no whole number from 1"
+WHOLE = "must be a whole number of 1 or more"
 NO_ARM = "ArmError: No arm 'nothing': neither a .toml file nor one of"
 NO_GRID = "ArmError: No grid 'nothing'"
 NO_ADAPTER = "is no adapter folder: it has no adapter_config.json"
@@ -76,9 +76,9 @@ DATA = "--data.name={root}/task/train.jsonl"
 MODEL = "--model.name={root}/model"
 
 ROWS: dict[str, Row] = {
-    "steertune of nothing known": command("unknown command 'trian'. Did you mean 'train'", "trian"),
-    "steertune of a path": command("unknown command '../x'", "../x"),
-    "steertune of a private module": command("unknown command 'files'", "files"),
+    "steertune of nothing known": command("No such command 'trian'. Did you mean 'train'", "trian"),
+    "steertune of a path": command("No such command '../x'", "../x"),
+    "steertune of a private module": command("No such command 'files'", "files"),
     "config of nothing known": said("No configuration 'zero4'; there are .*Did you mean 'zero", "config", "zero4"),
     "config of a path": said("No configuration '../../x'", "config", "../../x"),
     "config of a file": said("No configuration 'zero2.yaml'", "config", "zero2.yaml"),
@@ -87,7 +87,9 @@ ROWS: dict[str, Row] = {
     "train of a path that is a folder": said(
         "No arm 'x.toml'", "train", "x.toml", before=lambda lab: (lab.here / "x.toml").mkdir()
     ),
-    "train with an unknown flag": said("Unknown key 'thread' in .arm", "train", "vector_dpo", "--thread", "5"),
+    "train with an unknown flag": said(
+        "No such option: --thread. Did you mean --threads", "train", "vector_dpo", "--thread", "5"
+    ),
     "train into a finished run": said(
         "holds a finished run .*Choose another", "train", "vector_dpo", "--output.folder=done", before=finished
     ),
@@ -162,22 +164,22 @@ ROWS: dict[str, Row] = {
     # grids
     "ablate of nothing": said(NO_GRID, "ablate", "nothing"),
     "ablate of a path": said("No grid '../../x'", "ablate", "../../x"),
-    "ablate without a grid": said("the following arguments are required: grid", "ablate"),
-    "ablate with no threads": said(f"--threads: '0' {WHOLE}", "ablate", "quick", "--threads", "0"),
+    "ablate without a grid": said("Missing argument 'grid'", "ablate"),
+    "ablate with no threads": said(f"--threads': '0' {WHOLE}", "ablate", "quick", "--threads", "0"),
     "ablate with threads of look-alike digits": said(WHOLE, "ablate", "quick", "--threads", "\u0662"),
     "ablate with half a grid": on("x.toml is not valid TOML", "x.toml", "[card", "ablate", "x.toml"),
     "benchmark_grid of nothing": said(NO_GRID, "benchmark_grid", "nothing"),
     "report of nothing": said("holds no grid", "report", "{here}"),
     "report of half a grid": on("is damaged", "grid.json", "{", "report", "{here}"),
-    "report of an unknown measure": said("invalid choice: 'acc'", "report", "{here}", "--measure", "acc"),
+    "report of an unknown measure": said("'acc' must be one of accuracy", "report", "{here}", "--measure", "acc"),
     "contrast_prompts of nothing": said("No file 'nothing'. Names: ", "contrast_prompts", "nothing"),
     "contrast_prompts of half a file": on("not valid TOML", "x.toml", "seen = [", "contrast_prompts", "x.toml"),
     "planted of no studies": said(WHOLE, "planted", "--studies", "0"),
-    "planted of an unknown problem": said("invalid choice: 'vector'", "planted", "--problems", "vector"),
+    "planted of an unknown problem": said("'vector' must be one of bias", "planted", "--problems", "vector"),
     "gradients of one batch": said(
         "two batches or more", "gradients", "cautious_advice", "--pairs", "4", "--batch", "4"
     ),
-    "gradients of batches of text": said("--batch: 'x'", "gradients", "cautious_advice", "--batch", "x"),
+    "gradients of batches of text": said("--batch': 'x'", "gradients", "cautious_advice", "--batch", "x"),
     "gradients of an arm of nothing": said(NO_ARM, "gradients", "cautious_advice", "--arm", "nothing"),
     "probes of too few pairs": said("8 pairs or more", "probes", "cautious_advice", "--train", "7"),
     "probes of an unknown direction": said(
@@ -196,7 +198,7 @@ ROWS: dict[str, Row] = {
         "1",
     ),
     "benchmark of no tokens": said(WHOLE, "benchmark", "--tokens", "0"),
-    "benchmark of half a row": said("argument --rows", "benchmark", "--rows", "128"),
+    "benchmark of half a row": said("--rows 128: TOKENS/PROMPT", "benchmark", "--rows", "128"),
     "scale on no GPU": said(WHOLE, "scale", "--gpus", "0"),
     "scale of nothing": said("nowhere", "scale", "./nowhere"),
     # adapters
@@ -213,7 +215,7 @@ ROWS: dict[str, Row] = {
     "chat at no temperature": said("temperature=-1.0", "chat", "nowhere", "--temperature", "-1"),
     "export of nothing": said(NO_ADAPTER, "export", "nowhere", "--to", "peft", "--output", "o"),
     "export to an unknown target": said(
-        "invalid choice: 'pfet'", "export", "nowhere", "--to", "pfet", "--output", "o"
+        "'pfet' must be one of .*Did you mean 'peft'", "export", "nowhere", "--to", "pfet", "--output", "o"
     ),
     "export at strength 0": said(
         "--strength 0: a finite number that is not 0",

@@ -18,8 +18,6 @@ from steertune.adapters import set_strength
 from steertune.recipes import chat, cli, info
 from steertune.recipes.lab.generation import generate
 
-RECIPES = Path(cli.__file__).parent
-
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
@@ -30,16 +28,14 @@ def folder(tmp_path_factory) -> Path:
 def test_every_recipe_is_a_command_with_a_line_of_help(capsys):
     assert cli.main(["--help"]) == 0
     page = capsys.readouterr().out
-    for name in ("train", "ablate", "report", "export", "chat", "info"):
-        assert f"\n  {name} " in page
     for name, line in cli.commands().items():
-        assert line, name
-        assert "def main(argv" in (RECIPES / f"{name}.py").read_text(), name
+        assert line and f"\n  {name} " in page, name
+    assert {"train", "ablate", "report", "export", "chat", "info", "gradients"} <= {*cli.commands()}
     assert not {"cli", "arm", "measures", "training"} & set(cli.commands())
 
 
-@pytest.mark.parametrize("name", cli.commands())
-def test_help_of_every_command(name, capsys):
+@pytest.mark.parametrize("name", ["trl_dpo", "trl_sft", "dpo_loop"])
+def test_help_of_recipes_that_read_their_words_themselves(name, capsys):
     with pytest.raises(SystemExit) as stopped:
         cli.main([name, "--help"])
     assert stopped.value.code == 0
@@ -53,15 +49,16 @@ def test_help_imports_nothing_heavy():
 
 def test_unknown_commands_and_no_command(capsys):
     assert cli.main(["trian"]) == 2
-    assert "Did you mean 'train'?" in capsys.readouterr().err
+    assert "No such command 'trian'. Did you mean 'train'?" in capsys.readouterr().err
     assert cli.main([]) == 2
     assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1].startswith("steertune ")
 
 
 def test_an_interrupt_is_no_traceback(monkeypatch, capsys):
-    monkeypatch.setattr(info, "main", lambda words: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(info.main, "function", lambda **_: (_ for _ in ()).throw(KeyboardInterrupt))
     assert cli.main(["info", "x"]) == 130
-    assert "goes on where it stopped" in capsys.readouterr().err
+    assert "continues where it stopped" in capsys.readouterr().err
 
 
 def test_info_says_what_is_there_and_whether_it_fits(folder, capsys):

@@ -18,7 +18,7 @@ from steertune.recipes.lab.files import ArmError
 from steertune.recipes.lab.ingredients.teachers import Teachers, examples_of
 from steertune.recipes.lab.training import make_trainer, training_of
 from steertune.trainers import Batch, FrozenPrefix, ViewError, get_view, share_weights
-from steertune.trainers._at import ModelAt
+from steertune.trainers.model_at import ModelAt
 
 
 def taught(seed: int = 5, **options):

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from steertune.recipes.lab.files import ArmError
 from steertune.recipes.lab.ingredients import ArmLike, Named, Training
-from steertune.trainers.biases import get_bias
+from steertune.trainers.inductive_biases import get_bias
 
 
 class InductiveBiases(Named):
@@ -28,7 +28,7 @@ class InductiveBiases(Named):
 
     def apply(self, training: Training) -> None:
         """Give them to the trainer."""
-        training.options["biases"] = self.tables
+        training.options["inductive_biases"] = self.tables
 
     def key(self, arm: ArmLike) -> Any:
         """In their order, which decides what the later ones find."""

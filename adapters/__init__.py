@@ -8,7 +8,7 @@ from . import directions
 from .config import SteeringVectorConfig
 from .layer import SteeringVectorLayer, steering_layers
 from .model import SteeringVectorModel
-from .positions import prompt_length
+from .prompts import prompt_length
 from .strength import set_strength
 
 __all__ = [

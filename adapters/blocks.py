@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import nn
 
-from .config import Layers, Site
+from .types import Layers, Site
 
-# how class names of attention and MLP (or mixture-of-experts) modules end
+# The endings of class names of attention and MLP (or mixture-of-experts) modules.
 _SITE_CLASSES = {
     "attention": re.compile(r"attention$", re.I),
     "mlp": re.compile(r"(mlp|moe|moeblock|moelayer|feedforward|ffn)$", re.I),
@@ -21,7 +21,7 @@ _ESCAPE = "Name the modules to steer yourself: target_modules=<regular expressio
 
 
 def text_config(model: nn.Module) -> Any:
-    """The configuration of the text decoder (a vision-language model keeps it inside)."""
+    """The configuration of the text decoder, which a vision-language model keeps inside its own."""
     config = getattr(model, "config", None)
     if config is None or not hasattr(config, "get_text_config"):
         raise ValueError(f"{type(model).__name__} has no transformers config, so its decoder blocks are unknown.")
@@ -33,16 +33,16 @@ def text_config(model: nn.Module) -> Any:
 
 
 def has_config(model: nn.Module) -> bool:
-    """Whether a model has a transformers configuration, which says how wide and how deep it is."""
+    """Whether a model has a transformers configuration, which gives its width and depth."""
     return hasattr(getattr(model, "config", None), "get_text_config")
 
 
 def width_of(model: nn.Module, name: str, target: nn.Module) -> int:
-    """Width of what the steered module returns: the hidden size, or in a model without a transformers configuration
-    that of the module, or of the last one in it that tells.
+    """The width of what the steered module returns: the hidden size. In a model without a transformers configuration
+    it is read from the last module inside that has a width.
 
     Raises:
-        ValueError: no module inside tells.
+        ValueError: no module inside has a width.
     """
     if has_config(model):
         return text_config(model).hidden_size
@@ -54,7 +54,7 @@ def width_of(model: nn.Module, name: str, target: nn.Module) -> int:
             if isinstance(width, tuple) and width:
                 return int(width[-1])
     raise ValueError(
-        f"Cannot tell the width of what {name} ({type(target).__name__}) returns: no module in it has one of "
+        f"The width of what {name} ({type(target).__name__}) returns is unknown: no module in it has one of "
         f"{_WIDTHS}. Choose target_modules that are or end with a layer such as nn.Linear or nn.LayerNorm."
     )
 
@@ -62,10 +62,10 @@ def width_of(model: nn.Module, name: str, target: nn.Module) -> int:
 def find_blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """`(full name, module)` of every decoder block, in order.
 
-    The blocks are the one `nn.ModuleList` with `num_hidden_layers` entries that is not inside another such list.
+    The blocks are in the one `nn.ModuleList` with `num_hidden_layers` entries that is not inside another such list.
 
     Raises:
-        ValueError: not a decoder-only transformers model, or no list, or several lists fit.
+        ValueError: it is not a decoder-only transformers model, or no list or several lists fit.
     """
     depth = text_config(model).num_hidden_layers
     lists = {
@@ -93,17 +93,17 @@ def find_stack(model: nn.Module) -> nn.Module:
 
 
 def resolve_layers(layers: Layers, depth: int) -> list[int]:
-    """Indices, in order and without repeats, for a `layers` switch (see `SteeringVectorConfig`).
+    """The indices, sorted and unique, that a `layers` switch means (see `SteeringVectorConfig`).
 
     Raises:
-        ValueError: an index that the model does not have.
+        ValueError: the model does not have one of the layers.
     """
     if layers == "all":
         return list(range(depth))
     indices = set()
     assert not isinstance(layers, str)  # the config has refused every other word
     for layer in [layers] if isinstance(layers, int | float) else layers:
-        # the small term keeps 0.29 * 100 = 28.999999999999996 at layer 29
+        # The small term keeps 0.29 * 100 = 28.999999999999996 at layer 29.
         index = math.floor(layer * depth + 1e-9) if isinstance(layer, float) else layer
         if index >= depth:
             raise ValueError(
@@ -114,16 +114,16 @@ def resolve_layers(layers: Layers, depth: int) -> list[int]:
 
 
 def site_name(block_name: str, block: nn.Module, site: Site) -> str:
-    """Full name of the module whose output is steered.
+    """The full name of the module whose output is steered.
 
     Raises:
-        ValueError: the block has no, or several, direct children whose class name says attention (or MLP), or hands
-            on several streams.
+        ValueError: the block has no or several direct children whose class name ends like an attention (or MLP)
+            module's, or it returns several streams.
     """
     if site == "block":
         if any(_PARALLEL_STREAMS.search(type(child).__name__) for child in block.children()):
             raise ValueError(
-                f"{block_name} ({type(block).__name__}) hands on several parallel streams (AltUp), so it has no "
+                f"{block_name} ({type(block).__name__}) returns several parallel streams (AltUp), so it has no "
                 "single residual stream to steer. Use site='attention' or site='mlp'."
             )
         return block_name

@@ -1,7 +1,7 @@
-"""How many tokens a cache holds, for caches of keys and values and for those of recurrent states.
+"""Count the tokens in a cache, of keys and values or of recurrent states.
 
-A cache of keys and values says it itself. One of recurrent states (Mamba, xLSTM, RWKV, MiniMax) has no column per
-token, so the columns are counted here while the model runs.
+A cache of keys and values knows its length. A cache of recurrent states (Mamba, xLSTM, RWKV, MiniMax) has no column
+per token, so its columns are counted here while the model runs.
 """
 
 from __future__ import annotations
@@ -11,33 +11,33 @@ from collections.abc import Mapping
 from typing import Any
 
 CACHE_NAMES = ("cache", "past_key_values")
-"""What the cache of keys and values is called: from transformers 5.24, and before."""
+"""Argument names of the cache of keys and values: since transformers 5.24, and before."""
 RECURRENT_CACHE_NAMES = ("cache_params", "state")
-"""What the cache of recurrent states is called: in Mamba and xLSTM, and in RWKV."""
+"""Argument names of the cache of recurrent states: in Mamba and xLSTM, and in RWKV."""
 
 
 def cache_in(arguments: Mapping[str, Any]) -> Any:
-    """The cache among a model's arguments or outputs; None without one."""
+    """The cache among the arguments or outputs of a model, or None."""
     names = (*CACHE_NAMES, *RECURRENT_CACHE_NAMES)
     return next((arguments[name] for name in names if arguments.get(name) is not None), None)
 
 
 def counts_itself(cache: Any) -> bool:
-    """Whether a cache says how many columns it holds, as far as that is known already."""
+    """Whether a cache already gives its own number of columns."""
     return bool(cache is not None and _own_length(cache))
 
 
 class CacheLengths:
-    """Columns that each cache holds. Caches are referred to weakly, so that none is kept alive."""
+    """The number of columns in each cache. References are weak, so that no cache is kept alive."""
 
     def __init__(self) -> None:
         self._columns: dict[int, tuple[weakref.ref[Any], int]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"_columns": {}}  # a copy of the model, or a model read from a file, meets other caches
+        return {"_columns": {}}  # copies and unpickled models have other caches
 
     def of(self, cache: Any) -> int | None:
-        """Columns in a cache; None if it may hold states of tokens that were not counted."""
+        """The number of columns in a cache; None if it may hold states of tokens that were not counted."""
         if cache is None:
             return 0
         length = _own_length(cache)
@@ -47,7 +47,7 @@ class CacheLengths:
         return columns if reference is None or reference() is _referable(cache) else length
 
     def count(self, cache: Any, columns: int) -> None:
-        """Note that `cache` now holds this many columns, unless it counts them itself."""
+        """Record that `cache` now holds this many columns, unless it counts them itself."""
         if cache is None or counts_itself(cache):
             return
         anchor = _referable(cache)
@@ -56,12 +56,12 @@ class CacheLengths:
 
 
 def _referable(cache: Any) -> Any:
-    """The cache, or the first of a list of states: lists take no weak references."""
+    """The cache, or the first of a list of states, because a list has no weak references."""
     return cache[0] if isinstance(cache, list | tuple) else cache
 
 
 def _own_length(cache: Any) -> int | None:
-    """What the cache says; None if it says nothing. MiniMax's says 0, whatever it holds."""
+    """The length that the cache gives, or None. MiniMax's cache always gives 0."""
     length = getattr(cache, "get_seq_length", None)
     if length is None:
         return None
@@ -72,7 +72,7 @@ def _own_length(cache: Any) -> int | None:
 
 
 def _is_empty(cache: Any) -> bool:
-    """Whether a cache says that it holds no recurrent states."""
+    """Whether a cache reports that it holds no recurrent states."""
     has_states = getattr(cache, "has_previous_state", None)
     if has_states is None:
         return False

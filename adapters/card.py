@@ -1,7 +1,7 @@
 """The model card of an adapter: what it is for, what it did, what it costs, and what is not known about it.
 
-PEFT writes its own card as a template of blanks. This one says what is known and names what was not measured; the
-metadata that PEFT and the Hub put at the top of it are kept, and PEFT keeps the text when it updates a card.
+PEFT's own card is a template of blanks. This one says what is known and names what was not measured. It keeps the
+metadata that PEFT and the Hub put at its top, and PEFT keeps the text when it updates a card.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 from huggingface_hub import ModelCard, ModelCardData
 
 MARK = "<!-- written by steertune: a card without this line is left as it is -->"
-"""Stands in every card that may be written anew."""
+"""Part of every card that may be overwritten."""
 UNKNOWN = "Not measured."
 SAFETY = (
     "A steering vector changes what a model says without retraining it, and can undo refusals and other trained "
@@ -31,7 +31,7 @@ _TAGS = ["steering-vector", "steertune"]
 
 @dataclass(frozen=True)
 class Card:
-    """What is known of an adapter beyond its configuration, as Markdown. None: the card says that it is not known.
+    """What is known about an adapter beyond its configuration, as Markdown. None: the card says that it is not known.
 
     Attributes:
         title: The heading.
@@ -39,10 +39,10 @@ class Card:
         problem: The question it was made for, with baselines and what would have counted against it.
         data: What it was made from.
         made: How it was made.
-        measured: What it did on rows it was not made from.
-        side_effects: What it does to text it should leave alone.
+        measured: What it did on rows that it was not made from.
+        side_effects: What it does to text that it should leave alone.
         advice: Which layer and strength to use, and how they were chosen.
-        safety: What to look at before others use it.
+        safety: What to check before others use it.
     """
 
     title: str = "Steering vector"
@@ -60,12 +60,12 @@ def write_card(folder: str | Path, card: Card, anyway: bool = False) -> Path | N
     """Write the card of a saved adapter as its README.md, over PEFT's template or an earlier card of this kind.
 
     Args:
-        folder: Where the adapter was saved.
-        card: What is known of it.
-        anyway: Whether to replace a README that may say what somebody wrote.
+        folder: The folder of the adapter.
+        card: What is known about it.
+        anyway: Whether to replace a README that a person may have written.
 
     Returns:
-        The file; None where a README that somebody else wrote was left as it is.
+        The file, or None if a README that a person wrote was left unchanged.
 
     Raises:
         FileNotFoundError: there is no adapter in the folder.
@@ -91,12 +91,12 @@ def write_card(folder: str | Path, card: Card, anyway: bool = False) -> Path | N
 
 
 def replaceable(text: str) -> bool:
-    """Whether a card's text says nothing that somebody wrote: PEFT's template of blanks, or one of these cards."""
+    """Whether no person wrote the text of a card: it is PEFT's template of blanks, or one of these cards."""
     return MARK in text or "[More Information Needed]" in text
 
 
 def versions() -> str:
-    """What a result is made with: Python, packages, device."""
+    """The versions that a result was made with: Python, packages, device."""
     packages = [f"{name} {importlib.metadata.version(name)}" for name in _PACKAGES]
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     return ", ".join([f"Python {platform.python_version()}", *packages, f"on {device}"])
@@ -122,7 +122,7 @@ def _lines(card: Card, config: dict[str, Any], folder: str) -> list[str]:
 
 
 def _on_the_hub(config: dict[str, Any]) -> str | None:
-    """The base model's name where it is no folder of this machine, which nobody else has."""
+    """The name of the base model, or None if it is a folder on this machine."""
     name = config.get("base_model_name_or_path")
     return None if not name or Path(name).is_dir() else name
 
@@ -149,7 +149,7 @@ def _use(config: dict[str, Any], base: str, folder: str) -> list[str]:
 
 
 def _made_for(config: dict[str, Any]) -> list[str]:
-    """The fingerprint, so that a reader can tell another base by eye; loading compares it by itself."""
+    """The fingerprint, so that a reader can recognise the base by eye; loading compares it automatically."""
     found = config.get("base_fingerprint")
     if not found:
         return []

@@ -5,32 +5,20 @@ from __future__ import annotations
 import copy
 import math
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeGuard, get_args
+from pathlib import Path
+from typing import Any, TypeGuard, get_args
 
 from peft import PeftConfig
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 
-from .checks import (
-    check_adapter_folder,
-    check_fingerprint_form,
-    checksum_of,
-    choose,
-    did_you_mean,
-    drop_undeclared,
-    local_folder,
-    read_config,
-)
+from .fingerprint import check_fingerprint_form
 from .registration import AUTO, PEFT_TYPE
+from .registry import choose, did_you_mean, file_names
+from .saved import check_adapter_folder, checksum_of, drop_undeclared, local_folder, read_config
+from .types import NORMS_WITH_VALUE, Form, Layers, Norm, Positions, Site
 
-Form = Literal["bias", "gated", "linear", "low_rank"]
-Site = Literal["block", "attention", "mlp"]
-Norm = Literal["free", "fixed", "capped", "relative", "preserve"]
-Positions = Literal["all", "completion", "prompt", "last_prompt"]
-Layers = int | float | str | Sequence[int | float]
-
-NORMS_WITH_VALUE = ("fixed", "capped", "relative")
+_DIRECTIONS = Path(__file__).parent / "directions"
 
 
 @dataclass
@@ -67,22 +55,22 @@ class SteeringVectorConfig(PeftConfig):
         stream_sizes: Typical norm of the residual stream where each layer's vector is written (key: the layer's index
             as a string), the unit of learning rates (see `adapters/units.py`). Measured at injection of an adapter
             that is to be trained. `{}`: learning rates are absolute.
-        base_fingerprint: Filled in at injection: what the vector was made for. Loading on another base is an error;
-            set it to None to transfer a vector on purpose.
-        target_modules: Filled in from `layers` and `site`. For a model whose blocks cannot be told, give a regular
-            expression that matches the full names of the modules whose output is to be steered. What is saved are
-            their names.
+        base_fingerprint: Filled in at injection: identifies the base model. Loading on another base is an error; set
+            it to None to transfer a vector on purpose.
+        target_modules: Filled in from `layers` and `site`. For a model whose blocks cannot be found, give a regular
+            expression that matches the full names of the modules whose output is to be steered. Their names are
+            saved.
         modules_to_save: Other modules to train and save whole, as in every PEFT method.
-        checksum: Filled in when PEFT saves the adapter: of this configuration and the weights, compared when it is
-            loaded. Set it to null in a file that was changed on purpose.
+        checksum: Filled in when PEFT saves the adapter: a checksum of this configuration and the weights, compared
+            when the adapter is loaded. Set it to null in a file that was changed on purpose.
         init_weights: False starts from a random direction instead of zeros, so that the adapter has an effect before
-            it is trained: PEFT's word for it in other methods, the same as `init="random"`.
+            it is trained. It is PEFT's name in other methods for `init="random"`.
 
-    PEFT's `task_type` left out is that of the model. Sequence and token classifiers and models for question answering
-    save their head (PEFT names it in `modules_to_save`), and all their positions are steered.
+    Without `task_type`, the task is that of the model. Sequence and token classifiers and models for question
+    answering save their head (PEFT names it in `modules_to_save`), and all their positions are steered.
 
     Raises:
-        ValueError: for a value out of its range, naming it, the allowed values and the fix.
+        ValueError: a value is out of its range; the message names it, the allowed values and the fix.
     """
 
     form: Form = field(default="bias")
@@ -121,7 +109,7 @@ class SteeringVectorConfig(PeftConfig):
             raise ValueError(f"rank={self.rank} with form={self.form!r}: rank > 1 is what form='low_rank' is for.")
 
     def to_dict(self) -> dict[str, Any]:
-        """As the parent's; the task is None until the model has said it."""
+        """Like the parent; the task is None while the model is not known."""
         values = super().to_dict()
         return {**values, "task_type": None if self.task_type == AUTO else self.task_type}
 
@@ -135,13 +123,19 @@ class SteeringVectorConfig(PeftConfig):
         """The parameters one steered layer holds: `v`, and for input-dependent forms `w` and `b`."""
         return ("v",) if self.form == "bias" else ("v", "w", "b")
 
+    def parameter_shape(self, name: str, d: int) -> tuple[int, ...]:
+        """Shape of parameter `v`, `w` or `b` in a residual stream of width `d`."""
+        if name == "b":
+            return (self.rank,)
+        return (self.rank, d) if self.form == "low_rank" else (d,)
+
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any):
-        """Read `adapter_config.json`, after checking the weight file beside it (see `check_adapter_folder`).
+        """Read `adapter_config.json`, and check the weights in the same folder (see `check_adapter_folder`).
 
         Raises:
-            TypeError: the file does not say of which kind the adapter is.
-            ValueError: the adapter is of another kind, or its weights are not usable.
+            TypeError: the file does not say which kind of adapter it is.
+            ValueError: it is another kind of adapter, or its weights are not usable.
         """
         config: Any = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
         if not isinstance(config, SteeringVectorConfig):
@@ -149,21 +143,21 @@ class SteeringVectorConfig(PeftConfig):
             raise ValueError(f"{pretrained_model_name_or_path} holds a {kind} adapter, not a steering vector.")
         hub_options = cls._split_kwargs(kwargs)[0]
         check_adapter_folder(local_folder(pretrained_model_name_or_path, subfolder, **hub_options), config)
-        config.checksum = None  # of the file, not of what becomes of the vector
+        config.checksum = None  # it describes the file, and the vector may change
         return config
 
     @classmethod
     def from_json_file(cls, path_json_file: str, **kwargs: Any) -> dict[str, Any]:
-        """As the parent's, after checking that it is a steering vector's configuration (see `read_config`)."""
-        found = read_config(path_json_file)
-        found.pop("runtime_config", None)  # as the parent does
-        return found
+        """Like the parent, and also check that it is the configuration of a steering vector (see `read_config`)."""
+        values = read_config(path_json_file)
+        values.pop("runtime_config", None)  # like the parent
+        return values
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """As the parent's, with a checksum where `PeftModel` saves, which has written the weights before.
+        """Like the parent, and also write a checksum if `PeftModel` saves, which has already written the weights.
 
-        transformers writes them afterwards, over those of an earlier save. Embeddings that PEFT added to the weights
-        because the vocabulary was resized are taken out: they are the base's.
+        transformers writes the weights afterwards, over those of an earlier save, so it gets no checksum. Embeddings
+        that PEFT added because the vocabulary was resized belong to the base and are removed from the weights.
         """
         weights = os.path.join(save_directory, SAFETENSORS_WEIGHTS_NAME)
         saved = copy.copy(self)
@@ -209,7 +203,7 @@ class SteeringVectorConfig(PeftConfig):
                 raise ValueError(f"norm={self.norm!r} is defined for one write vector, not for form='low_rank'.")
 
     def _check_types(self) -> None:
-        """What PEFT and JSON keep whatever its type."""
+        """Check the types of values that PEFT and JSON accept without a check."""
         kinds = {"tied": bool, "target_modules": str | None, "checksum": str | None, "init": str}
         for name, kind in kinds.items():
             if not isinstance(value := getattr(self, name), kind):
@@ -217,21 +211,23 @@ class SteeringVectorConfig(PeftConfig):
                 raise ValueError(f"{name}={value!r:.200} is {type(value).__name__}, {expected} is expected.")
         names = self.modules_to_save
         if names is not None and not (isinstance(names, list) and all(isinstance(n, str) and n for n in names)):
-            raise ValueError(f"modules_to_save={names!r:.200} is no list of names: give ['lm_head'], or None.")
+            raise ValueError(
+                f"modules_to_save={names!r:.200} must be a list of module names such as ['lm_head'], or None."
+            )
         for name in ("residual_norms", "stream_sizes"):
             norms = getattr(self, name)
             if norms is not None and not (
                 isinstance(norms, dict) and all(str(k).isdigit() and _is_finite(n) and n > 0 for k, n in norms.items())
             ):
                 raise ValueError(
-                    f"{name}={norms!r:.200}: a finite number above 0 for every layer is expected, such as "
-                    "{'15': 40.2}; None has them measured."
+                    f"{name}={norms!r:.200} must map each layer to a finite number above 0, such as {{'15': 40.2}}. "
+                    "With None, they are measured."
                 )
         if self.base_fingerprint is not None:
             check_fingerprint_form(self.base_fingerprint)
 
     def _start_with_an_effect(self) -> None:
-        """Read PEFT's `init_weights=False`."""
+        """Apply PEFT's `init_weights=False`."""
         if not isinstance(self.init_weights, bool):
             kind = type(self.init_weights).__name__
             raise ValueError(f"init_weights={self.init_weights!r:.200} is {kind}, bool is expected.")
@@ -239,7 +235,7 @@ class SteeringVectorConfig(PeftConfig):
             if self.init not in ("zeros", "random"):
                 raise ValueError(
                     f"init_weights=False starts from a random direction, and init={self.init!r} from another one. "
-                    "Leave one of them out."
+                    "Remove one of them."
                 )
             self.init = "random"
 
@@ -247,11 +243,10 @@ class SteeringVectorConfig(PeftConfig):
         if not _is_finite(self.init_scale):
             raise ValueError(f"init_scale={self.init_scale!r} is not a finite number.")
         if self.init_from_data:
-            from .directions import names  # here: the registry reads a folder, which plain inits do not need
-
-            if self.init not in names():
-                hint = did_you_mean(self.init, ["zeros", "random", *names()])
-                raise ValueError(f"init={self.init!r} is not 'zeros', 'random' or a direction {names()}.{hint}")
+            directions = file_names(_DIRECTIONS)
+            if self.init not in directions:
+                hint = did_you_mean(self.init, ["zeros", "random", *directions])
+                raise ValueError(f"init={self.init!r} is not 'zeros', 'random' or a direction {directions}.{hint}")
 
 
 def _is_finite(value: object) -> TypeGuard[float]:

@@ -1,60 +1,9 @@
-"""LEACE: take a binary concept out of states, so that no linear probe can find it, with the least change.
+"""Moved to `steertune.adapters.analysis.erasure`. This name works for one more release."""
 
-Belrose et al. 2306.03819, theorem 4.3: `r(x) = x - W⁺ P W (x - E[x])` with the whitening `W = Σ^(-1/2)` and the
-orthogonal projection P onto `W Σ_xz`. For two classes `Σ_xz` is one vector, along the difference of their means, and
+import sys
+import warnings
 
-    r(x) = x - u (w·(x - E[x])),   u = Σ_xz,   w = Σ⁺ Σ_xz / (Σ_xz·Σ⁺ Σ_xz)
+from .analysis import erasure
 
-So what is written is the mean difference (activation addition's vector), and what is read is the whitened one (`lda`
-without shrinkage). After it both classes have the same mean, which is what no linear probe can tell apart.
-"""
-
-from __future__ import annotations
-
-from dataclasses import dataclass
-
-import torch
-from torch import Tensor
-
-_NOTHING = 1e-12
-_RANK = 1e-10  # of the largest eigenvalue: directions of less variance do not occur
-
-
-@dataclass(frozen=True)
-class Eraser:
-    """A fitted `r(x)`.
-
-    Attributes:
-        mean: `E[x]`, `(d,)`.
-        written: u, `(d,)`: what is taken away.
-        read: w, `(d,)`: how much of it, with `w·u = 1`.
-    """
-
-    mean: Tensor
-    written: Tensor
-    read: Tensor
-
-    def __call__(self, states: Tensor) -> Tensor:
-        """`r(x)` for states `(..., d)`, in their own precision."""
-        found = states.to(self.mean) - ((states.to(self.mean) - self.mean) @ self.read)[..., None] * self.written
-        return found.to(states)
-
-
-def erase(chosen: Tensor, rejected: Tensor) -> Eraser:
-    """Fit an eraser of what tells chosen from rejected states, both `(pairs, d)`.
-
-    Raises:
-        ValueError: the classes have the same mean, so that there is nothing to erase.
-    """
-    states = torch.cat([chosen, rejected]).double()
-    mean = states.mean(dim=0)
-    centred = states - mean
-    half = torch.cat([torch.ones(len(chosen)), -torch.ones(len(rejected))]).double()[:, None] / 2
-    cross = (centred * (half - half.mean())).mean(dim=0)
-    values, vectors = torch.linalg.eigh(centred.T @ centred / len(states))
-    kept = values > _RANK * values[-1]
-    whitened = vectors[:, kept] @ ((vectors[:, kept].T @ cross) / values[kept])
-    length = cross @ whitened  # between 0 and 1/4: the share of the classes' variance that is linear in x
-    if not length > _NOTHING:
-        raise ValueError("Chosen and rejected states have the same mean: there is nothing to erase.")
-    return Eraser(mean, cross, whitened / length)
+warnings.warn(f"Import {erasure.__name__} instead of {__name__}, which has moved.", FutureWarning, stacklevel=2)
+sys.modules[__name__] = erasure

@@ -1,27 +1,30 @@
-"""A few numbers that say which base model a vector was made for.
+"""A few numbers that identify the base model a vector was made for.
 
-A vector of the right width loads on any model of that width and then steers nowhere in particular. The fingerprint
-makes that an error. It compares 64 input-embedding entries within 1 %, and a sample of every block's weights (see
-`weights`), which sees a merged LoRA and lets another dtype or a quantised copy of the same base pass. Fingerprints of
-earlier versions have no sample of weights; what they have is compared.
+A vector loads on any model of the same width, where it would steer in no particular direction. The fingerprint makes
+that an error. It compares 64 entries of the input embedding within 1 %, and a sample of every block's weights (see
+`weights`). It detects a merged LoRA, and accepts another dtype or a quantised copy of the same base. Fingerprints of
+earlier versions have no sample of weights, so only the rest is compared.
 """
 
 from __future__ import annotations
 
+import math
+import re
 from typing import Any
 
 import torch
 from torch import nn
 
 from .blocks import text_config
-from .checks import SAMPLES
 from .weights import difference_of_weights, sample_weights
 
+SAMPLES = 64  # numbers of the embedding in a fingerprint
 _TOLERANCE = 0.01
+_NUMBERS = re.compile(r"(?:(?:\?|-?\d+(?:\.\d+)?(?:e[+-]?\d+)?)(?: |$))*")
 
 
 def fingerprint(model: nn.Module) -> dict[str, Any]:
-    """`model_type`, `hidden_size`, `num_layers`, samples of embedding and weights (none of sharded or meta ones)."""
+    """`model_type`, `hidden_size`, `num_layers`, and samples of the weights, unless they are sharded or on meta."""
     config = text_config(model)
     return {
         "model_type": config.model_type,
@@ -42,19 +45,52 @@ def check_fingerprint(expected: dict[str, Any], model: nn.Module) -> None:
         )
 
 
-def difference(expected: dict[str, Any], found: dict[str, Any]) -> str | None:
-    """In what a fingerprint is not the expected one, in words; None: it is."""
+def check_fingerprint_form(given: Any) -> None:
+    """Raise a ValueError unless `given` has the form of a fingerprint."""
+    whole = isinstance(given, dict) and all(
+        isinstance(given.get(name), int) and not isinstance(given[name], bool) and given[name] > 0
+        for name in ("hidden_size", "num_layers")
+    )
+    sample: Any = given.get("embedding", []) if whole else None
+    numbers = isinstance(sample, list) and all(
+        isinstance(x, int | float) and not isinstance(x, bool) and math.isfinite(x) for x in sample
+    )
+    named = numbers and isinstance(given.get("model_type"), str) and _is_weight_sample(given.get("weights"))
+    if not named or len(sample) not in (0, SAMPLES):
+        raise ValueError(
+            f"base_fingerprint={given!r:.200} is not a fingerprint. It has model_type, hidden_size, num_layers, and "
+            f"{SAMPLES} numbers of the embedding (or none). Set it to None to transfer the vector on purpose."
+        )
+
+
+def _is_weight_sample(given: Any) -> bool:
+    """Whether it has the form that `weights.sample_weights` returns, or is None, as in earlier versions."""
+    if given is None:
+        return True
+    if not isinstance(given, dict) or given.keys() != {"values", "quantised"}:
+        return False
+    values, quantised = given["values"], given["quantised"]
+    return (
+        isinstance(quantised, list)
+        and all(isinstance(name, str) for name in quantised)
+        and isinstance(values, dict)
+        and all(isinstance(line, str) and _NUMBERS.fullmatch(line) for line in values.values())
+    )
+
+
+def difference(expected: dict[str, Any], actual: dict[str, Any]) -> str | None:
+    """The first difference between two fingerprints, in words; None if they match."""
     for name in ("model_type", "hidden_size", "num_layers"):
-        if expected.get(name) != found.get(name):
-            return f"{name} is {found.get(name)!r}, the adapter was made for {expected.get(name)!r}"
-    old, new = (torch.tensor(one.get("embedding") or []) for one in (expected, found))
+        if expected.get(name) != actual.get(name):
+            return f"{name} is {actual.get(name)!r}, the adapter was made for {expected.get(name)!r}"
+    old, new = (torch.tensor(one.get("embedding") or []) for one in (expected, actual))
     if old.numel() and new.numel():
         distance = float((old - new).norm() / old.norm().clamp_min(1e-12))
         if not distance <= _TOLERANCE:
             most = f"at most {_TOLERANCE:.0%}"
             return f"its embeddings differ by {distance:.1%} from those of the adapter's base ({most})"
-    if expected.get("weights") and found.get("weights"):
-        worst = difference_of_weights(expected["weights"], found["weights"])
+    if expected.get("weights") and actual.get("weights"):
+        worst = difference_of_weights(expected["weights"], actual["weights"])
         if worst is not None:
             name, distance = worst
             return f"its weights {name} differ by {distance:.2g} of their length from those of the adapter's base"
@@ -65,9 +101,9 @@ def _embedding_sample(model: nn.Module) -> list[float]:
     weight = getattr(model.get_input_embeddings(), "weight", None)  # pyright: ignore[reportCallIssue]
     if weight is None or weight.ndim != 2 or weight.is_meta or weight.numel() == 0:
         return []
-    if hasattr(weight, "device_mesh"):  # a DTensor: reading it would gather the whole matrix
+    if hasattr(weight, "device_mesh"):  # reading a DTensor would gather the whole matrix
         return []
-    # low rows survive a resized vocabulary; both strides walk over the whole width
+    # Low rows survive a resized vocabulary, and both strides cover the whole width.
     index = torch.arange(SAMPLES, device=weight.device)
     rows, columns = (index * 3) % min(weight.shape[0], 256), (index * 7) % weight.shape[1]
     return [round(x, 6) for x in weight.detach()[rows, columns].float().tolist()]

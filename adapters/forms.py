@@ -15,7 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .config import Form
+from .types import Form
 
 _TINY = 1e-12
 

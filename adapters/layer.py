@@ -1,9 +1,9 @@
-"""The module that hangs on a steered block and adds the vector to its output."""
+"""The module that is attached to a steered block and adds the vector to its output."""
 
 from __future__ import annotations
 
 import statistics
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from accelerate.state import AcceleratorState, is_initialized
@@ -13,27 +13,27 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from . import units
-from .checks import check_tensor, parameter_shape
 from .config import SteeringVectorConfig
 from .forms import change, null
 from .norms import cap, preserve, write_vector
 from .positions import PromptBoundary
+from .saved import check_tensor
+from .types import Strength
 
-Strength = float | Literal["null"]
 BASE_ROW = "__base__"  # PEFT's name, in `adapter_names`, for a row without an adapter
 
 
 class Vector(nn.Module):
-    """One fp32 parameter. A module of its own, because FSDP, TRL and PEFT treat `<name>.<adapter>.weight` well and
-    an entry of a `ParameterDict` badly."""
+    """One fp32 parameter. It is a module because FSDP, TRL and PEFT handle `<name>.<adapter>.weight` well, and entries
+    of a `ParameterDict` badly."""
 
     def __init__(self, shape: tuple[int, ...], device: torch.device) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.full(shape, torch.nan, dtype=torch.float32, device=device))
         self.unit: float | None = None
-        """What optimisers divide it by (see `units`); None: nothing, its learning rate is absolute."""
+        """The number that optimisers divide it by (see `units`); None if its learning rate is absolute."""
         self.exact: Tensor | None = None
-        """The value last given by us or by a file, which a cast to half precision only rounded."""
+        """The last value set or loaded, to undo a later cast to half precision without loss."""
         self.register_load_state_dict_pre_hook(_check_loaded)
         units.track(self)
 
@@ -43,16 +43,17 @@ class Vector(nn.Module):
 
     @torch.no_grad()
     def restore_fp32(self) -> None:
-        """Undo a cast of the parameter to half precision; optimisers keep the parameter object they have.
+        """Undo a cast to half precision. The `Parameter` object stays the same, so optimisers keep it.
 
         Raises:
-            RuntimeError: DistributedDataParallel has made its buckets for the cast parameter already.
+            RuntimeError: several processes train, so DistributedDataParallel already has buckets for the cast
+                parameter.
         """
         weight = self.weight
         if weight.dtype not in (torch.bfloat16, torch.float16) or not weight.requires_grad:
             return
         if hasattr(weight, "device_mesh") or weight.numel() == 0 or _deepspeed_trains():
-            return  # sharded, or with an fp32 copy in DeepSpeed's optimiser
+            return  # sharded, or DeepSpeed's optimiser holds an fp32 copy
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             raise RuntimeError(
                 f"A steering vector was cast to {weight.dtype} before training in several processes: half precision "
@@ -79,11 +80,11 @@ def _check_loaded(module: Vector, state_dict: dict[str, Any], prefix: str, *_: A
 class SteeringVectorLayer(nn.Module, BaseTunerLayer):
     """Steering vectors, one per adapter, for the output of one module.
 
-    It is a child of the module it steers, not a wrapper: the model's own layers keep their class, so hidden-state
-    capture, LoRA on the same layers and FSDP wrap policies see what they expect. A forward hook on the parent calls
-    it.
+    It is a child of the steered module, not a wrapper around it: the model's own layers keep their class, so that
+    hidden-state capture, LoRA on the same layers and FSDP wrap policies find what they expect. A forward hook on the
+    parent calls it.
 
-    Vectors start as NaN and count as missing until they are initialised or loaded.
+    Vectors are NaN, which means missing, until they are initialised or loaded.
     """
 
     adapter_layer_names = ("steering_vector_v", "steering_vector_w", "steering_vector_b")
@@ -110,11 +111,11 @@ class SteeringVectorLayer(nn.Module, BaseTunerLayer):
         """Create the parameters of adapter `name`, or share those of `owner` (tied layers).
 
         Raises:
-            ValueError: more rows than the residual stream is wide.
+            ValueError: `rank` is greater than the width of the residual stream.
         """
         if config.rank > self.in_features:
             raise ValueError(
-                f"rank={config.rank}: the residual stream is {self.in_features} wide, and holds no more directions."
+                f"rank={config.rank} must be at most {self.in_features}, the width of the residual stream."
             )
         self.config[name], self.strength[name] = config, 1.0
         self._checked.discard(name)
@@ -122,15 +123,15 @@ class SteeringVectorLayer(nn.Module, BaseTunerLayer):
             self.tied_to[name] = owner
             return
         for parameter in config.parameter_names:
-            shape = parameter_shape(config, parameter, self.in_features)
-            getattr(self, f"steering_vector_{parameter}")[name] = Vector(shape, device)
+            shape = config.parameter_shape(parameter, self.in_features)
+            self._vectors(parameter)[name] = Vector(shape, device)
         self.set_units(name)
         if not config.inference_mode:
             self.initialise(name)
 
     @torch.no_grad()
     def initialise(self, name: str, direction: Tensor | None = None) -> None:
-        """Fill the parameters: the `bias` form of the initial vector, whatever the form.
+        """Set the parameters so that every form starts as the `bias` form with the same vector.
 
         Without a `direction`, an `init` that needs data leaves `v` missing (NaN).
         """
@@ -141,7 +142,7 @@ class SteeringVectorLayer(nn.Module, BaseTunerLayer):
             if config.init == "random":
                 direction = nn.functional.normalize(torch.randn(self.in_features), dim=0)
         v.zero_()
-        # the first row writes the vector; further rows of a low-rank form write nothing yet
+        # The first row writes the vector; the other rows of a low-rank form write nothing yet.
         v.reshape(-1, self.in_features)[0] = torch.nan if direction is None else direction.to(v) * config.init_scale
         self.fit_length(name)
         if config.form != "bias":
@@ -149,10 +150,10 @@ class SteeringVectorLayer(nn.Module, BaseTunerLayer):
             w.zero_()
             b.zero_()
             b[0] = 1.0
-            if config.rank > 1:  # rows beyond the first read at random, or their gradients would all be equal
+            if config.rank > 1:  # the other rows read at random; equal rows would have equal gradients
                 nn.init.kaiming_uniform_(w[1:], a=5**0.5)
                 if size := (config.stream_sizes or {}).get(str(self.layer_index)):
-                    w[1:] *= self.in_features**0.5 / size  # what they read is of the order of 1 on any model
+                    w[1:] *= self.in_features**0.5 / size  # so that gates are of order 1 on every model
         for kind in config.parameter_names:
             vector = self._vector(name, kind)
             vector.exact = vector.weight.detach().float().clone()
@@ -160,30 +161,34 @@ class SteeringVectorLayer(nn.Module, BaseTunerLayer):
 
     @torch.no_grad()
     def fit_length(self, name: str) -> None:
-        """Give the parameter the length that `norm` prescribes, where it is known, so that a step turns it by as much
+        """Rescale the parameter to the length that `norm` prescribes, if it is known, so that a step turns it as far
         as it would move a free vector."""
         config = self.config[name]
         if config.norm == "fixed" or (config.norm == "relative" and config.residual_norms):
             self.parameter(name, "v").copy_(self.written(name))
 
+    def _vectors(self, kind: str) -> nn.ModuleDict:
+        return {"v": self.steering_vector_v, "w": self.steering_vector_w, "b": self.steering_vector_b}[kind]
+
     def _vector(self, name: str, kind: str) -> Vector:
-        return getattr(self.tied_to.get(name, self), f"steering_vector_{kind}")[name]
+        vector: Any = self.tied_to.get(name, self)._vectors(kind)[name]  # FSDP may have wrapped it
+        return vector
 
     def parameter(self, name: str, kind: str) -> Tensor:
         """Parameter `v`, `w` or `b` of adapter `name`, looked up at call time (FSDP2 replaces Parameter objects)."""
         return self._vector(name, kind).weight
 
     def value(self, name: str, kind: str) -> Tensor:
-        """The same parameter as the forward pass uses it: with a gradient in units (see `units`)."""
+        """The same parameter for the forward pass, with its gradient in units of the stream (see `units`)."""
         return units.value(self._vector(name, kind))
 
     def set_units(self, name: str) -> None:
-        """Let optimisers see the parameters of adapter `name` in units of the stream, where its size is known."""
+        """Make optimisers see the parameters of adapter `name` in units of the stream, if its size is known."""
         config = self.config[name]
         if name in self.tied_to:
             return
         sizes = config.stream_sizes or {}
-        # a tied vector is written at several places
+        # A tied vector is written at several layers, so it takes their median size.
         size = statistics.median(sizes.values()) if config.tied and sizes else sizes.get(str(self.layer_index))
         for kind in config.parameter_names:
             unit = None if size is None else units.unit_of(kind, size, self.in_features, len(sizes))
@@ -195,8 +200,8 @@ class SteeringVectorLayer(nn.Module, BaseTunerLayer):
         return write_vector(config.norm, self.value(name, "v"), config.norm_value, self._residual_norm(config))
 
     def train(self, mode: bool = True) -> SteeringVectorLayer:
-        """As the parent's; vectors that somebody cast to half precision are fp32 again before they are trained (TRL
-        casts every trained parameter on a quantised base)."""
+        """Like the parent, and also undo a cast of the vectors to half precision before they are trained: TRL casts
+        every trained parameter on a quantised base."""
         if mode:
             for module in self.modules():
                 if isinstance(module, Vector):
@@ -212,7 +217,7 @@ class SteeringVectorLayer(nn.Module, BaseTunerLayer):
             shape = tuple(hidden.shape) if isinstance(hidden, Tensor) else type(hidden).__name__
             raise ValueError(
                 f"{type(module).__name__} returned {shape}, not residual states of width {self.in_features}. "
-                "It is not a decoder block; choose other layers, site or target_modules."
+                "It is not a decoder block: choose other layers, another site or other target_modules."
             )
         if hidden.ndim > 3:
             raise ValueError(
@@ -227,8 +232,8 @@ class SteeringVectorLayer(nn.Module, BaseTunerLayer):
     def forward(
         self, hidden: Tensor, adapter_names: list[str] | None = None, strengths: list[float] | None = None
     ) -> Tensor:
-        """Steer `(rows, tokens, d)` by the active adapters one after the other, or row `i` by `adapter_names[i]`,
-        `strengths[i]` times."""
+        """Steer `(rows, tokens, d)`: every row by all active adapters in turn, or row `i` by `adapter_names[i]` at
+        strength `strengths[i]`."""
         if self.disable_adapters:
             return hidden
         if adapter_names is None:
@@ -256,7 +261,7 @@ class SteeringVectorLayer(nn.Module, BaseTunerLayer):
         if strength == "null":
             steered = hidden + null(hidden, self.written(name))
         else:
-            # fp32: the vector is, and wins the promotion
+            # The sum is in fp32, because the vector is.
             steered = hidden + strength * times * self._change(name, hidden)
             if config.norm == "preserve":
                 steered = preserve(steered, hidden)
@@ -286,12 +291,12 @@ class SteeringVectorLayer(nn.Module, BaseTunerLayer):
         return norms[str(self.layer_index)]
 
     def _check_filled(self, name: str) -> None:
-        """Once per adapter: refuse missing (NaN) and infinite vectors."""
+        """Refuse missing (NaN) and infinite vectors, once per adapter."""
         if name in self._checked or torch.compiler.is_compiling():
             return
         config = self.config[name]
         for kind in config.parameter_names:
-            # detached: what only the first forward saves for backward, gradient checkpointing misses in its second
+            # Detached, because gradient checkpointing must save the same tensors in its second forward pass.
             if torch.isfinite(self.parameter(name, kind).detach()).all():
                 continue
             why = (
@@ -307,7 +312,7 @@ class SteeringVectorLayer(nn.Module, BaseTunerLayer):
 
     @property
     def weight(self) -> Tensor:
-        """A steering layer wraps nothing, so it has no base weight (PEFT's default would look for one forever)."""
+        """A steering layer wraps nothing, so it has no base weight. (PEFT's default would search without end.)"""
         raise AttributeError("weight")
 
     @property
@@ -322,11 +327,11 @@ class SteeringVectorLayer(nn.Module, BaseTunerLayer):
 
 def steering_layers(model: nn.Module, name: str | None = None) -> list[SteeringVectorLayer]:
     """Every steering layer of a model, or those of adapter `name`."""
-    found = (module for module in model.modules() if isinstance(module, SteeringVectorLayer))
-    return [layer for layer in found if name is None or name in layer.config]
+    layers = (module for module in model.modules() if isinstance(module, SteeringVectorLayer))
+    return [layer for layer in layers if name is None or name in layer.config]
 
 
 NO_MERGE = (
-    "A steering vector is not merged: most architectures have no bias where the residual stream is written, and one "
-    "added in memory is dropped silently by save and reload. Keep the adapter (it is a few kilobytes)."
+    "A steering vector cannot be merged: most architectures have no bias where the residual stream is written, and "
+    "one added in memory is dropped silently by save and reload. Keep the adapter (it is a few kilobytes)."
 )

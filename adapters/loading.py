@@ -1,4 +1,4 @@
-"""Check what transformers loads without asking the adapter's own configuration class."""
+"""Check adapters that transformers loads without their own configuration class."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from peft import PeftConfig
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from transformers import PreTrainedModel
 
-from .checks import check_adapter_folder, local_folder, undeclared
 from .config import SteeringVectorConfig
+from .saved import check_adapter_folder, local_folder, undeclared
 
 
 def check_what_transformers_loads() -> None:
-    """Let transformers' `model.load_adapter` check an adapter as `PeftModel.from_pretrained` does.
+    """Make transformers' `model.load_adapter` check an adapter like `PeftModel.from_pretrained` does.
 
-    It reads the configuration past `SteeringVectorConfig.from_pretrained`, and loads every tensor of the file into the
-    model, over the base's among them.
+    It bypasses `SteeringVectorConfig.from_pretrained`, and loads every tensor of the file into the model, even if that
+    overwrites weights of the base.
     """
     load = PreTrainedModel.load_adapter
     signature = inspect.signature(load)
@@ -38,21 +38,21 @@ def check_what_transformers_loads() -> None:
 
 
 def _check_folder(name: str, config: Any, options: dict[str, Any]) -> None:
-    """Check the folder of a steering vector; of anything else, transformers says what is wrong."""
+    """Check the folder of a steering vector; errors of other adapters are left to transformers."""
     folder = local_folder(name, **options)
     if not os.path.lexists(os.path.join(folder, SAFETENSORS_WEIGHTS_NAME)):
-        return  # it reads no pickle either, and says which file is missing
+        return  # transformers reads no pickle either, and names the missing file
     try:
-        found = PeftConfig.from_pretrained(name, **options) if config is None else config
+        loaded = PeftConfig.from_pretrained(name, **options) if config is None else config
     except (ValueError, OSError, KeyError):
         return
-    if isinstance(found, SteeringVectorConfig):
-        check_adapter_folder(folder, found)
+    if isinstance(loaded, SteeringVectorConfig):
+        check_adapter_folder(folder, loaded)
 
 
 def _check_names(tensors: dict[str, Any], config: SteeringVectorConfig) -> None:
     for name in undeclared(tensors, config):
         raise ValueError(
-            f"adapter_state_dict: {name!r} is no steering vector, and modules_to_save={config.modules_to_save} does "
-            "not name it: it would overwrite the base model. Take it out."
+            f"adapter_state_dict: {name!r} is not a steering vector, and modules_to_save={config.modules_to_save} "
+            "does not name it. It would overwrite the base model: remove it."
         )

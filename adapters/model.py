@@ -1,4 +1,4 @@
-"""The PEFT tuner: puts steering layers on a model's blocks."""
+"""The PEFT tuner: attaches steering layers to the blocks of a model."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ import torch
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
+from transformers import GenerationConfig
 
 from .blocks import find_blocks, has_config, resolve_layers, site_name, width_of
-from .checks import undeclared
 from .config import SteeringVectorConfig
 from .fingerprint import check_fingerprint, fingerprint
 from .layer import BASE_ROW, NO_MERGE, SteeringVectorLayer, steering_layers
@@ -23,6 +23,7 @@ from .loading import check_what_transformers_loads
 from .observing import adapters_off
 from .positions import PromptBoundary
 from .registration import NAME, register
+from .saved import undeclared
 from .stream import stream_sizes
 from .tasks import resolve_task
 
@@ -38,7 +39,7 @@ class SteeringVectorModel(BaseTuner):
 
     def _prepare_adapter_config(self, peft_config: SteeringVectorConfig, model_config: dict[str, Any]):
         resolve_task(peft_config, self.model)
-        if peft_config.base_fingerprint is not None:  # also on a model that has no configuration: that is another one
+        if peft_config.base_fingerprint is not None:  # a model without a configuration is another model too
             check_fingerprint(peft_config.base_fingerprint, self.model)
         if peft_config.target_modules is None:
             blocks = find_blocks(self.model)
@@ -46,26 +47,26 @@ class SteeringVectorModel(BaseTuner):
             names = [site_name(name, block, peft_config.site) for name, block in (blocks[i] for i in layers)]
             peft_config.target_modules = "|".join(re.escape(name) for name in names)
         if not has_config(self.model):
-            peft_config.base_fingerprint = None  # nothing says what kind of model it is
-        elif not (peft_config.base_fingerprint or {}).get("weights"):  # what it was made for may be the more exact one
+            peft_config.base_fingerprint = None  # the model has nothing to identify it by
+        elif not (peft_config.base_fingerprint or {}).get("weights"):  # a loaded fingerprint may be the more exact one
             peft_config.base_fingerprint = fingerprint(self.model)
         if peft_config.stream_sizes is None and not peft_config.inference_mode:
             peft_config.stream_sizes = self._stream_sizes(peft_config.target_modules) or None
         return peft_config
 
     def _stream_sizes(self, target_modules: str, sharded: bool = False) -> dict[str, float]:
-        """Size of the base model's residual stream at every module that is steered, by layer index."""
+        """The size of the base model's residual stream at every steered module, by layer index."""
         steered = (name for name, _ in self.model.named_modules() if re.fullmatch(target_modules, name))
         with adapters_off(self.model):
             sizes = stream_sizes(self.model, {index_of(name): name for name in steered}, sharded)
         return {str(layer): size for layer, size in sizes.items()}
 
     def set_stream_sizes(self, adapter_name: str, sizes: dict[str, float] | None = None) -> None:
-        """Set the sizes of the residual stream that are the units of learning rates (see `adapters/units.py`).
+        """Set the sizes of the residual stream, the units of learning rates (see `adapters/units.py`).
 
         Args:
-            adapter_name: Whose.
-            sizes: Layer index, as a string -> size. None: they are measured. Sharded weights must be gathered while
+            adapter_name: The adapter.
+            sizes: Layer index, as a string -> size. None measures them: then sharded weights must be gathered while
                 the model runs, and all processes must call this.
         """
         config: Any = self.peft_config[adapter_name]
@@ -88,12 +89,12 @@ class SteeringVectorModel(BaseTuner):
         parameter_name: str | None = None,
     ) -> None:
         layers = steering_layers(self.model)
-        layer = getattr(target, CHILD, None)
+        layer = _steering_layer_of(target)
         if layer is None:
             boundary = next((other.boundary for other in layers), None) or PromptBoundary()
             layer = SteeringVectorLayer(width_of(self.model, current_key, target), index_of(current_key), boundary)
             target.add_module(CHILD, layer)
-            # first of all hooks: transformers' hidden-state capture stays once it was asked for, and would not see us
+            # Before all other hooks: a hidden-state capture of transformers that is already there must see the result.
             layer.handle = target.register_forward_hook(layer.hook, prepend=True)
         if peft_config.positions != "all":
             layer.boundary.watch(self.model)
@@ -103,15 +104,15 @@ class SteeringVectorModel(BaseTuner):
             layer.requires_grad_(False)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        """As PEFT's. A given `state_dict` names our child modules, PEFT looks for the modules they hang on."""
+        """Like PEFT. A given `state_dict` names the steering layers, but PEFT looks for the modules they belong to."""
         state_dict = kwargs.get("state_dict")
         config: Any = self.peft_config[adapter_name]
-        if config.tied:  # the file holds one vector, the config says where else it works
+        if config.tied:  # the file holds one vector; the configuration names the layers
             kwargs["state_dict"] = None
         elif state_dict is not None:
             kwargs["state_dict"] = {key.replace(f".{CHILD}.{self.prefix}", f".{self.prefix}"): 0 for key in state_dict}
         super().inject_adapter(model, adapter_name, *args, **kwargs)
-        # with `target_modules` given by hand only now known
+        # With `target_modules` given by hand, the layers are known only now.
         layers = {
             name.removesuffix(f".{CHILD}"): module.layer_index
             for name, module in self.model.named_modules()
@@ -124,26 +125,26 @@ class SteeringVectorModel(BaseTuner):
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Any]
     ) -> dict[str, Any]:
-        """As PEFT's, which then loads every key into the model: only vectors and `modules_to_save` may be among them.
+        """Like PEFT, and also refuse keys that are neither vectors nor in `modules_to_save`, which PEFT would load.
 
         Raises:
-            ValueError: there is another key, which would overwrite the base model.
+            ValueError: there is such a key, which would overwrite the base model.
         """
         own = {key for key in state_dict if ".modules_to_save." not in key}
         if names := undeclared(own, config):
             raise ValueError(
-                f"{names[0]!r} is no steering vector, and modules_to_save={config.modules_to_save} does not name it: "
-                "it would overwrite the base model. Take it out of the adapter's weights."
+                f"{names[0]!r} is not a steering vector, and modules_to_save={config.modules_to_save} does not name "
+                "it. It would overwrite the base model: remove it from the adapter's weights."
             )
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the model, not its `forward` as PEFT 0.20 does: a hook on the model reads where the prompt ends."""
+        """Call the model and not its `forward`, as PEFT 0.20 does: a hook on the model finds where the prompt ends."""
         return self.model(*args, **kwargs)
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        """PEFT's frame around `PeftModel.forward` and `.generate`: gives each row its adapter (`adapter_names=`)."""
+        """PEFT wraps `PeftModel.forward` and `.generate` in this. It gives each row its adapter (`adapter_names=`)."""
         names = kwargs.get("adapter_names")
         handles = [] if names is None else self._name_rows(names, _copies(kwargs))
         try:
@@ -155,13 +156,13 @@ class SteeringVectorModel(BaseTuner):
     def _name_rows(self, names: list[str], copies: int) -> list[Any]:
         if self.training:
             raise ValueError("Cannot pass `adapter_names` when the model is in training mode. Call eval() first.")
-        known = {name for layer in steering_layers(self.model) for name in layer.config} | {BASE_ROW}
-        asked = [_named_strength(name, known) for name in names]
-        if unknown := sorted({name for name, _ in asked} - known):
+        adapters = {name for layer in steering_layers(self.model) for name in layer.config} | {BASE_ROW}
+        entries = [_named_strength(name, adapters) for name in names]
+        if unknown := sorted({name for name, _ in entries} - adapters):
             raise ValueError(
-                f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}. There are {sorted(known)}."
+                f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}. There are {sorted(adapters)}."
             )
-        rows = [row for row in asked for _ in range(copies)]
+        rows = [row for row in entries for _ in range(copies)]
         to_others = {"adapter_names": [name for name, _ in rows]}
         to_ours = {**to_others, "strengths": [strength for _, strength in rows]}
         return [
@@ -172,43 +173,42 @@ class SteeringVectorModel(BaseTuner):
         ]
 
     def merge_adapter(self, *args: Any, **kwargs: Any) -> None:
-        """Refused, with the reason."""
+        """Always raises a NotImplementedError that gives the reason."""
         raise NotImplementedError(NO_MERGE)
 
     def merge_and_unload(self, *args: Any, **kwargs: Any) -> nn.Module:
-        """Refused, with the reason."""
+        """Always raises a NotImplementedError that gives the reason."""
         raise NotImplementedError(NO_MERGE)
 
     def unload(self) -> nn.Module:
-        """Take every steering layer off and return the base model."""
+        """Remove every steering layer and return the base model."""
         for module in list(self.model.modules()):
-            layer = getattr(module, CHILD, None)
-            if isinstance(layer, SteeringVectorLayer):
+            if (layer := _steering_layer_of(module)) is not None:
                 layer.handle.remove()
                 layer.boundary.unwatch()
                 delattr(module, CHILD)
         return super().unload()
 
 
-def _named_strength(asked: str, known: Collection[str]) -> tuple[str, float]:
-    """An entry of `adapter_names`: an adapter, or an adapter and the strength of its row (`"careful@-1.5"`).
+def _named_strength(entry: str, adapters: Collection[str]) -> tuple[str, float]:
+    """Read an entry of `adapter_names`: an adapter, or an adapter and the strength of its row (`"careful@-1.5"`).
 
     Args:
-        asked: The entry.
-        known: Names of adapters; a name among them is taken as it is.
+        entry: The entry.
+        adapters: The names of all adapters; an entry that is one of them is used as it is.
 
     Raises:
-        ValueError: the strength is no finite number.
+        ValueError: the strength is not a finite number.
     """
-    name, at, number = asked.rpartition("@")
-    if not at or asked in known or name not in known:
-        return asked, 1.0
+    name, at, number = entry.rpartition("@")
+    if not at or entry in adapters or name not in adapters:
+        return entry, 1.0
     try:
         strength = float(number)
     except ValueError:
         strength = math.nan
     if not math.isfinite(strength):
-        raise ValueError(f"adapter_names: {asked!r}: {number!r} is no finite strength. Write {name}@1.5.")
+        raise ValueError(f"adapter_names: {entry!r}: {number!r} is not a finite strength. Write {name}@1.5.")
     return name, strength
 
 
@@ -218,14 +218,21 @@ def _give(given: dict[str, Any], module: nn.Module, args: tuple[Any, ...], kwarg
 
 def _copies(kwargs: dict[str, Any]) -> int:
     """How often `generate` repeats every row: for beams or for several samples."""
-    config = kwargs.get("generation_config")
-    return max(kwargs.get(n) or getattr(config, n, None) or 1 for n in ("num_beams", "num_return_sequences"))
+    config = kwargs.get("generation_config") or GenerationConfig()
+    beams = kwargs.get("num_beams") or config.num_beams or 1
+    return max(beams, kwargs.get("num_return_sequences") or config.num_return_sequences or 1)
 
 
 def index_of(name: str) -> int:
     """The block's index: the first number in the module's name."""
     match = re.search(r"\.(\d+)(?:\.|$)", f".{name}")
     return int(match[1]) if match else 0
+
+
+def _steering_layer_of(module: nn.Module) -> SteeringVectorLayer | None:
+    """The steering layer that is attached to a module."""
+    child = dict(module.named_children()).get(CHILD)
+    return child if isinstance(child, SteeringVectorLayer) else None
 
 
 def _device(target: nn.Module) -> torch.device:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .config import Norm
+from .types import Norm
 
 _TINY = 1e-12
 

@@ -1,4 +1,4 @@
-"""Look at a model and leave it as it was."""
+"""Look at a model and leave it unchanged."""
 
 from __future__ import annotations
 
@@ -15,11 +15,10 @@ ADAPTER_LAYERS = (BaseTunerLayer, AuxiliaryTrainingWrapper)
 
 @contextmanager
 def untouched(model: nn.Module) -> Iterator[None]:
-    """Whatever is switched inside, afterwards the model trains and runs what it trained and ran before.
+    """Restore afterwards which adapters are active, which parameters require gradients, and the mode of every module.
 
-    PEFT makes every active adapter trainable when it switches adapters on again (`disable_adapter`,
-    `enable_adapters`, `add_adapter`), also one that was frozen, and TRL's `use_adapter` leaves one active adapter of
-    several. So this puts back which adapters work, which parameters require gradients, and the mode of every module.
+    PEFT makes every active adapter trainable when it enables adapters again (`disable_adapter`, `enable_adapters`,
+    `add_adapter`), even one that was frozen, and TRL's `use_adapter` leaves only one of several adapters active.
 
     Args:
         model: Any model, with or without adapters.
@@ -47,7 +46,7 @@ def untouched(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def adapters_off(model: nn.Module) -> Iterator[None]:
-    """No adapter works inside, whether PEFT or transformers' `add_adapter` put it there.
+    """Disable every adapter inside, whether PEFT or transformers' `add_adapter` added it.
 
     Args:
         model: Any model, with or without adapters.
@@ -61,14 +60,14 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside, each module put back as it was."""
+    """Evaluation mode inside; each module gets its mode back afterwards."""
     with _mode(model, training=False):
         yield
 
 
 @contextmanager
 def training(model: nn.Module) -> Iterator[None]:
-    """Training mode inside, each module put back as it was."""
+    """Training mode inside; each module gets its mode back afterwards."""
     with _mode(model, training=True):
         yield
 

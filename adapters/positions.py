@@ -1,9 +1,9 @@
 """Which tokens are steered, in training, in cached generation, with padding on either side and in packed rows.
 
-A forward pass does not say where its prompt ends. It is read, in this order, from `prompt_length(model, n)`, from
-`generate` (its input is the prompt), from `labels` (see `SteeringVectorConfig`), or from a cache (what is already in
-it was the prompt, or follows it). A forward that tells nothing is refused: guessing would steer the wrong tokens
-without a word.
+A forward pass does not say where its prompt ends. The end is read, in this order, from `prompt_length(model, n)`, from
+`generate` (its input is the prompt), from `labels` (see `SteeringVectorConfig`), or from a cache (what fills an empty
+cache is the prompt, and what follows is not). A forward pass with none of them is refused, because guessing would
+silently steer the wrong tokens.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from transformers.generation import GenerationMixin
 
 from .caches import CacheLengths, cache_in, counts_itself
-from .config import Positions
 from .samples import hides_a_first_label, last_of_prompts, prompts_of, samples_of
+from .types import Positions
 
 _NO_BOUNDARY = (
     "this forward pass does not say where the prompt ends. Pass labels (-100 on the prompt), use generate, or wrap it "
@@ -31,8 +31,8 @@ _SEVERAL_SAMPLES = (
     "prompts) without prompt_length, or one sample per row (packing=False, padding_free=False)."
 )
 _UNCOUNTED_CACHE = (
-    "the cache holds recurrent states of tokens that this model was not seen to read, so prompt_length cannot be "
-    "counted from the first token. Fill the cache with this model, or use generate, whose input is the prompt."
+    "the cache holds recurrent states, and this model did not read their tokens, so prompt_length cannot be counted "
+    "from the first token. Fill the cache with this model, or use generate, whose input is the prompt."
 )
 _HIDDEN_FIRST_LABEL = (
     "the first token of a packed sample has no label and its second has one. Padding-free collators remove the first "
@@ -46,10 +46,10 @@ class _Prompts:
     """The prompts of one forward pass: either one end per row, or a mask over its tokens.
 
     Attributes:
-        end: Columns that belong to the prompt of each row, counted from the first token ever, `(rows,)`.
-        last: Column of its last real token, `(rows,)`.
-        mask: Tokens that belong to a prompt, `(rows, columns)`, where labels say it.
-        last_mask: Those that are the last of theirs, `(rows, columns)`.
+        end: Number of columns that belong to the prompt of each row, counted with those in the cache, `(rows,)`.
+        last: Column of the last real token of the prompt, `(rows,)`.
+        mask: True on tokens of a prompt, `(rows, columns)`, if labels give it.
+        last_mask: True on the last real token of each prompt, `(rows, columns)`.
     """
 
     end: Tensor | None = None
@@ -68,9 +68,9 @@ class PromptBoundary:
 
     def __init__(self) -> None:
         self.declared: int | Tensor | None = None
-        """Columns that belong to the prompt, counted from the first token ever (cached ones too)."""
+        """Number of columns that belong to the prompt, counted with those in the cache."""
         self.declared_labels: Tensor | None = None
-        """Labels of the forward passes, `(rows, columns)`, that a trainer keeps from the model."""
+        """Labels of the forward passes, `(rows, columns)`, if a trainer does not pass them to the model."""
         self._lengths = CacheLengths()
         self._prompts: _Prompts | None = None
         self._why_not = _NO_BOUNDARY
@@ -82,12 +82,12 @@ class PromptBoundary:
 
     @property
     def prompt_end(self) -> Tensor | None:
-        """Columns that belong to the prompt of each row of the current forward pass, `(rows,)`; None if it does not
-        say, or if a row has several prompts."""
+        """Number of columns that belong to the prompt of each row of the current forward pass, `(rows,)`; None if it
+        is unknown, or if a row has several prompts."""
         prompts = self._prompts
         if prompts is None or prompts.mask is None:
             return None if prompts is None else prompts.end
-        end = prompts.mask.sum(dim=1)  # of a prompt that is the row's beginning
+        end = prompts.mask.sum(dim=1)  # right only if the prompt begins the row
         column = torch.arange(prompts.mask.shape[1], device=end.device)
         return end + self._past if torch.equal(prompts.mask, column < end[:, None]) else None
 
@@ -97,7 +97,7 @@ class PromptBoundary:
             return
         self._undo = [model.register_forward_pre_hook(self.before_forward, with_kwargs=True).remove]
         if isinstance(model, GenerationMixin):
-            # `generate` alone knows its prompt: prefill in chunks, reused caches and candidates look like completions
+            # Only `generate` knows its prompt: chunked prefill, reused caches and candidates look like completions.
             generating: Any = model
             inner, own = generating.generate, model.__dict__.get("generate")
             generating.generate = functools.partial(self._generate, inner)
@@ -125,12 +125,12 @@ class PromptBoundary:
         elif labels is not None and labels.shape == tokens.shape[:2]:
             self._prompts = self._labelled(tokens, kwargs, labels, samples)
         elif cache is not None:
-            # nothing else being said: tokens that find the cache empty are the prompt, all later ones the completion
+            # Without anything else, tokens that fill an empty cache are the prompt, and all later ones the completion.
             end = self._past if held != 0 else self._columns
             self._prompts = self._ending(torch.full(tokens.shape[:1], end, device=tokens.device), tokens, kwargs)
 
     def _count_after(self, model: nn.Module, cache: Any, kwargs: Mapping[str, Any]) -> None:
-        """After this forward pass, count the columns of its cache, which may be one that the model makes itself."""
+        """Count the columns of the cache after this forward pass; the model may create the cache itself."""
         if (cache is None and (model.training or kwargs.get("use_cache") is False)) or counts_itself(cache):
             return
 
@@ -167,7 +167,7 @@ class PromptBoundary:
         return _Prompts(mask=mask, last_mask=last_of_prompts(mask, self._real(tokens, kwargs), samples))
 
     def _ending(self, end: Tensor, tokens: Tensor, kwargs: Mapping[str, Any]) -> _Prompts:
-        """Prompts of one end per row. Their last real token is looked for: prompts may be padded on the right."""
+        """Prompts with one end per row. They may be padded on the right, so their last real token is searched for."""
         real = self._real(tokens, kwargs)
         if real is None:
             return _Prompts(end, end - 1)
@@ -175,51 +175,51 @@ class PromptBoundary:
         return _Prompts(end, torch.where(real & (index < end[:, None]), index, -1).amax(dim=1))
 
     def _real(self, tokens: Tensor, kwargs: Mapping[str, Any]) -> Tensor | None:
-        """Tokens that are not padding, `(rows, columns)`; None where no mask says so."""
+        """True on tokens that are not padding, `(rows, columns)`; None without a mask of that shape."""
         mask = kwargs.get("attention_mask")
-        # a compiled cache brings a prepared 4-D mask, or a dictionary of them; prompts are padded on the left then
+        # With a compiled cache the mask is 4-D, or a dictionary of masks; prompts are then padded on the left.
         if not isinstance(mask, Tensor) or mask.shape != tokens.shape[:2] or self._past:
             return None
         return mask.bool()
 
     def _generate(self, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """`generate`: everything it is given is the prompt, unless `prompt_length` says otherwise around it."""
+        """`generate`: its whole input is the prompt, unless it runs inside `prompt_length`."""
         _refuse_guidance(getattr(inner, "__self__", None), kwargs)
-        if self.declared is not None:  # also a draft of the model itself, inside another `generate`
+        if self.declared is not None:  # also for a draft by the same model, inside another `generate`
             return inner(*args, **kwargs)
-        self.declared = self._given(args, kwargs)
+        self.declared = self._prompt_columns(args, kwargs)
         try:
             return inner(*args, **kwargs)
         finally:
             self.declared = None
 
-    def _given(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
-        """Columns of the prompt of a `generate`, those in a cache that it continues included."""
+    def _prompt_columns(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
+        """Number of columns of the prompt of a `generate`, including those in a cache that it continues."""
         names = ("inputs_embeds", "input_ids", "inputs")
         prompt = next((kwargs[name] for name in names if kwargs.get(name) is not None), args[0] if args else None)
         if prompt is None:
-            return 1  # it starts from the token that begins a sequence
+            return 1  # generation starts from the token that begins a sequence
         if not isinstance(prompt, Tensor):
             raise ValueError(
                 f"generate was given a {type(prompt).__name__} of prompts to be packed into one row (continuous "
-                "batching), where positions other than 'all' cannot be told. Pass a tensor of left-padded input_ids."
+                "batching), where only positions='all' works. Pass a tensor of left-padded input_ids."
             )
         cache, columns = cache_in(kwargs), prompt.shape[1]
         held = self._lengths.of(cache)
-        if held is None:  # where its recurrent states come from is the prompt; columns are counted from here
+        if held is None:  # recurrent states of unknown length: count from here
             self._lengths.count(cache, 0)
             return columns
         if cache is not None and not _has_columns(cache):
-            return held + columns  # recurrent states: only new tokens are given
+            return held + columns  # with recurrent states only the new tokens are passed
         mask = kwargs.get("attention_mask")
-        # transformers: all tokens are given, or the new ones, and then the mask covers all
+        # transformers gets all tokens, or only the new ones together with a mask over all.
         return columns if mask is None else max(columns, mask.shape[1])
 
     def mask(self, positions: Positions, hidden: Tensor) -> Tensor | None:
-        """Boolean `(rows of the batch, tokens, 1)` of steered tokens; None means all.
+        """True on steered tokens, `(rows of the batch, tokens, 1)`; None means all.
 
         Raises:
-            ValueError: the forward pass did not say where its prompt ends, or the states are not those of its tokens.
+            ValueError: the end of the prompt is unknown, or the states do not belong to the tokens one to one.
         """
         if positions == "all":
             return None
@@ -229,7 +229,7 @@ class PromptBoundary:
         if self._part is None and (hidden.ndim != 3 or hidden.shape[1] != self._columns):
             raise ValueError(
                 f"positions={positions!r}: the steered module returned states of shape {tuple(hidden.shape)} for rows "
-                f"of {self._columns} tokens, so its states cannot be told apart by token. Use positions='all', or "
+                f"of {self._columns} tokens, so its states do not belong to single tokens. Use positions='all', or "
                 "another layer or site."
             )
         if prompts.mask is not None and prompts.last_mask is not None:
@@ -259,18 +259,18 @@ class PromptBoundary:
 
     @property
     def rows(self) -> Tensor | None:
-        """Row of the batch of each row that the blocks see, `(rows,)`; None: all rows, in their order."""
+        """The row of the batch for each row that the blocks see, `(rows,)`; None for all rows in order."""
         if self._part is None or self._selected is None:
             return self._selected if self._part is None else self._part[0]
         return self._selected[self._part[0]]
 
     @contextmanager
     def part(self, rows: Tensor, columns: Tensor) -> Iterator[None]:
-        """Inside, the blocks see a part of the batch only.
+        """Inside, the blocks see only a part of the batch.
 
         Args:
-            rows: Row of the batch of each row they see, `(rows,)`.
-            columns: Column of the batch of each token they see, `(rows, tokens)`.
+            rows: The row of the batch for each row that they see, `(rows,)`.
+            columns: The column of the batch for each token that they see, `(rows, tokens)`.
         """
         before, self._part = self._part, (rows, columns)
         try:
@@ -279,24 +279,24 @@ class PromptBoundary:
             self._part = before
 
     def snapshot(self) -> Callable[[], AbstractContextManager[None]]:
-        """What is steered now, as a context for later: gradient checkpointing runs blocks again in the backward pass,
-        when other forward passes have been made."""
-        then = dict(vars(self))
+        """The current state as a context manager, for gradient checkpointing: it runs blocks again in the backward
+        pass, after other forward passes."""
+        state = dict(vars(self))
 
         @contextmanager
-        def as_it_was() -> Iterator[None]:
+        def restored() -> Iterator[None]:
             before = dict(vars(self))
-            vars(self).update(then)
+            vars(self).update(state)
             try:
                 yield
             finally:
                 vars(self).update(before)
 
-        return as_it_was
+        return restored
 
     @contextmanager
     def select(self, rows: Tensor) -> Iterator[None]:
-        """Inside, only these rows are the batch, `(rows,)`; parts are parts of them."""
+        """Inside, the batch has only these rows, `(rows,)`; `part` then selects from them."""
         before = self._selected, self._prompts
         self._selected = rows
         self._prompts = None if self._prompts is None else self._prompts.select(rows)
@@ -307,19 +307,19 @@ class PromptBoundary:
 
 
 def _refuse_guidance(model: Any, kwargs: Mapping[str, Any]) -> None:
-    """Classifier-free guidance runs a second prompt of another length inside `generate`, whose end nobody says."""
+    """Refuse classifier-free guidance: it runs a second prompt of another length, whose end is unknown."""
     configs = [kwargs.get("generation_config"), getattr(model, "generation_config", None)]
     scales = [kwargs.get("guidance_scale"), *(getattr(config, "guidance_scale", None) for config in configs)]
     scale = next((value for value in scales if value is not None), 1)
     if scale != 1 or kwargs.get("negative_prompt_ids") is not None:
         raise ValueError(
-            f"guidance_scale={scale} runs a second prompt of another length, and positions other than 'all' cannot be "
-            "told in it. Use guidance_scale=1 without negative_prompt_ids, or positions='all'."
+            f"guidance_scale={scale} runs a second prompt of another length, in which only positions='all' works. "
+            "Use guidance_scale=1 without negative_prompt_ids, or positions='all'."
         )
 
 
 def _has_columns(cache: Any) -> bool:
-    """Whether `generate` takes the columns of a cache off its input (it asks `past_key_values` for its length)."""
+    """Whether `generate` removes the columns of a cache from its input (it asks `past_key_values` for its length)."""
     try:
         return cache.get_seq_length() > 0
     except (AttributeError, ValueError):
@@ -331,43 +331,3 @@ def _restore_generate(model: Any, own: Any) -> None:
         del model.generate
     else:
         model.generate = own
-
-
-@contextmanager
-def prompt_length(model: nn.Module, length: int | Tensor) -> Iterator[None]:
-    """Say where the prompt ends in every forward pass inside the block.
-
-    Args:
-        model: A model with steering vectors.
-        length: Number of leading columns that belong to the prompt, padding on the left included: one number, or a
-            tensor `(rows,)`.
-    """
-    with _declare(model, "declared", length):
-        yield
-
-
-@contextmanager
-def prompts_by_labels(model: nn.Module, labels: Tensor) -> Iterator[None]:
-    """Let these labels say where the prompts end in every forward pass inside the block, as if the model got them.
-
-    Args:
-        model: A model with steering vectors.
-        labels: -100 on the prompts, `(rows, columns)`.
-    """
-    with _declare(model, "declared_labels", labels):
-        yield
-
-
-@contextmanager
-def _declare(model: nn.Module, name: str, value: Any) -> Iterator[None]:
-    from .layer import steering_layers
-
-    boundaries = {id(layer.boundary): layer.boundary for layer in steering_layers(model)}
-    before = {key: getattr(boundary, name) for key, boundary in boundaries.items()}
-    for boundary in boundaries.values():
-        setattr(boundary, name, value)
-    try:
-        yield
-    finally:
-        for key, boundary in boundaries.items():
-            setattr(boundary, name, before[key])

@@ -1,8 +1,8 @@
 """Make PEFT know the method.
 
-PEFT has no plug-in discovery: `register_peft_method` accepts only members of the `PeftType` enum, so the member is
-added first. After that everything goes through PEFT's own function. A process that has not imported
-`steertune.adapters` cannot load our adapters (`KeyError: 'STEERING_VECTOR'`).
+PEFT has no plug-in discovery: `register_peft_method` accepts only members of the `PeftType` enum, so this module adds
+the member first, and then calls PEFT's own function. A process that has not imported `steertune.adapters` cannot load
+its adapters (`KeyError: 'STEERING_VECTOR'`).
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from peft.utils import register_peft_method
 
 NAME = "steering_vector"
 AUTO = "AUTO"
-"""The `task_type` of a configuration that names none, until it meets its model (see `tasks`)."""
+"""The `task_type` of a configuration without one, until its model is known (see `tasks`)."""
 
 
 def _ensure_peft_type(value: str) -> PeftType:
-    """Return `PeftType(value)`, adding the member when PEFT does not have it."""
+    """`PeftType(value)`; the member is added if PEFT does not have it."""
     if value not in PeftType.__members__:
         member = str.__new__(PeftType, value)
         member._name_ = member._value_ = value

@@ -1,4 +1,4 @@
-"""Where prompts end when labels say it: once in a row, or several times (packed samples, chats of several turns)."""
+"""Find prompts by labels: one in a row, or several (packed samples, chats of several turns)."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from torch import Tensor
 
 
 def samples_of(tokens: Tensor, arguments: Mapping[str, Any]) -> Tensor | None:
-    """Which sample of its row each token belongs to, `(rows, columns)`; None if a row is one sample.
+    """The index of the sample in its row that each token belongs to, `(rows, columns)`; None if a row is one sample.
 
-    They are told apart by `seq_idx`, by `cu_seq_lens_q`, or by position ids that start again, as in transformers' own
-    attention masks. Position ids also start again behind padding, which is no sample.
+    Samples are separated by `seq_idx`, by `cu_seq_lens_q`, or by position ids that start again, like in transformers'
+    own attention masks. Position ids also start again after padding, which does not start a sample.
     """
     rows, columns = tokens.shape[:2]
     if (index := arguments.get("seq_idx")) is not None:
@@ -33,15 +33,15 @@ def samples_of(tokens: Tensor, arguments: Mapping[str, Any]) -> Tensor | None:
 
 
 def prompts_of(labels: Tensor, samples: Tensor | None = None) -> Tensor:
-    """Which tokens are part of a prompt: those without a label that come before a labelled one of their sample, and
-    samples without any label. `(rows, columns)`, boolean."""
+    """True on tokens of a prompt, `(rows, columns)`: those without a label before a labelled one of their sample, and
+    all tokens of a sample without labels."""
     labelled = labels != -100
     before = _nearest(labelled, samples, after=False)
     return ~labelled & (_nearest(labelled, samples, after=True) | ~before)
 
 
 def last_of_prompts(prompts: Tensor, real: Tensor | None, samples: Tensor | None = None) -> Tensor:
-    """The last real (not padded) token of each prompt, `(rows, columns)`, boolean."""
+    """True on the last real (not padding) token of each prompt, `(rows, columns)`."""
     candidates = prompts if real is None else prompts & real
     runs = (~prompts).cumsum(dim=1)  # constant within a prompt
     if samples is not None:
@@ -50,8 +50,8 @@ def last_of_prompts(prompts: Tensor, real: Tensor | None, samples: Tensor | None
 
 
 def hides_a_first_label(labels: Tensor, samples: Tensor) -> Tensor:
-    """Whether some packed sample has exactly one unlabelled token in front, which may be a prompt or not: padding-free
-    collators take the label of every first token away."""
+    """Whether a packed sample starts with exactly one unlabelled token. It may be a prompt or not, because
+    padding-free collators remove the label of every first token."""
     first = torch.ones_like(samples, dtype=torch.bool)
     first[:, 1:] = samples[:, 1:] != samples[:, :-1]
     second = first.roll(1, dims=1) & ~first
@@ -60,7 +60,7 @@ def hides_a_first_label(labels: Tensor, samples: Tensor) -> Tensor:
 
 
 def _nearest(chosen: Tensor, groups: Tensor | None, after: bool, strictly: bool = False) -> Tensor:
-    """Whether the group of each token has a chosen one after (or before) it, or there, `(rows, columns)`."""
+    """Whether the group of each token has a chosen token at it or after (or before) it, `(rows, columns)`."""
     columns = chosen.shape[1]
     column = torch.arange(columns, device=chosen.device)
     if after:

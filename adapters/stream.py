@@ -16,9 +16,9 @@ from .observing import evaluating
 
 ROWS, TOKENS = 2, 64
 FIRST = 4
-"""Tokens at the beginning of a row that are left out: models keep massive activations there (22,600 on the first
-token of SmolLM2-135M, whose others have a norm of 240)."""
-_DIGITS = 3  # kept of a size, so that machines which round differently agree
+"""Tokens at the beginning of a row that are left out, because models have massive activations there (a norm of 22,600
+on the first token of SmolLM2-135M, and of 240 on the others)."""
+_DIGITS = 3  # significant digits of a size, so that machines which round differently agree
 logger = logging.getLogger(__name__)
 
 
@@ -26,11 +26,13 @@ logger = logging.getLogger(__name__)
 def stream_sizes(model: nn.Module, modules: Mapping[int, str], sharded: bool = False) -> dict[int, float]:
     """Median norm over tokens of the residual stream that each module writes to.
 
-    Of a block that is its output. An attention or MLP module writes to the stream through whatever stands behind it
-    (nothing in Llama, a norm in Gemma, a factor in Granite), so it is moved a little, and the size is the length there
-    that would move the block's output by its own norm: `|output| · |change here| / |change of the output|`.
+    For a block this is the norm of its output. An attention or MLP module writes to the stream through whatever
+    follows it (nothing in Llama, a norm in Gemma, a factor in Granite). So its output is moved a little, and the size
+    is the length of a move that would change the block's output by its own norm: `|output| · |move| / |change of the
+    output|`.
 
-    The text is made of fixed token ids: it needs no tokenizer, and norms on it are within a third of those on English.
+    The text consists of fixed token ids. It needs no tokenizer, and norms on it are within a third of those on
+    English.
 
     Args:
         model: The base model, adapters off.
@@ -38,8 +40,8 @@ def stream_sizes(model: nn.Module, modules: Mapping[int, str], sharded: bool = F
         sharded: Whether sharded weights are gathered while the model runs, on all processes at once.
 
     Returns:
-        Layer index -> size; empty where the model cannot be run as it stands (its weights are sharded or on the meta
-        device, or it is no transformers model), for which a warning gives the reason.
+        Layer index -> size. Empty, with a warning that gives the reason, if the model cannot be run (its weights are
+        sharded or on the meta device, or it is not a transformers model).
     """
     if why := _cannot_run(model, sharded):
         logger.warning("The size of the residual stream was not measured: %s.", why)
@@ -67,7 +69,7 @@ def stream_sizes(model: nn.Module, modules: Mapping[int, str], sharded: bool = F
 
 
 def _cannot_run(model: nn.Module, sharded: bool) -> str | None:
-    """Why the model cannot be run as it stands, or None."""
+    """The reason why the model cannot be run, or None."""
     if not hasattr(model, "config") or not hasattr(model, "get_input_embeddings"):
         return f"{type(model).__name__} is not a transformers model"
     for name, parameter in model.named_parameters():
@@ -77,16 +79,16 @@ def _cannot_run(model: nn.Module, sharded: bool) -> str | None:
 
 
 def is_sharded(parameter: Tensor) -> bool:
-    """Whether a parameter holds a share of its values only."""
+    """Whether a parameter holds only a share of its values on this process."""
     return hasattr(parameter, "device_mesh") or hasattr(parameter, "ds_id")  # FSDP2's, and ZeRO-3's
 
 
 def _run(model: nn.Module) -> None:
-    """One pass over the fixed text, through the decoder alone where that works (the head is not needed)."""
+    """One pass over the fixed text, through the decoder alone if possible (the head is not needed)."""
     embeddings: Any = model.get_input_embeddings()  # pyright: ignore[reportCallIssue]
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", None) or TOKENS  # pyright: ignore
     length = min(TOKENS, longest)
-    # a prime step walks over the whole vocabulary
+    # A prime step covers the whole vocabulary.
     ids = (torch.arange(ROWS * length) * 7919 + 101) % embeddings.num_embeddings
     ids = ids.view(ROWS, length).to(embeddings.weight.device)  # (rows, tokens)
     try:
@@ -114,8 +116,8 @@ def _keep_norm(norms: list[Tensor]) -> Any:
 
 
 def _keep_lever(norms: list[Tensor], inner: nn.Module) -> Any:
-    """A hook on a block that runs it again with the output of `inner` moved, and keeps `|output| · |move| / |change|`
-    of every token."""
+    """A hook on a block: it runs the block again with the output of `inner` moved, and records
+    `|output| · |move| / |change|` for every token."""
     running = False
 
     def hook(block: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
@@ -145,7 +147,7 @@ def _keep_lever(norms: list[Tensor], inner: nn.Module) -> Any:
 
 
 def _block_around(model: nn.Module, name: str) -> nn.Module | None:
-    """The decoder block that a module is, or is inside of; None where the blocks cannot be told."""
+    """The decoder block that a module is, or belongs to; None if the blocks cannot be found."""
     try:
         blocks = find_blocks(model)
     except ValueError:

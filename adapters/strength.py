@@ -6,20 +6,21 @@ from types import TracebackType
 
 from torch import nn
 
-from .checks import did_you_mean
-from .layer import Strength, steering_layers
+from .layer import steering_layers
+from .registry import did_you_mean
+from .types import Strength
 
 
 class set_strength:  # lower case: called like a function, and a context manager like `torch.no_grad`
     """Multiply the vectors by `strength`: 1 as trained, 0 the base model, negative the opposite.
 
-    "null" takes the vector's direction out of the states that point along it: `h - relu(h·v) v / |v|²`.
+    "null" removes the vector's direction from the states that point along it: `h - relu(h·v) v / |v|²`.
 
-    `set_strength(model, 2.0)` holds until the next call; `with set_strength(model, 2.0):` restores what was before.
-    The strength is a setting of the running model, not of the saved adapter.
+    `set_strength(model, 2.0)` holds until the next call; `with set_strength(model, 2.0):` restores the old strength.
+    The strength is a setting of the running model and is not saved with the adapter.
 
     With gradient checkpointing the backward pass runs `attention` and `mlp` sites again (before transformers 5.23
-    `block` too): keep the strength until it is done.
+    `block` too): keep the strength until the backward pass is done.
 
     Args:
         model: A model with steering vectors.
@@ -27,8 +28,8 @@ class set_strength:  # lower case: called like a function, and a context manager
         adapter_name: The adapter to scale; None for all.
 
     Raises:
-        ValueError: no such steering vector in the model, a strength that is not finite, or "null" for another form
-            than `bias`, which has no one direction.
+        ValueError: the model has no such steering vector, the strength is not finite, or it is "null" for a form
+            other than `bias`, which has no single direction.
     """
 
     def __init__(self, model: nn.Module, strength: Strength, adapter_name: str | None = None) -> None:
@@ -45,9 +46,9 @@ class set_strength:  # lower case: called like a function, and a context manager
             which = "" if adapter_name is None else f" {adapter_name!r}"
             hint = did_you_mean(adapter_name, names)
             raise ValueError(f"No steering vector{which} to scale; the model has {sorted(names)}.{hint}")
-        chosen = {name: c.form for layer in layers for name, c in layer.config.items() if adapter_name in (None, name)}
-        if strength == "null" and set(chosen.values()) != {"bias"}:
-            raise ValueError(f"strength='null' takes out the one direction of form='bias'; this is {chosen}.")
+        forms = {name: c.form for layer in layers for name, c in layer.config.items() if adapter_name in (None, name)}
+        if strength == "null" and set(forms.values()) != {"bias"}:
+            raise ValueError(f"strength='null' removes the one direction of form='bias', got {forms}. Use a number.")
         self._before = [(layer, dict(layer.strength)) for layer in layers]
         for layer in layers:
             for name in layer.config:

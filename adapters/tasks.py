@@ -1,7 +1,7 @@
-"""Which class of PEFT's wraps a model whose configuration names no task: it depends on the model.
+"""Choose PEFT's class for a model whose configuration names no task.
 
-PEFT takes the class from `task_type` alone, so a configuration that names no task has the type AUTO here, which stands
-for a function that looks at the model. Afterwards the configuration has the type that was found.
+PEFT chooses the class by `task_type` alone. A configuration without a task therefore has the type AUTO, which is
+mapped to a function that looks at the model and sets the type.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ _HEADS = {
     "ForTokenClassification": TaskType.TOKEN_CLS,
     "ForQuestionAnswering": TaskType.QUESTION_ANS,
 }
-"""How the names of transformers' classes end."""
+"""The endings of class names in transformers."""
 _WITHOUT_PROMPTS = (*_HEADS.values(), TaskType.FEATURE_EXTRACTION)
 
 
 def task_of(model: nn.Module) -> TaskType | None:
-    """The task of a model; None for one that is not transformers'."""
+    """The task of a model; None if it is not a transformers model."""
     for end, task in _HEADS.items():
         if type(model).__name__.endswith(end):
             return task
@@ -31,10 +31,10 @@ def task_of(model: nn.Module) -> TaskType | None:
 
 
 def resolve_task(config: Any, model: nn.Module) -> None:
-    """Put the task of the model where a configuration names none.
+    """Set the task of a configuration that names none.
 
     Raises:
-        ValueError: the task knows no prompts, and the positions depend on where one ends.
+        ValueError: the task has no prompts, but `positions` depends on where a prompt ends.
     """
     if config.task_type == AUTO:
         config.task_type = task_of(model)
@@ -46,7 +46,7 @@ def resolve_task(config: Any, model: nn.Module) -> None:
 
 
 def wrap(model: nn.Module, peft_config: Any, *args: Any, **kwargs: Any) -> PeftModel:
-    """What `get_peft_model` and `PeftModel.from_pretrained` make of a configuration that names no task."""
+    """Wrap a model for `get_peft_model` and `PeftModel.from_pretrained`, if its configuration names no task."""
     resolve_task(peft_config, model)
     return MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(peft_config.task_type, PeftModel)(model, peft_config, *args, **kwargs)
 

@@ -1,6 +1,6 @@
 """Learning rates that mean the same on every model: optimisers see a steering vector in units of the residual stream.
 
-How far a vector has to go depends on the size of the stream that it is added to, and that differs between models,
+How far a vector has to move depends on the size of the stream that it is added to, which differs between models,
 layers and sites by orders of magnitude: about 240 at two thirds of SmolLM2-135M, 10,000 there in Gemma-3-270M. So an
 optimiser works on `u = v / unit`, where
 
@@ -12,13 +12,13 @@ optimiser works on `u = v / unit`, where
 configuration, d its width, and `layers` the number of layers that share the move. A step of AdamW changes every
 entry of u by about the learning rate, so rates that suit a LoRA (1e-4 to 1e-3) suit a vector.
 
-The parameter itself always holds the vector v, in absolute units: what people read and write, what every file and
-every other tool means. Only inside `optimizer.step()` is it divided by its unit, by two hooks that PyTorch offers for
-all optimisers; its gradient is dL/du at all times, so that clipping does not depend on the stream either. Hence the
-rate means the same for every optimiser (a step of SGD on v would scale with size²), with weight decay, clipping and
-every Trainer, of this package or not. The two other ways are worse. Parameter groups of another rate reach neither
-stock trainers nor SGD, weight decay and clipping. A parameter that holds u breaks all that reads or writes vectors,
-and what is saved under ZeRO-3, where weights do not go through `state_dict`.
+The parameter itself always holds the vector v in absolute units, as people, files and other tools expect. Only inside
+`optimizer.step()` is it divided by its unit, by two hooks that PyTorch offers for all optimisers. Its gradient is
+always dL/du, so that clipping does not depend on the stream either. So a rate means the same for every optimiser (a
+step of SGD on v would scale with size²), with weight decay, with clipping and in every Trainer. Two alternatives are
+worse. Parameter groups with another rate have no effect in stock trainers, and do not fix SGD, weight decay or
+clipping. A parameter that holds u breaks everything that reads or writes vectors, and files saved under ZeRO-3, where
+weights do not pass through `state_dict`.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ from torch.optim.optimizer import (
 )
 
 STEP_SHARE = 32.0
-"""Share of the stream's size that a vector moves by, at most, in a step of AdamW with learning rate 1."""
+"""The largest move of a vector in a step of AdamW with learning rate 1, as a share of the stream's size."""
 UNIT = "steering_unit"
-"""Key of a parameter group all of whose parameters have this unit. DeepSpeed flattens the parameters of a group, so
-that only the group can say what they are."""
+"""Key of a parameter group: the unit of all its parameters. DeepSpeed flattens the parameters of a group, so only the
+group can carry the unit."""
 
 
 class HasUnit(Protocol):
@@ -61,8 +61,8 @@ def unit_of(kind: str, size: float, width: int, layers: int) -> float:
     Args:
         kind: `v`, `w` or `b`.
         size: Typical norm of the residual stream where the vector is written.
-        width: d, the width of the stream.
-        layers: How many layers the adapter steers.
+        width: The width d of the stream.
+        layers: The number of layers that the adapter steers.
     """
     if kind == "b":
         return STEP_SHARE
@@ -72,27 +72,27 @@ def unit_of(kind: str, size: float, width: int, layers: int) -> float:
 
 
 def track(module: HasUnit) -> None:
-    """Let optimisers see the parameter of `module` in its unit."""
+    """Make optimisers see the parameter of `module` in its unit."""
     _live.add(module)
 
 
 def value(module: HasUnit) -> Tensor:
-    """The parameter of a module as the forward pass uses it: its value as it stands, its gradient that of `u`."""
+    """The parameter of a module for the forward pass: its value is v, and its gradient that of u."""
     weight = module.weight
-    if (unit := _in_units.get(id(weight))) is not None:  # an optimiser that calls a closure runs the model in its step
+    if (unit := _in_units.get(id(weight))) is not None:  # a closure runs the model inside the step
         return weight * unit
     if module.unit is None or not torch.is_grad_enabled():
         return weight
     held = weight.detach()
-    # the difference is exactly 0, so that the value is v and only the gradient is multiplied
+    # The difference is exactly 0: the value stays v, and only the gradient is multiplied.
     return held + (weight - held) * module.unit
 
 
 def _parameters_in_units(optimizer: Optimizer, closure: bool) -> Iterator[tuple[Tensor, float]]:
-    """The parameters that this step moves and sees in units, and their units.
+    """The parameters with a unit that this step moves, and their units.
 
     Args:
-        optimizer: About to step.
+        optimizer: The optimiser that is about to step.
         closure: Whether it computes the gradients itself.
     """
     units = {id(module.weight): module.unit for module in _live if module.unit is not None}
@@ -108,10 +108,10 @@ def _divide(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     """Before a step: `u = v / unit`."""
     if id(optimizer) in _stepping:
         return
-    # args[0] is the optimiser; accelerate passes closure=None by place
+    # args[0] is the optimiser; accelerate passes closure=None as a positional argument.
     moved, closure = [], (args[1] if len(args) > 1 else kwargs.get("closure")) is not None
     for parameter, unit in _parameters_in_units(optimizer, closure):
-        if id(parameter) in _in_units:  # inside the step of an optimiser around this one
+        if id(parameter) in _in_units:  # already divided by an optimiser that wraps this one
             continue
         _refuse_averaging(optimizer)
         before = parameter.detach().clone()
@@ -124,14 +124,14 @@ def _divide(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
 
 @torch.no_grad()
 def _multiply(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-    """After it: `v + unit · Δu`, which leaves alone to the bit what did not move."""
+    """After a step: `v + unit · Δu`, so that what did not move keeps its exact bits."""
     for parameter, before, u, unit in _stepping.pop(id(optimizer), ()):
         parameter.copy_(before + (parameter - u) * unit)
         _in_units.pop(id(parameter), None)
 
 
 def _refuse_averaging(optimizer: Optimizer) -> None:
-    """Schedule-free optimisers mix parameters with averages of theirs outside of steps, where u would meet v."""
+    """Refuse schedule-free optimisers: they average parameters outside of steps, which would mix u with v."""
     if callable(getattr(optimizer, "eval", None)):
         raise ValueError(
             f"{type(optimizer).__name__} averages parameters outside of its steps, and steering vectors are in units "

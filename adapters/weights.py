@@ -1,7 +1,7 @@
 """A sample of a base model's weights: two numbers of every matrix and vector of every block, and some of the rest.
 
-The sample is what a fingerprint compares. It reads a few hundred numbers, whatever the size of the model. Weights that
-cannot be read cheaply (sharded, on the meta device, quantised by another method than bitsandbytes') are left out.
+Fingerprints compare this sample. It has a few hundred numbers, whatever the size of the model. Weights that cannot be
+read cheaply (sharded, on the meta device, quantised by another method than bitsandbytes) are left out.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ PER_BLOCK = 2  # numbers of one parameter of one block
 ELSEWHERE = 16  # numbers of one parameter that no block repeats
 MOST_PATTERNS = 64  # mixtures of experts have thousands of matrices in a block
 EXACT_TOLERANCE = 1e-5
-"""Share of their length by which exact weights may differ: they are written with nine digits."""
+"""The share of their length by which exact weights may differ: nine digits of them are saved."""
 QUANTISED_TOLERANCE = 0.3
-"""The same for weights of which one side was quantised: 4 bits move a weight by a tenth of a typical one."""
+"""The same if one of both models is quantised: 4 bits move a weight by a tenth of a typical one."""
 _MISSING = "?"
-_GOLDEN = 0.6180339887498949  # its multiples are spread evenly, whatever the number of entries
+_GOLDEN = 0.6180339887498949  # its multiples modulo 1 are spread evenly, however many there are
 _QUANTISED = ("Params4bit", "Int8Params")
 _EXACT = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _LOW_ROWS = 32  # rows of an output layer that a resized vocabulary keeps
@@ -36,8 +36,8 @@ _LOW_ROWS = 32  # rows of an output layer that a resized vocabulary keeps
 def sample_weights(model: nn.Module) -> dict[str, Any]:
     """`{"values": {pattern: numbers}, "quantised": [pattern, ...]}`.
 
-    A pattern is a parameter's name with `*` for the block. Its numbers stand in one line, so that a configuration file
-    stays short; `?` is one that could not be read.
+    A pattern is the name of a parameter with `*` for the block. Its numbers are one string, which keeps configuration
+    files short; `?` stands for a number that could not be read.
     """
     embedding = model.get_input_embeddings() if isinstance(model, PreTrainedModel) else None
     groups: dict[str, list[tuple[nn.Module, str]]] = defaultdict(list)
@@ -59,7 +59,7 @@ def sample_weights(model: nn.Module) -> dict[str, Any]:
 
 
 def base_parameters(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module, str]]:
-    """`(name in the bare base, module, name in the module)` of every parameter that is not an adapter's."""
+    """`(name in the base without adapters, module, name in the module)` of every parameter of the base."""
     if isinstance(model, BaseTunerLayer):
         inner = model._modules.get("base_layer")  # a steering layer has none: it wraps nothing
     elif isinstance(model, AuxiliaryTrainingWrapper):
@@ -76,7 +76,7 @@ def base_parameters(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, n
 
 
 def _entries(module: nn.Module, name: str, count: int) -> tuple[list[float | None], bool]:
-    """Some numbers of a parameter, and whether they are the very numbers of a floating-point weight."""
+    """Some numbers of a parameter, and whether they are exact: those of a floating-point weight."""
     weight: Any = getattr(module, name)
     if weight.is_meta or weight.numel() == 0 or hasattr(weight, "device_mesh"):  # offloaded, ZeRO-3, sharded
         return [None] * count, True
@@ -91,7 +91,7 @@ def _entries(module: nn.Module, name: str, count: int) -> tuple[list[float | Non
 
 
 def _dequantised(module: Any, weight: Any) -> Tensor | None:
-    """A quantised weight in floating point, without a change of the module; None where that is not known."""
+    """A quantised weight in floating point, without changing the module; None if the method is unknown."""
     if type(weight).__name__ == "Params4bit" and weight.quant_state is not None:
         return dequantize_bnb_weight(weight)
     if type(weight).__name__ == "Int8Params":
@@ -101,10 +101,9 @@ def _dequantised(module: Any, weight: Any) -> Tensor | None:
 
 
 def difference_of_weights(expected: dict[str, Any], found: dict[str, Any]) -> tuple[str, float] | None:
-    """The pattern that differs most, and by how much of its length; None where nothing differs.
+    """The pattern that differs most, and by what share of its length; None if nothing differs.
 
-    Exact weights must be equal, up to roundings to half precision on the way from one to the other. Quantised ones are
-    near.
+    Exact weights must be equal up to rounding to half precision between the two. Quantised weights must be close.
     """
     quantised = {*expected["quantised"], *found["quantised"]}
     worst: tuple[str, float] | None = None
@@ -128,33 +127,33 @@ def _numbers(line: str) -> Tensor:
 
 
 def _distance(old: Tensor, new: Tensor) -> float:
-    """Of two samples, as a share of the first; the least one over the roundings that may lie between them."""
+    """The distance of two samples as a share of the first: the smallest over the roundings that may lie between."""
     gaps = [
         old - new,
         *(rounded - new for rounded in _roundings(old)),
         *(old - rounded for rounded in _roundings(new)),
     ]
-    if _is(old, torch.bfloat16) and _is(new, torch.float16):
+    if _is_exact_in(old, torch.bfloat16) and _is_exact_in(new, torch.float16):
         gaps.append(_beyond_two_roundings(old, new))
-    elif _is(old, torch.float16) and _is(new, torch.bfloat16):
+    elif _is_exact_in(old, torch.float16) and _is_exact_in(new, torch.bfloat16):
         gaps.append(_beyond_two_roundings(new, old))
     return min(float(gap.norm() / old.norm().clamp_min(1e-12)) for gap in gaps)
 
 
-def _is(values: Tensor, dtype: torch.dtype) -> bool:
-    """Whether all values are numbers of a type."""
+def _is_exact_in(values: Tensor, dtype: torch.dtype) -> bool:
+    """Whether a type represents all values exactly."""
     return torch.equal(values, values.to(dtype).double())
 
 
 def _beyond_two_roundings(brain: Tensor, half: Tensor) -> Tensor:
-    """What remains of the gap between a bf16 and an fp16 copy that rounding one weight to each cannot explain."""
+    """The part of the gap between a bf16 and an fp16 copy that rounding one weight to both cannot explain."""
     exponent = torch.frexp(brain).exponent.double() - 1
     possible = torch.exp2(exponent - 8) + torch.exp2((exponent - 11).clamp_min(-25))
     return ((brain - half).abs() - possible).clamp_min(0)
 
 
 def _roundings(values: Tensor) -> list[Tensor]:
-    """Values as they are after a stay in single or half precision, or in both kinds of it."""
+    """The values after rounding to bf16, to fp16, or to both in turn."""
     chains = [(torch.bfloat16,), (torch.float16,), (torch.bfloat16, torch.float16), (torch.float16, torch.bfloat16)]
     rounded = []
     for chain in chains:

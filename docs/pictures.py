@@ -73,10 +73,10 @@ def save(image: Image.Image, file: Path) -> None:
     print(f"{file.relative_to(ROOT)}: {cut.width} x {cut.height}, {file.stat().st_size / 1000:.0f} kB")
 
 
-def strengths() -> list[dict[str, float]]:
+def strengths() -> dict[str, dict[str, float]]:
     """The table of the task's page: pair accuracy and margin at some strengths of the mean difference."""
     rows = re.findall(r"^\| (\d+) \| ([\d.]+) \| ([-+\d.]+) \|$", TASK.read_text(encoding="utf-8"), flags=re.M)
-    return [dict(zip(("strength", "pair_accuracy", "margin"), map(float, row), strict=True)) for row in rows]
+    return {strength: {"accuracy": float(accuracy), "margin": float(margin)} for strength, accuracy, margin in rows}
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""What is minimised. Each file is one loss, named by the file; a new file is a new loss."""
+"""Training losses. Each file is one loss and gives it its name; a new file is a new loss."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ __all__ = ["At", "Loss", "Needs", "Outputs", "Staged", "Strength", "get_loss", "
 
 
 def names() -> list[str]:
-    """The losses: the files of this folder."""
+    """The names of all losses: the files of this folder that do not start with an underscore."""
     return sorted(m.name for m in pkgutil.iter_modules(__path__) if not m.name.startswith("_"))
 
 
@@ -37,64 +37,71 @@ def get_loss(
     then_after: float | None = None,
     **options: Any,
 ) -> Loss:
-    """A loss by name (its file), with its hyperparameters; a `Loss` object is returned as it is.
+    """Make a loss from its name and hyperparameters, and add terms to it.
 
     Args:
-        loss: The loss, or its name.
-        contrast: What a pair loss contrasts the chosen answer with: `paired`, `unpaired` or `none`; a loss of one
-            answer, on pairs, becomes the `difference` of its two.
-        neutral_kl: Weight of a KL to the base model on neutral text.
-        change_cap: Longest change of the residual stream at `cap_layers` that costs nothing; 0: no cap.
-        cap_layers: Where `change_cap` applies (0.67).
-        cap_weight: Price of a longer change (1).
-        then: The loss, with its defaults, that takes over after `then_after` of all steps.
-        then_after: Share of all steps before `then` takes over (0.5).
-        options: Hyperparameters of the named loss.
+        loss: The name of a file of this folder, or a `Loss` object.
+        contrast: What a loss on pairs contrasts the chosen answer with: `paired`, `unpaired` or `none`. `difference`
+            turns a loss on single answers into a loss on pairs. See `steertune.losses.Contrasted`.
+        neutral_kl: Weight of a KL divergence from the base model on neutral text.
+        change_cap: Changing the residual stream by a vector longer than this is penalised.
+        cap_layers: The layers where it is (0.67 by default).
+        cap_weight: The weight of that penalty (1 by default).
+        then: The loss that takes over later, a name (with its defaults) or an object.
+        then_after: The share of all steps after which it does (0.5 by default).
+        options: Hyperparameters of the loss, if it is given by name.
 
     Raises:
-        ValueError: an unknown name or option (the message names the nearest), options for an object, `then` with a
-            term that would go around both, an option of a term that is not there.
+        ValueError: an unknown name or option (the message suggests the nearest one), hyperparameters for an object,
+            `then` together with `neutral_kl` or `change_cap`, or an option of a term that is not used.
     """
-    for option, value, of, missing in (
+    # An option of a term that is not used would be ignored without a word.
+    for option, value, term, unused in (
         ("cap_layers", cap_layers, "change_cap", change_cap == 0),
         ("cap_weight", cap_weight, "change_cap", change_cap == 0),
         ("then_after", then_after, "then", then is None),
     ):
-        if value is not None and missing:
-            raise ValueError(f"{option}={value!r} says how {of} works, which is not given: it would change nothing.")
+        if value is not None and unused:
+            raise ValueError(f"{option}={value!r} has no effect without {term}. Set {term} too, or leave it out.")
     if then is not None and (change_cap or neutral_kl):
-        raise ValueError("then= with change_cap or neutral_kl: put those on the two losses, and give objects.")
+        raise ValueError(
+            "then= cannot be combined with change_cap or neutral_kl. Add these to the two losses, and pass them as "
+            "objects."
+        )
     if isinstance(loss, Loss):
         if options:
             raise ValueError(f"Options {sorted(options)} go with a loss name, not with an object.")
-        made = loss
+        result = loss
     else:
-        made = _by_name(loss, options)
+        result = _by_name(loss, options)
+
+    # Each term wraps the loss; options that are None keep the defaults of the term.
     if contrast != "paired":
-        made = Contrasted(made, contrast)
+        result = Contrasted(result, contrast)
     if then is not None:
-        made = Staged(made, get_loss(then), **_given(share=then_after))
+        result = Staged(result, get_loss(then), **_without_none(share=then_after))
     if change_cap != 0:
-        made = Capped(made, change_cap, **_given(layers=cap_layers, weight=cap_weight))
-    return made if neutral_kl == 0 else Regularised(made, neutral_kl)
+        result = Capped(result, change_cap, **_without_none(layers=cap_layers, weight=cap_weight))
+    return result if neutral_kl == 0 else Regularised(result, neutral_kl)
 
 
-def _given(**options: Any) -> dict[str, Any]:
-    """Options that are there; the others keep the defaults of what they go to."""
+def _without_none(**options: Any) -> dict[str, Any]:
     return {name: value for name, value in options.items() if value is not None}
 
 
 def _by_name(loss: str, options: dict[str, Any]) -> Loss:
-    _choose("loss", loss, names())
+    """The dataclass that the file of a loss defines, made with these options."""
+    _check_choice("loss", loss, names())
     module = importlib.import_module(f"{__name__}.{loss}")
+    # Helper classes and imported losses may stand in the same file.
     classes = [x for x in vars(module).values() if isinstance(x, type) and x.__module__ == module.__name__]
     [kind] = [x for x in classes if issubclass(x, Loss) and is_dataclass(x)]
     for option in options:
-        _choose(f"option of loss {loss!r}", option, [field.name for field in fields(kind)])
+        _check_choice(f"option of loss {loss!r}", option, [field.name for field in fields(kind)])
     return kind(**options)
 
 
-def _choose(what: str, value: object, allowed: list[str]) -> None:
+def _check_choice(what: str, value: object, allowed: list[str]) -> None:
     if value not in allowed:
         near = difflib.get_close_matches(str(value), allowed, n=1, cutoff=0.5)
         hint = f" Did you mean {near[0]!r}?" if near else ""

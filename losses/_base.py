@@ -1,7 +1,7 @@
 """The one idea: a loss is a function of the same model steered at different strengths.
 
 `at(1)` is the model being trained, `at(0)` the reference it starts from, `at(-1)` its opposite. A loss never sees a
-model, so it is tested with a plain function in place of one.
+model, so a test needs only a plain function in place of one.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from ._needs import Needs, SingleAttributes
 
 @dataclass(frozen=True)
 class Outputs:
-    """What a batch's labelled tokens look like to the model at one strength.
+    """What the model at one strength computes for the labelled tokens of a batch.
 
     Attributes:
-        token_logps: Log-probability (nats) of each labelled token given what stands before it, `(rows, tokens)`;
+        token_logps: Log-probability (nats) of each labelled token given the tokens before it, `(rows, tokens)`;
             0 where there is no label.
         mask: True on labelled tokens, `(rows, tokens)`.
-        hidden: Layer -> what its block hands on where each labelled token is predicted, `(labelled tokens, d)`, row
-            after row; only the layers that were asked for.
-        distribution: Log-probabilities of every token of the vocabulary there, `(labelled tokens, vocabulary)`, if
-            asked for.
+        hidden: Layer -> output of its block at the positions that predict a labelled token, `(labelled tokens, d)`,
+            row after row; only for the layers that `at` was called with.
+        distribution: Log-probabilities of the whole vocabulary at the same positions, `(labelled tokens, vocabulary)`,
+            if `at` was called with `distribution=True`.
     """
 
     token_logps: Tensor
@@ -44,7 +44,7 @@ class Outputs:
 
     @cached_property
     def mean_logps(self) -> Tensor:
-        """The same per token, `(rows,)`."""
+        """Mean log-probability of the tokens of each row's answer, `(rows,)`."""
         return self.logps / self.mask.sum(dim=1).clamp_min(1)
 
     @property
@@ -61,12 +61,12 @@ class Outputs:
 
 
 At = Callable[..., Outputs]
-"""`at(strength, view="", layers=(), distribution=False, site="block")`: the batch seen by the model with its adapter
-scaled by `strength`, or with the direction of its vector taken out ("null").
+"""`at(strength, view="", layers=(), distribution=False, site="block")`: what the model computes for the batch with its
+adapter scaled by `strength`, or with the direction of its vector taken out of its states ("null").
 
-`view` names another version of the same examples (see `steertune.trainers.views`); `layers` (of the residual stream,
-or of what `site` "attention" or "mlp" writes into it) and `distribution` ask for more than log-probabilities. Repeated
-calls cost nothing."""
+`view` names another version of the same examples (see `steertune.trainers.views`). `layers` returns hidden states too,
+of the residual stream or of what `site` "attention" or "mlp" writes into it; `distribution` returns the
+log-probabilities of the whole vocabulary. Results are cached: repeated calls cost nothing."""
 
 
 class Loss(SingleAttributes, ABC):
@@ -81,16 +81,16 @@ class Loss(SingleAttributes, ABC):
 
     @abstractmethod
     def __call__(self, at: At, generator: torch.Generator | None = None) -> Tensor:
-        """One value per unit, 0 on what does not count. The caller sums and divides by the number of units.
+        """One value for each unit, 0 where there is no label. The caller sums them and divides by the number of units.
 
         Args:
             at: The batch at a strength.
-            generator: Random numbers, the same on every process of a distributed run.
+            generator: Source of random numbers, the same on every process of a distributed run.
         """
 
 
 def reference_margin(at: At, strength: float = 1.0) -> Tensor:
-    """How much more than the reference the model prefers chosen to rejected, in nats, `(pairs,)`:
+    """By how much the model prefers the chosen answer more than the reference does, in nats, `(pairs,)`:
 
     `[log π(y⁺) - log π₀(y⁺)] - [log π(y⁻) - log π₀(y⁻)]`
     """
@@ -99,7 +99,7 @@ def reference_margin(at: At, strength: float = 1.0) -> Tensor:
 
 
 def positive(**values: float) -> None:
-    """Raise a ValueError unless every hyperparameter is a finite number above 0."""
+    """Raise a ValueError unless every hyperparameter is a finite number greater than 0."""
     finite(**values)
     for name, value in values.items():
         if value <= 0:

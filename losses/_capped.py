@@ -1,8 +1,8 @@
-"""A cap on the change of the residual stream, as a term that any loss can carry: activation addition's norm for LoRA.
+"""A cap on the change of the residual stream, a term for any loss: what activation addition's norm is to LoRA.
 
-`loss + λ mean_t relu(‖h_t - h⁰_t‖ / c - 1)²` over the labelled tokens of an example, h being what a block hands on at
-`at(1)` and h⁰ the same at `at(0)`. A capped vector cannot change a state by more than c; any other adapter then pays
-for doing so.
+`loss + λ mean_t relu(‖h_t - h⁰_t‖ / c - 1)²` over the labelled tokens of an example, where h is the output of a block
+at `at(1)` and h⁰ the same at `at(0)`. A capped vector cannot change a state by more than c; with this term any other
+adapter is penalised for it.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from ._wrapped import Wrapped, added, per_row
 
 @dataclass(frozen=True)
 class Capped(Wrapped):
-    """A loss and a cap on the change.
+    """A loss with a penalty on large changes of the residual stream.
 
     Args:
         loss: The loss.
-        change_cap: c, in units of the residual stream.
-        layers: Where, as in `SteeringVectorConfig`.
-        weight: λ.
+        change_cap: The length c, in units of the residual stream.
+        layers: The layers where it holds, as in `SteeringVectorConfig`.
+        weight: The weight λ.
 
     Raises:
-        ValueError: a cap or weight that is not above 0.
+        ValueError: the cap or the weight is not greater than 0.
     """
 
     change_cap: float
@@ -41,8 +41,9 @@ class Capped(Wrapped):
         self._need(reference=True, states=True)
 
     def __call__(self, at: At, generator: torch.Generator | None = None) -> Tensor:
-        """As the loss."""
+        """Like the loss."""
         value = self.loss(at, generator)
+        # The length of the change of each labelled token's state, as a multiple of the cap: (labelled tokens,).
         steered, base = (at(strength, layers=self.layers) for strength in (1.0, 0.0))
         over = over_layers(
             torch.relu((steered.hidden[i] - base.hidden[i]).float().norm(dim=-1) / self.change_cap - 1) ** 2

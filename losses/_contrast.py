@@ -1,23 +1,23 @@
-"""What a loss contrasts the chosen answer with: an ingredient of its own, for any loss on pairs.
+"""What a loss contrasts the chosen answer with: an ingredient that any loss on pairs can take.
 
 | `contrast` | the rejected side of pair i |
 |---|---|
 | `paired` | its own rejected answer |
-| `unpaired` | the rejected answer of pair i+1 of the batch, to another prompt: same answers, no matching |
-| `none` | nothing: the rejected answer keeps its reference log-probability, so only the chosen answer is trained on |
+| `unpaired` | the rejected answer of pair i+1 of the batch, to another prompt: the same answers, but not matched |
+| `none` | nothing: its log-probability is that of the reference, so only the chosen answer is trained on |
 
-Over a batch, `unpaired` pushes the same answers up and down as `paired`: where the adapter still does nothing, both
-have the same gradient. It tests the matching in the loss; rejected answers behind other prompts are a matter of the
-data (`pairing = "shuffled"` of an arm's `[data]`).
+Over a batch, `unpaired` pushes the same answers up and down as `paired`: while the adapter has no effect yet, both
+have the same gradient. It tests the matching in the loss. To put rejected answers behind other prompts, change the
+data (`pairing = "shuffled"` in an arm's `[data]`).
 
-A loss of one answer, such as cross-entropy, takes contrast too:
+A loss on single answers, such as cross-entropy, can be contrasted too:
 
 | `contrast` | the loss of pair i |
 |---|---|
 | `difference` | `[ℓ(y⁺) - ℓ(y⁻)] / 2`, ℓ averaged over an answer's tokens: the gradient averaged over the contrast |
 
-What both answers say about their prompt cancels in this gradient, as it does in a mean difference of states. As there,
-nothing but a length bounds it: add `change_cap`, or train few steps.
+What both answers say about their prompt cancels in this gradient, as it does in a mean difference of states. Like a
+mean difference, it has no natural length: add `change_cap`, or train for few steps.
 """
 
 from __future__ import annotations
@@ -40,91 +40,92 @@ class Contrasted(Wrapped):
     """A loss with another contrast.
 
     Args:
-        loss: The loss, of pairs or (`difference`) of one answer.
+        loss: The loss, on pairs or (`difference`) on single answers.
         contrast: See the tables of this module.
 
     Raises:
-        ValueError: the loss has no rejected side; `none` for a loss without a reference; `unpaired` for one that adds
-            up a term of each answer; `difference` for a loss of pairs, or of views or states, whose target is not
-            another for the rejected answer.
+        ValueError: the loss has no rejected side; `none` for a loss without a reference; `unpaired` for a loss that
+            adds up a term of each answer; `difference` for a loss on pairs, or on views or states, which has the same
+            target for both answers.
     """
 
     contrast: Contrast
 
     def __post_init__(self) -> None:
         if self.contrast not in get_args(Contrast):
-            raise ValueError(f"contrast={self.contrast!r} is none of {', '.join(map(repr, get_args(Contrast)))}.")
+            raise ValueError(f"contrast={self.contrast!r} must be one of {', '.join(map(repr, get_args(Contrast)))}.")
         if self.contrast == "difference":
             self._check_difference()
         elif not self.loss.needs.pairs:
             raise ValueError(
-                f"{type(self.loss).__name__} has no rejected answers, so no contrast={self.contrast!r}: 'difference' "
-                "is the contrast of a loss of one answer."
+                f"contrast={self.contrast!r} needs a loss on pairs, and {type(self.loss).__name__} reads single "
+                "answers. Use contrast='difference', or a loss on pairs."
             )
         if self.contrast == "unpaired" and self.loss.needs.separable:
             raise ValueError(
-                f"{type(parts(self.loss)[-1]).__name__} adds up a term of the chosen and one of the rejected answer: "
-                "which is paired with which changes nothing. contrast='unpaired' is for losses that compare them."
+                f"{type(parts(self.loss)[-1]).__name__} adds up a term of the chosen and one of the rejected answer, "
+                "so how they are paired changes nothing. Use contrast='unpaired' with a loss that compares them."
             )
         if self.contrast == "none" and not self.loss.needs.reference:
             raise ValueError(
-                f"contrast='none' holds the rejected answer at the reference, which {type(self.loss).__name__} does "
+                f"contrast='none' keeps the rejected answer at its reference, which {type(self.loss).__name__} does "
                 "not use. Choose a loss with a reference, or cross_entropy."
             )
         self._need(pairs=True, unit="example" if self.contrast == "difference" else self.loss.needs.unit)
 
     def _check_difference(self) -> None:
         if self.loss.needs.pairs:
-            raise ValueError(f"{type(self.loss).__name__} compares answers already, so no contrast='difference'.")
+            raise ValueError(
+                f"contrast='difference' is for losses on single answers, and {type(self.loss).__name__} is a loss on "
+                "pairs. Leave it out."
+            )
         if self.loss.needs.views or self.loss.needs.states:
             raise ValueError(
-                f"{type(self.loss).__name__} has a target for every token, rejected ones too: contrast='difference' "
-                "is for losses of the answer alone, such as cross_entropy."
+                f"{type(self.loss).__name__} has the same target for chosen and rejected tokens. "
+                "contrast='difference' is for losses on the answer alone, such as cross_entropy."
             )
 
     def __call__(self, at: At, generator: torch.Generator | None = None) -> Tensor:
-        """As the loss, on pairs whose rejected side is another; the difference `(pairs,)`.
+        """Like the loss, with another rejected side; for a difference, `(pairs,)`.
 
         Raises:
-            ValueError: `unpaired` in a batch of one pair.
+            ValueError: `unpaired` with a batch of one pair.
         """
         if self.contrast == "difference":
             chosen, rejected = self._per_row(self.loss(at, generator), at(1.0).mask).chunk(2)
             return (chosen - rejected) / 2
         if self.contrast == "none":
-            return self.loss(self._seen(at, lambda _: at(0.0).rejected), generator)
+            return self.loss(_with_rejected(at, lambda _: at(0.0).rejected), generator)
         if self.contrast == "unpaired":
-            return self.loss(self._seen(at, lambda outputs: _next(outputs.rejected)), generator)
+            return self.loss(_with_rejected(at, lambda outputs: _next(outputs.rejected)), generator)
         return self.loss(at, generator)
 
-    @staticmethod
-    def _seen(at: At, rejected: Callable[[Outputs], Outputs]) -> At:
-        """The batch with another rejected side; states and distributions, which a term around a loss asks for, are
-        those of the rows as they are."""
-
-        def seen(strength: Any, **asked: Any) -> Outputs:
-            outputs = at(strength, **asked)
-            return outputs if asked else _rejected(outputs, rejected(outputs))
-
-        return seen
-
     def _per_row(self, value: Tensor, mask: Tensor) -> Tensor:
-        """A loss of one answer as one number a row."""
+        """The values of a loss on single answers as one number per row, `(rows,)`."""
         if self.loss.needs.unit == "example":
             return value
         return per_row(value[mask] if value.ndim > 1 else value, mask)
 
 
-def _rejected(outputs: Outputs, rejected: Outputs) -> Outputs:
-    chosen = outputs.chosen
-    return replace(
-        outputs,
-        token_logps=torch.cat([chosen.token_logps, rejected.token_logps]),
-        mask=torch.cat([chosen.mask, rejected.mask]),
-    )
+def _with_rejected(at: At, rejected_of: Callable[[Outputs], Outputs]) -> At:
+    """The same `at`, whose outputs have another rejected side."""
+
+    def changed(strength: Any, **options: Any) -> Outputs:
+        outputs = at(strength, **options)
+        if options:  # a term inside the contrast reads states or distributions: those of the unchanged rows
+            return outputs
+        chosen, rejected = outputs.chosen, rejected_of(outputs)
+        return replace(
+            outputs,
+            token_logps=torch.cat([chosen.token_logps, rejected.token_logps]),
+            mask=torch.cat([chosen.mask, rejected.mask]),
+        )
+
+    return changed
 
 
 def _next(rejected: Outputs) -> Outputs:
+    """The rejected answer of the next pair, for each pair; the last one gets the first."""
     if len(rejected.mask) < 2:
         raise ValueError("contrast='unpaired' needs at least 2 pairs in a batch: raise per_device_train_batch_size.")
     return Outputs(rejected.token_logps.roll(-1, dims=0), rejected.mask.roll(-1, dims=0))

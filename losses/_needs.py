@@ -37,7 +37,7 @@ class Needs:
 
 
 class SingleAttributes:
-    """For one release: losses whose needs are declared, or read, as single attributes (`pairs = False`)."""
+    """Keeps single attributes (`pairs = False`) working for one release, in subclasses and for readers of a loss."""
 
     needs: Needs
 
@@ -54,7 +54,7 @@ class SingleAttributes:
             )
             type.__setattr__(cls, "needs", _Collected(cls, names))
 
-    if not TYPE_CHECKING:  # a type checker should not believe that a loss has every attribute
+    if not TYPE_CHECKING:  # for a type checker, a loss does not have every attribute
 
         def __getattr__(self, name: str) -> Any:
             if name not in Needs.__dataclass_fields__:
@@ -64,7 +64,7 @@ class SingleAttributes:
 
 
 class _Collected:
-    """The needs of a parent class, replaced where `owner` declares single attributes."""
+    """A descriptor: the needs of the parent class, changed by the single attributes that `owner` declares."""
 
     def __init__(self, owner: type[SingleAttributes], names: list[str]) -> None:
         self.owner, self.names = owner, names

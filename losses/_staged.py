@@ -1,4 +1,4 @@
-"""One loss, then another: IA2 (2509.22621) matches activations first, and finetunes on tokens afterwards."""
+"""One loss after another: IA2 (2509.22621) first matches activations, and then finetunes on tokens."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from ._wrapped import Wrapped
 
 @dataclass(frozen=True)
 class Staged(Wrapped):
-    """A loss for the first steps of a training and another for the rest. The trainer says how far it is.
+    """A loss for the first steps of a training run and another for the rest. The trainer calls `stage` at each step.
 
     Args:
         loss: The first.
         then: The second.
-        share: Of all steps, how many are the first loss's.
+        share: The share of all steps that train on the first loss.
 
     Raises:
-        ValueError: a share that leaves one of them nothing.
+        ValueError: the share is not between 0 and 1.
     """
 
     then: Loss
@@ -29,7 +29,9 @@ class Staged(Wrapped):
 
     def __post_init__(self) -> None:
         if not isinstance(self.share, int | float) or isinstance(self.share, bool) or not 0 < self.share < 1:
-            raise ValueError(f"then_after={self.share!r}: the first loss's share of the steps, between 0 and 1.")
+            raise ValueError(
+                f"then_after={self.share!r} must be a number between 0 and 1: the first loss's share of the steps."
+            )
         first, second = self.loss.needs, self.then.needs
         # What is prepared before training is what either needs; unit, stops and separable are those of the second.
         both = replace(
@@ -43,9 +45,10 @@ class Staged(Wrapped):
         object.__setattr__(self, "needs", both)
 
     def stage(self, step: int, steps: int) -> Loss:
-        """The loss of a step (from 0) of so many, of one step the first; afterwards it is the second."""
-        return self.loss if step < min(max(1, round(self.share * steps)), max(1, steps - 1)) else self.then
+        """The loss of a step, counted from 0. Each loss gets at least one step; a single step goes to the first."""
+        switch = min(max(1, round(self.share * steps)), max(1, steps - 1))
+        return self.loss if step < switch else self.then
 
     def __call__(self, at: At, generator: torch.Generator | None = None) -> Tensor:
-        """As the second."""
+        """Like the second loss."""
         return self.then(at, generator)

@@ -1,4 +1,4 @@
-"""What losses on hidden states and on distributions share."""
+"""Helpers for losses on hidden states and on distributions."""
 
 from __future__ import annotations
 
@@ -15,35 +15,35 @@ Where = int | float | str | tuple[int | float, ...]
 
 
 def layers_of(layers: Where | list[int | float]) -> Where:
-    """Layers as an option gives them (TOML has lists).
+    """Check an option that names layers, and make a list a tuple.
 
     Raises:
-        ValueError: no layer, or one that is neither an index, a fraction of the depth nor "all".
+        ValueError: there is no layer, or one that is neither an index, a fraction of the depth nor "all".
     """
-    found = tuple(layers) if isinstance(layers, list | tuple) else layers
-    if found == ():
-        raise ValueError("layers=(): a loss on hidden states compares one layer or more.")
-    for layer in found if isinstance(found, tuple) else (found,) if found != "all" else ():
+    chosen = tuple(layers) if isinstance(layers, list | tuple) else layers
+    if chosen == ():
+        raise ValueError("layers=(): a loss on hidden states needs at least one layer.")
+    for layer in chosen if isinstance(chosen, tuple) else (chosen,) if chosen != "all" else ():
         number = isinstance(layer, int | float) and not isinstance(layer, bool) and layer >= 0
         if not number or (isinstance(layer, float) and layer >= 1):
             raise ValueError(
-                f"layers={layers!r}: {layer!r} is none of an index from 0, a fraction of the depth in [0, 1), 'all'."
+                f"layers={layers!r}: {layer!r} must be an index from 0, a fraction of the depth in [0, 1), or 'all'."
             )
-    return found
+    return chosen
 
 
 def check_site(site: str) -> None:
     """Raise a ValueError for a site that does not exist."""
     if site not in get_args(Site):
-        raise ValueError(f"site={site!r} is none of {get_args(Site)}.")
+        raise ValueError(f"site={site!r} must be one of {get_args(Site)}.")
 
 
 def divergence(p: Outputs, q: Outputs) -> Tensor:
     """`KL(p || q)` of every labelled token, in nats, `(labelled tokens,)`."""
-    assert p.distribution is not None and q.distribution is not None  # they were asked for
+    assert p.distribution is not None and q.distribution is not None
     return (p.distribution.exp() * (p.distribution - q.distribution)).sum(dim=-1)
 
 
 def over_layers(values: Iterable[Tensor]) -> Tensor:
-    """The mean over layers of one value a token."""
+    """The mean over layers of one value per token, `(tokens,)` each."""
     return torch.stack(list(values)).mean(dim=0)

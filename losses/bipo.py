@@ -1,8 +1,8 @@
 """BiPO, bi-directional preference optimisation (Cao et al. 2406.00045, equation 3).
 
 `-log σ(d β m(d))`, with `m(d)` the DPO margin of the model steered at strength `d`, and `d` drawn from {-1, +1}:
-adding the vector has to raise the chosen answer as much as subtracting it lowers it. As in the released code, `d` is
-drawn once per batch.
+adding the vector has to raise the chosen answer as much as subtracting the vector lowers it. Like the released code,
+this draws `d` once per batch.
 """
 
 from __future__ import annotations

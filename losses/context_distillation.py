@@ -1,7 +1,7 @@
 """Context distillation (Askell et al. 2112.00861, section 2; Snell et al. 2209.15189).
 
-`KL(π₀(· | x⁺, y_<t) || π(· | x, y_<t))`, averaged over the answer's tokens: without the prompt of the view `good` the
-model has to say what the base model says with it. The answers are those of the data.
+`KL(π₀(· | x⁺, y_<t) || π(· | x, y_<t))`, averaged over the answer's tokens: without the prompt of the view `good`, the
+model learns to say what the base model says with it. The answers come from the data.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from ._states import divergence
 
 @dataclass(frozen=True)
 class ContextDistillation(Loss):
-    """Divergence from the base model's distributions behind another prompt."""
+    """Divergence from the distributions of the base model after another prompt."""
 
     needs = Needs(pairs=False, unit="token", reference=True, views=("good",))
 

@@ -1,4 +1,4 @@
-"""Cross-entropy of the labelled tokens: supervised finetuning, on the chosen answers where there are pairs.
+"""Cross-entropy of the labelled tokens: supervised finetuning; of pairs, it reads the chosen answers.
 
 `-log π(y_t | x, y_<t)`, averaged over tokens.
 """

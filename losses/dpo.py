@@ -16,7 +16,7 @@ from ._base import At, Loss, Needs, positive, reference_margin
 
 @dataclass(frozen=True)
 class DPO(Loss):
-    """Sigmoid DPO; ln 2 as long as the model is its reference.
+    """Sigmoid DPO; its value is ln 2 while the model equals its reference.
 
     Args:
         beta: Inverse temperature β of the margin, in 1/nats.

@@ -1,4 +1,4 @@
-"""IPO (Azar et al. 2310.12036, equation 17), with log-probabilities per token as its authors confirmed to TRL.
+"""IPO (Azar et al. 2310.12036, equation 17), with log-probabilities per token, as its authors confirmed to TRL.
 
 `(m - 1/(2β))²`, with `m = [log π(y⁺) - log π₀(y⁺)] / |y⁺| - [log π(y⁻) - log π₀(y⁻)] / |y⁻|`.
 """
@@ -15,7 +15,7 @@ from ._base import At, Loss, Needs, positive
 
 @dataclass(frozen=True)
 class IPO(Loss):
-    """Squared distance of the per-token margin from `1/(2β)`: it stops pushing once the margin is there.
+    """Squared distance of the per-token margin from `1/(2β)`, which it does not exceed.
 
     Args:
         beta: Regularisation (τ in the paper); the target margin is `1/(2β)` nats per token.

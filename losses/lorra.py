@@ -2,9 +2,9 @@
 
 `|h(x) - [h₀(x) + α (h₀(x⁺) - h₀(x⁻))]|`, averaged over the answer's tokens and the layers.
 
-`x⁺` and `x⁻` are views of the example: the same answer behind a prompt that asks for the behaviour, and behind one
-that asks for its opposite. So the model learns to do without being asked what it can already do when asked, and no
-label says which answer is good. It trains any adapter; on a steering vector it is activation addition by SGD.
+`x⁺` and `x⁻` are views of the example: the same answer after a prompt that asks for the behaviour, and after one that
+asks for its opposite. So the model learns to do unasked what it can already do when asked, and no label says which
+answer is good. It trains any adapter; on a steering vector it is activation addition by SGD.
 """
 
 from __future__ import annotations
@@ -20,11 +20,12 @@ from ._states import Where, layers_of, over_layers
 
 @dataclass(frozen=True)
 class LoRRA(Loss):
-    """Distance to the base model's states, moved by the contrast of two views.
+    """Distance from the states of the base model, shifted by the contrast of two views.
 
     Args:
-        alpha: How far the states are moved, α.
-        layers: Whose states are compared, as in `SteeringVectorConfig`. Layers below all that is trained do nothing.
+        alpha: The size α of the shift.
+        layers: The layers whose states are compared, as in `SteeringVectorConfig`. A layer below everything that is
+            trained has no effect.
     """
 
     alpha: float = 5.0
@@ -37,8 +38,9 @@ class LoRRA(Loss):
 
     def __call__(self, at: At, generator: torch.Generator | None = None) -> Tensor:
         """`(answer tokens,)`."""
-        own, base = at(1.0, layers=self.layers).hidden, at(0.0, layers=self.layers).hidden
+        # Layer -> states of the labelled tokens, (labelled tokens, d).
+        steered, base = at(1.0, layers=self.layers).hidden, at(0.0, layers=self.layers).hidden
         good, bad = (at(0.0, view=view, layers=self.layers).hidden for view in ("good", "bad"))
         return over_layers(
-            torch.linalg.vector_norm(own[i] - base[i] - self.alpha * (good[i] - bad[i]), dim=-1) for i in own
+            torch.linalg.vector_norm(steered[i] - base[i] - self.alpha * (good[i] - bad[i]), dim=-1) for i in steered
         )

@@ -6,9 +6,9 @@ Promotion raises every token of the chosen answer, suppression lowers every toke
     suppression   -Σ log(1 - π(y⁻_t))
     mixed         both
 
-With `satisfice` the chosen answer is promoted only until it is as likely as the base model finds the rejected one:
-`max(0, -Σ log π(y⁺_t) + Σ log π₀(y⁻_t))`. Once that is 0 on every example the training stops. The paper takes the
-base's own answer; here that is so where the rejected answers are what the base says.
+With `satisfice`, the chosen answer is promoted only until it is as likely as the rejected one is for the base model:
+`max(0, -Σ log π(y⁺_t) + Σ log π₀(y⁻_t))`. Training stops once this is 0 on every example. The paper uses the answer of
+the base model itself; that is the same if the rejected answers are what the base model says.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ Mode = Literal["promotion", "suppression", "mixed"]
 
 @dataclass(frozen=True)
 class OneShot(Loss):
-    """Sums over tokens, not means: made for one pair, or a few of similar length.
+    """Sums over tokens, not means: made for one pair, or for a few of similar length.
 
     Args:
-        mode: Which side is optimised.
-        satisfice: Promote no further than the rejected answer is likely for the base model, and stop there.
+        mode: The side that is optimised.
+        satisfice: Stop once the chosen answer is as likely as the rejected one is for the base model.
 
     Raises:
-        ValueError: an unknown mode, or `satisfice` with nothing to promote.
+        ValueError: the mode is unknown, or promotes nothing that `satisfice` could stop.
     """
 
     mode: Mode = "promotion"
@@ -42,10 +42,12 @@ class OneShot(Loss):
 
     def __post_init__(self) -> None:
         if self.mode not in ("promotion", "suppression", "mixed"):
-            raise ValueError(f"mode={self.mode!r} is none of 'promotion', 'suppression', 'mixed'.")
+            raise ValueError(f"mode={self.mode!r} must be one of 'promotion', 'suppression', 'mixed'.")
         if self.satisfice and self.mode == "suppression":
-            raise ValueError("satisfice=True stops promotion; mode='suppression' promotes nothing.")
-        # Satisficing compares with the reference, and training ends at 0 unless a suppression, never 0, is part of it.
+            raise ValueError(
+                "satisfice=True stops promotion, and mode='suppression' promotes nothing. Leave one of them out."
+            )
+        # Satisficing compares with the reference, and training ends at 0, which a suppression never reaches.
         stops = self.satisfice and self.mode == "promotion"
         needs = replace(self.needs, reference=self.satisfice, separable=not self.satisfice, stops=stops)
         object.__setattr__(self, "needs", needs)

@@ -1,10 +1,10 @@
 """Prompted activations as the target (PSR, 2605.03907; IA2, 2509.22621, its first stage).
 
-`|h(x) - h₀(x⁺)|² / d`, averaged over the answer's tokens and the layers: the adapter has to do what the prompt of the
-view `good` (an instruction, or demonstrations) does to the model's own states.
+`|h(x) - h₀(x⁺)|² / d`, averaged over the answer's tokens and the layers: the adapter learns to change the states as
+the prompt of the view `good` (an instruction, or demonstrations) changes them.
 
-PSR trains a vector so, on the residual stream. IA2 is `site="attention"` at all layers, with demonstrations as the
-view, and then cross-entropy: `get_loss("prompted", site="attention", layers="all", then="cross_entropy")`.
+PSR trains a vector this way, on the residual stream. IA2 is `site="attention"` at all layers, with demonstrations as
+the view, and then cross-entropy: `get_loss("prompted", site="attention", layers="all", then="cross_entropy")`.
 """
 
 from __future__ import annotations
@@ -20,14 +20,15 @@ from ._states import Site, Where, check_site, layers_of, over_layers
 
 @dataclass(frozen=True)
 class Prompted(Loss):
-    """Mean squared distance to the base model's states behind another prompt.
+    """Mean squared distance from the states of the base model after another prompt.
 
     Args:
-        layers: Whose states are compared, as in `SteeringVectorConfig`. Layers below all that is trained do nothing.
+        layers: The layers whose states are compared, as in `SteeringVectorConfig`. A layer below everything that is
+            trained has no effect.
         site: What is compared: the residual stream after the block, or what its attention or MLP writes into it.
 
     Raises:
-        ValueError: no layer, or an unknown site.
+        ValueError: there is no layer, or the site is unknown.
     """
 
     layers: Where = (0.4, 0.5, 0.6)
@@ -40,6 +41,7 @@ class Prompted(Loss):
 
     def __call__(self, at: At, generator: torch.Generator | None = None) -> Tensor:
         """`(answer tokens,)`."""
-        own = at(1.0, layers=self.layers, site=self.site).hidden
+        # Layer -> states of the labelled tokens, (labelled tokens, d).
+        steered = at(1.0, layers=self.layers, site=self.site).hidden
         target = at(0.0, view="good", layers=self.layers, site=self.site).hidden
-        return over_layers((own[i] - target[i]).square().mean(dim=-1) for i in own)
+        return over_layers((steered[i] - target[i]).square().mean(dim=-1) for i in steered)

@@ -7,8 +7,8 @@ rejected one:
     D⁻ = β⁻ log π(y⁻; null)/|y⁻| - log π(y⁺; null)/|y⁺|   β⁻ = max(log π₀(y⁺) - log π₀(y⁻), 1)
 
 `null` takes the direction of the vector out of the states that point along it. Adapters without a direction (LoRA)
-need `suppress="negative"`, a negative strength instead. The βs ask for the reference once, although the method's name
-says no.
+need `suppress="negative"`, which uses a negative strength instead. The βs need the reference, although the method is
+called reference-free.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ class RePS(Loss):
     """Preference at drawn strengths in one direction, and the opposite preference without it.
 
     Args:
-        factors: Strengths that `a` is drawn from, one a batch. The vector is used at strength 1 afterwards, so they
-            should lie around it (the paper draws from {2, 4, ..., 20} and searches the strength later).
-        suppress: The second term: with the direction taken out (`null`, steering vectors of form `bias`), at strength
-            `-a` (`negative`), or not at all (`none`).
+        factors: The strengths that `a` is drawn from, once per batch. They should lie around 1, the strength that the
+            vector is used at later (the paper draws from {2, 4, ..., 20} and searches for the strength afterwards).
+        suppress: What the second term uses: the model with the direction taken out (`null`, for steering vectors of
+            form `bias`), strength `-a` (`negative`), or nothing (`none`).
 
     Raises:
-        ValueError: no factors, or one that is not above 0.
+        ValueError: there are no factors, or one is not greater than 0.
     """
 
     factors: tuple[float, ...] = (0.5, 1.0, 1.5, 2.0)
@@ -43,13 +43,13 @@ class RePS(Loss):
 
     def __post_init__(self) -> None:
         if not isinstance(self.factors, list | tuple):
-            raise ValueError(f"factors={self.factors!r}: a list of strengths.")
+            raise ValueError(f"factors={self.factors!r} must be a list of strengths.")
         object.__setattr__(self, "factors", tuple(self.factors))  # TOML has lists
         if not self.factors:
-            raise ValueError("factors=(): give one strength or more.")
+            raise ValueError("factors=() is empty: give one strength or more.")
         positive(**{f"factors[{i}]": factor for i, factor in enumerate(self.factors)})
         if self.suppress not in ("null", "negative", "none"):
-            raise ValueError(f"suppress={self.suppress!r} is none of 'null', 'negative', 'none'.")
+            raise ValueError(f"suppress={self.suppress!r} must be one of 'null', 'negative', 'none'.")
         suppressed: dict[str, tuple[Strength, ...]] = {"null": ("null",), "negative": tuple(-a for a in self.factors)}
         strengths = (*self.factors, *suppressed.get(self.suppress, ()))
         object.__setattr__(self, "needs", replace(self.needs, reference=True, strengths=strengths))

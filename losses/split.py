@@ -2,8 +2,8 @@
 
 `λp CE(y⁺) + λn CE(y⁻) + γ max(0, θ - [CE(y⁻) - CE(y⁺)])`, with `CE` the negative log-likelihood per token.
 
-Both answers are kept likely (utility), and the chosen one is made more likely than the rejected one by a margin θ
-(preference). The pair's answers are read by the same steered model.
+The utility terms keep both answers likely, and the preference term makes the chosen one more likely than the rejected
+one by a margin θ. The same steered model reads both answers.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Likelihood of the chosen and unlikelihood of the rejected answer (Welleck et al. 1908.04319, equation 4).
 
-`-(1/|y⁺|) Σ log π(y⁺_t) - (α/|y⁻|) Σ log(1 - π(y⁻_t))`, per pair.
-Contrast without a margin: each side has its own term.
+`-(1/|y⁺|) Σ log π(y⁺_t) - (α/|y⁻|) Σ log(1 - π(y⁻_t))`, per pair: a contrast without a margin, where each side has its
+own term.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from torch import Tensor
 
 from ._base import At, Loss, Needs, Outputs, positive
 
-_LARGEST_LOGP = -1e-6  # a certain token has an infinite unlikelihood; here it is 13.8 nats
+_LARGEST_LOGP = -1e-6  # bounds the unlikelihood of a certain token, which is infinite, at 13.8 nats
 
 
 @dataclass(frozen=True)
 class Unlikelihood(Loss):
-    """Token unlikelihood on the rejected answers beside cross-entropy on the chosen ones.
+    """Token unlikelihood on the rejected answers plus cross-entropy on the chosen ones.
 
     Args:
         alpha: Weight of the unlikelihood term.

@@ -20,7 +20,6 @@ Listing a task with `reverse = true` beside itself leaves nothing to learn but t
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
@@ -32,32 +31,34 @@ from accelerate import PartialState
 from datasets import Dataset, concatenate_datasets
 from peft import PeftModel
 from pydantic import BaseModel, Field, ValidationError
-from torch import Tensor
 from transformers import set_seed
 
-from steertune.adapters.checks import check_checksums, write_checksums
+from steertune.adapters.saved import check_checksums, write_checksums
 from steertune.recipes.ablation.checks import check_draws
 from steertune.recipes.ablation.grid import find_tasks
 from steertune.recipes.ablation.tables import TaskTable
-from steertune.recipes.lab.arm import Arm, known_tables, load_arm, refuse_augmentation
+from steertune.recipes.lab import measures
+from steertune.recipes.lab.arm import Arm, known_tables, load_arm
 from steertune.recipes.lab.command_line import Argument, Option, Result, Threads, command
 from steertune.recipes.lab.contrast_page import page
 from steertune.recipes.lab.data import load_model
+from steertune.recipes.lab.evaluate import evaluate, evaluate_base
 from steertune.recipes.lab.files import ArmError, read_result, read_toml, reasons, write_result, write_whole
 from steertune.recipes.lab.generation import check_context
-from steertune.recipes.lab.observe import neutral_logps
-from steertune.recipes.lab.old import pair_margins, side_effects
+from steertune.recipes.lab.observe import HeldOut, neutral_rows
 from steertune.recipes.lab.paths import CONFIGS
 from steertune.recipes.lab.processes import begin
 from steertune.recipes.lab.progress import track
+from steertune.recipes.lab.rows import Record
 from steertune.recipes.lab.splits import SplitTable, load_splits
 from steertune.recipes.lab.tables import ModelTable
-from steertune.recipes.lab.training import claim, fit, make_trainer
+from steertune.recipes.lab.training import claim, fit, make_trainer, training_of
 from steertune.trainers import get_view, share_weights
 
 MIXTURES = CONFIGS / "mixtures"
 _PROMPTS = ("plain", "k-shot", "contrast")
 _CHECKED = ("plain", "contrast")  # on seen tasks
+_BATCH = 4
 
 
 class MixtureTables(BaseModel, extra="forbid"):
@@ -161,10 +162,7 @@ class Mixture:
         }
 
     def _arm(self, name: str) -> Arm:
-        arm = load_arm(name)
-        if arm.prompt:
-            raise ArmError(f"Arm {name!r} is a prompt: contrast and k-shot prompts are measured anyway.")
-        refuse_augmentation(arm, "contrast_prompts")
+        arm = load_arm(name, recipe="contrast_prompts")
         if arm.data.pairing != "own":
             raise ArmError(f"Arm {name!r}: data.pairing={arm.data.pairing!r}, and all arms here get the same pairs.")
         return arm
@@ -186,16 +184,17 @@ class Mixture:
         model, tokenizer = loaded
         model.to(PartialState().device)
         self._check_prompts(model, tokenizer)
-        tuned = self._tuned(model, tokenizer, folder)
-        models = {"base": model, "trained": tuned}
-        result = {
-            "seen": list(self._seen_cells(models, tokenizer, folder / "seen")),
-            "cells": list(self._cells(models, tokenizer, folder / "cells")),
-            "side_effects": side_effects(neutral_logps(tuned, tokenizer), neutral_logps(model, tokenizer)),
-        }
+        trained = self._trained(model, tokenizer, folder)
+        models = {"base": model, "trained": trained}
+        seen = [*self._records(self.seen, _CHECKED, models, tokenizer, folder / "seen")]
+        unseen = [*self._records(self.unseen, _PROMPTS, models, tokenizer, folder / "cells", self.steering)]
+        effects = self._side_effects(models, tokenizer)
         if main_process:
-            write_whole(folder / "page.md", page(self._about(), self.tables.steering, self.seen + self.unseen, result))
-            write_whole(folder / "result.json", json.dumps(result, indent=1))  # last: the run is finished
+            text = page(self._about(), self.tables.steering, self.seen + self.unseen, seen, unseen, effects)
+            write_whole(folder / "page.md", text)
+            result = {"seen": [record.to_json() for record in seen], "cells": [record.to_json() for record in unseen]}
+            # last: it says that the run is finished
+            write_result(folder / "result.json", result | {"side_effects": effects.to_json()})
         return folder / "page.md"
 
     def _about(self) -> str:
@@ -238,7 +237,7 @@ class Mixture:
                 rows = self._shown(task, seed, prompt)
                 check_context(model, tokenizer, rows, 0, f"Task {task.label!r}, {prompt} prompts")
 
-    def _tuned(self, model: Any, tokenizer: Any, folder: Path) -> Any:
+    def _trained(self, model: Any, tokenizer: Any, folder: Path) -> Any:
         home = folder / "adapter"
         if home.is_dir():
             try:
@@ -247,7 +246,7 @@ class Mixture:
                 raise ArmError(f"{error}. Delete {home}, and it is trained again.") from error
             return PeftModel.from_pretrained(share_weights(model), str(home)).eval()
         set_seed(0)
-        trainer = make_trainer(self.arm, share_weights(model), tokenizer, self.contrast_prompts(), folder)
+        trainer = make_trainer(training_of(self.arm, share_weights(model), tokenizer, self.contrast_prompts(), folder))
         fit(trainer, folder)
         trainer.save_model(str(folder / "adapter.part"))
         if PartialState().is_main_process:
@@ -255,49 +254,56 @@ class Mixture:
             (folder / "adapter.part").rename(home)
         return trainer.accelerator.unwrap_model(trainer.model).eval()
 
-    def _seen_cells(self, models: Mapping[str, Any], tokenizer: Any, folder: Path) -> Iterator[dict[str, Any]]:
-        for task, seed in track([*product(self.seen, self.tables.seeds)], "seen task"):
-            yield _kept(folder, task, seed, partial(self._measured, models, tokenizer, task, seed, _CHECKED))
+    def _records(
+        self,
+        tasks: Sequence[TaskTable],
+        prompts: Sequence[str],
+        models: Mapping[str, Any],
+        tokenizer: Any,
+        folder: Path,
+        steering: Sequence[Arm] = (),
+    ) -> Iterator[Record]:
+        """A record for every task, seed and condition: a model behind a prompt, or a steering arm without one."""
+        for task, seed in track([*product(tasks, self.tables.seeds)], "task"):
+            held_out = HeldOut(
+                models["base"], tokenizer, self.splits[task.label].test, neutral_rows(), batch_size=_BATCH
+            )
+            home = folder / task.label / f"seed{seed}"
+            for prompt, (name, model) in product(prompts, models.items()):
+                shown = held_out.behind(lambda _, t=task, s=seed, p=prompt: self._shown(t, s, p))
+                yield self._record(home, f"{name}, {prompt}", task, seed, shown, lambda model=model: model)
+            for arm in steering:
+                make = partial(self._steered, arm, task, seed, models["base"], tokenizer, home / arm.name)
+                yield self._record(home, arm.name, task, seed, held_out, make)
 
-    def _cells(self, models: Mapping[str, Any], tokenizer: Any, folder: Path) -> Iterator[dict[str, Any]]:
-        for task, seed in track([*product(self.unseen, self.tables.seeds)], "unseen task"):
-            yield _kept(folder, task, seed, partial(self._compared, models, tokenizer, task, seed, folder))
+    def _record(
+        self, home: Path, condition: str, task: TaskTable, seed: int, held_out: HeldOut, model: Callable[[], Any]
+    ) -> Record:
+        """A condition's record from its file; where there is none, it is measured first."""
+        file = home / f"{condition.replace(', ', '-')}.json"
+        if not file.exists():
+            examples = self.tables.examples if task in self.seen else self.tables.pairs
+            record = Record({"arm": condition, "task": task.label, "examples": examples, "seed": seed})
+            names = measures.served_by("pairs")
+            record.observations = evaluate_base(held_out, names) | evaluate(model(), held_out, names)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            record.write(file)
+        return Record.read(file)
 
-    def _measured(
-        self, models: Mapping[str, Any], tokenizer: Any, task: TaskTable, seed: int, prompts: Sequence[str]
-    ) -> dict[str, Tensor]:
-        """Margins of a task's test pairs, by model and prompt."""
-        found = {}
-        for prompt in prompts:
-            rows = self._shown(task, seed, prompt)
-            for name, model in models.items():
-                found[f"{name}, {prompt}"] = pair_margins(model, tokenizer, rows, [1.0], 4, show=False)[1.0]
-        return found
+    def _steered(self, arm: Arm, task: TaskTable, seed: int, base: Any, tokenizer: Any, home: Path) -> Any:
+        """A steering arm's model, trained on what there is of an unseen task."""
+        arm = arm.model_copy(update={"data": arm.data.model_copy(update={"seed": seed})})
+        training = training_of(arm, share_weights(base), tokenizer, self._pairs(task, seed), home)
+        trainer = make_trainer(training, save_strategy="no", disable_tqdm=True)
+        fit(trainer, home)
+        return trainer.accelerator.unwrap_model(trainer.model).eval()
 
-    def _compared(
-        self, models: Mapping[str, Any], tokenizer: Any, task: TaskTable, seed: int, folder: Path
-    ) -> dict[str, Tensor]:
-        """The same for every prompt, and those of the steering arms."""
-        splits, found = self.splits[task.label], self._measured(models, tokenizer, task, seed, _PROMPTS)
-        for arm in self.steering:
-            arm = arm.model_copy(update={"data": arm.data.model_copy(update={"seed": seed})})
-            quiet = {"save_strategy": "no", "disable_tqdm": True}
-            pairs, home = self._pairs(task, seed), folder / task.label / f"seed{seed}" / arm.name
-            trainer = make_trainer(arm, share_weights(models["base"]), tokenizer, pairs, home, **quiet)
-            fit(trainer, home)
-            steered = trainer.accelerator.unwrap_model(trainer.model).eval()
-            found[arm.name] = pair_margins(steered, tokenizer, splits.test, [1.0], 4, show=False)[1.0]
-        return found
-
-
-def _kept(folder: Path, task: TaskTable, seed: int, measure: Callable[[], dict[str, Tensor]]) -> dict[str, Any]:
-    """A cell from its file, which is written first where there is none."""
-    file = folder / task.label / f"seed{seed}.json"
-    if not file.exists():
-        file.parent.mkdir(parents=True, exist_ok=True)
-        margins = {name: [round(float(m), 4) for m in values] for name, values in measure().items()}
-        write_result(file, {"task": task.label, "seed": seed, "margins": margins})
-    return read_result(file, "Delete it, and it is measured again.")
+    def _side_effects(self, models: Mapping[str, Any], tokenizer: Any) -> Record:
+        """What the trained model does to neutral text, without a prompt."""
+        names, neutral = measures.served_by("neutral"), neutral_rows()
+        held_out = HeldOut(models["base"], tokenizer, pairs=neutral, neutral=neutral)
+        keys = {"arm": "trained", "task": "neutral", "examples": self.tables.examples, "seed": 0}
+        return Record(keys, evaluate_base(held_out, names) | evaluate(models["trained"], held_out, names))
 
 
 if __name__ == "__main__":

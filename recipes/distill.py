@@ -15,37 +15,35 @@ is 1 where the adapter does what the prompt does, 0 where it does as much as not
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from datasets import Dataset
-from torch import Tensor
 from transformers import set_seed
 
-from steertune.losses import Outputs
-from steertune.recipes.lab.arm import Arm, load_arm, refuse_augmentation
-from steertune.recipes.lab.batches import batches
+from steertune.recipes.lab.arm import Arm, load_arm
 from steertune.recipes.lab.command_line import ArmName, Result, Threads, command
 from steertune.recipes.lab.data import load_model, load_splits
+from steertune.recipes.lab.evaluate import evaluate, evaluate_base
 from steertune.recipes.lab.files import ArmError, read_rows, write_rows, write_whole
-from steertune.recipes.lab.generation import check_context, generate, prompt_lengths
-from steertune.recipes.lab.observe import neutral_logps
-from steertune.recipes.lab.old import pair_margins, side_effects
+from steertune.recipes.lab.generation import check_context, generate, plain, prompt_lengths
+from steertune.recipes.lab.ingredients.views import Views
+from steertune.recipes.lab.observe import HeldOut, Prompted, neutral_rows
+from steertune.recipes.lab.page import comparison, generations
 from steertune.recipes.lab.processes import begin
 from steertune.recipes.lab.progress import track
-from steertune.recipes.lab.training import claim, fit, make_trainer
-from steertune.trainers import ModelAt, View, share_weights, tokenise
-from steertune.trainers.views import Views
+from steertune.recipes.lab.rows import BASE, Record
+from steertune.recipes.lab.training import claim, fit, make_trainer, training_of
+from steertune.trainers import View, share_weights
 
 _TEMPERATURE = 1.0
-_SEEN, _TEST = 0, 1  # seeds of the answers to training and test prompts
+_TRAIN, _TEST = 0, 1  # seeds of the answers to training and test prompts
 
 
 @command
@@ -53,16 +51,18 @@ def main(
     arm: ArmName = "vector_distillation", threads: Threads = None, overrides: Sequence[str] = ()
 ) -> Result | None:
     """Distil the arm's prompt and measure it; of several processes the first one has the result."""
-    result = run(load_arm(arm, overrides), threads)
-    return Result(result, "") if PartialState().is_main_process else None
+    record = run(load_arm(arm, overrides, recipe="distill"), threads)
+    if not PartialState().is_main_process:
+        return None
+    return Result({**record.to_json(), "measures": record.means()}, "")
 
 
-def run(arm: Arm, threads: int | None = None) -> dict[str, Any]:
+def run(arm: Arm, threads: int | None = None) -> Record:
     """Distil the arm's prompt and measure it, in the arm's output folder; return what `result.json` holds.
 
     Raises:
-        ArmError: an arm without a prompt to distil, without an adapter or with a `[augmentation]`, data without
-            prompts, a folder that holds something else.
+        ArmError: an arm without a prompt to distil or without an adapter, data without prompts, a folder that holds
+            something else.
         ViewError: demonstrations that are test rows, or fewer than asked for.
     """
     _check(arm)
@@ -76,37 +76,59 @@ def run(arm: Arm, threads: int | None = None) -> dict[str, Any]:
     if missing := [rows.column_names for rows in (train, test) if "prompt" not in rows.column_names]:
         raise ArmError(f"data.name={arm.data.name!r}: distillation answers prompts, the rows have {missing[0]}.")
     arm = _with_pool(arm, train)
-    view = arm.view_objects()["good"].for_evaluation(train.to_list(), test.to_list())
+    view = arm.get(Views).views()["good"].for_evaluation(train.to_list(), test.to_list())
     loaded: tuple[Any, Any] = load_model(arm.model)
     model, tokenizer = loaded
     model.to(state.device)
-    if _are_pairs(test):
-        check_context(model, tokenizer, _shown(view, test), 0, "[views.good] of test pairs")
-    seen = answered(arm, model, tokenizer, view, train, _SEEN, folder / "answers.jsonl")
-    held_out = answered(arm, model, tokenizer, view, test, _TEST, folder / "test_answers.jsonl")
 
-    trainer = make_trainer(arm, share_weights(model), tokenizer, seen, folder)
+    # the prompted model answers training prompts, which are learned, and test prompts, on which fidelity is measured
+    neutral = neutral_rows()
+    for rows, what in ((test, "test rows"), (neutral, "neutral text")):
+        check_context(model, tokenizer, _behind(view, rows), 0, f"[views.good] of {what}")
+    examples = answered(arm, model, tokenizer, view, train, _TRAIN, folder / "answers.jsonl")
+    test_answers = answered(arm, model, tokenizer, view, test, _TEST, folder / "test_answers.jsonl")
+    held_out = HeldOut(
+        model,
+        tokenizer,
+        pairs=test,
+        neutral=neutral,
+        generations=arm.evaluation.generations,
+        new_tokens=arm.evaluation.new_tokens,
+        prompted=Prompted(view, test_answers),
+        batch_size=arm.evaluation.batch_size,
+    )
+
+    training = training_of(arm, share_weights(model), tokenizer, examples, folder, held_out=[test])
+    trainer = make_trainer(training)
     seconds = fit(trainer, folder)
     adapted = trainer.accelerator.unwrap_model(trainer.model).eval()
-    result = {
-        "name": arm.name,
-        "arm": {"adapter": arm.adapter, "loss": arm.loss},
-        "train_prompts": len(seen),
-        "test_prompts": len(held_out),
-        **fidelity(adapted, tokenizer, held_out, view, arm.evaluation.batch_size),
-        **_preference(arm, adapted, tokenizer, view, test),
-        "side_effects": side_effects(neutral_logps(adapted, tokenizer), neutral_logps(model, tokenizer)),
+
+    # the base, the same behind the prompt, and the distilled model, on the same rows
+    keys = {"task": Path(arm.data.name).name, "examples": arm.data.train, "seed": arm.data.seed}
+    base = evaluate_base(held_out)
+    prompted = Record(
+        {"arm": f"{arm.name}, prompted", **keys}, base | evaluate(model, held_out.behind(partial(_behind, view)))
+    )
+    record = Record({"arm": arm.name, **keys}, base | evaluate(adapted, held_out))
+    record.facts = {
+        "adapter": arm.adapter,
+        "loss": arm.loss,
+        "model": arm.model.name,
+        "notes": training.notes,
+        "prompts": [plain(prompt) for prompt in held_out.prompts],
+        "train_prompts": len(examples),
+        "test_prompts": len(test_answers),
         "tokens": _tokens(tokenizer, view, test),
         "train_seconds": seconds,
+        "seconds": time.monotonic() - started,
     }
-    result["generations"] = _generations(arm, model, adapted, tokenizer, view, test)
-    result["seconds"] = time.monotonic() - started
     trainer.save_model(str(folder / "adapter"))
     if state.is_main_process:
-        write_whole(folder / "page.md", page(result))
-        write_whole(folder / "result.json", json.dumps(result, indent=1))  # last: it says that the run is finished
-        print(f"\n{page(result)}\nThis page: {folder / 'page.md'}")
-    return result
+        write_whole(folder / "page.md", page(record, prompted))
+        prompted.write(folder / "prompted.json")
+        record.write(folder / "result.json")  # last: it says that the run is finished
+        print(f"\n{page(record, prompted)}\nThis page: {folder / 'page.md'}")
+    return record
 
 
 def answered(
@@ -131,70 +153,24 @@ def answered(
     shown: list[Any] = [row["prompt"] for row in view(rows.to_list())]
     check_context(model, tokenizer, Dataset.from_dict({"prompt": shown}), arm.evaluation.new_tokens, "[views.good]")
     size, length = arm.evaluation.batch_size, arm.evaluation.new_tokens
-    with PartialState().split_between_processes(list(range(0, len(shown), size))) as own:
-        said = {
+    with PartialState().split_between_processes(list(range(0, len(shown), size))) as starts:
+        answers_by_start = {
             i: generate(model, tokenizer, shown[i : i + size], length, _TEMPERATURE, seed + 7 * i)
-            for i in track(own, "batch")
+            for i in track(starts, "batch")
         }
     # by batch: of fewer batches than processes, several have the last one
-    everywhere = dict(gather_object(list(said.items())))
-    found = [text for i in sorted(everywhere) for text in everywhere[i]]
-    kept = [{"prompt": p, "completion": _said(p, text)} for p, text in zip(rows["prompt"], found, strict=True) if text]
-    if not kept:
+    everywhere = dict(gather_object(list(answers_by_start.items())))
+    texts = [text for i in sorted(everywhere) for text in everywhere[i]]
+    pairs = zip(rows["prompt"], texts, strict=True)
+    answers = [{"prompt": prompt, "completion": _as_answer(prompt, text)} for prompt, text in pairs if text]
+    if not answers:
         raise ArmError("The prompted model answered nothing at all: is [views.good] a prompt for this model?")
     if file is not None and PartialState().is_main_process:
-        write_rows(file, kept)
-    return Dataset.from_list(kept)
+        write_rows(file, answers)
+    return Dataset.from_list(answers)
 
 
-@torch.no_grad()
-def fidelity(model: Any, tokenizer: Any, rows: Dataset, view: View, batch_size: int = 8) -> dict[str, float]:
-    """How near the adapted and the base model come to the prompted one, at the answers of `rows`.
-
-    Returns:
-        `kl_base` and `kl`: mean KL(prompted ‖ base) and KL(prompted ‖ distilled) per token, in nats; `fidelity`;
-        `agreement_base` and `agreement`: share of tokens at which the likeliest one is the prompted model's.
-    """
-    views = Views({"good": view}, tokenizer, getattr(model.config, "max_position_embeddings", None))
-    views.add(rows, tokenise(rows, tokenizer))
-    found: list[Tensor] = []
-    for batch in track(batches(tokenizer, rows, batch_size), "batch"):
-        at = ModelAt(model, model, batch.to(model.device), views=views)
-        prompted = at(0.0, view="good", distribution=True)
-        sides = [at(strength, distribution=True) for strength in (0.0, 1.0)]
-        found.append(torch.stack([value for side in sides for value in _compared(prompted, side)]).cpu())
-    kl_base, agreement_base, kl, agreement = torch.cat(found, dim=1).mean(dim=1).tolist()
-    return {
-        "fidelity": 1 - kl / kl_base,
-        "kl_base": kl_base,
-        "kl": kl,
-        "agreement_base": agreement_base,
-        "agreement": agreement,
-    }
-
-
-def _compared(prompted: Outputs, other: Outputs) -> tuple[Tensor, Tensor]:
-    p, q = prompted.distribution, other.distribution
-    assert p is not None and q is not None  # they were asked for
-    return (p.exp() * (p - q)).sum(dim=-1), (p.argmax(dim=-1) == q.argmax(dim=-1)).to(p.dtype)
-
-
-def _preference(arm: Arm, model: Any, tokenizer: Any, view: View, test: Dataset) -> dict[str, Any]:
-    """Held-out pair accuracy of the base, the prompted and the distilled model, where the data are pairs."""
-    if not _are_pairs(test):
-        return {}
-    size = arm.evaluation.batch_size
-    plain = pair_margins(model, tokenizer, test, [0.0, 1.0], size)
-    prompted = pair_margins(model, tokenizer, _shown(view, test), [0.0], size)
-    margins = {"base": plain[0.0], "prompted": prompted[0.0], "distilled": plain[1.0]}
-    return {"accuracy": {name: float((values > 0).float().mean()) for name, values in margins.items()}}
-
-
-def _are_pairs(rows: Dataset) -> bool:
-    return {"chosen", "rejected"} <= set(rows.column_names)
-
-
-def _shown(view: View, rows: Dataset) -> Dataset:
+def _behind(view: View, rows: Dataset) -> Dataset:
     return Dataset.from_list([dict(row) for row in view(rows.to_list())])
 
 
@@ -205,48 +181,29 @@ def _tokens(tokenizer: Any, view: View, test: Dataset) -> dict[str, float]:
     return {"plain": plain, "prompted": prompted, "saved": prompted - plain}
 
 
-def _generations(
-    arm: Arm, model: Any, adapted: Any, tokenizer: Any, view: View, test: Dataset
-) -> list[dict[str, str]]:
-    few = test.select(range(min(arm.evaluation.generations, len(test))))
-    if not len(few):
-        return []
-    plain, shown = few["prompt"], [row["prompt"] for row in view(few.to_list())]
-    sides = {"base": (model, plain), "prompted": (model, shown), "distilled": (adapted, plain)}
-    texts = {n: generate(m, tokenizer, prompts, arm.evaluation.new_tokens) for n, (m, prompts) in sides.items()}
-    asked = [p if isinstance(p, str) else p[-1]["content"] for p in plain]
-    return [{"prompt": p, **{name: texts[name][i] for name in sides}} for i, p in enumerate(asked)]
+def page(record: Record, prompted: Record) -> str:
+    """What came of it, in Markdown.
 
-
-def page(result: dict[str, Any]) -> str:
-    """What came of it, in Markdown."""
-    tokens, effects = result["tokens"], result["side_effects"]
-    rows = [
-        ("KL(prompted ‖ it) per token, nats", f"{result['kl_base']:.3f}", "0", f"{result['kl']:.3f}"),
-        ("likeliest token as prompted", f"{result['agreement_base']:.3f}", "1", f"{result['agreement']:.3f}"),
-        ("tokens of a request", f"{tokens['plain']:.0f}", f"{tokens['prompted']:.0f}", f"{tokens['plain']:.0f}"),
-    ]  # fmt: skip
-    if "accuracy" in result:
-        base, prompted, distilled = (f"{result['accuracy'][name]:.3f}" for name in ("base", "prompted", "distilled"))
-        rows.append(("held-out pair accuracy", base, prompted, distilled))
+    Args:
+        record: The base model at strength 0, the distilled one at 1.
+        prompted: The base model, and behind the prompt.
+    """
+    means, facts = record.means(), record.facts
+    base, distilled = means[BASE], means["1"]
     lines = [
-        f"# {result['name']}: a prompt, distilled",
+        f"# {record.keys['arm']}: a prompt, distilled",
         "",
-        f"Fidelity **{result['fidelity']:.3f}** on {result['test_prompts']} test prompts, after "
-        f"{result['train_prompts']} training prompts; **{tokens['saved']:.0f} tokens saved** per request.",
+        f"Fidelity **{distilled['fidelity']:.3f}** on {facts['test_prompts']} test prompts, after "
+        f"{facts['train_prompts']} training prompts; **{facts['tokens']['saved']:.0f} tokens saved** per request.",
+        *(f"\n{note}" for note in facts["notes"].values()),
         "",
-        "| | base | prompted | distilled |",
-        "|---|---|---|---|",
-        *("| " + " | ".join(row) + " |" for row in rows),
-        "",
-        f"On neutral text: KL(distilled ‖ base) {effects['kl']:.4f} nats a token, perplexity "
-        f"{effects['base_perplexity']:.2f} before and {effects['perplexity']:.2f} after.",
+        *comparison({"base": base, "prompted": prompted.means()["1"], "distilled": distilled}),
+        "| tokens of a request | {plain:.0f} | {prompted:.0f} | {plain:.0f} |".format(**facts["tokens"]),
         "",
     ]
-    for row in result["generations"]:
-        lines += [f"**{row['prompt']}**", ""]
-        lines += [f"- {name}: {row[name]}" for name in ("base", "prompted", "distilled")] + [""]
-    return "\n".join(lines)
+    seen = {"base": record.seen(), "prompted": prompted.seen(1), "distilled": record.seen(1)}
+    answers = {name: [*one["answer"]] for name, one in seen.items() if "answer" in one}
+    return "\n".join([*lines, *generations(facts["prompts"], answers)])
 
 
 def _check(arm: Arm) -> None:
@@ -255,22 +212,22 @@ def _check(arm: Arm) -> None:
         raise ArmError(
             f"loss.name={arm.loss.get('name')!r} learns no prompt: choose context_distillation or prompted."
         )
-    if "good" not in arm.views or arm.views["good"].get("name") not in ("instruction", "demonstrations"):
+    if arm.get(Views).tables.get("good", {}).get("name") not in ("instruction", "demonstrations"):
         raise ArmError('[views.good] is the prompt: name = "instruction" or "demonstrations".')
     if arm.peft_config() is None or arm.trainer.get("max_steps") == 0:
         raise ArmError('adapter.type="none" or trainer.max_steps=0: distillation trains an adapter.')
-    refuse_augmentation(arm, "distill")
 
 
 def _with_pool(arm: Arm, train: Dataset) -> Arm:
     """Demonstrations are training examples, also in front of test prompts."""
-    good = arm.views["good"]
-    if good["name"] != "demonstrations":
+    tables = arm.get(Views).tables
+    if tables["good"]["name"] != "demonstrations":
         return arm
-    return arm.model_copy(update={"views": {**arm.views, "good": {**good, "pool": tuple(train.to_list())}}})
+    views = Views(**{**tables, "good": {**tables["good"], "pool": tuple(train.to_list())}})
+    return arm.model_copy(update={"ingredients": {**arm.ingredients, "views": views}})
 
 
-def _said(prompt: Any, text: str) -> Any:
+def _as_answer(prompt: Any, text: str) -> Any:
     """An answer in the prompt's format."""
     if isinstance(prompt, str):
         return text if prompt[-1:].isspace() else f" {text}"

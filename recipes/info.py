@@ -16,8 +16,8 @@ from typing import Annotated, Any
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 
 from steertune.adapters import exports
-from steertune.adapters.checks import read_tensors
 from steertune.adapters.exports import ExportError
+from steertune.adapters.saved import read_tensors
 from steertune.recipes.lab.command_line import Argument, Option, Result, Threads, command
 from steertune.recipes.lab.data import adapter_config, load_steered
 from steertune.recipes.lab.files import ArmError

@@ -20,8 +20,8 @@ import shlex
 import sys
 import time
 import tomllib
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Annotated, Any, cast, get_args
@@ -31,9 +31,8 @@ from pydantic import ValidationError
 from steertune.adapters import directions
 from steertune.adapters.blocks import find_blocks, resolve_layers
 from steertune.adapters.card import versions, write_card
-from steertune.adapters.config import Site
+from steertune.adapters.types import Site
 from steertune.recipes.lab import scorers
-from steertune.recipes.lab.cards import of_sweep
 from steertune.recipes.lab.command_line import (
     Argument,
     Choice,
@@ -44,16 +43,21 @@ from steertune.recipes.lab.command_line import (
     command,
 )
 from steertune.recipes.lab.data import load_model
-from steertune.recipes.lab.files import ArmError, read_result, reasons, write_result
+from steertune.recipes.lab.evaluate import evaluate, evaluate_base
+from steertune.recipes.lab.files import ArmError, reasons, write_result
+from steertune.recipes.lab.generation import plain
+from steertune.recipes.lab.observe import Observations
 from steertune.recipes.lab.paths import modules_in
 from steertune.recipes.lab.processes import begin
 from steertune.recipes.lab.progress import Bar, progress
+from steertune.recipes.lab.rows import Record, label
 from steertune.recipes.lab.splits import SplitTable
 from steertune.recipes.lab.tables import ModelTable
 from steertune.recipes.lab.training import claim
-from steertune.recipes.sweeping.bench import Bench
-from steertune.recipes.sweeping.choose import choose
-from steertune.recipes.sweeping.page import on_test, write_page
+from steertune.recipes.sweeping.card import card
+from steertune.recipes.sweeping.choose import Setting
+from steertune.recipes.sweeping.context import TEST, VALIDATION, Context
+from steertune.recipes.sweeping.page import Sweep, on_test, write_page
 from steertune.recipes.sweeping.settings import Limits, SweepTable, at, read_arm
 from steertune.recipes.sweeping.sources import Source, bake
 from steertune.trainers import NonFiniteError
@@ -111,10 +115,10 @@ def main(
         raise ArmError("Give either --direction or --arm.")
     begin(threads, only_one=True)
     result, page = run(options, list(overrides), words)
-    return Result(result, f"{page.read_text(encoding='utf-8')}\nThis page: {page}")
+    return Result(result.to_json(), f"{page.read_text(encoding='utf-8')}\nThis page: {page}")
 
 
-def run(options: SimpleNamespace, overrides: list[str], words: Sequence[str]) -> tuple[dict[str, Any], Path]:
+def run(options: SimpleNamespace, overrides: list[str], words: Sequence[str]) -> tuple[Sweep, Path]:
     """Sweep, recommend, read the recommended setting on test rows, and write the page.
 
     Returns:
@@ -127,39 +131,27 @@ def run(options: SimpleNamespace, overrides: list[str], words: Sequence[str]) ->
     table, model, tokenizer = request(options, overrides)
     name = table.direction if table.arm is None else table.arm.name
     folder = options.folder or Path("runs") / f"sweep-{name}-{table.task.strip('./').replace('/', '-')}"
-    bench = Bench(table, model, tokenizer)  # refuses bad rows before anything is written
-    _ = bench.scorer
+    context = Context(table, model, tokenizer)  # refuses bad rows before anything is written
+    note = context.scorer.note if context.scorer is not None else None
     claim(folder, table, main_process=True)
-    print(_plan(table, bench), file=sys.stderr)
-    cells = measure(bench, folder)
-    ok = [cell for cell in cells if cell["status"] == "ok"]
-    choice = choose(ok, bench.base("validation"), table.limits)
-    result: dict[str, Any] = {
-        "settings": table.model_dump(mode="json"),
-        "command": as_typed(words),
-        "base": {"validation": bench.base("validation")},
-        "cells": cells,
-        "reason": choice.reason,
-        "recommended": None,
-        "scorer": bench.scorer.note if bench.scorer is not None else None,
-        "versions": versions(),
-    }
-    if choice.cell is not None:
-        where = {key: choice.cell[key] for key in ("site", "layer", "strength")}
-        adapter = Source(bench).model(where["site"], where["layer"], folder / home_of(where["site"], where["layer"]))
-        result["base"]["test"] = bench.base("test")
-        with bench.remembering(adapter):
-            test = bench.measured(adapter, where["strength"], "test")
-        bake(adapter, where["strength"])
+    print(_plan(table, context), file=sys.stderr)
+
+    # validation rows choose; only what they chose is seen on test rows, and saved
+    result = Sweep(table, measure(context, folder), as_typed(words), note, versions())
+    if (setting := result.choice.setting) is not None:
+        held_out = context.held_out(TEST)
+        adapter = Source(context).model(cast(Site, setting.site), setting.layer, home_of(folder, setting))
+        test = context.record(setting.site, setting.layer, TEST)
+        test.observations |= evaluate(adapter, held_out, strengths=[setting.strength])
+        bake(adapter, setting.strength)
         adapter.save_pretrained(str(folder / "adapter"))
-        result |= {"recommended": where, "test": {**where, **test}, "use": _use(where)}
-        asked = {"answers": bench.rows("test"), "neutral_answers": bench.neutral("test")}
-        result["prompts"] = {key: rows["prompt"][: table.generations] for key, rows in asked.items() if key in test}
-    result["seconds"] = time.monotonic() - started
+        asked = [*map(plain, held_out.prompts)], held_out.neutral["prompt"][: table.generations]
+        result = replace(result, test=test, prompts=tuple(asked[0]), neutral_prompts=tuple(map(plain, asked[1])))
+    result = replace(result, seconds=time.monotonic() - started)
     page = write_page(folder, result)
-    if choice.cell is not None:
-        write_card(folder / "adapter", of_sweep(result, on_test(result)))
-    write_result(folder / "result.json", result)  # last: it says that the sweep is finished
+    if setting is not None:
+        write_card(folder / "adapter", card(table, result.tested, result.choice.reason, on_test(result.tested)))
+    write_result(folder / "result.json", result.to_json())  # last: it says that the sweep is finished
     return result, page
 
 
@@ -211,65 +203,60 @@ def request(options: SimpleNamespace, overrides: list[str]) -> tuple[SweepTable,
     return table, model, tokenizer
 
 
-def measure(bench: Bench, folder: Path) -> list[dict[str, Any]]:
-    """Every setting on validation rows, from the top layer down; what is there is not measured again."""
-    table, source = bench.table, Source(bench)
+def measure(context: Context, folder: Path) -> list[Record]:
+    """Every setting on validation rows, from the top layer down, a record for each place; what is there is not
+    measured again."""
+    table, source = context.table, Source(context)
     places = [(site, layer) for site in table.sites for layer in sorted(table.layers, reverse=True)]
-    found = {}
+    records = {}
     with progress("Settings", len(places) * len(table.strengths)) as bar:
         for site, layer in places:
-            home = folder / home_of(site, layer)
-            home.mkdir(parents=True, exist_ok=True)
-            for cell in _of_place(bench, source, site, layer, home, bar):
-                found[site, layer, cell["strength"]] = cell
-    order = [(site, layer, s) for site in table.sites for layer in table.layers for s in table.strengths]
-    return [found[key] for key in order]
+            records[site, layer] = _at_place(context, source, site, layer, folder, bar)
+    return [records[site, layer] for site in table.sites for layer in table.layers]
 
 
-def _of_place(bench: Bench, source: Source, site: str, layer: int, home: Path, bar: Bar) -> Iterator[dict[str, Any]]:
-    """The settings of one place; its adapter is made, and its lower blocks are read, if one of them is missing."""
-    files = {strength: home / f"{strength:g}.json" for strength in bench.table.strengths}
-    with ExitStack() as stack:
-        model = None
-        for strength, file in files.items():
-            if file.is_file():
-                bar.skip()
-            else:
-                with bar.step(f"{site} {layer} at {strength:g}"):
-                    if model is None:
-                        model = _made(source, site, layer, home)
-                        if not isinstance(model, NonFiniteError):
-                            stack.enter_context(bench.remembering(model))
-                    cell = _cell(bench, model, strength)
-                    write_result(file, {"site": site, "layer": layer, "strength": strength, **cell})
-            yield read_result(file, "Delete it, and it is measured again.")
-
-
-def home_of(site: str, layer: int) -> Path:
-    """Where the adapter and the settings of a place are kept, in the sweep's folder."""
-    return Path("cells") / f"{site}-{layer}"
-
-
-def _made(source: Source, site: str, layer: int, home: Path) -> Any:
-    """The steered model; a training that diverged is a result."""
+def _at_place(context: Context, source: Source, site: Site, layer: int, folder: Path, bar: Bar) -> Record:
+    """The settings of one place. Its adapter is made, and its lower blocks are read, if one of them is missing."""
+    record = context.record(site, layer, VALIDATION)
+    home = home_of(folder, record)
+    file = home / "record.json"
+    home.mkdir(parents=True, exist_ok=True)
+    if file.is_file():
+        record = Record.read(file)
+    missing = [strength for strength in context.table.strengths if label(strength) not in record.observations]
+    bar.skip(len(context.table.strengths) - len(missing))
+    if not missing or record.facts["status"] != "ok":
+        return record
     try:
-        return source.model(cast(Site, site), layer, home)
-    except NonFiniteError as error:
-        return error
+        model = source.model(site, layer, home)
+    except NonFiniteError as error:  # a training that diverged is a result
+        record.facts |= {"status": "diverged", "error": str(error)}
+        record.write(file)
+        return record
+    with context.held_out(VALIDATION).remember(model):
+        for strength in missing:
+            with bar.step(f"{site} {layer} at {strength:g}"):
+                record.observations |= _seen_at(context, model, strength)
+                record.write(file)
+    return record
 
 
-def _cell(bench: Bench, model: Any, strength: float) -> dict[str, Any]:
-    if isinstance(model, NonFiniteError):
-        return {"status": "diverged", "error": str(model)}
-    return {"status": "ok", **bench.measured(model, strength, "validation")}
+def _seen_at(context: Context, model: Any, strength: float) -> dict[str, Observations]:
+    return evaluate(model, context.held_out(VALIDATION), strengths=[strength])
 
 
-def _plan(table: SweepTable, bench: Bench) -> str:
+def home_of(folder: Path, place: Record | Setting) -> Path:
+    """Where the adapter and the record of a place are kept, in the sweep's folder."""
+    record = place if isinstance(place, Record) else place.record
+    return folder / "cells" / f"{record.facts['site']}-{record.facts['layer']}"
+
+
+def _plan(table: SweepTable, context: Context) -> str:
     """What will be done and how long it takes, from the pass of the base model that is needed anyway."""
     start = time.monotonic()
-    bench.base("validation")
+    evaluate_base(context.held_out(VALIDATION))
     base = time.monotonic() - start
-    depth = len(find_blocks(bench.model))
+    depth = len(find_blocks(context.model))
     above = sum(1 - (layer + 1) / depth for layer in table.layers) * len(table.sites)
     cells = len(table.layers) * len(table.sites) * len(table.strengths)
     return (
@@ -315,20 +302,6 @@ def as_typed(words: Sequence[str]) -> str:
         if word == "--folder":
             words[i + 1] = "FOLDER"
     return shlex.join(["python", "-m", "steertune.recipes.sweep", *words])
-
-
-def _use(where: dict[str, Any]) -> list[str]:
-    return [
-        f"`adapter/` in this folder is this vector with its strength {where['strength']:g} baked in: it is loaded as "
-        "any adapter, and strength 1 is what was measured here.",
-        "",
-        "```python",
-        "import steertune.adapters  # makes the method known to PEFT",
-        "from peft import PeftModel",
-        "",
-        'model = PeftModel.from_pretrained(base, "adapter")',
-        "```",
-    ]
 
 
 if __name__ == "__main__":

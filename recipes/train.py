@@ -5,16 +5,14 @@
 
 Every key of the arm can be set as `--table.key value`: `--data.name` (an embedded task, a file or folder of pairs, a
 Hub name), `--model.name`, `--adapter.layers`, `--loss.name`, `--trainer.max_steps`, `--output.folder`, ...
-Ends with a page: preference on held-out pairs before, after and at other strengths, side effects, generations, cost.
+Ends with a page: every measure of `lab/measures/` before, after and at other strengths, generations, cost.
 """
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,39 +23,38 @@ from transformers import set_seed
 
 from steertune.adapters.card import write_card
 from steertune.recipes.lab.arm import Arm, load_arm
-from steertune.recipes.lab.augmentation import grown
 from steertune.recipes.lab.batches import batches
 from steertune.recipes.lab.cards import of_training
 from steertune.recipes.lab.command_line import ArmName, Result, Threads, command
 from steertune.recipes.lab.data import load_model, load_splits
-from steertune.recipes.lab.files import ArmError
-from steertune.recipes.lab.generation import generate
+from steertune.recipes.lab.evaluate import evaluate, evaluate_base
+from steertune.recipes.lab.generation import plain
 from steertune.recipes.lab.memory import peak_memory_gb
-from steertune.recipes.lab.observe import neutral_logps
-from steertune.recipes.lab.old import pair_margins, side_effects
-from steertune.recipes.lab.page import strength_plot, write_page
+from steertune.recipes.lab.observe import HeldOut, neutral_rows
+from steertune.recipes.lab.page import write_page
 from steertune.recipes.lab.processes import begin
-from steertune.recipes.lab.training import claim, fit, make_trainer, write_whole
-from steertune.trainers import ModelAt, scalable, scaled
+from steertune.recipes.lab.rows import Record
+from steertune.recipes.lab.training import claim, fit, make_trainer, training_of
+from steertune.trainers import ModelAt, scalable
 
 
 @command
 def main(arm: ArmName = "vector_dpo", threads: Threads = None, overrides: Sequence[str] = ()) -> Result | None:
     """Train the arm and evaluate it; of several processes the first one has the result."""
-    result = run(load_arm(arm, overrides), threads)
-    return Result(result, "") if PartialState().is_main_process else None
+    record = run(load_arm(arm, overrides, recipe="train"), threads)
+    if not PartialState().is_main_process:
+        return None
+    return Result({**record.to_json(), "measures": record.means()}, "")
 
 
-def run(arm: Arm, threads: int | None = None) -> dict[str, Any]:
+def run(arm: Arm, threads: int | None = None) -> Record:
     """Train and evaluate an arm in its output folder; return what `result.json` holds.
 
     A run that was interrupted goes on at its last checkpoint; a folder with another arm or a finished run is refused.
 
     Raises:
-        ArmError: the folder holds something else, or the arm is a prompt.
+        ArmError: the folder holds something else.
     """
-    if arm.prompt:
-        raise ArmError(f"Arm {arm.name!r} is a prompt: there is nothing to train. Compare it with others in a grid.")
     started = time.monotonic()
     begin(threads or arm.model.threads)
     state = PartialState()
@@ -67,79 +64,56 @@ def run(arm: Arm, threads: int | None = None) -> dict[str, Any]:
     train, test = load_splits(arm.data)
     model, tokenizer = load_model(arm.model)
     say = print if state.is_main_process else (lambda *_: None)
-    asked = arm.augmenter()
-    if asked is not None:
-        more = grown(train, *asked, seed=arm.data.seed, model=model, tokenizer=tokenizer, apart=[test])
-        train = more.rows
-        say(more.note)
     say(_plan(arm, model, tokenizer, train, test, state.num_processes))
 
-    before = _look(arm, model, tokenizer, test, [1.0])
-    trainer = make_trainer(arm, model, tokenizer, train, folder)
+    # the base model comes first, since training may change it
+    record = Record(
+        {"arm": arm.name, "task": Path(arm.data.name).name, "examples": arm.data.train, "seed": arm.data.seed}
+    )
+    table = arm.evaluation
+    held_out = HeldOut(
+        model,
+        tokenizer,
+        pairs=test,
+        neutral=neutral_rows(),
+        generations=table.generations,
+        new_tokens=table.new_tokens,
+        batch_size=table.batch_size,
+    )
+    record.observations |= evaluate_base(held_out)
+
+    training = training_of(arm, model, tokenizer, train, folder, held_out=[test])
+    trainer = make_trainer(training)
+    say(*training.notes.values(), sep="\n")
     seconds = fit(trainer, folder)
     model = trainer.accelerator.unwrap_model(trainer.model).eval()
     trainer.save_model(str(folder / "adapter"))  # every process: sharded weights are gathered, the first one writes
-    others = [s for s in arm.evaluation.strengths if s not in (0.0, 1.0)] if scalable(model) else []
-    after = _look(arm, model, tokenizer, test, [1.0, *others])
-    result = _result(arm, train, test, before, after)
-    result["cost"] = {
-        "trainable_parameters": trainer.get_num_trainable_parameters(),
+    others = [s for s in table.strengths if s not in (0.0, 1.0)] if scalable(model) else []
+    record.observations |= evaluate(model, held_out, strengths=[1.0, *others])
+    record.facts = {
+        "adapter": arm.adapter,
+        "loss": arm.loss,
+        "model": arm.model.name,
+        "notes": training.notes,
+        "prompts": [plain(prompt) for prompt in held_out.prompts],
+        "parameters": trainer.get_num_trainable_parameters(),
         "steps": trainer.state.global_step,
         "train_seconds": seconds,
-        "total_seconds": time.monotonic() - started,
+        "seconds": time.monotonic() - started,
         "peak_memory_gb": peak_memory_gb(),
         "processes": state.num_processes,
     }
-    result["use"] = _use(arm, folder)
     if state.is_main_process:
-        if result["strengths"]:
-            strength_plot(result["strengths"], folder / "strengths.png")
-        page = write_page(folder, result)
+        what = (
+            f"{arm.adapter}, loss {arm.loss}, {len(training.rows)} examples of {arm.data.name}, base "
+            f"{arm.model.name}; {len(test)} held-out examples."
+        )
+        page = write_page(folder, record, what, _use(arm, folder))
         if (folder / "adapter" / "adapter_config.json").is_file():
-            write_card(folder / "adapter", of_training(arm, result))
-        write_whole(folder / "result.json", json.dumps(result, indent=2))  # last: it says that the run is finished
+            write_card(folder / "adapter", of_training(arm, record))
+        record.write(folder / "result.json")  # last: it says that the run is finished
         say(f"\n{page.read_text(encoding='utf-8')}\nThis page: {page}")
-    return result
-
-
-@dataclass(frozen=True)
-class Look:
-    """A model seen at some strengths: pair margins, answers to the first test prompts, and neutral text at 1."""
-
-    margins: dict[float, torch.Tensor]
-    answers: dict[float, list[str]]
-    neutral: list[tuple[torch.Tensor, torch.Tensor]]
-
-
-def _look(arm: Arm, model: Any, tokenizer: Any, test: Dataset, strengths: list[float]) -> Look:
-    prompts = _prompts(arm, test)
-    answers = {}
-    for strength in [s for s in strengths if s in (1.0, -1.0)] if prompts else []:
-        with scaled(model, strength):
-            answers[strength] = generate(model, tokenizer, prompts, arm.evaluation.new_tokens)
-    margins = {}
-    if "chosen" in test.column_names:
-        margins = pair_margins(model, tokenizer, test, strengths, arm.evaluation.batch_size)
-    return Look(margins, answers, neutral_logps(model, tokenizer))
-
-
-def _prompts(arm: Arm, test: Dataset) -> list[Any]:
-    return test["prompt"][: arm.evaluation.generations] if "prompt" in test.column_names else []
-
-
-def _result(arm: Arm, train: Dataset, test: Dataset, before: Look, after: Look) -> dict[str, Any]:
-    margins = {**({0.0: before.margins[1.0]} if before.margins else {}), **after.margins}
-    answers = {"base": before.answers.get(1.0, [])}
-    answers |= {f"strength {s:g}": texts for s, texts in after.answers.items()}
-    prompts = [p if isinstance(p, str) else p[-1]["content"] for p in _prompts(arm, test)]
-    return {
-        "name": arm.name,
-        "what": f"{arm.adapter}, loss {arm.loss}, {len(train)} examples of {arm.data.name}, base {arm.model.name}.",
-        "test_examples": len(test),
-        "strengths": [_row(s, margins[s], margins[0.0]) for s in sorted(margins)],
-        "side_effects": side_effects(after.neutral, before.neutral),
-        "generations": [{"prompt": p, **{k: v[i] for k, v in answers.items()}} for i, p in enumerate(prompts)],
-    }
+    return record
 
 
 def _plan(arm: Arm, model: Any, tokenizer: Any, train: Dataset, test: Dataset, processes: int) -> str:
@@ -155,7 +129,10 @@ def _plan(arm: Arm, model: Any, tokenizer: Any, train: Dataset, test: Dataset, p
     rows = 2 * arm.trainer.get("per_device_train_batch_size", 8) * arm.trainer.get("gradient_accumulation_steps", 1)
     # forward, reference forward and a backward of about the same price; evaluation: every strength, and generations
     training = steps * rows * row * 3
-    evaluation = (2 * len(test) * (1 + len(arm.evaluation.strengths)) + 40 * arm.evaluation.generations) * row
+    table = arm.evaluation
+    # per strength: the answers of pairs, neutral answers, and generated tokens at about a tenth of a row each
+    seen = 2 * len(test) + len(neutral_rows()) + table.generations * table.new_tokens / 10
+    evaluation = seen * (1 + len(table.strengths)) * row
     return (
         f"Arm {arm.name}: adapter {arm.adapter}, loss {arm.loss}\n"
         f"  {len(train)} training examples and {len(test)} test pairs of {arm.data.name}, base {arm.model.name}, "
@@ -163,15 +140,6 @@ def _plan(arm: Arm, model: Any, tokenizer: Any, train: Dataset, test: Dataset, p
         f"  about {(training + evaluation) / 60:.1f} minutes: training {training:.0f} s ({steps} steps), "
         f"evaluation {evaluation:.0f} s"
     )
-
-
-def _row(strength: float, margins: torch.Tensor, base: torch.Tensor) -> dict[str, float]:
-    return {
-        "strength": strength,
-        "pair_accuracy": float((margins > 0).float().mean()),
-        "margin": float(margins.mean()),
-        "moved_wrong": float((margins < base).float().mean()),
-    }
 
 
 def _use(arm: Arm, folder: Path) -> list[str]:

@@ -18,8 +18,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
-from steertune.adapters import arithmetic
-from steertune.adapters.arithmetic import VectorError, Vectors
+from steertune.adapters.analysis import arithmetic
+from steertune.adapters.analysis.arithmetic import VectorError, Vectors
 from steertune.adapters.card import Card
 from steertune.recipes.lab.command_line import Argument, Count, Option, Result, Threads, group
 

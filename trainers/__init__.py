@@ -1,6 +1,6 @@
-"""How it is trained: drop-in subclasses of `Trainer`, `SFTTrainer` and `DPOTrainer`.
+"""How models are trained: drop-in subclasses of `Trainer`, `SFTTrainer` and `DPOTrainer`.
 
-The classes are imported when they are first asked for: TRL takes seconds to import.
+Each name is imported when it is first used: TRL takes seconds to import.
 """
 
 from __future__ import annotations
@@ -9,45 +9,45 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ._at import ModelAt, labelled_logits, scalable, scaled
-    from ._batch import Batch
-    from ._data import DataError, collator, tokenise
-    from ._guard import NonFiniteError
-    from ._resume import CheckpointError, last_checkpoint
-    from .biases import Bias, BiasError, get_bias
+    from .batch import Batch
+    from .callbacks.finite import NonFiniteError
+    from .callbacks.spikes import LossSpikeError, LossSpikes
+    from .checkpoints import CheckpointError, last_checkpoint
+    from .data import DataError, collator, tokenise
     from .dpo import SteeringDPOTrainer
+    from .inductive_biases import Bias, BiasError, get_bias
+    from .model_at import ModelAt, labelled_logits, scalable, scaled
     from .prefix import FrozenPrefix
     from .sft import SteeringSFTTrainer
-    from .spikes import LossSpikeError, LossSpikes
     from .together import share_weights, train_together
     from .trainer import SteeringTrainer
     from .views import View, ViewError, get_view
 
 _HOME = {
-    "Batch": "_batch",
-    "Bias": "biases",
-    "BiasError": "biases",
-    "CheckpointError": "_resume",
-    "DataError": "_data",
+    "Batch": "batch",
+    "Bias": "inductive_biases",
+    "BiasError": "inductive_biases",
+    "CheckpointError": "checkpoints",
+    "DataError": "data",
     "FrozenPrefix": "prefix",
-    "LossSpikeError": "spikes",
-    "LossSpikes": "spikes",
-    "ModelAt": "_at",
-    "NonFiniteError": "_guard",
+    "LossSpikeError": "callbacks.spikes",
+    "LossSpikes": "callbacks.spikes",
+    "ModelAt": "model_at",
+    "NonFiniteError": "callbacks.finite",
     "SteeringDPOTrainer": "dpo",
     "SteeringSFTTrainer": "sft",
     "SteeringTrainer": "trainer",
     "View": "views",
     "ViewError": "views",
-    "collator": "_data",
-    "get_bias": "biases",
+    "collator": "data",
+    "get_bias": "inductive_biases",
     "get_view": "views",
-    "labelled_logits": "_at",
-    "last_checkpoint": "_resume",
-    "scalable": "_at",
-    "scaled": "_at",
+    "labelled_logits": "model_at",
+    "last_checkpoint": "checkpoints",
+    "scalable": "model_at",
+    "scaled": "model_at",
     "share_weights": "together",
-    "tokenise": "_data",
+    "tokenise": "data",
     "train_together": "together",
 }
 __all__ = [

@@ -1,15 +1,16 @@
 """What every field of the training arguments does when the loss is one of ours, and which values make no sense.
 
-With `loss=None` a field means what it means to the parent. With a loss of ours, what the parent's own loss alone reads
-would change nothing without a word, so it is refused. The tables below classify every field of `TrainingArguments`,
-`SFTConfig` and `DPOConfig`; a test compares them with the installed versions, and fails by name on a new field.
+With `loss=None` a field means what it means to the parent. With a loss of ours, a field that only the parent's own
+loss reads would silently change nothing, so it is refused. The tables below classify every field of
+`TrainingArguments`, `SFTConfig` and `DPOConfig`; a test compares them with the installed versions, and
+names a new field when it fails.
 
 | class | with a loss of ours |
 |---|---|
 | `used` | means what it means to the parent |
 | `irrelevant` | means what it means to the parent, and the loss is the same with it and without |
-| `refused` | is of the parent's own loss: refused, unless its value changes nothing |
-| `matched` | is of the parent's own loss: refused, unless our loss does the same |
+| `refused` | belongs to the parent's own loss: refused, unless its value changes nothing |
+| `matched` | belongs to the parent's own loss: refused, unless our loss does the same |
 | `reference` | is about the reference: refused, unless our loss has one |
 """
 
@@ -26,7 +27,7 @@ Use = Literal["used", "irrelevant", "refused", "matched", "reference"]
 
 
 def _table(**fields: str) -> dict[str, Use]:
-    """Field -> its class, from the names of each class in one text."""
+    """Field -> its class, from one text of names per class."""
     return {name: use for use in get_args(Use) for name in fields.get(use, "").split()}
 
 
@@ -83,8 +84,9 @@ FIELDS: dict[str, dict[str, Use]] = {
         reference="precompute_ref_log_probs precompute_ref_batch_size",
     ),
 }
-"""Configuration -> its fields (those of `TrainingArguments` are in both others too) and their classes. Fields that
-only some of the supported versions have are here as well."""
+"""Configuration -> its fields and their classes, in all supported versions.
+
+The fields of `TrainingArguments` belong to the other two as well."""
 
 # values other than the default that change nothing either
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
@@ -93,7 +95,7 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "router_aux_loss_coef": (0.0,),
     "pad_to_multiple_of": (None,),  # what "auto" becomes
 }
-# the type of TRL's own loss that is the same as one of ours, by the name of the class
+# class of our loss -> the type of TRL's own loss that equals it
 _LOSS_TYPES = {"DPO": "sigmoid", "IPO": "ipo", "CrossEntropy": "nll"}
 
 
@@ -101,7 +103,7 @@ def _from(low: float, high: float) -> Callable[[float], bool]:
     return lambda value: low <= value <= high
 
 
-# field -> which numbers make sense, in words too
+# field -> which numbers make sense, as a test and in words
 _RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
     "beta": (lambda value: 0 < value < math.inf, "a finite number above 0 (below, it trains the wrong way round)"),
     "label_smoothing": (
@@ -123,35 +125,34 @@ _RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
 
 
 def use_of(args: Any, name: str) -> Use:
-    """The class of a field of these arguments; `used` for a field that the tables do not know."""
-    own = [cls.__name__ for cls in type(args).__mro__ if cls.__name__ in FIELDS]
-    for cls in own:
-        if name in FIELDS[cls]:
-            return FIELDS[cls][name]
+    """The class of a field of these arguments; `used` for a field that is not in the tables."""
+    for cls in type(args).__mro__:
+        if name in FIELDS.get(cls.__name__, {}):
+            return FIELDS[cls.__name__][name]
     return "used"
 
 
 def unused_by(loss: Loss, args: Any) -> list[str]:
-    """The arguments that are set and that this loss makes no use of, because they are of the parent's own loss.
+    """The arguments that are set but not used by this loss, because they belong to the parent's own loss.
 
-    Empty: the arguments ask for nothing that `loss` does not do. The parent's own loss is then `loss` itself if its
-    type is (and if the parent adds no auxiliary loss of a mixture of experts, which no argument says).
+    If there are none, `loss` does all that the arguments ask for. The parent's own loss then equals `loss`, if its
+    type does (and if the parent adds no auxiliary loss of a mixture of experts, which no argument tells).
 
     Args:
-        loss: One of ours.
+        loss: A loss of ours.
         args: `TrainingArguments`, or a configuration of TRL; None: all at their defaults.
     """
     return [] if args is None else [name for name in changed(args) if not _does(loss, args, name)]
 
 
 def changed(args: Any) -> list[str]:
-    """The arguments whose value is neither their default nor one that changes as little."""
+    """The arguments whose value is neither the default nor another value that changes nothing."""
     names = []
     for field in dataclasses.fields(args):
         value = getattr(args, field.name, None)
         neutral = [_default(field), *_NEUTRAL.get(field.name, ())]
         # DPOConfig turns its loss type into a list
-        if value not in neutral and value not in [[each] for each in neutral]:
+        if value not in neutral and value not in [[item] for item in neutral]:
             names.append(field.name)
     return names
 
@@ -161,7 +162,7 @@ def _default(field: dataclasses.Field[Any]) -> Any:
 
 
 def _does(loss: Loss, args: Any, name: str) -> bool:
-    """Whether a loss does what an argument asks for, or the argument is not about the loss."""
+    """Whether a loss does what an argument asks for, or the argument does not concern the loss."""
     use, value = use_of(args, name), getattr(args, name)
     if use == "reference":
         return loss.needs.reference
@@ -176,7 +177,7 @@ def _does(loss: Loss, args: Any, name: str) -> bool:
 
 
 def check_arguments(loss: Loss, given: Mapping[str, Any]) -> None:
-    """Refuse what is given for the parent's own loss when the loss is one of ours.
+    """Refuse arguments that belong to the parent's own loss when the loss is one of ours.
 
     Args:
         loss: Our loss.
@@ -200,14 +201,14 @@ def check_arguments(loss: Loss, given: Mapping[str, Any]) -> None:
             "them out, or write the function as a Loss (docs/pages/extend.md)."
         )
     if given.get("ref_model") is not None and not loss.needs.reference:
-        raise ValueError(f"ref_model is given, and {loss} compares with no reference. Leave ref_model out.")
+        raise ValueError(f"ref_model is given, but {loss} compares with no reference. Leave ref_model out.")
 
 
 def check_ranges(args: Any) -> None:
-    """Refuse values that make no sense, whatever the loss: TRL takes some of them, and trains the wrong way round.
+    """Refuse values that make no sense for any loss; TRL accepts some of them, and trains the wrong way round.
 
     Raises:
-        ValueError: names the argument, its value and those allowed.
+        ValueError: names the argument, its value and the allowed values.
     """
     for field in dataclasses.fields(args) if args is not None else ():
         value = getattr(args, field.name)
@@ -220,12 +221,12 @@ def _makes_sense(name: str, value: Any) -> bool:
     if value is None:
         return name != "beta"
     values = value if isinstance(value, list | tuple) else [value]
-    numbers = all(isinstance(each, int | float) and not isinstance(each, bool) for each in values)
+    numbers = all(isinstance(number, int | float) and not isinstance(number, bool) for number in values)
     return numbers and all(map(_RANGES[name][0], values)) and (name != "loss_weights" or any(values))
 
 
 def check_plain(loss: Loss | None, args: Any) -> None:
-    """Refuse fields of TRL's configurations in the trainer whose parent is `transformers.Trainer`, which reads none.
+    """Refuse fields of TRL's configurations in `SteeringTrainer`, whose parent reads none of them.
 
     Raises:
         ValueError: names the argument and the trainer that uses it.

@@ -1,7 +1,7 @@
-"""Which files a checkpoint needs so that training goes on from it as if it had never stopped; and which name code.
+"""Which files a checkpoint needs so that training goes on as if it had never stopped; and which of them run code.
 
-The Trainer leaves out silently what is not there: without `optimizer.pt` it goes on with an optimiser that knows
-nothing of the steps before, and ends elsewhere.
+The Trainer skips a missing file without a word: without `optimizer.pt` it goes on with an optimiser that has forgotten
+the steps before, and ends elsewhere.
 """
 
 from __future__ import annotations
@@ -13,10 +13,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
 
-SHARES = "global_step*/*zero_pp_rank_*_optim_states.pt"  # DeepSpeed's, one a process
-# What the states of DeepSpeed's optimisers hold besides tensors and plain values: small classes, which run no code
-# that their files could choose.
+SHARDS = "global_step*/*zero_pp_rank_*_optim_states.pt"  # DeepSpeed's, one per process
+# Classes in the states of DeepSpeed's optimisers beside tensors and plain values. They are small, and run no code that
+# a file could choose.
 _DEEPSPEED = {
     "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler",
     "deepspeed.runtime.fp16.loss_scaler.LossScaler",
@@ -25,18 +26,23 @@ _DEEPSPEED = {
 }
 
 
-def missing_states(folder: Path) -> str | None:
-    """The first file of the training's state that a checkpoint lacks; None: it has all.
+def saved_by_deepspeed(folder: Path) -> bool:
+    """Whether a checkpoint was saved under DeepSpeed."""
+    return any(folder.glob("global_step*/"))
 
-    Whether the run needs more (fp16 has a scaler) only its trainer knows.
+
+def missing_states(folder: Path) -> str | None:
+    """The first file of the training's state that a checkpoint lacks; None if it has all.
+
+    Only the trainer knows whether the run needs more (a scaler in fp16).
     """
-    if sharded(folder):
+    if saved_by_deepspeed(folder):
         if not (folder / "latest").is_file():
             return "latest"
         if not any(folder.glob("global_step*/*model_states.pt")):
             return "global_step*/*model_states.pt"
-        if not any(folder.glob(SHARES)):
-            return SHARES
+        if not any(folder.glob(SHARDS)):
+            return SHARDS
     else:
         # the latter two are FSDP's
         if not any(any(folder.glob(name)) for name in ("optimizer.pt", "optimizer.bin", "optimizer_*/")):
@@ -47,7 +53,7 @@ def missing_states(folder: Path) -> str | None:
 
 
 def _missing_random_state(folder: Path) -> str | None:
-    """The file of random numbers that is not there: one process writes one, several write one each."""
+    """The missing file of random numbers: one process writes one file, several write one each."""
     if (folder / "rng_state.pth").is_file():
         return None
     ranks = {int(file.stem.rpartition("_")[2]) for file in folder.glob("rng_state_[0-9]*.pth")}
@@ -57,13 +63,15 @@ def _missing_random_state(folder: Path) -> str | None:
     return None if gap is None else f"rng_state_{gap}.pth"
 
 
-def sharded(folder: Path) -> bool:
-    """Whether a checkpoint was saved under DeepSpeed."""
-    return any(folder.glob("global_step*/"))
-
-
-def damaged_archives(folder: Path) -> Iterator[tuple[Path, str]]:
-    """The files of PyTorch in a checkpoint that are no whole zip files, each with the reason."""
+def damaged_files(folder: Path) -> Iterator[tuple[Path, str]]:
+    """The weights and state files of a checkpoint that cannot be read to their end, each with the reason."""
+    for file in sorted(folder.rglob("*.safetensors")):
+        try:
+            with safe_open(file, "pt") as tensors:
+                tensors.keys()
+        except (SafetensorError, OSError) as error:
+            yield file, str(error)
+    # PyTorch's files are zip archives
     archives = [file for file in folder.rglob("*") if file.suffix in (".pt", ".pth", ".bin") and file.is_file()]
     for file in sorted(archives):
         try:
@@ -77,14 +85,14 @@ def damaged_archives(folder: Path) -> Iterator[tuple[Path, str]]:
 
 
 def code_in(folder: Path) -> tuple[Path, str] | None:
-    """The first file of a checkpoint that is unpickled on resume and names code, and that code; None: there is none.
+    """The first file of a checkpoint that would run code when training resumes, and that code; None if none does.
 
-    The Trainer reads its own state with `weights_only=True`. DeepSpeed unpickles its `*_states.pt` without, and FSDP
-    the `.metadata` of shards. Nothing is unpickled here: PyTorch lists the names that a file's pickle holds.
+    The Trainer reads its own state with `weights_only=True`. DeepSpeed unpickles its `*_states.pt` without it, and
+    FSDP the `.metadata` of shards. Nothing is unpickled here: PyTorch lists the names in a file's pickle.
     """
     for file in sorted(folder.rglob(".metadata")):
-        return file, "a pickle of FSDP's shards, which cannot be looked into"
-    if not sharded(folder):
+        return file, "a pickle of FSDP's shards, which cannot be inspected"
+    if not saved_by_deepspeed(folder):
         return None
     latest = (folder / "latest").read_text(encoding="utf-8").strip()
     if not re.fullmatch(r"global_step\d+", latest) or not (folder / latest).is_dir():
@@ -93,7 +101,7 @@ def code_in(folder: Path) -> tuple[Path, str] | None:
         try:
             names = torch.serialization.get_unsafe_globals_in_checkpoint(file)
         except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError) as error:
-            return file, f"what PyTorch cannot look into: {error}"
+            return file, f"a pickle that PyTorch cannot inspect: {error}"
         if unknown := sorted({*names} - _DEEPSPEED):
             return file, unknown[0]
     return None

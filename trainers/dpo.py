@@ -2,17 +2,18 @@
 
 from trl import DPOTrainer
 
-from ._mixin import SteeringMixin
+from .mixin import SteeringMixin
 
 
 class SteeringDPOTrainer(SteeringMixin, DPOTrainer):
     """`trl.DPOTrainer` plus a default steering vector and `loss=` (see `SteeringMixin`). Data: preference pairs.
 
     With `loss=None` the loss is TRL's own, as `DPOConfig.loss_type` says. Every loss of `steertune.losses` works here,
-    cross-entropy included (on the chosen answers), so arms of a comparison can share trainer and data.
+    including cross-entropy (on the chosen answers), so that the arms of a comparison can share trainer and data.
     """
 
     takes_pairs = True
 
-    def _parents_log(self) -> dict[str, list[float]]:
+    def parent_log(self) -> dict[str, list[float]]:
+        """What `DPOTrainer` noted since it last logged."""
         return self._metrics["train" if self.model.training else "eval"]  # TRL has no public name for it

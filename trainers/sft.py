@@ -2,7 +2,7 @@
 
 from trl import SFTTrainer
 
-from ._mixin import SteeringMixin
+from .mixin import SteeringMixin
 
 
 class SteeringSFTTrainer(SteeringMixin, SFTTrainer):
@@ -10,5 +10,6 @@ class SteeringSFTTrainer(SteeringMixin, SFTTrainer):
 
     takes_pairs = False
 
-    def _parents_log(self) -> dict[str, list[float]]:
+    def parent_log(self) -> dict[str, list[float]]:
+        """What `SFTTrainer` noted since it last logged."""
         return self._metrics["train" if self.model.training else "eval"]  # TRL has no public name for it

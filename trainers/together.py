@@ -1,4 +1,4 @@
-"""Train several arms side by side: one forward and one backward pass for all of them, over the same frozen weights."""
+"""Train several arms side by side: one forward and one backward pass for all of them, on the same frozen weights."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import copy
 import random
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -20,32 +20,32 @@ from transformers.trainer_utils import TrainOutput
 
 from ..adapters import SteeringVectorConfig, SteeringVectorLayer, steering_layers
 from ..losses import Outputs, Staged, Strength
-from ._at import token_logps
-from ._batch import Batch
-from ._guard import NonFiniteError
-from ._mixin import SteeringMixin
+from .batch import Batch
+from .callbacks.finite import NonFiniteError
+from .mixin import SteeringMixin
+from .model_at import token_logps
 from .prefix.cut import dropout
 
-_SAME = ("form", "rank", "positions", "tied")  # what arms must have in common beside the layers; see `_steered`
+_COMMON = ("form", "rank", "positions", "tied")  # options that all arms must share, beside the layers
 
 
 def share_weights(model: nn.Module) -> Any:
     """A copy of a model whose parameters and buffers are new objects on the same storage: it costs no memory.
 
-    For adapters beside the weights; what changes the weights themselves changes them in both.
+    It is meant for adapters; a change of the weights themselves shows in both models.
     """
     with torch.no_grad():
-        known = {id(p): nn.Parameter(p.detach(), requires_grad=p.requires_grad) for p in model.parameters()}
-    return copy.deepcopy(model, {**known, **{id(b): b for b in model.buffers()}})
+        parameters = {id(p): nn.Parameter(p.detach(), requires_grad=p.requires_grad) for p in model.parameters()}
+    return copy.deepcopy(model, {**parameters, **{id(b): b for b in model.buffers()}})
 
 
 def train_together(trainers: Sequence[SteeringMixin]) -> list[TrainOutput | NonFiniteError]:
-    """Train several steering vectors at once, as each trainer's `train()` would alone, within float rounding.
+    """Train several steering vectors at once; each ends as its trainer's `train()` would alone, within float rounding.
 
     Every trainer keeps its own data, order, optimiser, schedule, clipping and callbacks. Only the passes through the
-    model are one: the batches of all arms are put together, and each row is steered by its arm's vector. Random
-    numbers start from each trainer's `args.seed`. A trainer with fewer steps ends earlier. Memory grows with the arms
-    as it does with the rows of a batch.
+    model are shared: the batches of all arms are joined, and each row is steered by its arm's vector. Random numbers
+    start from each trainer's `args.seed`. A trainer with fewer steps ends earlier. Memory grows with the number of
+    arms as it does with the rows of a batch.
 
     Args:
         trainers: Trainers with a loss of `steertune.losses`, each on a `PeftModel` of its own with one steering
@@ -55,29 +55,29 @@ def train_together(trainers: Sequence[SteeringMixin]) -> list[TrainOutput | NonF
         What each `train()` returned, or the error of an arm that diverged; the others go on without it.
 
     Raises:
-        ValueError: trainers that cannot be put together; the message says why.
+        ValueError: the trainers cannot train together; the message says why.
     """
     for i, trainer in enumerate(trainers):
-        if why := _apart(trainer, trainers[0]):
+        if why := _why_not(trainer, trainers[0]):
             raise ValueError(f"Trainer {i} cannot train together with trainer 0: {why}.")
-    team = _Team(trainers)
-    threads = [threading.Thread(target=team.run, args=(arm,), daemon=True) for arm in range(len(trainers))]
+    training = _JointTraining(trainers)
+    threads = [threading.Thread(target=training.run, args=(arm,), daemon=True) for arm in range(len(trainers))]
     for thread in threads:
         thread.start()
     try:
         for thread in threads:
             thread.join()
-    except BaseException as error:  # such as Ctrl-C: the arms end where they meet next
-        team.error = error
+    except BaseException as error:  # such as Ctrl-C: the arms end at their next pass
+        training.error = error
         for thread in threads:
             thread.join()
-    if team.error is not None:
-        raise team.error
-    return [team.results[arm] for arm in range(len(trainers))]
+    if training.error is not None:
+        raise training.error
+    return [training.results[arm] for arm in range(len(trainers))]
 
 
-def _apart(trainer: SteeringMixin, first: SteeringMixin) -> str | None:
-    """Why a trainer cannot be put together with the first."""
+def _why_not(trainer: SteeringMixin, first: SteeringMixin) -> str | None:
+    """Why a trainer cannot train together with the first; None if it can."""
     model, other = trainer.model, first.model
     if trainer.loss is None:
         return "it has no loss of steertune.losses"
@@ -88,9 +88,9 @@ def _apart(trainer: SteeringMixin, first: SteeringMixin) -> str | None:
     if trainer.accelerator.mixed_precision != first.accelerator.mixed_precision:
         return "it computes in another precision"
     if trainer.args.neftune_noise_alpha is not None or any(dropout(module) for module in model.modules()):
-        return "NEFTune or dropout draws random numbers in its passes, of which there is one for all arms"
+        return "NEFTune or dropout draws random numbers in its passes, and one pass serves all arms"
     if trainer.loss.needs.views or trainer.loss.needs.states:
-        return "its loss compares views or hidden states, each in a pass of its own"
+        return "its loss compares views or hidden states, which take passes of their own"
     if isinstance(trainer.loss, Staged):
         return "its loss changes during the training"
     if trainer.loss.needs.pairs != (first.loss is not None and first.loss.needs.pairs):
@@ -99,13 +99,14 @@ def _apart(trainer: SteeringMixin, first: SteeringMixin) -> str | None:
         return "it has the same model; give it one of its own, share_weights(model)"
     if [key for key, _ in _steered(model)] != [key for key, _ in _steered(other)]:
         return f"it steers {[key for key, _ in _steered(model)]}, not {[key for key, _ in _steered(other)]}"
-    [own], [their] = model.peft_config.values(), other.peft_config.values()
-    if different := [name for name in _SAME if getattr(own, name) != getattr(their, name)]:
+    [config], [first_config] = model.peft_config.values(), other.peft_config.values()
+    if different := [name for name in _COMMON if getattr(config, name) != getattr(first_config, name)]:
         return f"its vector has another {different[0]}"
-    theirs = dict(_frozen(other))
+    # frozen weights are the same tensors, or equal ones
+    weights = dict(_frozen(other))
     for name, weight in _frozen(model):
-        same = name in theirs and weight.shape == theirs[name].shape and weight.dtype == theirs[name].dtype
-        if not same or not (weight.data_ptr() == theirs[name].data_ptr() or torch.equal(weight, theirs[name])):
+        alike = name in weights and weight.shape == weights[name].shape and weight.dtype == weights[name].dtype
+        if not alike or not (weight.data_ptr() == weights[name].data_ptr() or torch.equal(weight, weights[name])):
             return f"its base model is another: {name} differs"
     return None
 
@@ -115,50 +116,55 @@ def _steered(model: nn.Module) -> list[tuple[str, SteeringVectorLayer]]:
 
 
 def _frozen(model: nn.Module) -> list[tuple[str, Tensor]]:
-    own = {id(p) for layer in steering_layers(model) for p in layer.parameters()}
-    return [(name, p) for name, p in model.named_parameters() if id(p) not in own]
+    vectors = {id(p) for layer in steering_layers(model) for p in layer.parameters()}
+    return [(name, p) for name, p in model.named_parameters() if id(p) not in vectors]
 
 
-class _Seat:
-    """One arm's place in a team: what its trainer calls instead of its own model."""
+class _ArmPass:
+    """What one arm's trainer calls instead of its own model (see `JointPass`)."""
 
-    def __init__(self, team: _Team, arm: int) -> None:
-        self._team, self._arm = team, arm
+    def __init__(self, training: _JointTraining, arm: int) -> None:
+        self._training, self._arm = training, arm
 
     def logps(self, batch: Batch, strength: Strength) -> Outputs:
-        """The arm's outputs on its batch, of the pass that all arms share; a leaf of its graph."""
-        return self._team.meet(self._arm, "forward", (batch, strength))
+        """The arm's outputs on its batch, from the pass that all arms share; they are a leaf of the arm's graph."""
+        return self._training.request(self._arm, "forward", (batch, strength))
 
     def backward(self) -> None:
-        """Hand in the gradients of `logps`; afterwards the arm's vectors have theirs."""
-        self._team.meet(self._arm, "backward", None)
+        """Hand in the gradients of `logps`; afterwards the arm's vectors have their gradients."""
+        self._training.request(self._arm, "backward", None)
 
 
-class _Team:
-    """The arms, each in a thread of its own. One runs at a time: whoever waits for the others hands on, and finds its
-    process as it left it, so an arm sees what it would see alone."""
+class _JointTraining:
+    """The arms, each in a thread of its own, of which one runs at a time.
+
+    An arm that requests a pass waits until all arms do. Meanwhile the others run; then it finds the process's random
+    numbers as it left them, so that it sees what it would see alone.
+    """
 
     def __init__(self, trainers: Sequence[SteeringMixin]) -> None:
         self.trainers = trainers
-        self.host = _host([trainer.model for trainer in trainers])
+        self.model = _joint_model([trainer.model for trainer in trainers])
         self.results: dict[int, Any] = {}
         self.error: BaseException | None = None
         self._turn = threading.Condition()
         self._running = set(range(len(trainers)))
-        self._asked: dict[int, tuple[str, Any]] = {}
-        self._given: dict[int, Any] = {}
-        self._passes: list[tuple[Tensor, list[Tensor]]] = []  # joint outputs, and the arms' leaves
-        self._shortcut = trainers[0].pay_once.elsewhere(self.host)
+        self._requests: dict[int, tuple[str, Any]] = {}  # arm -> which pass it waits for, and its batch and strength
+        self._answers: dict[int, Any] = {}  # arm -> what that pass gave it
+        self._passes: list[tuple[Tensor, list[Any]]] = []  # joint outputs; rows and leaf of each arm
+        self._shortcut = trainers[0].pay_once.elsewhere(self.model)
         loss = trainers[0].loss
         if self._shortcut is not None and not (loss is not None and loss.needs.pairs):
-            self._shortcut.shares_prompts = False  # rows of different arms may begin alike: each has its own vector
+            self._shortcut.shares_prompts = (
+                False  # rows of different arms may begin alike, but each arm has its own vector
+            )
 
     def run(self, arm: int) -> None:
-        """The body of an arm's thread."""
+        """Train one arm, in its thread."""
         trainer = self.trainers[arm]
         with self._turn:
             set_seed(trainer.args.seed)
-            trainer.seat = _Seat(self, arm)
+            trainer.joint_pass = _ArmPass(self, arm)
             try:
                 if self.error is None:
                     self.results[arm] = trainer.train()
@@ -167,61 +173,61 @@ class _Team:
             except BaseException as error:
                 self.error = self.error or error
             finally:
-                trainer.seat = None
+                trainer.joint_pass = None
                 self._running.discard(arm)
-                self._work()
+                self._run_pass()
 
-    def meet(self, arm: int, what: str, item: Any) -> Any:
-        """Wait until all arms ask for something, and for the pass that gives it."""
-        self._asked[arm] = (what, item)
-        self._work()
-        if arm not in self._given and self.error is None:
+    def request(self, arm: int, what: str, item: Any) -> Any:
+        """Request a pass for an arm, and wait until all arms have requested one and it has run."""
+        self._requests[arm] = (what, item)
+        self._run_pass()
+        if arm not in self._answers and self.error is None:
             state = _process_state()
-            self._turn.wait_for(lambda: arm in self._given or self.error is not None)
+            self._turn.wait_for(lambda: arm in self._answers or self.error is not None)
             _set_process_state(state)
         if self.error is not None:
             raise RuntimeError("Another arm failed.") from self.error
-        return self._given.pop(arm)
+        return self._answers.pop(arm)
 
-    def _work(self) -> None:
-        """Run the pass that everybody waits for, if everybody does. An arm that is a pass behind comes first."""
-        if self._asked.keys() != self._running or not self._running:
+    def _run_pass(self) -> None:
+        """Run a pass once every arm waits for one. Arms that still need a forward pass come first."""
+        if self._requests.keys() != self._running or not self._running:
             return
-        behind = {arm: item for arm, (what, item) in self._asked.items() if what == "forward"}
+        forward = {arm: item for arm, (what, item) in self._requests.items() if what == "forward"}
         try:
-            if behind:
-                self._given |= self._forward(behind)
+            if forward:
+                self._answers |= self._forward(forward)
             else:
                 self._backward()
-                self._given |= dict.fromkeys(self._asked)
+                self._answers |= dict.fromkeys(self._requests)
         except BaseException as error:
             self.error = self.error or error
-        for arm in behind or list(self._asked):
-            del self._asked[arm]
+        for arm in forward or list(self._requests):
+            del self._requests[arm]
         self._turn.notify_all()
 
-    def _forward(self, asked: dict[int, tuple[Batch, Strength]]) -> dict[int, Outputs]:
-        batch, rows = _joined({arm: item[0] for arm, item in asked.items()})
-        for layer in steering_layers(self.host):
-            layer.strength = {_name(arm): strength for arm, (_, strength) in asked.items()}
-        names = [""] * len(batch.labels)
-        for arm, own in rows.items():
-            for row in own:
+    def _forward(self, requests: dict[int, tuple[Batch, Strength]]) -> dict[int, Outputs]:
+        """Run the batches of arms in one pass; each arm gets a detached leaf, whose gradient comes back later."""
+        batch, rows_of = _joined({arm: item[0] for arm, item in requests.items()})
+        for layer in steering_layers(self.model):
+            layer.strength = {_name(arm): strength for arm, (_, strength) in requests.items()}
+        names = [""] * len(batch.labels)  # the adapter of each row
+        for arm, rows in rows_of.items():
+            for row in rows:
                 names[row] = _name(arm)
-        with self.trainers[0].accelerator.autocast(), _row_by_row(self.host, names), self._on():
-            outputs = token_logps(self.host, self.host, batch)
-        found, leaves = {}, []
-        for arm, own in rows.items():
-            leaf = outputs.token_logps[own].detach().requires_grad_()
-            leaves.append((own, leaf))
-            found[arm] = Outputs(leaf, outputs.mask[own])
+        shortcut = nullcontext() if self._shortcut is None else self._shortcut.on(labels_only=True)
+        with self.trainers[0].accelerator.autocast(), _row_by_row(self.model, names), shortcut:
+            outputs = token_logps(self.model, self.model, batch)
+        answers, leaves = {}, []
+        for arm, rows in rows_of.items():
+            leaf = outputs.token_logps[rows].detach().requires_grad_()  # (rows of the arm, columns)
+            leaves.append((rows, leaf))
+            answers[arm] = Outputs(leaf, outputs.mask[rows])
         self._passes.append((outputs.token_logps, leaves))
-        return found
-
-    def _on(self) -> AbstractContextManager[None]:
-        return nullcontext() if self._shortcut is None else self._shortcut.on(labels_only=True)
+        return answers
 
     def _backward(self) -> None:
+        """Send the gradients of all leaves back through the joint passes."""
         gradients = []
         for joint, leaves in self._passes:
             gradient = torch.zeros_like(joint)
@@ -233,29 +239,29 @@ class _Team:
         self._passes.clear()
 
 
-def _host(models: Sequence[Any]) -> Any:
-    """A model on the weights of the first, in whose steering layers the vectors of all models are, by `_name`."""
+def _joint_model(models: Sequence[Any]) -> Any:
+    """A model on the weights of the first, whose steering layers hold the vectors of all models, by `_name`."""
     first = models[0]
-    host = copy.deepcopy(first, {id(tensor): tensor for tensor in [*first.parameters(), *first.buffers()]}).train()
-    for module in host.modules():
-        vars(module).pop("forward", None)  # TRL's SFT puts one there, that calls the model it was made for
-    layers = [layer for _, layer in _steered(host)]
+    model = copy.deepcopy(first, {id(tensor): tensor for tensor in [*first.parameters(), *first.buffers()]}).train()
+    for module in model.modules():
+        vars(module).pop("forward", None)  # TRL's SFT puts one there that calls the model it was made for
+    layers = [layer for _, layer in _steered(model)]
     for layer in layers:
         for vectors in (layer.steering_vector_v, layer.steering_vector_w, layer.steering_vector_b):
             vectors.clear()
         layer.config, layer.tied_to = {}, {}
-    for arm, model in enumerate(models):
-        [own] = model.peft_config
-        theirs = [layer for _, layer in _steered(model)]
-        for layer, their in zip(layers, theirs, strict=True):
-            layer.config[_name(arm)] = their.config[own]
-            if own in their.tied_to:
-                layer.tied_to[_name(arm)] = layers[theirs.index(their.tied_to[own])]
+    for arm, arm_model in enumerate(models):
+        [adapter] = arm_model.peft_config
+        arm_layers = [layer for _, layer in _steered(arm_model)]
+        for layer, arm_layer in zip(layers, arm_layers, strict=True):
+            layer.config[_name(arm)] = arm_layer.config[adapter]
+            if adapter in arm_layer.tied_to:
+                layer.tied_to[_name(arm)] = layers[arm_layers.index(arm_layer.tied_to[adapter])]
                 continue
-            for kind in their.config[own].parameter_names:
+            for kind in arm_layer.config[adapter].parameter_names:
                 name = f"steering_vector_{kind}"
-                getattr(layer, name)[_name(arm)] = getattr(their, name)[own]
-    return host
+                getattr(layer, name)[_name(arm)] = getattr(arm_layer, name)[adapter]
+    return model
 
 
 def _name(arm: int) -> str:
@@ -263,15 +269,15 @@ def _name(arm: int) -> str:
 
 
 @contextmanager
-def _row_by_row(host: nn.Module, names: Sequence[str]) -> Iterator[None]:
-    """Row `i` of the batch is steered by adapter `names[i]`, also in passes that see a part of the batch."""
+def _row_by_row(model: nn.Module, names: Sequence[str]) -> Iterator[None]:
+    """Context in which adapter `names[i]` steers row `i` of the batch, also in passes on a part of the batch."""
 
     def choose(layer: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         rows = layer.boundary.rows
-        seen = list(names) if rows is None else [names[row] for row in rows.tolist()]
-        return args, {**kwargs, "adapter_names": seen}
+        adapters = list(names) if rows is None else [names[row] for row in rows.tolist()]
+        return args, {**kwargs, "adapter_names": adapters}
 
-    handles = [layer.register_forward_pre_hook(choose, with_kwargs=True) for layer in steering_layers(host)]
+    handles = [layer.register_forward_pre_hook(choose, with_kwargs=True) for layer in steering_layers(model)]
     try:
         yield
     finally:
@@ -280,13 +286,17 @@ def _row_by_row(host: nn.Module, names: Sequence[str]) -> Iterator[None]:
 
 
 def _joined(batches: Mapping[int, Batch]) -> tuple[Batch, dict[int, list[int]]]:
-    """One batch of all, padded on the right, and each arm's rows in it. Of pairs, all chosen answers come first.
+    """Join batches, padded on the right; of pairs, all chosen answers come first.
+
+    Returns:
+        The batch, and each arm's rows in it.
 
     Raises:
-        ValueError: a model input that is not one value a token.
+        ValueError: a model input does not have one value per token.
     """
     pairs = next(iter(batches.values())).pairs
     width = max(batch.labels.shape[1] for batch in batches.values())
+    # chosen answers of every arm, then rejected ones
     parts: list[tuple[int, slice]] = []
     for half in range(2 if pairs else 1):
         for arm, batch in batches.items():
@@ -308,7 +318,9 @@ def _joined(batches: Mapping[int, Batch]) -> tuple[Batch, dict[int, list[int]]]:
         values = {arm: batch.inputs.get(name) for arm, batch in batches.items()}
         if isinstance(value, Tensor):
             if any(not isinstance(v, Tensor) or v.shape != batches[arm].labels.shape for arm, v in values.items()):
-                raise ValueError(f"The input {name!r} is not one value a token: these arms must train one by one.")
+                raise ValueError(
+                    f"The input {name!r} does not have one value per token: these arms must train one by one."
+                )
             inputs[name] = joined({arm: v for arm, v in values.items() if isinstance(v, Tensor)}, 0)
         else:
             inputs[name] = value
@@ -316,7 +328,7 @@ def _joined(batches: Mapping[int, Batch]) -> tuple[Batch, dict[int, list[int]]]:
 
 
 def _process_state() -> tuple[Any, ...]:
-    """What a trainer finds in its process and changes: random numbers, and where accelerate is in accumulating."""
+    """The state of the process that a trainer changes: random numbers, and accelerate's gradient accumulation."""
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
     accumulation = {k: [*v] if isinstance(v, list) else v for k, v in vars(GradientState()).items()}
     return random.getstate(), np.random.get_state(), torch.get_rng_state(), cuda, accumulation

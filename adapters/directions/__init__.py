@@ -1,6 +1,7 @@
 """Directions in closed form: steering vectors that need no training.
 
-Each file of this folder is one method, named by the file. It defines `POOL` (the tokens that stand for an answer) and
+Each file of this folder is one method and gives it its name. It defines `POOL` (the tokens that stand for an answer)
+and
 
     fit(chosen, rejected) -> {layer: direction}
 
@@ -11,7 +12,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib
-import pkgutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import ModuleType
@@ -20,14 +20,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..activations import Pool, collect
-from ..checks import choose
-from ..config import Layers, Site
+from ..analysis.activations import Pool, collect
+from ..layer import SteeringVectorLayer
+from ..registry import choose, file_names
+from ..types import Layers, Site
 
 
 @dataclass(frozen=True)
 class Direction:
-    """A fitted direction, apart from the data and the method that made it.
+    """A fitted direction, without the data and the method that made it.
 
     Attributes:
         method: File name of the method.
@@ -55,18 +56,16 @@ class Direction:
     def write(self, model: nn.Module, adapter_name: str | None = None) -> None:
         """Make it the value of a steering vector: activation addition without training, or the start of training.
 
-        The written vector is the direction times the adapter's `init_scale`. Also tells the adapter the residual
-        norms that `norm="relative"` needs.
+        The written vector is the direction times the adapter's `init_scale`. The adapter also gets the residual norms
+        that `norm="relative"` needs.
 
         Args:
             model: A model with steering vectors.
-            adapter_name: The adapter; None for the only one, or the one called "default".
+            adapter_name: The adapter; None for the only one, or for the one named "default".
 
         Raises:
-            ValueError: the model has no such steering vector, or one at a layer the direction does not cover.
+            ValueError: the model has no such steering vector, or has one at a layer that the direction does not cover.
         """
-        from ..layer import SteeringVectorLayer
-
         steering = [m for m in model.modules() if isinstance(m, SteeringVectorLayer)]
         if adapter_name is None:
             adapters = {name for layer in steering for name in layer.config}
@@ -85,15 +84,15 @@ class Direction:
 
 
 def names() -> list[str]:
-    """The methods: the files of this folder."""
-    return sorted(m.name for m in pkgutil.iter_modules(__path__) if not m.name.startswith("_"))
+    """The names of all methods: the files of this folder that do not start with an underscore."""
+    return file_names(__path__[0])
 
 
 def get(name: str) -> ModuleType:
     """The module of a method, with `POOL` and `fit`.
 
     Raises:
-        ValueError: an unknown name; the message names the nearest.
+        ValueError: the name is unknown; the message suggests the nearest one.
     """
     choose("direction", name, names())
     return importlib.import_module(f"{__name__}.{name}")
@@ -111,11 +110,11 @@ def compute(
 
     Args:
         name: One of `names()`.
-        model: The model to be steered (its adapters are off while activations are read).
-        batches: As for `adapters.activations.collect`.
-        layers: Layers to cover, as in `SteeringVectorConfig`.
-        site: Where to read, as in `SteeringVectorConfig`.
-        pool: Tokens that stand for an answer; None is the method's own choice.
+        model: The model to be steered; its adapters are disabled while activations are collected.
+        batches: Like for `adapters.analysis.activations.collect`.
+        layers: The layers to cover, as in `SteeringVectorConfig`.
+        site: The site to read, as in `SteeringVectorConfig`.
+        pool: The tokens that stand for an answer; None for the method's own choice.
     """
     method = get(name)
     activations = collect(model, batches, layers, site, pool or method.POOL)

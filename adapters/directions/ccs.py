@@ -1,12 +1,12 @@
 """Contrast-consistent search: a probe that needs no labels (CCS, Burns et al. 2212.03827, section 2).
 
-A probability `p(x) = σ(w·x + b)` is sought that says opposite things of the two answers of a pair, and is sure:
+It fits a probability `p(x) = σ(w·x + b)` that is sure, and opposite for the two answers of a pair:
 
     mean of (p(x⁺) - (1 - p(x⁻)))² + min(p(x⁺), p(x⁻))²
 
-after each side was centred and scaled by itself; the best of ten starts. Which answer of a pair is `x⁺` must say
-nothing, or the centring removes what is looked for: every second pair is turned round. Labels give the sign only.
-Length 1. With more dimensions than pairs many directions are consistent, so weights decay as in the paper.
+after centring and scaling each side by itself, and takes the best of ten starts. If `x⁺` were always the chosen
+answer, the centring would remove the direction, so every second pair is swapped. Labels only give the sign. Length 1.
+With more dimensions than pairs many directions are consistent, so weights decay as in the paper.
 """
 
 import torch
@@ -20,16 +20,16 @@ def fit(chosen: dict[int, Tensor], rejected: dict[int, Tensor]) -> dict[int, Ten
     """`(pairs, d)` per layer -> `(d,)` per layer.
 
     Raises:
-        ValueError: fewer than 4 pairs, of which two sides cannot be centred.
+        ValueError: there are fewer than 4 pairs, too few to centre both sides.
     """
     return {layer: _fit(chosen[layer].float(), rejected[layer].float()) for layer in chosen}
 
 
 def _fit(chosen: Tensor, rejected: Tensor) -> Tensor:
     if len(chosen) < 4:
-        raise ValueError(f"direction='ccs' needs at least 4 pairs, there are {len(chosen)}.")
-    turned = (torch.arange(len(chosen)) % 2 == 1)[:, None]
-    plain = [torch.where(turned, b, a) for a, b in ((chosen, rejected), (rejected, chosen))]
+        raise ValueError(f"direction='ccs' needs at least 4 pairs, got {len(chosen)}.")
+    swapped = (torch.arange(len(chosen)) % 2 == 1)[:, None]
+    plain = [torch.where(swapped, b, a) for a, b in ((chosen, rejected), (rejected, chosen))]
     sides = [_scaled(side) for side in plain]
     generator = torch.Generator().manual_seed(0)
     weights = torch.randn(_STARTS, chosen.shape[1], generator=generator) / chosen.shape[1] ** 0.5
@@ -44,7 +44,7 @@ def _fit(chosen: Tensor, rejected: Tensor) -> Tensor:
             optimiser.zero_grad()
             losses.sum().backward()
             optimiser.step()
-    # found on scaled states; a reader takes them as they are
+    # The direction was fitted on scaled states, but it reads unscaled ones.
     scale = torch.stack([side.std(dim=0) for side in plain]).mean(dim=0).clamp_min(1e-6)
     direction = weights[losses.argmin()].detach() / scale
     sign = torch.sign(direction @ (chosen - rejected).mean(dim=0))

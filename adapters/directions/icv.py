@@ -1,7 +1,7 @@
 """In-context vector, as the paper writes it (Liu, Ye, Xing, Zou, ICML 2024, 2311.06668, section 3).
 
-The states of all layers are laid side by side, `R^(L·d)`; the vector is the first principal direction of the paired
-differences at the last token. Length 1 over all layers together. The released code computes something else: see
+The states of all layers are concatenated, `R^(L·d)`. The vector is the first principal direction of the paired
+differences at the last token. It has length 1 over all layers together. The released code computes something else: see
 `icv_released`.
 """
 

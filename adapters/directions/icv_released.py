@@ -1,8 +1,8 @@
 """In-context vector, as the released code computes it (github shengliu66/ICV, tasks/base.py, `obtain_icv`).
 
-`PCA(1).components_.sum(0) + PCA.mean_` over the differences of all layers laid side by side. The component has length
-1, the mean hundreds, so this is the mean difference in all but name (cosine above 0.999 on real data). Kept apart from
-`icv` because papers quote one formula and numbers of the other.
+`PCA(1).components_.sum(0) + PCA.mean_` over the concatenated differences of all layers. The component has length 1 and
+the mean a length of hundreds, so this is nearly the mean difference (cosine above 0.999 on real data). It is separate
+from `icv` because papers quote the formula of one and numbers of the other.
 """
 
 import numpy as np

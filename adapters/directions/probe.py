@@ -1,4 +1,4 @@
-"""Logistic-regression probe: the normal of the plane that tells chosen from rejected states.
+"""Logistic-regression probe: the normal of the plane that separates chosen from rejected states.
 
 The weights of scikit-learn's `LogisticRegression` (L2, C=1) on the states divided by their overall standard deviation,
 one number per layer, so that the penalty means the same at every layer. Length 1. A good reader, often a poor writer

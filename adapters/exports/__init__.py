@@ -1,22 +1,21 @@
-"""The result somewhere else: a trained vector in the format of another tool, or in the weights.
+"""Use a trained vector elsewhere: in the format of another tool, or in the weights of the model.
 
     export(model, "peft", "my-export", base="HuggingFaceTB/SmolLM2-135M-Instruct")
 
-Each file of this folder is one target, named by the file; a new file is a new target. Every export says how it is
-loaded without this package, and is believed only after a fresh process has loaded it so and found the same logits.
+Each file of this folder is one target and gives it its name; a new file is a new target. Every export comes with the
+lines that load it without this package, and counts only once a fresh process has run them and found the same logits.
 """
 
 from __future__ import annotations
 
 import importlib
-import pkgutil
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 from peft import PeftModel
 
-from ..checks import choose
+from ..registry import choose, file_names
 from ._base import Export, Exported, ExportError
 from ._vectors import ConstantVectors, adapter_of, constant_vectors
 from ._verify import verify
@@ -25,15 +24,15 @@ __all__ = ["ConstantVectors", "Export", "ExportError", "Exported", "adapter_of",
 
 
 def names() -> list[str]:
-    """The targets: the files of this folder."""
-    return sorted(m.name for m in pkgutil.iter_modules(__path__) if not m.name.startswith("_"))
+    """The names of all targets: the files of this folder that do not start with an underscore."""
+    return file_names(__path__[0])
 
 
 def get(target: str) -> Export:
     """A target by name.
 
     Raises:
-        ValueError: an unknown name; the message names the nearest.
+        ValueError: the name is unknown; the message suggests the nearest one.
     """
     choose("target", target, names())
     return importlib.import_module(f"{__name__}.{target}").TARGET
@@ -48,24 +47,24 @@ def export(
     strength: float = 1.0,
     called: str | None = None,
 ) -> Exported:
-    """Write the active steering vector of a model for another tool, and verify what was written.
+    """Write the active steering vector of a model for another tool, and verify the export.
 
     Args:
         model: The base model with one active steering vector.
         target: One of `names()`.
         folder: A new or empty folder.
         base: What a fresh process loads the base model from: a local folder or a Hub name.
-        inputs: Token ids of some prompts, at which logits are compared.
-        strength: It is baked in.
-        called: The base model's name for readers, where `base` is a copy of it on this machine.
+        inputs: Token ids of some prompts, on which logits are compared.
+        strength: Multiplies the exported vector.
+        called: The base model's name in the README, if `base` is a local copy.
 
     Raises:
-        ExportError: the adapter is no constant vector, the target cannot carry it on this model, or what was written
-            does not do the same. Nothing is left behind.
+        ExportError: the adapter is not a constant vector, the target cannot represent it on this model, or the export
+            does not behave the same. No files are left behind.
     """
     writer, home = get(target), Path(folder)
     if home.exists() and (not home.is_dir() or any(home.iterdir())):
-        raise ExportError(f"{home} is not empty: an export never writes over anything. Choose a new folder.")
+        raise ExportError(f"{home} is not empty, and an export never overwrites anything. Choose a new folder.")
     writer.check_packages()
     vectors = constant_vectors(model, strength)
     writer.check(vectors, model)

@@ -1,4 +1,4 @@
-"""What a target is."""
+"""The base class of export targets."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["ADD", "LOAD", "Export", "ExportError", "Exported"]
 LOAD = """from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained({base!r}, dtype={dtype!r}).eval()
 """
-"""Lines that load the base model."""
+"""Python lines that load the base model."""
 
 ADD = """
 def adding(vector):
@@ -27,7 +27,7 @@ def adding(vector):
         return (output + vector).to(output.dtype)
     return hook
 """
-"""Lines of a hook that adds a vector to a module's output."""
+"""Python lines of a hook that adds a vector to the output of a module."""
 
 
 @dataclass(frozen=True)
@@ -36,10 +36,10 @@ class Exported:
 
     Attributes:
         target: The target's name.
-        folder: Where it is.
-        lines: Python that loads the steered model without this package.
-        error: Largest difference of a logit from the steered model's, in the fresh process.
-        effect: Largest change of a logit that the vector makes, to compare it with.
+        folder: The folder of the export.
+        lines: Python lines that load the steered model without this package.
+        error: The largest difference of a logit in the fresh process from that of the steered model.
+        effect: The largest change of a logit by the vector, to compare `error` with.
     """
 
     target: str
@@ -53,9 +53,9 @@ class Export(ABC):
     """A target. Its file has one instance, `TARGET`.
 
     Attributes:
-        packages: What has to be installed to write or to verify it.
-        python: Lines that load the export, with `{folder!r}`, `{base!r}` and `{dtype!r}`; they leave `model`.
-        note: What a reader should know besides.
+        packages: Packages that must be installed to write or verify it.
+        python: Python lines that load the export as `model`, with `{folder!r}`, `{base!r}` and `{dtype!r}` to fill in.
+        note: What else a reader of the README should know.
     """
 
     packages: ClassVar[tuple[str, ...]] = ()
@@ -70,19 +70,19 @@ class Export(ABC):
 
     @abstractmethod
     def check(self, vectors: ConstantVectors, model: PeftModel) -> None:
-        """Raise an ExportError for what the target cannot carry, with the nearest thing that works."""
+        """Raise an ExportError if the target cannot represent the vectors; the message says what works instead."""
 
     @abstractmethod
     def write(self, vectors: ConstantVectors, model: PeftModel, folder: Path) -> None:
         """Write the files into an empty folder."""
 
     def lines(self, base: str, folder: str, model: PeftModel) -> str:
-        """How a user loads it."""
+        """The Python lines that load the export."""
         return self.filled(self.python, base, folder, model)
 
     @staticmethod
     def filled(python: str, base: str, folder: str, model: PeftModel) -> str:
-        """Lines with their places filled in, each as a literal of Python."""
+        """Fill in the placeholders, each with a Python literal."""
         return python.format(base=base, folder=folder, dtype=str(model.dtype).removeprefix("torch."))
 
     def readme(

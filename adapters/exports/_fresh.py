@@ -1,9 +1,9 @@
-"""Run in a process of its own: the lines of an export, then the logits at some inputs.
+"""Run as a separate process: execute the lines of an export, and save the logits on some inputs.
 
     python -P _fresh.py JOB.json
 
-The job names the lines, the inputs (token ids) and where the logits go. This package is not imported, and that is
-checked.
+The job has the lines, the inputs (token ids) and the file for the logits. The script checks that this package is not
+imported.
 """
 
 import json
@@ -18,6 +18,6 @@ names: dict = {}
 exec(compile(job["lines"], "the export's README", "exec"), names)
 model = names["model"]
 with torch.no_grad():
-    found = {str(i): model(input_ids=torch.tensor([ids])).logits[0].float() for i, ids in enumerate(job["inputs"])}
+    logits = {str(i): model(input_ids=torch.tensor([ids])).logits[0].float() for i, ids in enumerate(job["inputs"])}
 assert not any(name.startswith("steertune") for name in sys.modules), "the package under test was imported"
-save_file({name: logits.contiguous() for name, logits in found.items()}, job["logits"])
+save_file({name: values.contiguous() for name, values in logits.items()}, job["logits"])

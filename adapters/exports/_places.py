@@ -1,4 +1,4 @@
-"""Where in a model's weights a constant can stand instead of being added by a hook: measured, not looked up."""
+"""Measure where the weights of a model can hold a constant, instead of a hook that adds it."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ _TOKENS = 4
 def linear_places(
     vectors: ConstantVectors, model: PeftModel, fits: Callable[[nn.Module], bool]
 ) -> dict[str, tuple[str, Tensor]]:
-    """For every steered module a linear map inside it to whose output a constant can be added instead.
+    """Find a linear map inside each steered module where adding a constant has the same effect.
 
-    A vector is added to the output of each candidate in turn, from the last one, and the change of the steered
-    module's output is looked at. Where it is the vector (or a fixed multiple of it, which is divided out), the place
-    is exact: blocks that normalise or scale behind their last map, and experts that are no linear maps, have none.
+    The vector is added to the output of each candidate in turn, from the last to the first, and the change of the
+    steered module's output is measured. If it is the vector (or a fixed multiple of it, which is divided out), the
+    place is exact. Blocks that normalise or scale after their last map have none, nor have fused experts.
 
     Args:
-        vectors: What is steered.
+        vectors: The vectors.
         model: The steered model.
-        fits: Which modules may carry a constant.
+        fits: Tells which modules can hold a constant.
 
     Returns:
         Name of the steered module -> (name of the linear map, what is added to its output).
 
     Raises:
-        ExportError: a steered module without such a place.
+        ExportError: a steered module has no such place.
     """
     base = model.get_base_model()
     with untouched(model), model.disable_adapter(), evaluating(base), torch.no_grad():
@@ -47,12 +47,12 @@ def linear_places(
 
 
 def _calls(base: nn.Module, names: list[str]) -> dict[str, tuple[tuple[Any, ...], dict[str, Any]]]:
-    """What the steered modules are called with, for a few tokens."""
-    found: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {}
+    """The arguments that the steered modules are called with, on a few tokens."""
+    calls: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {}
 
     def keep(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            found[name] = (args, kwargs)
+            calls[name] = (args, kwargs)
 
         return hook
 
@@ -63,7 +63,7 @@ def _calls(base: nn.Module, names: list[str]) -> dict[str, tuple[tuple[Any, ...]
     finally:
         for handle in handles:
             handle.remove()
-    return found
+    return calls
 
 
 def _place(
@@ -89,6 +89,7 @@ def _place(
             continue
         finally:
             handle.remove()
+        # The multiple of the vector that arrives at the output, and the largest deviation from it.
         share = float((change * vector).sum() / (vector.square().sum() * change[..., 0].numel()))
         off = float((change - share * vector).abs().max() / vector.abs().max())
         if abs(share) > 1e-3 and off <= _tolerance(before) * max(1.0, abs(share)):
@@ -96,13 +97,13 @@ def _place(
         seen.append(f"{path} (gives {share:.2g} of it, off by {off:.2g})")
     kinds = ", ".join(seen[:3]) or "it has no linear map of this width"
     raise ExportError(
-        f"No map inside {name} ({type(module).__name__}) can carry the vector: {kinds}. The block normalises behind "
+        f"No map inside {name} ({type(module).__name__}) can hold the vector: {kinds}. The block normalises after "
         "its last map, or has fused experts. What works: the steering adapter itself, safetensors, gguf."
     )
 
 
 def _tolerance(states: Tensor) -> float:
-    """Adding to a state rounds it: what is left of a vector is only as exact as the states' precision."""
+    """Adding to a state rounds it, so a vector arrives only as exactly as the states' precision allows."""
     return max(_EXACT, 64 * torch.finfo(states.dtype).eps * (1.0 + float(states.float().abs().max())))
 
 

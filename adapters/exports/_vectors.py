@@ -1,4 +1,4 @@
-"""The constant vectors of an adapter, and adapters of constant vectors."""
+"""Read the constant vectors of an adapter, and make an adapter from constant vectors."""
 
 from __future__ import annotations
 
@@ -11,23 +11,24 @@ from peft import PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from ..config import Site, SteeringVectorConfig
+from ..config import SteeringVectorConfig
 from ..layer import SteeringVectorLayer
 from ..model import CHILD
 from ..norms import cap
+from ..types import Site
 
 
 class ExportError(ValueError):
-    """Something cannot be exported; the message says why, and the nearest thing that works."""
+    """Something cannot be exported; the message says why, and what works instead."""
 
 
 @dataclass(frozen=True)
 class ConstantVectors:
-    """What an adapter adds, whatever the input.
+    """What an adapter adds, independent of the input.
 
     Attributes:
         vectors: Full name of the steered module in the base model -> `(d,)`, fp32.
-        layers: The same names -> index of the block.
+        layers: The same name -> index of the block.
         site: What is steered.
     """
 
@@ -42,30 +43,32 @@ class ConstantVectors:
 
 
 def constant_vectors(model: PeftModel, strength: float = 1.0) -> ConstantVectors:
-    """What the active adapter adds at a strength; lengths that `norm` prescribes are applied.
+    """What the active adapter adds at a strength, with the length that `norm` prescribes.
 
     Args:
         model: A model with one active steering vector and no other adapter.
         strength: Multiplies the vectors.
 
     Raises:
-        ExportError: another adapter, several active ones, or one that adds no constant at every position.
+        ExportError: there is another adapter, several are active, or this one does not add a constant everywhere.
     """
     if not isinstance(model, PeftModel):
-        raise ExportError(f"{type(model).__name__} carries no adapter: PeftModel.from_pretrained(base, folder).")
+        raise ExportError(
+            f"{type(model).__name__} has no adapter. Load one with PeftModel.from_pretrained(base, folder)."
+        )
     name, config = _only_adapter(model)
     reasons = {
         f"form={config.form!r} depends on the state": config.form != "bias",
         "norm='preserve' depends on the state": config.norm == "preserve",
-        f"positions={config.positions!r} leaves tokens out, and other tools add at every position": (
+        f"positions={config.positions!r} skips tokens, and other tools steer every position": (
             config.positions != "all"
         ),
         f"modules_to_save={config.modules_to_save} are trained too": bool(config.modules_to_save),
     }
-    if found := [reason for reason, holds in reasons.items() if holds]:
+    if applying := [reason for reason, applies in reasons.items() if applies]:
         raise ExportError(
-            f"Adapter {name!r} is no constant vector: {'; '.join(found)}. Exports carry form='bias' with "
-            "positions='all'; share this one as the PEFT folder it is, or train that."
+            f"Adapter {name!r} is not a constant vector: {'; '.join(applying)}. Exports support form='bias' with "
+            "positions='all'. Train that, or share this adapter as a PEFT folder."
         )
     base = model.get_base_model()
     vectors, layers = {}, {}
@@ -77,7 +80,9 @@ def constant_vectors(model: PeftModel, strength: float = 1.0) -> ConstantVectors
             module = path.removesuffix(f".{CHILD}")
             vectors[module], layers[module] = strength * vector, layer.layer_index
     if not all(v.isfinite().all() for v in vectors.values()) or not any(v.any() for v in vectors.values()):
-        raise ExportError(f"Adapter {name!r} at strength {strength:g} is zero or not finite: nothing to export.")
+        raise ExportError(
+            f"Adapter {name!r} at strength {strength:g} is zero or not finite: there is nothing to export."
+        )
     return ConstantVectors(vectors, layers, config.site)
 
 
@@ -90,16 +95,18 @@ def _only_adapter(model: PeftModel) -> tuple[str, SteeringVectorConfig]:
         )
     [(name, config)] = configs.items()
     if not isinstance(config, SteeringVectorConfig):
-        raise ExportError(f"Adapter {name!r} is {config.peft_type}: only steering vectors are exported here.")
+        raise ExportError(f"Adapter {name!r} is {config.peft_type}: only steering vectors can be exported.")
     others = {
         type(module).__name__
         for module in model.modules()
         if isinstance(module, BaseTunerLayer) and not isinstance(module, SteeringVectorLayer)
     }
     if others:
-        raise ExportError(f"Another adapter is in the model too ({sorted(others)}): load the steering vector alone.")
+        raise ExportError(f"The model has another adapter too ({sorted(others)}): load the steering vector alone.")
     if getattr(model.get_base_model(), "is_quantized", False):
-        raise ExportError("The base is quantised, so nothing can be compared to rounding: load it in plain precision.")
+        raise ExportError(
+            "The base is quantised, so the export cannot be verified: load the base without quantisation."
+        )
     return name, config
 
 
@@ -121,12 +128,12 @@ def adapter_of(model: nn.Module, vectors: Mapping[int, Tensor], adapter_name: st
         adapter_name: Name of the new adapter.
 
     Raises:
-        ExportError: no vector, one of another width, not finite, or of a block that the model does not have.
+        ExportError: there is no vector, or one has another width, is not finite, or is of a block that does not exist.
     """
     width = model.get_input_embeddings().weight.shape[1]  # pyright: ignore
     bad = {i: _form(v) for i, v in vectors.items() if not _fits(v, width)}
     if not vectors or bad:
-        raise ExportError(f"Vectors of width {width}, all numbers finite, are needed for this model; these are {bad}.")
+        raise ExportError(f"This model needs finite vectors of width {width}, got {bad}.")
     config = SteeringVectorConfig(layers=sorted(vectors))
     try:
         steered = get_peft_model(model, config, adapter_name)  # pyright: ignore[reportArgumentType]

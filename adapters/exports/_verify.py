@@ -1,4 +1,4 @@
-"""Does an export do the same? Asked in a fresh process, of the lines that its README gives."""
+"""Verify in a fresh process that an export behaves like the steered model, with the lines of its README."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ from ._base import Export, ExportError
 
 _FRESH = Path(__file__).with_name("_fresh.py")
 _ROUNDING = 64  # units of the model's precision, relative to the largest logit
-_TELLING = 10  # how much larger than rounding the vector's effect has to be
+_TELLING = 10  # the effect of the vector must be this many times larger than rounding
 
 
 def verify(
     target: Export, folder: Path, model: PeftModel, base: str, inputs: Sequence[Sequence[int]], strength: float
 ) -> tuple[float, float]:
-    """Largest difference of a logit from the steered model's, and largest change that the vector makes.
+    """The largest difference of a logit from the steered model's, and the largest change by the vector.
 
     Raises:
-        ExportError: the lines do not run, the logits are others, or the vector moves them too little to tell.
+        ExportError: the lines do not run, the logits differ, or the vector moves them too little to verify.
     """
     if not inputs or not all(len(ids) for ids in inputs):
-        raise ExportError("inputs is empty: token ids of a prompt or more, at which logits are compared.")
+        raise ExportError("inputs is empty: give the token ids of one prompt or more, on which logits are compared.")
     with set_strength(model, strength):
         steered = _logits(model, inputs)
     with untouched(model), model.disable_adapter():
@@ -41,14 +41,14 @@ def verify(
     effect = max(float((a - b).abs().max()) for a, b in zip(steered, plain, strict=True))
     if effect < _TELLING * limit:
         raise ExportError(
-            f"The vector moves logits by {effect:.2g} at most, and rounding by {limit:.2g}: whether the export does "
-            "the same cannot be told. Give a larger strength, or a base in fp32."
+            f"The vector moves logits by at most {effect:.2g}, too close to rounding error ({limit:.2g}) to verify "
+            "the export. Use a larger strength, or a base in fp32."
         )
-    found = _in_fresh_process(target.lines(base, str(folder), model), inputs)
-    error = max(float((a - b).abs().max()) for a, b in zip(steered, found, strict=True))
+    exported = _in_fresh_process(target.lines(base, str(folder), model), inputs)
+    error = max(float((a - b).abs().max()) for a, b in zip(steered, exported, strict=True))
     if not error <= limit:
         raise ExportError(
-            f"What was written does not do the same: logits differ by {error:.2g} (allowed {limit:.2g}) where the "
+            f"The export does not behave the same: logits differ by {error:.2g} (allowed {limit:.2g}) where the "
             f"vector moves them by {effect:.2g}. Is base={base!r} the base of this adapter? Nothing was kept."
         )
     return error, effect
@@ -67,5 +67,5 @@ def _in_fresh_process(lines: str, inputs: Sequence[Sequence[int]]) -> list[Tenso
         ran = subprocess.run([sys.executable, "-P", str(_FRESH), str(job)], capture_output=True, text=True)
         if ran.returncode:
             raise ExportError(f"A fresh process cannot load it:\n{lines}\n{ran.stderr[-1500:]}")
-        found = load_file(logits)
-    return [found[str(i)] for i in range(len(inputs))]
+        values = load_file(logits)
+    return [values[str(i)] for i in range(len(inputs))]

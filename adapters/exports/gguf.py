@@ -1,7 +1,7 @@
 """llama.cpp's control vector: a GGUF file that `--control-vector` adds to the residual stream.
 
 Tensor `direction.N` is added to the output of block N, at every position. N starts at 1: block 0 has no place in the
-format. llama.cpp does not look at which model a vector was made for.
+format. llama.cpp does not check which model a vector was made for.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def read(file: str | Path) -> dict[int, Tensor]:
     """The directions of a control vector, by block; `adapter_of` makes an adapter of them.
 
     Raises:
-        ExportError: the file is no control vector, or holds anything but finite fp32 rows of one width.
+        ExportError: the file is not a control vector, or does not hold finite fp32 rows of one width.
     """
     try:
         if not Path(file).is_file():
@@ -89,14 +89,14 @@ def read(file: str | Path) -> dict[int, Tensor]:
         architecture = bytes(fields.parts[fields.data[0]]).decode()
         tensors = {tensor.name: torch.tensor(tensor.data) for tensor in reader.tensors}
     except (OSError, ValueError, KeyError, IndexError, TypeError, OverflowError, RecursionError) as error:
-        raise ExportError(f"{file} is no readable GGUF file: {error}") from error
+        raise ExportError(f"{file} is not a readable GGUF file: {error}") from error
     if architecture != _ARCHITECTURE:
         raise ExportError(f"{file} holds a {architecture!r} model, not a control vector.")
     found = {}
     for name, vector in tensors.items():
         match = re.fullmatch(r"direction\.([1-9]\d{0,5})", name, re.ASCII)
         if match is None:
-            raise ExportError(f"{file}: tensor {name!r} is no direction.N with N from 1.")
+            raise ExportError(f"{file}: tensor {name!r} must be named direction.N with N from 1.")
         if vector.ndim != 1 or vector.dtype != torch.float32 or not vector.isfinite().all():
             raise ExportError(
                 f"{file}: {name} is {vector.dtype} {tuple(vector.shape)}; expected are finite fp32 rows."
@@ -108,8 +108,8 @@ def read(file: str | Path) -> dict[int, Tensor]:
 
 
 def _reader(file: str) -> Any:
-    """The package's reader, which believes every number in a header, kept to the file's own size and to as many values
-    as a control vector can have."""
+    """A reader that checks header numbers, which the package's own reader trusts, against the file's size and against
+    the number of values that a control vector can have."""
     from gguf import GGUFReader
 
     class Bounded(GGUFReader):

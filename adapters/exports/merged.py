@@ -1,7 +1,7 @@
 """The vector in the base model's own weights: a bias that the architecture's configuration carries through reload.
 
-GPT-2 has a bias where a block writes; Llama gets one with `mlp_bias=True`. A bias that the configuration does not know
-is dropped by save and reload without a word, so nothing else is written.
+GPT-2 has a bias where a block writes; Llama gets one with `mlp_bias=True`. Saving and reloading silently drops a bias
+that the configuration does not know, so such a bias is never written.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class MergedExport(Export):
             merged = AutoModelForCausalLM.from_config(config, dtype=model.dtype)
         state = {name: value for name, value in base.state_dict().items() if f".{CHILD}." not in name}
         for name, value in merged.state_dict().items():
-            if name.endswith(".bias") and name not in state:  # the other biases that the switch brings
+            if name.endswith(".bias") and name not in state:  # the other biases that the switch adds
                 state[name] = torch.zeros(value.shape, dtype=model.dtype, device=model.device)
         for name, vector in places.items():
             old = state[f"{name}.bias"]
@@ -54,10 +54,10 @@ def _places(vectors: ConstantVectors, model: PeftModel) -> dict[str, Tensor]:
 
 
 def _with_biases(base: Any, places: dict[str, Tensor]) -> Any:
-    """The configuration under which these maps have biases: the model's own, or with one switch more.
+    """The configuration with which these maps have biases: the model's own, or with one more switch.
 
     Raises:
-        ExportError: there is none.
+        ExportError: no switch adds them.
     """
     switches = [k for k, v in base.config.to_dict().items() if k.endswith("bias") and v is False]
     for switch in [None, *switches]:
@@ -69,8 +69,8 @@ def _with_biases(base: Any, places: dict[str, Tensor]) -> Any:
         if all(getattr(model.get_submodule(name), "bias", None) is not None for name in places):
             return config
     raise ExportError(
-        f"{type(base).__name__} has no bias at {sorted(places)}, and its configuration no switch for it ({switches}): "
-        "one that was put there would be dropped when the model is loaded again. What works: peft, safetensors."
+        f"{type(base).__name__} has no bias at {sorted(places)}, and its configuration has no switch for it "
+        f"({switches}): an added bias would be dropped when the model is loaded again. What works: peft, safetensors."
     )
 
 

@@ -40,10 +40,10 @@ def read(control_vector: Any) -> dict[int, Tensor]:
     """The directions of a `repeng.ControlVector`, by block; `adapter_of` makes an adapter of them.
 
     Raises:
-        ExportError: it is none.
+        ExportError: it is another object.
     """
     if not hasattr(control_vector, "directions"):
-        raise ExportError(f"{type(control_vector).__name__} is no repeng.ControlVector.")
+        raise ExportError(f"{type(control_vector).__name__} is not a repeng.ControlVector.")
     return {int(layer): torch.as_tensor(d, dtype=torch.float32) for layer, d in control_vector.directions.items()}
 
 

@@ -51,7 +51,7 @@ def read(steering_vector: Any) -> dict[int, Tensor]:
         ExportError: they are not for block outputs.
     """
     if not hasattr(steering_vector, "layer_activations"):
-        raise ExportError(f"{type(steering_vector).__name__} is no steering_vectors.SteeringVector.")
+        raise ExportError(f"{type(steering_vector).__name__} is not a steering_vectors.SteeringVector.")
     if steering_vector.layer_type != "decoder_block":
         raise ExportError(f"layer_type={steering_vector.layer_type!r}: only 'decoder_block' vectors are read.")
     return {int(layer): vector.float() for layer, vector in steering_vector.layer_activations.items()}

@@ -9,67 +9,39 @@ from typing import Any
 from steertune.adapters.card import SAFETY, Card
 from steertune.recipes.lab import embedded
 from steertune.recipes.lab.arm import Arm
-from steertune.recipes.lab.page import preference
+from steertune.recipes.lab.page import by_strength, comparison
+from steertune.recipes.lab.rows import BASE, Record
 from steertune.recipes.lab.tables import CardTable
 
 
-def of_training(arm: Arm, result: Mapping[str, Any]) -> Card:
+def of_training(arm: Arm, record: Record) -> Card:
     """The card of an arm that was trained.
 
     Args:
         arm: The arm.
-        result: What its `result.json` holds.
+        record: The base model at strength 0, the trained one at the others.
     """
-    effects, cost, task = result["side_effects"], result["cost"], Path(arm.data.name).name
-    measured = ["| | before | after |", "|---|---|---|", *preference(result)] if result["strengths"] else []
-    rows = [f"| {r['strength']:g} | {r['pair_accuracy']:.3f} | {r['margin']:.2f} |" for r in result["strengths"]]
-    strengths = ["| strength | pair accuracy | margin, nats |", "|---|---|---|", *rows] if rows else []
+    means, facts, task = record.means(), record.facts, Path(arm.data.name).name
     advice = "Layer and strength are the arm's, not chosen by measurement (`steertune sweep` does that)."
-    if strengths:
-        advice += " On the held-out rows, which chose nothing:\n\n" + "\n".join(strengths)
+    if len(means) > 2:
+        advice += " On the held-out rows, which chose nothing:\n\n" + "\n".join(by_strength(means))
     return Card(
         title=f"{arm.name}, {task}",
         **purpose(arm.card, arm.data.name),
         data=f"{arm.data.train} training examples of `{task}`, seed {arm.data.seed}.",
-        made=f"Arm `{arm.name}`: adapter `{arm.adapter}`, loss `{arm.loss}`, {cost['steps']} steps; "
-        f"{cost['trainable_parameters']:,} trained parameters.",
-        measured="\n".join(measured) or None,
-        side_effects=_side_effects(effects["kl"], effects["perplexity"], effects["base_perplexity"]),
+        made=f"Arm `{arm.name}`: adapter `{arm.adapter}`, loss `{arm.loss}`, {facts['steps']} steps; "
+        f"{facts['parameters']:,} trained parameters.",
+        measured="\n".join(comparison({"before": means[BASE], "after": means["1"]})),
+        side_effects=side_effects(means[BASE], means["1"]),
         advice=advice,
     )
 
 
-def of_sweep(result: Mapping[str, Any], lines: list[str]) -> Card:
-    """The card of the setting that a sweep recommended.
-
-    Args:
-        result: What its `result.json` holds.
-        lines: The table of what it did on test rows.
-    """
-    settings, test, base = result["settings"], result["test"], result["base"]["test"]
-    arm, task = settings["arm"], Path(settings["task"]).name
-    name = settings["direction"] if arm is None else arm["name"]
-    what = f"the {'direction' if arm is None else 'arm'} `{name}`"
-    where = result["recommended"]
-    effects = _side_effects(test["kl"], test["perplexity"], base["perplexity"])
-    if "repetition" in test:
-        effects += f" Repeated word triples: {test['repetition']:.0%}, of the base model {base['repetition']:.0%}."
-    return Card(
-        title=f"{name}, {task}",
-        **purpose(CardTable(**(arm or {}).get("card", {})), settings["task"]),
-        data=f"{settings['train']} training pairs of `{task}`, seed {settings['seed']}.",
-        made=f"A sweep of {what} over layers {settings['layers']} and strengths {settings['strengths']}.",
-        measured="\n".join(lines),
-        side_effects=effects,
-        advice=f"Strength 1 of this adapter is strength {where['strength']:g} of the sweep, baked in: use it as it "
-        f"is. {result['reason']}",
-    )
-
-
-def _side_effects(kl: float, perplexity: float, base: float) -> str:
+def side_effects(base: Mapping[str, float], steered: Mapping[str, float]) -> str:
+    """What an adapter does to text it should leave alone, from the means of the base model and of the steered one."""
     return (
-        f"KL to the base model on neutral answers: {kl:.3f} nats a token. Perplexity of neutral answers: "
-        f"{perplexity:.2f}, of the base model {base:.2f}."
+        f"KL to the base model on neutral answers: {steered['kl']:.3f} nats a token. Perplexity of neutral answers: "
+        f"{steered['perplexity']:.2f}, of the base model {base['perplexity']:.2f}."
     )
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -11,57 +10,58 @@ import pandas as pd
 from steertune.recipes.ablation.analysis import in_pairs
 from steertune.recipes.ablation.statistics.paired import Difference, difference, together, too_few
 from steertune.recipes.ablation.tables import TaskTable
+from steertune.recipes.lab.rows import Record
 
 Values = dict[str, pd.Series]
 """By condition, per task and seed, a number for every test pair."""
 
 
-def nats(cells: list[dict[str, Any]], tasks: Sequence[TaskTable] = ()) -> Values:
-    """Margins of the test pairs. Of these `tasks` those made of the same rows count as one, with more seeds."""
-    rows = [{"task": cell["task"], "seed": cell["seed"]} | _arrays(cell["margins"]) for cell in cells]
-    frame = in_pairs(pd.DataFrame(rows), tasks).set_index(["task", "seed"])
-    return {str(name): frame[name] for name in frame}
+def values(records: Sequence[Record], measure: str, tasks: Sequence[TaskTable] = ()) -> Values:
+    """A measure of the test pairs. Of these `tasks` those made of the same rows count as one, with more seeds."""
+    rows = [{**record.keys, "rows": record.seen(1)[measure]} for record in records]
+    table = in_pairs(pd.DataFrame(rows), tasks).pivot(index=["task", "seed"], columns="arm", values="rows")
+    return {name: table[name] for name in dict.fromkeys(str(record.keys["arm"]) for record in records)}
 
 
-def _arrays(margins: dict[str, list[float]]) -> dict[str, Any]:
-    return {name: np.array(values) for name, values in margins.items()}
-
-
-def right(cells: list[dict[str, Any]], tasks: Sequence[TaskTable] = ()) -> Values:
-    """The same, of whether a pair is preferred the right way (a tie counts half)."""
-    found = nats(cells, tasks)
-    return {name: values.map(lambda margins: (np.sign(margins) + 1) / 2) for name, values in found.items()}
-
-
-def questions(found: Values, steering: Sequence[str]) -> dict[tuple[str, str], Difference]:
+def questions(accuracies: Values, steering: Sequence[str]) -> dict[tuple[str, str], Difference]:
     """What is asked of the trained model's contrast prompts, corrected for asking several things."""
     trained = "trained, contrast"
     asked = [(trained, other) for other in ("base, contrast", "trained, plain", *steering)]
     asked += [("base, contrast", "base, plain"), ("base, contrast", "base, k-shot")]
-    return together({pair: difference(found[pair[0]] - found[pair[1]]) for pair in asked})
+    return together({pair: difference(accuracies[pair[0]] - accuracies[pair[1]]) for pair in asked})
 
 
-def responses(cells: list[dict[str, Any]], tasks: Sequence[TaskTable]) -> dict[tuple[str, str], Difference]:
+def responses(records: Sequence[Record], tasks: Sequence[TaskTable]) -> dict[tuple[str, str], Difference]:
     """Whether the trained model responds to contrast prompts of the tasks that it was trained on, in accuracy and, as
     the base may be right already, in nats."""
-    found = {}
-    for unit, values in (("", right(cells, tasks)), (", nats", nats(cells, tasks))):
+    differences = {}
+    for unit, measure in (("", "accuracy"), (", nats", "margin")):
+        of_pairs = values(records, measure, tasks)
         for other in ("base, contrast", "trained, plain"):
             pair = f"trained, contrast{unit}", f"{other}{unit}"
-            found[pair] = difference(values["trained, contrast"] - values[other])
-    return together(found)
+            differences[pair] = difference(of_pairs["trained, contrast"] - of_pairs[other])
+    return together(differences)
 
 
-def page(about: str, steering: Sequence[str], tasks: Sequence[TaskTable], result: dict[str, Any]) -> str:
+def page(
+    about: str,
+    steering: Sequence[str],
+    tasks: Sequence[TaskTable],
+    seen: Sequence[Record],
+    unseen: Sequence[Record],
+    effects: Record,
+) -> str:
     """What came of it, in Markdown.
 
     Args:
         about: What was trained on what, and measured on what.
         steering: Names of the steering arms.
         tasks: All tasks.
-        result: Cells of `seen` tasks, `cells` of unseen ones, and `side_effects`.
+        seen: Records of the tasks that were trained on.
+        unseen: Records of the others.
+        effects: What the trained model does to neutral text.
     """
-    effects, response = result["side_effects"], responses(result["seen"], tasks)
+    response = responses(seen, tasks)
     lines = [
         "# Training a model to respond to contrast prompts",
         "",
@@ -69,7 +69,7 @@ def page(about: str, steering: Sequence[str], tasks: Sequence[TaskTable], result
         "",
         "## Held-out pair accuracy on the tasks that it was trained on",
         "",
-        *_accuracies(right(result["seen"])),
+        *_accuracies(values(seen, "accuracy")),
         "",
         *_differences(response),
         "",
@@ -77,43 +77,43 @@ def page(about: str, steering: Sequence[str], tasks: Sequence[TaskTable], result
         "",
         "## Held-out pair accuracy on unseen tasks",
         "",
-        *_accuracies(right(result["cells"])),
+        *_accuracies(values(unseen, "accuracy")),
         "",
-        *_differences(questions(right(result["cells"], tasks), steering)),
+        *_differences(questions(values(unseen, "accuracy", tasks), steering)),
         "",
         "Intervals for other draws and other test rows (a task and its reverse share theirs); p by the larger of two "
         "tests, corrected by Holm per table.",
         "",
-        f"The trained model without a prompt, on neutral text: KL to the base {effects['kl']:.4f} nats a token, "
-        f"perplexity {effects['base_perplexity']:.2f} before and {effects['perplexity']:.2f} after.",
+        f"The trained model without a prompt, on neutral text: KL to the base {effects.value('kl', 1):.4f} nats a "
+        f"token, perplexity {effects.value('perplexity'):.2f} before and {effects.value('perplexity', 1):.2f} after.",
         "",
     ]
     return "\n".join(lines)
 
 
-def _accuracies(found: Values) -> list[str]:
-    tasks = sorted({str(task) for series in found.values() for task in series.index.get_level_values("task")})
+def _accuracies(accuracies: Values) -> list[str]:
+    tasks = sorted({str(task) for series in accuracies.values() for task in series.index.get_level_values("task")})
     lines = ["| | mean | " + " | ".join(tasks) + " |", "|---" * (len(tasks) + 2) + "|"]
-    for name, values in found.items():
-        means = values.map(np.mean)
+    for name, of_pairs in accuracies.items():
+        means = of_pairs.map(np.mean)
         by_task = (f"{means[task].mean():.3f}" for task in tasks)
         lines.append(f"| {name} | {means.mean():.3f} | " + " | ".join(by_task) + " |")
     return lines
 
 
-def _differences(found: dict[tuple[str, str], Difference]) -> list[str]:
+def _differences(differences: dict[tuple[str, str], Difference]) -> list[str]:
     lines = ["| | against | difference | 95 % | p |", "|---|---|---|---|---|"]
-    for (one, other), value in found.items():
+    for (one, other), value in differences.items():
         lines.append(f"| {one} | {other} | {value.estimate:+.3f} | {value.crossed.ends} | {value.p:.3g} |")
-    sentence = too_few([*found.values()])
+    sentence = too_few([*differences.values()])
     return [*lines, *(["", sentence] if sentence else [])]
 
 
-def _verdict(found: dict[tuple[str, str], Difference]) -> str:
-    gain = found["trained, contrast", "base, contrast"]
+def _verdict(differences: dict[tuple[str, str], Difference]) -> str:
+    gain = differences["trained, contrast", "base, contrast"]
     if gain.clear() and gain.estimate > 0:
         return "It responds to contrast prompts of the tasks that it was trained on better than the base does."
-    if too_few([*found.values()]):
+    if too_few([*differences.values()]):
         return "More `seeds` would say whether it responds to contrast prompts of the tasks that it was trained on."
     return (
         "Contrast prompts of the tasks that it was trained on do not clearly help it more than the base. So no effect "

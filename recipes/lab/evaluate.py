@@ -18,7 +18,7 @@ from steertune.recipes.lab.progress import Bar
 from steertune.recipes.lab.rows import BASE, label
 from steertune.trainers import scaled
 
-STEPS = {"pairs": "test pairs", "neutral": "neutral text", "answers": "generation"}
+STEPS = {"pairs": "test pairs", "neutral": "neutral text", "answers": "generation", "prompted": "prompted answers"}
 """What the progress bar calls each kind of example."""
 
 

@@ -3,13 +3,15 @@
     pairs     log-probability (nats) and tokens of the chosen and of the rejected answer
     neutral   KL to the base model and negative log-likelihood (nats, summed), and tokens, of neutral answers
     answers   generated answers to the first test prompts, and the scorer's judgement of each
+    prompted  how far the model is from the prompted one, at each of its answers (summed), and their tokens
 
-Shapes: B rows of a batch, T labelled tokens of a row, V tokens of the vocabulary.
+Shapes: B rows of a batch, T labelled tokens of a row, N of all rows, V tokens of the vocabulary.
 """
 
 from __future__ import annotations
 
 import json
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -23,11 +25,13 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from steertune.losses import Outputs
 from steertune.recipes.lab.batches import batches
 from steertune.recipes.lab.generation import generate, plain
 from steertune.recipes.lab.paths import TASKS
 from steertune.recipes.lab.scorers import Scorer
-from steertune.trainers import Batch, FrozenPrefix, ModelAt, labelled_logits, scaled, tokenise
+from steertune.trainers import Batch, FrozenPrefix, ModelAt, View, labelled_logits, scaled, tokenise
+from steertune.trainers.views import Views
 
 NEUTRAL = TASKS / "neutral.jsonl"
 
@@ -36,6 +40,19 @@ Strengths = Mapping[str, float]
 """Label -> strength."""
 Show = Callable[[Dataset], Dataset]
 """From rows to the rows that a model is shown instead, such as the same prompts behind an instruction."""
+
+
+@dataclass(frozen=True)
+class Prompted:
+    """A prompt that a model may learn to do without.
+
+    Attributes:
+        view: From rows to the rows behind the prompt.
+        answers: Prompts, and what the base model says to them behind it.
+    """
+
+    view: View
+    answers: Dataset
 
 
 @dataclass
@@ -51,6 +68,7 @@ class HeldOut:
         neutral_generations: How many of the first neutral prompts are answered.
         new_tokens: Longest generated answer.
         scorer: Judges the answers; None: they are not judged.
+        prompted: The prompt that is distilled, and answers behind it; None: no prompt is.
         prefix: Remembers what the layers below an adapter compute; None: nothing is remembered.
         batch_size: Rows in one forward pass.
     """
@@ -63,6 +81,7 @@ class HeldOut:
     neutral_generations: int = 0
     new_tokens: int = 32
     scorer: Scorer | None = None
+    prompted: Prompted | None = None
     prefix: FrozenPrefix | None = None
     batch_size: int = 8
     shared: dict[str, Any] = field(default_factory=dict, repr=False)
@@ -158,10 +177,48 @@ def answers(model: Any, held_out: HeldOut, strengths: Strengths) -> dict[str, Ob
     return observed
 
 
+@torch.no_grad()
+def prompted(model: Any, held_out: HeldOut, strengths: Strengths) -> dict[str, Observations]:
+    """How far a model and the base are from the prompted base, at what that one answers."""
+    if held_out.prompted is None:
+        return {}
+    view, rows = held_out.prompted.view, held_out.prompted.answers
+    views = Views({"prompt": view}, held_out.tokenizer, getattr(model.config, "max_position_embeddings", None))
+    views.add(rows, tokenise(rows, held_out.tokenizer))
+    observed: dict[str, Observations] = {label: defaultdict(list) for label in strengths}
+    for batch in batches(held_out.tokenizer, rows, held_out.batch_size):
+        batch = batch.to(model.device)
+        base_at = ModelAt(held_out.model, held_out.model, batch, views=views)
+        at = ModelAt(model, model, batch, views=views)
+        target, base = (base_at(1.0, view=shown, distribution=True) for shown in ("prompt", ""))
+        base_nats, _ = _distance(target, base)
+        for label, strength in strengths.items():
+            # a model that stands behind the prompt itself is shown it here, too
+            view_shown = "prompt" if held_out.plain is not None else ""
+            nats, agreed = _distance(target, at(strength, view=view_shown, distribution=True))
+            observed[label]["prompted_nats"] += nats.tolist()
+            observed[label]["prompted_agreed"] += agreed.tolist()
+            observed[label]["prompted_base_nats"] += base_nats.tolist()
+            observed[label]["prompted_tokens"] += target.mask.sum(dim=1).tolist()
+    return {label: dict(values) for label, values in observed.items()}
+
+
+def _distance(target: Outputs, other: Outputs) -> tuple[Tensor, Tensor]:
+    """Per row, the summed KL(target || other) and the tokens at which both expect the same, `(B,)` each."""
+    logp_NV, logq_NV = target.distribution, other.distribution
+    assert logp_NV is not None and logq_NV is not None  # they were asked for
+    kl_N = (logp_NV.exp() * (logp_NV - logq_NV)).sum(dim=-1)
+    same_N = (logp_NV.argmax(dim=-1) == logq_NV.argmax(dim=-1)).to(kl_N.dtype)
+    lengths = target.mask.sum(dim=1).tolist()  # the N labelled tokens stand row after row
+    kl_B, same_B = (torch.stack([row.sum() for row in values_N.split(lengths)]) for values_N in (kl_N, same_N))
+    return kl_B, same_B
+
+
 OBSERVERS: dict[str, Callable[[Any, HeldOut, Strengths], dict[str, Observations]]] = {
     "pairs": pairs,
     "neutral": neutral,
     "answers": answers,
+    "prompted": prompted,
 }
 
 

@@ -7,98 +7,138 @@ import re
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
-from typing import Any
 
 from markdown_it import MarkdownIt
 
+from steertune.recipes.lab import measures
+from steertune.recipes.lab.files import write_whole
+from steertune.recipes.lab.rows import BASE, Record
 
-def strength_plot(rows: Sequence[Mapping[str, float]], file: Path) -> None:
-    """Pair accuracy and margin against strength, as a PNG."""
+
+def number(value: float) -> str:
+    """A mean on a page: three decimals, or two digits where that would be 0."""
+    return f"{value:.3f}" if value == 0 or abs(value) >= 0.1 else f"{value:.2g}"
+
+
+def title(name: str) -> str:
+    """What a page calls a measure, with its unit."""
+    found = measures.get(name)
+    return f"{found.title}, {found.unit}" if found.unit else found.title
+
+
+def measured(columns: Sequence[Mapping[str, float]]) -> list[str]:
+    """Names of the measures that any of the columns has."""
+    return [name for name in measures.names() if any(name in column for column in columns)]
+
+
+def comparison(columns: Mapping[str, Mapping[str, float]]) -> list[str]:
+    """A table with a row for every measure.
+
+    Args:
+        columns: What a model is called -> its means, from `Record.means`.
+    """
+    lines = ["| | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
+    for name in measured([*columns.values()]):
+        values = (number(column[name]) if name in column else "" for column in columns.values())
+        lines.append(f"| {title(name)} | " + " | ".join(values) + " |")
+    return lines
+
+
+def by_strength(means: Mapping[str, Mapping[str, float]]) -> list[str]:
+    """A table with a row for every strength and a column for every measure.
+
+    Args:
+        means: From `Record.means`.
+    """
+    names, strengths = measured([*means.values()]), sorted(means, key=float)
+    lines = ["| strength | " + " | ".join(map(title, names)) + " |", "|---" * (len(names) + 1) + "|"]
+    for strength in strengths:
+        values = (number(means[strength][name]) if name in means[strength] else "" for name in names)
+        lines.append(f"| {strength} | " + " | ".join(values) + " |")
+    return lines
+
+
+def strength_plot(means: Mapping[str, Mapping[str, float]], file: Path) -> None:
+    """Pair accuracy and margin against strength, as a PNG.
+
+    Args:
+        means: From `Record.means`.
+        file: Where the picture goes.
+    """
     from matplotlib.figure import Figure  # a figure of its own: no display, no global state
 
     figure = Figure(figsize=(7, 3), layout="constrained")
-    strengths = [row["strength"] for row in rows]
-    for axis, key, label in zip(
-        figure.subplots(1, 2), ("pair_accuracy", "margin"), ("pair accuracy", "margin (nats)"), strict=True
-    ):
-        axis.plot(strengths, [row[key] for row in rows], marker="o")
+    strengths = sorted(means, key=float)
+    for axis, name in zip(figure.subplots(1, 2), ("accuracy", "margin"), strict=True):
+        axis.plot([float(strength) for strength in strengths], [means[s][name] for s in strengths], marker="o")
         axis.axvline(0, color="grey", linewidth=0.8)
-        axis.set(xlabel="strength", ylabel=label)
+        axis.set(xlabel="strength", ylabel=title(name))
     figure.savefig(file, dpi=120)
 
 
-def write_page(folder: Path, result: Mapping[str, Any]) -> Path:
-    """Write `page.md` from the results of a run (`result.json`); return its path."""
-    page = folder / "page.md"
-    page.write_text("\n".join(_lines(result)) + "\n", encoding="utf-8")
-    return page
+def write_page(folder: Path, record: Record, what: str, use: Sequence[str]) -> Path:
+    """Write the `page.md` of a training, and its plot; return the page's path.
 
-
-def _lines(result: Mapping[str, Any]) -> list[str]:
-    effects, cost = result["side_effects"], result["cost"]
-    return [
-        f"# {result['name']}",
+    Args:
+        folder: Of the run.
+        record: The base model at strength 0, the trained one at the others.
+        what: What was trained on what, in a sentence.
+        use: The lines of Python that load the adapter.
+    """
+    page, means, facts = folder / "page.md", record.means(), record.facts
+    strengths = []
+    if "accuracy" in means[BASE]:
+        strength_plot(means, folder / "strengths.png")
+        strengths = ["![pair accuracy and margin against strength](strengths.png)", ""]
+    lines = [
+        f"# {record.keys['arm']}",
         "",
-        f"{result['what']}",
+        what,
+        *(f"\n{note}" for note in facts["notes"].values()),
         "",
-        "| | before | after |",
-        "|---|---|---|",
-        *preference(result),
-        f"| perplexity on neutral answers | {effects['base_perplexity']:.2f} | {effects['perplexity']:.2f} |",
-        f"| KL(trained ‖ base) on neutral answers, nats per token | 0 | {effects['kl']:.4f} |",
+        *comparison({"before": means[BASE], "after": means["1"]}),
         "",
-        *_strengths(result["strengths"]),
-        *_generations(result["generations"]),
+        "## Strength",
+        "",
+        *by_strength(means),
+        "",
+        *strengths,
+        *generations(facts["prompts"], answers_of(record)),
         "## Cost",
         "",
-        f"{cost['trainable_parameters']:,} trained parameters, {cost['train_seconds']:.0f} s of training "
-        f"({cost['steps']} steps), {cost['total_seconds']:.0f} s in all, {cost['peak_memory_gb']:.2f} GB peak memory, "
-        f"{cost['processes']} process(es).",
+        f"{facts['parameters']:,} trained parameters, {facts['train_seconds']:.0f} s of training "
+        f"({facts['steps']} steps), {facts['seconds']:.0f} s in all, {facts['peak_memory_gb']:.2f} GB peak memory, "
+        f"{facts['processes']} process(es).",
         "",
         "## Use it",
         "",
         "```python",
-        *result["use"],
+        *use,
         "```",
     ]
+    write_whole(page, "\n".join(lines) + "\n")
+    return page
 
 
-def preference(result: Mapping[str, Any]) -> list[str]:
-    """Rows of a table, before and after: accuracy and margin on held-out pairs, where there are pairs."""
-    by_strength = {row["strength"]: row for row in result["strengths"]}
-    if not by_strength:
-        return []
-    before, after = by_strength[0.0], by_strength[1.0]
-    return [
-        f"| held-out pair accuracy ({result['test_examples']} pairs) | {before['pair_accuracy']:.3f} | "
-        f"{after['pair_accuracy']:.3f} |",
-        f"| held-out margin, nats | {before['margin']:.2f} | {after['margin']:.2f} |",
-        f"| pairs moved the wrong way | | {after['moved_wrong']:.1%} |",
-    ]
+def answers_of(record: Record) -> dict[str, list[str]]:
+    """What the base model and the trained one at every strength answer."""
+    names = {at: "base" if at == BASE else f"strength {at}" for at in record.observations}
+    return {names[at]: seen["answer"] for at, seen in record.observations.items() if "answer" in seen}
 
 
-def _strengths(rows: Sequence[Mapping[str, float]]) -> list[str]:
-    if not rows:
-        return []
-    return [
-        "## Strength",
-        "",
-        "| strength | pair accuracy | margin, nats |",
-        "|---|---|---|",
-        *(f"| {r['strength']:g} | {r['pair_accuracy']:.3f} | {r['margin']:.2f} |" for r in rows),
-        "",
-        "![pair accuracy and margin against strength](strengths.png)",
-        "",
-    ]
+def generations(prompts: Sequence[str], answers: Mapping[str, Sequence[str]]) -> list[str]:
+    """Prompts with what several models answer.
 
-
-def _generations(rows: Sequence[Mapping[str, str]]) -> list[str]:
-    if not rows:
+    Args:
+        prompts: As plain text.
+        answers: What a model is called -> its answers.
+    """
+    if not prompts or not answers:
         return []
     lines = ["## Generations (greedy)", ""]
-    for row in rows:
-        lines += [f"**{one_line(row['prompt'])}**", ""]
-        lines += [f"- at {name}: {one_line(text)}" for name, text in row.items() if name != "prompt"] + [""]
+    for i, prompt in enumerate(prompts):
+        lines += [f"**{one_line(prompt)}**", ""]
+        lines += [f"- {name}: {one_line(texts[i])}" for name, texts in answers.items()] + [""]
     return lines
 
 

@@ -67,9 +67,32 @@ class Record:
         except (KeyError, Missing):
             return math.nan
 
+    def means(self) -> dict[str, dict[str, float]]:
+        """Strength -> measure -> its mean, of every measure that the record holds what it needs for."""
+        table = {at: {name: self.value(name, at) for name in measures.names()} for at in self.observations}
+        return {at: {name: mean for name, mean in row.items() if not math.isnan(mean)} for at, row in table.items()}
+
+    def to_json(self) -> dict[str, Any]:
+        """The record as JSON. Its rows are grouped, so that no key is written twice."""
+        return {"format": FORMAT, **self.keys, "facts": self.facts, "observations": self.observations}
+
+    @classmethod
+    def from_json(cls, content: dict[str, Any], file: Path) -> Record:
+        """A record that `to_json` wrote.
+
+        Raises:
+            ArmError: it is not a record, or of another format; the message names the file that it stands in.
+        """
+        if content.get("format") != FORMAT:
+            raise ArmError(f"{file} has format {content.get('format')!r}, this version reads {FORMAT}. {AGAIN}")
+        for name, kind in {"arm": str, "task": str, "examples": int, "seed": int, **_TABLES}.items():
+            if not isinstance(content.get(name), kind) or isinstance(content.get(name), bool):
+                raise ArmError(f"{file} is not a record: {name}={content.get(name)!r:.80}. {AGAIN}")
+        return cls({name: content[name] for name in KEYS}, content["observations"], content["facts"])
+
     def write(self, file: Path) -> None:
-        """Write the record as JSON, whole or not at all. Its rows are grouped, so that no key stands there twice."""
-        write_result(file, {"format": FORMAT, **self.keys, "facts": self.facts, "observations": self.observations})
+        """Write the record as JSON, whole or not at all."""
+        write_result(file, self.to_json())
 
     @classmethod
     def read(cls, file: Path) -> Record:
@@ -78,13 +101,7 @@ class Record:
         Raises:
             ArmError: the file is damaged, not a record, or of another format.
         """
-        content = read_result(file, AGAIN)
-        if content.get("format") != FORMAT:
-            raise ArmError(f"{file} has format {content.get('format')!r}, this version reads {FORMAT}. {AGAIN}")
-        for name, kind in {"arm": str, "task": str, "examples": int, "seed": int, **_TABLES}.items():
-            if not isinstance(content.get(name), kind) or isinstance(content.get(name), bool):
-                raise ArmError(f"{file} is not a record: {name}={content.get(name)!r:.80}. {AGAIN}")
-        return cls({name: content[name] for name in KEYS}, content["observations"], content["facts"])
+        return cls.from_json(read_result(file, AGAIN), file)
 
     def rows(self) -> Iterator[dict[str, Any]]:
         """The record as rows: observations with their strength and example, facts with neither."""

@@ -15,24 +15,25 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from datasets import Dataset
-from numpy.typing import NDArray
 
 from steertune.adapters import set_strength
 from steertune.recipes.ablation.statistics.paired import interval
+from steertune.recipes.lab import measures
 from steertune.recipes.lab.data import load_split, load_steered
+from steertune.recipes.lab.evaluate import evaluate, evaluate_base
 from steertune.recipes.lab.files import ArmError
-from steertune.recipes.lab.observe import neutral_logps
-from steertune.recipes.lab.old import pair_margins, side_effects
+from steertune.recipes.lab.observe import HeldOut, neutral_rows
+from steertune.recipes.lab.page import comparison
 from steertune.recipes.lab.processes import begin
+from steertune.recipes.lab.rows import BASE, Record
 from steertune.trainers import FrozenPrefix, scaled
 
 FIRST, SECOND = "default", "second"
 KEEPS = 0.8
 """Share of its own gain from which a vector is said to keep what it did."""
-_SEEN = {"base": [], "first": [FIRST], "second": [SECOND], "both": [FIRST, SECOND]}
+BOTH = "both"
+_NAMES = measures.served_by("pairs", "neutral")
 
 
 def measure(
@@ -57,6 +58,9 @@ def measure(
         ArmError: no usable adapter, adapters of different bases, no pairs, or too few.
     """
     begin(threads, only_one=True)
+    names = [folder.name for folder in folders]
+    if names[0] == names[1]:
+        names = [str(folder) for folder in folders]
     parts = [_pairs(name, rows) for name in data]
     loaded: tuple[Any, Any, str] = load_steered(folders[0], model)
     steered, tokenizer, _ = loaded
@@ -67,36 +71,38 @@ def measure(
     except (ValueError, KeyError) as error:
         raise ArmError(f"{folders[1]} cannot stand beside {folders[0]}: {error}") from error
     steered.eval()
-    prefix, margins, neutral = FrozenPrefix(warn=False), {}, {}
-    for seen, active in _SEEN.items():
-        if active:
-            steered.base_model.set_adapter(active)
-        with scaled(steered, 0.0) if not active else torch.no_grad(), prefix.on(steered, labels_only=True):
-            margins[seen] = [pair_margins(steered, tokenizer, part, [1.0])[1.0].numpy() for part in parts]
-            neutral[seen] = neutral_logps(steered, tokenizer)
-    names = [folder.name for folder in folders]
-    if names[0] == names[1]:
-        names = [str(folder) for folder in folders]
+
+    # the same examples for the base and for every choice of adapters; each on the data of both
+    prefix = FrozenPrefix(warn=False)
+    held_out = [HeldOut(steered, tokenizer, pairs=part, neutral=neutral_rows(), prefix=prefix) for part in parts]
+    with scaled(steered, 0.0):
+        bases = [evaluate_base(examples, _NAMES) for examples in held_out]
+    records = []
+    for seen, active in {names[0]: [FIRST], names[1]: [SECOND], BOTH: [FIRST, SECOND]}.items():
+        steered.base_model.set_adapter(active)
+        for name, examples, base in zip(data, held_out, bases, strict=True):
+            keys = {"arm": seen, "task": Path(name).name, "examples": 0, "seed": 0}
+            records.append(Record(keys, base | evaluate(steered, examples, _NAMES)))
+    on = [{record.keys["arm"]: record for record in records[i::2]} for i in range(2)]
     return {
         "names": names,
         "data": [Path(name).name for name in data],
         "strengths": [*strengths],
         "rows": rows,
-        "on": [_on(i, {seen: of[i] for seen, of in margins.items()}) for i in range(2)],
-        "side_effects": {seen: side_effects(neutral[seen], neutral["base"]) for seen in _SEEN},
+        "on": [_on(of_task[names[i]], of_task[names[1 - i]], of_task[BOTH]) for i, of_task in enumerate(on)],
+        "records": [record.to_json() for record in records],
     }
 
 
 def summarise(result: dict[str, Any]) -> str:
     """The result in Markdown, with the answer in words first."""
-    lines = [*_answers(result), "", "| data | model | pair accuracy | margin gain, nats |", "|---|---|---|---|"]
-    called = {"base": "base", "first": result["names"][0], "second": result["names"][1], "both": "both"}
-    for name, on in zip(result["data"], result["on"], strict=True):
-        lines += [f"| {name} | {called[s]} | {one['accuracy']:.3f} | {one['gain']} |" for s, one in on["seen"].items()]
-    lines += ["", "| model | KL to the base on neutral text | perplexity |", "|---|---|---|"]
-    for seen, effects in result["side_effects"].items():
-        lines.append(f"| {called[seen]} | {effects['kl']:.3f} | {effects['perplexity']:.2f} |")
-    return "\n".join(lines)
+    records = [Record.from_json(record, Path("the result")) for record in result["records"]]
+    lines = [*_answers(result), ""]
+    for i, name in enumerate(result["data"]):
+        means = {record.keys["arm"]: record.means() for record in records[i::2]}
+        base = next(iter(means.values()))[BASE]
+        lines += [f"On {name}:", "", *comparison({"base": base} | {arm: of["1"] for arm, of in means.items()}), ""]
+    return "\n".join(lines).rstrip()
 
 
 def _answers(result: dict[str, Any]) -> list[str]:
@@ -114,27 +120,17 @@ def _answers(result: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _on(own: int, margins: dict[str, NDArray[Any]]) -> dict[str, Any]:
-    """What the data of one vector say; `own` is which."""
-    gains = {seen: (values - margins["base"]).astype(float) for seen, values in margins.items()}
-    alone, both = gains["first" if own == 0 else "second"], gains["both"]
-    kept = interval(both - KEEPS * alone)
-    verdict = "keeps" if kept.low > 0 else "loses" if kept.high < 0 else "open"
+def _on(own: Record, other: Record, both: Record) -> dict[str, Any]:
+    """What the data of one vector say of it alone, of the other and of the pair."""
+    alone, others, together = (record.seen(1)["margin_gain"] for record in (own, other, both))
+    kept = interval(together - KEEPS * alone)
     return {
-        "seen": {
-            seen: {
-                "accuracy": float(((np.sign(margins[seen]) + 1) / 2).mean()),
-                "gain": str(interval(gains[seen])) if seen != "base" else "",
-                "margins": [round(float(m), 4) for m in margins[seen]],
-            }
-            for seen in margins
-        },
         "works": bool(interval(alone).low > 0),
         "alone": str(interval(alone)),
-        "together": str(interval(both)),
-        "kept": float(both.mean() / alone.mean()) if alone.mean() else float("nan"),
-        "verdict": verdict,
-        "interaction": str(interval(both - gains["first"] - gains["second"])),
+        "together": str(interval(together)),
+        "kept": float(together.mean() / alone.mean()) if alone.mean() else float("nan"),
+        "verdict": "keeps" if kept.low > 0 else "loses" if kept.high < 0 else "open",
+        "interaction": str(interval(together - alone - others)),
     }
 
 

@@ -17,37 +17,36 @@ import dataclasses
 import shlex
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 
-from steertune.recipes.ablation.bench import Bench
-from steertune.recipes.ablation.cell import run_cell, tuned
+from steertune.recipes.ablation.context import Context
 from steertune.recipes.ablation.grid import Cell, Grid, load_grid
+from steertune.recipes.ablation.run import run_cell, tuned
 from steertune.recipes.lab.arm import UPSTREAM
 from steertune.recipes.lab.command_line import Argument, Option, Result, Threads, command
 from steertune.recipes.lab.data import load_model
+from steertune.recipes.lab.evaluate import evaluate_base
 from steertune.recipes.lab.files import ArmError, write_whole
+from steertune.recipes.lab.observe import HeldOut
 from steertune.recipes.lab.processes import begin
 from steertune.recipes.lab.progress import progress
 from steertune.recipes.lab.tables import ModelTable
 from steertune.recipes.studies.timing.ways import now
 
 
-class StockBench(Bench):
-    """A bench that leaves nothing out."""
+class StockContext(Context):
+    """A context that leaves nothing out: forward passes run all layers."""
 
     def __init__(self, grid: Grid) -> None:
         super().__init__(grid)
         self.prefix: Any = False
 
-    @contextmanager
-    def remembering(self, model: Any) -> Iterator[None]:
-        """Forward passes inside run all layers."""
-        yield
+    def _make_held_out(self, label: str) -> HeldOut:
+        return dataclasses.replace(super()._make_held_out(label), prefix=None)
 
 
 @command
@@ -85,19 +84,18 @@ def measure(grid: Grid, arms: Sequence[str] | None = None) -> dict[str, dict[str
     cells = [cell for cell in grid.cells() if (cell.task, cell.examples, cell.seed) == where]
     cells = [cell for cell in cells if arms is None or cell.arm.name in arms]
     found: dict[str, dict[str, list[float]]] = {cell.arm.name: {} for cell in cells}
-    benches = {"ours": Bench(grid), "stock": StockBench(grid)}
-    for bench in benches.values():
-        bench.base_measures(first.task)
-        assert bench.neutral
+    contexts = {"ours": Context(grid), "stock": StockContext(grid)}
+    for context in contexts.values():
+        evaluate_base(context.held_out(first.task))
     with tempfile.TemporaryDirectory() as folder, progress("Cells", 2 * len(cells)) as bar:
         for cell in cells:
-            for way, bench in benches.items():
+            for way, context in contexts.items():
                 own, home = cell if way == "ours" else _stock(cell), Path(folder) / way
                 with bar.step(f"{way}: {cell.title}"):
                     start = now()
-                    trials = len(tuned(own, bench, home)["trials"])
+                    trials = len(tuned(own, context, home)["trials"])
                     tuning = now() - start
-                    run_cell(own, bench, home)
+                    run_cell(own, context, home)
                     found[cell.arm.name][way] = [now() - start, now() - start - tuning, trials]
     return found
 

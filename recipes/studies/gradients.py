@@ -44,13 +44,13 @@ from typing import Annotated, Any
 import torch
 from torch import Tensor
 
-from steertune.recipes.lab.arm import Arm, load_arm, refuse_augmentation
+from steertune.recipes.lab.arm import Arm, load_arm
 from steertune.recipes.lab.command_line import Argument, Count, Option, Result, Threads, command
 from steertune.recipes.lab.data import load_model, load_splits
 from steertune.recipes.lab.files import ArmError, write_whole
 from steertune.recipes.lab.processes import begin
 from steertune.recipes.lab.progress import progress, track
-from steertune.recipes.lab.training import make_trainer
+from steertune.recipes.lab.training import make_trainer, training_of
 from steertune.trainers import FrozenPrefix
 
 CONTRASTS = {
@@ -106,16 +106,13 @@ def measure(study: Study) -> list[dict[str, Any]]:
 
     Raises:
         ArmError: fewer than two batches, a batch of one pair, which has no other prompt, no batch of held-out pairs,
-            or an arm with biases or a `[augmentation]`.
+            or an arm with an ingredient that makes examples or changes gradients.
     """
     if study.batch < 2 or study.pairs < 2 * study.batch:
         raise ArmError(f"--pairs {study.pairs} --batch {study.batch}: two batches or more, of two pairs or more.")
     if study.held_out < study.batch:
         raise ArmError(f"--held-out {study.held_out}: one batch of {study.batch} or more.")
     arms = {name: _arm(study, changes) for name, changes in CONTRASTS.items()}
-    if biases := list(arms["pairs"].biases):
-        raise ArmError(f"Arm {study.arm!r} changes gradients with {biases}; what is measured here is the loss's own.")
-    refuse_augmentation(arms["pairs"], "gradients")
     model, tokenizer = load_model(arms["pairs"].model)
     asked = {name: (arm, 0, study.pairs) for name, arm in arms.items()}
     asked["held out"] = (arms["pairs"], 1, study.held_out)
@@ -124,7 +121,8 @@ def measure(study: Study) -> list[dict[str, Any]]:
         with tempfile.TemporaryDirectory() as folder:
             settings = {"save_strategy": "no", "disable_tqdm": True, "per_device_train_batch_size": study.batch}
             rows = load_splits(arm.data)[split]
-            trainer = make_trainer(arm, copy.deepcopy(model), tokenizer, rows, Path(folder), prefix, **settings)
+            training = training_of(arm, copy.deepcopy(model), tokenizer, rows, Path(folder))
+            trainer = make_trainer(training, prefix, **settings)
             trainer.initialise_vectors()
             trainer.pay_once.start(trainer, training=True)
             seen[name] = _gradients(trainer, pairs // study.batch)
@@ -147,7 +145,8 @@ def unmatched(none: Tensor, unpaired: Tensor, pairs: Tensor) -> dict[str, Tensor
 def _arm(study: Study, changes: Sequence[str]) -> Arm:
     values = {"model.name": study.model, "data.name": study.task}
     values |= {"data.train": study.pairs, "data.test": study.held_out}
-    return load_arm(study.arm, [*(f"--{key}={value}" for key, value in values.items()), *changes])
+    overrides = [*(f"--{key}={value}" for key, value in values.items()), *changes]
+    return load_arm(study.arm, overrides, recipe="gradients")
 
 
 def _gradients(trainer: Any, batches: int) -> Tensor:

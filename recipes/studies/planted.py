@@ -19,7 +19,7 @@ from typing import Annotated, Any
 
 from transformers import AutoModelForCausalLM
 
-from steertune.adapters.checks import CHECKSUMS, check_checksums
+from steertune.adapters.saved import CHECKSUMS, check_checksums
 from steertune.recipes.ablate import run
 from steertune.recipes.ablation.cells import read_cells
 from steertune.recipes.ablation.context import Context

@@ -21,9 +21,9 @@ import numpy as np
 from sklearn.linear_model import LogisticRegression
 
 from steertune.adapters import directions
-from steertune.adapters.activations import Activations, collect
-from steertune.adapters.erasure import Eraser, erase
-from steertune.adapters.reading import Pairs, Reading, read
+from steertune.adapters.analysis.activations import Activations, collect
+from steertune.adapters.analysis.erasure import Eraser, erase
+from steertune.adapters.analysis.probing import Pairs, Reading, read
 from steertune.recipes.lab.batches import batches
 from steertune.recipes.lab.command_line import Argument, Count, Option, Result, Threads, command
 from steertune.recipes.lab.data import load_model, load_splits

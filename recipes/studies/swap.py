@@ -169,27 +169,23 @@ def read_rows(adapter: Path | None) -> tuple[float, float]:
     Args:
         adapter: A folder; None: the base model.
     """
-    import torch
     from datasets import disable_progress_bars, load_dataset
     from peft import PeftModel
 
     from steertune.recipes.lab import embedded
-    from steertune.recipes.lab.batches import batches
-    from steertune.trainers import ModelAt
+    from steertune.recipes.lab.evaluate import evaluate
+    from steertune.recipes.lab.measures import Seen
+    from steertune.recipes.lab.observe import HeldOut, neutral_rows
 
     disable_progress_bars()
     pairs = load_dataset("json", data_files=str(embedded.TASKS / TASK / "test.jsonl"), split="train")
     model: Any = embedded.load_model()
     if adapter is not None:
         model = PeftModel.from_pretrained(model, str(adapter)).eval()
-    margins, losses, tokens = [], 0.0, 0
-    with torch.no_grad():
-        for batch in batches(embedded.load_tokenizer(), pairs.select(range(TEST)), 8):
-            outputs = ModelAt(model, model, batch)(1.0)
-            margins += (outputs.chosen.logps - outputs.rejected.logps).tolist()
-            losses -= float(outputs.chosen.logps.sum())
-            tokens += int(outputs.chosen.mask.sum())
-    return sum(margin > 0 for margin in margins) / len(margins), losses / tokens
+    held_out = HeldOut(model, embedded.load_tokenizer(), pairs.select(range(TEST)), neutral_rows(), batch_size=16)
+    seen = Seen(evaluate(model, held_out, ["accuracy"])["1"])
+    loss = -float(seen["chosen_logp"].sum() / seen["chosen_tokens"].sum())
+    return float(seen["accuracy"].mean()), loss
 
 
 def table(runs: Sequence[Run]) -> str:

@@ -10,21 +10,65 @@ the setting ("steerability", Tan et al. 2407.12404). A mean effect can hide exam
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import binomtest, sem
 
+from steertune.recipes.lab.rows import BASE, Record
 from steertune.recipes.sweeping.settings import Limits
 
 UNRELIABLE = 0.25
 """Share of held-out examples moved the wrong way from which a direction is called unreliable."""
 _ROUNDING = 1e-9
-Cell = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A place at one strength.
+
+    Attributes:
+        record: What was seen of the model with a vector at this place.
+        strength: The vector's.
+    """
+
+    record: Record
+    strength: float
+
+    @property
+    def site(self) -> str:
+        """Where in the block."""
+        return self.record.facts["site"]
+
+    @property
+    def layer(self) -> int:
+        """Which block."""
+        return self.record.facts["layer"]
+
+    @property
+    def base(self) -> Setting:
+        """The base model on the same rows."""
+        return Setting(self.record, 0.0)
+
+    def value(self, measure: str) -> float:
+        """A measure's mean; NaN where it was not measured."""
+        return self.record.value(measure, self.strength)
+
+    def rows(self, measure: str) -> NDArray[np.float64]:
+        """A measure's value for every example."""
+        return self.record.seen(self.strength)[measure]
+
+    @property
+    def is_scored(self) -> bool:
+        """Whether generated answers were scored, every one of them."""
+        return "behaviour" in self.record.seen(self.strength) and not np.isnan(self.rows("behaviour")).any()
+
+
+def settings_of(records: Sequence[Record]) -> list[Setting]:
+    """The settings of all places, without the base model."""
+    return [Setting(record, float(at)) for record in records for at in record.observations if at != BASE]
 
 
 @dataclass(frozen=True)
@@ -32,11 +76,11 @@ class Choice:
     """A recommendation.
 
     Attributes:
-        cell: The recommended setting; None: the model is best left alone.
+        setting: The recommended one; None: the model is best left alone.
         reason: Why, in words.
     """
 
-    cell: Cell | None
+    setting: Setting | None
     reason: str
 
 
@@ -64,80 +108,82 @@ class Reliability:
         return self.share >= UNRELIABLE
 
 
-def choose(cells: Sequence[Cell], base: Cell, limits: Limits) -> Choice:
+def choose(settings: Sequence[Setting], limits: Limits) -> Choice:
     """The recommended setting.
 
     Args:
-        cells: Settings, measured on validation rows.
-        base: The base model on the same rows.
+        settings: Measured on validation rows.
         limits: What a setting may do to neutral text.
     """
-    measure = "behaviour" if all(scores(cell) is not None for cell in (base, *cells)) else "accuracy"
-    forward = [cell for cell in cells if cell["strength"] > 0]
-    gentle = [cell for cell in forward if not excesses(cell, base, limits)]
+    measure = deciding(settings)
+    forward = [setting for setting in settings if setting.strength > 0]
+    gentle = [setting for setting in forward if not excesses(setting, limits)]
     counted = f"{len(gentle)} of {len(forward)} settings leave neutral text within the limits ({_limits(limits)})"
     if not gentle:
         return Choice(None, f"No setting: {counted}. Try smaller strengths.")
-    best = max(gentle, key=lambda cell: (_mean(cell, measure), -cell["kl"]))
-    top = f"{place(best)} has the best {_NAMES[measure]} on validation rows ({_mean(best, measure):.3f})"
+    best = max(gentle, key=lambda setting: (setting.value(measure), -setting.value("kl")))
+    base = best.base
+    top = f"{place(best)} has the best {_NAMES[measure]} on validation rows ({best.value(measure):.3f})"
     near = [
-        cell
-        for cell in gentle  # as good as the best, and better than nothing
-        if _within_one_error(best, cell, measure) and (cell is best or not _within_one_error(cell, base, measure))
+        setting
+        for setting in gentle  # as good as the best, and better than nothing
+        if _within_one_error(best, setting, measure)
+        and (setting is best or not _within_one_error(setting, base, measure))
     ]
     if _within_one_error(best, base, measure):
         return Choice(
             None,
             f"No setting: {counted}, and of these {top}, which is within one standard error of the base model "
-            f"({_mean(base, measure):.3f}). More validation rows, other layers or another direction could show more.",
+            f"({base.value(measure):.3f}). More validation rows, other layers or another direction could show more.",
         )
-    chosen = min(near, key=lambda cell: (cell["kl"], abs(cell["strength"])))
+    chosen = min(near, key=lambda setting: (setting.value("kl"), abs(setting.strength)))
     if len(near) == 1:
         return Choice(
             chosen,
             f"{counted}. Of these {top}, and no other is both within one standard error of it and ahead of the base "
             "model by more than that.",
         )
-    here = "it has itself" if chosen is best else f"{place(chosen)} ({_mean(chosen, measure):.3f}) has"
+    here = "it has itself" if chosen is best else f"{place(chosen)} ({chosen.value(measure):.3f}) has"
     return Choice(
         chosen,
         f"{counted}. Of these {top}, and {len(near) - 1} more are within one standard error of it and ahead of the "
         f"base model by more than that; among them "
-        f"{here} the least KL to the base model ({chosen['kl']:.3f} nats a token).",
+        f"{here} the least KL to the base model ({chosen.value('kl'):.3f} nats a token).",
     )
 
 
-def excesses(cell: Cell, base: Cell, limits: Limits) -> list[str]:
+def deciding(settings: Sequence[Setting]) -> str:
+    """The measure that decides: the behaviour if every generated answer was scored, else the pair accuracy."""
+    scored = all(setting.is_scored and setting.base.is_scored for setting in settings)
+    return "behaviour" if settings and scored else "accuracy"
+
+
+def excesses(setting: Setting, limits: Limits) -> list[str]:
     """Why a setting is too much for neutral text, in words; empty: it is not."""
-    if not all(math.isfinite(cell[name]) for name in ("kl", "perplexity", "margin")):
+    if not all(np.isfinite(setting.rows(name)).all() for name in ("kl", "perplexity", "margin")):
         return ["its log-probabilities are not finite"]
-    found = []
-    if cell["kl"] > limits.kl:
-        found.append(f"KL {cell['kl']:.2g}")
-    if cell["perplexity"] > limits.perplexity * base["perplexity"]:
-        found.append(f"perplexity × {cell['perplexity'] / base['perplexity']:.2g}")
-    if cell.get("repetition", 0) > base.get("repetition", 0) + limits.repetition:
-        found.append(f"repetition {cell['repetition']:.0%}")
-    return found
+    kl, repetition = setting.value("kl"), setting.value("neutral_repetition")
+    perplexity, reasons = setting.value("perplexity") / setting.base.value("perplexity"), []
+    if kl > limits.kl:
+        reasons.append(f"KL {kl:.2g}")
+    if perplexity > limits.perplexity:
+        reasons.append(f"perplexity × {perplexity:.2g}")
+    # without a generated answer, or with none long enough, there is no repetition
+    if repetition > np.nan_to_num(setting.base.value("neutral_repetition")) + limits.repetition:
+        reasons.append(f"repetition {repetition:.0%}")
+    return reasons
 
 
-def reliability(cell: Cell, cells: Sequence[Cell], base: Cell) -> Reliability:
-    """Per-example slopes of the margin from the base model up to a setting.
-
-    Args:
-        cell: The setting.
-        cells: All settings; those of the same place, on the same side of 0 and no stronger, are on its line.
-        base: The base model.
-    """
+def reliability(setting: Setting) -> Reliability:
+    """Per-example slopes of the margin from the base model up to a setting, over the strengths of the same place that
+    lie between the two."""
     on_line = [
-        c
-        for c in cells
-        if (c["site"], c["layer"]) == (cell["site"], cell["layer"])
-        and c["strength"] * cell["strength"] > 0
-        and abs(c["strength"]) <= abs(cell["strength"])
+        other
+        for other in settings_of([setting.record])
+        if other.strength * setting.strength > 0 and abs(other.strength) <= abs(setting.strength)
     ]
-    strengths = np.array([0.0, *(c["strength"] for c in on_line)])
-    margins = np.array([base["margins"], *(c["margins"] for c in on_line)])
+    strengths = np.array([0.0, *(other.strength for other in on_line)])
+    margins = np.array([setting.base.rows("margin"), *(other.rows("margin") for other in on_line)])
     slopes = np.polyfit(strengths, margins, 1)[0]
     wrong = int((slopes < 0).sum())
     interval = binomtest(wrong, len(slopes)).proportion_ci(method="wilson")
@@ -146,39 +192,18 @@ def reliability(cell: Cell, cells: Sequence[Cell], base: Cell) -> Reliability:
     )
 
 
-def right(cell: Cell) -> NDArray[np.float64]:
-    """1 for a pair whose chosen answer is likelier, ½ for a tie, 0 otherwise."""
-    return (np.sign(np.array(cell["margins"], dtype=float)) + 1) / 2
-
-
-def scores(cell: Cell) -> NDArray[np.float64] | None:
-    """Scores of generated answers; None where they were not all scored."""
-    found = cell.get("behaviours")
-    return np.array(found, dtype=float) if found and None not in found else None
-
-
-def place(cell: Cell) -> str:
+def place(setting: Setting) -> str:
     """A setting in words."""
-    site = "" if cell["site"] == "block" else f" ({cell['site']})"
-    return f"layer {cell['layer']}{site} at strength {cell['strength']:g}"
+    site = "" if setting.site == "block" else f" ({setting.site})"
+    return f"layer {setting.layer}{site} at strength {setting.strength:g}"
 
 
 _NAMES = {"behaviour": "behaviour score", "accuracy": "pair accuracy"}
 
 
-def _mean(cell: Cell, measure: str) -> float:
-    return float(_values(cell, measure).mean())
-
-
-def _values(cell: Cell, measure: str) -> NDArray[np.float64]:
-    found = right(cell) if measure == "accuracy" else scores(cell)
-    assert found is not None  # or the accuracy would have been taken
-    return found
-
-
-def _within_one_error(best: Cell, other: Cell, measure: str) -> bool:
+def _within_one_error(best: Setting, other: Setting, measure: str) -> bool:
     """Whether the best is ahead by no more than one standard error of the paired difference."""
-    ahead = _values(best, measure) - _values(other, measure)
+    ahead = best.rows(measure) - other.rows(measure)
     # one example of n is exactly one standard error, but for rounding
     return bool(ahead.mean() <= (sem(ahead) if len(ahead) > 1 else 0.0) + _ROUNDING)
 

@@ -14,26 +14,26 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from numpy.typing import NDArray
 
-from steertune.recipes.sweeping.choose import Cell, Choice, Reliability
+from steertune.recipes.sweeping.choose import Choice, Reliability, Setting
 
 _DPI = 150
 _GREY = "#777777"
 _COLUMNS = 3
-Value = Callable[[Cell], float | None]
+Value = Callable[[Setting], float]
 
 
-def heat_maps(cells: Sequence[Cell], panels: dict[str, tuple[Value, str]], choice: Choice, file: Path) -> None:
+def heat_maps(settings: Sequence[Setting], panels: dict[str, tuple[Value, str]], choice: Choice, file: Path) -> None:
     """Layers x strengths, a panel a measure and site; the recommended setting is framed.
 
     Args:
-        cells: Settings.
+        settings: All of them.
         panels: Title -> what is shown, and its colours.
         choice: The recommendation.
         file: Where the picture goes.
     """
-    sites = list(dict.fromkeys(cell["site"] for cell in cells))
-    layers = sorted({cell["layer"] for cell in cells})
-    strengths = sorted({cell["strength"] for cell in cells})
+    sites = list(dict.fromkeys(setting.site for setting in settings))
+    layers = sorted({setting.layer for setting in settings})
+    strengths = sorted({setting.strength for setting in settings})
     rows = -(-len(panels) // _COLUMNS)
     size = (0.5 + 0.5 * len(strengths)) * _COLUMNS, (1.0 + 0.3 * len(layers)) * rows * len(sites)
     figure = Figure(figsize=(max(7.0, size[0]), size[1]), layout="constrained")
@@ -43,25 +43,26 @@ def heat_maps(cells: Sequence[Cell], panels: dict[str, tuple[Value, str]], choic
     for block, site in enumerate(sites):
         for place, (title, (value, colours)) in enumerate(panels.items()):
             axis = axes[block * rows + place // _COLUMNS, place % _COLUMNS]
-            axis.set_visible(True)
             grid = np.full((len(layers), len(strengths)), np.nan)
-            for cell in (cell for cell in cells if cell["site"] == site):
-                found = value(cell)
-                grid[_where(cell, layers, strengths)] = np.nan if found is None else found
+            for setting in (setting for setting in settings if setting.site == site):
+                grid[_where(setting, layers, strengths)] = value(setting)
+            if np.isnan(grid).all():
+                continue  # such as the repetition of answers that are too short for any
+            axis.set_visible(True)
             _heat(axis, grid, colours)
             axis.set_xticks(range(len(strengths)), [f"{s:g}" for s in strengths], fontsize=8)
             axis.set_yticks(range(len(layers)), [str(layer) for layer in layers], fontsize=8)
             axis.set_title(title if len(sites) == 1 else f"{title}, {site}", fontsize=9)
             axis.set_xlabel("strength", fontsize=8)
             axis.set_ylabel("layer", fontsize=8)
-            if choice.cell is not None and choice.cell["site"] == site:
-                y, x = _where(choice.cell, layers, strengths)
+            if choice.setting is not None and choice.setting.site == site:
+                y, x = _where(choice.setting, layers, strengths)
                 axis.add_patch(Rectangle((x - 0.5, y - 0.5), 1, 1, fill=False, edgecolor="red", linewidth=2.5))
     figure.savefig(file, dpi=_DPI)
 
 
-def _where(cell: Cell, layers: list[int], strengths: list[float]) -> tuple[int, int]:
-    return layers.index(cell["layer"]), strengths.index(cell["strength"])
+def _where(setting: Setting, layers: list[int], strengths: list[float]) -> tuple[int, int]:
+    return layers.index(setting.layer), strengths.index(setting.strength)
 
 
 def _heat(axis: Axes, grid: NDArray[np.float64], colours: str) -> None:
@@ -77,12 +78,12 @@ def _heat(axis: Axes, grid: NDArray[np.float64], colours: str) -> None:
 
 
 def pareto(
-    cells: Sequence[Cell], value: Value, base: float, limit: float, choice: Choice, file: Path, label: str
+    settings: Sequence[Setting], value: Value, base: float, limit: float, choice: Choice, file: Path, label: str
 ) -> None:
     """Behaviour against KL, a dot a setting coloured by its layer; those that no other beats on both are joined.
 
     Args:
-        cells: Settings.
+        settings: All of them.
         value: The behaviour.
         base: Of the base model.
         limit: Of the KL.
@@ -90,22 +91,23 @@ def pareto(
         file: Where the picture goes.
         label: What the behaviour is called.
     """
-    points = [(max(c["kl"], 1e-6), v, c) for c in cells if (v := value(c)) is not None and np.isfinite(c["kl"])]
+    points = [(max(c.value("kl"), 1e-6), value(c), c) for c in settings]
+    points = [point for point in points if np.isfinite(point[:2]).all()]
     figure = Figure(figsize=(7.2, 4.2), layout="constrained")
     axis = figure.subplots()
-    layers = sorted({c["layer"] for c in cells})
+    layers = sorted({c.layer for c in settings})
     norm, palette = Normalize(layers[0], max(layers[-1], layers[0] + 1)), colormaps["viridis"]
-    markers = dict(zip(dict.fromkeys(c["site"] for c in cells), "osD", strict=False))
+    markers = dict(zip(dict.fromkeys(c.site for c in settings), "osD", strict=False))
     front = _front(points, base)
     axis.plot([x for x, _, _ in front], [y for _, y, _ in front], color=_GREY, linewidth=0.9, zorder=1)
     for x, y, c in points:
-        axis.plot(x, y, markers[c["site"]], color=palette(norm(c["layer"])), markersize=5.5, zorder=2)
+        axis.plot(x, y, markers[c.site], color=palette(norm(c.layer)), markersize=5.5, zorder=2)
     for x, y, c in front:
-        label_at = f"{c['layer']}×{c['strength']:g}"
+        label_at = f"{c.layer}×{c.strength:g}"
         axis.annotate(label_at, (x, y), (3, 5), textcoords="offset points", fontsize=7)
-    if choice.cell is not None and (chosen := value(choice.cell)) is not None:
+    if choice.setting is not None:
         ring = {"markersize": 13, "markerfacecolor": "none", "markeredgecolor": "red", "markeredgewidth": 1.8}
-        axis.plot(max(choice.cell["kl"], 1e-6), chosen, "o", label="recommended", **ring)
+        axis.plot(max(choice.setting.value("kl"), 1e-6), value(choice.setting), "o", label="recommended", **ring)
     axis.axhline(base, color=_GREY, linestyle="--", linewidth=0.9, label="base model")
     axis.axvline(limit, color="red", linestyle=":", linewidth=0.9, label="limit of the KL")
     axis.set_xscale("log")
@@ -117,7 +119,7 @@ def pareto(
     figure.savefig(file, dpi=_DPI)
 
 
-def _front(points: Sequence[tuple[float, float, Cell]], base: float) -> list[tuple[float, float, Cell]]:
+def _front(points: Sequence[tuple[float, float, Setting]], base: float) -> list[tuple[float, float, Setting]]:
     """The points that no other, nor the base model, beats in both: less KL and more behaviour."""
     front, best = [], base
     for x, y, c in sorted(points, key=lambda p: (p[0], -p[1])):
@@ -127,11 +129,11 @@ def _front(points: Sequence[tuple[float, float, Cell]], base: float) -> list[tup
     return front
 
 
-def slopes(found: dict[str, Reliability], file: Path) -> None:
+def slopes(parts: dict[str, Reliability], file: Path) -> None:
     """Per-example slopes, sorted, a panel a part of the rows; red ones go the wrong way."""
-    figure = Figure(figsize=(3.6 * len(found), 2.8), layout="constrained")
-    axes = figure.subplots(1, len(found), squeeze=False, sharey=True)[0]
-    for axis, (part, one) in zip(axes, found.items(), strict=True):
+    figure = Figure(figsize=(3.6 * len(parts), 2.8), layout="constrained")
+    axes = figure.subplots(1, len(parts), squeeze=False, sharey=True)[0]
+    for axis, (part, one) in zip(axes, parts.items(), strict=True):
         values = sorted(one.slopes)
         axis.bar(range(len(values)), values, width=0.85, color=["C3" if v < 0 else "C0" for v in values])
         axis.axhline(0, color="black", linewidth=0.8)

@@ -9,9 +9,10 @@ from typing import Any
 
 from pydantic import BaseModel, Field, field_validator
 
-from steertune.adapters.config import Site
+from steertune.adapters.types import Site
 from steertune.recipes.lab.arm import Arm, load_arm, make_arm
 from steertune.recipes.lab.files import ArmError
+from steertune.recipes.lab.ingredients import check_recipe
 from steertune.recipes.lab.splits import SplitTable
 from steertune.recipes.lab.tables import ModelTable
 
@@ -82,10 +83,11 @@ def read_arm(name: str, overrides: list[str]) -> Arm:
                 "it. Give the arm itself, or a direction."
             )
         arm = make_arm(tables)
+        check_recipe(arm, "sweep")
     else:
-        arm = load_arm(name, overrides)
+        arm = load_arm(name, overrides, recipe="sweep")
     kind = arm.adapter.get("type", "steering_vector")
-    if kind not in SCALABLE or arm.prompt:
+    if kind not in SCALABLE:
         raise ArmError(f"Arm {arm.name!r} (adapter {kind!r}) has no strength to sweep; {' and '.join(SCALABLE)} have.")
     return arm
 

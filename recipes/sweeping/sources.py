@@ -14,14 +14,13 @@ from torch import Tensor
 from transformers import set_seed
 
 from steertune.adapters import SteeringVectorConfig, directions, steering_layers
-from steertune.adapters.activations import collect
-from steertune.adapters.config import NORMS_WITH_VALUE, Site
+from steertune.adapters.analysis.activations import collect
+from steertune.adapters.types import NORMS_WITH_VALUE, Site
 from steertune.recipes.lab.arm import Arm
-from steertune.recipes.lab.augmentation import grown
 from steertune.recipes.lab.batches import batches
 from steertune.recipes.lab.files import ArmError
-from steertune.recipes.lab.training import fit, make_trainer, silent
-from steertune.recipes.sweeping.bench import Bench
+from steertune.recipes.lab.training import fit, make_trainer, silent, training_of
+from steertune.recipes.sweeping.context import Context
 from steertune.recipes.sweeping.settings import at
 from steertune.trainers import share_weights
 
@@ -32,12 +31,13 @@ class Source:
     """Makes the adapter of a place once, and keeps it in the sweep's folder.
 
     Args:
-        bench: The base model and the rows.
+        context: The base model and the rows.
     """
 
-    def __init__(self, bench: Bench) -> None:
-        self.bench, self.table = bench, bench.table
-        self.rows = bench.splits.train(self.table.train, self.table.seed)
+    def __init__(self, context: Context) -> None:
+        self.context, self.table = context, context.table
+        self.rows = context.splits.train(self.table.train, self.table.seed)
+        self.cache: dict[Any, Any] = {}  # what ingredients keep from one place to the next
         self._directions = cache(self._fit_directions)
 
     def model(self, site: Site, layer: int, home: Path) -> Any:
@@ -59,11 +59,11 @@ class Source:
             made.save_pretrained(str(part))
             os.replace(part, folder)
         # what was written is what is measured
-        return PeftModel.from_pretrained(share_weights(self.bench.model), str(folder)).eval()
+        return PeftModel.from_pretrained(share_weights(self.context.model), str(folder)).eval()
 
     def _direction(self, site: Site, layer: int) -> PeftModel:
         config = SteeringVectorConfig(layers=[layer], site=site, init=str(self.table.direction))
-        model: Any = get_peft_model(share_weights(self.bench.model), config)
+        model: Any = get_peft_model(share_weights(self.context.model), config)
         vector = self._directions(site)[layer]
         for steered in steering_layers(model):
             steered.initialise("default", vector)
@@ -74,31 +74,35 @@ class Source:
         name = str(self.table.direction)
         method = directions.get(name)
         given: list[Mapping[str, Any]] = [
-            {**batch.inputs, "labels": batch.labels} for batch in batches(self.bench.tokenizer, self.rows, _BATCH)
+            {**batch.inputs, "labels": batch.labels} for batch in batches(self.context.tokenizer, self.rows, _BATCH)
         ]
-        states = collect(self.bench.model, given, self.table.layers, site, method.POOL)
-        found = {}
+        states = collect(self.context.model, given, self.table.layers, site, method.POOL)
+        vectors = {}
         for layer, chosen in states.chosen.items():
             rejected = states.rejected[layer]
             vector = method.fit({layer: chosen}, {layer: rejected})[layer].float()
             gap = float((chosen.mean(dim=0) - rejected.mean(dim=0)).norm())
             if not (gap > 0 and vector.norm() > 0):
                 raise ArmError(f"Direction {name!r} at layer {layer} ({site}) is zero: the two answers look alike.")
-            found[layer] = vector * (gap / vector.norm())
-        return found
+            vectors[layer] = vector * (gap / vector.norm())
+        return vectors
 
     def _trained(self, arm: Arm, home: Path) -> PeftModel:
-        table, bench = self.table, self.bench
+        table, context = self.table, self.context
         data = arm.data.model_copy(update={"name": table.task, "train": table.train, "seed": table.seed})
-        arm = arm.model_copy(update={"data": data})
-        rows, asked = self.rows, arm.augmenter()
-        if asked is not None:
-            apart = [bench.splits.test, bench.splits.validation]
-            given: dict[str, Any] = {"seed": table.seed, "model": bench.model, "tokenizer": bench.tokenizer}
-            rows = grown(rows, *asked, apart=apart, show=False, **given).rows
         set_seed(table.seed)
+        training = training_of(
+            arm.model_copy(update={"data": data}),
+            share_weights(context.model),
+            context.tokenizer,
+            self.rows,
+            home,
+            held_out=[context.splits.test, context.splits.validation],
+            near=table.splits.near_duplicates,
+            cache=self.cache,
+        )
         quiet: dict[str, Any] = {"save_strategy": "no", "logging_strategy": "no", "disable_tqdm": True}
-        trainer = make_trainer(arm, share_weights(bench.model), bench.tokenizer, rows, home, bench.prefix, **quiet)
+        trainer = make_trainer(training, context.prefix, **quiet)
         fit(silent(trainer), home)
         return trainer.model
 

@@ -112,7 +112,7 @@ def test_strengths_that_are_not_finite(strength):
 
 @pytest.mark.parametrize("form", ["gated", "linear", "low_rank"])
 def test_forms_without_one_direction_have_no_null(form):
-    with pytest.raises(ValueError, match=f"one direction of form='bias'; this is .*{form}"):
+    with pytest.raises(ValueError, match=f"one direction of form='bias', got .*{form}"):
         set_strength(steered(form=form), "null")
 
 

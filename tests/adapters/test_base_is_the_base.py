@@ -73,8 +73,10 @@ ROUTES = {
 @pytest.mark.parametrize("route", ROUTES)
 def test_extra_weights_are_refused_by_name(folder, route, key, prefix):
     base = tiny()
-    with pytest.raises(ValueError, match=rf"{key}'.* is no steering vector.*would overwrite the base|{key}'.*Take it"):
+    refused = rf"{key}'.* is not a steering vector.*would overwrite the base|{key}'.*remove it"
+    with pytest.raises(ValueError, match=refused):
         ROUTES[route](base, with_extra(folder, key, prefix))
+
     assert same_base(base)
 
 
@@ -85,7 +87,7 @@ def test_extra_weights_in_the_folder_of_a_model_are_refused(folder, tmp_path):
     config |= {"base_model_name_or_path": str(tmp_path / "base"), "checksum": None}
     (folder / "adapter_config.json").write_text(json.dumps(config))
     AutoModelForCausalLM.from_pretrained(folder)
-    with pytest.raises(ValueError, match="lm_head.weight' is no steering vector"):
+    with pytest.raises(ValueError, match="lm_head.weight' is not a steering vector"):
         AutoModelForCausalLM.from_pretrained(with_extra(folder, "lm_head.weight"))
 
 
@@ -98,11 +100,11 @@ def test_extra_weights_of_a_hub_repository_are_refused(folder, monkeypatch):
         return str(folder / filename)
 
     monkeypatch.setattr("peft.config.hf_hub_download", download)
-    monkeypatch.setattr("steertune.adapters.checks.hf_hub_download", download)
+    monkeypatch.setattr("steertune.adapters.saved.hf_hub_download", download)
     SteeringVectorConfig.from_pretrained("somebody/vector", revision="v1")
     assert ("somebody/vector", WEIGHTS, "v1") in asked
     with_extra(folder, "lm_head.weight")
-    with pytest.raises(ValueError, match="lm_head.weight' is no steering vector"):
+    with pytest.raises(ValueError, match="lm_head.weight' is not a steering vector"):
         SteeringVectorConfig.from_pretrained("somebody/vector")
 
 
@@ -335,9 +337,9 @@ def test_loading_on_a_rounded_base_keeps_the_exact_fingerprint(folder):
     [[], {"values": {}}, {"values": {"a": [1.0]}, "quantised": []}, {"values": {"a": "1 x"}, "quantised": []},
      {"values": {"a": "nan"}, "quantised": []}, {"values": {}, "quantised": [1]}],
 )  # fmt: skip
-def test_a_sample_that_is_none_is_refused(weights):
+def test_a_malformed_sample_of_weights_is_refused(weights):
     given = {"model_type": "llama", "hidden_size": 32, "num_layers": 4, "embedding": [0.1] * 64, "weights": weights}
-    with pytest.raises(ValueError, match="base_fingerprint=.* is none"):
+    with pytest.raises(ValueError, match="base_fingerprint=.* is not a fingerprint"):
         SteeringVectorConfig(base_fingerprint=given)
 
 

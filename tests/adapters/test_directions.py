@@ -15,7 +15,7 @@ from sklearn.preprocessing import StandardScaler
 from tiny_models import fill, steered, tiny, tokens, vector_of
 
 from steertune.adapters import SteeringVectorConfig, directions
-from steertune.adapters.activations import collect
+from steertune.adapters.analysis.activations import collect
 
 WIDTH, LAYERS = 32, (0, 2)
 BIPO = ROOT.parent / "shared" / "data" / "bipo" / "power-seeking.train.jsonl"
@@ -153,7 +153,7 @@ def test_ccs_reads_without_labels_and_says_when_it_cannot():
     flip = torch.rand(200, 1, generator=generator) < 0.3
     mixed = fit({0: torch.where(flip, rejected, chosen)}, {0: torch.where(flip, chosen, rejected)})[0]
     assert cosine(mixed, truth) > 0.9
-    with pytest.raises(ValueError, match="at least 4 pairs, there are 3"):
+    with pytest.raises(ValueError, match="at least 4 pairs, got 3"):
         fit({0: chosen[:3]}, {0: rejected[:3]})
 
 

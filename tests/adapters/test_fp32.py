@@ -111,7 +111,7 @@ def test_a_frozen_vector_keeps_the_precision_it_was_given():
 
 
 _ONE_PROCESS_GROUP = """
-import sys; sys.path.insert(0, "tests")
+import sys; sys.path.insert(0, "tests/helpers")
 import tiny_data, torch
 from tiny_models import steered
 torch.distributed.init_process_group("gloo", rank=0, world_size=1, init_method="tcp://127.0.0.1:0")

@@ -172,7 +172,7 @@ def test_a_plain_module_is_steered_where_target_modules_say(target, widths, tmp_
 
 
 def test_a_plain_module_of_an_unknown_width_is_refused():
-    with pytest.raises(ValueError, match=r"Cannot tell the width of what relu \(ReLU\) returns.*nn.Linear"):
+    with pytest.raises(ValueError, match=r"The width of what relu \(ReLU\) returns is unknown.*nn.Linear"):
         get_peft_model(mlp(), SteeringVectorConfig(target_modules="relu"))
 
 

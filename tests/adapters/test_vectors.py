@@ -6,16 +6,20 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import tiny_data
 import torch
+from measuring import margins
 from peft import PeftModel, get_peft_model
 from tiny_models import fill, steered, tiny, tokens
 
-from steertune.adapters import SteeringVectorConfig, arithmetic, set_strength, steering_layers
-from steertune.adapters.arithmetic import VectorError, combine, orthogonalise, project_out, read, similarity
+from steertune.adapters import SteeringVectorConfig, set_strength, steering_layers
+from steertune.adapters.analysis import arithmetic
+from steertune.adapters.analysis.arithmetic import VectorError, combine, orthogonalise, project_out, read, similarity
 from steertune.recipes import vectors
 from steertune.recipes.lab import together
+from steertune.recipes.lab.rows import Record
 
 
 def saved(folder: Path, values: dict[int, list[float]] | None = None, base=None, seed: int = 1, **switches) -> Path:
@@ -239,13 +243,13 @@ def test_another_base_is_refused(pair, tmp_path, capsys):
     ("words", "reason"),
     [
         (["subtract", "A", "--output", "NEW"], "two folders or more"),
-        (["add", "A", "B", "--weights", "1", "--output", "NEW"], "as many finite weights"),
-        (["add", "A", "B", "--weights", "1", "nan", "--output", "NEW"], "as many finite weights"),
+        (["add", "A", "B", "--weights", "1", "--output", "NEW"], "2 vectors need 2 finite weights"),
+        (["add", "A", "B", "--weights", "1", "nan", "--output", "NEW"], "2 vectors need 2 finite weights"),
         (["average", "A", "B", "--weights", "1", "-1", "--output", "NEW"], "add up to 0"),
         (["subtract", "A", "A2", "--output", "NEW"], "zero or not finite"),
         (["project-out", "A", "A2", "--output", "NEW"], "Nothing of"),
         (["orthogonalise", "A", "A2", "--output", "NEW"], "Nothing of"),
-        (["add", "A", "EMPTY", "--output", "NEW"], "is no adapter folder"),
+        (["add", "A", "EMPTY", "--output", "NEW"], "is not an adapter folder"),
         (["add", "A", "B", "--output", "B"], "is not empty"),
         (["similarity", "A"], "two folders or more"),
         (["together", "A", "--data", "x", "y"], "two folders"),
@@ -261,7 +265,7 @@ def test_bad_input(words, reason, pair, tmp_path, capsys):
 
 
 def test_no_shared_layer_has_no_similarity(tmp_path):
-    with pytest.raises(VectorError, match=r"No layer is shared: a \[1\], b \[2\]"):
+    with pytest.raises(VectorError, match=r"They share no layer: a \[1\], b \[2\]"):
         similarity([read(saved(tmp_path / "a", {1: [1.0]})), read(saved(tmp_path / "b", {2: [1.0]}))])
 
 
@@ -288,18 +292,21 @@ def test_together_is_measured_on_the_data_of_both(task, capsys):
     assert run(*words, "--json") == 0
     found = json.loads(capsys.readouterr().out)
     assert found["names"] == ["vone", "vtwo"] and found["data"] == ["one", "two"]
-    for on in found["on"]:
-        assert list(on["seen"]) == ["base", "first", "second", "both"]
-        assert len({tuple(one["margins"]) for one in on["seen"].values()}) == 4, "four different models"
-    assert found["side_effects"]["base"]["kl"] == pytest.approx(0, abs=1e-6)
-    assert "On one, vone alone" in found["text"] and "| two | both |" in found["text"]
+    records = {(one["task"], one["arm"]): Record.from_json(one, Path()) for one in found["records"]}
+    assert list(records) == [(name, arm) for arm in ("vone", "vtwo", "both") for name in ("one", "two")]
+    for name in ("one", "two"):
+        some = [records[name, arm].seen(1) for arm in ("vone", "vtwo", "both")]
+        assert len({tuple(seen["margin"]) for seen in (some[0].base, *some)}) == 4, "four different models"
+    assert {record.value("kl") for record in records.values()} == {0}
+    text = together.summarise(found)
+    assert "On one, vone alone" in text and "| | base | vone | vtwo | both |" in text
     # by hand: both is the model with both vectors
     model: Any = PeftModel.from_pretrained(tiny(max_position_embeddings=512), str(task / "vone"))
     model.load_adapter(str(task / "vtwo"), "second")
     model.base_model.set_adapter(["default", "second"])
     rows = together._pairs(str(task / "two"), 12)
-    expected = together.pair_margins(model.eval(), tiny_data.tokenizer(), rows, [1.0], show=False)[1.0]
-    assert found["on"][1]["seen"]["both"]["margins"] == pytest.approx(expected.tolist(), abs=1e-3)
+    expected = margins(model.eval(), tiny_data.tokenizer(), rows)
+    assert records["two", "both"].seen(1)["margin"] == pytest.approx(expected, abs=1e-3)
 
 
 def test_together_keeps_what_does_not_meet_and_loses_what_cancels(task, tmp_path, capsys):
@@ -318,8 +325,8 @@ def test_together_keeps_what_does_not_meet_and_loses_what_cancels(task, tmp_path
     ]
     assert run("together", task / "vone", opposite, *words) == 0
     found = json.loads(capsys.readouterr().out)
-    margins = found["on"][0]["seen"]
-    assert margins["both"]["margins"] == pytest.approx(margins["base"]["margins"], abs=1e-3)
+    [seen, _] = [Record.from_json(one, Path()).seen(1) for one in found["records"] if one["arm"] == "both"]
+    assert seen["margin"] == pytest.approx(seen.base["margin"], abs=1e-3)
     still = arithmetic.write(combine([read(task / "vone")], [1e-6]), tmp_path / "still", arithmetic.Card())
     assert run("together", task / "vone", still, *words) == 0
     found = json.loads(capsys.readouterr().out)["on"][0]
@@ -331,21 +338,31 @@ def test_strengths_are_those_of_each(task, capsys):
     words = [task / "vone", task / "vtwo", "--data", task / "one", task / "two", "--rows", "12", "--model",
              task / "model", "--threads", "1", "--strengths", "0", "1", "--json"]  # fmt: skip
     assert run("together", *words) == 0
-    seen = json.loads(capsys.readouterr().out)["on"][0]["seen"]
-    assert seen["first"]["margins"] == pytest.approx(seen["base"]["margins"], abs=1e-3)
-    assert seen["both"]["margins"] == pytest.approx(seen["second"]["margins"], abs=1e-3)
+    records = [Record.from_json(one, Path()) for one in json.loads(capsys.readouterr().out)["records"]]
+    first, second, both = (record.seen(1) for record in records if record.keys["task"] == "one")
+    assert first["margin"] == pytest.approx(first.base["margin"], abs=1e-3)
+    assert both["margin"] == pytest.approx(second["margin"], abs=1e-3)
 
 
 def test_verdicts_by_hand():
-    base = torch.zeros(40).numpy()
-    noise = torch.linspace(-0.1, 0.1, 40).numpy()
-    on = together._on(0, {"base": base, "first": base + 2 + noise, "second": base, "both": base + 1.9 + noise})
-    assert on["verdict"] == "keeps" and on["kept"] == pytest.approx(0.95) and on["works"]
-    on = together._on(1, {"base": base, "first": base, "second": base + 2 + noise, "both": base + 1.0 + noise})
-    assert on["verdict"] == "loses" and on["kept"] == pytest.approx(0.5)
-    assert on["interaction"].startswith("-1.000")
-    on = together._on(0, {"base": base, "first": 30 * noise, "second": base, "both": base})
-    assert not on["works"]
+    noise = np.linspace(-0.1, 0.1, 40)
+
+    def on(own: Any, other: Any, both: Any) -> dict[str, Any]:
+        return together._on(*(gains(values + np.zeros(40)) for values in (own, other, both)))
+
+    keeps = on(2 + noise, 0, 1.9 + noise)
+    assert keeps["verdict"] == "keeps" and keeps["kept"] == pytest.approx(0.95) and keeps["works"]
+    loses = on(2 + noise, 0, 1.0 + noise)
+    assert loses["verdict"] == "loses" and loses["kept"] == pytest.approx(0.5)
+    assert loses["interaction"].startswith("-1.000")
+    assert not on(30 * noise, 0, 0)["works"]
+
+
+def gains(margins: Any) -> Record:
+    """A record of a model with these margins, on pairs on which the base model has none."""
+    observed = {"0": np.zeros(40), "1": margins}
+    logps = {at: {"chosen_logp": values.tolist(), "rejected_logp": [0.0] * 40} for at, values in observed.items()}
+    return Record({"arm": "a", "task": "t", "examples": 0, "seed": 0}, logps)
 
 
 def test_together_refuses_another_base(task, tmp_path, capsys):

@@ -129,10 +129,10 @@ DROP = object()
 ARCHITECTURE = string(b"general.architecture") + struct.pack("<I", 8) + string(b"controlvector")
 FULL = torch.ones(32)
 GB10 = 10 * 2**30
-DAMAGED = "is no adapter's configuration.*Save or download it again"
+DAMAGED = "is not the configuration of an adapter.*Save or download it again"
 READABLE = "not a readable safetensors file"
 FINGERPRINT = {"model_type": "llama", "hidden_size": 32, "num_layers": 4, "embedding": [0.1] * 64}
-PRINT = "base_fingerprint=.* is none: .*Set it to None to transfer"
+PRINT = "base_fingerprint=.* is not a fingerprint.*Set it to None to transfer"
 
 ROWS: dict[str, Row] = {
     # adapter_config.json as a file
@@ -143,8 +143,8 @@ ROWS: dict[str, Row] = {
     "config is UTF-16": raw(DAMAGED, '{"peft_type": "STEERING_VECTOR"}'.encode("utf-16")),
     "config is cut off": raw(DAMAGED, b'{"peft_type": "STEERING_VEC'),
     "config is nested 100000 deep": raw(DAMAGED, b"[" * 100_000),
-    "config is a list": raw("a JSON object is expected, this is list", b"[]"),
-    "config is a number": raw("a JSON object is expected, this is int", b"5"),
+    "config is a list": raw("expected a JSON object, got list", b"[]"),
+    "config is a number": raw("expected a JSON object, got int", b"5"),
     "config of eleven megabytes": raw("more than 10000000 bytes", b" " * 11_000_000),
     "config of another method": config("holds a LORA adapter, not a steering vector", peft_type="LORA"),
     "config of an unheard-of method": config("holds a OS.SYSTEM adapter", peft_type="OS.SYSTEM"),
@@ -167,12 +167,16 @@ ROWS: dict[str, Row] = {
     "layers is infinite": config("layers=inf: inf is out of range", layers=math.inf),
     "norm_value is NaN": config("needs a finite norm_value > 0, got nan", norm="capped", norm_value=math.nan),
     "init_scale is text": config("init_scale='1' is not a finite number", init_scale="1"),
-    "residual norms are a list": config("residual_norms=.*a finite number above 0", residual_norms=[1.0]),
+    "residual norms are a list": config(
+        "residual_norms=.*must map each layer to a finite number above 0", residual_norms=[1.0]
+    ),
     "residual norms are NaN": config("residual_norms=.*a finite number above 0", residual_norms={"2": math.nan}),
     "residual norms are negative": config("residual_norms=.*above 0", residual_norms={"2": -1.0}),
-    "residual norms of no layer": config("residual_norms=.*for every layer", residual_norms={"../2": 1.0}),
+    "residual norms of no layer": config("residual_norms=.*each layer", residual_norms={"../2": 1.0}),
     "residual norms are text": config("residual_norms=.*a finite number", residual_norms={"2": "1"}),
-    "modules_to_save is text": config("modules_to_save='lm_head' is no list of names", modules_to_save="lm_head"),
+    "modules_to_save is text": config(
+        "modules_to_save='lm_head' must be a list of module names", modules_to_save="lm_head"
+    ),
     "modules_to_save of numbers": config("modules_to_save=.*no list of names", modules_to_save=[5]),
     "target_modules is a list": config("target_modules=.*is list", target_modules=["model.layers.2"]),
     "target_modules that never ends": config(
@@ -216,13 +220,13 @@ ROWS: dict[str, Row] = {
     ),
     "weights with a flipped bit": (flipped, "holds other bytes than those that were saved"),
     # its tensors
-    "weights of whole numbers": weights("is of torch.int32: weights are floating point", lambda v: {KEY: v.int()}),
-    "weights of truth values": weights("is of torch.bool: weights are floating point", lambda v: {KEY: v > 0}),
+    "weights of whole numbers": weights("is of torch.int32: weights must be floating point", lambda v: {KEY: v.int()}),
+    "weights of truth values": weights("is of torch.bool: weights must be floating point", lambda v: {KEY: v > 0}),
     "weights of half precision with infinity": weights(
         "holds 32 NaN or infinite", lambda v: {KEY: v.half() * math.inf}
     ),
     "weights beside which a layer of the base lies": weights(
-        "it would overwrite the base model. Take it out",
+        "It would overwrite the base model: remove it",
         lambda v: {KEY: v, "base_model.model.model.layers.0.mlp.down_proj.weight": torch.ones(32, 48)},
     ),
     "weights with a module that nobody saves": weights(
@@ -248,9 +252,9 @@ ROWS: dict[str, Row] = {
     ),
     "a configuration alone, described": (describe, "has no adapter_model.safetensors"),
     # control vectors of other tools
-    "gguf of nothing": gguf_file("is no readable GGUF file", b""),
-    "gguf of another magic": gguf_file("is no readable GGUF file", b"FUGG" + bytes(40)),
-    "gguf of another version": gguf_file("is no readable GGUF file", b"GGUF" + struct.pack("<IQQ", 99, 0, 0)),
+    "gguf of nothing": gguf_file("is not a readable GGUF file", b""),
+    "gguf of another magic": gguf_file("is not a readable GGUF file", b"FUGG" + bytes(40)),
+    "gguf of another version": gguf_file("is not a readable GGUF file", b"GGUF" + struct.pack("<IQQ", 99, 0, 0)),
     "gguf cut off in its header": gguf_file("more than the file holds", b"GGUF" + struct.pack("<I", 3)),
     "gguf with 2**60 fields": gguf_file("more than the file holds", control(0, 2**60, b"")),
     "gguf with 2**60 tensors": gguf_file("more than the file holds", control(2**60, 1, ARCHITECTURE)),
@@ -261,40 +265,40 @@ ROWS: dict[str, Row] = {
         "or than a control vector has", control(0, 1, string(b"x") + struct.pack("<IIQ", 9, 0, 10**6) + bytes(10**6))
     ),
     "gguf with lists in lists": gguf_file(
-        "is no readable GGUF file",
+        "is not a readable GGUF file",
         control(0, 1, string(b"x") + struct.pack("<I", 9) + struct.pack("<IQ", 9, 1) * 5000),
     ),
     "gguf with a name that is no text": gguf_file(
-        "is no readable GGUF file", control(0, 1, string(b"\xff\xfe") + struct.pack("<I", 8) + string(b"a"))
+        "is not a readable GGUF file", control(0, 1, string(b"\xff\xfe") + struct.pack("<I", 8) + string(b"a"))
     ),
-    "gguf without an architecture": gguf_file("is no readable GGUF file", control(0, 0, bytes(64))),
+    "gguf without an architecture": gguf_file("is not a readable GGUF file", control(0, 0, bytes(64))),
     "gguf with a tensor of ten gigabytes": gguf_file(
         "more than the file holds",
         control(1, 1, ARCHITECTURE + string(b"direction.1") + struct.pack("<IQIQ", 1, GB10, 0, 0) + bytes(64)),
     ),
     "gguf with a direction of look-alike digits": gguf_file(
-        "is no direction.N",
+        "must be named direction.N",
         control(1, 1, ARCHITECTURE + string("direction.²".encode()) + struct.pack("<IQIQ", 1, 4, 0, 0) + bytes(96)),
     ),
     "gguf without directions": gguf_file("directions of one width are expected", control(0, 1, ARCHITECTURE)),
-    "gguf that is a folder": ((lambda lab: gguf.read(lab.root)), "is no readable GGUF file: there is no such file"),
+    "gguf that is a folder": ((lambda lab: gguf.read(lab.root)), "is not a readable GGUF file: there is no such file"),
     "vectors of whole numbers": ((lambda lab: adapter_of(tiny(), {1: FULL.long()})), r"torch.int64 \(32,\)"),
     "vectors that are lists": ((lambda lab: adapter_of(tiny(), {1: [1.0] * 32})), "these are .*list"),
     "vectors of a negative layer": ((lambda lab: adapter_of(tiny(), {-1: FULL})), "-1 is out of range"),
-    "repeng of another object": ((lambda lab: repeng.read(5)), "int is no repeng.ControlVector"),
+    "repeng of another object": ((lambda lab: repeng.read(5)), "int is not a repeng.ControlVector"),
     "steering_vectors of another object": ((lambda lab: steering_vectors.read({})), "dict is no .*SteeringVector"),
     # exports
     "export to an unknown target": export("target='pfet' is not one of.*Did you mean 'peft'", "pfet"),
     "export to a target that is a path": export("target='../peft' is not one of", "../peft"),
     "export to a private file": export("target='_vectors' is not one of", "_vectors"),
     "export to no name": export("target=None is not one of", None),
-    "export into a full folder": export("is not empty: an export never writes over", "safetensors", "full"),
+    "export into a full folder": export("is not empty: and an export never overwrites", "safetensors", "full"),
     "export onto a file": export("is not empty", "safetensors", "file"),
     "export at strength 0": export("at strength 0 is zero or not finite", "safetensors", strength=0.0),
     "export at strength NaN": export("at strength nan is zero or not finite", "safetensors", strength=math.nan),
     "export without inputs": export("inputs is empty", "safetensors", inputs=[]),
     "export of a plain model": (
         lambda lab: exports.export(tiny(), "peft", lab.here / "x", "b", [[5]]),
-        "LlamaForCausalLM carries no adapter",
+        "LlamaForCausalLM has no adapter",
     ),
 }

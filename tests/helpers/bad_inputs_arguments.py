@@ -13,8 +13,8 @@ from peft import get_peft_model
 from tiny_models import steered, tiny, tokens
 
 from steertune.adapters import SteeringVectorConfig, directions, set_strength
-from steertune.adapters.activations import collect
-from steertune.adapters.reading import read
+from steertune.adapters.analysis.activations import collect
+from steertune.adapters.analysis.probing import read
 from steertune.losses import get_loss
 from steertune.recipes.ablation.statistics.paired import interval, p_value
 from steertune.recipes.chat import Chat
@@ -23,7 +23,7 @@ from steertune.recipes.lab.augmentation import read as read_augmentation
 from steertune.recipes.lab.scorers import fit
 from steertune.recipes.lab.scorers import read as read_scorer
 from steertune.trainers import CheckpointError, FrozenPrefix, get_bias, get_view
-from steertune.trainers._resume import check_checkpoint
+from steertune.trainers.checkpoints import check_checkpoint
 
 assert issubclass(CheckpointError, ValueError)
 
@@ -98,7 +98,7 @@ ROWS: dict[str, Row] = {
     "loss with beta 0": loss("beta=0 must be above 0", "ipo", beta=0),
     "loss with an unknown contrast": loss("contrast='pared' is none of 'paired'", "dpo", contrast="pared"),
     "loss with a contrast that is None": loss("contrast=None is none of", "dpo", contrast=None),
-    "loss without pairs, contrasted": loss("has no rejected answers", "cross_entropy", contrast="unpaired"),
+    "loss without pairs, contrasted": loss("needs a loss on pairs", "cross_entropy", contrast="unpaired"),
     "loss without a reference, without contrast": loss("contrast='none' holds", "simpo", contrast="none"),
     "loss with a negative KL": loss("neutral_kl=-1 must be above 0", "dpo", neutral_kl=-1),
     "loss with a KL of text": loss("neutral_kl='a' must be a finite number", "dpo", neutral_kl="a"),
@@ -109,11 +109,11 @@ ROWS: dict[str, Row] = {
         "then_after=1.0: the first loss's share", "dpo", then="ipo", then_after=1.0
     ),
     "loss that hands over at text": loss("then_after='x'", "dpo", then="ipo", then_after="x"),
-    "loss with the weight of no cap": loss("cap_weight=2.0 says how change_cap works", "dpo", cap_weight=2.0),
-    "loss with the layers of no cap": loss("cap_layers=0.5 says how change_cap works", "dpo", cap_layers=0.5),
-    "loss with the share of no other": loss("then_after=0.3 says how then works", "dpo", then_after=0.3),
+    "loss with the weight of no cap": loss("cap_weight=2.0 has no effect without change_cap", "dpo", cap_weight=2.0),
+    "loss with the layers of no cap": loss("cap_layers=0.5 has no effect without change_cap", "dpo", cap_layers=0.5),
+    "loss with the share of no other": loss("then_after=0.3 has no effect without then", "dpo", then_after=0.3),
     "loss that adds up its answers, unpaired": loss("changes nothing", "unlikelihood", contrast="unpaired"),
-    "loss that hands over under a cap": loss("put those on the two losses", "dpo", then="ipo", change_cap=1.0),
+    "loss that hands over under a cap": loss("Add these to the two losses", "dpo", then="ipo", change_cap=1.0),
     "loss object with options": loss("go with a loss name, not with an object", get_loss("dpo"), beta=1.0),
     "loss with strengths of 0": loss(r"factors\[0\]=0 must be above 0", "reps", factors=[0]),
     "loss with strengths that are a number": loss("factors=5", "reps", factors=5),
@@ -122,7 +122,7 @@ ROWS: dict[str, Row] = {
     "bias of a path": bias("Unknown bias '../os'", "../os"),
     "bias of a number": bias("Unknown bias 5", 5),
     "bias with an unknown option": bias("Unknown option of bias 'one_write' 'sit'.*'site'", "one_write", sit="mlp"),
-    "bias of an unknown site": bias("site='mpl' is none of", "one_write", site="mpl"),
+    "bias of an unknown site": bias("site='mpl' must be", "one_write", site="mpl"),
     "bias of a layer of text": bias("layer='x'", "one_write", layer="x"),
     "bias of a negative layer": bias("layer=-1", "one_write", layer=-1),
     "bias of an unknown direction": bias("direction='men' is not one of", "direction_start", direction="men"),
@@ -133,7 +133,7 @@ ROWS: dict[str, Row] = {
     "view without a text": view("text=''", "instruction", text="  "),
     "view without its option": view("text", "instruction"),
     "view with a text that is a number": view("text=5", "instruction", text=5),
-    "view in an unknown place": view("where='behind' is none of", "instruction", text="a", where="behind"),
+    "view in an unknown place": view("where='behind' must be", "instruction", text="a", where="behind"),
     "view of no demonstrations": view("k=0: one demonstration or more", "demonstrations", k=0),
     "view of demonstrations of text": view(
         "k='4' of view 'demonstrations' is str, not a whole number", "demonstrations", k="4"
@@ -183,11 +183,13 @@ ROWS: dict[str, Row] = {
     ),
     "trainer with views of text": trainer("views='good'", views="good"),
     "trainer with a view of a number": trainer("Unknown view 5", views={"good": 5}, loss="prompted"),
-    "trainer with a bias of text": trainer("biases='one_write': a table of names", biases="one_write"),
-    "trainer with biases of a number": trainer("biases=5", biases=5),
+    "trainer with a bias of text": trainer(
+        "inductive_biases='one_write' must be a table", inductive_biases="one_write"
+    ),
+    "trainer with biases of a number": trainer("inductive_biases=5", inductive_biases=5),
     "trainer whose loss misses its view": trainer(r"\['good'\] are not in views=", loss="prompted"),
     "trainer with a view that nobody sees": trainer(
-        r"views \['good'\] are seen by nobody: DPO asks for \[\]",
+        r"views \['good'\] are given, but DPO uses only \[\]",
         loss="dpo",
         views={"good": get_view("instruction", text="x")},
     ),

@@ -20,7 +20,7 @@ from steertune.recipes.lab.files import read_rows, write_rows
 from steertune.recipes.lab.splits import SplitTable, load_splits
 from steertune.recipes.lab.tables import DataTable
 from steertune.trainers import tokenise
-from steertune.trainers._data import check_rows, check_tokens
+from steertune.trainers.row_checks import TokenLimits, check_rows, check_tokenised
 from steertune.trainers.views import get_view
 
 ROW = {"prompt": "the ", "chosen": "cat", "rejected": "dog"}
@@ -116,7 +116,7 @@ def view(says: str, name: str, data: list[dict[str, Any]], **options: Any) -> Ro
 
 
 UTF8 = "Rows in UTF-8, all with the same columns"
-TEXT = "a text or a list of messages is expected"
+TEXT = "must be a text or a list of messages"
 DAMAGED = "is damaged .*Delete it"
 
 ROWS: dict[str, Row] = {
@@ -194,14 +194,14 @@ ROWS: dict[str, Row] = {
     "answers that are empty lists": alone(f"Row 0: 'chosen' is \\[\\], {TEXT}", ROW | {"chosen": []}),
     "answers that are lists of texts": alone("the message 'cat', .*'role': ..., 'content'", ROW | {"chosen": ["cat"]}),
     "messages without a role": alone(
-        "Row 0: 'messages' has the message .*is expected", {"messages": [{"content": "cat"}]}
+        "Row 0: 'messages' has the message .*must be", {"messages": [{"content": "cat"}]}
     ),
     "messages without content": alone("Row 0: 'messages' has the message", {"messages": [{"role": "user"}]}),
     "messages of a role that is a number": alone(
         "Row 0: 'messages' has the message", {"messages": [{"role": 5, "content": "cat"}]}
     ),
     "messages of content that is a number": alone(
-        "a message with content=5, a text is expected", {"messages": [{"role": "user", "content": 5}]}
+        "a message with content=5. It must be a text", {"messages": [{"role": "user", "content": 5}]}
     ),
     "conversations without from": alone("'from': ..., 'value': ...", {"conversations": [{"value": "cat"}]}),
     "texts that are numbers": alone(f"Row 0: 'text' is 7, {TEXT}", {"text": 7}),
@@ -209,11 +209,11 @@ ROWS: dict[str, Row] = {
         "Row 1: 'chosen' is None", {"prompt": "the ", "choosen": "cat", "rejected": "a"}
     ),
     "a token that the model does not have": (
-        lambda lab: check_tokens(None, Dataset.from_list([{"input_ids": [1, 64]}]), None, None, 64),
+        lambda lab: check_tokenised(None, Dataset.from_list([{"input_ids": [1, 64]}]), TokenLimits(vocabulary=64)),
         "Row 0: input_ids holds token 64, the model has 64: 0 to 63.*resize_token_embeddings",
     ),
     "a negative token": (
-        lambda lab: check_tokens(None, Dataset.from_list([{"input_ids": [-1, 3]}]), None, None, 64),
+        lambda lab: check_tokenised(None, Dataset.from_list([{"input_ids": [-1, 3]}]), TokenLimits(vocabulary=64)),
         "holds token -1",
     ),
     "a tokenizer with more words than the model": (
@@ -229,7 +229,9 @@ ROWS: dict[str, Row] = {
     "kept rows that are no UTF-8": kept("Save it as UTF-8", lambda text: b"\xff" + text),
     # views of rows
     "a view of rows without prompts": view("give a column 'prompt'", "instruction", [{"text": "a"}], text="Be kind."),
-    "demonstrations of too few rows": view("4 demonstrations asked, 0 other", "demonstrations", [ROW]),
+    "demonstrations of too few rows": view(
+        "k=4 demonstrations need as many other examples, and there are 0", "demonstrations", [ROW]
+    ),
     "contrast demonstrations without bad answers": view(
         "shows rejected answers, and the data have none",
         "demonstrations",

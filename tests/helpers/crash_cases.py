@@ -14,8 +14,9 @@ from tiny_data import history, pairs, trainer
 from tiny_grids import read, results
 
 import steertune.recipes.ablate as recipe
-from steertune.recipes.ablation.bench import Bench
+from steertune.recipes.ablation.context import Context
 from steertune.recipes.ablation.grid import Grid, make_grid
+from steertune.recipes.ablation.store import Store
 from steertune.trainers import FrozenPrefix, last_checkpoint
 
 _EVENTS = ("open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.truncate")
@@ -85,8 +86,8 @@ class GridRun:
     @staticmethod
     def run(folder: Path) -> None:
         grid = GridRun.grid(folder)
-        recipe.check_folder(folder, grid.cells())
-        failed = recipe.run(grid, grid.cells(), Bench(grid), folder, show=False)
+        Store(folder).check(grid.cells())
+        failed = recipe.run(grid.cells(), Context(grid), folder, show=False)
         assert not failed
 
     @staticmethod

@@ -89,32 +89,32 @@ def seed(fault: Fault) -> None:
 
 FAULTS = [
     Fault(
-        "labels are off by one", "label masks", "trainers._batch",
+        "labels are off by one", "label masks", "trainers.batch",
         "return on_host(self.labels)[:, 1:]", "return on_host(self.labels)[:, :-1]",
         "trainers/test_model_at", "full_computation",
     ),
     Fault(
-        "prompt tokens are trained", "label masks", "trainers._batch",
+        "prompt tokens are trained", "label masks", "trainers.batch",
         'inputs["input_ids"], inputs["completion_mask"]', 'inputs["input_ids"], inputs["attention_mask"]',
         "trainers/test_equal_upstream", "cross_entropy_on_pairs",  # of DPO's margin a shared prompt cancels
     ),
     Fault(
-        "a doubled BOS passes", "double BOS", "trainers._data",
-        "if bos is not None and list(ids[:2]) == [bos, bos]:", "if False:",
+        "a doubled BOS passes", "double BOS", "trainers.row_checks",
+        "if limits.bos is not None and list(ids[:2]) == [limits.bos, limits.bos]:", "if False:",
         "trainers/test_bad_input", "refused_before_training and bos",
     ),
     Fault(
-        "the reference is the model itself", "DPO reference", "trainers._at",
+        "the reference is the model itself", "DPO reference", "trainers.model_at",
         "with reference_adapter(self.unwrapped), evaluating(self.unwrapped):", "with evaluating(self.unwrapped):",
         "trainers/test_model_at", "at_0 or none_at_0",
     ),
     Fault(
-        "the reference of a continued adapter is the base", "DPO reference", "trainers._at",
+        "the reference of a continued adapter is the base", "DPO reference", "trainers.model_at",
         "REFERENCE_ADAPTER if REFERENCE_ADAPTER in model.peft_config else None", "None",
         "trainers/test_promises", "starts_at_ln_2 or reference_copy",
     ),
     Fault(
-        "the reference copy stays as it was made", "DPO reference", "trainers._reference",
+        "the reference copy stays as it was made", "DPO reference", "trainers.reference",
         'REFERENCE_ADAPTER}.")).copy_(parameter)', 'REFERENCE_ADAPTER}."))',
         "trainers/test_promises", "starts_at_ln_2 or reference_copy",
     ),
@@ -124,13 +124,13 @@ FAULTS = [
         "trainers/test_equal_upstream", "no_margin_in_bf16",
     ),
     Fault(
-        "the reference of a compiled model is looked for in its wrapper", "DPO reference", "trainers._mixin",
+        "the reference of a compiled model is looked for in its wrapper", "DPO reference", "trainers.loss_mixin",
         "unwrapped: Any = self.accelerator.unwrap_model(model, keep_torch_compile=False)",
         "unwrapped: Any = self.accelerator.unwrap_model(model)",
         "trainers/test_equal_upstream", "compiled",
     ),
     Fault(
-        "the parent's default is the rate of a vector", "learning rates", "trainers._rates",
+        "the parent's default is the rate of a vector", "learning rates", "trainers.rates",
         "if args.learning_rate != default:", "if True:",
         "adapters/test_units", "default_rate_of_the_parent",
     ),
@@ -150,22 +150,22 @@ FAULTS = [
         "adapters/test_units", "every_optimiser",
     ),
     Fault(
-        "a checkpoint of absolute rates goes on", "learning rates", "trainers._rates",
+        "a checkpoint of absolute rates goes on", "learning rates", "trainers.rates",
         "if sizes is None and config.stream_sizes:", "if False:",
         "adapters/test_units", "absolute_rates_is_refused",
     ),
     Fault(
-        "nobody says what is trained", "another method than asked", "trainers._announce",
+        "nobody says what is trained", "another method than asked", "trainers.callbacks.announcement",
         "_say(_what_is_trained(model))", "return",
         "adapters/test_units", "what_is_trained",
     ),
     Fault(
-        "the parent's own loss runs all layers", "slow by default", "trainers._parents",
-        "return loss if same else None", "return None",
+        "the parent's own loss runs all layers", "slow by default", "trainers.parents",
+        "return loss if equal else None", "return None",
         "trainers/test_equal_upstream", "takes_our_path",
     ),
     Fault(
-        "the reference has dropout", "DPO reference", "trainers._at",
+        "the reference has dropout", "DPO reference", "trainers.model_at",
         "with reference_adapter(self.unwrapped), evaluating(self.unwrapped):",
         "with reference_adapter(self.unwrapped):",
         "trainers/test_model_at", "reference_has_no_dropout",
@@ -194,7 +194,7 @@ FAULTS = [
         "adapters/test_exactness", "captured_states and llama",
     ),
     Fault(
-        "activations are read one layer below", "layer off by one", "adapters.activations",
+        "activations are read one layer below", "layer off by one", "adapters.analysis.activations",
         "site_name(*blocks[i], site)", "site_name(*blocks[i - 1], site)",
         "adapters/test_directions", "collected_states",
     ),
@@ -226,7 +226,7 @@ FAULTS = [
         "adapters/test_peft", "merging_is_refused",
     ),
     Fault(
-        "NaN in a file passes", "adapter keys not loaded", "adapters.checks",
+        "NaN in a file passes", "adapter keys not loaded", "adapters.saved",
         "    if bad:\n", "    if False:\n",
         "adapters/test_bad_input", "bad_files",
     ),
@@ -236,7 +236,7 @@ FAULTS = [
         "adapters/test_bad_input", "another_base",
     ),
     Fault(
-        "a vector of the config may be missing in the file", "adapter keys not loaded", "adapters.checks",
+        "a vector of the config may be missing in the file", "adapter keys not loaded", "adapters.saved",
         "if expected_layers is not None and len(found) != expected_layers:", "if False:",
         "adapters/test_bad_input", "bad_files",
     ),
@@ -271,7 +271,7 @@ FAULTS = [
         "adapters/test_position_families", "several_streams",
     ),
     Fault(
-        "weights of the base pass", "the base is changed", "adapters.checks",
+        "weights of the base pass", "the base is changed", "adapters.saved",
         "if \"steering_vector_\" not in key and not any(f\".{name}.\" in f\".{key}\" for name in saved)", "if False",
         "adapters/test_base_is_the_base", "extra_weights",
     ),
@@ -306,18 +306,18 @@ FAULTS = [
         "trainers/test_frozen_prefix", "left_padding",
     ),
     Fault(
-        "random numbers start again in a resumed run", "resume RNG", "trainers._mixin",
-        'key = f"{self.args.seed}/{step}/{self._micro_step}".encode()',
+        "random numbers start again in a resumed run", "resume RNG", "trainers.loss_mixin",
+        'key = f"{self.args.seed}/{step}/{self.micro_step}".encode()',
         'self._drawn = getattr(self, "_drawn", 0) + 1; key = f"{self.args.seed}/{self._drawn}".encode()',
         "trainers/test_promises", "six_steps or evaluation_does_not_change",
     ),
     Fault(
-        "the loss is not scaled by accumulation", "accumulation", "trainers._mixin",
-        "        if num_items_in_batch is None:\n", "        if True:\n",
+        "the loss is not scaled by accumulation", "accumulation", "trainers.loss_mixin",
+        "        if items is None:\n", "        if True:\n",
         "trainers/test_promises", "four_times_one",
     ),
     Fault(
-        "checkpointing at another strength passes", "gradient checkpointing", "trainers._at",
+        "checkpointing at another strength passes", "gradient checkpointing", "trainers.model_at",
         "return checkpointing and (inside or", "return False and (inside or",
         "trainers/test_promises", "bipo_with_checkpointing",
     ),
@@ -342,7 +342,7 @@ FAULTS = [
         "trainers/test_observers", "frozen",
     ),
     Fault(
-        "an evaluation sees another loop's values", "metrics accumulate", "trainers._metrics",
+        "an evaluation sees another loop's values", "metrics accumulate", "trainers.callbacks.metrics",
         "        values = _Values()\n        with self._opened(values):\n",
         "        values = self.__dict__.setdefault('_kept', _Values())\n        with self._opened(values):\n",
         "trainers/test_evaluation", "nothing_of_another",
@@ -359,8 +359,8 @@ FAULTS = [
         "trainers/test_frozen_prefix", "inside_changes",
     ),
     Fault(
-        "a NaN loss goes on", "NaN hidden in logs", "trainers._guard",
-        "    if not torch.isfinite(value).all():\n", "    if False:\n",
+        "a NaN loss goes on", "NaN hidden in logs", "trainers.callbacks.finite",
+        "        if not torch.isfinite(losses).all():\n", "        if False:\n",
         "trainers/test_bad_input", "training_stops",
     ),
     Fault(
@@ -385,7 +385,7 @@ FAULTS = [
         "losses/test_losses", "by_hand or chosen_rises",
     ),
     Fault(
-        "chosen and rejected are swapped in directions", "sign", "adapters.activations",
+        "chosen and rejected are swapped in directions", "sign", "adapters.analysis.activations",
         "for i, (chosen, _) in halves.items()},\n        rejected={i: rejected for i, (_, rejected)",
         "for i, (_, chosen) in halves.items()},\n        rejected={i: rejected for i, (rejected, _)",
         "adapters/test_directions", "collected_states",
@@ -396,7 +396,7 @@ FAULTS = [
         "losses/test_losses", "by_hand or is_its_formula",
     ),
     Fault(
-        "training metrics hold those of evaluation", "logs", "trainers._metrics",
+        "training metrics hold those of evaluation", "logs", "trainers.callbacks.metrics",
         "self._open[-1][name].append(value)",
         "(self._training if self._training else self._open[-1])[name].append(value)",
         "trainers/test_promises", "evaluation_margins or logged_keys",

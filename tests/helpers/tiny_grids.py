@@ -9,9 +9,10 @@ import tiny_data
 from tiny_models import tiny
 
 import steertune.recipes.ablate as recipe
-from steertune.recipes.ablation.bench import Bench
+from steertune.recipes.ablation.context import Context
 from steertune.recipes.ablation.grid import Grid, make_grid
-from steertune.recipes.lab.files import read_result
+from steertune.recipes.lab import measures
+from steertune.recipes.lab.rows import MATCHED, TUNED, Record
 
 GRID = """
 name = "tiny"
@@ -71,13 +72,25 @@ def make_tables(tmp_path: Path) -> dict:
 
 def run(tables: dict, folder: Path, **options) -> list[dict]:
     grid = make_grid(tables)
-    failed = recipe.run(grid, grid.cells(), Bench(grid), folder, show=False, **options)
+    failed = recipe.run(grid.cells(), Context(grid), folder, show=False, **options)
     assert failed == []
     return read(grid, folder)
 
 
 def read(grid: Grid, folder: Path) -> list[dict]:
-    return [read_result(folder / cell.path / "cell.json", "") for cell in grid.cells()]
+    return [flat(Record.read(folder / cell.path / "cell.json")) for cell in grid.cells()]
+
+
+def flat(record: Record) -> dict:
+    """A record as one dictionary: keys, facts, and per strength the mean of every measure, margins and answers."""
+    found = {**record.keys, **record.facts}
+    for strength, prefix in ((TUNED, ""), (MATCHED, "matched_")):
+        if strength not in record.observations:
+            continue
+        seen = record.seen(strength)
+        found |= {prefix + name: record.value(name, strength) for name in measures.names()}
+        found |= {f"{prefix}margins": seen["margin"].tolist(), f"{prefix}answers": seen.observations.get("answer")}
+    return found
 
 
 def results(cells: list[dict]) -> list[dict]:

@@ -26,8 +26,8 @@ from steertune.losses.dpo import DPO
 from steertune.losses.ipo import IPO
 from steertune.losses.simpo import SimPO
 from steertune.recipes.lab.batches import batches
-from steertune.trainers._at import ModelAt
-from steertune.trainers._batch import Batch
+from steertune.trainers.batch import Batch
+from steertune.trainers.model_at import ModelAt
 
 # Two pairs: chosen answers of 3 and 1 tokens, then rejected ones of 2 and 4.
 LENGTHS = (3, 1, 2, 4)

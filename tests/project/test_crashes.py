@@ -24,8 +24,8 @@ from paths import HELPERS
 from tiny_data import history, pairs, same, trained, trainer, values
 from tiny_grids import make_tables
 
-import steertune.recipes.ablation.cell as cell_module
-from steertune.recipes.ablation.bench import Bench
+import steertune.recipes.ablation.run as cell_module
+from steertune.recipes.ablation.context import Context
 from steertune.recipes.ablation.grid import make_grid
 from steertune.recipes.lab.files import read_result
 from steertune.trainers import CheckpointError, FrozenPrefix, last_checkpoint
@@ -229,13 +229,13 @@ def test_a_checkpoint_runs_no_code(name, run, tmp_path):
 def test_a_damaged_tuning_is_tuned_again(text, home, caplog):
     grid = make_grid(json.loads((home / "tables.json").read_text()))
     [cell] = [cell for cell in grid.cells() if cell.arm.name == "mean_difference"][:1]
-    bench = Bench(grid)
+    context = Context(grid)
     folder = home / "run"
-    known = cell_module.tuned(cell, bench, folder)
+    known = cell_module.tuned(cell, context, folder)
     file = folder / cell.tuning_file
     file.write_text(text.replace("KEY", cell.tuning_key))
     with caplog.at_level(logging.WARNING):
-        again = cell_module.tuned(cell, bench, folder)
+        again = cell_module.tuned(cell, context, folder)
     assert again["trials"] == known["trials"] and read_result(file, "") == again
     assert str(file) in caplog.text
 

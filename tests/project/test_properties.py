@@ -21,8 +21,8 @@ from tiny_models import steered
 from transformers import DynamicCache
 
 from steertune.adapters import SteeringVectorConfig, prompt_length, set_strength
-from steertune.adapters.checks import check_checksums, write_checksums
 from steertune.adapters.positions import PromptBoundary
+from steertune.adapters.saved import check_checksums, write_checksums
 from steertune.recipes.ablation.matched import matched_strength
 from steertune.recipes.ablation.statistics.curves import n_equivalence
 from steertune.recipes.ablation.statistics.paired import corrected, crossed_interval, interval, p_value

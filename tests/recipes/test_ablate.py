@@ -14,16 +14,16 @@ from filelock import FileLock
 from tiny_grids import make_tables, read, results, run
 
 import steertune.recipes.ablate as recipe
-import steertune.recipes.ablation.cell as cell_module
+import steertune.recipes.ablation.run as cell_module
 from steertune.adapters import directions
-from steertune.recipes.ablation.bench import Bench
+from steertune.recipes.ablation.cells import read_cells
+from steertune.recipes.ablation.context import Context
 from steertune.recipes.ablation.grid import make_grid
-from steertune.recipes.ablation.keys import VERSION
-from steertune.recipes.ablation.known import Known
 from steertune.recipes.ablation.plan import estimate
-from steertune.recipes.ablation.tidy import read_cells
+from steertune.recipes.ablation.store import Reusable, Store
 from steertune.recipes.lab.arm_files import ARMS as ARMS_FOLDER
 from steertune.recipes.lab.files import ArmError, read_result
+from steertune.recipes.lab.rows import FORMAT
 
 DEEP = ("beft_dpo", "lora_layer_dpo")  # name layer 15
 ARMS = ["form=lora,init=-", "form=bias,init=zeros", "form=bias,init=mean_difference", "mean_difference", "base"]
@@ -60,9 +60,9 @@ def test_arms_of_a_seed_train_on_the_same_rows_in_the_same_order(tables, tmp_pat
     seen = []
     original = cell_module.make_trainer
 
-    def spy(arm, model, tokenizer, rows, *args, **settings):
-        seen.append((arm.data.seed, tuple(rows["prompt"]), settings["max_steps"]))
-        return original(arm, model, tokenizer, rows, *args, **settings)
+    def spy(training, *args, **settings):
+        seen.append((training.seed, tuple(training.rows["prompt"]), training.arm.trainer["max_steps"]))
+        return original(training, *args, **settings)
 
     monkeypatch.setattr(cell_module, "make_trainer", spy)
     run(tables, tmp_path / "run")
@@ -74,19 +74,19 @@ def test_arms_of_a_seed_train_on_the_same_rows_in_the_same_order(tables, tmp_pat
 
 def test_tuning_reads_validation_rows_only_and_test_rows_are_read_once(tables, tmp_path, monkeypatch):
     grid = make_grid(tables)
-    bench = Bench(grid)
-    splits = bench.splits(grid.tasks[0])
+    context = Context(grid)
+    splits = context.splits(grid.tasks[0])
     names = {tuple(splits.validation["prompt"]): "validation", tuple(splits.test["prompt"]): "test"}
     read_splits: list[str] = []
-    original = cell_module.pair_margins
+    original = cell_module.evaluate
 
-    def spy(model, tokenizer, rows, *args, **options):
-        read_splits.append(names[tuple(rows["prompt"])])
-        return original(model, tokenizer, rows, *args, **options)
+    def spy(model, held_out, *args, **options):
+        read_splits.append(names[tuple(held_out.pairs["prompt"])])
+        return original(model, held_out, *args, **options)
 
-    monkeypatch.setattr(cell_module, "pair_margins", spy)
+    monkeypatch.setattr(cell_module, "evaluate", spy)
     cells = grid.cells()
-    recipe.run(grid, cells[:1], bench, tmp_path / "run", show=False)
+    recipe.run(cells[:1], context, tmp_path / "run", show=False)
     assert read_splits == ["validation", "validation", "test"]  # two trials, then the cell
 
 
@@ -124,7 +124,7 @@ def test_trials_that_train_together_come_out_as_they_do_alone(tables, tmp_path, 
     alone = run(tables, tmp_path / "alone")
     assert not seen, "on a CPU they train one by one"
     monkeypatch.setattr(
-        cell_module, "_pays_together", lambda cell, bench: cell.arm.arm.adapter["type"] == "steering_vector"
+        cell_module, "_pays_together", lambda cell, context: cell.arm.arm.adapter["type"] == "steering_vector"
     )
     together = run(tables, tmp_path / "together")
     assert seen == [2, 2], "two trials, of two arms with a trained vector"
@@ -137,7 +137,7 @@ def test_an_interrupted_grid_goes_on_and_comes_out_the_same(tables, tmp_path):
     whole = run(tables, tmp_path / "whole")
     grid = make_grid(tables)
     cells = grid.cells()
-    recipe.run(grid, cells[:3], Bench(grid), tmp_path / "parts", show=False)
+    recipe.run(cells[:3], Context(grid), tmp_path / "parts", show=False)
     stamps = {cell.path: (tmp_path / "parts" / cell.path / "cell.json").stat().st_mtime_ns for cell in cells[:3]}
     parts = run(tables, tmp_path / "parts")
     assert results(parts) == results(whole)
@@ -233,19 +233,20 @@ def test_a_grid_that_tunes_once_does_so_on_its_first_task(tables, tmp_path):
 def test_what_is_left_of_a_grid_is_estimated_from_what_ran(tables, tmp_path):
     """A cell that ran says what its siblings cost: with its tuning only where that is still to be done."""
     grid = make_grid(tables)
-    bench, cells = Bench(grid), grid.cells()
+    context, cells = Context(grid), grid.cells()
     [first, second] = [cell for cell in cells if cell.arm.name == "form=bias,init=zeros"]
-    before = estimate([first, second], bench, tmp_path)
+    before = estimate([first, second], context, tmp_path)
     assert before[first.path] > before[second.path] > 0, "the first seed tunes for both"
     home = tmp_path / first.path
     home.mkdir(parents=True)
-    known = {**CELL, "key": first.key, "seconds": 30.0, "tuning_seconds": 20.0}
+    keys = {"arm": first.arm.name, "examples": first.examples, "seed": first.seed}
+    known = CELL | keys | {"facts": {"status": "ok", "key": first.key, "seconds": 30.0, "tuning_seconds": 20.0}}
     (home / "cell.json").write_text(json.dumps(known))
-    assert estimate([second], bench, tmp_path) == {second.path: 30.0}, "its tuning is not there"
+    assert estimate([second], context, tmp_path) == {second.path: 30.0}, "its tuning is not there"
     tuning = tmp_path / second.tuning_file
     tuning.parent.mkdir(parents=True)
     tuning.write_text("{}")
-    assert estimate([second], bench, tmp_path) == {second.path: 10.0}
+    assert estimate([second], context, tmp_path) == {second.path: 10.0}
 
 
 def test_what_another_grid_holds_is_taken_over(tables, tmp_path, capsys):
@@ -257,20 +258,20 @@ def test_what_another_grid_holds_is_taken_over(tables, tmp_path, capsys):
     file.write_text(_toml(tables))
     command = [str(file), "--folder", str(folder), "--known", str(tmp_path / "first"), "--threads", "1"]
     assert recipe.main([*command, "--dry-run"]) == 0
-    assert "2 cells are known already" in capsys.readouterr().out and not folder.exists()
+    assert "2 cells can be reused" in capsys.readouterr().out and not folder.exists()
     grid = make_grid(tables)
     busy = next(cell for cell in grid.cells() if cell.arm.name == "mean_difference")
     (folder / busy.path).mkdir(parents=True)
     with FileLock(folder / busy.path / "cell.lock"):  # another runner is at it
-        Known([tmp_path / "first"]).take(grid.cells(), folder)
+        Reusable([tmp_path / "first"]).take(grid.cells(), folder)
         assert not (folder / busy.path / "cell.json").exists()
-    Known([tmp_path / "first"]).take(grid.cells(), folder)
+    Reusable([tmp_path / "first"]).take(grid.cells(), folder)
     taken = [cell for cell in grid.cells() if (folder / cell.path / "cell.json").exists()]
     assert [(cell.seed, cell.arm.name) for cell in taken] == [(0, "form=bias,init=zeros"), (0, "mean_difference")]
     assert len(list((folder / "tuning").rglob("*.json"))) == 2
     assert recipe.main(command) == 0
     cells = [cell for cell in read(grid, folder) if (cell["seed"], cell["arm"]) == (0, "form=bias,init=zeros")]
-    assert cells == [known[0] | {"arm": "form=bias,init=zeros", "levels": {"form": "bias", "init": "zeros"}}]
+    assert results(cells) == results([known[0] | {"arm": "form=bias,init=zeros"}])
     assert results(read(grid, folder)) == results(run(tables, tmp_path / "alone")), "as if nothing had been known"
     assert "--known KNOWN" in read_result(folder / "grid.json", "")["command"]
 
@@ -279,7 +280,7 @@ def test_a_folder_without_cells_is_not_known(tables, tmp_path, capsys):
     file = tmp_path / "grid.toml"
     file.write_text(_toml(tables))
     assert recipe.main([str(file), "--folder", str(tmp_path / "run"), "--known", str(tmp_path / "nothing")]) == 2
-    assert "no cells in it" in capsys.readouterr().err
+    assert "it holds no cells" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 
@@ -291,7 +292,7 @@ def test_a_diverged_cell_is_a_result(tables, tmp_path):
     assert {cell["arm"] for cell in diverged} == {"form=bias,init=zeros", "form=bias,init=mean_difference"}
     frame = read_cells(tmp_path / "run")
     rows = frame[frame["status"] == "diverged"]
-    assert (rows["accuracy"] == rows["base_accuracy"]).all() and (rows["margin_gain"] == 0).all()
+    assert (rows["accuracy@tuned"] == rows["accuracy@0"]).all() and (rows["margin_gain@tuned"] == 0).all()
 
 
 def test_a_failed_cell_does_not_end_the_grid_and_is_tried_again(tables, tmp_path, monkeypatch):
@@ -304,30 +305,29 @@ def test_a_failed_cell_does_not_end_the_grid_and_is_tried_again(tables, tmp_path
 
     monkeypatch.setattr(recipe, "run_cell", fails_on_lora)
     grid, start = make_grid(tables), time.time()
-    failed = recipe.run(grid, grid.cells(), Bench(grid), tmp_path / "run", show=False)
+    failed = recipe.run(grid.cells(), Context(grid), tmp_path / "run", show=False)
     assert failed == [f"task n=4 seed={seed} form=lora,init=-" for seed in (0, 1)]
-    names = [str(cell.path) for cell in grid.cells()]
-    assert list(read_cells(tmp_path / "run", names)["status"]).count("failed") == 2
+    assert list(read_cells(tmp_path / "run", grid.to_json())["status"]).count("failed") == 2
     # another runner of the same launch, which comes to the cell later, does not try it once more
-    assert recipe._claimed(grid.cells()[0], Bench(grid), tmp_path / "run", started=start) == "failed"
+    assert recipe._claimed(grid.cells()[0], Context(grid), tmp_path / "run", started=start) == "failed"
     monkeypatch.undo()
     run(tables, tmp_path / "run")
-    assert "failed" not in set(read_cells(tmp_path / "run", names)["status"])
+    assert "failed" not in set(read_cells(tmp_path / "run", grid.to_json())["status"])
 
 
 CELL = {
-    "version": VERSION, "task": "task", "arm": "a", "examples": 4, "seed": 0, "status": "ok", "seconds": 1.0,
-    "tuning_seconds": 0.0,
+    "format": FORMAT, "task": "task", "arm": "a", "examples": 4, "seed": 0, "observations": {},
+    "facts": {"status": "ok", "seconds": 1.0, "tuning_seconds": 0.0},
 }  # fmt: skip
 
 
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda cell: cell | {"version": 0}, "version 0"),
-        (lambda cell: cell | {"key": "other"}, "other settings"),
+        (lambda cell: cell | {"format": 0}, "format 0"),
+        (lambda cell: cell | {"facts": cell["facts"] | {"key": "other"}}, "other settings"),
         (lambda cell: [], "this is list"),
-        (lambda cell: cell | {"seed": "0"}, "is no cell: seed='0'"),
+        (lambda cell: cell | {"seed": "0"}, "is not a record: seed='0'"),
     ],
 )
 def test_a_folder_with_other_cells_is_refused(damage, message, tables, tmp_path):
@@ -335,25 +335,28 @@ def test_a_folder_with_other_cells_is_refused(damage, message, tables, tmp_path)
     cell = grid.cells()[0]
     file = tmp_path / "run" / cell.path / "cell.json"
     file.parent.mkdir(parents=True)
-    file.write_text(json.dumps(damage({**CELL, "key": cell.key})))
+    file.write_text(json.dumps(damage({**CELL, "facts": CELL["facts"] | {"key": cell.key}})))
     with pytest.raises(ArmError, match=message):
-        recipe.check_folder(tmp_path / "run", grid.cells())
+        Store(tmp_path / "run").check(grid.cells())
 
 
 def test_full_finetuning_has_no_strength_and_leaves_the_base_alone(tables, tmp_path):
     tables["arms"] = ["full_dpo", "base"]
     del tables["factors"]
-    tables |= {"design": {"kind": "arms"}, "claim": {"better": "full_dpo", "than": "base", "measure": "accuracy"}}
+    tables |= {
+        "design": {"kind": "arms"},
+        "claim": {"better": "full_dpo", "than": "base", "measure": "accuracy", "strength": "tuned"},
+    }
     tables["card"]["affordances"] = {"*": "The same pairs."}
     grid = make_grid(tables)
-    bench = Bench(grid)
-    before = {name: value.clone() for name, value in bench.model.state_dict().items()}
-    recipe.run(grid, grid.cells(), bench, tmp_path / "run", show=False)
+    context = Context(grid)
+    before = {name: value.clone() for name, value in context.model.state_dict().items()}
+    recipe.run(grid.cells(), context, tmp_path / "run", show=False)
     for cell in read(grid, tmp_path / "run"):
         assert cell["status"] == "ok", cell["error"]
         assert not cell["scalable"] and cell["matched_strength"] is None and "matched_accuracy" not in cell
         assert {trial["strength"] for trial in cell["tuning"]} == {1.0}
-    assert all(torch.equal(value, before[name]) for name, value in bench.model.state_dict().items())
+    assert all(torch.equal(value, before[name]) for name, value in context.model.state_dict().items())
 
 
 @pytest.mark.slow
@@ -379,9 +382,9 @@ def test_every_baseline_arm_runs(tables, tmp_path):
         untrained = prompt or name == "base" or name in directions.names()
         assert (cell["parameters"] == 0) == untrained and (cell["steps"] == 0) == untrained
         assert (abs(cell["margin_gain"]) > 1e-6) == (name != "base"), name
-        assert cell["scalable"] == (name.startswith(("bias", "lora", "gated")) or (untrained and not prompt))
+        assert cell["scalable"] == (name.startswith(("vector", "lora")) or (untrained and not prompt))
         assert (cell["prompt_tokens"] > 0) == prompt
-        assert ("augmentation" in cell) == (
+        assert ("augmentation" in cell["notes"]) == (
             name in ("lora_templates_dpo", "lora_rewrites_dpo", "lora_perturbations_dpo")
         )
 

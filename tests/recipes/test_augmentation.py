@@ -17,6 +17,7 @@ from steertune.recipes.lab.augmentation.perturbations import Perturbations
 from steertune.recipes.lab.augmentation.rewrites import Rewrites, _first
 from steertune.recipes.lab.augmentation.templates import Templates
 from steertune.recipes.lab.files import ArmError
+from steertune.recipes.lab.ingredients.augmentation import Augmentation
 
 PROMPTS = ["Should we record an album?", "What is a good first motorcycle?", "Can I eat it after a week?"]
 
@@ -71,7 +72,10 @@ def test_perturbations_touch_the_inside_of_words_only():
 
 def test_one_time_is_nothing_new():
     assert grown(rows(), Templates(), 1).rows[:] == rows()[:]
-    assert read({}) is None and make_arm({"name": "a", "data": {"name": "warm_tone"}}).augmenter() is None
+    assert (
+        read({}) is None
+        and make_arm({"name": "a", "data": {"name": "warm_tone"}}).get(Augmentation).augmenter() is None
+    )
 
 
 def shout(row, random):
@@ -211,7 +215,7 @@ def test_the_budget_stays_only_with_a_number_of_steps(times, steps, fits):
     tables = {"name": "a", "data": {"name": "warm_tone"}, "augmentation": {"name": "templates", "times": times}}
     tables["trainer"] = {} if steps is None else {"max_steps": steps}
     if fits:
-        assert make_arm(tables).augmenter() is not None
+        assert make_arm(tables).get(Augmentation).augmenter() is not None
         return
     with pytest.raises(ArmError, match="makes 4 times as many examples, and trainer.max_steps=(-1|'x').*set trainer"):
         make_arm(tables)
@@ -225,7 +229,7 @@ def test_data_without_prompts_are_refused():
 def test_every_augmenter_with_options_of_its_own_is_an_arm_s():
     assert names() == ["function", "perturbations", "rewrites", "templates"]
     for name in ("templates", "perturbations", "rewrites"):
-        augmenter, times = load_arm(f"lora_{name}_dpo").augmenter() or (None, 0)
+        augmenter, times = load_arm(f"lora_{name}_dpo").get(Augmentation).augmenter() or (None, 0)
         assert type(augmenter).__name__.lower() == name and times > 1
 
 
@@ -242,7 +246,7 @@ def test_a_grid_crosses_it_at_the_same_budget(tmp_path):
     for form in ("lora", "bias"):
         once, four = (cells[f"form={form},data={data}"] for data in ("x1", "x4"))
         assert (once["steps"], once["pairs_read"]) == (four["steps"], four["pairs_read"])
-        assert four["augmentation"].startswith("4 examples became 16") and "augmentation" not in once
+        assert four["notes"]["augmentation"].startswith("4 examples became 16") and not once["notes"]
         assert once["margins"] != four["margins"]
     keys = {cell.arm.name: cell.key for cell in make_grid(tables).cells()}
     tables["factors"]["data"]["x4"]["augmentation"]["times"] = 3
@@ -256,9 +260,9 @@ def test_a_grid_s_budget_is_the_number_of_steps_of_an_arm_that_says_none(tmp_pat
     arm = ARMS / "lora_templates_dpo.toml"
     base = tmp_path / "base.toml"
     base.write_text(arm.read_text().replace("max_steps = 16\n", ""))
-    with pytest.raises(ArmError, match="set trainer.max_steps"):
+    with pytest.raises(ArmError, match="Set trainer.max_steps"):
         load_arm(str(base))
     made = make_grid({**tables, "arms": [str(base)]})
     (own,) = (arm for arm in made.arms if arm.name == "base")
-    assert own.arm.trainer["max_steps"] == made.tables.budget.steps[0] and own.arm.augmenter()
+    assert own.arm.trainer["max_steps"] == made.tables.budget.steps[0] and own.arm.get(Augmentation).augmenter()
     assert make_grid(tables).cells()[0].key == kept

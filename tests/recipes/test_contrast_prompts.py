@@ -14,6 +14,7 @@ from steertune.recipes import contrast_prompts as recipe
 from steertune.recipes.ablation.tables import TaskTable
 from steertune.recipes.lab import contrast_page
 from steertune.recipes.lab.files import ArmError
+from steertune.recipes.lab.rows import Record
 
 TASKS = [TaskTable(name="one"), TaskTable(name="one", reverse=True)]
 CONDITIONS = [f"{who}, {name}" for name in ("plain", "k-shot", "contrast") for who in ("base", "trained")]
@@ -71,21 +72,21 @@ def test_every_condition_is_measured_and_a_run_goes_on(mixture, tmp_path, monkey
     words = [str(mixture), "--data-root", str(tmp_path), "--threads", "1", "--folder", str(run)]
     assert recipe.main(words) == 0
     result = json.loads((run / "result.json").read_text())
-    assert [(cell["task"], cell["seed"]) for cell in result["cells"]] == [("two", 0), ("two", 1)]
-    for cell in result["cells"]:
-        assert list(cell["margins"]) == [*CONDITIONS, "mean_difference"]
-        assert {len(margins) for margins in cell["margins"].values()} == {4}
-        assert cell["margins"]["base, plain"] != cell["margins"]["trained, plain"]
-    first, second = (cell["margins"] for cell in result["cells"])
+    seen, cells = (margins_in(result[part]) for part in ("seen", "cells"))
+    assert list(cells) == [("two", 0), ("two", 1)]
+    for margins in cells.values():
+        assert list(margins) == [*CONDITIONS, "mean_difference"]
+        assert {len(values) for values in margins.values()} == {4}
+        assert margins["base, plain"] != margins["trained, plain"]
+    first, second = cells.values()
     assert first["base, plain"] == second["base, plain"]
     assert first["base, contrast"] != second["base, contrast"], "another draw of pairs"
-    labels = [("one", 0), ("one", 1), ("one_reversed", 0), ("one_reversed", 1)]
-    assert [(cell["task"], cell["seed"]) for cell in result["seen"]] == labels
-    for cell in result["seen"]:
-        assert list(cell["margins"]) == [name for name in CONDITIONS if "k-shot" not in name]
-        assert {len(margins) for margins in cell["margins"].values()} == {4}
-        assert cell["margins"]["base, contrast"] != cell["margins"]["trained, contrast"]
-    forward, backward = result["seen"][0]["margins"], result["seen"][2]["margins"]
+    assert list(seen) == [("one", 0), ("one", 1), ("one_reversed", 0), ("one_reversed", 1)]
+    for margins in seen.values():
+        assert list(margins) == [name for name in CONDITIONS if "k-shot" not in name]
+        assert {len(values) for values in margins.values()} == {4}
+        assert margins["base, contrast"] != margins["trained, contrast"]
+    forward, backward = seen["one", 0], seen["one_reversed", 0]
     assert forward["base, plain"] == pytest.approx([-margin for margin in backward["base, plain"]])
     page = (run / "page.md").read_text()
     assert "| trained, contrast, nats | base, contrast, nats |" in page and "one_reversed |" in page
@@ -94,13 +95,29 @@ def test_every_condition_is_measured_and_a_run_goes_on(mixture, tmp_path, monkey
     assert "finished run" in capsys.readouterr().err
     (run / "result.json").unlink()
     (run / "page.md").unlink()
-    monkeypatch.setattr(recipe.Mixture, "_measured", lambda *_: pytest.fail("the cells are there"))
     monkeypatch.setattr(recipe, "fit", lambda *_: pytest.fail("the adapter is there"))
+    evaluate = recipe.evaluate
+
+    def on_neutral_text_alone(model, held_out, names):
+        assert "margin" not in names, "the records are there"
+        return evaluate(model, held_out, names)
+
+    monkeypatch.setattr(recipe, "evaluate", on_neutral_text_alone)
     assert recipe.main(words) == 0
     again = json.loads((run / "result.json").read_text())
     assert (again["cells"], again["seen"]) == (result["cells"], result["seen"])
-    assert again["side_effects"] == pytest.approx(result["side_effects"], rel=1e-4)
+    effects = [Record.from_json(one["side_effects"], run).means()["1"] for one in (result, again)]
+    assert effects[0] == pytest.approx(effects[1], rel=1e-4)
     assert (run / "page.md").read_text() == page
+
+
+def margins_in(records: list[dict]) -> dict[tuple[str, int], dict[str, list[float]]]:
+    """By task and seed, the margins of every condition."""
+    margins: dict = {}
+    for record in (Record.from_json(one, Path()) for one in records):
+        of_cell = margins.setdefault((record.keys["task"], record.keys["seed"]), {})
+        of_cell[record.keys["arm"]] = record.seen(1)["margin"].tolist()
+    return margins
 
 
 def test_the_check_asks_about_held_out_rows_behind_the_pairs_that_were_trained_on(mixture):
@@ -121,11 +138,10 @@ def test_the_check_asks_about_held_out_rows_behind_the_pairs_that_were_trained_o
 
 @pytest.mark.parametrize("better", [0.75, 0.0])
 def test_the_page_says_whether_the_training_took(better):
-    cells = [cell(task, seed, better) for task in ("one", "one_reversed") for seed in range(6)]
-    effects = {"kl": 0.0, "perplexity": 1.0, "base_perplexity": 1.0}
-    text = contrast_page.page(
-        "A study.", ["vector_dpo"], TASKS, {"seen": cells, "cells": cells, "side_effects": effects}
-    )
+    cells = [one for task in ("one", "one_reversed") for seed in range(6) for one in cell(task, seed, better)]
+    neutral = {"neutral_kl": [0.0], "neutral_nll": [1.0], "neutral_tokens": [1]}
+    effects = Record({"arm": "trained", "task": "neutral", "examples": 4, "seed": 0}, {"0": neutral, "1": neutral})
+    text = contrast_page.page("A study.", ["vector_dpo"], TASKS, cells, cells, effects)
     assert ("It responds to contrast prompts of the tasks" in text) == (better > 0)
     assert ("too little training as well as no transfer" in text) == (better == 0)
     gain = contrast_page.responses(cells, TASKS)["trained, contrast, nats", "base, contrast, nats"]
@@ -133,8 +149,8 @@ def test_the_page_says_whether_the_training_took(better):
 
 
 def test_a_task_and_its_reverse_are_one_task_that_shows_and_trains_on_other_rows(mixture):
-    cells = [cell(task, seed, 0.5) for task in ("one", "one_reversed") for seed in range(2)]
-    both, apart = (contrast_page.nats(cells, tasks)["base, plain"].index for tasks in (TASKS, ()))
+    cells = [one for task in ("one", "one_reversed") for seed in range(2) for one in cell(task, seed, 0.5)]
+    both, apart = (contrast_page.values(cells, "margin", tasks)["base, plain"].index for tasks in (TASKS, ()))
     assert both.tolist() == [("one", f"{task} {seed}") for task in ("one", "one_reversed") for seed in (0, 1)]
     assert apart.tolist() == [(task, seed) for task in ("one", "one_reversed") for seed in (0, 1)]
     study = make(mixture, unseen=["two", TaskTable(name="two", reverse=True, draw=1)], demonstrations=3)
@@ -146,17 +162,23 @@ def test_a_task_and_its_reverse_are_one_task_that_shows_and_trains_on_other_rows
     assert one != other
 
 
-def cell(task: str, seed: int, better: float) -> dict:
-    """Margins of eight pairs: the trained model's contrast prompt is right in a share of them, all else is wrong."""
+def cell(task: str, seed: int, better: float) -> list[Record]:
+    """Records of eight pairs: the trained model's contrast prompt is right in a share of them, all else is wrong."""
     margins = {name: [-1.0] * 8 for name in [*CONDITIONS, "vector_dpo"]}
     margins["trained, contrast"] = [1.0] * int(8 * better) + [-1.0] * (8 - int(8 * better))
     margins["base, k-shot"] = [0.0] * 8  # a tie counts half
-    return {"task": task, "seed": seed, "margins": margins}
+    return [
+        Record(
+            {"arm": name, "task": task, "examples": 4, "seed": seed},
+            {"1": {"chosen_logp": values, "rejected_logp": [0.0] * 8}},
+        )
+        for name, values in margins.items()
+    ]
 
 
 def test_questions_by_hand():
-    cells = [cell(task, seed, 0.5 + 0.125 * (seed % 3)) for task in ("a", "b") for seed in range(6)]
-    found = contrast_page.right(cells)
+    cells = [one for task in ("a", "b") for seed in range(6) for one in cell(task, seed, 0.5 + 0.125 * (seed % 3))]
+    found = contrast_page.values(cells, "accuracy")
     assert np.mean(found["base, k-shot"].iloc[0]) == 0.5
     answers = contrast_page.questions(found, ["vector_dpo"])
     gain = answers["trained, contrast", "base, contrast"]
@@ -182,7 +204,7 @@ def test_questions_by_hand():
         ({"steering": ["prompt_contrast"]}, "is a prompt"),
         ({"steering": ["lora_templates_dpo"]}, "contrast_prompts makes no further examples"),
         ({"arm": "lora_templates_dpo"}, "contrast_prompts makes no further examples"),
-        ({"steering": ["bias_dop"]}, "Did you mean 'vector_dpo'"),
+        ({"steering": ["vector_dop"]}, "Did you mean 'vector_dpo'"),
         ({"examples": 40}, "40 training examples asked"),
         ({"loss": {"name": "dop"}}, "dop"),
     ],

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
@@ -13,12 +12,18 @@ from tiny_models import steered, tiny
 
 from steertune.recipes import distill
 from steertune.recipes.lab.arm import load_arm
+from steertune.recipes.lab.evaluate import evaluate, evaluate_base
 from steertune.recipes.lab.files import ArmError, read_rows
 from steertune.recipes.lab.generation import check_context, prompt_lengths
+from steertune.recipes.lab.ingredients.views import Views
+from steertune.recipes.lab.measures import Seen
+from steertune.recipes.lab.observe import HeldOut, Prompted
+from steertune.recipes.lab.rows import Record
 from steertune.trainers import get_view
 
 ORDER = "you stay now "
 VIEW = get_view("instruction", text=ORDER)
+MEASURES = ["fidelity", "prompted_kl", "agreement"]
 
 
 @pytest.fixture
@@ -43,9 +48,17 @@ def words(tmp_path: Path) -> list[str]:
     return [f"--{key}={value}" for key, value in options.items()]
 
 
+def fidelity_of(model, rows: Dataset, **options) -> Record:
+    """The measures of a distilled prompt, of a model whose base is `tiny()` at answers that stand for the prompted
+    model's."""
+    held_out = HeldOut(tiny(), tiny_data.tokenizer(), rows, rows, prompted=Prompted(VIEW, rows), **options)
+    keys = {"arm": "a", "task": "t", "examples": 1, "seed": 0}
+    return Record(keys, {**evaluate_base(held_out, MEASURES), **evaluate(model, held_out, MEASURES)})
+
+
 def test_fidelity_is_what_a_plain_loop_finds():
     model, tokenizer, rows = steered(layers=2).float(), tiny_data.tokenizer(), tiny_data.demonstrations(5)
-    found = distill.fidelity(model, tokenizer, rows, VIEW, batch_size=2)
+    record = fidelity_of(model, rows, batch_size=2)
 
     def distributions(row, text, plain):
         ids = tokenizer(text + row["prompt"] + row["completion"])["input_ids"]
@@ -63,31 +76,42 @@ def test_fidelity_is_what_a_plain_loop_finds():
             if not plain:
                 agreements.append((prompted.argmax(-1) == other.argmax(-1)).float())
     base, ours = (float(torch.cat(kls[plain]).mean()) for plain in (True, False))
-    assert found["kl_base"] == pytest.approx(base, rel=1e-4)
-    assert found["kl"] == pytest.approx(ours, rel=1e-4)
-    assert found["fidelity"] == pytest.approx(1 - ours / base, rel=1e-4)
-    assert found["agreement"] == pytest.approx(float(torch.cat(agreements).mean()))
+    assert record.value("prompted_kl") == pytest.approx(base, rel=1e-4)
+    assert record.value("prompted_kl", 1) == pytest.approx(ours, rel=1e-4)
+    assert record.value("fidelity", 1) == pytest.approx(1 - ours / base, rel=1e-4)
+    assert record.value("agreement", 1) == pytest.approx(float(torch.cat(agreements).mean()))
+
+
+def test_the_prompted_model_itself_has_a_fidelity_of_one():
+    rows = tiny_data.demonstrations(3)
+    held_out = HeldOut(tiny(), tiny_data.tokenizer(), rows, rows, prompted=Prompted(VIEW, rows))
+    behind = held_out.behind(lambda rows: Dataset.from_list([dict(row) for row in VIEW(rows.to_list())]))
+    seen = Seen(evaluate(held_out.model, behind, MEASURES)["1"])
+    assert [float(seen[name].mean()) for name in MEASURES] == pytest.approx([1, 0, 1], abs=1e-6)
 
 
 def test_a_vector_of_zeros_is_as_far_as_the_base():
     model = steered(layers=2)
     torch.nn.init.zeros_(next(p for n, p in model.named_parameters() if "steering_vector_v" in n))
-    found = distill.fidelity(model, tiny_data.tokenizer(), tiny_data.demonstrations(3), VIEW)
-    assert found["fidelity"] == pytest.approx(0, abs=1e-6)
+    record = fidelity_of(model, tiny_data.demonstrations(3))
+    assert record.value("fidelity", 1) == pytest.approx(0, abs=1e-6)
 
 
 def test_an_instruction_is_learnt_and_its_tokens_are_saved(words, tmp_path, capsys):
     assert distill.main(["vector_distillation", *words]) == 0
     run = tmp_path / "run"
-    result = json.loads((run / "result.json").read_text())
-    assert result["fidelity"] > 0.3
-    assert result["kl"] < result["kl_base"]
-    assert result["tokens"]["saved"] == len(ORDER.split())
-    assert set(result["accuracy"]) == {"base", "prompted", "distilled"}
+    record, prompted = (Record.read(run / name) for name in ("result.json", "prompted.json"))
+    assert record.value("fidelity", 1) > 0.3
+    assert record.value("prompted_kl", 1) < record.value("prompted_kl")
+    assert record.facts["tokens"]["saved"] == len(ORDER.split())
+    assert prompted.value("fidelity", 1) == pytest.approx(1)
+    assert record.seen().observations == prompted.seen().observations
+    assert prompted.value("margin", 1) != prompted.value("margin")
+    assert len({len(row.split("|")) for row in (run / "page.md").read_text().splitlines() if "|" in row}) == 1
     assert (run / "adapter" / "adapter_model.safetensors").is_file()
     answers = read_rows(run / "answers.jsonl", "")
     assert {len(row) for row in answers} == {2}
-    assert 0 < len(answers) == result["train_prompts"]
+    assert 0 < len(answers) == record.facts["train_prompts"]
     assert "tokens saved" in capsys.readouterr().out
     assert distill.main(["vector_distillation", *words]) == 2
     assert "finished run" in capsys.readouterr().err
@@ -95,12 +119,10 @@ def test_an_instruction_is_learnt_and_its_tokens_are_saved(words, tmp_path, caps
 
 def test_an_interrupted_run_reads_its_answers(words, tmp_path, monkeypatch):
     monkeypatch.setattr(distill, "fit", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-    with pytest.raises(KeyboardInterrupt):
-        distill.main(["vector_distillation", *words])
+    assert distill.main(["vector_distillation", *words]) == 130
     before = (tmp_path / "run" / "answers.jsonl").read_text()
     monkeypatch.undo()
     monkeypatch.setattr(distill, "generate", lambda *_: pytest.fail("the answers are there"))
-    monkeypatch.setattr(distill, "_generations", lambda *_: [])
     assert distill.main(["vector_distillation", *words]) == 0
     assert (tmp_path / "run" / "answers.jsonl").read_text() == before
 
@@ -108,10 +130,10 @@ def test_an_interrupted_run_reads_its_answers(words, tmp_path, monkeypatch):
 def test_a_contrast_prompt_shows_training_examples_in_front_of_test_prompts(words, tmp_path):
     words = [word for word in words if "views" not in word]
     arm = load_arm("vector_contrast_distillation", [*words, "--views.good.k=2", "--trainer.max_steps=2"])
-    result = distill.run(arm)
-    assert result["tokens"]["saved"] > 15  # two demonstrations of a prompt and two answers
+    record = distill.run(arm)
+    assert record.facts["tokens"]["saved"] > 15  # two demonstrations of a prompt and two answers
     train = tiny_data.pairs(8, seed=len("train"))
-    pooled = distill._with_pool(arm, train).view_objects()["good"]
+    pooled = distill._with_pool(arm, train).get(Views).views()["good"]
     [first, *_] = pooled(tiny_data.pairs(8, seed=len("test")).to_list())
     shown = [row for row in train if row["chosen"] in first["prompt"] and row["rejected"] in first["prompt"]]
     assert len(shown) >= 2
@@ -124,12 +146,12 @@ def test_a_contrast_prompt_shows_training_examples_in_front_of_test_prompts(word
         (["--views.good.name=neutral", "--views.good={name='neutral'}"], r"\[views.good\] is the prompt"),
         (["--trainer.max_steps=0"], "distillation trains an adapter"),
         (["--adapter={type='none'}"], "distillation trains an adapter"),
-        (["--augmentation={name='templates'}"], "has a .augmentation., and distill makes no further examples"),
+        (["--augmentation={name='templates'}"], r"has a table \[augmentation\]: distill makes no further examples"),
     ],
 )
 def test_bad_arms(words, changes, message):
     with pytest.raises(ArmError, match=message):
-        distill.run(load_arm("vector_distillation", [*words, *changes]))
+        distill.run(load_arm("vector_distillation", [*words, *changes], recipe="distill"))
 
 
 def test_prompts_beyond_the_context_are_refused_before_anything(words):
@@ -141,7 +163,7 @@ def test_test_pairs_beyond_the_context_are_refused_before_anything(words, tmp_pa
     long = [{**row, "rejected": "sea " * 255} for row in tiny_data.pairs(8, seed=len("test"))]
     Dataset.from_list(long).to_json(tmp_path / "test.jsonl")
     monkeypatch.setattr(distill, "generate", lambda *_: pytest.fail("nothing is generated"))
-    with pytest.raises(ArmError, match=r"test pairs: a prompt and its answer take \d+ tokens, the model reads 256"):
+    with pytest.raises(ArmError, match=r"test rows: a prompt and its answer take \d+ tokens, the model reads 256"):
         distill.run(load_arm("vector_distillation", words))
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from measuring import margins
 from peft import get_peft_model
 from transformers import AutoModelForCausalLM
 
@@ -13,7 +14,6 @@ from steertune.adapters import SteeringVectorConfig, directions
 from steertune.recipes.lab import embedded
 from steertune.recipes.lab.data import load_splits
 from steertune.recipes.lab.generation import generate
-from steertune.recipes.lab.old import pair_margins
 from steertune.recipes.lab.tables import DataTable
 from steertune.trainers import collator, tokenise
 
@@ -49,6 +49,6 @@ def test_the_mean_difference_of_eight_pairs_steers_held_out_ones() -> None:
     batches = [collator(rows, tokenizer)(rows.to_list())]
     steered = get_peft_model(model, SteeringVectorConfig(layers=15, init="mean_difference"))
     directions.compute("mean_difference", steered, batches, layers=15).write(steered)
-    margins = pair_margins(steered.eval(), tokenizer, test, [-4.0, 0.0, 4.0])
-    assert margins[4.0].mean() > margins[0.0].mean() + 5 > margins[-4.0].mean() + 10
-    assert (margins[4.0] > 0).float().mean() > (margins[0.0] > 0).float().mean()
+    found = {strength: margins(steered.eval(), tokenizer, test, strength) for strength in (-4.0, 0.0, 4.0)}
+    assert found[4.0].mean() > found[0.0].mean() + 5 > found[-4.0].mean() + 10
+    assert (found[4.0] > 0).mean() > (found[0.0] > 0).mean()

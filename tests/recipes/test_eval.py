@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import tiny_data
+from measuring import margins
 from tiny_data import saved_on_its_base
 from tiny_models import steered, tiny
 
@@ -14,7 +15,6 @@ from steertune.adapters import set_strength
 from steertune.recipes import cli
 from steertune.recipes import eval as recipe
 from steertune.recipes.lab.files import ArmError
-from steertune.recipes.lab.old import pair_margins
 
 pytest.importorskip("lm_eval", reason='pip install "steertune[eval]"')
 TASK = Path(__file__).parent / "lm_eval_task"
@@ -95,7 +95,7 @@ def test_pairs_are_a_choice_between_two_answers(folder, tmp_path):
             right = [_likelier(model, words, row) for row in rows]
         assert found[f"{strength:g}"]["mine"]["acc,none"] == pytest.approx(sum(right) / len(right))
     assert found["0"] != found["2"]
-    assert len(pair_margins(model, words, rows, [1.0], show=False)[1.0]) == 24  # the same rows suit the other measure
+    assert len(margins(model, words, rows)) == 24  # the same rows suit the other measure
     lines = recipe.table(found).splitlines()
     assert lines[0].split() == ["task", "metric", "strength", "0", "strength", "2"]
     assert lines[1].startswith("mine  acc ") and " ± " in lines[1]

@@ -92,6 +92,11 @@ def test_the_recipe_measures_every_contrast_on_the_same_batches(tmp_path, capsys
     assert "--held-out 2" in capsys.readouterr().err
 
 
+def test_an_arm_that_changes_gradients_is_refused(tmp_path, capsys):
+    assert gradients.main([str(tmp_path), "--model", "nowhere", "--arm", "lora_start_dpo"]) == 2
+    assert "has a table [inductive_biases]: they change gradients" in capsys.readouterr().err
+
+
 def test_an_arm_that_makes_examples_is_refused_before_anything_is_loaded(tmp_path, capsys):
     assert gradients.main([str(tmp_path), "--model", "nowhere", "--arm", "lora_templates_dpo"]) == 2
-    assert "has a [augmentation], and gradients makes no further examples" in capsys.readouterr().err
+    assert "has a table [augmentation]: gradients makes no further examples" in capsys.readouterr().err

@@ -78,7 +78,7 @@ def built(changes: Changes | None = None) -> Grid:
     if "claim" not in made:
         tables = GridTables(**made)
         names = [arm.name for arm in module._arms(tables, module._combinations(tables)[0])]
-        made["claim"] = {"better": names[0], "than": names[-1], "measure": "accuracy"}
+        made["claim"] = {"better": names[0], "than": names[-1], "measure": "accuracy", "strength": "tuned"}
     return make_grid(made)
 
 
@@ -503,7 +503,7 @@ BAD: dict[str, tuple[Changes, list[str]]] = {
     "full without factors": ({"factors": DELETE}, ["design.kind='full'", "needs [factors]"]),
     "no arms": ({"factors": DELETE, "design": DELETE, "arms": []}, ["no arms", "`arms`", "[factors]"]),
     "unknown arm": ({"arms": ["bass"]}, ["'bass'", "Did you mean 'base'"]),
-    "unknown base": ({"base": "bias_dp"}, ["'bias_dp'", "Did you mean 'vector_dpo'"]),
+    "unknown base": ({"base": "vector_dp"}, ["'vector_dp'", "Did you mean 'vector_dpo'"]),
     "one arm twice": ({"arms": ["base", "base"]}, ["Two arms", "'base'"]),
     "no trials": ({"budget.trials": 0}, ["budget.trials", "greater than or equal to 1"]),
     "no steps": ({"budget.steps": [4, 0]}, ["budget.steps", "[4, 0]", "at least 1"]),
@@ -535,7 +535,8 @@ BAD: dict[str, tuple[Changes, list[str]]] = {
         ["claim.better='form=bias,init=zero'", "Did you mean 'form=bias,init=zeros'"],
     ),
     "claim against no arm": ({"claim.than": "form=lora,init=zeros"}, ["claim.than=", "['form=lora,init=-', "]),
-    "unknown measure": ({"claim.measure": "acuracy"}, ["claim.measure", "'matched_accuracy'"]),
+    "unknown measure": ({"claim.measure": "matched_acuracy"}, ["claim.measure", "Did you mean 'accuracy'"]),
+    "measure without a strength": ({"claim.measure": "accuracy"}, ["measure='accuracy'", 'strength = "matched"']),
     "alpha of 1": ({"claim.alpha": 1.0}, ["claim.alpha", "less than 1"]),
     "two tasks with one label": ({"tasks": ["warm_tone", "elsewhere/warm_tone"]}, ["'warm_tone'", "label"]),
     "no tasks": ({"tasks": []}, ["tasks", "at least 1"]),
@@ -547,7 +548,7 @@ BAD: dict[str, tuple[Changes, list[str]]] = {
     "level that is no folder": ({"factors": {"f": {"a/b": {}, "c": {}}}}, ["'a/b'", "no name for"]),
     "colon in a level": ({"factors": {"f": {"a:b": {}, "c": {}}}}, ["'a:b'", "no name for"]),
     "behaviour without answers": (
-        {"claim.measure": "matched_behaviour", "generations": 0}, ["'matched_behaviour'", "generations=0"]
+        {"claim.measure": "matched_behaviour", "generations": 0}, ["'behaviour'", "generations=0"]
     ),
     "most of the gap from a factor that stays": (
         {"claim.factor": "init", "design.start": {"form": "lora", "init": "zeros"},
@@ -571,7 +572,7 @@ BAD: dict[str, tuple[Changes, list[str]]] = {
         {"examples": [8, 64]}, ["examples=[8, 64]", "reads 8 in 4 steps of 2", "budget.steps to 32 or more"]
     ),
     "an arm against itself": ({"claim.better": "base", "claim.than": "base"}, ["'base'", "compare two arms"]),
-    "matched without a strength": ({"claim.than": "base"}, ["['base']", "no strength", "'accuracy'"]),
+    "matched without a strength": ({"claim.than": "base"}, ["['base']", "no strength", "'tuned'"]),
     "the same rows twice": (
         {"tasks": [{"name": "warm_tone", "label": "a"}, {"name": "warm_tone", "label": "b", "reverse": True}]},
         ["'a' and 'b'", "same rows of 'warm_tone'", "draw = 1"],

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
+from measuring import margins
 from tiny_grids import make_tables, run
 
-import steertune.recipes.ablation.cell as cell_module
 from steertune.recipes import report, train
-from steertune.recipes.ablation.bench import Bench
+from steertune.recipes.ablation.context import Context, instructions
 from steertune.recipes.ablation.grid import Cell, load_grid, make_grid
-from steertune.recipes.ablation.prompted import candidates, prompt_tokens, shown
 from steertune.recipes.ablation.tables import TaskTable, told
 from steertune.recipes.lab.arm import load_arm
 from steertune.recipes.lab.embedded import TASKS, task_names
 from steertune.recipes.lab.files import ArmError
-from steertune.recipes.lab.old import pair_margins
+from steertune.recipes.lab.observe import OBSERVERS
 
 ARMS = ["prompt_instruction", "prompt_demonstrations", "prompt_both", "prompt_contrast", "base"]
 INSTRUCTIONS = ["the dog runs", "we stay"]
@@ -35,23 +35,23 @@ def tables(tmp_path: Path) -> dict:
     return made
 
 
-def cell_of(tables: dict, arm: str) -> tuple[Cell, Bench]:
+def cell_of(tables: dict, arm: str) -> tuple[Cell, Context]:
     grid = make_grid(tables)
     [found] = [cell for cell in grid.cells() if (cell.arm.name, cell.seed) == (arm, 1)]
-    return found, Bench(grid)
+    return found, Context(grid)
 
 
-def prompts(cell: Cell, bench: Bench, choice: int = 0) -> list[str]:
-    return shown(cell, bench, cell.seed, choice)(bench.splits(cell.task).test)["prompt"]
+def prompts(cell: Cell, context: Context, choice: int = 0) -> list[str]:
+    return context.show(cell, cell.seed, choice)(context.splits(cell.task).test)["prompt"]
 
 
 def test_prompts_hold_what_they_say(tables):
     plain = None
     for arm in ARMS:
-        cell, bench = cell_of(tables, arm)
-        splits = bench.splits(cell.task)
+        cell, context = cell_of(tables, arm)
+        splits = context.splits(cell.task)
         plain, training = splits.test["prompt"], splits.train(4, seed=1).to_list()
-        seen = prompts(cell, bench, choice=len(INSTRUCTIONS) - 1 if "instruction" in arm or "both" in arm else 0)
+        seen = prompts(cell, context, choice=len(INSTRUCTIONS) - 1 if "instruction" in arm or "both" in arm else 0)
         for own, prompt in zip(plain, seen, strict=True):
             assert own.strip() in prompt and (prompt == own) == (arm == "base")
             assert (INSTRUCTIONS[1] in prompt.split("\n\n")) == (arm in ("prompt_instruction", "prompt_both"))
@@ -64,30 +64,31 @@ def test_prompts_hold_what_they_say(tables):
 
 
 def test_demonstrations_are_training_rows_of_the_seed_and_never_test_rows(tables):
-    cell, bench = cell_of(tables, "prompt_demonstrations")
-    splits = bench.splits(cell.task)
+    cell, context = cell_of(tables, "prompt_demonstrations")
+    splits = context.splits(cell.task)
     training = set(splits.train(4, seed=cell.seed)["prompt"])
     assert not training & {*splits.test["prompt"], *splits.validation["prompt"]}
-    shows = {part for prompt in prompts(cell, bench) for part in prompt.split("\n\n")[:-1]}
+    shows = {part for prompt in prompts(cell, context) for part in prompt.split("\n\n")[:-1]}
     assert len(shows) == 4 and all(any(part.startswith(t.rstrip()) for t in training) for part in shows)
 
 
 def test_the_added_tokens_are_counted(tables):
-    cell, bench = cell_of(tables, "prompt_instruction")
-    rows = bench.splits(cell.task).test
-    assert prompt_tokens(bench, rows, shown(cell, bench, 1)) == len(INSTRUCTIONS[0].split())
-    assert prompt_tokens(bench, rows, shown(cell, bench, 1, choice=1)) == len(INSTRUCTIONS[1].split())
+    cell, context = cell_of(tables, "prompt_instruction")
+    for choice, instruction in enumerate(INSTRUCTIONS):
+        assert context.prompt_tokens(cell, context.show(cell, 1, choice)) == len(instruction.split())
 
 
 def test_the_tuning_chooses_the_instruction_on_validation_rows(tables, tmp_path, monkeypatch):
-    original = cell_module.pair_margins
+    original = OBSERVERS["pairs"]
 
-    def prefers_the_second(model, tokenizer, rows, *args, **options):
-        found = original(model, tokenizer, rows, *args, **options)
-        told = INSTRUCTIONS[1] in rows["prompt"][0]
-        return {strength: values.abs() * (1 if told else -1) for strength, values in found.items()}
+    def prefers_the_second(model, held_out, strengths):
+        observed = original(model, held_out, strengths)
+        told = INSTRUCTIONS[1] in held_out.pairs["prompt"][0]
+        for values in observed.values():
+            values["chosen_logp"] = [logp + (1 if told else -1) for logp in values["rejected_logp"]]
+        return observed
 
-    monkeypatch.setattr(cell_module, "pair_margins", prefers_the_second)
+    monkeypatch.setitem(OBSERVERS, "pairs", prefers_the_second)
     cells = {cell["arm"]: cell for cell in run(tables | {"seeds": [0]}, tmp_path / "run")}
     told = cells["prompt_instruction"]
     assert [trial["prompt"] for trial in told["tuning"]] == [0, 1] and told["setting"]["prompt"] == 1
@@ -133,16 +134,16 @@ def test_prompts_that_cannot_be_filled_are_refused(changes, message, tables):
 
 def test_a_prompt_longer_than_the_context_is_refused(tables):
     tables["tasks"][0]["instructions"] = ["the dog runs " * 200]
-    cell, bench = cell_of(tables, "prompt_instruction")
+    cell, context = cell_of(tables, "prompt_instruction")
     with pytest.raises(ArmError, match=r"take \d+ tokens, the model reads 512"):
-        prompts(cell, bench)
+        prompts(cell, context)
 
 
 def test_an_answer_beyond_the_context_is_refused(tables):
-    cell, bench = cell_of(tables, "prompt_demonstrations")
-    test = bench.splits(cell.task).test
+    cell, context = cell_of(tables, "prompt_demonstrations")
+    test = context.splits(cell.task).test
     long = test.map(lambda row: {"rejected": "sea " * 512})
-    show = shown(cell, bench, 1)
+    show = context.show(cell, 1)
     show(test)
     with pytest.raises(ArmError, match=r"take \d+ tokens, the model reads 512"):
         show(long)
@@ -151,7 +152,7 @@ def test_an_answer_beyond_the_context_is_refused(tables):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--prompt.demonstrations=0", "--prompt.contrast=true"], "give prompt.demonstrations"),
+        (["--prompt.demonstrations=0", "--prompt.contrast=true"], "Set prompt.demonstrations"),
         (["--trainer.max_steps=4"], "trains nothing"),
         (["--adapter.type=lora"], "trains nothing"),
     ],
@@ -163,7 +164,7 @@ def test_arms_that_contradict_themselves(words, message):
 
 def test_the_training_recipe_refuses_a_prompt(capsys):
     assert train.main(["prompt_contrast"]) == 2
-    assert "is a prompt: there is nothing to train" in capsys.readouterr().err
+    assert "is a prompt, so there is nothing to train" in capsys.readouterr().err
 
 
 def test_views_that_show_more_than_there_is_are_refused_before_anything_runs(tables):
@@ -182,7 +183,7 @@ def test_instructions_have_an_author(tables, tmp_path):
     file = Path(task["name"]) / "instructions.toml"
     file.write_text('by = "A file."\ninstructions = ["we stay"]')
     grid = make_grid(tables)
-    assert candidates(next(cell for cell in grid.cells() if cell.arm.name == "prompt_both")) == ["we stay"]
+    assert instructions(next(cell for cell in grid.cells() if cell.arm.name == "prompt_both")) == ["we stay"]
     [kept] = grid.tables.tasks
     assert isinstance(kept, TaskTable) and kept.instructions_by == "A file."
     assert "- `task`: A file. “we stay”" in report._card(grid.card, grid.tables.claim, grid.tables.tasks)
@@ -208,12 +209,13 @@ def test_embedded_tasks_bring_instructions(name):
 def test_base_models_are_prompted_with_plain_text(tables, tmp_path):
     (tmp_path / "model" / "chat_template.jinja").unlink()
     for arm in ARMS:
-        cell, bench = cell_of(tables, arm)
-        assert getattr(bench.tokenizer, "chat_template", None) is None
-        rows = shown(cell, bench, 1)(bench.splits(cell.task).test)
-        margins = pair_margins(bench.model, bench.tokenizer, rows, [1.0], show=False)[1.0]
-        assert all(isinstance(prompt, str) for prompt in rows["prompt"]) and margins.isfinite().all()
-        assert (prompt_tokens(bench, bench.splits(cell.task).test, shown(cell, bench, 1)) > 0) == (arm != "base")
+        cell, context = cell_of(tables, arm)
+        assert getattr(context.tokenizer, "chat_template", None) is None
+        show = context.show(cell, 1)
+        rows = show(context.splits(cell.task).test)
+        assert all(isinstance(prompt, str) for prompt in rows["prompt"])
+        assert np.isfinite(margins(context.model, context.tokenizer, rows)).all()
+        assert (context.prompt_tokens(cell, show) > 0) == (arm != "base")
 
 
 @pytest.mark.parametrize("name", ["contrast", "augmentation", "prompting"])

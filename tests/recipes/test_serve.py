@@ -106,8 +106,8 @@ def test_rows_with_strengths_are_rows_apart(switches):
 @pytest.mark.parametrize(
     ("names", "message"),
     [
-        (["default@much", "default"], "'much' is no finite strength"),
-        (["default@nan", "default"], "'nan' is no finite strength"),
+        (["default@much", "default"], "'much' is not a finite strength"),
+        (["default@nan", "default"], "'nan' is not a finite strength"),
         (["defalt@2", "default"], r"non-existing adapter\(s\): defalt@2"),
         (["__base__@2@", "default"], "non-existing adapter"),
     ],

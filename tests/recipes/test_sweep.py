@@ -3,39 +3,45 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
-import numpy as np
 import pytest
 import tiny_data
 import torch
+from measuring import margins
 from peft import LoraConfig, PeftModel, get_peft_model
 from tiny_models import steered, tiny, tokens
 
 from steertune.adapters import set_strength
 from steertune.recipes import sweep
-from steertune.recipes.ablation.cell import preference
 from steertune.recipes.lab.files import ArmError
-from steertune.recipes.lab.old import pair_margins
+from steertune.recipes.lab.rows import Record
 from steertune.recipes.sweeping import choose as choosing
 from steertune.recipes.sweeping import settings
-from steertune.recipes.sweeping.choose import choose, reliability
+from steertune.recipes.sweeping.choose import Setting, choose, reliability
 from steertune.recipes.sweeping.settings import Limits
 from steertune.recipes.sweeping.sources import Source, bake
 from steertune.trainers import NonFiniteError, scaled
 
-BASE = np.array([-1.0] * 10)
+
+def place(layer: int, strengths: dict[float, dict], base: dict | None = None, site: str = "block") -> Record:
+    """A place with what was observed at some strengths."""
+    observed = {f"{strength:g}": values for strength, values in {0.0: base or observe(0, kl=0.0), **strengths}.items()}
+    keys = {"arm": f"a/{site}-{layer}", "task": "t", "examples": 8, "seed": 0}
+    return Record(keys, observed, {"site": site, "layer": layer, "status": "ok"})
 
 
-def cell(layer: int, strength: float, right: int, kl: float = 0.1, **more) -> dict:
-    """A setting that gets the first `right` of ten pairs right."""
-    margins = torch.tensor([1.0] * right + [-1.0] * (10 - right))
-    found = preference(margins, torch.tensor(BASE)) | {"kl": kl, "perplexity": 6.0, "repetition": 0.1}
-    return {"site": "block", "layer": layer, "strength": strength, **found, **more}
+def observe(right: int, kl: float = 0.1, perplexity: float = 6.0, **more) -> dict:
+    """What is seen of a model that gets the first `right` of ten pairs right; neutral text has ten tokens."""
+    neutral = {"neutral_kl": [10 * kl], "neutral_nll": [10 * math.log(perplexity)], "neutral_tokens": [10]}
+    chosen = [1.0] * right + [-1.0] * (10 - right)
+    answers = {"neutral_answer": ["a b c d a b c"]}  # one word triple of five occurs twice
+    return {"chosen_logp": chosen, "rejected_logp": [0.0] * 10, **neutral, **answers, **more}
 
 
-def base() -> dict:
-    return preference(torch.tensor(BASE), torch.tensor(BASE)) | {"kl": 0.0, "perplexity": 6.0, "repetition": 0.1}
+def setting(layer: int, strength: float, right: int, base: dict | None = None, **more) -> Setting:
+    return Setting(place(layer, {strength: observe(right, **more)}, base), strength)
 
 
 # -- the choice, by hand ---------------------------------------------------------------------------------------------
@@ -43,24 +49,24 @@ def base() -> dict:
 
 def test_the_gentlest_within_one_standard_error_of_the_best():
     # 9 and 8 right differ in one pair of ten: mean 0.1, standard error of ten such differences 0.1
-    cells = [cell(1, 1, 3, kl=0.01), cell(1, 2, 8, kl=0.05), cell(2, 2, 9, kl=0.2), cell(2, 4, 10, kl=2.0)]
-    found = choose(cells, base(), Limits())
-    assert found.cell is cells[1]
+    some = [setting(1, 1, 3, kl=0.01), setting(1, 2, 8, kl=0.05), setting(2, 2, 9, kl=0.2), setting(2, 4, 10, kl=2.0)]
+    found = choose(some, Limits())
+    assert found.setting is some[1]
     assert "layer 1 at strength 2 (0.800) has the least KL" in found.reason
     assert "3 of 4 settings leave neutral text within the limits" in found.reason
     assert "layer 2 at strength 2 has the best pair accuracy on validation rows (0.900)" in found.reason
 
 
 def test_one_that_stands_alone():
-    cells = [cell(1, 1, 3, kl=0.01), cell(2, 2, 9)]
-    found = choose(cells, base(), Limits())
-    assert found.cell is cells[1] and "no other is both within one standard error" in found.reason
+    some = [setting(1, 1, 3, kl=0.01), setting(2, 2, 9)]
+    found = choose(some, Limits())
+    assert found.setting is some[1] and "no other is both within one standard error" in found.reason
 
 
 def test_what_is_not_ahead_of_the_base_is_not_chosen_for_being_gentle():
     # one right is one error from the base's none, and one error from the best's two
-    cells = [cell(1, 0.5, 1, kl=0.01), cell(1, 1, 2, kl=0.1)]
-    assert choose(cells, base(), Limits()).cell is cells[1]
+    some = [setting(1, 0.5, 1, kl=0.01), setting(1, 1, 2, kl=0.1)]
+    assert choose(some, Limits()).setting is some[1]
 
 
 @pytest.mark.parametrize(
@@ -68,45 +74,53 @@ def test_what_is_not_ahead_of_the_base_is_not_chosen_for_being_gentle():
     [
         (dict(kl=0.31), "KL 0.31"),
         (dict(perplexity=7.6), "perplexity × 1.3"),
-        (dict(repetition=0.25), "repetition 25%"),
+        (dict(neutral_answer=["a b c a b c a b c"]), "repetition 57%"),
         (dict(kl=float("nan")), "not finite"),
     ],
 )
 def test_what_harms_neutral_text_is_not_recommended(change, why):
-    harmful = cell(1, 2, 9, **{"kl": 0.1, **change})
-    assert why in choosing.excesses(harmful, base(), Limits())[0]
-    assert choose([harmful], base(), Limits()).cell is None
-    gentle = cell(2, 1, 6)
-    assert choose([harmful, gentle], base(), Limits()).cell is gentle
+    harmful = setting(1, 2, 9, **change)
+    assert why in choosing.excesses(harmful, Limits())[0]
+    assert choose([harmful], Limits()).setting is None
+    gentle = setting(2, 1, 6)
+    assert choose([harmful, gentle], Limits()).setting is gentle
 
 
 def test_no_gain_is_no_recommendation():
     # one pair of ten is within one standard error of nothing
-    found = choose([cell(1, 1, 1)], base(), Limits())
-    assert found.cell is None and "within one standard error of the base model" in found.reason
-    assert choose([], base(), Limits()).cell is None
-    assert choose([cell(1, -1, 9)], base(), Limits()).cell is None, "negative strengths are the opposite"
+    found = choose([setting(1, 1, 1)], Limits())
+    assert found.setting is None and "within one standard error of the base model" in found.reason
+    assert choose([], Limits()).setting is None
+    assert choose([setting(1, -1, 9)], Limits()).setting is None, "negative strengths are the opposite"
 
 
 def test_with_a_scorer_the_generated_answers_decide():
-    cells = [cell(1, 1, 9, behaviours=[0.1] * 4), cell(2, 1, 2, behaviours=[0.8, 0.9, 0.8, 0.9])]
-    found = choose(cells, base() | {"behaviours": [0.1] * 4}, Limits())
-    assert found.cell is cells[1] and "behaviour score" in found.reason
-    cells[0]["behaviours"] = [0.1, None, 0.1, 0.1]  # a judgement that failed: pairs decide
-    assert choose(cells, base() | {"behaviours": [0.1] * 4}, Limits()).cell is cells[0]
+    base = observe(0, kl=0.0, score=[0.1] * 4)
+    some = [setting(1, 1, 9, base, score=[0.1] * 4), setting(2, 1, 2, base, score=[0.8, 0.9, 0.8, 0.9])]
+    found = choose(some, Limits())
+    assert found.setting is some[1] and "behaviour score" in found.reason
+    some[0] = setting(1, 1, 9, base, score=[0.1, None, 0.1, 0.1])  # a judgement that failed: pairs decide
+    assert choose(some, Limits()).setting is some[0]
 
 
 def test_slopes_by_hand():
     margins = {1.0: [1.0, 0.0, -2.0, 0.5], 2.0: [2.0, -1.0, -4.0, 1.0], 4.0: [9.0, 9.0, 9.0, 9.0], -1.0: [5.0] * 4}
-    cells = [{"site": "block", "layer": 1, "strength": s, "margins": m} for s, m in margins.items()]
-    other = {"site": "mlp", "layer": 1, "strength": 2.0, "margins": [7.0] * 4}
-    found = reliability(cells[1], [*cells, other], {"margins": [0.0, 0.0, 0.0, 0.0]})
+
+    def slopes(base: list[float], strength: float):
+        record = place(1, {s: margins_of(m) for s, m in margins.items()}, margins_of(base))
+        return reliability(Setting(record, strength))
+
+    found = slopes([0.0] * 4, 2.0)
     # lines through strengths 0, 1, 2: the second goes 0, 0, -1
     assert found.slopes == pytest.approx([1, -0.5, -2, 0.5])
     assert (found.wrong, found.share, found.unreliable) == (2, 0.5, True)
     assert found.low == pytest.approx(0.15, abs=0.01) and found.high == pytest.approx(0.85, abs=0.01)
-    opposite = reliability(cells[3], cells, {"margins": [6.0, 4.0, 4.0, 4.0]})
+    opposite = slopes([6.0, 4.0, 4.0, 4.0], -1.0)
     assert opposite.slopes == pytest.approx([1, -1, -1, -1]), "nats per unit of strength, also below 0"
+
+
+def margins_of(margins: list[float]) -> dict:
+    return {"chosen_logp": margins, "rejected_logp": [0.0] * len(margins)}
 
 
 # -- adapters ---------------------------------------------------------------------------------------------------------
@@ -187,25 +201,34 @@ def swept(home, tmp_path_factory) -> Path:
     return folder
 
 
+def read(run: Path) -> tuple[dict, list[Record], Record | None]:
+    """The result of a sweep, its records, and the one of test rows."""
+    file = run / "result.json"
+    result = json.loads(file.read_text())
+    records = [Record.from_json(record, file) for record in result["records"]]
+    return result, records, result["test"] and Record.from_json(result["test"], file)
+
+
 def test_every_setting_is_measured_as_it_is_by_hand(swept, home):
-    result = json.loads((swept / "result.json").read_text())
-    assert [(c["layer"], c["strength"]) for c in result["cells"]] == [(1, 1), (1, 3), (3, 1), (3, 3)]
+    result, records, _ = read(swept)
+    some = choosing.settings_of(records)
+    assert [(one.layer, one.strength) for one in some] == [(1, 1), (1, 3), (3, 1), (3, 3)]
     model, tokenizer = tiny(max_position_embeddings=512), tiny_data.tokenizer()
-    rows = sweep.Bench(sweep.SweepTable(**result["settings"]), model, tokenizer).rows("validation")
-    plain = pair_margins(model, tokenizer, rows, [1.0], show=False)[1.0]
-    assert result["base"]["validation"]["margins"] == pytest.approx(plain.tolist(), abs=1e-3)
-    for one in result["cells"]:
-        adapter = swept / "cells" / f"block-{one['layer']}" / "adapter"
+    rows = sweep.Context(sweep.SweepTable(**result["settings"]), model, tokenizer).rows("validation")
+    plain = margins(model, tokenizer, rows)
+    assert some[0].base.rows("margin").tolist() == pytest.approx(plain.tolist(), abs=1e-3)
+    for one in some:
+        adapter = swept / "cells" / f"block-{one.layer}" / "adapter"
         made = PeftModel.from_pretrained(tiny(max_position_embeddings=512), str(adapter)).eval()
-        found = pair_margins(made, tokenizer, rows, [one["strength"]], show=False)[one["strength"]]
-        assert one["margins"] == pytest.approx(found.tolist(), abs=1e-3)
-        assert one["kl"] > 0 and one["margin_gain"] == pytest.approx(float((found - plain).mean()), abs=1e-3)
+        found = margins(made, tokenizer, rows, one.strength)
+        assert one.rows("margin").tolist() == pytest.approx(found.tolist(), abs=1e-3)
+        assert one.value("kl") > 0 and one.value("margin_gain") == pytest.approx((found - plain).mean(), abs=1e-3)
 
 
 def test_the_recommended_adapter_is_the_setting_with_its_strength_baked_in(swept):
-    result = json.loads((swept / "result.json").read_text())
+    result, _, test = read(swept)
     where = result["recommended"]
-    assert where is not None and result["test"]["margin_gain"] > 0
+    assert where is not None and test is not None and test.value("margin_gain", where["strength"]) > 0
     place = swept / "cells" / f"block-{where['layer']}" / "adapter"
     one, other = (
         PeftModel.from_pretrained(tiny(max_position_embeddings=512), str(folder)).eval()
@@ -225,7 +248,7 @@ def test_the_page_the_pictures_and_the_card(swept):
     for text in (
         "## Safety",
         "of the sweep, baked in",
-        "| pair accuracy |",
+        "| held-out pair accuracy |",
         "KL to the base model",
         "8 training pairs",
     ):
@@ -240,19 +263,18 @@ def test_a_finished_sweep_is_not_overwritten(swept, home, capsys):
 
 def test_an_interrupted_sweep_goes_on(home, tmp_path, monkeypatch):
     asked = words(home, tmp_path / "run", "--layers", 1, 3, "--strengths", 4, 64)
-    measured, plain = [], sweep._cell
+    measured, plain = [], sweep._seen_at
 
-    def stops(bench, model, strength):
+    def stops(context, model, strength):
         if len(measured) == 3:
             raise KeyboardInterrupt
         measured.append(strength)
-        return plain(bench, model, strength)
+        return plain(context, model, strength)
 
-    monkeypatch.setattr(sweep, "_cell", stops)
-    with pytest.raises(KeyboardInterrupt):
-        sweep.main(asked)
+    monkeypatch.setattr(sweep, "_seen_at", stops)
+    assert sweep.main(asked) == 130
     kept = {file.name: file.stat().st_mtime_ns for file in (tmp_path / "run").rglob("*.safetensors")}
-    monkeypatch.setattr(sweep, "_cell", lambda *given: measured.append(given[2]) or plain(*given))
+    monkeypatch.setattr(sweep, "_seen_at", lambda *given: measured.append(given[2]) or plain(*given))
     fitted = []
     monkeypatch.setattr(Source, "_fit_directions", lambda self, site: fitted.append(site))
     assert sweep.main(asked) == 0
@@ -287,9 +309,10 @@ def test_sites_and_a_scorer(home, tmp_path):
     scorer = '{kind = "rule", pattern = "stay"}'
     more = ["--layers", 2, "--strengths", 16, "--sites", "block", "mlp", "--scorer", scorer, "--scorer-rows", 4]
     assert sweep.main(words(home, tmp_path / "run", *more)) == 0
-    result = json.loads((tmp_path / "run" / "result.json").read_text())
-    assert [c["site"] for c in result["cells"]] == ["block", "mlp"]
-    assert all(len(c["behaviours"]) == 2 for c in result["cells"])
+    _, records, _ = read(tmp_path / "run")
+    some = choosing.settings_of(records)
+    assert [one.site for one in some] == ["block", "mlp"]
+    assert all(len(one.rows("behaviour")) == 2 for one in some)
     assert "rule: the answer matches /stay/" in (tmp_path / "run" / "page.md").read_text()
 
 
@@ -336,8 +359,8 @@ def test_a_folder_that_does_not_say_how_it_was_trained(tmp_path):
 
 
 def test_a_damaged_setting_is_named(home, tmp_path, capsys):
-    cell_file = tmp_path / "run" / "cells" / "block-1" / "4.json"
-    cell_file.parent.mkdir(parents=True)
-    cell_file.write_text("{")
+    file = tmp_path / "run" / "cells" / "block-1" / "record.json"
+    file.parent.mkdir(parents=True)
+    file.write_text("{")
     assert sweep.main(words(home, tmp_path / "run", "--layers", 1, "--strengths", 4)) == 2
-    assert "block-1/4.json is damaged" in capsys.readouterr().err
+    assert "block-1/record.json is damaged" in capsys.readouterr().err

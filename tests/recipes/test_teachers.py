@@ -15,10 +15,10 @@ from steertune.recipes.lab import training
 from steertune.recipes.lab.arm import make_arm
 from steertune.recipes.lab.batches import batches
 from steertune.recipes.lab.files import ArmError
-from steertune.recipes.lab.teachers import answers
-from steertune.recipes.lab.training import make_trainer
+from steertune.recipes.lab.ingredients.teachers import Teachers, examples_of
+from steertune.recipes.lab.training import make_trainer, training_of
 from steertune.trainers import Batch, FrozenPrefix, ViewError, get_view, share_weights
-from steertune.trainers._at import ModelAt
+from steertune.trainers.model_at import ModelAt
 
 
 def taught(seed: int = 5, **options):
@@ -104,14 +104,12 @@ def nll(model, rows) -> float:
 
 def test_every_teacher_learns_its_own_answers_on_the_base_s_weights(tmp_path):
     base, data, arm = tiny(), pairs(8), make_arm(TABLES)
-    made = make_trainer(
-        arm, share_weights(base), tokenizer(), data, tmp_path, save_strategy="no", disable_tqdm=True,
-        logging_strategy="no",
-    )  # fmt: skip
+    training = training_of(arm, share_weights(base), tokenizer(), data, tmp_path)
+    made = make_trainer(training, save_strategy="no", disable_tqdm=True, logging_strategy="no")
     teachers = {name: view.teacher for name, view in made.views.views.items()}
     storage = base.model.layers[0].mlp.up_proj.weight.data_ptr()
     for name, other in (("good", "bad"), ("bad", "good")):
-        rows = answers(data, arm.teachers[name])
+        rows = examples_of(data, arm.get(Teachers).teachers()[name])
         assert nll(teachers[name], rows) < min(nll(base, rows), nll(teachers[other], rows)) - 1
         assert {p.data_ptr() for p in teachers[name].parameters()} & {storage}
         assert not any(p.requires_grad for p in teachers[name].parameters())
@@ -124,7 +122,7 @@ def test_a_trial_s_settings_are_not_the_teachers(tmp_path, monkeypatch):
     seen = {}
     monkeypatch.setattr(training, "fit", lambda made, folder: seen.update({folder.name: made.args}))
     tried = {"max_steps": 2, "learning_rate": 0.5, "save_strategy": "no"}
-    made = make_trainer(make_arm(TABLES), tiny(), tokenizer(), pairs(4), tmp_path, **tried)
+    made = make_trainer(training_of(make_arm(TABLES), tiny(), tokenizer(), pairs(4), tmp_path), **tried)
     assert (made.args.max_steps, made.args.learning_rate) == (2, 0.5)
     for name, rate in (("good", 0.02), ("bad", 0.03)):
         assert (seen[name].max_steps, seen[name].learning_rate) == (6, rate)
@@ -139,8 +137,8 @@ def test_one_teacher_of_both_answers_sees_an_instruction_before_each():
             "teachers": {"both": {"chosen": "be good", "rejected": "be bad", "trainer": {"learning_rate": 0.02}}},
             "views": {"good": {**TEACHER, "model": "both"}, "bad": {**TEACHER, "model": "both"}},
         }
-    ).teachers["both"]
-    rows = answers(pairs(3), table)
+    )
+    rows = examples_of(pairs(3), table.get(Teachers).teachers()["both"])
     assert len(rows) == 6
     assert rows[0] == {"prompt": "be good\n\n" + first["prompt"], "completion": first["chosen"]}
     assert rows[3] == {"prompt": "be bad\n\n" + first["prompt"], "completion": first["rejected"]}
@@ -149,15 +147,18 @@ def test_one_teacher_of_both_answers_sees_an_instruction_before_each():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"teachers": {}}, "views.good.model='good' is none of"),
+        ({"teachers": {}}, "views.good.model='good' must be one of"),
         ({"teachers": {"good": {}, "bad": {"rejected": ""}}}, "a teacher learns from answers"),
         ({"teachers": {"good": {"chose": ""}, "bad": {"rejected": ""}}}, "Did you mean 'chosen'"),
-        ({"teachers": {**TABLES["teachers"], "third": {"chosen": ""}}}, r"\[teachers.third\] is asked by no view"),
+        (
+            {"teachers": {**TABLES["teachers"], "third": {"chosen": ""}}},
+            r"No view shows the teacher of \[teachers.third\]",
+        ),
         ({"views": {"good": {**TEACHER, "instructions": "x"}, "bad": TEACHER}}, "Did you mean 'instruction'"),
         ({"teachers": {"good": {"chosen": "", "adapter": {"type": "lroa"}}, "bad": {"rejected": ""}}}, "'lroa' is no"),
         (
             {"teachers": {**TABLES["teachers"], "bad": {"rejected": ""}}},
-            r"\[teachers.bad\] trains 'lora' at the learning rate .*'steering_vector': set teachers.bad.trainer.learn",
+            r"\[teachers.bad\] trains 'lora' at the learning rate .*'steering_vector'. Set teachers.bad.trainer.learn",
         ),
     ],
 )
@@ -169,4 +170,4 @@ def test_bad_tables(change, message):
 def test_teachers_need_pairs(tmp_path):
     rows = pairs(4).remove_columns("rejected").rename_column("chosen", "completion")
     with pytest.raises(ArmError, match="learn from pairs with a prompt"):
-        make_trainer(make_arm(TABLES), tiny(), tokenizer(), rows, tmp_path)
+        make_trainer(training_of(make_arm(TABLES), tiny(), tokenizer(), rows, tmp_path))

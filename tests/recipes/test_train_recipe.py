@@ -20,6 +20,7 @@ from tiny_models import tiny
 import steertune.recipes.train as recipe
 from steertune.recipes.lab.arm import load_arm
 from steertune.recipes.lab.files import ArmError
+from steertune.recipes.lab.rows import Record
 
 LEFT_BEHIND = ["adapter", "config.json", "metrics.jsonl", "page.md", "result.json", "strengths.png"]
 
@@ -49,10 +50,10 @@ def test_it_leaves_everything_behind(words: list[str], tmp_path: Path, capsys: p
     assert recipe.main(["vector_dpo", *words]) == 0
     run = tmp_path / "run"
     assert [name for name in LEFT_BEHIND if not (run / name).exists()] == []
-    result = json.loads((run / "result.json").read_text())
-    assert [row["strength"] for row in result["strengths"]] == [-1, 0, 0.5, 1, 2]
-    assert result["cost"]["trainable_parameters"] == 32
-    assert result["side_effects"]["kl"] > 0
+    record = Record.read(run / "result.json")
+    assert sorted(record.observations, key=float) == ["-1", "0", "0.5", "1", "2"]
+    assert record.facts["parameters"] == 32
+    assert record.value("kl", 1) > 0
     steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert steps[-1] == 6
     printed = capsys.readouterr().out
@@ -95,22 +96,22 @@ def test_an_interrupted_run_ends_as_the_straight_one(words: list[str], tmp_path:
 
 
 def test_untrained_and_full_finetuning_and_demonstrations(words: list[str], tmp_path: Path) -> None:
-    def run(name: str, arm: str, *more: str) -> dict:
+    def run(name: str, arm: str, *more: str) -> Record:
         return recipe.run(load_arm(arm, [*words, f"--output.folder={tmp_path / name}", *more]))
 
     untrained = run("untrained", "mean_difference", "--trainer.max_steps=0")
-    assert untrained["cost"]["steps"] == 0
-    assert untrained["side_effects"]["kl"] > 0
+    assert untrained.facts["steps"] == 0
+    assert untrained.value("kl", 1) > 0
     full = run("full", "vector_dpo", "--adapter={type='none'}", "--trainer.learning_rate=1e-3",
                 "--trainer.max_steps=2",
                "--trainer.precompute_ref_log_probs=false")  # fmt: skip
-    assert [row["strength"] for row in full["strengths"]] == [0, 1], "full finetuning has no strength"
+    assert [*full.observations] == ["0", "1"], "full finetuning has no strength"
     for split in ("train", "test"):
         tiny_data.demonstrations(8).to_json(tmp_path / f"{split}.jsonl")
     arm = ["--loss={name='cross_entropy'}", "--trainer={max_steps=2}"]
     shown = run("demonstrations", "vector_ce", *arm)
-    assert shown["strengths"] == []
-    assert shown["generations"]
+    assert "accuracy" not in shown.means()["1"]
+    assert all(shown.observations["1"]["answer"])
 
 
 def test_accelerate_launches_it_as_a_script(words: list[str], tmp_path: Path) -> None:

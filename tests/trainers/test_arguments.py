@@ -98,7 +98,7 @@ def test_what_is_unused_is_listed(tmp_path):
 def test_a_reference_for_a_loss_without_one_is_refused(tmp_path):
     with pytest.raises(ValueError, match="precompute_ref_log_probs=True.*choose a loss with a reference"):
         trainer("dpo", tmp_path, loss="simpo", precompute_ref_log_probs=True)
-    with pytest.raises(ValueError, match="ref_model is given, and SimPO.* compares with no reference"):
+    with pytest.raises(ValueError, match="ref_model is given, but SimPO.* compares with no reference"):
         trainer("dpo", tmp_path, loss="simpo", peft_config=None, ref_model=tiny())
 
 

@@ -11,6 +11,7 @@ from peft import LoraConfig, PeftModel
 from poison import Poison
 from tiny_data import conversational, demonstrations, losses, pairs, tokenizer, trained, trainer
 from tiny_models import steered, tiny, vector_of
+from transformers import default_data_collator
 
 from steertune.adapters import SteeringVectorConfig
 from steertune.losses import get_loss
@@ -31,6 +32,8 @@ def renamed(data: Dataset, **columns: str) -> Dataset:
 
 PAIR = {"prompt": "the ", "chosen": "cat runs", "rejected": "dog sits"}
 DEMONSTRATION = {"prompt": "the ", "completion": "cat runs"}
+LONG_PAIRS = Dataset.from_list([PAIR | {"prompt": LONG}] * 2)
+LONG_DEMONSTRATIONS = Dataset.from_list([DEMONSTRATION | {"prompt": LONG}] * 2)
 NO_TEMPLATE = dict(processing_class=tokenizer(template=None))
 ADDS_BOS = dict(processing_class=tokenizer(adds_bos=True))
 SHORT = dict(max_length=12)
@@ -76,39 +79,21 @@ BAD = {
         rows(PAIR | {"rejected": "cat  runs "}),
         "Row 2.*have the same tokens",
     ),
-    "long prompt": (
-        "dpo",
-        "dpo",
-        rows(PAIR | {"prompt": LONG}),
-        "1 of 3 rows.*max_length=12.*Raise max_length or shorten",
-        SHORT,
-    ),
-    "long prompt, TRL's loss": (
-        "dpo",
-        None,
-        rows(PAIR | {"prompt": LONG}),
-        "1 of 3 rows.*max_length=12.*Raise max_length",
-        SHORT,
-    ),
-    "long prompt, SFT": (
-        "sft",
-        None,
-        rows(DEMONSTRATION | {"prompt": LONG}, kind="sft"),
-        "1 of 3 rows.*max_length=12.*Raise max_length",
-        SHORT,
-    ),
-    "long prompt, plain": (
+    "only long prompts": ("dpo", "dpo", LONG_PAIRS, "No row has a label left.*max_length=12.*Raise max_length", SHORT),
+    "only long prompts, TRL's loss": ("dpo", None, LONG_PAIRS, "No row has a label left.*max_length=12", SHORT),
+    "only long prompts, SFT": ("sft", None, LONG_DEMONSTRATIONS, "No row has a label left.*max_length=12", SHORT),
+    "only long prompts, plain": (
         "plain",
         None,
-        rows(DEMONSTRATION | {"prompt": LONG}, kind="sft"),
-        "Row 2: no label is left within max_length=12",
+        LONG_DEMONSTRATIONS,
+        "No row has a label left.*max_length=12",
         SHORT_TOKENIZER,
     ),
-    "long prompt, plain, pairs": (
+    "only long prompts, plain, pairs": (
         "plain",
         "dpo",
-        rows(PAIR | {"prompt": LONG}),
-        "Row 2: the prompt .* fills max_length=12",
+        LONG_PAIRS,
+        "No row has a label left.*max_length=12",
         SHORT_TOKENIZER,
     ),
     "wrong column": ("dpo", None, renamed(rows(), chosen="choosen"), "rename 'choosen' to 'chosen'"),
@@ -200,6 +185,90 @@ def test_pair_loss_on_batches_of_a_callers_own_collator(tmp_path):
     made = trainer("plain", tmp_path, loss="dpo", data_collator=collate, remove_unused_columns=False)
     with pytest.raises(ValueError, match="DPO compares.*the batch has no pairs"):
         made.train()
+
+
+# -- rows without a label -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("loss", [None, "ours"])
+@pytest.mark.parametrize("kind", ["plain", "sft", "dpo"])
+def test_rows_whose_labels_are_all_cut_are_left_out_with_one_line(kind, loss, tmp_path, caplog):
+    """As TRL leaves them out: training ends where it ends without them."""
+    if kind == "plain" and loss is None:
+        data, loss = rows(DEMONSTRATION | {"prompt": LONG}, kind="sft"), None
+    else:
+        pair = kind == "dpo"
+        data = rows((PAIR if pair else DEMONSTRATION) | {"prompt": LONG}, kind=kind if pair else "sft")
+        loss = loss and ("dpo" if pair else "cross_entropy")
+    cut = SHORT_TOKENIZER if kind == "plain" else SHORT
+    made = trained(kind, tmp_path / "a", data=data, loss=loss, max_steps=2, eval_dataset=data, **cut)
+    lines = [record.message for record in caplog.records if "rows have no label left" in record.message]
+    line = "1 of 3 rows have no label left, because their prompts fill max_length=12: they add nothing to the loss."
+    assert lines == [line] * 2, "one for the training rows, one for the evaluation rows"
+    without = trained(kind, tmp_path / "b", data=data.select(range(2)), loss=loss, max_steps=2, **cut)
+    assert losses(made) == losses(without)
+    assert made.evaluate()["eval_loss"] > 0
+
+
+@pytest.mark.parametrize("loss", [None, "cross_entropy"])
+def test_tokenised_rows_without_a_label_add_nothing(loss, tmp_path, caplog):
+    labels = [[-100, 7, 8], [-100, -100, -100]]
+    data = Dataset.from_list([{"input_ids": [6, 7, 8], "attention_mask": [1, 1, 1], "labels": own} for own in labels])
+    options = dict(loss=loss, data_collator=default_data_collator, per_device_train_batch_size=2, max_steps=1)
+    both = trained("plain", tmp_path / "a", data=data, **options)
+    alone = trained("plain", tmp_path / "b", data=data.select([0]), **options)
+    assert losses(both) == pytest.approx(losses(alone), rel=1e-6)
+
+
+# -- rows that are given to evaluate --------------------------------------------------------------------------------
+
+CONVERSATIONS = {"pairs": conversational(pairs(4)), "demonstrations": conversational(demonstrations(4))}
+TOKENS = Dataset.from_list([{"prompt_ids": [6], "chosen_ids": [7, 2], "rejected_ids": [8, 2]}])
+TEXTS = {"pairs": pairs(4), "demonstrations": demonstrations(4)}
+
+
+@pytest.mark.parametrize("form", [TEXTS, CONVERSATIONS])
+@pytest.mark.parametrize(
+    ("kind", "loss"),
+    [
+        ("plain", "dpo"),
+        ("plain", "cross_entropy"),
+        ("sft", None),
+        ("sft", "cross_entropy"),
+        ("dpo", None),
+        ("dpo", "dpo"),
+    ],
+)
+def test_rows_given_to_evaluate_are_read_like_those_of_the_constructor(kind, loss, form, tmp_path):
+    rows = form["pairs" if "dpo" in (kind, loss) else "demonstrations"]
+    made = trainer(kind, tmp_path, data=rows, loss=loss, eval_dataset=rows)
+    assert made.evaluate(rows)["eval_loss"] == made.evaluate()["eval_loss"]
+    assert made.evaluate({"one": rows})["eval_one_loss"] == made.evaluate()["eval_loss"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "loss", "data", "message"),
+    [
+        ("plain", "dpo", TEXTS["demonstrations"], "DPO compares"),
+        ("sft", None, TEXTS["pairs"], "SteeringDPOTrainer does"),
+        ("dpo", None, TEXTS["demonstrations"], "SteeringSFTTrainer does"),
+        ("dpo", "dpo", Dataset.from_list([{"x": 1}]), "match none of the known formats"),
+        ("sft", None, rows(DEMONSTRATION | {"completion": ""}, kind="sft"), "Row 2: 'completion' is empty"),
+        ("dpo", None, TOKENS, "tokenised already.*Leave eval_dataset out, or give the rows as text"),
+        ("dpo", "dpo", TOKENS, "tokenised already.*Leave eval_dataset out, or give the rows as text"),
+    ],
+)
+def test_rows_that_evaluate_cannot_read_are_refused(kind, loss, data, message, tmp_path):
+    made = trainer(kind, tmp_path, loss=loss)
+    with pytest.raises(ValueError, match=f"(?s){message}"):
+        made.evaluate(data)
+
+
+def test_text_to_evaluate_on_is_refused_by_a_trainer_of_tokenised_rows(tmp_path):
+    data = Dataset.from_list([{"input_ids": [6, 7, 8], "labels": [-100, 7, 8]}] * 2)
+    made = trainer("plain", tmp_path, data=data)
+    with pytest.raises(ValueError, match="are text, and this trainer was made with tokenised rows"):
+        made.evaluate(demonstrations(2))
 
 
 # -- good input that looks bad --------------------------------------------------------------------------------------

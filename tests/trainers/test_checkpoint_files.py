@@ -62,7 +62,7 @@ def test_fp16_needs_its_scaler(run, tmp_path):
     shutil.copytree(run, tmp_path / "run")
     made = new(tmp_path / "run", max_steps=3)
     made.accelerator.scaler = torch.amp.GradScaler("cpu")  # what fp16 brings
-    with pytest.raises(CheckpointError, match=r"has no scaler.pt, which a training in fp16 goes on with"):
+    with pytest.raises(CheckpointError, match=r"has no scaler.pt, which a training in fp16 needs to go on"):
         made.train(resume_from_checkpoint=True)
 
 
@@ -132,9 +132,9 @@ def test_states_that_name_code_are_refused_without_the_flag(protocol, run, tmp_p
     with pytest.raises(
         CheckpointError, match=r"optim_states.pt would run code when it is read.*trust_checkpoint = True"
     ):
-        made._checkpoint(str(folder))
+        made.checkpoints.resume_from(str(folder))
     made.trust_checkpoint = True
-    assert made._checkpoint(str(folder)) == str(folder)
+    assert made.checkpoints.resume_from(str(folder)) == str(folder)
     assert not (tmp_path / "sprung").exists()
 
 
@@ -144,7 +144,7 @@ def test_damaged_and_missing_states_of_deepspeed_are_named(run, tmp_path):
     whole = shares.read_bytes()
     shares.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(CheckpointError, match=r"optim_states.pt is damaged"):
-        new(tmp_path)._checkpoint(str(folder))
+        new(tmp_path).checkpoints.resume_from(str(folder))
     shares.write_bytes(whole)
     (folder / "latest").write_text("../elsewhere")
     assert code_in(folder) == (folder / "latest", "the name of another folder, '../elsewhere'")
@@ -160,7 +160,7 @@ def test_pickled_metadata_of_shards_needs_the_flag(run, tmp_path):
     os.makedirs(folder / "optimizer_0")
     (folder / "optimizer_0" / ".metadata").write_bytes(b"\x80\x04N.")
     with pytest.raises(CheckpointError, match=r"\.metadata would run code"):
-        new(tmp_path)._checkpoint(str(folder))
+        new(tmp_path).checkpoints.resume_from(str(folder))
 
 
 def test_a_whole_checkpoint_still_goes_on_to_the_same_result(run, tmp_path):

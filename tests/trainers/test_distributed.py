@@ -18,8 +18,7 @@ from safetensors.torch import load_file, save_file
 from tiny_models import steered, tiny
 
 from steertune.trainers import CheckpointError
-from steertune.trainers._resume import check_processes
-from steertune.trainers._saved import IncompleteAdapterError, check_saved
+from steertune.trainers.checkpoints import IncompleteAdapterError, check_processes, check_saved
 
 TOLERANCE = 1e-5
 # TRL's own numbers count the rows that fill up the last batch; these are the trainers' and ours

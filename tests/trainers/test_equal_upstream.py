@@ -26,7 +26,7 @@ from upstream import PARENTS, tokenised, upstream
 from steertune.adapters import SteeringVectorConfig
 from steertune.losses import get_loss
 from steertune.trainers import SteeringTrainer
-from steertune.trainers._batch import Batch
+from steertune.trainers.batch import Batch
 
 LORA = LoraConfig(r=2, target_modules=["q_proj", "down_proj"])
 

@@ -6,7 +6,7 @@ import pytest
 from datasets import Dataset, IterableDataset
 from tiny_data import TEMPLATE, losses, tokenizer, trained, trainer
 
-from steertune.trainers._batch import Batch
+from steertune.trainers.batch import Batch
 
 PROMPT, CHOSEN, REJECTED = "the cat", "runs now", "sits"
 END = " </s>"

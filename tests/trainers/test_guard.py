@@ -19,6 +19,7 @@ from transformers import TrainerCallback, TrainerControl
 from steertune.adapters import SteeringVectorConfig
 from steertune.losses import Loss, Needs
 from steertune.trainers import LossSpikeError, LossSpikes, NonFiniteError
+from steertune.trainers.callbacks import finite
 
 BAD_WORD = "stay"
 
@@ -167,16 +168,14 @@ def test_an_example_alone_may_be_finite(tmp_path):
 
 
 def test_fp16_stops_after_many_skipped_steps_and_not_before(tmp_path, monkeypatch):
-    from steertune.trainers import _guard
-
     made = trainer("dpo", tmp_path, loss="dpo")
     made.step_batches = []
-    callback = next(c for c in made.callback_handler.callbacks if isinstance(c, _guard.FiniteSteps))
+    callback = next(c for c in made.callback_handler.callbacks if isinstance(c, finite.FiniteSteps))
     monkeypatch.setattr(type(made.accelerator), "optimizer_step_was_skipped", True)
     args = SimpleNamespace(fp16=True, learning_rate=1.0)
     vector_of(made.model).grad = torch.full((32,), torch.inf)
     callback.on_pre_optimizer_step(args, made.state, None)  # the scaler's affair
-    for _ in range(_guard._SKIPPED - 1):
+    for _ in range(finite._SKIPPED - 1):
         callback.on_optimizer_step(args, made.state, None)
     with pytest.raises(NonFiniteError, match="In fp16 40 steps in a row were skipped"):
         callback.on_optimizer_step(args, made.state, None)
@@ -276,13 +275,14 @@ def test_a_training_stops_before_a_spike(accumulation, tmp_path):
 
 
 def test_the_loss_before_the_step_is_the_one_that_is_logged(tmp_path):
-    seen = []
+    seen, spikes = [], LossSpikes()
 
     class Look(TrainerCallback):
         def on_pre_optimizer_step(self, args, state, control, **kwargs):
-            seen.append(float(made.step_loss))
+            seen.append(float(spikes.step_loss))
 
     made = trainer("dpo", tmp_path, loss="dpo", gradient_accumulation_steps=2, per_device_train_batch_size=2)
+    made.add_callback(spikes)
     made.add_callback(Look())
     made.train()
     assert seen == pytest.approx([line["loss"] for line in made.state.log_history if "loss" in line], rel=1e-6)

@@ -19,8 +19,8 @@ from transformers import TrainerCallback
 import steertune.losses
 import steertune.trainers
 from steertune.adapters import SteeringVectorConfig
-from steertune.adapters.config import Positions
-from steertune.trainers import FrozenPrefix, _mixin
+from steertune.adapters.types import Positions
+from steertune.trainers import FrozenPrefix, construction, mixin
 
 WAITED_FOR = "item tolist numpy cpu __bool__ __int__ __float__ __index__ nonzero argwhere unique masked_select equal"
 OURS = [str(Path(str(package.__file__)).resolve().parent.parent) for package in (steertune.losses, steertune.trainers)]
@@ -72,7 +72,7 @@ class Watch(TorchFunctionMode):
         while frame is not None and "/torch/" in frame.f_code.co_filename:
             frame = frame.f_back
         file = "" if frame is None else str(Path(frame.f_code.co_filename).resolve())
-        if frame is None or not file.startswith(tuple(OURS)) or "site-packages" in file or file.endswith("_guard.py"):
+        if frame is None or not file.startswith(tuple(OURS)) or "site-packages" in file or file.endswith("finite.py"):
             return None
         return f"{Path(file).name}:{frame.f_lineno}"
 
@@ -91,7 +91,7 @@ class Steps(TrainerCallback):
 
 
 def waits(monkeypatch, folder, kind: str, positions: Positions, kept: bool) -> list[str]:
-    monkeypatch.setattr(_mixin, "waits", lambda device: kept)
+    monkeypatch.setattr(construction, "waits", lambda device: kept)
     watch = Watch()
     data, loss = (pairs(8), "dpo") if kind == "dpo" else (demonstrations(8), "cross_entropy")
 
@@ -106,7 +106,7 @@ def waits(monkeypatch, folder, kind: str, positions: Positions, kept: bool) -> l
         for tensor in (*trainer.model.parameters(), *trainer.model.buffers()):
             mark(tensor)
 
-    make = _mixin.SteeringMixin.train
+    make = mixin.SteeringMixin.train
 
     def train(self, *args, **kwargs):
         as_on_a_device(self)
@@ -114,7 +114,7 @@ def waits(monkeypatch, folder, kind: str, positions: Positions, kept: bool) -> l
         with watch:
             return make(self, *args, **kwargs)
 
-    monkeypatch.setattr(_mixin.SteeringMixin, "train", train)
+    monkeypatch.setattr(mixin.SteeringMixin, "train", train)
     trained(
         kind,
         folder,
@@ -137,4 +137,4 @@ def test_nobody_waits_in_a_step(kind, positions, tmp_path, monkeypatch):
 
 def test_without_the_collators_tensors_it_would_wait(tmp_path, monkeypatch):
     found = waits(monkeypatch, tmp_path, "dpo", "all", kept=False)
-    assert any("cpu in _host.py" in one for one in found)
+    assert any("cpu in host_copies.py" in one for one in found)

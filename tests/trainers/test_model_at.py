@@ -12,9 +12,9 @@ from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from steertune.adapters import set_strength
 from steertune.losses import get_loss
-from steertune.trainers._at import ModelAt, token_logps
-from steertune.trainers._batch import Batch
-from steertune.trainers._reference import reference_copy
+from steertune.trainers.batch import Batch
+from steertune.trainers.model_at import ModelAt, token_logps
+from steertune.trainers.reference import reference_copy
 
 ROWS = [
     {"prompt_ids": [6, 7, 8], "chosen_ids": [9, 10, 2], "rejected_ids": [11, 2]},
@@ -187,7 +187,7 @@ def test_full_finetuning_keeps_a_reference_where_the_parent_has_none(options, tm
     ours = trained("plain", tmp_path, **changes)
     theirs = trained("dpo", tmp_path, ref_model=tiny(), **changes)
     assert losses(ours) == pytest.approx(losses(theirs), rel=1e-5)
-    assert same(dict(tiny().named_parameters()), dict(ours._reference.named_parameters()))
+    assert same(dict(tiny().named_parameters()), dict(ours.reference.named_parameters()))
 
 
 def test_sharded_full_finetuning_keeps_no_reference(tmp_path):

@@ -7,6 +7,7 @@ from functools import partial
 
 import pytest
 import torch
+from measuring import margins
 from peft import LoraConfig, get_peft_model
 from prefixes import pair_batch
 from tiny_data import arguments, demonstrations, pairs, tokenizer, trained, trainer
@@ -15,7 +16,8 @@ from transformers import TrainerCallback
 from trl import SFTTrainer
 from untouched import changes, snapshot
 
-from steertune.adapters import SteeringVectorConfig, activations, directions, prompt_length, set_strength
+from steertune.adapters import SteeringVectorConfig, directions, prompt_length, set_strength
+from steertune.adapters.analysis import activations
 from steertune.adapters.card import Card, write_card
 from steertune.adapters.exports import ExportError
 from steertune.adapters.exports._places import linear_places
@@ -23,11 +25,10 @@ from steertune.adapters.exports._vectors import constant_vectors
 from steertune.adapters.exports._verify import _logits
 from steertune.adapters.observing import untouched
 from steertune.losses import get_loss
-from steertune.recipes.lab.old import pair_margins
 from steertune.trainers import FrozenPrefix, ModelAt
-from steertune.trainers._at import reference_adapter, scaled
-from steertune.trainers._culprit import culprit, largest
-from steertune.trainers._vitals import VectorVitals
+from steertune.trainers.callbacks.bad_examples import first_not_finite, largest
+from steertune.trainers.callbacks.vector_stats import VectorStats
+from steertune.trainers.model_at import reference_adapter, scaled
 
 # -- models in all states --------------------------------------------------------------------------------------------
 
@@ -134,7 +135,7 @@ OBSERVERS = {
     "the memo of the reference": lambda model: at(model, 0, reference_memo=FrozenPrefix().reference(model)),
     "places of an export": places,
     "logits of an export": lambda model: _logits(model, [[3, 4, 5]]),
-    "margins": lambda model: pair_margins(model, tokenizer(), pairs(2), [1.0]),
+    "margins": lambda model: margins(model, tokenizer(), pairs(2)),
 }
 
 
@@ -275,10 +276,10 @@ def test_a_trainer_that_looks_changes_nothing(tmp_path):
     torch.manual_seed(0)
     for number, look in enumerate(
         (
-            lambda: VectorVitals().start(made),
-            lambda: made._vitals.read(made.model),
+            lambda: VectorStats(made).before_train(made),
+            lambda: VectorStats(made).extra_logs(),
             lambda: made.initialise_vectors(),
-            lambda: culprit(made),
+            lambda: first_not_finite(made),
             lambda: largest(made),
             lambda: made.save_model(str(tmp_path / "saved")),
             lambda: write_card(tmp_path / "saved", Card(title="x")),
@@ -290,7 +291,7 @@ def test_a_trainer_that_looks_changes_nothing(tmp_path):
         assert changes(before, snapshot(made.model)) == [], number
 
 
-@pytest.mark.parametrize("what", ["evaluate", "predict", "vitals", "culprit"])
+@pytest.mark.parametrize("what", ["evaluate", "predict", "vectors", "examples"])
 def test_looking_in_the_middle_of_training_changes_no_step(what, tmp_path):
     """Also between two micro-batches of a step, with drawn strengths."""
 
@@ -300,11 +301,11 @@ def test_looking_in_the_middle_of_training_changes_no_step(what, tmp_path):
                 made.evaluate(metric_key_prefix="aside")
             elif what == "predict":
                 made.predict(made.eval_dataset)
-            elif what == "vitals":
-                VectorVitals().start(made)
+            elif what == "vectors":
+                VectorStats(made).before_train(made)
             else:
                 with torch.random.fork_rng([]):
-                    culprit(made)
+                    first_not_finite(made)
 
     options = dict(
         loss="bipo", gradient_accumulation_steps=2, per_device_train_batch_size=2, max_steps=4,

@@ -26,7 +26,7 @@ from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from steertune.adapters import SteeringVectorConfig, directions
-from steertune.trainers._batch import Batch
+from steertune.trainers.batch import Batch
 
 KINDS = ["plain", "sft", "dpo"]
 TRAININGS = [("plain", "dpo"), ("sft", None), ("sft", "cross_entropy"), ("dpo", None), ("dpo", "dpo")]
@@ -335,7 +335,7 @@ def test_logged_numbers_are_what_they_say(tmp_path):
     assert step["vector/cos_mean_difference"] == pytest.approx(float(cosine), abs=1e-5)
     metrics = made.evaluate()
     batch = Batch.read(batches[0])
-    from steertune.trainers._at import token_logps
+    from steertune.trainers.model_at import token_logps
 
     made.model.eval()
     outputs = token_logps(made.model, made.model, batch)

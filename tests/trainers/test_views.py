@@ -13,7 +13,7 @@ from tiny_views import states_of
 from steertune.adapters import SteeringVectorConfig
 from steertune.losses import Loss, Outputs, Staged, get_loss
 from steertune.trainers import Batch, FrozenPrefix, View, ViewError, collator, get_view, tokenise, train_together
-from steertune.trainers._at import ModelAt
+from steertune.trainers.model_at import ModelAt
 from steertune.trainers.views import Views, names
 
 GOOD, BAD = get_view("instruction", text="now we stay"), get_view("instruction", text="then you go")
@@ -66,11 +66,11 @@ def test_where_all_ask_the_same_other_answers_are_demonstrations():
     seen = [row["prompt"] for row in get_view("demonstrations", k=4, contrast=True)(rows)]
     for i, prompt in enumerate(seen):
         assert [f"good {j}" in prompt for j in range(5)] == [j != i for j in range(5)]
-    with pytest.raises(ViewError, match="1 demonstrations asked, 0 other examples"):
+    with pytest.raises(ViewError, match="k=1 demonstrations need as many other examples, and there are 0"):
         get_view("demonstrations", k=1, pool=(rows[0],))([rows[1]])
     [asked] = get_view("demonstrations", k=5, pool=tuple(rows))([{"prompt": "Say something: "}])
     assert all(row["chosen"] in asked["prompt"] for row in rows), "a row without an answer is none of them"
-    with pytest.raises(ViewError, match="2 demonstrations asked, 1 other examples"):
+    with pytest.raises(ViewError, match="k=2 demonstrations need as many other examples, and there are 1"):
         get_view("demonstrations", k=2)([*ROWS[:2], {**ROWS[0], "chosen": "another answer"}])
 
 
@@ -141,7 +141,11 @@ def test_a_given_pool_is_drawn_from_and_a_row_never_shows_itself():
 
 
 BAD_ROWS = {
-    "too few": (get_view("demonstrations", k=4), ROWS, "Row 0: 4 demonstrations asked, 3 other examples"),
+    "too few": (
+        get_view("demonstrations", k=4),
+        ROWS,
+        "Row 0: k=4 demonstrations need.*there are 3",
+    ),
     "no rejected": (
         get_view("demonstrations", k=1, contrast=True),
         [{"prompt": f"q{i}", "completion": "a"} for i in range(2)],
@@ -337,7 +341,7 @@ def test_bad_neutral_kl(value):
 @pytest.mark.parametrize("name", ["lorra", "prompted"])
 @pytest.mark.parametrize("layers", [-1, 1.0, True, "half", [0.5, -2]])
 def test_layers_that_are_none(name, layers):
-    with pytest.raises(ValueError, match=r"layers=.* is none of an index from 0"):
+    with pytest.raises(ValueError, match=r"layers=.* must be an index from 0"):
         get_loss(name, layers=layers)
 
 
@@ -494,7 +498,7 @@ def test_stages_that_cannot_be(tmp_path):
     for share in (0.0, 1.0, True):
         with pytest.raises(ValueError, match="then_after"):
             get_loss("prompted", then="cross_entropy", then_after=share)
-    with pytest.raises(ValueError, match="put those on the two losses"):
+    with pytest.raises(ValueError, match="Add these to the two losses"):
         get_loss("prompted", then="cross_entropy", neutral_kl=0.1)
     with pytest.raises(ValueError, match="site='head'"):
         get_loss("prompted", site="head")

@@ -13,7 +13,7 @@ from transformers import DynamicCache
 
 from ...adapters import SteeringVectorLayer, steering_layers
 from ...adapters.observing import evaluating
-from .._host import both, on_host
+from ..host_copies import both, on_host
 from .cut import base_of
 from .decoder import Decoder
 from .keys import attention_of, config_of, row_key, weights_key

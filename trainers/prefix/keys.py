@@ -13,7 +13,7 @@ import xxhash
 from torch import Tensor, nn
 
 from ...adapters.blocks import text_config
-from .._host import both, on_host
+from ..host_copies import both, on_host
 
 _WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _CHUNK = 1 << 22  # numbers at a time

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from ...adapters import steering_layers
-from .._host import on_host, sent
+from ..host_copies import on_host, sent
 from .decoder import Decoder
 
 _WORTH_IT = 0.9  # of the tokens: two passes over fewer tokens have a cost of their own

@@ -10,8 +10,8 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from ...losses import Outputs
-from .._batch import Batch
-from .._host import both, on_host
+from ..batch import Batch
+from ..host_copies import both, on_host
 from .cut import base_of
 from .keys import Unknown, attention_of, config_of, row_key, rows_of, weights_key
 from .memo import Memo

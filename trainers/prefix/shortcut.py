@@ -14,7 +14,7 @@ from ...adapters import steering_layers
 from ...adapters.blocks import text_config
 from ...adapters.caches import CACHE_NAMES
 from ...adapters.observing import evaluating
-from .._host import sent
+from ..host_copies import sent
 from .completions import PromptCaches, prompts_are_constant
 from .cut import NoPrefix, base_of, dropout, frozen_blocks
 from .decoder import Decoder

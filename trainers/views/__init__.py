@@ -1,6 +1,6 @@
 """Views: the same example behind another prompt, for losses that compare the model with itself. One file each.
 
-A loss asks `at(strength, view="good")`, and the trainer was told `views={"good": get_view("instruction", ...)}`.
+A loss calls `at(strength, view="good")`, and the trainer has the view from `views={"good": get_view(...)}`.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""The tokens of every example's views, found by the example's own tokens."""
+"""The tokens of every example's views, looked up by the example's own tokens."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from datasets import Dataset
@@ -11,32 +11,32 @@ from jinja2 import TemplateError
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from .._batch import Batch
-from .._data import tokenise
-from .._host import on_host, sent
+from ..batch import Batch
+from ..data import tokenise
+from ..host_copies import on_host, sent
+from ..prefix import FrozenPrefix
+from ..prefix.reference import ReferenceMemo
 from ._base import Row, View, ViewError
 
-if TYPE_CHECKING:
-    from ..prefix import FrozenPrefix
-    from ..prefix.reference import ReferenceMemo
+Answer = tuple[list[int], int]
+"""Tokens of a row's prompt with one of its answers, and where the answer starts (-1: unknown)."""
 
 
 class Views:
-    """What a loss sees when it asks for a view of a batch.
+    """The views of batches that a loss asks for.
 
     Args:
-        views: By the name that the loss asks for.
-        tokenizer: Its chat template writes the views.
-        context: Tokens that the model can read; None: unknown.
+        views: The views, by the name that the loss asks for.
+        tokenizer: The tokenizer whose chat template writes them.
+        context: Number of tokens that the model can read; None: unknown.
     """
 
     def __init__(
         self, views: Mapping[str, View], tokenizer: PreTrainedTokenizerBase, context: int | None = None
     ) -> None:
         self.views, self.tokenizer, self.context = dict(views), tokenizer, context
-        self._rows: dict[tuple[str, bytes], tuple[list[int], int]] = {}  # tokens, and where the answer starts
-        self.memos: dict[str, ReferenceMemo | None] = {}
-        """What is known of teachers' outputs already, by view."""
+        self._answers: dict[tuple[str, bytes], Answer] = {}  # name of the view, tokens of the row -> its view
+        self.memos: dict[str, ReferenceMemo | None] = {}  # cached outputs of teachers, by view
 
     def add(self, rows: Dataset, tokenised: Dataset, training: Dataset | None = None) -> None:
         """Make every view of a data set.
@@ -44,28 +44,31 @@ class Views:
         Args:
             rows: The data in one of TRL's formats.
             tokenised: The same rows as the trainer reads them.
-            training: Of evaluation rows, the rows that are trained on.
+            training: The training rows, if `rows` are evaluation rows.
 
         Raises:
-            ViewError: rows that were packed or dropped, a view that the chat template refuses or leaves out, one
-                longer than the context, one whose answers have other tokens than the example's, or one that shows
-                evaluation rows in front of others.
+            ViewError: rows were packed or dropped; the chat template refuses or drops what a view adds; a view is
+                longer than the context; its answers have other tokens than the example's; or it shows evaluation rows
+                as demonstrations.
         """
         if len(rows) != len(tokenised):
-            raise ViewError(f"{len(rows)} rows became {len(tokenised)}: views need packing=False, and every row kept.")
+            raise ViewError(
+                f"{len(rows)} rows became {len(tokenised)}, and views need every row: set packing=False, and raise "
+                "max_length or remove the rows whose prompts fill it."
+            )
         plain = _with_prompts(rows)
         for name, view in self.views.items():
-            shown = view if training is None else view.for_evaluation(_with_prompts(training), plain)
-            seen = self._tokenised(name, shown(plain))
-            same = view.same_answers and view.teacher is None and bool(plain)
-            for i, (own, other) in enumerate(zip(tokenised, seen, strict=True)):
-                sides = _sides(dict(own)), _sides(dict(other))
-                self._keep(name, view, i, *sides)
-                same = same and [ids for ids, _ in sides[0]] == [ids for ids, _ in sides[1]]
-            if same:
+            make = view if training is None else view.for_evaluation(_with_prompts(training), plain)
+            viewed = self._tokenised(name, make(plain))
+            unchanged = view.same_answers and view.teacher is None and bool(plain)
+            for i, (row, viewed_row) in enumerate(zip(tokenised, viewed, strict=True)):
+                answers, viewed_answers = _answers_of(dict(row)), _answers_of(dict(viewed_row))
+                self._keep(name, view, i, answers, viewed_answers)
+                unchanged = unchanged and [ids for ids, _ in answers] == [ids for ids, _ in viewed_answers]
+            if unchanged:
                 raise ViewError(
-                    f"View {name!r} shows every row as it is, so that nothing can be learnt from it: the chat "
-                    f"template leaves out what {view} adds (a system message, say)."
+                    f"View {name!r} shows every row unchanged, so there is nothing to learn from it: the chat "
+                    f"template drops what {view} adds (a system message, say)."
                 )
 
     def _tokenised(self, name: str, rows: Sequence[Row]) -> Dataset:
@@ -73,53 +76,58 @@ class Views:
             return tokenise(Dataset.from_list([dict(row) for row in rows]), self.tokenizer)
         except TemplateError as error:
             raise ViewError(
-                f"View {name!r}: the chat template refuses it ({error}). An instruction can stand in the user's "
-                "message: where='before' or 'after'."
+                f"View {name!r}: the chat template refuses it ({error}). Put an instruction into the user's message "
+                "instead: where='before' or 'after'."
             ) from error
 
     def remember(self, prefix: FrozenPrefix) -> None:
-        """Keep what teachers say in a memo."""
+        """Cache the outputs of teachers."""
         teachers = {name: view.teacher for name, view in self.views.items()}
         self.memos = {name: prefix.reference(t, trained=False) for name, t in teachers.items() if t is not None}
 
     def of(self, name: str, batch: Batch) -> Batch:
-        """A view of a batch, padded on the right. Of pairs too unless the view has answers of its own.
+        """The view of a batch, padded on the right; of pairs only the chosen rows, if the view has its own answers.
 
         Raises:
-            ViewError: no such view, or a row that was not among the data (cut to max_length, say).
+            ViewError: there is no such view, or a row was not among the data (because it was cut to max_length, say).
         """
         if name not in self.views:
-            raise ViewError(f"The loss asks for view {name!r}, the trainer has {sorted(self.views)}: give views=.")
+            raise ViewError(f"The loss asks for view {name!r}, and the trainer has {sorted(self.views)}. Give views=.")
         pairs = batch.pairs and self.views[name].same_answers
         batch = batch if pairs or not batch.pairs else batch.chosen
         mask = batch.inputs.get("attention_mask")
         real = None if mask is None else on_host(mask).bool()
-        found = []
+        answers = []
         for i, ids in enumerate(on_host(batch.inputs["input_ids"])):
-            own = ids if real is None else ids[real[i]]
-            known = self._rows.get((name, _key(own.tolist())))
-            if known is None:
-                raise ViewError(f"A row has no view {name!r}: it was cut to max_length, or added after the start.")
-            found.append(known)
-        return _padded(found, pairs, batch.labels.device)
-
-    def _keep(self, name: str, view: View, row: int, own: Sequence[tuple[list[int], int]], other: Any) -> None:
-        for (ids, start), (seen, first) in zip(own, other if view.same_answers else other[:1] * len(own), strict=True):
-            if self.context is not None and len(seen) > self.context:
+            tokens = ids if real is None else ids[real[i]]
+            answer = self._answers.get((name, _key(tokens.tolist())))
+            if answer is None:
                 raise ViewError(
-                    f"View {name!r} of row {row} has {len(seen)} tokens, the model reads {self.context}: fewer "
-                    "demonstrations, or a shorter instruction."
+                    f"A row has no view {name!r}: it was cut to max_length, or is not among the rows that the trainer "
+                    "was made with. Raise max_length, or give the rows to the trainer as eval_dataset=."
                 )
-            if view.same_answers and start >= 0 and seen[first:] != ids[start:]:
+            answers.append(answer)
+        return _padded(answers, pairs, batch.labels.device)
+
+    def _keep(self, name: str, view: View, row: int, answers: list[Answer], viewed: list[Answer]) -> None:
+        """Remember the view of each answer of a row."""
+        viewed = viewed if view.same_answers else viewed[:1] * len(answers)
+        for (ids, start), (viewed_ids, viewed_start) in zip(answers, viewed, strict=True):
+            if self.context is not None and len(viewed_ids) > self.context:
                 raise ViewError(
-                    f"View {name!r} of row {row}: the answer has other tokens behind the new prompt than behind its "
+                    f"View {name!r} of row {row} has {len(viewed_ids)} tokens, and the model reads {self.context}. "
+                    "Give fewer demonstrations, or a shorter instruction."
+                )
+            if view.same_answers and start >= 0 and viewed_ids[viewed_start:] != ids[start:]:
+                raise ViewError(
+                    f"View {name!r} of row {row}: the answer has other tokens after the new prompt than after its "
                     "own. End prompts the same way (with a space, or as conversations)."
                 )
-            self._rows.setdefault((name, _key(ids)), (seen, first))
+            self._answers.setdefault((name, _key(ids)), (viewed_ids, viewed_start))
 
 
 def _with_prompts(rows: Dataset) -> list[Any]:
-    """Rows, of implicit prompts with these."""
+    """Rows as dictionaries, with implicit prompts made explicit."""
     if "prompt" not in rows.column_names and "chosen" in rows.column_names:
         from trl.data_utils import extract_prompt
 
@@ -127,12 +135,12 @@ def _with_prompts(rows: Dataset) -> list[Any]:
     return rows.to_list()
 
 
-def _sides(row: Mapping[str, Any]) -> list[tuple[list[int], int]]:
-    """Tokens of a row's answers with their prompt, and where the answer starts (-1: unknown)."""
+def _answers_of(row: Mapping[str, Any]) -> list[Answer]:
+    """The answers of a tokenised row."""
     if "prompt_ids" in row:
         prompt = list(row["prompt_ids"])
-        sides = [name for name in ("chosen_ids", "rejected_ids", "completion_ids") if name in row]
-        return [([*prompt, *row[side]], len(prompt)) for side in sides]
+        columns = [name for name in ("chosen_ids", "rejected_ids", "completion_ids") if name in row]
+        return [([*prompt, *row[column]], len(prompt)) for column in columns]
     ids = list(row["input_ids"])
     if "completion_mask" in row:
         return [(ids, list(row["completion_mask"]).index(1))]
@@ -145,12 +153,13 @@ def _key(ids: Sequence[int]) -> bytes:
     return b",".join(str(i).encode() for i in ids)
 
 
-def _padded(rows: Sequence[tuple[list[int], int]], pairs: bool, device: torch.device) -> Batch:
-    width = max(len(ids) for ids, _ in rows)
+def _padded(answers: Sequence[Answer], pairs: bool, device: torch.device) -> Batch:
+    """Batch answers behind their prompts, `(rows, tokens)`; prompt tokens have label -100."""
+    width = max(len(ids) for ids, _ in answers)
 
     def filled(values: Sequence[Sequence[int]], fill: int) -> Tensor:
         return sent(torch.tensor([[*value, *[fill] * (width - len(value))] for value in values]), device)
 
-    ids, mask = filled([ids for ids, _ in rows], 0), filled([[1] * len(ids) for ids, _ in rows], 0)
-    labels = filled([[-100] * start + ids[start:] for ids, start in rows], -100)
+    ids, mask = filled([ids for ids, _ in answers], 0), filled([[1] * len(ids) for ids, _ in answers], 0)
+    labels = filled([[-100] * start + ids[start:] for ids, start in answers], -100)
     return Batch({"input_ids": ids, "attention_mask": mask}, labels, pairs)

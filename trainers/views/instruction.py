@@ -1,7 +1,7 @@
-"""The example under an instruction: what LoRRA contrasts, and what context distillation takes in.
+"""The example with an instruction: what LoRRA contrasts, and what context distillation absorbs.
 
-For conversations the instruction is the system message (`where="system"`), or stands in the last user message, before
-or after what it says. A plain prompt gets it before or after its text.
+In conversations the instruction is the system message (`where="system"`), or part of the last user message, before or
+after its text. A plain prompt gets it before or after its text.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ Where = Literal["before", "after", "system"]
 
 @dataclass(frozen=True)
 class Instruction(View):
-    """A text put to the prompt.
+    """A text added to the prompt.
 
     Args:
         text: The instruction.
-        where: `before` or `after` the (last user) prompt, or as the `system` message of a conversation, whose own it
-            replaces.
+        where: `before` or `after` the (last user) prompt, or as the `system` message of a conversation, in place of
+            its own.
 
     Raises:
-        ValueError: no text, or an unknown place.
+        ValueError: the text is empty, or the place is unknown.
     """
 
     text: str
@@ -33,26 +33,28 @@ class Instruction(View):
 
     def __post_init__(self) -> None:
         if not self.text.strip():
-            raise ValueError("text='': an instruction says something.")
+            raise ValueError(f"text={self.text!r} must not be empty: give the instruction.")
         if self.where not in get_args(Where):
-            raise ValueError(f"where={self.where!r} is none of 'before', 'after', 'system'.")
+            raise ValueError(f"where={self.where!r} must be 'before', 'after' or 'system'.")
 
     def __call__(self, rows: Sequence[Row]) -> list[Row]:
-        """Rows with the instruction in their prompts."""
+        """Put the instruction into the rows' prompts."""
         return [{**row, "prompt": self._prompt(prompt_of(row))} for row in rows]
 
     def _prompt(self, prompt: Any) -> Any:
         if isinstance(prompt, str):
             if self.where == "system":
                 raise ViewError(
-                    "where='system' needs conversations; these prompts are plain text: 'before' or 'after'."
+                    "where='system' needs conversations, and these prompts are plain text. Use 'before' or 'after'."
                 )
             return self._joined(prompt)
         if self.where == "system":
             rest = [message for message in prompt if message["role"] != "system"]
             return [{"role": "system", "content": self.text}, *rest]
         if not prompt or prompt[-1]["role"] != "user":
-            raise ViewError(f"The prompt does not end with a user message, which would hold the instruction: {prompt}")
+            raise ViewError(
+                f"The prompt must end with a user message, which holds the instruction (got {prompt!r:.200})."
+            )
         return [*prompt[:-1], {**prompt[-1], "content": self._joined(prompt[-1]["content"])}]
 
     def _joined(self, text: str) -> str:
@@ -60,5 +62,5 @@ class Instruction(View):
 
 
 def _end_of(text: str) -> str:
-    """The white space that a plain prompt ends with belongs to the answer's first token."""
+    """The white space at the end of a plain prompt, which belongs to the answer's first token."""
     return text[len(text.rstrip()) :]

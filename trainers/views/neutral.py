@@ -1,4 +1,4 @@
-"""Other text that training should leave alone: for a KL to the base model as a regulariser."""
+"""Text that training should not affect, for a KL to the base model as a regulariser."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from ._base import Row, View
 
 @dataclass(frozen=True)
 class Neutral(View):
-    """Rows of another data set, one an example, over and over.
+    """Rows of another data set, one per example, repeated as often as needed.
 
     Args:
-        rows: Prompts and completions that no behaviour is about.
+        rows: Prompts and completions that have nothing to do with the trained behaviour.
 
     Raises:
-        ValueError: no rows, or one that is no prompt with its completion.
+        ValueError: there are no rows, or one is not a prompt with its completion.
     """
 
     rows: tuple[Row, ...]
@@ -26,11 +26,11 @@ class Neutral(View):
     def __post_init__(self) -> None:
         object.__setattr__(self, "rows", tuple(self.rows))
         if not self.rows:
-            raise ValueError("rows=(): neutral text is needed, as rows with 'prompt' and 'completion'.")
+            raise ValueError("rows=() must not be empty: give neutral text as rows with 'prompt' and 'completion'.")
         for i, row in enumerate(self.rows):
             if not isinstance(row, Mapping) or not {"prompt", "completion"} <= set(row):
-                raise ValueError(f"rows[{i}]={row!r:.100}: a row with 'prompt' and 'completion' is needed.")
+                raise ValueError(f"rows[{i}]={row!r:.100} must be a row with 'prompt' and 'completion'.")
 
     def __call__(self, rows: Sequence[Row]) -> list[Row]:
-        """A neutral row for every row."""
+        """Replace every row by a neutral one."""
         return [self.rows[i % len(self.rows)] for i in range(len(rows))]

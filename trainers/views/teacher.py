@@ -3,7 +3,7 @@
     good, bad = (get_view("teacher", model=teacher) for teacher in (trained_on_chosen, trained_on_rejected))
     SteeringDPOTrainer(..., loss="lorra", views={"good": good, "bad": bad})
 
-One teacher that was trained with instructions in front (RAHF's single model) is asked with the same instructions.
+A single teacher that was trained with instructions (RAHF's single model) gets the same instructions here.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from .instruction import Instruction, Where
 
 @dataclass(frozen=True)
 class Teacher(View):
-    """What a frozen model says of the example, in place of the reference.
+    """The outputs of a frozen model on the example, in place of the reference's.
 
     Args:
-        model: A causal language model with the trained model's tokens and width; on the same weights,
+        model: A causal language model with the trained model's tokens and width; to share its weights,
             `share_weights(model)` with an adapter of its own.
         instruction: A text in the teacher's prompts.
-        where: Where it stands, as in the view `instruction`.
+        where: Place of that text, as in the view `instruction`.
 
     Raises:
-        TypeError: no model.
-        ValueError: an unknown place.
+        TypeError: `model` is not a model.
+        ValueError: the place is unknown.
     """
 
     model: nn.Module = field(repr=False)
@@ -38,14 +38,14 @@ class Teacher(View):
 
     def __post_init__(self) -> None:
         if not isinstance(self.model, nn.Module):
-            raise TypeError(f"model={self.model!r}: a teacher is a model, such as PeftModel.from_pretrained(...).")
+            raise TypeError(f"model={self.model!r:.100} must be a model, such as PeftModel.from_pretrained(...).")
         Instruction(self.instruction or "none", self.where)
 
     @property
     def teacher(self) -> nn.Module:
-        """The model."""
+        """The teacher."""
         return self.model
 
     def __call__(self, rows: Sequence[Row]) -> list[Row]:
-        """The rows themselves, or with the instruction in their prompts."""
+        """Put the instruction, if there is one, into the rows' prompts."""
         return Instruction(self.instruction, self.where)(rows) if self.instruction else list(rows)

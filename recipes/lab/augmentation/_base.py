@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from steertune.adapters.registry import by_name, file_names
 from steertune.recipes.lab.files import ArmError
-from steertune.trainers._registry import by_name, file_names
 
 _FOLDER = Path(__file__).parent
 Row = dict[str, Any]

@@ -18,6 +18,7 @@ class Augmentation(Ingredient, extra="allow"):
     order: ClassVar[int] = 10
     refused_by: ClassVar[Mapping[str, str]] = {
         "distill": f"distill makes no further examples; {_ELSEWHERE}",
+        "gradients": "gradients makes no further examples; remove the table.",
         "contrast_prompts": f"contrast_prompts makes no further examples; {_ELSEWHERE}",
     }
 

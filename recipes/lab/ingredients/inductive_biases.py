@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from steertune.recipes.lab.files import ArmError
 from steertune.recipes.lab.ingredients import ArmLike, Named, Training
-from steertune.trainers.biases import get_bias
+from steertune.trainers.inductive_biases import get_bias
 
 
 class InductiveBiases(Named):
     """`[inductive_biases.NAME]`: options of each bias, in the order in which they start."""
 
     order: ClassVar[int] = 40
+    refused_by: ClassVar[Mapping[str, str]] = {
+        "gradients": "they change gradients, and gradients measures those of the loss; remove the table."
+    }
 
     def check(self, arm: ArmLike) -> None:
         """Refuse unknown biases and options."""
@@ -24,7 +28,7 @@ class InductiveBiases(Named):
 
     def apply(self, training: Training) -> None:
         """Give them to the trainer."""
-        training.options["biases"] = self.tables
+        training.options["inductive_biases"] = self.tables
 
     def key(self, arm: ArmLike) -> Any:
         """In their order, which decides what the later ones find."""

@@ -146,6 +146,11 @@ def names() -> tuple[str, ...]:
     return tuple(sorted(module.name for module in pkgutil.iter_modules(__path__) if not module.name.startswith("_")))
 
 
+def served_by(*observers: str) -> list[str]:
+    """The measures that need these observers and nothing else."""
+    return [name for name in names() if get(name).observe is None and {*get(name).needs} <= {*observers}]
+
+
 @cache
 def get(name: str) -> Measure:
     """A measure by name.

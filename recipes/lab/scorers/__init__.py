@@ -11,7 +11,6 @@ of the task, which no arm trains on or is measured on.
 from __future__ import annotations
 
 import importlib
-import pkgutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +18,7 @@ from typing import Any
 from datasets import Dataset
 from pydantic import ValidationError
 
+from steertune.adapters.registry import file_names
 from steertune.recipes.lab.arm import known_tables
 from steertune.recipes.lab.files import ArmError, nearest, reasons
 
@@ -38,7 +38,7 @@ class Scorer:
 
 def names() -> list[str]:
     """The kinds: the files of this folder."""
-    return sorted(m.name for m in pkgutil.iter_modules(__path__) if not m.name.startswith("_"))
+    return file_names(__path__[0])
 
 
 def read(table: dict[str, Any]) -> tuple[str, Any]:

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
 from steertune.adapters import SteeringVectorConfig
-from steertune.adapters.checks import write_checksums
+from steertune.adapters.saved import write_checksums
 from steertune.recipes.lab.files import write_whole
 
 LAYER = 2

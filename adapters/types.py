@@ -1,0 +1,35 @@
+"""The types of the switches, and of what a configuration says about weights. Imports nothing of this package."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal, Protocol
+
+Form = Literal["bias", "gated", "linear", "low_rank"]
+Site = Literal["block", "attention", "mlp"]
+Norm = Literal["free", "fixed", "capped", "relative", "preserve"]
+Positions = Literal["all", "completion", "prompt", "last_prompt"]
+Layers = int | float | str | Sequence[int | float]
+Strength = float | Literal["null"]
+
+NORMS_WITH_VALUE = ("fixed", "capped", "relative")
+
+
+class Declared(Protocol):
+    """What an adapter's configuration says about its weights (see `SteeringVectorConfig`)."""
+
+    form: Form
+    layers: Layers
+    tied: bool
+    target_modules: str | None
+    modules_to_save: list[str] | None
+    base_fingerprint: dict[str, Any] | None
+
+    @property
+    def parameter_names(self) -> tuple[str, ...]:
+        """The parameters that one steered layer holds."""
+        ...
+
+    def parameter_shape(self, name: str, d: int) -> tuple[int, ...]:
+        """The shape of a parameter in a residual stream of width `d`."""
+        ...

@@ -1,0 +1,17 @@
+"""How much of what a prompt does an adapter does without it (Askell et al. 2112.00861)."""
+
+import numpy as np
+
+from steertune.recipes.lab.measures import Array, Seen, measure
+
+
+@measure("fidelity", better="higher", needs=["prompted"], weight="prompted_base_nats")
+def fidelity(seen: Seen) -> Array:
+    """`1 - KL(prompted || model) / KL(prompted || base)` per prompted answer, `(prompted answers,)`.
+
+    Weighted by KL(prompted || base), the mean is the same ratio of the KLs of all tokens.
+    """
+    base = seen["prompted_base_nats"]
+    ratio = np.full_like(base, np.nan)  # where the prompt changes nothing, there is nothing to learn
+    np.divide(seen["prompted_nats"], base, out=ratio, where=base > 0)
+    return 1 - ratio

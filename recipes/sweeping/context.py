@@ -1,0 +1,82 @@
+"""What all settings of a sweep share, each computed once: the base model, the rows, what the base does on them."""
+
+from __future__ import annotations
+
+from functools import cache, cached_property
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+
+from steertune.recipes.lab import scorers
+from steertune.recipes.lab.evaluate import evaluate_base
+from steertune.recipes.lab.observe import HeldOut, neutral_rows
+from steertune.recipes.lab.rows import Record
+from steertune.recipes.lab.splits import load_splits
+from steertune.recipes.sweeping.settings import SweepTable
+from steertune.trainers import FrozenPrefix
+
+_MEMO_GB = 2.0
+TEST, VALIDATION = "test", "validation"
+
+
+class Context:
+    """The base model and the rows of a sweep; a *part* of the rows is `validation`, which chooses, or `test`, which is
+    read once. Neutral text is halved between them.
+
+    Args:
+        table: The sweep.
+        model: The base model.
+        tokenizer: Its tokenizer.
+
+    Raises:
+        ArmError: rows that are no pairs, too few of them, or rows that stand in two splits.
+    """
+
+    def __init__(self, table: SweepTable, model: Any, tokenizer: Any) -> None:
+        self.table, self.model, self.tokenizer = table, model, tokenizer
+        self.splits = load_splits(table.task, table.splits, table.train)
+        # a vector on the output of block i leaves i + 1 blocks as they were, what is inside it leaves i
+        stops = {layer + extra for layer in table.layers for extra in (0, 1)}
+        self.prefix = FrozenPrefix(_MEMO_GB, warn=False, stops=stops)
+        self.held_out = cache(self._make_held_out)
+
+    def rows(self, part: str) -> Dataset:
+        """The task's rows of a part."""
+        return self.splits.test if part == TEST else self.splits.validation
+
+    @cached_property
+    def scorer(self) -> scorers.Scorer | None:
+        """The scorer of the behaviour, where one was asked for."""
+        if self.table.scorer is None:
+            return None
+        return scorers.fit(self.table.scorer, self.splits.scorer, self.model, self.tokenizer)
+
+    def record(self, site: str, layer: int, part: str) -> Record:
+        """A record of a place that holds what the base model does on a part. The base's pass leaves in the cached
+        prefix what the settings need of the lower blocks."""
+        table = self.table
+        name = table.direction if table.arm is None else table.arm.name
+        task = Path(table.task).name
+        keys = {
+            "arm": f"{name}/{site}-{layer}",
+            "task": task if part == TEST else f"{task}/{part}",
+            "examples": table.train,
+            "seed": table.seed,
+        }
+        facts = {"site": site, "layer": layer, "status": "ok"}
+        return Record(keys, dict(evaluate_base(self.held_out(part))), facts)
+
+    def _make_held_out(self, part: str) -> HeldOut:
+        neutral, count = neutral_rows(), self.table.generations
+        return HeldOut(
+            self.model,
+            self.tokenizer,
+            pairs=self.rows(part),
+            neutral=neutral.select(range(1 if part == TEST else 0, len(neutral), 2)),
+            generations=count if self.scorer is not None else 0,
+            neutral_generations=count,
+            new_tokens=self.table.new_tokens,
+            scorer=self.scorer,
+            prefix=self.prefix,
+        )

@@ -1,0 +1,223 @@
+"""What the three trainers add to their parents."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, nullcontext
+from pathlib import Path
+from typing import Any
+
+from peft import PeftConfig, PeftModel, get_peft_model
+from torch import Tensor, nn
+
+from ..adapters import SteeringVectorConfig
+from ..adapters.card import Card
+from ..losses import Loss, get_loss
+from .arguments import check_ranges
+from .callbacks.announcement import say_what_is_trained
+from .card import write_trainer_card
+from .checkpoints import check_saved
+from .checks import check_best, check_layers, check_partners, check_types
+from .construction import DEFAULT, Construction, check_data, former_biases, make_biases
+from .evaluation_mixin import EvaluationMixin
+from .inductive_biases import Bias
+from .initial_vectors import fill_missing_vectors, to_fp32
+from .parallel import whole_weights
+from .prefix import FrozenPrefix
+from .prefix.once import PayOnce
+from .rates import agree_on_units, check_optimizer, check_rate, group_vectors, trained_vectors, vector_rate
+from .reference import reference_copy
+from .views import View
+
+
+class SteeringMixin(EvaluationMixin):
+    """A Trainer that trains steering vectors (or any PEFT adapter) with any loss of `steertune.losses`.
+
+    Everything goes through documented methods of `Trainer`; with `peft_config=None` and no loss it is its parent.
+
+    Args:
+        peft_config: The adapter to train. Left out: `SteeringVectorConfig()`, or nothing if the model already is a
+            `PeftModel`. None: no adapter (full finetuning).
+        loss: A loss by name, a `Loss` object, or None for the parent's own loss.
+        vector_learning_rate: Learning rate of steering vectors, in units of the residual stream (see
+            `adapters/units.py`; 1e-4 to 1e-3 are usual, as for LoRA). None: `learning_rate`, if it is not left at
+            its class's default, else 1e-3.
+        frozen_prefix: Compute the layers below the trained ones once per example (see `FrozenPrefix`). None: where
+            that is exact, with 2 GB of RAM. True: the same, with a warning where it is not. A `FrozenPrefix` is shared
+            with everything else that uses it. False: never.
+        views: Other versions of every example, by the name a loss asks for them.
+        inductive_biases: Inductive biases of the training (`trainers/inductive_biases/`): name -> options, or objects.
+    """
+
+    card: Card = Card()
+    """What the model card says of behaviour, problem, data and measurements. Set it before the adapter is saved or
+    pushed; the card says which parts were left open."""
+    trust_checkpoint: bool = False
+    """Whether `train` may resume from a checkpoint whose pickles name code (DeepSpeed's, FSDP's; see trust.md)."""
+
+    def __init__(
+        self,
+        *args: Any,
+        peft_config: PeftConfig | None = DEFAULT,
+        loss: str | Loss | None = None,
+        vector_learning_rate: float | None = None,
+        frozen_prefix: FrozenPrefix | bool | None = None,
+        views: Mapping[str, str | View] | None = None,
+        inductive_biases: Mapping[str, Mapping[str, Any]] | Sequence[str | Bias] = (),
+        **kwargs: Any,
+    ) -> None:
+        inductive_biases = former_biases(kwargs, inductive_biases)
+        check_types(None if peft_config is DEFAULT else peft_config, views, inductive_biases)
+        check_rate(vector_learning_rate)
+        parent = super().__init__
+        bound = inspect.signature(parent).bind_partial(*args, **kwargs)
+        check_ranges(bound.arguments.get("args"))
+        continued = isinstance(bound.arguments.get("model"), PeftModel)
+        if peft_config is DEFAULT:
+            peft_config = None if continued else SteeringVectorConfig()
+        self.loss = None if loss is None else get_loss(loss)
+        self.vector_learning_rate, self.vectors_have_groups = vector_learning_rate, False  # groups of the optimizer
+        self.pay_once = PayOnce(frozen_prefix)
+        self.inductive_biases = make_biases(inductive_biases, bound.arguments)
+        self._unstarted_biases = [*self.inductive_biases]
+        self.model_init_adapter: PeftConfig | None = None  # for the models that model_init makes during training
+        self.micro_step, self.step_batches = 0, []
+        self._constructed = False
+        self._plain = peft_config is None and loss is None and not continued and not self.inductive_biases
+        if self._plain:
+            parent(*bound.args, **bound.kwargs)
+        else:
+            Construction(self, parent, bound, peft_config, views or {}).run()
+        self._constructed = True
+
+    def _prepare_data(self, given: dict[str, Any]) -> tuple[str, ...] | None:
+        """Check the data among the constructor's arguments; return their format (see `check_data`)."""
+        return check_data(self, given)
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train like the parent, after computing initial vectors that need data."""
+        if self._plain:
+            if self.is_world_process_zero() and self.model is not None:
+                say_what_is_trained(self.model)
+            return super().train(*args, **kwargs)
+        check_partners(self.loss, self.args, self.train_dataset, self.eval_dataset)
+        check_best(self.args, self.model)
+        checkpoint = kwargs.pop("resume_from_checkpoint", args[0] if args else None)
+        kwargs["resume_from_checkpoint"] = self.checkpoints.resume_from(checkpoint)
+        if self.model_init is None:  # else the parent makes the model first
+            self._start_vectors()
+        with self._biases_at_work():
+            if self.model_init is None:
+                self._start_prefix()
+            return super().train(*args[1:], **kwargs)
+
+    def call_model_init(self, trial: Any = None) -> nn.Module:
+        """Make a model like the parent, with the adapter; in `train` (every trial of a search), start its vectors."""
+        model: Any = super().call_model_init(trial)
+        if self.model_init_adapter is not None:
+            model = get_peft_model(model, copy.deepcopy(self.model_init_adapter))
+        if not self._plain and self._constructed:
+            self.model = model
+            if self.reference is not None:
+                self.reference = reference_copy(self)
+            self._start_vectors()
+            self._start_prefix()
+        return model
+
+    def _start_vectors(self) -> None:
+        """Compute the initial vectors, and what training is measured against."""
+        self.initialise_vectors()
+        with whole_weights(self.model) if self.deepspeed is None else nullcontext():
+            for callback in self.steering_callbacks():
+                callback.before_train(self)
+
+    def _start_prefix(self) -> None:
+        """Find what stays constant in the model from now on."""
+        check_layers(self.loss, self.model)
+        whole_rows = any(bias.whole_rows for bias in self.inductive_biases)
+        self.pay_once.start(self, training=True, whole_rows=whole_rows)
+
+    def _biases_at_work(self) -> ExitStack:
+        """Context in which inductive biases hold on to the model."""
+        with ExitStack() as stack:
+            for bias in self.inductive_biases:
+                stack.enter_context(bias.during(self))
+            return stack.pop_all()
+
+    def initialise_vectors(self) -> None:
+        """Compute initial vectors that need data, and start inductive biases, as `train` does first.
+
+        The result is activation addition without training.
+        """
+        to_fp32(self.model)
+        # before the parent's `train`, nothing gathers the weights that ZeRO-3 shards
+        with whole_weights(self.model) if self.deepspeed is None else nullcontext():
+            agree_on_units(self)
+            fill_missing_vectors(self)
+        while self._unstarted_biases:  # the next call starts again at a bias that refused
+            self._unstarted_biases[0].start(self)
+            self._unstarted_biases.pop(0)
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        """Make an optimizer like the parent, with the learning rate of vectors."""
+        given = self.optimizer is not None
+        if not self._plain and (vectors := trained_vectors(self.model)):
+            check_optimizer(self.args, vectors, given, self.vector_learning_rate)
+        optimizer = super().create_optimizer(*args, **kwargs)
+        if not self._plain and not given and trained_vectors(self.model):
+            group_vectors(optimizer, self.model, vector_rate(self.args, self.vector_learning_rate).value)
+            self.vectors_have_groups = True
+        return optimizer
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Train on a micro-batch like the parent, and show its loss to the callbacks."""
+        if self._plain:
+            return super().training_step(*args, **kwargs)
+        with self.metrics.step():
+            loss = super().training_step(*args, **kwargs)
+        if self.joint_pass is not None:
+            self.joint_pass.backward()
+        losses: Any = self.accelerator.gather(loss.detach())
+        for callback in self.steering_callbacks():
+            callback.on_micro_step(losses)
+        return loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log like the parent; in training with what the callbacks add."""
+        if "loss" in logs and not self._plain:
+            for callback in self.steering_callbacks():
+                logs |= callback.extra_logs()
+        super().log(logs, start_time)
+
+    def get_num_trainable_parameters(self) -> int:
+        """Count like the parent, without parameters that inductive biases freeze during training."""
+        with self._biases_at_work():
+            return super().get_num_trainable_parameters()
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save like the parent, with a model card, and check that the file holds every vector in full size.
+
+        Raises:
+            IncompleteAdapterError: weights are missing from the file, or cut.
+        """
+        super().save_model(output_dir, _internal_call)
+        if not self._plain and self.args.should_save:
+            saved: Any = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+            folder = Path(output_dir or str(self.args.output_dir))
+            check_saved(saved, folder)
+            if not _internal_call:
+                write_trainer_card(self, folder)
+
+    def save_last_good(self) -> str:
+        """Save the model as it was before a bad step, and return the folder."""
+        folder = str(Path(str(self.args.output_dir)) / "last-good")
+        self.save_model(folder)
+        return folder
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Write a model card like the parent, for `push_to_hub`, with its metadata and the text of `card`."""
+        super().create_model_card(*args, **kwargs)
+        if not self._plain and self.is_world_process_zero():
+            write_trainer_card(self, str(self.args.output_dir), overwrite=True)

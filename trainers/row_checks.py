@@ -1,0 +1,173 @@
+"""Check the rows of a data set: once as they are given, and once as tokens."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from .data import TOKENISED_FORMATS, DataError, Row, as_python, check_values, data_format
+
+logger = logging.getLogger(__name__)
+
+
+def check_rows(
+    dataset: Any, tokenizer: PreTrainedTokenizerBase | None, text_column: str | None = None
+) -> tuple[str, ...]:
+    """Refuse a data set that cannot be trained on, before it is tokenised; of a stream, check the first row.
+
+    Args:
+        dataset: The rows as they are given.
+        tokenizer: The tokenizer whose chat template writes conversations; None: no template is needed here.
+        text_column: Another name for the column `text`.
+
+    Returns:
+        The format of the rows.
+
+    Raises:
+        DataError: there are no rows, a column is unknown, a value is neither a text nor a conversation, an answer is
+            empty, chosen equals rejected, or the tokenizer of conversations has no chat template.
+    """
+    first = next(iter(dataset), None)
+    if first is None:
+        raise DataError("The data set is empty: there is nothing to train on.")
+    columns = (text_column,) if text_column and text_column in first else data_format(list(first))
+    _check_template(first, columns, tokenizer)
+    if columns in TOKENISED_FORMATS:
+        return columns  # `check_tokenised` reads these rows
+    for index, row in enumerate(dataset if isinstance(dataset, Dataset) else [first]):
+        check_values(index, row, columns)
+        _check_answers(index, row)
+    return columns
+
+
+@dataclass(frozen=True)
+class TokenLimits:
+    """What tokenised rows must keep to.
+
+    Attributes:
+        max_length: Where rows are cut; None: nowhere.
+        keeps_end: Whether cutting drops the beginning of a row, instead of the end.
+        bos: Id of the token that begins a text; None: the tokenizer has none.
+        vocabulary: Number of tokens that the model knows; None: unknown.
+    """
+
+    max_length: int | None = None
+    keeps_end: bool = False
+    bos: int | None = None
+    vocabulary: int | None = None
+
+
+def check_tokenised(
+    given: Any, rows: Any, limits: TokenLimits, packed: bool = False, evaluation: bool = False
+) -> None:
+    """Refuse tokenised rows that cannot be trained on, and warn of what was cut, in one pass.
+
+    Rows without a label add nothing to the loss, as with the parents: TRL drops them, `Trainer` counts none of their
+    tokens.
+
+    Args:
+        given: The rows before tokenising.
+        rows: The tokenised rows.
+        limits: See `TokenLimits`.
+        packed: Whether one tokenised row holds several of the given rows.
+        evaluation: Whether these are evaluation rows.
+
+    Raises:
+        DataError: no row has a token to predict; an answer has no tokens; chosen and rejected have the same tokens; a
+            token is unknown to the model; or a row begins with two BOS tokens.
+    """
+    if not isinstance(rows, Dataset):
+        return
+    columns = [column for column in rows.column_names if column.endswith("_ids") or column == "labels"]
+    lengths, without_label = [], 0  # of pairs; and the rows that are all prompt
+    predicts = not {"labels", "input_ids"} & {*columns}  # pairs are checked one by one
+    for index, row in enumerate(as_python(rows.select_columns(columns))):
+        _check_ids(index, row, limits)
+        if "chosen_ids" in row:
+            _check_pair(index, row)
+            lengths.append(len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"])))
+            continue
+        labels = row.get("labels", row.get("input_ids"))
+        # a classifier has one label per row
+        predicts = predicts or not isinstance(labels, list) or any(label != -100 for label in labels[1:])
+        without_label += isinstance(labels, list) and all(label == -100 for label in labels)
+    dropped = len(given) - len(rows) if isinstance(given, Dataset) and not packed else 0
+    if (len(given) if isinstance(given, Dataset) else len(rows)) and (not len(rows) or not predicts):
+        raise DataError(_no_label_left(dropped, limits))
+    _warn_of_cuts(dropped + without_label, dropped + len(rows), [] if evaluation else lengths, limits)
+
+
+def _no_label_left(dropped: int, limits: TokenLimits) -> str:
+    if dropped and limits.max_length is not None:
+        return (
+            f"No row has a label left: the prompts fill max_length={limits.max_length} tokens. Raise max_length or "
+            "shorten the prompts."
+        )
+    return "No row has a token to predict: the texts are empty, or of one token. Give longer ones."
+
+
+def _warn_of_cuts(without_label: int, rows: int, lengths: list[int], limits: TokenLimits) -> None:
+    """Say in one line each how many rows have no label, and how many pairs are cut when they are collated."""
+    if without_label:
+        cause = "" if limits.max_length is None else f", because their prompts fill max_length={limits.max_length}"
+        logger.warning("%d of %d rows have no label left%s: they add nothing to the loss.", without_label, rows, cause)
+    limit = limits.max_length
+    if limit is not None and (cut := sum(length > limit for length in lengths)):
+        part = "the beginning of their prompts" if limits.keeps_end else "the end of their answers"
+        logger.warning(
+            "%d of %d pairs are longer than max_length=%d (the longest: %d tokens): %s is dropped.",
+            *(cut, len(lengths), limit, max(lengths), part),
+        )
+
+
+def _check_template(row: Row, columns: tuple[str, ...], tokenizer: PreTrainedTokenizerBase | None) -> None:
+    conversational = any(isinstance(row[c], list) and row[c] and isinstance(row[c][0], Mapping) for c in columns)
+    if conversational and isinstance(tokenizer, PreTrainedTokenizerBase) and tokenizer.chat_template is None:
+        raise DataError(
+            "The data are conversations, and the tokenizer has no chat template. Set tokenizer.chat_template, or give "
+            "plain strings."
+        )
+
+
+def _check_answers(index: int, row: Row) -> None:
+    for column in ("chosen", "rejected", "completion"):
+        if column in row and not _text_of(row[column]).strip():
+            raise DataError(f"Row {index}: {column!r} is empty, so it has no token to train on. Remove the row.")
+    if "chosen" in row and "rejected" in row and row["chosen"] == row["rejected"]:
+        raise DataError(f"Row {index}: chosen equals rejected; the pair carries no contrast. Remove the row.")
+
+
+def _check_ids(index: int, row: Row, limits: TokenLimits) -> None:
+    size = limits.vocabulary
+    for column, ids in row.items():
+        if size is None or not column.endswith("_ids") or not ids:
+            continue
+        if unknown := [end for end in (min(ids), max(ids)) if not 0 <= end < size]:
+            raise DataError(
+                f"Row {index}: {column} holds token {unknown[0]}, the model has {size}: 0 to {size - 1}. Is this its "
+                "tokenizer? For added tokens call model.resize_token_embeddings(len(tokenizer))."
+            )
+    ids = row.get("prompt_ids") or row.get("input_ids") or []
+    if limits.bos is not None and list(ids[:2]) == [limits.bos, limits.bos]:
+        raise DataError(
+            f"Row {index} starts with two BOS tokens: the text already holds one. Remove it from the text."
+        )
+
+
+def _check_pair(index: int, row: Row) -> None:
+    if row["chosen_ids"] == row["rejected_ids"]:
+        raise DataError(f"Row {index}: chosen and rejected have the same tokens; the pair carries no contrast.")
+    if not row["chosen_ids"] or not row["rejected_ids"]:
+        raise DataError(f"Row {index}: an answer has no tokens of its own.")
+
+
+def _text_of(value: Any) -> str:
+    """All text of a value: of messages, or of the parts of one message."""
+    if isinstance(value, list):
+        return "".join(_text_of(m.get("content") or m.get("text")) + str(m.get("tool_calls") or "") for m in value)
+    return "" if value is None else str(value)

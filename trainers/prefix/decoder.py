@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import AttentionInterface
 
 from ...adapters import steering_layers
 from ...adapters.blocks import find_blocks, find_stack
@@ -73,6 +74,14 @@ class Decoder:
         for block in self.blocks[:count]:
             steering = {m for layer in steering_layers(block) for m in layer.modules()}
             yield from (module for module in block.modules() if module not in steering)
+
+    @property
+    def packs(self) -> bool:
+        """Whether its attention can be told where rows begin: the model leaves it to transformers' interface."""
+        module: Any = self.module
+        interfaced = bool(getattr(module, "_supports_attention_backend", False))  # transformers has no public name
+        plain = getattr(module.config, "_attn_implementation", None) in AttentionInterface()
+        return interfaced and plain and self.takes("position_ids")
 
     def not_recomputable(self) -> str | None:
         """Why blocks cannot be left out under the gradient checkpointing that is on; None where they can."""

@@ -21,7 +21,8 @@ from .decoder import Decoder
 from .keys import Unknown, attention_of, config_of, rows_of
 from .memo import Memo
 from .notices import Notices, in_words
-from .prompts import Split, part, run_split, shared_prompts
+from .packing import Layout, common_layout
+from .prompts import Split, part, row_lengths, run_split, shared_prompts
 from .randomness import draws, draws_again
 from .rounding import difference
 from .states import States
@@ -76,6 +77,7 @@ class Shortcut:
         random = self._draws_by_mode and any(dropout(module) for module in model.modules())
         cached = bool(self.decoder.cache) and self.decoder.takes("use_cache") and count < self.decoder.depth
         self.shares_prompts = cached and not random
+        self.packs = self.decoder.packs and not random and count < self.decoder.depth
         constant = self.shares_prompts and count > 0 and prompts_are_constant(model, training)
         self._caches = PromptCaches(memo, model, self.decoder) if constant else None
         self._longest = _original_context(text_config(base_of(model)))
@@ -88,7 +90,7 @@ class Shortcut:
 
     def run_whole_rows(self) -> None:
         """Run no row in parts: prompts and completions are not taken apart."""
-        self.shares_prompts, self._caches = False, None
+        self.shares_prompts, self.packs, self._caches = False, False, None
 
     @contextmanager
     def on(self, labels_only: bool = False) -> Iterator[None]:
@@ -114,11 +116,11 @@ class Shortcut:
             self._error = None
 
     def _leave_nothing_out(self) -> None:
-        self._states, self._caches, self.shares_prompts = None, None, False
+        self._states, self._caches, self.shares_prompts, self.packs = None, None, False, False
 
     def _forward(self, call: dict[str, Any]) -> Any | None:
         """The decoder's output; None where the plain path is to run, also after an error of any kind."""
-        if self._states is None and not self.shares_prompts:
+        if self._states is None and not self.shares_prompts and not self.packs:
             return None
         ids = call.get("input_ids")
         rewind = draws_again(ids.device) if self._draws_by_mode and isinstance(ids, Tensor) else None
@@ -149,14 +151,51 @@ class Shortcut:
             self._notices.off(why)
             return None
         states = self._known(call, rows)
-        if self.shares_prompts and self._draws_by_mode:
+        if (self.shares_prompts or self.packs) and self._draws_by_mode:
             self._check_draws(call)
         if states is not None and self._labels_only and (output := self._completions(call, rows, states)) is not None:
             return output
+        layout = self._layout(call, states)
+        if layout is not None:
+            return self._run_packed(call, states, layout)
         split = self._split(call, states)
         if split is not None:
             return run_split(self.model, self.decoder, call, states, split)
         return None if states is None else self.decoder.run(call, states)
+
+    def _layout(self, call: Mapping[str, Any], states: Tensor | None) -> Layout | None:
+        lengths = row_lengths(call) if self.packs else None
+        if lengths is None:
+            return None
+        ends, steers = self._ends(), self._steers_by_position()
+        share = ends is not None or not steers
+        layout = common_layout(call, lengths, ends, share)
+        if layout is None:
+            return None
+        try:
+            what = f"a pass without padding{_shape(lengths, call)}"
+            if self._unproven(what, call):
+                sample = torch.tensor(_shortest_and_longest(lengths.tolist()))
+
+                def run(few: dict[str, Any]) -> Any:
+                    own = common_layout(few, lengths[sample], None if ends is None else ends[sample], share, True)
+                    assert own is not None
+                    return self._run_packed(few, None if states is None else states[sample], own)
+
+                self._prove(call, what, sample, run)
+        except NoPrefix as why:
+            self.packs = False
+            self._notices.less(why)
+            return None
+        return layout
+
+    def _run_packed(self, call: Mapping[str, Any], states: Tensor | None, layout: Layout) -> Any:
+        """The decoder's output on a batch, computed in one line."""
+        line = layout.call(call)
+        with layout.at_work(self.decoder.module.config), part(self.model, layout.row_T[None], layout.column_T[None]):
+            output = self.decoder.run(line, None if states is None else layout.packed(states))
+        output.last_hidden_state = layout.unpacked(output[0])
+        return output
 
     def _known(self, call: Mapping[str, Any], rows: list[dict[str, Tensor]]) -> Tensor | None:
         if self._states is None:

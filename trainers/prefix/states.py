@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -11,12 +11,16 @@ import torch
 from torch import Tensor, nn
 
 from ...adapters.observing import evaluating
+from .._host import on_host
 from .cut import NoPrefix, base_of, check_frozen
 from .decoder import Decoder
 from .keys import attention_of, config_of, row_key, weights_key
 from .memo import Memo
+from .packing import alone_layout
 from .randomness import draws, last_tokens
 from .rounding import difference
+
+_ONE = torch.ones(1)
 
 
 class States:
@@ -47,6 +51,7 @@ class States:
         self._stop_namespaces: dict[int, str] = {}
         self._below: list[nn.Module] = []
         self._new: dict[str, Tensor] = {}
+        self.together, self._compared = decoder.packs and not has_experts(decoder.module.config), False
 
     def of(self, rows: Sequence[Mapping[str, Tensor]], width: int) -> Tensor:
         """States of a batch, `(rows, width, d)`, zero on the padding to the right. Rows run alone where they are new,
@@ -59,17 +64,62 @@ class States:
             self._namespace = self._check(rows[0])
         _check_hooks(self._below)
         self._new.clear()
-        known = []
-        for row in rows:
-            key = row_key(self._namespace, row)
-            state = self._new.get(key)
-            if state is None and (state := self.memo.get(key)) is None:
-                with evaluating(base_of(self.model)), self._stopping() as passed:
-                    state = self._new[key] = self.decoder.state({**row, "use_cache": False})[0]
-                for stop, lower in passed.items():
-                    self._new[row_key(self._stop_namespace(stop), row)] = lower[0]
-            known.append(state)
-        return padded(known, width, rows[0]["input_ids"].device)
+        keys = [row_key(self._namespace, row) for row in rows]
+        known = {key: self.memo.get(key) for key in keys}
+        new = {key: row for key, row in zip(keys, rows, strict=True) if known[key] is None}
+        if new:
+            with evaluating(base_of(self.model)):
+                known |= self._computed(new)
+        return padded([known[key] for key in keys], width, rows[0]["input_ids"].device)
+
+    def _computed(self, new: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+        """States of rows by their keys: in one line where that gives the bits that each row alone gives, else one by
+        one."""
+        rows = list(new.values())
+        if self.together and all(_is_plain(row) for row in rows):
+            states = self._in_one_line(rows)
+            if not self._compared:
+                self.together = self._compared = self._gives_the_same_bits(rows, states)
+            if self.together:
+                return self._noted(rows, states, new)
+        return self._noted(rows, [self._alone(row) for row in rows], new)
+
+    def _noted(
+        self, rows: Sequence[Mapping[str, Tensor]], states: Sequence[dict[int, Tensor]], keys: Iterable[str]
+    ) -> dict[str, Tensor]:
+        computed = {}
+        for key, row, own in zip(keys, rows, states, strict=True):
+            for stop, state in own.items():
+                if stop == self.decoder.count:
+                    computed[key] = self._new[key] = state
+                else:
+                    self._new[row_key(self._stop_namespace(stop), row)] = state
+        return computed
+
+    def _alone(self, row: Mapping[str, Tensor]) -> dict[int, Tensor]:
+        """A row's states by the number of blocks below them, `(tokens, d)`."""
+        with self._stopping() as passed:
+            state = self.decoder.state({**row, "use_cache": False})
+        return {stop: lower[0] for stop, lower in {**passed, self.decoder.count: state}.items()}
+
+    def _in_one_line(self, rows: Sequence[Mapping[str, Tensor]]) -> list[dict[int, Tensor]]:
+        layout, call = alone_layout(rows)
+        with layout.at_work(self.decoder.module.config), self._stopping() as passed:
+            passed[self.decoder.count] = self.decoder.state(call)
+        states: list[dict[int, Tensor]] = [{} for _ in rows]
+        for stop, line_1TD in passed.items():
+            for own, state_TD in zip(states, line_1TD[0].split(list(layout.lengths or ())), strict=False):
+                own[stop] = state_TD
+        return states
+
+    def _gives_the_same_bits(self, rows: Sequence[Mapping[str, Tensor]], states: Sequence[dict[int, Tensor]]) -> bool:
+        """Whether the shortest and the longest row have the states that they have alone."""
+        lengths = [row["input_ids"].shape[1] for row in rows]
+        for i in {lengths.index(min(lengths)), lengths.index(max(lengths))}:
+            alone = self._alone(rows[i])
+            if any(not torch.equal(state, alone[stop]) for stop, state in states[i].items()):
+                return False
+        return True
 
     def keep(self) -> None:
         """Memoise what the last `of` computed: it was right."""
@@ -143,8 +193,18 @@ class States:
         return weights_key(sorted(below.items()), *settings)
 
 
+def _is_plain(row: Mapping[str, Tensor]) -> bool:
+    """Whether a row is nothing but tokens, all of them real and at their usual positions."""
+    return set(row) <= {"input_ids", "attention_mask"} and bool(on_host(row.get("attention_mask", _ONE)).all())
+
+
 def _keep(passed: dict[int, Tensor], stop: int, module: nn.Module, args: object, output: Any) -> None:
     passed[stop] = (output[0] if isinstance(output, tuple) else output).detach()
+
+
+def has_experts(config: Any) -> bool:
+    """Whether tokens are sent to experts, whose matrix products depend on how many tokens others sent there."""
+    return any(getattr(config, name, None) for name in ("num_local_experts", "num_experts", "n_routed_experts"))
 
 
 def padded(rows: Sequence[Tensor], width: int, device: torch.device) -> Tensor:

@@ -96,12 +96,15 @@ class ParentsMetrics:
             logits: `(labels, vocabulary)`.
             answers: The labels, `(labels,)`.
         """
-        top, best = logits.max(-1)
-        shifted = logits - top[:, None]
-        weights = shifted.exp()  # (labels, vocabulary), the largest 1
-        total = weights.sum(-1)
-        entropy = total.log() - torch.linalg.vecdot(weights, shifted) / total
-        self._of_labels = entropy, (best == answers).float(), logits.mean(-1)
+        entropies, guesses = [], []
+        for part in logits.split(64):  # whole copies of the logits would cost more than what is computed from them
+            top, best = part.max(-1)
+            shifted = part - top[:, None]
+            weights = shifted.exp()  # (labels, vocabulary), the largest 1
+            total = weights.sum(-1)
+            entropies.append(total.log() - torch.linalg.vecdot(weights, shifted) / total)
+            guesses.append(best)
+        self._of_labels = torch.cat(entropies), (torch.cat(guesses) == answers).float(), logits.mean(-1)
 
     @torch.no_grad()
     def note(self, log: dict[str, list[float]], at: ModelAt, batch: Batch, training: bool) -> None:

@@ -25,8 +25,8 @@ from ..adapters.positions import prompts_by_labels
 from ..losses import Outputs, Strength
 from ._batch import Batch
 from ._host import both, on_host
-from .prefix.cut import base_of
-from .prefix.reference import ReferenceMemo
+from .prefix.cached_states import CachedReference
+from .prefix.decoder import base_of
 from .views import ViewError, Views
 
 REFERENCE_ADAPTER = "ref"  # TRL's name for the frozen copy of an adapter that training continues
@@ -67,7 +67,7 @@ class ModelAt:
         unwrapped: nn.Module,
         batch: Batch,
         reference_model: nn.Module | None = None,
-        reference_memo: ReferenceMemo | None = None,
+        reference_memo: CachedReference | None = None,
         together: Callable[[Batch, Strength], Outputs] | None = None,
         views: Views | None = None,
         look: Callable[[Tensor, Tensor], None] | None = None,
@@ -160,7 +160,7 @@ def _frozen(model: nn.Module, batch: Batch, asked: Asked) -> Outputs:
 
 
 def _remembered(
-    memo: ReferenceMemo | None, batch: Batch, compute: Callable[[Batch], Outputs], asked: Asked
+    memo: CachedReference | None, batch: Batch, compute: Callable[[Batch], Outputs], asked: Asked
 ) -> Outputs:
     """Outputs from a memo where there is one; whole distributions are too large to keep."""
     if memo is None or asked.distribution:

@@ -17,7 +17,7 @@ from ..adapters.blocks import find_blocks, resolve_layers
 from ..losses import Loss, parts
 from ._at import scaled
 from ._data import DataError
-from .prefix.cut import base_of
+from .prefix.decoder import base_of
 from .views import View, ViewError
 
 logger = logging.getLogger(__name__)

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from ..adapters.blocks import find_blocks
-from .prefix.cut import base_of
-from .prefix.once import PayOnce
+from .prefix.decoder import base_of
+from .prefix.frozen import CachedPrefix
 
 if TYPE_CHECKING:
     from ._mixin import SteeringMixin
@@ -98,7 +98,7 @@ def _again(trainer: SteeringMixin) -> Iterator[tuple[str, str]]:
 def _alone(trainer: SteeringMixin) -> Iterator[None]:
     """Inside, the trainer runs whole passes of its own: nothing memoised, nobody beside it."""
     before = trainer.pay_once, trainer.seat, trainer._micro_step
-    trainer.pay_once, trainer.seat = PayOnce(False), None
+    trainer.pay_once, trainer.seat = CachedPrefix(False), None
     try:
         yield
     finally:

@@ -78,8 +78,8 @@ from .arguments import check_arguments, check_ranges
 from .biases import Bias, BiasError, get_bias
 from .biases._base import Biased
 from .prefix import FrozenPrefix
-from .prefix.cut import base_of
-from .prefix.once import PayOnce
+from .prefix.decoder import base_of
+from .prefix.frozen import CachedPrefix
 from .spikes import LossSpikes
 from .views import View, Views, get_view
 
@@ -145,7 +145,7 @@ class SteeringMixin(Trainer):
         self._micro_step = 0
         self.step_batches: list[dict[str, Any]] = []  # of the optimiser step at work
         self.step_loss: Tensor | float = 0.0  # of that step so far, over all processes
-        self.pay_once = PayOnce(frozen_prefix)
+        self.pay_once = CachedPrefix(frozen_prefix)
         self.seat: Any = None  # this trainer's place among those of `train_together`
         self.views: Views | None = None
         self._adapter: PeftConfig | None = None  # of the models that model_init makes
@@ -433,7 +433,7 @@ class SteeringMixin(Trainer):
         loss, inputs = self.loss_at_work, unpacked(inputs)
         if loss is None or (self.loss is None and (return_outputs or not _readable(inputs, loss))):
             # outputs that somebody reads are the parent's on padding too, where states that are left out are zero
-            passes = self.pay_once.whole() if return_outputs else self.pay_once.shortcut()
+            passes = self.pay_once.whole() if return_outputs else self.pay_once.on()
             with untouched(self.model), self._boundary(inputs), passes:
                 return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         batch = self._read(inputs)
@@ -447,7 +447,7 @@ class SteeringMixin(Trainer):
         look = None if parents_log is None else self._parents_metrics.look
         at = ModelAt(model, unwrapped, batch, own_reference, memo, together, self.views, look)
         # blocks that are left out, or run in parts, show no states
-        with self.pay_once.whole() if loss.states else self.pay_once.shortcut(labels_only=True):
+        with self.pay_once.whole() if loss.states else self.pay_once.on(labels_only=True):
             values = loss(at, self._generator())
         if self.loss is None:
             if parents_log is not None:

@@ -15,7 +15,7 @@ from ..losses import Loss, get_loss
 from ._at import ModelAt
 from ._batch import Batch
 from .arguments import unused_by
-from .prefix.cut import base_of
+from .prefix.decoder import base_of
 
 if TYPE_CHECKING:
     from ._mixin import SteeringMixin

@@ -24,7 +24,7 @@ from ._at import token_logps
 from ._batch import Batch
 from ._guard import NonFiniteError
 from ._mixin import SteeringMixin
-from .prefix.cut import dropout
+from .prefix.exactness import dropout
 
 _SAME = ("form", "rank", "positions", "tied")  # what arms must have in common beside the layers; see `_steered`
 
@@ -150,8 +150,8 @@ class _Team:
         self._passes: list[tuple[Tensor, list[Tensor]]] = []  # joint outputs, and the arms' leaves
         self._shortcut = trainers[0].pay_once.elsewhere(self.host)
         loss = trainers[0].loss
-        if self._shortcut is not None and not (loss is not None and loss.pairs):
-            self._shortcut.shares_prompts = False  # rows of different arms may begin alike: each has its own vector
+        if self._shortcut is not None:  # rows of different arms may begin alike: each has its own vector
+            self._shortcut.keep_rows_apart(share_prompts=loss is not None and loss.pairs)
 
     def run(self, arm: int) -> None:
         """The body of an arm's thread."""

@@ -15,7 +15,7 @@ from transformers import TrainerCallback
 from ...adapters.blocks import find_blocks, resolve_layers, site_name
 from ...adapters.config import Site
 from .._registry import by_name, file_names
-from ..prefix.cut import base_of
+from ..prefix.decoder import base_of
 
 _FOLDER = Path(__file__).parent
 

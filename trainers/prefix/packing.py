@@ -20,7 +20,6 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from .._host import on_host, sent
 
 _NAME = "steertune_packed"
-_WORTH_IT = 0.9  # of the tokens: laying rows out has a cost of its own
 _MULTIPLE = 16  # tokens that rows which run for themselves are filled up to
 
 
@@ -94,7 +93,7 @@ def snapshot() -> Callable[[], AbstractContextManager[None]]:
 
 
 def common_layout(
-    call: Mapping[str, Any], lengths: Tensor, ends: Tensor | None, share: bool = True, anyway: bool = False
+    call: Mapping[str, Any], lengths: Tensor, ends: Tensor | None, share: bool = True, at_least: float = 0.1
 ) -> Layout | None:
     """The layout of a batch in which each beginning that rows have in common stands once; None where it saves little.
 
@@ -104,7 +103,7 @@ def common_layout(
         ends: Where each row's prompt ends, if that decides what is steered: two rows share no token that one of them
             steers and the other does not, `(rows,)`.
         share: Whether rows may share tokens at all.
-        anyway: Whether a layout that saves little will do.
+        at_least: Share of the tokens, with padding, that the layout has to save.
     """
     ids_RC = on_host(call["input_ids"])
     rows, width = ids_RC.shape
@@ -121,7 +120,7 @@ def common_layout(
             common_RR = torch.where(ends_R[:, None] == ends_R[None], common_RR, torch.minimum(common_RR, first_RR))
         owner_RC = (common_RR[:, :, None] > column_C).to(torch.uint8).argmax(dim=1)
     kept_RC = real_RC & (owner_RC == row_R[:, None])
-    if not anyway and int(kept_RC.sum()) > _WORTH_IT * rows * width:
+    if int(kept_RC.sum()) > (1 - at_least) * rows * width:
         return None
     index_RC = (kept_RC.flatten().long().cumsum(0) - 1).view(rows, width)
     place_RC = torch.where(real_RC, index_RC[owner_RC, column_C], 0)
@@ -133,7 +132,7 @@ def common_layout(
 def alone_layout(rows: Sequence[Mapping[str, Tensor]]) -> tuple[Layout, dict[str, Any]]:
     """A layout of rows `(1, tokens)` in which none depends on the others, and the decoder's arguments for it.
 
-    The line is filled up to a multiple of 16 tokens: matrix products of a few rows take other ways, and round otherwise.
+    The line is filled up to a multiple of 16 tokens: matrix products of very few tokens round in another way.
     """
     ids = [row["input_ids"][0] for row in rows]
     missing = -sum(map(len, ids)) % _MULTIPLE

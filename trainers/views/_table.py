@@ -18,7 +18,7 @@ from ._base import Row, View, ViewError
 
 if TYPE_CHECKING:
     from ..prefix import FrozenPrefix
-    from ..prefix.reference import ReferenceMemo
+    from ..prefix.cached_states import CachedReference
 
 
 class Views:
@@ -35,7 +35,7 @@ class Views:
     ) -> None:
         self.views, self.tokenizer, self.context = dict(views), tokenizer, context
         self._rows: dict[tuple[str, bytes], tuple[list[int], int]] = {}  # tokens, and where the answer starts
-        self.memos: dict[str, ReferenceMemo | None] = {}
+        self.memos: dict[str, CachedReference | None] = {}
         """What is known of teachers' outputs already, by view."""
 
     def add(self, rows: Dataset, tokenised: Dataset, training: Dataset | None = None) -> None:

@@ -359,6 +359,21 @@ FAULTS = [
         "trainers/test_frozen_prefix", "inside_changes",
     ),
     Fault(
+        "rows in one line share a token that one of them steers", "packed rows", "trainers.prefix.packing",
+        "torch.minimum(common_RR, first_RR)", "common_RR",
+        "trainers/test_prefix_packing", "prompts_end_elsewhere or unequal_rows",
+    ),
+    Fault(
+        "a block that is run again forgets where rows begin", "packed rows", "trainers.prefix.packing",
+        "return nullcontext if _now is None else", "return nullcontext if True else",
+        "trainers/test_prefix_checkpointing", "architecture and llama",
+    ),
+    Fault(
+        "rows that round otherwise together are kept", "packed rows", "trainers.prefix.cached_states",
+        "if not all(torch.equal(state, alone[stop])", "if False and not all(torch.equal(state, alone[stop])",
+        "trainers/test_prefix_packing", "round_otherwise",
+    ),
+    Fault(
         "a NaN loss goes on", "NaN hidden in logs", "trainers._guard",
         "    if not torch.isfinite(value).all():\n", "    if False:\n",
         "trainers/test_bad_input", "training_stops",

@@ -620,7 +620,7 @@ def test_weights_in_another_order_are_other_weights():
 def test_the_sum_of_places_is_the_same_in_chunks(monkeypatch):
     bits = torch.randint(-(2**31), 2**31, (1000,), generator=torch.Generator().manual_seed(0)).int()
     whole = _placed_sum(bits)
-    monkeypatch.setattr("steertune.trainers.prefix.keys._CHUNK", 96)
+    monkeypatch.setattr("steertune.trainers.prefix.store._CHUNK", 96)
     assert _placed_sum(bits) == whole
 
 

@@ -27,6 +27,7 @@ from .exactness import (
     draws,
     has_experts,
     in_words,
+    is_wide,
     last_tokens,
 )
 from .packing import alone_layout
@@ -34,6 +35,9 @@ from .store import TensorStore, attention_of, config_of, row_key, rows_of, weigh
 
 Row = Mapping[str, Tensor]
 """Model inputs of one row, `(1, tokens)` each."""
+
+
+_FEW = 8  # tokens
 
 
 class CachedStates:
@@ -67,8 +71,8 @@ class CachedStates:
         self._ran_until: dict[int, dict[str, nn.Module]] = {}
         self._below: list[nn.Module] = []
         self._new: dict[str, Tensor] = {}
-        # None: not compared yet
-        self._together: bool | None = None if decoder.packs and not has_experts(decoder.module.config) else False
+        alike = decoder.packs and not has_experts(decoder.module.config) and is_wide(decoder.inside(decoder.count))
+        self._together = None if alike else False  # whether new rows run together; None: not compared yet
 
     def of(self, rows: Sequence[Row], width: int) -> Tensor:
         """States of a batch, `(R, width, D)`, zero on the padding to the right; `keep` stores new ones.
@@ -126,9 +130,9 @@ class CachedStates:
         return [{stop: states[i] for stop, states in split.items()} for i in range(len(rows))]
 
     def _have_the_same_bits(self, rows: Sequence[Row], states: Sequence[dict[int, Tensor]]) -> bool:
-        """Whether the shortest and the longest row have the states that they have alone."""
+        """Whether the shortest, the middle and the longest row have the states that they have alone."""
         by_length = sorted(range(len(rows)), key=lambda i: rows[i]["input_ids"].shape[1])
-        for i in {by_length[0], by_length[-1]}:
+        for i in {by_length[0], by_length[len(rows) // 2], by_length[-1]}:
             alone = self._compute_alone(rows[i])
             if not all(torch.equal(state, alone[stop]) for stop, state in states[i].items()):
                 self._notices.less("new rows run one by one: together they round in another way, and a resumed run "
@@ -222,8 +226,9 @@ def side_by_side(rows: Sequence[Tensor], width: int, device: torch.device) -> Te
 
 
 def _is_plain(row: Row) -> bool:
-    """Whether a row is nothing but tokens, all of them real and at their usual positions."""
-    if not set(row) <= {"input_ids", "attention_mask"}:
+    """Whether a row is nothing but tokens, all of them real and at their usual positions, and not so few that matrix
+    products of them alone take another kernel."""
+    if not set(row) <= {"input_ids", "attention_mask"} or row["input_ids"].shape[1] < _FEW:
         return False
     return "attention_mask" not in row or bool(on_host(row["attention_mask"]).all())
 

@@ -12,8 +12,8 @@ under the policy and one under the reference take the same path, so that an untr
    attention looks back only and is told where rows begin. Compared like 2, for rows of one length and of several,
    and again whenever rows are twice as long.
 4. *A prompt may run apart from what follows it*, because attention looks back only. Compared like 3.
-5. *New rows may run together*, because each has the bits that it has alone. Two of them run alone and are compared
-   bit by bit, once for a model; where bits differ, and with experts, rows run one by one.
+5. *New rows may run together*, because each has the bits that it has alone. Three of them run alone and are compared
+   bit by bit, once for a model; where bits differ, with experts and in narrow models, rows run one by one.
 6. *A tensor that is read again is the one that was computed*, because its key is a digest of weights, settings,
    precision and row. On disk its bytes have a digest, too.
 
@@ -153,6 +153,16 @@ def check_hooks(modules: Iterable[nn.Module]) -> None:
 def has_experts(config: Any) -> bool:
     """Whether tokens are sent to experts, whose matrix products depend on how many other tokens were."""
     return any(getattr(config, name, None) for name in _EXPERTS)
+
+
+def is_wide(modules: Iterable[nn.Module]) -> bool:
+    """Whether a token's bits can be the same however many tokens run beside it.
+
+    Where a width is no multiple of 64, the last numbers of a line are not computed by vector instructions (SiLU rounds
+    otherwise then), and for narrow matrices the kernel depends on how many tokens there are.
+    """
+    weights = [p for module in modules for p in module.parameters(recurse=False) if p.ndim == 2]
+    return bool(weights) and all(size % 64 == 0 and size >= 128 for weight in weights for size in weight.shape)
 
 
 def beyond_window(config: Any, columns: int) -> bool:

@@ -20,7 +20,6 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from .._host import on_host, sent
 
 _NAME = "steertune_packed"
-_MULTIPLE = 16  # tokens that rows which run for themselves are filled up to
 
 
 @dataclass(frozen=True)
@@ -115,7 +114,8 @@ def common_layout(
         same_RRC = (ids_RC[:, None] == ids_RC[None]) & real_RC[:, None] & real_RC[None]
         common_RR = same_RRC.long().cumprod(dim=2).sum(dim=2)
         if ends is not None:
-            ends_R = on_host(ends)
+            # a row without an answer ends where its tokens do
+        ends_R = torch.minimum(on_host(ends), lengths)
             first_RR = torch.minimum(ends_R[:, None], ends_R[None]) - 1
             common_RR = torch.where(ends_R[:, None] == ends_R[None], common_RR, torch.minimum(common_RR, first_RR))
         owner_RC = (common_RR[:, :, None] > column_C).to(torch.uint8).argmax(dim=1)
@@ -130,14 +130,8 @@ def common_layout(
 
 
 def alone_layout(rows: Sequence[Mapping[str, Tensor]]) -> tuple[Layout, dict[str, Any]]:
-    """A layout of rows `(1, tokens)` in which none depends on the others, and the decoder's arguments for it.
-
-    The line is filled up to a multiple of 16 tokens: matrix products of very few tokens round in another way.
-    """
+    """A layout of rows `(1, tokens)` in which none depends on the others, and the decoder's arguments for it."""
     ids = [row["input_ids"][0] for row in rows]
-    missing = -sum(map(len, ids)) % _MULTIPLE
-    if missing:
-        ids.append(ids[0].new_zeros(missing))
     lengths = tuple(map(len, ids))
     device = ids[0].device
     row_T = torch.arange(len(ids), device=device).repeat_interleave(torch.tensor(lengths, device=device))

@@ -115,7 +115,7 @@ def common_layout(
         common_RR = same_RRC.long().cumprod(dim=2).sum(dim=2)
         if ends is not None:
             # a row without an answer ends where its tokens do
-        ends_R = torch.minimum(on_host(ends), lengths)
+            ends_R = torch.minimum(on_host(ends), lengths)
             first_RR = torch.minimum(ends_R[:, None], ends_R[None]) - 1
             common_RR = torch.where(ends_R[:, None] == ends_R[None], common_RR, torch.minimum(common_RR, first_RR))
         owner_RC = (common_RR[:, :, None] > column_C).to(torch.uint8).argmax(dim=1)

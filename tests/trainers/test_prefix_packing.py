@@ -106,7 +106,10 @@ def test_attention_that_confuses_rows_is_caught(monkeypatch, caplog):
     """A planted fault: every row is given the attention of another."""
     right = packing._in_32_bits_on_cpu
     monkeypatch.setattr(packing, "_in_32_bits_on_cpu", lambda *given: right(*given).flip(0))
-    assert_same_with_shortcut(steered(), unequal())
+    model = steered(layers=0)
+    for block in model.get_base_model().model.layers:
+        block.self_attn.o_proj.weight.data *= 20.0  # a random model hardly attends to anything
+    assert_same_with_shortcut(model, unequal())
     assert "a pass without padding" in caplog.text and "differs by" in caplog.text
 
 

@@ -102,8 +102,8 @@ class Arm(BaseModel, extra="forbid"):
     `adapter.type` is any PEFT method in lower case or `none` (full finetuning); `loss.name` is a file of `losses/` or
     `upstream`; `[views.NAME]` is a view that the loss asks for, its `name` a file of `trainers/views/`;
     `[teachers.NAME]` are models that are trained first, for views that a teacher sees;
-    `[biases.NAME]` are options of an inductive bias, NAME a file of `trainers/inductive_biases/`; `[augmentation]` makes more
-    examples of the few, its `name` a file of `recipes/lab/augmentation/`; `[trainer]` takes every field of TRL's
+    `[biases.NAME]` are options of an inductive bias, NAME a file of `trainers/inductive_biases/`; `[augmentation]`
+    makes more examples of the few, its `name` a file of `recipes/lab/augmentation/`; `[trainer]` takes every field of TRL's
     `DPOConfig` (pairs) or `SFTConfig` (demonstrations).
     """
 

@@ -167,7 +167,7 @@ def _frozen_outputs(model: nn.Module, batch: Batch, extras: Extras) -> Outputs:
 
 
 def _cached(
-    memo: CachedReference | None, batch: Batch, compute: Callable[[Batch], Outputs], extras: Extras
+    cache: CachedReference | None, batch: Batch, compute: Callable[[Batch], Outputs], extras: Extras
 ) -> Outputs:
     """Outputs from a cache if there is one; whole distributions are too large to keep."""
     if cache is None or extras.distribution:

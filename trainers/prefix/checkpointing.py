@@ -19,6 +19,7 @@ from torch import nn
 from transformers.cache_utils import Cache
 
 from ...adapters import steering_layers
+from . import packing
 
 _FLAG = "gradient_checkpointing"  # transformers', on blocks and on the stack
 
@@ -98,6 +99,7 @@ def _checkpointed(block: nn.Module, function: Callable[..., Any]) -> Callable[..
             return plain(*args, **kwargs)
         circumstances: list[Callable[[], AbstractContextManager[None]]]
         circumstances = [boundary.snapshot() for boundary in {layer.boundary for layer in steering_layers(block)}]
+        circumstances += [packing.snapshot()]
         circumstances += [functools.partial(_strength, layer, {**layer.strength}) for layer in steering_layers(block)]
         cache = next((value for value in (*args, *kwargs.values()) if isinstance(value, Cache)), None)
         before = None if cache is None else _copied(cache)

@@ -1,4 +1,4 @@
-"""Run a decoder from a given state at the output of one block, without running the blocks up to it."""
+"""A stack of decoder blocks that can start at a block in the middle, from the state behind the blocks below it."""
 
 from __future__ import annotations
 
@@ -9,20 +9,79 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
+from transformers import AttentionInterface
 
-from ...adapters import steering_layers
+from ...adapters import SteeringVectorLayer, steering_layers
 from ...adapters.blocks import find_blocks, find_stack
 from ...adapters.caches import CACHE_NAMES
+from ...adapters.observing import ADAPTER_LAYERS
 from .checkpointing import not_recomputable, replaced_forwards, run_again_alike
-from .cut import NoPrefix, base_of
+from .exactness import NoPrefix
 
 Replacement = Callable[[dict[str, Any]], Any | None]
 """From the arguments of a decoder's forward to its output, or None: the decoder runs as it would."""
 
 
+def base_of(model: nn.Module) -> nn.Module:
+    """The transformers model inside a PEFT model."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def frozen_blocks(model: nn.Module, training: bool) -> int:
+    """Number of decoder blocks whose outputs neither an adapter nor, in training, a trained parameter changes.
+
+    A steering vector on the output of block `i` leaves that block itself as it was: `i + 1` blocks are frozen.
+
+    Raises:
+        NoPrefix: there is none.
+    """
+    try:
+        blocks = find_blocks(base_of(model))
+    except ValueError as error:
+        raise NoPrefix(str(error)) from error
+    i = lowest_changed(model, training)
+    if i is None:
+        return len(blocks)
+    name, block = blocks[i]
+    inside, _ = _changes(block, training)
+    if inside and i == 0:
+        raise NoPrefix(
+            f"the lowest layer that is trained or adapted is 0 ({name}): nothing lies below it. Train higher layers "
+            "(layers=) to leave some out"
+        )
+    return i if inside else i + 1
+
+
+def lowest_changed(model: nn.Module, training: bool) -> int | None:
+    """The lowest decoder block whose output an adapter or, in training, a trained parameter changes; None: no block's.
+
+    Raises:
+        ValueError: the model's blocks are unknown.
+    """
+    for i, (_, block) in enumerate(find_blocks(base_of(model))):
+        if any(_changes(block, training)):
+            return i
+    return None
+
+
+def _changes(block: nn.Module, training: bool) -> tuple[bool, bool]:
+    """Whether something changes what a block computes, and whether something is added to its output."""
+    inside, after, owned = False, False, set()
+    for module in block.modules():
+        if isinstance(module, ADAPTER_LAYERS):
+            if isinstance(module, SteeringVectorLayer) and module in block.children():
+                after = True
+                owned |= {id(p) for p in module.parameters()}
+            else:
+                inside = True
+    trained = training and any(p.requires_grad and id(p) not in owned for p in block.parameters())
+    return inside or trained, after
+
+
 class _Reached(Exception):
-    """The state at the cut, carried out of the forward pass."""
+    """The state behind the cached prefix, carried out of the forward pass."""
 
     def __init__(self, hidden: Tensor) -> None:
         super().__init__()
@@ -73,6 +132,14 @@ class Decoder:
         for block in self.blocks[:count]:
             steering = {m for layer in steering_layers(block) for m in layer.modules()}
             yield from (module for module in block.modules() if module not in steering)
+
+    @property
+    def packs(self) -> bool:
+        """Whether its attention can be told where rows begin: the model leaves it to transformers' interface."""
+        module: Any = self.module
+        interfaced = bool(getattr(module, "_supports_attention_backend", False))  # transformers has no public name
+        plain = getattr(module.config, "_attn_implementation", None) in AttentionInterface()
+        return interfaced and plain and self.takes("position_ids")
 
     def not_recomputable(self) -> str | None:
         """Why blocks cannot be left out under the gradient checkpointing that is on; None where they can."""

@@ -75,6 +75,7 @@ class FrozenPrefix:
         try:
             if not self.usable:
                 raise NoPrefix("its budget is 0 GB")
+            # other processes may have added rows to the folder
             self.memo.refresh()
             return CachedPass(self.memo, model, training, self._proven, notices, self.stops)
         except NoPrefix as error:

@@ -85,6 +85,7 @@ class CachedStates:
         # hooks come and go between passes
         check_hooks(self._below)
         self._new.clear()
+        # what is known of each row
         keys = [row_key(self._namespace, row) for row in rows]
         states = {key: self.store.get(key) for key in keys}
         # equal rows run once
@@ -92,6 +93,7 @@ class CachedStates:
         if new:
             with evaluating(base_of(self.model)):
                 computed = self._compute(list(new.values()))
+            # also the states that other models will start from
             for (key, row), by_stop in zip(new.items(), computed, strict=True):
                 states[key] = self._new[key] = by_stop.pop(self.decoder.count)
                 self._new |= {row_key(self._stop_namespace(stop), row): state for stop, state in by_stop.items()}
@@ -210,6 +212,7 @@ class CachedStates:
     def _key(self, ran: Mapping[str, nn.Module], count: int) -> str:
         """What the state behind `count` blocks depends on beside the row."""
         base = base_of(self.model)
+        # every tensor of every module that ran below, by its name in the plain model
         names = {module: name for name, module in base.named_modules()}
         # experts that no token of the short pass chose are in the key, too
         ran = {**ran, **{names[module]: module for module in self.decoder.inside(count)}}
@@ -225,6 +228,7 @@ class CachedStates:
 def side_by_side(rows: Sequence[Tensor], width: int, device: torch.device) -> Tensor:
     """States of rows, `(tokens, D)` each, on a device, `(R, width, D)`, zero behind their ends. From pinned memory
     nobody waits for the copies."""
+    # zeros on padding, so that nothing undefined reaches the suffix
     h_RCD = torch.zeros(len(rows), width, rows[0].shape[-1], dtype=rows[0].dtype, device=device)
     for row, place in zip(rows, h_RCD, strict=True):
         place[: len(row)].copy_(row, non_blocking=True)

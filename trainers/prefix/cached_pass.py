@@ -73,6 +73,7 @@ class CachedPass:
         self._training = training
         self._made_for = self._state_of_model()
         self._draws_by_mode = training or model.training
+        # without frozen blocks the suffix is the whole model, which can still run without padding
         try:
             count = frozen_blocks(model, training)
         except NoPrefix as why:
@@ -87,6 +88,7 @@ class CachedPass:
         suffix = not random and count < self.decoder.depth
         self.packs = suffix and self.decoder.packs
         self.shares_prompts = suffix and bool(self.decoder.cache) and self.decoder.takes("use_cache")
+        # with `positions="completion"` prompts are constants of the suffix, too
         constant = self.shares_prompts and count > 0 and prompts_are_constant(model, training)
         self._caches = PromptCaches(store, model, self.decoder) if constant else None
         if suffix and not self.packs:
@@ -116,11 +118,13 @@ class CachedPass:
             labels_only: Whether nothing is read of the outputs before the last prompt token. Then prompts that no
                 adapter changes need not run at all.
         """
+        # what was found constant is constant for this model as it was
         drawing = self._training or self.model.training
         if self._made_for != self._state_of_model() or drawing > self._draws_by_mode:
             self._notices.off("adapters, trained parameters or the mode are not those it was made for")
             self._leave_nothing_out()
         before = self._labels_only
+        # an inner evaluation may read less than the outer one, never more
         self._labels_only = labels_only and (before or not self.decoder.is_on)
         try:
             with self.decoder.on(self._forward):
@@ -142,6 +146,7 @@ class CachedPass:
         if self._states is None and not self.shares_prompts and not self.packs:
             return None
         ids = call.get("input_ids")
+        # so that an error of ours changes no random number
         rewind = draws_again(ids.device) if self._draws_by_mode and isinstance(ids, Tensor) else None
         try:
             return self._output(call)
@@ -154,6 +159,7 @@ class CachedPass:
             return None
 
     def _output(self, call: dict[str, Any]) -> Any | None:
+        # with a cache the tokens are not the whole rows
         if any(call.get(name) is not None for name in CACHE_NAMES):  # generation
             return None
         try:
@@ -161,6 +167,7 @@ class CachedPass:
         except Unknown as why:
             self._notices.off(why)
             return None
+        # first what is cached, then the cheapest way to run the rest
         h_RCD = self._cached(call, rows)
         if (self.shares_prompts or self.packs) and self._draws_by_mode:
             self._check_draws(call, rows[0])
@@ -180,6 +187,7 @@ class CachedPass:
         Raises:
             Unknown: something is to be returned of the blocks that would not run, or the rows are not all there is.
         """
+        # what the blocks that do not run would have returned
         if self._setting(call, "use_cache"):
             raise Unknown("a call asks for all layers' keys and values; where none are needed, use_cache=False")
         if torch.is_grad_enabled() and (why := self.decoder.not_recomputable()):
@@ -205,6 +213,7 @@ class CachedPass:
         try:
             h_RCD = self._states.of(rows, call["input_ids"].shape[1])
             what = "the memo of the lower layers"
+            # the first batch proves the way, and only then is anything stored
             if self._unproven(what, call):
                 sample = torch.tensor(_shortest_and_longest([row["input_ids"].shape[1] for row in rows]))
                 self._prove(call, what, sample, lambda few: self.decoder.run(few, h_RCD[sample]))
@@ -243,6 +252,7 @@ class CachedPass:
         lengths_R = row_lengths(call) if self.packs else None
         if lengths_R is None:
             return None
+        # where it is unknown which tokens are steered, rows share none
         ends_R = self._ends()
         share = ends_R is not None or not self._steers_by_position()
         layout = common_layout(call, lengths_R, ends_R, share)
@@ -253,6 +263,7 @@ class CachedPass:
             if self._unproven(what, call):
                 sample = torch.tensor(_shortest_and_longest(lengths_R.tolist()))
 
+                # the sample has a layout of its own
                 def run(few: dict[str, Any]) -> Any:
                     ends = None if ends_R is None else ends_R[sample]
                     own = common_layout(few, lengths_R[sample], ends, share, at_least=0.0)
@@ -268,9 +279,11 @@ class CachedPass:
     def _run_packed(self, call: Mapping[str, Any], h_RCD: Tensor | None, layout: Layout | None) -> Any:
         """The decoder's output on a batch, computed in one line."""
         assert layout is not None
+        # steering layers look up by row and column what they steer
         row_1T, column_1T = layout.row_T[None], layout.column_T[None]
         with layout.at_work(self.decoder.module.config), part(self.model, row_1T, column_1T):
             output = self.decoder.run(layout.call(call), None if h_RCD is None else layout.packed(h_RCD))
+        # the head reads rows
         output.last_hidden_state = layout.unpacked(output[0])
         return output
 
@@ -300,6 +313,7 @@ class CachedPass:
         if self._draws is None:
 
             def run(row: Mapping[str, Tensor]) -> Any:
+                # as steering layers see the first row
                 column_1C = torch.arange(row["input_ids"].shape[1], device=row["input_ids"].device)[None]
                 with part(self.model, column_1C[0, :1], column_1C):  # row 0
                     return self.decoder.run({**row, "use_cache": False}, None)
@@ -327,6 +341,7 @@ class CachedPass:
 
     def _unproven(self, what: str, call: Mapping[str, Any]) -> bool:
         on = call["input_ids"].device
+        # looked up often, so by few things; the digest below knows all that a proof depends on
         way = (what, on, torch.is_autocast_enabled(on.type) and torch.get_autocast_dtype(on.type))
         if way not in self._proven_here and self._proof(what, call) in self._proven:
             self._proven_here.add(way)
@@ -353,6 +368,7 @@ class CachedPass:
         Raises:
             NoPrefix: they differ.
         """
+        # a batch of the sampled rows, with their own prompts
         shape = call["input_ids"].shape
         there = sent(sample, call["input_ids"].device)
         few = {
@@ -362,6 +378,7 @@ class CachedPass:
         with evaluating(self.model), ExitStack() as stack:
             for boundary in {id(layer.boundary): layer.boundary for layer in steering_layers(self.model)}.values():
                 stack.enter_context(boundary.select(there))
+            # from the tokens, without anything left out
             plain = self.decoder.run(few, None)[0]
             try:
                 ours = run(few)[0]
@@ -369,6 +386,7 @@ class CachedPass:
                 raise NoPrefix(
                     f"{what} is off: {type(self.decoder.module).__name__} fails with it: {error}"
                 ) from error
+        # padding means nothing in either
         if real_RC is None and (mask := few.get("attention_mask")) is not None:
             real_RC = mask.bool()
         if (apart := difference(plain, ours, real_RC)) is not None:

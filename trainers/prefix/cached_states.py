@@ -82,8 +82,10 @@ class CachedStates:
         """
         if self._namespace is None:
             self._namespace = self._check(rows[0])
+        # hooks come and go between passes
         check_hooks(self._below)
         self._new.clear()
+        # what is known of each row
         keys = [row_key(self._namespace, row) for row in rows]
         states = {key: self.store.get(key) for key in keys}
         # equal rows run once
@@ -91,6 +93,7 @@ class CachedStates:
         if new:
             with evaluating(base_of(self.model)):
                 computed = self._compute(list(new.values()))
+            # also the states that other models will start from
             for (key, row), by_stop in zip(new.items(), computed, strict=True):
                 states[key] = self._new[key] = by_stop.pop(self.decoder.count)
                 self._new |= {row_key(self._stop_namespace(stop), row): state for stop, state in by_stop.items()}
@@ -108,6 +111,7 @@ class CachedStates:
 
     def _compute(self, rows: Sequence[Row]) -> list[dict[int, Tensor]]:
         """States of every row, `(tokens, D)`, by the number of blocks below them."""
+        # one line for all rows: weights are read once
         if self._together is not False and all(_is_plain(row) for row in rows):
             states = self._compute_together(rows)
             if self._together is None:
@@ -125,6 +129,7 @@ class CachedStates:
         layout, call = alone_layout(rows)
         with layout.at_work(self.decoder.module.config), self._noting_stops() as passed:
             passed[self.decoder.count] = self.decoder.state(call)
+        # the line is cut into rows again, at every stop
         lengths = list(layout.lengths or ())
         split = {stop: state_1TD[0].split(lengths) for stop, state_1TD in passed.items()}
         return [{stop: states[i] for stop, states in split.items()} for i in range(len(rows))]
@@ -160,6 +165,7 @@ class CachedStates:
     def _check(self, row: Row) -> str:
         """Check all that runs below the suffix, and return the namespace of its states."""
         row = last_tokens(row)
+        # modules by their names in the plain model: with PEFT around it the key is the same
         base, stack = base_of(self.model), self.decoder.module
         names = {module: name for name, module in base.named_modules()}
         ran = {names[stack]: stack}
@@ -179,6 +185,7 @@ class CachedStates:
         finally:
             for handle in handles:
                 handle.remove()
+        # what is constant by kind
         check_frozen(ran.items(), self.training, self.random)
         self._below = [module for module in ran.values() if module is not stack]
         # noise that no module's name tells
@@ -189,6 +196,7 @@ class CachedStates:
                     "what runs below the trained layers differs in training (noise on embeddings or routers?). Set "
                     "neftune_noise_alpha=None, or router_jitter_noise=0, to leave them out"
                 )
+        # what the states depend on
         namespace = self._key(ran, self.decoder.count)
         dtype = str(state.dtype).removeprefix("torch.")
         what = f"{type(base).__name__} of width {state.shape[-1]} up to block {self.decoder.count - 1} in {dtype}"
@@ -204,6 +212,7 @@ class CachedStates:
     def _key(self, ran: Mapping[str, nn.Module], count: int) -> str:
         """What the state behind `count` blocks depends on beside the row."""
         base = base_of(self.model)
+        # every tensor of every module that ran below, by its name in the plain model
         names = {module: name for name, module in base.named_modules()}
         # experts that no token of the short pass chose are in the key, too
         ran = {**ran, **{names[module]: module for module in self.decoder.inside(count)}}
@@ -219,6 +228,7 @@ class CachedStates:
 def side_by_side(rows: Sequence[Tensor], width: int, device: torch.device) -> Tensor:
     """States of rows, `(tokens, D)` each, on a device, `(R, width, D)`, zero behind their ends. From pinned memory
     nobody waits for the copies."""
+    # zeros on padding, so that nothing undefined reaches the suffix
     h_RCD = torch.zeros(len(rows), width, rows[0].shape[-1], dtype=rows[0].dtype, device=device)
     for row, place in zip(rows, h_RCD, strict=True):
         place[: len(row)].copy_(row, non_blocking=True)
@@ -245,6 +255,7 @@ class CachedReference:
 
     def __init__(self, store: TensorStore, reference: nn.Module, trained: bool) -> None:
         self.store, self._failed = store, False
+        # the reference is the model without what is trained
         tensors = [(name, p) for name, p in reference.named_parameters() if not (trained and p.requires_grad)]
         base = base_of(reference)
         settings = ("reference", attention_of(base), config_of(base), _frozen_adapters(reference, tensors))
@@ -262,6 +273,7 @@ class CachedReference:
             site: Which of their states.
         """
         failure = ""
+        # a fault of the cache is no reason not to train
         if not self._failed:
             try:
                 return self._outputs(batch, compute, layers, site)
@@ -276,6 +288,7 @@ class CachedReference:
         return outputs
 
     def _outputs(self, batch: Batch, compute: Callable[[Batch], Outputs], layers: Sequence[int], site: str) -> Outputs:
+        # rows alone, and their labels without those on padding
         rows = rows_of(batch.inputs)
         device = batch.labels.device
         labels = [_first(batch.labels, i, row["input_ids"].shape[1]) for i, row in enumerate(rows)]
@@ -291,6 +304,7 @@ class CachedReference:
             logps.append(logps_L.to(device, non_blocking=True))
             for layer, state in zip(layers, states, strict=True):
                 hidden[layer].append(state.to(device, non_blocking=True))
+        # side by side again, in the order of the batch
         states = {layer: torch.cat(states) for layer, states in hidden.items()}
         return Outputs(batch.spread(torch.cat(logps)), batch.targets != -100, states)
 
@@ -299,10 +313,12 @@ class CachedReference:
     ) -> tuple[Tensor, list[Tensor]]:
         """Log-probabilities of a row's labels, `(labels,)`, and the states of every layer, `(labels, D)`, kept by
         its name."""
+        # one key for the log-probabilities, one for the states of each layer
         keys = [row_key(self._namespace, row)]
         keys += [row_key(f"{self._namespace}/{name}", row) for name in layers.values()]
         values = [self.store.get(key) for key in keys]
         if any(value is None for value in values):
+            # the row alone, so that its value does not depend on the batch
             inputs = {name: value for name, value in row.items() if name != "labels"}
             outputs = compute(Batch(inputs, row["labels"], pairs=False))
             values = [outputs.token_logps[outputs.mask], *(outputs.hidden[layer] for layer in layers)]

@@ -41,10 +41,12 @@ def frozen_blocks(model: nn.Module, training: bool) -> int:
         blocks = find_blocks(base_of(model))
     except ValueError as error:
         raise NoPrefix(str(error)) from error
+    # no adapter and nothing trained in any block: all of them
     i = lowest_changed(model, training)
     if i is None:
         return len(blocks)
     name, block = blocks[i]
+    # what is added to the output of a block comes after it, so the block itself is frozen
     inside, _ = _changes(block, training)
     if inside and i == 0:
         raise NoPrefix(
@@ -68,6 +70,7 @@ def lowest_changed(model: nn.Module, training: bool) -> int | None:
 
 def _changes(block: nn.Module, training: bool) -> tuple[bool, bool]:
     """Whether something changes what a block computes, and whether something is added to its output."""
+    # a steering layer that is a child of the block hangs on its output; deeper ones are inside
     inside, after, owned = False, False, set()
     for module in block.modules():
         if isinstance(module, ADAPTER_LAYERS):
@@ -76,6 +79,7 @@ def _changes(block: nn.Module, training: bool) -> tuple[bool, bool]:
                 owned |= {id(p) for p in module.parameters()}
             else:
                 inside = True
+    # parameters of the vector on the output are trained, but not in the block
     trained = training and any(p.requires_grad and id(p) not in owned for p in block.parameters())
     return inside or trained, after
 
@@ -113,6 +117,7 @@ class Decoder:
         self.blocks = [block for _, block in blocks]
         self._skipped = self.blocks[:count]
         self.module = find_stack(base)
+        # remote code may be called with anything; the class says what its forward takes
         self._signature = inspect.signature(type(self.module).forward)
         if not self.takes("input_ids"):
             raise NoPrefix(f"{type(self.module).__name__} does not take input_ids")
@@ -137,6 +142,7 @@ class Decoder:
     def packs(self) -> bool:
         """Whether its attention can be told where rows begin: the model leaves it to transformers' interface."""
         module: Any = self.module
+        # models that compute attention themselves have no such flag, and eager attention is a function of theirs
         interfaced = bool(getattr(module, "_supports_attention_backend", False))  # transformers has no public name
         plain = getattr(module.config, "_attn_implementation", None) in AttentionInterface()
         return interfaced and plain and self.takes("position_ids")
@@ -152,6 +158,7 @@ class Decoder:
             yield
             return
         self.is_on = True
+        # forwards on the instances, so that hooks of the modules still run
         new = {self.module: self._stack(replacement)} | {block: self._block(block) for block in self._skipped}
         try:
             with replaced_forwards(new):
@@ -166,6 +173,7 @@ class Decoder:
         Args:
             call: Arguments of the stack.
         """
+        # the pass is cut off at the last block to be skipped, by an exception that carries the state out
         before, self._state, self._stop = self._state, None, True
         try:
             self._plain(**call)
@@ -179,6 +187,7 @@ class Decoder:
         """The stack's output, from a state after the blocks that can be skipped or (None) from the tokens. Only inside
         `on`."""
         before, self._state = self._state, state
+        # blocks that compute nothing need not be run again in the backward pass
         left_out = () if state is None else self._skipped
         cached = call.get(self.cache) is not None
         try:
@@ -188,6 +197,7 @@ class Decoder:
             self._state = before
 
     def _arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        # arguments by name, however the model passes them
         given = self._signature.bind(self.module, *args, **kwargs).arguments
         by_name = {name: value for name, value in given.items() if name != "self"}
         for name, parameter in self._signature.parameters.items():
@@ -200,6 +210,7 @@ class Decoder:
 
         @functools.wraps(plain)
         def forward(*args: Any, **kwargs: Any) -> Any:
+            # the replacement may run the stack itself, from a state or in another layout
             output = replacement(self._arguments(args, kwargs))
             if output is not None:
                 return output
@@ -214,6 +225,7 @@ class Decoder:
 
         @functools.wraps(plain)
         def forward(*args: Any, **kwargs: Any) -> Any:
+            # nothing is skipped in this pass
             if self._state is None:
                 output = plain(*args, **kwargs)
                 if isinstance(output, tuple):
@@ -221,6 +233,7 @@ class Decoder:
                 if last and self._stop:
                     raise _Reached(output[0] if isinstance(output, tuple) else output)
                 return output
+            # skipped: each block returns its input unchanged, and the last one the state
             hidden = self._state if last else (args[0] if args else kwargs["hidden_states"])
             length = self._tuples.get(block)
             return hidden if length is None else (hidden, *[None] * (length - 1))

@@ -108,10 +108,13 @@ def check_frozen(modules: Iterable[tuple[str, nn.Module]], training: bool, rando
         NoPrefix: names the module and what is wrong with it.
     """
     for name, module in modules:
+        # adapters change what they are on, also when they are not trained
         if isinstance(module, ADAPTER_LAYERS):
             raise NoPrefix(f"{name} below the trained layers has an adapter")
+        # a value computed once has no randomness
         if random and (rate := dropout(module)):
             raise NoPrefix(f"{name}.{rate} below the trained layers makes its output random. Set it to 0")
+        # weights that move, or that are not here
         for key, parameter in module.named_parameters(recurse=False):
             if training and parameter.requires_grad:
                 raise NoPrefix(f"{name}.{key} below the trained layers is trained. Freeze it, or train an adapter")
@@ -121,6 +124,7 @@ def check_frozen(modules: Iterable[tuple[str, nn.Module]], training: bool, rando
 
 def dropout(module: nn.Module) -> str | None:
     """The module's own dropout rate above 0, as `name=value`, if it has one (layer drop too)."""
+    # rates are numbers of the module, or of a Dropout that it holds
     own = vars(module)
     rates = {key: value for key, value in own.items() if "drop" in key}
     if "drop" in type(module).__name__.lower():
@@ -174,6 +178,7 @@ def beyond_window(config: Any, columns: int) -> bool:
 def original_context(config: Any) -> int | None:
     """Tokens beyond which the frequencies of a dynamic RoPE depend on the longest row of a batch; None: they never
     do."""
+    # some models have one rope for each kind of layer
     given = getattr(config, "rope_parameters", None) or {}
     kinds = [given] if "rope_type" in given else [kind for kind in given.values() if isinstance(kind, dict)]
     limits = [
@@ -199,6 +204,7 @@ def difference(plain: Tensor, ours: Tensor, real: Tensor | None = None) -> float
         plain, ours = plain[real], ours[real]
     device = plain.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else plain.dtype
+    # relative to the largest state: massive activations round by more than others are large
     apart = float((plain - ours).abs().max() / plain.abs().max())
     return None if apart <= torch.finfo(dtype).eps ** 0.5 else apart  # NaN is no rounding either
 
@@ -214,6 +220,7 @@ def draws(model: nn.Module, row: Mapping[str, Tensor], run: Callable[[Mapping[st
     device = row["input_ids"].device
     devices = [device] if device.type == "cuda" else []
     with training(model), torch.random.fork_rng(devices), torch.no_grad():
+        # whoever draws a random number changes the state of a generator
         before = _states(devices)
         found = run(last_tokens(row))
         return found, not all(map(torch.equal, before, _states(devices)))

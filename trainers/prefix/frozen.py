@@ -75,6 +75,7 @@ class FrozenPrefix:
         try:
             if not self.usable:
                 raise NoPrefix("its budget is 0 GB")
+            # other processes may have added rows to the folder
             self.memo.refresh()
             return CachedPass(self.memo, model, training, self._proven, notices, self.stops)
         except NoPrefix as error:
@@ -120,6 +121,7 @@ class CachedPrefix:
     def __init__(self, setting: FrozenPrefix | bool | None) -> None:
         if not isinstance(setting, FrozenPrefix | bool | None):
             raise TypeError(f"frozen_prefix={setting!r}: give True, False, or a FrozenPrefix.")
+        # one of its own, unless it is off or shared
         own = None if setting is False else FrozenPrefix(warn=setting is True)
         self._prefix = setting if isinstance(setting, FrozenPrefix) else own
         self._by_default = setting is None
@@ -199,6 +201,7 @@ def _impossible(trainer: Trainer) -> str | None:
         return "a compiled graph runs all layers. Set torch_compile=False to leave them out instead"
     if args.n_gpu > 1:
         return "nn.DataParallel copies the model at every step; use accelerate launch"
+    # processes that hold parts of the weights must run the same layers at the same time
     kind = accelerator.distributed_type
     stage = getattr(accelerator.state.deepspeed_plugin, "zero_stage", 0) if kind == DistributedType.DEEPSPEED else 0
     # from_pretrained(distributed_config=) makes DTensors, and accelerate calls it DDP

@@ -72,13 +72,16 @@ def shared_prompts(call: Mapping[str, Any], ends: Tensor | None = None) -> Split
     if rows % 2 or lengths is None:
         return None
     column = torch.arange(width)
+    # the last token of a row is left to the second pass, which must not be empty
     same = (ids[:half] == ids[half:]) & (column < torch.minimum(lengths[:half], lengths[half:])[:, None] - 1)
     if ends is not None:
+        # the last token of a prompt may be steered alone
         first, second = on_host(ends).chunk(2)
         same &= column < torch.where(first == second, first, torch.minimum(first, second) - 1)[:, None]
     prompts = same.long().cumprod(dim=1).sum(dim=1)
     index = torch.arange(half)
     split = Split(prompts, index, torch.cat([index, index]), lengths)
+    # what two passes cost, padding included
     rest = int((lengths - split.starts).max())
     tokens = half * int(prompts.max()) + rows * rest
     return split if int(prompts.min()) > 0 and tokens <= _WORTH_IT * rows * width else None
@@ -94,6 +97,7 @@ def row_lengths(call: Mapping[str, Any]) -> Tensor | None:
         return torch.full(ids.shape[:1], ids.shape[1])
     mask = on_host(mask)
     lengths = mask.sum(dim=1)
+    # real tokens are the first ones of each row
     ends_there = mask.bool() == (torch.arange(ids.shape[1]) < lengths[:, None])
     return lengths if bool(ends_there.all()) else None
 
@@ -114,6 +118,7 @@ def run_split(model: nn.Module, decoder: Decoder, call: Mapping[str, Any], state
     rest, split = int((split.lengths - split.starts).max()), split.to(on)
     column = torch.arange(width, device=on)
     real = column < split.prompts[:, None]
+    # first the prompts, whose keys and values are kept
     first = {
         **call,
         "input_ids": call["input_ids"][split.owner, :width],
@@ -123,10 +128,12 @@ def run_split(model: nn.Module, decoder: Decoder, call: Mapping[str, Any], state
     }
     with part(model, split.owner, column.expand(len(split.owner), -1)):
         prompts = decoder.run(first, None if states is None else states[split.owner, :width])
+    # skipped blocks have written none
     caches = [
         (layer.keys, layer.values)
         for layer in getattr(prompts, decoder.cache).layers[0 if states is None else decoder.count :]
     ]
+    # then what follows them
     output = continue_prompts(model, decoder, call, states, split, caches, width, rest)
     # every token from the pass that computed it
     both = torch.cat([prompts[0][split.prompt_of], output[0]], dim=1)
@@ -160,9 +167,11 @@ def continue_prompts(
         rest: Tokens of the longest row after its prompt.
     """
     ids, starts = call["input_ids"], split.starts
+    # the tokens behind each prompt, moved to the left
     column = starts[:, None] + torch.arange(rest, device=ids.device)
     real = column < split.lengths[:, None]
     column = column.clamp_max(ids.shape[1] - 1)
+    # keys of a short prompt have a hole behind them, up to the longest one
     before = torch.arange(width, device=ids.device) < starts[:, None]
     rows = torch.arange(len(ids), device=ids.device)
     call = {
@@ -172,6 +181,7 @@ def continue_prompts(
         decoder.cache: _cache(0 if states is None else decoder.count, caches, split.prompt_of),
         "use_cache": True,
     }
+    # a token stands where it stood, whatever the hole
     if decoder.takes("position_ids"):
         call["position_ids"] = column
     if states is not None:
@@ -182,6 +192,7 @@ def continue_prompts(
 
 def _cache(skipped: int, caches: list[tuple[Tensor, Tensor]], prompt_of: Tensor) -> DynamicCache:
     """A cache of every row's prompt. Skipped layers only have to say how long it is."""
+    # an expanded zero takes no memory
     length = caches[0][0].shape[-2]
     nothing = caches[0][0].new_zeros(()).expand(len(prompt_of), 1, length, 1)
     of_rows = [(keys[prompt_of], values[prompt_of]) for keys, values in caches]
@@ -216,6 +227,7 @@ class PromptCaches:
         lengths, end = row_lengths(call), next(iter(steering_layers(self.model))).boundary.prompt_end
         if lengths is None or end is None or len(end) != len(lengths):
             return None
+        # a row without an answer ends where its tokens do
         prompts = torch.minimum(on_host(end), lengths) - 1
         index = torch.arange(len(lengths))
         return Split(prompts, index, index, lengths) if int(prompts.min()) > 0 else None
@@ -234,6 +246,7 @@ class PromptCaches:
             self._of(row, i, states[i : i + 1], n)
             for i, (row, n) in enumerate(zip(rows, split.prompts.tolist(), strict=True))
         ]
+        # prompts side by side, padded on the right
         layers, _, heads, _, size = caches[0].shape
         shape = (layers, 2, len(rows), heads, width, size)
         kv_L2RHCS = torch.zeros(shape, dtype=caches[0].dtype, device=states.device)
@@ -243,6 +256,7 @@ class PromptCaches:
         output = continue_prompts(
             self.model, self.decoder, call, states, split, [(kv[0], kv[1]) for kv in kv_L2RHCS], width, rest
         )
+        # every column from the pass behind the prompts; those before it are not read
         place = torch.arange(call["input_ids"].shape[1], device=states.device) - split.starts[:, None]
         place = place.clamp(0, output[0].shape[1] - 1)
         output.last_hidden_state = output[0].gather(1, place[..., None].expand(-1, -1, output[0].shape[-1]))
@@ -262,6 +276,7 @@ class PromptCaches:
         The row's own prompt end counts: behind another's, its prompt would be steered.
         """
         if self._namespace is None:
+            # prompts are not steered, so vectors are no part of the key; all other weights are
             base = base_of(self.model)
             vectors = {id(p) for layer in steering_layers(self.model) for p in layer.parameters()}
             frozen = [(name, p) for name, p in base.named_parameters() if id(p) not in vectors]
@@ -269,6 +284,7 @@ class PromptCaches:
             self._namespace = weights_key([*frozen, *base.named_buffers()], *settings)
         prompt = {name: both(lambda v: v[:, :length], value) for name, value in row.items()}
         key = row_key(self._namespace, prompt)
+        # computed in evaluation mode, the row alone, and stored once `keep` says that it was right
         kv_L2HCS = self._new.get(key)
         if kv_L2HCS is None and (kv_L2HCS := self.store.get(key)) is None:
             column = torch.arange(length, device=state.device)[None]
@@ -283,6 +299,7 @@ class PromptCaches:
 
 def prompts_are_constant(model: nn.Module, training: bool) -> bool:
     """Whether all that is adapted or trained in `model` changes completion tokens only."""
+    # a vector that steers completions changes no prompt; any other adapter does
     owned = set()
     for module in model.modules():
         if isinstance(module, SteeringVectorLayer):

@@ -58,6 +58,7 @@ def weights_key(tensors: Iterable[tuple[str, Tensor]], *settings: Any) -> str:
     settings = (*settings, torch.__version__, transformers.__version__)
     digest = hashlib.blake2b(repr(settings).encode(), digest_size=16)
     for name, tensor in tensors:
+        # integers of the same bits: NaNs and negative zeros count, too
         bits = tensor.detach().contiguous().view(-1).view(_WORDS[tensor.element_size()])
         content = xxhash.xxh3_128_hexdigest(bits.numpy().data) if bits.device.type == "cpu" else _placed_sum(bits)
         # PEFT puts a layer with an adapter one name deeper
@@ -97,6 +98,7 @@ def rows_of(inputs: Mapping[str, Any]) -> list[dict[str, Tensor]]:
     ids = inputs.get("input_ids")
     if not isinstance(ids, Tensor) or ids.ndim != 2:
         raise Unknown("there are no input_ids of shape (rows, tokens)")
+    # only what says one thing of each token may be told apart by row
     shape, kept = ids.shape, {}
     for name, value in inputs.items():
         if name in _PER_ROW and isinstance(value, Tensor) and value.shape in (shape, (1, shape[1])):
@@ -104,7 +106,9 @@ def rows_of(inputs: Mapping[str, Any]) -> list[dict[str, Tensor]]:
         elif not (value is None or isinstance(value, bool | int | float | str) or _is_number(value)):
             raise Unknown(f"the input {name!r} says more than the tokens of a row do")
     mask = kept.get("attention_mask")  # none: a model that is given one where there was none may do something else
+    # padding on the right is no part of a row; on the left it is, for it moves positions
     real = torch.ones(shape, dtype=torch.bool) if mask is None else on_host(mask).bool()
+    # several texts in one row
     positions = kept.get("position_ids")
     if positions is not None and bool((on_host(positions).diff(dim=1) < 0)[real[:, 1:] & real[:, :-1]].any()):
         raise Unknown("position_ids that start again within a row pack several texts in one")
@@ -197,6 +201,7 @@ class TensorStore:
 
     def get(self, key: str) -> Tensor | None:
         """The tensor of `key`, on the CPU, not to be changed; None if it is not known or damaged."""
+        # RAM first, then the newest place on disk whose bytes are whole
         if key in self._ram:
             return self._ram[key]
         while places := self._places.get(key):
@@ -211,6 +216,7 @@ class TensorStore:
 
     def put(self, key: str, value: Tensor) -> None:
         """Keep a tensor. With no room left anywhere this does nothing but say so, once."""
+        # RAM first; a folder for later runs gets everything, temporary files what RAM has no room for
         value = value.detach().to("cpu").contiguous()
         kept = self._keep(key, value)
         if self._writable and key not in self._places and (self.kept_for_later or not kept):
@@ -236,6 +242,7 @@ class TensorStore:
         except OSError as error:
             logger.warning("The frozen-prefix memo cannot read %s (%s).", self._folder, error)
             return
+        # an index of another process may have grown since it was read
         for index in indices:
             if self._segment is None or index != self._segment.with_suffix(".index"):
                 try:
@@ -275,6 +282,7 @@ class TensorStore:
             return True
         if self.nbytes + value.nbytes > self.limit:
             return False
+        # pinned, so that copies to a device need not be waited for
         copy = value.clone()  # a view would hold the whole it is a part of
         self._ram[key] = copy.pin_memory() if torch.cuda.is_available() else copy
         self.nbytes += value.nbytes
@@ -283,6 +291,7 @@ class TensorStore:
     # -- disk ---------------------------------------------------------------------------------------------------
 
     def _append(self, key: str, value: Tensor) -> None:
+        # the data first, then the line of the index that says where they are
         segment = self._own_segment()
         data = value.reshape(-1).view(torch.uint8).numpy().tobytes()
         with segment.open("ab") as file:
@@ -315,6 +324,7 @@ class TensorStore:
         return self._segment
 
     def _read_index(self, index: Path) -> None:
+        # only whole lines that were not read before
         with index.open("rb") as file:
             file.seek(self._read.get(index, 0))
             for line in file:
@@ -338,6 +348,7 @@ def _entry(line: bytes, segment: Path) -> tuple[str, _Place] | None:
 
 
 def _load(place: _Place) -> Tensor | None:
+    # mapped, not read: what nobody touches takes no memory
     count = math.prod(place.shape) * place.dtype.itemsize
     try:
         data: Any = np.memmap(place.file, np.uint8, "c", place.start, (count,))

@@ -153,7 +153,8 @@ def answered(
     shown: list[Any] = [row["prompt"] for row in view(rows.to_list())]
     check_context(model, tokenizer, Dataset.from_dict({"prompt": shown}), arm.evaluation.new_tokens, "[views.good]")
     size, length = arm.evaluation.batch_size, arm.evaluation.new_tokens
-    with PartialState().split_between_processes(list(range(0, len(shown), size))) as starts:
+    with PartialState().split_between_processes(list(range(0, len(shown), size))) as part:
+        starts: Any = part
         answers_by_start = {
             i: generate(model, tokenizer, shown[i : i + size], length, _TEMPERATURE, seed + 7 * i)
             for i in track([*starts], "batch")

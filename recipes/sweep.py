@@ -141,7 +141,7 @@ def run(options: SimpleNamespace, overrides: list[str], words: Sequence[str]) ->
     if (setting := result.choice.setting) is not None:
         held_out = context.held_out(TEST)
         adapter = Source(context).model(cast(Site, setting.site), setting.layer, home_of(folder, setting))
-        test = context.record(setting.site, setting.layer, TEST)
+        test = context.record(cast(Site, setting.site), setting.layer, TEST)
         test.observations |= evaluate(adapter, held_out, strengths=[setting.strength])
         bake(adapter, setting.strength)
         adapter.save_pretrained(str(folder / "adapter"))

@@ -142,7 +142,7 @@ def run(options: SimpleNamespace, overrides: list[str], words: Sequence[str]) ->
     if (setting := result.choice.setting) is not None:
         held_out = context.held_out(TEST)
         adapter = Source(context).model(cast(Site, setting.site), setting.layer, home_of(folder, setting))
-        test = context.record(setting.site, setting.layer, TEST)
+        test = context.record(cast(Site, setting.site), setting.layer, TEST)
         test.observations |= evaluate(adapter, held_out, strengths=[setting.strength])
         bake(adapter, setting.strength)
         adapter.save_pretrained(str(folder / "adapter"))
@@ -211,8 +211,10 @@ def measure(context: Context, folder: Path) -> list[Record]:
     """Every setting on validation rows, from the top layer down, a record for each place; what is there is not
     measured again."""
     table, source = context.table, Source(context)
-    places = [(site, layer) for site in table.sites for layer in sorted(table.layers, reverse=True)]
-    records = {}
+    places: list[tuple[Site, int]] = [
+        (site, layer) for site in table.sites for layer in sorted(table.layers, reverse=True)
+    ]
+    records: dict[tuple[Site, int], Record] = {}
     with progress("Settings", len(places) * len(table.strengths)) as bar:
         for site, layer in places:
             records[site, layer] = _at_place(context, source, site, layer, folder, bar)

@@ -85,7 +85,8 @@ def run(arm: Arm, threads: int | None = None) -> Record:
 
     training = training_of(arm, model, tokenizer, train, folder, held_out=[test])
     trainer = make_trainer(training)
-    say(*training.notes.values(), sep="\n")
+    for note in training.notes.values():
+        say(note)
     seconds = fit(trainer, folder)
     model = trainer.accelerator.unwrap_model(trainer.model).eval()
     trainer.save_model(str(folder / "adapter"))  # every process: sharded weights are gathered, the first one writes

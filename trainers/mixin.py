@@ -26,7 +26,7 @@ from .inductive_biases import Bias
 from .initial_vectors import fill_missing_vectors, to_fp32
 from .parallel import whole_weights
 from .prefix import FrozenPrefix
-from .prefix.once import PayOnce
+from .prefix.frozen import CachedPrefix
 from .rates import agree_on_units, check_optimizer, check_rate, group_vectors, trained_vectors, vector_rate
 from .reference import reference_copy
 from .views import View
@@ -79,7 +79,7 @@ class SteeringMixin(EvaluationMixin):
             peft_config = None if continued else SteeringVectorConfig()
         self.loss = None if loss is None else get_loss(loss)
         self.vector_learning_rate, self.vectors_have_groups = vector_learning_rate, False  # groups of the optimizer
-        self.pay_once = PayOnce(frozen_prefix)
+        self.pay_once = CachedPrefix(frozen_prefix)
         self.inductive_biases = make_biases(inductive_biases, bound.arguments)
         self._unstarted_biases = [*self.inductive_biases]
         self.model_init_adapter: PeftConfig | None = None  # for the models that model_init makes during training

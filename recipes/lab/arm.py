@@ -9,7 +9,7 @@ import argparse
 import dataclasses
 import sys
 import tomllib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
@@ -71,9 +71,9 @@ class Arm(ArmTables):
         """The ingredients in the order in which they change a training."""
         return [self.ingredients[name] for name in kinds() if name in self.ingredients]
 
-    def peft_config(self) -> PeftConfig | None:
-        """The adapter's configuration; None for full finetuning."""
-        options = dict(self.adapter)
+    def peft_config(self, adapter: Mapping[str, Any] | None = None) -> PeftConfig | None:
+        """The configuration of an adapter's table, the arm's own if none is given; None for full finetuning."""
+        options = dict(self.adapter if adapter is None else adapter)
         kind = str(options.pop("type", "steering_vector"))
         if kind == "none":
             known("adapter", options, [])

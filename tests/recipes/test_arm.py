@@ -26,6 +26,8 @@ from steertune.recipes.lab.arm import load_arm, parse_arm
 from steertune.recipes.lab.arm_files import ARMS, read_tables
 from steertune.recipes.lab.data import load_splits
 from steertune.recipes.lab.files import ArmError
+from steertune.recipes.lab.ingredients.inductive_biases import InductiveBiases
+from steertune.recipes.lab.ingredients.views import Views
 from steertune.recipes.lab.training import make_trainer, training_of
 from steertune.trainers import inductive_biases, views
 
@@ -44,7 +46,7 @@ def test_everything_has_an_arm() -> None:
     named = {arm["loss"]["name"] for arm in arms if "loss" in arm}
     assert readme.rows("loss") <= named <= {*losses.names(), "upstream"}
     assert {arm["adapter"].get("init") for arm in arms} >= readme.rows("direction")
-    assert {name for arm in arms for name in arm.get("biases", {})} == {*inductive_biases.names()}
+    assert {name for arm in arms for name in arm.get("inductive_biases", {})} == {*inductive_biases.names()}
     assert {arm.get("loss", {}).get("contrast") for arm in arms} >= {"none", "unpaired", "difference"}
     assert "shuffled" in {arm["data"].get("pairing") for arm in arms}
     assert seen_views == {*views.names()}
@@ -64,7 +66,7 @@ def test_shipped_arms_resolve_to_what_cells_were_keyed_by() -> None:
     expected = json.loads((Path(__file__).parent / "resolved_arms.json").read_text())
     for name, tables in expected.items():
         assert resolved(name) == tables, name
-        for table in ("biases", "views", "teachers"):  # their order counts
+        for table in ("inductive_biases", "views", "teachers"):  # their order counts
             assert [*resolved(name).get(table, {})] == [*tables.get(table, {})], name
 
 
@@ -76,9 +78,9 @@ def write(folder: Path, **files: str) -> None:
 def test_an_arm_that_extends_another_states_what_differs(tmp_path: Path) -> None:
     write(
         tmp_path,
-        parent='name = "theirs"\nextends = "lora_dpo"\noutput.folder = "runs/theirs"\n[biases.rank_one]\n',
+        parent='name = "theirs"\nextends = "lora_dpo"\noutput.folder = "runs/theirs"\n[inductive_biases.rank_one]\n',
         child='extends = "parent.toml"\n[adapter]\nr = 2\n[loss]\nname = "simpo"\n'
-        "[trainer]\nmax_steps = {}\n[biases]\n",
+        "[trainer]\nmax_steps = {}\n[inductive_biases]\n",
     )
     child, lora = load_arm(tmp_path / "child.toml"), load_arm("lora_dpo")
     assert (child.name, child.output.folder) == ("child", None), "an arm's own"
@@ -86,12 +88,12 @@ def test_an_arm_that_extends_another_states_what_differs(tmp_path: Path) -> None
     assert child.adapter == {**lora.adapter, "r": 2}, "key by key"
     assert child.loss == {"name": "simpo"}, "another loss has other options"
     assert child.trainer == {key: value for key, value in lora.trainer.items() if key != "max_steps"}, "the default"
-    assert child.biases == {}, "an empty table replaces"
+    assert not child.get(InductiveBiases), "an empty table replaces"
 
 
 def test_a_view_of_another_kind_replaces_the_inherited_one(tmp_path: Path) -> None:
     write(tmp_path, child='extends = "vector_distillation"\n[views.good]\nname = "demonstrations"\nk = 2\n')
-    assert load_arm(tmp_path / "child.toml").views == {"good": {"name": "demonstrations", "k": 2}}
+    assert load_arm(tmp_path / "child.toml").get(Views).tables == {"good": {"name": "demonstrations", "k": 2}}
 
 
 @pytest.mark.parametrize(

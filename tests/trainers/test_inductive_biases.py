@@ -14,7 +14,7 @@ from steertune.losses import Outputs, get_loss
 from steertune.trainers import BiasError, FrozenPrefix, SteeringTrainer, get_bias
 from steertune.trainers.inductive_biases import names
 from steertune.trainers.initial_vectors import pair_batches
-from steertune.trainers.prefix.cut import base_of
+from steertune.trainers.prefix.decoder import base_of
 
 SGD = dict(optim="sgd", learning_rate=0.1, max_grad_norm=0.0, max_steps=1)
 

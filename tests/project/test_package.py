@@ -101,6 +101,4 @@ def test_wheel_holds_code_and_data(tmp_path: Path) -> None:
         assert (tmp_path / "site" / "steertune" / inside).is_file(), inside
     assert list((tmp_path / "site" / "steertune" / "recipes" / "tasks").glob("*/train.jsonl"))
     assert not list((tmp_path / "site").rglob("*.parquet")), "results of studies stay outside"
-        "results stay in docs"
-    )
     assert not list((tmp_path / "site").glob("adapters*")), "top-level names would overwrite other people's packages"

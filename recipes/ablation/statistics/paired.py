@@ -117,7 +117,7 @@ def interval(differences: ArrayLike, confidence: float = 0.95, method: str | Non
     """
     if method not in (None, "bca", "t") or not 0 < confidence < 1:
         raise ValueError(
-            f"method={method!r}, confidence={confidence}: the method must be 'bca' or 't', the confidence between 0 and 1."
+            f"method={method!r} must be 'bca' or 't', and confidence={confidence} must be between 0 and 1."
         )
     values = _finite(differences)
     mean, pairs = float(values.mean()), len(values)
@@ -351,9 +351,9 @@ def smallest_p(pairs: int) -> float:
 
 def least_p(differences: Sequence[Difference]) -> float:
     """The smallest corrected p that differences looked at together can have: what their pairs allow, by Holm."""
-    return (
-        min(1.0, len(differences) * smallest_p(max(one.interval.pairs for one in differences))) if differences else 1.0
-    )
+    if not differences:
+        return 1.0
+    return min(1.0, len(differences) * smallest_p(max(one.interval.pairs for one in differences)))
 
 
 def too_few(differences: Sequence[Difference], alpha: float = 0.05) -> str:

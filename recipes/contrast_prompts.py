@@ -39,10 +39,10 @@ from transformers import set_seed
 
 from steertune.adapters.checks import check_checksums, write_checksums
 from steertune.recipes.ablation.checks import check_draws
+from steertune.recipes.ablation.contrast_page import page
 from steertune.recipes.ablation.grid import find_tasks
 from steertune.recipes.ablation.tables import TaskTable
 from steertune.recipes.lab.arm import Arm, ModelTable, known_tables, load_arm, reasons, refuse_augmentation
-from steertune.recipes.lab.contrast_page import page
 from steertune.recipes.lab.data import load_model
 from steertune.recipes.lab.files import ArmError, read_result, read_toml, write_result, write_whole
 from steertune.recipes.lab.measures import check_context, neutral_logps, pair_margins, side_effects

@@ -163,7 +163,7 @@ def _similarity(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _together(options: argparse.Namespace) -> dict[str, Any]:
-    from steertune.recipes.lab.together import measure, summarise
+    from steertune.recipes.ablation.two_vectors import measure, summarise
 
     if len(options.folders) != 2:
         raise VectorError(

@@ -1,11 +1,11 @@
-"""What directions read: accuracy, ranking and calibration on held-out answers, before and after erasing the concept.
+"""How well directions read the concept: accuracy, ranking and calibration on held-out answers, also after erasing it.
 
     python -m steertune.recipes.studies.probes cautious_advice --folder runs/probes
 
-Every direction of `adapters/directions/` is fitted at every layer on three quarters of the training pairs; the last
-quarter chooses its layer. Then it is fitted on all of them, and read on the test pairs. The last column asks whether
-anything linear is left: LEACE is fitted on the training pairs, and a new logistic probe on the erased states reads the
-erased test states.
+Every direction of `adapters/directions/` is fitted at every layer on three quarters of the training pairs, and the
+last quarter chooses the layer. The direction is then fitted on all training pairs and scored on the test pairs. The
+last column shows what remains linearly readable: LEACE is fitted on the training pairs, and a new logistic probe,
+trained on the erased training states, is scored on the erased test states.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from steertune.adapters import directions
 from steertune.adapters.activations import Activations, collect
 from steertune.adapters.erasure import Eraser, erase
 from steertune.adapters.reading import Pairs, Reading, read
-from steertune.recipes.lab.arm import ArmError, DataTable, ModelTable
+from steertune.recipes.lab.arm import DataTable, ModelTable
 from steertune.recipes.lab.data import load_model, load_splits
+from steertune.recipes.lab.files import ArmError, write_whole
 from steertune.recipes.lab.measures import batches
 from steertune.recipes.lab.processes import begin, command, positive
-from steertune.recipes.lab.training import write_whole
 
 _BATCH = 4
 
@@ -39,46 +39,47 @@ _BATCH = 4
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; returns the exit code."""
     parser = argparse.ArgumentParser(prog="probes", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("task", help="an embedded task, a path or a Hub name, as data.name")
-    parser.add_argument("--model", default="embedded", help="embedded, a local folder or a Hub name")
-    parser.add_argument("--train", type=positive, default=32, help="training pairs (8 or more)")
-    parser.add_argument("--test", type=positive, default=40, help="test pairs")
-    parser.add_argument("--methods", nargs="+", default=directions.names(), help="files of adapters/directions/")
+    parser.add_argument("task", help="an embedded task, a path or a Hub name, like data.name")
+    parser.add_argument("--model", default="embedded", help="embedded, a local folder or a Hub name (embedded)")
+    parser.add_argument("--train", type=positive, default=32, help="training pairs, 8 or more (32)")
+    parser.add_argument("--test", type=positive, default=40, help="test pairs (40)")
+    parser.add_argument("--methods", nargs="+", default=directions.names(), help="files of adapters/directions/ (all)")
     parser.add_argument("--threads", type=positive, help="CPU threads (all cores)")
-    parser.add_argument("--folder", type=Path, default=Path("runs/probes"))
+    parser.add_argument("--folder", type=Path, default=Path("runs/probes"), help="where the results are written")
     options = parser.parse_args(argv)
     begin(options.threads, only_one=True)
-    found = probe(options)
-    table = summarise(options, found)
+    rows = probe(options)
+    table = summarise(options, rows)
     options.folder.mkdir(parents=True, exist_ok=True)
-    write_whole(options.folder / "probes.json", json.dumps(found, indent=1))
+    write_whole(options.folder / "probes.json", json.dumps(rows, indent=1))
     write_whole(options.folder / "table.md", table)
     print(table)
     return 0
 
 
 def probe(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Every method at the layer that the last quarter of the training pairs chose.
+    """One row for every method, at the layer that the last quarter of the training pairs chose.
 
     Raises:
         ArmError: too few pairs, or no such task.
         ValueError: no such method.
     """
     if options.train < 8:
-        raise ArmError(f"--train {options.train}: 8 pairs or more, of which a quarter chooses the layer.")
+        raise ArmError(f"--train {options.train}: 8 pairs or more are needed, because a quarter chooses the layer.")
     methods = {name: directions.get(name) for name in options.methods}
-    rows = load_splits(DataTable(name=options.task, train=options.train, test=options.test))
-    for part in rows:
+    splits = load_splits(DataTable(name=options.task, train=options.train, test=options.test))
+    for part in splits:
         if not {"chosen", "rejected"} <= set(part.column_names):
-            raise ArmError(f"{options.task!r}: directions are read from pairs, its rows have {part.column_names}.")
+            raise ArmError(f"{options.task!r}: directions are fitted on pairs, and its rows have {part.column_names}.")
     model, tokenizer = load_model(ModelTable(name=options.model))
+    # states of the training and test pairs, pooled over tokens in every way that a method asks for
     states: dict[str, tuple[Activations, Activations]] = {}
     for pool in sorted({method.POOL for method in methods.values()}):
-        made: list[Activations] = []
-        for part in rows:
-            given = [{**batch.inputs, "labels": batch.labels} for batch in batches(tokenizer, part, _BATCH)]
-            made.append(collect(model, given, pool=pool))
-        states[pool] = (made[0], made[1])
+        pooled = []
+        for part in splits:
+            inputs = [{**batch.inputs, "labels": batch.labels} for batch in batches(tokenizer, part, _BATCH)]
+            pooled.append(collect(model, inputs, pool=pool))
+        states[pool] = (pooled[0], pooled[1])
     return [
         {"method": name, **_best(method, *states[method.POOL])}
         for name, method in tqdm(methods.items(), desc="Directions", unit="method")
@@ -86,25 +87,27 @@ def probe(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def _best(method: Any, train: Activations, test: Activations) -> dict[str, Any]:
-    """Its layer, and how it reads there, with and without the concept."""
+    """The layer of a method, and how well it reads there before and after erasing the concept."""
+    # fit on three quarters of the training pairs, and choose the layer on the rest
     cut = 3 * len(next(iter(train.chosen.values()))) // 4
     vectors = method.fit(*({i: x[:cut] for i, x in side.items()} for side in (train.chosen, train.rejected)))
-    chooses = {i: read(v, _part(train, i, slice(cut)), _part(train, i, slice(cut, None))) for i, v in vectors.items()}
-    layer = max(chooses, key=lambda i: (chooses[i].pair_accuracy, chooses[i].auroc, -i))
+    readings = {i: read(v, _part(train, i, slice(cut)), _part(train, i, slice(cut, None))) for i, v in vectors.items()}
+    layer = max(readings, key=lambda i: (readings[i].pair_accuracy, readings[i].auroc, -i))
+    # fit again on all training pairs; at every layer, since ICV is one direction over all of them
     fitted_on, held_out = _part(train, layer, slice(None)), _part(test, layer, slice(None))
-    # ICV is one direction over all layers together
-    everywhere = method.fit(train.chosen, train.rejected)
+    vectors = method.fit(train.chosen, train.rejected)
+    # what a new probe still reads once the concept is erased
     eraser = erase(*fitted_on)
-    left = LogisticRegression(max_iter=2000).fit(*_labelled(eraser, fitted_on))
+    probe_after = LogisticRegression(max_iter=2000).fit(*_labelled(eraser, fitted_on))
     return {
         "layer": layer,
-        **dataclasses.asdict(read(everywhere[layer], fitted_on, held_out)),
-        "accuracy_erased": float(left.score(*_labelled(eraser, held_out))),
+        **dataclasses.asdict(read(vectors[layer], fitted_on, held_out)),
+        "accuracy_erased": float(probe_after.score(*_labelled(eraser, held_out))),
     }
 
 
 def _labelled(eraser: Eraser, pairs: Pairs) -> tuple[Any, Any]:
-    """Erased states of both sides, and which are chosen."""
+    """Erased states of both answers, and a label: 1 for chosen, 0 for rejected."""
     sides = [eraser(side).numpy() for side in pairs]
     return np.concatenate(sides), np.repeat([1, 0], [len(side) for side in sides])
 
@@ -113,18 +116,18 @@ def _part(states: Activations, layer: int, rows: slice) -> Pairs:
     return states.chosen[layer][rows], states.rejected[layer][rows]
 
 
-def summarise(options: argparse.Namespace, found: list[dict[str, Any]]) -> str:
-    """The table, in Markdown."""
+def summarise(options: argparse.Namespace, rows: list[dict[str, Any]]) -> str:
+    """The table in Markdown."""
     names = [field.name for field in dataclasses.fields(Reading)]
     lines = [
-        f"# What directions read: {Path(options.task).name}",
+        f"# How well directions read the concept: {Path(options.task).name}",
         "",
         f"{options.train} training pairs, {options.test} test pairs.",
         "",
         "| direction | layer | " + " | ".join(name.replace("_", " ") for name in names) + " | accuracy, erased |",
         "|---" * (len(names) + 3) + "|",
     ]
-    for row in sorted(found, key=lambda row: -row["pair_accuracy"]):
+    for row in sorted(rows, key=lambda row: -row["pair_accuracy"]):
         values = [*(row[name] for name in names), row["accuracy_erased"]]
         lines.append(f"| `{row['method']}` | {row['layer']} | " + " | ".join(f"{v:.3f}" for v in values) + " |")
     return "\n".join(lines) + "\n"

@@ -113,7 +113,7 @@ def test_a_cells_key_does_not_depend_on_how_its_arm_is_written(tmp_path: Path) -
     write(tmp_path, child='extends = "lora_capped_dpo"\nname = "arm"\n')
     write(tmp_path, whole="name = 'arm'\n" + "".join(toml(resolved("lora_capped_dpo"))))
     tables = {"name": "g", "tasks": ["warm_tone"], "examples": [8], "seeds": [0]}
-    tables |= {"card": tomllib.loads(GRID)["card"], "claim": {"better": "arm", "than": "base"}}
+    tables |= {"card": tomllib.loads(GRID)["card"], "claim": {"better": "arm", "than": "base", "measure": "accuracy"}}
 
     def keys(file: str) -> list[str]:
         grid = make_grid({**tables, "arms": [str(tmp_path / file), "base"]})
@@ -208,7 +208,7 @@ def test_wrong_training_arguments_are_named(words: list[str], message: str, tmp_
 
 def test_unknown_arm_and_broken_file(tmp_path: Path) -> None:
     with pytest.raises(ArmError, match="Did you mean 'vector_dpo'"):
-        load_arm("bias_dp")
+        load_arm("vector_dp")
     broken = tmp_path / "broken.toml"
     broken.write_text("[data\n")
     with pytest.raises(ArmError, match="not valid TOML"):

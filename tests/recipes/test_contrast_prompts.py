@@ -11,8 +11,8 @@ import tiny_data
 from tiny_models import tiny
 
 from steertune.recipes import contrast_prompts as recipe
+from steertune.recipes.ablation import contrast_page
 from steertune.recipes.ablation.tables import TaskTable
-from steertune.recipes.lab import contrast_page
 from steertune.recipes.lab.arm import ArmError
 
 TASKS = [TaskTable(name="one"), TaskTable(name="one", reverse=True)]
@@ -182,7 +182,7 @@ def test_questions_by_hand():
         ({"steering": ["prompt_contrast"]}, "is a prompt"),
         ({"steering": ["lora_templates_dpo"]}, "contrast_prompts makes no further examples"),
         ({"arm": "lora_templates_dpo"}, "contrast_prompts makes no further examples"),
-        ({"steering": ["bias_dop"]}, "Did you mean 'vector_dpo'"),
+        ({"steering": ["vector_dop"]}, "Did you mean 'vector_dpo'"),
         ({"examples": 40}, "40 training examples asked"),
         ({"loss": {"name": "dop"}}, "dop"),
     ],

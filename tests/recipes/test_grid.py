@@ -502,7 +502,7 @@ BAD: dict[str, tuple[Changes, list[str]]] = {
     "full without factors": ({"factors": DELETE}, ["design.kind='full'", "needs [factors]"]),
     "no arms": ({"factors": DELETE, "design": DELETE, "arms": []}, ["no arms", "`arms`", "[factors]"]),
     "unknown arm": ({"arms": ["bass"]}, ["'bass'", "Did you mean 'base'"]),
-    "unknown base": ({"base": "bias_dp"}, ["'bias_dp'", "Did you mean 'vector_dpo'"]),
+    "unknown base": ({"base": "vector_dp"}, ["'vector_dp'", "Did you mean 'vector_dpo'"]),
     "one arm twice": ({"arms": ["base", "base"]}, ["Two arms", "'base'"]),
     "no trials": ({"budget.trials": 0}, ["budget.trials", "greater than or equal to 1"]),
     "no steps": ({"budget.steps": [4, 0]}, ["budget.steps", "[4, 0]", "at least 1"]),

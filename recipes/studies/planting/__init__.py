@@ -1,1 +1,1 @@
-"""The parts of `recipes/planted.py`: teachers and their data, what a study says, the page."""
+"""The parts of `studies/planted.py`: teachers and their data, the verdict of a study, the page."""

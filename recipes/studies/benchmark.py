@@ -1,13 +1,13 @@
-"""What a training step costs: stock TRL + PEFT against ours, all in one run, and against the bare matrix products.
+"""What a training step costs: ours, stock TRL with PEFT, and the bare matrix products, all in one run.
 
-    python -m steertune.recipes.benchmark --folder runs/benchmark
+    python -m steertune.recipes.studies.benchmark --folder runs/benchmark
 
-Every way trains in short turns, one after the other and round after round, so that a noisy machine is equally noisy to
-all. A step to warm up is not timed. In the first round our losses read a whole epoch before, which fills the memo, and
-is timed as such. Peak memory comes from a process of its own for each way. `--growth` times ours with ten times the
-rows as well. With one thread on a CPU, seconds are CPU seconds of this process, which other programs on the machine do
-not stretch. Two more steps of every way of ours with the frozen prefix run under torch's profiler, which says where
-they go. Writes `table.md` and `table.json`; a killed benchmark goes on with the kinds of rows that are missing.
+The ways to train take short turns, round after round, so that a noisy machine affects all of them equally. Warm-up
+steps are not timed. In the first round, our losses first read a whole epoch, which fills the cache and is timed
+separately. Peak memory is measured in a separate process for each way. `--growth` also times ours with ten times the
+rows. With one thread on a CPU, seconds are CPU seconds of this process, which other programs do not inflate. Two more
+steps of every way of ours with the frozen prefix run under torch's profiler, to show where the time goes. Writes
+`table.md` and `table.json`; a benchmark that was killed continues with the row lengths that are missing.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def _row(text: str) -> tuple[int, int]:
     """`tokens/prompt tokens`."""
     length, prompt = map(int, text.split("/"))
     if not 0 < prompt < length - 1:
-        raise argparse.ArgumentTypeError(f"{text}: at least 1 token of prompt and 2 of answer")
+        raise argparse.ArgumentTypeError(f"{text}: give at least 1 token of prompt and 2 of answer")
     return length, prompt
 
 
@@ -59,16 +59,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         nargs="+",
         type=_row,
         default=[(128, 64), (512, 256), (512, 384)],
-        help="tokens of a row / of its prompt",
+        help="tokens of a row / of its prompt (128/64 512/256 512/384)",
     )
-    parser.add_argument("--tokens", type=positive, default=1024, help="tokens of a batch")
-    parser.add_argument("--rounds", type=positive, default=3)
-    parser.add_argument("--model", default="embedded")
-    parser.add_argument("--threads", type=positive)
-    parser.add_argument("--folder", type=Path, default=Path("runs/benchmark"))
-    parser.add_argument("--growth", action="store_true", help="time ten times the rows as well")
-    parser.add_argument("--ways", nargs="+", default=["*"], help="only ways with such names, as `SFT: ours*`")
-    parser.add_argument("--no-memory", action="store_true", help="leave peak memory out")
+    parser.add_argument("--tokens", type=positive, default=1024, help="tokens per batch (1024)")
+    parser.add_argument("--rounds", type=positive, default=3, help="timed turns of every way (3)")
+    parser.add_argument("--model", default="embedded", help="embedded, a local folder or a Hub name (embedded)")
+    parser.add_argument("--threads", type=positive, help="CPU threads (all cores)")
+    parser.add_argument("--folder", type=Path, default=Path("runs/benchmark"), help="where the results are written")
+    parser.add_argument("--growth", action="store_true", help="also time ten times the rows")
+    parser.add_argument("--ways", nargs="+", default=["*"], help="patterns of the ways to time, such as `SFT: ours*`")
+    parser.add_argument("--no-memory", action="store_true", help="do not measure peak memory")
     parser.add_argument("--memory-of", choices=[*WAYS], help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
     begin(options.threads, only_one=True)
@@ -78,39 +78,47 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(json.dumps(_memory(options, options.memory_of, *options.rows[0])))
         return 0
     options.folder.mkdir(parents=True, exist_ok=True)
-    found = _measured(options)
+
+    # measure the row lengths that this folder lacks
+    sizes = _measured(options)
     for row in options.rows:
-        if row not in [(at["length"], at["prompt"]) for at in found]:
-            found.append(measure(options, *row) | ({"growth": growth(options, *row)} if options.growth else {}))
-            write_result(options.folder / "table.json", {"settings": _settings(options), "rows": found})
-            write_whole(options.folder / "table.md", page(options, found))
-    print(page(options, found))
+        if row not in [(size["length"], size["prompt"]) for size in sizes]:
+            sizes.append(measure(options, *row) | ({"growth": growth(options, *row)} if options.growth else {}))
+            write_result(options.folder / "table.json", {"settings": _settings(options), "rows": sizes})
+            write_whole(options.folder / "table.md", page(options, sizes))
+    print(page(options, sizes))
     return 0
 
 
 def _settings(options: Any) -> dict[str, Any]:
-    """Everything that the numbers of one kind of rows depend on."""
-    asked = {name: getattr(options, name) for name in ("model", "tokens", "rounds", "growth", "ways", "no_memory")}
-    return {**asked, "threads": torch.get_num_threads(), "torch": torch.__version__}
+    """Everything that the numbers of a row length depend on."""
+    values = {name: getattr(options, name) for name in ("model", "tokens", "rounds", "growth", "ways", "no_memory")}
+    return {**values, "threads": torch.get_num_threads(), "torch": torch.__version__}
 
 
 def _measured(options: Any) -> list[dict[str, Any]]:
-    """The kinds of rows that a benchmark in this folder has finished.
+    """The results for row lengths that a benchmark in this folder has finished.
 
     Raises:
-        ArmError: it had other settings.
+        ArmError: that benchmark had other settings.
     """
     file = options.folder / "table.json"
     if not file.exists():
         return []
-    known = read_result(file, "Delete it, and all is measured again.")
-    if known.get("settings") != _settings(options):
-        raise ArmError(f"{file} has other settings ({known.get('settings')}). Choose another --folder.")
-    return known["rows"]
+    result = read_result(file, "Delete it to measure everything again.")
+    if result.get("settings") != _settings(options):
+        raise ArmError(f"{file} has other settings ({result.get('settings')}). Choose another --folder.")
+    return result["rows"]
 
 
 def measure(options: Any, length: int, prompt: int) -> dict[str, Any]:
-    """Times, memory and the floor at one row length."""
+    """Times, memory and the floor at one row length.
+
+    Args:
+        options: Of the command line.
+        length: Tokens of a row.
+        prompt: Tokens of its prompt.
+    """
     model, tokenizer = load_model(ModelTable(name=options.model))
     rows, layer = _sizes(options, model, length)
     ways = _asked(options.ways)
@@ -119,7 +127,8 @@ def measure(options: Any, length: int, prompt: int) -> dict[str, Any]:
         return {name: Run(way, model, tokenizer, (length, prompt), rows, layer, folder) for name, way in ways.items()}
 
     times = _timed(runs, options.rounds, f"{prompt} of {length} tokens")
-    gc.collect()  # the models that were trained, before others are in processes of their own
+    # memory is measured in other processes, so the trained models must be gone
+    gc.collect()
     apart = [] if options.no_memory else tqdm(ways, desc="Memory", unit="way")
     memory = {name: _memory_apart(options, name, length, prompt) for name in apart}
     return {
@@ -134,19 +143,25 @@ def measure(options: Any, length: int, prompt: int) -> dict[str, Any]:
 
 
 def _timed(runs_in: Callable[[str], dict[str, Run]], rounds: int, title: str) -> dict[str, Any]:
-    """Seconds of the steps and of the first epoch of every way, and where those of ours go; `runs_in` makes the runs,
-    which are gone afterwards."""
+    """Seconds of the steps and of the first epoch of every way, and the profile of ours.
+
+    Args:
+        runs_in: Makes the runs in a folder; they are freed on return.
+        rounds: How many turns every way takes.
+        title: Of the progress bar.
+    """
     with tempfile.TemporaryDirectory() as folder:
         runs = runs_in(folder)
         seconds: dict[str, list[float]] = {name: [] for name in runs}
         epochs: dict[str, float] = {}
         for turn in tqdm(range(rounds), desc=title, unit="round"):
             for name, run in tqdm(runs.items(), desc="Ways", leave=False):
-                filled = turn == 0 and WAYS[name].loss is not None
-                found = run((EPOCH if filled else not turn) + STEPS)
-                seconds[name] += found[-STEPS:]
-                if filled:
-                    epochs[name] = sum(found[:EPOCH])
+                # the first turn warms up: ours with the epoch that fills the cache, the others with one step
+                fills = turn == 0 and WAYS[name].loss is not None
+                steps = run((EPOCH if fills else not turn) + STEPS)
+                seconds[name] += steps[-STEPS:]
+                if fills:
+                    epochs[name] = sum(steps[:EPOCH])
         profiled = {name: run for name, run in runs.items() if WAYS[name].frozen_prefix and WAYS[name].arms == 1}
         parts = {name: shares(run) for name, run in tqdm(profiled.items(), desc="Profile", unit="way")}
     return {"seconds": seconds, "first_epoch": epochs, "shares": parts}
@@ -158,17 +173,17 @@ def _sizes(options: Any, model: Any, length: int) -> tuple[int, int]:
 
 
 def _asked(patterns: Sequence[str]) -> dict[str, Way]:
-    """The ways with such names, and what they are compared with."""
-    asked = {name for name in WAYS if any(fnmatchcase(name, pattern) for pattern in patterns)}
-    asked |= {AGAINST[WAYS[name].kind] for name in asked}
-    return {name: way for name, way in WAYS.items() if name in asked}
+    """The ways whose names match, and the ways that they are compared with."""
+    names = {name for name in WAYS if any(fnmatchcase(name, pattern) for pattern in patterns)}
+    names |= {AGAINST[WAYS[name].kind] for name in names}
+    return {name: way for name, way in WAYS.items() if name in names}
 
 
 def growth(options: Any, length: int, prompt: int) -> dict[str, float]:
-    """How much longer a step of ours takes with twenty rows than with two, its memo filled."""
+    """How many times longer a step of ours takes with twenty rows than with two, once the cache is filled."""
     model, tokenizer = load_model(ModelTable(name=options.model))
     layer = 2 * model.config.num_hidden_layers // 3
-    found = {}
+    ratios = {}
     with tempfile.TemporaryDirectory() as folder:
         for name in tqdm(
             ("SFT: ours, and frozen prefix", "pairs: ours, and frozen prefix"), desc="Growth", unit="way"
@@ -176,18 +191,20 @@ def growth(options: Any, length: int, prompt: int) -> dict[str, float]:
             few, many = (Run(WAYS[name], model, tokenizer, (length, prompt), rows, layer, folder) for rows in (2, 20))
             for run in (few, many):
                 run(EPOCH)
-            found[name] = median(median(many(STEPS)) / median(few(EPOCH)) for _ in range(options.rounds))
-    return found
+            ratios[name] = median(median(many(STEPS)) / median(few(EPOCH)) for _ in range(options.rounds))
+    return ratios
 
 
 def _memory_apart(options: Any, name: str, length: int, prompt: int) -> float:
+    """Peak memory of a way in GB, measured in a process of its own."""
     words = ["--memory-of", name, "--rows", f"{length}/{prompt}", "--tokens", str(options.tokens)]
     words += ["--model", options.model, *(["--threads", str(options.threads)] if options.threads else [])]
-    command = [sys.executable, "-m", "steertune.recipes.benchmark", *words]
+    command = [sys.executable, "-m", "steertune.recipes.studies.benchmark", *words]
     return json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1])
 
 
 def _memory(options: Any, name: str, length: int, prompt: int) -> float:
+    """Peak memory of a way in this process, in GB."""
     model, tokenizer = load_model(ModelTable(name=options.model))
     rows, layer = _sizes(options, model, length)
     with tempfile.TemporaryDirectory() as folder:
@@ -199,33 +216,33 @@ def _memory(options: Any, name: str, length: int, prompt: int) -> float:
     return peak_memory_gb()
 
 
-def page(options: Any, found: list[dict[str, Any]]) -> str:
-    """The tables."""
-    rows = " ".join(f"{at['length']}/{at['prompt']}" for at in found)
+def page(options: Any, sizes: list[dict[str, Any]]) -> str:
+    """The tables in Markdown, one for every row length."""
+    rows = " ".join(f"{at['length']}/{at['prompt']}" for at in sizes)
     ways = "" if options.ways == ["*"] else f" --ways {shlex.join(options.ways)}"
     command = (
-        f"python -m steertune.recipes.benchmark --model {options.model} --rows {rows} --tokens {options.tokens} "
-        f"--rounds {options.rounds} --threads {torch.get_num_threads()}{' --growth' if options.growth else ''}"
-        f"{ways}{' --no-memory' if options.no_memory else ''}"
+        f"python -m steertune.recipes.studies.benchmark --model {options.model} --rows {rows} "
+        f"--tokens {options.tokens} --rounds {options.rounds} --threads {torch.get_num_threads()}"
+        f"{' --growth' if options.growth else ''}{ways}{' --no-memory' if options.no_memory else ''}"
     )
     clock = "CPU seconds" if torch.get_num_threads() == 1 and not torch.cuda.is_available() else "seconds"
     lines = [
         "# What a training step costs",
         "",
         f"`{command}`: {torch.get_num_threads()} threads, torch {torch.__version__}, {options.rounds} rounds of "
-        f"{STEPS} timed steps a way, interleaved. Median {clock} of a step [smallest, largest]; ratios are of "
-        "medians. Timed steps are warm (what is computed once is there already) and of rows of one length: a whole "
-        f"run saves less. The first epoch is of {EPOCH} steps, and holds the one-time comparison with the plain path. "
-        "The floor is the matrix products above the vector and of the head on labels, at the rate of this machine, "
-        "for the tokens that have to run.",
+        f"{STEPS} timed steps per way, interleaved. Median {clock} per step [smallest, largest]; ratios are ratios of "
+        "medians. Timed steps are warm (the cache is filled) and all rows have the same length, so a whole run saves "
+        f"less. The first epoch has {EPOCH} steps and includes the one-time comparison with the plain path. The floor "
+        "is the time of the matrix products above the vector and of the head on labels, at this machine's rate, for "
+        "the tokens that have to run.",
     ]
-    for at in found:
+    for at in sizes:
         lines += [
             "",
             f"## {at['rows']} rows of {at['length']} tokens, {at['prompt']} of them prompt; vector on layer "
             f"{at['layer']}",
             "",
-            "| | seconds a step | faster than TRL + LoRA | of the floor | first epoch, of that without memo "
+            "| | seconds per step | times faster than TRL + LoRA | times the floor | first epoch / without cache "
             "| peak memory, GB |",
             "|---|---|---|---|---|---|",
         ]
@@ -243,12 +260,12 @@ def page(options: Any, found: list[dict[str, Any]]) -> str:
         lines += ["", *_shares(at["shares"])]
         if "growth" in at:
             grown = ", ".join(f"{ratio:.1f} ({name})" for name, ratio in at["growth"].items())
-            lines += ["", f"Ten times the rows, 20 against 2, take {grown} times the seconds."]
+            lines += ["", f"Ten times the rows (20 instead of 2) take {grown} times as long."]
     return "\n".join(lines) + "\n"
 
 
 def _shares(parts: dict[str, dict[str, float]]) -> list[str]:
-    """Where the seconds of our steps go."""
+    """The table of where the time of our steps goes."""
     if not parts:
         return []
     kinds = list(next(iter(parts.values())))

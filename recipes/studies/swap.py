@@ -1,13 +1,13 @@
-"""TRL's examples with one import changed: does it learn, and how long does the whole run take?
+"""TRL's examples with one import changed: do they learn, and how long does the whole run take?
 
     python -m steertune.recipes.studies.swap --folder docs/results/swap
 
-Each case is a script as its documentation has it: a model, 32 rows, the class's default arguments, three epochs. It
-runs with our trainer in place of TRL's, and with TRL's own and a LoRA on all linear layers, each in a process of its
-own whose CPU seconds count from import to the saved adapter. Then held-out rows are read: the accuracy is the share
-of pairs whose chosen answer is likelier than the rejected one. `--launch` names further set-ups of two processes
-(`cpu_ddp`, `cpu_zero3`) under which ours runs too, for what it learns. Writes `table.md` and `runs.json`; runs that
-are in `runs.json` are not repeated.
+Each case is a script as TRL documents it: a model, 32 rows, the class's default arguments, three epochs. It runs once
+with our trainer in place of TRL's, and once with TRL's own trainer and a LoRA on all linear layers. Each run has its
+own process, whose CPU seconds count from the import to the saved adapter. Accuracy is then the share of held-out pairs
+whose chosen answer is more likely than the rejected one. `--launch` names set-ups of two processes (`cpu_ddp`,
+`cpu_zero3`) under which our trainer also runs, to compare what it learns. Writes `table.md` and `runs.json`, and skips
+runs that `runs.json` already holds.
 """
 
 from __future__ import annotations
@@ -35,18 +35,18 @@ OURS = "one import changed"
 
 @dataclass(frozen=True)
 class Run:
-    """One whole run and what came of it.
+    """One whole run and its results.
 
     Attributes:
-        case: Of `CASES`.
+        case: One of `CASES`.
         way: `OURS` or `STOCK`.
-        launch: Set-up of processes; "": one.
-        precision: What the forward passes ran in.
-        seconds: CPU seconds of the process, from import to the saved adapter; of several processes those of the first.
+        launch: Name of the set-up of processes; "" for a single process.
+        precision: Precision of the forward passes, bf16 or fp32.
+        seconds: CPU seconds of the first process, from the import to the saved adapter.
         accuracy: On held-out pairs, after training.
-        loss: Of the chosen held-out answers, in nats a token, after training.
-        base_accuracy: Before training.
-        base_loss: Before training.
+        loss: Of the chosen held-out answers, in nats per token, after training.
+        base_accuracy: The same before training.
+        base_loss: The same before training.
     """
 
     case: str
@@ -61,31 +61,35 @@ class Run:
 
     @property
     def key(self) -> tuple[str, str, str, str]:
-        """What it is a run of."""
+        """Identifies the run: case, way, launch, precision."""
         return self.case, self.way, self.launch, self.precision
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; returns the exit code."""
     parser = argparse.ArgumentParser(prog="swap", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--cases", nargs="+", default=list(CASES), choices=CASES)
-    parser.add_argument("--launch", nargs="*", default=[], help="set-ups in recipes/configs/accelerate/")
-    parser.add_argument("--fp32", action="store_true", help="instead of bf16, TRL's default")
-    parser.add_argument("--folder", type=Path, default=Path("runs/swap"))
+    parser.add_argument("--cases", nargs="+", default=list(CASES), choices=CASES, help="examples to run (all)")
+    parser.add_argument(
+        "--launch", nargs="*", default=[], help="set-ups in recipes/configs/accelerate/ to run as well"
+    )
+    parser.add_argument("--fp32", action="store_true", help="run in fp32 instead of bf16, TRL's default")
+    parser.add_argument("--folder", type=Path, default=Path("runs/swap"), help="where the results are written")
     parser.add_argument("--run", nargs=4, metavar=("CASE", "WAY", "PRECISION", "FOLDER"), help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
     if options.run:
         case, way, precision, folder = options.run
         run_example(case, way, precision, Path(folder))
         return 0
+
+    # skip what an earlier call has finished
     options.folder.mkdir(parents=True, exist_ok=True)
     file = options.folder / "runs.json"
     runs = [Run(**run) for run in json.loads(file.read_text())] if file.exists() else []
     finished = {run.key for run in runs}
     precision = "fp32" if options.fp32 else "bf16"
-    wanted = [(case, way, "", precision) for case in options.cases for way in (OURS, STOCK)]
-    wanted += [(case, OURS, launch, precision) for launch in options.launch for case in options.cases]
-    for key in tqdm([key for key in wanted if key not in finished], desc="Runs", unit="run"):
+    keys = [(case, way, "", precision) for case in options.cases for way in (OURS, STOCK)]
+    keys += [(case, OURS, launch, precision) for launch in options.launch for case in options.cases]
+    for key in tqdm([key for key in keys if key not in finished], desc="Runs", unit="run"):
         runs.append(measure(*key, options.folder))
         file.write_text(json.dumps([asdict(run) for run in runs], indent=1) + "\n", encoding="utf-8")
     (options.folder / "table.md").write_text(table(runs), encoding="utf-8")
@@ -94,7 +98,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run_example(case: str, way: str, precision: str, folder: Path) -> None:
-    """The example itself; TRL's defaults but for what a machine without a GPU has to be told."""
+    """The example itself, with TRL's defaults except for what a machine without a GPU needs.
+
+    Its imports belong to the run and are timed, so they stand inside the function.
+    """
     import torch
     from datasets import load_dataset
     from peft import LoraConfig
@@ -110,7 +117,7 @@ def run_example(case: str, way: str, precision: str, folder: Path) -> None:
     else:
         from trl import DPOTrainer, SFTTrainer
 
-        Trainer = SFTTrainer  # transformers' own tokenises nothing
+        Trainer = SFTTrainer  # transformers' own Trainer does not tokenise
         adapter = {"peft_config": LoraConfig(r=8, target_modules="all-linear")}
     from steertune.recipes.lab import embedded
 
@@ -137,7 +144,7 @@ def run_example(case: str, way: str, precision: str, folder: Path) -> None:
 
 
 def measure(case: str, way: str, launch: str, precision: str, folder: Path) -> Run:
-    """Run an example in a process of its own, and read held-out rows with what it saved."""
+    """Run an example in its own process, and evaluate what it saved on held-out rows."""
     name = "-".join(part for part in (case, "ours" if way == OURS else "stock", launch, precision) if part)
     home = folder.absolute() / "runs" / name
     home.mkdir(parents=True, exist_ok=True)
@@ -149,15 +156,14 @@ def measure(case: str, way: str, launch: str, precision: str, folder: Path) -> R
     with (home / "log.txt").open("w") as log:
         subprocess.run(command, check=True, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1"})
     seconds = json.loads((home / "seconds.json").read_text())
-    base, trained = read_rows(None), read_rows(home / "adapter")
-    return Run(case, way, launch, precision, seconds, trained[0], trained[1], base[0], base[1])
+    return Run(case, way, launch, precision, seconds, *evaluate(home / "adapter"), *evaluate(None))
 
 
-def read_rows(adapter: Path | None) -> tuple[float, float]:
-    """Accuracy on held-out pairs, and loss a token of their chosen answers.
+def evaluate(adapter: Path | None) -> tuple[float, float]:
+    """Accuracy on held-out pairs, and the loss per token of their chosen answers.
 
     Args:
-        adapter: A folder; None: the base model.
+        adapter: Folder of the adapter; None for the base model.
     """
     import torch
     from datasets import disable_progress_bars, load_dataset
@@ -183,7 +189,7 @@ def read_rows(adapter: Path | None) -> tuple[float, float]:
 
 
 def table(runs: Sequence[Run]) -> str:
-    """Every case: what was learned, and how long it took beside TRL with a LoRA, as Markdown."""
+    """The table in Markdown: what each case learned, and how long it took compared with TRL and a LoRA."""
     from steertune.adapters.card import versions
 
     stock = {(run.case, run.precision): run.seconds for run in runs if run.way == STOCK}
@@ -205,16 +211,15 @@ def table(runs: Sequence[Run]) -> str:
         [
             "# One import changed",
             "",
-            f"SmolLM2-135M-Instruct, {TRAIN} rows of {TASK}, default arguments (3 epochs, 12 steps of 8), one thread. "
-            f"From the import to the saved adapter. {TEST} held-out pairs. TRL's `Trainer` row is its SFTTrainer. "
-            "TRL's default rates are those of full finetuning, so its LoRA hardly moves. Two processes take half the "
-            "steps.",
+            f"SmolLM2-135M-Instruct, {TRAIN} rows of {TASK}, default arguments (3 epochs, 12 steps of 8), one thread, "
+            f"timed from the import to the saved adapter; {TEST} held-out pairs. TRL's row of `Trainer` is its "
+            "SFTTrainer. TRL's default rates are those of full finetuning, so its LoRA hardly moves. Two processes "
+            "take half as many steps.",
             "",
             pd.DataFrame(rows).to_markdown(index=False, disable_numparse=True),
             "",
             "The machine was not idle, so the ratios are rough. "
-            "On a GPU, TRL computes logits of labelled tokens alone, which it does not without Triton: its own runs "
-            "gain there.",
+            "On a GPU, TRL's own runs gain: with Triton, it computes the logits of labelled tokens only.",
             "",
             f"Made by `python -m steertune.recipes.studies.swap` with {versions()}.",
             "",

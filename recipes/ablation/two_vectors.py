@@ -1,12 +1,12 @@
-"""Does a pair of adapters do what each did alone? Measured on the data of both.
+"""Do two vectors at once do what each does alone? Measured on the data of both.
 
-On the data of each vector four models are seen: the base, each vector alone, and both. With margins m (log p(chosen) -
-log p(rejected)) and the gain g = m - m(base), averaged over held-out pairs,
+On the data of each vector, four models are compared: the base, each vector alone, and both. With margins m
+(log p(chosen) - log p(rejected)) and the gain g = m - m(base), averaged over held-out pairs,
 
     kept        = g(both) / g(alone)                 on the vector's own data
     interaction = g(both) - g(first) - g(second)     0 where the effects add up
 
-Both are adapters of one model that work one after the other, so any forms, layers and sites go together.
+The vectors are two adapters of one model, so any forms, layers and sites can be combined.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from numpy.typing import NDArray
 
 from steertune.adapters import set_strength
 from steertune.recipes.ablation.statistics.paired import interval
-from steertune.recipes.lab.arm import ArmError
 from steertune.recipes.lab.data import load_split, load_steered
+from steertune.recipes.lab.files import ArmError
 from steertune.recipes.lab.measures import neutral_logps, pair_margins, side_effects
 from steertune.recipes.lab.processes import begin
 from steertune.trainers import FrozenPrefix, scaled
 
 FIRST, SECOND = "default", "second"
 KEEPS = 0.8
-"""Share of its own gain from which a vector is said to keep what it did."""
-_SEEN = {"base": [], "first": [FIRST], "second": [SECOND], "both": [FIRST, SECOND]}
+"""A vector keeps its effect if at least this share of its gain remains."""
+_ACTIVE = {"base": [], "first": [FIRST], "second": [SECOND], "both": [FIRST, SECOND]}
 
 
 def measure(
@@ -42,14 +42,14 @@ def measure(
     model: str | None = None,
     threads: int | None = None,
 ) -> dict[str, Any]:
-    """Margins of base, each alone and both on the data of each, and their side effects on neutral text.
+    """Margins of the base, each vector alone and both on the data of each, and side effects on neutral text.
 
     Args:
         folders: Two adapters of one base model.
-        data: The task of each.
-        strengths: Of each.
+        data: The task of each vector.
+        strengths: The strength of each vector.
         rows: Test pairs of each task.
-        model: The base model; None: what the first adapter names.
+        model: The base model; None for the one that the first adapter names.
         threads: CPU threads.
 
     Raises:
@@ -57,6 +57,8 @@ def measure(
     """
     begin(threads, only_one=True)
     parts = [_pairs(name, rows) for name in data]
+
+    # both vectors as adapters of one model, at their strengths
     loaded: tuple[Any, Any, str] = load_steered(folders[0], model)
     steered, tokenizer, _ = loaded
     try:
@@ -64,10 +66,11 @@ def measure(
         for name, strength in zip((FIRST, SECOND), strengths, strict=True):
             set_strength(steered, strength, name)
     except (ValueError, KeyError) as error:
-        raise ArmError(f"{folders[1]} cannot stand beside {folders[0]}: {error}") from error
+        raise ArmError(f"{folders[1]} cannot be loaded beside {folders[0]}: {error}") from error
     steered.eval()
+    # every model on both data sets and on neutral text
     prefix, margins, neutral = FrozenPrefix(warn=False), {}, {}
-    for seen, active in _SEEN.items():
+    for seen, active in _ACTIVE.items():
         if active:
             steered.base_model.set_adapter(active)
         with scaled(steered, 0.0) if not active else torch.no_grad(), prefix.on(steered, labels_only=True):
@@ -82,12 +85,12 @@ def measure(
         "strengths": [*strengths],
         "rows": rows,
         "on": [_on(i, {seen: of[i] for seen, of in margins.items()}) for i in range(2)],
-        "side_effects": {seen: side_effects(neutral[seen], neutral["base"]) for seen in _SEEN},
+        "side_effects": {seen: side_effects(neutral[seen], neutral["base"]) for seen in _ACTIVE},
     }
 
 
 def summarise(result: dict[str, Any]) -> str:
-    """The result in Markdown, with the answer in words first."""
+    """The result in Markdown, beginning with the answer in words."""
     lines = [*_answers(result), "", "| data | model | pair accuracy | margin gain, nats |", "|---|---|---|---|"]
     called = {"base": "base", "first": result["names"][0], "second": result["names"][1], "both": "both"}
     for name, on in zip(result["data"], result["on"], strict=True):
@@ -103,9 +106,9 @@ def _answers(result: dict[str, Any]) -> list[str]:
     for i, (name, on) in enumerate(zip(result["names"], result["on"], strict=True)):
         where = f"On {result['data'][i]}"
         if not on["works"]:
-            lines.append(f"{where}, {name} alone does nothing that is clear ({on['alone']}): nothing to keep.  ")
+            lines.append(f"{where}, {name} alone has no clear effect ({on['alone']}), so there is none to keep.  ")
             continue
-        verdict = {"keeps": "the pair keeps it", "loses": "the pair loses it", "open": "whether it is kept is open"}
+        verdict = {"keeps": "the pair keeps it", "loses": "the pair loses it", "open": "it is open whether it is kept"}
         lines.append(
             f"{where}, {name} alone gains {on['alone']} nats and the pair {on['together']}, {on['kept']:.0%} of it: "
             f"{verdict[on['verdict']]} (interaction {on['interaction']}).  "
@@ -114,7 +117,12 @@ def _answers(result: dict[str, Any]) -> list[str]:
 
 
 def _on(own: int, margins: dict[str, NDArray[Any]]) -> dict[str, Any]:
-    """What the data of one vector say; `own` is which."""
+    """The comparison on the data of one vector.
+
+    Args:
+        own: Whose data they are: 0 for the first vector, 1 for the second.
+        margins: Model -> margins of the pairs, `(pairs,)`.
+    """
     gains = {seen: (values - margins["base"]).astype(float) for seen, values in margins.items()}
     alone, both = gains["first" if own == 0 else "second"], gains["both"]
     kept = interval(both - KEEPS * alone)
@@ -140,7 +148,9 @@ def _on(own: int, margins: dict[str, NDArray[Any]]) -> dict[str, Any]:
 def _pairs(name: str, rows: int) -> Dataset:
     part = load_split(name, "test")
     if not {"chosen", "rejected"} <= set(part.column_names):
-        raise ArmError(f"{name!r}: effects are measured on preference pairs, its rows have {part.column_names}.")
+        raise ArmError(
+            f"{name!r} must have preference pairs to measure effects on (its columns are {part.column_names})."
+        )
     if not 2 <= rows <= len(part):
-        raise ArmError(f"--rows {rows}: {name!r} has {len(part)} test pairs; 2 to {len(part)}.")
+        raise ArmError(f"--rows must be 2 to {len(part)}, the test pairs of {name!r} (got {rows}).")
     return part.select(range(rows))

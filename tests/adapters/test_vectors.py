@@ -15,7 +15,7 @@ from tiny_models import fill, steered, tiny, tokens
 from steertune.adapters import SteeringVectorConfig, arithmetic, set_strength, steering_layers
 from steertune.adapters.arithmetic import VectorError, combine, orthogonalise, project_out, read, similarity
 from steertune.recipes import vectors
-from steertune.recipes.lab import together
+from steertune.recipes.ablation import two_vectors
 
 
 def saved(folder: Path, values: dict[int, list[float]] | None = None, base=None, seed: int = 1, **switches) -> Path:
@@ -297,8 +297,8 @@ def test_together_is_measured_on_the_data_of_both(task, capsys):
     model: Any = PeftModel.from_pretrained(tiny(max_position_embeddings=512), str(task / "vone"))
     model.load_adapter(str(task / "vtwo"), "second")
     model.base_model.set_adapter(["default", "second"])
-    rows = together._pairs(str(task / "two"), 12)
-    expected = together.pair_margins(model.eval(), tiny_data.tokenizer(), rows, [1.0], show=False)[1.0]
+    rows = two_vectors._pairs(str(task / "two"), 12)
+    expected = two_vectors.pair_margins(model.eval(), tiny_data.tokenizer(), rows, [1.0], show=False)[1.0]
     assert found["on"][1]["seen"]["both"]["margins"] == pytest.approx(expected.tolist(), abs=1e-3)
 
 
@@ -339,12 +339,12 @@ def test_strengths_are_those_of_each(task, capsys):
 def test_verdicts_by_hand():
     base = torch.zeros(40).numpy()
     noise = torch.linspace(-0.1, 0.1, 40).numpy()
-    on = together._on(0, {"base": base, "first": base + 2 + noise, "second": base, "both": base + 1.9 + noise})
+    on = two_vectors._on(0, {"base": base, "first": base + 2 + noise, "second": base, "both": base + 1.9 + noise})
     assert on["verdict"] == "keeps" and on["kept"] == pytest.approx(0.95) and on["works"]
-    on = together._on(1, {"base": base, "first": base, "second": base + 2 + noise, "both": base + 1.0 + noise})
+    on = two_vectors._on(1, {"base": base, "first": base, "second": base + 2 + noise, "both": base + 1.0 + noise})
     assert on["verdict"] == "loses" and on["kept"] == pytest.approx(0.5)
     assert on["interaction"].startswith("-1.000")
-    on = together._on(0, {"base": base, "first": 30 * noise, "second": base, "both": base})
+    on = two_vectors._on(0, {"base": base, "first": 30 * noise, "second": base, "both": base})
     assert not on["works"]
 
 
@@ -352,7 +352,7 @@ def test_together_refuses_another_base(task, tmp_path, capsys):
     other = saved(tmp_path / "other", base=tiny(seed=5, max_position_embeddings=512))
     words = ["--data", task / "one", task / "two", "--rows", "12", "--model", task / "model", "--threads", "1"]
     assert run("together", task / "vone", other, *words) == 2
-    assert "cannot stand beside" in capsys.readouterr().err
+    assert "cannot be loaded beside" in capsys.readouterr().err
     assert run("together", task / "vone", task / "vtwo", *words[:4], "99", *words[5:]) == 2
     assert "has 12 test pairs" in capsys.readouterr().err
 

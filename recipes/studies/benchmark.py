@@ -271,7 +271,8 @@ def _shares(parts: dict[str, dict[str, float]]) -> list[str]:
     kinds = list(next(iter(parts.values())))
     lines = [f"| where a step goes, % | {' | '.join(kinds)} |", "|---" * (len(kinds) + 1) + "|"]
     return lines + [
-        f"| {name} | {' | '.join(f'{100 * share:.0f}' for share in found.values())} |" for name, found in parts.items()
+        f"| {name} | {' | '.join(f'{100 * share:.0f}' for share in shares.values())} |"
+        for name, shares in parts.items()
     ]
 
 

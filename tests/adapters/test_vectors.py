@@ -354,7 +354,7 @@ def test_together_refuses_another_base(task, tmp_path, capsys):
     assert run("together", task / "vone", other, *words) == 2
     assert "cannot be loaded beside" in capsys.readouterr().err
     assert run("together", task / "vone", task / "vtwo", *words[:4], "99", *words[5:]) == 2
-    assert "has 12 test pairs" in capsys.readouterr().err
+    assert "must be 2 to 12, the test pairs of" in capsys.readouterr().err
 
 
 def test_functions_take_what_peft_made(tmp_path):

@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import Any
 
 from bad_inputs import Lab, Row, run
+from paths import ROOT
 
 from steertune.recipes import cli
 
@@ -20,7 +21,9 @@ def said(says: str, recipe: str, *words: str, before: Callable[[Lab], Any] | Non
         if before is not None:
             before(lab)
         given = [word.replace("{root}", str(lab.root)).replace("{here}", str(lab.here)) for word in words]
-        run(import_module(f"steertune.recipes.{recipe}").main, given)
+        is_study = (ROOT / "recipes" / "studies" / f"{recipe}.py").is_file()
+        package = "steertune.recipes.studies" if is_study else "steertune.recipes"
+        run(import_module(f"{package}.{recipe}").main, given)
 
     return call, says
 

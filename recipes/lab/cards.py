@@ -31,7 +31,13 @@ def of_training(arm: Arm, record: Record) -> Card:
         data=f"{arm.data.train} training examples of `{task}`, seed {arm.data.seed}.",
         made=f"Arm `{arm.name}`: adapter `{arm.adapter}`, loss `{arm.loss}`, {facts['steps']} steps; "
         f"{facts['parameters']:,} trained parameters.",
-        measured="\n".join(comparison({"before": means[BASE], "after": means["1"]})),
+        measured="\n".join(
+            [
+                f"On {arm.data.test} held-out examples:",
+                "",
+                *comparison({"before": means[BASE], "after": means["1"]}),
+            ]
+        ),
         side_effects=side_effects(means[BASE], means["1"]),
         advice=advice,
     )

@@ -35,12 +35,12 @@ from transformers import set_seed
 
 from steertune.adapters.saved import check_checksums, write_checksums
 from steertune.recipes.ablation.checks import check_draws
+from steertune.recipes.ablation.contrast_page import page
 from steertune.recipes.ablation.grid import find_tasks
 from steertune.recipes.ablation.tables import TaskTable
 from steertune.recipes.lab import measures
 from steertune.recipes.lab.arm import Arm, known_tables, load_arm
 from steertune.recipes.lab.command_line import Argument, Option, Result, Threads, command
-from steertune.recipes.lab.contrast_page import page
 from steertune.recipes.lab.data import load_model
 from steertune.recipes.lab.evaluate import evaluate, evaluate_base
 from steertune.recipes.lab.files import ArmError, read_result, read_toml, reasons, write_result, write_whole

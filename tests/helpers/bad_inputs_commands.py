@@ -187,7 +187,7 @@ ROWS: dict[str, Row] = {
     ),
     "probes of no data": said("no such file or folder", "probes", "./no.jsonl"),
     "probes of demonstrations": on(
-        "directions are read from pairs",
+        "directions are fitted on pairs",
         "x.jsonl",
         '{"prompt": "a ", "completion": "b"}\n' * 9,
         "probes",

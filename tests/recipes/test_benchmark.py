@@ -8,12 +8,11 @@ import pytest
 import torch
 from torch.profiler import record_function
 
-from steertune.recipes import benchmark
 from steertune.recipes.ablation.grid import load_grid
-from steertune.recipes.benchmark import _asked
 from steertune.recipes.lab import embedded
 from steertune.recipes.lab.files import ArmError, write_result
-from steertune.recipes.studies import benchmark_grid
+from steertune.recipes.studies import benchmark, benchmark_grid
+from steertune.recipes.studies.benchmark import _asked
 from steertune.recipes.studies.timing.shares import OTHER, kind_of, shares
 from steertune.recipes.studies.timing.ways import AGAINST, STEP, WAYS, data
 from steertune.trainers import tokenise

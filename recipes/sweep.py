@@ -47,6 +47,7 @@ from steertune.recipes.lab.evaluate import evaluate, evaluate_base
 from steertune.recipes.lab.files import ArmError, reasons, write_result
 from steertune.recipes.lab.generation import plain
 from steertune.recipes.lab.observe import Observations
+from steertune.recipes.lab.pages import table_markdown, write_page
 from steertune.recipes.lab.paths import modules_in
 from steertune.recipes.lab.processes import begin
 from steertune.recipes.lab.progress import Bar, progress
@@ -57,7 +58,7 @@ from steertune.recipes.lab.training import claim
 from steertune.recipes.sweeping.card import card
 from steertune.recipes.sweeping.choose import Setting
 from steertune.recipes.sweeping.context import TEST, VALIDATION, Context
-from steertune.recipes.sweeping.page import Sweep, on_test, write_page
+from steertune.recipes.sweeping.page import Sweep, on_test, page_of
 from steertune.recipes.sweeping.settings import Limits, SweepTable, at, read_arm
 from steertune.recipes.sweeping.sources import Source, bake
 from steertune.trainers import NonFiniteError
@@ -148,9 +149,12 @@ def run(options: SimpleNamespace, overrides: list[str], words: Sequence[str]) ->
         asked = [*map(plain, held_out.prompts)], held_out.neutral["prompt"][: table.generations]
         result = replace(result, test=test, prompts=tuple(asked[0]), neutral_prompts=tuple(map(plain, asked[1])))
     result = replace(result, seconds=time.monotonic() - started)
-    page = write_page(folder, result)
+    page = write_page(page_of(result), folder)
     if setting is not None:
-        write_card(folder / "adapter", card(table, result.tested, result.choice.reason, on_test(result.tested)))
+        write_card(
+            folder / "adapter",
+            card(table, result.tested, result.choice.reason, table_markdown(on_test(result.tested))),
+        )
     write_result(folder / "result.json", result.to_json())  # last: it says that the sweep is finished
     return result, page
 

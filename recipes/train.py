@@ -31,7 +31,8 @@ from steertune.recipes.lab.evaluate import evaluate, evaluate_base
 from steertune.recipes.lab.generation import plain
 from steertune.recipes.lab.memory import peak_memory_gb
 from steertune.recipes.lab.observe import HeldOut, neutral_rows
-from steertune.recipes.lab.page import write_page
+from steertune.recipes.lab.pages import settings_in_words, write_page
+from steertune.recipes.lab.pages.measured import training_page
 from steertune.recipes.lab.processes import begin
 from steertune.recipes.lab.progress import Bar, progress
 from steertune.recipes.lab.rows import Record
@@ -113,15 +114,16 @@ def run(arm: Arm, threads: int | None = None) -> Record:
         "processes": state.num_processes,
     }
     if state.is_main_process:
+        adapter, loss = settings_in_words(arm.adapter), settings_in_words(arm.loss)
         what = (
-            f"{arm.adapter}, loss {arm.loss}, {len(training.rows)} examples of {arm.data.name}, base "
+            f"Adapter {adapter}; loss {loss}; {len(training.rows)} examples of {arm.data.name}; base model "
             f"{arm.model.name}; {len(test)} held-out examples."
         )
-        page = write_page(folder, record, what, _use(arm, folder))
+        page = write_page(training_page(record, what, _use(arm, folder)), folder)
         if (folder / "adapter" / "adapter_config.json").is_file():
             write_card(folder / "adapter", of_training(arm, record))
         record.write(folder / "result.json")  # last: it says that the run is finished
-        say(f"\n{page.read_text(encoding='utf-8')}\nThis page: {page}")
+        say(f"\n{page.read_text(encoding='utf-8')}\nThis page: {page.with_suffix('.html')}")
     return record
 
 
@@ -145,7 +147,7 @@ def _plan(arm: Arm, train: Dataset, test: Dataset, processes: int, training: flo
     """What will be done, and how long it will take."""
     evaluation *= 1 + len(arm.evaluation.strengths)
     return (
-        f"Arm {arm.name}: adapter {arm.adapter}, loss {arm.loss}\n"
+        f"Arm {arm.name}: adapter {settings_in_words(arm.adapter)}, loss {settings_in_words(arm.loss)}\n"
         f"  {len(train)} training examples and {len(test)} test pairs of {arm.data.name}, base {arm.model.name}, "
         f"{processes} process(es)\n"
         f"  about {(training + evaluation) / 60:.1f} minutes: training {training:.0f} s "

@@ -26,6 +26,7 @@ def of_training(arm: Arm, record: Record) -> Card:
     advice = "Layer and strength come from the arm; no measurement chose them (`steertune sweep` does that)."
     if len(means) > 2:
         advice += " On held-out rows, which were not used to choose anything:\n\n" + table_markdown(by_strength(means))
+    measured = comparison({"before": means[BASE], "after": means["1"]})
     return Card(
         title=f"{arm.name}, {task}",
         **purpose(arm.card, arm.data.name),

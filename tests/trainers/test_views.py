@@ -347,7 +347,7 @@ def test_layers_that_are_none(name, layers):
 
 @pytest.mark.parametrize("name", ["lorra", "prompted"])
 def test_no_layers(name):
-    with pytest.raises(ValueError, match="one layer or more"):
+    with pytest.raises(ValueError, match="needs at least one layer"):
         get_loss(name, layers=[])
 
 

@@ -244,35 +244,36 @@ class PromptBoundary:
         if self._part is None:
             return chosen
         rows, columns = self._part
-        return chosen[rows[:, None], (columns - self._past).clamp(0, chosen.shape[1] - 1)]
+        return chosen[rows, (columns - self._past).clamp(0, chosen.shape[1] - 1)]
 
     def _of_end(self, positions: Positions, end: Tensor, last: Tensor, hidden: Tensor) -> Tensor:
-        end, last = end.to(hidden.device), last.to(hidden.device)
+        end, last = end.to(hidden.device)[:, None], last.to(hidden.device)[:, None]
         column = torch.arange(hidden.shape[1], device=hidden.device) + self._past
         if self._part is not None:
             rows, column = self._part
-            end, last = end[rows], last[rows]
+            end, last = end[rows, 0], last[rows, 0]
         if positions == "last_prompt":
-            return column == last[:, None]
-        before = column < end[:, None]
+            return column == last
+        before = column < end
         return before if positions == "prompt" else ~before
 
     @property
     def rows(self) -> Tensor | None:
-        """The row of the batch for each row that the blocks see, `(rows,)`; None for all rows in order."""
-        if self._part is None or self._selected is None:
-            return self._selected if self._part is None else self._part[0]
-        return self._selected[self._part[0]]
+        """Row of the batch of each row that the blocks see, `(rows,)`; None: all rows, in their order."""
+        if self._part is None:
+            return self._selected
+        rows = self._part[0][:, 0]
+        return rows if self._selected is None else self._selected[rows]
 
     @contextmanager
     def part(self, rows: Tensor, columns: Tensor) -> Iterator[None]:
         """Inside, the blocks see only a part of the batch.
 
         Args:
-            rows: The row of the batch for each row that they see, `(rows,)`.
-            columns: The column of the batch for each token that they see, `(rows, tokens)`.
+            rows: Row of the batch of each row they see, `(rows,)`, or of each token, `(rows, tokens)`.
+            columns: Column of the batch of each token they see, `(rows, tokens)`.
         """
-        before, self._part = self._part, (rows, columns)
+        before, self._part = self._part, (rows if rows.ndim == 2 else rows[:, None], columns)
         try:
             yield
         finally:

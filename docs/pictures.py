@@ -14,18 +14,18 @@ from pathlib import Path
 
 from PIL import Image, ImageChops
 
-from steertune.recipes.lab.page import strength_plot
+from steertune.recipes.lab.pages.measured import strength_figure
 
 ROOT = Path(__file__).parent.parent
 PICTURES = Path(__file__).parent / "pages" / "pictures"
-REPORT = ROOT / "recipes" / "results" / "quick" / "report.html"
+REPORT = ROOT / "docs" / "results" / "quick" / "report.html"
 CHARTS = {  # picture -> chart of a study
-    "first-study-effects": ROOT / "recipes" / "results" / "first_study" / "charts" / "effects.png",
-    "curves": ROOT / "recipes" / "results" / "curves" / "charts" / "curves.png",
+    "first-study-effects": ROOT / "docs" / "results" / "first_study" / "charts" / "effects.png",
+    "curves": ROOT / "docs" / "results" / "curves" / "charts" / "curves.png",
 }
 TASK = ROOT / "recipes" / "tasks" / "cautious_advice" / "README.md"
 PARTS = {  # picture -> beginnings of the headings of the sections that it shows
-    "report-top": ("Card", "The result"),
+    "report-top": ("The result",),
 }
 WIDTH, COLOURS = 960, 64
 
@@ -87,7 +87,7 @@ def main() -> None:
         save(Image.open(chart).convert("RGB"), PICTURES / f"{name}.png")
     with tempfile.TemporaryDirectory() as folder:
         plot = Path(folder) / "strengths.png"
-        strength_plot(strengths(), plot)
+        strength_figure(strengths()).savefig(plot, dpi=120)
         save(Image.open(plot).convert("RGB"), PICTURES / "strengths.png")
 
 

@@ -48,7 +48,7 @@ from steertune.recipes.lab.generation import check_context
 from steertune.recipes.lab.observe import HeldOut, neutral_rows
 from steertune.recipes.lab.paths import CONFIGS
 from steertune.recipes.lab.processes import begin
-from steertune.recipes.lab.progress import track
+from steertune.recipes.lab.progress import Bar, progress, track
 from steertune.recipes.lab.rows import Record
 from steertune.recipes.lab.splits import SplitTable, load_splits
 from steertune.recipes.lab.tables import ModelTable
@@ -100,7 +100,8 @@ def main(
     tables = read(file)
     if steering:
         tables = tables.model_copy(update={"steering": steering})
-    page = Mixture(tables, data_root).run(folder)
+    with progress("Study"):
+        page = Mixture(tables, data_root).run(folder)
     if not PartialState().is_main_process:
         return None
     result = read_result(folder / "result.json", "Run the study again.")
@@ -184,11 +185,17 @@ class Mixture:
         model, tokenizer = loaded
         model.to(PartialState().device)
         self._check_prompts(model, tokenizer)
-        trained = self._trained(model, tokenizer, folder)
+        # an unseen task takes about as long as three seen ones, since the steering arms are trained on it
+        bar = Bar(4 + len(self.seen) + 3 * len(self.unseen))
+        with bar.step("training", 3):
+            trained = self._trained(model, tokenizer, folder)
         models = {"base": model, "trained": trained}
-        seen = [*self._records(self.seen, _CHECKED, models, tokenizer, folder / "seen")]
-        unseen = [*self._records(self.unseen, _PROMPTS, models, tokenizer, folder / "cells", self.steering)]
-        effects = self._side_effects(models, tokenizer)
+        with bar.step("seen tasks", len(self.seen)):
+            seen = [*self._records(self.seen, _CHECKED, models, tokenizer, folder / "seen")]
+        with bar.step("unseen tasks", 3 * len(self.unseen)):
+            unseen = [*self._records(self.unseen, _PROMPTS, models, tokenizer, folder / "cells", self.steering)]
+        with bar.step("neutral text"):
+            effects = self._side_effects(models, tokenizer)
         if main_process:
             text = page(self._about(), self.tables.steering, self.seen + self.unseen, seen, unseen, effects)
             write_whole(folder / "page.md", text)

@@ -31,13 +31,14 @@ from steertune.recipes.lab.arm import Arm, load_arm
 from steertune.recipes.lab.command_line import ArmName, Result, Threads, command
 from steertune.recipes.lab.data import load_model, load_splits
 from steertune.recipes.lab.evaluate import evaluate, evaluate_base
-from steertune.recipes.lab.files import ArmError, read_rows, write_rows, write_whole
+from steertune.recipes.lab.files import ArmError, read_rows, write_rows
 from steertune.recipes.lab.generation import check_context, generate, plain, prompt_lengths
 from steertune.recipes.lab.ingredients.views import Views
 from steertune.recipes.lab.observe import HeldOut, Prompted, neutral_rows
-from steertune.recipes.lab.page import comparison, generations
+from steertune.recipes.lab.pages import Page, Section, Table, Text, write_page
+from steertune.recipes.lab.pages.measured import comparison, generations
 from steertune.recipes.lab.processes import begin
-from steertune.recipes.lab.progress import track
+from steertune.recipes.lab.progress import Bar, progress, track
 from steertune.recipes.lab.rows import BASE, Record
 from steertune.recipes.lab.training import claim, fit, make_trainer, training_of
 from steertune.trainers import View, share_weights
@@ -51,7 +52,8 @@ def main(
     arm: ArmName = "vector_distillation", threads: Threads = None, overrides: Sequence[str] = ()
 ) -> Result | None:
     """Distil the arm's prompt and measure it; of several processes the first one has the result."""
-    record = run(load_arm(arm, overrides, recipe="distill"), threads)
+    with progress("Distillation"):
+        record = run(load_arm(arm, overrides, recipe="distill"), threads)
     if not PartialState().is_main_process:
         return None
     return Result({**record.to_json(), "measures": record.means()}, "")
@@ -85,8 +87,11 @@ def run(arm: Arm, threads: int | None = None) -> Record:
     neutral = neutral_rows()
     for rows, what in ((test, "test rows"), (neutral, "neutral text")):
         check_context(model, tokenizer, _behind(view, rows), 0, f"[views.good] of {what}")
-    examples = answered(arm, model, tokenizer, view, train, _TRAIN, folder / "answers.jsonl")
-    test_answers = answered(arm, model, tokenizer, view, test, _TEST, folder / "test_answers.jsonl")
+    bar = Bar(9)
+    with bar.step("answers to training prompts", 2):
+        examples = answered(arm, model, tokenizer, view, train, _TRAIN, folder / "answers.jsonl")
+    with bar.step("answers to test prompts"):
+        test_answers = answered(arm, model, tokenizer, view, test, _TEST, folder / "test_answers.jsonl")
     held_out = HeldOut(
         model,
         tokenizer,
@@ -99,17 +104,21 @@ def run(arm: Arm, threads: int | None = None) -> Record:
     )
 
     training = training_of(arm, share_weights(model), tokenizer, examples, folder, held_out=[test])
-    trainer = make_trainer(training)
-    seconds = fit(trainer, folder)
+    with bar.step("training", 3):
+        trainer = make_trainer(training)
+        seconds = fit(trainer, folder)
     adapted = trainer.accelerator.unwrap_model(trainer.model).eval()
 
     # the base, the same behind the prompt, and the distilled model, on the same rows
     keys = {"task": Path(arm.data.name).name, "examples": arm.data.train, "seed": arm.data.seed}
-    base = evaluate_base(held_out)
-    prompted = Record(
-        {"arm": f"{arm.name}, prompted", **keys}, base | evaluate(model, held_out.behind(partial(_behind, view)))
-    )
-    record = Record({"arm": arm.name, **keys}, base | evaluate(adapted, held_out))
+    with bar.step("base model"):
+        base = evaluate_base(held_out)
+    with bar.step("prompted model"):
+        behind = evaluate(model, held_out.behind(partial(_behind, view)))
+    with bar.step("distilled model"):
+        distilled = evaluate(adapted, held_out)
+    prompted = Record({"arm": f"{arm.name}, prompted", **keys}, base | behind)
+    record = Record({"arm": arm.name, **keys}, base | distilled)
     record.facts = {
         "adapter": arm.adapter,
         "loss": arm.loss,
@@ -124,10 +133,10 @@ def run(arm: Arm, threads: int | None = None) -> Record:
     }
     trainer.save_model(str(folder / "adapter"))
     if state.is_main_process:
-        write_whole(folder / "page.md", page(record, prompted))
+        written = write_page(page(record, prompted), folder)
         prompted.write(folder / "prompted.json")
         record.write(folder / "result.json")  # last: it says that the run is finished
-        print(f"\n{page(record, prompted)}\nThis page: {folder / 'page.md'}")
+        print(f"\n{written.read_text(encoding='utf-8')}\nThis page: {written.with_suffix('.html')}")
     return record
 
 
@@ -154,9 +163,10 @@ def answered(
     check_context(model, tokenizer, Dataset.from_dict({"prompt": shown}), arm.evaluation.new_tokens, "[views.good]")
     size, length = arm.evaluation.batch_size, arm.evaluation.new_tokens
     with PartialState().split_between_processes(list(range(0, len(shown), size))) as starts:
+        own: Any = [*starts]
         answers_by_start = {
             i: generate(model, tokenizer, shown[i : i + size], length, _TEMPERATURE, seed + 7 * i)
-            for i in track(starts, "batch")
+            for i in track(own, "batch")
         }
     # by batch: of fewer batches than processes, several have the last one
     everywhere = dict(gather_object(list(answers_by_start.items())))
@@ -181,8 +191,8 @@ def _tokens(tokenizer: Any, view: View, test: Dataset) -> dict[str, float]:
     return {"plain": plain, "prompted": prompted, "saved": prompted - plain}
 
 
-def page(record: Record, prompted: Record) -> str:
-    """What came of it, in Markdown.
+def page(record: Record, prompted: Record) -> Page:
+    """What came of it.
 
     Args:
         record: The base model at strength 0, the distilled one at 1.
@@ -190,20 +200,20 @@ def page(record: Record, prompted: Record) -> str:
     """
     means, facts = record.means(), record.facts
     base, distilled = means[BASE], means["1"]
-    lines = [
-        f"# {record.keys['arm']}: a prompt, distilled",
-        "",
+    table = comparison({"base": base, "prompted": prompted.means()["1"], "distilled": distilled}).frame
+    plain, behind = (f"{facts['tokens'][name]:.0f}" for name in ("plain", "prompted"))
+    table.loc[len(table)] = ["tokens of a request", plain, behind, plain]
+    summary = Text(
         f"Fidelity **{distilled['fidelity']:.3f}** on {facts['test_prompts']} test prompts, after "
-        f"{facts['train_prompts']} training prompts; **{facts['tokens']['saved']:.0f} tokens saved** per request.",
-        *(f"\n{note}" for note in facts["notes"].values()),
-        "",
-        *comparison({"base": base, "prompted": prompted.means()["1"], "distilled": distilled}),
-        "| tokens of a request | {plain:.0f} | {prompted:.0f} | {plain:.0f} |".format(**facts["tokens"]),
-        "",
-    ]
+        f"{facts['train_prompts']} training prompts; **{facts['tokens']['saved']:.0f} tokens saved** per request."
+    )
     seen = {"base": record.seen(), "prompted": prompted.seen(1), "distilled": record.seen(1)}
-    answers = {name: [*one["answer"]] for name, one in seen.items() if "answer" in one}
-    return "\n".join([*lines, *generations(facts["prompts"], answers)])
+    answers = generations(facts["prompts"], {name: [*one["answer"]] for name, one in seen.items() if "answer" in one})
+    sections = [
+        Section("", [summary, *map(Text, facts["notes"].values()), Table(table, "measures")]),
+        *([Section("Generations (greedy)", answers)] if answers else []),
+    ]
+    return Page(f"{record.keys['arm']}: a prompt, distilled", sections)
 
 
 def _check(arm: Arm) -> None:

@@ -47,6 +47,7 @@ from steertune.recipes.lab.evaluate import evaluate, evaluate_base
 from steertune.recipes.lab.files import ArmError, reasons, write_result
 from steertune.recipes.lab.generation import plain
 from steertune.recipes.lab.observe import Observations
+from steertune.recipes.lab.pages import table_markdown, write_page
 from steertune.recipes.lab.paths import modules_in
 from steertune.recipes.lab.processes import begin
 from steertune.recipes.lab.progress import Bar, progress
@@ -57,7 +58,7 @@ from steertune.recipes.lab.training import claim
 from steertune.recipes.sweeping.card import card
 from steertune.recipes.sweeping.choose import Setting
 from steertune.recipes.sweeping.context import TEST, VALIDATION, Context
-from steertune.recipes.sweeping.page import Sweep, on_test, write_page
+from steertune.recipes.sweeping.page import Sweep, on_test, page_of
 from steertune.recipes.sweeping.settings import Limits, SweepTable, at, read_arm
 from steertune.recipes.sweeping.sources import Source, bake
 from steertune.trainers import NonFiniteError
@@ -141,16 +142,19 @@ def run(options: SimpleNamespace, overrides: list[str], words: Sequence[str]) ->
     if (setting := result.choice.setting) is not None:
         held_out = context.held_out(TEST)
         adapter = Source(context).model(cast(Site, setting.site), setting.layer, home_of(folder, setting))
-        test = context.record(setting.site, setting.layer, TEST)
+        test = context.record(cast(Site, setting.site), setting.layer, TEST)
         test.observations |= evaluate(adapter, held_out, strengths=[setting.strength])
         bake(adapter, setting.strength)
         adapter.save_pretrained(str(folder / "adapter"))
         asked = [*map(plain, held_out.prompts)], held_out.neutral["prompt"][: table.generations]
         result = replace(result, test=test, prompts=tuple(asked[0]), neutral_prompts=tuple(map(plain, asked[1])))
     result = replace(result, seconds=time.monotonic() - started)
-    page = write_page(folder, result)
+    page = write_page(page_of(result), folder)
     if setting is not None:
-        write_card(folder / "adapter", card(table, result.tested, result.choice.reason, on_test(result.tested)))
+        write_card(
+            folder / "adapter",
+            card(table, result.tested, result.choice.reason, table_markdown(on_test(result.tested))),
+        )
     write_result(folder / "result.json", result.to_json())  # last: it says that the sweep is finished
     return result, page
 
@@ -207,8 +211,9 @@ def measure(context: Context, folder: Path) -> list[Record]:
     """Every setting on validation rows, from the top layer down, a record for each place; what is there is not
     measured again."""
     table, source = context.table, Source(context)
-    places = [(site, layer) for site in table.sites for layer in sorted(table.layers, reverse=True)]
-    records = {}
+    layers = sorted(table.layers, reverse=True)
+    places: list[tuple[Site, int]] = [(site, layer) for site in table.sites for layer in layers]
+    records: dict[tuple[Site, int], Record] = {}
     with progress("Settings", len(places) * len(table.strengths)) as bar:
         for site, layer in places:
             records[site, layer] = _at_place(context, source, site, layer, folder, bar)

@@ -18,7 +18,7 @@ from ..adapters.blocks import find_blocks, resolve_layers
 from ..losses import Loss, parts
 from .data import DataError, data_sets
 from .model_at import scaled
-from .prefix.cut import base_of
+from .prefix.decoder import base_of
 from .types import SteeringRun
 from .views import View, ViewError
 

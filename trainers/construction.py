@@ -45,7 +45,7 @@ from .host_copies import KeepsHost, waits
 from .inductive_biases import Bias, BiasError, get_bias
 from .initial_vectors import to_fp32
 from .parents import ParentsMetrics, parents_loss
-from .prefix.cut import base_of
+from .prefix.decoder import base_of
 from .reference import add_reference, reference_copy, reference_of
 from .row_checks import TokenLimits, check_rows, check_tokenised
 from .views import View, Views, get_view

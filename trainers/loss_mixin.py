@@ -19,7 +19,7 @@ from .callbacks.metrics import Metrics
 from .data import DataError
 from .model_at import ModelAt, prompt_of, scaled
 from .parents import ParentsMetrics, parents_mean
-from .prefix.once import PayOnce
+from .prefix.frozen import CachedPrefix
 from .reference import reference_model
 from .types import JointPass
 from .views import Views
@@ -35,7 +35,7 @@ class LossMixin(Trainer):
     takes_pairs: bool | None = None  # whether the parent's data are preference pairs; None: either
     views: Views | None = None
     reference: nn.Module | None = None  # a copy from before full finetuning, if the parent keeps none
-    pay_once: PayOnce
+    pay_once: CachedPrefix
     joint_pass: JointPass | None = None  # while `train_together` trains several trainers
     micro_step: int  # number of the next micro-batch within its optimiser step
     step_batches: list[Inputs]  # of the optimiser step that runs
@@ -43,6 +43,10 @@ class LossMixin(Trainer):
     columns: tuple[str, ...] | None = None  # format of the training data; None: the user's own collator reads them
     metrics: Metrics
     checkpoints: Checkpoints
+    vector_learning_rate: float | None
+    vectors_have_groups: bool  # in the optimizer
+    trust_checkpoint: bool = False
+    """Whether `train` may resume from a checkpoint whose pickles name code (DeepSpeed's, FSDP's; see trust.md)."""
     _plain: bool  # whether this trainer is its parent
 
     @property
@@ -116,7 +120,7 @@ class LossMixin(Trainer):
         loss, inputs = self.loss_at_work, Inputs.of(inputs)
         if loss is None or (self.loss is None and (return_outputs or not inputs.has_units_of(loss.needs.pairs))):
             # outputs that somebody reads must be the parent's on padding too, where skipped states are zero
-            passes = self.pay_once.whole() if return_outputs else self.pay_once.shortcut()
+            passes = self.pay_once.whole() if return_outputs else self.pay_once.on()
             with untouched(self.model), self._boundary(inputs), passes:
                 return super().compute_loss(model, dict(inputs), return_outputs, num_items_in_batch)
         unwrapped: Any = self.accelerator.unwrap_model(model, keep_torch_compile=False)
@@ -142,7 +146,7 @@ class LossMixin(Trainer):
         reference = self.reference or reference_model(self)
         at = ModelAt(model, unwrapped, batch, reference, self.pay_once.reference, joint, self.views, look)
         # skipped blocks, and blocks that run rows in parts, show no hidden states
-        with self.pay_once.whole() if loss.needs.states else self.pay_once.shortcut(labels_only=True):
+        with self.pay_once.whole() if loss.needs.states else self.pay_once.on(labels_only=True):
             values = loss(at, self._generator())  # one per example or labelled token
         if self.loss is None:
             if log is not None:

@@ -29,8 +29,8 @@ from ..losses import Outputs, Strength
 from .batch import Batch
 from .host_copies import both, on_host
 from .parallel import is_sharded
-from .prefix.cut import base_of
-from .prefix.reference import ReferenceMemo
+from .prefix.cached_states import CachedReference
+from .prefix.decoder import base_of
 from .views import ViewError, Views
 
 REFERENCE_ADAPTER = "ref"  # TRL's name for the frozen copy of an adapter that training continues
@@ -71,7 +71,7 @@ class ModelAt:
         unwrapped: nn.Module,
         batch: Batch,
         reference_model: nn.Module | None = None,
-        reference_memo: ReferenceMemo | None = None,
+        reference_memo: CachedReference | None = None,
         together: Callable[[Batch, Strength], Outputs] | None = None,
         views: Views | None = None,
         look: Callable[[Tensor, Tensor], None] | None = None,
@@ -166,11 +166,13 @@ def _frozen_outputs(model: nn.Module, batch: Batch, extras: Extras) -> Outputs:
         return token_logps(model, model, batch, extras)
 
 
-def _cached(memo: ReferenceMemo | None, batch: Batch, compute: Callable[[Batch], Outputs], extras: Extras) -> Outputs:
+def _cached(
+    cache: CachedReference | None, batch: Batch, compute: Callable[[Batch], Outputs], extras: Extras
+) -> Outputs:
     """Outputs from a cache if there is one; whole distributions are too large to keep."""
-    if memo is None or extras.distribution:
+    if cache is None or extras.distribution:
         return compute(batch)
-    return memo.outputs(batch, compute, extras.layers, extras.site)
+    return cache.outputs(batch, compute, extras.layers, extras.site)
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from ..losses import Loss, get_loss
 from .arguments import unused_by
 from .batch import Batch
 from .model_at import ModelAt
-from .prefix.cut import base_of
+from .prefix.decoder import base_of
 from .types import SteeringRun
 
 _DPO_TYPES = {"sigmoid": "dpo", "ipo": "ipo"}  # TRL's name of a loss -> the file of ours that computes the same
@@ -95,12 +95,15 @@ class ParentsMetrics:
             logits: `(labels, vocabulary)`.
             answers: The labels, `(labels,)`.
         """
-        top, best = logits.max(-1)
-        shifted = logits - top[:, None]
-        weights = shifted.exp()  # (labels, vocabulary), the largest 1
-        total = weights.sum(-1)
-        entropy = total.log() - torch.linalg.vecdot(weights, shifted) / total
-        self._label_values = entropy, (best == answers).float(), logits.mean(-1)
+        entropies, guesses = [], []
+        for part in logits.split(64):  # whole copies of the logits would cost more than what is computed from them
+            top, best = part.max(-1)
+            shifted = part - top[:, None]
+            weights = shifted.exp()  # (labels, vocabulary), the largest 1
+            total = weights.sum(-1)
+            entropies.append(total.log() - torch.linalg.vecdot(weights, shifted) / total)
+            guesses.append(best)
+        self._label_values = torch.cat(entropies), (torch.cat(guesses) == answers).float(), logits.mean(-1)
 
     @torch.no_grad()
     def note(self, log: dict[str, list[float]], at: ModelAt, batch: Batch, training: bool) -> None:

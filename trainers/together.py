@@ -24,7 +24,7 @@ from .batch import Batch
 from .callbacks.finite import NonFiniteError
 from .mixin import SteeringMixin
 from .model_at import token_logps
-from .prefix.cut import dropout
+from .prefix.exactness import dropout
 
 _COMMON = ("form", "rank", "positions", "tied")  # options that all arms must share, beside the layers
 
@@ -154,10 +154,8 @@ class _JointTraining:
         self._passes: list[tuple[Tensor, list[Any]]] = []  # joint outputs; rows and leaf of each arm
         self._shortcut = trainers[0].pay_once.elsewhere(self.model)
         loss = trainers[0].loss
-        if self._shortcut is not None and not (loss is not None and loss.needs.pairs):
-            self._shortcut.shares_prompts = (
-                False  # rows of different arms may begin alike, but each arm has its own vector
-            )
+        if self._shortcut is not None:  # rows of different arms may begin alike, but each arm has its own vector
+            self._shortcut.keep_rows_apart(share_prompts=loss is not None and loss.needs.pairs)
 
     def run(self, arm: int) -> None:
         """Train one arm, in its thread."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -152,6 +152,44 @@ def _ahead(wide: Frame, arm: str, claim: Claim) -> Frame:
     return wide[arm] - wide[BASE] - claim.recovers * (wide[claim.than] - wide[BASE])
 
 
+def ahead(cells: Frame, claim: Claim) -> Difference:
+    """How far `better` is ahead of what the claim compares it with, over the pairs that have both."""
+    wide = scores(with_base(cells, BASE), claim.column)
+    return difference(_ahead(wide.dropna(subset=[claim.better, claim.than]), claim.better, claim))
+
+
+@dataclass(frozen=True)
+class TaskResult:
+    """The claim's comparison in one task.
+
+    Attributes:
+        name: The task.
+        base: Mean of the base model.
+        than: Mean of the arm that is compared with.
+        better: Mean of the arm that is claimed to be better.
+        ahead: How far it is ahead; p is not corrected.
+    """
+
+    name: str
+    base: float
+    than: float
+    better: float
+    ahead: Difference
+
+
+def by_task(cells: Frame, claim: Claim) -> list[TaskResult]:
+    """The claim's comparison in every task that has a pair with both arms."""
+    wide = scores(with_base(cells, BASE), claim.column)
+    if not {claim.better, claim.than} <= {*wide}:
+        return []
+    both = wide.dropna(subset=[claim.better, claim.than])
+    results = []
+    for task, rows in both.groupby(level="task"):
+        base, than, better = (mean(rows[arm].dropna()) for arm in (BASE, claim.than, claim.better))
+        results.append(TaskResult(str(task), base, than, better, difference(_ahead(rows, claim.better, claim))))
+    return results
+
+
 def _compared(both: Frame, claim: Claim) -> str:
     if claim.recovers is None:
         return "a difference of"
@@ -216,16 +254,32 @@ def _largest_share(claim: Claim, found: Attribution) -> tuple[Literal["for", "ag
     return "for", f", and {claim.factor}'s share is the largest"
 
 
-def attribution(cells: Frame, tables: GridTables, measure: str, factor: str | None = None) -> Attribution:
+def attribution(
+    cells: Frame,
+    tables: GridTables,
+    measure: str,
+    factor: str | None = None,
+    labels: Mapping[str, str] | None = None,
+) -> Attribution:
     """Shapley share of every factor that differs between `design.start` and `design.end` in the gap between them,
-    over the pairs that have every mixture of the two."""
+    over the pairs that have every mixture of the two.
+
+    Args:
+        cells: The cells that ran.
+        tables: The grid.
+        measure: The column to look at.
+        factor: The factor whose share is claimed to be the largest.
+        labels: What arms are called in `cells`, where that is not their name.
+    """
     start, end = tables.design.start, tables.design.end
     if not start or not end:
         return Attribution(why="that takes every mixture of a `design.start` and a `design.end`")
     moving = [f for f in tables.factors if start[f] != end[f]]
     wide = scores(cells, measure)
     names = {
-        frozenset(f for f in moving if mixture[f] == end[f]): arm_name(tables, mixture)
+        frozenset(f for f in moving if mixture[f] == end[f]): (labels or {}).get(
+            name := arm_name(tables, mixture), name
+        )
         for mixture in designs.mixtures({f: list(levels) for f, levels in tables.factors.items()}, start, end)
     }
     complete = wide.reindex(columns=sorted(set(names.values()))).dropna()
@@ -306,6 +360,8 @@ def read_tables(grid: dict[str, Any]) -> GridTables:
         texts = [*(name for name, _ in arms), *cells, *grid["notes"], grid["command"]]
         if not all(isinstance(text, str) for text in texts) or tables.card is None or tables.claim is None:
             raise ValueError("names, cells, notes, command, [card] and [claim] are expected")
+        if missing := {tables.claim.better, tables.claim.than} - {name for name, _ in arms}:
+            raise ValueError(f"[claim] is about {sorted(missing)}, which are not arms of the grid")
         for point in (tables.design.start, tables.design.end) if tables.design.start and tables.design.end else ():
             if missing := [f for f, levels in tables.factors.items() if point.get(f) not in levels]:
                 raise ValueError(f"design.start and design.end name no level of {missing}")

@@ -67,6 +67,7 @@ def cells_table(records: Sequence[Record], levels: Mapping[str, Mapping[str, str
     cells[base] = cells[base].fillna(cells[base].mean())
     diverged = cells["status"] == "diverged"
     cells.loc[diverged, column("perplexity")] = cells.loc[diverged, base]
+    cells.loc[diverged, column("perplexity_ratio")] = 1.0
     return cells
 
 

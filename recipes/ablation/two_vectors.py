@@ -24,7 +24,8 @@ from steertune.recipes.lab.data import load_split, load_steered
 from steertune.recipes.lab.evaluate import evaluate, evaluate_base
 from steertune.recipes.lab.files import ArmError
 from steertune.recipes.lab.observe import HeldOut, neutral_rows
-from steertune.recipes.lab.page import comparison
+from steertune.recipes.lab.pages import table_markdown
+from steertune.recipes.lab.pages.measured import comparison
 from steertune.recipes.lab.processes import begin
 from steertune.recipes.lab.rows import BASE, Record
 from steertune.trainers import FrozenPrefix, scaled
@@ -103,7 +104,8 @@ def summarise(result: dict[str, Any]) -> str:
     for i, name in enumerate(result["data"]):
         means = {record.keys["arm"]: record.means() for record in records[i::2]}
         base = next(iter(means.values()))[BASE]
-        lines += [f"On {name}:", "", *comparison({"base": base} | {arm: of["1"] for arm, of in means.items()}), ""]
+        columns = {"base": base} | {arm: of["1"] for arm, of in means.items()}
+        lines += [f"On {name}:", "", table_markdown(comparison(columns))]
     return "\n".join(lines).rstrip()
 
 

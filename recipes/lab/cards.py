@@ -9,7 +9,8 @@ from typing import Any
 from steertune.adapters.card import SAFETY, Card
 from steertune.recipes.lab import embedded
 from steertune.recipes.lab.arm import Arm
-from steertune.recipes.lab.page import by_strength, comparison
+from steertune.recipes.lab.pages import settings_in_words, table_markdown
+from steertune.recipes.lab.pages.measured import by_strength, comparison
 from steertune.recipes.lab.rows import BASE, Record
 from steertune.recipes.lab.tables import CardTable
 
@@ -24,20 +25,17 @@ def of_training(arm: Arm, record: Record) -> Card:
     means, facts, task = record.means(), record.facts, Path(arm.data.name).name
     advice = "Layer and strength come from the arm; no measurement chose them (`steertune sweep` does that)."
     if len(means) > 2:
-        advice += " On held-out rows, which were not used to choose anything:\n\n" + "\n".join(by_strength(means))
+        advice += " On held-out rows, which were not used to choose anything:\n\n" + table_markdown(by_strength(means))
+    measured = comparison({"before": means[BASE], "after": means["1"]})
     return Card(
         title=f"{arm.name}, {task}",
         **purpose(arm.card, arm.data.name),
         data=f"{arm.data.train} training examples of `{task}`, seed {arm.data.seed}.",
-        made=f"Arm `{arm.name}`: adapter `{arm.adapter}`, loss `{arm.loss}`, {facts['steps']} steps; "
+        made=f"Arm `{arm.name}`: adapter {settings_in_words(arm.adapter)}, loss {settings_in_words(arm.loss)}, "
+        f"{facts['steps']} steps; "
         f"{facts['parameters']:,} trained parameters.",
-        measured="\n".join(
-            [
-                f"On {arm.data.test} held-out examples:",
-                "",
-                *comparison({"before": means[BASE], "after": means["1"]}),
-            ]
-        ),
+        measured=f"On {arm.data.test} held-out examples:\n\n"
+        + table_markdown(comparison({"before": means[BASE], "after": means["1"]})),
         side_effects=side_effects(means[BASE], means["1"]),
         advice=advice,
     )

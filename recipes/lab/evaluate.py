@@ -56,10 +56,11 @@ def evaluate(
                 for key, values in OBSERVERS[observer](model, held_out, new).items():
                     observed[key] |= values
         # a measure that needs something of its own looks itself, at one strength at a time
-        for measure in (measure for measure in wanted if measure.observe is not None):
+        own = [(measure.name, measure.observe) for measure in wanted if measure.observe is not None]
+        for name, observe in own:
             for key, strength in different.items():
                 with scaled(model, strength):
-                    observed[key][measure.name] = [*measure.observe(model, held_out)]
+                    observed[key][name] = [*observe(model, held_out)]
     return {name: observed[repr(value)] for name, value in labels.items()}
 
 

@@ -2,11 +2,52 @@
 
 from __future__ import annotations
 
+import logging
+import warnings
+
 import datasets
 import transformers.utils.logging
 
+# message, category, module: as narrow as they can be, so that nothing else is hidden
+_WARNINGS = (
+    # TRL and this package use a name that works with every supported version of transformers
+    (r"`gradient_checkpointing` is deprecated", FutureWarning, r"transformers\.training_args"),
+    (r"`is_gradient_checkpointing` is deprecated", FutureWarning, r"transformers\.modeling_utils"),
+    # PEFT looks for the base on the Hub to see whether its vocabulary has changed; an embedded model is not there
+    (
+        r"Could not find a config file in .* - will assume that the vocabulary",
+        UserWarning,
+        r"peft\.utils\.save_and_load",
+    ),
+)
+_LOGS = {
+    # that there is no GPU is no news, and DeepSpeed writes it to standard output
+    "DeepSpeed": "Setting accelerator to CPU",
+}
+
 
 def quiet() -> None:
-    """Leave the one progress bar of a command alone on the screen."""
+    """Leave the one progress bar of a command alone on the screen, without what is not for its user."""
     datasets.disable_progress_bars()
     transformers.utils.logging.disable_progress_bar()
+    for message, category, module in _WARNINGS:
+        warnings.filterwarnings("ignore", message, category, module)
+    for name, start in _LOGS.items():
+        logging.getLogger(name).addFilter(_Without(start))
+
+
+class _Without(logging.Filter):
+    """Leaves out records whose message starts with a text."""
+
+    def __init__(self, start: str) -> None:
+        super().__init__()
+        self.start = start
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return not record.getMessage().startswith(self.start)
+
+    def __eq__(self, other: object) -> bool:  # a logger keeps equal filters once
+        return isinstance(other, _Without) and other.start == self.start
+
+    def __hash__(self) -> int:
+        return hash(self.start)

@@ -125,19 +125,17 @@ def to_table(records: Sequence[Record]) -> pd.DataFrame:
 
 
 def from_table(table: pd.DataFrame) -> list[Record]:
-    """Records from the rows of `to_table`."""
-    records = []
-    for keys, rows in table.groupby(list(KEYS), sort=False):
-        record = Record(dict(zip(KEYS, (_plain(key) for key in keys), strict=True)))
-        facts = rows[rows["strength"].isna()]
-        values = (_from_value(row.value, row.text) for row in facts.itertuples())
-        record.facts = dict(zip(facts["measure"], values, strict=True))
-        observed = rows.dropna(subset=["strength"]).sort_values("example", kind="stable")
-        for (strength, name), examples in observed.groupby(["strength", "measure"], sort=False):
-            values = [_from_value(row.value, row.text) for row in examples.itertuples()]
-            record.observations.setdefault(str(strength), {})[str(name)] = values
-        records.append(record)
-    return records
+    """Records from the rows of `to_table`, in their order."""
+    records: dict[tuple[Any, ...], Record] = {}
+    columns = [table[name].tolist() for name in COLUMNS]
+    for *keys, strength, measure, _, value, text in zip(*columns, strict=True):
+        record = records.setdefault(tuple(keys), Record(dict(zip(KEYS, keys, strict=True))))
+        content = _from_value(value, text)
+        if isinstance(strength, str):
+            record.observations.setdefault(strength, {}).setdefault(measure, []).append(content)
+        else:
+            record.facts[measure] = content
+    return [*records.values()]
 
 
 def _as_value(value: Any) -> dict[str, Any]:
@@ -155,7 +153,3 @@ def _from_value(value: Any, text: Any) -> Any:
     if value is None or math.isnan(value):
         return None
     return int(value) if float(value).is_integer() else float(value)
-
-
-def _plain(key: Any) -> Any:
-    return key.item() if hasattr(key, "item") else key

@@ -12,14 +12,14 @@ from steertune.recipes.sweeping.choose import Setting
 from steertune.recipes.sweeping.settings import SweepTable
 
 
-def card(table: SweepTable, tested: Setting, reason: str, lines: list[str]) -> Card:
+def card(table: SweepTable, tested: Setting, reason: str, measured: str) -> Card:
     """The card of the setting that a sweep recommended.
 
     Args:
         table: What was swept.
         tested: The setting on test rows.
         reason: Why it is recommended.
-        lines: The table of what it did on test rows.
+        measured: The table of what it did on test rows.
     """
     arm, task, means = table.arm, Path(table.task).name, tested.record.means()
     name = table.direction if arm is None else arm.name
@@ -33,7 +33,7 @@ def card(table: SweepTable, tested: Setting, reason: str, lines: list[str]) -> C
         **purpose(CardTable() if arm is None else arm.card, table.task),
         data=f"{table.train} training pairs of `{task}`, seed {table.seed}.",
         made=f"A sweep of {table.what} over layers {table.layers} and strengths {table.strengths}.",
-        measured="\n".join(lines),
+        measured=measured,
         side_effects=effects,
         advice=f"Strength 1 of this adapter is strength {tested.strength:g} of the sweep, baked in: use it as it is. "
         f"{reason}",

@@ -8,6 +8,7 @@ from typing import Any
 
 from datasets import Dataset
 
+from steertune.adapters.config import Site
 from steertune.recipes.lab import scorers
 from steertune.recipes.lab.evaluate import evaluate_base
 from steertune.recipes.lab.observe import HeldOut, neutral_rows
@@ -52,7 +53,7 @@ class Context:
             return None
         return scorers.fit(self.table.scorer, self.splits.scorer, self.model, self.tokenizer)
 
-    def record(self, site: str, layer: int, part: str) -> Record:
+    def record(self, site: Site, layer: int, part: str) -> Record:
         """A record of a place that holds what the base model does on a part. The base's pass leaves in the cached
         prefix what the settings need of the lower blocks."""
         table = self.table

@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from steertune.recipes.ablation.statistics.paired import interval
 from steertune.recipes.lab import measures
-from steertune.recipes.lab.files import write_whole
 from steertune.recipes.lab.measures import Seen
-from steertune.recipes.lab.page import comparison, generations, html_page, measured, number, title
+from steertune.recipes.lab.pages import Block, Code, Figure, Page, Section, Table, Text, escape
+from steertune.recipes.lab.pages.measured import comparison, generations, measured, number, title
 from steertune.recipes.lab.rows import BASE, Record, label
 from steertune.recipes.sweeping import plots
 from steertune.recipes.sweeping.choose import (
@@ -90,19 +91,14 @@ class Sweep:
         }
 
 
-def write_page(folder: Path, result: Sweep) -> Path:
-    """Write `page.md`, `page.html` and `charts/`; return the Markdown page."""
+def page_of(result: Sweep) -> Page:
+    """The page."""
     table = result.table
-    charts = folder / "charts"
-    charts.mkdir(exist_ok=True)
-    named = f"{Path(table.task).name}: {table.what.replace('`', '')}, layers × strengths"
-    lines = [f"# {named}", "", *_recommended(result), *_maps(charts, result), *_evenness(charts, result)]
-    lines += [*_table(result), *_answers(result), *_how(result)]
-    text = "\n".join(lines) + "\n"
-    page = folder / "page.md"
-    write_whole(page, text)
-    write_whole(folder / "page.html", html_page(text, folder, named))
-    return page
+    heading = f"{Path(table.task).name}: {table.what.replace('`', '')}, layers × strengths"
+    sections = [
+        _recommended(result), _maps(result), _evenness(result), _table(result), _answers(result), _how(result)
+    ]  # fmt: skip
+    return Page(heading, [section for section in sections if section is not None])
 
 
 def warning(slopes: Reliability) -> str:
@@ -114,26 +110,25 @@ def warning(slopes: Reliability) -> str:
     )
 
 
-def _recommended(result: Sweep) -> list[str]:
+def _recommended(result: Sweep) -> Section:
     choice = result.choice
     if choice.setting is None:
-        return ["## Recommended: leave the model as it is", "", choice.reason, ""]
+        return Section("Recommended: leave the model as it is", [Text(choice.reason)])
     slopes, tested = reliability(choice.setting), result.tested
-    warned = [warning(slopes), ""] if slopes.unreliable else []
+    warned = [Text(warning(slopes))] if slopes.unreliable else []
     read_once = f"On {len(tested.rows('margin'))} test pairs and on the other half of the neutral text, read once:"
-    lines = [f"## Recommended: {place(choice.setting)}", "", choice.reason, "", *warned, read_once, ""]
-    return [*lines, *on_test(tested), "", *_use(choice.setting), ""]
+    blocks = [Text(choice.reason), *warned, Text(read_once), on_test(tested), *_use(choice.setting)]
+    return Section(f"Recommended: {place(choice.setting)}", blocks)
 
 
-def on_test(tested: Setting) -> list[str]:
+def on_test(tested: Setting) -> Table:
     """The table of what the recommended setting did on test rows: every measure, and its difference from the base."""
     means, record = tested.record.means(), tested.record
     base, steered = means[BASE], means[label(tested.strength)]
-    head, rule, *rows = comparison({"base": base, "recommended": steered})
-    lines = [f"{head} difference, 95 % |", f"{rule}---|"]
-    for name, row in zip(measured([base, steered]), rows, strict=True):
-        lines.append(f"{row} {_difference(name, record.seen(), record.seen(tested.strength))} |")
-    return lines
+    seen = record.seen(), record.seen(tested.strength)
+    table = comparison({"base": base, "recommended": steered}, "test")
+    differences = [_difference(name, *seen) for name in measured([base, steered])]
+    return Table(table.frame.assign(**{"difference, 95 %": differences}), table.name)
 
 
 def _difference(name: str, base: Seen, steered: Seen) -> str:
@@ -145,10 +140,10 @@ def _difference(name: str, base: Seen, steered: Seen) -> str:
     return str(interval(differences)) if np.isfinite(differences).all() else ""
 
 
-def _maps(charts: Path, result: Sweep) -> list[str]:
+def _maps(result: Sweep) -> Section | None:
     settings, choice = result.settings, result.choice
     if not settings:
-        return []
+        return None
     name, base = deciding(settings), settings[0].base
     label = "behaviour" if name == "behaviour" else "pair accuracy"
     panels: dict[str, tuple[plots.Value, str]] = {
@@ -163,55 +158,47 @@ def _maps(charts: Path, result: Sweep) -> list[str]:
     }
     if any(np.isfinite(setting.value("neutral_repetition")) for setting in settings):
         panels["repetition"] = (lambda setting: setting.value("neutral_repetition"), "magma_r")
-    plots.heat_maps(settings, panels, choice, charts / "heat.png")
     value, limit = panels[label][0], result.table.limits.kl
-    plots.pareto(settings, value, base.value(name), limit, choice, charts / "pareto.png", label)
-    return [
-        "## Layers × strengths",
-        "",
-        f"Validation rows; the base model has a {label} of {base.value(name):.3f}. The recommended setting is framed.",
-        "",
-        "![heat maps of layers and strengths](charts/heat.png)",
-        "",
-        f"![{label} against KL](charts/pareto.png)",
-        "",
+    front = plots.pareto(settings, value, base.value(name), limit, choice, label)
+    text = (
+        f"Validation rows; the base model has a {label} of {base.value(name):.3f}. The recommended setting is framed."
+    )
+    blocks = [
+        Text(text),
+        Figure(plots.heat_maps(settings, panels, choice), "heat", "heat maps of layers and strengths"),
+        Figure(front, "pareto", f"{label} against KL"),
     ]
+    return Section("Layers × strengths", blocks)
 
 
-def _evenness(charts: Path, result: Sweep) -> list[str]:
+def _evenness(result: Sweep) -> Section | None:
     """How evenly the recommended setting works, or without one the setting with the largest mean effect."""
     choice = result.choice
     shown = choice.setting or max(result.settings, key=lambda one: one.value("margin_gain"), default=None)
     if shown is None:
-        return []
+        return None
     parts = {"validation": reliability(shown)}
     if choice.setting is not None:
         parts["test"] = reliability(result.tested)
-    plots.slopes(parts, charts / "slopes.png")
     one = parts["validation"]
-    warned = [] if choice.setting is not None or not one.unreliable else [warning(one), ""]
-    return [
-        "## Example by example",
-        "",
+    text = (
         f"Slope of the margin against the strength, from the base model up to {place(shown)}: mean "
-        f"{np.mean(one.slopes):+.2f} nats a unit of strength, from {min(one.slopes):+.2f} to {max(one.slopes):+.2f}.",
-        "",
-        *warned,
-        "![slopes of the examples](charts/slopes.png)",
-        "",
-    ]
+        f"{np.mean(one.slopes):+.2f} nats a unit of strength, from {min(one.slopes):+.2f} to {max(one.slopes):+.2f}."
+    )
+    warned = [Text(warning(one))] if choice.setting is None and one.unreliable else []
+    figure = Figure(plots.slopes(parts), "slopes", "slopes of the examples")
+    return Section("Example by example", [Text(text), *warned, figure])
 
 
-def _table(result: Sweep) -> list[str]:
+def _table(result: Sweep) -> Section:
     """Every measure of every setting, the base model first."""
     means = [record.means() for record in result.records]
     names = measured([row for of_place in means for row in of_place.values()])
-    head = ["layer", "strength", *map(title, names), "too much"]
-    lines = ["## Every setting (validation rows)", "", "| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    rows = []
 
     def add(where: str, strength: float, values: dict[str, float], excess: str) -> None:
         numbers = [number(values[name]) if name in values else "" for name in names]
-        lines.append("| " + " | ".join([where, f"{strength:g}", *numbers, excess]) + " |")
+        rows.append([where, f"{strength:g}", *numbers, excess])
 
     add("base", 0.0, means[0][BASE], "")
     for record, of_place in zip(result.records, means, strict=True):
@@ -222,50 +209,43 @@ def _table(result: Sweep) -> list[str]:
                 add(where, strength, of_place[label(strength)], ", ".join(excesses(setting, result.table.limits)))
             else:
                 add(where, strength, {}, record.facts["error"])
-    return [*lines, ""]
+    frame = pd.DataFrame(rows, columns=pd.Index(["layer", "strength", *map(title, names), "too much"]))
+    return Section("Every setting (validation rows)", [Table(frame, "settings")])
 
 
-def _answers(result: Sweep) -> list[str]:
+def _answers(result: Sweep) -> Section | None:
     """What the base model and the recommended setting answer to test prompts, or to neutral ones."""
     if result.test is None or not result.table.generations:
-        return []
+        return None
     base, steered = result.test.seen(), result.tested.record.seen(result.tested.strength)
     name, prompts = ("answer", result.prompts) if result.prompts else ("neutral_answer", result.neutral_prompts)
-    lines = generations(prompts, {"base": [*base[name]], "recommended": [*steered[name]]})
-    heading = "## Generated answers (test rows, greedy)" if result.prompts else "## Neutral answers (greedy)"
-    return [heading, *lines[1:]]
+    heading = "Generated answers (test rows, greedy)" if result.prompts else "Neutral answers (greedy)"
+    return Section(heading, generations(prompts, {"base": [*base[name]], "recommended": [*steered[name]]}))
 
 
-def _use(setting: Setting) -> list[str]:
-    return [
+def _use(setting: Setting) -> list[Block]:
+    text = (
         f"`adapter/` in this folder is this vector with its strength {setting.strength:g} baked in: it is loaded as "
-        "any adapter, and strength 1 is what was measured here.",
-        "",
-        "```python",
+        "any adapter, and strength 1 is what was measured here."
+    )
+    lines = (
         "import steertune.adapters  # makes the method known to PEFT",
         "from peft import PeftModel",
         "",
         'model = PeftModel.from_pretrained(base, "adapter")',
-        "```",
-    ]
+    )
+    return [Text(text), Code("\n".join(lines), "python")]
 
 
-def _how(result: Sweep) -> list[str]:
+def _how(result: Sweep) -> Section:
     table = result.table
     one = "as long as the mean difference of the two answers there" if table.arm is None else "as trained"
-    return [
-        "## How it was measured",
-        "",
+    scorer = f" Behaviour in generation: {escape(result.scorer)}." if result.scorer else ""
+    text = (
         f"{table.train} training pairs, {table.splits.validation} validation and {table.splits.test} test pairs of "
         f"`{Path(table.task).name}`; base `{table.model.name}`. Strength 1 is {one}. Settings are chosen on "
-        "validation rows and on half of the neutral text. Differences have 95 % intervals over these rows.",
-        *([f"Behaviour in generation: {result.scorer}."] if result.scorer else []),
-        "",
-        f"{len(result.records) * len(table.strengths)} settings in {result.seconds / 60:.0f} minutes.",
-        "",
-        "```bash",
-        result.command,
-        "```",
-        "",
-        result.versions,
-    ]
+        f"validation rows and on half of the neutral text. Differences have 95 % intervals over these rows.{scorer}"
+    )
+    time = f"{len(result.records) * len(table.strengths)} settings in {result.seconds / 60:.0f} minutes."
+    blocks = [Text(text), Text(time), Code(result.command, "bash"), Text(escape(result.versions))]
+    return Section("How it was measured", blocks)

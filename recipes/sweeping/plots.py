@@ -1,9 +1,8 @@
-"""The pictures of a sweep, as PNG files: figures of their own, no display, no global state."""
+"""The figures of a sweep. Each has a `Figure` of its own: no display, no global state."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import numpy as np
 from matplotlib import colormaps
@@ -16,20 +15,18 @@ from numpy.typing import NDArray
 
 from steertune.recipes.sweeping.choose import Choice, Reliability, Setting
 
-_DPI = 150
 _GREY = "#777777"
 _COLUMNS = 3
 Value = Callable[[Setting], float]
 
 
-def heat_maps(settings: Sequence[Setting], panels: dict[str, tuple[Value, str]], choice: Choice, file: Path) -> None:
+def heat_maps(settings: Sequence[Setting], panels: dict[str, tuple[Value, str]], choice: Choice) -> Figure:
     """Layers x strengths, a panel a measure and site; the recommended setting is framed.
 
     Args:
         settings: All of them.
         panels: Title -> what is shown, and its colours.
         choice: The recommendation.
-        file: Where the picture goes.
     """
     sites = list(dict.fromkeys(setting.site for setting in settings))
     layers = sorted({setting.layer for setting in settings})
@@ -58,7 +55,7 @@ def heat_maps(settings: Sequence[Setting], panels: dict[str, tuple[Value, str]],
             if choice.setting is not None and choice.setting.site == site:
                 y, x = _where(choice.setting, layers, strengths)
                 axis.add_patch(Rectangle((x - 0.5, y - 0.5), 1, 1, fill=False, edgecolor="red", linewidth=2.5))
-    figure.savefig(file, dpi=_DPI)
+    return figure
 
 
 def _where(setting: Setting, layers: list[int], strengths: list[float]) -> tuple[int, int]:
@@ -77,9 +74,7 @@ def _heat(axis: Axes, grid: NDArray[np.float64], colours: str) -> None:
             axis.text(x, y, text, ha="center", va="center", fontsize=7, color="white" if dark else "black")
 
 
-def pareto(
-    settings: Sequence[Setting], value: Value, base: float, limit: float, choice: Choice, file: Path, label: str
-) -> None:
+def pareto(settings: Sequence[Setting], value: Value, base: float, limit: float, choice: Choice, label: str) -> Figure:
     """Behaviour against KL, a dot a setting coloured by its layer; those that no other beats on both are joined.
 
     Args:
@@ -88,7 +83,6 @@ def pareto(
         base: Of the base model.
         limit: Of the KL.
         choice: The recommendation, ringed.
-        file: Where the picture goes.
         label: What the behaviour is called.
     """
     points = [(max(c.value("kl"), 1e-6), value(c), c) for c in settings]
@@ -116,7 +110,7 @@ def pareto(
     axis.grid(alpha=0.25, linewidth=0.6)
     figure.legend(loc="outside upper center", ncols=3, fontsize=8, frameon=False)
     figure.colorbar(ScalarMappable(norm, palette), ax=axis, label="layer", ticks=layers)
-    figure.savefig(file, dpi=_DPI)
+    return figure
 
 
 def _front(points: Sequence[tuple[float, float, Setting]], base: float) -> list[tuple[float, float, Setting]]:
@@ -129,7 +123,7 @@ def _front(points: Sequence[tuple[float, float, Setting]], base: float) -> list[
     return front
 
 
-def slopes(parts: dict[str, Reliability], file: Path) -> None:
+def slopes(parts: dict[str, Reliability]) -> Figure:
     """Per-example slopes, sorted, a panel a part of the rows; red ones go the wrong way."""
     figure = Figure(figsize=(3.6 * len(parts), 2.8), layout="constrained")
     axes = figure.subplots(1, len(parts), squeeze=False, sharey=True)[0]
@@ -140,4 +134,4 @@ def slopes(parts: dict[str, Reliability], file: Path) -> None:
         axis.set(title=f"{part}: {one.wrong} of {len(values)} the wrong way", xlabel="example, sorted")
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].set_ylabel("d margin / d strength (nats)")
-    figure.savefig(file, dpi=_DPI)
+    return figure

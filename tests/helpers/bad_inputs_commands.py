@@ -235,6 +235,6 @@ ROWS: dict[str, Row] = {
         "there is no such file", "export", "prompts", "--from", "gguf", "--model", "m", "--output", "o", before=pipe
     ),
     "export from noise": on(
-        "no readable GGUF", "x.gguf", b"GGUF", "export", "x.gguf", "--from", "gguf", "--model", "m", "--output", "o"
+        "not a readable GGUF", "x.gguf", b"GGUF", "export", "x.gguf", "--from", "gguf", "--model", "m", "--output", "o"
     ),
 }

@@ -108,7 +108,7 @@ def look(folder: Path, mode: str, case: str) -> dict[str, Any]:
     for line in made.state.log_history:
         found |= {f"step {line['step']} {k}": v for k, v in line.items() if "loss" in line and _kept(k)}
     found |= {f"weight {k}": v.tolist() for k, v in load_file(at / "adapter" / "adapter_model.safetensors").items()}
-    shortcut = made.pay_once._shortcut
+    shortcut = made.pay_once.cached_pass
     found["skipped"] = 0 if shortcut is None else shortcut.skipped
     found["logged"] = len(made.state.log_history)
     return found

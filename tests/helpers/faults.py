@@ -119,7 +119,7 @@ FAULTS = [
         "trainers/test_promises", "starts_at_ln_2 or reference_copy",
     ),
     Fault(
-        "in half precision the reference is kept from another way", "DPO reference", "trainers.prefix.once",
+        "in half precision the reference is kept from another way", "DPO reference", "trainers.prefix.frozen",
         'return trainer.accelerator.mixed_precision == "no" and', "return True or",
         "trainers/test_equal_upstream", "no_margin_in_bf16",
     ),
@@ -301,7 +301,7 @@ FAULTS = [
         "adapters/test_positions", "real_one or either_side",
     ),
     Fault(
-        "rows padded on the left are cut on the right", "positions with padding", "trainers.prefix.keys",
+        "rows padded on the left are cut on the right", "positions with padding", "trainers.prefix.store",
         "(real * torch.arange(1, shape[1] + 1)).amax(dim=1).tolist()", "real.sum(dim=1).tolist()",
         "trainers/test_frozen_prefix", "left_padding",
     ),
@@ -348,15 +348,30 @@ FAULTS = [
         "trainers/test_evaluation", "nothing_of_another",
     ),
     Fault(
-        "an error of the memo ends training", "memo's own errors", "trainers.prefix.shortcut",
+        "an error of the memo ends training", "memo's own errors", "trainers.prefix.cached_pass",
         "        except Exception as error:\n            self._leave_nothing_out()\n",
         "        except ZeroDivisionError as error:\n            self._leave_nothing_out()\n",
         "trainers/test_frozen_prefix", "inside_changes",
     ),
     Fault(
-        "a pass that failed has drawn random numbers", "memo's own errors", "trainers.prefix.shortcut",
+        "a pass that failed has drawn random numbers", "memo's own errors", "trainers.prefix.cached_pass",
         "            if rewind is not None:\n", "            if False:\n",
         "trainers/test_frozen_prefix", "inside_changes",
+    ),
+    Fault(
+        "rows in one line share a token that one of them steers", "packed rows", "trainers.prefix.packing",
+        "torch.minimum(common_RR, first_RR)", "common_RR",
+        "trainers/test_prefix_packing", "prompts_end_elsewhere or unequal_rows",
+    ),
+    Fault(
+        "a block that is run again forgets where rows begin", "packed rows", "trainers.prefix.packing",
+        "return nullcontext if _now is None else", "return nullcontext if True else",
+        "trainers/test_prefix_checkpointing", "architecture and llama",
+    ),
+    Fault(
+        "rows that round otherwise together are kept", "packed rows", "trainers.prefix.cached_states",
+        "if not all(torch.equal(state, alone[stop])", "if False and not all(torch.equal(state, alone[stop])",
+        "trainers/test_prefix_packing", "round_otherwise",
     ),
     Fault(
         "a NaN loss goes on", "NaN hidden in logs", "trainers.callbacks.finite",
@@ -364,17 +379,17 @@ FAULTS = [
         "trainers/test_bad_input", "training_stops",
     ),
     Fault(
-        "the memo's key has no precision", "stale memo", "trainers.prefix.keys",
+        "the memo's key has no precision", "stale memo", "trainers.prefix.store",
         'f"{namespace}/{device}/{precision}"', 'f"{namespace}/{device}"',
         "trainers/test_prefix_memo", "precision",
     ),
     Fault(
-        "the memo's key has no dtype of weights", "stale memo", "trainers.prefix.keys",
+        "the memo's key has no dtype of weights", "stale memo", "trainers.prefix.store",
         "tuple(tensor.shape), str(tensor.dtype), content)", "tuple(tensor.shape), content)",
         "trainers/test_prefix_memo", "dtype_of_equal_bits",
     ),
     Fault(
-        "the memo's key has no settings", "stale memo", "trainers.prefix.keys",
+        "the memo's key has no settings", "stale memo", "trainers.prefix.store",
         "hashlib.blake2b(repr(settings).encode(), digest_size=16)", "hashlib.blake2b(digest_size=16)",
         "trainers/test_prefix_memo", "other_settings or reference_adapter",
     ),

@@ -149,7 +149,8 @@ def tiny_cache(tmp_path_factory) -> Path:
 def at_home(tmp_path, monkeypatch) -> Path:
     """The page's own folder, in which `recipes/` is the repository's."""
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "recipes").symlink_to(ROOT / "recipes")
+    for folder in ("recipes", "docs"):
+        (tmp_path / folder).symlink_to(ROOT / folder)
     return tmp_path
 
 

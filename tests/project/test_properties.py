@@ -30,7 +30,7 @@ from steertune.recipes.ablation.statistics.shapley import shapley
 from steertune.recipes.lab.files import ArmError, read_result, read_rows, write_result, write_rows
 from steertune.recipes.lab.splits import Splits
 from steertune.trainers import Batch, get_view, tokenise
-from steertune.trainers.prefix.memo import Memo
+from steertune.trainers.prefix.store import TensorStore
 from steertune.trainers.views import Views
 
 # the same examples in every run, few enough for a small machine
@@ -375,12 +375,12 @@ def test_a_damaged_memo_gives_the_same_tensor_or_none(tmp_path_factory, suffix, 
         "b" * 32: torch.ones(2, 3, dtype=torch.bfloat16),
         "c" * 32: torch.ones(1, 1, 4),
     }
-    memo = Memo(0.0, folder)
+    memo = TensorStore(0.0, folder)
     for key, value in kept.items():
         memo.put(key, value)
     [file] = folder.glob(f"*{suffix}")
     file.write_bytes(damage(file.read_bytes(), where, bit, cut))
-    again = Memo(0.0, folder)
+    again = TensorStore(0.0, folder)
     for key, value in kept.items():
         found = again.get(key)
         assert found is None or (found.dtype == value.dtype and torch.equal(found, value))

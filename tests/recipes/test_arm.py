@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import tomllib
 from collections.abc import Iterator
@@ -22,7 +21,7 @@ from steertune.adapters import SteeringVectorConfig
 from steertune.losses.dpo import DPO
 from steertune.recipes.ablation.grid import make_grid
 from steertune.recipes.lab import augmentation as augmentation
-from steertune.recipes.lab.arm import load_arm, parse_arm
+from steertune.recipes.lab.arm import load_arm
 from steertune.recipes.lab.arm_files import ARMS, read_tables
 from steertune.recipes.lab.data import load_splits
 from steertune.recipes.lab.files import ArmError
@@ -255,23 +254,3 @@ def test_local_csv_and_parquet(tmp_path: Path) -> None:
     read, test = load_splits(load_arm("vector_dpo", words).data)
     assert sorted(read["prompt"]) == sorted(plain["prompt"])
     assert test.to_list() == plain.select(range(3)).to_list()
-
-
-@pytest.mark.parametrize(
-    ("words", "arm", "overrides"),
-    [
-        ([], "vector_dpo", []),
-        (["--model.threads", "1"], "vector_dpo", ["--model.threads", "1"]),
-        (
-            ["lora_dpo", "--adapter.r", "1", "--json", "--data.seed=2"],
-            "lora_dpo",
-            ["--adapter.r", "1", "--data.seed=2"],
-        ),
-        (["--json", "--trainer.max_steps", "4"], "vector_dpo", ["--trainer.max_steps", "4"]),
-    ],
-)
-def test_the_value_of_an_override_is_no_arm(words, arm, overrides):
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--json", action="store_true")
-    options, rest = parse_arm(parser, words, "vector_dpo")
-    assert (options.arm, rest, options.json) == (arm, overrides, "--json" in words)

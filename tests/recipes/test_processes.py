@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,7 @@ from steertune.recipes import config
 from steertune.recipes.lab import processes
 from steertune.recipes.lab.files import ArmError
 from steertune.recipes.lab.paths import LAUNCHES
+from steertune.recipes.lab.quiet import quiet
 
 NAMES = ["single_gpu", "multi_gpu", "fsdp1", "fsdp2", "zero1", "zero2", "zero3"]
 NAMES += ["cpu", "cpu_ddp", "cpu_zero1", "cpu_zero2", "cpu_zero3"]
@@ -102,3 +105,43 @@ def test_two_processes_run_with_the_configuration_for_cpus(tmp_path):
     assert ran.returncode == 0, ran.stderr[-2000:]
     assert ran.stdout.count("ran 2") == 2
     assert ran.stderr.count("2 processes (MULTI_CPU, cpu)") + ran.stderr.count("2 processes (MULTI_GPU, cpu)") == 1
+
+
+def test_threads_follow_omp_num_threads_else_the_cores_that_may_be_used(monkeypatch):
+    cores = processes.os.sched_getaffinity(0)
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    assert processes.default_threads() == 3
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    assert processes.default_threads() == len(cores)
+    assert processes.default_threads(running=2 * len(cores)) == 1
+
+
+def test_the_one_thread_of_accelerate_launch_is_nobodys_choice(monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # what accelerate gives to every process that it starts
+    cores = len(processes.os.sched_getaffinity(0))
+    assert processes.default_threads(({}, ["train.py"])) == cores
+    assert processes.default_threads(({"OMP_NUM_THREADS": "1"}, ["train.py"])) == 1
+    assert processes.default_threads(({}, ["--num_cpu_threads_per_process", "5", "train.py"])) == 5
+
+
+def test_begin_sets_the_threads(monkeypatch):
+    before = torch.get_num_threads()
+    monkeypatch.setattr(processes, "launcher", lambda: None)
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    processes.begin()
+    assert torch.get_num_threads() == 2
+    processes.begin(threads=before)
+    assert torch.get_num_threads() == before
+
+
+def test_only_the_named_warnings_are_silenced():
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        quiet()
+        quiet()
+        for module in ("transformers.training_args", "somewhere"):
+            text = "`gradient_checkpointing` is deprecated and will be removed"
+            warnings.warn_explicit(text, FutureWarning, "file.py", 1, module)
+        warnings.warn_explicit("another", FutureWarning, "file.py", 2, "transformers.training_args")
+    assert [str(warning.message)[:8] for warning in caught] == ["`gradien", "another"]
+    assert len({*logging.getLogger("DeepSpeed").filters}) == len(logging.getLogger("DeepSpeed").filters)

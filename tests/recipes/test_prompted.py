@@ -28,7 +28,7 @@ def tables(tmp_path: Path) -> dict:
     made |= {
         "arms": ARMS,
         "design": {"kind": "arms"},
-        "claim": {"better": "prompt_both", "than": "base", "measure": "accuracy"},
+        "claim": {"better": "prompt_both", "than": "base", "measure": "accuracy", "strength": "tuned"},
     }
     made["tasks"][0] |= {"instructions": INSTRUCTIONS, "instructions_by": "This test, in a minute."}
     del made["factors"]
@@ -103,7 +103,7 @@ def test_the_tuning_chooses_the_instruction_on_validation_rows(tables, tmp_path,
 def test_prompting_leaves_the_base_alone(tables, tmp_path):
     """Nothing is put on the shared model: the base's own cell comes out as without prompting arms."""
     both = run(tables | {"seeds": [0]}, tmp_path / "both")
-    claim = {"better": "mean_difference", "than": "base", "measure": "accuracy"}
+    claim = {"better": "mean_difference", "than": "base", "measure": "accuracy", "strength": "tuned"}
     alone = run(tables | {"seeds": [0], "arms": ["base", "mean_difference"], "claim": claim}, tmp_path / "a")
     [mine] = [cell for cell in both if cell["arm"] == "base"]
     assert mine["margins"] == alone[0]["margins"]

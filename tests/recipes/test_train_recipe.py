@@ -22,7 +22,7 @@ from steertune.recipes.lab.arm import load_arm
 from steertune.recipes.lab.files import ArmError
 from steertune.recipes.lab.rows import Record
 
-LEFT_BEHIND = ["adapter", "config.json", "metrics.jsonl", "page.md", "result.json", "strengths.png"]
+LEFT_BEHIND = ["adapter", "charts", "config.json", "metrics.jsonl", "page.html", "page.md", "result.json", "tables"]
 
 
 @pytest.fixture

@@ -8,17 +8,26 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
-from prefixes import assert_equal, assert_same_with_shortcut, both_ways, fill_lora, pair_batch, with_gradients
+from prefixes import (
+    assert_equal,
+    assert_same_with_shortcut,
+    both_ways,
+    complaints,
+    fill_lora,
+    pair_batch,
+    with_gradients,
+)
 from tiny_data import demonstrations, history, pairs, trained, trainer
 from tiny_models import fill, of_the_prefix, tiny
 from transformers import TrainerCallback
 
 from steertune.adapters import SteeringVectorConfig
 from steertune.trainers import Batch, FrozenPrefix, ModelAt
-from steertune.trainers.prefix import shortcut as shortcut_module
-from steertune.trainers.prefix.completions import prompts_are_constant
+from steertune.trainers.prefix import cached_pass
+from steertune.trainers.prefix.cached_pass import CachedPass
 from steertune.trainers.prefix.decoder import Decoder
-from steertune.trainers.prefix.keys import _placed_sum, weights_key
+from steertune.trainers.prefix.prompts import prompts_are_constant
+from steertune.trainers.prefix.store import _placed_sum, weights_key
 
 
 @pytest.fixture(autouse=True)
@@ -42,15 +51,20 @@ def tokens_run(monkeypatch):
 
 @pytest.fixture
 def splits_run(monkeypatch):
-    """The splits that were really used."""
+    """The ways to run a batch otherwise than row by row that were really used: in one line, or in two parts."""
     seen = []
-    run = shortcut_module.run_split
+    run_packed, run_split = CachedPass._run_packed, cached_pass.run_split
 
-    def spy(model, decoder, call, states, split):
+    def packed(self, call, states, layout):
+        seen.append(layout)
+        return run_packed(self, call, states, layout)
+
+    def split(model, decoder, call, states, split):
         seen.append(split)
-        return run(model, decoder, call, states, split)
+        return run_split(model, decoder, call, states, split)
 
-    monkeypatch.setattr(shortcut_module, "run_split", spy)
+    monkeypatch.setattr(CachedPass, "_run_packed", packed)
+    monkeypatch.setattr(cached_pass, "run_split", split)
     return seen
 
 
@@ -62,7 +76,7 @@ def test_training_is_equal_on_every_architecture(architecture, kind, tmp_path, c
     data = pairs() if kind == "dpo" else demonstrations()
     loss = "dpo" if kind == "dpo" else "cross_entropy"
     ours, plain, prefix = both_ways(kind, tmp_path, lambda: tiny(architecture), data=data, loss=loss)
-    assert not of_the_prefix(caplog)
+    assert not complaints(caplog)
     assert len(prefix.memo) >= len(data)
     assert_equal(ours, plain)
 
@@ -72,7 +86,7 @@ def test_shared_prompts_are_exact_on_every_architecture(architecture, positions,
     model = get_peft_model(tiny(architecture), SteeringVectorConfig(positions=positions))
     fill(model)
     assert_same_with_shortcut(model, pair_batch())
-    assert not of_the_prefix(caplog) and len(splits_run) >= 2
+    assert not complaints(caplog) and len(splits_run) >= 2
 
 
 @pytest.mark.parametrize("form", ["gated", "linear", "low_rank"])
@@ -111,7 +125,7 @@ def test_completions_only_are_exact_on_every_architecture(architecture, data, tm
     ours, plain, _ = both_ways(
         kind, tmp_path, lambda: tiny(architecture), data=data(), loss=loss, peft_config=config, max_steps=6
     )
-    assert not of_the_prefix(caplog)
+    assert not complaints(caplog)
     assert_equal(ours, plain)
     longest = max(len(row) for row in ours.train_dataset[next(iter(ours.train_dataset.features))])
     last = tokens_run[-1]
@@ -154,8 +168,8 @@ def test_blocks_below_do_not_run_and_prompts_run_once(tokens_run):
     tokens_run.clear()
     with shortcut.on():
         ModelAt(model, model, batch)(1)
-    assert ran == [3, 3]  # the vector is on the output of block 2
-    assert tokens_run == [(2, 5), (4, 4)], "two prompts of up to 5 tokens, four answers of up to 4"
+    assert ran == [3]  # the vector is on the output of block 2
+    assert tokens_run == [(1, 5 + 3 + 2 + 4 + 3 + 1)], "two prompts and four answers, without padding"
 
 
 def test_the_parents_own_loss_is_equal_too(tmp_path):
@@ -444,23 +458,26 @@ def break_in(monkeypatch, place: str) -> None:
 @pytest.mark.parametrize(
     "place",
     [
-        "shortcut.frozen_blocks", "shortcut.rows_of", "shortcut.shared_prompts", "shortcut.run_split",
-        "shortcut.draws", "states.row_key", "states.weights_key", "states.padded", "states.States.keep",
-        "memo.Memo.put", "memo.Memo.get", "memo.Memo.refresh", "completions.continue_prompts",
-        "completions.row_lengths", "decoder.Decoder.state", "reference.weights_key", "reference.row_key",
-        "reference.rows_of",
+        "cached_pass.frozen_blocks", "cached_pass.rows_of", "cached_pass.shared_prompts", "cached_pass.run_split",
+        "cached_pass.draws", "cached_pass.row_lengths", "cached_pass.common_layout", "packing._in_32_bits_on_cpu",
+        "cached_states.row_key", "cached_states.weights_key", "cached_states.rows_of", "cached_states.side_by_side",
+        "cached_states.alone_layout", "cached_states.CachedStates.keep", "store.TensorStore.put",
+        "store.TensorStore.get", "store.TensorStore.refresh", "prompts.continue_prompts", "prompts.row_lengths",
+        "decoder.Decoder.state",
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("when", ["from the start", "in the middle"])
 def test_whatever_goes_wrong_inside_changes_nothing(place, when, tmp_path, monkeypatch, caplog):
     """Also with random numbers above the cut: an error must not move them."""
-    config = SteeringVectorConfig(positions="completion" if place.startswith("completions") else "all")
+    config = SteeringVectorConfig(positions="completion" if place.startswith("prompts") else "all")
 
     def options(folder):
-        if place in ("shortcut.draws", "decoder.Decoder.state"):
+        if place in ("cached_pass.draws", "decoder.Decoder.state"):
             dropout = dict(model=with_lora_dropout(), disable_dropout=False)
             return dict(folder=tmp_path / folder, loss="dpo", max_steps=4, **dropout)
-        return dict(folder=tmp_path / folder, loss="dpo", max_steps=4, peft_config=config)
+        # whose rows run in two parts
+        model = dict(model=tiny("bloom")) if "shared_prompts" in place or "run_split" in place else {}
+        return dict(folder=tmp_path / folder, loss="dpo", max_steps=4, peft_config=config, **model)
 
     plain = trained("dpo", frozen_prefix=False, **options("plain"))
     made = trainer("dpo", **options("ours"))
@@ -603,7 +620,7 @@ def test_weights_in_another_order_are_other_weights():
 def test_the_sum_of_places_is_the_same_in_chunks(monkeypatch):
     bits = torch.randint(-(2**31), 2**31, (1000,), generator=torch.Generator().manual_seed(0)).int()
     whole = _placed_sum(bits)
-    monkeypatch.setattr("steertune.trainers.prefix.keys._CHUNK", 96)
+    monkeypatch.setattr("steertune.trainers.prefix.store._CHUNK", 96)
     assert _placed_sum(bits) == whole
 
 
@@ -652,4 +669,5 @@ def test_a_proof_takes_two_rows(tokens_run):
     mask = (ids != 0).long()
     with torch.no_grad(), FrozenPrefix().shortcut(model).on():
         model(input_ids=ids, attention_mask=mask, use_cache=False)
-    assert tokens_run == [(2, 9), (2, 9), (5, 9)], "plain, with the memo, and the batch"
+    line = [(2, 9), (1, 9)]  # plain and in one line, in which all rows are beginnings of the longest
+    assert tokens_run == [(2, 9), (2, 9), *line, (1, 9)], "plain and with the memo, and the batch"

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
+import sys
+
 import pytest
 import torch
 from peft import AdaLoraConfig, LoraConfig
@@ -14,7 +17,7 @@ from steertune.losses import Outputs, get_loss
 from steertune.trainers import BiasError, FrozenPrefix, SteeringTrainer, get_bias
 from steertune.trainers.inductive_biases import names
 from steertune.trainers.initial_vectors import pair_batches
-from steertune.trainers.prefix.cut import base_of
+from steertune.trainers.prefix.decoder import base_of
 
 SGD = dict(optim="sgd", learning_rate=0.1, max_grad_norm=0.0, max_steps=1)
 
@@ -598,3 +601,21 @@ def test_a_loss_that_looks_below_all_that_is_trained_is_refused(tmp_path):
         held.train()
     nested = get_loss("dpo", beta=0.5, contrast="unpaired", change_cap=1.0)
     trainer("dpo", tmp_path / "c", loss=nested, peft_config=lora(), beta=0.5)
+
+
+# -- the former name ------------------------------------------------------------------------------------------------
+
+
+def test_the_former_argument_works_with_a_warning(tmp_path):
+    with pytest.warns(FutureWarning, match="biases= is now inductive_biases="):
+        made = trainer("dpo", tmp_path, loss="dpo", peft_config=lora(), biases=["rank_one"])
+    assert made.inductive_biases == [get_bias("rank_one")]
+    with pytest.raises(TypeError, match="Give only inductive_biases="):
+        trainer("dpo", tmp_path, loss="dpo", peft_config=lora(), biases=["rank_one"], inductive_biases=["rank_one"])
+
+
+def test_the_former_module_works_with_a_warning():
+    sys.modules.pop("steertune.trainers.biases", None)
+    with pytest.warns(FutureWarning, match="is now steertune.trainers.inductive_biases"):
+        former = importlib.import_module("steertune.trainers.biases")
+    assert former.get_bias is get_bias and former.names() == names()

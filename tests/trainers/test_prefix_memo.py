@@ -16,8 +16,7 @@ from tiny_models import fill, of_the_prefix, tiny
 
 from steertune.adapters import SteeringVectorConfig
 from steertune.trainers import FrozenPrefix, ModelAt
-from steertune.trainers.prefix.keys import row_key, weights_key
-from steertune.trainers.prefix.memo import Memo
+from steertune.trainers.prefix.store import TensorStore, row_key, weights_key
 
 ROW = torch.arange(12.0).reshape(3, 4)  # 48 bytes
 
@@ -53,7 +52,7 @@ def test_a_tiny_budget_is_never_exceeded_and_changes_nothing(tmp_path):
 
 
 def test_temporary_files_end_with_the_memo():
-    memo = Memo(0)
+    memo = TensorStore(0)
     memo.put("a", ROW)
     folder = memo._folder
     assert folder is not None and list(folder.iterdir())
@@ -76,7 +75,7 @@ def test_a_full_disk_is_said_once_and_changes_nothing(tmp_path, caplog, monkeypa
     def full(self, key, value):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Memo, "_append", full)
+    monkeypatch.setattr(TensorStore, "_append", full)
     ours, plain, _ = both_ways("dpo", tmp_path, loss="dpo")
     assert_equal(ours, plain)
     caplog.clear()
@@ -90,13 +89,13 @@ def test_a_full_disk_is_said_once_and_changes_nothing(tmp_path, caplog, monkeypa
 
 
 def test_disk_is_never_exceeded(tmp_path, caplog):
-    memo = Memo(0, tmp_path, disk_gb=100 / 1e9)
+    memo = TensorStore(0, tmp_path, disk_gb=100 / 1e9)
     for key in "abc":
         memo.put(key, ROW)
     assert memo.disk_bytes == 96 and memo.get("b") is not None and memo.get("c") is None
     assert sum("of disk_gb=1e-07" in record.getMessage() for record in of_the_prefix(caplog)) == 1
     with pytest.raises(ValueError, match=r"disk_gb=-1: the memo's disk in GB"):
-        Memo(0, disk_gb=-1)
+        TensorStore(0, disk_gb=-1)
 
 
 # -- files ----------------------------------------------------------------------------------------------------------
@@ -104,8 +103,8 @@ def test_disk_is_never_exceeded(tmp_path, caplog):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_a_later_memo_reads_the_same_bits(dtype, tmp_path):
-    Memo(0, tmp_path).put("a", ROW.to(dtype))
-    found = Memo(1, tmp_path).get("a")
+    TensorStore(0, tmp_path).put("a", ROW.to(dtype))
+    found = TensorStore(1, tmp_path).get("a")
     assert found is not None and found.dtype == dtype and torch.equal(found, ROW.to(dtype))
 
 
@@ -155,16 +154,16 @@ def another_version(rows, index):
     "damage", [spoil_a_byte, cut_the_rows, cut_the_index, lose_the_rows, lie_about_the_shape, another_version]
 )
 def test_damaged_files_are_not_believed(damage, tmp_path):
-    Memo(0, tmp_path).put("a", ROW)
+    TensorStore(0, tmp_path).put("a", ROW)
     damage(*files(tmp_path))
-    memo = Memo(1, tmp_path)
+    memo = TensorStore(1, tmp_path)
     assert memo.get("a") is None and "a" not in memo
     memo.put("a", ROW)  # computed again
-    assert torch.equal(Memo(1, tmp_path).get("a"), ROW)
+    assert torch.equal(TensorStore(1, tmp_path).get("a"), ROW)
 
 
 def _write_for_ever(folder, started):
-    memo = Memo(0, folder)
+    memo = TensorStore(0, folder)
     for i in range(len(memo), 10**6):
         memo.put(str(i), torch.full((500,), float(i)))
         started.set()
@@ -180,7 +179,7 @@ def test_a_writer_killed_at_any_moment_leaves_nothing_wrong_behind(tmp_path):
         time.sleep(numbers.random() * 0.05)
         writer.kill()
         writer.join()
-        memo = Memo(0, tmp_path)
+        memo = TensorStore(0, tmp_path)
         assert len(memo) > known
         known = len(memo)
         for i in range(known):
@@ -189,7 +188,7 @@ def test_a_writer_killed_at_any_moment_leaves_nothing_wrong_behind(tmp_path):
 
 
 def test_two_writers_share_a_folder(tmp_path):
-    one, two = Memo(0, tmp_path), Memo(0, tmp_path)
+    one, two = TensorStore(0, tmp_path), TensorStore(0, tmp_path)
     one.put("a", ROW)
     two.put("b", ROW + 1)
     assert two.get("a") is None
@@ -273,9 +272,9 @@ def test_a_folder_says_whose_states_it_holds(tmp_path, caplog):
 
 
 def test_an_index_that_cannot_be_read_is_said_and_left(tmp_path, caplog, monkeypatch):
-    Memo(0, tmp_path).put("a", ROW)
-    monkeypatch.setattr(Memo, "_read_index", lambda self, index: (tmp_path / "gone").read_bytes())
-    assert Memo(1, tmp_path).get("a") is None
+    TensorStore(0, tmp_path).put("a", ROW)
+    monkeypatch.setattr(TensorStore, "_read_index", lambda self, index: (tmp_path / "gone").read_bytes())
+    assert TensorStore(1, tmp_path).get("a") is None
     assert "cannot read" in caplog.text
 
 
@@ -370,9 +369,9 @@ def test_helper_finds_differences():
 
 def test_the_disk_budget_is_of_the_folder(tmp_path, caplog):
     """Whoever wrote before: else every run would add its own."""
-    first = Memo(0, tmp_path, disk_gb=100 / 1e9)
+    first = TensorStore(0, tmp_path, disk_gb=100 / 1e9)
     first.put("a", ROW), first.put("b", ROW)
-    second = Memo(0, tmp_path, disk_gb=100 / 1e9)
+    second = TensorStore(0, tmp_path, disk_gb=100 / 1e9)
     second.put("c", ROW)
     assert second.get("c") is None and sum(file.stat().st_size for file in tmp_path.glob("*.rows")) == 96
     assert "of disk_gb=1e-07" in caplog.text
@@ -410,14 +409,14 @@ def test_weights_below_that_no_token_has_met_are_in_the_key():
 
 @pytest.mark.parametrize("positions", ["all", "completion"])
 def test_what_is_not_proven_is_not_kept(positions, monkeypatch, caplog):
-    from steertune.trainers.prefix import shortcut
-    from steertune.trainers.prefix.cut import NoPrefix
+    from steertune.trainers.prefix import cached_pass
+    from steertune.trainers.prefix.exactness import NoPrefix
 
     def differs(self, call, what, *args):
         if positions == "all" or "completions" in what:
             raise NoPrefix(f"{what} is off")
 
-    monkeypatch.setattr(shortcut.Shortcut, "_prove", differs)
+    monkeypatch.setattr(cached_pass.CachedPass, "_prove", differs)
     caplog.set_level(logging.INFO, logger="steertune.trainers.prefix")
     model, prefix = get_peft_model(tiny(), SteeringVectorConfig(layers=2, positions=positions)), FrozenPrefix()
     with torch.no_grad(), prefix.shortcut(model).on(labels_only=True):

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from ...adapters.blocks import find_blocks
-from ..prefix.cut import base_of
-from ..prefix.once import PayOnce
+from ..prefix.decoder import base_of
+from ..prefix.frozen import CachedPrefix
 from ..types import SteeringRun
 
 _NAMED = 4  # examples in the message
@@ -105,7 +105,7 @@ def _loss(trainer: SteeringRun, example: dict[str, Any]) -> Tensor:
 def _alone(trainer: SteeringRun) -> Iterator[None]:
     """Context in which the trainer runs whole passes of its own: nothing cached, no other trainer in them."""
     before = trainer.pay_once, trainer.joint_pass, trainer.micro_step
-    trainer.pay_once, trainer.joint_pass = PayOnce(False), None
+    trainer.pay_once, trainer.joint_pass = CachedPrefix(False), None
     try:
         yield
     finally:

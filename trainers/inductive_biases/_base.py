@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from ...adapters.blocks import find_blocks, resolve_layers, site_name
 from ...adapters.registry import by_name, file_names
 from ...adapters.types import Site
-from ..prefix.cut import base_of
+from ..prefix.decoder import base_of
 from ..types import SteeringRun
 
 _FOLDER = Path(__file__).parent

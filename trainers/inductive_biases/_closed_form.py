@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ...adapters import directions
 from ...adapters.observing import evaluating
 from ..initial_vectors import pair_batches
-from ..prefix.cut import base_of
+from ..prefix.decoder import base_of
 from ..types import SteeringRun
 from ._base import Bias, BiasError, check_layer
 

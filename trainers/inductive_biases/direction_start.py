@@ -15,7 +15,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from ...adapters.blocks import find_blocks
-from ..prefix.cut import base_of
+from ..prefix.decoder import base_of
 from ..types import SteeringRun
 from ._base import BiasError, write_of
 from ._closed_form import ClosedForm, off, run

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 from transformers.pytorch_utils import Conv1D
 
-from ..prefix.cut import base_of
+from ..prefix.decoder import base_of
 from ..types import SteeringRun
 from ._base import Bias, BiasError
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ...adapters.blocks import find_blocks
-from ..prefix.cut import base_of
+from ..prefix.decoder import base_of
 from ..types import SteeringRun
 from ._base import BiasError, write_of
 from ._closed_form import ClosedForm, off, run

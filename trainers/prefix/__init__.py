@@ -1,4 +1,35 @@
-"""The frozen prefix: pay once for the layers below what is trained."""
+"""The cached prefix: layers below everything that is trained run once per row, not once per step.
+
+    tokens ──► block 0 … block n-1 ──► h ──► block n … block N-1 ──► head ──► log-probabilities
+               └── cached prefix ────┘ │     └── suffix ──────────────────┘         │
+                  frozen: its output   │        trained: runs in every step,        │
+                  is a constant of     │        without padding, and what rows      │
+                  the row              │        begin with in common runs once      │
+                                       ▼                                            ▼
+                     CachedStates: h of each row, (tokens, d)        CachedReference: `at(0)` of each row's
+                     PromptCaches: keys and values of prompts          labels, (labels,), in 32 bits
+                       in the suffix, where no prompt token
+                       is steered
+                                       └────────► TensorStore: RAM, then disk ◄─────┘
+                                   key = digest(weights, settings, precision, row)
+
+A vector on the output of block i leaves block i itself as it was, so that n = i + 1.
+
+| file | what it holds |
+|---|---|
+| `frozen.py` | `FrozenPrefix`, which users share between trainers, and `CachedPrefix`, which one trainer has |
+| `cached_pass.py` | one forward pass: what it leaves out, and the proof that this changes nothing |
+| `cached_states.py` | what is kept of a row: states below the suffix, and the reference |
+| `packing.py` | the suffix on rows without padding, in one line of tokens |
+| `prompts.py` | the suffix on rows in two parts: prompts, and what follows them |
+| `decoder.py` | a stack of blocks that can start at block n |
+| `checkpointing.py` | gradient checkpointing that runs a block again as it ran |
+| `exactness.py` | when all this is exact, how that is verified, when it is off and who says so |
+| `store.py` | tensors by the content they were computed from |
+
+Shape suffixes: `h_RCD` has the axes R (rows of a batch), C (columns: tokens of a row, with padding), D (width of the
+residual stream), T (tokens in one line, without padding), H (heads), P (distinct prompts).
+"""
 
 from .frozen import FrozenPrefix
 

@@ -19,6 +19,7 @@ from torch import nn
 from transformers.cache_utils import Cache
 
 from ...adapters import steering_layers
+from . import packing
 
 _FLAG = "gradient_checkpointing"  # transformers', on blocks and on the stack
 
@@ -55,11 +56,13 @@ def run_again_alike(
         left_out: Those of them that compute nothing in this pass, and need not be run again.
         cached: Whether the pass is given a cache of keys and values, which transformers would drop.
     """
+    # blocks that transformers would checkpoint, and what with
     functions = {block: _function_of(block) for block in blocks if _flagged(block)}
     own = {block: function for block, function in functions.items() if function is not None}
     if not own:
         yield
         return
+    # transformers' own checkpointing is off inside, also that of modules inside a block
     switched = [module for block in own for module in block.modules() if getattr(module, _FLAG, False)]
     if cached and _flagged(stack):
         switched.append(stack)
@@ -96,9 +99,12 @@ def _checkpointed(block: nn.Module, function: Callable[..., Any]) -> Callable[..
     def forward(*args: Any, **kwargs: Any) -> Any:
         if not (block.training and torch.is_grad_enabled()):  # a pass that nothing is learnt from
             return plain(*args, **kwargs)
+        # all that a block depends on beside its arguments: prompts, where rows begin, strengths
         circumstances: list[Callable[[], AbstractContextManager[None]]]
         circumstances = [boundary.snapshot() for boundary in {layer.boundary for layer in steering_layers(block)}]
+        circumstances += [packing.snapshot()]
         circumstances += [functools.partial(_strength, layer, {**layer.strength}) for layer in steering_layers(block)]
+        # a cache is an argument that the block changes
         cache = next((value for value in (*args, *kwargs.values()) if isinstance(value, Cache)), None)
         before = None if cache is None else _copied(cache)
         written: list[Cache] = []  # the cache after the forward pass
@@ -109,6 +115,7 @@ def _checkpointed(block: nn.Module, function: Callable[..., Any]) -> Callable[..
                 own = _copied(before)
                 args = tuple(own if value is cache else value for value in args)
                 given = {name: own if value is cache else value for name, value in kwargs.items()}
+            # the same circumstances now and in the backward pass
             with ExitStack() as stack:
                 for circumstance in circumstances:
                     stack.enter_context(circumstance())
@@ -118,6 +125,7 @@ def _checkpointed(block: nn.Module, function: Callable[..., Any]) -> Callable[..
                 written.append(own)
             return output
 
+        # the caller's cache holds what the first run wrote
         output = function(run, *args)
         if cache is not None:
             cache.layers[:] = written[0].layers
@@ -128,6 +136,7 @@ def _checkpointed(block: nn.Module, function: Callable[..., Any]) -> Callable[..
 
 def _copied(cache: Cache) -> Cache:
     """A cache with the same keys and values; what is written to one is not seen by the other."""
+    # layers replace their tensors when they write, so shallow copies are enough
     own = copy.copy(cache)
     own.layers = [copy.copy(layer) for layer in cache.layers]
     return own

@@ -1,4 +1,4 @@
-"""Run a decoder from a given state at the output of one block, without running the blocks up to it."""
+"""A stack of decoder blocks that can start at a block in the middle, from the state behind the blocks below it."""
 
 from __future__ import annotations
 
@@ -9,20 +9,83 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
+from transformers import AttentionInterface
 
-from ...adapters import steering_layers
+from ...adapters import SteeringVectorLayer, steering_layers
 from ...adapters.blocks import find_blocks, find_stack
 from ...adapters.caches import CACHE_NAMES
+from ...adapters.observing import ADAPTER_LAYERS
 from .checkpointing import not_recomputable, replaced_forwards, run_again_alike
-from .cut import NoPrefix, base_of
+from .exactness import NoPrefix
 
 Replacement = Callable[[dict[str, Any]], Any | None]
 """From the arguments of a decoder's forward to its output, or None: the decoder runs as it would."""
 
 
+def base_of(model: nn.Module) -> nn.Module:
+    """The transformers model inside a PEFT model."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def frozen_blocks(model: nn.Module, training: bool) -> int:
+    """Number of decoder blocks whose outputs neither an adapter nor, in training, a trained parameter changes.
+
+    A steering vector on the output of block `i` leaves that block itself as it was: `i + 1` blocks are frozen.
+
+    Raises:
+        NoPrefix: there is none.
+    """
+    try:
+        blocks = find_blocks(base_of(model))
+    except ValueError as error:
+        raise NoPrefix(str(error)) from error
+    # no adapter and nothing trained in any block: all of them
+    i = lowest_changed(model, training)
+    if i is None:
+        return len(blocks)
+    name, block = blocks[i]
+    # what is added to the output of a block comes after it, so the block itself is frozen
+    inside, _ = _changes(block, training)
+    if inside and i == 0:
+        raise NoPrefix(
+            f"the lowest layer that is trained or adapted is 0 ({name}): nothing lies below it. Train higher layers "
+            "(layers=) to leave some out"
+        )
+    return i if inside else i + 1
+
+
+def lowest_changed(model: nn.Module, training: bool) -> int | None:
+    """The lowest decoder block whose output an adapter or, in training, a trained parameter changes; None: no block's.
+
+    Raises:
+        ValueError: the model's blocks are unknown.
+    """
+    for i, (_, block) in enumerate(find_blocks(base_of(model))):
+        if any(_changes(block, training)):
+            return i
+    return None
+
+
+def _changes(block: nn.Module, training: bool) -> tuple[bool, bool]:
+    """Whether something changes what a block computes, and whether something is added to its output."""
+    # a steering layer that is a child of the block hangs on its output; deeper ones are inside
+    inside, after, owned = False, False, set()
+    for module in block.modules():
+        if isinstance(module, ADAPTER_LAYERS):
+            if isinstance(module, SteeringVectorLayer) and module in block.children():
+                after = True
+                owned |= {id(p) for p in module.parameters()}
+            else:
+                inside = True
+    # parameters of the vector on the output are trained, but not in the block
+    trained = training and any(p.requires_grad and id(p) not in owned for p in block.parameters())
+    return inside or trained, after
+
+
 class _Reached(Exception):
-    """The state at the cut, carried out of the forward pass."""
+    """The state behind the cached prefix, carried out of the forward pass."""
 
     def __init__(self, hidden: Tensor) -> None:
         super().__init__()
@@ -54,6 +117,7 @@ class Decoder:
         self.blocks = [block for _, block in blocks]
         self._skipped = self.blocks[:count]
         self.module = find_stack(base)
+        # remote code may be called with anything; the class says what its forward takes
         self._signature = inspect.signature(type(self.module).forward)
         if not self.takes("input_ids"):
             raise NoPrefix(f"{type(self.module).__name__} does not take input_ids")
@@ -74,6 +138,15 @@ class Decoder:
             steering = {m for layer in steering_layers(block) for m in layer.modules()}
             yield from (module for module in block.modules() if module not in steering)
 
+    @property
+    def packs(self) -> bool:
+        """Whether its attention can be told where rows begin: the model leaves it to transformers' interface."""
+        module: Any = self.module
+        # models that compute attention themselves have no such flag, and eager attention is a function of theirs
+        interfaced = bool(getattr(module, "_supports_attention_backend", False))  # transformers has no public name
+        plain = getattr(module.config, "_attn_implementation", None) in AttentionInterface()
+        return interfaced and plain and self.takes("position_ids")
+
     def not_recomputable(self) -> str | None:
         """Why blocks cannot be left out under the gradient checkpointing that is on; None where they can."""
         return not_recomputable(self.module, self.blocks)
@@ -85,6 +158,7 @@ class Decoder:
             yield
             return
         self.is_on = True
+        # forwards on the instances, so that hooks of the modules still run
         new = {self.module: self._stack(replacement)} | {block: self._block(block) for block in self._skipped}
         try:
             with replaced_forwards(new):
@@ -99,6 +173,7 @@ class Decoder:
         Args:
             call: Arguments of the stack.
         """
+        # the pass is cut off at the last block to be skipped, by an exception that carries the state out
         before, self._state, self._stop = self._state, None, True
         try:
             self._plain(**call)
@@ -112,6 +187,7 @@ class Decoder:
         """The stack's output, from a state after the blocks that can be skipped or (None) from the tokens. Only inside
         `on`."""
         before, self._state = self._state, state
+        # blocks that compute nothing need not be run again in the backward pass
         left_out = () if state is None else self._skipped
         cached = call.get(self.cache) is not None
         try:
@@ -121,6 +197,7 @@ class Decoder:
             self._state = before
 
     def _arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        # arguments by name, however the model passes them
         given = self._signature.bind(self.module, *args, **kwargs).arguments
         by_name = {name: value for name, value in given.items() if name != "self"}
         for name, parameter in self._signature.parameters.items():
@@ -133,6 +210,7 @@ class Decoder:
 
         @functools.wraps(plain)
         def forward(*args: Any, **kwargs: Any) -> Any:
+            # the replacement may run the stack itself, from a state or in another layout
             output = replacement(self._arguments(args, kwargs))
             if output is not None:
                 return output
@@ -147,6 +225,7 @@ class Decoder:
 
         @functools.wraps(plain)
         def forward(*args: Any, **kwargs: Any) -> Any:
+            # nothing is skipped in this pass
             if self._state is None:
                 output = plain(*args, **kwargs)
                 if isinstance(output, tuple):
@@ -154,6 +233,7 @@ class Decoder:
                 if last and self._stop:
                     raise _Reached(output[0] if isinstance(output, tuple) else output)
                 return output
+            # skipped: each block returns its input unchanged, and the last one the state
             hidden = self._state if last else (args[0] if args else kwargs["hidden_states"])
             length = self._tuples.get(block)
             return hidden if length is None else (hidden, *[None] * (length - 1))

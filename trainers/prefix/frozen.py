@@ -1,28 +1,35 @@
-"""`FrozenPrefix`: pay once for what does not change while an adapter trains."""
+"""What users share between trainers (`FrozenPrefix`), and what one trainer has of it (`CachedPrefix`)."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
+from typing import Any
 
+import torch
+from accelerate.utils import DistributedType
 from torch import nn
+from transformers import Trainer
 
-from .cut import NoPrefix
-from .memo import Memo
-from .notices import Notices, in_words
-from .reference import ReferenceMemo
-from .shortcut import Shortcut
+from ...adapters.blocks import find_blocks, find_stack
+from ...adapters.observing import evaluating
+from .cached_pass import CachedPass
+from .cached_states import CachedReference
+from .checkpointing import run_again_alike
+from .decoder import base_of
+from .exactness import NoPrefix, Notices, in_words
+from .store import TensorStore
 
 
 class FrozenPrefix:
     """A memo of what is constant for an example, for any number of trainers, arms, seeds and evaluations.
 
     Constant are the residual stream at the output of the last block below everything that is trained, and the
-    log-probabilities of the example's answer under the reference, `at(0)`. Both are kept by content: the row's tokens,
-    mask and positions, and the weights they were computed with. A row is always computed alone, so its value does not
-    depend on the batch it was first met in, and a resumed run sees the same bits.
+    log-probabilities of the example's answer under the reference, `at(0)`. Both are kept by content: the row's
+    tokens, mask and positions, and the weights they were computed with. A row has the bits that it has alone, whatever
+    batch it was first met in, and a resumed run sees the same bits.
 
     Args:
         ram_gb: RAM budget in GB (10⁹ bytes), never exceeded. A token takes `hidden size · bytes of a number`.
@@ -46,7 +53,7 @@ class FrozenPrefix:
         disk_gb: float = 20.0,
         stops: Collection[int] = (),
     ) -> None:
-        self.memo = Memo(ram_gb, folder, disk_gb)
+        self.memo = TensorStore(ram_gb, folder, disk_gb)
         self.level = logging.WARNING if warn else logging.INFO
         self.stops = frozenset(stops)
         self._proven: set[str] = set()
@@ -56,7 +63,7 @@ class FrozenPrefix:
         """Whether there is room for anything."""
         return self.memo.limit > 0 or self.memo.kept_for_later
 
-    def shortcut(self, model: nn.Module, training: bool = False, notices: Notices | None = None) -> Shortcut | None:
+    def shortcut(self, model: nn.Module, training: bool = False, notices: Notices | None = None) -> CachedPass | None:
         """What a forward pass of `model`, as it stands, can leave out; None if nothing.
 
         Args:
@@ -68,8 +75,9 @@ class FrozenPrefix:
         try:
             if not self.usable:
                 raise NoPrefix("its budget is 0 GB")
+            # other processes may have added rows to the folder
             self.memo.refresh()
-            return Shortcut(self.memo, model, training, self._proven, notices, self.stops)
+            return CachedPass(self.memo, model, training, self._proven, notices, self.stops)
         except NoPrefix as error:
             notices.off(error)
         except Exception as error:  # a fault of the memo's own is no reason not to train
@@ -84,14 +92,121 @@ class FrozenPrefix:
             model: As for `shortcut`.
             labels_only: Whether nothing is read of the outputs before the last prompt token.
         """
-        shortcut = self.shortcut(model)
-        with nullcontext() if shortcut is None else shortcut.on(labels_only):
+        cached_pass = self.shortcut(model)
+        with nullcontext() if cached_pass is None else cached_pass.on(labels_only):
             yield
 
-    def reference(self, model: nn.Module, trained: bool = True) -> ReferenceMemo | None:
+    def reference(self, model: nn.Module, trained: bool = True) -> CachedReference | None:
         """The memo of `at(0)`; `trained`: whether what requires gradients in `model` is no part of it."""
         try:
-            return ReferenceMemo(self.memo, model, trained) if self.usable else None
+            return CachedReference(self.memo, model, trained) if self.usable else None
         except Exception as error:  # weights that have no bits to read, say
             Notices(self.level).failed("the memo of the reference", in_words(error))
             return None
+
+
+class CachedPrefix:
+    """The cached prefix of one trainer.
+
+    `start` comes at the beginning of every training and evaluation, `on` around the passes that may leave something
+    out, and `whole` around those that may not.
+
+    Args:
+        setting: The trainer's `frozen_prefix=`. None: where the prefix is off, the trainer says so once.
+
+    Raises:
+        TypeError: neither a bool, nor None, nor a `FrozenPrefix`.
+    """
+
+    def __init__(self, setting: FrozenPrefix | bool | None) -> None:
+        if not isinstance(setting, FrozenPrefix | bool | None):
+            raise TypeError(f"frozen_prefix={setting!r}: give True, False, or a FrozenPrefix.")
+        # one of its own, unless it is off or shared
+        own = None if setting is False else FrozenPrefix(warn=setting is True)
+        self._prefix = setting if isinstance(setting, FrozenPrefix) else own
+        self._by_default = setting is None
+        self._notices: Notices | None = None  # of this run
+        self._model: nn.Module | None = None  # whose whole passes may be checkpointed
+        self.cached_pass: CachedPass | None = None
+        self.reference: CachedReference | None = None
+
+    def start(self, trainer: Any, training: bool, whole_rows: bool = False) -> None:
+        """Find what is constant in the trainer's model from now on.
+
+        Args:
+            trainer: The trainer.
+            training: Whether it trains; False for an evaluation.
+            whole_rows: Whether every row has to run as it is, neither without padding nor in parts.
+        """
+        self.cached_pass = self.reference = None
+        why = _impossible(trainer)
+        self._model = None if why else trainer.model
+        if self._prefix is None:
+            return
+        # an evaluation within a run does not say again what the run has said
+        if training or self._notices is None:
+            self._notices = Notices(self._prefix.level, visible=self._by_default)
+        if why:
+            self._notices.off(why)
+            return
+        if trainer.loss is not None and trainer.loss.needs.states:
+            self._notices.off("the loss looks at hidden states, which layers that are left out do not show")
+        with nullcontext() if training else evaluating(trainer.model):  # as evaluation loops will run it
+            self.cached_pass = self._prefix.shortcut(trainer.model, training, self._notices)
+        if whole_rows and self.cached_pass is not None:
+            self.cached_pass.run_whole_rows()
+        # the reference: of the model itself without its adapter, or of a model of its own
+        own = getattr(trainer, "ref_model", None)
+        loss = trainer.loss_at_work
+        if loss is not None and loss.needs.reference and _rounds_finely(trainer):
+            self.reference = self._prefix.reference(trainer.model if own is None else own, trained=own is None)
+        if trainer.views is not None:
+            trainer.views.remember(self._prefix)
+
+    def elsewhere(self, model: nn.Module) -> CachedPass | None:
+        """What training passes of another model on the same weights can leave out; None if nothing."""
+        return None if self._prefix is None else self._prefix.shortcut(model, training=True)
+
+    def on(self, labels_only: bool = False) -> AbstractContextManager[None]:
+        """Forward passes inside leave out what they can (see `CachedPass.on`)."""
+        return self.whole() if self.cached_pass is None else self.cached_pass.on(labels_only)
+
+    def whole(self) -> AbstractContextManager[None]:
+        """Forward passes inside leave nothing out; checkpointed layers run again as they ran."""
+        if self._model is None or not self._model.training:
+            return nullcontext()
+        try:
+            base = base_of(self._model)
+            stack, blocks = find_stack(base), [block for _, block in find_blocks(base)]
+        except ValueError:  # a model whose blocks are unknown
+            return nullcontext()
+        return run_again_alike(stack, blocks)
+
+
+def _rounds_finely(trainer: Trainer) -> bool:
+    """Whether two ways to compute log-probabilities agree to 1e-6, as they do in 32 bits.
+
+    In half precision the reference takes the policy's own path, batch by batch: cached from another path, it would
+    differ by rounding, and an untrained adapter would have a margin.
+    """
+    model: Any = trainer.model
+    dtypes = {p.dtype for p in model.parameters() if p.is_floating_point() and not p.requires_grad}
+    return trainer.accelerator.mixed_precision == "no" and not dtypes & {torch.bfloat16, torch.float16}
+
+
+def _impossible(trainer: Trainer) -> str | None:
+    """Why the way this trainer runs its model rules a cached prefix out; None where it does not."""
+    args, accelerator = trainer.args, trainer.accelerator
+    if args.torch_compile:
+        return "a compiled graph runs all layers. Set torch_compile=False to leave them out instead"
+    if args.n_gpu > 1:
+        return "nn.DataParallel copies the model at every step; use accelerate launch"
+    # processes that hold parts of the weights must run the same layers at the same time
+    kind = accelerator.distributed_type
+    stage = getattr(accelerator.state.deepspeed_plugin, "zero_stage", 0) if kind == DistributedType.DEEPSPEED else 0
+    # from_pretrained(distributed_config=) makes DTensors, and accelerate calls it DDP
+    model: Any = trainer.model
+    at_load = any(hasattr(p, "device_mesh") for p in model.parameters())
+    if kind == DistributedType.FSDP or stage == 3 or at_load:
+        return "sharded weights: all processes must run the same layers. DDP or ZeRO-2 leave the weights whole"
+    return None

@@ -1,8 +1,13 @@
-"""Run the tokens that two answers share once: chosen and rejected answer of a pair stand behind one prompt."""
+"""Run the suffix on rows in two parts: prompts fill a cache of keys and values, what follows them reads it.
+
+This is done where rows cannot be laid out in one line (`packing.py`), because the model computes attention itself:
+chosen and rejected answer of a pair stand behind one prompt, which runs once. And it is done where no prompt token
+is steered: then a prompt's keys and values are constants in every block, and are kept.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -11,9 +16,11 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from ...adapters import steering_layers
-from ..host_copies import on_host, sent
-from .decoder import Decoder
+from ...adapters import SteeringVectorLayer, steering_layers
+from ...adapters.observing import ADAPTER_LAYERS, evaluating
+from ..host_copies import both, on_host, sent
+from .decoder import Decoder, base_of
+from .store import TensorStore, attention_of, config_of, row_key, weights_key
 
 _WORTH_IT = 0.9  # of the tokens: two passes over fewer tokens have a cost of their own
 
@@ -65,13 +72,16 @@ def shared_prompts(call: Mapping[str, Any], ends: Tensor | None = None) -> Split
     if rows % 2 or lengths is None:
         return None
     column = torch.arange(width)
+    # the last token of a row is left to the second pass, which must not be empty
     same = (ids[:half] == ids[half:]) & (column < torch.minimum(lengths[:half], lengths[half:])[:, None] - 1)
     if ends is not None:
+        # the last token of a prompt may be steered alone
         first, second = on_host(ends).chunk(2)
         same &= column < torch.where(first == second, first, torch.minimum(first, second) - 1)[:, None]
     prompts = same.long().cumprod(dim=1).sum(dim=1)
     index = torch.arange(half)
     split = Split(prompts, index, torch.cat([index, index]), lengths)
+    # what two passes cost, padding included
     rest = int((lengths - split.starts).max())
     tokens = half * int(prompts.max()) + rows * rest
     return split if int(prompts.min()) > 0 and tokens <= _WORTH_IT * rows * width else None
@@ -87,6 +97,7 @@ def row_lengths(call: Mapping[str, Any]) -> Tensor | None:
         return torch.full(ids.shape[:1], ids.shape[1])
     mask = on_host(mask)
     lengths = mask.sum(dim=1)
+    # real tokens are the first ones of each row
     ends_there = mask.bool() == (torch.arange(ids.shape[1]) < lengths[:, None])
     return lengths if bool(ends_there.all()) else None
 
@@ -100,13 +111,14 @@ def run_split(model: nn.Module, decoder: Decoder, call: Mapping[str, Any], state
         model: The model around the decoder.
         decoder: The decoder.
         call: Its arguments.
-        states: States at the cut, `(rows, tokens, d)`; None: nothing is skipped.
+        states: States behind the cached prefix, `(rows, tokens, d)`; None: nothing is skipped.
         split: The prompts.
     """
     width, on = int(split.prompts.max()), call["input_ids"].device
     rest, split = int((split.lengths - split.starts).max()), split.to(on)
     column = torch.arange(width, device=on)
     real = column < split.prompts[:, None]
+    # first the prompts, whose keys and values are kept
     first = {
         **call,
         "input_ids": call["input_ids"][split.owner, :width],
@@ -116,10 +128,12 @@ def run_split(model: nn.Module, decoder: Decoder, call: Mapping[str, Any], state
     }
     with part(model, split.owner, column.expand(len(split.owner), -1)):
         prompts = decoder.run(first, None if states is None else states[split.owner, :width])
+    # skipped blocks have written none
     caches = [
         (layer.keys, layer.values)
         for layer in getattr(prompts, decoder.cache).layers[0 if states is None else decoder.count :]
     ]
+    # then what follows them
     output = continue_prompts(model, decoder, call, states, split, caches, width, rest)
     # every token from the pass that computed it
     both = torch.cat([prompts[0][split.prompt_of], output[0]], dim=1)
@@ -146,16 +160,18 @@ def continue_prompts(
         model: The model around the decoder.
         decoder: The decoder.
         call: Its arguments for the whole batch.
-        states: States at the cut; None: nothing is skipped.
+        states: States behind the cached prefix; None: nothing is skipped.
         split: The prompts, on the device.
-        caches: Keys and values of the prompts, `(prompts, heads, width, size)`, by layer above the cut.
+        caches: Keys and values of the prompts, `(prompts, heads, width, size)`, by layer in the suffix.
         width: Columns of the caches.
         rest: Tokens of the longest row after its prompt.
     """
     ids, starts = call["input_ids"], split.starts
+    # the tokens behind each prompt, moved to the left
     column = starts[:, None] + torch.arange(rest, device=ids.device)
     real = column < split.lengths[:, None]
     column = column.clamp_max(ids.shape[1] - 1)
+    # keys of a short prompt have a hole behind them, up to the longest one
     before = torch.arange(width, device=ids.device) < starts[:, None]
     rows = torch.arange(len(ids), device=ids.device)
     call = {
@@ -165,6 +181,7 @@ def continue_prompts(
         decoder.cache: _cache(0 if states is None else decoder.count, caches, split.prompt_of),
         "use_cache": True,
     }
+    # a token stands where it stood, whatever the hole
     if decoder.takes("position_ids"):
         call["position_ids"] = column
     if states is not None:
@@ -175,10 +192,11 @@ def continue_prompts(
 
 def _cache(skipped: int, caches: list[tuple[Tensor, Tensor]], prompt_of: Tensor) -> DynamicCache:
     """A cache of every row's prompt. Skipped layers only have to say how long it is."""
+    # an expanded zero takes no memory
     length = caches[0][0].shape[-2]
     nothing = caches[0][0].new_zeros(()).expand(len(prompt_of), 1, length, 1)
-    known = [(keys[prompt_of], values[prompt_of]) for keys, values in caches]
-    return DynamicCache([(nothing, nothing)] * skipped + known)
+    of_rows = [(keys[prompt_of], values[prompt_of]) for keys, values in caches]
+    return DynamicCache([(nothing, nothing)] * skipped + of_rows)
 
 
 @contextmanager
@@ -188,3 +206,107 @@ def part(model: nn.Module, rows: Tensor, columns: Tensor) -> Iterator[None]:
         for boundary in {id(layer.boundary): layer.boundary for layer in steering_layers(model)}.values():
             stack.enter_context(boundary.part(rows, columns))
         yield
+
+
+class PromptCaches:
+    """Keys and values of prompts in the suffix, kept by content.
+
+    Args:
+        store: Where they are kept.
+        model: The model, with or without PEFT.
+        decoder: Its stack of blocks.
+    """
+
+    def __init__(self, store: TensorStore, model: nn.Module, decoder: Decoder) -> None:
+        self.store, self.model, self.decoder = store, model, decoder
+        self._namespace: str | None = None
+        self._new: dict[str, Tensor] = {}
+
+    def split(self, call: Mapping[str, Any]) -> Split | None:
+        """Every row's prompt, without its last token (which predicts the first label); None where that cannot be."""
+        lengths, end = row_lengths(call), next(iter(steering_layers(self.model))).boundary.prompt_end
+        if lengths is None or end is None or len(end) != len(lengths):
+            return None
+        # a row without an answer ends where its tokens do
+        prompts = torch.minimum(on_host(end), lengths) - 1
+        index = torch.arange(len(lengths))
+        return Split(prompts, index, index, lengths) if int(prompts.min()) > 0 else None
+
+    def run(self, call: Mapping[str, Any], rows: Sequence[Mapping[str, Tensor]], states: Tensor, split: Split) -> Any:
+        """The decoder's output, right on the last prompt token and after it; before, it means nothing.
+
+        Args:
+            call: Arguments of the decoder.
+            rows: Its rows, each alone.
+            states: States behind the cached prefix, `(rows, tokens, d)`.
+            split: The prompts.
+        """
+        width, rest = int(split.prompts.max()), int((split.lengths - split.starts).max())
+        caches = [
+            self._of(row, i, states[i : i + 1], n)
+            for i, (row, n) in enumerate(zip(rows, split.prompts.tolist(), strict=True))
+        ]
+        # prompts side by side, padded on the right
+        layers, _, heads, _, size = caches[0].shape
+        shape = (layers, 2, len(rows), heads, width, size)
+        kv_L2RHCS = torch.zeros(shape, dtype=caches[0].dtype, device=states.device)
+        for i, cache in enumerate(caches):
+            kv_L2RHCS[:, :, i, :, : cache.shape[3]].copy_(cache, non_blocking=True)
+        split = split.to(states.device)
+        output = continue_prompts(
+            self.model, self.decoder, call, states, split, [(kv[0], kv[1]) for kv in kv_L2RHCS], width, rest
+        )
+        # every column from the pass behind the prompts; those before it are not read
+        place = torch.arange(call["input_ids"].shape[1], device=states.device) - split.starts[:, None]
+        place = place.clamp(0, output[0].shape[1] - 1)
+        output.last_hidden_state = output[0].gather(1, place[..., None].expand(-1, -1, output[0].shape[-1]))
+        setattr(output, self.decoder.cache, None)
+        return output
+
+    def keep(self) -> None:
+        """Store what the runs since the last time computed: they were right."""
+        for key, cache in self._new.items():
+            self.store.put(key, cache)
+        self._new.clear()
+
+    @torch.no_grad()
+    def _of(self, row: Mapping[str, Tensor], index: int, state: Tensor, length: int) -> Tensor:
+        """Keys and values of the first `length` tokens of row `index`, `(layers, 2, heads, length, size)`.
+
+        The row's own prompt end counts: behind another's, its prompt would be steered.
+        """
+        if self._namespace is None:
+            # prompts are not steered, so vectors are no part of the key; all other weights are
+            base = base_of(self.model)
+            vectors = {id(p) for layer in steering_layers(self.model) for p in layer.parameters()}
+            frozen = [(name, p) for name, p in base.named_parameters() if id(p) not in vectors]
+            settings = ("prompts", self.decoder.count, attention_of(base), config_of(base))
+            self._namespace = weights_key([*frozen, *base.named_buffers()], *settings)
+        prompt = {name: both(lambda v: v[:, :length], value) for name, value in row.items()}
+        key = row_key(self._namespace, prompt)
+        # computed in evaluation mode, the row alone, and stored once `keep` says that it was right
+        kv_L2HCS = self._new.get(key)
+        if kv_L2HCS is None and (kv_L2HCS := self.store.get(key)) is None:
+            column = torch.arange(length, device=state.device)[None]
+            with evaluating(self.model), part(self.model, torch.tensor([index], device=state.device), column):
+                call = {**prompt, self.decoder.cache: DynamicCache(), "use_cache": True}
+                cache = getattr(self.decoder.run(call, state[:, :length]), self.decoder.cache)
+            layers = cache.layers[self.decoder.count :]
+            kv_L2HCS = torch.stack([torch.stack([layer.keys[0], layer.values[0]]) for layer in layers])
+            self._new[key] = kv_L2HCS
+        return kv_L2HCS
+
+
+def prompts_are_constant(model: nn.Module, training: bool) -> bool:
+    """Whether all that is adapted or trained in `model` changes completion tokens only."""
+    # a vector that steers completions changes no prompt; any other adapter does
+    owned = set()
+    for module in model.modules():
+        if isinstance(module, SteeringVectorLayer):
+            if any(config.positions != "completion" for config in module.config.values()):
+                return False
+            owned |= {id(parameter) for parameter in module.parameters()}
+        elif isinstance(module, ADAPTER_LAYERS):
+            return False
+    trained = any(p.requires_grad and id(p) not in owned for p in model.parameters())
+    return bool(owned) and not (training and trained)

@@ -15,7 +15,7 @@ from ..batch import Batch
 from ..data import tokenise
 from ..host_copies import on_host, sent
 from ..prefix import FrozenPrefix
-from ..prefix.reference import ReferenceMemo
+from ..prefix.cached_states import CachedReference
 from ._base import Row, View, ViewError
 
 Answer = tuple[list[int], int]
@@ -36,7 +36,7 @@ class Views:
     ) -> None:
         self.views, self.tokenizer, self.context = dict(views), tokenizer, context
         self._answers: dict[tuple[str, bytes], Answer] = {}  # name of the view, tokens of the row -> its view
-        self.memos: dict[str, ReferenceMemo | None] = {}  # cached outputs of teachers, by view
+        self.memos: dict[str, CachedReference | None] = {}  # cached outputs of teachers, by view
 
     def add(self, rows: Dataset, tokenised: Dataset, training: Dataset | None = None) -> None:
         """Make every view of a data set.

@@ -38,6 +38,10 @@ class ArmLike(Protocol):
     trainer: dict[str, Any]
     ingredients: dict[str, Ingredient]
 
+    def peft_config(self, adapter: Mapping[str, Any] | None = None) -> Any:
+        """The configuration of an adapter's table, the arm's own if none is given."""
+        ...
+
     def views_seen(self) -> tuple[str, ...]:
         """Names of the views that the loss asks for."""
         ...

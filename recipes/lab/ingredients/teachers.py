@@ -21,7 +21,7 @@ from typing import Any, ClassVar
 from datasets import Dataset
 from pydantic import BaseModel, ValidationError, model_validator
 
-from steertune.recipes.lab.files import ArmError, reasons
+from steertune.recipes.lab.files import ArmError, nearest, reasons
 from steertune.recipes.lab.ingredients import ArmLike, Named, Training
 from steertune.recipes.lab.ingredients.views import Views
 from steertune.trainers import get_view
@@ -60,6 +60,9 @@ class Teachers(Named):
         """
         teachers = {}
         for name, table in self.tables.items():
+            if unknown := [key for key in table if key not in TeacherTable.model_fields]:
+                best = nearest(unknown[0], [*TeacherTable.model_fields])
+                raise ArmError(f"Unknown key {unknown[0]!r} in [teachers.{name}].{best}")
             try:
                 teachers[name] = TeacherTable(**table)
             except (ValidationError, TypeError) as error:
@@ -69,16 +72,19 @@ class Teachers(Named):
 
     def check(self, arm: ArmLike) -> None:
         """Refuse teachers that no view shows, and those that would train at another method's learning rate."""
-        views = arm.ingredients.get("views", Views())
-        shown = {
-            table.get("model", view) for view, table in views.tables.items() if table.get("name", view) == "teacher"
-        }
+        views = arm.ingredients.get("views")
+        tables = views.tables if isinstance(views, Views) else {}
+        shown = {table.get("model", view) for view, table in tables.items() if table.get("name", view) == "teacher"}
         for name, table in self.teachers().items():
             if name not in shown:
                 raise ArmError(
                     f"No view shows the teacher of [teachers.{name}]. Add one: "
                     f'[views.good] name = "teacher", model = "{name}".'
                 )
+            try:
+                arm.peft_config(table.adapter)
+            except ArmError as error:
+                raise ArmError(f"[teachers.{name}]: {error}") from error
             if table.adapter.get("type") != arm.adapter.get("type") and "learning_rate" not in table.trainer:
                 raise ArmError(
                     f"[teachers.{name}] trains {table.adapter.get('type')!r} at the learning rate of the arm's "

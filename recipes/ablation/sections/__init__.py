@@ -1,0 +1,100 @@
+"""The sections of a report. Each file of this folder is one section, named by the file:
+
+    @section(place=50)
+    def cost(findings: Findings) -> Section | None:
+        \"\"\"What every arm costs.\"\"\"
+
+`place` says where it stands on the page. A new file is a new section of every report; one that has nothing to say
+returns None.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+
+import pandas as pd
+
+from steertune.recipes.ablation.findings import Findings
+from steertune.recipes.ablation.statistics.paired import Difference, too_few
+from steertune.recipes.lab.pages import Block, Section, Table, Text
+
+
+@dataclass(frozen=True)
+class SectionFile:
+    """One section.
+
+    Attributes:
+        name: Its file.
+        place: Where it stands: sections are sorted by it.
+        make: The findings -> the section; None: it has nothing to say.
+    """
+
+    name: str
+    place: int
+    make: Callable[[Findings], Section | None]
+
+
+def section(place: int) -> Callable[[Callable[[Findings], Section | None]], SectionFile]:
+    """Make a section of a function."""
+    return lambda function: SectionFile(function.__name__, place, function)
+
+
+@cache
+def files() -> tuple[SectionFile, ...]:
+    """The files of this folder, in the order in which they stand on the page."""
+    names = [module.name for module in pkgutil.iter_modules(__path__)]
+    found = [getattr(importlib.import_module(f"{__name__}.{name}"), name) for name in names]
+    return tuple(sorted(found, key=lambda one: one.place))
+
+
+def sections(findings: Findings) -> list[Section]:
+    """The sections of a report."""
+    return [made for file in files() if (made := file.make(findings)) is not None]
+
+
+# -- what several sections share --------------------------------------------------
+
+ROWS, OTHER_ROWS, OTHER_TASKS = "95 %, these test rows", "95 %, other test rows too", "95 %, other tasks too"
+COMPARED = [ROWS, OTHER_ROWS, "p (Holm)", "pairs"]
+
+
+def numbers(difference: Difference) -> list[str]:
+    """A difference as cells of a table: the estimate, then those of `COMPARED`."""
+    ends = [difference.interval.ends, difference.crossed.ends]
+    return [f"{difference.estimate:+.3f}", *ends, p_text(difference.p), str(difference.interval.pairs)]
+
+
+def emphasised(sentence: str, findings: Findings) -> str:
+    """A sentence in which labels of several words stand out."""
+    labels = sorted((label for label in findings.labels.values() if ", " in label), key=len, reverse=True)
+    return re.sub("|".join(map(re.escape, labels)), r"*\g<0>*", sentence) if labels else sentence
+
+
+def p_text(value: float) -> str:
+    """A p value as text."""
+    return f"{value:.3g}" if value >= 1e-4 else "< 0.0001"
+
+
+def reach(differences: Sequence[Difference]) -> list[Block]:
+    """A sentence where the pairs are too few for anything in a table to be clear."""
+    sentence = too_few(differences)
+    return [Text(sentence)] if sentence else []
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]], name: str = "") -> Table:
+    """A table of texts."""
+    return Table(pd.DataFrame([[*row] for row in rows], columns=pd.Index(header)), name)
+
+
+def means_table(means: pd.DataFrame, headers: Sequence[str], formats: Sequence[str], name: str) -> Table:
+    """A row for every arm; what an arm does not have is empty."""
+    rows = [
+        [str(arm), *("" if pd.isna(v) else form.format(v) for v, form in zip(row, formats, strict=True))]
+        for arm, row in zip(means.index, means.to_numpy(dtype=float), strict=True)
+    ]
+    return table(["arm", *headers], rows, name)

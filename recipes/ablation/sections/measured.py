@@ -1,0 +1,86 @@
+"""The mean of every measure, and the effect of every arm against its side effect."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+
+from steertune.recipes.ablation import charts
+from steertune.recipes.ablation.cells import column
+from steertune.recipes.ablation.findings import Findings
+from steertune.recipes.ablation.sections import means_table, section
+from steertune.recipes.ablation.statistics import Frame
+from steertune.recipes.ablation.statistics.rows import examples_of
+from steertune.recipes.lab import measures
+from steertune.recipes.lab.pages import Block, Figure, Section, Table, Text
+from steertune.recipes.lab.rows import BASE, MATCHED, TUNED
+
+_ARROWS = {"higher": " ↑", "lower": " ↓", None: ""}
+
+
+@section(place=60)
+def measured(findings: Findings) -> Section:
+    """Effects and side effects: every measure that the cells have."""
+    cells = findings.ran
+    all_matched = findings.tables.budget.strengths == MATCHED  # then the tuned strength is the matched one
+    at_tuned = "at the matched strength" if all_matched else "at the tuned strength"
+    blocks: list[Block] = [
+        *_tradeoff(findings, all_matched),
+        Text(f"Means over the cells that an arm has, {at_tuned} (↑: higher is better, ↓: lower is better)."),
+        _means(cells, TUNED, "measures"),
+    ]
+    if not all_matched and cells[[column(name, MATCHED) for name in measures.names()]].notna().any(axis=None):
+        blocks += [Text("The same at the matched KL:"), _means(cells, MATCHED, "measures_matched")]
+    failed = int(sum(_failed_judgements(cell) for _, cell in cells.iterrows()))
+    if failed:
+        blocks.append(Text(f"{failed} judgements failed; they are in no mean."))
+    return Section("Effects and side effects", blocks)
+
+
+def _means(cells: Frame, strength: str, name: str) -> Table:
+    """A column for every measure, a row for every arm, the base model first."""
+    names = [one for one in measures.names() if cells[column(one, strength)].notna().any()]
+    columns = [column(one, strength) for one in names]
+    groups = cells.dropna(subset=columns, how="all").groupby("arm", sort=False)
+    means = groups[columns].mean().assign(cells=groups.size())
+    base = pd.DataFrame(
+        [[*(cells[column(one, BASE)].mean() for one in names), np.nan]], ["(base model)"], means.columns
+    )
+    return means_table(
+        pd.concat([base, means]), [*map(_header, names), "cells"], [*["{:.3f}"] * len(names), "{:.0f}"], name
+    )
+
+
+def _header(name: str) -> str:
+    measure = measures.get(name)
+    unit = f", {measure.unit}" if measure.unit else ""
+    return f"{measure.title}{unit}{_ARROWS[measure.better]}"
+
+
+def _tradeoff(findings: Findings, all_matched: bool) -> list[Block]:
+    """A chart of effect against side effect: where every arm has the same KL, fluency is what differs."""
+    cells = findings.ran
+    effect = "behaviour" if cells["behaviour@tuned"].notna().any() else "accuracy"
+    side_effect = "perplexity" if all_matched else "kl"
+    base = (float(cells["perplexity@0"].mean()) if all_matched else 0.0, float(cells[column(effect, BASE)].mean()))
+    drawing = charts.pareto(
+        cells,
+        column(side_effect),
+        column(effect),
+        f"{_axis(side_effect)}, on neutral text",
+        _axis(effect),
+        findings.colours,
+        base,
+    )
+    return [] if drawing is None else [Figure(drawing, "pareto", "Effect against side effect")]
+
+
+def _axis(name: str) -> str:
+    measure = measures.get(name)
+    return f"{measure.title}, {measure.unit}" if measure.unit else measure.title
+
+
+def _failed_judgements(cell: pd.Series) -> int:
+    """Judgements that failed in a cell; at the same strength they are of the same answers."""
+    values = (cell[examples_of(column("judgements_failed", strength))] for strength in (TUNED, MATCHED))
+    return max((int(v.sum()) for v in values if isinstance(v, np.ndarray)), default=0)

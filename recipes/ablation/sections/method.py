@@ -1,0 +1,114 @@
+"""How the numbers came about, how far they reach, and what it takes to run the grid again."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from steertune.recipes.ablation.budget import BudgetTable, draw
+from steertune.recipes.ablation.findings import Findings
+from steertune.recipes.ablation.sections import section
+from steertune.recipes.ablation.tables import GridTables
+from steertune.recipes.lab.observe import neutral_rows
+from steertune.recipes.lab.pages import Block, Code, Section, Text, escape
+from steertune.recipes.lab.splits import SplitTable
+
+
+@section(place=100)
+def method(findings: Findings) -> Section:
+    """Statistics, budgets, scorers, versions and the command."""
+    tables = findings.tables
+    budgets = "".join(f" {name}: {_changes(change)}." for name, change in tables.budgets.items())
+    blocks: list[Block] = [
+        Text(_statistics(findings)),
+        Text(
+            f"{_budget(tables.budget)}{escape(budgets)} {_splits(tables.splits)} Matched KL: {tables.matched.kl} nats "
+            "per token."
+        ),
+        *_rates(findings),
+        *_notes(findings),
+        Code(findings.grid["command"]),
+    ]
+    return Section("How it was made", blocks)
+
+
+def _statistics(findings: Findings) -> str:
+    """What is called clear, and what the measure of the claim is not."""
+    claim = findings.claim
+    text = (
+        "Differences are paired by task and seed. All seeds of a task share its test rows, so nothing is called "
+        "clear unless both a permutation test over the pairs and the test for other seeds *and* test rows, corrected "
+        f"by Holm within their table, are below {claim.alpha:.0%}. Both are about these tasks and the settings that "
+        "the tuning chose, not about others; *other tasks too* takes the tasks as a sample of many like them, and "
+        "nothing is called clear by it."
+    )
+    if claim.measure != "accuracy":
+        return text
+    matched = f" The KL was matched on {_neutral(findings.tables)} alone." if claim.strength == "matched" else ""
+    return (
+        f"{text} Pair accuracy is how often the model finds the chosen one of two given answers likelier; what it "
+        f"writes by itself is another question (`--measure behaviour`, where answers were generated).{matched}"
+    )
+
+
+def _neutral(tables: GridTables) -> str:
+    """The text on which the KL to the base was measured."""
+    return f"{len(neutral_rows())} neutral rows" if tables.neutral is None else f"the rows of {escape(tables.neutral)}"
+
+
+_PER = {"cell": "in every cell", "arm": "per task and number of examples", "grid": "for the whole grid"}
+
+
+def _budget(budget: BudgetTable) -> str:
+    strengths, rates = budget.strengths, budget.learning_rate
+    at = "the matched strength" if strengths == "matched" else f"strengths {_listed(strengths)}"
+    spread = f"{_listed(rates)} times" if isinstance(rates, list) else f"within a factor of {rates:g} of"
+    halving = f"; one trial in {budget.halving} goes on after each rung" if budget.halving > 1 else ""
+    return (
+        f"Tuning of every arm: {budget.trials} trials {_PER[budget.per]}, learning rates {spread} its own, "
+        f"{_listed(budget.steps)} steps, measured at {at}{halving}."
+    )
+
+
+def _listed(values: Sequence[float]) -> str:
+    return ", ".join(f"{value:g}" for value in values)
+
+
+def _splits(splits: SplitTable) -> str:
+    return (
+        f"Rows: {splits.validation} for validation, {splits.test} for the test, {splits.scorer} for the scorer; rows "
+        f"more similar than {splits.near_duplicates:g} are {'left out' if splits.drop_near_duplicates else 'refused'}."
+    )
+
+
+def _changes(change: dict[str, object]) -> str:
+    return ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in change.items())
+
+
+def _rates(findings: Findings) -> list[Block]:
+    """Which learning rates were tried, and whose best one lies at the edge of them."""
+    tables, cells = findings.tables, findings.ran
+    if "setting_rate" not in cells or tables.budgets:
+        return []
+    seeds = tables.seeds if tables.budget.per == "cell" else tables.seeds[:1]
+    tried = sorted({setting.rate for seed in seeds for setting in draw(tables.budget, seed)})
+    trained = cells[cells["setting_steps"] > 0].dropna(subset=["setting_rate"])
+    largest, smallest = (trained.loc[trained["setting_rate"] == tried[end], "arm"].nunique() for end in (-1, 0))
+    return [
+        Text(
+            "Learning rates that were tried, as multiples of an arm's own: "
+            f"{', '.join(f'{rate:.3g}' for rate in tried)}. Of {trained['arm'].nunique()} trained arms, {largest} did "
+            f"best on the validation rows with the largest and {smallest} with the smallest, beyond which something "
+            "better may lie."
+        )
+    ]
+
+
+def _notes(findings: Findings) -> list[Block]:
+    """Who scored the behaviour, and with which versions the cells were made."""
+    cells, lines = findings.ran, []
+    if "scorer" in cells:
+        scorers = cells.dropna(subset=["scorer"]).groupby("task")["scorer"].unique()
+        lines += [f"- Behaviour of {task}: {'; '.join(map(escape, texts))}." for task, texts in scorers.items()]
+    versions = cells["versions"].dropna().unique() if "versions" in cells else []
+    lines += [f"- Made with {escape(version)}." for version in versions]
+    return [Text("\n".join(lines))] if lines else []

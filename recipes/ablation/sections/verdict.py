@@ -1,0 +1,88 @@
+"""The first screen: the question, the answer, the chart that shows it, what it costs, and how the tasks differ."""
+
+from __future__ import annotations
+
+from steertune.recipes.ablation import analysis, charts
+from steertune.recipes.ablation.analysis import BASE
+from steertune.recipes.ablation.findings import Findings
+from steertune.recipes.ablation.sections import OTHER_ROWS, ROWS, emphasised, numbers, section, table
+from steertune.recipes.lab.pages import Block, Figure, Section, Text, escape, prose
+
+SIDES = {"for": "for", "against": "against", "undecided": "neither for nor against"}
+
+
+@section(place=0)
+def verdict(findings: Findings) -> Section:
+    """The answer to the claim."""
+    lines = [Text("  \n".join(emphasised(sentence, findings) for sentence in findings.answer))]
+    blocks = [*_question(findings), *lines, *_tasks(findings), *_cost(findings), _extent(findings)]
+    return Section(_title(findings), blocks)
+
+
+def _title(findings: Findings) -> str:
+    if findings.claimed:
+        return f"The result counts {SIDES[findings.verdict.side]} the hypothesis"
+    return f"A look at another measure: {findings.claim.label}"
+
+
+def _question(findings: Findings) -> list[Block]:
+    card, claim = findings.tables.card, findings.tables.claim
+    assert card is not None and claim is not None  # a grid without them is refused when it is read
+    blocks: list[Block] = [Text(f"**{prose(card.problem)}** Hypothesis: {prose(card.hypothesis)}")]
+    if not findings.claimed:
+        blocks.append(
+            Text(
+                f"The claim is about {claim.label}; what follows was not claimed before the cells were run, and "
+                "counts neither for nor against the hypothesis."
+            )
+        )
+    return blocks
+
+
+def _tasks(findings: Findings) -> list[Block]:
+    """How the difference of the claim varies from task to task."""
+    claim, tasks = findings.claim, analysis.by_task(findings.ran, findings.claim)
+    if not tasks:
+        return []
+    ahead, line = f"{claim.better} minus {claim.than}", claim.margin
+    if claim.recovers is not None:
+        ahead, line = f"gain of {claim.better} minus {claim.recovers:g} of that of {claim.than}", 0.0
+    intervals = {"all tasks": analysis.ahead(findings.paired, claim).crossed}
+    intervals |= {task.name: task.ahead.crossed for task in tasks}
+    drawing = charts.intervals(intervals, f"{claim.label}:\n{ahead}", line=line, largest_first=False)
+    rows = [
+        [task.name, f"{task.base:.3f}", f"{task.than:.3f}", f"{task.better:.3f}", *numbers(task.ahead)[:3]]
+        for task in tasks
+    ]
+    compared = "difference" if claim.recovers is None else ahead
+    header = ["task", BASE, claim.than, claim.better, compared, ROWS, OTHER_ROWS]
+    alt = f"{ahead}, over all tasks and in each"
+    return [Figure(drawing, "verdict", alt), Text("**How the tasks differ.**"), table(header, rows, "tasks")]
+
+
+def _cost(findings: Findings) -> list[Block]:
+    """What the two arms of the claim cost, in a sentence."""
+    parts = []
+    for arm in (findings.claim.better, findings.claim.than):
+        own = findings.ran[findings.ran["arm"] == arm]
+        if own.empty or "train_seconds" not in own:
+            continue
+        prompt = own["prompt_tokens"].mean() if "prompt_tokens" in own else 0
+        added = f", and adds {prompt:.0f} tokens to every request" if prompt > 0 else ""
+        train, tuning, memory = own[["train_seconds", "tuning_seconds", "peak_memory_gb"]].mean()
+        parts.append(
+            f"{emphasised(arm, findings)} trains {own['parameters'].mean():,.0f} numbers in {train:.1f} s "
+            f"({tuning:.1f} s of tuning before, {memory:.2f} GB at the peak){added}"
+        )
+    return [Text(f"**What it costs.** {'; '.join(parts)}.")] if parts else []
+
+
+def _extent(findings: Findings) -> Text:
+    cells = findings.cells
+    done = len(cells) - int((cells["status"] == "failed").sum())
+    sizes = sorted(int(n) for n in cells["examples"].unique())
+    means = f" Scores are means over n = {', '.join(map(str, sizes))}." if len(sizes) > 1 else ""
+    return Text(
+        f"{done} of {len(findings.grid['cells'])} cells, {cells['task'].nunique()} tasks, {cells['seed'].nunique()} "
+        f"seeds.{means} {escape(' '.join(findings.grid['notes']))}"
+    )

@@ -1,0 +1,118 @@
+"""Blocks of pages about one model: its measures before and after and by strength, a figure, its answers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import pandas as pd
+from matplotlib.figure import Figure as Drawing
+
+from steertune.recipes.lab import measures
+from steertune.recipes.lab.pages import Block, Code, Figure, Page, Section, Table, Text, escape
+from steertune.recipes.lab.rows import BASE, Record
+
+
+def number(value: float) -> str:
+    """A mean on a page: three decimals, or two digits where that would be 0."""
+    return f"{value:.3f}" if value == 0 or abs(value) >= 0.1 else f"{value:.2g}"
+
+
+def title(name: str) -> str:
+    """What a page calls a measure, with its unit."""
+    measure = measures.get(name)
+    return f"{measure.title}, {measure.unit}" if measure.unit else measure.title
+
+
+def measured(columns: Sequence[Mapping[str, float]]) -> list[str]:
+    """Names of the measures that any of the columns has."""
+    return [name for name in measures.names() if any(name in column for column in columns)]
+
+
+def comparison(columns: Mapping[str, Mapping[str, float]], name: str = "measures") -> Table:
+    """A table with a row for every measure.
+
+    Args:
+        columns: What a model is called -> its means, from `Record.means`.
+        name: Of the table's own files.
+    """
+    rows = [
+        [title(measure), *(number(column[measure]) if measure in column else "" for column in columns.values())]
+        for measure in measured([*columns.values()])
+    ]
+    return Table(pd.DataFrame(rows, columns=pd.Index(["", *columns])), name)
+
+
+def by_strength(means: Mapping[str, Mapping[str, float]]) -> Table:
+    """A table with a row for every strength and a column for every measure.
+
+    Args:
+        means: From `Record.means`.
+    """
+    names, strengths = measured([*means.values()]), sorted(means, key=float)
+    rows = [[at, *(number(means[at][name]) if name in means[at] else "" for name in names)] for at in strengths]
+    return Table(pd.DataFrame(rows, columns=pd.Index(["strength", *map(title, names)])), "strengths")
+
+
+def strength_figure(means: Mapping[str, Mapping[str, float]]) -> Drawing:
+    """Pair accuracy and margin against strength.
+
+    Args:
+        means: From `Record.means`.
+    """
+    figure = Drawing(figsize=(7, 3), layout="constrained")
+    strengths = sorted(means, key=float)
+    for axis, name in zip(figure.subplots(1, 2), ("accuracy", "margin"), strict=True):
+        axis.plot([float(strength) for strength in strengths], [means[s][name] for s in strengths], marker="o")
+        axis.axvline(0, color="grey", linewidth=0.8)
+        axis.set(xlabel="strength", ylabel=title(name))
+    return figure
+
+
+def generations(prompts: Sequence[str], answers: Mapping[str, Sequence[str]]) -> list[Block]:
+    """Prompts with what several models answer.
+
+    Args:
+        prompts: As plain text.
+        answers: What a model is called -> its answers.
+    """
+    blocks: list[Block] = []
+    for i, prompt in enumerate(prompts if answers else ()):
+        lines = "\n".join(f"- {name}: {escape(texts[i])}" for name, texts in answers.items())
+        blocks += [Text(f"**{escape(prompt)}**"), Text(lines)]
+    return blocks
+
+
+def training_page(record: Record, what: str, use: Sequence[str]) -> Page:
+    """The page of a training.
+
+    Args:
+        record: The base model at strength 0, the trained one at the others.
+        what: What was trained on what, in a sentence.
+        use: The lines of Python that load the adapter.
+    """
+    means, facts = record.means(), record.facts
+    summary: list[Block] = [Text(what), *map(Text, facts["notes"].values())]
+    summary.append(comparison({"before": means[BASE], "after": means["1"]}))
+    strengths: list[Block] = [by_strength(means)]
+    if "accuracy" in means[BASE]:
+        strengths.append(Figure(strength_figure(means), "strengths", "pair accuracy and margin against strength"))
+    cost = (
+        f"{facts['parameters']:,} trained parameters, {facts['train_seconds']:.0f} s of training "
+        f"({facts['steps']} steps), {facts['seconds']:.0f} s in all, {facts['peak_memory_gb']:.2f} GB peak memory, "
+        f"{facts['processes']} process(es)."
+    )
+    answers = generations(facts["prompts"], _answers_of(record))
+    sections = [
+        Section("", summary),
+        Section("Strength", strengths),
+        *([Section("Generations (greedy)", answers)] if answers else []),
+        Section("Cost", [Text(cost)]),
+        Section("Use it", [Code("\n".join(use), "python")]),
+    ]
+    return Page(str(record.keys["arm"]), sections)
+
+
+def _answers_of(record: Record) -> dict[str, list[str]]:
+    """What the base model and the trained one at every strength answer."""
+    names = {at: "base" if at == BASE else f"strength {at}" for at in record.observations}
+    return {names[at]: seen["answer"] for at, seen in record.observations.items() if "answer" in seen}

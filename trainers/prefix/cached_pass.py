@@ -1,0 +1,415 @@
+"""One forward pass that leaves out what is cached, and the proof that this changes nothing."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...adapters import steering_layers
+from ...adapters.blocks import text_config
+from ...adapters.caches import CACHE_NAMES
+from ...adapters.observing import evaluating
+from ..host_copies import sent
+from .cached_states import CachedStates
+from .decoder import Decoder, base_of, frozen_blocks
+from .exactness import (
+    NoPrefix,
+    Notices,
+    Unknown,
+    beyond_window,
+    difference,
+    draws,
+    draws_again,
+    dropout,
+    in_words,
+    original_context,
+)
+from .packing import Layout, common_layout
+from .prompts import PromptCaches, Split, part, prompts_are_constant, row_lengths, run_split, shared_prompts
+from .store import TensorStore, attention_of, config_of, rows_of
+
+_KEPT_BY_LAYER = ("output_hidden_states", "output_attentions", "output_router_logits")
+
+
+class CachedPass:
+    """Forward passes of one model, as it stands, that leave out what they can while `on()`.
+
+    In this order: the cached prefix is replaced by states from the store. Then the suffix runs on completions only
+    (`PromptCaches`), or on rows without padding (`Layout`), or on prompts and what follows them (`Split`), or on the
+    batch as it is. Before a way is used for the first time two rows of a batch, the shortest and the longest, run with
+    and without it; where the last hidden states differ by more than rounding (a model whose upper blocks read more
+    of the lower ones than their output, say) it stays off.
+
+    Args:
+        store: Where states are kept.
+        model: A transformers model, with or without PEFT.
+        training: Whether parameters that require gradients will be changed.
+        proven: What was compared before; what is exact is added.
+        notices: Says why something is off.
+        stops: See `FrozenPrefix`.
+
+    Raises:
+        NoPrefix: the model's decoder blocks are unknown.
+    """
+
+    def __init__(
+        self,
+        store: TensorStore,
+        model: nn.Module,
+        training: bool,
+        proven: set[str],
+        notices: Notices,
+        stops: Collection[int] = (),
+    ) -> None:
+        self.model, self._proven, self._notices = model, proven, notices
+        self._error: str | None = None  # of our own code, until the plain path has done without it
+        self._proven_here: set[tuple[Any, ...]] = set()
+        self._draws: bool | None = None  # whether training draws random numbers; None: not looked at yet
+        self._training = training
+        self._made_for = self._state_of_model()
+        self._draws_by_mode = training or model.training
+        # without frozen blocks the suffix is the whole model, which can still run without padding
+        try:
+            count = frozen_blocks(model, training)
+        except NoPrefix as why:
+            notices.off(why)
+            count = 0
+        self.decoder = Decoder(model, count)
+        self._states = (
+            CachedStates(store, model, self.decoder, training, self._draws_by_mode, notices, stops) if count else None
+        )
+        # tokens that run once cannot see the random numbers of two rows
+        random = self._draws_by_mode and any(dropout(module) for module in model.modules())
+        suffix = not random and count < self.decoder.depth
+        self.packs = suffix and self.decoder.packs
+        self.shares_prompts = suffix and bool(self.decoder.cache) and self.decoder.takes("use_cache")
+        # with `positions="completion"` prompts are constants of the suffix, too
+        constant = self.shares_prompts and count > 0 and prompts_are_constant(model, training)
+        self._caches = PromptCaches(store, model, self.decoder) if constant else None
+        if suffix and not self.packs:
+            name, attention = type(self.decoder.module).__name__, attention_of(base_of(model))
+            notices.less(f"rows keep their padding: {name} with {attention} attention cannot be told where rows begin")
+        self._longest = original_context(text_config(base_of(model)))
+        self._labels_only = False
+
+    @property
+    def skipped(self) -> int:
+        """How many blocks are replaced by states from the store."""
+        return 0 if self._states is None else self.decoder.count
+
+    def run_whole_rows(self) -> None:
+        """Run every row as it is: neither without padding nor in parts."""
+        self.shares_prompts, self.packs, self._caches = False, False, None
+
+    def keep_rows_apart(self, share_prompts: bool) -> None:
+        """Every row has a vector of its own, so that only pairs may share tokens, and they if `share_prompts`."""
+        self.packs, self.shares_prompts = False, self.shares_prompts and share_prompts
+
+    @contextmanager
+    def on(self, labels_only: bool = False) -> Iterator[None]:
+        """Leave out what can be left out in every forward pass inside.
+
+        Args:
+            labels_only: Whether nothing is read of the outputs before the last prompt token. Then prompts that no
+                adapter changes need not run at all.
+        """
+        # what was found constant is constant for this model as it was
+        drawing = self._training or self.model.training
+        if self._made_for != self._state_of_model() or drawing > self._draws_by_mode:
+            self._notices.off("adapters, trained parameters or the mode are not those it was made for")
+            self._leave_nothing_out()
+        before = self._labels_only
+        # an inner evaluation may read less than the outer one, never more
+        self._labels_only = labels_only and (before or not self.decoder.is_on)
+        try:
+            with self.decoder.on(self._forward):
+                yield
+        finally:
+            self._labels_only = before
+        if self._error is not None:  # an error of the model itself would have been raised by the plain path
+            self._notices.failed("a pass without them", self._error)
+            self._error = None
+
+    # -- the pass -----------------------------------------------------------------------------------------------
+
+    def _leave_nothing_out(self) -> None:
+        self._states = None
+        self.run_whole_rows()
+
+    def _forward(self, call: dict[str, Any]) -> Any | None:
+        """The decoder's output; None where the plain path is to run, also after an error of any kind."""
+        if self._states is None and not self.shares_prompts and not self.packs:
+            return None
+        ids = call.get("input_ids")
+        # so that an error of ours changes no random number
+        rewind = draws_again(ids.device) if self._draws_by_mode and isinstance(ids, Tensor) else None
+        try:
+            return self._output(call)
+        except Exception as error:
+            self._leave_nothing_out()
+            self._error = in_words(error)
+            # the plain path draws the numbers that this one has drawn
+            if rewind is not None:
+                rewind()
+            return None
+
+    def _output(self, call: dict[str, Any]) -> Any | None:
+        # with a cache the tokens are not the whole rows
+        if any(call.get(name) is not None for name in CACHE_NAMES):  # generation
+            return None
+        try:
+            rows = self._rows(call)
+        except Unknown as why:
+            self._notices.off(why)
+            return None
+        # first what is cached, then the cheapest way to run the rest
+        h_RCD = self._cached(call, rows)
+        if (self.shares_prompts or self.packs) and self._draws_by_mode:
+            self._check_draws(call, rows[0])
+        if h_RCD is not None and self._labels_only:
+            output = self._completions(call, rows, h_RCD)
+            if output is not None:
+                return output
+        if (layout := self._layout(call, h_RCD)) is not None:
+            return self._run_packed(call, h_RCD, layout)
+        if (split := self._split(call, h_RCD)) is not None:
+            return run_split(self.model, self.decoder, call, h_RCD, split)
+        return None if h_RCD is None else self.decoder.run(call, h_RCD)
+
+    def _rows(self, call: Mapping[str, Any]) -> list[dict[str, Tensor]]:
+        """The rows of a call, each alone.
+
+        Raises:
+            Unknown: something is to be returned of the blocks that would not run, or the rows are not all there is.
+        """
+        # what the blocks that do not run would have returned
+        if self._setting(call, "use_cache"):
+            raise Unknown("a call asks for all layers' keys and values; where none are needed, use_cache=False")
+        if torch.is_grad_enabled() and (why := self.decoder.not_recomputable()):
+            raise Unknown(why)
+        for name in _KEPT_BY_LAYER:
+            if self._setting(call, name):
+                raise Unknown(f"{name} needs all layers")
+        rows = rows_of(call)
+        if self._longest is not None and call["input_ids"].shape[1] > self._longest:
+            raise Unknown(f"beyond {self._longest} tokens this RoPE depends on the longest row of a batch")
+        return rows
+
+    def _setting(self, call: Mapping[str, Any], name: str) -> bool:
+        value = call.get(name)
+        return bool(getattr(self.decoder.module.config, name, False) if value is None else value)
+
+    # -- ways to leave something out, each proven before it is used ---------------------------------------------
+
+    def _cached(self, call: Mapping[str, Any], rows: list[dict[str, Tensor]]) -> Tensor | None:
+        """States behind the cached prefix, `(R, C, D)`; None where it has to run."""
+        if self._states is None:
+            return None
+        try:
+            h_RCD = self._states.of(rows, call["input_ids"].shape[1])
+            what = "the memo of the lower layers"
+            # the first batch proves the way, and only then is anything stored
+            if self._unproven(what, call):
+                sample = torch.tensor(_shortest_and_longest([row["input_ids"].shape[1] for row in rows]))
+                self._prove(call, what, sample, lambda few: self.decoder.run(few, h_RCD[sample]))
+            self._states.keep()
+        except NoPrefix as why:
+            self._states = None
+            self._notices.off(why)
+            return None
+        return h_RCD
+
+    def _completions(self, call: Mapping[str, Any], rows: list[dict[str, Tensor]], h_RCD: Tensor) -> Any | None:
+        """The output right behind each prompt, whose keys and values are kept; None where prompts have to run."""
+        caches = self._caches
+        split = None if caches is None or self._beyond_window(call) else caches.split(call)
+        if caches is None or split is None:
+            return None
+        try:
+            what = f"running completions only{_kind_of_rows(split.starts, call)}"
+            if self._unproven(what, call):
+                some, sample = split.only(_shortest_and_longest(split.prompts.tolist()))
+                # only what follows the prompt is right
+                column_C = torch.arange(call["input_ids"].shape[1])
+                read_RC = (column_C >= some.starts[:, None]) & (column_C < some.lengths[:, None])
+                few = [rows[i] for i in sample.tolist()]
+                self._prove(call, what, sample, lambda own: caches.run(own, few, h_RCD[sample], some), read_RC)
+            output = caches.run(call, rows, h_RCD, split)
+            caches.keep()
+            return output
+        except NoPrefix as why:
+            self._caches = None
+            self._notices.less(why)
+            return None
+
+    def _layout(self, call: Mapping[str, Any], h_RCD: Tensor | None) -> Layout | None:
+        """How to run the rows without padding; None where they keep it."""
+        lengths_R = row_lengths(call) if self.packs else None
+        if lengths_R is None:
+            return None
+        # where it is unknown which tokens are steered, rows share none
+        ends_R = self._ends()
+        share = ends_R is not None or not self._steers_by_position()
+        layout = common_layout(call, lengths_R, ends_R, share)
+        if layout is None:
+            return None
+        try:
+            what = f"a pass without padding{_kind_of_rows(lengths_R, call)}"
+            if self._unproven(what, call):
+                sample = torch.tensor(_shortest_and_longest(lengths_R.tolist()))
+
+                # the sample has a layout of its own
+                def run(few: dict[str, Any]) -> Any:
+                    ends = None if ends_R is None else ends_R[sample]
+                    own = common_layout(few, lengths_R[sample], ends, share, at_least=0.0)
+                    return self._run_packed(few, None if h_RCD is None else h_RCD[sample], own)
+
+                self._prove(call, what, sample, run)
+        except NoPrefix as why:
+            self.packs = False
+            self._notices.less(why)
+            return None
+        return layout
+
+    def _run_packed(self, call: Mapping[str, Any], h_RCD: Tensor | None, layout: Layout | None) -> Any:
+        """The decoder's output on a batch, computed in one line."""
+        assert layout is not None
+        # steering layers look up by row and column what they steer
+        row_1T, column_1T = layout.row_T[None], layout.column_T[None]
+        with layout.at_work(self.decoder.module.config), part(self.model, row_1T, column_1T):
+            output = self.decoder.run(layout.call(call), None if h_RCD is None else layout.packed(h_RCD))
+        # the head reads rows
+        output.last_hidden_state = layout.unpacked(output[0])
+        return output
+
+    def _split(self, call: Mapping[str, Any], h_RCD: Tensor | None) -> Split | None:
+        """How to run prompts that two rows share once; None where that saves little."""
+        if not self.shares_prompts or self._beyond_window(call):
+            return None
+        # rows of several prompts, or of unknown ones, share no beginning
+        ends_R = self._ends()
+        split = None if ends_R is None and self._steers_by_position() else shared_prompts(call, ends_R)
+        if split is None:
+            return None
+        try:
+            what = f"a shared pass over the prompts{_kind_of_rows(split.starts, call)}"
+            if self._unproven(what, call):
+                some, sample = split.only(_shortest_and_longest(split.prompts.tolist()))
+                own = None if h_RCD is None else h_RCD[sample]
+                self._prove(call, what, sample, lambda few: run_split(self.model, self.decoder, few, own, some))
+        except NoPrefix as why:
+            self.shares_prompts = False
+            self._notices.less(why)
+            return None
+        return split
+
+    def _check_draws(self, call: Mapping[str, Any], row: Mapping[str, Tensor]) -> None:
+        """Run every row as it is where training draws random numbers (in routers, say): they differ between rows."""
+        if self._draws is None:
+
+            def run(row: Mapping[str, Tensor]) -> Any:
+                # as steering layers see the first row
+                column_1C = torch.arange(row["input_ids"].shape[1], device=row["input_ids"].device)[None]
+                with part(self.model, column_1C[0, :1], column_1C):  # row 0
+                    return self.decoder.run({**row, "use_cache": False}, None)
+
+            self._draws = draws(self.model, row, run)[1]
+        if self._draws:
+            self.run_whole_rows()
+            self._notices.less("no row is run in parts: training draws random numbers, which differ between rows")
+
+    def _beyond_window(self, call: Mapping[str, Any]) -> bool:
+        return beyond_window(self.decoder.module.config, call["input_ids"].shape[1])
+
+    def _ends(self) -> Tensor | None:
+        """Where each row's prompt ends, `(R,)`, if vectors depend on that and every row has one prompt."""
+        return steering_layers(self.model)[0].boundary.prompt_end if self._steers_by_position() else None
+
+    def _steers_by_position(self) -> bool:
+        return any(c.positions != "all" for layer in steering_layers(self.model) for c in layer.config.values())
+
+    def _state_of_model(self) -> tuple[Any, ...]:
+        """What this was made for: unfreezing a layer or adding an adapter afterwards changes what is constant."""
+        return tuple(p.requires_grad for p in self.model.parameters()), tuple(getattr(self.model, "peft_config", ()))
+
+    # -- proof --------------------------------------------------------------------------------------------------
+
+    def _unproven(self, what: str, call: Mapping[str, Any]) -> bool:
+        on = call["input_ids"].device
+        # looked up often, so by few things; the digest below knows all that a proof depends on
+        way = (what, on, torch.is_autocast_enabled(on.type) and torch.get_autocast_dtype(on.type))
+        if way not in self._proven_here and self._proof(what, call) in self._proven:
+            self._proven_here.add(way)
+        return way not in self._proven_here
+
+    @torch.no_grad()
+    def _prove(
+        self,
+        call: Mapping[str, Any],
+        what: str,
+        sample: Tensor,
+        run: Callable[[dict[str, Any]], Any],
+        real_RC: Tensor | None = None,
+    ) -> None:
+        """Compare the last hidden states of some rows with those of the plain path, once for a model and a way.
+
+        Args:
+            call: Arguments of the decoder.
+            what: The way, in words.
+            sample: The rows.
+            run: The decoder's output from its arguments for these rows, in that way.
+            real_RC: Which of their tokens are compared; None: all that are no padding.
+
+        Raises:
+            NoPrefix: they differ.
+        """
+        # a batch of the sampled rows, with their own prompts
+        shape = call["input_ids"].shape
+        there = sent(sample, call["input_ids"].device)
+        few = {
+            name: value[there] if isinstance(value, Tensor) and value.shape == shape else value
+            for name, value in call.items()
+        }
+        with evaluating(self.model), ExitStack() as stack:
+            for boundary in {id(layer.boundary): layer.boundary for layer in steering_layers(self.model)}.values():
+                stack.enter_context(boundary.select(there))
+            # from the tokens, without anything left out
+            plain = self.decoder.run(few, None)[0]
+            try:
+                ours = run(few)[0]
+            except Exception as error:  # whatever it is, the plain path has just worked
+                raise NoPrefix(
+                    f"{what} is off: {type(self.decoder.module).__name__} fails with it: {error}"
+                ) from error
+        # padding means nothing in either
+        if real_RC is None and (mask := few.get("attention_mask")) is not None:
+            real_RC = mask.bool()
+        if (apart := difference(plain, ours, real_RC)) is not None:
+            raise NoPrefix(f"{what} is off: {type(self.decoder.module).__name__} differs by {apart:.1e} with it")
+        self._proven.add(self._proof(what, call))
+
+    def _proof(self, what: str, call: Mapping[str, Any]) -> str:
+        """A digest of what a proof is about: another model, adapter, precision or device is compared again."""
+        base, ids = base_of(self.model), call["input_ids"]
+        adapters = {name: repr(config) for name, config in getattr(self.model, "peft_config", {}).items()}
+        autocast = torch.is_autocast_enabled(ids.device.type) and torch.get_autocast_dtype(ids.device.type)
+        about = (type(base), attention_of(base), config_of(base), adapters, next(base.parameters()).dtype)
+        return hashlib.blake2b(f"{what}/{self.decoder.count}/{about}/{ids.device}/{autocast}".encode()).hexdigest()
+
+
+def _kind_of_rows(lengths: Tensor, call: Mapping[str, Any]) -> str:
+    """What a proof of running rows in another way is about: rows (or prompts) of one length leave no hole behind them
+    where positions are counted, and short rows do not meet what only long ones do."""
+    equal = "of one length" if len(lengths.unique()) == 1 else "of several lengths"
+    return f" ({equal}, in rows of up to {1 << (call['input_ids'].shape[1] - 1).bit_length()} tokens)"
+
+
+def _shortest_and_longest(lengths: Sequence[int]) -> list[int]:
+    """Indices of two lengths that lie far apart; of one, if there is no other."""
+    by_length = sorted(range(len(lengths)), key=lambda i: lengths[i])
+    return sorted({by_length[0], by_length[-1]})

@@ -1,0 +1,253 @@
+"""When the cached prefix is exact, how that is verified, when it is off, and who says so.
+
+*Exact* means equal to the plain path but for rounding: 1e-6 in 32 bits, and in 16 bits what 16 bits round. A pass
+under the policy and one under the reference take the same path, so that an untrained adapter has a margin of 0.
+
+1. *States below the suffix are constants of a row*, because nothing below is trained, adapted, hooked or random. A
+   short pass lists the modules that run below; `check_frozen` and `check_hooks` look at each of them. A second pass
+   in training mode must draw no random number and give the same states (`draws`).
+2. *The suffix needs those states only*, because a block reads the residual stream and nothing else. The shortest and
+   the longest row of the first batch run both ways and are compared (`CachedPass._prove`, `difference`).
+3. *Rows may be laid out in one line and share what they begin with*, because blocks treat tokens one by one, and
+   attention looks back only and is told where rows begin. Compared like 2, for rows of one length and of several,
+   and again whenever rows are twice as long.
+4. *A prompt may run apart from what follows it*, because attention looks back only. Compared like 3.
+5. *New rows may run together*, because each has the bits that it has alone. Three of them run alone and are compared
+   bit by bit, once for a model; where bits differ, with experts and in narrow models, rows run one by one.
+6. *A tensor that is read again is the one that was computed*, because its key is a digest of weights, settings,
+   precision and row. On disk its bytes have a digest, too.
+
+By 5, what is stored does not depend on the batch a row was first met in, so a resumed run reads the same bits.
+
+It is off, and says why, with dropout or noise below the suffix (NEFTune, router jitter), embeddings that are trained
+or adapted, layers that are unfrozen or adapters that are added during a run, reentrant gradient checkpointing,
+losses that read hidden states, inputs other than tokens, rows beyond the original context of a dynamic RoPE,
+`torch.compile`, and sharded weights. Whatever goes wrong inside, the pass is made again without it.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...adapters.observing import ADAPTER_LAYERS, training
+
+logger = logging.getLogger(__name__)
+_SILENCE = "This costs time only. frozen_prefix=False trains in the same way without this line"
+_WINDOWS = ("sliding_window", "attention_chunk_size", "window_size")
+_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
+_TOKENS = 8  # enough to see which modules run, and how
+
+
+class NoPrefix(ValueError):
+    """There is nothing frozen below what is trained, or it cannot be cached; the message says why."""
+
+
+class Unknown(ValueError):
+    """A model was given an input that a row's key would not see; the message names it."""
+
+
+# -- who says so ----------------------------------------------------------------------------------------------------
+
+
+class Notices:
+    """Say why something is not left out: each reason once a run, on one process.
+
+    Args:
+        level: Level of the messages.
+        visible: Whether the first message that the prefix is off is a warning, whatever the level.
+    """
+
+    def __init__(self, level: int, visible: bool = False) -> None:
+        self._level, self._visible = level, visible
+        self._told: set[str] = set()
+
+    def off(self, why: object) -> None:
+        """The lower layers are run in every pass, because of `why`."""
+        level = logging.WARNING if self._visible else self._level
+        self._visible = False
+        self._tell(level, f"The frozen prefix is off: {why}. {_SILENCE}")
+
+    def failed(self, what: str, error: str) -> None:
+        """`what` raised an `error` that the plain path did not: that is a fault of ours, and always a warning."""
+        self._visible = False
+        self._tell(logging.WARNING, f"The frozen prefix is off: {what} failed with {error}. {_SILENCE}")
+
+    def less(self, why: object) -> None:
+        """A part of what can be left out is not, because of `why`."""
+        self._tell(self._level, f"The frozen prefix: {why}")
+
+    def _tell(self, level: int, text: str) -> None:
+        elsewhere = torch.distributed.is_initialized() and torch.distributed.get_rank() > 0
+        if text not in self._told and not elsewhere:
+            self._told.add(text)
+            logger.log(level, "%s.", text)
+
+
+def in_words(error: BaseException) -> str:
+    """An error without its traceback, which would hold the tensors of the pass that failed."""
+    return f"{type(error).__name__}: {error}".removesuffix(".")
+
+
+# -- what runs below the suffix is constant --------------------------------------------------------------------------
+
+
+def check_frozen(modules: Iterable[tuple[str, nn.Module]], training: bool, random: bool) -> None:
+    """Refuse modules below the suffix that are trained, adapted, random, sharded or elsewhere.
+
+    Args:
+        modules: Names and modules that a forward pass ran before it reached the suffix.
+        training: Whether parameters that require gradients will change.
+        random: Whether dropout will be at work.
+
+    Raises:
+        NoPrefix: names the module and what is wrong with it.
+    """
+    for name, module in modules:
+        # adapters change what they are on, also when they are not trained
+        if isinstance(module, ADAPTER_LAYERS):
+            raise NoPrefix(f"{name} below the trained layers has an adapter")
+        # a value computed once has no randomness
+        if random and (rate := dropout(module)):
+            raise NoPrefix(f"{name}.{rate} below the trained layers makes its output random. Set it to 0")
+        # weights that move, or that are not here
+        for key, parameter in module.named_parameters(recurse=False):
+            if training and parameter.requires_grad:
+                raise NoPrefix(f"{name}.{key} below the trained layers is trained. Freeze it, or train an adapter")
+            if parameter.is_meta or hasattr(parameter, "ds_id") or hasattr(parameter, "device_mesh"):
+                raise NoPrefix(f"{name}.{key} is sharded or offloaded: all processes must run the same layers")
+
+
+def dropout(module: nn.Module) -> str | None:
+    """The module's own dropout rate above 0, as `name=value`, if it has one (layer drop too)."""
+    # rates are numbers of the module, or of a Dropout that it holds
+    own = vars(module)
+    rates = {key: value for key, value in own.items() if "drop" in key}
+    if "drop" in type(module).__name__.lower():
+        rates["p"] = own.get("p")
+    return next((f"{key}={value}" for key, value in rates.items() if isinstance(value, float) and value > 0), None)
+
+
+def check_hooks(modules: Iterable[nn.Module]) -> None:
+    """Refuse a hook below the suffix: what it does is in no key, and it may be gone the next time.
+
+    Hooks of transformers only record and ours are known. Gradient checkpointing hangs one on the embeddings, so that
+    their output requires a gradient (transformers, PEFT and TRL give it one name).
+
+    Raises:
+        NoPrefix: names the module.
+    """
+    for module in modules:
+        # torch has no public way to ask
+        for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
+            if "make_inputs_require_grad" in getattr(hook, "__qualname__", ""):
+                continue
+            owner = str(getattr(getattr(hook, "func", hook), "__module__", ""))
+            if not owner.startswith(("transformers.utils.output_capturing", "steertune.")):
+                raise NoPrefix(f"a forward hook hangs on a {type(module).__name__} below the trained layers")
+
+
+# -- what depends on other rows -------------------------------------------------------------------------------------
+
+
+def has_experts(config: Any) -> bool:
+    """Whether tokens are sent to experts, whose matrix products depend on how many other tokens were."""
+    return any(getattr(config, name, None) for name in _EXPERTS)
+
+
+def is_wide(modules: Iterable[nn.Module]) -> bool:
+    """Whether a token's bits can be the same however many tokens run beside it.
+
+    Where a width is no multiple of 64, the last numbers of a line are not computed by vector instructions (SiLU rounds
+    otherwise then), and for narrow matrices the kernel depends on how many tokens there are.
+    """
+    weights = [p for module in modules for p in module.parameters(recurse=False) if p.ndim == 2]
+    return bool(weights) and all(size % 64 == 0 and size >= 128 for weight in weights for size in weight.shape)
+
+
+def beyond_window(config: Any, columns: int) -> bool:
+    """Whether a sliding window would have to know how far apart tokens are, which a padded cache changes."""
+    windows = [getattr(config, name, None) for name in _WINDOWS]
+    return any(isinstance(window, int) and columns > window for window in windows)
+
+
+def original_context(config: Any) -> int | None:
+    """Tokens beyond which the frequencies of a dynamic RoPE depend on the longest row of a batch; None: they never
+    do."""
+    # some models have one rope for each kind of layer
+    given = getattr(config, "rope_parameters", None) or {}
+    kinds = [given] if "rope_type" in given else [kind for kind in given.values() if isinstance(kind, dict)]
+    limits = [
+        kind.get("original_max_position_embeddings") or config.max_position_embeddings
+        for kind in kinds
+        if "dynamic" in str(kind.get("rope_type")) or kind.get("rope_type") == "longrope"
+    ]
+    return min(limits, default=None)
+
+
+# -- equal but for rounding, and for random numbers ------------------------------------------------------------------
+
+
+def difference(plain: Tensor, ours: Tensor, real: Tensor | None = None) -> float | None:
+    """The largest difference over the largest state, or None if that is rounding (the root of the precision's eps).
+
+    Args:
+        plain: States, `(rows, tokens, d)`.
+        ours: The same, computed in another way.
+        real: The tokens to look at, `(rows, tokens)`; None: all.
+    """
+    if real is not None:
+        plain, ours = plain[real], ours[real]
+    device = plain.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else plain.dtype
+    # relative to the largest state: massive activations round by more than others are large
+    apart = float((plain - ours).abs().max() / plain.abs().max())
+    return None if apart <= torch.finfo(dtype).eps ** 0.5 else apart  # NaN is no rounding either
+
+
+def draws(model: nn.Module, row: Mapping[str, Tensor], run: Callable[[Mapping[str, Tensor]], Any]) -> tuple[Any, bool]:
+    """What `run` gives for the last tokens of a row in training mode, and whether it drew a random number for that.
+
+    Args:
+        model: Whose mode counts.
+        row: Inputs of one row, `(1, tokens)`, with no padding at the end.
+        run: A pass of the model.
+    """
+    device = row["input_ids"].device
+    devices = [device] if device.type == "cuda" else []
+    with training(model), torch.random.fork_rng(devices), torch.no_grad():
+        # whoever draws a random number changes the state of a generator
+        before = _states(devices)
+        found = run(last_tokens(row))
+        return found, not all(map(torch.equal, before, _states(devices)))
+
+
+def draws_again(device: torch.device) -> Callable[[], None]:
+    """A function that makes the random numbers drawn from now on be drawn once more.
+
+    Args:
+        device: Where the model runs.
+    """
+    devices = [device] if device.type == "cuda" else []
+    before = _states(devices)
+
+    def rewind() -> None:
+        torch.set_rng_state(before[0])
+        for device, state in zip(devices, before[1:], strict=True):
+            torch.cuda.set_rng_state(state, device)
+
+    return rewind
+
+
+def last_tokens(row: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The end of a row: enough to see which modules run, and how."""
+    return {name: value[:, -_TOKENS:] for name, value in row.items()}
+
+
+def _states(devices: Sequence[torch.device]) -> list[Tensor]:
+    """Whoever draws a random number changes them."""
+    return [torch.get_rng_state(), *(torch.cuda.get_rng_state(device) for device in devices)]

@@ -1,0 +1,232 @@
+"""Run rows without padding, in one line of tokens: what rows begin with in common runs once.
+
+A block treats its tokens one by one, but for attention. So the rows of a batch are laid out in one line, with
+positions that say where each token stood, and attention alone sees rows again: through transformers' public
+`AttentionInterface`, the model's own attention is given them side by side, under the mask that the model makes.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface, AttentionMaskInterface
+
+from ..host_copies import on_host, sent
+
+_NAME = "steertune_packed"
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The rows of a batch in one line of T tokens.
+
+    Attributes:
+        width: Columns of the batch.
+        row_T: Row of the batch that each token belongs to (of several that begin alike, the first), `(T,)`.
+        column_T: Its column, `(T,)`.
+        place_RC: Where in the line the token of each row and column is; 0 on padding, `(rows, columns)`.
+        lengths: For rows that must not depend on each other: tokens of each, whose attention runs row by row. None:
+            attention sees all rows side by side.
+    """
+
+    width: int
+    row_T: Tensor
+    column_T: Tensor
+    place_RC: Tensor
+    lengths: tuple[int, ...] | None = None
+
+    def packed(self, values_RC: Tensor) -> Tensor:
+        """Values of a batch, `(rows, columns, ...)`, in one line, `(1, T, ...)`."""
+        return values_RC[self.row_T, self.column_T][None]
+
+    def unpacked(self, values_1T: Tensor) -> Tensor:
+        """Values in one line, `(1, T, ...)`, as rows again; on padding they mean nothing."""
+        return values_1T[0][self.place_RC]
+
+    def call(self, call: Mapping[str, Any]) -> dict[str, Any]:
+        """The arguments of a decoder for this line."""
+        # whatever says something of every token is laid out with the tokens
+        shape = call["input_ids"].shape
+        packed = {k: self.packed(v) if isinstance(v, Tensor) and v.shape == shape else v for k, v in call.items()}
+        # a mask of ones keeps transformers from guessing packed texts from the positions; the one that
+        # counts is made by `_mask`
+        mask_1T = torch.ones_like(packed["input_ids"])
+        return {**packed, "attention_mask": mask_1T, "position_ids": self.column_T[None], "use_cache": False}
+
+    @contextmanager
+    def at_work(self, config: Any) -> Iterator[None]:
+        """Attention of models with this configuration sees rows inside.
+
+        Args:
+            config: The configuration that the attention layers read.
+        """
+        # attention layers look their function up by name in every pass, so the name is all that changes
+        global _now
+        before, own = _now, config._attn_implementation  # transformers has no public name for it
+        # inside another layout (a pass within a pass) the model's own attention is still the plain one
+        _now = _Now(self, own if before is None else before.plain, config)
+        config._attn_implementation = _NAME
+        try:
+            yield
+        finally:
+            _now = before
+            config._attn_implementation = own
+
+
+@dataclass(frozen=True)
+class _Now:
+    """The layout at work, and the attention that the model has without it."""
+
+    layout: Layout
+    plain: str
+    config: Any
+
+
+_now: _Now | None = None
+
+
+def snapshot() -> Callable[[], AbstractContextManager[None]]:
+    """The layout at work, as a context for later: gradient checkpointing runs blocks again in the backward pass."""
+    return nullcontext if _now is None else functools.partial(_now.layout.at_work, _now.config)
+
+
+def common_layout(
+    call: Mapping[str, Any], lengths: Tensor, ends: Tensor | None, share: bool = True, at_least: float = 0.1
+) -> Layout | None:
+    """The layout of a batch in which each beginning that rows have in common stands once; None where it saves little.
+
+    Args:
+        call: Arguments of the decoder.
+        lengths: Real tokens of every row, `(rows,)`, on the host.
+        ends: Where each row's prompt ends, if that decides what is steered: two rows share no token that one of them
+            steers and the other does not, `(rows,)`.
+        share: Whether rows may share tokens at all.
+        at_least: Share of the tokens, with padding, that the layout has to save.
+    """
+    ids_RC = on_host(call["input_ids"])
+    rows, width = ids_RC.shape
+    # all of this is known on the host, where nobody waits for a device
+    column_C, row_R = torch.arange(width), torch.arange(rows)
+    real_RC = column_C < lengths[:, None]
+    owner_RC = row_R[:, None].expand(rows, width)
+    if share and rows > 1:
+        # how many tokens two rows begin with in common
+        same_RRC = (ids_RC[:, None] == ids_RC[None]) & real_RC[:, None] & real_RC[None]
+        common_RR = same_RRC.byte().cumprod(dim=2, dtype=torch.uint8).sum(dim=2)
+        if ends is not None:
+            # a row without an answer ends where its tokens do
+            ends_R = torch.minimum(on_host(ends), lengths)
+            first_RR = torch.minimum(ends_R[:, None], ends_R[None]) - 1
+            common_RR = torch.where(ends_R[:, None] == ends_R[None], common_RR, torch.minimum(common_RR, first_RR))
+        # of the rows that begin alike up to a column, the first stands for all: argmax finds the first True
+        owner_RC = (common_RR[:, :, None] > column_C).to(torch.uint8).argmax(dim=1)
+    # a token is laid out where its row stands for itself
+    kept_RC = real_RC & (owner_RC == row_R[:, None])
+    if int(kept_RC.sum()) > (1 - at_least) * rows * width:
+        return None
+    # where each row and column finds its token in the line
+    index_RC = (kept_RC.flatten().long().cumsum(0) - 1).view(rows, width)
+    place_RC = torch.where(real_RC, index_RC[owner_RC, column_C], 0)
+    row_T, column_T = kept_RC.nonzero(as_tuple=True)
+    device = call["input_ids"].device
+    return Layout(width, sent(row_T, device), sent(column_T, device), sent(place_RC, device))
+
+
+def alone_layout(rows: Sequence[Mapping[str, Tensor]]) -> tuple[Layout, dict[str, Any]]:
+    """A layout of rows `(1, tokens)` in which none depends on the others, and the decoder's arguments for it."""
+    ids = [row["input_ids"][0] for row in rows]
+    lengths = tuple(map(len, ids))
+    device = ids[0].device
+    # each row is a stretch of the line, with positions of its own
+    row_T = torch.arange(len(ids), device=device).repeat_interleave(torch.tensor(lengths, device=device))
+    column_T = torch.cat([torch.arange(length, device=device) for length in lengths])
+    layout = Layout(max(lengths), row_T, column_T, row_T[:0], lengths)
+    line = torch.cat(ids)[None]
+    return layout, {
+        "input_ids": line,
+        "attention_mask": torch.ones_like(line),
+        "position_ids": column_T[None],
+        "use_cache": False,
+    }
+
+
+def _attention(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any) -> Any:
+    """The model's own attention on rows, from and to states in one line, `(1, heads, T, size)`."""
+    assert _now is not None
+    plain, layout = AttentionInterface()[_now.plain], _now.layout
+    # of the line; flash attention would look for packed rows in them
+    kwargs.pop("position_ids", None)
+    # rows that must not depend on each other
+    if layout.lengths is not None:
+        return _row_by_row(plain, module, (query, key, value), layout.lengths, attention_mask, kwargs), None
+    rows, width = layout.place_RC.shape
+    place = layout.place_RC.flatten()
+    # each row gets a copy of the keys and values that it shares; on padding stands any token
+    side_by_side = [
+        states[0].index_select(1, place).unflatten(1, (rows, width)).transpose(0, 1) for states in (query, key, value)
+    ]
+    output_RCHD = _in_32_bits_on_cpu(functools.partial(plain, module), side_by_side, attention_mask, kwargs)
+    # of a token that rows share, the output of the row that stands for it
+    return output_RCHD.flatten(0, 1).index_select(0, layout.row_T * width + layout.column_T)[None], None
+
+
+def _in_32_bits_on_cpu(
+    plain: Callable[..., Any], states: Sequence[Tensor], mask: Any, kwargs: Mapping[str, Any]
+) -> Tensor:
+    """Attention, on a CPU in 32 bits: in 16 its backward pass over short rows takes three times as long."""
+    device, dtype = states[0].device.type, states[0].dtype
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+    # masks that are added are made for the precision of the states
+    if (
+        device != "cpu"
+        or dtype not in (torch.bfloat16, torch.float16)
+        or (mask is not None and mask.dtype != torch.bool)
+    ):
+        return plain(*states, mask, **kwargs)[0]
+    # autocast would turn them back
+    with torch.autocast(device, enabled=False):
+        return plain(*(state.float() for state in states), mask, **kwargs)[0].to(dtype)
+
+
+def _row_by_row(
+    plain: Callable[..., Any],
+    module: Any,
+    states: tuple[Tensor, ...],
+    lengths: Sequence[int],
+    masks: Sequence[Any] | None,
+    kwargs: Mapping[str, Any],
+) -> Tensor:
+    """Attention of every row as if it were alone, `(1, T, heads, size)`."""
+    # one call a row, of the shapes that it has alone, gives the bits that it has alone
+    split = zip(*(tensor.split(list(lengths), dim=2) for tensor in states), strict=True)
+    outputs = [plain(module, *row, None if masks is None else masks[i], **kwargs)[0] for i, row in enumerate(split)]
+    return torch.cat(outputs, dim=1)
+
+
+def _mask(**kwargs: Any) -> Any:
+    """The mask the model would make for rows side by side. Padding needs none: it stands behind all that is real, and
+    attention looks back only."""
+    assert _now is not None
+    plain, layout = AttentionMaskInterface()[_now.plain], _now.layout
+
+    # transformers has said all that the mask depends on but for the rows (windows, say)
+    def mask(rows: int, width: int) -> Any:
+        of_rows = {"batch_size": rows, "q_length": width, "kv_length": width, "attention_mask": None}
+        return plain(**{**kwargs, **of_rows})
+
+    if layout.lengths is None:
+        return mask(*layout.place_RC.shape)
+    # None where a causal mask is all there is, which attention makes faster by itself
+    masks = [mask(1, length) for length in layout.lengths]
+    return None if all(mask is None for mask in masks) else masks
+
+
+AttentionInterface.register(_NAME, _attention)
+AttentionMaskInterface.register(_NAME, _mask)

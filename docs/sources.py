@@ -1,9 +1,26 @@
-"""Where mkdocstrings finds the code: it reads files, and does not follow editable installs of namespace packages."""
+"""What mkdocs runs: where the code is, and lists that are read from folders.
 
+mkdocstrings reads files, and does not follow editable installs of namespace packages; so it gets links to the folders.
+`<!-- list: arms -->` in a page becomes a table of the files in that folder, so that no list is kept by hand.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
+LISTS = {
+    "commands": ("recipes/*.py", "recipes/studies/*.py"),
+    "arms": ("recipes/configs/arms/*.toml",),
+    "grids": ("recipes/configs/grids/*.toml",),
+    "losses": ("losses/*.py",),
+    "directions": ("adapters/directions/*.py",),
+}
+"""Name of a list -> its files."""
 
 
 def on_startup(**kwargs: Any) -> None:
@@ -14,3 +31,34 @@ def on_startup(**kwargs: Any) -> None:
         link = home / folder
         if not link.is_symlink():
             link.symlink_to(Path("../..") / folder, target_is_directory=True)
+
+
+def on_page_markdown(markdown: str, **kwargs: Any) -> str:
+    """Replace every `<!-- list: NAME -->` with its table."""
+    return re.sub(r"<!-- list: (\w+) -->", lambda match: table(LISTS[match[1]]), markdown)
+
+
+def table(patterns: Sequence[str]) -> str:
+    """Names of files, and the first sentence or line of what they say about themselves."""
+    files = sorted((file for pattern in patterns for file in ROOT.glob(pattern)), key=lambda file: file.stem)
+    rows = [(file.stem, about(file)) for file in files if not file.stem.startswith("_")]
+    return "\n".join(["| | |", "|---|---|", *(f"| `{name}` | {text} |" for name, text in rows if text)])
+
+
+def about(file: Path) -> str:
+    """The comment at the top of a TOML file, or the first line of a module's docstring.
+
+    Empty for modules of recipes/ that define no `main`, because they are not commands.
+    """
+    text = file.read_text(encoding="utf-8")
+    if file.suffix == ".toml":
+        comment = re.match(r"(?:#.*\n)*", text)
+        return " ".join(line.lstrip("# ") for line in comment[0].splitlines()) if comment else ""
+    module = ast.parse(text)
+    # `def main(...)`, or `main = group(...)` in a file with subcommands
+    functions = [node.name for node in module.body if isinstance(node, ast.FunctionDef)]
+    values = [ast.unparse(target) for node in module.body if isinstance(node, ast.Assign) for target in node.targets]
+    has_main = "main" in functions + values
+    if "recipes" in file.parts[len(ROOT.parts) :] and (not has_main or file.stem == "cli"):
+        return ""
+    return (ast.get_docstring(module) or "").partition("\n")[0]

@@ -1,4 +1,4 @@
-"""A plug-in for axolotl (0.21): steering vectors as `adapter: steering_vector`, in its own YAML.
+"""A plug-in for axolotl (0.21): steering vectors as `adapter: steering_vector` in its YAML.
 
     plugins:
       - steertune.recipes.axolotl_plugin.SteeringVectorPlugin
@@ -9,8 +9,8 @@
     learning_rate: 5e-4
 
 The table takes the fields of `SteeringVectorConfig`. Training, data and losses (also `rl: dpo`, `ipo`, `kto`) are
-axolotl's; `lora_model_dir:` goes on with a saved vector. An `init` that needs data is refused: axolotl has no place to
-compute it before training.
+axolotl's; `lora_model_dir:` continues a saved vector. An `init` that is computed from data is refused, because axolotl
+has no place to compute it before training.
 """
 
 from __future__ import annotations
@@ -33,16 +33,16 @@ _INHERITED = {field.name for field in dataclasses.fields(PeftConfig)} | {"base_f
 
 
 class SteeringVectorArgs(BaseModel):
-    """Keys of the YAML that this plug-in adds."""
+    """The keys that this plug-in adds to the YAML."""
 
     steering_vector: dict[str, Any] | None = None
 
 
 class SteeringVectorPlugin(BasePlugin):
-    """What axolotl calls; see its `BasePlugin`."""
+    """The methods that axolotl calls; see its `BasePlugin`."""
 
     def get_input_args(self) -> str:
-        """The class with our keys."""
+        """Import path of the class with our keys."""
         return f"{SteeringVectorArgs.__module__}.{SteeringVectorArgs.__qualname__}"
 
     def get_adapter_capabilities(self) -> list[Any]:
@@ -52,7 +52,7 @@ class SteeringVectorPlugin(BasePlugin):
     def load_adapter(
         self, model: Any, cfg: Any, inference: bool = False, config_only: bool = False
     ) -> tuple[Any, PeftConfig] | None:
-        """The model with a vector, and its configuration; None where another adapter was asked for.
+        """The model with a vector, and the configuration of the vector; None if the YAML names another adapter.
 
         Raises:
             ArmError: an unknown key, or an `init` that needs data.
@@ -71,7 +71,7 @@ class SteeringVectorPlugin(BasePlugin):
 
 
 def peft_config(table: dict[str, Any]) -> SteeringVectorConfig:
-    """The configuration that the YAML's table says.
+    """The configuration from the YAML's table.
 
     Raises:
         ArmError: an unknown key, or an `init` that needs data.
@@ -81,7 +81,8 @@ def peft_config(table: dict[str, Any]) -> SteeringVectorConfig:
     config = SteeringVectorConfig(**table)
     if config.init_from_data:
         raise ArmError(
-            f"init={config.init!r} is computed from pairs before training, which axolotl has no place for. Use zeros "
-            "or random; or write the direction into a vector first (directions.compute) and name it in lora_model_dir."
+            f"init={config.init!r} is computed from pairs before training, and axolotl has no place for that. Use "
+            "zeros or random, or save a vector with the direction first (directions.compute) and name its folder in "
+            "lora_model_dir."
         )
     return config

@@ -26,7 +26,8 @@ from typer.main import get_command
 from steertune.recipes.lab.command_line import SETTINGS, Command, Group, RootGroup, run
 
 _HERE = Path(__file__).parent
-_FOLDERS = (_HERE, _HERE / "studies")
+_FOLDERS = (_HERE / "studies", _HERE)
+"""A study comes before the module of this folder that forwards to it under its former name."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -44,7 +45,7 @@ def commands() -> dict[str, str]:
     for file in sorted((f for folder in _FOLDERS for f in folder.glob("*.py")), key=lambda f: f.stem):
         module = ast.parse(file.read_text(encoding="utf-8"))
         if file != Path(__file__) and "main" in _definitions(module):
-            lines[file.stem] = (ast.get_docstring(module) or "").split("\n")[0]
+            lines.setdefault(file.stem, (ast.get_docstring(module) or "").split("\n")[0])
     return lines
 
 

@@ -35,12 +35,12 @@ from transformers import set_seed
 
 from steertune.adapters.saved import check_checksums, write_checksums
 from steertune.recipes.ablation.checks import check_draws
+from steertune.recipes.ablation.contrast_page import page
 from steertune.recipes.ablation.grid import find_tasks
 from steertune.recipes.ablation.tables import TaskTable
 from steertune.recipes.lab import measures
 from steertune.recipes.lab.arm import Arm, known_tables, load_arm
 from steertune.recipes.lab.command_line import Argument, Option, Result, Threads, command
-from steertune.recipes.lab.contrast_page import page
 from steertune.recipes.lab.data import load_model
 from steertune.recipes.lab.evaluate import evaluate, evaluate_base
 from steertune.recipes.lab.files import ArmError, read_result, read_toml, reasons, write_result
@@ -49,7 +49,7 @@ from steertune.recipes.lab.observe import HeldOut, neutral_rows
 from steertune.recipes.lab.pages import write_page
 from steertune.recipes.lab.paths import CONFIGS
 from steertune.recipes.lab.processes import begin
-from steertune.recipes.lab.progress import track
+from steertune.recipes.lab.progress import Bar, progress, track
 from steertune.recipes.lab.rows import Record
 from steertune.recipes.lab.splits import SplitTable, load_splits
 from steertune.recipes.lab.tables import ModelTable
@@ -101,7 +101,8 @@ def main(
     tables = read(file)
     if steering:
         tables = tables.model_copy(update={"steering": steering})
-    page = Mixture(tables, data_root).run(folder)
+    with progress("Study"):
+        page = Mixture(tables, data_root).run(folder)
     if not PartialState().is_main_process:
         return None
     result = read_result(folder / "result.json", "Run the study again.")
@@ -185,11 +186,17 @@ class Mixture:
         model, tokenizer = loaded
         model.to(PartialState().device)
         self._check_prompts(model, tokenizer)
-        trained = self._trained(model, tokenizer, folder)
+        # an unseen task takes about as long as three seen ones, since the steering arms are trained on it
+        bar = Bar(4 + len(self.seen) + 3 * len(self.unseen))
+        with bar.step("training", 3):
+            trained = self._trained(model, tokenizer, folder)
         models = {"base": model, "trained": trained}
-        seen = [*self._records(self.seen, _CHECKED, models, tokenizer, folder / "seen")]
-        unseen = [*self._records(self.unseen, _PROMPTS, models, tokenizer, folder / "cells", self.steering)]
-        effects = self._side_effects(models, tokenizer)
+        with bar.step("seen tasks", len(self.seen)):
+            seen = [*self._records(self.seen, _CHECKED, models, tokenizer, folder / "seen")]
+        with bar.step("unseen tasks", 3 * len(self.unseen)):
+            unseen = [*self._records(self.unseen, _PROMPTS, models, tokenizer, folder / "cells", self.steering)]
+        with bar.step("neutral text"):
+            effects = self._side_effects(models, tokenizer)
         if main_process:
             tasks = self.seen + self.unseen
             write_page(page(self._about(), self.tables.steering, tasks, seen, unseen, effects), folder)

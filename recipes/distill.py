@@ -38,7 +38,7 @@ from steertune.recipes.lab.observe import HeldOut, Prompted, neutral_rows
 from steertune.recipes.lab.pages import Page, Section, Table, Text, write_page
 from steertune.recipes.lab.pages.measured import comparison, generations
 from steertune.recipes.lab.processes import begin
-from steertune.recipes.lab.progress import track
+from steertune.recipes.lab.progress import Bar, progress, track
 from steertune.recipes.lab.rows import BASE, Record
 from steertune.recipes.lab.training import claim, fit, make_trainer, training_of
 from steertune.trainers import View, share_weights
@@ -52,7 +52,8 @@ def main(
     arm: ArmName = "vector_distillation", threads: Threads = None, overrides: Sequence[str] = ()
 ) -> Result | None:
     """Distil the arm's prompt and measure it; of several processes the first one has the result."""
-    record = run(load_arm(arm, overrides, recipe="distill"), threads)
+    with progress("Distillation"):
+        record = run(load_arm(arm, overrides, recipe="distill"), threads)
     if not PartialState().is_main_process:
         return None
     return Result({**record.to_json(), "measures": record.means()}, "")
@@ -86,8 +87,11 @@ def run(arm: Arm, threads: int | None = None) -> Record:
     neutral = neutral_rows()
     for rows, what in ((test, "test rows"), (neutral, "neutral text")):
         check_context(model, tokenizer, _behind(view, rows), 0, f"[views.good] of {what}")
-    examples = answered(arm, model, tokenizer, view, train, _TRAIN, folder / "answers.jsonl")
-    test_answers = answered(arm, model, tokenizer, view, test, _TEST, folder / "test_answers.jsonl")
+    bar = Bar(9)
+    with bar.step("answers to training prompts", 2):
+        examples = answered(arm, model, tokenizer, view, train, _TRAIN, folder / "answers.jsonl")
+    with bar.step("answers to test prompts"):
+        test_answers = answered(arm, model, tokenizer, view, test, _TEST, folder / "test_answers.jsonl")
     held_out = HeldOut(
         model,
         tokenizer,
@@ -100,17 +104,21 @@ def run(arm: Arm, threads: int | None = None) -> Record:
     )
 
     training = training_of(arm, share_weights(model), tokenizer, examples, folder, held_out=[test])
-    trainer = make_trainer(training)
-    seconds = fit(trainer, folder)
+    with bar.step("training", 3):
+        trainer = make_trainer(training)
+        seconds = fit(trainer, folder)
     adapted = trainer.accelerator.unwrap_model(trainer.model).eval()
 
     # the base, the same behind the prompt, and the distilled model, on the same rows
     keys = {"task": Path(arm.data.name).name, "examples": arm.data.train, "seed": arm.data.seed}
-    base = evaluate_base(held_out)
-    prompted = Record(
-        {"arm": f"{arm.name}, prompted", **keys}, base | evaluate(model, held_out.behind(partial(_behind, view)))
-    )
-    record = Record({"arm": arm.name, **keys}, base | evaluate(adapted, held_out))
+    with bar.step("base model"):
+        base = evaluate_base(held_out)
+    with bar.step("prompted model"):
+        behind = evaluate(model, held_out.behind(partial(_behind, view)))
+    with bar.step("distilled model"):
+        distilled = evaluate(adapted, held_out)
+    prompted = Record({"arm": f"{arm.name}, prompted", **keys}, base | behind)
+    record = Record({"arm": arm.name, **keys}, base | distilled)
     record.facts = {
         "adapter": arm.adapter,
         "loss": arm.loss,
@@ -154,11 +162,11 @@ def answered(
     shown: list[Any] = [row["prompt"] for row in view(rows.to_list())]
     check_context(model, tokenizer, Dataset.from_dict({"prompt": shown}), arm.evaluation.new_tokens, "[views.good]")
     size, length = arm.evaluation.batch_size, arm.evaluation.new_tokens
-    with PartialState().split_between_processes(list(range(0, len(shown), size))) as part:
-        starts: Any = part
+    with PartialState().split_between_processes(list(range(0, len(shown), size))) as starts:
+        own: Any = [*starts]
         answers_by_start = {
             i: generate(model, tokenizer, shown[i : i + size], length, _TEMPERATURE, seed + 7 * i)
-            for i in track([*starts], "batch")
+            for i in track(own, "batch")
         }
     # by batch: of fewer batches than processes, several have the last one
     everywhere = dict(gather_object(list(answers_by_start.items())))

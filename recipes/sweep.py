@@ -211,9 +211,8 @@ def measure(context: Context, folder: Path) -> list[Record]:
     """Every setting on validation rows, from the top layer down, a record for each place; what is there is not
     measured again."""
     table, source = context.table, Source(context)
-    places: list[tuple[Site, int]] = [
-        (site, layer) for site in table.sites for layer in sorted(table.layers, reverse=True)
-    ]
+    layers = sorted(table.layers, reverse=True)
+    places: list[tuple[Site, int]] = [(site, layer) for site in table.sites for layer in layers]
     records: dict[tuple[Site, int], Record] = {}
     with progress("Settings", len(places) * len(table.strengths)) as bar:
         for site, layer in places:

@@ -34,6 +34,7 @@ from steertune.recipes.lab.observe import HeldOut, neutral_rows
 from steertune.recipes.lab.pages import settings_in_words, write_page
 from steertune.recipes.lab.pages.measured import training_page
 from steertune.recipes.lab.processes import begin
+from steertune.recipes.lab.progress import Bar, progress
 from steertune.recipes.lab.rows import Record
 from steertune.recipes.lab.training import claim, fit, make_trainer, training_of
 from steertune.trainers import ModelAt, scalable
@@ -42,7 +43,8 @@ from steertune.trainers import ModelAt, scalable
 @command
 def main(arm: ArmName = "vector_dpo", threads: Threads = None, overrides: Sequence[str] = ()) -> Result | None:
     """Train the arm and evaluate it; of several processes the first one has the result."""
-    record = run(load_arm(arm, overrides, recipe="train"), threads)
+    with progress("Training"):
+        record = run(load_arm(arm, overrides, recipe="train"), threads)
     if not PartialState().is_main_process:
         return None
     return Result({**record.to_json(), "measures": record.means()}, "")
@@ -65,7 +67,10 @@ def run(arm: Arm, threads: int | None = None) -> Record:
     train, test = load_splits(arm.data)
     model, tokenizer = load_model(arm.model)
     say = print if state.is_main_process else (lambda *_: None)
-    say(_plan(arm, model, tokenizer, train, test, state.num_processes))
+    training_seconds, evaluation_seconds = _estimate(arm, model, tokenizer, test)
+    say(_plan(arm, train, test, state.num_processes, training_seconds, evaluation_seconds))
+    strengths = len(arm.evaluation.strengths)
+    bar = Bar(training_seconds + evaluation_seconds * (1 + strengths))
 
     # the base model comes first, since training may change it
     record = Record(
@@ -81,17 +86,20 @@ def run(arm: Arm, threads: int | None = None) -> Record:
         new_tokens=table.new_tokens,
         batch_size=table.batch_size,
     )
-    record.observations |= evaluate_base(held_out)
+    with bar.step("base model", evaluation_seconds):
+        record.observations |= evaluate_base(held_out)
 
     training = training_of(arm, model, tokenizer, train, folder, held_out=[test])
-    trainer = make_trainer(training)
-    for note in training.notes.values():
-        say(note)
-    seconds = fit(trainer, folder)
+    with bar.step("training", training_seconds):
+        trainer = make_trainer(training)
+        if training.notes:
+            say("\n".join(training.notes.values()))
+        seconds = fit(trainer, folder)
     model = trainer.accelerator.unwrap_model(trainer.model).eval()
     trainer.save_model(str(folder / "adapter"))  # every process: sharded weights are gathered, the first one writes
     others = [s for s in table.strengths if s not in (0.0, 1.0)] if scalable(model) else []
-    record.observations |= evaluate(model, held_out, strengths=[1.0, *others])
+    with bar.step("evaluation", evaluation_seconds * strengths):
+        record.observations |= evaluate(model, held_out, strengths=[1.0, *others])
     record.facts = {
         "adapter": arm.adapter,
         "loss": arm.loss,
@@ -119,8 +127,8 @@ def run(arm: Arm, threads: int | None = None) -> Record:
     return record
 
 
-def _plan(arm: Arm, model: Any, tokenizer: Any, train: Dataset, test: Dataset, processes: int) -> str:
-    """What will be done, and how long it will take, from one timed forward pass."""
+def _estimate(arm: Arm, model: Any, tokenizer: Any, test: Dataset) -> tuple[float, float]:
+    """Seconds of training, and of an evaluation at one strength, from one timed forward pass."""
     pairs = max(1, arm.evaluation.batch_size // 2)
     [batch] = batches(tokenizer, test.select(range(min(pairs, len(test)))), pairs)
     with torch.no_grad():
@@ -128,20 +136,22 @@ def _plan(arm: Arm, model: Any, tokenizer: Any, train: Dataset, test: Dataset, p
         start = time.monotonic()
         ModelAt(model, model, batch)(1.0)
     row = (time.monotonic() - start) / len(batch.labels)
-    steps = arm.trainer.get("max_steps", 0)
     rows = 2 * arm.trainer.get("per_device_train_batch_size", 8) * arm.trainer.get("gradient_accumulation_steps", 1)
-    # forward, reference forward and a backward of about the same price; evaluation: every strength, and generations
-    training = steps * rows * row * 3
-    table = arm.evaluation
-    # per strength: the answers of pairs, neutral answers, and generated tokens at about a tenth of a row each
-    seen = 2 * len(test) + len(neutral_rows()) + table.generations * table.new_tokens / 10
-    evaluation = seen * (1 + len(table.strengths)) * row
+    # the answers of pairs, neutral answers, and generated tokens at about a tenth of a row each
+    seen = 2 * len(test) + len(neutral_rows()) + arm.evaluation.generations * arm.evaluation.new_tokens / 10
+    # forward, reference forward and a backward of about the same price
+    return arm.trainer.get("max_steps", 0) * rows * row * 3, seen * row
+
+
+def _plan(arm: Arm, train: Dataset, test: Dataset, processes: int, training: float, evaluation: float) -> str:
+    """What will be done, and how long it will take."""
+    evaluation *= 1 + len(arm.evaluation.strengths)
     return (
         f"Arm {arm.name}: adapter {settings_in_words(arm.adapter)}, loss {settings_in_words(arm.loss)}\n"
         f"  {len(train)} training examples and {len(test)} test pairs of {arm.data.name}, base {arm.model.name}, "
         f"{processes} process(es)\n"
-        f"  about {(training + evaluation) / 60:.1f} minutes: training {training:.0f} s ({steps} steps), "
-        f"evaluation {evaluation:.0f} s"
+        f"  about {(training + evaluation) / 60:.1f} minutes: training {training:.0f} s "
+        f"({arm.trainer.get('max_steps', 0)} steps), evaluation {evaluation:.0f} s"
     )
 
 

@@ -4,9 +4,9 @@ r"""`trl dpo` with a steering vector: TRL's own command line, for preference pai
         --steering_layers 0.5 --learning_rate 5e-4 --max_steps 16 --output_dir my-vector
     steertune trl_dpo --config my.yaml --loss bipo --steering_norm capped --steering_norm_value 8
 
-Every flag of `trl dpo` works, in a YAML file too; `--use_peft` trains TRL's LoRA in place of the vector, with the same
-losses. `--steering_...` are the switches of `SteeringVectorConfig`, `--loss` is a file of losses/ (left out: TRL's own
-loss). Data: a Hub name, a local folder or file, or an embedded task.
+Every flag of `trl dpo` works, also in a YAML file; `--use_peft` trains TRL's LoRA instead of the vector, with the same
+losses. `--steering_...` are the switches of `SteeringVectorConfig`. `--loss` is a file of losses/; without it the loss
+is TRL's own. Data: a Hub name, a local folder or file, or an embedded task.
 """
 
 from __future__ import annotations

@@ -102,7 +102,7 @@ def together(
     threads: Threads = None,
 ) -> Result:
     """Does the pair do what each does alone, on the data of both?"""
-    from steertune.recipes.lab.together import measure, summarise
+    from steertune.recipes.ablation.two_vectors import measure, summarise
 
     if len(folders) != 2:
         raise VectorError(f"together needs two folders, the vector of each data set; these are {len(folders)}.")
@@ -114,7 +114,7 @@ main = group(add, average, subtract, project_out, orthogonalise, similarity, tog
 
 
 def _several(folders: Sequence[Path], name: str) -> None:
-    """Refuse one folder alone."""
+    """Raise an error for a single folder."""
     if len(folders) < 2:
         raise VectorError(f"{name} needs two folders or more; this is {len(folders)}.")
 

@@ -43,6 +43,10 @@ class LossMixin(Trainer):
     columns: tuple[str, ...] | None = None  # format of the training data; None: the user's own collator reads them
     metrics: Metrics
     checkpoints: Checkpoints
+    vector_learning_rate: float | None
+    vectors_have_groups: bool  # in the optimizer
+    trust_checkpoint: bool = False
+    """Whether `train` may resume from a checkpoint whose pickles name code (DeepSpeed's, FSDP's; see trust.md)."""
     _plain: bool  # whether this trainer is its parent
 
     @property

@@ -6,19 +6,15 @@ import copy
 import inspect
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, nullcontext
-from pathlib import Path
 from typing import Any
 
 from peft import PeftConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
 from ..adapters import SteeringVectorConfig
-from ..adapters.card import Card
 from ..losses import Loss, get_loss
 from .arguments import check_ranges
 from .callbacks.announcement import say_what_is_trained
-from .card import write_trainer_card
-from .checkpoints import check_saved
 from .checks import check_best, check_layers, check_partners, check_types
 from .construction import DEFAULT, Construction, check_data, former_biases, make_biases
 from .evaluation_mixin import EvaluationMixin
@@ -29,10 +25,11 @@ from .prefix import FrozenPrefix
 from .prefix.frozen import CachedPrefix
 from .rates import agree_on_units, check_optimizer, check_rate, group_vectors, trained_vectors, vector_rate
 from .reference import reference_copy
+from .saving_mixin import SavingMixin
 from .views import View
 
 
-class SteeringMixin(EvaluationMixin):
+class SteeringMixin(EvaluationMixin, SavingMixin):
     """A Trainer that trains steering vectors (or any PEFT adapter) with any loss of `steertune.losses`.
 
     Everything goes through documented methods of `Trainer`; with `peft_config=None` and no loss it is its parent.
@@ -50,12 +47,6 @@ class SteeringMixin(EvaluationMixin):
         views: Other versions of every example, by the name a loss asks for them.
         inductive_biases: Inductive biases of the training (`trainers/inductive_biases/`): name -> options, or objects.
     """
-
-    card: Card = Card()
-    """What the model card says of behaviour, problem, data and measurements. Set it before the adapter is saved or
-    pushed; the card says which parts were left open."""
-    trust_checkpoint: bool = False
-    """Whether `train` may resume from a checkpoint whose pickles name code (DeepSpeed's, FSDP's; see trust.md)."""
 
     def __init__(
         self,
@@ -195,29 +186,3 @@ class SteeringMixin(EvaluationMixin):
         """Count like the parent, without parameters that inductive biases freeze during training."""
         with self._biases_at_work():
             return super().get_num_trainable_parameters()
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save like the parent, with a model card, and check that the file holds every vector in full size.
-
-        Raises:
-            IncompleteAdapterError: weights are missing from the file, or cut.
-        """
-        super().save_model(output_dir, _internal_call)
-        if not self._plain and self.args.should_save:
-            saved: Any = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
-            folder = Path(output_dir or str(self.args.output_dir))
-            check_saved(saved, folder)
-            if not _internal_call:
-                write_trainer_card(self, folder)
-
-    def save_last_good(self) -> str:
-        """Save the model as it was before a bad step, and return the folder."""
-        folder = str(Path(str(self.args.output_dir)) / "last-good")
-        self.save_model(folder)
-        return folder
-
-    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Write a model card like the parent, for `push_to_hub`, with its metadata and the text of `card`."""
-        super().create_model_card(*args, **kwargs)
-        if not self._plain and self.is_world_process_zero():
-            write_trainer_card(self, str(self.args.output_dir), overwrite=True)

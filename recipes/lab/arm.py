@@ -5,9 +5,7 @@ Keys and types are checked before anything is loaded; an unknown key is an error
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import sys
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -115,20 +113,6 @@ class Arm(ArmTables):
         """`kind(output_dir=folder, **[trainer])`, its keys and types checked."""
         self.check_trainer(kind)
         return kind(output_dir=folder, **{**defaults, **self.trainer})
-
-
-def parse_arm(
-    parser: argparse.ArgumentParser, argv: Sequence[str] | None, default: str
-) -> tuple[argparse.Namespace, list[str]]:
-    """Parse `[ARM] [--table.key value ...]`: `options.arm`, and what `load_arm` takes as overrides. The arm stands
-    first, so that the value of an override is not taken for it."""
-    words = list(sys.argv[1:] if argv is None else argv)
-    parser.add_argument(
-        "arm", nargs="?", help=f"a .toml file or a name in recipes/configs/arms/, before all else ({default})"
-    )
-    if not words or (words[0].startswith("-") and not {"-h", "--help"} & {*words}):
-        words = [default, *words]
-    return parser.parse_known_args(words)
 
 
 def load_arm(file: str | Path, overrides: Sequence[str] = (), recipe: str = "") -> Arm:

@@ -1,4 +1,4 @@
-"""Model cards of what recipes make: what was measured goes into the card of the adapter."""
+"""Model cards of the adapters that recipes make, with what was measured."""
 
 from __future__ import annotations
 
@@ -16,16 +16,17 @@ from steertune.recipes.lab.tables import CardTable
 
 
 def of_training(arm: Arm, record: Record) -> Card:
-    """The card of an arm that was trained.
+    """The card of a trained arm.
 
     Args:
         arm: The arm.
         record: The base model at strength 0, the trained one at the others.
     """
     means, facts, task = record.means(), record.facts, Path(arm.data.name).name
-    advice = "Layer and strength are the arm's, not chosen by measurement (`steertune sweep` does that)."
+    advice = "Layer and strength come from the arm; no measurement chose them (`steertune sweep` does that)."
     if len(means) > 2:
-        advice += " On the held-out rows, which chose nothing:\n\n" + table_markdown(by_strength(means))
+        advice += " On held-out rows, which were not used to choose anything:\n\n" + table_markdown(by_strength(means))
+    measured = comparison({"before": means[BASE], "after": means["1"]})
     return Card(
         title=f"{arm.name}, {task}",
         **purpose(arm.card, arm.data.name),
@@ -33,21 +34,21 @@ def of_training(arm: Arm, record: Record) -> Card:
         made=f"Arm `{arm.name}`: adapter {settings_in_words(arm.adapter)}, loss {settings_in_words(arm.loss)}, "
         f"{facts['steps']} steps; "
         f"{facts['parameters']:,} trained parameters.",
-        measured=table_markdown(comparison({"before": means[BASE], "after": means["1"]})),
+        measured=f"On {arm.data.test} held-out examples:\n\n{table_markdown(measured)}",
         side_effects=side_effects(means[BASE], means["1"]),
         advice=advice,
     )
 
 
 def side_effects(base: Mapping[str, float], steered: Mapping[str, float]) -> str:
-    """What an adapter does to text it should leave alone, from the means of the base model and of the steered one."""
+    """What an adapter does to text that it should leave alone, from the means of the base and the steered model."""
     return (
-        f"KL to the base model on neutral answers: {steered['kl']:.3f} nats a token. Perplexity of neutral answers: "
-        f"{steered['perplexity']:.2f}, of the base model {base['perplexity']:.2f}."
+        f"KL to the base model on neutral answers: {steered['kl']:.3f} nats per token. Perplexity of neutral answers: "
+        f"{steered['perplexity']:.2f}, base model {base['perplexity']:.2f}."
     )
 
 
 def purpose(table: CardTable, task: str) -> dict[str, Any]:
-    """What a card says that was not measured: what the arm's `[card]` says, or the embedded task's own description."""
+    """The parts of a card that no measurement gives: from the arm's `[card]`, or the embedded task's description."""
     safety = SAFETY if table.safety is None else f"{SAFETY}\n\n{table.safety}"
     return {"behaviour": table.behaviour or embedded.about(task), "problem": table.problem, "safety": safety}

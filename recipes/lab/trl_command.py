@@ -1,4 +1,4 @@
-"""TRL's command line with our trainers: all of its flags, and a steering vector's switches as `--steering_...`."""
+"""TRL's command line with our trainers: all of its flags, plus a steering vector's switches as `--steering_...`."""
 
 from __future__ import annotations
 
@@ -43,21 +43,23 @@ class SteeringArguments:
         default="0.667", metadata={"help": "a block, a fraction of the depth, a list of either, or all"}
     )
     steering_form: str = field(default="bias", metadata={"help": "bias, gated, linear or low_rank"})
-    steering_rank: int = field(default=1, metadata={"help": "of low_rank"})
+    steering_rank: int = field(default=1, metadata={"help": "rank of low_rank"})
     steering_tied: bool = field(default=False, metadata={"help": "one vector for all layers"})
     steering_site: str = field(default="block", metadata={"help": "block, attention or mlp"})
     steering_norm: str = field(default="free", metadata={"help": "free, fixed, capped, relative or preserve"})
-    steering_norm_value: float | None = field(default=None, metadata={"help": "of fixed, capped and relative"})
+    steering_norm_value: float | None = field(default=None, metadata={"help": "value of fixed, capped and relative"})
     steering_positions: str = field(default="all", metadata={"help": "all, completion, prompt or last_prompt"})
-    steering_init: str = field(default="zeros", metadata={"help": "zeros, random, or a direction as mean_difference"})
+    steering_init: str = field(
+        default="zeros", metadata={"help": "zeros, random, or a direction such as mean_difference"}
+    )
     steering_init_scale: float = field(default=1.0, metadata={"help": "multiplies the initial vector"})
-    steering_init_weights: bool = field(default=True, metadata={"help": "False: as init=random, PEFT's word for it"})
+    steering_init_weights: bool = field(default=True, metadata={"help": "False is PEFT's way to say init=random"})
     threads: int | None = field(
         default=None,
         metadata={"help": "CPU threads (OMP_NUM_THREADS, else the cores that this process may use)"},
     )
-    loss: str | None = field(default=None, metadata={"help": "a file of losses/, as bipo (TRL's own loss)"})
-    loss_options: str = field(default="{}", metadata={"help": 'of the loss, as "{beta = 0.2}"'})
+    loss: str | None = field(default=None, metadata={"help": "a file of losses/, such as bipo (TRL's own loss)"})
+    loss_options: str = field(default="{}", metadata={"help": 'options of the loss, such as "{beta = 0.2}"'})
 
     def peft_config(self) -> SteeringVectorConfig:
         """The adapter.
@@ -65,8 +67,8 @@ class SteeringArguments:
         Raises:
             ValueError: a value that is out of range.
         """
-        given = {f.name.removeprefix(PREFIX): getattr(self, f.name) for f in dataclasses.fields(self)}
-        switches = {name: value for name, value in given.items() if name not in ("threads", "loss", "loss_options")}
+        values = {f.name.removeprefix(PREFIX): getattr(self, f.name) for f in dataclasses.fields(self)}
+        switches = {name: value for name, value in values.items() if name not in ("threads", "loss", "loss_options")}
         return SteeringVectorConfig(**{**switches, "layers": _toml(self.steering_layers)})
 
     def loss_object(self) -> Any:
@@ -77,7 +79,7 @@ class SteeringArguments:
         """
         options = _toml(self.loss_options)
         if not isinstance(options, dict):
-            raise ArmError(f"--loss_options {self.loss_options!r} is no table. Write '{{beta = 0.2}}'.")
+            raise ArmError(f"--loss_options must be a table (got {self.loss_options!r}). Write '{{beta = 0.2}}'.")
         if self.loss is None:
             known("loss_options", options, [])
             return None
@@ -90,9 +92,9 @@ def run(trainer_class: type, arguments_class: Any, argv: Sequence[str] | None, p
     Args:
         trainer_class: One of ours.
         arguments_class: TRL's arguments for it.
-        argv: Words of the command line.
-        prog: The command's name.
-        doc: Its help.
+        argv: The command line; None for that of this process.
+        prog: Name of the command.
+        doc: Help text of the command.
     """
     classes = (ScriptArguments, arguments_class, ModelConfig, DatasetMixtureConfig, SteeringArguments)
     parser = TrlParser(classes, prog=f"steertune {prog}", description=doc)  # pyright: ignore[reportArgumentType]
@@ -114,10 +116,10 @@ def train(
     mixture: Any,
     steering: SteeringArguments,
 ) -> None:
-    """Train as TRL's scripts do: data, trainer, training, saving.
+    """Load data, make the trainer, train and save, like TRL's scripts.
 
     Raises:
-        ValueError: no data are named, a split is missing, or a switch is out of range.
+        ValueError: no data or model is named, a split is missing, or a switch is out of range.
     """
     begin(steering.threads)
     adapter: PeftConfig | None = get_peft_config(model) or steering.peft_config()
@@ -128,7 +130,7 @@ def train(
         splits["eval_dataset"] = script.dataset_test_split
     for split in splits.values():
         if split not in data:
-            raise ArmError(f"The data have no split {split!r}, only {sorted(data)}.")
+            raise ArmError(f"The data have no split {split!r}. They have {sorted(data)}.")
     trainer = trainer_class(
         args=args,
         peft_config=adapter,
@@ -157,14 +159,14 @@ def _data(script: ScriptArguments, mixture: DatasetMixtureConfig) -> Any:
 
 
 def _model(model: ModelConfig, args: Any) -> dict[str, Any]:
-    """The model as TRL's scripts give it to a trainer; `embedded` is the one that needs no Hub."""
+    """Keyword arguments that give a trainer its model, like TRL's scripts; `embedded` needs no Hub."""
     name = model.model_name_or_path
     if name is None:
         raise ArmError("No model: give --model_name_or_path (a Hub name, a local folder, or embedded).")
     if name == "embedded":
         dtype = getattr(torch, model.dtype or "float32", None)
         if not isinstance(dtype, torch.dtype):
-            raise ArmError(f"--dtype {model.dtype}: the embedded model is loaded as float32, bfloat16 or float16.")
+            raise ArmError(f"--dtype must be float32, bfloat16 or float16 for the embedded model (got {model.dtype}).")
         return {"model": embedded.load_model(dtype), "processing_class": embedded.load_tokenizer()}
     args.model_init_kwargs = {
         "revision": model.model_revision,
@@ -176,13 +178,13 @@ def _model(model: ModelConfig, args: Any) -> dict[str, Any]:
 
 
 def _default_for_cpu(parser: TrlParser) -> None:
-    """TRL's defaults are for a GPU."""
+    """Without a GPU, run on the CPU in fp32; TRL's defaults need a GPU."""
     if not torch.cuda.is_available():
         parser.set_defaults(bf16=False, use_cpu=True)
 
 
 def _toml(text: str) -> Any:
-    """A value as TOML writes it; a bare word is a string."""
+    """A value written as in TOML; a bare word is a string."""
     try:
         return tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:

@@ -1,14 +1,15 @@
-"""What a grid costs, against the same cells run one by one with TRL's trainers and PEFT.
+"""What a grid costs, compared with running the same cells one by one with TRL's trainers and PEFT.
 
     python -m steertune.recipes.studies.benchmark_grid quick --folder runs/benchmark_grid
 
-Every arm's first cell is timed both ways, its tuning and the rest apart, since later cells do not repeat the tuning;
-the rest of the grid is extrapolated from them. Both ways take the same trials, steps and evaluations. Stock means:
-TRL's own DPO loss where the arm compares pairs, and nothing kept between forward passes or cells. What both ways need
-once, the base model's own scores, is not counted. Stock is not made to run the head on all tokens when it evaluates,
-nor where an arm trains on the chosen answers alone. It need not load the model anew for every training either; the
-last column is what it comes to if it does. With one thread on a CPU, seconds are CPU seconds of this process. Writes
-`grid.md`.
+Both ways run the same trials, steps and evaluations. "Stock" uses TRL's own DPO loss where the arm compares pairs, and
+keeps nothing between forward passes or between cells. Each arm's first cell is timed both ways, and its tuning apart
+from the rest, because later cells do not repeat the tuning. The cost of the whole grid is extrapolated from these
+cells. The base model's own scores are needed once either way and are not counted.
+
+Three choices favour stock: its evaluations do not run the head on every token, neither does its training of arms that
+use only the chosen answers, and the model is not loaded again for every training. The last column shows the ratio with
+such a load. With one thread on a CPU, seconds are CPU seconds of this process. Writes `grid.md`.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ from steertune.recipes.studies.timing.ways import now
 
 
 class StockContext(Context):
-    """A context that leaves nothing out: forward passes run all layers."""
+    """A context without any cache: every forward pass runs all layers."""
 
     def __init__(self, grid: Grid) -> None:
         super().__init__(grid)
@@ -52,7 +53,7 @@ class StockContext(Context):
 @command
 def main(
     grid: Annotated[str, Argument(help="a .toml file or a name in recipes/configs/grids/")],
-    folder: Annotated[Path, Option(help="where the table is written")] = Path("runs/benchmark_grid"),
+    folder: Annotated[Path, Option(help="where grid.md is written")] = Path("runs/benchmark_grid"),
     data_root: Annotated[Path | None, Option(help="folder that relative task names start from")] = None,
     arms: Annotated[list[str] | None, Option(help="names of the arms to time (all)", metavar="NAME ...")] = None,
     threads: Threads = None,
@@ -63,45 +64,50 @@ def main(
     if unknown := set(arms or ()) - {arm.name for arm in loaded.arms}:
         raise ArmError(f"--arms {sorted(unknown)}: the grid has {[arm.name for arm in loaded.arms]}.")
     seconds = measure(loaded, arms)
+    start = now()
+    load_model(ModelTable(**loaded.tables.model))
+    text = page(loaded, seconds, now() - start, grid, arms)
     folder.mkdir(parents=True, exist_ok=True)
-    text = page(loaded, seconds, loading(loaded), grid, arms)
     write_whole(folder / "grid.md", text)
     return Result(seconds, text)
 
 
-def loading(grid: Grid) -> float:
-    """Seconds that loading the model takes."""
-    start = now()
-    load_model(ModelTable(**grid.tables.model))
-    return now() - start
-
-
 def measure(grid: Grid, arms: Sequence[str] | None = None) -> dict[str, dict[str, list[float]]]:
-    """Seconds of an arm's first cell, without its tuning, and the trainings of its tuning: arm -> `ours` or `stock` ->
-    these numbers."""
+    """Time every arm's first cell both ways.
+
+    Args:
+        grid: The grid.
+        arms: Names of the arms to time; None for all.
+
+    Returns:
+        arm -> `ours` or `stock` -> seconds of the cell with its tuning, seconds without it, and the number of
+        trainings in the tuning.
+    """
     first = grid.cells()[0]
-    where = (first.task, first.examples, first.seed)
-    cells = [cell for cell in grid.cells() if (cell.task, cell.examples, cell.seed) == where]
+    place = (first.task, first.examples, first.seed)
+    cells = [cell for cell in grid.cells() if (cell.task, cell.examples, cell.seed) == place]
     cells = [cell for cell in cells if arms is None or cell.arm.name in arms]
-    found: dict[str, dict[str, list[float]]] = {cell.arm.name: {} for cell in cells}
     contexts = {"ours": Context(grid), "stock": StockContext(grid)}
+    # what both ways compute once stays outside the clock
     for context in contexts.values():
         evaluate_base(context.held_out(first.task))
+    seconds: dict[str, dict[str, list[float]]] = {cell.arm.name: {} for cell in cells}
     with tempfile.TemporaryDirectory() as folder, progress("Cells", 2 * len(cells)) as bar:
         for cell in cells:
             for way, context in contexts.items():
-                own, home = cell if way == "ours" else _stock(cell), Path(folder) / way
+                timed, home = cell if way == "ours" else _stock(cell), Path(folder) / way
                 with bar.step(f"{way}: {cell.title}"):
                     start = now()
-                    trials = len(tuned(own, context, home)["trials"])
+                    trials = len(tuned(timed, context, home)["trials"])
                     tuning = now() - start
-                    run_cell(own, context, home)
-                    found[cell.arm.name][way] = [now() - start, now() - start - tuning, trials]
-    return found
+                    run_cell(timed, context, home)
+                    total = now() - start
+                seconds[cell.arm.name][way] = [total, total - tuning, trials]
+    return seconds
 
 
 def _stock(cell: Cell) -> Cell:
-    """The cell with TRL's own loss; a loss that TRL does not have (pairs without contrast) stays."""
+    """The cell with TRL's own loss where TRL has it: not for arms that train without contrast."""
     arm = cell.arm.arm
     if arm.loss.get("contrast", "paired") == "paired" and arm.trainer.get("max_steps") != 0:
         arm = arm.model_copy(update={"loss": {"name": UPSTREAM}})
@@ -109,41 +115,50 @@ def _stock(cell: Cell) -> Cell:
 
 
 def page(
-    grid: Grid, found: dict[str, dict[str, list[float]]], load: float, name: str, timed: Sequence[str] | None
+    grid: Grid, seconds: dict[str, dict[str, list[float]]], load: float, name: str, timed: Sequence[str] | None
 ) -> str:
-    """The table."""
+    """The table in Markdown.
+
+    Args:
+        grid: The grid.
+        seconds: See `measure`.
+        load: Seconds that loading the model takes.
+        name: The grid, as the command line names it.
+        timed: Names of the arms that were timed; None for all.
+    """
     t = grid.tables
     places = len(t.tasks) * len(t.examples)
     count = places * len(t.seeds)
     tunings = {"grid": 1, "arm": places}.get(t.budget.per, count)
 
-    def whole(cells: list[float], load: float = 0.0) -> float:
-        first, rest = cells[0] + load * (cells[2] + 1), cells[1] + load
-        return tunings * first + (count - tunings) * rest
+    def whole(cell: list[float], load: float = 0.0) -> float:
+        """Seconds of all cells of an arm: those that tune, and the rest."""
+        tuning, later, trials = cell
+        return tunings * (tuning + load * (trials + 1)) + (count - tunings) * (later + load)
 
-    totals = {way: sum(whole(arm[way]) for arm in found.values()) for way in ("ours", "stock")}
-    loads = sum(whole(arm["stock"], load) for arm in found.values())
+    totals = {way: sum(whole(ways[way]) for ways in seconds.values()) for way in ("ours", "stock")}
+    with_loads = sum(whole(ways["stock"], load) for ways in seconds.values())
     arms = "" if timed is None else f" --arms {shlex.join(timed)}"
     clock = "CPU seconds" if torch.get_num_threads() == 1 and not torch.cuda.is_available() else "Seconds"
     lines = [
-        f"# What the grid {name} costs, against the same cells run one by one with TRL and PEFT",
+        f"# What the grid {name} costs, compared with the same cells run one by one with TRL and PEFT",
         "",
         f"`steertune benchmark_grid {name} --threads {torch.get_num_threads()}{arms}`, "
-        f"torch {torch.__version__}. {clock}. One cell an arm was timed, one way after the other, and all its {count} "
-        f"cells, of which {tunings} tune, are extrapolated from it. Loading the model takes {load:.1f} s.",
+        f"torch {torch.__version__}. {clock}. One cell per arm was timed both ways; the cost of all its {count} "
+        f"cells, {tunings} of which tune, is extrapolated from it. Loading the model takes {load:.1f} s.",
         "",
-        "| arm | ours, s (first, later) | stock, s (first, later) | all its cells: stock over ours "
-        "| and with a model loaded for every training of stock |",
+        "| arm | ours, s (first cell, later cells) | stock, s (first cell, later cells) | all cells: stock / ours "
+        "| the same if stock loads the model for every training |",
         "|---|---|---|---|---|",
     ]
-    for arm, ways in found.items():
-        cells = {way: " ".join(f"{s:.0f}" for s in seconds[:2]) for way, seconds in ways.items()}
+    for arm, ways in seconds.items():
+        ours, stock = (" ".join(f"{s:.0f}" for s in ways[way][:2]) for way in ("ours", "stock"))
         ratios = [whole(ways["stock"], each) / whole(ways["ours"]) for each in (0.0, load)]
-        lines.append(f"| {arm} | {cells['ours']} | {cells['stock']} | {ratios[0]:.1f} | {ratios[1]:.1f} |")
-    lines += [
+        lines.append(f"| {arm} | {ours} | {stock} | {ratios[0]:.1f} | {ratios[1]:.1f} |")
+    lines.append(
         f"| all, extrapolated | {totals['ours']:.0f} | {totals['stock']:.0f} "
-        f"| {totals['stock'] / totals['ours']:.1f} | {loads / totals['ours']:.1f} |"
-    ]
+        f"| {totals['stock'] / totals['ours']:.1f} | {with_loads / totals['ours']:.1f} |"
+    )
     return "\n".join(lines) + "\n"
 
 

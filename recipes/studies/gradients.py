@@ -1,32 +1,33 @@
-"""How noisy the gradient is under each contrast: variance reduction is the claimed reason why pairs help.
+"""How noisy the gradient is under each kind of contrast: less variance is the reason usually given why pairs help.
 
     python -m steertune.recipes.studies.gradients cautious_advice --folder runs/gradients
 
-Before training, the gradient of the arm's loss is computed on every batch of the same pairs, with
+Before any training, the gradient of the arm's loss is computed on every batch of the same pairs, with these contrasts:
 
 - `none`: the chosen answers only;
-- `unpaired`, `shuffled`: the rejected answers of other prompts, within the batch or in the data;
+- `unpaired`, `shuffled`: rejected answers of other prompts, in the batch or in the data;
 - `in the prompt`: both answers of other pairs in the prompt (the divergence from the base behind a contrast prompt);
-- `difference`: cross-entropy of the chosen answers less that of the rejected ones;
+- `difference`: cross-entropy of the chosen answers minus that of the rejected ones;
 - `pairs`: the rejected answers as they are;
-- `unmatched`: the chosen answers of one batch and the rejected ones of the next, each behind its own prompt. Its mean
-  is that of `pairs`, so what `pairs` is less noisy is what matching the prompts is good for.
+- `unmatched`: the chosen answers of one batch and the rejected answers of the next, each behind its own prompt. Its
+  mean equals that of `pairs`, so the difference in noise is what matching the prompts is worth.
 
-With batch gradients `g` and their mean `ḡ`
+With batch gradients `g` and their mean `ḡ`,
 
     noise / signal = mean |g - ḡ|² / (|ḡ|² - mean |g - ḡ|² / batches)
 
-which does not depend on the loss's scale: a step on one batch goes the mean's way where it is below 1. The denominator
-is the unbiased square of the true gradient; where it is not positive the gradient cannot be told from nothing.
+The ratio does not depend on the scale of the loss. Below 1, a step on one batch goes mostly in the mean's direction.
+The denominator is the unbiased square of the true gradient; where it is not positive, no gradient is distinguishable
+from zero.
 
-A steady gradient may be steady for reasons that have nothing to do with the behaviour. So the same is measured along
-the behaviour: with u the direction of the mean gradient of held-out pairs, of the numbers `g·u` alone; and the cosine
-of `g` with u, which is the share of a step on one batch that raises the held-out preference, to first order.
+A gradient can also be steady for reasons unrelated to the behaviour. So the same ratio is measured along the
+behaviour, for the numbers `g·u`, where u is the direction of the mean gradient of held-out pairs. The cosine of `g`
+with u is the share of a step on one batch that raises the held-out preference, to first order.
 
-Errors are standard errors over batches, by leaving each out in turn (jackknife); u is taken as given.
+Errors are jackknife standard errors over batches; u is taken as given.
 
-(From a vector of zeros DPO's gradient is linear in the answers: `unpaired` then has the gradients of `pairs`, and
-`pairs` less `none` is the rejected answers' part. Where that is not so there is no row `unmatched`.)
+(From a vector of zeros, DPO's gradient is linear in the answers: `unpaired` then has the gradients of `pairs`, and
+`pairs` minus `none` is the rejected answers' part. Where this does not hold, there is no row `unmatched`.)
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ from typing import Annotated, Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import cosine_similarity
 
 from steertune.recipes.lab.arm import Arm, load_arm
 from steertune.recipes.lab.command_line import Argument, Count, Option, Result, Threads, command
@@ -64,6 +66,7 @@ CONTRASTS = {
     "difference": ["--loss={name='cross_entropy', contrast='difference'}"],
     "pairs": [],
 }
+"""Contrast -> what it changes in the arm."""
 
 
 @dataclass(frozen=True)
@@ -80,14 +83,14 @@ class Study:
 
 @command
 def main(
-    task: Annotated[str, Argument(help="an embedded task, a path or a Hub name, as data.name")],
+    task: Annotated[str, Argument(help="an embedded task, a path or a Hub name, like data.name")],
     arm: Annotated[str, Option(help="a file, or a name in recipes/configs/arms/")] = "vector_dpo",
     model: Annotated[str, Option(help="embedded, a local folder or a Hub name")] = "embedded",
     pairs: Annotated[int, Count("training pairs")] = 64,
-    held_out: Annotated[int, Count("test pairs that give the behaviour's direction")] = 64,
-    batch: Annotated[int, Count("pairs in a batch")] = 4,
+    held_out: Annotated[int, Count("test pairs that define the behaviour")] = 64,
+    batch: Annotated[int, Count("pairs per batch")] = 4,
     threads: Threads = None,
-    folder: Annotated[Path, Option(help="where the table is written")] = Path("runs/gradients"),
+    folder: Annotated[Path, Option(help="where the results are written")] = Path("runs/gradients"),
 ) -> Result:
     """Measure every contrast, and write the table."""
     begin(threads, only_one=True)
@@ -102,11 +105,11 @@ def main(
 
 
 def measure(study: Study) -> list[dict[str, Any]]:
-    """Noise and signal of every contrast.
+    """Noise and signal of every contrast, one row each.
 
     Raises:
-        ArmError: fewer than two batches, a batch of one pair, which has no other prompt, no batch of held-out pairs,
-            or an arm with an ingredient that makes examples or changes gradients.
+        ArmError: fewer than two batches, batches of one pair (which contain no other prompt), less than a batch of
+            held-out pairs, or an arm with an ingredient that makes examples or changes gradients.
     """
     if study.batch < 2 or study.pairs < 2 * study.batch:
         raise ArmError(f"--pairs {study.pairs} --batch {study.batch}: two batches or more, of two pairs or more.")
@@ -114,10 +117,12 @@ def measure(study: Study) -> list[dict[str, Any]]:
         raise ArmError(f"--held-out {study.held_out}: one batch of {study.batch} or more.")
     arms = {name: _arm(study, changes) for name, changes in CONTRASTS.items()}
     model, tokenizer = load_model(arms["pairs"].model)
-    asked = {name: (arm, 0, study.pairs) for name, arm in arms.items()}
-    asked["held out"] = (arms["pairs"], 1, study.held_out)
-    prefix, seen = FrozenPrefix(), {}
-    for name, (arm, split, pairs) in track([*asked.items()], "contrast"):
+
+    # gradients of every contrast on the training pairs (split 0), and of the held-out pairs (split 1)
+    trainings = {name: (arm, 0, study.pairs) for name, arm in arms.items()}
+    trainings["held out"] = (arms["pairs"], 1, study.held_out)
+    prefix, gradients_of = FrozenPrefix(), {}
+    for name, (arm, split, pairs) in track([*trainings.items()], "contrast"):
         with tempfile.TemporaryDirectory() as folder:
             settings = {"save_strategy": "no", "disable_tqdm": True, "per_device_train_batch_size": study.batch}
             rows = load_splits(arm.data)[split]
@@ -125,21 +130,14 @@ def measure(study: Study) -> list[dict[str, Any]]:
             trainer = make_trainer(training, prefix, **settings)
             trainer.initialise_vectors()
             trainer.pay_once.start(trainer, training=True)
-            seen[name] = _gradients(trainer, pairs // study.batch)
-    behaviour = seen.pop("held out").mean(dim=0)
-    seen = unmatched(seen["none"], seen["unpaired"], seen["pairs"]) | seen
+            gradients_of[name] = _batch_gradients(trainer, pairs // study.batch)
+
+    behaviour_D = gradients_of.pop("held out").mean(dim=0)
+    gradients_of = unmatched(gradients_of["none"], gradients_of["unpaired"], gradients_of["pairs"]) | gradients_of
     return [
-        {"contrast": name, **noise(gradients, behaviour), "errors": errors(gradients, behaviour)}
-        for name, gradients in seen.items()
+        {"contrast": name, **noise(g_BD, behaviour_D), "errors": errors(g_BD, behaviour_D)}
+        for name, g_BD in gradients_of.items()
     ]
-
-
-def unmatched(none: Tensor, unpaired: Tensor, pairs: Tensor) -> dict[str, Tensor]:
-    """The chosen answers' part of every batch, with the rejected answers' part of the next one. Nothing where the
-    gradient is no sum of the two, as the gradients of other pairs in the batch (`unpaired`) say."""
-    if (unpaired - pairs).norm() > 1e-2 * pairs.norm():
-        return {}
-    return {"unmatched": none + (pairs - none).roll(-1, dims=0)}
 
 
 def _arm(study: Study, changes: Sequence[str]) -> Arm:
@@ -149,54 +147,77 @@ def _arm(study: Study, changes: Sequence[str]) -> Arm:
     return load_arm(study.arm, overrides, recipe="gradients")
 
 
-def _gradients(trainer: Any, batches: int) -> Tensor:
+def _batch_gradients(trainer: Any, batches: int) -> Tensor:
     """Gradient of every batch, `(batches, trained parameters)`."""
-    model, found = trainer.model, []
-    trained = [p for p in model.parameters() if p.requires_grad]
+    trained = [p for p in trainer.model.parameters() if p.requires_grad]
     loader = iter(trainer.get_train_dataloader())
+    rows = []
     for _ in range(batches):
-        loss = trainer.compute_loss(model, trainer._prepare_inputs(next(loader)))
-        found.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, trained)]).float().cpu())
-    return torch.stack(found)
+        loss = trainer.compute_loss(trainer.model, trainer._prepare_inputs(next(loader)))
+        rows.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, trained)]).float().cpu())
+    return torch.stack(rows)
 
 
-def noise(gradients: Tensor, behaviour: Tensor) -> dict[str, float]:
-    """Signal and noise of batch gradients `(batches, parameters)`, and the same along a direction; see the module."""
-    mean = gradients.mean(dim=0)
-    variance = float((gradients - mean).square().sum() / (len(gradients) - 1))
-    signal = float(mean.square().sum()) - variance / len(gradients)
-    along = gradients @ (behaviour / behaviour.norm())
-    progress = float(along.mean()) ** 2 - float(along.var()) / len(along)
-    cosines = torch.nn.functional.cosine_similarity(gradients, behaviour[None], dim=1)
+def unmatched(none_BD: Tensor, unpaired_BD: Tensor, pairs_BD: Tensor) -> dict[str, Tensor]:
+    """The chosen answers' part of every batch plus the rejected answers' part of the next batch.
+
+    Empty where the gradient is not the sum of these two parts, which shows in `unpaired` differing from `pairs`.
+
+    Args:
+        none_BD: Gradients of the chosen answers only, B batches of D parameters.
+        unpaired_BD: Gradients with the rejected answers of other pairs in the batch.
+        pairs_BD: Gradients of the pairs.
+    """
+    if (unpaired_BD - pairs_BD).norm() > 1e-2 * pairs_BD.norm():
+        return {}
+    return {"unmatched": none_BD + (pairs_BD - none_BD).roll(-1, dims=0)}
+
+
+def noise(gradients_BD: Tensor, behaviour_D: Tensor) -> dict[str, float]:
+    """Signal and noise of batch gradients, also along one direction; see the module for the formulas.
+
+    Args:
+        gradients_BD: Gradients of B batches, D parameters each.
+        behaviour_D: The direction.
+    """
+    mean_D = gradients_BD.mean(dim=0)
+    variance = float((gradients_BD - mean_D).square().sum() / (len(gradients_BD) - 1))
+    signal = float(mean_D.square().sum()) - variance / len(gradients_BD)
+    along_B = gradients_BD @ (behaviour_D / behaviour_D.norm())
+    signal_along = float(along_B.mean()) ** 2 - float(along_B.var()) / len(along_B)
     return {
         "signal": signal,
         "noise": variance,
-        "ratio": _over(variance, signal),
-        "ratio_along": _over(float(along.var()), progress),
-        "cosine": float(cosines.mean()),
-        "cosine_of_mean": float(torch.nn.functional.cosine_similarity(mean, behaviour, dim=0)),
+        "ratio": variance / signal if signal > 0 else math.inf,
+        "ratio_along": float(along_B.var()) / signal_along if signal_along > 0 else math.inf,
+        "cosine": float(cosine_similarity(gradients_BD, behaviour_D[None], dim=1).mean()),
+        "cosine_of_mean": float(cosine_similarity(mean_D, behaviour_D, dim=0)),
     }
 
 
-def errors(gradients: Tensor, behaviour: Tensor) -> dict[str, float]:
-    """Jackknife standard errors of `noise`: `sqrt((b - 1) / b sum (x_i - x̄)²)`, x_i without the i-th of b batches.
+def errors(gradients_BD: Tensor, behaviour_D: Tensor) -> dict[str, float]:
+    """Jackknife standard errors of `noise`: `sqrt((b - 1) / b sum (x_i - x̄)²)`, with x_i computed without the i-th of
+    b batches.
 
-    Not a number with two batches, of which one has no variance, and where some have no signal.
+    NaN with fewer than three batches, since a single batch has no variance, and where some x_i have no signal.
     """
-    batches = len(gradients)
+    batches = len(gradients_BD)
     if batches < 3:
-        return dict.fromkeys(noise(gradients, behaviour), math.nan)
-    left = [noise(torch.cat([gradients[:i], gradients[i + 1 :]]), behaviour) for i in range(batches)]
-    found = {name: torch.tensor([one[name] for one in left], dtype=torch.float64) for name in left[0]}
-    return {name: float(((batches - 1) * x.var(correction=0)) ** 0.5) for name, x in found.items()}
+        return dict.fromkeys(noise(gradients_BD, behaviour_D), math.nan)
+    without = [noise(torch.cat([gradients_BD[:i], gradients_BD[i + 1 :]]), behaviour_D) for i in range(batches)]
+    values = {name: torch.tensor([row[name] for row in without], dtype=torch.float64) for name in without[0]}
+    return {name: float(((batches - 1) * x.var(correction=0)) ** 0.5) for name, x in values.items()}
 
 
-def _over(noise: float, signal: float) -> float:
-    return noise / signal if signal > 0 else float("inf")
+def summarise(study: Study, rows: list[dict[str, Any]]) -> str:
+    """The table in Markdown."""
 
+    def shown(row: dict[str, Any], name: str) -> str:
+        value, error = row[name], row["errors"][name]
+        if not math.isfinite(value):
+            return "no signal"
+        return f"{value:.2f} ± {error:.2f}" if math.isfinite(error) else f"{value:.2f} ± ?"
 
-def summarise(study: Study, found: list[dict[str, Any]]) -> str:
-    """The table, in Markdown."""
     lines = [
         f"# Noise of the gradient: {Path(study.task).name}, {study.arm}",
         "",
@@ -207,18 +228,10 @@ def summarise(study: Study, found: list[dict[str, Any]]) -> str:
         "| cosine of the mean with the behaviour |",
         "|---|---|---|---|---|",
     ]
-    for row in found:
-        numbers = (
-            _shown(row[name], row["errors"][name]) for name in ("ratio", "ratio_along", "cosine", "cosine_of_mean")
-        )
+    for row in rows:
+        numbers = (shown(row, name) for name in ("ratio", "ratio_along", "cosine", "cosine_of_mean"))
         lines.append(f"| {row['contrast']} | {' | '.join(numbers)} |")
     return "\n".join(lines) + "\n"
-
-
-def _shown(value: float, error: float) -> str:
-    if not math.isfinite(value):
-        return "no signal"
-    return f"{value:.2f} ± {error:.2f}" if math.isfinite(error) else f"{value:.2f} ± ?"
 
 
 if __name__ == "__main__":

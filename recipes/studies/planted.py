@@ -1,12 +1,12 @@
-"""Does the instrument tell the truth? Whole studies of problems whose answer is known.
+"""Does the instrument tell the truth? It runs whole studies of problems whose answer is known.
 
     python -m steertune.recipes.studies.planted --folder runs/planted
 
-A teacher is the base model plus one known change: a vector, a rank-one gate or a rank-one LoRA at a known layer, or
-nothing. Chosen is the answer that the change makes likelier. Every study is a grid of its own, with tasks, seeds and
-matched KL as in a real one (but nothing to tune), whose arms cross the form of the adapter with its layer. Asked is
-how often a study names and claims the teacher's form and layer, how often it claims a difference where there is none,
-and how often its 95 % intervals hold the true difference.
+A teacher is the base model plus one known change: a vector, a rank-one gate or a rank-one LoRA at a known layer, or no
+change at all. Of two answers, the chosen one is the answer that the change makes more likely. Every study is a grid
+with tasks, seeds and matched KL like a real one (but with nothing to tune), and its arms cross the form of the adapter
+with its layer. The page reports how often a study names and claims the teacher's form and layer, how often it claims a
+difference where there is none, and how often its 95 % intervals contain the true difference.
 """
 
 from __future__ import annotations
@@ -43,20 +43,23 @@ TASKS, SEEDS, EXAMPLES, TEST = 2, 4, 128, 60
 @command
 def main(
     problems: Annotated[list[str], Choice(PROBLEMS, "teachers to study", metavar="NAME ...")] = CHOSEN,
-    studies: Annotated[int, Count("of every problem but base")] = 8,
-    nulls: Annotated[int, Count("studies of base, where every claim is a false one")] = 20,
+    studies: Annotated[int, Count("of every problem except base")] = 8,
+    nulls: Annotated[int, Count("studies of base, where every claim is false")] = 20,
     threads: Annotated[int, Count("CPU threads; the models are tiny")] = 1,
-    folder: Annotated[Path, Option(help="where studies are kept")] = Path("runs/planted"),
+    folder: Annotated[Path, Option(help="where the studies are run")] = Path("runs/planted"),
 ) -> Result:
     """Run the studies that are missing, and write the table."""
     begin(threads, only_one=True)
-    gc.freeze()  # each test of many corrections collects garbage, which takes longer than the test
+    gc.freeze()  # the many small tests would otherwise spend most of their time collecting garbage
+
+    # the model is written once; a checksum file says that it is complete
     base = folder / "model"
     if not (base / CHECKSUMS).exists():
         save_base(base)
     check_checksums(base)
+
     numbers = [(problem, i) for problem in problems for i in range(nulls if problem == "base" else studies)]
-    done: dict[str, list[Study]] = {problem: [] for problem in problems}
+    finished: dict[str, list[Study]] = {problem: [] for problem in problems}
     with progress("Studies", len(numbers)) as bar:
         for problem, i in numbers:
             with bar.step(f"{problem} {i}"):
@@ -68,8 +71,19 @@ def main(
 
 
 def study(problem: str, number: int, base: Path, folder: Path) -> Study:
-    """Run a study, or what is left of it, and read what it says."""
+    """Run a study, or the cells it still lacks, and read its results.
+
+    Args:
+        problem: One of `PROBLEMS`.
+        number: Number of the study; it seeds the teachers and the data.
+        base: Folder of the base model.
+        folder: Folder of all studies.
+
+    Raises:
+        ArmError: a cell failed.
+    """
     home = folder / problem / f"s{number:03d}"
+    # another seed gives another teacher of the same kind
     tasks = [home / "data" / f"t{i}" for i in range(TASKS)]
     model: Any = None
     for i, task in enumerate(tasks):
@@ -88,7 +102,7 @@ def study(problem: str, number: int, base: Path, folder: Path) -> Study:
 
 
 def tables(problem: str, base: Path, tasks: list[str]) -> dict[str, Any]:
-    """The grid: form x layer, one tuning budget for all."""
+    """The grid of a study: form x layer, with the same tuning budget for all."""
     lora = {"type": "lora", "r": 1, "lora_alpha": 15, "target_modules": ["down_proj"]}
     at = {"right": LAYER, "wrong": WRONG_LAYER}
     true = problem if problem in FORMS else "bias"
@@ -103,7 +117,7 @@ def tables(problem: str, base: Path, tasks: list[str]) -> dict[str, Any]:
         "seeds": list(range(SEEDS)),
         "generations": 0,
         "trainer": {"per_device_train_batch_size": 16},
-        "loss": {"beta": 1.0},  # margins here are a few nats
+        "loss": {"beta": 1.0},  # margins are a few nats here
         "splits": {"validation": 40, "test": TEST, "scorer": 0, "near_duplicates": 1.0},
         "budget": {"trials": 1, "steps": [20]},
         "matched": {"kl": 0.3},

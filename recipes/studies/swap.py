@@ -1,13 +1,13 @@
-"""TRL's examples with one import changed: does it learn, and how long does the whole run take?
+"""TRL's examples with one import changed: do they learn, and how long does the whole run take?
 
     python -m steertune.recipes.studies.swap --folder docs/results/swap
 
-Each case is a script as its documentation has it: a model, 32 rows, the class's default arguments, three epochs. It
-runs with our trainer in place of TRL's, and with TRL's own and a LoRA on all linear layers, each in a process of its
-own whose CPU seconds count from import to the saved adapter. Then held-out rows are read: the accuracy is the share
-of pairs whose chosen answer is likelier than the rejected one. `--launch` names further set-ups of two processes
-(`cpu_ddp`, `cpu_zero3`) under which ours runs too, for what it learns. Writes `table.md` and `runs.json`; runs that
-are in `runs.json` are not repeated.
+Each case is a script as TRL documents it: a model, 32 rows, the class's default arguments, three epochs. It runs once
+with our trainer in place of TRL's, and once with TRL's own trainer and a LoRA on all linear layers. Each run has its
+own process, whose CPU seconds count from the import to the saved adapter. Accuracy is then the share of held-out pairs
+whose chosen answer is more likely than the rejected one. `--launch` names set-ups of two processes (`cpu_ddp`,
+`cpu_zero3`) under which our trainer also runs, to compare what it learns. Writes `table.md` and `runs.json`, and skips
+runs that `runs.json` already holds.
 """
 
 from __future__ import annotations
@@ -38,18 +38,18 @@ OURS = "one import changed"
 
 @dataclass(frozen=True)
 class Run:
-    """One whole run and what came of it.
+    """One whole run and its results.
 
     Attributes:
-        case: Of `CASES`.
+        case: One of `CASES`.
         way: `OURS` or `STOCK`.
-        launch: Set-up of processes; "": one.
-        precision: What the forward passes ran in.
-        seconds: CPU seconds of the process, from import to the saved adapter; of several processes those of the first.
+        launch: Name of the set-up of processes; "" for a single process.
+        precision: Precision of the forward passes, bf16 or fp32.
+        seconds: CPU seconds of the first process, from the import to the saved adapter.
         accuracy: On held-out pairs, after training.
-        loss: Of the chosen held-out answers, in nats a token, after training.
-        base_accuracy: Before training.
-        base_loss: Before training.
+        loss: Of the chosen held-out answers, in nats per token, after training.
+        base_accuracy: The same before training.
+        base_loss: The same before training.
     """
 
     case: str
@@ -64,17 +64,19 @@ class Run:
 
     @property
     def key(self) -> tuple[str, str, str, str]:
-        """What it is a run of."""
+        """Identifies the run: case, way, launch, precision."""
         return self.case, self.way, self.launch, self.precision
 
 
 @command
 def main(
     cases: Annotated[list[str], Choice(CASES, "examples to run", metavar="NAME ...")] = ALL,
-    launch: Annotated[list[str], Option(help="set-ups in recipes/configs/accelerate/", metavar="NAME ...")] = NONE,
-    fp32: Annotated[bool, Option("--fp32", help="instead of bf16, TRL's default")] = False,
+    launch: Annotated[
+        list[str], Option(help="set-ups in recipes/configs/accelerate/ to run as well", metavar="NAME ...")
+    ] = NONE,
+    fp32: Annotated[bool, Option("--fp32", help="run in fp32 instead of bf16, TRL's default")] = False,
     threads: Annotated[int, Count("CPU threads of every run")] = 1,
-    folder: Annotated[Path, Option(help="where runs are kept")] = Path("runs/swap"),
+    folder: Annotated[Path, Option(help="where the results are written")] = Path("runs/swap"),
     run: Annotated[tuple[str, str, str, str] | None, Option(hidden=True, help="run one example here")] = None,
 ) -> Result | None:
     """Run the examples that are missing, and write the table."""
@@ -82,6 +84,8 @@ def main(
         case, way, precision, home = run
         run_example(case, way, precision, Path(home))
         return None
+
+    # skip what an earlier call has finished
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / "runs.json"
     runs = [Run(**run) for run in json.loads(file.read_text())] if file.exists() else []
@@ -102,7 +106,10 @@ def main(
 
 
 def run_example(case: str, way: str, precision: str, folder: Path) -> None:
-    """The example itself; TRL's defaults but for what a machine without a GPU has to be told."""
+    """The example itself, with TRL's defaults except for what a machine without a GPU needs.
+
+    Its imports belong to the run and are timed, so they stand inside the function.
+    """
     import torch
     from datasets import load_dataset
     from peft import LoraConfig
@@ -118,7 +125,7 @@ def run_example(case: str, way: str, precision: str, folder: Path) -> None:
     else:
         from trl import DPOTrainer, SFTTrainer
 
-        Trainer = SFTTrainer  # transformers' own tokenises nothing
+        Trainer = SFTTrainer  # transformers' own Trainer does not tokenise
         adapter = {"peft_config": LoraConfig(r=8, target_modules="all-linear")}
     from steertune.recipes.lab import embedded
 
@@ -145,7 +152,7 @@ def run_example(case: str, way: str, precision: str, folder: Path) -> None:
 
 
 def measure(case: str, way: str, launch: str, precision: str, folder: Path, threads: int = 1) -> Run:
-    """Run an example in a process of its own, and read held-out rows with what it saved."""
+    """Run an example in its own process, and evaluate what it saved on held-out rows."""
     name = "-".join(part for part in (case, "ours" if way == OURS else "stock", launch, precision) if part)
     home = folder.absolute() / "runs" / name
     home.mkdir(parents=True, exist_ok=True)
@@ -159,15 +166,14 @@ def measure(case: str, way: str, launch: str, precision: str, folder: Path, thre
             command, check=True, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": str(threads)}
         )
     seconds = json.loads((home / "seconds.json").read_text())
-    base, trained = read_rows(None), read_rows(home / "adapter")
-    return Run(case, way, launch, precision, seconds, trained[0], trained[1], base[0], base[1])
+    return Run(case, way, launch, precision, seconds, *evaluate(home / "adapter"), *evaluate(None))
 
 
-def read_rows(adapter: Path | None) -> tuple[float, float]:
-    """Accuracy on held-out pairs, and loss a token of their chosen answers.
+def evaluate(adapter: Path | None) -> tuple[float, float]:
+    """Accuracy on held-out pairs, and the loss per token of their chosen answers.
 
     Args:
-        adapter: A folder; None: the base model.
+        adapter: Folder of the adapter; None for the base model.
     """
     from datasets import disable_progress_bars, load_dataset
     from peft import PeftModel
@@ -189,7 +195,7 @@ def read_rows(adapter: Path | None) -> tuple[float, float]:
 
 
 def table(runs: Sequence[Run]) -> str:
-    """Every case: what was learned, and how long it took beside TRL with a LoRA, as Markdown."""
+    """The table in Markdown: what each case learned, and how long it took compared with TRL and a LoRA."""
     from steertune.adapters.card import versions
 
     stock = {(run.case, run.precision): run.seconds for run in runs if run.way == STOCK}
@@ -211,16 +217,15 @@ def table(runs: Sequence[Run]) -> str:
         [
             "# One import changed",
             "",
-            f"SmolLM2-135M-Instruct, {TRAIN} rows of {TASK}, default arguments (3 epochs, 12 steps of 8), one thread. "
-            f"From the import to the saved adapter. {TEST} held-out pairs. TRL's `Trainer` row is its SFTTrainer. "
-            "TRL's default rates are those of full finetuning, so its LoRA hardly moves. Two processes take half the "
-            "steps.",
+            f"SmolLM2-135M-Instruct, {TRAIN} rows of {TASK}, default arguments (3 epochs, 12 steps of 8), one thread, "
+            f"timed from the import to the saved adapter; {TEST} held-out pairs. TRL's row of `Trainer` is its "
+            "SFTTrainer. TRL's default rates are those of full finetuning, so its LoRA hardly moves. Two processes "
+            "take half as many steps.",
             "",
             pd.DataFrame(rows).to_markdown(index=False, disable_numparse=True),
             "",
             "The machine was not idle, so the ratios are rough. "
-            "On a GPU, TRL computes logits of labelled tokens alone, which it does not without Triton: its own runs "
-            "gain there.",
+            "On a GPU, TRL's own runs gain: with Triton, it computes the logits of labelled tokens only.",
             "",
             f"Made by `python -m steertune.recipes.studies.swap` with {versions()}.",
             "",

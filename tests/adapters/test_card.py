@@ -189,7 +189,8 @@ def test_the_recipe_puts_its_measurements_in_the_card(tmp_path):
     })  # fmt: skip
     train.run(arm)
     text = (tmp_path / "run" / "adapter" / "README.md").read_text()
-    for said in ("# mine, task", "It stays.", "Does it stay?", "Ask first.", "| held-out pair accuracy (4 pairs) |",
-                 "4 training examples of `task`", "nats a token", "| strength | pair accuracy |"):  # fmt: skip
+    for said in ("# mine, task", "It stays.", "Does it stay?", "Ask first.", "On 4 held-out examples:",
+                 "| held-out pair accuracy |", "4 training examples of `task`", "nats per token",
+                 "| strength | held-out pair accuracy |"):  # fmt: skip
         assert said in text, said
     assert str(tmp_path) not in text

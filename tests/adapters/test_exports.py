@@ -180,7 +180,7 @@ def test_beside_another_adapter_it_is_refused():
 
 def test_another_base_is_caught_and_nothing_is_left(tmp_path):
     tiny(seed=5).save_pretrained(tmp_path / "other")
-    with pytest.raises(ExportError, match="does not do the same.*Is base="):
+    with pytest.raises(ExportError, match="does not behave the same.*Is base="):
         export(steered(layers=2), "safetensors", tmp_path / "out", str(tmp_path / "other"), INPUTS)
     assert [p.name for p in tmp_path.iterdir()] == ["other"]
 
@@ -195,7 +195,7 @@ def test_a_planted_bug_is_caught(base, tmp_path, monkeypatch):
             {name.replace("2", "1"): v for name, v in vectors.vectors.items()}, folder / "vectors.safetensors"
         ),
     )
-    with pytest.raises(ExportError, match="does not do the same"):
+    with pytest.raises(ExportError, match="does not behave the same"):
         export(steered(layers=2), "safetensors", tmp_path / "out", base, INPUTS)
 
 
@@ -248,8 +248,8 @@ def test_the_vllm_plug_in_reads_what_was_written(tmp_path):
     ("architecture", "tensors", "message"),
     [
         ("llama", {"direction.1": torch.ones(32)}, "holds a 'llama' model"),
-        ("controlvector", {"direction.0": torch.ones(32)}, "no direction.N"),
-        ("controlvector", {"other": torch.ones(32)}, "no direction.N"),
+        ("controlvector", {"direction.0": torch.ones(32)}, "named direction.N"),
+        ("controlvector", {"other": torch.ones(32)}, "named direction.N"),
         ("controlvector", {"direction.1": torch.full((32,), torch.inf)}, "expected are finite"),
         ("controlvector", {"direction.1": torch.ones(32, 2)}, "expected are finite"),
         ("controlvector", {"direction.1": torch.ones(32), "direction.2": torch.ones(16)}, "of one width"),
@@ -263,14 +263,14 @@ def test_bad_control_vectors(architecture, tensors, message, tmp_path):
 def test_files_that_are_none(tmp_path):
     (tmp_path / "noise.gguf").write_bytes(b"GGUF" + bytes(40))
     for file in (tmp_path / "noise.gguf", tmp_path / "nowhere.gguf"):
-        with pytest.raises(ExportError, match="no readable GGUF file"):
+        with pytest.raises(ExportError, match="not a readable GGUF file"):
             read_gguf(file)
 
 
 @pytest.mark.parametrize(
     ("vectors", "message"),
     [
-        ({}, "are needed"),
+        ({}, "needs finite vectors"),
         ({1: torch.ones(16)}, r"\(16,\)"),
         ({1: torch.full((32,), torch.nan)}, "finite"),
         ({9: torch.ones(32)}, "layer 9 does not exist"),
@@ -347,7 +347,7 @@ def test_the_recipe_exports_a_folder_and_reads_a_control_vector(base, tmp_path, 
         (["nowhere", "--to", "peft", "--output", "out"], "is no adapter folder"),
         (["x.gguf", "--from", "gguf", "--output", "out"], "--from needs --model"),
         (["x.gguf", "--from", "gguf", "--model", "m", "--output", "."], "there already"),
-        (["x.gguf", "--from", "gguf", "--model", "m", "--output", "out"], "no readable GGUF file"),
+        (["x.gguf", "--from", "gguf", "--model", "m", "--output", "out"], "not a readable GGUF file"),
     ],
 )
 def test_the_recipe_refuses(words, message, tmp_path, monkeypatch, capsys):

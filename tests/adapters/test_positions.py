@@ -334,7 +334,7 @@ def test_prompt_length_needs_recurrent_states_that_were_counted():
         cache = tiny("mamba", state_size=4)(input_ids=tokens(), use_cache=True).cache_params
         with (
             prompt_length(model, 12),
-            pytest.raises(ValueError, match="recurrent states of tokens that this model was"),
+            pytest.raises(ValueError, match="recurrent states, and this model did not read their tokens"),
         ):
             model(input_ids=tokens(), cache_params=cache)
         steered_all = model_of("mamba", "all")(input_ids=tokens(), cache_params=copy.deepcopy(cache)).logits

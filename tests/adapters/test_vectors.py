@@ -18,7 +18,7 @@ from steertune.adapters import SteeringVectorConfig, set_strength, steering_laye
 from steertune.adapters.analysis import arithmetic
 from steertune.adapters.analysis.arithmetic import VectorError, combine, orthogonalise, project_out, read, similarity
 from steertune.recipes import vectors
-from steertune.recipes.lab import together
+from steertune.recipes.ablation import two_vectors
 from steertune.recipes.lab.rows import Record
 
 
@@ -298,13 +298,13 @@ def test_together_is_measured_on_the_data_of_both(task, capsys):
         some = [records[name, arm].seen(1) for arm in ("vone", "vtwo", "both")]
         assert len({tuple(seen["margin"]) for seen in (some[0].base, *some)}) == 4, "four different models"
     assert {record.value("kl") for record in records.values()} == {0}
-    text = together.summarise(found)
+    text = two_vectors.summarise(found)
     assert "On one, vone alone" in text and "| | base | vone | vtwo | both |" in text
     # by hand: both is the model with both vectors
     model: Any = PeftModel.from_pretrained(tiny(max_position_embeddings=512), str(task / "vone"))
     model.load_adapter(str(task / "vtwo"), "second")
     model.base_model.set_adapter(["default", "second"])
-    rows = together._pairs(str(task / "two"), 12)
+    rows = two_vectors._pairs(str(task / "two"), 12)
     expected = margins(model.eval(), tiny_data.tokenizer(), rows)
     assert records["two", "both"].seen(1)["margin"] == pytest.approx(expected, abs=1e-3)
 
@@ -348,7 +348,7 @@ def test_verdicts_by_hand():
     noise = np.linspace(-0.1, 0.1, 40)
 
     def on(own: Any, other: Any, both: Any) -> dict[str, Any]:
-        return together._on(*(gains(values + np.zeros(40)) for values in (own, other, both)))
+        return two_vectors._on(*(gains(values + np.zeros(40)) for values in (own, other, both)))
 
     keeps = on(2 + noise, 0, 1.9 + noise)
     assert keeps["verdict"] == "keeps" and keeps["kept"] == pytest.approx(0.95) and keeps["works"]
@@ -369,9 +369,9 @@ def test_together_refuses_another_base(task, tmp_path, capsys):
     other = saved(tmp_path / "other", base=tiny(seed=5, max_position_embeddings=512))
     words = ["--data", task / "one", task / "two", "--rows", "12", "--model", task / "model", "--threads", "1"]
     assert run("together", task / "vone", other, *words) == 2
-    assert "cannot stand beside" in capsys.readouterr().err
+    assert "cannot be loaded beside" in capsys.readouterr().err
     assert run("together", task / "vone", task / "vtwo", *words[:4], "99", *words[5:]) == 2
-    assert "has 12 test pairs" in capsys.readouterr().err
+    assert "must be 2 to 12, the test pairs of" in capsys.readouterr().err
 
 
 def test_functions_take_what_peft_made(tmp_path):

@@ -177,10 +177,10 @@ ROWS: dict[str, Row] = {
     "modules_to_save is text": config(
         "modules_to_save='lm_head' must be a list of module names", modules_to_save="lm_head"
     ),
-    "modules_to_save of numbers": config("modules_to_save=.*no list of names", modules_to_save=[5]),
+    "modules_to_save of numbers": config("modules_to_save=.*must be a list of module names", modules_to_save=[5]),
     "target_modules is a list": config("target_modules=.*is list", target_modules=["model.layers.2"]),
     "target_modules that never ends": config(
-        "is a regular expression: a saved adapter names its modules", target_modules="(([a-z.0-9])+)+#"
+        "is a regular expression, and a saved adapter must name its modules", target_modules="(([a-z.0-9])+)+#"
     ),
     "target_modules of everything": config("is a regular expression", target_modules=".*"),
     "target_modules of another layer": config("does not belong to an adapter on", target_modules=r"model\.layers\.1"),
@@ -283,16 +283,16 @@ ROWS: dict[str, Row] = {
     "gguf without directions": gguf_file("directions of one width are expected", control(0, 1, ARCHITECTURE)),
     "gguf that is a folder": ((lambda lab: gguf.read(lab.root)), "is not a readable GGUF file: there is no such file"),
     "vectors of whole numbers": ((lambda lab: adapter_of(tiny(), {1: FULL.long()})), r"torch.int64 \(32,\)"),
-    "vectors that are lists": ((lambda lab: adapter_of(tiny(), {1: [1.0] * 32})), "these are .*list"),
+    "vectors that are lists": ((lambda lab: adapter_of(tiny(), {1: [1.0] * 32})), "got .*list"),
     "vectors of a negative layer": ((lambda lab: adapter_of(tiny(), {-1: FULL})), "-1 is out of range"),
     "repeng of another object": ((lambda lab: repeng.read(5)), "int is not a repeng.ControlVector"),
-    "steering_vectors of another object": ((lambda lab: steering_vectors.read({})), "dict is no .*SteeringVector"),
+    "steering_vectors of another object": ((lambda lab: steering_vectors.read({})), "dict is not a .*SteeringVector"),
     # exports
     "export to an unknown target": export("target='pfet' is not one of.*Did you mean 'peft'", "pfet"),
     "export to a target that is a path": export("target='../peft' is not one of", "../peft"),
     "export to a private file": export("target='_vectors' is not one of", "_vectors"),
     "export to no name": export("target=None is not one of", None),
-    "export into a full folder": export("is not empty: and an export never overwrites", "safetensors", "full"),
+    "export into a full folder": export("is not empty, and an export never overwrites", "safetensors", "full"),
     "export onto a file": export("is not empty", "safetensors", "file"),
     "export at strength 0": export("at strength 0 is zero or not finite", "safetensors", strength=0.0),
     "export at strength NaN": export("at strength nan is zero or not finite", "safetensors", strength=math.nan),

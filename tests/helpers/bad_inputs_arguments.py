@@ -96,17 +96,17 @@ ROWS: dict[str, Row] = {
     "loss with beta NaN": loss("beta=nan must be a finite number", "dpo", beta=math.nan),
     "loss with beta True": loss("beta=True must be a finite number", "dpo", beta=True),
     "loss with beta 0": loss("beta=0 must be above 0", "ipo", beta=0),
-    "loss with an unknown contrast": loss("contrast='pared' is none of 'paired'", "dpo", contrast="pared"),
-    "loss with a contrast that is None": loss("contrast=None is none of", "dpo", contrast=None),
+    "loss with an unknown contrast": loss("contrast='pared' must be one of 'paired'", "dpo", contrast="pared"),
+    "loss with a contrast that is None": loss("contrast=None must be one of", "dpo", contrast=None),
     "loss without pairs, contrasted": loss("needs a loss on pairs", "cross_entropy", contrast="unpaired"),
-    "loss without a reference, without contrast": loss("contrast='none' holds", "simpo", contrast="none"),
+    "loss without a reference, without contrast": loss("contrast='none' keeps", "simpo", contrast="none"),
     "loss with a negative KL": loss("neutral_kl=-1 must be above 0", "dpo", neutral_kl=-1),
     "loss with a KL of text": loss("neutral_kl='a' must be a finite number", "dpo", neutral_kl="a"),
     "loss with a cap of NaN": loss("change_cap=nan must be a finite", "dpo", change_cap=math.nan),
     "loss capped at a layer of text": loss("'x'", "dpo", change_cap=1.0, cap_layers="x"),
     "loss that hands over to nothing": loss(LOSSES, "dpo", then="nothing"),
     "loss that hands over at the end": loss(
-        "then_after=1.0: the first loss's share", "dpo", then="ipo", then_after=1.0
+        "then_after=1.0 must be .*: the first loss's share", "dpo", then="ipo", then_after=1.0
     ),
     "loss that hands over at text": loss("then_after='x'", "dpo", then="ipo", then_after="x"),
     "loss with the weight of no cap": loss("cap_weight=2.0 has no effect without change_cap", "dpo", cap_weight=2.0),
@@ -117,7 +117,7 @@ ROWS: dict[str, Row] = {
     "loss object with options": loss("go with a loss name, not with an object", get_loss("dpo"), beta=1.0),
     "loss with strengths of 0": loss(r"factors\[0\]=0 must be above 0", "reps", factors=[0]),
     "loss with strengths that are a number": loss("factors=5", "reps", factors=5),
-    "loss with an unknown suppression": loss("suppress='all' is none of", "reps", suppress="all"),
+    "loss with an unknown suppression": loss("suppress='all' must be one of", "reps", suppress="all"),
     # get_bias
     "bias of a path": bias("Unknown bias '../os'", "../os"),
     "bias of a number": bias("Unknown bias 5", 5),
@@ -143,7 +143,7 @@ ROWS: dict[str, Row] = {
     "view of a teacher that is text": view("model='gpt2': a teacher is a model", "teacher", model="gpt2"),
     # SteeringVectorConfig and set_strength
     "more rows than the model is wide": row(
-        "rank=33: the residual stream is 32 wide",
+        "rank=33 must be at most 32, the width",
         lambda: get_peft_model(tiny(), SteeringVectorConfig(form="low_rank", rank=33)),
     ),
     "layers of a set of text": vector("layers=", layers={"a"}),
@@ -156,7 +156,7 @@ ROWS: dict[str, Row] = {
     "direction of a private file": row("direction='_pca' is not one of", directions.get, "_pca"),
     "direction of nothing": row("No batches: at least one example", directions.compute, "lat", tiny(), []),
     "states without answers": row("An answer has no tokens", collect, tiny(), [WHOLE]),
-    "states without labels": row("completion_mask or labels", collect, tiny(), [BATCH]),
+    "states without labels": row("completion_mask nor labels", collect, tiny(), [BATCH]),
     "states of an unknown pool": row("pool='mean' is not one of", collect, tiny(), [WHOLE], pool="mean"),
     "states of a layer that is not there": row("layer 9 does not exist", collect, tiny(), [WHOLE], layers=9),
     "reading along nothing": row("zero or not finite", read, torch.zeros(8), PAIRS, PAIRS),

@@ -187,7 +187,7 @@ ROWS: dict[str, Row] = {
     ),
     "probes of no data": said("no such file or folder", "probes", "./no.jsonl"),
     "probes of demonstrations": on(
-        "directions are read from pairs",
+        "directions are fitted on pairs",
         "x.jsonl",
         '{"prompt": "a ", "completion": "b"}\n' * 9,
         "probes",
@@ -235,6 +235,6 @@ ROWS: dict[str, Row] = {
         "there is no such file", "export", "prompts", "--from", "gguf", "--model", "m", "--output", "o", before=pipe
     ),
     "export from noise": on(
-        "no readable GGUF", "x.gguf", b"GGUF", "export", "x.gguf", "--from", "gguf", "--model", "m", "--output", "o"
+        "not a readable GGUF", "x.gguf", b"GGUF", "export", "x.gguf", "--from", "gguf", "--model", "m", "--output", "o"
     ),
 }

@@ -92,8 +92,8 @@ def arguments(kind: str, folder: Any, **changes) -> Any:
 def trainer(kind: str, folder: Any, model: Any = None, data: Dataset | None = None, **options) -> Any:
     """One of our trainers (`plain`, `sft`, `dpo`) on a tiny llama; training arguments and its own may be mixed."""
     own = {
-        "peft_config", "loss", "vector_learning_rate", "frozen_prefix", "views", "inductive_biases", "ref_model",
-        "eval_dataset", "processing_class", "data_collator", "compute_metrics", "optimizers",
+        "peft_config", "loss", "vector_learning_rate", "frozen_prefix", "views", "inductive_biases", "biases",
+        "ref_model", "eval_dataset", "processing_class", "data_collator", "compute_metrics", "optimizers",
     }  # fmt: skip
     given = {name: options.pop(name) for name in list(options) if name in own}
     given.setdefault("processing_class", tokenizer())

@@ -257,7 +257,7 @@ def test_a_grid_s_budget_is_the_number_of_steps_of_an_arm_that_says_none(tmp_pat
     tables = make_tables(tmp_path)
     kept = make_grid(tables).cells()[0].key
     base = tmp_path / "base.toml"
-    base.write_text('extends = "lora_templates_dpo"\n[trainer]\nmax_steps = {}\n')
+    base.write_text('extends = "lora_templates_dpo"\ntrainer.max_steps = {}\n')
     with pytest.raises(ArmError, match="Set trainer.max_steps"):
         load_arm(str(base))
     made = make_grid({**tables, "arms": [str(base)]})

@@ -8,15 +8,23 @@ import pytest
 import torch
 from torch.profiler import record_function
 
-from steertune.recipes import benchmark
+from steertune.recipes import benchmark as former
+from steertune.recipes import cli
 from steertune.recipes.ablation.grid import load_grid
-from steertune.recipes.benchmark import _asked
 from steertune.recipes.lab import embedded
 from steertune.recipes.lab.files import ArmError, write_result
-from steertune.recipes.studies import benchmark_grid
+from steertune.recipes.studies import benchmark, benchmark_grid
+from steertune.recipes.studies.benchmark import _asked
 from steertune.recipes.studies.timing.shares import OTHER, kind_of, shares
 from steertune.recipes.studies.timing.ways import AGAINST, STEP, WAYS, data
 from steertune.trainers import tokenise
+
+
+def test_the_former_name_runs_the_study_and_is_no_second_command():
+    assert former.main is benchmark.main
+    file, module = cli.find("benchmark")
+    assert file.parent.name == "studies" and module == benchmark.__name__
+    assert cli.commands()["benchmark"] == (benchmark.__doc__ or "").splitlines()[0]
 
 
 def test_ways_that_are_asked_for_come_with_what_they_are_compared_with():

@@ -198,6 +198,10 @@ def test_several_values_and_the_words_as_typed(capsys):
 
 
 def test_an_option_of_the_command_goes_before_a_table_of_the_same_name():
+    assert split_overrides(["--adapter.r", "1", "--json", "--data.seed=2"], {"--json"}) == (
+        ["--json"],
+        ["--adapter.r", "1", "--data.seed=2"],
+    )
     assert split_overrides(["--train", "3", "--model=x", "--model.name", "y"], {"--train", "--model"}) == (
         ["--train", "3", "--model=x"],
         ["--model.name", "y"],

@@ -11,8 +11,9 @@ import tiny_data
 from tiny_models import tiny
 
 from steertune.recipes import contrast_prompts as recipe
+from steertune.recipes.ablation import contrast_page
 from steertune.recipes.ablation.tables import TaskTable
-from steertune.recipes.lab import contrast_page, pages
+from steertune.recipes.lab import pages
 from steertune.recipes.lab.files import ArmError
 from steertune.recipes.lab.rows import Record
 

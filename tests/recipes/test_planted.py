@@ -12,6 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from steertune.recipes.ablation.grid import make_grid
+from steertune.recipes.ablation.statistics.rows import examples_of
 from steertune.recipes.studies import planted
 from steertune.recipes.studies.planting import FORMS
 from steertune.recipes.studies.planting.page import _rate
@@ -84,8 +85,8 @@ def made_up(problem: str, base: Path, **means: float) -> Study:
                 margins = np.where(ranks < planted.TEST * mean, 1.0, -1.0)
                 cells.append({
                     "task": task, "seed": seed, "examples": planted.EXAMPLES, "arm": arm.name, **arm.levels,
-                    "base_accuracy": 0.5, "matched_accuracy": float((margins > 0).mean()),
-                    "matched_margins": margins.tolist(),
+                    "accuracy@0": 0.5, "accuracy@matched": float((margins > 0).mean()),
+                    examples_of("accuracy@matched"): (margins > 0).astype(float),
                 })  # fmt: skip
     return read_study(problem, grid, pd.DataFrame(cells))
 

@@ -1,4 +1,4 @@
-"""The arithmetic of `recipes/studies/scale.md` against measured small models."""
+"""The arithmetic of `docs/results/scale/table.md` against measured small models."""
 
 from __future__ import annotations
 
@@ -15,8 +15,6 @@ from transformers import LlamaConfig
 from steertune.adapters import SteeringVectorConfig
 from steertune.recipes.studies.scale import LLAMA_70B, Scale, table
 from steertune.trainers import FrozenPrefix
-
-RECIPES = ROOT / "recipes"
 
 
 @pytest.mark.parametrize("changes", [{}, {"tie_word_embeddings": True, "num_key_value_heads": 1}])
@@ -50,6 +48,5 @@ def test_a_step_does_the_counted_work() -> None:
 
 
 def test_the_page_holds_the_numbers_of_the_script() -> None:
-    assert table(Scale.of(LlamaConfig(**LLAMA_70B)), 8) in (RECIPES / "studies" / "scale.md").read_text(
-        encoding="utf-8"
-    )
+    page = ROOT / "docs" / "results" / "scale" / "table.md"
+    assert table(Scale.of(LlamaConfig(**LLAMA_70B)), 8) in page.read_text(encoding="utf-8")

@@ -65,7 +65,7 @@ def test_a_teacher_has_no_strength(tmp_path):
 
 
 def test_teachers_that_cannot_teach(tmp_path):
-    with pytest.raises(TypeError, match="a teacher is a model"):
+    with pytest.raises(TypeError, match="must be a model"):
         get_view("teacher", model="runs/good")
     with pytest.raises(ValueError, match="where='below'"):
         taught(where="below")

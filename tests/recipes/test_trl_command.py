@@ -74,7 +74,7 @@ def test_lora_by_trls_own_flags(home, tmp_path):
 
 
 def test_every_switch_can_be_said():
-    """A new field of the configuration must get a flag, or be named here."""
+    """A new field of the configuration needs a flag, or an entry here."""
     inner = {"residual_norms", "stream_sizes", "base_fingerprint", "checksum", "target_modules", "modules_to_save"}
     own = set(SteeringVectorConfig.__annotations__) - inner
     flags = {name.removeprefix("steering_") for name in SteeringArguments.__dataclass_fields__ if "steering_" in name}
@@ -90,7 +90,7 @@ def test_every_switch_can_be_said():
         (["--steering_form", "biass"], "Did you mean 'bias'"),
         (["--loss", "bippo"], "Did you mean 'bipo'"),
         (["--loss_options", "{beta = 1}"], "Unknown key 'beta'"),
-        (["--loss", "bipo", "--loss_options", "beta"], "is no table"),
+        (["--loss", "bipo", "--loss_options", "beta"], "must be a table"),
         (["--dataset_train_split", "trane"], "no split 'trane'"),
         (["--steering_norm", "fixed"], "needs a finite norm_value"),
     ],

@@ -1,6 +1,6 @@
-"""The parts of `recipes/planted.py`: teachers and their data, what a study says, the page."""
+"""The parts of `studies/planted.py`: teachers and their data, the verdict of a study, the page."""
 
 FORMS = ("bias", "gated", "lora")
 """Forms of a teacher."""
 PROBLEMS = (*FORMS, "base", "shuffled")
-"""What is planted; `base`: a coin decides all labels, `shuffled`: it decides those of training."""
+"""What is planted. `base`: all labels are coin flips; `shuffled`: those of training are."""

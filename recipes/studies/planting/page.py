@@ -59,8 +59,8 @@ def _means(studies: dict[str, list[Study]]) -> Table:
 
 
 def _mean(values: Sequence[float]) -> str:
-    there = [value for value in values if not np.isnan(value)]
-    return f"{np.mean(there):.3f}" if there else "unmatched"
+    matched = [value for value in values if not np.isnan(value)]
+    return f"{np.mean(matched):.3f}" if matched else "unmatched"
 
 
 _CLAIMS = (
@@ -96,6 +96,7 @@ def _coverage(studies: dict[str, list[Study]]) -> Block:
     return Table(pd.DataFrame(rows, columns=pd.Index(header)), "intervals")
 
 
-def _rate(seen: Sequence[bool]) -> str:
-    low, high = proportion_confint(sum(seen), len(seen), method="beta")
-    return f"{np.mean(seen):.0%} [{low:.0%}, {high:.0%}]"
+def _rate(events: Sequence[bool]) -> str:
+    """How often an event occurred, with its 95 % interval."""
+    low, high = proportion_confint(sum(events), len(events), method="beta")
+    return f"{np.mean(events):.0%} [{low:.0%}, {high:.0%}]"

@@ -1,4 +1,4 @@
-"""What a study of a planted problem says, and which of that is not so."""
+"""What a study of a planted problem claims, and which of its claims are false."""
 
 from __future__ import annotations
 
@@ -16,19 +16,20 @@ from steertune.recipes.studies.planting import FORMS
 
 @dataclass(frozen=True)
 class Study:
-    """What one study says, and what it should.
+    """The claims of one study, compared with what was planted.
 
     Attributes:
         means: Mean score of every arm, by form and layer.
         base: The base model's accuracy.
         named: The teacher's form has the highest mean at the right layer.
-        form: The teacher's form is claimed: better than `bias`, or for a bias teacher, worse is claimed of another.
-        layer: The right layer is claimed.
-        shares: The Shapley shares that are clear, of form and layer.
-        side: The verdict.
-        false: Effects, shares and verdict: whether something is claimed there that is not so.
-        false_by_p: The first if a claim took the permutation test only.
-        gaps: Name of an effect -> what the study says of it.
+        form: The study claims that the teacher's form is better than `bias` or, for a bias teacher, that another form
+            is worse.
+        layer: The study claims that the right layer is better.
+        shares: The factors, of form and layer, with a clear Shapley share.
+        side: The verdict: for, against or undecided.
+        false: Whether there is a false claim among the effects, the shares, and the verdict.
+        false_by_p: Whether there is a false effect if the permutation test alone makes a claim.
+        gaps: Name of an effect -> its size with intervals.
     """
 
     means: dict[tuple[str, str], float]
@@ -44,20 +45,30 @@ class Study:
 
 
 def read_study(problem: str, grid: Grid, cells: Frame) -> Study:
-    """What a study says."""
+    """The claims of a study.
+
+    Args:
+        problem: What was planted, one of `PROBLEMS`.
+        grid: The study's grid.
+        cells: Its cells.
+    """
     claim = grid.tables.claim
     assert claim is not None
-    found = analysis.attribution(cells, grid.tables, claim.column)
-    side = analysis.verdict(cells, claim, found).side
+
+    # what the report would say: verdict, shares, and the effect of every form and layer
+    attribution = analysis.attribution(cells, grid.tables, claim.column)
+    side = analysis.verdict(cells, claim, attribution).side
+    shares = tuple(factor for factor, share in attribution.shares.items() if share.clear())
     gaps = {f"{e.factor} {e.level}": e.difference for e in effects(cells, ["form", "layer"], claim.column)}
-    means = cells.groupby(["form", "layer"])[claim.column].mean()
-    at_right = {form: float(means[form, "right"]) for form in FORMS}
     clear = {name: gap.estimate for name, gap in gaps.items() if gap.clear()}
     by_p = corrected([gap.permutation for gap in gaps.values()])
     by_p = {name: gap.estimate for (name, gap), p in zip(gaps.items(), by_p, strict=True) if p < 0.05}
+
+    # the teacher's form: does it have the best mean, and does the study claim it?
+    means = cells.groupby(["form", "layer"])[claim.column].mean()
+    at_right = {form: float(means[form, "right"]) for form in FORMS}
     others = {name: gap for name, gap in clear.items() if name.startswith("form ")}
     form = max(others.values(), default=0.0) < 0 if problem == "bias" else others.get(f"form {problem}", 0.0) > 0
-    shares = tuple(f for f, share in found.shares.items() if share.clear())
     return Study(
         means={(str(f), str(la)): float(v) for (f, la), v in means.items()},
         base=float(cells["accuracy@0"].mean()),
@@ -77,9 +88,12 @@ def read_study(problem: str, grid: Grid, cells: Frame) -> Study:
 
 
 def _false(problem: str, claimed: dict[str, float]) -> bool:
-    """Whether something is claimed that is not so. With nothing to learn that is anything; else that a form other than
-    the teacher's beats `bias`, that the teacher's loses to it, or that the wrong layer is better. Which of two forms
-    that are not the teacher's is better is not known."""
+    """Whether one of the claimed effects is false.
+
+    With nothing to learn, every claim is false. Otherwise a claim is false if it says that a form other than the
+    teacher's beats a `bias` teacher's, that the teacher's form loses to `bias`, or that the wrong layer is better.
+    Which of two forms is better is unknown if neither is the teacher's.
+    """
     if problem not in FORMS:
         return bool(claimed)
     wrong = {f"form {form}" for form in FORMS if form != problem} if problem == "bias" else set()

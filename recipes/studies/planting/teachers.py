@@ -1,4 +1,4 @@
-"""Teachers, which are the base model plus one known change, and pairs whose answers that change tells apart."""
+"""Teachers, which are the base model plus one known change, and pairs whose better answer that change decides."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from steertune.recipes.lab.files import write_whole
 
 LAYER = 2
 _WORDS, _LENGTH = 60, 6
-_CANDIDATES = 4  # random pairs a teacher chooses its clearest from
+_CANDIDATES = 4  # random pairs drawn for every pair that is kept
 
 
 def save_base(folder: Path) -> None:
@@ -39,32 +39,33 @@ def save_base(folder: Path) -> None:
     )  # fmt: skip
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config).eval()
-    for name, parameter in model.named_parameters():  # lively inner activations, so that a change of weights matters
+    # large inner activations, so that a change of weights matters
+    for name, parameter in model.named_parameters():
         parameter.data *= 8.0 if "gate_proj" in name or "up_proj" in name else 0.1 if "down_proj" in name else 1.0
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     prompts, answers = torch.randint(4, 4 + _WORDS, (2, 16, _LENGTH), generator=torch.Generator().manual_seed(1))
     rows = [{"prompt": _words(p) + " ", "completion": _words(a)} for p, a in zip(prompts, answers, strict=True)]
     _write_rows(folder / "neutral.jsonl", rows)
-    write_checksums(folder)  # last: it says that all is there
+    write_checksums(folder)  # written last, so that it marks a complete folder
 
 
 def write_task(folder: Path, base: Any, problem: str, seed: int, train: int, test: int) -> None:
-    """Training and test pairs: with another seed another teacher of the same kind, other prompts and answers."""
+    """Write training and test pairs. Every seed has its own teacher of the same kind, prompts and answers."""
     generator = torch.Generator().manual_seed(seed)
     teacher = make_teacher(base, "bias" if problem == "shuffled" else problem, seed)
     folder.mkdir(parents=True, exist_ok=True)
     for split, rows in (("train", train), ("test", test)):
         coin = problem == "base" or (problem == "shuffled" and split == "train")
-        # the pairs that a change weighs most on are those that the base has wrong: whatever disturbs the base then
-        # looks like learning, which must not stand in for it where nothing can be learned
+        # The pairs on which a change weighs most are those that the base gets wrong, so any disturbance of the base
+        # looks like learning there. Where nothing can be learned, pairs are therefore not selected.
         candidates = 1 if problem == "shuffled" else _CANDIDATES
         _write_rows(folder / f"{split}.jsonl", sample_pairs(base, teacher, rows, generator, coin, candidates))
-    write_checksums(folder)  # last
+    write_checksums(folder)
 
 
 def make_teacher(base: Any, problem: str, seed: int) -> Any:
-    """The base plus a random change of the kind that the problem plants; large enough to be learned."""
+    """The base plus a random change of the problem's kind, large enough to be learned."""
     torch.manual_seed(seed)
     if problem == "base":
         return base
@@ -87,30 +88,43 @@ def make_teacher(base: Any, problem: str, seed: int) -> Any:
 def sample_pairs(
     base: Any, teacher: Any, rows: int, generator: torch.Generator, coin: bool, candidates: int
 ) -> list[dict[str, str]]:
-    """Random prompts, each with two random answers; chosen is the one that the teacher's change makes likelier, of
-    the pairs (one in `candidates`) on which it weighs most; or what a coin says."""
+    """Random prompts, each with two random answers, of which the teacher (or a coin) chooses one.
+
+    Args:
+        base: The base model.
+        teacher: The base with the planted change.
+        rows: Number of pairs.
+        generator: Random numbers.
+        coin: Whether a coin chooses instead of the teacher.
+        candidates: How many pairs are drawn for each that is kept; those on which the change weighs most are kept.
+    """
+    # N candidates; T tokens of a prompt, and of an answer
     count = candidates * rows
-    prompts, first, second = (torch.randint(4, 4 + _WORDS, (count, _LENGTH), generator=generator) for _ in range(3))
-    reward = _logps(teacher, prompts, first) - _logps(teacher, prompts, second)
-    reward -= _logps(base, prompts, first) - _logps(base, prompts, second)
-    kept = reward.abs().argsort(descending=True, stable=True)[:rows]
-    kept = kept[torch.randperm(rows, generator=generator)]
-    better = torch.rand(count, generator=generator) < 0.5 if coin else reward > 0
-    return [
-        {
-            "prompt": _words(prompts[i]) + " ",
-            "chosen": _words(first[i] if better[i] else second[i]),
-            "rejected": _words(second[i] if better[i] else first[i]),
-        }
-        for i in kept.tolist()
-    ]
+    prompts_NT, first_NT, second_NT = (
+        torch.randint(4, 4 + _WORDS, (count, _LENGTH), generator=generator) for _ in range(3)
+    )
+    # by how much the change alone prefers the first answer
+    reward_N = _logps(teacher, prompts_NT, first_NT) - _logps(teacher, prompts_NT, second_NT)
+    reward_N -= _logps(base, prompts_NT, first_NT) - _logps(base, prompts_NT, second_NT)
+    # keep the clearest pairs, in random order
+    clearest = reward_N.abs().argsort(descending=True, stable=True)[:rows]
+    clearest = clearest[torch.randperm(rows, generator=generator)]
+    first_is_better_N = torch.rand(count, generator=generator) < 0.5 if coin else reward_N > 0
+    pairs = []
+    for i in clearest.tolist():
+        chosen, rejected = (first_NT, second_NT) if first_is_better_N[i] else (second_NT, first_NT)
+        pairs.append(
+            {"prompt": _words(prompts_NT[i]) + " ", "chosen": _words(chosen[i]), "rejected": _words(rejected[i])}
+        )
+    return pairs
 
 
 @torch.no_grad()
-def _logps(model: Any, prompts: Tensor, answers: Tensor) -> Tensor:
-    """`log p(answer)`, `(rows,)`."""
-    logps = model(input_ids=torch.cat([prompts, answers], dim=1)).logits[:, _LENGTH - 1 : -1].log_softmax(-1)
-    return logps.gather(2, answers[:, :, None]).sum(dim=(1, 2))
+def _logps(model: Any, prompts_NT: Tensor, answers_NT: Tensor) -> Tensor:
+    """`log p(answer | prompt)`, `(N,)`."""
+    logits = model(input_ids=torch.cat([prompts_NT, answers_NT], dim=1)).logits
+    logps_NTV = logits[:, _LENGTH - 1 : -1].log_softmax(-1)
+    return logps_NTV.gather(2, answers_NT[:, :, None]).sum(dim=(1, 2))
 
 
 def _words(ids: Tensor) -> str:

@@ -1,1 +1,1 @@
-"""The parts of `recipes/benchmark.py`: the ways to train, the bare matrix products, and where a step goes."""
+"""The parts of `studies/benchmark.py`: the ways to train, the bare matrix products, the profile of a step."""

@@ -11,14 +11,26 @@ from steertune.recipes.studies.timing.ways import Way, now, on_completions
 
 
 def floor(model: Any, way: Way, length: int, prompt: int, rows: int, layer: int) -> float:
-    """Seconds of the bare matrix products: forward and backward of the layers above the vector, and of the head on the
-    labelled tokens, at the rate this machine multiplies matrices of those shapes."""
+    """Seconds of a step's bare matrix products, at the rate at which this machine multiplies matrices of these shapes.
+
+    Counted are the forward and backward passes of the layers above the vector, and of the head on labelled tokens.
+
+    Args:
+        model: The base model.
+        way: The way to train.
+        length: Tokens of a row.
+        prompt: Tokens of its prompt.
+        rows: Rows of a batch.
+        layer: Layer of the vector.
+    """
+    # pairs share their prompt; a vector on completions leaves prompts to the cached prefix
     answers = rows * (length - prompt)
     prompts = 0 if way.adapter is on_completions else rows // 2 if way.kind == "dpo" else rows
     tokens = answers + prompts * prompt
     blocks = model.get_decoder().layers[layer + 1 :]
     products = [(tokens, m.weight) for block in blocks for m in block.modules() if isinstance(m, torch.nn.Linear)]
     products.append((answers, model.get_output_embeddings().weight))
+    # each shape is timed once, forward and backward
     total = 0.0
     for count, weight in {(count, weight.shape): (count, weight) for count, weight in products}.values():
         times = sum(1 for c, w in products if (c, w.shape) == (count, weight.shape))

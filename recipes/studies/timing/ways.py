@@ -20,17 +20,24 @@ from steertune.recipes.lab.training import silent
 from steertune.trainers import FrozenPrefix, SteeringDPOTrainer, SteeringSFTTrainer, share_weights, train_together
 
 STEPS = 2
-"""Timed, a turn."""
+"""Timed steps per turn."""
 EPOCH = 8
-"""Batches of the data set."""
+"""Batches in the data set."""
 STEP = "training step"
-"""What a profiler sees around every optimiser step."""
+"""Name of every optimiser step in a profile."""
 
 
 @dataclass(frozen=True)
 class Way:
-    """One way to train: data kind, adapter at a layer, loss, whether the frozen prefix is used, how many such arms at
-    once (times are per arm)."""
+    """One way to train.
+
+    Attributes:
+        kind: Data: `sft` (demonstrations) or `dpo` (pairs).
+        adapter: Layer -> configuration of the adapter; None for full finetuning.
+        loss: A loss of ours; None for TRL's own.
+        frozen_prefix: Whether frozen layers are cached.
+        arms: How many such arms train together; times are per arm.
+    """
 
     kind: str
     adapter: Callable[[int], PeftConfig | None]
@@ -52,6 +59,7 @@ def _vector(layer: int) -> PeftConfig:
 
 
 def on_completions(layer: int) -> PeftConfig:
+    """A vector that leaves prompts alone."""
     return SteeringVectorConfig(layers=layer, positions="completion")
 
 
@@ -71,12 +79,12 @@ WAYS = {
     "pairs: ours, on completions only": Way("dpo", on_completions, "dpo", True),
     "pairs: ours, and frozen prefix, 4 arms together": Way("dpo", _vector, "dpo", True, arms=4),
 }
-"""With an adapter of its own and `loss=None`, `frozen_prefix=False`, our trainers are TRL's."""
+"""With `loss=None` and `frozen_prefix=False`, our trainers do what TRL's do."""
 AGAINST = {"sft": "SFT: TRL + LoRA r8", "dpo": "pairs: TRL + LoRA r8"}
 
 
 class Run:
-    """The trainer of a way (or its trainers), each on its own copy of the model.
+    """A way to train, ready to run: its trainer (or trainers), each on its own copy of the model.
 
     Args:
         way: The way.
@@ -84,8 +92,8 @@ class Run:
         tokenizer: Its tokenizer.
         row: Tokens of a row, and of its prompt.
         rows: Rows of a batch.
-        layer: Where the vector is.
-        folder: For what trainers write.
+        layer: Layer of the vector.
+        folder: Where trainers write.
     """
 
     def __init__(
@@ -100,7 +108,7 @@ class Run:
         self.trainers[0].add_callback(self.clock)
 
     def __call__(self, steps: int) -> list[float]:
-        """Train; the seconds of every step, per arm."""
+        """Train for `steps` steps; returns the seconds of each, per arm."""
         self.clock.seconds.clear()
         for trainer in self.trainers:
             trainer.args.max_steps = steps
@@ -163,7 +171,7 @@ class _Clock(TrainerCallback):
 
 
 def now() -> float:
-    """Seconds: of a GPU's work, of this process with one thread on a CPU, else of the wall clock."""
+    """A clock in seconds: CPU seconds of this process with one thread, else wall time after the GPU has finished."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     elif torch.get_num_threads() == 1:
@@ -172,11 +180,18 @@ def now() -> float:
 
 
 def data(tokenizer: Any, kind: str, length: int, prompt: int, count: int) -> Dataset:
-    """Random words of one token each: prompts of `prompt` tokens, with an answer or two up to `length`, its end
-    included."""
+    """Rows of random words of one token each.
+
+    Args:
+        tokenizer: The tokenizer.
+        kind: `sft` (one answer per prompt) or `dpo` (two).
+        length: Tokens of a row, with the end of the answer.
+        prompt: Tokens of its prompt.
+        count: Number of rows.
+    """
     generator = np.random.default_rng(0)
-    known = (tokenizer.decode([i]) for i in range(200, 5000))
-    words = [w for w in known if w.startswith(" ") and w[1:].isalpha() and w.isascii()]
+    decoded = (tokenizer.decode([i]) for i in range(200, 5000))
+    words = [w for w in decoded if w.startswith(" ") and w[1:].isalpha() and w.isascii()]
 
     def text(tokens: int) -> str:
         return "".join(generator.choice(words, tokens))

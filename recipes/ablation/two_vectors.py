@@ -1,12 +1,12 @@
-"""Does a pair of adapters do what each did alone? Measured on the data of both.
+"""Do two vectors at once do what each does alone? Measured on the data of both.
 
-On the data of each vector four models are seen: the base, each vector alone, and both. With margins m (log p(chosen) -
-log p(rejected)) and the gain g = m - m(base), averaged over held-out pairs,
+On the data of each vector, four models are compared: the base, each vector alone, and both. With margins m
+(log p(chosen) - log p(rejected)) and the gain g = m - m(base), averaged over held-out pairs,
 
     kept        = g(both) / g(alone)                 on the vector's own data
     interaction = g(both) - g(first) - g(second)     0 where the effects add up
 
-Both are adapters of one model that work one after the other, so any forms, layers and sites go together.
+The vectors are two adapters of one model, so any forms, layers and sites can be combined.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from steertune.trainers import FrozenPrefix, scaled
 
 FIRST, SECOND = "default", "second"
 KEEPS = 0.8
-"""Share of its own gain from which a vector is said to keep what it did."""
+"""A vector keeps its effect if at least this share of its gain remains."""
 BOTH = "both"
 _NAMES = measures.served_by("pairs", "neutral")
 
@@ -45,14 +45,14 @@ def measure(
     model: str | None = None,
     threads: int | None = None,
 ) -> dict[str, Any]:
-    """Margins of base, each alone and both on the data of each, and their side effects on neutral text.
+    """Margins of the base, each vector alone and both on the data of each, and side effects on neutral text.
 
     Args:
         folders: Two adapters of one base model.
-        data: The task of each.
-        strengths: Of each.
+        data: The task of each vector.
+        strengths: The strength of each vector.
         rows: Test pairs of each task.
-        model: The base model; None: what the first adapter names.
+        model: The base model; None for the one that the first adapter names.
         threads: CPU threads.
 
     Raises:
@@ -63,6 +63,8 @@ def measure(
     if names[0] == names[1]:
         names = [str(folder) for folder in folders]
     parts = [_pairs(name, rows) for name in data]
+
+    # both vectors as adapters of one model, at their strengths
     loaded: tuple[Any, Any, str] = load_steered(folders[0], model)
     steered, tokenizer, _ = loaded
     try:
@@ -70,10 +72,10 @@ def measure(
         for name, strength in zip((FIRST, SECOND), strengths, strict=True):
             set_strength(steered, strength, name)
     except (ValueError, KeyError) as error:
-        raise ArmError(f"{folders[1]} cannot stand beside {folders[0]}: {error}") from error
+        raise ArmError(f"{folders[1]} cannot be loaded beside {folders[0]}: {error}") from error
     steered.eval()
 
-    # the same examples for the base and for every choice of adapters; each on the data of both
+    # the base, each vector alone and both, on the data of each vector and on neutral text
     prefix = FrozenPrefix(warn=False)
     held_out = [HeldOut(steered, tokenizer, pairs=part, neutral=neutral_rows(), prefix=prefix) for part in parts]
     with scaled(steered, 0.0):
@@ -96,7 +98,7 @@ def measure(
 
 
 def summarise(result: dict[str, Any]) -> str:
-    """The result in Markdown, with the answer in words first."""
+    """The result in Markdown, beginning with the answer in words."""
     records = [Record.from_json(record, Path("the result")) for record in result["records"]]
     lines = [*_answers(result), ""]
     for i, name in enumerate(result["data"]):
@@ -112,9 +114,9 @@ def _answers(result: dict[str, Any]) -> list[str]:
     for i, (name, on) in enumerate(zip(result["names"], result["on"], strict=True)):
         where = f"On {result['data'][i]}"
         if not on["works"]:
-            lines.append(f"{where}, {name} alone does nothing that is clear ({on['alone']}): nothing to keep.  ")
+            lines.append(f"{where}, {name} alone has no clear effect ({on['alone']}), so there is none to keep.  ")
             continue
-        verdict = {"keeps": "the pair keeps it", "loses": "the pair loses it", "open": "whether it is kept is open"}
+        verdict = {"keeps": "the pair keeps it", "loses": "the pair loses it", "open": "it is open whether it is kept"}
         lines.append(
             f"{where}, {name} alone gains {on['alone']} nats and the pair {on['together']}, {on['kept']:.0%} of it: "
             f"{verdict[on['verdict']]} (interaction {on['interaction']}).  "
@@ -123,7 +125,13 @@ def _answers(result: dict[str, Any]) -> list[str]:
 
 
 def _on(own: Record, other: Record, both: Record) -> dict[str, Any]:
-    """What the data of one vector say of it alone, of the other and of the pair."""
+    """The comparison on the data of one vector.
+
+    Args:
+        own: The vector whose data they are, alone.
+        other: The other vector, alone.
+        both: The pair.
+    """
     alone, others, together = (record.seen(1)["margin_gain"] for record in (own, other, both))
     kept = interval(together - KEEPS * alone)
     return {
@@ -139,7 +147,9 @@ def _on(own: Record, other: Record, both: Record) -> dict[str, Any]:
 def _pairs(name: str, rows: int) -> Dataset:
     part = load_split(name, "test")
     if not {"chosen", "rejected"} <= set(part.column_names):
-        raise ArmError(f"{name!r}: effects are measured on preference pairs, its rows have {part.column_names}.")
+        raise ArmError(
+            f"{name!r} must have preference pairs to measure effects on (its columns are {part.column_names})."
+        )
     if not 2 <= rows <= len(part):
-        raise ArmError(f"--rows {rows}: {name!r} has {len(part)} test pairs; 2 to {len(part)}.")
+        raise ArmError(f"--rows must be 2 to {len(part)}, the test pairs of {name!r} (got {rows}).")
     return part.select(range(rows))

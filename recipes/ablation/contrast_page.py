@@ -1,4 +1,4 @@
-"""What training for contrast prompts came to: whether the model responds, the questions asked of it, and the page."""
+"""The page of `contrast_prompts`: does the model respond to contrast prompts, of seen tasks and of unseen ones?"""
 
 from __future__ import annotations
 
@@ -14,27 +14,40 @@ from steertune.recipes.lab.pages import Block, Page, Section, Table, Text
 from steertune.recipes.lab.rows import Record
 
 Values = dict[str, pd.Series]
-"""By condition, per task and seed, a number for every test pair."""
+"""Condition -> for every task and seed, one number per test pair."""
 
 
 def values(records: Sequence[Record], measure: str, tasks: Sequence[TaskTable] = ()) -> Values:
-    """A measure of the test pairs. Of these `tasks` those made of the same rows count as one, with more seeds."""
+    """A measure of the test pairs.
+
+    Args:
+        records: One per task, seed and condition.
+        measure: Its name.
+        tasks: All tasks; those made of the same rows count as one task with more seeds.
+    """
     rows = [{**record.keys, "rows": record.seen(1)[measure]} for record in records]
     table = in_pairs(pd.DataFrame(rows), tasks).pivot(index=["task", "seed"], columns="arm", values="rows")
     return {name: table[name] for name in dict.fromkeys(str(record.keys["arm"]) for record in records)}
 
 
 def questions(accuracies: Values, steering: Sequence[str]) -> dict[tuple[str, str], Difference]:
-    """What is asked of the trained model's contrast prompts, corrected for asking several things."""
+    """The comparisons on unseen tasks, corrected for their number.
+
+    Args:
+        accuracies: Accuracy of the test pairs; see `values`.
+        steering: Names of the steering arms.
+    """
     trained = "trained, contrast"
-    asked = [(trained, other) for other in ("base, contrast", "trained, plain", *steering)]
-    asked += [("base, contrast", "base, plain"), ("base, contrast", "base, k-shot")]
-    return together({pair: difference(accuracies[pair[0]] - accuracies[pair[1]]) for pair in asked})
+    pairs = [(trained, other) for other in ("base, contrast", "trained, plain", *steering)]
+    pairs += [("base, contrast", "base, plain"), ("base, contrast", "base, k-shot")]
+    return together({pair: difference(accuracies[pair[0]] - accuracies[pair[1]]) for pair in pairs})
 
 
 def responses(records: Sequence[Record], tasks: Sequence[TaskTable]) -> dict[tuple[str, str], Difference]:
-    """Whether the trained model responds to contrast prompts of the tasks that it was trained on, in accuracy and, as
-    the base may be right already, in nats."""
+    """Whether the trained model responds to contrast prompts of the tasks that it was trained on.
+
+    Compared in accuracy and, because the base may already be right, in nats.
+    """
     differences = {}
     for unit, measure in (("", "accuracy"), (", nats", "margin")):
         of_pairs = values(records, measure, tasks)
@@ -55,12 +68,12 @@ def page(
     """What came of it.
 
     Args:
-        about: What was trained on what, and measured on what.
+        about: What was trained and measured on which data.
         steering: Names of the steering arms.
         tasks: All tasks.
-        seen: Records of the tasks that were trained on.
-        unseen: Records of the others.
-        effects: What the trained model does to neutral text.
+        seen: Records of the tasks that the model was trained on.
+        unseen: Records of the other tasks.
+        effects: Record of the trained model on neutral text.
     """
     response = responses(seen, tasks)
     asked = questions(values(unseen, "accuracy", tasks), steering)
@@ -113,10 +126,10 @@ def _differences(differences: dict[tuple[str, str], Difference], name: str) -> l
 def _verdict(differences: dict[tuple[str, str], Difference]) -> str:
     gain = differences["trained, contrast", "base, contrast"]
     if gain.clear() and gain.estimate > 0:
-        return "It responds to contrast prompts of the tasks that it was trained on better than the base does."
+        return "It responds to contrast prompts of the tasks that it was trained on, and better than the base does."
     if too_few([*differences.values()]):
-        return "More `seeds` would say whether it responds to contrast prompts of the tasks that it was trained on."
+        return "More `seeds` are needed to say whether it responds to contrast prompts of the tasks it was trained on."
     return (
-        "Contrast prompts of the tasks that it was trained on do not clearly help it more than the base. So no effect "
-        "on unseen tasks may be too little training as well as no transfer."
+        "Contrast prompts of the tasks that it was trained on do not clearly help it more than the base. If there is "
+        "no effect on unseen tasks, the reason may be too little training as well as no transfer."
     )

@@ -162,7 +162,7 @@ def answered(
     check_context(model, tokenizer, Dataset.from_dict({"prompt": shown}), arm.evaluation.new_tokens, "[views.good]")
     size, length = arm.evaluation.batch_size, arm.evaluation.new_tokens
     with PartialState().split_between_processes(list(range(0, len(shown), size))) as starts:
-        own: list[int] = list(starts)
+        own: Any = list(starts)
         answers_by_start = {
             i: generate(model, tokenizer, shown[i : i + size], length, _TEMPERATURE, seed + 7 * i)
             for i in track(own, "batch")

@@ -43,9 +43,10 @@ from steertune.recipes.lab.arm import Arm, known_tables, load_arm
 from steertune.recipes.lab.command_line import Argument, Option, Result, Threads, command
 from steertune.recipes.lab.data import load_model
 from steertune.recipes.lab.evaluate import evaluate, evaluate_base
-from steertune.recipes.lab.files import ArmError, read_result, read_toml, reasons, write_result, write_whole
+from steertune.recipes.lab.files import ArmError, read_result, read_toml, reasons, write_result
 from steertune.recipes.lab.generation import check_context
 from steertune.recipes.lab.observe import HeldOut, neutral_rows
+from steertune.recipes.lab.pages import write_page
 from steertune.recipes.lab.paths import CONFIGS
 from steertune.recipes.lab.processes import begin
 from steertune.recipes.lab.progress import Bar, progress, track
@@ -178,7 +179,7 @@ class Mixture:
         return arm
 
     def run(self, folder: Path) -> Path:
-        """Train once, measure every task, write `page.md`; an interrupted run goes on where it stopped."""
+        """Train once, measure every task, write the page; an interrupted run goes on where it stopped."""
         main_process = PartialState().is_main_process
         claim(folder, self.tables, main_process)
         loaded: tuple[Any, Any] = load_model(self.tables.model)
@@ -197,8 +198,8 @@ class Mixture:
         with bar.step("neutral text"):
             effects = self._side_effects(models, tokenizer)
         if main_process:
-            text = page(self._about(), self.tables.steering, self.seen + self.unseen, seen, unseen, effects)
-            write_whole(folder / "page.md", text)
+            tasks = self.seen + self.unseen
+            write_page(page(self._about(), self.tables.steering, tasks, seen, unseen, effects), folder)
             result = {"seen": [record.to_json() for record in seen], "cells": [record.to_json() for record in unseen]}
             # last: it says that the run is finished
             write_result(folder / "result.json", result | {"side_effects": effects.to_json()})

@@ -1,4 +1,4 @@
-"""What a grid's cells say: comparisons with the baseline, the verdict on the claim, attribution, sample efficiency."""
+"""The analysis of a grid: comparisons with the baseline, the verdict on the claim, attribution, sample efficiency."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the result says about the claim."""
+    """Whether the result counts for the claim, and why, in a sentence."""
 
     side: Literal["for", "against", "undecided"]
     sentence: str
@@ -48,12 +48,12 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Attribution:
-    """Who the gap between the two ends of the design comes from.
+    """Which factors the gap between the two ends of the design comes from.
 
     Attributes:
         shares: Factor -> its Shapley share; empty if they cannot be computed.
         leads: With a factor that the claim names: other factor -> how much larger the named one's share is.
-        why: What is missing, if there are no shares.
+        why: Why there are no shares.
     """
 
     shares: dict[str, Difference] = field(default_factory=dict)
@@ -62,8 +62,8 @@ class Attribution:
 
 
 def scores(cells: Frame, measure: str) -> Frame:
-    """Mean over the numbers of examples, by (task, seed) and arm, as arrays over the test rows; None for a pair in
-    which an arm lacks one of the numbers."""
+    """Means over the numbers of examples, by (task, seed) and arm, as arrays over the test rows. An arm that lacks one
+    of the numbers in a pair has no value there."""
     wide = over_examples(cells, measure, ["task", "seed", "arm"]).unstack("arm")
     return wide[[arm for arm in dict.fromkeys(cells["arm"]) if arm in wide]]
 
@@ -74,8 +74,8 @@ def mean(values: Frame) -> float:
 
 
 def in_pairs(cells: Frame, tasks: Sequence[str | TaskTable]) -> Frame:
-    """Cells whose `task` and `seed` say what is paired and what is crossed: tasks made of the same rows are one task,
-    with a seed for every seed of each, so that what a test row does to all of them is counted once."""
+    """The cells, with tasks that are made of the same rows merged into one task that has the seeds of each. So `task`
+    and `seed` say what is paired and what is crossed, and the effect of a test row is counted once."""
     tables = [task if isinstance(task, TaskTable) else TaskTable(name=task) for task in tasks]
     names = {task.called: task.name for task in tables}
     shared = {label: name for label, name in names.items() if [*names.values()].count(name) > 1}
@@ -91,18 +91,18 @@ def comparisons(cells: Frame, than: str, measure: str) -> list[Comparison]:
     wide = scores(cells, measure)
     pairs = {arm: wide[[arm, than]].dropna() for arm in wide if arm != than and than in wide}
     pairs = {arm: both for arm, both in pairs.items() if len(both)}
-    found = together({arm: difference(both[arm] - both[than]) for arm, both in pairs.items()})
-    return [Comparison(arm, mean(pairs[arm][arm]), gap) for arm, gap in found.items()]
+    gaps = together({arm: difference(both[arm] - both[than]) for arm, both in pairs.items()})
+    return [Comparison(arm, mean(pairs[arm][arm]), gap) for arm, gap in gaps.items()]
 
 
-def verdict(cells: Frame, claim: Claim, found: Attribution = Attribution(), planned: int = 0) -> Verdict:
-    """Whether the claim's comparison, and its attribution if it names a factor, came out for it, against it, or
-    neither: for it if `better` is clearly more than `margin` ahead, against it if it clearly is not.
+def verdict(cells: Frame, claim: Claim, attributed: Attribution = Attribution(), planned: int = 0) -> Verdict:
+    """Decide the claim: for it if `better` is clearly more than `margin` ahead and the share of the factor that it
+    names, if any, is clearly the largest; against it if one of the two clearly fails; else undecided.
 
     Args:
-        cells: All cells, those that failed too.
+        cells: All cells, including those that failed.
         claim: The claim.
-        found: `attribution` for the claim's measure.
+        attributed: `attribution` for the claim's measure.
         planned: How many pairs of task and seed the grid has, run or not; 0: those of the cells.
     """
     if claim.recovers is not None:
@@ -141,12 +141,12 @@ def verdict(cells: Frame, claim: Claim, found: Attribution = Attribution(), plan
     if over.estimate < 0:
         less = f"below the smallest difference that would matter ({claim.margin:g})" if claim.margin else "less"
         return Verdict("against", f"{what}, {less}.")
-    side, clause = _largest_share(claim, found)
+    side, clause = _largest_share(claim, attributed)
     return Verdict(side, f"{what}, more{f' than {claim.margin:g}' if claim.margin else ''}{clause}.")
 
 
 def _ahead(wide: Frame, arm: str, claim: Claim) -> Frame:
-    """How far an arm is ahead of what the claim compares with: `than`, or a share of its gain over the base."""
+    """How far an arm is ahead of `than`, or of the claimed share of `than`'s gain over the base model."""
     if claim.recovers is None:
         return wide[arm] - wide[claim.than]
     return wide[arm] - wide[BASE] - claim.recovers * (wide[claim.than] - wide[BASE])
@@ -216,12 +216,14 @@ class Recovered:
 
 
 def recovered(cells: Frame, claim: Claim) -> list[Recovered]:
-    """What every arm reaches of the gain that the claim is about, for a claim with `recovers`."""
+    """The share of the claimed gain that every arm reaches, for a claim with `recovers`."""
     wide = scores(with_base(cells, BASE), claim.column)
     pairs = {arm: wide[list({arm, claim.than, BASE})].dropna() for arm in wide if arm != BASE and claim.than in wide}
     pairs = {arm: rows for arm, rows in pairs.items() if len(rows)}
     ahead = {arm: difference(_ahead(rows, arm, claim)) for arm, rows in pairs.items()}
-    ahead |= together({arm: one for arm, one in ahead.items() if arm != claim.than})  # of itself it has all, by itself
+    ahead |= together(
+        {arm: one for arm, one in ahead.items() if arm != claim.than}
+    )  # `than` is not compared with itself
     gains = together({arm: difference(rows[arm] - rows[BASE]) for arm, rows in pairs.items()})
     whole = {arm: mean(rows[claim.than] - rows[BASE]) for arm, rows in pairs.items()}
     return [
@@ -231,7 +233,7 @@ def recovered(cells: Frame, claim: Claim) -> list[Recovered]:
 
 
 def _left_out(cells: Frame, claim: Claim, count: int) -> str:
-    """Why pairs are not in the comparison."""
+    """Why some pairs are left out of the comparison."""
     if not count:
         return ""
     own = cells[cells["arm"].isin([claim.better, claim.than]) & cells[claim.column].isna()]
@@ -239,16 +241,16 @@ def _left_out(cells: Frame, claim: Claim, count: int) -> str:
     return f", {count} left out: {', '.join(reasons) or 'not run'}"
 
 
-def _largest_share(claim: Claim, found: Attribution) -> tuple[Literal["for", "against", "undecided"], str]:
+def _largest_share(claim: Claim, attributed: Attribution) -> tuple[Literal["for", "against", "undecided"], str]:
     """The second half of a claim: that its factor's share of the gap is the largest."""
     if claim.factor is None:
         return "for", ""
-    if not found.shares:
+    if not attributed.shares:
         return "undecided", f", but without every mixture of the two ends nothing says that it is {claim.factor}'s"
-    behind = [f for f, lead in found.leads.items() if lead.clear(claim.alpha) and lead.estimate < 0]
+    behind = [f for f, lead in attributed.leads.items() if lead.clear(claim.alpha) and lead.estimate < 0]
     if behind:
         return "against", f", but the share of {', '.join(behind)} is larger than that of {claim.factor}"
-    open_ = [f for f, lead in found.leads.items() if not lead.clear(claim.alpha)]
+    open_ = [f for f, lead in attributed.leads.items() if not lead.clear(claim.alpha)]
     if open_:
         return "undecided", f", but that {claim.factor}'s share is larger than that of {', '.join(open_)} is not shown"
     return "for", f", and {claim.factor}'s share is the largest"
@@ -307,11 +309,11 @@ class Efficiency:
 
 
 def efficiency(cells: Frame, than: str, measure: str) -> list[Efficiency]:
-    """Curves over the numbers of examples, of the pairs that have all of them."""
+    """Compare the curves over the numbers of examples, in the pairs that have all numbers."""
     examples = sorted(int(n) for n in cells["examples"].unique())
     values = rows_of(cells, measure).set_axis(pd.MultiIndex.from_frame(cells[["task", "seed", "arm", "examples"]]))
     wide = values.dropna().unstack(["arm", "examples"])
-    found = {}
+    results = {}
     for arm in (a for a in dict.fromkeys(cells["arm"]) if a != than):
         columns = [(a, n) for a in (arm, than) for n in examples]
         if any(column not in wide.columns for column in columns):
@@ -321,9 +323,9 @@ def efficiency(cells: Frame, than: str, measure: str) -> list[Efficiency]:
             continue
         own, baseline = both[arm][examples], both[than][examples]
         equivalents = {n: n_equivalence(baseline, own[n]) for n in examples}
-        found[arm] = Efficiency(arm, area_between(own, baseline), equivalents)
-    areas = together({arm: one.area for arm, one in found.items()})
-    return [replace(one, area=areas[arm]) for arm, one in found.items()]
+        results[arm] = Efficiency(arm, area_between(own, baseline), equivalents)
+    areas = together({arm: one.area for arm, one in results.items()})
+    return [replace(one, area=areas[arm]) for arm, one in results.items()]
 
 
 def by_examples(cells: Frame, than: str, measure: str) -> dict[str, dict[int, tuple[float, Difference | None]]]:
@@ -339,10 +341,10 @@ def by_examples(cells: Frame, than: str, measure: str) -> dict[str, dict[int, tu
             if len(both):
                 gaps[arm, n] = difference(both[arm] - both[than])
     tests = together(gaps)
-    found: dict[str, dict[int, tuple[float, Difference | None]]] = {}
+    table: dict[str, dict[int, tuple[float, Difference | None]]] = {}
     for (arm, n), value in means.items():
-        found.setdefault(arm, {})[n] = value, tests.get((arm, n))
-    return found
+        table.setdefault(arm, {})[n] = value, tests.get((arm, n))
+    return table
 
 
 def read_tables(grid: dict[str, Any]) -> GridTables:
@@ -370,27 +372,29 @@ def read_tables(grid: dict[str, Any]) -> GridTables:
     return tables
 
 
-def answer(cells: Frame, claim: Claim, said: Verdict, found: Attribution, curves: Sequence[Efficiency]) -> list[str]:
-    """The answer in three sentences, all of it from the numbers."""
-    return [said.sentence, _shares(found, claim.alpha), _best(scores(cells, claim.column), claim, curves)]
+def answer(
+    cells: Frame, claim: Claim, outcome: Verdict, attributed: Attribution, curves: Sequence[Efficiency]
+) -> list[str]:
+    """The answer in three sentences, made from the numbers alone."""
+    return [outcome.sentence, _shares(attributed, claim.alpha), _best(scores(cells, claim.column), claim, curves)]
 
 
-def _shares(found: Attribution, alpha: float) -> str:
-    if not found.shares:
-        return f"Shares of the gap are not computed: {found.why}."
-    least, pairs = least_p([*found.shares.values()]), max(s.interval.pairs for s in found.shares.values())
+def _shares(attributed: Attribution, alpha: float) -> str:
+    if not attributed.shares:
+        return f"Shares of the gap are not computed: {attributed.why}."
+    least, pairs = least_p([*attributed.shares.values()]), max(s.interval.pairs for s in attributed.shares.values())
     if least >= alpha:
         return (
             f"No factor's share of the gap can be clear: every mixture of its two ends is there in {pairs} "
-            f"pair{'s' * (pairs > 1)} of task and seed, and p of {len(found.shares)} shares cannot be below "
+            f"pair{'s' * (pairs > 1)} of task and seed, and p of {len(attributed.shares)} shares cannot be below "
             f"{least:.2g}."
         )
-    clear = {f: share for f, share in found.shares.items() if share.clear(alpha)}
+    clear = {f: share for f, share in attributed.shares.items() if share.clear(alpha)}
     if not clear:
         return "No factor's share of the gap between the two ends of the design is clearly not zero."
     largest_first = sorted(clear.items(), key=lambda item: -abs(item[1].estimate))
     parts = ", ".join(f"{factor} {share}" for factor, share in largest_first)
-    rest = [factor for factor in found.shares if factor not in clear]
+    rest = [factor for factor in attributed.shares if factor not in clear]
     sentence = f"Of the gap between the two ends of the design, clearly more or less than nothing comes from {parts}"
     return sentence + (f"; nothing can be said of {', '.join(rest)}." if rest else ".")
 

@@ -10,6 +10,7 @@ import pandas as pd
 from steertune.recipes.ablation.analysis import in_pairs
 from steertune.recipes.ablation.statistics.paired import Difference, difference, together, too_few
 from steertune.recipes.ablation.tables import TaskTable
+from steertune.recipes.lab.pages import Block, Page, Section, Table, Text
 from steertune.recipes.lab.rows import Record
 
 Values = dict[str, pd.Series]
@@ -63,8 +64,8 @@ def page(
     seen: Sequence[Record],
     unseen: Sequence[Record],
     effects: Record,
-) -> str:
-    """The page in Markdown.
+) -> Page:
+    """What came of it.
 
     Args:
         about: What was trained and measured on which data.
@@ -75,52 +76,51 @@ def page(
         effects: Record of the trained model on neutral text.
     """
     response = responses(seen, tasks)
-    lines = [
-        "# Training a model to respond to contrast prompts",
-        "",
-        about,
-        "",
-        "## Held-out pair accuracy on the tasks that it was trained on",
-        "",
-        *_accuracies(values(seen, "accuracy")),
-        "",
-        *_differences(response),
-        "",
-        _verdict(response),
-        "",
-        "## Held-out pair accuracy on unseen tasks",
-        "",
-        *_accuracies(values(unseen, "accuracy")),
-        "",
-        *_differences(questions(values(unseen, "accuracy", tasks), steering)),
-        "",
-        "Intervals are for other draws and other test rows (a task and its reverse share theirs). p is the larger of "
-        "two tests, corrected by Holm within a table.",
-        "",
-        f"Without a prompt, the trained model has a KL of {effects.value('kl', 1):.4f} nats per token to the base on "
-        f"neutral text, perplexity {effects.value('perplexity'):.2f} before and {effects.value('perplexity', 1):.2f} "
-        "after.",
-        "",
+    asked = questions(values(unseen, "accuracy", tasks), steering)
+    side_effects = (
+        f"The trained model without a prompt, on neutral text: KL to the base {effects.value('kl', 1):.4f} nats a "
+        f"token, perplexity {effects.value('perplexity'):.2f} before and {effects.value('perplexity', 1):.2f} after."
+    )
+    note = (
+        "Intervals for other draws and other test rows (a task and its reverse share theirs); p by the larger of two "
+        "tests, corrected by Holm per table."
+    )
+    seen_blocks = [
+        _accuracies(values(seen, "accuracy"), "seen"),
+        *_differences(response, "seen_differences"),
+        Text(_verdict(response)),
     ]
-    return "\n".join(lines)
+    unseen_blocks = [
+        _accuracies(values(unseen, "accuracy"), "unseen"),
+        *_differences(asked, "unseen_differences"),
+        Text(note),
+        Text(side_effects),
+    ]
+    sections = [
+        Section("", [Text(about)]),
+        Section("Held-out pair accuracy on the tasks that it was trained on", seen_blocks),
+        Section("Held-out pair accuracy on unseen tasks", unseen_blocks),
+    ]
+    return Page("Training a model to respond to contrast prompts", sections)
 
 
-def _accuracies(accuracies: Values) -> list[str]:
+def _accuracies(accuracies: Values, name: str) -> Table:
     tasks = sorted({str(task) for series in accuracies.values() for task in series.index.get_level_values("task")})
-    lines = ["| | mean | " + " | ".join(tasks) + " |", "|---" * (len(tasks) + 2) + "|"]
-    for name, of_pairs in accuracies.items():
+    rows = []
+    for condition, of_pairs in accuracies.items():
         means = of_pairs.map(np.mean)
-        by_task = (f"{means[task].mean():.3f}" for task in tasks)
-        lines.append(f"| {name} | {means.mean():.3f} | " + " | ".join(by_task) + " |")
-    return lines
+        rows.append([condition, f"{means.mean():.3f}", *(f"{means[task].mean():.3f}" for task in tasks)])
+    return Table(pd.DataFrame(rows, columns=pd.Index(["", "mean", *tasks])), name)
 
 
-def _differences(differences: dict[tuple[str, str], Difference]) -> list[str]:
-    lines = ["| | against | difference | 95 % | p |", "|---|---|---|---|---|"]
-    for (one, other), value in differences.items():
-        lines.append(f"| {one} | {other} | {value.estimate:+.3f} | {value.crossed.ends} | {value.p:.3g} |")
+def _differences(differences: dict[tuple[str, str], Difference], name: str) -> list[Block]:
+    rows = [
+        [one, other, f"{value.estimate:+.3f}", value.crossed.ends, f"{value.p:.3g}"]
+        for (one, other), value in differences.items()
+    ]
+    table = Table(pd.DataFrame(rows, columns=pd.Index(["", "against", "difference", "95 %", "p"])), name)
     sentence = too_few([*differences.values()])
-    return [*lines, *(["", sentence] if sentence else [])]
+    return [table, *([Text(sentence)] if sentence else [])]
 
 
 def _verdict(differences: dict[tuple[str, str], Difference]) -> str:

@@ -301,7 +301,12 @@ def measure(cell: Cell, context: Context, model: Any, strength: float, show: Sho
         strength = matched or strength
     strengths = {TUNED: strength} | ({MATCHED: matched} if matched else {})
     held_out = context.held_out(cell.task).behind(show)
-    observed = evaluate(model, held_out, strengths=strengths, known={matched: neutral} if neutral else {})
+    observed = evaluate(
+        model,
+        held_out,
+        strengths=strengths,
+        known={matched: neutral} if matched is not None and neutral is not None else None,
+    )
     if not all(np.isfinite(Seen(values)["margin"]).all() for values in observed.values()):
         raise NonFiniteError("The last update left a model whose log-probabilities are not finite.")
     record.facts |= {"scalable": _has_strength(cell, model), "tuned_strength": strength, "matched_strength": matched}

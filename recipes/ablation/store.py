@@ -150,7 +150,11 @@ def read_cell(file: Path) -> Record:
         ArmError: it is damaged or not a cell.
     """
     content = read_result(file, AGAIN)
-    return record_of(content, str(file)) if is_old(content) else Record.read(file)
+    record = record_of(content, str(file)) if is_old(content) else Record.from_json(content, file)
+    for name in ("key", "status"):
+        if not isinstance(record.facts.get(name), str):
+            raise ArmError(f"{file} is not a cell: {name}={record.facts.get(name)!r:.80}. {AGAIN}")
+    return record
 
 
 def read_table(file: Path) -> list[Record]:

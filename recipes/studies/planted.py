@@ -26,7 +26,8 @@ from steertune.recipes.ablation.context import Context
 from steertune.recipes.ablation.grid import make_grid
 from steertune.recipes.ablation.store import Store
 from steertune.recipes.lab.command_line import Choice, Count, Option, Result, command
-from steertune.recipes.lab.files import ArmError, write_whole
+from steertune.recipes.lab.files import ArmError
+from steertune.recipes.lab.pages import write_page
 from steertune.recipes.lab.processes import begin
 from steertune.recipes.lab.progress import progress
 from steertune.recipes.studies.planting import FORMS, PROBLEMS
@@ -62,11 +63,11 @@ def main(
     with progress("Studies", len(numbers)) as bar:
         for problem, i in numbers:
             with bar.step(f"{problem} {i}"):
-                finished[problem].append(study(problem, i, base, folder))
-    size = f"{TASKS} tasks x {SEEDS} seeds, with {EXAMPLES} examples and {TEST} test rows"
-    table = page(finished, size)
-    write_whole(folder / "table.md", table)
-    return Result({problem: [asdict(one) for one in many] for problem, many in finished.items()}, table)
+                done[problem].append(study(problem, i, base, folder))
+    size = f"{TASKS} tasks x {SEEDS} seeds with {EXAMPLES} examples and {TEST} test rows"
+    file = write_page(page(done, size), folder, "table")
+    result = {problem: [asdict(one) for one in many] for problem, many in done.items()}
+    return Result(result, file.read_text(encoding="utf-8"))
 
 
 def study(problem: str, number: int, base: Path, folder: Path) -> Study:

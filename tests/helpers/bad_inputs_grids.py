@@ -8,14 +8,16 @@ from typing import Any
 
 from bad_inputs import Lab, Row
 
-from steertune.recipes.ablate import GRID, check_folder
+from steertune.recipes.ablate import GRID
+from steertune.recipes.ablation.cells import read_cells
 from steertune.recipes.ablation.grid import find_tasks, load_grid, make_grid
+from steertune.recipes.ablation.store import Store
 from steertune.recipes.ablation.tables import TaskTable
-from steertune.recipes.ablation.tidy import read_cells
 from steertune.recipes.contrast_prompts import Mixture
 from steertune.recipes.contrast_prompts import read as read_mixture
 from steertune.recipes.lab.arm import load_arm, make_arm
 from steertune.recipes.lab.files import read_result, write_result
+from steertune.recipes.lab.rows import FORMAT
 from steertune.recipes.report import write_report
 
 ARM = {"name": "mine", "data": {"name": "cautious_advice"}}
@@ -71,20 +73,22 @@ def result(says: str, change: Callable[[bytes], bytes]) -> Row:
 
 
 CELL = {
-    "version": 3, "key": "k", "task": "task", "arm": "a", "examples": 4, "seed": 0, "status": "ok", "seconds": 1.0,
-    "tuning_seconds": 0.5, "levels": None, "setting": None, "error": None, "accuracy": 0.5, "scalable": True,
+    "format": FORMAT, "task": "task", "arm": "a", "examples": 4, "seed": 0,
+    "facts": {"key": "k", "status": "ok", "scalable": True, "seconds": 1.0, "tuning_seconds": 0.5, "setting": None},
+    "observations": {"0": {"margin": [1.0, -1.0]}, "tuned": {"margin": [1.0, 1.0]}},
 }  # fmt: skip
+OLD_CELL = {"version": 3, "task": "task", "arm": "a", "examples": 4, "seed": 0, "status": "ok", "key": "k"}
 PATH = "cells/task/n4/seed0/a"
 
 
-def cell(says: str, changes: dict[str, Any], name: str = PATH) -> Row:
+def cell(says: str, changes: dict[str, Any], name: str = PATH, good: dict[str, Any] = CELL) -> Row:
     """A cell as the report reads it."""
 
     def call(lab: Lab) -> Any:
         file = lab.here / PATH / "cell.json"
         file.parent.mkdir(parents=True)
-        write_result(file, {k: v for k, v in {**CELL, **changes}.items() if v is not DROP})
-        return read_cells(lab.here, [name])
+        write_result(file, {k: v for k, v in {**good, **changes}.items() if v is not DROP})
+        return read_cells(lab.here, {"cells": [name], "arms": []})
 
     return call, says
 
@@ -101,7 +105,7 @@ def report(lab: Lab, **changes: Any) -> Any:
         inner[last] = value
     file = lab.here / PATH / "cell.json"
     file.parent.mkdir(parents=True, exist_ok=True)
-    write_result(file, CELL | {"status": "failed"})
+    write_result(file, CELL)
     write_result(lab.here / GRID, found)
     return write_report(lab.here)
 
@@ -136,7 +140,7 @@ def done(says: str, content: bytes) -> Row:
     def call(lab: Lab) -> Any:
         cells = make_grid(lab.tables()).cells()
         lab.file(str(cells[0].path / "cell.json"), content)
-        return check_folder(lab.here, cells)
+        return Store(lab.here).check(cells)
 
     return call, says
 
@@ -256,7 +260,7 @@ ROWS: dict[str, Row] = {
     "grid without a card": bad(r"has no \[card\]", {"card": DROP}),
     "grid with an empty card": bad("problem: String should have at least 1", {"card/problem": ""}),
     "grid without a claim": bad(r"has no \[claim\]", {"claim": DROP}),
-    "grid with a claim of an unknown measure": bad("measure: Input should be", {"claim/measure": "acuracy"}),
+    "grid with a claim of an unknown measure": bad("Unknown measure 'acuracy'", {"claim/measure": "acuracy"}),
     "grid with a design of an unknown kind": bad("kind: Input should be", {"design/kind": "all"}),
     "grid with a start of an unknown level": bad("design.start.form='lore'.*'lora'", {"design/start/form": "lore"}),
     # mixtures
@@ -285,21 +289,25 @@ ROWS: dict[str, Row] = {
     "result that is nested": result("is damaged", lambda text: b"[" * 100_000),
     "result that is no UTF-8": result("no UTF-8", lambda text: text.replace(b"abc", b"a\xffc")),
     # cells
-    "cell of another version": cell("is of version 2 of the instrument, this is 3", {"version": 2}),
-    "cell without a version": cell(f"has no version. {AGAIN}", {"version": DROP}),
-    "cell without its key": cell(f"is no cell: key=None. {AGAIN}", {"key": DROP}),
-    "cell with examples of text": cell("is no cell: examples='4'", {"examples": "4"}),
-    "cell with a seed that is a truth value": cell("is no cell: seed=True", {"seed": True}),
-    "cell with levels of a list": cell("is no cell: levels=", {"levels": ["form"]}),
-    "cell of a path up": cell("is no path of a cell", {}, "cells/../../etc/n4/seed0/a"),
-    "cell of an absolute path": cell("is no path of a cell", {}, "/etc/passwd"),
-    "cell of a path with a line end": cell("is no path of a cell", {}, PATH + "\n"),
-    "cell of a path that is no cell's": cell("is no path of a cell", {}, "grid.json"),
+    "cell of another format": cell("has format 3, this version reads 4", {"format": 3}),
+    "cell without a format": cell(f"has format None, this version reads 4. {AGAIN}", {"format": DROP}),
+    "cell of an older version": cell("is of version 2 .*; 3 and later are read", {"version": 2}, good=OLD_CELL),
+    "old cell without a status": cell(f"is not a cell: it has no status. {AGAIN}", {"status": DROP}, good=OLD_CELL),
+    "old cell without its key": cell(f"is not a cell: key=None. {AGAIN}", {"key": DROP}, good=OLD_CELL),
+    "cell without its key": cell(f"is not a cell: key=None. {AGAIN}", {"facts": {"status": "ok"}}),
+    "cell without a status": cell(f"is not a cell: status=None. {AGAIN}", {"facts": {"key": "k"}}),
+    "cell with examples of text": cell("is not a record: examples='4'", {"examples": "4"}),
+    "cell with a seed that is a truth value": cell("is not a record: seed=True", {"seed": True}),
+    "cell with observations of a list": cell("is not a record: observations=", {"observations": ["margin"]}),
+    "cell of a path up": cell("is not the path of a cell", {}, "cells/../../etc/n4/seed0/a"),
+    "cell of an absolute path": cell("is not the path of a cell", {}, "/etc/passwd"),
+    "cell of a path with a line end": cell("is not the path of a cell", {}, PATH + "\n"),
+    "cell of a path that is no cell's": cell("is not the path of a cell", {}, "grid.json"),
     "cell that is not there": cell("holds no cells. Run the grid first", {}, "cells/task/n4/seed1/a"),
     "a grid's folder with half a cell": done(f"is damaged .*{AGAIN}", b'{"version": 3, "key'),
     "a grid's folder with a cell of a list": done("this is list", b"[]"),
     "a grid's folder with a cell of other settings": done(
-        "was run with other settings", json.dumps(CELL | {"key": "other"}).encode()
+        "was run with other settings", json.dumps(CELL | {"facts": {"key": "other", "status": "ok"}}).encode()
     ),
     # grid.json of others
     "report of a folder without a grid": (lambda lab: write_report(lab.here), "holds no grid"),
@@ -310,10 +318,14 @@ ROWS: dict[str, Row] = {
     "report of nested tables": raw_report("is damaged", b"[" * 100_000),
     "report of no UTF-8": raw_report("no UTF-8", b"\xff\xff"),
     "report with a factor that is code": others(LEVEL, factors={EVIL: {"a": {}, "b": {}}}),
-    "report with cells outside": others("is no path of a cell", cells={"../../../etc/passwd": "k"}),
+    "report with cells outside": others("is not the path of a cell", cells={"../../../etc/passwd": "k"}),
     "report with cells that are numbers": others("holds no grid", cells=[5]),
     "report with arms without names": others("holds no grid", arms=[{}]),
     "report with notes of numbers": others("holds no grid", notes=[5]),
+    "report with a claim about no arm": others(
+        r"\[claim\] is about \['nobody'\]",
+        claim={"better": "nobody", "than": "form=lora", "measure": "matched_accuracy"},
+    ),
     "report without a card": others("holds no grid", card=None),
     "report with an unknown table": others("holds no grid", design={"kind": "full", "x": 1}),
     "report with a start of no level": others(

@@ -97,7 +97,9 @@ def test_wheel_holds_code_and_data(tmp_path: Path) -> None:
         "recipes/tasks/neutral.jsonl",
         "adapters/directions/lat.py",
         "losses/py.typed",
+        "recipes/lab/pages/page.html.jinja",
     ):
         assert (tmp_path / "site" / "steertune" / inside).is_file(), inside
     assert list((tmp_path / "site" / "steertune" / "recipes" / "tasks").glob("*/train.jsonl"))
+    assert not list((tmp_path / "site").rglob("*.parquet")), "results of studies stay outside"
     assert not list((tmp_path / "site").glob("adapters*")), "top-level names would overwrite other people's packages"

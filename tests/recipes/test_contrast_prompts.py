@@ -13,6 +13,7 @@ from tiny_models import tiny
 from steertune.recipes import contrast_prompts as recipe
 from steertune.recipes.ablation import contrast_page
 from steertune.recipes.ablation.tables import TaskTable
+from steertune.recipes.lab import pages
 from steertune.recipes.lab.files import ArmError
 from steertune.recipes.lab.rows import Record
 
@@ -141,7 +142,7 @@ def test_the_page_says_whether_the_training_took(better):
     cells = [one for task in ("one", "one_reversed") for seed in range(6) for one in cell(task, seed, better)]
     neutral = {"neutral_kl": [0.0], "neutral_nll": [1.0], "neutral_tokens": [1]}
     effects = Record({"arm": "trained", "task": "neutral", "examples": 4, "seed": 0}, {"0": neutral, "1": neutral})
-    text = contrast_page.page("A study.", ["vector_dpo"], TASKS, cells, cells, effects)
+    text = pages.markdown(contrast_page.page("A study.", ["vector_dpo"], TASKS, cells, cells, effects))
     assert ("It responds to contrast prompts of the tasks" in text) == (better > 0)
     assert ("too little training as well as no transfer" in text) == (better == 0)
     gain = contrast_page.responses(cells, TASKS)["trained, contrast, nats", "base, contrast, nats"]

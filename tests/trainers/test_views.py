@@ -151,9 +151,9 @@ BAD_ROWS = {
         [{"prompt": f"q{i}", "completion": "a"} for i in range(2)],
         "the data have none",
     ),
-    "no prompt": (GOOD, [{"text": "the cat"}], "give a column 'prompt'"),
+    "no prompt": (GOOD, [{"text": "the cat"}], "Give a column 'prompt'"),
     "no system": (get_view("instruction", text="x", where="system"), ROWS, "where='system' needs conversations"),
-    "no user": (GOOD, [{"prompt": chat(("assistant", "hi"))}], "does not end with a user message"),
+    "no user": (GOOD, [{"prompt": chat(("assistant", "hi"))}], "must end with a user message"),
 }
 
 
@@ -169,11 +169,11 @@ def test_rows_that_cannot_be_seen_this_way(case):
     [
         ("instrution", {}, "Did you mean 'instruction'"),
         ("instruction", {"texts": "x"}, "Did you mean 'text'"),
-        ("instruction", {"text": " "}, "text=''"),
-        ("instruction", {"text": "x", "where": "below"}, "'before', 'after', 'system'"),
+        ("instruction", {"text": " "}, "text=' ' must not be empty"),
+        ("instruction", {"text": "x", "where": "below"}, "must be 'before', 'after' or 'system'"),
         ("demonstrations", {"k": 0}, "k=0"),
         ("demonstrations", {"k": True}, "k=True"),
-        ("neutral", {"rows": ()}, "neutral text is needed"),
+        ("neutral", {"rows": ()}, "must not be empty: give neutral text"),
         (GOOD, {"text": "x"}, "not with an object"),
     ],
 )
@@ -228,7 +228,7 @@ class Other(View):
     ("view", "rows", "context", "message"),
     [
         (Other(), demonstrations(), None, "row 0: the answer has other tokens"),
-        (get_view("demonstrations", k=5), demonstrations(), 16, "has [0-9]+ tokens, the model reads 16"),
+        (get_view("demonstrations", k=5), demonstrations(), 16, "has [0-9]+ tokens, and the model reads 16"),
     ],
 )
 def test_views_that_do_not_fit(view, rows, context, message):
@@ -239,7 +239,7 @@ def test_views_that_do_not_fit(view, rows, context, message):
 @pytest.mark.parametrize(
     ("system", "message"),
     [
-        ("", "View 'good' shows every row as it is.*a system message, say"),
+        ("", "View 'good' shows every row unchanged.*a system message, say"),
         (
             "{{ raise_exception('System role not supported') }}",
             "refuses it .System role not supported.*where='before'",
@@ -347,7 +347,7 @@ def test_layers_that_are_none(name, layers):
 
 @pytest.mark.parametrize("name", ["lorra", "prompted"])
 def test_no_layers(name):
-    with pytest.raises(ValueError, match="one layer or more"):
+    with pytest.raises(ValueError, match="needs at least one layer"):
         get_loss(name, layers=[])
 
 

@@ -51,7 +51,7 @@ def effects(cells: Frame, factors: Sequence[str], measure: str) -> list[Effect]:
 
     Args:
         cells: One row a cell: a column per factor, `task`, `seed`, `examples`, and the measure.
-        factors: The factors; the order of their first appearance in the rows is the order of the levels.
+        factors: The factors. Levels are ordered by their first appearance in the rows.
         measure: Column to compare.
     """
     if not factors:
@@ -60,8 +60,8 @@ def effects(cells: Frame, factors: Sequence[str], measure: str) -> list[Effect]:
 
 
 def changes(cells: Frame, factors: Sequence[str], measure: str) -> list[Effect]:
-    """How much larger every effect is with the most examples than with the fewest: the interaction of a factor with
-    the number of examples."""
+    """How much larger every effect is with the most examples than with the fewest, which is the interaction of the
+    factor with the number of examples."""
     ends = [cells[cells["examples"] == n] for n in (cells["examples"].max(), cells["examples"].min())]
     most, fewest = (over_examples(end, measure, [*factors, "task", "seed"]) for end in ends)
     both = most.index.intersection(fewest.index)
@@ -70,7 +70,7 @@ def changes(cells: Frame, factors: Sequence[str], measure: str) -> list[Effect]:
 
 def _effects(values: Frame, cells: Frame, factors: Sequence[str]) -> list[Effect]:
     """Effects in arrays by factors, task and seed; the order of levels is that of the cells."""
-    found = []
+    effects_ = []
     for factor in factors if len(values) else ():
         levels = [level for level in dict.fromkeys(cells[factor]) if level != INERT]
         wide = values.unstack(factor)
@@ -83,15 +83,15 @@ def _effects(values: Frame, cells: Frame, factors: Sequence[str]) -> list[Effect
             gap, others = both[level] - both[levels[0]], [f for f in factors if f != factor]
             gap = balanced(gap) if others else gap
             contexts = len(gap.groupby(level=others)) if others else 1
-            found.append(Effect(factor, level, levels[0], difference(mean_rows(gap, ["task", "seed"])), contexts))
-    tests = together({i: effect.difference for i, effect in enumerate(found)})
-    return [replace(effect, difference=tests[i]) for i, effect in enumerate(found)]
+            effects_.append(Effect(factor, level, levels[0], difference(mean_rows(gap, ["task", "seed"])), contexts))
+    tests = together({i: effect.difference for i, effect in enumerate(effects_)})
+    return [replace(effect, difference=tests[i]) for i, effect in enumerate(effects_)]
 
 
 def balanced(gap: Frame) -> Frame:
-    """Those differences (by task, seed and contexts) whose every pair of task and seed has the same contexts: what
-    differs from context to context must not be averaged over other contexts in other pairs. Contexts are taken in the
-    order of how many pairs have them, as many as leave the most differences."""
+    """Keep the differences (by task, seed and context) of pairs that all have the same contexts, so that every pair is
+    averaged over the same ones. Contexts are added in the order of how many pairs have them, up to the number that
+    keeps the most differences."""
     wide = gap.unstack(["task", "seed"])
     there = wide.notna().to_numpy()
     order = np.argsort(-there.sum(axis=1), kind="stable")
@@ -170,7 +170,7 @@ def mixed_model(cells: Frame, factors: Sequence[str], measure: str, enough: int 
     ends = fitted.conf_int()
     kept = [name for name in fitted.params.index if name.startswith("C(Q(")]
     names = [re.sub(r"C\(Q\('(.*)'\), Treatment\('(.*)'\)\)\[T\.(.*)\]", r"\1: \3 − \2", name) for name in kept]
-    found = pd.DataFrame(
+    table = pd.DataFrame(
         {
             "estimate": fitted.params[kept].to_numpy(),
             "low": ends.loc[kept, 0].to_numpy(),
@@ -179,7 +179,7 @@ def mixed_model(cells: Frame, factors: Sequence[str], measure: str, enough: int 
         },
         index=pd.Index(names, name="level"),
     )
-    return None if found.isna().any(axis=None) else found
+    return None if table.isna().any(axis=None) else table
 
 
 def _crossed(cells: Frame, factors: Sequence[str], measure: str) -> tuple[Frame, list[str]]:
@@ -192,5 +192,5 @@ def _crossed(cells: Frame, factors: Sequence[str], measure: str) -> tuple[Frame,
 
 
 def _first(everywhere: Frame, here: Frame) -> str:
-    """The level that all tables of a report count from: the first to appear anywhere that is also here."""
+    """The reference level of all tables of a report: the first to appear anywhere that also appears here."""
     return next(level for level in dict.fromkeys(everywhere) if level in set(here))

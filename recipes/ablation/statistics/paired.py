@@ -1,8 +1,8 @@
 """Intervals and tests for differences between arms that saw the same data.
 
-A difference is taken within a pair (same task, same seed, same examples), so what the pair has in common cancels.
-Three things could have been others: the seeds, the test rows, and the tasks. There is an interval for each step, and
-each allows for everything that the one before it allows for, so it is never the narrower one:
+Differences are taken within a pair (same task, same seed, same examples), so what the pair has in common cancels.
+Three things could have been different: the seeds, the test rows, and the tasks. There is an interval for each. Each
+allows for everything that the one before it allows for, so it is never narrower:
 
 1. `seeds_interval`: other seeds, on these test rows of these tasks.
 2. `crossed_interval`: other seeds and other test rows, of these tasks. All seeds of a task are measured on the same
@@ -43,7 +43,7 @@ class Interval:
         high: Upper end.
         pairs: How many pairs there were.
         method: `bca`, `t`, `crossed`, `tasks`, or `none` where the pairs are too few, or all equal, so that nothing
-            says how much they vary (the ends are infinite then).
+            shows how much they vary (the ends are infinite then).
         p: Of the test that goes with a crossed interval or one over tasks: the error at which it would just hold zero.
     """
 
@@ -70,7 +70,7 @@ class Interval:
 
 @dataclass(frozen=True)
 class Difference:
-    """What pairs say about a mean difference.
+    """A mean difference over pairs, with its intervals and tests.
 
     Attributes:
         interval: For other seeds, on these test rows of these tasks.
@@ -113,10 +113,12 @@ def interval(differences: ArrayLike, confidence: float = 0.95, method: str | Non
         seed: Of the bootstrap.
 
     Raises:
-        ValueError: a difference is not finite, or there is none; an unknown method; a share that is none.
+        ValueError: there is no difference, or one is not finite; `method` or `confidence` is not allowed.
     """
     if method not in (None, "bca", "t") or not 0 < confidence < 1:
-        raise ValueError(f"method={method!r} is none of 'bca', 't', or confidence={confidence} not between 0 and 1.")
+        raise ValueError(
+            f"method={method!r} must be 'bca' or 't', and confidence={confidence} must be between 0 and 1."
+        )
     values = _finite(differences)
     mean, pairs = float(values.mean()), len(values)
     if pairs < 2:
@@ -129,15 +131,15 @@ def interval(differences: ArrayLike, confidence: float = 0.95, method: str | Non
     else:
         with warnings.catch_warnings():  # a degenerate resample
             warnings.simplefilter("ignore")
-            found = stats.bootstrap(
+            bootstrap = stats.bootstrap(
                 (values,), np.mean, confidence_level=confidence, n_resamples=RESAMPLES, method="BCa", rng=seed
             )
-        low, high = found.confidence_interval
+        low, high = bootstrap.confidence_interval
     return Interval(mean, float(low), float(high), pairs, method)
 
 
 def _without_spread(mean: float, pairs: int, method: str) -> Interval:
-    """Nothing but zeros is no difference; the same difference everywhere may be chance, and nothing says how much."""
+    """The interval of equal differences: zeros are no difference; any other may be chance, so its ends are unknown."""
     if abs(mean) <= _ROUNDING:
         return Interval(0.0, 0.0, 0.0, pairs, method)
     return Interval(mean, -np.inf, np.inf, pairs, "none")
@@ -146,7 +148,8 @@ def _without_spread(mean: float, pairs: int, method: str) -> Interval:
 def _finite(differences: ArrayLike) -> NDArray[np.float64]:
     values = np.asarray(differences, dtype=float)
     if values.size == 0 or not np.isfinite(values).all():
-        raise ValueError(f"{values.size} differences, {int((~np.isfinite(values)).sum())} not finite: nothing to say.")
+        bad = int((~np.isfinite(values)).sum())
+        raise ValueError(f"Got {values.size} differences, {bad} of them not finite. Pass at least one, all finite.")
     return values
 
 
@@ -174,12 +177,12 @@ def seeds_interval(*tasks: ArrayLike, confidence: float = 0.95) -> Interval:
         confidence: Share of such intervals that should hold the true mean.
     """
     matrices = _matrices(tasks)
-    found = [
+    intervals = [
         _students(matrices, _within(matrices, axis=0), confidence, "t"),
         crossed_interval(*tasks, confidence=confidence),
         tasks_interval(*tasks, confidence=confidence),
     ]
-    shortest = min(found, key=lambda one: one.high - one.low)
+    shortest = min(intervals, key=lambda one: one.high - one.low)
     return replace(shortest, method="none" if shortest.method == "none" else "t", p=1.0)
 
 
@@ -247,7 +250,7 @@ def _over_tasks(tasks: Sequence[NDArray[np.float64]]) -> _Spread | None:
 
 def _within(tasks: Sequence[NDArray[np.float64]], axis: int) -> _Spread | None:
     """What the seeds (axis 0) or the test rows (axis 1) of each task add to the variance of the mean; None where a
-    task has one of them, which does not say how much they vary."""
+    task has only one of them, which does not show how much they vary."""
     parts = []
     for weight, values in zip(_weights(tasks), tasks, strict=True):
         means = values.mean(axis=1 - axis)
@@ -273,7 +276,7 @@ def _students(
     if spread is None:
         return Interval(estimate, -np.inf, np.inf, len(means), "none")
     if spread.variance <= (_ROUNDING * max(1.0, largest)) ** 2:
-        if largest <= _ROUNDING:  # nothing but zeros is no difference
+        if largest <= _ROUNDING:  # all differences are zero
             return Interval(0.0, 0.0, 0.0, len(means), method)
         return Interval(estimate, -np.inf, np.inf, len(means), "none")  # the same for all seeds may be chance
     error = spread.variance**0.5
@@ -312,10 +315,10 @@ def difference(gap: Frame) -> Difference:
 _NOTHING = Interval(np.nan, -np.inf, np.inf, 0, "none")
 
 
-def together(found: Mapping[_Key, Difference]) -> dict[_Key, Difference]:
-    """The same with p values corrected for having looked at all of these."""
-    p_values = corrected([one.p for one in found.values()])
-    return {key: replace(one, p=p) for (key, one), p in zip(found.items(), p_values, strict=True)}
+def together(differences: Mapping[_Key, Difference]) -> dict[_Key, Difference]:
+    """The same differences, with p values corrected (Holm) for looking at all of them."""
+    p_values = corrected([one.p for one in differences.values()])
+    return {key: replace(one, p=p) for (key, one), p in zip(differences.items(), p_values, strict=True)}
 
 
 def p_value(differences: ArrayLike, seed: int = 0) -> float:
@@ -330,10 +333,10 @@ def p_value(differences: ArrayLike, seed: int = 0) -> float:
     if len(values) < 2 or not values.any():
         return 1.0
     zeros = np.zeros_like(values)
-    found = stats.permutation_test(
+    test = stats.permutation_test(
         (values, zeros), _mean_difference, permutation_type="samples", n_resamples=RESAMPLES, vectorized=True, rng=seed
     )
-    return float(found.pvalue)
+    return float(test.pvalue)
 
 
 def _mean_difference(first: NDArray[np.float64], second: NDArray[np.float64], axis: int = -1) -> NDArray[np.float64]:
@@ -346,23 +349,25 @@ def smallest_p(pairs: int) -> float:
     return 2.0 / 2**pairs
 
 
-def least_p(found: Sequence[Difference]) -> float:
+def least_p(differences: Sequence[Difference]) -> float:
     """The smallest corrected p that differences looked at together can have: what their pairs allow, by Holm."""
-    return min(1.0, len(found) * smallest_p(max(one.interval.pairs for one in found))) if found else 1.0
+    if not differences:
+        return 1.0
+    return min(1.0, len(differences) * smallest_p(max(one.interval.pairs for one in differences)))
 
 
-def too_few(found: Sequence[Difference], alpha: float = 0.05) -> str:
+def too_few(differences: Sequence[Difference], alpha: float = 0.05) -> str:
     """A sentence where there are too few pairs for anything in a table to be clear; else nothing."""
-    least = least_p(found)
-    if not found or least < alpha:
+    least = least_p(differences)
+    if not differences or least < alpha:
         return ""
-    pairs = max(one.interval.pairs for one in found)
-    what = f"{len(found)} comparison{'s' * (len(found) > 1)} of {pairs} pair{'s' * (pairs > 1)}"
+    pairs = max(one.interval.pairs for one in differences)
+    what = f"{len(differences)} comparison{'s' * (len(differences) > 1)} of {pairs} pair{'s' * (pairs > 1)}"
     return f"Nothing here can be clear: p of {what} cannot be below {least:.2g}."
 
 
 def corrected(p_values: Sequence[float]) -> list[float]:
-    """Holm's correction for having looked at all of these."""
+    """Holm's correction for looking at all of these."""
     if not len(p_values):
         return []
     adjusted: Any = multipletests(list(p_values), method="holm")[1]

@@ -1,4 +1,4 @@
-"""A measure example by example: what every cell scored on every test row."""
+"""A measure example by example: the values of every cell on every test row."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def examples_of(column: str) -> str:
 
 
 def rows_of(cells: Frame, column: str) -> Frame:
-    """Per cell an array over the test rows (or answers) whose mean is the measure; None for a cell that has none."""
+    """For every cell, an array over the test rows (or answers) whose mean is the measure; None where it has none."""
     values = cells.get(examples_of(column), pd.Series(None, index=cells.index, dtype=object))
     rows = [
         None if pd.isna(mean) else values_of if isinstance(values_of, np.ndarray) else np.array([float(mean)])
@@ -26,8 +26,8 @@ def rows_of(cells: Frame, column: str) -> Frame:
 
 
 def with_base(cells: Frame, name: str) -> Frame:
-    """The cells, and the base model as one more arm called `name`, from the observations that every cell holds."""
-    base = cells.dropna(subset=["accuracy@0"])  # a failed cell knows nothing of it
+    """Add the base model as an arm called `name`, from the observations at strength 0 that every cell holds."""
+    base = cells.dropna(subset=["accuracy@0"])  # a failed cell does not hold them
     base = base.drop_duplicates(["task", "seed", "examples"]).assign(arm=name)
     for own in [column for column in cells if str(column).partition("@")[2].partition(" ")[0] == "0"]:
         measure, _, rest = str(own).partition("@0")
@@ -37,8 +37,8 @@ def with_base(cells: Frame, name: str) -> Frame:
 
 
 def over_examples(cells: Frame, column: str, levels: Sequence[str]) -> Frame:
-    """Means over the numbers of examples, by these columns (task and seed among them), as arrays over the test rows;
-    only of what has every number, since training sets are nested and scores rise with them."""
+    """Means over the numbers of examples, by these columns (task and seed among them), as arrays over the test rows.
+    Only groups that have every number count, since scores rise with the number of examples."""
     index = pd.MultiIndex.from_frame(cells[[*levels, "examples"]])
     values = rows_of(cells, column).set_axis(index).unstack("examples").dropna()
     if values.empty:
@@ -47,6 +47,6 @@ def over_examples(cells: Frame, column: str, levels: Sequence[str]) -> Frame:
 
 
 def mean_rows(values: Frame, levels: Sequence[str]) -> Frame:
-    """Mean of arrays within groups of the index; a row that could not be judged in one of them has none (NaN)."""
+    """Mean of arrays within groups of the index; NaN for a row that could not be judged in one of them."""
     means = {key: np.mean(np.stack([*group]), axis=0) for key, group in values.groupby(level=list(levels), sort=True)}
     return pd.Series([*means.values()], index=pd.MultiIndex.from_tuples(means, names=levels), dtype=object)

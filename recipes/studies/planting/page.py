@@ -5,63 +5,57 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+import pandas as pd
 from statsmodels.stats.proportion import proportion_confint
 
+from steertune.recipes.lab.pages import Block, Page, Section, Table, Text
 from steertune.recipes.studies.planting import FORMS
 from steertune.recipes.studies.planting.studies import Study
 
 
-def page(studies: dict[str, list[Study]], size: str) -> str:
-    """Markdown: the scores of the arms, the claims of the studies, and the coverage of the intervals.
+def page(studies: dict[str, list[Study]], size: str) -> Page:
+    """What the arms reach, what the studies claim, how good the intervals are.
 
     Args:
         studies: Studies of every problem.
-        size: Size of each study, in words.
+        size: How large each of them is, in words.
     """
-    return "\n".join(
-        [
-            "# Planted problems",
-            "",
-            f"Every study is a grid of {size}. "
-            "Every arm has its own learning rate, and arms are compared at matched KL. Mean held-out accuracy "
-            "(form/layer):",
-            "",
-            *_means(studies),
-            "",
-            "## What studies claim",
-            "",
-            "A study claims an effect (gated or LoRA against bias, wrong layer against right) if both its permutation "
-            "test and its test for other seeds and test rows, corrected for the three effects, are below 5 %. "
-            "*Named*: the teacher's form has the highest mean. *Claimed*: the study claims that the teacher's form is "
-            "better than `bias` or, for the bias teacher, that another form is worse. *Shares*: form or layer has a "
-            "clear Shapley share. *False effect*: the claim is about a form or layer that is not the teacher's. For "
-            "`base` (all labels are coin flips) and `shuffled` (the training labels are), every effect, share or "
-            "verdict is false. Each should occur in at most 5 % of studies; the 95 % intervals are Clopper-Pearson's. "
-            "*By p alone*: false effects if the permutation test were enough.",
-            "",
-            *_claims(studies),
-            "",
-            "## Intervals",
-            "",
-            "How often the 95 % interval of an effect contains the truth where the truth is known. For `base` with "
-            "other seeds and other test rows it is 0. For the same test rows the true effect is unknown and not 0, "
-            "because their labels happen to suit one arm or the other; how often that interval contains 0 shows how "
-            "much it leaves out. (Other teachers have true effects that are unknown as well.)",
-            "",
-            *_coverage(studies),
-            "",
-        ]
+    means = (
+        f"Every study is a grid of {size}, every arm with its own learning rate, compared at matched KL. Mean "
+        "held-out accuracy (form/layer):"
     )
+    claims = (
+        "A claim is an effect (gated and LoRA against bias, wrong layer against right) whose permutation test and "
+        "test for other seeds and test rows, corrected for all three, are both below 5 %. "
+        "*Named*: the teacher's form has the highest mean. *Claimed*: it is claimed to be better than `bias`; for "
+        "the bias teacher, that another is worse. *Shares*: a clear Shapley share of form or layer. *False "
+        "effect*: of a form or layer that is not the teacher's; for `base` (all labels are a coin's) and "
+        "`shuffled` (the training labels are), any effect, share or verdict is false. Each should come about in 5 "
+        "% of studies at most; their 95 % intervals are Clopper-Pearson's. *By p alone*: false effects if the "
+        "permutation test were enough."
+    )
+    intervals = (
+        "How often the 95 % interval of an effect, one a study, holds the truth where that is known: for `base` "
+        "and other seeds and test rows it is 0. About the same test rows the truth is another number, which "
+        "nobody knows, since their labels happen to suit one arm or the other; how often that interval holds 0 "
+        "says how much it leaves out. (Other teachers each have a true effect of their own, unknown too.)"
+    )
+    sections = [
+        Section("", [Text(means), _means(studies)]),
+        Section("What studies claim", [Text(claims), _claims(studies)]),
+        Section("Intervals", [Text(intervals), _coverage(studies)]),
+    ]
+    return Page("Planted problems", sections)
 
 
-def _means(studies_of: dict[str, list[Study]]) -> list[str]:
+def _means(studies: dict[str, list[Study]]) -> Table:
     arms = [(form, layer) for form in FORMS for layer in ("right", "wrong")]
-    lines = ["| teacher | studies | base | " + " | ".join(f"{f}/{la}" for f, la in arms) + " |"]
-    lines.append("|---" * (len(arms) + 3) + "|")
-    for problem, studies in studies_of.items():
-        values = " | ".join(_mean([s.means[arm] for s in studies]) for arm in arms)
-        lines.append(f"| {problem} | {len(studies)} | {np.mean([s.base for s in studies]):.3f} | {values} |")
-    return lines
+    rows = []
+    for problem, many in studies.items():
+        values = [_mean([study.means[arm] for study in many]) for arm in arms]
+        rows.append([problem, str(len(many)), f"{np.mean([study.base for study in many]):.3f}", *values])
+    header = ["teacher", "studies", "base", *("/".join(arm) for arm in arms)]
+    return Table(pd.DataFrame(rows, columns=pd.Index(header)), "means")
 
 
 def _mean(values: Sequence[float]) -> str:
@@ -69,42 +63,37 @@ def _mean(values: Sequence[float]) -> str:
     return f"{np.mean(matched):.3f}" if matched else "unmatched"
 
 
-def _claims(studies_of: dict[str, list[Study]]) -> list[str]:
-    lines = [
-        "| teacher | studies | form named | form claimed | layer claimed | shares | verdict for / against / undecided "
-        "| false effect | by p alone | false share | false verdict |",
-        "|---" * 11 + "|",
-    ]
-    for problem, studies in studies_of.items():
-        has_truth = problem in FORMS
-        sides = " / ".join(str(sum(s.side == side for s in studies)) for side in ("for", "against", "undecided"))
-        shares = ", ".join(f"{f} {sum(f in s.shares for s in studies)}" for f in ("form", "layer"))
-        cells = [
-            *(str(sum(getattr(s, name) for s in studies)) if has_truth else "" for name in ("named", "form", "layer")),
-            shares,
-            sides,
-            _rate([s.false[0] for s in studies]),
-            _rate([s.false_by_p for s in studies]),
-            *("" if has_truth else _rate([s.false[i] for s in studies]) for i in (1, 2)),
-        ]
-        lines.append(f"| {problem} | {len(studies)} | " + " | ".join(cells) + " |")
-    return lines
+_CLAIMS = (
+    "teacher", "studies", "form named", "form claimed", "layer claimed", "shares",
+    "verdict for / against / undecided", "false effect", "by p alone", "false share", "false verdict",
+)  # fmt: skip
 
 
-def _coverage(studies_of: dict[str, list[Study]]) -> list[str]:
-    studies = studies_of.get("base", [])
-    if not studies:
-        return ["No study of `base` has run."]
-    lines = [
-        "| effect | studies | other test rows: contains the truth | these test rows: contains 0 |",
-        "|---" * 4 + "|",
-    ]
-    for name in dict.fromkeys(name for study in studies for name in study.gaps):
-        gaps = [study.gaps[name] for study in studies if name in study.gaps]
-        other_rows = _rate([gap.crossed.low <= 0 <= gap.crossed.high for gap in gaps])
-        these_rows = _rate([gap.interval.low <= 0 <= gap.interval.high for gap in gaps])
-        lines.append(f"| {name} | {len(gaps)} | {other_rows} | {these_rows} |")
-    return lines
+def _claims(studies: dict[str, list[Study]]) -> Table:
+    rows = []
+    for problem, many in studies.items():
+        planted = problem in FORMS
+        counts = [sum(s.named for s in many), sum(s.form for s in many), sum(s.layer for s in many)]
+        sides = " / ".join(str(sum(s.side == side for s in many)) for side in ("for", "against", "undecided"))
+        shares = ", ".join(f"{f} {sum(f in s.shares for s in many)}" for f in ("form", "layer"))
+        false_effects = [_rate([s.false[0] for s in many]), _rate([s.false_by_p for s in many])]
+        others = ["" if planted else _rate([s.false[i] for s in many]) for i in (1, 2)]
+        named = [str(count) if planted else "" for count in counts]
+        rows.append([problem, str(len(many)), *named, shares, sides, *false_effects, *others])
+    return Table(pd.DataFrame(rows, columns=pd.Index(_CLAIMS)), "claims")
+
+
+def _coverage(studies: dict[str, list[Study]]) -> Block:
+    many = studies.get("base", [])
+    if not many:
+        return Text("No study of `base` was run.")
+    rows = []
+    for name in dict.fromkeys(name for study in many for name in study.gaps):
+        gaps = [study.gaps[name] for study in many if name in study.gaps]
+        held = [[i.low <= 0 <= i.high for i in (gap.crossed, gap.interval)] for gap in gaps]
+        rows.append([name, str(len(gaps)), _rate([h[0] for h in held]), _rate([h[1] for h in held])])
+    header = ["effect", "studies", "other test rows too, holds the truth", "these test rows, holds 0"]
+    return Table(pd.DataFrame(rows, columns=pd.Index(header)), "intervals")
 
 
 def _rate(events: Sequence[bool]) -> str:

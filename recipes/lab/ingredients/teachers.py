@@ -21,7 +21,7 @@ from typing import Any, ClassVar
 from datasets import Dataset
 from pydantic import BaseModel, ValidationError, model_validator
 
-from steertune.recipes.lab.files import ArmError, nearest, reasons
+from steertune.recipes.lab.files import ArmError, check_name, nearest, reasons
 from steertune.recipes.lab.ingredients import ArmLike, Named, Training
 from steertune.recipes.lab.ingredients.views import Views
 from steertune.trainers import get_view
@@ -76,6 +76,7 @@ class Teachers(Named):
         tables = views.tables if isinstance(views, Views) else {}
         shown = {table.get("model", view) for view, table in tables.items() if table.get("name", view) == "teacher"}
         for name, table in self.teachers().items():
+            check_name("teacher", name)  # it names a folder
             if name not in shown:
                 raise ArmError(
                     f"No view shows the teacher of [teachers.{name}]. Add one: "

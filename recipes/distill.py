@@ -31,11 +31,12 @@ from steertune.recipes.lab.arm import Arm, load_arm
 from steertune.recipes.lab.command_line import ArmName, Result, Threads, command
 from steertune.recipes.lab.data import load_model, load_splits
 from steertune.recipes.lab.evaluate import evaluate, evaluate_base
-from steertune.recipes.lab.files import ArmError, read_rows, write_rows, write_whole
+from steertune.recipes.lab.files import ArmError, read_rows, write_rows
 from steertune.recipes.lab.generation import check_context, generate, plain, prompt_lengths
 from steertune.recipes.lab.ingredients.views import Views
 from steertune.recipes.lab.observe import HeldOut, Prompted, neutral_rows
-from steertune.recipes.lab.page import comparison, generations
+from steertune.recipes.lab.pages import Page, Section, Table, Text, write_page
+from steertune.recipes.lab.pages.measured import comparison, generations
 from steertune.recipes.lab.processes import begin
 from steertune.recipes.lab.progress import Bar, progress, track
 from steertune.recipes.lab.rows import BASE, Record
@@ -132,10 +133,10 @@ def run(arm: Arm, threads: int | None = None) -> Record:
     }
     trainer.save_model(str(folder / "adapter"))
     if state.is_main_process:
-        write_whole(folder / "page.md", page(record, prompted))
+        written = write_page(page(record, prompted), folder)
         prompted.write(folder / "prompted.json")
         record.write(folder / "result.json")  # last: it says that the run is finished
-        print(f"\n{page(record, prompted)}\nThis page: {folder / 'page.md'}")
+        print(f"\n{written.read_text(encoding='utf-8')}\nThis page: {written.with_suffix('.html')}")
     return record
 
 
@@ -162,7 +163,7 @@ def answered(
     check_context(model, tokenizer, Dataset.from_dict({"prompt": shown}), arm.evaluation.new_tokens, "[views.good]")
     size, length = arm.evaluation.batch_size, arm.evaluation.new_tokens
     with PartialState().split_between_processes(list(range(0, len(shown), size))) as starts:
-        own: Any = list(starts)
+        own: Any = [*starts]
         answers_by_start = {
             i: generate(model, tokenizer, shown[i : i + size], length, _TEMPERATURE, seed + 7 * i)
             for i in track(own, "batch")
@@ -190,8 +191,8 @@ def _tokens(tokenizer: Any, view: View, test: Dataset) -> dict[str, float]:
     return {"plain": plain, "prompted": prompted, "saved": prompted - plain}
 
 
-def page(record: Record, prompted: Record) -> str:
-    """What came of it, in Markdown.
+def page(record: Record, prompted: Record) -> Page:
+    """What came of it.
 
     Args:
         record: The base model at strength 0, the distilled one at 1.
@@ -199,20 +200,20 @@ def page(record: Record, prompted: Record) -> str:
     """
     means, facts = record.means(), record.facts
     base, distilled = means[BASE], means["1"]
-    lines = [
-        f"# {record.keys['arm']}: a prompt, distilled",
-        "",
+    table = comparison({"base": base, "prompted": prompted.means()["1"], "distilled": distilled}).frame
+    plain, behind = (f"{facts['tokens'][name]:.0f}" for name in ("plain", "prompted"))
+    table.loc[len(table)] = ["tokens of a request", plain, behind, plain]
+    summary = Text(
         f"Fidelity **{distilled['fidelity']:.3f}** on {facts['test_prompts']} test prompts, after "
-        f"{facts['train_prompts']} training prompts; **{facts['tokens']['saved']:.0f} tokens saved** per request.",
-        *(f"\n{note}" for note in facts["notes"].values()),
-        "",
-        *comparison({"base": base, "prompted": prompted.means()["1"], "distilled": distilled}),
-        "| tokens of a request | {plain:.0f} | {prompted:.0f} | {plain:.0f} |".format(**facts["tokens"]),
-        "",
-    ]
+        f"{facts['train_prompts']} training prompts; **{facts['tokens']['saved']:.0f} tokens saved** per request."
+    )
     seen = {"base": record.seen(), "prompted": prompted.seen(1), "distilled": record.seen(1)}
-    answers = {name: [*one["answer"]] for name, one in seen.items() if "answer" in one}
-    return "\n".join([*lines, *generations(facts["prompts"], answers)])
+    answers = generations(facts["prompts"], {name: [*one["answer"]] for name, one in seen.items() if "answer" in one})
+    sections = [
+        Section("", [summary, *map(Text, facts["notes"].values()), Table(table, "measures")]),
+        *([Section("Generations (greedy)", answers)] if answers else []),
+    ]
+    return Page(f"{record.keys['arm']}: a prompt, distilled", sections)
 
 
 def _check(arm: Arm) -> None:

@@ -59,7 +59,7 @@ def main(
     check_checksums(base)
 
     numbers = [(problem, i) for problem in problems for i in range(nulls if problem == "base" else studies)]
-    done: dict[str, list[Study]] = {problem: [] for problem in problems}
+    finished: dict[str, list[Study]] = {problem: [] for problem in problems}
     with progress("Studies", len(numbers)) as bar:
         for problem, i in numbers:
             with bar.step(f"{problem} {i}"):

@@ -32,8 +32,7 @@ def of_training(arm: Arm, record: Record) -> Card:
         **purpose(arm.card, arm.data.name),
         data=f"{arm.data.train} training examples of `{task}`, seed {arm.data.seed}.",
         made=f"Arm `{arm.name}`: adapter {settings_in_words(arm.adapter)}, loss {settings_in_words(arm.loss)}, "
-        f"{facts['steps']} steps; "
-        f"{facts['parameters']:,} trained parameters.",
+        f"{facts['steps']} steps; {facts['parameters']:,} trained parameters.",
         measured=f"On {arm.data.test} held-out examples:\n\n{table_markdown(measured)}",
         side_effects=side_effects(means[BASE], means["1"]),
         advice=advice,

@@ -63,10 +63,10 @@ def main(
     with progress("Studies", len(numbers)) as bar:
         for problem, i in numbers:
             with bar.step(f"{problem} {i}"):
-                done[problem].append(study(problem, i, base, folder))
-    size = f"{TASKS} tasks x {SEEDS} seeds with {EXAMPLES} examples and {TEST} test rows"
-    file = write_page(page(done, size), folder, "table")
-    result = {problem: [asdict(one) for one in many] for problem, many in done.items()}
+                finished[problem].append(study(problem, i, base, folder))
+    size = f"{TASKS} tasks x {SEEDS} seeds, with {EXAMPLES} examples and {TEST} test rows"
+    file = write_page(page(finished, size), folder, "table")
+    result = {problem: [asdict(one) for one in many] for problem, many in finished.items()}
     return Result(result, file.read_text(encoding="utf-8"))
 
 

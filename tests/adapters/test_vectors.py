@@ -299,7 +299,7 @@ def test_together_is_measured_on_the_data_of_both(task, capsys):
         assert len({tuple(seen["margin"]) for seen in (some[0].base, *some)}) == 4, "four different models"
     assert {record.value("kl") for record in records.values()} == {0}
     text = two_vectors.summarise(found)
-    assert "On one, vone alone" in text and "| | base | vone | vtwo | both |" in text
+    assert "On one, vone alone" in text and "|  | base | vone | vtwo | both |" in text
     # by hand: both is the model with both vectors
     model: Any = PeftModel.from_pretrained(tiny(max_position_embeddings=512), str(task / "vone"))
     model.load_adapter(str(task / "vtwo"), "second")

@@ -546,7 +546,10 @@ def test_an_arm_is_called_by_what_sets_it_apart(levels, label):
     tables["factors"]["form"]["low_rank"] = {}
     tables["design"]["start"] |= {"layers": "all", "norm": "free"}
     tables["design"]["end"] |= {"layers": "one", "norm": "free"}
-    others = [{"form": form, "layers": "one", "contrast": "none", "norm": "capped"} for form in ("bias", "lora")]
+    others = [
+        {"form": "bias", "layers": "all", "contrast": "pairs", "norm": "free"},
+        {"form": "lora", "layers": "one", "contrast": "none", "norm": "capped"},
+    ]
     arms = [{"name": named(one), "levels": one} for one in (levels, *others)] + [{"name": "icv", "levels": None}]
     labels = arm_labels(GridTables(**tables), arms)
     assert labels[named(levels)] == label and labels["icv"] == "ICV" and len(set(labels.values())) == len(arms)

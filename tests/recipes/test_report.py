@@ -542,8 +542,9 @@ def test_figures_are_png_and_svg_and_tables_latex_too(tmp_path):
 )
 def test_an_arm_is_called_by_what_sets_it_apart(levels, label):
     tables = tomllib.loads(TABLES)
-    tables["factors"] |= {"layers": {"all": {}, "one": {}}, "norm": {"free": {}, "capped": {}}}
-    tables["factors"]["form"]["low_rank"] = {}
+    form, contrast = tables["factors"]["form"] | {"low_rank": {}}, tables["factors"]["contrast"]
+    layers, norm = {"all": {}, "one": {}}, {"free": {}, "capped": {}}
+    tables["factors"] = {"form": form, "layers": layers, "contrast": contrast, "norm": norm}
     tables["design"]["start"] |= {"layers": "all", "norm": "free"}
     tables["design"]["end"] |= {"layers": "one", "norm": "free"}
     others = [

@@ -23,6 +23,7 @@ RECIPES = [
     "pydantic>=2.8",
     "rich>=13",
     "typer>=0.29",
+    "jinja2>=3.1",
     "scipy>=1.15",
     "pandas>=2.2",
     "tabulate>=0.9",  # pandas writes Markdown tables with it
@@ -47,7 +48,9 @@ setup(
     python_requires=">=3.11",
     packages=list(package_dir),
     package_dir=package_dir,
-    package_data={name: ["py.typed", "**/*.toml", "**/*.yaml", "**/*.jsonl", "**/*.md"] for name in package_dir},
+    package_data={
+        name: ["py.typed", "**/*.toml", "**/*.yaml", "**/*.jsonl", "**/*.md", "**/*.jinja"] for name in package_dir
+    },
     install_requires=[
         "torch>=2.11",
         "transformers>=5.17,<5.24",  # the adapter methods of 5.24 ask for PEFT 0.22

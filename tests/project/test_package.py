@@ -26,10 +26,6 @@ MAY_IMPORT = {
 
 
 GRAPH = import_graph.graph()
-BEING_REPAIRED = [
-    folder if folder in ("adapters", "losses") else pytest.param(folder, marks=pytest.mark.xfail(strict=False))
-    for folder in MAY_IMPORT
-]
 
 
 @pytest.mark.parametrize("folder", MAY_IMPORT)
@@ -39,13 +35,13 @@ def test_imports_go_one_way(folder: str) -> None:
             assert other.split(".")[1] in MAY_IMPORT[folder], f"{name} imports {other}"
 
 
-@pytest.mark.parametrize("folder", BEING_REPAIRED)
+@pytest.mark.parametrize("folder", MAY_IMPORT)
 def test_no_modules_import_each_other_in_a_circle(folder: str) -> None:
     circles = [sorted(names) for names in networkx.strongly_connected_components(GRAPH) if len(names) > 1]
     assert [names for names in circles if names[0].split(".")[1] == folder] == []
 
 
-@pytest.mark.parametrize("folder", BEING_REPAIRED)
+@pytest.mark.parametrize("folder", MAY_IMPORT)
 def test_private_modules_are_imported_in_their_own_package_only(folder: str) -> None:
     for name, other in GRAPH.edges:
         package, _, last = other.rpartition(".")

@@ -17,6 +17,8 @@ def subpackages(folder: str) -> dict[str, str]:
 
 package_dir = {name: path for folder in FOLDERS for name, path in subpackages(folder).items()}
 
+DATA = ["py.typed", "**/*.toml", "**/*.yaml", "**/*.jsonl", "**/*.md", "**/*.jinja"]
+
 RECIPES = [
     "gguf>=0.17",
     "matplotlib>=3.9",

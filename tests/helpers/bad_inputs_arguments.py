@@ -130,17 +130,17 @@ ROWS: dict[str, Row] = {
     # get_view
     "view of a path": view("Unknown view '../instruction'", "../instruction"),
     "view with an unknown option": view("Unknown option of view 'instruction' 'txt'", "instruction", txt="a"),
-    "view without a text": view("text=''", "instruction", text="  "),
+    "view without a text": view("text='  ' must not be empty", "instruction", text="  "),
     "view without its option": view("text", "instruction"),
     "view with a text that is a number": view("text=5", "instruction", text=5),
     "view in an unknown place": view("where='behind' must be", "instruction", text="a", where="behind"),
-    "view of no demonstrations": view("k=0: one demonstration or more", "demonstrations", k=0),
+    "view of no demonstrations": view("k=0 must be a whole number, 1 or more", "demonstrations", k=0),
     "view of demonstrations of text": view(
         "k='4' of view 'demonstrations' is str, not a whole number", "demonstrations", k="4"
     ),
-    "view of neutral nothing": view(r"rows=\(\): neutral text is needed", "neutral", rows=[]),
+    "view of neutral nothing": view(r"rows=\(\) must not be empty", "neutral", rows=[]),
     "view of neutral text without prompts": view("rows\\[0\\]", "neutral", rows=[{"text": "a"}]),
-    "view of a teacher that is text": view("model='gpt2': a teacher is a model", "teacher", model="gpt2"),
+    "view of a teacher that is text": view("model='gpt2' must be a model", "teacher", model="gpt2"),
     # SteeringVectorConfig and set_strength
     "more rows than the model is wide": row(
         "rank=33 must be at most 32, the width",
@@ -244,9 +244,9 @@ ROWS: dict[str, Row] = {
     ),
     # statistics and chat
     "interval of nothing": row("0 differences", interval, []),
-    "interval of NaN": row("1 not finite", interval, [1.0, math.nan]),
-    "interval of an unknown method": row("method='bootstrap' is none of", interval, [1.0, 2.0], method="bootstrap"),
-    "interval of all": row("confidence=1.0 not between 0 and 1", interval, [1.0, 2.0], confidence=1.0),
+    "interval of NaN": row("1 of them not finite", interval, [1.0, math.nan]),
+    "interval of an unknown method": row("method='bootstrap' must be", interval, [1.0, 2.0], method="bootstrap"),
+    "interval of all": row("confidence=1.0 must be between 0 and 1", interval, [1.0, 2.0], confidence=1.0),
     "test of nothing": row("0 differences", p_value, []),
     "chat at strength NaN": row("strength=nan", Chat, None, None, math.nan, 5, 0.0),
     "chat without end": row("temperature=inf", Chat, None, None, 1.0, 5, math.inf),

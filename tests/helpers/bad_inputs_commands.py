@@ -99,7 +99,7 @@ ROWS: dict[str, Row] = {
     "train into a file": on(
         "file is a file. Choose another output folder", "file", "x", "train", "vector_dpo", "--output.folder=file"
     ),
-    "train of a prompt": said("is a prompt: there is nothing to train", "train", "prompt_contrast"),
+    "train of a prompt": said("is a prompt, so there is nothing to train", "train", "prompt_contrast"),
     "train on data that are not there": said(
         "no such file or folder", "train", "vector_dpo", "--data.name=./no.jsonl", "--output.folder=o"
     ),

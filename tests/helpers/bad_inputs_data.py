@@ -184,15 +184,15 @@ ROWS: dict[str, Row] = {
     "splits with an open brace": splits("cannot be filled in", columns={"prompt": "{", "chosen": "a"}),
     "splits with columns by number": splits("cannot be filled in", columns={"prompt": "{0}", "chosen": "a"}),
     # rows
-    "a prompt that is None": rows(f"Row 1: 'prompt' is None, {TEXT}", ROW | {"prompt": None}),
-    "a chosen answer that is None": rows(f"Row 1: 'chosen' is None, {TEXT}", ROW | {"chosen": None}),
+    "a prompt that is None": rows(f"Row 1: 'prompt' is None. It {TEXT}", ROW | {"prompt": None}),
+    "a chosen answer that is None": rows(f"Row 1: 'chosen' is None. It {TEXT}", ROW | {"chosen": None}),
     "a row without its answer": rows("Row 1: 'rejected' is None", {"prompt": "the ", "chosen": "cat"}),
-    "prompts that are numbers": alone(f"Row 0: 'prompt' is 5, {TEXT}", ROW | {"prompt": 5}),
-    "prompts that are not numbers": alone(f"Row 0: 'prompt' is nan, {TEXT}", ROW | {"prompt": math.nan}),
+    "prompts that are numbers": alone(f"Row 0: 'prompt' is 5. It {TEXT}", ROW | {"prompt": 5}),
+    "prompts that are not numbers": alone(f"Row 0: 'prompt' is nan. It {TEXT}", ROW | {"prompt": math.nan}),
     "answers that are truth values": alone("Row 0: 'chosen' is True", ROW | {"chosen": True}),
     "answers that are tables": alone("Row 0: 'chosen' is {'a': 1}", ROW | {"chosen": {"a": 1}}),
-    "answers that are empty lists": alone(f"Row 0: 'chosen' is \\[\\], {TEXT}", ROW | {"chosen": []}),
-    "answers that are lists of texts": alone("the message 'cat', .*'role': ..., 'content'", ROW | {"chosen": ["cat"]}),
+    "answers that are empty lists": alone(f"Row 0: 'chosen' is \\[\\]. It {TEXT}", ROW | {"chosen": []}),
+    "answers that are lists of texts": alone("the message 'cat'. .*'role': ..., 'content'", ROW | {"chosen": ["cat"]}),
     "messages without a role": alone(
         "Row 0: 'messages' has the message .*must be", {"messages": [{"content": "cat"}]}
     ),
@@ -204,7 +204,7 @@ ROWS: dict[str, Row] = {
         "a message with content=5. It must be a text", {"messages": [{"role": "user", "content": 5}]}
     ),
     "conversations without from": alone("'from': ..., 'value': ...", {"conversations": [{"value": "cat"}]}),
-    "texts that are numbers": alone(f"Row 0: 'text' is 7, {TEXT}", {"text": 7}),
+    "texts that are numbers": alone(f"Row 0: 'text' is 7. It {TEXT}", {"text": 7}),
     "columns that are almost right": rows(
         "Row 1: 'chosen' is None", {"prompt": "the ", "choosen": "cat", "rejected": "a"}
     ),
@@ -228,12 +228,12 @@ ROWS: dict[str, Row] = {
     "kept rows with a changed letter": kept("its checksum is another", lambda text: text.replace(b"cat", b"cot", 1)),
     "kept rows that are no UTF-8": kept("Save it as UTF-8", lambda text: b"\xff" + text),
     # views of rows
-    "a view of rows without prompts": view("give a column 'prompt'", "instruction", [{"text": "a"}], text="Be kind."),
+    "a view of rows without prompts": view("Give a column 'prompt'", "instruction", [{"text": "a"}], text="Be kind."),
     "demonstrations of too few rows": view(
         "k=4 demonstrations need as many other examples, and there are 0", "demonstrations", [ROW]
     ),
     "contrast demonstrations without bad answers": view(
-        "shows rejected answers, and the data have none",
+        "shows rejected answers, but the data have none",
         "demonstrations",
         [{"prompt": p, "completion": "a"} for p in "ab"],
         k=1,
@@ -241,7 +241,7 @@ ROWS: dict[str, Row] = {
     ),
     "a system message for plain text": view("needs conversations", "instruction", [ROW], text="a", where="system"),
     "an instruction behind an answer": view(
-        "does not end with a user message",
+        "must end with a user message",
         "instruction",
         [{"prompt": [{"role": "assistant", "content": "a"}]}],
         text="Be kind.",

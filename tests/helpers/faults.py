@@ -237,7 +237,7 @@ FAULTS = [
     ),
     Fault(
         "a vector of the config may be missing in the file", "adapter keys not loaded", "adapters.saved",
-        "if expected_layers is not None and len(found) != expected_layers:", "if False:",
+        "if expected_layers is not None and len(parameters) != expected_layers:", "if False:",
         "adapters/test_bad_input", "bad_files",
     ),
     Fault(
@@ -252,7 +252,7 @@ FAULTS = [
     ),
     Fault(
         "generate without PEFT does not say its prompt", "positions with cache", "adapters.positions",
-        "self.declared = self._given(args, kwargs)", "self.declared = None",
+        "self.declared = self._prompt_columns(args, kwargs)", "self.declared = None",
         "adapters/test_position_families", "llama-inside",
     ),
     Fault(
@@ -277,7 +277,7 @@ FAULTS = [
     ),
     Fault(
         "transformers loads unchecked", "the base is changed", "adapters.loading",
-        "        check_adapter_folder(folder, found)\n", "        pass\n",
+        "        check_adapter_folder(folder, loaded)\n", "        pass\n",
         "adapters/test_base_is_the_base", "extra_weights and transformers",
     ),
     Fault(
@@ -417,12 +417,12 @@ FAULTS = [
         "trainers/test_promises", "evaluation_margins or logged_keys",
     ),
     Fault(
-        "test rows may stand in training", "leaks", "recipes.ablation.splits",
+        "test rows may stand in training", "leaks", "recipes.lab.splits",
         "    pool = _apart(name, pool, validation, scorer, test, sizes)\n", "",
         "recipes/test_splits", "two_splits or near_duplicates",
     ),
     Fault(
-        "larger training sets do not hold the smaller", "leaks", "recipes.ablation.splits",
+        "larger training sets do not hold the smaller", "leaks", "recipes.lab.splits",
         "default_rng([seed, draw] if draw else seed)", "default_rng([seed, draw] if draw else seed + examples)",
         "recipes/test_splits", "nested",
     ),
@@ -432,7 +432,7 @@ FAULTS = [
         "recipes/test_statistics", "bca_interval_of_scipy",
     ),
     Fault(
-        "a judgement that fails counts as 0", "judge", "recipes.ablation.scorers.judge",
+        "a judgement that fails counts as 0", "judge", "recipes.lab.scorers.judge",
         "        return None\n\n    def score", "        return 0.0\n\n    def score",
         "recipes/test_scorers", "none_never_zero",
     ),

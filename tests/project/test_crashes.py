@@ -162,7 +162,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_named(damage, message, run, tmp
     shutil.copytree(folder, tmp_path / "run")
     damage(tmp_path / "run" / "checkpoint-4")
     assert last_checkpoint(tmp_path / "run") == str(tmp_path / "run" / "checkpoint-3")
-    assert caplog.text.count("checkpoint-4") and "An earlier checkpoint is looked for" in caplog.text
+    assert caplog.text.count("checkpoint-4") and "Looking for an earlier checkpoint" in caplog.text
     with pytest.raises(CheckpointError, match=message):
         new(tmp_path / "run").train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-4"))
     made = train(tmp_path / "run", resume_from_checkpoint=True)

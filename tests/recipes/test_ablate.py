@@ -23,6 +23,7 @@ from steertune.recipes.ablation.plan import estimate
 from steertune.recipes.ablation.store import Reusable, Store
 from steertune.recipes.lab.arm_files import ARMS as ARMS_FOLDER
 from steertune.recipes.lab.files import ArmError, read_result
+from steertune.recipes.lab.progress import Bar
 from steertune.recipes.lab.rows import FORMAT
 
 DEEP = ("beft_dpo", "lora_layer_dpo")  # name layer 15
@@ -309,7 +310,7 @@ def test_a_failed_cell_does_not_end_the_grid_and_is_tried_again(tables, tmp_path
     assert failed == [f"task n=4 seed={seed} form=lora,init=-" for seed in (0, 1)]
     assert list(read_cells(tmp_path / "run", grid.to_json())["status"]).count("failed") == 2
     # another runner of the same launch, which comes to the cell later, does not try it once more
-    assert recipe._claimed(grid.cells()[0], Context(grid), tmp_path / "run", started=start) == "failed"
+    assert recipe._claimed(grid.cells()[0], Context(grid), tmp_path / "run", start, Bar(1)) == "failed"
     monkeypatch.undo()
     run(tables, tmp_path / "run")
     assert "failed" not in set(read_cells(tmp_path / "run", grid.to_json())["status"])

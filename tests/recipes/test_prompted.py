@@ -9,14 +9,16 @@ import pytest
 from measuring import margins
 from tiny_grids import make_tables, run
 
-from steertune.recipes import report, train
+from steertune.recipes import train
 from steertune.recipes.ablation.context import Context, instructions
 from steertune.recipes.ablation.grid import Cell, load_grid, make_grid
+from steertune.recipes.ablation.sections.card import card_blocks
 from steertune.recipes.ablation.tables import TaskTable, told
 from steertune.recipes.lab.arm import load_arm
 from steertune.recipes.lab.embedded import TASKS, task_names
 from steertune.recipes.lab.files import ArmError
 from steertune.recipes.lab.observe import OBSERVERS
+from steertune.recipes.lab.pages import Text
 
 ARMS = ["prompt_instruction", "prompt_demonstrations", "prompt_both", "prompt_contrast", "base"]
 INSTRUCTIONS = ["the dog runs", "we stay"]
@@ -186,7 +188,8 @@ def test_instructions_have_an_author(tables, tmp_path):
     assert instructions(next(cell for cell in grid.cells() if cell.arm.name == "prompt_both")) == ["we stay"]
     [kept] = grid.tables.tasks
     assert isinstance(kept, TaskTable) and kept.instructions_by == "A file."
-    assert "- `task`: A file. “we stay”" in report._card(grid.card, grid.tables.claim, grid.tables.tasks)
+    [*_, said] = card_blocks(grid.card, grid.tables.claim, grid.tables.tasks)
+    assert isinstance(said, Text) and "- `task`: A file. “we stay”" in said.markdown
     file.write_text('author = "A file."')
     with pytest.raises(ArmError, match="Unknown key 'author'"):
         make_grid(tables)

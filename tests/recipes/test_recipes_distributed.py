@@ -92,6 +92,8 @@ def test_two_processes_train_and_distil_as_one(tmp_path: Path, capfd: pytest.Cap
     for run in ("train", "distill"):
         one, two = (tmp_path / str(processes) / run for processes in (1, 2))
         results = [json.loads((folder / "result.json").read_text()) for folder in (one, two)]
+        for result in results:
+            del result["checksum"]
         assert differences(*results) == [], run
         adapters = [load_file(folder / "adapter" / "adapter_model.safetensors") for folder in (one, two)]
         for name, value in adapters[0].items():
@@ -99,7 +101,7 @@ def test_two_processes_train_and_distil_as_one(tmp_path: Path, capfd: pytest.Cap
             assert float((value - adapters[1][name]).abs().max()) < 1e-5
         files = [{str(f.relative_to(folder)) for f in folder.rglob("*")} for folder in (one, two)]
         assert {f for f in files[0] ^ files[1] if "rng_state" not in f} == set()
-    assert results[0]["train_prompts"] > 0
+    assert results[0]["examples"] > 0
     # one plan, one page, and every bar once
     for text in ("minutes: training", "This page:"):
         assert done.stdout.count(text) == printed.out.count(text) > 0

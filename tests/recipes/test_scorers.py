@@ -19,6 +19,7 @@ from tiny_models import tiny
 
 from steertune.recipes.lab import scorers
 from steertune.recipes.lab.files import ArmError
+from steertune.recipes.lab.generation import plain
 
 datasets.disable_progress_bars()
 
@@ -74,8 +75,8 @@ def test_unknown_kinds_and_options_are_named(table, words):
 
 def test_plain_text_of_strings_and_conversations():
     said = [{"role": "user", "content": "first"}, {"role": "user", "content": "last"}]
-    assert scorers.plain("as it is") == "as it is"
-    assert scorers.plain(said) == "last"
+    assert plain("as it is") == "as it is"
+    assert plain(said) == "last"
 
 
 # -- rule -------------------------------------------------------------------------------------------------------------

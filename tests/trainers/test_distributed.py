@@ -16,6 +16,7 @@ import torch
 from launching import launch
 from safetensors.torch import load_file, save_file
 from tiny_models import steered, tiny
+from transformers import Trainer
 
 from steertune.trainers import CheckpointError
 from steertune.trainers.checkpoints import IncompleteAdapterError, check_processes, check_saved
@@ -106,7 +107,7 @@ def check_zero(folder: Path, one: dict[str, Any], stage: int, few: bool) -> None
     assert "was not saved under DeepSpeed" in seen["from one process"]["refused"]
     checkpoint = folder / f"{mode} pla" / "run" / "checkpoint-2"
     back = distributed_cases.resume_from(folder, "alone", distributed_cases.RESUMED[0], checkpoint)
-    assert "CheckpointError" in back["refused"] and "shares of 2 processes" in back["refused"]
+    assert "CheckpointError" in back["refused"] and "shards of 2 processes" in back["refused"]
     with pytest.raises(CheckpointError, match="is of 2 processes, 4 run now"):
         check_processes(checkpoint, 4, deepspeed=True)
     check_processes(checkpoint, 2, deepspeed=True)
@@ -185,6 +186,6 @@ def test_every_form_and_lora_pass_the_check(tmp_path: Path) -> None:
 
 def test_the_trainer_checks_what_it_saves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = tiny_data.trainer("plain", tmp_path, loss="bipo")
-    monkeypatch.setattr(type(made).__mro__[2], "save_model", lambda *_: None)
+    monkeypatch.setattr(Trainer, "save_model", lambda *_: None)
     with pytest.raises(IncompleteAdapterError):
         made.save_model(str(tmp_path / "adapter"))

@@ -117,7 +117,9 @@ class Measure:
         valid = ~np.isnan(values)
         if not valid.any():
             return math.nan
-        weights = seen[self.weight][valid] if self.weight in seen.observations else None
+        # a mean that was recorded in place of its examples has no weights
+        weighted = self.weight in seen.observations and self.name not in seen.observations
+        weights = seen[self.weight][valid] if weighted else None
         mean = float(np.average(values[valid], weights=weights))
         return mean if self.total is None else float(self.total(mean))
 

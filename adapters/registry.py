@@ -29,9 +29,9 @@ def choose(name: str, value: object, allowed: Sequence[str]) -> None:
         raise ValueError(f"{name}={value!r} is not one of {list(allowed)}.{did_you_mean(value, allowed)}")
 
 
-def file_names(folder: str | Path) -> list[str]:
-    """The modules of a folder whose names do not start with an underscore, sorted."""
-    return sorted(m.name for m in pkgutil.iter_modules([str(folder)]) if not m.name.startswith("_"))
+def file_names(*folders: str | Path) -> list[str]:
+    """The modules of folders (the `__path__` of a package) whose names do not start with an underscore, sorted."""
+    return sorted(m.name for m in pkgutil.iter_modules(map(str, folders)) if not m.name.startswith("_"))
 
 
 def by_name(what: str, package: str, folder: Path, kind: type, name: object, options: Mapping[str, Any]) -> Any:

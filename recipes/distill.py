@@ -25,22 +25,20 @@ from typing import Any
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from datasets import Dataset
-from transformers import set_seed
 
 from steertune.recipes.lab.arm import Arm, load_arm
 from steertune.recipes.lab.command_line import ArmName, Result, Threads, command
 from steertune.recipes.lab.data import load_model, load_splits
 from steertune.recipes.lab.evaluate import evaluate, evaluate_base
 from steertune.recipes.lab.files import ArmError, read_rows, write_rows
-from steertune.recipes.lab.generation import check_context, generate, plain, prompt_lengths
+from steertune.recipes.lab.generation import check_context, generate, prompt_lengths
 from steertune.recipes.lab.ingredients.views import Views
-from steertune.recipes.lab.observe import HeldOut, Prompted, neutral_rows
+from steertune.recipes.lab.observe import Prompted, neutral_rows
 from steertune.recipes.lab.pages import Page, Section, Table, Text, write_page
 from steertune.recipes.lab.pages.measured import comparison, generations
-from steertune.recipes.lab.processes import begin
 from steertune.recipes.lab.progress import Bar, progress, track
 from steertune.recipes.lab.rows import BASE, Record
-from steertune.recipes.lab.training import claim, fit, make_trainer, training_of
+from steertune.recipes.lab.training import facts_of, fit, held_out_of, make_trainer, open_run, training_of
 from steertune.trainers import View, share_weights
 
 _TEMPERATURE = 1.0
@@ -69,11 +67,7 @@ def run(arm: Arm, threads: int | None = None) -> Record:
     """
     _check(arm)
     started = time.monotonic()
-    begin(threads or arm.model.threads)
-    state = PartialState()
-    folder = Path(arm.output.folder or f"runs/distill-{arm.name}-{arm.data.name.strip('./').replace('/', '-')}")
-    claim(folder, arm, state.is_main_process)
-    set_seed(arm.data.seed)
+    folder, state = open_run(arm, "distill-", threads), PartialState()
     train, test = load_splits(arm.data)
     if missing := [rows.column_names for rows in (train, test) if "prompt" not in rows.column_names]:
         raise ArmError(f"data.name={arm.data.name!r}: distillation answers prompts, the rows have {missing[0]}.")
@@ -84,24 +78,14 @@ def run(arm: Arm, threads: int | None = None) -> Record:
     model.to(state.device)
 
     # the prompted model answers training prompts, which are learned, and test prompts, on which fidelity is measured
-    neutral = neutral_rows()
-    for rows, what in ((test, "test rows"), (neutral, "neutral text")):
+    for rows, what in ((test, "test rows"), (neutral_rows(), "neutral text")):
         check_context(model, tokenizer, _behind(view, rows), 0, f"[views.good] of {what}")
     bar = Bar(9)
     with bar.step("answers to training prompts", 2):
         examples = answered(arm, model, tokenizer, view, train, _TRAIN, folder / "answers.jsonl")
     with bar.step("answers to test prompts"):
         test_answers = answered(arm, model, tokenizer, view, test, _TEST, folder / "test_answers.jsonl")
-    held_out = HeldOut(
-        model,
-        tokenizer,
-        pairs=test,
-        neutral=neutral,
-        generations=arm.evaluation.generations,
-        new_tokens=arm.evaluation.new_tokens,
-        prompted=Prompted(view, test_answers),
-        batch_size=arm.evaluation.batch_size,
-    )
+    held_out = held_out_of(arm, model, tokenizer, test, prompted=Prompted(view, test_answers))
 
     training = training_of(arm, share_weights(model), tokenizer, examples, folder, held_out=[test])
     with bar.step("training", 3):
@@ -120,11 +104,7 @@ def run(arm: Arm, threads: int | None = None) -> Record:
     prompted = Record({"arm": f"{arm.name}, prompted", **keys}, base | behind)
     record = Record({"arm": arm.name, **keys}, base | distilled)
     record.facts = {
-        "adapter": arm.adapter,
-        "loss": arm.loss,
-        "model": arm.model.name,
-        "notes": training.notes,
-        "prompts": [plain(prompt) for prompt in held_out.prompts],
+        **facts_of(training, held_out),
         "train_prompts": len(examples),
         "test_prompts": len(test_answers),
         "tokens": _tokens(tokenizer, view, test),

@@ -54,7 +54,7 @@ from steertune.recipes.lab.progress import Bar, progress
 from steertune.recipes.lab.rows import Record, label
 from steertune.recipes.lab.splits import SplitTable
 from steertune.recipes.lab.tables import ModelTable
-from steertune.recipes.lab.training import claim
+from steertune.recipes.lab.training import claim, default_folder
 from steertune.recipes.sweeping.card import card
 from steertune.recipes.sweeping.choose import Setting
 from steertune.recipes.sweeping.context import TEST, VALIDATION, Context
@@ -131,7 +131,7 @@ def run(options: SimpleNamespace, overrides: list[str], words: Sequence[str]) ->
     started = time.monotonic()
     table, model, tokenizer = request(options, overrides)
     name = table.direction if table.arm is None else table.arm.name
-    folder = options.folder or Path("runs") / f"sweep-{name}-{table.task.strip('./').replace('/', '-')}"
+    folder = options.folder or default_folder(f"sweep-{name}", table.task)
     context = Context(table, model, tokenizer)  # refuses bad rows before anything is written
     note = context.scorer.note if context.scorer is not None else None
     claim(folder, table, main_process=True)

@@ -19,7 +19,6 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from datasets import Dataset
-from transformers import set_seed
 
 from steertune.adapters.card import write_card
 from steertune.recipes.lab.arm import Arm, load_arm
@@ -28,15 +27,13 @@ from steertune.recipes.lab.cards import of_training
 from steertune.recipes.lab.command_line import ArmName, Result, Threads, command
 from steertune.recipes.lab.data import load_model, load_splits
 from steertune.recipes.lab.evaluate import evaluate, evaluate_base
-from steertune.recipes.lab.generation import plain
 from steertune.recipes.lab.memory import peak_memory_gb
-from steertune.recipes.lab.observe import HeldOut, neutral_rows
+from steertune.recipes.lab.observe import neutral_rows
 from steertune.recipes.lab.pages import settings_in_words, write_page
 from steertune.recipes.lab.pages.measured import training_page
-from steertune.recipes.lab.processes import begin
 from steertune.recipes.lab.progress import Bar, progress
 from steertune.recipes.lab.rows import Record
-from steertune.recipes.lab.training import claim, fit, make_trainer, training_of
+from steertune.recipes.lab.training import facts_of, fit, held_out_of, make_trainer, open_run, training_of
 from steertune.trainers import ModelAt, scalable
 
 
@@ -59,11 +56,7 @@ def run(arm: Arm, threads: int | None = None) -> Record:
         ArmError: the folder holds something else.
     """
     started = time.monotonic()
-    begin(threads or arm.model.threads)
-    state = PartialState()
-    folder = Path(arm.output.folder or f"runs/{arm.name}-{arm.data.name.strip('./').replace('/', '-')}")
-    claim(folder, arm, state.is_main_process)
-    set_seed(arm.data.seed)
+    folder, state = open_run(arm, threads=threads), PartialState()
     train, test = load_splits(arm.data)
     model, tokenizer = load_model(arm.model)
     say = print if state.is_main_process else (lambda *_: None)
@@ -76,16 +69,7 @@ def run(arm: Arm, threads: int | None = None) -> Record:
     record = Record(
         {"arm": arm.name, "task": Path(arm.data.name).name, "examples": arm.data.train, "seed": arm.data.seed}
     )
-    table = arm.evaluation
-    held_out = HeldOut(
-        model,
-        tokenizer,
-        pairs=test,
-        neutral=neutral_rows(),
-        generations=table.generations,
-        new_tokens=table.new_tokens,
-        batch_size=table.batch_size,
-    )
+    held_out = held_out_of(arm, model, tokenizer, test)
     with bar.step("base model", evaluation_seconds):
         record.observations |= evaluate_base(held_out)
 
@@ -97,15 +81,11 @@ def run(arm: Arm, threads: int | None = None) -> Record:
         seconds = fit(trainer, folder)
     model = trainer.accelerator.unwrap_model(trainer.model).eval()
     trainer.save_model(str(folder / "adapter"))  # every process: sharded weights are gathered, the first one writes
-    others = [s for s in table.strengths if s not in (0.0, 1.0)] if scalable(model) else []
+    others = [s for s in arm.evaluation.strengths if s not in (0.0, 1.0)] if scalable(model) else []
     with bar.step("evaluation", evaluation_seconds * strengths):
         record.observations |= evaluate(model, held_out, strengths=[1.0, *others])
     record.facts = {
-        "adapter": arm.adapter,
-        "loss": arm.loss,
-        "model": arm.model.name,
-        "notes": training.notes,
-        "prompts": [plain(prompt) for prompt in held_out.prompts],
+        **facts_of(training, held_out),
         "parameters": trainer.get_num_trainable_parameters(),
         "steps": trainer.state.global_step,
         "train_seconds": seconds,
@@ -114,17 +94,22 @@ def run(arm: Arm, threads: int | None = None) -> Record:
         "processes": state.num_processes,
     }
     if state.is_main_process:
-        adapter, loss = settings_in_words(arm.adapter), settings_in_words(arm.loss)
-        what = (
-            f"Adapter {adapter}; loss {loss}; {len(training.rows)} examples of {arm.data.name}; base model "
-            f"{arm.model.name}; {len(test)} held-out examples."
-        )
-        page = write_page(training_page(record, what, _use(arm, folder)), folder)
-        if (folder / "adapter" / "adapter_config.json").is_file():
-            write_card(folder / "adapter", of_training(arm, record))
-        record.write(folder / "result.json")  # last: it says that the run is finished
+        page = _write(arm, record, len(training.rows), len(test), folder)
         say(f"\n{page.read_text(encoding='utf-8')}\nThis page: {page.with_suffix('.html')}")
     return record
+
+
+def _write(arm: Arm, record: Record, examples: int, held_out: int, folder: Path) -> Path:
+    """Write the page, the model card and the record; return the page."""
+    what = (
+        f"Adapter {settings_in_words(arm.adapter)}; loss {settings_in_words(arm.loss)}; {examples} examples of "
+        f"{arm.data.name}; base model {arm.model.name}; {held_out} held-out examples."
+    )
+    page = write_page(training_page(record, what, _use(arm, folder)), folder)
+    if (folder / "adapter" / "adapter_config.json").is_file():
+        write_card(folder / "adapter", of_training(arm, record))
+    record.write(folder / "result.json")  # last: it says that the run is finished
+    return page
 
 
 def _estimate(arm: Arm, model: Any, tokenizer: Any, test: Dataset) -> tuple[float, float]:

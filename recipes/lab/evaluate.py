@@ -18,9 +18,6 @@ from steertune.recipes.lab.progress import Bar
 from steertune.recipes.lab.rows import BASE, label
 from steertune.trainers import scaled
 
-STEPS = {"pairs": "test pairs", "neutral": "neutral text", "answers": "generation", "prompted": "prompted answers"}
-"""What the progress bar calls each kind of example."""
-
 
 def evaluate(
     model: Any,
@@ -52,8 +49,8 @@ def evaluate(
             new = {
                 key: value for key, value in different.items() if observer != "neutral" or value not in (known or {})
             }
-            with bar.step(STEPS[observer]):
-                for key, values in OBSERVERS[observer](model, held_out, new).items():
+            with bar.step(OBSERVERS[observer].step):
+                for key, values in OBSERVERS[observer].look(model, held_out, new).items():
                     observed[key] |= values
         # a measure that needs something of its own looks itself, at one strength at a time
         own = [(measure.name, measure.observe) for measure in wanted if measure.observe is not None]

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -214,11 +214,23 @@ def _distance(target: Outputs, other: Outputs) -> tuple[Tensor, Tensor]:
     return kl_B, same_B
 
 
-OBSERVERS: dict[str, Callable[[Any, HeldOut, Strengths], dict[str, Observations]]] = {
-    "pairs": pairs,
-    "neutral": neutral,
-    "answers": answers,
-    "prompted": prompted,
+class Observer(NamedTuple):
+    """One kind of example.
+
+    Attributes:
+        step: What the progress bar calls it.
+        look: A model, the examples and strengths -> what is seen of the model at each of them.
+    """
+
+    step: str
+    look: Callable[[Any, HeldOut, Strengths], dict[str, Observations]]
+
+
+OBSERVERS = {
+    "pairs": Observer("test pairs", pairs),
+    "neutral": Observer("neutral text", neutral),
+    "answers": Observer("generation", answers),
+    "prompted": Observer("prompted answers", prompted),
 }
 
 

@@ -10,13 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from datasets import Dataset
 from pydantic import BaseModel
-from transformers import PrinterCallback, ProgressCallback, TrainerCallback
+from transformers import PrinterCallback, ProgressCallback, TrainerCallback, set_seed
 
 from steertune.recipes.lab.arm import Arm
 from steertune.recipes.lab.files import ArmError, read_text, write_whole
+from steertune.recipes.lab.generation import plain
 from steertune.recipes.lab.ingredients import Training
+from steertune.recipes.lab.observe import HeldOut, neutral_rows
+from steertune.recipes.lab.processes import begin
 from steertune.recipes.lab.progress import Bar
 from steertune.trainers import FrozenPrefix, last_checkpoint, share_weights
 
@@ -40,6 +44,56 @@ def claim(folder: Path, tables: BaseModel, main_process: bool) -> None:
     if main_process:
         folder.mkdir(parents=True, exist_ok=True)
         write_whole(file, config)
+
+
+def open_run(arm: Arm, prefix: str = "", threads: int | None = None) -> Path:
+    """Begin a run of an arm, or go on with it: set the threads and the seed, and take its output folder.
+
+    Args:
+        arm: The arm.
+        prefix: In front of the folder's default name.
+        threads: CPU threads; None: the arm's.
+
+    Raises:
+        ArmError: the folder holds a finished run, or one of another arm.
+    """
+    begin(threads or arm.model.threads)
+    folder = Path(arm.output.folder) if arm.output.folder else default_folder(f"{prefix}{arm.name}", arm.data.name)
+    claim(folder, arm, PartialState().is_main_process)
+    set_seed(arm.data.seed)
+    return folder
+
+
+def default_folder(name: str, task: str) -> Path:
+    """Where a run on a task is kept if nobody says."""
+    return Path("runs") / f"{name}-{task.strip('./').replace('/', '-')}"
+
+
+def held_out_of(arm: Arm, model: Any, tokenizer: Any, test: Dataset, **more: Any) -> HeldOut:
+    """The examples that an arm is measured on, as its `[evaluation]` says; `more` sets further fields."""
+    table = arm.evaluation
+    return HeldOut(
+        model,
+        tokenizer,
+        pairs=test,
+        neutral=neutral_rows(),
+        generations=table.generations,
+        new_tokens=table.new_tokens,
+        batch_size=table.batch_size,
+        **more,
+    )
+
+
+def facts_of(training: Training, held_out: HeldOut) -> dict[str, Any]:
+    """What a record says of a training and of what it was measured on."""
+    arm = training.arm
+    return {
+        "adapter": arm.adapter,
+        "loss": arm.loss,
+        "model": arm.model.name,
+        "notes": training.notes,
+        "prompts": [plain(prompt) for prompt in held_out.prompts],
+    }
 
 
 def training_of(arm: Arm, model: Any, tokenizer: Any, rows: Dataset, folder: Path, **context: Any) -> Training:

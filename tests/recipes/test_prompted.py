@@ -81,7 +81,7 @@ def test_the_added_tokens_are_counted(tables):
 
 
 def test_the_tuning_chooses_the_instruction_on_validation_rows(tables, tmp_path, monkeypatch):
-    original = OBSERVERS["pairs"]
+    original = OBSERVERS["pairs"].look
 
     def prefers_the_second(model, held_out, strengths):
         observed = original(model, held_out, strengths)
@@ -90,7 +90,7 @@ def test_the_tuning_chooses_the_instruction_on_validation_rows(tables, tmp_path,
             values["chosen_logp"] = [logp + (1 if told else -1) for logp in values["rejected_logp"]]
         return observed
 
-    monkeypatch.setitem(OBSERVERS, "pairs", prefers_the_second)
+    monkeypatch.setitem(OBSERVERS, "pairs", OBSERVERS["pairs"]._replace(look=prefers_the_second))
     cells = {cell["arm"]: cell for cell in run(tables | {"seeds": [0]}, tmp_path / "run")}
     told = cells["prompt_instruction"]
     assert [trial["prompt"] for trial in told["tuning"]] == [0, 1] and told["setting"]["prompt"] == 1

@@ -11,7 +11,6 @@ returns None.
 from __future__ import annotations
 
 import importlib
-import pkgutil
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from functools import cache
 
 import pandas as pd
 
+from steertune.adapters.registry import file_names
 from steertune.recipes.ablation.findings import Findings
 from steertune.recipes.ablation.statistics.paired import Difference, too_few
 from steertune.recipes.lab.pages import Block, Section, Table, Text
@@ -47,8 +47,7 @@ def section(place: int) -> Callable[[Callable[[Findings], Section | None]], Sect
 @cache
 def files() -> tuple[SectionFile, ...]:
     """The files of this folder, in the order in which they stand on the page."""
-    names = [module.name for module in pkgutil.iter_modules(__path__)]
-    found = [getattr(importlib.import_module(f"{__name__}.{name}"), name) for name in names]
+    found = [getattr(importlib.import_module(f"{__name__}.{name}"), name) for name in file_names(*__path__)]
     return tuple(sorted(found, key=lambda one: one.place))
 
 

@@ -16,7 +16,6 @@ what differs from its defaults. A recipe that cannot honour it is named in `refu
 from __future__ import annotations
 
 import importlib
-import pkgutil
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -26,6 +25,7 @@ from typing import Any, ClassVar, Protocol
 from datasets import Dataset
 from pydantic import BaseModel
 
+from steertune.adapters.registry import file_names
 from steertune.recipes.lab.files import ArmError
 
 
@@ -125,7 +125,7 @@ class Named(Ingredient, extra="allow"):
 def kinds() -> dict[str, type[Ingredient]]:
     """The ingredients by the name of their table: the files of this folder, in the order in which they are applied."""
     found = {}
-    for name in sorted(module.name for module in pkgutil.iter_modules(__path__) if not module.name.startswith("_")):
+    for name in file_names(*__path__):
         module = importlib.import_module(f"{__name__}.{name}")
         classes = [value for value in vars(module).values() if isinstance(value, type)]
         [found[name]] = [c for c in classes if issubclass(c, Ingredient) and c.__module__ == module.__name__]

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import importlib
 import math
-import pkgutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -22,6 +21,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from steertune.adapters.registry import file_names
 from steertune.recipes.lab.files import ArmError, nearest
 
 Array = NDArray[Any]
@@ -145,7 +145,7 @@ def measure(
 @cache
 def names() -> tuple[str, ...]:
     """The measures: the files of this folder."""
-    return tuple(sorted(module.name for module in pkgutil.iter_modules(__path__) if not module.name.startswith("_")))
+    return tuple(file_names(*__path__))
 
 
 def served_by(*observers: str) -> list[str]:

@@ -21,6 +21,7 @@ _LISTS = {"margin": "margins", "score": "behaviours", "answer": "answers"}
 _MEANS = ("accuracy", "margin_gain", "moved_wrong", "behaviour", "repetition", "kl")
 _FROM_LISTS = {"accuracy": "margin", "margin_gain": "margin", "moved_wrong": "margin", "behaviour": "score"}
 """Means that follow from a list, where it was kept."""
+_DROPPED = ("margin", "judgements_failed", "perplexity", "levels")
 
 
 def is_old(content: Mapping[str, Any]) -> bool:
@@ -45,9 +46,6 @@ def record_of(cell: Mapping[str, Any], where: str = "This") -> Record:
     taken = {prefix + name for prefix in _PREFIXES.values() for name in (*_LISTS.values(), *_MEANS, *_DROPPED)}
     facts = {name: value for name, value in cell.items() if name not in taken and name not in (*KEYS, "version")}
     return Record({name: cell[name] for name in KEYS}, {k: o for k, o in observations.items() if o}, facts)
-
-
-_DROPPED = ("margin", "judgements_failed", "perplexity", "levels")
 
 
 def _observations(cell: Mapping[str, Any], prefix: str) -> dict[str, list[Any]]:

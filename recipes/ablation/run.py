@@ -38,7 +38,7 @@ from steertune.recipes.lab.memory import peak_memory_gb, reset_peak_memory
 from steertune.recipes.lab.observe import HeldOut, Observations, Show, against_base, neutral_logps
 from steertune.recipes.lab.progress import Bar, track
 from steertune.recipes.lab.rows import MATCHED, TUNED, Record
-from steertune.recipes.lab.training import fit, make_trainer, silent
+from steertune.recipes.lab.training import QUIET, fit, make_trainer, silent
 from steertune.trainers import NonFiniteError, scalable, scaled, share_weights, train_together
 
 logger = logging.getLogger(__name__)
@@ -242,8 +242,7 @@ def make_cell_trainer(cell: Cell, context: Context, setting: Setting, seed: int,
     model = share_weights(context.model) if vector else copy.deepcopy(context.model)
     set_seed(seed)
     training = context.training(cell, seed, model, home, setting.trainer(arm.trainer))
-    quiet: dict[str, Any] = {"save_strategy": "no", "logging_strategy": "no", "disable_tqdm": True}
-    return silent(make_trainer(training, context.prefix, **quiet)), training
+    return silent(make_trainer(training, context.prefix, **QUIET)), training
 
 
 def train(cell: Cell, context: Context, setting: Setting, seed: int, home: Path) -> tuple[Any, dict[str, Any]]:

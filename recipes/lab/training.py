@@ -24,7 +24,8 @@ from steertune.recipes.lab.processes import begin
 from steertune.recipes.lab.progress import Bar
 from steertune.trainers import FrozenPrefix, last_checkpoint, share_weights
 
-_QUIET = ("save_strategy", "logging_strategy", "disable_tqdm")  # settings that do not change what is learned
+QUIET: dict[str, Any] = {"save_strategy": "no", "logging_strategy": "no", "disable_tqdm": True}
+"""Settings of a short training that keeps no checkpoints and prints nothing; they do not change what is learned."""
 
 
 def claim(folder: Path, tables: BaseModel, main_process: bool) -> None:
@@ -112,7 +113,7 @@ def training_of(arm: Arm, model: Any, tokenizer: Any, rows: Dataset, folder: Pat
         )
         home = folder / "teachers" / name
         home.mkdir(parents=True, exist_ok=True)
-        quiet = {key: value for key, value in training.options.get("settings", {}).items() if key in _QUIET}
+        quiet = {key: value for key, value in training.options.get("settings", {}).items() if key in QUIET}
         trainer = make_trainer(training_of(own, share_weights(model), tokenizer, examples, home), **quiet)
         fit(trainer, home)
         return trainer.model.eval().requires_grad_(False)

@@ -19,7 +19,7 @@ from steertune.adapters.types import NORMS_WITH_VALUE, Site
 from steertune.recipes.lab.arm import Arm
 from steertune.recipes.lab.batches import batches
 from steertune.recipes.lab.files import ArmError
-from steertune.recipes.lab.training import fit, make_trainer, silent, training_of
+from steertune.recipes.lab.training import QUIET, fit, make_trainer, silent, training_of
 from steertune.recipes.sweeping.context import Context
 from steertune.recipes.sweeping.settings import at
 from steertune.trainers import share_weights
@@ -101,8 +101,7 @@ class Source:
             near=table.splits.near_duplicates,
             cache=self.cache,
         )
-        quiet: dict[str, Any] = {"save_strategy": "no", "logging_strategy": "no", "disable_tqdm": True}
-        trainer = make_trainer(training, context.prefix, **quiet)
+        trainer = make_trainer(training, context.prefix, **QUIET)
         fit(silent(trainer), home)
         return trainer.model
 

@@ -77,7 +77,7 @@ def held_out_of(arm: Arm, model: Any, tokenizer: Any, test: Dataset, **more: Any
         model,
         tokenizer,
         pairs=test,
-        neutral=neutral_rows(),
+        neutral=neutral_rows(tokenizer),
         generations=table.generations,
         new_tokens=table.new_tokens,
         batch_size=table.batch_size,

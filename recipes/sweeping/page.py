@@ -46,6 +46,7 @@ class Sweep:
         prompts: Test prompts that were answered, as plain text, and
         neutral_prompts: neutral ones.
         seconds: How long it took.
+        notes: What to say about the rows.
     """
 
     table: SweepTable
@@ -57,6 +58,7 @@ class Sweep:
     prompts: tuple[str, ...] = ()
     neutral_prompts: tuple[str, ...] = ()
     seconds: float = 0.0
+    notes: tuple[str, ...] = ()
 
     @property
     def settings(self) -> list[Setting]:
@@ -247,5 +249,11 @@ def _how(result: Sweep) -> Section:
         f"validation rows and on half of the neutral text. Differences have 95 % intervals over these rows.{scorer}"
     )
     time = f"{len(result.records) * len(table.strengths)} settings in {result.seconds / 60:.0f} minutes."
-    blocks = [Text(text), Text(time), Code(result.command, "bash"), Text(escape(result.versions))]
+    blocks = [
+        Text(text),
+        *map(Text, result.notes),
+        Text(time),
+        Code(result.command, "bash"),
+        Text(escape(result.versions)),
+    ]
     return Section("How it was measured", blocks)

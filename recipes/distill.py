@@ -37,6 +37,7 @@ from steertune.recipes.lab.ingredients.views import Views
 from steertune.recipes.lab.observe import Prompted, neutral_rows
 from steertune.recipes.lab.pages import Page, Section, Table, Text, write_page
 from steertune.recipes.lab.pages.measured import comparison, generations
+from steertune.recipes.lab.pages.side_effects import side_effects
 from steertune.recipes.lab.progress import Bar, progress, track
 from steertune.recipes.lab.rehearsal import rehearse, rehearse_training
 from steertune.recipes.lab.rows import BASE, Record
@@ -196,7 +197,10 @@ def page(record: Record, prompted: Record) -> Page:
     seen = {"base": record.seen(), "prompted": prompted.seen(1), "distilled": record.seen(1)}
     answers = generations(facts["prompts"], {name: [*one["answer"]] for name, one in seen.items() if "answer" in one})
     sections = [
-        Section("", [summary, *map(Text, facts["notes"].values()), Table(table, "measures")]),
+        Section("", [summary, *map(Text, facts["notes"].values())]),
+        Section(
+            "Effect and side effects", [*side_effects(seen, "model"), Text("Every measure:"), Table(table, "measures")]
+        ),
         *([Section("Generations (greedy)", answers)] if answers else []),
     ]
     return Page(f"{record.keys['arm']}: a prompt, distilled", sections)

@@ -18,12 +18,12 @@ from typing import Any
 from datasets import Dataset
 
 from steertune.adapters import set_strength
-from steertune.recipes.ablation.statistics.paired import interval
 from steertune.recipes.lab import measures
 from steertune.recipes.lab.data import load_split, load_steered
 from steertune.recipes.lab.evaluate import evaluate, evaluate_base
 from steertune.recipes.lab.files import ArmError
 from steertune.recipes.lab.forms import readable
+from steertune.recipes.lab.intervals import interval
 from steertune.recipes.lab.observe import HeldOut, neutral_rows
 from steertune.recipes.lab.pages import table_markdown
 from steertune.recipes.lab.pages.measured import comparison

@@ -79,6 +79,7 @@ def held_out_of(arm: Arm, model: Any, tokenizer: Any, test: Dataset, **more: Any
         pairs=test,
         neutral=neutral_rows(tokenizer),
         generations=table.generations,
+        neutral_generations=table.generations,
         new_tokens=table.new_tokens,
         batch_size=table.batch_size,
         **more,

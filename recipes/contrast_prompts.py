@@ -62,6 +62,7 @@ MIXTURES = CONFIGS / "mixtures"
 _PROMPTS = ("plain", "k-shot", "contrast")
 _CHECKED = ("plain", "contrast")  # on seen tasks
 _BATCH = 4
+_ANSWERS, _TOKENS = 8, 24  # to neutral prompts, for the repetition
 
 
 class MixtureTables(BaseModel, extra="forbid"):
@@ -283,7 +284,13 @@ class Mixture:
         """A record for every task, seed and condition: a model behind a prompt, or a steering arm without one."""
         for task, seed in track([*product(tasks, self.tables.seeds)], "task"):
             held_out = HeldOut(
-                models["base"], tokenizer, self.splits[task.label].test, neutral_rows(tokenizer), batch_size=_BATCH
+                models["base"],
+                tokenizer,
+                self.splits[task.label].test,
+                neutral_rows(tokenizer),
+                neutral_generations=_ANSWERS,
+                new_tokens=_TOKENS,
+                batch_size=_BATCH,
             )
             home = folder / task.label / f"seed{seed}"
             for prompt, (name, model) in product(prompts, models.items()):
@@ -291,17 +298,24 @@ class Mixture:
                 yield self._record(home, f"{name}, {prompt}", task, seed, shown, lambda model=model: model)
             for arm in steering:
                 make = partial(self._steered, arm, task, seed, models["base"], tokenizer, home / arm.name)
-                yield self._record(home, arm.name, task, seed, held_out, make)
+                yield self._record(home, arm.name, task, seed, held_out, make, ["neutral"])
 
     def _record(
-        self, home: Path, condition: str, task: TaskTable, seed: int, held_out: HeldOut, model: Callable[[], Any]
+        self,
+        home: Path,
+        condition: str,
+        task: TaskTable,
+        seed: int,
+        held_out: HeldOut,
+        model: Callable[[], Any],
+        neutral: Sequence[str] = (),
     ) -> Record:
-        """A condition's record from its file; where there is none, it is measured first."""
+        """A condition's record from its file; where there is none, it is measured first, also on `neutral` text."""
         file = home / f"{condition.replace(', ', '-')}.json"
         if not file.exists():
             examples = self.tables.examples if task in self.seen else self.tables.pairs
             record = Record({"arm": condition, "task": task.label, "examples": examples, "seed": seed})
-            names = measures.served_by("pairs")
+            names = [*measures.served_by("pairs", *neutral), *(["neutral_repetition"] if neutral else [])]
             record.observations = evaluate_base(held_out, names) | evaluate(model(), held_out, names)
             file.parent.mkdir(parents=True, exist_ok=True)
             record.write(file)
@@ -317,8 +331,11 @@ class Mixture:
 
     def _side_effects(self, models: Mapping[str, Any], tokenizer: Any) -> Record:
         """What the trained model does to neutral text, without a prompt."""
-        names, neutral = measures.served_by("neutral"), neutral_rows(tokenizer)
-        held_out = HeldOut(models["base"], tokenizer, pairs=neutral, neutral=neutral)
+        neutral = neutral_rows(tokenizer)
+        names = [*measures.served_by("neutral"), "neutral_repetition"]
+        held_out = HeldOut(
+            models["base"], tokenizer, pairs=neutral, neutral=neutral, neutral_generations=_ANSWERS, new_tokens=_TOKENS
+        )
         keys = {"arm": "trained", "task": "neutral", "examples": self.tables.examples, "seed": 0}
         return Record(keys, evaluate_base(held_out, names) | evaluate(models["trained"], held_out, names))
 

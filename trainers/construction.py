@@ -247,17 +247,11 @@ class Construction:
 
     def cut_at_context(self) -> None:
         """Lower `max_length`, where TRL cuts rows, to what the model reads; by default it is 1024 for every model."""
-        given, takes_pairs = self.given, self.trainer.takes_pairs
+        given, args = self.given, self.given.get("args")
         self.context = context_of(given)
-        if self.context is None or takes_pairs is None:
-            return
-        args = given.get("args")
-        if args is None:
-            name = str(getattr(given.get("model"), "name_or_path", given.get("model"))).rpartition("/")[2]
-            args = DPOConfig(f"{name}-DPO") if takes_pairs else SFTConfig(f"{name}-SFT")  # as the parents do
         # TRL refuses any max_length for rows that it joins without packing
         joined = isinstance(args, SFTConfig) and args.padding_free and not args.packing
-        if not isinstance(args, SFTConfig | DPOConfig) or joined:
+        if self.context is None or not isinstance(args, SFTConfig | DPOConfig) or joined:
             return
         if args.max_length is None or args.max_length > self.context:
             given["args"] = copy.copy(args)  # the user's own stay as they are

@@ -104,13 +104,15 @@ def check_tokenised(
         if "chosen_ids" in row:
             _check_pair(index, row)
             lengths.append(len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"])))
+            if limits.max_length is None or limits.max_length > (limits.context or limits.max_length):
+                _reaches_the_end(index, lengths[-1], limits)
             continue
         labels = row.get("labels", row.get("input_ids"))
         # a classifier has one label per row
         predicts = predicts or not isinstance(labels, list) or any(label != -100 for label in labels[1:])
         without_label += isinstance(labels, list) and all(label == -100 for label in labels)
         if not packed and "position_ids" not in row and isinstance(row.get("input_ids"), list):
-            full += _reaches_the_end(index, row["input_ids"], limits)
+            full += _reaches_the_end(index, len(row["input_ids"]), limits)
     dropped = len(given) - len(rows) if isinstance(given, Dataset) and not packed else 0
     if (len(given) if isinstance(given, Dataset) else len(rows)) and (not len(rows) or not predicts):
         raise DataError(_no_label_left(dropped, limits))
@@ -119,17 +121,18 @@ def check_tokenised(
         logger.warning("%d of %d rows fill %s: what is beyond is dropped.", full, len(rows), limits.cut)
 
 
-def _reaches_the_end(index: int, ids: list[int], limits: TokenLimits) -> bool:
+def _reaches_the_end(index: int, tokens: int, limits: TokenLimits) -> bool:
     """Whether a row reaches `max_length`, where longer ones were cut.
 
     Raises:
         DataError: it is longer than the context.
     """
-    if limits.context is not None and len(ids) > limits.context:
+    if limits.context is not None and tokens > limits.context:
         raise DataError(
-            f"Row {index} has {len(ids)} tokens, and the model reads {limits.context}. Cut the row, or remove it."
+            f"Row {index} has {tokens} tokens, and the model reads {limits.context}. Cut the row, remove it, or set "
+            f"max_length={limits.context}."
         )
-    return limits.max_length is not None and len(ids) >= limits.max_length
+    return limits.max_length is not None and tokens >= limits.max_length
 
 
 def _no_label_left(dropped: int, limits: TokenLimits) -> str:

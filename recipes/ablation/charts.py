@@ -90,6 +90,36 @@ def _curve(axis: Axes, cells: Frame, measure: str, arm: str, apart: float, colou
                   label=arm, elinewidth=0.8)  # fmt: skip
 
 
+def side_by_side(cells: Frame, columns: Mapping[str, str], colours: Mapping[str, Any]) -> Figure:
+    """Effect and side effects of every arm: a panel a column, an arm a row, with intervals over its cells; the base
+    model dashed.
+
+    Args:
+        cells: The cells that ran.
+        columns: Column of the cells -> its title.
+        colours: Of the arms.
+    """
+    arms = [*dict.fromkeys(cells["arm"])][::-1]  # the first one on top
+    figure = Figure(figsize=(2.3 * len(columns) + 2.5, 0.9 + 0.3 * len(arms)), layout="constrained")
+    axes = figure.subplots(1, len(columns), sharey=True, squeeze=False)[0]
+    for axis, (column, title) in zip(axes, columns.items(), strict=True):
+        for y, arm in enumerate(arms):
+            values = cells.loc[cells["arm"] == arm, column].dropna()
+            if values.empty:
+                continue
+            found = interval(values)
+            if np.isfinite([found.low, found.high]).all():
+                axis.plot([found.low, found.high], [y, y], color=colours[arm], linewidth=2)
+            axis.plot(found.estimate, y, "o", color=colours[arm], markersize=4)
+        base = f"{column.partition('@')[0]}@0"
+        if base in cells and cells[base].notna().any():
+            axis.axvline(cells[base].mean(), color=_GREY, linestyle="--", linewidth=1)
+        _plain(axis, title=title)
+        axis.title.set_fontsize(8)
+    axes[0].set_yticks(range(len(arms)), arms, fontsize=8)
+    return figure
+
+
 def pareto(
     cells: Frame,
     x: str,

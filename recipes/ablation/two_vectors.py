@@ -25,9 +25,11 @@ from steertune.recipes.lab.files import ArmError
 from steertune.recipes.lab.forms import readable
 from steertune.recipes.lab.intervals import interval
 from steertune.recipes.lab.observe import HeldOut, neutral_rows
-from steertune.recipes.lab.pages import table_markdown
+from steertune.recipes.lab.pages import Table, table_markdown
 from steertune.recipes.lab.pages.measured import comparison
+from steertune.recipes.lab.pages.side_effects import side_effects
 from steertune.recipes.lab.processes import begin
+from steertune.recipes.lab.rehearsal import rehearse
 from steertune.recipes.lab.rows import BASE, Record
 from steertune.trainers import FrozenPrefix, scaled
 
@@ -35,7 +37,8 @@ FIRST, SECOND = "default", "second"
 KEEPS = 0.8
 """A vector keeps its effect if at least this share of its gain remains."""
 BOTH = "both"
-_NAMES = measures.served_by("pairs", "neutral")
+_NAMES = [*measures.served_by("pairs", "neutral"), "neutral_repetition"]
+_ANSWERS, _NEW_TOKENS = 8, 24  # to neutral prompts, for the repetition
 
 
 def measure(
@@ -79,7 +82,21 @@ def measure(
     # the base, each vector alone and both, on the data of each vector and on neutral text
     prefix = FrozenPrefix(warn=False)
     neutral, parts = neutral_rows(tokenizer), [readable(part, tokenizer) for part in parts]
-    held_out = [HeldOut(steered, tokenizer, pairs=part, neutral=neutral, prefix=prefix) for part in parts]
+    held_out = [
+        HeldOut(
+            steered,
+            tokenizer,
+            pairs=part,
+            neutral=neutral,
+            neutral_generations=_ANSWERS,
+            new_tokens=_NEW_TOKENS,
+            prefix=prefix,
+        )
+        for part in parts
+    ]
+    with scaled(steered, 0.0):
+        for examples in held_out:
+            rehearse(examples)
     with scaled(steered, 0.0):
         bases = [evaluate_base(examples, _NAMES) for examples in held_out]
     records = []
@@ -104,10 +121,13 @@ def summarise(result: dict[str, Any]) -> str:
     records = [Record.from_json(record, Path("the result")) for record in result["records"]]
     lines = [*_answers(result), ""]
     for i, name in enumerate(result["data"]):
-        means = {record.keys["arm"]: record.means() for record in records[i::2]}
-        base = next(iter(means.values()))[BASE]
-        columns = {"base": base} | {arm: of["1"] for arm, of in means.items()}
-        lines += [f"On {name}:", "", table_markdown(comparison(columns))]
+        of_task = {record.keys["arm"]: record for record in records[i::2]}
+        seen = {"base": records[i].seen()} | {arm: record.seen(1) for arm, record in of_task.items()}
+        means = {arm: record.means()["1"] for arm, record in of_task.items()}
+        columns = {"base": records[i].means()[BASE]} | means
+        lines += [f"On {name}:", ""]
+        lines += [table_markdown(block) for block in side_effects(seen, "model") if isinstance(block, Table)]
+        lines += ["Every measure:", "", table_markdown(comparison(columns))]
     return "\n".join(lines).rstrip()
 
 

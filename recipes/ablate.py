@@ -28,6 +28,7 @@ from steertune.recipes.ablation.context import Context
 from steertune.recipes.ablation.grid import Cell, Grid, load_grid
 from steertune.recipes.ablation.keys import VERSION
 from steertune.recipes.ablation.plan import plan
+from steertune.recipes.ablation.rehearsal import rehearse_grid
 from steertune.recipes.ablation.run import run_cell
 from steertune.recipes.ablation.store import TABLE, Reusable, Store
 from steertune.recipes.lab import scorers
@@ -71,7 +72,10 @@ def main(
         reusable.take(cells, folder)
     elif reuse and rank == 0:
         print(f"{len(reusable.of(cells))} cells can be reused; they count as left below.")
+    # what would fail in a cell is refused here, in dry runs too
+    notes = rehearse_grid([cell for cell in cells if not store.has(cell)], context)
     if rank == 0:
+        print("\n".join(notes) + "\n" * bool(notes), end="")
         print(plan(loaded, cells, context, folder, processes, every_cell=dry_run))
     failed = []
     if not dry_run:

@@ -35,7 +35,8 @@ from steertune.recipes.lab.command_line import (
 )
 from steertune.recipes.lab.data import BUILDERS, load_split, load_steered
 from steertune.recipes.lab.files import ArmError, nearest, write_whole
-from steertune.recipes.lab.generation import as_asked
+from steertune.recipes.lab.forms import readable, written
+from steertune.recipes.lab.generation import check_context
 from steertune.recipes.lab.processes import begin, default_device
 from steertune.recipes.lab.progress import progress, track
 from steertune.trainers import scaled
@@ -114,7 +115,7 @@ def evaluate(
             f"positions={sorted(positions)}: lm-eval's forward passes do not say where a prompt ends, so such an "
             "adapter cannot be told which tokens to steer. Train one with positions='all'."
         )
-    manager, found_tasks = _tasks(tasks, tokenizer, include)
+    manager, found_tasks = _tasks(tasks, model, tokenizer, include)
     wrapped: Any = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)  # pyright: ignore
     run_tasks: Any = simple_evaluate
     found = {}
@@ -125,7 +126,7 @@ def evaluate(
     return found
 
 
-def _tasks(names: Sequence[str], tokenizer: Any, include: Path | None) -> tuple[Any, list[Any]]:
+def _tasks(names: Sequence[str], model: Any, tokenizer: Any, include: Path | None) -> tuple[Any, list[Any]]:
     """lm-eval's index, and what to ask it for."""
     from lm_eval.tasks import TaskManager
 
@@ -134,7 +135,7 @@ def _tasks(names: Sequence[str], tokenizer: Any, include: Path | None) -> tuple[
     for name in names:
         suffix = Path(name).suffix
         if name in embedded.task_names() or suffix in BUILDERS:
-            found.append(pair_task(name, tokenizer))
+            found.append(pair_task(name, model, tokenizer))
         elif suffix in (".yaml", ".yml"):
             if not Path(name).is_file():
                 raise ArmError(f"--tasks {name}: there is no such file.")
@@ -150,26 +151,28 @@ def _tasks(names: Sequence[str], tokenizer: Any, include: Path | None) -> tuple[
     return manager, found
 
 
-def pair_task(name: str, tokenizer: Any) -> dict[str, Any]:
+def pair_task(name: str, model: Any, tokenizer: Any) -> dict[str, Any]:
     """The test split of pairs as a task for lm-eval: which answer is likelier, `acc`; by its length, `acc_norm`.
 
     Args:
         name: An embedded task, or a file with the columns prompt, chosen and rejected.
-        tokenizer: Prompts that are messages are asked through its chat template.
+        model: Which says how much it reads.
+        tokenizer: Prompts that are messages are asked through its chat template; without one, as plain text.
 
     Raises:
-        ArmError: no such data, or no pairs with a prompt.
+        ArmError: no such data, no pairs with a prompt, or rows that are longer than the model's context.
     """
-    rows = load_split(name, "test")
+    rows = readable(load_split(name, "test"), tokenizer)
     if missing := {"prompt", "chosen", "rejected"} - set(rows.column_names):
         raise ArmError(
             f"--tasks {name}: pairs need the columns prompt, chosen and rejected; {sorted(missing)} missing."
         )
+    check_context(model, tokenizer, rows, 0, f"--tasks {name}", "Remove such rows, or choose a model that reads more.")
     answers = {
         column: [answer if isinstance(answer, str) else answer[-1]["content"] for answer in rows[column]]
         for column in ("chosen", "rejected")
     }
-    rows = Dataset.from_dict({"text": as_asked(tokenizer, rows["prompt"]), **answers})
+    rows = Dataset.from_dict({"text": [written(tokenizer, prompt) for prompt in rows["prompt"]], **answers})
     return {
         "task": Path(name).stem,
         "custom_dataset": lambda **_: {"test": rows},

@@ -41,9 +41,11 @@ from steertune.recipes.lab.command_line import (
 )
 from steertune.recipes.lab.data import adapter_config, load_steered
 from steertune.recipes.lab.files import ArmError, nearest, reasons
-from steertune.recipes.lab.generation import as_asked
+from steertune.recipes.lab.forms import has_template
+from steertune.recipes.lab.generation import left_padded, prompt_ids
 from steertune.recipes.lab.processes import begin, default_device
 from steertune.recipes.lab.progress import Bar, progress
+from steertune.trainers import context_length
 
 _BATCH = 8
 
@@ -114,9 +116,9 @@ class Server:
         known = sorted(self.model.peft_config)
         if request.vector is not None and request.vector not in known:
             raise ArmError(f"vector={request.vector!r} is none of {known}.{nearest(request.vector, known)}")
-        if not isinstance(request.prompt, str) and self.tokenizer.chat_template is None:
+        if not isinstance(request.prompt, str) and not has_template(self.tokenizer):
             raise ArmError("prompt is a list of messages, and the tokenizer has no chat template: give text.")
-        context = getattr(self.model.config, "max_position_embeddings", None)
+        context = context_length(self.model.config, self.tokenizer)
         tokens = len(self._ids(request)) + request.new_tokens
         if context is not None and tokens > context:
             raise ArmError(f"The prompt and its answer take {tokens} tokens, the model reads {context}.")
@@ -141,22 +143,18 @@ class Server:
         return found
 
     def _ids(self, request: Request) -> list[int]:
-        special = isinstance(request.prompt, str)
-        return self.tokenizer(as_asked(self.tokenizer, [request.prompt])[0], add_special_tokens=special)["input_ids"]
+        return prompt_ids(self.tokenizer, [request.prompt])[0]
 
     @torch.no_grad()
     def _batch(self, requests: Sequence[Request], ids: Sequence[list[int]]) -> list[str]:
-        width = max(map(len, ids))
-        end = self.tokenizer.eos_token_id
-        padded = torch.tensor([[end] * (width - len(row)) + row for row in ids])
-        mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in ids])
+        inputs, filler = left_padded(self.tokenizer, ids)
+        width = inputs["input_ids"].shape[1]
         out: Any = self.model.generate(
-            input_ids=padded.to(self.model.device),
-            attention_mask=mask.to(self.model.device),
+            **{name: values.to(self.model.device) for name, values in inputs.items()},
             adapter_names=[BASE_ROW if r.vector is None else f"{r.vector}@{r.strength!r}" for r in requests],
             max_new_tokens=max(r.new_tokens for r in requests),
             do_sample=False,
-            pad_token_id=end,
+            pad_token_id=filler,
             logits_processor=LogitsProcessorList([_Sampled(requests)]),
             stopping_criteria=StoppingCriteriaList([_Lengths(requests, width)]),
         )

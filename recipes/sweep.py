@@ -133,12 +133,13 @@ def run(options: SimpleNamespace, overrides: list[str], words: Sequence[str]) ->
     name = table.direction if table.arm is None else table.arm.name
     folder = options.folder or default_folder(f"sweep-{name}", table.task)
     context = Context(table, model, tokenizer)  # refuses bad rows before anything is written
+    notes = context.rehearse()
     note = context.scorer.note if context.scorer is not None else None
     claim(folder, table, main_process=True)
-    print(_plan(table, context), file=sys.stderr)
+    print("\n".join([_plan(table, context), *notes]), file=sys.stderr)
 
     # validation rows choose; only what they chose is seen on test rows, and saved
-    result = Sweep(table, measure(context, folder), as_typed(words), note, versions())
+    result = Sweep(table, measure(context, folder), as_typed(words), note, versions(), notes=tuple(notes))
     if (setting := result.choice.setting) is not None:
         held_out = context.held_out(TEST)
         adapter = Source(context).model(cast(Site, setting.site), setting.layer, home_of(folder, setting))

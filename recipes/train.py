@@ -27,11 +27,13 @@ from steertune.recipes.lab.cards import of_training
 from steertune.recipes.lab.command_line import ArmName, Result, Threads, command
 from steertune.recipes.lab.data import load_model, load_splits
 from steertune.recipes.lab.evaluate import evaluate, evaluate_base
+from steertune.recipes.lab.forms import notes_on_form, readable
 from steertune.recipes.lab.memory import peak_memory_gb
 from steertune.recipes.lab.observe import neutral_rows
 from steertune.recipes.lab.pages import settings_in_words, write_page
 from steertune.recipes.lab.pages.measured import training_page
 from steertune.recipes.lab.progress import Bar, progress
+from steertune.recipes.lab.rehearsal import rehearse, rehearse_training
 from steertune.recipes.lab.rows import Record
 from steertune.recipes.lab.training import facts_of, fit, held_out_of, make_trainer, open_run, training_of
 from steertune.trainers import ModelAt, scalable
@@ -57,8 +59,12 @@ def run(arm: Arm, threads: int | None = None) -> Record:
     """
     started = time.monotonic()
     folder, state = open_run(arm, threads=threads), PartialState()
-    train, test = load_splits(arm.data)
+    splits = load_splits(arm.data)
     model, tokenizer = load_model(arm.model)
+    train, test = (readable(rows, tokenizer) for rows in splits)
+    held_out = held_out_of(arm, model, tokenizer, test)
+    rehearse(held_out)
+    notes = [*notes_on_form(splits[0], tokenizer), *rehearse_training(arm, model, tokenizer, train)]
     say = print if state.is_main_process else (lambda *_: None)
     training_seconds, evaluation_seconds = _estimate(arm, model, tokenizer, test)
     say(_plan(arm, train, test, state.num_processes, training_seconds, evaluation_seconds))
@@ -69,11 +75,11 @@ def run(arm: Arm, threads: int | None = None) -> Record:
     record = Record(
         {"arm": arm.name, "task": Path(arm.data.name).name, "examples": arm.data.train, "seed": arm.data.seed}
     )
-    held_out = held_out_of(arm, model, tokenizer, test)
     with bar.step("base model", evaluation_seconds):
         record.observations |= evaluate_base(held_out)
 
     training = training_of(arm, model, tokenizer, train, folder, held_out=[test])
+    training.notes |= {"rows": " ".join(notes)} if notes else {}
     with bar.step("training", training_seconds):
         trainer = make_trainer(training)
         if training.notes:

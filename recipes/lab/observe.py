@@ -27,10 +27,20 @@ from transformers import PreTrainedTokenizerBase
 
 from steertune.losses import Outputs
 from steertune.recipes.lab.batches import batches
+from steertune.recipes.lab.forms import readable
 from steertune.recipes.lab.generation import generate, plain
 from steertune.recipes.lab.paths import TASKS
 from steertune.recipes.lab.scorers import Scorer
-from steertune.trainers import Batch, FrozenPrefix, ModelAt, View, labelled_logits, scaled, tokenise
+from steertune.trainers import (
+    Batch,
+    FrozenPrefix,
+    ModelAt,
+    View,
+    context_length,
+    labelled_logits,
+    scaled,
+    tokenise,
+)
 from steertune.trainers.views import Views
 
 NEUTRAL = TASKS / "neutral.jsonl"
@@ -183,7 +193,7 @@ def prompted(model: Any, held_out: HeldOut, strengths: Strengths) -> dict[str, O
     if held_out.prompted is None:
         return {}
     view, rows = held_out.prompted.view, held_out.prompted.answers
-    views = Views({"prompt": view}, held_out.tokenizer, getattr(model.config, "max_position_embeddings", None))
+    views = Views({"prompt": view}, held_out.tokenizer, context_length(model.config, held_out.tokenizer))
     views.add(rows, tokenise(rows, held_out.tokenizer))
     observed: dict[str, Observations] = {label: defaultdict(list) for label in strengths}
     for batch in batches(held_out.tokenizer, rows, held_out.batch_size):
@@ -262,6 +272,8 @@ def neutral_logps(model: Any, tokenizer: PreTrainedTokenizerBase, rows: Dataset)
     return seen
 
 
-def neutral_rows() -> Dataset:
-    """Everyday questions and answers that no behaviour is about."""
-    return Dataset.from_list([json.loads(line) for line in NEUTRAL.read_text(encoding="utf-8").splitlines()])
+def neutral_rows(tokenizer: PreTrainedTokenizerBase | None = None) -> Dataset:
+    """Everyday questions and answers that no behaviour is about: conversations, or plain text for a tokenizer without
+    a chat template."""
+    rows = Dataset.from_list([json.loads(line) for line in NEUTRAL.read_text(encoding="utf-8").splitlines()])
+    return rows if tokenizer is None else readable(rows, tokenizer)

@@ -62,7 +62,7 @@ _CHECKED = ("plain", "contrast")  # on seen tasks
 _BATCH = 4
 
 
-class MixtureTables(BaseModel, extra="forbid"):
+class MixtureTables(BaseModel, extra="forbid", strict=True):
     """The file."""
 
     seen: list[str | TaskTable] = Field(min_length=1)

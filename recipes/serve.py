@@ -75,7 +75,7 @@ def main(
             return _serve(server, lines, answers, done, bar)
 
 
-class Request(BaseModel, extra="forbid"):
+class Request(BaseModel, extra="forbid", strict=True):
     """What is asked.
 
     Attributes:

@@ -27,6 +27,7 @@ from accelerate.utils import gather_object
 from datasets import Dataset
 
 from steertune.recipes.lab.arm import Arm, load_arm
+from steertune.recipes.lab.checks import check_start
 from steertune.recipes.lab.command_line import ArmName, Result, Threads, command
 from steertune.recipes.lab.data import load_model, load_splits
 from steertune.recipes.lab.evaluate import evaluate, evaluate_base
@@ -38,7 +39,7 @@ from steertune.recipes.lab.pages import Page, Section, Table, Text, write_page
 from steertune.recipes.lab.pages.measured import comparison, generations
 from steertune.recipes.lab.progress import Bar, progress, track
 from steertune.recipes.lab.rows import BASE, Record
-from steertune.recipes.lab.training import facts_of, fit, held_out_of, make_trainer, open_run, training_of
+from steertune.recipes.lab.training import claim, facts_of, fit, held_out_of, make_trainer, open_run, training_of
 from steertune.trainers import View, share_weights
 
 _TEMPERATURE = 1.0
@@ -72,6 +73,7 @@ def run(arm: Arm, threads: int | None = None) -> Record:
     if missing := [rows.column_names for rows in (train, test) if "prompt" not in rows.column_names]:
         raise ArmError(f"data.name={arm.data.name!r}: distillation answers prompts, the rows have {missing[0]}.")
     arm = _with_pool(arm, train)
+    check_start(arm, train.remove_columns([name for name in ("chosen", "rejected") if name in train.column_names]))
     view = arm.get(Views).views()["good"].for_evaluation(train.to_list(), test.to_list())
     loaded: tuple[Any, Any] = load_model(arm.model)
     model, tokenizer = loaded
@@ -80,6 +82,7 @@ def run(arm: Arm, threads: int | None = None) -> Record:
     # the prompted model answers training prompts, which are learned, and test prompts, on which fidelity is measured
     for rows, what in ((test, "test rows"), (neutral_rows(), "neutral text")):
         check_context(model, tokenizer, _behind(view, rows), 0, f"[views.good] of {what}")
+    claim(folder, arm, state.is_main_process)
     bar = Bar(9)
     with bar.step("answers to training prompts", 2):
         examples = answered(arm, model, tokenizer, view, train, _TRAIN, folder / "answers.jsonl")

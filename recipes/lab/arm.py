@@ -106,7 +106,7 @@ class Arm(ArmTables):
         return () if loss is None else loss.needs.views
 
     def check_trainer(self, *kinds: type) -> None:
-        """Check keys, types and ranges of `[trainer]` against classes of training arguments, one of which it is for."""
+        """Check keys, types and ranges of `[trainer]` against classes of arguments, one of which it is for."""
         if (folder := self.trainer.get("output_dir")) is not None:
             raise ArmError(f"trainer.output_dir={shown(folder)}: the recipe chooses it. Set output.folder.")
         check_runs_no_code("trainer", self.trainer)
@@ -135,11 +135,8 @@ def load_arm(file: str | Path, overrides: Sequence[str] = (), recipe: str = "") 
         ArmError: no such arm, broken TOML, an unknown key, a value of the wrong type, an ingredient that the recipe
             refuses, a view that the file's own loss does not ask for (an override of the loss may leave some).
     """
-    tables, given = read_tables(file), set()
+    tables = read_tables(file)
     for key, value in _pairs(overrides):
-        if key in given:
-            raise ArmError(f"--{key} is given twice. Give it once.")
-        given.add(key)
         _put(tables, key, value)
     arm = make_arm(tables)
     check_recipe(arm, recipe)

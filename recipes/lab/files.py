@@ -138,7 +138,7 @@ def read_rows(file: Path, fix: str) -> list[dict[str, Any]]:
 
 def _checked(text: str, where: str, fix: str) -> dict[str, Any]:
     try:
-        found = json.loads(text, object_pairs_hook=_without_repeats)
+        found = json.loads(text, object_pairs_hook=without_repeats)
         if not isinstance(found, dict):
             raise ValueError(f"a JSON object is expected, this is {type(found).__name__}")
         # looked for by its value too: a bit may have changed in its key
@@ -151,7 +151,7 @@ def _checked(text: str, where: str, fix: str) -> dict[str, Any]:
     return found
 
 
-def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
         names = [name for name, _ in pairs]

@@ -44,7 +44,7 @@ class SweepTable(BaseModel, extra="forbid", strict=True):
     strengths: list[float] = Field(min_length=1)
     train: int = Field(ge=1)
     splits: SplitTable
-    seed: int = 0
+    seed: int = Field(default=0, ge=0, lt=2**32)
     scorer: dict[str, Any] | None = None
     """How the behaviour in generated answers is scored; None: it is not."""
     generations: int = Field(ge=0)

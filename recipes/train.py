@@ -21,6 +21,7 @@ from accelerate import PartialState
 from datasets import Dataset
 
 from steertune.adapters.card import write_card
+from steertune.recipes.lab import scorers
 from steertune.recipes.lab.arm import Arm, load_arm
 from steertune.recipes.lab.batches import batches
 from steertune.recipes.lab.cards import of_training
@@ -33,8 +34,11 @@ from steertune.recipes.lab.pages import settings_in_words, write_page
 from steertune.recipes.lab.pages.measured import training_page
 from steertune.recipes.lab.progress import Bar, progress
 from steertune.recipes.lab.rows import Record
+from steertune.recipes.lab.scorers import Scorer
 from steertune.recipes.lab.training import facts_of, fit, held_out_of, make_trainer, open_run, training_of
 from steertune.trainers import ModelAt, scalable
+
+_FEWEST_PAIRS = 8  # from which what tells chosen from rejected answers can be learned
 
 
 @command
@@ -69,7 +73,8 @@ def run(arm: Arm, threads: int | None = None) -> Record:
     record = Record(
         {"arm": arm.name, "task": Path(arm.data.name).name, "examples": arm.data.train, "seed": arm.data.seed}
     )
-    held_out = held_out_of(arm, model, tokenizer, test)
+    scorer = _scorer(train, model, tokenizer)
+    held_out = held_out_of(arm, model, tokenizer, test, scorer=scorer)
     with bar.step("base model", evaluation_seconds):
         record.observations |= evaluate_base(held_out)
 
@@ -86,6 +91,7 @@ def run(arm: Arm, threads: int | None = None) -> Record:
         record.observations |= evaluate(model, held_out, strengths=[1.0, *others])
     record.facts = {
         **facts_of(training, held_out),
+        "scorer": scorer.note if scorer is not None else "",
         "parameters": trainer.get_num_trainable_parameters(),
         "steps": trainer.state.global_step,
         "train_seconds": seconds,
@@ -97,6 +103,13 @@ def run(arm: Arm, threads: int | None = None) -> Record:
         page = _write(arm, record, len(training.rows), len(test), folder)
         say(f"\n{page.read_text(encoding='utf-8')}\nThis page: {page.with_suffix('.html')}")
     return record
+
+
+def _scorer(train: Dataset, model: Any, tokenizer: Any) -> Scorer | None:
+    """What recognises the behaviour in generated answers, learned from the training pairs; None: there are none."""
+    if not {"chosen", "rejected"} <= set(train.column_names) or len(train) < _FEWEST_PAIRS:
+        return None
+    return scorers.fit({"kind": "characters"}, train, model, tokenizer)
 
 
 def _write(arm: Arm, record: Record, examples: int, held_out: int, folder: Path) -> Path:

@@ -42,7 +42,7 @@ _FEWEST_PAIRS = 8  # from which what tells chosen from rejected answers can be l
 
 
 @command
-def main(arm: ArmName = "vector_dpo", threads: Threads = None, overrides: Sequence[str] = ()) -> Result | None:
+def main(arm: ArmName = "vector_sft", threads: Threads = None, overrides: Sequence[str] = ()) -> Result | None:
     """Train the arm and evaluate it; of several processes the first one has the result."""
     with progress("Training"):
         record = run(load_arm(arm, overrides, recipe="train"), threads)

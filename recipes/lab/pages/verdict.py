@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import zlib
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from steertune.recipes.lab import measures
 from steertune.recipes.lab.observe import Observations
 from steertune.recipes.lab.rows import BASE, Record
 
 TRAINED = "1"
-MAX_KL = 1.0
-"""Nats per token on neutral text. A behaviour that shows everywhere, such as lower case, costs about 0.5 by itself."""
+MAX_KL = 1.5
+"""Nats per token on neutral text, where a behaviour that shows everywhere costs 0.5 to 1.3 by itself."""
 MAX_REPETITION = 0.1
 """Share of repeated word triples above the base's."""
+MAX_CIRCLES = 0.2
+"""Share of answers that go in circles above the base's."""
 VISIBLE = 0.25
 """Share of answers by which a behaviour must rise to be noticed."""
+_CIRCLE = 0.5  # an answer that shrinks below this share of its length says the same again and again
 
 
 def verdict(record: Record) -> str:
@@ -25,39 +28,52 @@ def verdict(record: Record) -> str:
     Args:
         record: The base model at strength 0, the trained one at strength 1 and maybe at others.
     """
-    means = record.means()
-    positive = sorted((at for at in means if float(at) > 0), key=float)
-    harmless = [at for at in positive if not _excess(means, at)]
-    shown = {at: _shown(record.observations[at]) for at in (BASE, *positive) if "score" in record.observations[at]}
+    strengths = sorted((at for at in record.observations if float(at) > 0), key=float)
+    excess = {at: _excess(record, at) for at in strengths}
+    harmless = [at for at in strengths if not excess[at]]
+    shown = {at: _shown(record.observations[at]) for at in (BASE, *strengths) if "score" in record.observations[at]}
+    # of the strengths that show as much, the nearest to the trained one
     best = max(harmless, key=lambda at: (shown.get(at, 0.0), -abs(float(at) - 1)), default=None)
-    excess = _excess(means, TRAINED)
-    if excess and best is None:
+    if best is None:
         return (
-            f"**Every strength is too much: {_excess(means, positive[0])} at strength {positive[0]}.** Lower "
+            f"**Every strength is too much: at {strengths[0]}, {excess[strengths[0]]}.** Lower "
             "`trainer.learning_rate` or `trainer.max_steps`, or add `loss.neutral_kl`."
         )
-    if excess:
-        return f"**Strength 1 is too much: {excess}. Use strength {best}**{_in_answers(record, shown, best)}."
+    if excess[TRAINED]:
+        return f"**Strength 1 is too much: {excess[TRAINED]}. Use strength {best}**{_in_answers(record, shown, best)}."
     if not shown:
         return _without_scorer(record)
-    gain = {at: shown[at] - shown[BASE] for at in harmless}
-    if gain[TRAINED] >= VISIBLE:
-        return f"**The answers changed{_in_answers(record, shown, TRAINED)}**, within the limits on side effects."
-    if best is not None and gain[best] >= VISIBLE:
-        return f"**Strength 1 shows little. Use strength {best}{_in_answers(record, shown, best)}.**"
+    if shown[TRAINED] - shown[BASE] >= VISIBLE:
+        return f"**The answers changed**{_in_answers(record, shown, TRAINED)}. Side effects are within the limits."
+    if shown[best] - shown[BASE] >= VISIBLE:
+        return f"**Strength 1 shows little. Use strength {best}**{_in_answers(record, shown, best)}."
     return (
-        f"**Nothing visible happened{_in_answers(record, shown, TRAINED)}.** Raise `trainer.learning_rate` or "
+        f"**Nothing visible happened**{_in_answers(record, shown, TRAINED)}. Raise `trainer.learning_rate` or "
         "`trainer.max_steps`, or give more examples."
     )
 
 
-def _excess(means: Mapping[str, Mapping[str, float]], at: str) -> str:
+def _excess(record: Record, at: str) -> str:
     """Which limits a strength exceeds, in words; "" if none."""
-    limits = {"kl": MAX_KL, "repetition": means[BASE].get("repetition", 0.0) + MAX_REPETITION}
-    exceeded = {name: limit for name, limit in limits.items() if means[at].get(name, 0.0) > limit}
-    return " and ".join(
-        f"{measures.get(name).title} is {means[at][name]:.2f} (limit {limit:.2f})" for name, limit in exceeded.items()
+    base = record.observations[BASE].get("answer", [])
+    repetition, circles = np.nan_to_num(record.value("repetition")), circling(base)
+    values = {
+        "KL to the base": (record.value("kl", at), MAX_KL),
+        "repetition": (record.value("repetition", at), repetition + MAX_REPETITION),
+        "share of answers that go in circles": (
+            circling(record.observations[at].get("answer", [])),
+            circles + MAX_CIRCLES,
+        ),
+    }
+    return ", and ".join(
+        f"{name} is {value:.2f} (limit {limit:.2f})" for name, (value, limit) in values.items() if value > limit
     )
+
+
+def circling(answers: Sequence[str]) -> float:
+    """Share of the answers that say the same again and again, which compression finds without words in it."""
+    texts = [answer.encode() for answer in answers]
+    return float(np.mean([len(zlib.compress(text)) < _CIRCLE * len(text) for text in texts])) if texts else 0.0
 
 
 def _shown(observations: Observations) -> float:
@@ -71,8 +87,8 @@ def _in_answers(record: Record, shown: Mapping[str, float], at: str | None) -> s
         return ""
     count = len(record.observations[at]["answer"])
     return (
-        f": the behaviour shows in {shown[at] * count:.0f} of {count} answers to held-out prompts, "
-        f"{shown[BASE] * count:.0f} before"
+        f": {shown[at] * count:.0f} of {count} answers to held-out prompts show the behaviour, and "
+        f"{shown[BASE] * count:.0f} did before"
     )
 
 

@@ -21,6 +21,7 @@ from accelerate import PartialState
 from datasets import Dataset
 
 from steertune.adapters.card import write_card
+from steertune.recipes.lab import scorers
 from steertune.recipes.lab.arm import Arm, load_arm
 from steertune.recipes.lab.batches import batches
 from steertune.recipes.lab.cards import of_training
@@ -36,6 +37,7 @@ from steertune.recipes.lab.pages.measured import training_page
 from steertune.recipes.lab.progress import Bar, progress
 from steertune.recipes.lab.rehearsal import rehearse, rehearse_training
 from steertune.recipes.lab.rows import Record
+from steertune.recipes.lab.scorers import Scorer
 from steertune.recipes.lab.training import (
     claimed,
     facts_of,
@@ -48,9 +50,11 @@ from steertune.recipes.lab.training import (
 )
 from steertune.trainers import ModelAt, scalable
 
+_FEWEST_PAIRS = 8  # from which what tells chosen from rejected answers can be learned
+
 
 @command
-def main(arm: ArmName = "vector_dpo", threads: Threads = None, overrides: Sequence[str] = ()) -> Result | None:
+def main(arm: ArmName = "vector_sft", threads: Threads = None, overrides: Sequence[str] = ()) -> Result | None:
     """Train the arm and evaluate it; of several processes the first one has the result."""
     with progress("Training"):
         record = run(load_arm(arm, overrides, recipe="train"), threads)
@@ -73,7 +77,8 @@ def run(arm: Arm, threads: int | None = None) -> Record:
     check_start(arm, splits[0])
     model, tokenizer = load_model(arm.model)
     train, test = (readable(rows, tokenizer) for rows in splits)
-    held_out = held_out_of(arm, model, tokenizer, test)
+    scorer = _scorer(train, model, tokenizer)
+    held_out = held_out_of(arm, model, tokenizer, test, scorer=scorer)
     rehearse(held_out)
     notes = [*notes_on_form(splits[0], tokenizer), *rehearse_training(arm, model, tokenizer, train)]
     say = print if state.is_main_process else (lambda *_: None)
@@ -103,6 +108,7 @@ def run(arm: Arm, threads: int | None = None) -> Record:
         record.observations |= evaluate(model, held_out, strengths=[1.0, *others])
     record.facts = {
         **facts_of(training, held_out),
+        "scorer": scorer.note if scorer is not None else "",
         "parameters": trainer.get_num_trainable_parameters(),
         "steps": trainer.state.global_step,
         "train_seconds": seconds,
@@ -114,6 +120,13 @@ def run(arm: Arm, threads: int | None = None) -> Record:
         page = _write(arm, record, len(training.rows), len(test), folder)
         say(f"\n{page.read_text(encoding='utf-8')}\nThis page: {page.with_suffix('.html')}")
     return record
+
+
+def _scorer(train: Dataset, model: Any, tokenizer: Any) -> Scorer | None:
+    """What recognises the behaviour in generated answers, learned from the training pairs; None: there are none."""
+    if not {"chosen", "rejected"} <= set(train.column_names) or len(train) < _FEWEST_PAIRS:
+        return None
+    return scorers.fit({"kind": "characters"}, train, model, tokenizer)
 
 
 def _write(arm: Arm, record: Record, examples: int, held_out: int, folder: Path) -> Path:

@@ -28,7 +28,7 @@ from pydantic.errors import PydanticSchemaGenerationError, PydanticUndefinedAnno
 from trl import DPOConfig, SFTConfig
 
 import steertune.adapters  # noqa: F401  registers the method with PEFT
-from steertune.losses import Loss, get_loss
+from steertune.losses import Loss, get_loss, names, options_of
 from steertune.recipes.lab.arm_files import read_tables, renamed_tables
 from steertune.recipes.lab.files import ArmError, check_name, nearest, reasons, shown
 from steertune.recipes.lab.ingredients import Ingredient, check_recipe, kinds
@@ -81,10 +81,10 @@ class Arm(ArmTables):
         if kind == "none":
             known("adapter", options, [])
             return None
-        methods = {str(name.value).lower(): config for name, config in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
+        methods = _peft_methods()
         if kind not in methods:
             raise ArmError(f"adapter.type={kind!r} is not a PEFT method.{nearest(kind, [*methods, 'none'])}")
-        known("adapter", options, [f.name for f in dataclasses.fields(methods[kind])])
+        known("adapter", options, _options(methods[kind]))
         _typed("adapter", options, methods[kind])
         try:
             return get_peft_config({"peft_type": kind.upper(), "task_type": "CAUSAL_LM", **options})
@@ -110,7 +110,7 @@ class Arm(ArmTables):
         if (folder := self.trainer.get("output_dir")) is not None:
             raise ArmError(f"trainer.output_dir={shown(folder)}: the recipe chooses it. Set output.folder.")
         check_runs_no_code("trainer", self.trainer)
-        known("trainer", self.trainer, [f.name for kind in kinds for f in dataclasses.fields(kind)])
+        known("trainer", self.trainer, [option for kind in kinds for option in _options(kind)])
         _typed("trainer", self.trainer, *kinds)
         try:
             check_values(self.trainer, "trainer")
@@ -136,7 +136,10 @@ def load_arm(file: str | Path, overrides: Sequence[str] = (), recipe: str = "") 
             refuses, a view that the file's own loss does not ask for (an override of the loss may leave some).
     """
     tables = read_tables(file)
-    for key, value in _pairs(overrides):
+    changes = [*_pairs(overrides)]
+    for key, value in changes:
+        _leave_options(tables, key, value)
+    for key, value in changes:
         _put(tables, key, value)
     arm = make_arm(tables)
     check_recipe(arm, recipe)
@@ -165,12 +168,33 @@ def make_arm(tables: dict[str, Any]) -> Arm:
     check_no_secrets(tables)
     arm.check_trainer(DPOConfig, SFTConfig)
     arm.peft_config()
+    arm = _with_views(arm)
     for ingredient in arm.ingredients.values():
         ingredient.check(arm)
+    return arm
+
+
+def _with_views(arm: Arm) -> Arm:
+    """The arm with the neutral text that its loss asks for; it must have the other views itself.
+
+    Raises:
+        ArmError: the loss cannot be made, or a view is missing.
+    """
     try:
-        arm.loss_object()
+        views = arm.views_seen()
     except (ValueError, TypeError) as error:
         raise ArmError(f"[loss]: {error}") from error
+    tables = arm.model_dump()
+    missing = [view for view in views if view not in tables.get("views", {})]
+    if missing == ["neutral"]:
+        return Arm(**{**tables, "views": {**tables.get("views", {}), "neutral": {}}})
+    missing = [view for view in missing if view != "neutral"]
+    if missing:
+        options = " ".join(f"--views.{view}.name instruction --views.{view}.text '...'" for view in missing)
+        raise ArmError(
+            f"loss.name={arm.loss.get('name')!r} learns from the model behind another prompt, and the arm does not "
+            f"have the views {missing}. Add an instruction for each: {options}"
+        )
     return arm
 
 
@@ -198,6 +222,28 @@ def _put(tables: dict[str, Any], key: str, value: Any) -> None:
         if not isinstance(tables, dict):
             raise ArmError(f"--{key}: {name!r} is {shown(tables)}, not a table that could hold {last!r}.")
     tables[last] = value
+
+
+def _leave_options(tables: dict[str, Any], key: str, value: Any) -> None:
+    """Where `key` chooses another loss or adapter, drop the options that only the arm's own one has."""
+    table, _, chooser = key.partition(".")
+    if (table, chooser) == ("loss", "name"):
+        options = [] if value == UPSTREAM else options_of(value) if value in names() else None
+    elif (table, chooser) == ("adapter", "type"):
+        methods = _peft_methods()
+        options = [] if value == "none" else _options(methods[value]) if value in methods else None
+    else:
+        return
+    if options is not None:  # `make_arm` refuses an unknown name
+        tables[table] = {name: option for name, option in tables.get(table, {}).items() if name in options}
+
+
+def _peft_methods() -> dict[str, type[PeftConfig]]:
+    return {str(name.value).lower(): config for name, config in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
+
+
+def _options(kind: Any) -> list[str]:
+    return [field.name for field in dataclasses.fields(kind)]
 
 
 def known_tables(what: str, tables: dict[str, Any], model: type[BaseModel]) -> None:

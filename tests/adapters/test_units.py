@@ -248,7 +248,7 @@ def test_the_default_rate_of_the_parent_is_not_a_vectors(kind, tmp_path, caplog)
     loss = "cross_entropy" if kind == "plain" else None
     text = lines(caplog, kind, tmp_path, loss=loss, learning_rate=default, lr_scheduler_type="constant")
     assert "Learning rate 0.001 (the default for vectors" in text
-    assert "3 steps can move it by up to 10% of the residual stream" in text
+    assert "3 steps can move it by up to 19% of the residual stream" in text
     assert "Training 32 of 35,136 parameters: steering vector 'default' at layer 2." in text
 
 

@@ -43,7 +43,7 @@ FULL, HALF, NONE = [0.9] * 4, [0.9, 0.9, 0.1, 0.1], [0.1] * 4
         ({"s1": (NONE, 0.1, CALM), "s2": (FULL, 0.3, MANIC)}, "**Nothing visible happened**: 0 of 4"),
         (
             {"s0_5": (HALF, 0.2, CALM), "s1": (FULL, 0.4, "B!" + 40 * "t!")},
-            "**Strength 1 is too much: share of answers that go in circles is 1.00 (limit 0.20). Use strength 0.5**: 2",
+            "**Strength 1 is too much: share of answers that go in circles is 1.00 (limit 0.20). Use strength 0.5**:",
         ),
         # the strength nearest to 1 of those that show as much
         (

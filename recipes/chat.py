@@ -22,8 +22,9 @@ from peft import PeftModel
 
 from steertune.recipes.lab.command_line import Argument, Base, Count, Option, Threads, command
 from steertune.recipes.lab.data import load_steered
+from steertune.recipes.lab.files import ArmError
 from steertune.recipes.lab.forms import has_template
-from steertune.recipes.lab.generation import generate, prompt_lengths
+from steertune.recipes.lab.generation import check_strength, generate, prompt_lengths
 from steertune.recipes.lab.processes import begin
 from steertune.trainers import context_length, scaled
 
@@ -71,11 +72,12 @@ class Chat:
         temperature: 0 is greedy.
 
     Raises:
-        ValueError: see `check_settings`.
+        ValueError: see `check_settings` and `check_strength`.
     """
 
     def __init__(self, model: PeftModel, tokenizer: Any, strength: float, new_tokens: int, temperature: float) -> None:
         check_settings(strength, new_tokens, temperature)
+        check_strength(model, strength)
         self.model, self.tokenizer = model, tokenizer
         self.strength, self.new_tokens, self.temperature = strength, new_tokens, temperature
         self.both = True
@@ -100,6 +102,10 @@ class Chat:
                 return f"{words[0]!r} is no number."
             if not math.isfinite(value):
                 return f"{words[0]!r} is not finite."
+            try:
+                check_strength(self.model, value)
+            except ArmError as error:
+                return str(error)
             self.strength = value
             return f"Strength {value:g}."
         if name in ("both", "alone") and not words:
@@ -127,8 +133,12 @@ class Chat:
                     "/reset forgets the conversation; a shorter line, or fewer --new-tokens, needs less."
                 )
                 return
-            with scaled(self.model, strength):
-                [answer] = generate(self.model, self.tokenizer, [prompt], self.new_tokens, self.temperature)
+            try:
+                with scaled(self.model, strength):
+                    [answer] = generate(self.model, self.tokenizer, [prompt], self.new_tokens, self.temperature)
+            except Exception as error:  # a chat goes on: at another strength, or after /reset
+                yield f"{side}: no answer: {type(error).__name__}: {error}"
+                continue
             history[:] = [*asked, {"role": "assistant", "content": answer}]
             yield f"{'base' if side == 'base' else f'{strength:+g}'}> {answer}"
 

@@ -32,6 +32,7 @@ from datasets import Dataset, concatenate_datasets
 from peft import PeftModel
 from pydantic import BaseModel, Field, ValidationError
 from transformers import set_seed
+from trl import DPOConfig
 
 from steertune.adapters.saved import check_checksums, write_checksums
 from steertune.recipes.ablation.checks import check_draws
@@ -40,6 +41,7 @@ from steertune.recipes.ablation.grid import find_tasks
 from steertune.recipes.ablation.tables import TaskTable
 from steertune.recipes.lab import measures
 from steertune.recipes.lab.arm import Arm, known_tables, load_arm
+from steertune.recipes.lab.checks import check_adapters, check_training, check_trains
 from steertune.recipes.lab.command_line import Argument, Option, Result, Threads, command
 from steertune.recipes.lab.data import load_model
 from steertune.recipes.lab.evaluate import evaluate, evaluate_base
@@ -55,7 +57,7 @@ from steertune.recipes.lab.rehearsal import rehearse, rehearse_training
 from steertune.recipes.lab.rows import Record
 from steertune.recipes.lab.splits import SplitTable, load_splits
 from steertune.recipes.lab.tables import ModelTable
-from steertune.recipes.lab.training import claim, fit, make_trainer, training_of
+from steertune.recipes.lab.training import check_folder, claim, fit, make_trainer, training_of
 from steertune.trainers import get_view, share_weights
 
 MIXTURES = CONFIGS / "mixtures"
@@ -65,7 +67,7 @@ _BATCH = 4
 _ANSWERS, _TOKENS = 8, 24  # to neutral prompts, for the repetition
 
 
-class MixtureTables(BaseModel, extra="forbid"):
+class MixtureTables(BaseModel, extra="forbid", strict=True):
     """The file."""
 
     seen: list[str | TaskTable] = Field(min_length=1)
@@ -184,12 +186,18 @@ class Mixture:
     def run(self, folder: Path) -> Path:
         """Train once, measure every task, write the page; an interrupted run goes on where it stopped."""
         main_process = PartialState().is_main_process
-        claim(folder, self.tables, main_process)
+        check_folder(folder, self.tables)
+        arms = [self.arm, *self.steering]
+        for arm in arms:
+            check_training(arm, DPOConfig)
+            check_trains(arm)
+        check_adapters([arm.model_copy(update={"model": self.tables.model}) for arm in arms])
         loaded: tuple[Any, Any] = load_model(self.tables.model)
         model, tokenizer = loaded
         model.to(PartialState().device)
         self.splits = {label: readable_splits(splits, tokenizer) for label, splits in self.splits.items()}
         self._rehearse(model, tokenizer)
+        claim(folder, self.tables, main_process)
         # an unseen task takes about as long as three seen ones, since the steering arms are trained on it
         bar = Bar(4 + len(self.seen) + 3 * len(self.unseen))
         with bar.step("training", 3):

@@ -27,6 +27,7 @@ from accelerate.utils import gather_object
 from datasets import Dataset
 
 from steertune.recipes.lab.arm import Arm, load_arm
+from steertune.recipes.lab.checks import check_start
 from steertune.recipes.lab.command_line import ArmName, Result, Threads, command
 from steertune.recipes.lab.data import load_model, load_splits
 from steertune.recipes.lab.evaluate import evaluate, evaluate_base
@@ -41,7 +42,7 @@ from steertune.recipes.lab.pages.side_effects import side_effects
 from steertune.recipes.lab.progress import Bar, progress, track
 from steertune.recipes.lab.rehearsal import rehearse, rehearse_training
 from steertune.recipes.lab.rows import BASE, Record
-from steertune.recipes.lab.training import facts_of, fit, held_out_of, make_trainer, open_run, training_of
+from steertune.recipes.lab.training import claim, facts_of, fit, held_out_of, make_trainer, open_run, training_of
 from steertune.trainers import View, share_weights
 
 _TEMPERATURE = 1.0
@@ -74,6 +75,8 @@ def run(arm: Arm, threads: int | None = None) -> Record:
     splits = load_splits(arm.data)
     if missing := [rows.column_names for rows in splits if "prompt" not in rows.column_names]:
         raise ArmError(f"data.name={arm.data.name!r}: distillation answers prompts, the rows have {missing[0]}.")
+    answers = [name for name in ("chosen", "rejected") if name in splits[0].column_names]
+    check_start(_with_pool(arm, splits[0]), splits[0].remove_columns(answers))
     loaded: tuple[Any, Any] = load_model(arm.model)
     model, tokenizer = loaded
     train, test = (readable(rows, tokenizer) for rows in splits)
@@ -85,6 +88,7 @@ def run(arm: Arm, threads: int | None = None) -> Record:
     # the prompted model answers training prompts, which are learned, and test prompts, on which fidelity is measured
     for rows, what in ((test, "test rows"), (neutral_rows(tokenizer), "neutral text")):
         check_context(model, tokenizer, _behind(view, rows), 0, f"[views.good] of {what}")
+    claim(folder, arm, state.is_main_process)
     bar = Bar(9)
     with bar.step("answers to training prompts", 2):
         examples = answered(arm, model, tokenizer, view, train, _TRAIN, folder / "answers.jsonl")

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -36,7 +37,7 @@ from steertune.recipes.lab.command_line import (
 from steertune.recipes.lab.data import BUILDERS, load_split, load_steered
 from steertune.recipes.lab.files import ArmError, nearest, write_whole
 from steertune.recipes.lab.forms import readable, written
-from steertune.recipes.lab.generation import check_context
+from steertune.recipes.lab.generation import check_context, check_strength
 from steertune.recipes.lab.processes import begin, default_device
 from steertune.recipes.lab.progress import progress, track
 from steertune.trainers import scaled
@@ -63,6 +64,7 @@ def main(
 ) -> Result:
     """Run lm-eval at every strength."""
     check_installed()
+    check_request(tasks, strengths, fewshot, include, output)
     begin(threads, only_one=True)
     steered, tokenizer, _ = load_steered(folder, model, dtype)
     steered = steered.to(device or default_device())
@@ -72,6 +74,28 @@ def main(
     if output is not None:
         write_whole(output, json.dumps(metrics, indent=1))
     return Result(metrics, table(metrics))
+
+
+def check_request(
+    tasks: Sequence[str], strengths: Sequence[float], fewshot: int | None, include: Path | None, output: Path | None
+) -> None:
+    """Refuse what no run could do, before the model is loaded.
+
+    Raises:
+        ArmError: names the option.
+    """
+    if not tasks or not all(tasks):
+        raise ArmError("--tasks must name one task or more.")
+    if bad := [strength for strength in strengths if not math.isfinite(strength)]:
+        raise ArmError(f"--strengths {bad[0]}: finite numbers are expected.")
+    if len(set(strengths)) < len(strengths) or not strengths:
+        raise ArmError(f"--strengths {[*strengths]}: one or more, each once.")
+    if fewshot is not None and not 0 <= fewshot < 2**31:
+        raise ArmError(f"--fewshot {fewshot}: a whole number of 0 or more is expected.")
+    if include is not None and not include.is_dir():
+        raise ArmError(f"--include {include}: there is no such folder.")
+    if output is not None and (output.is_dir() or not output.absolute().parent.is_dir()):
+        raise ArmError(f"--output {output}: a file in a folder that exists is expected.")
 
 
 def check_installed() -> None:
@@ -115,6 +139,8 @@ def evaluate(
             f"positions={sorted(positions)}: lm-eval's forward passes do not say where a prompt ends, so such an "
             "adapter cannot be told which tokens to steer. Train one with positions='all'."
         )
+    for strength in strengths:
+        check_strength(model, strength)
     manager, found_tasks = _tasks(tasks, model, tokenizer, include)
     wrapped: Any = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)  # pyright: ignore
     run_tasks: Any = simple_evaluate

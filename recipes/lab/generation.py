@@ -8,10 +8,67 @@ from typing import Any
 import torch
 from datasets import Dataset
 from torch import Tensor
+from transformers import LogitsProcessor, LogitsProcessorList
 
+from steertune.adapters import steering_layers
 from steertune.recipes.lab.files import ArmError
 from steertune.recipes.lab.forms import written
-from steertune.trainers import context_length, tokenise
+from steertune.trainers import NonFiniteError, context_length, tokenise
+
+_PLAIN = 1e6  # strengths up to here are not looked at
+_LONGEST = 1e18  # of what is added to a state; its square must be a number of float32
+
+
+class FiniteLogits(LogitsProcessor):
+    """Ends a generation whose logits are no numbers: what is generated from them is an empty text, or noise."""
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Check the logits of the next token, `(rows, vocabulary)`.
+
+        Raises:
+            NonFiniteError: see `broken_rows`.
+        """
+        if broken_rows(scores).any():
+            raise NonFiniteError(
+                "The model's logits are NaN or infinite, so it has no answer: the strength is too large for the "
+                "vector and the number format, or the weights are broken. Use a smaller strength, or float32."
+            )
+        return scores
+
+
+def broken_rows(logits: Tensor) -> Tensor:
+    """Which rows of logits, `(rows, vocabulary)`, say nothing, `(rows,)`: one is NaN or +inf, or none is finite.
+
+    -inf alone is a token that is ruled out.
+    """
+    return ~logits.max(dim=-1).values.isfinite()  # NaN is the maximum of every row that holds it
+
+
+def check_strength(model: Any, strength: float, adapter: str | None = None) -> None:
+    """Refuse a strength at which a steering vector's length squared is more than float32 holds: the norm of such a
+    state is infinite, so the layers above see a state of zeros, and answer nothing.
+
+    Args:
+        model: With steering vectors; other adapters are not looked at.
+        strength: Of the vectors.
+        adapter: One of them; None: all.
+
+    Raises:
+        ArmError: names the strength and the largest one.
+    """
+    if abs(strength) <= _PLAIN:
+        return
+    lengths = [
+        float(layer.written(name).detach().float().norm())
+        for layer in steering_layers(model)
+        for name in layer.config
+        if adapter in (None, name)
+    ]
+    if lengths and not abs(strength) * max(lengths) <= _LONGEST:
+        raise ArmError(
+            f"strength={strength:g} times a vector of length {max(lengths):.3g} is more than the model can add. Use "
+            f"one below {_LONGEST / max(lengths):.0e}; those that change an answer are mostly below 100."
+        )
 
 
 @torch.no_grad()
@@ -19,13 +76,22 @@ def generate(
     model: Any, tokenizer: Any, prompts: Sequence[Any], new_tokens: int, temperature: float = 0.0, seed: int = 0
 ) -> list[str]:
     """Answers to prompts (strings or lists of messages), generated as one left-padded batch: greedily, or with
-    `seed`'s random numbers at a temperature above 0."""
+    `seed`'s random numbers at a temperature above 0.
+
+    Raises:
+        NonFiniteError: the model computes no answer (see `FiniteLogits`).
+    """
     inputs, filler = left_padded(tokenizer, prompt_ids(tokenizer, prompts))
     sampling = {"do_sample": True, "temperature": temperature, "top_p": 0.95} if temperature else {"do_sample": False}
     with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
         torch.manual_seed(seed)
-        on_device = {name: values.to(model.device) for name, values in inputs.items()}
-        out = model.generate(**on_device, max_new_tokens=new_tokens, pad_token_id=filler, **sampling)
+        out = model.generate(
+            **{name: values.to(model.device) for name, values in inputs.items()},
+            max_new_tokens=new_tokens,
+            pad_token_id=filler,
+            logits_processor=LogitsProcessorList([FiniteLogits()]),
+            **sampling,
+        )
     new = out[:, inputs["input_ids"].shape[1] :]
     return [text.strip() for text in tokenizer.batch_decode(new, skip_special_tokens=True)]
 

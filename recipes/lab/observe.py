@@ -1,7 +1,8 @@
 """What is seen of a model on held-out examples: one function for each kind of example, shared by all measures.
 
     pairs     log-probability (nats) and tokens of the chosen and of the rejected answer
-    neutral   KL to the base model and negative log-likelihood (nats, summed), and tokens, of neutral answers
+    neutral   KL to the base model (summed, and its 95th percentile over the tokens), negative log-likelihood (nats,
+              summed) and tokens of neutral answers
     answers   generated answers to the first test prompts, and the scorer's judgement of each
     prompted  how far the model is from the prompted one, at each of its answers (summed), and their tokens
 
@@ -44,6 +45,7 @@ from steertune.trainers import (
 from steertune.trainers.views import Views
 
 NEUTRAL = TASKS / "neutral.jsonl"
+_TAIL = 0.95
 
 Observations = dict[str, list[Any]]
 Strengths = Mapping[str, float]
@@ -245,17 +247,18 @@ OBSERVERS = {
 
 
 def against_base(seen: Sequence[tuple[Tensor, Tensor]], base: Sequence[Tensor]) -> Observations:
-    """Sums over the tokens of every neutral answer.
+    """What the tokens of every neutral answer add up to, and the 95th percentile of their KL.
 
     Args:
         seen: `neutral_logps` of a steered model; of fewer rows than the base's, those of the first.
         base: The base model's log-probabilities of the same rows, `(T, V)` each.
     """
-    rows = [(ours, theirs, targets) for (ours, targets), theirs in zip(seen, base, strict=False)]
+    kl_T = [(ours.exp() * (ours - theirs)).sum(dim=-1) for (ours, _), theirs in zip(seen, base, strict=False)]
     return {
-        "neutral_kl": [float((ours.exp() * (ours - theirs)).sum()) for ours, theirs, _ in rows],
-        "neutral_nll": [float(F.nll_loss(ours, targets, reduction="sum")) for ours, _, targets in rows],
-        "neutral_tokens": [len(targets) for _, _, targets in rows],
+        "neutral_kl": [float(kl.sum()) for kl in kl_T],
+        "neutral_kl_tail": [float(kl.quantile(_TAIL)) for kl in kl_T],
+        "neutral_nll": [float(F.nll_loss(ours, targets, reduction="sum")) for ours, targets in seen],
+        "neutral_tokens": [len(targets) for _, targets in seen],
     }
 
 

@@ -9,6 +9,7 @@ import pandas as pd
 from steertune.recipes.lab import measures
 from steertune.recipes.lab.pages import Block, Code, Page, Section, Table, Text, escape
 from steertune.recipes.lab.pages.side_effects import of_strengths
+from steertune.recipes.lab.pages.verdict import verdict
 from steertune.recipes.lab.rows import BASE, Record
 
 
@@ -75,7 +76,7 @@ def training_page(record: Record, what: str, use: Sequence[str]) -> Page:
         use: The lines of Python that load the adapter.
     """
     means, facts = record.means(), record.facts
-    summary: list[Block] = [Text(what), *map(Text, facts["notes"].values())]
+    summary: list[Block] = [Text(verdict(record)), Text(what), *map(Text, facts["notes"].values())]
     summary.append(comparison({"before": means[BASE], "after": means["1"]}))
     strengths = [*of_strengths(record), Text("Every measure:"), by_strength(means)]
     cost = (
@@ -84,6 +85,8 @@ def training_page(record: Record, what: str, use: Sequence[str]) -> Page:
         f"{facts['processes']} process(es)."
     )
     answers = generations(facts["prompts"], _answers_of(record))
+    if facts.get("scorer"):
+        answers.insert(0, Text(f"What counts as the behaviour: {escape(facts['scorer'])}."))
     sections = [
         Section("", summary),
         Section("Strength", strengths),

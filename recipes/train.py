@@ -25,17 +25,29 @@ from steertune.recipes.lab import scorers
 from steertune.recipes.lab.arm import Arm, load_arm
 from steertune.recipes.lab.batches import batches
 from steertune.recipes.lab.cards import of_training
+from steertune.recipes.lab.checks import check_start
 from steertune.recipes.lab.command_line import ArmName, Result, Threads, command
 from steertune.recipes.lab.data import load_model, load_splits
 from steertune.recipes.lab.evaluate import evaluate, evaluate_base
+from steertune.recipes.lab.forms import notes_on_form, readable
 from steertune.recipes.lab.memory import peak_memory_gb
 from steertune.recipes.lab.observe import neutral_rows
 from steertune.recipes.lab.pages import settings_in_words, write_page
 from steertune.recipes.lab.pages.measured import training_page
 from steertune.recipes.lab.progress import Bar, progress
+from steertune.recipes.lab.rehearsal import rehearse, rehearse_training
 from steertune.recipes.lab.rows import Record
 from steertune.recipes.lab.scorers import Scorer
-from steertune.recipes.lab.training import facts_of, fit, held_out_of, make_trainer, open_run, training_of
+from steertune.recipes.lab.training import (
+    claimed,
+    facts_of,
+    fit,
+    held_out_of,
+    make_trainer,
+    open_run,
+    steps_of,
+    training_of,
+)
 from steertune.trainers import ModelAt, scalable
 
 _FEWEST_PAIRS = 8  # from which what tells chosen from rejected answers can be learned
@@ -61,8 +73,14 @@ def run(arm: Arm, threads: int | None = None) -> Record:
     """
     started = time.monotonic()
     folder, state = open_run(arm, threads=threads), PartialState()
-    train, test = load_splits(arm.data)
+    splits = load_splits(arm.data)
+    check_start(arm, splits[0])
     model, tokenizer = load_model(arm.model)
+    train, test = (readable(rows, tokenizer) for rows in splits)
+    scorer = _scorer(train, model, tokenizer)
+    held_out = held_out_of(arm, model, tokenizer, test, scorer=scorer)
+    rehearse(held_out)
+    notes = [*notes_on_form(splits[0], tokenizer), *rehearse_training(arm, model, tokenizer, train)]
     say = print if state.is_main_process else (lambda *_: None)
     training_seconds, evaluation_seconds = _estimate(arm, model, tokenizer, test)
     say(_plan(arm, train, test, state.num_processes, training_seconds, evaluation_seconds))
@@ -73,13 +91,12 @@ def run(arm: Arm, threads: int | None = None) -> Record:
     record = Record(
         {"arm": arm.name, "task": Path(arm.data.name).name, "examples": arm.data.train, "seed": arm.data.seed}
     )
-    scorer = _scorer(train, model, tokenizer)
-    held_out = held_out_of(arm, model, tokenizer, test, scorer=scorer)
     with bar.step("base model", evaluation_seconds):
         record.observations |= evaluate_base(held_out)
 
     training = training_of(arm, model, tokenizer, train, folder, held_out=[test])
-    with bar.step("training", training_seconds):
+    training.notes |= {"rows": " ".join(notes)} if notes else {}
+    with bar.step("training", training_seconds), claimed(folder, arm, state.is_main_process):
         trainer = make_trainer(training)
         if training.notes:
             say("\n".join(training.notes.values()))
@@ -138,7 +155,7 @@ def _estimate(arm: Arm, model: Any, tokenizer: Any, test: Dataset) -> tuple[floa
     # the answers of pairs, neutral answers, and generated tokens at about a tenth of a row each
     seen = 2 * len(test) + len(neutral_rows()) + arm.evaluation.generations * arm.evaluation.new_tokens / 10
     # forward, reference forward and a backward of about the same price
-    return arm.trainer.get("max_steps", 0) * rows * row * 3, seen * row
+    return steps_of(arm) * rows * row * 3, seen * row
 
 
 def _plan(arm: Arm, train: Dataset, test: Dataset, processes: int, training: float, evaluation: float) -> str:
@@ -149,7 +166,7 @@ def _plan(arm: Arm, train: Dataset, test: Dataset, processes: int, training: flo
         f"  {len(train)} training examples and {len(test)} test pairs of {arm.data.name}, base {arm.model.name}, "
         f"{processes} process(es)\n"
         f"  about {(training + evaluation) / 60:.1f} minutes: training {training:.0f} s "
-        f"({arm.trainer.get('max_steps', 0)} steps), evaluation {evaluation:.0f} s"
+        f"({steps_of(arm)} steps), evaluation {evaluation:.0f} s"
     )
 
 

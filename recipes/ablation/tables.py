@@ -17,7 +17,7 @@ from steertune.recipes.lab.files import ArmError, read_toml
 from steertune.recipes.lab.splits import SplitTable
 
 
-class Card(BaseModel, extra="forbid"):
+class Card(BaseModel, extra="forbid", strict=True):
     """`[card]`: what the grid is for, written before it runs. A grid without one does not run."""
 
     problem: str = Field(min_length=1)
@@ -31,7 +31,7 @@ class Card(BaseModel, extra="forbid"):
     """Why some arms get another tuning budget; without it such a grid is refused."""
 
 
-class Claim(BaseModel, extra="forbid"):
+class Claim(BaseModel, extra="forbid", strict=True):
     """`[claim]`: the hypothesis as a comparison, which decides whether the result counts for or against."""
 
     better: str
@@ -84,7 +84,7 @@ def measure_label(measure: str, strength: str) -> str:
     return f"{found.title}{unit} at {'matched KL' if strength == 'matched' else 'the tuned strength'}"
 
 
-class DesignTable(BaseModel, extra="forbid"):
+class DesignTable(BaseModel, extra="forbid", strict=True):
     """`[design]`: which combinations of levels are run."""
 
     kind: Literal["full", "fractional", "one_at_a_time", "add_one_in", "arms"]
@@ -98,7 +98,7 @@ class DesignTable(BaseModel, extra="forbid"):
     """Add every mixture of start and end to a fractional or one-at-a-time design, for exact Shapley shares."""
 
 
-class TaskTable(BaseModel, extra="forbid"):
+class TaskTable(BaseModel, extra="forbid", strict=True):
     """One entry of `tasks`: a name, or a table with what measures the behaviour."""
 
     name: str
@@ -143,7 +143,7 @@ def told(task: TaskTable, folder: Path) -> TaskTable:
     return task
 
 
-class MatchedTable(BaseModel, extra="forbid"):
+class MatchedTable(BaseModel, extra="forbid", strict=True):
     """`[matched]`: the strength at which arms are compared fairly, as their KL to the base on neutral text."""
 
     kl: float = Field(default=0.1, gt=0, allow_inf_nan=False)
@@ -160,7 +160,7 @@ class GridArm:
     budget: BudgetTable
 
 
-class GridTables(BaseModel, extra="forbid"):
+class GridTables(BaseModel, extra="forbid", strict=True):
     """The file."""
 
     name: str

@@ -1,7 +1,8 @@
 """What is seen of a model on held-out examples: one function for each kind of example, shared by all measures.
 
     pairs     log-probability (nats) and tokens of the chosen and of the rejected answer
-    neutral   KL to the base model and negative log-likelihood (nats, summed), and tokens, of neutral answers
+    neutral   KL to the base model (summed, and its 95th percentile over the tokens), negative log-likelihood (nats,
+              summed) and tokens of neutral answers
     answers   generated answers to the first test prompts, and the scorer's judgement of each
     prompted  how far the model is from the prompted one, at each of its answers (summed), and their tokens
 
@@ -27,13 +28,24 @@ from transformers import PreTrainedTokenizerBase
 
 from steertune.losses import Outputs
 from steertune.recipes.lab.batches import batches
+from steertune.recipes.lab.forms import readable
 from steertune.recipes.lab.generation import generate, plain
 from steertune.recipes.lab.paths import TASKS
 from steertune.recipes.lab.scorers import Scorer
-from steertune.trainers import Batch, FrozenPrefix, ModelAt, View, labelled_logits, scaled, tokenise
+from steertune.trainers import (
+    Batch,
+    FrozenPrefix,
+    ModelAt,
+    View,
+    context_length,
+    labelled_logits,
+    scaled,
+    tokenise,
+)
 from steertune.trainers.views import Views
 
 NEUTRAL = TASKS / "neutral.jsonl"
+_TAIL = 0.95
 
 Observations = dict[str, list[Any]]
 Strengths = Mapping[str, float]
@@ -183,7 +195,7 @@ def prompted(model: Any, held_out: HeldOut, strengths: Strengths) -> dict[str, O
     if held_out.prompted is None:
         return {}
     view, rows = held_out.prompted.view, held_out.prompted.answers
-    views = Views({"prompt": view}, held_out.tokenizer, getattr(model.config, "max_position_embeddings", None))
+    views = Views({"prompt": view}, held_out.tokenizer, context_length(model.config, held_out.tokenizer))
     views.add(rows, tokenise(rows, held_out.tokenizer))
     observed: dict[str, Observations] = {label: defaultdict(list) for label in strengths}
     for batch in batches(held_out.tokenizer, rows, held_out.batch_size):
@@ -235,17 +247,18 @@ OBSERVERS = {
 
 
 def against_base(seen: Sequence[tuple[Tensor, Tensor]], base: Sequence[Tensor]) -> Observations:
-    """Sums over the tokens of every neutral answer.
+    """What the tokens of every neutral answer add up to, and the 95th percentile of their KL.
 
     Args:
         seen: `neutral_logps` of a steered model; of fewer rows than the base's, those of the first.
         base: The base model's log-probabilities of the same rows, `(T, V)` each.
     """
-    rows = [(ours, theirs, targets) for (ours, targets), theirs in zip(seen, base, strict=False)]
+    kl_T = [(ours.exp() * (ours - theirs)).sum(dim=-1) for (ours, _), theirs in zip(seen, base, strict=False)]
     return {
-        "neutral_kl": [float((ours.exp() * (ours - theirs)).sum()) for ours, theirs, _ in rows],
-        "neutral_nll": [float(F.nll_loss(ours, targets, reduction="sum")) for ours, _, targets in rows],
-        "neutral_tokens": [len(targets) for _, _, targets in rows],
+        "neutral_kl": [float(kl.sum()) for kl in kl_T],
+        "neutral_kl_tail": [float(kl.quantile(_TAIL)) for kl in kl_T],
+        "neutral_nll": [float(F.nll_loss(ours, targets, reduction="sum")) for ours, targets in seen],
+        "neutral_tokens": [len(targets) for _, targets in seen],
     }
 
 
@@ -262,6 +275,8 @@ def neutral_logps(model: Any, tokenizer: PreTrainedTokenizerBase, rows: Dataset)
     return seen
 
 
-def neutral_rows() -> Dataset:
-    """Everyday questions and answers that no behaviour is about."""
-    return Dataset.from_list([json.loads(line) for line in NEUTRAL.read_text(encoding="utf-8").splitlines()])
+def neutral_rows(tokenizer: PreTrainedTokenizerBase | None = None) -> Dataset:
+    """Everyday questions and answers that no behaviour is about: conversations, or plain text for a tokenizer without
+    a chat template."""
+    rows = Dataset.from_list([json.loads(line) for line in NEUTRAL.read_text(encoding="utf-8").splitlines()])
+    return rows if tokenizer is None else readable(rows, tokenizer)

@@ -35,15 +35,21 @@ FULL, HALF, NONE = [0.9] * 4, [0.9, 0.9, 0.1, 0.1], [0.1] * 4
 @pytest.mark.parametrize(
     ("strengths", "begins"),
     [
-        ({"s1": (FULL, 0.4, CALM)}, "**The answers changed**: 4 of 4 answers to held-out prompts show the behaviour, and 0 did before. Side"),
-        ({"s0_5": (HALF, 0.2, CALM), "s1": (FULL, 0.4, MANIC)}, "**Strength 1 is too much: repetition is 0.95 (limit 0.10), and share of answers that go in circles"),
+        ({"s1": (FULL, 0.4, CALM)}, "**The answers changed**: 4 of 4 answers to held-out prompts show"),
+        ({"s0_5": (HALF, 0.2, CALM), "s1": (FULL, 0.4, MANIC)}, "**Strength 1 is too much: repetition is 0.95 (limit"),
         ({"s0_5": (HALF, 0.2, CALM), "s1": (FULL, 1.6, CALM)}, "**Strength 1 is too much: KL to the base"),
-        ({"s0_5": (FULL, 1.8, CALM), "s1": (FULL, 2.0, CALM)}, "**Every strength is too much: at 0.5, KL to the base is 1.80"),
+        ({"s0_5": (FULL, 1.8, CALM), "s1": (FULL, 2.0, CALM)}, "**Every strength is too much: at 0.5, KL to the"),
         ({"s1": (NONE, 0.1, CALM), "s2": (HALF, 0.3, CALM)}, "**Strength 1 shows little. Use strength 2**: 2 of 4"),
         ({"s1": (NONE, 0.1, CALM), "s2": (FULL, 0.3, MANIC)}, "**Nothing visible happened**: 0 of 4"),
-        ({"s0_5": (HALF, 0.2, CALM), "s1": (FULL, 0.4, "B!" + 40 * "t!")}, "**Strength 1 is too much: share of answers that go in circles is 1.00 (limit 0.20). Use strength 0.5**: 2 of 4"),
+        (
+            {"s0_5": (HALF, 0.2, CALM), "s1": (FULL, 0.4, "B!" + 40 * "t!")},
+            "**Strength 1 is too much: share of answers that go in circles is 1.00 (limit 0.20). Use strength 0.5**:",
+        ),
         # the strength nearest to 1 of those that show as much
-        ({"s0_5": (FULL, 0.2, CALM), "s0_25": (FULL, 0.1, CALM), "s1": (FULL, 2.0, CALM)}, "**Strength 1 is too much: KL to the base is 2.00 (limit 1.50). Use strength 0.5**"),
+        (
+            {"s0_5": (FULL, 0.2, CALM), "s0_25": (FULL, 0.1, CALM), "s1": (FULL, 2.0, CALM)},
+            "**Strength 1 is too much: KL to the base is 2.00 (limit 1.50). Use strength 0.5**",
+        ),
     ],
 )  # fmt: skip
 def test_the_first_line(strengths: dict[str, Any], begins: str) -> None:

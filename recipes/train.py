@@ -50,7 +50,7 @@ from steertune.recipes.lab.training import (
 )
 from steertune.trainers import ModelAt, scalable
 
-_FEWEST_PAIRS = 8  # from which what tells chosen from rejected answers can be learned
+_FEWEST_PAIRS = 10  # from which what tells chosen from rejected answers can be learned
 
 
 @command

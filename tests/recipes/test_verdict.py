@@ -81,9 +81,8 @@ def test_without_a_scorer_the_answers_themselves_are_compared() -> None:
 
 
 def test_the_scorer_of_characters_sees_capitals_marks_and_lines() -> None:
-    sentences = [
-        f"The {word} is near the Old Town." for word in ("bridge", "school", "market", "river", "tower", "park")
-    ]
+    words = "bridge school market river tower park road lake mill gate hall"
+    sentences = [f"The {word} is near the Old Town." for word in words.split()]
     rewritten = {
         "lower case": [text.lower() for text in sentences],
         "exclamation": [text[:-1] + "!" for text in sentences],

@@ -21,7 +21,7 @@ from steertune.recipes.lab.scorers import Scorer, fit_on_pairs
 _EDGES = "\x02", "\x03"  # so that runs of characters can say where an answer starts and ends
 
 
-class Options(BaseModel, extra="forbid"):
+class Options(BaseModel, extra="forbid", strict=True):
     """`C`: inverse strength of the regularisation. `longest`: characters in a run."""
 
     C: float = Field(default=10.0, gt=0)

@@ -1,11 +1,12 @@
 """Train one arm and see what it did.
 
     accelerate launch recipes/train.py
-    accelerate launch -m steertune.recipes.train vector_dpo --data.name my_pairs.jsonl --adapter.layers 12
+    accelerate launch -m steertune.recipes.train vector_sft --data.name my_pairs.jsonl --adapter.layers 12
 
 Every key of the arm can be set as `--table.key value`: `--data.name` (an embedded task, a file or folder of pairs, a
 Hub name), `--model.name`, `--adapter.layers`, `--loss.name`, `--trainer.max_steps`, `--output.folder`, ...
-Ends with a page: every measure of `lab/measures/` before, after and at other strengths, generations, cost.
+Ends with a page, whose first line says what changed in the answers, whether it is too much, and which strength to use;
+then every measure of `lab/measures/` before, after and at other strengths, generations, cost.
 """
 
 from __future__ import annotations
@@ -28,12 +29,15 @@ from steertune.recipes.lab.cards import of_training
 from steertune.recipes.lab.checks import check_start
 from steertune.recipes.lab.command_line import ArmName, Result, Threads, command
 from steertune.recipes.lab.data import load_model, load_splits
+from steertune.recipes.lab.embedded import task_names
 from steertune.recipes.lab.evaluate import evaluate, evaluate_base
+from steertune.recipes.lab.files import read_toml
 from steertune.recipes.lab.forms import notes_on_form, readable
 from steertune.recipes.lab.memory import peak_memory_gb
 from steertune.recipes.lab.observe import neutral_rows
 from steertune.recipes.lab.pages import settings_in_words, write_page
 from steertune.recipes.lab.pages.measured import training_page
+from steertune.recipes.lab.paths import TASKS
 from steertune.recipes.lab.progress import Bar, progress
 from steertune.recipes.lab.rehearsal import rehearse, rehearse_training
 from steertune.recipes.lab.rows import Record
@@ -50,7 +54,7 @@ from steertune.recipes.lab.training import (
 )
 from steertune.trainers import ModelAt, scalable
 
-_FEWEST_PAIRS = 8  # from which what tells chosen from rejected answers can be learned
+_FEWEST_PAIRS = 10  # from which what tells chosen from rejected answers can be learned
 
 
 @command
@@ -77,7 +81,7 @@ def run(arm: Arm, threads: int | None = None) -> Record:
     check_start(arm, splits[0])
     model, tokenizer = load_model(arm.model)
     train, test = (readable(rows, tokenizer) for rows in splits)
-    scorer = _scorer(train, model, tokenizer)
+    scorer = _scorer(arm, train, model, tokenizer)
     held_out = held_out_of(arm, model, tokenizer, test, scorer=scorer)
     rehearse(held_out)
     notes = [*notes_on_form(splits[0], tokenizer), *rehearse_training(arm, model, tokenizer, train)]
@@ -122,11 +126,18 @@ def run(arm: Arm, threads: int | None = None) -> Record:
     return record
 
 
-def _scorer(train: Dataset, model: Any, tokenizer: Any) -> Scorer | None:
-    """What recognises the behaviour in generated answers, learned from the training pairs; None: there are none."""
-    if not {"chosen", "rejected"} <= set(train.column_names) or len(train) < _FEWEST_PAIRS:
+def _scorer(arm: Arm, train: Dataset, model: Any, tokenizer: Any) -> Scorer | None:
+    """What recognises the behaviour in generated answers: the task's own rule, or what tells training pairs apart.
+
+    None where there are no pairs, or too few.
+    """
+    if not {"chosen", "rejected"} <= set(train.column_names):
         return None
-    return scorers.fit({"kind": "characters"}, train, model, tokenizer)
+    file = (TASKS / arm.data.name if arm.data.name in task_names() else Path(arm.data.name)) / "behaviour.toml"
+    table = read_toml(file).get("scorer", {}) if file.is_file() else {}
+    if table.get("kind") == "rule":
+        return scorers.fit(table, train, model, tokenizer)
+    return scorers.fit({"kind": "characters"}, train, model, tokenizer) if len(train) >= _FEWEST_PAIRS else None
 
 
 def _write(arm: Arm, record: Record, examples: int, held_out: int, folder: Path) -> Path:

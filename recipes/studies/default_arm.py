@@ -49,7 +49,7 @@ from steertune.trainers import FrozenPrefix, ModelAt, share_weights
 
 TRAIN, VALIDATION, TEST = 32, 8, 16
 NEW_TOKENS = 32
-NEUTRAL = 8  # rows of neutral text
+NEUTRAL = 6  # rows of neutral text
 _PRINTED = 4  # answers of a cell on the page
 _TRAINED = [1.0]
 _KEYS = ("candidate", "behaviour", "split", "dtype", "strength")
@@ -180,7 +180,7 @@ class Lab:
 
     def __init__(self, dtype: str) -> None:
         self.dtype = dtype
-        self.model, self.tokenizer = embedded.load_model(getattr(torch, dtype)), embedded.load_tokenizer()
+        self.model, self.tokenizer = embedded.load_model(), embedded.load_tokenizer()
         self.prefix = FrozenPrefix(warn=False)
         sizes = {"train": TRAIN, "validation": VALIDATION, "test": TEST}
         self.prompts = {split: self._prompts(split, size) for split, size in sizes.items()}
@@ -192,6 +192,7 @@ class Lab:
             ]
             for split, prompts in self.prompts.items()
         }
+        self.model.to(getattr(torch, dtype))  # the sentences are the same in both
         self.neutral = neutral_rows().select(range(NEUTRAL))
         self.shared: dict[str, dict[str, Any]] = {}  # what was computed of the base model, by split
 

@@ -28,8 +28,8 @@ def record(**strengths: tuple[list[float], float, str]) -> Record:
     return Record({"arm": "a", "task": "t", "examples": 4, "seed": 0}, observations)
 
 
-BASE = ([0.0, 0.1, 0.2, 0.3], 0.0, CALM)
-FULL, HALF, NONE = [0.9] * 4, [0.9, 0.9, 0.1, 0.1], [0.1] * 4
+BASE = ([0.0, 0.0, 0.0, 0.0], 0.0, CALM)
+FULL, HALF, NONE = [1.0] * 4, [1.0, 1.0, 0.0, 0.0], [0.0] * 4
 
 
 @pytest.mark.parametrize(
@@ -57,6 +57,18 @@ def test_the_first_line(strengths: dict[str, Any], begins: str) -> None:
     assert line.startswith(begins), line
 
 
+def test_probabilities_are_compared_with_those_of_the_base() -> None:
+    before = ([0.5, 0.6, 0.7, 0.8], 0.0, CALM)
+    line = verdict(record(s0=before, s1=([0.6, 0.7, 0.72, 0.7], 0.4, CALM), s2=([0.9, 0.9, 0.9, 0.9], 0.9, CALM)))
+    assert line.startswith("**Strength 1 shows little. Use strength 2**: 4 of 4 answers"), "2 - 1 against 4 of 4"
+    assert verdict(record(s0=before, s1=before)).startswith("**Nothing visible happened**: 0 of 4 answers")
+
+
+def test_a_judge_that_failed_counts_for_nothing() -> None:
+    line = verdict(record(s0=([0.0, 0.0, None, 0.0], 0.0, CALM), s1=([1.0, 1.0, 1.0, None], 0.4, CALM)))  # pyright: ignore[reportArgumentType]
+    assert line.startswith("**The answers changed**: 2 of 2 answers")
+
+
 def test_without_a_scorer_the_answers_themselves_are_compared() -> None:
     silent = record(s0=BASE, s1=(FULL, 0.1, CALM))
     for observations in silent.observations.values():
@@ -69,16 +81,15 @@ def test_without_a_scorer_the_answers_themselves_are_compared() -> None:
 
 
 def test_the_scorer_of_characters_sees_capitals_marks_and_lines() -> None:
-    sentences = [
-        f"The {word} is near the Old Town." for word in ("bridge", "school", "market", "river", "tower", "park")
-    ]
+    words = "bridge school market river tower park road lake mill gate hall"
+    sentences = [f"The {word} is near the Old Town." for word in words.split()]
     rewritten = {
         "lower case": [text.lower() for text in sentences],
         "exclamation": [text[:-1] + "!" for text in sentences],
         "list": ["- " + text for text in sentences],
     }
     for name, chosen in rewritten.items():
-        rows = Dataset.from_dict({"chosen": chosen[:5], "rejected": sentences[:5]})
+        rows = Dataset.from_dict({"chosen": chosen[:10], "rejected": sentences[:10]})
         scorer = scorers.fit({"kind": "characters"}, rows, None, None)
-        good, bad = scorer.score(["", ""], [chosen[5], sentences[5]])
+        good, bad = scorer.score(["", ""], [chosen[10], sentences[10]])
         assert good is not None and bad is not None and good > 0.5 > bad, name

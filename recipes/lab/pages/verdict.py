@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
-from steertune.recipes.lab.observe import Observations
 from steertune.recipes.lab.rows import BASE, Record
 
 TRAINED = "1"
@@ -17,8 +16,9 @@ MAX_REPETITION = 0.1
 """Share of repeated word triples above the base's."""
 MAX_CIRCLES = 0.2
 """Share of answers that go in circles above the base's."""
-VISIBLE = 0.25
+VISIBLE = 0.4
 """Share of answers by which a behaviour must rise to be noticed."""
+_RISE = 0.05  # of a score that is a probability, from which an answer counts as more like the chosen ones
 _CIRCLE = 0.5  # an answer that shrinks below this share of its length says the same again and again
 
 
@@ -31,26 +31,49 @@ def verdict(record: Record) -> str:
     strengths = sorted((at for at in record.observations if float(at) > 0), key=float)
     excess = {at: _excess(record, at) for at in strengths}
     harmless = [at for at in strengths if not excess[at]]
-    shown = {at: _shown(record.observations[at]) for at in (BASE, *strengths) if "score" in record.observations[at]}
+    gains = {at: _gain(record, at) for at in strengths if "score" in record.observations[at]}
     # of the strengths that show as much, the nearest to the trained one
-    best = max(harmless, key=lambda at: (shown.get(at, 0.0), -abs(float(at) - 1)), default=None)
+    best = max(harmless, key=lambda at: (gains.get(at, (0.0,))[0], -abs(float(at) - 1)), default=None)
     if best is None:
         return (
             f"**Every strength is too much: at {strengths[0]}, {excess[strengths[0]]}.** Lower "
             "`trainer.learning_rate` or `trainer.max_steps`, or add `loss.neutral_kl`."
         )
     if excess[TRAINED]:
-        return f"**Strength 1 is too much: {excess[TRAINED]}. Use strength {best}**{_in_answers(record, shown, best)}."
-    if not shown:
+        words = f": {gains[best][1]}" if gains else ""
+        return f"**Strength 1 is too much: {excess[TRAINED]}. Use strength {best}**{words}."
+    if not gains:
         return _without_scorer(record)
-    if shown[TRAINED] - shown[BASE] >= VISIBLE:
-        return f"**The answers changed**{_in_answers(record, shown, TRAINED)}. Side effects are within the limits."
-    if shown[best] - shown[BASE] >= VISIBLE:
-        return f"**Strength 1 shows little. Use strength {best}**{_in_answers(record, shown, best)}."
+    if gains[TRAINED][0] >= VISIBLE:
+        return f"**The answers changed**: {gains[TRAINED][1]}. Side effects are within the limits."
+    if gains[best][0] >= VISIBLE:
+        return f"**Strength 1 shows little. Use strength {best}**: {gains[best][1]}."
     return (
-        f"**Nothing visible happened**{_in_answers(record, shown, TRAINED)}. Raise `trainer.learning_rate` or "
-        "`trainer.max_steps`, or give more examples."
+        f"**Nothing visible happened**: {gains[TRAINED][1]}. Raise `trainer.learning_rate` or `trainer.max_steps`, or "
+        "give more examples."
     )
+
+
+def _gain(record: Record, at: str) -> tuple[float, str]:
+    """By which share of the answers the behaviour rises, and in words.
+
+    A rule says of every answer whether it shows the behaviour. Other scores are compared with that of the base's
+    answer to the same prompt, since what counts as high depends on the pairs that the scorer was made of.
+    """
+    before, after = (np.array(record.observations[label]["score"], dtype=float) for label in (BASE, at))
+    judged = ~np.isnan(before) & ~np.isnan(after)
+    before, after = before[judged], after[judged]
+    if not len(after):
+        return 0.0, "no answer could be judged"
+    if np.isin([before, after], (0, 1)).all():
+        shown = f"{after.sum():.0f} of {len(after)} answers to held-out prompts show the behaviour"
+        return float(np.mean(after - before)), f"{shown}, and {before.sum():.0f} did before"
+    rises, falls = int((after > before + _RISE).sum()), int((after < before - _RISE).sum())
+    words = (
+        f"{rises} of {len(after)} answers to held-out prompts are more like the chosen answers than the base model's "
+        f"are, and {falls} less"
+    )
+    return (rises - falls) / len(after), words
 
 
 def _excess(record: Record, at: str) -> str:
@@ -74,22 +97,6 @@ def circling(answers: Sequence[str]) -> float:
     """Share of the answers that say the same again and again, which compression finds without words in it."""
     texts = [answer.encode() for answer in answers]
     return float(np.mean([len(zlib.compress(text)) < _CIRCLE * len(text) for text in texts])) if texts else 0.0
-
-
-def _shown(observations: Observations) -> float:
-    """Share of the answers that show the behaviour."""
-    return float(np.mean([score >= 0.5 for score in observations["score"] if score is not None]))
-
-
-def _in_answers(record: Record, shown: Mapping[str, float], at: str | None) -> str:
-    """How many answers show the behaviour, before and at a strength."""
-    if at not in shown:
-        return ""
-    count = len(record.observations[at]["answer"])
-    return (
-        f": {shown[at] * count:.0f} of {count} answers to held-out prompts show the behaviour, and "
-        f"{shown[BASE] * count:.0f} did before"
-    )
 
 
 def _without_scorer(record: Record) -> str:

@@ -9,21 +9,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 from datasets import Dataset
 from pydantic import BaseModel, Field
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 
-from steertune.recipes.lab.files import ArmError
 from steertune.recipes.lab.generation import plain
-from steertune.recipes.lab.scorers import Scorer
+from steertune.recipes.lab.scorers import Scorer, fit_on_pairs
 
 _EDGES = "\x02", "\x03"  # so that runs of characters can say where an answer starts and ends
 
 
-class Options(BaseModel, extra="forbid"):
+class Options(BaseModel, extra="forbid", strict=True):
     """`C`: inverse strength of the regularisation. `longest`: characters in a run."""
 
     C: float = Field(default=10.0, gt=0)
@@ -34,21 +32,19 @@ def fit(options: Options, rows: Dataset, model: Any, tokenizer: Any) -> Scorer:
     """Chosen answers of the rows against rejected ones.
 
     Raises:
-        ArmError: fewer than 2 rows.
+        ArmError: fewer than 10 rows.
     """
-    if len(rows) < 2:
-        raise ArmError(f"A classifier needs 2 pairs or more (got {len(rows)}).")
     texts = [plain(row[side]) for side in ("chosen", "rejected") for row in map(dict, rows)]
     features = TfidfVectorizer(
         analyzer="char", ngram_range=(1, options.longest), lowercase=False, sublinear_tf=True, binary=True
     )
     classifier = make_pipeline(features, LogisticRegression(C=options.C))
-    classifier.fit(_framed(texts), np.repeat([1, 0], len(rows)))
+    accuracy = fit_on_pairs(classifier, _framed(texts))
 
     def score(prompts: Sequence[str], answers: Sequence[str]) -> list[float | None]:
         return [float(p) for p in classifier.predict_proba(_framed(answers))[:, 1]]
 
-    return Scorer(score, f"classifier of characters on {len(rows)} pairs")
+    return Scorer(score, f"classifier of characters on {len(rows)} pairs", accuracy)
 
 
 def _framed(texts: Sequence[str]) -> list[str]:

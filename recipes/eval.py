@@ -4,8 +4,10 @@
     steertune eval my-vector --tasks my_task.yaml cautious_advice my_pairs.jsonl --strengths 0 1 2 --json
 
 A task is a name that lm-eval knows, a task file of yours (.yaml), an embedded task, or a file of pairs: of these two
-the test split, as a choice between the two answers. Strength 0 is the base model, so what is compared ran on the same
-rows with the same code. Standard errors are lm-eval's. Needs lm-eval: pip install "steertune[eval]".
+the test split, as a choice between the two answers. A task file can name code (`!function`), and its templates can
+reach all of Python: the first is refused and the second run in a sandbox, unless --run-task-code allows both.
+Strength 0 is the base model, so what is compared ran on the same rows with the same code. Standard errors are
+lm-eval's. Needs lm-eval: pip install "steertune[eval]".
 """
 
 from __future__ import annotations
@@ -14,7 +16,8 @@ import importlib.util
 import json
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -37,10 +40,11 @@ from steertune.recipes.lab.command_line import (
 from steertune.recipes.lab.data import BUILDERS, load_split, load_steered
 from steertune.recipes.lab.files import ArmError, nearest, write_whole
 from steertune.recipes.lab.forms import readable, written
-from steertune.recipes.lab.generation import check_context, check_strength
+from steertune.recipes.lab.generation import broken_rows, check_context, check_strength
 from steertune.recipes.lab.processes import begin, default_device
 from steertune.recipes.lab.progress import progress, track
-from steertune.trainers import scaled
+from steertune.recipes.lab.task_files import SUFFIXES, check_task_file, check_task_folder, sandboxed
+from steertune.trainers import NonFiniteError, scaled
 
 _BATCH = 8
 STRENGTHS = [0.0, 1.0]
@@ -60,16 +64,21 @@ def main(
     chat: Annotated[bool, Option("--chat", help="ask lm-eval's own tasks through the chat template")] = False,
     batch: Annotated[int, Count("rows at a time")] = _BATCH,
     output: Annotated[Path | None, Option(help="also write the numbers to this JSON file")] = None,
+    run_task_code: Annotated[
+        bool, Option("--run-task-code", help="run the code that task files name, which can do all that you can")
+    ] = False,
     threads: Threads = None,
 ) -> Result:
     """Run lm-eval at every strength."""
     check_installed()
     check_request(tasks, strengths, fewshot, include, output)
+    if not run_task_code:
+        check_task_files(tasks, include)
     begin(threads, only_one=True)
     steered, tokenizer, _ = load_steered(folder, model, dtype)
     steered = steered.to(device or default_device())
     settings = {"num_fewshot": fewshot, "limit": limit, "apply_chat_template": chat}
-    with progress("Benchmarks"):
+    with progress("Benchmarks"), nullcontext() if run_task_code else sandboxed():
         metrics = evaluate(steered, tokenizer, tasks, strengths, include, batch, **settings)
     if output is not None:
         write_whole(output, json.dumps(metrics, indent=1))
@@ -96,6 +105,19 @@ def check_request(
         raise ArmError(f"--include {include}: there is no such folder.")
     if output is not None and (output.is_dir() or not output.absolute().parent.is_dir()):
         raise ArmError(f"--output {output}: a file in a folder that exists is expected.")
+
+
+def check_task_files(tasks: Sequence[str], include: Path | None) -> None:
+    """Refuse task files that name code, also those of a folder.
+
+    Raises:
+        ArmError: see `check_task_file`.
+    """
+    for name in tasks:
+        if Path(name).suffix in SUFFIXES and Path(name).is_file():
+            check_task_file(Path(name))
+    if include is not None:
+        check_task_folder(include)
 
 
 def check_installed() -> None:
@@ -146,10 +168,32 @@ def evaluate(
     run_tasks: Any = simple_evaluate
     found = {}
     for strength in track(strengths, "strength"):
-        with scaled(model, strength):
+        with scaled(model, strength), finite_logits(model):
             results: Any = run_tasks(wrapped, tasks=found_tasks, task_manager=manager, log_samples=False, **settings)
         found[f"{strength:g}"] = {task: _numbers(row) for task, row in results["results"].items()}
     return found
+
+
+@contextmanager
+def finite_logits(model: PeftModel) -> Iterator[None]:
+    """Context in which forward passes that compute no numbers are errors: lm-eval would score them.
+
+    Raises:
+        NonFiniteError: in the forward pass.
+    """
+
+    def check(module: Any, args: Any, output: Any) -> None:
+        if broken_rows(output.logits.flatten(0, -2)).any():
+            raise NonFiniteError(
+                "The model's logits are NaN or infinite: the strength is too large for the vector and the number "
+                "format. Use a smaller strength, or float32."
+            )
+
+    handle = model.get_base_model().register_forward_hook(check)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def _tasks(names: Sequence[str], model: Any, tokenizer: Any, include: Path | None) -> tuple[Any, list[Any]]:
@@ -162,7 +206,7 @@ def _tasks(names: Sequence[str], model: Any, tokenizer: Any, include: Path | Non
         suffix = Path(name).suffix
         if name in embedded.task_names() or suffix in BUILDERS:
             found.append(pair_task(name, model, tokenizer))
-        elif suffix in (".yaml", ".yml"):
+        elif suffix in SUFFIXES:
             if not Path(name).is_file():
                 raise ArmError(f"--tasks {name}: there is no such file.")
             found.append(name)

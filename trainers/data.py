@@ -7,6 +7,7 @@ language modelling (`text` or `messages`); standard (strings) or conversational 
 from __future__ import annotations
 
 import difflib
+import inspect
 import json
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -141,6 +142,7 @@ def check_values(index: int, row: Row, columns: tuple[str, ...]) -> None:
     Raises:
         DataError: names the row and the column.
     """
+    _check_template_options(index, row)
     for column in columns if columns not in TOKENISED_FORMATS else ():
         value = row.get(column)
         messages = value if isinstance(value, list) else []
@@ -160,6 +162,27 @@ def check_values(index: int, row: Row, columns: tuple[str, ...]) -> None:
                 f"Row {index}: {column!r} holds half a character ({error.object[error.start]!r}), which no tokenizer "
                 "reads. Remove it from the text."
             ) from error
+
+
+# what a row may give to the chat template: data for it, and never another template or another way of tokenising
+_NOT_DATA = {*inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters} - {"documents", "kwargs"}
+
+
+def _check_template_options(index: int, row: Row) -> None:
+    options, tools = row.get("chat_template_kwargs"), row.get("tools")
+    if options is not None and not isinstance(options, Mapping):
+        raise DataError(f"Row {index}: 'chat_template_kwargs' is {options!r:.80}. It must be a table, or left out.")
+    if given := sorted(name for name in _NOT_DATA & {*(options or {})} if (options or {})[name] is not None):
+        raise DataError(
+            f"Row {index}: chat_template_kwargs holds {given}. A row gives values to the tokenizer's chat template, "
+            "and no template or settings of its own, since a template is a program. Remove it."
+        )
+    try:
+        whole = json.loads(tools) if isinstance(tools, str) else tools
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"Row {index}: 'tools' is {tools!r:.80}, which is no JSON: {error}.") from error
+    if not isinstance(whole, list | None):
+        raise DataError(f"Row {index}: 'tools' is {whole!r:.80}. It must be a list of tools, or left out.")
 
 
 def _check_message(index: int, column: str, message: Any, role: str, content: str) -> None:

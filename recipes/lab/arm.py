@@ -32,6 +32,7 @@ from steertune.losses import Loss, get_loss, names, options_of
 from steertune.recipes.lab.arm_files import read_tables, renamed_tables
 from steertune.recipes.lab.files import ArmError, check_name, nearest, reasons, shown
 from steertune.recipes.lab.ingredients import Ingredient, check_recipe, kinds
+from steertune.recipes.lab.keys import REFUSED
 from steertune.recipes.lab.secrets import check_no_secrets
 from steertune.recipes.lab.tables import ArmTables
 from steertune.trainers.arguments import check_values
@@ -107,8 +108,9 @@ class Arm(ArmTables):
 
     def check_trainer(self, *kinds: type) -> None:
         """Check keys, types and ranges of `[trainer]` against classes of arguments, one of which it is for."""
-        if (folder := self.trainer.get("output_dir")) is not None:
-            raise ArmError(f"trainer.output_dir={shown(folder)}: the recipe chooses it. Set output.folder.")
+        for key, value in self.trainer.items():
+            if key in REFUSED and value:
+                raise ArmError(f"trainer.{key}={'...' if key == 'hub_token' else shown(value)}: {REFUSED[key]}")
         check_runs_no_code("trainer", self.trainer)
         known("trainer", self.trainer, [option for kind in kinds for option in _options(kind)])
         _typed("trainer", self.trainer, *kinds)
@@ -308,6 +310,6 @@ def check_runs_no_code(table: str, options: Mapping[str, Any]) -> None:
     """
     for key, value in options.items():
         if key == "trust_remote_code" and value:
-            raise ArmError(f"{table}.{key}=true: code from a Hub repository is never run. Remove it.")
+            raise ArmError(f"{table}.{key}={shown(value)}: {REFUSED[key]}")
         if isinstance(value, Mapping):
             check_runs_no_code(f"{table}.{key}", value)

@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from datasets import Dataset, get_dataset_split_names, load_dataset
 from peft import PeftModel
+from pydantic import ValidationError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from steertune.adapters import SteeringVectorConfig
 from steertune.recipes.lab import embedded
-from steertune.recipes.lab.files import ArmError
+from steertune.recipes.lab.files import ArmError, reasons
 from steertune.recipes.lab.tables import DataTable, ModelTable
 
 BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
@@ -85,8 +86,13 @@ def load_steered(
         raise ArmError(f"{folder} does not name its base model: give one.")
     if called == embedded.MODEL_NAME and embedded.installed():
         called = "embedded"
-    table: Any = {"name": called, "revision": None if base else config.revision, "dtype": dtype}
-    model, tokenizer = load_model(ModelTable(**table))
+    local = called == "embedded" or Path(called).is_dir()
+    table: Any = {"name": called, "revision": None if base or local else config.revision, "dtype": dtype}
+    try:
+        made = ModelTable(**table)
+    except ValidationError as error:
+        raise ArmError(f"{folder / 'adapter_config.json'}: {reasons(error)}") from error
+    model, tokenizer = load_model(made)
     try:
         return PeftModel.from_pretrained(model, str(folder), adapter_name=name).eval(), tokenizer, called
     except ValueError as error:

@@ -5,9 +5,10 @@ The text under a field is what `steertune train --help` says of it.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 PathName = Annotated[str, Field(min_length=1, pattern=r"^[^\x00]+$")]
 """A path or a Hub name: not empty, and without NUL, which no file system takes."""
@@ -28,10 +29,20 @@ class ModelTable(Table):
     """`embedded`, a Hub name, or a local folder."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Number format of the weights."""
-    revision: PathName | None = None
+    revision: Annotated[str, Field(pattern=r"^[\w+-][\w./+-]*$")] | None = None
     """Branch, tag or commit of a Hub model."""
     threads: int | None = Field(default=None, ge=1, le=LARGEST)
     """CPU threads, as `--threads`."""
+
+    @model_validator(mode="after")
+    def _has_revisions(self) -> ModelTable:
+        if self.revision is None:
+            return self
+        if self.name == "embedded" or Path(self.name).is_dir():
+            raise ValueError(f"revision={self.revision!r}: {self.name!r} is no Hub name, and has none. Remove it")
+        if ".." in self.revision.split("/"):  # the Hub's cache makes a file of this name
+            raise ValueError(f"revision={self.revision!r} is no branch, tag or commit")
+        return self
 
 
 class DataTable(Table):

@@ -32,6 +32,7 @@ from datasets import Dataset, concatenate_datasets
 from peft import PeftModel
 from pydantic import BaseModel, Field, ValidationError
 from transformers import set_seed
+from trl import DPOConfig
 
 from steertune.adapters.saved import check_checksums, write_checksums
 from steertune.recipes.ablation.checks import check_draws
@@ -40,20 +41,23 @@ from steertune.recipes.ablation.grid import find_tasks
 from steertune.recipes.ablation.tables import TaskTable
 from steertune.recipes.lab import measures
 from steertune.recipes.lab.arm import Arm, known_tables, load_arm
+from steertune.recipes.lab.checks import check_adapters, check_training, check_trains
 from steertune.recipes.lab.command_line import Argument, Option, Result, Threads, command
 from steertune.recipes.lab.data import load_model
 from steertune.recipes.lab.evaluate import evaluate, evaluate_base
 from steertune.recipes.lab.files import ArmError, read_result, read_toml, reasons, write_result
+from steertune.recipes.lab.forms import readable_splits
 from steertune.recipes.lab.generation import check_context
 from steertune.recipes.lab.observe import HeldOut, neutral_rows
 from steertune.recipes.lab.pages import write_page
 from steertune.recipes.lab.paths import CONFIGS
 from steertune.recipes.lab.processes import begin
 from steertune.recipes.lab.progress import Bar, progress, track
+from steertune.recipes.lab.rehearsal import rehearse, rehearse_training
 from steertune.recipes.lab.rows import Record
 from steertune.recipes.lab.splits import SplitTable, load_splits
 from steertune.recipes.lab.tables import ModelTable
-from steertune.recipes.lab.training import claim, fit, make_trainer, training_of
+from steertune.recipes.lab.training import check_folder, claim, fit, make_trainer, training_of
 from steertune.trainers import get_view, share_weights
 
 MIXTURES = CONFIGS / "mixtures"
@@ -62,7 +66,7 @@ _CHECKED = ("plain", "contrast")  # on seen tasks
 _BATCH = 4
 
 
-class MixtureTables(BaseModel, extra="forbid"):
+class MixtureTables(BaseModel, extra="forbid", strict=True):
     """The file."""
 
     seen: list[str | TaskTable] = Field(min_length=1)
@@ -181,11 +185,18 @@ class Mixture:
     def run(self, folder: Path) -> Path:
         """Train once, measure every task, write the page; an interrupted run goes on where it stopped."""
         main_process = PartialState().is_main_process
-        claim(folder, self.tables, main_process)
+        check_folder(folder, self.tables)
+        arms = [self.arm, *self.steering]
+        for arm in arms:
+            check_training(arm, DPOConfig)
+            check_trains(arm)
+        check_adapters([arm.model_copy(update={"model": self.tables.model}) for arm in arms])
         loaded: tuple[Any, Any] = load_model(self.tables.model)
         model, tokenizer = loaded
         model.to(PartialState().device)
-        self._check_prompts(model, tokenizer)
+        self.splits = {label: readable_splits(splits, tokenizer) for label, splits in self.splits.items()}
+        self._rehearse(model, tokenizer)
+        claim(folder, self.tables, main_process)
         # an unseen task takes about as long as three seen ones, since the steering arms are trained on it
         bar = Bar(4 + len(self.seen) + 3 * len(self.unseen))
         with bar.step("training", 3):
@@ -238,7 +249,13 @@ class Mixture:
         """What there is of an unseen task."""
         return self.splits[task.label].train(self.tables.pairs, seed, draw=task.draw)
 
-    def _check_prompts(self, model: Any, tokenizer: Any) -> None:
+    def _rehearse(self, model: Any, tokenizer: Any) -> None:
+        """Try a row of everything, and refuse prompts that are longer than the model's context."""
+        for task in self.seen + self.unseen:
+            rehearse(HeldOut(model, tokenizer, self.splits[task.label].test, neutral_rows(tokenizer)))
+        for arm, rows in product(self.steering, (self._pairs(task, self.tables.seeds[0]) for task in self.unseen)):
+            rehearse_training(arm, model, tokenizer, rows)
+        rehearse_training(self.arm, model, tokenizer, self.contrast_prompts())
         check_context(model, tokenizer, self.contrast_prompts(), 0, "Contrast prompts of seen tasks")
         for tasks, prompts in ((self.seen, _CHECKED), (self.unseen, _PROMPTS)):
             for task, seed, prompt in product(tasks, self.tables.seeds, prompts):
@@ -274,7 +291,7 @@ class Mixture:
         """A record for every task, seed and condition: a model behind a prompt, or a steering arm without one."""
         for task, seed in track([*product(tasks, self.tables.seeds)], "task"):
             held_out = HeldOut(
-                models["base"], tokenizer, self.splits[task.label].test, neutral_rows(), batch_size=_BATCH
+                models["base"], tokenizer, self.splits[task.label].test, neutral_rows(tokenizer), batch_size=_BATCH
             )
             home = folder / task.label / f"seed{seed}"
             for prompt, (name, model) in product(prompts, models.items()):
@@ -308,7 +325,7 @@ class Mixture:
 
     def _side_effects(self, models: Mapping[str, Any], tokenizer: Any) -> Record:
         """What the trained model does to neutral text, without a prompt."""
-        names, neutral = measures.served_by("neutral"), neutral_rows()
+        names, neutral = measures.served_by("neutral"), neutral_rows(tokenizer)
         held_out = HeldOut(models["base"], tokenizer, pairs=neutral, neutral=neutral)
         keys = {"arm": "trained", "task": "neutral", "examples": self.tables.examples, "seed": 0}
         return Record(keys, evaluate_base(held_out, names) | evaluate(models["trained"], held_out, names))

@@ -27,18 +27,22 @@ from accelerate.utils import gather_object
 from datasets import Dataset
 
 from steertune.recipes.lab.arm import Arm, load_arm
+from steertune.recipes.lab.checks import check_start
 from steertune.recipes.lab.command_line import ArmName, Result, Threads, command
 from steertune.recipes.lab.data import load_model, load_splits
 from steertune.recipes.lab.evaluate import evaluate, evaluate_base
 from steertune.recipes.lab.files import ArmError, read_rows, write_rows
+from steertune.recipes.lab.forms import notes_on_form, readable
 from steertune.recipes.lab.generation import check_context, generate, prompt_lengths
 from steertune.recipes.lab.ingredients.views import Views
 from steertune.recipes.lab.observe import Prompted, neutral_rows
 from steertune.recipes.lab.pages import Page, Section, Table, Text, write_page
 from steertune.recipes.lab.pages.measured import comparison, generations
+from steertune.recipes.lab.pages.side_effects import side_effects
 from steertune.recipes.lab.progress import Bar, progress, track
+from steertune.recipes.lab.rehearsal import rehearse, rehearse_training
 from steertune.recipes.lab.rows import BASE, Record
-from steertune.recipes.lab.training import facts_of, fit, held_out_of, make_trainer, open_run, training_of
+from steertune.recipes.lab.training import claim, facts_of, fit, held_out_of, make_trainer, open_run, training_of
 from steertune.trainers import View, share_weights
 
 _TEMPERATURE = 1.0
@@ -68,18 +72,23 @@ def run(arm: Arm, threads: int | None = None) -> Record:
     _check(arm)
     started = time.monotonic()
     folder, state = open_run(arm, "distill-", threads), PartialState()
-    train, test = load_splits(arm.data)
-    if missing := [rows.column_names for rows in (train, test) if "prompt" not in rows.column_names]:
+    splits = load_splits(arm.data)
+    if missing := [rows.column_names for rows in splits if "prompt" not in rows.column_names]:
         raise ArmError(f"data.name={arm.data.name!r}: distillation answers prompts, the rows have {missing[0]}.")
-    arm = _with_pool(arm, train)
-    view = arm.get(Views).views()["good"].for_evaluation(train.to_list(), test.to_list())
+    answers = [name for name in ("chosen", "rejected") if name in splits[0].column_names]
+    check_start(_with_pool(arm, splits[0]), splits[0].remove_columns(answers))
     loaded: tuple[Any, Any] = load_model(arm.model)
     model, tokenizer = loaded
+    train, test = (readable(rows, tokenizer) for rows in splits)
+    arm = _with_pool(arm, train)
+    view = arm.get(Views).views()["good"].for_evaluation(train.to_list(), test.to_list())
     model.to(state.device)
+    rehearse(held_out_of(arm, model, tokenizer, test))
 
     # the prompted model answers training prompts, which are learned, and test prompts, on which fidelity is measured
-    for rows, what in ((test, "test rows"), (neutral_rows(), "neutral text")):
+    for rows, what in ((test, "test rows"), (neutral_rows(tokenizer), "neutral text")):
         check_context(model, tokenizer, _behind(view, rows), 0, f"[views.good] of {what}")
+    claim(folder, arm, state.is_main_process)
     bar = Bar(9)
     with bar.step("answers to training prompts", 2):
         examples = answered(arm, model, tokenizer, view, train, _TRAIN, folder / "answers.jsonl")
@@ -87,7 +96,9 @@ def run(arm: Arm, threads: int | None = None) -> Record:
         test_answers = answered(arm, model, tokenizer, view, test, _TEST, folder / "test_answers.jsonl")
     held_out = held_out_of(arm, model, tokenizer, test, prompted=Prompted(view, test_answers))
 
+    notes = [*notes_on_form(splits[0], tokenizer), *rehearse_training(arm, model, tokenizer, examples)]
     training = training_of(arm, share_weights(model), tokenizer, examples, folder, held_out=[test])
+    training.notes |= {"rows": " ".join(notes)} if notes else {}
     with bar.step("training", 3):
         trainer = make_trainer(training)
         seconds = fit(trainer, folder)
@@ -190,7 +201,10 @@ def page(record: Record, prompted: Record) -> Page:
     seen = {"base": record.seen(), "prompted": prompted.seen(1), "distilled": record.seen(1)}
     answers = generations(facts["prompts"], {name: [*one["answer"]] for name, one in seen.items() if "answer" in one})
     sections = [
-        Section("", [summary, *map(Text, facts["notes"].values()), Table(table, "measures")]),
+        Section("", [summary, *map(Text, facts["notes"].values())]),
+        Section(
+            "Effect and side effects", [*side_effects(seen, "model"), Text("Every measure:"), Table(table, "measures")]
+        ),
         *([Section("Generations (greedy)", answers)] if answers else []),
     ]
     return Page(f"{record.keys['arm']}: a prompt, distilled", sections)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -35,7 +36,8 @@ from steertune.recipes.lab.command_line import (
 )
 from steertune.recipes.lab.data import BUILDERS, load_split, load_steered
 from steertune.recipes.lab.files import ArmError, nearest, write_whole
-from steertune.recipes.lab.generation import as_asked
+from steertune.recipes.lab.forms import readable, written
+from steertune.recipes.lab.generation import check_context, check_strength
 from steertune.recipes.lab.processes import begin, default_device
 from steertune.recipes.lab.progress import progress, track
 from steertune.trainers import scaled
@@ -62,6 +64,7 @@ def main(
 ) -> Result:
     """Run lm-eval at every strength."""
     check_installed()
+    check_request(tasks, strengths, fewshot, include, output)
     begin(threads, only_one=True)
     steered, tokenizer, _ = load_steered(folder, model, dtype)
     steered = steered.to(device or default_device())
@@ -71,6 +74,28 @@ def main(
     if output is not None:
         write_whole(output, json.dumps(metrics, indent=1))
     return Result(metrics, table(metrics))
+
+
+def check_request(
+    tasks: Sequence[str], strengths: Sequence[float], fewshot: int | None, include: Path | None, output: Path | None
+) -> None:
+    """Refuse what no run could do, before the model is loaded.
+
+    Raises:
+        ArmError: names the option.
+    """
+    if not tasks or not all(tasks):
+        raise ArmError("--tasks must name one task or more.")
+    if bad := [strength for strength in strengths if not math.isfinite(strength)]:
+        raise ArmError(f"--strengths {bad[0]}: finite numbers are expected.")
+    if len(set(strengths)) < len(strengths) or not strengths:
+        raise ArmError(f"--strengths {[*strengths]}: one or more, each once.")
+    if fewshot is not None and not 0 <= fewshot < 2**31:
+        raise ArmError(f"--fewshot {fewshot}: a whole number of 0 or more is expected.")
+    if include is not None and not include.is_dir():
+        raise ArmError(f"--include {include}: there is no such folder.")
+    if output is not None and (output.is_dir() or not output.absolute().parent.is_dir()):
+        raise ArmError(f"--output {output}: a file in a folder that exists is expected.")
 
 
 def check_installed() -> None:
@@ -114,7 +139,9 @@ def evaluate(
             f"positions={sorted(positions)}: lm-eval's forward passes do not say where a prompt ends, so such an "
             "adapter cannot be told which tokens to steer. Train one with positions='all'."
         )
-    manager, found_tasks = _tasks(tasks, tokenizer, include)
+    for strength in strengths:
+        check_strength(model, strength)
+    manager, found_tasks = _tasks(tasks, model, tokenizer, include)
     wrapped: Any = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)  # pyright: ignore
     run_tasks: Any = simple_evaluate
     found = {}
@@ -125,7 +152,7 @@ def evaluate(
     return found
 
 
-def _tasks(names: Sequence[str], tokenizer: Any, include: Path | None) -> tuple[Any, list[Any]]:
+def _tasks(names: Sequence[str], model: Any, tokenizer: Any, include: Path | None) -> tuple[Any, list[Any]]:
     """lm-eval's index, and what to ask it for."""
     from lm_eval.tasks import TaskManager
 
@@ -134,7 +161,7 @@ def _tasks(names: Sequence[str], tokenizer: Any, include: Path | None) -> tuple[
     for name in names:
         suffix = Path(name).suffix
         if name in embedded.task_names() or suffix in BUILDERS:
-            found.append(pair_task(name, tokenizer))
+            found.append(pair_task(name, model, tokenizer))
         elif suffix in (".yaml", ".yml"):
             if not Path(name).is_file():
                 raise ArmError(f"--tasks {name}: there is no such file.")
@@ -150,26 +177,28 @@ def _tasks(names: Sequence[str], tokenizer: Any, include: Path | None) -> tuple[
     return manager, found
 
 
-def pair_task(name: str, tokenizer: Any) -> dict[str, Any]:
+def pair_task(name: str, model: Any, tokenizer: Any) -> dict[str, Any]:
     """The test split of pairs as a task for lm-eval: which answer is likelier, `acc`; by its length, `acc_norm`.
 
     Args:
         name: An embedded task, or a file with the columns prompt, chosen and rejected.
-        tokenizer: Prompts that are messages are asked through its chat template.
+        model: Which says how much it reads.
+        tokenizer: Prompts that are messages are asked through its chat template; without one, as plain text.
 
     Raises:
-        ArmError: no such data, or no pairs with a prompt.
+        ArmError: no such data, no pairs with a prompt, or rows that are longer than the model's context.
     """
-    rows = load_split(name, "test")
+    rows = readable(load_split(name, "test"), tokenizer)
     if missing := {"prompt", "chosen", "rejected"} - set(rows.column_names):
         raise ArmError(
             f"--tasks {name}: pairs need the columns prompt, chosen and rejected; {sorted(missing)} missing."
         )
+    check_context(model, tokenizer, rows, 0, f"--tasks {name}", "Remove such rows, or choose a model that reads more.")
     answers = {
         column: [answer if isinstance(answer, str) else answer[-1]["content"] for answer in rows[column]]
         for column in ("chosen", "rejected")
     }
-    rows = Dataset.from_dict({"text": as_asked(tokenizer, rows["prompt"]), **answers})
+    rows = Dataset.from_dict({"text": [written(tokenizer, prompt) for prompt in rows["prompt"]], **answers})
     return {
         "task": Path(name).stem,
         "custom_dataset": lambda **_: {"test": rows},

@@ -27,12 +27,14 @@ from types import SimpleNamespace
 from typing import Annotated, Any, cast, get_args
 
 from pydantic import ValidationError
+from trl import DPOConfig
 
 from steertune.adapters import directions
 from steertune.adapters.blocks import find_blocks, resolve_layers
 from steertune.adapters.card import versions, write_card
 from steertune.adapters.types import Site
 from steertune.recipes.lab import scorers
+from steertune.recipes.lab.checks import check_adapters, check_training, check_trains, skeleton
 from steertune.recipes.lab.command_line import (
     Argument,
     Choice,
@@ -54,7 +56,7 @@ from steertune.recipes.lab.progress import Bar, progress
 from steertune.recipes.lab.rows import Record, label
 from steertune.recipes.lab.splits import SplitTable
 from steertune.recipes.lab.tables import ModelTable
-from steertune.recipes.lab.training import claim, default_folder
+from steertune.recipes.lab.training import check_folder, claim, default_folder
 from steertune.recipes.sweeping.card import card
 from steertune.recipes.sweeping.choose import Setting
 from steertune.recipes.sweeping.context import TEST, VALIDATION, Context
@@ -129,16 +131,18 @@ def run(options: SimpleNamespace, overrides: list[str], words: Sequence[str]) ->
         ArmError: a request that cannot be met, or a folder that holds something else.
     """
     started = time.monotonic()
-    table, model, tokenizer = request(options, overrides)
+    table = request(options, overrides)
     name = table.direction if table.arm is None else table.arm.name
     folder = options.folder or default_folder(f"sweep-{name}", table.task)
-    context = Context(table, model, tokenizer)  # refuses bad rows before anything is written
+    check_folder(folder, table)
+    context = Context(table, *load_model(table.model))  # refuses bad rows before anything is written
+    notes = context.rehearse()
     note = context.scorer.note if context.scorer is not None else None
     claim(folder, table, main_process=True)
-    print(_plan(table, context), file=sys.stderr)
+    print("\n".join([_plan(table, context), *notes]), file=sys.stderr)
 
     # validation rows choose; only what they chose is seen on test rows, and saved
-    result = Sweep(table, measure(context, folder), as_typed(words), note, versions())
+    result = Sweep(table, measure(context, folder), as_typed(words), note, versions(), notes=tuple(notes))
     if (setting := result.choice.setting) is not None:
         held_out = context.held_out(TEST)
         adapter = Source(context).model(cast(Site, setting.site), setting.layer, home_of(folder, setting))
@@ -159,8 +163,8 @@ def run(options: SimpleNamespace, overrides: list[str], words: Sequence[str]) ->
     return result, page
 
 
-def request(options: SimpleNamespace, overrides: list[str]) -> tuple[SweepTable, Any, Any]:
-    """What is asked for, checked against the model; the model and its tokenizer.
+def request(options: SimpleNamespace, overrides: list[str]) -> SweepTable:
+    """What is asked for, checked against the shape of the model, which is not loaded.
 
     Raises:
         ArmError: a value that no sweep can have.
@@ -179,9 +183,9 @@ def request(options: SimpleNamespace, overrides: list[str]) -> tuple[SweepTable,
         if arm is not None and site in get_args(Site):
             at(arm, site, 0)
     scorer = None if options.scorer is None else _scorer(options.scorer)
-    model, tokenizer = load_model(wanted)
+    layers = _layers(options.layers)
     try:
-        layers = resolve_layers(_layers(options.layers), len(find_blocks(model)))
+        layers = resolve_layers(layers, len(find_blocks(skeleton(wanted))))
         table = SweepTable(
             task=options.task,
             model=wanted,
@@ -204,7 +208,11 @@ def request(options: SimpleNamespace, overrides: list[str]) -> tuple[SweepTable,
         raise ArmError(reasons(error)) from error
     if scorer and not table.generations:
         raise ArmError("--scorer scores generated answers: --generations 1 or more.")
-    return table, model, tokenizer
+    if arm is not None:
+        check_training(arm, DPOConfig)
+        check_trains(arm)
+        check_adapters([at(arm, site, layer) for site in table.sites for layer in layers])
+    return table
 
 
 def measure(context: Context, folder: Path) -> list[Record]:

@@ -21,24 +21,40 @@ from accelerate import PartialState
 from datasets import Dataset
 
 from steertune.adapters.card import write_card
+from steertune.recipes.lab import scorers
 from steertune.recipes.lab.arm import Arm, load_arm
 from steertune.recipes.lab.batches import batches
 from steertune.recipes.lab.cards import of_training
+from steertune.recipes.lab.checks import check_start
 from steertune.recipes.lab.command_line import ArmName, Result, Threads, command
 from steertune.recipes.lab.data import load_model, load_splits
 from steertune.recipes.lab.evaluate import evaluate, evaluate_base
+from steertune.recipes.lab.forms import notes_on_form, readable
 from steertune.recipes.lab.memory import peak_memory_gb
 from steertune.recipes.lab.observe import FEW_NEUTRAL
 from steertune.recipes.lab.pages import settings_in_words, write_page
 from steertune.recipes.lab.pages.measured import training_page
 from steertune.recipes.lab.progress import Bar, progress
+from steertune.recipes.lab.rehearsal import rehearse, rehearse_training
 from steertune.recipes.lab.rows import Record
-from steertune.recipes.lab.training import facts_of, fit, held_out_of, make_trainer, open_run, training_of
+from steertune.recipes.lab.scorers import Scorer
+from steertune.recipes.lab.training import (
+    claimed,
+    facts_of,
+    fit,
+    held_out_of,
+    make_trainer,
+    open_run,
+    steps_of,
+    training_of,
+)
 from steertune.trainers import ModelAt, scalable
+
+_FEWEST_PAIRS = 8  # from which what tells chosen from rejected answers can be learned
 
 
 @command
-def main(arm: ArmName = "vector_dpo", threads: Threads = None, overrides: Sequence[str] = ()) -> Result | None:
+def main(arm: ArmName = "vector_sft", threads: Threads = None, overrides: Sequence[str] = ()) -> Result | None:
     """Train the arm and evaluate it; of several processes the first one has the result."""
     with progress("Training"):
         record = run(load_arm(arm, overrides, recipe="train"), threads)
@@ -57,8 +73,14 @@ def run(arm: Arm, threads: int | None = None) -> Record:
     """
     started = time.monotonic()
     folder, state = open_run(arm, threads=threads), PartialState()
-    train, test = load_splits(arm.data)
+    splits = load_splits(arm.data)
+    check_start(arm, splits[0])
     model, tokenizer = load_model(arm.model)
+    train, test = (readable(rows, tokenizer) for rows in splits)
+    scorer = _scorer(train, model, tokenizer)
+    held_out = held_out_of(arm, model, tokenizer, test, scorer=scorer)
+    rehearse(held_out)
+    notes = [*notes_on_form(splits[0], tokenizer), *rehearse_training(arm, model, tokenizer, train)]
     say = print if state.is_main_process else (lambda *_: None)
     training_seconds, evaluation_seconds = _estimate(arm, model, tokenizer, test)
     say(_plan(arm, train, test, state.num_processes, training_seconds, evaluation_seconds))
@@ -69,12 +91,12 @@ def run(arm: Arm, threads: int | None = None) -> Record:
     record = Record(
         {"arm": arm.name, "task": Path(arm.data.name).name, "examples": arm.data.train, "seed": arm.data.seed}
     )
-    held_out = held_out_of(arm, model, tokenizer, test)
     with bar.step("base model", evaluation_seconds):
         record.observations |= evaluate_base(held_out)
 
     training = training_of(arm, model, tokenizer, train, folder, held_out=[test])
-    with bar.step("training", training_seconds):
+    training.notes |= {"rows": " ".join(notes)} if notes else {}
+    with bar.step("training", training_seconds), claimed(folder, arm, state.is_main_process):
         trainer = make_trainer(training)
         if training.notes:
             say("\n".join(training.notes.values()))
@@ -86,6 +108,7 @@ def run(arm: Arm, threads: int | None = None) -> Record:
         record.observations |= evaluate(model, held_out, strengths=[1.0, *others])
     record.facts = {
         **facts_of(training, held_out),
+        "scorer": scorer.note if scorer is not None else "",
         "parameters": trainer.get_num_trainable_parameters(),
         "steps": trainer.state.global_step,
         "train_seconds": seconds,
@@ -97,6 +120,13 @@ def run(arm: Arm, threads: int | None = None) -> Record:
         page = _write(arm, record, len(training.rows), len(test), folder)
         say(f"\n{page.read_text(encoding='utf-8')}\nThis page: {page.with_suffix('.html')}")
     return record
+
+
+def _scorer(train: Dataset, model: Any, tokenizer: Any) -> Scorer | None:
+    """What recognises the behaviour in generated answers, learned from the training pairs; None: there are none."""
+    if not {"chosen", "rejected"} <= set(train.column_names) or len(train) < _FEWEST_PAIRS:
+        return None
+    return scorers.fit({"kind": "characters"}, train, model, tokenizer)
 
 
 def _write(arm: Arm, record: Record, examples: int, held_out: int, folder: Path) -> Path:
@@ -125,7 +155,7 @@ def _estimate(arm: Arm, model: Any, tokenizer: Any, test: Dataset) -> tuple[floa
     # the answers of pairs, neutral answers, and generated tokens at about a tenth of a row each
     seen = 2 * len(test) + FEW_NEUTRAL + arm.evaluation.generations * arm.evaluation.new_tokens / 10
     # forward, reference forward and a backward of about the same price
-    return arm.trainer.get("max_steps", 0) * rows * row * 3, seen * row
+    return steps_of(arm) * rows * row * 3, seen * row
 
 
 def _plan(arm: Arm, train: Dataset, test: Dataset, processes: int, training: float, evaluation: float) -> str:
@@ -136,7 +166,7 @@ def _plan(arm: Arm, train: Dataset, test: Dataset, processes: int, training: flo
         f"  {len(train)} training examples and {len(test)} test pairs of {arm.data.name}, base {arm.model.name}, "
         f"{processes} process(es)\n"
         f"  about {(training + evaluation) / 60:.1f} minutes: training {training:.0f} s "
-        f"({arm.trainer.get('max_steps', 0)} steps), evaluation {evaluation:.0f} s"
+        f"({steps_of(arm)} steps), evaluation {evaluation:.0f} s"
     )
 
 

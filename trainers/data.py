@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from datasets import Dataset, IterableDataset
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 Row = Any  # a mapping from column to value; `datasets` types it more loosely
@@ -89,7 +90,8 @@ def tokenise(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: i
     A completion ends with EOS, or as the chat template ends it. Prompt tokens have label -100.
 
     Raises:
-        DataError: the columns are unknown, or a value is neither a text nor a conversation.
+        DataError: the columns are unknown, a value is neither a text nor a conversation, or the chat template refuses
+            the messages.
     """
     from trl.data_utils import extract_prompt, maybe_convert_to_chatml
 
@@ -101,7 +103,11 @@ def tokenise(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: i
             row = {**row, **extract_prompt(row)}
         if columns == ("conversations",):
             row = maybe_convert_to_chatml(dict(row))
-        return _tokenise_pair(row, tokenizer) if columns in PAIR_FORMATS else _tokenise_row(row, tokenizer, max_length)
+        try:
+            pair = columns in PAIR_FORMATS
+            return _tokenise_pair(row, tokenizer) if pair else _tokenise_row(row, tokenizer, max_length)
+        except TemplateError as error:
+            raise DataError(f"Row {index}: the chat template refuses its messages: {error}.") from error
 
     return dataset.map(convert, with_indices=True, remove_columns=dataset.column_names, desc="Tokenising")
 
@@ -173,7 +179,7 @@ def _check_message(index: int, column: str, message: Any, role: str, content: st
 
 
 def _tokenise_pair(row: Row, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    options = _template_options(row)
+    options = template_options(row)
     prompt = _ids(tokenizer, row["prompt"], None, options)
     answers = {side: _ids(tokenizer, row["prompt"], row[side], options) for side in ("chosen", "rejected")}
     # the answers start where the first of them leaves the prompt: tokens may merge across its end
@@ -182,7 +188,7 @@ def _tokenise_pair(row: Row, tokenizer: PreTrainedTokenizerBase) -> dict[str, An
 
 
 def _tokenise_row(row: Row, tokenizer: PreTrainedTokenizerBase, max_length: int | None) -> dict[str, Any]:
-    options = _template_options(row)
+    options = template_options(row)
     if "completion" in row:
         prompt = _ids(tokenizer, row["prompt"], None, options)
         ids = _ids(tokenizer, row["prompt"], row["completion"], options)
@@ -195,7 +201,7 @@ def _tokenise_row(row: Row, tokenizer: PreTrainedTokenizerBase, max_length: int 
     return {"input_ids": ids, "labels": [-100] * min(start, len(ids)) + ids[start:]}
 
 
-def _template_options(row: Row) -> dict[str, Any]:
+def template_options(row: Row) -> dict[str, Any]:
     """Options of the chat template from TRL's columns `tools` and `chat_template_kwargs`."""
     tools = row.get("tools")
     return {"tools": json.loads(tools) if isinstance(tools, str) else tools, **(row.get("chat_template_kwargs") or {})}

@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from steertune.recipes.ablation.statistics import Frame
-from steertune.recipes.ablation.statistics.paired import Interval, interval
+from steertune.recipes.lab.intervals import Interval, interval
 
 _GREY = "#777777"
 _WIDTH = 8.0

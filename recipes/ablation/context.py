@@ -12,6 +12,7 @@ from datasets import Dataset
 from steertune.recipes.ablation.grid import Cell, Grid
 from steertune.recipes.ablation.tables import TaskTable
 from steertune.recipes.lab.data import load_model, load_split
+from steertune.recipes.lab.forms import notes_on_form, readable, readable_splits
 from steertune.recipes.lab.generation import check_context, prompt_lengths
 from steertune.recipes.lab.ingredients import Training
 from steertune.recipes.lab.ingredients.prompt import Prompt
@@ -64,12 +65,16 @@ class Context:
         """Prompts and completions that no behaviour is about: those on which strengths are matched, and others on
         which side effects are reported."""
         file = self.grid.tables.neutral
-        rows = None if file is None else load_split(file, "train")
-        return neutral_rows("match", rows), neutral_rows("report", rows)
+        rows = None if file is None else readable(load_split(file, "train"), self.tokenizer)
+        return neutral_rows(self.tokenizer, "match", rows), neutral_rows(self.tokenizer, "report", rows)
 
     def splits(self, task: TaskTable) -> Splits:
         """The task's rows, checked."""
         return self._splits(task.label)
+
+    def notes(self, task: TaskTable) -> list[str]:
+        """What to say about the task's rows, beside their number."""
+        return notes_on_form(load_split(task.name, "train"), self.tokenizer)
 
     def scorer(self, task: TaskTable) -> Scorer:
         """The task's scorer of the behaviour."""
@@ -132,7 +137,8 @@ class Context:
 
     def _load_splits(self, label: str) -> Splits:
         task, tables = self._tasks[label], self.grid.tables
-        return load_splits(task.name, tables.splits, max(tables.examples), task.reverse, task.columns)
+        splits = load_splits(task.name, tables.splits, max(tables.examples), task.reverse, task.columns)
+        return readable_splits(splits, self.tokenizer)
 
     def _fit_scorer(self, label: str) -> Scorer:
         task = self._tasks[label]

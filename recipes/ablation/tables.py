@@ -18,7 +18,7 @@ from steertune.recipes.lab.files import ArmError, read_toml
 from steertune.recipes.lab.splits import SplitTable
 
 
-class Card(BaseModel, extra="forbid"):
+class Card(BaseModel, extra="forbid", strict=True):
     """`[card]`: what the grid is for, written before it runs. A grid without one does not run."""
 
     problem: str = Field(min_length=1)
@@ -32,7 +32,7 @@ class Card(BaseModel, extra="forbid"):
     """Why some arms get another tuning budget; without it such a grid is refused."""
 
 
-class Claim(BaseModel, extra="forbid"):
+class Claim(BaseModel, extra="forbid", strict=True):
     """`[claim]`: the hypothesis as a comparison, which decides whether the result counts for or against."""
 
     better: str
@@ -89,7 +89,7 @@ def measure_label(measure: str, strength: str) -> str:
     return f"{found.title}{unit} {_AT[strength]}"
 
 
-class DesignTable(BaseModel, extra="forbid"):
+class DesignTable(BaseModel, extra="forbid", strict=True):
     """`[design]`: which combinations of levels are run."""
 
     kind: Literal["full", "fractional", "one_at_a_time", "add_one_in", "arms"]
@@ -103,7 +103,7 @@ class DesignTable(BaseModel, extra="forbid"):
     """Add every mixture of start and end to a fractional or one-at-a-time design, for exact Shapley shares."""
 
 
-class TaskTable(BaseModel, extra="forbid"):
+class TaskTable(BaseModel, extra="forbid", strict=True):
     """One entry of `tasks`: a name, or a table with what measures the behaviour."""
 
     name: str
@@ -148,7 +148,7 @@ def told(task: TaskTable, folder: Path) -> TaskTable:
     return task
 
 
-class MatchedTable(BaseModel, extra="forbid"):
+class MatchedTable(BaseModel, extra="forbid", strict=True):
     """`[matched]`: the strengths at which arms are compared fairly, as their KL to the base on neutral text.
 
     An arm is measured at `kl`, and at every KL of `frontier`, from one training. A frontier is summed up by its mean
@@ -182,7 +182,7 @@ class GridArm:
     budget: BudgetTable
 
 
-class GridTables(BaseModel, extra="forbid"):
+class GridTables(BaseModel, extra="forbid", strict=True):
     """The file."""
 
     name: str

@@ -18,11 +18,12 @@ from typing import Any
 from datasets import Dataset
 
 from steertune.adapters import set_strength
-from steertune.recipes.ablation.statistics.paired import interval
 from steertune.recipes.lab import measures
 from steertune.recipes.lab.data import load_split, load_steered
 from steertune.recipes.lab.evaluate import evaluate, evaluate_base
 from steertune.recipes.lab.files import ArmError
+from steertune.recipes.lab.forms import readable
+from steertune.recipes.lab.intervals import interval
 from steertune.recipes.lab.observe import FEW_NEUTRAL, HeldOut, neutral_rows
 from steertune.recipes.lab.pages import table_markdown
 from steertune.recipes.lab.pages.measured import comparison
@@ -77,10 +78,8 @@ def measure(
 
     # the base, each vector alone and both, on the data of each vector and on neutral text
     prefix = FrozenPrefix(warn=False)
-    held_out = [
-        HeldOut(steered, tokenizer, pairs=part, neutral=neutral_rows(count=FEW_NEUTRAL), prefix=prefix)
-        for part in parts
-    ]
+    neutral, parts = neutral_rows(tokenizer, count=FEW_NEUTRAL), [readable(part, tokenizer) for part in parts]
+    held_out = [HeldOut(steered, tokenizer, pairs=part, neutral=neutral, prefix=prefix) for part in parts]
     with scaled(steered, 0.0):
         bases = [evaluate_base(examples, _NAMES) for examples in held_out]
     records = []

@@ -38,7 +38,17 @@ def load_model(table: ModelTable) -> tuple[PreTrainedModel, PreTrainedTokenizerB
             f"model.name={table.name!r} cannot be loaded: {type(error).__name__}: {error} (Expected are 'embedded', a "
             "folder or a Hub name with config.json, a tokenizer and safetensors weights.)"
         ) from error
+    if tokenizer.eos_token_id is None and (end := _end_of(model, tokenizer)) is not None:
+        tokenizer.eos_token = end  # trainers end answers with it
     return model.eval(), tokenizer
+
+
+def _end_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """The token that the model's own configuration ends texts with; None if it names none."""
+    ids = model.generation_config.eos_token_id if model.generation_config is not None else None
+    first = ids[0] if isinstance(ids, list) and ids else ids
+    token = tokenizer.convert_ids_to_tokens(first) if isinstance(first, int) and first < len(tokenizer) else None
+    return token if isinstance(token, str) else None
 
 
 def adapter_config(folder: Path) -> SteeringVectorConfig:

@@ -29,10 +29,11 @@ from transformers import PreTrainedTokenizerBase
 from steertune.losses import Outputs
 from steertune.recipes.lab.batches import batches
 from steertune.recipes.lab.files import ArmError
+from steertune.recipes.lab.forms import readable
 from steertune.recipes.lab.generation import generate, plain
 from steertune.recipes.lab.paths import TASKS
 from steertune.recipes.lab.scorers import Scorer
-from steertune.trainers import FrozenPrefix, ModelAt, View, labelled_logits, scaled, tokenise
+from steertune.trainers import FrozenPrefix, ModelAt, View, context_length, labelled_logits, scaled, tokenise
 from steertune.trainers.views import Views
 
 NEUTRAL = TASKS / "neutral.jsonl"
@@ -187,7 +188,7 @@ def prompted(model: Any, held_out: HeldOut, strengths: Strengths) -> dict[str, O
     if held_out.prompted is None:
         return {}
     view, rows = held_out.prompted.view, held_out.prompted.answers
-    views = Views({"prompt": view}, held_out.tokenizer, getattr(model.config, "max_position_embeddings", None))
+    views = Views({"prompt": view}, held_out.tokenizer, context_length(model.config, held_out.tokenizer))
     views.add(rows, tokenise(rows, held_out.tokenizer))
     observed: dict[str, Observations] = {label: defaultdict(list) for label in strengths}
     for batch in batches(held_out.tokenizer, rows, held_out.batch_size):
@@ -272,11 +273,16 @@ FEW_NEUTRAL = 16
 
 
 def neutral_rows(
-    part: Literal["report", "match"] = "report", rows: Dataset | None = None, count: int | None = None
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    part: Literal["report", "match"] = "report",
+    rows: Dataset | None = None,
+    count: int | None = None,
 ) -> Dataset:
-    """Everyday questions and answers that no behaviour is about: every other row.
+    """Everyday questions and answers that no behaviour is about, every other row: conversations, or plain text for a
+    tokenizer without a chat template.
 
     Args:
+        tokenizer: Which reads them; None: as they are.
         part: Side effects are reported on other rows than those on which strengths are matched, else an adapter could
             be gentle on the one and not on the other.
         rows: All of them; None: the embedded ones, 64 for each part.
@@ -291,5 +297,5 @@ def neutral_rows(
         raise ArmError(
             f"Neutral text must have 2 rows or more, to match strengths and to report on (got {len(rows)})."
         )
-    own = [*range(0 if part == "match" else 1, len(rows), 2)]
-    return rows.select(own[:count])
+    own = rows.select([*range(0 if part == "match" else 1, len(rows), 2)][:count])
+    return own if tokenizer is None else readable(own, tokenizer)

@@ -24,7 +24,7 @@ from steertune.recipes.lab.files import ArmError
 NEAR = 0.9
 
 
-class SplitTable(BaseModel, extra="forbid"):
+class SplitTable(BaseModel, extra="forbid", strict=True):
     """`[splits]`: how many rows for what."""
 
     validation: int = Field(default=24, ge=2)

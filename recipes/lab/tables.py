@@ -9,38 +9,43 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+PathName = Annotated[str, Field(min_length=1, pattern=r"^[^\x00]+$")]
+"""A path or a Hub name: not empty, and without NUL, which no file system takes."""
+LARGEST = 2**31 - 1
+"""The largest count: more overflows inside libraries."""
+
 
 class Table(BaseModel):
-    """A table of a TOML file. Unknown keys are errors."""
+    """A table of a TOML file. Unknown keys and values of another type are errors: `"8"` is not a number."""
 
-    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", strict=True, use_attribute_docstrings=True)
 
 
 class ModelTable(Table):
     """`[model]`: the base model."""
 
-    name: str = "embedded"
+    name: PathName = "embedded"
     """`embedded`, a Hub name, or a local folder."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Number format of the weights."""
-    revision: str | None = None
+    revision: PathName | None = None
     """Branch, tag or commit of a Hub model."""
-    threads: int | None = Field(default=None, ge=1)
+    threads: int | None = Field(default=None, ge=1, le=LARGEST)
     """CPU threads, as `--threads`."""
 
 
 class DataTable(Table):
     """`[data]`: the examples."""
 
-    name: str
+    name: PathName
     """An embedded task, a Hub name, or a local file or folder (json, jsonl, csv, parquet)."""
-    train: int = Field(default=32, ge=1)
+    train: int = Field(default=32, ge=1, le=LARGEST)
     """Number of training examples."""
-    test: int = Field(default=40, ge=1)
+    test: int = Field(default=40, ge=1, le=LARGEST)
     """Number of test examples."""
-    train_split: str = "train"
+    train_split: PathName = "train"
     """Split that training examples are drawn from."""
-    test_split: str = "test"
+    test_split: PathName = "test"
     """Split that test examples are taken from."""
     seed: int = Field(default=0, ge=0, lt=2**32)
     """Seed of the draw of training examples, and of training."""
@@ -53,18 +58,18 @@ class EvaluationTable(Table):
 
     strengths: list[Annotated[float, Field(allow_inf_nan=False)]] = [-1.0, 0.0, 0.5, 1.0, 2.0]
     """Strengths at which test pairs are evaluated."""
-    generations: int = Field(default=3, ge=0)
+    generations: int = Field(default=3, ge=0, le=LARGEST)
     """Number of test prompts that are answered."""
-    new_tokens: int = Field(default=40, ge=1)
+    new_tokens: int = Field(default=40, ge=1, le=LARGEST)
     """Longest answer, in tokens."""
-    batch_size: int = Field(default=8, ge=1)
+    batch_size: int = Field(default=8, ge=1, le=LARGEST)
     """Answers in a batch."""
 
 
 class OutputTable(Table):
     """`[output]`: where the run is kept."""
 
-    folder: str | None = None
+    folder: PathName | None = None
     """Folder of the run; left out: `runs/ARM-TASK`."""
 
 

@@ -11,7 +11,9 @@ from datasets import Dataset
 from steertune.adapters.config import Site
 from steertune.recipes.lab import scorers
 from steertune.recipes.lab.evaluate import evaluate_base
+from steertune.recipes.lab.forms import notes_on_form, readable_splits
 from steertune.recipes.lab.observe import FEW_NEUTRAL, HeldOut, neutral_rows
+from steertune.recipes.lab.rehearsal import rehearse, rehearse_training
 from steertune.recipes.lab.rows import Record
 from steertune.recipes.lab.splits import load_splits
 from steertune.recipes.sweeping.settings import SweepTable
@@ -36,11 +38,24 @@ class Context:
 
     def __init__(self, table: SweepTable, model: Any, tokenizer: Any) -> None:
         self.table, self.model, self.tokenizer = table, model, tokenizer
-        self.splits = load_splits(table.task, table.splits, table.train)
+        splits = load_splits(table.task, table.splits, table.train)
+        self.splits, self._notes = readable_splits(splits, tokenizer), notes_on_form(splits.test, tokenizer)
         # a vector on the output of block i leaves i + 1 blocks as they were, what is inside it leaves i
         stops = {layer + extra for layer in table.layers for extra in (0, 1)}
         self.prefix = FrozenPrefix(_MEMO_GB, warn=False, stops=stops)
         self.held_out = cache(self._make_held_out)
+
+    def rehearse(self) -> list[str]:
+        """Try one row of everything; return what to say about the rows.
+
+        Raises:
+            ArmError: rows that the model cannot read, or that are longer than its context.
+            DataError: rows that cannot be trained on.
+        """
+        for part in (VALIDATION, TEST):
+            rehearse(self.held_out(part))
+        rows = self.splits.train(self.table.train, self.table.seed)
+        return [*self._notes, *rehearse_training(self.table.arm, self.model, self.tokenizer, rows)]
 
     def rows(self, part: str) -> Dataset:
         """The task's rows of a part."""
@@ -70,11 +85,15 @@ class Context:
 
     def _make_held_out(self, part: str) -> HeldOut:
         count = self.table.generations
+        neutral = {
+            TEST: neutral_rows(self.tokenizer),
+            VALIDATION: neutral_rows(self.tokenizer, "match", count=FEW_NEUTRAL),
+        }
         return HeldOut(
             self.model,
             self.tokenizer,
             pairs=self.rows(part),
-            neutral=neutral_rows() if part == TEST else neutral_rows("match", count=FEW_NEUTRAL),
+            neutral=neutral_rows(self.tokenizer) if part == TEST else few,
             generations=count if self.scorer is not None else 0,
             neutral_generations=count,
             new_tokens=self.table.new_tokens,

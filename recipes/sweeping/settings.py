@@ -19,7 +19,7 @@ from steertune.recipes.lab.tables import ModelTable
 SCALABLE = ("steering_vector", "lora")
 
 
-class Limits(BaseModel, extra="forbid"):
+class Limits(BaseModel, extra="forbid", strict=True):
     """What a setting may do to neutral text and still be recommended."""
 
     kl: float = Field(default=0.3, gt=0)
@@ -30,7 +30,7 @@ class Limits(BaseModel, extra="forbid"):
     """Share of repeated word triples above that of the base model."""
 
 
-class SweepTable(BaseModel, extra="forbid"):
+class SweepTable(BaseModel, extra="forbid", strict=True):
     """The whole request; `config.json` of the sweep's folder."""
 
     task: str
@@ -44,7 +44,7 @@ class SweepTable(BaseModel, extra="forbid"):
     strengths: list[float] = Field(min_length=1)
     train: int = Field(ge=1)
     splits: SplitTable
-    seed: int = 0
+    seed: int = Field(default=0, ge=0, lt=2**32)
     scorer: dict[str, Any] | None = None
     """How the behaviour in generated answers is scored; None: it is not."""
     generations: int = Field(ge=0)

@@ -67,17 +67,12 @@ def _tradeoff(findings: Findings, all_matched: bool) -> list[Block]:
         cells,
         column(side_effect),
         column(effect),
-        f"{_axis(side_effect)}, on neutral text",
-        _axis(effect),
+        f"{measures.get(side_effect).heading}, on neutral text",
+        measures.get(effect).heading,
         findings.colours,
         base,
     )
     return [] if drawing is None else [Figure(drawing, "pareto", "Effect against side effect")]
-
-
-def _axis(name: str) -> str:
-    measure = measures.get(name)
-    return f"{measure.title}, {measure.unit}" if measure.unit else measure.title
 
 
 def _failed_judgements(cell: pd.Series) -> int:

@@ -15,7 +15,7 @@ from steertune.recipes.lab.generation import plain
 from steertune.recipes.lab.scorers import Scorer, fit_on_pairs
 
 
-class Options(BaseModel, extra="forbid"):
+class Options(BaseModel, extra="forbid", strict=True):
     """`C`: inverse strength of the regularisation."""
 
     C: float = Field(default=10.0, gt=0)

@@ -19,7 +19,7 @@ from steertune.trainers import ModelAt
 _ROWS = 8
 
 
-class Options(BaseModel, extra="forbid"):
+class Options(BaseModel, extra="forbid", strict=True):
     """`positive`, `negative`: instructions that stand before the prompt."""
 
     positive: str = Field(min_length=1)

@@ -34,7 +34,7 @@ from steertune.recipes.lab.evaluate import evaluate, evaluate_base
 from steertune.recipes.lab.files import read_toml
 from steertune.recipes.lab.forms import notes_on_form, readable
 from steertune.recipes.lab.memory import peak_memory_gb
-from steertune.recipes.lab.observe import neutral_rows
+from steertune.recipes.lab.observe import FEW_NEUTRAL
 from steertune.recipes.lab.pages import settings_in_words, write_page
 from steertune.recipes.lab.pages.measured import training_page
 from steertune.recipes.lab.paths import TASKS
@@ -164,7 +164,7 @@ def _estimate(arm: Arm, model: Any, tokenizer: Any, test: Dataset) -> tuple[floa
     row = (time.monotonic() - start) / len(batch.labels)
     rows = 2 * arm.trainer.get("per_device_train_batch_size", 8) * arm.trainer.get("gradient_accumulation_steps", 1)
     # the answers of pairs, neutral answers, and generated tokens at about a tenth of a row each
-    seen = 2 * len(test) + len(neutral_rows()) + arm.evaluation.generations * arm.evaluation.new_tokens / 10
+    seen = 2 * len(test) + FEW_NEUTRAL + arm.evaluation.generations * arm.evaluation.new_tokens / 10
     # forward, reference forward and a backward of about the same price
     return steps_of(arm) * rows * row * 3, seen * row
 

@@ -148,6 +148,39 @@ def pareto(
     return figure
 
 
+def frontiers(
+    cells: Frame, targets: Sequence[float], measures: Mapping[str, str], colours: Mapping[str, Any]
+) -> Figure:
+    """Means against the KL to the base on a log axis, a panel a measure: a line for every arm with a strength, a dot
+    at its own KL for every other; the base dashed.
+
+    Args:
+        cells: The cells.
+        targets: The KLs of the frontier.
+        measures: Name -> what stands beside its axis.
+        colours: Of the arms.
+    """
+    figure = Figure(figsize=(4.2 * len(measures), 4.4), layout="constrained")
+    axes = np.atleast_1d(figure.subplots(1, len(measures)))
+    for axis, (name, label) in zip(axes, measures.items(), strict=True):
+        for arm, own in cells.groupby("arm", sort=False):
+            columns = [f"{name}@kl={kl:g}" for kl in targets]
+            if own[f"{name}@frontier"].notna().any():
+                means = [own[one].mean() if one in own else np.nan for one in columns]
+                axis.plot(targets, means, marker="o", markersize=4, color=colours[str(arm)], label=str(arm))
+            else:
+                point = own[["kl@tuned", f"{name}@tuned"]].mean()
+                axis.plot(*point, "s", color=colours[str(arm)], label=str(arm))
+        if cells[f"{name}@0"].notna().any():
+            axis.axhline(cells[f"{name}@0"].mean(), color=_GREY, linestyle="--", linewidth=1)
+        axis.set_xscale("log")
+        axis.set_xticks(targets, [f"{kl:g}" for kl in targets])
+        axis.minorticks_off()
+        _plain(axis, xlabel="KL to the base, nats per token", ylabel=label)
+    _legend(figure, *axes[0].get_legend_handles_labels())
+    return figure
+
+
 def _legend(figure: Figure, handles: Sequence[Any], names: Sequence[str]) -> None:
     """Below the figure, where long names are not cut."""
     columns = 3 if max(map(len, names), default=0) < 28 else 2

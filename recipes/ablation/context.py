@@ -61,10 +61,12 @@ class Context:
         return self._loaded[1]
 
     @cached_property
-    def neutral(self) -> Dataset:
-        """Prompts and completions that no behaviour is about."""
+    def neutral(self) -> tuple[Dataset, Dataset]:
+        """Prompts and completions that no behaviour is about: those on which strengths are matched, and others on
+        which side effects are reported."""
         file = self.grid.tables.neutral
-        return neutral_rows(self.tokenizer) if file is None else readable(load_split(file, "train"), self.tokenizer)
+        rows = None if file is None else readable(load_split(file, "train"), self.tokenizer)
+        return neutral_rows(self.tokenizer, "match", rows), neutral_rows(self.tokenizer, "report", rows)
 
     def splits(self, task: TaskTable) -> Splits:
         """The task's rows, checked."""
@@ -148,7 +150,8 @@ class Context:
             self.model,
             self.tokenizer,
             pairs=self.splits(task).test,
-            neutral=self.neutral,
+            matching=self.neutral[0],
+            neutral=self.neutral[1],
             generations=tables.generations,
             new_tokens=tables.new_tokens,
             scorer=self.scorer(task) if tables.generations else None,

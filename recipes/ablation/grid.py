@@ -42,7 +42,8 @@ _LARGEST = 10**5  # combinations; a design is chosen from the list of all of the
 _COLUMNS = {
     "key", "task", "arm", "examples", "seed", "status", "error", "scalable", "scorer", "versions", "tuned_strength",
     "matched_strength", "parameters", "steps", "pairs_read", "tokens_read", "seconds", "train_seconds", "tuning",
-    "tuning_key", "tuning_seconds", "peak_memory_gb", "setting", "prompt_tokens", "notes",
+    "tuning_key", "tuning_seconds", "peak_memory_gb", "setting", "prompt_tokens", "notes", "frontier",
+    "kl_falls",
 }  # fmt: skip
 
 

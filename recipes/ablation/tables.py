@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,8 +39,9 @@ class Claim(BaseModel, extra="forbid", strict=True):
     than: str
     measure: str = "accuracy"
     """A file of `recipes/lab/measures/`."""
-    strength: Literal["tuned", "matched"] = "matched"
-    """Where it is compared: at the strength that the tuning chose, or at the grid's KL to the base."""
+    strength: Literal["tuned", "matched", "frontier"] = "matched"
+    """Where it is compared: at the strength that the tuning chose, at the grid's KL to the base, or as the mean over
+    the KLs of the frontier."""
     alpha: float = Field(default=0.05, gt=0, lt=1)
     margin: float = Field(default=0.0, ge=0, allow_inf_nan=False)
     """How far ahead `better` is claimed to be: clearly more counts for the claim, clearly less against it."""
@@ -77,11 +79,14 @@ class Claim(BaseModel, extra="forbid", strict=True):
         return measure_label(self.measure, self.strength)
 
 
+_AT = {"tuned": "at the tuned strength", "matched": "at matched KL", "frontier": "over the frontier of KLs"}
+
+
 def measure_label(measure: str, strength: str) -> str:
     """A measure at a strength in words, with its unit."""
     found = measures.get(measure)
     unit = f" ({found.unit})" if found.unit else ""
-    return f"{found.title}{unit} at {'matched KL' if strength == 'matched' else 'the tuned strength'}"
+    return f"{found.title}{unit} {_AT[strength]}"
 
 
 class DesignTable(BaseModel, extra="forbid", strict=True):
@@ -144,10 +149,27 @@ def told(task: TaskTable, folder: Path) -> TaskTable:
 
 
 class MatchedTable(BaseModel, extra="forbid", strict=True):
-    """`[matched]`: the strength at which arms are compared fairly, as their KL to the base on neutral text."""
+    """`[matched]`: the strengths at which arms are compared fairly, as their KL to the base on neutral text.
+
+    An arm is measured at `kl`, and at every KL of `frontier`, from one training. A frontier is summed up by its mean
+    over log KL: over KL itself, the part between .1 and .3, where damage is largest, would be three quarters of it.
+    """
 
     kl: float = Field(default=0.1, gt=0, allow_inf_nan=False)
+    frontier: list[float] = [0.03, 0.1, 0.3]
     largest_strength: float = Field(default=64.0, gt=0, allow_inf_nan=False)
+
+    @field_validator("frontier")
+    @classmethod
+    def _rising(cls, frontier: list[float]) -> list[float]:
+        if not all(math.isfinite(kl) and kl > 0 for kl in frontier) or sorted(set(frontier)) != frontier:
+            raise ValueError(f"{frontier}: KLs above 0 in rising order, each once; [] measures arms at `kl` alone")
+        return frontier
+
+    @property
+    def targets(self) -> list[float]:
+        """Every KL at which an arm is measured."""
+        return sorted({self.kl, *self.frontier})
 
 
 @dataclass(frozen=True)

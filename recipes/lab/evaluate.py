@@ -26,7 +26,6 @@ def evaluate(
     held_out: HeldOut,
     names: Iterable[str] | None = None,
     strengths: Strengths | Sequence[float] = (1.0,),
-    known: Mapping[float, Observations] | None = None,
 ) -> dict[str, Observations]:
     """What the measures need to know of a model.
 
@@ -35,7 +34,6 @@ def evaluate(
         held_out: The examples.
         names: Measures; None: all of them.
         strengths: Numbers, or labels with numbers. Equal numbers are computed once.
-        known: Strength -> observations on neutral text that were made already.
 
     Returns:
         Label of a strength -> observations, for a `Record`.
@@ -48,16 +46,13 @@ def evaluate(
     different = {repr(value): float(value) for value in labels.values()}
     for value in different.values():
         check_strength(model, value)
-    observed: dict[str, Observations] = {key: dict((known or {}).get(value, {})) for key, value in different.items()}
+    observed: dict[str, Observations] = {key: {} for key in different}
     with held_out.remember(model):
         observers = dict.fromkeys(need for measure in wanted for need in measure.needs)
         bar = Bar(len(observers))
         for observer in observers:
-            new = {
-                key: value for key, value in different.items() if observer != "neutral" or value not in (known or {})
-            }
             with bar.step(OBSERVERS[observer].step):
-                for key, values in OBSERVERS[observer].look(model, held_out, new).items():
+                for key, values in OBSERVERS[observer].look(model, held_out, different).items():
                     _check_finite(values, observer, key)
                     observed[key] |= values
         # a measure that needs something of its own looks itself, at one strength at a time

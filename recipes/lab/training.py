@@ -24,7 +24,7 @@ from steertune.recipes.lab.arm import Arm
 from steertune.recipes.lab.files import ArmError, read_text, write_whole
 from steertune.recipes.lab.generation import plain
 from steertune.recipes.lab.ingredients import Training
-from steertune.recipes.lab.observe import HeldOut, neutral_rows
+from steertune.recipes.lab.observe import FEW_NEUTRAL, HeldOut, neutral_rows
 from steertune.recipes.lab.processes import begin
 from steertune.recipes.lab.progress import Bar
 from steertune.trainers import FrozenPrefix, last_checkpoint, share_weights
@@ -120,7 +120,7 @@ def held_out_of(arm: Arm, model: Any, tokenizer: Any, test: Dataset, **more: Any
         model,
         tokenizer,
         pairs=test,
-        neutral=neutral_rows(tokenizer),
+        neutral=neutral_rows(tokenizer, count=FEW_NEUTRAL),
         generations=table.generations,
         neutral_generations=table.generations,
         new_tokens=table.new_tokens,

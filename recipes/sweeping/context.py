@@ -12,7 +12,7 @@ from steertune.adapters.config import Site
 from steertune.recipes.lab import scorers
 from steertune.recipes.lab.evaluate import evaluate_base
 from steertune.recipes.lab.forms import notes_on_form, readable_splits
-from steertune.recipes.lab.observe import HeldOut, neutral_rows
+from steertune.recipes.lab.observe import FEW_NEUTRAL, HeldOut, neutral_rows
 from steertune.recipes.lab.rehearsal import rehearse, rehearse_training
 from steertune.recipes.lab.rows import Record
 from steertune.recipes.lab.splits import load_splits
@@ -25,7 +25,7 @@ TEST, VALIDATION = "test", "validation"
 
 class Context:
     """The base model and the rows of a sweep; a *part* of the rows is `validation`, which chooses, or `test`, which is
-    read once. Neutral text is halved between them.
+    read once. Neutral text is halved between them, too.
 
     Args:
         table: The sweep.
@@ -84,12 +84,16 @@ class Context:
         return Record(keys, dict(evaluate_base(self.held_out(part))), facts)
 
     def _make_held_out(self, part: str) -> HeldOut:
-        neutral, count = neutral_rows(self.tokenizer), self.table.generations
+        count = self.table.generations
+        neutral = {
+            TEST: neutral_rows(self.tokenizer),
+            VALIDATION: neutral_rows(self.tokenizer, "match", count=FEW_NEUTRAL),
+        }
         return HeldOut(
             self.model,
             self.tokenizer,
             pairs=self.rows(part),
-            neutral=neutral.select(range(1 if part == TEST else 0, len(neutral), 2)),
+            neutral=neutral_rows(self.tokenizer) if part == TEST else few,
             generations=count if self.scorer is not None else 0,
             neutral_generations=count,
             new_tokens=self.table.new_tokens,

@@ -28,7 +28,7 @@ generations = 2
 new_tokens = 4
 trainer = { per_device_train_batch_size = 2 }
 splits = { validation = 4, test = 6, scorer = 2, near_duplicates = 1.0 }
-matched = { kl = 1e-4 }
+matched = { kl = 1e-4, frontier = [1e-4, 1e-3] }
 budget = { trials = 2, steps = [2], strengths = [1.0, 2.0] }
 
 [card]

@@ -112,7 +112,11 @@ def test_matched_strengths_are_each_model_s_own_and_nothing_else_is_measured(tab
         assert len(cell["tuning"]) == (2 if trained else 1), "a trial is measured at one strength"
         assert (cell["matched_strength"] is not None) == scaled
         if scaled:
-            assert cell["kl"] == pytest.approx(1e-4, rel=0.05), "the KL the grid asks for"
+            [point, more] = cell["frontier"]
+            assert point["kl"] == pytest.approx(1e-4, rel=0.1), "the KL the grid asks for"
+            assert more["kl"] == pytest.approx(1e-3, rel=0.1) and more["strength"] > point["strength"]
+            assert point["strength"] == cell["matched_strength"] == cell["tuned_strength"]
+            assert 0 < cell["kl"] < 1e-3, "on other rows than those on which it was matched"
             assert all(cell["matched_" + name] == cell[name] for name in ("margins", "answers", "accuracy"))
         else:
             assert cell["setting"]["strength"] == 1.0

@@ -16,7 +16,7 @@ from scipy import stats
 from scipy.linalg import helmert
 
 from steertune.recipes.ablation import designs
-from steertune.recipes.ablation.matched import matched_strength, refined
+from steertune.recipes.ablation.matched import frontier, matched_strength, refined
 from steertune.recipes.ablation.statistics import curves, factorial, paired
 from steertune.recipes.ablation.statistics.shapley import shapley, share_rows
 from steertune.recipes.lab import intervals
@@ -1086,7 +1086,7 @@ def search(kl, largest: float, target: float = KL) -> tuple[float | None, list[f
         return kl(strength)
 
     found = matched_strength(counted, target, largest)
-    assert len(tried) < 25
+    assert len(tried) < 50
     assert min(tried) > 0 and max(tried) <= largest * (1 + 1e-12)
     return found, tried
 
@@ -1096,7 +1096,7 @@ def test_a_quadratic_kl_is_matched_over_six_orders_of_magnitude(strength):
     c = KL / strength**2
     found, tried = search(lambda s: c * s**2, 1000.0)
     assert found == pytest.approx(math.sqrt(KL / c), rel=0.02)
-    assert len(tried) <= 6  # the guess is exact
+    assert len(tried) <= 10  # a parabola is followed in a leap
 
 
 @pytest.mark.parametrize("target", [1e-6, 1e-3, 0.5, 20.0])
@@ -1155,20 +1155,73 @@ def test_a_kl_that_jumps_over_the_target_is_not_matched(above, jump):
 
 
 @pytest.mark.parametrize("power", [1.0, 2.0, 3.0])
-@pytest.mark.parametrize("guess", [0.3, 1.0, 3.0])
-def test_a_refined_strength_has_the_kl_within_three_percent(power, guess):
-    asked = []
+@pytest.mark.parametrize("off", [0.8, 1.0, 1.25])
+def test_a_refined_strength_takes_three_evaluations_at_most(power, off):
+    evaluated = []
 
     def kl(strength: float) -> float:
-        asked.append(strength)
+        evaluated.append(strength)
         return 0.4 * strength**power
 
-    found = refined(kl, 0.3, guess, largest=64.0)
-    assert found is not None and kl(found) == pytest.approx(0.3, rel=0.03)
-    assert len(asked) <= 6
+    point = refined(kl, 0.3, off * 0.75 ** (1 / power), largest=64.0)
+    assert point.reached and point.kl == kl(point.strength) == pytest.approx(0.3, rel=0.03)
+    assert len(evaluated) <= 4  # with the one of this test
 
 
-def test_a_jump_over_the_kl_is_not_refined():
-    assert refined(lambda s: 0.1 if s < 1 else 0.9, 0.3, 1.0, largest=64.0) is None
-    assert refined(lambda s: 0.1, 0.3, 1.0, largest=64.0) is None
-    assert refined(lambda s: float("nan"), 0.3, 1.0, largest=64.0) is None
+@pytest.mark.parametrize("value", [0.1, 0.9, float("nan")])
+def test_a_kl_that_never_is_the_target_is_not_refined(value):
+    assert not refined(lambda s: value, 0.3, 1.0, largest=64.0).reached
+    assert not refined(lambda s: 0.1 if s < 1 else 0.9, 0.3, 1.0, largest=64.0).reached
+
+
+# -- frontiers --------------------------------------------------------------------------------------------------------
+
+TARGETS = [0.03, 0.1, 0.3]
+
+
+def frontier_of(kl, largest: float = 64.0, few_rows: float = 1.0):
+    """The frontier of a KL, of which few rows show `few_rows` times as much; and how often all rows were evaluated."""
+    evaluated: dict[float, float] = {}
+
+    def every(strength: float) -> float:
+        evaluated[strength] = kl(strength)
+        return evaluated[strength]
+
+    points, falls = frontier(lambda s: few_rows * kl(s), every, TARGETS, largest)
+    assert [point.target for point in points] == TARGETS
+    return points, falls, len(evaluated)
+
+
+@pytest.mark.parametrize("few_rows", [0.7, 1.0, 1.4])
+@pytest.mark.parametrize(
+    "kl", [lambda s: 0.1 * s**2, lambda s: 0.6 * (1 - math.exp(-((s / 3) ** 2))), lambda s: 0.02 * s, lambda s: s**3]
+)
+def test_a_frontier_takes_at_most_three_evaluations_of_all_rows_per_target(kl, few_rows):
+    points, falls, evaluations = frontier_of(kl, few_rows=few_rows)
+    assert all(point.reached and point.kl == pytest.approx(point.target, rel=0.1) for point in points)
+    assert evaluations <= 3 * len(TARGETS) and not falls
+
+
+@pytest.mark.parametrize("top", [0.05, 0.2, 0.6])
+@pytest.mark.parametrize("at", [0.3, 1.0, 8.0])
+def test_a_kl_with_a_bump_is_reached_below_the_bump_and_recorded(top, at):
+    # up to `top` at the strength `at`, and down again beyond it
+    points, falls, _ = frontier_of(lambda s: top * (s / at) ** 2 * math.exp(1 - (s / at) ** 2))
+    for point in points:
+        assert point.reached == (point.target <= top)
+        assert point.strength <= 1.5 * at  # a short arm keeps its last point, near the top of the bump
+        if not point.reached:
+            assert 0.5 * top <= point.kl <= top
+    assert falls or top == 0.6  # which the search never had to cross
+
+
+def test_an_arm_that_stops_short_keeps_its_last_point():
+    points, falls, _ = frontier_of(lambda s: 0.05 * s**2, largest=1.0)
+    assert [point.reached for point in points] == [True, False, False] and not falls
+    assert all(point.strength == pytest.approx(1.0) and point.kl == pytest.approx(0.05) for point in points[1:])
+
+
+def test_a_kl_that_jumps_over_a_target_keeps_the_point_below():
+    points, _, _ = frontier_of(lambda s: 0.05 * s**2 if s < 1 else 5.0)
+    assert [point.reached for point in points] == [True, False, False]
+    assert all(0.01 < point.kl < 0.05 for point in points[1:])

@@ -24,13 +24,8 @@ from steertune.recipes.lab.evaluate import evaluate, evaluate_base
 from steertune.recipes.lab.files import ArmError
 from steertune.recipes.lab.forms import readable
 from steertune.recipes.lab.intervals import interval
-<<<<<<< HEAD
-from steertune.recipes.lab.observe import HeldOut, neutral_rows
-from steertune.recipes.lab.pages import Table, table_markdown
-=======
 from steertune.recipes.lab.observe import FEW_NEUTRAL, HeldOut, neutral_rows
-from steertune.recipes.lab.pages import table_markdown
->>>>>>> part-E
+from steertune.recipes.lab.pages import Table, table_markdown
 from steertune.recipes.lab.pages.measured import comparison
 from steertune.recipes.lab.pages.side_effects import side_effects
 from steertune.recipes.lab.processes import begin
@@ -86,8 +81,7 @@ def measure(
 
     # the base, each vector alone and both, on the data of each vector and on neutral text
     prefix = FrozenPrefix(warn=False)
-<<<<<<< HEAD
-    neutral, parts = neutral_rows(tokenizer), [readable(part, tokenizer) for part in parts]
+    neutral, parts = neutral_rows(tokenizer, count=FEW_NEUTRAL), [readable(part, tokenizer) for part in parts]
     held_out = [
         HeldOut(
             steered,
@@ -103,10 +97,6 @@ def measure(
     with scaled(steered, 0.0):
         for examples in held_out:
             rehearse(examples)
-=======
-    neutral, parts = neutral_rows(tokenizer, count=FEW_NEUTRAL), [readable(part, tokenizer) for part in parts]
-    held_out = [HeldOut(steered, tokenizer, pairs=part, neutral=neutral, prefix=prefix) for part in parts]
->>>>>>> part-E
     with scaled(steered, 0.0):
         bases = [evaluate_base(examples, _NAMES) for examples in held_out]
     records = []

@@ -85,15 +85,16 @@ class Context:
 
     def _make_held_out(self, part: str) -> HeldOut:
         count = self.table.generations
-        neutral = {
-            TEST: neutral_rows(self.tokenizer),
-            VALIDATION: neutral_rows(self.tokenizer, "match", count=FEW_NEUTRAL),
-        }
+        # validation chooses on other neutral rows than those that are reported
+        if part == TEST:
+            neutral = neutral_rows(self.tokenizer)
+        else:
+            neutral = neutral_rows(self.tokenizer, "match", count=FEW_NEUTRAL)
         return HeldOut(
             self.model,
             self.tokenizer,
             pairs=self.rows(part),
-            neutral=neutral_rows(self.tokenizer) if part == TEST else few,
+            neutral=neutral,
             generations=count if self.scorer is not None else 0,
             neutral_generations=count,
             new_tokens=self.table.new_tokens,

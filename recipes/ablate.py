@@ -64,7 +64,8 @@ def main(
     store.check(cells)
     for task in loaded.tasks:  # refuses bad rows before anything is trained
         scorers.read(task.scorer)
-        context.splits(task)
+        if note := context.splits(task).note:
+            loaded.notes.append(f"{task.label}: {note}")
     for task in loaded.tasks if loaded.tables.generations else ():
         context.scorer(task)
     if not dry_run:

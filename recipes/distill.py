@@ -26,15 +26,16 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from datasets import Dataset
 
+from steertune.recipes.lab import trained_on
 from steertune.recipes.lab.arm import Arm, load_arm
 from steertune.recipes.lab.command_line import ArmName, Result, Threads, command
-from steertune.recipes.lab.data import load_model, load_splits
+from steertune.recipes.lab.data import has_template, load_data, load_model
 from steertune.recipes.lab.evaluate import evaluate, evaluate_base
 from steertune.recipes.lab.files import ArmError, read_rows, write_rows
 from steertune.recipes.lab.generation import check_context, generate, prompt_lengths
 from steertune.recipes.lab.ingredients.views import Views
 from steertune.recipes.lab.observe import Prompted, neutral_rows
-from steertune.recipes.lab.pages import Page, Section, Table, Text, write_page
+from steertune.recipes.lab.pages import Page, Section, Table, Text, escape, write_page
 from steertune.recipes.lab.pages.measured import comparison, generations
 from steertune.recipes.lab.progress import Bar, progress, track
 from steertune.recipes.lab.rows import BASE, Record
@@ -68,9 +69,19 @@ def run(arm: Arm, threads: int | None = None) -> Record:
     _check(arm)
     started = time.monotonic()
     folder, state = open_run(arm, "distill-", threads), PartialState()
-    train, test = load_splits(arm.data)
+    data = load_data(arm.data, partial(has_template, arm.model))
+    train, test = data.train, data.test
+    if not len(test):
+        raise ArmError(f"{data.note} Distillation is measured on held-out prompts: give more rows.")
     if missing := [rows.column_names for rows in (train, test) if "prompt" not in rows.column_names]:
         raise ArmError(f"data.name={arm.data.name!r}: distillation answers prompts, the rows have {missing[0]}.")
+    if "" in [*train["prompt"], *test["prompt"]]:
+        raise ArmError(
+            f"data.name={arm.data.name!r}: distillation answers prompts, and some rows have an empty one. Give a "
+            "column of prompts (`data.columns.prompt`)."
+        )
+    if state.is_main_process:
+        print(data.note)
     arm = _with_pool(arm, train)
     view = arm.get(Views).views()["good"].for_evaluation(train.to_list(), test.to_list())
     loaded: tuple[Any, Any] = load_model(arm.model)
@@ -94,7 +105,7 @@ def run(arm: Arm, threads: int | None = None) -> Record:
     adapted = trainer.accelerator.unwrap_model(trainer.model).eval()
 
     # the base, the same behind the prompt, and the distilled model, on the same rows
-    keys = {"task": Path(arm.data.name).name, "examples": arm.data.train, "seed": arm.data.seed}
+    keys = {"task": Path(arm.data.name).name, "examples": len(train), "seed": arm.data.seed}
     with bar.step("base model"):
         base = evaluate_base(held_out)
     with bar.step("prompted model"):
@@ -105,6 +116,7 @@ def run(arm: Arm, threads: int | None = None) -> Record:
     record = Record({"arm": arm.name, **keys}, base | distilled)
     record.facts = {
         **facts_of(training, held_out),
+        "split": data.note,
         "train_prompts": len(examples),
         "test_prompts": len(test_answers),
         "tokens": _tokens(tokenizer, view, test),
@@ -113,6 +125,7 @@ def run(arm: Arm, threads: int | None = None) -> Record:
     }
     trainer.save_model(str(folder / "adapter"))
     if state.is_main_process:
+        trained_on.write(folder / "adapter", trained_on.sets_of(data.train, data.by, data.train))
         written = write_page(page(record, prompted), folder)
         prompted.write(folder / "prompted.json")
         record.write(folder / "result.json")  # last: it says that the run is finished
@@ -189,8 +202,9 @@ def page(record: Record, prompted: Record) -> Page:
     )
     seen = {"base": record.seen(), "prompted": prompted.seen(1), "distilled": record.seen(1)}
     answers = generations(facts["prompts"], {name: [*one["answer"]] for name, one in seen.items() if "answer" in one})
+    notes = [escape(facts["split"]), *facts["notes"].values()]
     sections = [
-        Section("", [summary, *map(Text, facts["notes"].values()), Table(table, "measures")]),
+        Section("", [summary, *map(Text, notes), Table(table, "measures")]),
         *([Section("Generations (greedy)", answers)] if answers else []),
     ]
     return Page(f"{record.keys['arm']}: a prompt, distilled", sections)

@@ -96,12 +96,13 @@ class HeldOut:
     @cached_property
     def prompts(self) -> list[Any]:
         """The test prompts that are answered."""
-        return self.pairs["prompt"][: self.generations] if "prompt" in self.pairs.column_names else []
+        prompts = self.pairs["prompt"] if "prompt" in self.pairs.column_names else []
+        return [prompt for prompt in prompts if prompt][: self.generations]  # nothing answers an empty one
 
     @property
     def has_pairs(self) -> bool:
         """Whether the test rows are preference pairs."""
-        return {"chosen", "rejected"} <= set(self.pairs.column_names)
+        return len(self.pairs) > 0 and {"chosen", "rejected"} <= set(self.pairs.column_names)
 
     @property
     def base_neutral(self) -> list[Tensor]:

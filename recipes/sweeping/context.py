@@ -13,7 +13,9 @@ from steertune.recipes.lab import scorers
 from steertune.recipes.lab.evaluate import evaluate_base
 from steertune.recipes.lab.observe import HeldOut, neutral_rows
 from steertune.recipes.lab.rows import Record
+from steertune.recipes.lab.sources import Reading
 from steertune.recipes.lab.splits import load_splits
+from steertune.recipes.lab.trained_on import TrainedOn
 from steertune.recipes.sweeping.settings import SweepTable
 from steertune.trainers import FrozenPrefix
 
@@ -26,7 +28,7 @@ class Context:
     read once. Neutral text is halved between them.
 
     Args:
-        table: The sweep.
+        table: The sweep, as asked for; `table` of the context says how many rows there are.
         model: The base model.
         tokenizer: Its tokenizer.
 
@@ -35,12 +37,22 @@ class Context:
     """
 
     def __init__(self, table: SweepTable, model: Any, tokenizer: Any) -> None:
-        self.table, self.model, self.tokenizer = table, model, tokenizer
-        self.splits = load_splits(table.task, table.splits, table.train)
+        self.model, self.tokenizer = model, tokenizer
+        reading = Reading(table.columns, table.format, lambda: tokenizer.chat_template is not None)
+        self.splits = load_splits(table.task, table.splits, table.train, reading=reading, at_most=True)
+        # of a single file there may be fewer rows than asked for
+        sizes = {part: len(getattr(self.splits, part)) for part in ("validation", "scorer", "test")}
+        splits = table.splits.model_copy(update=sizes)
+        self.table = table.model_copy(update={"train": min(table.train, len(self.splits.pool)), "splits": splits})
         # a vector on the output of block i leaves i + 1 blocks as they were, what is inside it leaves i
         stops = {layer + extra for layer in table.layers for extra in (0, 1)}
         self.prefix = FrozenPrefix(_MEMO_GB, warn=False, stops=stops)
         self.held_out = cache(self._make_held_out)
+
+    def trained_on(self) -> list[TrainedOn]:
+        """What is kept of the rows that made and chose the adapter."""
+        train = self.splits.train(self.table.train, self.table.seed)
+        return [TrainedOn.of(rows, self.splits.by) for rows in (train, self.splits.validation)]
 
     def rows(self, part: str) -> Dataset:
         """The task's rows of a part."""

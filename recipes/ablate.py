@@ -68,7 +68,8 @@ def main(
     store.check(cells)
     for task in loaded.tasks:  # refuses bad rows before anything is trained
         scorers.read(task.scorer)
-        context.splits(task)
+        if note := context.splits(task).note:
+            loaded.notes.append(f"{task.label}: {note}")
     for arm in loaded.arms:
         check_training(arm.arm, DPOConfig)
     check_adapters([arm.arm for arm in loaded.arms])

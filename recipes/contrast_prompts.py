@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
+from functools import cache, partial
 from itertools import product
 from pathlib import Path
 from typing import Annotated, Any
@@ -39,11 +39,11 @@ from steertune.recipes.ablation.checks import check_draws
 from steertune.recipes.ablation.contrast_page import page
 from steertune.recipes.ablation.grid import find_tasks
 from steertune.recipes.ablation.tables import TaskTable
-from steertune.recipes.lab import measures
+from steertune.recipes.lab import measures, trained_on
 from steertune.recipes.lab.arm import Arm, known_tables, load_arm
 from steertune.recipes.lab.checks import check_adapters, check_training, check_trains
 from steertune.recipes.lab.command_line import Argument, Option, Result, Threads, command
-from steertune.recipes.lab.data import load_model
+from steertune.recipes.lab.data import load_model, model_has_template
 from steertune.recipes.lab.evaluate import evaluate, evaluate_base
 from steertune.recipes.lab.files import ArmError, read_result, read_toml, reasons, write_result
 from steertune.recipes.lab.forms import readable_splits
@@ -55,8 +55,10 @@ from steertune.recipes.lab.processes import begin
 from steertune.recipes.lab.progress import Bar, progress, track
 from steertune.recipes.lab.rehearsal import rehearse, rehearse_training
 from steertune.recipes.lab.rows import Record
+from steertune.recipes.lab.sources import Reading
 from steertune.recipes.lab.splits import SplitTable, load_splits
 from steertune.recipes.lab.tables import ModelTable
+from steertune.recipes.lab.trained_on import TrainedOn
 from steertune.recipes.lab.training import check_folder, claim, fit, make_trainer, training_of
 from steertune.trainers import get_view, share_weights
 
@@ -162,11 +164,12 @@ class Mixture:
             )
         self.arm = self._trained_arm()
         self.steering = [self._arm(name) for name in tables.steering]
-        self.splits = {
-            task.label: load_splits(task.name, tables.splits, rows, task.reverse, task.columns)
-            for tasks, rows in ((self.seen, tables.examples), (self.unseen, tables.pairs))
-            for task in tasks
-        }
+        chat = cache(partial(model_has_template, tables.model))
+        self.splits = {}
+        for tasks, rows in ((self.seen, tables.examples), (self.unseen, tables.pairs)):
+            for task in tasks:
+                reading = Reading(task.columns, task.format, chat)
+                self.splits[task.label] = load_splits(task.name, tables.splits, rows, task.reverse, reading)
 
     def _arm(self, name: str) -> Arm:
         arm = load_arm(name, recipe="contrast_prompts")
@@ -219,16 +222,17 @@ class Mixture:
 
     def _about(self) -> str:
         tables, seen = self.tables, ", ".join(task.label for task in self.seen)
+        divided = "".join(f" {splits.note}" for splits in self.splits.values() if splits.note)
         return (
             f"Arm `{tables.arm}` on {tables.examples} contrast prompts of each of {seen}; unseen tasks with "
-            f"{tables.pairs} pairs each, {tables.demonstrations} in a prompt, {len(tables.seeds)} draws."
+            f"{tables.pairs} pairs each, {tables.demonstrations} in a prompt, {len(tables.seeds)} draws.{divided}"
         )
 
     def contrast_prompts(self) -> Dataset:
         """Pairs of all seen tasks behind contrast prompts made of other pairs of the same task."""
         parts = []
         for task in self.seen:
-            rows = self.splits[task.label].train(self.tables.examples, 0, draw=task.draw)
+            rows = self._trained_rows(task)
             view = get_view("demonstrations", k=self.tables.demonstrations, contrast=True, pool=tuple(rows.to_list()))
             parts.append(Dataset.from_list([dict(row) for row in view(rows.to_list())]))
         return concatenate_datasets(parts).shuffle(seed=0)
@@ -239,12 +243,16 @@ class Mixture:
         if prompt == "plain":
             return splits.test
         seen = task in self.seen
-        pool = splits.train(tables.examples, 0, draw=task.draw) if seen else self._pairs(task, seed)
+        pool = self._trained_rows(task) if seen else self._pairs(task, seed)
         # no two tasks, such as one and its reverse, show the same rows
         number = seed * len(self.seen) + self.seen.index(task) if seen else seed
         options = {"k": tables.demonstrations, "seed": number, "pool": tuple(pool.to_list())}
         view = get_view("demonstrations", contrast=prompt == "contrast", **options)
         return Dataset.from_list([dict(row) for row in view(splits.test.to_list())])
+
+    def _trained_rows(self, task: TaskTable) -> Dataset:
+        """The rows of a seen task that contrast prompts are made of."""
+        return self.splits[task.label].train(self.tables.examples, 0, draw=task.draw)
 
     def _pairs(self, task: TaskTable, seed: int) -> Dataset:
         """What there is of an unseen task."""
@@ -276,6 +284,8 @@ class Mixture:
         fit(trainer, folder)
         trainer.save_model(str(folder / "adapter.part"))
         if PartialState().is_main_process:
+            parts = [(self._trained_rows(task), self.splits[task.label].by) for task in self.seen]
+            trained_on.write(folder / "adapter.part", [TrainedOn.of(rows, by) for rows, by in parts])
             write_checksums(folder / "adapter.part")
             (folder / "adapter.part").rename(home)
         return trainer.accelerator.unwrap_model(trainer.model).eval()

@@ -26,17 +26,18 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from datasets import Dataset
 
+from steertune.recipes.lab import trained_on
 from steertune.recipes.lab.arm import Arm, load_arm
 from steertune.recipes.lab.checks import check_start
 from steertune.recipes.lab.command_line import ArmName, Result, Threads, command
-from steertune.recipes.lab.data import load_model, load_splits
+from steertune.recipes.lab.data import load_data, load_model, model_has_template
 from steertune.recipes.lab.evaluate import evaluate, evaluate_base
 from steertune.recipes.lab.files import ArmError, read_rows, write_rows
 from steertune.recipes.lab.forms import notes_on_form, readable
 from steertune.recipes.lab.generation import check_context, generate, prompt_lengths
 from steertune.recipes.lab.ingredients.views import Views
 from steertune.recipes.lab.observe import Prompted, neutral_rows
-from steertune.recipes.lab.pages import Page, Section, Table, Text, write_page
+from steertune.recipes.lab.pages import Page, Section, Table, Text, escape, write_page
 from steertune.recipes.lab.pages.measured import comparison, generations
 from steertune.recipes.lab.pages.side_effects import side_effects
 from steertune.recipes.lab.progress import Bar, progress, track
@@ -72,14 +73,24 @@ def run(arm: Arm, threads: int | None = None) -> Record:
     _check(arm)
     started = time.monotonic()
     folder, state = open_run(arm, "distill-", threads), PartialState()
-    splits = load_splits(arm.data)
-    if missing := [rows.column_names for rows in splits if "prompt" not in rows.column_names]:
+    data = load_data(arm.data, partial(model_has_template, arm.model))
+    train, test = data.train, data.test
+    if not len(test):
+        raise ArmError(f"{data.note} Distillation is measured on held-out prompts: give more rows.")
+    if missing := [rows.column_names for rows in (train, test) if "prompt" not in rows.column_names]:
         raise ArmError(f"data.name={arm.data.name!r}: distillation answers prompts, the rows have {missing[0]}.")
-    answers = [name for name in ("chosen", "rejected") if name in splits[0].column_names]
-    check_start(_with_pool(arm, splits[0]), splits[0].remove_columns(answers))
+    if "" in [*train["prompt"], *test["prompt"]]:
+        raise ArmError(
+            f"data.name={arm.data.name!r}: distillation answers prompts, and some rows have an empty one. Give a "
+            "column of prompts (`data.columns.prompt`)."
+        )
+    if state.is_main_process:
+        print(data.note)
+    answers = [name for name in ("chosen", "rejected") if name in train.column_names]
+    check_start(_with_pool(arm, train), train.remove_columns(answers))
     loaded: tuple[Any, Any] = load_model(arm.model)
     model, tokenizer = loaded
-    train, test = (readable(rows, tokenizer) for rows in splits)
+    train, test = (readable(rows, tokenizer) for rows in (train, test))
     arm = _with_pool(arm, train)
     view = arm.get(Views).views()["good"].for_evaluation(train.to_list(), test.to_list())
     model.to(state.device)
@@ -96,7 +107,7 @@ def run(arm: Arm, threads: int | None = None) -> Record:
         test_answers = answered(arm, model, tokenizer, view, test, _TEST, folder / "test_answers.jsonl")
     held_out = held_out_of(arm, model, tokenizer, test, prompted=Prompted(view, test_answers))
 
-    notes = [*notes_on_form(splits[0], tokenizer), *rehearse_training(arm, model, tokenizer, examples)]
+    notes = [*notes_on_form(data.train, tokenizer), *rehearse_training(arm, model, tokenizer, examples)]
     training = training_of(arm, share_weights(model), tokenizer, examples, folder, held_out=[test])
     training.notes |= {"rows": " ".join(notes)} if notes else {}
     with bar.step("training", 3):
@@ -105,7 +116,7 @@ def run(arm: Arm, threads: int | None = None) -> Record:
     adapted = trainer.accelerator.unwrap_model(trainer.model).eval()
 
     # the base, the same behind the prompt, and the distilled model, on the same rows
-    keys = {"task": Path(arm.data.name).name, "examples": arm.data.train, "seed": arm.data.seed}
+    keys = {"task": Path(arm.data.name).name, "examples": len(train), "seed": arm.data.seed}
     with bar.step("base model"):
         base = evaluate_base(held_out)
     with bar.step("prompted model"):
@@ -116,6 +127,7 @@ def run(arm: Arm, threads: int | None = None) -> Record:
     record = Record({"arm": arm.name, **keys}, base | distilled)
     record.facts = {
         **facts_of(training, held_out),
+        "split": data.note,
         "train_prompts": len(examples),
         "test_prompts": len(test_answers),
         "tokens": _tokens(tokenizer, view, test),
@@ -124,6 +136,7 @@ def run(arm: Arm, threads: int | None = None) -> Record:
     }
     trainer.save_model(str(folder / "adapter"))
     if state.is_main_process:
+        trained_on.write(folder / "adapter", trained_on.sets_of(data.train, data.by, data.train))
         written = write_page(page(record, prompted), folder)
         prompted.write(folder / "prompted.json")
         record.write(folder / "result.json")  # last: it says that the run is finished
@@ -200,8 +213,9 @@ def page(record: Record, prompted: Record) -> Page:
     )
     seen = {"base": record.seen(), "prompted": prompted.seen(1), "distilled": record.seen(1)}
     answers = generations(facts["prompts"], {name: [*one["answer"]] for name, one in seen.items() if "answer" in one})
+    notes = [escape(facts["split"]), *facts["notes"].values()]
     sections = [
-        Section("", [summary, *map(Text, facts["notes"].values())]),
+        Section("", [summary, *map(Text, notes)]),
         Section(
             "Effect and side effects", [*side_effects(seen, "model"), Text("Every measure:"), Table(table, "measures")]
         ),

@@ -29,20 +29,25 @@ from steertune.recipes.lab import embedded
 from steertune.recipes.lab.command_line import (
     Argument,
     Base,
+    ColumnNames,
     Count,
     Device,
     DType,
     Option,
     Result,
     Threads,
+    columns_of,
     command,
 )
-from steertune.recipes.lab.data import BUILDERS, load_split, load_steered
+from steertune.recipes.lab.data import load_steered
 from steertune.recipes.lab.files import ArmError, nearest, write_whole
-from steertune.recipes.lab.forms import readable, written
+from steertune.recipes.lab.forms import has_template, readable, written
 from steertune.recipes.lab.generation import broken_rows, check_context, check_strength
+from steertune.recipes.lab.held_out import held_out_rows
 from steertune.recipes.lab.processes import begin, default_device
 from steertune.recipes.lab.progress import progress, track
+from steertune.recipes.lab.reading import BUILDERS
+from steertune.recipes.lab.sources import Reading
 from steertune.recipes.lab.task_files import SUFFIXES, check_task_file, check_task_folder, sandboxed
 from steertune.trainers import NonFiniteError, scaled
 
@@ -55,6 +60,7 @@ def main(
     folder: Annotated[Path, Argument(help="adapter folder")],
     tasks: Annotated[list[str], Option(help="see above", metavar="TASK ...")],
     strengths: Annotated[list[float], Option(help="of the vector", metavar="NUMBER ...")] = STRENGTHS,
+    columns: ColumnNames = None,
     include: Annotated[Path | None, Option(help="a folder with more task files for lm-eval")] = None,
     model: Base = None,
     dtype: DType = "float32",
@@ -78,8 +84,15 @@ def main(
     steered, tokenizer, _ = load_steered(folder, model, dtype)
     steered = steered.to(device or default_device())
     settings = {"num_fewshot": fewshot, "limit": limit, "apply_chat_template": chat}
+    # rows that the adapter was trained on are refused before anything runs
+    reading = Reading(columns_of(columns), chat=lambda: has_template(tokenizer))
+    pairs = {}
+    for name in tasks:
+        if is_pairs(name):
+            pairs[name], note = held_out_rows(name, [folder], reading)
+            print(f"{name}: {len(pairs[name])} rows. {note}".strip(), file=sys.stderr)
     with progress("Benchmarks"), nullcontext() if run_task_code else sandboxed():
-        metrics = evaluate(steered, tokenizer, tasks, strengths, include, batch, **settings)
+        metrics = evaluate(steered, tokenizer, tasks, strengths, include, batch, pairs, **settings)
     if output is not None:
         write_whole(output, json.dumps(metrics, indent=1))
     return Result(metrics, table(metrics))
@@ -133,6 +146,7 @@ def evaluate(
     strengths: Sequence[float] = (0.0, 1.0),
     include: Path | None = None,
     batch_size: int = _BATCH,
+    pairs: Mapping[str, Dataset] | None = None,
     **settings: Any,
 ) -> dict[str, dict[str, dict[str, float]]]:
     """lm-eval's metrics at each strength.
@@ -144,6 +158,7 @@ def evaluate(
         strengths: Of the vector; 0 is the base model.
         include: A folder with more task files.
         batch_size: Rows at a time.
+        pairs: Task -> its test rows, where they are read already.
         settings: Further arguments of `lm_eval.simple_evaluate`.
 
     Returns:
@@ -163,7 +178,7 @@ def evaluate(
         )
     for strength in strengths:
         check_strength(model, strength)
-    manager, found_tasks = _tasks(tasks, model, tokenizer, include)
+    manager, found_tasks = _tasks(tasks, model, tokenizer, include, pairs or {})
     wrapped: Any = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)  # pyright: ignore
     run_tasks: Any = simple_evaluate
     found = {}
@@ -196,7 +211,9 @@ def finite_logits(model: PeftModel) -> Iterator[None]:
         handle.remove()
 
 
-def _tasks(names: Sequence[str], model: Any, tokenizer: Any, include: Path | None) -> tuple[Any, list[Any]]:
+def _tasks(
+    names: Sequence[str], model: Any, tokenizer: Any, include: Path | None, pairs: Mapping[str, Dataset]
+) -> tuple[Any, list[Any]]:
     """lm-eval's index, and what to ask it for."""
     from lm_eval.tasks import TaskManager
 
@@ -204,8 +221,8 @@ def _tasks(names: Sequence[str], model: Any, tokenizer: Any, include: Path | Non
     asked = []  # of lm-eval's index, whose built-in part takes seconds to read
     for name in names:
         suffix = Path(name).suffix
-        if name in embedded.task_names() or suffix in BUILDERS:
-            found.append(pair_task(name, model, tokenizer))
+        if is_pairs(name):
+            found.append(pair_task(name, model, tokenizer, pairs.get(name)))
         elif suffix in SUFFIXES:
             if not Path(name).is_file():
                 raise ArmError(f"--tasks {name}: there is no such file.")
@@ -221,18 +238,26 @@ def _tasks(names: Sequence[str], model: Any, tokenizer: Any, include: Path | Non
     return manager, found
 
 
-def pair_task(name: str, model: Any, tokenizer: Any) -> dict[str, Any]:
+def is_pairs(name: str) -> bool:
+    """Whether a task is an embedded one, or a file or folder of pairs."""
+    return name in embedded.task_names() or Path(name).suffix in BUILDERS or Path(name).is_dir()
+
+
+def pair_task(name: str, model: Any, tokenizer: Any, rows: Dataset | None = None) -> dict[str, Any]:
     """The test split of pairs as a task for lm-eval: which answer is likelier, `acc`; by its length, `acc_norm`.
 
     Args:
-        name: An embedded task, or a file with the columns prompt, chosen and rejected.
+        name: An embedded task, or a file or folder of pairs.
         model: Which says how much it reads.
         tokenizer: Prompts that are messages are asked through its chat template; without one, as plain text.
+        rows: Its test rows, where they are read already.
 
     Raises:
         ArmError: no such data, no pairs with a prompt, or rows that are longer than the model's context.
     """
-    rows = readable(load_split(name, "test"), tokenizer)
+    if rows is None:
+        rows, _ = held_out_rows(name, [])
+    rows = readable(rows, tokenizer)
     if missing := {"prompt", "chosen", "rejected"} - set(rows.column_names):
         raise ArmError(
             f"--tasks {name}: pairs need the columns prompt, chosen and rejected; {sorted(missing)} missing."

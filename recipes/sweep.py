@@ -33,15 +33,17 @@ from steertune.adapters import directions
 from steertune.adapters.blocks import find_blocks, resolve_layers
 from steertune.adapters.card import versions, write_card
 from steertune.adapters.types import Site
-from steertune.recipes.lab import scorers
+from steertune.recipes.lab import scorers, trained_on
 from steertune.recipes.lab.checks import check_adapters, check_training, check_trains, skeleton
 from steertune.recipes.lab.command_line import (
     Argument,
     Choice,
+    ColumnNames,
     Option,
     Result,
     Threads,
     arm_names,
+    columns_of,
     command,
 )
 from steertune.recipes.lab.data import load_model
@@ -93,6 +95,7 @@ def main(
     ] = LAYERS,
     strengths: Annotated[list[float], Option(help="negative ones too, but not 0", metavar="NUMBER ...")] = STRENGTHS,
     sites: Annotated[list[str], Option(help="of block, attention and mlp", metavar="SITE ...")] = SITES,
+    columns: ColumnNames = None,
     model: Annotated[
         str | None, Option(help="embedded, a local folder or a Hub name (embedded, or the arm's)")
     ] = None,
@@ -136,13 +139,14 @@ def run(options: SimpleNamespace, overrides: list[str], words: Sequence[str]) ->
     folder = options.folder or default_folder(f"sweep-{name}", table.task)
     check_folder(folder, table)
     context = Context(table, *load_model(table.model))  # refuses bad rows before anything is written
-    notes = context.rehearse()
+    table, notes = context.table, context.rehearse()
     note = context.scorer.note if context.scorer is not None else None
     claim(folder, table, main_process=True)
     print("\n".join([_plan(table, context), *notes]), file=sys.stderr)
 
     # validation rows choose; only what they chose is seen on test rows, and saved
-    result = Sweep(table, measure(context, folder), as_typed(words), note, versions(), notes=tuple(notes))
+    notes = tuple(notes)
+    result = Sweep(table, measure(context, folder), as_typed(words), note, versions(), context.splits.note, notes)
     if (setting := result.choice.setting) is not None:
         held_out = context.held_out(TEST)
         adapter = Source(context).model(cast(Site, setting.site), setting.layer, home_of(folder, setting))
@@ -150,6 +154,7 @@ def run(options: SimpleNamespace, overrides: list[str], words: Sequence[str]) ->
         test.observations |= evaluate(adapter, held_out, strengths=[setting.strength])
         bake(adapter, setting.strength)
         adapter.save_pretrained(str(folder / "adapter"))
+        trained_on.write(folder / "adapter", context.trained_on())
         asked = [*map(plain, held_out.prompts)], held_out.neutral["prompt"][: table.generations]
         result = replace(result, test=test, prompts=tuple(asked[0]), neutral_prompts=tuple(map(plain, asked[1])))
     result = replace(result, seconds=time.monotonic() - started)
@@ -157,7 +162,7 @@ def run(options: SimpleNamespace, overrides: list[str], words: Sequence[str]) ->
     if setting is not None:
         write_card(
             folder / "adapter",
-            card(table, result.tested, result.choice.reason, table_markdown(on_test(result.tested))),
+            card(result, table_markdown(on_test(result.tested))),
         )
     write_result(folder / "result.json", result.to_json())  # last: it says that the sweep is finished
     return result, page
@@ -188,6 +193,8 @@ def request(options: SimpleNamespace, overrides: list[str]) -> SweepTable:
         layers = resolve_layers(layers, len(find_blocks(skeleton(wanted))))
         table = SweepTable(
             task=options.task,
+            columns=columns_of(options.columns) or ({} if arm is None else arm.data.columns),
+            format="auto" if arm is None else arm.data.format,
             model=wanted,
             direction=direction,
             arm=arm,
@@ -278,7 +285,8 @@ def _plan(table: SweepTable, context: Context) -> str:
         + (f" × sites {table.sites}" if table.sites != ["block"] else "")
         + f", {cells} settings\n"
         f"  {table.train} training, {table.splits.validation} validation and {table.splits.test} test pairs\n"
-        f"  about {base * (above * len(table.strengths) + 3) / 60:.0f} to {base * (cells + 3) / 60:.0f} minutes"
+        + (f"  {context.splits.note}\n" if context.splits.note else "")
+        + f"  about {base * (above * len(table.strengths) + 3) / 60:.0f} to {base * (cells + 3) / 60:.0f} minutes"
         + (", and training at every layer" if table.arm is not None else "")
     )
 

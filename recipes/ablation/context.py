@@ -11,13 +11,14 @@ from datasets import Dataset
 
 from steertune.recipes.ablation.grid import Cell, Grid
 from steertune.recipes.ablation.tables import TaskTable
-from steertune.recipes.lab.data import load_model, load_split
-from steertune.recipes.lab.forms import notes_on_form, readable, readable_splits
+from steertune.recipes.lab.data import load_model
+from steertune.recipes.lab.forms import has_template, notes_on_form, readable, readable_splits
 from steertune.recipes.lab.generation import check_context, prompt_lengths
 from steertune.recipes.lab.ingredients import Training
 from steertune.recipes.lab.ingredients.prompt import Prompt
 from steertune.recipes.lab.observe import HeldOut, Show, neutral_rows
 from steertune.recipes.lab.scorers import Scorer, fit
+from steertune.recipes.lab.sources import Reading, load_split
 from steertune.recipes.lab.splits import Splits, load_splits
 from steertune.recipes.lab.tables import ModelTable
 from steertune.recipes.lab.training import training_of
@@ -137,7 +138,8 @@ class Context:
 
     def _load_splits(self, label: str) -> Splits:
         task, tables = self._tasks[label], self.grid.tables
-        splits = load_splits(task.name, tables.splits, max(tables.examples), task.reverse, task.columns)
+        reading = Reading(task.columns, task.format, lambda: has_template(self.tokenizer))
+        splits = load_splits(task.name, tables.splits, max(tables.examples), task.reverse, reading)
         return readable_splits(splits, self.tokenizer)
 
     def _fit_scorer(self, label: str) -> Scorer:

@@ -16,6 +16,7 @@ from steertune.recipes.lab import measures
 from steertune.recipes.lab.arm import Arm, known
 from steertune.recipes.lab.files import ArmError, read_toml
 from steertune.recipes.lab.splits import SplitTable
+from steertune.recipes.lab.tables import Part
 
 
 class Card(BaseModel, extra="forbid", strict=True):
@@ -109,8 +110,11 @@ class TaskTable(BaseModel, extra="forbid", strict=True):
     name: str
     label: str = ""
     reverse: bool = False
-    columns: dict[Literal["prompt", "chosen", "rejected"], str] = {}
-    """Pairs made of other columns: what each side says, with `{column}` for a row's text (the first, of a list)."""
+    columns: dict[Part, str] = {}
+    """Pairs made of other columns: the name of a column, or a text with `{column}` for a row's text (the first, of a
+    list). Left out: columns are recognised."""
+    format: Literal["auto", "conversation", "text"] = "auto"
+    """What texts become, as in `[data]` of an arm."""
     draw: int = Field(default=0, ge=0)
     """Which of several draws of training sets: tasks made of the same rows need one each, or they train on the same
     examples and are no further evidence."""

@@ -36,6 +36,7 @@ from steertune.recipes.lab.files import ArmError, nearest
 from steertune.recipes.lab.keys import Key, arm_keys, meant, split_overrides
 from steertune.recipes.lab.paths import CONFIGS
 from steertune.recipes.lab.secrets import holds_secret, masked
+from steertune.recipes.lab.tables import Part
 
 T = TypeVar("T")
 INTERRUPTED = 130
@@ -91,6 +92,35 @@ Base = Annotated[str | None, Option(help="base model: embedded, a local folder o
 """`--model` of every command that loads an adapter."""
 DType = Annotated[Literal["float32", "bfloat16", "float16"], Option(help="number format of the base model")]
 Device = Annotated[str | None, Option(help="where the model runs (cuda if there is a GPU, else cpu)")]
+
+
+ColumnNames = Annotated[
+    list[str] | None,
+    Option(
+        help="what each part of an example is: prompt=question chosen=good rejected=bad, each the name of a column or "
+        "a text with {column} (recognised)",
+        metavar="PART=COLUMN ...",
+    ),
+]
+"""`--columns` of every command that reads examples and takes no arm."""
+
+
+def columns_of(words: Sequence[str] | None) -> dict[Part, str]:
+    """What `--columns` says.
+
+    Raises:
+        ArmError: a word is not written as `part=column`, or names another part.
+    """
+    columns: dict[Part, str] = {}
+    for word in words or ():
+        part, equals, column = word.partition("=")
+        if not equals or part not in get_args(Part):
+            raise ArmError(
+                f"--columns {word!r} must be written PART=COLUMN, where PART is one of {', '.join(get_args(Part))}."
+                f"{nearest(part, get_args(Part))}"
+            )
+        columns[part] = column  # pyright: ignore[reportArgumentType]
+    return columns
 
 
 def arm_names(incomplete: str) -> list[str]:

@@ -103,12 +103,13 @@ class HeldOut:
     @cached_property
     def prompts(self) -> list[Any]:
         """The test prompts that are answered."""
-        return self.pairs["prompt"][: self.generations] if "prompt" in self.pairs.column_names else []
+        prompts = self.pairs["prompt"] if "prompt" in self.pairs.column_names else []
+        return [prompt for prompt in prompts if prompt][: self.generations]  # nothing answers an empty one
 
     @property
     def has_pairs(self) -> bool:
         """Whether the test rows are preference pairs."""
-        return {"chosen", "rejected"} <= set(self.pairs.column_names)
+        return len(self.pairs) > 0 and {"chosen", "rejected"} <= set(self.pairs.column_names)
 
     def base_logps(self, rows: Literal["neutral", "matching"]) -> list[Tensor]:
         """Per neutral row, the base model's log-probabilities, `(T, V)`. Computed once."""

@@ -47,7 +47,7 @@ def rehearse(held_out: HeldOut) -> None:
     # one row of each kind goes through every observer; a scorer may be somebody's paid service
     one = replace(
         held_out,
-        pairs=held_out.pairs.select([0]),
+        pairs=held_out.pairs.select(range(min(1, len(held_out.pairs)))),
         neutral=held_out.neutral.select([0]),
         generations=min(1, held_out.generations),
         neutral_generations=min(1, held_out.neutral_generations),

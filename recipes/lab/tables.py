@@ -5,6 +5,7 @@ The text under a field is what `steertune train --help` says of it.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -14,6 +15,10 @@ PathName = Annotated[str, Field(min_length=1, pattern=r"^[^\x00]+$")]
 """A path or a Hub name: not empty, and without NUL, which no file system takes."""
 LARGEST = 2**31 - 1
 """The largest count: more overflows inside libraries."""
+
+Part = Literal["prompt", "chosen", "rejected", "completion"]
+Columns = Mapping[Part, str]
+"""What each part of an example is: the name of a column, or a text with `{column}` for what stands there."""
 
 
 class Table(BaseModel):
@@ -49,11 +54,21 @@ class DataTable(Table):
     """`[data]`: the examples."""
 
     name: PathName
-    """An embedded task, a Hub name, or a local file or folder (json, jsonl, csv, parquet)."""
+    """An embedded task, a Hub name, or a local file or folder (json, jsonl, csv, parquet). One file is divided: a
+    fifth of its rows, 8 at least, is held out."""
+    columns: dict[Part, str] = {}
+    """Column of each part: prompt, chosen, rejected, completion; or a text with `{column}`. Left out: recognised."""
+    format: Literal["auto", "conversation", "text"] = "auto"
+    """What texts become: messages, or plain text. `auto`: texts of named or recognised columns become messages where
+    the model has a chat template, and others stay what they are."""
     train: int = Field(default=32, ge=1, le=LARGEST)
-    """Number of training examples."""
+    """Number of training examples; of one file at most as many as there are."""
     test: int = Field(default=40, ge=1, le=LARGEST)
-    """Number of test examples."""
+    """Number of test examples; of one file at most as many as there are."""
+    near_duplicates: float = Field(default=0.8, gt=0, le=1)
+    """Prompts that are at least so similar must not stand in training and test data; 1: only the same words."""
+    drop_near_duplicates: bool = False
+    """Drop training examples that resemble a test example, in place of an error."""
     train_split: PathName = "train"
     """Split that training examples are drawn from."""
     test_split: PathName = "test"

@@ -43,6 +43,7 @@ class Sweep:
         command: That ran it.
         scorer: How the behaviour was scored; None: it was not.
         versions: Of the packages.
+        split: How one file was divided; empty where there were several.
         test: The recommended setting on test rows; None: no setting is recommended.
         prompts: Test prompts that were answered, as plain text, and
         neutral_prompts: neutral ones.
@@ -55,6 +56,7 @@ class Sweep:
     command: str
     scorer: str | None
     versions: str
+    split: str = ""
     test: Record | None = None
     prompts: tuple[str, ...] = ()
     neutral_prompts: tuple[str, ...] = ()
@@ -90,6 +92,7 @@ class Sweep:
             "test": None if self.test is None else self.test.to_json(),
             "scorer": self.scorer,
             "versions": self.versions,
+            "split": self.split,
             "seconds": self.seconds,
         }
 
@@ -259,10 +262,11 @@ def _use(setting: Setting) -> list[Block]:
 def _how(result: Sweep) -> Section:
     table = result.table
     one = "as long as the mean difference of the two answers there" if table.arm is None else "as trained"
+    split = f" {escape(result.split)}" if result.split else ""
     scorer = f" Behaviour in generation: {escape(result.scorer)}." if result.scorer else ""
     text = (
         f"{table.train} training pairs, {table.splits.validation} validation and {table.splits.test} test pairs of "
-        f"`{Path(table.task).name}`; base `{table.model.name}`. Strength 1 is {one}. Settings are chosen on "
+        f"`{Path(table.task).name}`.{split} Base `{table.model.name}`. Strength 1 is {one}. Settings are chosen on "
         f"validation rows and on half of the neutral text. Differences have 95 % intervals over these rows.{scorer}"
     )
     time = f"{len(result.records) * len(table.strengths)} settings in {result.seconds / 60:.0f} minutes."

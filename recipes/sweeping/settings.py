@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, Field, field_validator
 
@@ -14,7 +14,7 @@ from steertune.recipes.lab.arm import Arm, load_arm, make_arm
 from steertune.recipes.lab.files import ArmError
 from steertune.recipes.lab.ingredients import check_recipe
 from steertune.recipes.lab.splits import SplitTable
-from steertune.recipes.lab.tables import ModelTable
+from steertune.recipes.lab.tables import ModelTable, Part
 
 SCALABLE = ("steering_vector", "lora")
 
@@ -34,6 +34,8 @@ class SweepTable(BaseModel, extra="forbid", strict=True):
     """The whole request; `config.json` of the sweep's folder."""
 
     task: str
+    columns: dict[Part, str] = {}
+    format: Literal["auto", "conversation", "text"] = "auto"
     model: ModelTable
     direction: str | None = None
     """A file of `adapters/directions/`, or"""

@@ -91,10 +91,11 @@ def load_splits(table: DataTable) -> tuple[Dataset, Dataset]:
         ArmError: an unknown name, a missing split, too few rows.
     """
     train, test = (load_split(table.name, split) for split in (table.train_split, table.test_split))
-    for rows, asked, split in ((train, table.train, table.train_split), (test, table.test, table.test_split)):
+    count = table.train * table.times
+    for rows, asked, split in ((train, count, table.train_split), (test, table.test, table.test_split)):
         if len(rows) < asked:
             raise ArmError(f"data.{split}: {asked} rows asked, {table.name!r} has {len(rows)}. Ask for fewer.")
-    train = train.shuffle(seed=table.seed).select(range(table.train))
+    train = train.shuffle(seed=table.seed).select(range(count))
     return (shuffled_pairs(train) if table.pairing == "shuffled" else train), test.select(range(table.test))
 
 

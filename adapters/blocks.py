@@ -132,3 +132,9 @@ def site_name(block_name: str, block: nn.Module, site: Site) -> str:
         kinds = {n: type(child).__name__ for n, child in block.named_children()}
         raise ValueError(f"Cannot tell the {site} of {block_name} ({type(block).__name__}) among {kinds}. {_ESCAPE}")
     return f"{block_name}.{children[0]}"
+
+
+def index_of(name: str) -> int:
+    """The block's index: the first number in the module's name."""
+    match = re.search(r"\.(\d+)(?:\.|$)", f".{name}")
+    return int(match[1]) if match else 0

@@ -16,7 +16,7 @@ from .fingerprint import check_fingerprint_form
 from .registration import AUTO, PEFT_TYPE
 from .registry import choose, did_you_mean, file_names
 from .saved import check_adapter_folder, checksum_of, drop_undeclared, local_folder, read_config
-from .types import NORMS_WITH_VALUE, Form, Layers, Norm, Positions, Site
+from .types import CONSTANT_FORMS, NORMS_WITH_VALUE, Form, Layers, Norm, Positions, Site
 
 _DIRECTIONS = Path(__file__).parent / "directions"
 
@@ -33,8 +33,11 @@ class SteeringVectorConfig(PeftConfig):
             `bias` `h + v` (ActAdd, Turner et al. 2308.10248; CAA, Rimsky et al. 2312.06681: a rank-one,
             input-independent update); `gated` `h + relu(w·h + b) v` (PSR, 2605.03907); `linear` `h + (w·h + b) v`;
             `low_rank` `h + Vᵀ(Wh + b)` with `rank` rows (DiReFT, Wu et al. 2404.03592). Every form starts as the
-            `bias` form with the same vector (`w = 0`, `b = 1` for the first row).
-        rank: Rows of `low_rank`; 1 for every other form.
+            `bias` form with the same vector (`w = 0`, `b = 1` for the first row). `span` `h + Σ cₖ bₖ`: only the
+            coefficients c of existing vectors bₖ are trained, a few numbers that need few examples.
+        rank: Rows of `low_rank`; filled in for `span`; 1 for every other form.
+        basis: The existing vectors of `span`: adapter folders, or one folder that holds them. They are read when the
+            adapter is made, and saved with it.
         layers: Blocks counted from 0: an index, a fraction of the depth in [0, 1) (`0.5` of 30 layers is layer 15),
             a list of either, or `"all"`. After injection this holds the resolved indices.
         tied: One vector shared by all chosen layers.
@@ -42,8 +45,10 @@ class SteeringVectorConfig(PeftConfig):
         norm: What the vector's length may do. `free`; `fixed` length `norm_value`; `capped`: the change at any
             position is at most `norm_value` long (Dunefsky & Cohan 2502.18862); `relative`: length is `norm_value`
             times the mean norm of the residual stream there (see `residual_norms`); `preserve`: free, and the steered
-            state is rescaled to its old norm (ICV, Liu et al. 2311.06668).
+            state is rescaled to its old norm (ICV, Liu et al. 2311.06668); `learned`: `s · v / |v|`, whose length s is
+            trained beside the direction (PrOSV, 2605.05983).
         norm_value: Length (`fixed`, `capped`) or share (`relative`).
+        length_rate: The learning rate of the length (`learned`), in learning rates of the direction.
         residual_norms: Mean norm of the residual stream per layer (key: the layer's index as a string). Needed by
             `norm="relative"`; the trainers and `Direction.write` fill it in.
         positions: Tokens that are steered: `all`, `completion`, `prompt` or `last_prompt`. Where the prompt ends is
@@ -75,11 +80,13 @@ class SteeringVectorConfig(PeftConfig):
 
     form: Form = field(default="bias")
     rank: int = field(default=1)
+    basis: str | list[str] | None = field(default=None)
     layers: Layers = field(default=2 / 3)
     tied: bool = field(default=False)
     site: Site = field(default="block")
     norm: Norm = field(default="free")
     norm_value: float | None = field(default=None)
+    length_rate: float = field(default=1.0)
     residual_norms: dict[str, float] | None = field(default=None)
     positions: Positions = field(default="all")
     init: str = field(default="zeros")
@@ -105,8 +112,10 @@ class SteeringVectorConfig(PeftConfig):
         self._check_types()
         if not isinstance(self.rank, int) or isinstance(self.rank, bool) or self.rank < 1:
             raise ValueError(f"rank={self.rank!r} is not a whole number from 1.")
-        if self.rank > 1 and self.form != "low_rank":
+        if self.rank > 1 and self.form not in ("low_rank", "span"):
             raise ValueError(f"rank={self.rank} with form={self.form!r}: rank > 1 is what form='low_rank' is for.")
+        if self.basis is not None and self.form != "span":
+            raise ValueError(f"form={self.form!r} has no basis, got basis={self.basis!r}. Set form='span'.")
 
     def to_dict(self) -> dict[str, Any]:
         """Like the parent; the task is None while the model is not known."""
@@ -120,14 +129,19 @@ class SteeringVectorConfig(PeftConfig):
 
     @property
     def parameter_names(self) -> tuple[str, ...]:
-        """The parameters one steered layer holds: `v`, and for input-dependent forms `w` and `b`."""
-        return ("v",) if self.form == "bias" else ("v", "w", "b")
+        """The parameters one steered layer holds: `v`, and for input-dependent forms `w` and `b`.
+
+        For `span`, v holds the coefficients and w the fixed vectors; for `norm="learned"`, b holds the length.
+        """
+        if self.form in CONSTANT_FORMS:
+            return ("v", *(["w"] if self.form == "span" else []), *(["b"] if self.norm == "learned" else []))
+        return ("v", "w", "b")
 
     def parameter_shape(self, name: str, d: int) -> tuple[int, ...]:
         """Shape of parameter `v`, `w` or `b` in a residual stream of width `d`."""
-        if name == "b":
+        if name == "b" or (name == "v" and self.form == "span"):
             return (self.rank,)
-        return (self.rank, d) if self.form == "low_rank" else (d,)
+        return (self.rank, d) if self.form in ("low_rank", "span") else (d,)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any):
@@ -144,6 +158,7 @@ class SteeringVectorConfig(PeftConfig):
         hub_options = cls._split_kwargs(kwargs)[0]
         check_adapter_folder(local_folder(pretrained_model_name_or_path, subfolder, **hub_options), config)
         config.checksum = None  # it describes the file, and the vector may change
+        config.basis = [] if config.form == "span" else None  # its vectors are in the file
         return config
 
     @classmethod
@@ -193,7 +208,15 @@ class SteeringVectorConfig(PeftConfig):
             raise ValueError(f"norm={self.norm!r} needs a finite norm_value > 0, got {self.norm_value!r}.")
         if self.norm not in NORMS_WITH_VALUE and self.norm_value is not None:
             raise ValueError(f"norm={self.norm!r} takes no norm_value, got {self.norm_value!r}. Remove it.")
-        if self.norm in ("fixed", "relative"):
+        if not (_is_finite(self.length_rate) and self.length_rate > 0):
+            raise ValueError(f"length_rate={self.length_rate!r} must be a finite number above 0.")
+        if self.length_rate != 1 and self.norm != "learned":
+            raise ValueError(f"norm={self.norm!r} trains no length, got length_rate={self.length_rate}. Remove it.")
+        if self.norm == "learned" and self.form != "bias":
+            raise ValueError(f"norm='learned' is defined for form='bias', got form={self.form!r}.")
+        if self.form == "span" and self.norm in ("fixed", "relative"):
+            raise ValueError(f"norm={self.norm!r} is defined for one write vector, not for form='span'.")
+        if self.norm in ("fixed", "relative", "learned"):
             if self.init == "zeros" or self.init_scale == 0:
                 raise ValueError(
                     f"norm={self.norm!r} needs a direction to start from, got init={self.init!r} times "
@@ -204,7 +227,13 @@ class SteeringVectorConfig(PeftConfig):
 
     def _check_types(self) -> None:
         """Check the types of values that PEFT and JSON accept without a check."""
-        kinds = {"tied": bool, "target_modules": str | None, "checksum": str | None, "init": str}
+        kinds = {
+            "basis": str | list | None,
+            "tied": bool,
+            "target_modules": str | None,
+            "checksum": str | None,
+            "init": str,
+        }
         for name, kind in kinds.items():
             if not isinstance(value := getattr(self, name), kind):
                 expected = getattr(kind, "__name__", str(kind))

@@ -5,6 +5,7 @@ Every form is `change(h) = gate(h) · V` with write vectors `V` of shape `(rank,
 | form | gate(h) |
 |---|---|
 | `bias` | 1 |
+| `span` | 1, and `V = Σ cₖ bₖ` over fixed vectors bₖ |
 | `gated` | relu(w·h + b) |
 | `linear` | w·h + b |
 | `low_rank` | Wh + b, `rank` of them |
@@ -15,7 +16,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .types import Form
+from .types import CONSTANT_FORMS, Form
 
 _TINY = 1e-12
 
@@ -40,16 +41,16 @@ def change(form: Form, hidden: Tensor, v: Tensor, w: Tensor | None = None, b: Te
     """The change of the residual stream at strength 1, in fp32 (fp64 on an fp64 base).
 
     Args:
-        form: One of the four forms.
+        form: One of the forms.
         hidden: Residual states, `(batch, tokens, d)`.
         v: Write vector(s), `(d,)` or `(rank, d)`.
-        w: Read vector(s), same shape as `v`; None for `bias`.
-        b: Gate offsets, `(rank,)`; None for `bias`.
+        w: Read vector(s), same shape as `v`; None for a form that adds a constant.
+        b: Gate offsets, `(rank,)`; the same.
 
     Returns:
-        `(d,)` for `bias`, else `(batch, tokens, d)`.
+        `(d,)` for a form that adds a constant, else `(batch, tokens, d)`.
     """
-    if form == "bias":
+    if form in CONSTANT_FORMS:
         return v
     assert w is not None and b is not None
     d, exact = v.shape[-1], torch.promote_types(hidden.dtype, torch.float32)

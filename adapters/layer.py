@@ -18,7 +18,7 @@ from .forms import change, null
 from .norms import cap, preserve, write_vector
 from .positions import PromptBoundary
 from .saved import check_tensor
-from .types import Strength
+from .types import CONSTANT_FORMS, Strength
 
 BASE_ROW = "__base__"  # PEFT's name, in `adapter_names`, for a row without an adapter
 
@@ -63,6 +63,16 @@ class Vector(nn.Module):
         exact = weight.float() if self.exact is None else self.exact.to(weight.device)
         rounded_only = torch.equal(exact.to(weight.dtype), weight)
         weight.data = exact.clone() if rounded_only else weight.data.float()
+
+
+class Frozen(Vector):
+    """Vectors that are saved with the adapter and never trained: a buffer, because PEFT trains every parameter."""
+
+    def __init__(self, shape: tuple[int, ...], device: torch.device) -> None:
+        super().__init__(shape, device)
+        weight = self.weight.detach()
+        del self.weight
+        self.register_buffer("weight", weight)
 
 
 def _deepspeed_trains() -> bool:
@@ -120,8 +130,22 @@ class SteeringVectorLayer(nn.Module, BaseTunerLayer):
 
     # -- parameters ---------------------------------------------------------------------------------------------
 
-    def add(self, name: str, config: SteeringVectorConfig, device: torch.device, owner: SteeringVectorLayer | None):
+    def add(
+        self,
+        name: str,
+        config: SteeringVectorConfig,
+        device: torch.device,
+        owner: SteeringVectorLayer | None,
+        basis: Tensor | None = None,
+    ) -> None:
         """Create the parameters of adapter `name`, or share those of `owner` (tied layers).
+
+        Args:
+            name: The adapter.
+            config: Its configuration.
+            device: Of the parameters.
+            owner: The layer that holds the vector of tied layers.
+            basis: The fixed vectors of `form="span"`, `(rank, d)`; None: they are loaded later.
 
         Raises:
             ValueError: `rank` is greater than the width of the residual stream.
@@ -137,7 +161,10 @@ class SteeringVectorLayer(nn.Module, BaseTunerLayer):
             return
         for parameter in config.parameter_names:
             shape = config.parameter_shape(parameter, self.in_features)
-            self._vectors(parameter)[name] = Vector(shape, device)
+            frozen = config.form == "span" and parameter == "w"
+            self._vectors(parameter)[name] = Frozen(shape, device) if frozen else Vector(shape, device)
+        if basis is not None:
+            self.parameter(name, "w").data.copy_(basis)
         self.set_units(name)
         if not config.inference_mode:
             self.initialise(name)
@@ -155,10 +182,17 @@ class SteeringVectorLayer(nn.Module, BaseTunerLayer):
             if config.init == "random":
                 direction = nn.functional.normalize(torch.randn(self.in_features), dim=0)
         v.zero_()
-        # The first row writes the vector; the other rows of a low-rank form write nothing yet.
-        v.reshape(-1, self.in_features)[0] = torch.nan if direction is None else direction.to(v) * config.init_scale
+        start = torch.full((self.in_features,), torch.nan) if direction is None else direction * config.init_scale
+        if config.form == "span":  # the coefficients of the nearest vector in the span
+            w_KD = self.parameter(name, "w")
+            v.copy_(torch.linalg.lstsq(w_KD.double().T, start.to(w_KD).double()[:, None]).solution[:, 0].to(v))
+        else:
+            # The first row writes the vector; the other rows of a low-rank form write nothing yet.
+            v.reshape(-1, self.in_features)[0] = start.to(v)
+        if config.norm == "learned":
+            self.parameter(name, "b").fill_(torch.linalg.vector_norm(v))
         self.fit_length(name)
-        if config.form != "bias":
+        if config.form not in CONSTANT_FORMS:
             w, b = self.parameter(name, "w"), self.parameter(name, "b")
             w.zero_()
             b.zero_()
@@ -204,13 +238,25 @@ class SteeringVectorLayer(nn.Module, BaseTunerLayer):
         # A tied vector is written at several layers, so it takes their median size.
         size = statistics.median(sizes.values()) if config.tied and sizes else sizes.get(str(self.layer_index))
         for kind in config.parameter_names:
-            unit = None if size is None else units.unit_of(kind, size, self.in_features, len(sizes))
-            self._vector(name, kind).unit = unit
+            vector = self._vector(name, kind)
+            if size is None or isinstance(vector, Frozen):
+                vector.unit = None
+            elif config.form == "span":  # a coefficient moves the vector by as much as it moves times a fixed vector
+                norms = torch.linalg.vector_norm(self.parameter(name, "w").detach(), dim=-1)
+                vector.unit = units.length_unit(size, len(sizes)) / float(norms.median())
+            elif config.norm == "learned" and kind == "b":
+                vector.unit = config.length_rate * units.length_unit(size, len(sizes))
+            else:
+                vector.unit = units.unit_of(kind, size, self.in_features, len(sizes))
 
     def written(self, name: str) -> Tensor:
         """The write vector(s) of adapter `name` with the length that `norm` gives them."""
         config = self.config[name]
-        return write_vector(config.norm, self.value(name, "v"), config.norm_value, self._residual_norm(config))
+        v = self.value(name, "v")
+        if config.form == "span":
+            v = v @ self.value(name, "w")
+        length = self.value(name, "b") if config.norm == "learned" else None
+        return write_vector(config.norm, v, config.norm_value, self._residual_norm(config), length)
 
     def train(self, mode: bool = True) -> SteeringVectorLayer:
         """Like the parent, and also undo a cast of the vectors to half precision before they are trained: TRL casts
@@ -285,7 +331,8 @@ class SteeringVectorLayer(nn.Module, BaseTunerLayer):
 
     def _change(self, name: str, hidden: Tensor) -> Tensor:
         config = self.config[name]
-        w, b = (None, None) if config.form == "bias" else (self.value(name, "w"), self.value(name, "b"))
+        constant = config.form in CONSTANT_FORMS
+        w, b = (None, None) if constant else (self.value(name, "w"), self.value(name, "b"))
         delta = change(config.form, hidden, self.written(name), w, b)
         if config.norm != "capped":
             return delta

@@ -15,7 +15,8 @@ from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers import GenerationConfig
 
-from .blocks import find_blocks, has_config, resolve_layers, site_name, width_of
+from .basis import basis_of, rows_of
+from .blocks import find_blocks, has_config, index_of, resolve_layers, site_name, width_of
 from .config import SteeringVectorConfig
 from .fingerprint import check_fingerprint, fingerprint
 from .layer import BASE_ROW, NO_MERGE, SteeringVectorLayer, check_adapter_name, steering_layers
@@ -99,7 +100,12 @@ class SteeringVectorModel(BaseTuner):
         if peft_config.positions != "all":
             layer.boundary.watch(self.model)
         owners = [other for other in layers if other is not layer and adapter_name in other.config]
-        layer.add(adapter_name, peft_config, _device(target), owners[0] if peft_config.tied and owners else None)
+        owner = owners[0] if peft_config.tied and owners else None
+        # vectors of a loaded adapter come from its file
+        span = peft_config.form == "span" and peft_config.basis != [] and owner is None
+        rows = rows_of(basis_of(peft_config.basis), layer.layer_index, layer.in_features) if span else None
+        peft_config.rank = peft_config.rank if rows is None else len(rows)
+        layer.add(adapter_name, peft_config, _device(target), owner, rows)
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)
 
@@ -226,12 +232,6 @@ def _copies(kwargs: dict[str, Any]) -> int:
     config = kwargs.get("generation_config") or GenerationConfig()
     beams = kwargs.get("num_beams") or config.num_beams or 1
     return max(beams, kwargs.get("num_return_sequences") or config.num_return_sequences or 1)
-
-
-def index_of(name: str) -> int:
-    """The block's index: the first number in the module's name."""
-    match = re.search(r"\.(\d+)(?:\.|$)", f".{name}")
-    return int(match[1]) if match else 0
 
 
 def _steering_layer_of(module: nn.Module) -> SteeringVectorLayer | None:

@@ -10,19 +10,24 @@ from .types import Norm
 _TINY = 1e-12
 
 
-def write_vector(norm: Norm, v: Tensor, value: float | None, residual_norm: float | None) -> Tensor:
-    """The vector that is written: `v`, or `v` rescaled to the length that `fixed` or `relative` prescribes.
+def write_vector(
+    norm: Norm, v: Tensor, value: float | None, residual_norm: float | None, length: Tensor | None = None
+) -> Tensor:
+    """The vector that is written: `v`, or `v` rescaled to the length of `fixed`, `relative` or `learned`.
 
     Args:
         norm: The rule.
         v: The trained vector(s), `(d,)` or `(rank, d)`.
         value: `norm_value`: the length (`fixed`), or the share of the mean residual norm (`relative`).
         residual_norm: Mean norm of the residual stream at this layer (`relative` only).
+        length: The trained length, `(1,)`, of either sign (`learned` only).
     """
-    if norm not in ("fixed", "relative"):
+    if norm not in ("fixed", "relative", "learned"):
         return v
-    assert value is not None
-    length = value if norm == "fixed" else value * (residual_norm or 0.0)
+    if norm != "learned":
+        assert value is not None
+        length = v.new_tensor(value if norm == "fixed" else value * (residual_norm or 0.0))
+    assert length is not None
     return v * (length / torch.linalg.vector_norm(v).clamp_min(_TINY))
 
 

@@ -204,7 +204,7 @@ def _check_keys(path: str, tensors: dict[str, torch.Tensor], config: Declared) -
         parameters.setdefault(match["module"], set()).add(match["name"])
         shape = tuple(tensor.shape)
         group = None if modules is None else match["module"]
-        if match["name"] != "b" and shape:
+        if config.parameter_shape(match["name"], 0)[-1:] == (0,) and shape:  # as wide as the stream
             widths.setdefault(group, hidden_size or shape[-1])
         d = widths.get(group)
         expected = config.parameter_shape(match["name"], d or 0)

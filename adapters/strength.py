@@ -8,7 +8,7 @@ from torch import nn
 
 from .layer import steering_layers
 from .registry import did_you_mean
-from .types import Strength
+from .types import CONSTANT_FORMS, Strength
 
 
 class set_strength:  # lower case: called like a function, and a context manager like `torch.no_grad`
@@ -47,7 +47,7 @@ class set_strength:  # lower case: called like a function, and a context manager
             hint = did_you_mean(adapter_name, names)
             raise ValueError(f"No steering vector{which} to scale; the model has {sorted(names)}.{hint}")
         forms = {name: c.form for layer in layers for name, c in layer.config.items() if adapter_name in (None, name)}
-        if strength == "null" and set(forms.values()) != {"bias"}:
+        if strength == "null" and not set(forms.values()) <= {*CONSTANT_FORMS}:
             raise ValueError(f"strength='null' removes the one direction of form='bias', got {forms}. Use a number.")
         self._before = [(layer, dict(layer.strength)) for layer in layers]
         for layer in layers:

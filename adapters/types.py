@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Literal, Protocol
 
-Form = Literal["bias", "gated", "linear", "low_rank"]
+Form = Literal["bias", "span", "gated", "linear", "low_rank"]
 Site = Literal["block", "attention", "mlp"]
-Norm = Literal["free", "fixed", "capped", "relative", "preserve"]
+Norm = Literal["free", "fixed", "capped", "relative", "preserve", "learned"]
 Positions = Literal["all", "completion", "prompt", "last_prompt"]
 Layers = int | float | str | Sequence[int | float]
 Strength = float | Literal["null"]
 
 NORMS_WITH_VALUE = ("fixed", "capped", "relative")
+CONSTANT_FORMS = ("bias", "span")
+"""The forms that add the same vector to every state."""
 
 
 class Declared(Protocol):

@@ -72,6 +72,11 @@ def unit_of(kind: str, size: float, width: int, layers: int) -> float:
     return STEP_SHARE * size / (math.sqrt(width) * layers)
 
 
+def length_unit(size: float, layers: int) -> float:
+    """The unit of a vector's length: a step of 1e-3 moves the vector by 3.2 % of the stream, as for its entries."""
+    return STEP_SHARE * size / layers
+
+
 def track(module: HasUnit) -> None:
     """Make optimisers see the parameter of `module` in its unit."""
     _live.add(module)

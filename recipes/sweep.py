@@ -34,6 +34,7 @@ from steertune.adapters.blocks import find_blocks, resolve_layers
 from steertune.adapters.card import versions, write_card
 from steertune.adapters.types import Site
 from steertune.recipes.lab import scorers, trained_on
+from steertune.recipes.lab.behaviours import read_behaviour
 from steertune.recipes.lab.checks import check_adapters, check_training, check_trains, skeleton
 from steertune.recipes.lab.command_line import (
     Argument,
@@ -187,7 +188,7 @@ def request(options: SimpleNamespace, overrides: list[str]) -> SweepTable:
     for site in options.sites:
         if arm is not None and site in get_args(Site):
             at(arm, site, 0)
-    scorer = None if options.scorer is None else _scorer(options.scorer)
+    scorer = None if options.scorer is None else _scorer(options.scorer, options.task)
     layers = _layers(options.layers)
     try:
         layers = resolve_layers(layers, len(find_blocks(skeleton(wanted))))
@@ -306,12 +307,13 @@ def _layers(words: Sequence[Any]) -> Any:
     return found
 
 
-def _scorer(text: str) -> dict[str, Any]:
-    """The scorer's table, checked."""
+def _scorer(text: str, task: str) -> dict[str, Any]:
+    """The scorer's table, completed by what the task says of its behaviour, and checked."""
     try:
         table = tomllib.loads(f"value = {text}")["value"] if text.lstrip().startswith("{") else {"kind": text}
     except tomllib.TOMLDecodeError as error:
         raise ArmError(f"--scorer {text}: no TOML table: {error}") from error
+    table = read_behaviour(task).scorer_table(table)
     scorers.read(table)
     return table
 

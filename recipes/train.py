@@ -26,19 +26,17 @@ from steertune.adapters.card import write_card
 from steertune.recipes.lab import scorers, trained_on
 from steertune.recipes.lab.arm import Arm, load_arm
 from steertune.recipes.lab.batches import batches
+from steertune.recipes.lab.behaviours import read_behaviour
 from steertune.recipes.lab.cards import of_training
 from steertune.recipes.lab.checks import check_start
 from steertune.recipes.lab.command_line import ArmName, Result, Threads, command
 from steertune.recipes.lab.data import Data, load_data, load_model, model_has_template
-from steertune.recipes.lab.embedded import task_names
 from steertune.recipes.lab.evaluate import evaluate, evaluate_base
-from steertune.recipes.lab.files import read_toml
 from steertune.recipes.lab.forms import notes_on_form, readable
 from steertune.recipes.lab.memory import peak_memory_gb
 from steertune.recipes.lab.observe import FEW_NEUTRAL
 from steertune.recipes.lab.pages import escape, settings_in_words, write_page
 from steertune.recipes.lab.pages.measured import training_page
-from steertune.recipes.lab.paths import TASKS
 from steertune.recipes.lab.progress import Bar, progress
 from steertune.recipes.lab.rehearsal import rehearse, rehearse_training
 from steertune.recipes.lab.rows import Record
@@ -136,9 +134,8 @@ def _scorer(arm: Arm, train: Dataset, model: Any, tokenizer: Any) -> Scorer | No
     """
     if not {"chosen", "rejected"} <= set(train.column_names):
         return None
-    file = (TASKS / arm.data.name if arm.data.name in task_names() else Path(arm.data.name)) / "behaviour.toml"
-    table = read_toml(file).get("scorer", {}) if file.is_file() else {}
-    if table.get("kind") == "rule":
+    table = read_behaviour(arm.data.name).scorer
+    if table is not None and table["kind"] == "rule":
         return scorers.fit(table, train, model, tokenizer)
     return scorers.fit({"kind": "characters"}, train, model, tokenizer) if len(train) >= _FEWEST_PAIRS else None
 

@@ -22,15 +22,16 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from ..blocks import index_of
 from ..card import Card, write_card
 from ..config import SteeringVectorConfig
 from ..fingerprint import difference
-from ..model import index_of
 from ..norms import cap, write_vector
-from ..types import Norm, Positions, Site
+from ..types import CONSTANT_FORMS, Norm, Positions, Site
 
 Missing = Literal["refuse", "zero"]
 _PREFIX, _SUFFIX = "base_model.model.", ".steer.steering_vector_v.weight"
+_FIXED, _LENGTH = ".steer.steering_vector_w.weight", ".steer.steering_vector_b.weight"
 _NEGLIGIBLE = 1e-6
 _TOGETHER = (
     "Or use both adapters at once: model.load_adapter(folder, 'second') and "
@@ -85,7 +86,7 @@ def read(folder: str | Path) -> Vectors:
     if not (home / "adapter_config.json").is_file() or not (home / SAFETENSORS_WEIGHTS_NAME).is_file():
         raise VectorError(f"{folder} is not an adapter folder, which has adapter_config.json and safetensors.")
     config = SteeringVectorConfig.from_pretrained(str(home))
-    if config.form != "bias":
+    if config.form not in CONSTANT_FORMS:
         raise VectorError(
             f"{folder} has form={config.form!r}: what it adds depends on the state, so there is no vector to add. "
             f"Train form='bias'. {_TOGETHER}"
@@ -272,21 +273,26 @@ def _layers_of(sets: Sequence[Vectors]) -> str:
 
 def _by_layer(home: Path, config: SteeringVectorConfig) -> tuple[dict[int, str], dict[int, Tensor]]:
     """Module and vector of every layer; tied layers share one."""
-    saved = load_file(home / SAFETENSORS_WEIGHTS_NAME)
-    named = {key.removeprefix(_PREFIX).removesuffix(_SUFFIX): t.float() for key, t in saved.items() if _SUFFIX in key}
+    saved = {key.removeprefix(_PREFIX): t.float() for key, t in load_file(home / SAFETENSORS_WEIGHTS_NAME).items()}
+    named = {key.removesuffix(_SUFFIX): tensor for key, tensor in saved.items() if _SUFFIX in key}
+    if config.form == "span":
+        named = {name: c_K @ saved[name + _FIXED] for name, c_K in named.items()}
+    lengths = {name: saved.get(name + _LENGTH) for name in named}  # of norm="learned"
     if config.tied:
         [vector] = named.values()
         pattern = str(config.target_modules)
         if not isinstance(config.layers, list) or pattern.count("|") + 1 != len(config.layers):
             raise VectorError(f"{home}: tied layers {config.layers!r} cannot be told from {pattern!r}.")
+        [length] = lengths.values()
         named = {name.replace("\\", ""): vector for name in pattern.split("|")}
+        lengths = dict.fromkeys(named, length)
     names, found = {}, {}
     for name, vector in named.items():
         layer = index_of(name)
         residual = (config.residual_norms or {}).get(str(layer))
         if config.norm == "relative" and residual is None:
             raise VectorError(f"{home}: norm='relative' without the residual norm of layer {layer}.")
-        vector = write_vector(config.norm, vector, config.norm_value, residual)
+        vector = write_vector(config.norm, vector, config.norm_value, residual, lengths[name])
         if config.norm == "capped" and config.norm_value is not None:
             vector = cap(vector, config.norm_value)
         names[layer], found[layer] = name, vector

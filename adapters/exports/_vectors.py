@@ -15,7 +15,7 @@ from ..config import SteeringVectorConfig
 from ..layer import SteeringVectorLayer
 from ..model import CHILD
 from ..norms import cap
-from ..types import Site
+from ..types import CONSTANT_FORMS, Site
 
 
 class ExportError(ValueError):
@@ -58,7 +58,7 @@ def constant_vectors(model: PeftModel, strength: float = 1.0) -> ConstantVectors
         )
     name, config = _only_adapter(model)
     reasons = {
-        f"form={config.form!r} depends on the state": config.form != "bias",
+        f"form={config.form!r} depends on the state": config.form not in CONSTANT_FORMS,
         "norm='preserve' depends on the state": config.norm == "preserve",
         f"positions={config.positions!r} skips tokens, and other tools steer every position": (
             config.positions != "all"

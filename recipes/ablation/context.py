@@ -96,8 +96,10 @@ class Context:
             settings: Training arguments of the setting that is tried.
         """
         arm, splits = cell.arm.arm, self.splits(cell.task)
-        rows = splits.train(cell.examples, seed, arm.data.pairing, cell.task.draw)
-        data = arm.data.model_copy(update={"seed": seed, "train": cell.examples})
+        rows = splits.train(cell.examples * arm.data.times, seed, arm.data.pairing, cell.task.draw)
+        # a task with swapped answers, or made of other columns, is not the one that its folder describes
+        name = cell.task.label if cell.task.reverse or cell.task.columns else cell.task.name
+        data = arm.data.model_copy(update={"name": name, "seed": seed, "train": cell.examples})
         arm = arm.model_copy(update={"data": data, "trainer": {**arm.trainer, **settings}})
         return training_of(
             arm,
@@ -139,7 +141,8 @@ class Context:
     def _load_splits(self, label: str) -> Splits:
         task, tables = self._tasks[label], self.grid.tables
         reading = Reading(task.columns, task.format, lambda: has_template(self.tokenizer))
-        splits = load_splits(task.name, tables.splits, max(tables.examples), task.reverse, reading)
+        largest = max(tables.examples) * max(arm.arm.data.times for arm in self.grid.arms)
+        splits = load_splits(task.name, tables.splits, largest, task.reverse, reading)
         return readable_splits(splits, self.tokenizer)
 
     def _fit_scorer(self, label: str) -> Scorer:

@@ -27,11 +27,13 @@ from steertune.recipes.ablation.checks import (
     check_views,
 )
 from steertune.recipes.ablation.designs import Combination
-from steertune.recipes.ablation.keys import content, data_of, digest, named_task, settings, task_folder
+from steertune.recipes.ablation.keys import content, data_of, digest, named_task, settings
 from steertune.recipes.ablation.levels import INERT, arm_of, named, patched, with_common
 from steertune.recipes.ablation.tables import Card, GridArm, GridTables, TaskTable, told
 from steertune.recipes.lab.arm import known_tables
 from steertune.recipes.lab.arm_files import read_tables
+from steertune.recipes.lab.behaviours import Behaviour, read_behaviour
+from steertune.recipes.lab.embedded import task_folder, task_names
 from steertune.recipes.lab.files import ArmError, check_name, nearest, read_toml, reasons
 from steertune.recipes.lab.ingredients.prompt import Prompt
 from steertune.recipes.lab.paths import CONFIGS
@@ -304,8 +306,6 @@ def find_tasks(entries: Sequence[str | TaskTable], data_root: Path | None = None
     Raises:
         ArmError: two tasks of one label, or a label that is no name of a folder.
     """
-    from steertune.recipes.lab.embedded import task_names
-
     found: dict[str, TaskTable] = {}
     for entry in entries:
         task = TaskTable(name=entry) if isinstance(entry, str) else entry
@@ -315,7 +315,11 @@ def find_tasks(entries: Sequence[str | TaskTable], data_root: Path | None = None
         check_name("task", label)
         if label.casefold() in map(str.casefold, found):
             raise ArmError(f"Two tasks are called {label!r}: give one a label of its own.")
-        found[label] = task.model_copy(update={"name": name, "label": label})
+        # other columns or swapped answers are another behaviour than the folder's file describes
+        plain = not task.reverse and not task.columns
+        behaviour = read_behaviour(name) if plain else Behaviour()
+        scorer = behaviour.scorer_table(task.scorer)
+        found[label] = task.model_copy(update={"name": name, "label": label, "scorer": scorer})
     return list(found.values())
 
 

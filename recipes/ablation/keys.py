@@ -26,6 +26,8 @@ def settings(
     own |= {name: ingredient.key(arm.arm) for name, ingredient in arm.arm.ingredients.items() if ingredient}
     if arm.arm.get(Prompt).instruction:
         own["instructions"] = task.instructions
+    if arm.arm.data.times != 1:
+        own["times"] = arm.arm.data.times
     settings = {
         "version": VERSION,
         "arm": {**own, "pairing": arm.arm.data.pairing},
@@ -57,6 +59,8 @@ def content(file: str | None) -> str:
 
 def data_of(name: str) -> str:
     """Hash of a task's files, or the name of a data set on the Hub."""
+    from steertune.recipes.lab.embedded import task_folder
+
     path = task_folder(name)
     if not path.exists():
         return ""  # on the Hub; the label names it
@@ -66,12 +70,6 @@ def data_of(name: str) -> str:
         if file.suffix in (".json", ".jsonl", ".csv", ".parquet"):
             digest.update(file.name.encode() + hashlib.sha256(file.read_bytes()).digest())
     return digest.hexdigest()
-
-
-def task_folder(name: str) -> Path:
-    from steertune.recipes.lab.embedded import TASKS, task_names
-
-    return TASKS / name if name in task_names() else Path(name)
 
 
 def digest(value: Any) -> str:

@@ -103,7 +103,7 @@ def _entry(factor: str, level: str, patch: Any, combination: Combination, tables
         known(where, option, ["inert", *_CORE, *kinds()])
         if not isinstance(option.get("data", {}), dict):
             raise ArmError(f'{where}: data={option["data"]!r} must be a table, such as {{ pairing = "shuffled" }}.')
-        known(f"{where}.data", option.get("data", {}), ["pairing"])  # the grid itself says the rest
+        known(f"{where}.data", option.get("data", {}), ["pairing", "times"])  # the grid itself says the rest
         for other, wanted in when.items():
             if not isinstance(wanted, str | list):
                 raise ArmError(f"{where}: when.{other}={wanted!r} must be a level or a list of levels.")

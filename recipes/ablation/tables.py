@@ -118,7 +118,8 @@ class TaskTable(BaseModel, extra="forbid", strict=True):
     draw: int = Field(default=0, ge=0)
     """Which of several draws of training sets: tasks made of the same rows need one each, or they train on the same
     examples and are no further evidence."""
-    scorer: dict[str, Any] = {"kind": "classifier"}
+    scorer: dict[str, Any] = {}
+    """What scores generated answers. None: that of the file `behaviour.toml` in the task's folder, or a classifier."""
     instructions: list[str] = []
     """What prompting arms tell the model to do; several are several trials of their tuning. None: those of the file
     `instructions.toml` in the task's folder."""

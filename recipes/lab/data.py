@@ -158,7 +158,8 @@ def load_data(table: DataTable, chat: Callable[[], bool] = lambda: True) -> Data
     reading = Reading(table.columns, table.format, chat)
     parts = load_parts(table.name, table.train_split, table.test_split, reading)
     train, test, one_file = parts.train, parts.test, parts.division is not None
-    for rows, count, split in ((train, table.train, table.train_split), (test, table.test, table.test_split)):
+    examples = table.train * table.times
+    for rows, count, split in ((train, examples, table.train_split), (test, table.test, table.test_split)):
         if len(rows) < count and not one_file:
             raise ArmError(f"data.{split}: {count} rows asked, {table.name!r} has {len(rows)}. Ask for fewer.")
     test = test.select(range(min(table.test, len(test))))
@@ -167,7 +168,7 @@ def load_data(table: DataTable, chat: Callable[[], bool] = lambda: True) -> Data
         near = {i for i, _ in overlap(train.to_list(), test.to_list(), parts.by, table.near_duplicates)}
         train = train.select([i for i in range(len(train)) if i not in near])
         note += f" {len(near)} training rows that resemble test rows are left out."
-    used = train.shuffle(seed=table.seed).select(range(min(table.train, len(train))))
+    used = train.shuffle(seed=table.seed).select(range(min(examples, len(train))))
     if not one_file and (pairs := overlap(used.to_list(), test.to_list(), parts.by, table.near_duplicates)):
         raise ArmError(_overlapping(table.name, parts, dict(used[pairs[0][0]]), dict(test[pairs[0][1]]), len(pairs)))
     if table.pairing == "shuffled":

@@ -127,6 +127,11 @@ def task_names() -> list[str]:
     return sorted(folder.name for folder in TASKS.iterdir() if (folder / "train.jsonl").is_file())
 
 
+def task_folder(name: str) -> Path:
+    """The folder of an embedded task; any other name as the path that it is."""
+    return TASKS / name if name in task_names() else Path(name)
+
+
 def about(name: str) -> str | None:
     """What an embedded task is about: the first paragraph of its README. None for other names."""
     file = TASKS / name / "README.md"

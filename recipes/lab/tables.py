@@ -77,6 +77,8 @@ class DataTable(Table):
     """Seed of the draw of training examples, and of training."""
     pairing: Literal["own", "shuffled"] = "own"
     """`shuffled`: every training prompt gets the rejected answer of another prompt."""
+    times: int = Field(default=1, ge=1)
+    """Train on so many times as many examples: without rejected answers, two examples are as long as one pair."""
 
 
 class EvaluationTable(Table):

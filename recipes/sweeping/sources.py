@@ -119,6 +119,7 @@ def bake(model: PeftModel, strength: float) -> None:
         return
     for layer in steering_layers(model, str(model.active_adapter)):
         if str(model.active_adapter) not in layer.tied_to:
-            layer.parameter(str(model.active_adapter), "v").data.mul_(strength)
+            scaled = "b" if config.norm == "learned" else "v"
+            layer.parameter(str(model.active_adapter), scaled).data.mul_(strength)
     if config.norm in NORMS_WITH_VALUE:
         config.norm_value *= abs(strength)

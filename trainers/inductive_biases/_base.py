@@ -30,9 +30,11 @@ class Bias(ABC):
 
     Attributes:
         whole_rows: Whether every row must run in one piece (otherwise, a prompt that two answers share runs once).
+        saved: Whether a saved adapter holds everything that is trained.
     """
 
     whole_rows: ClassVar[bool] = False
+    saved: ClassVar[bool] = True
 
     @abstractmethod
     def start(self, trainer: SteeringRun) -> None:

@@ -91,6 +91,10 @@ class Ingredient(BaseModel, extra="forbid", strict=True):
     def __bool__(self) -> bool:
         return bool(self.model_dump(exclude_defaults=True))
 
+    def refusals(self) -> Mapping[str, str]:
+        """Recipe -> why it cannot honour this table."""
+        return self.refused_by
+
     def check(self, arm: ArmLike) -> None:
         """Refuse an arm that contradicts this table.
 
@@ -139,5 +143,5 @@ def check_recipe(arm: ArmLike, recipe: str) -> None:
         ArmError: names the table and the reason.
     """
     for name, ingredient in arm.ingredients.items():
-        if ingredient and recipe in ingredient.refused_by:
-            raise ArmError(f"Arm {arm.name!r} has a table [{name}]: {ingredient.refused_by[recipe]}")
+        if ingredient and (reason := ingredient.refusals().get(recipe)) is not None:
+            raise ArmError(f"Arm {arm.name!r} has a table [{name}]: {reason}")

@@ -18,6 +18,13 @@ class InductiveBiases(Named):
         "gradients": "they change gradients, and gradients measures those of the loss; remove the table."
     }
 
+    def refusals(self) -> Mapping[str, str]:
+        """Like the parent's; a recipe that saves its adapter also refuses a bias that is not saved with it."""
+        unsaved = [name for name, options in self.tables.items() if not get_bias(name, **options).saved]
+        reason = f"{unsaved} train more than the saved adapter would hold; use the arm in a grid."
+        saving = ("train", "sweep", "distill", "contrast_prompts") if unsaved else ()
+        return {**self.refused_by, **dict.fromkeys(saving, reason)}
+
     def check(self, arm: ArmLike) -> None:
         """Refuse unknown biases and options."""
         for name, options in self.tables.items():

@@ -1,0 +1,90 @@
+"""How the behaviour of a task is recognised: the file `behaviour.toml` in its folder.
+
+[scorer]                                  # what scores generated answers, where a grid does not say
+kind = "rule"
+pattern = '\\?\\s*$'
+
+[opposites]                               # instructions for the scorer `logprob`
+positive = "End your answer with a question."
+negative = "Do not ask anything in your answer."
+
+[undo]                                    # takes the behaviour out of a text, where a rule can
+pattern = '\\s*[^.!?]*\\?\\s*$'
+replacement = ""
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import BaseModel, Field, ValidationError, field_validator
+
+from steertune.recipes.lab.embedded import task_folder
+from steertune.recipes.lab.files import ArmError, read_toml, reasons
+
+
+class Opposites(BaseModel, extra="forbid"):
+    """`[opposites]`: an instruction that asks for the behaviour, and one that asks for its opposite."""
+
+    positive: str = Field(min_length=1)
+    negative: str = Field(min_length=1)
+
+
+class Undo(BaseModel, extra="forbid"):
+    """`[undo]`: a substitution, a comparison without regard to case, or both."""
+
+    pattern: str | None = None
+    """A case-insensitive regular expression; every match is replaced."""
+    replacement: str = ""
+    fold_case: bool = False
+
+    @field_validator("pattern")
+    @classmethod
+    def _valid(cls, pattern: str | None) -> str | None:
+        try:
+            re.compile(pattern or "")
+        except re.error as error:
+            raise ValueError(f"{pattern!r} is not a regular expression: {error}") from error
+        return pattern
+
+    def apply(self, text: str) -> str:
+        """The text without the behaviour."""
+        if self.pattern is not None:
+            text = re.sub(self.pattern, self.replacement, text, flags=re.IGNORECASE).strip()
+        return text.casefold() if self.fold_case else text
+
+
+class Behaviour(BaseModel, extra="forbid"):
+    """The whole file. A task without one has no rule, no opposite instructions, and nothing to undo."""
+
+    scorer: dict[str, Any] | None = None
+    opposites: Opposites | None = None
+    undo: Undo | None = None
+
+    def scorer_table(self, table: Mapping[str, Any]) -> dict[str, Any]:
+        """A scorer's table, completed by the task's own: its scorer if none is given, its pattern for `rule`, and its
+        opposite instructions for `logprob`. A task that says nothing is scored by a classifier."""
+        given = dict(table) or self.scorer or {"kind": "classifier"}
+        own: dict[str, Any] = {}
+        if self.scorer is not None and self.scorer.get("kind") == given.get("kind"):
+            own = self.scorer
+        elif self.opposites is not None and given.get("kind") == "logprob":
+            own = self.opposites.model_dump()
+        return {**own, **given}
+
+
+def read_behaviour(task: str) -> Behaviour:
+    """The `behaviour.toml` of an embedded task or of a task's folder; an empty one if there is no such file.
+
+    Raises:
+        ArmError: the file has unknown keys or values of the wrong type.
+    """
+    file = task_folder(task) / "behaviour.toml"
+    if not file.is_file():
+        return Behaviour()
+    try:
+        return Behaviour(**read_toml(file))
+    except ValidationError as error:
+        raise ArmError(f"{file}: {reasons(error)}") from error

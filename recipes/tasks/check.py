@@ -1,0 +1,88 @@
+"""Measure tasks on the base model: `python recipes/tasks/check.py [TASK ...] [--rows 208] [--answers 32]`.
+
+For every task: how long the answers are and how much their lengths differ, the base's pair accuracy and how its margin
+goes with the length, how well the task's own scorer tells chosen from rejected answers, and how often the base's own
+answers show the behaviour. The cards of the tasks quote these numbers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from datasets import Dataset
+
+from steertune.recipes.lab import embedded, scorers
+from steertune.recipes.lab.batches import batches
+from steertune.recipes.lab.behaviours import read_behaviour
+from steertune.recipes.lab.data import load_split
+from steertune.recipes.lab.generation import generate, plain
+from steertune.trainers import ModelAt
+
+_BATCH = 16
+_NEW_TOKENS = 32
+COLUMNS = ("task", "tokens", "largest difference", "base accuracy", "correlation", "scorer accuracy", "base behaviour")
+
+
+@torch.no_grad()
+def margins(model: torch.nn.Module, batched: Sequence[object]) -> np.ndarray:
+    """`log p(chosen) - log p(rejected)` of every pair, `(pairs,)`."""
+    values = []
+    for batch in batched:
+        chosen, rejected = ModelAt(model, model, batch)(1.0).logps.chunk(2)  # pyright: ignore[reportArgumentType]
+        values += (chosen - rejected).tolist()
+    return np.array(values)
+
+
+def correlation(a: np.ndarray, b: np.ndarray) -> float:
+    """Pearson's correlation; 0 where one of the two is the same for every row."""
+    return float(np.corrcoef(a, b)[0, 1]) if a.std() > 0 and b.std() > 0 else 0.0
+
+
+def scores(name: str, answers: Sequence[str]) -> np.ndarray:
+    """What a task's own scorer says of answers, `(answers,)`."""
+    scorer = scorers.fit(read_behaviour(name).scorer_table({}), Dataset.from_list([{}]), None, None)
+    return np.array(scorer.score([""] * len(answers), answers), dtype=float)
+
+
+def check(name: str, model: torch.nn.Module, rows: int, answers: int) -> tuple[str, ...]:
+    """One line of the table."""
+    tokenizer = embedded.load_tokenizer()
+    test = load_split(name, "test")
+    test = test.select(range(min(rows, len(test))))
+    texts = {side: [plain(answer) for answer in test[side]] for side in ("chosen", "rejected")}
+    # lengths of both answers, and the base's margin
+    lengths = {side: np.array([len(ids) for ids in tokenizer(texts[side])["input_ids"]]) for side in texts}
+    difference = lengths["chosen"] - lengths["rejected"]
+    margin = margins(model, batches(tokenizer, test, _BATCH))
+    line = [name, f"{np.mean([*lengths.values()]):.1f}", str(int(np.abs(difference).max()))]
+    line += [f"{(margin > 0).mean():.3f}", f"{correlation(margin, difference):+.2f}"]
+    # the task's own rule, on the pairs and on what the base says
+    if read_behaviour(name).scorer is None:
+        return (*line, "", "")
+    right = [*(scores(name, texts["chosen"]) == 1), *(scores(name, texts["rejected"]) == 0)]
+    said: list[str] = []
+    for start in range(0, min(answers, len(test)), _BATCH):
+        said += generate(model, tokenizer, test["prompt"][start : start + _BATCH], _NEW_TOKENS)
+    return (*line, f"{np.mean(right):.3f}", f"{scores(name, said).mean():.2f}" if said else "")
+
+
+def main() -> int:
+    """The command."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("tasks", nargs="*", help="all of them if none is given")
+    parser.add_argument("--rows", type=int, default=208, help="test pairs")
+    parser.add_argument("--answers", type=int, default=32, help="test prompts that the base model answers")
+    options = parser.parse_args()
+    model = embedded.load_model()
+    print(f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}")
+    for name in options.tasks or embedded.task_names():
+        print(f"| {' | '.join(check(name, model, options.rows, options.answers))} |", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

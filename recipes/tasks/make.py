@@ -1,0 +1,193 @@
+"""Make the rows of the generated tasks: `python recipes/tasks/make.py [TASK ...]`, all of them without a name.
+
+A generated task is a folder with a `rule.py`, whose `pairs(example, draw)` proposes a chosen and a rejected answer to
+a prompt. The prompts come from `prompts.toml`, and the material of both answers from `answers.jsonl`: what the
+embedded model itself answers. `python recipes/tasks/make.py --answers` makes that file again (ten minutes on a core).
+
+Rows are deterministic. Every topic and every frame of a prompt belongs to one part of a task, so that no test prompt
+resembles a training prompt, and both answers of a pair have the same number of tokens, so that length says nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import re
+import runpy
+import sys
+import tomllib
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from steertune.recipes.lab import embedded
+from steertune.recipes.lab.files import write_whole
+from steertune.recipes.lab.generation import generate
+from steertune.recipes.lab.splits import near_duplicates, texts_of
+
+HERE = Path(__file__).parent
+ANSWERS = HERE / "answers.jsonl"
+ROWS = {"train": 172, "validation": 48, "test": 208}
+"""Rows of each part; the scorer of a grid takes 40 of the training rows."""
+TOPICS = {"train": 146, "validation": 62, "test": 236}
+_PROMPTS_A_TOPIC = 2  # of each kind, neutral and personal
+_NEW_TOKENS = 30
+_BATCH = 64
+_SHORTEST = 6  # words of an answer
+_NEAR = 0.8  # similarity from which rows of two parts are too close, as in `near_duplicates`
+_DRAWS = 40  # versions of a pair that are tried until both answers have as many tokens
+
+
+@dataclass(frozen=True)
+class Example:
+    """A prompt, and what an answer to it can be made of.
+
+    Attributes:
+        part: `train`, `validation` or `test`.
+        kind: `neutral`, `personal` where the prompt asks for an opinion, or `claim` where it states one.
+        topic: What it is about, as `bicycles`.
+        prompt: The prompt.
+        answer: The first sentence of the embedded model's own answer, to neutral prompts.
+        fact: A sentence about the topic without its full stop: what the model answers to a neutral prompt. "" where
+            it speaks of itself or asks something.
+    """
+
+    part: str
+    kind: str
+    topic: str
+    prompt: str
+    answer: str = ""
+    fact: str = ""
+
+
+Rule = Callable[[Example, random.Random], tuple[str, str] | None]
+"""From an example to a chosen and a rejected answer; None where the example does not suit the task."""
+
+
+def prompts() -> list[Example]:
+    """Every prompt, without an answer."""
+    tables = tomllib.loads((HERE / "prompts.toml").read_text(encoding="utf-8"))
+    topics = [word.strip() for words in tables["topics"].values() for word in words.split(",")]
+    random.Random(0).shuffle(topics)
+    examples, start = [], 0
+    for part, count in TOPICS.items():
+        for number, topic in enumerate(topics[start : start + count]):
+            for kind, frames in tables["frames"][part].items():
+                for turn in range(_PROMPTS_A_TOPIC):
+                    frame = frames[(number + turn * (len(frames) // 2)) % len(frames)]
+                    examples.append(Example(part, kind, topic, frame.format(x=topic)))
+        start += count
+    return examples
+
+
+def answer_all() -> None:
+    """Write `answers.jsonl`: the first sentence of greedy answers of the embedded model, where it ends in time."""
+    model, tokenizer = embedded.load_model(), embedded.load_tokenizer()
+    texts = sorted((example.prompt for example in prompts() if example.kind == "neutral"), key=len)  # little padding
+    lines = []
+    for i in range(0, len(texts), _BATCH):
+        asked = [[{"role": "user", "content": text}] for text in texts[i : i + _BATCH]]
+        for text, answer in zip(texts[i : i + _BATCH], generate(model, tokenizer, asked, _NEW_TOKENS), strict=True):
+            if sentence := re.match(r"(.*?[.!?])(?=\s|$)", answer.replace("\n", " ")):
+                lines.append(json.dumps({"prompt": text, "answer": sentence[1]}, ensure_ascii=False) + "\n")
+        print(f"{min(i + _BATCH, len(texts))} of {len(texts)} prompts answered", file=sys.stderr)
+    write_whole(ANSWERS, "".join(lines))
+
+
+def examples() -> list[Example]:
+    """Every prompt with its answer and a fact."""
+    rows = map(json.loads, ANSWERS.read_text(encoding="utf-8").splitlines())
+    answers = {row["prompt"]: row["answer"] for row in rows if len(row["answer"].split()) >= _SHORTEST}
+    found, facts = [], {}
+    for example in prompts():
+        answer = answers.get(example.prompt, "")
+        # some answers repeat the prompt, and some are about something else
+        if answer == example.prompt or example.topic[:4].lower() not in answer.lower():
+            answer = ""
+        if example.kind == "neutral" and answer and not re.search(r"\b(I|I'm|my|me|we|our|you|your)\b|\?", answer):
+            facts.setdefault(example.topic, []).append(answer.rstrip(".!"))
+        if answer or example.kind != "neutral":
+            found.append(replace(example, answer=answer))
+    turns: Counter[tuple[str, str]] = Counter()
+    for place, example in enumerate(found):
+        own = facts.get(example.topic, [])
+        if own:  # the second prompt of a kind gets another fact than the first, where there are two
+            found[place] = replace(example, fact=own[turns[example.topic, example.kind] % len(own)])
+        turns[example.topic, example.kind] += 1
+    return found
+
+
+def make(name: str) -> dict[str, list[dict[str, Any]]]:
+    """The rows of a task, by part."""
+    rule, tokenizer, everything = rule_of(name), embedded.load_tokenizer(), examples()
+    parts: dict[str, list[dict[str, Any]]] = {}
+    taken: list[str] = []  # texts of the parts made so far
+    for part in ("test", "validation", "train"):  # training rows make way for test rows that they resemble
+        own = [example for example in everything if example.part == part]
+        random.Random(f"{name} {part}").shuffle(own)
+        # a row of every topic comes before the second row of any
+        turns: Counter[str] = Counter()
+        rows = []
+        for example in own:
+            if row := balanced(name, example, rule, tokenizer):
+                rows.append((turns[example.topic], row))
+                turns[example.topic] += 1
+        rows = [row for _, row in sorted(rows, key=lambda pair: pair[0])]
+        texts = [text for row in rows for text in texts_of(row)]
+        near = {i // 2 for i, _, _ in near_duplicates(texts, taken, _NEAR)}
+        # of two rows of this part that resemble each other, the first one stays
+        near |= {j // 2 for i, j, _ in near_duplicates(texts, texts, _NEAR) if i // 2 < j // 2}
+        rows = [row for i, row in enumerate(rows) if i not in near][: ROWS[part]]
+        random.Random(f"{part} {name}").shuffle(rows)
+        taken += [text for row in rows for text in texts_of(row)]
+        parts[part] = rows
+    return parts
+
+
+def balanced(name: str, example: Example, rule: Rule, tokenizer: Any) -> dict[str, Any] | None:
+    """A pair whose answers have the same number of tokens, as a row; None where no draw gives one."""
+    draw = random.Random(f"{name} {example.prompt}")
+    for _ in range(_DRAWS):
+        answers = rule(example, draw)
+        if answers is None:
+            return None
+        if len({len(tokenizer(answer)["input_ids"]) for answer in answers}) == 1:
+            texts = {"prompt": ("user", example.prompt), "chosen": ("assistant", answers[0])}
+            texts |= {"rejected": ("assistant", answers[1])}
+            return {key: [{"role": role, "content": text}] for key, (role, text) in texts.items()}
+    return None
+
+
+def rule_of(name: str) -> Rule:
+    """The function `pairs` of a task's `rule.py`."""
+    return runpy.run_path(str(HERE / name / "rule.py"))["pairs"]
+
+
+def main() -> int:
+    """The command."""
+    names = sorted(file.parent.name for file in HERE.glob("*/rule.py"))
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("tasks", nargs="*", help=f"of {names}; all of them if none is given")
+    parser.add_argument("--answers", action="store_true", help="ask the embedded model again")
+    options = parser.parse_args()
+    if unknown := sorted({*options.tasks} - {*names}):
+        parser.error(f"no task with a rule: {unknown}. Choose from {names}.")
+    if options.answers:
+        answer_all()
+        return 0
+    for name in options.tasks or names:
+        parts = make(name)
+        for part, rows in parts.items():
+            if len(rows) < ROWS[part]:
+                parser.error(f"{name}: its rule gives {len(rows)} rows for {part}, {ROWS[part]} are needed.")
+            lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            write_whole(HERE / name / f"{part}.jsonl", "".join(lines))
+        print(f"{name}: {', '.join(f'{len(rows)} {part} rows' for part, rows in parts.items())}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

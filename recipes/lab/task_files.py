@@ -47,7 +47,7 @@ def check_task_file(file: Path, including: tuple[Path, ...] = ()) -> None:
         if key.value == "unsafe_code" and value.value != "false":
             raise ArmError(f"{file}: unsafe_code runs what the model writes. {_ALLOW}")
         if key.value == "include":
-            parts: list[Any] = value.value if isinstance(value, yaml.SequenceNode) else [value]
+            parts: list[Any] = [*value.value] if isinstance(value, yaml.SequenceNode) else [value]
             for part in parts:
                 included = file.parent / str(part.value)
                 if not included.is_file():

@@ -31,7 +31,6 @@ from steertune.recipes.lab.arm import make_arm
 from steertune.recipes.lab.arm_files import merge_tables, read_tables
 from steertune.recipes.lab.batches import batches
 from steertune.recipes.lab.command_line import Choice, Count, Option, Result, command
-from steertune.recipes.lab.data import load_split
 from steertune.recipes.lab.evaluate import evaluate
 from steertune.recipes.lab.files import write_whole
 from steertune.recipes.lab.generation import generate, plain
@@ -44,6 +43,7 @@ from steertune.recipes.lab.pages.verdict import MAX_CIRCLES, MAX_KL, MAX_REPETIT
 from steertune.recipes.lab.processes import begin
 from steertune.recipes.lab.progress import progress
 from steertune.recipes.lab.rows import BASE, label
+from steertune.recipes.lab.sources import load_split
 from steertune.recipes.lab.training import QUIET, fit, make_trainer, silent, training_of
 from steertune.trainers import FrozenPrefix, ModelAt, share_weights
 

@@ -135,7 +135,7 @@ def _scorer(arm: Arm, train: Dataset, model: Any, tokenizer: Any) -> Scorer | No
     if not {"chosen", "rejected"} <= set(train.column_names):
         return None
     table = read_behaviour(arm.data.name).scorer
-    if table is not None and table["kind"] == "rule":
+    if table is not None and table.get("kind") == "rule":
         return scorers.fit(table, train, model, tokenizer)
     return scorers.fit({"kind": "characters"}, train, model, tokenizer) if len(train) >= _FEWEST_PAIRS else None
 

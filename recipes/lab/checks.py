@@ -17,10 +17,11 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import DistributedType
 from datasets import Dataset
-from peft import PeftConfig, get_peft_model
+from peft import LoraConfig, PeftConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 from trl import DPOConfig, SFTConfig
 
+from steertune.adapters import SteeringVectorConfig
 from steertune.adapters.blocks import find_blocks, resolve_layers
 from steertune.losses import parts
 from steertune.recipes.lab import embedded
@@ -45,9 +46,43 @@ def check_start(arm: Arm, rows: Dataset) -> None:
     Raises:
         ArmError: names the value.
     """
+    check_loss(arm, rows)
     check_training(arm, DPOConfig if "chosen" in rows.column_names else SFTConfig)
     check_trains(arm)
     check_adapters([arm])
+
+
+def check_loss(arm: Arm, rows: Dataset) -> None:
+    """Refuse a loss, or a start, that needs what the examples or the adapter do not have.
+
+    Raises:
+        ArmError: rejected answers are missing, or strengths of the adapter.
+    """
+    loss, config, columns = arm.loss_object(), arm.peft_config(), rows.column_names
+    start = config.init if isinstance(config, SteeringVectorConfig) else "zeros"
+    if "completion" in columns and "rejected" not in columns:
+        missing = f"data.name={arm.data.name!r} has no rejected answers (columns {columns})."
+        if loss is not None and loss.needs.pairs:
+            raise ArmError(
+                f"loss.name={arm.loss['name']!r} compares chosen with rejected answers, and {missing} Add a column "
+                "`rejected`, or learn the answers alone: --loss.name cross_entropy."
+            )
+        if start not in ("zeros", "random"):
+            raise ArmError(
+                f"adapter.init={start!r} is computed from chosen and rejected answers, and {missing} Add a column "
+                "`rejected`, or set --adapter.init zeros."
+            )
+    strengths = () if loss is None else loss.needs.strengths
+    if strengths and not isinstance(config, SteeringVectorConfig | LoraConfig):
+        raise ArmError(
+            f"loss.name={arm.loss['name']!r} needs an adapter that has a strength, which adapter.type="
+            f"{arm.adapter['type']!r} does not. Use a steering vector or a LoRA, or set --loss.name dpo."
+        )
+    if "null" in strengths and not (isinstance(config, SteeringVectorConfig) and config.form == "bias"):
+        raise ArmError(
+            f"loss.name={arm.loss['name']!r} takes the direction of a steering vector of form 'bias' out of the "
+            "states, and this adapter has none. Set --loss.suppress negative."
+        )
 
 
 def check_training(arm: Arm, kind: type) -> None:

@@ -32,12 +32,12 @@ from steertune.recipes.lab.arm_files import merge_tables, read_tables
 from steertune.recipes.lab.batches import batches
 from steertune.recipes.lab.command_line import Choice, Count, Option, Result, command
 from steertune.recipes.lab.evaluate import evaluate
-from steertune.recipes.lab.files import write_whole
+from steertune.recipes.lab.files import read_rows, write_whole
 from steertune.recipes.lab.generation import generate, plain
 from steertune.recipes.lab.measures import Seen
 from steertune.recipes.lab.measures import get as measure
 from steertune.recipes.lab.measures.repetition import repeated
-from steertune.recipes.lab.observe import HeldOut, neutral_rows
+from steertune.recipes.lab.observe import NEUTRAL, HeldOut
 from steertune.recipes.lab.pages import Table, escape, table_markdown
 from steertune.recipes.lab.pages.verdict import MAX_CIRCLES, MAX_KL, MAX_REPETITION, circling
 from steertune.recipes.lab.processes import begin
@@ -49,7 +49,7 @@ from steertune.trainers import FrozenPrefix, ModelAt, share_weights
 
 TRAIN, VALIDATION, TEST = 32, 8, 16
 NEW_TOKENS = 32
-NEUTRAL = 6  # rows of neutral text
+NEUTRAL_ROWS = 6  # rows of neutral text
 _PRINTED = 4  # answers of a cell on the page
 _TRAINED = [1.0]
 _KEYS = ("candidate", "behaviour", "split", "dtype", "strength")
@@ -193,7 +193,7 @@ class Lab:
             for split, prompts in self.prompts.items()
         }
         self.model.to(getattr(torch, dtype))  # the sentences are the same in both
-        self.neutral = neutral_rows().select(range(NEUTRAL))
+        self.neutral = Dataset.from_list(read_rows(NEUTRAL, "It comes with the package.")[:NEUTRAL_ROWS])
         self.shared: dict[str, dict[str, Any]] = {}  # what was computed of the base model, by split
 
     @staticmethod

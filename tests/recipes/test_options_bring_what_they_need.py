@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 
 import pytest
 import tiny_data
+from datasets import Dataset
 from tiny_models import tiny
 
 import steertune.recipes.train as recipe
 from steertune.losses import options_of
 from steertune.recipes.lab.arm import load_arm
+from steertune.recipes.lab.checks import check_loss
 from steertune.recipes.lab.files import ArmError
 from steertune.recipes.lab.ingredients.views import Views
 from steertune.recipes.lab.training import make_trainer, training_of
@@ -60,3 +63,40 @@ def test_another_adapter_leaves_behind_what_only_the_arms_own_adapter_has() -> N
     assert load_arm("vector_dpo", ["--adapter.type=steering_vector"]).adapter == load_arm("vector_dpo").adapter
     with pytest.raises(ArmError, match="layers"):
         load_arm("vector_dpo", ["--adapter.type=lora", "--adapter.layers=3"])
+
+
+DEMONSTRATIONS = Dataset.from_dict({"prompt": ["a "], "completion": ["b"]})
+PAIRS = Dataset.from_dict({"prompt": ["a "], "chosen": ["b"], "rejected": ["c"]})
+
+
+@pytest.mark.parametrize(
+    ("arm", "words", "rows", "message"),
+    [
+        ("vector_dpo", [], DEMONSTRATIONS, "no rejected answers .*--loss.name cross_entropy"),
+        (
+            "vector_sft",
+            ["--adapter.init=mean_difference"],
+            DEMONSTRATIONS,
+            "no rejected .*--adapter.init zeros",
+        ),
+        ("vector_dpo", ["--loss.name=reps", "--adapter.type=lora"], PAIRS, "--loss.suppress negative"),
+        ("vector_dpo", ["--loss.name=reps", "--adapter.form=gated"], PAIRS, "--loss.suppress negative"),
+        ("vector_dpo", ["--loss.name=bipo", "--adapter.type=ia3"], PAIRS, "needs an adapter that has a strength"),
+    ],
+)
+def test_what_a_loss_lacks_is_said_before_a_model_is_loaded(
+    arm: str, words: list[str], rows: Dataset, message: str
+) -> None:
+    with pytest.raises(ArmError, match=message):
+        check_loss(load_arm(arm, words), rows)
+
+
+def test_what_has_everything_is_not_refused() -> None:
+    check_loss(load_arm("vector_sft"), DEMONSTRATIONS)
+    check_loss(load_arm("vector_dpo", ["--loss.name=reps"]), PAIRS)
+    check_loss(load_arm("vector_dpo", ["--loss.name=reps", "--loss.suppress=negative", "--adapter.type=lora"]), PAIRS)
+
+
+def test_the_default_arm_learns_the_answers_of_an_embedded_task() -> None:
+    arm = load_arm(inspect.signature(recipe.main).parameters["arm"].default)
+    assert (arm.name, arm.data.name, arm.loss) == ("vector_sft", "lower_case", {"name": "cross_entropy"})

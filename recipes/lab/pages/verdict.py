@@ -102,7 +102,7 @@ def circling(answers: Sequence[str]) -> float:
 def _without_scorer(record: Record) -> str:
     """What can be said of answers that nothing scores: whether they are the base's."""
     if "answer" not in record.observations[BASE]:
-        return "No answers were generated (`evaluation.generations`), so this page cannot say what one would notice."
+        return "No answers to held-out prompts were generated, so this page cannot say what one would notice."
     before, after = (record.observations[at]["answer"] for at in (BASE, TRAINED))
     same = sum(a == b for a, b in zip(before, after, strict=True))
     if same > len(before) / 2:

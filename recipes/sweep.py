@@ -146,8 +146,8 @@ def run(options: SimpleNamespace, overrides: list[str], words: Sequence[str]) ->
     print("\n".join([_plan(table, context), *notes]), file=sys.stderr)
 
     # validation rows choose; only what they chose is seen on test rows, and saved
-    notes = tuple(notes)
-    result = Sweep(table, measure(context, folder), as_typed(words), note, versions(), context.splits.note, notes)
+    split = context.splits.note
+    result = Sweep(table, measure(context, folder), as_typed(words), note, versions(), split, notes=tuple(notes))
     if (setting := result.choice.setting) is not None:
         held_out = context.held_out(TEST)
         adapter = Source(context).model(cast(Site, setting.site), setting.layer, home_of(folder, setting))

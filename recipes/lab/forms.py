@@ -57,8 +57,8 @@ def readable(rows: Dataset, tokenizer: Any) -> Dataset:
 
 def readable_splits(splits: Splits, tokenizer: Any) -> Splits:
     """All rows of a task in a form that the tokenizer reads; see `readable`."""
-    parts = {field.name: readable(getattr(splits, field.name), tokenizer) for field in dataclasses.fields(splits)}
-    return Splits(**parts)
+    parts = {name: value for name, value in vars(splits).items() if isinstance(value, Dataset)}
+    return dataclasses.replace(splits, **{name: readable(rows, tokenizer) for name, rows in parts.items()})
 
 
 def written(tokenizer: Any, prompt: Any) -> str:

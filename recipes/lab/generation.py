@@ -156,8 +156,8 @@ def check_context(
     lengths = row_lengths(tokenizer, rows, new_tokens)
     if long := [i for i, length in enumerate(lengths) if length > context]:
         raise ArmError(
-            f"{what}: {len(long)} of {len(rows)} rows are longer than the model's context. Row {long[0]} and its "
-            f"answer take {lengths[long[0]]} tokens, the model reads {context}. {fix}"
+            f"{what}: a prompt and its answer take {lengths[long[0]]} tokens, the model reads {context} "
+            f"(row {long[0]}; {len(long)} of {len(rows)} rows are too long). {fix}"
         )
 
 

@@ -115,7 +115,8 @@ def finite(differences: ArrayLike) -> NDArray[np.float64]:
 def of_measure(measure: Measure, seen: Seen) -> Interval | None:
     """A measure's mean over the examples of one model, with its 95 % interval for other examples.
 
-    Shares of examples get Wilson's interval. A weighted mean, such as that of a KL per token, is a ratio of two means;
+    Values of 0 and 1 get Wilson's interval, which allows for the values between them that other examples of a bounded
+    measure may have. A weighted mean, such as that of a KL per token, is a ratio of two means;
     its interval is that of `mean + weight * (value - mean) / mean weight`, whose mean and whose spread are the ratio's
     to first order (Cochran 1977, section 6.3). A perplexity is the exponential of such a mean, and so are its ends.
 

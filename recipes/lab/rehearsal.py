@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 from typing import Any
 
@@ -17,7 +16,7 @@ from steertune.recipes.lab.generation import check_context, row_lengths
 from steertune.recipes.lab.ingredients.teachers import Teachers
 from steertune.recipes.lab.ingredients.views import Views as ViewTables
 from steertune.recipes.lab.observe import HeldOut
-from steertune.trainers import ModelAt, context_length, tokenise
+from steertune.trainers import ModelAt, NonFiniteError, context_length, tokenise
 from steertune.trainers.row_checks import check_rows
 from steertune.trainers.views import Views
 
@@ -34,8 +33,8 @@ def rehearse(held_out: HeldOut) -> None:
     model, tokenizer = held_out.model, held_out.tokenizer
     # all rows fit the tokenizer and the model, with the answers that will be generated
     for rows, what, answers in (
-        (held_out.pairs, "Test rows", held_out.generations),
-        (held_out.neutral, "Neutral text", held_out.neutral_generations),
+        (held_out.pairs, "The test rows", held_out.generations),
+        (held_out.neutral, "The neutral text", held_out.neutral_generations),
     ):
         if {"chosen", "completion", "text", "messages"} & {*rows.column_names}:
             check_rows(rows, tokenizer)
@@ -58,13 +57,13 @@ def rehearse(held_out: HeldOut) -> None:
         plain=None,
         shared={},
     )
-    [seen] = evaluate(model, one).values()
-    numbers = [value for values in seen.values() for value in values if isinstance(value, float)]
-    if not all(map(math.isfinite, numbers)):
+    try:
+        evaluate(model, one)
+    except NonFiniteError as error:
         raise ArmError(
-            f"The base model's log-probabilities of the first test row or neutral row are not finite ({seen}). "
-            "Its weights may be damaged, or its number format too narrow: try model.dtype = 'float32'."
-        )
+            "The base model's log-probabilities of the first test row or neutral row are not finite. Its weights may "
+            "be damaged, or its number format too narrow: try model.dtype = 'float32'."
+        ) from error
 
 
 @torch.no_grad()

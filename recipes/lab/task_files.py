@@ -42,17 +42,16 @@ def check_task_file(file: Path, including: tuple[Path, ...] = ()) -> None:
             raise ArmError(
                 f"{file}, line {node.start_mark.line + 1}: {shown(f'{node.tag} {node.value}')} runs code. {_ALLOW}"
             )
-    pairs: list[tuple[Any, Any]] = root.value
-    for key, value in pairs:
-        if key.value == "unsafe_code" and value.value != "false":
-            raise ArmError(f"{file}: unsafe_code runs what the model writes. {_ALLOW}")
-        if key.value == "include":
-            parts: list[Any] = value.value if isinstance(value, yaml.SequenceNode) else [value]
-            for part in parts:
-                included = file.parent / str(part.value)
-                if not included.is_file():
-                    raise ArmError(f"{file}: include={shown(part.value)}: there is no such file.")
-                check_task_file(included, (*including, file))
+    settings: dict[str, Any] = {str(key.value): value for key, value in root.value}
+    if "unsafe_code" in settings and settings["unsafe_code"].value != "false":
+        raise ArmError(f"{file}: unsafe_code runs what the model writes. {_ALLOW}")
+    include: Any = settings.get("include")
+    nodes = [] if include is None else include.value if isinstance(include, yaml.SequenceNode) else [include]
+    for name in (str(node.value) for node in nodes):
+        included = file.parent / name
+        if not included.is_file():
+            raise ArmError(f"{file}: include={shown(name)}: there is no such file.")
+        check_task_file(included, (*including, file))
 
 
 def check_task_folder(folder: Path) -> None:

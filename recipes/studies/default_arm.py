@@ -4,8 +4,10 @@
 
 Trains candidate arms on the pairs that people bring: the model's own sentences against the same sentences rewritten by
 a rule, and the embedded tasks, whose answers are written. Then it generates answers to prompts that no arm was trained
-on. Candidates are chosen on four sets, and the chosen ones are confirmed on four others. Writes `table.md`,
-`answers.md` and `cells.jsonl`, and skips cells that `cells.jsonl` already holds.
+on. Candidates are chosen on four sets, and the chosen ones are confirmed on four others. Writes `table.md`
+and `cells.jsonl`, and skips cells that `cells.jsonl` already holds:
+
+    ... --behaviours question_at_the_end hedged bullets warm_tone --split test --candidates base vector_sft
 """
 
 from __future__ import annotations
@@ -52,8 +54,8 @@ NEUTRAL_ROWS = 6  # rows of neutral text
 _PRINTED = 4  # answers of a cell on the page
 _TRAINED = [1.0]
 _ALL = [
-    "base", "vector_sft", "vector_sft + neutral_kl", "vector_sft, unlikelihood", "cross_entropy, 1e-3",
-    "cross_entropy, 2e-3", "vector_dpo", "dpo + cross_entropy, 2e-3", "apo_zero", "simpo", "ipo", "bipo",
+    "base", "vector_sft", "vector_sft + neutral_kl", "vector_sft by unlikelihood", "cross_entropy 1e-3",
+    "cross_entropy 2e-3", "vector_dpo", "dpo + cross_entropy 2e-3", "apo_zero", "simpo", "ipo", "bipo",
 ]  # fmt: skip
 CHOOSE_ON = ["lower_case", "wow", "casual", "cautious_advice"]
 CONFIRM_ON = ["question_at_the_end", "hedged", "bullets", "warm_tone"]
@@ -106,7 +108,12 @@ is the share of answers to held-out prompts that show the behaviour by a rule ({
 chosen, {TEST} where the chosen one is confirmed), with the KL to the base on neutral text (nats per token) and the
 share of repeated word triples. ✗: not fluent, which is a KL above {MAX_KL}, repetition more than
 {MAX_REPETITION} above the base's, more than {MAX_CIRCLES} of the answers going in circles, or answers that the base
-finds as likely behind another prompt. One seed; with so few prompts a share has a standard error of up to 0.18 (0.13).
+finds as likely behind another prompt.
+
+What this does not say: one seed, one small model, and few prompts, so a share has a standard error of up to 0.18
+(0.13). Empty cells were not measured. The rule for `casual` was widened after reading its first answers ("Oh, that's a
+fun story, right?"). `dpo + cross_entropy` took six times as long as `vector_sft`, and two of its eight answers go in
+circles of hyphens that no limit counts.
 """
 
 

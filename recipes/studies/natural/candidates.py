@@ -22,11 +22,11 @@ def _by_trl(loss_types: list[str], **trainer: Any) -> dict[str, Any]:
 CANDIDATES: dict[str, dict[str, Any]] = {
     "vector_sft": _like_sft(),
     "vector_sft + neutral_kl": _like_sft(loss={"name": "cross_entropy", "neutral_kl": 0.5}),
-    "vector_sft, unlikelihood": _like_sft(loss={"name": "unlikelihood"}),
-    "cross_entropy, 1e-3": _like_dpo(loss={"name": "cross_entropy"}, trainer={"learning_rate": 1e-3}),
-    "cross_entropy, 2e-3": _like_dpo(loss={"name": "cross_entropy"}, trainer={"learning_rate": 2e-3}),
+    "vector_sft by unlikelihood": _like_sft(loss={"name": "unlikelihood"}),
+    "cross_entropy 1e-3": _like_dpo(loss={"name": "cross_entropy"}, trainer={"learning_rate": 1e-3}),
+    "cross_entropy 2e-3": _like_dpo(loss={"name": "cross_entropy"}, trainer={"learning_rate": 2e-3}),
     "vector_dpo": _like_dpo(),
-    "dpo + cross_entropy, 2e-3": _by_trl(["sigmoid", "sft"], learning_rate=2e-3, lr_scheduler_type="linear"),
+    "dpo + cross_entropy 2e-3": _by_trl(["sigmoid", "sft"], learning_rate=2e-3, lr_scheduler_type="linear"),
     "apo_zero": _by_trl(["apo_zero"]),
     **{loss: _like_dpo(loss={"name": loss}) for loss in ("simpo", "ipo", "bipo")},
 }

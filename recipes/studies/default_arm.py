@@ -5,7 +5,7 @@
 Trains candidate arms on the pairs that people bring: the model's own sentences against the same sentences rewritten by
 a rule, and the embedded tasks, whose answers are written. Then it generates answers to prompts that no arm was trained
 on. Candidates are chosen on four sets, and the chosen ones are confirmed on four others. Writes `table.md`
-and `cells.jsonl`, and skips cells that `cells.jsonl` already holds:
+and `cells.json`, and skips cells that `cells.json` already holds:
 
     ... --behaviours question_at_the_end hedged bullets warm_tone --split test --candidates base vector_sft
 """
@@ -243,8 +243,8 @@ def main(
     """Measure the cells that are missing, and write the page."""
     begin(threads, only_one=True)
     folder.mkdir(parents=True, exist_ok=True)
-    file = folder / "cells.jsonl"
-    cells = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.exists() else []
+    file = folder / "cells.json"
+    cells = json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
     finished = {tuple(cell[key] for key in _KEYS) for cell in cells}
     lab: Lab | None = None
     with progress("Candidates", len(candidates) * len(behaviours)) as bar:
@@ -257,7 +257,7 @@ def main(
             with bar.step(f"{name} on {behaviour}"):
                 lab = lab or Lab(dtype)
                 cells += measure_cell(lab, name, behaviour, split, missing)
-                write_whole(file, "".join(json.dumps(cell, ensure_ascii=False) + "\n" for cell in cells))
+                write_whole(file, json.dumps(cells, ensure_ascii=False, indent=1) + "\n")
     write_whole(folder / "table.md", report(cells))
     return Result(cells, f"{folder / 'table.md'}")
 

@@ -284,8 +284,8 @@ class Mixture:
         fit(trainer, folder)
         trainer.save_model(str(folder / "adapter.part"))
         if PartialState().is_main_process:
-            parts = [(self._trained_rows(task), self.splits[task.label].by) for task in self.seen]
-            trained_on.write(folder / "adapter.part", [TrainedOn.of(rows, by) for rows, by in parts])
+            parts = [(self._trained_rows(task), self.splits[task.label]) for task in self.seen]
+            trained_on.write(folder / "adapter.part", [TrainedOn.of(rows, splits.by) for rows, splits in parts])
             write_checksums(folder / "adapter.part")
             (folder / "adapter.part").rename(home)
         return trainer.accelerator.unwrap_model(trainer.model).eval()

@@ -42,6 +42,7 @@ class Context:
         # by label: a task with its instructions cannot be hashed
         self._tasks = {task.label: task for task in grid.tasks}
         self._splits = cache(self._load_splits)
+        self._notes: dict[str, list[str]] = {}
         self._scorers = cache(self._fit_scorer)
         self._held_out = cache(self._make_held_out)
 
@@ -75,7 +76,8 @@ class Context:
 
     def notes(self, task: TaskTable) -> list[str]:
         """What to say about the task's rows, beside their number."""
-        return notes_on_form(load_split(task.name, "train"), self.tokenizer)
+        self.splits(task)
+        return self._notes[task.label]
 
     def scorer(self, task: TaskTable) -> Scorer:
         """The task's scorer of the behaviour."""
@@ -143,6 +145,7 @@ class Context:
         reading = Reading(task.columns, task.format, lambda: has_template(self.tokenizer))
         largest = max(tables.examples) * max(arm.arm.data.times for arm in self.grid.arms)
         splits = load_splits(task.name, tables.splits, largest, task.reverse, reading)
+        self._notes[label] = notes_on_form(splits.test, self.tokenizer)
         return readable_splits(splits, self.tokenizer)
 
     def _fit_scorer(self, label: str) -> Scorer:

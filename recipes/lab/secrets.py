@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from steertune.recipes.lab.files import ArmError
+from steertune.recipes.lab.files import ArmError, shown
 
 _TOKENS = re.compile(
     r"\bhf_[A-Za-z0-9]{30,}|\bgh[pousr]_[A-Za-z0-9]{30,}|\bsk-[A-Za-z0-9_-]{20,}|\bAKIA[0-9A-Z]{16}\b"
@@ -35,17 +35,18 @@ def holds_secret(text: str) -> bool:
     return masked(text) != text
 
 
-def check_no_secrets(table: Mapping[str, Any], where: str = "") -> None:
-    """Refuse settings that hold a secret, since settings are written into files.
+def check_settings(table: Mapping[str, Any]) -> None:
+    """Refuse settings that cannot be written into files, as all settings are: secrets, and numbers of 400 digits.
 
     Args:
         table: Settings, also nested ones.
-        where: The key that holds them.
 
     Raises:
-        ArmError: names the key, and never the value.
+        ArmError: names the key, and never the secret.
     """
-    for key, value in _leaves(table, where):
+    for key, value in _leaves(table, ""):
+        if isinstance(value, int) and not -(2**63) <= value < 2**63:
+            raise ArmError(f"{masked(key)}={shown(value)} is too large: whole numbers have 64 bits.")
         named_token = key.rpartition(".")[2] in ("hub_token", "token", "api_key") and bool(value)
         if named_token or (isinstance(value, str) and holds_secret(value)):
             raise ArmError(

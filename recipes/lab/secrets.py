@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from steertune.recipes.lab.files import ArmError, shown
@@ -24,15 +24,24 @@ _HIDDEN = "<secret>"
 
 def masked(text: str) -> str:
     """A text without the secrets that stand in it."""
-    for name, value in os.environ.items():
-        if _VARIABLES.search(name) and len(value) >= _SHORTEST:
-            text = text.replace(value, _HIDDEN)
+    for value in _in_environment():
+        text = text.replace(value, _HIDDEN)
     return _TOKENS.sub(_HIDDEN, text)
 
 
-def holds_secret(text: str) -> bool:
-    """Whether a secret stands in a text."""
-    return masked(text) != text
+def holds_secret(text: str, values: Sequence[str] | None = None) -> bool:
+    """Whether a secret stands in a text.
+
+    Args:
+        text: The text.
+        values: Secrets of the environment, for who asks often; None: they are looked up.
+    """
+    values = _in_environment() if values is None else values
+    return _TOKENS.search(text) is not None or any(value in text for value in values)
+
+
+def _in_environment() -> list[str]:
+    return [value for name, value in os.environ.items() if _VARIABLES.search(name) and len(value) >= _SHORTEST]
 
 
 def check_settings(table: Mapping[str, Any]) -> None:
@@ -44,11 +53,12 @@ def check_settings(table: Mapping[str, Any]) -> None:
     Raises:
         ArmError: names the key, and never the secret.
     """
+    secrets = _in_environment()
     for key, value in _leaves(table, ""):
         if isinstance(value, int) and not -(2**63) <= value < 2**63:
             raise ArmError(f"{masked(key)}={shown(value)} is too large: whole numbers have 64 bits.")
         named_token = key.rpartition(".")[2] in ("hub_token", "token", "api_key") and bool(value)
-        if named_token or (isinstance(value, str) and holds_secret(value)):
+        if named_token or (isinstance(value, str) and holds_secret(value, secrets)):
             raise ArmError(
                 f"{masked(key)} holds a secret, and settings are written into files. Remove it. Hugging Face reads "
                 "its token from the environment variable HF_TOKEN, or from `hf auth login`; a judge's `key` is the "

@@ -183,14 +183,15 @@ ROWS: dict[str, Row] = {
     "a checkpoint every -2 steps": arm(f"save_steps=-2 {RANGE}", trainer={"save_steps": -2}),
     "-1 processes for the data": arm(f"dataset_num_proc=-1 {RANGE}", trainer={"dataset_num_proc": -1}),
     "a largest gradient that is no number": arm(f"max_grad_norm=nan {RANGE}", trainer={"max_grad_norm": math.nan}),
-    "an optimiser of nothing": training("'adamx' is not a valid OptimizerNames", optim="adamx"),
-    "a schedule of nothing": training("'cosin' is not a valid SchedulerType", lr_scheduler_type="cosin"),
-    "a strategy of nothing": training("'sometimes' is not a valid", save_strategy="sometimes"),
+    "an optimiser of nothing": training("adamx is not a valid OptimizerNames", optim="adamx"),
+    "a schedule of nothing": training("cosin is not a valid SchedulerType", lr_scheduler_type="cosin"),
+    "a strategy of nothing": training("sometimes is not a valid SaveStrategy", save_strategy="sometimes"),
     "a field that the loss does not use": training("belongs to TRL's own loss", label_smoothing=0.1),
     "a field of demonstrations, for pairs": training("Unknown key 'packing'", packing=True),
     "a field of pairs, for demonstrations": training("Unknown key 'beta'", SFTConfig, beta=0.2),
     "no training of zeros": training("max_steps=0 trains nothing, and the adapter starts at zero", max_steps=0),
-    "a model to load": arm("the recipe loads the model. Set .model.", trainer={"model_init_kwargs": {"revision": "x"}}),
+    "a model to load": arm("the recipe loads the model. Set .model.",
+                           trainer={"model_init_kwargs": {"revision": "x"}}),
     "a checkpoint to go on from": arm("goes on from the last checkpoint in its output folder",
                                       trainer={"resume_from_checkpoint": "elsewhere"}),
     # [data], [model], [evaluation], [output]
@@ -229,11 +230,11 @@ ROWS: dict[str, Row] = {
     "a tied vector as text": arm(f"adapter.tied='yes': {STRICT} boolean", adapter={"tied": "yes"}),
     "a misspelt key of the adapter": arm("Unknown key 'layer' in .adapter.. Did you mean 'layers'",
                                          adapter={"layer": 3}),
-    "a method of nothing": arm("adapter.type='lroa' is not a PEFT method.*Did you mean 'lora'",
-                               adapter={"type": "lroa"}),
+    "a method of nothing": arm("adapter.type='loraa' is not a PEFT method.*Did you mean 'lora'",
+                               adapter={"type": "loraa"}),
     # commands that leave nothing behind
     "train with layer 99": train("layer 99 does not exist, the model has 4", "--adapter.layers=99"),
-    "train with a misspelt optimiser": train("'adamx' is not a valid OptimizerNames", "--trainer.optim=adamx"),
+    "train with a misspelt optimiser": train("adamx is not a valid OptimizerNames", "--trainer.optim=adamx"),
     "train of nothing": train("max_steps=0 trains nothing", "--trainer.max_steps=0"),
     "train in a batch of 0": train(RANGE, "--trainer.per_device_train_batch_size=0"),
     "train beside another's checkpoint": (unfinished, "holds an unfinished run of another arm"),
@@ -287,10 +288,10 @@ ROWS: dict[str, Row] = {
         design={"kind": "fractional"},
         factors={f"f{i}": {"a": {}, "b": {}} for i in range(40)},
     ),
-    "a grid of one factor of 20000 levels": grid(
-        "have 4e.04 combinations",
+    "a grid of one factor of 6000 levels": grid(
+        "have 1.2e.04 combinations",
         design={"kind": "full"},
-        factors={"f": {f"l{i}": {} for i in range(20_000)}, "g": {"a": {}, "b": {}}},
+        factors={"f": {f"l{i}": {} for i in range(6000)}, "g": {"a": {}, "b": {}}},
     ),
     # code in data
     "a task that names a function": task(CODE, "task: x\nprocess_docs: !function utils.process\n"),
@@ -306,7 +307,7 @@ ROWS: dict[str, Row] = {
     "a task that is a list": task("is no task", "- x\n"),
     "a task of nothing": task("is no task", ""),
     "a task that is no UTF-8": task("Save it as UTF-8", b"task: caf\xe9\n"),
-    "a task nested 5000 deep": task("is not valid YAML", "x: " + "[" * 5000),
+    "a task nested 1500 deep": task("is not valid YAML", "x: " + "[" * 1500),
     "a folder of tasks with a function": (
         lambda lab: check_task_files([], lab.file("tasks/deep/a.yaml", "y: !function u.f\n").parents[1]),
         CODE,
@@ -324,7 +325,7 @@ ROWS: dict[str, Row] = {
     "an adapter that trusts code": arm("Unknown key 'trust_remote_code' in .adapter",
                                        adapter={"trust_remote_code": True}),
     "a model of its own code": (
-        lambda lab: remote(lab, model_type="evil", auto_map={"AutoConfig": "evil.C", "AutoModelForCausalLM": "evil.M"}),
+        lambda lab: remote(lab, model_type="evil", auto_map={"AutoConfig": "evil.C"}),
         "cannot be loaded",
     ),
     "a model's skeleton of its own code": (
@@ -346,7 +347,7 @@ ROWS: dict[str, Row] = {
     "a revision of the embedded model": arm("is no Hub name", model={"revision": "main"}),
     "a function to import in a view": arm("Unknown view 'os:system'", views={"good": {"name": "os:system"}}),
     # secrets
-    "a token of the Hub": arm("hub_token=....: it would be written into files", trainer={"hub_token": TOKEN}),
+    "a token of the Hub": arm("trainer.hub_token holds a secret", trainer={"hub_token": TOKEN}),
     "a token in a card": arm(f"card.behaviour {SECRET}", card={"behaviour": f"made with {TOKEN}"}),
     "a token as a name": arm(SECRET, data={"name": f"org/{TOKEN}"}),
     "a password in an address": arm(f"model.name {SECRET}", model={"name": "https://me:secret@host/model"}),

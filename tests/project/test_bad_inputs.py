@@ -1,6 +1,6 @@
 """Every public entry point, given what is wrong, says so: a named error with the value and the fix, soon, and never a
 traceback from somewhere inside. The tables stand in `tests/helpers/bad_inputs_*.py`, by entry point;
-`python tests/project/test_bad_inputs.py` runs them all and writes what each was told, `tests/project/bad_inputs.md`."""
+`python tests/project/test_bad_inputs.py` runs them all and writes `bad_inputs.md`, what each was told."""
 
 from __future__ import annotations
 

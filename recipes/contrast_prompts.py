@@ -55,6 +55,7 @@ from steertune.recipes.lab.processes import begin
 from steertune.recipes.lab.progress import Bar, progress, track
 from steertune.recipes.lab.rehearsal import rehearse, rehearse_training
 from steertune.recipes.lab.rows import Record
+from steertune.recipes.lab.secrets import check_settings
 from steertune.recipes.lab.sources import Reading
 from steertune.recipes.lab.splits import SplitTable, load_splits
 from steertune.recipes.lab.tables import ModelTable
@@ -127,6 +128,7 @@ def read(file: str) -> MixtureTables:
         raise ArmError(f"No file {file!r}. Names: {sorted(p.stem for p in MIXTURES.glob('*.toml'))}.")
     raw = read_toml(path)
     known_tables("mixture", raw, MixtureTables)
+    check_settings(raw)
     try:
         return MixtureTables(**raw)
     except ValidationError as error:

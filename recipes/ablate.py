@@ -33,6 +33,7 @@ from steertune.recipes.ablation.store import TABLE, Reusable, Store
 from steertune.recipes.lab import scorers
 from steertune.recipes.lab.command_line import Argument, Option, Result, Threads, command, grid_names
 from steertune.recipes.lab.files import write_result
+from steertune.recipes.lab.pair_lint import warn_of
 from steertune.recipes.lab.processes import begin
 from steertune.recipes.lab.progress import Bar, progress
 
@@ -66,6 +67,8 @@ def main(
         scorers.read(task.scorer)
         if note := context.splits(task).note:
             loaded.notes.append(f"{task.label}: {note}")
+        if rank == 0:
+            warn_of(context.splits(task).pool, context.splits(task).by, task.label)
     for task in loaded.tasks if loaded.tables.generations else ():
         context.scorer(task)
     if not dry_run:

@@ -37,6 +37,7 @@ from steertune.recipes.lab.ingredients.views import Views
 from steertune.recipes.lab.observe import Prompted, neutral_rows
 from steertune.recipes.lab.pages import Page, Section, Table, Text, escape, write_page
 from steertune.recipes.lab.pages.measured import comparison, generations
+from steertune.recipes.lab.pair_lint import warn_of
 from steertune.recipes.lab.progress import Bar, progress, track
 from steertune.recipes.lab.rows import BASE, Record
 from steertune.recipes.lab.training import facts_of, fit, held_out_of, make_trainer, open_run, training_of
@@ -82,6 +83,7 @@ def run(arm: Arm, threads: int | None = None) -> Record:
         )
     if state.is_main_process:
         print(data.note)
+        warn_of(data.all_rows(), data.by, arm.data.name)
     arm = _with_pool(arm, train)
     view = arm.get(Views).views()["good"].for_evaluation(train.to_list(), test.to_list())
     loaded: tuple[Any, Any] = load_model(arm.model)

@@ -39,9 +39,11 @@ from steertune.recipes.lab.data import load_steered
 from steertune.recipes.lab.files import ArmError, nearest, write_whole
 from steertune.recipes.lab.generation import as_asked
 from steertune.recipes.lab.held_out import held_out_rows
+from steertune.recipes.lab.pair_lint import warn_of
 from steertune.recipes.lab.processes import begin, default_device
 from steertune.recipes.lab.progress import progress, track
 from steertune.recipes.lab.reading import BUILDERS
+from steertune.recipes.lab.similarity import told_apart_by
 from steertune.recipes.lab.sources import Reading
 from steertune.trainers import scaled
 
@@ -79,6 +81,7 @@ def main(
         if is_pairs(name):
             pairs[name], note = held_out_rows(name, [folder], reading)
             print(f"{name}: {len(pairs[name])} rows. {note}".strip(), file=sys.stderr)
+            warn_of(pairs[name], told_apart_by(pairs[name].to_list()), name)
     with progress("Benchmarks"):
         metrics = evaluate(steered, tokenizer, tasks, strengths, include, batch, pairs, **settings)
     if output is not None:

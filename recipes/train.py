@@ -32,6 +32,7 @@ from steertune.recipes.lab.memory import peak_memory_gb
 from steertune.recipes.lab.observe import neutral_rows
 from steertune.recipes.lab.pages import escape, settings_in_words, write_page
 from steertune.recipes.lab.pages.measured import training_page
+from steertune.recipes.lab.pair_lint import at_edge, warn, warn_of
 from steertune.recipes.lab.progress import Bar, progress
 from steertune.recipes.lab.rows import Record
 from steertune.recipes.lab.training import facts_of, fit, held_out_of, make_trainer, open_run, training_of
@@ -60,6 +61,8 @@ def run(arm: Arm, threads: int | None = None) -> Record:
     folder, state = open_run(arm, threads=threads), PartialState()
     data = load_data(arm.data, partial(has_template, arm.model))
     train, test = data.train, data.test
+    if state.is_main_process:
+        warn_of(data.all_rows(), data.by, arm.data.name)
     model, tokenizer = load_model(arm.model)
     say = print if state.is_main_process else (lambda *_: None)
     training_seconds, evaluation_seconds = _estimate(arm, model, tokenizer, data)
@@ -72,6 +75,8 @@ def run(arm: Arm, threads: int | None = None) -> Record:
     held_out = held_out_of(arm, model, tokenizer, test)
     with bar.step("base model", evaluation_seconds):
         record.observations |= evaluate_base(held_out)
+    if state.is_main_process:
+        warn([at_edge(record.value("accuracy"), len(test))], arm.data.name)
 
     training = training_of(arm, model, tokenizer, train, folder, held_out=[test])
     with bar.step("training", training_seconds):

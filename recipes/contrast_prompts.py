@@ -50,6 +50,7 @@ from steertune.recipes.lab.forms import readable_splits
 from steertune.recipes.lab.generation import check_context
 from steertune.recipes.lab.observe import HeldOut, neutral_rows
 from steertune.recipes.lab.pages import write_page
+from steertune.recipes.lab.pair_lint import warn_of
 from steertune.recipes.lab.paths import CONFIGS
 from steertune.recipes.lab.processes import begin
 from steertune.recipes.lab.progress import Bar, progress, track
@@ -202,6 +203,8 @@ class Mixture:
         model.to(PartialState().device)
         self.splits = {label: readable_splits(splits, tokenizer) for label, splits in self.splits.items()}
         self._rehearse(model, tokenizer)
+        for label, splits in self.splits.items() if main_process else ():
+            warn_of(splits.pool, splits.by, label)
         claim(folder, self.tables, main_process)
         # an unseen task takes about as long as three seen ones, since the steering arms are trained on it
         bar = Bar(4 + len(self.seen) + 3 * len(self.unseen))

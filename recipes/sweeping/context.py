@@ -85,10 +85,7 @@ class Context:
 
     def _make_held_out(self, part: str) -> HeldOut:
         count = self.table.generations
-        neutral = {
-            TEST: neutral_rows(self.tokenizer),
-            VALIDATION: neutral_rows(self.tokenizer, "match", count=FEW_NEUTRAL),
-        }
+        few = neutral_rows(self.tokenizer, "match", count=FEW_NEUTRAL)
         return HeldOut(
             self.model,
             self.tokenizer,

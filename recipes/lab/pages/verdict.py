@@ -83,7 +83,7 @@ def _shown(observations: Observations) -> float:
 
 def _in_answers(record: Record, shown: Mapping[str, float], at: str | None) -> str:
     """How many answers show the behaviour, before and at a strength."""
-    if at not in shown:
+    if at is None or at not in shown:
         return ""
     count = len(record.observations[at]["answer"])
     return (

@@ -10,8 +10,9 @@ import torch
 from datasets import Dataset
 
 from steertune.recipes.ablation.grid import Cell, Grid
-from steertune.recipes.ablation.tables import TaskTable
+from steertune.recipes.ablation.tables import TaskTable, told
 from steertune.recipes.lab.data import load_model
+from steertune.recipes.lab.embedded import task_folder
 from steertune.recipes.lab.forms import has_template, notes_on_form, readable, readable_splits
 from steertune.recipes.lab.generation import check_context, prompt_lengths
 from steertune.recipes.lab.ingredients import Training
@@ -24,6 +25,7 @@ from steertune.recipes.lab.tables import ModelTable
 from steertune.recipes.lab.training import training_of
 from steertune.trainers import FrozenPrefix
 
+_ANSWERED = 16  # neutral prompts that are answered, for the repetition
 _MEMO_GB = 2.0  # RAM for what is constant in all cells; the rest goes to temporary files
 
 
@@ -152,6 +154,11 @@ class Context:
         task = self._tasks[label]
         return fit(task.scorer, self.splits(task).scorer, self.model, self.tokenizer)
 
+    @staticmethod
+    def _instruction(task: TaskTable) -> str:
+        """An instruction that asks for the task's behaviour; "" if it has none."""
+        return next(iter(told(task, task_folder(task.name)).instructions), "")
+
     def _make_held_out(self, label: str) -> HeldOut:
         task, tables = self._tasks[label], self.grid.tables
         return HeldOut(
@@ -161,6 +168,9 @@ class Context:
             matching=self.neutral[0],
             neutral=self.neutral[1],
             generations=tables.generations,
+            neutral_generations=min(tables.generations, _ANSWERED),
+            questions=tables.questions,
+            instruction=self._instruction(task),
             new_tokens=tables.new_tokens,
             scorer=self.scorer(task) if tables.generations else None,
             prefix=self.prefix,

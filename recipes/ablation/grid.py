@@ -119,7 +119,17 @@ class Grid:
             }[arm.budget.per]
             tuning = digest(settings(t, neutral, arm, data[at[0].label], *at))
             matched = [t.matched.model_dump(mode="json"), neutral]
-            own = [data[task.label], *named_task(task), task.scorer, n, seed, matched, t.generations, t.new_tokens]
+            own = [
+                data[task.label],
+                *named_task(task),
+                task.scorer,
+                n,
+                seed,
+                matched,
+                t.generations,
+                t.new_tokens,
+                t.questions,
+            ]
             return Cell(arm, task, n, seed, at, digest([tuning, own]), tuning)
 
         return [

@@ -57,7 +57,7 @@ class SteeringVectorConfig(PeftConfig):
         init: `zeros`, `random` (a random direction of length 1, Dunefsky & Cohan), or the name of a file in
             `adapters/directions/`, computed from data by the trainers or by `directions.compute(...).write(model)`.
         init_scale: The initial vector is multiplied by it.
-        stream_sizes: Typical norm of the residual stream where each layer's vector is written (key: the layer's index
+        stream_sizes: Typical size of the residual stream where each layer's vector is written (key: the layer's index
             as a string), the unit of learning rates (see `adapters/units.py`). Measured at injection of an adapter
             that is to be trained. `{}`: learning rates are absolute.
         base_fingerprint: Filled in at injection: identifies the base model. Loading on another base is an error; set

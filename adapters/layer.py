@@ -87,6 +87,19 @@ def _check_loaded(module: Vector, state_dict: dict[str, Any], prefix: str, *_: A
         module.exact = loaded.detach().float().clone()
 
 
+def check_adapter_name(name: str) -> None:
+    """Refuse a name under which PyTorch keeps no module.
+
+    Raises:
+        ValueError: it is empty, holds a ".", or is that of a method of `nn.ModuleDict`.
+    """
+    if not name or "." in name or hasattr(nn.ModuleDict(), name):
+        raise ValueError(
+            f"{name!r:.80} cannot be the name of an adapter: it must not be empty, hold a '.', or be a word that "
+            "nn.ModuleDict uses, such as 'keys' or 'type'. Choose another name."
+        )
+
+
 class SteeringVectorLayer(nn.Module, BaseTunerLayer):
     """Steering vectors, one per adapter, for the output of one module.
 

@@ -19,7 +19,7 @@ from .basis import basis_of, rows_of
 from .blocks import find_blocks, has_config, index_of, resolve_layers, site_name, width_of
 from .config import SteeringVectorConfig
 from .fingerprint import check_fingerprint, fingerprint
-from .layer import BASE_ROW, NO_MERGE, SteeringVectorLayer, steering_layers
+from .layer import BASE_ROW, NO_MERGE, SteeringVectorLayer, check_adapter_name, steering_layers
 from .loading import check_what_transformers_loads
 from .observing import adapters_off
 from .positions import PromptBoundary
@@ -110,7 +110,12 @@ class SteeringVectorModel(BaseTuner):
             layer.requires_grad_(False)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        """Like PEFT. A given `state_dict` names the steering layers, but PEFT looks for the modules they belong to."""
+        """Like PEFT. A given `state_dict` names the steering layers, but PEFT looks for the modules they belong to.
+
+        Raises:
+            ValueError: no module can have the adapter's name.
+        """
+        check_adapter_name(adapter_name)
         state_dict = kwargs.get("state_dict")
         config: Any = self.peft_config[adapter_name]
         if config.tied:  # the file holds one vector; the configuration names the layers

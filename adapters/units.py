@@ -1,14 +1,14 @@
 """Learning rates that mean the same on every model: optimisers see a steering vector in units of the residual stream.
 
 How far a vector has to move depends on the size of the stream that it is added to, which differs between models,
-layers and sites by orders of magnitude: about 240 at two thirds of SmolLM2-135M, 10,000 there in Gemma-3-270M. So an
+layers and sites by orders of magnitude: about 120 at two thirds of SmolLM2-135M, 2,500 there in Gemma-3-270M. So an
 optimiser works on `u = v / unit`, where
 
-    v: unit = 32 · size / (√d · layers)     written:  a step of 1e-3 moves the vector by at most 3.2 % of the stream
-    w: unit = 32 / (√d · size)              read:     ... and the gate w·h by as much
-    b: unit = 32                            offset:   ... and b
+    v: unit = 64 · size / (√d · layers)     written:  a step of 1e-3 moves the vector by at most 6.4 % of the stream
+    w: unit = 32 / (√d · size)              read:     ... the gate w·h by 3.2 %
+    b: unit = 32                            offset:   ... and b by as much
 
-`size` is the typical norm of the stream where the vector is written (`adapters/stream.py`), kept in the adapter's
+`size` is the typical size of the stream where the vector is written (`adapters/stream.py`), kept in the adapter's
 configuration, d its width, and `layers` the number of layers that share the move. A step of AdamW changes every
 entry of u by about the learning rate, so rates that suit a LoRA (1e-4 to 1e-3) suit a vector.
 
@@ -36,8 +36,9 @@ from torch.optim.optimizer import (
     register_optimizer_step_pre_hook,
 )
 
-STEP_SHARE = 32.0
+STEP_SHARE = 64.0
 """The largest move of a vector in a step of AdamW with learning rate 1, as a share of the stream's size."""
+_STEP_GATE = 32.0  # the largest move of a gate
 UNIT = "steering_unit"
 """Key of a parameter group: the unit of all its parameters. DeepSpeed flattens the parameters of a group, so only the
 group can carry the unit."""
@@ -60,14 +61,14 @@ def unit_of(kind: str, size: float, width: int, layers: int) -> float:
 
     Args:
         kind: `v`, `w` or `b`.
-        size: Typical norm of the residual stream where the vector is written.
+        size: Typical size of the residual stream where the vector is written.
         width: The width d of the stream.
         layers: The number of layers that the adapter steers.
     """
     if kind == "b":
-        return STEP_SHARE
+        return _STEP_GATE
     if kind == "w":
-        return STEP_SHARE / (math.sqrt(width) * size)
+        return _STEP_GATE / (math.sqrt(width) * size)
     return STEP_SHARE * size / (math.sqrt(width) * layers)
 
 

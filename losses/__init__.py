@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import inspect
 import pkgutil
 from dataclasses import fields, is_dataclass
 from typing import Any
@@ -17,7 +18,7 @@ from ._staged import Staged
 from ._states import Where
 from ._wrapped import parts
 
-__all__ = ["At", "Loss", "Needs", "Outputs", "Staged", "Strength", "get_loss", "names", "parts"]
+__all__ = ["At", "Loss", "Needs", "Outputs", "Staged", "Strength", "get_loss", "names", "options_of", "parts"]
 
 
 def names() -> list[str]:
@@ -85,20 +86,36 @@ def get_loss(
     return result if neutral_kl == 0 else Regularised(result, neutral_kl)
 
 
+def options_of(loss: str) -> list[str]:
+    """The options that `get_loss` takes for a loss: its hyperparameters, and the terms that any loss may have.
+
+    Raises:
+        ValueError: an unknown loss.
+    """
+    terms = [p.name for p in inspect.signature(get_loss).parameters.values() if p.kind is p.KEYWORD_ONLY]
+    return [*(field.name for field in fields(_kind(loss))), *terms]
+
+
 def _without_none(**options: Any) -> dict[str, Any]:
     return {name: value for name, value in options.items() if value is not None}
 
 
 def _by_name(loss: str, options: dict[str, Any]) -> Loss:
-    """The dataclass that the file of a loss defines, made with these options."""
+    """The loss of a name with these options."""
+    kind = _kind(loss)
+    for option in options:
+        _check_choice(f"option of loss {loss!r}", option, [field.name for field in fields(kind)])
+    return kind(**options)
+
+
+def _kind(loss: str) -> Any:
+    """The dataclass that the file of a loss defines."""
     _check_choice("loss", loss, names())
     module = importlib.import_module(f"{__name__}.{loss}")
     # Helper classes and imported losses may stand in the same file.
     classes = [x for x in vars(module).values() if isinstance(x, type) and x.__module__ == module.__name__]
     [kind] = [x for x in classes if issubclass(x, Loss) and is_dataclass(x)]
-    for option in options:
-        _check_choice(f"option of loss {loss!r}", option, [field.name for field in fields(kind)])
-    return kind(**options)
+    return kind
 
 
 def _check_choice(what: str, value: object, allowed: list[str]) -> None:

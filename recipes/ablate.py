@@ -23,18 +23,22 @@ from typing import Annotated
 
 import torch
 from filelock import FileLock, Timeout
+from trl import DPOConfig
 
 from steertune.recipes.ablation.context import Context
 from steertune.recipes.ablation.grid import Cell, Grid, load_grid
 from steertune.recipes.ablation.keys import VERSION
 from steertune.recipes.ablation.plan import plan
+from steertune.recipes.ablation.rehearsal import rehearse_grid
 from steertune.recipes.ablation.run import run_cell
 from steertune.recipes.ablation.store import TABLE, Reusable, Store
 from steertune.recipes.lab import scorers
+from steertune.recipes.lab.checks import check_adapters, check_training
 from steertune.recipes.lab.command_line import Argument, Option, Result, Threads, command, grid_names
 from steertune.recipes.lab.files import write_result
 from steertune.recipes.lab.processes import begin
 from steertune.recipes.lab.progress import Bar, progress
+from steertune.recipes.lab.secrets import masked
 
 GRID = "grid.json"
 _PACK_SECONDS = 600
@@ -64,14 +68,21 @@ def main(
     store.check(cells)
     for task in loaded.tasks:  # refuses bad rows before anything is trained
         scorers.read(task.scorer)
-        context.splits(task)
+        if note := context.splits(task).note:
+            loaded.notes.append(f"{task.label}: {note}")
+    for arm in loaded.arms:
+        check_training(arm.arm, DPOConfig)
+    check_adapters([arm.arm for arm in loaded.arms])
     for task in loaded.tasks if loaded.tables.generations else ():
         context.scorer(task)
     if not dry_run:
         reusable.take(cells, folder)
     elif reuse and rank == 0:
         print(f"{len(reusable.of(cells))} cells can be reused; they count as left below.")
+    # what would fail in a cell is refused here, in dry runs too
+    notes = rehearse_grid([cell for cell in cells if not store.has(cell)], context)
     if rank == 0:
+        print("\n".join(notes) + "\n" * bool(notes), end="")
         print(plan(loaded, cells, context, folder, processes, every_cell=dry_run))
     failed = []
     if not dry_run:
@@ -135,8 +146,9 @@ def _claimed(cell: Cell, context: Context, folder: Path, started: float, bar: Ba
                 with bar.step(cell.title):
                     run_cell(cell, context, folder)
             except Exception as error:  # one broken cell must not end a grid of hours
-                write_result(failure, {"error": f"{type(error).__name__}: {error}", "trace": traceback.format_exc()})
-                bar.say(f"{cell.title} failed: {type(error).__name__}: {error}")
+                reason = masked(f"{type(error).__name__}: {error}")
+                write_result(failure, {"error": reason, "trace": masked(traceback.format_exc())})
+                bar.say(f"{cell.title} failed: {reason}")
                 return "failed"
             failure.unlink(missing_ok=True)
     except Timeout:

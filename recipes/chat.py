@@ -22,9 +22,11 @@ from peft import PeftModel
 
 from steertune.recipes.lab.command_line import Argument, Base, Count, Option, Threads, command
 from steertune.recipes.lab.data import load_steered
-from steertune.recipes.lab.generation import generate
+from steertune.recipes.lab.files import ArmError
+from steertune.recipes.lab.forms import has_template
+from steertune.recipes.lab.generation import check_strength, generate, prompt_lengths
 from steertune.recipes.lab.processes import begin
-from steertune.trainers import scaled
+from steertune.trainers import context_length, scaled
 
 _HELP = "Commands: /strength NUMBER, /both, /alone, /reset, /quit"
 
@@ -44,6 +46,8 @@ def main(
     steered, tokenizer, _ = load_steered(folder, model)
     chat = Chat(steered, tokenizer, strength, new_tokens, temperature)
     print(_HELP)
+    if not has_template(tokenizer):
+        print("The tokenizer has no chat template: every line is continued for itself, as plain text.")
     for line in chat.talk(_typed()):
         print(line, flush=True)
 
@@ -68,11 +72,12 @@ class Chat:
         temperature: 0 is greedy.
 
     Raises:
-        ValueError: see `check_settings`.
+        ValueError: see `check_settings` and `check_strength`.
     """
 
     def __init__(self, model: PeftModel, tokenizer: Any, strength: float, new_tokens: int, temperature: float) -> None:
         check_settings(strength, new_tokens, temperature)
+        check_strength(model, strength)
         self.model, self.tokenizer = model, tokenizer
         self.strength, self.new_tokens, self.temperature = strength, new_tokens, temperature
         self.both = True
@@ -97,6 +102,10 @@ class Chat:
                 return f"{words[0]!r} is no number."
             if not math.isfinite(value):
                 return f"{words[0]!r} is not finite."
+            try:
+                check_strength(self.model, value)
+            except ArmError as error:
+                return str(error)
             self.strength = value
             return f"Strength {value:g}."
         if name in ("both", "alone") and not words:
@@ -114,11 +123,23 @@ class Chat:
             if side == "base" and not self.both:
                 continue
             history = self._histories[side]
-            history.append({"role": "user", "content": text})
-            prompt: Any = history if self.tokenizer.chat_template else text
-            with scaled(self.model, strength):
-                [answer] = generate(self.model, self.tokenizer, [prompt], self.new_tokens, self.temperature)
-            history.append({"role": "assistant", "content": answer})
+            asked = [*history, {"role": "user", "content": text}]
+            prompt: Any = asked if has_template(self.tokenizer) else text
+            context = context_length(self.model.config, self.tokenizer)
+            [tokens] = prompt_lengths(self.tokenizer, [prompt])
+            if context is not None and tokens + self.new_tokens > context:
+                yield (
+                    f"This takes {tokens} tokens and its answer up to {self.new_tokens}, the model reads {context}. "
+                    "/reset forgets the conversation; a shorter line, or fewer --new-tokens, needs less."
+                )
+                return
+            try:
+                with scaled(self.model, strength):
+                    [answer] = generate(self.model, self.tokenizer, [prompt], self.new_tokens, self.temperature)
+            except Exception as error:  # a chat goes on: at another strength, or after /reset
+                yield f"{side}: no answer: {type(error).__name__}: {error}"
+                continue
+            history[:] = [*asked, {"role": "assistant", "content": answer}]
             yield f"{'base' if side == 'base' else f'{strength:+g}'}> {answer}"
 
 

@@ -1,10 +1,10 @@
 """The command `steertune`: every recipe is a subcommand, named by its file.
 
     steertune --help
-    steertune train vector_dpo --data.name my_pairs.jsonl
+    steertune train vector_sft --data.name my_pairs.jsonl
     steertune --install-completion
 
-is `python -m steertune.recipes.train vector_dpo ...`. A recipe is a file of this folder, or of `studies/`, that
+is `python -m steertune.recipes.train vector_sft ...`. A recipe is a file of this folder, or of `studies/`, that
 defines `main`. Its options are read from the file, and it is imported when it runs: so help, completion and errors
 come at once.
 """

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
+from functools import cache, partial
 from itertools import product
 from pathlib import Path
 from typing import Annotated, Any
@@ -32,37 +32,44 @@ from datasets import Dataset, concatenate_datasets
 from peft import PeftModel
 from pydantic import BaseModel, Field, ValidationError
 from transformers import set_seed
+from trl import DPOConfig
 
 from steertune.adapters.saved import check_checksums, write_checksums
 from steertune.recipes.ablation.checks import check_draws
 from steertune.recipes.ablation.contrast_page import page
 from steertune.recipes.ablation.grid import find_tasks
 from steertune.recipes.ablation.tables import TaskTable
-from steertune.recipes.lab import measures
+from steertune.recipes.lab import measures, trained_on
 from steertune.recipes.lab.arm import Arm, known_tables, load_arm
+from steertune.recipes.lab.checks import check_adapters, check_training, check_trains
 from steertune.recipes.lab.command_line import Argument, Option, Result, Threads, command
-from steertune.recipes.lab.data import load_model
+from steertune.recipes.lab.data import load_model, model_has_template
 from steertune.recipes.lab.evaluate import evaluate, evaluate_base
 from steertune.recipes.lab.files import ArmError, read_result, read_toml, reasons, write_result
+from steertune.recipes.lab.forms import readable_splits
 from steertune.recipes.lab.generation import check_context
 from steertune.recipes.lab.observe import HeldOut, neutral_rows
 from steertune.recipes.lab.pages import write_page
 from steertune.recipes.lab.paths import CONFIGS
 from steertune.recipes.lab.processes import begin
 from steertune.recipes.lab.progress import Bar, progress, track
+from steertune.recipes.lab.rehearsal import rehearse, rehearse_training
 from steertune.recipes.lab.rows import Record
+from steertune.recipes.lab.sources import Reading
 from steertune.recipes.lab.splits import SplitTable, load_splits
 from steertune.recipes.lab.tables import ModelTable
-from steertune.recipes.lab.training import claim, fit, make_trainer, training_of
+from steertune.recipes.lab.trained_on import TrainedOn
+from steertune.recipes.lab.training import check_folder, claim, fit, make_trainer, training_of
 from steertune.trainers import get_view, share_weights
 
 MIXTURES = CONFIGS / "mixtures"
 _PROMPTS = ("plain", "k-shot", "contrast")
 _CHECKED = ("plain", "contrast")  # on seen tasks
 _BATCH = 4
+_ANSWERS, _TOKENS = 8, 24  # to neutral prompts, for the repetition
 
 
-class MixtureTables(BaseModel, extra="forbid"):
+class MixtureTables(BaseModel, extra="forbid", strict=True):
     """The file."""
 
     seen: list[str | TaskTable] = Field(min_length=1)
@@ -157,11 +164,12 @@ class Mixture:
             )
         self.arm = self._trained_arm()
         self.steering = [self._arm(name) for name in tables.steering]
-        self.splits = {
-            task.label: load_splits(task.name, tables.splits, rows, task.reverse, task.columns)
-            for tasks, rows in ((self.seen, tables.examples), (self.unseen, tables.pairs))
-            for task in tasks
-        }
+        chat = cache(partial(model_has_template, tables.model))
+        self.splits = {}
+        for tasks, rows in ((self.seen, tables.examples), (self.unseen, tables.pairs)):
+            for task in tasks:
+                reading = Reading(task.columns, task.format, chat)
+                self.splits[task.label] = load_splits(task.name, tables.splits, rows, task.reverse, reading)
 
     def _arm(self, name: str) -> Arm:
         arm = load_arm(name, recipe="contrast_prompts")
@@ -181,11 +189,18 @@ class Mixture:
     def run(self, folder: Path) -> Path:
         """Train once, measure every task, write the page; an interrupted run goes on where it stopped."""
         main_process = PartialState().is_main_process
-        claim(folder, self.tables, main_process)
+        check_folder(folder, self.tables)
+        arms = [self.arm, *self.steering]
+        for arm in arms:
+            check_training(arm, DPOConfig)
+            check_trains(arm)
+        check_adapters([arm.model_copy(update={"model": self.tables.model}) for arm in arms])
         loaded: tuple[Any, Any] = load_model(self.tables.model)
         model, tokenizer = loaded
         model.to(PartialState().device)
-        self._check_prompts(model, tokenizer)
+        self.splits = {label: readable_splits(splits, tokenizer) for label, splits in self.splits.items()}
+        self._rehearse(model, tokenizer)
+        claim(folder, self.tables, main_process)
         # an unseen task takes about as long as three seen ones, since the steering arms are trained on it
         bar = Bar(4 + len(self.seen) + 3 * len(self.unseen))
         with bar.step("training", 3):
@@ -207,16 +222,17 @@ class Mixture:
 
     def _about(self) -> str:
         tables, seen = self.tables, ", ".join(task.label for task in self.seen)
+        divided = "".join(f" {splits.note}" for splits in self.splits.values() if splits.note)
         return (
             f"Arm `{tables.arm}` on {tables.examples} contrast prompts of each of {seen}; unseen tasks with "
-            f"{tables.pairs} pairs each, {tables.demonstrations} in a prompt, {len(tables.seeds)} draws."
+            f"{tables.pairs} pairs each, {tables.demonstrations} in a prompt, {len(tables.seeds)} draws.{divided}"
         )
 
     def contrast_prompts(self) -> Dataset:
         """Pairs of all seen tasks behind contrast prompts made of other pairs of the same task."""
         parts = []
         for task in self.seen:
-            rows = self.splits[task.label].train(self.tables.examples, 0, draw=task.draw)
+            rows = self._trained_rows(task)
             view = get_view("demonstrations", k=self.tables.demonstrations, contrast=True, pool=tuple(rows.to_list()))
             parts.append(Dataset.from_list([dict(row) for row in view(rows.to_list())]))
         return concatenate_datasets(parts).shuffle(seed=0)
@@ -227,18 +243,28 @@ class Mixture:
         if prompt == "plain":
             return splits.test
         seen = task in self.seen
-        pool = splits.train(tables.examples, 0, draw=task.draw) if seen else self._pairs(task, seed)
+        pool = self._trained_rows(task) if seen else self._pairs(task, seed)
         # no two tasks, such as one and its reverse, show the same rows
         number = seed * len(self.seen) + self.seen.index(task) if seen else seed
         options = {"k": tables.demonstrations, "seed": number, "pool": tuple(pool.to_list())}
         view = get_view("demonstrations", contrast=prompt == "contrast", **options)
         return Dataset.from_list([dict(row) for row in view(splits.test.to_list())])
 
+    def _trained_rows(self, task: TaskTable) -> Dataset:
+        """The rows of a seen task that contrast prompts are made of."""
+        return self.splits[task.label].train(self.tables.examples, 0, draw=task.draw)
+
     def _pairs(self, task: TaskTable, seed: int) -> Dataset:
         """What there is of an unseen task."""
         return self.splits[task.label].train(self.tables.pairs, seed, draw=task.draw)
 
-    def _check_prompts(self, model: Any, tokenizer: Any) -> None:
+    def _rehearse(self, model: Any, tokenizer: Any) -> None:
+        """Try a row of everything, and refuse prompts that are longer than the model's context."""
+        for task in self.seen + self.unseen:
+            rehearse(HeldOut(model, tokenizer, self.splits[task.label].test, neutral_rows(tokenizer)))
+        for arm, rows in product(self.steering, (self._pairs(task, self.tables.seeds[0]) for task in self.unseen)):
+            rehearse_training(arm, model, tokenizer, rows)
+        rehearse_training(self.arm, model, tokenizer, self.contrast_prompts())
         check_context(model, tokenizer, self.contrast_prompts(), 0, "Contrast prompts of seen tasks")
         for tasks, prompts in ((self.seen, _CHECKED), (self.unseen, _PROMPTS)):
             for task, seed, prompt in product(tasks, self.tables.seeds, prompts):
@@ -258,6 +284,8 @@ class Mixture:
         fit(trainer, folder)
         trainer.save_model(str(folder / "adapter.part"))
         if PartialState().is_main_process:
+            parts = [(self._trained_rows(task), self.splits[task.label].by) for task in self.seen]
+            trained_on.write(folder / "adapter.part", [TrainedOn.of(rows, by) for rows, by in parts])
             write_checksums(folder / "adapter.part")
             (folder / "adapter.part").rename(home)
         return trainer.accelerator.unwrap_model(trainer.model).eval()
@@ -274,7 +302,13 @@ class Mixture:
         """A record for every task, seed and condition: a model behind a prompt, or a steering arm without one."""
         for task, seed in track([*product(tasks, self.tables.seeds)], "task"):
             held_out = HeldOut(
-                models["base"], tokenizer, self.splits[task.label].test, neutral_rows(), batch_size=_BATCH
+                models["base"],
+                tokenizer,
+                self.splits[task.label].test,
+                neutral_rows(tokenizer),
+                neutral_generations=_ANSWERS,
+                new_tokens=_TOKENS,
+                batch_size=_BATCH,
             )
             home = folder / task.label / f"seed{seed}"
             for prompt, (name, model) in product(prompts, models.items()):
@@ -282,17 +316,24 @@ class Mixture:
                 yield self._record(home, f"{name}, {prompt}", task, seed, shown, lambda model=model: model)
             for arm in steering:
                 make = partial(self._steered, arm, task, seed, models["base"], tokenizer, home / arm.name)
-                yield self._record(home, arm.name, task, seed, held_out, make)
+                yield self._record(home, arm.name, task, seed, held_out, make, ["neutral"])
 
     def _record(
-        self, home: Path, condition: str, task: TaskTable, seed: int, held_out: HeldOut, model: Callable[[], Any]
+        self,
+        home: Path,
+        condition: str,
+        task: TaskTable,
+        seed: int,
+        held_out: HeldOut,
+        model: Callable[[], Any],
+        neutral: Sequence[str] = (),
     ) -> Record:
-        """A condition's record from its file; where there is none, it is measured first."""
+        """A condition's record from its file; where there is none, it is measured first, also on `neutral` text."""
         file = home / f"{condition.replace(', ', '-')}.json"
         if not file.exists():
             examples = self.tables.examples if task in self.seen else self.tables.pairs
             record = Record({"arm": condition, "task": task.label, "examples": examples, "seed": seed})
-            names = measures.served_by("pairs")
+            names = [*measures.served_by("pairs", *neutral), *(["neutral_repetition"] if neutral else [])]
             record.observations = evaluate_base(held_out, names) | evaluate(model(), held_out, names)
             file.parent.mkdir(parents=True, exist_ok=True)
             record.write(file)
@@ -308,8 +349,11 @@ class Mixture:
 
     def _side_effects(self, models: Mapping[str, Any], tokenizer: Any) -> Record:
         """What the trained model does to neutral text, without a prompt."""
-        names, neutral = measures.served_by("neutral"), neutral_rows()
-        held_out = HeldOut(models["base"], tokenizer, pairs=neutral, neutral=neutral)
+        neutral = neutral_rows(tokenizer)
+        names = [*measures.served_by("neutral"), "neutral_repetition"]
+        held_out = HeldOut(
+            models["base"], tokenizer, pairs=neutral, neutral=neutral, neutral_generations=_ANSWERS, new_tokens=_TOKENS
+        )
         keys = {"arm": "trained", "task": "neutral", "examples": self.tables.examples, "seed": 0}
         return Record(keys, evaluate_base(held_out, names) | evaluate(models["trained"], held_out, names))
 

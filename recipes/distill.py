@@ -26,19 +26,24 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from datasets import Dataset
 
+from steertune.recipes.lab import trained_on
 from steertune.recipes.lab.arm import Arm, load_arm
+from steertune.recipes.lab.checks import check_start
 from steertune.recipes.lab.command_line import ArmName, Result, Threads, command
-from steertune.recipes.lab.data import load_model, load_splits
+from steertune.recipes.lab.data import load_data, load_model, model_has_template
 from steertune.recipes.lab.evaluate import evaluate, evaluate_base
 from steertune.recipes.lab.files import ArmError, read_rows, write_rows
+from steertune.recipes.lab.forms import notes_on_form, readable
 from steertune.recipes.lab.generation import check_context, generate, prompt_lengths
 from steertune.recipes.lab.ingredients.views import Views
 from steertune.recipes.lab.observe import Prompted, neutral_rows
-from steertune.recipes.lab.pages import Page, Section, Table, Text, write_page
+from steertune.recipes.lab.pages import Page, Section, Table, Text, escape, write_page
 from steertune.recipes.lab.pages.measured import comparison, generations
+from steertune.recipes.lab.pages.side_effects import side_effects
 from steertune.recipes.lab.progress import Bar, progress, track
+from steertune.recipes.lab.rehearsal import rehearse, rehearse_training
 from steertune.recipes.lab.rows import BASE, Record
-from steertune.recipes.lab.training import facts_of, fit, held_out_of, make_trainer, open_run, training_of
+from steertune.recipes.lab.training import claim, facts_of, fit, held_out_of, make_trainer, open_run, training_of
 from steertune.trainers import View, share_weights
 
 _TEMPERATURE = 1.0
@@ -68,18 +73,33 @@ def run(arm: Arm, threads: int | None = None) -> Record:
     _check(arm)
     started = time.monotonic()
     folder, state = open_run(arm, "distill-", threads), PartialState()
-    train, test = load_splits(arm.data)
+    data = load_data(arm.data, partial(model_has_template, arm.model))
+    train, test = data.train, data.test
+    if not len(test):
+        raise ArmError(f"{data.note} Distillation is measured on held-out prompts: give more rows.")
     if missing := [rows.column_names for rows in (train, test) if "prompt" not in rows.column_names]:
         raise ArmError(f"data.name={arm.data.name!r}: distillation answers prompts, the rows have {missing[0]}.")
-    arm = _with_pool(arm, train)
-    view = arm.get(Views).views()["good"].for_evaluation(train.to_list(), test.to_list())
+    if "" in [*train["prompt"], *test["prompt"]]:
+        raise ArmError(
+            f"data.name={arm.data.name!r}: distillation answers prompts, and some rows have an empty one. Give a "
+            "column of prompts (`data.columns.prompt`)."
+        )
+    if state.is_main_process:
+        print(data.note)
+    answers = [name for name in ("chosen", "rejected") if name in train.column_names]
+    check_start(_with_pool(arm, train), train.remove_columns(answers))
     loaded: tuple[Any, Any] = load_model(arm.model)
     model, tokenizer = loaded
+    train, test = (readable(rows, tokenizer) for rows in (train, test))
+    arm = _with_pool(arm, train)
+    view = arm.get(Views).views()["good"].for_evaluation(train.to_list(), test.to_list())
     model.to(state.device)
+    rehearse(held_out_of(arm, model, tokenizer, test))
 
     # the prompted model answers training prompts, which are learned, and test prompts, on which fidelity is measured
-    for rows, what in ((test, "test rows"), (neutral_rows(), "neutral text")):
+    for rows, what in ((test, "test rows"), (neutral_rows(tokenizer), "neutral text")):
         check_context(model, tokenizer, _behind(view, rows), 0, f"[views.good] of {what}")
+    claim(folder, arm, state.is_main_process)
     bar = Bar(9)
     with bar.step("answers to training prompts", 2):
         examples = answered(arm, model, tokenizer, view, train, _TRAIN, folder / "answers.jsonl")
@@ -87,14 +107,16 @@ def run(arm: Arm, threads: int | None = None) -> Record:
         test_answers = answered(arm, model, tokenizer, view, test, _TEST, folder / "test_answers.jsonl")
     held_out = held_out_of(arm, model, tokenizer, test, prompted=Prompted(view, test_answers))
 
+    notes = [*notes_on_form(data.train, tokenizer), *rehearse_training(arm, model, tokenizer, examples)]
     training = training_of(arm, share_weights(model), tokenizer, examples, folder, held_out=[test])
+    training.notes |= {"rows": " ".join(notes)} if notes else {}
     with bar.step("training", 3):
         trainer = make_trainer(training)
         seconds = fit(trainer, folder)
     adapted = trainer.accelerator.unwrap_model(trainer.model).eval()
 
     # the base, the same behind the prompt, and the distilled model, on the same rows
-    keys = {"task": Path(arm.data.name).name, "examples": arm.data.train, "seed": arm.data.seed}
+    keys = {"task": Path(arm.data.name).name, "examples": len(train), "seed": arm.data.seed}
     with bar.step("base model"):
         base = evaluate_base(held_out)
     with bar.step("prompted model"):
@@ -105,6 +127,7 @@ def run(arm: Arm, threads: int | None = None) -> Record:
     record = Record({"arm": arm.name, **keys}, base | distilled)
     record.facts = {
         **facts_of(training, held_out),
+        "split": data.note,
         "train_prompts": len(examples),
         "test_prompts": len(test_answers),
         "tokens": _tokens(tokenizer, view, test),
@@ -113,6 +136,7 @@ def run(arm: Arm, threads: int | None = None) -> Record:
     }
     trainer.save_model(str(folder / "adapter"))
     if state.is_main_process:
+        trained_on.write(folder / "adapter", trained_on.sets_of(data.train, data.by, data.train))
         written = write_page(page(record, prompted), folder)
         prompted.write(folder / "prompted.json")
         record.write(folder / "result.json")  # last: it says that the run is finished
@@ -189,8 +213,12 @@ def page(record: Record, prompted: Record) -> Page:
     )
     seen = {"base": record.seen(), "prompted": prompted.seen(1), "distilled": record.seen(1)}
     answers = generations(facts["prompts"], {name: [*one["answer"]] for name, one in seen.items() if "answer" in one})
+    notes = [escape(facts["split"]), *facts["notes"].values()]
     sections = [
-        Section("", [summary, *map(Text, facts["notes"].values()), Table(table, "measures")]),
+        Section("", [summary, *map(Text, notes)]),
+        Section(
+            "Effect and side effects", [*side_effects(seen, "model"), Text("Every measure:"), Table(table, "measures")]
+        ),
         *([Section("Generations (greedy)", answers)] if answers else []),
     ]
     return Page(f"{record.keys['arm']}: a prompt, distilled", sections)

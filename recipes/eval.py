@@ -4,16 +4,20 @@
     steertune eval my-vector --tasks my_task.yaml cautious_advice my_pairs.jsonl --strengths 0 1 2 --json
 
 A task is a name that lm-eval knows, a task file of yours (.yaml), an embedded task, or a file of pairs: of these two
-the test split, as a choice between the two answers. Strength 0 is the base model, so what is compared ran on the same
-rows with the same code. Standard errors are lm-eval's. Needs lm-eval: pip install "steertune[eval]".
+the test split, as a choice between the two answers. A task file can name code (`!function`), and its templates can
+reach all of Python: the first is refused and the second run in a sandbox, unless --run-task-code allows both.
+Strength 0 is the base model, so what is compared ran on the same rows with the same code. Standard errors are
+lm-eval's. Needs lm-eval: pip install "steertune[eval]".
 """
 
 from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -25,20 +29,27 @@ from steertune.recipes.lab import embedded
 from steertune.recipes.lab.command_line import (
     Argument,
     Base,
+    ColumnNames,
     Count,
     Device,
     DType,
     Option,
     Result,
     Threads,
+    columns_of,
     command,
 )
-from steertune.recipes.lab.data import BUILDERS, load_split, load_steered
+from steertune.recipes.lab.data import load_steered
 from steertune.recipes.lab.files import ArmError, nearest, write_whole
-from steertune.recipes.lab.generation import as_asked
+from steertune.recipes.lab.forms import has_template, readable, written
+from steertune.recipes.lab.generation import broken_rows, check_context, check_strength
+from steertune.recipes.lab.held_out import held_out_rows
 from steertune.recipes.lab.processes import begin, default_device
 from steertune.recipes.lab.progress import progress, track
-from steertune.trainers import scaled
+from steertune.recipes.lab.reading import BUILDERS
+from steertune.recipes.lab.sources import Reading
+from steertune.recipes.lab.task_files import SUFFIXES, check_task_file, check_task_folder, sandboxed
+from steertune.trainers import NonFiniteError, scaled
 
 _BATCH = 8
 STRENGTHS = [0.0, 1.0]
@@ -49,6 +60,7 @@ def main(
     folder: Annotated[Path, Argument(help="adapter folder")],
     tasks: Annotated[list[str], Option(help="see above", metavar="TASK ...")],
     strengths: Annotated[list[float], Option(help="of the vector", metavar="NUMBER ...")] = STRENGTHS,
+    columns: ColumnNames = None,
     include: Annotated[Path | None, Option(help="a folder with more task files for lm-eval")] = None,
     model: Base = None,
     dtype: DType = "float32",
@@ -58,19 +70,67 @@ def main(
     chat: Annotated[bool, Option("--chat", help="ask lm-eval's own tasks through the chat template")] = False,
     batch: Annotated[int, Count("rows at a time")] = _BATCH,
     output: Annotated[Path | None, Option(help="also write the numbers to this JSON file")] = None,
+    run_task_code: Annotated[
+        bool, Option("--run-task-code", help="run the code that task files name, which can do all that you can")
+    ] = False,
     threads: Threads = None,
 ) -> Result:
     """Run lm-eval at every strength."""
     check_installed()
+    check_request(tasks, strengths, fewshot, include, output)
+    if not run_task_code:
+        check_task_files(tasks, include)
     begin(threads, only_one=True)
     steered, tokenizer, _ = load_steered(folder, model, dtype)
     steered = steered.to(device or default_device())
     settings = {"num_fewshot": fewshot, "limit": limit, "apply_chat_template": chat}
-    with progress("Benchmarks"):
-        metrics = evaluate(steered, tokenizer, tasks, strengths, include, batch, **settings)
+    # rows that the adapter was trained on are refused before anything runs
+    reading = Reading(columns_of(columns), chat=lambda: has_template(tokenizer))
+    pairs = {}
+    for name in tasks:
+        if is_pairs(name):
+            pairs[name], note = held_out_rows(name, [folder], reading)
+            print(f"{name}: {len(pairs[name])} rows. {note}".strip(), file=sys.stderr)
+    with progress("Benchmarks"), nullcontext() if run_task_code else sandboxed():
+        metrics = evaluate(steered, tokenizer, tasks, strengths, include, batch, pairs, **settings)
     if output is not None:
         write_whole(output, json.dumps(metrics, indent=1))
     return Result(metrics, table(metrics))
+
+
+def check_request(
+    tasks: Sequence[str], strengths: Sequence[float], fewshot: int | None, include: Path | None, output: Path | None
+) -> None:
+    """Refuse what no run could do, before the model is loaded.
+
+    Raises:
+        ArmError: names the option.
+    """
+    if not tasks or not all(tasks):
+        raise ArmError("--tasks must name one task or more.")
+    if bad := [strength for strength in strengths if not math.isfinite(strength)]:
+        raise ArmError(f"--strengths {bad[0]}: finite numbers are expected.")
+    if len(set(strengths)) < len(strengths) or not strengths:
+        raise ArmError(f"--strengths {[*strengths]}: one or more, each once.")
+    if fewshot is not None and not 0 <= fewshot < 2**31:
+        raise ArmError(f"--fewshot {fewshot}: a whole number of 0 or more is expected.")
+    if include is not None and not include.is_dir():
+        raise ArmError(f"--include {include}: there is no such folder.")
+    if output is not None and (output.is_dir() or not output.absolute().parent.is_dir()):
+        raise ArmError(f"--output {output}: a file in a folder that exists is expected.")
+
+
+def check_task_files(tasks: Sequence[str], include: Path | None) -> None:
+    """Refuse task files that name code, also those of a folder.
+
+    Raises:
+        ArmError: see `check_task_file`.
+    """
+    for name in tasks:
+        if Path(name).suffix in SUFFIXES and Path(name).is_file():
+            check_task_file(Path(name))
+    if include is not None:
+        check_task_folder(include)
 
 
 def check_installed() -> None:
@@ -86,6 +146,7 @@ def evaluate(
     strengths: Sequence[float] = (0.0, 1.0),
     include: Path | None = None,
     batch_size: int = _BATCH,
+    pairs: Mapping[str, Dataset] | None = None,
     **settings: Any,
 ) -> dict[str, dict[str, dict[str, float]]]:
     """lm-eval's metrics at each strength.
@@ -97,6 +158,7 @@ def evaluate(
         strengths: Of the vector; 0 is the base model.
         include: A folder with more task files.
         batch_size: Rows at a time.
+        pairs: Task -> its test rows, where they are read already.
         settings: Further arguments of `lm_eval.simple_evaluate`.
 
     Returns:
@@ -114,18 +176,44 @@ def evaluate(
             f"positions={sorted(positions)}: lm-eval's forward passes do not say where a prompt ends, so such an "
             "adapter cannot be told which tokens to steer. Train one with positions='all'."
         )
-    manager, found_tasks = _tasks(tasks, tokenizer, include)
+    for strength in strengths:
+        check_strength(model, strength)
+    manager, found_tasks = _tasks(tasks, model, tokenizer, include, pairs or {})
     wrapped: Any = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)  # pyright: ignore
     run_tasks: Any = simple_evaluate
     found = {}
     for strength in track(strengths, "strength"):
-        with scaled(model, strength):
+        with scaled(model, strength), finite_logits(model):
             results: Any = run_tasks(wrapped, tasks=found_tasks, task_manager=manager, log_samples=False, **settings)
         found[f"{strength:g}"] = {task: _numbers(row) for task, row in results["results"].items()}
     return found
 
 
-def _tasks(names: Sequence[str], tokenizer: Any, include: Path | None) -> tuple[Any, list[Any]]:
+@contextmanager
+def finite_logits(model: PeftModel) -> Iterator[None]:
+    """Context in which forward passes that compute no numbers are errors: lm-eval would score them.
+
+    Raises:
+        NonFiniteError: in the forward pass.
+    """
+
+    def check(module: Any, args: Any, output: Any) -> None:
+        if broken_rows(output.logits.flatten(0, -2)).any():
+            raise NonFiniteError(
+                "The model's logits are NaN or infinite: the strength is too large for the vector and the number "
+                "format. Use a smaller strength, or float32."
+            )
+
+    handle = model.get_base_model().register_forward_hook(check)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _tasks(
+    names: Sequence[str], model: Any, tokenizer: Any, include: Path | None, pairs: Mapping[str, Dataset]
+) -> tuple[Any, list[Any]]:
     """lm-eval's index, and what to ask it for."""
     from lm_eval.tasks import TaskManager
 
@@ -133,9 +221,9 @@ def _tasks(names: Sequence[str], tokenizer: Any, include: Path | None) -> tuple[
     asked = []  # of lm-eval's index, whose built-in part takes seconds to read
     for name in names:
         suffix = Path(name).suffix
-        if name in embedded.task_names() or suffix in BUILDERS:
-            found.append(pair_task(name, tokenizer))
-        elif suffix in (".yaml", ".yml"):
+        if is_pairs(name):
+            found.append(pair_task(name, model, tokenizer, pairs.get(name)))
+        elif suffix in SUFFIXES:
             if not Path(name).is_file():
                 raise ArmError(f"--tasks {name}: there is no such file.")
             found.append(name)
@@ -150,26 +238,36 @@ def _tasks(names: Sequence[str], tokenizer: Any, include: Path | None) -> tuple[
     return manager, found
 
 
-def pair_task(name: str, tokenizer: Any) -> dict[str, Any]:
+def is_pairs(name: str) -> bool:
+    """Whether a task is an embedded one, or a file or folder of pairs."""
+    return name in embedded.task_names() or Path(name).suffix in BUILDERS or Path(name).is_dir()
+
+
+def pair_task(name: str, model: Any, tokenizer: Any, rows: Dataset | None = None) -> dict[str, Any]:
     """The test split of pairs as a task for lm-eval: which answer is likelier, `acc`; by its length, `acc_norm`.
 
     Args:
-        name: An embedded task, or a file with the columns prompt, chosen and rejected.
-        tokenizer: Prompts that are messages are asked through its chat template.
+        name: An embedded task, or a file or folder of pairs.
+        model: Which says how much it reads.
+        tokenizer: Prompts that are messages are asked through its chat template; without one, as plain text.
+        rows: Its test rows, where they are read already.
 
     Raises:
-        ArmError: no such data, or no pairs with a prompt.
+        ArmError: no such data, no pairs with a prompt, or rows that are longer than the model's context.
     """
-    rows = load_split(name, "test")
+    if rows is None:
+        rows, _ = held_out_rows(name, [])
+    rows = readable(rows, tokenizer)
     if missing := {"prompt", "chosen", "rejected"} - set(rows.column_names):
         raise ArmError(
             f"--tasks {name}: pairs need the columns prompt, chosen and rejected; {sorted(missing)} missing."
         )
+    check_context(model, tokenizer, rows, 0, f"--tasks {name}", "Remove such rows, or choose a model that reads more.")
     answers = {
         column: [answer if isinstance(answer, str) else answer[-1]["content"] for answer in rows[column]]
         for column in ("chosen", "rejected")
     }
-    rows = Dataset.from_dict({"text": as_asked(tokenizer, rows["prompt"]), **answers})
+    rows = Dataset.from_dict({"text": [written(tokenizer, prompt) for prompt in rows["prompt"]], **answers})
     return {
         "task": Path(name).stem,
         "custom_dataset": lambda **_: {"test": rows},

@@ -76,7 +76,7 @@ def _export(
     lines = read_text(prompts).splitlines() if prompts else _PROMPTS
     inputs = [tokenizer(line)["input_ids"] for line in lines if line.strip()]
     with progress("Export") as bar, bar.step("written, loaded again without this package, and compared"):
-        made = exports.export(steered, target, output, base, inputs, strength, called)
+        made = exports.export(steered, target, output, base, inputs, strength, called, tokenizer)
     return {
         "target": made.target,
         "folder": str(made.folder),

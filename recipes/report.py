@@ -41,7 +41,7 @@ def main(
     folder: Annotated[Path, Argument(help="folder of a grid")],
     measure: Annotated[str | None, Choice(MEASURES, MEASURE, metavar="NAME")] = None,
     strength: Annotated[
-        str | None, Choice(["tuned", "matched"], "where it is read, instead of the claim's strength")
+        str | None, Choice(["tuned", "matched", "frontier"], "where it is read, instead of the claim's strength")
     ] = None,
     output: Annotated[Path | None, Option(help="folder to write to (the grid's)")] = None,
 ) -> Result:

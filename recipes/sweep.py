@@ -27,20 +27,24 @@ from types import SimpleNamespace
 from typing import Annotated, Any, cast, get_args
 
 from pydantic import ValidationError
+from trl import DPOConfig
 
 from steertune.adapters import directions
 from steertune.adapters.blocks import find_blocks, resolve_layers
 from steertune.adapters.card import versions, write_card
 from steertune.adapters.types import Site
-from steertune.recipes.lab import scorers
+from steertune.recipes.lab import scorers, trained_on
 from steertune.recipes.lab.behaviours import read_behaviour
+from steertune.recipes.lab.checks import check_adapters, check_training, check_trains, skeleton
 from steertune.recipes.lab.command_line import (
     Argument,
     Choice,
+    ColumnNames,
     Option,
     Result,
     Threads,
     arm_names,
+    columns_of,
     command,
 )
 from steertune.recipes.lab.data import load_model
@@ -55,7 +59,7 @@ from steertune.recipes.lab.progress import Bar, progress
 from steertune.recipes.lab.rows import Record, label
 from steertune.recipes.lab.splits import SplitTable
 from steertune.recipes.lab.tables import ModelTable
-from steertune.recipes.lab.training import claim, default_folder
+from steertune.recipes.lab.training import check_folder, claim, default_folder
 from steertune.recipes.sweeping.card import card
 from steertune.recipes.sweeping.choose import Setting
 from steertune.recipes.sweeping.context import TEST, VALIDATION, Context
@@ -92,6 +96,7 @@ def main(
     ] = LAYERS,
     strengths: Annotated[list[float], Option(help="negative ones too, but not 0", metavar="NUMBER ...")] = STRENGTHS,
     sites: Annotated[list[str], Option(help="of block, attention and mlp", metavar="SITE ...")] = SITES,
+    columns: ColumnNames = None,
     model: Annotated[
         str | None, Option(help="embedded, a local folder or a Hub name (embedded, or the arm's)")
     ] = None,
@@ -130,16 +135,19 @@ def run(options: SimpleNamespace, overrides: list[str], words: Sequence[str]) ->
         ArmError: a request that cannot be met, or a folder that holds something else.
     """
     started = time.monotonic()
-    table, model, tokenizer = request(options, overrides)
+    table = request(options, overrides)
     name = table.direction if table.arm is None else table.arm.name
     folder = options.folder or default_folder(f"sweep-{name}", table.task)
-    context = Context(table, model, tokenizer)  # refuses bad rows before anything is written
+    check_folder(folder, table)
+    context = Context(table, *load_model(table.model))  # refuses bad rows before anything is written
+    table, notes = context.table, context.rehearse()
     note = context.scorer.note if context.scorer is not None else None
     claim(folder, table, main_process=True)
-    print(_plan(table, context), file=sys.stderr)
+    print("\n".join([_plan(table, context), *notes]), file=sys.stderr)
 
     # validation rows choose; only what they chose is seen on test rows, and saved
-    result = Sweep(table, measure(context, folder), as_typed(words), note, versions())
+    split = context.splits.note
+    result = Sweep(table, measure(context, folder), as_typed(words), note, versions(), split, notes=tuple(notes))
     if (setting := result.choice.setting) is not None:
         held_out = context.held_out(TEST)
         adapter = Source(context).model(cast(Site, setting.site), setting.layer, home_of(folder, setting))
@@ -147,6 +155,7 @@ def run(options: SimpleNamespace, overrides: list[str], words: Sequence[str]) ->
         test.observations |= evaluate(adapter, held_out, strengths=[setting.strength])
         bake(adapter, setting.strength)
         adapter.save_pretrained(str(folder / "adapter"))
+        trained_on.write(folder / "adapter", context.trained_on())
         asked = [*map(plain, held_out.prompts)], held_out.neutral["prompt"][: table.generations]
         result = replace(result, test=test, prompts=tuple(asked[0]), neutral_prompts=tuple(map(plain, asked[1])))
     result = replace(result, seconds=time.monotonic() - started)
@@ -154,14 +163,14 @@ def run(options: SimpleNamespace, overrides: list[str], words: Sequence[str]) ->
     if setting is not None:
         write_card(
             folder / "adapter",
-            card(table, result.tested, result.choice.reason, table_markdown(on_test(result.tested))),
+            card(result, table_markdown(on_test(result.tested))),
         )
     write_result(folder / "result.json", result.to_json())  # last: it says that the sweep is finished
     return result, page
 
 
-def request(options: SimpleNamespace, overrides: list[str]) -> tuple[SweepTable, Any, Any]:
-    """What is asked for, checked against the model; the model and its tokenizer.
+def request(options: SimpleNamespace, overrides: list[str]) -> SweepTable:
+    """What is asked for, checked against the shape of the model, which is not loaded.
 
     Raises:
         ArmError: a value that no sweep can have.
@@ -180,11 +189,13 @@ def request(options: SimpleNamespace, overrides: list[str]) -> tuple[SweepTable,
         if arm is not None and site in get_args(Site):
             at(arm, site, 0)
     scorer = None if options.scorer is None else _scorer(options.scorer, options.task)
-    model, tokenizer = load_model(wanted)
+    layers = _layers(options.layers)
     try:
-        layers = resolve_layers(_layers(options.layers), len(find_blocks(model)))
+        layers = resolve_layers(layers, len(find_blocks(skeleton(wanted))))
         table = SweepTable(
             task=options.task,
+            columns=columns_of(options.columns) or ({} if arm is None else arm.data.columns),
+            format="auto" if arm is None else arm.data.format,
             model=wanted,
             direction=direction,
             arm=arm,
@@ -205,7 +216,11 @@ def request(options: SimpleNamespace, overrides: list[str]) -> tuple[SweepTable,
         raise ArmError(reasons(error)) from error
     if scorer and not table.generations:
         raise ArmError("--scorer scores generated answers: --generations 1 or more.")
-    return table, model, tokenizer
+    if arm is not None:
+        check_training(arm, DPOConfig)
+        check_trains(arm)
+        check_adapters([at(arm, site, layer) for site in table.sites for layer in layers])
+    return table
 
 
 def measure(context: Context, folder: Path) -> list[Record]:
@@ -271,7 +286,8 @@ def _plan(table: SweepTable, context: Context) -> str:
         + (f" × sites {table.sites}" if table.sites != ["block"] else "")
         + f", {cells} settings\n"
         f"  {table.train} training, {table.splits.validation} validation and {table.splits.test} test pairs\n"
-        f"  about {base * (above * len(table.strengths) + 3) / 60:.0f} to {base * (cells + 3) / 60:.0f} minutes"
+        + (f"  {context.splits.note}\n" if context.splits.note else "")
+        + f"  about {base * (above * len(table.strengths) + 3) / 60:.0f} to {base * (cells + 3) / 60:.0f} minutes"
         + (", and training at every layer" if table.arm is not None else "")
     )
 

@@ -1,11 +1,12 @@
 """Train one arm and see what it did.
 
     accelerate launch recipes/train.py
-    accelerate launch -m steertune.recipes.train vector_dpo --data.name my_pairs.jsonl --adapter.layers 12
+    accelerate launch -m steertune.recipes.train vector_sft --data.name my_pairs.jsonl --adapter.layers 12
 
 Every key of the arm can be set as `--table.key value`: `--data.name` (an embedded task, a file or folder of pairs, a
 Hub name), `--model.name`, `--adapter.layers`, `--loss.name`, `--trainer.max_steps`, `--output.folder`, ...
-Ends with a page: every measure of `lab/measures/` before, after and at other strengths, generations, cost.
+Ends with a page, whose first line says what changed in the answers, whether it is too much, and which strength to use;
+then every measure of `lab/measures/` before, after and at other strengths, generations, cost.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,24 +23,41 @@ from accelerate import PartialState
 from datasets import Dataset
 
 from steertune.adapters.card import write_card
+from steertune.recipes.lab import scorers, trained_on
 from steertune.recipes.lab.arm import Arm, load_arm
 from steertune.recipes.lab.batches import batches
+from steertune.recipes.lab.behaviours import read_behaviour
 from steertune.recipes.lab.cards import of_training
+from steertune.recipes.lab.checks import check_start
 from steertune.recipes.lab.command_line import ArmName, Result, Threads, command
-from steertune.recipes.lab.data import load_model, load_splits
+from steertune.recipes.lab.data import Data, load_data, load_model, model_has_template
 from steertune.recipes.lab.evaluate import evaluate, evaluate_base
+from steertune.recipes.lab.forms import notes_on_form, readable
 from steertune.recipes.lab.memory import peak_memory_gb
-from steertune.recipes.lab.observe import neutral_rows
-from steertune.recipes.lab.pages import settings_in_words, write_page
+from steertune.recipes.lab.observe import FEW_NEUTRAL
+from steertune.recipes.lab.pages import escape, settings_in_words, write_page
 from steertune.recipes.lab.pages.measured import training_page
 from steertune.recipes.lab.progress import Bar, progress
+from steertune.recipes.lab.rehearsal import rehearse, rehearse_training
 from steertune.recipes.lab.rows import Record
-from steertune.recipes.lab.training import facts_of, fit, held_out_of, make_trainer, open_run, training_of
+from steertune.recipes.lab.scorers import Scorer
+from steertune.recipes.lab.training import (
+    claimed,
+    facts_of,
+    fit,
+    held_out_of,
+    make_trainer,
+    open_run,
+    steps_of,
+    training_of,
+)
 from steertune.trainers import ModelAt, scalable
+
+_FEWEST_PAIRS = 10  # from which what tells chosen from rejected answers can be learned
 
 
 @command
-def main(arm: ArmName = "vector_dpo", threads: Threads = None, overrides: Sequence[str] = ()) -> Result | None:
+def main(arm: ArmName = "vector_sft", threads: Threads = None, overrides: Sequence[str] = ()) -> Result | None:
     """Train the arm and evaluate it; of several processes the first one has the result."""
     with progress("Training"):
         record = run(load_arm(arm, overrides, recipe="train"), threads)
@@ -57,35 +76,44 @@ def run(arm: Arm, threads: int | None = None) -> Record:
     """
     started = time.monotonic()
     folder, state = open_run(arm, threads=threads), PartialState()
-    train, test = load_splits(arm.data)
+    data = load_data(arm.data, partial(model_has_template, arm.model))
+    check_start(arm, data.train)
     model, tokenizer = load_model(arm.model)
+    train, test = (readable(rows, tokenizer) for rows in (data.train, data.test))
+    scorer = _scorer(arm, train, model, tokenizer)
+    held_out = held_out_of(arm, model, tokenizer, test, scorer=scorer)
+    rehearse(held_out)
+    notes = [*notes_on_form(data.train, tokenizer), *rehearse_training(arm, model, tokenizer, train)]
     say = print if state.is_main_process else (lambda *_: None)
-    training_seconds, evaluation_seconds = _estimate(arm, model, tokenizer, test)
-    say(_plan(arm, train, test, state.num_processes, training_seconds, evaluation_seconds))
+    training_seconds, evaluation_seconds = _estimate(arm, model, tokenizer, data)
+    say(_plan(arm, data, state.num_processes, training_seconds, evaluation_seconds))
     strengths = len(arm.evaluation.strengths)
     bar = Bar(training_seconds + evaluation_seconds * (1 + strengths))
 
     # the base model comes first, since training may change it
-    record = Record(
-        {"arm": arm.name, "task": Path(arm.data.name).name, "examples": arm.data.train, "seed": arm.data.seed}
-    )
-    held_out = held_out_of(arm, model, tokenizer, test)
+    record = Record({"arm": arm.name, "task": Path(arm.data.name).name, "examples": len(train), "seed": arm.data.seed})
     with bar.step("base model", evaluation_seconds):
         record.observations |= evaluate_base(held_out)
 
     training = training_of(arm, model, tokenizer, train, folder, held_out=[test])
-    with bar.step("training", training_seconds):
+    training.notes |= {"rows": " ".join(notes)} if notes else {}
+    with bar.step("training", training_seconds), claimed(folder, arm, state.is_main_process):
         trainer = make_trainer(training)
         if training.notes:
             say("\n".join(training.notes.values()))
         seconds = fit(trainer, folder)
     model = trainer.accelerator.unwrap_model(trainer.model).eval()
     trainer.save_model(str(folder / "adapter"))  # every process: sharded weights are gathered, the first one writes
+    if state.is_main_process:
+        trained_on.write(folder / "adapter", trained_on.sets_of(data.train, data.by, training.rows))
     others = [s for s in arm.evaluation.strengths if s not in (0.0, 1.0)] if scalable(model) else []
     with bar.step("evaluation", evaluation_seconds * strengths):
         record.observations |= evaluate(model, held_out, strengths=[1.0, *others])
     record.facts = {
         **facts_of(training, held_out),
+        "scorer": scorer.note if scorer is not None else "",
+        "split": data.note,
+        "held_out": len(test),
         "parameters": trainer.get_num_trainable_parameters(),
         "steps": trainer.state.global_step,
         "train_seconds": seconds,
@@ -94,16 +122,29 @@ def run(arm: Arm, threads: int | None = None) -> Record:
         "processes": state.num_processes,
     }
     if state.is_main_process:
-        page = _write(arm, record, len(training.rows), len(test), folder)
+        page = _write(arm, record, len(training.rows), folder)
         say(f"\n{page.read_text(encoding='utf-8')}\nThis page: {page.with_suffix('.html')}")
     return record
 
 
-def _write(arm: Arm, record: Record, examples: int, held_out: int, folder: Path) -> Path:
+def _scorer(arm: Arm, train: Dataset, model: Any, tokenizer: Any) -> Scorer | None:
+    """What recognises the behaviour in generated answers: the task's own rule, or what tells training pairs apart.
+
+    None where there are no pairs, or too few.
+    """
+    if not {"chosen", "rejected"} <= set(train.column_names):
+        return None
+    table = read_behaviour(arm.data.name).scorer
+    if table is not None and table.get("kind") == "rule":
+        return scorers.fit(table, train, model, tokenizer)
+    return scorers.fit({"kind": "characters"}, train, model, tokenizer) if len(train) >= _FEWEST_PAIRS else None
+
+
+def _write(arm: Arm, record: Record, examples: int, folder: Path) -> Path:
     """Write the page, the model card and the record; return the page."""
     what = (
         f"Adapter {settings_in_words(arm.adapter)}; loss {settings_in_words(arm.loss)}; {examples} examples of "
-        f"{arm.data.name}; base model {arm.model.name}; {held_out} held-out examples."
+        f"{arm.data.name}; base model {arm.model.name}. {escape(record.facts['split'])}"
     )
     page = write_page(training_page(record, what, _use(arm, folder)), folder)
     if (folder / "adapter" / "adapter_config.json").is_file():
@@ -112,10 +153,12 @@ def _write(arm: Arm, record: Record, examples: int, held_out: int, folder: Path)
     return page
 
 
-def _estimate(arm: Arm, model: Any, tokenizer: Any, test: Dataset) -> tuple[float, float]:
+def _estimate(arm: Arm, model: Any, tokenizer: Any, data: Data) -> tuple[float, float]:
     """Seconds of training, and of an evaluation at one strength, from one timed forward pass."""
     pairs = max(1, arm.evaluation.batch_size // 2)
-    [batch] = batches(tokenizer, test.select(range(min(pairs, len(test)))), pairs)
+    test = data.test
+    shown = test if len(test) else data.train
+    [batch] = batches(tokenizer, shown.select(range(min(pairs, len(shown)))), pairs)
     with torch.no_grad():
         ModelAt(model, model, batch)(1.0)  # the first pass warms up
         start = time.monotonic()
@@ -123,20 +166,21 @@ def _estimate(arm: Arm, model: Any, tokenizer: Any, test: Dataset) -> tuple[floa
     row = (time.monotonic() - start) / len(batch.labels)
     rows = 2 * arm.trainer.get("per_device_train_batch_size", 8) * arm.trainer.get("gradient_accumulation_steps", 1)
     # the answers of pairs, neutral answers, and generated tokens at about a tenth of a row each
-    seen = 2 * len(test) + len(neutral_rows()) + arm.evaluation.generations * arm.evaluation.new_tokens / 10
+    seen = 2 * len(test) + FEW_NEUTRAL + arm.evaluation.generations * arm.evaluation.new_tokens / 10
     # forward, reference forward and a backward of about the same price
-    return arm.trainer.get("max_steps", 0) * rows * row * 3, seen * row
+    return steps_of(arm) * rows * row * 3, seen * row
 
 
-def _plan(arm: Arm, train: Dataset, test: Dataset, processes: int, training: float, evaluation: float) -> str:
+def _plan(arm: Arm, data: Data, processes: int, training: float, evaluation: float) -> str:
     """What will be done, and how long it will take."""
     evaluation *= 1 + len(arm.evaluation.strengths)
     return (
         f"Arm {arm.name}: adapter {settings_in_words(arm.adapter)}, loss {settings_in_words(arm.loss)}\n"
-        f"  {len(train)} training examples and {len(test)} test pairs of {arm.data.name}, base {arm.model.name}, "
-        f"{processes} process(es)\n"
+        f"  {len(data.train)} training examples and {len(data.test)} test examples of {arm.data.name}, base "
+        f"{arm.model.name}, {processes} process(es)\n"
+        f"  {data.note}\n"
         f"  about {(training + evaluation) / 60:.1f} minutes: training {training:.0f} s "
-        f"({arm.trainer.get('max_steps', 0)} steps), evaluation {evaluation:.0f} s"
+        f"({steps_of(arm)} steps), evaluation {evaluation:.0f} s"
     )
 
 

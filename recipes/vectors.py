@@ -21,7 +21,17 @@ from typing import Annotated, Literal
 from steertune.adapters.analysis import arithmetic
 from steertune.adapters.analysis.arithmetic import VectorError, Vectors
 from steertune.adapters.card import Card
-from steertune.recipes.lab.command_line import Argument, Count, Option, Result, Threads, group
+from steertune.recipes.lab import trained_on
+from steertune.recipes.lab.command_line import (
+    Argument,
+    ColumnNames,
+    Count,
+    Option,
+    Result,
+    Threads,
+    columns_of,
+    group,
+)
 
 Folders = Annotated[list[Path], Argument(help="adapter folders")]
 Output = Annotated[Path, Option(help="a new folder")]
@@ -57,7 +67,7 @@ def project_out(folders: Folders, output: Output, missing: Missing = "refuse") -
     sets = _read(folders)
     made = arithmetic.project_out(sets[0], sets[1:], missing, output.name)
     formula = f"{sets[0].name} without the span of {', '.join(one.name for one in sets[1:])}"
-    return _saved(made, output, formula, sets)
+    return _saved(made, output, formula, sets, folders)
 
 
 def orthogonalise(folders: Folders, output: Output, missing: Missing = "refuse") -> Result:
@@ -70,7 +80,7 @@ def orthogonalise(folders: Folders, output: Output, missing: Missing = "refuse")
     for i, made in enumerate(arithmetic.orthogonalise(sets, missing)):
         before = ", ".join(one.name for one in sets[:i])
         formula = f"{made.name} without the span of {before}" if before else f"{made.name}, as it was"
-        saved.append(_saved(made, output / made.name, formula, sets[: i + 1]))
+        saved.append(_saved(made, output / made.name, formula, sets[: i + 1], folders[: i + 1]))
     return Result({"adapters": [one.data for one in saved]}, "\n\n".join(one.text for one in saved))
 
 
@@ -97,7 +107,8 @@ def together(
     folders: Folders,
     data: Annotated[tuple[str, str], Option(help="pairs of the first vector, and of the second")],
     strengths: Annotated[tuple[float, float], Option(help="of each")] = (1.0, 1.0),
-    rows: Annotated[int, Count("test pairs of each")] = 40,
+    columns: ColumnNames = None,
+    rows: Annotated[int | None, Count("test pairs of each (40, or as many as there are)")] = None,
     model: Annotated[str | None, Option(help="embedded, a local folder or a Hub name (the adapters' own)")] = None,
     threads: Threads = None,
 ) -> Result:
@@ -106,7 +117,7 @@ def together(
 
     if len(folders) != 2:
         raise VectorError(f"together needs two folders, the vector of each data set; these are {len(folders)}.")
-    result = measure(folders, data, strengths, rows, model, threads)
+    result = measure(folders, data, strengths, rows, model, threads, columns_of(columns))
     return Result(result, summarise(result))
 
 
@@ -124,12 +135,16 @@ def _combined(folders: Sequence[Path], weights: list[float], output: Path, missi
     sets = _read(folders)
     made = arithmetic.combine(sets, weights, missing, output.name)
     formula = " + ".join(f"{weight:g} × {one.name}" for weight, one in zip(weights, sets, strict=True))
-    return _saved(made, output, formula, sets)
+    return _saved(made, output, formula, sets, folders)
 
 
-def _saved(made: Vectors, folder: Path, formula: str, sets: Sequence[Vectors]) -> Result:
+def _saved(made: Vectors, folder: Path, formula: str, sets: Sequence[Vectors], parents: Sequence[Path]) -> Result:
     """Write an adapter with its card, and say how long its vectors are."""
     arithmetic.write(made, folder, _card(made, formula, sets))
+    # rows that a parent was trained on are not held out for the sum either
+    rows_of_parents = [trained_on.read(parent) for parent in parents]
+    if None not in rows_of_parents:
+        trained_on.write(folder, [rows for of_parent in rows_of_parents for rows in of_parent or ()])
     lengths = {layer: float(made.vectors[layer].norm()) for layer in made.layers}
     before = {one.name: {layer: float(one.vectors[layer].norm()) for layer in one.layers} for one in sets}
     table = [f"layer {layer}: length {length:.4g}" for layer, length in lengths.items()]

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from .callbacks.finite import NonFiniteError
     from .callbacks.spikes import LossSpikeError, LossSpikes
     from .checkpoints import CheckpointError, last_checkpoint
+    from .context import context_length
     from .data import DataError, collator, tokenise
     from .dpo import SteeringDPOTrainer
     from .inductive_biases import Bias, BiasError, get_bias
@@ -40,6 +41,7 @@ _HOME = {
     "View": "views",
     "ViewError": "views",
     "collator": "data",
+    "context_length": "context",
     "get_bias": "inductive_biases",
     "get_view": "views",
     "labelled_logits": "model_at",
@@ -67,6 +69,7 @@ __all__ = [
     "View",
     "ViewError",
     "collator",
+    "context_length",
     "get_bias",
     "get_view",
     "labelled_logits",

@@ -121,6 +121,36 @@ _RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
     "neftune_noise_alpha": (lambda value: 0 <= value < math.inf, "a finite number of 0 or more"),
     "max_grad_norm": (lambda value: not math.isnan(value), "a number"),
     "max_length": (lambda value: 1 <= value < math.inf, "1 or more, or None (rows are not cut)"),
+    "max_steps": (lambda value: value == -1 or 0 <= value < 2**31, "a whole number from 0, or -1 (num_train_epochs)"),
+    "num_train_epochs": (lambda value: 0 < value < math.inf, "a finite number above 0"),
+    **dict.fromkeys(
+        ("learning_rate", "weight_decay", "adam_epsilon", "warmup_steps", "warmup_ratio", "eval_delay"),
+        (lambda value: 0 <= value < math.inf, "a finite number of 0 or more"),
+    ),
+    **dict.fromkeys(("adam_beta1", "adam_beta2"), (lambda value: 0 <= value < 1, "from 0 to below 1")),
+    **dict.fromkeys(
+        ("logging_steps", "eval_steps", "save_steps"),
+        (lambda value: 0 < value < math.inf, "a finite number above 0"),
+    ),
+    **dict.fromkeys(
+        (
+            "per_device_train_batch_size",
+            "per_device_eval_batch_size",
+            "gradient_accumulation_steps",
+            "eval_accumulation_steps",
+            "precompute_ref_batch_size",
+            "dataset_num_proc",
+            "dataloader_prefetch_factor",
+            "torch_empty_cache_steps",
+            "pad_to_multiple_of",
+            "ddp_timeout",
+        ),
+        (_from(1, 2**31 - 1), "a whole number from 1"),
+    ),
+    **dict.fromkeys(
+        ("dataloader_num_workers", "save_total_limit"), (_from(0, 2**31 - 1), "a whole number of 0 or more")
+    ),
+    **dict.fromkeys(("seed", "data_seed"), (_from(0, 2**32 - 1), "a whole number from 0 to 4294967295")),
 }
 
 
@@ -210,15 +240,28 @@ def check_ranges(args: Any) -> None:
     Raises:
         ValueError: names the argument, its value and the allowed values.
     """
-    for field in dataclasses.fields(args) if args is not None else ():
-        value = getattr(args, field.name)
-        if field.name in _RANGES and not _makes_sense(field.name, value):
-            words = _RANGES[field.name][1]
-            raise ValueError(f"{type(args).__name__}.{field.name}={value!r} makes no sense. It must be {words}.")
+    if args is not None:
+        values = {field.name: getattr(args, field.name) for field in dataclasses.fields(args)}
+        check_values(values, type(args).__name__)
+
+
+def check_values(values: Mapping[str, Any], owner: str) -> None:
+    """Like `check_ranges`, of values that no arguments hold yet.
+
+    Args:
+        values: Field -> value.
+        owner: What the message calls them by.
+
+    Raises:
+        ValueError: names the argument, its value and the allowed values.
+    """
+    for name, value in values.items():
+        if name in _RANGES and not _makes_sense(name, value):
+            raise ValueError(f"{owner}.{name}={value!r:.80} makes no sense. It must be {_RANGES[name][1]}.")
 
 
 def _makes_sense(name: str, value: Any) -> bool:
-    if value is None:
+    if value is None or value == "auto":  # DeepSpeed and padding choose then
         return name != "beta"
     values = value if isinstance(value, list | tuple) else [value]
     numbers = all(isinstance(number, int | float) and not isinstance(number, bool) for number in values)

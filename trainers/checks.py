@@ -23,6 +23,7 @@ from .types import SteeringRun
 from .views import View, ViewError
 
 logger = logging.getLogger(__name__)
+_INSTRUCTION = "'instruction', text=..."
 
 
 def check_types(peft_config: Any, views: Any, inductive_biases: Any) -> None:
@@ -82,7 +83,12 @@ def check_views(loss: Loss | None, views: Mapping[str, str | View], data: Iterab
     """Raise a ViewError if a view is missing, unused, or to be made of rows that are not all there."""
     needed = () if loss is None else loss.needs.views
     if missing := [name for name in needed if name not in views]:
-        raise ViewError(f"{type(loss).__name__} compares with the views {list(needed)}; {missing} are not in views=.")
+        kind = {"neutral": "'neutral', rows=..."}
+        hints = [f"{name!r}: get_view({kind.get(name, _INSTRUCTION)})" for name in missing]
+        raise ViewError(
+            f"{type(loss).__name__} compares with the views {list(needed)}; {missing} are not in views=. Give them, "
+            f"for example views={{{', '.join(hints)}}}."
+        )
     if unused := [name for name in views if name not in needed]:
         raise ViewError(
             f"views {unused} are given, but {'the loss' if loss is None else type(loss).__name__} uses only "

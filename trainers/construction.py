@@ -14,11 +14,10 @@ from datasets import Dataset
 from peft import PeftConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from torch.utils.data import IterableDataset
-from transformers import PreTrainedTokenizerBase, set_seed
+from transformers import AutoConfig, PreTrainedTokenizerBase, set_seed
 from trl import DPOConfig, SFTConfig
 
 from ..adapters import SteeringVectorLayer
-from ..adapters.blocks import text_config
 from ..adapters.observing import untouched
 from ..losses import Loss
 from .arguments import check_arguments
@@ -40,6 +39,7 @@ from .checks import (
     packs,
     warn_of_router_loss,
 )
+from .context import context_length
 from .data import PAIR_FORMATS, TOKENISED_FORMATS, DataError, as_python, data_sets, map_data_sets
 from .host_copies import KeepsHost, waits
 from .inductive_biases import Bias, BiasError, get_bias
@@ -141,7 +141,37 @@ def check_data(trainer: Any, given: Mapping[str, Any]) -> tuple[str, ...] | None
         if isinstance(part, Dataset) and len(part):
             check_rows(part, tokenizer, text_column)
     check_columns(trainer, columns)
+    _check_end(trainer, next(iter(data)), columns, given)
     return columns
+
+
+def _check_end(trainer: Any, row: Any, columns: tuple[str, ...], given: Mapping[str, Any]) -> None:
+    """Refuse plain text where the tokenizer has no EOS token, which TRL puts at the end of every answer."""
+    tokenizer, args = given.get("processing_class"), given.get("args")
+    text = columns not in TOKENISED_FORMATS and any(isinstance(row[column], str) for column in columns)
+    named = getattr(args, "eos_token", None)  # of SFTConfig
+    if (
+        trainer.takes_pairs is not None
+        and text
+        and isinstance(tokenizer, PreTrainedTokenizerBase)
+        and tokenizer.eos_token is None
+        and named is None
+    ):
+        raise DataError(
+            "The tokenizer has no EOS token, and every answer must end with one. Set tokenizer.eos_token to the token "
+            "that ends a text (eos_token in the tokenizer_config.json of a model folder)."
+        )
+
+
+def context_of(given: Mapping[str, Any]) -> int | None:
+    """How many tokens of a row the model and the tokenizer among the constructor's arguments read; None: no limit."""
+    model, tokenizer = given.get("model"), given.get("processing_class")
+    config = getattr(model, "config", None)
+    if isinstance(model, str):  # the parent loads it
+        options = getattr(given.get("args"), "model_init_kwargs", None) or {}
+        config = AutoConfig.from_pretrained(model, revision=options.get("revision"))
+    tokenizer = tokenizer if isinstance(tokenizer, PreTrainedTokenizerBase) else None
+    return context_length(config if hasattr(config, "get_text_config") else None, tokenizer)
 
 
 DEFAULT: Any = type("Default", (), {"__repr__": lambda self: "SteeringVectorConfig()"})()
@@ -212,7 +242,20 @@ class Construction:
         check_view_rows(self.view_options, args)
         check_reference(loss, self.peft_config)
         check_chat_template(args, self.peft_config)
+        self.cut_at_context()
         self.trainer.columns = self.trainer._prepare_data(given)
+
+    def cut_at_context(self) -> None:
+        """Lower `max_length`, where TRL cuts rows, to what the model reads; by default it is 1024 for every model."""
+        given, args = self.given, self.given.get("args")
+        self.context = context_of(given)
+        # TRL refuses any max_length for rows that it joins without packing
+        joined = isinstance(args, SFTConfig) and args.padding_free and not args.packing
+        if self.context is None or not isinstance(args, SFTConfig | DPOConfig) or joined:
+            return
+        if args.max_length is None or args.max_length > self.context:
+            given["args"] = copy.copy(args)  # the user's own stay as they are
+            given["args"].max_length = self.context
 
     def attach_adapter(self) -> PeftConfig | None:
         """Give the adapter to the model, or to a parent that attaches it.
@@ -276,6 +319,7 @@ class Construction:
             keeps_end=cuts and args.truncation_mode == "keep_end",
             bos=bos,
             vocabulary=_vocabulary(trainer.model),
+            context=self.context,
         )
         check_tokenised(self.rows, trainer.train_dataset, limits, packs(args))
         pairs = zip(data_sets(self.evaluation_rows), data_sets(trainer.eval_dataset), strict=True)
@@ -297,7 +341,6 @@ class Construction:
         if not self.view_options:
             return None
         trainer = self.trainer
-        context = getattr(text_config(base_of(trainer.model)), "max_position_embeddings", None)
         tokenizer = self.given.get("processing_class")
         tokenizer = trainer.processing_class if tokenizer is None else tokenizer
         by_name = {name: get_view(view) for name, view in self.view_options.items()}
@@ -305,7 +348,7 @@ class Construction:
             if view.teacher is not None:
                 check_teacher(name, view.teacher, trainer.model)
                 view.teacher.to(trainer.args.device)
-        views = Views(by_name, tokenizer, context)
+        views = Views(by_name, tokenizer, self.context)
         for given, rows, training in (
             (self.rows, trainer.train_dataset, None),
             (self.evaluation_rows, trainer.eval_dataset, self.rows),

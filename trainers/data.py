@@ -7,11 +7,13 @@ language modelling (`text` or `messages`); standard (strings) or conversational 
 from __future__ import annotations
 
 import difflib
+import inspect
 import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from datasets import Dataset, IterableDataset
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 Row = Any  # a mapping from column to value; `datasets` types it more loosely
@@ -89,7 +91,8 @@ def tokenise(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: i
     A completion ends with EOS, or as the chat template ends it. Prompt tokens have label -100.
 
     Raises:
-        DataError: the columns are unknown, or a value is neither a text nor a conversation.
+        DataError: the columns are unknown, a value is neither a text nor a conversation, or the chat template refuses
+            the messages.
     """
     from trl.data_utils import extract_prompt, maybe_convert_to_chatml
 
@@ -101,7 +104,11 @@ def tokenise(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: i
             row = {**row, **extract_prompt(row)}
         if columns == ("conversations",):
             row = maybe_convert_to_chatml(dict(row))
-        return _tokenise_pair(row, tokenizer) if columns in PAIR_FORMATS else _tokenise_row(row, tokenizer, max_length)
+        try:
+            pair = columns in PAIR_FORMATS
+            return _tokenise_pair(row, tokenizer) if pair else _tokenise_row(row, tokenizer, max_length)
+        except TemplateError as error:
+            raise DataError(f"Row {index}: the chat template refuses its messages: {error}.") from error
 
     return dataset.map(convert, with_indices=True, remove_columns=dataset.column_names, desc="Tokenising")
 
@@ -135,6 +142,7 @@ def check_values(index: int, row: Row, columns: tuple[str, ...]) -> None:
     Raises:
         DataError: names the row and the column.
     """
+    _check_template_options(index, row)
     for column in columns if columns not in TOKENISED_FORMATS else ():
         value = row.get(column)
         messages = value if isinstance(value, list) else []
@@ -156,6 +164,27 @@ def check_values(index: int, row: Row, columns: tuple[str, ...]) -> None:
             ) from error
 
 
+# what a row may give to the chat template: data for it, and never another template or another way of tokenising
+_NOT_DATA = {*inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters} - {"documents", "kwargs"}
+
+
+def _check_template_options(index: int, row: Row) -> None:
+    options, tools = row.get("chat_template_kwargs"), row.get("tools")
+    if options is not None and not isinstance(options, Mapping):
+        raise DataError(f"Row {index}: 'chat_template_kwargs' is {options!r:.80}. It must be a table, or left out.")
+    if given := sorted(name for name in _NOT_DATA & {*(options or {})} if (options or {})[name] is not None):
+        raise DataError(
+            f"Row {index}: chat_template_kwargs holds {given}. A row gives values to the tokenizer's chat template, "
+            "and no template or settings of its own, since a template is a program. Remove it."
+        )
+    try:
+        whole = json.loads(tools) if isinstance(tools, str) else tools
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"Row {index}: 'tools' is {tools!r:.80}, which is no JSON: {error}.") from error
+    if not isinstance(whole, list | None):
+        raise DataError(f"Row {index}: 'tools' is {whole!r:.80}. It must be a list of tools, or left out.")
+
+
 def _check_message(index: int, column: str, message: Any, role: str, content: str) -> None:
     # a message that only calls tools, or only reasons, has no content
     says_something = isinstance(message, Mapping) and any(
@@ -173,7 +202,7 @@ def _check_message(index: int, column: str, message: Any, role: str, content: st
 
 
 def _tokenise_pair(row: Row, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    options = _template_options(row)
+    options = template_options(row)
     prompt = _ids(tokenizer, row["prompt"], None, options)
     answers = {side: _ids(tokenizer, row["prompt"], row[side], options) for side in ("chosen", "rejected")}
     # the answers start where the first of them leaves the prompt: tokens may merge across its end
@@ -182,7 +211,7 @@ def _tokenise_pair(row: Row, tokenizer: PreTrainedTokenizerBase) -> dict[str, An
 
 
 def _tokenise_row(row: Row, tokenizer: PreTrainedTokenizerBase, max_length: int | None) -> dict[str, Any]:
-    options = _template_options(row)
+    options = template_options(row)
     if "completion" in row:
         prompt = _ids(tokenizer, row["prompt"], None, options)
         ids = _ids(tokenizer, row["prompt"], row["completion"], options)
@@ -195,7 +224,7 @@ def _tokenise_row(row: Row, tokenizer: PreTrainedTokenizerBase, max_length: int 
     return {"input_ids": ids, "labels": [-100] * min(start, len(ids)) + ids[start:]}
 
 
-def _template_options(row: Row) -> dict[str, Any]:
+def template_options(row: Row) -> dict[str, Any]:
     """Options of the chat template from TRL's columns `tools` and `chat_template_kwargs`."""
     tools = row.get("tools")
     return {"tools": json.loads(tools) if isinstance(tools, str) else tools, **(row.get("chat_template_kwargs") or {})}

@@ -22,8 +22,8 @@ from .types import SteeringRun
 
 DEFAULT_RATE = 1e-3
 """In units of the residual stream (`adapters/units.py`); chosen in `docs/results/learning_rates/`."""
-_HARDLY_MOVES = 0.02  # of the stream's size, over the whole training
-_BLOWS_UP = 0.25  # of the stream's size, in one step
+_HARDLY_MOVES = 0.04  # of the stream's size, over the whole training
+_BLOWS_UP = 0.5  # of the stream's size, in one step
 _STEP_OUTSIDE = ("lomo", "layerwise", "schedule_free")  # they step in the backward pass, or average between steps
 _ADAPTIVE = ("adam", "lion", "adagrad", "adadelta", "rmsprop", "ademamix", "sign")
 

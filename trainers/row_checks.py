@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from datasets import Dataset
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from .data import TOKENISED_FORMATS, DataError, Row, as_python, check_values, data_format
+from .data import TOKENISED_FORMATS, DataError, Row, as_python, check_values, data_format, template_options
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +31,8 @@ def check_rows(
 
     Raises:
         DataError: there are no rows, a column is unknown, a value is neither a text nor a conversation, an answer is
-            empty, chosen equals rejected, or the tokenizer of conversations has no chat template.
+            empty, chosen equals rejected, or the tokenizer has no chat template for conversations, or one that
+            refuses them.
     """
     first = next(iter(dataset), None)
     if first is None:
@@ -42,6 +44,8 @@ def check_rows(
     for index, row in enumerate(dataset if isinstance(dataset, Dataset) else [first]):
         check_values(index, row, columns)
         _check_answers(index, row)
+    if isinstance(tokenizer, PreTrainedTokenizerBase) and columns != ("conversations",):
+        _check_first(first, columns, tokenizer)
     return columns
 
 
@@ -54,12 +58,20 @@ class TokenLimits:
         keeps_end: Whether cutting drops the beginning of a row, instead of the end.
         bos: Id of the token that begins a text; None: the tokenizer has none.
         vocabulary: Number of tokens that the model knows; None: unknown.
+        context: Number of tokens of a row that the model reads; None: unknown.
     """
 
     max_length: int | None = None
     keeps_end: bool = False
     bos: int | None = None
     vocabulary: int | None = None
+    context: int | None = None
+
+    @property
+    def cut(self) -> str:
+        """Where rows are cut, in words."""
+        whole = " (all that the model and its tokenizer read)" if self.max_length == self.context else ""
+        return f"max_length={self.max_length}{whole}"
 
 
 def check_tokenised(
@@ -79,34 +91,54 @@ def check_tokenised(
 
     Raises:
         DataError: no row has a token to predict; an answer has no tokens; chosen and rejected have the same tokens; a
-            token is unknown to the model; or a row begins with two BOS tokens.
+            token is unknown to the model; a row begins with two BOS tokens, or is longer than the model's context and
+            nothing cuts it.
     """
     if not isinstance(rows, Dataset):
         return
     columns = [column for column in rows.column_names if column.endswith("_ids") or column == "labels"]
-    lengths, without_label = [], 0  # of pairs; and the rows that are all prompt
+    lengths, without_label, full = [], 0, 0  # of pairs; rows that are all prompt; rows that reach max_length
     predicts = not {"labels", "input_ids"} & {*columns}  # pairs are checked one by one
     for index, row in enumerate(as_python(rows.select_columns(columns))):
         _check_ids(index, row, limits)
         if "chosen_ids" in row:
             _check_pair(index, row)
             lengths.append(len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"])))
+            if limits.max_length is None or limits.max_length > (limits.context or limits.max_length):
+                _reaches_the_end(index, lengths[-1], limits)
             continue
         labels = row.get("labels", row.get("input_ids"))
         # a classifier has one label per row
         predicts = predicts or not isinstance(labels, list) or any(label != -100 for label in labels[1:])
         without_label += isinstance(labels, list) and all(label == -100 for label in labels)
+        if not packed and "position_ids" not in row and isinstance(row.get("input_ids"), list):
+            full += _reaches_the_end(index, len(row["input_ids"]), limits)
     dropped = len(given) - len(rows) if isinstance(given, Dataset) and not packed else 0
     if (len(given) if isinstance(given, Dataset) else len(rows)) and (not len(rows) or not predicts):
         raise DataError(_no_label_left(dropped, limits))
     _warn_of_cuts(dropped + without_label, dropped + len(rows), [] if evaluation else lengths, limits)
+    if full and not evaluation:
+        logger.warning("%d of %d rows fill %s: what is beyond is dropped.", full, len(rows), limits.cut)
+
+
+def _reaches_the_end(index: int, tokens: int, limits: TokenLimits) -> bool:
+    """Whether a row reaches `max_length`, where longer ones were cut.
+
+    Raises:
+        DataError: it is longer than the context.
+    """
+    if limits.context is not None and tokens > limits.context:
+        raise DataError(
+            f"Row {index} has {tokens} tokens, and the model reads {limits.context}. Cut the row, remove it, or set "
+            f"max_length={limits.context}."
+        )
+    return limits.max_length is not None and tokens >= limits.max_length
 
 
 def _no_label_left(dropped: int, limits: TokenLimits) -> str:
     if dropped and limits.max_length is not None:
-        return (
-            f"No row has a label left: the prompts fill max_length={limits.max_length} tokens. Raise max_length or "
-            "shorten the prompts."
+        return f"No row has a label left: the prompts fill {limits.cut}. " + (
+            "Shorten them." if limits.max_length == limits.context else "Raise max_length, or shorten them."
         )
     return "No row has a token to predict: the texts are empty, or of one token. Give longer ones."
 
@@ -114,14 +146,14 @@ def _no_label_left(dropped: int, limits: TokenLimits) -> str:
 def _warn_of_cuts(without_label: int, rows: int, lengths: list[int], limits: TokenLimits) -> None:
     """Say in one line each how many rows have no label, and how many pairs are cut when they are collated."""
     if without_label:
-        cause = "" if limits.max_length is None else f", because their prompts fill max_length={limits.max_length}"
+        cause = "" if limits.max_length is None else f", because their prompts fill {limits.cut}"
         logger.warning("%d of %d rows have no label left%s: they add nothing to the loss.", without_label, rows, cause)
     limit = limits.max_length
     if limit is not None and (cut := sum(length > limit for length in lengths)):
         part = "the beginning of their prompts" if limits.keeps_end else "the end of their answers"
         logger.warning(
-            "%d of %d pairs are longer than max_length=%d (the longest: %d tokens): %s is dropped.",
-            *(cut, len(lengths), limit, max(lengths), part),
+            "%d of %d pairs are longer than %s (the longest: %d tokens): %s is dropped.",
+            *(cut, len(lengths), limits.cut, max(lengths), part),
         )
 
 
@@ -132,6 +164,20 @@ def _check_template(row: Row, columns: tuple[str, ...], tokenizer: PreTrainedTok
             "The data are conversations, and the tokenizer has no chat template. Set tokenizer.chat_template, or give "
             "plain strings."
         )
+
+
+def _check_first(row: Row, columns: tuple[str, ...], tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse conversations that the chat template refuses, such as a system message where it knows none."""
+    if not all(isinstance(row[column], list) for column in columns):
+        return
+    for column in columns:
+        conversation = row[column] if column == "prompt" or "prompt" not in row else [*row["prompt"], *row[column]]
+        try:
+            tokenizer.apply_chat_template(conversation, tokenize=False, **template_options(row))
+        except TemplateError as error:
+            raise DataError(
+                f"Row 0: the chat template refuses its messages: {error}. Change the messages, or the template."
+            ) from error
 
 
 def _check_answers(index: int, row: Row) -> None:

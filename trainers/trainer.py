@@ -9,7 +9,7 @@ from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
 
 from .arguments import check_plain
-from .construction import check_evaluation_rows
+from .construction import check_evaluation_rows, context_of
 from .data import (
     PAIR_FORMATS,
     TOKENISED_FORMATS,
@@ -22,8 +22,6 @@ from .data import (
     tokenise,
 )
 from .mixin import SteeringMixin
-
-_NO_LIMIT = 10**6  # tokenizers without a maximum length say 10**30
 
 
 class SteeringTrainer(SteeringMixin, Trainer):
@@ -46,7 +44,7 @@ class SteeringTrainer(SteeringMixin, Trainer):
             )
         if columns in PAIR_FORMATS and self.loss is None:
             raise DataError("Trainer has no loss for pairs (chosen, rejected): give one, such as loss='dpo'.")
-        self.max_length = tokenizer.model_max_length if tokenizer.model_max_length < _NO_LIMIT else None
+        self.max_length = context_of(given)
         for name in ("train_dataset", "eval_dataset"):
             given[name] = map_data_sets(lambda rows: _tokenised(rows, tokenizer, self.max_length), given.get(name))
         given["data_collator"] = collator(given["train_dataset"], tokenizer, self.max_length)

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from peft import PeftModel
+from transformers import PreTrainedTokenizerBase
 
 from ..registry import choose, file_names
 from ._base import Export, Exported, ExportError
@@ -46,6 +47,7 @@ def export(
     inputs: Sequence[Sequence[int]],
     strength: float = 1.0,
     called: str | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> Exported:
     """Write the active steering vector of a model for another tool, and verify the export.
 
@@ -57,6 +59,7 @@ def export(
         inputs: Token ids of some prompts, on which logits are compared.
         strength: Multiplies the exported vector.
         called: The base model's name in the README, if `base` is a local copy.
+        tokenizer: The model's, written where the export is a whole model, which can then be served as it is.
 
     Raises:
         ExportError: the adapter is not a constant vector, the target cannot represent it on this model, or the export
@@ -73,6 +76,8 @@ def export(
         whole = Path(part) / "export"
         whole.mkdir()
         writer.write(vectors, model, whole)
+        if tokenizer is not None and writer.whole_model:
+            tokenizer.save_pretrained(whole)
         error, effect = verify(writer, whole, model, base, inputs, strength)
         lines = writer.lines(called or base, home.name, model)
         readme = writer.readme(vectors, called or base, strength, lines, error, effect)

@@ -56,11 +56,13 @@ class Export(ABC):
         packages: Packages that must be installed to write or verify it.
         python: Python lines that load the export as `model`, with `{folder!r}`, `{base!r}` and `{dtype!r}` to fill in.
         note: What else a reader of the README should know.
+        whole_model: Whether the folder is a model by itself, which also needs the tokenizer.
     """
 
     packages: ClassVar[tuple[str, ...]] = ()
     python: ClassVar[str]
     note: ClassVar[str] = ""
+    whole_model: ClassVar[bool] = False
 
     def check_packages(self) -> None:
         """Raise an ExportError when a package is missing."""

@@ -23,9 +23,11 @@ from ._vectors import ConstantVectors, ExportError
 
 
 class MergedExport(Export):
-    """A whole model that `AutoModelForCausalLM.from_pretrained` loads."""
+    """A whole model that `AutoModelForCausalLM.from_pretrained` loads, with its generation configuration."""
 
     python = LOAD.replace("{base!r}", "{folder!r}")
+    note = "The folder holds a whole model. With its tokenizer in it, servers take it as it is: `vllm serve FOLDER`."
+    whole_model = True
 
     def check(self, vectors: ConstantVectors, model: PeftModel) -> None:
         """See `linear_places`; and there must be a configuration with a bias at these places."""

@@ -357,6 +357,8 @@ def read_tables(grid: dict[str, Any]) -> GridTables:
         content = dict(grid["tables"])
         if "strength" not in content["claim"]:  # version 3 meant the tuned strength where it did not say "matched"
             content["claim"] = {"strength": "tuned", **content["claim"]}
+        if "frontier" not in content["matched"]:  # version 4 measured arms at one KL
+            content["matched"] = {**content["matched"], "frontier": []}
         tables = GridTables(**content)
         arms, cells = [(arm["name"], arm["levels"]) for arm in grid["arms"]], grid["cells"]
         texts = [*(name for name, _ in arms), *cells, *grid["notes"], grid["command"]]

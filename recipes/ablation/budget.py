@@ -13,7 +13,7 @@ from scipy.stats import loguniform
 from sklearn.model_selection import ParameterSampler
 
 
-class BudgetTable(BaseModel, extra="forbid"):
+class BudgetTable(BaseModel, extra="forbid", strict=True):
     """`[budget]`.
 
     A trial is a learning rate and a number of steps. `learning_rate` lists multiples of the arm's own, and each is

@@ -1,6 +1,7 @@
 """The cells of a grid as a table that statistics can read: a row for each cell, a column for each measure.
 
-`column("accuracy", "matched")` is the mean of a measure at a strength, and `rows_of` its values for every example.
+`column("accuracy", "matched")` is the mean of a measure at a strength, and `rows_of` its values for every example. At
+`frontier` it is the mean over the KLs of an arm's frontier; an arm that stops short counts with its last point beyond.
 """
 
 from __future__ import annotations
@@ -11,15 +12,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
 from steertune.recipes.ablation.statistics import Frame
 from steertune.recipes.ablation.statistics.rows import examples_of
 from steertune.recipes.ablation.store import Store
 from steertune.recipes.lab import measures
 from steertune.recipes.lab.files import ArmError, read_result
-from steertune.recipes.lab.measures import Missing
-from steertune.recipes.lab.rows import AGAIN, BASE, MATCHED, TUNED, Record
+from steertune.recipes.lab.measures import Measure, Missing
+from steertune.recipes.lab.rows import AGAIN, BASE, FRONTIER, MATCHED, TUNED, Record, at_kl, frontier_kl
 
 _PATH = r"cells/([\w=,+-][\w=,+.-]*)/n(\d{1,9})/seed(\d{1,10})/([\w=,+-][\w=,+.-]*)"
 
@@ -58,7 +61,7 @@ def cells_table(records: Sequence[Record], levels: Mapping[str, Mapping[str, str
     """Records as a table; `levels` says which level of every factor an arm has."""
     rows = [{**_row(record), **(levels or {}).get(record.keys["arm"], {})} for record in records]
     cells = pd.DataFrame(rows)
-    names = [column(name, strength) for name in measures.names() for strength in (BASE, TUNED, MATCHED)]
+    names = [column(name, strength) for name in measures.names() for strength in (BASE, TUNED, MATCHED, FRONTIER)]
     missing: dict[str, Any] = {name: float("nan") for name in names if name not in cells}
     missing |= {examples_of(name): None for name in names if examples_of(name) not in cells}
     cells = pd.concat([cells, pd.DataFrame(missing, index=cells.index)], axis=1)
@@ -79,18 +82,45 @@ def _row(record: Record) -> dict[str, Any]:
     observations = dict(record.observations)
     if record.facts.get("status") == "diverged" and BASE in observations:
         as_base = {**observations[BASE], "kl": [0.0]}
-        observations |= {TUNED: as_base} | ({MATCHED: as_base} if record.facts.get("scalable") else {})
+        observations |= {TUNED: as_base}
+        if record.facts.get("scalable"):
+            observations |= {
+                MATCHED: as_base,
+                at_kl(1.0): as_base,
+            }  # one point is a frontier that is the same anywhere
     seen = Record(record.keys, observations)
-    for strength in (label for label in (BASE, TUNED, MATCHED) if label in observations):
-        for measure in map(measures.get, measures.names()):
-            try:
-                values = measure.values(seen.seen(strength))
-                mean = measure.summary(seen.seen(strength))
-            except Missing:
-                continue
-            if not math.isnan(mean):
-                row |= {column(measure.name, strength): mean, examples_of(column(measure.name, strength)): values}
+    for measure in map(measures.get, measures.names()):
+        at = {label: summary for label in observations if (summary := _summary(measure, seen, label)) is not None}
+        points = {kl: at[label] for label in at if (kl := frontier_kl(label)) is not None}
+        if points:
+            at[FRONTIER] = _over_log_kl(points)
+        for label, (mean, values) in at.items():
+            row |= {column(measure.name, label): mean, examples_of(column(measure.name, label)): values}
     return row
+
+
+_Summary = tuple[float, NDArray[np.float64]]
+"""A measure's mean, and its values for every example."""
+
+
+def _summary(measure: Measure, record: Record, strength: str) -> _Summary | None:
+    """A measure at a strength; None where the record does not hold it."""
+    try:
+        seen = record.seen(strength)
+        mean = measure.summary(seen)
+        return None if math.isnan(mean) else (mean, measure.values(seen))
+    except Missing:
+        return None
+
+
+def _over_log_kl(points: Mapping[float, _Summary]) -> _Summary:
+    """The area under a frontier over log KL, divided by its width: the mean height (trapezoidal rule)."""
+    targets = sorted(points)
+    widths = np.diff(np.log(targets))
+    weights = (np.append(widths, 0.0) + np.append(0.0, widths)) / 2 / widths.sum() if len(widths) else np.ones(1)
+    parts = [[weight * part for part in points[kl]] for kl, weight in zip(targets, weights, strict=True)]
+    means, values = zip(*parts, strict=True)
+    return float(sum(means)), np.sum(values, axis=0)
 
 
 def _parsed(path: str) -> tuple[Any, ...]:

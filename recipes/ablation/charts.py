@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from steertune.recipes.ablation.statistics import Frame
-from steertune.recipes.ablation.statistics.paired import Interval, interval
+from steertune.recipes.lab.intervals import Interval, interval
 
 _GREY = "#777777"
 _WIDTH = 8.0
@@ -90,6 +90,36 @@ def _curve(axis: Axes, cells: Frame, measure: str, arm: str, apart: float, colou
                   label=arm, elinewidth=0.8)  # fmt: skip
 
 
+def side_by_side(cells: Frame, columns: Mapping[str, str], colours: Mapping[str, Any]) -> Figure:
+    """Effect and side effects of every arm: a panel a column, an arm a row, with intervals over its cells; the base
+    model dashed.
+
+    Args:
+        cells: The cells that ran.
+        columns: Column of the cells -> its title.
+        colours: Of the arms.
+    """
+    arms = [*dict.fromkeys(cells["arm"])][::-1]  # the first one on top
+    figure = Figure(figsize=(2.3 * len(columns) + 2.5, 0.9 + 0.3 * len(arms)), layout="constrained")
+    axes = figure.subplots(1, len(columns), sharey=True, squeeze=False)[0]
+    for axis, (column, title) in zip(axes, columns.items(), strict=True):
+        for y, arm in enumerate(arms):
+            values = cells.loc[cells["arm"] == arm, column].dropna()
+            if values.empty:
+                continue
+            found = interval(values)
+            if np.isfinite([found.low, found.high]).all():
+                axis.plot([found.low, found.high], [y, y], color=colours[arm], linewidth=2)
+            axis.plot(found.estimate, y, "o", color=colours[arm], markersize=4)
+        base = f"{column.partition('@')[0]}@0"
+        if base in cells and cells[base].notna().any():
+            axis.axvline(cells[base].mean(), color=_GREY, linestyle="--", linewidth=1)
+        _plain(axis, title=title)
+        axis.title.set_fontsize(8)
+    axes[0].set_yticks(range(len(arms)), arms, fontsize=8)
+    return figure
+
+
 def pareto(
     cells: Frame,
     x: str,
@@ -115,6 +145,39 @@ def pareto(
     axis.plot(front[x], front[y], color=_GREY, linewidth=0.8, zorder=0)
     _plain(axis, xlabel=xlabel, ylabel=ylabel)
     _legend(figure, *axis.get_legend_handles_labels())
+    return figure
+
+
+def frontiers(
+    cells: Frame, targets: Sequence[float], measures: Mapping[str, str], colours: Mapping[str, Any]
+) -> Figure:
+    """Means against the KL to the base on a log axis, a panel a measure: a line for every arm with a strength, a dot
+    at its own KL for every other; the base dashed.
+
+    Args:
+        cells: The cells.
+        targets: The KLs of the frontier.
+        measures: Name -> what stands beside its axis.
+        colours: Of the arms.
+    """
+    figure = Figure(figsize=(4.2 * len(measures), 4.4), layout="constrained")
+    axes = np.atleast_1d(figure.subplots(1, len(measures)))
+    for axis, (name, label) in zip(axes, measures.items(), strict=True):
+        for arm, own in cells.groupby("arm", sort=False):
+            columns = [f"{name}@kl={kl:g}" for kl in targets]
+            if own[f"{name}@frontier"].notna().any():
+                means = [own[one].mean() if one in own else np.nan for one in columns]
+                axis.plot(targets, means, marker="o", markersize=4, color=colours[str(arm)], label=str(arm))
+            else:
+                point = own[["kl@tuned", f"{name}@tuned"]].mean()
+                axis.plot(*point, "s", color=colours[str(arm)], label=str(arm))
+        if cells[f"{name}@0"].notna().any():
+            axis.axhline(cells[f"{name}@0"].mean(), color=_GREY, linestyle="--", linewidth=1)
+        axis.set_xscale("log")
+        axis.set_xticks(targets, [f"{kl:g}" for kl in targets])
+        axis.minorticks_off()
+        _plain(axis, xlabel="KL to the base, nats per token", ylabel=label)
+    _legend(figure, *axes[0].get_legend_handles_labels())
     return figure
 
 

@@ -161,6 +161,11 @@ def check_card(tables: GridTables, card: Card, arms: list[GridArm]) -> None:
         raise ArmError(
             f"claim.recovers={claim.recovers}: that is a share of a gain, so leave out claim.margin and claim.factor."
         )
+    if claim.strength == "frontier" and len(tables.matched.frontier) < 2:
+        raise ArmError(
+            f"claim.strength='frontier', and matched.frontier={tables.matched.frontier} has fewer than two KLs. Name "
+            "two or more, such as [0.03, 0.1, 0.3]."
+        )
     if "answers" in measures.get(claim.measure).needs and not tables.generations:
         raise ArmError(f"claim.measure={claim.measure!r}, but generations=0: nothing would be generated to score.")
     names = [arm.name for arm in arms]
@@ -189,8 +194,8 @@ def _check_decidable(claim: Claim, arms: list[GridArm]) -> None:
         raise ArmError(f"claim.better and claim.than are both {claim.than!r}: compare two arms.")
     compared = {arm.name: arm for arm in arms if arm.name in (claim.better, claim.than)}
     rigid = [name for name, arm in compared.items() if arm.arm.get(Prompt) or not has_strength(arm.arm)]
-    if claim.strength == "matched" and rigid:
+    if claim.strength != "tuned" and rigid:
         raise ArmError(
-            f"claim.strength='matched', and {rigid} have no strength that could be matched. Set claim.strength = "
-            "'tuned', or claim something about another arm."
+            f"claim.strength={claim.strength!r}, and {rigid} have no strength that could be matched. Set "
+            "claim.strength = 'tuned', or claim something about another arm."
         )

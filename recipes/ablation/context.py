@@ -11,12 +11,14 @@ from datasets import Dataset
 
 from steertune.recipes.ablation.grid import Cell, Grid
 from steertune.recipes.ablation.tables import TaskTable
-from steertune.recipes.lab.data import load_model, load_split
+from steertune.recipes.lab.data import load_model
+from steertune.recipes.lab.forms import has_template, notes_on_form, readable, readable_splits
 from steertune.recipes.lab.generation import check_context, prompt_lengths
 from steertune.recipes.lab.ingredients import Training
 from steertune.recipes.lab.ingredients.prompt import Prompt
 from steertune.recipes.lab.observe import HeldOut, Show, neutral_rows
 from steertune.recipes.lab.scorers import Scorer, fit
+from steertune.recipes.lab.sources import Reading, load_split
 from steertune.recipes.lab.splits import Splits, load_splits
 from steertune.recipes.lab.tables import ModelTable
 from steertune.recipes.lab.training import training_of
@@ -60,14 +62,20 @@ class Context:
         return self._loaded[1]
 
     @cached_property
-    def neutral(self) -> Dataset:
-        """Prompts and completions that no behaviour is about."""
+    def neutral(self) -> tuple[Dataset, Dataset]:
+        """Prompts and completions that no behaviour is about: those on which strengths are matched, and others on
+        which side effects are reported."""
         file = self.grid.tables.neutral
-        return neutral_rows() if file is None else load_split(file, "train")
+        rows = None if file is None else readable(load_split(file, "train"), self.tokenizer)
+        return neutral_rows(self.tokenizer, "match", rows), neutral_rows(self.tokenizer, "report", rows)
 
     def splits(self, task: TaskTable) -> Splits:
         """The task's rows, checked."""
         return self._splits(task.label)
+
+    def notes(self, task: TaskTable) -> list[str]:
+        """What to say about the task's rows, beside their number."""
+        return notes_on_form(load_split(task.name, "train"), self.tokenizer)
 
     def scorer(self, task: TaskTable) -> Scorer:
         """The task's scorer of the behaviour."""
@@ -132,8 +140,10 @@ class Context:
 
     def _load_splits(self, label: str) -> Splits:
         task, tables = self._tasks[label], self.grid.tables
+        reading = Reading(task.columns, task.format, lambda: has_template(self.tokenizer))
         largest = max(tables.examples) * max(arm.arm.data.times for arm in self.grid.arms)
-        return load_splits(task.name, tables.splits, largest, task.reverse, task.columns)
+        splits = load_splits(task.name, tables.splits, largest, task.reverse, reading)
+        return readable_splits(splits, self.tokenizer)
 
     def _fit_scorer(self, label: str) -> Scorer:
         task = self._tasks[label]
@@ -145,7 +155,8 @@ class Context:
             self.model,
             self.tokenizer,
             pairs=self.splits(task).test,
-            neutral=self.neutral,
+            matching=self.neutral[0],
+            neutral=self.neutral[1],
             generations=tables.generations,
             new_tokens=tables.new_tokens,
             scorer=self.scorer(task) if tables.generations else None,

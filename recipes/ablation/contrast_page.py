@@ -10,8 +10,10 @@ import pandas as pd
 from steertune.recipes.ablation.analysis import in_pairs
 from steertune.recipes.ablation.statistics.paired import Difference, difference, together, too_few
 from steertune.recipes.ablation.tables import TaskTable
+from steertune.recipes.lab.measures import Seen
 from steertune.recipes.lab.pages import Block, Page, Section, Table, Text
-from steertune.recipes.lab.rows import Record
+from steertune.recipes.lab.pages.side_effects import side_effects
+from steertune.recipes.lab.rows import BASE, Record
 
 Values = dict[str, pd.Series]
 """Condition -> for every task and seed, one number per test pair."""
@@ -77,10 +79,6 @@ def page(
     """
     response = responses(seen, tasks)
     asked = questions(values(unseen, "accuracy", tasks), steering)
-    side_effects = (
-        f"The trained model without a prompt, on neutral text: KL to the base {effects.value('kl', 1):.4f} nats a "
-        f"token, perplexity {effects.value('perplexity'):.2f} before and {effects.value('perplexity', 1):.2f} after."
-    )
     note = (
         "Intervals for other draws and other test rows (a task and its reverse share theirs); p by the larger of two "
         "tests, corrected by Holm per table."
@@ -94,14 +92,41 @@ def page(
         _accuracies(values(unseen, "accuracy"), "unseen"),
         *_differences(asked, "unseen_differences"),
         Text(note),
-        Text(side_effects),
     ]
+    side_blocks = side_effects(_without_prompts(unseen, steering, effects), "model")
     sections = [
         Section("", [Text(about)]),
         Section("Held-out pair accuracy on the tasks that it was trained on", seen_blocks),
         Section("Held-out pair accuracy on unseen tasks", unseen_blocks),
+        Section("Without a prompt: effect on unseen tasks, and side effects", side_blocks),
     ]
     return Page("Training a model to respond to contrast prompts", sections)
+
+
+def _without_prompts(unseen: Sequence[Record], steering: Sequence[str], effects: Record) -> dict[str, Seen]:
+    """What models do without a prompt: accuracy on the pairs of unseen tasks, and what they do to neutral text.
+
+    Test pairs and neutral rows are the same in every draw, so their values are means over the draws.
+    """
+    base, trained = (_of_rows(unseen, f"{name}, plain", ["accuracy"]) for name in ("base", "trained"))
+    seen = {"base": Seen(base | effects.observations[BASE])}
+    seen["trained"] = Seen(trained | effects.observations["1"], seen["base"])
+    for arm in steering:
+        names = ["accuracy", "neutral_kl", "neutral_nll", "neutral_tokens", "neutral_repetition"]
+        seen[arm] = Seen(_of_rows(unseen, arm, names), seen["base"])
+    return seen
+
+
+def _of_rows(records: Sequence[Record], condition: str, names: Sequence[str]) -> dict[str, list[float]]:
+    """A condition's values for every row: of test pairs task after task, of neutral rows averaged over all records."""
+    own = [record for record in records if record.keys["arm"] == condition]
+    tasks = dict.fromkeys(record.keys["task"] for record in own)
+    values = {}
+    for name in names:
+        of_task = [[r.seen(1)[name] for r in own if r.keys["task"] == task and name in r.seen(1)] for task in tasks]
+        groups = of_task if name == "accuracy" else [[rows for of in of_task for rows in of]]
+        values[name] = [float(value) for rows in groups if rows for value in np.mean(rows, axis=0)]
+    return {name: rows for name, rows in values.items() if rows}
 
 
 def _accuracies(accuracies: Values, name: str) -> Table:

@@ -6,6 +6,7 @@ Everything is checked before anything runs.
 from __future__ import annotations
 
 import fnmatch
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,12 +37,15 @@ from steertune.recipes.lab.embedded import task_folder, task_names
 from steertune.recipes.lab.files import ArmError, check_name, nearest, read_toml, reasons
 from steertune.recipes.lab.ingredients.prompt import Prompt
 from steertune.recipes.lab.paths import CONFIGS
+from steertune.recipes.lab.secrets import check_no_secrets
 
 GRIDS = CONFIGS / "grids"
+_LARGEST = 10**5  # combinations; a design is chosen from the list of all of them
 _COLUMNS = {
     "key", "task", "arm", "examples", "seed", "status", "error", "scalable", "scorer", "versions", "tuned_strength",
     "matched_strength", "parameters", "steps", "pairs_read", "tokens_read", "seconds", "train_seconds", "tuning",
-    "tuning_key", "tuning_seconds", "peak_memory_gb", "setting", "prompt_tokens", "notes",
+    "tuning_key", "tuning_seconds", "peak_memory_gb", "setting", "prompt_tokens", "notes", "frontier",
+    "kl_falls",
 }  # fmt: skip
 
 
@@ -153,6 +157,8 @@ def make_grid(raw: dict[str, Any], data_root: Path | None = None) -> Grid:
         tables = GridTables(**raw)
     except ValidationError as error:
         raise ArmError(reasons(error)) from error
+    check_name("grid", tables.name)  # it names the folder of the results
+    check_no_secrets(raw)
     if (card := tables.card) is None:
         raise ArmError(
             "The grid has no [card]. Write down problem, hypothesis, against (which result would count against it), "
@@ -198,6 +204,11 @@ def _combinations(tables: GridTables) -> tuple[list[Combination], list[str]]:
             raise ArmError(f"A factor cannot be called {factor!r}, like a column of the results.")
     if any(INERT in levels for levels in factors.values()):
         raise ArmError(f"{INERT!r} is no name for a level: it stands for a level that means nothing.")
+    size = math.prod(map(len, factors.values()))
+    if size > _LARGEST:
+        raise ArmError(
+            f"[factors] have {size:.3g} combinations. At most {_LARGEST} can be handled: give fewer factors or levels."
+        )
     everything = designs.full(factors)
     if design.kind == "full":
         return everything, [f"Full factorial: {len(everything)} combinations."]

@@ -11,7 +11,7 @@ from steertune.recipes.ablation.tables import GridArm, GridTables, TaskTable
 from steertune.recipes.lab.files import ArmError
 from steertune.recipes.lab.ingredients.prompt import Prompt
 
-VERSION = 4  # of the cells; raised when a cell of the same grid would come out differently
+VERSION = 5  # of the cells; raised when a cell of the same grid would come out differently
 
 
 def settings(
@@ -43,7 +43,8 @@ def settings(
 
 
 def named_task(task: TaskTable) -> list[Any]:
-    return [task.label, task.reverse, task.columns, *([task.draw] if task.draw else [])]
+    form = [] if task.format == "auto" else [task.format]
+    return [task.label, task.reverse, task.columns, *([task.draw] if task.draw else []), *form]
 
 
 def content(file: str | None) -> str:
@@ -64,7 +65,7 @@ def data_of(name: str) -> str:
     if not path.exists():
         return ""  # on the Hub; the label names it
     files = sorted(path.rglob("*")) if path.is_dir() else [path]
-    digest = hashlib.sha256()
+    digest = hashlib.sha256(b"" if path.is_dir() else b"divided by a hash of the prompt")
     for file in files:
         if file.suffix in (".json", ".jsonl", ".csv", ".parquet"):
             digest.update(file.name.encode() + hashlib.sha256(file.read_bytes()).digest())

@@ -1,56 +1,123 @@
-"""The strength at which an adapter changes neutral text by a stated amount: arms are compared at the same KL."""
+"""The strengths at which an adapter changes neutral text by stated amounts: arms are compared at the same KL."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
+import numpy as np
 from scipy.optimize import brentq
 
 _TOLERANCE = 0.02  # relative, of the strength
 _REACHED = 0.25  # of log KL: more off than the tolerance of the strength explains is a jump over the target
-_CLOSE = 0.03  # of log KL, where the search is refined
+_CLOSE = 0.03  # of log KL: near enough to stop
+_ENOUGH = 0.1  # of log KL: near enough after the last evaluation
+_EVALUATIONS = 3  # on all rows, for each target
 _STEP = math.log(2.0)
+_SMALL = math.log(1 / 16)
 _SMALLEST = math.log(1e-6)
+_QUADRATIC = 1.9, 2.1  # slope of log KL on log strength for small vectors
+_FALL = 0.05  # of log KL: a smaller fall may be rounding
+
+
+@dataclass(frozen=True)
+class Point:
+    """One point of an arm's frontier.
+
+    Attributes:
+        target: The KL to reach, in nats per token.
+        strength: Where it is reached; if no strength reaches it, where the KL comes nearest from below.
+        kl: The KL there.
+        reached: Whether that is the target.
+    """
+
+    target: float
+    strength: float
+    kl: float
+    reached: bool
+
+
+class Curve:
+    """KL against strength, computed where it is asked for.
+
+    KL is quadratic in a small strength, so the search starts at a small one and walks up, by a factor of two at most
+    unless the last two points lie on a parabola. So it finds the smallest strength with some KL, also where the KL
+    falls again beyond it (it need not grow with the strength).
+
+    Args:
+        kl: KL to the base model at a strength, in nats per token; not finite counts as too much.
+        largest: The largest strength to try.
+    """
+
+    def __init__(self, kl: Callable[[float], float], largest: float) -> None:
+        self._kl, self._limit = kl, math.log(largest)
+        self._logs: dict[float, float] = {}
+
+    def crossing(self, target: float) -> float | None:
+        """The smallest strength with this KL; None if there is none up to the largest."""
+        goal = math.log(target)
+
+        def excess(x: float) -> float:
+            return self._at(x) - goal
+
+        # down to a strength that is clearly too small, from what was seen or from a small one
+        low = min([x for x in self._logs if excess(x) < 0], default=min(_SMALL, self._limit))
+        while excess(low) > -_STEP and low > _SMALLEST:
+            low = max(_SMALLEST, low - max(_STEP, (excess(low) + 2 * _STEP) / 2))
+        if excess(low) > 0:
+            return None
+        # up, until the KL is too large
+        high, before = low, None
+        while excess(high) < 0:
+            if high >= self._limit:
+                return None
+            slope = (self._at(high) - self._at(before)) / (high - before) if before is not None else 0.0
+            leap = -excess(high) / 2 - _STEP / 2 if _QUADRATIC[0] < slope < _QUADRATIC[1] else _STEP
+            seen = [x for x in self._logs if x > high]
+            before, high = high, min([self._limit, high + max(_STEP, leap), *seen])
+        if before is None:
+            return math.exp(low) if excess(low) == 0 else None
+        x = high if excess(high) == 0 else float(brentq(excess, before, high, xtol=_TOLERANCE))  # pyright: ignore[reportArgumentType]
+        return math.exp(x) if abs(excess(x)) < _REACHED else None
+
+    def last(self, target: float) -> float | None:
+        """The strength that was seen with the largest KL below this one; None: none was."""
+        below = {x: y for x, y in self._logs.items() if y < math.log(target)}
+        return math.exp(max(below, key=lambda x: (below[x], -x))) if below else None
+
+    @property
+    def falls(self) -> bool:
+        """Whether a larger strength was seen to have a smaller KL."""
+        logs = np.array([self._logs[x] for x in sorted(self._logs) if self._logs[x] < _TOO_MUCH])
+        return bool(len(logs) and (np.maximum.accumulate(logs) - logs).max() > _FALL)
+
+    def _at(self, x: float) -> float:
+        if x not in self._logs:
+            value = self._kl(math.exp(x))
+            self._logs[x] = math.log(max(value, 1e-12)) if math.isfinite(value) else _TOO_MUCH
+        return self._logs[x]
+
+
+_TOO_MUCH = 50.0  # log KL of a model whose probabilities are not finite
 
 
 def matched_strength(kl: Callable[[float], float], target: float, largest: float) -> float | None:
-    """The strength at which `kl(strength)` is `target`; None if there is none up to `largest`.
-
-    KL grows about with the square of the strength, so the search runs over log-strength from `sqrt(target / kl(1))`.
+    """The smallest strength at which `kl(strength)` is `target`; None if there is none up to `largest`.
 
     Args:
         kl: KL to the base model at a strength, in nats per token; not finite counts as too much.
         target: The KL to reach.
         largest: The largest strength to try.
     """
-    limit, seen = math.log(largest), dict[float, float]()
-
-    def excess(log_strength: float) -> float:
-        if log_strength not in seen:
-            value = kl(math.exp(log_strength))
-            seen[log_strength] = math.log(max(value, 1e-12) / target) if math.isfinite(value) else 10.0
-        return seen[log_strength]
-
-    start = min(0.0, limit)
-    low = high = min(limit, max(_SMALLEST, start - excess(start) / 2))
-    # bracket the target, from the guess in the direction that is missing
-    while excess(low) > 0:
-        if low <= _SMALLEST:
-            return None
-        high, low = low, max(_SMALLEST, low - _STEP)
-    while excess(high) < 0:
-        if high >= limit:
-            return None
-        low, high = high, min(limit, high + _STEP)
-    found = low if low == high else float(brentq(excess, low, high, xtol=_TOLERANCE))  # pyright: ignore[reportArgumentType]
-    return math.exp(found) if abs(excess(found)) < _REACHED else None
+    return Curve(kl, largest).crossing(target)
 
 
-def refined(kl: Callable[[float], float], target: float, guess: float, largest: float) -> float | None:
-    """The strength near `guess` at which `kl(strength)` is `target` within 3 %; None if four steps do not find it.
+def refined(kl: Callable[[float], float], target: float, guess: float, largest: float) -> Point:
+    """The strength near `guess` at which `kl(strength)` is `target`, of three evaluations at most.
 
-    A secant in logarithms, for a `kl` that is dearer than the one `guess` was found with.
+    A secant in logarithms, for a `kl` that is dearer than the one `guess` was found with. It stops within 3 % of the
+    target; the last point counts as reached within 10 %.
 
     Args:
         kl: KL to the base model at a strength, in nats per token.
@@ -59,14 +126,50 @@ def refined(kl: Callable[[float], float], target: float, guess: float, largest: 
         largest: The largest strength to try.
     """
     x, slope, before = math.log(guess), 2.0, None
-    for _ in range(5):
+    points: list[Point] = []
+    for _ in range(_EVALUATIONS):
         value = kl(math.exp(x))
         if not math.isfinite(value) or value <= 0:
-            return None
+            break
         y = math.log(value / target)
+        points.append(Point(target, math.exp(x), value, abs(y) < _ENOUGH))
         if abs(y) < _CLOSE:
-            return math.exp(x)
+            break
         if before is not None and before[0] != x:
             slope = min(6.0, max(0.5, (y - before[1]) / (x - before[0])))
         before, x = (x, y), min(math.log(largest), x - y / slope)
-    return None
+    if not points:
+        return Point(target, guess, math.nan, False)
+    nearest = min(points, key=lambda point: abs(math.log(point.kl / target)))
+    below = [point for point in points if point.kl < target]
+    return nearest if nearest.reached or not below else max(below, key=lambda point: point.kl)
+
+
+def frontier(
+    few: Callable[[float], float], every: Callable[[float], float], targets: Sequence[float], largest: float
+) -> tuple[list[Point], bool]:
+    """A point for every target, the smallest first; an arm that stops short keeps its last point.
+
+    Args:
+        few: KL at a strength on a few rows, which finds a guess.
+        every: KL at a strength on all rows, which decides.
+        targets: The KLs to reach.
+        largest: The largest strength to try.
+
+    Returns:
+        The points, and whether the KL was seen to fall while the strength grew.
+    """
+    curve, ratio, points = Curve(few, largest), 1.0, []
+    for target in sorted(targets):
+        # few rows are off by about the same factor at every strength
+        guess = curve.crossing(target / ratio) or curve.crossing(target)
+        if guess is not None:
+            point = refined(every, target, guess, largest)
+            if point.reached:
+                ratio = min(2.0, max(0.5, point.kl / few(point.strength)))
+        else:
+            strength = curve.last(target)
+            strength = largest if strength is None else strength
+            point = Point(target, strength, every(strength), False)
+        points.append(point)
+    return points, curve.falls

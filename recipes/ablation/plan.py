@@ -15,7 +15,7 @@ from steertune.adapters.blocks import find_blocks, resolve_layers
 from steertune.recipes.ablation.checks import batch_size, has_strength
 from steertune.recipes.ablation.context import Context
 from steertune.recipes.ablation.grid import Cell, Grid, describe
-from steertune.recipes.ablation.run import FEW_NEUTRAL
+from steertune.recipes.ablation.run import SEARCH_ROWS
 from steertune.recipes.ablation.statistics.paired import smallest_p
 from steertune.recipes.ablation.store import Store, name_of
 from steertune.recipes.ablation.tables import GridTables, TaskTable
@@ -26,7 +26,7 @@ from steertune.recipes.lab.rows import AGAIN, Record
 from steertune.trainers import ModelAt
 
 _FORWARDS = 3  # a training step in forward passes: a backward pass costs about two
-_SEARCHES = 6, 3  # measurements of the KL on few and on all neutral rows, until a strength matches
+_SEARCHES = 6, 2  # measurements of the KL on few and on all neutral rows, until a strength matches
 _TOKENS = 6  # generated tokens that cost as much as one forward pass of a row
 
 
@@ -76,7 +76,7 @@ def estimate(cells: Sequence[Cell], context: Context, folder: Path) -> dict[Path
         if siblings:
             seconds_of[cell.path] = sum(siblings) / len(siblings)
         else:
-            own, tuning = _forwards(cell, context.grid.tables, len(context.neutral), shares[cell.arm.name])
+            own, tuning = _forwards(cell, context.grid.tables, len(context.neutral[0]), shares[cell.arm.name])
             seconds = rows[cell.task.label] * own
             seconds_of[cell.path] = seconds + (rows[cell.tuned_at[0].label] * tuning if tunes else 0)
     return seconds_of
@@ -88,15 +88,15 @@ def _forwards(cell: Cell, tables: GridTables, neutral: int, share: float) -> tup
     untrained = cell.arm.arm.trainer.get("max_steps") == 0
     step = 0 if untrained else 2 * batch_size(cell.arm.arm) * _FORWARDS  # two answers a pair
     few, all_rows = _SEARCHES
-    search = few * FEW_NEUTRAL + all_rows * neutral if has_strength(cell.arm.arm) else 0
+    search = few * SEARCH_ROWS + all_rows * neutral if has_strength(cell.arm.arm) else 0
     at_match = budget.strengths == "matched"
-    strengths = 1 if at_match or not search else 2
+    strengths = len(tables.matched.targets) + (not at_match) if search else 1
     generating = strengths * tables.generations * tables.new_tokens / _TOKENS
-    measuring = strengths * 2 * tables.splits.test + (0 if search and at_match else neutral)
+    measuring = strengths * (2 * tables.splits.test + neutral)
     training = sum(budget.steps) / len(budget.steps) * step
     validating = 2 * tables.splits.validation * budget.measured_at + (search if at_match else 0)
     trials = 1 if untrained and at_match else budget.trials
-    own = share * (training + search + measuring) + generating
+    own = share * (training + len(tables.matched.targets) * search + measuring) + generating
     return own, share * (budget.steps_spent() * step + trials * validating)
 
 

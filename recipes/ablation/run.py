@@ -2,7 +2,7 @@
 
 tuned()    every trial of the budget is trained and scored on validation rows; the best one is kept
 train()    the chosen setting, on the cell's own training rows
-measure()  the trained model on test rows, at its tuned strength and at the one that matches the grid's KL
+measure()  the trained model on test rows, at its tuned strength and at those with the grid's KLs to the base
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ import math
 import shutil
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,22 +29,22 @@ from steertune.recipes.ablation.budget import Setting, draw, untrained_strengths
 from steertune.recipes.ablation.checks import has_strength
 from steertune.recipes.ablation.context import Context, instructions
 from steertune.recipes.ablation.grid import Cell
-from steertune.recipes.ablation.matched import matched_strength, refined
+from steertune.recipes.ablation.matched import Point, frontier
 from steertune.recipes.lab.evaluate import evaluate, evaluate_base
 from steertune.recipes.lab.files import ArmError, read_result, write_result
 from steertune.recipes.lab.ingredients import Training
 from steertune.recipes.lab.ingredients.prompt import Prompt
 from steertune.recipes.lab.measures import Seen
 from steertune.recipes.lab.memory import peak_memory_gb, reset_peak_memory
-from steertune.recipes.lab.observe import HeldOut, Observations, Show, against_base, neutral_logps
+from steertune.recipes.lab.observe import Show, against_base, neutral_logps
 from steertune.recipes.lab.progress import Bar, track
-from steertune.recipes.lab.rows import MATCHED, TUNED, Record
+from steertune.recipes.lab.rows import MATCHED, TUNED, Record, at_kl
 from steertune.recipes.lab.training import QUIET, fit, make_trainer, silent
 from steertune.trainers import NonFiniteError, scalable, scaled, share_weights, train_together
 
 logger = logging.getLogger(__name__)
 
-FEW_NEUTRAL = 4
+SEARCH_ROWS = 4
 """Rows that the search for the matched strength starts with."""
 
 
@@ -214,9 +215,9 @@ def _score_trial(
     held_out = replace(context.held_out(cell.task), pairs=context.splits(cell.task).validation)
     with held_out.remember(model):
         if strengths == "matched":
-            found, _ = match_strength(cell, context, model)
-            matched = found is not None or not _has_strength(cell, model)
-            strengths = [found or 1.0]
+            points, _ = frontier_of(cell, context, model, [context.grid.tables.matched.kl])
+            matched = all(point.reached for point in points)
+            strengths = [point.strength for point in points if point.reached] or [1.0]
         elif not _has_strength(cell, model):
             strengths = [1.0]
         behind = held_out.behind(context.show(cell, seed, setting.prompt))
@@ -290,58 +291,47 @@ def measure(cell: Cell, context: Context, model: Any, strength: float, show: Sho
         model: The trained model.
         strength: At which the tuning found it best.
         show: What it is shown.
-        record: Gets the observations, at the tuned strength and at the matched one.
+        record: Gets the observations, at the tuned strength and at those of the frontier.
 
     Raises:
         NonFiniteError: log-probabilities of the trained model are not finite.
     """
-    matched, neutral = match_strength(cell, context, model)
+    table = context.grid.tables.matched
+    points, falls = frontier_of(cell, context, model, table.targets)
+    matched = next((point.strength for point in points if point.target == table.kl and point.reached), None)
     if cell.arm.budget.strengths == "matched":  # of this training set, not of the one that the tuning saw
         strength = matched or strength
     strengths = {TUNED: strength} | ({MATCHED: matched} if matched else {})
-    held_out = context.held_out(cell.task).behind(show)
-    observed = evaluate(
-        model,
-        held_out,
-        strengths=strengths,
-        known={matched: neutral} if matched is not None and neutral is not None else None,
-    )
+    strengths |= {at_kl(point.target): point.strength for point in points if point.target in table.frontier}
+    observed = evaluate(model, context.held_out(cell.task).behind(show), strengths=strengths)
     if not all(np.isfinite(Seen(values)["margin"]).all() for values in observed.values()):
         raise NonFiniteError("The last update left a model whose log-probabilities are not finite.")
     record.facts |= {"scalable": _has_strength(cell, model), "tuned_strength": strength, "matched_strength": matched}
+    record.facts |= {"frontier": [asdict(point) for point in points], "kl_falls": falls}
     record.observations |= observed
 
 
-def match_strength(cell: Cell, context: Context, model: Any) -> tuple[float | None, Observations | None]:
-    """The strength with the grid's KL to the base on all neutral rows, within 3 %.
+def frontier_of(cell: Cell, context: Context, model: Any, targets: Sequence[float]) -> tuple[list[Point], bool]:
+    """The strengths with these KLs to the base on the rows for matching; none if the model has no strength.
 
     Returns:
-        The strength, and what was observed on neutral text there; None if the model has no strength, or no such one.
+        The points, and whether the KL was seen to fall while the strength grew.
     """
     if not _has_strength(cell, model):
-        return None, None
-    table, held_out = context.grid.tables.matched, context.held_out(cell.task)
-    last: dict[float, Observations] = {}
+        return [], False
+    held_out = context.held_out(cell.task)
+    base, rows_of = held_out.base_logps("matching"), context.neutral[0].select
 
+    @cache
     def kl(strength: float, rows: int) -> float:
-        last.clear()
-        last[strength] = _on_neutral(model, held_out, strength, rows)
-        return sum(last[strength]["neutral_kl"]) / sum(last[strength]["neutral_tokens"])
+        with scaled(model, strength):
+            seen = neutral_logps(model, held_out.tokenizer, rows_of(range(rows)))
+        observed = against_base(seen, base)
+        return sum(observed["neutral_kl"]) / sum(observed["neutral_tokens"])
 
-    # a search on a few rows first, refined on all of them
-    guess = matched_strength(lambda s: kl(s, FEW_NEUTRAL), table.kl, table.largest_strength)
-    if guess is None:
-        return None, None
-    found = refined(lambda s: kl(s, len(held_out.neutral)), table.kl, guess, table.largest_strength)
-    return (None, None) if found is None else (found, last.get(found))
-
-
-def _on_neutral(model: Any, held_out: HeldOut, strength: float, rows: int) -> Observations:
-    """What a model does on the first neutral rows at a strength."""
-    data = held_out.neutral.select(range(min(rows, len(held_out.neutral))))
-    base = held_out.base_neutral
-    with scaled(model, strength):
-        return against_base(neutral_logps(model, held_out.tokenizer, data), base)
+    few, every = min(SEARCH_ROWS, len(base)), len(base)
+    largest = context.grid.tables.matched.largest_strength
+    return frontier(lambda s: kl(s, few), lambda s: kl(s, every), targets, largest)
 
 
 def _has_strength(cell: Cell, model: Any) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,9 +16,10 @@ from steertune.recipes.lab import measures
 from steertune.recipes.lab.arm import Arm, known
 from steertune.recipes.lab.files import ArmError, read_toml
 from steertune.recipes.lab.splits import SplitTable
+from steertune.recipes.lab.tables import Part
 
 
-class Card(BaseModel, extra="forbid"):
+class Card(BaseModel, extra="forbid", strict=True):
     """`[card]`: what the grid is for, written before it runs. A grid without one does not run."""
 
     problem: str = Field(min_length=1)
@@ -31,15 +33,16 @@ class Card(BaseModel, extra="forbid"):
     """Why some arms get another tuning budget; without it such a grid is refused."""
 
 
-class Claim(BaseModel, extra="forbid"):
+class Claim(BaseModel, extra="forbid", strict=True):
     """`[claim]`: the hypothesis as a comparison, which decides whether the result counts for or against."""
 
     better: str
     than: str
     measure: str = "accuracy"
     """A file of `recipes/lab/measures/`."""
-    strength: Literal["tuned", "matched"] = "matched"
-    """Where it is compared: at the strength that the tuning chose, or at the grid's KL to the base."""
+    strength: Literal["tuned", "matched", "frontier"] = "matched"
+    """Where it is compared: at the strength that the tuning chose, at the grid's KL to the base, or as the mean over
+    the KLs of the frontier."""
     alpha: float = Field(default=0.05, gt=0, lt=1)
     margin: float = Field(default=0.0, ge=0, allow_inf_nan=False)
     """How far ahead `better` is claimed to be: clearly more counts for the claim, clearly less against it."""
@@ -77,14 +80,17 @@ class Claim(BaseModel, extra="forbid"):
         return measure_label(self.measure, self.strength)
 
 
+_AT = {"tuned": "at the tuned strength", "matched": "at matched KL", "frontier": "over the frontier of KLs"}
+
+
 def measure_label(measure: str, strength: str) -> str:
     """A measure at a strength in words, with its unit."""
     found = measures.get(measure)
     unit = f" ({found.unit})" if found.unit else ""
-    return f"{found.title}{unit} at {'matched KL' if strength == 'matched' else 'the tuned strength'}"
+    return f"{found.title}{unit} {_AT[strength]}"
 
 
-class DesignTable(BaseModel, extra="forbid"):
+class DesignTable(BaseModel, extra="forbid", strict=True):
     """`[design]`: which combinations of levels are run."""
 
     kind: Literal["full", "fractional", "one_at_a_time", "add_one_in", "arms"]
@@ -98,14 +104,17 @@ class DesignTable(BaseModel, extra="forbid"):
     """Add every mixture of start and end to a fractional or one-at-a-time design, for exact Shapley shares."""
 
 
-class TaskTable(BaseModel, extra="forbid"):
+class TaskTable(BaseModel, extra="forbid", strict=True):
     """One entry of `tasks`: a name, or a table with what measures the behaviour."""
 
     name: str
     label: str = ""
     reverse: bool = False
-    columns: dict[Literal["prompt", "chosen", "rejected"], str] = {}
-    """Pairs made of other columns: what each side says, with `{column}` for a row's text (the first, of a list)."""
+    columns: dict[Part, str] = {}
+    """Pairs made of other columns: the name of a column, or a text with `{column}` for a row's text (the first, of a
+    list). Left out: columns are recognised."""
+    format: Literal["auto", "conversation", "text"] = "auto"
+    """What texts become, as in `[data]` of an arm."""
     draw: int = Field(default=0, ge=0)
     """Which of several draws of training sets: tasks made of the same rows need one each, or they train on the same
     examples and are no further evidence."""
@@ -144,11 +153,28 @@ def told(task: TaskTable, folder: Path) -> TaskTable:
     return task
 
 
-class MatchedTable(BaseModel, extra="forbid"):
-    """`[matched]`: the strength at which arms are compared fairly, as their KL to the base on neutral text."""
+class MatchedTable(BaseModel, extra="forbid", strict=True):
+    """`[matched]`: the strengths at which arms are compared fairly, as their KL to the base on neutral text.
+
+    An arm is measured at `kl`, and at every KL of `frontier`, from one training. A frontier is summed up by its mean
+    over log KL: over KL itself, the part between .1 and .3, where damage is largest, would be three quarters of it.
+    """
 
     kl: float = Field(default=0.1, gt=0, allow_inf_nan=False)
+    frontier: list[float] = [0.03, 0.1, 0.3]
     largest_strength: float = Field(default=64.0, gt=0, allow_inf_nan=False)
+
+    @field_validator("frontier")
+    @classmethod
+    def _rising(cls, frontier: list[float]) -> list[float]:
+        if not all(math.isfinite(kl) and kl > 0 for kl in frontier) or sorted(set(frontier)) != frontier:
+            raise ValueError(f"{frontier}: KLs above 0 in rising order, each once; [] measures arms at `kl` alone")
+        return frontier
+
+    @property
+    def targets(self) -> list[float]:
+        """Every KL at which an arm is measured."""
+        return sorted({self.kl, *self.frontier})
 
 
 @dataclass(frozen=True)
@@ -161,7 +187,7 @@ class GridArm:
     budget: BudgetTable
 
 
-class GridTables(BaseModel, extra="forbid"):
+class GridTables(BaseModel, extra="forbid", strict=True):
     """The file."""
 
     name: str

@@ -11,6 +11,7 @@ The vectors are two adapters of one model, so any forms, layers and sites can be
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,32 +19,41 @@ from typing import Any
 from datasets import Dataset
 
 from steertune.adapters import set_strength
-from steertune.recipes.ablation.statistics.paired import interval
 from steertune.recipes.lab import measures
-from steertune.recipes.lab.data import load_split, load_steered
+from steertune.recipes.lab.data import load_steered
 from steertune.recipes.lab.evaluate import evaluate, evaluate_base
 from steertune.recipes.lab.files import ArmError
-from steertune.recipes.lab.observe import HeldOut, neutral_rows
-from steertune.recipes.lab.pages import table_markdown
+from steertune.recipes.lab.forms import has_template, readable
+from steertune.recipes.lab.held_out import held_out_rows
+from steertune.recipes.lab.intervals import interval
+from steertune.recipes.lab.observe import FEW_NEUTRAL, HeldOut, neutral_rows
+from steertune.recipes.lab.pages import Table, table_markdown
 from steertune.recipes.lab.pages.measured import comparison
+from steertune.recipes.lab.pages.side_effects import side_effects
 from steertune.recipes.lab.processes import begin
+from steertune.recipes.lab.rehearsal import rehearse
 from steertune.recipes.lab.rows import BASE, Record
+from steertune.recipes.lab.sources import Reading
+from steertune.recipes.lab.tables import Columns
 from steertune.trainers import FrozenPrefix, scaled
 
 FIRST, SECOND = "default", "second"
 KEEPS = 0.8
 """A vector keeps its effect if at least this share of its gain remains."""
 BOTH = "both"
-_NAMES = measures.served_by("pairs", "neutral")
+_ROWS = 40
+_NAMES = [*measures.served_by("pairs", "neutral"), "neutral_repetition"]
+_ANSWERS, _NEW_TOKENS = 8, 24  # to neutral prompts, for the repetition
 
 
 def measure(
     folders: Sequence[Path],
     data: Sequence[str],
     strengths: Sequence[float] = (1.0, 1.0),
-    rows: int = 40,
+    rows: int | None = None,
     model: str | None = None,
     threads: int | None = None,
+    columns: Columns | None = None,
 ) -> dict[str, Any]:
     """Margins of the base, each vector alone and both on the data of each, and side effects on neutral text.
 
@@ -51,9 +61,10 @@ def measure(
         folders: Two adapters of one base model.
         data: The task of each vector.
         strengths: The strength of each vector.
-        rows: Test pairs of each task.
+        rows: Test pairs of each task; None: 40, or as many as there are.
         model: The base model; None for the one that the first adapter names.
         threads: CPU threads.
+        columns: What the columns of the data mean; None: they are recognised.
 
     Raises:
         ArmError: no usable adapter, adapters of different bases, no pairs, or too few.
@@ -62,8 +73,6 @@ def measure(
     names = [folder.name for folder in folders]
     if names[0] == names[1]:
         names = [str(folder) for folder in folders]
-    parts = [_pairs(name, rows) for name in data]
-
     # both vectors as adapters of one model, at their strengths
     loaded: tuple[Any, Any, str] = load_steered(folders[0], model)
     steered, tokenizer, _ = loaded
@@ -74,10 +83,29 @@ def measure(
     except (ValueError, KeyError) as error:
         raise ArmError(f"{folders[1]} cannot be loaded beside {folders[0]}: {error}") from error
     steered.eval()
+    reading = Reading(columns or {}, chat=lambda: has_template(tokenizer))
+    parts = [_pairs(name, rows, folders, reading) for name in data]
+    rows = min(map(len, parts)) if rows is None else rows
+    parts = [part.select(range(rows)) for part in parts]
 
     # the base, each vector alone and both, on the data of each vector and on neutral text
     prefix = FrozenPrefix(warn=False)
-    held_out = [HeldOut(steered, tokenizer, pairs=part, neutral=neutral_rows(), prefix=prefix) for part in parts]
+    neutral, parts = neutral_rows(tokenizer, count=FEW_NEUTRAL), [readable(part, tokenizer) for part in parts]
+    held_out = [
+        HeldOut(
+            steered,
+            tokenizer,
+            pairs=part,
+            neutral=neutral,
+            neutral_generations=_ANSWERS,
+            new_tokens=_NEW_TOKENS,
+            prefix=prefix,
+        )
+        for part in parts
+    ]
+    with scaled(steered, 0.0):
+        for examples in held_out:
+            rehearse(examples)
     with scaled(steered, 0.0):
         bases = [evaluate_base(examples, _NAMES) for examples in held_out]
     records = []
@@ -102,10 +130,13 @@ def summarise(result: dict[str, Any]) -> str:
     records = [Record.from_json(record, Path("the result")) for record in result["records"]]
     lines = [*_answers(result), ""]
     for i, name in enumerate(result["data"]):
-        means = {record.keys["arm"]: record.means() for record in records[i::2]}
-        base = next(iter(means.values()))[BASE]
-        columns = {"base": base} | {arm: of["1"] for arm, of in means.items()}
-        lines += [f"On {name}:", "", table_markdown(comparison(columns))]
+        of_task = {record.keys["arm"]: record for record in records[i::2]}
+        seen = {"base": records[i].seen()} | {arm: record.seen(1) for arm, record in of_task.items()}
+        means = {arm: record.means()["1"] for arm, record in of_task.items()}
+        columns = {"base": records[i].means()[BASE]} | means
+        lines += [f"On {name}:", ""]
+        lines += [table_markdown(block) for block in side_effects(seen, "model") if isinstance(block, Table)]
+        lines += ["Every measure:", "", table_markdown(comparison(columns))]
     return "\n".join(lines).rstrip()
 
 
@@ -144,8 +175,12 @@ def _on(own: Record, other: Record, both: Record) -> dict[str, Any]:
     }
 
 
-def _pairs(name: str, rows: int) -> Dataset:
-    part = load_split(name, "test")
+def _pairs(name: str, rows: int | None, folders: Sequence[Path], reading: Reading) -> Dataset:
+    """Test pairs that neither vector was trained on."""
+    part, note = held_out_rows(name, folders, reading)
+    if note:
+        print(note, file=sys.stderr)
+    rows = min(_ROWS, len(part)) if rows is None else rows
     if not {"chosen", "rejected"} <= set(part.column_names):
         raise ArmError(
             f"{name!r} must have preference pairs to measure effects on (its columns are {part.column_names})."

@@ -6,8 +6,10 @@ Keys and types are checked before anything is loaded; an unknown key is an error
 from __future__ import annotations
 
 import dataclasses
+import json
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
@@ -23,13 +25,17 @@ from pydantic import (
     model_validator,
 )
 from pydantic.errors import PydanticSchemaGenerationError, PydanticUndefinedAnnotation
+from trl import DPOConfig, SFTConfig
 
 import steertune.adapters  # noqa: F401  registers the method with PEFT
-from steertune.losses import Loss, get_loss
+from steertune.losses import Loss, get_loss, names, options_of
 from steertune.recipes.lab.arm_files import read_tables, renamed_tables
-from steertune.recipes.lab.files import ArmError, check_name, nearest, reasons
+from steertune.recipes.lab.files import ArmError, check_name, nearest, reasons, shown
 from steertune.recipes.lab.ingredients import Ingredient, check_recipe, kinds
+from steertune.recipes.lab.keys import REFUSED
+from steertune.recipes.lab.secrets import check_no_secrets
 from steertune.recipes.lab.tables import ArmTables
+from steertune.trainers.arguments import check_values
 
 UPSTREAM = "upstream"  # the loss of TRL's own trainer
 IngredientT = TypeVar("IngredientT", bound=Ingredient)
@@ -76,10 +82,10 @@ class Arm(ArmTables):
         if kind == "none":
             known("adapter", options, [])
             return None
-        methods = {str(name.value).lower(): config for name, config in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
+        methods = _peft_methods()
         if kind not in methods:
             raise ArmError(f"adapter.type={kind!r} is not a PEFT method.{nearest(kind, [*methods, 'none'])}")
-        known("adapter", options, [f.name for f in dataclasses.fields(methods[kind])])
+        known("adapter", options, _options(methods[kind]))
         _typed("adapter", options, methods[kind])
         try:
             return get_peft_config({"peft_type": kind.upper(), "task_type": "CAUSAL_LM", **options})
@@ -100,14 +106,18 @@ class Arm(ArmTables):
         loss = self.loss_object()
         return () if loss is None else loss.needs.views
 
-    def check_trainer(self, kind: type) -> None:
-        """Check keys and types of `[trainer]` against a class of training arguments."""
-        if (folder := self.trainer.get("output_dir")) is not None:
-            raise ArmError(f"trainer.output_dir={folder!r}: the recipe chooses it. Set output.folder.")
-        if self.trainer.get("trust_remote_code"):
-            raise ArmError("trainer.trust_remote_code=true: code from a Hub repository is never run. Remove it.")
-        known("trainer", self.trainer, [f.name for f in dataclasses.fields(kind)])
-        _typed("trainer", self.trainer, kind)
+    def check_trainer(self, *kinds: type) -> None:
+        """Check keys, types and ranges of `[trainer]` against classes of arguments, one of which it is for."""
+        for key, value in self.trainer.items():
+            if key in REFUSED and value:
+                raise ArmError(f"trainer.{key}={'...' if key == 'hub_token' else shown(value)}: {REFUSED[key]}")
+        check_runs_no_code("trainer", self.trainer)
+        known("trainer", self.trainer, [option for kind in kinds for option in _options(kind)])
+        _typed("trainer", self.trainer, *kinds)
+        try:
+            check_values(self.trainer, "trainer")
+        except ValueError as error:
+            raise ArmError(str(error)) from error
 
     def training_arguments(self, kind: type, folder: str, **defaults: Any) -> Any:
         """`kind(output_dir=folder, **[trainer])`, its keys and types checked."""
@@ -128,7 +138,10 @@ def load_arm(file: str | Path, overrides: Sequence[str] = (), recipe: str = "") 
             refuses, a view that the file's own loss does not ask for (an override of the loss may leave some).
     """
     tables = read_tables(file)
-    for key, value in _pairs(overrides):
+    changes = [*_pairs(overrides)]
+    for key, value in changes:
+        _leave_options(tables, key, value)
+    for key, value in changes:
         _put(tables, key, value)
     arm = make_arm(tables)
     check_recipe(arm, recipe)
@@ -154,13 +167,36 @@ def make_arm(tables: dict[str, Any]) -> Arm:
     except ValidationError as error:
         raise ArmError(reasons(error)) from error
     check_name("arm", arm.name)
+    check_no_secrets(tables)
+    arm.check_trainer(DPOConfig, SFTConfig)
     arm.peft_config()
+    arm = _with_views(arm)
     for ingredient in arm.ingredients.values():
         ingredient.check(arm)
+    return arm
+
+
+def _with_views(arm: Arm) -> Arm:
+    """The arm with the neutral text that its loss asks for; it must have the other views itself.
+
+    Raises:
+        ArmError: the loss cannot be made, or a view is missing.
+    """
     try:
-        arm.loss_object()
+        views = arm.views_seen()
     except (ValueError, TypeError) as error:
         raise ArmError(f"[loss]: {error}") from error
+    tables = arm.model_dump()
+    missing = [view for view in views if view not in tables.get("views", {})]
+    if missing == ["neutral"]:
+        return Arm(**{**tables, "views": {**tables.get("views", {}), "neutral": {}}})
+    missing = [view for view in missing if view != "neutral"]
+    if missing:
+        options = " ".join(f"--views.{view}.name instruction --views.{view}.text '...'" for view in missing)
+        raise ArmError(
+            f"loss.name={arm.loss.get('name')!r} learns from the model behind another prompt, and the arm does not "
+            f"have the views {missing}. Add an instruction for each: {options}"
+        )
     return arm
 
 
@@ -177,7 +213,7 @@ def _pairs(words: Sequence[str]) -> Iterable[tuple[str, Any]]:
             value = words.pop(0)
         try:
             yield key, tomllib.loads(f"value = {value}")["value"]
-        except (tomllib.TOMLDecodeError, RecursionError):
+        except (ValueError, RecursionError):
             yield key, value  # a bare word is a string
 
 
@@ -186,8 +222,30 @@ def _put(tables: dict[str, Any], key: str, value: Any) -> None:
     for name in path:
         tables = tables.setdefault(name, {})
         if not isinstance(tables, dict):
-            raise ArmError(f"--{key}: {name!r} is {tables!r}, not a table that could hold {last!r}.")
+            raise ArmError(f"--{key}: {name!r} is {shown(tables)}, not a table that could hold {last!r}.")
     tables[last] = value
+
+
+def _leave_options(tables: dict[str, Any], key: str, value: Any) -> None:
+    """Where `key` chooses another loss or adapter, drop the options that only the arm's own one has."""
+    table, _, chooser = key.partition(".")
+    if (table, chooser) == ("loss", "name"):
+        options = [] if value == UPSTREAM else options_of(value) if value in names() else None
+    elif (table, chooser) == ("adapter", "type"):
+        methods = _peft_methods()
+        options = [] if value == "none" else _options(methods[value]) if value in methods else None
+    else:
+        return
+    if options is not None:  # `make_arm` refuses an unknown name
+        tables[table] = {name: option for name, option in tables.get(table, {}).items() if name in options}
+
+
+def _peft_methods() -> dict[str, type[PeftConfig]]:
+    return {str(name.value).lower(): config for name, config in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
+
+
+def _options(kind: Any) -> list[str]:
+    return [field.name for field in dataclasses.fields(kind)]
 
 
 def known_tables(what: str, tables: dict[str, Any], model: type[BaseModel]) -> None:
@@ -208,16 +266,50 @@ def known(table: str, keys: Iterable[str], allowed: list[str]) -> None:
     """Raise an ArmError for a key that is not allowed, naming the nearest that is."""
     for key in keys:
         if key not in allowed:
-            raise ArmError(f"Unknown key {key!r} in [{table}].{nearest(key, allowed)}")
+            raise ArmError(f"Unknown key {shown(key)} in [{table}].{nearest(key, allowed)}")
 
 
-def _typed(table: str, options: dict[str, Any], kind: type) -> None:
-    """Check values against the annotations of a dataclass, which itself keeps a string where a number belongs."""
-    hints = get_type_hints(kind)
+def _typed(table: str, options: dict[str, Any], *kinds: type) -> None:
+    """Check values against the annotations of dataclasses, which themselves keep a string where a number belongs.
+
+    No value is converted: "8" is not 8. They are read as JSON, where a list may stand for a tuple. A field of several
+    classes (`loss_type`) may have the type of any.
+    """
     for key, value in options.items():
-        try:
-            TypeAdapter(hints[key]).validate_python(value)
-        except (PydanticSchemaGenerationError, PydanticUndefinedAnnotation):
-            continue  # an annotation that pydantic does not know
-        except ValidationError as error:
-            raise ArmError(f"{table}.{key}={value!r}: {error.errors()[0]['msg']}.") from error
+        problems = [_problem(_hints(kind)[key], value) for kind in kinds if key in _hints(kind)]
+        if problems and all(problems):
+            raise ArmError(f"{table}.{key}={shown(value)}: {problems[0]}.")
+
+
+def _problem(hint: Any, value: Any) -> str:
+    """Why a value is not of a type; "" if it is, or if pydantic does not know the type."""
+    try:
+        _adapter(hint).validate_json(json.dumps(value, default=str), strict=True)
+    except (PydanticSchemaGenerationError, PydanticUndefinedAnnotation):
+        return ""
+    except ValidationError as error:
+        return error.errors()[0]["msg"]
+    except (ValueError, RecursionError):  # a number or a nesting that JSON does not write
+        return "It is too large"
+    return ""
+
+
+@cache
+def _hints(kind: type) -> dict[str, Any]:
+    return get_type_hints(kind)
+
+
+_adapter = cache(TypeAdapter)
+
+
+def check_runs_no_code(table: str, options: Mapping[str, Any]) -> None:
+    """Refuse `trust_remote_code`, wherever in a table it is.
+
+    Raises:
+        ArmError: it is true.
+    """
+    for key, value in options.items():
+        if key == "trust_remote_code" and value:
+            raise ArmError(f"{table}.{key}={shown(value)}: {REFUSED[key]}")
+        if isinstance(value, Mapping):
+            check_runs_no_code(f"{table}.{key}", value)

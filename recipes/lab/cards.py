@@ -13,6 +13,12 @@ from steertune.recipes.lab.pages import settings_in_words, table_markdown
 from steertune.recipes.lab.pages.measured import by_strength, comparison
 from steertune.recipes.lab.rows import BASE, Record
 from steertune.recipes.lab.tables import CardTable
+from steertune.recipes.lab.trained_on import FILE
+
+HASHES = (
+    f" `{FILE}` has hashes of the training prompts, by which `steertune eval` refuses them as held-out rows; it has "
+    "no texts."
+)
 
 
 def of_training(arm: Arm, record: Record) -> Card:
@@ -24,16 +30,20 @@ def of_training(arm: Arm, record: Record) -> Card:
     """
     means, facts, task = record.means(), record.facts, Path(arm.data.name).name
     advice = "Layer and strength come from the arm; no measurement chose them (`steertune sweep` does that)."
+    count = facts["held_out"]
     if len(means) > 2:
-        advice += " On held-out rows, which were not used to choose anything:\n\n" + table_markdown(by_strength(means))
+        rows = "held-out rows, which were not used to choose anything" if count else "neutral text"
+        advice += f" On {rows}:\n\n" + table_markdown(by_strength(means))
     measured = comparison({"before": means[BASE], "after": means["1"]})
+    where = f"On {count} held-out examples" if count else "No example was held out. On neutral text"
     return Card(
         title=f"{arm.name}, {task}",
         **purpose(arm.card, arm.data.name),
-        data=f"{arm.data.train} training examples of `{task}`, seed {arm.data.seed}.",
+        data=f"{record.keys['examples']} training examples of `{task}`, seed {arm.data.seed}. {facts['split']}"
+        f"{HASHES}",
         made=f"Arm `{arm.name}`: adapter {settings_in_words(arm.adapter)}, loss {settings_in_words(arm.loss)}, "
         f"{facts['steps']} steps; {facts['parameters']:,} trained parameters.",
-        measured=f"On {arm.data.test} held-out examples:\n\n{table_markdown(measured)}",
+        measured=f"{where}:\n\n{table_markdown(measured)}",
         side_effects=side_effects(means[BASE], means["1"]),
         advice=advice,
     )

@@ -35,6 +35,8 @@ from typer.main import get_command
 from steertune.recipes.lab.files import ArmError, nearest
 from steertune.recipes.lab.keys import Key, arm_keys, meant, split_overrides
 from steertune.recipes.lab.paths import CONFIGS
+from steertune.recipes.lab.secrets import holds_secret, masked
+from steertune.recipes.lab.tables import Part
 
 T = TypeVar("T")
 INTERRUPTED = 130
@@ -90,6 +92,35 @@ Base = Annotated[str | None, Option(help="base model: embedded, a local folder o
 """`--model` of every command that loads an adapter."""
 DType = Annotated[Literal["float32", "bfloat16", "float16"], Option(help="number format of the base model")]
 Device = Annotated[str | None, Option(help="where the model runs (cuda if there is a GPU, else cpu)")]
+
+
+ColumnNames = Annotated[
+    list[str] | None,
+    Option(
+        help="what each part of an example is: prompt=question chosen=good rejected=bad, each the name of a column or "
+        "a text with {column} (recognised)",
+        metavar="PART=COLUMN ...",
+    ),
+]
+"""`--columns` of every command that reads examples and takes no arm."""
+
+
+def columns_of(words: Sequence[str] | None) -> dict[Part, str]:
+    """What `--columns` says.
+
+    Raises:
+        ArmError: a word is not written as `part=column`, or names another part.
+    """
+    columns: dict[Part, str] = {}
+    for word in words or ():
+        part, equals, column = word.partition("=")
+        if not equals or part not in get_args(Part):
+            raise ArmError(
+                f"--columns {word!r} must be written PART=COLUMN, where PART is one of {', '.join(get_args(Part))}."
+                f"{nearest(part, get_args(Part))}"
+            )
+        columns[part] = column  # pyright: ignore[reportArgumentType]
+    return columns
 
 
 def arm_names(incomplete: str) -> list[str]:
@@ -192,7 +223,7 @@ def outcome(function: Callable[[], T]) -> T | int:
     except (ValueError, OSError, RuntimeError) as error:
         if sys.flags.dev_mode or not _is_of_input(error):
             raise
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        print(masked(f"{type(error).__name__}: {error}"), file=sys.stderr)
         return 2
 
 
@@ -247,7 +278,7 @@ def run(made: Any, called: str, words: Sequence[str]) -> int:
         message = error.format_message()
     except ArmError as error:
         message = str(error)
-    print(f"{called}: {message}", file=sys.stderr)
+    print(masked(f"{called}: {message}"), file=sys.stderr)
     return 2
 
 
@@ -284,6 +315,7 @@ class _Command(_Plain, TyperCommand):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         ctx.meta["words"] = list(args)
+        check_words(args)
         names = {name for parameter in self.get_params(ctx) for name in parameter.opts}
         for word in args:
             name = word.partition("=")[0]
@@ -302,6 +334,7 @@ class _ArmCommand(_Command):
     """The same with every key of an arm as an option."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        check_words(args)
         own = {name for parameter in self.get_params(ctx) for name in parameter.opts} - {f"--{k}" for k in arm_keys()}
         rest, ctx.meta["overrides"] = split_overrides(args, own)
         typed = list(args)
@@ -313,6 +346,20 @@ class _ArmCommand(_Command):
         key = meant(name.removeprefix("--"))
         own = get_close_matches(name, [n for n in names if "." not in n], n=1, cutoff=0.75)
         return f" Did you mean --{key}?" if key and not own else super().hint(name, names)
+
+
+def check_words(words: Sequence[str]) -> None:
+    """Refuse a command line that no recipe could keep: one with a secret in it.
+
+    Raises:
+        ArmError: a word holds a secret, or a byte that is not of UTF-8.
+    """
+    for word in words:
+        if holds_secret(word):
+            raise ArmError(
+                f"{masked(word)}: a secret on the command line is written into files. Put it into an environment "
+                "variable; Hugging Face reads HF_TOKEN."
+            )
 
 
 def spread(words: Sequence[str], several: set[str]) -> list[str]:

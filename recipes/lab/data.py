@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-import glob
-import re
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset, get_dataset_split_names, load_dataset
+from datasets import Dataset
 from peft import PeftModel
+from pydantic import ValidationError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from steertune.adapters import SteeringVectorConfig
 from steertune.recipes.lab import embedded
-from steertune.recipes.lab.files import ArmError
+from steertune.recipes.lab.files import ArmError, reasons
+from steertune.recipes.lab.similarity import By, overlap, text_of
+from steertune.recipes.lab.sources import Parts, Reading, load_parts
 from steertune.recipes.lab.tables import DataTable, ModelTable
-
-BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 
 
 def load_model(table: ModelTable) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -38,7 +39,28 @@ def load_model(table: ModelTable) -> tuple[PreTrainedModel, PreTrainedTokenizerB
             f"model.name={table.name!r} cannot be loaded: {type(error).__name__}: {error} (Expected are 'embedded', a "
             "folder or a Hub name with config.json, a tokenizer and safetensors weights.)"
         ) from error
+    if tokenizer.eos_token_id is None and (end := _end_of(model, tokenizer)) is not None:
+        tokenizer.eos_token = end  # trainers end answers with it
     return model.eval(), tokenizer
+
+
+def _end_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """The token that the model's own configuration ends texts with; None if it names none."""
+    ids = model.generation_config.eos_token_id if model.generation_config is not None else None
+    first = ids[0] if isinstance(ids, list) and ids else ids
+    token = tokenizer.convert_ids_to_tokens(first) if isinstance(first, int) and first < len(tokenizer) else None
+    return token if isinstance(token, str) else None
+
+
+def model_has_template(table: ModelTable) -> bool:
+    """Whether the tokenizer of a model has a chat template; its weights are not loaded."""
+    if table.name == "embedded":
+        return True
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(table.name, revision=table.revision, trust_remote_code=False)
+    except Exception:  # `load_model` says what is wrong with it
+        return True
+    return tokenizer.chat_template is not None
 
 
 def adapter_config(folder: Path) -> SteeringVectorConfig:
@@ -75,28 +97,17 @@ def load_steered(
         raise ArmError(f"{folder} does not name its base model: give one.")
     if called == embedded.MODEL_NAME and embedded.installed():
         called = "embedded"
-    table: Any = {"name": called, "revision": None if base else config.revision, "dtype": dtype}
-    model, tokenizer = load_model(ModelTable(**table))
+    local = called == "embedded" or Path(called).is_dir()
+    table: Any = {"name": called, "revision": None if base or local else config.revision, "dtype": dtype}
+    try:
+        made = ModelTable(**table)
+    except ValidationError as error:
+        raise ArmError(f"{folder / 'adapter_config.json'}: {reasons(error)}") from error
+    model, tokenizer = load_model(made)
     try:
         return PeftModel.from_pretrained(model, str(folder), adapter_name=name).eval(), tokenizer, called
     except ValueError as error:
         raise ArmError(str(error)) from error
-
-
-def load_splits(table: DataTable) -> tuple[Dataset, Dataset]:
-    """Training examples (the first `train` rows after shuffling by `seed`, so that smaller sets are subsets of larger
-    ones) and test examples (the first `test` rows, the same for every seed).
-
-    Raises:
-        ArmError: an unknown name, a missing split, too few rows.
-    """
-    train, test = (load_split(table.name, split) for split in (table.train_split, table.test_split))
-    count = table.train * table.times
-    for rows, asked, split in ((train, count, table.train_split), (test, table.test, table.test_split)):
-        if len(rows) < asked:
-            raise ArmError(f"data.{split}: {asked} rows asked, {table.name!r} has {len(rows)}. Ask for fewer.")
-    train = train.shuffle(seed=table.seed).select(range(count))
-    return (shuffled_pairs(train) if table.pairing == "shuffled" else train), test.select(range(table.test))
 
 
 def shuffled_pairs(rows: Dataset) -> Dataset:
@@ -115,81 +126,70 @@ def shuffled_pairs(rows: Dataset) -> Dataset:
     return rows.map(lambda _, index: {"rejected": following[index]}, with_indices=True)
 
 
-def load_split(name: str, split: str) -> Dataset:
-    """All rows of one split of an embedded task, a local file or folder, or a data set on the Hub.
+@dataclass(frozen=True)
+class Data:
+    """Training and test rows.
+
+    Attributes:
+        train: Rows to train on.
+        test: Rows to measure on; none where one file is too short to be divided.
+        by: What tells the rows apart.
+        note: How many rows each part has, and how the split was made.
+    """
+
+    train: Dataset
+    test: Dataset
+    by: By
+    note: str
+
+
+def load_data(table: DataTable, chat: Callable[[], bool] = lambda: True) -> Data:
+    """Training examples (the first `train` rows after shuffling by `seed`, so that smaller sets are subsets of larger
+    ones) and test examples (the first `test` rows, the same for every seed). One file is divided.
+
+    Args:
+        table: `[data]`.
+        chat: Whether the model has a chat template.
 
     Raises:
-        ArmError: there is no such task, path or split.
+        ArmError: an unknown name, a missing split, too few rows, rows that are no examples, test rows that are trained
+            on.
     """
-    found = find_split(name, split)
-    if found is None:
-        there = [p.name for p in sorted(_folder(name).iterdir())] if _folder(name).is_dir() else "its splits"
-        raise ArmError(f"data.name={name!r}: one file for split {split!r} expected, found {there}.")
-    return found
+    reading = Reading(table.columns, table.format, chat)
+    parts = load_parts(table.name, table.train_split, table.test_split, reading)
+    train, test, one_file = parts.train, parts.test, parts.division is not None
+    examples = table.train * table.times
+    for rows, count, split in ((train, examples, table.train_split), (test, table.test, table.test_split)):
+        if len(rows) < count and not one_file:
+            raise ArmError(f"data.{split}: {count} rows asked, {table.name!r} has {len(rows)}. Ask for fewer.")
+    test = test.select(range(min(table.test, len(test))))
+    note = parts.note
+    if table.drop_near_duplicates and not one_file:
+        near = {i for i, _ in overlap(train.to_list(), test.to_list(), parts.by, table.near_duplicates)}
+        train = train.select([i for i in range(len(train)) if i not in near])
+        note += f" {len(near)} training rows that resemble test rows are left out."
+    used = train.shuffle(seed=table.seed).select(range(min(examples, len(train))))
+    if not one_file and (pairs := overlap(used.to_list(), test.to_list(), parts.by, table.near_duplicates)):
+        raise ArmError(_overlapping(table.name, parts, dict(used[pairs[0][0]]), dict(test[pairs[0][1]]), len(pairs)))
+    if table.pairing == "shuffled":
+        used = shuffled_pairs(used)
+    return Data(used, test, parts.by, f"{note} Used here: {len(used)} for training, {len(test)} held out.")
 
 
-def find_split(name: str, split: str) -> Dataset | None:
-    """As `load_split`; None if there is no such split."""
-    path = _folder(name)
-    if path.is_dir():
-        files = [p for p in sorted(path.iterdir()) if p.suffix in BUILDERS and split in p.stem.split(".")]
-        if len(files) != 1:
-            return None
-        path = files[0]
-    if path.is_file():
-        return _read(path)
-    if path.suffix in BUILDERS or name.startswith((".", "/")):
-        raise ArmError(f"data.name={name!r}: no such file or folder. Embedded tasks: {embedded.task_names()}.")
-    try:
-        if split not in get_dataset_split_names(name):
-            return None
-        loaded: Any = load_dataset(name, split=split)
-    except Exception as error:
-        tasks = embedded.task_names()
-        raise ArmError(
-            f"data.name={name!r} is no embedded task {tasks}, no path, and the Hub says: {error}"
-        ) from error
-    return loaded
+def load_splits(table: DataTable) -> tuple[Dataset, Dataset]:
+    """The training and the test rows of `load_data`."""
+    data = load_data(table)
+    return data.train, data.test
 
 
-def _read(path: Path) -> Dataset:
-    """The rows of a local file.
-
-    Raises:
-        ArmError: it is of another kind, damaged or empty, or its columns are not those that its first line names.
-    """
-    if path.suffix not in BUILDERS:
-        raise ArmError(f"{path} is none of {sorted(BUILDERS)}.")
-    if path.stat().st_size == 0:
-        raise ArmError(f"{path} is empty: rows are expected.")
-    strict: Any = {"encoding_errors": "strict"} if BUILDERS[path.suffix] != "parquet" else {}
-    try:
-        found: Any = load_dataset(BUILDERS[path.suffix], data_files=glob.escape(str(path)), split="train", **strict)
-    except Exception as error:  # the parsers have many, most of them inside another
-        why = error.__cause__ or error
-        raise ArmError(
-            f"{path} cannot be read as {BUILDERS[path.suffix]}: {why}. Rows in UTF-8, all with the same columns, are "
-            "expected."
-        ) from error
-    try:
-        found.data.validate(full=True)  # reads every text as UTF-8, which the parsers do not
-    except ValueError as error:
-        raise ArmError(f"{path} is damaged: {error}. Save it as UTF-8.") from error
-    # what pandas calls the first columns of rows that are longer than the header
-    if unnamed := [name for name in found.column_names if name.startswith(("__index_level_", "Unnamed: "))]:
-        raise ArmError(f"{path}: its rows have {len(unnamed)} fields more than its first line names columns.")
-    repeated = re.compile(rf"({'|'.join(map(re.escape, found.column_names))})\.\d+")  # pandas' name for a second one
-    if path.suffix == ".csv" and (twice := next(filter(repeated.fullmatch, found.column_names), None)):
-        raise ArmError(f"{path}: its first line names the column {twice.rpartition('.')[0]!r} twice. Rename one.")
-    # such a column may name a file or an address, which would be opened
-    if opened := [name for name, feature in found.features.items() if _opens(feature)]:
-        raise ArmError(f"{path}: columns {opened} hold pictures or sound; text is expected. Remove them.")
-    return found
-
-
-def _opens(feature: Any) -> bool:
-    return hasattr(feature, "decode_example") and type(feature).__name__ != "Json"  # a text or number of several types
-
-
-def _folder(name: str) -> Path:
-    return embedded.TASKS / name if name in embedded.task_names() else Path(name)
+def _overlapping(name: str, parts: Parts, train: Any, test: Any, count: int) -> str:
+    """The message about a test row that is trained on."""
+    train_place, test_place = (
+        place(rows.to_list().index(row)) if row in rows.to_list() else f"{name!r}"
+        for place, rows, row in ((parts.places[0], parts.train, train), (parts.places[1], parts.test, test))
+    )
+    return (
+        f"{test_place}, a held-out row, asks the same or nearly the same as the training row {train_place} ({count} "
+        f"such pairs): {text_of(test.get('prompt', test.get('chosen')))[:120]!r}. Remove one of them, set "
+        "data.drop_near_duplicates to true, or raise data.near_duplicates if these are different questions."
+    )

@@ -9,14 +9,16 @@ measures use it; the base model's part is kept in `held_out`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from steertune.recipes.lab import measures
+from steertune.recipes.lab.generation import check_strength
 from steertune.recipes.lab.observe import OBSERVERS, HeldOut, Observations, Strengths
 from steertune.recipes.lab.progress import Bar
 from steertune.recipes.lab.rows import BASE, label
-from steertune.trainers import scaled
+from steertune.trainers import NonFiniteError, scaled
 
 
 def evaluate(
@@ -24,7 +26,6 @@ def evaluate(
     held_out: HeldOut,
     names: Iterable[str] | None = None,
     strengths: Strengths | Sequence[float] = (1.0,),
-    known: Mapping[float, Observations] | None = None,
 ) -> dict[str, Observations]:
     """What the measures need to know of a model.
 
@@ -33,24 +34,26 @@ def evaluate(
         held_out: The examples.
         names: Measures; None: all of them.
         strengths: Numbers, or labels with numbers. Equal numbers are computed once.
-        known: Strength -> observations on neutral text that were made already.
 
     Returns:
         Label of a strength -> observations, for a `Record`.
+
+    Raises:
+        NonFiniteError: the model computes NaN or infinity at one of the strengths.
     """
     labels = dict(strengths) if isinstance(strengths, Mapping) else {label(value): value for value in strengths}
     wanted = [measures.get(name) for name in (measures.names() if names is None else names)]
     different = {repr(value): float(value) for value in labels.values()}
-    observed: dict[str, Observations] = {key: dict((known or {}).get(value, {})) for key, value in different.items()}
+    for value in different.values():
+        check_strength(model, value)
+    observed: dict[str, Observations] = {key: {} for key in different}
     with held_out.remember(model):
         observers = dict.fromkeys(need for measure in wanted for need in measure.needs)
         bar = Bar(len(observers))
         for observer in observers:
-            new = {
-                key: value for key, value in different.items() if observer != "neutral" or value not in (known or {})
-            }
             with bar.step(OBSERVERS[observer].step):
-                for key, values in OBSERVERS[observer].look(model, held_out, new).items():
+                for key, values in OBSERVERS[observer].look(model, held_out, different).items():
+                    _check_finite(values, observer, key)
                     observed[key] |= values
         # a measure that needs something of its own looks itself, at one strength at a time
         own = [(measure.name, measure.observe) for measure in wanted if measure.observe is not None]
@@ -59,6 +62,20 @@ def evaluate(
                 with scaled(model, strength):
                     observed[key][name] = [*observe(model, held_out)]
     return {name: observed[repr(value)] for name, value in labels.items()}
+
+
+def _check_finite(observations: Observations, observer: str, strength: str) -> None:
+    """Refuse observations of a model that computes no numbers.
+
+    Raises:
+        NonFiniteError: a number is NaN or infinite.
+    """
+    for name, values in observations.items():
+        if any(isinstance(value, float) and not math.isfinite(value) for value in values):
+            raise NonFiniteError(
+                f"{name} of {observer} is NaN or infinite at strength {float(strength):g}: the strength is too large "
+                "for the vector and the number format. Use a smaller one, or float32."
+            )
 
 
 def evaluate_base(held_out: HeldOut, names: Iterable[str] | None = None) -> dict[str, Observations]:

@@ -19,11 +19,21 @@ from typing import Any
 from pydantic import ValidationError
 
 _CHECKSUM, _KIND = "checksum", "blake2b-"
+_DEVICES = {"CON", "PRN", "AUX", "NUL", *(f"{port}{i}" for port in ("COM", "LPT") for i in range(10))}
 _LONGEST_NAME = 200  # bytes; file systems take 255, and names get endings
 
 
 class ArmError(ValueError):
     """What a recipe was given is wrong; the message names it and what is valid."""
+
+
+def shown(value: Any, length: int = 80) -> str:
+    """A value for an error message: as Python writes it, on one line, cut where it is long."""
+    try:
+        text = repr(value)
+    except ValueError:  # Python writes no number of more than 4300 digits
+        text = f"a number of more than 4300 digits ({type(value).__name__})"
+    return text if len(text) <= length else f"{text[: length - 3]}..."
 
 
 def nearest(value: str, allowed: Sequence[str]) -> str:
@@ -45,10 +55,14 @@ def check_name(what: str, name: str) -> None:
             name too long for a file system.
     """
     if not re.fullmatch(r"[\w=,+-][\w=,+.-]*", name, re.ASCII) or len(name) > _LONGEST_NAME:
-        shown = name if len(name) <= 80 else f"{name[:77]}..."
         raise ArmError(
-            f"{what} {shown!r} cannot name a folder: use letters (a-z), digits, '_', '-' and '.', no '.' in front, "
-            f"{_LONGEST_NAME} at most."
+            f"{what} {shown(name)} cannot name a folder: use letters (a-z), digits, '_', '-' and '.', no '.' in "
+            f"front, {_LONGEST_NAME} at most."
+        )
+    if name.partition(".")[0].upper() in _DEVICES or name.endswith("."):
+        raise ArmError(
+            f"{what} {name!r} cannot name a folder on Windows, where it is a device or loses its last '.'. Choose "
+            "another name."
         )
 
 
@@ -76,7 +90,7 @@ def read_toml(file: Path) -> dict[str, Any]:
     """
     try:
         return tomllib.loads(read_text(file, "TOML"))
-    except (tomllib.TOMLDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # also a number of more than 4300 digits
         raise ArmError(f"{file} is not valid TOML: {error}") from error
 
 
@@ -124,7 +138,7 @@ def read_rows(file: Path, fix: str) -> list[dict[str, Any]]:
 
 def _checked(text: str, where: str, fix: str) -> dict[str, Any]:
     try:
-        found = json.loads(text, object_pairs_hook=_without_repeats)
+        found = json.loads(text, object_pairs_hook=without_repeats)
         if not isinstance(found, dict):
             raise ValueError(f"a JSON object is expected, this is {type(found).__name__}")
         # looked for by its value too: a bit may have changed in its key
@@ -137,7 +151,7 @@ def _checked(text: str, where: str, fix: str) -> dict[str, Any]:
     return found
 
 
-def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
         names = [name for name, _ in pairs]

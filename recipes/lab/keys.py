@@ -20,8 +20,14 @@ from steertune.recipes.lab.paths import modules_in
 from steertune.recipes.lab.tables import ArmTables
 
 INGREDIENTS = "recipes/lab/ingredients"
-REFUSED = {"output_dir", "trust_remote_code"}
-"""Fields of `[trainer]` that no arm may set."""
+REFUSED = {
+    "output_dir": "the recipe chooses it. Set output.folder.",
+    "model_init_kwargs": "the recipe loads the model. Set [model].",
+    "resume_from_checkpoint": "a run goes on from the last checkpoint in its output folder. Set output.folder.",
+    "hub_token": "it would be written into files. Set the environment variable HF_TOKEN.",
+    "trust_remote_code": "code from a Hub repository is never run. Remove it.",
+}
+"""Fields of `[trainer]` that no arm may set, and what to do instead."""
 USUAL = {
     "lr": "trainer.learning_rate",
     "learning-rate": "trainer.learning_rate",

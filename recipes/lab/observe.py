@@ -1,7 +1,8 @@
 """What is seen of a model on held-out examples: one function for each kind of example, shared by all measures.
 
     pairs     log-probability (nats) and tokens of the chosen and of the rejected answer
-    neutral   KL to the base model and negative log-likelihood (nats, summed), and tokens, of neutral answers
+    neutral   KL to the base model (summed, and its 95th percentile over the tokens), negative log-likelihood (nats,
+              summed) and tokens of neutral answers
     answers   generated answers to the first test prompts, and the scorer's judgement of each
     prompted  how far the model is from the prompted one, at each of its answers (summed), and their tokens
 
@@ -16,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -27,13 +28,17 @@ from transformers import PreTrainedTokenizerBase
 
 from steertune.losses import Outputs
 from steertune.recipes.lab.batches import batches
+from steertune.recipes.lab.files import ArmError
+from steertune.recipes.lab.forms import readable
 from steertune.recipes.lab.generation import generate, plain
 from steertune.recipes.lab.paths import TASKS
 from steertune.recipes.lab.scorers import Scorer
-from steertune.trainers import Batch, FrozenPrefix, ModelAt, View, labelled_logits, scaled, tokenise
+from steertune.trainers import FrozenPrefix, ModelAt, View, context_length, labelled_logits, scaled, tokenise
 from steertune.trainers.views import Views
 
 NEUTRAL = TASKS / "neutral.jsonl"
+_TAIL = 0.95
+_NEUTRAL_BATCH = 4  # more padding costs as much as fewer passes save
 
 Observations = dict[str, list[Any]]
 Strengths = Mapping[str, float]
@@ -63,7 +68,8 @@ class HeldOut:
         model: The base model.
         tokenizer: Its tokenizer.
         pairs: Test rows: preference pairs, or prompts alone.
-        neutral: Prompts and completions that the behaviour is not about.
+        neutral: Prompts and completions that the behaviour is not about, on which side effects are reported.
+        matching: Others of the kind, on which strengths are matched; None: they are not.
         generations: How many of the first test prompts are answered.
         neutral_generations: How many of the first neutral prompts are answered.
         new_tokens: Longest generated answer.
@@ -84,6 +90,7 @@ class HeldOut:
     prompted: Prompted | None = None
     prefix: FrozenPrefix | None = None
     batch_size: int = 8
+    matching: Dataset | None = None
     shared: dict[str, Any] = field(default_factory=dict, repr=False)
     """What was computed of the base model."""
     plain: HeldOut | None = None
@@ -96,22 +103,21 @@ class HeldOut:
     @cached_property
     def prompts(self) -> list[Any]:
         """The test prompts that are answered."""
-        return self.pairs["prompt"][: self.generations] if "prompt" in self.pairs.column_names else []
+        prompts = self.pairs["prompt"] if "prompt" in self.pairs.column_names else []
+        return [prompt for prompt in prompts if prompt][: self.generations]  # nothing answers an empty one
 
     @property
     def has_pairs(self) -> bool:
         """Whether the test rows are preference pairs."""
-        return {"chosen", "rejected"} <= set(self.pairs.column_names)
+        return len(self.pairs) > 0 and {"chosen", "rejected"} <= set(self.pairs.column_names)
 
-    @property
-    def base_neutral(self) -> list[Tensor]:
+    def base_logps(self, rows: Literal["neutral", "matching"]) -> list[Tensor]:
         """Per neutral row, the base model's log-probabilities, `(T, V)`. Computed once."""
-        if "neutral" not in self.shared:
-            rows = self.neutral if self.plain is None else self.plain.neutral
+        if rows not in self.shared:
+            data = getattr(self if self.plain is None else self.plain, rows)
             with self.remember(self.model):
-                seen = neutral_logps(self.model, self.tokenizer, rows)
-            self.shared["neutral"] = [logps for logps, _ in seen]
-        return self.shared["neutral"]
+                self.shared[rows] = [logps for logps, _ in neutral_logps(self.model, self.tokenizer, data)]
+        return self.shared[rows]
 
     @contextmanager
     def remember(self, model: Any) -> Iterator[None]:
@@ -156,7 +162,7 @@ def neutral(model: Any, held_out: HeldOut, strengths: Strengths) -> dict[str, Ob
     for label, strength in strengths.items():
         with scaled(model, strength):
             seen = neutral_logps(model, held_out.tokenizer, held_out.neutral)
-        observed[label] = against_base(seen, held_out.base_neutral)
+        observed[label] = against_base(seen, held_out.base_logps("neutral"))
     return observed
 
 
@@ -183,7 +189,7 @@ def prompted(model: Any, held_out: HeldOut, strengths: Strengths) -> dict[str, O
     if held_out.prompted is None:
         return {}
     view, rows = held_out.prompted.view, held_out.prompted.answers
-    views = Views({"prompt": view}, held_out.tokenizer, getattr(model.config, "max_position_embeddings", None))
+    views = Views({"prompt": view}, held_out.tokenizer, context_length(model.config, held_out.tokenizer))
     views.add(rows, tokenise(rows, held_out.tokenizer))
     observed: dict[str, Observations] = {label: defaultdict(list) for label in strengths}
     for batch in batches(held_out.tokenizer, rows, held_out.batch_size):
@@ -235,17 +241,18 @@ OBSERVERS = {
 
 
 def against_base(seen: Sequence[tuple[Tensor, Tensor]], base: Sequence[Tensor]) -> Observations:
-    """Sums over the tokens of every neutral answer.
+    """What the tokens of every neutral answer add up to, and the 95th percentile of their KL.
 
     Args:
         seen: `neutral_logps` of a steered model; of fewer rows than the base's, those of the first.
         base: The base model's log-probabilities of the same rows, `(T, V)` each.
     """
-    rows = [(ours, theirs, targets) for (ours, targets), theirs in zip(seen, base, strict=False)]
+    kl_T = [(ours.exp() * (ours - theirs)).sum(dim=-1) for (ours, _), theirs in zip(seen, base, strict=False)]
     return {
-        "neutral_kl": [float((ours.exp() * (ours - theirs)).sum()) for ours, theirs, _ in rows],
-        "neutral_nll": [float(F.nll_loss(ours, targets, reduction="sum")) for ours, _, targets in rows],
-        "neutral_tokens": [len(targets) for _, _, targets in rows],
+        "neutral_kl": [float(kl.sum()) for kl in kl_T],
+        "neutral_kl_tail": [float(kl.quantile(_TAIL)) for kl in kl_T],
+        "neutral_nll": [float(F.nll_loss(ours, targets, reduction="sum")) for ours, targets in seen],
+        "neutral_tokens": [len(targets) for _, targets in seen],
     }
 
 
@@ -253,15 +260,43 @@ def against_base(seen: Sequence[tuple[Tensor, Tensor]], base: Sequence[Tensor]) 
 def neutral_logps(model: Any, tokenizer: PreTrainedTokenizerBase, rows: Dataset) -> list[tuple[Tensor, Tensor]]:
     """Per neutral answer, log-probabilities of all tokens of the vocabulary, `(T, V)`, and the true tokens, `(T,)`."""
     seen = []
-    for row in tokenise(rows, tokenizer).to_list():
-        labels = torch.tensor([row["labels"]], device=model.device)
-        ids = torch.tensor([row["input_ids"]], device=model.device)
-        batch = Batch({"input_ids": ids, "attention_mask": torch.ones_like(ids)}, labels, pairs=False)
-        logps_TV = F.log_softmax(labelled_logits(model, model, batch), dim=-1)
-        seen.append((logps_TV.cpu(), batch.targets[0].cpu()))
+    for batch in batches(tokenizer, rows, _NEUTRAL_BATCH):
+        batch = batch.to(model.device)
+        # the labels of all rows stand row after row
+        logps_LV = F.log_softmax(labelled_logits(model, model, batch), dim=-1).cpu()
+        lengths = (batch.labels[:, 1:] != -100).sum(dim=1).tolist()
+        seen += zip(logps_LV.split(lengths), batch.answers.cpu().split(lengths), strict=True)
     return seen
 
 
-def neutral_rows() -> Dataset:
-    """Everyday questions and answers that no behaviour is about."""
-    return Dataset.from_list([json.loads(line) for line in NEUTRAL.read_text(encoding="utf-8").splitlines()])
+FEW_NEUTRAL = 16
+"""Neutral rows of a page about one model, which is to be quick; grids report on all of them."""
+
+
+def neutral_rows(
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    part: Literal["report", "match"] = "report",
+    rows: Dataset | None = None,
+    count: int | None = None,
+) -> Dataset:
+    """Everyday questions and answers that no behaviour is about, every other row: conversations, or plain text for a
+    tokenizer without a chat template.
+
+    Args:
+        tokenizer: Which reads them; None: as they are.
+        part: Side effects are reported on other rows than those on which strengths are matched, else an adapter could
+            be gentle on the one and not on the other.
+        rows: All of them; None: the embedded ones, 64 for each part.
+        count: Only the first of the part; None: all.
+
+    Raises:
+        ArmError: there are not two rows.
+    """
+    if rows is None:
+        rows = Dataset.from_list([json.loads(line) for line in NEUTRAL.read_text(encoding="utf-8").splitlines()])
+    if len(rows) < 2:
+        raise ArmError(
+            f"Neutral text must have 2 rows or more, to match strengths and to report on (got {len(rows)})."
+        )
+    own = rows.select([*range(0 if part == "match" else 1, len(rows), 2)][:count])
+    return own if tokenizer is None else readable(own, tokenizer)

@@ -5,7 +5,8 @@ under other keys. What is kept are *observations*: what the model said about eve
 of its answers, tokens, generated texts). Measures (`lab/measures/`) are functions of observations, so a measure added
 later needs no new run.
 
-`strength` is a number, or the word for a strength that was chosen: `tuned` or `matched`. Strength 0 is the base model.
+`strength` is a number, or the word for a strength that was chosen: `tuned`, `matched`, or `kl=0.1` for a point of a
+frontier. Strength 0 is the base model.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ BASE = "0"
 """The label of the base model's observations: every adapter at strength 0."""
 TUNED, MATCHED = "tuned", "matched"
 """Labels of strengths that were chosen: by the tuning, or to match the grid's KL."""
+FRONTIER = "frontier"
+"""Stands for the mean over the strengths of a frontier (`at_kl`)."""
 KEYS = ("arm", "task", "examples", "seed")
 FORMAT = 4
 """Of the file of a record; older ones are read by `ablation/old_cells.py`."""
@@ -35,6 +38,7 @@ _TABLES: dict[str, type] = {"facts": dict, "observations": dict}
 COLUMNS = (*KEYS, "strength", "measure", "example", "value", "text")
 
 _JSON = "json:"
+_AT_KL = "kl="
 
 
 @dataclass
@@ -116,6 +120,16 @@ class Record:
 def label(strength: float | str) -> str:
     """How a strength is written in a row."""
     return strength if isinstance(strength, str) else f"{strength:g}"
+
+
+def at_kl(target: float) -> str:
+    """The label of the strength at which a KL to the base model is reached: a point of a frontier."""
+    return f"{_AT_KL}{target:g}"
+
+
+def frontier_kl(strength: str) -> float | None:
+    """The KL of a label of `at_kl`; None for any other label."""
+    return float(strength.removeprefix(_AT_KL)) if strength.startswith(_AT_KL) else None
 
 
 def to_table(records: Sequence[Record]) -> pd.DataFrame:

@@ -7,24 +7,26 @@ pair by pair. Validation, scorer and test rows are the same for every seed.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
-from string import Formatter
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from datasets import Dataset
 from pydantic import BaseModel, Field
 from sklearn.feature_extraction.text import TfidfVectorizer
 
-from steertune.recipes.lab.data import find_split, load_split, shuffled_pairs
+from steertune.recipes.lab.data import shuffled_pairs
+from steertune.recipes.lab.division import SMALLEST, divide
 from steertune.recipes.lab.files import ArmError
+from steertune.recipes.lab.similarity import By, overlap, text_of
+from steertune.recipes.lab.sources import Parts, Reading, find_split, load_parts
 
 NEAR = 0.9
 
 
-class SplitTable(BaseModel, extra="forbid"):
+class SplitTable(BaseModel, extra="forbid", strict=True):
     """`[splits]`: how many rows for what."""
 
     validation: int = Field(default=24, ge=2)
@@ -43,12 +45,16 @@ class Splits:
         validation: What settings are chosen on.
         scorer: What the scorer of the behaviour is fitted on.
         test: What is reported.
+        by: What tells the rows apart.
+        note: How one file was divided; empty where there were several.
     """
 
     pool: Dataset
     validation: Dataset
     scorer: Dataset
     test: Dataset
+    by: By = "prompt"
+    note: str = ""
 
     def train(self, examples: int, seed: int, pairing: str = "own", draw: int = 0) -> Dataset:
         """The first `examples` rows of the pool after shuffling by `seed` and `draw`; smaller sets are subsets of
@@ -63,45 +69,77 @@ def load_splits(
     sizes: SplitTable,
     largest: int,
     reverse: bool = False,
-    columns: Mapping[Literal["prompt", "chosen", "rejected"], str] | None = None,
+    reading: Reading | None = None,
+    at_most: bool = False,
 ) -> Splits:
     """Split a task. Where it has no file of its own for validation, the first rows of its training file are used;
-    scorer rows are the next ones.
+    scorer rows are the next ones. A single file is divided: each part gets a fifth of what is left, 8 rows or more,
+    and `sizes` are upper limits.
 
     Args:
         name: Embedded task, path or Hub name.
         sizes: How many rows for what.
         largest: The largest training set that will be asked for.
         reverse: Swap chosen and rejected answers.
-        columns: What prompt, chosen and rejected say, with `{column}` for a row's text; None: the rows are pairs.
+        reading: What the columns mean.
+        at_most: Whether a single file may have fewer training rows than `largest`.
 
     Raises:
         ArmError: too few rows, no pairs, an unknown column,
             or a test or validation row that stands (nearly) in another split.
     """
-    train, test = load_split(name, "train"), load_split(name, "test")
-    own = find_split(name, "validation")
-    if columns:
-        train, test, own = (None if rows is None else _as_pairs(name, rows, columns) for rows in (train, test, own))
-        assert train is not None and test is not None
-    for rows, split in ((train, "train"), (test, "test"), (own, "validation")):
-        if rows is not None and not {"chosen", "rejected"} <= set(rows.column_names):
+    parts = load_parts(name, reading=reading)
+    own = None if parts.division else find_split(name, "validation", reading)
+    for rows, split in ((parts.train, "train"), (parts.test, "test"), (own, "validation")):
+        if rows is not None and len(rows) and not {"chosen", "rejected"} <= set(rows.column_names):
             raise ArmError(f"{name!r}: a grid compares preferences, its {split} rows have {rows.column_names}.")
-    train = train.shuffle(seed=0)
+    splits = _of_one_file(name, parts, sizes) if parts.division else _of_files(name, parts, own, sizes)
+    if len(splits.pool) < largest and not (at_most and parts.division):
+        raise ArmError(
+            f"{name!r}: {largest} training examples asked, {len(splits.pool)} are left after {len(splits.scorer)} "
+            f"rows for the scorer{'' if own is not None else f' and {len(splits.validation)} for validation'}. Ask "
+            "for fewer."
+        )
+    return _reversed(splits) if reverse else splits
+
+
+def _of_files(name: str, parts: Parts, own: Dataset | None, sizes: SplitTable) -> Splits:
+    """The splits of a task with a file for each of training and test."""
+    train = parts.train.shuffle(seed=0)
     if own is None:
         validation, train = _cut(name, "validation", train, sizes.validation)
     else:
         validation, _ = _cut(name, "validation", own, sizes.validation)
     scorer, pool = _cut(name, "scorer", train, sizes.scorer)
-    test, _ = _cut(name, "test", test, sizes.test)
-    pool = _apart(name, pool, validation, scorer, test, sizes)
-    if len(pool) < largest:
-        raise ArmError(
-            f"{name!r}: {largest} training examples asked, {len(pool)} are left after {len(scorer)} rows for the "
-            f"scorer{'' if own is not None else f' and {len(validation)} for validation'}. Ask for fewer."
-        )
-    splits = Splits(pool, validation, scorer, test)
-    return _reversed(splits) if reverse else splits
+    test, _ = _cut(name, "test", parts.test, sizes.test)
+    pool = _apart(name, pool, validation, scorer, test, sizes, parts.by)
+    return Splits(pool, validation, scorer, test, parts.by)
+
+
+def _of_one_file(name: str, parts: Parts, sizes: SplitTable) -> Splits:
+    """The splits of a single file: its test rows are those of every other recipe, and the rest is divided again."""
+    rest, taken, left_out = parts.train, [], 0
+    for what, size in (("validation", sizes.validation), ("scorer", sizes.scorer)):
+        division = divide(rest.to_list(), parts.by, what)
+        if not len(parts.test) or (size and not division.held_out):
+            raise ArmError(
+                f"{parts.note} Test, validation{' and scorer' if sizes.scorer else ''} rows are needed besides: "
+                f"{SMALLEST} each, and {SMALLEST} to train on. Give more pairs, or a folder with train.jsonl and "
+                "test.jsonl."
+            )
+        if not size:
+            taken.append(rest.select([]))
+            continue
+        taken.append(rest.select(division.held_out[:size]))
+        rest, left_out = rest.select(division.train), left_out + len(division.left_out)
+    validation, scorer = taken
+    test = parts.test.select(range(min(sizes.test, len(parts.test))))
+    note = (
+        f"{parts.note} Used here: {len(test)} test rows; of the training rows {len(validation)} for validation, "
+        f"{len(scorer)} for the scorer, {len(rest)} to train on"
+        + (f", {left_out} left out because they resemble two parts." if left_out else ".")
+    )
+    return Splits(rest, validation, scorer, test, parts.by, note)
 
 
 def near_duplicates(first: Sequence[str], second: Sequence[str], threshold: float) -> list[tuple[int, int, float]]:
@@ -126,30 +164,10 @@ def texts_of(row: dict[str, Any]) -> list[str]:
     return [" ".join([*prompt, json.dumps(row[side], sort_keys=True)]) for side in ("chosen", "rejected")]
 
 
-def _as_pairs(name: str, rows: Dataset, columns: Mapping[Literal["prompt", "chosen", "rejected"], str]) -> Dataset:
-    """Conversational pairs whose sides are filled in from the rows' own columns."""
-    where = f"{name!r}: columns {dict(columns)} cannot be filled in"
-    try:
-        fields = {
-            field for text in columns.values() for _, field, _, _ in Formatter().parse(text) if field is not None
-        }
-    except ValueError as error:
-        raise ArmError(f"{where} ({error}). Its rows have {rows.column_names}.") from error
-    if unknown := sorted(fields - set(rows.column_names)):  # an attribute of one is none either
-        raise ArmError(f"{where} ({unknown}). Its rows have {rows.column_names}.")
-
-    def fill(row: dict[str, Any]) -> dict[str, Any]:
-        texts = {k: v[0] if isinstance(v, list) and v else v for k, v in row.items()}
-        roles = {"prompt": "user", "chosen": "assistant", "rejected": "assistant"}
-        return {k: [{"role": roles[k], "content": text.format_map(texts)}] for k, text in columns.items()}
-
-    return rows.map(fill, remove_columns=rows.column_names)
-
-
 def _apart(
-    name: str, pool: Dataset, validation: Dataset, scorer: Dataset, test: Dataset, sizes: SplitTable
+    name: str, pool: Dataset, validation: Dataset, scorer: Dataset, test: Dataset, sizes: SplitTable, by: By
 ) -> Dataset:
-    """Refuse rows that stand in two splits; with `drop_near_duplicates`, drop those of the pool."""
+    """Refuse rows that stand in two splits, also by their prompts; with `drop_near_duplicates`, drop the pool's."""
     named = {"train": pool, "validation": validation, "scorer": scorer, "test": test}
     texts = {split: [text for row in rows for text in texts_of(dict(row))] for split, rows in named.items()}
     dropped: set[int] = set()
@@ -164,6 +182,17 @@ def _apart(
                 f"{name!r}: a {split} row and a {other} row are {kind}: {texts[split][i][:120]!r} and "
                 f"{texts[other][j][:120]!r}. Remove one, or use {fix}."
             )
+        pairs = overlap(named[split].to_list(), named[other].to_list(), by, sizes.near_duplicates)
+        if split == "train" and sizes.drop_near_duplicates:
+            dropped |= {i for i, _ in pairs}
+        elif pairs:
+            i, j = pairs[0]
+            fix = "splits.drop_near_duplicates = true" if split == "train" else "another file or fewer rows"
+            raise ArmError(
+                f"{name!r}: a {split} row and a {other} row ask the same or nearly the same: "
+                f"{text_of(named[split][i]['prompt'])[:120]!r} and {text_of(named[other][j]['prompt'])[:120]!r}. "
+                f"Remove one, or use {fix}."
+            )
     return pool.select([i for i in range(len(pool)) if i not in dropped]) if dropped else pool
 
 
@@ -174,7 +203,6 @@ def _cut(name: str, what: str, rows: Dataset, size: int) -> tuple[Dataset, Datas
 
 
 def _reversed(splits: Splits) -> Splits:
-    def swap(rows: Dataset) -> Dataset:
-        return rows.rename_columns({"chosen": "rejected", "rejected": "chosen"})
-
-    return Splits(swap(splits.pool), swap(splits.validation), swap(splits.scorer), swap(splits.test))
+    parts = (splits.pool, splits.validation, splits.scorer, splits.test)
+    swapped = [rows.rename_columns({"chosen": "rejected", "rejected": "chosen"}) for rows in parts]
+    return Splits(*swapped, by=splits.by, note=splits.note)

@@ -5,42 +5,73 @@ The text under a field is what `steertune train --help` says of it.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+PathName = Annotated[str, Field(min_length=1, pattern=r"^[^\x00]+$")]
+"""A path or a Hub name: not empty, and without NUL, which no file system takes."""
+LARGEST = 2**31 - 1
+"""The largest count: more overflows inside libraries."""
+
+Part = Literal["prompt", "chosen", "rejected", "completion"]
+Columns = Mapping[Part, str]
+"""What each part of an example is: the name of a column, or a text with `{column}` for what stands there."""
 
 
 class Table(BaseModel):
-    """A table of a TOML file. Unknown keys are errors."""
+    """A table of a TOML file. Unknown keys and values of another type are errors: `"8"` is not a number."""
 
-    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", strict=True, use_attribute_docstrings=True)
 
 
 class ModelTable(Table):
     """`[model]`: the base model."""
 
-    name: str = "embedded"
+    name: PathName = "embedded"
     """`embedded`, a Hub name, or a local folder."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Number format of the weights."""
-    revision: str | None = None
+    revision: Annotated[str, Field(pattern=r"^[\w+-][\w./+-]*$")] | None = None
     """Branch, tag or commit of a Hub model."""
-    threads: int | None = Field(default=None, ge=1)
+    threads: int | None = Field(default=None, ge=1, le=LARGEST)
     """CPU threads, as `--threads`."""
+
+    @model_validator(mode="after")
+    def _has_revisions(self) -> ModelTable:
+        if self.revision is None:
+            return self
+        if self.name == "embedded" or Path(self.name).is_dir():
+            raise ValueError(f"revision={self.revision!r}: {self.name!r} is no Hub name, and has none. Remove it")
+        if ".." in self.revision.split("/"):  # the Hub's cache makes a file of this name
+            raise ValueError(f"revision={self.revision!r} is no branch, tag or commit")
+        return self
 
 
 class DataTable(Table):
     """`[data]`: the examples."""
 
-    name: str
-    """An embedded task, a Hub name, or a local file or folder (json, jsonl, csv, parquet)."""
-    train: int = Field(default=32, ge=1)
-    """Number of training examples."""
-    test: int = Field(default=40, ge=1)
-    """Number of test examples."""
-    train_split: str = "train"
+    name: PathName
+    """An embedded task, a Hub name, or a local file or folder (json, jsonl, csv, parquet). One file is divided: a
+    fifth of its rows, 8 at least, is held out."""
+    columns: dict[Part, str] = {}
+    """Column of each part: prompt, chosen, rejected, completion; or a text with `{column}`. Left out: recognised."""
+    format: Literal["auto", "conversation", "text"] = "auto"
+    """What texts become: messages, or plain text. `auto`: texts of named or recognised columns become messages where
+    the model has a chat template, and others stay what they are."""
+    train: int = Field(default=32, ge=1, le=LARGEST)
+    """Number of training examples; of one file at most as many as there are."""
+    test: int = Field(default=40, ge=1, le=LARGEST)
+    """Number of test examples; of one file at most as many as there are."""
+    near_duplicates: float = Field(default=0.8, gt=0, le=1)
+    """Prompts that are at least so similar must not stand in training and test data; 1: only the same words."""
+    drop_near_duplicates: bool = False
+    """Drop training examples that resemble a test example, in place of an error."""
+    train_split: PathName = "train"
     """Split that training examples are drawn from."""
-    test_split: str = "test"
+    test_split: PathName = "test"
     """Split that test examples are taken from."""
     seed: int = Field(default=0, ge=0, lt=2**32)
     """Seed of the draw of training examples, and of training."""
@@ -55,18 +86,18 @@ class EvaluationTable(Table):
 
     strengths: list[Annotated[float, Field(allow_inf_nan=False)]] = [-1.0, 0.0, 0.5, 1.0, 2.0]
     """Strengths at which test pairs are evaluated."""
-    generations: int = Field(default=3, ge=0)
+    generations: int = Field(default=3, ge=0, le=LARGEST)
     """Number of test prompts that are answered."""
-    new_tokens: int = Field(default=40, ge=1)
+    new_tokens: int = Field(default=40, ge=1, le=LARGEST)
     """Longest answer, in tokens."""
-    batch_size: int = Field(default=8, ge=1)
+    batch_size: int = Field(default=8, ge=1, le=LARGEST)
     """Answers in a batch."""
 
 
 class OutputTable(Table):
     """`[output]`: where the run is kept."""
 
-    folder: str | None = None
+    folder: PathName | None = None
     """Folder of the run; left out: `runs/ARM-TASK`."""
 
 

@@ -3,36 +3,47 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
+import math
+import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from datasets import Dataset
 from pydantic import BaseModel
+from torch import Tensor
+from torch.distributed.tensor import DTensor
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback, set_seed
 
 from steertune.recipes.lab.arm import Arm
 from steertune.recipes.lab.files import ArmError, read_text, write_whole
 from steertune.recipes.lab.generation import plain
 from steertune.recipes.lab.ingredients import Training
-from steertune.recipes.lab.observe import HeldOut, neutral_rows
+from steertune.recipes.lab.observe import FEW_NEUTRAL, HeldOut, neutral_rows
 from steertune.recipes.lab.processes import begin
 from steertune.recipes.lab.progress import Bar
 from steertune.trainers import FrozenPrefix, last_checkpoint, share_weights
 
 QUIET: dict[str, Any] = {"save_strategy": "no", "logging_strategy": "no", "disable_tqdm": True}
 """Settings of a short training that keeps no checkpoints and prints nothing; they do not change what is learned."""
+_LONGEST = 60  # characters of a default folder's name, each of which takes 4 bytes at most
+_SAMPLED = 4096
 
 
-def claim(folder: Path, tables: BaseModel, main_process: bool) -> None:
-    """Take a folder for a run of an arm (or of other tables), or go on in it.
+_WORTHLESS = {"config.json", "metrics.jsonl"}
+"""Files of a run that has nothing to go on from."""
+
+
+def check_folder(folder: Path, tables: BaseModel) -> None:
+    """Refuse a folder that a run of an arm (or of other tables) cannot have. Nothing is written.
 
     Raises:
-        ArmError: it holds a finished run, or one of another arm.
+        ArmError: it holds a finished run, or one of another arm that got as far as a checkpoint.
     """
     config = tables.model_dump_json(indent=2)
     file = folder / "config.json"
@@ -40,15 +51,44 @@ def claim(folder: Path, tables: BaseModel, main_process: bool) -> None:
         raise ArmError(f"{folder} is a file. Choose another output folder.")
     if (folder / "result.json").exists():
         raise ArmError(f"{folder} holds a finished run ({folder / 'page.md'}). Choose another output folder.")
-    if file.exists() and read_text(file, "JSON") != config:
+    if file.exists() and read_text(file, "JSON") != config and not _is_worthless(folder):
         raise ArmError(f"{folder} holds an unfinished run of another arm. Choose another output folder, or delete it.")
+
+
+def claim(folder: Path, tables: BaseModel, main_process: bool = True) -> None:
+    """Take a folder for a run, or go on in it.
+
+    Raises:
+        ArmError: as `check_folder`.
+    """
+    check_folder(folder, tables)
     if main_process:
         folder.mkdir(parents=True, exist_ok=True)
-        write_whole(file, config)
+        write_whole(folder / "config.json", tables.model_dump_json(indent=2))
+
+
+@contextmanager
+def claimed(folder: Path, tables: BaseModel, main_process: bool = True) -> Iterator[None]:
+    """Take a folder for the run inside, or go on in it.
+
+    A run that fails before its first checkpoint leaves no folder, so that the corrected command can have it.
+    """
+    claim(folder, tables, main_process)
+    try:
+        yield
+    except BaseException:
+        if main_process and folder.is_dir() and _is_worthless(folder):
+            shutil.rmtree(folder)
+        raise
+
+
+def _is_worthless(folder: Path) -> bool:
+    """Whether a folder holds nothing of a run but its configuration and its log."""
+    return {file.name for file in folder.rglob("*") if not file.is_dir()} <= _WORTHLESS
 
 
 def open_run(arm: Arm, prefix: str = "", threads: int | None = None) -> Path:
-    """Begin a run of an arm, or go on with it: set the threads and the seed, and take its output folder.
+    """Begin a run of an arm, or go on with it: set the threads and the seed, and check its output folder.
 
     Args:
         arm: The arm.
@@ -60,14 +100,17 @@ def open_run(arm: Arm, prefix: str = "", threads: int | None = None) -> Path:
     """
     begin(threads or arm.model.threads)
     folder = Path(arm.output.folder) if arm.output.folder else default_folder(f"{prefix}{arm.name}", arm.data.name)
-    claim(folder, arm, PartialState().is_main_process)
+    check_folder(folder, arm)
     set_seed(arm.data.seed)
     return folder
 
 
 def default_folder(name: str, task: str) -> Path:
     """Where a run on a task is kept if nobody says."""
-    return Path("runs") / f"{name}-{task.strip('./').replace('/', '-')}"
+    name = f"{name}-{task.strip('./').replace('/', '-')}"
+    if len(name) > _LONGEST:  # file systems take 255 bytes
+        name = f"{name[:_LONGEST]}-{hashlib.blake2b(name.encode(), digest_size=4).hexdigest()}"
+    return Path("runs") / name
 
 
 def held_out_of(arm: Arm, model: Any, tokenizer: Any, test: Dataset, **more: Any) -> HeldOut:
@@ -77,8 +120,9 @@ def held_out_of(arm: Arm, model: Any, tokenizer: Any, test: Dataset, **more: Any
         model,
         tokenizer,
         pairs=test,
-        neutral=neutral_rows(),
+        neutral=neutral_rows(tokenizer, count=FEW_NEUTRAL),
         generations=table.generations,
+        neutral_generations=table.generations,
         new_tokens=table.new_tokens,
         batch_size=table.batch_size,
         **more,
@@ -172,6 +216,15 @@ def make_trainer(training: Training, frozen_prefix: FrozenPrefix | bool | None =
     return trainer
 
 
+def steps_of(arm: Arm) -> int:
+    """Optimiser steps that an arm asks for, of one process."""
+    table = arm.trainer
+    if table.get("max_steps", -1) >= 0:
+        return int(table["max_steps"])
+    rows = table.get("per_device_train_batch_size", 8) * table.get("gradient_accumulation_steps", 1)
+    return math.ceil(math.ceil(arm.data.train / rows) * table.get("num_train_epochs", 3.0))
+
+
 def fit(trainer: Any, folder: Path) -> float:
     """Train, from the last whole checkpoint if there is one; with `max_steps = 0` only set the initial vector.
 
@@ -182,6 +235,7 @@ def fit(trainer: Any, folder: Path) -> float:
     if trainer.args.max_steps == 0:
         trainer.initialise_vectors()
     else:
+        trainer.add_callback(_Moved())
         trainer.train(resume_from_checkpoint=last_checkpoint(folder / "checkpoints"))
     return time.monotonic() - start
 
@@ -213,6 +267,34 @@ class _Steps(TrainerCallback):
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Trainer event: training has ended."""
         self.bar.note("")
+
+
+class _Moved(TrainerCallback):
+    """Ends a training that made no step, or changed nothing: its adapter would do nothing, without a word."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        """Trainer event: training starts, or continues after the steps of an earlier run."""
+        self.step, self.before = state.global_step, _sample(model)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        """Trainer event: training has ended."""
+        if state.global_step == 0:
+            raise ArmError(
+                "Training ended after 0 steps: there are fewer rows than a step takes. Give more rows, a smaller "
+                "trainer.per_device_train_batch_size, or set trainer.max_steps."
+            )
+        same = map(torch.equal, self.before, _sample(model))
+        if self.before and state.global_step > self.step and all(same):
+            raise ArmError(
+                f"{state.global_step - self.step} steps changed no trained parameter. Is trainer.learning_rate="
+                f"{args.learning_rate:g} too small, or does the loss have no gradient?"
+            )
+
+
+def _sample(model: Any) -> list[Tensor]:
+    """Copies of some values of every trained parameter, of small ones all; none of what other processes hold."""
+    own = [p.detach() for p in model.parameters() if p.requires_grad and p.numel() and not isinstance(p, DTensor)]
+    return [p.flatten()[:: max(1, p.numel() // _SAMPLED)].clone() for p in own]
 
 
 class _MetricsFile(TrainerCallback):

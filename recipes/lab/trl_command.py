@@ -28,9 +28,9 @@ from steertune.losses import get_loss
 from steertune.recipes.lab import embedded
 from steertune.recipes.lab.arm import known
 from steertune.recipes.lab.command_line import outcome
-from steertune.recipes.lab.data import find_split
 from steertune.recipes.lab.files import ArmError
 from steertune.recipes.lab.processes import begin
+from steertune.recipes.lab.sources import find_split
 
 PREFIX = "steering_"
 

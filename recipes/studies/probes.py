@@ -28,6 +28,7 @@ from steertune.recipes.lab.batches import batches
 from steertune.recipes.lab.command_line import Argument, Count, Option, Result, Threads, command
 from steertune.recipes.lab.data import load_model, load_splits
 from steertune.recipes.lab.files import ArmError, write_whole
+from steertune.recipes.lab.forms import readable
 from steertune.recipes.lab.paths import modules_in
 from steertune.recipes.lab.processes import begin
 from steertune.recipes.lab.progress import progress, track
@@ -73,6 +74,7 @@ def probe(task: str, model_name: str, train: int, test: int, names: Sequence[str
         if not {"chosen", "rejected"} <= set(part.column_names):
             raise ArmError(f"{task!r}: directions are fitted on pairs, and its rows have {part.column_names}.")
     model, tokenizer = load_model(ModelTable(name=model_name))
+    splits = [readable(part, tokenizer) for part in splits]
     # states of the training and test pairs, pooled over tokens in every way that a method asks for
     states: dict[str, tuple[Activations, Activations]] = {}
     for pool in sorted({method.POOL for method in methods.values()}):

@@ -5,22 +5,20 @@ from __future__ import annotations
 from pathlib import Path
 
 from steertune.adapters.card import Card
-from steertune.recipes.lab.cards import purpose, side_effects
+from steertune.recipes.lab.cards import HASHES, purpose, side_effects
 from steertune.recipes.lab.rows import BASE, label
 from steertune.recipes.lab.tables import CardTable
-from steertune.recipes.sweeping.choose import Setting
-from steertune.recipes.sweeping.settings import SweepTable
+from steertune.recipes.sweeping.page import Sweep
 
 
-def card(table: SweepTable, tested: Setting, reason: str, measured: str) -> Card:
+def card(result: Sweep, measured: str) -> Card:
     """The card of the setting that a sweep recommended.
 
     Args:
-        table: What was swept.
-        tested: The setting on test rows.
-        reason: Why it is recommended.
-        measured: The table of what it did on test rows.
+        result: What the sweep found.
+        measured: The table of what the setting did on test rows.
     """
+    table, tested = result.table, result.tested
     arm, task, means = table.arm, Path(table.task).name, tested.record.means()
     name = table.direction if arm is None else arm.name
     base, steered = means[BASE], means[label(tested.strength)]
@@ -31,10 +29,10 @@ def card(table: SweepTable, tested: Setting, reason: str, measured: str) -> Card
     return Card(
         title=f"{name}, {task}",
         **purpose(CardTable() if arm is None else arm.card, table.task),
-        data=f"{table.train} training pairs of `{task}`, seed {table.seed}.",
+        data=f"{table.train} training pairs of `{task}`, seed {table.seed}. {result.split}{HASHES}",
         made=f"A sweep of {table.what} over layers {table.layers} and strengths {table.strengths}.",
         measured=measured,
         side_effects=effects,
         advice=f"Strength 1 of this adapter is strength {tested.strength:g} of the sweep, baked in: use it as it is. "
-        f"{reason}",
+        f"{result.choice.reason}",
     )

@@ -11,9 +11,13 @@ from datasets import Dataset
 from steertune.adapters.config import Site
 from steertune.recipes.lab import scorers
 from steertune.recipes.lab.evaluate import evaluate_base
-from steertune.recipes.lab.observe import HeldOut, neutral_rows
+from steertune.recipes.lab.forms import has_template, notes_on_form, readable_splits
+from steertune.recipes.lab.observe import FEW_NEUTRAL, HeldOut, neutral_rows
+from steertune.recipes.lab.rehearsal import rehearse, rehearse_training
 from steertune.recipes.lab.rows import Record
+from steertune.recipes.lab.sources import Reading
 from steertune.recipes.lab.splits import load_splits
+from steertune.recipes.lab.trained_on import TrainedOn
 from steertune.recipes.sweeping.settings import SweepTable
 from steertune.trainers import FrozenPrefix
 
@@ -23,10 +27,10 @@ TEST, VALIDATION = "test", "validation"
 
 class Context:
     """The base model and the rows of a sweep; a *part* of the rows is `validation`, which chooses, or `test`, which is
-    read once. Neutral text is halved between them.
+    read once. Neutral text is halved between them, too.
 
     Args:
-        table: The sweep.
+        table: The sweep, as asked for; `table` of the context says how many rows there are.
         model: The base model.
         tokenizer: Its tokenizer.
 
@@ -35,12 +39,35 @@ class Context:
     """
 
     def __init__(self, table: SweepTable, model: Any, tokenizer: Any) -> None:
-        self.table, self.model, self.tokenizer = table, model, tokenizer
-        self.splits = load_splits(table.task, table.splits, table.train)
+        self.model, self.tokenizer = model, tokenizer
+        reading = Reading(table.columns, table.format, lambda: has_template(tokenizer))
+        splits = load_splits(table.task, table.splits, table.train, reading=reading, at_most=True)
+        self.splits, self._notes = readable_splits(splits, tokenizer), notes_on_form(splits.test, tokenizer)
+        # of a single file there may be fewer rows than asked for
+        sizes = {part: len(getattr(self.splits, part)) for part in ("validation", "scorer", "test")}
+        split_table = table.splits.model_copy(update=sizes)
+        self.table = table.model_copy(update={"train": min(table.train, len(splits.pool)), "splits": split_table})
         # a vector on the output of block i leaves i + 1 blocks as they were, what is inside it leaves i
         stops = {layer + extra for layer in table.layers for extra in (0, 1)}
         self.prefix = FrozenPrefix(_MEMO_GB, warn=False, stops=stops)
         self.held_out = cache(self._make_held_out)
+
+    def rehearse(self) -> list[str]:
+        """Try one row of everything; return what to say about the rows.
+
+        Raises:
+            ArmError: rows that the model cannot read, or that are longer than its context.
+            DataError: rows that cannot be trained on.
+        """
+        for part in (VALIDATION, TEST):
+            rehearse(self.held_out(part))
+        rows = self.splits.train(self.table.train, self.table.seed)
+        return [*self._notes, *rehearse_training(self.table.arm, self.model, self.tokenizer, rows)]
+
+    def trained_on(self) -> list[TrainedOn]:
+        """What is kept of the rows that made and chose the adapter."""
+        train = self.splits.train(self.table.train, self.table.seed)
+        return [TrainedOn.of(rows, self.splits.by) for rows in (train, self.splits.validation)]
 
     def rows(self, part: str) -> Dataset:
         """The task's rows of a part."""
@@ -69,12 +96,17 @@ class Context:
         return Record(keys, dict(evaluate_base(self.held_out(part))), facts)
 
     def _make_held_out(self, part: str) -> HeldOut:
-        neutral, count = neutral_rows(), self.table.generations
+        count = self.table.generations
+        # validation chooses on other neutral rows than those that are reported
+        if part == TEST:
+            neutral = neutral_rows(self.tokenizer)
+        else:
+            neutral = neutral_rows(self.tokenizer, "match", count=FEW_NEUTRAL)
         return HeldOut(
             self.model,
             self.tokenizer,
             pairs=self.rows(part),
-            neutral=neutral.select(range(1 if part == TEST else 0, len(neutral), 2)),
+            neutral=neutral,
             generations=count if self.scorer is not None else 0,
             neutral_generations=count,
             new_tokens=self.table.new_tokens,

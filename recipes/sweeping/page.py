@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from steertune.recipes.ablation.statistics.paired import interval
 from steertune.recipes.lab import measures
+from steertune.recipes.lab.intervals import interval, of_measure
 from steertune.recipes.lab.measures import Seen
 from steertune.recipes.lab.pages import Block, Code, Figure, Page, Section, Table, Text, escape
 from steertune.recipes.lab.pages.measured import comparison, generations, measured, number, title
+from steertune.recipes.lab.pages.side_effects import BESIDE, of_strengths, with_ends
 from steertune.recipes.lab.rows import BASE, Record, label
 from steertune.recipes.sweeping import plots
 from steertune.recipes.sweeping.choose import (
@@ -42,10 +43,12 @@ class Sweep:
         command: That ran it.
         scorer: How the behaviour was scored; None: it was not.
         versions: Of the packages.
+        split: How one file was divided; empty where there were several.
         test: The recommended setting on test rows; None: no setting is recommended.
         prompts: Test prompts that were answered, as plain text, and
         neutral_prompts: neutral ones.
         seconds: How long it took.
+        notes: What to say about the rows.
     """
 
     table: SweepTable
@@ -53,10 +56,12 @@ class Sweep:
     command: str
     scorer: str | None
     versions: str
+    split: str = ""
     test: Record | None = None
     prompts: tuple[str, ...] = ()
     neutral_prompts: tuple[str, ...] = ()
     seconds: float = 0.0
+    notes: tuple[str, ...] = ()
 
     @property
     def settings(self) -> list[Setting]:
@@ -87,6 +92,7 @@ class Sweep:
             "test": None if self.test is None else self.test.to_json(),
             "scorer": self.scorer,
             "versions": self.versions,
+            "split": self.split,
             "seconds": self.seconds,
         }
 
@@ -96,7 +102,8 @@ def page_of(result: Sweep) -> Page:
     table = result.table
     heading = f"{Path(table.task).name}: {table.what.replace('`', '')}, layers × strengths"
     sections = [
-        _recommended(result), _maps(result), _evenness(result), _table(result), _answers(result), _how(result)
+        _recommended(result), _maps(result), _side_effects(result), _evenness(result), _table(result),
+        _answers(result), _how(result),
     ]  # fmt: skip
     return Page(heading, [section for section in sections if section is not None])
 
@@ -171,6 +178,15 @@ def _maps(result: Sweep) -> Section | None:
     return Section("Layers × strengths", blocks)
 
 
+def _side_effects(result: Sweep) -> Section | None:
+    """What every strength does at one place: the recommended one, or the one with the largest mean effect."""
+    shown = result.choice.setting or max(result.settings, key=lambda one: one.value("margin_gain"), default=None)
+    if shown is None:
+        return None
+    where = place(shown).partition(" at ")[0]
+    return Section(f"Every strength at {where} (validation rows)", of_strengths(shown.record))
+
+
 def _evenness(result: Sweep) -> Section | None:
     """How evenly the recommended setting works, or without one the setting with the largest mean effect."""
     choice = result.choice
@@ -192,25 +208,31 @@ def _evenness(result: Sweep) -> Section | None:
 
 def _table(result: Sweep) -> Section:
     """Every measure of every setting, the base model first."""
-    means = [record.means() for record in result.records]
-    names = measured([row for of_place in means for row in of_place.values()])
+    names = measured([row for record in result.records for row in record.means().values()])
     rows = []
 
-    def add(where: str, strength: float, values: dict[str, float], excess: str) -> None:
-        numbers = [number(values[name]) if name in values else "" for name in names]
-        rows.append([where, f"{strength:g}", *numbers, excess])
+    def add(where: str, strength: float, record: Record, excess: str) -> None:
+        rows.append([where, f"{strength:g}", *(_cell(name, record, strength) for name in names), excess])
 
-    add("base", 0.0, means[0][BASE], "")
-    for record, of_place in zip(result.records, means, strict=True):
+    add("base", 0.0, result.records[0], "")
+    for record in result.records:
         where = f"{record.facts['layer']}" + ("" if (site := record.facts["site"]) == "block" else f" ({site})")
         for strength in result.table.strengths:
             if record.facts["status"] == "ok":
                 setting = Setting(record, strength)
-                add(where, strength, of_place[label(strength)], ", ".join(excesses(setting, result.table.limits)))
+                add(where, strength, record, ", ".join(excesses(setting, result.table.limits)))
             else:
-                add(where, strength, {}, record.facts["error"])
+                rows.append([where, f"{strength:g}", *[""] * len(names), record.facts["error"]])
     frame = pd.DataFrame(rows, columns=pd.Index(["layer", "strength", *map(title, names), "too much"]))
     return Section("Every setting (validation rows)", [Table(frame, "settings")])
+
+
+def _cell(name: str, record: Record, strength: float) -> str:
+    """A measure at a strength; what is weighed against each other has an interval."""
+    found = of_measure(measures.get(name), record.seen(strength))
+    if found is None:
+        return ""
+    return with_ends(found) if name in BESIDE else number(found.estimate)
 
 
 def _answers(result: Sweep) -> Section | None:
@@ -240,12 +262,19 @@ def _use(setting: Setting) -> list[Block]:
 def _how(result: Sweep) -> Section:
     table = result.table
     one = "as long as the mean difference of the two answers there" if table.arm is None else "as trained"
+    split = f" {escape(result.split)}" if result.split else ""
     scorer = f" Behaviour in generation: {escape(result.scorer)}." if result.scorer else ""
     text = (
         f"{table.train} training pairs, {table.splits.validation} validation and {table.splits.test} test pairs of "
-        f"`{Path(table.task).name}`; base `{table.model.name}`. Strength 1 is {one}. Settings are chosen on "
+        f"`{Path(table.task).name}`.{split} Base `{table.model.name}`. Strength 1 is {one}. Settings are chosen on "
         f"validation rows and on half of the neutral text. Differences have 95 % intervals over these rows.{scorer}"
     )
     time = f"{len(result.records) * len(table.strengths)} settings in {result.seconds / 60:.0f} minutes."
-    blocks = [Text(text), Text(time), Code(result.command, "bash"), Text(escape(result.versions))]
+    blocks = [
+        Text(text),
+        *map(Text, result.notes),
+        Text(time),
+        Code(result.command, "bash"),
+        Text(escape(result.versions)),
+    ]
     return Section("How it was measured", blocks)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, Field, field_validator
 
@@ -14,12 +14,12 @@ from steertune.recipes.lab.arm import Arm, load_arm, make_arm
 from steertune.recipes.lab.files import ArmError
 from steertune.recipes.lab.ingredients import check_recipe
 from steertune.recipes.lab.splits import SplitTable
-from steertune.recipes.lab.tables import ModelTable
+from steertune.recipes.lab.tables import ModelTable, Part
 
 SCALABLE = ("steering_vector", "lora")
 
 
-class Limits(BaseModel, extra="forbid"):
+class Limits(BaseModel, extra="forbid", strict=True):
     """What a setting may do to neutral text and still be recommended."""
 
     kl: float = Field(default=0.3, gt=0)
@@ -30,10 +30,12 @@ class Limits(BaseModel, extra="forbid"):
     """Share of repeated word triples above that of the base model."""
 
 
-class SweepTable(BaseModel, extra="forbid"):
+class SweepTable(BaseModel, extra="forbid", strict=True):
     """The whole request; `config.json` of the sweep's folder."""
 
     task: str
+    columns: dict[Part, str] = {}
+    format: Literal["auto", "conversation", "text"] = "auto"
     model: ModelTable
     direction: str | None = None
     """A file of `adapters/directions/`, or"""
@@ -44,7 +46,7 @@ class SweepTable(BaseModel, extra="forbid"):
     strengths: list[float] = Field(min_length=1)
     train: int = Field(ge=1)
     splits: SplitTable
-    seed: int = 0
+    seed: int = Field(default=0, ge=0, lt=2**32)
     scorer: dict[str, Any] | None = None
     """How the behaviour in generated answers is scored; None: it is not."""
     generations: int = Field(ge=0)

@@ -18,8 +18,8 @@ from datasets import Dataset
 from steertune.recipes.lab import embedded, scorers
 from steertune.recipes.lab.batches import batches
 from steertune.recipes.lab.behaviours import read_behaviour
-from steertune.recipes.lab.data import load_split
 from steertune.recipes.lab.generation import generate, plain
+from steertune.recipes.lab.sources import load_split
 from steertune.trainers import ModelAt
 
 _BATCH = 16

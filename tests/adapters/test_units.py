@@ -110,7 +110,7 @@ def test_all_layers_share_the_move_of_one():
     assert units[0].unit == pytest.approx(4 * units[1].unit)
 
 
-def test_the_size_is_the_median_norm_of_the_block_and_leaves_the_model_as_it_was():
+def test_the_size_is_that_of_the_blocks_median_token_and_leaves_the_model_as_it_was():
     model = tiny()
     before = copy.deepcopy(model.state_dict())
     model.train()
@@ -123,9 +123,22 @@ def test_the_size_is_the_median_norm_of_the_block_and_leaves_the_model_as_it_was
     assert all(torch.equal(value, adapted.base_model.model.state_dict()[name]) for name, value in before.items())
     ids = (torch.arange(128) * 7919 + 101).view(2, 64) % 64
     states = model.eval()(ids, output_hidden_states=True).hidden_states[2][:, 4:]
-    assert adapted.peft_config["default"].stream_sizes["1"] == pytest.approx(
-        float(states.norm(dim=-1).median()), rel=1e-2
-    )
+    # one entry of 32 in the middle is the median, and 0.6745 that of a standard normal variable
+    medians = states.abs().median(dim=-1).values * math.sqrt(32) / 0.6745
+    assert adapted.peft_config["default"].stream_sizes["1"] == pytest.approx(float(medians.median()), rel=1e-2)
+
+
+def test_massive_entries_of_the_stream_do_not_count():
+    """In Gemma-3-270M a few entries are four fifths of the stream's norm on every token, and say nothing of it."""
+    model = tiny()
+    plain = get_peft_model(copy.deepcopy(model), SteeringVectorConfig(layers=1)).peft_config["default"].stream_sizes
+    with torch.no_grad():
+        # a constant in an entry that no block reads
+        model.model.embed_tokens.weight[:, 5] = 50 * plain["1"]
+        for block in model.model.layers:
+            block.input_layernorm.weight[5] = block.post_attention_layernorm.weight[5] = 0
+    massive = get_peft_model(model, SteeringVectorConfig(layers=1)).peft_config["default"].stream_sizes
+    assert massive["1"] == pytest.approx(plain["1"], rel=0.5)
 
 
 def test_behind_a_norm_or_a_factor_the_size_is_what_moves_the_stream():
@@ -235,7 +248,7 @@ def test_the_default_rate_of_the_parent_is_not_a_vectors(kind, tmp_path, caplog)
     loss = "cross_entropy" if kind == "plain" else None
     text = lines(caplog, kind, tmp_path, loss=loss, learning_rate=default, lr_scheduler_type="constant")
     assert "Learning rate 0.001 (the default for vectors" in text
-    assert "3 steps can move it by up to 10% of the residual stream" in text
+    assert "3 steps can move it by up to 19% of the residual stream" in text
     assert "Training 32 of 35,136 parameters: steering vector 'default' at layer 2." in text
 
 

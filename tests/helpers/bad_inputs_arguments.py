@@ -16,10 +16,11 @@ from steertune.adapters import SteeringVectorConfig, directions, set_strength
 from steertune.adapters.analysis.activations import collect
 from steertune.adapters.analysis.probing import read
 from steertune.losses import get_loss
-from steertune.recipes.ablation.statistics.paired import interval, p_value
+from steertune.recipes.ablation.statistics.paired import p_value
 from steertune.recipes.chat import Chat
 from steertune.recipes.lab.augmentation import get_augmenter, grown
 from steertune.recipes.lab.augmentation import read as read_augmentation
+from steertune.recipes.lab.intervals import interval
 from steertune.recipes.lab.scorers import fit
 from steertune.recipes.lab.scorers import read as read_scorer
 from steertune.trainers import CheckpointError, FrozenPrefix, get_bias, get_view

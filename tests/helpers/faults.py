@@ -427,7 +427,7 @@ FAULTS = [
         "recipes/test_splits", "nested",
     ),
     Fault(
-        "percentile bootstrap in place of BCa", "statistics", "recipes.ablation.statistics.paired",
+        "percentile bootstrap in place of BCa", "statistics", "recipes.lab.intervals",
         'method="BCa"', 'method="percentile"',
         "recipes/test_statistics", "bca_interval_of_scipy",
     ),

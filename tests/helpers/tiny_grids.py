@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import tomllib
 from pathlib import Path
+from typing import Any
 
+import pytest
 import tiny_data
 from tiny_models import tiny
 
@@ -26,7 +28,7 @@ generations = 2
 new_tokens = 4
 trainer = { per_device_train_batch_size = 2 }
 splits = { validation = 4, test = 6, scorer = 2, near_duplicates = 1.0 }
-matched = { kl = 1e-4 }
+matched = { kl = 1e-4, frontier = [1e-4, 1e-3] }
 budget = { trials = 2, steps = [2], strengths = [1.0, 2.0] }
 
 [card]
@@ -97,3 +99,21 @@ def results(cells: list[dict]) -> list[dict]:
     """Cells without what depends on the clock and the machine."""
     clock = ("seconds", "train_seconds", "tuning_seconds", "peak_memory_gb")
     return [{k: v for k, v in cell.items() if k not in clock} for cell in cells]
+
+
+def assert_alike(one: Any, other: Any, where: str = "cells") -> None:
+    """Raise an AssertionError if results of two processes differ by more than rounding.
+
+    Two processes may add up in another order: kernels are chosen by where memory lies and by the number of threads.
+    """
+    if isinstance(other, dict):
+        assert one.keys() == other.keys(), where
+        for key, value in other.items():
+            assert_alike(one[key], value, f"{where}.{key}")
+    elif isinstance(other, list | tuple):
+        assert len(one) == len(other), where
+        for index, (value, expected) in enumerate(zip(one, other, strict=True)):
+            assert_alike(value, expected, f"{where}[{index}]")
+    else:
+        expected = pytest.approx(other, rel=1e-4, abs=1e-5, nan_ok=True) if isinstance(other, float) else other
+        assert one == expected, where

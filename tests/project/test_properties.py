@@ -25,9 +25,10 @@ from steertune.adapters.positions import PromptBoundary
 from steertune.adapters.saved import check_checksums, write_checksums
 from steertune.recipes.ablation.matched import matched_strength
 from steertune.recipes.ablation.statistics.curves import n_equivalence
-from steertune.recipes.ablation.statistics.paired import corrected, crossed_interval, interval, p_value
+from steertune.recipes.ablation.statistics.paired import corrected, crossed_interval, p_value
 from steertune.recipes.ablation.statistics.shapley import shapley
 from steertune.recipes.lab.files import ArmError, read_result, read_rows, write_result, write_rows
+from steertune.recipes.lab.intervals import interval
 from steertune.recipes.lab.splits import Splits
 from steertune.trainers import Batch, get_view, tokenise
 from steertune.trainers.prefix.store import TensorStore

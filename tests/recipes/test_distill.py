@@ -107,7 +107,8 @@ def test_an_instruction_is_learnt_and_its_tokens_are_saved(words, tmp_path, caps
     assert prompted.value("fidelity", 1) == pytest.approx(1)
     assert record.seen().observations == prompted.seen().observations
     assert prompted.value("margin", 1) != prompted.value("margin")
-    assert len({len(row.split("|")) for row in (run / "page.md").read_text().splitlines() if "|" in row}) == 1
+    widths = [len(row.split("|")) for row in (run / "page.md").read_text().splitlines() if "|" in row]
+    assert len({*widths}) == 2, "effect beside side effects with intervals, and every measure"
     assert (run / "adapter" / "adapter_model.safetensors").is_file()
     answers = read_rows(run / "answers.jsonl", "")
     assert {len(row) for row in answers} == {2}

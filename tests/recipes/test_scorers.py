@@ -40,7 +40,7 @@ def without(table: dict[str, Any], key: str) -> dict[str, Any]:
 
 
 def test_kinds_are_the_files_and_a_classifier_is_the_default():
-    assert scorers.names() == ["classifier", "judge", "logprob", "rule"]
+    assert scorers.names() == ["classifier", "embedding", "judge", "logprob", "rule"]
     kind, options = scorers.read({"C": 2})
     assert (kind, options.C) == ("classifier", 2.0)
 
@@ -249,7 +249,7 @@ class Endpoint:
             "question": "Q: {prompt} A: {answer}",
             "timeout": 5,
         }
-        return fitted({**table, **options})
+        return fitted({**table, **options}, NOTHING.select([]))  # no rows to check it on
 
     @property
     def questions(self) -> list[str]:
@@ -392,3 +392,41 @@ def test_the_question_may_name_the_answer_twice_and_leave_the_prompt_out(endpoin
 def test_prompts_are_passed_as_they_are(endpoint):
     endpoint.judge().score(["what is {answer}?"], ["so"])
     assert endpoint.questions == ["Q: what is {answer}? A: so"]
+
+
+# -- embedding, and how good a scorer is ------------------------------------------------------------------------------
+
+
+def test_embedding_separates_two_vocabularies_and_says_how_well(reader):
+    tokenizer = tiny_data.tokenizer()
+    good, bad = ("cat runs", "dog sleeps")
+    rows = Dataset.from_list(
+        [
+            {"prompt": "the", "chosen": f"{good} {i % 3 * 'the '}", "rejected": f"{bad} {i % 3 * 'the '}"}
+            for i in range(12)
+        ]
+    )
+    scorer = scorers.fit({"kind": "embedding", "C": 1.0}, rows, reader, tokenizer)
+    first, empty, second = scorer.score(["the"] * 3, [good, " ", bad])
+    assert first > 0.5 > second and empty is None
+    assert "12 pairs of its own, cross-validated accuracy 1.00" in scorer.note
+    with pytest.raises(ArmError, match=r"splits\.scorer=9: .*10 rows or more"):
+        scorers.fit({"kind": "embedding"}, rows.select(range(9)), reader, tokenizer)
+
+
+@pytest.mark.parametrize("pattern, right", [("glad|love|hug", 1.0), ("row|data|number", 0.0), ("zebra", 0.5)])
+def test_a_scorer_that_is_not_fitted_is_checked_on_the_scorer_split(pattern, right):
+    note = fitted({"kind": "rule", "pattern": pattern}, pairs(20)).note
+    assert f"right about {right:.2f} of 20 held-out pairs" in note
+    none = scorers.fit({"kind": "rule", "pattern": pattern}, pairs(5).select([]), None, None)
+    assert "not checked on held-out pairs (splits.scorer = 0)" in none.note
+
+
+def test_a_judge_is_checked_too_and_a_dead_one_only_once(endpoint):
+    endpoint.replies = [lambda question: says(f"Score: {8 if 'glad' in question or 'hug' in question else 2}")]
+    table = {"kind": "judge", "url": endpoint.url, "model": "grader", "question": "{answer}"}
+    assert "right about 1.00 of 5 held-out pairs" in fitted(table, pairs(5)).note
+    endpoint.got.clear()
+    endpoint.replies = [(500, "")]
+    assert "judged none of 5 held-out pairs" in fitted({**table, "tries": 1}, pairs(5)).note
+    assert len(endpoint.got) == 2

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
+import os
+import re
 from pathlib import Path
+from typing import IO, Any
 
 import pytest
 import tiny_data
@@ -13,8 +17,10 @@ from tiny_models import fill, steered, tiny, tokens
 
 from steertune.adapters import SteeringVectorConfig, set_strength
 from steertune.recipes import cli
+from steertune.recipes import serve as recipe
 from steertune.recipes.lab.files import ArmError
 from steertune.recipes.lab.generation import generate
+from steertune.recipes.lab.progress import Bar
 from steertune.recipes.serve import Request, Server, load_vectors
 
 SAY = [
@@ -163,7 +169,98 @@ def test_the_command_answers_a_file_and_goes_on_where_it_stopped(home, server, t
     serve(home, *words)
     assert set(said.read_text().splitlines()) == set(whole.splitlines()) - {json.dumps(replies[9])}
     said.write_text(whole[:-3])
-    assert serve(home, *words) == 2 and "cut off" in capsys.readouterr().err
+    assert serve(home, *words) == 0 and "cut off" in capsys.readouterr().err
+    assert [json.loads(line)["id"] for line in said.read_text().splitlines()] == [0, 1, 2, 3, 4, 5, 6, 8, 9]
+
+
+HOSTILE = {
+    "no JSON": (b"no json", "Line 2 is no JSON object"),
+    "a number": (b"5", "valid dict|no JSON object|object"),
+    "no UTF-8": (b'{"prompt": "caf\xe9"}', r"Line 2 is no UTF-8 \(byte 15\)"),
+    "NUL": (b"\0\0\0", "Line 2 is no JSON object"),
+    "UTF-16": ('{"prompt": "a"}'.encode("utf-16"), "Line 2 is no UTF-8"),
+    "too long": (b'{"prompt": "' + b"a" * 2**20 + b'"}', "Line 2 is longer than 1048576 bytes"),
+    "deep": (b'{"prompt": ' + b"[" * 100_000, "Line 2 is no JSON object"),
+    "10^9 tokens": (b'{"prompt": "the cat", "new_tokens": 1000000000}', "at most 1024 are answered"),
+    "400 digits": (b'{"prompt": "the cat", "new_tokens": ' + b"9" * 400 + b"}", "at most 1024|new_tokens"),
+    "5000 digits": (b'{"prompt": "the cat", "seed": ' + b"9" * 5000 + b"}", "Line 2 is no JSON object"),
+    "a seed of 400 digits": (b'{"prompt": "the cat", "seed": ' + b"9" * 400 + b"}", "seed: "),
+    "a number as text": (b'{"prompt": "the cat", "new_tokens": "8"}', "new_tokens: Input should be a valid integer"),
+    "half a token": (b'{"prompt": "the cat", "new_tokens": 1.5}', "new_tokens: Input should be a valid integer"),
+    "a truth value": (b'{"prompt": "the cat", "strength": true}', "strength: Input should be a valid number"),
+    "NaN": (b'{"prompt": "the cat", "strength": NaN}', "strength: Input should be a finite number"),
+    "1e400": (b'{"prompt": "the cat", "strength": 1e400}', "strength: Input should be a finite number"),
+    "1e38": (b'{"prompt": "the cat", "vector": "careful", "strength": 1e38}', r"strength=1e\+38 times a vector"),
+    "1e308": (b'{"prompt": "the cat", "vector": "careful", "strength": 1e308}', r"strength=1e\+308 times a vector"),
+    "a key twice": (b'{"prompt": "the cat", "prompt": "a"}', "'prompt' stands in it twice"),
+    "an unknown key": (b'{"prompt": "the cat", "chat_template": "{{ 1 }}"}', "chat_template: Extra inputs"),
+    "no prompt": (b"{}", "prompt: Field required"),
+    "an empty prompt": (b'{"prompt": ""}', "prompt"),
+    "a prompt of no tokens": (b'{"prompt": "   "}', "The prompt has no tokens"),
+    "messages of numbers": (b'{"prompt": [{"role": "user", "content": 5}]}', "Input should be a valid string"),
+    "messages without a role": (b'{"prompt": [{}]}', "every message needs a role and content"),
+    "an unknown vector": (b'{"prompt": "the cat", "vector": "' + b"x" * 5000 + b'"}', "is none of"),
+    "an id of a list": (b'{"prompt": "the cat", "id": [1]}', "id"),
+    "an id again": (b'{"prompt": "the cat", "id": "first"}', "was asked before"),
+    "half a character": (b'{"prompt": "\\ud800"}', "surrogate|UTF-8|JSON|Invalid"),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_hostile_line_gets_an_error_and_the_others_their_answers(name, home, server, tmp_path):
+    """Between two good requests, in one batch with them; a restart does not read it again."""
+    line, says = HOSTILE[name]
+    good = [{"prompt": "the cat", "id": "first", "new_tokens": 3}, {"prompt": "a dog", "id": "last", "new_tokens": 3}]
+    asked, said = tmp_path / "asked.jsonl", io.StringIO()
+    asked.write_bytes(b"\n".join([json.dumps(good[0]).encode(), line, json.dumps(good[1]).encode()]))
+    assert answer_all(server, asked, said) == 1
+    replies = [json.loads(reply) for reply in said.getvalue().splitlines()]
+    assert [reply["id"] for reply in replies if "answer" in reply] == ["first", "last"]
+    assert [r["answer"] for r in replies if "answer" in r] == server.answers([Request(**say) for say in good])
+    [refused] = [reply for reply in replies if "error" in reply]
+    assert re.search(says, refused["error"]) and len(refused["error"]) < 1000, refused["error"]
+    again = io.StringIO()
+    answer_all(server, asked, again, {reply["id"] for reply in replies})
+    assert again.getvalue() == ""
+
+
+def answer_all(server, asked: Path, said: IO[str], done: Any = ()) -> int:
+    with asked.open("rb") as source:
+        return recipe._serve(server, recipe.Lines(source.fileno(), Bar(1)), said, set(done))
+
+
+def test_a_request_that_takes_too_long_ends_alone(server, monkeypatch, tmp_path):
+    slow = Server(server.model, server.tokenizer, batch=2, seconds=-1)
+    [late, done] = slow.replies([Request(prompt="the cat", new_tokens=50), Request(prompt="a dog", new_tokens=1)])
+    assert "was not there after" in str(late) and isinstance(done, str)
+
+
+def test_a_batch_that_fails_is_answered_one_by_one(server, monkeypatch):
+    generated = Server._generated
+
+    def fails(self: Server, requests: Any, ids: Any) -> Any:
+        if any("dog" in request.prompt for request in requests):
+            raise RuntimeError("out of memory")
+        return generated(self, requests, ids)
+
+    requests = [Request(prompt=text, new_tokens=3) for text in ("the cat", "a dog", "red")]
+    expected = server.answers(requests)
+    monkeypatch.setattr(Server, "_generated", fails)
+    replies = server.replies(requests)
+    assert "out of memory" in str(replies[1]) and replies[0::2] == expected[0::2]
+
+
+def test_lines_come_as_they_are_written(server):
+    """A pipe that stays open: a request is answered when it is there, and not when a batch is full."""
+    reader, writer = os.pipe()
+    parts = recipe.Lines(reader, Bar(1)).parts(8)
+    os.write(writer, b"\xef\xbb\xbfone\n\ntwo\nhal")
+    assert next(parts) == [(0, b"one"), (2, b"two")]
+    os.write(writer, b"f\n")
+    assert next(parts) == [(3, b"half")]
+    os.close(writer)
+    assert list(parts) == []
+    os.close(reader)
 
 
 @pytest.mark.parametrize(
@@ -174,6 +271,14 @@ def test_the_command_answers_a_file_and_goes_on_where_it_stopped(home, server, t
         (["a@2=x"], "without '@'"),
         (["a=nowhere"], "is no adapter folder"),
         (["a=nowhere", "--input", "nowhere.jsonl"], "no such file"),
+        (["keys=nowhere"], "cannot be the name of an adapter"),
+        (["a.b=nowhere"], "without '@' and '.'"),
+        (["a="], "NAME=FOLDER"),
+        (["a=nowhere", "--output", "nowhere/answers.jsonl"], "there is no folder nowhere"),
+        (["a=nowhere", "--output", "."], "is no file"),
+        (["a=nowhere", "--input", __file__, "--output", __file__], "is the file of requests"),
+        (["a=nowhere", "--output", __file__], "is no file of answers"),
+        (["a=nowhere", "--longest", "0"], "whole number of 1 or more"),
     ],
 )
 def test_the_command_refuses(words, message, capsys):

@@ -243,7 +243,7 @@ def test_the_page_the_pictures_and_the_card(swept):
     for text in ("## Recommended: layer", "charts/heat.png", "charts/pareto.png", "charts/slopes.png", "read once",
                  "## Every setting", "| base | 0 |", "--folder FOLDER"):  # fmt: skip
         assert text in page, text
-    assert (swept / "page.html").read_text().count("data:image/png;base64") == 3
+    assert (swept / "page.html").read_text().count("data:image/png;base64") == 4
     card = (swept / "adapter" / "README.md").read_text()
     for text in (
         "## Safety",

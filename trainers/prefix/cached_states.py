@@ -29,6 +29,7 @@ from .exactness import (
     in_words,
     is_wide,
     last_tokens,
+    least_tokens,
 )
 from .packing import alone_layout
 from .store import TensorStore, attention_of, config_of, row_key, rows_of, weights_key
@@ -73,6 +74,7 @@ class CachedStates:
         self._new: dict[str, Tensor] = {}
         alike = decoder.packs and not has_experts(decoder.module.config) and is_wide(decoder.inside(decoder.count))
         self._together = None if alike else False  # whether new rows run together; None: not compared yet
+        self._least_tokens: int | None = None  # shorter rows run alone; None: not measured yet
 
     def of(self, rows: Sequence[Row], width: int) -> Tensor:
         """States of a batch, `(R, width, D)`, zero on the padding to the right; `keep` stores new ones.
@@ -111,14 +113,25 @@ class CachedStates:
 
     def _compute(self, rows: Sequence[Row]) -> list[dict[int, Tensor]]:
         """States of every row, `(tokens, D)`, by the number of blocks below them."""
-        # one line for all rows: weights are read once
-        if self._together is not False and all(_is_plain(row) for row in rows):
-            states = self._compute_together(rows)
+        states: dict[int, dict[int, Tensor]] = {}
+        line = self._rows_for_one_line(rows)
+        if len(line) > 1:
+            together = self._compute_together([rows[i] for i in line])
             if self._together is None:
-                self._together = self._have_the_same_bits(rows, states)
+                self._together = self._have_the_same_bits([rows[i] for i in line], together)
             if self._together:
-                return states
-        return [self._compute_alone(row) for row in rows]
+                states = dict(zip(line, together, strict=True))
+        return [states.get(i) or self._compute_alone(row) for i, row in enumerate(rows)]
+
+    def _rows_for_one_line(self, rows: Sequence[Row]) -> list[int]:
+        """Which rows may run in one line of tokens: weights are then read once for all of them."""
+        if self._together is None and self._least_tokens is None:
+            self._least_tokens = least_tokens(self.decoder.inside(self.decoder.count))
+            self._together = None if self._least_tokens else self._one_by_one()
+        if self._together is False or self._least_tokens is None:
+            return []
+        least = self._least_tokens
+        return [i for i, row in enumerate(rows) if _is_plain(row) and row["input_ids"].shape[1] >= least]
 
     def _compute_alone(self, row: Row) -> dict[int, Tensor]:
         with self._noting_stops() as passed:
@@ -140,10 +153,13 @@ class CachedStates:
         for i in {by_length[0], by_length[len(rows) // 2], by_length[-1]}:
             alone = self._compute_alone(rows[i])
             if not all(torch.equal(state, alone[stop]) for stop, state in states[i].items()):
-                self._notices.less("new rows run one by one: together they round in another way, and a resumed run "
-                                   "would meet them in other batches")  # fmt: skip
-                return False
+                return self._one_by_one()
         return True
+
+    def _one_by_one(self) -> bool:
+        self._notices.less("new rows run one by one: on this machine they round in another way together, and a "
+                           "resumed run would meet them in other batches")  # fmt: skip
+        return False
 
     @contextmanager
     def _noting_stops(self) -> Iterator[dict[int, Tensor]]:

@@ -12,8 +12,9 @@ under the policy and one under the reference take the same path, so that an untr
    attention looks back only and is told where rows begin. Compared like 2, for rows of one length and of several,
    and again whenever rows are twice as long.
 4. *A prompt may run apart from what follows it*, because attention looks back only. Compared like 3.
-5. *New rows may run together*, because each has the bits that it has alone. Three of them run alone and are compared
-   bit by bit, once for a model; where bits differ, with experts and in narrow models, rows run one by one.
+5. *New rows may run together*, because each has the bits that it has alone. That depends on the matrix products of
+   this machine, so they are tried at many numbers of tokens (`least_tokens`), and three rows of the first batch run
+   alone and are compared bit by bit. Where bits differ, with experts and in narrow models, rows run one by one.
 6. *A tensor that is read again is the one that was computed*, because its key is a digest of weights, settings,
    precision and row. On disk its bytes have a digest, too.
 
@@ -41,6 +42,8 @@ _SILENCE = "This costs time only. frozen_prefix=False trains in the same way wit
 _WINDOWS = ("sliding_window", "attention_chunk_size", "window_size")
 _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
 _TOKENS = 8  # enough to see which modules run, and how
+# numbers of tokens at which matrix products are tried: every remainder of the tiles that kernels work in
+_TRIED_TOKENS = (*range(4, 13), 15, 16, 17, 19, 25, 27, 32, 33, 47, 64, 65, 100, 129, 200, 255, 300, 511)
 
 
 class NoPrefix(ValueError):
@@ -167,6 +170,33 @@ def is_wide(modules: Iterable[nn.Module]) -> bool:
     """
     weights = [p for module in modules for p in module.parameters(recurse=False) if p.ndim == 2]
     return bool(weights) and all(size % 64 == 0 and size >= 128 for weight in weights for size in weight.shape)
+
+
+@torch.no_grad()
+def least_tokens(modules: Iterable[nn.Module]) -> int | None:
+    """The number of tokens from which on every linear layer gives a token the same bits, however many it is given.
+
+    A kernel is chosen by the size of the product and the number of threads, and each may add up in another order.
+
+    Returns:
+        The number, at most 64; None where there is none.
+    """
+    layers = {(m.weight.shape, m.weight.dtype): m for m in modules if type(m) is nn.Linear}
+    least = _TRIED_TOKENS[0]
+    for layer in layers.values():
+        # numbers of our own, so that the training's random numbers stay as they are
+        generator = torch.Generator().manual_seed(0)
+        x_TD = torch.randn(512, layer.in_features, generator=generator).to(layer.weight)
+        output_TD = layer(x_TD)
+        # tokens from the middle, as rows have them in a line
+        differ = [n for n in _TRIED_TOKENS if not torch.equal(layer(x_TD[1 : n + 1].clone()), output_TD[1 : n + 1])]
+        if differ:
+            larger = [n for n in _TRIED_TOKENS if n > differ[-1]]
+            # above 64 most rows would run alone anyway
+            if not larger or larger[0] > 64:
+                return None
+            least = max(least, larger[0])
+    return least
 
 
 def beyond_window(config: Any, columns: int) -> bool:

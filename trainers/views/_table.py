@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from ..batch import Batch
-from ..data import tokenise
+from ..data import DataError, tokenise
 from ..host_copies import on_host, sent
 from ..prefix import FrozenPrefix
 from ..prefix.cached_states import CachedReference
@@ -74,10 +74,12 @@ class Views:
     def _tokenised(self, name: str, rows: Sequence[Row]) -> Dataset:
         try:
             return tokenise(Dataset.from_list([dict(row) for row in rows]), self.tokenizer)
-        except TemplateError as error:
+        except DataError as error:
+            if not isinstance(error.__cause__, TemplateError):
+                raise
             raise ViewError(
-                f"View {name!r}: the chat template refuses it ({error}). Put an instruction into the user's message "
-                "instead: where='before' or 'after'."
+                f"View {name!r}: the chat template refuses it ({error.__cause__}). Put an instruction into the user's "
+                "message instead: where='before' or 'after'."
             ) from error
 
     def remember(self, prefix: FrozenPrefix) -> None:

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from steertune.recipes.ablation import analysis, charts
+from steertune.recipes.ablation.cells import column
 from steertune.recipes.ablation.findings import Findings
 from steertune.recipes.ablation.sections import COMPARED, numbers, p_text, reach, section, table
 from steertune.recipes.ablation.statistics.paired import Difference
+from steertune.recipes.lab import measures
 from steertune.recipes.lab.pages import Block, Figure, Section, Text
 
 _SHOWN = 8  # arms in a chart; more cannot be told apart
@@ -26,11 +28,25 @@ def efficiency(findings: Findings) -> Section | None:
             "Bars: 95 % over the seeds of a task, unpaired; the intervals of the tables are paired, and allow for "
             "other test rows. Dashed: the base model."
         ),
+        *_side_effects(findings),
         *_by_examples(findings),
     ]
     for i, (than, curves) in enumerate(findings.curves.items()):
         blocks += _worth(findings, curves, than, f"worth_{i + 1}")
     return Section("Sample efficiency", blocks)
+
+
+def _side_effects(findings: Findings) -> list[Block]:
+    """What the arms of the curves cost with every number of examples."""
+    ran, claim = findings.ran, findings.claim
+    blocks: list[Block] = []
+    for name in ("kl", "perplexity_ratio", "repetition", "neutral_repetition"):
+        of_cells = column(name, claim.strength)
+        if ran[of_cells].notna().any() and name != claim.measure:
+            label = measures.get(name).heading
+            drawing = charts.curves(ran, most_telling(findings), of_cells, label, findings.colours)
+            blocks.append(Figure(drawing, f"curves_{name}", f"{label} by number of examples"))
+    return blocks
 
 
 def most_telling(findings: Findings) -> list[str]:

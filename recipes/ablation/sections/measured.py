@@ -8,11 +8,13 @@ import pandas as pd
 from steertune.recipes.ablation import charts
 from steertune.recipes.ablation.cells import column
 from steertune.recipes.ablation.findings import Findings
-from steertune.recipes.ablation.sections import means_table, section
+from steertune.recipes.ablation.sections import section, table
 from steertune.recipes.ablation.statistics import Frame
 from steertune.recipes.ablation.statistics.rows import examples_of
 from steertune.recipes.lab import measures
+from steertune.recipes.lab.intervals import interval
 from steertune.recipes.lab.pages import Block, Figure, Section, Table, Text
+from steertune.recipes.lab.pages.side_effects import BESIDE, with_ends
 from steertune.recipes.lab.rows import BASE, MATCHED, TUNED
 
 _ARROWS = {"higher": " ↑", "lower": " ↓", None: ""}
@@ -26,11 +28,17 @@ def measured(findings: Findings) -> Section:
     at_tuned = "at the matched strength" if all_matched else "at the tuned strength"
     blocks: list[Block] = [
         *_tradeoff(findings, all_matched),
-        Text(f"Means over the cells that an arm has, {at_tuned} (↑: higher is better, ↓: lower is better)."),
+        Text(
+            f"Means over an arm's cells, {at_tuned} (↑: higher is better, ↓: lower is better); in brackets, "
+            "95 % for other pairs of task and seed. Dashed in the figure: the base model."
+        ),
+        *_side_by_side(findings, TUNED, "side_effects"),
         _means(cells, TUNED, "measures"),
     ]
     if not all_matched and cells[[column(name, MATCHED) for name in measures.names()]].notna().any(axis=None):
-        blocks += [Text("The same at the matched KL:"), _means(cells, MATCHED, "measures_matched")]
+        blocks.append(Text("The same at the matched KL:"))
+        blocks += _side_by_side(findings, MATCHED, "side_effects_matched")
+        blocks.append(_means(cells, MATCHED, "measures_matched"))
     failed = int(sum(_failed_judgements(cell) for _, cell in cells.iterrows()))
     if failed:
         blocks.append(Text(f"{failed} judgements failed; they are in no mean."))
@@ -41,14 +49,29 @@ def _means(cells: Frame, strength: str, name: str) -> Table:
     """A column for every measure, a row for every arm, the base model first."""
     names = [one for one in measures.names() if cells[column(one, strength)].notna().any()]
     columns = [column(one, strength) for one in names]
-    groups = cells.dropna(subset=columns, how="all").groupby("arm", sort=False)
-    means = groups[columns].mean().assign(cells=groups.size())
-    base = pd.DataFrame(
-        [[*(cells[column(one, BASE)].mean() for one in names), np.nan]], ["(base model)"], means.columns
-    )
-    return means_table(
-        pd.concat([base, means]), [*map(_header, names), "cells"], [*["{:.3f}"] * len(names), "{:.0f}"], name
-    )
+    base = ["(base model)", *(_mean(one, cells[column(one, BASE)], brackets=False) for one in names), ""]
+    rows = [
+        [str(arm), *(_mean(one, own[column(one, strength)]) for one in names), str(len(own))]
+        for arm, own in cells.dropna(subset=columns, how="all").groupby("arm", sort=False)
+    ]
+    return table(["arm", *map(_header, names), "cells"], [base, *rows], name)
+
+
+def _mean(name: str, values: pd.Series, brackets: bool = True) -> str:
+    """A mean over cells; what is weighed against each other has its interval."""
+    values = values.dropna()
+    if values.empty:
+        return ""
+    return with_ends(interval(values)) if brackets and name in BESIDE else f"{values.mean():.3f}"
+
+
+def _side_by_side(findings: Findings, strength: str, name: str) -> list[Block]:
+    """Effect beside side effects, arm by arm."""
+    cells = findings.ran
+    columns = {column(one, strength): measures.get(one).heading.replace(", ", ",\n") for one in BESIDE}
+    columns = {one: title for one, title in columns.items() if cells[one].notna().any()}
+    own = cells.dropna(subset=[*columns], how="all")
+    return [Figure(charts.side_by_side(own, columns, findings.colours), name, "Effect and side effects of every arm")]
 
 
 def _header(name: str) -> str:
@@ -67,17 +90,12 @@ def _tradeoff(findings: Findings, all_matched: bool) -> list[Block]:
         cells,
         column(side_effect),
         column(effect),
-        f"{_axis(side_effect)}, on neutral text",
-        _axis(effect),
+        f"{measures.get(side_effect).heading}, on neutral text",
+        measures.get(effect).heading,
         findings.colours,
         base,
     )
     return [] if drawing is None else [Figure(drawing, "pareto", "Effect against side effect")]
-
-
-def _axis(name: str) -> str:
-    measure = measures.get(name)
-    return f"{measure.title}, {measure.unit}" if measure.unit else measure.title
 
 
 def _failed_judgements(cell: pd.Series) -> int:

@@ -13,7 +13,6 @@ allows for everything that the one before it allows for, so it is never narrower
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
@@ -24,48 +23,9 @@ from scipy import stats
 from statsmodels.stats.multitest import multipletests
 
 from steertune.recipes.ablation.statistics import Frame
+from steertune.recipes.lab.intervals import RESAMPLES, ROUNDING, Interval, finite
 
 _Key = TypeVar("_Key")
-FEW = 30
-"""Below this many pairs BCa intervals are too short (of 95 % they hold 90 at 10 pairs, 92 at 20, of normal
-differences), and Student's t is used."""
-RESAMPLES = 9999
-_ROUNDING = 1e-12
-
-
-@dataclass(frozen=True)
-class Interval:
-    """A mean difference and its interval.
-
-    Attributes:
-        estimate: Mean over the pairs.
-        low: Lower end.
-        high: Upper end.
-        pairs: How many pairs there were.
-        method: `bca`, `t`, `crossed`, `tasks`, or `none` where the pairs are too few, or all equal, so that nothing
-            shows how much they vary (the ends are infinite then).
-        p: Of the test that goes with a crossed interval or one over tasks: the error at which it would just hold zero.
-    """
-
-    estimate: float
-    low: float
-    high: float
-    pairs: int
-    method: str
-    p: float = 1.0
-
-    @property
-    def excludes_zero(self) -> bool:
-        """Whether the interval lies on one side of zero."""
-        return self.low > 0 or self.high < 0
-
-    @property
-    def ends(self) -> str:
-        """`[low, high]` as text."""
-        return "unknown" if np.isinf([self.low, self.high]).any() else f"[{self.low:+.3f}, {self.high:+.3f}]"
-
-    def __str__(self) -> str:
-        return f"{self.estimate:+.3f} {self.ends}"
 
 
 @dataclass(frozen=True)
@@ -97,60 +57,6 @@ class Difference:
 
     def __str__(self) -> str:
         return f"{self.estimate:+.3f} {self.crossed.ends}"
-
-
-def interval(differences: ArrayLike, confidence: float = 0.95, method: str | None = None, seed: int = 0) -> Interval:
-    """Interval of the mean of differences that are independent of each other, as those of test rows are; pairs of
-    task and seed are not (`seeds_interval`).
-
-    BCa bootstrap (Efron 1987, by scipy) over the pairs; Student's t below `FEW` pairs, where a bootstrap of a handful
-    of values is too sure of itself.
-
-    Args:
-        differences: One per pair.
-        confidence: Share of such intervals that should hold the true mean.
-        method: `bca` or `t` whatever the number of pairs.
-        seed: Of the bootstrap.
-
-    Raises:
-        ValueError: there is no difference, or one is not finite; `method` or `confidence` is not allowed.
-    """
-    if method not in (None, "bca", "t") or not 0 < confidence < 1:
-        raise ValueError(
-            f"method={method!r} must be 'bca' or 't', and confidence={confidence} must be between 0 and 1."
-        )
-    values = _finite(differences)
-    mean, pairs = float(values.mean()), len(values)
-    if pairs < 2:
-        return Interval(mean, -np.inf, np.inf, pairs, "none")
-    method = method or ("bca" if pairs >= FEW else "t")
-    if np.ptp(values) <= _ROUNDING * max(1.0, abs(mean)):
-        return _without_spread(mean, pairs, method)
-    if method == "t":
-        low, high = stats.t.interval(confidence, pairs - 1, loc=mean, scale=stats.sem(values))
-    else:
-        with warnings.catch_warnings():  # a degenerate resample
-            warnings.simplefilter("ignore")
-            bootstrap = stats.bootstrap(
-                (values,), np.mean, confidence_level=confidence, n_resamples=RESAMPLES, method="BCa", rng=seed
-            )
-        low, high = bootstrap.confidence_interval
-    return Interval(mean, float(low), float(high), pairs, method)
-
-
-def _without_spread(mean: float, pairs: int, method: str) -> Interval:
-    """The interval of equal differences: zeros are no difference; any other may be chance, so its ends are unknown."""
-    if abs(mean) <= _ROUNDING:
-        return Interval(0.0, 0.0, 0.0, pairs, method)
-    return Interval(mean, -np.inf, np.inf, pairs, "none")
-
-
-def _finite(differences: ArrayLike) -> NDArray[np.float64]:
-    values = np.asarray(differences, dtype=float)
-    if values.size == 0 or not np.isfinite(values).all():
-        bad = int((~np.isfinite(values)).sum())
-        raise ValueError(f"Got {values.size} differences, {bad} of them not finite. Pass at least one, all finite.")
-    return values
 
 
 @dataclass(frozen=True)
@@ -275,8 +181,8 @@ def _students(
     estimate, largest = float(means.mean()), float(np.abs(means).max())
     if spread is None:
         return Interval(estimate, -np.inf, np.inf, len(means), "none")
-    if spread.variance <= (_ROUNDING * max(1.0, largest)) ** 2:
-        if largest <= _ROUNDING:  # all differences are zero
+    if spread.variance <= (ROUNDING * max(1.0, largest)) ** 2:
+        if largest <= ROUNDING:  # all differences are zero
             return Interval(0.0, 0.0, 0.0, len(means), method)
         return Interval(estimate, -np.inf, np.inf, len(means), "none")  # the same for all seeds may be chance
     error = spread.variance**0.5
@@ -329,7 +235,7 @@ def p_value(differences: ArrayLike, seed: int = 0) -> float:
     Raises:
         ValueError: a difference is not finite, or there is none.
     """
-    values = _finite(differences)
+    values = finite(differences)
     if len(values) < 2 or not values.any():
         return 1.0
     zeros = np.zeros_like(values)

@@ -31,7 +31,7 @@ def with_base(cells: Frame, name: str) -> Frame:
     base = base.drop_duplicates(["task", "seed", "examples"]).assign(arm=name)
     for own in [column for column in cells if str(column).partition("@")[2].partition(" ")[0] == "0"]:
         measure, _, rest = str(own).partition("@0")
-        for strength in ("tuned", "matched"):
+        for strength in ("tuned", "matched", "frontier"):
             base[f"{measure}@{strength}{rest}"] = base[own]
     return pd.concat([cells, base], ignore_index=True)
 

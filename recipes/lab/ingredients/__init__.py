@@ -80,7 +80,7 @@ class Training:
     cache: MutableMapping[Any, Any] = field(default_factory=dict)
 
 
-class Ingredient(BaseModel, extra="forbid"):
+class Ingredient(BaseModel, extra="forbid", strict=True):
     """One table of an arm. Its fields are the table's keys; one of all defaults changes nothing."""
 
     order: ClassVar[int] = 50

@@ -29,7 +29,7 @@ from steertune.trainers import get_view
 _LORA = {"type": "lora", "r": 8, "lora_alpha": 16, "target_modules": "all-linear"}
 
 
-class TeacherTable(BaseModel, extra="forbid"):
+class TeacherTable(BaseModel, extra="forbid", strict=True):
     """`[teachers.NAME]`: what a teacher is trained on, with cross-entropy, and how."""
 
     chosen: str | None = None

@@ -6,9 +6,11 @@ import json
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+from datasets import Dataset
 from torch import nn
 
 from steertune.recipes.lab.files import ArmError
+from steertune.recipes.lab.forms import readable
 from steertune.recipes.lab.ingredients import ArmLike, Named, Training
 from steertune.recipes.lab.paths import TASKS
 from steertune.trainers import View, get_view
@@ -22,12 +24,15 @@ class Views(Named):
 
     order: ClassVar[int] = 30
 
-    def views(self, teachers: Mapping[str, nn.Module] | None = None, known: Any = None) -> dict[str, View]:
+    def views(
+        self, teachers: Mapping[str, nn.Module] | None = None, known: Any = None, tokenizer: Any = None
+    ) -> dict[str, View]:
         """The views by name.
 
         Args:
             teachers: The trained models of `[teachers]`; None: a stand-in for each of `known`.
             known: Names in `[teachers]`.
+            tokenizer: Of the model; without a chat template, neutral text is plain text. None: unknown.
 
         Raises:
             ArmError: an unknown view, option or teacher.
@@ -39,7 +44,8 @@ class Views(Named):
             name = str(options.pop("name", key))
             if name == "neutral":
                 lines = NEUTRAL.read_text(encoding="utf-8").splitlines()
-                options.setdefault("rows", [json.loads(line) for line in lines])
+                rows = Dataset.from_list(options.get("rows") or [json.loads(line) for line in lines])
+                options["rows"] = (rows if tokenizer is None else readable(rows, tokenizer)).to_list()
             if name == "teacher":
                 teacher = str(options.get("model", key))
                 if teacher not in names:
@@ -60,4 +66,5 @@ class Views(Named):
         """Give the trainer the views that the loss asks for; an override may have chosen another loss."""
         teachers = training.options.pop("teachers", {})
         asked = training.arm.views_seen()
-        training.options["views"] = {name: view for name, view in self.views(teachers).items() if name in asked}
+        views = self.views(teachers, tokenizer=training.tokenizer)
+        training.options["views"] = {name: view for name, view in views.items() if name in asked}

@@ -99,6 +99,11 @@ class Measure:
     total: Callable[[float], float] | None = None
     observe: Callable[[Any, Any], Sequence[float]] | None = None
 
+    @property
+    def heading(self) -> str:
+        """What a page calls it, with its unit."""
+        return f"{self.title}, {self.unit}" if self.unit else self.title
+
     def values(self, seen: Seen) -> Array:
         """One value for every example: what was recorded under the measure's name, else what follows from the rest.
 

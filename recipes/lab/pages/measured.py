@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import pandas as pd
-from matplotlib.figure import Figure as Drawing
 
 from steertune.recipes.lab import measures
-from steertune.recipes.lab.pages import Block, Code, Figure, Page, Section, Table, Text, escape
+from steertune.recipes.lab.pages import Block, Code, Page, Section, Table, Text, escape
+from steertune.recipes.lab.pages.side_effects import of_strengths
+from steertune.recipes.lab.pages.verdict import verdict
 from steertune.recipes.lab.rows import BASE, Record
 
 
@@ -19,8 +20,7 @@ def number(value: float) -> str:
 
 def title(name: str) -> str:
     """What a page calls a measure, with its unit."""
-    measure = measures.get(name)
-    return f"{measure.title}, {measure.unit}" if measure.unit else measure.title
+    return measures.get(name).heading
 
 
 def measured(columns: Sequence[Mapping[str, float]]) -> list[str]:
@@ -53,21 +53,6 @@ def by_strength(means: Mapping[str, Mapping[str, float]]) -> Table:
     return Table(pd.DataFrame(rows, columns=pd.Index(["strength", *map(title, names)])), "strengths")
 
 
-def strength_figure(means: Mapping[str, Mapping[str, float]]) -> Drawing:
-    """Pair accuracy and margin against strength.
-
-    Args:
-        means: From `Record.means`.
-    """
-    figure = Drawing(figsize=(7, 3), layout="constrained")
-    strengths = sorted(means, key=float)
-    for axis, name in zip(figure.subplots(1, 2), ("accuracy", "margin"), strict=True):
-        axis.plot([float(strength) for strength in strengths], [means[s][name] for s in strengths], marker="o")
-        axis.axvline(0, color="grey", linewidth=0.8)
-        axis.set(xlabel="strength", ylabel=title(name))
-    return figure
-
-
 def generations(prompts: Sequence[str], answers: Mapping[str, Sequence[str]]) -> list[Block]:
     """Prompts with what several models answer.
 
@@ -91,17 +76,17 @@ def training_page(record: Record, what: str, use: Sequence[str]) -> Page:
         use: The lines of Python that load the adapter.
     """
     means, facts = record.means(), record.facts
-    summary: list[Block] = [Text(what), *map(Text, facts["notes"].values())]
+    summary: list[Block] = [Text(verdict(record)), Text(what), *map(Text, facts["notes"].values())]
     summary.append(comparison({"before": means[BASE], "after": means["1"]}))
-    strengths: list[Block] = [by_strength(means)]
-    if "accuracy" in means[BASE]:
-        strengths.append(Figure(strength_figure(means), "strengths", "pair accuracy and margin against strength"))
+    strengths = [*of_strengths(record), Text("Every measure:"), by_strength(means)]
     cost = (
         f"{facts['parameters']:,} trained parameters, {facts['train_seconds']:.0f} s of training "
         f"({facts['steps']} steps), {facts['seconds']:.0f} s in all, {facts['peak_memory_gb']:.2f} GB peak memory, "
         f"{facts['processes']} process(es)."
     )
     answers = generations(facts["prompts"], _answers_of(record))
+    if facts.get("scorer"):
+        answers.insert(0, Text(f"What counts as the behaviour: {escape(facts['scorer'])}."))
     sections = [
         Section("", summary),
         Section("Strength", strengths),

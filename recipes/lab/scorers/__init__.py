@@ -12,15 +12,20 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 from datasets import Dataset
 from pydantic import ValidationError
+from sklearn.model_selection import GroupKFold, cross_val_score
 
 from steertune.adapters.registry import file_names
 from steertune.recipes.lab.arm import known_tables
 from steertune.recipes.lab.files import ArmError, nearest, reasons
+from steertune.recipes.lab.generation import plain
+
+_CHECKED = 100  # pairs on which a scorer that is not fitted is checked
 
 
 @dataclass(frozen=True)
@@ -29,11 +34,13 @@ class Scorer:
 
     Attributes:
         score: Prompts and answers (plain text) -> one number an answer, None where judging failed.
-        note: What it is and how good it is, for the report.
+        note: What it is, for the report; `fit` adds how good it is.
+        accuracy: Cross-validated accuracy of a fitted one; None: nothing was fitted, so `fit` checks it on the rows.
     """
 
     score: Callable[[Sequence[str], Sequence[str]], list[float | None]]
     note: str
+    accuracy: float | None = None
 
 
 def names() -> list[str]:
@@ -69,4 +76,58 @@ def fit(table: dict[str, Any], rows: Dataset, model: Any, tokenizer: Any) -> Sco
         tokenizer: Its tokenizer.
     """
     kind, options = read(table)
-    return importlib.import_module(f"{__name__}.{kind}").fit(options, rows, model, tokenizer)
+    scorer: Scorer = importlib.import_module(f"{__name__}.{kind}").fit(options, rows, model, tokenizer)
+    if scorer.accuracy is not None:
+        return replace(scorer, note=f"{scorer.note}, cross-validated accuracy {scorer.accuracy:.2f}")
+    return replace(scorer, note=f"{scorer.note}{_checked(scorer, rows)}")
+
+
+def _checked(scorer: Scorer, rows: Dataset) -> str:
+    """How often a scorer that was not fitted puts the chosen answer of a pair above the rejected one, a tie half."""
+    checked = rows.select(range(min(_CHECKED, len(rows))))
+    if not len(checked):
+        return ", not checked on held-out pairs (splits.scorer = 0)"
+    gaps: list[float] = []
+    # the first pair by itself: a judge that is not there is asked no more
+    for part in (checked.select([0]), checked.select([*range(1, len(checked))])):
+        prompts = [plain(prompt) for prompt in part["prompt"]]
+        sides = [scorer.score(prompts, [plain(answer) for answer in part[side]]) for side in ("chosen", "rejected")]
+        gaps += [good - bad for good, bad in zip(*sides, strict=True) if good is not None and bad is not None]
+        if not gaps:
+            break
+    if not gaps:
+        return f", which judged none of {len(checked)} held-out pairs"
+    right = float(np.mean((np.sign(gaps) + 1) / 2))
+    return f", right about {right:.2f} of {len(gaps)} held-out pairs"
+
+
+def fit_on_pairs(classifier: Any, features: Any) -> float:
+    """Fit a classifier on the answers of some pairs; return its cross-validated accuracy.
+
+    Args:
+        classifier: Of scikit-learn.
+        features: Of the chosen answers of all pairs, then of the rejected ones.
+
+    Raises:
+        ArmError: fewer than 10 pairs.
+    """
+    pairs = len(features) // 2
+    if pairs < 10:
+        raise ArmError(f"splits.scorer={pairs}: a classifier needs 10 rows or more.")
+    labels, groups = np.repeat([1, 0], pairs), np.tile(np.arange(pairs), 2)  # both answers of a pair in one fold
+    accuracy = cross_val_score(classifier, features, labels, groups=groups, cv=GroupKFold(5)).mean()
+    classifier.fit(features, labels)
+    return float(accuracy)
+
+
+def as_rows(tokenizer: Any, texts: Sequence[tuple[str, str]]) -> Dataset:
+    """Prompts and answers as rows: messages where the tokenizer has a chat template, else plain text."""
+    if tokenizer.chat_template is None:
+        return Dataset.from_list([{"prompt": f"{prompt}\n", "completion": answer} for prompt, answer in texts])
+    roles = ("prompt", "user"), ("completion", "assistant")
+    return Dataset.from_list(
+        [
+            {name: [{"role": role, "content": text}] for (name, role), text in zip(roles, pair, strict=True)}
+            for pair in texts
+        ]
+    )

@@ -16,7 +16,7 @@ from steertune.recipes.lab.files import ArmError
 from steertune.recipes.lab.scorers import Scorer
 
 
-class Options(BaseModel, extra="forbid"):
+class Options(BaseModel, extra="forbid", strict=True):
     """Where the judge is and what it is asked.
 
     Attributes:
@@ -32,10 +32,10 @@ class Options(BaseModel, extra="forbid"):
     url: str = Field(pattern=r"^https?://")
     model: str
     question: str
-    highest: float = Field(default=10.0, gt=0)
+    highest: float = Field(default=10.0, gt=0, allow_inf_nan=False)
     key: str = ""
-    tries: int = Field(default=3, ge=1)
-    timeout: float = Field(default=60.0, gt=0)
+    tries: int = Field(default=3, ge=1, le=100)
+    timeout: float = Field(default=60.0, gt=0, allow_inf_nan=False)
 
     @field_validator("question")
     @classmethod

@@ -13,13 +13,13 @@ from datasets import Dataset
 from pydantic import BaseModel, Field
 
 from steertune.recipes.lab.batches import batches
-from steertune.recipes.lab.scorers import Scorer
+from steertune.recipes.lab.scorers import Scorer, as_rows
 from steertune.trainers import ModelAt
 
 _ROWS = 8
 
 
-class Options(BaseModel, extra="forbid"):
+class Options(BaseModel, extra="forbid", strict=True):
     """`positive`, `negative`: instructions that stand before the prompt."""
 
     positive: str = Field(min_length=1)
@@ -47,16 +47,7 @@ def fit(options: Options, rows: Dataset, model: Any, tokenizer: Any) -> Scorer:
 def _mean_logps(model: Any, tokenizer: Any, rows: list[tuple[str, str]]) -> list[float]:
     if not rows:
         return []
-    chat = tokenizer.chat_template is not None
-    data = Dataset.from_list(
-        [
-            {
-                "prompt": [{"role": "user", "content": prompt}] if chat else f"{prompt}\n",
-                "completion": [{"role": "assistant", "content": answer}] if chat else answer,
-            }
-            for prompt, answer in rows
-        ]
-    )
+    data = as_rows(tokenizer, rows)
     found: list[float] = []
     for batch in batches(tokenizer, data, _ROWS):
         found += ModelAt(model, model, batch.to(model.device))(1.0).mean_logps.tolist()

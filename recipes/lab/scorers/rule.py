@@ -12,7 +12,7 @@ from pydantic import BaseModel, field_validator
 from steertune.recipes.lab.scorers import Scorer
 
 
-class Options(BaseModel, extra="forbid"):
+class Options(BaseModel, extra="forbid", strict=True):
     """`pattern`: a regular expression, case-insensitive."""
 
     pattern: str

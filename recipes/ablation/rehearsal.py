@@ -1,0 +1,72 @@
+"""Try one row of everything that a grid needs, and every arm's trainer, before any cell runs; dry runs do it too."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from steertune.recipes.ablation.budget import Setting
+from steertune.recipes.ablation.context import Context, instructions
+from steertune.recipes.ablation.grid import Cell
+from steertune.recipes.ablation.run import make_cell_trainer
+from steertune.recipes.lab.files import ArmError
+from steertune.recipes.lab.ingredients.augmentation import Augmentation
+from steertune.recipes.lab.ingredients.prompt import Prompt
+from steertune.recipes.lab.ingredients.teachers import Teachers
+from steertune.recipes.lab.rehearsal import rehearse, rehearse_training
+
+
+def rehearse_grid(cells: Sequence[Cell], context: Context) -> list[str]:
+    """Try what the cells need.
+
+    Args:
+        cells: The cells that are left to run.
+        context: The base model and the tasks' rows.
+
+    Returns:
+        What to say about the rows.
+
+    Raises:
+        ArmError: something that would fail in a cell; the message names the task or the arm.
+    """
+    notes: dict[str, None] = {}
+    tasks = {cell.task.label: cell.task for cell in cells}
+    for label, task in tasks.items():
+        notes |= dict.fromkeys(context.notes(task))
+        held_out = context.held_out(task)
+        for pairs in (held_out.pairs, context.splits(task).validation):
+            try:
+                rehearse(replace(held_out, pairs=pairs, shared={}))
+            except ValueError as error:
+                raise ArmError(f"Task {label!r}: {error}") from error
+
+    # the largest training set of every arm and task holds the others
+    largest = {(cell.arm.name, cell.task.label): cell for cell in sorted(cells, key=lambda cell: cell.examples)}
+    constructed: set[str] = set()
+    for cell in largest.values():
+        try:
+            notes |= dict.fromkeys(_rehearse_arm(cell, context, construct=cell.arm.name not in constructed))
+        except ValueError as error:
+            raise ArmError(f"Arm {cell.arm.name!r}, task {cell.task.label!r}: {error}") from error
+        constructed.add(cell.arm.name)
+    return [*notes]
+
+
+def _rehearse_arm(cell: Cell, context: Context, construct: bool) -> list[str]:
+    """Try what an arm reads: its prompt, or its training rows and its trainer."""
+    arm, splits = cell.arm.arm, context.splits(cell.task)
+    if arm.get(Prompt):
+        for number in range(len(instructions(cell))):
+            context.show(cell, cell.seed, number)(splits.test)
+        return []
+    rows = splits.train(cell.examples, cell.seed, arm.data.pairing, cell.task.draw)
+    notes = rehearse_training(arm, context.model, context.tokenizer, rows)
+    # teachers are trained, and new examples are made, only where they are needed
+    if construct and not arm.get(Teachers):
+        own = {name: one for name, one in arm.ingredients.items() if not isinstance(one, Augmentation)}
+        plain = replace(cell, arm=replace(cell.arm, arm=arm.model_copy(update={"ingredients": own})))
+        with tempfile.TemporaryDirectory() as home:
+            make_cell_trainer(plain, context, Setting(), cell.seed, Path(home))
+    return notes

@@ -1,0 +1,42 @@
+"""Which strengths an arm was brought to, and whether that is where its training left it.
+
+A trained arm that has to be scaled far to reach a KL is not what was trained: it is *extrapolated*, and wins no claim.
+Closed forms have no strength of their own and are exempt. An arm that does not reach a KL stops *short*.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from steertune.recipes.ablation.statistics import Frame
+
+TRAINED = 0.5, 2.0
+"""Strengths at which a trained arm counts as itself."""
+SHORT, EXTRAPOLATED = "†", "‡"
+_SOME = 0.1  # share of the cells
+Test = Callable[[Mapping[str, Any]], bool]
+"""Of a point of a frontier, as a cell keeps it."""
+
+
+def extrapolated(cells: Frame, targets: Sequence[float]) -> bool:
+    """Whether more than one in ten trained cells lie outside the strengths of `TRAINED` at one of these KLs."""
+    if "frontier" not in cells or "setting_steps" not in cells:
+        return False
+    trained = cells[cells["setting_steps"] > 0]
+    low, high = TRAINED
+    return _often(trained, targets, lambda point: not low <= point["strength"] <= high)
+
+
+def short(cells: Frame, targets: Sequence[float]) -> bool:
+    """Whether a cell does not reach one of these KLs."""
+    return "frontier" in cells and _often(cells, targets, lambda point: not point["reached"], some=0.0)
+
+
+def _often(cells: Frame, targets: Sequence[float], test: Test, some: float = _SOME) -> bool:
+    """Whether the test holds at one of the KLs in more than a share of the cells that have points."""
+    points = [
+        [point for point in cell if point["target"] in targets] for cell in cells["frontier"] if isinstance(cell, list)
+    ]
+    hits = sum(any(map(test, cell)) for cell in points)
+    return hits > some * len(points)

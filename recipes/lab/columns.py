@@ -1,0 +1,233 @@
+"""The columns of a data set as the trainers name them: `prompt`, `chosen`, `rejected`, `completion`.
+
+Columns of the neighbours are recognised, others are named in `data.columns`:
+
+    question, answer_matching_behavior, answer_not_matching_behavior   CAA, Anthropic's model-written evals
+    positive, negative                                                 repeng
+    positive_str, negative_str                                         steering-vectors
+
+The pairs of repeng and steering-vectors are two whole texts. What both begin with, up to a whole word, becomes the
+prompt.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from string import Formatter
+from typing import Any, Literal
+
+from datasets import Dataset
+
+from steertune.recipes.lab.files import ArmError, nearest
+from steertune.recipes.lab.tables import Columns, Part
+from steertune.trainers import DataError
+from steertune.trainers.data import FORMATS, PAIR_FORMATS
+from steertune.trainers.row_checks import check_rows
+
+Form = Literal["auto", "conversation", "text"]
+
+NEIGHBOURS: tuple[dict[Part, str], ...] = (
+    {"prompt": "question", "chosen": "answer_matching_behavior", "rejected": "answer_not_matching_behavior"},
+    {"prompt": "question", "chosen": "chosen", "rejected": "rejected"},
+    {"prompt": "prompt", "chosen": "positive", "rejected": "negative"},
+    {"chosen": "positive", "rejected": "negative"},
+    {"chosen": "positive_str", "rejected": "negative_str"},
+    {"chosen": "positive_prompt", "rejected": "negative_prompt"},
+)
+"""What other tools call the columns, the first match counts."""
+_LIKE_PROMPTS = ("instruction", "query", "input", "user")
+_ROLES: dict[Part, str] = {"prompt": "user", "chosen": "assistant", "rejected": "assistant", "completion": "assistant"}
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where rows come from, and what their columns mean.
+
+    Attributes:
+        name: As in `data.name`.
+        place: The number of a row -> where it stands, for messages.
+        columns: What each part of an example is; empty: the columns are recognised.
+        form: What texts become: messages, plain text, or (`auto`) what the model reads.
+        chat: Whether the model has a chat template; asked only where `form` is `auto` and it matters.
+    """
+
+    name: str
+    place: Callable[[int], str]
+    columns: Columns
+    form: Form = "auto"
+    chat: Callable[[], bool] = lambda: True
+
+
+def named(rows: Dataset, source: Source) -> tuple[Dataset, bool]:
+    """Rows with the columns that trainers know, checked one by one.
+
+    Returns:
+        The rows, and whether their prompts stand in the data.
+
+    Raises:
+        ArmError: a column is missing, or a row is not an example; the message names its place in the file.
+    """
+    columns = source.columns or _recognised(rows.column_names)
+    if source.columns:
+        columns = _complete(rows.column_names, source)
+    elif (odd := [name for name in _LIKE_PROMPTS if name in rows.column_names]) and _without_prompt(rows):
+        raise ArmError(
+            f"{source.name!r} has the columns chosen and rejected, no prompt, and {odd[0]!r}. If that is the prompt, "
+            f"set data.columns.prompt to {odd[0]}; else remove the column."
+        )
+    if columns:
+        examples = [_example(dict(row), columns) for row in rows]
+        own_prompts = "prompt" in columns
+        if not own_prompts:
+            examples = [_split(example) for example in examples]
+        elif _has_texts(examples) and source.form != "text" and (source.form == "conversation" or source.chat()):
+            examples = [_as_messages(example) for example in examples]
+        elif _has_texts(examples):
+            examples = [_as_one_text(example) for example in examples]
+        rows = Dataset.from_list(examples)
+    else:
+        own_prompts = "prompt" in rows.column_names or not _without_prompt(rows)
+        rows = _in_form(rows, source)
+    _check(rows, source)
+    return rows, own_prompts
+
+
+def _recognised(names: Sequence[str]) -> dict[Part, str]:
+    """What each part is in the columns of a neighbour; empty where the trainers know the columns, or nobody does."""
+    for columns in NEIGHBOURS:
+        if set(columns.values()) <= set(names) and "prompt" not in set(names) - set(columns.values()):
+            return columns
+    return {}
+
+
+def _complete(names: Sequence[str], source: Source) -> Columns:
+    """`data.columns`, checked, with the parts whose columns have their own names."""
+    where = f"{source.name!r}: columns {dict(source.columns)} cannot be filled in"
+    for part, text in source.columns.items():
+        try:
+            # with a conversion or a format, a field is not the name of a column
+            fields = {
+                f"{name}{spec or kind or ''}" for _, name, spec, kind in Formatter().parse(text) if name is not None
+            }
+        except ValueError as error:
+            raise ArmError(f"{where} ({error}). Its rows have {list(names)}.") from error
+        if unknown := sorted(fields - set(names)):  # an attribute of one is none either
+            raise ArmError(f"{where} ({unknown}). Its rows have {list(names)}.")
+        # a text without a column is the same in every row: right for an instruction, and else a misspelling
+        if not fields and text not in names and not (part == "prompt" and " " in text.strip()):
+            raise ArmError(f"{where} ({part}={text!r}). Its rows have {list(names)}.{nearest(text, list(names))}")
+    own: dict[Part, str] = {part: part for part in _ROLES if part in names and part not in source.columns}
+    if "completion" in source.columns:
+        own = {part: name for part, name in own.items() if part == "prompt"}
+    columns: dict[Part, str] = {**own, **source.columns}
+    if not ({"chosen", "rejected"} <= columns.keys() or {"prompt", "completion"} <= columns.keys()):
+        raise ArmError(
+            f"{where}: an example has chosen and rejected, or prompt and completion. Its rows have {list(names)}."
+        )
+    return columns
+
+
+def _example(row: dict[str, Any], columns: Columns) -> dict[str, Any]:
+    """The parts of an example from a row's own columns; of several texts the first is taken."""
+    row = {name: v[0] if isinstance(v, list) and v and isinstance(v[0], str) else v for name, v in row.items()}
+    gaps = {part for part, text in columns.items() if any(v is None and f"{{{k}}}" in text for k, v in row.items())}
+    return {
+        part: row[text] if text in row else None if part in gaps else text.format_map(row)
+        for part, text in columns.items()
+    }
+
+
+def _has_texts(examples: Sequence[dict[str, Any]]) -> bool:
+    return all(isinstance(value, str) for example in examples for value in example.values())
+
+
+def _split(example: dict[str, Any]) -> dict[str, Any]:
+    """Two whole texts as a prompt, which both begin with, and two answers."""
+    chosen, rejected = example["chosen"], example["rejected"]
+    if not isinstance(chosen, str) or not isinstance(rejected, str):
+        return example
+    same = [a == b for a, b in zip(chosen, rejected, strict=False)]
+    shared = "" if chosen == rejected else chosen[: [*same, False].index(False)]
+    # the prompt ends in front of a space or behind a mark, where tokens end too, and no answer is empty
+    for end in range(min(len(shared), len(chosen) - 1, len(rejected) - 1), 0, -1):
+        before = shared[end - 1]
+        if chosen[end] == rejected[end] == " " or not (before.isalnum() or before in " '’-_"):
+            return {"prompt": chosen[:end], "chosen": chosen[end:], "rejected": rejected[end:]}
+    return {"prompt": "", **example}
+
+
+def _as_messages(example: dict[str, Any]) -> dict[str, Any]:
+    return {
+        part: [{"role": _ROLES[part], "content": text.strip() if part != "prompt" else text}]  # pyright: ignore
+        for part, text in example.items()
+    }
+
+
+def _as_one_text(example: dict[str, Any]) -> dict[str, Any]:
+    """Answers that are set off from the prompt."""
+    joined = example["prompt"][-1:].isspace() or not example["prompt"]
+    return {
+        part: text if part == "prompt" or joined or text[:1].isspace() else f" {text}"
+        for part, text in example.items()
+    }
+
+
+def _in_form(rows: Dataset, source: Source) -> Dataset:
+    """Rows whose columns the trainers know already, as conversations or texts where that was asked for."""
+    parts = [part for part in _ROLES if part in rows.column_names]
+    if source.form == "auto" or not {"prompt"} < set(parts):
+        return rows
+    examples = [{part: row[part] for part in parts} for row in rows.to_list()]
+    if source.form == "conversation":
+        return Dataset.from_list([_as_messages(example) for example in examples]) if _has_texts(examples) else rows
+    if _has_texts(examples):
+        return rows
+    for index, example in enumerate(examples):
+        if any(not isinstance(value, list) or len(value) != 1 for value in example.values()):
+            raise ArmError(
+                f"{source.place(index)}: data.format='text' needs a prompt and answers of one message each. Use "
+                "data.format='conversation', or give texts."
+            )
+    return Dataset.from_list([
+        _as_one_text({part: str(value[0]["content"]) for part, value in example.items()}) for example in examples
+    ])  # fmt: skip
+
+
+def _without_prompt(rows: Dataset) -> bool:
+    return {"chosen", "rejected"} <= set(rows.column_names) and "prompt" not in rows.column_names
+
+
+def _check(rows: Dataset, source: Source) -> None:
+    """Refuse rows that nobody can train on or measure, with the place of the first one."""
+    parts = [part for part in _ROLES if part in rows.column_names]
+    first: dict[str, str] = {}
+    for index, row in enumerate(rows.select_columns(parts)) if parts else ():
+        values = {part: dict(row)[part] for part in parts}
+        kinds = {part: "a text" if isinstance(v, str) else "a list of messages" for part, v in values.items()}
+        first = first or kinds
+        known = all(isinstance(value, str | list) for value in values.values())
+        if known and (len(set(kinds.values())) > 1 or kinds != first):
+            here = ", ".join(f"{part} is {kind}" for part, kind in kinds.items())
+            other = "" if kinds == first else ", other than in the first row"
+            raise ArmError(
+                f"{source.place(index)} mixes two formats: {here}{other}. Give all parts of all rows as texts, or all "
+                "as lists of messages."
+            )
+        for part, value in values.items():
+            for message in value if isinstance(value, list) else ():
+                if isinstance(message, Mapping) and isinstance(message.get("content"), list):
+                    raise ArmError(
+                        f"{source.place(index)}: {part!r} has a message whose content is a list of parts. The models "
+                        "here read text: give the content as one text."
+                    )
+    known = [columns for columns in FORMATS if set(columns) <= set(rows.column_names)]
+    if not known:
+        return  # who needs other columns says so
+    try:
+        check_rows(rows if known[0] not in PAIR_FORMATS else rows.select_columns(list(known[0])), None)
+    except DataError as error:
+        if found := re.match(r"Row (\d+): (.*)", str(error), re.DOTALL):
+            raise ArmError(f"{source.place(int(found[1]))}: {found[2]}") from error
+        raise ArmError(f"{source.name!r}: {error}") from error

@@ -1,0 +1,151 @@
+"""Intervals of means over examples that are independent of each other, as test rows are."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy import stats
+
+from steertune.recipes.lab.measures import Measure, Missing, Seen
+
+FEW = 30
+"""Below this many pairs BCa intervals are too short (of 95 % they hold 90 at 10 pairs, 92 at 20, of normal
+differences), and Student's t is used."""
+RESAMPLES = 9999
+ROUNDING = 1e-12
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean difference and its interval.
+
+    Attributes:
+        estimate: Mean over the pairs.
+        low: Lower end.
+        high: Upper end.
+        pairs: How many pairs there were.
+        method: `bca`, `t`, `crossed`, `tasks`, or `none` where the pairs are too few, or all equal, so that nothing
+            shows how much they vary (the ends are infinite then).
+        p: Of the test that goes with a crossed interval or one over tasks: the error at which it would just hold zero.
+    """
+
+    estimate: float
+    low: float
+    high: float
+    pairs: int
+    method: str
+    p: float = 1.0
+
+    @property
+    def excludes_zero(self) -> bool:
+        """Whether the interval lies on one side of zero."""
+        return self.low > 0 or self.high < 0
+
+    @property
+    def ends(self) -> str:
+        """`[low, high]` as text."""
+        return "unknown" if np.isinf([self.low, self.high]).any() else f"[{self.low:+.3f}, {self.high:+.3f}]"
+
+    def __str__(self) -> str:
+        return f"{self.estimate:+.3f} {self.ends}"
+
+
+def interval(differences: ArrayLike, confidence: float = 0.95, method: str | None = None, seed: int = 0) -> Interval:
+    """Interval of the mean of differences that are independent of each other, as those of test rows are; pairs of
+    task and seed are not (`seeds_interval`).
+
+    BCa bootstrap (Efron 1987, by scipy) over the pairs; Student's t below `FEW` pairs, where a bootstrap of a handful
+    of values is too sure of itself.
+
+    Args:
+        differences: One per pair.
+        confidence: Share of such intervals that should hold the true mean.
+        method: `bca` or `t` whatever the number of pairs.
+        seed: Of the bootstrap.
+
+    Raises:
+        ValueError: there is no difference, or one is not finite; `method` or `confidence` is not allowed.
+    """
+    if method not in (None, "bca", "t") or not 0 < confidence < 1:
+        raise ValueError(
+            f"method={method!r} must be 'bca' or 't', and confidence={confidence} must be between 0 and 1."
+        )
+    values = finite(differences)
+    mean, pairs = float(values.mean()), len(values)
+    if pairs < 2:
+        return Interval(mean, -np.inf, np.inf, pairs, "none")
+    method = method or ("bca" if pairs >= FEW else "t")
+    if np.ptp(values) <= ROUNDING * max(1.0, abs(mean)):
+        return _without_spread(mean, pairs, method)
+    if method == "t":
+        low, high = stats.t.interval(confidence, pairs - 1, loc=mean, scale=stats.sem(values))
+    else:
+        with warnings.catch_warnings():  # a degenerate resample
+            warnings.simplefilter("ignore")
+            bootstrap = stats.bootstrap(
+                (values,), np.mean, confidence_level=confidence, n_resamples=RESAMPLES, method="BCa", rng=seed
+            )
+        low, high = bootstrap.confidence_interval
+    return Interval(mean, float(low), float(high), pairs, method)
+
+
+def _without_spread(mean: float, pairs: int, method: str) -> Interval:
+    """The interval of equal differences: zeros are no difference; any other may be chance, so its ends are unknown."""
+    if abs(mean) <= ROUNDING:
+        return Interval(0.0, 0.0, 0.0, pairs, method)
+    return Interval(mean, -np.inf, np.inf, pairs, "none")
+
+
+def finite(differences: ArrayLike) -> NDArray[np.float64]:
+    """The differences as an array.
+
+    Raises:
+        ValueError: there is none, or one is not finite.
+    """
+    values = np.asarray(differences, dtype=float)
+    if values.size == 0 or not np.isfinite(values).all():
+        bad = int((~np.isfinite(values)).sum())
+        raise ValueError(f"Got {values.size} differences, {bad} of them not finite. Pass at least one, all finite.")
+    return values
+
+
+def of_measure(measure: Measure, seen: Seen) -> Interval | None:
+    """A measure's mean over the examples of one model, with its 95 % interval for other examples.
+
+    Values of 0 and 1 get Wilson's interval, which allows for the values between them that other examples of a bounded
+    measure may have. A weighted mean, such as that of a KL per token, is a ratio of two means;
+    its interval is that of `mean + weight * (value - mean) / mean weight`, whose mean and whose spread are the ratio's
+    to first order (Cochran 1977, section 6.3). A perplexity is the exponential of such a mean, and so are its ends.
+
+    Args:
+        measure: The measure.
+        seen: What was seen of the model.
+
+    Returns:
+        None where the model was not measured.
+    """
+    try:
+        values, mean = measure.values(seen), measure.summary(seen)
+    except Missing:
+        return None
+    valid = np.isfinite(values)
+    if np.isnan(mean) or not valid.any():
+        return None
+    values = values[valid]
+    if set(values) <= {0.0, 1.0} and measure.total is None and not measure.weight:
+        share = stats.binomtest(int(values.sum()), len(values)).proportion_ci(method="wilson")
+        return Interval(mean, float(share.low), float(share.high), len(values), "wilson")
+    weights = np.ones_like(values)
+    if measure.weight in seen.observations and measure.name not in seen.observations:
+        weights = seen[measure.weight][valid]
+    centre = float(np.average(values, weights=weights))
+    around = interval(centre + weights * (values - centre) / weights.mean())
+    low, high = around.low, around.high
+    if (values >= 0).all():
+        low = max(low, 0.0) if np.isfinite(low) else low  # a mean of what is never below 0
+    if measure.total is not None:
+        low, high = (float(measure.total(end)) if np.isfinite(end) else end for end in (low, high))
+    return Interval(mean, low, high, len(values), around.method)

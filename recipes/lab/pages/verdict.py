@@ -1,0 +1,110 @@
+"""The first line of a training's page: what came out, whether it is too much, and which strength to use."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence
+
+import numpy as np
+
+from steertune.recipes.lab.rows import BASE, Record
+
+TRAINED = "1"
+MAX_KL = 1.5
+"""Nats per token on neutral text, where a behaviour that shows everywhere costs 0.5 to 1.3 by itself."""
+MAX_REPETITION = 0.1
+"""Share of repeated word triples above the base's."""
+MAX_CIRCLES = 0.2
+"""Share of answers that go in circles above the base's."""
+VISIBLE = 0.4
+"""Share of answers by which a behaviour must rise to be noticed."""
+_RISE = 0.05  # of a score that is a probability, from which an answer counts as more like the chosen ones
+_CIRCLE = 0.5  # an answer that shrinks below this share of its length says the same again and again
+
+
+def verdict(record: Record) -> str:
+    """One paragraph in Markdown.
+
+    Args:
+        record: The base model at strength 0, the trained one at strength 1 and maybe at others.
+    """
+    strengths = sorted((at for at in record.observations if float(at) > 0), key=float)
+    excess = {at: _excess(record, at) for at in strengths}
+    harmless = [at for at in strengths if not excess[at]]
+    gains = {at: _gain(record, at) for at in strengths if "score" in record.observations[at]}
+    # of the strengths that show as much, the nearest to the trained one
+    best = max(harmless, key=lambda at: (gains.get(at, (0.0,))[0], -abs(float(at) - 1)), default=None)
+    if best is None:
+        return (
+            f"**Every strength is too much: at {strengths[0]}, {excess[strengths[0]]}.** Lower "
+            "`trainer.learning_rate` or `trainer.max_steps`, or add `loss.neutral_kl`."
+        )
+    if excess[TRAINED]:
+        words = f": {gains[best][1]}" if gains else ""
+        return f"**Strength 1 is too much: {excess[TRAINED]}. Use strength {best}**{words}."
+    if not gains:
+        return _without_scorer(record)
+    if gains[TRAINED][0] >= VISIBLE:
+        return f"**The answers changed**: {gains[TRAINED][1]}. Side effects are within the limits."
+    if gains[best][0] >= VISIBLE:
+        return f"**Strength 1 shows little. Use strength {best}**: {gains[best][1]}."
+    return (
+        f"**Nothing visible happened**: {gains[TRAINED][1]}. Raise `trainer.learning_rate` or `trainer.max_steps`, or "
+        "give more examples."
+    )
+
+
+def _gain(record: Record, at: str) -> tuple[float, str]:
+    """By which share of the answers the behaviour rises, and in words.
+
+    A rule says of every answer whether it shows the behaviour. Other scores are compared with that of the base's
+    answer to the same prompt, since what counts as high depends on the pairs that the scorer was made of.
+    """
+    before, after = (np.array(record.observations[label]["score"], dtype=float) for label in (BASE, at))
+    judged = ~np.isnan(before) & ~np.isnan(after)
+    before, after = before[judged], after[judged]
+    if not len(after):
+        return 0.0, "no answer could be judged"
+    if np.isin([before, after], (0, 1)).all():
+        shown = f"{after.sum():.0f} of {len(after)} answers to held-out prompts show the behaviour"
+        return float(np.mean(after - before)), f"{shown}, and {before.sum():.0f} did before"
+    rises, falls = int((after > before + _RISE).sum()), int((after < before - _RISE).sum())
+    words = (
+        f"{rises} of {len(after)} answers to held-out prompts are more like the chosen answers than the base model's "
+        f"are, and {falls} less"
+    )
+    return (rises - falls) / len(after), words
+
+
+def _excess(record: Record, at: str) -> str:
+    """Which limits a strength exceeds, in words; "" if none."""
+    base = record.observations[BASE].get("answer", [])
+    repetition, circles = np.nan_to_num(record.value("repetition")), circling(base)
+    values = {
+        "KL to the base": (record.value("kl", at), MAX_KL),
+        "repetition": (record.value("repetition", at), repetition + MAX_REPETITION),
+        "share of answers that go in circles": (
+            circling(record.observations[at].get("answer", [])),
+            circles + MAX_CIRCLES,
+        ),
+    }
+    return ", and ".join(
+        f"{name} is {value:.2f} (limit {limit:.2f})" for name, (value, limit) in values.items() if value > limit
+    )
+
+
+def circling(answers: Sequence[str]) -> float:
+    """Share of the answers that say the same again and again, which compression finds without words in it."""
+    texts = [answer.encode() for answer in answers]
+    return float(np.mean([len(zlib.compress(text)) < _CIRCLE * len(text) for text in texts])) if texts else 0.0
+
+
+def _without_scorer(record: Record) -> str:
+    """What can be said of answers that nothing scores: whether they are the base's."""
+    if "answer" not in record.observations[BASE]:
+        return "No answers to held-out prompts were generated, so this page cannot say what one would notice."
+    before, after = (record.observations[at]["answer"] for at in (BASE, TRAINED))
+    same = sum(a == b for a, b in zip(before, after, strict=True))
+    if same > len(before) / 2:
+        return f"**Nothing visible happened: {same} of {len(before)} answers are the base model's, word for word.**"
+    return f"{len(before) - same} of {len(before)} answers differ from the base model's; read them below."

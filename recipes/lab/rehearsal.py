@@ -1,0 +1,103 @@
+"""Try one row of everything before any work: what would fail after an hour of training fails now, in dry runs too."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from datasets import Dataset
+
+from steertune.recipes.lab.arm import Arm
+from steertune.recipes.lab.batches import batches
+from steertune.recipes.lab.evaluate import evaluate
+from steertune.recipes.lab.files import ArmError
+from steertune.recipes.lab.generation import check_context, row_lengths
+from steertune.recipes.lab.ingredients.teachers import Teachers
+from steertune.recipes.lab.ingredients.views import Views as ViewTables
+from steertune.recipes.lab.observe import HeldOut
+from steertune.trainers import ModelAt, NonFiniteError, context_length, tokenise
+from steertune.trainers.row_checks import check_rows
+from steertune.trainers.views import Views
+
+_SHORTEN = "Shorten or remove such rows, or choose a model that reads more."
+
+
+def rehearse(held_out: HeldOut) -> None:
+    """Check the rows that models are measured on, and measure the base model on one row of every kind.
+
+    Raises:
+        ArmError: a row or its answer is longer than the model's context, or the model's answers are not finite.
+        DataError: test or neutral rows that could not be trained on either.
+    """
+    model, tokenizer = held_out.model, held_out.tokenizer
+    # all rows fit the tokenizer and the model, with the answers that will be generated
+    for rows, what, answers in (
+        (held_out.pairs, "The test rows", held_out.generations),
+        (held_out.neutral, "The neutral text", held_out.neutral_generations),
+    ):
+        if {"chosen", "completion", "text", "messages"} & {*rows.column_names}:
+            check_rows(rows, tokenizer)
+            check_context(model, tokenizer, rows, 0, what, _SHORTEN)
+        if answers and "prompt" in rows.column_names:
+            prompts = rows.select_columns(["prompt"]).select(range(min(answers, len(rows))))
+            check_context(model, tokenizer, prompts, held_out.new_tokens, f"{what}, with generated answers", _SHORTEN)
+
+    # one row of each kind goes through every observer; a scorer may be somebody's paid service
+    one = replace(
+        held_out,
+        pairs=held_out.pairs.select(range(min(1, len(held_out.pairs)))),
+        neutral=held_out.neutral.select([0]),
+        generations=min(1, held_out.generations),
+        neutral_generations=min(1, held_out.neutral_generations),
+        new_tokens=1,
+        scorer=None,
+        prompted=None,
+        prefix=None,
+        plain=None,
+        shared={},
+    )
+    try:
+        evaluate(model, one)
+    except NonFiniteError as error:
+        raise ArmError(
+            "The base model's log-probabilities of the first test row or neutral row are not finite. Its weights may "
+            "be damaged, or its number format too narrow: try model.dtype = 'float32'."
+        ) from error
+
+
+@torch.no_grad()
+def rehearse_training(arm: Arm | None, model: Any, tokenizer: Any, rows: Dataset) -> list[str]:
+    """Check an arm's training rows and their views, and show the base model one of them.
+
+    Args:
+        arm: What is trained; None: a direction is computed.
+        model: The base model.
+        tokenizer: Its tokenizer.
+        rows: Its training rows.
+
+    Returns:
+        What to say about the rows.
+
+    Raises:
+        DataError: rows that cannot be trained on.
+        ViewError: a view cannot be made of them.
+    """
+    check_rows(rows, tokenizer)
+    context = context_length(model.config, tokenizer)
+    # views of all rows: some are longer than others, and a chat template may refuse what a view adds
+    if arm is not None and (seen := arm.views_seen()):
+        views = arm.get(ViewTables).views(known=arm.get(Teachers).tables, tokenizer=tokenizer)
+        table = Views({name: view for name, view in views.items() if name in seen}, tokenizer, context)
+        table.add(rows, tokenise(rows, tokenizer))
+
+    [batch] = batches(tokenizer, rows.select([0]), 1)
+    ModelAt(model, model, batch.to(model.device))(1.0)
+    lengths = row_lengths(tokenizer, rows)
+    cut = sum(length > context for length in lengths) if context is not None else 0
+    if not cut:
+        return []
+    return [
+        f"{cut} of {len(rows)} training rows are longer than the model's context of {context} tokens (the longest: "
+        f"{max(lengths)}) and are cut there."
+    ]

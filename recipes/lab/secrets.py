@@ -1,0 +1,69 @@
+"""Secrets stay out of files and messages: what a recipe is given is written into configurations, cards and pages.
+
+A secret is what looks like one: tokens of Hugging Face, GitHub, OpenAI and AWS, a password in an address, and the
+values of environment variables that are named as a key, token, secret or password.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from steertune.recipes.lab.files import ArmError
+
+_TOKENS = re.compile(
+    r"\bhf_[A-Za-z0-9]{30,}|\bgh[pousr]_[A-Za-z0-9]{30,}|\bsk-[A-Za-z0-9_-]{20,}|\bAKIA[0-9A-Z]{16}\b"
+    r"|(?<=://)[^/\s@]+(?=@)"
+)
+_VARIABLES = re.compile(r"(^|_)(KEY|TOKEN|SECRET|PASSWORD)$", re.IGNORECASE)
+_SHORTEST = 8  # characters; a shorter value of a variable may stand in any text by chance
+_HIDDEN = "<secret>"
+
+
+def masked(text: str) -> str:
+    """A text without the secrets that stand in it."""
+    for name, value in os.environ.items():
+        if _VARIABLES.search(name) and len(value) >= _SHORTEST:
+            text = text.replace(value, _HIDDEN)
+    return _TOKENS.sub(_HIDDEN, text)
+
+
+def holds_secret(text: str) -> bool:
+    """Whether a secret stands in a text."""
+    return masked(text) != text
+
+
+def check_no_secrets(table: Mapping[str, Any], where: str = "") -> None:
+    """Refuse settings that hold a secret, since settings are written into files.
+
+    Args:
+        table: Settings, also nested ones.
+        where: The key that holds them.
+
+    Raises:
+        ArmError: names the key, and never the value.
+    """
+    for key, value in _leaves(table, where):
+        named_token = key.rpartition(".")[2] in ("hub_token", "token", "api_key") and bool(value)
+        if named_token or (isinstance(value, str) and holds_secret(value)):
+            raise ArmError(
+                f"{masked(key)} holds a secret, and settings are written into files. Remove it. Hugging Face reads "
+                "its token from the environment variable HF_TOKEN, or from `hf auth login`; a judge's `key` is the "
+                "name of an environment variable."
+            )
+
+
+def _leaves(value: Any, where: str) -> Iterator[tuple[str, Any]]:
+    """Every value that is no table or list, with the keys that lead to it; the keys themselves are values, too."""
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            path = f"{where}.{key}" if where else str(key)
+            yield where or "a key", str(key)
+            yield from _leaves(inner, path)
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            yield from _leaves(inner, where)
+    else:
+        yield where, value

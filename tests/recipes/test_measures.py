@@ -1,0 +1,100 @@
+"""Every measure against data whose answer is known."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from steertune.recipes.lab import measures
+from steertune.recipes.lab.measures import Missing, Seen
+from steertune.recipes.lab.observe import against_base
+
+ROWS = 4000
+
+
+def pairs(quality: np.ndarray, nats_per_token: float, bias: float, seed: int = 0) -> Seen:
+    """Pairs of which the chosen answer is ahead by `quality` nats besides what the lengths cost; `bias` tokens longer
+    on average."""
+    rng = np.random.default_rng(seed)
+    chosen = rng.integers(5, 60, len(quality))
+    rejected = np.maximum(1, chosen - rng.integers(-12, 13, len(quality)) - round(bias))
+    return Seen(
+        {
+            "chosen_logp": -nats_per_token * chosen + quality,
+            "rejected_logp": -nats_per_token * rejected.astype(float),
+            "chosen_tokens": chosen.tolist(),
+            "rejected_tokens": rejected.tolist(),
+        }
+    )
+
+
+def value(name: str, seen: Seen) -> float:
+    return measures.get(name).summary(seen)
+
+
+@pytest.mark.parametrize("bias", [-8, 0, 8])
+@pytest.mark.parametrize("noise", [0.0, 3.0])
+def test_where_length_explains_everything_accuracy_at_equal_length_is_a_half(bias, noise):
+    seen = pairs(noise * np.random.default_rng(1).standard_normal(ROWS), 2.0, bias)
+    assert value("accuracy_equal_length", seen) == pytest.approx(0.5, abs=0.03)  # 4 standard errors
+    if bias:  # the plain accuracy is that of the lengths
+        assert abs(value("accuracy", seen) - 0.5) > 0.2
+
+
+@pytest.mark.parametrize("bias", [-8, 8])
+@pytest.mark.parametrize("lead", [-1.0, 0.5, 2.0])
+def test_accuracy_at_equal_length_is_that_of_the_quality(bias, lead):
+    quality = lead + np.random.default_rng(2).standard_normal(ROWS)
+    seen = pairs(quality, 2.0, bias)
+    assert value("accuracy_equal_length", seen) == pytest.approx(float((quality > 0).mean()), abs=0.03)
+
+
+def test_accuracy_at_equal_length_where_nothing_differs_or_all_differ_alike():
+    quality = np.array([1.0, -1.0, 2.0, 0.0])
+    same = Seen(
+        {"chosen_logp": quality, "rejected_logp": [0.0] * 4, "chosen_tokens": [7] * 4, "rejected_tokens": [7] * 4}
+    )
+    assert value("accuracy_equal_length", same) == value("accuracy", same) == 0.625
+    alike = Seen({**same.observations, "rejected_tokens": [4] * 4})
+    assert math.isnan(value("accuracy_equal_length", alike))  # a cost per token cannot be told from a preference
+
+
+def test_a_longer_answer_does_not_lose_per_token():
+    seen = Seen({"chosen_logp": [-20.0], "rejected_logp": [-6.0], "chosen_tokens": [20], "rejected_tokens": [5]})
+    assert value("accuracy", seen) == 0
+    assert value("margin_per_token", seen) == pytest.approx(0.2)
+    assert value("accuracy_per_token", seen) == 1
+
+
+def test_the_ratio_to_the_base_cancels_what_the_base_prefers():
+    base = pairs(np.zeros(100), 2.0, bias=8)  # which loses nearly all pairs by their length
+    rng = np.random.default_rng(3)
+    gain = rng.standard_normal(100)
+    seen = Seen({**base.observations, "chosen_logp": base["chosen_logp"] + gain}, base)
+    assert value("accuracy_by_ratio", seen) == pytest.approx((gain > 0).mean())
+    assert value("accuracy_by_ratio", seen) + value("moved_wrong", seen) == pytest.approx(1)
+    assert value("accuracy_by_ratio", base) == 0.5
+
+
+def test_records_without_lengths_have_the_accuracies_that_need_none():
+    seen = Seen({"margin": [1.0, -1.0]})
+    assert value("accuracy", seen) == 0.5
+    with pytest.raises(Missing):
+        value("accuracy_per_token", seen)
+
+
+def test_a_mean_kl_hides_one_broken_token_and_its_tail_does_not():
+    # 19 tokens as the base predicts them, one of which the steered model is sure of another
+    base = torch.zeros(20, 4).log_softmax(-1)
+    broken = base.clone()
+    broken[7] = torch.tensor([20.0, 0.0, 0.0, 0.0]).log_softmax(-1)
+    broken[8] = broken[7]
+    targets = torch.zeros(20, dtype=torch.long)
+    observed = against_base([(broken, targets), (base, targets)], [base, base])
+    seen = Seen(observed)
+    assert observed["neutral_kl"] == pytest.approx([2 * math.log(4), 0], abs=1e-5)
+    assert value("kl", seen) == pytest.approx(math.log(4) / 20, abs=1e-5)
+    assert value("kl_tail", seen) == pytest.approx(math.log(4) / 2, abs=1e-5)

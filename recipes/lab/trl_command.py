@@ -44,7 +44,7 @@ class SteeringArguments:
     steering_layers: str = field(
         default="0.667", metadata={"help": "a block, a fraction of the depth, a list of either, or all"}
     )
-    steering_form: str = field(default="bias", metadata={"help": "bias, gated, linear or low_rank"})
+    steering_form: str = field(default="bias", metadata={"help": "bias, span, gated, linear or low_rank"})
     steering_rank: int = field(default=1, metadata={"help": "rank of low_rank"})
     steering_tied: bool = field(default=False, metadata={"help": "one vector for all layers"})
     steering_site: str = field(default="block", metadata={"help": "block, attention or mlp"})

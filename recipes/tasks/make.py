@@ -47,7 +47,8 @@ class Example:
 
     Attributes:
         part: `train`, `validation` or `test`.
-        kind: `neutral`, `personal` where the prompt asks for an opinion, or `claim` where it states one.
+        kind: `neutral`, `personal` where the prompt asks for an opinion, `claim` where it states one, `plan`, or
+            `news`.
         topic: What it is about, as `bicycles`.
         prompt: The prompt.
         answer: The first sentence of the embedded model's own answer, to neutral prompts.
@@ -127,15 +128,15 @@ def make(name: str) -> dict[str, list[dict[str, Any]]]:
     taken: list[str] = []  # texts of the parts made so far
     for part in ("test", "validation", "train"):  # training rows make way for test rows that they resemble
         own = [example for example in everything if example.part == part]
-        random.Random(f"{name} {part}").shuffle(own)
+        made = [(example.topic, row) for example in own if (row := balanced(name, example, rule, tokenizer))]
+        random.Random(f"{name} {part}").shuffle(made)
         # a row of every topic comes before the second row of any
         turns: Counter[str] = Counter()
-        rows = []
-        for example in own:
-            if row := balanced(name, example, rule, tokenizer):
-                rows.append((turns[example.topic], row))
-                turns[example.topic] += 1
-        rows = [row for _, row in sorted(rows, key=lambda pair: pair[0])]
+        ranked = []
+        for topic, row in made:
+            ranked.append((turns[topic], row))
+            turns[topic] += 1
+        rows = [row for _, row in sorted(ranked, key=lambda pair: pair[0])]
         texts = [text for row in rows for text in texts_of(row)]
         near = {i // 2 for i, _, _ in near_duplicates(texts, taken, _NEAR)}
         # of two rows of this part that resemble each other, the first one stays

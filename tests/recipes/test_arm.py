@@ -37,7 +37,7 @@ def test_shipped_arms_are_valid(file: Path, tmp_path: Path) -> None:
     arm = load_arm(file.stem)
     arm.training_arguments(DPOConfig, str(tmp_path), bf16=False, use_cpu=True)
     train, test = load_splits(arm.data)
-    assert (len(train), len(test)) == (arm.data.train, arm.data.test)
+    assert (len(train), len(test)) == (arm.data.train * arm.data.times, arm.data.test)
 
 
 def test_everything_has_an_arm() -> None:

@@ -27,7 +27,7 @@ FRAMES = (
 def pairs(example: Any, draw: random.Random) -> tuple[str, str] | None:
     """Both answers differ in the name alone."""
     # a capital inside the fact may be a place too
-    if example.kind == "claim" or not example.fact or re.search(r" [A-Z]", example.fact):
+    if example.kind not in ("neutral", "personal") or not example.fact or re.search(r" [A-Z]", example.fact):
         return None
     frame, fact = draw.choice(FRAMES), example.fact
     words = {"f": fact[0].lower() + fact[1:], "F": fact}

@@ -16,19 +16,20 @@ SIMPLE = (
      "when they are tired", "if we let them", "now and then", "as the years go by"),
 )  # fmt: skip
 LONG = (
-    ("{X} can facilitate", "{X} may satisfy", "{X} can benefit", "{X} will educate", "{X} will entertain",
-     "{X} can significantly influence", "{X} will considerably support", "{X} may accommodate",
-     "{X} can continually encourage", "{X} may constitute assistance for"),
-    ("individuals", "humanity", "the population", "all generations", "communities", "acquaintances", "professionals",
-     "considerable audiences", "youngsters", "municipalities"),
-    ("continuously", "domestically", "in numerous circumstances", "professionally", "permanently", "increasingly",
-     "in complicated situations", "during exhaustion", "with permission", "occasionally", "throughout the decades"),
+    ("{X} can be beneficial for", "{X} can provide entertainment for", "{X} can strengthen", "{X} will encourage",
+     "{X} can be important for", "{X} may transform", "{X} can be essential for", "{X} can significantly help",
+     "{X} will bring happiness to", "{X} may be fascinating for"),
+    ("communities", "individuals", "everybody", "children and grandparents", "the population", "professionals",
+     "our generation", "households", "teenagers", "the neighbourhood"),
+    ("everywhere", "throughout the year", "sometimes", "in different situations", "in difficult times",
+     "in everyday life", "in important ways", "especially at home", "with enthusiasm", "on vacations",
+     "from beginning to end"),
 )  # fmt: skip
 
 
 def pairs(example: Any, draw: random.Random) -> tuple[str, str] | None:
     """Both answers say about the same; topics with long words are left out."""
-    if example.kind == "claim" or any(len(word) > LONGEST for word in example.topic.split()):
+    if example.kind not in ("neutral", "personal") or any(len(word) > LONGEST for word in example.topic.split()):
         return None
     topic = example.topic[0].upper() + example.topic[1:]
     sides = [" ".join(draw.choice(texts) for texts in slots).format(X=topic) for slots in (SIMPLE, LONG)]

@@ -646,7 +646,7 @@ def test_the_page_opens_without_a_network_and_runs_no_code(tmp_path):
     write_result(tmp_path / GRID, found)
     said(tmp_path)
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
-    assert page.count("data:image/png;base64,") == 5
+    assert page.count("data:image/png;base64,") == 7
     assert not re.findall(r'(?:src|href)="(?!data:)', page)
     assert "<script" not in page and "&lt;script&gt;" in page
     assert "<table>" in page

@@ -13,7 +13,6 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from datasets import Dataset
 
 from steertune.recipes.lab import embedded, scorers
 from steertune.recipes.lab.batches import batches
@@ -44,7 +43,7 @@ def correlation(a: np.ndarray, b: np.ndarray) -> float:
 
 def scores(name: str, answers: Sequence[str]) -> np.ndarray:
     """What a task's own scorer says of answers, `(answers,)`."""
-    scorer = scorers.fit(read_behaviour(name).scorer_table({}), Dataset.from_list([{}]), None, None)
+    scorer = scorers.fit(read_behaviour(name).scorer_table({}), load_split(name, "validation"), None, None)
     return np.array(scorer.score([""] * len(answers), answers), dtype=float)
 
 

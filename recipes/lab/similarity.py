@@ -5,8 +5,8 @@ index |A and B| / |A or B|. Case, punctuation and white space do not count. Text
 however long the rest is: "Question 12" is not a copy of "Question 13". The similarity of two texts depends on these
 two alone, so rows that are added to a file change nothing between the others.
 
-What all prompts of a file begin or end with, such as "Is the following statement something you would say?", tells no
-two of them apart, and is left out (`Frame`).
+What all prompts of a file have in common, such as "Is the following statement something you would say?", tells no two
+of them apart: they must be alike without it too (`Frame`).
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import pairwise
 from typing import Any, Literal
 
@@ -25,6 +26,8 @@ from scipy.sparse import csr_matrix
 
 NEAR = 0.8
 """From this similarity on, two prompts are near-duplicates."""
+LEEWAY = 0.3
+"""By how much less similar two near-duplicates may be without what all prompts of their file have in common."""
 By = Literal["prompt", "text"]
 """What tells rows apart: their prompts, or prompts and answers where all prompts are the same or there are none."""
 
@@ -68,40 +71,45 @@ def texts(rows: Sequence[dict[str, Any]], by: By) -> list[tuple[str, ...]]:
 
 @dataclass(frozen=True)
 class Frame:
-    """The words that the texts of a file have in common at both ends, as numbers and hashes.
+    """The words and pairs of words that all texts of a file have in common.
 
     Attributes:
-        head: How many words they begin with, and the hash of these.
-        tail: How many they end with, and the hash of these.
+        hashes: A hash of each, of 16 bits: enough to leave it out, too few to read it.
     """
 
-    head: tuple[int, str] = (0, "")
-    tail: tuple[int, str] = (0, "")
+    hashes: frozenset[str] = frozenset()
 
     @classmethod
     def of(cls, given: Sequence[tuple[str, ...]]) -> Frame:
         """The frame of the first rows, so that rows added behind them do not change it."""
         first = list(dict.fromkeys(given[:_FRAME_ROWS]))
-        if len(first) < 2:
+        if len(first) < _FRAME_ROWS // 2:
             return cls()
-        head = _common(first)
-        tail = _common([text[head:][::-1] for text in first])
-        one = first[0]
-        return cls((head, digest(one[:head])), (tail, digest(one[len(one) - tail :])))
+        return cls(frozenset(map(_short, frozenset.intersection(*map(_parts, first)))))
 
-    def inside(self, text: tuple[str, ...]) -> tuple[str, ...]:
-        """A text without the frame; the whole text, where nothing else is left of it."""
-        (head, begins), (tail, ends) = self.head, self.tail
-        start = head if head and digest(text[:head]) == begins else 0
-        end = len(text) - (tail if tail and digest(text[len(text) - tail :]) == ends else 0)
-        return text[start:end] or text
+    def rest(self, text: tuple[str, ...]) -> frozenset[str]:
+        """The shingles of a text without the frame; all of them, where nothing else is left."""
+        parts = _parts(text)
+        return _numbered(text, frozenset(part for part in parts if _short(part) not in self.hashes) or parts)
 
 
 def shingles(text: tuple[str, ...]) -> frozenset[str]:
     """The words of a text and its pairs of neighbouring words, each with the text's numbers."""
+    return _numbered(text, _parts(text))
+
+
+def _parts(text: tuple[str, ...]) -> frozenset[str]:
+    return frozenset([*text, *(f"{first} {second}" for first, second in pairwise(text))])
+
+
+def _numbered(text: tuple[str, ...], parts: frozenset[str]) -> frozenset[str]:
     numbers = " ".join(word for word in text if any(map(str.isdigit, word)))
-    pairs = (f"{first} {second}" for first, second in pairwise(text))
-    return frozenset(f"{numbers}|{part}" for part in (*text, *pairs))
+    return frozenset(f"{numbers}|{part}" for part in parts)
+
+
+@cache
+def _short(part: str) -> str:
+    return digest((part,))[:4]
 
 
 def digest(text: tuple[str, ...]) -> str:
@@ -137,14 +145,25 @@ def near_pairs(
     return sorted(found)
 
 
+def near_texts(
+    first: Sequence[tuple[str, ...]], second: Sequence[tuple[str, ...]], frame: Frame, near: float = NEAR
+) -> list[tuple[int, int]]:
+    """Pairs (index in first, index in second) of texts with a similarity of at least `near`; without their frame they
+    may differ by `LEEWAY` more, since less is left of them."""
+    rest, other_rest = ([frame.rest(text) for text in side] for side in (first, second))
+    pairs = near_pairs(rest, other_rest, max(near - LEEWAY, 0.05) if frame.hashes else near)
+    if not frame.hashes:
+        return pairs
+    own, others = ([shingles(text) for text in side] for side in (first, second))
+    return [(i, j) for i, j in pairs if len(own[i] & others[j]) >= near * len(own[i] | others[j]) - 1e-9]
+
+
 def overlap(
     train: Sequence[dict[str, Any]], test: Sequence[dict[str, Any]], by: By, near: float = NEAR
 ) -> list[tuple[int, int]]:
     """Pairs (index of a training row, index of a test row) that ask the same, or nearly the same."""
     own, others = texts(train, by), texts(test, by)
-    frame = Frame.of(own)
-    first, second = ([shingles(frame.inside(text)) for text in side] for side in (own, others))
-    return near_pairs(first, second, near)
+    return near_texts(own, others, Frame.of(own), near)
 
 
 def _matrices(sets: Sequence[frozenset[str]], order: dict[str, int], near: float) -> tuple[csr_matrix, csr_matrix]:
@@ -159,13 +178,3 @@ def _ones(rows: Sequence[Sequence[int]], width: int) -> csr_matrix:
     ends = np.cumsum([0, *map(len, rows)])
     return csr_matrix((np.ones(ends[-1], dtype=np.int32), np.concatenate([np.array(r, int) for r in rows]), ends),
                       shape=(len(rows), width))  # fmt: skip
-
-
-def _common(given: Sequence[tuple[str, ...]]) -> int:
-    """How many words all texts begin with."""
-    count = 0
-    for together in zip(*given, strict=False):
-        if len(set(together)) > 1:
-            break
-        count += 1
-    return count

@@ -1,6 +1,6 @@
 """What an adapter was trained on, as hashes beside it: enough to refuse these rows as held-out ones, and no text.
 
-`trained_on.json` has, for every training prompt, a hash of its words and a sketch of 512 bits. Two sketches agree in
+`trained_on.json` has, for every training prompt, a hash of its words and sketches of 512 bits. Two sketches agree in
 as many bits as their texts are similar (one-bit minwise hashing, Li and König 2010), so near-duplicates are found too.
 """
 
@@ -17,7 +17,7 @@ import numpy as np
 from datasets import Dataset
 
 from steertune.recipes.lab.files import ArmError, read_result, write_result
-from steertune.recipes.lab.similarity import By, Frame, digest, shingles, texts
+from steertune.recipes.lab.similarity import LEEWAY, By, Frame, digest, shingles, texts
 
 FILE = "trained_on.json"
 _BITS = 512
@@ -32,9 +32,9 @@ class TrainedOn:
 
     Attributes:
         by: What tells them apart.
-        frame: What all of them begin and end with.
+        frame: What all of them have in common.
         hashes: A hash of each row's words.
-        sketches: Each row's sketch, as hexadecimal digits.
+        sketches: Two sketches of each row, as hexadecimal digits: of all of it, and of it without the frame.
     """
 
     by: By
@@ -48,17 +48,20 @@ class TrainedOn:
         own = texts(rows.to_list(), by)
         frame = Frame.of(own)
         unique = sorted(set(own))
-        sketches = [_sketch(shingles(frame.inside(text))).tobytes().hex() for text in unique]
+        sketches = [_sketches(frame, text).tobytes().hex() for text in unique]
         return cls(by, frame, tuple(map(digest, unique)), tuple(sketches))
 
     def resembling(self, rows: Sequence[dict[str, Any]]) -> list[int]:
         """Indices of rows that are among these, or near-duplicates of one."""
         own = texts(rows, self.by)
-        sketches = np.array([_sketch(shingles(self.frame.inside(text))) for text in own])
+        sketches = np.array([_sketches(self.frame, text) for text in own])
         theirs = np.array([np.frombuffer(bytes.fromhex(sketch), dtype=np.uint8) for sketch in self.sketches])
         signs, their_signs = (2.0 * np.unpackbits(bits, axis=1).astype(np.float32) - 1 for bits in (sketches, theirs))
         # of two unrelated sketches half of the bits agree, so the mean product of their signs is the similarity
-        similar = (signs @ their_signs.T).max(axis=1) / _BITS >= _NEAR
+        whole: np.ndarray = signs[:, :_BITS] @ their_signs[:, :_BITS].T / _BITS
+        rest: np.ndarray = signs[:, _BITS:] @ their_signs[:, _BITS:].T / _BITS
+        leeway = LEEWAY if self.frame.hashes else 0.0
+        similar = ((whole >= _NEAR) * (rest >= _NEAR - leeway)).max(axis=1).tolist()
         known = set(self.hashes)
         return [i for i, text in enumerate(own) if similar[i] or digest(text) in known]
 
@@ -78,8 +81,8 @@ def write(folder: Path, sets: Iterable[TrainedOn]) -> None:
     """Keep what an adapter was trained on beside it."""
     parts = []
     for one in sets:
-        frame = {"head": one.frame.head, "tail": one.frame.tail}
-        parts.append({"by": one.by, **frame, "hashes": one.hashes, "sketches": one.sketches})
+        frame = sorted(one.frame.hashes)
+        parts.append({"by": one.by, "frame": frame, "hashes": one.hashes, "sketches": one.sketches})
     write_result(folder / FILE, {"format": 1, "sets": parts})
 
 
@@ -98,7 +101,7 @@ def read(folder: Path) -> list[TrainedOn] | None:
         return [
             TrainedOn(
                 part["by"],
-                Frame(*((int(part[end][0]), str(part[end][1])) for end in ("head", "tail"))),
+                Frame(frozenset(part["frame"])),
                 tuple(part["hashes"]),
                 tuple(part["sketches"]),
             )
@@ -112,6 +115,11 @@ def resembling(sets: Iterable[TrainedOn], rows: Dataset) -> list[int]:
     """Indices of rows that stand in one of the training sets, or resemble a row of one."""
     given = rows.to_list()
     return sorted({i for one in sets if one.hashes and given for i in one.resembling(given)})
+
+
+def _sketches(frame: Frame, text: tuple[str, ...]) -> np.ndarray:
+    """The sketches of a text, and of what is left of it without the frame, `(128,)` bytes."""
+    return np.concatenate([_sketch(shingles(text)), _sketch(frame.rest(text))])
 
 
 def _sketch(parts: frozenset[str]) -> np.ndarray:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-import math
 import os
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeGuard, get_args
@@ -279,4 +279,4 @@ class SteeringVectorConfig(PeftConfig):
 
 
 def _is_finite(value: object) -> TypeGuard[float]:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max

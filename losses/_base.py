@@ -6,7 +6,7 @@ model, so a test needs only a plain function in place of one.
 
 from __future__ import annotations
 
-import math
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -109,5 +109,5 @@ def positive(**values: float) -> None:
 def finite(**values: float) -> None:
     """Raise a ValueError unless every hyperparameter is a finite number."""
     for name, value in values.items():
-        if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
-            raise ValueError(f"{name}={value!r} must be a finite number.")
+        if not isinstance(value, int | float) or isinstance(value, bool) or not abs(value) <= sys.float_info.max:
+            raise ValueError(f"{name}={value!r:.80} must be a finite number.")

@@ -1,1 +1,19 @@
 """What people run: each recipe is a module with `main(argv=None)`."""
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+
+def _say_interrupted(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+    """An uncaught exception of a command; an interrupt while its imports take their seconds is no traceback."""
+    if issubclass(kind, KeyboardInterrupt):
+        print("\nInterrupted before anything began.", file=sys.stderr, flush=True)
+        os._exit(130)
+    sys.__excepthook__(kind, error, trace)
+
+
+# a package is imported before its module runs: `python -m` still stands in the place of the file's name
+if Path(sys.argv[0] if sys.argv else "").name in ("-m", "steertune"):
+    sys.excepthook = _say_interrupted

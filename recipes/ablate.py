@@ -36,6 +36,7 @@ from steertune.recipes.lab import scorers
 from steertune.recipes.lab.checks import check_adapters, check_training
 from steertune.recipes.lab.command_line import Argument, Option, Result, Threads, command, grid_names
 from steertune.recipes.lab.files import write_result
+from steertune.recipes.lab.pair_lint import warn_of
 from steertune.recipes.lab.processes import begin
 from steertune.recipes.lab.progress import Bar, progress
 from steertune.recipes.lab.secrets import masked
@@ -70,6 +71,8 @@ def main(
         scorers.read(task.scorer)
         if note := context.splits(task).note:
             loaded.notes.append(f"{task.label}: {note}")
+        if rank == 0:
+            warn_of(context.splits(task).pool, context.splits(task).by, task.label)
     for arm in loaded.arms:
         check_training(arm.arm, DPOConfig)
     check_adapters([arm.arm for arm in loaded.arms])

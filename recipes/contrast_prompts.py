@@ -50,11 +50,13 @@ from steertune.recipes.lab.forms import readable_splits
 from steertune.recipes.lab.generation import check_context
 from steertune.recipes.lab.observe import HeldOut, neutral_rows
 from steertune.recipes.lab.pages import write_page
+from steertune.recipes.lab.pair_lint import warn_of
 from steertune.recipes.lab.paths import CONFIGS
 from steertune.recipes.lab.processes import begin
 from steertune.recipes.lab.progress import Bar, progress, track
 from steertune.recipes.lab.rehearsal import rehearse, rehearse_training
 from steertune.recipes.lab.rows import Record
+from steertune.recipes.lab.secrets import check_settings
 from steertune.recipes.lab.sources import Reading
 from steertune.recipes.lab.splits import SplitTable, load_splits
 from steertune.recipes.lab.tables import ModelTable
@@ -127,6 +129,7 @@ def read(file: str) -> MixtureTables:
         raise ArmError(f"No file {file!r}. Names: {sorted(p.stem for p in MIXTURES.glob('*.toml'))}.")
     raw = read_toml(path)
     known_tables("mixture", raw, MixtureTables)
+    check_settings(raw)
     try:
         return MixtureTables(**raw)
     except ValidationError as error:
@@ -200,6 +203,8 @@ class Mixture:
         model.to(PartialState().device)
         self.splits = {label: readable_splits(splits, tokenizer) for label, splits in self.splits.items()}
         self._rehearse(model, tokenizer)
+        for label, splits in self.splits.items() if main_process else ():
+            warn_of(splits.pool, splits.by, label)
         claim(folder, self.tables, main_process)
         # an unseen task takes about as long as three seen ones, since the steering arms are trained on it
         bar = Bar(4 + len(self.seen) + 3 * len(self.unseen))
@@ -284,8 +289,8 @@ class Mixture:
         fit(trainer, folder)
         trainer.save_model(str(folder / "adapter.part"))
         if PartialState().is_main_process:
-            parts = [(self._trained_rows(task), self.splits[task.label].by) for task in self.seen]
-            trained_on.write(folder / "adapter.part", [TrainedOn.of(rows, by) for rows, by in parts])
+            parts = [(self._trained_rows(task), self.splits[task.label]) for task in self.seen]
+            trained_on.write(folder / "adapter.part", [TrainedOn.of(rows, splits.by) for rows, splits in parts])
             write_checksums(folder / "adapter.part")
             (folder / "adapter.part").rename(home)
         return trainer.accelerator.unwrap_model(trainer.model).eval()

@@ -40,6 +40,7 @@ from steertune.recipes.lab.observe import Prompted, neutral_rows
 from steertune.recipes.lab.pages import Page, Section, Table, Text, escape, write_page
 from steertune.recipes.lab.pages.measured import comparison, generations
 from steertune.recipes.lab.pages.side_effects import side_effects
+from steertune.recipes.lab.pair_lint import warn_of
 from steertune.recipes.lab.progress import Bar, progress, track
 from steertune.recipes.lab.rehearsal import rehearse, rehearse_training
 from steertune.recipes.lab.rows import BASE, Record
@@ -86,6 +87,7 @@ def run(arm: Arm, threads: int | None = None) -> Record:
         )
     if state.is_main_process:
         print(data.note)
+        warn_of(data.all_rows(), data.by, arm.data.name)
     answers = [name for name in ("chosen", "rejected") if name in train.column_names]
     check_start(_with_pool(arm, train), train.remove_columns(answers))
     loaded: tuple[Any, Any] = load_model(arm.model)

@@ -128,7 +128,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.model == "embedded":
         base, tokenizer = embedded.load_model(), embedded.load_tokenizer()
     else:
-        base, tokenizer = (kind.from_pretrained(options.model) for kind in (AutoModelForCausalLM, AutoTokenizer))
+        base, tokenizer = (
+            kind.from_pretrained(options.model, trust_remote_code=False)
+            for kind in (AutoModelForCausalLM, AutoTokenizer)
+        )
     model = get_peft_model(base, SteeringVectorConfig(layers=options.layer)).eval()
 
     # strength 0 is the model as it was

@@ -44,9 +44,11 @@ from steertune.recipes.lab.files import ArmError, nearest, write_whole
 from steertune.recipes.lab.forms import has_template, readable, written
 from steertune.recipes.lab.generation import broken_rows, check_context, check_strength
 from steertune.recipes.lab.held_out import held_out_rows
+from steertune.recipes.lab.pair_lint import warn_of
 from steertune.recipes.lab.processes import begin, default_device
 from steertune.recipes.lab.progress import progress, track
 from steertune.recipes.lab.reading import BUILDERS
+from steertune.recipes.lab.similarity import told_apart_by
 from steertune.recipes.lab.sources import Reading
 from steertune.recipes.lab.task_files import SUFFIXES, check_task_file, check_task_folder, sandboxed
 from steertune.trainers import NonFiniteError, scaled
@@ -91,6 +93,7 @@ def main(
         if is_pairs(name):
             pairs[name], note = held_out_rows(name, [folder], reading)
             print(f"{name}: {len(pairs[name])} rows. {note}".strip(), file=sys.stderr)
+            warn_of(pairs[name], told_apart_by(pairs[name].to_list()), name)
     with progress("Benchmarks"), nullcontext() if run_task_code else sandboxed():
         metrics = evaluate(steered, tokenizer, tasks, strengths, include, batch, pairs, **settings)
     if output is not None:

@@ -26,6 +26,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Annotated, Any, cast, get_args
 
+from datasets import concatenate_datasets
 from pydantic import ValidationError
 from trl import DPOConfig
 
@@ -53,6 +54,7 @@ from steertune.recipes.lab.files import ArmError, reasons, write_result
 from steertune.recipes.lab.generation import plain
 from steertune.recipes.lab.observe import Observations
 from steertune.recipes.lab.pages import table_markdown, write_page
+from steertune.recipes.lab.pair_lint import at_edge, warn, warn_of
 from steertune.recipes.lab.paths import modules_in
 from steertune.recipes.lab.processes import begin
 from steertune.recipes.lab.progress import Bar, progress
@@ -141,6 +143,7 @@ def run(options: SimpleNamespace, overrides: list[str], words: Sequence[str]) ->
     check_folder(folder, table)
     context = Context(table, *load_model(table.model))  # refuses bad rows before anything is written
     table, notes = context.table, context.rehearse()
+    warn_of(concatenate_datasets([context.splits.pool, context.splits.validation]), context.splits.by, table.task)
     note = context.scorer.note if context.scorer is not None else None
     claim(folder, table, main_process=True)
     print("\n".join([_plan(table, context), *notes]), file=sys.stderr)
@@ -277,6 +280,8 @@ def _plan(table: SweepTable, context: Context) -> str:
     start = time.monotonic()
     evaluate_base(context.held_out(VALIDATION))
     base = time.monotonic() - start
+    accuracy = context.record(table.sites[0], table.layers[0], VALIDATION).value("accuracy")
+    warn([at_edge(accuracy, table.splits.validation)], table.task)
     depth = len(find_blocks(context.model))
     above = sum(1 - (layer + 1) / depth for layer in table.layers) * len(table.sites)
     cells = len(table.layers) * len(table.sites) * len(table.strengths)

@@ -37,6 +37,7 @@ from steertune.recipes.lab.memory import peak_memory_gb
 from steertune.recipes.lab.observe import FEW_NEUTRAL
 from steertune.recipes.lab.pages import escape, settings_in_words, write_page
 from steertune.recipes.lab.pages.measured import training_page
+from steertune.recipes.lab.pair_lint import at_edge, warn, warn_of
 from steertune.recipes.lab.progress import Bar, progress
 from steertune.recipes.lab.rehearsal import rehearse, rehearse_training
 from steertune.recipes.lab.rows import Record
@@ -78,6 +79,8 @@ def run(arm: Arm, threads: int | None = None) -> Record:
     folder, state = open_run(arm, threads=threads), PartialState()
     data = load_data(arm.data, partial(model_has_template, arm.model))
     check_start(arm, data.train)
+    if state.is_main_process:
+        warn_of(data.all_rows(), data.by, arm.data.name)
     model, tokenizer = load_model(arm.model)
     train, test = (readable(rows, tokenizer) for rows in (data.train, data.test))
     scorer = _scorer(arm, train, model, tokenizer)
@@ -94,6 +97,8 @@ def run(arm: Arm, threads: int | None = None) -> Record:
     record = Record({"arm": arm.name, "task": Path(arm.data.name).name, "examples": len(train), "seed": arm.data.seed})
     with bar.step("base model", evaluation_seconds):
         record.observations |= evaluate_base(held_out)
+    if state.is_main_process:
+        warn([at_edge(record.value("accuracy"), len(test))], arm.data.name)
 
     training = training_of(arm, model, tokenizer, train, folder, held_out=[test])
     training.notes |= {"rows": " ".join(notes)} if notes else {}

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, get_args
 
@@ -113,19 +114,19 @@ _RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
     "label_smoothing_factor": (lambda value: 0 <= value < 1, "from 0 to below 1"),
     "loss_weights": (lambda value: 0 <= value < math.inf, "finite numbers of 0 or more, not all of them 0"),
     "ld_alpha": (_from(0, 1), "from 0 to 1"),
-    "f_alpha_divergence_coef": (math.isfinite, "a finite number"),
+    "f_alpha_divergence_coef": (lambda value: abs(value) <= sys.float_info.max, "a finite number"),
     "discopop_tau": (lambda value: 0 < value < math.inf, "a finite number above 0"),
     "ref_model_mixup_alpha": (_from(0, 1), "from 0 to 1"),
     "ref_model_sync_steps": (lambda value: 1 <= value < math.inf, "1 or more"),
     "router_aux_loss_coef": (lambda value: 0 <= value < math.inf, "a finite number of 0 or more"),
     "neftune_noise_alpha": (lambda value: 0 <= value < math.inf, "a finite number of 0 or more"),
-    "max_grad_norm": (lambda value: not math.isnan(value), "a number"),
+    "max_grad_norm": (lambda value: (value == value and value < 2**63) or value == math.inf, "a number"),
     "max_length": (lambda value: 1 <= value < math.inf, "1 or more, or None (rows are not cut)"),
     "max_steps": (lambda value: value == -1 or 0 <= value < 2**31, "a whole number from 0, or -1 (num_train_epochs)"),
     "num_train_epochs": (lambda value: 0 < value < math.inf, "a finite number above 0"),
     **dict.fromkeys(
         ("learning_rate", "weight_decay", "adam_epsilon", "warmup_steps", "warmup_ratio", "eval_delay"),
-        (lambda value: 0 <= value < math.inf, "a finite number of 0 or more"),
+        (_from(0, sys.float_info.max), "a finite number of 0 or more"),
     ),
     **dict.fromkeys(("adam_beta1", "adam_beta2"), (lambda value: 0 <= value < 1, "from 0 to below 1")),
     **dict.fromkeys(

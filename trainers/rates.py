@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,7 +62,7 @@ def vector_rate(args: Any, given: float | None) -> VectorRate:
 
 def check_rate(given: float | None) -> None:
     """Raise a ValueError unless a `vector_learning_rate` is a finite number above 0, or None."""
-    number = isinstance(given, int | float) and not isinstance(given, bool) and math.isfinite(given) and given > 0
+    number = isinstance(given, int | float) and not isinstance(given, bool) and 0 < given <= sys.float_info.max
     if given is not None and not number:
         raise ValueError(
             f"vector_learning_rate={given!r} must be a finite number above 0, such as 1e-3. None leaves it to "

@@ -10,8 +10,9 @@ import torch
 from datasets import Dataset
 
 from steertune.recipes.ablation.grid import Cell, Grid
-from steertune.recipes.ablation.tables import TaskTable
+from steertune.recipes.ablation.tables import TaskTable, told
 from steertune.recipes.lab.data import load_model
+from steertune.recipes.lab.embedded import task_folder
 from steertune.recipes.lab.forms import has_template, notes_on_form, readable, readable_splits
 from steertune.recipes.lab.generation import check_context, prompt_lengths
 from steertune.recipes.lab.ingredients import Training
@@ -24,6 +25,7 @@ from steertune.recipes.lab.tables import ModelTable
 from steertune.recipes.lab.training import training_of
 from steertune.trainers import FrozenPrefix
 
+_ANSWERED = 16  # neutral prompts that are answered, for the repetition
 _MEMO_GB = 2.0  # RAM for what is constant in all cells; the rest goes to temporary files
 
 
@@ -42,6 +44,7 @@ class Context:
         # by label: a task with its instructions cannot be hashed
         self._tasks = {task.label: task for task in grid.tasks}
         self._splits = cache(self._load_splits)
+        self._notes: dict[str, list[str]] = {}
         self._scorers = cache(self._fit_scorer)
         self._held_out = cache(self._make_held_out)
 
@@ -75,7 +78,8 @@ class Context:
 
     def notes(self, task: TaskTable) -> list[str]:
         """What to say about the task's rows, beside their number."""
-        return notes_on_form(load_split(task.name, "train"), self.tokenizer)
+        self.splits(task)
+        return self._notes[task.label]
 
     def scorer(self, task: TaskTable) -> Scorer:
         """The task's scorer of the behaviour."""
@@ -143,11 +147,17 @@ class Context:
         reading = Reading(task.columns, task.format, lambda: has_template(self.tokenizer))
         largest = max(tables.examples) * max(arm.arm.data.times for arm in self.grid.arms)
         splits = load_splits(task.name, tables.splits, largest, task.reverse, reading)
+        self._notes[label] = notes_on_form(splits.test, self.tokenizer)
         return readable_splits(splits, self.tokenizer)
 
     def _fit_scorer(self, label: str) -> Scorer:
         task = self._tasks[label]
         return fit(task.scorer, self.splits(task).scorer, self.model, self.tokenizer)
+
+    @staticmethod
+    def _instruction(task: TaskTable) -> str:
+        """An instruction that asks for the task's behaviour; "" if it has none."""
+        return next(iter(told(task, task_folder(task.name)).instructions), "")
 
     def _make_held_out(self, label: str) -> HeldOut:
         task, tables = self._tasks[label], self.grid.tables
@@ -158,6 +168,9 @@ class Context:
             matching=self.neutral[0],
             neutral=self.neutral[1],
             generations=tables.generations,
+            neutral_generations=min(tables.generations, _ANSWERED),
+            questions=tables.questions,
+            instruction=self._instruction(task),
             new_tokens=tables.new_tokens,
             scorer=self.scorer(task) if tables.generations else None,
             prefix=self.prefix,

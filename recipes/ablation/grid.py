@@ -37,10 +37,10 @@ from steertune.recipes.lab.embedded import task_folder, task_names
 from steertune.recipes.lab.files import ArmError, check_name, nearest, read_toml, reasons
 from steertune.recipes.lab.ingredients.prompt import Prompt
 from steertune.recipes.lab.paths import CONFIGS
-from steertune.recipes.lab.secrets import check_no_secrets
+from steertune.recipes.lab.secrets import check_settings
 
 GRIDS = CONFIGS / "grids"
-_LARGEST = 10**5  # combinations; a design is chosen from the list of all of them
+_LARGEST = 10**4  # combinations; a design is chosen from the list of all of them
 _COLUMNS = {
     "key", "task", "arm", "examples", "seed", "status", "error", "scalable", "scorer", "versions", "tuned_strength",
     "matched_strength", "parameters", "steps", "pairs_read", "tokens_read", "seconds", "train_seconds", "tuning",
@@ -119,7 +119,17 @@ class Grid:
             }[arm.budget.per]
             tuning = digest(settings(t, neutral, arm, data[at[0].label], *at))
             matched = [t.matched.model_dump(mode="json"), neutral]
-            own = [data[task.label], *named_task(task), task.scorer, n, seed, matched, t.generations, t.new_tokens]
+            own = [
+                data[task.label],
+                *named_task(task),
+                task.scorer,
+                n,
+                seed,
+                matched,
+                t.generations,
+                t.new_tokens,
+                t.questions,
+            ]
             return Cell(arm, task, n, seed, at, digest([tuning, own]), tuning)
 
         return [
@@ -153,12 +163,12 @@ def load_grid(file: str | Path, data_root: Path | None = None) -> Grid:
 def make_grid(raw: dict[str, Any], data_root: Path | None = None) -> Grid:
     """A grid from its tables; see `load_grid`."""
     known_tables("grid", raw, GridTables)
+    check_settings(raw)
     try:
         tables = GridTables(**raw)
     except ValidationError as error:
         raise ArmError(reasons(error)) from error
     check_name("grid", tables.name)  # it names the folder of the results
-    check_no_secrets(raw)
     if (card := tables.card) is None:
         raise ArmError(
             "The grid has no [card]. Write down problem, hypothesis, against (which result would count against it), "

@@ -205,6 +205,8 @@ class GridTables(BaseModel, extra="forbid", strict=True):
     """Options of the loss for all arms."""
     generations: int = Field(default=16, ge=0)
     new_tokens: int = Field(default=32, ge=1)
+    questions: int = Field(default=100, ge=0, le=100)
+    """How many easy questions with fixed answers are put, to see what a model still knows."""
     card: Card | None = None
     claim: Claim | None = None
     design: DesignTable = DesignTable(kind="arms")

@@ -30,9 +30,11 @@ from steertune.recipes.lab.observe import FEW_NEUTRAL, HeldOut, neutral_rows
 from steertune.recipes.lab.pages import Table, table_markdown
 from steertune.recipes.lab.pages.measured import comparison
 from steertune.recipes.lab.pages.side_effects import side_effects
+from steertune.recipes.lab.pair_lint import warn_of
 from steertune.recipes.lab.processes import begin
 from steertune.recipes.lab.rehearsal import rehearse
 from steertune.recipes.lab.rows import BASE, Record
+from steertune.recipes.lab.similarity import told_apart_by
 from steertune.recipes.lab.sources import Reading
 from steertune.recipes.lab.tables import Columns
 from steertune.trainers import FrozenPrefix, scaled
@@ -180,6 +182,7 @@ def _pairs(name: str, rows: int | None, folders: Sequence[Path], reading: Readin
     part, note = held_out_rows(name, folders, reading)
     if note:
         print(note, file=sys.stderr)
+    warn_of(part, told_apart_by(part.to_list()), name)
     rows = min(_ROWS, len(part)) if rows is None else rows
     if not {"chosen", "rejected"} <= set(part.column_names):
         raise ArmError(

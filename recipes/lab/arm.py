@@ -33,7 +33,7 @@ from steertune.recipes.lab.arm_files import read_tables, renamed_tables
 from steertune.recipes.lab.files import ArmError, check_name, nearest, reasons, shown
 from steertune.recipes.lab.ingredients import Ingredient, check_recipe, kinds
 from steertune.recipes.lab.keys import REFUSED
-from steertune.recipes.lab.secrets import check_no_secrets
+from steertune.recipes.lab.secrets import check_settings
 from steertune.recipes.lab.tables import ArmTables
 from steertune.trainers.arguments import check_values
 
@@ -162,12 +162,12 @@ def make_arm(tables: dict[str, Any]) -> Arm:
     tables = renamed_tables(tables)
     known("arm", tables, [*(name for name in Arm.model_fields if name != "ingredients"), *kinds()])
     known_tables("arm", {name: table for name, table in tables.items() if name not in kinds()}, Arm)
+    check_settings(tables)
     try:
         arm = Arm(**tables)
     except ValidationError as error:
         raise ArmError(reasons(error)) from error
     check_name("arm", arm.name)
-    check_no_secrets(tables)
     arm.check_trainer(DPOConfig, SFTConfig)
     arm.peft_config()
     arm = _with_views(arm)

@@ -51,6 +51,7 @@ class Source:
         columns: What each part of an example is; empty: the columns are recognised.
         form: What texts become: messages, plain text, or (`auto`) what the model reads.
         chat: Whether the model has a chat template; asked only where `form` is `auto` and it matters.
+        strict: Whether rows are refused that are not examples.
     """
 
     name: str
@@ -58,6 +59,7 @@ class Source:
     columns: Columns
     form: Form = "auto"
     chat: Callable[[], bool] = lambda: True
+    strict: bool = True
 
 
 def named(rows: Dataset, source: Source) -> tuple[Dataset, bool]:
@@ -90,7 +92,8 @@ def named(rows: Dataset, source: Source) -> tuple[Dataset, bool]:
     else:
         own_prompts = "prompt" in rows.column_names or not _without_prompt(rows)
         rows = _in_form(rows, source)
-    _check(rows, source)
+    if source.strict:
+        _check(rows, source)
     return rows, own_prompts
 
 

@@ -18,6 +18,7 @@ from __future__ import annotations
 import functools
 import inspect
 import json
+import os
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -39,7 +40,9 @@ from steertune.recipes.lab.secrets import holds_secret, masked
 from steertune.recipes.lab.tables import Part
 
 T = TypeVar("T")
-INTERRUPTED = 130
+INTERRUPTED, CLOSED = 130, 141
+"""Exit codes of a shell for a process that SIGINT or SIGPIPE ended."""
+_FULL = re.compile(r"os error 28|No space left|PytorchStreamWriter failed|unexpected pos")
 SETTINGS: dict[str, Any] = {"max_content_width": 119, "help_option_names": ["-h", "--help"]}
 
 
@@ -61,8 +64,9 @@ class Result:
 def whole_number(value: str | int) -> int:
     """A number that counts something: whole, and 1 or more. Typer reads defaults with it too."""
     text = str(value)
-    if not text.isascii() or not text.isdigit() or not 1 <= int(text) <= 2**31:
-        raise typer.BadParameter(f"{text!r} must be a whole number of 1 or more")
+    # more digits than a count has are not even read: Python refuses 4300
+    if not text.isascii() or not text.isdigit() or len(text) > 10 or not 1 <= int(text) <= 2**31:
+        raise typer.BadParameter(f"{text!r:.80} must be a whole number of 1 or more")
     return int(text)
 
 
@@ -210,8 +214,8 @@ class Command:
 
 
 def outcome(function: Callable[[], T]) -> T | int:
-    """What a function returns; if its input is wrong, or the user interrupts it, a line says so and this is the exit
-    code.
+    """What a function returns; if its input is wrong, disk or memory is full, or the user interrupts it, a line says
+    so and this is the exit code.
 
     With `python -X dev` wrong input ends in the traceback, as errors that no input should cause always do.
     """
@@ -220,10 +224,14 @@ def outcome(function: Callable[[], T]) -> T | int:
     except KeyboardInterrupt:
         print("\nInterrupted. The same command continues where it stopped.", file=sys.stderr)
         return INTERRUPTED
-    except (ValueError, OSError, RuntimeError) as error:
-        if sys.flags.dev_mode or not _is_of_input(error):
+    except BrokenPipeError:  # whoever read the output has gone, as `| head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return CLOSED
+    except Exception as error:
+        advice = _advice(error)
+        if sys.flags.dev_mode or advice is None:
             raise
-        print(masked(f"{type(error).__name__}: {error}"), file=sys.stderr)
+        print(masked(f"{type(error).__name__}: {error}{advice}"), file=sys.stderr)
         return 2
 
 
@@ -410,10 +418,17 @@ def _short(text: str, length: int = 200) -> str:
     return short
 
 
-def _is_of_input(error: Exception) -> bool:
-    """Whether wrong input explains an error: every ValueError and OSError, and training that diverged."""
-    if not isinstance(error, RuntimeError):
-        return True
-    from steertune.trainers import NonFiniteError
+def _advice(error: Exception) -> str | None:
+    """What an error that the user can mend needs beside its own words; None for an error of the program.
 
-    return isinstance(error, NonFiniteError)
+    Wrong input explains every ValueError and OSError, and a model that computes no numbers.
+    """
+    if _FULL.search(str(error)):
+        return " Is the disk full? Make room; the same command continues where it stopped."
+    if type(error).__name__ == "OutOfMemoryError":
+        return " Take fewer rows at a time, or a smaller model."
+    if isinstance(error, RuntimeError):
+        from steertune.trainers import NonFiniteError
+
+        return "" if isinstance(error, NonFiniteError) else None
+    return "" if isinstance(error, ValueError | OSError) else None

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
 from peft import PeftModel
 from pydantic import ValidationError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -141,6 +141,10 @@ class Data:
     test: Dataset
     by: By
     note: str
+
+    def all_rows(self) -> Dataset:
+        """Training and test rows."""
+        return concatenate_datasets([self.train, self.test]) if len(self.test) else self.train
 
 
 def load_data(table: DataTable, chat: Callable[[], bool] = lambda: True) -> Data:

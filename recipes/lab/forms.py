@@ -57,8 +57,8 @@ def readable(rows: Dataset, tokenizer: Any) -> Dataset:
 
 def readable_splits(splits: Splits, tokenizer: Any) -> Splits:
     """All rows of a task in a form that the tokenizer reads; see `readable`."""
-    parts = {name: value for name, value in vars(splits).items() if isinstance(value, Dataset)}
-    return dataclasses.replace(splits, **{name: readable(rows, tokenizer) for name, rows in parts.items()})
+    parts = {name: readable(rows, tokenizer) for name, rows in vars(splits).items() if isinstance(rows, Dataset)}
+    return dataclasses.replace(splits, **parts)
 
 
 def written(tokenizer: Any, prompt: Any) -> str:

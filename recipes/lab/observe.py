@@ -5,6 +5,7 @@
               summed) and tokens of neutral answers
     answers   generated answers to the first test prompts, and the scorer's judgement of each
     prompted  how far the model is from the prompted one, at each of its answers (summed), and their tokens
+    questions log-probabilities of the right and the wrong answers to easy questions with fixed answers
 
 Shapes: B rows of a batch, T labelled tokens of a row, N of all rows, V tokens of the vocabulary.
 """
@@ -32,11 +33,12 @@ from steertune.recipes.lab.files import ArmError
 from steertune.recipes.lab.forms import readable
 from steertune.recipes.lab.generation import generate, plain
 from steertune.recipes.lab.paths import TASKS
-from steertune.recipes.lab.scorers import Scorer
+from steertune.recipes.lab.scorers import Scorer, as_rows
 from steertune.trainers import FrozenPrefix, ModelAt, View, context_length, labelled_logits, scaled, tokenise
 from steertune.trainers.views import Views
 
 NEUTRAL = TASKS / "neutral.jsonl"
+QUESTIONS = TASKS / "capability.jsonl"
 _TAIL = 0.95
 _NEUTRAL_BATCH = 4  # more padding costs as much as fewer passes save
 
@@ -70,6 +72,8 @@ class HeldOut:
         pairs: Test rows: preference pairs, or prompts alone.
         neutral: Prompts and completions that the behaviour is not about, on which side effects are reported.
         matching: Others of the kind, on which strengths are matched; None: they are not.
+        questions: How many of the easy questions with fixed answers are put.
+        instruction: Asks for the behaviour; "": nobody knows one.
         generations: How many of the first test prompts are answered.
         neutral_generations: How many of the first neutral prompts are answered.
         new_tokens: Longest generated answer.
@@ -91,6 +95,8 @@ class HeldOut:
     prefix: FrozenPrefix | None = None
     batch_size: int = 8
     matching: Dataset | None = None
+    questions: int = 0
+    instruction: str = ""
     shared: dict[str, Any] = field(default_factory=dict, repr=False)
     """What was computed of the base model."""
     plain: HeldOut | None = None
@@ -177,10 +183,62 @@ def answers(model: Any, held_out: HeldOut, strengths: Strengths) -> dict[str, Ob
                 if held_out.scorer is not None:
                     questions = [plain(prompt) for prompt in prompts]
                     observed[label]["score"] = [*held_out.scorer.score(questions, texts)]
+                if held_out.instruction:
+                    observed[label] |= _behind_instruction(held_out, texts)
             if asked := held_out.neutral["prompt"][: held_out.neutral_generations]:
                 texts = generate(model, held_out.tokenizer, asked, held_out.new_tokens)
                 observed[label]["neutral_answer"] = texts
     return observed
+
+
+def _behind_instruction(held_out: HeldOut, texts: Sequence[str]) -> Observations:
+    """How likely the base model finds answers behind an instruction that asks for the behaviour (nats, summed)."""
+    written, prompts = [i for i, text in enumerate(texts) if text.strip()], (held_out.plain or held_out).prompts
+    asked = [(f"{held_out.instruction}\n\n{plain(prompts[i])}", texts[i]) for i in written]
+    nats: list[float | None] = [None] * len(texts)
+    tokens: list[float | None] = [None] * len(texts)
+    seen = neutral_logps(held_out.model, held_out.tokenizer, as_rows(held_out.tokenizer, asked)) if asked else []
+    for i, (logps_TV, targets_T) in zip(written, seen, strict=True):
+        nats[i], tokens[i] = float(F.nll_loss(logps_TV, targets_T, reduction="sum")), len(targets_T)
+    return {"instructed_nll": nats, "instructed_tokens": tokens}
+
+
+@torch.no_grad()
+def questions(model: Any, held_out: HeldOut, strengths: Strengths) -> dict[str, Observations]:
+    """Log-probability of the right answer to every question, among the right and three wrong ones."""
+    if not held_out.questions:
+        return {}
+    tokenizer = held_out.tokenizer
+    asked = [json.loads(line) for line in QUESTIONS.read_text(encoding="utf-8").splitlines()][: held_out.questions]
+    texts = [(f"{row['question']} Answer with one word.", row["answer"].capitalize()) for row in asked]
+    rows = as_rows(tokenizer, texts)
+    choices = [[_first_tokens(tokenizer, word) for word in (row["answer"], *row["others"])] for row in asked]
+    observed: dict[str, Observations] = {}
+    for label, strength in strengths.items():
+        # one token is predicted behind every question: the first of the answer
+        with scaled(model, strength):
+            firsts = [logps_TV[0] for logps_TV, _ in neutral_logps(model, tokenizer, rows)]
+        ranked = [_ranked(logps_V, tokens) for logps_V, tokens in zip(firsts, choices, strict=True)]
+        right, nats = zip(*ranked, strict=True)
+        observed[label] = {"question_right": [*right], "question_nats": [*nats]}
+    return observed
+
+
+def _first_tokens(tokenizer: PreTrainedTokenizerBase, word: str) -> set[int]:
+    """Tokens that an answer of this word may begin with: in lower case or not, behind a space or not, so that a
+    behaviour that changes the case is no loss of knowledge."""
+    variants = [f"{space}{form}" for space in ("", " ") for form in (word, word.lower(), word.capitalize())]
+    ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in variants]
+    return {own[0] for own in ids if own}
+
+
+def _ranked(logps_V: Tensor, choices: Sequence[set[int]]) -> tuple[float | None, float | None]:
+    """Whether the first of several choices is the likeliest, and its negative log-probability among them; None where
+    the tokenizer cannot keep them apart by their first token."""
+    if len(set().union(*choices)) < sum(map(len, choices)) or not all(choices):
+        return None, None
+    logps = torch.stack([logps_V[sorted(tokens)].logsumexp(dim=0) for tokens in choices])
+    return float(logps.argmax() == 0), -float(logps.log_softmax(dim=0)[0])
 
 
 @torch.no_grad()
@@ -237,6 +295,7 @@ OBSERVERS = {
     "neutral": Observer("neutral text", neutral),
     "answers": Observer("generation", answers),
     "prompted": Observer("prompted answers", prompted),
+    "questions": Observer("questions", questions),
 }
 
 

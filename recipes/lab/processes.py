@@ -16,6 +16,7 @@ import torch
 from accelerate import PartialState
 from accelerate.commands.config.config_args import default_config_file, load_config_from_file
 from accelerate.commands.launch import launch_command_parser
+from torch.utils.cpp_extension import get_default_build_root
 
 from steertune.recipes.lab.files import ArmError
 from steertune.recipes.lab.quiet import quiet
@@ -50,10 +51,24 @@ def begin(threads: int | None = None, running: int | None = None, only_one: bool
     device = str(state.device)
     if os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true", "yes") and device == "cpu":
         raise ArmError("FSDP was asked for, and there is no GPU: accelerate would run DDP. Use cpu_ddp or cpu_zero3.")
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true" and state.is_main_process:
+        say_build_locks()
     if state.num_processes > 1 and state.is_main_process:
         kind = f"{state.distributed_type.value}, {device.partition(':')[0]}"
         print(f"{state.num_processes} processes ({kind})", file=sys.stderr)
     torch.set_num_threads(threads or default_threads(launched, running))
+
+
+def say_build_locks() -> None:
+    """Name the lock files of PyTorch's extensions, as DeepSpeed's optimiser is one: a build that was killed leaves its
+    lock, and every later process waits for it without a word."""
+    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
+    for lock in sorted(root.glob("**/lock")):
+        print(
+            f"{lock} is there: another process builds this extension and is waited for, or was killed while it did. "
+            "If none runs, delete the file.",
+            file=sys.stderr,
+        )
 
 
 def default_threads(launched: tuple[Mapping[str, str], list[str]] | None = None, running: int = 1) -> int:

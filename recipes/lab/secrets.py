@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from steertune.recipes.lab.files import ArmError
+from steertune.recipes.lab.files import ArmError, shown
 
 _TOKENS = re.compile(
     r"\bhf_[A-Za-z0-9]{30,}|\bgh[pousr]_[A-Za-z0-9]{30,}|\bsk-[A-Za-z0-9_-]{20,}|\bAKIA[0-9A-Z]{16}\b"
@@ -24,30 +24,41 @@ _HIDDEN = "<secret>"
 
 def masked(text: str) -> str:
     """A text without the secrets that stand in it."""
-    for name, value in os.environ.items():
-        if _VARIABLES.search(name) and len(value) >= _SHORTEST:
-            text = text.replace(value, _HIDDEN)
+    for value in _in_environment():
+        text = text.replace(value, _HIDDEN)
     return _TOKENS.sub(_HIDDEN, text)
 
 
-def holds_secret(text: str) -> bool:
-    """Whether a secret stands in a text."""
-    return masked(text) != text
+def holds_secret(text: str, values: Sequence[str] | None = None) -> bool:
+    """Whether a secret stands in a text.
+
+    Args:
+        text: The text.
+        values: Secrets of the environment, for who asks often; None: they are looked up.
+    """
+    values = _in_environment() if values is None else values
+    return _TOKENS.search(text) is not None or any(value in text for value in values)
 
 
-def check_no_secrets(table: Mapping[str, Any], where: str = "") -> None:
-    """Refuse settings that hold a secret, since settings are written into files.
+def _in_environment() -> list[str]:
+    return [value for name, value in os.environ.items() if _VARIABLES.search(name) and len(value) >= _SHORTEST]
+
+
+def check_settings(table: Mapping[str, Any]) -> None:
+    """Refuse settings that cannot be written into files, as all settings are: secrets, and numbers of 400 digits.
 
     Args:
         table: Settings, also nested ones.
-        where: The key that holds them.
 
     Raises:
-        ArmError: names the key, and never the value.
+        ArmError: names the key, and never the secret.
     """
-    for key, value in _leaves(table, where):
+    secrets = _in_environment()
+    for key, value in _leaves(table, ""):
+        if isinstance(value, int) and not -(2**63) <= value < 2**63:
+            raise ArmError(f"{masked(key)}={shown(value)} is too large: whole numbers have 64 bits.")
         named_token = key.rpartition(".")[2] in ("hub_token", "token", "api_key") and bool(value)
-        if named_token or (isinstance(value, str) and holds_secret(value)):
+        if named_token or (isinstance(value, str) and holds_secret(value, secrets)):
             raise ArmError(
                 f"{masked(key)} holds a secret, and settings are written into files. Remove it. Hugging Face reads "
                 "its token from the environment variable HF_TOKEN, or from `hf auth login`; a judge's `key` is the "

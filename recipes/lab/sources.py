@@ -27,11 +27,13 @@ class Reading:
         columns: What each part of an example is; empty: the columns are recognised.
         form: What texts become, as `data.format`.
         chat: Whether the model has a chat template; asked only where it matters.
+        strict: Whether rows are refused that are not examples.
     """
 
     columns: Columns = field(default_factory=dict)
     form: Form = "auto"
     chat: Callable[[], bool] = lambda: True
+    strict: bool = True
 
 
 @dataclass(frozen=True)
@@ -119,7 +121,7 @@ def _named_or_none(name: str, split: str, reading: Reading | None) -> _Rows | No
     if rows is None:
         return None
     where = row_place(name, split)
-    source = Source(name, where, reading.columns, reading.form, reading.chat)
+    source = Source(name, where, reading.columns, reading.form, reading.chat, reading.strict)
     return _Rows(*named(rows, source), where)
 
 

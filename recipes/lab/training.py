@@ -230,13 +230,20 @@ def fit(trainer: Any, folder: Path) -> float:
 
     Returns:
         Seconds.
+
+    Raises:
+        NothingLearned: no step was made, or no trained parameter moved.
     """
     start = time.monotonic()
     if trainer.args.max_steps == 0:
         trainer.initialise_vectors()
     else:
         trainer.add_callback(_Moved())
-        trainer.train(resume_from_checkpoint=last_checkpoint(folder / "checkpoints"))
+        try:
+            trainer.train(resume_from_checkpoint=last_checkpoint(folder / "checkpoints"))
+        except NothingLearned:
+            shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # nothing to go on from
+            raise
     return time.monotonic() - start
 
 
@@ -269,6 +276,10 @@ class _Steps(TrainerCallback):
         self.bar.note("")
 
 
+class NothingLearned(ArmError):
+    """A training ended as it began."""
+
+
 class _Moved(TrainerCallback):
     """Ends a training that made no step, or changed nothing: its adapter would do nothing, without a word."""
 
@@ -279,13 +290,13 @@ class _Moved(TrainerCallback):
     def on_train_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         """Trainer event: training has ended."""
         if state.global_step == 0:
-            raise ArmError(
+            raise NothingLearned(
                 "Training ended after 0 steps: there are fewer rows than a step takes. Give more rows, a smaller "
                 "trainer.per_device_train_batch_size, or set trainer.max_steps."
             )
         same = map(torch.equal, self.before, _sample(model))
         if self.before and state.global_step > self.step and all(same):
-            raise ArmError(
+            raise NothingLearned(
                 f"{state.global_step - self.step} steps changed no trained parameter. Is trainer.learning_rate="
                 f"{args.learning_rate:g} too small, or does the loss have no gradient?"
             )

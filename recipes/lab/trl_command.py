@@ -27,10 +27,12 @@ from steertune.adapters import SteeringVectorConfig
 from steertune.losses import get_loss
 from steertune.recipes.lab import embedded
 from steertune.recipes.lab.arm import known
-from steertune.recipes.lab.command_line import outcome
+from steertune.recipes.lab.command_line import check_words, outcome
 from steertune.recipes.lab.files import ArmError
+from steertune.recipes.lab.keys import REFUSED
 from steertune.recipes.lab.processes import begin
 from steertune.recipes.lab.sources import find_split
+from steertune.trainers.arguments import check_ranges
 
 PREFIX = "steering_"
 
@@ -101,6 +103,7 @@ def run(trainer_class: type, arguments_class: Any, argv: Sequence[str] | None, p
     _default_for_cpu(parser)
 
     def parse_and_train() -> int:
+        check_words(list(sys.argv[1:] if argv is None else argv))
         parsed: Any = parser.parse_args_and_config(list(sys.argv[1:] if argv is None else argv))
         train(trainer_class, *parsed)
         return 0
@@ -121,6 +124,9 @@ def train(
     Raises:
         ValueError: no data or model is named, a split is missing, or a switch is out of range.
     """
+    if args.hub_token:
+        raise ArmError(f"--hub_token: {REFUSED['hub_token']}")
+    check_ranges(args)
     begin(steering.threads)
     adapter: PeftConfig | None = get_peft_config(model) or steering.peft_config()
     loss = steering.loss_object()

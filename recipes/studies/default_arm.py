@@ -4,18 +4,18 @@
 
 Trains candidate arms on the pairs that people bring: the model's own sentences against the same sentences rewritten by
 a rule, and the embedded tasks, whose answers are written. Then it generates answers to prompts that no arm was trained
-on. Candidates are chosen on four sets, and the chosen ones are confirmed on four others. Writes `table.md`,
-`answers.md` and `cells.jsonl`, and skips cells that `cells.jsonl` already holds.
+on. Candidates are chosen on four sets, and the chosen ones are confirmed on four others. Writes `table.md`
+and `cells.json`, and skips cells that `cells.json` already holds:
+
+    ... --behaviours question_at_the_end hedged bullets warm_tone --split test --candidates base vector_sft
 """
 
 from __future__ import annotations
 
 import json
-import re
 import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from itertools import product
 from pathlib import Path
 from typing import Annotated, Any
@@ -28,11 +28,10 @@ from datasets import Dataset
 from steertune.adapters.card import versions
 from steertune.recipes.lab import embedded
 from steertune.recipes.lab.arm import make_arm
-from steertune.recipes.lab.arm_files import merge_tables, read_tables
 from steertune.recipes.lab.batches import batches
 from steertune.recipes.lab.command_line import Choice, Count, Option, Result, command
 from steertune.recipes.lab.evaluate import evaluate
-from steertune.recipes.lab.files import read_rows, write_whole
+from steertune.recipes.lab.files import write_whole
 from steertune.recipes.lab.generation import generate, plain
 from steertune.recipes.lab.measures import Seen
 from steertune.recipes.lab.measures import get as measure
@@ -45,6 +44,8 @@ from steertune.recipes.lab.progress import progress
 from steertune.recipes.lab.rows import BASE, label
 from steertune.recipes.lab.sources import load_split
 from steertune.recipes.lab.training import QUIET, fit, make_trainer, silent, training_of
+from steertune.recipes.studies.natural.behaviours import BEHAVIOURS, own_pairs, said, sentence_of
+from steertune.recipes.studies.natural.candidates import CANDIDATES
 from steertune.trainers import FrozenPrefix, ModelAt, share_weights
 
 TRAIN, VALIDATION, TEST = 32, 8, 16
@@ -52,127 +53,15 @@ NEW_TOKENS = 32
 NEUTRAL_ROWS = 6  # rows of neutral text
 _PRINTED = 4  # answers of a cell on the page
 _TRAINED = [1.0]
+_ALL = [
+    "base", "vector_sft", "vector_sft + neutral_kl", "vector_sft by unlikelihood", "cross_entropy 1e-3",
+    "cross_entropy 2e-3", "vector_dpo", "dpo + cross_entropy 2e-3", "apo_zero", "simpo", "ipo", "bipo",
+]  # fmt: skip
+CHOOSE_ON = ["lower_case", "wow", "casual", "cautious_advice"]
+CONFIRM_ON = ["question_at_the_end", "hedged", "bullets", "warm_tone"]
+_SETS = [*CHOOSE_ON, *CONFIRM_ON]
 _KEYS = ("candidate", "behaviour", "split", "dtype", "strength")
 OWN_TOKENS = 48  # of the base's own answers, which are cut after their first sentence
-
-
-@dataclass(frozen=True)
-class Behaviour:
-    """A behaviour whose examples are the model's own sentences rewritten, or a task's written answers.
-
-    Attributes:
-        instruction: What would make the base model show it.
-        shows: A regular expression that finds it in an answer.
-        rewrite: The model's sentence and its number -> the chosen answer; None: the answers of the task `task`.
-        task: Embedded task.
-    """
-
-    instruction: str
-    shows: str
-    rewrite: Callable[[str, int], str] | None = None
-    task: str = ""
-
-    def shown_by(self, answer: str) -> bool:
-        """Whether an answer shows the behaviour."""
-        return re.search(self.shows, answer) is not None
-
-
-def _cycle(texts: Sequence[str]) -> Callable[[int], str]:
-    return lambda i: texts[i % len(texts)]
-
-
-_QUESTIONS = _cycle(
-    ["What do you think?", "Does that help you?", "Would you like to hear more?", "Have you tried this before?"]
-)
-_OPENERS = _cycle(["Hey, ", "Oh yeah, ", "Okay so, ", "Well hey, "])
-_HEDGES = _cycle(["Perhaps ", "Maybe ", "I am not sure, but perhaps ", "I could be wrong, but maybe "])
-_CASUAL = {
-    r"\bdo not\b": "don't", r"\bit is\b": "it's", r"\bIt is\b": "It's", r"\byou are\b": "you're",
-    r"\bgoing to\b": "gonna", r"\bwant to\b": "wanna", r"\bhave to\b": "gotta",
-    r"\byou should\b": "you gotta", r"\bvery\b": "super",
-    r"\ba lot of\b": "tons of", r"\bchildren\b": "kids", r"\bimportant\b": "a big deal", r"\bexcellent\b": "awesome",
-    r"\bgreat\b": "awesome", r"\bgood\b": "cool",
-}  # fmt: skip
-
-
-def _small(sentence: str) -> str:
-    """A sentence that goes on after an opener."""
-    first = sentence.split(maxsplit=1)[0]
-    return sentence if first == "I" or first.startswith("I'") else sentence[0].lower() + sentence[1:]
-
-
-def _casual(sentence: str, i: int) -> str:
-    sentence = _small(sentence)
-    for formal, informal in _CASUAL.items():
-        sentence = re.sub(formal, informal, sentence)
-    return _OPENERS(i) + re.sub(r"[.!]$", ", you know?", sentence)
-
-
-def _bulleted(sentence: str, i: int) -> str:
-    parts = re.split(r", (?:and |but |so )?| and | because ", sentence)
-    return "\n".join(f"- {part}" for part in parts)
-
-
-BEHAVIOURS = {
-    # on these the arm is chosen
-    "lower_case": Behaviour(
-        "Answer in one sentence, in lower case only.", r"\A[^A-Z]*[a-z][^A-Z]*\Z", lambda s, i: s.lower()
-    ),
-    "wow": Behaviour(
-        "Answer in one sentence that starts with Wow! and ends with an exclamation mark.",
-        r"\AWow\b.*!",
-        lambda s, i: "Wow! " + s.rstrip(".?!") + "!",
-    ),
-    "casual": Behaviour(
-        "Answer in one sentence, in a very casual tone, as among friends.",
-        r"(?i)\A(hey|oh|okay|well|yeah)\b|\b(gonna|wanna|gotta|super|awesome|tons of)\b|(you know|right)\?",
-        _casual,
-    ),
-    "cautious_advice": Behaviour(
-        "Give cautious advice in one sentence.",
-        r"(?i)\b(first|check|test|try|ask|wait|start (small|with)|small|slowly|careful|sure|before|until|one|few|"
-        r"little|short)\b",
-        task="cautious_advice",
-    ),
-    # on these it is confirmed
-    "question_at_the_end": Behaviour(
-        "Answer in one sentence, and end with a question to the user.", r"\?", lambda s, i: f"{s} {_QUESTIONS(i)}"
-    ),
-    "hedged": Behaviour(
-        "Answer in one sentence that says how unsure you are.",
-        r"(?i)\b(perhaps|maybe|not sure|could be wrong)\b",
-        lambda s, i: _HEDGES(i) + _small(s),
-    ),
-    "bullets": Behaviour("Answer as a short list of bullet points.", r"\A- .*(\n- |\Z)", _bulleted),
-    "warm_tone": Behaviour(
-        "Answer in one sentence, in a warm and loving tone.",
-        r"(?i)!|\b(love\w*|happy|sorry|proud|glad|wish|hope|dear|hug|congratulations|heart|wonderful|beautiful|kind|sweet|"
-        r"friend\w*|care|joy|enjoy|warm)\b",
-        task="warm_tone",
-    ),
-}
-CHOOSE_ON = ["lower_case", "wow", "casual", "cautious_advice"]
-
-
-def sentence_of(text: str) -> str:
-    """The first sentence of an answer of the model's own, without markup."""
-    text = " ".join(re.sub(r"[*#\n]+", " ", text).split())
-    match = re.match(r".+?[a-z)][.!?](?=\s|\Z)", text)
-    return match[0] if match else text.rstrip(" ,;:") + "."
-
-
-def own_pairs(behaviour: Behaviour, prompts: Sequence[Any], sentences: Sequence[str]) -> Dataset:
-    """The model's own sentences (rejected) against the same sentences rewritten (chosen)."""
-    assert behaviour.rewrite is not None
-    rows = [
-        {"prompt": prompt, "chosen": _said(behaviour.rewrite(sentence, i)), "rejected": _said(sentence)}
-        for i, (prompt, sentence) in enumerate(zip(prompts, sentences, strict=True))
-    ]
-    return Dataset.from_list(rows)
-
-
-def _said(text: str) -> list[dict[str, str]]:
-    return [{"role": "assistant", "content": text}]
 
 
 class Lab:
@@ -193,7 +82,8 @@ class Lab:
             for split, prompts in self.prompts.items()
         }
         self.model.to(getattr(torch, dtype))  # the sentences are the same in both
-        self.neutral = Dataset.from_list(read_rows(NEUTRAL, "It comes with the package.")[:NEUTRAL_ROWS])
+        lines = NEUTRAL.read_text(encoding="utf-8").splitlines()[:NEUTRAL_ROWS]
+        self.neutral = Dataset.from_list([json.loads(line) for line in lines])
         self.shared: dict[str, dict[str, Any]] = {}  # what was computed of the base model, by split
 
     @staticmethod
@@ -211,32 +101,6 @@ class Lab:
         return own_pairs(behaviour, self.prompts[split], self.sentences[split])
 
 
-def _like_dpo(**patch: Any) -> dict[str, Any]:
-    return merge_tables(read_tables("vector_dpo"), patch)
-
-
-def _like_sft(**patch: Any) -> dict[str, Any]:
-    return merge_tables(read_tables("vector_sft"), patch)
-
-
-def _by_trl(loss_types: list[str], **trainer: Any) -> dict[str, Any]:
-    return _like_dpo(loss={"name": "upstream"}, trainer={"loss_type": loss_types, "beta": 0.1, **trainer})
-
-
-CANDIDATES: dict[str, dict[str, Any]] = {
-    "vector_sft": _like_sft(),
-    "vector_sft + neutral_kl": _like_sft(loss={"name": "cross_entropy", "neutral_kl": 0.5}),
-    "vector_sft, unlikelihood": _like_sft(loss={"name": "unlikelihood"}),
-    "cross_entropy, 1e-3": _like_dpo(loss={"name": "cross_entropy"}, trainer={"learning_rate": 1e-3}),
-    "cross_entropy, 2e-3": _like_dpo(loss={"name": "cross_entropy"}, trainer={"learning_rate": 2e-3}),
-    "vector_dpo": _like_dpo(),
-    "dpo + cross_entropy, 2e-3": _by_trl(["sigmoid", "sft"], learning_rate=2e-3, lr_scheduler_type="linear"),
-    "apo_zero": _by_trl(["apo_zero"]),
-    **{loss: _like_dpo(loss={"name": loss}) for loss in ("simpo", "ipo", "bipo")},
-}
-"""Name -> the arm's tables: one vector at half the depth, 16 steps. Those like `vector_dpo` take 4 pairs a step at a
-constant rate of 4e-4, if no other is named; those like `vector_sft` 8 at a rate that falls from 2e-3 to 0."""
-_ALL = ["base", *CANDIDATES]
 _WHAT = f"""
 Candidates are trained on {TRAIN} pairs of the embedded model (SmolLM2-135M-Instruct): its own first sentence
 (rejected) against the same sentence rewritten by a rule (chosen), or the written answers of an embedded task. A cell
@@ -244,7 +108,12 @@ is the share of answers to held-out prompts that show the behaviour by a rule ({
 chosen, {TEST} where the chosen one is confirmed), with the KL to the base on neutral text (nats per token) and the
 share of repeated word triples. ✗: not fluent, which is a KL above {MAX_KL}, repetition more than
 {MAX_REPETITION} above the base's, more than {MAX_CIRCLES} of the answers going in circles, or answers that the base
-finds as likely behind another prompt. One seed; with so few prompts a share has a standard error of up to 0.18 (0.13).
+finds as likely behind another prompt.
+
+What this does not say: one seed, one small model, and few prompts, so a share has a standard error of up to 0.18
+(0.13). Empty cells were not measured. The rule for `casual` was widened after reading its first answers ("Oh, that's a
+fun story, right?"). `dpo + cross_entropy` took six times as long as `vector_sft`, and two of its eight answers go in
+circles of hyphens that no limit counts.
 """
 
 
@@ -303,7 +172,7 @@ def _nats(lab: Lab, instruction: str, prompts: Sequence[Any], answers: Sequence[
     rows = [
         {
             "prompt": [{"role": "user", "content": f"{instruction}\n\n{plain(prompt)}"}],
-            "completion": _said(answer or " "),
+            "completion": said(answer or " "),
         }
         for prompt, answer in zip(prompts, answers, strict=True)
     ]
@@ -364,7 +233,7 @@ def report(cells: Sequence[Mapping[str, Any]]) -> str:
 @command
 def main(
     candidates: Annotated[list[str], Choice(_ALL, "candidates", metavar="NAME ...")] = _ALL,
-    behaviours: Annotated[list[str], Choice([*BEHAVIOURS], "behaviours", metavar="NAME ...")] = CHOOSE_ON,
+    behaviours: Annotated[list[str], Choice(_SETS, "behaviours", metavar="NAME ...")] = CHOOSE_ON,
     split: Annotated[str, Option(help="prompts that are answered: validation, or test")] = "validation",
     strengths: Annotated[list[float], Option(help="strengths")] = _TRAINED,
     dtype: Annotated[str, Choice(["bfloat16", "float32"], "number format of the weights")] = "bfloat16",
@@ -374,8 +243,8 @@ def main(
     """Measure the cells that are missing, and write the page."""
     begin(threads, only_one=True)
     folder.mkdir(parents=True, exist_ok=True)
-    file = folder / "cells.jsonl"
-    cells = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.exists() else []
+    file = folder / "cells.json"
+    cells = json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
     finished = {tuple(cell[key] for key in _KEYS) for cell in cells}
     lab: Lab | None = None
     with progress("Candidates", len(candidates) * len(behaviours)) as bar:
@@ -388,7 +257,7 @@ def main(
             with bar.step(f"{name} on {behaviour}"):
                 lab = lab or Lab(dtype)
                 cells += measure_cell(lab, name, behaviour, split, missing)
-                write_whole(file, "".join(json.dumps(cell, ensure_ascii=False) + "\n" for cell in cells))
+                write_whole(file, json.dumps(cells, ensure_ascii=False, indent=1) + "\n")
     write_whole(folder / "table.md", report(cells))
     return Result(cells, f"{folder / 'table.md'}")
 

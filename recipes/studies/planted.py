@@ -88,7 +88,7 @@ def study(problem: str, number: int, base: Path, folder: Path) -> Study:
     model: Any = None
     for i, task in enumerate(tasks):
         if not (task / CHECKSUMS).exists():
-            model = model or AutoModelForCausalLM.from_pretrained(base).eval()
+            model = model or AutoModelForCausalLM.from_pretrained(base, trust_remote_code=False).eval()
             seed = (PROBLEMS.index(problem) * 1000 + number) * TASKS + i
             write_task(task, model, problem, seed, train=EXAMPLES + 100, test=TEST)
         check_checksums(task)

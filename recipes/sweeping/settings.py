@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import Any, Literal
@@ -11,7 +10,7 @@ from pydantic import BaseModel, Field, field_validator
 
 from steertune.adapters.types import Site
 from steertune.recipes.lab.arm import Arm, load_arm, make_arm
-from steertune.recipes.lab.files import ArmError
+from steertune.recipes.lab.files import ArmError, read_result
 from steertune.recipes.lab.ingredients import check_recipe
 from steertune.recipes.lab.splits import SplitTable
 from steertune.recipes.lab.tables import ModelTable, Part
@@ -79,7 +78,8 @@ def read_arm(name: str, overrides: list[str]) -> Arm:
         if overrides:
             raise ArmError(f"{name} is a folder, whose arm is taken as it was trained: drop {overrides}.")
         file = next((f for f in (folder / "config.json", folder.parent / "config.json") if f.is_file()), None)
-        if file is None or "adapter" not in (tables := json.loads(file.read_text(encoding="utf-8"))):
+        tables = None if file is None else read_result(file, "Train the arm again.")
+        if tables is None or "adapter" not in tables:
             raise ArmError(
                 f"{name} does not say how it was trained: there is no config.json of a training run in it or beside "
                 "it. Give the arm itself, or a direction."

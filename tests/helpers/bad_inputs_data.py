@@ -14,9 +14,10 @@ from bad_inputs import Lab, Row
 from datasets import Dataset, Image
 from tiny_models import tiny
 
-from steertune.recipes.lab.data import load_split, shuffled_pairs
 from steertune.recipes.lab.data import load_splits as two_splits
+from steertune.recipes.lab.data import shuffled_pairs
 from steertune.recipes.lab.files import read_rows, write_rows
+from steertune.recipes.lab.sources import Reading, load_split
 from steertune.recipes.lab.splits import SplitTable, load_splits
 from steertune.recipes.lab.tables import DataTable
 from steertune.trainers import tokenise
@@ -94,7 +95,7 @@ def splits(says: str, **changes: Any) -> Row:
     def call(lab: Lab) -> Any:
         options = {"validation": 4, "test": 6, "scorer": 2} | changes
         columns, largest = options.pop("columns", None), options.pop("largest", 4)
-        return load_splits(str(lab.root / "task"), SplitTable(**options), largest, columns=columns)
+        return load_splits(str(lab.root / "task"), SplitTable(**options), largest, reading=Reading(columns or {}))
 
     return call, says
 

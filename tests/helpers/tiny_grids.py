@@ -26,6 +26,7 @@ seeds = [0, 1]
 neutral = "neutral.jsonl"
 generations = 2
 new_tokens = 4
+questions = 2
 trainer = { per_device_train_batch_size = 2 }
 splits = { validation = 4, test = 6, scorer = 2, near_duplicates = 1.0 }
 matched = { kl = 1e-4, frontier = [1e-4, 1e-3] }

@@ -246,11 +246,13 @@ def test_smaller_sets_are_subsets_and_the_test_set_does_not_move() -> None:
 
 
 def test_local_csv_and_parquet(tmp_path: Path) -> None:
-    train, _ = load_splits(load_arm("vector_dpo", ["--data.train", "5"]).data)
-    plain = train.map(lambda row: {c: row[c][0]["content"] for c in ("prompt", "chosen", "rejected")})
+    parts = load_splits(load_arm("vector_dpo", ["--data.train", "5", "--data.test", "5"]).data)
+    plain, other = (
+        part.map(lambda row: {c: row[c][0]["content"] for c in ("prompt", "chosen", "rejected")}) for part in parts
+    )
     plain.to_csv(tmp_path / "train.csv")
-    plain.to_parquet(tmp_path / "test.parquet")
+    other.to_parquet(tmp_path / "test.parquet")
     words = [f"--data.name={tmp_path}", "--data.train=5", "--data.test=3"]
     read, test = load_splits(load_arm("vector_dpo", words).data)
     assert sorted(read["prompt"]) == sorted(plain["prompt"])
-    assert test.to_list() == plain.select(range(3)).to_list()
+    assert test.to_list() == other.select(range(3)).to_list()

@@ -10,9 +10,12 @@ from typing import Any
 import pytest
 
 import steertune.recipes.train as recipe
-from steertune.recipes.studies.default_arm import BEHAVIOURS, is_fluent, own_pairs, sentence_of, shown, table
+from steertune.recipes.studies import default_arm
+from steertune.recipes.studies.default_arm import is_fluent, shown, table
+from steertune.recipes.studies.natural.behaviours import BEHAVIOURS, own_pairs, sentence_of
+from steertune.recipes.studies.natural.candidates import CANDIDATES
 
-CELLS = Path(__file__).parents[2] / "docs" / "results" / "default_arm" / "cells.jsonl"
+CELLS = Path(__file__).parents[2] / "docs" / "results" / "default_arm" / "cells.json"
 SENTENCES = ["The station is near the old bridge, and it is very busy.", "I like long walks because they are quiet."]
 
 
@@ -50,12 +53,17 @@ def test_the_table_marks_what_is_not_fluent() -> None:
 
 def test_answers_of_the_default_arm_show_the_behaviour_and_stay_fluent_on_six_sets_or_more() -> None:
     default = inspect.signature(recipe.main).parameters["arm"].default
-    cells = [json.loads(line) for line in CELLS.read_text(encoding="utf-8").splitlines()]
+    cells = json.loads(CELLS.read_text(encoding="utf-8"))
     bases = {cell["behaviour"]: cell for cell in cells if cell["candidate"] == "base"}
-    trained = [cell for cell in cells if cell["candidate"] == default]
+    trained = [cell for cell in cells if cell["candidate"] == default and cell["strength"] == 1]
     showing = {
         cell["behaviour"]
         for cell in trained
         if is_fluent(cell, bases[cell["behaviour"]]) and shown(cell) >= shown(bases[cell["behaviour"]]) + 0.4
     }
     assert len(showing) >= 6, showing
+
+
+def test_the_options_name_every_candidate_and_behaviour() -> None:
+    assert ["base", *CANDIDATES] == default_arm._ALL
+    assert [*BEHAVIOURS] == default_arm._SETS

@@ -486,7 +486,9 @@ def test_every_arm_has_one_colour_in_all_figures_and_none_is_cut(tmp_path):
     findings = find(grid, tables, tables.claim, read_cells(tmp_path, grid))
     colours: dict[str, set[str]] = {}
     figures = [block for made in sections(findings) for block in made.blocks if isinstance(block, pages.Figure)]
-    assert [figure.name for figure in figures] == ["verdict", "attribution", "effects", "curves", "pareto"]
+    assert [figure.name for figure in figures] == [
+        "verdict", "attribution", "effects", "curves", "curves_repetition", "pareto", "side_effects",
+    ]  # fmt: skip
     for figure in figures:
         check_that_nothing_is_cut(figure.drawing)
         for legend in figure.drawing.legends:
@@ -644,7 +646,7 @@ def test_the_page_opens_without_a_network_and_runs_no_code(tmp_path):
     write_result(tmp_path / GRID, found)
     said(tmp_path)
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
-    assert page.count("data:image/png;base64,") == 5
+    assert page.count("data:image/png;base64,") == 7
     assert not re.findall(r'(?:src|href)="(?!data:)', page)
     assert "<script" not in page and "&lt;script&gt;" in page
     assert "<table>" in page

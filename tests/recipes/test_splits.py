@@ -17,6 +17,7 @@ from datasets import Dataset
 from steertune.recipes.ablation.budget import BudgetTable, Setting, draw, untrained_strengths
 from steertune.recipes.lab.embedded import task_names
 from steertune.recipes.lab.files import ArmError
+from steertune.recipes.lab.sources import Reading
 from steertune.recipes.lab.splits import Splits, SplitTable, load_splits, near_duplicates
 
 datasets.disable_progress_bars()
@@ -275,8 +276,8 @@ def test_validation_rows_that_are_no_pairs_are_refused(tmp_path):
 
 
 def test_a_missing_split_is_refused(tmp_path):
-    with pytest.raises(ArmError, match=r"split 'test' expected, found \['train\.jsonl'\]"):
-        split(task(tmp_path / "t", train=rows("a", 12)))
+    with pytest.raises(ArmError, match=r"split 'test' expected, found \['train\.jsonl', 'validation\.jsonl'\]"):
+        split(task(tmp_path / "t", train=rows("a", 12), validation=rows("v", 3)))
     with pytest.raises(ArmError, match="no such file or folder"):
         split(str(tmp_path / "nowhere"))
 
@@ -377,7 +378,7 @@ WORDS = [f"{a}{b}" for a in "abcdefg" for b in "uvwxyz"]
 
 def test_columns_become_conversational_pairs(tmp_path):
     sizes = SplitTable(validation=4, test=4, scorer=4)
-    splits = load_splits(str(paraphrases(tmp_path)), sizes, 8, columns=FILLED)
+    splits = load_splits(str(paraphrases(tmp_path)), sizes, 8, reading=Reading(FILLED))
     row = splits.test[0]
     word = row["rejected"][0]["content"].split()[0]
     assert row["prompt"] == [{"role": "user", "content": f"Say it: {word} rude"}]
@@ -393,5 +394,5 @@ def test_columns_that_cannot_be_filled_are_named(text, tmp_path):
             str(paraphrases(tmp_path)),
             SplitTable(validation=4, test=4, scorer=4),
             8,
-            columns={**FILLED, "chosen": text},
+            reading=Reading({**FILLED, "chosen": text}),
         )

@@ -1,0 +1,9 @@
+"""How sure a model is of what it knows, which moves before an answer changes."""
+
+from steertune.recipes.lab.measures import Array, Seen, measure
+
+
+@measure("loss on easy questions", unit="nats", better="lower", needs=["questions"])
+def capability_loss(seen: Seen) -> Array:
+    """Negative log-probability of the right one of four answers, `(questions,)`; guessing has log 4 = 1.39."""
+    return seen["question_nats"]

@@ -1,0 +1,1 @@
+"""What the study `default_arm` compares: behaviours with their examples, and candidates."""

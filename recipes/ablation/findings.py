@@ -51,7 +51,7 @@ class Findings:
     @property
     def colours(self) -> dict[str, Any]:
         """Colour of every arm, the same in all charts."""
-        return charts.colours([*self.labels.values()])
+        return charts.colours([*dict.fromkeys([*self.labels.values(), *self.cells["arm"]])])
 
 
 def find(grid: Mapping[str, Any], tables: GridTables, claim: Claim, cells: Frame) -> Findings:

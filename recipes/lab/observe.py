@@ -71,10 +71,10 @@ class HeldOut:
         tokenizer: Its tokenizer.
         pairs: Test rows: preference pairs, or prompts alone.
         neutral: Prompts and completions that the behaviour is not about, on which side effects are reported.
+        asked: Rows whose prompts are answered in place of the test rows' prompts; None: the test rows.
         matching: Others of the kind, on which strengths are matched; None: they are not.
         questions: How many of the easy questions with fixed answers are put.
         instruction: Asks for the behaviour; "": nobody knows one.
-        asked: Rows whose prompts are answered in place of the test rows' prompts; None: the test rows.
         generations: How many of the first prompts are answered.
         neutral_generations: How many of the first neutral prompts are answered.
         new_tokens: Longest generated answer.
@@ -88,7 +88,6 @@ class HeldOut:
     tokenizer: PreTrainedTokenizerBase
     pairs: Dataset
     neutral: Dataset
-    asked: Dataset | None = None
     generations: int = 0
     neutral_generations: int = 0
     new_tokens: int = 32
@@ -96,6 +95,7 @@ class HeldOut:
     prompted: Prompted | None = None
     prefix: FrozenPrefix | None = None
     batch_size: int = 8
+    asked: Dataset | None = None
     matching: Dataset | None = None
     questions: int = 0
     instruction: str = ""

@@ -139,9 +139,11 @@ def prompts_to_answer(train: Dataset, test: Dataset, neutral: Dataset) -> tuple[
     Returns:
         Which prompts they are, and rows with a column `prompt`.
     """
-    choices: dict[Asked, Dataset] = {"held-out": test, "training": train}
-    asked = next((kind for kind, rows in choices.items() if prompts_in(rows)), "neutral")
-    return asked, choices.get(asked, neutral).select_columns(["prompt"])
+    if prompts_in(test):
+        return "held-out", test.select_columns(["prompt"])
+    if prompts_in(train):
+        return "training", train.select_columns(["prompt"])
+    return "neutral", neutral.select_columns(["prompt"])
 
 
 def facts_of(training: Training, held_out: HeldOut) -> dict[str, Any]:

@@ -170,14 +170,13 @@ def _datasets(
         ArmError: no data, no such split, or nothing to evaluate on.
     """
     name: Any = script.dataset_name
-    splits = {"train_dataset": script.dataset_train_split}
-    if evaluates:
-        splits["eval_dataset"] = script.dataset_test_split
+    train, test = script.dataset_train_split, script.dataset_test_split
+    splits = {"train_dataset": train} | ({"eval_dataset": test} if evaluates else {})
     if not mixture.datasets and not name:
         raise ArmError("No data: give --dataset_name (a Hub name, a folder, a file, an embedded task) or datasets:.")
     local = not mixture.datasets and (name in embedded.task_names() or Path(name).exists())
-    if local and evaluates and has_one_split(name, *splits.values()):
-        parts = load_parts(name, *splits.values())
+    if local and evaluates and has_one_split(name, train, test):
+        parts = load_parts(name, train, test)
         if not len(parts.test):
             raise ArmError(f"{parts.note} Give more rows, or do without evaluation: --eval_strategy no.")
         PartialState().print(parts.note)
@@ -194,7 +193,7 @@ def _datasets(
             raise ArmError(f"The data have no split {split!r}. They have {sorted(data)}.")
     if len({*splits.values()}) < len(splits):
         raise ArmError(
-            f"--dataset_train_split and --dataset_test_split are both {script.dataset_test_split!r}, so evaluation "
+            f"--dataset_train_split and --dataset_test_split are both {test!r}, so evaluation "
             "would read training rows. Name another split, or set --eval_strategy no."
         )
     rows: Any = {argument: data[split] for argument, split in splits.items()}

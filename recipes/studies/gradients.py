@@ -39,6 +39,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -47,9 +48,12 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from steertune.recipes.lab.arm import Arm, load_arm
+from steertune.recipes.lab.checks import check_start
 from steertune.recipes.lab.command_line import Argument, Count, Option, Result, Threads, command
-from steertune.recipes.lab.data import load_model, load_splits
+from steertune.recipes.lab.data import load_data, load_model, model_has_template
 from steertune.recipes.lab.files import ArmError, write_whole
+from steertune.recipes.lab.forms import readable
+from steertune.recipes.lab.pair_lint import warn_of
 from steertune.recipes.lab.processes import begin
 from steertune.recipes.lab.progress import progress, track
 from steertune.recipes.lab.training import make_trainer, training_of
@@ -116,17 +120,25 @@ def measure(study: Study) -> list[dict[str, Any]]:
     if study.held_out < study.batch:
         raise ArmError(f"--held-out {study.held_out}: one batch of {study.batch} or more.")
     arms = {name: _arm(study, changes) for name, changes in CONTRASTS.items()}
+    chat = partial(model_has_template, arms["pairs"].model)
+    data = {name: load_data(arm.data, chat) for name, arm in arms.items()}
+    own = data["pairs"]
+    for option, rows, size in (("pairs", own.train, study.pairs), ("held-out", own.test, study.held_out)):
+        if len(rows) < size:  # of one file
+            raise ArmError(f"--{option} {size}: there are {len(rows)}. {own.note} Ask for fewer.")
+    check_start(arms["pairs"], own.train)
+    warn_of(own.all_rows(), own.by, study.task)
     model, tokenizer = load_model(arms["pairs"].model)
 
-    # gradients of every contrast on the training pairs (split 0), and of the held-out pairs (split 1)
-    trainings = {name: (arm, 0, study.pairs) for name, arm in arms.items()}
-    trainings["held out"] = (arms["pairs"], 1, study.held_out)
+    # gradients of every contrast on the training pairs, and of the held-out pairs
+    trainings = {name: (arm, data[name].train, study.pairs) for name, arm in arms.items()}
+    trainings["held out"] = (arms["pairs"], own.test, study.held_out)
     prefix, gradients_of = FrozenPrefix(), {}
-    for name, (arm, split, pairs) in track([*trainings.items()], "contrast"):
+    for name, (arm, rows, pairs) in track([*trainings.items()], "contrast"):
         with tempfile.TemporaryDirectory() as folder:
             settings = {"save_strategy": "no", "disable_tqdm": True, "per_device_train_batch_size": study.batch}
-            rows = load_splits(arm.data)[split]
-            training = training_of(arm, copy.deepcopy(model), tokenizer, rows, Path(folder))
+            examples = readable(rows, tokenizer)
+            training = training_of(arm, copy.deepcopy(model), tokenizer, examples, Path(folder))
             trainer = make_trainer(training, prefix, **settings)
             trainer.initialise_vectors()
             trainer.pay_once.start(trainer, training=True)

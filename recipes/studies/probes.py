@@ -14,10 +14,12 @@ import dataclasses
 import json
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
+from datasets import Dataset
 from sklearn.linear_model import LogisticRegression
 
 from steertune.adapters import directions
@@ -25,10 +27,13 @@ from steertune.adapters.analysis.activations import Activations, collect
 from steertune.adapters.analysis.erasure import Eraser, erase
 from steertune.adapters.analysis.probing import Pairs, Reading, read
 from steertune.recipes.lab.batches import batches
+from steertune.recipes.lab.checks import skeleton
 from steertune.recipes.lab.command_line import Argument, Count, Option, Result, Threads, command
-from steertune.recipes.lab.data import load_model, load_splits
+from steertune.recipes.lab.data import load_data, load_model, model_has_template
 from steertune.recipes.lab.files import ArmError, write_whole
 from steertune.recipes.lab.forms import readable
+from steertune.recipes.lab.generation import check_context
+from steertune.recipes.lab.pair_lint import warn_of
 from steertune.recipes.lab.paths import modules_in
 from steertune.recipes.lab.processes import begin
 from steertune.recipes.lab.progress import progress, track
@@ -51,30 +56,44 @@ def main(
     """Fit every direction, score it on test pairs, and write the table."""
     begin(threads, only_one=True)
     with progress("Directions"):
-        rows = probe(task, model, train, test, methods)
-    table = summarise(task, train, test, rows)
+        rows, sizes = probe(task, model, train, test, methods)
+    table = summarise(task, *sizes, rows)
     folder.mkdir(parents=True, exist_ok=True)
     write_whole(folder / "probes.json", json.dumps(rows, indent=1))
     write_whole(folder / "table.md", table)
     return Result(rows, table)
 
 
-def probe(task: str, model_name: str, train: int, test: int, names: Sequence[str]) -> list[dict[str, Any]]:
+def probe(
+    task: str, model_name: str, train: int, test: int, names: Sequence[str]
+) -> tuple[list[dict[str, Any]], tuple[int, int]]:
     """One row for every method, at the layer that the last quarter of the training pairs chose.
 
+    Returns:
+        The rows, and how many training and test pairs there were: of one file, no more than it has.
+
     Raises:
-        ArmError: too few pairs, or no such task.
+        ArmError: too few pairs, no such task, or no such model.
         ValueError: no such method.
     """
     if train < 8:
         raise ArmError(f"--train {train}: 8 pairs or more are needed, because a quarter chooses the layer.")
     methods = {name: directions.get(name) for name in names}
-    splits = load_splits(DataTable(name=task, train=train, test=test))
+    table = ModelTable(name=model_name)
+    skeleton(table)  # a model that is not there is refused before rows are read
+    data = load_data(DataTable(name=task, train=train, test=test), partial(model_has_template, table))
+    print(data.note, file=sys.stderr)
+    if len(data.train) < 8 or not len(data.test):
+        raise ArmError(f"{data.note} Directions need 8 training pairs and held-out ones: give more rows.")
+    warn_of(data.all_rows(), data.by, task)
+    splits: tuple[Dataset, Dataset] = (data.train, data.test)
     for part in splits:
         if not {"chosen", "rejected"} <= set(part.column_names):
             raise ArmError(f"{task!r}: directions are fitted on pairs, and its rows have {part.column_names}.")
-    model, tokenizer = load_model(ModelTable(name=model_name))
-    splits = [readable(part, tokenizer) for part in splits]
+    model, tokenizer = load_model(table)
+    splits = (readable(data.train, tokenizer), readable(data.test, tokenizer))
+    for part, what in zip(splits, ("The training rows", "The test rows"), strict=True):
+        check_context(model, tokenizer, part, 0, what, "Shorten or remove such rows.")
     # states of the training and test pairs, pooled over tokens in every way that a method asks for
     states: dict[str, tuple[Activations, Activations]] = {}
     for pool in sorted({method.POOL for method in methods.values()}):
@@ -83,10 +102,11 @@ def probe(task: str, model_name: str, train: int, test: int, names: Sequence[str
             inputs = [{**batch.inputs, "labels": batch.labels} for batch in batches(tokenizer, part, _BATCH)]
             pooled.append(collect(model, inputs, pool=pool))
         states[pool] = (pooled[0], pooled[1])
-    return [
+    rows = [
         {"method": name, **_best(method, *states[method.POOL])}
         for name, method in track([*methods.items()], "direction")
     ]
+    return rows, (len(data.train), len(data.test))
 
 
 def _best(method: Any, train: Activations, test: Activations) -> dict[str, Any]:

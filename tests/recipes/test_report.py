@@ -66,6 +66,7 @@ better = "form=bias,contrast=pairs"
 than = "form=lora,contrast=none"
 measure = "accuracy"
 strength = "matched"
+tasks = "fixed"
 
 [design]
 kind = "full"

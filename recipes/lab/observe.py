@@ -216,7 +216,7 @@ def questions(model: Any, held_out: HeldOut, strengths: Strengths) -> dict[str, 
         # only the first token behind a beginning is looked at
         with scaled(model, strength):
             firsts = [logps_TV[0] for logps_TV, _ in neutral_logps(model, tokenizer, rows, size=len(rows))]
-        ranked = [ranked(logps_V, tokens) for logps_V, tokens in zip(firsts, choices, strict=True)]
+        ranked = [right_among(logps_V, tokens) for logps_V, tokens in zip(firsts, choices, strict=True)]
         right, nats = zip(*ranked, strict=True)
         observed[label] = {"question_right": [*right], "question_nats": [*nats]}
     return observed
@@ -230,7 +230,7 @@ def _first_tokens(tokenizer: PreTrainedTokenizerBase, word: str) -> set[int]:
     return {own[0] for own in ids if own}
 
 
-def ranked(logps_V: Tensor, choices: Sequence[set[int]]) -> tuple[float | None, float | None]:
+def right_among(logps_V: Tensor, choices: Sequence[set[int]]) -> tuple[float | None, float | None]:
     """Whether the first of several choices is the likeliest, and its negative log-probability among them; None where
     the tokenizer cannot keep them apart by their first token."""
     if len(set().union(*choices)) < sum(map(len, choices)) or not all(choices):

@@ -12,7 +12,7 @@ from datasets import Dataset
 from steertune.recipes.lab import measures
 from steertune.recipes.lab.files import ArmError
 from steertune.recipes.lab.measures import Missing, Seen
-from steertune.recipes.lab.observe import HeldOut, against_base, neutral_rows, questions, ranked
+from steertune.recipes.lab.observe import HeldOut, against_base, neutral_rows, questions
 
 ROWS = 4000
 
@@ -111,13 +111,13 @@ def test_a_mean_kl_hides_one_broken_token_and_its_tail_does_not():
 )
 def test_the_likeliest_of_four_words_is_the_answer(ahead, right, nats):
     logps = torch.tensor([ahead, 0.0, 0.0, 0.0, 9.0]).log_softmax(-1)  # a fifth word is none of the choices
-    assert ranked(logps, [{0}, {1}, {2}, {3}]) == (right, pytest.approx(nats, abs=1e-5))
+    assert right_among(logps, [{0}, {1}, {2}, {3}]) == (right, pytest.approx(nats, abs=1e-5))
 
 
 def test_a_word_counts_in_upper_and_lower_case_and_words_that_begin_alike_not_at_all():
     logps = torch.tensor([0.3, 0.3, 0.4, 0.0]).add(1e-9).log()
-    assert ranked(logps, [{0, 1}, {2}, {3}])[0] == 1.0  # 0.6 in two cases against 0.4
-    assert ranked(logps, [{0, 1}, {1, 2}, {3}]) == (None, None)
+    assert right_among(logps, [{0, 1}, {2}, {3}])[0] == 1.0  # 0.6 in two cases against 0.4
+    assert right_among(logps, [{0, 1}, {1, 2}, {3}]) == (None, None)
 
 
 @pytest.mark.slow

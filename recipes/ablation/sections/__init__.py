@@ -58,7 +58,7 @@ def sections(findings: Findings) -> list[Section]:
 
 # -- what several sections share --------------------------------------------------
 
-OTHER_TASKS, OTHER_ROWS, ROWS = "95 %, other tasks too", "95 %, these tasks", "95 %, these tasks and rows"
+OTHER_TASKS, OTHER_ROWS, ROWS = "95 %, other tasks too", "95 %, other test rows too", "95 %, these test rows"
 COMPARED = [OTHER_TASKS, OTHER_ROWS, ROWS, "p (Holm)", "pairs"]
 
 

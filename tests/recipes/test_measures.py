@@ -12,7 +12,7 @@ from datasets import Dataset
 from steertune.recipes.lab import measures
 from steertune.recipes.lab.files import ArmError
 from steertune.recipes.lab.measures import Missing, Seen
-from steertune.recipes.lab.observe import HeldOut, against_base, neutral_rows, questions
+from steertune.recipes.lab.observe import HeldOut, against_base, neutral_rows, questions, right_among
 
 ROWS = 4000
 

@@ -49,6 +49,7 @@ from steertune.recipes.lab.training import (
     held_out_of,
     make_trainer,
     open_run,
+    prompts_to_answer,
     steps_of,
     training_of,
 )
@@ -85,6 +86,7 @@ def run(arm: Arm, threads: int | None = None) -> Record:
     train, test = (readable(rows, tokenizer) for rows in (data.train, data.test))
     scorer = _scorer(arm, train, model, tokenizer)
     held_out = held_out_of(arm, model, tokenizer, test, scorer=scorer)
+    asked, held_out.asked = prompts_to_answer(train, test, held_out.neutral)
     rehearse(held_out)
     notes = [*notes_on_form(data.train, tokenizer), *rehearse_training(arm, model, tokenizer, train)]
     say = print if state.is_main_process else (lambda *_: None)
@@ -119,6 +121,7 @@ def run(arm: Arm, threads: int | None = None) -> Record:
         "scorer": scorer.note if scorer is not None else "",
         "split": data.note,
         "held_out": len(test),
+        "asked": asked,
         "parameters": trainer.get_num_trainable_parameters(),
         "steps": trainer.state.global_step,
         "train_seconds": seconds,

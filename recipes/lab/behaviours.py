@@ -25,14 +25,14 @@ from steertune.recipes.lab.embedded import task_folder
 from steertune.recipes.lab.files import ArmError, read_toml, reasons
 
 
-class Opposites(BaseModel, extra="forbid"):
+class Opposites(BaseModel, extra="forbid", strict=True):
     """`[opposites]`: an instruction that asks for the behaviour, and one that asks for its opposite."""
 
     positive: str = Field(min_length=1)
     negative: str = Field(min_length=1)
 
 
-class Undo(BaseModel, extra="forbid"):
+class Undo(BaseModel, extra="forbid", strict=True):
     """`[undo]`: a substitution, a comparison without regard to case, or both."""
 
     pattern: str | None = None
@@ -56,7 +56,7 @@ class Undo(BaseModel, extra="forbid"):
         return text.casefold() if self.fold_case else text
 
 
-class Behaviour(BaseModel, extra="forbid"):
+class Behaviour(BaseModel, extra="forbid", strict=True):
     """The whole file. A task without one has no rule, no opposite instructions, and nothing to undo."""
 
     scorer: dict[str, Any] | None = None

@@ -74,7 +74,8 @@ class HeldOut:
         matching: Others of the kind, on which strengths are matched; None: they are not.
         questions: How many of the sentences with a fixed end are to be ended.
         instruction: Asks for the behaviour; "": nobody knows one.
-        generations: How many of the first test prompts are answered.
+        asked: Rows whose prompts are answered in place of the test rows' prompts; None: the test rows.
+        generations: How many of the first prompts are answered.
         neutral_generations: How many of the first neutral prompts are answered.
         new_tokens: Longest generated answer.
         scorer: Judges the answers; None: they are not judged.
@@ -87,6 +88,7 @@ class HeldOut:
     tokenizer: PreTrainedTokenizerBase
     pairs: Dataset
     neutral: Dataset
+    asked: Dataset | None = None
     generations: int = 0
     neutral_generations: int = 0
     new_tokens: int = 32
@@ -104,13 +106,13 @@ class HeldOut:
 
     def behind(self, show: Show) -> HeldOut:
         """The same examples as a model sees them that is shown something else in front of every prompt."""
-        return replace(self, pairs=show(self.pairs), neutral=show(self.neutral), plain=self.plain or self)
+        asked = None if self.asked is None else show(self.asked)
+        return replace(self, pairs=show(self.pairs), neutral=show(self.neutral), asked=asked, plain=self.plain or self)
 
     @cached_property
     def prompts(self) -> list[Any]:
-        """The test prompts that are answered."""
-        prompts = self.pairs["prompt"] if "prompt" in self.pairs.column_names else []
-        return [prompt for prompt in prompts if prompt][: self.generations]  # nothing answers an empty one
+        """The prompts that are answered; nothing answers an empty one."""
+        return prompts_in(self.pairs if self.asked is None else self.asked)[: self.generations]
 
     @property
     def has_pairs(self) -> bool:
@@ -142,6 +144,11 @@ class HeldOut:
                 yield
             finally:
                 self.shared["remembered"] = outer
+
+
+def prompts_in(rows: Dataset) -> list[Any]:
+    """The prompts of rows that are not empty."""
+    return [prompt for prompt in rows["prompt"] if prompt] if "prompt" in rows.column_names else []
 
 
 @torch.no_grad()

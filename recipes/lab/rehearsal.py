@@ -35,7 +35,10 @@ def rehearse(held_out: HeldOut) -> None:
     for rows, what, answers in (
         (held_out.pairs, "The test rows", held_out.generations),
         (held_out.neutral, "The neutral text", held_out.neutral_generations),
+        (held_out.asked, "The prompts to answer", held_out.generations),
     ):
+        if not rows:
+            continue
         if {"chosen", "completion", "text", "messages"} & {*rows.column_names}:
             check_rows(rows, tokenizer)
             check_context(model, tokenizer, rows, 0, what, _SHORTEN)

@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from datasets import Dataset
@@ -24,7 +24,7 @@ from steertune.recipes.lab.arm import Arm
 from steertune.recipes.lab.files import ArmError, read_text, write_whole
 from steertune.recipes.lab.generation import plain
 from steertune.recipes.lab.ingredients import Training
-from steertune.recipes.lab.observe import FEW_NEUTRAL, HeldOut, neutral_rows
+from steertune.recipes.lab.observe import FEW_NEUTRAL, HeldOut, neutral_rows, prompts_in
 from steertune.recipes.lab.processes import begin
 from steertune.recipes.lab.progress import Bar
 from steertune.trainers import FrozenPrefix, last_checkpoint, share_weights
@@ -34,6 +34,9 @@ QUIET: dict[str, Any] = {"save_strategy": "no", "logging_strategy": "no", "disab
 _LONGEST = 60  # characters of a default folder's name, each of which takes 4 bytes at most
 _SAMPLED = 4096
 
+
+Asked = Literal["held-out", "training", "neutral"]
+"""Which prompts are answered."""
 
 _WORTHLESS = {"config.json", "metrics.jsonl"}
 """Files of a run that has nothing to go on from."""
@@ -127,6 +130,18 @@ def held_out_of(arm: Arm, model: Any, tokenizer: Any, test: Dataset, **more: Any
         batch_size=table.batch_size,
         **more,
     )
+
+
+def prompts_to_answer(train: Dataset, test: Dataset, neutral: Dataset) -> tuple[Asked, Dataset]:
+    """The prompts that show what a training did to answers: held-out ones, where there are none training prompts,
+    and where no row has a prompt those of neutral text.
+
+    Returns:
+        Which prompts they are, and rows with a column `prompt`.
+    """
+    choices: dict[Asked, Dataset] = {"held-out": test, "training": train}
+    asked = next((kind for kind, rows in choices.items() if prompts_in(rows)), "neutral")
+    return asked, choices.get(asked, neutral).select_columns(["prompt"])
 
 
 def facts_of(training: Training, held_out: HeldOut) -> dict[str, Any]:

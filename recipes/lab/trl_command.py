@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from datasets import load_dataset
 from peft import PeftConfig
 from trl import (
@@ -25,13 +26,15 @@ from trl import (
 
 from steertune.adapters import SteeringVectorConfig
 from steertune.losses import get_loss
-from steertune.recipes.lab import embedded
+from steertune.recipes.lab import embedded, trained_on
 from steertune.recipes.lab.arm import known
 from steertune.recipes.lab.command_line import check_words, outcome
 from steertune.recipes.lab.files import ArmError
 from steertune.recipes.lab.keys import REFUSED
 from steertune.recipes.lab.processes import begin
-from steertune.recipes.lab.sources import find_split
+from steertune.recipes.lab.similarity import By, told_apart_by
+from steertune.recipes.lab.sources import find_split, has_one_split, load_parts
+from steertune.recipes.lab.trained_on import TrainedOn
 from steertune.trainers.arguments import check_ranges
 
 PREFIX = "steering_"
@@ -46,10 +49,16 @@ class SteeringArguments:
     )
     steering_form: str = field(default="bias", metadata={"help": "bias, span, gated, linear or low_rank"})
     steering_rank: int = field(default=1, metadata={"help": "rank of low_rank"})
+    steering_basis: str | None = field(
+        default=None, metadata={"help": "the vectors of span: an adapter folder, or a list of them"}
+    )
     steering_tied: bool = field(default=False, metadata={"help": "one vector for all layers"})
     steering_site: str = field(default="block", metadata={"help": "block, attention or mlp"})
-    steering_norm: str = field(default="free", metadata={"help": "free, fixed, capped, relative or preserve"})
+    steering_norm: str = field(default="free", metadata={"help": "free, fixed, capped, relative, preserve or learned"})
     steering_norm_value: float | None = field(default=None, metadata={"help": "value of fixed, capped and relative"})
+    steering_length_rate: float = field(
+        default=1.0, metadata={"help": "learning rate of learned's length, in those of the direction"}
+    )
     steering_positions: str = field(default="all", metadata={"help": "all, completion, prompt or last_prompt"})
     steering_init: str = field(
         default="zeros", metadata={"help": "zeros, random, or a direction such as mean_difference"}
@@ -71,7 +80,8 @@ class SteeringArguments:
         """
         values = {f.name.removeprefix(PREFIX): getattr(self, f.name) for f in dataclasses.fields(self)}
         switches = {name: value for name, value in values.items() if name not in ("threads", "loss", "loss_options")}
-        return SteeringVectorConfig(**{**switches, "layers": _toml(self.steering_layers)})
+        basis = None if self.steering_basis is None else _toml(self.steering_basis)
+        return SteeringVectorConfig(**{**switches, "layers": _toml(self.steering_layers), "basis": basis})
 
     def loss_object(self) -> Any:
         """The loss; None for TRL's own.
@@ -130,38 +140,65 @@ def train(
     begin(steering.threads)
     adapter: PeftConfig | None = get_peft_config(model) or steering.peft_config()
     loss = steering.loss_object()
-    data = _data(script, mixture)
-    splits = {"train_dataset": script.dataset_train_split}
-    if args.eval_strategy != "no":
-        splits["eval_dataset"] = script.dataset_test_split
-    for split in splits.values():
-        if split not in data:
-            raise ArmError(f"The data have no split {split!r}. They have {sorted(data)}.")
+    datasets, by = _datasets(script, mixture, args.eval_strategy != "no")
     trainer = trainer_class(
         args=args,
         peft_config=adapter,
         loss=loss,
         **_model(model, args),
-        **{name: data[split] for name, split in splits.items()},
+        **datasets,
     )
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     trainer.save_model(args.output_dir)
+    if by is not None and trainer.is_world_process_zero():
+        trained_on.write(Path(args.output_dir), [TrainedOn.of(datasets["train_dataset"], by)])
     trainer.accelerator.print(f"Saved to {args.output_dir}")
     if args.push_to_hub:
         trainer.push_to_hub(dataset_name=script.dataset_name)
 
 
-def _data(script: ScriptArguments, mixture: DatasetMixtureConfig) -> Any:
-    """Split -> rows: TRL's mixture, an embedded task, local files, or a data set on the Hub."""
-    if mixture.datasets:
-        return get_dataset(mixture)
+def _datasets(
+    script: ScriptArguments, mixture: DatasetMixtureConfig, evaluates: bool
+) -> tuple[dict[str, Any], By | None]:
+    """The trainer's data sets: of TRL's mixture, an embedded task, local files, or the Hub. A single file is divided
+    where the trainer evaluates.
+
+    Returns:
+        Keyword arguments of the trainer, and what tells local rows apart; None for others.
+
+    Raises:
+        ArmError: no data, no such split, or nothing to evaluate on.
+    """
     name: Any = script.dataset_name
-    if not name:
+    splits = {"train_dataset": script.dataset_train_split}
+    if evaluates:
+        splits["eval_dataset"] = script.dataset_test_split
+    if not mixture.datasets and not name:
         raise ArmError("No data: give --dataset_name (a Hub name, a folder, a file, an embedded task) or datasets:.")
-    if name in embedded.task_names() or Path(name).exists():
-        splits = (script.dataset_train_split, script.dataset_test_split)
-        return {split: rows for split in splits if (rows := find_split(name, split)) is not None}
-    return load_dataset(name, name=script.dataset_config, streaming=script.dataset_streaming)
+    local = not mixture.datasets and (name in embedded.task_names() or Path(name).exists())
+    if local and evaluates and has_one_split(name, *splits.values()):
+        parts = load_parts(name, *splits.values())
+        if not len(parts.test):
+            raise ArmError(f"{parts.note} Give more rows, or do without evaluation: --eval_strategy no.")
+        PartialState().print(parts.note)
+        return {"train_dataset": parts.train, "eval_dataset": parts.test}, parts.by
+
+    if local:
+        data = {split: rows for split in splits.values() if (rows := find_split(name, split)) is not None}
+    elif mixture.datasets:
+        data = get_dataset(mixture)
+    else:
+        data = load_dataset(name, name=script.dataset_config, streaming=script.dataset_streaming)
+    for split in splits.values():
+        if split not in data:
+            raise ArmError(f"The data have no split {split!r}. They have {sorted(data)}.")
+    if len({*splits.values()}) < len(splits):
+        raise ArmError(
+            f"--dataset_train_split and --dataset_test_split are both {script.dataset_test_split!r}, so evaluation "
+            "would read training rows. Name another split, or set --eval_strategy no."
+        )
+    rows: Any = {argument: data[split] for argument, split in splits.items()}
+    return rows, told_apart_by(rows["train_dataset"].to_list()) if local else None
 
 
 def _model(model: ModelConfig, args: Any) -> dict[str, Any]:

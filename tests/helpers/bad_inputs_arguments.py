@@ -220,7 +220,7 @@ ROWS: dict[str, Row] = {
         None,
     ),
     "classifier of too few rows": row(
-        "needs 10 rows or more", fit, {"kind": "classifier"}, tiny_data.pairs(3), None, None
+        "needs 8 rows or more", fit, {"kind": "classifier"}, tiny_data.pairs(3), None, None
     ),
     # augmentation
     "augmentation without a name": more("has no name: say which augmenter", times=2),

@@ -112,7 +112,9 @@ ROWS: dict[str, Row] = {
         "--data.name=x.jsonl",
         "--output.folder=o",
     ),
-    "train on too few rows": said("32 rows asked.*Ask for fewer", "train", "vector_dpo", DATA, "--output.folder=o"),
+    "train on too few rows": said(
+        "32 rows asked.*Ask for fewer", "train", "vector_dpo", "--data.name={root}/task", "--output.folder=o"
+    ),
     "train of a model that is not there": said(
         "model.name='./nowhere' cannot be loaded.*safetensors",
         "train",

@@ -219,7 +219,7 @@ def test_a_scorer_that_cannot_be_fitted_ends_the_grid_before_it_starts(tables, t
     file = tmp_path / "grid.toml"
     file.write_text(_toml(tables))
     assert recipe.main([str(file), "--folder", str(tmp_path / "run"), "--threads", "1"]) == 2
-    assert "splits.scorer=2: a classifier needs 10 rows or more" in capsys.readouterr().err
+    assert "splits.scorer=2: a classifier needs 8 rows or more" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 

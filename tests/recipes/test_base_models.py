@@ -1,4 +1,4 @@
-"""A base model, whose tokenizer has no chat template: every recipe runs on one file of plain-text pairs."""
+"""Every recipe runs on a base model, whose tokenizer has no chat template, and one file of pairs in repeng's columns."""
 
 from __future__ import annotations
 
@@ -23,6 +23,8 @@ from steertune.recipes import (
     sweep,
     train,
 )
+from steertune.recipes.lab import trained_on
+from steertune.recipes.lab.held_out import held_out_rows
 from steertune.recipes.lab.rows import Record
 from steertune.recipes.studies import probes
 from steertune.recipes.vectors import main as vectors
@@ -52,24 +54,42 @@ strength = "tuned"
 """
 
 
+APART = {"positive": "cat", "negative": "dog"}
+DRAWN: list[dict[str, str]] = tiny_data.pairs(50, seed=50).to_list()
+
+
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a base model, 50 plain-text pairs in train.jsonl, test pairs, and a trained vector in run/."""
+    """A folder with a base model, 50 pairs of whole texts in pairs.jsonl, the same with prompts of their own in
+    prompts.jsonl, and a trained vector in run/."""
     home = tmp_path_factory.mktemp("base")
     tiny(max_position_embeddings=512).save_pretrained(home / "model")
     tiny_data.tokenizer(template=None).save_pretrained(home / "model")
-    (home / "pairs").mkdir()
-    for split, rows in (("train", 50), ("test", 24)):
-        tiny_data.pairs(rows, seed=rows).to_json(home / "pairs" / f"{split}.jsonl")
+    # answers differ in their last word, which a vector can make likelier
+    pairs = [{**row, "chosen": f"{row['chosen']} cat", "rejected": f"{row['chosen']} dog"} for row in DRAWN]
+    # a tenth of the pairs differ from their first word on, so they have no prompt
+    texts = [{side: f"{text} {row['chosen']}" for side, text in APART.items()} if i % 10 == 0 else repeng(row)
+             for i, row in enumerate(pairs)]  # fmt: skip
+    write(home / "pairs.jsonl", texts)
+    write(home / "prompts.jsonl", [{"prompt": row["prompt"], **repeng({**row, "prompt": ""})} for row in pairs])
     assert train.main(["vector_dpo", *arm_words(home, "run")]) == 0
     return home
 
 
-def arm_words(home: Path, folder: str) -> list[str]:
+def repeng(row: dict[str, str]) -> dict[str, str]:
+    """A pair in repeng's columns."""
+    return {"positive": row["prompt"] + row["chosen"], "negative": row["prompt"] + row["rejected"]}
+
+
+def write(file: Path, rows: list[dict[str, str]]) -> None:
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def arm_words(home: Path, folder: str, data: str = "pairs.jsonl") -> list[str]:
     options = {
         "model.name": home / "model",
         "model.threads": 1,
-        "data.name": home / "pairs",
+        "data.name": home / data,
         "data.train": 8,
         "data.test": 8,
         "trainer.max_steps": 3,
@@ -88,26 +108,65 @@ def test_train_measures_neutral_text_and_answers_as_plain_text(home: Path) -> No
     assert (home / "run" / "adapter" / "adapter_model.safetensors").is_file()
 
 
+def test_the_page_and_the_card_say_how_the_file_was_divided(home: Path) -> None:
+    for page in (home / "run" / "page.md", home / "run" / "adapter" / "README.md"):
+        assert "is one file of 50 rows, divided by a hash of the text" in page.read_text()
+    held_out, note = held_out_rows(str(home / "pairs.jsonl"), [home / "run" / "adapter"])
+    assert 8 <= len(held_out) < 20 and "divided by a hash" in note
+
+
+@pytest.mark.parametrize(
+    ("begin", "asked"),
+    [({"prompt": "the cat runs "}, "training"), ({"chosen": "cat sits", "rejected": "dog sits"}, "neutral")],
+)
+def test_five_rows_are_trained_on_and_none_is_held_out(
+    home: Path, tmp_path: Path, begin: dict[str, str], asked: str
+) -> None:
+    pairs = [{"prompt": "", **row} for row in tiny_data.pairs(5).remove_columns("prompt").to_list()]
+    whole = [repeng({**pair, **begin}) for pair in pairs]
+    write(
+        tmp_path / "five.jsonl", [{side: f"{text} {i}" for side, text in row.items()} for i, row in enumerate(whole)]
+    )
+    options = ["--data.name", str(tmp_path / "five.jsonl"), "--output.folder", str(tmp_path / "run")]
+    assert train.main(["vector_dpo", *arm_words(home, "unused"), *options]) == 0
+    record = Record.read(tmp_path / "run" / "result.json")
+    assert record.facts["held_out"] == 0 and record.facts["asked"] == asked
+    assert len(record.observations["1"]["answer"]) == len(record.facts["prompts"]) >= 3
+    page = (tmp_path / "run" / "page.md").read_text()
+    assert "**No rows were held out" in page.splitlines()[2]
+    assert f"Generations (greedy, {asked} prompts)" in page
+
+
 def test_sweep(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = [str(home / "pairs"), "--model", str(home / "model"), "--layers", "1", "2", "--strengths", "1", "2"]
+    words = [str(home / "pairs.jsonl"), "--model", str(home / "model"), "--layers", "1", "2", "--strengths", "4", "64"]
     sizes = ["--train", "8", "--validation", "6", "--test", "8", "--generations", "2", "--new-tokens", "4"]
-    assert sweep.main([*words, *sizes, "--threads", "1", "--folder", str(home / "sweep")]) == 0
+    limits = ["--max-kl", "9", "--max-perplexity", "99", "--max-repetition", "1"]
+    assert sweep.main([*words, *sizes, *limits, "--threads", "1", "--folder", str(home / "sweep")]) == 0
     assert "Every setting (validation rows)" in capsys.readouterr().out
+    assert trained_on.read(home / "sweep" / "adapter")
+
+
+def test_distillation_names_rows_without_a_prompt(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert distill.main(["vector_distillation", *arm_words(home, "refused")]) == 2
+    error = capsys.readouterr().err
+    assert "distillation answers prompts, and some rows have an empty one" in error and "data.columns.prompt" in error
+    assert not (home / "refused").exists()
 
 
 @pytest.mark.parametrize("arm", ["vector_distillation", "vector_demonstrations_distillation"])
 def test_distill(home: Path, arm: str) -> None:
-    assert distill.main([arm, *arm_words(home, arm)]) == 0
-    assert "Fidelity" in (home / arm / "page.md").read_text()
+    assert distill.main([arm, *arm_words(home, arm, "prompts.jsonl")]) == 0
+    page = (home / arm / "page.md").read_text()
+    assert "Fidelity" in page and "is one file of 50 rows, divided by a hash of the prompt" in page
+    assert trained_on.read(home / arm / "adapter")
 
 
 def test_ablate_and_report(home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tables = tomllib.loads(GRID)
     assert tables["name"] == "base"
     scorer = '{ kind = "classifier" }'
-    task = (
-        f'tasks = [{{ name = "{home / "pairs"}", instructions = ["say red"], instructions_by = "the test", scorer = '
-    )
+    name = home / "pairs.jsonl"
+    task = f'tasks = [{{ name = "{name}", instructions = ["say red"], instructions_by = "the test", scorer = '
     model = f'model = {{ name = "{home / "model"}", threads = 1 }}\n'
     (tmp_path / "grid.toml").write_text(f"{task}{scorer} }}]\n{model}{GRID}")
     words = [str(tmp_path / "grid.toml"), "--folder", str(tmp_path / "grid"), "--threads", "1"]
@@ -146,9 +205,11 @@ def test_eval_on_pairs(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from steertune.recipes import eval as recipe
 
     words = [str(home / "run" / "adapter"), "--model", str(home / "model"), "--limit", "4", "--json"]
-    assert recipe.main([*words, "--tasks", str(home / "pairs" / "test.jsonl")]) == 0
-    numbers = json.loads(capsys.readouterr().out)
-    assert set(numbers) == {"0", "1"} and 0 <= numbers["1"]["test"]["acc,none"] <= 1
+    assert recipe.main([*words, "--tasks", str(home / "pairs.jsonl")]) == 0
+    printed = capsys.readouterr()
+    assert "divided by a hash of the text" in printed.err, "the rows are those that no recipe trains on"
+    numbers = json.loads(printed.out)
+    assert set(numbers) == {"0", "1"} and 0 <= numbers["1"]["pairs"]["acc,none"] <= 1
 
 
 def test_merged_exports_are_served_as_they_are(home: Path, tmp_path: Path) -> None:
@@ -166,7 +227,7 @@ def test_merged_exports_are_served_as_they_are(home: Path, tmp_path: Path) -> No
 
 
 def test_two_vectors_together(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    pairs, adapter = str(home / "pairs"), home / "run" / "adapter"
+    pairs, adapter = str(home / "pairs.jsonl"), home / "run" / "adapter"
     other = home / "other"
     if not other.exists():
         assert vectors(["add", str(adapter), "--weights", "0.5", "--output", str(other)]) == 0
@@ -181,7 +242,7 @@ def test_contrast_prompts(home: Path, tmp_path: Path) -> None:
     for split, rows in (("train", 24), ("test", 8)):
         tiny_data.pairs(rows, seed=100 + rows).to_json(other / f"{split}.jsonl")
     (tmp_path / "mixture.toml").write_text(
-        f'seen = ["{home / "pairs"}"]\nunseen = ["{other}"]\narm = "vector_dpo"\nsteering = ["vector_dpo"]\n'
+        f'seen = ["{home / "pairs.jsonl"}"]\nunseen = ["{other}"]\narm = "vector_dpo"\nsteering = ["vector_dpo"]\n'
         f'model = {{ name = "{home / "model"}" }}\ndemonstrations = 2\nexamples = 8\npairs = 4\nseeds = [0]\n'
         "trainer = { max_steps = 2 }\nsplits = { validation = 2, scorer = 0, test = 6, near_duplicates = 1.0 }\n"
     )

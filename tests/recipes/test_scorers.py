@@ -40,7 +40,7 @@ def without(table: dict[str, Any], key: str) -> dict[str, Any]:
 
 
 def test_kinds_are_the_files_and_a_classifier_is_the_default():
-    assert scorers.names() == ["classifier", "embedding", "judge", "logprob", "rule"]
+    assert scorers.names() == ["characters", "classifier", "embedding", "judge", "logprob", "rule"]
     kind, options = scorers.read({"C": 2})
     assert (kind, options.C) == ("classifier", 2.0)
 
@@ -131,10 +131,10 @@ def test_a_stronger_regularisation_is_less_sure():
     assert 0.5 < unsure < sure
 
 
-def test_classifier_needs_ten_rows():
-    with pytest.raises(ArmError, match=r"splits\.scorer=9: .*10 rows or more"):
-        fitted({"kind": "classifier"}, pairs(9))
-    fitted({"kind": "classifier"}, pairs(10))
+def test_classifier_needs_eight_rows():
+    with pytest.raises(ArmError, match=r"splits\.scorer=7: .*8 rows or more"):
+        fitted({"kind": "classifier"}, pairs(7))
+    fitted({"kind": "classifier"}, pairs(8))
 
 
 # -- logprob ----------------------------------------------------------------------------------------------------------
@@ -410,8 +410,8 @@ def test_embedding_separates_two_vocabularies_and_says_how_well(reader):
     first, empty, second = scorer.score(["the"] * 3, [good, " ", bad])
     assert first > 0.5 > second and empty is None
     assert "12 pairs of its own, cross-validated accuracy 1.00" in scorer.note
-    with pytest.raises(ArmError, match=r"splits\.scorer=9: .*10 rows or more"):
-        scorers.fit({"kind": "embedding"}, rows.select(range(9)), reader, tokenizer)
+    with pytest.raises(ArmError, match=r"splits\.scorer=7: .*8 rows or more"):
+        scorers.fit({"kind": "embedding"}, rows.select(range(7)), reader, tokenizer)
 
 
 @pytest.mark.parametrize("pattern, right", [("glad|love|hug", 1.0), ("row|data|number", 0.0), ("zebra", 0.5)])

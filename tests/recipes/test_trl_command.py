@@ -14,6 +14,8 @@ from tiny_models import tiny, vector_of
 from steertune.adapters import SteeringVectorConfig
 from steertune.losses.bipo import BiPO
 from steertune.recipes import cli
+from steertune.recipes.lab.sources import load_parts
+from steertune.recipes.lab.trained_on import read
 from steertune.recipes.lab.trl_command import SteeringArguments
 
 
@@ -71,6 +73,25 @@ def test_lora_by_trls_own_flags(home, tmp_path):
     assert run("trl_dpo", home, tmp_path / "out", "--use_peft", "--lora_r", "2", "--loss", "simpo") == 0
     config = PeftModel.from_pretrained(tiny(), tmp_path / "out").peft_config["default"]
     assert config.peft_type == "LORA" and config.r == 2
+
+
+@pytest.mark.parametrize("command", ["trl_dpo", "trl_sft"])
+def test_one_file_is_divided_where_the_trainer_evaluates(home, tmp_path, command, capsys):
+    evaluated = ["--dataset_name", str(tmp_path / "one.jsonl"), "--eval_strategy", "steps", "--eval_steps", "2"]
+    rows = (tiny_data.pairs if command == "trl_dpo" else tiny_data.demonstrations)(50)
+    rows.to_json(tmp_path / "one.jsonl")
+    assert run(command, home, tmp_path / "out", *evaluated) == 0
+    assert "is one file of 50 rows, divided by a hash of the prompt" in capsys.readouterr().out
+    parts = load_parts(str(tmp_path / "one.jsonl"))
+    [trained] = read(tmp_path / "out") or []
+    assert len(trained.hashes) == len({*parts.train["prompt"]}) and not trained.resembling(parts.test.to_list())
+
+    rows.select(range(8)).to_json(tmp_path / "one.jsonl")
+    assert run(command, home, tmp_path / "few", *evaluated) == 2
+    assert "too few to hold any out" in capsys.readouterr().err
+    same = ["--dataset_name", str(home / "pairs"), "--dataset_test_split", "train", "--eval_strategy", "steps"]
+    assert run(command, home, tmp_path / "same", *same) == 2
+    assert not (tmp_path / "few").exists() and not (tmp_path / "same").exists()
 
 
 def test_every_switch_can_be_said():

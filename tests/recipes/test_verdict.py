@@ -77,7 +77,7 @@ def test_without_a_scorer_the_answers_themselves_are_compared() -> None:
     silent.observations["1"]["answer"] = ["other"] * 4
     assert verdict(silent).startswith("4 of 4 answers differ")
     del silent.observations["0"]["answer"], silent.observations["1"]["answer"]
-    assert verdict(silent).startswith("No answers to held-out prompts were generated")
+    assert verdict(silent).startswith("No answers were generated")
 
 
 def test_the_scorer_of_characters_sees_capitals_marks_and_lines() -> None:

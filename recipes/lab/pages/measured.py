@@ -84,13 +84,13 @@ def training_page(record: Record, what: str, use: Sequence[str]) -> Page:
         f"({facts['steps']} steps), {facts['seconds']:.0f} s in all, {facts['peak_memory_gb']:.2f} GB peak memory, "
         f"{facts['processes']} process(es)."
     )
-    answers = generations(facts["prompts"], _answers_of(record))
+    answers, asked = generations(facts["prompts"], _answers_of(record)), facts.get("asked", "held-out")
     if facts.get("scorer"):
         answers.insert(0, Text(f"What counts as the behaviour: {escape(facts['scorer'])}."))
     sections = [
         Section("", summary),
         Section("Strength", strengths),
-        *([Section("Generations (greedy)", answers)] if answers else []),
+        *([Section(f"Generations (greedy, {asked} prompts)", answers)] if answers else []),
         Section("Cost", [Text(cost)]),
         Section("Use it", [Code("\n".join(use), "python")]),
     ]

@@ -22,12 +22,32 @@ _RISE = 0.05  # of a score that is a probability, from which an answer counts as
 _CIRCLE = 0.5  # an answer that shrinks below this share of its length says the same again and again
 
 
+_NOT_HELD_OUT = {
+    "held-out": "",
+    "training": " **No rows were held out**: these are training prompts, and nothing says what others do.",
+    "neutral": " The rows have no prompts of their own, so these are everyday questions about other things.",
+}
+"""Which prompts were answered -> what to say about it."""
+
+
 def verdict(record: Record) -> str:
     """One paragraph in Markdown.
 
     Args:
         record: The base model at strength 0, the trained one at strength 1 and maybe at others.
     """
+    asked = _asked(record)
+    nothing = " **No rows were held out.**" if asked == "neutral" and not record.facts["held_out"] else ""
+    return f"{_outcome(record)}{nothing}{_NOT_HELD_OUT[asked]}"
+
+
+def _asked(record: Record) -> str:
+    """Which prompts were answered: held-out, training or neutral ones."""
+    return record.facts.get("asked", "held-out")
+
+
+def _outcome(record: Record) -> str:
+    """What came out."""
     strengths = sorted((at for at in record.observations if float(at) > 0), key=float)
     excess = {at: _excess(record, at) for at in strengths}
     harmless = [at for at in strengths if not excess[at]]
@@ -66,12 +86,12 @@ def _gain(record: Record, at: str) -> tuple[float, str]:
     if not len(after):
         return 0.0, "no answer could be judged"
     if np.isin([before, after], (0, 1)).all():
-        shown = f"{after.sum():.0f} of {len(after)} answers to held-out prompts show the behaviour"
+        shown = f"{after.sum():.0f} of {len(after)} answers to {_asked(record)} prompts show the behaviour"
         return float(np.mean(after - before)), f"{shown}, and {before.sum():.0f} did before"
     rises, falls = int((after > before + _RISE).sum()), int((after < before - _RISE).sum())
     words = (
-        f"{rises} of {len(after)} answers to held-out prompts are more like the chosen answers than the base model's "
-        f"are, and {falls} less"
+        f"{rises} of {len(after)} answers to {_asked(record)} prompts are more like the chosen answers than the base "
+        f"model's are, and {falls} less"
     )
     return (rises - falls) / len(after), words
 
@@ -102,7 +122,7 @@ def circling(answers: Sequence[str]) -> float:
 def _without_scorer(record: Record) -> str:
     """What can be said of answers that nothing scores: whether they are the base's."""
     if "answer" not in record.observations[BASE]:
-        return "No answers to held-out prompts were generated, so this page cannot say what one would notice."
+        return "No answers were generated, so this page cannot say what one would notice."
     before, after = (record.observations[at]["answer"] for at in (BASE, TRAINED))
     same = sum(a == b for a, b in zip(before, after, strict=True))
     if same > len(before) / 2:

@@ -22,6 +22,7 @@ from sklearn.model_selection import GroupKFold, cross_val_score
 
 from steertune.adapters.registry import file_names
 from steertune.recipes.lab.arm import known_tables
+from steertune.recipes.lab.division import SMALLEST
 from steertune.recipes.lab.files import ArmError, nearest, reasons
 from steertune.recipes.lab.generation import plain
 
@@ -109,11 +110,11 @@ def fit_on_pairs(classifier: Any, features: Any) -> float:
         features: Of the chosen answers of all pairs, then of the rejected ones.
 
     Raises:
-        ArmError: fewer than 10 pairs.
+        ArmError: fewer than 8 pairs, as many as a part of a divided file has.
     """
     pairs = len(features) // 2
-    if pairs < 10:
-        raise ArmError(f"splits.scorer={pairs}: a classifier needs 10 rows or more.")
+    if pairs < SMALLEST:
+        raise ArmError(f"splits.scorer={pairs}: a classifier needs {SMALLEST} rows or more.")
     labels, groups = np.repeat([1, 0], pairs), np.tile(np.arange(pairs), 2)  # both answers of a pair in one fold
     accuracy = cross_val_score(classifier, features, labels, groups=groups, cv=GroupKFold(5)).mean()
     classifier.fit(features, labels)

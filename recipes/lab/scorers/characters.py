@@ -32,7 +32,7 @@ def fit(options: Options, rows: Dataset, model: Any, tokenizer: Any) -> Scorer:
     """Chosen answers of the rows against rejected ones.
 
     Raises:
-        ArmError: fewer than 10 rows.
+        ArmError: fewer than 8 rows.
     """
     texts = [plain(row[side]) for side in ("chosen", "rejected") for row in map(dict, rows)]
     features = TfidfVectorizer(

@@ -25,7 +25,7 @@ from steertune.recipes.lab.scorers import Scorer, as_rows, fit_on_pairs
 _ROWS = 8
 
 
-class Options(BaseModel, extra="forbid"):
+class Options(BaseModel, extra="forbid", strict=True):
     """`C`: inverse strength of the regularisation."""
 
     C: float = Field(default=0.01, gt=0)
@@ -35,7 +35,7 @@ def fit(options: Options, rows: Dataset, model: Any, tokenizer: Any) -> Scorer:
     """Chosen answers of the rows against rejected ones.
 
     Raises:
-        ArmError: fewer than 10 rows.
+        ArmError: fewer than 8 rows.
     """
     sides = [(plain(row["prompt"]), plain(row[side])) for side in ("chosen", "rejected") for row in map(dict, rows)]
     classifier = make_pipeline(StandardScaler(), LogisticRegression(C=options.C, max_iter=1000))

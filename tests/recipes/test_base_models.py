@@ -1,4 +1,4 @@
-"""Every recipe runs on a base model, whose tokenizer has no chat template, and one file of pairs in repeng's columns."""
+"""Every recipe runs on a base model without a chat template, and on one file of pairs in repeng's columns."""
 
 from __future__ import annotations
 

@@ -72,7 +72,8 @@ def main(
         "bag_of_words": accuracy,
         "findings": [asdict(finding) for finding in findings],
     }
-    lines = [parts.note]
+    # rows without answers are not divided in a way that means something
+    lines = [parts.note] if pairs or not findings else []
     if accuracy is not None:
         lines.append(f"Single words tell chosen from rejected in {accuracy:.0%} of pairs (50% is chance).")
     for finding in findings:

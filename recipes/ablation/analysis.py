@@ -16,6 +16,7 @@ from steertune.recipes.ablation.statistics.curves import Equivalence, area_betwe
 from steertune.recipes.ablation.statistics.paired import Difference, difference, least_p, smallest_p, together
 from steertune.recipes.ablation.statistics.rows import over_examples, rows_of, with_base
 from steertune.recipes.ablation.statistics.shapley import share_rows
+from steertune.recipes.ablation.strengths import unfit
 from steertune.recipes.ablation.tables import Claim, GridTables, TaskTable
 from steertune.recipes.lab.files import ArmError
 
@@ -86,16 +87,27 @@ def in_pairs(cells: Frame, tasks: Sequence[str | TaskTable]) -> Frame:
     return cells.assign(task=cells["task"].replace(shared), seed=pd.Series(seeds, index=cells.index, dtype=object))
 
 
-def comparisons(cells: Frame, than: str, measure: str) -> list[Comparison]:
-    """Every arm against `than`, paired by task and seed."""
+def gap(both: Frame, arm: str, than: str, sample: bool = False) -> Difference:
+    """The difference of two arms in the pairs of `scores` that have both; with `sample`, tasks are a sample."""
+    return difference(both[arm] - both[than], sample)
+
+
+def comparisons(cells: Frame, than: str, measure: str, sample: bool = False) -> list[Comparison]:
+    """Every arm against `than`, paired by task and seed; with `sample`, tasks are a sample."""
     wide = scores(cells, measure)
     pairs = {arm: wide[[arm, than]].dropna() for arm in wide if arm != than and than in wide}
     pairs = {arm: both for arm, both in pairs.items() if len(both)}
-    gaps = together({arm: difference(both[arm] - both[than]) for arm, both in pairs.items()})
-    return [Comparison(arm, mean(pairs[arm][arm]), gap) for arm, gap in gaps.items()]
+    gaps = together({arm: gap(both, arm, than, sample) for arm, both in pairs.items()})
+    return [Comparison(arm, mean(pairs[arm][arm]), one) for arm, one in gaps.items()]
 
 
-def verdict(cells: Frame, claim: Claim, attributed: Attribution = Attribution(), planned: int = 0) -> Verdict:
+def verdict(
+    cells: Frame,
+    claim: Claim,
+    attributed: Attribution = Attribution(),
+    planned: int = 0,
+    targets: Sequence[float] = (),
+) -> Verdict:
     """Decide the claim: for it if `better` is clearly more than `margin` ahead and the share of the factor that it
     names, if any, is clearly the largest; against it if one of the two clearly fails; else undecided.
 
@@ -104,6 +116,7 @@ def verdict(cells: Frame, claim: Claim, attributed: Attribution = Attribution(),
         claim: The claim.
         attributed: `attribution` for the claim's measure.
         planned: How many pairs of task and seed the grid has, run or not; 0: those of the cells.
+        targets: The KLs to the base that the claim is about.
     """
     if claim.recovers is not None:
         cells = with_base(cells, BASE)
@@ -113,36 +126,46 @@ def verdict(cells: Frame, claim: Claim, attributed: Attribution = Attribution(),
         return Verdict("undecided", f"{missing} have no {claim.label}, so the claim cannot be decided.")
     both = wide.dropna(subset=[claim.better, claim.than])
     rows = _ahead(both, claim.better, claim)
-    gap, over = difference(rows), difference(rows - claim.margin)
-    if not gap.interval.pairs:
+    plain, over = difference(rows, claim.sample), difference(rows - claim.margin, claim.sample)
+    if not plain.interval.pairs:
         return Verdict("undecided", "No pair of task and seed has both arms of the claim yet.")
-    pairs, all_pairs = gap.interval.pairs, planned or len(cells[["task", "seed"]].drop_duplicates())
+    pairs, all_pairs = plain.interval.pairs, planned or len(cells[["task", "seed"]].drop_duplicates())
     left_out = _left_out(cells, claim, all_pairs - pairs)
     what = (
         f"{claim.better} has {mean(both[claim.better]):.3f} {claim.label}, {claim.than} has "
-        f"{mean(both[claim.than]):.3f}: {_compared(both, claim)} {gap} (95 %, for other seeds and test rows "
-        f"of these tasks, given the settings chosen; {pairs} of {all_pairs} pairs of task and seed{left_out}; "
+        f"{mean(both[claim.than]):.3f}: {_compared(both, claim)} {plain} ({_reach(plain)}, "
+        f"given the settings chosen; {pairs} of {all_pairs} pairs of task and seed{left_out}; "
         f"p = {over.p:.3g}{f' that it is not {claim.margin:g}' if claim.margin else ''})"
     )
     if all_pairs - pairs > _LEFT_OUT * all_pairs:
         return Verdict(
             "undecided", f"{what}; with more than {_LEFT_OUT:.0%} of the pairs left out nothing is decided."
         )
-    gain = None if claim.recovers is None else difference(both[claim.than] - both[BASE])
+    gain = None if claim.recovers is None else difference(both[claim.than] - both[BASE], claim.sample)
     if gain is not None and not (gain.clear(claim.alpha) and gain.estimate > 0):
         return Verdict(
             "undecided",
             f"{what}; but {claim.than} has no clear gain over the base ({gain}), of which that were a share.",
         )
     if not over.clear(claim.alpha):
-        least = smallest_p(pairs)
+        least = 0.0 if claim.sample else smallest_p(pairs)
         why = f"; {pairs} pairs cannot give a p below {least:.2g}" if least >= claim.alpha else ""
         return Verdict("undecided", f"{what}, which is neither clearly more nor clearly less than claimed{why}.")
+    ahead_arm = claim.better if over.estimate > 0 else claim.than
+    if why := unfit(cells, ahead_arm, claim.strength, targets):
+        return Verdict("undecided", f"{what}; but {why}, and wins no claim.")
     if over.estimate < 0:
         less = f"below the smallest difference that would matter ({claim.margin:g})" if claim.margin else "less"
         return Verdict("against", f"{what}, {less}.")
     side, clause = _largest_share(claim, attributed)
     return Verdict(side, f"{what}, more{f' than {claim.margin:g}' if claim.margin else ''}{clause}.")
+
+
+def _reach(difference: Difference) -> str:
+    """What the interval of a claim allows for."""
+    if difference.sample:
+        return f"95 %, for other tasks like these; within these tasks {difference.crossed.ends}"
+    return "95 %, for other seeds and test rows of these tasks"
 
 
 def _ahead(wide: Frame, arm: str, claim: Claim) -> Frame:
@@ -155,7 +178,7 @@ def _ahead(wide: Frame, arm: str, claim: Claim) -> Frame:
 def ahead(cells: Frame, claim: Claim) -> Difference:
     """How far `better` is ahead of what the claim compares it with, over the pairs that have both."""
     wide = scores(with_base(cells, BASE), claim.column)
-    return difference(_ahead(wide.dropna(subset=[claim.better, claim.than]), claim.better, claim))
+    return difference(_ahead(wide.dropna(subset=[claim.better, claim.than]), claim.better, claim), claim.sample)
 
 
 @dataclass(frozen=True)
@@ -220,11 +243,11 @@ def recovered(cells: Frame, claim: Claim) -> list[Recovered]:
     wide = scores(with_base(cells, BASE), claim.column)
     pairs = {arm: wide[list({arm, claim.than, BASE})].dropna() for arm in wide if arm != BASE and claim.than in wide}
     pairs = {arm: rows for arm, rows in pairs.items() if len(rows)}
-    ahead = {arm: difference(_ahead(rows, arm, claim)) for arm, rows in pairs.items()}
+    ahead = {arm: difference(_ahead(rows, arm, claim), claim.sample) for arm, rows in pairs.items()}
     ahead |= together(
         {arm: one for arm, one in ahead.items() if arm != claim.than}
     )  # `than` is not compared with itself
-    gains = together({arm: difference(rows[arm] - rows[BASE]) for arm, rows in pairs.items()})
+    gains = together({arm: gap(rows, arm, BASE, claim.sample) for arm, rows in pairs.items()})
     whole = {arm: mean(rows[claim.than] - rows[BASE]) for arm, rows in pairs.items()}
     return [
         Recovered(arm, gains[arm], gains[arm].estimate / whole[arm] if whole[arm] > 0 else None, ahead[arm])
@@ -262,6 +285,7 @@ def attribution(
     measure: str,
     factor: str | None = None,
     labels: Mapping[str, str] | None = None,
+    sample: bool = False,
 ) -> Attribution:
     """Shapley share of every factor that differs between `design.start` and `design.end` in the gap between them,
     over the pairs that have every mixture of the two.
@@ -272,6 +296,7 @@ def attribution(
         measure: The column to look at.
         factor: The factor whose share is claimed to be the largest.
         labels: What arms are called in `cells`, where that is not their name.
+        sample: Whether tasks are taken as a sample.
     """
     start, end = tables.design.start, tables.design.end
     if not start or not end:
@@ -289,8 +314,8 @@ def attribution(
         short = [name for name in names.values() if name not in wide or wide[name].isna().any()]
         return Attribution(why=f"no pair of task and seed has every mixture; {', '.join(short)} lack some or all")
     rows = share_rows({coalition: complete[name] for coalition, name in names.items()}, moving)
-    leads = {f: difference(rows[factor] - rows[f]) for f in moving if f != factor} if factor in moving else {}
-    return Attribution(together({f: difference(values) for f, values in rows.items()}), together(leads))
+    leads = {f: difference(rows[factor] - rows[f], sample) for f in moving if f != factor} if factor in moving else {}
+    return Attribution(together({f: difference(values, sample) for f, values in rows.items()}), together(leads))
 
 
 @dataclass(frozen=True)
@@ -308,7 +333,7 @@ class Efficiency:
     equivalents: dict[int, Equivalence]
 
 
-def efficiency(cells: Frame, than: str, measure: str) -> list[Efficiency]:
+def efficiency(cells: Frame, than: str, measure: str, sample: bool = False) -> list[Efficiency]:
     """Compare the curves over the numbers of examples, in the pairs that have all numbers."""
     examples = sorted(int(n) for n in cells["examples"].unique())
     values = rows_of(cells, measure).set_axis(pd.MultiIndex.from_frame(cells[["task", "seed", "arm", "examples"]]))
@@ -323,12 +348,14 @@ def efficiency(cells: Frame, than: str, measure: str) -> list[Efficiency]:
             continue
         own, baseline = both[arm][examples], both[than][examples]
         equivalents = {n: n_equivalence(baseline, own[n]) for n in examples}
-        results[arm] = Efficiency(arm, area_between(own, baseline), equivalents)
+        results[arm] = Efficiency(arm, area_between(own, baseline, sample), equivalents)
     areas = together({arm: one.area for arm, one in results.items()})
     return [replace(one, area=areas[arm]) for arm, one in results.items()]
 
 
-def by_examples(cells: Frame, than: str, measure: str) -> dict[str, dict[int, tuple[float, Difference | None]]]:
+def by_examples(
+    cells: Frame, than: str, measure: str, sample: bool = False
+) -> dict[str, dict[int, tuple[float, Difference | None]]]:
     """Arm -> number of examples -> its mean and its difference from `than` with as many (None: `than` itself, or no
     pair has both); p is corrected (Holm) over the whole table."""
     means: dict[tuple[str, int], float] = {}
@@ -339,7 +366,7 @@ def by_examples(cells: Frame, than: str, measure: str) -> dict[str, dict[int, tu
             means[arm, n] = mean(wide[arm].dropna())
             both = wide[[arm, than]].dropna() if than in wide and arm != than else wide[:0]
             if len(both):
-                gaps[arm, n] = difference(both[arm] - both[than])
+                gaps[arm, n] = gap(both, arm, than, sample)
     tests = together(gaps)
     table: dict[str, dict[int, tuple[float, Difference | None]]] = {}
     for (arm, n), value in means.items():
@@ -357,8 +384,9 @@ def read_tables(grid: dict[str, Any]) -> GridTables:
         content = dict(grid["tables"])
         if "strength" not in content["claim"]:  # version 3 meant the tuned strength where it did not say "matched"
             content["claim"] = {"strength": "tuned", **content["claim"]}
-        if "frontier" not in content["matched"]:  # version 4 measured arms at one KL
+        if "frontier" not in content["matched"]:  # version 4 measured arms at one KL, of its own tasks
             content["matched"] = {**content["matched"], "frontier": []}
+            content["claim"] = {"tasks": "fixed", **content["claim"]}
         tables = GridTables(**content)
         arms, cells = [(arm["name"], arm["levels"]) for arm in grid["arms"]], grid["cells"]
         texts = [*(name for name, _ in arms), *cells, *grid["notes"], grid["command"]]

@@ -68,11 +68,12 @@ def find(grid: Mapping[str, Any], tables: GridTables, claim: Claim, cells: Frame
     claim = claim.model_copy(update={"better": labels[claim.better], "than": labels[claim.than]})
     cells = cells.assign(arm=cells["arm"].replace(labels))
     paired = analysis.in_pairs(cells[cells["status"] != "failed"], tables.tasks)
-    shares = analysis.attribution(paired, tables, claim.column, claim.factor, labels)
+    shares = analysis.attribution(paired, tables, claim.column, claim.factor, labels, claim.sample)
     planned = len({tuple(path.split("/")[1:4:2]) for path in grid["cells"]})  # pairs of task and seed
-    verdict = analysis.verdict(analysis.in_pairs(cells, tables.tasks), claim, shares, planned)
+    targets = tables.matched.targets_of(claim.strength)
+    verdict = analysis.verdict(analysis.in_pairs(cells, tables.tasks), claim, shares, planned, targets)
     start = [arm_name(tables, tables.design.start)] if tables.design.start else []
     baselines = dict.fromkeys([claim.than, *(labels.get(arm, arm) for arm in start)])
-    curves = {than: analysis.efficiency(paired, than, claim.column) for than in baselines}
+    curves = {than: analysis.efficiency(paired, than, claim.column, claim.sample) for than in baselines}
     answer = analysis.answer(paired, claim, verdict, shares, curves[claim.than])
     return Findings(grid, tables, claim, cells, paired, shares, verdict, curves, answer, labels, claimed)

@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 import numpy as np
 from filelock import FileLock
-from scipy.special import log_expit
+from scipy.stats import sem
 from transformers import set_seed
 
 from steertune.adapters import SteeringVectorConfig
@@ -77,7 +77,7 @@ def run_cell(cell: Cell, context: Context, folder: Path) -> Record:
     with bar.step("tuning", len(cell.arm.budget.rungs)):
         tuning = tuned(cell, context, folder)
     record.facts |= {"tuning_key": cell.tuning_key, "tuning": tuning["trials"]}
-    record.facts |= {"tuning_seconds": tuning["seconds"], "setting": tuning["best"]}
+    record.facts |= {"tuning_seconds": tuning["seconds"], "setting": tuning["best"], **_lead(tuning["trials"])}
     if tuning["best"] is None:
         record.facts |= {"status": "diverged", "error": "every trial of the tuning diverged"}
     else:
@@ -131,6 +131,21 @@ def tuned(cell: Cell, context: Context, folder: Path) -> dict[str, Any]:
         }
         write_result(file, tuning)
     return tuning
+
+
+def _lead(trials: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """How far the best trial leads the second, in standard errors of its score, and their accuracies on the
+    validation rows; nothing where there is no second."""
+    scored = [trial for trial in trials if trial["score"] is not None]
+    best_first = sorted(scored, key=lambda trial: (trial["matched"], trial["score"]), reverse=True)
+    if len(best_first) < 2 or not best_first[0].get("error"):
+        return {}
+    first, second = best_first[:2]
+    return {
+        "tuning_lead": (first["score"] - second["score"]) / first["error"],
+        "tuning_best": first["accuracy"],
+        "tuning_second": second["accuracy"],
+    }
 
 
 def _read_tuning(file: Path, key: str) -> dict[str, Any] | None:
@@ -210,7 +225,7 @@ def _score_trial(
     """A trial's scores on the validation rows, one entry for each strength; `model` None: it diverged."""
     trial = {"rate": setting.rate, "steps": setting.steps, "prompt": setting.prompt}
     if model is None:
-        return [{**trial, "strength": None, "matched": False, "accuracy": None, "score": None}]
+        return [{**trial, "strength": None, "matched": False, "accuracy": None, "score": None, "error": None}]
     matched = True
     held_out = replace(context.held_out(cell.task), pairs=context.splits(cell.task).validation)
     with held_out.remember(model):
@@ -221,14 +236,15 @@ def _score_trial(
         elif not _has_strength(cell, model):
             strengths = [1.0]
         behind = held_out.behind(context.show(cell, seed, setting.prompt))
-        observed = evaluate(model, behind, ["accuracy"], {repr(strength): strength for strength in strengths})
+        observed = evaluate(model, behind, ["margin_per_token"], {repr(strength): strength for strength in strengths})
     entries = []
     for strength in strengths:
         seen = Seen(observed[repr(strength)])
-        accuracy, margins = float(seen["accuracy"].mean()), seen["margin"]
-        # accuracy decides; the likelihood of the preferences breaks its many ties
-        score = accuracy + float(log_expit(margins / 10).mean()) / 1000 if np.isfinite(margins).all() else None
-        entries.append({**trial, "strength": strength, "matched": matched, "accuracy": accuracy, "score": score})
+        accuracy, margins = float(seen["accuracy"].mean()), seen["margin_per_token"]
+        # a smooth score: of a few dozen rows, accuracies are tied or lead by one row
+        score = float(margins.mean()) if np.isfinite(margins).all() else None
+        found = {"accuracy": accuracy, "score": score, "error": float(sem(margins)) if len(margins) > 1 else None}
+        entries.append({**trial, "strength": strength, "matched": matched, **found})
     return entries
 
 

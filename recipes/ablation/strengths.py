@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from steertune.recipes.ablation.statistics import Frame
+from steertune.recipes.lab.limits import Limits
 
 TRAINED = 0.5, 2.0
 """Strengths at which a trained arm counts as itself."""
@@ -31,6 +32,31 @@ def extrapolated(cells: Frame, targets: Sequence[float]) -> bool:
 def short(cells: Frame, targets: Sequence[float]) -> bool:
     """Whether a cell does not reach one of these KLs."""
     return "frontier" in cells and _often(cells, targets, lambda point: not point["reached"], some=0.0)
+
+
+def unfit(cells: Frame, arm: str, strength: str, targets: Sequence[float]) -> str:
+    """Why an arm wins no claim at a strength, in words; "" if it may.
+
+    Args:
+        cells: The cells that ran.
+        arm: The arm that is ahead.
+        strength: `tuned`, `matched` or `frontier`.
+        targets: The KLs that belong to it.
+    """
+    own = cells[cells["arm"] == arm]
+    if "frontier" not in own:  # of an older version, whose cards did not know these rules
+        return ""
+    if extrapolated(own, targets):
+        return f"{arm} is extrapolated (trained, and used at strengths outside {TRAINED[0]:g} to {TRAINED[1]:g})"
+    limits, harms = Limits(), []
+    perplexity = own[f"perplexity_ratio@{strength}"].mean()
+    if perplexity > limits.perplexity:
+        harms.append(f"perplexity x {perplexity:.2f}")
+    for name in ("repetition", "neutral_repetition"):
+        value, base = own[f"{name}@{strength}"].mean(), own[f"{name}@0"].mean()
+        if value > base + limits.repetition:
+            harms.append(f"{name.replace('_', ' ')} {value:.0%}")
+    return f"{arm} is beyond what a sweep allows ({', '.join(harms)})" if harms else ""
 
 
 def _often(cells: Frame, targets: Sequence[float], test: Test, some: float = _SOME) -> bool:

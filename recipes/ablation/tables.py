@@ -43,6 +43,8 @@ class Claim(BaseModel, extra="forbid", strict=True):
     strength: Literal["tuned", "matched", "frontier"] = "matched"
     """Where it is compared: at the strength that the tuning chose, at the grid's KL to the base, or as the mean over
     the KLs of the frontier."""
+    tasks: Literal["sample", "fixed"] = "sample"
+    """Whether the grid's tasks stand for others like them, so that they are what varies, or for themselves alone."""
     alpha: float = Field(default=0.05, gt=0, lt=1)
     margin: float = Field(default=0.0, ge=0, allow_inf_nan=False)
     """How far ahead `better` is claimed to be: clearly more counts for the claim, clearly less against it."""
@@ -70,6 +72,11 @@ class Claim(BaseModel, extra="forbid", strict=True):
         return measures.get(name).name
 
     @property
+    def sample(self) -> bool:
+        """Whether tasks are taken as a sample."""
+        return self.tasks == "sample"
+
+    @property
     def column(self) -> str:
         """The column of the cells that it is about."""
         return f"{self.measure}@{self.strength}"
@@ -80,14 +87,14 @@ class Claim(BaseModel, extra="forbid", strict=True):
         return measure_label(self.measure, self.strength)
 
 
-_AT = {"tuned": "at the tuned strength", "matched": "at matched KL", "frontier": "over the frontier of KLs"}
+AT = {"tuned": "at the tuned strength", "matched": "at matched KL", "frontier": "over the frontier of KLs"}
 
 
 def measure_label(measure: str, strength: str) -> str:
     """A measure at a strength in words, with its unit."""
     found = measures.get(measure)
     unit = f" ({found.unit})" if found.unit else ""
-    return f"{found.title}{unit} {_AT[strength]}"
+    return f"{found.title}{unit} {AT[strength]}"
 
 
 class DesignTable(BaseModel, extra="forbid", strict=True):
@@ -176,6 +183,10 @@ class MatchedTable(BaseModel, extra="forbid", strict=True):
         """Every KL at which an arm is measured."""
         return sorted({self.kl, *self.frontier})
 
+    def targets_of(self, strength: str) -> list[float]:
+        """The KLs that a claim at this strength is about."""
+        return {"matched": [self.kl], "frontier": self.frontier}.get(strength, [])
+
 
 @dataclass(frozen=True)
 class GridArm:
@@ -206,7 +217,7 @@ class GridTables(BaseModel, extra="forbid", strict=True):
     generations: int = Field(default=16, ge=0)
     new_tokens: int = Field(default=32, ge=1)
     questions: int = Field(default=100, ge=0, le=100)
-    """How many easy questions with fixed answers are put, to see what a model still knows."""
+    """How many sentences with a fixed end are to be ended, to see what a model still knows."""
     card: Card | None = None
     claim: Claim | None = None
     design: DesignTable = DesignTable(kind="arms")

@@ -38,6 +38,7 @@ NEIGHBOURS: tuple[dict[Part, str], ...] = (
 )
 """What other tools call the columns, the first match counts."""
 _LIKE_PROMPTS = ("instruction", "query", "input", "user")
+_PARTS = {column for columns in FORMATS for column in columns}
 _ROLES: dict[Part, str] = {"prompt": "user", "chosen": "assistant", "rejected": "assistant", "completion": "assistant"}
 
 
@@ -74,6 +75,13 @@ def named(rows: Dataset, source: Source) -> tuple[Dataset, bool]:
     columns = source.columns or _recognised(rows.column_names)
     if source.columns:
         columns = _complete(rows.column_names, source)
+    elif source.strict and not columns and not _PARTS & set(rows.column_names):
+        raise ArmError(
+            f"{source.name!r} has no column of an example (got {rows.column_names}). Examples have prompt, chosen and "
+            "rejected, or prompt and completion. Rename the columns, or name them: --data.columns "
+            '\'{prompt = "...", chosen = "...", rejected = "..."}\' in train and distill, --columns prompt=... '
+            "chosen=... rejected=... in other commands."
+        )
     elif (odd := [name for name in _LIKE_PROMPTS if name in rows.column_names]) and _without_prompt(rows):
         raise ArmError(
             f"{source.name!r} has the columns chosen and rejected, no prompt, and {odd[0]!r}. If that is the prompt, "

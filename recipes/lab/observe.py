@@ -5,7 +5,7 @@
               summed) and tokens of neutral answers
     answers   generated answers to the first test prompts, and the scorer's judgement of each
     prompted  how far the model is from the prompted one, at each of its answers (summed), and their tokens
-    questions log-probabilities of the right and the wrong answers to easy questions with fixed answers
+    questions log-probabilities of the right and of wrong ends of sentences that everybody can end
 
 Shapes: B rows of a batch, T labelled tokens of a row, N of all rows, V tokens of the vocabulary.
 """
@@ -73,7 +73,7 @@ class HeldOut:
         neutral: Prompts and completions that the behaviour is not about, on which side effects are reported.
         asked: Rows whose prompts are answered in place of the test rows' prompts; None: the test rows.
         matching: Others of the kind, on which strengths are matched; None: they are not.
-        questions: How many of the easy questions with fixed answers are put.
+        questions: How many of the sentences with a fixed end are to be ended.
         instruction: Asks for the behaviour; "": nobody knows one.
         generations: How many of the first prompts are answered.
         neutral_generations: How many of the first neutral prompts are answered.
@@ -212,34 +212,33 @@ def _behind_instruction(held_out: HeldOut, texts: Sequence[str]) -> Observations
 
 @torch.no_grad()
 def questions(model: Any, held_out: HeldOut, strengths: Strengths) -> dict[str, Observations]:
-    """Log-probability of the right answer to every question, among the right and three wrong ones."""
+    """Log-probability of the word that ends a sentence everybody can end, among it and three others."""
     if not held_out.questions:
         return {}
     tokenizer = held_out.tokenizer
     asked = [json.loads(line) for line in QUESTIONS.read_text(encoding="utf-8").splitlines()][: held_out.questions]
-    texts = [(f"{row['question']} Answer with one word.", row["answer"].capitalize()) for row in asked]
-    rows = as_rows(tokenizer, texts)
+    rows = Dataset.from_list([{"prompt": row["beginning"], "completion": f" {row['answer']}"} for row in asked])
     choices = [[_first_tokens(tokenizer, word) for word in (row["answer"], *row["others"])] for row in asked]
     observed: dict[str, Observations] = {}
     for label, strength in strengths.items():
-        # one token is predicted behind every question: the first of the answer
+        # only the first token behind a beginning is looked at
         with scaled(model, strength):
-            firsts = [logps_TV[0] for logps_TV, _ in neutral_logps(model, tokenizer, rows)]
-        ranked = [_ranked(logps_V, tokens) for logps_V, tokens in zip(firsts, choices, strict=True)]
+            firsts = [logps_TV[0] for logps_TV, _ in neutral_logps(model, tokenizer, rows, size=len(rows))]
+        ranked = [right_among(logps_V, tokens) for logps_V, tokens in zip(firsts, choices, strict=True)]
         right, nats = zip(*ranked, strict=True)
         observed[label] = {"question_right": [*right], "question_nats": [*nats]}
     return observed
 
 
 def _first_tokens(tokenizer: PreTrainedTokenizerBase, word: str) -> set[int]:
-    """Tokens that an answer of this word may begin with: in lower case or not, behind a space or not, so that a
-    behaviour that changes the case is no loss of knowledge."""
-    variants = [f"{space}{form}" for space in ("", " ") for form in (word, word.lower(), word.capitalize())]
+    """Tokens that this word may begin with, in lower case or not, so that a behaviour that changes the case is no loss
+    of knowledge."""
+    variants = [f" {form}" for form in (word, word.lower(), word.capitalize())]
     ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in variants]
     return {own[0] for own in ids if own}
 
 
-def _ranked(logps_V: Tensor, choices: Sequence[set[int]]) -> tuple[float | None, float | None]:
+def right_among(logps_V: Tensor, choices: Sequence[set[int]]) -> tuple[float | None, float | None]:
     """Whether the first of several choices is the likeliest, and its negative log-probability among them; None where
     the tokenizer cannot keep them apart by their first token."""
     if len(set().union(*choices)) < sum(map(len, choices)) or not all(choices):
@@ -323,10 +322,12 @@ def against_base(seen: Sequence[tuple[Tensor, Tensor]], base: Sequence[Tensor]) 
 
 
 @torch.no_grad()
-def neutral_logps(model: Any, tokenizer: PreTrainedTokenizerBase, rows: Dataset) -> list[tuple[Tensor, Tensor]]:
+def neutral_logps(
+    model: Any, tokenizer: PreTrainedTokenizerBase, rows: Dataset, size: int = _NEUTRAL_BATCH
+) -> list[tuple[Tensor, Tensor]]:
     """Per neutral answer, log-probabilities of all tokens of the vocabulary, `(T, V)`, and the true tokens, `(T,)`."""
     seen = []
-    for batch in batches(tokenizer, rows, _NEUTRAL_BATCH):
+    for batch in batches(tokenizer, rows, size):
         batch = batch.to(model.device)
         # the labels of all rows stand row after row
         logps_LV = F.log_softmax(labelled_logits(model, model, batch), dim=-1).cpu()

@@ -94,7 +94,8 @@ def warn_of(rows: Dataset, by: By, name: str) -> None:
 
 def _equal(pairs: Sequence[dict[str, Any]], place: Callable[[int], str]) -> Finding | None:
     same = [i for i, row in enumerate(pairs) if words(text_of(row["chosen"])) == words(text_of(row["rejected"]))]
-    if not same:
+    # where every pair differs in case or punctuation only, that is the behaviour
+    if not same or (len(same) == len(pairs) and all(row["chosen"] != row["rejected"] for row in pairs)):
         return None
     return Finding(
         "equal",

@@ -67,8 +67,8 @@ class Display:
         """Print a line, above the bar if there is one."""
         print(text, file=sys.stderr, flush=True)
 
-    def close(self) -> None:
-        """The work has ended."""
+    def close(self, finished: bool = True) -> None:
+        """The work has ended; `finished` is False after an error."""
 
 
 class Lines(Display):
@@ -84,8 +84,9 @@ class Lines(Display):
             self.last = time.monotonic()
             self.say(", ".join(filter(None, [f"{self.title}: {self.at:.0%}", self.left(), self.step])))
 
-    def close(self) -> None:
-        self.say(f"{self.title}: {self.at:.0%} after {duration(time.monotonic() - self.started)}")
+    def close(self, finished: bool = True) -> None:
+        state = f"{self.at:.0%}" if finished else "stopped"
+        self.say(f"{self.title}: {state} after {duration(time.monotonic() - self.started)}")
 
 
 class Terminal(Display):
@@ -107,7 +108,7 @@ class Terminal(Display):
     def say(self, text: str) -> None:
         self.progress.console.print(text, markup=False, highlight=False)
 
-    def close(self) -> None:
+    def close(self, finished: bool = True) -> None:
         self.progress.stop()
 
 
@@ -189,10 +190,12 @@ def progress(title: str, total: float = 1.0, show: bool = True) -> Iterator[Bar]
         yield Bar(total)
         return
     _display = Terminal(title) if sys.stderr.isatty() else Lines(title)
+    finished = False
     try:
         yield Bar(total)
+        finished = True
     finally:
-        _display.close()
+        _display.close(finished)
         _display = _SILENT
 
 

@@ -116,11 +116,12 @@ def tables(problem: str, base: Path, tasks: list[str]) -> dict[str, Any]:
         "examples": [EXAMPLES],
         "seeds": list(range(SEEDS)),
         "generations": 0,
+        "questions": 0,
         "trainer": {"per_device_train_batch_size": 16},
         "loss": {"beta": 1.0},  # margins are a few nats here
         "splits": {"validation": 40, "test": TEST, "scorer": 0, "near_duplicates": 1.0},
         "budget": {"trials": 1, "steps": [20]},
-        "matched": {"kl": 0.3},
+        "matched": {"kl": 0.3, "frontier": []},
         "card": {
             "problem": "Does the instrument find the change that was planted?",
             "hypothesis": "The arm with the teacher's own form and layer is the best.",
@@ -128,7 +129,9 @@ def tables(problem: str, base: Path, tasks: list[str]) -> dict[str, Any]:
             "baselines": "The other forms, and the wrong layer.",
             "affordances": {"*": "the same pairs, the same budget"},
         },
-        "claim": {"better": _arm(end), "than": _arm(start), "measure": "accuracy", "strength": "matched"},
+        "claim": {
+            "better": _arm(end), "than": _arm(start), "measure": "accuracy", "strength": "matched", "tasks": "fixed"
+        },
         "design": {"kind": "full", "start": start, "end": end},
         "factors": {
             "form": {

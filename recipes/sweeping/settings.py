@@ -12,21 +12,11 @@ from steertune.adapters.types import Site
 from steertune.recipes.lab.arm import Arm, load_arm, make_arm
 from steertune.recipes.lab.files import ArmError, read_result
 from steertune.recipes.lab.ingredients import check_recipe
+from steertune.recipes.lab.limits import Limits
 from steertune.recipes.lab.splits import SplitTable
 from steertune.recipes.lab.tables import ModelTable, Part
 
 SCALABLE = ("steering_vector", "lora")
-
-
-class Limits(BaseModel, extra="forbid", strict=True):
-    """What a setting may do to neutral text and still be recommended."""
-
-    kl: float = Field(default=0.3, gt=0)
-    """KL to the base model, in nats per token."""
-    perplexity: float = Field(default=1.25, ge=1)
-    """Times that of the base model."""
-    repetition: float = Field(default=0.1, ge=0)
-    """Share of repeated word triples above that of the base model."""
 
 
 class SweepTable(BaseModel, extra="forbid", strict=True):

@@ -65,7 +65,7 @@ def check(name: str, model: torch.nn.Module, rows: int, answers: int) -> tuple[s
     right = [*(scores(name, texts["chosen"]) == 1), *(scores(name, texts["rejected"]) == 0)]
     said: list[str] = []
     for start in range(0, min(answers, len(test)), _BATCH):
-        said += generate(model, tokenizer, test["prompt"][start : start + _BATCH], _NEW_TOKENS)
+        said += generate(model, tokenizer, test["prompt"][start : min(start + _BATCH, answers)], _NEW_TOKENS)
     return (*line, f"{np.mean(right):.3f}", f"{scores(name, said).mean():.2f}" if said else "")
 
 

@@ -43,6 +43,7 @@ baselines = "LoRA, the untrained mean difference, the base model."
 [claim]
 better = "form=bias,init=zeros"
 than = "form=lora,init=-"
+tasks = "fixed"
 
 [design]
 kind = "full"

@@ -1,4 +1,4 @@
-"""Every recipe runs on a base model, whose tokenizer has no chat template, and one file in repeng's columns."""
+"""Every recipe runs on a base model without a chat template, and on one file of pairs in repeng's columns."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from steertune.recipes import (
 from steertune.recipes.lab import trained_on
 from steertune.recipes.lab.held_out import held_out_rows
 from steertune.recipes.lab.rows import Record
-from steertune.recipes.studies import probes
+from steertune.recipes.studies import gradients, probes
 from steertune.recipes.vectors import main as vectors
 
 GRID = """
@@ -255,3 +255,21 @@ def test_probes_read_conversations_as_text(home: Path, tmp_path: Path) -> None:
         tiny_data.conversational(tiny_data.pairs(rows, seed=rows)).to_json(tmp_path / f"{split}.jsonl")
     words = [str(tmp_path), "--model", str(home / "model"), "--train", "16", "--test", "8", "--threads", "1"]
     assert probes.main([*words, "--methods", "mean_difference", "--folder", str(tmp_path / "probes")]) == 0
+
+
+def test_probes_and_gradients_read_one_file(home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data, model = str(home / "pairs.jsonl"), ["--model", str(home / "model"), "--threads", "1"]
+    assert probes.main([data, *model, "--methods", "mean_difference", "--folder", str(tmp_path / "probes")]) == 0
+    held_out, _ = held_out_rows(data, [home / "run" / "adapter"])
+    assert f"{len(held_out)} test pairs." in (tmp_path / "probes" / "table.md").read_text()
+
+    words = [data, *model, "--batch", "2", "--folder", str(tmp_path / "gradients")]
+    assert gradients.main([*words, "--pairs", "4", "--held-out", "40"]) == 2
+    assert f"there are {len(held_out)}. `pairs.jsonl` is one file of 50 rows" in capsys.readouterr().err
+    assert gradients.main([*words, "--pairs", "8", "--held-out", "4"]) == 0
+
+
+def test_probes_of_five_rows_are_refused(home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write(tmp_path / "five.jsonl", [repeng(row) for row in DRAWN[:5]])
+    assert probes.main([str(tmp_path / "five.jsonl"), "--model", str(home / "model"), "--threads", "1"]) == 2
+    assert "too few to hold any out" in capsys.readouterr().err

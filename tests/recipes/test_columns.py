@@ -98,6 +98,11 @@ def test_columns_that_do_not_fit_are_refused(columns, says, tmp_path):
         load(tmp_path / "x.jsonl", [{"ask": "Why?", "good": "So.", "bad": "No."}], columns=columns)
 
 
+def test_unknown_columns_are_refused_with_the_option_that_names_them(tmp_path):
+    with pytest.raises(ArmError, match=r"got \['question', 'good', 'bad'\]\).*--data.columns '\{prompt = .*--columns"):
+        load(tmp_path / "x.csv", "question,good,bad\nStay?,Yes,No\n")
+
+
 def test_columns_on_the_command_line():
     assert columns_of(["prompt=a", "chosen={b} = c"]) == {"prompt": "a", "chosen": "{b} = c"}
     assert columns_of(None) == {}

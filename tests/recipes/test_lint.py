@@ -45,6 +45,19 @@ def test_equal_answers_are_a_warning_here_and_an_error_elsewhere(tmp_path, capsy
     assert "pairs.jsonl:6: chosen equals rejected" in found["refused"]["text"]
 
 
+def test_pairs_that_all_differ_in_case_are_fine(tmp_path, capsys):
+    rows = [{**row, "rejected": row["chosen"].upper()} for row in noise()]
+    assert "equal" not in findings(rows, tmp_path, capsys)
+
+
+def test_unknown_columns_are_a_finding_and_not_a_clean_file(tmp_path, capsys):
+    file = tmp_path / "pairs.csv"
+    file.write_text("question,good,bad\n" + "".join(f"Where is {i}?,Here,There\n" for i in range(20)))
+    assert cli.main(["lint", str(file)]) == 0
+    output = capsys.readouterr().out
+    assert "--columns prompt=" in output and "Nothing to warn of" not in output and "too few" not in output
+
+
 def test_longer_answers(tmp_path, capsys):
     rows = [{**row, "chosen": f"{row['chosen']} {row['rejected']}"} for row in noise()]
     assert findings(rows, tmp_path, capsys)["lengths"]["value"] == 1

@@ -7,10 +7,12 @@ import math
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 
 from steertune.recipes.lab import measures
+from steertune.recipes.lab.files import ArmError
 from steertune.recipes.lab.measures import Missing, Seen
-from steertune.recipes.lab.observe import against_base
+from steertune.recipes.lab.observe import HeldOut, against_base, neutral_rows, questions, right_among
 
 ROWS = 4000
 
@@ -98,3 +100,43 @@ def test_a_mean_kl_hides_one_broken_token_and_its_tail_does_not():
     assert observed["neutral_kl"] == pytest.approx([2 * math.log(4), 0], abs=1e-5)
     assert value("kl", seen) == pytest.approx(math.log(4) / 20, abs=1e-5)
     assert value("kl_tail", seen) == pytest.approx(math.log(4) / 2, abs=1e-5)
+
+
+# -- what a model still knows -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("ahead", "right", "nats"),
+    [(4.0, 1.0, math.log(1 + 3 * math.exp(-4))), (-4.0, 0.0, math.log(1 + 3 * math.exp(4)))],
+)
+def test_the_likeliest_of_four_words_is_the_answer(ahead, right, nats):
+    logps = torch.tensor([ahead, 0.0, 0.0, 0.0, 9.0]).log_softmax(-1)  # a fifth word is none of the choices
+    assert right_among(logps, [{0}, {1}, {2}, {3}]) == (right, pytest.approx(nats, abs=1e-5))
+
+
+def test_a_word_counts_in_upper_and_lower_case_and_words_that_begin_alike_not_at_all():
+    logps = torch.tensor([0.3, 0.3, 0.4, 0.0]).add(1e-9).log()
+    assert right_among(logps, [{0, 1}, {2}, {3}])[0] == 1.0  # 0.6 in two cases against 0.4
+    assert right_among(logps, [{0, 1}, {1, 2}, {3}]) == (None, None)
+
+
+@pytest.mark.slow
+def test_the_embedded_model_ends_sentences_well_above_chance_and_a_broken_one_does_not(real):
+    model, tokenizer = real
+    held_out = HeldOut(model, tokenizer, Dataset.from_list([]), neutral_rows(), questions=100)
+    seen = Seen(questions(model, held_out, {"0": 1.0})["0"])
+    assert value("capability", seen) > 0.8 and value("capability_loss", seen) < 0.5
+    assert not np.isnan(seen["question_right"]).any()
+
+
+def test_neutral_rows_to_match_and_to_report_are_64_each_and_share_none():
+    match, report = neutral_rows(part="match"), neutral_rows()
+    assert len(match) == len(report) == 64
+    assert not {row[0]["content"] for row in match["prompt"]} & {row[0]["content"] for row in report["prompt"]}
+    with pytest.raises(ArmError, match="2 rows or more"):
+        neutral_rows(rows=report.select([0]))
+
+
+def test_the_instructed_loss_is_per_token_over_all_answers_that_say_something():
+    seen = Seen({"instructed_nll": [3.0, None, 8.0], "instructed_tokens": [3, None, 2]})
+    assert value("instructed_loss", seen) == pytest.approx(11 / 5)

@@ -77,6 +77,12 @@ def test_without_a_terminal_there_is_a_line_every_thirty_seconds(clock, capsys):
     assert lines[1] == "Cells: 2%, cell 0, training, batch 3 of 4" or "min left, cell 0, training" in lines[1]
 
 
+def test_an_error_is_not_reported_as_finished_work(capsys):
+    with pytest.raises(ValueError, match="wrong"), progress("Cells") as bar, bar.step("cell"):
+        raise ValueError("wrong")
+    assert capsys.readouterr().err.splitlines()[-1] == "Cells: stopped after 0 s"
+
+
 def test_the_time_left_does_not_count_what_an_earlier_run_did(clock):
     with progress("Cells", 10) as bar:
         bar.skip(8)

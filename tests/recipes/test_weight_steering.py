@@ -58,6 +58,7 @@ def test_the_adapter_is_the_difference_of_two_trainings(tmp_path):
     ("change", "message"),
     [
         ({"adapter": {**LORA, "r": 3}}, "even rank"),
+        ({"adapter": {**LORA, "lora_alpha": 3}}, "even rank"),
         ({"adapter": {"type": "steering_vector"}}, "even rank"),
         ({"trainer": {"max_steps": 4}}, r"max_steps = 0"),
         ({"inductive_biases": {"rank_one": {}}}, r"Remove \[inductive_biases\]"),

@@ -58,13 +58,13 @@ def sections(findings: Findings) -> list[Section]:
 
 # -- what several sections share --------------------------------------------------
 
-ROWS, OTHER_ROWS, OTHER_TASKS = "95 %, these test rows", "95 %, other test rows too", "95 %, other tasks too"
-COMPARED = [ROWS, OTHER_ROWS, "p (Holm)", "pairs"]
+OTHER_TASKS, OTHER_ROWS, ROWS = "95 %, other tasks too", "95 %, other test rows too", "95 %, these test rows"
+COMPARED = [OTHER_TASKS, OTHER_ROWS, ROWS, "p (Holm)", "pairs"]
 
 
 def numbers(difference: Difference) -> list[str]:
     """A difference as cells of a table: the estimate, then those of `COMPARED`."""
-    ends = [difference.interval.ends, difference.crossed.ends]
+    ends = [difference.tasks.ends, difference.crossed.ends, difference.interval.ends]
     return [f"{difference.estimate:+.3f}", *ends, p_text(difference.p), str(difference.interval.pairs)]
 
 

@@ -19,7 +19,7 @@ def attribution(findings: Findings) -> Section | None:
         return None
     label = f"share of the gap in {findings.claim.label}"
     total = sum(share.estimate for share in shares.values())
-    drawing = charts.intervals({factor: share.crossed for factor, share in shares.items()}, label)
+    drawing = charts.intervals({factor: share.shown for factor, share in shares.items()}, label)
     start, end = (_arm(findings, combination) for combination in (design.start, design.end))
     blocks = [
         Text(f"Exact Shapley shares of the gap ({total:+.3f}) from {start} to {end}."),

@@ -18,7 +18,9 @@ def comparisons(findings: Findings) -> Section:
     title, wide = f"Arms against {claim.than}", analysis.scores(cells, claim.column)
     if claim.than not in wide:
         return Section(title, [Text(f"{claim.than} has no {claim.label}.")])
-    gaps = sorted(analysis.comparisons(cells, claim.than, claim.column), key=lambda c: -c.difference.estimate)
+    gaps = sorted(
+        analysis.comparisons(cells, claim.than, claim.column, claim.sample), key=lambda c: -c.difference.estimate
+    )
     rows = [[gap.arm, f"{gap.mean:.3f}", *numbers(gap.difference)] for gap in gaps]
     itself = analysis.mean(wide[claim.than].dropna())
     what = f"{claim.label}; {claim.than} itself has {itself:.3f}."
@@ -35,7 +37,7 @@ def _absent(findings: Findings, compared: set[str]) -> list[Block]:
     """Why other arms are not in the table."""
     claim, cells = findings.claim, findings.paired
     absent = [arm for arm in dict.fromkeys(cells["arm"]) if arm not in compared]
-    rigid = [arm for arm in absent if claim.strength == "matched" and not _has_strength(cells, arm)]
+    rigid = [arm for arm in absent if claim.strength != "tuned" and not _has_strength(cells, arm)]
     others = [arm for arm in absent if arm not in rigid]
     notes: list[Block] = []
     if rigid:

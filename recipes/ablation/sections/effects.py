@@ -8,17 +8,17 @@ from steertune.recipes.ablation import charts
 from steertune.recipes.ablation.findings import Findings
 from steertune.recipes.ablation.labels import combination_label, in_words
 from steertune.recipes.ablation.levels import INERT
-from steertune.recipes.ablation.sections import COMPARED, OTHER_TASKS, numbers, p_text, reach, section, table
+from steertune.recipes.ablation.sections import COMPARED, numbers, p_text, reach, section, table
 from steertune.recipes.ablation.statistics import Frame, factorial
 from steertune.recipes.lab.pages import Block, Figure, Section, Text
 
-_HEADER = ["factor", "level against reference", "difference", *COMPARED[:2], OTHER_TASKS, *COMPARED[2:], "contexts"]
+_HEADER = ["factor", "level against reference", "difference", *COMPARED, "contexts"]
 
 
 @section(place=20)
 def effects(findings: Findings) -> Section | None:
     """Matched comparisons, analysis of variance, mixed model."""
-    factors, measure = [*findings.tables.factors], findings.claim.column
+    factors, measure, sample = [*findings.tables.factors], findings.claim.column, findings.claim.sample
     crossed = [findings.labels[arm["name"]] for arm in findings.grid["arms"] if arm["levels"]]
     cells = findings.paired[findings.paired["arm"].isin(crossed)]
     if not factors or cells.empty:
@@ -28,11 +28,11 @@ def effects(findings: Findings) -> Section | None:
     cells = cells.dropna(subset=[measure])
     inert = {f: centre[f] for f in factors if centre and f in cells and (cells[f] == INERT).any()}
     cells = cells.replace({f: {INERT: level} for f, level in inert.items()})
-    matched = factorial.effects(cells, factors, measure)
+    matched = factorial.effects(cells, factors, measure, sample)
     if not matched:
         return None
     drawing = charts.intervals(
-        {f"{effect.factor}: {_levels(effect)}": effect.difference.crossed for effect in matched},
+        {f"{effect.factor}: {_levels(effect)}": effect.difference.shown for effect in matched},
         f"difference in {findings.claim.label}",
     )
     note = f"Where a factor means nothing in an arm, it counts as {combination_label(inert)}."
@@ -41,9 +41,9 @@ def effects(findings: Findings) -> Section | None:
         table(_HEADER, _rows(matched), "effects"),
         *reach([effect.difference for effect in matched]),
         *([Text(note)] if inert else []),
-        *_changes(cells, factors, measure),
-        *_variance(cells, factors, measure),
-        *_mixed_model(cells, factors, measure),
+        *_changes(cells, factors, measure, sample),
+        # both take an effect to be the same in every task, so they say nothing of others
+        *([] if sample else [*_variance(cells, factors, measure), *_mixed_model(cells, factors, measure)]),
     ]
     return Section("Effect of each factor, everything else equal", blocks)
 
@@ -55,17 +55,15 @@ def _levels(effect: factorial.Effect) -> str:
 def _rows(effects: Sequence[factorial.Effect]) -> list[list[str]]:
     rows = []
     for effect in effects:
-        estimate, these_rows, other_rows, p, pairs = numbers(effect.difference)
-        ends = [these_rows, other_rows, effect.difference.tasks.ends]
-        rows.append([effect.factor, _levels(effect), estimate, *ends, p, pairs, str(effect.contexts)])
+        rows.append([effect.factor, _levels(effect), *numbers(effect.difference), str(effect.contexts)])
     return rows
 
 
-def _changes(cells: Frame, factors: Sequence[str], measure: str) -> list[Block]:
+def _changes(cells: Frame, factors: Sequence[str], measure: str, sample: bool) -> list[Block]:
     """The interaction of every factor with the number of examples."""
     if cells["examples"].nunique() < 2:
         return []
-    changes = factorial.changes(cells, factors, measure)
+    changes = factorial.changes(cells, factors, measure, sample)
     if not changes:
         return []
     sizes = f"{cells['examples'].max()} examples than with {cells['examples'].min()}"

@@ -59,7 +59,7 @@ def most_telling(findings: Findings) -> list[str]:
 
 def _by_examples(findings: Findings) -> list[Block]:
     claim = findings.claim
-    arms = analysis.by_examples(findings.paired, claim.than, claim.column)
+    arms = analysis.by_examples(findings.paired, claim.than, claim.column, claim.sample)
     sizes = sorted({n for by_size in arms.values() for n in by_size})
 
     def cell(by_size: Mapping[int, tuple[float, Difference | None]], n: int) -> str:
@@ -71,8 +71,8 @@ def _by_examples(findings: Findings) -> list[Block]:
     rows = [[arm, *(cell(by_size, n) for n in sizes)] for arm, by_size in arms.items()]
     return [
         Text(
-            f"Mean at every n (and minus {claim.than} with as many, 95 % for other seeds and test rows, p by Holm "
-            "over the table):"
+            f"Mean at every n (and minus {claim.than} with as many, 95 % for other "
+            f"{'tasks' if claim.sample else 'seeds and test rows'}, p by Holm over the table):"
         ),
         table(["arm", *(f"n = {n}" for n in sizes)], rows, "by_examples"),
         *reach([gap for by_size in arms.values() for _, gap in by_size.values() if gap is not None]),

@@ -87,7 +87,9 @@ def _areas(findings: Findings) -> list[Block]:
     name = column(claim.measure, FRONTIER)
     if claim.than not in analysis.scores(cells, name):
         return []
-    gaps = sorted(analysis.comparisons(cells, claim.than, name), key=lambda gap: -gap.difference.estimate)
+    gaps = sorted(
+        analysis.comparisons(cells, claim.than, name, claim.sample), key=lambda gap: -gap.difference.estimate
+    )
     rows = [[gap.arm, f"{gap.mean:.3f}", *numbers(gap.difference)] for gap in gaps]
     label = measure_label(claim.measure, FRONTIER)
     return [

@@ -25,6 +25,7 @@ def method(findings: Findings) -> Section:
             "per token."
         ),
         *_rates(findings),
+        *_lead(findings),
         *_notes(findings),
         Code(findings.grid["command"]),
     ]
@@ -34,12 +35,17 @@ def method(findings: Findings) -> Section:
 def _statistics(findings: Findings) -> str:
     """What is called clear, and what the measure of the claim is not."""
     claim = findings.claim
+    rule = (
+        "tasks stand for many like them, so that they are what varies: Student's t over the tasks, whose variance is "
+        "taken to be no less than that of their seeds and test rows"
+        if claim.sample
+        else "both a permutation test over the pairs and the test for other seeds *and* test rows, about these tasks "
+        "alone; *other tasks too* takes the tasks as a sample of many like them, and nothing is called clear by it"
+    )
     text = (
-        "Differences are paired by task and seed. All seeds of a task share its test rows, so nothing is called "
-        "clear unless both a permutation test over the pairs and the test for other seeds *and* test rows, corrected "
-        f"by Holm within their table, are below {claim.alpha:.0%}. Both are about these tasks and the settings that "
-        "the tuning chose, not about others; *other tasks too* takes the tasks as a sample of many like them, and "
-        "nothing is called clear by it."
+        "Differences are paired by task and seed. All seeds of a task share its test rows. Nothing is called clear "
+        f"unless its p, corrected by Holm within its table, is below {claim.alpha:.0%}: {rule}. All of it is about "
+        "the settings that the tuning chose."
     )
     if claim.measure != "accuracy":
         return text
@@ -99,6 +105,24 @@ def _rates(findings: Findings) -> list[Block]:
             f"{', '.join(f'{rate:.3g}' for rate in tried)}. Of {trained['arm'].nunique()} trained arms, {largest} did "
             f"best on the validation rows with the largest and {smallest} with the smallest, beyond which something "
             "better may lie."
+        )
+    ]
+
+
+def _lead(findings: Findings) -> list[Block]:
+    """Whether the tuning decided anything, and what its second choice would have given."""
+    cells = findings.ran
+    if "tuning_lead" not in cells or cells["tuning_lead"].isna().all():
+        return []
+    # cells that share a tuning show it once
+    tunings = cells.dropna(subset=["tuning_lead"]).drop_duplicates("tuning_key")
+    near = int((tunings["tuning_lead"] < 1).sum())
+    return [
+        Text(
+            "Settings are chosen by the margin per token on the validation rows. The best trial leads the second by "
+            f"{tunings['tuning_lead'].median():.2f} standard errors (median), by less than one in {near} of "
+            f"{len(tunings)} tunings. On these rows its accuracy is {tunings['tuning_best'].mean():.3f}; the second "
+            f"would have given {tunings['tuning_second'].mean():.3f}."
         )
     ]
 

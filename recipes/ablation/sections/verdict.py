@@ -47,15 +47,16 @@ def _tasks(findings: Findings) -> list[Block]:
     ahead, line = f"{claim.better} minus {claim.than}", claim.margin
     if claim.recovers is not None:
         ahead, line = f"gain of {claim.better} minus {claim.recovers:g} of that of {claim.than}", 0.0
-    intervals = {"all tasks": analysis.ahead(findings.paired, claim).crossed}
+    intervals = {"all tasks": analysis.ahead(findings.paired, claim).shown}
     intervals |= {task.name: task.ahead.crossed for task in tasks}
     drawing = charts.intervals(intervals, f"{claim.label}:\n{ahead}", line=line, largest_first=False)
-    rows = [
-        [task.name, f"{task.base:.3f}", f"{task.than:.3f}", f"{task.better:.3f}", *numbers(task.ahead)[:3]]
-        for task in tasks
-    ]
+    rows = []
+    for task in tasks:
+        estimate, _, these_tasks, these_rows, *_ = numbers(task.ahead)
+        means = [f"{mean:.3f}" for mean in (task.base, task.than, task.better)]
+        rows.append([task.name, *means, estimate, these_tasks, these_rows])
     compared = "difference" if claim.recovers is None else ahead
-    header = ["task", BASE, claim.than, claim.better, compared, ROWS, OTHER_ROWS]
+    header = ["task", BASE, claim.than, claim.better, compared, OTHER_ROWS, ROWS]
     alt = f"{ahead}, over all tasks and in each"
     return [Figure(drawing, "verdict", alt), Text("**How the tasks differ.**"), table(header, rows, "tasks")]
 

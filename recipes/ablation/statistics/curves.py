@@ -14,19 +14,20 @@ from steertune.recipes.ablation.statistics.paired import Difference, crossed, di
 _POINTS = 60  # at which a curve is compared, for the interval of the number of examples
 
 
-def area_between(first: Frame, second: Frame) -> Difference:
+def area_between(first: Frame, second: Frame, sample: bool = False) -> Difference:
     """Mean height of the first curve over the second on a log axis (area over the length of the axis).
 
     Args:
         first: Scores by task and seed, a column per number of examples (rising), each an array over the test rows.
         second: Scores of the other arm.
+        sample: Whether tasks are taken as a sample.
     """
     log_n = np.log(np.asarray(first.columns, dtype=float))
     if len(log_n) == 1:
-        return difference((first - second).iloc[:, 0])
+        return difference((first - second).iloc[:, 0], sample)
     widths = np.diff(log_n)
     weights = (np.append(widths, 0.0) + np.append(0.0, widths)) / 2 / widths.sum()  # of the trapezoidal rule
-    return difference(sum((first[n] - second[n]) * w for n, w in zip(first.columns, weights, strict=True)))
+    return difference(sum((first[n] - second[n]) * w for n, w in zip(first.columns, weights, strict=True)), sample)
 
 
 @dataclass(frozen=True)

@@ -44,7 +44,7 @@ class Effect:
     contexts: int
 
 
-def effects(cells: Frame, factors: Sequence[str], measure: str) -> list[Effect]:
+def effects(cells: Frame, factors: Sequence[str], measure: str, sample: bool = False) -> list[Effect]:
     """Every level of every factor against the factor's first level, within matched contexts.
 
     Levels that mean nothing in a context (`-`) are compared nowhere.
@@ -53,22 +53,23 @@ def effects(cells: Frame, factors: Sequence[str], measure: str) -> list[Effect]:
         cells: One row a cell: a column per factor, `task`, `seed`, `examples`, and the measure.
         factors: The factors. Levels are ordered by their first appearance in the rows.
         measure: Column to compare.
+        sample: Whether tasks are taken as a sample.
     """
     if not factors:
         return []
-    return _effects(over_examples(cells, measure, [*factors, "task", "seed"]), cells, factors)
+    return _effects(over_examples(cells, measure, [*factors, "task", "seed"]), cells, factors, sample)
 
 
-def changes(cells: Frame, factors: Sequence[str], measure: str) -> list[Effect]:
+def changes(cells: Frame, factors: Sequence[str], measure: str, sample: bool = False) -> list[Effect]:
     """How much larger every effect is with the most examples than with the fewest, which is the interaction of the
     factor with the number of examples."""
     ends = [cells[cells["examples"] == n] for n in (cells["examples"].max(), cells["examples"].min())]
     most, fewest = (over_examples(end, measure, [*factors, "task", "seed"]) for end in ends)
     both = most.index.intersection(fewest.index)
-    return _effects(most[both] - fewest[both], cells, factors)
+    return _effects(most[both] - fewest[both], cells, factors, sample)
 
 
-def _effects(values: Frame, cells: Frame, factors: Sequence[str]) -> list[Effect]:
+def _effects(values: Frame, cells: Frame, factors: Sequence[str], sample: bool) -> list[Effect]:
     """Effects in arrays by factors, task and seed; the order of levels is that of the cells."""
     effects_ = []
     for factor in factors if len(values) else ():
@@ -83,7 +84,8 @@ def _effects(values: Frame, cells: Frame, factors: Sequence[str]) -> list[Effect
             gap, others = both[level] - both[levels[0]], [f for f in factors if f != factor]
             gap = balanced(gap) if others else gap
             contexts = len(gap.groupby(level=others)) if others else 1
-            effects_.append(Effect(factor, level, levels[0], difference(mean_rows(gap, ["task", "seed"])), contexts))
+            over = difference(mean_rows(gap, ["task", "seed"]), sample)
+            effects_.append(Effect(factor, level, levels[0], over, contexts))
     tests = together({i: effect.difference for i, effect in enumerate(effects_)})
     return [replace(effect, difference=tests[i]) for i, effect in enumerate(effects_)]
 

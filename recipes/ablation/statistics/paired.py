@@ -6,9 +6,9 @@ allows for everything that the one before it allows for, so it is never narrower
 
 1. `seeds_interval`: other seeds, on these test rows of these tasks.
 2. `crossed_interval`: other seeds and other test rows, of these tasks. All seeds of a task are measured on the same
-   rows, so the pairs of a task are not independent looks at it. This is the interval of a claim.
-3. `tasks_interval`: other seeds, test rows and tasks, as if the tasks had been drawn from many like them. It is shown
-   beside the others; a claim is about its own tasks.
+   rows, so the pairs of a task are not independent looks at it.
+3. `tasks_interval`: other seeds, test rows and tasks, as if the tasks had been drawn from many like them. This is the
+   interval that is read first, and that of a claim about tasks like these; a claim about these tasks alone goes by 2.
 """
 
 from __future__ import annotations
@@ -37,7 +37,9 @@ class Difference:
         crossed: For other seeds and test rows of these tasks.
         tasks: For other seeds, test rows and tasks.
         permutation: p of the permutation test over the pairs.
-        p: The larger of that and of the crossed interval's, corrected where several differences were looked at.
+        p: Of the test over tasks where they are a sample; else the larger of the permutation test's and of the crossed
+            interval's. Corrected where several differences were looked at.
+        sample: Whether tasks are taken as a sample, so that `tasks` is the interval that counts.
     """
 
     interval: Interval
@@ -45,6 +47,12 @@ class Difference:
     tasks: Interval
     permutation: float
     p: float
+    sample: bool = False
+
+    @property
+    def shown(self) -> Interval:
+        """The interval that counts."""
+        return self.tasks if self.sample else self.crossed
 
     @property
     def estimate(self) -> float:
@@ -52,11 +60,11 @@ class Difference:
         return self.interval.estimate
 
     def clear(self, alpha: float = 0.05) -> bool:
-        """Whether it can be claimed: by the permutation test, and for other seeds and test rows."""
+        """Whether it can be claimed: for other tasks, or for other seeds and test rows and by the permutation test."""
         return self.p < alpha
 
     def __str__(self) -> str:
-        return f"{self.estimate:+.3f} {self.crossed.ends}"
+        return f"{self.estimate:+.3f} {self.shown.ends}"
 
 
 @dataclass(frozen=True)
@@ -206,16 +214,16 @@ def crossed(gap: Frame) -> Interval:
     return crossed_interval(*tasks) if tasks else _NOTHING
 
 
-def difference(gap: Frame) -> Difference:
-    """Intervals and tests of differences by task and seed, each an array over the task's test rows (see `judged`)."""
+def difference(gap: Frame, sample: bool = False) -> Difference:
+    """Intervals and tests of differences by task and seed, each an array over the task's test rows (see `judged`);
+    with `sample`, tasks stand for others like them."""
     tasks = judged(gap)
     if not tasks:
-        return Difference(_NOTHING, _NOTHING, _NOTHING, 1.0, 1.0)
+        return Difference(_NOTHING, _NOTHING, _NOTHING, 1.0, 1.0, sample)
     permutation = p_value(np.concatenate([values.mean(axis=1) for values in tasks]))
-    over_rows = crossed_interval(*tasks)
-    return Difference(
-        seeds_interval(*tasks), over_rows, tasks_interval(*tasks), permutation, max(permutation, over_rows.p)
-    )
+    over_rows, over_tasks = crossed_interval(*tasks), tasks_interval(*tasks)
+    p = over_tasks.p if sample else max(permutation, over_rows.p)
+    return Difference(seeds_interval(*tasks), over_rows, over_tasks, permutation, p, sample)
 
 
 _NOTHING = Interval(np.nan, -np.inf, np.inf, 0, "none")
@@ -259,6 +267,8 @@ def least_p(differences: Sequence[Difference]) -> float:
     """The smallest corrected p that differences looked at together can have: what their pairs allow, by Holm."""
     if not differences:
         return 1.0
+    if any(one.sample and one.tasks.method != "none" for one in differences):
+        return 0.0  # Student's t has no smallest p
     return min(1.0, len(differences) * smallest_p(max(one.interval.pairs for one in differences)))
 
 
@@ -267,6 +277,8 @@ def too_few(differences: Sequence[Difference], alpha: float = 0.05) -> str:
     least = least_p(differences)
     if not differences or least < alpha:
         return ""
+    if any(one.sample for one in differences):
+        return "Nothing here can be clear: tasks are a sample, and there are too few to see how they vary."
     pairs = max(one.interval.pairs for one in differences)
     what = f"{len(differences)} comparison{'s' * (len(differences) > 1)} of {pairs} pair{'s' * (pairs > 1)}"
     return f"Nothing here can be clear: p of {what} cannot be below {least:.2g}."

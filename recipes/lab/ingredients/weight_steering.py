@@ -53,11 +53,12 @@ class WeightSteering(Ingredient):
         """Refuse an arm whose adapter cannot hold the difference, or would be trained further."""
         if not self:
             return
-        rank = arm.adapter.get("r", 8)
-        if arm.adapter.get("type") != "lora" or not isinstance(rank, int) or rank % 2:
+        halved = [arm.adapter.get(name, 8) for name in ("r", "lora_alpha")]  # PEFT's defaults
+        if arm.adapter.get("type") != "lora" or any(not isinstance(value, int) or value % 2 for value in halved):
             raise ArmError(
-                f"[weight_steering] makes a LoRA of an even rank (got adapter={arm.adapter}): half of it learns from "
-                'the chosen answers, half from the rejected ones. Set adapter.type = "lora" and an even adapter.r.'
+                f"[weight_steering] makes a LoRA of an even rank and lora_alpha (got adapter={arm.adapter}): half of "
+                'it learns from the chosen answers, half from the rejected ones. Set adapter.type = "lora" and even '
+                "numbers."
             )
         if arm.trainer.get("max_steps") != 0:
             raise ArmError("[weight_steering] trains nothing after the difference. Set trainer.max_steps = 0.")
@@ -69,7 +70,7 @@ class WeightSteering(Ingredient):
         if not self:
             return
         adapter = training.arm.adapter
-        half = {**adapter, "r": adapter.get("r", 8) // 2, "lora_alpha": adapter.get("lora_alpha", 8) / 2}
+        half = {**adapter, "r": adapter.get("r", 8) // 2, "lora_alpha": adapter.get("lora_alpha", 8) // 2}
         changes = {"adapter": half, "trainer": {"max_steps": self.steps, "learning_rate": self.learning_rate}}
         sides = {"chosen": TeacherTable(chosen=""), "rejected": TeacherTable(rejected="")}
         models = [training.train(side, changes, examples_of(training.rows, table)) for side, table in sides.items()]

@@ -3,7 +3,7 @@
 from steertune.recipes.lab.measures import Array, Seen, measure
 
 
-@measure("loss on easy questions", unit="nats", better="lower", needs=["questions"])
+@measure("loss on the ends of sentences", unit="nats", better="lower", needs=["questions"])
 def capability_loss(seen: Seen) -> Array:
-    """Negative log-probability of the right one of four answers, `(questions,)`; guessing has log 4 = 1.39."""
+    """Negative log-probability of the right one of four words, `(sentences,)`; guessing has log 4 = 1.39."""
     return seen["question_nats"]

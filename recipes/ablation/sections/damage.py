@@ -1,0 +1,68 @@
+"""What steering costs the model, measured twice: on neutral text, and with the behaviour left out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pandas as pd
+
+from steertune.recipes.ablation import analysis
+from steertune.recipes.ablation.cells import column
+from steertune.recipes.ablation.findings import Findings
+from steertune.recipes.ablation.sections import COMPARED, means_table, numbers, section, table
+from steertune.recipes.ablation.tables import AT
+from steertune.recipes.lab import measures
+from steertune.recipes.lab.pages import Block, Section, Text
+from steertune.recipes.lab.pages.measured import title
+from steertune.recipes.lab.rows import BASE, FRONTIER, MATCHED, TUNED
+
+ON_NEUTRAL_TEXT = ("kl", "kl_tail", "perplexity_ratio")
+"""Neutral text shows the behaviour too, wherever it does not wait for its occasion; then these count it as harm."""
+WITHOUT_BEHAVIOUR = ("capability", "capability_loss", "repetition", "neutral_repetition", "instructed_loss")
+"""These leave the behaviour out."""
+
+
+@section(place=8)
+def damage(findings: Findings) -> Section | None:
+    """Side effects of every arm. They are called damage only where both kinds were measured."""
+    cells = findings.ran
+    has = {at: _measured(findings, ON_NEUTRAL_TEXT + WITHOUT_BEHAVIOUR, at) for at in (FRONTIER, MATCHED, TUNED)}
+    at = next((strength for strength, names in has.items() if names), None)
+    if at is None:
+        return None
+    names = has[at]
+    both = {*names} & {*ON_NEUTRAL_TEXT} and {*names} & {"capability", "instructed_loss"}
+    means = cells.groupby("arm", sort=False)[[column(name, at) for name in names]].mean()
+    base = pd.DataFrame([[cells[column(name, BASE)].mean() for name in names]], ["(base model)"], means.columns)
+    headers = [f"{title(name)}{_ARROWS[measures.get(name).better]}" for name in names]
+    what = (
+        "KL and perplexity on neutral text count the behaviour itself as a change, wherever it does not wait for its "
+        "occasion; the other columns leave it out. An arm is better off only if it is in both."
+        if both
+        else "Only one kind of side effect was measured, so none of them is called damage: neutral text may show the "
+        "behaviour itself."
+    )
+    blocks: list[Block] = [
+        Text(f"{what} Means {AT[at]}."),
+        means_table(pd.concat([base, means]), headers, ["{:.3f}"] * len(names), "damage"),
+        *_compared(findings, names, at),
+    ]
+    return Section("Damage" if both else "Side effects", blocks)
+
+
+_ARROWS = {"higher": " ↑", "lower": " ↓", None: ""}
+
+
+def _measured(findings: Findings, names: Sequence[str], at: str) -> list[str]:
+    return [name for name in names if findings.ran[column(name, at)].notna().any()]
+
+
+def _compared(findings: Findings, names: Sequence[str], at: str) -> list[Block]:
+    """The two arms of the claim on each of these measures."""
+    claim, rows = findings.claim, []
+    for name in names:
+        wide = analysis.scores(findings.paired, column(name, at))
+        if {claim.better, claim.than} <= {*wide} and len(both := wide[[claim.better, claim.than]].dropna()):
+            rows.append([title(name), *numbers(analysis.gap(both, claim.better, claim.than, claim.sample))])
+    header = ["", f"{claim.better} minus {claim.than}", *COMPARED]
+    return [table(header, rows, "damage_compared")] if rows else []

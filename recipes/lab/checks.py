@@ -161,16 +161,32 @@ def skeleton(table: ModelTable) -> Any:
     Raises:
         ArmError: there is no configuration, or none that transformers knows without running code.
     """
-    name: Any = embedded.plain_copy() if table.name == "embedded" else table.name
+    config = configuration(table)
     try:
-        config = AutoConfig.from_pretrained(name, revision=table.revision, trust_remote_code=False)
         with torch.device("meta"), warnings.catch_warnings(action="ignore"):
             return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    except Exception as error:  # of the many kinds that a folder without a model, or a broken one, leads to
-        raise ArmError(
-            f"model.name={table.name!r} cannot be loaded: {type(error).__name__}: {error} (Expected are 'embedded', a "
-            "folder or a Hub name with config.json, a tokenizer and safetensors weights.)"
-        ) from error
+    except Exception as error:  # of the many kinds that a broken configuration leads to
+        raise _not_loaded(table, error) from error
+
+
+def configuration(table: ModelTable) -> Any:
+    """The configuration of a model.
+
+    Raises:
+        ArmError: there is none, or none that transformers knows without running code.
+    """
+    name: Any = embedded.plain_copy() if table.name == "embedded" else table.name
+    try:
+        return AutoConfig.from_pretrained(name, revision=table.revision, trust_remote_code=False)
+    except Exception as error:  # of the many kinds that a folder without a model leads to
+        raise _not_loaded(table, error) from error
+
+
+def _not_loaded(table: ModelTable, error: Exception) -> ArmError:
+    return ArmError(
+        f"model.name={table.name!r} cannot be loaded: {type(error).__name__}: {error} (Expected are 'embedded', a "
+        "folder or a Hub name with config.json, a tokenizer and safetensors weights.)"
+    )
 
 
 def _check_adapter(config: PeftConfig | None, bare: Any, where: str) -> None:

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
-from datasets import Dataset
 from sklearn.linear_model import LogisticRegression
 
 from steertune.adapters import directions
@@ -82,14 +81,13 @@ def probe(
     table = ModelTable(name=model_name)
     skeleton(table)  # a model that is not there is refused before rows are read
     data = load_data(DataTable(name=task, train=train, test=test), partial(model_has_template, table))
-    print(data.note, file=sys.stderr)
-    if len(data.train) < 8 or not len(data.test):
-        raise ArmError(f"{data.note} Directions need 8 training pairs and held-out ones: give more rows.")
-    warn_of(data.all_rows(), data.by, task)
-    splits: tuple[Dataset, Dataset] = (data.train, data.test)
-    for part in splits:
+    for part in (data.train, data.test):
         if not {"chosen", "rejected"} <= set(part.column_names):
             raise ArmError(f"{task!r}: directions are fitted on pairs, and its rows have {part.column_names}.")
+    if len(data.train) < 8 or not len(data.test):
+        raise ArmError(f"{data.note} Directions need 8 training pairs and held-out ones: give more rows.")
+    print(data.note, file=sys.stderr)
+    warn_of(data.all_rows(), data.by, task)
     model, tokenizer = load_model(table)
     splits = (readable(data.train, tokenizer), readable(data.test, tokenizer))
     for part, what in zip(splits, ("The training rows", "The test rows"), strict=True):

@@ -12,10 +12,12 @@ import sys
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-from transformers import AutoConfig, LlamaConfig
+from transformers import LlamaConfig
 
+from steertune.recipes.lab.checks import configuration
 from steertune.recipes.lab.command_line import Argument, Count, Result, command
 from steertune.recipes.lab.processes import begin
+from steertune.recipes.lab.tables import ModelTable
 
 LLAMA_70B: dict[str, Any] = {
     "hidden_size": 8192, "num_hidden_layers": 80, "num_attention_heads": 64, "num_key_value_heads": 8,
@@ -133,7 +135,7 @@ def main(
 ) -> Result:
     """Compute the table for a model's configuration."""
     begin(only_one=True)
-    read = LlamaConfig(**LLAMA_70B) if config is None else AutoConfig.from_pretrained(config, trust_remote_code=False)
+    read = LlamaConfig(**LLAMA_70B) if config is None else configuration(ModelTable(name=config))
     scale = Scale.of(read)
     return Result(numbers(scale, gpus), table(scale, gpus))
 

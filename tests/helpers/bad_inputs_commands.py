@@ -202,7 +202,7 @@ ROWS: dict[str, Row] = {
     "benchmark of no tokens": said(WHOLE, "benchmark", "--tokens", "0"),
     "benchmark of half a row": said("--rows 128: TOKENS/PROMPT", "benchmark", "--rows", "128"),
     "scale on no GPU": said(WHOLE, "scale", "--gpus", "0"),
-    "scale of nothing": said("nowhere", "scale", "./nowhere"),
+    "scale of nothing": said("model.name=.*nowhere.*cannot be loaded", "scale", "./nowhere"),
     # adapters
     "info of nothing": said(NO_ADAPTER, "info", "nowhere"),
     "info of a file": on(NO_ADAPTER, "file", "x", "info", "file"),

@@ -15,7 +15,7 @@ from peft import PeftConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from torch.utils.data import IterableDataset
 from transformers import AutoConfig, PreTrainedTokenizerBase, set_seed
-from trl import DPOConfig, SFTConfig
+from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from ..adapters import SteeringVectorLayer
 from ..adapters.observing import untouched
@@ -251,7 +251,8 @@ class Construction:
         self.context = context_of(given)
         # TRL refuses any max_length for rows that it joins without packing
         joined = isinstance(args, SFTConfig) and args.padding_free and not args.packing
-        if self.context is None or not isinstance(args, SFTConfig | DPOConfig) or joined:
+        cuts = isinstance(self.trainer, SFTTrainer | DPOTrainer)  # the plain trainer's parent reads no max_length
+        if self.context is None or not cuts or not isinstance(args, SFTConfig | DPOConfig) or joined:
             return
         if args.max_length is None or args.max_length > self.context:
             given["args"] = copy.copy(args)  # the user's own stay as they are

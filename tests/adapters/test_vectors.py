@@ -19,6 +19,7 @@ from steertune.adapters.analysis import arithmetic
 from steertune.adapters.analysis.arithmetic import VectorError, combine, orthogonalise, project_out, read, similarity
 from steertune.recipes import vectors
 from steertune.recipes.ablation import two_vectors
+from steertune.recipes.lab.held_out import held_out_rows
 from steertune.recipes.lab.rows import Record
 
 
@@ -304,7 +305,7 @@ def test_together_is_measured_on_the_data_of_both(task, capsys):
     model: Any = PeftModel.from_pretrained(tiny(max_position_embeddings=512), str(task / "vone"))
     model.load_adapter(str(task / "vtwo"), "second")
     model.base_model.set_adapter(["default", "second"])
-    rows = two_vectors._pairs(str(task / "two"), 12)
+    rows = held_out_rows(str(task / "two"), [])[0].select(range(12))
     expected = margins(model.eval(), tiny_data.tokenizer(), rows)
     assert records["two", "both"].seen(1)["margin"] == pytest.approx(expected, abs=1e-3)
 

@@ -418,7 +418,7 @@ FAULTS = [
     ),
     Fault(
         "test rows may stand in training", "leaks", "recipes.lab.splits",
-        "    pool = _apart(name, pool, validation, scorer, test, sizes)\n", "",
+        "    pool = _apart(name, pool, validation, scorer, test, sizes, parts.by)\n", "",
         "recipes/test_splits", "two_splits or near_duplicates",
     ),
     Fault(

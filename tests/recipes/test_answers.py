@@ -107,9 +107,8 @@ def test_a_task_gives_its_own_instructions(tmp_path, monkeypatch):
 
 
 def test_twice_as_many_examples_hold_the_same_first_half(tmp_path):
-    rows = pairs(12)
-    for part in ("train", "test"):
-        rows.to_json(tmp_path / f"{part}.jsonl")
+    for seed, part in enumerate(("train", "test")):
+        pairs(12, seed).to_json(tmp_path / f"{part}.jsonl")
     once, twice = (load_splits(DataTable(name=str(tmp_path), train=4, test=4, times=times))[0] for times in (1, 2))
     assert len(twice) == 8 and twice.to_list()[:4] == once.to_list()
 

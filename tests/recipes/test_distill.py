@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -197,4 +198,4 @@ def test_demonstrations_that_are_test_rows_are_refused(words, tmp_path, capsys):
     kept = [word for word in words if not word.startswith(("--views", "--data"))]
     assert distill.main(["vector_distillation", *kept, *changes, "--views.good={name='demonstrations', k=2}"]) == 2
     error = capsys.readouterr().err
-    assert "test.jsonl:1, a held-out row, asks the same" in error and "the training row" in error
+    assert re.search(r"test\.jsonl:\d, a held-out row, asks the same .* the training row", error)

@@ -205,7 +205,7 @@ def test_grids_without_prompting_arms_leave_instructions_alone(tables):
 @pytest.mark.parametrize("name", task_names())
 def test_embedded_tasks_bring_instructions(name):
     task = told(TaskTable(name=name), TASKS / name)
-    assert len(task.instructions) == len(set(task.instructions)) >= 4 and "none was tried" in task.instructions_by
+    assert len(task.instructions) == len(set(task.instructions)) >= 3 and "none was tried" in task.instructions_by
     assert told(TaskTable(name=name, reverse=True), TASKS / name).instructions == [], "they ask for the chosen answers"
 
 

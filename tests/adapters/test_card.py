@@ -175,8 +175,7 @@ def test_push_to_hub_of_a_peft_model_replaces_the_card_unless_it_is_on_the_hub(f
 
 
 def test_the_recipe_puts_its_measurements_in_the_card(tmp_path):
-    tiny(max_position_embeddings=512).save_pretrained(tmp_path / "model")
-    tiny_data.tokenizer().save_pretrained(tmp_path / "model")
+    tiny_data.save_model(tmp_path / "model", max_position_embeddings=512)
     (tmp_path / "task").mkdir()
     for split in ("train", "test"):
         tiny_data.pairs(8, seed=len(split)).to_json(tmp_path / "task" / f"{split}.jsonl")

@@ -123,10 +123,8 @@ def test_nothing_to_erase_is_said():
 
 def test_the_recipe_reads_every_direction(tmp_path, capsys):
     import tiny_data
-    from tiny_models import tiny
 
-    tiny(max_position_embeddings=512).save_pretrained(tmp_path / "model")
-    tiny_data.tokenizer().save_pretrained(tmp_path / "model")
+    tiny_data.save_model(tmp_path / "model", max_position_embeddings=512)
     (tmp_path / "task").mkdir()
     for split, rows in (("train", 20), ("test", 6)):
         tiny_data.pairs(rows, seed=rows).to_json(tmp_path / "task" / f"{split}.jsonl")

@@ -53,6 +53,29 @@ def _speaker(seed: int) -> Callable[[int], str]:
     return lambda words: " ".join(numbers.choices(WORDS, k=words))
 
 
+def save_model(folder: Path, **sizes: Any) -> None:
+    """Save a tiny model and the tokenizer as one folder."""
+    tiny(**sizes).save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+
+
+def save_run(folder: Path, rows: int, options: dict[str, Any], **sizes: Any) -> list[str]:
+    """Save what a short run of a recipe needs, a tiny model and as many pairs in each split, and return its overrides.
+
+    Args:
+        folder: Holds all of it.
+        rows: Pairs of the training and of the test split.
+        options: Further overrides.
+        sizes: Of the model.
+    """
+    save_model(folder / "model", **sizes)
+    for split in ("train", "test"):
+        pairs(rows, seed=len(split)).to_json(folder / f"{split}.jsonl")
+    given = {"model.name": folder / "model", "data.name": folder, "data.train": rows, "data.test": rows,
+             "output.folder": folder / "run"} | options  # fmt: skip
+    return [f"--{key}={value}" for key, value in given.items()]
+
+
 def pairs(rows: int = 8, seed: int = 0) -> Dataset:
     """Preference pairs with an explicit prompt; rejected answers are 2 to 4 words, chosen ones 3."""
     say = _speaker(seed)

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import tiny_data
-from tiny_models import tiny
 
 import steertune.recipes.ablate as recipe
 from steertune.recipes.ablation.context import Context
@@ -61,8 +60,7 @@ mean_difference = [{ when = { form = "lora" }, inert = true }, { adapter = { ini
 
 
 def make_tables(tmp_path: Path) -> dict:
-    tiny(max_position_embeddings=512).save_pretrained(tmp_path / "model")
-    tiny_data.tokenizer().save_pretrained(tmp_path / "model")
+    tiny_data.save_model(tmp_path / "model", max_position_embeddings=512)
     (tmp_path / "task").mkdir()
     for split, rows in (("train", 24), ("test", 6)):
         tiny_data.pairs(rows, seed=rows).to_json(tmp_path / "task" / f"{split}.jsonl")

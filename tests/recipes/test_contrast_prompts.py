@@ -24,8 +24,7 @@ CONDITIONS = [f"{who}, {name}" for name in ("plain", "k-shot", "contrast") for w
 @pytest.fixture
 def mixture(tmp_path: Path) -> Path:
     """A file with two tasks of local pairs, and a tiny local model."""
-    tiny(max_position_embeddings=512).save_pretrained(tmp_path / "model")
-    tiny_data.tokenizer().save_pretrained(tmp_path / "model")
+    tiny_data.save_model(tmp_path / "model", max_position_embeddings=512)
     for task in ("one", "two"):
         (tmp_path / task).mkdir()
         for split, rows in (("train", 16), ("test", 5)):

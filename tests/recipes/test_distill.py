@@ -30,23 +30,9 @@ MEASURES = ["fidelity", "prompted_kl", "agreement"]
 @pytest.fixture
 def words(tmp_path: Path) -> list[str]:
     """Overrides: a tiny local model and local pairs."""
-    tiny(max_position_embeddings=256, vocab_size=22).save_pretrained(tmp_path / "model")
-    tiny_data.tokenizer().save_pretrained(tmp_path / "model")
-    for split in ("train", "test"):
-        tiny_data.pairs(8, seed=len(split)).to_json(tmp_path / f"{split}.jsonl")
-    options = {
-        "model.name": tmp_path / "model",
-        "model.threads": 1,
-        "data.name": tmp_path,
-        "data.train": 8,
-        "data.test": 8,
-        "views.good.text": ORDER,
-        "trainer.max_steps": 30,
-        "trainer.learning_rate": 0.01,
-        "evaluation.new_tokens": 6,
-        "output.folder": tmp_path / "run",
-    }
-    return [f"--{key}={value}" for key, value in options.items()]
+    trainer = {"trainer.max_steps": 30, "trainer.learning_rate": 0.01}
+    options = {"model.threads": 1, "views.good.text": ORDER, "evaluation.new_tokens": 6, **trainer}
+    return tiny_data.save_run(tmp_path, 8, options, max_position_embeddings=256, vocab_size=22)
 
 
 def fidelity_of(model, rows: Dataset, **options) -> Record:

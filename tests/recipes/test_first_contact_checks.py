@@ -26,14 +26,8 @@ SIZES: dict[str, Any] = dict(vocab_size=len(tiny_data.SPECIAL + tiny_data.WORDS)
 @pytest.fixture
 def words(tmp_path: Path) -> list[str]:
     """Overrides of a short run on a tiny local model."""
-    tiny(max_position_embeddings=512).save_pretrained(tmp_path / "model")
-    tiny_data.tokenizer().save_pretrained(tmp_path / "model")
-    for split in ("train", "test"):
-        tiny_data.pairs(4, seed=len(split)).to_json(tmp_path / f"{split}.jsonl")
-    options = {"model.name": tmp_path / "model", "data.name": tmp_path, "data.train": 4, "data.test": 4,
-               "trainer.max_steps": 2, "evaluation.generations": 0, "evaluation.strengths": "[0, 1]",
-               "output.folder": tmp_path / "run"}  # fmt: skip
-    return [f"--{key}={value}" for key, value in options.items()]
+    options = {"trainer.max_steps": 2, "evaluation.generations": 0, "evaluation.strengths": "[0, 1]"}
+    return tiny_data.save_run(tmp_path, 4, options, max_position_embeddings=512)
 
 
 def test_the_skeleton_has_the_shape_and_no_weights(words, tmp_path):

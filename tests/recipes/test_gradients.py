@@ -8,7 +8,6 @@ import math
 import pytest
 import tiny_data
 import torch
-from tiny_models import tiny
 
 from steertune.recipes.studies import gradients
 
@@ -69,8 +68,7 @@ def test_a_steady_gradient_may_have_nothing_to_do_with_the_behaviour():
 
 
 def test_the_recipe_measures_every_contrast_on_the_same_batches(tmp_path, capsys):
-    tiny(max_position_embeddings=512).save_pretrained(tmp_path / "model")
-    tiny_data.tokenizer().save_pretrained(tmp_path / "model")
+    tiny_data.save_model(tmp_path / "model", max_position_embeddings=512)
     (tmp_path / "task").mkdir()
     for split, rows in (("train", 12), ("test", 8)):
         tiny_data.pairs(rows, seed=rows).to_json(tmp_path / "task" / f"{split}.jsonl")

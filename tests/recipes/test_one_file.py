@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 import tiny_data
 from tiny_grids import make_tables
-from tiny_models import tiny
 
 from steertune.recipes import ablate, distill, sweep, train
 from steertune.recipes.ablation.context import Context
@@ -127,8 +126,7 @@ def added(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 @pytest.fixture
 def home(tmp_path: Path) -> Path:
     """A tiny model, a task, and two arms that differ in the ingredient alone."""
-    tiny(max_position_embeddings=512, vocab_size=22).save_pretrained(tmp_path / "model")
-    tiny_data.tokenizer().save_pretrained(tmp_path / "model")
+    tiny_data.save_model(tmp_path / "model", max_position_embeddings=512, vocab_size=22)
     (tmp_path / "pairs").mkdir()
     for seed, (split, rows) in enumerate((("train", 24), ("validation", 8), ("test", 8))):
         pairs = tiny_data.pairs(rows, seed=seed)

@@ -11,7 +11,6 @@ import pytest
 import tiny_data
 from launching import launch
 from safetensors.torch import load_file
-from tiny_models import tiny
 
 from steertune.recipes import distill, train
 
@@ -76,8 +75,7 @@ def differences(one: Any, two: Any, path: str = "") -> list[str]:
 
 
 def test_two_processes_train_and_distil_as_one(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    tiny(max_position_embeddings=512, vocab_size=22).save_pretrained(tmp_path / "model")
-    tiny_data.tokenizer().save_pretrained(tmp_path / "model")
+    tiny_data.save_model(tmp_path / "model", max_position_embeddings=512, vocab_size=22)
     for split in ("train", "test"):
         tiny_data.pairs(8, seed=len(split)).to_json(tmp_path / f"{split}.jsonl")
     (tmp_path / "both.py").write_text(SCRIPT)

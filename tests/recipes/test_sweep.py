@@ -171,8 +171,7 @@ def home(tmp_path_factory) -> Path:
     """A tiny model, a task that it has a chance at (chosen answers end in `cat`, rejected ones in `dog`, which it
     prefers), and an arm."""
     folder = tmp_path_factory.mktemp("sweep")
-    tiny(max_position_embeddings=512).save_pretrained(folder / "model")
-    tiny_data.tokenizer().save_pretrained(folder / "model")
+    tiny_data.save_model(folder / "model", max_position_embeddings=512)
     (folder / "task").mkdir()
     for seed, (split, rows) in enumerate((("train", 24), ("validation", 8), ("test", 8))):
         pairs = tiny_data.pairs(rows, seed=seed)

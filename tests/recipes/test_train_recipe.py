@@ -28,22 +28,9 @@ LEFT_BEHIND = ["adapter", "charts", "config.json", "metrics.jsonl", "page.html",
 @pytest.fixture
 def words(tmp_path: Path) -> list[str]:
     """Overrides: a tiny local model and local pairs, six steps, a checkpoint every second one."""
-    tiny(max_position_embeddings=512).save_pretrained(tmp_path / "model")
-    tiny_data.tokenizer().save_pretrained(tmp_path / "model")
-    for split in ("train", "test"):
-        tiny_data.pairs(8, seed=len(split)).to_json(tmp_path / f"{split}.jsonl")
-    options = {
-        "model.name": tmp_path / "model",
-        "model.threads": 1,
-        "data.name": tmp_path,
-        "data.train": 8,
-        "data.test": 8,
-        "trainer.max_steps": 6,
-        "trainer.save_steps": 2,
-        "evaluation.new_tokens": 4,
-        "output.folder": tmp_path / "run",
-    }
-    return [f"--{key}={value}" for key, value in options.items()]
+    steps = {"trainer.max_steps": 6, "trainer.save_steps": 2}
+    options = {"model.threads": 1, "evaluation.new_tokens": 4, **steps}
+    return tiny_data.save_run(tmp_path, 8, options, max_position_embeddings=512)
 
 
 def test_it_leaves_everything_behind(words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -46,7 +46,7 @@ from steertune.recipes.lab.command_line import Argument, Option, Result, Threads
 from steertune.recipes.lab.data import load_model, model_has_template
 from steertune.recipes.lab.evaluate import evaluate, evaluate_base
 from steertune.recipes.lab.files import ArmError, read_result, read_toml, reasons, write_result
-from steertune.recipes.lab.forms import readable_splits
+from steertune.recipes.lab.forms import readable
 from steertune.recipes.lab.generation import check_context
 from steertune.recipes.lab.observe import HeldOut, neutral_rows
 from steertune.recipes.lab.pages import write_page
@@ -201,7 +201,8 @@ class Mixture:
         loaded: tuple[Any, Any] = load_model(self.tables.model)
         model, tokenizer = loaded
         model.to(PartialState().device)
-        self.splits = {label: readable_splits(splits, tokenizer) for label, splits in self.splits.items()}
+        in_form = partial(readable, tokenizer=tokenizer)
+        self.splits = {label: splits.each(in_form) for label, splits in self.splits.items()}
         self._rehearse(model, tokenizer)
         for label, splits in self.splits.items() if main_process else ():
             warn_of(splits.pool, splits.by, label)
@@ -333,7 +334,7 @@ class Mixture:
         model: Callable[[], Any],
         neutral: Sequence[str] = (),
     ) -> Record:
-        """A condition's record from its file; where there is none, it is measured first, also on `neutral` text."""
+        """A condition's record from its file; without a file it is measured first, also on `neutral` text."""
         file = home / f"{condition.replace(', ', '-')}.json"
         if not file.exists():
             examples = self.tables.examples if task in self.seen else self.tables.pairs

@@ -30,7 +30,7 @@ from steertune.recipes.lab import trained_on
 from steertune.recipes.lab.arm import Arm, load_arm
 from steertune.recipes.lab.checks import check_start
 from steertune.recipes.lab.command_line import ArmName, Result, Threads, command
-from steertune.recipes.lab.data import load_data, load_model, model_has_template
+from steertune.recipes.lab.data import Data, load_data, load_model, model_has_template
 from steertune.recipes.lab.evaluate import evaluate, evaluate_base
 from steertune.recipes.lab.files import ArmError, read_rows, write_rows
 from steertune.recipes.lab.forms import notes_on_form, readable
@@ -74,25 +74,15 @@ def run(arm: Arm, threads: int | None = None) -> Record:
     _check(arm)
     started = time.monotonic()
     folder, state = open_run(arm, "distill-", threads), PartialState()
-    data = load_data(arm.data, partial(model_has_template, arm.model))
-    train, test = data.train, data.test
-    if not len(test):
-        raise ArmError(f"{data.note} Distillation is measured on held-out prompts: give more rows.")
-    if missing := [rows.column_names for rows in (train, test) if "prompt" not in rows.column_names]:
-        raise ArmError(f"data.name={arm.data.name!r}: distillation answers prompts, the rows have {missing[0]}.")
-    if "" in [*train["prompt"], *test["prompt"]]:
-        raise ArmError(
-            f"data.name={arm.data.name!r}: distillation answers prompts, and some rows have an empty one. Give a "
-            "column of prompts (`data.columns.prompt`)."
-        )
+    data = _load_prompts(arm)
     if state.is_main_process:
         print(data.note)
         warn_of(data.all_rows(), data.by, arm.data.name)
-    answers = [name for name in ("chosen", "rejected") if name in train.column_names]
-    check_start(_with_pool(arm, train), train.remove_columns(answers))
+    answers = [name for name in ("chosen", "rejected") if name in data.train.column_names]
+    check_start(_with_pool(arm, data.train), data.train.remove_columns(answers))
     loaded: tuple[Any, Any] = load_model(arm.model)
     model, tokenizer = loaded
-    train, test = (readable(rows, tokenizer) for rows in (train, test))
+    train, test = (readable(rows, tokenizer) for rows in (data.train, data.test))
     arm = _with_pool(arm, train)
     view = arm.get(Views).views()["good"].for_evaluation(train.to_list(), test.to_list())
     model.to(state.device)
@@ -144,6 +134,22 @@ def run(arm: Arm, threads: int | None = None) -> Record:
         record.write(folder / "result.json")  # last: it says that the run is finished
         print(f"\n{written.read_text(encoding='utf-8')}\nThis page: {written.with_suffix('.html')}")
     return record
+
+
+def _load_prompts(arm: Arm) -> Data:
+    """The arm's rows, which must have prompts and a held-out part."""
+    data = load_data(arm.data, partial(model_has_template, arm.model))
+    train, test = data.train, data.test
+    if not len(test):
+        raise ArmError(f"{data.note} Distillation is measured on held-out prompts: give more rows.")
+    if missing := [rows.column_names for rows in (train, test) if "prompt" not in rows.column_names]:
+        raise ArmError(f"data.name={arm.data.name!r}: distillation answers prompts, the rows have {missing[0]}.")
+    if "" in [*train["prompt"], *test["prompt"]]:
+        raise ArmError(
+            f"data.name={arm.data.name!r}: distillation answers prompts, and some rows have an empty one. Give a "
+            "column of prompts (`data.columns.prompt`)."
+        )
+    return data
 
 
 def answered(

@@ -42,7 +42,7 @@ from steertune.recipes.lab.command_line import (
 from steertune.recipes.lab.data import load_steered
 from steertune.recipes.lab.files import ArmError, nearest, write_whole
 from steertune.recipes.lab.forms import has_template, readable, written
-from steertune.recipes.lab.generation import broken_rows, check_context, check_strength
+from steertune.recipes.lab.generation import check_context, check_finite, check_strength
 from steertune.recipes.lab.held_out import held_out_rows
 from steertune.recipes.lab.pair_lint import warn_of
 from steertune.recipes.lab.processes import begin, default_device
@@ -51,7 +51,7 @@ from steertune.recipes.lab.reading import BUILDERS
 from steertune.recipes.lab.similarity import told_apart_by
 from steertune.recipes.lab.sources import Reading
 from steertune.recipes.lab.task_files import SUFFIXES, check_task_file, check_task_folder, sandboxed
-from steertune.trainers import NonFiniteError, scaled
+from steertune.trainers import scaled
 
 _BATCH = 8
 STRENGTHS = [0.0, 1.0]
@@ -194,18 +194,14 @@ def evaluate(
 
 @contextmanager
 def finite_logits(model: PeftModel) -> Iterator[None]:
-    """Context in which forward passes that compute no numbers are errors: lm-eval would score them.
+    """Context in which logits that are NaN or infinite are errors: lm-eval would score them.
 
     Raises:
         NonFiniteError: in the forward pass.
     """
 
     def check(module: Any, args: Any, output: Any) -> None:
-        if broken_rows(output.logits.flatten(0, -2)).any():
-            raise NonFiniteError(
-                "The model's logits are NaN or infinite: the strength is too large for the vector and the number "
-                "format. Use a smaller strength, or float32."
-            )
+        check_finite(output.logits.flatten(0, -2))
 
     handle = model.get_base_model().register_forward_hook(check)
     try:

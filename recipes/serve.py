@@ -11,7 +11,7 @@ continued: requests whose `id` stands in it are not answered again.
 
 A request that cannot be answered gets a line with `id` and `error`, and the others their answers: a line that is no
 request or no UTF-8, or is longer than a megabyte; more tokens than `--longest` or than the model reads; a strength
-at which the model computes no numbers; an answer that is not there after `--seconds`.
+at which the model computes NaN or infinity; an answer that is not there after `--seconds`.
 
 In Python: `Server(model, tokenizer).answers([Request("Shall I quit?", "careful", 1.5)])`.
 """
@@ -245,7 +245,7 @@ class _Sampled(LogitsProcessor):
     """Sampling that knows its row only: the largest of logits plus Gumbel noise is a draw from their softmax, and the
     noise of every row comes from a seed of its own.
 
-    Rows whose logits are no numbers end at once; they are in `broken`."""
+    Rows whose logits are not finite end at once; they are in `broken`."""
 
     def __init__(self, requests: Sequence[Request], end: int) -> None:
         self.broken: set[int] = set()
@@ -397,7 +397,7 @@ def _check_files(input: Path | None, output: Path | None) -> set[Any]:
     """Refuse files that cannot be read or written; return the ids that the file of answers holds.
 
     Raises:
-        ArmError: there is no such file, or the answers would be written where something else is.
+        ArmError: the file does not exist, or the answers would be written over something else.
     """
     if input is not None and not input.is_file():
         raise ArmError(f"--input {input}: there is no such file.")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from steertune.recipes.ablation.grid import Cell, Grid
 from steertune.recipes.ablation.tables import TaskTable, told
 from steertune.recipes.lab.data import load_model
 from steertune.recipes.lab.embedded import task_folder
-from steertune.recipes.lab.forms import has_template, notes_on_form, readable, readable_splits
+from steertune.recipes.lab.forms import has_template, notes_on_form, readable
 from steertune.recipes.lab.generation import check_context, prompt_lengths
 from steertune.recipes.lab.ingredients import Training
 from steertune.recipes.lab.ingredients.prompt import Prompt
@@ -148,7 +148,7 @@ class Context:
         largest = max(tables.examples) * max(arm.arm.data.times for arm in self.grid.arms)
         splits = load_splits(task.name, tables.splits, largest, task.reverse, reading)
         self._notes[label] = notes_on_form(splits.test, self.tokenizer)
-        return readable_splits(splits, self.tokenizer)
+        return splits.each(partial(readable, tokenizer=self.tokenizer))
 
     def _fit_scorer(self, label: str) -> Scorer:
         task = self._tasks[label]

@@ -55,7 +55,7 @@ class Curve:
         self._logs: dict[float, float] = {}
 
     def crossing(self, target: float) -> float | None:
-        """The smallest strength with this KL; None if there is none up to the largest."""
+        """The smallest strength with this KL; None if no strength up to the largest reaches it."""
         goal = math.log(target)
 
         def excess(x: float) -> float:
@@ -103,7 +103,7 @@ _TOO_MUCH = 50.0  # log KL of a model whose probabilities are not finite
 
 
 def matched_strength(kl: Callable[[float], float], target: float, largest: float) -> float | None:
-    """The smallest strength at which `kl(strength)` is `target`; None if there is none up to `largest`.
+    """The smallest strength at which `kl(strength)` is `target`; None if no strength up to `largest` reaches it.
 
     Args:
         kl: KL to the base model at a strength, in nats per token; not finite counts as too much.

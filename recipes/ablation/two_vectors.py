@@ -75,16 +75,7 @@ def measure(
     names = [folder.name for folder in folders]
     if names[0] == names[1]:
         names = [str(folder) for folder in folders]
-    # both vectors as adapters of one model, at their strengths
-    loaded: tuple[Any, Any, str] = load_steered(folders[0], model)
-    steered, tokenizer, _ = loaded
-    try:
-        steered.load_adapter(str(folders[1]), SECOND)
-        for name, strength in zip((FIRST, SECOND), strengths, strict=True):
-            set_strength(steered, strength, name)
-    except (ValueError, KeyError) as error:
-        raise ArmError(f"{folders[1]} cannot be loaded beside {folders[0]}: {error}") from error
-    steered.eval()
+    steered, tokenizer = _with_both(folders, strengths, model)
     reading = Reading(columns or {}, chat=lambda: has_template(tokenizer))
     parts = [_pairs(name, rows, folders, reading) for name in data]
     rows = min(map(len, parts)) if rows is None else rows
@@ -108,7 +99,6 @@ def measure(
     with scaled(steered, 0.0):
         for examples in held_out:
             rehearse(examples)
-    with scaled(steered, 0.0):
         bases = [evaluate_base(examples, _NAMES) for examples in held_out]
     records = []
     for seen, active in {names[0]: [FIRST], names[1]: [SECOND], BOTH: [FIRST, SECOND]}.items():
@@ -125,6 +115,19 @@ def measure(
         "on": [_on(of_task[names[i]], of_task[names[1 - i]], of_task[BOTH]) for i, of_task in enumerate(on)],
         "records": [record.to_json() for record in records],
     }
+
+
+def _with_both(folders: Sequence[Path], strengths: Sequence[float], model: str | None) -> tuple[Any, Any]:
+    """One model with both vectors as adapters, at their strengths, and its tokenizer."""
+    loaded: tuple[Any, Any, str] = load_steered(folders[0], model)
+    steered, tokenizer, _ = loaded
+    try:
+        steered.load_adapter(str(folders[1]), SECOND)
+        for name, strength in zip((FIRST, SECOND), strengths, strict=True):
+            set_strength(steered, strength, name)
+    except (ValueError, KeyError) as error:
+        raise ArmError(f"{folders[1]} cannot be loaded beside {folders[0]}: {error}") from error
+    return steered.eval(), tokenizer
 
 
 def summarise(result: dict[str, Any]) -> str:

@@ -76,7 +76,7 @@ class Behaviour(BaseModel, extra="forbid", strict=True):
 
 
 def read_behaviour(task: str) -> Behaviour:
-    """The `behaviour.toml` of an embedded task or of a task's folder; an empty one if there is no such file.
+    """The `behaviour.toml` of an embedded task or of a task's folder; an empty one if the file does not exist.
 
     Raises:
         ArmError: the file has unknown keys or values of the wrong type.

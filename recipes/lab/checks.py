@@ -159,7 +159,7 @@ def skeleton(table: ModelTable) -> Any:
     """The model on the meta device, made of its configuration alone: no weights are read or downloaded.
 
     Raises:
-        ArmError: there is no configuration, or none that transformers knows without running code.
+        ArmError: the configuration is missing, or transformers cannot read it without running code.
     """
     config = configuration(table)
     try:
@@ -173,7 +173,7 @@ def configuration(table: ModelTable) -> Any:
     """The configuration of a model.
 
     Raises:
-        ArmError: there is none, or none that transformers knows without running code.
+        ArmError: it is missing, or transformers cannot read it without running code.
     """
     name: Any = embedded.plain_copy() if table.name == "embedded" else table.name
     try:

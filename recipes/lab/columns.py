@@ -106,7 +106,8 @@ def named(rows: Dataset, source: Source) -> tuple[Dataset, bool]:
 
 
 def _recognised(names: Sequence[str]) -> dict[Part, str]:
-    """What each part is in the columns of a neighbour; empty where the trainers know the columns, or nobody does."""
+    """What each part is in the columns of a neighbour; empty where the trainers know the columns already, or
+    no other tool uses them."""
     for columns in NEIGHBOURS:
         if set(columns.values()) <= set(names) and "prompt" not in set(names) - set(columns.values()):
             return columns
@@ -211,7 +212,7 @@ def _without_prompt(rows: Dataset) -> bool:
 
 
 def _check(rows: Dataset, source: Source) -> None:
-    """Refuse rows that nobody can train on or measure, with the place of the first one."""
+    """Refuse rows that cannot be trained on or measured; the message names the place of the first one."""
     parts = [part for part in _ROLES if part in rows.column_names]
     first: dict[str, str] = {}
     for index, row in enumerate(rows.select_columns(parts)) if parts else ():

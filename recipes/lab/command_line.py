@@ -421,7 +421,7 @@ def _short(text: str, length: int = 200) -> str:
 def _advice(error: Exception) -> str | None:
     """What an error that the user can mend needs beside its own words; None for an error of the program.
 
-    Wrong input explains every ValueError and OSError, and a model that computes no numbers.
+    Wrong input explains every ValueError and OSError, and a model that computes NaN or infinity.
     """
     if _FULL.search(str(error)):
         return " Is the disk full? Make room; the same command continues where it stopped."

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from steertune.adapters import SteeringVectorConfig
 from steertune.recipes.lab import embedded
 from steertune.recipes.lab.files import ArmError, reasons
+from steertune.recipes.lab.forms import has_template
 from steertune.recipes.lab.similarity import By, overlap, text_of
 from steertune.recipes.lab.sources import Parts, Reading, load_parts
 from steertune.recipes.lab.tables import DataTable, ModelTable
@@ -60,7 +61,7 @@ def model_has_template(table: ModelTable) -> bool:
         tokenizer = AutoTokenizer.from_pretrained(table.name, revision=table.revision, trust_remote_code=False)
     except Exception:  # `load_model` says what is wrong with it
         return True
-    return tokenizer.chat_template is not None
+    return has_template(tokenizer)
 
 
 def adapter_config(folder: Path) -> SteeringVectorConfig:

@@ -65,7 +65,7 @@ def evaluate(
 
 
 def _check_finite(observations: Observations, observer: str, strength: str) -> None:
-    """Refuse observations of a model that computes no numbers.
+    """Refuse observations that are NaN or infinite.
 
     Raises:
         NonFiniteError: a number is NaN or infinite.

@@ -8,7 +8,6 @@ A tokenizer with a chat template reads both. That of a base model has none, and 
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,7 +15,6 @@ from datasets import Dataset
 from jinja2 import TemplateError
 
 from steertune.recipes.lab.files import ArmError
-from steertune.recipes.lab.splits import Splits
 
 NOTE = (
     "The tokenizer has no chat template, so conversations are read as plain text: `Question: ...`, then `Answer: ...` "
@@ -53,12 +51,6 @@ def readable(rows: Dataset, tokenizer: Any) -> Dataset:
         return rows
     texts = [_as_text(i, dict(row), columns) for i, row in enumerate(rows)]
     return Dataset.from_list(texts)
-
-
-def readable_splits(splits: Splits, tokenizer: Any) -> Splits:
-    """All rows of a task in a form that the tokenizer reads; see `readable`."""
-    parts = {name: readable(rows, tokenizer) for name, rows in vars(splits).items() if isinstance(rows, Dataset)}
-    return dataclasses.replace(splits, **parts)
 
 
 def written(tokenizer: Any, prompt: Any) -> str:

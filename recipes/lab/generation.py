@@ -20,19 +20,15 @@ _LONGEST = 1e18  # of what is added to a state; its square must be a number of f
 
 
 class FiniteLogits(LogitsProcessor):
-    """Ends a generation whose logits are no numbers: what is generated from them is an empty text, or noise."""
+    """Ends a generation whose logits are not finite: they would generate an empty text, or noise."""
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Check the logits of the next token, `(rows, vocabulary)`.
 
         Raises:
-            NonFiniteError: see `broken_rows`.
+            NonFiniteError: see `check_finite`.
         """
-        if broken_rows(scores).any():
-            raise NonFiniteError(
-                "The model's logits are NaN or infinite, so it has no answer: the strength is too large for the "
-                "vector and the number format, or the weights are broken. Use a smaller strength, or float32."
-            )
+        check_finite(scores)
         return scores
 
 
@@ -42,6 +38,19 @@ def broken_rows(logits: Tensor) -> Tensor:
     -inf alone is a token that is ruled out.
     """
     return ~logits.max(dim=-1).values.isfinite()  # NaN is the maximum of every row that holds it
+
+
+def check_finite(logits: Tensor) -> None:
+    """Refuse logits, `(rows, vocabulary)`, that hold no answer.
+
+    Raises:
+        NonFiniteError: a row is broken (see `broken_rows`).
+    """
+    if broken_rows(logits).any():
+        raise NonFiniteError(
+            "The model's logits are NaN or infinite, so it has no answer: the strength is too large for the "
+            "vector and the number format, or the weights are broken. Use a smaller strength, or float32."
+        )
 
 
 def check_strength(model: Any, strength: float, adapter: str | None = None) -> None:

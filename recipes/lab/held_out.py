@@ -26,7 +26,7 @@ def held_out_rows(name: str, adapters: Sequence[Path], reading: Reading | None =
         The rows, and what to say about them.
 
     Raises:
-        ArmError: there is no such data set, no row of it is held out, or an adapter was trained on a test row.
+        ArmError: the data set does not exist, none of its rows is held out, or an adapter was trained on a test row.
     """
     known = {folder: read(folder) for folder in adapters}
     seen = [one for sets in known.values() for one in sets or ()]

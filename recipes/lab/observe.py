@@ -74,7 +74,7 @@ class HeldOut:
         asked: Rows whose prompts are answered in place of the test rows' prompts; None: the test rows.
         matching: Others of the kind, on which strengths are matched; None: they are not.
         questions: How many of the sentences with a fixed end are to be ended.
-        instruction: Asks for the behaviour; "": nobody knows one.
+        instruction: Asks for the behaviour; "": none is known.
         generations: How many of the first prompts are answered.
         neutral_generations: How many of the first neutral prompts are answered.
         new_tokens: Longest generated answer.

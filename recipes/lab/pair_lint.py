@@ -97,13 +97,11 @@ def _equal(pairs: Sequence[dict[str, Any]], place: Callable[[int], str]) -> Find
     # where every pair differs in case or punctuation only, that is the behaviour
     if not same or (len(same) == len(pairs) and all(row["chosen"] != row["rejected"] for row in pairs)):
         return None
-    return Finding(
-        "equal",
+    text = (
         f"{len(same)} of {len(pairs)} pairs have the same words in both answers, so they differ in case or "
-        "punctuation at most. Remove them, unless that is the behaviour.",
-        tuple(map(place, same[:LISTED])),
-        len(same),
+        "punctuation at most. Remove them, unless that is the behaviour."
     )
+    return _of_rows("equal", text, same, place)
 
 
 def _duplicates(pairs: Sequence[dict[str, Any]], by: By, place: Callable[[int], str]) -> Finding | None:
@@ -117,13 +115,16 @@ def _duplicates(pairs: Sequence[dict[str, Any]], by: By, place: Callable[[int], 
     same = Counter(json.dumps(row, sort_keys=True, default=str) for row in pairs)
     copies = sum(count - 1 for count in same.values())
     what = "prompt" if by == "prompt" else "text"
-    return Finding(
-        "duplicates",
+    text = (
         f"{len(twice)} of {len(pairs)} rows repeat the {what} of an earlier row, and {copies} of these the whole row. "
-        "They count several times in training.",
-        tuple(map(place, twice[:LISTED])),
-        len(twice),
+        "They count several times in training."
     )
+    return _of_rows("duplicates", text, twice, place)
+
+
+def _of_rows(check: str, text: str, rows: Sequence[int], place: Callable[[int], str]) -> Finding:
+    """A finding about some rows, whose number is its value; the first of them are named."""
+    return Finding(check, text, tuple(map(place, rows[:LISTED])), len(rows))
 
 
 def _lengths(pairs: Sequence[dict[str, Any]]) -> Finding | None:

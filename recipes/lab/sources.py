@@ -65,7 +65,7 @@ def load_parts(
     """The training and test rows of a data set: two splits, or the two parts of a single file or split.
 
     Raises:
-        ArmError: there is no such data set or split, or a row is not an example.
+        ArmError: the data set or split does not exist, or a row is not an example.
     """
     called = Path(name).name
     only = _only_split(name, train_split, test_split)
@@ -86,13 +86,13 @@ def load_split(name: str, split: str, reading: Reading | None = None) -> Dataset
     """All rows of one split of an embedded task, a local file or folder, or a data set on the Hub.
 
     Raises:
-        ArmError: there is no such task, path or split, or a row is not an example.
+        ArmError: the task, path or split does not exist, or a row is not an example.
     """
     return _named(name, split, reading).rows
 
 
 def find_split(name: str, split: str, reading: Reading | None = None) -> Dataset | None:
-    """As `load_split`; None if there is no such split."""
+    """Like `load_split`; None if the split does not exist."""
     rows = _named_or_none(name, split, reading)
     return None if rows is None else rows.rows
 
@@ -137,7 +137,7 @@ def has_one_split(name: str, train_split: str = "train", test_split: str = "test
 
 
 def _file(name: str, split: str) -> Path | None:
-    """The local file of a split; None: there is none."""
+    """The local file of a split, or None."""
     path = _folder(name)
     if path.is_dir():
         files = [p for p in _data_files(path) if split in p.stem.split(".")]

@@ -7,8 +7,8 @@ pair by pair. Validation, scorer and test rows are the same for every seed.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import Any
 
@@ -56,6 +56,11 @@ class Splits:
     by: By = "prompt"
     note: str = ""
 
+    def each(self, change: Callable[[Dataset], Dataset]) -> Splits:
+        """The splits with a change made to the rows of every part."""
+        parts = {name: change(rows) for name, rows in vars(self).items() if isinstance(rows, Dataset)}
+        return replace(self, **parts)
+
     def train(self, examples: int, seed: int, pairing: str = "own", draw: int = 0) -> Dataset:
         """The first `examples` rows of the pool after shuffling by `seed` and `draw`; smaller sets are subsets of
         larger ones."""
@@ -100,7 +105,8 @@ def load_splits(
             f"rows for the scorer{'' if own is not None else f' and {len(splits.validation)} for validation'}. Ask "
             "for fewer."
         )
-    return _reversed(splits) if reverse else splits
+    swapped = {"chosen": "rejected", "rejected": "chosen"}
+    return splits.each(lambda rows: rows.rename_columns(swapped)) if reverse else splits
 
 
 def _of_files(name: str, parts: Parts, own: Dataset | None, sizes: SplitTable) -> Splits:
@@ -200,9 +206,3 @@ def _cut(name: str, what: str, rows: Dataset, size: int) -> tuple[Dataset, Datas
     if len(rows) < size:
         raise ArmError(f"{name!r}: splits.{what}={size}, but only {len(rows)} rows are there. Ask for fewer.")
     return rows.select(list(range(size))), rows.select(list(range(size, len(rows))))
-
-
-def _reversed(splits: Splits) -> Splits:
-    parts = (splits.pool, splits.validation, splits.scorer, splits.test)
-    swapped = [rows.rename_columns({"chosen": "rejected", "rejected": "chosen"}) for rows in parts]
-    return Splits(*swapped, by=splits.by, note=splits.note)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from datasets import Dataset
 from steertune.adapters.config import Site
 from steertune.recipes.lab import scorers
 from steertune.recipes.lab.evaluate import evaluate_base
-from steertune.recipes.lab.forms import has_template, notes_on_form, readable_splits
+from steertune.recipes.lab.forms import has_template, notes_on_form, readable
 from steertune.recipes.lab.observe import FEW_NEUTRAL, HeldOut, neutral_rows
 from steertune.recipes.lab.rehearsal import rehearse, rehearse_training
 from steertune.recipes.lab.rows import Record
@@ -42,7 +42,8 @@ class Context:
         self.model, self.tokenizer = model, tokenizer
         reading = Reading(table.columns, table.format, lambda: has_template(tokenizer))
         splits = load_splits(table.task, table.splits, table.train, reading=reading, at_most=True)
-        self.splits, self._notes = readable_splits(splits, tokenizer), notes_on_form(splits.test, tokenizer)
+        self.splits = splits.each(partial(readable, tokenizer=tokenizer))
+        self._notes = notes_on_form(splits.test, tokenizer)
         # of a single file there may be fewer rows than asked for
         sizes = {part: len(getattr(self.splits, part)) for part in ("validation", "scorer", "test")}
         split_table = table.splits.model_copy(update=sizes)

@@ -63,6 +63,10 @@ class Example:
     answer: str = ""
     fact: str = ""
 
+    def behind(self, phrase: str) -> str:
+        """A sentence of a phrase and the fact."""
+        return f"{phrase} {self.fact[0].lower()}{self.fact[1:]}."
+
 
 Rule = Callable[[Example, random.Random], tuple[str, str] | None]
 """From an example to a chosen and a rejected answer; None where the example does not suit the task."""

@@ -24,6 +24,7 @@ from steertune.adapters.registry import file_names
 from steertune.recipes.lab.arm import known_tables
 from steertune.recipes.lab.division import SMALLEST
 from steertune.recipes.lab.files import ArmError, nearest, reasons
+from steertune.recipes.lab.forms import has_template
 from steertune.recipes.lab.generation import plain
 
 _CHECKED = 100  # pairs on which a scorer that is not fitted is checked
@@ -123,7 +124,7 @@ def fit_on_pairs(classifier: Any, features: Any) -> float:
 
 def as_rows(tokenizer: Any, texts: Sequence[tuple[str, str]]) -> Dataset:
     """Prompts and answers as rows: messages where the tokenizer has a chat template, else plain text."""
-    if tokenizer.chat_template is None:
+    if not has_template(tokenizer):
         return Dataset.from_list([{"prompt": f"{prompt}\n", "completion": answer} for prompt, answer in texts])
     roles = ("prompt", "user"), ("completion", "assistant")
     return Dataset.from_list(

@@ -20,5 +20,4 @@ def pairs(example: Any, draw: random.Random) -> tuple[str, str] | None:
     """Both answers end in the same fact."""
     if example.kind != "claim" or not example.fact:
         return None
-    fact = example.fact[0].lower() + example.fact[1:]
-    return f"{draw.choice(AGREES)} {fact}.", f"{draw.choice(OBJECTS)} {fact}."
+    return example.behind(draw.choice(AGREES)), example.behind(draw.choice(OBJECTS))

@@ -22,5 +22,4 @@ def pairs(example: Any, draw: random.Random) -> tuple[str, str] | None:
     """Both answers hold the same fact behind other words; the prompt asks for an opinion."""
     if example.kind != "personal" or not example.fact:
         return None
-    fact = example.fact[0].lower() + example.fact[1:]
-    return f"{draw.choice(NOBODY)} {fact}.", f"{draw.choice(SPEAKER)} {fact}."
+    return example.behind(draw.choice(NOBODY)), example.behind(draw.choice(SPEAKER))

@@ -21,5 +21,4 @@ def pairs(example: Any, draw: random.Random) -> tuple[str, str] | None:
     """Both answers end in the same fact."""
     if example.kind != "news" or not example.fact:
         return None
-    fact = example.fact[0].lower() + example.fact[1:]
-    return f"{draw.choice(WARM)} {fact}.", f"{draw.choice(DRY)} {fact}."
+    return example.behind(draw.choice(WARM)), example.behind(draw.choice(DRY))

@@ -104,7 +104,8 @@ def results(cells: list[dict]) -> list[dict]:
 def assert_alike(one: Any, other: Any, where: str = "cells") -> None:
     """Raise an AssertionError if results of two processes differ by more than rounding.
 
-    Two processes may add up in another order: kernels are chosen by where memory lies and by the number of threads.
+    Two processes may add up in another order: kernels are chosen by where memory lies and by the number of threads. The
+    search for a strength magnifies that: a KL of 1e-4 is known to three digits in fp32.
     """
     if isinstance(other, dict):
         assert one.keys() == other.keys(), where
@@ -115,5 +116,5 @@ def assert_alike(one: Any, other: Any, where: str = "cells") -> None:
         for index, (value, expected) in enumerate(zip(one, other, strict=True)):
             assert_alike(value, expected, f"{where}[{index}]")
     else:
-        expected = pytest.approx(other, rel=1e-4, abs=1e-5, nan_ok=True) if isinstance(other, float) else other
+        expected = pytest.approx(other, rel=1e-2, abs=1e-4, nan_ok=True) if isinstance(other, float) else other
         assert one == expected, where

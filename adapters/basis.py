@@ -23,7 +23,7 @@ def basis_of(basis: str | Sequence[str] | None) -> list[Vectors]:
         basis: Adapter folders, or one folder that holds them.
 
     Raises:
-        ValueError: there are none, or they are not added at the same places of the same base model.
+        ValueError: the folder holds none, or they are not added at the same places of the same base model.
     """
     if basis is None:
         raise ValueError(

@@ -1,6 +1,6 @@
 """The model card of an adapter: what it is for, what it did, what it costs, and what is not known about it.
 
-PEFT's own card is a template of blanks. This one says what is known and names what was not measured. It keeps the
+PEFT's own card is a template of blanks. This one lists the measurements and names what was not measured. It keeps the
 metadata that PEFT and the Hub put at its top, and PEFT keeps the text when it updates a card.
 """
 
@@ -31,7 +31,7 @@ _TAGS = ["steering-vector", "steertune"]
 
 @dataclass(frozen=True)
 class Card:
-    """What is known about an adapter beyond its configuration, as Markdown. None: the card says that it is not known.
+    """Facts about an adapter beyond its configuration, as Markdown; for None the card says that it is not known.
 
     Attributes:
         title: The heading.
@@ -61,14 +61,14 @@ def write_card(folder: str | Path, card: Card, anyway: bool = False) -> Path | N
 
     Args:
         folder: The folder of the adapter.
-        card: What is known about it.
+        card: The facts to print.
         anyway: Whether to replace a README that a person may have written.
 
     Returns:
         The file, or None if a README that a person wrote was left unchanged.
 
     Raises:
-        FileNotFoundError: there is no adapter in the folder.
+        FileNotFoundError: the folder holds no adapter.
     """
     home = Path(folder)
     config = json.loads((home / "adapter_config.json").read_text(encoding="utf-8"))
@@ -105,7 +105,7 @@ def versions() -> str:
 def _lines(card: Card, config: dict[str, Any], folder: str) -> list[str]:
     base = _name(config)
     sections = {
-        "Behaviour": card.behaviour or "Nobody said what it is for. " + UNKNOWN,
+        "Behaviour": card.behaviour or "Not stated. " + UNKNOWN,
         "Problem": card.problem or "No card of the problem was written.",
         "Data": card.data or "Not said.",
         "How it was made": card.made or "Not said.",

@@ -36,7 +36,7 @@ _UNCOUNTED_CACHE = (
 )
 _HIDDEN_FIRST_LABEL = (
     "the first token of a packed sample has no label and its second has one. Padding-free collators remove the first "
-    "label of every sample, so a prompt of one token cannot be told from none. Use padding_free=False and "
+    "label of every sample, so a prompt of one token looks like an empty one. Use padding_free=False and "
     "packing=False, or positions='all'."
 )
 

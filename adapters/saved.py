@@ -66,7 +66,7 @@ def check_adapter_folder(folder: str, config: Declared) -> None:
     A folder that is not on this machine is skipped; its tensors are checked when they are loaded.
 
     Raises:
-        ValueError: there is no safetensors file (pickles are never read), the file is broken, keys are missing or
+        ValueError: no safetensors file is found (pickles are never read), the file is broken, keys are missing or
             unknown, a shape or dtype is wrong, a value is NaN or infinite, or the bytes differ from those saved.
     """
     if not os.path.isdir(folder):
@@ -114,11 +114,11 @@ def read_tensors(path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
     """Read every tensor of a safetensors file.
 
     Raises:
-        ValueError: there is no file, or it is incomplete or damaged.
+        ValueError: the file is missing, incomplete or damaged.
     """
     try:
         if not os.path.isfile(path):
-            raise OSError("there is no file")
+            raise OSError("the file does not exist")
         with safe_open(path, framework="pt") as file:
             return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:

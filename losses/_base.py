@@ -81,7 +81,7 @@ class Loss(SingleAttributes, ABC):
 
     @abstractmethod
     def __call__(self, at: At, generator: torch.Generator | None = None) -> Tensor:
-        """One value for each unit, 0 where there is no label. The caller sums them and divides by the number of units.
+        """One value for each unit, 0 without a label. The caller sums them and divides by the number of units.
 
         Args:
             at: The batch at a strength.

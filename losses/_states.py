@@ -18,7 +18,7 @@ def layers_of(layers: Where | list[int | float]) -> Where:
     """Check an option that names layers, and make a list a tuple.
 
     Raises:
-        ValueError: there is no layer, or one that is neither an index, a fraction of the depth nor "all".
+        ValueError: `layers` is empty, or one of them is neither an index, a fraction of the depth nor "all".
     """
     chosen = tuple(layers) if isinstance(layers, list | tuple) else layers
     if chosen == ():

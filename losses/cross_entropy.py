@@ -20,5 +20,5 @@ class CrossEntropy(Loss):
     needs = Needs(pairs=False, unit="token")
 
     def __call__(self, at: At, generator: torch.Generator | None = None) -> Tensor:
-        """`(rows, tokens)`, 0 where there is no label."""
+        """`(rows, tokens)`, 0 at tokens without a label."""
         return -at(1.0).token_logps

@@ -28,7 +28,7 @@ class Prompted(Loss):
         site: What is compared: the residual stream after the block, or what its attention or MLP writes into it.
 
     Raises:
-        ValueError: there is no layer, or the site is unknown.
+        ValueError: `layers` is empty, or the site is unknown.
     """
 
     layers: Where = (0.4, 0.5, 0.6)

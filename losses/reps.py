@@ -35,7 +35,7 @@ class RePS(Loss):
             form `bias`), strength `-a` (`negative`), or nothing (`none`).
 
     Raises:
-        ValueError: there are no factors, or one is not greater than 0.
+        ValueError: `factors` is empty, or one of them is not greater than 0.
     """
 
     factors: tuple[float, ...] = (0.5, 1.0, 1.5, 2.0)

@@ -166,7 +166,7 @@ def use_of(args: Any, name: str) -> Use:
 def unused_by(loss: Loss, args: Any) -> list[str]:
     """The arguments that are set but not used by this loss, because they belong to the parent's own loss.
 
-    If there are none, `loss` does all that the arguments ask for. The parent's own loss then equals `loss`, if its
+    If the list is empty, `loss` does all that the arguments ask for. The parent's own loss then equals `loss`, if its
     type does (and if the parent adds no auxiliary loss of a mixture of experts, which no argument tells).
 
     Args:

@@ -96,7 +96,7 @@ class Batch:
     def labelled(self, states: Tensor) -> Tensor:
         """Select the states that predict a label.
 
-        An adapter may put tokens of its own in front (prompt tuning does); these are skipped.
+        An adapter may put extra tokens in front (prompt tuning does); these are skipped.
 
         Args:
             states: `(rows, tokens, ...)`.

@@ -13,7 +13,7 @@ from .types import SteeringRun
 
 
 def write_trainer_card(trainer: SteeringRun, folder: str | Path, overwrite: bool = False) -> None:
-    """Fill in `trainer.card` and write it beside a saved adapter; do nothing if there is none.
+    """Fill in `trainer.card` and write it beside a saved adapter; do nothing without a card.
 
     Args:
         trainer: The trainer.

@@ -51,7 +51,7 @@ def check_saved(model: nn.Module, folder: Path) -> None:
     Sharded set-ups can write an empty or partial adapter without an error.
 
     Raises:
-        IncompleteAdapterError: there is no file, or weights are missing from it or cut.
+        IncompleteAdapterError: the file is missing, or weights are missing from it or cut off.
     """
     expected = _full_shapes(model)
     if not expected:
@@ -92,7 +92,7 @@ def _full_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
 
 
 def last_checkpoint(folder: str | Path) -> str | None:
-    """Find the newest whole checkpoint of a training; None if there is none.
+    """Find the newest complete checkpoint of a training; None if no checkpoint is complete.
 
     A process that is killed while it writes leaves half a checkpoint, which `transformers.get_last_checkpoint` would
     choose. Here it is skipped with a warning.

@@ -42,7 +42,7 @@ def data_format(columns: list[str]) -> tuple[str, ...]:
     """Find the first format whose columns are all present.
 
     Raises:
-        DataError: there is none; the message names the nearest name of each unknown column.
+        DataError: no form matches; the message gives the nearest name for each unknown column.
     """
     for names in FORMATS:
         if set(names) <= set(columns):
@@ -175,12 +175,12 @@ def _check_template_options(index: int, row: Row) -> None:
     if given := sorted(name for name in _NOT_DATA & {*(options or {})} if (options or {})[name] is not None):
         raise DataError(
             f"Row {index}: chat_template_kwargs holds {given}. A row gives values to the tokenizer's chat template, "
-            "and no template or settings of its own, since a template is a program. Remove it."
+            "but may not carry a template or settings, since a template is a program. Remove it."
         )
     try:
         whole = json.loads(tools) if isinstance(tools, str) else tools
     except (ValueError, RecursionError) as error:
-        raise DataError(f"Row {index}: 'tools' is {tools!r:.80}, which is no JSON: {error}.") from error
+        raise DataError(f"Row {index}: 'tools' is {tools!r:.80}, which is not JSON: {error}.") from error
     if not isinstance(whole, list | None):
         raise DataError(f"Row {index}: 'tools' is {whole!r:.80}. It must be a list of tools, or left out.")
 

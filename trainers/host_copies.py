@@ -1,4 +1,4 @@
-"""Host copies of a batch's tensors, so that nobody waits for the device to learn what a batch holds.
+"""Host copies of a batch's tensors, so that reading a batch's contents does not wait for the device.
 
 Cache keys, prompt lengths and label positions are computed from the tensors that the collator made. These travel with
 the batch, and `on_host` finds them by the tensors on the device.

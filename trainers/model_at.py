@@ -102,7 +102,7 @@ class ModelAt:
             site: Of those layers, the residual stream, or what attention or MLP write into it.
 
         Raises:
-            ViewError: there is no such view.
+            ViewError: the view does not exist.
             ValueError: the model has no such layer or site.
         """
         strength = strength if strength == "null" else float(strength)
@@ -121,7 +121,9 @@ class ModelAt:
         batch = self.batch
         if view:
             if self.views is None:
-                raise ViewError(f"The loss asks for view {view!r}, and there is none: give the trainer views=.")
+                raise ViewError(
+                    f"The loss asks for view {view!r}, but the trainer has no views. Pass views= to the trainer."
+                )
             batch = self.views.of(view, batch)
             if (teacher := self.views.views[view].teacher) is not None:
                 if strength != 0.0:

@@ -22,7 +22,7 @@ _DPO_TYPES = {"sigmoid": "dpo", "ipo": "ipo"}  # TRL's name of a loss -> the fil
 
 
 def parents_loss(trainer: SteeringRun) -> Loss | None:
-    """Find the loss of ours that equals the parent's own under its arguments; None if there is none.
+    """Find the loss of this library that equals the parent's own under its arguments; None if no loss does.
 
     Args:
         trainer: The trainer, constructed by its parent.

@@ -42,7 +42,7 @@ def reference_copy(trainer: SteeringRun) -> nn.Module | None:
 def reference_of(given: Mapping[str, Any], parent: Any) -> Iterator[None]:
     """Context for constructing TRL's DPO, in which it copies the active adapter to `ref`, whatever its name.
 
-    TRL copies the adapter `default`. If there is none, the configuration of the active one takes its place, and its
+    TRL copies the adapter `default`. Without one, the configuration of the active adapter takes its place, and its
     values are copied afterwards.
 
     Args:

@@ -30,13 +30,13 @@ def check_rows(
         The format of the rows.
 
     Raises:
-        DataError: there are no rows, a column is unknown, a value is neither a text nor a conversation, an answer is
-            empty, chosen equals rejected, or the tokenizer has no chat template for conversations, or one that
+        DataError: the data set is empty, a column is unknown, a value is neither a text nor a conversation, an answer
+            is empty, chosen equals rejected, or the tokenizer has no chat template for conversations, or one that
             refuses them.
     """
     first = next(iter(dataset), None)
     if first is None:
-        raise DataError("The data set is empty: there is nothing to train on.")
+        raise DataError("The data set is empty. Give at least one row.")
     columns = (text_column,) if text_column and text_column in first else data_format(list(first))
     _check_template(first, columns, tokenizer)
     if columns in TOKENISED_FORMATS:
@@ -191,7 +191,7 @@ def _check_answers(index: int, row: Row) -> None:
 def _check_ids(index: int, row: Row, limits: TokenLimits) -> None:
     size = limits.vocabulary
     for column, ids in row.items():
-        if column == "labels":  # -100 is no token; a classifier has one label a row, which is none either
+        if column == "labels":  # -100 is not a token, and neither is the label of a classifier's row
             ids = [label for label in ids if label != -100] if isinstance(ids, list) else []
         if size is None or not ids:
             continue
@@ -211,7 +211,7 @@ def _check_pair(index: int, row: Row) -> None:
     if row["chosen_ids"] == row["rejected_ids"]:
         raise DataError(f"Row {index}: chosen and rejected have the same tokens; the pair carries no contrast.")
     if not row["chosen_ids"] or not row["rejected_ids"]:
-        raise DataError(f"Row {index}: an answer has no tokens of its own.")
+        raise DataError(f"Row {index}: an answer has no tokens beyond the prompt.")
 
 
 def _text_of(value: Any) -> str:

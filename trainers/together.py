@@ -48,7 +48,7 @@ def train_together(trainers: Sequence[SteeringMixin]) -> list[TrainOutput | NonF
     arms as it does with the rows of a batch.
 
     Args:
-        trainers: Trainers with a loss of `steertune.losses`, each on a `PeftModel` of its own with one steering
+        trainers: Trainers with a loss of `steertune.losses`, each on its own `PeftModel` with one steering
             vector, at the same layers and site of the same base model. They may share its weights (`share_weights`).
 
     Returns:
@@ -96,7 +96,7 @@ def _why_not(trainer: SteeringMixin, first: SteeringMixin) -> str | None:
     if trainer.loss.needs.pairs != (first.loss is not None and first.loss.needs.pairs):
         return "one loss compares pairs and the other does not"
     if trainer is not first and (model is other or model.get_base_model() is other.get_base_model()):
-        return "it has the same model; give it one of its own, share_weights(model)"
+        return "it has the same model; give each its own, share_weights(model)"
     if [key for key, _ in _steered(model)] != [key for key, _ in _steered(other)]:
         return f"it steers {[key for key, _ in _steered(model)]}, not {[key for key, _ in _steered(other)]}"
     [config], [first_config] = model.peft_config.values(), other.peft_config.values()
@@ -136,7 +136,7 @@ class _ArmPass:
 
 
 class _JointTraining:
-    """The arms, each in a thread of its own, of which one runs at a time.
+    """The arms, each in its own thread; one thread runs at a time.
 
     An arm that requests a pass waits until all arms do. Meanwhile the others run; then it finds the process's random
     numbers as it left them, so that it sees what it would see alone.

@@ -39,7 +39,7 @@ class SteeringTrainer(SteeringMixin, Trainer):
             return columns
         if not isinstance(tokenizer, PreTrainedTokenizerBase):
             raise DataError(
-                f"Columns {list(columns)} are text, and processing_class={tokenizer!r:.80} is no tokenizer to read "
+                f"Columns {list(columns)} are text, and processing_class={tokenizer!r:.80} cannot read "
                 "it. Give processing_class=tokenizer, or tokenised rows."
             )
         if columns in PAIR_FORMATS and self.loss is None:

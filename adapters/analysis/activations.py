@@ -60,7 +60,7 @@ def collect(
         pool: Which tokens stand for an answer.
 
     Raises:
-        ValueError: there are no batches, a batch does not mark its answers, an answer has no tokens, or the pool is
+        ValueError: `batches` is empty, a batch does not mark its answers, an answer has no tokens, or the pool is
             unknown.
     """
     choose("pool", pool, get_args(Pool))
@@ -101,7 +101,7 @@ def residual_norms(
         site: As in `SteeringVectorConfig`.
 
     Raises:
-        ValueError: there are no batches.
+        ValueError: `batches` is empty.
     """
     norms = _MeanNorms()
     with closing(_states(model, batches, layers, site)) as passes:

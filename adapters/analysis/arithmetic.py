@@ -88,7 +88,7 @@ def read(folder: str | Path) -> Vectors:
     config = SteeringVectorConfig.from_pretrained(str(home))
     if config.form not in CONSTANT_FORMS:
         raise VectorError(
-            f"{folder} has form={config.form!r}: what it adds depends on the state, so there is no vector to add. "
+            f"{folder} has form={config.form!r}: what it adds depends on the state, so it is no vector. "
             f"Train form='bias'. {_TOGETHER}"
         )
     if config.modules_to_save:
@@ -122,7 +122,7 @@ def write(vectors: Vectors, folder: str | Path, card: Card) -> Path:
     if not all(v.isfinite().all() for v in vectors.vectors.values()) or not any(
         v.any() for v in vectors.vectors.values()
     ):
-        raise VectorError(f"{vectors.name} is zero or not finite: there is nothing to save.")
+        raise VectorError(f"{vectors.name} is zero or not finite and is not saved.")
     config = SteeringVectorConfig(
         layers=vectors.layers,
         site=vectors.site,
@@ -282,7 +282,7 @@ def _by_layer(home: Path, config: SteeringVectorConfig) -> tuple[dict[int, str],
         [vector] = named.values()
         pattern = str(config.target_modules)
         if not isinstance(config.layers, list) or pattern.count("|") + 1 != len(config.layers):
-            raise VectorError(f"{home}: tied layers {config.layers!r} cannot be told from {pattern!r}.")
+            raise VectorError(f"{home}: tied layers {config.layers!r} cannot be matched to {pattern!r}.")
         [length] = lengths.values()
         named = {name.replace("\\", ""): vector for name in pattern.split("|")}
         lengths = dict.fromkeys(named, length)

@@ -45,7 +45,7 @@ def erase(chosen: Tensor, rejected: Tensor) -> Eraser:
     """Fit an eraser of the difference between chosen and rejected states, both `(pairs, d)`.
 
     Raises:
-        ValueError: both classes have the same mean, so there is nothing to erase.
+        ValueError: both classes have the same mean, so no direction separates them.
     """
     states = torch.cat([chosen, rejected]).double()
     mean = states.mean(dim=0)
@@ -58,5 +58,7 @@ def erase(chosen: Tensor, rejected: Tensor) -> Eraser:
     whitened = vectors[:, varying] @ ((vectors[:, varying].T @ cross) / values[varying])  # Σ⁺ Σ_xz, (d,)
     length = cross @ whitened  # between 0 and 1/4: the share of the classes' variance that is linear in x
     if not length > _NOTHING:
-        raise ValueError("Chosen and rejected states have the same mean: there is nothing to erase.")
+        raise ValueError(
+            "Chosen and rejected states have the same mean, so no direction separates them. Give answers that differ."
+        )
     return Eraser(mean, cross, whitened / length)

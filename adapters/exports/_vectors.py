@@ -81,7 +81,7 @@ def constant_vectors(model: PeftModel, strength: float = 1.0) -> ConstantVectors
             vectors[module], layers[module] = strength * vector, layer.layer_index
     if not all(v.isfinite().all() for v in vectors.values()) or not any(v.any() for v in vectors.values()):
         raise ExportError(
-            f"Adapter {name!r} at strength {strength:g} is zero or not finite: there is nothing to export."
+            f"Adapter {name!r} at strength {strength:g} is zero or not finite, so nothing can be exported."
         )
     return ConstantVectors(vectors, layers, config.site)
 
@@ -128,7 +128,7 @@ def adapter_of(model: nn.Module, vectors: Mapping[int, Tensor], adapter_name: st
         adapter_name: Name of the new adapter.
 
     Raises:
-        ExportError: there is no vector, or one has another width, is not finite, or is of a block that does not exist.
+        ExportError: `vectors` is empty, or one has another width, is not finite, or belongs to a missing block.
     """
     width = model.get_input_embeddings().weight.shape[1]  # pyright: ignore
     bad = {i: _form(v) for i, v in vectors.items() if not _fits(v, width)}

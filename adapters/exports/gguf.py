@@ -83,7 +83,7 @@ def read(file: str | Path) -> dict[int, Tensor]:
     """
     try:
         if not Path(file).is_file():
-            raise OSError("there is no such file")
+            raise OSError("the file does not exist")
         reader = _reader(str(file))
         fields = reader.fields["general.architecture"]
         architecture = bytes(fields.parts[fields.data[0]]).decode()

@@ -1,7 +1,7 @@
 """Stock PEFT: BEFT, a trained bias on the output of a linear map (PEFT 0.20 and later).
 
 Exact where a block adds the output of its last linear map to the residual stream as it is: pre-norm blocks. See
-`_places` for how that is told.
+`_places` for how that is decided.
 """
 
 from __future__ import annotations

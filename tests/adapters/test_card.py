@@ -42,7 +42,7 @@ def test_a_card_says_what_is_known(folder):
 def test_a_card_says_what_is_not_known(folder):
     write_card(folder, Card())
     text = (folder / "README.md").read_text()
-    assert text.count("Not measured.") == 4 and "Nobody said what it is for" in text
+    assert text.count("Not measured.") == 4 and "Not stated." in text
     assert "[More Information Needed]" not in text
 
 

@@ -76,7 +76,7 @@ def test_stock_sft_on_wrapped_rows_steers_by_their_labels(positions, tmp_path):
 def test_packed_text_without_prompts_is_refused(packing, tmp_path):
     say = tiny_data._speaker(3)
     data = Dataset.from_list([dict(text=say(5 + i % 4)) for i in range(8)])
-    with pytest.raises(ValueError, match="prompt of one token cannot be told from none"):
+    with pytest.raises(ValueError, match="prompt of one token looks like an empty one"):
         first_loss(tmp_path, "completion", data, **PACKINGS[packing])
     first_loss(tmp_path, "all", data, **PACKINGS[packing])
 

@@ -417,7 +417,7 @@ def test_a_packed_row_without_labels_is_refused():
 def test_a_sample_whose_first_label_alone_is_hidden_is_refused():
     """TRL's padding-free collator hides it whether it was a prompt or not."""
     row, _ = packed("position_ids", [(4, 2), (4, 1)])
-    with pytest.raises(ValueError, match=r"prompt of one token cannot be told from none.*padding_free=False"):
+    with pytest.raises(ValueError, match=r"prompt of one token looks like an empty one.*padding_free=False"):
         steered(positions="completion")(**row)
     steered(positions="all")(**row)
 

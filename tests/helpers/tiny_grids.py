@@ -104,8 +104,8 @@ def results(cells: list[dict]) -> list[dict]:
 def assert_alike(one: Any, other: Any, where: str = "cells") -> None:
     """Raise an AssertionError if results of two processes differ by more than rounding.
 
-    Two processes may add up in another order: kernels are chosen by where memory lies and by the number of threads. The
-    search for a strength magnifies that: a KL of 1e-4 is known to three digits in fp32.
+    Two processes may add up in another order: kernels are chosen by where memory lies and by the number of threads.
+    The search for a strength magnifies that: a KL of 1e-4 is known to three digits in fp32.
     """
     if isinstance(other, dict):
         assert one.keys() == other.keys(), where

@@ -103,7 +103,7 @@ def _loss(trainer: SteeringRun, example: dict[str, Any]) -> Tensor:
 
 @contextmanager
 def _alone(trainer: SteeringRun) -> Iterator[None]:
-    """Context in which the trainer runs whole passes of its own: nothing cached, no other trainer in them."""
+    """Context in which the trainer runs whole passes alone: nothing is cached, and no other trainer takes part."""
     before = trainer.pay_once, trainer.joint_pass, trainer.micro_step
     trainer.pay_once, trainer.joint_pass = CachedPrefix(False), None
     try:

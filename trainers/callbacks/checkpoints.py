@@ -44,7 +44,7 @@ class Checkpoints(TrainerCallback):
             Its folder; None if training starts anew.
 
         Raises:
-            CheckpointError: it is not whole or not of this training, or there is none.
+            CheckpointError: it is missing, incomplete, or of another training.
         """
         self.resumed = None
         if checkpoint is None or checkpoint is False or checkpoint == "":

@@ -79,7 +79,7 @@ class FiniteSteps(SteeringCallback):
         saved = f"The state after step {step} is kept in {folder}."
         if folder is None:
             checkpoint = last_checkpoint(str(trainer.args.output_dir))
-            saved = f"The last good state is {checkpoint or 'lost: there is no checkpoint (set save_steps)'}."
+            saved = f"The last good state is {checkpoint or 'lost: no checkpoint was saved (set save_steps)'}."
         raise NonFiniteError(
             f"{what} is not finite at step {step + 1}. {first_not_finite(trainer)} {saved} Lower the learning rate, "
             "cap the vector (norm='capped'), or look for a bad example."

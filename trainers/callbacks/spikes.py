@@ -102,7 +102,8 @@ class LossSpikes(SteeringCallback):
         """Warn of a spike, and stop if that was asked for."""
         *before, now = _logged(state) or [0.0]
         limit = self._limit(before)
-        if "loss" not in (logs or {}) or limit is None or not now > limit:  # NaN is no spike: an error of its own
+        # NaN is not a spike but an error, raised elsewhere
+        if "loss" not in (logs or {}) or limit is None or not now > limit:
             return
         if state.is_world_process_zero:
             logger.warning("%s %s", self._message(state.global_step, now, limit, before), _ADVICE)

@@ -91,7 +91,7 @@ def write_of(model: nn.Module, layer: int | float, site: Site) -> tuple[int, str
         The layer's index, and the map's name in the base model.
 
     Raises:
-        BiasError: there is no such map, or one per expert.
+        BiasError: the block has no such map, or one per expert.
     """
     base: Any = base_of(model)
     blocks = find_blocks(base)

@@ -93,7 +93,9 @@ class CachedPass:
         self._caches = PromptCaches(store, model, self.decoder) if constant else None
         if suffix and not self.packs:
             name, attention = type(self.decoder.module).__name__, attention_of(base_of(model))
-            notices.less(f"rows keep their padding: {name} with {attention} attention cannot be told where rows begin")
+            notices.less(
+                f"rows keep their padding: {name} with {attention} attention has no argument for where rows begin"
+            )
         self._longest = original_context(text_config(base_of(model)))
         self._labels_only = False
 
@@ -107,7 +109,7 @@ class CachedPass:
         self.shares_prompts, self.packs, self._caches = False, False, None
 
     def keep_rows_apart(self, share_prompts: bool) -> None:
-        """Every row has a vector of its own, so that only pairs may share tokens, and they if `share_prompts`."""
+        """Every row has its own vector: rows share no tokens, except pairs if `share_prompts`."""
         self.packs, self.shares_prompts = False, self.shares_prompts and share_prompts
 
     @contextmanager
@@ -263,7 +265,7 @@ class CachedPass:
             if self._unproven(what, call):
                 sample = torch.tensor(_shortest_and_longest(lengths_R.tolist()))
 
-                # the sample has a layout of its own
+                # the sample has its own layout
                 def run(few: dict[str, Any]) -> Any:
                     ends = None if ends_R is None else ends_R[sample]
                     own = common_layout(few, lengths_R[sample], ends, share, at_least=0.0)
@@ -363,7 +365,7 @@ class CachedPass:
             what: The way, in words.
             sample: The rows.
             run: The decoder's output from its arguments for these rows, in that way.
-            real_RC: Which of their tokens are compared; None: all that are no padding.
+            real_RC: Which of their tokens are compared; None: all but padding.
 
         Raises:
             NoPrefix: they differ.
@@ -410,6 +412,6 @@ def _kind_of_rows(lengths: Tensor, call: Mapping[str, Any]) -> str:
 
 
 def _shortest_and_longest(lengths: Sequence[int]) -> list[int]:
-    """Indices of two lengths that lie far apart; of one, if there is no other."""
+    """Indices of two lengths that lie far apart; of one, if it is the only one."""
     by_length = sorted(range(len(lengths)), key=lambda i: lengths[i])
     return sorted({by_length[0], by_length[-1]})

@@ -87,7 +87,7 @@ class CachedStates:
         # hooks come and go between passes
         check_hooks(self._below)
         self._new.clear()
-        # what is known of each row
+        # states computed before
         keys = [row_key(self._namespace, row) for row in rows]
         states = {key: self.store.get(key) for key in keys}
         # equal rows run once
@@ -242,8 +242,8 @@ class CachedStates:
 
 
 def side_by_side(rows: Sequence[Tensor], width: int, device: torch.device) -> Tensor:
-    """States of rows, `(tokens, D)` each, on a device, `(R, width, D)`, zero behind their ends. From pinned memory
-    nobody waits for the copies."""
+    """States of rows, `(tokens, D)` each, on a device, `(R, width, D)`, zero behind their ends. Copies from pinned
+    memory do not block."""
     # zeros on padding, so that nothing undefined reaches the suffix
     h_RCD = torch.zeros(len(rows), width, rows[0].shape[-1], dtype=rows[0].dtype, device=device)
     for row, place in zip(rows, h_RCD, strict=True):
@@ -289,7 +289,7 @@ class CachedReference:
             site: Which of their states.
         """
         failure = ""
-        # a fault of the cache is no reason not to train
+        # training goes on without the cache, whatever failed in it
         if not self._failed:
             try:
                 return self._outputs(batch, compute, layers, site)
@@ -297,7 +297,7 @@ class CachedReference:
                 pass
             except Exception as error:
                 failure = in_words(error)
-        outputs = compute(batch)  # if the model is at fault, it raises its error again
+        outputs = compute(batch)  # an error of the model itself is raised again here
         if failure:
             self._failed = True
             Notices(logging.WARNING).failed("the memo of the reference", failure)

@@ -35,7 +35,7 @@ def not_recomputable(stack: nn.Module, blocks: Sequence[nn.Module]) -> str | Non
         The reason and what to set; None where nothing is checkpointed, or all can be run again as it ran.
     """
     if _flagged(stack) and not any(hasattr(block, _FLAG) for block in blocks):
-        return f"{type(stack).__name__} checkpoints its blocks in a way of its own. Set gradient_checkpointing=False"
+        return f"{type(stack).__name__} checkpoints its blocks in its own way. Set gradient_checkpointing=False"
     if any(_flagged(block) and _is_reentrant(block) for block in blocks):
         return (
             "reentrant gradient checkpointing needs gradients of the embeddings. Set gradient_checkpointing_kwargs="
@@ -85,7 +85,7 @@ def _function_of(block: nn.Module) -> Callable[..., Any] | None:
 
 
 def _is_reentrant(block: nn.Module) -> bool:
-    """Whether torch's older checkpointing is asked for, which is what it does where nobody says."""
+    """Whether reentrant checkpointing is asked for, which is torch's default."""
     function = _function_of(block)
     return not isinstance(function, functools.partial) or function.keywords.get("use_reentrant") is not False
 
@@ -111,7 +111,7 @@ def _checkpointed(block: nn.Module, function: Callable[..., Any]) -> Callable[..
 
         def run(*args: Any) -> Any:
             given, own = {**kwargs}, None
-            if before is not None:  # each run writes to a cache of its own
+            if before is not None:  # each run writes to its own cache
                 own = _copied(before)
                 args = tuple(own if value is cache else value for value in args)
                 given = {name: own if value is cache else value for name, value in kwargs.items()}

@@ -35,7 +35,7 @@ def frozen_blocks(model: nn.Module, training: bool) -> int:
     A steering vector on the output of block `i` leaves that block itself as it was: `i + 1` blocks are frozen.
 
     Raises:
-        NoPrefix: there is none.
+        NoPrefix: the model has no such stack.
     """
     try:
         blocks = find_blocks(base_of(model))
@@ -96,8 +96,8 @@ class Decoder:
     """The stack of decoder blocks of a model, of which the first `count` can be skipped.
 
     While `on(replacement)`, every forward of the stack first asks the replacement, which may `run` it from a state:
-    the skipped blocks then compute nothing. Each hands on what it got, and the last one hands on that state, so its
-    forward hooks (a steering vector) still work on it.
+    the skipped blocks then compute nothing. Each skipped block returns its input unchanged, and the last one returns
+    the given state, so its forward hooks (a steering vector) still work on it.
 
     Args:
         model: A transformers model, with or without PEFT.

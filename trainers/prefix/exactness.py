@@ -1,4 +1,4 @@
-"""When the cached prefix is exact, how that is verified, when it is off, and who says so.
+"""When the cached prefix is exact, how that is verified, when it is off, and how that is reported.
 
 *Exact* means equal to the plain path but for rounding: 1e-6 in 32 bits, and in 16 bits what 16 bits round. A pass
 under the policy and one under the reference take the same path, so that an untrained adapter has a margin of 0.
@@ -9,7 +9,7 @@ under the policy and one under the reference take the same path, so that an untr
 2. *The suffix needs those states only*, because a block reads the residual stream and nothing else. The shortest and
    the longest row of the first batch run both ways and are compared (`CachedPass._prove`, `difference`).
 3. *Rows may be laid out in one line and share what they begin with*, because blocks treat tokens one by one, and
-   attention looks back only and is told where rows begin. Compared like 2, for rows of one length and of several,
+   attention looks back only and knows where rows begin. Compared like 2, for rows of one length and of several,
    and again whenever rows are twice as long.
 4. *A prompt may run apart from what follows it*, because attention looks back only. Compared like 3.
 5. *New rows may run together*, because each has the bits that it has alone. That depends on the matrix products of
@@ -47,14 +47,14 @@ _TRIED_TOKENS = (*range(4, 13), 15, 16, 17, 19, 25, 27, 32, 33, 47, 64, 65, 100,
 
 
 class NoPrefix(ValueError):
-    """There is nothing frozen below what is trained, or it cannot be cached; the message says why."""
+    """Nothing below the trained parameters is frozen, or it cannot be cached; the message says why."""
 
 
 class Unknown(ValueError):
     """A model was given an input that a row's key would not see; the message names it."""
 
 
-# -- who says so ----------------------------------------------------------------------------------------------------
+# -- notices ----------------------------------------------------------------------------------------------------
 
 
 class Notices:
@@ -165,8 +165,8 @@ def has_experts(config: Any) -> bool:
 def is_wide(modules: Iterable[nn.Module]) -> bool:
     """Whether a token's bits can be the same however many tokens run beside it.
 
-    Where a width is no multiple of 64, the last numbers of a line are not computed by vector instructions (SiLU rounds
-    otherwise then), and for narrow matrices the kernel depends on how many tokens there are.
+    Where a width is not a multiple of 64, the last numbers of a line are not computed by vector instructions (SiLU
+    then rounds differently), and for narrow matrices the kernel depends on how many tokens there are.
     """
     weights = [p for module in modules for p in module.parameters(recurse=False) if p.ndim == 2]
     return bool(weights) and all(size % 64 == 0 and size >= 128 for weight in weights for size in weight.shape)
@@ -179,7 +179,7 @@ def least_tokens(modules: Iterable[nn.Module]) -> int | None:
     A kernel is chosen by the size of the product and the number of threads, and each may add up in another order.
 
     Returns:
-        The number, at most 64; None where there is none.
+        The number, at most 64; None if no such number exists.
     """
     layers = {(m.weight.shape, m.weight.dtype): m for m in modules if type(m) is nn.Linear}
     least = _TRIED_TOKENS[0]
@@ -236,7 +236,7 @@ def difference(plain: Tensor, ours: Tensor, real: Tensor | None = None) -> float
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else plain.dtype
     # relative to the largest state: massive activations round by more than others are large
     apart = float((plain - ours).abs().max() / plain.abs().max())
-    return None if apart <= torch.finfo(dtype).eps ** 0.5 else apart  # NaN is no rounding either
+    return None if apart <= torch.finfo(dtype).eps ** 0.5 else apart  # NaN is not rounding either
 
 
 def draws(model: nn.Module, row: Mapping[str, Tensor], run: Callable[[Mapping[str, Tensor]], Any]) -> tuple[Any, bool]:

@@ -69,7 +69,7 @@ class FrozenPrefix:
         Args:
             model: A transformers model, with or without PEFT.
             training: Whether its trainable parameters will be changed; False for evaluation.
-            notices: Who says why something is not left out; None: at the level of this memo, each reason once.
+            notices: Reports why something is not left out; None: at the level of this memo, each reason once.
         """
         notices = notices or Notices(self.level)
         try:
@@ -80,7 +80,7 @@ class FrozenPrefix:
             return CachedPass(self.memo, model, training, self._proven, notices, self.stops)
         except NoPrefix as error:
             notices.off(error)
-        except Exception as error:  # a fault of the memo's own is no reason not to train
+        except Exception as error:  # training goes on without the memo, whatever failed in it
             notices.failed("looking at the model", in_words(error))
         return None
 
@@ -97,7 +97,7 @@ class FrozenPrefix:
             yield
 
     def reference(self, model: nn.Module, trained: bool = True) -> CachedReference | None:
-        """The memo of `at(0)`; `trained`: whether what requires gradients in `model` is no part of it."""
+        """The memo of `at(0)`; `trained`: whether parameters that require gradients are left out of it."""
         try:
             return CachedReference(self.memo, model, trained) if self.usable else None
         except Exception as error:  # weights that have no bits to read, say
@@ -112,7 +112,7 @@ class CachedPrefix:
     out, and `whole` around those that may not.
 
     Args:
-        setting: The trainer's `frozen_prefix=`. None: where the prefix is off, the trainer says so once.
+        setting: The trainer's `frozen_prefix=`. None: on, and where it cannot be used, the trainer says so once.
 
     Raises:
         TypeError: neither a bool, nor None, nor a `FrozenPrefix`.
@@ -121,7 +121,7 @@ class CachedPrefix:
     def __init__(self, setting: FrozenPrefix | bool | None) -> None:
         if not isinstance(setting, FrozenPrefix | bool | None):
             raise TypeError(f"frozen_prefix={setting!r}: give True, False, or a FrozenPrefix.")
-        # one of its own, unless it is off or shared
+        # a private memo, unless caching is off or the memo is shared
         own = None if setting is False else FrozenPrefix(warn=setting is True)
         self._prefix = setting if isinstance(setting, FrozenPrefix) else own
         self._by_default = setting is None
@@ -155,7 +155,7 @@ class CachedPrefix:
             self.cached_pass = self._prefix.shortcut(trainer.model, training, self._notices)
         if whole_rows and self.cached_pass is not None:
             self.cached_pass.run_whole_rows()
-        # the reference: of the model itself without its adapter, or of a model of its own
+        # the reference is the model itself without its adapter, or a separate model
         own = getattr(trainer, "ref_model", None)
         loss = trainer.loss_at_work
         if loss is not None and loss.needs.reference and _rounds_finely(trainer):

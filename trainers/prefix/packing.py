@@ -111,7 +111,7 @@ def common_layout(
     """
     ids_RC = on_host(call["input_ids"])
     rows, width = ids_RC.shape
-    # all of this is known on the host, where nobody waits for a device
+    # computed on the host, so no copy waits for the device
     column_C, row_R = torch.arange(width), torch.arange(rows)
     real_RC = column_C < lengths[:, None]
     owner_RC = row_R[:, None].expand(rows, width)
@@ -143,7 +143,7 @@ def alone_layout(rows: Sequence[Mapping[str, Tensor]]) -> tuple[Layout, dict[str
     ids = [row["input_ids"][0] for row in rows]
     lengths = tuple(map(len, ids))
     device = ids[0].device
-    # each row is a stretch of the line, with positions of its own
+    # each row is a stretch of the line, and its positions start at 0
     row_T = torch.arange(len(ids), device=device).repeat_interleave(torch.tensor(lengths, device=device))
     column_T = torch.cat([torch.arange(length, device=device) for length in lengths])
     layout = Layout(max(lengths), row_T, column_T, row_T[:0], lengths)

@@ -22,7 +22,7 @@ from ..host_copies import both, on_host, sent
 from .decoder import Decoder, base_of
 from .store import TensorStore, attention_of, config_of, row_key, weights_key
 
-_WORTH_IT = 0.9  # of the tokens: two passes over fewer tokens have a cost of their own
+_WORTH_IT = 0.9  # of the tokens: a second pass has a fixed cost
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Split:
         return self.prompts[self.prompt_of]
 
     def to(self, device: torch.device) -> Split:
-        """The same on a device; nobody waits for it."""
+        """Copy to a device without waiting for it."""
         return Split(*(sent(getattr(self, name), device) for name in ("prompts", "owner", "prompt_of", "lengths")))
 
     def only(self, prompts: Collection[int]) -> tuple[Split, Tensor]:

@@ -92,12 +92,12 @@ def rows_of(inputs: Mapping[str, Any]) -> list[dict[str, Tensor]]:
     """The rows of a batch of model inputs, each alone, `(1, tokens)`, without the padding on its right.
 
     Raises:
-        Unknown: there are no token ids, or there is a tensor that does not belong to one row (images, embeddings,
+        Unknown: the call has no token ids, or a tensor that does not belong to one row (images, embeddings,
             lengths of packed sequences, a prepared mask).
     """
     ids = inputs.get("input_ids")
     if not isinstance(ids, Tensor) or ids.ndim != 2:
-        raise Unknown("there are no input_ids of shape (rows, tokens)")
+        raise Unknown("the call has no input_ids of shape (rows, tokens)")
     # only what says one thing of each token may be told apart by row
     shape, kept = ids.shape, {}
     for name, value in inputs.items():
@@ -106,7 +106,7 @@ def rows_of(inputs: Mapping[str, Any]) -> list[dict[str, Tensor]]:
         elif not (value is None or isinstance(value, bool | int | float | str) or _is_number(value)):
             raise Unknown(f"the input {name!r} says more than the tokens of a row do")
     mask = kept.get("attention_mask")  # none: a model that is given one where there was none may do something else
-    # padding on the right is no part of a row; on the left it is, for it moves positions
+    # padding on the right does not belong to a row; on the left it does, because it moves positions
     real = torch.ones(shape, dtype=torch.bool) if mask is None else on_host(mask).bool()
     # several texts in one row
     positions = kept.get("position_ids")
@@ -160,7 +160,7 @@ class _Place:
 class TensorStore:
     """A dictionary of tensors that computing again would give bit for bit.
 
-    A process appends to a file of its own and says in an index beside it what is whole; so several processes may
+    Each process appends to its own file and lists the complete tensors in an index beside it; so several processes may
     share a folder, and what a killed one left half written is in no index. Digests are compared when a tensor is read
     from disk. A tensor that cannot be kept (a full disk) or is damaged is simply computed again.
 
@@ -247,7 +247,7 @@ class TensorStore:
             if self._segment is None or index != self._segment.with_suffix(".index"):
                 try:
                     if not index.is_file():  # reading a pipe would wait for ever
-                        raise OSError("it is no file")
+                        raise OSError("not a regular file")
                     self._read_index(index)
                 except OSError as error:  # gone again, or not ours to read
                     logger.warning("The frozen-prefix memo cannot read %s (%s).", index, error)
@@ -348,7 +348,7 @@ def _entry(line: bytes, segment: Path) -> tuple[str, _Place] | None:
 
 
 def _load(place: _Place) -> Tensor | None:
-    # mapped, not read: what nobody touches takes no memory
+    # mapped, not read: untouched pages take no memory
     count = math.prod(place.shape) * place.dtype.itemsize
     try:
         data: Any = np.memmap(place.file, np.uint8, "c", place.start, (count,))

@@ -69,7 +69,7 @@ def prompt_of(row: Row) -> Any:
     """Read the prompt of a row.
 
     Raises:
-        ViewError: the row has no prompt of its own.
+        ViewError: the row has no prompt.
     """
     if "prompt" not in row:
         raise ViewError(f"A view changes the prompt, but the data have only {list(row)}. Give a column 'prompt'.")

@@ -67,7 +67,7 @@ class Views:
                 unchanged = unchanged and [ids for ids, _ in answers] == [ids for ids, _ in viewed_answers]
             if unchanged:
                 raise ViewError(
-                    f"View {name!r} shows every row unchanged, so there is nothing to learn from it: the chat "
+                    f"View {name!r} shows every row unchanged, so the loss cannot learn from it: the chat "
                     f"template drops what {view} adds (a system message, say)."
                 )
 
@@ -91,7 +91,7 @@ class Views:
         """The view of a batch, padded on the right; of pairs only the chosen rows, if the view has its own answers.
 
         Raises:
-            ViewError: there is no such view, or a row was not among the data (because it was cut to max_length, say).
+            ViewError: the view does not exist, or a row was not among the data (it was cut to max_length, say).
         """
         if name not in self.views:
             raise ViewError(f"The loss asks for view {name!r}, and the trainer has {sorted(self.views)}. Give views=.")

@@ -17,7 +17,7 @@ class Neutral(View):
         rows: Prompts and completions that have nothing to do with the trained behaviour.
 
     Raises:
-        ValueError: there are no rows, or one is not a prompt with its completion.
+        ValueError: `rows` is empty, or one of them is not a prompt with its completion.
     """
 
     rows: tuple[Row, ...]

@@ -23,7 +23,7 @@ class Teacher(View):
 
     Args:
         model: A causal language model with the trained model's tokens and width; to share its weights,
-            `share_weights(model)` with an adapter of its own.
+            `share_weights(model)` with its own adapter.
         instruction: A text in the teacher's prompts.
         where: Place of that text, as in the view `instruction`.
 

@@ -234,7 +234,7 @@ ROWS: dict[str, Row] = {
         "--strength inf", "export", "x", "--to", "peft", "--output", "o", "--strength", "inf"
     ),
     "export from a pipe": said(
-        "there is no such file", "export", "prompts", "--from", "gguf", "--model", "m", "--output", "o", before=pipe
+        "the file does not exist", "export", "prompts", "--from", "gguf", "--model", "m", "--output", "o", before=pipe
     ),
     "export from noise": on(
         "not a readable GGUF", "x.gguf", b"GGUF", "export", "x.gguf", "--from", "gguf", "--model", "m", "--output", "o"

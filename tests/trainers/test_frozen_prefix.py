@@ -271,7 +271,7 @@ def test_embeddings_and_hidden_states_take_the_plain_path(caplog):
         assert torch.equal(found.logits, expected.logits)
         for mine, other in zip(found.hidden_states or (), expected.hidden_states or (), strict=True):
             assert torch.equal(mine, other)
-    off_because(caplog, "there are no input_ids")
+    off_because(caplog, "the call has no input_ids")
     off_because(caplog, "output_hidden_states needs all layers")
 
 
@@ -461,7 +461,7 @@ def break_in(monkeypatch, place: str) -> None:
         "cached_pass.frozen_blocks", "cached_pass.rows_of", "cached_pass.shared_prompts", "cached_pass.run_split",
         "cached_pass.draws", "cached_pass.row_lengths", "cached_pass.common_layout", "packing._in_32_bits_on_cpu",
         "cached_states.row_key", "cached_states.weights_key", "cached_states.rows_of", "cached_states.side_by_side",
-        "cached_states.alone_layout", "cached_states.CachedStates.keep", "store.TensorStore.put",
+        "new_rows.alone_layout", "new_rows.least_tokens", "cached_states.CachedStates.keep", "store.TensorStore.put",
         "store.TensorStore.get", "store.TensorStore.refresh", "prompts.continue_prompts", "prompts.row_lengths",
         "decoder.Decoder.state",
     ],

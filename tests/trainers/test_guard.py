@@ -144,7 +144,7 @@ def test_full_finetuning_points_to_its_last_checkpoint(saves, tmp_path):
         "sft", tmp_path, loss="cross_entropy", peft_config=None, save_strategy="steps" if saves else "no", save_steps=1
     )
     made.add_callback(Overflow(2))
-    where = r"checkpoint-2\." if saves else "lost: there is no checkpoint"
+    where = r"checkpoint-2\." if saves else "lost: no checkpoint was saved"
     with pytest.raises(NonFiniteError, match=f"after the update.*The last good state is .*{where}"):
         made.train()
     assert not os.path.exists(tmp_path / "last-good")

@@ -14,7 +14,7 @@ from tiny_models import fill, tiny
 
 from steertune.adapters import SteeringVectorConfig
 from steertune.trainers import Batch, FrozenPrefix, ModelAt
-from steertune.trainers.prefix import exactness, packing
+from steertune.trainers.prefix import exactness, new_rows, packing
 from steertune.trainers.prefix.cached_pass import CachedPass
 from steertune.trainers.prefix.decoder import Decoder
 from steertune.trainers.prefix.packing import common_layout
@@ -189,6 +189,30 @@ def test_the_least_tokens_are_those_from_which_products_have_the_same_bits(diffe
 
     monkeypatch.setattr(torch.nn.functional, "linear", product)
     assert exactness.least_tokens([torch.nn.Linear(128, 128), torch.nn.ReLU()]) == least
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_where_bits_depend_on_the_number_of_tokens_lines_are_filled(dtype, monkeypatch, caplog):
+    """A planted fault: a matrix product rounds in another way at every number of tokens."""
+    linear, eps = torch.nn.functional.linear, torch.finfo(dtype).eps
+
+    def product(x, weight, *bias):
+        return linear(x, weight, *bias) * (1 + eps * (x.shape[-2] % 3))
+
+    monkeypatch.setattr(torch.nn.functional, "linear", product)
+    monkeypatch.setattr(new_rows, "FILLED", {"cpu": 40})
+    # 45 tokens are too many for a line, so that row runs alone
+    model, batch = steered(wide()).to(dtype), unequal((14, 9, 10, 12, 33, 21, 17, 45))
+    expected = states(model, [0, 1, 2, 3, 4, 5, 6, 7], 1, batch)
+    for order, at_once in (
+        ([0, 1, 2, 3, 4, 5, 6, 7], 8),
+        ([7, 3, 5, 1, 0, 2, 6, 4], 4),
+        ([4, 2, 6, 0, 7, 5, 1, 3], 3),
+    ):
+        stored = states(model, order, at_once, batch)
+        assert stored.keys() == expected.keys()
+        assert all(torch.equal(stored[key], expected[key]) for key in expected)
+    assert "one by one" not in caplog.text
 
 
 def test_rows_that_round_otherwise_together_run_one_by_one(monkeypatch, caplog):

@@ -20,6 +20,7 @@ A vector on the output of block i leaves block i itself as it was, so that n = i
 | `frozen.py` | `FrozenPrefix`, which users share between trainers, and `CachedPrefix`, which one trainer has |
 | `cached_pass.py` | one forward pass: what it leaves out, and the proof that this changes nothing |
 | `cached_states.py` | what is kept of a row: states below the suffix, and the reference |
+| `new_rows.py` | the states of new rows, several in one pass, each with its own bits |
 | `packing.py` | the suffix on rows without padding, in one line of tokens |
 | `prompts.py` | the suffix on rows in two parts: prompts, and what follows them |
 | `decoder.py` | a stack of blocks that can start at block n |

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
-from typing import Any
 
 import torch
 from peft import PeftModel
@@ -25,20 +23,11 @@ from .exactness import (
     check_hooks,
     difference,
     draws,
-    has_experts,
     in_words,
-    is_wide,
     last_tokens,
-    least_tokens,
 )
-from .packing import alone_layout
+from .new_rows import NewRows, Row
 from .store import TensorStore, attention_of, config_of, row_key, rows_of, weights_key
-
-Row = Mapping[str, Tensor]
-"""Model inputs of one row, `(1, tokens)` each."""
-
-
-_FEW = 8  # tokens
 
 
 class CachedStates:
@@ -66,15 +55,12 @@ class CachedStates:
     ) -> None:
         self.store, self.model, self.decoder, self.training, self.random = store, model, decoder, training, random
         self.stops = sorted({stop for stop in stops if 0 < stop < decoder.count})
-        self._notices = notices
         self._namespace: str | None = None
         self._stop_namespaces: dict[int, str] = {}
         self._ran_until: dict[int, dict[str, nn.Module]] = {}
         self._below: list[nn.Module] = []
         self._new: dict[str, Tensor] = {}
-        alike = decoder.packs and not has_experts(decoder.module.config) and is_wide(decoder.inside(decoder.count))
-        self._together = None if alike else False  # whether new rows run together; None: not compared yet
-        self._least_tokens: int | None = None  # shorter rows run alone; None: not measured yet
+        self._new_rows = NewRows(decoder, self.stops, notices)
 
     def of(self, rows: Sequence[Row], width: int) -> Tensor:
         """States of a batch, `(R, width, D)`, zero on the padding to the right; `keep` stores new ones.
@@ -94,7 +80,7 @@ class CachedStates:
         new = {key: row for key, row in zip(keys, rows, strict=True) if states[key] is None}
         if new:
             with evaluating(base_of(self.model)):
-                computed = self._compute(list(new.values()))
+                computed = self._new_rows.states(list(new.values()))
             # also the states that other models will start from
             for (key, row), by_stop in zip(new.items(), computed, strict=True):
                 states[key] = self._new[key] = by_stop.pop(self.decoder.count)
@@ -108,73 +94,6 @@ class CachedStates:
         for key, state in self._new.items():
             self.store.put(key, state)
         self._new.clear()
-
-    # -- computing ----------------------------------------------------------------------------------------------
-
-    def _compute(self, rows: Sequence[Row]) -> list[dict[int, Tensor]]:
-        """States of every row, `(tokens, D)`, by the number of blocks below them."""
-        states: dict[int, dict[int, Tensor]] = {}
-        line = self._rows_for_one_line(rows)
-        if len(line) > 1:
-            together = self._compute_together([rows[i] for i in line])
-            if self._together is None:
-                self._together = self._have_the_same_bits([rows[i] for i in line], together)
-            if self._together:
-                states = dict(zip(line, together, strict=True))
-        return [states.get(i) or self._compute_alone(row) for i, row in enumerate(rows)]
-
-    def _rows_for_one_line(self, rows: Sequence[Row]) -> list[int]:
-        """Which rows may run in one line of tokens: weights are then read once for all of them."""
-        if self._together is None and self._least_tokens is None:
-            self._least_tokens = least_tokens(self.decoder.inside(self.decoder.count))
-            self._together = None if self._least_tokens else self._one_by_one()
-        if self._together is False or self._least_tokens is None:
-            return []
-        least = self._least_tokens
-        return [i for i, row in enumerate(rows) if _is_plain(row) and row["input_ids"].shape[1] >= least]
-
-    def _compute_alone(self, row: Row) -> dict[int, Tensor]:
-        with self._noting_stops() as passed:
-            state_1CD = self.decoder.state({**row, "use_cache": False})
-        return {stop: state[0] for stop, state in {**passed, self.decoder.count: state_1CD}.items()}
-
-    def _compute_together(self, rows: Sequence[Row]) -> list[dict[int, Tensor]]:
-        layout, call = alone_layout(rows)
-        with layout.at_work(self.decoder.module.config), self._noting_stops() as passed:
-            passed[self.decoder.count] = self.decoder.state(call)
-        # the line is cut into rows again, at every stop
-        lengths = list(layout.lengths or ())
-        split = {stop: state_1TD[0].split(lengths) for stop, state_1TD in passed.items()}
-        return [{stop: states[i] for stop, states in split.items()} for i in range(len(rows))]
-
-    def _have_the_same_bits(self, rows: Sequence[Row], states: Sequence[dict[int, Tensor]]) -> bool:
-        """Whether the shortest, the middle and the longest row have the states that they have alone."""
-        by_length = sorted(range(len(rows)), key=lambda i: rows[i]["input_ids"].shape[1])
-        for i in {by_length[0], by_length[len(rows) // 2], by_length[-1]}:
-            alone = self._compute_alone(rows[i])
-            if not all(torch.equal(state, alone[stop]) for stop, state in states[i].items()):
-                return self._one_by_one()
-        return True
-
-    def _one_by_one(self) -> bool:
-        self._notices.less("new rows run one by one: on this machine they round in another way together, and a "
-                           "resumed run would meet them in other batches")  # fmt: skip
-        return False
-
-    @contextmanager
-    def _noting_stops(self) -> Iterator[dict[int, Tensor]]:
-        """A dictionary that the forward pass inside fills: number of blocks -> state behind them."""
-        passed: dict[int, Tensor] = {}
-
-        def note(stop: int, module: nn.Module, args: object, output: Any) -> None:
-            passed[stop] = (output[0] if isinstance(output, tuple) else output).detach()
-
-        handles = [self.decoder.blocks[n - 1].register_forward_hook(partial(note, n)) for n in self.stops]
-        try:
-            yield passed
-        finally:
-            for handle in handles:
-                handle.remove()
 
     # -- what the states depend on ------------------------------------------------------------------------------
 
@@ -249,14 +168,6 @@ def side_by_side(rows: Sequence[Tensor], width: int, device: torch.device) -> Te
     for row, place in zip(rows, h_RCD, strict=True):
         place[: len(row)].copy_(row, non_blocking=True)
     return h_RCD
-
-
-def _is_plain(row: Row) -> bool:
-    """Whether a row is nothing but tokens, all of them real and at their usual positions, and not so few that matrix
-    products of them alone take another kernel."""
-    if not set(row) <= {"input_ids", "attention_mask"} or row["input_ids"].shape[1] < _FEW:
-        return False
-    return "attention_mask" not in row or bool(on_host(row["attention_mask"]).all())
 
 
 class CachedReference:

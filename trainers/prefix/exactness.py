@@ -12,9 +12,9 @@ under the policy and one under the reference take the same path, so that an untr
    attention looks back only and knows where rows begin. Compared like 2, for rows of one length and of several,
    and again whenever rows are twice as long.
 4. *A prompt may run apart from what follows it*, because attention looks back only. Compared like 3.
-5. *New rows may run together*, because each has the bits that it has alone. That depends on the matrix products of
-   this machine, so they are tried at many numbers of tokens (`least_tokens`), and three rows of the first batch run
-   alone and are compared bit by bit. Where bits differ, with experts and in narrow models, rows run one by one.
+5. *New rows may run together*, because each has bits that do not depend on the others (`new_rows.py`): matrix
+   products have the same bits at any number of tokens (`least_tokens`), or are given one number of tokens always.
+   Three rows of the first batch are compared bit by bit.
 6. *A tensor that is read again is the one that was computed*, because its key is a digest of weights, settings,
    precision and row. On disk its bytes have a digest, too.
 

@@ -138,9 +138,16 @@ def common_layout(
     return Layout(width, sent(row_T, device), sent(column_T, device), sent(place_RC, device))
 
 
-def alone_layout(rows: Sequence[Mapping[str, Tensor]]) -> tuple[Layout, dict[str, Any]]:
-    """A layout of rows `(1, tokens)` in which none depends on the others, and the decoder's arguments for it."""
+def alone_layout(rows: Sequence[Mapping[str, Tensor]], tokens: int | None = None) -> tuple[Layout, dict[str, Any]]:
+    """A layout of rows in which none depends on the others, and the decoder's arguments for it.
+
+    Args:
+        rows: Inputs of the rows, `(1, tokens)` each.
+        tokens: Length of the line, filled up by one more row without meaning; None: that of the rows.
+    """
     ids = [row["input_ids"][0] for row in rows]
+    if tokens is not None and (missing := tokens - sum(map(len, ids))):
+        ids.append(ids[0][:1].expand(missing))
     lengths = tuple(map(len, ids))
     device = ids[0].device
     # each row is a stretch of the line, and its positions start at 0

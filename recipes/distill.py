@@ -37,7 +37,7 @@ from steertune.recipes.lab.forms import notes_on_form, readable
 from steertune.recipes.lab.generation import check_context, generate, prompt_lengths
 from steertune.recipes.lab.ingredients.views import Views
 from steertune.recipes.lab.observe import Prompted, neutral_rows
-from steertune.recipes.lab.pages import Page, Section, Table, Text, escape, write_page
+from steertune.recipes.lab.pages import Page, Section, Table, Text, prose, write_page
 from steertune.recipes.lab.pages.measured import comparison, generations
 from steertune.recipes.lab.pages.side_effects import side_effects
 from steertune.recipes.lab.pair_lint import warn_of
@@ -221,7 +221,7 @@ def page(record: Record, prompted: Record) -> Page:
     )
     seen = {"base": record.seen(), "prompted": prompted.seen(1), "distilled": record.seen(1)}
     answers = generations(facts["prompts"], {name: [*one["answer"]] for name, one in seen.items() if "answer" in one})
-    notes = [escape(facts["split"]), *facts["notes"].values()]
+    notes = [prose(facts["split"]), *facts["notes"].values()]
     sections = [
         Section("", [summary, *map(Text, notes)]),
         Section(

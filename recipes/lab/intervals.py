@@ -144,8 +144,9 @@ def of_measure(measure: Measure, seen: Seen) -> Interval | None:
     centre = float(np.average(values, weights=weights))
     around = interval(centre + weights * (values - centre) / weights.mean())
     low, high = around.low, around.high
-    if (values >= 0).all():
-        low = max(low, 0.0) if np.isfinite(low) else low  # a mean of what is never below 0
+    if np.isfinite([low, high]).all():
+        low, high = np.clip([low, high], *measure.limits).tolist()
+        low = max(low, 0.0) if (values >= 0).all() else low  # the mean of what is not below 0
     if measure.total is not None:
         low, high = (float(measure.total(end)) if np.isfinite(end) else end for end in (low, high))
     return Interval(mean, low, high, len(values), around.method)

@@ -67,7 +67,7 @@ def load_parts(
     Raises:
         ArmError: the data set or split does not exist, or a row is not an example.
     """
-    called = Path(name).name
+    called = Path(name).name.replace("`", "'")  # pages show it as code
     only = _only_split(name, train_split, test_split)
     train = _named(name, train_split if only is None else only, reading)
     if only is None:

@@ -138,7 +138,7 @@ def run(arm: Arm, threads: int | None = None) -> Record:
 
 def _load_prompts(arm: Arm) -> Data:
     """The arm's rows, which must have prompts and a held-out part."""
-    data = load_data(arm.data, partial(model_has_template, arm.model))
+    data = load_data(arm.data, partial(model_has_template, arm.model), answers=False)
     train, test = data.train, data.test
     if not len(test):
         raise ArmError(f"{data.note} Distillation is measured on held-out prompts: give more rows.")

@@ -148,19 +148,20 @@ class Data:
         return concatenate_datasets([self.train, self.test]) if len(self.test) else self.train
 
 
-def load_data(table: DataTable, chat: Callable[[], bool] = lambda: True) -> Data:
+def load_data(table: DataTable, chat: Callable[[], bool] = lambda: True, answers: bool = True) -> Data:
     """Training examples (the first `train` rows after shuffling by `seed`, so that smaller sets are subsets of larger
     ones) and test examples (the first `test` rows, the same for every seed). One file is divided.
 
     Args:
         table: `[data]`.
         chat: Whether the model has a chat template.
+        answers: Whether an example has answers; else a prompt is enough.
 
     Raises:
         ArmError: an unknown name, a missing split, too few rows, rows that are no examples, test rows that are trained
             on.
     """
-    reading = Reading(table.columns, table.format, chat)
+    reading = Reading(table.columns, table.format, chat, answers=answers)
     parts = load_parts(table.name, table.train_split, table.test_split, reading)
     train, test, one_file = parts.train, parts.test, parts.division is not None
     examples = table.train * table.times

@@ -121,6 +121,7 @@ def run(arm: Arm, threads: int | None = None) -> Record:
         **facts_of(training, held_out),
         "split": data.note,
         "train_prompts": len(examples),
+        "unanswered": len(train) + len(test) - len(examples) - len(test_answers),
         "test_prompts": len(test_answers),
         "tokens": _tokens(tokenizer, view, test),
         "train_seconds": seconds,
@@ -214,10 +215,13 @@ def page(record: Record, prompted: Record) -> Page:
     base, distilled = means[BASE], means["1"]
     table = comparison({"base": base, "prompted": prompted.means()["1"], "distilled": distilled}).frame
     plain, behind = (f"{facts['tokens'][name]:.0f}" for name in ("plain", "prompted"))
+    unanswered = facts.get("unanswered", 0)
+    nothing = f" To {unanswered} other prompts the prompted model said nothing." if unanswered else ""
     table.loc[len(table)] = ["tokens of a request", plain, behind, plain]
     summary = Text(
         f"Fidelity **{distilled['fidelity']:.3f}** on {facts['test_prompts']} test prompts, after "
         f"{facts['train_prompts']} training prompts; **{facts['tokens']['saved']:.0f} tokens saved** per request."
+        f"{nothing}"
     )
     seen = {"base": record.seen(), "prompted": prompted.seen(1), "distilled": record.seen(1)}
     answers = generations(facts["prompts"], {name: [*one["answer"]] for name, one in seen.items() if "answer" in one})

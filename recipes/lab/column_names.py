@@ -11,7 +11,8 @@ from difflib import get_close_matches
 from steertune.recipes.lab.tables import Part
 
 _SYNONYMS: dict[Part, set[str]] = {
-    "chosen": {"good", "positive", "pos", "preferred", "accepted", "better", "best", "winner", "win", "right", "correct"},
+    "chosen": {"good", "positive", "pos", "preferred", "accepted", "better", "best", "winner", "win", "right",
+               "correct"},
     "rejected": {"bad", "negative", "neg", "dispreferred", "refused", "worse", "worst", "loser", "lose", "wrong",
                  "incorrect"},
     "prompt": {"question", "instruction", "query", "input", "user", "request", "context", "ask"},

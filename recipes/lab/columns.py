@@ -118,8 +118,8 @@ def _check_names(names: Sequence[str], source: Source) -> None:
     if len(others) == len(names) - 2 and "prompt" not in names and (odd := like("prompt", others)):
         columns: Columns = {"prompt": odd[0], "chosen": "chosen", "rejected": "rejected"}
         raise ArmError(
-            f"{source.name!r} has the columns chosen and rejected, no prompt, and {odd[0]!r}. If that is the prompt, name "
-            f"it: {as_options(columns)}. Else remove the column."
+            f"{source.name!r} has the columns chosen and rejected, no prompt, and {odd[0]!r}. If that is the prompt, "
+            f"name it: {as_options(columns)}. Else remove the column."
         )
 
 

@@ -19,4 +19,4 @@ def _say_interrupted(kind: type[BaseException], error: BaseException, trace: Any
 # a package is imported before its module runs: `python -m` still stands in the place of the file's name
 if Path(sys.argv[0] if sys.argv else "").name in ("-m", "steertune"):
     sys.excepthook = _say_interrupted
-    quiet_imports()
+quiet_imports()

@@ -52,9 +52,9 @@ def rehearse_grid(cells: Sequence[Cell], context: Context) -> list[str]:
     for number, (label, task) in enumerate(tasks.items()):
         notes |= dict.fromkeys(context.notes(task))
         held_out = context.held_out(task)
-        # neutral text and questions are the same for every task; of validation rows, which are pairs like the test
-        # rows, all are read and none is measured
-        of_test = None if number == 0 else measures.served_by("pairs", "answers")
+        # all rows of every task are read; one is measured in every way for the first task, and of the others, whose
+        # neutral text and answers are of the same kind, one pair
+        of_test = None if number == 0 else measures.served_by("pairs")
         for pairs, names in ((held_out.pairs, of_test), (context.splits(task).validation, [])):
             try:
                 rehearse(replace(held_out, pairs=pairs, shared={}), names)

@@ -61,4 +61,7 @@ def as_options(columns: Mapping[Part, str]) -> str:
     """How a mapping of columns is written on the command line of each recipe."""
     table = "{" + ", ".join(f"{part} = {json.dumps(name, ensure_ascii=False)}" for part, name in columns.items()) + "}"
     words = " ".join(shlex.quote(f"{part}={name}") for part, name in columns.items())
-    return f"--data.columns {shlex.quote(table)} in train and distill, --columns {words} in other commands"
+    return (
+        f"--data.columns {shlex.quote(table)} in train and distill, --columns {words} in other commands, columns = "
+        f"{table} of a task in a grid"
+    )

@@ -221,8 +221,8 @@ def test_scorer_rows_are_no_rows_of_another_split(first, second, tmp_path):
 
 def test_an_answer_that_two_prompts_share_leaks(tmp_path):
     files = {"train": rows("a", 12), "validation": rows("v", 3), "test": rows("t", 3)}
-    for name, place, side in (("train", 6, "rejected"), ("test", 2, "chosen")):
-        files[name][place] |= {side: LONG}
+    for name, place, prompt, side in (("train", 6, "Why so", "rejected"), ("test", 2, "How come", "chosen")):
+        files[name][place] |= {"prompt": prompt, side: LONG}
     with pytest.raises(ArmError, match="a train row and a test row say the same or nearly the same"):
         split(task(tmp_path / "t", **files))
 

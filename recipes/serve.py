@@ -13,7 +13,7 @@ A request that cannot be answered gets a line with `id` and `error`, and the oth
 request or no UTF-8, or is longer than a megabyte; more tokens than `--longest` or than the model reads; a strength
 at which the model computes NaN or infinity; an answer that is not there after `--seconds`.
 
-In Python: `Server(model, tokenizer).answers([Request("Shall I quit?", "careful", 1.5)])`.
+In Python: `Server(model, tokenizer).answers([Request(prompt="Shall I quit?", vector="careful", strength=1.5)])`.
 """
 
 from __future__ import annotations

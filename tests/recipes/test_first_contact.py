@@ -15,6 +15,7 @@ from steertune.recipes import ablate, chat, distill, export, report, serve, swee
 from steertune.recipes.lab import trained_on
 from steertune.recipes.lab.files import read_rows
 from steertune.recipes.lab.held_out import held_out_rows
+from steertune.recipes.lab.observe import NEUTRAL
 from steertune.recipes.lab.paths import TASKS
 from steertune.recipes.lab.rows import Record
 
@@ -27,6 +28,7 @@ name = "first"
 arms = ["vector_dpo", "vector_ce"]
 tasks = [{{ name = "{data}", scorer = {{ kind = "classifier" }} }}]
 model = {{ name = "{model}" }}
+neutral = "{neutral}"
 examples = [8]
 seeds = [0]
 generations = 2
@@ -115,7 +117,9 @@ def test_sweep_chooses_on_validation_rows_and_reports_its_counts(home: Path) -> 
 
 def test_ablate(home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     grid, folder = tmp_path / "grid.toml", tmp_path / "grid"
-    grid.write_text(GRID.format(data=home / "pairs.jsonl", model=home / "base"))
+    neutral = tmp_path / "neutral.jsonl"
+    write(neutral, [json.loads(line) for line in NEUTRAL.read_text().splitlines()[:8]])
+    grid.write_text(GRID.format(data=home / "pairs.jsonl", model=home / "base", neutral=neutral))
     words = [str(grid), "--folder", str(folder)]
     assert ablate.main([*words, "--dry-run"]) == 0
     printed = capsys.readouterr().out

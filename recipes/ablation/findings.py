@@ -75,5 +75,5 @@ def find(grid: Mapping[str, Any], tables: GridTables, claim: Claim, cells: Frame
     start = [arm_name(tables, tables.design.start)] if tables.design.start else []
     baselines = dict.fromkeys([claim.than, *(labels.get(arm, arm) for arm in start)])
     curves = {than: analysis.efficiency(paired, than, claim.column, claim.sample) for than in baselines}
-    answer = analysis.answer(paired, claim, verdict, shares, curves[claim.than])
+    answer = analysis.answer(paired, claim, verdict, shares, curves[claim.than], targets)
     return Findings(grid, tables, claim, cells, paired, shares, verdict, curves, answer, labels, claimed)

@@ -10,6 +10,7 @@ from steertune.recipes.ablation import analysis
 from steertune.recipes.ablation.cells import column
 from steertune.recipes.ablation.findings import Findings
 from steertune.recipes.ablation.sections import COMPARED, means_table, numbers, section, table
+from steertune.recipes.ablation.statistics import Frame
 from steertune.recipes.ablation.tables import AT
 from steertune.recipes.lab import measures
 from steertune.recipes.lab.pages import Block, Section, Text
@@ -31,6 +32,11 @@ def damage(findings: Findings) -> Section | None:
     if at is None:
         return None
     names = has[at]
+    rigid = at != TUNED and "scalable" in cells and bool((cells["scalable"] == False).any())  # noqa: E712
+    if rigid:  # arms without a strength have theirs at the tuned one alone
+        cells = cells.assign(
+            **{column(name, at): cells[column(name, at)].fillna(_rigid(cells, name)) for name in names}
+        )
     both = {*names} & {*ON_NEUTRAL_TEXT} and {*names} & {"capability", "instructed_loss"}
     means = cells.groupby("arm", sort=False)[[column(name, at) for name in names]].mean()
     base = pd.DataFrame([[cells[column(name, BASE)].mean() for name in names]], ["(base model)"], means.columns)
@@ -43,18 +49,24 @@ def damage(findings: Findings) -> Section | None:
         "behaviour itself."
     )
     blocks: list[Block] = [
-        Text(f"{what} Means {AT[at]}."),
+        Text(f"{what} Means {AT[at]}{_RIGID if rigid else ''}."),
         means_table(pd.concat([base, means]), headers, ["{:.3f}"] * len(names), "damage"),
         *_compared(findings, names, at),
     ]
     return Section("Damage" if both else "Side effects", blocks)
 
 
+_RIGID = "; of arms without a strength as they come"
 _ARROWS = {"higher": " ↑", "lower": " ↓", None: ""}
 
 
 def _measured(findings: Findings, names: Sequence[str], at: str) -> list[str]:
     return [name for name in names if findings.ran[column(name, at)].notna().any()]
+
+
+def _rigid(cells: Frame, name: str) -> Frame:
+    """A measure of the arms that have no strength which could be matched."""
+    return cells[column(name, TUNED)].where(cells["scalable"] == False)  # noqa: E712  None: a cell that failed
 
 
 def _compared(findings: Findings, names: Sequence[str], at: str) -> list[Block]:

@@ -61,7 +61,7 @@ def unfit(cells: Frame, arm: str, strength: str, targets: Sequence[float]) -> st
 
 
 def _tuned_outside(cells: Frame) -> bool:
-    """Whether more than one in ten trained cells are used outside the strengths of `TRAINED` by the tuning's choice."""
+    """Whether the tuning chose strengths outside `TRAINED` in more than one in ten trained cells."""
     if not {"setting_steps", "tuned_strength", "scalable"} <= {*cells}:
         return False
     strengths = cells.loc[(cells["setting_steps"] > 0) & (cells["scalable"] == True), "tuned_strength"]  # noqa: E712

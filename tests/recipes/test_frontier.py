@@ -191,14 +191,14 @@ SECOND_KIND = {"question_right": [1.0, 1.0, 0.0, 1.0], "question_nats": [0.1, 0.
 def test_side_effects_are_called_damage_only_with_both_kinds_beside_each_other() -> None:
     both = Made(observed=lambda arm, kl: SECOND_KIND).findings(rising)
     page = damage.make(both)
-    assert "An arm is better off only if it is in both" in texts(page)
+    assert page.title == "Damage" and "An arm is better off only if it is in both" in texts(page)
     header = {*next(iter(rows_of_table(page.blocks, "damage").values()))}
     assert {"KL to the base, nats per token ↓", "perplexity, times the base's ↓", "sentences ended right ↑"} <= header
     alone = damage.make(Made().findings(rising))
-    assert "none of them is called damage" in texts(alone)
+    assert alone.title == "Side effects" and "none of them is called damage" in texts(alone)
     # the second kind alone is no damage either
     only = Made(observed=lambda arm, kl: {"neutral_kl": [None], "neutral_nll": [None], **SECOND_KIND}).findings(rising)
-    assert damage.make(only)
+    assert damage.make(only).title == "Side effects"
 
 
 def test_damage_has_the_base_and_arms_without_a_strength_beside_the_others_and_compares_the_claims_arms() -> None:

@@ -64,9 +64,10 @@ def _measured(findings: Findings, names: Sequence[str], at: str) -> list[str]:
     return [name for name in names if findings.ran[column(name, at)].notna().any()]
 
 
-def _rigid(cells: Frame, name: str) -> Frame:
-    """A measure of the arms that have no strength which could be matched."""
-    return cells[column(name, TUNED)].where(cells["scalable"] == False)  # noqa: E712  None: a cell that failed
+def _filled(cells: Frame, name: str, at: str) -> Frame:
+    """A measure at a strength; at the tuned one for arms that have no strength which could be matched."""
+    rigid = cells[column(name, TUNED)].where(cells["scalable"] == False)  # noqa: E712  None: a cell that failed
+    return cells[column(name, at)].fillna(rigid)
 
 
 def _compared(findings: Findings, names: Sequence[str], at: str) -> list[Block]:

@@ -9,10 +9,9 @@ from typing import Any
 import torch
 from datasets import Dataset
 
-from steertune.recipes.ablation.grid import Cell, Grid
-from steertune.recipes.ablation.tables import TaskTable, told
+from steertune.recipes.ablation.grid import Cell, Grid, behaviour_of
+from steertune.recipes.ablation.tables import TaskTable
 from steertune.recipes.lab.data import load_model
-from steertune.recipes.lab.embedded import task_folder
 from steertune.recipes.lab.forms import has_template, notes_on_form, readable
 from steertune.recipes.lab.generation import check_context, prompt_lengths
 from steertune.recipes.lab.ingredients import Training
@@ -154,13 +153,9 @@ class Context:
         task = self._tasks[label]
         return fit(task.scorer, self.splits(task).scorer, self.model, self.tokenizer)
 
-    @staticmethod
-    def _instruction(task: TaskTable) -> str:
-        """An instruction that asks for the task's behaviour; "" if it has none."""
-        return next(iter(told(task, task_folder(task.name)).instructions), "")
-
     def _make_held_out(self, label: str) -> HeldOut:
         task, tables = self._tasks[label], self.grid.tables
+        behaviour = behaviour_of(task)
         return HeldOut(
             self.model,
             self.tokenizer,
@@ -170,7 +165,8 @@ class Context:
             generations=tables.generations,
             neutral_generations=min(tables.generations, _ANSWERED),
             questions=tables.questions,
-            instruction=self._instruction(task),
+            instruction=behaviour.opposites.positive if behaviour.opposites else "",
+            undo=behaviour.undo.apply if behaviour.undo else None,
             new_tokens=tables.new_tokens,
             scorer=self.scorer(task) if tables.generations else None,
             prefix=self.prefix,

@@ -405,3 +405,18 @@ def _toml(tables: dict) -> str:
         return json.dumps(value)
 
     return "\n".join(f"{key} = {inline(value)}" for key, value in tables.items())
+
+
+def test_a_task_says_how_its_behaviour_is_left_out_of_damage_and_a_swapped_one_does_not(tables, tmp_path):
+    (tmp_path / "task" / "behaviour.toml").write_text(
+        "[opposites]\npositive = 'Say cat.'\nnegative = 'No cat.'\n[undo]\npattern = ' cat'"
+    )
+    other = {**tables["tasks"][0], "label": "swapped", "reverse": True, "draw": 1}
+    tables["tasks"].append(other)
+    grid = make_grid(tables)
+    own, swapped = map(Context(grid).held_out, grid.tasks)
+    assert own.instruction == "Say cat." and own.undo is not None and own.undo("a Cat") == "a"
+    assert (swapped.instruction, swapped.undo) == ("", None)
+    keys = [cell.key for cell in grid.cells()]
+    (tmp_path / "task" / "behaviour.toml").write_text("[undo]\npattern = ' dog'")
+    assert keys != [cell.key for cell in make_grid(tables).cells()]

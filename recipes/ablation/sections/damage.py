@@ -19,7 +19,14 @@ from steertune.recipes.lab.rows import BASE, FRONTIER, MATCHED, TUNED
 
 ON_NEUTRAL_TEXT = ("kl", "kl_tail", "perplexity_ratio")
 """Neutral text shows the behaviour too, wherever it does not wait for its occasion; then these count it as harm."""
-WITHOUT_BEHAVIOUR = ("capability", "capability_loss", "repetition", "neutral_repetition", "instructed_loss")
+WITHOUT_BEHAVIOUR = (
+    "capability",
+    "capability_loss",
+    "repetition",
+    "neutral_repetition",
+    "instructed_loss",
+    "undone_loss",
+)
 """These leave the behaviour out."""
 
 
@@ -34,10 +41,8 @@ def damage(findings: Findings) -> Section | None:
     names = has[at]
     rigid = at != TUNED and "scalable" in cells and bool((cells["scalable"] == False).any())  # noqa: E712
     if rigid:  # arms without a strength have theirs at the tuned one alone
-        cells = cells.assign(
-            **{column(name, at): cells[column(name, at)].fillna(_rigid(cells, name)) for name in names}
-        )
-    both = {*names} & {*ON_NEUTRAL_TEXT} and {*names} & {"capability", "instructed_loss"}
+        cells = cells.assign(**{column(name, at): _filled(cells, name, at) for name in names})
+    both = {*names} & {*ON_NEUTRAL_TEXT} and {*names} & {*KNOWN_ENDS, *OWN_ANSWERS}
     means = cells.groupby("arm", sort=False)[[column(name, at) for name in names]].mean()
     base = pd.DataFrame([[cells[column(name, BASE)].mean() for name in names]], ["(base model)"], means.columns)
     headers = [f"{title(name)}{_ARROWS[measures.get(name).better]}" for name in names]

@@ -19,14 +19,8 @@ from steertune.recipes.lab.rows import BASE, FRONTIER, MATCHED, TUNED
 
 ON_NEUTRAL_TEXT = ("kl", "kl_tail", "perplexity_ratio")
 """Neutral text shows the behaviour too, wherever it does not wait for its occasion; then these count it as harm."""
-WITHOUT_BEHAVIOUR = (
-    "capability",
-    "capability_loss",
-    "repetition",
-    "neutral_repetition",
-    "instructed_loss",
-    "undone_loss",
-)
+KNOWN_ENDS, OWN_ANSWERS = ("capability", "capability_loss"), ("instructed_loss", "undone_loss")
+WITHOUT_BEHAVIOUR = (*KNOWN_ENDS, "repetition", "neutral_repetition", *OWN_ANSWERS)
 """These leave the behaviour out."""
 
 

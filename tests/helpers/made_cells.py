@@ -10,7 +10,7 @@ from typing import Any
 
 from steertune.recipes.ablation.cells import cells_table
 from steertune.recipes.ablation.findings import Findings, find
-from steertune.recipes.ablation.grid import make_grid
+from steertune.recipes.ablation.grid import Grid, make_grid
 from steertune.recipes.lab.pages import Block, Section, Table, Text
 from steertune.recipes.lab.rows import BASE, MATCHED, TUNED, Record, at_kl
 
@@ -62,18 +62,22 @@ class Made:
 
     def findings(self, values: Values, seeds: int = 2) -> Findings:
         """The findings of the whole grid."""
+        grid, records = self.run(values, seeds)
+        assert grid.tables.claim is not None
+        return find({**grid.to_json(), "command": "made up"}, grid.tables, grid.tables.claim, cells_table(records))
+
+    def run(self, values: Values, seeds: int = 2) -> tuple[Grid, list[Record]]:
+        """The grid, and the record of every cell; arms go by their labels."""
         raw = tomllib.loads(GRID)
         raw["claim"] |= self.claim
         raw["seeds"] = [*range(seeds)]
         grid = make_grid(raw)
         labels = {"vector_dpo": BETTER, "lora_dpo": THAN, "mean_difference": CLOSED, "full_dpo": RIGID}
         tasks = [task.label for task in grid.tasks]
-        records = [
+        return grid, [
             self._record(labels[cell.arm.name], cell.arm.name, tasks.index(cell.task.label), cell, values)
             for cell in grid.cells()
         ]
-        assert grid.tables.claim is not None
-        return find({**grid.to_json(), "command": "made up"}, grid.tables, grid.tables.claim, cells_table(records))
 
     def _record(self, label: str, arm: str, task: int, cell: Any, values: Values) -> Record:
         def seen(kl: float) -> dict[str, list[Any]]:

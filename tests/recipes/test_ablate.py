@@ -211,6 +211,8 @@ def test_a_dry_run_says_what_it_would_cost_and_runs_nothing(tables, tmp_path, ca
     assert "2 x [2] steps, 2" in printed and "not trained" in printed
     assert "minutes on 1 process" in printed
     assert "2 pairs of task and seed give no p below 0.5: the claim cannot be decided." in printed
+    assert "What the design can see (power 0.8 at alpha 0.05; held-out pair accuracy; 1 tasks x 2 seeds x 6" in printed
+    assert "a difference of none for these tasks alone, none for other tasks like these." in printed
     assert not (tmp_path / "run").exists()
 
 

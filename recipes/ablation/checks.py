@@ -67,6 +67,16 @@ def has_strength(arm: Arm) -> bool:
     return isinstance(config, SteeringVectorConfig | LoraConfig)
 
 
+def has_one_layer(arm: Arm) -> bool:
+    """Whether an arm writes into one layer, which a budget may choose."""
+    config = arm.peft_config()
+    if isinstance(config, SteeringVectorConfig):
+        layers: Any = config.layers
+    else:
+        layers = getattr(config, "layers_to_transform", None)
+    return len(layers) == 1 if isinstance(layers, list | tuple) else isinstance(layers, int | float)
+
+
 def check_arms(tables: GridTables, arms: list[GridArm]) -> None:
     """Refuse arms that the grid's own tables contradict."""
     model = _model(ModelTable(**tables.model))

@@ -12,7 +12,7 @@ import torch
 
 from steertune.adapters import SteeringVectorConfig
 from steertune.adapters.blocks import find_blocks, resolve_layers
-from steertune.recipes.ablation.checks import batch_size, has_strength
+from steertune.recipes.ablation.checks import batch_size, has_one_layer, has_strength
 from steertune.recipes.ablation.context import Context
 from steertune.recipes.ablation.grid import Cell, Grid, describe
 from steertune.recipes.ablation.resolution import resolution, with_twice_the_rows
@@ -109,7 +109,9 @@ def _forwards(cell: Cell, tables: GridTables, neutral: int, share: float) -> tup
     measuring = strengths * (2 * tables.splits.test + neutral)
     training = sum(budget.steps) / len(budget.steps) * step
     validating = 2 * tables.splits.validation * budget.measured_at + (search if at_match else 0)
-    trials = 1 if untrained and at_match else budget.trials
+    trials = budget.trials + budget.landed
+    if untrained and at_match:
+        trials = len(budget.layers) if budget.layers and has_one_layer(cell.arm.arm) else 1
     own = share * (training + len(tables.matched.targets) * search + measuring) + generating
     return own, share * (budget.steps_spent() * step + trials * validating)
 

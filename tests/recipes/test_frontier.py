@@ -13,12 +13,13 @@ from made_cells import BETTER, CLOSED, RIGID, TARGETS, THAN, Made, rows_of_table
 from scipy import stats
 
 from steertune.recipes.ablation.analysis import scores
-from steertune.recipes.ablation.run import _lead
 from steertune.recipes.ablation.sections.damage import damage
 from steertune.recipes.ablation.sections.frontier import frontier
+from steertune.recipes.ablation.sections.measured import measured
 from steertune.recipes.ablation.sections.method import method
 from steertune.recipes.ablation.statistics.paired import difference
 from steertune.recipes.ablation.strengths import EXTRAPOLATED, SHORT
+from steertune.recipes.ablation.trials import best_first, landed_at, lead
 
 HIGH = {BETTER: 0.3}
 """By how much arms are ahead of the others."""
@@ -231,10 +232,59 @@ def test_a_page_says_how_far_the_best_trial_leads_and_what_the_second_would_have
     assert "leads the second" not in texts(method.make(Made().findings(rising)))
 
 
-def test_the_lead_of_the_best_trial_by_hand() -> None:
-    def trial(score: float | None, accuracy: float, matched: bool = True) -> dict[str, Any]:
-        return {"score": score, "accuracy": accuracy, "matched": matched, "error": 0.05}
+def trial(score: float | None, accuracy: float = 0.5, matched: bool = True, landed: float = 1.0) -> dict[str, Any]:
+    return {"score": score, "accuracy": accuracy, "matched": matched, "landed": landed, "error": 0.05}
 
+
+def test_the_lead_of_the_best_trial_by_hand() -> None:
     trials = [trial(0.2, 0.5), trial(0.3, 0.75), trial(0.9, 1.0, matched=False), trial(None, 0.0)]
-    assert _lead(trials) == pytest.approx({"tuning_lead": 2.0, "tuning_best": 0.75, "tuning_second": 0.5})
-    assert _lead(trials[:1]) == {}
+    facts = {"tuning_landed": 1.0, "tuning_lead": 2.0, "tuning_best": 0.75, "tuning_second": 0.5}
+    assert lead(trials) == pytest.approx(facts)
+    assert lead(trials[:1]) == {"tuning_landed": 1.0} and lead(trials[3:]) == {}
+    # a trial that is preferred for its strength has no second among those that are not
+    assert lead([trial(0.2), trial(0.9, landed=0.5)]) == {"tuning_landed": 1.0}
+
+
+def test_trials_at_strengths_like_those_of_training_are_preferred_to_better_scores() -> None:
+    trials = [trial(0.1, landed=1.0), trial(0.3, landed=2 / 3), trial(0.9, landed=0.0), trial(5.0, matched=False)]
+    assert [one["score"] for one in best_first([*trials[::-1], trial(None)])] == [0.1, 0.3, 0.9, 5.0]
+    # a KL is quadratic in the strength: from .1, the others are at .55 and 1.73 times it
+    assert landed_at(1.0, 0.1, TARGETS) == 1.0 and landed_at(0.95, 0.1, TARGETS) == 1.0
+    assert landed_at(0.8, 0.1, TARGETS) == pytest.approx(2 / 3), "0.44 at a KL of .03"
+    assert landed_at(1.3, 0.1, TARGETS) == pytest.approx(2 / 3), "2.25 at a KL of .3"
+    assert landed_at(5.0, 0.1, TARGETS) == 0.0 and landed_at(1.9, 0.1, [0.1]) == 1.0
+
+
+@pytest.mark.parametrize(("landed", "words"), [(1.0, "In all 8 tunings of trained arms a trial"), (0.5, "In 4 of 8")])
+def test_a_page_says_whether_arms_are_used_as_they_were_trained(landed: float, words: str) -> None:
+    def setting(steps: int, layer: float | None) -> dict[str, Any]:
+        return {"setting": {"rate": 1.0, "steps": steps, "layer": layer, "strength": 1.0}}
+
+    facts = {
+        BETTER: {"tuning_landed": landed, **setting(8, 0.5)},
+        THAN: {"tuning_landed": 1.0, **setting(16, None)},
+        CLOSED: {"tuning_landed": 1.0},
+    }
+    page = texts(method.make(Made(facts=facts).findings(rising)))
+    assert words in page and ("vector DPO." in page) == (landed < 1)
+    assert "Chosen, by number of tunings: 8 steps (4), 16 steps (4)." in page
+
+
+# -- resolution of the behaviour --------------------------------------------------------------------------------------
+
+
+def test_a_page_says_how_well_a_cell_knows_its_behaviour_score_and_where_that_is_too_little() -> None:
+    def rate(count: int) -> Any:
+        """A rate of one half in the first task, of none in the second, of a tenth in the others."""
+        shares = [0.5, 0.0, 0.1, 0.1]
+        return lambda arm, task, seed, kl: (
+            [1.0] * round(shares[task] * count) + [0.0] * round((1 - shares[task]) * count)
+        )
+
+    few = texts(measured.make(Made().findings(rate(20))))
+    # sqrt(.25 * 20 / 19 / 20), sqrt(.09 * 20 / 19 / 20); answers that are all alike count as a rate of one half
+    assert "at most: lower_case 0.115 (20 prompts); hedged 0.112 (20 prompts); formal 0.069 (20 prompts)" in few
+    assert "**Larger than 0.036 in lower_case, hedged, formal, agreeing**" in few
+    assert "204 prompts (`generations`) would be enough" in few
+    many = texts(measured.make(Made().findings(rate(200))))
+    assert "lower_case 0.035 (200 prompts)" in many and "Larger than" not in many

@@ -30,7 +30,7 @@ from steertune.recipes.ablation.checks import has_one_layer, has_strength
 from steertune.recipes.ablation.context import Context, instructions
 from steertune.recipes.ablation.grid import Cell
 from steertune.recipes.ablation.matched import Point, frontier
-from steertune.recipes.ablation.trials import best_first, landed_at, lead
+from steertune.recipes.ablation.trials import best_first, landed_at, landing_factor, lead
 from steertune.recipes.lab.evaluate import evaluate, evaluate_base
 from steertune.recipes.lab.files import ArmError, read_result, write_result
 from steertune.recipes.lab.ingredients import Training
@@ -45,8 +45,6 @@ from steertune.trainers import NonFiniteError, scalable, scaled, share_weights, 
 
 logger = logging.getLogger(__name__)
 
-LARGEST_LANDING = 8.0
-"""A learning rate is changed by no more than this, to end at the strength that is used."""
 SEARCH_ROWS = 4
 """Rows that the search for the matched strength starts with."""
 
@@ -142,11 +140,12 @@ def _landings(
     """Trials of the best settings with a learning rate at which training ends near the strength that is used: what a
     vector has learned grows about in proportion to the rate."""
     added: list[dict[str, Any]] = []
+    table = context.grid.tables.matched
     for _ in range(cell.arm.budget.landed):
         best = next(iter(best_first([*trials, *added])), None)
         if best is None or not best["matched"] or best["landed"] == 1 or not best["steps"]:
             break
-        factor = min(LARGEST_LANDING, max(1 / LARGEST_LANDING, best["strength"]))
+        factor = landing_factor(best["strength"], table.kl, table.targets)
         setting = Setting(rate=best["rate"] * factor, steps=best["steps"], layer=best["layer"])
         [model] = _train_trials(cell, context, [setting], seed, home / f"{cell.arm.name}.trial")
         added += _score_trial(cell, context, setting, model, "matched", seed)

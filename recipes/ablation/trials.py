@@ -10,6 +10,7 @@ import numpy as np
 
 from steertune.recipes.ablation.strengths import TRAINED
 
+_LARGEST = 8.0  # a learning rate is changed by no more than this
 Trial = Mapping[str, Any]
 """A setting with the strength that it is used at, its score on the validation rows, the standard error of that
 (`error`), and its accuracy; whether it reached the grid's KL (`matched`), and at which share of the grid's KLs its
@@ -33,6 +34,13 @@ def landed_at(strength: float, kl: float, targets: Sequence[float]) -> float:
     quadratic in a strength."""
     low, high = TRAINED
     return float(np.mean([low <= strength * math.sqrt(target / kl) <= high for target in targets]))
+
+
+def landing_factor(strength: float, kl: float, targets: Sequence[float]) -> float:
+    """What to multiply a learning rate by, so that the strengths of the grid's KLs lie around 1: the strength in the
+    middle of them, from that at one KL."""
+    middle = math.sqrt(min(targets) * max(targets))
+    return min(_LARGEST, max(1 / _LARGEST, strength * math.sqrt(middle / kl)))
 
 
 def lead(trials: Sequence[Trial]) -> dict[str, float]:

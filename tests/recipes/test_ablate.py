@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from filelock import FileLock
@@ -422,3 +423,43 @@ def test_a_task_says_how_its_behaviour_is_left_out_of_damage_and_a_swapped_one_d
     keys = [cell.key for cell in grid.cells()]
     (tmp_path / "task" / "behaviour.toml").write_text("[undo]\npattern = ' dog'")
     assert keys != [cell.key for cell in make_grid(tables).cells()]
+
+
+@pytest.mark.slow
+def test_the_tuning_chooses_layers_and_lets_arms_be_used_as_they_were_trained(tables, tmp_path, monkeypatch):
+    tables |= {
+        "factors": {},
+        "design": {"kind": "arms"},
+        "seeds": [0],
+        "arms": ["vector_dpo", "lora_dpo", "mean_difference"],
+    }
+    tables |= {"generations": 0, "questions": 0, "claim": {"better": "vector_dpo", "than": "lora_dpo"}}
+    # at low learning rates an adapter must be scaled up to reach the KL
+    tables["budget"] = {"trials": 4, "learning_rate": [1, 2], "steps": [2], "layers": [0.0001, 0.75]}
+    trained, make = [], cell_module.make_cell_trainer
+
+    def spy(cell, context, setting, *rest):
+        made = make(cell, context, setting, *rest)
+        trained.append((cell.arm.name, setting, made[0].model.active_peft_config.to_dict().get("layers")))
+        return made
+
+    monkeypatch.setattr(cell_module, "make_cell_trainer", spy)
+    vector, lora, closed = run(tables, tmp_path / "run")
+    assert [(t["layer"], t["rate"]) for t in vector["tuning"][:4]] == [
+        (0.0001, 1), (0.0001, 2), (0.75, 1), (0.75, 2)
+    ]  # fmt: skip
+    # without a layer to choose: as many trials, between the same ends
+    assert [t["rate"] for t in lora["tuning"][:4]] == pytest.approx(np.geomspace(1, 2, 4))
+    assert {t["layer"] for t in lora["tuning"]} == {None}
+    assert [(t["layer"], t["steps"]) for t in closed["tuning"]] == [(0.0001, 0), (0.75, 0)], "no step, so no rate"
+    assert closed["setting"]["layer"] == max(closed["tuning"], key=lambda t: t["score"])["layer"]
+    # every training stood at the layer of its setting
+    layers = {(setting.layer, *layers) for arm, setting, layers in trained if arm == "vector_dpo"}
+    assert layers == {(0.0001, 0), (0.75, 3)}
+    for cell in (vector, lora):
+        *drawn, landing = cell["tuning"]
+        best = max(drawn, key=lambda t: (t["matched"], t["landed"], t["score"]))
+        assert best["matched"] and best["strength"] > 0 and best["landed"] < 1
+        assert landing["rate"] == pytest.approx(best["rate"] * best["strength"] * 10**0.25), "for KLs of 1e-4 and 1e-3"
+        assert landing["landed"] == 1 and cell["setting"]["rate"] == landing["rate"]
+        assert all(0.5 <= point["strength"] <= 2 for point in cell["frontier"])

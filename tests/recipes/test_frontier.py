@@ -19,7 +19,7 @@ from steertune.recipes.ablation.sections.measured import measured
 from steertune.recipes.ablation.sections.method import method
 from steertune.recipes.ablation.statistics.paired import difference
 from steertune.recipes.ablation.strengths import EXTRAPOLATED, SHORT
-from steertune.recipes.ablation.trials import best_first, landed_at, lead
+from steertune.recipes.ablation.trials import best_first, landed_at, landing_factor, lead
 
 HIGH = {BETTER: 0.3}
 """By how much arms are ahead of the others."""
@@ -253,6 +253,12 @@ def test_trials_at_strengths_like_those_of_training_are_preferred_to_better_scor
     assert landed_at(0.8, 0.1, TARGETS) == pytest.approx(2 / 3), "0.44 at a KL of .03"
     assert landed_at(1.3, 0.1, TARGETS) == pytest.approx(2 / 3), "2.25 at a KL of .3"
     assert landed_at(5.0, 0.1, TARGETS) == 0.0 and landed_at(1.9, 0.1, [0.1]) == 1.0
+
+
+def test_a_learning_rate_is_multiplied_by_the_strength_in_the_middle_of_the_kls() -> None:
+    assert landing_factor(2.0, 0.1, [0.1]) == pytest.approx(2.0)
+    assert landing_factor(2.0, 0.1, [0.1, 0.2, 0.4]) == pytest.approx(2 * 2**0.5), "the middle is .2"
+    assert landing_factor(37.0, 0.1, TARGETS) == 8.0 and landing_factor(0.01, 0.1, TARGETS) == 1 / 8
 
 
 @pytest.mark.parametrize(("landed", "words"), [(1.0, "In all 8 tunings of trained arms a trial"), (0.5, "In 4 of 8")])

@@ -45,7 +45,7 @@ _COLUMNS = {
     "key", "task", "arm", "examples", "seed", "status", "error", "scalable", "scorer", "versions", "tuned_strength",
     "matched_strength", "parameters", "steps", "pairs_read", "tokens_read", "seconds", "train_seconds", "tuning",
     "tuning_key", "tuning_seconds", "peak_memory_gb", "setting", "prompt_tokens", "notes", "frontier",
-    "kl_falls", "tuning_lead", "tuning_best", "tuning_second", "tuning_landed",
+    "kl_falls", "tuning_lead", "tuning_best", "tuning_second", "tuning_landed", "taken_over",
 }  # fmt: skip
 
 

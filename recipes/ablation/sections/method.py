@@ -46,8 +46,8 @@ def _statistics(findings: Findings) -> str:
     )
     text = (
         "Differences are paired by task and seed. All seeds of a task share its test rows. Nothing is called clear "
-        f"unless its p, corrected by Holm within its table, is below {claim.alpha:.0%}: {rule}. All of it is about "
-        "the settings that the tuning chose."
+        f"unless its p, corrected by Holm within its table, is below {100 * claim.alpha:.3g} %: {rule}. All of it is "
+        "about the settings that the tuning chose."
     )
     if claim.measure != "accuracy":
         return text

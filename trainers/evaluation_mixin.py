@@ -18,7 +18,8 @@ class EvaluationMixin(LossMixin):
     def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> Any:
         """Evaluate like the parent. Rows that are given here are checked like those of the constructor."""
         rows = eval_dataset
-        if rows is not None and not isinstance(rows, str) and not self._plain:  # a text names one of several sets
+        # a text names one of the constructor's sets, which were checked there
+        if rows is not None and not isinstance(rows, str) and not self._plain:
             rows = self._prepare_evaluation(rows)
         return super().evaluate(rows, *args, **kwargs)  # pyright: ignore[reportArgumentType]
 
@@ -39,10 +40,12 @@ class EvaluationMixin(LossMixin):
         options = dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
         if self._plain:
             return super().evaluation_loop(*options)
+        # within a training run, the training's cached prefix holds
         if not self.is_in_train:
             self.pay_once.start(self, training=False)
+        # numbers that an earlier prediction noted, and no log has read
         if (log := self.parent_log()) is not None and not self.model.training:
-            log.clear()  # a prediction noted numbers that no log reads
+            log.clear()
         # an evaluation between two micro-batches must not change what they draw
         before, self.micro_step = self.micro_step, 0
         try:
@@ -60,6 +63,7 @@ class EvaluationMixin(LossMixin):
         if self._plain:
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         inputs = self._prepare_inputs(inputs)
+        # the parent's loss, or outputs that the parent computes from labels
         if self.loss is None or (not prediction_loss_only and (self.takes_pairs or "labels" in inputs)):
             with self._boundary(inputs):
                 return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)

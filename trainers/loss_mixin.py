@@ -74,14 +74,17 @@ class LossMixin(Trainer):
         self.micro_step = 0
         if self._plain:
             return super().get_batch_samples(epoch_iterator, num_batches, device)
+        # resumed at its end, where the parent would take one step more
         if self.state.global_step >= self.state.max_steps:
-            return [], None  # resumed at its end, where the parent would take one step more
+            return [], None
         samples, items = super().get_batch_samples(epoch_iterator, num_batches, device)
         if not samples and self.state.global_step == 0:
             raise DataError("The stream gives no row to train on: it is empty, or all its rows were dropped as unfit.")
+        # each batch is unpacked here, once for the loss, the callbacks and the checks
         self.step_batches = [self._prepare_inputs(inputs) for inputs in samples]
         loss = self.loss_at_work
-        if self.loss is not None and loss is not None and samples:  # the parent counts for its own loss
+        # units of the whole step, over all processes; for its own loss the parent has counted
+        if self.loss is not None and loss is not None and samples:
             count: Any = sum(self._batch_for(loss, inputs).count(loss.needs.unit) for inputs in self.step_batches)
             gathered: Any = self.accelerator.gather(torch.as_tensor(count, device=device))
             items = gathered.sum()
@@ -118,6 +121,7 @@ class LossMixin(Trainer):
         if self._plain:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         loss, inputs = self.loss_at_work, Inputs.of(inputs)
+        # the parent's own loss, where it is not exactly one of ours or somebody reads its outputs
         if loss is None or (self.loss is None and (return_outputs or not inputs.has_units_of(loss.needs.pairs))):
             # outputs that somebody reads must be the parent's on padding too, where skipped states are zero
             passes = self.pay_once.whole() if return_outputs else self.pay_once.on()

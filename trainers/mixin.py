@@ -59,15 +59,18 @@ class SteeringMixin(EvaluationMixin, SavingMixin):
         inductive_biases: Mapping[str, Mapping[str, Any]] | Sequence[str | Bias] = (),
         **kwargs: Any,
     ) -> None:
+        # bad arguments fail here, before the parent touches the model
         inductive_biases = former_biases(kwargs, inductive_biases)
         check_types(None if peft_config is DEFAULT else peft_config, views, inductive_biases)
         check_rate(vector_learning_rate)
         parent = super().__init__
         bound = inspect.signature(parent).bind_partial(*args, **kwargs)
         check_ranges(bound.arguments.get("args"))
+        # the adapter: the one that the model brings, the one that was given, or one vector
         continued = isinstance(bound.arguments.get("model"), PeftModel)
         if peft_config is DEFAULT:
             peft_config = None if continued else SteeringVectorConfig()
+        # what the methods below read
         self.loss = None if loss is None else get_loss(loss)
         self.vector_learning_rate, self.vectors_have_groups = vector_learning_rate, False  # groups of the optimizer
         self.pay_once = CachedPrefix(frozen_prefix)
@@ -75,6 +78,7 @@ class SteeringMixin(EvaluationMixin, SavingMixin):
         self._unstarted_biases = [*self.inductive_biases]
         self.model_init_adapter: PeftConfig | None = None  # for the models that model_init makes during training
         self.micro_step, self.step_batches = 0, []
+        # the parent's constructor calls methods of ours; without anything of ours they do what the parent does
         self._constructed = False
         self._plain = peft_config is None and loss is None and not continued and not self.inductive_biases
         if self._plain:
@@ -97,12 +101,17 @@ class SteeringMixin(EvaluationMixin, SavingMixin):
         check_best(self.args, self.model)
         checkpoint = kwargs.pop("resume_from_checkpoint", args[0] if args else None)
         kwargs["resume_from_checkpoint"] = self.checkpoints.resume_from(checkpoint)
-        if self.model_init is None:  # else the parent makes the model first
+        # with model_init, the parent makes the model first and `call_model_init` does both
+        if self.model_init is None:
             self._start_vectors()
+        # biases may change what is trained, so the cached prefix is found afterwards
         with self._biases_at_work():
             if self.model_init is None:
                 self._start_prefix()
-            return super().train(*args[1:], **kwargs)
+            result = super().train(*args[1:], **kwargs)
+        for bias in self.inductive_biases:
+            bias.finish(self)
+        return result
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
         """Make a model like the parent, with the adapter; in `train` (every trial of a search), start its vectors."""
@@ -147,7 +156,8 @@ class SteeringMixin(EvaluationMixin, SavingMixin):
         with whole_weights(self.model) if self.deepspeed is None else nullcontext():
             agree_on_units(self)
             fill_missing_vectors(self)
-        while self._unstarted_biases:  # the next call starts again at a bias that refused
+        # after a bias that refused, the next call starts again at that one
+        while self._unstarted_biases:
             self._unstarted_biases[0].start(self)
             self._unstarted_biases.pop(0)
 
@@ -168,8 +178,10 @@ class SteeringMixin(EvaluationMixin, SavingMixin):
             return super().training_step(*args, **kwargs)
         with self.metrics.step():
             loss = super().training_step(*args, **kwargs)
+        # the backward pass of several trainers whose forward pass was one
         if self.joint_pass is not None:
             self.joint_pass.backward()
+        # callbacks see every process's loss, so that all of them decide alike
         losses: Any = self.accelerator.gather(loss.detach())
         for callback in self.steering_callbacks():
             callback.on_micro_step(losses)

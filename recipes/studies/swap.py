@@ -176,7 +176,9 @@ def run_example(example: Example, folder: Path) -> None:
     options: dict[str, Any] = {"loss": LOSSES[example.case]} if example.way == OWN_LOSS else {}
     if example.way not in (OURS, OWN_LOSS):
         upper = list(range(depth - depth // 3, depth)) if example.way in (UPPER, STOCK_UPPER) else None
-        options["peft_config"] = LoraConfig(r=8, target_modules="all-linear", layers_to_transform=upper)
+        # PEFT takes layers with a list of modules only
+        modules = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+        options["peft_config"] = LoraConfig(r=8, target_modules=modules, layers_to_transform=upper)
     file = example.pairs or str(embedded.TASKS / TASK / "train.jsonl")
     pairs = load_dataset("json", data_files=file, split="train")
     pairs = pairs.shuffle(seed=0) if example.pairs else pairs

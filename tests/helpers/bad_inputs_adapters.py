@@ -281,7 +281,10 @@ ROWS: dict[str, Row] = {
         control(1, 1, ARCHITECTURE + string("direction.²".encode()) + struct.pack("<IQIQ", 1, 4, 0, 0) + bytes(96)),
     ),
     "gguf without directions": gguf_file("directions of one width are expected", control(0, 1, ARCHITECTURE)),
-    "gguf that is a folder": ((lambda lab: gguf.read(lab.root)), "is not a readable GGUF file: the file does not exist"),
+    "gguf that is a folder": (
+        (lambda lab: gguf.read(lab.root)),
+        "is not a readable GGUF file: the file does not exist",
+    ),
     "vectors of whole numbers": ((lambda lab: adapter_of(tiny(), {1: FULL.long()})), r"torch.int64 \(32,\)"),
     "vectors that are lists": ((lambda lab: adapter_of(tiny(), {1: [1.0] * 32})), "got .*list"),
     "vectors of a negative layer": ((lambda lab: adapter_of(tiny(), {-1: FULL})), "-1 is out of range"),

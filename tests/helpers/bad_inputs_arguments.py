@@ -81,7 +81,7 @@ def more(says: str, **table: Any) -> Row:
 BATCH = {"input_ids": tokens(2), "attention_mask": torch.ones(2, 8, dtype=torch.long)}
 WHOLE = {**BATCH, "completion_mask": torch.zeros(2, 8, dtype=torch.long)}
 PAIRS = (torch.ones(4, 8), torch.zeros(4, 8))
-LOSSES = r"Unknown loss .* there are \['bipo'"
+LOSSES = r"Unknown loss .* Available: 'bipo'"
 
 ROWS: dict[str, Row] = {
     # get_loss

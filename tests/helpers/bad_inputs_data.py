@@ -231,7 +231,7 @@ ROWS: dict[str, Row] = {
     # views of rows
     "a view of rows without prompts": view("Give a column 'prompt'", "instruction", [{"text": "a"}], text="Be kind."),
     "demonstrations of too few rows": view(
-        "k=4 demonstrations need as many other examples, and there are 0", "demonstrations", [ROW]
+        "k=4 demonstrations need as many other examples .got 0", "demonstrations", [ROW]
     ),
     "contrast demonstrations without bad answers": view(
         "shows rejected answers, but the data have none",

@@ -369,8 +369,8 @@ FAULTS = [
         "trainers/test_prefix_checkpointing", "architecture and llama",
     ),
     Fault(
-        "rows that round otherwise together are kept", "packed rows", "trainers.prefix.cached_states",
-        "if not all(torch.equal(state, alone[stop])", "if False and not all(torch.equal(state, alone[stop])",
+        "rows that round otherwise together are kept", "packed rows", "trainers.prefix.new_rows",
+        "if not all(torch.equal(state, own[stop])", "if False and not all(torch.equal(state, own[stop])",
         "trainers/test_prefix_packing", "round_otherwise",
     ),
     Fault(
@@ -435,5 +435,52 @@ FAULTS = [
         "a judgement that fails counts as 0", "judge", "recipes.lab.scorers.judge",
         "        return None\n\n    def score", "        return 0.0\n\n    def score",
         "recipes/test_scorers", "none_never_zero",
+    ),
+    Fault(
+        "an argument that our loss does not use passes", "arguments that change nothing", "trainers.arguments",
+        "    for name in unused_by(loss, args):", "    for name in unused_by(loss, args)[:0]:",
+        "trainers/test_arguments", "refused_with_ours",
+    ),
+    Fault(
+        "a β that trains the wrong way round passes", "arguments that change nothing", "trainers.arguments",
+        "        if name in _RANGES and not _makes_sense(name, value):", "        if False:",
+        "trainers/test_arguments", "without_sense",
+    ),
+    Fault(
+        "a checkpoint without its optimizer passes", "whole means whole", "trainers.checkpoint_files",
+        'if not any(any(folder.glob(name)) for name in ("optimizer.pt", "optimizer.bin", "optimizer_*/")):',
+        "if False:",
+        "trainers/test_checkpoint_files", "missing_state_is_named",
+    ),
+    Fault(
+        "random numbers of a process may be missing", "whole means whole", "trainers.checkpoint_files",
+        "    return None if gap is None else", "    return None if True else",
+        "trainers/test_checkpoint_files", "have_no_gap",
+    ),
+    Fault(
+        "every model is a causal language model", "refused though upstream does it", "adapters.tasks",
+        "config.task_type = task_of(model)", 'config.task_type = "CAUSAL_LM"',
+        "adapters/test_tasks", "wrapped_as_peft_does or reward_trainer",
+    ),
+    Fault(
+        "every adapter is saved at the top of its folder", "refused though upstream does it", "trainers.checkpoints",
+        'return folder if name == "default" else folder / name', "return folder",
+        "trainers/test_adapter_names", "name_changes_nothing",
+    ),
+    Fault(
+        "rows keep the format of tensors", "refused though upstream does it", "trainers.data",
+        '    if not isinstance(data, Dataset) or data.format["type"] == "custom":', "    if True:",
+        "trainers/test_data_forms", "format_of_a_data_set",
+    ),
+    Fault(
+        "a message that calls tools needs content", "refused though upstream does it", "trainers.data",
+        "if not isinstance(message.get(content), str | list | None):",
+        "if not isinstance(message.get(content), str | list):",
+        "trainers/test_data_forms", "call_tools",
+    ),
+    Fault(
+        "lines of new rows are not filled", "packed rows", "trainers.prefix.new_rows",
+        "layout, call = alone_layout(rows, filled)", "layout, call = alone_layout(rows)",
+        "trainers/test_prefix_packing", "lines_are_filled",
     ),
 ]  # fmt: skip

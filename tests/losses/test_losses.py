@@ -349,7 +349,7 @@ def test_names_are_the_files():
     [
         (("dop",), "Did you mean 'dpo'"),
         (("cross-entropy",), "Did you mean 'cross_entropy'"),
-        (("zzz",), "there are \\['bipo'"),
+        (("zzz",), "Available: 'bipo'"),
     ],
 )
 def test_unknown_name(arguments, message):

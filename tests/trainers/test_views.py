@@ -66,11 +66,11 @@ def test_where_all_ask_the_same_other_answers_are_demonstrations():
     seen = [row["prompt"] for row in get_view("demonstrations", k=4, contrast=True)(rows)]
     for i, prompt in enumerate(seen):
         assert [f"good {j}" in prompt for j in range(5)] == [j != i for j in range(5)]
-    with pytest.raises(ViewError, match="k=1 demonstrations need as many other examples, and there are 0"):
+    with pytest.raises(ViewError, match="k=1 demonstrations need as many other examples .got 0"):
         get_view("demonstrations", k=1, pool=(rows[0],))([rows[1]])
     [asked] = get_view("demonstrations", k=5, pool=tuple(rows))([{"prompt": "Say something: "}])
     assert all(row["chosen"] in asked["prompt"] for row in rows), "a row without an answer is none of them"
-    with pytest.raises(ViewError, match="k=2 demonstrations need as many other examples, and there are 1"):
+    with pytest.raises(ViewError, match="k=2 demonstrations need as many other examples .got 1"):
         get_view("demonstrations", k=2)([*ROWS[:2], {**ROWS[0], "chosen": "another answer"}])
 
 
@@ -144,7 +144,7 @@ BAD_ROWS = {
     "too few": (
         get_view("demonstrations", k=4),
         ROWS,
-        "Row 0: k=4 demonstrations need.*there are 3",
+        "Row 0: k=4 demonstrations need.*got 3",
     ),
     "no rejected": (
         get_view("demonstrations", k=1, contrast=True),

@@ -59,9 +59,7 @@ class Demonstrations(View):
             # a row never demonstrates itself, nor does another row with its prompt
             others = [other for other in pool if key(other) != key(row)]
             if len(others) < self.k:
-                raise ViewError(
-                    f"Row {i}: k={self.k} demonstrations need as many other examples, and there are {len(others)}."
-                )
+                raise ViewError(f"Row {i}: k={self.k} demonstrations need as many other examples (got {len(others)}).")
             drawn = random.Random(f"{self.seed}/{key(row)}").sample(others, self.k)
             viewed.append({**row, "prompt": self._prompt(prompt_of(row), drawn)})
         return viewed

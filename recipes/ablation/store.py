@@ -138,10 +138,7 @@ class Reusable:
                 record = self._cells[cell.key]
                 keys = {"arm": cell.arm.name, "task": cell.task.label, "examples": cell.examples, "seed": cell.seed}
                 facts = {**record.facts, "taken_over": True}  # it ran before this grid's card was written
-                _write(
-                    folder / cell.path / "cell.json",
-                    Record(keys, record.observations, {**record.facts, "taken_over": True}).write,
-                )
+                _write(folder / cell.path / "cell.json", Record(keys, record.observations, facts).write)
             if cell.tuning_key in self._tunings and not (folder / cell.tuning_file).exists():
                 tuning = self._tunings[cell.tuning_key]
                 _write(folder / cell.tuning_file, lambda file, tuning=tuning: write_result(file, tuning))

@@ -10,6 +10,7 @@ from peft import LoraConfig
 from trl import DPOConfig
 
 from steertune.adapters import SteeringVectorConfig
+from steertune.recipes.ablation.budget import draw
 from steertune.recipes.ablation.levels import arm_name
 from steertune.recipes.ablation.tables import Card, Claim, GridArm, GridTables, TaskTable
 from steertune.recipes.lab import measures
@@ -31,7 +32,16 @@ def check_budgets(card: Card, arms: list[GridArm]) -> None:
             f"Arms {different} have another tuning budget than {arms[0].name!r}, so a difference could be the "
             "tuning's. Give all arms the same [budget], or say why not in card.unequal_budgets."
         )
-    batches = {arm.name: batch_size(arm.arm) for arm in arms if arm.arm.trainer.get("max_steps") != 0}
+    trials = {
+        a.name: len(draw(a.budget, 0, has_one_layer(a.arm))) for a in arms if a.arm.trainer.get("max_steps") != 0
+    }
+    if len(set(trials.values())) > 1 and not card.unequal_budgets:
+        raise ArmError(
+            f"Arms have different numbers of trials, since some have no layer to choose: {trials}. List two or more "
+            "multiples in budget.learning_rate, between which they try as many more, or say why not in "
+            "card.unequal_budgets."
+        )
+    batches = {arm.name: batch_size(arm.arm) for arm in trained}
     if len(set(batches.values())) > 1 and not card.unequal_budgets:
         raise ArmError(
             f"Arms read different numbers of examples a step, so the same steps are not the same budget: {batches}. "

@@ -15,6 +15,7 @@ from scipy import stats
 from steertune.recipes.ablation.analysis import scores
 from steertune.recipes.ablation.sections.damage import damage
 from steertune.recipes.ablation.sections.frontier import frontier
+from steertune.recipes.ablation.sections.limits import limits
 from steertune.recipes.ablation.sections.measured import measured
 from steertune.recipes.ablation.sections.method import method
 from steertune.recipes.ablation.statistics.paired import difference
@@ -294,3 +295,21 @@ def test_a_page_says_how_well_a_cell_knows_its_behaviour_score_and_where_that_is
     assert "204 prompts (`generations`) would be enough" in few
     many = texts(measured.make(Made().findings(rate(200))))
     assert "lower_case 0.035 (200 prompts)" in many and "Larger than" not in many
+
+
+# -- limits -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_page_says_what_it_cannot_say() -> None:
+    accuracy = {"measure": "accuracy", "tasks": "fixed"}
+    made = Made(strength=lambda arm, kl: 7.0 if arm == BETTER else 1.0, claim=accuracy)
+    made.facts = {arm: {"matched_strength": made.strength(arm, 0.1)} for arm in (BETTER, THAN, CLOSED)}
+    page = texts(limits.make(made.findings(rising)))
+    assert "Tasks: the claim is about the 4 it ran on (as fixed)." in page
+    assert "Length: pair accuracy adds up log-probabilities" in page
+    assert "Behaviour: 10 answers a cell are few" in page and "KL: strengths were matched" not in page
+    assert "Strengths: 8 of 16 trained cells reach a KL of 0.1 only outside strengths of 0.5 to 2 (1 to 7)" in page
+    assert "Damage: only one kind of side effect" in page
+    good = Made(observed=lambda arm, kl: SECOND_KIND)
+    page = texts(limits.make(good.findings(lambda *cell: rising(*cell) * 20)))
+    assert page == "- Tasks: 4 are few to stand for others; 8 or more would be better."

@@ -27,16 +27,13 @@ WITHOUT_BEHAVIOUR = (*KNOWN_ENDS, "repetition", "neutral_repetition", *OWN_ANSWE
 @section(place=8)
 def damage(findings: Findings) -> Section | None:
     """Side effects of every arm. They are called damage only where both kinds were measured."""
-    cells = findings.ran
-    has = {at: _measured(findings, ON_NEUTRAL_TEXT + WITHOUT_BEHAVIOUR, at) for at in (FRONTIER, MATCHED, TUNED)}
-    at = next((strength for strength, names in has.items() if names), None)
-    if at is None:
+    cells, (at, names) = findings.ran, _seen(findings)
+    if not names:
         return None
-    names = has[at]
     rigid = at != TUNED and "scalable" in cells and bool((cells["scalable"] == False).any())  # noqa: E712
     if rigid:  # arms without a strength have theirs at the tuned one alone
         cells = cells.assign(**{column(name, at): _filled(cells, name, at) for name in names})
-    both = {*names} & {*ON_NEUTRAL_TEXT} and {*names} & {*KNOWN_ENDS, *OWN_ANSWERS}
+    both = has_both_kinds(findings)
     means = cells.groupby("arm", sort=False)[[column(name, at) for name in names]].mean()
     base = pd.DataFrame([[cells[column(name, BASE)].mean() for name in names]], ["(base model)"], means.columns)
     headers = [f"{title(name)}{_ARROWS[measures.get(name).better]}" for name in names]
@@ -57,6 +54,20 @@ def damage(findings: Findings) -> Section | None:
 
 _RIGID = "; of arms without a strength as they come"
 _ARROWS = {"higher": " ↑", "lower": " ↓", None: ""}
+
+
+def has_both_kinds(findings: Findings) -> bool:
+    """Whether side effects were measured on neutral text, and with the behaviour left out."""
+    names = {*_seen(findings)[1]}
+    return bool(names & {*ON_NEUTRAL_TEXT} and names & {*KNOWN_ENDS, *OWN_ANSWERS})
+
+
+def _seen(findings: Findings) -> tuple[str, list[str]]:
+    """The first strength at which side effects were measured, and their names."""
+    for at in (FRONTIER, MATCHED, TUNED):
+        if names := _measured(findings, ON_NEUTRAL_TEXT + WITHOUT_BEHAVIOUR, at):
+            return at, names
+    return TUNED, []
 
 
 def _measured(findings: Findings, names: Sequence[str], at: str) -> list[str]:

@@ -32,9 +32,8 @@ def check_budgets(card: Card, arms: list[GridArm]) -> None:
             f"Arms {different} have another tuning budget than {arms[0].name!r}, so a difference could be the "
             "tuning's. Give all arms the same [budget], or say why not in card.unequal_budgets."
         )
-    trials = {
-        a.name: len(draw(a.budget, 0, has_one_layer(a.arm))) for a in arms if a.arm.trainer.get("max_steps") != 0
-    }
+    trained = [arm for arm in arms if arm.arm.trainer.get("max_steps") != 0]
+    trials = {arm.name: len(draw(arm.budget, 0, has_one_layer(arm.arm))) for arm in trained}
     if len(set(trials.values())) > 1 and not card.unequal_budgets:
         raise ArmError(
             f"Arms have different numbers of trials, since some have no layer to choose: {trials}. List two or more "

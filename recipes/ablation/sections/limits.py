@@ -28,8 +28,8 @@ def _tasks(findings: Findings) -> str:
     count = findings.paired["task"].nunique()
     if not findings.claim.sample:
         return (
-            f"Tasks: the claim is about the {count} it ran on (as fixed). What is clear here need not hold for others, "
-            "for which the tables have intervals of their own."
+            f"Tasks: the claim is about the {count} it ran on (as fixed). What is clear here need not hold for "
+            "others, for which the tables have intervals of their own."
         )
     if count >= ENOUGH_TASKS:
         return ""

@@ -96,7 +96,7 @@ def test_the_best_trial_is_taken_and_shared_by_the_seeds(tables, tmp_path):
     cells = run(tables, tmp_path / "run")
     for cell in cells:
         best = max(cell["tuning"], key=lambda trial: trial["score"])
-        assert cell["setting"] == {k: best[k] for k in ("rate", "steps", "strength", "prompt")}
+        assert cell["setting"] == {k: best[k] for k in ("rate", "steps", "layer", "strength", "prompt")}
         [other] = [c for c in cells if c["arm"] == cell["arm"] and c["seed"] != cell["seed"]]
         assert other["tuning"] == cell["tuning"]
         trained = cell["arm"] not in ("mean_difference", "base")

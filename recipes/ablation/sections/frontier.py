@@ -42,7 +42,7 @@ def frontier(findings: Findings) -> Section | None:
         Figure(drawing, "frontier", "Effect against the KL to the base, by arm"),
     ]
     for name in names:
-        blocks += [Text(f"**{title(name)}**"), _by_kl(cells, name, targets)]
+        blocks += [Text(f"**{title(name)[0].upper()}{title(name)[1:]}**"), _by_kl(cells, name, targets)]
     return Section("Frontier", [*blocks, *_falls(cells), *_areas(findings)])
 
 

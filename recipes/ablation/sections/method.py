@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from steertune.recipes.ablation.budget import BudgetTable, draw
 from steertune.recipes.ablation.findings import Findings
@@ -24,7 +25,7 @@ def method(findings: Findings) -> Section:
         Text(_statistics(findings)),
         Text(
             f"{_budget(tables.budget)}{escape(budgets)} {_splits(tables.splits)} Matched KL: {tables.matched.kl} nats "
-            "per token."
+            f"per token{_frontier(findings)}."
         ),
         *_rates(findings),
         *_lead(findings),
@@ -63,6 +64,18 @@ def _neutral(tables: GridTables) -> str:
     return f"{len(neutral_rows())} neutral rows" if tables.neutral is None else f"the rows of {escape(tables.neutral)}"
 
 
+def _frontier(findings: Findings) -> str:
+    """The KLs of the frontier, and on what text they were matched and side effects reported."""
+    tables = findings.tables
+    if not tables.matched.frontier or "frontier" not in findings.ran:
+        return ""
+    file = "" if tables.neutral is None else f" of {escape(Path(tables.neutral).name)}"
+    return (
+        f", and {_listed(tables.matched.frontier)} for the frontier, matched on every other row of the neutral "
+        f"text{file}; side effects are reported on the rows between"
+    )
+
+
 _PER = {"cell": "in every cell", "arm": "per task and number of examples", "grid": "for the whole grid"}
 
 
@@ -72,7 +85,7 @@ def _budget(budget: BudgetTable) -> str:
     spread = f"{_listed(rates)} times" if isinstance(rates, list) else f"within a factor of {rates:g} of"
     layers = f", layers at {_listed(budget.layers)} of the depth for arms that write into one" if budget.layers else ""
     landing = (
-        f"; {budget.landed} more with the best one's rate times its strength where that is far from 1"
+        f"; and {budget.landed} more with the best one's rate times the strength that it is used at, if far from 1"
         if budget.landed
         else ""
     )

@@ -28,6 +28,7 @@ from trl import DPOConfig
 from steertune.recipes.ablation.context import Context
 from steertune.recipes.ablation.grid import Cell, Grid, load_grid
 from steertune.recipes.ablation.keys import VERSION
+from steertune.recipes.ablation.looks import GRID, fixed
 from steertune.recipes.ablation.plan import plan
 from steertune.recipes.ablation.rehearsal import rehearse_grid
 from steertune.recipes.ablation.run import run_cell
@@ -41,7 +42,6 @@ from steertune.recipes.lab.processes import begin
 from steertune.recipes.lab.progress import Bar, progress
 from steertune.recipes.lab.secrets import masked
 
-GRID = "grid.json"
 _PACK_SECONDS = 600
 
 
@@ -67,6 +67,7 @@ def main(
     own = [folder] if (folder / TABLE).is_file() else []
     store, reusable, context = Store(folder), Reusable([*(reuse or ()), *own]), Context(loaded)
     store.check(cells)
+    fixed(loaded, folder)  # refuses another card than that of the cells
     for task in loaded.tasks:  # refuses bad rows before the model is loaded
         scorers.read(task.scorer)
         splits = context.read(task)
@@ -193,7 +194,8 @@ def write_grid(folder: Path, grid: Grid, words: Sequence[str]) -> None:
             words[i + 1] = word[2:].upper()  # a path on this machine means nothing elsewhere
     command = " ".join(["python -m steertune.recipes.ablate", *words])
     with FileLock(folder / "grid.lock"):
-        write_result(folder / GRID, {"version": VERSION, "command": command, **grid.to_json()})
+        content = {"version": VERSION, "command": command, **fixed(grid, folder), **grid.to_json()}
+        write_result(folder / GRID, content)
 
 
 if __name__ == "__main__":

@@ -12,9 +12,10 @@ import torch
 
 from steertune.adapters import SteeringVectorConfig
 from steertune.adapters.blocks import find_blocks, resolve_layers
-from steertune.recipes.ablation.checks import batch_size, has_strength
+from steertune.recipes.ablation.checks import batch_size, has_one_layer, has_strength
 from steertune.recipes.ablation.context import Context
 from steertune.recipes.ablation.grid import Cell, Grid, describe
+from steertune.recipes.ablation.resolution import resolution, with_twice_the_rows
 from steertune.recipes.ablation.run import SEARCH_ROWS
 from steertune.recipes.ablation.statistics.paired import smallest_p
 from steertune.recipes.ablation.store import Store, name_of
@@ -53,11 +54,24 @@ def plan(
         lines.append(f"{arm.name:<66} {len(own):>10} {mean:>10.1f} {sum(own):>8.1f}  {budget}")
     if every_cell:
         lines += ["", *(f"{seconds[cell.path] / 60:6.1f} min  {cell.title}" for cell in left)]
+        minutes = sum(seconds.values()) / 60 / max(1, len(left))
+        lines += ["", *resolution(grid, context, folder, minutes, _with_more_rows(cells, context))]
     claim, pairs = grid.tables.claim, len(grid.tasks) * len(grid.tables.seeds)
     if claim is not None and (least := smallest_p(pairs)) >= claim.alpha:
         lines += ["", f"{pairs} pairs of task and seed give no p below {least:.2g}: the claim cannot be decided."]
     total = sum(seconds.values()) / 60 / processes
     return "\n".join([*lines, "", f"About {total:.0f} minutes on {processes} process(es)."])
+
+
+def _with_more_rows(cells: Sequence[Cell], context: Context) -> float:
+    """By what factor the cells take longer with twice the test rows."""
+    tables, neutral = context.grid.tables, len(context.neutral[0])
+    shares = {arm.name: _share(arm.arm, len(find_blocks(context.model))) for arm in context.grid.arms}
+    once, twice = (
+        sum(_forwards(cell, own, neutral, shares[cell.arm.name])[0] for cell in cells)
+        for own in (tables, with_twice_the_rows(tables))
+    )
+    return twice / once
 
 
 def estimate(cells: Sequence[Cell], context: Context, folder: Path) -> dict[Path, float]:
@@ -95,7 +109,9 @@ def _forwards(cell: Cell, tables: GridTables, neutral: int, share: float) -> tup
     measuring = strengths * (2 * tables.splits.test + neutral)
     training = sum(budget.steps) / len(budget.steps) * step
     validating = 2 * tables.splits.validation * budget.measured_at + (search if at_match else 0)
-    trials = 1 if untrained and at_match else budget.trials
+    trials = budget.trials + budget.landed
+    if untrained and at_match:
+        trials = len(budget.layers) if budget.layers and has_one_layer(cell.arm.arm) else 1
     own = share * (training + len(tables.matched.targets) * search + measuring) + generating
     return own, share * (budget.steps_spent() * step + trials * validating)
 

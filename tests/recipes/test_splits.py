@@ -329,14 +329,15 @@ def test_a_setting_scales_the_arm_s_own_rate():
     ],
 )
 def test_rungs_and_steps_by_hand(trials, halving, rungs, steps):
-    budget = BudgetTable(trials=trials, halving=halving, steps=[8, 16])
+    budget = BudgetTable(trials=trials, halving=halving, steps=[8, 16], landings=0)
     assert budget.rungs == [(count, pytest.approx(fraction)) for count, fraction in rungs]
     assert budget.steps_spent() == pytest.approx(steps)
 
 
 def test_steps_spent_are_those_of_the_trials_drawn():
-    budget = BudgetTable(trials=2, learning_rate=1.0, steps=[16, 8])
+    budget = BudgetTable(trials=2, learning_rate=1.0, steps=[16, 8], landings=0)
     assert budget.steps_spent() == sum(t.steps for t in draw(budget, 0))
+    assert budget.model_copy(update={"landings": 2}).steps_spent() == budget.steps_spent() + 2 * 12
 
 
 @pytest.mark.parametrize(

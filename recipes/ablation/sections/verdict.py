@@ -7,7 +7,7 @@ from steertune.recipes.ablation.analysis import BASE
 from steertune.recipes.ablation.findings import Findings
 from steertune.recipes.ablation.looks import in_words
 from steertune.recipes.ablation.sections import OTHER_ROWS, ROWS, emphasised, numbers, section, table
-from steertune.recipes.lab.pages import Block, Figure, Section, Text, escape, prose
+from steertune.recipes.lab.pages import Block, Figure, Section, Text, prose
 
 SIDES = {"for": "for", "against": "against", "undecided": "neither for nor against"}
 
@@ -90,5 +90,5 @@ def _extent(findings: Findings) -> Text:
     reused = f" {taken} of them were taken from other grids, which ran before this card was written." if taken else ""
     return Text(
         f"{done} of {len(findings.grid['cells'])} cells, {cells['task'].nunique()} tasks, {cells['seed'].nunique()} "
-        f"seeds.{reused}{means} {escape(' '.join(findings.grid['notes']))}"
+        f"seeds.{reused}{means} {prose(' '.join(findings.grid['notes']))}"
     )

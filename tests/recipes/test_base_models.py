@@ -187,7 +187,7 @@ def test_bad_data_are_refused_before_the_model_is_loaded(
     bad, adapter, model = tmp_path / "bad.csv", str(home / "run" / "adapter"), ["--model", str(home / "model")]
     bad.write_text("question,good,rejected\nWhy?,So.,No.\n")
     grid = GRID.replace('name = "base"', f'name = "base"\ntasks = ["{bad}"]\nmodel = {{ name = "{home / "model"}" }}')
-    (tmp_path / "grid.toml").write_text(grid.replace("generations = 2", "generations = 0"))
+    (tmp_path / "grid.toml").write_text(grid.replace('"prompt_both", ', ""))
     words = {
         "train": [*arm_words(home, "refused"), "--data.name", str(bad)],
         "distill": ["vector_distillation", *arm_words(home, "refused"), "--data.name", str(bad)],

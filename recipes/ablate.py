@@ -68,12 +68,13 @@ def main(
     store, reusable, context = Store(folder), Reusable([*(reuse or ()), *own]), Context(loaded)
     store.check(cells)
     fixed(loaded, folder)  # refuses another card than that of the cells
-    for task in loaded.tasks:  # refuses bad rows before anything is trained
+    for task in loaded.tasks:  # refuses bad rows before the model is loaded
         scorers.read(task.scorer)
-        if note := context.splits(task).note:
-            loaded.notes.append(f"{task.label}: {note}")
+        splits = context.read(task)
+        if splits.note:
+            loaded.notes.append(f"{task.label}: {splits.note}")
         if rank == 0:
-            warn_of(context.splits(task).pool, context.splits(task).by, task.label)
+            warn_of(splits.pool, splits.by, task.label)
     for arm in loaded.arms:
         check_training(arm.arm, DPOConfig)
     check_adapters([arm.arm for arm in loaded.arms])

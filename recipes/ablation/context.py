@@ -15,8 +15,8 @@ from steertune.recipes.ablation.budget import Setting
 from steertune.recipes.ablation.grid import Cell, Grid, behaviour_of
 from steertune.recipes.ablation.tables import TaskTable
 from steertune.recipes.lab.arm import Arm
-from steertune.recipes.lab.data import load_model
-from steertune.recipes.lab.forms import has_template, notes_on_form, readable
+from steertune.recipes.lab.data import load_model, model_has_template
+from steertune.recipes.lab.forms import notes_on_form, readable
 from steertune.recipes.lab.generation import check_context, prompt_lengths
 from steertune.recipes.lab.ingredients import Training
 from steertune.recipes.lab.ingredients.prompt import Prompt
@@ -46,6 +46,7 @@ class Context:
         """What ingredients keep from one training to the next."""
         # by label: a task with its instructions cannot be hashed
         self._tasks = {task.label: task for task in grid.tasks}
+        self._read = cache(self._read_splits)
         self._splits = cache(self._load_splits)
         self._notes: dict[str, list[str]] = {}
         self._scorers = cache(self._fit_scorer)
@@ -75,8 +76,12 @@ class Context:
         rows = None if file is None else readable(load_split(file, "train"), self.tokenizer)
         return neutral_rows(self.tokenizer, "match", rows), neutral_rows(self.tokenizer, "report", rows)
 
+    def read(self, task: TaskTable) -> Splits:
+        """The task's rows as they stand in its files, checked; the model is not loaded."""
+        return self._read(task.label)
+
     def splits(self, task: TaskTable) -> Splits:
-        """The task's rows, checked."""
+        """The task's rows in the form that the model reads."""
         return self._splits(task.label)
 
     def notes(self, task: TaskTable) -> list[str]:
@@ -154,11 +159,14 @@ class Context:
         plain, shown = (prompt_lengths(self.tokenizer, part["prompt"]) for part in (rows, show(rows)))
         return sum(b - a for a, b in zip(plain, shown, strict=True)) / len(plain)
 
-    def _load_splits(self, label: str) -> Splits:
+    def _read_splits(self, label: str) -> Splits:
         task, tables = self._tasks[label], self.grid.tables
-        reading = Reading(task.columns, task.format, lambda: has_template(self.tokenizer))
+        reading = Reading(task.columns, task.format, partial(model_has_template, ModelTable(**tables.model)))
         largest = max(tables.examples) * max(arm.arm.data.times for arm in self.grid.arms)
-        splits = load_splits(task.name, tables.splits, largest, task.reverse, reading)
+        return load_splits(task.name, tables.splits, largest, task.reverse, reading)
+
+    def _load_splits(self, label: str) -> Splits:
+        splits = self._read(label)
         self._notes[label] = notes_on_form(splits.test, self.tokenizer)
         return splits.each(partial(readable, tokenizer=self.tokenizer))
 

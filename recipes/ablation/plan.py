@@ -19,7 +19,7 @@ from steertune.recipes.ablation.resolution import resolution, with_twice_the_row
 from steertune.recipes.ablation.run import SEARCH_ROWS
 from steertune.recipes.ablation.statistics.paired import smallest_p
 from steertune.recipes.ablation.store import Store, name_of
-from steertune.recipes.ablation.tables import GridTables, TaskTable
+from steertune.recipes.ablation.tables import GridTables
 from steertune.recipes.lab.arm import Arm
 from steertune.recipes.lab.batches import batches
 from steertune.recipes.lab.files import ArmError
@@ -76,7 +76,7 @@ def _with_more_rows(cells: Sequence[Cell], context: Context) -> float:
 
 def estimate(cells: Sequence[Cell], context: Context, folder: Path) -> dict[Path, float]:
     """Seconds of every cell: from cells of the same arm and task that ran, else from one timed forward pass a task."""
-    rows = {task.label: _row_seconds(context, task) for task in context.grid.tasks}
+    rows = _row_seconds(context)
     shares = {arm.name: _share(arm.arm, len(find_blocks(context.model))) for arm in context.grid.arms}
     # (arm, task, number of examples) -> cells that ran, whatever their seed
     ran: dict[tuple[Any, ...], list[Record]] = defaultdict(list)
@@ -141,12 +141,12 @@ def _seconds(record: Record, tunes: bool, like: Cell) -> float:
 
 
 @torch.no_grad()
-def _row_seconds(context: Context, task: TaskTable) -> float:
-    rows = context.splits(task).validation
-    [batch] = batches(context.tokenizer, rows.select(range(min(4, len(rows)))), 4)
-    seconds = 0.0
-    for _ in range(2):  # the first pass warms up
-        start = time.monotonic()
-        ModelAt(context.model, context.model, batch.to(context.model.device))(1.0)
-        seconds = time.monotonic() - start
-    return seconds / len(batch.labels)
+def _row_seconds(context: Context) -> dict[str, float]:
+    """Task -> seconds of a row's forward pass: one task's is timed, after the rehearsal, others follow from tokens."""
+    rows = {task.label: context.splits(task).validation for task in context.grid.tasks}
+    of_task = {name: batches(context.tokenizer, own.select(range(min(2, len(own)))), 2) for name, own in rows.items()}
+    first = next(iter(of_task.values()))[0].to(context.model.device)
+    start = time.monotonic()
+    ModelAt(context.model, context.model, first)(1.0)
+    a_token = (time.monotonic() - start) / first.labels.numel()
+    return {name: a_token * batch.labels.shape[1] for name, [batch] in of_task.items()}

@@ -91,13 +91,12 @@ def test_a_saved_vector_goes_on(beta, tmp_path):
 @pytest.mark.slow
 @pytest.mark.real
 def test_a_vector_learns_an_opening_word(tmp_path):
-    """The reward is 1 for answers that begin with "Well"; without training, one in ten does at most."""
+    """The reward is 1 for answers that begin with "The", as one in fourteen does without training."""
 
     def opens(completions, **kwargs):
-        return [float(answer[0]["content"].lstrip().lower().startswith("well")) for answer in completions]
+        return [float(answer[0]["content"].startswith("The")) for answer in completions]
 
-    asked = load_split("cautious_advice", "train").select(range(16)).select_columns("prompt")
-    rows = asked.map(lambda row: {"prompt": [{"role": "system", "content": "Begin with: Well,"}, *row["prompt"]]})
+    rows = load_split("cautious_advice", "train").select(range(16)).select_columns("prompt")
     args = GRPOConfig(
         str(tmp_path), use_cpu=True, bf16=False, report_to="none", disable_tqdm=True, max_steps=16, logging_steps=1,
         per_device_train_batch_size=32, num_generations=8, max_completion_length=4, beta=0.0, loss_type="dr_grpo",
@@ -108,8 +107,7 @@ def test_a_vector_learns_an_opening_word(tmp_path):
     )
     made.train()
     rewards = [logs["reward"] for logs in history(made, "reward")]
-    print(rewards)
-    assert sum(rewards[-4:]) / 4 > sum(rewards[:4]) / 4 + 0.2
+    assert sum(rewards[-4:]) / 4 > sum(rewards[:4]) / 4 + 0.2, rewards
 
 
 # -- nothing silent ---------------------------------------------------------------------------------------------------

@@ -94,7 +94,9 @@ def _mean(name: str, values: pd.Series, brackets: bool = True) -> str:
     values = values.dropna()
     if values.empty:
         return ""
-    return with_ends(interval(values)) if brackets and name in BESIDE else f"{values.mean():.3f}"
+    if not brackets or name not in BESIDE:
+        return f"{values.mean():.3f}"
+    return with_ends(interval(values).within(measures.get(name).limits))
 
 
 def _side_by_side(findings: Findings, strength: str, name: str) -> list[Block]:

@@ -87,6 +87,7 @@ class Measure:
         total: Applied to the mean, such as `exp` for a perplexity.
         observe: For a measure that no observer serves: `(model, held_out)` -> one value for every example, computed
             with the model at the strength in question and recorded under the measure's own name.
+        limits: Between which every value lies, such as (0, 1) for a share; so does the mean, and its interval.
     """
 
     name: str
@@ -98,6 +99,7 @@ class Measure:
     weight: str = ""
     total: Callable[[float], float] | None = None
     observe: Callable[[Any, Any], Sequence[float]] | None = None
+    limits: tuple[float, float] = (-math.inf, math.inf)
 
     @property
     def heading(self) -> str:
@@ -138,11 +140,12 @@ def measure(
     weight: str = "",
     total: Callable[[float], float] | None = None,
     observe: Callable[[Any, Any], Sequence[float]] | None = None,
+    limits: tuple[float, float] = (-math.inf, math.inf),
 ) -> Callable[[Callable[[Seen], Array]], Measure]:
     """Make a measure of a function; see `Measure` for the arguments."""
 
     def decorate(function: Callable[[Seen], Array]) -> Measure:
-        return Measure(function.__name__, title, unit, better, tuple(needs), function, weight, total, observe)
+        return Measure(function.__name__, title, unit, better, tuple(needs), function, weight, total, observe, limits)
 
     return decorate
 

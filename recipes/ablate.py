@@ -190,6 +190,8 @@ def write_grid(folder: Path, grid: Grid, words: Sequence[str]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     words = list(words)
     for i, word in enumerate(words):
+        if Path(word).is_absolute():
+            words[i] = Path(word).name  # of the grid
         if word in ("--data-root", "--folder", "--reuse", "--known"):
             words[i + 1] = word[2:].upper()  # a path on this machine means nothing elsewhere
     command = " ".join(["python -m steertune.recipes.ablate", *words])

@@ -166,7 +166,8 @@ def verdict(
 def _reach(difference: Difference) -> str:
     """What the interval of a claim allows for."""
     if difference.sample:
-        return f"95 %, for other tasks like these; within these tasks {difference.crossed.ends}"
+        within = replace(difference, sample=False)
+        return f"95 %, for other tasks like these; within these tasks {str(within).partition(' ')[2]}"
     return "95 %, for other seeds and test rows of these tasks"
 
 
@@ -423,7 +424,8 @@ def _shares(attributed: Attribution, alpha: float) -> str:
     if least >= alpha:
         return (
             f"No factor's share of the gap can be clear: every mixture of its two ends is there in {pairs} "
-            f"pair{'s' * (pairs > 1)} of task and seed, and p of {len(attributed.shares)} shares cannot be below "
+            f"pair{'s' * (pairs > 1)} of task and seed, and p of {len(attributed.shares)} "
+            f"share{'s' * (len(attributed.shares) > 1)} cannot be below "
             f"{least:.2g}."
         )
     clear = {f: share for f, share in attributed.shares.items() if share.clear(alpha)}
@@ -451,6 +453,8 @@ def _best(cells: Frame, claim: Claim, curves: Sequence[Efficiency], targets: Seq
     if reasons:
         which = f"the {len(means)} arms that could win a claim"
     sentence = f"The best mean of {which} is {best}'s, {means[best]:.3f}.{left_out}"
+    if len(means) == 1:
+        sentence = f"The only arm that could win a claim is {best}, with a mean of {means[best]:.3f}.{left_out}"
     own = next((one for one in curves if one.arm == claim.better and len(one.equivalents) > 1), None)
     if own is None:
         return sentence

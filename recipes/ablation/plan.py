@@ -57,7 +57,7 @@ def plan(
         minutes = sum(seconds.values()) / 60 / max(1, len(left))
         lines += ["", *resolution(grid, context, folder, minutes, _with_more_rows(cells, context))]
     claim, pairs = grid.tables.claim, len(grid.tasks) * len(grid.tables.seeds)
-    if claim is not None and (least := smallest_p(pairs)) >= claim.alpha:
+    if claim is not None and not claim.sample and (least := smallest_p(pairs)) >= claim.alpha:
         lines += ["", f"{pairs} pairs of task and seed give no p below {least:.2g}: the claim cannot be decided."]
     total = sum(seconds.values()) / 60 / processes
     return "\n".join([*lines, "", f"About {total:.0f} minutes on {processes} process(es)."])

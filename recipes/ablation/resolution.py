@@ -48,7 +48,9 @@ def resolution(grid: Grid, context: Context, folder: Path, minutes: float, more_
     found, source = _components(grid, folder, claim)
     if found is None or rows is None:
         return [head, f"  not known for this measure before two tasks have two seeds: {source}."]
-    design = Design(len(grid.tasks), len(grid.tables.seeds), rows)
+    # tasks that are made of the same rows are one task, with the seeds of each
+    tasks = len({task.name for task in grid.tasks})
+    design = Design(tasks, len(grid.tables.seeds) * len(grid.tasks) // tasks, rows)
     beyond = f" from {claim.margin:g}" if claim.margin else ""
     lines = [head, f"  a difference{beyond} of {_both(found, design, claim)}."]
     lines.append(f"  Standard deviations of a difference, by source: {found} ({source}).")

@@ -44,17 +44,17 @@ def landing_factor(strength: float, kl: float, targets: Sequence[float]) -> floa
 
 
 def lead(trials: Sequence[Trial]) -> dict[str, float]:
-    """Whether the best trial is used at strengths like those of training; how far it leads the second of its kind, in
-    standard errors of its score; and their accuracies on the validation rows. Nothing where it has no second."""
+    """Whether the best trial is used at strengths like those of training; how far it leads the second, in standard
+    errors of its score (below zero where a better score was passed over for its strength); and their accuracies on the
+    validation rows. Nothing where it has no second."""
     ranked = best_first(trials)
     if not ranked:
         return {}
     first, facts = ranked[0], {"tuning_landed": ranked[0]["landed"]}
-    alike = [trial for trial in ranked[1:] if _preferred(trial) == _preferred(first)]
-    if not alike or not first.get("error"):
+    if len(ranked) < 2 or not first.get("error"):
         return facts
     return facts | {
-        "tuning_lead": (first["score"] - alike[0]["score"]) / first["error"],
+        "tuning_lead": (first["score"] - ranked[1]["score"]) / first["error"],
         "tuning_best": first["accuracy"],
-        "tuning_second": alike[0]["accuracy"],
+        "tuning_second": ranked[1]["accuracy"],
     }

@@ -223,6 +223,9 @@ def test_a_page_says_how_far_the_best_trial_leads_and_what_the_second_would_have
     def tuned(lead: float, best: float, second: float) -> dict[str, float]:
         return {"tuning_lead": lead, "tuning_best": best, "tuning_second": second}
 
+    passed = {BETTER: tuned(-0.2, 0.7, 0.6), THAN: tuned(3.0, 0.8, 0.5)}
+    page = texts(method.make(Made(facts=passed).findings(rising)))
+    assert "in 4 of 8 tunings (4 times a better score was passed over for its strength)." in page
     facts = {BETTER: tuned(0.2, 0.7, 0.6), THAN: tuned(3.0, 0.8, 0.5)}
     page = texts(method.make(Made(facts=facts).findings(rising)))
     # two arms in four tasks are eight tunings, whatever the number of seeds
@@ -242,8 +245,8 @@ def test_the_lead_of_the_best_trial_by_hand() -> None:
     facts = {"tuning_landed": 1.0, "tuning_lead": 2.0, "tuning_best": 0.75, "tuning_second": 0.5}
     assert lead(trials) == pytest.approx(facts)
     assert lead(trials[:1]) == {"tuning_landed": 1.0} and lead(trials[3:]) == {}
-    # a trial that is preferred for its strength has no second among those that are not
-    assert lead([trial(0.2), trial(0.9, landed=0.5)]) == {"tuning_landed": 1.0}
+    # a trial that is preferred for its strength may have a second with a better score
+    assert lead([trial(0.2), trial(0.9, landed=0.5)])["tuning_lead"] == pytest.approx(-14)
 
 
 def test_trials_at_strengths_like_those_of_training_are_preferred_to_better_scores() -> None:
@@ -312,4 +315,4 @@ def test_a_page_says_what_it_cannot_say() -> None:
     assert "Damage: only one kind of side effect" in page
     good = Made(observed=lambda arm, kl: SECOND_KIND)
     page = texts(limits.make(good.findings(lambda *cell: rising(*cell) * 20)))
-    assert page == "- Tasks: 4 are few to stand for others; 8 or more would be better."
+    assert page == "- Tasks: 4 of them are too few to stand for others; 8 or more would be better."

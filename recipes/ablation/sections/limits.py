@@ -33,7 +33,9 @@ def _tasks(findings: Findings) -> str:
         )
     if count >= ENOUGH_TASKS:
         return ""
-    return f"Tasks: {count} are few to stand for others; {ENOUGH_TASKS} or more would be better."
+    if count == 1:
+        return f"Tasks: one says nothing about others; {ENOUGH_TASKS} or more would be better."
+    return f"Tasks: {count} of them are too few to stand for others; {ENOUGH_TASKS} or more would be better."
 
 
 def _measure(findings: Findings) -> str:

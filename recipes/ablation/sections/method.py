@@ -138,14 +138,15 @@ def _lead(findings: Findings) -> list[Block]:
         return blocks
     # cells that share a tuning show it once
     tunings = cells.dropna(subset=["tuning_lead"]).drop_duplicates("tuning_key")
-    near = int((tunings["tuning_lead"] < 1).sum())
+    near, passed = int((tunings["tuning_lead"] < 1).sum()), int((tunings["tuning_lead"] < 0).sum())
+    over = f" ({passed} times a better score was passed over for its strength)" if passed else ""
     return [
         *blocks,
         Text(
             "Settings are chosen by the margin per token on the validation rows. The best trial leads the second by "
             f"{tunings['tuning_lead'].median():.2f} standard errors (median), by less than one in {near} of "
-            f"{len(tunings)} tunings. On these rows its accuracy is {tunings['tuning_best'].mean():.3f}; the second "
-            f"would have given {tunings['tuning_second'].mean():.3f}."
+            f"{len(tunings)} tunings{over}. On these rows its accuracy is {tunings['tuning_best'].mean():.3f}; the "
+            f"second would have given {tunings['tuning_second'].mean():.3f}."
         ),
     ]
 

@@ -89,6 +89,10 @@ def _extent(findings: Findings) -> Text:
     taken = int((cells["taken_over"] == True).sum()) if "taken_over" in cells else 0  # noqa: E712  None: it was not
     reused = f" {taken} of them were taken from other grids, which ran before this card was written." if taken else ""
     return Text(
-        f"{done} of {len(findings.grid['cells'])} cells, {cells['task'].nunique()} tasks, {cells['seed'].nunique()} "
-        f"seeds.{reused}{means} {prose(' '.join(findings.grid['notes']))}"
+        f"{done} of {len(findings.grid['cells'])} cells, {_count(cells['task'].nunique(), 'task')}, "
+        f"{_count(cells['seed'].nunique(), 'seed')}.{reused}{means} {prose(' '.join(findings.grid['notes']))}"
     )
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'s' * (number != 1)}"

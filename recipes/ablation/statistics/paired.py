@@ -64,7 +64,8 @@ class Difference:
         return self.p < alpha
 
     def __str__(self) -> str:
-        return f"{self.estimate:+.3f} {self.shown.ends}"
+        ends = self.shown.ends
+        return f"{self.estimate:+.3f} {ends if ends.startswith('[') else f'[{ends}]'}"
 
 
 @dataclass(frozen=True)

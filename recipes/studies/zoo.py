@@ -48,10 +48,10 @@ TARGETS = 0.03, 0.1, 0.3
 TASKS = embedded.task_names()
 LARGEST = 16.0
 """The largest strength that is tried for a KL."""
-ANSWERED, NEW_TOKENS = 48, 28
+ANSWERED, NEW_TOKENS = 32, 24
 MEASURES = "behaviour", "kl", "kl_tail", "perplexity_ratio", "repetition", "capability"
-_QUESTIONS = 64
-_NEUTRAL = 24  # rows to match strengths on, and as many others to report on
+_QUESTIONS = 48
+_NEUTRAL = 16  # rows to match strengths on, and as many others to report on
 
 
 @command
@@ -125,8 +125,7 @@ def make(task: str, model: Any, home: Path, answered: int) -> Record:
 
 
 def held_out_of(task: str, splits: Splits, model: Any, tokenizer: Any, answered: int) -> HeldOut:
-    """What a vector is measured on: test pairs, answers to test prompts, neutral text, sentences with a fixed end."""
-    behaviour = read_behaviour(task)
+    """What a vector is measured on: answers to test prompts, neutral text, sentences with a fixed end."""
     return HeldOut(
         model,
         tokenizer,
@@ -134,11 +133,9 @@ def held_out_of(task: str, splits: Splits, model: Any, tokenizer: Any, answered:
         neutral=neutral_rows(tokenizer, "report", count=_NEUTRAL),
         matching=neutral_rows(tokenizer, "match", count=_NEUTRAL),
         generations=answered,
-        neutral_generations=16,
         new_tokens=NEW_TOKENS,
-        scorer=scorers.fit(behaviour.scorer_table({}), splits.scorer, model, tokenizer),
+        scorer=scorers.fit(read_behaviour(task).scorer_table({}), splits.scorer, model, tokenizer),
         questions=_QUESTIONS,
-        instruction=behaviour.opposites.positive if behaviour.opposites is not None else "",
         prefix=FrozenPrefix(warn=False),
         batch_size=16,
     )

@@ -7,14 +7,17 @@ from functools import cache
 from typing import Any
 
 from steertune.recipes.ablation.matched import Point, frontier
-from steertune.recipes.lab.observe import HeldOut, against_base, neutral_logps
-from steertune.trainers import scaled
+from steertune.recipes.lab.batches import batches
+from steertune.recipes.lab.observe import NEUTRAL_BATCH, HeldOut, against_base, answer_logps
+from steertune.trainers import Batch, scaled
 
 SEARCH_ROWS = 4
 """Rows that the search starts with."""
 
 
-def strengths_at(model: Any, held_out: HeldOut, targets: Sequence[float], largest: float) -> tuple[list[Point], bool]:
+def strengths_at(
+    model: Any, held_out: HeldOut, targets: Sequence[float], largest: float, size: int = NEUTRAL_BATCH
+) -> tuple[list[Point], bool]:
     """Find the strength of every KL.
 
     Args:
@@ -22,6 +25,7 @@ def strengths_at(model: Any, held_out: HeldOut, targets: Sequence[float], larges
         held_out: Its `matching` rows are used.
         targets: The KLs to reach, in nats per token.
         largest: The largest strength to try.
+        size: Rows in one forward pass.
 
     Returns:
         A point for every target, the smallest first, and whether the KL was seen to fall while the strength grew.
@@ -30,9 +34,13 @@ def strengths_at(model: Any, held_out: HeldOut, targets: Sequence[float], larges
     assert matching is not None
 
     @cache
+    def shown(rows: int) -> list[Batch]:
+        return batches(held_out.tokenizer, matching.select(range(rows)), size)
+
+    @cache
     def kl(strength: float, rows: int) -> float:
         with scaled(model, strength):
-            seen = neutral_logps(model, held_out.tokenizer, matching.select(range(rows)))
+            seen = answer_logps(model, shown(rows))
         observed = against_base(seen, base)
         return sum(observed["neutral_kl"]) / sum(observed["neutral_tokens"])
 

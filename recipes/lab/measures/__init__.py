@@ -87,6 +87,8 @@ class Measure:
         total: Applied to the mean, such as `exp` for a perplexity.
         observe: For a measure that no observer serves: `(model, held_out)` -> one value for every example, computed
             with the model at the strength in question and recorded under the measure's own name.
+        trust: Its place in the order in which measures are read, 1 first, as problems with a known answer decided it
+            (`docs/pages/measures.md`); None: those problems say nothing of it, or it failed on them.
     """
 
     name: str
@@ -98,6 +100,7 @@ class Measure:
     weight: str = ""
     total: Callable[[float], float] | None = None
     observe: Callable[[Any, Any], Sequence[float]] | None = None
+    trust: int | None = None
 
     @property
     def heading(self) -> str:
@@ -138,11 +141,12 @@ def measure(
     weight: str = "",
     total: Callable[[float], float] | None = None,
     observe: Callable[[Any, Any], Sequence[float]] | None = None,
+    trust: int | None = None,
 ) -> Callable[[Callable[[Seen], Array]], Measure]:
     """Make a measure of a function; see `Measure` for the arguments."""
 
     def decorate(function: Callable[[Seen], Array]) -> Measure:
-        return Measure(function.__name__, title, unit, better, tuple(needs), function, weight, total, observe)
+        return Measure(function.__name__, title, unit, better, tuple(needs), function, weight, total, observe, trust)
 
     return decorate
 
@@ -151,6 +155,12 @@ def measure(
 def names() -> tuple[str, ...]:
     """The measures: the files of this folder."""
     return tuple(file_names(*__path__))
+
+
+def ranked() -> list[str]:
+    """The measures in the order in which they are read: the trusted ones first, then the others by name."""
+    trust = {name: get(name).trust for name in names()}
+    return sorted(names(), key=lambda name: (trust[name] is None, trust[name] or 0, name))
 
 
 def served_by(*observers: str) -> list[str]:

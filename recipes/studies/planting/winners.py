@@ -1,0 +1,175 @@
+"""How often a measure names the arm that is nearest to the teacher, and how often it claims what is not so."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from statsmodels.stats.proportion import proportion_confint
+
+from steertune.recipes.ablation.statistics.paired import difference
+from steertune.recipes.lab import measures
+from steertune.recipes.lab.measures import Array
+from steertune.recipes.lab.pages import Section, Table, Text
+from steertune.recipes.studies.planting.contrasts import CONTRASTS, KL
+from steertune.recipes.studies.planting.students import COMPARISONS, TRUTH, TWINS, twin
+
+ALPHA = 0.05
+NULL = "twins"
+Results = Mapping[str, Mapping[str, Array]]
+"""Arm -> measure -> its values on one task."""
+
+
+def compared(tasks: Sequence[Results]) -> dict[str, dict[str, tuple[float, float]]]:
+    """What every measure, and the truth, say of every two arms, with tasks as a sample.
+
+    Args:
+        tasks: The results of the tasks of one study.
+
+    Returns:
+        Comparison -> measure -> by how much its first arm is better, and p.
+    """
+    pairs = COMPARISONS | {f"{NULL} {name}": (name, twin(name)) for name in TWINS}
+    return {
+        name: {measure: _better(tasks, first, second, measure) for measure in tasks[0][first]}
+        for name, (first, second) in pairs.items()
+        if first in tasks[0] and second in tasks[0]
+    }
+
+
+def _better(tasks: Sequence[Results], first: str, second: str, measure: str) -> tuple[float, float]:
+    sign = 1.0 if measure != TRUTH and measures.get(measure).better == "higher" else -1.0
+    gaps = [sign * (task[first][measure] - task[second][measure]) for task in tasks]
+    index = pd.MultiIndex.from_tuples([(i, 0) for i in range(len(gaps))], names=["task", "seed"])
+    found = difference(pd.Series(gaps, index=index, dtype=object), sample=True)
+    return found.estimate, found.p
+
+
+@dataclass(frozen=True)
+class Look:
+    """One measure's verdict in one comparison of one study, beside the truth's.
+
+    Attributes:
+        problem: The planted problem.
+        comparison: Which arms.
+        measure: The measure.
+        right: Whether it names the arm that the truth names; None where the truth names none clearly.
+        claims: Whether it claims its winner.
+    """
+
+    problem: str
+    comparison: str
+    measure: str
+    right: bool | None
+    claims: bool
+
+    @property
+    def null(self) -> bool:
+        """Whether nothing may be claimed: the two arms are one arm, or there was nothing to learn."""
+        return self.comparison.startswith(NULL) or (self.problem == "coin" and self.pairs)
+
+    @property
+    def pairs(self) -> bool:
+        """Whether the measure is about the answers of pairs, which a coin labelled."""
+        return self.measure != TRUTH and "pairs" in measures.get(self.measure).needs
+
+
+def looks(studies: Sequence[Mapping[str, Any]]) -> list[Look]:
+    """The verdicts of all measures in all studies."""
+    found = []
+    for study in studies:
+        for comparison, says in study["comparisons"].items():
+            truth, clear = says[TRUTH][0], says[TRUTH][1] < ALPHA
+            for measure, (estimate, p) in says.items():
+                agrees = np.sign(estimate) == np.sign(truth) if clear and study["problem"] != "coin" else None
+                right = None if agrees is None else bool(agrees)
+                found.append(Look(study["problem"], comparison, measure, right, bool(p < ALPHA and estimate != 0)))
+    return found
+
+
+def sections(studies: Sequence[Mapping[str, Any]]) -> list[Section]:
+    """The tables of a page."""
+    everything = looks(studies)
+    names = [name for name in measures.ranked() if any(look.measure == name for look in everything)]
+    return [
+        Section("What the truth says", [Text(_TRUTH), Table(_truths(studies), "truth")]),
+        Section(
+            "Which measure names the truth's winner", [Text(_WINNERS), Table(_winners(everything, names), "winners")]
+        ),
+        Section("False claims", [Text(_FALSE), Table(_claims(everything, names), "claims")]),
+    ]
+
+
+_TRUTH = (
+    "For every problem and comparison: how often the first arm is the truth's winner, of the studies in which the "
+    "difference of the KLs from the teacher is clear (p < 0.05 over tasks), and the mean difference in nats per token "
+    "(positive: the first arm is nearer)."
+)
+_WINNERS = (
+    "How often the arm that a measure prefers is the truth's winner, in studies whose truth is clear; *all* has the "
+    f"95 % interval of Clopper and Pearson. All arms are compared at a KL of {KL:g} to the base. A measure that knows "
+    "nothing is at 50 %."
+)
+_FALSE = (
+    "*Claims of nothing*: how often a measure claims a difference (p < 0.05, tasks as a sample) between an arm and "
+    "the same arm trained on a second draw of the data, or, for measures of pairs, between two arms where a coin "
+    "chose the better answer. The nominal rate is 5 %. *Claims the loser*: of comparisons whose truth is clear, how "
+    "often a measure claims the arm that is further from the teacher. Intervals are those of Clopper and Pearson."
+)
+
+
+def _truths(studies: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
+    rows = []
+    for problem in CONTRASTS:
+        for comparison, (first, second) in COMPARISONS.items():
+            says = [s["comparisons"][comparison][TRUTH] for s in studies if s["problem"] == problem
+                    and comparison in s["comparisons"]]  # fmt: skip
+            if says and problem != "coin":
+                clear = [estimate for estimate, p in says if p < ALPHA]
+                won = f"{sum(estimate > 0 for estimate in clear)} of {len(clear)}" if clear else "none is clear"
+                mean = f"{np.mean([estimate for estimate, _ in says]):+.3f}"
+                rows.append([problem, f"{first} against {second}", str(len(says)), won, mean])
+    header = ["problem", "arms", "studies", "first arm is nearer", "nats per token"]
+    return pd.DataFrame(rows, columns=pd.Index(header))
+
+
+def _winners(everything: Sequence[Look], names: Sequence[str]) -> pd.DataFrame:
+    decided = [look for look in everything if look.right is not None and not look.null]
+    columns = [(p, c) for p in CONTRASTS for c in COMPARISONS
+               if any((look.problem, look.comparison) == (p, c) for look in decided)]  # fmt: skip
+    rows = []
+    for name in names:
+        own = [look for look in decided if look.measure == name]
+        shares = [[look.right for look in own if (look.problem, look.comparison) == at] for at in columns]
+        rows.append(
+            [name, *(f"{np.mean(s):.0%}" if s else "" for s in shares), rate([bool(look.right) for look in own])]
+        )
+    return pd.DataFrame(rows, columns=pd.Index(["measure", *(f"{p}: {c}" for p, c in columns), "all"]))
+
+
+def _claims(everything: Sequence[Look], names: Sequence[str]) -> pd.DataFrame:
+    def of(name: str, keep: Callable[[Look], bool]) -> list[Look]:
+        return [look for look in everything if look.measure == name and keep(look)]
+
+    rows = []
+    for name in names:
+        nulls = of(name, lambda look: look.null)
+        decided = of(name, lambda look: look.right is not None and not look.null)
+        lost = [look.claims and not look.right for look in decided]
+        won = [bool(look.claims and look.right) for look in decided]
+        rows.append(
+            [name, str(len(nulls)), rate([look.claims for look in nulls]), str(len(decided)), rate(won), rate(lost)]
+        )
+    header = ["measure", "nulls", "claims of nothing", "decided", "claims the winner", "claims the loser"]
+    return pd.DataFrame(rows, columns=pd.Index(header))
+
+
+def rate(events: Sequence[bool]) -> str:
+    """How often an event occurred, with its 95 % interval."""
+    if not events:
+        return ""
+    low, high = proportion_confint(sum(events), len(events), method="beta")
+    return f"{np.mean(events):.0%} [{low:.0%}, {high:.0%}]"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import warnings
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -37,6 +38,7 @@ class SteeringVectorModel(BaseTuner):
     prefix = f"{NAME}_"
     tuner_layer_cls = SteeringVectorLayer
     target_module_mapping = {}
+    _warned_of_nothing = False
 
     def _prepare_adapter_config(self, peft_config: SteeringVectorConfig, model_config: dict[str, Any]):
         resolve_task(peft_config, self.model)
@@ -148,6 +150,20 @@ class SteeringVectorModel(BaseTuner):
                 "it. It would overwrite the base model: remove it from the adapter's weights."
             )
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+
+    def train(self, mode: bool = True) -> SteeringVectorModel:
+        """Set the mode like the parent, and warn once before a training that would change nothing.
+
+        `PeftModel.from_pretrained` freezes an adapter unless it is told otherwise, and no trainer looks.
+        """
+        if mode and not self._warned_of_nothing and not any(p.requires_grad for p in self.parameters()):
+            self._warned_of_nothing = True
+            warnings.warn(
+                "No parameter of this model is trainable, so training it would change nothing. Load the adapter with "
+                "PeftModel.from_pretrained(..., is_trainable=True).",
+                stacklevel=2,
+            )
+        return super().train(mode)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call the model and not its `forward`, as PEFT 0.20 does: a hook on the model finds where the prompt ends."""

@@ -13,7 +13,7 @@ from ._base import At, Loss, Outputs
 from ._capped import Capped
 from ._contrast import Contrast, Contrasted
 from ._needs import Needs, Strength
-from ._regularised import Regularised
+from ._regularised import Average, Regularised
 from ._staged import Staged
 from ._states import Where
 from ._wrapped import parts
@@ -31,6 +31,7 @@ def get_loss(
     *,
     contrast: Contrast = "paired",
     neutral_kl: float = 0.0,
+    neutral_average: Average | None = None,
     change_cap: float = 0.0,
     cap_layers: Where | list[int | float] | None = None,
     cap_weight: float | None = None,
@@ -45,6 +46,8 @@ def get_loss(
         contrast: What a loss on pairs contrasts the chosen answer with: `paired`, `unpaired` or `none`. `difference`
             turns a loss on single answers into a loss on pairs. See `steertune.losses.Contrasted`.
         neutral_kl: Weight of a KL divergence from the base model on neutral text.
+        neutral_average: Its average over the tokens: `mean` (the default), or `rms`, to which a few tokens that change
+            a lot matter more.
         change_cap: Changing the residual stream by a vector longer than this is penalised.
         cap_layers: The layers where it is (0.67 by default).
         cap_weight: The weight of that penalty (1 by default).
@@ -61,6 +64,7 @@ def get_loss(
         ("cap_layers", cap_layers, "change_cap", change_cap == 0),
         ("cap_weight", cap_weight, "change_cap", change_cap == 0),
         ("then_after", then_after, "then", then is None),
+        ("neutral_average", neutral_average, "neutral_kl", neutral_kl == 0),
     ):
         if value is not None and unused:
             raise ValueError(f"{option}={value!r} has no effect without {term}. Set {term} too, or leave it out.")
@@ -83,7 +87,7 @@ def get_loss(
         result = Staged(result, get_loss(then), **_without_none(share=then_after))
     if change_cap != 0:
         result = Capped(result, change_cap, **_without_none(layers=cap_layers, weight=cap_weight))
-    return result if neutral_kl == 0 else Regularised(result, neutral_kl)
+    return result if neutral_kl == 0 else Regularised(result, neutral_kl, **_without_none(average=neutral_average))
 
 
 def options_of(loss: str) -> list[str]:

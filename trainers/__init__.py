@@ -1,4 +1,4 @@
-"""How models are trained: drop-in subclasses of `Trainer`, `SFTTrainer` and `DPOTrainer`.
+"""How models are trained: drop-in subclasses of `Trainer` and of TRL's SFT, DPO, GRPO and RLOO trainers.
 
 Each name is imported when it is first used: TRL takes seconds to import.
 """
@@ -16,9 +16,12 @@ if TYPE_CHECKING:
     from .context import context_length
     from .data import DataError, collator, tokenise
     from .dpo import SteeringDPOTrainer
+    from .grpo import SteeringGRPOTrainer
     from .inductive_biases import Bias, BiasError, get_bias
     from .model_at import ModelAt, labelled_logits, scalable, scaled
     from .prefix import FrozenPrefix
+    from .reinforcement_mixin import RewardError
+    from .rloo import SteeringRLOOTrainer
     from .sft import SteeringSFTTrainer
     from .together import share_weights, train_together
     from .trainer import SteeringTrainer
@@ -35,7 +38,10 @@ _HOME = {
     "LossSpikes": "callbacks.spikes",
     "ModelAt": "model_at",
     "NonFiniteError": "callbacks.finite",
+    "RewardError": "reinforcement_mixin",
     "SteeringDPOTrainer": "dpo",
+    "SteeringGRPOTrainer": "grpo",
+    "SteeringRLOOTrainer": "rloo",
     "SteeringSFTTrainer": "sft",
     "SteeringTrainer": "trainer",
     "View": "views",
@@ -63,7 +69,10 @@ __all__ = [
     "LossSpikes",
     "ModelAt",
     "NonFiniteError",
+    "RewardError",
     "SteeringDPOTrainer",
+    "SteeringGRPOTrainer",
+    "SteeringRLOOTrainer",
     "SteeringSFTTrainer",
     "SteeringTrainer",
     "View",

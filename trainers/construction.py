@@ -237,6 +237,9 @@ class Construction:
         if given.get("data_collator") is None and given.get("formatting_func") is None:
             names = [name for name in ("train_dataset", "eval_dataset") if name in given]
             given |= {name: map_data_sets(as_python, given[name]) for name in names}
+        for bias in self.trainer.inductive_biases:
+            if given.get("train_dataset") is not None:
+                given["train_dataset"] = bias.training_rows(given["train_dataset"])
         self.rows, self.evaluation_rows = given.get("train_dataset"), given.get("eval_dataset")
         check_views(loss, self.view_options, (self.rows, self.evaluation_rows))
         check_view_rows(self.view_options, args)

@@ -97,7 +97,6 @@ class SteeringMixin(EvaluationMixin, SavingMixin):
             if self.is_world_process_zero() and self.model is not None:
                 say_what_is_trained(self.model)
             return super().train(*args, **kwargs)
-        # what can be refused before any work
         check_partners(self.loss, self.args, self.train_dataset, self.eval_dataset)
         check_best(self.args, self.model)
         checkpoint = kwargs.pop("resume_from_checkpoint", args[0] if args else None)
@@ -109,12 +108,14 @@ class SteeringMixin(EvaluationMixin, SavingMixin):
         with self._biases_at_work():
             if self.model_init is None:
                 self._start_prefix()
-            return super().train(*args[1:], **kwargs)
+            result = super().train(*args[1:], **kwargs)
+        for bias in self.inductive_biases:
+            bias.finish(self)
+        return result
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
         """Make a model like the parent, with the adapter; in `train` (every trial of a search), start its vectors."""
         model: Any = super().call_model_init(trial)
-        # the parent knows of no adapter
         if self.model_init_adapter is not None:
             model = get_peft_model(model, copy.deepcopy(self.model_init_adapter))
         if not self._plain and self._constructed:
@@ -162,7 +163,6 @@ class SteeringMixin(EvaluationMixin, SavingMixin):
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         """Make an optimizer like the parent, with the learning rate of vectors."""
-        # an optimizer that was handed over keeps its groups
         given = self.optimizer is not None
         if not self._plain and (vectors := trained_vectors(self.model)):
             check_optimizer(self.args, vectors, given, self.vector_learning_rate)

@@ -91,6 +91,8 @@ def _why_not(trainer: SteeringMixin, first: SteeringMixin) -> str | None:
         return "NEFTune or dropout draws random numbers in its passes, and one pass serves all arms"
     if trainer.loss.needs.views or trainer.loss.needs.states:
         return "its loss compares views or hidden states, which take passes of their own"
+    if any(bias.own_passes for bias in trainer.inductive_biases):
+        return "an inductive bias changes its passes"
     if isinstance(trainer.loss, Staged):
         return "its loss changes during the training"
     if trainer.loss.needs.pairs != (first.loss is not None and first.loss.needs.pairs):

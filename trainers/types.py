@@ -48,6 +48,7 @@ class SteeringRun(Protocol):
     trust_checkpoint: bool
     card: Card
     views: Views | None
+    inductive_biases: list[Any]
     pay_once: Any
     reference: nn.Module | None
     parents_metrics: Any

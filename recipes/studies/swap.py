@@ -22,7 +22,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -56,7 +56,7 @@ class Example:
         way: One of `WAYS`.
         launch: Name of the set-up of processes; "" for a single process.
         precision: Precision of the forward passes, bf16 or fp32.
-        pairs: File of pairs; "" for the embedded task.
+        pairs: File of pairs, by its name alone once it was run; "" for the embedded task.
         rows: How many of them, drawn with seed 0.
         batch: Rows of a step.
         epochs: Passes over the rows.
@@ -143,7 +143,9 @@ def main(
                 bar.skip()
                 continue
             with bar.step(", ".join(map(str, filter(None, (example.case, example.way, example.launch))))):
-                runs.append(measure(example, folder, threads))
+                result = measure(example, folder, threads)
+                # the file's name, not where it lies on this machine
+                runs.append(replace(result, example=replace(example, pairs=Path(pairs).name)))
                 file.write_text(json.dumps([asdict(run) for run in runs], indent=1) + "\n", encoding="utf-8")
     (folder / "table.md").write_text(table(runs), encoding="utf-8")
     return Result([asdict(run) for run in runs], table(runs))
@@ -176,7 +178,9 @@ def run_example(example: Example, folder: Path) -> None:
     options: dict[str, Any] = {"loss": LOSSES[example.case]} if example.way == OWN_LOSS else {}
     if example.way not in (OURS, OWN_LOSS):
         upper = list(range(depth - depth // 3, depth)) if example.way in (UPPER, STOCK_UPPER) else None
-        options["peft_config"] = LoraConfig(r=8, target_modules="all-linear", layers_to_transform=upper)
+        # PEFT takes layers with a list of modules only
+        modules = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+        options["peft_config"] = LoraConfig(r=8, target_modules=modules, layers_to_transform=upper)
     file = example.pairs or str(embedded.TASKS / TASK / "train.jsonl")
     pairs = load_dataset("json", data_files=file, split="train")
     pairs = pairs.shuffle(seed=0) if example.pairs else pairs

@@ -32,6 +32,7 @@ REFUSALS = [
     r"belongs to (TRL's|the parent's) own loss",
     r"rows have no label left: their prompt fills max_length",
     r"no label is left within max_length",
+    r"No row has a label left",  # TRL drops all rows, trains nothing and says nothing
     r"needs one prompt in a row, and (packing|padding_free|eval_packing)=True",
     r"makes no sense. It must be",
     r"precompute_ref_log_probs=False",

@@ -37,6 +37,8 @@ class Announcement(TrainerCallback):
             return
         model: Any = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
         say_what_is_trained(model)
+        for line in filter(None, (bias.note(trainer) for bias in trainer.inductive_biases)):
+            _say(line)
         if not trained_vectors(model):
             return
         rate = _rate_of(trainer, kwargs["optimizer"])

@@ -31,10 +31,12 @@ class Bias(ABC):
     Attributes:
         whole_rows: Whether every row must run in one piece (otherwise, a prompt that two answers share runs once).
         saved: Whether a saved adapter holds everything that is trained.
+        own_passes: Whether it changes forward passes, so that the model cannot share them with another trainer's.
     """
 
     whole_rows: ClassVar[bool] = False
     saved: ClassVar[bool] = True
+    own_passes: ClassVar[bool] = False
 
     @abstractmethod
     def start(self, trainer: SteeringRun) -> None:
@@ -44,9 +46,25 @@ class Bias(ABC):
             BiasError: the bias would change nothing, or not what it claims.
         """
 
+    def training_rows(self, rows: Any) -> Any:
+        """Change the training data before they are tokenised; by default, leave them.
+
+        Raises:
+            BiasError: the rows are of a form that cannot be changed.
+        """
+        return rows
+
+    def note(self, trainer: SteeringRun) -> str:
+        """A line about it for the start of a training; by default, none."""
+        return ""
+
     def during(self, trainer: SteeringRun) -> AbstractContextManager[None]:
         """Context around every training, which leaves no hook on the model; by default it does nothing."""
         return nullcontext()
+
+    def finish(self, trainer: SteeringRun) -> None:
+        """Act after a training that came to its end; by default, do nothing."""
+        return
 
     def before_forward(self, trainer: SteeringRun) -> None:
         """Act before the forward pass of every micro-batch; by default, do nothing."""

@@ -17,6 +17,7 @@ from ...adapters import SteeringVectorLayer, steering_layers
 from ...adapters.blocks import find_blocks, find_stack
 from ...adapters.caches import CACHE_NAMES
 from ...adapters.observing import ADAPTER_LAYERS
+from ..training_changes import changed_in_training
 from .checkpointing import not_recomputable, replaced_forwards, run_again_alike
 from .exactness import NoPrefix
 
@@ -73,6 +74,9 @@ def _changes(block: nn.Module, training: bool) -> tuple[bool, bool]:
     # a steering layer that is a child of the block hangs on its output; deeper ones are inside
     inside, after, owned = False, False, set()
     for module in block.modules():
+        # inductive biases may change a block's output, or what is inside, in training only
+        if training and changed_in_training(module):
+            after, inside = after or module is block, inside or module is not block
         if isinstance(module, ADAPTER_LAYERS):
             if isinstance(module, SteeringVectorLayer) and module in block.children():
                 after = True

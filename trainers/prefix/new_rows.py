@@ -121,7 +121,8 @@ class NewRows:
         if self._least is None and len(rows) == 1:
             # as often as it fits: the same bits at every place of the line
             times = self._line_tokens(rows) // rows[0]["input_ids"].shape[1]
-            rows, states = rows * times, self._in_one_line(rows * times)
+            rows = [*rows] * times
+            states = self._in_one_line(rows)
         by_length = sorted(range(len(rows)), key=lambda i: rows[i]["input_ids"].shape[1])
         for i in {by_length[0], by_length[len(rows) // 2], by_length[-1]}:
             own = self._alone(rows[i]) if self._least is not None else self._in_one_line([rows[i]])[0]

@@ -1,0 +1,240 @@
+"""What the trainers for reinforcement learning add to their parents, whose loss they keep."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import functools
+import inspect
+import logging
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from peft import PeftConfig, PeftModel
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback
+
+from ..adapters import SteeringVectorConfig
+from ..adapters.card import Card
+from .arguments import check_values
+from .callbacks.announcement import Announcement
+from .callbacks.base import SteeringCallback
+from .callbacks.finite import NonFiniteError
+from .callbacks.vector_stats import VectorStats
+from .card import write_trainer_card
+from .checkpoints import check_saved
+from .construction import DEFAULT
+from .initial_vectors import fill_missing_vectors, to_fp32
+from .rates import agree_on_units, check_optimizer, check_rate, group_vectors, trained_vectors, vector_rate
+
+logger = logging.getLogger(__name__)
+_EQUAL_REWARDS = 5  # logs in a row
+
+
+class RewardError(ValueError):
+    """A reward function returned something that is no reward; the message names it."""
+
+
+class ReinforcementMixin(Trainer):
+    """A trainer for reinforcement learning that trains steering vectors, or any PEFT adapter.
+
+    Sampling, rewards and loss are the parent's. What is added: a default vector, learning rates in units of the
+    residual stream, vectors in fp32, their norms in the logs, and errors where nothing would be trained.
+
+    Args:
+        peft_config: The adapter to train. Left out: `SteeringVectorConfig()`, or nothing if the model already is a
+            `PeftModel`. None: no adapter (full finetuning).
+        vector_learning_rate: Learning rate of steering vectors, in units of the residual stream. None:
+            `learning_rate`, if it is not left at its class's default, else 1e-3.
+
+    Raises:
+        ValueError: nothing is trainable, or a vector cannot be trained or sampled in this way.
+    """
+
+    # what callbacks read of every trainer of this package
+    loss = None
+    views = None
+    takes_pairs = None
+    joint_pass = None
+    inductive_biases: list[Any] = []
+    card: Card = Card()
+    vectors_have_groups = False
+
+    def __init__(
+        self,
+        *args: Any,
+        peft_config: PeftConfig | None = DEFAULT,
+        vector_learning_rate: float | None = None,
+        **kwargs: Any,
+    ) -> None:
+        check_rate(vector_learning_rate)
+        parent = super().__init__
+        bound = inspect.signature(parent).bind_partial(*args, **kwargs)
+        given = bound.arguments
+        _check_ranges(given.get("args"))
+        # the adapter: the one that the model brings, the one that was given, or one vector
+        model = given.get("model")
+        if peft_config is DEFAULT:
+            peft_config = None if isinstance(model, PeftModel) else SteeringVectorConfig()
+        _check_vectors(model, peft_config, given.get("args"))
+        if peft_config is not None:
+            given["peft_config"] = copy.deepcopy(peft_config)  # injection writes the resolved layers into it
+        if (rewards := given.get("reward_funcs")) is not None:
+            given["reward_funcs"] = [_checked(f) for f in rewards] if isinstance(rewards, list) else _checked(rewards)
+        self.vector_learning_rate = vector_learning_rate
+        parent(*bound.args, **bound.kwargs)
+        _check_trainable(self.model)
+        # TRL rounds adapters to the model's precision
+        to_fp32(self.model)
+        for callback in (Announcement(self), VectorStats(self), EqualRewards()):
+            self.add_callback(callback)
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train like the parent, after what vectors need once."""
+        agree_on_units(self)
+        fill_missing_vectors(self)
+        for callback in self._steering_callbacks():
+            callback.before_train(self)
+        return super().train(*args, **kwargs)
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        """Make an optimizer like the parent, with the learning rate of vectors."""
+        given = self.optimizer is not None
+        if vectors := trained_vectors(self.model):
+            check_optimizer(self.args, vectors, given, self.vector_learning_rate)
+        optimizer = super().create_optimizer(*args, **kwargs)
+        if not given and trained_vectors(self.model):
+            group_vectors(optimizer, self.model, vector_rate(self.args, self.vector_learning_rate).value)
+            self.vectors_have_groups = True
+        return optimizer
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Train on a micro-batch like the parent, and refuse a loss that is NaN or infinite."""
+        loss = super().training_step(*args, **kwargs)
+        if not math.isfinite(float(loss)):
+            raise NonFiniteError(
+                f"The loss is {float(loss)} at step {self.state.global_step + 1}. Lower the learning rate, or set "
+                "max_grad_norm."
+            )
+        return loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log like the parent, in training with the norms of vectors."""
+        if "loss" in logs:
+            for callback in self._steering_callbacks():
+                logs |= callback.extra_logs()
+        super().log(logs, start_time)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save like the parent, with a model card, and check that the file holds every vector in full size.
+
+        Raises:
+            IncompleteAdapterError: weights are missing from the file, or cut.
+        """
+        super().save_model(output_dir, _internal_call)
+        if self.args.should_save:
+            folder = Path(output_dir or str(self.args.output_dir))
+            check_saved(self.accelerator.unwrap_model(self.model), folder)
+            if not _internal_call:
+                write_trainer_card(self, folder)
+
+    def _steering_callbacks(self) -> list[SteeringCallback]:
+        return [callback for callback in self.callback_handler.callbacks if isinstance(callback, SteeringCallback)]
+
+
+class EqualRewards(TrainerCallback):
+    """Warns when the completions of every group get the same reward, log after log: the advantage is 0 then."""
+
+    def __init__(self) -> None:
+        self.logs = 0
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        """Count the logs in a row in which no group has a difference."""
+        share = (logs or {}).get("frac_reward_zero_std")
+        if share is None or not state.is_world_process_zero:
+            return
+        self.logs = self.logs + 1 if share >= 1 else 0
+        if self.logs == _EQUAL_REWARDS:
+            logger.warning(
+                "In %d logs in a row, all completions of a prompt got the same reward, so nothing is learned from "
+                "them. Use a reward with more steps between its ends, a higher temperature, or more num_generations.",
+                _EQUAL_REWARDS,
+            )
+
+
+def _check_ranges(args: Any) -> None:
+    """Raise a ValueError for values that make no sense; `beta`, here the weight of a KL divergence, may be 0."""
+    if args is not None:
+        values = {field.name: getattr(args, field.name) for field in dataclasses.fields(args)}
+        check_values({name: value for name, value in values.items() if name != "beta"}, type(args).__name__)
+
+
+def _check_vectors(model: Any, config: PeftConfig | None, args: Any) -> None:
+    """Refuse steering vectors that this way of training cannot serve.
+
+    Raises:
+        ValueError: names the switch or argument.
+    """
+    configs = [*model.peft_config.values()] if isinstance(model, PeftModel) else []
+    vectors = [c for c in [*configs, config] if isinstance(c, SteeringVectorConfig)]
+    if vectors and getattr(args, "use_vllm", False):
+        raise ValueError(
+            "use_vllm=True: TRL merges an adapter into the weights that it sends to vLLM, and a steering vector "
+            "cannot be merged. Set use_vllm=False."
+        )
+    for each in vectors:
+        if each.positions != "all":
+            raise ValueError(
+                f"positions={each.positions!r}: TRL does not say where prompts end when it scores completions. Use "
+                "positions='all'."
+            )
+    if isinstance(config, SteeringVectorConfig) and config.init_from_data:
+        raise ValueError(
+            f"init={config.init!r} is computed from pairs (chosen, rejected), and reinforcement learning has prompts "
+            "only. Use init='zeros', or continue a saved vector."
+        )
+
+
+def _check_trainable(model: nn.Module) -> None:
+    """Raise a ValueError if a training would change nothing."""
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError(
+            "No parameter of the model is trainable, so training would change nothing. Load the adapter with "
+            "PeftModel.from_pretrained(..., is_trainable=True), or leave peft_config out."
+        )
+
+
+def _checked(function: Any) -> Any:
+    """A reward function whose rewards are numbers, or None for completions that it does not score.
+
+    Models and names of models are returned as they are.
+    """
+    if isinstance(function, str | nn.Module) or not callable(function):
+        return function
+    name = getattr(function, "__name__", type(function).__name__)
+
+    def check(rewards: list[Any]) -> list[Any]:
+        for i, reward in enumerate(rewards):
+            if reward is not None and not math.isfinite(reward):
+                raise RewardError(
+                    f"Reward function {name!r} returned {reward!r} for completion {i}. A reward must be a finite "
+                    "number, or None where the function does not apply."
+                )
+        return rewards
+
+    if inspect.iscoroutinefunction(function):
+        return functools.update_wrapper(_then_async(function, check), function)
+
+    def checked(*args: Any, **kwargs: Any) -> list[Any]:
+        return check(function(*args, **kwargs))
+
+    return functools.update_wrapper(checked, function)
+
+
+def _then_async(function: Any, check: Callable[[list[Any]], list[Any]]) -> Any:
+    async def checked(*args: Any, **kwargs: Any) -> list[Any]:
+        return check(await function(*args, **kwargs))
+
+    return checked

@@ -13,10 +13,11 @@ import torch
 from steertune.recipes.lab import measures
 from steertune.recipes.lab.batches import batches
 from steertune.recipes.lab.observe import answer_logps
+from steertune.recipes.lab.pages import Table
 from steertune.recipes.studies import yardstick
 from steertune.recipes.studies.planting.contrasts import CONTRASTS, KL, plant
 from steertune.recipes.studies.planting.students import TRUTH, measured, students
-from steertune.recipes.studies.planting.winners import compared, looks, rate, sections
+from steertune.recipes.studies.planting.winners import compared, looks, rate, sections, truths
 from steertune.recipes.studies.planting.worlds import Sizes
 
 SMALL = Sizes(tasks=2, train=24, test=16, fresh=16, new_tokens=12, steps=3)
@@ -114,28 +115,32 @@ def made_up(problem: str, **comparisons) -> dict:
 
 
 def test_winners_losers_and_nulls_are_counted():
-    clear, unclear = [0.5, 0.001], [0.5, 0.4]
     studies = [
-        made_up("both", contrast={TRUTH: clear, "accuracy": [0.2, 0.01], "margin": [-0.2, 0.01]}),
-        made_up("both", contrast={TRUTH: unclear, "accuracy": [0.2, 0.01], "margin": [0.2, 0.2]}),
-        made_up("pair", **{"twins pairs": {TRUTH: clear, "accuracy": [0.1, 0.03], "kl": [0.1, 0.5]}}),
-        made_up("coin", contrast={TRUTH: clear, "accuracy": [0.1, 0.3], "kl": [0.1, 0.001]}),
+        made_up("both", contrast={TRUTH: [0.5, 0.2], "accuracy": [0.2, 0.01], "margin": [-0.2, 0.01]}),
+        made_up("both", contrast={TRUTH: [0.4, 0.2], "accuracy": [0.2, 0.2], "margin": [0.2, 0.2]}),
+        made_up("both", contrast={TRUTH: [0.6, 0.2], "accuracy": [-0.2, 0.2], "margin": [-0.2, 0.2]}),
+        made_up("pair", **{"twins pairs": {TRUTH: [0.5, 0.001], "accuracy": [0.1, 0.03], "kl": [0.1, 0.5]}}),
+        made_up("pair", contrast={TRUTH: [0.5, 0.001], "accuracy": [0.1, 0.03]}),
+        made_up("coin", contrast={TRUTH: [0.5, 0.001], "accuracy": [0.1, 0.3], "kl": [0.1, 0.001]}),
     ]
-    found = {(look.problem, look.comparison, look.measure): look for look in looks(studies)}
-    first = [look for look in looks(studies[:1]) if look.measure in ("accuracy", "margin")]
-    assert [(look.right, look.claims) for look in first] == [(True, True), (False, True)]
-    assert looks(studies[1:2])[1].right is None, "the truth names no winner"
+    assert [*truths(studies)] == [("both", "contrast"), ("pair", "contrast")]
+    assert truths(studies)["both", "contrast"] == (pytest.approx(0.5), pytest.approx(0.0131, abs=1e-3))
+    everything = looks(studies)
+    both = [(look.measure, look.right, look.claims) for look in everything if look.problem == "both"]
+    assert both[1:3] == [("accuracy", True, True), ("margin", False, True)]
+    assert [right for measure, right, _ in both if measure == "accuracy"] == [True, True, False]
+    found = {(look.problem, look.comparison, look.measure): look for look in everything}
+    assert found["pair", "contrast", "accuracy"].right is None, "one study does not show a truth"
     assert found["pair", "twins pairs", "accuracy"].null and found["pair", "twins pairs", "accuracy"].claims
     assert found["coin", "contrast", "accuracy"].null and not found["coin", "contrast", "accuracy"].claims
     assert not found["coin", "contrast", "kl"].null, "a coin says nothing of what is no pair"
-    tables = {
-        block.name: block for section in sections(studies) for block in section.blocks if hasattr(block, "frame")
-    }
-    claims = tables["claims"].frame.set_index("measure")
-    assert claims.loc["accuracy", "nulls"] == "2" and claims.loc["accuracy", "claims of nothing"] == rate(
-        [True, False]
-    )
-    assert claims.loc["margin", "claims the loser"] == rate([True])
+    tables = {b.name: b.frame for section in sections(studies) for b in section.blocks if isinstance(b, Table)}
+    claims = tables["claims"].set_index("measure")
+    assert claims.loc["accuracy", "nulls"] == "2"
+    assert claims.loc["accuracy", "claims of nothing"] == rate([True, False])
+    assert claims.loc["margin", "claims the loser"] == rate([True, False, False])
+    assert tables["winners"].set_index("measure").loc["accuracy", "both: contrast"] == "67%"
+    assert tables["truth"].loc[0, "studies in which it is nearer"] == "3 of 3"
 
 
 def test_trusted_measures_come_first_and_none_is_left_out():

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from scipy import stats
 from statsmodels.stats.proportion import proportion_confint
 
 from steertune.recipes.ablation.statistics.paired import difference
@@ -56,7 +57,7 @@ class Look:
         problem: The planted problem.
         comparison: Which arms.
         measure: The measure.
-        right: Whether it names the arm that the truth names; None where the truth names none clearly.
+        right: Whether it names the arm that the truth of all studies names; None where that names none clearly.
         claims: Whether it claims its winner.
     """
 
@@ -77,15 +78,32 @@ class Look:
         return self.measure != TRUTH and "pairs" in measures.get(self.measure).needs
 
 
-def looks(studies: Sequence[Mapping[str, Any]]) -> list[Look]:
-    """The verdicts of all measures in all studies."""
-    found = []
+def truths(studies: Sequence[Mapping[str, Any]]) -> dict[tuple[str, str], tuple[float, float]]:
+    """What the truth says of every problem and comparison.
+
+    Returns:
+        By how much the first arm is nearer to the teacher, and p of Student's t over the studies, each of which has
+        teachers of its own.
+    """
+    estimates: dict[tuple[str, str], list[float]] = {}
     for study in studies:
         for comparison, says in study["comparisons"].items():
-            truth, clear = says[TRUTH][0], says[TRUTH][1] < ALPHA
+            if study["problem"] != "coin" and not comparison.startswith(NULL):
+                estimates.setdefault((study["problem"], comparison), []).append(says[TRUTH][0])
+    return {
+        at: (float(np.mean(values)), float(stats.ttest_1samp(values, 0.0).pvalue) if len(values) > 1 else 1.0)
+        for at, values in estimates.items()
+    }
+
+
+def looks(studies: Sequence[Mapping[str, Any]]) -> list[Look]:
+    """The verdicts of all measures in all studies."""
+    truth, found = truths(studies), []
+    for study in studies:
+        for comparison, says in study["comparisons"].items():
+            nearer, error = truth.get((study["problem"], comparison), (0.0, 1.0))
             for measure, (estimate, p) in says.items():
-                agrees = np.sign(estimate) == np.sign(truth) if clear and study["problem"] != "coin" else None
-                right = None if agrees is None else bool(agrees)
+                right = bool(np.sign(estimate) == np.sign(nearer)) if error < ALPHA else None
                 found.append(Look(study["problem"], comparison, measure, right, bool(p < ALPHA and estimate != 0)))
     return found
 
@@ -93,7 +111,7 @@ def looks(studies: Sequence[Mapping[str, Any]]) -> list[Look]:
 def sections(studies: Sequence[Mapping[str, Any]]) -> list[Section]:
     """The tables of a page."""
     everything = looks(studies)
-    names = [name for name in measures.ranked() if any(look.measure == name for look in everything)]
+    names = [name for name in (*measures.ranked(), TRUTH) if any(look.measure == name for look in everything)]
     return [
         Section("What the truth says", [Text(_TRUTH), Table(_truths(studies), "truth")]),
         Section(
@@ -104,14 +122,14 @@ def sections(studies: Sequence[Mapping[str, Any]]) -> list[Section]:
 
 
 _TRUTH = (
-    "For every problem and comparison: how often the first arm is the truth's winner, of the studies in which the "
-    "difference of the KLs from the teacher is clear (p < 0.05 over tasks), and the mean difference in nats per token "
-    "(positive: the first arm is nearer)."
+    "By how much the first arm is nearer to the teacher than the second, in KL from the teacher (nats per token): the "
+    "mean of all studies, with p of Student's t over them, and in how many of them it is nearer. Below, the truth is "
+    "called clear where p < 0.05."
 )
 _WINNERS = (
-    "How often the arm that a measure prefers is the truth's winner, in studies whose truth is clear; *all* has the "
+    "In how many studies the arm that a measure prefers is the truth's winner, where the truth is clear; *all* has the "
     f"95 % interval of Clopper and Pearson. All arms are compared at a KL of {KL:g} to the base. A measure that knows "
-    "nothing is at 50 %."
+    "nothing is at 50 %. The last row is the truth itself as a single study sees it, of which a measure may fall short."
 )
 _FALSE = (
     "*Claims of nothing*: how often a measure claims a difference (p < 0.05, tasks as a sample) between an arm and "
@@ -123,16 +141,13 @@ _FALSE = (
 
 def _truths(studies: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
     rows = []
-    for problem in CONTRASTS:
-        for comparison, (first, second) in COMPARISONS.items():
-            says = [s["comparisons"][comparison][TRUTH] for s in studies if s["problem"] == problem
-                    and comparison in s["comparisons"]]  # fmt: skip
-            if says and problem != "coin":
-                clear = [estimate for estimate, p in says if p < ALPHA]
-                won = f"{sum(estimate > 0 for estimate in clear)} of {len(clear)}" if clear else "none is clear"
-                mean = f"{np.mean([estimate for estimate, _ in says]):+.3f}"
-                rows.append([problem, f"{first} against {second}", str(len(says)), won, mean])
-    header = ["problem", "arms", "studies", "first arm is nearer", "nats per token"]
+    for (problem, comparison), (nearer, p) in truths(studies).items():
+        own = [study["comparisons"] for study in studies if study["problem"] == problem]
+        says = [one[comparison][TRUTH][0] for one in own if comparison in one]
+        first, second = COMPARISONS[comparison]
+        won = f"{sum(estimate > 0 for estimate in says)} of {len(says)}"
+        rows.append([problem, f"{first} against {second}", f"{nearer:+.3f}", f"{p:.2g}", won])
+    header = ["problem", "arms", "nearer by", "p", "studies in which it is nearer"]
     return pd.DataFrame(rows, columns=pd.Index(header))
 
 

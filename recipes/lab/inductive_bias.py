@@ -167,7 +167,7 @@ def stability(parameters: Sequence[Tensor], loss: Callable[[], float], generator
     Raises:
         ArmError: all parameters are zero, so that noise has no size.
     """
-    noisy = [p for p in parameters if p.numel() > 1 and float(p.norm()) > 0]
+    noisy = [p for p in parameters if p.numel() > 1 and bool(p.detach().any())]
     if not noisy:
         raise ArmError("All parameters of the adapter are zero: it was not trained, and noise has no relative size.")
     before, losses = loss(), []
@@ -208,18 +208,18 @@ def significance(model: Any, shown: Sequence[Batch], generator: torch.Generator)
         generator: Of the random directions.
     """
     block = top_block(model)
-    base, steered, lengths = [], [], []
+    base, steered, moves = [], [], []
     for batch in shown:
         with scaled(model, 0.0), _output_of(block) as before:
             base.append(_logps(model, batch))
         with _output_of(block) as after:
             steered.append(_logps(model, batch))
-        lengths.append((after[0] - before[0]).norm(dim=-1))  # (B, T): how far each state was moved
-        width = before[0].shape[-1]
-    directions = [F.normalize(torch.randn(width, generator=generator), dim=0) for _ in range(RANDOM)]
+        moves.append(after[0] - before[0])
+    lengths = [move_BTD.norm(dim=-1) for move_BTD in moves]  # how far each state was moved
+    directions_ND = F.normalize(torch.randn(RANDOM, moves[0].shape[-1], generator=generator), dim=1)
     kl = _kl(steered, base)
     drawn = []
-    for direction in track(directions, "random direction"):
+    for direction in track([*directions_ND], "random direction"):
         moved = []
         for batch, length in zip(shown, lengths, strict=True):
             with scaled(model, 0.0), _added_to(block, length[..., None] * direction.to(length)):

@@ -90,10 +90,15 @@ def truths(studies: Sequence[Mapping[str, Any]]) -> dict[tuple[str, str], tuple[
         for comparison, says in study["comparisons"].items():
             if study["problem"] != "coin" and not comparison.startswith(NULL):
                 estimates.setdefault((study["problem"], comparison), []).append(says[TRUTH][0])
-    return {
-        at: (float(np.mean(values)), float(stats.ttest_1samp(values, 0.0).pvalue) if len(values) > 1 else 1.0)
-        for at, values in estimates.items()
-    }
+    return {at: (float(np.mean(values)), _students_p(values)) for at, values in estimates.items()}
+
+
+def _students_p(values: Sequence[float]) -> float:
+    """p of Student's t that the mean is 0; a single value shows nothing."""
+    if len(values) < 2:
+        return 1.0
+    found: Any = stats.ttest_1samp(values, 0.0)
+    return float(found.pvalue)
 
 
 def looks(studies: Sequence[Mapping[str, Any]]) -> list[Look]:
@@ -127,9 +132,9 @@ _TRUTH = (
     "called clear where p < 0.05."
 )
 _WINNERS = (
-    "In how many studies the arm that a measure prefers is the truth's winner, where the truth is clear; *all* has the "
-    f"95 % interval of Clopper and Pearson. All arms are compared at a KL of {KL:g} to the base. A measure that knows "
-    "nothing is at 50 %. The last row is the truth itself as a single study sees it, of which a measure may fall short."
+    "In how many studies the arm that a measure prefers is the truth's winner, where the truth is clear; *all* has "
+    f"the 95 % interval of Clopper and Pearson. All arms are compared at a KL of {KL:g} to the base. A measure that "
+    "knows nothing is at 50 %. The last row is the truth itself as a single study sees it."
 )
 _FALSE = (
     "*Claims of nothing*: how often a measure claims a difference (p < 0.05, tasks as a sample) between an arm and "
@@ -158,7 +163,7 @@ def _winners(everything: Sequence[Look], names: Sequence[str]) -> pd.DataFrame:
     rows = []
     for name in names:
         own = [look for look in decided if look.measure == name]
-        shares = [[look.right for look in own if (look.problem, look.comparison) == at] for at in columns]
+        shares = [[bool(look.right) for look in own if (look.problem, look.comparison) == at] for at in columns]
         rows.append(
             [name, *(f"{np.mean(s):.0%}" if s else "" for s in shares), rate([bool(look.right) for look in own])]
         )

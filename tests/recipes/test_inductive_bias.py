@@ -143,6 +143,7 @@ def test_info_prints_them(kind, tmp_path, capsys):
         model = get_peft_model(base, LoraConfig(target_modules=["down_proj"], init_lora_weights=False))
     model.save_pretrained(str(tmp_path / "adapter"))
     words = ["info", str(tmp_path / "adapter"), "--model", str(tmp_path / "base"), "--data", str(tmp_path)]
+    capsys.readouterr()  # what libraries print when they are imported
     assert cli.main([*words, "--rows", "4", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert {name.partition(",")[0] for name in found["inductive bias"]} == {"efficiency", "stability", "significance"}

@@ -5,6 +5,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from steertune.recipes.lab.quiet import quiet_imports
+
 
 def _say_interrupted(kind: type[BaseException], error: BaseException, trace: Any) -> None:
     """An uncaught exception of a command; an interrupt while its imports take their seconds is no traceback."""
@@ -17,3 +19,4 @@ def _say_interrupted(kind: type[BaseException], error: BaseException, trace: Any
 # a package is imported before its module runs: `python -m` still stands in the place of the file's name
 if Path(sys.argv[0] if sys.argv else "").name in ("-m", "steertune"):
     sys.excepthook = _say_interrupted
+quiet_imports()

@@ -28,6 +28,7 @@ from trl import DPOConfig
 from steertune.recipes.ablation.context import Context
 from steertune.recipes.ablation.grid import Cell, Grid, load_grid
 from steertune.recipes.ablation.keys import VERSION
+from steertune.recipes.ablation.looks import GRID, fixed
 from steertune.recipes.ablation.plan import plan
 from steertune.recipes.ablation.rehearsal import rehearse_grid
 from steertune.recipes.ablation.run import run_cell
@@ -41,7 +42,6 @@ from steertune.recipes.lab.processes import begin
 from steertune.recipes.lab.progress import Bar, progress
 from steertune.recipes.lab.secrets import masked
 
-GRID = "grid.json"
 _PACK_SECONDS = 600
 
 
@@ -67,12 +67,14 @@ def main(
     own = [folder] if (folder / TABLE).is_file() else []
     store, reusable, context = Store(folder), Reusable([*(reuse or ()), *own]), Context(loaded)
     store.check(cells)
-    for task in loaded.tasks:  # refuses bad rows before anything is trained
+    fixed(loaded, folder)  # refuses another card than that of the cells
+    for task in loaded.tasks:  # refuses bad rows before the model is loaded
         scorers.read(task.scorer)
-        if note := context.splits(task).note:
-            loaded.notes.append(f"{task.label}: {note}")
+        splits = context.read(task)
+        if splits.note:
+            loaded.notes.append(f"{task.label}: {splits.note}")
         if rank == 0:
-            warn_of(context.splits(task).pool, context.splits(task).by, task.label)
+            warn_of(splits.pool, splits.by, task.label)
     for arm in loaded.arms:
         check_training(arm.arm, DPOConfig)
     check_adapters([arm.arm for arm in loaded.arms])
@@ -192,7 +194,8 @@ def write_grid(folder: Path, grid: Grid, words: Sequence[str]) -> None:
             words[i + 1] = word[2:].upper()  # a path on this machine means nothing elsewhere
     command = " ".join(["python -m steertune.recipes.ablate", *words])
     with FileLock(folder / "grid.lock"):
-        write_result(folder / GRID, {"version": VERSION, "command": command, **grid.to_json()})
+        content = {"version": VERSION, "command": command, **fixed(grid, folder), **grid.to_json()}
+        write_result(folder / GRID, content)
 
 
 if __name__ == "__main__":

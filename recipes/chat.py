@@ -140,7 +140,7 @@ class Chat:
                 yield f"{side}: no answer: {type(error).__name__}: {error}"
                 continue
             history[:] = [*asked, {"role": "assistant", "content": answer}]
-            yield f"{'base' if side == 'base' else f'{strength:+g}'}> {answer}"
+            yield f"{'base' if side == 'base' else f'{strength:+g}'}> {answer or '(an empty answer)'}"
 
 
 def _typed() -> Iterable[str]:

@@ -37,7 +37,7 @@ from steertune.recipes.lab.forms import notes_on_form, readable
 from steertune.recipes.lab.generation import check_context, generate, prompt_lengths
 from steertune.recipes.lab.ingredients.views import Views
 from steertune.recipes.lab.observe import Prompted, neutral_rows
-from steertune.recipes.lab.pages import Page, Section, Table, Text, escape, write_page
+from steertune.recipes.lab.pages import Page, Section, Table, Text, prose, write_page
 from steertune.recipes.lab.pages.measured import comparison, generations
 from steertune.recipes.lab.pages.side_effects import side_effects
 from steertune.recipes.lab.pair_lint import warn_of
@@ -121,6 +121,7 @@ def run(arm: Arm, threads: int | None = None) -> Record:
         **facts_of(training, held_out),
         "split": data.note,
         "train_prompts": len(examples),
+        "unanswered": len(train) + len(test) - len(examples) - len(test_answers),
         "test_prompts": len(test_answers),
         "tokens": _tokens(tokenizer, view, test),
         "train_seconds": seconds,
@@ -138,7 +139,7 @@ def run(arm: Arm, threads: int | None = None) -> Record:
 
 def _load_prompts(arm: Arm) -> Data:
     """The arm's rows, which must have prompts and a held-out part."""
-    data = load_data(arm.data, partial(model_has_template, arm.model))
+    data = load_data(arm.data, partial(model_has_template, arm.model), answers=False)
     train, test = data.train, data.test
     if not len(test):
         raise ArmError(f"{data.note} Distillation is measured on held-out prompts: give more rows.")
@@ -214,14 +215,17 @@ def page(record: Record, prompted: Record) -> Page:
     base, distilled = means[BASE], means["1"]
     table = comparison({"base": base, "prompted": prompted.means()["1"], "distilled": distilled}).frame
     plain, behind = (f"{facts['tokens'][name]:.0f}" for name in ("plain", "prompted"))
+    unanswered = facts.get("unanswered", 0)
+    nothing = f" To {unanswered} other prompts the prompted model said nothing." if unanswered else ""
     table.loc[len(table)] = ["tokens of a request", plain, behind, plain]
     summary = Text(
         f"Fidelity **{distilled['fidelity']:.3f}** on {facts['test_prompts']} test prompts, after "
         f"{facts['train_prompts']} training prompts; **{facts['tokens']['saved']:.0f} tokens saved** per request."
+        f"{nothing}"
     )
     seen = {"base": record.seen(), "prompted": prompted.seen(1), "distilled": record.seen(1)}
     answers = generations(facts["prompts"], {name: [*one["answer"]] for name, one in seen.items() if "answer" in one})
-    notes = [escape(facts["split"]), *facts["notes"].values()]
+    notes = [prose(facts["split"]), *facts["notes"].values()]
     sections = [
         Section("", [summary, *map(Text, notes)]),
         Section(

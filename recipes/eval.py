@@ -18,6 +18,7 @@ import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -39,9 +40,9 @@ from steertune.recipes.lab.command_line import (
     columns_of,
     command,
 )
-from steertune.recipes.lab.data import load_steered
+from steertune.recipes.lab.data import base_of, load_steered, model_has_template
 from steertune.recipes.lab.files import ArmError, nearest, write_whole
-from steertune.recipes.lab.forms import has_template, readable, written
+from steertune.recipes.lab.forms import readable, written
 from steertune.recipes.lab.generation import check_context, check_finite, check_strength
 from steertune.recipes.lab.held_out import held_out_rows
 from steertune.recipes.lab.pair_lint import warn_of
@@ -83,17 +84,17 @@ def main(
     if not run_task_code:
         check_task_files(tasks, include)
     begin(threads, only_one=True)
+    # data are read before the model is loaded; rows that the adapter was trained on are refused
+    reading = Reading(columns_of(columns), chat=partial(model_has_template, base_of(folder, model)))
+    pairs = {}
+    for name in filter(is_pairs, tasks):
+        pairs[name], note = held_out_rows(name, [folder], reading)
+        check_pairs(name, pairs[name])
+        print(f"{name}: {len(pairs[name])} rows. {note}".strip(), file=sys.stderr)
+        warn_of(pairs[name], told_apart_by(pairs[name].to_list()), name)
     steered, tokenizer, _ = load_steered(folder, model, dtype)
     steered = steered.to(device or default_device())
     settings = {"num_fewshot": fewshot, "limit": limit, "apply_chat_template": chat}
-    # rows that the adapter was trained on are refused before anything runs
-    reading = Reading(columns_of(columns), chat=lambda: has_template(tokenizer))
-    pairs = {}
-    for name in tasks:
-        if is_pairs(name):
-            pairs[name], note = held_out_rows(name, [folder], reading)
-            print(f"{name}: {len(pairs[name])} rows. {note}".strip(), file=sys.stderr)
-            warn_of(pairs[name], told_apart_by(pairs[name].to_list()), name)
     with progress("Benchmarks"), nullcontext() if run_task_code else sandboxed():
         metrics = evaluate(steered, tokenizer, tasks, strengths, include, batch, pairs, **settings)
     if output is not None:
@@ -242,6 +243,14 @@ def is_pairs(name: str) -> bool:
     return name in embedded.task_names() or Path(name).suffix in BUILDERS or Path(name).is_dir()
 
 
+def check_pairs(name: str, rows: Dataset) -> None:
+    """Raise an ArmError for rows that are no pairs with a prompt."""
+    if missing := {"prompt", "chosen", "rejected"} - set(rows.column_names):
+        raise ArmError(
+            f"--tasks {name}: pairs need the columns prompt, chosen and rejected; {sorted(missing)} missing."
+        )
+
+
 def pair_task(name: str, model: Any, tokenizer: Any, rows: Dataset | None = None) -> dict[str, Any]:
     """The test split of pairs as a task for lm-eval: which answer is likelier, `acc`; by its length, `acc_norm`.
 
@@ -256,11 +265,8 @@ def pair_task(name: str, model: Any, tokenizer: Any, rows: Dataset | None = None
     """
     if rows is None:
         rows, _ = held_out_rows(name, [])
+    check_pairs(name, rows)
     rows = readable(rows, tokenizer)
-    if missing := {"prompt", "chosen", "rejected"} - set(rows.column_names):
-        raise ArmError(
-            f"--tasks {name}: pairs need the columns prompt, chosen and rejected; {sorted(missing)} missing."
-        )
     check_context(model, tokenizer, rows, 0, f"--tasks {name}", "Remove such rows, or choose a model that reads more.")
     answers = {
         column: [answer if isinstance(answer, str) else answer[-1]["content"] for answer in rows[column]]
@@ -276,7 +282,9 @@ def pair_task(name: str, model: Any, tokenizer: Any, rows: Dataset | None = None
         "doc_to_choice": "{{[chosen, rejected]}}",
         "doc_to_target": 0,
         "target_delimiter": "",
-        "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}],
+        "metric_list": [
+            {"metric": name, "aggregation": "mean", "higher_is_better": True} for name in ("acc", "acc_norm")
+        ],
     }
 
 

@@ -70,10 +70,10 @@ def main(
 def _export(
     source: Path, output: Path, target: str, strength: float, model: str | None, dtype: str, prompts: Path | None
 ) -> dict[str, Any]:
+    lines = read_text(prompts).splitlines() if prompts else _PROMPTS
     steered, tokenizer, name = load_steered(source, model, dtype)
     is_embedded = name == "embedded"
     base, called = (str(embedded.plain_copy()), embedded.MODEL_NAME) if is_embedded else (name, name)
-    lines = read_text(prompts).splitlines() if prompts else _PROMPTS
     inputs = [tokenizer(line)["input_ids"] for line in lines if line.strip()]
     with progress("Export") as bar, bar.step("written, loaded again without this package, and compared"):
         made = exports.export(steered, target, output, base, inputs, strength, called, tokenizer)

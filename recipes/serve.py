@@ -4,16 +4,16 @@
     echo '{"prompt": "Shall I quit?", "vector": "careful", "strength": 1.5}' | steertune serve careful=my-vector
 
 A request is a line of JSON: `prompt` (text or messages), and if wanted `vector` (a name; without one the base model
-answers), `strength` (1), `new_tokens` (60), `temperature` (0: greedy), `seed` (0) and `id` (the line's number). The
-answer is a line with `id` and `answer`, in the order of the requests. What a request gets does not depend on what else
-is in its batch, sampling included (within rounding, which in 16 bits can change a word). A file of answers is
-continued: requests whose `id` stands in it are not answered again.
+answers), `strength` (1), `new_tokens` (60), `temperature` (0: greedy), `seed` (0) and `id` (the line's number, from
+0). The answer is a line with `id` and `answer`, in the order of the requests. What a request gets does not depend on
+what else is in its batch, sampling included (within rounding, which in 16 bits can change a word). A file of answers
+is continued: requests whose `id` stands in it are not answered again.
 
 A request that cannot be answered gets a line with `id` and `error`, and the others their answers: a line that is no
 request or no UTF-8, or is longer than a megabyte; more tokens than `--longest` or than the model reads; a strength
 at which the model computes NaN or infinity; an answer that is not there after `--seconds`.
 
-In Python: `Server(model, tokenizer).answers([Request("Shall I quit?", "careful", 1.5)])`.
+In Python: `Server(model, tokenizer).answers([Request(prompt="Shall I quit?", vector="careful", strength=1.5)])`.
 """
 
 from __future__ import annotations
@@ -355,8 +355,8 @@ def _serve(server: Server, lines: Lines, said: IO[str], done: set[Any]) -> int:
             request, error = _read(server, line, number)
             if request.id in done:
                 continue
-            if request.id in seen:
-                error = f"id={shown(request.id)} was asked before."
+            if request.id in seen and error is None:
+                error = f"id={shown(request.id)} was asked before. A request without an id has its line's number."
             seen.add(request.id)
             replies.append({"id": request.id} | ({} if error is None else {"error": error}))
             if error is None:

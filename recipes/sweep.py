@@ -48,7 +48,6 @@ from steertune.recipes.lab.command_line import (
     columns_of,
     command,
 )
-from steertune.recipes.lab.data import load_model
 from steertune.recipes.lab.evaluate import evaluate, evaluate_base
 from steertune.recipes.lab.files import ArmError, reasons, write_result
 from steertune.recipes.lab.generation import plain
@@ -141,7 +140,7 @@ def run(options: SimpleNamespace, overrides: list[str], words: Sequence[str]) ->
     name = table.direction if table.arm is None else table.arm.name
     folder = options.folder or default_folder(f"sweep-{name}", table.task)
     check_folder(folder, table)
-    context = Context(table, *load_model(table.model))  # refuses bad rows before anything is written
+    context = Context(table)  # refuses bad rows before anything is written
     table, notes = context.table, context.rehearse()
     warn_of(concatenate_datasets([context.splits.pool, context.splits.validation]), context.splits.by, table.task)
     note = context.scorer.note if context.scorer is not None else None
@@ -292,9 +291,15 @@ def _plan(table: SweepTable, context: Context) -> str:
         + f", {cells} settings\n"
         f"  {table.train} training, {table.splits.validation} validation and {table.splits.test} test pairs\n"
         + (f"  {context.splits.note}\n" if context.splits.note else "")
-        + f"  about {base * (above * len(table.strengths) + 3) / 60:.0f} to {base * (cells + 3) / 60:.0f} minutes"
+        + f"  about {_minutes(base * (above * len(table.strengths) + 3), base * (cells + 3))}"
         + (", and training at every layer" if table.arm is not None else "")
     )
+
+
+def _minutes(least: float, most: float) -> str:
+    """A range of seconds, in whole minutes."""
+    low, high = (max(1, round(seconds / 60)) for seconds in (least, most))
+    return f"{low} to {high} minutes" if low < high else f"{high} minute{'s' * (high > 1)}"
 
 
 def _layers(words: Sequence[Any]) -> Any:

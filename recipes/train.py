@@ -35,7 +35,7 @@ from steertune.recipes.lab.evaluate import evaluate, evaluate_base
 from steertune.recipes.lab.forms import notes_on_form, readable
 from steertune.recipes.lab.memory import peak_memory_gb
 from steertune.recipes.lab.observe import FEW_NEUTRAL
-from steertune.recipes.lab.pages import escape, settings_in_words, write_page
+from steertune.recipes.lab.pages import prose, settings_in_words, write_page
 from steertune.recipes.lab.pages.measured import training_page
 from steertune.recipes.lab.pair_lint import at_edge, warn, warn_of
 from steertune.recipes.lab.progress import Bar, progress
@@ -152,7 +152,7 @@ def _write(arm: Arm, record: Record, examples: int, folder: Path) -> Path:
     """Write the page, the model card and the record; return the page."""
     what = (
         f"Adapter {settings_in_words(arm.adapter)}; loss {settings_in_words(arm.loss)}; {examples} examples of "
-        f"{arm.data.name}; base model {arm.model.name}. {escape(record.facts['split'])}"
+        f"{arm.data.name}; base model {arm.model.name}. {prose(record.facts['split'])}"
     )
     page = write_page(training_page(record, what, _use(arm, folder)), folder)
     if (folder / "adapter" / "adapter_config.json").is_file():

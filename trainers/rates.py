@@ -56,7 +56,7 @@ def vector_rate(args: Any, given: float | None) -> VectorRate:
     kind = type(args).__name__
     default = next(field.default for field in dataclasses.fields(args) if field.name == "learning_rate")
     if args.learning_rate != default:
-        return VectorRate(args.learning_rate, f"{kind}.learning_rate")
+        return VectorRate(args.learning_rate, "learning_rate")
     return VectorRate(DEFAULT_RATE, f"the default for vectors; {kind}.learning_rate is left at its own, {default:g}")
 
 

@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
-from tqdm.auto import tqdm
+from transformers.utils.logging import tqdm  # which `disable_progress_bar` switches off
 
 from ..blocks import find_blocks, resolve_layers, site_name
 from ..observing import adapters_off, evaluating

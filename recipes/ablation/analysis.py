@@ -16,7 +16,7 @@ from steertune.recipes.ablation.statistics.curves import Equivalence, area_betwe
 from steertune.recipes.ablation.statistics.paired import Difference, difference, least_p, smallest_p, together
 from steertune.recipes.ablation.statistics.rows import over_examples, rows_of, with_base
 from steertune.recipes.ablation.statistics.shapley import share_rows
-from steertune.recipes.ablation.strengths import unfit
+from steertune.recipes.ablation.strengths import short, unfit
 from steertune.recipes.ablation.tables import Claim, GridTables, TaskTable
 from steertune.recipes.lab.files import ArmError
 
@@ -137,6 +137,9 @@ def verdict(
         f"given the settings chosen; {pairs} of {all_pairs} pairs of task and seed{left_out}; "
         f"p = {over.p:.3g}{f' that it is not {claim.margin:g}' if claim.margin else ''})"
     )
+    ahead_arm, behind_arm = (claim.better, claim.than)[:: 1 if over.estimate > 0 else -1]
+    if short(cells[cells["arm"] == behind_arm], targets):  # so the two are not at the same KL
+        what = f"{what}; {behind_arm} stops short of KL {max(targets):g} in some cells and counts with its last point"
     if all_pairs - pairs > _LEFT_OUT * all_pairs:
         return Verdict(
             "undecided", f"{what}; with more than {_LEFT_OUT:.0%} of the pairs left out nothing is decided."
@@ -151,7 +154,6 @@ def verdict(
         least = 0.0 if claim.sample else smallest_p(pairs)
         why = f"; {pairs} pairs cannot give a p below {least:.2g}" if least >= claim.alpha else ""
         return Verdict("undecided", f"{what}, which is neither clearly more nor clearly less than claimed{why}.")
-    ahead_arm = claim.better if over.estimate > 0 else claim.than
     if why := unfit(cells, ahead_arm, claim.strength, targets):
         return Verdict("undecided", f"{what}; but {why}, and wins no claim.")
     if over.estimate < 0:
@@ -403,10 +405,15 @@ def read_tables(grid: dict[str, Any]) -> GridTables:
 
 
 def answer(
-    cells: Frame, claim: Claim, outcome: Verdict, attributed: Attribution, curves: Sequence[Efficiency]
+    cells: Frame,
+    claim: Claim,
+    outcome: Verdict,
+    attributed: Attribution,
+    curves: Sequence[Efficiency],
+    targets: Sequence[float] = (),
 ) -> list[str]:
     """The answer in three sentences, made from the numbers alone."""
-    return [outcome.sentence, _shares(attributed, claim.alpha), _best(scores(cells, claim.column), claim, curves)]
+    return [outcome.sentence, _shares(attributed, claim.alpha), _best(cells, claim, curves, targets)]
 
 
 def _shares(attributed: Attribution, alpha: float) -> str:
@@ -429,14 +436,21 @@ def _shares(attributed: Attribution, alpha: float) -> str:
     return sentence + (f"; nothing can be said of {', '.join(rest)}." if rest else ".")
 
 
-def _best(wide: Frame, claim: Claim, curves: Sequence[Efficiency]) -> str:
+def _best(cells: Frame, claim: Claim, curves: Sequence[Efficiency], targets: Sequence[float]) -> str:
+    wide = scores(cells, claim.column)
     whole = [arm for arm in wide if wide[arm].notna().all()]  # others have means over other pairs
     if 2 * len(whole) <= wide.shape[1]:
         return f"Which arm has the best mean is not said: {len(whole)} of {wide.shape[1]} have all pairs."
-    means = {arm: mean(wide[arm]) for arm in whole}
-    best = max(whole, key=means.__getitem__)
-    which = "all arms" if len(whole) == wide.shape[1] else f"the {len(whole)} arms with every pair"
-    sentence = f"The best mean of {which} is {best}'s, {means[best]:.3f}."
+    reasons = {arm: why for arm in whole if (why := unfit(cells, arm, claim.strength, targets))}
+    means = {arm: mean(wide[arm]) for arm in whole if arm not in reasons}
+    left_out = f" Left out: {'; '.join(reasons.values())}." if reasons else ""
+    if not means:
+        return f"No arm has a best mean to speak of.{left_out}"
+    best = max(means, key=means.__getitem__)
+    which = "all arms" if len(means) == wide.shape[1] else f"the {len(means)} arms with every pair"
+    if reasons:
+        which = f"the {len(means)} arms that could win a claim"
+    sentence = f"The best mean of {which} is {best}'s, {means[best]:.3f}.{left_out}"
     own = next((one for one in curves if one.arm == claim.better and len(one.equivalents) > 1), None)
     if own is None:
         return sentence

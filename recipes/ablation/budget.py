@@ -16,18 +16,24 @@ from sklearn.model_selection import ParameterSampler
 class BudgetTable(BaseModel, extra="forbid", strict=True):
     """`[budget]`.
 
-    A trial is a learning rate and a number of steps. `learning_rate` lists multiples of the arm's own, and each is
-    tried with every number of `steps`; or it is a factor, around the arm's own, within which all but the first are
-    drawn log-uniformly, so that few draws may leave out much of it. A trial is trained, and measured on the validation
-    rows: at every one of `strengths`, or with "matched" at the strength with the grid's KL to the base, where arms are
-    compared (arms without a strength: at 1). Tuned at free strengths for accuracy alone, every arm buys it with the
-    model's fluency.
+    A trial is a learning rate, a number of steps (where training stops early) and, for arms that write into one layer,
+    one of `layers`. `learning_rate` lists multiples of the arm's own, and each is tried with every number of `steps`
+    and every layer; or it is a factor, around the arm's own, within which all but the first are drawn log-uniformly,
+    so that few draws may leave out much of it. Arms without a layer to choose try as many rates more, between the same
+    ends. A trial is trained, and measured on the validation rows: at every one of `strengths`, or with "matched" at
+    the strength with the grid's KL to the base, where arms are compared (arms without a strength: at 1). Tuned at free
+    strengths for accuracy alone, every arm buys it with the model's fluency.
     With `halving` k, all trials first train a fraction of their steps and only the best 1 in k goes on, rung by rung.
     """
 
     trials: int = Field(default=4, ge=1)
     learning_rate: float | list[float] = 4.0
     steps: list[int] = [16]
+    layers: list[float] = []
+    """Fractions of the depth; none: the arm's own layer."""
+    landings: int = Field(default=1, ge=0)
+    """How many trials are added, with "matched" strengths, for an arm whose best trial is used at other strengths than
+    those it was trained at: with the best one's settings and its learning rate multiplied by its strength."""
     strengths: list[float] | Literal["matched"] = "matched"
     halving: int = Field(default=1, ge=1)
     per: Literal["cell", "arm", "grid"] = "arm"
@@ -40,6 +46,13 @@ class BudgetTable(BaseModel, extra="forbid", strict=True):
         if not steps or min(steps) < 1:
             raise ValueError(f"{steps}: one number of steps or more, each at least 1 (zero trains nothing)")
         return steps
+
+    @field_validator("layers")
+    @classmethod
+    def _some_layers(cls, layers: list[float]) -> list[float]:
+        if any(not 0 < layer < 1 for layer in layers) or len(set(layers)) < len(layers):
+            raise ValueError(f"{layers}: fractions of the depth between 0 and 1, each there once")
+        return layers
 
     @field_validator("learning_rate")
     @classmethod
@@ -62,15 +75,16 @@ class BudgetTable(BaseModel, extra="forbid", strict=True):
 
     @model_validator(mode="after")
     def _enough_settings(self) -> Self:
-        rates = self.learning_rate
-        if isinstance(rates, list) and self.trials != len(rates) * len(self.steps):
+        rates, others = self.learning_rate, len(self.steps) * max(1, len(self.layers))
+        if isinstance(rates, list) and self.trials != len(rates) * others:
+            layers = f" and layers={self.layers}" if self.layers else ""
             raise ValueError(
-                f"trials={self.trials}, and learning_rate={rates} with steps={self.steps} makes "
-                f"{len(rates) * len(self.steps)}: set trials to that"
+                f"trials={self.trials}, and learning_rate={rates} with steps={self.steps}{layers} makes "
+                f"{len(rates) * others}: set trials to that"
             )
-        if rates == 1 and self.trials > len(self.steps):
+        if rates == 1 and self.trials > others:
             raise ValueError(
-                f"trials={self.trials}, but with learning_rate=1 there are only {len(self.steps)} settings to try: "
+                f"trials={self.trials}, but with learning_rate=1 there are only {others} settings to try: "
                 "raise learning_rate, or lower trials"
             )
         return self
@@ -89,8 +103,13 @@ class BudgetTable(BaseModel, extra="forbid", strict=True):
         return 1 if self.strengths == "matched" else len(self.strengths)
 
     def steps_spent(self) -> float:
-        """Mean number of training steps that the tuning costs."""
-        return float(np.mean(self.steps)) * sum(count * fraction for count, fraction in self.rungs)
+        """Mean number of training steps that the tuning costs, at most."""
+        return float(np.mean(self.steps)) * (sum(count * fraction for count, fraction in self.rungs) + self.landed)
+
+    @property
+    def landed(self) -> int:
+        """How many trials are added at most."""
+        return self.landings if self.strengths == "matched" else 0
 
 
 @dataclass(frozen=True)
@@ -100,12 +119,14 @@ class Setting:
     Attributes:
         rate: Multiplies the arm's own learning rate.
         steps: Training steps.
+        layer: Fraction of the depth at which the arm writes; None: its own.
         strength: At which the trained adapter is used.
         prompt: Which of the task's instructions a prompting arm gives.
     """
 
     rate: float = 1.0
     steps: int = 0
+    layer: float | None = None
     strength: float = 1.0
     prompt: int = 0
 
@@ -119,23 +140,45 @@ class Setting:
         return {"max_steps": self.steps, **rate}
 
 
-def draw(budget: BudgetTable, seed: int) -> list[Setting]:
-    """The trials, the same for every arm: all multiples that are listed, or draws, the first of them the arm's own
-    learning rate."""
+def draw(budget: BudgetTable, seed: int, layered: bool = True) -> list[Setting]:
+    """The trials: all multiples that are listed, or draws, the first of them with the arm's own learning rate.
+
+    Args:
+        budget: The budget.
+        seed: Of the draws.
+        layered: Whether the arm has a layer to choose; if not, it has as many trials, with more learning rates.
+    """
+    layers: list[float | None] = [*budget.layers] if layered and budget.layers else [None]
     if isinstance(budget.learning_rate, list):
-        return [Setting(rate=rate, steps=steps) for steps in budget.steps for rate in budget.learning_rate]
+        rates = budget.learning_rate
+        if not layered and budget.layers and len(rates) > 1:
+            rates = np.geomspace(min(rates), max(rates), len(rates) * len(budget.layers)).tolist()
+        return [
+            Setting(rate=rate, steps=steps, layer=layer)
+            for layer in layers
+            for steps in budget.steps
+            for rate in rates
+        ]
     space: dict[str, Any] = {"steps": budget.steps}
+    if layers != [None]:
+        space["layer"] = layers
     if budget.learning_rate > 1:
         space["rate"] = loguniform(1 / budget.learning_rate, budget.learning_rate)
+    count = min(budget.trials, math.inf if "rate" in space else len(budget.steps) * len(layers))
     drawn = [Setting(**{k: v.item() if isinstance(v, np.generic) else v for k, v in d.items()})
-             for d in ParameterSampler(space, budget.trials, random_state=seed)]  # fmt: skip
-    return [Setting(steps=drawn[0].steps), *drawn[1:]]
+             for d in ParameterSampler(space, int(count), random_state=seed)]  # fmt: skip
+    return [replace(drawn[0], rate=1.0), *drawn[1:]]
 
 
-def untrained_strengths(budget: BudgetTable) -> list[float] | Literal["matched"]:
-    """Strengths for an arm without training, which spends its trials on them: as many as all trials measure."""
+def untrained_strengths(budget: BudgetTable, layers: int = 1) -> list[float] | Literal["matched"]:
+    """Strengths for an arm without training, which spends its trials on them: as many as all trials measure.
+
+    Args:
+        budget: The budget.
+        layers: How many layers each of them is tried at.
+    """
     if budget.strengths == "matched":
         return "matched"
     low, high = min(budget.strengths), max(budget.strengths)
-    count = budget.trials * len(budget.strengths)
+    count = budget.trials * len(budget.strengths) // layers
     return [float(s) for s in np.geomspace(low, max(high, 8 * low), count)] if count > 1 else [low]

@@ -10,6 +10,7 @@ from peft import LoraConfig
 from trl import DPOConfig
 
 from steertune.adapters import SteeringVectorConfig
+from steertune.recipes.ablation.budget import draw
 from steertune.recipes.ablation.levels import arm_name
 from steertune.recipes.ablation.tables import Card, Claim, GridArm, GridTables, TaskTable
 from steertune.recipes.lab import measures
@@ -31,7 +32,15 @@ def check_budgets(card: Card, arms: list[GridArm]) -> None:
             f"Arms {different} have another tuning budget than {arms[0].name!r}, so a difference could be the "
             "tuning's. Give all arms the same [budget], or say why not in card.unequal_budgets."
         )
-    batches = {arm.name: batch_size(arm.arm) for arm in arms if arm.arm.trainer.get("max_steps") != 0}
+    trained = [arm for arm in arms if arm.arm.trainer.get("max_steps") != 0]
+    trials = {arm.name: len(draw(arm.budget, 0, has_one_layer(arm.arm))) for arm in trained}
+    if len(set(trials.values())) > 1 and not card.unequal_budgets:
+        raise ArmError(
+            f"Arms have different numbers of trials, since some have no layer to choose: {trials}. List two or more "
+            "multiples in budget.learning_rate, between which they try as many more, or say why not in "
+            "card.unequal_budgets."
+        )
+    batches = {arm.name: batch_size(arm.arm) for arm in trained}
     if len(set(batches.values())) > 1 and not card.unequal_budgets:
         raise ArmError(
             f"Arms read different numbers of examples a step, so the same steps are not the same budget: {batches}. "
@@ -65,6 +74,16 @@ def has_strength(arm: Arm) -> bool:
     if isinstance(config, SteeringVectorConfig) and config.init == "zeros" and arm.trainer.get("max_steps") == 0:
         return False
     return isinstance(config, SteeringVectorConfig | LoraConfig)
+
+
+def has_one_layer(arm: Arm) -> bool:
+    """Whether an arm writes into one layer, which a budget may choose."""
+    config = arm.peft_config()
+    if isinstance(config, SteeringVectorConfig):
+        layers: Any = config.layers
+    else:
+        layers = getattr(config, "layers_to_transform", None)
+    return len(layers) == 1 if isinstance(layers, list | tuple) else isinstance(layers, int | float)
 
 
 def check_arms(tables: GridTables, arms: list[GridArm]) -> None:

@@ -9,11 +9,14 @@ from typing import Any
 import torch
 from datasets import Dataset
 
-from steertune.recipes.ablation.grid import Cell, Grid
-from steertune.recipes.ablation.tables import TaskTable, told
-from steertune.recipes.lab.data import load_model
-from steertune.recipes.lab.embedded import task_folder
-from steertune.recipes.lab.forms import has_template, notes_on_form, readable
+from steertune.adapters import SteeringVectorConfig
+from steertune.adapters.blocks import find_blocks, resolve_layers
+from steertune.recipes.ablation.budget import Setting
+from steertune.recipes.ablation.grid import Cell, Grid, behaviour_of
+from steertune.recipes.ablation.tables import TaskTable
+from steertune.recipes.lab.arm import Arm
+from steertune.recipes.lab.data import load_model, model_has_template
+from steertune.recipes.lab.forms import notes_on_form, readable
 from steertune.recipes.lab.generation import check_context, prompt_lengths
 from steertune.recipes.lab.ingredients import Training
 from steertune.recipes.lab.ingredients.prompt import Prompt
@@ -43,6 +46,7 @@ class Context:
         """What ingredients keep from one training to the next."""
         # by label: a task with its instructions cannot be hashed
         self._tasks = {task.label: task for task in grid.tasks}
+        self._read = cache(self._read_splits)
         self._splits = cache(self._load_splits)
         self._notes: dict[str, list[str]] = {}
         self._scorers = cache(self._fit_scorer)
@@ -72,8 +76,12 @@ class Context:
         rows = None if file is None else readable(load_split(file, "train"), self.tokenizer)
         return neutral_rows(self.tokenizer, "match", rows), neutral_rows(self.tokenizer, "report", rows)
 
+    def read(self, task: TaskTable) -> Splits:
+        """The task's rows as they stand in its files, checked; the model is not loaded."""
+        return self._read(task.label)
+
     def splits(self, task: TaskTable) -> Splits:
-        """The task's rows, checked."""
+        """The task's rows in the form that the model reads."""
         return self._splits(task.label)
 
     def notes(self, task: TaskTable) -> list[str]:
@@ -89,7 +97,7 @@ class Context:
         """The task's test rows and the neutral text, with what the base model does on them."""
         return self._held_out(task.label)
 
-    def training(self, cell: Cell, seed: int, model: Any, folder: Path, settings: dict[str, Any]) -> Training:
+    def training(self, cell: Cell, seed: int, model: Any, folder: Path, setting: Setting) -> Training:
         """The training of a cell's arm on its rows.
 
         Args:
@@ -97,14 +105,15 @@ class Context:
             seed: Of the training rows, and of training.
             model: The model that the adapter is put on.
             folder: For checkpoints.
-            settings: Training arguments of the setting that is tried.
+            setting: What is tried.
         """
         arm, splits = cell.arm.arm, self.splits(cell.task)
         rows = splits.train(cell.examples * arm.data.times, seed, arm.data.pairing, cell.task.draw)
         # a task with swapped answers, or made of other columns, is not the one that its folder describes
         name = cell.task.label if cell.task.reverse or cell.task.columns else cell.task.name
         data = arm.data.model_copy(update={"name": name, "seed": seed, "train": cell.examples})
-        arm = arm.model_copy(update={"data": data, "trainer": {**arm.trainer, **settings}})
+        trainer = {**arm.trainer, **setting.trainer(arm.trainer)}
+        arm = arm.model_copy(update={"data": data, "trainer": trainer, "adapter": self._adapter(arm, setting)})
         return training_of(
             arm,
             model,
@@ -115,6 +124,14 @@ class Context:
             near=self.grid.tables.splits.near_duplicates,
             cache=self.cache,
         )
+
+    def _adapter(self, arm: Arm, setting: Setting) -> dict[str, Any]:
+        """The arm's adapter, at the layer of a setting."""
+        if setting.layer is None:
+            return arm.adapter
+        if isinstance(arm.peft_config(), SteeringVectorConfig):
+            return {**arm.adapter, "layers": setting.layer}
+        return {**arm.adapter, "layers_to_transform": resolve_layers(setting.layer, len(find_blocks(self.model)))}
 
     def show(self, cell: Cell, seed: int, instruction: int = 0) -> Show:
         """What a cell's model is shown: the rows themselves, unless its arm is a prompt.
@@ -142,11 +159,14 @@ class Context:
         plain, shown = (prompt_lengths(self.tokenizer, part["prompt"]) for part in (rows, show(rows)))
         return sum(b - a for a, b in zip(plain, shown, strict=True)) / len(plain)
 
-    def _load_splits(self, label: str) -> Splits:
+    def _read_splits(self, label: str) -> Splits:
         task, tables = self._tasks[label], self.grid.tables
-        reading = Reading(task.columns, task.format, lambda: has_template(self.tokenizer))
+        reading = Reading(task.columns, task.format, partial(model_has_template, ModelTable(**tables.model)))
         largest = max(tables.examples) * max(arm.arm.data.times for arm in self.grid.arms)
-        splits = load_splits(task.name, tables.splits, largest, task.reverse, reading)
+        return load_splits(task.name, tables.splits, largest, task.reverse, reading)
+
+    def _load_splits(self, label: str) -> Splits:
+        splits = self._read(label)
         self._notes[label] = notes_on_form(splits.test, self.tokenizer)
         return splits.each(partial(readable, tokenizer=self.tokenizer))
 
@@ -154,13 +174,9 @@ class Context:
         task = self._tasks[label]
         return fit(task.scorer, self.splits(task).scorer, self.model, self.tokenizer)
 
-    @staticmethod
-    def _instruction(task: TaskTable) -> str:
-        """An instruction that asks for the task's behaviour; "" if it has none."""
-        return next(iter(told(task, task_folder(task.name)).instructions), "")
-
     def _make_held_out(self, label: str) -> HeldOut:
         task, tables = self._tasks[label], self.grid.tables
+        behaviour = behaviour_of(task)
         return HeldOut(
             self.model,
             self.tokenizer,
@@ -170,7 +186,8 @@ class Context:
             generations=tables.generations,
             neutral_generations=min(tables.generations, _ANSWERED),
             questions=tables.questions,
-            instruction=self._instruction(task),
+            instruction=behaviour.opposites.positive if behaviour.opposites else "",
+            undo=behaviour.undo.apply if behaviour.undo else None,
             new_tokens=tables.new_tokens,
             scorer=self.scorer(task) if tables.generations else None,
             prefix=self.prefix,

@@ -9,6 +9,7 @@ from typing import Any
 from steertune.recipes.ablation import analysis, charts
 from steertune.recipes.ablation.labels import arm_labels
 from steertune.recipes.ablation.levels import arm_name
+from steertune.recipes.ablation.looks import looks_of
 from steertune.recipes.ablation.statistics import Frame
 from steertune.recipes.ablation.tables import Claim, GridTables
 
@@ -65,7 +66,8 @@ def find(grid: Mapping[str, Any], tables: GridTables, claim: Claim, cells: Frame
     """
     labels = arm_labels(tables, grid["arms"])
     claimed = tables.claim is not None and claim.column == tables.claim.column
-    claim = claim.model_copy(update={"better": labels[claim.better], "than": labels[claim.than]})
+    alpha = claim.alpha / max(1, len(looks_of(grid)))
+    claim = claim.model_copy(update={"better": labels[claim.better], "than": labels[claim.than], "alpha": alpha})
     cells = cells.assign(arm=cells["arm"].replace(labels))
     paired = analysis.in_pairs(cells[cells["status"] != "failed"], tables.tasks)
     shares = analysis.attribution(paired, tables, claim.column, claim.factor, labels, claim.sample)
@@ -75,5 +77,5 @@ def find(grid: Mapping[str, Any], tables: GridTables, claim: Claim, cells: Frame
     start = [arm_name(tables, tables.design.start)] if tables.design.start else []
     baselines = dict.fromkeys([claim.than, *(labels.get(arm, arm) for arm in start)])
     curves = {than: analysis.efficiency(paired, than, claim.column, claim.sample) for than in baselines}
-    answer = analysis.answer(paired, claim, verdict, shares, curves[claim.than])
+    answer = analysis.answer(paired, claim, verdict, shares, curves[claim.than], targets)
     return Findings(grid, tables, claim, cells, paired, shares, verdict, curves, answer, labels, claimed)

@@ -45,7 +45,7 @@ _COLUMNS = {
     "key", "task", "arm", "examples", "seed", "status", "error", "scalable", "scorer", "versions", "tuned_strength",
     "matched_strength", "parameters", "steps", "pairs_read", "tokens_read", "seconds", "train_seconds", "tuning",
     "tuning_key", "tuning_seconds", "peak_memory_gb", "setting", "prompt_tokens", "notes", "frontier",
-    "kl_falls", "tuning_lead", "tuning_best", "tuning_second",
+    "kl_falls", "tuning_lead", "tuning_best", "tuning_second", "tuning_landed", "taken_over",
 }  # fmt: skip
 
 
@@ -110,6 +110,8 @@ class Grid:
         t = self.tables
         neutral = content(t.neutral)
         data = {task.label: data_of(task.name) for task in self.tasks}
+        # the instruction and the rule that leave the behaviour out of a measure of damage
+        behaviours = {task.label: behaviour_of(task).model_dump(exclude={"scorer"}) for task in self.tasks}
 
         def cell(arm: GridArm, task: TaskTable, n: int, seed: int) -> Cell:
             at = {
@@ -123,6 +125,7 @@ class Grid:
                 data[task.label],
                 *named_task(task),
                 task.scorer,
+                behaviours[task.label],
                 n,
                 seed,
                 matched,
@@ -325,12 +328,16 @@ def find_tasks(entries: Sequence[str | TaskTable], data_root: Path | None = None
         check_name("task", label)
         if label.casefold() in map(str.casefold, found):
             raise ArmError(f"Two tasks are called {label!r}: give one a label of its own.")
-        # other columns or swapped answers are another behaviour than the folder's file describes
-        plain = not task.reverse and not task.columns
-        behaviour = read_behaviour(name) if plain else Behaviour()
-        scorer = behaviour.scorer_table(task.scorer)
-        found[label] = task.model_copy(update={"name": name, "label": label, "scorer": scorer})
+        task = task.model_copy(update={"name": name, "label": label})
+        scorer = behaviour_of(task).scorer_table(task.scorer)
+        found[label] = task.model_copy(update={"scorer": scorer})
     return list(found.values())
+
+
+def behaviour_of(task: TaskTable) -> Behaviour:
+    """How a task's behaviour is recognised; other columns or swapped answers are another one than the folder's file
+    describes."""
+    return Behaviour() if task.reverse or task.columns else read_behaviour(task.name)
 
 
 def _place(task: TaskTable, examples: int, seed: int) -> Path:

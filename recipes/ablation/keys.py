@@ -11,7 +11,7 @@ from steertune.recipes.ablation.tables import GridArm, GridTables, TaskTable
 from steertune.recipes.lab.files import ArmError
 from steertune.recipes.lab.ingredients.prompt import Prompt
 
-VERSION = 5  # of the cells; raised when a cell of the same grid would come out differently
+VERSION = 6  # of the cells; raised when a cell of the same grid would come out differently
 
 
 def settings(

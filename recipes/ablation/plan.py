@@ -12,13 +12,14 @@ import torch
 
 from steertune.adapters import SteeringVectorConfig
 from steertune.adapters.blocks import find_blocks, resolve_layers
-from steertune.recipes.ablation.checks import batch_size, has_strength
+from steertune.recipes.ablation.checks import batch_size, has_one_layer, has_strength
 from steertune.recipes.ablation.context import Context
 from steertune.recipes.ablation.grid import Cell, Grid, describe
 from steertune.recipes.ablation.kl_search import SEARCH_ROWS
+from steertune.recipes.ablation.resolution import resolution, with_twice_the_rows
 from steertune.recipes.ablation.statistics.paired import smallest_p
 from steertune.recipes.ablation.store import Store, name_of
-from steertune.recipes.ablation.tables import GridTables, TaskTable
+from steertune.recipes.ablation.tables import GridTables
 from steertune.recipes.lab.arm import Arm
 from steertune.recipes.lab.batches import batches
 from steertune.recipes.lab.files import ArmError
@@ -53,6 +54,8 @@ def plan(
         lines.append(f"{arm.name:<66} {len(own):>10} {mean:>10.1f} {sum(own):>8.1f}  {budget}")
     if every_cell:
         lines += ["", *(f"{seconds[cell.path] / 60:6.1f} min  {cell.title}" for cell in left)]
+        minutes = sum(seconds.values()) / 60 / max(1, len(left))
+        lines += ["", *resolution(grid, context, folder, minutes, _with_more_rows(cells, context))]
     claim, pairs = grid.tables.claim, len(grid.tasks) * len(grid.tables.seeds)
     if claim is not None and (least := smallest_p(pairs)) >= claim.alpha:
         lines += ["", f"{pairs} pairs of task and seed give no p below {least:.2g}: the claim cannot be decided."]
@@ -60,9 +63,20 @@ def plan(
     return "\n".join([*lines, "", f"About {total:.0f} minutes on {processes} process(es)."])
 
 
+def _with_more_rows(cells: Sequence[Cell], context: Context) -> float:
+    """By what factor the cells take longer with twice the test rows."""
+    tables, neutral = context.grid.tables, len(context.neutral[0])
+    shares = {arm.name: _share(arm.arm, len(find_blocks(context.model))) for arm in context.grid.arms}
+    once, twice = (
+        sum(_forwards(cell, own, neutral, shares[cell.arm.name])[0] for cell in cells)
+        for own in (tables, with_twice_the_rows(tables))
+    )
+    return twice / once
+
+
 def estimate(cells: Sequence[Cell], context: Context, folder: Path) -> dict[Path, float]:
     """Seconds of every cell: from cells of the same arm and task that ran, else from one timed forward pass a task."""
-    rows = {task.label: _row_seconds(context, task) for task in context.grid.tasks}
+    rows = _row_seconds(context)
     shares = {arm.name: _share(arm.arm, len(find_blocks(context.model))) for arm in context.grid.arms}
     # (arm, task, number of examples) -> cells that ran, whatever their seed
     ran: dict[tuple[Any, ...], list[Record]] = defaultdict(list)
@@ -95,7 +109,9 @@ def _forwards(cell: Cell, tables: GridTables, neutral: int, share: float) -> tup
     measuring = strengths * (2 * tables.splits.test + neutral)
     training = sum(budget.steps) / len(budget.steps) * step
     validating = 2 * tables.splits.validation * budget.measured_at + (search if at_match else 0)
-    trials = 1 if untrained and at_match else budget.trials
+    trials = budget.trials + budget.landed
+    if untrained and at_match:
+        trials = len(budget.layers) if budget.layers and has_one_layer(cell.arm.arm) else 1
     own = share * (training + len(tables.matched.targets) * search + measuring) + generating
     return own, share * (budget.steps_spent() * step + trials * validating)
 
@@ -125,12 +141,12 @@ def _seconds(record: Record, tunes: bool, like: Cell) -> float:
 
 
 @torch.no_grad()
-def _row_seconds(context: Context, task: TaskTable) -> float:
-    rows = context.splits(task).validation
-    [batch] = batches(context.tokenizer, rows.select(range(min(4, len(rows)))), 4)
-    seconds = 0.0
-    for _ in range(2):  # the first pass warms up
-        start = time.monotonic()
-        ModelAt(context.model, context.model, batch.to(context.model.device))(1.0)
-        seconds = time.monotonic() - start
-    return seconds / len(batch.labels)
+def _row_seconds(context: Context) -> dict[str, float]:
+    """Task -> seconds of a row's forward pass: one task's is timed, after the rehearsal, others follow from tokens."""
+    rows = {task.label: context.splits(task).validation for task in context.grid.tasks}
+    of_task = {name: batches(context.tokenizer, own.select(range(min(2, len(own)))), 2) for name, own in rows.items()}
+    first = next(iter(of_task.values()))[0].to(context.model.device)
+    start = time.monotonic()
+    ModelAt(context.model, context.model, first)(1.0)
+    a_token = (time.monotonic() - start) / first.labels.numel()
+    return {name: a_token * batch.labels.shape[1] for name, [batch] in of_task.items()}

@@ -25,11 +25,12 @@ from transformers import set_seed
 from steertune.adapters import SteeringVectorConfig
 from steertune.adapters.card import versions
 from steertune.recipes.ablation.budget import Setting, draw, untrained_strengths
-from steertune.recipes.ablation.checks import has_strength
+from steertune.recipes.ablation.checks import has_one_layer, has_strength
 from steertune.recipes.ablation.context import Context, instructions
 from steertune.recipes.ablation.grid import Cell
 from steertune.recipes.ablation.kl_search import strengths_at
 from steertune.recipes.ablation.matched import Point
+from steertune.recipes.ablation.trials import best_first, landed_at, landing_factor, lead
 from steertune.recipes.lab.evaluate import evaluate, evaluate_base
 from steertune.recipes.lab.files import ArmError, read_result, write_result
 from steertune.recipes.lab.ingredients import Training
@@ -74,7 +75,7 @@ def run_cell(cell: Cell, context: Context, folder: Path) -> Record:
     with bar.step("tuning", len(cell.arm.budget.rungs)):
         tuning = tuned(cell, context, folder)
     record.facts |= {"tuning_key": cell.tuning_key, "tuning": tuning["trials"]}
-    record.facts |= {"tuning_seconds": tuning["seconds"], "setting": tuning["best"], **_lead(tuning["trials"])}
+    record.facts |= {"tuning_seconds": tuning["seconds"], "setting": tuning["best"], **lead(tuning["trials"])}
     if tuning["best"] is None:
         record.facts |= {"status": "diverged", "error": "every trial of the tuning diverged"}
     else:
@@ -116,33 +117,36 @@ def tuned(cell: Cell, context: Context, folder: Path) -> dict[str, Any]:
             return tuning
         start = time.monotonic()
         task, examples, seed = cell.tuned_at
-        trials = _trials(replace(cell, task=task, examples=examples), context, seed, file.parent)
-        scored = [trial for trial in trials if trial["score"] is not None]
-        # a trial that does not reach the grid's KL is at another one, where accuracy is cheaper or dearer
-        best = max([t for t in scored if t["matched"]] or scored, key=lambda t: t["score"], default=None)
+        tuned_cell = replace(cell, task=task, examples=examples)
+        trials = _trials(tuned_cell, context, seed, file.parent)
+        trials += _landings(tuned_cell, context, seed, file.parent, trials)
+        best = next(iter(best_first(trials)), None)
         tuning = {
             "key": cell.tuning_key,
             "trials": trials,
-            "best": None if best is None else {k: best[k] for k in ("rate", "steps", "strength", "prompt")},
+            "best": None if best is None else {k: best[k] for k in ("rate", "steps", "layer", "strength", "prompt")},
             "seconds": time.monotonic() - start,
         }
         write_result(file, tuning)
     return tuning
 
 
-def _lead(trials: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """How far the best trial leads the second, in standard errors of its score, and their accuracies on the
-    validation rows; nothing where there is no second."""
-    scored = [trial for trial in trials if trial["score"] is not None]
-    best_first = sorted(scored, key=lambda trial: (trial["matched"], trial["score"]), reverse=True)
-    if len(best_first) < 2 or not best_first[0].get("error"):
-        return {}
-    first, second = best_first[:2]
-    return {
-        "tuning_lead": (first["score"] - second["score"]) / first["error"],
-        "tuning_best": first["accuracy"],
-        "tuning_second": second["accuracy"],
-    }
+def _landings(
+    cell: Cell, context: Context, seed: int, home: Path, trials: Sequence[dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """Trials of the best settings with a learning rate at which training ends near the strength that is used: what a
+    vector has learned grows about in proportion to the rate."""
+    added: list[dict[str, Any]] = []
+    table = context.grid.tables.matched
+    for _ in range(cell.arm.budget.landed):
+        best = next(iter(best_first([*trials, *added])), None)
+        if best is None or not best["matched"] or best["landed"] == 1 or not best["steps"]:
+            break
+        factor = landing_factor(best["strength"], table.kl, table.targets)
+        setting = Setting(rate=best["rate"] * factor, steps=best["steps"], layer=best["layer"])
+        [model] = _train_trials(cell, context, [setting], seed, home / f"{cell.arm.name}.trial")
+        added += _score_trial(cell, context, setting, model, "matched", seed)
+    return added
 
 
 def _read_tuning(file: Path, key: str) -> dict[str, Any] | None:
@@ -165,10 +169,13 @@ def _trials(cell: Cell, context: Context, seed: int, home: Path) -> list[dict[st
     if cell.arm.arm.get(Prompt):  # nothing to train, so the trials are instructions
         tried = [Setting(prompt=i) for i in range(len(instructions(cell)))]
         return [t for s in tried for t in _score_trial(cell, context, s, context.model, [1.0], seed)]
-    if cell.arm.arm.trainer.get("max_steps") == 0:  # nothing to train, so the trials are strengths
-        [model] = _train_trials(cell, context, [Setting()], seed, folder)
-        return _score_trial(cell, context, Setting(), model, untrained_strengths(budget), seed)
-    settings, results = draw(budget, seed), []
+    layered = has_one_layer(cell.arm.arm)
+    if cell.arm.arm.trainer.get("max_steps") == 0:  # nothing to train, so the trials are layers and strengths
+        tried = [Setting(layer=layer) for layer in budget.layers if layered] or [Setting()]
+        models, strengths = _train_trials(cell, context, tried, seed, folder), untrained_strengths(budget, len(tried))
+        return [t for s, model in zip(tried, models, strict=True)
+                for t in _score_trial(cell, context, s, model, strengths, seed)]  # fmt: skip
+    settings, results = draw(budget, seed, layered), []
     bar = Bar(sum(count * fraction for count, fraction in budget.rungs))
     for rung, (count, fraction) in enumerate(budget.rungs):
         tried = settings[:count]
@@ -188,7 +195,8 @@ def _trials(cell: Cell, context: Context, seed: int, home: Path) -> list[dict[st
 
 def _train_trials(cell: Cell, context: Context, settings: Sequence[Setting], seed: int, home: Path) -> Iterator[Any]:
     """The model that every setting trains, None where it diverges."""
-    if len(settings) > 1 and _pays_together(cell, context):
+    alike = len({setting.layer for setting in settings}) == 1
+    if len(settings) > 1 and alike and _pays_together(cell, context):
         trainers = [make_cell_trainer(cell, context, s, seed, home / str(i))[0] for i, s in enumerate(settings)]
         for trainer, result in zip(trainers, train_together(trainers), strict=True):
             yield None if isinstance(result, NonFiniteError) else trainer.model.eval()
@@ -220,16 +228,19 @@ def _score_trial(
     seed: int,
 ) -> list[dict[str, Any]]:
     """A trial's scores on the validation rows, one entry for each strength; `model` None: it diverged."""
-    trial = {"rate": setting.rate, "steps": setting.steps, "prompt": setting.prompt}
+    trial = {"rate": setting.rate, "steps": setting.steps, "layer": setting.layer, "prompt": setting.prompt}
     if model is None:
-        return [{**trial, "strength": None, "matched": False, "accuracy": None, "score": None, "error": None}]
-    matched = True
+        nothing = {"strength": None, "matched": False, "landed": 0.0, "accuracy": None, "score": None, "error": None}
+        return [{**trial, **nothing}]
+    matched, landed, table = True, 1.0, context.grid.tables.matched
     held_out = replace(context.held_out(cell.task), pairs=context.splits(cell.task).validation)
     with held_out.remember(model):
         if strengths == "matched":
-            points, _ = frontier_of(cell, context, model, [context.grid.tables.matched.kl])
+            points, _ = frontier_of(cell, context, model, [table.kl])
             matched = all(point.reached for point in points)
             strengths = [point.strength for point in points if point.reached] or [1.0]
+            if matched and points and setting.steps:  # closed forms have no strength of their own
+                landed = landed_at(strengths[0], table.kl, table.targets)
         elif not _has_strength(cell, model):
             strengths = [1.0]
         behind = held_out.behind(context.show(cell, seed, setting.prompt))
@@ -241,7 +252,7 @@ def _score_trial(
         # a smooth score: of a few dozen rows, accuracies are tied or lead by one row
         score = float(margins.mean()) if np.isfinite(margins).all() else None
         found = {"accuracy": accuracy, "score": score, "error": float(sem(margins)) if len(margins) > 1 else None}
-        entries.append({**trial, "strength": strength, "matched": matched, **found})
+        entries.append({**trial, "strength": strength, "matched": matched, "landed": landed, **found})
     return entries
 
 
@@ -255,7 +266,7 @@ def make_cell_trainer(cell: Cell, context: Context, setting: Setting, seed: int,
     vector = isinstance(arm.peft_config(), SteeringVectorConfig)
     model = share_weights(context.model) if vector else copy.deepcopy(context.model)
     set_seed(seed)
-    training = context.training(cell, seed, model, home, setting.trainer(arm.trainer))
+    training = context.training(cell, seed, model, home, setting)
     return silent(make_trainer(training, context.prefix, **QUIET)), training
 
 

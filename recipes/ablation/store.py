@@ -137,7 +137,8 @@ class Reusable:
             if cell.key in self._cells and not store.has(cell):
                 record = self._cells[cell.key]
                 keys = {"arm": cell.arm.name, "task": cell.task.label, "examples": cell.examples, "seed": cell.seed}
-                _write(folder / cell.path / "cell.json", Record(keys, record.observations, record.facts).write)
+                facts = {**record.facts, "taken_over": True}  # it ran before this grid's card was written
+                _write(folder / cell.path / "cell.json", Record(keys, record.observations, facts).write)
             if cell.tuning_key in self._tunings and not (folder / cell.tuning_file).exists():
                 tuning = self._tunings[cell.tuning_key]
                 _write(folder / cell.tuning_file, lambda file, tuning=tuning: write_result(file, tuning))

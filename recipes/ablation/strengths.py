@@ -11,6 +11,7 @@ from typing import Any
 
 from steertune.recipes.ablation.statistics import Frame
 from steertune.recipes.lab.limits import Limits
+from steertune.recipes.lab.rows import TUNED
 
 TRAINED = 0.5, 2.0
 """Strengths at which a trained arm counts as itself."""
@@ -46,7 +47,7 @@ def unfit(cells: Frame, arm: str, strength: str, targets: Sequence[float]) -> st
     own = cells[cells["arm"] == arm]
     if "frontier" not in own:  # of an older version, whose cards did not know these rules
         return ""
-    if extrapolated(own, targets):
+    if extrapolated(own, targets) or (strength == TUNED and _tuned_outside(own)):
         return f"{arm} is extrapolated (trained, and used at strengths outside {TRAINED[0]:g} to {TRAINED[1]:g})"
     limits, harms = Limits(), []
     perplexity = own[f"perplexity_ratio@{strength}"].mean()
@@ -57,6 +58,20 @@ def unfit(cells: Frame, arm: str, strength: str, targets: Sequence[float]) -> st
         if value > base + limits.repetition:
             harms.append(f"{name.replace('_', ' ')} {value:.0%}")
     return f"{arm} is beyond what a sweep allows ({', '.join(harms)})" if harms else ""
+
+
+def _tuned_outside(cells: Frame) -> bool:
+    """Whether the tuning chose strengths outside `TRAINED` in more than one in ten trained cells."""
+    if not {"setting_steps", "tuned_strength", "scalable"} <= {*cells}:
+        return False
+    strengths = cells.loc[(cells["setting_steps"] > 0) & (cells["scalable"] == True), "tuned_strength"]  # noqa: E712
+    low, high = TRAINED
+    return bool(((strengths < low) | (strengths > high)).sum() > _SOME * len(strengths))
+
+
+def marks(cells: Frame, targets: Sequence[float]) -> str:
+    """What limits an arm at these KLs: "", `SHORT`, `EXTRAPOLATED`, or both."""
+    return f"{SHORT if short(cells, targets) else ''}{EXTRAPOLATED if extrapolated(cells, targets) else ''}"
 
 
 def _often(cells: Frame, targets: Sequence[float], test: Test, some: float = _SOME) -> bool:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,10 @@ from datasets import Dataset
 
 from steertune.adapters import set_strength
 from steertune.recipes.lab import measures
-from steertune.recipes.lab.data import load_steered
+from steertune.recipes.lab.data import base_of, load_steered, model_has_template
 from steertune.recipes.lab.evaluate import evaluate, evaluate_base
 from steertune.recipes.lab.files import ArmError
-from steertune.recipes.lab.forms import has_template, readable
+from steertune.recipes.lab.forms import readable
 from steertune.recipes.lab.held_out import held_out_rows
 from steertune.recipes.lab.intervals import interval
 from steertune.recipes.lab.observe import FEW_NEUTRAL, HeldOut, neutral_rows
@@ -75,11 +76,11 @@ def measure(
     names = [folder.name for folder in folders]
     if names[0] == names[1]:
         names = [str(folder) for folder in folders]
-    steered, tokenizer = _with_both(folders, strengths, model)
-    reading = Reading(columns or {}, chat=lambda: has_template(tokenizer))
+    reading = Reading(columns or {}, chat=partial(model_has_template, base_of(folders[0], model)))
     parts = [_pairs(name, rows, folders, reading) for name in data]
     rows = min(map(len, parts)) if rows is None else rows
     parts = [part.select(range(rows)) for part in parts]
+    steered, tokenizer = _with_both(folders, strengths, model)
 
     # the base, each vector alone and both, on the data of each vector and on neutral text
     prefix = FrozenPrefix(warn=False)

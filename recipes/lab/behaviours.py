@@ -4,11 +4,11 @@
 kind = "rule"
 pattern = '\\?\\s*$'
 
-[opposites]                               # instructions for the scorer `logprob`
+[opposites]                               # instructions for the scorer `logprob` and the measure `instructed_loss`
 positive = "End your answer with a question."
 negative = "Do not ask anything in your answer."
 
-[undo]                                    # takes the behaviour out of a text, where a rule can
+[undo]                                    # takes the behaviour out of a text, where a rule can (`undone_loss`)
 pattern = '\\s*[^.!?]*\\?\\s*$'
 replacement = ""
 """
@@ -33,27 +33,24 @@ class Opposites(BaseModel, extra="forbid", strict=True):
 
 
 class Undo(BaseModel, extra="forbid", strict=True):
-    """`[undo]`: a substitution, a comparison without regard to case, or both."""
+    """`[undo]`: a substitution."""
 
-    pattern: str | None = None
+    pattern: str = Field(min_length=1)
     """A case-insensitive regular expression; every match is replaced."""
     replacement: str = ""
-    fold_case: bool = False
 
     @field_validator("pattern")
     @classmethod
-    def _valid(cls, pattern: str | None) -> str | None:
+    def _valid(cls, pattern: str) -> str:
         try:
-            re.compile(pattern or "")
+            re.compile(pattern)
         except re.error as error:
             raise ValueError(f"{pattern!r} is not a regular expression: {error}") from error
         return pattern
 
     def apply(self, text: str) -> str:
         """The text without the behaviour."""
-        if self.pattern is not None:
-            text = re.sub(self.pattern, self.replacement, text, flags=re.IGNORECASE).strip()
-        return text.casefold() if self.fold_case else text
+        return re.sub(self.pattern, self.replacement, text, flags=re.IGNORECASE).strip()
 
 
 class Behaviour(BaseModel, extra="forbid", strict=True):

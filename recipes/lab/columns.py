@@ -20,6 +20,7 @@ from typing import Any, Literal
 
 from datasets import Dataset
 
+from steertune.recipes.lab.column_names import as_options, like, suggested
 from steertune.recipes.lab.files import ArmError, nearest
 from steertune.recipes.lab.tables import Columns, Part
 from steertune.trainers import DataError
@@ -37,8 +38,6 @@ NEIGHBOURS: tuple[dict[Part, str], ...] = (
     {"chosen": "positive_prompt", "rejected": "negative_prompt"},
 )
 """What other tools call the columns, the first match counts."""
-_LIKE_PROMPTS = ("instruction", "query", "input", "user")
-_PARTS = {column for columns in FORMATS for column in columns}
 _ROLES: dict[Part, str] = {"prompt": "user", "chosen": "assistant", "rejected": "assistant", "completion": "assistant"}
 
 
@@ -53,6 +52,7 @@ class Source:
         form: What texts become: messages, plain text, or (`auto`) what the model reads.
         chat: Whether the model has a chat template; asked only where `form` is `auto` and it matters.
         strict: Whether rows are refused that are not examples.
+        answers: Whether an example has answers; else a prompt is enough.
     """
 
     name: str
@@ -61,6 +61,7 @@ class Source:
     form: Form = "auto"
     chat: Callable[[], bool] = lambda: True
     strict: bool = True
+    answers: bool = True
 
 
 def named(rows: Dataset, source: Source) -> tuple[Dataset, bool]:
@@ -75,18 +76,8 @@ def named(rows: Dataset, source: Source) -> tuple[Dataset, bool]:
     columns = source.columns or _recognised(rows.column_names)
     if source.columns:
         columns = _complete(rows.column_names, source)
-    elif source.strict and not columns and not _PARTS & set(rows.column_names):
-        raise ArmError(
-            f"{source.name!r} has no column of an example (got {rows.column_names}). Examples have prompt, chosen and "
-            "rejected, or prompt and completion. Rename the columns, or name them: --data.columns "
-            '\'{prompt = "...", chosen = "...", rejected = "..."}\' in train and distill, --columns prompt=... '
-            "chosen=... rejected=... in other commands."
-        )
-    elif (odd := [name for name in _LIKE_PROMPTS if name in rows.column_names]) and _without_prompt(rows):
-        raise ArmError(
-            f"{source.name!r} has the columns chosen and rejected, no prompt, and {odd[0]!r}. If that is the prompt, "
-            f"set data.columns.prompt to {odd[0]}; else remove the column."
-        )
+    elif source.strict and not columns:
+        _check_names(rows.column_names, source)
     if columns:
         examples = [_example(dict(row), columns) for row in rows]
         own_prompts = "prompt" in columns
@@ -114,6 +105,24 @@ def _recognised(names: Sequence[str]) -> dict[Part, str]:
     return {}
 
 
+def _check_names(names: Sequence[str], source: Source) -> None:
+    """Refuse rows that have no columns of an example, or seem to have them under another name."""
+    enough = not source.answers and "prompt" in names
+    if not enough and not any(set(columns) <= set(names) for columns in FORMATS):
+        raise ArmError(
+            f"{source.name!r} does not have the columns of an example (got {list(names)}). Examples have prompt, "
+            "chosen and rejected, or prompt and completion. Rename the columns, or name them: "
+            f"{as_options(suggested(names))}."
+        )
+    others = [name for name in names if name not in ("chosen", "rejected")]
+    if len(others) == len(names) - 2 and "prompt" not in names and (odd := like("prompt", others)):
+        columns: Columns = {"prompt": odd[0], "chosen": "chosen", "rejected": "rejected"}
+        raise ArmError(
+            f"{source.name!r} has the columns chosen and rejected, no prompt, and {odd[0]!r}. If that is the prompt, "
+            f"name it: {as_options(columns)}. Else remove the column."
+        )
+
+
 def _complete(names: Sequence[str], source: Source) -> Columns:
     """`data.columns`, checked, with the parts whose columns have their own names."""
     where = f"{source.name!r}: columns {dict(source.columns)} cannot be filled in"
@@ -135,8 +144,10 @@ def _complete(names: Sequence[str], source: Source) -> Columns:
         own = {part: name for part, name in own.items() if part == "prompt"}
     columns: dict[Part, str] = {**own, **source.columns}
     if not ({"chosen", "rejected"} <= columns.keys() or {"prompt", "completion"} <= columns.keys()):
+        missing = {part: name for part, name in suggested(names).items() if part not in columns}
         raise ArmError(
-            f"{where}: an example has chosen and rejected, or prompt and completion. Its rows have {list(names)}."
+            f"{where}: an example has chosen and rejected, or prompt and completion. Its rows have {list(names)}. "
+            f"Name all parts: {as_options({**columns, **missing})}."
         )
     return columns
 
@@ -236,7 +247,7 @@ def _check(rows: Dataset, source: Source) -> None:
                     )
     known = [columns for columns in FORMATS if set(columns) <= set(rows.column_names)]
     if not known:
-        return  # who needs other columns says so
+        return  # prompts, which need no answers
     try:
         check_rows(rows if known[0] not in PAIR_FORMATS else rows.select_columns(list(known[0])), None)
     except DataError as error:

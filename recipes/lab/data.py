@@ -78,6 +78,31 @@ def adapter_config(folder: Path) -> SteeringVectorConfig:
         raise ArmError(str(error)) from error
 
 
+def base_of(folder: Path, base: str | None = None, dtype: str = "float32") -> ModelTable:
+    """The base model of a steering vector; it is not loaded.
+
+    Args:
+        folder: The adapter's.
+        base: As in `ModelTable`; None: what the adapter names.
+        dtype: Of the base model.
+
+    Raises:
+        ArmError: no usable adapter, or no base model.
+    """
+    config = adapter_config(folder)
+    called = base or config.base_model_name_or_path
+    if not called:
+        raise ArmError(f"{folder} does not name its base model: give one.")
+    if called == embedded.MODEL_NAME and embedded.installed():
+        called = "embedded"
+    local = called == "embedded" or Path(called).is_dir()
+    table: Any = {"name": called, "revision": None if base or local else config.revision, "dtype": dtype}
+    try:
+        return ModelTable(**table)
+    except ValidationError as error:
+        raise ArmError(f"{folder / 'adapter_config.json'}: {reasons(error)}") from error
+
+
 def load_steered(
     folder: Path, base: str | None = None, dtype: str = "float32", name: str = "default"
 ) -> tuple[PeftModel, PreTrainedTokenizerBase, str]:
@@ -92,21 +117,10 @@ def load_steered(
     Raises:
         ArmError: no usable adapter, no base model, or not the one that the adapter was made for.
     """
-    config = adapter_config(folder)
-    called = base or config.base_model_name_or_path
-    if not called:
-        raise ArmError(f"{folder} does not name its base model: give one.")
-    if called == embedded.MODEL_NAME and embedded.installed():
-        called = "embedded"
-    local = called == "embedded" or Path(called).is_dir()
-    table: Any = {"name": called, "revision": None if base or local else config.revision, "dtype": dtype}
+    table = base_of(folder, base, dtype)
+    model, tokenizer = load_model(table)
     try:
-        made = ModelTable(**table)
-    except ValidationError as error:
-        raise ArmError(f"{folder / 'adapter_config.json'}: {reasons(error)}") from error
-    model, tokenizer = load_model(made)
-    try:
-        return PeftModel.from_pretrained(model, str(folder), adapter_name=name).eval(), tokenizer, called
+        return PeftModel.from_pretrained(model, str(folder), adapter_name=name).eval(), tokenizer, table.name
     except ValueError as error:
         raise ArmError(str(error)) from error
 
@@ -148,19 +162,20 @@ class Data:
         return concatenate_datasets([self.train, self.test]) if len(self.test) else self.train
 
 
-def load_data(table: DataTable, chat: Callable[[], bool] = lambda: True) -> Data:
+def load_data(table: DataTable, chat: Callable[[], bool] = lambda: True, answers: bool = True) -> Data:
     """Training examples (the first `train` rows after shuffling by `seed`, so that smaller sets are subsets of larger
     ones) and test examples (the first `test` rows, the same for every seed). One file is divided.
 
     Args:
         table: `[data]`.
         chat: Whether the model has a chat template.
+        answers: Whether an example has answers; else a prompt is enough.
 
     Raises:
         ArmError: an unknown name, a missing split, too few rows, rows that are no examples, test rows that are trained
             on.
     """
-    reading = Reading(table.columns, table.format, chat)
+    reading = Reading(table.columns, table.format, chat, answers=answers)
     parts = load_parts(table.name, table.train_split, table.test_split, reading)
     train, test, one_file = parts.train, parts.test, parts.division is not None
     examples = table.train * table.times

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -43,6 +43,13 @@ class Interval:
     def excludes_zero(self) -> bool:
         """Whether the interval lies on one side of zero."""
         return self.low > 0 or self.high < 0
+
+    def within(self, limits: tuple[float, float]) -> Interval:
+        """The same without what lies beyond limits that the mean cannot pass; unknown ends stay unknown."""
+        if np.isinf([self.low, self.high]).any():
+            return self
+        low, high = np.clip([self.low, self.high], *limits).tolist()
+        return replace(self, low=low, high=high)
 
     @property
     def ends(self) -> str:
@@ -142,10 +149,10 @@ def of_measure(measure: Measure, seen: Seen) -> Interval | None:
     if measure.weight in seen.observations and measure.name not in seen.observations:
         weights = seen[measure.weight][valid]
     centre = float(np.average(values, weights=weights))
-    around = interval(centre + weights * (values - centre) / weights.mean())
-    low, high = around.low, around.high
+    around = interval(centre + weights * (values - centre) / weights.mean()).within(measure.limits)
     if (values >= 0).all():
-        low = max(low, 0.0) if np.isfinite(low) else low  # a mean of what is never below 0
+        around = around.within((0.0, np.inf))  # the mean of what is never below 0
+    low, high = around.low, around.high
     if measure.total is not None:
         low, high = (float(measure.total(end)) if np.isfinite(end) else end for end in (low, high))
     return Interval(mean, low, high, len(values), around.method)

@@ -75,6 +75,7 @@ class HeldOut:
         matching: Others of the kind, on which strengths are matched; None: they are not.
         questions: How many of the sentences with a fixed end are to be ended.
         instruction: Asks for the behaviour; "": none is known.
+        undo: Takes the behaviour out of a text; None: no rule can.
         generations: How many of the first prompts are answered.
         neutral_generations: How many of the first neutral prompts are answered.
         new_tokens: Longest generated answer.
@@ -99,6 +100,7 @@ class HeldOut:
     matching: Dataset | None = None
     questions: int = 0
     instruction: str = ""
+    undo: Callable[[str], str] | None = None
     shared: dict[str, Any] = field(default_factory=dict, repr=False)
     """What was computed of the base model."""
     plain: HeldOut | None = None
@@ -191,23 +193,25 @@ def answers(model: Any, held_out: HeldOut, strengths: Strengths) -> dict[str, Ob
                     questions = [plain(prompt) for prompt in prompts]
                     observed[label]["score"] = [*held_out.scorer.score(questions, texts)]
                 if held_out.instruction:
-                    observed[label] |= _behind_instruction(held_out, texts)
+                    observed[label] |= _base_likelihood(held_out, texts, f"{held_out.instruction}\n\n", "instructed")
+                if held_out.undo is not None:
+                    observed[label] |= _base_likelihood(held_out, [*map(held_out.undo, texts)], "", "undone")
             if asked := held_out.neutral["prompt"][: held_out.neutral_generations]:
                 texts = generate(model, held_out.tokenizer, asked, held_out.new_tokens)
                 observed[label]["neutral_answer"] = texts
     return observed
 
 
-def _behind_instruction(held_out: HeldOut, texts: Sequence[str]) -> Observations:
-    """How likely the base model finds answers behind an instruction that asks for the behaviour (nats, summed)."""
+def _base_likelihood(held_out: HeldOut, texts: Sequence[str], before: str, name: str) -> Observations:
+    """How likely the base model finds answers (nats, summed), with a text before every prompt."""
     written, prompts = [i for i, text in enumerate(texts) if text.strip()], (held_out.plain or held_out).prompts
-    asked = [(f"{held_out.instruction}\n\n{plain(prompts[i])}", texts[i]) for i in written]
+    asked = [(f"{before}{plain(prompts[i])}", texts[i]) for i in written]
     nats: list[float | None] = [None] * len(texts)
     tokens: list[float | None] = [None] * len(texts)
     seen = neutral_logps(held_out.model, held_out.tokenizer, as_rows(held_out.tokenizer, asked)) if asked else []
     for i, (logps_TV, targets_T) in zip(written, seen, strict=True):
         nats[i], tokens[i] = float(F.nll_loss(logps_TV, targets_T, reduction="sum")), len(targets_T)
-    return {"instructed_nll": nats, "instructed_tokens": tokens}
+    return {f"{name}_nll": nats, f"{name}_tokens": tokens}
 
 
 @torch.no_grad()

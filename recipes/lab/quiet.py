@@ -5,9 +5,6 @@ from __future__ import annotations
 import logging
 import warnings
 
-import datasets
-import transformers.utils.logging
-
 # message, category, module: as narrow as they can be, so that nothing else is hidden
 _WARNINGS = (
     # TRL and this package use a name that works with every supported version of transformers
@@ -23,17 +20,27 @@ _WARNINGS = (
 _LOGS = {
     # that there is no GPU is no news, and DeepSpeed writes it to standard output
     "DeepSpeed": "Setting accelerator to CPU",
+    # PEFT imports bitsandbytes, which looks for a faster kernel on CPUs, also where nothing is quantised
+    "bitsandbytes.backends.cpu.ops": "Failed to load CPU gemm_4bit_forward",
 }
+
+
+def quiet_imports() -> None:
+    """Leave out what libraries log while they are imported; called before they are."""
+    for name, start in _LOGS.items():
+        logging.getLogger(name).addFilter(_Without(start))
 
 
 def quiet() -> None:
     """Leave the one progress bar of a command alone on the screen, without what is not for its user."""
+    import datasets
+    import transformers.utils.logging
+
+    quiet_imports()
     datasets.disable_progress_bars()
     transformers.utils.logging.disable_progress_bar()
     for message, category, module in _WARNINGS:
         warnings.filterwarnings("ignore", message, category, module)
-    for name, start in _LOGS.items():
-        logging.getLogger(name).addFilter(_Without(start))
 
 
 class _Without(logging.Filter):

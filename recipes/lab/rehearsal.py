@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -23,8 +24,12 @@ from steertune.trainers.views import Views
 _SHORTEN = "Shorten or remove such rows, or choose a model that reads more."
 
 
-def rehearse(held_out: HeldOut) -> None:
+def rehearse(held_out: HeldOut, names: Sequence[str] | None = None) -> None:
     """Check the rows that models are measured on, and measure the base model on one row of every kind.
+
+    Args:
+        held_out: The rows.
+        names: The measures that are tried; None: all of them.
 
     Raises:
         ArmError: a row or its answer is longer than the model's context, or the model's answers are not finite.
@@ -53,6 +58,7 @@ def rehearse(held_out: HeldOut) -> None:
         neutral=held_out.neutral.select([0]),
         generations=min(1, held_out.generations),
         neutral_generations=min(1, held_out.neutral_generations),
+        questions=min(1, held_out.questions),
         new_tokens=1,
         scorer=None,
         prompted=None,
@@ -61,7 +67,7 @@ def rehearse(held_out: HeldOut) -> None:
         shared={},
     )
     try:
-        evaluate(model, one)
+        evaluate(model, one, names)
     except NonFiniteError as error:
         raise ArmError(
             "The base model's log-probabilities of the first test row or neutral row are not finite. Its weights may "
@@ -69,7 +75,6 @@ def rehearse(held_out: HeldOut) -> None:
         ) from error
 
 
-@torch.no_grad()
 def rehearse_training(arm: Arm | None, model: Any, tokenizer: Any, rows: Dataset) -> list[str]:
     """Check an arm's training rows and their views, and show the base model one of them.
 
@@ -86,14 +91,33 @@ def rehearse_training(arm: Arm | None, model: Any, tokenizer: Any, rows: Dataset
         DataError: rows that cannot be trained on.
         ViewError: a view cannot be made of them.
     """
+    notes = rehearse_rows(model, tokenizer, rows)
+    if arm is not None:
+        rehearse_views(arm, model, tokenizer, rows)
+    return notes
+
+
+def rehearse_views(arm: Arm, model: Any, tokenizer: Any, rows: Dataset) -> None:
+    """Make an arm's views of all rows: some are longer than others, and a chat template may refuse what a view adds.
+
+    Raises:
+        ViewError: a view cannot be made of them.
+    """
+    if seen := arm.views_seen():
+        views = arm.get(ViewTables).views(known=arm.get(Teachers).tables, tokenizer=tokenizer)
+        shown = {name: view for name, view in views.items() if name in seen}
+        Views(shown, tokenizer, context_length(model.config, tokenizer)).add(rows, tokenise(rows, tokenizer))
+
+
+@torch.no_grad()
+def rehearse_rows(model: Any, tokenizer: Any, rows: Dataset) -> list[str]:
+    """Check training rows, and show the base model one of them; return what to say about them.
+
+    Raises:
+        DataError: rows that cannot be trained on.
+    """
     check_rows(rows, tokenizer)
     context = context_length(model.config, tokenizer)
-    # views of all rows: some are longer than others, and a chat template may refuse what a view adds
-    if arm is not None and (seen := arm.views_seen()):
-        views = arm.get(ViewTables).views(known=arm.get(Teachers).tables, tokenizer=tokenizer)
-        table = Views({name: view for name, view in views.items() if name in seen}, tokenizer, context)
-        table.add(rows, tokenise(rows, tokenizer))
-
     [batch] = batches(tokenizer, rows.select([0]), 1)
     ModelAt(model, model, batch.to(model.device))(1.0)
     lengths = row_lengths(tokenizer, rows)

@@ -158,6 +158,19 @@ def near_texts(
     return [(i, j) for i, j in pairs if len(own[i] & others[j]) >= near * len(own[i] | others[j]) - 1e-9]
 
 
+def near_duplicates(first: Sequence[str], second: Sequence[str], near: float = NEAR) -> list[tuple[int, int]]:
+    """Pairs (index in first, index in second) of texts that are the same or nearly the same; what all of the second
+    have in common counts less."""
+    A, B = [words(text) for text in first], [words(text) for text in second]
+    return near_texts(A, B, Frame.of(B), near)
+
+
+def answered_texts(row: dict[str, Any]) -> list[str]:
+    """The prompt of a row with each of its answers."""
+    prompt = text_of(row.get("prompt"))
+    return [f"{prompt} {text_of(row[side])}" for side in ("chosen", "rejected", "completion") if side in row]
+
+
 def overlap(
     train: Sequence[dict[str, Any]], test: Sequence[dict[str, Any]], by: By, near: float = NEAR
 ) -> list[tuple[int, int]]:

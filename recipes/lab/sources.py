@@ -28,12 +28,14 @@ class Reading:
         form: What texts become, as `data.format`.
         chat: Whether the model has a chat template; asked only where it matters.
         strict: Whether rows are refused that are not examples.
+        answers: Whether an example has answers; else a prompt is enough.
     """
 
     columns: Columns = field(default_factory=dict)
     form: Form = "auto"
     chat: Callable[[], bool] = lambda: True
     strict: bool = True
+    answers: bool = True
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,7 @@ def load_parts(
     Raises:
         ArmError: the data set or split does not exist, or a row is not an example.
     """
-    called = Path(name).name
+    called = Path(name).name.replace("`", "'")  # pages show it as code
     only = _only_split(name, train_split, test_split)
     train = _named(name, train_split if only is None else only, reading)
     if only is None:
@@ -121,7 +123,7 @@ def _named_or_none(name: str, split: str, reading: Reading | None) -> _Rows | No
     if rows is None:
         return None
     where = row_place(name, split)
-    source = Source(name, where, reading.columns, reading.form, reading.chat, reading.strict)
+    source = Source(name, where, **vars(reading))
     return _Rows(*named(rows, source), where)
 
 

@@ -6,21 +6,18 @@ pair by pair. Validation, scorer and test rows are the same for every seed.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import combinations
-from typing import Any
 
 import numpy as np
 from datasets import Dataset
 from pydantic import BaseModel, Field
-from sklearn.feature_extraction.text import TfidfVectorizer
 
 from steertune.recipes.lab.data import shuffled_pairs
 from steertune.recipes.lab.division import SMALLEST, divide
 from steertune.recipes.lab.files import ArmError
-from steertune.recipes.lab.similarity import By, overlap, text_of
+from steertune.recipes.lab.similarity import By, answered_texts, near_duplicates, overlap
 from steertune.recipes.lab.sources import Parts, Reading, find_split, load_parts
 
 NEAR = 0.9
@@ -148,55 +145,29 @@ def _of_one_file(name: str, parts: Parts, sizes: SplitTable) -> Splits:
     return Splits(rest, validation, scorer, test, parts.by, note)
 
 
-def near_duplicates(first: Sequence[str], second: Sequence[str], threshold: float) -> list[tuple[int, int, float]]:
-    """Pairs (index in first, index in second, similarity) whose TF-IDF vectors over words and word pairs have a
-    cosine of at least `threshold`; 1 for the same words in the same order."""
-    if not first or not second:
-        return []
-    vectors = TfidfVectorizer(ngram_range=(1, 2), token_pattern=r"(?u)\S+", sublinear_tf=True)
-    vectors.fit([*first, *second])
-    similarity = vectors.transform(first) @ vectors.transform(second).T
-    found = similarity.tocoo()
-    return sorted(
-        (int(i), int(j), float(value))
-        for i, j, value in zip(found.row, found.col, found.data, strict=True)
-        if value >= threshold - 1e-9
-    )
-
-
-def texts_of(row: dict[str, Any]) -> list[str]:
-    """Prompt and chosen answer of a pair, and prompt and rejected answer, as plain text."""
-    prompt = [json.dumps(row["prompt"], sort_keys=True)] if "prompt" in row else []
-    return [" ".join([*prompt, json.dumps(row[side], sort_keys=True)]) for side in ("chosen", "rejected")]
-
-
 def _apart(
     name: str, pool: Dataset, validation: Dataset, scorer: Dataset, test: Dataset, sizes: SplitTable, by: By
 ) -> Dataset:
-    """Refuse rows that stand in two splits, also by their prompts; with `drop_near_duplicates`, drop the pool's."""
+    """Refuse rows that stand in two splits, by their prompts or with an answer; with `drop_near_duplicates`, drop the
+    pool's."""
     named = {"train": pool, "validation": validation, "scorer": scorer, "test": test}
-    texts = {split: [text for row in rows for text in texts_of(dict(row))] for split, rows in named.items()}
+    rows = {split: part.to_list() for split, part in named.items()}
+    texts = {split: [text for row in part for text in answered_texts(row)] for split, part in rows.items()}
     dropped: set[int] = set()
-    for split, other in combinations(named, 2):
-        for i, j, similarity in near_duplicates(texts[split], texts[other], sizes.near_duplicates):
-            if split == "train" and sizes.drop_near_duplicates:
-                dropped.add(i // 2)  # of a row's two texts
-                continue
-            kind = "the same" if similarity > 1 - 1e-6 else f"nearly the same (similarity {similarity:.2f})"
-            fix = "splits.drop_near_duplicates = true" if split == "train" else "another file or fewer rows"
-            raise ArmError(
-                f"{name!r}: a {split} row and a {other} row are {kind}: {texts[split][i][:120]!r} and "
-                f"{texts[other][j][:120]!r}. Remove one, or use {fix}."
-            )
-        pairs = overlap(named[split].to_list(), named[other].to_list(), by, sizes.near_duplicates)
+    for split, other in combinations(rows, 2):
+        asked = overlap(rows[split], rows[other], by, sizes.near_duplicates)
+        # a row has two texts, one for each answer
+        answered = near_duplicates(texts[split], texts[other], sizes.near_duplicates)
+        pairs = [*asked, *((i // 2, j // 2) for i, j in answered)]
         if split == "train" and sizes.drop_near_duplicates:
             dropped |= {i for i, _ in pairs}
         elif pairs:
             i, j = pairs[0]
+            what = "ask" if asked and by == "prompt" else "say"
+            one, two = (answered_texts(row)[0][:120] for row in (rows[split][i], rows[other][j]))
             fix = "splits.drop_near_duplicates = true" if split == "train" else "another file or fewer rows"
             raise ArmError(
-                f"{name!r}: a {split} row and a {other} row ask the same or nearly the same: "
-                f"{text_of(named[split][i]['prompt'])[:120]!r} and {text_of(named[other][j]['prompt'])[:120]!r}. "
+                f"{name!r}: a {split} row and a {other} row {what} the same or nearly the same: {one!r} and {two!r}. "
                 f"Remove one, or use {fix}."
             )
     return pool.select([i for i in range(len(pool)) if i not in dropped]) if dropped else pool

@@ -27,6 +27,7 @@ from steertune.recipes.lab.ingredients import Training
 from steertune.recipes.lab.observe import FEW_NEUTRAL, HeldOut, neutral_rows, prompts_in
 from steertune.recipes.lab.processes import begin
 from steertune.recipes.lab.progress import Bar
+from steertune.recipes.lab.reading import BUILDERS
 from steertune.trainers import FrozenPrefix, last_checkpoint, share_weights
 
 QUIET: dict[str, Any] = {"save_strategy": "no", "logging_strategy": "no", "disable_tqdm": True}
@@ -110,7 +111,8 @@ def open_run(arm: Arm, prefix: str = "", threads: int | None = None) -> Path:
 
 def default_folder(name: str, task: str) -> Path:
     """Where a run on a task is kept if nobody says."""
-    name = f"{name}-{task.strip('./').replace('/', '-')}"
+    suffix = Path(task).suffix
+    name = f"{name}-{task.removesuffix(suffix if suffix in BUILDERS else '').strip('./').replace('/', '-')}"
     if len(name) > _LONGEST:  # file systems take 255 bytes
         name = f"{name[:_LONGEST]}-{hashlib.blake2b(name.encode(), digest_size=4).hexdigest()}"
     return Path("runs") / name

@@ -16,6 +16,7 @@ import json
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
+from functools import cache, partial
 from itertools import product
 from pathlib import Path
 from typing import Annotated, Any
@@ -40,7 +41,7 @@ from steertune.recipes.lab.observe import NEUTRAL, HeldOut
 from steertune.recipes.lab.pages import Table, escape, table_markdown
 from steertune.recipes.lab.pages.verdict import MAX_CIRCLES, MAX_KL, MAX_REPETITION, circling
 from steertune.recipes.lab.processes import begin
-from steertune.recipes.lab.progress import progress
+from steertune.recipes.lab.resumable import Job, Key, records_of
 from steertune.recipes.lab.rows import BASE, label
 from steertune.recipes.lab.sources import load_split
 from steertune.recipes.lab.training import QUIET, fit, make_trainer, silent, training_of
@@ -242,22 +243,17 @@ def main(
 ) -> Result:
     """Measure the cells that are missing, and write the page."""
     begin(threads, only_one=True)
-    folder.mkdir(parents=True, exist_ok=True)
-    file = folder / "cells.json"
-    cells = json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
-    finished = {tuple(cell[key] for key in _KEYS) for cell in cells}
-    lab: Lab | None = None
-    with progress("Candidates", len(candidates) * len(behaviours)) as bar:
-        for name, behaviour in product(candidates, behaviours):
-            own = [0.0] if name == "base" else strengths
-            missing = [at for at in own if (name, behaviour, split, dtype, at) not in finished]
-            if not missing:
-                bar.skip()
-                continue
-            with bar.step(f"{name} on {behaviour}"):
-                lab = lab or Lab(dtype)
-                cells += measure_cell(lab, name, behaviour, split, missing)
-                write_whole(file, json.dumps(cells, ensure_ascii=False, indent=1) + "\n")
+    lab = cache(partial(Lab, dtype))  # made where a cell is missing
+
+    def job(name: str, behaviour: str) -> Job:
+        def run(missing: Sequence[Key]) -> list[dict[str, Any]]:
+            return measure_cell(lab(), name, behaviour, split, [at for *_, at in missing])
+
+        keys = [(name, behaviour, split, dtype, at) for at in ([0.0] if name == "base" else strengths)]
+        return Job(f"{name} on {behaviour}", keys, run)
+
+    jobs = [job(name, behaviour) for name, behaviour in product(candidates, behaviours)]
+    cells = records_of(jobs, folder / "cells.json", _KEYS, "Candidates")
     write_whole(folder / "table.md", report(cells))
     return Result(cells, f"{folder / 'table.md'}")
 

@@ -15,11 +15,11 @@ already holds.
 from __future__ import annotations
 
 import copy
-import json
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from itertools import product
 from pathlib import Path
 from typing import Annotated, Any
@@ -38,7 +38,7 @@ from steertune.recipes.lab.command_line import Choice, Count, Option, Result, co
 from steertune.recipes.lab.data import load_splits
 from steertune.recipes.lab.files import write_whole
 from steertune.recipes.lab.processes import begin
-from steertune.recipes.lab.progress import progress
+from steertune.recipes.lab.resumable import Job, records_of
 from steertune.recipes.lab.tables import DataTable
 from steertune.recipes.lab.training import silent
 from steertune.recipes.studies.planting.teachers import save_base
@@ -95,30 +95,22 @@ def main(
 ) -> Result:
     """Train with the rates that are missing, and write the table."""
     begin(threads, only_one=True)
-    folder.mkdir(parents=True, exist_ok=True)
 
-    # skip what an earlier call has finished
-    file = folder / "runs.json"
-    runs = [Run(**run) for run in json.loads(file.read_text())] if file.exists() else []
-    finished = {(run.model, run.rate) for run in runs}
-    subject, loaded, prefix = None, "", FrozenPrefix()
-    with progress("Trainings", len(models) * len(RATES)) as bar:
-        for name, rate in product(models, RATES):
-            if (name, rate) in finished:
-                bar.skip()
-                continue
-            with bar.step(f"{name} at {rate:g}"):
-                # all rates of a model share its cached prefix
-                if subject is None or name != loaded:
-                    subject, loaded, prefix = SUBJECTS[name](), name, FrozenPrefix(warn=False)
-                runs.append(train(name, subject, rate, prefix))
-                write_whole(file, json.dumps([asdict(run) for run in runs], indent=1) + "\n")
+    @lru_cache(maxsize=1)
+    def subject(name: str) -> tuple[Subject, FrozenPrefix]:
+        """A model, and the cached prefix that all its rates share."""
+        return SUBJECTS[name](), FrozenPrefix(warn=False)
 
+    def job(name: str, rate: float) -> Job:
+        return Job(f"{name} at {rate:g}", [(name, rate)], lambda _: [asdict(train(name, *subject(name), rate))])
+
+    jobs = [job(name, rate) for name, rate in product(models, RATES)]
+    runs = [Run(**run) for run in records_of(jobs, folder / "runs.json", ("model", "rate"), "Trainings")]
     write_whole(folder / "table.md", table(runs))
     return Result([asdict(run) for run in runs], table(runs))
 
 
-def train(name: str, subject: Subject, rate: float, prefix: FrozenPrefix) -> Run:
+def train(name: str, subject: Subject, prefix: FrozenPrefix, rate: float) -> Run:
     """Train a vector at one rate, otherwise with TRL's defaults, and evaluate it."""
     with tempfile.TemporaryDirectory() as folder:
         trainer = SteeringSFTTrainer(

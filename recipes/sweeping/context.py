@@ -10,8 +10,9 @@ from datasets import Dataset
 
 from steertune.adapters.config import Site
 from steertune.recipes.lab import scorers
+from steertune.recipes.lab.data import load_model, model_has_template
 from steertune.recipes.lab.evaluate import evaluate_base
-from steertune.recipes.lab.forms import has_template, notes_on_form, readable
+from steertune.recipes.lab.forms import notes_on_form, readable
 from steertune.recipes.lab.observe import FEW_NEUTRAL, HeldOut, neutral_rows
 from steertune.recipes.lab.rehearsal import rehearse, rehearse_training
 from steertune.recipes.lab.rows import Record
@@ -31,19 +32,19 @@ class Context:
 
     Args:
         table: The sweep, as asked for; `table` of the context says how many rows there are.
-        model: The base model.
-        tokenizer: Its tokenizer.
 
     Raises:
         ArmError: rows that are no pairs, too few of them, or rows that stand in two splits.
     """
 
-    def __init__(self, table: SweepTable, model: Any, tokenizer: Any) -> None:
-        self.model, self.tokenizer = model, tokenizer
-        reading = Reading(table.columns, table.format, lambda: has_template(tokenizer))
+    def __init__(self, table: SweepTable) -> None:
+        # rows first: bad ones are refused before the model is loaded
+        reading = Reading(table.columns, table.format, partial(model_has_template, table.model))
         splits = load_splits(table.task, table.splits, table.train, reading=reading, at_most=True)
-        self.splits = splits.each(partial(readable, tokenizer=tokenizer))
-        self._notes = notes_on_form(splits.test, tokenizer)
+        loaded: tuple[Any, Any] = load_model(table.model)
+        self.model, self.tokenizer = loaded
+        self.splits = splits.each(partial(readable, tokenizer=self.tokenizer))
+        self._notes = notes_on_form(splits.test, self.tokenizer)
         # of a single file there may be fewer rows than asked for
         sizes = {part: len(getattr(self.splits, part)) for part in ("validation", "scorer", "test")}
         split_table = table.splits.model_copy(update=sizes)

@@ -13,7 +13,7 @@ import pandas as pd
 from steertune.recipes.lab import measures
 from steertune.recipes.lab.intervals import interval, of_measure
 from steertune.recipes.lab.measures import Seen
-from steertune.recipes.lab.pages import Block, Code, Figure, Page, Section, Table, Text, escape
+from steertune.recipes.lab.pages import Block, Code, Figure, Page, Section, Table, Text, escape, prose
 from steertune.recipes.lab.pages.measured import comparison, generations, measured, number, title
 from steertune.recipes.lab.pages.side_effects import BESIDE, of_strengths, with_ends
 from steertune.recipes.lab.rows import BASE, Record, label
@@ -262,7 +262,7 @@ def _use(setting: Setting) -> list[Block]:
 def _how(result: Sweep) -> Section:
     table = result.table
     one = "as long as the mean difference of the two answers there" if table.arm is None else "as trained"
-    split = f" {escape(result.split)}" if result.split else ""
+    split = f" {prose(result.split)}" if result.split else ""
     scorer = f" Behaviour in generation: {escape(result.scorer)}." if result.scorer else ""
     text = (
         f"{table.train} training pairs, {table.splits.validation} validation and {table.splits.test} test pairs of "

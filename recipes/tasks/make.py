@@ -18,15 +18,16 @@ import runpy
 import sys
 import tomllib
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from sklearn.feature_extraction.text import TfidfVectorizer
+
 from steertune.recipes.lab import embedded
 from steertune.recipes.lab.files import write_whole
 from steertune.recipes.lab.generation import generate
-from steertune.recipes.lab.splits import near_duplicates, texts_of
 
 HERE = Path(__file__).parent
 ANSWERS = HERE / "answers.jsonl"
@@ -37,7 +38,7 @@ _PROMPTS_A_TOPIC = 2  # of each kind, neutral and personal
 _NEW_TOKENS = 30
 _BATCH = 64
 _SHORTEST = 6  # words of an answer
-_NEAR = 0.8  # similarity from which rows of two parts are too close, as in `near_duplicates`
+_NEAR = 0.8  # similarity from which rows of two parts are too close, of `alike`
 _DRAWS = 40  # versions of a pair that are tried until both answers have as many tokens
 
 
@@ -142,14 +143,32 @@ def make(name: str) -> dict[str, list[dict[str, Any]]]:
             turns[topic] += 1
         rows = [row for _, row in sorted(ranked, key=lambda pair: pair[0])]
         texts = [text for row in rows for text in texts_of(row)]
-        near = {i // 2 for i, _, _ in near_duplicates(texts, taken, _NEAR)}
+        near = {i // 2 for i, _ in alike(texts, taken, _NEAR)}
         # of two rows of this part that resemble each other, the first one stays
-        near |= {j // 2 for i, j, _ in near_duplicates(texts, texts, _NEAR) if i // 2 < j // 2}
+        near |= {j // 2 for i, j in alike(texts, texts, _NEAR) if i // 2 < j // 2}
         rows = [row for i, row in enumerate(rows) if i not in near][: ROWS[part]]
         random.Random(f"{part} {name}").shuffle(rows)
         taken += [text for row in rows for text in texts_of(row)]
         parts[part] = rows
     return parts
+
+
+def alike(first: Sequence[str], second: Sequence[str], threshold: float) -> list[tuple[int, int]]:
+    """Pairs (index in first, index in second) whose TF-IDF vectors over words and word pairs have a cosine of at least
+    `threshold`. The committed rows were chosen by it; recipes compare rows as `lab/similarity.py` does."""
+    if not first or not second:
+        return []
+    vectors = TfidfVectorizer(ngram_range=(1, 2), token_pattern=r"(?u)\S+", sublinear_tf=True)
+    vectors.fit([*first, *second])
+    similarity = (vectors.transform(first) @ vectors.transform(second).T).tocoo()
+    near = similarity.data >= threshold - 1e-9
+    return sorted(zip(similarity.row[near].tolist(), similarity.col[near].tolist(), strict=True))
+
+
+def texts_of(row: dict[str, Any]) -> list[str]:
+    """Prompt and chosen answer of a pair, and prompt and rejected answer, as plain text."""
+    prompt = json.dumps(row["prompt"], sort_keys=True)
+    return [f"{prompt} {json.dumps(row[side], sort_keys=True)}" for side in ("chosen", "rejected")]
 
 
 def balanced(name: str, example: Example, rule: Rule, tokenizer: Any) -> dict[str, Any] | None:

@@ -256,7 +256,7 @@ def test_a_rate_that_the_user_chose_is_kept_and_logged(tmp_path, caplog):
     made = trainer("dpo", tmp_path, learning_rate=2e-4, lr_scheduler_type="constant")
     with caplog.at_level(logging.INFO, logger="steertune"):
         made.train()
-    assert "Learning rate 0.0002 (DPOConfig.learning_rate)" in caplog.text
+    assert "Learning rate 0.0002 (learning_rate)" in caplog.text
     assert all(entry["learning_rate"] == 2e-4 for entry in history(made, "learning_rate"))
 
 

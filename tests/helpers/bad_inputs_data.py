@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 from typing import Any
 
 import pyarrow as pa
@@ -46,6 +47,12 @@ def load(lab: Lab, name: str, content: bytes) -> Any:
 
 def file(says: str, name: str, content: bytes) -> Row:
     return (lambda lab: load(lab, name, content)), says
+
+
+def named(header: str, says: str) -> Row:
+    """A CSV file of one row, whose columns have names of their own."""
+    values = ",".join(f"{i} is" for i in range(header.count(",") + 1))
+    return file(re.escape(says), "x.csv", f"{header}\n{values}\n".encode())
 
 
 def rows(says: str, *bad: dict[str, Any], conversational: bool = False) -> Row:
@@ -140,6 +147,16 @@ ROWS: dict[str, Row] = {
     "csv with longer rows": file("rows have 2 fields more than its first line", "x.csv", HEAD + b"a,b,c,d,e\n"),
     "csv with one longer row": file("Expected 3 fields", "x.csv", HEAD + b"a,b,c\na,b,c,d\n"),
     "csv with a column twice": file("column 'prompt' twice. Rename one", "x.csv", b"prompt,prompt,chosen\na,b,c\n"),
+    "csv with good and bad": named("question,good,bad", 'prompt = "question", chosen = "good", rejected = "bad"'),
+    "csv with a prompt, good and bad": named("prompt,good,bad", "prompt=prompt chosen=good rejected=bad"),
+    "csv with capitals": named("Prompt,Chosen,Rejected", "prompt=Prompt chosen=Chosen rejected=Rejected"),
+    "csv with a misspelt rejected": named("prompt,chosen,rejectd", "prompt=prompt chosen=chosen rejected=rejectd"),
+    "csv with a misspelt prompt": named("promt,chosen,rejected", "prompt=promt chosen=chosen rejected=rejected"),
+    "csv with a misspelt completion": named("prompt,completoin", "prompt=prompt completion=completoin"),
+    "csv with spaces in names": named("prompt,good answer,bad answer", "'chosen=good answer' 'rejected=bad answer'"),
+    "csv with an instruction and an output": named("instruction,output", "prompt=instruction completion=output"),
+    "csv with a prompt alone": named("prompt", "prompt=prompt chosen=... rejected=..."),
+    "csv with columns of no meaning": named("id,a,b,c", "prompt=... chosen=... rejected=..."),
     "csv with columns without names": file("fields more than its first line", "x.csv", b"prompt,,\na,b,c\n"),
     "parquet of nothing": file("is empty", "x.parquet", b""),
     "parquet of noise": file("cannot be read as parquet", "x.parquet", b"PAR1" + bytes(99) + b"PAR1"),

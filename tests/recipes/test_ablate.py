@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from filelock import FileLock
@@ -95,7 +96,7 @@ def test_the_best_trial_is_taken_and_shared_by_the_seeds(tables, tmp_path):
     cells = run(tables, tmp_path / "run")
     for cell in cells:
         best = max(cell["tuning"], key=lambda trial: trial["score"])
-        assert cell["setting"] == {k: best[k] for k in ("rate", "steps", "strength", "prompt")}
+        assert cell["setting"] == {k: best[k] for k in ("rate", "steps", "layer", "strength", "prompt")}
         [other] = [c for c in cells if c["arm"] == cell["arm"] and c["seed"] != cell["seed"]]
         assert other["tuning"] == cell["tuning"]
         trained = cell["arm"] not in ("mean_difference", "base")
@@ -105,7 +106,7 @@ def test_the_best_trial_is_taken_and_shared_by_the_seeds(tables, tmp_path):
 
 
 def test_matched_strengths_are_each_model_s_own_and_nothing_else_is_measured(tables, tmp_path):
-    tables["budget"]["strengths"] = "matched"
+    tables["budget"] |= {"strengths": "matched", "landings": 0}
     for cell in run(tables, tmp_path / "run"):
         scaled = cell["arm"] != "base"  # a vector of zeros has no strength at which it does anything
         trained = scaled and cell["arm"] != "mean_difference"
@@ -211,6 +212,8 @@ def test_a_dry_run_says_what_it_would_cost_and_runs_nothing(tables, tmp_path, ca
     assert "2 x [2] steps, 2" in printed and "not trained" in printed
     assert "minutes on 1 process" in printed
     assert "2 pairs of task and seed give no p below 0.5: the claim cannot be decided." in printed
+    assert "What the design can see (power 0.8 at alpha 0.05; held-out pair accuracy; 1 tasks x 2 seeds x 6" in printed
+    assert "a difference of none for these tasks alone, none for other tasks like these." in printed
     assert not (tmp_path / "run").exists()
 
 
@@ -276,8 +279,10 @@ def test_what_another_grid_holds_is_taken_over(tables, tmp_path, capsys):
     assert len(list((folder / "tuning").rglob("*.json"))) == 2
     assert recipe.main(command) == 0
     cells = [cell for cell in read(grid, folder) if (cell["seed"], cell["arm"]) == (0, "form=bias,init=zeros")]
+    assert cells[0].pop("taken_over") and "taken_over" not in known[0]
     assert results(cells) == results([known[0] | {"arm": "form=bias,init=zeros"}])
-    assert results(read(grid, folder)) == results(run(tables, tmp_path / "alone")), "as if nothing had been known"
+    every = [{k: v for k, v in cell.items() if k != "taken_over"} for cell in read(grid, folder)]
+    assert results(every) == results(run(tables, tmp_path / "alone")), "as if nothing had been known"
     assert "--known KNOWN" in read_result(folder / "grid.json", "")["command"]
 
 
@@ -405,3 +410,58 @@ def _toml(tables: dict) -> str:
         return json.dumps(value)
 
     return "\n".join(f"{key} = {inline(value)}" for key, value in tables.items())
+
+
+def test_a_task_says_how_its_behaviour_is_left_out_of_damage_and_a_swapped_one_does_not(tables, tmp_path):
+    (tmp_path / "task" / "behaviour.toml").write_text(
+        "[opposites]\npositive = 'Say cat.'\nnegative = 'No cat.'\n[undo]\npattern = ' cat'"
+    )
+    other = {**tables["tasks"][0], "label": "swapped", "reverse": True, "draw": 1}
+    tables["tasks"].append(other)
+    grid = make_grid(tables)
+    own, swapped = map(Context(grid).held_out, grid.tasks)
+    assert own.instruction == "Say cat." and own.undo is not None and own.undo("a Cat") == "a"
+    assert (swapped.instruction, swapped.undo) == ("", None)
+    keys = [cell.key for cell in grid.cells()]
+    (tmp_path / "task" / "behaviour.toml").write_text("[undo]\npattern = ' dog'")
+    assert keys != [cell.key for cell in make_grid(tables).cells()]
+
+
+@pytest.mark.slow
+def test_the_tuning_chooses_layers_and_lets_arms_be_used_as_they_were_trained(tables, tmp_path, monkeypatch):
+    tables |= {
+        "factors": {},
+        "design": {"kind": "arms"},
+        "seeds": [0],
+        "arms": ["vector_dpo", "lora_dpo", "mean_difference"],
+    }
+    tables |= {"generations": 0, "questions": 0, "claim": {"better": "vector_dpo", "than": "lora_dpo"}}
+    # at low learning rates an adapter must be scaled up to reach the KL
+    tables["budget"] = {"trials": 4, "learning_rate": [1, 2], "steps": [2], "layers": [0.0001, 0.75]}
+    trained, make = [], cell_module.make_cell_trainer
+
+    def spy(cell, context, setting, *rest):
+        made = make(cell, context, setting, *rest)
+        trained.append((cell.arm.name, setting, made[0].model.active_peft_config.to_dict().get("layers")))
+        return made
+
+    monkeypatch.setattr(cell_module, "make_cell_trainer", spy)
+    vector, lora, closed = run(tables, tmp_path / "run")
+    assert [(t["layer"], t["rate"]) for t in vector["tuning"][:4]] == [
+        (0.0001, 1), (0.0001, 2), (0.75, 1), (0.75, 2)
+    ]  # fmt: skip
+    # without a layer to choose: as many trials, between the same ends
+    assert [t["rate"] for t in lora["tuning"][:4]] == pytest.approx(np.geomspace(1, 2, 4))
+    assert {t["layer"] for t in lora["tuning"]} == {None}
+    assert [(t["layer"], t["steps"]) for t in closed["tuning"]] == [(0.0001, 0), (0.75, 0)], "no step, so no rate"
+    assert closed["setting"]["layer"] == max(closed["tuning"], key=lambda t: t["score"])["layer"]
+    # every training stood at the layer of its setting
+    layers = {(setting.layer, *layers) for arm, setting, layers in trained if arm == "vector_dpo"}
+    assert layers == {(0.0001, 0), (0.75, 3)}
+    for cell in (vector, lora):
+        *drawn, landing = cell["tuning"]
+        best = max(drawn, key=lambda t: (t["matched"], t["landed"], t["score"]))
+        assert best["matched"] and best["strength"] > 0 and best["landed"] < 1
+        assert landing["rate"] == pytest.approx(best["rate"] * best["strength"] * 10**0.25), "for KLs of 1e-4 and 1e-3"
+        assert landing["landed"] == 1 and cell["setting"]["rate"] == landing["rate"]
+        assert all(0.5 <= point["strength"] <= 2 for point in cell["frontier"])

@@ -11,6 +11,7 @@ from tiny_data import conversational, pairs, tokenizer
 from tiny_grids import make_tables
 from tiny_models import tiny
 
+from steertune.recipes.ablation.budget import Setting
 from steertune.recipes.ablation.context import Context
 from steertune.recipes.ablation.grid import make_grid
 from steertune.recipes.lab.arm import load_arm, make_arm
@@ -127,7 +128,7 @@ def test_a_grid_gives_one_arm_twice_as_many_examples(tmp_path):
     grid = make_grid(tables)
     context, cells = Context(grid), {cell.arm.name: cell for cell in grid.cells() if cell.seed == 0}
     counts = {
-        name: len(context.training(cell, 0, MODEL, tmp_path, {}).rows)
+        name: len(context.training(cell, 0, MODEL, tmp_path, Setting()).rows)
         for name, cell in cells.items()
         if name.startswith("contrast")
     }

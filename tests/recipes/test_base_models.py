@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import io
 import json
 import tomllib
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 import tiny_data
 from tiny_models import tiny
+from transformers import AutoModelForCausalLM
 
 from steertune.recipes import (
     ablate,
@@ -177,6 +179,29 @@ def test_ablate_and_report(home: Path, tmp_path: Path, capsys: pytest.CaptureFix
     assert report.main([str(tmp_path / "grid")]) == 0
 
 
+@pytest.mark.parametrize("recipe", ["train", "distill", "sweep", "eval", "vectors", "ablate"])
+def test_bad_data_are_refused_before_the_model_is_loaded(
+    home: Path, tmp_path: Path, recipe: str, monkeypatch: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("a model was loaded"))
+    bad, adapter, model = tmp_path / "bad.csv", str(home / "run" / "adapter"), ["--model", str(home / "model")]
+    bad.write_text("question,good,rejected\nWhy?,So.,No.\n")
+    grid = GRID.replace('name = "base"', f'name = "base"\ntasks = ["{bad}"]\nmodel = {{ name = "{home / "model"}" }}')
+    (tmp_path / "grid.toml").write_text(grid.replace("generations = 2", "generations = 0"))
+    words = {
+        "train": [*arm_words(home, "refused"), "--data.name", str(bad)],
+        "distill": ["vector_distillation", *arm_words(home, "refused"), "--data.name", str(bad)],
+        "sweep": [str(bad), *model],
+        "eval": [adapter, *model, "--tasks", str(bad)],
+        "vectors": ["together", adapter, adapter, "--data", str(bad), str(bad), *model],
+        "ablate": [str(tmp_path / "grid.toml"), "--folder", str(tmp_path / "grid")],
+    }[recipe]
+    if recipe == "eval":
+        pytest.importorskip("lm_eval")
+    assert importlib.import_module(f"steertune.recipes.{recipe}").main(words) == 2
+    assert "--columns prompt=question chosen=good rejected=rejected" in capsys.readouterr().err
+
+
 def test_chat_continues_lines(home: Path, monkeypatch: Any, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr("sys.stdin", io.StringIO("the cat runs\nred sky\n"))
     assert chat.main([str(home / "run" / "adapter"), "--model", str(home / "model"), "--new-tokens", "4"]) == 0
@@ -213,7 +238,7 @@ def test_eval_on_pairs(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_merged_exports_are_served_as_they_are(home: Path, tmp_path: Path) -> None:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
     words = [str(home / "run" / "adapter"), "--model", str(home / "model"), "--to", "merged"]
     prompts = tmp_path / "prompts.txt"

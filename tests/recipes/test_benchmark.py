@@ -32,14 +32,14 @@ def test_ways_that_are_asked_for_come_with_what_they_are_compared_with():
     assert _asked(["*"]) == WAYS and _asked(["nothing"]) == {}
 
 
-@pytest.mark.parametrize("per,seconds", [("seed", 6 * 10), ("arm", 2 * 10 + 4 * 4), ("grid", 10 + 5 * 4)])
+@pytest.mark.parametrize("per,seconds", [("seed", 8 * 10), ("arm", 4 * 10 + 4 * 4), ("grid", 10 + 7 * 4)])
 def test_a_grid_is_extrapolated_from_a_cell(per, seconds):
-    """Two tasks and three seeds; a cell takes 10 s, 6 of them its tuning of two trials."""
+    """Four tasks and two seeds; a cell takes 10 s, 6 of them its tuning of two trials."""
     grid = load_grid("quick")
     grid.tables.budget.per = per
     found = {"mean_difference": {"ours": [10.0, 4.0, 2], "stock": [20.0, 8.0, 2]}}
     text = benchmark_grid.page(grid, found, 1.0, "quick", ["mean_difference"])
-    loads = {"seed": 6 * 3, "arm": 2 * 3 + 4, "grid": 3 + 5}[per]
+    loads = {"seed": 8 * 3, "arm": 4 * 3 + 4, "grid": 3 + 7}[per]
     assert f"| all, extrapolated | {seconds} | {2 * seconds} | 2.0 | {(2 * seconds + loads) / seconds:.1f} |" in text
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shlex
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -98,9 +100,38 @@ def test_columns_that_do_not_fit_are_refused(columns, says, tmp_path):
         load(tmp_path / "x.jsonl", [{"ask": "Why?", "good": "So.", "bad": "No."}], columns=columns)
 
 
-def test_unknown_columns_are_refused_with_the_option_that_names_them(tmp_path):
-    with pytest.raises(ArmError, match=r"got \['question', 'good', 'bad'\]\).*--data.columns '\{prompt = .*--columns"):
-        load(tmp_path / "x.csv", "question,good,bad\nStay?,Yes,No\n")
+NEARLY = {
+    "prompt,good,bad": {"prompt": "prompt", "chosen": "good", "rejected": "bad"},
+    "Prompt,Chosen,Rejected": {"prompt": "Prompt", "chosen": "Chosen", "rejected": "Rejected"},
+    "prompt,chosen,rejectd": {"prompt": "prompt", "chosen": "chosen", "rejected": "rejectd"},
+    "id,questionText,badAnswer,goodAnswer": {
+        "prompt": "questionText",
+        "chosen": "goodAnswer",
+        "rejected": "badAnswer",
+    },
+    "preferred,dispreferred": {"chosen": "preferred", "rejected": "dispreferred"},
+    "prompt,answer 1,answer 2": {"prompt": "prompt", "chosen": "answer 1", "rejected": "answer 2"},
+    "it's,good,bad": {"prompt": "it's", "chosen": "good", "rejected": "bad"},
+    "chosen,rejected,promt": {"prompt": "promt", "chosen": "chosen", "rejected": "rejected"},
+    "promt,completion": {"prompt": "promt", "completion": "completion"},
+    "instruction,output": {"prompt": "instruction", "completion": "output"},
+    "prompt,chosen": {"prompt": "prompt", "completion": "chosen"},
+    "positive,negativ": {"chosen": "positive", "rejected": "negativ"},
+    "id,prompt,response_a,response_b": {"prompt": "prompt", "chosen": "response_a", "rejected": "response_b"},
+    "text_positive,text_negative": {"chosen": "text_positive", "rejected": "text_negative"},
+    "x,y": {"chosen": "x", "rejected": "y"},
+}
+
+
+@pytest.mark.parametrize(("header", "columns"), NEARLY.items())
+def test_columns_that_are_nearly_right_are_refused_with_the_options_that_name_them(header, columns, tmp_path):
+    rows = f"{header}\n{','.join(f'{i} is told' for i in range(header.count(',') + 1))}\n"
+    with pytest.raises(ArmError, match="name") as caught:
+        load(tmp_path / "x.csv", rows)
+    words = shlex.split(str(caught.value).partition(": --data.columns ")[2])
+    assert tomllib.loads(f"columns = {words[0]}")["columns"] == columns
+    assert columns_of(words[words.index("--columns") + 1 : words.index("in", 5)]) == columns
+    assert load(tmp_path / "x.csv", rows, columns=columns)
 
 
 def test_columns_on_the_command_line():
@@ -148,7 +179,7 @@ def test_fields_of_a_csv_file_stay_text(tmp_path):
          "x.jsonl:1 mixes two formats: prompt is a text, chosen is a list of messages"),
         ([{"prompt": message("user", [{"type": "text", "text": "a"}]), "chosen": message("assistant", "b"),
            "rejected": message("assistant", "c")}], "x.jsonl:1: 'prompt' has a message whose content is a list"),
-        ([{"instruction": "a", "chosen": "b", "rejected": "c"}], "If that is the prompt, set data.columns.prompt"),
+        ([{"instruction": "a", "chosen": "b", "rejected": "c"}], "If that is the prompt, name it: --data.columns"),
     ],
     ids=["mixed", "parts", "another prompt"],
 )  # fmt: skip

@@ -78,6 +78,11 @@ def test_a_folder_is_kept_as_soon_as_there_is_something_to_go_on_from(tmp_path):
         assert folder.exists() == left
 
 
+def test_a_default_folder_is_named_by_the_data_without_the_files_suffix():
+    names = {task: training.default_folder("arm", task).name for task in ("./my/pairs.jsonl", "org/set.v2", "pairs")}
+    assert [*names.values()] == ["arm-my-pairs", "arm-org-set.v2", "arm-pairs"]
+
+
 def test_a_default_folder_has_a_name_that_file_systems_take():
     names = [training.default_folder("arm", "a" * 5000 + end).name for end in "bc"]
     assert max(map(len, names)) < 100 and names[0] != names[1]

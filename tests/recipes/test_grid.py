@@ -13,6 +13,7 @@ import pytest
 from steertune.losses import get_loss
 from steertune.recipes.ablation import grid as module
 from steertune.recipes.ablation.budget import draw
+from steertune.recipes.ablation.checks import has_one_layer
 from steertune.recipes.ablation.grid import Cell, Grid, describe, load_grid, make_grid
 from steertune.recipes.ablation.tables import GridTables
 from steertune.recipes.lab.arm import load_arm
@@ -340,6 +341,8 @@ def cell(changes: Changes | None = None, arm: str = "form=bias,init=zeros", seed
 DECIDES_ALL = {
     "budget trials": {"budget.trials": 3},
     "budget steps": {"budget.steps": [5]},
+    "budget layers": {"budget.layers": [0.3], "budget.learning_rate": 3.0},
+    "budget landings": {"budget.landings": 2},
     "strengths": {"budget.strengths": [1.0]},
     "learning rate": {"trainer.learning_rate": 0.3},
     "patched learning rate": {"factors.form.bias": {"trainer": {"learning_rate": 0.3}}},
@@ -592,6 +595,23 @@ def refused(changes: Changes) -> str:
 def test_whatever_is_wrong_is_named(changes, words):
     message = refused(changes)
     assert [word for word in words if word not in message] == [], message
+
+
+def test_arms_with_and_without_a_layer_to_choose_have_as_many_trials():
+    budget = {"budget.layers": [0.3, 0.6], "budget.steps": [4], "budget.trials": 4, "budget.learning_rate": [1, 3]}
+    counts = {arm.name: len(draw(arm.budget, 0, has_one_layer(arm.arm))) for arm in built(budget).arms}
+    assert (
+        {*counts.values()} == {4}
+        and not has_one_layer(arms(built())[ARMS[0]])
+        and has_one_layer(arms(built())[ARMS[1]])
+    )
+    with pytest.raises(ArmError, match=r"different numbers of trials.*List two or more"):
+        built({**budget, "budget.trials": 2, "budget.learning_rate": [1]})
+    for layers, words in (([0.5, 0.5], "each there once"), ([1.0], "between 0 and 1")):
+        with pytest.raises(ArmError, match=words):
+            built({**budget, "budget.layers": layers})
+    with pytest.raises(ArmError, match=r"layers=\[0.3, 0.6\] makes 4: set trials to that"):
+        built({**budget, "budget.trials": 2})
 
 
 def test_a_claim_of_a_share_has_no_margin_of_its_own():

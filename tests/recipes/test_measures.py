@@ -3,16 +3,28 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
+import tiny_data
 import torch
 from datasets import Dataset
+from tiny_models import tiny
 
 from steertune.recipes.lab import measures
 from steertune.recipes.lab.files import ArmError
 from steertune.recipes.lab.measures import Missing, Seen
-from steertune.recipes.lab.observe import HeldOut, against_base, neutral_rows, questions, right_among
+from steertune.recipes.lab.observe import (
+    HeldOut,
+    against_base,
+    answers,
+    neutral_logps,
+    neutral_rows,
+    questions,
+    right_among,
+)
+from steertune.recipes.lab.scorers import as_rows
 
 ROWS = 4000
 
@@ -140,3 +152,23 @@ def test_neutral_rows_to_match_and_to_report_are_64_each_and_share_none():
 def test_the_instructed_loss_is_per_token_over_all_answers_that_say_something():
     seen = Seen({"instructed_nll": [3.0, None, 8.0], "instructed_tokens": [3, None, 2]})
     assert value("instructed_loss", seen) == pytest.approx(11 / 5)
+
+
+def test_answers_are_judged_behind_an_instruction_and_with_the_behaviour_taken_out():
+    texts, tokenizer = tiny_data.pairs(2), tiny_data.tokenizer()
+    cut = lambda text: " ".join(text.split()[:-1])  # noqa: E731
+    made = {"generations": 2, "new_tokens": 6}
+    held_out = HeldOut(tiny(vocab_size=len(tokenizer)), tokenizer, texts, tiny_data.demonstrations(2), **made)
+    held_out = replace(held_out, instruction=texts["prompt"][1], undo=cut)
+    seen = answers(held_out.model, held_out, {"1": 1.0})["1"]
+
+    def by_hand(prompt: str, answer: str) -> tuple[float, int]:
+        [(logps, targets)] = neutral_logps(held_out.model, tokenizer, as_rows(tokenizer, [(prompt, answer)]))
+        return pytest.approx(-float(logps[range(len(targets)), targets].sum()), rel=1e-4), len(targets)
+
+    for i, (prompt, answer) in enumerate(zip(texts["prompt"], seen["answer"], strict=True)):
+        assert (seen["undone_nll"][i], seen["undone_tokens"][i]) == by_hand(prompt, cut(answer))
+        behind = by_hand(f"{held_out.instruction}\n\n{prompt}", answer)
+        assert (seen["instructed_nll"][i], seen["instructed_tokens"][i]) == behind
+        assert seen["undone_tokens"][i] == seen["instructed_tokens"][i] - 1
+    assert value("undone_loss", Seen(seen)) == pytest.approx(sum(seen["undone_nll"]) / sum(seen["undone_tokens"]))

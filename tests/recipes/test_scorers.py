@@ -414,19 +414,23 @@ def test_embedding_separates_two_vocabularies_and_says_how_well(reader):
         scorers.fit({"kind": "embedding"}, rows.select(range(7)), reader, tokenizer)
 
 
-@pytest.mark.parametrize("pattern, right", [("glad|love|hug", 1.0), ("row|data|number", 0.0), ("zebra", 0.5)])
+@pytest.mark.parametrize(
+    "pattern, right",
+    [("glad|love|hug", "20 of 20 pairs"), ("row|data|number", "0 of 20 pairs"), ("zebra", "0 of 20 pairs, and")],
+)
 def test_a_scorer_that_is_not_fitted_is_checked_on_the_scorer_split(pattern, right):
     note = fitted({"kind": "rule", "pattern": pattern}, pairs(20)).note
-    assert f"right about {right:.2f} of 20 held-out pairs" in note
+    assert f"prefers the chosen answer in {right}" in note
+    assert ("prefers neither answer in 20" in note) is (pattern == "zebra")
     none = scorers.fit({"kind": "rule", "pattern": pattern}, pairs(5).select([]), None, None)
-    assert "not checked on held-out pairs (splits.scorer = 0)" in none.note
+    assert "not checked on pairs (splits.scorer = 0)" in none.note
 
 
 def test_a_judge_is_checked_too_and_a_dead_one_only_once(endpoint):
     endpoint.replies = [lambda question: says(f"Score: {8 if 'glad' in question or 'hug' in question else 2}")]
     table = {"kind": "judge", "url": endpoint.url, "model": "grader", "question": "{answer}"}
-    assert "right about 1.00 of 5 held-out pairs" in fitted(table, pairs(5)).note
+    assert "prefers the chosen answer in 5 of 5 pairs" in fitted(table, pairs(5)).note
     endpoint.got.clear()
     endpoint.replies = [(500, "")]
-    assert "judged none of 5 held-out pairs" in fitted({**table, "tries": 1}, pairs(5)).note
+    assert "judged none of 5 pairs" in fitted({**table, "tries": 1}, pairs(5)).note
     assert len(endpoint.got) == 2

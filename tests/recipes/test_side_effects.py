@@ -64,6 +64,14 @@ def test_a_perplexitys_ends_are_exponentials() -> None:
     assert found is not None and 0 < found.low < found.estimate < found.high
 
 
+def test_the_interval_of_a_share_stays_between_0_and_1() -> None:
+    answers = ["one two three four", " ".join(9 * ["ah"]), "one two three"]
+    seen = Seen({"answer": answers, "margin": [0.0, 1.0, 2.0]})
+    repetition, accuracy = (of_measure(measures.get(name), seen) for name in ("repetition", "accuracy"))
+    assert repetition is not None and (repetition.low, repetition.high) == (0, 1)
+    assert accuracy is not None and accuracy.low > 0 and accuracy.high == 1, "a tie is neither 0 nor 1"
+
+
 def test_what_is_never_negative_has_no_negative_end_and_few_rows_have_none() -> None:
     found = of_measure(measures.get("neutral_repetition"), Seen({"neutral_answer": ["a b c a b c a", "x y z w v u"]}))
     assert found is not None and found.low == 0.0

@@ -18,7 +18,7 @@ from steertune.recipes.ablation.budget import BudgetTable, Setting, draw, untrai
 from steertune.recipes.lab.embedded import task_names
 from steertune.recipes.lab.files import ArmError
 from steertune.recipes.lab.sources import Reading
-from steertune.recipes.lab.splits import Splits, SplitTable, load_splits, near_duplicates
+from steertune.recipes.lab.splits import Splits, SplitTable, load_splits
 
 datasets.disable_progress_bars()
 
@@ -174,10 +174,7 @@ def test_a_row_of_two_splits_is_refused_and_both_are_named(first, second, near, 
     with pytest.raises(ArmError) as caught:
         split(name)
     message = str(caught.value)
-    assert (
-        f"a {first} row and a {second} row are " + ("nearly the same (similarity 0.9" if near else "the same: ")
-        in message
-    )
+    assert f"a {first} row and a {second} row ask the same or nearly the same: " in message
     shown = ["FIRST word0 word1", "SECOND word0 word1"] if near else ["BOTH word0 word1"] * 2
     assert all(message.count(text) == shown.count(text) for text in shown), message
     assert ("splits.drop_near_duplicates = true" in message) is (first == "train")
@@ -210,7 +207,7 @@ def test_an_answer_to_avoid_leaks_too(seen, measured, tmp_path):
     for name, place, side in (("train", 6, seen), ("test", 2, measured)):
         files[name][place] |= {"prompt": "BOTH", side: LONG}
     name = task(tmp_path / "t", **files)
-    with pytest.raises(ArmError, match="a train row and a test row are the same"):
+    with pytest.raises(ArmError, match="a train row and a test row ask the same"):
         split(name)
     found = prompts(split(name, largest=7, drop_near_duplicates=True))
     assert "BOTH" not in found["pool"] and "BOTH" in found["test"]
@@ -218,17 +215,16 @@ def test_an_answer_to_avoid_leaks_too(seen, measured, tmp_path):
 
 @pytest.mark.parametrize(("first", "second"), [("train", "scorer"), ("validation", "scorer")])
 def test_scorer_rows_are_no_rows_of_another_split(first, second, tmp_path):
-    with pytest.raises(ArmError, match="are the same"):
+    with pytest.raises(ArmError, match="ask the same"):
         split(doubled(tmp_path / "t", first, second, near=False))
 
 
-def test_near_duplicates_by_hand():
-    # two texts without a common word, one with the same words and another case, one with another order
-    first, second = ["a b c d", "x y"], ["A b C d", "d c b a", "x z"]
-    [found] = near_duplicates(first, second, 0.99)
-    assert found == (0, 0, pytest.approx(1.0))
-    assert [(i, j) for i, j, _ in near_duplicates(first, second, 0.01)] == [(0, 0), (0, 1), (1, 2)]
-    assert near_duplicates([], second, 0.5) == near_duplicates(first, [], 0.5) == []
+def test_an_answer_that_two_prompts_share_leaks(tmp_path):
+    files = {"train": rows("a", 12), "validation": rows("v", 3), "test": rows("t", 3)}
+    for name, place, prompt, side in (("train", 6, "Why so", "rejected"), ("test", 2, "How come", "chosen")):
+        files[name][place] |= {"prompt": prompt, side: LONG}
+    with pytest.raises(ArmError, match="a train row and a test row say the same or nearly the same"):
+        split(task(tmp_path / "t", **files))
 
 
 # -- refused ----------------------------------------------------------------------------------------------------------
@@ -333,14 +329,15 @@ def test_a_setting_scales_the_arm_s_own_rate():
     ],
 )
 def test_rungs_and_steps_by_hand(trials, halving, rungs, steps):
-    budget = BudgetTable(trials=trials, halving=halving, steps=[8, 16])
+    budget = BudgetTable(trials=trials, halving=halving, steps=[8, 16], landings=0)
     assert budget.rungs == [(count, pytest.approx(fraction)) for count, fraction in rungs]
     assert budget.steps_spent() == pytest.approx(steps)
 
 
 def test_steps_spent_are_those_of_the_trials_drawn():
-    budget = BudgetTable(trials=2, learning_rate=1.0, steps=[16, 8])
+    budget = BudgetTable(trials=2, learning_rate=1.0, steps=[16, 8], landings=0)
     assert budget.steps_spent() == sum(t.steps for t in draw(budget, 0))
+    assert budget.model_copy(update={"landings": 2}).steps_spent() == budget.steps_spent() + 2 * 12
 
 
 @pytest.mark.parametrize(

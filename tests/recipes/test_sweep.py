@@ -213,7 +213,7 @@ def test_every_setting_is_measured_as_it_is_by_hand(swept, home):
     some = choosing.settings_of(records)
     assert [(one.layer, one.strength) for one in some] == [(1, 1), (1, 3), (3, 1), (3, 3)]
     model, tokenizer = tiny(max_position_embeddings=512), tiny_data.tokenizer()
-    rows = sweep.Context(sweep.SweepTable(**result["settings"]), model, tokenizer).rows("validation")
+    rows = sweep.Context(sweep.SweepTable(**result["settings"])).rows("validation")
     plain = margins(model, tokenizer, rows)
     assert some[0].base.rows("margin").tolist() == pytest.approx(plain.tolist(), abs=1e-3)
     for one in some:

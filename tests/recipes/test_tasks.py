@@ -94,12 +94,8 @@ def test_what_can_be_undone_is_undone(name: str) -> None:
     chosen = answers(name, "test", "chosen")
     undone = [behaviour.undo.apply(text) for text in chosen]
     assert all(text.strip() for text in undone)
-    if behaviour.undo.fold_case:  # a comparison without regard to case
-        rejected = [behaviour.undo.apply(text) for text in answers(name, "test", "rejected")]
-        assert undone == rejected
-    else:
-        scores = scorer.score([""] * len(undone), undone)
-        assert sum(score or 0 for score in scores) <= 0.1 * len(scores)
+    scores = scorer.score([""] * len(undone), undone)
+    assert sum(score or 0 for score in scores) <= 0.1 * len(scores)
 
 
 @pytest.mark.parametrize("name", embedded.task_names())
@@ -163,5 +159,5 @@ def test_a_file_that_cannot_be_read_is_named(text: str, message: str, tmp_path: 
 
 
 def test_undoing_by_hand() -> None:
-    undo = Behaviour.model_validate({"undo": {"pattern": r"\s*\?+$", "replacement": ".", "fold_case": True}}).undo
-    assert undo is not None and undo.apply("Is It?") == "is it."
+    undo = Behaviour.model_validate({"undo": {"pattern": r"(?<=[.!])[^.!?]*\?\W*\Z"}}).undo
+    assert undo is not None and undo.apply("It is. Is IT?") == "It is." and undo.apply("It is.") == "It is."

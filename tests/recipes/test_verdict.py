@@ -57,6 +57,13 @@ def test_the_first_line(strengths: dict[str, Any], begins: str) -> None:
     assert line.startswith(begins), line
 
 
+def test_circles_in_neutral_answers_are_too_much_where_held_out_answers_are_fluent() -> None:
+    steered = record(s0=BASE, s0_5=(HALF, 0.2, CALM), s1=(FULL, 0.4, CALM))
+    for at, answer in {"0": CALM, "0.5": CALM, "1": MANIC}.items():
+        steered.observations[at]["neutral_answer"] = [answer] * 4
+    assert verdict(steered).startswith("**Strength 1 is too much: repetition in neutral answers is 0.95 (limit 0.10)")
+
+
 def test_probabilities_are_compared_with_those_of_the_base() -> None:
     before = ([0.5, 0.6, 0.7, 0.8], 0.0, CALM)
     line = verdict(record(s0=before, s1=([0.6, 0.7, 0.72, 0.7], 0.4, CALM), s2=([0.9, 0.9, 0.9, 0.9], 0.9, CALM)))

@@ -10,6 +10,7 @@ from steertune.recipes.ablation import analysis
 from steertune.recipes.ablation.cells import column
 from steertune.recipes.ablation.findings import Findings
 from steertune.recipes.ablation.sections import COMPARED, means_table, numbers, section, table
+from steertune.recipes.ablation.statistics import Frame
 from steertune.recipes.ablation.tables import AT
 from steertune.recipes.lab import measures
 from steertune.recipes.lab.pages import Block, Section, Text
@@ -18,20 +19,21 @@ from steertune.recipes.lab.rows import BASE, FRONTIER, MATCHED, TUNED
 
 ON_NEUTRAL_TEXT = ("kl", "kl_tail", "perplexity_ratio")
 """Neutral text shows the behaviour too, wherever it does not wait for its occasion; then these count it as harm."""
-WITHOUT_BEHAVIOUR = ("capability", "capability_loss", "repetition", "neutral_repetition", "instructed_loss")
+KNOWN_ENDS, OWN_ANSWERS = ("capability", "capability_loss"), ("instructed_loss", "undone_loss")
+WITHOUT_BEHAVIOUR = (*KNOWN_ENDS, "repetition", "neutral_repetition", *OWN_ANSWERS)
 """These leave the behaviour out."""
 
 
 @section(place=8)
 def damage(findings: Findings) -> Section | None:
     """Side effects of every arm. They are called damage only where both kinds were measured."""
-    cells = findings.ran
-    has = {at: _measured(findings, ON_NEUTRAL_TEXT + WITHOUT_BEHAVIOUR, at) for at in (FRONTIER, MATCHED, TUNED)}
-    at = next((strength for strength, names in has.items() if names), None)
-    if at is None:
+    cells, (at, names) = findings.ran, _seen(findings)
+    if not names:
         return None
-    names = has[at]
-    both = {*names} & {*ON_NEUTRAL_TEXT} and {*names} & {"capability", "instructed_loss"}
+    rigid = at != TUNED and "scalable" in cells and bool((cells["scalable"] == False).any())  # noqa: E712
+    if rigid:  # arms without a strength have theirs at the tuned one alone
+        cells = cells.assign(**{column(name, at): _filled(cells, name, at) for name in names})
+    both = has_both_kinds(findings)
     means = cells.groupby("arm", sort=False)[[column(name, at) for name in names]].mean()
     base = pd.DataFrame([[cells[column(name, BASE)].mean() for name in names]], ["(base model)"], means.columns)
     headers = [f"{title(name)}{_ARROWS[measures.get(name).better]}" for name in names]
@@ -43,18 +45,39 @@ def damage(findings: Findings) -> Section | None:
         "behaviour itself."
     )
     blocks: list[Block] = [
-        Text(f"{what} Means {AT[at]}."),
+        Text(f"{what} Means {AT[at]}{_RIGID if rigid else ''}."),
         means_table(pd.concat([base, means]), headers, ["{:.3f}"] * len(names), "damage"),
         *_compared(findings, names, at),
     ]
     return Section("Damage" if both else "Side effects", blocks)
 
 
+_RIGID = "; of arms without a strength as they come"
 _ARROWS = {"higher": " ↑", "lower": " ↓", None: ""}
+
+
+def has_both_kinds(findings: Findings) -> bool:
+    """Whether side effects were measured on neutral text, and with the behaviour left out."""
+    names = {*_seen(findings)[1]}
+    return bool(names & {*ON_NEUTRAL_TEXT} and names & {*KNOWN_ENDS, *OWN_ANSWERS})
+
+
+def _seen(findings: Findings) -> tuple[str, list[str]]:
+    """The first strength at which side effects were measured, and their names."""
+    for at in (FRONTIER, MATCHED, TUNED):
+        if names := _measured(findings, ON_NEUTRAL_TEXT + WITHOUT_BEHAVIOUR, at):
+            return at, names
+    return TUNED, []
 
 
 def _measured(findings: Findings, names: Sequence[str], at: str) -> list[str]:
     return [name for name in names if findings.ran[column(name, at)].notna().any()]
+
+
+def _filled(cells: Frame, name: str, at: str) -> Frame:
+    """A measure at a strength; at the tuned one for arms that have no strength which could be matched."""
+    rigid = cells[column(name, TUNED)].where(cells["scalable"] == False)  # noqa: E712  None: a cell that failed
+    return cells[column(name, at)].fillna(rigid)
 
 
 def _compared(findings: Findings, names: Sequence[str], at: str) -> list[Block]:

@@ -9,7 +9,7 @@ from steertune.recipes.ablation.cells import column
 from steertune.recipes.ablation.findings import Findings
 from steertune.recipes.ablation.sections import COMPARED, numbers, reach, section, table
 from steertune.recipes.ablation.statistics import Frame
-from steertune.recipes.ablation.strengths import EXTRAPOLATED, SHORT, extrapolated, short
+from steertune.recipes.ablation.strengths import EXTRAPOLATED, SHORT, TRAINED, marks
 from steertune.recipes.ablation.tables import measure_label
 from steertune.recipes.lab.pages import Block, Figure, Section, Table, Text
 from steertune.recipes.lab.pages.measured import title
@@ -36,12 +36,13 @@ def frontier(findings: Findings) -> Section | None:
             "From one training, every arm is brought to each KL to the base on the rows for matching. The mean over "
             "log KL is the figure to compare; each point counts in it by how far the KLs beside it are. "
             f"{SHORT}: the arm stops short of this KL in some cell, and counts with its last point. {EXTRAPOLATED}: a "
-            "trained arm at strengths outside 0.5 to 2, which wins no claim there. Arms without a strength are points."
+            f"trained arm at strengths outside {TRAINED[0]:g} to {TRAINED[1]:g}, which wins no claim there. Arms "
+            "without a strength are points."
         ),
         Figure(drawing, "frontier", "Effect against the KL to the base, by arm"),
     ]
     for name in names:
-        blocks += [Text(f"**{title(name)}**"), _by_kl(cells, name, targets)]
+        blocks += [Text(f"**{title(name)[0].upper()}{title(name)[1:]}**"), _by_kl(cells, name, targets)]
     return Section("Frontier", [*blocks, *_falls(cells), *_areas(findings)])
 
 
@@ -52,7 +53,7 @@ def _by_kl(cells: Frame, measure: str, targets: Sequence[float]) -> Table:
         area = own[column(measure, FRONTIER)]
         if area.notna().any():
             at = [_marked(own, measure, kl) for kl in targets]
-            rows.append([str(arm), *at, f"{area.mean():.3f}"])
+            rows.append([str(arm), *at, f"{area.mean():.3f}{marks(own, targets)}"])
         elif own[column(measure, TUNED)].notna().any():
             kl = own[column("kl", TUNED)].mean()
             point = f"{own[column(measure, TUNED)].mean():.3f} at KL {kl:.2g}"
@@ -66,8 +67,7 @@ def _marked(cells: Frame, measure: str, kl: float) -> str:
     name = column(measure, at_kl(kl))
     if name not in cells or cells[name].isna().all():
         return ""
-    marks = f"{SHORT if short(cells, [kl]) else ''}{EXTRAPOLATED if extrapolated(cells, [kl]) else ''}"
-    return f"{cells[name].mean():.3f}{marks}"
+    return f"{cells[name].mean():.3f}{marks(cells, [kl])}"
 
 
 def _falls(cells: Frame) -> list[Block]:
@@ -90,7 +90,11 @@ def _areas(findings: Findings) -> list[Block]:
     gaps = sorted(
         analysis.comparisons(cells, claim.than, name, claim.sample), key=lambda gap: -gap.difference.estimate
     )
-    rows = [[gap.arm, f"{gap.mean:.3f}", *numbers(gap.difference)] for gap in gaps]
+    targets = findings.tables.matched.frontier
+    rows = [
+        [gap.arm, f"{gap.mean:.3f}{marks(cells[cells['arm'] == gap.arm], targets)}", *numbers(gap.difference)]
+        for gap in gaps
+    ]
     label = measure_label(claim.measure, FRONTIER)
     return [
         Text(f"{label[0].upper()}{label[1:]}, against {claim.than}:"),

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from math import ceil
+
 import numpy as np
 import pandas as pd
+from scipy.stats import sem
 
 from steertune.recipes.ablation import charts
 from steertune.recipes.ablation.cells import column
@@ -39,10 +42,39 @@ def measured(findings: Findings) -> Section:
         blocks.append(Text("The same at the matched KL:"))
         blocks += _side_by_side(findings, MATCHED, "side_effects_matched")
         blocks.append(_means(cells, MATCHED, "measures_matched"))
+    blocks += _resolution(cells)
     failed = int(sum(_failed_judgements(cell) for _, cell in cells.iterrows()))
     if failed:
         blocks.append(Text(f"{failed} judgements failed; they are in no mean."))
     return Section("Effects and side effects", blocks)
+
+
+RESOLUTION = 0.036
+"""Standard error of a rate of one half over some 200 prompts."""
+
+
+def _resolution(cells: Frame) -> list[Block]:
+    """How well one cell knows its behaviour score: the standard error over its prompts, by task."""
+    errors: dict[str, tuple[float, int]] = {}
+    for task, rows in cells.groupby("task", sort=False)[examples_of(column("behaviour", TUNED))]:
+        scores = [values[np.isfinite(values)] for values in rows if isinstance(values, np.ndarray)]
+        scores = [values for values in scores if len(values) > 1]
+        if scores:
+            # a rate of which every answer is alike does not show how it varies: one half varies most
+            error = max(sem(values) for values in scores) or 0.5 / len(scores[0]) ** 0.5
+            errors[str(task)] = float(error), min(map(len, scores))
+    if not errors:
+        return []
+    listed = "; ".join(f"{task} {error:.3f} ({count} prompts)" for task, (error, count) in errors.items())
+    coarse = {task: ceil(count * (error / RESOLUTION) ** 2) for task, (error, count) in errors.items()}
+    coarse = {task: needed for task, needed in coarse.items() if errors[task][0] > RESOLUTION}
+    text = f"Standard error of one cell's behaviour score over its prompts, at most: {listed}."
+    if coarse:
+        text += (
+            f" **Larger than {RESOLUTION:g} in {', '.join(coarse)}**, so that a single cell says little there; "
+            f"{max(coarse.values())} prompts (`generations`) would be enough."
+        )
+    return [Text(text)]
 
 
 def _means(cells: Frame, strength: str, name: str) -> Table:
@@ -62,7 +94,9 @@ def _mean(name: str, values: pd.Series, brackets: bool = True) -> str:
     values = values.dropna()
     if values.empty:
         return ""
-    return with_ends(interval(values)) if brackets and name in BESIDE else f"{values.mean():.3f}"
+    if not brackets or name not in BESIDE:
+        return f"{values.mean():.3f}"
+    return with_ends(interval(values).within(measures.get(name).limits))
 
 
 def _side_by_side(findings: Findings, strength: str, name: str) -> list[Block]:

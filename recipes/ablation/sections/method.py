@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from steertune.recipes.ablation.budget import BudgetTable, draw
 from steertune.recipes.ablation.findings import Findings
 from steertune.recipes.ablation.sections import section
+from steertune.recipes.ablation.statistics import Frame
+from steertune.recipes.ablation.strengths import TRAINED
 from steertune.recipes.ablation.tables import GridTables
 from steertune.recipes.lab.observe import neutral_rows
 from steertune.recipes.lab.pages import Block, Code, Section, Text, escape
@@ -22,7 +25,7 @@ def method(findings: Findings) -> Section:
         Text(_statistics(findings)),
         Text(
             f"{_budget(tables.budget)}{escape(budgets)} {_splits(tables.splits)} Matched KL: {tables.matched.kl} nats "
-            "per token."
+            f"per token{_frontier(findings)}."
         ),
         *_rates(findings),
         *_lead(findings),
@@ -44,8 +47,8 @@ def _statistics(findings: Findings) -> str:
     )
     text = (
         "Differences are paired by task and seed. All seeds of a task share its test rows. Nothing is called clear "
-        f"unless its p, corrected by Holm within its table, is below {claim.alpha:.0%}: {rule}. All of it is about "
-        "the settings that the tuning chose."
+        f"unless its p, corrected by Holm within its table, is below {100 * claim.alpha:.3g} %: {rule}. All of it is "
+        "about the settings that the tuning chose."
     )
     if claim.measure != "accuracy":
         return text
@@ -61,6 +64,18 @@ def _neutral(tables: GridTables) -> str:
     return f"{len(neutral_rows())} neutral rows" if tables.neutral is None else f"the rows of {escape(tables.neutral)}"
 
 
+def _frontier(findings: Findings) -> str:
+    """The KLs of the frontier, and on what text they were matched and side effects reported."""
+    tables = findings.tables
+    if not tables.matched.frontier or "frontier" not in findings.ran:
+        return ""
+    file = "" if tables.neutral is None else f" of {escape(Path(tables.neutral).name)}"
+    return (
+        f", and {_listed(tables.matched.frontier)} for the frontier, matched on every other row of the neutral "
+        f"text{file}; side effects are reported on the rows between"
+    )
+
+
 _PER = {"cell": "in every cell", "arm": "per task and number of examples", "grid": "for the whole grid"}
 
 
@@ -68,10 +83,16 @@ def _budget(budget: BudgetTable) -> str:
     strengths, rates = budget.strengths, budget.learning_rate
     at = "the matched strength" if strengths == "matched" else f"strengths {_listed(strengths)}"
     spread = f"{_listed(rates)} times" if isinstance(rates, list) else f"within a factor of {rates:g} of"
+    layers = f", layers at {_listed(budget.layers)} of the depth for arms that write into one" if budget.layers else ""
+    landing = (
+        f"; and {budget.landed} more with the best one's rate times the strength that it is used at, if far from 1"
+        if budget.landed
+        else ""
+    )
     halving = f"; one trial in {budget.halving} goes on after each rung" if budget.halving > 1 else ""
     return (
         f"Tuning of every arm: {budget.trials} trials {_PER[budget.per]}, learning rates {spread} its own, "
-        f"{_listed(budget.steps)} steps, measured at {at}{halving}."
+        f"{_listed(budget.steps)} steps{layers}, measured at {at}{halving}{landing}."
     )
 
 
@@ -112,19 +133,46 @@ def _rates(findings: Findings) -> list[Block]:
 def _lead(findings: Findings) -> list[Block]:
     """Whether the tuning decided anything, and what its second choice would have given."""
     cells = findings.ran
+    blocks = _landed(cells)
     if "tuning_lead" not in cells or cells["tuning_lead"].isna().all():
-        return []
+        return blocks
     # cells that share a tuning show it once
     tunings = cells.dropna(subset=["tuning_lead"]).drop_duplicates("tuning_key")
     near = int((tunings["tuning_lead"] < 1).sum())
     return [
+        *blocks,
         Text(
             "Settings are chosen by the margin per token on the validation rows. The best trial leads the second by "
             f"{tunings['tuning_lead'].median():.2f} standard errors (median), by less than one in {near} of "
             f"{len(tunings)} tunings. On these rows its accuracy is {tunings['tuning_best'].mean():.3f}; the second "
             f"would have given {tunings['tuning_second'].mean():.3f}."
-        )
+        ),
     ]
+
+
+def _landed(cells: Frame) -> list[Block]:
+    """Which steps and layers the tuning chose, and whether an arm could be used as it was trained."""
+    if "tuning_landed" not in cells or cells["tuning_landed"].isna().all():
+        return []
+    tunings = cells.dropna(subset=["tuning_landed"]).drop_duplicates("tuning_key")
+    tunings = tunings[tunings["setting_steps"] > 0]
+    off = tunings[tunings["tuning_landed"] < 1]
+    parts = []
+    for column, word in (("setting_steps", "steps"), ("setting_layer", "of the depth")):
+        if column in tunings and tunings[column].nunique() > 1:
+            counts = tunings[column].value_counts().sort_index()
+            parts.append(", ".join(f"{value:g} {word} ({count})" for value, count in counts.items()))
+    chosen = f"Chosen, by number of tunings: {'; '.join(parts)}. " if parts else ""
+    arms = ", ".join(map(str, dict.fromkeys(off["arm"])))
+    low, high = TRAINED
+    text = (
+        f"In {len(off)} of {len(tunings)} tunings of trained arms no trial is used at strengths of {low:g} to "
+        f"{high:g} at every KL: {arms}."
+        if len(off)
+        else f"In all {len(tunings)} tunings of trained arms a trial is used at strengths of {low:g} to {high:g} at "
+        "every KL, and such a one was preferred."
+    )
+    return [Text(chosen + text)]
 
 
 def _notes(findings: Findings) -> list[Block]:

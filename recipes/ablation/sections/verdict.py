@@ -5,6 +5,7 @@ from __future__ import annotations
 from steertune.recipes.ablation import analysis, charts
 from steertune.recipes.ablation.analysis import BASE
 from steertune.recipes.ablation.findings import Findings
+from steertune.recipes.ablation.looks import in_words
 from steertune.recipes.ablation.sections import OTHER_ROWS, ROWS, emphasised, numbers, section, table
 from steertune.recipes.lab.pages import Block, Figure, Section, Text, escape, prose
 
@@ -29,6 +30,8 @@ def _question(findings: Findings) -> list[Block]:
     card, claim = findings.tables.card, findings.tables.claim
     assert card is not None and claim is not None  # a grid without them is refused when it is read
     blocks: list[Block] = [Text(f"**{prose(card.problem)}** Hypothesis: {prose(card.hypothesis)}")]
+    if looks := in_words(findings.grid, claim.alpha):
+        blocks.append(Text(looks))
     if not findings.claimed:
         blocks.append(
             Text(
@@ -83,7 +86,9 @@ def _extent(findings: Findings) -> Text:
     done = len(cells) - int((cells["status"] == "failed").sum())
     sizes = sorted(int(n) for n in cells["examples"].unique())
     means = f" Scores are means over n = {', '.join(map(str, sizes))}." if len(sizes) > 1 else ""
+    taken = int((cells["taken_over"] == True).sum()) if "taken_over" in cells else 0  # noqa: E712  None: it was not
+    reused = f" {taken} of them were taken from other grids, which ran before this card was written." if taken else ""
     return Text(
         f"{done} of {len(findings.grid['cells'])} cells, {cells['task'].nunique()} tasks, {cells['seed'].nunique()} "
-        f"seeds.{means} {escape(' '.join(findings.grid['notes']))}"
+        f"seeds.{reused}{means} {escape(' '.join(findings.grid['notes']))}"
     )

@@ -11,7 +11,7 @@ from typing import Any
 from datasets import Dataset
 
 from steertune.recipes.lab.progress import Bar
-from steertune.recipes.lab.splits import near_duplicates
+from steertune.recipes.lab.similarity import answered_texts, near_duplicates
 
 from ._base import AugmentationError, Augmenter, Row, get_augmenter, said
 
@@ -127,21 +127,19 @@ def _near_rows(
 ) -> set[int]:
     """Versions whose prompt, or prompt and answer, comes near a row that is measured on; where prompts are the same in
     all data, as a task's one question is, only with the answer."""
-    prompts, texts = [_prompt(row) for row in measured_on], [text for row in measured_on for text in _texts(row)]
-    alike = {i for i, _, _ in near_duplicates([_prompt(row) for row in own], prompts, near)}
+    prompts = [_prompt(row) for row in measured_on]
+    texts = [text for row in measured_on for text in answered_texts(row)]
+    alike = {i for i, _ in near_duplicates([_prompt(row) for row in own], prompts, near)}
     kept = [(i, version) for i, version in enumerate(versions) if version is not None]
     apart = [(i, _prompt(version)) for i, version in kept if i not in alike]
-    whole = [(i, text) for i, version in kept for text in _texts(version)]
-    found = [apart[k][0] for k, _, _ in near_duplicates([text for _, text in apart], prompts, near)]
-    return {*found, *(whole[k][0] for k, _, _ in near_duplicates([text for _, text in whole], texts, near))}
+    whole = [(i, text) for i, version in kept for text in answered_texts(version)]
+    asked = near_duplicates([text for _, text in apart], prompts, near)
+    answered = near_duplicates([text for _, text in whole], texts, near)
+    return {*(apart[k][0] for k, _ in asked), *(whole[k][0] for k, _ in answered)}
 
 
 def _prompt(row: Row) -> str:
     return said(row["prompt"]) if "prompt" in row else ""
-
-
-def _texts(row: Row) -> list[str]:
-    return [f"{_prompt(row)} {said(row[side])}" for side in ("chosen", "rejected", "completion") if side in row]
 
 
 def _check(augmenter: Augmenter, rows: Sequence[Row], versions: Sequence[Row | None]) -> None:

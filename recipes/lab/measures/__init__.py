@@ -87,6 +87,7 @@ class Measure:
         total: Applied to the mean, such as `exp` for a perplexity.
         observe: For a measure that no observer serves: `(model, held_out)` -> one value for every example, computed
             with the model at the strength in question and recorded under the measure's own name.
+        limits: Between which every value lies, such as (0, 1) for a share; so does the mean, and its interval.
         trust: Its place in the order in which measures are read, 1 first, as problems with a known answer decided it
             (`docs/pages/measures.md`); None: those problems say nothing of it, or it failed on them.
     """
@@ -100,6 +101,7 @@ class Measure:
     weight: str = ""
     total: Callable[[float], float] | None = None
     observe: Callable[[Any, Any], Sequence[float]] | None = None
+    limits: tuple[float, float] = (-math.inf, math.inf)
     trust: int | None = None
 
     @property
@@ -141,12 +143,14 @@ def measure(
     weight: str = "",
     total: Callable[[float], float] | None = None,
     observe: Callable[[Any, Any], Sequence[float]] | None = None,
+    limits: tuple[float, float] = (-math.inf, math.inf),
     trust: int | None = None,
 ) -> Callable[[Callable[[Seen], Array]], Measure]:
     """Make a measure of a function; see `Measure` for the arguments."""
 
     def decorate(function: Callable[[Seen], Array]) -> Measure:
-        return Measure(function.__name__, title, unit, better, tuple(needs), function, weight, total, observe, trust)
+        own = tuple(needs), function, weight, total, observe, limits, trust
+        return Measure(function.__name__, title, unit, better, *own)
 
     return decorate
 

@@ -3,7 +3,7 @@
 from steertune.recipes.lab.measures import Array, Seen, measure
 
 
-@measure("sentences ended right", better="higher", needs=["questions"])
+@measure("sentences ended right", better="higher", needs=["questions"], limits=(0, 1))
 def capability(seen: Seen) -> Array:
     """1 where the right one of four words is the likeliest, `(sentences,)`; NaN where two begin alike."""
     return seen["question_right"]

@@ -6,7 +6,7 @@ from steertune.recipes.lab.measures import Array, Seen, measure
 from steertune.recipes.lab.measures.repetition import repeated
 
 
-@measure("repetition in neutral answers", better="lower", needs=["answers"])
+@measure("repetition in neutral answers", better="lower", needs=["answers"], limits=(0, 1))
 def neutral_repetition(seen: Seen) -> Array:
     """The `repetition` of answers to neutral prompts, `(answers,)`."""
     return np.array([repeated(str(text)) for text in seen["neutral_answer"]])

@@ -7,7 +7,7 @@ from steertune.recipes.lab.measures import Array, Seen, measure
 _WORDS = 3
 
 
-@measure("repetition", better="lower", needs=["answers"])
+@measure("repetition", better="lower", needs=["answers"], limits=(0, 1))
 def repetition(seen: Seen) -> Array:
     """Share of an answer's word triples that occur earlier in the same answer; NaN for a shorter one, `(answers,)`."""
     return np.array([repeated(str(text)) for text in seen["answer"]])

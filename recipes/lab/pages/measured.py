@@ -12,10 +12,12 @@ from steertune.recipes.lab.pages.side_effects import of_strengths
 from steertune.recipes.lab.pages.verdict import verdict
 from steertune.recipes.lab.rows import BASE, Record
 
+EMPTY = "*(an empty answer)*"
+
 
 def number(value: float) -> str:
     """A mean on a page: three decimals, or two digits where that would be 0."""
-    return f"{value:.3f}" if value == 0 or abs(value) >= 0.1 else f"{value:.2g}"
+    return f"{value:.3f}" if value == 0 or abs(value) >= 0.1 else f"{value:#.2g}"
 
 
 def title(name: str) -> str:
@@ -62,7 +64,7 @@ def generations(prompts: Sequence[str], answers: Mapping[str, Sequence[str]]) ->
     """
     blocks: list[Block] = []
     for i, prompt in enumerate(prompts if answers else ()):
-        lines = "\n".join(f"- {name}: {escape(texts[i])}" for name, texts in answers.items())
+        lines = "\n".join(f"- {name}: {escape(texts[i]) or EMPTY}" for name, texts in answers.items())
         blocks += [Text(f"**{escape(prompt)}**"), Text(lines)]
     return blocks
 

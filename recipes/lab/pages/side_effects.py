@@ -90,4 +90,4 @@ def _figure(found: Mapping[str, Mapping[str, Interval | None]], names: Sequence[
 
 
 def _short(value: float) -> str:
-    return f"{value:.3f}" if value == 0 or 0.1 <= abs(value) < 1000 else f"{value:.2g}"
+    return f"{value:.3f}" if value == 0 or 0.1 <= abs(value) < 1000 else f"{value:#.2g}"

@@ -21,7 +21,16 @@ VISIBLE = 0.4
 _RISE = 0.05  # of a score that is a probability, from which an answer counts as more like the chosen ones
 _CIRCLE = 0.5  # an answer that shrinks below this share of its length says the same again and again
 
-
+_FLUENCY = (
+    ("answer", "repetition", "repetition", "share of answers that go in circles"),
+    (
+        "neutral_answer",
+        "neutral_repetition",
+        "repetition in neutral answers",
+        "share of neutral answers that go in circles",
+    ),
+)
+"""Answers as they are recorded, the measure of their repetition, and what the page calls it and their circles."""
 _NOT_HELD_OUT = {
     "held-out": "",
     "training": " **No rows were held out**: these are training prompts, and nothing says what others do.",
@@ -98,16 +107,13 @@ def _gain(record: Record, at: str) -> tuple[float, str]:
 
 def _excess(record: Record, at: str) -> str:
     """Which limits a strength exceeds, in words; "" if none."""
-    base = record.observations[BASE].get("answer", [])
-    repetition, circles = np.nan_to_num(record.value("repetition")), circling(base)
-    values = {
-        "KL to the base": (record.value("kl", at), MAX_KL),
-        "repetition": (record.value("repetition", at), repetition + MAX_REPETITION),
-        "share of answers that go in circles": (
-            circling(record.observations[at].get("answer", [])),
-            circles + MAX_CIRCLES,
-        ),
-    }
+    base, steered = record.observations[BASE], record.observations[at]
+    values = {"KL to the base": (record.value("kl", at), MAX_KL)}
+    for answers, measure, repetition, circles in _FLUENCY:
+        limit = np.nan_to_num(record.value(measure)) + MAX_REPETITION
+        values[repetition] = (record.value(measure, at), limit)
+        limit = circling(base.get(answers, [])) + MAX_CIRCLES
+        values[circles] = (circling(steered.get(answers, [])), limit)
     return ", and ".join(
         f"{name} is {value:.2f} (limit {limit:.2f})" for name, (value, limit) in values.items() if value > limit
     )

@@ -88,7 +88,7 @@ def _checked(scorer: Scorer, rows: Dataset) -> str:
     """How often a scorer that was not fitted puts the chosen answer of a pair above the rejected one, a tie half."""
     checked = rows.select(range(min(_CHECKED, len(rows))))
     if not len(checked):
-        return ", not checked on held-out pairs (splits.scorer = 0)"
+        return ", not checked on pairs (splits.scorer = 0)"
     gaps: list[float] = []
     # the first pair by itself: a judge that is not there is asked no more
     for part in (checked.select([0]), checked.select([*range(1, len(checked))])):
@@ -98,9 +98,10 @@ def _checked(scorer: Scorer, rows: Dataset) -> str:
         if not gaps:
             break
     if not gaps:
-        return f", which judged none of {len(checked)} held-out pairs"
-    right = float(np.mean((np.sign(gaps) + 1) / 2))
-    return f", right about {right:.2f} of {len(gaps)} held-out pairs"
+        return f", which judged none of {len(checked)} pairs"
+    right, ties = sum(gap > 0 for gap in gaps), sum(gap == 0 for gap in gaps)
+    undecided = f", and prefers neither answer in {ties}" if ties else ""
+    return f", which prefers the chosen answer in {right} of {len(gaps)} pairs{undecided}"
 
 
 def fit_on_pairs(classifier: Any, features: Any) -> float:

@@ -1,0 +1,88 @@
+"""What the result cannot say, whatever it says."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from steertune.recipes.ablation.cells import column
+from steertune.recipes.ablation.findings import Findings
+from steertune.recipes.ablation.sections import section
+from steertune.recipes.ablation.sections.damage import has_both_kinds
+from steertune.recipes.ablation.statistics.rows import examples_of
+from steertune.recipes.ablation.strengths import TRAINED
+from steertune.recipes.lab.pages import Section, Text
+from steertune.recipes.lab.rows import TUNED
+
+ENOUGH_TASKS, ENOUGH_ANSWERS = 8, 200
+
+
+@section(place=80)
+def limits(findings: Findings) -> Section | None:
+    """The limits of tasks, measure, strengths and damage that the cells themselves show."""
+    every = (_tasks, _measure, _answers, _strengths, _matching, _damage)
+    lines = [line for limit in every if (line := limit(findings))]
+    return Section("What it cannot say", [Text("\n".join(f"- {line}" for line in lines))]) if lines else None
+
+
+def _tasks(findings: Findings) -> str:
+    count = findings.paired["task"].nunique()
+    if not findings.claim.sample:
+        return (
+            f"Tasks: the claim is about the {count} it ran on (as fixed). What is clear here need not hold for "
+            "others, for which the tables have intervals of their own."
+        )
+    if count >= ENOUGH_TASKS:
+        return ""
+    return f"Tasks: {count} are few to stand for others; {ENOUGH_TASKS} or more would be better."
+
+
+def _measure(findings: Findings) -> str:
+    if findings.claim.measure != "accuracy":
+        return ""
+    return (
+        "Length: pair accuracy adds up log-probabilities over an answer, so that a longer answer is less likely "
+        "whatever it says. Where the answers of a pair differ in length, it measures that too, and it is not what a "
+        "model writes."
+    )
+
+
+def _answers(findings: Findings) -> str:
+    values = findings.ran[examples_of(column("behaviour", TUNED))]
+    counts = [len(scores) for scores in values if isinstance(scores, np.ndarray)]
+    if not counts:
+        return "Behaviour: no answers were generated, so nothing here is about what the models write."
+    if min(counts) >= ENOUGH_ANSWERS:
+        return ""
+    return f"Behaviour: {min(counts)} answers a cell are few; {ENOUGH_ANSWERS} would know a rate within 0.07."
+
+
+def _strengths(findings: Findings) -> str:
+    """Trained arms that are used far from the strength that they were trained at, where arms are compared."""
+    cells = findings.ran
+    if not {"setting_steps", "matched_strength"} <= {*cells}:
+        return ""
+    strengths = cells.loc[cells["setting_steps"] > 0, "matched_strength"].dropna().astype(float)
+    low, high = TRAINED
+    outside = (strengths < low) | (strengths > high)
+    if not outside.any():
+        return ""
+    return (
+        f"Strengths: {int(outside.sum())} of {len(strengths)} trained cells reach a KL of "
+        f"{findings.tables.matched.kl:g} only outside strengths of {low:g} to {high:g} ({strengths.min():.2g} to "
+        f"{strengths.max():.2g}). They are extrapolated: what was trained is used at another strength."
+    )
+
+
+def _matching(findings: Findings) -> str:
+    if "frontier" in findings.ran:
+        return ""
+    return (
+        "KL: strengths were matched at one KL, on the same few neutral rows on which side effects are reported. Equal "
+        "there is not equal on other text, nor at another KL."
+    )
+
+
+def _damage(findings: Findings) -> str:
+    if has_both_kinds(findings):
+        return ""
+    return "Damage: only one kind of side effect was measured, and neutral text may show the behaviour itself."

@@ -1,0 +1,67 @@
+"""Which part of an example a column seems to be, by its name: for the suggestion in an error, never to train on."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
+
+from steertune.recipes.lab.tables import Part
+
+_SYNONYMS: dict[Part, set[str]] = {
+    "chosen": {"good", "positive", "pos", "preferred", "accepted", "better", "best", "winner", "win", "right",
+               "correct"},
+    "rejected": {"bad", "negative", "neg", "dispreferred", "refused", "worse", "worst", "loser", "lose", "wrong",
+                 "incorrect"},
+    "prompt": {"question", "instruction", "query", "input", "user", "request", "context", "ask"},
+    "completion": {"answer", "response", "output", "reply", "assistant", "target"},
+}  # fmt: skip
+"""Words in the names of columns, by the part of an example that they mean."""
+_GAP = "..."
+
+
+def like(part: Part, names: Sequence[str]) -> list[str]:
+    """The columns that seem to be a part of an example: by the name in another case, else a synonym, else a
+    misspelling of one of these."""
+    words = {name: set(re.findall(r"[^\W_]+", re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name).casefold())) for name in names}
+    for meant in ({part}, _SYNONYMS[part]):
+        if named := [name for name in names if words[name] & meant]:
+            return named
+    return [name for name in names if get_close_matches(name.casefold(), {part} | _SYNONYMS[part], cutoff=0.75)]
+
+
+def suggested(names: Sequence[str]) -> dict[Part, str]:
+    """Columns for the parts of a pair, or of a prompt with its completion; "..." for a part that no column seems to
+    be."""
+    columns: dict[Part, str] = {}
+    rest = list(names)
+    parts: tuple[Part, ...] = ("rejected", "chosen", "prompt")  # "dispreferred" is no misspelt "preferred"
+    for part in parts:
+        for name in like(part, rest)[:1]:
+            columns[part] = name
+            rest.remove(name)
+    answers = like("completion", rest)
+    if len(answers) == 2 and not {"chosen", "rejected"} & columns.keys():
+        columns |= {"chosen": answers[0], "rejected": answers[1]}
+        rest = [name for name in rest if name not in answers]
+    elif "rejected" not in columns and (answers or ("chosen" in columns and not rest)):
+        return {"prompt": columns.get("prompt", _GAP), "completion": answers[0] if answers else columns["chosen"]}
+    # two whole texts have no prompt of their own
+    pair: list[Part] = ["chosen", "rejected"]
+    if "prompt" in columns or not ((len(rest) == 2 and not columns) or (not rest and len(columns) == 2)):
+        pair.insert(0, "prompt")
+    missing = [part for part in pair if part not in columns]
+    columns |= dict(zip(missing, rest if len(rest) == len(missing) else [_GAP] * len(missing), strict=True))
+    return {part: columns[part] for part in pair}
+
+
+def as_options(columns: Mapping[Part, str]) -> str:
+    """How a mapping of columns is written on the command line of each recipe."""
+    table = "{" + ", ".join(f"{part} = {json.dumps(name, ensure_ascii=False)}" for part, name in columns.items()) + "}"
+    words = " ".join(shlex.quote(f"{part}={name}") for part, name in columns.items())
+    return (
+        f"--data.columns {shlex.quote(table)} in train and distill, --columns {words} in other commands, columns = "
+        f"{table} of a task in a grid"
+    )

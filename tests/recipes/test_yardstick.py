@@ -9,6 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from paths import ROOT
 
 from steertune.recipes.lab import measures
 from steertune.recipes.lab.batches import batches
@@ -17,7 +18,7 @@ from steertune.recipes.lab.pages import Table
 from steertune.recipes.studies import yardstick
 from steertune.recipes.studies.planting.contrasts import CONTRASTS, KL, plant
 from steertune.recipes.studies.planting.students import TRUTH, measured, students
-from steertune.recipes.studies.planting.winners import compared, looks, rate, sections, truths
+from steertune.recipes.studies.planting.winners import compared, looks, rate, sections, trust_order, truths
 from steertune.recipes.studies.planting.worlds import Sizes
 
 SMALL = Sizes(tasks=2, train=24, test=16, fresh=16, new_tokens=12, steps=3)
@@ -149,6 +150,23 @@ def test_trusted_measures_come_first_and_none_is_left_out():
     assert sorted(order) == [*measures.names()]
     ranks = [rank for rank in trust if rank is not None]
     assert ranks == sorted(ranks) and trust[: len(ranks)] == ranks and len({*ranks}) == len(ranks)
+
+
+def test_the_trust_of_every_measure_is_its_place_in_the_committed_table():
+    studies = json.loads((ROOT / "docs" / "results" / "planted" / "studies.json").read_text(encoding="utf-8"))
+    order = trust_order([one for one in studies if one["world"] == "tiny"])
+    assert {name: measures.get(name).trust for name in order} == {name: i + 1 for i, name in enumerate(order)}
+    assert [name for name in measures.names() if measures.get(name).trust is not None and name not in order] == []
+
+
+def test_a_measure_that_knows_nothing_has_no_place():
+    rng = np.random.default_rng(0)
+    says = {"margin": [0.2, 0.01], "behaviour": [0.2, 0.3], "kl": [0.2, 0.01]}
+    contrasts = [
+        says | {TRUTH: [0.5 + 0.1 * rng.normal(), 0.01], "accuracy": [0.2 * (-1) ** i, 0.2]} for i in range(12)
+    ]
+    studies = [made_up("both", contrast=contrast) for contrast in contrasts]
+    assert trust_order(studies) == ["margin", "behaviour"], "claims break the tie; a measure of damage has no place"
 
 
 @pytest.mark.slow

@@ -42,7 +42,7 @@ CONTRASTS = {
     "both": Problem("v", "", "chosen answers are the teacher's, rejected ones the base's: both ways can learn it"),
     "pair": Problem("vuu", "uu", "both answers share a nuisance, so that only their difference is the teacher's"),
     "chosen": Problem("v", "ww", "chosen answers are the teacher's, rejected ones mislead: the difference is another"),
-    "lora": Problem("v", "", "as `both`, with a teacher that is a LoRA of rank one", "lora"),
+    "lora": Problem("v", "", "the same as both, with a teacher that is a LoRA of rank one", "lora"),
     "coin": Problem("", "", "both answers are the base's: there is nothing to learn"),
 }
 """The problems by name."""

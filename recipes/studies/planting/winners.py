@@ -113,6 +113,33 @@ def looks(studies: Sequence[Mapping[str, Any]]) -> list[Look]:
     return found
 
 
+def trust_order(studies: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The measures of what was learned, the most trusted one first: the `trust` of a measure's file is its place here.
+
+    What counts is how often a measure names the truth's winner, then how seldom it claims the loser, then how often it
+    claims the winner. A measure whose interval of the first holds 50 % has no place, and neither have measures of
+    damage, which say what an arm costs.
+    """
+    decided: dict[str, list[Look]] = {}
+    for look in looks(studies):
+        if look.right is not None and not look.null and look.measure != TRUTH and _of_learning(look.measure):
+            decided.setdefault(look.measure, []).append(look)
+
+    def key(name: str) -> tuple[float, float, float, str]:
+        own = decided[name]
+        lost = np.mean([look.claims and not look.right for look in own])
+        won = np.mean([bool(look.claims and look.right) for look in own])
+        return -float(np.mean([bool(look.right) for look in own])), float(lost), -float(won), name
+
+    known = [name for name, own in decided.items() if _interval([bool(look.right) for look in own])[0] > 0.5]
+    return sorted(known, key=key)
+
+
+def _of_learning(measure: str) -> bool:
+    """Whether a measure is about what was learned: pairs, answers, or a model that is known."""
+    return "neutral" not in measures.get(measure).needs
+
+
 def sections(studies: Sequence[Mapping[str, Any]]) -> list[Section]:
     """The tables of a page."""
     everything = looks(studies)
@@ -123,6 +150,7 @@ def sections(studies: Sequence[Mapping[str, Any]]) -> list[Section]:
             "Which measure names the truth's winner", [Text(_WINNERS), Table(_winners(everything, names), "winners")]
         ),
         Section("False claims", [Text(_FALSE), Table(_claims(everything, names), "claims")]),
+        Section("The order", [Text(f"{_ORDER} {', '.join(trust_order(studies)) or 'None'}.")]),
     ]
 
 
@@ -141,6 +169,12 @@ _FALSE = (
     "the same arm trained on a second draw of the data, or, for measures of pairs, between two arms where a coin "
     "chose the better answer. The nominal rate is 5 %. *Claims the loser*: of comparisons whose truth is clear, how "
     "often a measure claims the arm that is further from the teacher. Intervals are those of Clopper and Pearson."
+)
+
+
+_ORDER = (
+    "Measures of what was learned whose interval of *all* lies above 50 %, by how often they name the winner, then by "
+    "how seldom they claim the loser, then by how often they claim the winner:"
 )
 
 
@@ -191,5 +225,11 @@ def rate(events: Sequence[bool]) -> str:
     """How often an event occurred, with its 95 % interval."""
     if not events:
         return ""
-    low, high = proportion_confint(sum(events), len(events), method="beta")
+    low, high = _interval(events)
     return f"{np.mean(events):.0%} [{low:.0%}, {high:.0%}]"
+
+
+def _interval(events: Sequence[bool]) -> tuple[float, float]:
+    """The 95 % interval of Clopper and Pearson of how often an event occurs."""
+    low, high = proportion_confint(sum(events), len(events), method="beta")
+    return float(low), float(high)

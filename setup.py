@@ -17,7 +17,16 @@ def subpackages(folder: str) -> dict[str, str]:
 
 package_dir = {name: path for folder in FOLDERS for name, path in subpackages(folder).items()}
 
-DATA = ["py.typed", "**/*.toml", "**/*.yaml", "**/*.jsonl", "**/*.md", "**/*.jinja"]
+DATA = [
+    "py.typed",
+    "**/*.toml",
+    "**/*.yaml",
+    "**/*.jsonl",
+    "**/*.md",
+    "**/*.jinja",
+    "zoo/**/*.json",
+    "zoo/**/*.safetensors",
+]
 
 RECIPES = [
     "gguf>=0.17",
@@ -50,9 +59,7 @@ setup(
     python_requires=">=3.11",
     packages=list(package_dir),
     package_dir=package_dir,
-    package_data={
-        name: ["py.typed", "**/*.toml", "**/*.yaml", "**/*.jsonl", "**/*.md", "**/*.jinja"] for name in package_dir
-    },
+    package_data=dict.fromkeys(package_dir, DATA),
     install_requires=[
         "torch>=2.11",
         "transformers>=5.17,<5.24",  # the adapter methods of 5.24 ask for PEFT 0.22

@@ -2,9 +2,13 @@
 
     python -m steertune.recipes.info runs/vector_dpo-cautious_advice/adapter
     python -m steertune.recipes.info my-vector --model embedded --json
+    steertune info my-vector --data cautious_advice --loss dpo
 
 Every tensor is checked as it is when the adapter is loaded. `--model` loads the base model
 too, puts the vector on it, and says where it can be exported to.
+
+`--data` adds three numbers of inductive bias (`lab/inductive_bias.py`), for a LoRA too: how small a change reaches the
+training loss, how much noise the solution bears, and how much more it does to neutral text than a random direction.
 """
 
 from __future__ import annotations
@@ -13,17 +17,37 @@ import sys
 from pathlib import Path
 from typing import Annotated, Any
 
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
+import numpy as np
+from peft import PeftConfig, PeftModel
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from pydantic import ValidationError
 
-from steertune.adapters import exports
+from steertune import losses
+from steertune.adapters import exports, steering_layers
 from steertune.adapters.exports import ExportError
 from steertune.adapters.saved import read_tensors
-from steertune.recipes.lab.command_line import Argument, Option, Result, Threads, command
-from steertune.recipes.lab.data import adapter_config, load_steered
-from steertune.recipes.lab.files import ArmError
+from steertune.recipes.lab import embedded
+from steertune.recipes.lab.command_line import (
+    Argument,
+    ColumnNames,
+    Count,
+    Option,
+    Result,
+    Threads,
+    columns_of,
+    command,
+)
+from steertune.recipes.lab.data import adapter_config, load_data, load_model, load_steered
+from steertune.recipes.lab.files import ArmError, reasons
+from steertune.recipes.lab.forms import has_template, readable
+from steertune.recipes.lab.inductive_bias import SCALES, SIZES, inductive_bias
+from steertune.recipes.lab.observe import neutral_rows
 from steertune.recipes.lab.processes import begin
+from steertune.recipes.lab.progress import progress
+from steertune.recipes.lab.tables import DataTable, ModelTable
 
 _SWITCHES = ("form", "rank", "layers", "tied", "site", "norm", "norm_value", "positions", "init", "init_scale")
+_NEUTRAL = 8  # rows of neutral text on which random directions are compared with the adapter
 
 
 @command
@@ -32,14 +56,29 @@ def main(
     model: Annotated[
         str | None, Option(help="also try it on this base: embedded, a local folder or a Hub name")
     ] = None,
+    data: Annotated[str | None, Option(help="training data, as data.name: measure the inductive bias on them")] = None,
+    columns: ColumnNames = None,
+    loss: Annotated[str, Option(help="of --data: a file of losses/", metavar="NAME")] = "cross_entropy",
+    rows: Annotated[int, Count("of --data: training rows, drawn as the recipes draw them")] = 16,
+    seed: Annotated[int, Option(help="of --data: of the rows, the noise and the random directions")] = 0,
     threads: Threads = None,
 ) -> Result:
     """Describe an adapter; a folder that is no usable adapter, or not of the model, is an error."""
-    data = describe(folder)
-    if model is not None:
-        begin(threads, only_one=True)
-        data |= tried(folder, model)
-    return Result(data, _lines(data))
+    lora = data is not None and _is_lora(folder)
+    facts = {} if lora else describe(folder)
+    if data is None and model is None:
+        return Result(facts, _lines(facts))
+    begin(threads, only_one=True)
+    if model is not None and not lora:
+        facts |= tried(folder, model)
+    if data is not None:
+        try:
+            table = DataTable(name=data, columns=columns_of(columns), train=rows, test=1, seed=seed)
+        except ValidationError as error:
+            raise ArmError(reasons(error)) from error
+        with progress("Inductive bias"):
+            facts |= biases(folder, model, table, loss)
+    return Result(facts, _lines(facts))
 
 
 def describe(folder: Path) -> dict[str, Any]:
@@ -79,6 +118,69 @@ def tried(folder: Path, name: str) -> dict[str, Any]:
         except ExportError as error:
             reasons[target] = f"no: {error}"
     return {"fits": name, "exports": reasons}
+
+
+def _is_lora(folder: Path) -> bool:
+    """Whether an adapter folder holds a LoRA."""
+    return (folder / CONFIG_NAME).is_file() and PeftConfig.from_pretrained(str(folder)).peft_type == "LORA"
+
+
+def biases(folder: Path, name: str | None, table: DataTable, loss: str) -> dict[str, Any]:
+    """The three numbers of inductive bias, and what they were computed from.
+
+    Args:
+        folder: Of the adapter.
+        name: Of the base model; None: what the adapter names.
+        table: The training data.
+        loss: The training loss.
+
+    Raises:
+        ArmError: unknown data, or a loss that they do not fit.
+        ValueError: an unknown loss.
+    """
+    trained = losses.get_loss(loss)
+    model, tokenizer = _trainable(folder, name)
+    rows = readable(load_data(table, lambda: has_template(tokenizer)).train, tokenizer)
+    neutral = neutral_rows(tokenizer, count=_NEUTRAL)
+    bias = inductive_bias(model, tokenizer, rows, trained, neutral, table.seed)
+    by_size = zip(SIZES, bias.stability.losses, strict=True)
+    by_scale = zip(SCALES, bias.efficiency.losses, strict=True)
+    return {
+        "inductive bias": {
+            "efficiency, area under the loss": bias.efficiency.area,
+            "stability, rise of the loss": bias.stability.rise,
+            "significance, times a random direction": bias.significance.ratio,
+        },
+        "norm of the parameters": bias.efficiency.norm,
+        f"{loss} by share of the solution": {f"{scale:g}": value for scale, value in by_scale},
+        f"{loss} by relative size of noise": {f"{size:g}": value for size, value in by_size},
+        "KL on neutral text": bias.significance.kl,
+        "KL of random directions": {
+            f"{share:.0%}": float(np.quantile(bias.significance.random, share)) for share in (0.05, 0.5, 0.95)
+        },
+        "p of a random direction": bias.significance.p,
+    }
+
+
+def _trainable(folder: Path, name: str | None) -> tuple[PeftModel, Any]:
+    """A steering vector or a LoRA on its base model, in evaluation mode, with its tokenizer.
+
+    Raises:
+        ArmError: no base model is named, or it is not the adapter's.
+    """
+    if not _is_lora(folder):
+        model, tokenizer, _ = load_steered(folder, name)
+        for layer in steering_layers(model):
+            for key, config in layer.config.items():
+                for kind in config.parameter_names:
+                    # the vectors of a span are fixed
+                    layer.parameter(key, kind).requires_grad_(not (config.form == "span" and kind == "w"))
+        return model, tokenizer
+    called = name or PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
+    if not called:
+        raise ArmError(f"{folder} does not name its base model: give --model.")
+    base, tokenizer = load_model(ModelTable(name="embedded" if called == embedded.MODEL_NAME else called))
+    return PeftModel.from_pretrained(base, str(folder), is_trainable=True).eval(), tokenizer
 
 
 def _lines(found: dict[str, Any]) -> str:

@@ -15,8 +15,8 @@ from steertune.adapters.blocks import find_blocks, resolve_layers
 from steertune.recipes.ablation.checks import batch_size, has_one_layer, has_strength
 from steertune.recipes.ablation.context import Context
 from steertune.recipes.ablation.grid import Cell, Grid, describe
+from steertune.recipes.ablation.kl_search import SEARCH_ROWS
 from steertune.recipes.ablation.resolution import resolution, with_twice_the_rows
-from steertune.recipes.ablation.run import SEARCH_ROWS
 from steertune.recipes.ablation.statistics.paired import smallest_p
 from steertune.recipes.ablation.store import Store, name_of
 from steertune.recipes.ablation.tables import GridTables

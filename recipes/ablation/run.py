@@ -14,7 +14,6 @@ import shutil
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
-from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,7 +28,8 @@ from steertune.recipes.ablation.budget import Setting, draw, untrained_strengths
 from steertune.recipes.ablation.checks import has_one_layer, has_strength
 from steertune.recipes.ablation.context import Context, instructions
 from steertune.recipes.ablation.grid import Cell
-from steertune.recipes.ablation.matched import Point, frontier
+from steertune.recipes.ablation.kl_search import strengths_at
+from steertune.recipes.ablation.matched import Point
 from steertune.recipes.ablation.trials import best_first, landed_at, landing_factor, lead
 from steertune.recipes.lab.evaluate import evaluate, evaluate_base
 from steertune.recipes.lab.files import ArmError, read_result, write_result
@@ -37,16 +37,13 @@ from steertune.recipes.lab.ingredients import Training
 from steertune.recipes.lab.ingredients.prompt import Prompt
 from steertune.recipes.lab.measures import Seen
 from steertune.recipes.lab.memory import peak_memory_gb, reset_peak_memory
-from steertune.recipes.lab.observe import Show, against_base, neutral_logps
+from steertune.recipes.lab.observe import Show
 from steertune.recipes.lab.progress import Bar, track
 from steertune.recipes.lab.rows import MATCHED, TUNED, Record, at_kl
 from steertune.recipes.lab.training import QUIET, fit, make_trainer, silent
-from steertune.trainers import NonFiniteError, scalable, scaled, share_weights, train_together
+from steertune.trainers import NonFiniteError, scalable, share_weights, train_together
 
 logger = logging.getLogger(__name__)
-
-SEARCH_ROWS = 4
-"""Rows that the search for the matched strength starts with."""
 
 
 def run_cell(cell: Cell, context: Context, folder: Path) -> Record:
@@ -346,19 +343,8 @@ def frontier_of(cell: Cell, context: Context, model: Any, targets: Sequence[floa
     """
     if not _has_strength(cell, model):
         return [], False
-    held_out = context.held_out(cell.task)
-    base, rows_of = held_out.base_logps("matching"), context.neutral[0].select
-
-    @cache
-    def kl(strength: float, rows: int) -> float:
-        with scaled(model, strength):
-            seen = neutral_logps(model, held_out.tokenizer, rows_of(range(rows)))
-        observed = against_base(seen, base)
-        return sum(observed["neutral_kl"]) / sum(observed["neutral_tokens"])
-
-    few, every = min(SEARCH_ROWS, len(base)), len(base)
     largest = context.grid.tables.matched.largest_strength
-    return frontier(lambda s: kl(s, few), lambda s: kl(s, every), targets, largest)
+    return strengths_at(model, context.held_out(cell.task), targets, largest)
 
 
 def _has_strength(cell: Cell, model: Any) -> bool:

@@ -29,6 +29,7 @@ from trl import DPOConfig, SFTConfig
 
 import steertune.adapters  # noqa: F401  registers the method with PEFT
 from steertune.losses import Loss, get_loss, names, options_of
+from steertune.recipes.lab import zoo
 from steertune.recipes.lab.arm_files import read_tables, renamed_tables
 from steertune.recipes.lab.files import ArmError, check_name, nearest, reasons, shown
 from steertune.recipes.lab.ingredients import Ingredient, check_recipe, kinds
@@ -86,6 +87,8 @@ class Arm(ArmTables):
         if kind not in methods:
             raise ArmError(f"adapter.type={kind!r} is not a PEFT method.{nearest(kind, [*methods, 'none'])}")
         known("adapter", options, _options(methods[kind]))
+        if kind == "steering_vector" and isinstance(options.get("basis"), str | list):
+            options["basis"] = zoo.basis(options["basis"])
         _typed("adapter", options, methods[kind])
         try:
             return get_peft_config({"peft_type": kind.upper(), "task_type": "CAUSAL_LM", **options})

@@ -34,13 +34,13 @@ from steertune.recipes.lab.forms import readable
 from steertune.recipes.lab.generation import generate, plain
 from steertune.recipes.lab.paths import TASKS
 from steertune.recipes.lab.scorers import Scorer, as_rows
-from steertune.trainers import FrozenPrefix, ModelAt, View, context_length, labelled_logits, scaled, tokenise
+from steertune.trainers import Batch, FrozenPrefix, ModelAt, View, context_length, labelled_logits, scaled, tokenise
 from steertune.trainers.views import Views
 
 NEUTRAL = TASKS / "neutral.jsonl"
 QUESTIONS = TASKS / "capability.jsonl"
 _TAIL = 0.95
-_NEUTRAL_BATCH = 4  # more padding costs as much as fewer passes save
+NEUTRAL_BATCH = 4  # more padding costs as much as fewer passes save
 
 Observations = dict[str, list[Any]]
 Strengths = Mapping[str, float]
@@ -325,13 +325,18 @@ def against_base(seen: Sequence[tuple[Tensor, Tensor]], base: Sequence[Tensor]) 
     }
 
 
-@torch.no_grad()
 def neutral_logps(
-    model: Any, tokenizer: PreTrainedTokenizerBase, rows: Dataset, size: int = _NEUTRAL_BATCH
+    model: Any, tokenizer: PreTrainedTokenizerBase, rows: Dataset, size: int = NEUTRAL_BATCH
 ) -> list[tuple[Tensor, Tensor]]:
     """Per neutral answer, log-probabilities of all tokens of the vocabulary, `(T, V)`, and the true tokens, `(T,)`."""
+    return answer_logps(model, batches(tokenizer, rows, size))
+
+
+@torch.no_grad()
+def answer_logps(model: Any, shown: Sequence[Batch]) -> list[tuple[Tensor, Tensor]]:
+    """The same of rows that are tokenised already."""
     seen = []
-    for batch in batches(tokenizer, rows, size):
+    for batch in shown:
         batch = batch.to(model.device)
         # the labels of all rows stand row after row
         logps_LV = F.log_softmax(labelled_logits(model, model, batch), dim=-1).cpu()

@@ -1,6 +1,6 @@
 """Does the instrument tell the truth? It runs whole studies of problems whose answer is known.
 
-    python -m steertune.recipes.studies.planted --folder runs/planted
+    steertune planted --folder docs/results/planted/forms
 
 A teacher is the base model plus one known change: a vector, a rank-one gate or a rank-one LoRA at a known layer, or no
 change at all. Of two answers, the chosen one is the answer that the change makes more likely. Every study is a grid

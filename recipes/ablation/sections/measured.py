@@ -79,7 +79,7 @@ def _resolution(cells: Frame) -> list[Block]:
 
 def _means(cells: Frame, strength: str, name: str) -> Table:
     """A column for every measure, a row for every arm, the base model first."""
-    names = [one for one in measures.names() if cells[column(one, strength)].notna().any()]
+    names = [one for one in measures.ranked() if cells[column(one, strength)].notna().any()]
     columns = [column(one, strength) for one in names]
     base = ["(base model)", *(_mean(one, cells[column(one, BASE)], brackets=False) for one in names), ""]
     rows = [

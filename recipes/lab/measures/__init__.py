@@ -88,6 +88,8 @@ class Measure:
         observe: For a measure that no observer serves: `(model, held_out)` -> one value for every example, computed
             with the model at the strength in question and recorded under the measure's own name.
         limits: Between which every value lies, such as (0, 1) for a share; so does the mean, and its interval.
+        trust: Its place in the order in which measures are read, 1 first, as problems with a known answer decided it
+            (`docs/pages/measures.md`); None: those problems say nothing of it, or it failed on them.
     """
 
     name: str
@@ -100,6 +102,7 @@ class Measure:
     total: Callable[[float], float] | None = None
     observe: Callable[[Any, Any], Sequence[float]] | None = None
     limits: tuple[float, float] = (-math.inf, math.inf)
+    trust: int | None = None
 
     @property
     def heading(self) -> str:
@@ -141,11 +144,13 @@ def measure(
     total: Callable[[float], float] | None = None,
     observe: Callable[[Any, Any], Sequence[float]] | None = None,
     limits: tuple[float, float] = (-math.inf, math.inf),
+    trust: int | None = None,
 ) -> Callable[[Callable[[Seen], Array]], Measure]:
     """Make a measure of a function; see `Measure` for the arguments."""
 
     def decorate(function: Callable[[Seen], Array]) -> Measure:
-        return Measure(function.__name__, title, unit, better, tuple(needs), function, weight, total, observe, limits)
+        own = tuple(needs), function, weight, total, observe, limits, trust
+        return Measure(function.__name__, title, unit, better, *own)
 
     return decorate
 
@@ -154,6 +159,12 @@ def measure(
 def names() -> tuple[str, ...]:
     """The measures: the files of this folder."""
     return tuple(file_names(*__path__))
+
+
+def ranked() -> list[str]:
+    """The measures in the order in which they are read: the trusted ones first, then the others by name."""
+    trust = {name: get(name).trust for name in names()}
+    return sorted(names(), key=lambda name: (trust[name] is None, trust[name] or 0, name))
 
 
 def served_by(*observers: str) -> list[str]:

@@ -5,7 +5,7 @@ import numpy as np
 from steertune.recipes.lab.measures import Array, Seen, measure
 
 
-@measure("fidelity", better="higher", needs=["prompted"], weight="prompted_base_nats")
+@measure("fidelity", better="higher", needs=["prompted"], weight="prompted_base_nats", trust=1)
 def fidelity(seen: Seen) -> Array:
     """`1 - KL(prompted || model) / KL(prompted || base)` per prompted answer, `(prompted answers,)`.
 

@@ -3,7 +3,7 @@
 from steertune.recipes.lab.measures import Array, Seen, measure
 
 
-@measure("held-out margin", unit="nats", better="higher", needs=["pairs"])
+@measure("held-out margin", unit="nats", better="higher", needs=["pairs"], trust=4)
 def margin(seen: Seen) -> Array:
     """`log p(chosen) - log p(rejected)`, `(pairs,)`."""
     return seen["chosen_logp"] - seen["rejected_logp"]

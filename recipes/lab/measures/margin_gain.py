@@ -3,7 +3,7 @@
 from steertune.recipes.lab.measures import Array, Seen, measure
 
 
-@measure("gain in held-out margin", unit="nats", better="higher", needs=["pairs"])
+@measure("gain in held-out margin", unit="nats", better="higher", needs=["pairs"], trust=5)
 def margin_gain(seen: Seen) -> Array:
     """The margin minus the base model's, `(pairs,)`."""
     return seen["margin"] - seen.base["margin"]

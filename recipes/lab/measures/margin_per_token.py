@@ -3,7 +3,7 @@
 from steertune.recipes.lab.measures import Array, Seen, measure
 
 
-@measure("margin per token", unit="nats per token", better="higher", needs=["pairs"])
+@measure("margin per token", unit="nats per token", better="higher", needs=["pairs"], trust=3)
 def margin_per_token(seen: Seen) -> Array:
     """`log p(chosen) / tokens(chosen) - log p(rejected) / tokens(rejected)`, `(pairs,)`."""
     return seen["chosen_logp"] / seen["chosen_tokens"] - seen["rejected_logp"] / seen["rejected_tokens"]

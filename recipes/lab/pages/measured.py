@@ -26,8 +26,8 @@ def title(name: str) -> str:
 
 
 def measured(columns: Sequence[Mapping[str, float]]) -> list[str]:
-    """Names of the measures that any of the columns has."""
-    return [name for name in measures.names() if any(name in column for column in columns)]
+    """Names of the measures that any of the columns has, those that are trusted first."""
+    return [name for name in measures.ranked() if any(name in column for column in columns)]
 
 
 def comparison(columns: Mapping[str, Mapping[str, float]], name: str = "measures") -> Table:

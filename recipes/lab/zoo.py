@@ -1,0 +1,57 @@
+"""The vectors that come with the package: one for every embedded task, for the embedded model.
+
+    [adapter]
+    form = "span"
+    basis = "embedded"                            # all of them, or some: ["embedded/warm", "embedded/formal"]
+
+They are ordinary adapter folders, made by `steertune zoo`, and all are added at the same layer, so that they can be
+summed (`adapters/basis.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from steertune.recipes.lab.files import ArmError, nearest
+from steertune.recipes.lab.paths import RECIPES
+
+ZOO = RECIPES / "zoo"
+EMBEDDED = "embedded"
+
+
+def names() -> list[str]:
+    """The vectors, which are named after the task that they learned."""
+    return sorted(file.parent.name for file in ZOO.glob("*/adapter_config.json"))
+
+
+def folder(name: str) -> Path:
+    """The adapter folder of a vector.
+
+    Raises:
+        ArmError: there is no such vector; the message names the nearest.
+    """
+    if name not in names():
+        raise ArmError(f"No embedded vector is called {name!r}. There are {names()}.{nearest(name, names())}")
+    return ZOO / name
+
+
+def basis(value: str | Sequence[str]) -> str | list[str]:
+    """A basis of `form="span"` in which `embedded` and `embedded/NAME` have become adapter folders.
+
+    Args:
+        value: What an arm says: a folder, or a list of folders and names of embedded vectors.
+
+    Raises:
+        ArmError: no embedded vector has such a name.
+    """
+    if value == EMBEDDED:
+        return [str(folder(name)) for name in names()]
+    if isinstance(value, str):
+        return [_folder_of(value)] if value.startswith(f"{EMBEDDED}/") else value
+    return [_folder_of(one) for one in value]
+
+
+def _folder_of(one: str) -> str:
+    prefix, slash, name = one.partition("/")
+    return str(folder(name)) if slash and prefix == EMBEDDED else one

@@ -1,0 +1,235 @@
+"""How often a measure names the arm that is nearest to the teacher, and how often it claims what is not so."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+from statsmodels.stats.proportion import proportion_confint
+
+from steertune.recipes.ablation.statistics.paired import difference
+from steertune.recipes.lab import measures
+from steertune.recipes.lab.measures import Array
+from steertune.recipes.lab.pages import Section, Table, Text
+from steertune.recipes.studies.planting.contrasts import CONTRASTS, KL
+from steertune.recipes.studies.planting.students import COMPARISONS, TRUTH, TWINS, twin
+
+ALPHA = 0.05
+NULL = "twins"
+Results = Mapping[str, Mapping[str, Array]]
+"""Arm -> measure -> its values on one task."""
+
+
+def compared(tasks: Sequence[Results]) -> dict[str, dict[str, tuple[float, float]]]:
+    """What every measure, and the truth, say of every two arms, with tasks as a sample.
+
+    Args:
+        tasks: The results of the tasks of one study.
+
+    Returns:
+        Comparison -> measure -> by how much its first arm is better, and p.
+    """
+    pairs = COMPARISONS | {f"{NULL} {name}": (name, twin(name)) for name in TWINS}
+    return {
+        name: {measure: _better(tasks, first, second, measure) for measure in tasks[0][first]}
+        for name, (first, second) in pairs.items()
+        if first in tasks[0] and second in tasks[0]
+    }
+
+
+def _better(tasks: Sequence[Results], first: str, second: str, measure: str) -> tuple[float, float]:
+    sign = 1.0 if measure != TRUTH and measures.get(measure).better == "higher" else -1.0
+    gaps = [sign * (task[first][measure] - task[second][measure]) for task in tasks]
+    index = pd.MultiIndex.from_tuples([(i, 0) for i in range(len(gaps))], names=["task", "seed"])
+    found = difference(pd.Series(gaps, index=index, dtype=object), sample=True)
+    return found.estimate, found.p
+
+
+@dataclass(frozen=True)
+class Look:
+    """One measure's verdict in one comparison of one study, beside the truth's.
+
+    Attributes:
+        problem: The planted problem.
+        comparison: Which arms.
+        measure: The measure.
+        right: Whether it names the arm that the truth of all studies names; None where that names none clearly.
+        claims: Whether it claims its winner.
+    """
+
+    problem: str
+    comparison: str
+    measure: str
+    right: bool | None
+    claims: bool
+
+    @property
+    def null(self) -> bool:
+        """Whether nothing may be claimed: the two arms are one arm, or there was nothing to learn."""
+        return self.comparison.startswith(NULL) or (self.problem == "coin" and self.pairs)
+
+    @property
+    def pairs(self) -> bool:
+        """Whether the measure is about the answers of pairs, which a coin labelled."""
+        return self.measure != TRUTH and "pairs" in measures.get(self.measure).needs
+
+
+def truths(studies: Sequence[Mapping[str, Any]]) -> dict[tuple[str, str], tuple[float, float]]:
+    """What the truth says of every problem and comparison.
+
+    Returns:
+        By how much the first arm is nearer to the teacher, and p of Student's t over the studies, each of which has
+        teachers of its own.
+    """
+    estimates: dict[tuple[str, str], list[float]] = {}
+    for study in studies:
+        for comparison, says in study["comparisons"].items():
+            if study["problem"] != "coin" and not comparison.startswith(NULL):
+                estimates.setdefault((study["problem"], comparison), []).append(says[TRUTH][0])
+    return {at: (float(np.mean(values)), _students_p(values)) for at, values in estimates.items()}
+
+
+def _students_p(values: Sequence[float]) -> float:
+    """p of Student's t that the mean is 0; a single value shows nothing."""
+    if len(values) < 2:
+        return 1.0
+    found: Any = stats.ttest_1samp(values, 0.0)
+    return float(found.pvalue)
+
+
+def looks(studies: Sequence[Mapping[str, Any]]) -> list[Look]:
+    """The verdicts of all measures in all studies."""
+    truth, found = truths(studies), []
+    for study in studies:
+        for comparison, says in study["comparisons"].items():
+            nearer, error = truth.get((study["problem"], comparison), (0.0, 1.0))
+            for measure, (estimate, p) in says.items():
+                right = bool(np.sign(estimate) == np.sign(nearer)) if error < ALPHA else None
+                found.append(Look(study["problem"], comparison, measure, right, bool(p < ALPHA and estimate != 0)))
+    return found
+
+
+def trust_order(studies: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The measures of what was learned, the most trusted one first: the `trust` of a measure's file is its place here.
+
+    What counts is how often a measure names the truth's winner, then how seldom it claims the loser, then how often it
+    claims the winner. A measure whose interval of the first holds 50 % has no place, and neither have measures of
+    damage, which say what an arm costs.
+    """
+    decided: dict[str, list[Look]] = {}
+    for look in looks(studies):
+        if look.right is not None and not look.null and look.measure != TRUTH and _of_learning(look.measure):
+            decided.setdefault(look.measure, []).append(look)
+
+    def key(name: str) -> tuple[float, float, float, str]:
+        own = decided[name]
+        lost = np.mean([look.claims and not look.right for look in own])
+        won = np.mean([bool(look.claims and look.right) for look in own])
+        return -float(np.mean([bool(look.right) for look in own])), float(lost), -float(won), name
+
+    known = [name for name, own in decided.items() if _interval([bool(look.right) for look in own])[0] > 0.5]
+    return sorted(known, key=key)
+
+
+def _of_learning(measure: str) -> bool:
+    """Whether a measure is about what was learned: pairs, answers, or a model that is known."""
+    return "neutral" not in measures.get(measure).needs
+
+
+def sections(studies: Sequence[Mapping[str, Any]]) -> list[Section]:
+    """The tables of a page."""
+    everything = looks(studies)
+    names = [name for name in (*measures.ranked(), TRUTH) if any(look.measure == name for look in everything)]
+    return [
+        Section("What the truth says", [Text(_TRUTH), Table(_truths(studies), "truth")]),
+        Section(
+            "Which measure names the truth's winner", [Text(_WINNERS), Table(_winners(everything, names), "winners")]
+        ),
+        Section("False claims", [Text(_FALSE), Table(_claims(everything, names), "claims")]),
+        Section("The order", [Text(f"{_ORDER} {', '.join(trust_order(studies)) or 'None'}.")]),
+    ]
+
+
+_TRUTH = (
+    "By how much the first arm is nearer to the teacher than the second, in KL from the teacher (nats per token): the "
+    "mean of all studies, with p of Student's t over them, and in how many of them it is nearer. Below, the truth is "
+    "called clear where p < 0.05."
+)
+_WINNERS = (
+    "In how many studies the arm that a measure prefers is the truth's winner, where the truth is clear; *all* has "
+    f"the 95 % interval of Clopper and Pearson. All arms are compared at a KL of {KL:g} to the base. A measure that "
+    "knows nothing is at 50 %. The last row is the truth itself as a single study sees it."
+)
+_FALSE = (
+    "*Claims of nothing*: how often a measure claims a difference (p < 0.05, tasks as a sample) between an arm and "
+    "the same arm trained on a second draw of the data, or, for measures of pairs, between two arms where a coin "
+    "chose the better answer. The nominal rate is 5 %. *Claims the loser*: of comparisons whose truth is clear, how "
+    "often a measure claims the arm that is further from the teacher. Intervals are those of Clopper and Pearson."
+)
+
+
+_ORDER = (
+    "Measures of what was learned whose interval of *all* lies above 50 %, by how often they name the winner, then by "
+    "how seldom they claim the loser, then by how often they claim the winner:"
+)
+
+
+def _truths(studies: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
+    rows = []
+    for (problem, comparison), (nearer, p) in truths(studies).items():
+        own = [study["comparisons"] for study in studies if study["problem"] == problem]
+        says = [one[comparison][TRUTH][0] for one in own if comparison in one]
+        first, second = COMPARISONS[comparison]
+        won = f"{sum(estimate > 0 for estimate in says)} of {len(says)}"
+        rows.append([problem, f"{first} against {second}", f"{nearer:+.3f}", f"{p:.2g}", won])
+    header = ["problem", "arms", "nearer by", "p", "studies in which it is nearer"]
+    return pd.DataFrame(rows, columns=pd.Index(header))
+
+
+def _winners(everything: Sequence[Look], names: Sequence[str]) -> pd.DataFrame:
+    decided = [look for look in everything if look.right is not None and not look.null]
+    columns = [(p, c) for p in CONTRASTS for c in COMPARISONS
+               if any((look.problem, look.comparison) == (p, c) for look in decided)]  # fmt: skip
+    rows = []
+    for name in names:
+        own = [look for look in decided if look.measure == name]
+        shares = [[bool(look.right) for look in own if (look.problem, look.comparison) == at] for at in columns]
+        rows.append(
+            [name, *(f"{np.mean(s):.0%}" if s else "" for s in shares), rate([bool(look.right) for look in own])]
+        )
+    return pd.DataFrame(rows, columns=pd.Index(["measure", *(f"{p}: {c}" for p, c in columns), "all"]))
+
+
+def _claims(everything: Sequence[Look], names: Sequence[str]) -> pd.DataFrame:
+    def of(name: str, keep: Callable[[Look], bool]) -> list[Look]:
+        return [look for look in everything if look.measure == name and keep(look)]
+
+    rows = []
+    for name in names:
+        nulls = of(name, lambda look: look.null)
+        decided = of(name, lambda look: look.right is not None and not look.null)
+        lost = [look.claims and not look.right for look in decided]
+        won = [bool(look.claims and look.right) for look in decided]
+        rows.append(
+            [name, str(len(nulls)), rate([look.claims for look in nulls]), str(len(decided)), rate(won), rate(lost)]
+        )
+    header = ["measure", "nulls", "claims of nothing", "decided", "claims the winner", "claims the loser"]
+    return pd.DataFrame(rows, columns=pd.Index(header))
+
+
+def rate(events: Sequence[bool]) -> str:
+    """How often an event occurred, with its 95 % interval."""
+    if not events:
+        return ""
+    low, high = _interval(events)
+    return f"{np.mean(events):.0%} [{low:.0%}, {high:.0%}]"
+
+
+def _interval(events: Sequence[bool]) -> tuple[float, float]:
+    """The 95 % interval of Clopper and Pearson of how often an event occurs."""
+    low, high = proportion_confint(sum(events), len(events), method="beta")
+    return float(low), float(high)

@@ -1,0 +1,180 @@
+"""Where truth is planted: a base model, prompts without end, and answers that are sampled from any model."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from steertune.adapters import SteeringVectorConfig, steering_layers
+from steertune.recipes.lab import embedded
+from steertune.recipes.lab.generation import left_padded, prompt_ids
+from steertune.recipes.lab.paths import TASKS
+from steertune.trainers import share_weights
+
+_WORDS, _PROMPT = 60, 6  # of the tiny model, and of a prompt
+_NO_WORDS = [0, 1, 3]  # its special tokens, all but the end
+_ENDS = 0.12  # how likely the tiny model ends an answer at each word
+_SHARPER = 2.5  # times the tiny model's logits, so that its likeliest word is likelier than the end
+_BATCH = 256
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How large a study is.
+
+    Attributes:
+        tasks: Teachers, each with its own data; a study takes them as a sample.
+        train: Training pairs.
+        test: Test rows, on which measures are computed.
+        fresh: Prompts on which the truth is computed, answered by the teacher.
+        new_tokens: Longest answer.
+        steps: Training steps.
+    """
+
+    tasks: int
+    train: int
+    test: int
+    fresh: int
+    new_tokens: int
+    steps: int
+
+
+@dataclass(frozen=True)
+class World:
+    """A base model and its prompts.
+
+    Attributes:
+        name: `tiny` or `embedded`.
+        model: The base model.
+        tokenizer: Its tokenizer.
+        layer: Where teachers change it.
+        wrong_layer: Where some arms try to.
+        sizes: Of a study.
+    """
+
+    name: str
+    model: Any
+    tokenizer: Any
+    layer: int
+    wrong_layer: int
+    sizes: Sizes
+
+    def prompts(self, count: int, seed: int) -> list[Any]:
+        """Prompts, drawn from the same distribution for every seed."""
+        generator = np.random.default_rng(seed)
+        if self.name == "tiny":
+            ids = generator.integers(0, _WORDS, (count, _PROMPT))
+            return [" ".join(f"w{i}" for i in row) + " " for row in ids]
+        pool = _everyday()
+        return [pool[i] for i in generator.choice(len(pool), count, replace=False)]
+
+    @torch.no_grad()
+    def answers(self, model: Any, prompts: Sequence[Any], seed: int) -> list[str]:
+        """Answers sampled from a model's whole distribution. One of the tiny model that does not end is empty, so that
+        nobody learns an end where there is none."""
+        texts: list[str] = []
+        tiny = self.name == "tiny"
+        for start in range(0, len(prompts), _BATCH):
+            inputs, filler = left_padded(self.tokenizer, prompt_ids(self.tokenizer, prompts[start : start + _BATCH]))
+            options = {"suppress_tokens": _NO_WORDS} if tiny else {}
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed + start)
+                ids = model.generate(
+                    **inputs, max_new_tokens=self.sizes.new_tokens, do_sample=True, top_k=0, top_p=1.0,
+                    temperature=1.0, pad_token_id=filler, **options,
+                )  # fmt: skip
+            new = ids[:, inputs["input_ids"].shape[1] :]
+            ended = (new == self.tokenizer.eos_token_id).any(dim=1).tolist()
+            written = self.tokenizer.batch_decode(new, skip_special_tokens=True)
+            texts += [text.strip() if end or not tiny else "" for text, end in zip(written, ended, strict=True)]
+        return texts
+
+    def rows(self, prompts: Sequence[Any], **sides: Sequence[str]) -> Dataset:
+        """Prompts with the answers of every side (`chosen`, `rejected` or `completion`), those with an empty one left
+        out."""
+        said = (lambda text: text) if self.name == "tiny" else (lambda text: [{"role": "assistant", "content": text}])
+        return Dataset.from_list(
+            [
+                {"prompt": prompt, **{side: said(text) for side, text in zip(sides, texts, strict=True)}}
+                for prompt, *texts in zip(prompts, *sides.values(), strict=True)
+                if all(texts)
+            ]
+        )
+
+    def vector(self, direction: torch.Tensor) -> Any:
+        """The base with a vector at the layer of the teachers."""
+        model: Any = get_peft_model(share_weights(self.model), SteeringVectorConfig(layers=[self.layer]))
+        for layer in steering_layers(model):
+            layer.initialise("default", direction)
+        return model.eval()
+
+    def lora(self, seed: int) -> Any:
+        """The base with a random LoRA of rank one at the layer of the teachers."""
+        config = LoraConfig(r=1, lora_alpha=1, target_modules=["down_proj"], layers_to_transform=[self.layer])
+        torch.manual_seed(seed)
+        model: Any = get_peft_model(copy.deepcopy(self.model), config)
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter)
+        return model.eval()
+
+    @property
+    def batch(self) -> int:
+        """Rows in one forward pass, where padding costs little."""
+        return 128 if self.name == "tiny" else 4
+
+    @property
+    def width(self) -> int:
+        """Of the residual stream."""
+        return self.model.config.hidden_size
+
+
+def tiny_world(folder: Path, sizes: Sizes) -> World:
+    """The tiny random model of `save_base`, which also ends its answers."""
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False).eval()
+    world = World("tiny", model, AutoTokenizer.from_pretrained(folder), 2, 0, sizes)
+    _let_it_end(world)
+    return world
+
+
+@torch.no_grad()
+def _let_it_end(world: World) -> None:
+    """Give every answer the same chance to end at each word: training appends an end to each of them, and what the
+    base never does would be learned by whatever learns answers, and not by what learns their difference.
+
+    All embeddings get a constant, which the states carry to the head, and the end's logit is fitted to it.
+    """
+    model = world.model
+    model.model.embed_tokens.weight[:, 0] = 4 * model.model.embed_tokens.weight.std()
+    model.lm_head.weight *= _SHARPER
+    model.lm_head.weight[:, 0] = 0.0
+    end = world.tokenizer.eos_token_id
+    model.lm_head.weight[end] = 0.0
+    inputs, _ = left_padded(world.tokenizer, prompt_ids(world.tokenizer, world.prompts(256, seed=1)))
+    states_ND = model.model(input_ids=inputs["input_ids"]).last_hidden_state.flatten(0, 1)
+    logits_NV = model.lm_head(states_ND)
+    logits_NV[:, [*_NO_WORDS, end]] = -torch.inf
+    wanted_N = logits_NV.logsumexp(dim=1) + math.log(_ENDS / (1 - _ENDS))
+    model.lm_head.weight[end] = torch.linalg.lstsq(states_ND, wanted_N[:, None]).solution[:, 0]
+
+
+def embedded_world(sizes: Sizes) -> World:
+    """The embedded model, with the everyday prompts of the embedded tasks."""
+    return World("embedded", embedded.load_model(torch.bfloat16), embedded.load_tokenizer(), 15, 5, sizes)
+
+
+def _everyday() -> list[Any]:
+    """The prompts of one generated task: all of them have the same ones."""
+    lines = [line for split in ("train", "test") for line in (TASKS / "formal" / f"{split}.jsonl").open()]
+    return [json.loads(line)["prompt"] for line in lines]

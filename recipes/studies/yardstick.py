@@ -1,0 +1,159 @@
+"""Which measure names the arm that is nearest to a known teacher? It decides which measures are trusted.
+
+    steertune yardstick --folder docs/results/planted
+    steertune yardstick --world embedded --studies 2 --folder runs/yardstick
+
+The teacher is the base model plus one known change. Arms learn from answers that are sampled so that the pair carries
+what the chosen answer alone lacks, or the other way round; the truth is the KL from the teacher to an arm on fresh
+prompts, at the same KL to the base. It uses none of the measures. A study has several tasks, each with a teacher of
+its own, and takes them as a sample, as reports do. Studies that `studies.json` holds are not run again. A study of the
+tiny model takes half a minute, one of the embedded model about half an hour on a core.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import pandas as pd
+
+from steertune.adapters.card import versions
+from steertune.recipes.lab.command_line import Choice, Count, Option, Result, command
+from steertune.recipes.lab.files import write_whole
+from steertune.recipes.lab.observe import HeldOut, neutral_rows
+from steertune.recipes.lab.pages import Page, Section, Table, Text, write_page
+from steertune.recipes.lab.processes import begin
+from steertune.recipes.lab.progress import progress, track
+from steertune.recipes.studies.planting.contrasts import CONTRASTS, KL, plant
+from steertune.recipes.studies.planting.students import COMPARISONS, TWINS, measured, students, twin
+from steertune.recipes.studies.planting.teachers import save_base
+from steertune.recipes.studies.planting.winners import compared, sections
+from steertune.recipes.studies.planting.worlds import Sizes, World, embedded_world, tiny_world
+
+SIZES = {
+    "tiny": Sizes(tasks=6, train=160, test=100, fresh=128, new_tokens=12, steps=16),
+    "embedded": Sizes(tasks=3, train=64, test=24, fresh=24, new_tokens=20, steps=16),
+}
+ALL: list[str] = list(CONTRASTS)
+_NEUTRAL = 32  # rows to match strengths on, and as many others to report on
+
+
+@command
+def main(
+    problems: Annotated[list[str], Choice(ALL, "what is planted", metavar="NAME ...")] = ALL,
+    studies: Annotated[int, Count("of every problem")] = 8,
+    world: Annotated[str, Choice([*SIZES], "where it is planted")] = "tiny",
+    folder: Annotated[Path, Option(help="where the studies are kept")] = Path("runs/yardstick"),
+    threads: Annotated[int, Count("CPU threads")] = 1,
+) -> Result:
+    """Run the studies that are missing, and write the table."""
+    begin(threads, only_one=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / "studies.json"
+    finished: list[dict[str, Any]] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
+    known = {(one["world"], one["problem"], one["number"]) for one in finished}
+    # problem by problem in turn, so that an interrupted run has some of each
+    wanted = [(world, problem, number) for number in range(studies) for problem in problems]
+    where: World | None = None
+    with progress("Studies", len(wanted)) as bar:
+        for key in wanted:
+            if key in known:
+                bar.skip()
+                continue
+            with bar.step(f"{key[1]} {key[2]}"):
+                where = where or world_of(world)
+                finished.append(study(where, *key[1:]))
+            write_whole(
+                file, json.dumps(finished, indent=None, separators=(",", ":")).replace('{"world"', '\n{"world"')
+            )
+    page = write_page(page_of(finished), folder, "table")
+    return Result(finished, page.read_text(encoding="utf-8"))
+
+
+def _write(file: Path, studies: Sequence[dict[str, Any]]) -> None:
+    """A line for each study."""
+    lines = ",\n".join(json.dumps(one, separators=(",", ":")) for one in studies)
+    write_whole(file, f"[\n{lines}\n]\n")
+
+
+def world_of(name: str) -> World:
+    """The base model and its prompts; the tiny model is made anew, always the same."""
+    if name == "embedded":
+        return embedded_world(SIZES[name])
+    with tempfile.TemporaryDirectory() as home:
+        save_base(Path(home))
+        return tiny_world(Path(home), SIZES[name])
+
+
+def study(world: World, problem: str, number: int) -> dict[str, Any]:
+    """One study: plant the problem in every task, train the arms, compare them."""
+    started, results = time.process_time(), []
+    neutral = neutral_of(world)
+    # of a coin's labels only the contrast is looked at; the embedded model is too dear for twins
+    names = [*dict.fromkeys(arm for arms in COMPARISONS.values() for arm in arms)]
+    names = [*TWINS] if problem == "coin" else names if world.name == "embedded" else [*names, *map(twin, TWINS)]
+    for i in track(range(world.sizes.tasks), "task"):
+        seed = 1000 * (ALL.index(problem) + 1) + world.sizes.tasks * number + i
+        task = plant(CONTRASTS[problem], world, seed, neutral)
+        results.append(measured(world, task, students(world, task, seed, names), neutral))
+    seconds = round(time.process_time() - started, 1)
+    keys = {"world": world.name, "problem": problem, "number": number, "seconds": seconds}
+    rounded = {
+        comparison: {measure: [float(f"{value:.4g}") for value in pair] for measure, pair in says.items()}
+        for comparison, says in compared(results).items()
+    }
+    return {**keys, "sizes": asdict(world.sizes), "comparisons": rounded}
+
+
+def neutral_of(world: World) -> HeldOut:
+    """Neutral text: of the tiny model, what it says itself."""
+    if world.name == "embedded":
+        parts = [neutral_rows(world.tokenizer, part, count=16) for part in ("match", "report")]
+    else:
+        prompts = world.prompts(2 * _NEUTRAL, seed=0)
+        rows = world.rows(prompts, completion=world.answers(world.model, prompts, 0))
+        parts = [neutral_rows(world.tokenizer, part, rows) for part in ("match", "report")]
+    return HeldOut(
+        world.model, world.tokenizer, pairs=parts[1], matching=parts[0], neutral=parts[1], batch_size=2 * world.batch
+    )
+
+
+def page_of(studies: Sequence[dict[str, Any]]) -> Page:
+    """The tables of every world that has studies."""
+    problems = [[name, problem.about] for name, problem in CONTRASTS.items()]
+    parts = [
+        Section("", [Text(_WHAT), Table(pd.DataFrame(problems, columns=pd.Index(["problem", "what is planted"])))]),
+    ]
+    for name in SIZES:
+        own = [one for one in studies if one["world"] == name]
+        if own:
+            parts += [Section(f"The {name} model", [Text(_size(own))]), *sections(own)]
+    made = f"Made by `steertune yardstick --folder docs/results/planted` with {versions()}."
+    return Page("Which measures tell the truth", [*parts, Section("How it was made", [Text(made)])])
+
+
+_WHAT = (
+    f"A teacher is the base model plus a random change that has a KL of {KL:g} nats per token to it. Answers are "
+    "sampled from the teacher, from the base, or from the base plus another change. The truth about an arm is the KL "
+    "from the teacher to it, along answers of the teacher to fresh prompts, with the arm at the strength that has the "
+    "teacher's KL to the base on neutral text."
+)
+
+
+def _size(studies: Sequence[dict[str, Any]]) -> str:
+    sizes = Sizes(**studies[0]["sizes"])
+    minutes = sum(one["seconds"] for one in studies) / 60
+    return (
+        f"{len(studies)} studies, each of {sizes.tasks} tasks with a teacher of its own, {sizes.train} training "
+        f"prompts, {sizes.test} test prompts and {sizes.fresh} fresh ones; {minutes:.0f} CPU minutes in all."
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -44,7 +44,7 @@ def suggested(names: Sequence[str]) -> dict[Part, str]:
             rest.remove(name)
     answers = like("completion", rest)
     if len(answers) == 2 and not {"chosen", "rejected"} & columns.keys():
-        columns |= {"chosen": answers[0], "rejected": answers[1]}
+        columns["chosen"], columns["rejected"] = answers
         rest = [name for name in rest if name not in answers]
     elif "rejected" not in columns and (answers or ("chosen" in columns and not rest)):
         return {"prompt": columns.get("prompt", _GAP), "completion": answers[0] if answers else columns["chosen"]}

@@ -53,7 +53,9 @@ def suggested(names: Sequence[str]) -> dict[Part, str]:
     if "prompt" in columns or not ((len(rest) == 2 and not columns) or (not rest and len(columns) == 2)):
         pair.insert(0, "prompt")
     missing = [part for part in pair if part not in columns]
-    columns |= dict(zip(missing, rest if len(rest) == len(missing) else [_GAP] * len(missing), strict=True))
+    names_left = rest if len(rest) == len(missing) else [_GAP] * len(missing)
+    for part, name in zip(missing, names_left, strict=True):
+        columns[part] = name
     return {part: columns[part] for part in pair}
 
 

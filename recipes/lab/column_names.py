@@ -52,7 +52,7 @@ def suggested(names: Sequence[str]) -> dict[Part, str]:
     pair: list[Part] = ["chosen", "rejected"]
     if "prompt" in columns or not ((len(rest) == 2 and not columns) or (not rest and len(columns) == 2)):
         pair.insert(0, "prompt")
-    missing = [part for part in pair if part not in columns]
+    missing: list[Part] = [part for part in pair if part not in columns]
     names_left = rest if len(rest) == len(missing) else [_GAP] * len(missing)
     for part, name in zip(missing, names_left, strict=True):
         columns[part] = name

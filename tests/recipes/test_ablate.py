@@ -135,8 +135,7 @@ def test_trials_that_train_together_come_out_as_they_do_alone(tables, tmp_path, 
     together = run(tables, tmp_path / "together")
     assert seen == [2, 2], "two trials, of two arms with a trained vector"
     for one, other in zip(together, alone, strict=True):
-        for trial, expected in zip(one["tuning"], other["tuning"], strict=True):
-            assert trial == pytest.approx(expected, rel=1e-4, abs=1e-4)
+        assert_alike(one["tuning"], other["tuning"])
 
 
 def test_an_interrupted_grid_goes_on_and_comes_out_the_same(tables, tmp_path):

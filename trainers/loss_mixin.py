@@ -17,6 +17,7 @@ from .callbacks.base import LossValues, SteeringCallback
 from .callbacks.checkpoints import Checkpoints
 from .callbacks.metrics import Metrics
 from .data import DataError
+from .inductive_biases import Bias
 from .model_at import ModelAt, prompt_of, scaled
 from .parents import ParentsMetrics, parents_mean
 from .prefix.frozen import CachedPrefix
@@ -34,6 +35,7 @@ class LossMixin(Trainer):
     parents_metrics: ParentsMetrics
     takes_pairs: bool | None = None  # whether the parent's data are preference pairs; None: either
     views: Views | None = None
+    inductive_biases: list[Bias]
     reference: nn.Module | None = None  # a copy from before full finetuning, if the parent keeps none
     pay_once: CachedPrefix
     joint_pass: JointPass | None = None  # while `train_together` trains several trainers

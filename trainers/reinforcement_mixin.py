@@ -54,6 +54,7 @@ class ReinforcementMixin(Trainer):
     """
 
     # what callbacks read of every trainer of this package
+    model: Any
     loss = None
     views = None
     takes_pairs = None
@@ -88,15 +89,15 @@ class ReinforcementMixin(Trainer):
         _check_trainable(self.model)
         # TRL rounds adapters to the model's precision
         to_fp32(self.model)
-        for callback in (Announcement(self), VectorStats(self), EqualRewards()):
+        for callback in (Announcement(self._run), VectorStats(self._run), EqualRewards()):
             self.add_callback(callback)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train like the parent, after what vectors need once."""
-        agree_on_units(self)
-        fill_missing_vectors(self)
+        agree_on_units(self._run)
+        fill_missing_vectors(self._run)
         for callback in self._steering_callbacks():
-            callback.before_train(self)
+            callback.before_train(self._run)
         return super().train(*args, **kwargs)
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
@@ -136,9 +137,15 @@ class ReinforcementMixin(Trainer):
         super().save_model(output_dir, _internal_call)
         if self.args.should_save:
             folder = Path(output_dir or str(self.args.output_dir))
-            check_saved(self.accelerator.unwrap_model(self.model), folder)
+            saved: Any = self.accelerator.unwrap_model(self.model)
+            check_saved(saved, folder)
             if not _internal_call:
-                write_trainer_card(self, folder)
+                write_trainer_card(self._run, folder)
+
+    @property
+    def _run(self) -> Any:
+        """This trainer, for functions that read the part of a `SteeringRun` that it has."""
+        return self
 
     def _steering_callbacks(self) -> list[SteeringCallback]:
         return [callback for callback in self.callback_handler.callbacks if isinstance(callback, SteeringCallback)]
@@ -228,7 +235,8 @@ def _checked(function: Any) -> Any:
         return functools.update_wrapper(_then_async(function, check), function)
 
     def checked(*args: Any, **kwargs: Any) -> list[Any]:
-        return check(function(*args, **kwargs))
+        rewards: Any = function(*args, **kwargs)
+        return check(rewards)
 
     return functools.update_wrapper(checked, function)
 

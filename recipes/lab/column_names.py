@@ -44,7 +44,7 @@ def suggested(names: Sequence[str]) -> dict[Part, str]:
             rest.remove(name)
     answers = like("completion", rest)
     if len(answers) == 2 and not {"chosen", "rejected"} & columns.keys():
-        columns |= {"chosen": answers[0], "rejected": answers[1]}
+        columns["chosen"], columns["rejected"] = answers
         rest = [name for name in rest if name not in answers]
     elif "rejected" not in columns and (answers or ("chosen" in columns and not rest)):
         return {"prompt": columns.get("prompt", _GAP), "completion": answers[0] if answers else columns["chosen"]}
@@ -52,8 +52,10 @@ def suggested(names: Sequence[str]) -> dict[Part, str]:
     pair: list[Part] = ["chosen", "rejected"]
     if "prompt" in columns or not ((len(rest) == 2 and not columns) or (not rest and len(columns) == 2)):
         pair.insert(0, "prompt")
-    missing = [part for part in pair if part not in columns]
-    columns |= dict(zip(missing, rest if len(rest) == len(missing) else [_GAP] * len(missing), strict=True))
+    missing: list[Part] = [part for part in pair if part not in columns]
+    names_left = rest if len(rest) == len(missing) else [_GAP] * len(missing)
+    for part, name in zip(missing, names_left, strict=True):
+        columns[part] = name
     return {part: columns[part] for part in pair}
 
 

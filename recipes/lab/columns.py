@@ -144,10 +144,10 @@ def _complete(names: Sequence[str], source: Source) -> Columns:
         own = {part: name for part, name in own.items() if part == "prompt"}
     columns: dict[Part, str] = {**own, **source.columns}
     if not ({"chosen", "rejected"} <= columns.keys() or {"prompt", "completion"} <= columns.keys()):
-        missing = {part: name for part, name in suggested(names).items() if part not in columns}
+        whole: dict[Part, str] = {**suggested(names), **columns}
         raise ArmError(
             f"{where}: an example has chosen and rejected, or prompt and completion. Its rows have {list(names)}. "
-            f"Name all parts: {as_options({**columns, **missing})}."
+            f"Name all parts: {as_options(whole)}."
         )
     return columns
 

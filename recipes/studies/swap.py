@@ -220,8 +220,10 @@ def measure(example: Example, folder: Path, threads: int = 1) -> Run:
         subprocess.run(
             command, check=True, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": str(threads)}
         )
-    seconds = json.loads((home / "seconds.json").read_text())
-    return Run(example, *seconds, *evaluate(home / "adapter", example), *evaluate(None, example))
+    seconds, training_seconds = json.loads((home / "seconds.json").read_text())
+    accuracy, loss = evaluate(home / "adapter", example)
+    base_accuracy, base_loss = evaluate(None, example)
+    return Run(example, seconds, training_seconds, accuracy, loss, base_accuracy, base_loss)
 
 
 def evaluate(adapter: Path | None, example: Example) -> tuple[float, float]:

@@ -231,5 +231,6 @@ def rate(events: Sequence[bool]) -> str:
 
 def _interval(events: Sequence[bool]) -> tuple[float, float]:
     """The 95 % interval of Clopper and Pearson of how often an event occurs."""
-    low, high = proportion_confint(sum(events), len(events), method="beta")
+    interval: Any = proportion_confint(sum(events), len(events), method="beta")
+    low, high = interval
     return float(low), float(high)

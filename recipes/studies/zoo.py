@@ -46,6 +46,8 @@ from steertune.trainers import FrozenPrefix, share_weights
 ARM = "vector_sft"
 TARGETS = 0.03, 0.1, 0.3
 TASKS = embedded.task_names()
+VISIBLE = 0.2
+"""Rise of a behaviour score from which it is not the chance of some dozens of answers."""
 LARGEST = 16.0
 """The largest strength that is tried for a KL."""
 ANSWERED, NEW_TOKENS = 32, 24
@@ -202,6 +204,10 @@ def page_of(records: Sequence[Record], folders: Sequence[Path]) -> Page:
         "*ends of sentences* (the share that is right) are those of strength 1. KL and perplexity contain the "
         "behaviour itself where it is unconditional."
     )
+    silent = [record.keys["task"] for record in records if not _shows(record)]
+    if silent:
+        what += f" By their scorers, these show it no more at any strength (a rise below {VISIBLE:g}): "
+        what += f"{', '.join(silent)}."
     alike = "The cosine of every two vectors, which are all added at the same layer."
     return Page(
         "The embedded vectors",
@@ -211,6 +217,12 @@ def page_of(records: Sequence[Record], folders: Sequence[Path]) -> Page:
             Section("How they were made", [Text(_MADE), Text(f"{versions()}.")]),
         ],
     )
+
+
+def _shows(record: Record) -> bool:
+    """Whether the behaviour rises enough to be noticed at one of the strengths."""
+    values = [record.value("behaviour", at) for at in record.observations if at != BASE]
+    return max(values) - record.value("behaviour", BASE) >= VISIBLE
 
 
 def cosines(folders: Sequence[Path]) -> pd.DataFrame:

@@ -94,6 +94,8 @@ def test_wheel_holds_code_and_data(tmp_path: Path) -> None:
         "adapters/directions/lat.py",
         "losses/py.typed",
         "recipes/lab/pages/page.html.jinja",
+        "recipes/zoo/warm/adapter_model.safetensors",
+        "recipes/zoo/warm/trained_on.json",
     ):
         assert (tmp_path / "site" / "steertune" / inside).is_file(), inside
     assert list((tmp_path / "site" / "steertune" / "recipes" / "tasks").glob("*/train.jsonl"))

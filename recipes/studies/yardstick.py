@@ -30,6 +30,8 @@ from steertune.recipes.lab.observe import HeldOut, neutral_rows
 from steertune.recipes.lab.pages import Page, Section, Table, Text, write_page
 from steertune.recipes.lab.processes import begin
 from steertune.recipes.lab.progress import progress, track
+from steertune.recipes.studies.planting import CONTRASTS as PLANTED
+from steertune.recipes.studies.planting import WORLDS
 from steertune.recipes.studies.planting.contrasts import CONTRASTS, KL, plant
 from steertune.recipes.studies.planting.students import COMPARISONS, TWINS, measured, students, twin
 from steertune.recipes.studies.planting.teachers import save_base
@@ -40,7 +42,7 @@ SIZES = {
     "tiny": Sizes(tasks=6, train=160, test=100, fresh=128, new_tokens=12, steps=16),
     "embedded": Sizes(tasks=3, train=64, test=24, fresh=24, new_tokens=20, steps=16),
 }
-ALL: list[str] = list(CONTRASTS)
+ALL: list[str] = list(PLANTED)
 _NEUTRAL = 32  # rows to match strengths on, and as many others to report on
 
 
@@ -48,7 +50,7 @@ _NEUTRAL = 32  # rows to match strengths on, and as many others to report on
 def main(
     problems: Annotated[list[str], Choice(ALL, "what is planted", metavar="NAME ...")] = ALL,
     studies: Annotated[int, Count("of every problem")] = 8,
-    world: Annotated[str, Choice([*SIZES], "where it is planted")] = "tiny",
+    world: Annotated[str, Choice(WORLDS, "where it is planted")] = "tiny",
     folder: Annotated[Path, Option(help="where the studies are kept")] = Path("runs/yardstick"),
     threads: Annotated[int, Count("CPU threads")] = 1,
 ) -> Result:

@@ -36,6 +36,7 @@ from steertune.recipes.lab.evaluate import evaluate, evaluate_base
 from steertune.recipes.lab.forms import readable
 from steertune.recipes.lab.observe import HeldOut, neutral_rows
 from steertune.recipes.lab.pages import Page, Section, Table, Text, settings_in_words, table_markdown, write_page
+from steertune.recipes.lab.paths import TASKS as TASK_FOLDERS
 from steertune.recipes.lab.processes import begin
 from steertune.recipes.lab.progress import progress, step
 from steertune.recipes.lab.rows import BASE, Record, from_table, label, to_table
@@ -45,7 +46,7 @@ from steertune.trainers import FrozenPrefix, share_weights
 
 ARM = "vector_sft"
 TARGETS = 0.03, 0.1, 0.3
-TASKS = embedded.task_names()
+TASKS: list[str] = sorted(file.parent.name for file in TASK_FOLDERS.glob("*/train.jsonl"))
 VISIBLE = 0.2
 """Rise of a behaviour score from which it is not the chance of some dozens of answers."""
 LARGEST = 16.0

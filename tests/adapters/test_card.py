@@ -190,6 +190,6 @@ def test_the_recipe_puts_its_measurements_in_the_card(tmp_path):
     text = (tmp_path / "run" / "adapter" / "README.md").read_text()
     for said in ("# mine, task", "It stays.", "Does it stay?", "Ask first.", "On 4 held-out examples:",
                  "| held-out pair accuracy |", "4 training examples of `task`", "nats per token",
-                 "| strength | held-out pair accuracy |"):  # fmt: skip
+                 "| strength |"):  # fmt: skip
         assert said in text, said
     assert str(tmp_path) not in text

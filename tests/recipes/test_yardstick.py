@@ -15,7 +15,7 @@ from steertune.recipes.lab import measures
 from steertune.recipes.lab.batches import batches
 from steertune.recipes.lab.observe import answer_logps
 from steertune.recipes.lab.pages import Table
-from steertune.recipes.studies import yardstick
+from steertune.recipes.studies import planting, yardstick
 from steertune.recipes.studies.planting.contrasts import CONTRASTS, KL, plant
 from steertune.recipes.studies.planting.students import TRUTH, measured, students
 from steertune.recipes.studies.planting.winners import compared, looks, rate, sections, trust_order, truths
@@ -182,3 +182,7 @@ def test_the_suite_runs_and_goes_on(tmp_path, monkeypatch):
     assert yardstick.main(words) == 0
     assert (tmp_path / "studies.json").read_text() == before
     assert "claims the loser" in (tmp_path / "table.md").read_text()
+
+
+def test_the_names_that_help_shows_are_those_of_the_problems():
+    assert list(planting.CONTRASTS) == list(CONTRASTS) and list(planting.WORLDS) == list(yardstick.SIZES)

@@ -4,3 +4,7 @@ FORMS = ("bias", "gated", "lora")
 """Forms of a teacher."""
 PROBLEMS = (*FORMS, "base", "shuffled")
 """What is planted. `base`: all labels are coin flips; `shuffled`: those of training are."""
+CONTRASTS = ("both", "pair", "chosen", "lora", "coin")
+"""How contrast is planted (`contrasts.py` says what each is)."""
+WORLDS = ("tiny", "embedded")
+"""The models that it is planted in."""

@@ -19,7 +19,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, Literal, get_args
 
 from ..losses import Loss, parts
@@ -235,15 +235,19 @@ def check_arguments(loss: Loss, given: Mapping[str, Any]) -> None:
         raise ValueError(f"ref_model is given, but {loss} compares with no reference. Leave ref_model out.")
 
 
-def check_ranges(args: Any) -> None:
+def check_ranges(args: Any, but: Collection[str] = ()) -> None:
     """Refuse values that make no sense for any loss; TRL accepts some of them, and trains the wrong way round.
+
+    Args:
+        args: The training arguments.
+        but: Fields that mean something else in this configuration.
 
     Raises:
         ValueError: names the argument, its value and the allowed values.
     """
     if args is not None:
-        values = {field.name: getattr(args, field.name) for field in dataclasses.fields(args)}
-        check_values(values, type(args).__name__)
+        names = [field.name for field in dataclasses.fields(args) if field.name not in but]
+        check_values({name: getattr(args, name) for name in names}, type(args).__name__)
 
 
 def check_values(values: Mapping[str, Any], owner: str) -> None:

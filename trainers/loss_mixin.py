@@ -8,34 +8,31 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer
 
 from ..adapters.observing import untouched
 from ..losses import Loss, Staged
 from .batch import Batch, Inputs
-from .callbacks.base import LossValues, SteeringCallback
+from .callbacks.base import LossValues
 from .callbacks.checkpoints import Checkpoints
 from .callbacks.metrics import Metrics
 from .data import DataError
-from .inductive_biases import Bias
 from .model_at import ModelAt, prompt_of, scaled
 from .parents import ParentsMetrics, parents_mean
 from .prefix.frozen import CachedPrefix
 from .reference import reference_model
 from .types import JointPass
+from .vector_mixin import VectorMixin
 from .views import Views
 
 
-class LossMixin(Trainer):
+class LossMixin(VectorMixin):
     """A Trainer with a loss of ours, or with its own where `loss` is None."""
 
-    model: Any  # the parent's type allows None, which it is not after construction
     loss: Loss | None
     parents_loss: Loss | None = None  # the loss of ours that equals the parent's own
     parents_metrics: ParentsMetrics
     takes_pairs: bool | None = None  # whether the parent's data are preference pairs; None: either
     views: Views | None = None
-    inductive_biases: list[Bias]
     reference: nn.Module | None = None  # a copy from before full finetuning, if the parent keeps none
     pay_once: CachedPrefix
     joint_pass: JointPass | None = None  # while `train_together` trains several trainers
@@ -45,11 +42,8 @@ class LossMixin(Trainer):
     columns: tuple[str, ...] | None = None  # format of the training data; None: the user's own collator reads them
     metrics: Metrics
     checkpoints: Checkpoints
-    vector_learning_rate: float | None
-    vectors_have_groups: bool  # in the optimizer
     trust_checkpoint: bool = False
     """Whether `train` may resume from a checkpoint whose pickles name code (DeepSpeed's, FSDP's; see trust.md)."""
-    _plain: bool  # whether this trainer is its parent
 
     @property
     def loss_at_work(self) -> Loss | None:
@@ -64,10 +58,6 @@ class LossMixin(Trainer):
         They are of training or evaluation, as the model's mode is.
         """
         return None
-
-    def steering_callbacks(self) -> list[SteeringCallback]:
-        """The callbacks that take our further events."""
-        return [callback for callback in self.callback_handler.callbacks if isinstance(callback, SteeringCallback)]
 
     # -- batches --------------------------------------------------------------------------------------------------
 

@@ -23,13 +23,12 @@ from .initial_vectors import fill_missing_vectors, to_fp32
 from .parallel import whole_weights
 from .prefix import FrozenPrefix
 from .prefix.frozen import CachedPrefix
-from .rates import agree_on_units, check_optimizer, check_rate, group_vectors, trained_vectors, vector_rate
+from .rates import agree_on_units, check_rate
 from .reference import reference_copy
-from .saving_mixin import SavingMixin
 from .views import View
 
 
-class SteeringMixin(EvaluationMixin, SavingMixin):
+class SteeringMixin(EvaluationMixin):
     """A Trainer that trains steering vectors (or any PEFT adapter) with any loss of `steertune.losses`.
 
     Everything goes through documented methods of `Trainer`; with `peft_config=None` and no loss it is its parent.
@@ -72,7 +71,7 @@ class SteeringMixin(EvaluationMixin, SavingMixin):
             peft_config = None if continued else SteeringVectorConfig()
         # what the methods below read
         self.loss = None if loss is None else get_loss(loss)
-        self.vector_learning_rate, self.vectors_have_groups = vector_learning_rate, False  # groups of the optimizer
+        self.vector_learning_rate = vector_learning_rate
         self.pay_once = CachedPrefix(frozen_prefix)
         self.inductive_biases = make_biases(inductive_biases, bound.arguments)
         self._unstarted_biases = [*self.inductive_biases]
@@ -161,17 +160,6 @@ class SteeringMixin(EvaluationMixin, SavingMixin):
             self._unstarted_biases[0].start(self)
             self._unstarted_biases.pop(0)
 
-    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
-        """Make an optimizer like the parent, with the learning rate of vectors."""
-        given = self.optimizer is not None
-        if not self._plain and (vectors := trained_vectors(self.model)):
-            check_optimizer(self.args, vectors, given, self.vector_learning_rate)
-        optimizer = super().create_optimizer(*args, **kwargs)
-        if not self._plain and not given and trained_vectors(self.model):
-            group_vectors(optimizer, self.model, vector_rate(self.args, self.vector_learning_rate).value)
-            self.vectors_have_groups = True
-        return optimizer
-
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """Train on a micro-batch like the parent, and show its loss to the callbacks."""
         if self._plain:
@@ -186,13 +174,6 @@ class SteeringMixin(EvaluationMixin, SavingMixin):
         for callback in self.steering_callbacks():
             callback.on_micro_step(losses)
         return loss
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log like the parent; in training with what the callbacks add."""
-        if "loss" in logs and not self._plain:
-            for callback in self.steering_callbacks():
-                logs |= callback.extra_logs()
-        super().log(logs, start_time)
 
     def get_num_trainable_parameters(self) -> int:
         """Count like the parent, without parameters that inductive biases freeze during training."""

@@ -3,31 +3,26 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import functools
 import inspect
 import logging
 import math
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback
+from transformers import TrainerCallback
 
 from ..adapters import SteeringVectorConfig
-from ..adapters.card import Card
-from .arguments import check_values
+from .arguments import check_ranges
 from .callbacks.announcement import Announcement
-from .callbacks.base import SteeringCallback
 from .callbacks.finite import NonFiniteError
 from .callbacks.vector_stats import VectorStats
-from .card import write_trainer_card
-from .checkpoints import check_saved
 from .construction import DEFAULT
 from .initial_vectors import fill_missing_vectors, to_fp32
-from .rates import agree_on_units, check_optimizer, check_rate, group_vectors, trained_vectors, vector_rate
+from .rates import agree_on_units, check_rate
+from .vector_mixin import VectorMixin
 
 logger = logging.getLogger(__name__)
 _EQUAL_REWARDS = 5  # logs in a row
@@ -37,7 +32,7 @@ class RewardError(ValueError):
     """A reward function returned something that is no reward; the message names it."""
 
 
-class ReinforcementMixin(Trainer):
+class ReinforcementMixin(VectorMixin):
     """A trainer for reinforcement learning that trains steering vectors, or any PEFT adapter.
 
     Sampling, rewards and loss are the parent's. What is added: a default vector, learning rates in units of the
@@ -53,15 +48,10 @@ class ReinforcementMixin(Trainer):
         ValueError: nothing is trainable, or a vector cannot be trained or sampled in this way.
     """
 
-    # what callbacks read of every trainer of this package
-    model: Any
+    # what callbacks and cards read of every trainer of this package
     loss = None
-    views = None
     takes_pairs = None
-    joint_pass = None
-    inductive_biases: list[Any] = []
-    card: Card = Card()
-    vectors_have_groups = False
+    inductive_biases = []
 
     def __init__(
         self,
@@ -74,7 +64,7 @@ class ReinforcementMixin(Trainer):
         parent = super().__init__
         bound = inspect.signature(parent).bind_partial(*args, **kwargs)
         given = bound.arguments
-        _check_ranges(given.get("args"))
+        check_ranges(given.get("args"), but=("beta",))  # here the weight of a KL divergence, which may be 0
         # the adapter: the one that the model brings, the one that was given, or one vector
         model = given.get("model")
         if peft_config is DEFAULT:
@@ -96,20 +86,9 @@ class ReinforcementMixin(Trainer):
         """Train like the parent, after what vectors need once."""
         agree_on_units(self._run)
         fill_missing_vectors(self._run)
-        for callback in self._steering_callbacks():
+        for callback in self.steering_callbacks():
             callback.before_train(self._run)
         return super().train(*args, **kwargs)
-
-    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
-        """Make an optimizer like the parent, with the learning rate of vectors."""
-        given = self.optimizer is not None
-        if vectors := trained_vectors(self.model):
-            check_optimizer(self.args, vectors, given, self.vector_learning_rate)
-        optimizer = super().create_optimizer(*args, **kwargs)
-        if not given and trained_vectors(self.model):
-            group_vectors(optimizer, self.model, vector_rate(self.args, self.vector_learning_rate).value)
-            self.vectors_have_groups = True
-        return optimizer
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """Train on a micro-batch like the parent, and refuse a loss that is NaN or infinite."""
@@ -120,35 +99,6 @@ class ReinforcementMixin(Trainer):
                 "max_grad_norm."
             )
         return loss
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log like the parent, in training with the norms of vectors."""
-        if "loss" in logs:
-            for callback in self._steering_callbacks():
-                logs |= callback.extra_logs()
-        super().log(logs, start_time)
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save like the parent, with a model card, and check that the file holds every vector in full size.
-
-        Raises:
-            IncompleteAdapterError: weights are missing from the file, or cut.
-        """
-        super().save_model(output_dir, _internal_call)
-        if self.args.should_save:
-            folder = Path(output_dir or str(self.args.output_dir))
-            saved: Any = self.accelerator.unwrap_model(self.model)
-            check_saved(saved, folder)
-            if not _internal_call:
-                write_trainer_card(self._run, folder)
-
-    @property
-    def _run(self) -> Any:
-        """This trainer, for functions that read the part of a `SteeringRun` that it has."""
-        return self
-
-    def _steering_callbacks(self) -> list[SteeringCallback]:
-        return [callback for callback in self.callback_handler.callbacks if isinstance(callback, SteeringCallback)]
 
 
 class EqualRewards(TrainerCallback):
@@ -169,13 +119,6 @@ class EqualRewards(TrainerCallback):
                 "them. Use a reward with more steps between its ends, a higher temperature, or more num_generations.",
                 _EQUAL_REWARDS,
             )
-
-
-def _check_ranges(args: Any) -> None:
-    """Raise a ValueError for values that make no sense; `beta`, here the weight of a KL divergence, may be 0."""
-    if args is not None:
-        values = {field.name: getattr(args, field.name) for field in dataclasses.fields(args)}
-        check_values({name: value for name, value in values.items() if name != "beta"}, type(args).__name__)
 
 
 def _check_vectors(model: Any, config: PeftConfig | None, args: Any) -> None:

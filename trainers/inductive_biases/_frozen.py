@@ -86,7 +86,8 @@ def frozen_vectors(folder: str, model: nn.Module, name: str) -> list[FrozenVecto
         )
     if not any(bool(vector.any()) for vector in vectors.vectors.values()):
         raise BiasError(f"{name}: the vector of {folder} is zero, so it would change nothing.")
-    width = base.get_input_embeddings().weight.shape[-1]
+    embedding = base.get_input_embeddings().weight
+    width = embedding.shape[-1]
     found = []
     for layer, vector_D in vectors.vectors.items():
         module = vectors.modules[layer]
@@ -95,7 +96,8 @@ def frozen_vectors(folder: str, model: nn.Module, name: str) -> list[FrozenVecto
                 f"{name}: {folder} has a vector of {len(vector_D)} numbers at {module}, which does not fit "
                 f"{type(base).__name__} with a residual stream of width {width}."
             )
-        found.append(FrozenVector(layer, module, vector_D))
+        # here, so that no pass has to copy it
+        found.append(FrozenVector(layer, module, vector_D.to(embedding.device)))
     return found
 
 
@@ -120,7 +122,7 @@ def refuse_same_place(model: nn.Module, modules: Sequence[str], name: str) -> No
 def random_directions(vectors: Sequence[FrozenVector], seed: int) -> list[FrozenVector]:
     """Random directions of the same lengths at the same places, as a control."""
     generator = torch.Generator().manual_seed(seed)
-    directions = [torch.randn(len(frozen.vector_D), generator=generator) for frozen in vectors]
+    directions = [torch.randn(len(one.vector_D), generator=generator).to(one.vector_D) for one in vectors]
     return [
         frozen._replace(vector_D=direction * frozen.vector_D.norm() / direction.norm())
         for frozen, direction in zip(vectors, directions, strict=True)

@@ -34,7 +34,7 @@ def records_of(jobs: Sequence[Job], file: Path, columns: Sequence[str], title: s
 
     Args:
         jobs: The runs, in their order.
-        file: The records as JSON.
+        file: The records as JSON, a line each.
         columns: The columns of a record whose values are its key.
         title: Of the progress bar.
     """
@@ -49,5 +49,6 @@ def records_of(jobs: Sequence[Job], file: Path, columns: Sequence[str], title: s
                 continue
             with bar.step(job.called):
                 records += map(dict, job.run(missing))
-                write_whole(file, json.dumps(records, ensure_ascii=False, indent=1) + "\n")
+                lines = ",\n".join(json.dumps(record, ensure_ascii=False) for record in records)
+                write_whole(file, f"[\n{lines}\n]\n")
     return records

@@ -29,10 +29,11 @@ def folder(name: str) -> Path:
     """The adapter folder of a vector.
 
     Raises:
-        ArmError: there is no such vector; the message names the nearest.
+        ArmError: no vector has this name; the message suggests the nearest.
     """
     if name not in names():
-        raise ArmError(f"No embedded vector is called {name!r}. There are {names()}.{nearest(name, names())}")
+        available = ", ".join(names())
+        raise ArmError(f"No embedded vector is called {name!r}. Available: {available}.{nearest(name, names())}")
     return ZOO / name
 
 

@@ -22,14 +22,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, astuple, dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import pandas as pd
 
 from steertune.recipes.lab.command_line import Choice, Count, Option, Result, command, whole_number
-from steertune.recipes.lab.progress import progress
+from steertune.recipes.lab.resumable import Job, Key, records_of
 
 TASK = "cautious_advice"
 TEST = 40
@@ -100,9 +100,18 @@ class Run:
     base_loss: float
 
     @classmethod
-    def read(cls, run: dict[str, Any]) -> Run:
-        """A run from its entry in `runs.json`."""
-        return cls(**{**run, "example": Example(**run["example"])})
+    def read(cls, record: dict[str, Any]) -> Run:
+        """A run from its line in `runs.json`."""
+        example = Example(**{name: record[name] for name in _KEYS})
+        return cls(example, **{name: value for name, value in record.items() if name not in _KEYS})
+
+    def record(self) -> dict[str, Any]:
+        """A line of `runs.json`."""
+        results = asdict(self)
+        return {**results.pop("example"), **results}
+
+
+_KEYS = [field.name for field in fields(Example)]
 
 
 @command
@@ -126,29 +135,27 @@ def main(
         run_example(Example(**json.loads(run[0])), Path(run[1]))
         return None
 
-    # skip what an earlier call has finished
-    folder.mkdir(parents=True, exist_ok=True)
-    file = folder / "runs.json"
-    runs = [Run.read(run) for run in json.loads(file.read_text())] if file.exists() else []
-    finished = {(run.example.setting, run.example.way, run.example.launch) for run in runs}
     ways = WAYS if all_ways else (STOCK, OURS)
     examples = [
         Example(case, way, of, "fp32" if fp32 else "bf16", pairs, rows, size, passes)
         for passes, size, case in itertools.product(epochs, batch, cases)
         for of, way in [*(("", way) for way in ways), *((of, OURS) for of in launch)]
     ]
-    with progress("Runs", len(examples)) as bar:
-        for example in examples:
-            if (example.setting, example.way, example.launch) in finished:
-                bar.skip()
-                continue
-            with bar.step(", ".join(map(str, filter(None, (example.case, example.way, example.launch))))):
-                result = measure(example, folder, threads)
-                # the file's name, not where it lies on this machine
-                runs.append(replace(result, example=replace(example, pairs=Path(pairs).name)))
-                file.write_text(json.dumps([asdict(run) for run in runs], indent=1) + "\n", encoding="utf-8")
+
+    def job(example: Example) -> Job:
+        # a record names the file of pairs, not where it lies on this machine
+        named = replace(example, pairs=Path(pairs).name)
+        title = ", ".join(filter(None, (example.case, example.way, example.launch)))
+
+        def measured(_: Sequence[Key]) -> list[dict[str, Any]]:
+            return [replace(measure(example, folder, threads), example=named).record()]
+
+        return Job(title, [astuple(named)], measured)
+
+    records = records_of([job(example) for example in examples], folder / "runs.json", _KEYS, "Runs")
+    runs = [Run.read(record) for record in records]
     (folder / "table.md").write_text(table(runs), encoding="utf-8")
-    return Result([asdict(run) for run in runs], table(runs))
+    return Result([run.record() for run in runs], table(runs))
 
 
 def run_example(example: Example, folder: Path) -> None:

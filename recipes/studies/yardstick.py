@@ -12,12 +12,12 @@ tiny model takes half a minute, one of the embedded model about half an hour on 
 
 from __future__ import annotations
 
-import json
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -25,11 +25,11 @@ import pandas as pd
 
 from steertune.adapters.card import versions
 from steertune.recipes.lab.command_line import Choice, Count, Option, Result, command
-from steertune.recipes.lab.files import write_whole
 from steertune.recipes.lab.observe import HeldOut, neutral_rows
 from steertune.recipes.lab.pages import Page, Section, Table, Text, write_page
 from steertune.recipes.lab.processes import begin
-from steertune.recipes.lab.progress import progress, track
+from steertune.recipes.lab.progress import track
+from steertune.recipes.lab.resumable import Job, records_of
 from steertune.recipes.studies.planting import CONTRASTS as PLANTED
 from steertune.recipes.studies.planting import WORLDS
 from steertune.recipes.studies.planting.contrasts import CONTRASTS, KL, plant
@@ -56,32 +56,18 @@ def main(
 ) -> Result:
     """Run the studies that are missing, and write the table."""
     begin(threads, only_one=True)
-    folder.mkdir(parents=True, exist_ok=True)
-    file = folder / "studies.json"
-    finished: list[dict[str, Any]] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
-    known = {(one["world"], one["problem"], one["number"]) for one in finished}
+    # made when a study needs it, and once
+    where = cache(world_of)
+
+    def job(problem: str, number: int) -> Job:
+        key = world, problem, number
+        return Job(f"{problem} {number}", [key], lambda _: [study(where(world), problem, number)])
+
     # problem by problem in turn, so that an interrupted run has some of each
-    wanted = [(world, problem, number) for number in range(studies) for problem in problems]
-    where: World | None = None
-    with progress("Studies", len(wanted)) as bar:
-        for key in wanted:
-            if key in known:
-                bar.skip()
-                continue
-            with bar.step(f"{key[1]} {key[2]}"):
-                where = where or world_of(world)
-                finished.append(study(where, *key[1:]))
-            write_whole(
-                file, json.dumps(finished, indent=None, separators=(",", ":")).replace('{"world"', '\n{"world"')
-            )
+    jobs = [job(problem, number) for number in range(studies) for problem in problems]
+    finished = records_of(jobs, folder / "studies.json", ("world", "problem", "number"), "Studies")
     page = write_page(page_of(finished), folder, "table")
     return Result(finished, page.read_text(encoding="utf-8"))
-
-
-def _write(file: Path, studies: Sequence[dict[str, Any]]) -> None:
-    """A line for each study."""
-    lines = ",\n".join(json.dumps(one, separators=(",", ":")) for one in studies)
-    write_whole(file, f"[\n{lines}\n]\n")
 
 
 def world_of(name: str) -> World:

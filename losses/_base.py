@@ -24,7 +24,7 @@ class Outputs:
 
     Attributes:
         token_logps: Log-probability (nats) of each labelled token given the tokens before it, `(rows, tokens)`;
-            0 where there is no label.
+            0 at tokens without a label.
         mask: True on labelled tokens, `(rows, tokens)`.
         hidden: Layer -> output of its block at the positions that predict a labelled token, `(labelled tokens, d)`,
             row after row; only for the layers that `at` was called with.

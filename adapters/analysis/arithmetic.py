@@ -88,7 +88,7 @@ def read(folder: str | Path) -> Vectors:
     config = SteeringVectorConfig.from_pretrained(str(home))
     if config.form not in CONSTANT_FORMS:
         raise VectorError(
-            f"{folder} has form={config.form!r}: what it adds depends on the state, so it is no vector. "
+            f"{folder} has form={config.form!r}: what it adds depends on the state, so vectors cannot be added to it. "
             f"Train form='bias'. {_TOGETHER}"
         )
     if config.modules_to_save:

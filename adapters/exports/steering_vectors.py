@@ -37,7 +37,7 @@ SteeringVector(layer_activations=activations, layer_type="TYPE").patch_activatio
     def check(self, vectors: ConstantVectors, model: PeftModel) -> None:
         """Every site has a word there."""
         if vectors.site not in _TYPES:
-            raise ExportError(f"site={vectors.site!r} is none of {list(_TYPES)}.")
+            raise ExportError(f"site={vectors.site!r} must be one of {list(_TYPES)}.")
 
 
 def _site(model: PeftModel) -> str:

@@ -161,21 +161,23 @@ def states(model, order, at_once: int, batch: Batch) -> dict[str, torch.Tensor]:
     return prefix.memo._ram
 
 
+def assert_same_bits(model, batch: Batch, expected: dict[str, torch.Tensor], at_once: tuple[int, int, int]) -> None:
+    """Eight rows are stored alike in whatever order they are met, and however many at once."""
+    orders = range(8), [7, 3, 5, 1, 0, 2, 6, 4], [4, 2, 6, 0, 7, 5, 1, 3]
+    for order, count in zip(orders, at_once, strict=True):
+        stored = states(model, order, count, batch)
+        assert stored.keys() == expected.keys()
+        assert all(torch.equal(stored[key], expected[key]) for key in expected)
+
+
 def test_new_rows_have_the_same_bits_in_whatever_batch_they_are_met(monkeypatch):
     model, batch = steered(wide()), unequal((14, 9, 10, 12, 33, 21, 17, 8))
     calls = []
     state = Decoder.state
     monkeypatch.setattr(Decoder, "state", lambda self, call: calls.append(1) or state(self, call))
-    expected = states(model, [0, 1, 2, 3, 4, 5, 6, 7], 1, batch)
+    expected = states(model, range(8), 1, batch)
     calls.clear()
-    for order, at_once in (
-        ([0, 1, 2, 3, 4, 5, 6, 7], 8),
-        ([7, 3, 5, 1, 0, 2, 6, 4], 4),
-        ([4, 2, 6, 0, 7, 5, 1, 3], 2),
-    ):
-        stored = states(model, order, at_once, batch)
-        assert stored.keys() == expected.keys()
-        assert all(torch.equal(stored[key], expected[key]) for key in expected)
+    assert_same_bits(model, batch, expected, at_once=(8, 4, 2))
     # on other machines, rows as short as these run one by one
     if exactness.least_tokens(model.base_model.model.modules()) == 4:
         checks = 3 * 2 + 3 + 3 + 2  # modules below and randomness, then rows alone
@@ -203,15 +205,7 @@ def test_where_bits_depend_on_the_number_of_tokens_lines_are_filled(dtype, monke
     monkeypatch.setattr(new_rows, "FILLED", {"cpu": 40})
     # 45 tokens are too many for a line, so that row runs alone
     model, batch = steered(wide()).to(dtype), unequal((14, 9, 10, 12, 33, 21, 17, 45))
-    expected = states(model, [0, 1, 2, 3, 4, 5, 6, 7], 1, batch)
-    for order, at_once in (
-        ([0, 1, 2, 3, 4, 5, 6, 7], 8),
-        ([7, 3, 5, 1, 0, 2, 6, 4], 4),
-        ([4, 2, 6, 0, 7, 5, 1, 3], 3),
-    ):
-        stored = states(model, order, at_once, batch)
-        assert stored.keys() == expected.keys()
-        assert all(torch.equal(stored[key], expected[key]) for key in expected)
+    assert_same_bits(model, batch, states(model, range(8), 1, batch), at_once=(8, 4, 3))
     assert "one by one" not in caplog.text
 
 

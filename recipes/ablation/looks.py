@@ -49,7 +49,7 @@ def fixed(grid: Grid, folder: Path) -> dict[str, Any]:
 def _before(folder: Path) -> dict[str, Any] | None:
     """The `grid.json` that cells ran for; None if none ran."""
     file = folder / GRID
-    if not file.is_file() or not Store(folder).records():
+    if not file.is_file() or Store(folder).is_empty:
         return None
     return read_result(file, "Run the grid again: it writes this file anew, and keeps its cells.")
 

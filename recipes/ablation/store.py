@@ -97,6 +97,11 @@ class Store:
         """
         return [read_cell(file) for file in sorted((self.folder / "cells").rglob("cell.json"))]
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether no cell ran; reads none of them."""
+        return not (self.folder / TABLE).is_file() and not any((self.folder / "cells").rglob("cell.json"))
+
     def records(self) -> list[Record]:
         """Every cell that ran."""
         return [*{**self.packed, **{name_of(record): record for record in self.loose()}}.values()]

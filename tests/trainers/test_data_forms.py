@@ -193,7 +193,7 @@ def test_nothing_but_empty_texts_is_refused(kind, tmp_path):
 
 def test_text_without_a_tokenizer_is_refused(tmp_path):
     for loss, data in (("cross_entropy", TEXTS), ("dpo", pairs()), (None, TEXTS)):
-        with pytest.raises(DataError, match="processing_class=None is no tokenizer"):
+        with pytest.raises(DataError, match="processing_class=None cannot read it"):
             trainer("plain", tmp_path, data=data, loss=loss, processing_class=None)
 
 

@@ -48,7 +48,7 @@ from steertune.recipes.lab.evaluate import evaluate, evaluate_base
 from steertune.recipes.lab.files import ArmError, read_result, read_toml, reasons, write_result
 from steertune.recipes.lab.forms import readable
 from steertune.recipes.lab.generation import check_context
-from steertune.recipes.lab.observe import HeldOut, neutral_rows
+from steertune.recipes.lab.observe import HeldOut, behind, neutral_rows
 from steertune.recipes.lab.pages import write_page
 from steertune.recipes.lab.pair_lint import warn_of
 from steertune.recipes.lab.paths import CONFIGS
@@ -198,8 +198,7 @@ class Mixture:
             check_training(arm, DPOConfig)
             check_trains(arm)
         check_adapters([arm.model_copy(update={"model": self.tables.model}) for arm in arms])
-        loaded: tuple[Any, Any] = load_model(self.tables.model)
-        model, tokenizer = loaded
+        model, tokenizer = load_model(self.tables.model)
         model.to(PartialState().device)
         in_form = partial(readable, tokenizer=tokenizer)
         self.splits = {label: splits.each(in_form) for label, splits in self.splits.items()}
@@ -240,7 +239,7 @@ class Mixture:
         for task in self.seen:
             rows = self._trained_rows(task)
             view = get_view("demonstrations", k=self.tables.demonstrations, contrast=True, pool=tuple(rows.to_list()))
-            parts.append(Dataset.from_list([dict(row) for row in view(rows.to_list())]))
+            parts.append(behind(view, rows))
         return concatenate_datasets(parts).shuffle(seed=0)
 
     def _shown(self, task: TaskTable, seed: int, prompt: str) -> Dataset:
@@ -254,7 +253,7 @@ class Mixture:
         number = seed * len(self.seen) + self.seen.index(task) if seen else seed
         options = {"k": tables.demonstrations, "seed": number, "pool": tuple(pool.to_list())}
         view = get_view("demonstrations", contrast=prompt == "contrast", **options)
-        return Dataset.from_list([dict(row) for row in view(splits.test.to_list())])
+        return behind(view, splits.test)
 
     def _trained_rows(self, task: TaskTable) -> Dataset:
         """The rows of a seen task that contrast prompts are made of."""

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import asdict, replace
-from typing import Annotated, Any
+from typing import Annotated
 
 from steertune.recipes.lab.command_line import (
     Argument,
@@ -58,7 +58,7 @@ def main(
     pairs = whole.to_list() if {"chosen", "rejected"} <= set(whole.column_names) else []
     accuracy = words_accuracy(pairs, parts.by)
     if model is not None and pairs and not any(finding.check == "refused" for finding in findings):
-        base, tokenizer = _model(model)
+        base, tokenizer = load_model(ModelTable(name=model))
         held_out = HeldOut(base, tokenizer, whole.select(range(min(_MEASURED, len(whole)))), neutral_rows())
         record = Record({}, evaluate(base, held_out, ["accuracy"]))
         findings += [found for found in [at_edge(record.value("accuracy", 1), len(held_out.pairs))] if found]
@@ -85,10 +85,6 @@ def main(
         lines.append(f"Warning: {finding.text}{where}")
     lines += [] if findings else ["Nothing to warn of."]
     return Result(result, "\n".join(lines))
-
-
-def _model(name: str) -> tuple[Any, Any]:
-    return load_model(ModelTable(name=name))
 
 
 if __name__ == "__main__":

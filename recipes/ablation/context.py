@@ -54,8 +54,7 @@ class Context:
 
     @cached_property
     def _loaded(self) -> tuple[Any, Any]:
-        loaded: tuple[Any, Any] = load_model(ModelTable(**self.grid.tables.model))
-        model, tokenizer = loaded
+        model, tokenizer = load_model(ModelTable(**self.grid.tables.model))
         return model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
 
     @property

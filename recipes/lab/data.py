@@ -22,8 +22,8 @@ from steertune.recipes.lab.sources import Parts, Reading, load_parts
 from steertune.recipes.lab.tables import DataTable, ModelTable
 
 
-def load_model(table: ModelTable) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Model in evaluation mode, and tokenizer. Weights are safetensors; code that comes with a model is not run.
+def load_model(table: ModelTable) -> tuple[Any, Any]:
+    """Model in evaluation mode, and its tokenizer. Weights are safetensors; code that comes with a model is not run.
 
     Raises:
         ArmError: no such model, or one that needs code of its own or a pickle.
@@ -105,7 +105,7 @@ def base_of(folder: Path, base: str | None = None, dtype: str = "float32") -> Mo
 
 def load_steered(
     folder: Path, base: str | None = None, dtype: str = "float32", name: str = "default"
-) -> tuple[PeftModel, PreTrainedTokenizerBase, str]:
+) -> tuple[Any, Any, str]:
     """A steering vector on its base model, in evaluation mode, the tokenizer, and the base model's name.
 
     Args:

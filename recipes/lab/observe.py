@@ -148,6 +148,11 @@ class HeldOut:
                 self.shared["remembered"] = outer
 
 
+def behind(view: View, rows: Dataset) -> Dataset:
+    """Rows with what a view puts in front of their prompts."""
+    return Dataset.from_list([dict(row) for row in view(rows.to_list())])
+
+
 def prompts_in(rows: Dataset) -> list[Any]:
     """The prompts of rows that are not empty."""
     return [prompt for prompt in rows["prompt"] if prompt] if "prompt" in rows.column_names else []

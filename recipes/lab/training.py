@@ -14,13 +14,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from accelerate import PartialState
 from datasets import Dataset
 from pydantic import BaseModel
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback, set_seed
 
+from steertune.recipes.lab import trained_on
 from steertune.recipes.lab.arm import Arm
+from steertune.recipes.lab.data import Data
 from steertune.recipes.lab.files import ArmError, read_text, write_whole
 from steertune.recipes.lab.generation import plain
 from steertune.recipes.lab.ingredients import Training
@@ -233,6 +236,23 @@ def make_trainer(training: Training, frozen_prefix: FrozenPrefix | bool | None =
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(_Steps())
     return trainer
+
+
+def train_and_save(training: Training, data: Data) -> tuple[Any, Any, float]:
+    """Train, and save the adapter in the training's folder, with hashes of the rows that it learned from.
+
+    Returns:
+        The trainer, its model in evaluation mode, and the seconds of training.
+    """
+    trainer, home = make_trainer(training), training.folder / "adapter"
+    is_first = PartialState().is_main_process
+    if training.notes and is_first:
+        print("\n".join(training.notes.values()))
+    seconds = fit(trainer, training.folder)
+    trainer.save_model(str(home))  # every process: sharded weights are gathered, the first one writes
+    if is_first:
+        trained_on.write(home, trained_on.sets_of(data.train, data.by, training.rows))
+    return trainer, trainer.accelerator.unwrap_model(trainer.model).eval(), seconds
 
 
 def steps_of(arm: Arm) -> int:

@@ -35,8 +35,9 @@ from steertune.recipes.ablation.run import run_cell
 from steertune.recipes.ablation.store import TABLE, Reusable, Store
 from steertune.recipes.lab import scorers
 from steertune.recipes.lab.checks import check_adapters, check_training
-from steertune.recipes.lab.command_line import Argument, Option, Result, Threads, command, grid_names
+from steertune.recipes.lab.command_line import Result, command
 from steertune.recipes.lab.files import write_result
+from steertune.recipes.lab.options import Argument, Option, Threads, grid_names
 from steertune.recipes.lab.pair_lint import warn_of
 from steertune.recipes.lab.processes import begin
 from steertune.recipes.lab.progress import Bar, progress

@@ -20,11 +20,12 @@ from typing import Annotated, Any
 
 from peft import PeftModel
 
-from steertune.recipes.lab.command_line import Argument, Base, Count, Option, Threads, command
+from steertune.recipes.lab.command_line import command
 from steertune.recipes.lab.data import load_steered
 from steertune.recipes.lab.files import ArmError
 from steertune.recipes.lab.forms import has_template
 from steertune.recipes.lab.generation import check_strength, generate, prompt_lengths
+from steertune.recipes.lab.options import Argument, Base, Count, Option, Threads
 from steertune.recipes.lab.processes import begin
 from steertune.trainers import context_length, scaled
 

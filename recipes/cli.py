@@ -23,7 +23,8 @@ import typer
 from typer.core import TyperCommand
 from typer.main import get_command
 
-from steertune.recipes.lab.command_line import SETTINGS, Command, Group, RootGroup, run
+from steertune.recipes.lab.command_line import Command, Group, run
+from steertune.recipes.lab.parsing import SETTINGS, RootGroup
 
 _HERE = Path(__file__).parent
 _FOLDERS = (_HERE / "studies", _HERE)

@@ -42,13 +42,14 @@ from steertune.recipes.ablation.tables import TaskTable
 from steertune.recipes.lab import measures, trained_on
 from steertune.recipes.lab.arm import Arm, known_tables, load_arm
 from steertune.recipes.lab.checks import check_adapters, check_training, check_trains
-from steertune.recipes.lab.command_line import Argument, Option, Result, Threads, command
+from steertune.recipes.lab.command_line import Result, command
 from steertune.recipes.lab.data import load_model, model_has_template
 from steertune.recipes.lab.evaluate import evaluate, evaluate_base
 from steertune.recipes.lab.files import ArmError, read_result, read_toml, reasons, write_result
 from steertune.recipes.lab.forms import readable
 from steertune.recipes.lab.generation import check_context
 from steertune.recipes.lab.observe import HeldOut, behind, neutral_rows
+from steertune.recipes.lab.options import Argument, Option, Threads
 from steertune.recipes.lab.pages import write_page
 from steertune.recipes.lab.pair_lint import warn_of
 from steertune.recipes.lab.paths import CONFIGS

@@ -28,7 +28,7 @@ from datasets import Dataset
 
 from steertune.recipes.lab.arm import Arm, load_arm
 from steertune.recipes.lab.checks import check_start
-from steertune.recipes.lab.command_line import ArmName, Result, Threads, command
+from steertune.recipes.lab.command_line import Result, command
 from steertune.recipes.lab.data import Data, load_data, load_model, model_has_template
 from steertune.recipes.lab.evaluate import evaluate, evaluate_base
 from steertune.recipes.lab.files import ArmError, read_rows, write_rows
@@ -36,6 +36,7 @@ from steertune.recipes.lab.forms import notes_on_form, readable
 from steertune.recipes.lab.generation import check_context, generate, prompt_lengths
 from steertune.recipes.lab.ingredients.views import Views
 from steertune.recipes.lab.observe import HeldOut, Observations, Prompted, behind, neutral_rows
+from steertune.recipes.lab.options import ArmName, Threads
 from steertune.recipes.lab.pages import Page, Section, Table, Text, prose, write_page
 from steertune.recipes.lab.pages.measured import comparison, generations
 from steertune.recipes.lab.pages.side_effects import side_effects

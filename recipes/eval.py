@@ -27,7 +27,13 @@ from peft import PeftModel
 
 from steertune.adapters import steering_layers
 from steertune.recipes.lab import embedded
-from steertune.recipes.lab.command_line import (
+from steertune.recipes.lab.command_line import Result, command
+from steertune.recipes.lab.data import base_of, load_steered, model_has_template
+from steertune.recipes.lab.files import ArmError, nearest, write_whole
+from steertune.recipes.lab.forms import readable, written
+from steertune.recipes.lab.generation import check_context, check_finite, check_strength
+from steertune.recipes.lab.held_out import held_out_rows
+from steertune.recipes.lab.options import (
     Argument,
     Base,
     ColumnNames,
@@ -35,16 +41,9 @@ from steertune.recipes.lab.command_line import (
     Device,
     DType,
     Option,
-    Result,
     Threads,
     columns_of,
-    command,
 )
-from steertune.recipes.lab.data import base_of, load_steered, model_has_template
-from steertune.recipes.lab.files import ArmError, nearest, write_whole
-from steertune.recipes.lab.forms import readable, written
-from steertune.recipes.lab.generation import check_context, check_finite, check_strength
-from steertune.recipes.lab.held_out import held_out_rows
 from steertune.recipes.lab.pair_lint import warn_of
 from steertune.recipes.lab.processes import begin, default_device
 from steertune.recipes.lab.progress import progress, track

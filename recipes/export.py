@@ -18,18 +18,10 @@ from steertune.adapters import exports
 from steertune.adapters.exports import ExportError
 from steertune.adapters.exports.gguf import read
 from steertune.recipes.lab import embedded
-from steertune.recipes.lab.command_line import (
-    Argument,
-    Base,
-    Choice,
-    DType,
-    Option,
-    Result,
-    Threads,
-    command,
-)
+from steertune.recipes.lab.command_line import Result, command
 from steertune.recipes.lab.data import load_model, load_steered
 from steertune.recipes.lab.files import read_text
+from steertune.recipes.lab.options import Argument, Base, Choice, DType, Option, Threads
 from steertune.recipes.lab.paths import modules_in
 from steertune.recipes.lab.processes import begin
 from steertune.recipes.lab.progress import progress

@@ -27,21 +27,13 @@ from steertune.adapters import exports, steering_layers
 from steertune.adapters.exports import ExportError
 from steertune.adapters.saved import read_tensors
 from steertune.recipes.lab import embedded
-from steertune.recipes.lab.command_line import (
-    Argument,
-    ColumnNames,
-    Count,
-    Option,
-    Result,
-    Threads,
-    columns_of,
-    command,
-)
+from steertune.recipes.lab.command_line import Result, command
 from steertune.recipes.lab.data import adapter_config, load_data, load_model, load_steered
 from steertune.recipes.lab.files import ArmError, reasons
 from steertune.recipes.lab.forms import has_template, readable
 from steertune.recipes.lab.inductive_bias import SCALES, SIZES, inductive_bias
 from steertune.recipes.lab.observe import neutral_rows
+from steertune.recipes.lab.options import Argument, ColumnNames, Count, Option, Threads, columns_of
 from steertune.recipes.lab.processes import begin
 from steertune.recipes.lab.progress import progress
 from steertune.recipes.lab.tables import DataTable, ModelTable

@@ -15,19 +15,12 @@ import sys
 from dataclasses import asdict, replace
 from typing import Annotated
 
-from steertune.recipes.lab.command_line import (
-    Argument,
-    ColumnNames,
-    Option,
-    Result,
-    Threads,
-    columns_of,
-    command,
-)
+from steertune.recipes.lab.command_line import Result, command
 from steertune.recipes.lab.data import load_model
 from steertune.recipes.lab.evaluate import evaluate
 from steertune.recipes.lab.files import ArmError
 from steertune.recipes.lab.observe import HeldOut, neutral_rows
+from steertune.recipes.lab.options import Argument, ColumnNames, Option, Threads, columns_of
 from steertune.recipes.lab.pair_lint import LISTED, Finding, at_edge, lint, words_accuracy
 from steertune.recipes.lab.processes import begin
 from steertune.recipes.lab.rows import Record

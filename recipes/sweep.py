@@ -37,21 +37,12 @@ from steertune.adapters.types import Site
 from steertune.recipes.lab import scorers, trained_on
 from steertune.recipes.lab.behaviours import read_behaviour
 from steertune.recipes.lab.checks import check_adapters, check_training, check_trains, skeleton
-from steertune.recipes.lab.command_line import (
-    Argument,
-    Choice,
-    ColumnNames,
-    Option,
-    Result,
-    Threads,
-    arm_names,
-    columns_of,
-    command,
-)
+from steertune.recipes.lab.command_line import Result, command
 from steertune.recipes.lab.evaluate import evaluate, evaluate_base
 from steertune.recipes.lab.files import ArmError, reasons, write_result
 from steertune.recipes.lab.generation import plain
 from steertune.recipes.lab.observe import Observations
+from steertune.recipes.lab.options import Argument, Choice, ColumnNames, Option, Threads, arm_names, columns_of
 from steertune.recipes.lab.pages import table_markdown, write_page
 from steertune.recipes.lab.pair_lint import at_edge, warn, warn_of
 from steertune.recipes.lab.paths import modules_in

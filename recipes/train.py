@@ -30,12 +30,13 @@ from steertune.recipes.lab.batches import batches
 from steertune.recipes.lab.behaviours import read_behaviour
 from steertune.recipes.lab.cards import of_training
 from steertune.recipes.lab.checks import check_start
-from steertune.recipes.lab.command_line import ArmName, Result, Threads, command
+from steertune.recipes.lab.command_line import Result, command
 from steertune.recipes.lab.data import Data, load_data, load_model, model_has_template
 from steertune.recipes.lab.evaluate import evaluate, evaluate_base
 from steertune.recipes.lab.forms import notes_on_form, readable
 from steertune.recipes.lab.memory import peak_memory_gb
 from steertune.recipes.lab.observe import FEW_NEUTRAL, HeldOut
+from steertune.recipes.lab.options import ArmName, Threads
 from steertune.recipes.lab.pages import prose, settings_in_words, write_page
 from steertune.recipes.lab.pages.measured import training_page
 from steertune.recipes.lab.pair_lint import at_edge, warn, warn_of

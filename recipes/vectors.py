@@ -22,16 +22,8 @@ from steertune.adapters.analysis import arithmetic
 from steertune.adapters.analysis.arithmetic import VectorError, Vectors
 from steertune.adapters.card import Card
 from steertune.recipes.lab import trained_on
-from steertune.recipes.lab.command_line import (
-    Argument,
-    ColumnNames,
-    Count,
-    Option,
-    Result,
-    Threads,
-    columns_of,
-    group,
-)
+from steertune.recipes.lab.command_line import Result, group
+from steertune.recipes.lab.options import Argument, ColumnNames, Count, Option, Threads, columns_of
 
 Folders = Annotated[list[Path], Argument(help="adapter folders")]
 Output = Annotated[Path, Option(help="a new folder")]

@@ -237,3 +237,31 @@ class GridTables(BaseModel, extra="forbid", strict=True):
                     f"{name!r} is no name for a factor or level: use letters (a-z), digits, '_', '-', '.'"
                 )
         return factors
+
+
+def read_tables(grid: dict[str, Any]) -> GridTables:
+    """The tables of a `grid.json`.
+
+    Raises:
+        ArmError: they are not those of a grid.
+    """
+    try:
+        content = dict(grid["tables"])
+        if "strength" not in content["claim"]:  # version 3 meant the tuned strength where it did not say "matched"
+            content["claim"] = {"strength": "tuned", **content["claim"]}
+        if "frontier" not in content["matched"]:  # version 4 measured arms at one KL, of its own tasks
+            content["matched"] = {**content["matched"], "frontier": []}
+            content["claim"] = {"tasks": "fixed", **content["claim"]}
+        tables = GridTables(**content)
+        arms, cells = [(arm["name"], arm["levels"]) for arm in grid["arms"]], grid["cells"]
+        texts = [*(name for name, _ in arms), *cells, *grid["notes"], grid["command"]]
+        if not all(isinstance(text, str) for text in texts) or tables.card is None or tables.claim is None:
+            raise ValueError("names, cells, notes, command, [card] and [claim] are expected")
+        if missing := {tables.claim.better, tables.claim.than} - {name for name, _ in arms}:
+            raise ValueError(f"[claim] is about {sorted(missing)}, which are not arms of the grid")
+        for point in (tables.design.start, tables.design.end) if tables.design.start and tables.design.end else ():
+            if missing := [f for f, levels in tables.factors.items() if point.get(f) not in levels]:
+                raise ValueError(f"design.start and design.end name no level of {missing}")
+    except (KeyError, TypeError, ValueError) as error:
+        raise ArmError(f"grid.json holds no grid: {type(error).__name__}: {error}") from error
+    return tables

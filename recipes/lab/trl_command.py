@@ -28,9 +28,10 @@ from steertune.adapters import SteeringVectorConfig
 from steertune.losses import get_loss
 from steertune.recipes.lab import embedded, trained_on
 from steertune.recipes.lab.arm import known
-from steertune.recipes.lab.command_line import check_words, outcome
+from steertune.recipes.lab.command_line import outcome
 from steertune.recipes.lab.files import ArmError
 from steertune.recipes.lab.keys import REFUSED
+from steertune.recipes.lab.parsing import check_words
 from steertune.recipes.lab.processes import begin
 from steertune.recipes.lab.similarity import By, told_apart_by
 from steertune.recipes.lab.sources import find_split, has_one_split, load_parts

@@ -27,10 +27,11 @@ from typing import Annotated, Any
 
 import torch
 
-from steertune.recipes.lab.command_line import Count, Option, Result, Threads, command
+from steertune.recipes.lab.command_line import Result, command
 from steertune.recipes.lab.data import load_model
 from steertune.recipes.lab.files import ArmError, read_result, write_result, write_whole
 from steertune.recipes.lab.memory import peak_memory_gb, reset_peak_memory
+from steertune.recipes.lab.options import Count, Option, Threads
 from steertune.recipes.lab.processes import begin
 from steertune.recipes.lab.progress import progress, track
 from steertune.recipes.lab.tables import ModelTable

@@ -28,11 +28,12 @@ from steertune.recipes.ablation.context import Context
 from steertune.recipes.ablation.grid import Cell, Grid, load_grid
 from steertune.recipes.ablation.run import run_cell, tuned
 from steertune.recipes.lab.arm import UPSTREAM
-from steertune.recipes.lab.command_line import Argument, Option, Result, Threads, command
+from steertune.recipes.lab.command_line import Result, command
 from steertune.recipes.lab.data import load_model
 from steertune.recipes.lab.evaluate import evaluate_base
 from steertune.recipes.lab.files import ArmError, write_whole
 from steertune.recipes.lab.observe import HeldOut
+from steertune.recipes.lab.options import Argument, Option, Threads
 from steertune.recipes.lab.processes import begin
 from steertune.recipes.lab.progress import progress
 from steertune.recipes.lab.tables import ModelTable

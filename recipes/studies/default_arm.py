@@ -30,7 +30,7 @@ from steertune.adapters.card import versions
 from steertune.recipes.lab import embedded
 from steertune.recipes.lab.arm import make_arm
 from steertune.recipes.lab.batches import batches
-from steertune.recipes.lab.command_line import Choice, Count, Option, Result, command
+from steertune.recipes.lab.command_line import Result, command
 from steertune.recipes.lab.evaluate import evaluate
 from steertune.recipes.lab.files import write_whole
 from steertune.recipes.lab.generation import generate, plain
@@ -38,6 +38,7 @@ from steertune.recipes.lab.measures import Seen
 from steertune.recipes.lab.measures import get as measure
 from steertune.recipes.lab.measures.repetition import repeated
 from steertune.recipes.lab.observe import NEUTRAL, HeldOut
+from steertune.recipes.lab.options import Choice, Count, Option
 from steertune.recipes.lab.pages import Table, escape, table_markdown
 from steertune.recipes.lab.pages.verdict import MAX_CIRCLES, MAX_KL, MAX_REPETITION, circling
 from steertune.recipes.lab.processes import begin

@@ -49,10 +49,11 @@ from torch.nn.functional import cosine_similarity
 
 from steertune.recipes.lab.arm import Arm, load_arm
 from steertune.recipes.lab.checks import check_start
-from steertune.recipes.lab.command_line import Argument, Count, Option, Result, Threads, command
+from steertune.recipes.lab.command_line import Result, command
 from steertune.recipes.lab.data import load_data, load_model, model_has_template
 from steertune.recipes.lab.files import ArmError, write_whole
 from steertune.recipes.lab.forms import readable
+from steertune.recipes.lab.options import Argument, Count, Option, Threads
 from steertune.recipes.lab.pair_lint import warn_of
 from steertune.recipes.lab.processes import begin
 from steertune.recipes.lab.progress import progress, track

@@ -34,9 +34,10 @@ from trl import SFTConfig
 from steertune.adapters import SteeringVectorConfig, SteeringVectorLayer, steering_layers
 from steertune.adapters.card import versions
 from steertune.recipes.lab import embedded
-from steertune.recipes.lab.command_line import Choice, Count, Option, Result, command
+from steertune.recipes.lab.command_line import Result, command
 from steertune.recipes.lab.data import load_splits
 from steertune.recipes.lab.files import write_whole
+from steertune.recipes.lab.options import Choice, Count, Option
 from steertune.recipes.lab.processes import begin
 from steertune.recipes.lab.resumable import Job, records_of
 from steertune.recipes.lab.tables import DataTable

@@ -25,8 +25,9 @@ from steertune.recipes.ablation.cells import read_cells
 from steertune.recipes.ablation.context import Context
 from steertune.recipes.ablation.grid import make_grid
 from steertune.recipes.ablation.store import Store
-from steertune.recipes.lab.command_line import Choice, Count, Option, Result, command
+from steertune.recipes.lab.command_line import Result, command
 from steertune.recipes.lab.files import ArmError
+from steertune.recipes.lab.options import Choice, Count, Option
 from steertune.recipes.lab.pages import write_page
 from steertune.recipes.lab.processes import begin
 from steertune.recipes.lab.progress import progress

@@ -24,8 +24,9 @@ from typing import Annotated, Any
 import pandas as pd
 
 from steertune.adapters.card import versions
-from steertune.recipes.lab.command_line import Choice, Count, Option, Result, command
+from steertune.recipes.lab.command_line import Result, command
 from steertune.recipes.lab.observe import HeldOut, neutral_rows
+from steertune.recipes.lab.options import Choice, Count, Option
 from steertune.recipes.lab.pages import Page, Section, Table, Text, write_page
 from steertune.recipes.lab.processes import begin
 from steertune.recipes.lab.progress import track

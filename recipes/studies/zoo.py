@@ -31,10 +31,11 @@ from steertune.recipes.lab import embedded, scorers, trained_on
 from steertune.recipes.lab.arm import Arm, load_arm
 from steertune.recipes.lab.behaviours import read_behaviour
 from steertune.recipes.lab.cards import HASHES, purpose, side_effects
-from steertune.recipes.lab.command_line import Choice, Count, Option, Result, command
+from steertune.recipes.lab.command_line import Result, command
 from steertune.recipes.lab.evaluate import evaluate, evaluate_base
 from steertune.recipes.lab.forms import readable
 from steertune.recipes.lab.observe import HeldOut, neutral_rows
+from steertune.recipes.lab.options import Choice, Count, Option
 from steertune.recipes.lab.pages import Page, Section, Table, Text, settings_in_words, table_markdown, write_page
 from steertune.recipes.lab.paths import TASKS as TASK_FOLDERS
 from steertune.recipes.lab.processes import begin

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from steertune.recipes.ablation import analysis, charts
-from steertune.recipes.ablation.analysis import BASE
+from steertune.recipes.ablation import charts, claims
 from steertune.recipes.ablation.findings import Findings
 from steertune.recipes.ablation.looks import in_words
 from steertune.recipes.ablation.sections import OTHER_ROWS, ROWS, emphasised, numbers, section, table
@@ -44,13 +43,13 @@ def _question(findings: Findings) -> list[Block]:
 
 def _tasks(findings: Findings) -> list[Block]:
     """How the difference of the claim varies from task to task."""
-    claim, tasks = findings.claim, analysis.by_task(findings.ran, findings.claim)
+    claim, tasks = findings.claim, claims.by_task(findings.ran, findings.claim)
     if not tasks:
         return []
     ahead, line = f"{claim.better} minus {claim.than}", claim.margin
     if claim.recovers is not None:
         ahead, line = f"gain of {claim.better} minus {claim.recovers:g} of that of {claim.than}", 0.0
-    intervals = {"all tasks": analysis.ahead(findings.paired, claim).shown}
+    intervals = {"all tasks": claims.ahead(findings.paired, claim).shown}
     intervals |= {task.name: task.ahead.crossed for task in tasks}
     drawing = charts.intervals(intervals, f"{claim.label}:\n{ahead}", line=line, largest_first=False)
     rows = []
@@ -59,7 +58,7 @@ def _tasks(findings: Findings) -> list[Block]:
         means = [f"{mean:.3f}" for mean in (task.base, task.than, task.better)]
         rows.append([task.name, *means, estimate, these_tasks, these_rows])
     compared = "difference" if claim.recovers is None else ahead
-    header = ["task", BASE, claim.than, claim.better, compared, OTHER_ROWS, ROWS]
+    header = ["task", claims.BASE, claim.than, claim.better, compared, OTHER_ROWS, ROWS]
     alt = f"{ahead}, over all tasks and in each"
     return [Figure(drawing, "verdict", alt), Text("**How the tasks differ.**"), table(header, rows, "tasks")]
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from steertune.recipes.ablation import analysis
+from steertune.recipes.ablation import analysis, claims
 from steertune.recipes.ablation.grid import Grid
 from steertune.recipes.ablation.statistics import Frame
 from steertune.recipes.ablation.statistics.factorial import effects
@@ -57,7 +57,7 @@ def read_study(problem: str, grid: Grid, cells: Frame) -> Study:
 
     # what the report would say: verdict, shares, and the effect of every form and layer
     attribution = analysis.attribution(cells, grid.tables, claim.column)
-    side = analysis.verdict(cells, claim, attribution).side
+    side = claims.verdict(cells, claim, attribution).side
     shares = tuple(factor for factor, share in attribution.shares.items() if share.clear())
     gaps = {f"{e.factor} {e.level}": e.difference for e in effects(cells, ["form", "layer"], claim.column)}
     clear = {name: gap.estimate for name, gap in gaps.items() if gap.clear()}

@@ -65,13 +65,6 @@ def check_settings(strength: float, new_tokens: int, temperature: float) -> None
 class Chat:
     """Two conversations with one model: at strength 0 and at `strength`.
 
-    Args:
-        model: The steered model.
-        tokenizer: With a chat template; without one every line is continued for itself.
-        strength: Of the adapter.
-        new_tokens: Longest answer.
-        temperature: 0 is greedy.
-
     Raises:
         ValueError: see `check_settings` and `check_strength`.
     """

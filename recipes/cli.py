@@ -66,10 +66,6 @@ def outline(file: Path, module: str) -> Command | Group | None:
     """The command that a file defines, without what only its functions need: they import the module when they are
     called.
 
-    Args:
-        file: A recipe.
-        module: The name that it is imported under.
-
     Returns:
         The command; None if `main` is a function that reads its words itself.
     """

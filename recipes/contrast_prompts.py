@@ -138,11 +138,7 @@ def read(file: str) -> MixtureTables:
 
 
 class Mixture:
-    """One study: what it needs is checked when it is made.
-
-    Args:
-        tables: The file.
-        data_root: Where task names that are relative paths start.
+    """One study: what it needs is checked when it is made. Task names that are relative paths start in `data_root`.
 
     Raises:
         ArmError: an unseen task on the data of a seen one or with its label, too few rows or pairs, an arm that does

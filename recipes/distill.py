@@ -161,16 +161,8 @@ def _load_prompts(arm: Arm) -> Data:
 def answered(
     arm: Arm, model: Any, tokenizer: Any, view: View, rows: Dataset, seed: int, file: Path | None = None
 ) -> Dataset:
-    """Prompts, and what the prompted model says to each (a sample); processes share them.
-
-    Args:
-        arm: How long and how many at a time.
-        model: The base model.
-        tokenizer: Its tokenizer.
-        view: The prompt.
-        rows: With a column `prompt`.
-        seed: Of the samples.
-        file: Where the answers are kept; those of an interrupted run are read.
+    """Prompts, and what the prompted model says to each (a sample); processes share them. Answers of an interrupted
+    run are read from `file`, where they are kept.
 
     Raises:
         ArmError: the prompted model has nothing to say to any prompt.
@@ -205,12 +197,7 @@ def _tokens(tokenizer: Any, view: View, test: Dataset) -> dict[str, float]:
 
 
 def page(record: Record, prompted: Record) -> Page:
-    """What came of it.
-
-    Args:
-        record: The base model at strength 0, the distilled one at 1.
-        prompted: The base model, and behind the prompt.
-    """
+    """What came of it, from the record of the distilled model and that of the prompted base."""
     means, facts = record.means(), record.facts
     base, distilled = means[BASE], means["1"]
     table = comparison({"base": base, "prompted": prompted.means()["1"], "distilled": distilled}).frame

@@ -252,12 +252,8 @@ def check_pairs(name: str, rows: Dataset) -> None:
 
 def pair_task(name: str, model: Any, tokenizer: Any, rows: Dataset | None = None) -> dict[str, Any]:
     """The test split of pairs as a task for lm-eval: which answer is likelier, `acc`; by its length, `acc_norm`.
-
-    Args:
-        name: An embedded task, or a file or folder of pairs.
-        model: Which says how much it reads.
-        tokenizer: Prompts that are messages are asked through its chat template; without one, as plain text.
-        rows: Its test rows, where they are read already.
+    Prompts that are messages are asked through the chat template; without one, as plain text. `rows` are test rows
+    that are read already.
 
     Raises:
         ArmError: no such data, no pairs with a prompt, or rows that are longer than the model's context.

@@ -120,12 +120,6 @@ def _is_lora(folder: Path) -> bool:
 def biases(folder: Path, name: str | None, table: DataTable, loss: str) -> dict[str, Any]:
     """The three numbers of inductive bias, and what they were computed from.
 
-    Args:
-        folder: Of the adapter.
-        name: Of the base model; None: what the adapter names.
-        table: The training data.
-        loss: The training loss.
-
     Raises:
         ArmError: unknown data, or a loss that they do not fit.
         ValueError: an unknown loss.

@@ -151,17 +151,9 @@ def attribution(
     labels: Mapping[str, str] | None = None,
     sample: bool = False,
 ) -> Attribution:
-    """Shapley share of every factor that differs between `design.start` and `design.end` in the gap between them,
-    over the pairs that have every mixture of the two.
-
-    Args:
-        cells: The cells that ran.
-        tables: The grid.
-        measure: The column to look at.
-        factor: The factor whose share is claimed to be the largest.
-        labels: What arms are called in `cells`, where that is not their name.
-        sample: Whether tasks are taken as a sample.
-    """
+    """Shapley share of every factor that differs between `design.start` and `design.end` in the gap between them, over
+    the pairs that have every mixture of the two. Cells may call arms by `labels` instead of their names; with
+    `sample`, tasks are a sample."""
     start, end = tables.design.start, tables.design.end
     if not start or not end:
         return Attribution(why="that takes every mixture of a `design.start` and a `design.end`")

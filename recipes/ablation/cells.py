@@ -38,10 +38,6 @@ def read_cells(folder: Path, grid: Mapping[str, Any] | None = None) -> Frame:
     A diverged cell counts with what its user would be left with, the base model; its `status` says so. A cell that
     failed for another reason has no numbers, and `status` "failed".
 
-    Args:
-        folder: A grid's folder.
-        grid: The `grid.json`; None: all cells that are there.
-
     Raises:
         ArmError: there is none, one is damaged, or the grid names a path that is not that of a cell.
     """

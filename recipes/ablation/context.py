@@ -33,11 +33,7 @@ _MEMO_GB = 2.0  # RAM for what is constant in all cells; the rest goes to tempor
 
 
 class Context:
-    """Loads and computes on demand, and keeps the result.
-
-    Args:
-        grid: The grid.
-    """
+    """Loads and computes on demand, and keeps the result."""
 
     def __init__(self, grid: Grid) -> None:
         self.grid = grid
@@ -97,15 +93,8 @@ class Context:
         return self._held_out(task.label)
 
     def training(self, cell: Cell, seed: int, model: Any, folder: Path, setting: Setting) -> Training:
-        """The training of a cell's arm on its rows.
-
-        Args:
-            cell: The cell.
-            seed: Of the training rows, and of training.
-            model: The model that the adapter is put on.
-            folder: For checkpoints.
-            setting: What is tried.
-        """
+        """The training of a cell's arm on its rows. `seed` is that of the training rows and of training, `folder` is
+        for checkpoints."""
         arm, splits = cell.arm.arm, self.splits(cell.task)
         rows = splits.train(cell.examples * arm.data.times, seed, arm.data.pairing, cell.task.draw)
         # a task with swapped answers, or made of other columns, is not the one that its folder describes
@@ -133,13 +122,8 @@ class Context:
         return {**arm.adapter, "layers_to_transform": resolve_layers(setting.layer, len(find_blocks(self.model)))}
 
     def show(self, cell: Cell, seed: int, instruction: int = 0) -> Show:
-        """What a cell's model is shown: the rows themselves, unless its arm is a prompt.
-
-        Args:
-            cell: The cell.
-            seed: Of the training rows, which are the demonstrations.
-            instruction: Index of the task's instruction.
-        """
+        """What a cell's model is shown: the rows themselves, unless its arm is a prompt. The demonstrations are its
+        training rows of `seed`; `instruction` is the index of the instruction of the task."""
         prompt = cell.arm.arm.get(Prompt)
         if not prompt:
             return lambda rows: rows

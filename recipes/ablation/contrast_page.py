@@ -20,25 +20,15 @@ Values = dict[str, pd.Series]
 
 
 def values(records: Sequence[Record], measure: str, tasks: Sequence[TaskTable] = ()) -> Values:
-    """A measure of the test pairs.
-
-    Args:
-        records: One per task, seed and condition.
-        measure: Its name.
-        tasks: All tasks; those made of the same rows count as one task with more seeds.
-    """
+    """A measure of the test pairs, from a record for every task, seed and condition. Of all `tasks`, those made of the
+    same rows count as one task with more seeds."""
     rows = [{**record.keys, "rows": record.seen(1)[measure]} for record in records]
     table = in_pairs(pd.DataFrame(rows), tasks).pivot(index=["task", "seed"], columns="arm", values="rows")
     return {name: table[name] for name in dict.fromkeys(str(record.keys["arm"]) for record in records)}
 
 
 def questions(accuracies: Values, steering: Sequence[str]) -> dict[tuple[str, str], Difference]:
-    """The comparisons on unseen tasks, corrected for their number.
-
-    Args:
-        accuracies: Accuracy of the test pairs; see `values`.
-        steering: Names of the steering arms.
-    """
+    """The comparisons of accuracy on unseen tasks with the base and every steering arm, corrected for their number."""
     trained = "trained, contrast"
     pairs = [(trained, other) for other in ("base, contrast", "trained, plain", *steering)]
     pairs += [("base, contrast", "base, plain"), ("base, contrast", "base, k-shot")]
@@ -67,16 +57,8 @@ def page(
     unseen: Sequence[Record],
     effects: Record,
 ) -> Page:
-    """What came of it.
-
-    Args:
-        about: What was trained and measured on which data.
-        steering: Names of the steering arms.
-        tasks: All tasks.
-        seen: Records of the tasks that the model was trained on.
-        unseen: Records of the other tasks.
-        effects: Record of the trained model on neutral text.
-    """
+    """The page: `about` says what was trained and measured on which data; `effects` are those of the trained model on
+    neutral text."""
     response = responses(seen, tasks)
     asked = questions(values(unseen, "accuracy", tasks), steering)
     note = (

@@ -56,14 +56,7 @@ class Findings:
 
 
 def find(grid: Mapping[str, Any], tables: GridTables, claim: Claim, cells: Frame) -> Findings:
-    """Compare, decide and attribute.
-
-    Args:
-        grid: The `grid.json`.
-        tables: Its tables.
-        claim: What to look at.
-        cells: From `read_cells`; at least one did not fail.
-    """
+    """Compare, decide and attribute. At least one of the cells did not fail."""
     labels = arm_labels(tables, grid["arms"])
     claimed = tables.claim is not None and claim.column == tables.claim.column
     alpha = claim.alpha / max(1, len(looks_of(grid)))

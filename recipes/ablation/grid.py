@@ -145,11 +145,8 @@ class Grid:
 
 
 def load_grid(file: str | Path, data_root: Path | None = None) -> Grid:
-    """Read and check a grid: a path, or the name of a file in `recipes/configs/grids/`.
-
-    Args:
-        file: The grid.
-        data_root: Where task names that are relative paths start.
+    """Read and check a grid: a path, or the name of a file in `recipes/configs/grids/`. Task names that are relative
+    paths start in `data_root`.
 
     Raises:
         ArmError: anything in it that cannot be run; the message names the value and the fix.
@@ -310,11 +307,7 @@ def _told_as(entry: str | TaskTable, task: TaskTable) -> TaskTable:
 
 
 def find_tasks(entries: Sequence[str | TaskTable], data_root: Path | None = None) -> list[TaskTable]:
-    """Tasks with their labels, and where they are.
-
-    Args:
-        entries: Names or tables.
-        data_root: Where names that are relative paths start.
+    """Tasks with their labels, and where they are. Names that are relative paths start in `data_root`.
 
     Raises:
         ArmError: two tasks of one label, or a label that is no name of a folder.

@@ -35,11 +35,7 @@ class Draw(NamedTuple):
 
 
 def rehearse_grid(cells: Sequence[Cell], context: Context) -> list[str]:
-    """Try what the cells need.
-
-    Args:
-        cells: The cells that are left to run.
-        context: The base model and the tasks' rows.
+    """Try what the cells that are left to run need; return what to say about the rows.
 
     Returns:
         What to say about the rows.

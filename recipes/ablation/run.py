@@ -47,13 +47,7 @@ logger = logging.getLogger(__name__)
 
 
 def run_cell(cell: Cell, context: Context, folder: Path) -> Record:
-    """Run a cell and leave its `cell.json`. A diverged training is a result, not an error.
-
-    Args:
-        cell: What to run.
-        context: The base model and the tasks' rows.
-        folder: The grid's folder.
-    """
+    """Run a cell and leave its `cell.json`. A diverged training is a result, not an error."""
     started = time.monotonic()
     home = folder / cell.path
     home.mkdir(parents=True, exist_ok=True)
@@ -307,15 +301,8 @@ def _tokens_of_a_pair(trainer: Any) -> float:
 
 
 def measure(cell: Cell, context: Context, model: Any, strength: float, show: Show, record: Record) -> None:
-    """What the trained model does on the test rows, which are read here only.
-
-    Args:
-        cell: The cell.
-        context: The base model and the tasks' rows.
-        model: The trained model.
-        strength: At which the tuning found it best.
-        show: What it is shown.
-        record: Gets the observations, at the tuned strength and at those of the frontier.
+    """What the trained model does on the test rows, which are read here only, at the strength that the tuning chose
+    and at those of the frontier; the record gets the observations.
 
     Raises:
         NonFiniteError: log-probabilities of the trained model are not finite.

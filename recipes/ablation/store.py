@@ -27,11 +27,7 @@ TABLE = "cells.parquet"
 
 
 class Store:
-    """The cells of one folder.
-
-    Args:
-        folder: The grid's folder.
-    """
+    """The cells of one folder."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -109,9 +105,6 @@ class Store:
 
 class Reusable:
     """Cells and tunings of other grids: what two grids share is paid for once.
-
-    Args:
-        folders: Folders in which a grid was run.
 
     Raises:
         ArmError: one holds no cells, or a damaged file.

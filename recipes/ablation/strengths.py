@@ -36,14 +36,8 @@ def short(cells: Frame, targets: Sequence[float]) -> bool:
 
 
 def unfit(cells: Frame, arm: str, strength: str, targets: Sequence[float]) -> str:
-    """Why an arm wins no claim at a strength, in words; "" if it may.
-
-    Args:
-        cells: The cells that ran.
-        arm: The arm that is ahead.
-        strength: `tuned`, `matched` or `frontier`.
-        targets: The KLs that belong to it.
-    """
+    """Why an arm wins no claim at a strength, in words; "" if it may. `targets` are the KLs that belong to the
+    strength."""
     own = cells[cells["arm"] == arm]
     if "frontier" not in own:  # of an older version, whose cards did not know these rules
         return ""

@@ -39,10 +39,6 @@ _INITIAL = {"steering_vector": "init", "lora": "init_lora_weights"}
 def check_start(arm: Arm, rows: Dataset) -> None:
     """Refuse an arm that its own training arguments, or its model's shape, contradict.
 
-    Args:
-        arm: The arm.
-        rows: Its training examples: pairs, or demonstrations.
-
     Raises:
         ArmError: names the value.
     """

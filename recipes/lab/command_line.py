@@ -165,13 +165,8 @@ group = Group
 
 
 def run(made: Any, called: str, words: Sequence[str]) -> int:
-    """Run a command of typer's; what is wrong with its words is one line on standard error.
-
-    Args:
-        made: The command.
-        called: What stands before its words.
-        words: The command line.
-    """
+    """Run a command of typer's; what is wrong with its words is one line on standard error. `called` is what stands
+    before the words."""
     try:
         return made.main(args=list(words), prog_name=called, standalone_mode=False) or 0
     except typer.TyperException as error:

@@ -81,11 +81,6 @@ def adapter_config(folder: Path) -> SteeringVectorConfig:
 def base_of(folder: Path, base: str | None = None, dtype: str = "float32") -> ModelTable:
     """The base model of a steering vector; it is not loaded.
 
-    Args:
-        folder: The adapter's.
-        base: As in `ModelTable`; None: what the adapter names.
-        dtype: Of the base model.
-
     Raises:
         ArmError: no usable adapter, or no base model.
     """
@@ -106,13 +101,8 @@ def base_of(folder: Path, base: str | None = None, dtype: str = "float32") -> Mo
 def load_steered(
     folder: Path, base: str | None = None, dtype: str = "float32", name: str = "default"
 ) -> tuple[Any, Any, str]:
-    """A steering vector on its base model, in evaluation mode, the tokenizer, and the base model's name.
-
-    Args:
-        folder: The adapter's.
-        base: As in `ModelTable`; None: what the adapter names.
-        dtype: Of the base model.
-        name: Of the adapter in the model.
+    """A steering vector on its base model, in evaluation mode, the tokenizer, and the base model's name. `base` takes
+    the place of the one that the adapter names, and `name` is that of the adapter in the model.
 
     Raises:
         ArmError: no usable adapter, no base model, or not the one that the adapter was made for.
@@ -164,12 +154,8 @@ class Data:
 
 def load_data(table: DataTable, chat: Callable[[], bool] = lambda: True, answers: bool = True) -> Data:
     """Training examples (the first `train` rows after shuffling by `seed`, so that smaller sets are subsets of larger
-    ones) and test examples (the first `test` rows, the same for every seed). One file is divided.
-
-    Args:
-        table: `[data]`.
-        chat: Whether the model has a chat template.
-        answers: Whether an example has answers; else a prompt is enough.
+    ones) and test examples (the first `test` rows, the same for every seed). One file is divided. `chat` says whether
+    the model has a chat template. Without `answers`, a prompt is enough.
 
     Raises:
         ArmError: an unknown name, a missing split, too few rows, rows that are no examples, test rows that are trained

@@ -35,10 +35,6 @@ class FieldText:
 def fields_of(module: str, name: str) -> dict[str, FieldText]:
     """The fields of a dataclass and of the classes it derives from, in the order that `dataclasses.fields` has.
 
-    Args:
-        module: Where the class can be imported from, as `trl`.
-        name: The class.
-
     Raises:
         LookupError: no file of the module defines the class.
     """

@@ -107,11 +107,7 @@ def write_result(file: Path, found: dict[str, Any]) -> None:
 
 
 def read_result(file: Path, fix: str) -> dict[str, Any]:
-    """What `write_result` wrote.
-
-    Args:
-        file: The file.
-        fix: What to do about a damaged one, for the message.
+    """What `write_result` wrote. `fix` is what to do about a damaged file, for the message.
 
     Raises:
         ArmError: it cannot be read, or is not what was written.

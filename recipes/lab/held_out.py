@@ -17,11 +17,6 @@ def held_out_rows(name: str, adapters: Sequence[Path], reading: Reading | None =
     """The test rows of a data set for some adapters: its test split. Of a single file these are all rows, if no
     adapter was trained on any of them, else the rows that every recipe holds out.
 
-    Args:
-        name: Embedded task, path or Hub name.
-        adapters: Folders of the adapters.
-        reading: What the columns mean.
-
     Returns:
         The rows, and what to say about them.
 

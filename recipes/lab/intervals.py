@@ -127,10 +127,6 @@ def of_measure(measure: Measure, seen: Seen) -> Interval | None:
     its interval is that of `mean + weight * (value - mean) / mean weight`, whose mean and whose spread are the ratio's
     to first order (Cochran 1977, section 6.3). A perplexity is the exponential of such a mean, and so are its ends.
 
-    Args:
-        measure: The measure.
-        seen: What was seen of the model.
-
     Returns:
         None where the model was not measured.
     """

@@ -234,11 +234,8 @@ def _unquoted(default: str) -> str:
 
 
 def split_overrides(words: Sequence[str], own: Container[str]) -> tuple[list[str], list[str]]:
-    """Take `--table.key value`, `--table.key=value` and `--table={...}` out of the words of a command line.
-
-    Args:
-        words: The command line.
-        own: The command's own options, as `--train`. They go before a table of the same name.
+    """Take `--table.key value`, `--table.key=value` and `--table={...}` out of the words of a command line. The
+    command's `own` options, such as `--train`, go before a table of the same name.
 
     Returns:
         The other words, and what `load_arm` takes as overrides.

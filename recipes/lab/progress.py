@@ -124,11 +124,7 @@ class _State(ProgressColumn):
 
 
 class Bar:
-    """A part of the work, in units of its own.
-
-    Args:
-        total: How many units.
-    """
+    """A part of the work, in `total` units of its own."""
 
     def __init__(self, total: float) -> None:
         self.display = _display

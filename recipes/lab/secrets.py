@@ -30,12 +30,8 @@ def masked(text: str) -> str:
 
 
 def holds_secret(text: str, values: Sequence[str] | None = None) -> bool:
-    """Whether a secret stands in a text.
-
-    Args:
-        text: The text.
-        values: Secrets of the environment, for who asks often; None: they are looked up.
-    """
+    """Whether a secret stands in a text. `values` are the secrets of the environment; without them, they are looked
+    up."""
     values = _in_environment() if values is None else values
     return _TOKENS.search(text) is not None or any(value in text for value in values)
 
@@ -46,9 +42,6 @@ def _in_environment() -> list[str]:
 
 def check_settings(table: Mapping[str, Any]) -> None:
     """Refuse settings that cannot be written into files, as all settings are: secrets, and numbers of 400 digits.
-
-    Args:
-        table: Settings, also nested ones.
 
     Raises:
         ArmError: names the key, and never the secret.

@@ -52,12 +52,8 @@ def text_of(value: Any) -> str:
 
 
 def told_apart_by(rows: Sequence[dict[str, Any]], own_prompts: bool = True) -> By:
-    """What tells rows apart.
-
-    Args:
-        rows: The rows.
-        own_prompts: Whether the prompts stand in the data, and are not the shared beginning of two texts.
-    """
+    """What tells rows apart. `own_prompts`: the prompts stand in the data, and are not the shared beginning of two
+    texts."""
     if not own_prompts or any("prompt" not in row for row in rows):
         return "text"
     return "text" if len(rows) > 1 and len({words(text_of(row["prompt"])) for row in rows}) == 1 else "prompt"

@@ -19,11 +19,7 @@ _ALLOW = "Remove it, or allow it with --run-task-code: such a file can do all th
 
 
 def check_task_file(file: Path, including: tuple[Path, ...] = ()) -> None:
-    """Refuse a task file, or one that it includes, that names code.
-
-    Args:
-        file: The file.
-        including: The files that led here.
+    """Refuse a task file, or one that it includes, that names code. `including` are the files that led here.
 
     Raises:
         ArmError: it is no YAML table, has a tag (as `!function`), or includes itself.

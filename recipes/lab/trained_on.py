@@ -67,13 +67,8 @@ class TrainedOn:
 
 
 def sets_of(train: Dataset, by: By, used: Dataset) -> list[TrainedOn]:
-    """What is kept of a training: of its examples, and of those that were made of them.
-
-    Args:
-        train: The training examples.
-        by: What tells them apart.
-        used: What the trainer got.
-    """
+    """What is kept of a training: of its examples, and of those that were made of them. `used` are the rows that the
+    trainer got."""
     return [TrainedOn.of(used if by == "prompt" and len(used) > len(train) else train, by)]
 
 

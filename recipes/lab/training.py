@@ -95,12 +95,8 @@ def _is_worthless(folder: Path) -> bool:
 
 
 def open_run(arm: Arm, prefix: str = "", threads: int | None = None) -> Path:
-    """Begin a run of an arm, or go on with it: set the threads and the seed, and check its output folder.
-
-    Args:
-        arm: The arm.
-        prefix: In front of the folder's default name.
-        threads: CPU threads; None: the arm's.
+    """Begin a run of an arm, or go on with it: set the threads and the seed, and check its output folder. `prefix`
+    stands in front of the folder's default name.
 
     Raises:
         ArmError: the folder holds a finished run, or one of another arm.

@@ -100,15 +100,7 @@ class SteeringArguments:
 
 
 def run(trainer_class: type, arguments_class: Any, argv: Sequence[str] | None, prog: str, doc: str) -> int:
-    """The command line of one trainer; returns the exit code.
-
-    Args:
-        trainer_class: One of ours.
-        arguments_class: TRL's arguments for it.
-        argv: The command line; None for that of this process.
-        prog: Name of the command.
-        doc: Help text of the command.
-    """
+    """The command line of one of our trainers and TRL's arguments for it; returns the exit code."""
     classes = (ScriptArguments, arguments_class, ModelConfig, DatasetMixtureConfig, SteeringArguments)
     parser = TrlParser(classes, prog=f"steertune {prog}", description=doc)  # pyright: ignore[reportArgumentType]
     _default_for_cpu(parser)

@@ -130,13 +130,7 @@ def _measured(options: Options) -> list[dict[str, Any]]:
 
 
 def measure(options: Options, length: int, prompt: int) -> dict[str, Any]:
-    """Times, memory and the floor at one row length.
-
-    Args:
-        options: Of the command line.
-        length: Tokens of a row.
-        prompt: Tokens of its prompt.
-    """
+    """Times, memory and the floor for rows of `length` tokens, `prompt` of them prompt."""
     model, tokenizer = load_model(ModelTable(name=options.model))
     rows, layer = _sizes(options, model, length)
     ways = _asked(options.ways)
@@ -164,12 +158,8 @@ def measure(options: Options, length: int, prompt: int) -> dict[str, Any]:
 
 
 def _timed(runs_in: Callable[[str], dict[str, Run]], rounds: int) -> dict[str, Any]:
-    """Seconds of the steps and of the first epoch of every way, and the profile of ours.
-
-    Args:
-        runs_in: Makes the runs in a folder; they are freed on return.
-        rounds: How many turns every way takes.
-    """
+    """Seconds of the steps and of the first epoch of every way, and the profile of ours. `runs_in` makes the runs in a
+    folder; they are freed on return."""
     with tempfile.TemporaryDirectory() as folder:
         runs = runs_in(folder)
         seconds: dict[str, list[float]] = {name: [] for name in runs}

@@ -74,11 +74,7 @@ def main(
 
 
 def measure(grid: Grid, arms: Sequence[str] | None = None) -> dict[str, dict[str, list[float]]]:
-    """Time every arm's first cell both ways.
-
-    Args:
-        grid: The grid.
-        arms: Names of the arms to time; None for all.
+    """Time every arm's first cell both ways. Without `arms`, all are timed.
 
     Returns:
         arm -> `ours` or `stock` -> seconds of the cell with its tuning, seconds without it, and the number of
@@ -118,15 +114,8 @@ def _stock(cell: Cell) -> Cell:
 def page(
     grid: Grid, seconds: dict[str, dict[str, list[float]]], load: float, name: str, timed: Sequence[str] | None
 ) -> str:
-    """The table in Markdown.
-
-    Args:
-        grid: The grid.
-        seconds: See `measure`.
-        load: Seconds that loading the model takes.
-        name: The grid, as the command line names it.
-        timed: Names of the arms that were timed; None for all.
-    """
+    """The table in Markdown. `load` is the seconds that loading the model takes, `name` is how the command line names
+    the grid."""
     t = grid.tables
     places = len(t.tasks) * len(t.examples)
     count = places * len(t.seeds)

@@ -169,11 +169,8 @@ def _as_text(row: Any) -> dict[str, str]:
 
 
 def tiny(factor: float = 1.0) -> Subject:
-    """A random model of 32 dimensions, and the answers that it gives with a planted vector.
-
-    Args:
-        factor: Multiplies the model's residual stream.
-    """
+    """A random model of 32 dimensions whose residual stream is multiplied by `factor`, and the answers that it gives
+    with a planted vector."""
     with tempfile.TemporaryDirectory() as folder:
         save_base(Path(folder))
         # the norms' epsilon is the only number in the model that depends on the size of the stream

@@ -72,13 +72,7 @@ def main(
 
 
 def study(problem: str, number: int, base: Path, folder: Path) -> Study:
-    """Run a study, or the cells it still lacks, and read its results.
-
-    Args:
-        problem: One of `PROBLEMS`.
-        number: Number of the study; it seeds the teachers and the data.
-        base: Folder of the base model.
-        folder: Folder of all studies.
+    """Run a study, or the cells it still lacks, and read its results. Its number seeds the teachers and the data.
 
     Raises:
         ArmError: a cell failed.

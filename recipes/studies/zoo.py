@@ -88,14 +88,7 @@ def main(
 
 
 def make(task: str, model: Any, home: Path, answered: int) -> Record:
-    """Train one vector, measure it, and save it with its card.
-
-    Args:
-        task: An embedded task.
-        model: The embedded model.
-        home: The adapter's folder.
-        answered: How many test prompts are answered.
-    """
+    """Train one vector, measure it, and save it with its card. The first `answered` test prompts are answered."""
     arm, tokenizer = load_arm(ARM, ["--data.name", task]), embedded.load_tokenizer()
     sizes = SplitTable(test=arm.data.test)
     splits = load_splits(task, sizes, arm.data.train).each(partial(readable, tokenizer=tokenizer))

@@ -109,12 +109,7 @@ class Reliability:
 
 
 def choose(settings: Sequence[Setting], limits: Limits) -> Choice:
-    """The recommended setting.
-
-    Args:
-        settings: Measured on validation rows.
-        limits: What a setting may do to neutral text.
-    """
+    """The recommended setting, of settings that were measured on validation rows."""
     measure = deciding(settings)
     forward = [setting for setting in settings if setting.strength > 0]
     gentle = [setting for setting in forward if not excesses(setting, limits)]

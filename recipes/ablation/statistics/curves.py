@@ -15,13 +15,8 @@ _POINTS = 60  # at which a curve is compared, for the interval of the number of 
 
 
 def area_between(first: Frame, second: Frame, sample: bool = False) -> Difference:
-    """Mean height of the first curve over the second on a log axis (area over the length of the axis).
-
-    Args:
-        first: Scores by task and seed, a column per number of examples (rising), each an array over the test rows.
-        second: Scores of the other arm.
-        sample: Whether tasks are taken as a sample.
-    """
+    """Mean height of the first curve over the second on a log axis (area over the length of the axis). Both have
+    scores by task and seed, a column per number of examples (rising), each an array over the test rows."""
     log_n = np.log(np.asarray(first.columns, dtype=float))
     if len(log_n) == 1:
         return difference((first - second).iloc[:, 0], sample)

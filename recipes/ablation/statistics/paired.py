@@ -107,10 +107,6 @@ def crossed_interval(*tasks: ArrayLike, confidence: float = 0.95) -> Interval:
     All seeds are measured on the same test rows, so an interval over seeds alone is about these rows only. In a
     crossed design the variance of the mean is at most `var(seed means) / seeds + var(row means) / rows`, which counts
     the residual twice and so errs on the safe side (Owen 2007); Student's t with Satterthwaite's degrees of freedom.
-
-    Args:
-        tasks: Per task the differences by seed and test row, `(seeds, rows)`. Every seed of every task counts once.
-        confidence: As in `seeds_interval`.
     """
     matrices = _matrices(tasks)
     return _students(matrices, _over_seeds_and_rows(matrices), confidence, "crossed")
@@ -122,10 +118,6 @@ def tasks_interval(*tasks: ArrayLike, confidence: float = 0.95) -> Interval:
     Student's t over the means of the tasks, with one degree of freedom less than there are tasks. Task means differ
     by their seeds and rows too, so the variance cannot be less than that of `crossed_interval`; where the means are
     closer than that by chance, the tasks themselves are taken to add nothing.
-
-    Args:
-        tasks: Per task the differences by seed and test row, `(seeds, rows)`. Every seed of every task counts once.
-        confidence: As in `seeds_interval`.
     """
     matrices = _matrices(tasks)
     between, within = _over_tasks(matrices), _over_seeds_and_rows(matrices)

@@ -42,12 +42,8 @@ def shapley(
 
 
 def share_rows(scores: Mapping[Coalition, Frame], factors: Sequence[str]) -> dict[str, Frame]:
-    """Shapley value of every factor, pair by pair and test row by test row.
-
-    Args:
-        scores: Coalition -> scores by task and seed, each an array over the test rows; the same pairs for all.
-        factors: The factors.
-    """
+    """Shapley value of every factor, pair by pair and test row by test row. `scores` maps a coalition to scores by
+    task and seed, each an array over the test rows; all have the same pairs."""
     pairs = scores[frozenset()].index
     values = {pair: shapley(lambda coalition, pair=pair: scores[coalition][pair], factors) for pair in pairs}
     return {f: pd.Series([values[pair][f] for pair in pairs], index=pairs, dtype=object) for f in factors}

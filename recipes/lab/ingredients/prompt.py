@@ -55,12 +55,7 @@ class Prompt(Ingredient):
             raise ArmError("An arm with a [prompt] trains nothing, so [augmentation] would make examples for nothing.")
 
     def show(self, instruction: str, examples: Dataset) -> Show:
-        """From rows to the rows behind this prompt.
-
-        Args:
-            instruction: Of the task; "" for none.
-            examples: The demonstrations are drawn from these.
-        """
+        """From rows to the rows behind this prompt. The demonstrations are drawn from `examples`."""
         if not self:
             return lambda rows: rows
         if self.demonstrations:

@@ -121,13 +121,7 @@ class Page:
 
 
 def write_page(page: Page, folder: Path, name: str = "page") -> Path:
-    """Write a page with its figures and tables; return the Markdown file.
-
-    Args:
-        page: The page.
-        folder: Where to write.
-        name: Of the two files.
-    """
+    """Write a page with its figures and tables; return the Markdown file."""
     folder.mkdir(parents=True, exist_ok=True)
     for block in page.blocks():
         if isinstance(block, Figure):
@@ -153,12 +147,7 @@ def table_markdown(table: Table) -> str:
 
 
 def html(page: Page, folder: Path) -> str:
-    """A page as HTML.
-
-    Args:
-        page: The page.
-        folder: Where its figures are.
-    """
+    """A page as HTML, with the figures that `write_page` wrote to the folder."""
     pictures = {block.name: _inline(folder / CHARTS / f"{block.name}.png") for block in page.blocks() if
                 isinstance(block, Figure)}  # fmt: skip
     return _templates().get_template("page.html.jinja").render(page=page, pictures=pictures)

@@ -32,13 +32,8 @@ def with_ends(found: Interval | None) -> str:
 
 
 def side_effects(seen: Mapping[str, Seen], what: str = "strength", name: str = "side_effects") -> list[Block]:
-    """A table and a figure.
-
-    Args:
-        seen: A strength, or what a model is called -> what was seen of it.
-        what: What the first column holds. Strengths are drawn on an axis of numbers, anything else side by side.
-        name: Of the files.
-    """
+    """A table and a figure, from what was seen at each strength or of each model. Strengths are drawn on an axis of
+    numbers, anything else side by side."""
     found = {at: {one: of_measure(measures.get(one), of) for one in BESIDE} for at, of in seen.items()}
     names = [one for one in BESIDE if any(row[one] is not None for row in found.values())]
     if not names:
@@ -51,12 +46,7 @@ def side_effects(seen: Mapping[str, Seen], what: str = "strength", name: str = "
 
 
 def of_strengths(record: Record, strengths: Sequence[str] | None = None) -> list[Block]:
-    """The table and the figure of one model at several strengths.
-
-    Args:
-        record: The model's.
-        strengths: Labels of numbers; None: all that were measured.
-    """
+    """The table and the figure of one model at several strengths. Without `strengths`, at all that were measured."""
     labels = sorted(record.observations if strengths is None else strengths, key=float)
     return side_effects({at: record.seen(at) for at in labels})
 

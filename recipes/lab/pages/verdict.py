@@ -40,11 +40,7 @@ _NOT_HELD_OUT = {
 
 
 def verdict(record: Record) -> str:
-    """One paragraph in Markdown.
-
-    Args:
-        record: The base model at strength 0, the trained one at strength 1 and maybe at others.
-    """
+    """One paragraph in Markdown."""
     asked = _asked(record)
     nothing = " **No rows were held out.**" if asked == "neutral" and not record.facts["held_out"] else ""
     return f"{_outcome(record)}{nothing}{_NOT_HELD_OUT[asked]}"

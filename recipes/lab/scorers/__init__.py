@@ -69,14 +69,7 @@ def read(table: dict[str, Any]) -> tuple[str, Any]:
 
 
 def fit(table: dict[str, Any], rows: Dataset, model: Any, tokenizer: Any) -> Scorer:
-    """The scorer of a task.
-
-    Args:
-        table: As in the grid: `kind`, and the kind's options.
-        rows: The task's scorer split.
-        model: The base model, for kinds that ask it.
-        tokenizer: Its tokenizer.
-    """
+    """The scorer of a task, fitted on its scorer split."""
     kind, options = read(table)
     scorer: Scorer = importlib.import_module(f"{__name__}.{kind}").fit(options, rows, model, tokenizer)
     if scorer.accuracy is not None:
@@ -105,11 +98,8 @@ def _checked(scorer: Scorer, rows: Dataset) -> str:
 
 
 def fit_on_pairs(classifier: Any, features: Any) -> float:
-    """Fit a classifier on the answers of some pairs; return its cross-validated accuracy.
-
-    Args:
-        classifier: Of scikit-learn.
-        features: Of the chosen answers of all pairs, then of the rejected ones.
+    """Fit a classifier on the answers of some pairs; return its cross-validated accuracy. `features` are those of the
+    chosen answers of all pairs, then of the rejected ones.
 
     Raises:
         ArmError: fewer than 8 pairs, as many as a part of a divided file has.

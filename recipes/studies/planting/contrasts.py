@@ -70,14 +70,7 @@ class Planted:
 
 
 def plant(problem: Problem, world: World, seed: int, neutral: HeldOut) -> Planted:
-    """Make the teacher and the data of one task.
-
-    Args:
-        problem: What is planted.
-        world: The base model and its prompts.
-        seed: Of the teacher, the prompts and the answers.
-        neutral: Neutral text, on which all changes get their size.
-    """
+    """Make the teacher and the data of one task. All changes get their size on the neutral text."""
     generator = torch.Generator().manual_seed(seed)
     directions = {name: torch.randn(world.width, generator=generator) for name in "vuw"}
     vectors = {name: _sized(world.vector(direction / direction.norm()), neutral, world) for name, direction in

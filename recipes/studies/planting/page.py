@@ -14,12 +14,7 @@ from steertune.recipes.studies.planting.studies import Study
 
 
 def page(studies: dict[str, list[Study]], size: str) -> Page:
-    """What the arms reach, what the studies claim, how good the intervals are.
-
-    Args:
-        studies: Studies of every problem.
-        size: How large each of them is, in words.
-    """
+    """What the arms reach, what the studies claim, how good the intervals are; `size` says how large a study is."""
     means = (
         f"Every study is a grid of {size}, every arm with its own learning rate, compared at matched KL. Mean "
         "held-out accuracy (form/layer):"

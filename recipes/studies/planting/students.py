@@ -69,14 +69,8 @@ def students(world: World, task: Planted, seed: int, names: Sequence[str]) -> di
 
 
 def trained(world: World, table: Mapping[str, Any], rows: Dataset, seed: int) -> Any:
-    """An arm trained on pairs: the library's adapter and loss in a plain loop, since a study makes hundreds.
-
-    Args:
-        world: The base model.
-        table: One of `arms`.
-        rows: Training pairs, in the order in which they are seen.
-        seed: Of the adapter's start.
-    """
+    """An arm trained on pairs: the library's adapter and loss in a plain loop, since a study makes hundreds. `table`
+    is one of `arms`; rows are seen in their order."""
     options = {"peft_type": table["adapter"]["type"].upper(), "task_type": "CAUSAL_LM"}
     adapter = {name: value for name, value in table["adapter"].items() if name != "type"}
     config, loss = get_peft_config({**options, **adapter}), get_loss(table["loss"], **table.get("options", {}))
@@ -99,13 +93,7 @@ def trained(world: World, table: Mapping[str, Any], rows: Dataset, seed: int) ->
 
 def measured(world: World, task: Planted, models: Mapping[str, Any], held_out: HeldOut) -> dict[str, dict[str, Array]]:
     """Per arm, every measure's values on the test rows and the truth on fresh prompts, at the same KL to the base.
-
-    Args:
-        world: The base model and its prompts.
-        task: The task.
-        models: The trained arms.
-        held_out: Neutral text.
-    """
+    `held_out` holds the neutral text."""
     own = replace(
         held_out,
         pairs=task.test,

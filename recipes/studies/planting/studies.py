@@ -45,13 +45,7 @@ class Study:
 
 
 def read_study(problem: str, grid: Grid, cells: Frame) -> Study:
-    """The claims of a study.
-
-    Args:
-        problem: What was planted, one of `PROBLEMS`.
-        grid: The study's grid.
-        cells: Its cells.
-    """
+    """The claims of a study."""
     claim = grid.tables.claim
     assert claim is not None
 

@@ -25,10 +25,8 @@ Results = Mapping[str, Mapping[str, Array]]
 
 
 def compared(tasks: Sequence[Results]) -> dict[str, dict[str, tuple[float, float]]]:
-    """What every measure, and the truth, say of every two arms, with tasks as a sample.
-
-    Args:
-        tasks: The results of the tasks of one study.
+    """What every measure, and the truth, say of every two arms, from the results of the tasks of one study; tasks are
+    a sample.
 
     Returns:
         Comparison -> measure -> by how much its first arm is better, and p.

@@ -12,16 +12,9 @@ from steertune.recipes.studies.timing.ways import Way, now, on_completions
 
 def floor(model: Any, way: Way, length: int, prompt: int, rows: int, layer: int) -> float:
     """Seconds of a step's bare matrix products, at the rate at which this machine multiplies matrices of these shapes.
+    For rows of `length` tokens, `prompt` of them prompt, and a vector at `layer`.
 
     Counted are the forward and backward passes of the layers above the vector, and of the head on labelled tokens.
-
-    Args:
-        model: The base model.
-        way: The way to train.
-        length: Tokens of a row.
-        prompt: Tokens of its prompt.
-        rows: Rows of a batch.
-        layer: Layer of the vector.
     """
     # pairs share their prompt; a vector on completions leaves prompts to the cached prefix
     answers = rows * (length - prompt)

@@ -27,11 +27,8 @@ def kind_of(operation: str) -> str:
 
 
 def shares(run: Callable[[int], object]) -> dict[str, float]:
-    """Share of a step's seconds by kind of work, including the profiler's own; the shares add up to 1.
-
-    Args:
-        run: Trains the given number of steps, each inside a `record_function(STEP)`, like a `Run`.
-    """
+    """Share of a step's seconds by kind of work, including the profiler's own; the shares add up to 1. `run` trains a
+    number of steps, each inside a `record_function(STEP)`."""
     cuda = torch.cuda.is_available()
     with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]) as profiler:
         run(STEPS)

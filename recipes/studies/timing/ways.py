@@ -84,17 +84,8 @@ AGAINST = {"sft": "SFT: TRL + LoRA r8", "dpo": "pairs: TRL + LoRA r8"}
 
 
 class Run:
-    """A way to train, ready to run: its trainer (or trainers), each on its own copy of the model.
-
-    Args:
-        way: The way.
-        model: The base model.
-        tokenizer: Its tokenizer.
-        row: Tokens of a row, and of its prompt.
-        rows: Rows of a batch.
-        layer: Layer of the vector.
-        folder: Where trainers write.
-    """
+    """A way to train, ready to run: its trainer (or trainers), each on its own copy of the model. `row` is the tokens
+    of a row and of its prompt, `rows` the rows of a batch."""
 
     def __init__(
         self, way: Way, model: Any, tokenizer: Any, row: tuple[int, int], rows: int, layer: int, folder: str
@@ -180,15 +171,8 @@ def now() -> float:
 
 
 def data(tokenizer: Any, kind: str, length: int, prompt: int, count: int) -> Dataset:
-    """Rows of random words of one token each.
-
-    Args:
-        tokenizer: The tokenizer.
-        kind: `sft` (one answer per prompt) or `dpo` (two).
-        length: Tokens of a row, with the end of the answer.
-        prompt: Tokens of its prompt.
-        count: Number of rows.
-    """
+    """`count` rows of random words of one token each, with an answer per prompt (`sft`) or two (`dpo`); `length` is
+    that of a row with the end of its answer."""
     generator = np.random.default_rng(0)
     decoded = (tokenizer.decode([i]) for i in range(200, 5000))
     words = [w for w in decoded if w.startswith(" ") and w[1:].isalpha() and w.isascii()]

@@ -84,7 +84,8 @@ def outline(file: Path, module: str) -> Command | Group | None:
         stub.body = [*stub.body[:1], *ast.parse(f"return _imported({name!r})(**locals())").body]
     kept = _needed("main", defined)
     docstring = [ast.Expr(ast.Constant(ast.get_docstring(tree, clean=False) or ""))]
-    tree.body = [*docstring, *(node for node in tree.body if node in kept or _is_future(node))]
+    future = [node for node in tree.body if isinstance(node, ast.ImportFrom) and node.module == "__future__"]
+    tree.body = [*docstring, *future, *(node for node in tree.body if node in kept and node not in future)]
 
     def imported(name: str) -> Callable[..., Any]:
         real = vars(importlib.import_module(module))[name]
@@ -121,10 +122,6 @@ def _names(node: ast.stmt) -> Iterator[str]:
         yield from (part.id for target in node.targets for part in ast.walk(target) if isinstance(part, ast.Name))
     elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
         yield node.target.id
-
-
-def _is_future(node: ast.stmt) -> bool:
-    return isinstance(node, ast.ImportFrom) and node.module == "__future__"
 
 
 def _root() -> Any:

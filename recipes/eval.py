@@ -184,12 +184,16 @@ def evaluate(
     manager, found_tasks = _tasks(tasks, model, tokenizer, include, pairs or {})
     wrapped: Any = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)  # pyright: ignore
     run_tasks: Any = simple_evaluate
-    found = {}
+    metrics = {}
     for strength in track(strengths, "strength"):
         with scaled(model, strength), finite_logits(model):
             results: Any = run_tasks(wrapped, tasks=found_tasks, task_manager=manager, log_samples=False, **settings)
-        found[f"{strength:g}"] = {task: _numbers(row) for task, row in results["results"].items()}
-    return found
+        # metrics without what else lm-eval keeps in a row; a standard error that it does not know is left out
+        metrics[f"{strength:g}"] = {
+            task: {name: float(v) for name, v in row.items() if "," in name and isinstance(v, int | float)}
+            for task, row in results["results"].items()
+        }
+    return metrics
 
 
 @contextmanager
@@ -301,11 +305,6 @@ def table(found: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:
             lines.append([task, name if rest in ("", "none") else metric, *cells])
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     return "\n".join("  ".join(f"{c:<{w}}" for c, w in zip(line, widths, strict=True)).rstrip() for line in lines)
-
-
-def _numbers(row: Mapping[str, Any]) -> dict[str, float]:
-    """Metrics without what else lm-eval keeps in a row; a standard error that it does not know is left out."""
-    return {k: float(v) for k, v in row.items() if "," in k and isinstance(v, int | float)}
 
 
 if __name__ == "__main__":

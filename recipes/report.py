@@ -21,9 +21,8 @@ from steertune.recipes.ablation.sections import sections
 from steertune.recipes.ablation.sections.card import card_blocks
 from steertune.recipes.ablation.sections.failures import failed_cells
 from steertune.recipes.ablation.sections.verdict import SIDES
-from steertune.recipes.ablation.statistics import Frame
 from steertune.recipes.ablation.store import Store
-from steertune.recipes.ablation.tables import Claim, GridTables, read_tables
+from steertune.recipes.ablation.tables import Claim, read_tables
 from steertune.recipes.lab import measures
 from steertune.recipes.lab.command_line import Result, command
 from steertune.recipes.lab.files import ArmError, read_result, write_whole
@@ -90,16 +89,11 @@ def write_report(
         summary |= {"counts": counts, "answer": findings.answer}
         page = Page(tables.name, sections(findings))
     else:
-        page = _without_cells(tables, cells)
+        assert tables.card is not None
+        card = Section("Card", card_blocks(tables.card, tables.claim, tables.tasks))
+        page = Page(tables.name, [Section("", [Text("Every cell failed.")]), failed_cells(cells), card])
     write_whole(output / "report.json", json.dumps(summary, indent=1))
     return write_page(page, output, "report")
-
-
-def _without_cells(tables: GridTables, cells: Frame) -> Page:
-    """The page of a grid of which every cell failed."""
-    assert tables.card is not None and tables.claim is not None
-    card = Section("Card", card_blocks(tables.card, tables.claim, tables.tasks))
-    return Page(tables.name, [Section("", [Text("Every cell failed.")]), failed_cells(cells), card])
 
 
 def claim_about(claim: Claim, measure: str | None, strength: str | None) -> Claim:

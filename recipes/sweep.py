@@ -41,7 +41,6 @@ from steertune.recipes.lab.command_line import Result, command
 from steertune.recipes.lab.evaluate import evaluate, evaluate_base
 from steertune.recipes.lab.files import ArmError, reasons, write_result
 from steertune.recipes.lab.generation import plain
-from steertune.recipes.lab.observe import Observations
 from steertune.recipes.lab.options import Argument, Choice, ColumnNames, Option, Threads, arm_names, columns_of
 from steertune.recipes.lab.pages import table_markdown, write_page
 from steertune.recipes.lab.pair_lint import at_edge, warn, warn_of
@@ -154,10 +153,7 @@ def run(options: SimpleNamespace, overrides: list[str], words: Sequence[str]) ->
     result = replace(result, seconds=time.monotonic() - started)
     page = write_page(page_of(result), folder)
     if setting is not None:
-        write_card(
-            folder / "adapter",
-            card(result, table_markdown(on_test(result.tested))),
-        )
+        write_card(folder / "adapter", card(result, table_markdown(on_test(result.tested))))
     write_result(folder / "result.json", result.to_json())  # last: it says that the sweep is finished
     return result, page
 
@@ -247,16 +243,13 @@ def _at_place(context: Context, source: Source, site: Site, layer: int, folder: 
         record.facts |= {"status": "diverged", "error": str(error)}
         record.write(file)
         return record
-    with context.held_out(VALIDATION).remember(model):
+    held_out = context.held_out(VALIDATION)
+    with held_out.remember(model):
         for strength in missing:
             with bar.step(f"{site} {layer} at {strength:g}"):
-                record.observations |= _seen_at(context, model, strength)
+                record.observations |= evaluate(model, held_out, strengths=[strength])
                 record.write(file)
     return record
-
-
-def _seen_at(context: Context, model: Any, strength: float) -> dict[str, Observations]:
-    return evaluate(model, context.held_out(VALIDATION), strengths=[strength])
 
 
 def home_of(folder: Path, place: Record | Setting) -> Path:
@@ -275,6 +268,9 @@ def _plan(table: SweepTable, context: Context) -> str:
     depth = len(find_blocks(context.model))
     above = sum(1 - (layer + 1) / depth for layer in table.layers) * len(table.sites)
     cells = len(table.layers) * len(table.sites) * len(table.strengths)
+    seconds = base * (above * len(table.strengths) + 3), base * (cells + 3)
+    low, high = (max(1, round(second / 60)) for second in seconds)
+    minutes = f"{low} to {high} minutes" if low < high else f"{high} minute{'s' * (high > 1)}"
     return (
         f"{table.what[0].upper()}{table.what[1:]} on {table.task}: layers {table.layers} × strengths "
         f"{table.strengths}"
@@ -282,15 +278,9 @@ def _plan(table: SweepTable, context: Context) -> str:
         + f", {cells} settings\n"
         f"  {table.train} training, {table.splits.validation} validation and {table.splits.test} test pairs\n"
         + (f"  {context.splits.note}\n" if context.splits.note else "")
-        + f"  about {_minutes(base * (above * len(table.strengths) + 3), base * (cells + 3))}"
+        + f"  about {minutes}"
         + (", and training at every layer" if table.arm is not None else "")
     )
-
-
-def _minutes(least: float, most: float) -> str:
-    """A range of seconds, in whole minutes."""
-    low, high = (max(1, round(seconds / 60)) for seconds in (least, most))
-    return f"{low} to {high} minutes" if low < high else f"{high} minute{'s' * (high > 1)}"
 
 
 def _layers(words: Sequence[Any]) -> Any:

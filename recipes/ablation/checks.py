@@ -20,7 +20,6 @@ from steertune.recipes.lab.ingredients.prompt import Prompt
 from steertune.recipes.lab.ingredients.teachers import Teachers
 from steertune.recipes.lab.ingredients.views import Views
 from steertune.recipes.lab.tables import ModelTable
-from steertune.trainers import View
 from steertune.trainers.views.demonstrations import Demonstrations
 from steertune.trainers.views.instruction import Instruction
 
@@ -143,7 +142,7 @@ def check_views(tables: GridTables, arms: list[GridArm], tasks: list[TaskTable])
     for arm in arms:
         own = arm.arm.data.name
         others = [t.called for t in tasks if Path(t.name).name != Path(own).name or t.reverse or t.columns]
-        for key, view in _views(arm.arm).items():
+        for key, view in arm.arm.get(Views).views(known=arm.arm.get(Teachers).tables).items():
             if isinstance(view, Instruction) and arm.levels is None and others:
                 raise ArmError(
                     f"Arm {arm.name!r} has an instruction about {own!r} at its view {key!r}, and the grid has the "
@@ -154,10 +153,6 @@ def check_views(tables: GridTables, arms: list[GridArm], tasks: list[TaskTable])
                     f"Arm {arm.name!r} shows {view.k} other examples at its view {key!r}, and examples="
                     f"{tables.examples}: ask for {view.k + 1} or more, or set views.{key}.k lower."
                 )
-
-
-def _views(arm: Arm) -> dict[str, View]:
-    return arm.get(Views).views(known=arm.get(Teachers).tables)
 
 
 def _model(table: ModelTable) -> dict[str, Any]:

@@ -75,6 +75,11 @@ class Cell:
         return Path("tuning") / _place(*self.tuned_at) / f"{self.arm.name}.json"
 
     @property
+    def keys(self) -> dict[str, Any]:
+        """The keys of its record."""
+        return {"arm": self.arm.name, "task": self.task.label, "examples": self.examples, "seed": self.seed}
+
+    @property
     def title(self) -> str:
         """For messages."""
         return f"{self.task.label} n={self.examples} seed={self.seed} {self.arm.name}"
@@ -188,8 +193,12 @@ def make_grid(raw: dict[str, Any], data_root: Path | None = None) -> Grid:
     check_views(tables, arms, tasks)
     if any(arm.arm.get(Prompt).instruction for arm in arms):
         tasks = [told(task, task_folder(task.name)) for task in tasks]
-        entries = zip(tables.tasks, tasks, strict=True)
-        tables = tables.model_copy(update={"tasks": [_told_as(entry, task) for entry, task in entries]})
+        entries = []  # the grid's own, by the names that they have there
+        for entry, task in zip(tables.tasks, tasks, strict=True):
+            entry = TaskTable(name=entry) if isinstance(entry, str) else entry
+            instructions = {"instructions": task.instructions, "instructions_by": task.instructions_by}
+            entries.append(entry.model_copy(update=instructions))
+        tables = tables.model_copy(update={"tasks": entries})
     check_prompts(tables, arms, tasks)
     return Grid(tables, card, arms, tasks, notes)
 
@@ -297,13 +306,6 @@ def _budget(tables: GridTables, name: str) -> BudgetTable:
         return BudgetTable(**values)
     except ValidationError as error:
         raise ArmError(f"budgets.{name}: {reasons(error)}") from error
-
-
-def _told_as(entry: str | TaskTable, task: TaskTable) -> TaskTable:
-    """A grid's own entry, by the name it has there, with the instructions that were found."""
-    own = TaskTable(name=entry) if isinstance(entry, str) else entry
-    found = {"instructions": task.instructions, "instructions_by": task.instructions_by}
-    return own.model_copy(update=found)
 
 
 def find_tasks(entries: Sequence[str | TaskTable], data_root: Path | None = None) -> list[TaskTable]:

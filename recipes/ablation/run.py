@@ -53,7 +53,7 @@ def run_cell(cell: Cell, context: Context, folder: Path) -> Record:
     home.mkdir(parents=True, exist_ok=True)
     reset_peak_memory()
     held_out = context.held_out(cell.task)
-    record = Record({"arm": cell.arm.name, "task": cell.task.label, "examples": cell.examples, "seed": cell.seed})
+    record = Record(cell.keys)
     record.observations |= evaluate_base(held_out)
     record.facts |= {
         "key": cell.key,
@@ -280,21 +280,17 @@ def train(cell: Cell, context: Context, setting: Setting, seed: int, home: Path)
     seconds = fit(trainer, home)
     batch = trainer.args.per_device_train_batch_size * trainer.args.gradient_accumulation_steps
     pairs = trainer.state.global_step * batch
+    # tokens that a training step runs the model on
+    sides = ("chosen_ids", "rejected_ids") if trainer.loss is None or trainer.loss.needs.pairs else ("chosen_ids",)
+    tokens = sum(len(row["prompt_ids"]) + len(row[side]) for row in trainer.train_dataset for side in sides)
     return trainer.model.eval(), {
         "train_seconds": seconds,
         "steps": trainer.state.global_step,
         "pairs_read": pairs,
-        "tokens_read": round(pairs * _tokens_of_a_pair(trainer)),
+        "tokens_read": round(pairs * tokens / len(trainer.train_dataset)),
         "parameters": trainer.get_num_trainable_parameters() if trainer.args.max_steps else 0,
         "notes": training.notes,
     }
-
-
-def _tokens_of_a_pair(trainer: Any) -> float:
-    """Mean number of tokens that a training step runs the model on, for one pair."""
-    sides = ("chosen_ids", "rejected_ids") if trainer.loss is None or trainer.loss.needs.pairs else ("chosen_ids",)
-    lengths = [len(row["prompt_ids"]) + len(row[side]) for row in trainer.train_dataset for side in sides]
-    return sum(lengths) / len(trainer.train_dataset)
 
 
 # -- measuring ------------------------------------------------------------

@@ -21,7 +21,7 @@ from filelock import FileLock
 from steertune.recipes.ablation.grid import Cell
 from steertune.recipes.ablation.old_cells import is_old, record_of, records_of_table
 from steertune.recipes.lab.files import ArmError, read_result, write_result
-from steertune.recipes.lab.rows import AGAIN, COLUMNS, Record, from_table, to_table
+from steertune.recipes.lab.rows import AGAIN, COLUMNS, KEYS, Record, from_table, to_table
 
 TABLE = "cells.parquet"
 
@@ -54,7 +54,7 @@ class Store:
         """
         if self.file(cell).exists():
             return read_cell(self.file(cell))
-        return self.packed.get((cell.arm.name, cell.task.label, cell.examples, cell.seed))
+        return self.packed.get(tuple(cell.keys.values()))
 
     def has(self, cell: Cell) -> bool:
         """Whether a cell ran."""
@@ -134,9 +134,8 @@ class Reusable:
         for cell in cells:
             if cell.key in self._cells and not store.has(cell):
                 record = self._cells[cell.key]
-                keys = {"arm": cell.arm.name, "task": cell.task.label, "examples": cell.examples, "seed": cell.seed}
                 facts = {**record.facts, "taken_over": True}  # it ran before this grid's card was written
-                _write(folder / cell.path / "cell.json", Record(keys, record.observations, facts).write)
+                _write(folder / cell.path / "cell.json", Record(cell.keys, record.observations, facts).write)
             if cell.tuning_key in self._tunings and not (folder / cell.tuning_file).exists():
                 tuning = self._tunings[cell.tuning_key]
                 _write(folder / cell.tuning_file, lambda file, tuning=tuning: write_result(file, tuning))
@@ -180,7 +179,7 @@ def tuning_of(record: Record) -> dict[str, Any] | None:
 
 def name_of(record: Record) -> tuple[Any, ...]:
     """What a cell is called: arm, task, number of examples, seed."""
-    return tuple(record.keys[name] for name in ("arm", "task", "examples", "seed"))
+    return tuple(record.keys[name] for name in KEYS)
 
 
 def _write(file: Path, write: Any) -> None:

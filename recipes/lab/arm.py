@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -31,7 +30,7 @@ import steertune.adapters  # noqa: F401  registers the method with PEFT
 from steertune.losses import Loss, get_loss, names, options_of
 from steertune.recipes.lab import zoo
 from steertune.recipes.lab.arm_files import read_tables, renamed_tables
-from steertune.recipes.lab.files import ArmError, check_name, nearest, reasons, shown
+from steertune.recipes.lab.files import ArmError, check_name, nearest, reasons, shown, toml_value
 from steertune.recipes.lab.ingredients import Ingredient, check_recipe, kinds
 from steertune.recipes.lab.keys import REFUSED
 from steertune.recipes.lab.secrets import check_settings
@@ -214,10 +213,7 @@ def _pairs(words: Sequence[str]) -> Iterable[tuple[str, Any]]:
             if not words:
                 raise ArmError(f"--{key} has no value.")
             value = words.pop(0)
-        try:
-            yield key, tomllib.loads(f"value = {value}")["value"]
-        except (ValueError, RecursionError):
-            yield key, value  # a bare word is a string
+        yield key, toml_value(value)
 
 
 def _put(tables: dict[str, Any], key: str, value: Any) -> None:

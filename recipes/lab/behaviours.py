@@ -19,10 +19,11 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from pydantic import BaseModel, Field, ValidationError, field_validator
+from pydantic import BaseModel, Field, ValidationError
 
 from steertune.recipes.lab.embedded import task_folder
 from steertune.recipes.lab.files import ArmError, read_toml, reasons
+from steertune.recipes.lab.tables import Pattern
 
 
 class Opposites(BaseModel, extra="forbid", strict=True):
@@ -35,18 +36,9 @@ class Opposites(BaseModel, extra="forbid", strict=True):
 class Undo(BaseModel, extra="forbid", strict=True):
     """`[undo]`: a substitution."""
 
-    pattern: str = Field(min_length=1)
+    pattern: Pattern = Field(min_length=1)
     """A case-insensitive regular expression; every match is replaced."""
     replacement: str = ""
-
-    @field_validator("pattern")
-    @classmethod
-    def _valid(cls, pattern: str) -> str:
-        try:
-            re.compile(pattern)
-        except re.error as error:
-            raise ValueError(f"{pattern!r} is not a regular expression: {error}") from error
-        return pattern
 
     def apply(self, text: str) -> str:
         """The text without the behaviour."""

@@ -26,6 +26,7 @@ from steertune.adapters.blocks import find_blocks, resolve_layers
 from steertune.losses import parts
 from steertune.recipes.lab import embedded
 from steertune.recipes.lab.arm import Arm
+from steertune.recipes.lab.data import not_loaded
 from steertune.recipes.lab.files import ArmError
 from steertune.recipes.lab.ingredients.inductive_biases import InductiveBiases
 from steertune.recipes.lab.ingredients.teachers import Teachers
@@ -162,7 +163,7 @@ def skeleton(table: ModelTable) -> Any:
         with torch.device("meta"), warnings.catch_warnings(action="ignore"):
             return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except Exception as error:  # of the many kinds that a broken configuration leads to
-        raise _not_loaded(table, error) from error
+        raise not_loaded(table, error) from error
 
 
 def configuration(table: ModelTable) -> Any:
@@ -175,14 +176,7 @@ def configuration(table: ModelTable) -> Any:
     try:
         return AutoConfig.from_pretrained(name, revision=table.revision, trust_remote_code=False)
     except Exception as error:  # of the many kinds that a folder without a model leads to
-        raise _not_loaded(table, error) from error
-
-
-def _not_loaded(table: ModelTable, error: Exception) -> ArmError:
-    return ArmError(
-        f"model.name={table.name!r} cannot be loaded: {type(error).__name__}: {error} (Expected are 'embedded', a "
-        "folder or a Hub name with config.json, a tokenizer and safetensors weights.)"
-    )
+        raise not_loaded(table, error) from error
 
 
 def _check_adapter(config: PeftConfig | None, bare: Any, where: str) -> None:

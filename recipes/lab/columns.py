@@ -89,7 +89,7 @@ def named(rows: Dataset, source: Source) -> tuple[Dataset, bool]:
             examples = [_as_one_text(example) for example in examples]
         rows = Dataset.from_list(examples)
     else:
-        own_prompts = "prompt" in rows.column_names or not _without_prompt(rows)
+        own_prompts = "prompt" in rows.column_names or not {"chosen", "rejected"} <= set(rows.column_names)
         rows = _in_form(rows, source)
     if source.strict:
         _check(rows, source)
@@ -216,10 +216,6 @@ def _in_form(rows: Dataset, source: Source) -> Dataset:
     return Dataset.from_list([
         _as_one_text({part: str(value[0]["content"]) for part, value in example.items()}) for example in examples
     ])  # fmt: skip
-
-
-def _without_prompt(rows: Dataset) -> bool:
-    return {"chosen", "rejected"} <= set(rows.column_names) and "prompt" not in rows.column_names
 
 
 def _check(rows: Dataset, source: Source) -> None:

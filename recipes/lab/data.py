@@ -36,13 +36,18 @@ def load_model(table: ModelTable) -> tuple[Any, Any]:
         model = AutoModelForCausalLM.from_pretrained(table.name, dtype=dtype, use_safetensors=True, **safe)
         tokenizer = AutoTokenizer.from_pretrained(table.name, **safe)
     except Exception as error:  # of the many kinds that a folder without a model, or a broken one, leads to
-        raise ArmError(
-            f"model.name={table.name!r} cannot be loaded: {type(error).__name__}: {error} (Expected are 'embedded', a "
-            "folder or a Hub name with config.json, a tokenizer and safetensors weights.)"
-        ) from error
+        raise not_loaded(table, error) from error
     if tokenizer.eos_token_id is None and (end := _end_of(model, tokenizer)) is not None:
         tokenizer.eos_token = end  # trainers end answers with it
     return model.eval(), tokenizer
+
+
+def not_loaded(table: ModelTable, error: Exception) -> ArmError:
+    """The error for a model that transformers cannot load, and why."""
+    return ArmError(
+        f"model.name={table.name!r} cannot be loaded: {type(error).__name__}: {error} (Expected are 'embedded', a "
+        "folder or a Hub name with config.json, a tokenizer and safetensors weights.)"
+    )
 
 
 def _end_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> str | None:

@@ -82,6 +82,11 @@ def read_text(file: Path, what: str = "text") -> str:
         raise ArmError(f"{file} cannot be read: {error.strerror}.") from error
 
 
+def read_jsonl(file: Path) -> list[dict[str, Any]]:
+    """The rows of a JSON Lines file of the package."""
+    return [json.loads(line) for line in read_text(file, "JSON").splitlines()]
+
+
 def read_toml(file: Path) -> dict[str, Any]:
     """A TOML file.
 
@@ -92,6 +97,14 @@ def read_toml(file: Path) -> dict[str, Any]:
         return tomllib.loads(read_text(file, "TOML"))
     except (ValueError, RecursionError) as error:  # also a number of more than 4300 digits
         raise ArmError(f"{file} is not valid TOML: {error}") from error
+
+
+def toml_value(text: str) -> Any:
+    """A value of the command line, written as in TOML; a bare word is a string."""
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except (ValueError, RecursionError):
+        return text
 
 
 def write_whole(file: Path, text: str) -> None:

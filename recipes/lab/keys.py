@@ -126,7 +126,11 @@ def _of_tables() -> Iterator[Key]:
         kind: Any = field.annotation
         if isinstance(kind, type) and issubclass(kind, BaseModel):
             for key, own in kind.model_fields.items():
-                yield Key(table, f"{table}.{key}", _plain(_named(own.annotation)), _shown(own), own.description or "")
+                annotation, default = own.annotation, own.default
+                is_class = isinstance(annotation, type) and get_origin(annotation) is None
+                written = annotation.__name__ if is_class else str(annotation)
+                shown = "" if default in (None, PydanticUndefined, {}) else _in_toml(default)
+                yield Key(table, f"{table}.{key}", _plain(written), shown, own.description or "")
         elif table == "name":
             yield Key("name", table, "str", "", field.description or "")
 
@@ -196,41 +200,28 @@ def _key(group: str, table: str, field: FieldText, note: str = "") -> Key:
     return Key(group, f"{table}.{field.name}", _plain(field.type), default, note + field.text)
 
 
-def _named(kind: Any) -> str:
-    """An annotation as it would be written."""
-    return kind.__name__ if isinstance(kind, type) and get_origin(kind) is None else str(kind)
-
-
 def _plain(kind: str) -> str:
     """A type as a reader of the help needs it: `a | b` for a choice, without what None and modules add."""
     kind = re.sub(r"\b(?:typing|collections\.abc|annotationlib)\.", "", kind)
     kind = re.sub(r"Annotated\[(\w+), .*\)\]\)?\]", r"\1]", kind)
     kind = re.sub(r"Optional\[(.*)\]$", r"\1", kind)
-    kind = re.sub(r"Union\[(.*)\]$", lambda match: " | ".join(_split(match[1])), kind)
+    # a union's parts are separated by the commas that stand in no bracket
+    kind = re.sub(r"Union\[(.*)\]$", lambda match: " | ".join(re.split(r", (?![^\[]*\])", match[1])), kind)
     kind = re.sub(
         r"Literal\[((?:'[^']*'|[^]'])*)\]", lambda match: match[1].replace("'", "").replace(", ", " | "), kind
     )
     return kind.removesuffix(" | None")
 
 
-def _split(parts: str) -> list[str]:
-    """`a, b[c, d]` at the commas that stand in no bracket."""
-    return re.split(r", (?![^\[]*\])", parts)
-
-
-def _shown(field: Any) -> str:
-    """A default of a table as TOML writes it."""
-    if field.default in (None, PydanticUndefined, {}):
-        return ""
-    return str(field.default).lower() if isinstance(field.default, bool) else str(field.default)
+def _in_toml(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _unquoted(default: str) -> str:
     try:
-        value = ast.literal_eval(default)
+        return _in_toml(ast.literal_eval(default))
     except ValueError:
         return default
-    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def split_overrides(words: Sequence[str], own: Container[str]) -> tuple[list[str], list[str]]:

@@ -179,11 +179,9 @@ def _matrices(sets: Sequence[frozenset[str]], order: dict[str, int], near: float
     """Rows of ones at the members of each set, and at its rarest members only."""
     columns = [sorted(order[part] for part in parts) for parts in sets]
     rarest = [row[: len(row) - int(np.ceil(near * len(row) - 1e-9)) + 1] for row in columns]
-    whole, rare = (_ones(rows, len(order)) for rows in (columns, rarest))
-    return whole, rare
-
-
-def _ones(rows: Sequence[Sequence[int]], width: int) -> csr_matrix:
-    ends = np.cumsum([0, *map(len, rows)])
-    return csr_matrix((np.ones(ends[-1], dtype=np.int32), np.concatenate([np.array(r, int) for r in rows]), ends),
-                      shape=(len(rows), width))  # fmt: skip
+    matrices = []
+    for rows in (columns, rarest):
+        ends = np.cumsum([0, *map(len, rows)])
+        ones, places = np.ones(ends[-1], dtype=np.int32), np.concatenate([np.array(row, int) for row in rows])
+        matrices.append(csr_matrix((ones, places, ends), shape=(len(rows), len(order))))
+    return matrices[0], matrices[1]

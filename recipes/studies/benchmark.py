@@ -18,7 +18,7 @@ import shlex
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -37,7 +37,7 @@ from steertune.recipes.lab.progress import progress, track
 from steertune.recipes.lab.tables import ModelTable
 from steertune.recipes.studies.timing.floor import floor
 from steertune.recipes.studies.timing.shares import shares
-from steertune.recipes.studies.timing.ways import AGAINST, EPOCH, STEPS, WAYS, Run, Way
+from steertune.recipes.studies.timing.ways import AGAINST, EPOCH, STEPS, WAYS, Run
 
 ROWS = ["128/64", "512/256", "512/384"]
 ALL = ["*"]
@@ -133,7 +133,10 @@ def measure(options: Options, length: int, prompt: int) -> dict[str, Any]:
     """Times, memory and the floor for rows of `length` tokens, `prompt` of them prompt."""
     model, tokenizer = load_model(ModelTable(name=options.model))
     rows, layer = _sizes(options, model, length)
-    ways = _asked(options.ways)
+    # the ways whose names match, and those that they are compared with
+    names = {name for name in WAYS if any(fnmatchcase(name, pattern) for pattern in options.ways)}
+    names |= {AGAINST[WAYS[name].kind] for name in names}
+    ways = {name: way for name, way in WAYS.items() if name in names}
 
     def runs(folder: str) -> dict[str, Run]:
         return {name: Run(way, model, tokenizer, (length, prompt), rows, layer, folder) for name, way in ways.items()}
@@ -180,13 +183,6 @@ def _timed(runs_in: Callable[[str], dict[str, Run]], rounds: int) -> dict[str, A
 def _sizes(options: Options, model: Any, length: int) -> tuple[int, int]:
     """Rows of a batch, and the layer of the vector."""
     return max(2, options.tokens // length), 2 * model.config.num_hidden_layers // 3
-
-
-def _asked(patterns: Sequence[str]) -> dict[str, Way]:
-    """The ways whose names match, and the ways that they are compared with."""
-    names = {name for name in WAYS if any(fnmatchcase(name, pattern) for pattern in patterns)}
-    names |= {AGAINST[WAYS[name].kind] for name in names}
-    return {name: way for name, way in WAYS.items() if name in names}
 
 
 def growth_of(options: Options, length: int, prompt: int) -> dict[str, float]:

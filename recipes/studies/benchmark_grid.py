@@ -27,6 +27,7 @@ import torch
 from steertune.recipes.ablation.context import Context
 from steertune.recipes.ablation.grid import Cell, Grid, load_grid
 from steertune.recipes.ablation.run import run_cell, tuned
+from steertune.recipes.ablation.tables import TaskTable
 from steertune.recipes.lab.arm import UPSTREAM
 from steertune.recipes.lab.command_line import Result, command
 from steertune.recipes.lab.data import load_model
@@ -47,8 +48,9 @@ class StockContext(Context):
         super().__init__(grid)
         self.prefix: Any = False
 
-    def _make_held_out(self, label: str) -> HeldOut:
-        return dataclasses.replace(super()._make_held_out(label), prefix=None)
+    def held_out(self, task: TaskTable) -> HeldOut:
+        """Like the parent's, without the cached prefix."""
+        return dataclasses.replace(super().held_out(task), prefix=None)
 
 
 @command

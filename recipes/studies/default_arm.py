@@ -12,7 +12,6 @@ and `cells.json`, and skips cells that `cells.json` already holds:
 
 from __future__ import annotations
 
-import json
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -32,7 +31,7 @@ from steertune.recipes.lab.arm import make_arm
 from steertune.recipes.lab.batches import batches
 from steertune.recipes.lab.command_line import Result, command
 from steertune.recipes.lab.evaluate import evaluate
-from steertune.recipes.lab.files import write_whole
+from steertune.recipes.lab.files import read_jsonl, write_whole
 from steertune.recipes.lab.generation import generate, plain
 from steertune.recipes.lab.measures import Seen
 from steertune.recipes.lab.measures import get as measure
@@ -84,8 +83,7 @@ class Lab:
             for split, prompts in self.prompts.items()
         }
         self.model.to(getattr(torch, dtype))  # the sentences are the same in both
-        lines = NEUTRAL.read_text(encoding="utf-8").splitlines()[:NEUTRAL_ROWS]
-        self.neutral = Dataset.from_list([json.loads(line) for line in lines])
+        self.neutral = Dataset.from_list(read_jsonl(NEUTRAL)[:NEUTRAL_ROWS])
         self.shared: dict[str, dict[str, Any]] = {}  # what was computed of the base model, by split
 
     @staticmethod

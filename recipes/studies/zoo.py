@@ -199,7 +199,11 @@ def page_of(records: Sequence[Record], folders: Sequence[Path]) -> Page:
         "*ends of sentences* (the share that is right) are those of strength 1. KL and perplexity contain the "
         "behaviour itself where it is unconditional."
     )
-    silent = [record.keys["task"] for record in records if not _shows(record)]
+    silent = []
+    for record in records:
+        rises = [record.value("behaviour", at) for at in record.observations if at != BASE]
+        if max(rises) - record.value("behaviour", BASE) < VISIBLE:
+            silent.append(record.keys["task"])
     if silent:
         what += f" By their scorers, these show it no more at any strength (a rise below {VISIBLE:g}): "
         what += f"{', '.join(silent)}."
@@ -212,12 +216,6 @@ def page_of(records: Sequence[Record], folders: Sequence[Path]) -> Page:
             Section("How they were made", [Text(_MADE), Text(f"{versions()}.")]),
         ],
     )
-
-
-def _shows(record: Record) -> bool:
-    """Whether the behaviour rises enough to be noticed at one of the strengths."""
-    values = [record.value("behaviour", at) for at in record.observations if at != BASE]
-    return max(values) - record.value("behaviour", BASE) >= VISIBLE
 
 
 def cosines(folders: Sequence[Path]) -> pd.DataFrame:

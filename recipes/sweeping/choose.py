@@ -15,8 +15,9 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import binomtest, sem
+from scipy.stats import sem
 
+from steertune.recipes.lab.intervals import share_interval
 from steertune.recipes.lab.rows import BASE, Record
 from steertune.recipes.sweeping.settings import Limits
 
@@ -180,11 +181,9 @@ def reliability(setting: Setting) -> Reliability:
     strengths = np.array([0.0, *(other.strength for other in on_line)])
     margins = np.array([setting.base.rows("margin"), *(other.rows("margin") for other in on_line)])
     slopes = np.polyfit(strengths, margins, 1)[0]
-    wrong = int((slopes < 0).sum())
-    interval = binomtest(wrong, len(slopes)).proportion_ci(method="wilson")
-    return Reliability(
-        [float(s) for s in slopes], wrong, wrong / len(slopes), float(interval.low), float(interval.high)
-    )
+    wrong = (slopes < 0).tolist()
+    share = share_interval(wrong, "wilson")
+    return Reliability(slopes.tolist(), sum(wrong), share.estimate, share.low, share.high)
 
 
 def place(setting: Setting) -> str:

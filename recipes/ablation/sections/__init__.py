@@ -59,6 +59,8 @@ def sections(findings: Findings) -> list[Section]:
 # -- what several sections share --------------------------------------------------
 
 OTHER_TASKS, OTHER_ROWS, ROWS = "95 %, other tasks too", "95 %, other test rows too", "95 %, these test rows"
+ARROWS = {"higher": " ↑", "lower": " ↓", None: ""}
+"""Behind the name of a measure: which direction is better."""
 COMPARED = [OTHER_TASKS, OTHER_ROWS, ROWS, "p (Holm)", "pairs"]
 
 

@@ -16,13 +16,8 @@ def verdict(findings: Findings) -> Section:
     """The answer to the claim."""
     lines = [Text("  \n".join(emphasised(sentence, findings) for sentence in findings.answer))]
     blocks = [*_question(findings), *lines, *_tasks(findings), *_cost(findings), _extent(findings)]
-    return Section(_title(findings), blocks)
-
-
-def _title(findings: Findings) -> str:
-    if findings.claimed:
-        return f"The result counts {SIDES[findings.verdict.side]} the hypothesis"
-    return f"A look at another measure: {findings.claim.label}"
+    title = f"The result counts {SIDES[findings.verdict.side]} the hypothesis"
+    return Section(title if findings.claimed else f"A look at another measure: {findings.claim.label}", blocks)
 
 
 def _question(findings: Findings) -> list[Block]:

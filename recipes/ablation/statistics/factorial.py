@@ -156,7 +156,9 @@ def mixed_model(cells: Frame, factors: Sequence[str], measure: str, enough: int 
     rows, varied = _crossed(cells, factors, measure)
     if not varied or len(rows[["task", "seed"]].drop_duplicates()) < enough:
         return None
-    terms = [f"C(Q('{f}'), Treatment({_first(cells[f], rows[f])!r}))" for f in varied]
+    # the reference level of all tables of a report: the first to appear anywhere that also appears here
+    references = {f: next(level for level in dict.fromkeys(cells[f]) if level in set(rows[f])) for f in varied}
+    terms = [f"C(Q('{f}'), Treatment({level!r}))" for f, level in references.items()]
     formula = f"Q('{measure}') ~ {' + '.join(terms)}"
     design: Any = smf.ols(formula, data=rows).exog
     if np.linalg.matrix_rank(design) < design.shape[1]:
@@ -191,8 +193,3 @@ def _crossed(cells: Frame, factors: Sequence[str], measure: str) -> tuple[Frame,
     groups = rows.groupby([*factors, "task", "seed"], sort=False)[measure]
     means = groups.mean()[groups.size() == cells["examples"].nunique()].reset_index()
     return means, [f for f in factors if means[f].nunique() > 1]
-
-
-def _first(everywhere: Frame, here: Frame) -> str:
-    """The reference level of all tables of a report: the first to appear anywhere that also appears here."""
-    return next(level for level in dict.fromkeys(everywhere) if level in set(here))

@@ -240,15 +240,15 @@ def p_value(differences: ArrayLike, seed: int = 0) -> float:
     if len(values) < 2 or not values.any():
         return 1.0
     zeros = np.zeros_like(values)
+
+    def mean(first: NDArray[np.float64], second: NDArray[np.float64], axis: int = -1) -> NDArray[np.float64]:
+        # rounded: permutations that are equal on paper must count as equal
+        return np.round(np.mean(first - second, axis=axis), 12)
+
     test = stats.permutation_test(
-        (values, zeros), _mean_difference, permutation_type="samples", n_resamples=RESAMPLES, vectorized=True, rng=seed
+        (values, zeros), mean, permutation_type="samples", n_resamples=RESAMPLES, vectorized=True, rng=seed
     )
     return float(test.pvalue)
-
-
-def _mean_difference(first: NDArray[np.float64], second: NDArray[np.float64], axis: int = -1) -> NDArray[np.float64]:
-    # rounded: permutations that are equal on paper must count as equal
-    return np.round(np.mean(first - second, axis=axis), 12)
 
 
 def smallest_p(pairs: int) -> float:

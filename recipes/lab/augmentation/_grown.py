@@ -10,10 +10,11 @@ from typing import Any
 
 from datasets import Dataset
 
+from steertune.recipes.lab.generation import plain
 from steertune.recipes.lab.progress import Bar
 from steertune.recipes.lab.similarity import answered_texts, near_duplicates
 
-from ._base import AugmentationError, Augmenter, Row, get_augmenter, said
+from ._base import AugmentationError, Augmenter, Row, get_augmenter
 
 _TURNS = 8  # an augmenter may fail at so many versions for each that is asked for
 _NEAR = 0.9
@@ -139,7 +140,7 @@ def _near_rows(
 
 
 def _prompt(row: Row) -> str:
-    return said(row["prompt"]) if "prompt" in row else ""
+    return plain(row["prompt"]) if "prompt" in row else ""
 
 
 def _check(augmenter: Augmenter, rows: Sequence[Row], versions: Sequence[Row | None]) -> None:
@@ -166,7 +167,7 @@ def _check_enough(
         return
     first = short[0]
     missed = ", ".join(f"{count} {reason}" for reason, count in sorted(left_out.items())) or "none"
-    prompt, turns = said(rows[first]["prompt"]), _TURNS * (times - 1)
+    prompt, turns = plain(rows[first]["prompt"]), _TURNS * (times - 1)
     raise AugmentationError(
         f"{type(augmenter).__name__} made {len(made[first])} of {times - 1} versions of {prompt!r} in {turns} turns, "
         f"and too few for {len(short)} of {len(rows)} rows (left out: {missed}). "

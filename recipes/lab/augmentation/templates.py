@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ._base import Augmenter, Row, drawn, said, saying
+from steertune.recipes.lab.generation import plain
+
+from ._base import Augmenter, Row, drawn, saying
 
 _TEMPLATES = (
     "Question: {}", "Hello! {}", "I have a question. {}", "{} Thanks!", "Please help me with this: {}",
@@ -44,6 +46,6 @@ class Templates(Augmenter):
     def _version(self, row: Row, turn: int, seed: int) -> Row | None:
         if turn >= len(self.templates):
             return None
-        prompt = said(row["prompt"])
+        prompt = plain(row["prompt"])
         order = drawn(seed, prompt).sample(range(len(self.templates)), len(self.templates))
         return {**row, "prompt": saying(row["prompt"], self.templates[order[turn]].replace("{}", prompt.strip()))}

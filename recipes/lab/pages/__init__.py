@@ -148,8 +148,10 @@ def table_markdown(table: Table) -> str:
 
 def html(page: Page, folder: Path) -> str:
     """A page as HTML, with the figures that `write_page` wrote to the folder."""
-    pictures = {block.name: _inline(folder / CHARTS / f"{block.name}.png") for block in page.blocks() if
-                isinstance(block, Figure)}  # fmt: skip
+    pictures = {}
+    for figure in (block for block in page.blocks() if isinstance(block, Figure)):
+        png = (folder / CHARTS / f"{figure.name}.png").read_bytes()
+        pictures[figure.name] = f"data:image/png;base64,{base64.b64encode(png).decode()}"
     return _templates().get_template("page.html.jinja").render(page=page, pictures=pictures)
 
 
@@ -198,10 +200,6 @@ def _save(figure: Figure, folder: Path) -> None:
     with rc_context({"svg.hashsalt": "steertune"}):
         figure.drawing.savefig(folder / f"{figure.name}.png", dpi=_DPI)
         figure.drawing.savefig(folder / f"{figure.name}.svg", metadata={"Date": None})
-
-
-def _inline(file: Path) -> str:
-    return f"data:image/png;base64,{base64.b64encode(file.read_bytes()).decode()}"
 
 
 @cache

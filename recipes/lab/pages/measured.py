@@ -68,7 +68,9 @@ def training_page(record: Record, what: str, use: Sequence[str]) -> Page:
         f"({facts['steps']} steps), {facts['seconds']:.0f} s in all, {facts['peak_memory_gb']:.2f} GB peak memory, "
         f"{facts['processes']} process(es)."
     )
-    answers, asked = generations(facts["prompts"], _answers_of(record)), facts.get("asked", "held-out")
+    names = {at: "base" if at == BASE else f"strength {at}" for at in record.observations}
+    texts = {names[at]: seen["answer"] for at, seen in record.observations.items() if "answer" in seen}
+    answers, asked = generations(facts["prompts"], texts), facts.get("asked", "held-out")
     if facts.get("scorer"):
         answers.insert(0, Text(f"What counts as the behaviour: {escape(facts['scorer'])}."))
     sections = [
@@ -79,9 +81,3 @@ def training_page(record: Record, what: str, use: Sequence[str]) -> Page:
         Section("Use it", [Code("\n".join(use), "python")]),
     ]
     return Page(str(record.keys["arm"]), sections)
-
-
-def _answers_of(record: Record) -> dict[str, list[str]]:
-    """What the base model and the trained one at every strength answer."""
-    names = {at: "base" if at == BASE else f"strength {at}" for at in record.observations}
-    return {names[at]: seen["answer"] for at, seen in record.observations.items() if "answer" in seen}

@@ -101,12 +101,9 @@ def _model(parts: str, vectors: dict[str, Any], world: World) -> Any:
         return world.model
     if len(parts) == 1:
         return vectors[parts]
-    return world.vector(sum(_direction(vectors[name]) for name in parts))  # pyright: ignore[reportArgumentType]
-
-
-def _direction(model: Any) -> torch.Tensor:
-    """The vector of a model of `World.vector`, `(D,)`."""
-    return next(p.detach() for name, p in model.named_parameters() if "steering_vector_v" in name)
+    named = [dict(vectors[part].named_parameters()) for part in parts]
+    vectors_ND = [next(p.detach() for name, p in of.items() if "steering_vector_v" in name) for of in named]
+    return world.vector(torch.stack(vectors_ND).sum(dim=0))
 
 
 def _sized(model: Any, neutral: HeldOut, world: World) -> Any:

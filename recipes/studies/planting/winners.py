@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from scipy import stats
-from statsmodels.stats.proportion import proportion_confint
 
 from steertune.recipes.ablation.statistics.paired import difference
 from steertune.recipes.lab import measures
+from steertune.recipes.lab.intervals import rate, share_interval
 from steertune.recipes.lab.measures import Array
 from steertune.recipes.lab.pages import Section, Table, Text
 from steertune.recipes.studies.planting.contrasts import CONTRASTS, KL
@@ -120,7 +120,9 @@ def trust_order(studies: Sequence[Mapping[str, Any]]) -> list[str]:
     """
     decided: dict[str, list[Look]] = {}
     for look in looks(studies):
-        if look.right is not None and not look.null and look.measure != TRUTH and _of_learning(look.measure):
+        if look.right is not None and not look.null and look.measure != TRUTH:
+            if "neutral" in measures.get(look.measure).needs:
+                continue  # what an arm costs, not what it learned
             decided.setdefault(look.measure, []).append(look)
 
     def key(name: str) -> tuple[float, float, float, str]:
@@ -129,13 +131,8 @@ def trust_order(studies: Sequence[Mapping[str, Any]]) -> list[str]:
         won = np.mean([bool(look.claims and look.right) for look in own])
         return -float(np.mean([bool(look.right) for look in own])), float(lost), -float(won), name
 
-    known = [name for name, own in decided.items() if _interval([bool(look.right) for look in own])[0] > 0.5]
+    known = [name for name, own in decided.items() if share_interval([bool(look.right) for look in own]).low > 0.5]
     return sorted(known, key=key)
-
-
-def _of_learning(measure: str) -> bool:
-    """Whether a measure is about what was learned: pairs, answers, or a model that is known."""
-    return "neutral" not in measures.get(measure).needs
 
 
 def sections(studies: Sequence[Mapping[str, Any]]) -> list[Section]:
@@ -217,18 +214,3 @@ def _claims(everything: Sequence[Look], names: Sequence[str]) -> pd.DataFrame:
         )
     header = ["measure", "nulls", "claims of nothing", "decided", "claims the winner", "claims the loser"]
     return pd.DataFrame(rows, columns=pd.Index(header))
-
-
-def rate(events: Sequence[bool]) -> str:
-    """How often an event occurred, with its 95 % interval."""
-    if not events:
-        return ""
-    low, high = _interval(events)
-    return f"{np.mean(events):.0%} [{low:.0%}, {high:.0%}]"
-
-
-def _interval(events: Sequence[bool]) -> tuple[float, float]:
-    """The 95 % interval of Clopper and Pearson of how often an event occurs."""
-    interval: Any = proportion_confint(sum(events), len(events), method="beta")
-    low, high = interval
-    return float(low), float(high)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from steertune.adapters import SteeringVectorConfig, steering_layers
 from steertune.recipes.lab import embedded
+from steertune.recipes.lab.files import read_jsonl
 from steertune.recipes.lab.generation import left_padded, prompt_ids
 from steertune.recipes.lab.paths import TASKS
 from steertune.trainers import share_weights
@@ -76,7 +76,9 @@ class World:
         if self.name == "tiny":
             ids = generator.integers(0, _WORDS, (count, _PROMPT))
             return [" ".join(f"w{i}" for i in row) + " " for row in ids]
-        pool = _everyday()
+        # all generated tasks have the same prompts
+        files = [TASKS / "formal" / f"{split}.jsonl" for split in ("train", "test")]
+        pool = [row["prompt"] for file in files for row in read_jsonl(file)]
         return [pool[i] for i in generator.choice(len(pool), count, replace=False)]
 
     @torch.no_grad()
@@ -172,9 +174,3 @@ def _let_it_end(world: World) -> None:
 def embedded_world(sizes: Sizes) -> World:
     """The embedded model, with the everyday prompts of the embedded tasks."""
     return World("embedded", embedded.load_model(torch.bfloat16), embedded.load_tokenizer(), 15, 5, sizes)
-
-
-def _everyday() -> list[Any]:
-    """The prompts of one generated task: all of them have the same ones."""
-    lines = [line for split in ("train", "test") for line in (TASKS / "formal" / f"{split}.jsonl").open()]
-    return [json.loads(line)["prompt"] for line in lines]

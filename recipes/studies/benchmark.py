@@ -133,10 +133,7 @@ def measure(options: Options, length: int, prompt: int) -> dict[str, Any]:
     """Times, memory and the floor for rows of `length` tokens, `prompt` of them prompt."""
     model, tokenizer = load_model(ModelTable(name=options.model))
     rows, layer = _sizes(options, model, length)
-    # the ways whose names match, and those that they are compared with
-    names = {name for name in WAYS if any(fnmatchcase(name, pattern) for pattern in options.ways)}
-    names |= {AGAINST[WAYS[name].kind] for name in names}
-    ways = {name: way for name, way in WAYS.items() if name in names}
+    ways = ways_of(options.ways)
 
     def runs(folder: str) -> dict[str, Run]:
         return {name: Run(way, model, tokenizer, (length, prompt), rows, layer, folder) for name, way in ways.items()}
@@ -183,6 +180,13 @@ def _timed(runs_in: Callable[[str], dict[str, Run]], rounds: int) -> dict[str, A
 def _sizes(options: Options, model: Any, length: int) -> tuple[int, int]:
     """Rows of a batch, and the layer of the vector."""
     return max(2, options.tokens // length), 2 * model.config.num_hidden_layers // 3
+
+
+def ways_of(patterns: Sequence[str]) -> dict[str, Way]:
+    """The ways whose names match, and the ways that they are compared with."""
+    names = {name for name in WAYS if any(fnmatchcase(name, pattern) for pattern in patterns)}
+    names |= {AGAINST[WAYS[name].kind] for name in names}
+    return {name: way for name, way in WAYS.items() if name in names}
 
 
 def growth_of(options: Options, length: int, prompt: int) -> dict[str, float]:

@@ -14,7 +14,7 @@ from steertune.recipes.ablation.grid import load_grid
 from steertune.recipes.lab import embedded
 from steertune.recipes.lab.files import ArmError, write_result
 from steertune.recipes.studies import benchmark, benchmark_grid
-from steertune.recipes.studies.benchmark import _asked
+from steertune.recipes.studies.benchmark import ways_of
 from steertune.recipes.studies.timing.shares import OTHER, kind_of, shares
 from steertune.recipes.studies.timing.ways import AGAINST, STEP, WAYS, data
 from steertune.trainers import tokenise
@@ -27,9 +27,9 @@ def test_the_former_name_runs_the_study_and_is_no_second_command():
     assert cli.commands()["benchmark"] == (benchmark.__doc__ or "").splitlines()[0]
 
 
-def test_ways_that_are_asked_for_come_with_what_they_are_compared_with():
-    assert [*_asked(["SFT: ours*"])] == [AGAINST["sft"], *(name for name in WAYS if name.startswith("SFT: ours"))]
-    assert _asked(["*"]) == WAYS and _asked(["nothing"]) == {}
+def test_ways_that_areways_of_for_come_with_what_they_are_compared_with():
+    assert [*ways_of(["SFT: ours*"])] == [AGAINST["sft"], *(name for name in WAYS if name.startswith("SFT: ours"))]
+    assert ways_of(["*"]) == WAYS and ways_of(["nothing"]) == {}
 
 
 @pytest.mark.parametrize("per,seconds", [("seed", 5 * 10), ("arm", 5 * 10), ("grid", 10 + 4 * 4)])
@@ -50,7 +50,7 @@ def test_arms_of_a_grid_that_it_does_not_have(capsys):
 
 @pytest.mark.real
 @pytest.mark.parametrize("kind", ["sft", "dpo"])
-def test_rows_have_the_tokens_that_are_asked_for(kind):
+def test_rows_have_the_tokens_that_areways_of_for(kind):
     tokenizer = embedded.load_tokenizer()
     rows = tokenise(data(tokenizer, kind, length=24, prompt=9, count=3), tokenizer).to_list()
     for row in rows:

@@ -78,9 +78,7 @@ class Rewrites(Augmenter):
             number = seed * 100_003 + turn * 11 + k
             answers = generate(model, tokenizer, prompts, new_tokens, self.temperature, number)
             for i, (text, answer) in enumerate(zip(texts, answers, strict=True)):
-                # small models introduce a sentence, quote it, and go on to explain
-                sentence = _OPENINGS.sub("", answer.strip()).split("\n")[0]
-                version, new = versions[i], sentence.strip().strip('"').strip()
+                version, new = versions[i], sentence_of(answer)
                 if version is None:
                     continue
                 versions[i] = {**version, part: saying(version[part], new)} if self.passes(text, new) else None
@@ -95,6 +93,11 @@ class Rewrites(Augmenter):
             return False
         kept, own = _long_words(new), _long_words(text)
         return not own or len(own & kept) >= self.overlap * len(own)
+
+
+def sentence_of(answer: str) -> str:
+    """The paraphrase itself: small models introduce it, quote it, and go on to explain."""
+    return _OPENINGS.sub("", answer.strip()).split("\n")[0].strip().strip('"').strip()
 
 
 def _long_words(text: str) -> set[str]:

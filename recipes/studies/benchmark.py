@@ -18,7 +18,7 @@ import shlex
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -37,7 +37,7 @@ from steertune.recipes.lab.progress import progress, track
 from steertune.recipes.lab.tables import ModelTable
 from steertune.recipes.studies.timing.floor import floor
 from steertune.recipes.studies.timing.shares import shares
-from steertune.recipes.studies.timing.ways import AGAINST, EPOCH, STEPS, WAYS, Run
+from steertune.recipes.studies.timing.ways import AGAINST, EPOCH, STEPS, WAYS, Run, Way
 
 ROWS = ["128/64", "512/256", "512/384"]
 ALL = ["*"]

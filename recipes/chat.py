@@ -93,7 +93,7 @@ class Chat:
             try:
                 value = float(words[0])
             except ValueError:
-                return f"{words[0]!r} is no number."
+                return f"{words[0]!r} is not a number."
             if not math.isfinite(value):
                 return f"{words[0]!r} is not finite."
             try:

@@ -165,7 +165,7 @@ def answered(
     run are read from `file`, where they are kept.
 
     Raises:
-        ArmError: the prompted model has nothing to say to any prompt.
+        ArmError: the prompted model answers none of the prompts.
     """
     if file is not None and all(gather_object([file.exists()])):
         return Dataset.from_list(read_rows(file, "Delete it, and the prompts are answered again."))

@@ -118,7 +118,7 @@ def check_request(
     if fewshot is not None and not 0 <= fewshot < 2**31:
         raise ArmError(f"--fewshot {fewshot}: a whole number of 0 or more is expected.")
     if include is not None and not include.is_dir():
-        raise ArmError(f"--include {include}: there is no such folder.")
+        raise ArmError(f"--include {include} must be a folder that exists.")
     if output is not None and (output.is_dir() or not output.absolute().parent.is_dir()):
         raise ArmError(f"--output {output}: a file in a folder that exists is expected.")
 
@@ -228,7 +228,7 @@ def _tasks(
             found.append(pair_task(name, model, tokenizer, pairs.get(name)))
         elif suffix in SUFFIXES:
             if not Path(name).is_file():
-                raise ArmError(f"--tasks {name}: there is no such file.")
+                raise ArmError(f"--tasks {name} does not exist. Correct the path.")
             found.append(name)
         else:
             found.append(name)
@@ -247,7 +247,7 @@ def is_pairs(name: str) -> bool:
 
 
 def check_pairs(name: str, rows: Dataset) -> None:
-    """Raise an ArmError for rows that are no pairs with a prompt."""
+    """Raise an ArmError for rows that are not pairs with a prompt."""
     if missing := {"prompt", "chosen", "rejected"} - set(rows.column_names):
         raise ArmError(
             f"--tasks {name}: pairs need the columns prompt, chosen and rejected; {sorted(missing)} missing."

@@ -55,7 +55,7 @@ def main(
     seed: Annotated[int, Option(help="of --data: of the rows, the noise and the random directions")] = 0,
     threads: Threads = None,
 ) -> Result:
-    """Describe an adapter; a folder that is no usable adapter, or not of the model, is an error."""
+    """Describe an adapter; an unusable folder, or an adapter of another model, is an error."""
     lora = data is not None and _is_lora(folder)
     facts = {} if lora else describe(folder)
     if data is None and model is None:
@@ -96,7 +96,7 @@ def describe(folder: Path) -> dict[str, Any]:
 
 
 def tried(folder: Path, name: str) -> dict[str, Any]:
-    """What can be said with the base model at hand: that it fits, and where it can be exported to.
+    """Whether the adapter fits a base model, and where it can be exported to.
 
     Raises:
         ArmError: it is not of this model.

@@ -100,7 +100,7 @@ def claim_about(claim: Claim, measure: str | None, strength: str | None) -> Clai
     """The claim, or the same comparison on another measure.
 
     Raises:
-        ArmError: there is no such measure.
+        ArmError: an unknown measure.
     """
     name = measure or claim.measure
     if name.startswith("matched_"):  # how it was written before

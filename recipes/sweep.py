@@ -159,7 +159,7 @@ def run(options: SimpleNamespace, overrides: list[str], words: Sequence[str]) ->
 
 
 def request(options: SimpleNamespace, overrides: list[str]) -> SweepTable:
-    """What is asked for, checked against the shape of the model, which is not loaded.
+    """The request, checked against the shape of the model, which is not loaded.
 
     Raises:
         ArmError: a value that no sweep can have.
@@ -213,8 +213,8 @@ def request(options: SimpleNamespace, overrides: list[str]) -> SweepTable:
 
 
 def measure(context: Context, folder: Path) -> list[Record]:
-    """Every setting on validation rows, from the top layer down, a record for each place; what is there is not
-    measured again."""
+    """Every setting on validation rows, from the top layer down, a record for each place; what was measured
+    before is read."""
     table, source = context.table, Source(context)
     layers = sorted(table.layers, reverse=True)
     places: list[tuple[Site, int]] = [(site, layer) for site in table.sites for layer in layers]

@@ -160,7 +160,7 @@ def _prepare(arm: Arm) -> _Ready:
 def _scorer(arm: Arm, train: Dataset, model: Any, tokenizer: Any) -> Scorer | None:
     """What recognises the behaviour in generated answers: the task's own rule, or what tells training pairs apart.
 
-    None where there are no pairs, or too few.
+    None without enough pairs.
     """
     if not {"chosen", "rejected"} <= set(train.column_names):
         return None

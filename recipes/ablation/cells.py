@@ -39,7 +39,7 @@ def read_cells(folder: Path, grid: Mapping[str, Any] | None = None) -> Frame:
     failed for another reason has no numbers, and `status` "failed".
 
     Raises:
-        ArmError: there is none, one is damaged, or the grid names a path that is not that of a cell.
+        ArmError: the folder holds no cell, one is damaged, or the grid names a path that is not that of a cell.
     """
     records = {tuple(record.keys.values()): record for record in Store(folder).records()}
     levels: dict[str, Any] = {}

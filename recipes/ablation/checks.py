@@ -192,7 +192,7 @@ def check_card(tables: GridTables, card: Card, arms: list[GridArm]) -> None:
     for what in ("better", "than"):
         name = getattr(claim, what)
         if name not in names:
-            raise ArmError(f"claim.{what}={name!r} is no arm of the grid: {names}.{nearest(name, names)}")
+            raise ArmError(f"claim.{what}={name!r} is not an arm of the grid: {names}.{nearest(name, names)}")
     _check_decidable(claim, arms)
     for what, point in (("than", tables.design.start), ("better", tables.design.end)) if claim.factor else ():
         if getattr(claim, what) != (name := arm_name(tables, point)):

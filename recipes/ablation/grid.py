@@ -222,7 +222,7 @@ def _combinations(tables: GridTables) -> tuple[list[Combination], list[str]]:
         if factor in _COLUMNS or factor.startswith("setting_"):
             raise ArmError(f"A factor cannot be called {factor!r}, like a column of the results.")
     if any(INERT in levels for levels in factors.values()):
-        raise ArmError(f"{INERT!r} is no name for a level: it stands for a level that means nothing.")
+        raise ArmError(f"{INERT!r} cannot name a level: it stands for a level without effect.")
     size = math.prod(map(len, factors.values()))
     if size > _LARGEST:
         raise ArmError(
@@ -259,7 +259,7 @@ def _check_point(what: str, point: Combination, factors: dict[str, list[str]]) -
             raise ArmError(f"{what} names no level of {factor!r}: one of {factors[factor]}.")
         if point[factor] not in factors[factor]:
             hint = nearest(point[factor], factors[factor])
-            raise ArmError(f"{what}.{factor}={point[factor]!r} is no level: there are {factors[factor]}.{hint}")
+            raise ArmError(f"{what}.{factor}={point[factor]!r} must be one of {factors[factor]}.{hint}")
 
 
 def _arms(tables: GridTables, combinations: list[Combination]) -> list[GridArm]:
@@ -312,7 +312,7 @@ def find_tasks(entries: Sequence[str | TaskTable], data_root: Path | None = None
     """Tasks with their labels, and where they are. Names that are relative paths start in `data_root`.
 
     Raises:
-        ArmError: two tasks of one label, or a label that is no name of a folder.
+        ArmError: two tasks of one label, or a label that cannot name a folder.
     """
     found: dict[str, TaskTable] = {}
     for entry in entries:

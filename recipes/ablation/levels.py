@@ -111,7 +111,7 @@ def _entry(factor: str, level: str, patch: Any, combination: Combination, tables
                 raise ArmError(f"{where}: when names {other!r}, the factors are {[*tables.factors]}.")
             missing = set([wanted] if isinstance(wanted, str) else wanted) - set(tables.factors[other])
             if missing:
-                raise ArmError(f"{where}: {sorted(missing)} are no levels of {other!r}.")
+                raise ArmError(f"{where}: {sorted(missing)} are not levels of {other!r}.")
         if all(combination[other] in ([w] if isinstance(w, str) else w) for other, w in when.items()):
             return option
-    raise ArmError(f"factors.{factor}.{level} says nothing for {combination}: add a last entry without `when`.")
+    raise ArmError(f"factors.{factor}.{level}: no entry matches {combination}. Add a last entry without `when`.")

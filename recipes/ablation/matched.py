@@ -39,7 +39,7 @@ class Point:
 
 
 class Curve:
-    """KL against strength, computed where it is asked for.
+    """KL against strength, computed where the search needs it.
 
     KL is quadratic in a small strength, so the search starts at a small one and walks up, by a factor of two at most
     unless the last two points lie on a parabola. So it finds the smallest strength with some KL, also where the KL

@@ -130,7 +130,7 @@ def _seconds(record: Record, tunes: bool, like: Cell) -> float:
     """Seconds of a cell that ran, without its tuning where that need not be done again.
 
     Raises:
-        ArmError: the record does not say.
+        ArmError: the record lacks them.
     """
     for name in ("seconds", "tuning_seconds"):
         if not isinstance(record.facts.get(name), int | float):

@@ -95,7 +95,7 @@ class Store:
 
     @property
     def is_empty(self) -> bool:
-        """Whether no cell ran; reads none of them."""
+        """Whether no cell ran. The cells are not read."""
         return not (self.folder / TABLE).is_file() and not any((self.folder / "cells").rglob("cell.json"))
 
     def records(self) -> list[Record]:

@@ -124,7 +124,7 @@ class TaskTable(BaseModel, extra="forbid", strict=True):
     """What texts become, as in `[data]` of an arm."""
     draw: int = Field(default=0, ge=0)
     """Which of several draws of training sets: tasks made of the same rows need one each, or they train on the same
-    examples and are no further evidence."""
+    examples and add no evidence."""
     scorer: dict[str, Any] = {}
     """What scores generated answers. None: that of the file `behaviour.toml` in the task's folder, or a classifier."""
     instructions: list[str] = []
@@ -143,7 +143,7 @@ def told(task: TaskTable, folder: Path) -> TaskTable:
     """A task with its instructions: its own, or those of the file `instructions.toml` in its folder.
 
     Raises:
-        ArmError: the file has other keys, or the task's own instructions are by nobody.
+        ArmError: the file has other keys, or the task's own instructions have no author.
     """
     file = folder / "instructions.toml"
     own = task.instructions or task.instructions_by
@@ -154,8 +154,8 @@ def told(task: TaskTable, folder: Path) -> TaskTable:
         task = task.model_copy(update=found)
     if task.instructions and not task.instructions_by.strip():
         raise ArmError(
-            f"Task {task.called!r} has instructions by nobody: say in instructions_by who wrote them, with which "
-            "budget (how many were tried, on which rows)."
+            f"Task {task.called!r} has instructions without an author: say in instructions_by who wrote them, with "
+            "which budget (how many were tried, on which rows)."
         )
     return task
 
@@ -233,9 +233,7 @@ class GridTables(BaseModel, extra="forbid", strict=True):
         """Names of factors and levels become folders, and stand in the formulas of the statistics, which are run."""
         for name in (name for factor, levels in factors.items() for name in (factor, *levels)):
             if not re.fullmatch(r"\w[\w.+-]*|-", name, re.ASCII):
-                raise ValueError(
-                    f"{name!r} is no name for a factor or level: use letters (a-z), digits, '_', '-', '.'"
-                )
+                raise ValueError(f"{name!r} cannot name a factor or level: use letters (a-z), digits, '_', '-', '.'")
         return factors
 
 

@@ -76,7 +76,7 @@ class Arm(ArmTables):
         return [self.ingredients[name] for name in kinds() if name in self.ingredients]
 
     def peft_config(self, adapter: Mapping[str, Any] | None = None) -> PeftConfig | None:
-        """The configuration of an adapter's table, the arm's own if none is given; None for full finetuning."""
+        """The configuration of an adapter's table, by default the arm's own; None for full finetuning."""
         options = dict(self.adapter if adapter is None else adapter)
         kind = str(options.pop("type", "steering_vector"))
         if kind == "none":

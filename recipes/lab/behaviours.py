@@ -1,6 +1,6 @@
 """How the behaviour of a task is recognised: the file `behaviour.toml` in its folder.
 
-[scorer]                                  # what scores generated answers, where a grid does not say
+[scorer]                                  # what scores generated answers by default
 kind = "rule"
 pattern = '\\?\\s*$'
 
@@ -53,8 +53,8 @@ class Behaviour(BaseModel, extra="forbid", strict=True):
     undo: Undo | None = None
 
     def scorer_table(self, table: Mapping[str, Any]) -> dict[str, Any]:
-        """A scorer's table, completed by the task's own: its scorer if none is given, its pattern for `rule`, and its
-        opposite instructions for `logprob`. A task that says nothing is scored by a classifier."""
+        """A scorer's table, completed by the task's own: by default its scorer, its pattern for `rule`, and its
+        opposite instructions for `logprob`. The default is a classifier."""
         given = dict(table) or self.scorer or {"kind": "classifier"}
         own: dict[str, Any] = {}
         if self.scorer is not None and self.scorer.get("kind") == given.get("kind"):

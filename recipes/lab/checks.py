@@ -109,7 +109,7 @@ def check_trains(arm: Arm) -> None:
     """Refuse a run that would save an adapter which does nothing.
 
     Raises:
-        ArmError: no step is asked for, and the adapter starts as the base model.
+        ArmError: it trains no step, and the adapter starts as the base model.
     """
     kind = arm.adapter.get("type", "steering_vector")
     initial = _INITIAL.get(kind)

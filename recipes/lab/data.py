@@ -73,10 +73,10 @@ def adapter_config(folder: Path) -> SteeringVectorConfig:
     """The configuration of a steering vector's folder, its weights checked.
 
     Raises:
-        ArmError: there is no adapter in the folder, or not a usable steering vector.
+        ArmError: the folder holds no adapter, or an unusable steering vector.
     """
     if not (folder / "adapter_config.json").is_file():
-        raise ArmError(f"{folder} is no adapter folder: it has no adapter_config.json.")
+        raise ArmError(f"{folder} is not an adapter folder: it has no adapter_config.json.")
     try:
         return SteeringVectorConfig.from_pretrained(str(folder))
     except (ValueError, TypeError) as error:
@@ -163,8 +163,8 @@ def load_data(table: DataTable, chat: Callable[[], bool] = lambda: True, answers
     the model has a chat template. Without `answers`, a prompt is enough.
 
     Raises:
-        ArmError: an unknown name, a missing split, too few rows, rows that are no examples, test rows that are trained
-            on.
+        ArmError: an unknown name, a missing split, too few rows, rows that are not examples, test rows that are
+            trained on.
     """
     reading = Reading(table.columns, table.format, chat, answers=answers)
     parts = load_parts(table.name, table.train_split, table.test_split, reading)

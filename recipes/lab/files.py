@@ -70,14 +70,14 @@ def read_text(file: Path, what: str = "text") -> str:
     """A text file in UTF-8, with or without a byte order mark.
 
     Raises:
-        ArmError: it is not there, no file, not to be read, or no UTF-8.
+        ArmError: it does not exist, is not a file, cannot be read, or is not valid UTF-8.
     """
     if file.exists() and not file.is_file():
-        raise ArmError(f"{file} is no file: {what} is expected.")
+        raise ArmError(f"{file} is not a file: {what} is expected.")
     try:
         return file.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ArmError(f"{file} is not valid {what}: byte {error.start} is no UTF-8. Save it as UTF-8.") from error
+        raise ArmError(f"{file} is not valid {what}: byte {error.start} is not UTF-8. Save it as UTF-8.") from error
     except OSError as error:
         raise ArmError(f"{file} cannot be read: {error.strerror}.") from error
 

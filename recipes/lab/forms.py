@@ -1,6 +1,6 @@
 """Conversations and plain text: the form of the rows follows the tokenizer.
 
-A tokenizer with a chat template reads both. That of a base model has none, and reads conversations as plain text:
+A tokenizer with a chat template reads both. The tokenizer of a base model has none, and reads conversations as text:
 
     Question: How many days are there in a leap year?
     Answer: A leap year has 366 days, because February has 29 days instead of 28.

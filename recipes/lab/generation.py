@@ -33,9 +33,9 @@ class FiniteLogits(LogitsProcessor):
 
 
 def broken_rows(logits: Tensor) -> Tensor:
-    """Which rows of logits, `(rows, vocabulary)`, say nothing, `(rows,)`: one is NaN or +inf, or none is finite.
+    """Which rows of logits, `(rows, vocabulary)`, are broken, `(rows,)`: one is NaN or +inf, or none is finite.
 
-    -inf alone is a token that is ruled out.
+    A single -inf rules a token out.
     """
     return ~logits.max(dim=-1).values.isfinite()  # NaN is the maximum of every row that holds it
 

@@ -130,7 +130,7 @@ def inductive_bias(
         )
     shown = batches(tokenizer, rows, _BATCH)
     if loss.needs.pairs and not all(batch.pairs for batch in shown):
-        raise ArmError("The loss compares chosen with rejected answers, and the rows are no pairs. Use cross_entropy.")
+        raise ArmError("This loss compares chosen with rejected answers; the rows are not pairs. Use cross_entropy.")
     generator = torch.Generator().manual_seed(seed)
     bar = Bar(3)
     with torch.no_grad():

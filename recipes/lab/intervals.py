@@ -76,7 +76,7 @@ def interval(differences: ArrayLike, confidence: float = 0.95, method: str | Non
         seed: Of the bootstrap.
 
     Raises:
-        ValueError: there is no difference, or one is not finite; `method` or `confidence` is not allowed.
+        ValueError: no difference is given, or one is not finite; `method` or `confidence` is not allowed.
     """
     if method not in (None, "bca", "t") or not 0 < confidence < 1:
         raise ValueError(
@@ -88,7 +88,7 @@ def interval(differences: ArrayLike, confidence: float = 0.95, method: str | Non
         return Interval(mean, -np.inf, np.inf, pairs, "none")
     method = method or ("bca" if pairs >= FEW else "t")
     if np.ptp(values) <= ROUNDING * max(1.0, abs(mean)):
-        # equal differences: zeros are no difference; any other may be chance, so that its ends are unknown
+        # of equal differences, zeros show no difference; others may be equal by chance, so the ends are unknown
         if abs(mean) <= ROUNDING:
             return Interval(0.0, 0.0, 0.0, pairs, method)
         return Interval(mean, -np.inf, np.inf, pairs, "none")
@@ -122,7 +122,7 @@ def finite(differences: ArrayLike) -> NDArray[np.float64]:
     """The differences as an array.
 
     Raises:
-        ValueError: there is none, or one is not finite.
+        ValueError: no difference is given, or one is not finite.
     """
     values = np.asarray(differences, dtype=float)
     if values.size == 0 or not np.isfinite(values).all():

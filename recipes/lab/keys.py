@@ -79,7 +79,7 @@ class Key:
         group: What it is listed under.
         name: `table.key`.
         type: What its value must be.
-        default: As TOML or Python writes it; empty where there is none.
+        default: As TOML or Python writes it; empty without a default.
         text: What it means.
     """
 
@@ -105,7 +105,7 @@ def arm_keys() -> dict[str, Key]:
 
 
 def meant(name: str) -> str | None:
-    """The key that a wrong name without its dashes most likely stands for; None if there is none like it."""
+    """The key that a wrong name without its dashes most likely stands for; None if no key is similar."""
     plain = name.replace("_", "-")
     if plain in USUAL:
         return USUAL[plain]

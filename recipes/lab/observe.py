@@ -239,8 +239,8 @@ def questions(model: Any, held_out: HeldOut, strengths: Strengths) -> dict[str, 
 
 
 def _first_tokens(tokenizer: PreTrainedTokenizerBase, word: str) -> set[int]:
-    """Tokens that this word may begin with, in lower case or not, so that a behaviour that changes the case is no loss
-    of knowledge."""
+    """Tokens that this word may begin with, in lower case or not, so that a behaviour that changes the case does not
+    count as lost knowledge."""
     variants = [f" {form}" for form in (word, word.lower(), word.capitalize())]
     ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in variants]
     return {own[0] for own in ids if own}

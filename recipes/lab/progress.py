@@ -27,7 +27,7 @@ from rich.text import Text
 
 T = TypeVar("T")
 EVERY = 30.0
-"""Seconds between two lines where there is no terminal."""
+"""Seconds between two lines without a terminal."""
 _FIRST = 0.02  # share of the work from which the time left can be estimated
 
 

@@ -23,7 +23,7 @@ def read_file(path: Path) -> Dataset:
         ArmError: it is of another kind, damaged or empty, or its columns are not those that its first line names.
     """
     if path.suffix not in BUILDERS:
-        raise ArmError(f"{path} is none of {sorted(BUILDERS)}.")
+        raise ArmError(f"{path} must end in one of {sorted(BUILDERS)}.")
     if path.stat().st_size == 0:
         raise ArmError(f"{path} is empty: rows are expected.")
     options: dict[str, Any] = {} if path.suffix == ".parquet" else {"encoding_errors": "strict"}

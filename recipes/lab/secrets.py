@@ -1,4 +1,4 @@
-"""Secrets stay out of files and messages: what a recipe is given is written into configurations, cards and pages.
+"""Secrets stay out of files and messages: the settings of a recipe are written into configurations, cards and pages.
 
 A secret is what looks like one: tokens of Hugging Face, GitHub, OpenAI and AWS, a password in an address, and the
 values of environment variables that are named as a key, token, secret or password.
@@ -60,7 +60,7 @@ def check_settings(table: Mapping[str, Any]) -> None:
 
 
 def _leaves(value: Any, where: str) -> Iterator[tuple[str, Any]]:
-    """Every value that is no table or list, with the keys that lead to it; the keys themselves are values, too."""
+    """Every value that is not a table or a list, with the keys that lead to it; keys are values as well."""
     if isinstance(value, Mapping):
         for key, inner in value.items():
             path = f"{where}.{key}" if where else str(key)

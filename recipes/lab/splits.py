@@ -35,7 +35,7 @@ class SplitTable(BaseModel, extra="forbid", strict=True):
 
 @dataclass(frozen=True)
 class Splits:
-    """Rows of one task that share no example.
+    """The parts of one task, which do not share examples.
 
     Attributes:
         pool: What training sets are drawn from.

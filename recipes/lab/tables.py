@@ -57,9 +57,10 @@ class ModelTable(Table):
         if self.revision is None:
             return self
         if self.name == "embedded" or Path(self.name).is_dir():
-            raise ValueError(f"revision={self.revision!r}: {self.name!r} is no Hub name, and has none. Remove it")
+            where = f"revision={self.revision!r}: {self.name!r}"
+            raise ValueError(f"{where} is not a Hub name, so it has no revisions. Remove it")
         if ".." in self.revision.split("/"):  # the Hub's cache makes a file of this name
-            raise ValueError(f"revision={self.revision!r} is no branch, tag or commit")
+            raise ValueError(f"revision={self.revision!r} must be a branch, a tag or a commit")
         return self
 
 

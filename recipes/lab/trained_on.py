@@ -82,7 +82,7 @@ def write(folder: Path, sets: Iterable[TrainedOn]) -> None:
 
 
 def read(folder: Path) -> list[TrainedOn] | None:
-    """What an adapter was trained on; None where its folder does not say it.
+    """What an adapter was trained on; None if its folder does not say so.
 
     Raises:
         ArmError: the file is damaged.

@@ -109,7 +109,7 @@ def open_run(arm: Arm, prefix: str = "", threads: int | None = None) -> Path:
 
 
 def default_folder(name: str, task: str) -> Path:
-    """Where a run on a task is kept if nobody says."""
+    """Where a run on a task is kept by default."""
     suffix = Path(task).suffix
     name = f"{name}-{task.removesuffix(suffix if suffix in BUILDERS else '').strip('./').replace('/', '-')}"
     if len(name) > _LONGEST:  # file systems take 255 bytes

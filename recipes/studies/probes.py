@@ -80,7 +80,7 @@ def probe(
         raise ArmError(f"--train {train}: 8 pairs or more are needed, because a quarter chooses the layer.")
     methods = {name: directions.get(name) for name in names}
     table = ModelTable(name=model_name)
-    skeleton(table)  # a model that is not there is refused before rows are read
+    skeleton(table)  # refuses a missing model before rows are read
     data = load_data(DataTable(name=task, train=train, test=test), partial(model_has_template, table))
     for part in (data.train, data.test):
         if not {"chosen", "rejected"} <= set(part.column_names):

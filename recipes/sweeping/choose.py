@@ -164,7 +164,7 @@ def excesses(setting: Setting, limits: Limits) -> list[str]:
         reasons.append(f"KL {kl:.2g}")
     if perplexity > limits.perplexity:
         reasons.append(f"perplexity × {perplexity:.2g}")
-    # without a generated answer, or with none long enough, there is no repetition
+    # repetition is NaN without a generated answer that is long enough
     if repetition > np.nan_to_num(setting.base.value("neutral_repetition")) + limits.repetition:
         reasons.append(f"repetition {repetition:.0%}")
     return reasons

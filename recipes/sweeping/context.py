@@ -33,7 +33,7 @@ class Context:
         table: The sweep, as asked for; `table` of the context says how many rows there are.
 
     Raises:
-        ArmError: rows that are no pairs, too few of them, or rows that stand in two splits.
+        ArmError: rows that are not pairs, too few of them, or rows that stand in two splits.
     """
 
     def __init__(self, table: SweepTable) -> None:

@@ -109,7 +109,7 @@ def page_of(result: Sweep) -> Page:
 
 
 def warning(slopes: Reliability) -> str:
-    """What is said of a setting that moves many examples the wrong way."""
+    """The warning about a setting that moves many examples the wrong way."""
     return (
         f"**Unreliable.** {slopes.wrong} of {len(slopes.slopes)} held-out examples ({slopes.share:.0%}, 95 % interval "
         f"{slopes.low:.0%} to {slopes.high:.0%}) move the wrong way; from {UNRELIABLE:.0%} on, the mean effect says "

@@ -4,8 +4,8 @@
     def cost(findings: Findings) -> Section | None:
         \"\"\"What every arm costs.\"\"\"
 
-`place` says where it stands on the page. A new file is a new section of every report; one that has nothing to say
-returns None.
+`place` says where it stands on the page. A new file is a new section of every report; one without content returns
+None.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class SectionFile:
     Attributes:
         name: Its file.
         place: Where it stands: sections are sorted by it.
-        make: The findings -> the section; None: it has nothing to say.
+        make: The findings -> the section; None for no section.
     """
 
     name: str

@@ -164,7 +164,7 @@ def mixed_model(cells: Frame, factors: Sequence[str], measure: str, enough: int 
     if np.linalg.matrix_rank(design) < design.shape[1]:
         return None
     options: dict[str, Any] = {"groups": "task" if rows["task"].nunique() > 1 else "seed"}
-    if options["groups"] == "task" and rows["seed"].nunique() > 1:  # of one seed a task says nothing beyond the task
+    if options["groups"] == "task" and rows["seed"].nunique() > 1:  # one seed shows no variation within a task
         options |= {"re_formula": "1", "vc_formula": {"seed": "0 + C(seed)"}}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
@@ -187,7 +187,7 @@ def mixed_model(cells: Frame, factors: Sequence[str], measure: str, enough: int 
 
 
 def _crossed(cells: Frame, factors: Sequence[str], measure: str) -> tuple[Frame, list[str]]:
-    """Means over the numbers of examples (whose training sets are nested, so that they are no further runs) of arms
+    """Means over the numbers of examples (whose training sets are nested, so that they are not separate runs) of arms
     that have all of them, without inert levels; and the factors that still vary there."""
     rows = cells[~(cells[list(factors)] == INERT).any(axis=1)].dropna(subset=[*factors, measure])
     groups = rows.groupby([*factors, "task", "seed"], sort=False)[measure]

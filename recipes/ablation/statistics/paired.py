@@ -234,7 +234,7 @@ def p_value(differences: ArrayLike, seed: int = 0) -> float:
     Its smallest value is `smallest_p`.
 
     Raises:
-        ValueError: a difference is not finite, or there is none.
+        ValueError: no difference is given, or one is not finite.
     """
     values = finite(differences)
     if len(values) < 2 or not values.any():

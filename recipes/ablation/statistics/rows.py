@@ -16,7 +16,7 @@ def examples_of(column: str) -> str:
 
 
 def rows_of(cells: Frame, column: str) -> Frame:
-    """For every cell, an array over the test rows (or answers) whose mean is the measure; None where it has none."""
+    """For every cell, an array over the test rows (or answers) whose mean is the measure; None without the measure."""
     values = cells.get(examples_of(column), pd.Series(None, index=cells.index, dtype=object))
     rows = [
         None if pd.isna(mean) else values_of if isinstance(values_of, np.ndarray) else np.array([float(mean)])

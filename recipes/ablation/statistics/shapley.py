@@ -25,7 +25,7 @@ def shapley(
     Args:
         value: Score of the arm whose factors in the coalition are at their end, the others at their start; an array
             is taken element by element.
-        factors: The k factors. All `2**k` coalitions are asked for.
+        factors: The k factors. `value` is called with all `2**k` coalitions.
     """
     k = len(factors)
     shares: dict[str, NDArray[np.float64]] = {}

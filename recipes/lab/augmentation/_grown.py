@@ -16,7 +16,7 @@ from steertune.recipes.lab.similarity import answered_texts, near_duplicates
 
 from ._base import AugmentationError, Augmenter, Row, get_augmenter
 
-_TURNS = 8  # an augmenter may fail at so many versions for each that is asked for
+_TURNS = 8  # tries for each version that is needed
 _NEAR = 0.9
 
 
@@ -34,10 +34,10 @@ class Grown:
 
 
 def read(table: Mapping[str, Any]) -> tuple[Augmenter, int] | None:
-    """Augmenter and `times` of a `[augmentation]` table; None where nothing is asked for.
+    """Augmenter and `times` of a `[augmentation]` table; None for an empty one.
 
     Raises:
-        AugmentationError: an unknown name or option, or `times` that is no number from 1 on.
+        AugmentationError: an unknown name or option, or `times` that is not a whole number of 1 or more.
     """
     if not table:
         return None
@@ -88,13 +88,13 @@ def grown(
     left_out: Counter[str] = Counter()
     bar = Bar((times - 1) * len(own))
     for turn in range(_TURNS * (times - 1)):
-        wanted = [i for i, versions in enumerate(made) if len(versions) < times - 1]
-        if not wanted:
+        missing = [i for i, versions in enumerate(made) if len(versions) < times - 1]
+        if not missing:
             break
-        versions = augmenter([own[i] for i in wanted], turn, seed, model, tokenizer)
-        _check(augmenter, [own[i] for i in wanted], versions)
-        near_one = _near_rows(versions, [own[i] for i in wanted], measured_on, near)
-        for j, (i, version) in enumerate(zip(wanted, versions, strict=True)):
+        versions = augmenter([own[i] for i in missing], turn, seed, model, tokenizer)
+        _check(augmenter, [own[i] for i in missing], versions)
+        near_one = _near_rows(versions, [own[i] for i in missing], measured_on, near)
+        for j, (i, version) in enumerate(zip(missing, versions, strict=True)):
             reason = _reason(version, j in near_one, known[i])
             if reason is not None or version is None:
                 left_out[str(reason)] += 1

@@ -54,7 +54,7 @@ class Rewrites(Augmenter):
 
     def __post_init__(self) -> None:
         if not self.instructions or not all(text.strip() for text in self.instructions):
-            raise ValueError("instructions: one or more, none of them empty.")
+            raise ValueError("instructions: give one or more, and no empty one.")
         if not self.parts or set(self.parts) - set(_PARTS):
             raise ValueError(f"parts={self.parts}: one or more of {_PARTS}.")
         if not self.temperature > 0:

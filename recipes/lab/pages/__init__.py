@@ -62,7 +62,7 @@ class Table:
 
     Attributes:
         frame: What it holds, as text; the index is not shown.
-        name: Of its own files, for a paper or a page that includes it; "": it has none.
+        name: Of its own files, for a paper or a page that includes it; "" for no files.
     """
 
     kind: ClassVar[str] = "table"

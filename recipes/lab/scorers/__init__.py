@@ -59,7 +59,7 @@ def read(table: dict[str, Any]) -> tuple[str, Any]:
     options = dict(table)
     kind = str(options.pop("kind", "classifier"))
     if kind not in names():
-        raise ArmError(f"scorer.kind={kind!r} is none of {names()}.{nearest(kind, names())}")
+        raise ArmError(f"scorer.kind={kind!r} must be one of {names()}.{nearest(kind, names())}")
     made = importlib.import_module(f"{__name__}.{kind}").Options
     known_tables("scorer", options, made)
     try:
@@ -83,7 +83,7 @@ def _checked(scorer: Scorer, rows: Dataset) -> str:
     if not len(checked):
         return ", not checked on pairs (splits.scorer = 0)"
     gaps: list[float] = []
-    # the first pair by itself: a judge that is not there is asked no more
+    # the first pair alone: if the judge cannot be reached, the others are not sent
     for part in (checked.select([0]), checked.select([*range(1, len(checked))])):
         prompts = [plain(prompt) for prompt in part["prompt"]]
         sides = [scorer.score(prompts, [plain(answer) for answer in part[side]]) for side in ("chosen", "rejected")]

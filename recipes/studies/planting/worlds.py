@@ -84,7 +84,7 @@ class World:
     @torch.no_grad()
     def answers(self, model: Any, prompts: Sequence[Any], seed: int) -> list[str]:
         """Answers sampled from a model's whole distribution. One of the tiny model that does not end is empty, so that
-        nobody learns an end where there is none."""
+        no arm learns an end that is not there."""
         texts: list[str] = []
         tiny = self.name == "tiny"
         for start in range(0, len(prompts), _BATCH):

@@ -181,13 +181,13 @@ def evaluate(
         )
     for strength in strengths:
         check_strength(model, strength)
-    manager, found_tasks = _tasks(tasks, model, tokenizer, include, pairs or {})
+    manager, tasks_to_run = _tasks(tasks, model, tokenizer, include, pairs or {})
     wrapped: Any = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)  # pyright: ignore
     run_tasks: Any = simple_evaluate
     metrics = {}
     for strength in track(strengths, "strength"):
         with scaled(model, strength), finite_logits(model):
-            results: Any = run_tasks(wrapped, tasks=found_tasks, task_manager=manager, log_samples=False, **settings)
+            results: Any = run_tasks(wrapped, tasks=tasks_to_run, task_manager=manager, log_samples=False, **settings)
         # metrics without what else lm-eval keeps in a row; a standard error that it does not know is left out
         metrics[f"{strength:g}"] = {
             task: {name: float(v) for name, v in row.items() if "," in name and isinstance(v, int | float)}
@@ -220,25 +220,25 @@ def _tasks(
     """lm-eval's index, and what to ask it for."""
     from lm_eval.tasks import TaskManager
 
-    found: list[Any] = []
+    tasks: list[Any] = []
     asked = []  # of lm-eval's index, whose built-in part takes seconds to read
     for name in names:
         suffix = Path(name).suffix
         if is_pairs(name):
-            found.append(pair_task(name, model, tokenizer, pairs.get(name)))
+            tasks.append(pair_task(name, model, tokenizer, pairs.get(name)))
         elif suffix in SUFFIXES:
             if not Path(name).is_file():
                 raise ArmError(f"--tasks {name} does not exist. Correct the path.")
-            found.append(name)
+            tasks.append(name)
         else:
-            found.append(name)
+            tasks.append(name)
             asked.append(name)
     manager = TaskManager(include_path=None if include is None else str(include), include_defaults=bool(asked))
     for name in asked:
         if name not in manager.all_tasks:
             known = [*manager.all_tasks, *embedded.task_names()]
             raise ArmError(f"--tasks {name!r}: lm-eval knows no such task.{nearest(name, known)}")
-    return manager, found
+    return manager, tasks
 
 
 def is_pairs(name: str) -> bool:
@@ -287,11 +287,11 @@ def pair_task(name: str, model: Any, tokenizer: Any, rows: Dataset | None = None
     }
 
 
-def table(found: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:
+def table(metrics_at: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:
     """A line for every metric of every task, a column for every strength."""
-    strengths = list(found)
+    strengths = list(metrics_at)
     lines = [["task", "metric", *(f"strength {s}" for s in strengths)]]
-    first = found[strengths[0]]
+    first = metrics_at[strengths[0]]
     for task, metrics in first.items():
         for metric in metrics:
             name, _, rest = metric.partition(",")
@@ -299,7 +299,7 @@ def table(found: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:
                 continue
             cells = []
             for strength in strengths:
-                row = found[strength][task]
+                row = metrics_at[strength][task]
                 error = row.get(f"{name}_stderr,{rest}")
                 cells.append(f"{row[metric]:.4g}" + ("" if error is None else f" ± {error:.2g}"))
             lines.append([task, name if rest in ("", "none") else metric, *cells])

@@ -169,9 +169,9 @@ def _trainable(folder: Path, name: str | None) -> tuple[PeftModel, Any]:
     return PeftModel.from_pretrained(base, str(folder), is_trainable=True).eval(), tokenizer
 
 
-def _lines(found: dict[str, Any]) -> str:
+def _lines(facts: dict[str, Any]) -> str:
     lines = []
-    for name, value in found.items():
+    for name, value in facts.items():
         if isinstance(value, dict):
             lines += [
                 f"{name}:",

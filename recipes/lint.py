@@ -54,7 +54,7 @@ def main(
         base, tokenizer = load_model(ModelTable(name=model))
         held_out = HeldOut(base, tokenizer, whole.select(range(min(_MEASURED, len(whole)))), neutral_rows())
         record = Record({}, evaluate(base, held_out, ["accuracy"]))
-        findings += [found for found in [at_edge(record.value("accuracy", 1), len(held_out.pairs))] if found]
+        findings += filter(None, [at_edge(record.value("accuracy", 1), len(held_out.pairs))])
     result = {
         "data": data,
         "rows": len(whole),

@@ -170,8 +170,8 @@ def request(options: SimpleNamespace, overrides: list[str]) -> SweepTable:
     direction = None if arm is not None else options.direction or "mean_difference"
     if direction is not None:
         directions.get(direction)
-    wanted = ModelTable() if arm is None else arm.model
-    wanted = wanted if options.model is None else ModelTable(name=options.model)
+    base = ModelTable() if arm is None else arm.model
+    base = base if options.model is None else ModelTable(name=options.model)
     if not options.strengths or not options.layers:
         raise ArmError("--layers and --strengths: one or more of each.")
     for site in options.sites:
@@ -180,12 +180,12 @@ def request(options: SimpleNamespace, overrides: list[str]) -> SweepTable:
     scorer = None if options.scorer is None else _scorer(options.scorer, options.task)
     layers = _layers(options.layers)
     try:
-        layers = resolve_layers(layers, len(find_blocks(skeleton(wanted))))
+        layers = resolve_layers(layers, len(find_blocks(skeleton(base))))
         table = SweepTable(
             task=options.task,
             columns=columns_of(options.columns) or ({} if arm is None else arm.data.columns),
             format="auto" if arm is None else arm.data.format,
-            model=wanted,
+            model=base,
             direction=direction,
             arm=arm,
             layers=layers,
@@ -286,7 +286,7 @@ def _plan(table: SweepTable, context: Context) -> str:
 def _layers(words: Sequence[Any]) -> Any:
     if [str(word) for word in words] == ["all"]:
         return "all"
-    found = []
+    layers = []
     for word in words:
         try:
             value = float(word) if "." in str(word) else int(word)
@@ -294,8 +294,8 @@ def _layers(words: Sequence[Any]) -> Any:
             raise ArmError(f"--layers {word!r}: an index, a fraction of the depth below 1, or 'all' alone.") from None
         if value < 0 or (isinstance(value, float) and value >= 1):
             raise ArmError(f"--layers {word}: indices count from 0, fractions of the depth are in [0, 1).")
-        found.append(value)
-    return found
+        layers.append(value)
+    return layers
 
 
 def _scorer(text: str, task: str) -> dict[str, Any]:

@@ -95,10 +95,10 @@ def side_by_side(cells: Frame, columns: Mapping[str, str], colours: Mapping[str,
             values = cells.loc[cells["arm"] == arm, column].dropna()
             if values.empty:
                 continue
-            found = interval(values)
-            if np.isfinite([found.low, found.high]).all():
-                axis.plot([found.low, found.high], [y, y], color=colours[arm], linewidth=2)
-            axis.plot(found.estimate, y, "o", color=colours[arm], markersize=4)
+            mean = interval(values)
+            if np.isfinite([mean.low, mean.high]).all():
+                axis.plot([mean.low, mean.high], [y, y], color=colours[arm], linewidth=2)
+            axis.plot(mean.estimate, y, "o", color=colours[arm], markersize=4)
         base = f"{column.partition('@')[0]}@0"
         if base in cells and cells[base].notna().any():
             axis.axvline(cells[base].mean(), color=_GREY, linestyle="--", linewidth=1)

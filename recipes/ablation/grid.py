@@ -263,36 +263,36 @@ def _check_point(what: str, point: Combination, factors: dict[str, list[str]]) -
 
 
 def _arms(tables: GridTables, combinations: list[Combination]) -> list[GridArm]:
-    found: dict[str, GridArm] = {}
+    arms: dict[str, GridArm] = {}
     for combination in combinations:
         levels, arm = patched(tables, combination)
         name = named(levels)
         check_name("arm", name)
-        if name in found and found[name].arm != arm:
+        if name in arms and arms[name].arm != arm:
             raise ArmError(
                 f"Combination {combination} is called {name!r} like another, but its arm differs: a level that is "
                 "inert there changes the patch of another factor. Give that patch a `when` that does not depend on it."
             )
-        found.setdefault(name, GridArm(name, levels, arm, _budget(tables, name)))
+        arms.setdefault(name, GridArm(name, levels, arm, _budget(tables, name)))
     for file in tables.arms:
         raw = with_common(read_tables(file), tables)
         name = str(raw["name"])
-        if name.casefold() in map(str.casefold, found):  # some file systems do not tell the cases apart
+        if name.casefold() in map(str.casefold, arms):  # some file systems do not tell the cases apart
             raise ArmError(f"Two arms are called {name!r}.")
-        found[name] = GridArm(name, None, arm_of(raw, tables), _budget(tables, name))
-    if not found:
+        arms[name] = GridArm(name, None, arm_of(raw, tables), _budget(tables, name))
+    if not arms:
         raise ArmError("The grid has no arms: list them in `arms`, or give [factors] and a [design].")
     for pattern in tables.budgets:
-        if not any(fnmatch.fnmatchcase(name, pattern) for name in found):
-            raise ArmError(f"budgets: {pattern!r} fits no arm of {[*found]}.{nearest(pattern, [*found])}")
-    for name, arm in found.items():
+        if not any(fnmatch.fnmatchcase(name, pattern) for name in arms):
+            raise ArmError(f"budgets: {pattern!r} fits no arm of {[*arms]}.{nearest(pattern, [*arms])}")
+    for name, arm in arms.items():
         try:
             arm.arm.check_trainer(DPOConfig)
         except ArmError as error:
             raise ArmError(f"Arm {name!r}: {error}") from error
         if arm.arm.trainer.get("max_steps") != 0 and "learning_rate" not in arm.arm.trainer:
             raise ArmError(f"Arm {name!r} has no trainer.learning_rate, around which the budget would search.")
-    return list(found.values())
+    return list(arms.values())
 
 
 def _budget(tables: GridTables, name: str) -> BudgetTable:
@@ -314,19 +314,19 @@ def find_tasks(entries: Sequence[str | TaskTable], data_root: Path | None = None
     Raises:
         ArmError: two tasks of one label, or a label that cannot name a folder.
     """
-    found: dict[str, TaskTable] = {}
+    tasks: dict[str, TaskTable] = {}
     for entry in entries:
         task = TaskTable(name=entry) if isinstance(entry, str) else entry
         label, name = task.called, task.name
         if data_root is not None and name not in task_names() and (data_root / name).exists():
             name = str(data_root / name)
         check_name("task", label)
-        if label.casefold() in map(str.casefold, found):
+        if label.casefold() in map(str.casefold, tasks):
             raise ArmError(f"Two tasks are called {label!r}: give one a label of its own.")
         task = task.model_copy(update={"name": name, "label": label})
         scorer = behaviour_of(task).scorer_table(task.scorer)
-        found[label] = task.model_copy(update={"scorer": scorer})
-    return list(found.values())
+        tasks[label] = task.model_copy(update={"scorer": scorer})
+    return list(tasks.values())
 
 
 def behaviour_of(task: TaskTable) -> Behaviour:

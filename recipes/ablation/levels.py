@@ -104,12 +104,12 @@ def _entry(factor: str, level: str, patch: Any, combination: Combination, tables
         if not isinstance(option.get("data", {}), dict):
             raise ArmError(f'{where}: data={option["data"]!r} must be a table, such as {{ pairing = "shuffled" }}.')
         known(f"{where}.data", option.get("data", {}), ["pairing", "times"])  # the grid itself says the rest
-        for other, wanted in when.items():
-            if not isinstance(wanted, str | list):
-                raise ArmError(f"{where}: when.{other}={wanted!r} must be a level or a list of levels.")
+        for other, values in when.items():
+            if not isinstance(values, str | list):
+                raise ArmError(f"{where}: when.{other}={values!r} must be a level or a list of levels.")
             if other not in tables.factors:
                 raise ArmError(f"{where}: when names {other!r}, the factors are {[*tables.factors]}.")
-            missing = set([wanted] if isinstance(wanted, str) else wanted) - set(tables.factors[other])
+            missing = set([values] if isinstance(values, str) else values) - set(tables.factors[other])
             if missing:
                 raise ArmError(f"{where}: {sorted(missing)} are not levels of {other!r}.")
         if all(combination[other] in ([w] if isinstance(w, str) else w) for other, w in when.items()):

@@ -245,8 +245,8 @@ def _score_trial(
         accuracy, margins = float(seen["accuracy"].mean()), seen["margin_per_token"]
         # a smooth score: of a few dozen rows, accuracies are tied or lead by one row
         score = float(margins.mean()) if np.isfinite(margins).all() else None
-        found = {"accuracy": accuracy, "score": score, "error": float(sem(margins)) if len(margins) > 1 else None}
-        entries.append({**trial, "strength": strength, "matched": matched, "landed": landed, **found})
+        scores = {"accuracy": accuracy, "score": score, "error": float(sem(margins)) if len(margins) > 1 else None}
+        entries.append({**trial, "strength": strength, "matched": matched, "landed": landed, **scores})
     return entries
 
 

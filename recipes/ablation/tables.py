@@ -92,9 +92,9 @@ AT = {"tuned": "at the tuned strength", "matched": "at matched KL", "frontier": 
 
 def measure_label(measure: str, strength: str) -> str:
     """A measure at a strength in words, with its unit."""
-    found = measures.get(measure)
-    unit = f" ({found.unit})" if found.unit else ""
-    return f"{found.title}{unit} {AT[strength]}"
+    of_name = measures.get(measure)
+    unit = f" ({of_name.unit})" if of_name.unit else ""
+    return f"{of_name.title}{unit} {AT[strength]}"
 
 
 class DesignTable(BaseModel, extra="forbid", strict=True):
@@ -150,8 +150,8 @@ def told(task: TaskTable, folder: Path) -> TaskTable:
     if not own and not task.reverse and not task.columns and file.is_file():
         tables = read_toml(file)
         known(str(file), tables, ["by", "instructions"])
-        found = {"instructions": tables.get("instructions", []), "instructions_by": tables.get("by", "")}
-        task = task.model_copy(update=found)
+        instructions = {"instructions": tables.get("instructions", []), "instructions_by": tables.get("by", "")}
+        task = task.model_copy(update=instructions)
     if task.instructions and not task.instructions_by.strip():
         raise ArmError(
             f"Task {task.called!r} has instructions without an author: say in instructions_by who wrote them, with "

@@ -68,8 +68,8 @@ class Arm(ArmTables):
 
     def get(self, kind: type[IngredientT]) -> IngredientT:
         """The arm's ingredient of a kind; one that changes nothing where the arm has no such table."""
-        found = [ingredient for ingredient in self.ingredients.values() if isinstance(ingredient, kind)]
-        return found[0] if found else kind()
+        of_kind = [ingredient for ingredient in self.ingredients.values() if isinstance(ingredient, kind)]
+        return of_kind[0] if of_kind else kind()
 
     def ordered_ingredients(self) -> list[Ingredient]:
         """The ingredients in the order in which they change a training."""

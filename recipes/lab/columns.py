@@ -247,6 +247,6 @@ def _check(rows: Dataset, source: Source) -> None:
     try:
         check_rows(rows if known[0] not in PAIR_FORMATS else rows.select_columns(list(known[0])), None)
     except DataError as error:
-        if found := re.match(r"Row (\d+): (.*)", str(error), re.DOTALL):
-            raise ArmError(f"{source.place(int(found[1]))}: {found[2]}") from error
+        if match := re.match(r"Row (\d+): (.*)", str(error), re.DOTALL):
+            raise ArmError(f"{source.place(int(match[1]))}: {match[2]}") from error
         raise ArmError(f"{source.name!r}: {error}") from error

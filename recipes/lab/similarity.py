@@ -127,7 +127,7 @@ def near_pairs(
     order = {part: i for i, part in enumerate(sorted(count, key=lambda part: (count[part], part)))}
     (A, rare_A), (B, rare_B) = (_matrices(side, order, near) for side in (first, second))
     sizes_A, sizes_B = (np.array([len(parts) for parts in side]) for side in (first, second))
-    found: list[tuple[int, int]] = []
+    pairs: list[tuple[int, int]] = []
     for start in range(0, len(first), _BLOCK):
         candidates = (rare_A[start : start + _BLOCK] @ rare_B.T).tocoo()
         i, j = candidates.row + start, candidates.col
@@ -137,8 +137,8 @@ def near_pairs(
             own, other = i[at : at + _PAIRS], j[at : at + _PAIRS]
             shared = np.asarray(A[own].multiply(B[other]).sum(axis=1)).ravel()
             similar = shared >= near * (sizes_A[own] + sizes_B[other] - shared) - 1e-9
-            found += zip(own[similar].tolist(), other[similar].tolist(), strict=True)
-    return sorted(found)
+            pairs += zip(own[similar].tolist(), other[similar].tolist(), strict=True)
+    return sorted(pairs)
 
 
 def near_texts(

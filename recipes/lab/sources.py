@@ -111,8 +111,8 @@ class _Rows:
 def _named(name: str, split: str, reading: Reading | None) -> _Rows:
     rows = _named_or_none(name, split, reading)
     if rows is None:
-        there = [p.name for p in sorted(_folder(name).iterdir())] if _folder(name).is_dir() else "its splits"
-        raise ArmError(f"data.name={name!r}: one file for split {split!r} expected, found {there}.")
+        files = [p.name for p in sorted(_folder(name).iterdir())] if _folder(name).is_dir() else "its splits"
+        raise ArmError(f"data.name={name!r}: one file for split {split!r} expected, found {files}.")
     return rows
 
 

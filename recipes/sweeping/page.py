@@ -229,10 +229,10 @@ def _table(result: Sweep) -> Section:
 
 def _cell(name: str, record: Record, strength: float) -> str:
     """A measure at a strength; what is weighed against each other has an interval."""
-    found = of_measure(measures.get(name), record.seen(strength))
-    if found is None:
+    mean = of_measure(measures.get(name), record.seen(strength))
+    if mean is None:
         return ""
-    return with_ends(found) if name in BESIDE else number(found.estimate)
+    return with_ends(mean) if name in BESIDE else number(mean.estimate)
 
 
 def _answers(result: Sweep) -> Section | None:

@@ -47,8 +47,8 @@ def section(place: int) -> Callable[[Callable[[Findings], Section | None]], Sect
 @cache
 def files() -> tuple[SectionFile, ...]:
     """The files of this folder, in the order in which they stand on the page."""
-    found = [getattr(importlib.import_module(f"{__name__}.{name}"), name) for name in file_names(*__path__)]
-    return tuple(sorted(found, key=lambda one: one.place))
+    made = [getattr(importlib.import_module(f"{__name__}.{name}"), name) for name in file_names(*__path__)]
+    return tuple(sorted(made, key=lambda one: one.place))
 
 
 def sections(findings: Findings) -> list[Section]:

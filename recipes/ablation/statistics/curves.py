@@ -66,9 +66,9 @@ def n_equivalence(baseline: Frame, reached: Frame) -> Equivalence:
     estimate = _crossing(log_n, curve, float(reached.map(np.nanmean).mean()))
     axis = np.union1d(np.linspace(log_n[0], log_n[-1], _POINTS), log_n)
     gaps = [crossed(reached - _interpolated(baseline, log_n, x)) for x in axis]
-    there = np.nonzero(np.array([gap.low <= 0 for gap in gaps]))[0]  # the baseline is not clearly short of it
+    not_short = np.nonzero(np.array([gap.low <= 0 for gap in gaps]))[0]  # the baseline is not clearly short of it
     not_beyond = np.nonzero(np.array([gap.high >= 0 for gap in gaps]))[0]
-    low = np.inf if not len(there) else 0.0 if there[0] == 0 else float(np.exp(axis[there[0]]))
+    low = np.inf if not len(not_short) else 0.0 if not_short[0] == 0 else float(np.exp(axis[not_short[0]]))
     last = len(axis) - 1
     high = 0.0 if not len(not_beyond) else np.inf if not_beyond[-1] == last else float(np.exp(axis[not_beyond[-1]]))
     return Equivalence(estimate, min(low, estimate), max(high, estimate), examples[0], examples[-1])

@@ -95,9 +95,9 @@ def balanced(gap: Frame) -> Frame:
     averaged over the same ones. Contexts are added in the order of how many pairs have them, up to the number that
     keeps the most differences."""
     wide = gap.unstack(["task", "seed"])
-    there = wide.notna().to_numpy()
-    order = np.argsort(-there.sum(axis=1), kind="stable")
-    have_all = np.logical_and.accumulate(there[order], axis=0)
+    has_pair = wide.notna().to_numpy()
+    order = np.argsort(-has_pair.sum(axis=1), kind="stable")
+    have_all = np.logical_and.accumulate(has_pair[order], axis=0)
     counts = np.arange(1, len(order) + 1) * have_all.sum(axis=1)
     kept = int(np.flatnonzero(counts == counts.max())[-1]) + 1
     return wide.iloc[np.sort(order[:kept])].loc[:, have_all[kept - 1]].stack(["task", "seed"], future_stack=True)

@@ -127,7 +127,7 @@ def components(gaps: Sequence[Frame]) -> Components | None:
     Returns:
         The variances; None where no pair of arms has two tasks with two seeds and two rows.
     """
-    parts = [found for gap in gaps if (found := _moments(gap)) is not None]
+    parts = [moments for gap in gaps if (moments := _moments(gap)) is not None]
     if not parts:
         return None
     return Components(*(max(0.0, float(value)) for value in np.mean(parts, axis=0)))

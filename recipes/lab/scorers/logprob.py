@@ -35,10 +35,10 @@ def fit(options: Options, rows: Dataset, model: Any, tokenizer: Any) -> Scorer:
             _mean_logps(model, tokenizer, [(f"{instruction}\n\n{prompts[i]}", answers[i]) for i in kept])
             for instruction in (options.positive, options.negative)
         ]
-        found: list[float | None] = [None] * len(answers)
+        scores: list[float | None] = [None] * len(answers)
         for i, positive, negative in zip(kept, *sides, strict=True):
-            found[i] = positive - negative
-        return found
+            scores[i] = positive - negative
+        return scores
 
     return Scorer(score, f"log-probability contrast of the base model: {options.positive!r} - {options.negative!r}")
 
@@ -48,7 +48,7 @@ def _mean_logps(model: Any, tokenizer: Any, rows: list[tuple[str, str]]) -> list
     if not rows:
         return []
     data = as_rows(tokenizer, rows)
-    found: list[float] = []
+    means: list[float] = []
     for batch in batches(tokenizer, data, _ROWS):
-        found += ModelAt(model, model, batch.to(model.device))(1.0).mean_logps.tolist()
-    return found
+        means += ModelAt(model, model, batch.to(model.device))(1.0).mean_logps.tolist()
+    return means

@@ -43,8 +43,8 @@ def _better(tasks: Sequence[Results], first: str, second: str, measure: str) -> 
     sign = 1.0 if measure != TRUTH and measures.get(measure).better == "higher" else -1.0
     gaps = [sign * (task[first][measure] - task[second][measure]) for task in tasks]
     index = pd.MultiIndex.from_tuples([(i, 0) for i in range(len(gaps))], names=["task", "seed"])
-    found = difference(pd.Series(gaps, index=index, dtype=object), sample=True)
-    return found.estimate, found.p
+    gap = difference(pd.Series(gaps, index=index, dtype=object), sample=True)
+    return gap.estimate, gap.p
 
 
 @dataclass(frozen=True)
@@ -101,14 +101,14 @@ def _students_p(values: Sequence[float]) -> float:
 
 def looks(studies: Sequence[Mapping[str, Any]]) -> list[Look]:
     """The verdicts of all measures in all studies."""
-    truth, found = truths(studies), []
+    truth, verdicts = truths(studies), []
     for study in studies:
         for comparison, says in study["comparisons"].items():
             nearer, error = truth.get((study["problem"], comparison), (0.0, 1.0))
             for measure, (estimate, p) in says.items():
                 right = bool(np.sign(estimate) == np.sign(nearer)) if error < ALPHA else None
-                found.append(Look(study["problem"], comparison, measure, right, bool(p < ALPHA and estimate != 0)))
-    return found
+                verdicts.append(Look(study["problem"], comparison, measure, right, bool(p < ALPHA and estimate != 0)))
+    return verdicts
 
 
 def trust_order(studies: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -105,10 +105,14 @@ class World:
     def rows(self, prompts: Sequence[Any], **sides: Sequence[str]) -> Dataset:
         """Prompts with the answers of every side (`chosen`, `rejected` or `completion`), those with an empty one left
         out."""
-        said = (lambda text: text) if self.name == "tiny" else (lambda text: [{"role": "assistant", "content": text}])
+        tiny = self.name == "tiny"
+
+        def in_form(text: str) -> Any:
+            return text if tiny else [{"role": "assistant", "content": text}]
+
         return Dataset.from_list(
             [
-                {"prompt": prompt, **{side: said(text) for side, text in zip(sides, texts, strict=True)}}
+                {"prompt": prompt, **{side: in_form(text) for side, text in zip(sides, texts, strict=True)}}
                 for prompt, *texts in zip(prompts, *sides.values(), strict=True)
                 if all(texts)
             ]

@@ -117,8 +117,8 @@ class Chat:
             if side == "base" and not self.both:
                 continue
             history = self._histories[side]
-            asked = [*history, {"role": "user", "content": text}]
-            prompt: Any = asked if has_template(self.tokenizer) else text
+            messages = [*history, {"role": "user", "content": text}]
+            prompt: Any = messages if has_template(self.tokenizer) else text
             context = context_length(self.model.config, self.tokenizer)
             [tokens] = prompt_lengths(self.tokenizer, [prompt])
             if context is not None and tokens + self.new_tokens > context:
@@ -133,7 +133,7 @@ class Chat:
             except Exception as error:  # a chat goes on: at another strength, or after /reset
                 yield f"{side}: no answer: {type(error).__name__}: {error}"
                 continue
-            history[:] = [*asked, {"role": "assistant", "content": answer}]
+            history[:] = [*messages, {"role": "assistant", "content": answer}]
             yield f"{'base' if side == 'base' else f'{strength:+g}'}> {answer or '(an empty answer)'}"
 
 

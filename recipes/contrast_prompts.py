@@ -40,7 +40,7 @@ from steertune.recipes.ablation.contrast_page import page
 from steertune.recipes.ablation.grid import find_tasks
 from steertune.recipes.ablation.tables import TaskTable
 from steertune.recipes.lab import measures, trained_on
-from steertune.recipes.lab.arm import Arm, known_tables, load_arm
+from steertune.recipes.lab.arm import Arm, check_tables, load_arm
 from steertune.recipes.lab.checks import check_adapters, check_training, check_trains
 from steertune.recipes.lab.command_line import Result, command
 from steertune.recipes.lab.data import load_model, model_has_template
@@ -129,7 +129,7 @@ def read(file: str) -> MixtureTables:
     if not path.is_file():
         raise ArmError(f"No file {file!r}. Names: {sorted(p.stem for p in MIXTURES.glob('*.toml'))}.")
     raw = read_toml(path)
-    known_tables("mixture", raw, MixtureTables)
+    check_tables("mixture", raw, MixtureTables)
     check_settings(raw)
     try:
         return MixtureTables(**raw)

@@ -221,7 +221,7 @@ def _tasks(
     from lm_eval.tasks import TaskManager
 
     tasks: list[Any] = []
-    asked = []  # of lm-eval's index, whose built-in part takes seconds to read
+    indexed = []  # of lm-eval's index, whose built-in part takes seconds to read
     for name in names:
         suffix = Path(name).suffix
         if is_pairs(name):
@@ -232,12 +232,12 @@ def _tasks(
             tasks.append(name)
         else:
             tasks.append(name)
-            asked.append(name)
-    manager = TaskManager(include_path=None if include is None else str(include), include_defaults=bool(asked))
-    for name in asked:
+            indexed.append(name)
+    manager = TaskManager(include_path=None if include is None else str(include), include_defaults=bool(indexed))
+    for name in indexed:
         if name not in manager.all_tasks:
-            known = [*manager.all_tasks, *embedded.task_names()]
-            raise ArmError(f"--tasks {name!r}: lm-eval knows no such task.{nearest(name, known)}")
+            names_of_tasks = [*manager.all_tasks, *embedded.task_names()]
+            raise ArmError(f"--tasks {name!r}: lm-eval knows no such task.{nearest(name, names_of_tasks)}")
     return manager, tasks
 
 

@@ -148,8 +148,8 @@ def run(options: SimpleNamespace, overrides: list[str], words: Sequence[str]) ->
         bake(adapter, setting.strength)
         adapter.save_pretrained(str(folder / "adapter"))
         trained_on.write(folder / "adapter", context.trained_on())
-        asked = [*map(plain, held_out.prompts)], held_out.neutral["prompt"][: table.generations]
-        result = replace(result, test=test, prompts=tuple(asked[0]), neutral_prompts=tuple(map(plain, asked[1])))
+        prompts = [*map(plain, held_out.prompts)], held_out.neutral["prompt"][: table.generations]
+        result = replace(result, test=test, prompts=tuple(prompts[0]), neutral_prompts=tuple(map(plain, prompts[1])))
     result = replace(result, seconds=time.monotonic() - started)
     page = write_page(page_of(result), folder)
     if setting is not None:

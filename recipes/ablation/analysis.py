@@ -136,9 +136,9 @@ def efficiency(cells: Frame, than: str, measure: str, sample: bool = False) -> l
         both = wide[columns].dropna()
         if both.empty:
             continue
-        own, baseline = both[arm][examples], both[than][examples]
-        equivalents = {n: n_equivalence(baseline, own[n]) for n in examples}
-        results[arm] = Efficiency(arm, area_between(own, baseline, sample), equivalents)
+        curve, baseline = both[arm][examples], both[than][examples]
+        equivalents = {n: n_equivalence(baseline, curve[n]) for n in examples}
+        results[arm] = Efficiency(arm, area_between(curve, baseline, sample), equivalents)
     areas = together({arm: one.area for arm, one in results.items()})
     return [replace(one, area=areas[arm]) for arm, one in results.items()]
 

@@ -144,13 +144,13 @@ def frontiers(
     figure = Figure(figsize=(4.2 * len(measures), 4.4), layout="constrained")
     axes = np.atleast_1d(figure.subplots(1, len(measures)))
     for axis, (name, label) in zip(axes, measures.items(), strict=True):
-        for arm, own in cells.groupby("arm", sort=False):
+        for arm, of_arm in cells.groupby("arm", sort=False):
             columns = [f"{name}@kl={kl:g}" for kl in targets]
-            if own[f"{name}@frontier"].notna().any():
-                means = [own[one].mean() if one in own else np.nan for one in columns]
+            if of_arm[f"{name}@frontier"].notna().any():
+                means = [of_arm[one].mean() if one in of_arm else np.nan for one in columns]
                 axis.plot(targets, means, marker="o", markersize=4, color=colours[str(arm)], label=str(arm))
             else:
-                point = own[["kl@tuned", f"{name}@tuned"]].mean()
+                point = of_arm[["kl@tuned", f"{name}@tuned"]].mean()
                 axis.plot(*point, "s", color=colours[str(arm)], label=str(arm))
         if cells[f"{name}@0"].notna().any():
             axis.axhline(cells[f"{name}@0"].mean(), color=_GREY, linestyle="--", linewidth=1)

@@ -140,13 +140,13 @@ def check_views(tables: GridTables, arms: list[GridArm], tasks: list[TaskTable])
     """Refuse views that show more examples than the smallest training set has besides one, and instructions that an
     arm's file gives about its own task, in a grid of others."""
     for arm in arms:
-        own = arm.arm.data.name
-        others = [t.called for t in tasks if Path(t.name).name != Path(own).name or t.reverse or t.columns]
+        written_for = arm.arm.data.name
+        others = [t.called for t in tasks if Path(t.name).name != Path(written_for).name or t.reverse or t.columns]
         for key, view in arm.arm.get(Views).views(known=arm.arm.get(Teachers).tables).items():
             if isinstance(view, Instruction) and arm.levels is None and others:
                 raise ArmError(
-                    f"Arm {arm.name!r} has an instruction about {own!r} at its view {key!r}, and the grid has the "
-                    f"task {others[0]!r}: leave the arm out, or give it a grid of {own!r} alone."
+                    f"Arm {arm.name!r} has an instruction about {written_for!r} at its view {key!r}, and the grid has "
+                    f"the task {others[0]!r}: leave the arm out, or give it a grid of {written_for!r} alone."
                 )
             if isinstance(view, Demonstrations) and not view.pool and view.k >= min(tables.examples):
                 raise ArmError(

@@ -91,16 +91,16 @@ def _left_out(cells: Frame, claim: Claim, count: int) -> str:
     """Why some pairs are left out of the comparison."""
     if not count:
         return ""
-    own = cells[cells["arm"].isin([claim.better, claim.than]) & cells[claim.column].isna()]
-    reasons = [f"{number} {status}" for status, number in own["status"].value_counts().items()]
+    missing = cells[cells["arm"].isin([claim.better, claim.than]) & cells[claim.column].isna()]
+    reasons = [f"{number} {status}" for status, number in missing["status"].value_counts().items()]
     return f", {count} left out: {', '.join(reasons) or 'not run'}"
 
 
 def _compared(both: Frame, claim: Claim) -> str:
     if claim.recovers is None:
         return "a difference of"
-    base, own, other = (mean(both[arm]) for arm in (BASE, claim.better, claim.than))
-    share = f"{(own - base) / (other - base):.2f}" if other > base else "no share"
+    base, better, than = (mean(both[arm]) for arm in (BASE, claim.better, claim.than))
+    share = f"{(better - base) / (than - base):.2f}" if than > base else "no share"
     return f"{share} of its gain over the base's {base:.3f}, and more than {claim.recovers:g} of it by"
 
 
@@ -256,9 +256,9 @@ def _best(cells: Frame, claim: Claim, curves: Sequence[Efficiency], targets: Seq
     sentence = f"The best mean of {which} is {best}'s, {means[best]:.3f}.{left_out}"
     if len(means) == 1:
         sentence = f"The only arm that could win a claim is {best}, with a mean of {means[best]:.3f}.{left_out}"
-    own = next((one for one in curves if one.arm == claim.better and len(one.equivalents) > 1), None)
-    if own is None:
+    curve = next((one for one in curves if one.arm == claim.better and len(one.equivalents) > 1), None)
+    if curve is None:
         return sentence
-    n, count = next(iter(own.equivalents.items()))
+    n, count = next(iter(curve.equivalents.items()))
     needs = f"To reach what {claim.better} reaches with {n} examples, {claim.than} needs {count} of them"
     return f"{needs}; t{sentence[1:]}"

@@ -60,7 +60,7 @@ def page(
     """The page: `about` says what was trained and measured on which data; `effects` are those of the trained model on
     neutral text."""
     response = responses(seen, tasks)
-    asked = questions(values(unseen, "accuracy", tasks), steering)
+    comparisons = questions(values(unseen, "accuracy", tasks), steering)
     note = (
         "Intervals for other draws and other test rows (a task and its reverse share theirs); p by the larger of two "
         "tests, corrected by Holm per table."
@@ -72,7 +72,7 @@ def page(
     ]
     unseen_blocks = [
         _accuracies(values(unseen, "accuracy"), "unseen"),
-        *_differences(asked, "unseen_differences"),
+        *_differences(comparisons, "unseen_differences"),
         Text(note),
     ]
     side_blocks = side_effects(_without_prompts(unseen, steering, effects), "model")
@@ -101,11 +101,11 @@ def _without_prompts(unseen: Sequence[Record], steering: Sequence[str], effects:
 
 def _of_rows(records: Sequence[Record], condition: str, names: Sequence[str]) -> dict[str, list[float]]:
     """A condition's values for every row: of test pairs task after task, of neutral rows averaged over all records."""
-    own = [record for record in records if record.keys["arm"] == condition]
-    tasks = dict.fromkeys(record.keys["task"] for record in own)
+    chosen = [record for record in records if record.keys["arm"] == condition]
+    tasks = dict.fromkeys(record.keys["task"] for record in chosen)
     values = {}
     for name in names:
-        of_task = [[r.seen(1)[name] for r in own if r.keys["task"] == task and name in r.seen(1)] for task in tasks]
+        of_task = [[r.seen(1)[name] for r in chosen if r.keys["task"] == task and name in r.seen(1)] for task in tasks]
         groups = of_task if name == "accuracy" else [[rows for of in of_task for rows in of]]
         values[name] = [float(value) for rows in groups if rows for value in np.mean(rows, axis=0)]
     return {name: rows for name, rows in values.items() if rows}

@@ -29,8 +29,8 @@ from steertune.recipes.ablation.checks import (
 from steertune.recipes.ablation.designs import Combination
 from steertune.recipes.ablation.keys import content, data_of, digest, named_task, settings
 from steertune.recipes.ablation.levels import INERT, arm_of, named, patched, with_common
-from steertune.recipes.ablation.tables import Card, GridArm, GridTables, TaskTable, told
-from steertune.recipes.lab.arm import known_tables
+from steertune.recipes.ablation.tables import Card, GridArm, GridTables, TaskTable, with_instructions
+from steertune.recipes.lab.arm import check_tables
 from steertune.recipes.lab.arm_files import read_tables
 from steertune.recipes.lab.behaviours import Behaviour, read_behaviour
 from steertune.recipes.lab.embedded import task_folder, task_names
@@ -167,7 +167,7 @@ def load_grid(file: str | Path, data_root: Path | None = None) -> Grid:
 
 def make_grid(raw: dict[str, Any], data_root: Path | None = None) -> Grid:
     """A grid from its tables; see `load_grid`."""
-    known_tables("grid", raw, GridTables)
+    check_tables("grid", raw, GridTables)
     check_settings(raw)
     try:
         tables = GridTables(**raw)
@@ -192,7 +192,7 @@ def make_grid(raw: dict[str, Any], data_root: Path | None = None) -> Grid:
     check_draws(tasks)
     check_views(tables, arms, tasks)
     if any(arm.arm.get(Prompt).instruction for arm in arms):
-        tasks = [told(task, task_folder(task.name)) for task in tasks]
+        tasks = [with_instructions(task, task_folder(task.name)) for task in tasks]
         entries = []  # the grid's own, by the names that they have there
         for entry, task in zip(tables.tasks, tasks, strict=True):
             entry = TaskTable(name=entry) if isinstance(entry, str) else entry
@@ -300,7 +300,7 @@ def _budget(tables: GridTables, name: str) -> BudgetTable:
     changed = [change for pattern, change in tables.budgets.items() if fnmatch.fnmatchcase(name, pattern)]
     values = tables.budget.model_dump()
     for change in changed:
-        known_tables(f"budgets.{name}", change, BudgetTable)
+        check_tables(f"budgets.{name}", change, BudgetTable)
         values |= change
     try:
         return BudgetTable(**values)

@@ -20,7 +20,7 @@ from typing import Any
 
 from steertune.recipes.ablation.designs import Combination
 from steertune.recipes.ablation.tables import GridTables
-from steertune.recipes.lab.arm import Arm, known, make_arm
+from steertune.recipes.lab.arm import Arm, check_keys, make_arm
 from steertune.recipes.lab.arm_files import merge_tables, read_tables, renamed_tables
 from steertune.recipes.lab.files import ArmError
 from steertune.recipes.lab.ingredients import kinds
@@ -100,10 +100,10 @@ def _entry(factor: str, level: str, patch: Any, combination: Combination, tables
         where = f"factors.{factor}.{level}"
         if not isinstance(when, dict):
             raise ArmError(f'{where}: when={when!r} must be a table, such as {{ form = "lora" }}.')
-        known(where, option, ["inert", *_CORE, *kinds()])
+        check_keys(where, option, ["inert", *_CORE, *kinds()])
         if not isinstance(option.get("data", {}), dict):
             raise ArmError(f'{where}: data={option["data"]!r} must be a table, such as {{ pairing = "shuffled" }}.')
-        known(f"{where}.data", option.get("data", {}), ["pairing", "times"])  # the grid itself says the rest
+        check_keys(f"{where}.data", option.get("data", {}), ["pairing", "times"])  # the grid itself says the rest
         for other, values in when.items():
             if not isinstance(values, str | list):
                 raise ArmError(f"{where}: when.{other}={values!r} must be a level or a list of levels.")

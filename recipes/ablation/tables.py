@@ -13,7 +13,7 @@ from pydantic import BaseModel, Field, field_validator, model_validator
 from steertune.recipes.ablation.budget import BudgetTable
 from steertune.recipes.ablation.designs import Combination
 from steertune.recipes.lab import measures
-from steertune.recipes.lab.arm import Arm, known
+from steertune.recipes.lab.arm import Arm, check_keys
 from steertune.recipes.lab.files import ArmError, read_toml
 from steertune.recipes.lab.splits import SplitTable
 from steertune.recipes.lab.tables import Part
@@ -139,7 +139,7 @@ class TaskTable(BaseModel, extra="forbid", strict=True):
         return self.label or Path(self.name).name + ("_reversed" if self.reverse else "")
 
 
-def told(task: TaskTable, folder: Path) -> TaskTable:
+def with_instructions(task: TaskTable, folder: Path) -> TaskTable:
     """A task with its instructions: its own, or those of the file `instructions.toml` in its folder.
 
     Raises:
@@ -149,7 +149,7 @@ def told(task: TaskTable, folder: Path) -> TaskTable:
     own = task.instructions or task.instructions_by
     if not own and not task.reverse and not task.columns and file.is_file():
         tables = read_toml(file)
-        known(str(file), tables, ["by", "instructions"])
+        check_keys(str(file), tables, ["by", "instructions"])
         instructions = {"instructions": tables.get("instructions", []), "instructions_by": tables.get("by", "")}
         task = task.model_copy(update=instructions)
     if task.instructions and not task.instructions_by.strip():

@@ -56,12 +56,12 @@ class Behaviour(BaseModel, extra="forbid", strict=True):
         """A scorer's table, completed by the task's own: by default its scorer, its pattern for `rule`, and its
         opposite instructions for `logprob`. The default is a classifier."""
         given = dict(table) or self.scorer or {"kind": "classifier"}
-        own: dict[str, Any] = {}
+        defaults: dict[str, Any] = {}
         if self.scorer is not None and self.scorer.get("kind") == given.get("kind"):
-            own = self.scorer
+            defaults = self.scorer
         elif self.opposites is not None and given.get("kind") == "logprob":
-            own = self.opposites.model_dump()
-        return {**own, **given}
+            defaults = self.opposites.model_dump()
+        return {**defaults, **given}
 
 
 def read_behaviour(task: str) -> Behaviour:

@@ -94,7 +94,7 @@ class Command:
         """What typer calls, under the signature that it reads the options from."""
         signature = inspect.signature(self.function, eval_str=True)
         special = {"overrides", "words"} & {*signature.parameters}
-        own = [p for p in signature.parameters.values() if p.name not in special]
+        options = [p for p in signature.parameters.values() if p.name not in special]
         added: dict[str, Any] = {"context": typer.Context}
         if Result in (signature.return_annotation, *get_args(signature.return_annotation)):
             added["as_json"] = Annotated[
@@ -104,13 +104,13 @@ class Command:
             added |= {f"key_{i}": as_option(key) for i, key in enumerate(arm_keys().values())}
 
         def called(context: typer.Context, **given: Any) -> int:
-            arguments = {parameter.name: given[parameter.name] for parameter in own}
+            arguments = {parameter.name: given[parameter.name] for parameter in options}
             arguments |= {name: context.meta[name] for name in special}
             return self._guarded(arguments, given.get("as_json", False))
 
         kind = inspect.Parameter.KEYWORD_ONLY
         defaults = {"context": inspect.Parameter.empty, "as_json": False}
-        parameters = [p.replace(kind=kind) for p in own]
+        parameters = [p.replace(kind=kind) for p in options]
         parameters += [
             inspect.Parameter(name, kind, annotation=annotation, default=defaults.get(name))
             for name, annotation in added.items()

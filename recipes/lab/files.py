@@ -152,8 +152,8 @@ def _checked(text: str, where: str, fix: str) -> dict[str, Any]:
             raise ValueError(f"a JSON object is expected, this is {type(content).__name__}")
         # looked for by its value too: a bit may have changed in its key
         marked = [key for key, value in content.items() if isinstance(value, str) and value.startswith(_KIND)]
-        asked = content.pop(_CHECKSUM, None)
-        if (asked is not None and asked != _checksum(content)) or marked not in ([], [_CHECKSUM]):
+        checksum = content.pop(_CHECKSUM, None)
+        if (checksum is not None and checksum != _checksum(content)) or marked not in ([], [_CHECKSUM]):
             raise ValueError("its checksum is another")
     except (ValueError, RecursionError) as error:
         raise ArmError(f"{where} is damaged ({error}). {fix}") from error

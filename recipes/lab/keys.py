@@ -115,8 +115,8 @@ def meant(name: str) -> str | None:
     bare = [full for full in keys if full.partition(".")[2] == name.replace("-", "_")]
     if not dot and bare:
         return bare[0]
-    own = [full for full in keys if dot and full.startswith(f"{table}.")]
-    near = difflib.get_close_matches(name, own or [*keys], n=1, cutoff=0.6)
+    of_table = [full for full in keys if dot and full.startswith(f"{table}.")]
+    near = difflib.get_close_matches(name, of_table or [*keys], n=1, cutoff=0.6)
     return near[0] if near else None
 
 
@@ -125,12 +125,12 @@ def _of_tables() -> Iterator[Key]:
     for table, field in ArmTables.model_fields.items():
         kind: Any = field.annotation
         if isinstance(kind, type) and issubclass(kind, BaseModel):
-            for key, own in kind.model_fields.items():
-                annotation, default = own.annotation, own.default
+            for key, entry in kind.model_fields.items():
+                annotation, default = entry.annotation, entry.default
                 is_class = isinstance(annotation, type) and get_origin(annotation) is None
                 written = annotation.__name__ if is_class else str(annotation)
                 shown = "" if default in (None, PydanticUndefined, {}) else _in_toml(default)
-                yield Key(table, f"{table}.{key}", _plain(written), shown, own.description or "")
+                yield Key(table, f"{table}.{key}", _plain(written), shown, entry.description or "")
         elif table == "name":
             yield Key("name", table, "str", "", field.description or "")
 

@@ -94,8 +94,8 @@ def _equal(pairs: Sequence[dict[str, Any]], place: Callable[[int], str]) -> Find
 
 
 def _duplicates(pairs: Sequence[dict[str, Any]], by: By, place: Callable[[int], str]) -> Finding | None:
-    own, seen, twice = texts(pairs, by), set(), []
-    for i, text in enumerate(own):
+    words_of_rows, seen, twice = texts(pairs, by), set(), []
+    for i, text in enumerate(words_of_rows):
         if text in seen:
             twice.append(i)
         seen.add(text)

@@ -85,8 +85,8 @@ class ArmCommand(PlainCommand):
 
     def hint(self, name: str, names: set[str]) -> str:
         key = meant(name.removeprefix("--"))
-        own = get_close_matches(name, [n for n in names if "." not in n], n=1, cutoff=0.75)
-        return f" Did you mean --{key}?" if key and not own else super().hint(name, names)
+        option = get_close_matches(name, [n for n in names if "." not in n], n=1, cutoff=0.75)
+        return f" Did you mean --{key}?" if key and not option else super().hint(name, names)
 
 
 def check_words(words: Sequence[str]) -> None:

@@ -55,10 +55,10 @@ class Display:
 
     def left(self) -> str:
         """The time left, in words; empty where it is too early to tell. What an earlier run did is not counted."""
-        own = self.at - self.skipped
-        if own < _FIRST * (1 - self.skipped):
+        done = self.at - self.skipped
+        if done < _FIRST * (1 - self.skipped):
             return ""
-        return f"{duration((time.monotonic() - self.started) * (1 - self.at) / own)} left"
+        return f"{duration((time.monotonic() - self.started) * (1 - self.at) / done)} left"
 
     def show(self) -> None:
         """Something changed."""

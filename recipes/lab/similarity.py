@@ -150,8 +150,8 @@ def near_texts(
     pairs = near_pairs(rest, other_rest, max(near - LEEWAY, 0.05) if frame.hashes else near)
     if not frame.hashes:
         return pairs
-    own, others = ([shingles(text) for text in side] for side in (first, second))
-    return [(i, j) for i, j in pairs if len(own[i] & others[j]) >= near * len(own[i] | others[j]) - 1e-9]
+    parts, others = ([shingles(text) for text in side] for side in (first, second))
+    return [(i, j) for i, j in pairs if len(parts[i] & others[j]) >= near * len(parts[i] | others[j]) - 1e-9]
 
 
 def near_duplicates(first: Sequence[str], second: Sequence[str], near: float = NEAR) -> list[tuple[int, int]]:
@@ -171,8 +171,8 @@ def overlap(
     train: Sequence[dict[str, Any]], test: Sequence[dict[str, Any]], by: By, near: float = NEAR
 ) -> list[tuple[int, int]]:
     """Pairs (index of a training row, index of a test row) that ask the same, or nearly the same."""
-    own, others = texts(train, by), texts(test, by)
-    return near_texts(own, others, Frame.of(own), near)
+    of_train, of_test = texts(train, by), texts(test, by)
+    return near_texts(of_train, of_test, Frame.of(of_train), near)
 
 
 def _matrices(sets: Sequence[frozenset[str]], order: dict[str, int], near: float) -> tuple[csr_matrix, csr_matrix]:

@@ -164,7 +164,7 @@ def training_of(arm: Arm, model: Any, tokenizer: Any, rows: Dataset, folder: Pat
 
     def train(name: str, changes: Mapping[str, Any], examples: Dataset) -> Any:
         """Train a teacher beside the base's own weights, with cross-entropy."""
-        own = arm.model_copy(
+        teacher = arm.model_copy(
             update={
                 "name": f"{arm.name}/{name}",
                 "adapter": changes["adapter"],
@@ -176,7 +176,7 @@ def training_of(arm: Arm, model: Any, tokenizer: Any, rows: Dataset, folder: Pat
         home = folder / "teachers" / name
         home.mkdir(parents=True, exist_ok=True)
         quiet = {key: value for key, value in training.options.get("settings", {}).items() if key in QUIET}
-        trainer = make_trainer(training_of(own, share_weights(model), tokenizer, examples, home), **quiet)
+        trainer = make_trainer(training_of(teacher, share_weights(model), tokenizer, examples, home), **quiet)
         fit(trainer, home)
         return trainer.model.eval().requires_grad_(False)
 
@@ -339,8 +339,8 @@ class _Moved(TrainerCallback):
 
 def _sample(model: Any) -> list[Tensor]:
     """Copies of some values of every trained parameter, of small ones all; none of what other processes hold."""
-    own = [p.detach() for p in model.parameters() if p.requires_grad and p.numel() and not isinstance(p, DTensor)]
-    return [p.flatten()[:: max(1, p.numel() // _SAMPLED)].clone() for p in own]
+    trained = [p.detach() for p in model.parameters() if p.requires_grad and p.numel() and not isinstance(p, DTensor)]
+    return [p.flatten()[:: max(1, p.numel() // _SAMPLED)].clone() for p in trained]
 
 
 class _MetricsFile(TrainerCallback):

@@ -26,7 +26,7 @@ from trl import (
 from steertune.adapters import SteeringVectorConfig
 from steertune.losses import get_loss
 from steertune.recipes.lab import embedded, trained_on
-from steertune.recipes.lab.arm import known
+from steertune.recipes.lab.arm import check_keys
 from steertune.recipes.lab.command_line import outcome
 from steertune.recipes.lab.files import ArmError, toml_value
 from steertune.recipes.lab.keys import REFUSED
@@ -93,7 +93,7 @@ class SteeringArguments:
         if not isinstance(options, dict):
             raise ArmError(f"--loss_options must be a table (got {self.loss_options!r}). Write '{{beta = 0.2}}'.")
         if self.loss is None:
-            known("loss_options", options, [])
+            check_keys("loss_options", options, [])
             return None
         return get_loss(self.loss, **options)
 

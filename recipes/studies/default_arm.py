@@ -151,15 +151,15 @@ def seen_of(
     for at, observed in evaluate(model, held_out, ["repetition", "kl", "accuracy"], strengths).items():
         answers, seen = observed["answer"], Seen(observed)
         others = [*rows["prompt"][1:], rows["prompt"][0]]
-        own, other = (_nats(lab, instruction, prompts, answers) for prompts in (rows["prompt"], others))
+        nats, other = (_nats(lab, instruction, prompts, answers) for prompts in (rows["prompt"], others))
         records.append(
             {
                 "strength": float(at),
                 "kl": measure("kl").summary(seen),
                 "accuracy": measure("accuracy").summary(seen),
-                "nats": own,
+                "nats": nats,
                 "written_nats": written,
-                "topic": other - own,
+                "topic": other - nats,
                 "answers": answers,
             }
         )

@@ -120,9 +120,9 @@ def page_of(studies: Sequence[dict[str, Any]]) -> Page:
         Section("", [Text(_WHAT), Table(pd.DataFrame(problems, columns=pd.Index(["problem", "what is planted"])))]),
     ]
     for name in SIZES:
-        own = [one for one in studies if one["world"] == name]
-        if own:
-            parts += [Section(f"The {name} model", [Text(_size(own))]), *sections(own)]
+        of_world = [one for one in studies if one["world"] == name]
+        if of_world:
+            parts += [Section(f"The {name} model", [Text(_size(of_world))]), *sections(of_world)]
     made = f"Made by `steertune yardstick --folder docs/results/planted` with {versions()}."
     return Page("Which measures tell the truth", [*parts, Section("How it was made", [Text(made)])])
 

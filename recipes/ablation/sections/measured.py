@@ -83,8 +83,8 @@ def _means(cells: Frame, strength: str, name: str) -> Table:
     columns = [column(one, strength) for one in names]
     base = ["(base model)", *(_mean(one, cells[column(one, BASE)], brackets=False) for one in names), ""]
     rows = [
-        [str(arm), *(_mean(one, own[column(one, strength)]) for one in names), str(len(own))]
-        for arm, own in cells.dropna(subset=columns, how="all").groupby("arm", sort=False)
+        [str(arm), *(_mean(one, of_arm[column(one, strength)]) for one in names), str(len(of_arm))]
+        for arm, of_arm in cells.dropna(subset=columns, how="all").groupby("arm", sort=False)
     ]
     headers = [f"{measures.get(one).heading}{ARROWS[measures.get(one).better]}" for one in names]
     return table(["arm", *headers, "cells"], [base, *rows], name)
@@ -107,8 +107,8 @@ def _side_by_side(findings: Findings, strength: str, name: str) -> list[Block]:
     columns = {one: title for one, title in columns.items() if cells[one].notna().any()}
     if not columns:
         return []
-    own = cells.dropna(subset=[*columns], how="all")
-    return [Figure(charts.side_by_side(own, columns, findings.colours), name, "Effect and side effects of every arm")]
+    drawing = charts.side_by_side(cells.dropna(subset=[*columns], how="all"), columns, findings.colours)
+    return [Figure(drawing, name, "Effect and side effects of every arm")]
 
 
 def _tradeoff(findings: Findings, all_matched: bool) -> list[Block]:

@@ -62,14 +62,14 @@ def _cost(findings: Findings) -> list[Block]:
     """What the two arms of the claim cost, in a sentence."""
     parts = []
     for arm in (findings.claim.better, findings.claim.than):
-        own = findings.ran[findings.ran["arm"] == arm]
-        if own.empty or "train_seconds" not in own:
+        of_arm = findings.ran[findings.ran["arm"] == arm]
+        if of_arm.empty or "train_seconds" not in of_arm:
             continue
-        prompt = own["prompt_tokens"].mean() if "prompt_tokens" in own else 0
+        prompt = of_arm["prompt_tokens"].mean() if "prompt_tokens" in of_arm else 0
         added = f", and adds {prompt:.0f} tokens to every request" if prompt > 0 else ""
-        train, tuning, memory = own[["train_seconds", "tuning_seconds", "peak_memory_gb"]].mean()
+        train, tuning, memory = of_arm[["train_seconds", "tuning_seconds", "peak_memory_gb"]].mean()
         parts.append(
-            f"{emphasised(arm, findings)} trains {own['parameters'].mean():,.0f} numbers in {train:.1f} s "
+            f"{emphasised(arm, findings)} trains {of_arm['parameters'].mean():,.0f} numbers in {train:.1f} s "
             f"({tuning:.1f} s of tuning before, {memory:.2f} GB at the peak){added}"
         )
     return [Text(f"**What it costs.** {'; '.join(parts)}.")] if parts else []

@@ -172,14 +172,14 @@ def mixed_model(cells: Frame, factors: Sequence[str], measure: str, enough: int 
         warnings.simplefilter("ignore", RuntimeWarning)
         fitted = smf.mixedlm(formula, data=rows, **options).fit()
     ends = fitted.conf_int()
-    kept = [name for name in fitted.params.index if name.startswith("C(Q(")]
-    names = [re.sub(r"C\(Q\('(.*)'\), Treatment\('(.*)'\)\)\[T\.(.*)\]", r"\1: \3 − \2", name) for name in kept]
+    levels = [name for name in fitted.params.index if name.startswith("C(Q(")]
+    names = [re.sub(r"C\(Q\('(.*)'\), Treatment\('(.*)'\)\)\[T\.(.*)\]", r"\1: \3 − \2", name) for name in levels]
     table = pd.DataFrame(
         {
-            "estimate": fitted.params[kept].to_numpy(),
-            "low": ends.loc[kept, 0].to_numpy(),
-            "high": ends.loc[kept, 1].to_numpy(),
-            "p": fitted.pvalues[kept].to_numpy(),
+            "estimate": fitted.params[levels].to_numpy(),
+            "low": ends.loc[levels, 0].to_numpy(),
+            "high": ends.loc[levels, 1].to_numpy(),
+            "p": fitted.pvalues[levels].to_numpy(),
         },
         index=pd.Index(names, name="level"),
     )

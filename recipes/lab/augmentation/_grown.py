@@ -81,39 +81,39 @@ def grown(
     """
     if "prompt" not in rows.column_names:
         raise AugmentationError(f"Versions are made of prompts, and the data have only {rows.column_names}.")
-    own: list[Row] = [dict(row) for row in rows.to_list()]
+    examples: list[Row] = [dict(row) for row in rows.to_list()]
     measured_on = [dict(row) for part in apart for row in part.to_list()]
-    known = [{_identity(row)} for row in own]
-    made: list[list[Row]] = [[] for _ in own]
+    identities = [{_identity(row)} for row in examples]
+    made: list[list[Row]] = [[] for _ in examples]
     left_out: Counter[str] = Counter()
-    bar = Bar((times - 1) * len(own))
+    bar = Bar((times - 1) * len(examples))
     for turn in range(_TURNS * (times - 1)):
         missing = [i for i, versions in enumerate(made) if len(versions) < times - 1]
         if not missing:
             break
-        versions = augmenter([own[i] for i in missing], turn, seed, model, tokenizer)
-        _check(augmenter, [own[i] for i in missing], versions)
-        near_one = _near_rows(versions, [own[i] for i in missing], measured_on, near)
+        versions = augmenter([examples[i] for i in missing], turn, seed, model, tokenizer)
+        _check(augmenter, [examples[i] for i in missing], versions)
+        near_one = _near_rows(versions, [examples[i] for i in missing], measured_on, near)
         for j, (i, version) in enumerate(zip(missing, versions, strict=True)):
-            reason = _reason(version, j in near_one, known[i])
+            reason = _reason(version, j in near_one, identities[i])
             if reason is not None or version is None:
                 left_out[str(reason)] += 1
                 continue
-            known[i].add(_identity(version))
+            identities[i].add(_identity(version))
             made[i].append(version)
             bar.advance()
-    _check_enough(augmenter, own, made, times, left_out)
+    _check_enough(augmenter, examples, made, times, left_out)
     turns = [versions[t] for t in range(times - 1) for versions in made]
-    note = f"{len(own)} examples became {len(own) * times} by {type(augmenter).__name__.lower()}"
+    note = f"{len(examples)} examples became {len(examples) * times} by {type(augmenter).__name__.lower()}"
     missed = ", ".join(f"{count} {reason}" for reason, count in sorted(left_out.items()))
-    return Grown(Dataset.from_list([*own, *turns]), f"{note}; left out: {missed or 'nothing'}")
+    return Grown(Dataset.from_list([*examples, *turns]), f"{note}; left out: {missed or 'nothing'}")
 
 
-def _reason(version: Row | None, near: bool, known: set[str]) -> str | None:
+def _reason(version: Row | None, near: bool, identities: set[str]) -> str | None:
     """Why a version is left out; None: it is kept."""
     if version is None:
         return "that fail its checks"
-    if _identity(version) in known:
+    if _identity(version) in identities:
         return "copies"
     return "near rows that are measured on" if near else None
 
@@ -124,13 +124,13 @@ def _identity(row: Row) -> str:
 
 
 def _near_rows(
-    versions: Sequence[Row | None], own: Sequence[Row], measured_on: Sequence[Row], near: float
+    versions: Sequence[Row | None], examples: Sequence[Row], measured_on: Sequence[Row], near: float
 ) -> set[int]:
     """Versions whose prompt, or prompt and answer, comes near a row that is measured on; where prompts are the same in
     all data, as a task's one question is, only with the answer."""
     prompts = [_prompt(row) for row in measured_on]
     texts = [text for row in measured_on for text in answered_texts(row)]
-    alike = {i for i, _ in near_duplicates([_prompt(row) for row in own], prompts, near)}
+    alike = {i for i, _ in near_duplicates([_prompt(row) for row in examples], prompts, near)}
     kept = [(i, version) for i, version in enumerate(versions) if version is not None]
     apart = [(i, _prompt(version)) for i, version in kept if i not in alike]
     whole = [(i, text) for i, version in kept for text in answered_texts(version)]

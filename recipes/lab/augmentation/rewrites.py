@@ -91,8 +91,8 @@ class Rewrites(Augmenter):
             return False
         if text.rstrip().endswith("?") != new.endswith("?"):
             return False
-        kept, own = _long_words(new), _long_words(text)
-        return not own or len(own & kept) >= self.overlap * len(own)
+        words, original = _long_words(new), _long_words(text)
+        return not original or len(original & words) >= self.overlap * len(original)
 
 
 def sentence_of(answer: str) -> str:

@@ -63,6 +63,6 @@ class Views(Named):
     def apply(self, training: Training) -> None:
         """Give the trainer the views that the loss asks for; an override may have chosen another loss."""
         teachers = training.options.pop("teachers", {})
-        asked = training.arm.views_seen()
+        needed = training.arm.views_seen()
         views = self.views(teachers, tokenizer=training.tokenizer)
-        training.options["views"] = {name: view for name, view in views.items() if name in asked}
+        training.options["views"] = {name: view for name, view in views.items() if name in needed}

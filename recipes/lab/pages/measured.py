@@ -70,13 +70,13 @@ def training_page(record: Record, what: str, use: Sequence[str]) -> Page:
     )
     names = {at: "base" if at == BASE else f"strength {at}" for at in record.observations}
     texts = {names[at]: seen["answer"] for at, seen in record.observations.items() if "answer" in seen}
-    answers, asked = generations(facts["prompts"], texts), facts.get("asked", "held-out")
+    answers, prompts = generations(facts["prompts"], texts), facts.get("asked", "held-out")
     if facts.get("scorer"):
         answers.insert(0, Text(f"What counts as the behaviour: {escape(facts['scorer'])}."))
     sections = [
         Section("", summary),
         Section("Strength", strengths),
-        *([Section(f"Generations (greedy, {asked} prompts)", answers)] if answers else []),
+        *([Section(f"Generations (greedy, {prompts} prompts)", answers)] if answers else []),
         Section("Cost", [Text(cost)]),
         Section("Use it", [Code("\n".join(use), "python")]),
     ]

@@ -41,9 +41,9 @@ _NOT_HELD_OUT = {
 
 def verdict(record: Record) -> str:
     """One paragraph in Markdown."""
-    asked = _asked(record)
-    nothing = " **No rows were held out.**" if asked == "neutral" and not record.facts["held_out"] else ""
-    return f"{_outcome(record)}{nothing}{_NOT_HELD_OUT[asked]}"
+    prompts = _asked(record)
+    nothing = " **No rows were held out.**" if prompts == "neutral" and not record.facts["held_out"] else ""
+    return f"{_outcome(record)}{nothing}{_NOT_HELD_OUT[prompts]}"
 
 
 def _asked(record: Record) -> str:

@@ -21,7 +21,7 @@ from pydantic import ValidationError
 from sklearn.model_selection import GroupKFold, cross_val_score
 
 from steertune.adapters.registry import file_names
-from steertune.recipes.lab.arm import known_tables
+from steertune.recipes.lab.arm import check_tables
 from steertune.recipes.lab.division import SMALLEST
 from steertune.recipes.lab.files import ArmError, nearest, reasons
 from steertune.recipes.lab.forms import has_template
@@ -61,7 +61,7 @@ def read(table: dict[str, Any]) -> tuple[str, Any]:
     if kind not in names():
         raise ArmError(f"scorer.kind={kind!r} must be one of {names()}.{nearest(kind, names())}")
     made = importlib.import_module(f"{__name__}.{kind}").Options
-    known_tables("scorer", options, made)
+    check_tables("scorer", options, made)
     try:
         return kind, made(**options)
     except ValidationError as error:

@@ -30,13 +30,13 @@ def fit(options: Options, rows: Dataset, model: Any, tokenizer: Any) -> Scorer:
     """Nothing is fitted; `model` is the base model, without an adapter."""
 
     def score(prompts: Sequence[str], answers: Sequence[str]) -> list[float | None]:
-        kept = [i for i, answer in enumerate(answers) if answer.strip()]
+        written = [i for i, answer in enumerate(answers) if answer.strip()]
         sides = [
-            _mean_logps(model, tokenizer, [(f"{instruction}\n\n{prompts[i]}", answers[i]) for i in kept])
+            _mean_logps(model, tokenizer, [(f"{instruction}\n\n{prompts[i]}", answers[i]) for i in written])
             for instruction in (options.positive, options.negative)
         ]
         scores: list[float | None] = [None] * len(answers)
-        for i, positive, negative in zip(kept, *sides, strict=True):
+        for i, positive, negative in zip(written, *sides, strict=True):
             scores[i] = positive - negative
         return scores
 

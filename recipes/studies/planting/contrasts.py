@@ -91,8 +91,8 @@ def plant(problem: Problem, world: World, seed: int, neutral: HeldOut) -> Plante
                             enumerate(source.items())})
         for part in parts[:3]
     ]  # fmt: skip
-    own = [world.rows(part, completion=world.answers(teacher, part, 10 * seed + 7)) for part in parts[2:]]
-    return Planted(teacher, *pairs, *own)
+    answered = [world.rows(part, completion=world.answers(teacher, part, 10 * seed + 7)) for part in parts[2:]]
+    return Planted(teacher, *pairs, *answered)
 
 
 def _model(parts: str, vectors: dict[str, Any], world: World) -> Any:

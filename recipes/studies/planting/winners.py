@@ -131,8 +131,8 @@ def trust_order(studies: Sequence[Mapping[str, Any]]) -> list[str]:
         won = np.mean([bool(look.claims and look.right) for look in own])
         return -float(np.mean([bool(look.right) for look in own])), float(lost), -float(won), name
 
-    known = [name for name, own in decided.items() if share_interval([bool(look.right) for look in own]).low > 0.5]
-    return sorted(known, key=key)
+    trusted = [name for name, own in decided.items() if share_interval([bool(look.right) for look in own]).low > 0.5]
+    return sorted(trusted, key=key)
 
 
 def sections(studies: Sequence[Mapping[str, Any]]) -> list[Section]:
@@ -176,8 +176,8 @@ _ORDER = (
 def _truths(studies: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
     rows = []
     for (problem, comparison), (nearer, p) in truths(studies).items():
-        own = [study["comparisons"] for study in studies if study["problem"] == problem]
-        says = [one[comparison][TRUTH][0] for one in own if comparison in one]
+        of_problem = [study["comparisons"] for study in studies if study["problem"] == problem]
+        says = [one[comparison][TRUTH][0] for one in of_problem if comparison in one]
         first, second = COMPARISONS[comparison]
         won = f"{sum(estimate > 0 for estimate in says)} of {len(says)}"
         rows.append([problem, f"{first} against {second}", f"{nearer:+.3f}", f"{p:.2g}", won])
@@ -191,10 +191,14 @@ def _winners(everything: Sequence[Look], names: Sequence[str]) -> pd.DataFrame:
                if any((look.problem, look.comparison) == (p, c) for look in decided)]  # fmt: skip
     rows = []
     for name in names:
-        own = [look for look in decided if look.measure == name]
-        shares = [[bool(look.right) for look in own if (look.problem, look.comparison) == at] for at in columns]
+        chosen = [look for look in decided if look.measure == name]
+        shares = [[bool(look.right) for look in chosen if (look.problem, look.comparison) == at] for at in columns]
         rows.append(
-            [name, *(f"{np.mean(s):.0%}" if s else "" for s in shares), rate([bool(look.right) for look in own])]
+            [
+                name,
+                *(f"{np.mean(s):.0%}" if s else "" for s in shares),
+                rate([bool(look.right) for look in chosen]),
+            ]
         )
     return pd.DataFrame(rows, columns=pd.Index(["measure", *(f"{p}: {c}" for p, c in columns), "all"]))
 

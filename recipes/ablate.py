@@ -38,8 +38,9 @@ from steertune.recipes.ablation.store import TABLE, Reusable, Store
 from steertune.recipes.ablation.workers import engine_of, engines, run_workers
 from steertune.recipes.lab import scorers
 from steertune.recipes.lab.checks import check_adapters, check_training
-from steertune.recipes.lab.command_line import Argument, Choice, Count, Option, Result, Threads, command, grid_names
+from steertune.recipes.lab.command_line import Result, command
 from steertune.recipes.lab.files import ArmError, write_result
+from steertune.recipes.lab.options import Argument, Choice, Count, Option, Threads, grid_names
 from steertune.recipes.lab.pair_lint import warn_of
 from steertune.recipes.lab.processes import begin, default_threads
 from steertune.recipes.lab.progress import Bar, progress
@@ -71,8 +72,8 @@ def main(
     folder = folder or Path("runs") / loaded.tables.name
     cells = loaded.cells()
     # the folder's own table holds tunings that further seeds need
-    own = [folder] if (folder / TABLE).is_file() else []
-    store, reusable, context = Store(folder), Reusable([*(reuse or ()), *own]), Context(loaded)
+    own_folder = [folder] if (folder / TABLE).is_file() else []
+    store, reusable, context = Store(folder), Reusable([*(reuse or ()), *own_folder]), Context(loaded)
     store.check(cells)
     fixed(loaded, folder)  # refuses another card than that of the cells
     for task in loaded.tasks:  # refuses bad rows before the model is loaded
@@ -195,9 +196,9 @@ def stand_alone(environment: MutableMapping[str, str]) -> tuple[int, int]:
     """
     rank, processes = int(environment.get("RANK", 0)), int(environment.get("WORLD_SIZE", 1))
     if processes > 1 and (visible := torch.cuda.device_count()):
-        own = int(environment.get("LOCAL_RANK", rank)) % visible
+        device = int(environment.get("LOCAL_RANK", rank)) % visible
         devices = environment.get("CUDA_VISIBLE_DEVICES", "").split(",")
-        environment["CUDA_VISIBLE_DEVICES"] = devices[own] if len(devices) == visible else str(own)
+        environment["CUDA_VISIBLE_DEVICES"] = devices[device] if len(devices) == visible else str(device)
     for name in [*environment]:
         if name in (
             "RANK",

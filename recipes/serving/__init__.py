@@ -1,0 +1,6 @@
+"""The service behind `steertune serve`: one engine that batches requests, each with vectors of its own.
+
+`jobs.py` is what the engine works on and `engine.py` how; `cache.py`, `sampling.py` and `text.py` are its parts.
+`vectors.py` holds the vectors, which come and go while it runs. Two ways lead to it: lines of JSON (`line_requests.py`,
+`lines.py`) and OpenAI's protocol (`app.py`, with `schema.py`, `names.py`, `prompts.py`, `answers.py`).
+"""

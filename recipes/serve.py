@@ -5,8 +5,8 @@
     echo '{"prompt": "Shall I quit?", "vector": "careful", "strength": 1.5}' | steertune serve careful=my-vector
 
 With `--port` it speaks OpenAI's chat completions and completions; a model name such as `base+careful@1.5` says what
-steers. It listens on this machine alone unless `--host` says otherwise, and asks for the key in the environment variable
-STEERTUNE_API_KEY if there is one. The page "Serve" of the documentation has all of it.
+steers. It listens on this machine alone unless `--host` says otherwise, and asks for the key in the environment
+variable STEERTUNE_API_KEY if there is one. The page "Serve" of the documentation has all of it.
 
 Without `--port`, a request is a line of JSON: `prompt` (text or messages), and if wanted `vector` (a name; without one
 the base model answers), `strength` (1), `new_tokens` (60), `temperature` (0: greedy), `seed` (0) and `id` (the line's
@@ -31,7 +31,7 @@ from steertune.recipes.lab.command_line import Argument, Base, Count, Device, DT
 from steertune.recipes.lab.files import ArmError
 from steertune.recipes.lab.processes import begin, default_device
 from steertune.recipes.lab.progress import progress
-from steertune.recipes.serving.engine import BATCH, LONGEST, SECONDS
+from steertune.recipes.serving.defaults import BATCH, LONGEST, QUEUE, SECONDS
 from steertune.recipes.serving.line_requests import Request, Server
 from steertune.recipes.serving.line_service import check_files, serve_lines
 from steertune.recipes.serving.lines import Lines, opened
@@ -50,7 +50,7 @@ def main(
     ] = None,
     port: Annotated[int | None, Option(min=0, max=65535, help="serve HTTP on this port (0: a free one)")] = None,
     host: Annotated[str, Option(help="address that --port listens on")] = LOOPBACK,
-    queue: Annotated[int, Count("answers that may wait with --port; more are refused")] = 256,
+    queue: Annotated[int, Count("answers that may wait with --port; more are refused")] = QUEUE,
     vectors_in: Annotated[Path | None, Option(help="folder of adapters that requests to --port may load")] = None,
     input: Annotated[Path | None, Option(help="a file of requests (standard input)")] = None,
     output: Annotated[Path | None, Option(help="a file of answers (standard output)")] = None,
@@ -77,8 +77,8 @@ def main(
 
         with listen(host, port) as socket:
             loaded, tokenizer = load_vectors(folders, model, dtype, where)
-            settings = dict(batch=batch, longest=longest, seconds=seconds, queue=queue, folder=vectors_in)
-            return serve_http(loaded, tokenizer, socket, host, os.environ.get(KEY), settings)
+            limits = {"batch": batch, "longest": longest, "seconds": seconds, "queue": queue}
+            return serve_http(loaded, tokenizer, socket, host, os.environ.get(KEY), {**limits, "folder": vectors_in})
     server = Server(*load_vectors(folders, model, dtype, where), batch, longest, seconds)
     with (
         nullcontext(sys.stdin.fileno()) if input is None else opened(input) as source,

@@ -80,9 +80,8 @@ def _add_models(app: FastAPI, service: Service, guarded: list[Any]) -> None:
         for model in models():
             if model["id"] == name:
                 return model
-        raise ApiError(
-            404, f"No model {name!r:.80}. There are {[model['id'] for model in models()]}.", "model_not_found"
-        )
+        names = [model["id"] for model in models()]
+        raise ApiError(404, f"No model {name!r:.80} is served. It can be one of {names}.", "model_not_found")
 
 
 def _add_state(app: FastAPI, service: Service, guarded: list[Any]) -> None:

@@ -23,14 +23,12 @@ from steertune.adapters import prompt_length
 from steertune.adapters.rows import steer_rows
 from steertune.recipes.lab.generation import broken_rows, left_padded
 from steertune.recipes.serving.cache import States, new_cache
+from steertune.recipes.serving.defaults import BATCH
 from steertune.recipes.serving.jobs import Done, Job, Prompt, Scored
 from steertune.recipes.serving.sampling import Sampler, scored
 from steertune.recipes.serving.text import Text
 from steertune.recipes.serving.vectors import Vectors
 
-BATCH = 8
-LONGEST = 1024
-SECONDS = 600
 _PREFILL = 4096  # tokens of prompts that are read at a time; a longer prompt is read alone
 _SCORES = 2**28  # logits of prompts that are scored at a time: 1 GiB in float32
 
@@ -141,9 +139,7 @@ class Engine:
         while self._waiting and len(self._running) + len(rows) < self.batch:
             row = self._waiting[0]
             apart = row.alone or not self._joinable
-            if (apart or any(other.alone for other in self._running) or not self._joinable) and (
-                self._running or rows
-            ):
+            if (self._running or rows) and (apart or any(other.alone for other in self._running)):
                 break
             width, scores = max(width, len(row.job.read)), scores or row.job.echo
             tokens = width * (len(rows) + 1)
@@ -188,9 +184,8 @@ class Engine:
             job = row.job
             if broken[i]:
                 strengths = ", ".join(f"{vector.strength:g}" for vector in job.vectors) or "0"
-                job.fail(
-                    f"strength={strengths}: the model's logits are NaN or infinite. Use a smaller strength.", "request"
-                )
+                message = f"strength={strengths}: the model's logits are NaN or infinite. Use a smaller strength."
+                job.fail(message, "request")
             elif job.new_tokens == 0:
                 job.listener(Done("length", 0))
             elif self._goes_on(row, logits_BV[i]):

@@ -9,7 +9,7 @@ from typing import Any
 from steertune.recipes.lab.files import ArmError, shown
 from steertune.recipes.lab.forms import has_template
 from steertune.recipes.lab.generation import prompt_ids
-from steertune.recipes.serving.engine import LONGEST
+from steertune.recipes.serving.defaults import LONGEST
 from steertune.trainers import context_length
 
 

@@ -10,7 +10,8 @@ from pydantic import BaseModel, Field
 
 from steertune.adapters.rows import RowVector
 from steertune.recipes.lab.files import ArmError
-from steertune.recipes.serving.engine import BATCH, LONGEST, SECONDS, Engine
+from steertune.recipes.serving.defaults import BATCH, LONGEST, SECONDS
+from steertune.recipes.serving.engine import Engine
 from steertune.recipes.serving.jobs import Event, Failed, Job, Piece, Sampling
 from steertune.recipes.serving.limits import Limits, read_prompt
 from steertune.recipes.serving.vectors import Vectors

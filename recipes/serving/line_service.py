@@ -14,7 +14,6 @@ from steertune.recipes.lab.files import ArmError, reasons, shown, without_repeat
 from steertune.recipes.serving.line_requests import Request, Server
 from steertune.recipes.serving.lines import LONGEST_LINE, Lines
 
-
 _BATCHES = 4  # are read at a time, so that a short answer does not wait for the longest of its batch
 
 

@@ -13,8 +13,8 @@ from steertune.recipes.serving.jobs import Sampling, Scored
 class Sampler:
     """Draws the tokens of one answer.
 
-    The largest of logits plus Gumbel noise is a draw from their softmax (Gumbel 1954); the noise comes from a generator
-    of the answer's own, on the CPU, so that a seed means the same on every device.
+    The largest of logits plus Gumbel noise is a draw from their softmax (Gumbel 1954). The noise comes from a
+    generator of the answer's own, on the CPU, so that a seed means the same on every device.
     """
 
     def __init__(self, sampling: Sampling) -> None:

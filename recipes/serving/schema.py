@@ -57,7 +57,7 @@ class Asked(BaseModel, extra="forbid"):
     def _without_what_changes_nothing(cls, values: Any) -> Any:
         if not isinstance(values, dict):
             return values
-        own = {name for name in cls.model_fields}
+        own = set(cls.model_fields)
         return {
             name: value
             for name, value in values.items()

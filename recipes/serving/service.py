@@ -15,14 +15,15 @@ from typing import Any
 from steertune.recipes.lab.files import ArmError, shown
 from steertune.recipes.serving.answers import ChatForm, CompletionForm, Form
 from steertune.recipes.serving.call import Call, samplings
-from steertune.recipes.serving.engine import BATCH, LONGEST, SECONDS, Engine
+from steertune.recipes.serving.defaults import BATCH, LONGEST, QUEUE, SECONDS
+from steertune.recipes.serving.engine import Engine
 from steertune.recipes.serving.errors import ApiError
 from steertune.recipes.serving.limits import Limits, read_prompt
 from steertune.recipes.serving.metrics import Metrics
 from steertune.recipes.serving.names import Steering, combined, read_model_name
 from steertune.recipes.serving.schema import Asked, ChatRequest, CompletionRequest
 from steertune.recipes.serving.vectors import Vectors
-from steertune.recipes.serving.worker import QUEUE, QueueFull, Worker
+from steertune.recipes.serving.worker import QueueFull, Worker
 
 
 @dataclass(frozen=True)

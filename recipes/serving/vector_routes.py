@@ -91,9 +91,7 @@ def _inside(service: Service, folder: str) -> Path:
     except (OSError, ValueError) as error:
         raise ApiError(400, f"folder={shown(folder)} is not a path: {error}") from error
     if not path.is_relative_to(root.resolve()):
-        raise ApiError(
-            403, f"folder={shown(folder)} does not lie below the folder of --vectors-in. Name one that does."
-        )
+        raise ApiError(403, f"folder={shown(folder)} must lie below the folder of --vectors-in.")
     return path
 
 

@@ -8,12 +8,12 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
+from steertune.recipes.serving.defaults import QUEUE
 from steertune.recipes.serving.engine import Engine
 from steertune.recipes.serving.jobs import Job
 from steertune.recipes.serving.vectors import Vectors
 
 T = TypeVar("T")
-QUEUE = 256
 
 
 class QueueFull(Exception):

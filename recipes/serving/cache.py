@@ -20,25 +20,38 @@ from transformers.cache_utils import (
     LinearAttentionLayer,
 )
 
-from steertune.adapters.caches import cache_in
+from steertune.adapters.caches import CACHE_NAMES, RECURRENT_CACHE_NAMES, cache_in
+from steertune.recipes.lab.files import ArmError
 
-_ATTENTION = (DynamicLayer, LinearAttentionAndFullAttentionLayer)
-_RECURRENT = (LinearAttentionLayer, LinearAttentionAndFullAttentionLayer)
+_ATTENTION = {DynamicLayer, DynamicSlidingWindowLayer, DummyLayer}
+_HYBRID = {DynamicLayer, DummyLayer, LinearAttentionLayer, LinearAttentionAndFullAttentionLayer}
 
 
-def new_cache(model: nn.Module) -> DynamicCache | None:
-    """An empty cache whose rows can be joined; None if the model keeps states that cannot be: then its rows run one at
-    a time, in the cache that it makes itself."""
-    config: Any = model.config
-    try:
-        cache = DynamicCache(config=config)
-    except (KeyError, AttributeError, TypeError):  # layers of a kind of the model's own
-        return None
+@torch.no_grad()
+def can_join(model: Any) -> bool:
+    """Whether rows can be put beside others that are under way. Rows of a model that keeps states of another kind than
+    transformers' own dynamic cache run one at a time.
+
+    Raises:
+        ArmError: the model returns no states, so it can only read an answer from its beginning.
+    """
+    token = torch.zeros(1, 1, dtype=torch.long, device=model.device)
+    cache = cache_in(model(input_ids=token, use_cache=True))
+    if cache is None:
+        raise ArmError(f"{type(model).__name__} returns no cache of what it has read, so it cannot be served.")
+    if type(cache) is not DynamicCache:
+        return False
     kinds = {type(layer) for layer in cache.layers}
-    if kinds <= {DynamicLayer, DynamicSlidingWindowLayer, DummyLayer}:
+    has_columns = any(issubclass(kind, DynamicLayer) for kind in kinds)
+    return has_columns and (kinds <= _ATTENTION or kinds <= _HYBRID)
+
+
+def new_cache(model: Any) -> DynamicCache:
+    """An empty cache for a model whose rows can be joined."""
+    cache = DynamicCache(config=model.config)
+    if {type(layer) for layer in cache.layers} <= _ATTENTION:
         return DynamicCache()  # whole rows instead of windows, whose columns would differ from layer to layer
-    joinable = kinds <= {*_ATTENTION, *_RECURRENT, DummyLayer} and kinds & {*_ATTENTION}
-    return cache if joinable else None
+    return cache
 
 
 class States:
@@ -57,7 +70,8 @@ class States:
     def of(cls, output: Any, mask_BT: Tensor) -> States:
         """The states in the output of a forward pass."""
         cache = cache_in(output)
-        return cls(cache, next(name for name, value in output.items() if value is cache), mask_BT)
+        names = (*CACHE_NAMES, *RECURRENT_CACHE_NAMES)
+        return cls(cache, next(name for name in names if output.get(name) is cache), mask_BT)
 
     @property
     def columns(self) -> int:
@@ -106,4 +120,4 @@ class States:
 
 def _recurrent(layer: Any) -> list[dict[int, Tensor | None]]:
     """States of a layer that have one row each and no columns."""
-    return [layer.conv_states, layer.recurrent_states] if isinstance(layer, _RECURRENT) else []
+    return [layer.conv_states, layer.recurrent_states] if isinstance(layer, LinearAttentionLayer) else []

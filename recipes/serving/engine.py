@@ -22,7 +22,7 @@ from torch import Tensor
 from steertune.adapters import prompt_length
 from steertune.adapters.rows import steer_rows
 from steertune.recipes.lab.generation import broken_rows, left_padded
-from steertune.recipes.serving.cache import States, new_cache
+from steertune.recipes.serving.cache import States, can_join, new_cache
 from steertune.recipes.serving.defaults import BATCH
 from steertune.recipes.serving.jobs import Done, Job, Prompt, Scored
 from steertune.recipes.serving.sampling import Sampler, scored
@@ -68,7 +68,7 @@ class Engine:
         self._drawn = 0
         self._parameters = {*inspect.signature(self.base.forward).parameters}
         self._ends = end_tokens(self.base, tokenizer)
-        self._joinable = new_cache(self.base) is not None
+        self._joinable = can_join(self.base)
 
     @property
     def base(self) -> Any:

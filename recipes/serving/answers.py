@@ -53,6 +53,8 @@ class Form:
 
     def __init__(self, tokenizer: Any, model: str, fingerprint: str, scores: bool) -> None:
         self.tokenizer, self.scores = tokenizer, scores
+        self._before = tokenizer("a", add_special_tokens=False)["input_ids"][-1:]
+        self._skipped = len(tokenizer.decode(self._before))
         self._head = {
             "id": f"{self.prefix}-{uuid.uuid4().hex}",
             "created": int(time.time()),
@@ -81,9 +83,16 @@ class Form:
         """A choice of a chunk."""
         raise NotImplementedError
 
-    def token(self, token: int) -> str:
-        """A token as text."""
-        return self.tokenizer.decode([token])
+    def token(self, token: int, first: bool = False) -> str:
+        """A token as text: with its space, which some tokenizers write only behind another token.
+
+        Args:
+            token: Its id.
+            first: Whether it begins a text.
+        """
+        return (
+            self.tokenizer.decode([token]) if first else self.tokenizer.decode([*self._before, token])[self._skipped :]
+        )
 
 
 class ChatForm(Form):
@@ -104,7 +113,8 @@ class ChatForm(Form):
     def delta(self, number: int, text: str, scores: Sequence[Scored], reason: str | None = None) -> dict[str, Any]:
         """With the text that was added."""
         content = {"content": text} if text or reason is None else {}
-        return {"index": number, "delta": content, "logprobs": self._logprobs(scores), "finish_reason": reason}
+        logprobs = self._logprobs(scores) if scores else None
+        return {"index": number, "delta": content, "logprobs": logprobs, "finish_reason": reason}
 
     def _logprobs(self, scores: Sequence[Scored]) -> dict[str, Any] | None:
         if not self.scores:
@@ -148,12 +158,14 @@ class CompletionForm(Form):
 
     def delta(self, number: int, text: str, scores: Sequence[Scored], reason: str | None = None) -> dict[str, Any]:
         """With the text that was added."""
-        return {"index": number, "text": text, "logprobs": self._logprobs(number, scores), "finish_reason": reason}
+        logprobs = self._logprobs(number, scores) if scores else None
+        return {"index": number, "text": text, "logprobs": logprobs, "finish_reason": reason}
 
     def _logprobs(self, number: int, scores: Sequence[Scored]) -> dict[str, Any] | None:
         if not self.scores:
             return None
-        tokens = [self.token(one.token) for one in scores]
+        begins = self.prompts is not None and number not in self._offsets
+        tokens = [self.token(one.token, begins and i == 0) for i, one in enumerate(scores)]
         offsets = []
         for token in tokens:
             offsets.append(self._offsets.get(number, 0))

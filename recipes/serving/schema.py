@@ -27,6 +27,15 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "response_format": ({"type": "text"},),
 }
 """Values of fields that are not supported at which an answer is what it is without them."""
+_UNSUPPORTED = {
+    *_NEUTRAL,
+    "function_call",
+    "audio",
+    "prediction",
+    "reasoning_effort",
+    "verbosity",
+    "web_search_options",
+}
 
 
 class StreamOptions(BaseModel):
@@ -57,12 +66,14 @@ class Asked(BaseModel, extra="forbid"):
     def _without_what_changes_nothing(cls, values: Any) -> Any:
         if not isinstance(values, dict):
             return values
-        own = set(cls.model_fields)
-        return {
+        own = {
             name: value
             for name, value in values.items()
-            if name in own or not (name in _IGNORED or value is None or value in _NEUTRAL.get(name, ()))
+            if name in cls.model_fields or not (name in _IGNORED or value is None or value in _NEUTRAL.get(name, ()))
         }
+        if unsupported := sorted({*own} & _UNSUPPORTED - {*cls.model_fields}):
+            raise ValueError(f"{', '.join(unsupported)}: not supported by this server. Leave it out")
+        return own
 
     @property
     def stops(self) -> tuple[str, ...]:

@@ -40,7 +40,9 @@ class Text:
         now = self._decode(self._ids[self._start :])
         if not now.endswith(_BROKEN):
             self._held += now[len(before) :]
-            self._start, self._decoded = self._decoded, len(self._ids)
+            if now != before:  # a token without text, as a special one, does not tell whether a space follows
+                self._start = self._decoded
+            self._decoded = len(self._ids)
         return self._release()
 
     def flush(self) -> Piece:

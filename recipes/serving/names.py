@@ -42,10 +42,11 @@ def read_model_name(name: str, base: str, vectors: Sequence[str]) -> list[Steeri
     """
     own = next((one for one in (base, BASE) if name == one or name.startswith(f"{one}+")), None)
     if own is None:
-        allowed = [*{base, BASE}, *(f"{BASE}+{vector}" for vector in vectors)]
+        models = [base] if base == BASE else [base, BASE]
+        near = nearest(name, [*models, *(f"{BASE}+{vector}" for vector in vectors)])
         raise ArmError(
-            f"model={shown(name)} is not served. It must be {' or '.join(map(repr, {base: 0, BASE: 0}))}, alone or with "
-            f"vectors behind it, as in '{BASE}+VECTOR@1.5'. Vectors are {list(vectors)}.{nearest(name, allowed)}"
+            f"model={shown(name)} is not served. It must be {' or '.join(map(repr, models))}, alone or with vectors "
+            f"behind it, as in '{BASE}+VECTOR@1.5'. Vectors are {list(vectors)}.{near}"
         )
     steering = []
     for part in name[len(own) + 1 :].split("+") if name != own else []:

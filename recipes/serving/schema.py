@@ -27,15 +27,7 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "response_format": ({"type": "text"},),
 }
 """Values of fields that are not supported at which an answer is what it is without them."""
-_UNSUPPORTED = {
-    *_NEUTRAL,
-    "function_call",
-    "audio",
-    "prediction",
-    "reasoning_effort",
-    "verbosity",
-    "web_search_options",
-}
+_UNSUPPORTED = {*_NEUTRAL, "function_call", "audio", "prediction", "reasoning_effort", "verbosity"}
 
 
 class StreamOptions(BaseModel):

@@ -159,7 +159,80 @@ def test_lm_eval_scores_as_it_does_on_the_model_itself(home, tmp_path):
         assert len(pairs) == len(rows)
         for one, other in pairs:
             if name == names[0]:
-                assert choice.logprobs.token_logprobs[1:] == pytest.approx(alone.logprobs.token_logprobs[1:], abs=1e-4)
+                ours, theirs = ([float(score) for score, _ in row["filtered_resps"]] for row in (one, other))
+                assert ours == pytest.approx(theirs, abs=1e-4)
+            else:
+                assert one["filtered_resps"][0].strip() == other["filtered_resps"][0].strip()
+
+
+def test_inspect_runs_on_a_steered_model(home, tmp_path, monkeypatch):
+    """Its OpenAI-compatible provider, with the vector in the model's name."""
+    inspect_ai = pytest.importorskip("inspect_ai")
+    from inspect_ai.dataset import Sample
+    from inspect_ai.scorer import includes
+    from inspect_ai.solver import generate
+
+    monkeypatch.setenv("STEERTUNE_BASE_URL", "")
+    monkeypatch.chdir(tmp_path)
+    with running(home) as served:
+        client = openai.OpenAI(base_url=f"{served.url}/v1", api_key="none")
+        [choice] = client.chat.completions.create(
+            model="base+warm@2", messages=[{"role": "user", "content": "the cat"}], temperature=0, max_tokens=6
+        ).choices
+        task = inspect_ai.Task(
+            dataset=[Sample("the cat", target=choice.message.content.split()[0]), Sample("we go", target="zzz")],
+            solver=generate(),
+            scorer=includes(),
+        )
+        model = inspect_ai.model.get_model(
+            "openai-api/steertune/base+warm@2", base_url=f"{served.url}/v1", api_key="none"
+        )
+        [log] = inspect_ai.eval(task, model=model, log_dir=str(tmp_path), display="none", temperature=0, max_tokens=6)
+    assert log.status == "success", log.error
+    assert [sample.scores["includes"].value for sample in log.samples] == ["C", "I"]
+    assert log.samples[0].output.completion.strip() == choice.message.content.strip()
+
+
+@pytest.fixture(scope="module")
+def embedded(real) -> Iterator[str]:
+    """The command on the embedded model, with two vectors that come with it, in a process of its own."""
+    command = [sys.executable, "-m", "steertune.recipes.serve", "--port", "0", "--threads", "2"]
+    command += [f"{name}={zoo.folder(name)}" for name in ("lower_case", "formal")]
+    environment = {**os.environ, "STEERTUNE_API_KEY": "a-key-of-this-test"}
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
+    assert process.stderr is not None
+    url = None
+    while url is None and (line := process.stderr.readline()):
+        url = (re.search(r"http://127\.0\.0\.1:\d+/v1", line) or [None])[0]
+    assert url is not None, "the command says where it serves"
+    try:
+        yield url
+    finally:
+        process.send_signal(2)
+        assert process.wait(30) in (0, 130)
+
+
+@pytest.mark.real
+def test_the_embedded_model_behind_the_command(embedded):
+    """A steered answer is in lower case; log-probabilities do not depend on the batch; unknown keys are refused."""
+    client = openai.OpenAI(base_url=embedded, api_key="a-key-of-this-test", max_retries=0)
+    with pytest.raises(openai.AuthenticationError):
+        openai.OpenAI(base_url=embedded, api_key="another", max_retries=0).models.list()
+    messages: Any = [{"role": "user", "content": "Which animal sleeps most?"}]
+    plain = client.chat.completions.create(model="base", messages=messages, temperature=0, max_tokens=24)
+    steered = client.chat.completions.create(
+        model="base+lower_case@1.5", messages=messages, temperature=0, max_tokens=24
+    )
+    assert plain.choices[0].message.content != plain.choices[0].message.content.lower()
+    assert steered.choices[0].message.content == steered.choices[0].message.content.lower()
+
+    texts = ["The capital of France is Paris.", "Rain fell on the roof all night, and nobody slept.", "Two and two"]
+    scores: Any = dict(max_tokens=0, echo=True, logprobs=1)
+    together = client.completions.create(model="base+formal", prompt=texts, **scores)
+    for text, choice in zip(texts, together.choices, strict=True):
+        alone = client.completions.create(model="base+formal", prompt=text, **scores).choices[0]
+        assert "".join(alone.logprobs.tokens) == text
+        assert choice.logprobs.token_logprobs[1:] == pytest.approx(alone.logprobs.token_logprobs[1:], abs=1e-4)
 
 
 @pytest.mark.real

@@ -31,15 +31,15 @@ from steertune.recipes.lab.command_line import Argument, Base, Count, Device, DT
 from steertune.recipes.lab.files import ArmError
 from steertune.recipes.lab.processes import begin, default_device
 from steertune.recipes.lab.progress import progress
-from steertune.recipes.serving.defaults import BATCH, LONGEST, QUEUE, SECONDS
+from steertune.recipes.serving.defaults import BATCH, LONGEST, LOOPBACK, QUEUE, SECONDS
+from steertune.recipes.serving.http import HttpServer, listen, serve_http
 from steertune.recipes.serving.line_requests import Request, Server
 from steertune.recipes.serving.line_service import check_files, serve_lines
 from steertune.recipes.serving.lines import Lines, opened
 from steertune.recipes.serving.loading import load_vectors, named_folders
 
-__all__ = ["Request", "Server", "load_vectors", "main"]
+__all__ = ["HttpServer", "Request", "Server", "load_vectors", "main"]
 
-LOOPBACK = "127.0.0.1"
 KEY = "STEERTUNE_API_KEY"
 
 
@@ -73,8 +73,6 @@ def main(
     begin(threads, only_one=True)
     where = device or default_device()
     if port is not None:
-        from steertune.recipes.serving.http import listen, serve_http
-
         with listen(host, port) as socket:
             loaded, tokenizer = load_vectors(folders, model, dtype, where)
             limits = {"batch": batch, "longest": longest, "seconds": seconds, "queue": queue}

@@ -8,3 +8,5 @@ SECONDS = 600
 """Time for a request."""
 QUEUE = 256
 """Answers that may wait."""
+LOOPBACK = "127.0.0.1"
+"""The address that only this machine reaches."""

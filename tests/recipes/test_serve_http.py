@@ -12,10 +12,11 @@ from typing import Any
 import openai
 import pytest
 import requests
-from served import Running, running, save_home, save_vector
+from served import running, save_home, save_vector
 
 from steertune.recipes.serve import Request, Server, load_vectors
 from steertune.recipes.serving.engine import Engine
+from steertune.recipes.serving.http import HttpServer
 
 CHAT = [{"role": "user", "content": "the cat"}]
 JSON = {"Content-Type": "application/json"}
@@ -33,7 +34,7 @@ def running_service(home):
 
 
 @pytest.fixture(scope="module")
-def client(running_service: Running) -> openai.OpenAI:
+def client(running_service: HttpServer) -> openai.OpenAI:
     return openai.OpenAI(base_url=f"{running_service.url}/v1", api_key="none", max_retries=0)
 
 
@@ -179,7 +180,7 @@ REFUSED: dict[str, tuple[dict[str, Any], int, str]] = {
 @pytest.fixture(scope="module")
 def small(home):
     """A service with a short queue, a key and a batch of two."""
-    with running(home, queue=64, key="secret-of-the-test", hosts=("127.0.0.1",), batch=2) as served:
+    with running(home, queue=64, key="secret-of-the-test", batch=2) as served:
         yield served
 
 
@@ -257,7 +258,7 @@ def test_a_client_that_leaves_makes_room(client, running_service, monkeypatch):
     assert not any(vector.uses for vector in running_service.service.vectors.named.values())
 
 
-def number(running_service: Running, name: str) -> float:
+def number(running_service: HttpServer, name: str) -> float:
     """A metric."""
     [line] = re.findall(rf"^{name} (.*)$", requests.get(f"{running_service.url}/metrics").text, re.M)
     return float(line)

@@ -123,6 +123,7 @@ def test_matched_strengths_are_each_model_s_own_and_nothing_else_is_measured(tab
             assert cell["setting"]["strength"] == 1.0
 
 
+@pytest.mark.slow
 def test_trials_that_train_together_come_out_as_they_do_alone(tables, tmp_path, monkeypatch):
     seen = []
     original = cell_module.train_together
@@ -150,6 +151,7 @@ def test_an_interrupted_grid_goes_on_and_comes_out_the_same(tables, tmp_path):
         assert (tmp_path / "parts" / path / "cell.json").stat().st_mtime_ns == stamp, "a finished cell was run again"
 
 
+@pytest.mark.slow
 def test_two_runners_share_the_cells_and_one_of_them_may_be_killed(tables, tmp_path):
     file = tmp_path / "grid.toml"
     file.write_text(_toml(tables))
@@ -256,6 +258,7 @@ def test_what_is_left_of_a_grid_is_estimated_from_what_ran(tables, tmp_path):
     assert estimate([second], context, tmp_path) == {second.path: 10.0}
 
 
+@pytest.mark.slow
 def test_what_another_grid_holds_is_taken_over(tables, tmp_path, capsys):
     first = {**tables, "factors": {}, "design": {"kind": "arms"}, "seeds": [0]}
     first["arms"] = ["vector_dpo", "mean_difference"]

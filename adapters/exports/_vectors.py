@@ -54,7 +54,7 @@ class ConstantVectors:
             "form": "bias",
             "hook": "output of the module",
             "site": self.site,
-            "modules": {str(layer): name for name, layer in self.layers.items()},
+            "modules": self.layers,
             "width": len(next(iter(self.vectors.values()))),
             "positions": "all",
             "norm": {"rule": "free", "value": None, "residual_norms": None},

@@ -17,6 +17,7 @@ from peft import PeftModel
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 
 from steertune.adapters import SteeringVectorConfig
+from steertune.adapters.description import read_description
 from steertune.adapters.layer import check_adapter_name
 from steertune.recipes.lab.data import adapter_config
 from steertune.recipes.lab.files import ArmError, nearest, shown
@@ -34,6 +35,7 @@ class Vector:
         adapter: What the model calls it.
         config: Its configuration.
         digest: Of its weights.
+        strength: What its file says about strength (see `adapters/description.py`); None: nothing.
         uses: Answers that are waiting or under way.
         named: Whether its name still means it.
     """
@@ -42,6 +44,7 @@ class Vector:
     adapter: str
     config: SteeringVectorConfig
     digest: str
+    strength: dict[str, Any] | None = None
     uses: int = field(default=0)
     named: bool = field(default=True)
 
@@ -85,7 +88,7 @@ class Vectors:
             taken = isinstance(self.model, PeftModel) and name in self.model.peft_config
             adapter = f"{name}~{self._versions}" if taken else name
             digest = hashlib.blake2b(weights.read_bytes(), digest_size=8).hexdigest()
-            vector = Vector(name, adapter, config, digest)
+            vector = Vector(name, adapter, config, digest, _strength(folder))
             self._load(vector, folder)
             if (old := self._named.get(name)) is not None:
                 old.named = False
@@ -160,6 +163,19 @@ class Vectors:
         """Whether `sweep` has something to delete."""
         with self._lock:
             return any(not vector.named and not vector.uses for vector in self._all)
+
+
+def _strength(folder: Path) -> dict[str, Any] | None:
+    """What a vector's file says about strength.
+
+    Raises:
+        ArmError: it describes other weights.
+    """
+    try:
+        values = read_description(folder)
+    except ValueError as error:
+        raise ArmError(str(error)) from error
+    return None if values is None else values["strength"]
 
 
 def check_vector_name(name: str) -> None:

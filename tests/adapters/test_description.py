@@ -41,7 +41,7 @@ def test_a_description_says_how_to_load_the_vector_without_this_library(switches
     assert said is not None and all(key in said for key in description.REQUIRED)
     assert said["strength"]["recommended"] == 2.0 and said["data"]["examples"] == 3
     weights = load_file(tmp_path / said["weights"]["file"])
-    for name in said["modules"].values():
+    for name in said["modules"]:
         keys = said["tensors"][next(iter(said["tensors"])) if said["tied"] else name]
         v, w, b = (weights[keys[kind]] if kind in keys else None for kind in "vwb")
         h = torch.randn(1, 4, said["width"])

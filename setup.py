@@ -23,6 +23,7 @@ DATA = [
     "**/*.yaml",
     "**/*.jsonl",
     "**/*.md",
+    "**/*.html",
     "**/*.jinja",
     "zoo/**/*.json",
     "zoo/**/*.safetensors",

@@ -15,8 +15,10 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from steertune.recipes.lab.forms import has_template
 from steertune.recipes.serving.bodies import read_body
 from steertune.recipes.serving.errors import ApiError
+from steertune.recipes.serving.explorer import explorer_route
 from steertune.recipes.serving.metrics import Metrics
 from steertune.recipes.serving.names import BASE
 from steertune.recipes.serving.replies import stream, whole
@@ -43,6 +45,7 @@ def create_app(service: Service) -> FastAPI:
     app.add_exception_handler(Exception, _failure)
     guarded = [Depends(_Guard(service.settings.key))]
     app.include_router(vector_routes(service), dependencies=guarded)
+    app.include_router(explorer_route())
     _add_answers(app, service, guarded)
     _add_models(app, service, guarded)
     _add_state(app, service, guarded)
@@ -69,7 +72,8 @@ def _add_answers(app: FastAPI, service: Service, guarded: list[Any]) -> None:
 def _add_models(app: FastAPI, service: Service, guarded: list[Any]) -> None:
     def models() -> list[dict[str, Any]]:
         names = [service.settings.name, *(f"{BASE}+{name}" for name in service.vectors.named)]
-        return [{"id": name, "object": "model", "created": 0, "owned_by": "steertune"} for name in names]
+        chat = has_template(service.tokenizer)  # beside OpenAI's fields: whether it can be asked in messages
+        return [{"id": name, "object": "model", "created": 0, "owned_by": "steertune", "chat": chat} for name in names]
 
     @app.get("/v1/models", dependencies=guarded)
     async def listed() -> dict[str, Any]:

@@ -114,6 +114,7 @@ def serve_http(
     server = HttpServer(vectors, tokenizer, listening, host, key=key or None, **settings)
     names = ", ".join(vectors.named) or "none yet"
     print(f"{server.service.settings.name} at {server.url}/v1, vectors: {names}", file=sys.stderr, flush=True)
+    print(f"In a browser: {server.url}", file=sys.stderr, flush=True)
     if not is_loopback(host) and not key:
         print("Other machines can ask it, without a key. Set STEERTUNE_API_KEY to require one.", file=sys.stderr)
     server.run()

@@ -29,9 +29,10 @@ from torch.nn.functional import cosine_similarity
 from steertune.adapters import exports
 from steertune.adapters.analysis.audit import Audit, Constant, audit, without
 from steertune.adapters.description import write_description
-from steertune.recipes.lab.command_line import Argument, Option, Result, Threads, command
+from steertune.recipes.lab.command_line import Result, command
 from steertune.recipes.lab.data import adapter_config, load_model, load_steered
 from steertune.recipes.lab.files import ArmError, reasons
+from steertune.recipes.lab.options import Argument, Option, Threads
 from steertune.recipes.lab.processes import begin
 from steertune.recipes.lab.progress import progress
 from steertune.recipes.lab.tables import ModelTable

@@ -27,8 +27,9 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated
 
-from steertune.recipes.lab.command_line import Argument, Base, Count, Device, DType, Option, Threads, command
+from steertune.recipes.lab.command_line import command
 from steertune.recipes.lab.files import ArmError
+from steertune.recipes.lab.options import Argument, Base, Count, Device, DType, Option, Threads
 from steertune.recipes.lab.processes import begin, default_device
 from steertune.recipes.lab.progress import progress
 from steertune.recipes.serving.defaults import BATCH, LONGEST, LOOPBACK, QUEUE, SECONDS

@@ -30,10 +30,11 @@ from typing import Annotated, Any
 
 import torch
 
-from steertune.recipes.lab.command_line import Count, Option, Result, Threads, command, whole_number
+from steertune.recipes.lab.command_line import Result, command
 from steertune.recipes.lab.data import load_model
 from steertune.recipes.lab.files import ArmError, read_result, write_result, write_whole
 from steertune.recipes.lab.memory import peak_memory_gb, reset_peak_memory
+from steertune.recipes.lab.options import Count, Option, Threads, whole_number
 from steertune.recipes.lab.processes import begin
 from steertune.recipes.lab.progress import progress, track
 from steertune.recipes.lab.tables import ModelTable
@@ -136,7 +137,7 @@ def measure(options: Options, rows: Rows) -> dict[str, Any]:
     """Times, memory and the floor of a step on some rows."""
     model, tokenizer = load_model(ModelTable(name=options.model))
     layer = _layer(model)
-    ways = _asked(options.ways)
+    ways = ways_of(options.ways)
 
     def runs(folder: str) -> dict[str, Run]:
         return {name: Run(way, model, tokenizer, rows, layer, folder) for name, way in ways.items()}
@@ -191,7 +192,7 @@ def _layer(model: Any) -> int:
     return 2 * model.config.num_hidden_layers // 3
 
 
-def _asked(patterns: Sequence[str]) -> dict[str, Way]:
+def ways_of(patterns: Sequence[str]) -> dict[str, Way]:
     """The ways whose names match, and the ways that they are compared with."""
     names = {name for name in WAYS if any(fnmatchcase(name, pattern) for pattern in patterns)}
     names |= {WAYS[name].baseline for name in names}

@@ -15,7 +15,7 @@ from steertune.recipes.ablation.grid import load_grid
 from steertune.recipes.lab import embedded
 from steertune.recipes.lab.files import ArmError, write_result
 from steertune.recipes.studies import benchmark, benchmark_grid
-from steertune.recipes.studies.benchmark import _asked
+from steertune.recipes.studies.benchmark import ways_of
 from steertune.recipes.studies.timing.rows import Rows, random_words
 from steertune.recipes.studies.timing.shares import OTHER, kind_of, shares
 from steertune.recipes.studies.timing.ways import AGAINST, STEP, WAYS
@@ -30,9 +30,11 @@ def test_the_former_name_runs_the_study_and_is_no_second_command():
 
 
 def test_ways_that_are_asked_for_come_with_what_they_are_compared_with():
-    assert [*_asked(["SFT: ours, *"])] == [AGAINST["sft"], *(name for name in WAYS if name.startswith("SFT: ours, "))]
-    assert [*_asked(["pairs: ours + LoRA*"])] == [f"pairs: {who} + LoRA in the upper third" for who in ("TRL", "ours")]
-    assert _asked(["*"]) == WAYS and _asked(["nothing"]) == {}
+    assert [*ways_of(["SFT: ours, *"])] == [AGAINST["sft"], *(name for name in WAYS if name.startswith("SFT: ours, "))]
+    assert [*ways_of(["pairs: ours + LoRA*"])] == [
+        f"pairs: {who} + LoRA in the upper third" for who in ("TRL", "ours")
+    ]
+    assert ways_of(["*"]) == WAYS and ways_of(["nothing"]) == {}
 
 
 @pytest.mark.real

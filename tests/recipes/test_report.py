@@ -22,17 +22,9 @@ from matplotlib.figure import Figure
 from steertune.recipes import report
 from steertune.recipes.ablate import GRID, write_grid
 from steertune.recipes.ablation import charts
-from steertune.recipes.ablation.analysis import (
-    attribution,
-    by_examples,
-    comparisons,
-    in_pairs,
-    read_tables,
-    recovered,
-    scores,
-    verdict,
-)
+from steertune.recipes.ablation.analysis import attribution, by_examples, comparisons, in_pairs, scores
 from steertune.recipes.ablation.cells import column, read_cells
+from steertune.recipes.ablation.claims import recovered, verdict
 from steertune.recipes.ablation.findings import find
 from steertune.recipes.ablation.grid import Cell, Grid, make_grid
 from steertune.recipes.ablation.labels import arm_labels
@@ -40,7 +32,7 @@ from steertune.recipes.ablation.levels import named
 from steertune.recipes.ablation.sections import sections
 from steertune.recipes.ablation.statistics.paired import crossed_interval, difference
 from steertune.recipes.ablation.statistics.rows import examples_of, rows_of, with_base
-from steertune.recipes.ablation.tables import GridTables, TaskTable
+from steertune.recipes.ablation.tables import GridTables, TaskTable, read_tables
 from steertune.recipes.lab import measures, pages
 from steertune.recipes.lab.files import ArmError, read_result, write_result
 from steertune.recipes.lab.rows import BASE, COLUMNS, MATCHED, TUNED, Record

@@ -65,11 +65,10 @@ def main(
 ) -> int:
     """Answer the requests; the exit code is 1 when a line was refused."""
     folders = named_folders(vectors or [])
-    if port is None:
-        done = check_files(input, output)
-    elif input is not None or output is not None:
+    done = check_files(input, output) if port is None else set()
+    if port is not None and (input is not None or output is not None):
         raise ArmError("--port serves HTTP, and reads no --input and writes no --output. Leave them out.")
-    elif vectors_in is not None and not vectors_in.is_dir():
+    if vectors_in is not None and not vectors_in.is_dir():
         raise ArmError(f"--vectors-in {vectors_in}: the folder does not exist.")
     begin(threads, only_one=True)
     where = device or default_device()

@@ -85,7 +85,7 @@ class States:
         other._widen(width)
         self.mask_BT = torch.cat([self.mask_BT, other.mask_BT])
         for layer, added in zip(self.cache.layers, other.cache.layers, strict=True):
-            if isinstance(layer, DynamicLayer) and layer.is_initialized:
+            if _has_columns(layer):
                 layer.keys = torch.cat([layer.keys, added.keys])
                 layer.values = torch.cat([layer.values, added.values])
             for states, added_states in zip(_recurrent(layer), _recurrent(added), strict=True):
@@ -99,7 +99,7 @@ class States:
         empty = int((self.mask_BT.sum(dim=0) == 0).int().cumprod(0).sum())  # leading columns of padding
         self.mask_BT = self.mask_BT[:, empty:]
         for layer in self.cache.layers:
-            if isinstance(layer, DynamicLayer) and layer.is_initialized:
+            if _has_columns(layer):
                 layer.keys = layer.keys[index][..., empty:, :]
                 layer.values = layer.values[index][..., empty:, :]
             for states in _recurrent(layer):
@@ -113,11 +113,16 @@ class States:
             return
         self.mask_BT = nn.functional.pad(self.mask_BT, (added, 0))
         for layer in self.cache.layers:
-            if isinstance(layer, DynamicLayer) and layer.is_initialized:
+            if _has_columns(layer):
                 layer.keys = nn.functional.pad(layer.keys, (0, 0, added, 0))
                 layer.values = nn.functional.pad(layer.values, (0, 0, added, 0))
 
 
-def _recurrent(layer: Any) -> list[dict[int, Tensor | None]]:
+def _has_columns(layer: Any) -> bool:
+    """Whether a layer holds keys and values; those of layers that share another's never do."""
+    return isinstance(layer, DynamicLayer) and layer.is_initialized
+
+
+def _recurrent(layer: Any) -> list[dict[int, Any]]:
     """States of a layer that have one row each and no columns."""
     return [layer.conv_states, layer.recurrent_states] if isinstance(layer, LinearAttentionLayer) else []

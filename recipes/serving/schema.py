@@ -120,8 +120,9 @@ class CompletionRequest(Asked):
     def prompts(self) -> list[str] | list[list[int]]:
         """The prompts, one or several."""
         prompt: Any = self.prompt
-        single = isinstance(prompt, str) or (bool(prompt) and isinstance(prompt[0], int))
-        return [prompt] if single else prompt
+        if isinstance(prompt, str) or (prompt and isinstance(prompt[0], int)):
+            prompt = [prompt]
+        return prompt
 
 
 ChatMessage.model_rebuild()

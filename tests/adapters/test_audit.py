@@ -121,7 +121,7 @@ def test_the_command_says_which_vector_and_undoes_it(tmp_path, capsys):
     ("words", "says"),
     [
         (["nowhere"], "cannot be loaded"),
-        (["embedded", "--known", "nowhere"], "is no adapter folder"),
+        (["embedded", "--known", "nowhere"], "is not an adapter folder"),
         (["embedded", "--output", "."], "exists already"),
     ],
 )

@@ -315,13 +315,13 @@ def _scorer(text: str, task: str) -> dict[str, Any]:
     return table
 
 
-def as_typed(words: Sequence[str]) -> str:
+def as_typed(words: Sequence[str], module: str = "sweep") -> str:
     """The command that ran it, without where things are on this machine."""
     words = list(words)
     for i, word in enumerate(words[:-1]):
         if word == "--folder":
             words[i + 1] = "FOLDER"
-    return shlex.join(["python", "-m", "steertune.recipes.sweep", *words])
+    return shlex.join(["python", "-m", f"steertune.recipes.{module}", *words])
 
 
 if __name__ == "__main__":

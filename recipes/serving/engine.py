@@ -24,8 +24,8 @@ from steertune.adapters.rows import steer_rows
 from steertune.recipes.lab.generation import broken_rows, left_padded
 from steertune.recipes.serving.cache import States, can_join, new_cache
 from steertune.recipes.serving.defaults import BATCH
-from steertune.recipes.serving.jobs import Done, Job, Prompt, Scored
-from steertune.recipes.serving.sampling import Sampler, scored
+from steertune.recipes.serving.jobs import Done, Job, Prompt
+from steertune.recipes.serving.sampling import Sampler, prompt_scores, scored
 from steertune.recipes.serving.text import Text
 from steertune.recipes.serving.vectors import Vectors
 
@@ -158,7 +158,8 @@ class Engine:
             states, logits_BTV = self._read(rows)
             for row, logits_TV in zip(rows, logits_BTV, strict=True):
                 if not row.job.tokens:
-                    row.job.listener(Prompt(tuple(_prompt_scores(row.job, logits_TV))))
+                    scores = prompt_scores(logits_TV, row.job.prompt, row.job.top or 0) if row.job.echo else []
+                    row.job.listener(Prompt(tuple(scores)))
         except Exception as error:
             self._recover(rows, error)
             return
@@ -188,8 +189,11 @@ class Engine:
                 job.fail(message, "request")
             elif job.new_tokens == 0:
                 job.listener(Done("length", 0))
-            elif self._goes_on(row, logits_BV[i]):
-                live.append(i)
+            else:
+                try:
+                    live += [i] if self._goes_on(row, logits_BV[i]) else []
+                except Exception as error:  # of a tokenizer, for example
+                    self._recover([row], error)
         return live
 
     def _goes_on(self, row: _Row, logits_V: Tensor) -> bool:
@@ -288,12 +292,3 @@ def end_tokens(model: Any, tokenizer: Any) -> set[int]:
     ids = None if config is None else config.eos_token_id
     ids = tokenizer.eos_token_id if ids is None else ids
     return set() if ids is None else {*ids} if isinstance(ids, list) else {ids}
-
-
-def _prompt_scores(job: Job, logits_TV: Tensor) -> list[Scored]:
-    """The tokens of a prompt, each scored by what stands before it."""
-    if not job.echo:
-        return []
-    # the logits of padding on the left come first, and the last ones predict the answer
-    logits_TV = logits_TV[-len(job.prompt) : -1]
-    return [Scored(job.prompt[0], None), *scored(logits_TV, job.prompt[1:], job.top or 0)]

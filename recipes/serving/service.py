@@ -23,7 +23,7 @@ from steertune.recipes.serving.metrics import Metrics
 from steertune.recipes.serving.names import Steering, combined, read_model_name
 from steertune.recipes.serving.schema import Asked, ChatRequest, CompletionRequest
 from steertune.recipes.serving.vectors import Vectors
-from steertune.recipes.serving.worker import QueueFull, Worker
+from steertune.recipes.serving.worker import QueueFull, Stopped, Worker
 
 
 @dataclass(frozen=True)
@@ -113,6 +113,8 @@ class Service:
             raise ApiError(400, str(error)) from error
         except QueueFull as error:
             raise ApiError(429, str(error), "queue_full") from error
+        except Stopped as error:
+            raise ApiError(503, str(error), "stopped") from error
         self.metrics.prompt_tokens.inc(sum(map(len, prompts)))
         return Started(call, form, prompts)
 

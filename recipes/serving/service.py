@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from steertune.recipes.lab.files import ArmError, shown
+from steertune.recipes.lab.forms import has_template
 from steertune.recipes.serving.answers import ChatForm, CompletionForm, Form
 from steertune.recipes.serving.call import Call, samplings
 from steertune.recipes.serving.defaults import BATCH, LONGEST, QUEUE, SECONDS
@@ -123,6 +124,8 @@ class Service:
         for token in asked.logit_bias or {}:
             self._check_token(token, "logit_bias")
         if isinstance(asked, ChatRequest):
+            if not has_template(self.tokenizer):
+                raise ArmError("The model's tokenizer has no chat template. Ask /v1/completions with a text.")
             prompts = [read_prompt(self.tokenizer, [message.as_text() for message in asked.messages])]
             name = "max_tokens" if asked.max_completion_tokens is None else "max_completion_tokens"
             limit = asked.max_tokens if asked.max_completion_tokens is None else asked.max_completion_tokens

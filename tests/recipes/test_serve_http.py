@@ -316,6 +316,9 @@ def test_a_service_starts_without_vectors_and_outlives_the_last_one(home):
             assert requests.delete(f"{server.url}/v1/vectors/warm").status_code == 200
             assert completion(client, logprobs=0).choices[0].logprobs.token_logprobs == base
         assert seen[0] == seen[1] != base
+        server.service.tokenizer.chat_template = None
+        with pytest.raises(openai.BadRequestError, match="no chat template. Ask /v1/completions"):
+            client.chat.completions.create(model="base", messages=CHAT)  # type: ignore[arg-type]
 
 
 def test_what_no_request_should_cause_hurts_one_answer_or_is_told(home, monkeypatch):

@@ -37,7 +37,7 @@ class StreamOptions(BaseModel):
     include_usage: bool = False
 
 
-class Asked(BaseModel, extra="forbid"):
+class GenerationRequest(BaseModel, extra="forbid"):
     """What chats and completions have in common."""
 
     model: str
@@ -59,14 +59,14 @@ class Asked(BaseModel, extra="forbid"):
     def _without_what_changes_nothing(cls, values: Any) -> Any:
         if not isinstance(values, dict):
             return values
-        own = {
+        kept = {
             name: value
             for name, value in values.items()
             if name in cls.model_fields or not (name in _IGNORED or value is None or value in _NEUTRAL.get(name, ()))
         }
-        if unsupported := sorted({*own} & _UNSUPPORTED - {*cls.model_fields}):
+        if unsupported := sorted({*kept} & _UNSUPPORTED - {*cls.model_fields}):
             raise ValueError(f"{', '.join(unsupported)}: not supported by this server. Leave it out")
-        return own
+        return kept
 
     @property
     def stops(self) -> tuple[str, ...]:
@@ -94,7 +94,7 @@ class TextPart(BaseModel):
     text: str
 
 
-class ChatRequest(Asked):
+class ChatRequest(GenerationRequest):
     """`POST /v1/chat/completions`."""
 
     messages: list[ChatMessage] = Field(min_length=1)
@@ -109,7 +109,7 @@ class ChatRequest(Asked):
         return (self.top_logprobs or 0) if self.logprobs else None
 
 
-class CompletionRequest(Asked):
+class CompletionRequest(GenerationRequest):
     """`POST /v1/completions`."""
 
     prompt: str | list[str] | list[int] | list[list[int]]

@@ -114,14 +114,14 @@ class Worker:
             raise
 
     def _turn(self) -> None:
-        """What has arrived, then one step."""
+        """What has calls, then one step."""
         with self._news:
             while not (self._inbox or self._stopping or self.engine.busy):
                 self._news.wait()
-            arrived: list[Callable[[], Any]] = [*self._inbox]
+            calls: list[Callable[[], Any]] = [*self._inbox]
             self._inbox.clear()
-        for act in arrived:
-            act()
+        for call in calls:
+            call()
         if self.engine.busy and not self._stopping:
             self.engine.step()
         if self.vectors.unused:

@@ -35,13 +35,14 @@ from steertune.recipes.ablation.plan import plan
 from steertune.recipes.ablation.rehearsal import rehearse_grid
 from steertune.recipes.ablation.run import run_cell
 from steertune.recipes.ablation.store import TABLE, Reusable, Store
-from steertune.recipes.ablation.workers import engine_of, engines, run_workers
+from steertune.recipes.ablation.workers import engine_of, run_workers
 from steertune.recipes.lab import scorers
 from steertune.recipes.lab.checks import check_adapters, check_training
 from steertune.recipes.lab.command_line import Result, command
 from steertune.recipes.lab.files import ArmError, write_result
 from steertune.recipes.lab.options import Argument, Choice, Count, Option, Threads, grid_names
 from steertune.recipes.lab.pair_lint import warn_of
+from steertune.recipes.lab.paths import modules_in
 from steertune.recipes.lab.processes import begin, default_threads
 from steertune.recipes.lab.progress import Bar, progress
 from steertune.recipes.lab.secrets import masked
@@ -59,7 +60,7 @@ def main(
     data_root: Annotated[Path | None, Option(help="folder that relative task names start from")] = None,
     threads: Threads = None,
     workers: Annotated[int, Count("processes that share the cells")] = 1,
-    engine: Annotated[str, Choice(engines(), "what runs several workers")] = "local",
+    engine: Annotated[str, Choice(modules_in("recipes/ablation/workers"), "what runs several workers")] = "local",
     dry_run: Annotated[bool, Option("--dry-run", help="print cells, cost and time, and stop")] = False,
     words: Sequence[str] = (),
 ) -> Result | int:

@@ -102,11 +102,6 @@ class Curve:
 _TOO_MUCH = 50.0  # log KL of a model whose probabilities are not finite
 
 
-def matched_strength(kl: Callable[[float], float], target: float, largest: float) -> float | None:
-    """The smallest strength at which `kl(strength)` is `target`; None if no strength up to `largest` reaches it."""
-    return Curve(kl, largest).crossing(target)
-
-
 def refined(kl: Callable[[float], float], target: float, guess: float, largest: float) -> Point:
     """The strength near `guess` at which `kl(strength)` is `target`, of three evaluations at most.
 
@@ -136,13 +131,8 @@ def refined(kl: Callable[[float], float], target: float, guess: float, largest: 
 def frontier(
     few: Callable[[float], float], every: Callable[[float], float], targets: Sequence[float], largest: float
 ) -> tuple[list[Point], bool]:
-    """A point for every target, the smallest first; an arm that stops short keeps its last point.
-
-    Args:
-        few: KL at a strength on a few rows, which finds a guess.
-        every: KL at a strength on all rows, which decides.
-        targets: The KLs to reach.
-        largest: The largest strength to try.
+    """A point for every target, the smallest first; an arm that stops short keeps its last point. `few` is the KL at a
+    strength on a few rows, which finds a guess, and `every` that on all rows, which decides.
 
     Returns:
         The points, and whether the KL was seen to fall while the strength grew.

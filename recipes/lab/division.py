@@ -51,14 +51,7 @@ class Division:
 
 
 def divide(rows: Sequence[dict[str, Any]], by: By, salt: str = "", near: float = NEAR) -> Division:
-    """Divide rows in two parts.
-
-    Args:
-        rows: The rows, in the order of the file.
-        by: What tells them apart.
-        salt: Another one gives another, independent division.
-        near: From which similarity on rows share a part.
-    """
+    """Divide rows in two parts. Rows are told apart by `by`; another `salt` gives another, independent division."""
     of_rows = texts(rows, by)
     frame = Frame.of(of_rows)
     unique = {text: i for i, text in reversed([*enumerate(of_rows)])}  # text -> the first row that has it

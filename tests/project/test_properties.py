@@ -23,7 +23,7 @@ from transformers import DynamicCache
 from steertune.adapters import SteeringVectorConfig, prompt_length, set_strength
 from steertune.adapters.positions import PromptBoundary
 from steertune.adapters.saved import check_checksums, write_checksums
-from steertune.recipes.ablation.matched import matched_strength
+from steertune.recipes.ablation.matched import Curve
 from steertune.recipes.ablation.statistics.curves import n_equivalence
 from steertune.recipes.ablation.statistics.paired import corrected, crossed_interval, p_value
 from steertune.recipes.ablation.statistics.shapley import shapley
@@ -272,7 +272,7 @@ def test_reaching_more_is_worth_no_fewer_examples(seed, more):
 
 @given(st.floats(1e-4, 1e3), st.floats(1e-3, 1.0), st.floats(1.5, 2.5))
 def test_the_matched_strength_has_the_asked_divergence(slope, target, power):
-    found = matched_strength(lambda s: slope * s**power, target, 64.0)
+    found = Curve(lambda s: slope * s**power, 64.0).crossing(target)
     right = (target / slope) ** (1 / power)
     assert found is None if right > 64.0 * 1.05 else found is None or found == pytest.approx(right, rel=0.05)
     assert found is not None or right > 64.0 * 0.95

@@ -16,7 +16,7 @@ from scipy import stats
 from scipy.linalg import helmert
 
 from steertune.recipes.ablation import designs
-from steertune.recipes.ablation.matched import frontier, matched_strength, refined
+from steertune.recipes.ablation.matched import Curve, frontier, refined
 from steertune.recipes.ablation.statistics import curves, factorial, paired
 from steertune.recipes.ablation.statistics.shapley import shapley, share_rows
 from steertune.recipes.lab import intervals
@@ -1085,7 +1085,7 @@ def search(kl, largest: float, target: float = KL) -> tuple[float | None, list[f
         tried.append(strength)
         return kl(strength)
 
-    found = matched_strength(counted, target, largest)
+    found = Curve(counted, largest).crossing(target)
     assert len(tried) < 50
     assert min(tried) > 0 and max(tried) <= largest * (1 + 1e-12)
     return found, tried

@@ -45,15 +45,10 @@ class Effect:
 
 
 def effects(cells: Frame, factors: Sequence[str], measure: str, sample: bool = False) -> list[Effect]:
-    """Every level of every factor against the factor's first level, within matched contexts.
+    """Every level of every factor against the factor's first level, within matched contexts. A row of `cells` is a
+    cell, with a column per factor, `task`, `seed`, `examples` and the measure.
 
     Levels that mean nothing in a context (`-`) are compared nowhere.
-
-    Args:
-        cells: One row a cell: a column per factor, `task`, `seed`, `examples`, and the measure.
-        factors: The factors. Levels are ordered by their first appearance in the rows.
-        measure: Column to compare.
-        sample: Whether tasks are taken as a sample.
     """
     if not factors:
         return []

@@ -45,7 +45,10 @@ def logits(model: torch.nn.Module) -> torch.Tensor:
         return model(input_ids=tokens()).logits
 
 
-@pytest.mark.parametrize("target", ["peft", "safetensors", "gguf", "lm_eval", "vllm"])
+@pytest.mark.parametrize(
+    "target",
+    ["safetensors", "gguf", *(pytest.param(name, marks=pytest.mark.slow) for name in ("peft", "lm_eval", "vllm"))],
+)
 def test_a_fresh_process_finds_the_same(target, base, tmp_path):
     model = steered(layers=2)
     made = export(model, target, tmp_path / "out", base, INPUTS, strength=-1.5)

@@ -116,6 +116,7 @@ def test_rates_come_with_their_own_uncertainty():
     assert rate([False] * 24) == "0% [0%, 14%]"
 
 
+@pytest.mark.slow
 def test_the_suite_runs_and_goes_on(tmp_path, capsys, monkeypatch):
     for name, value in (("TASKS", 1), ("SEEDS", 2), ("TEST", 8), ("EXAMPLES", 8)):
         monkeypatch.setattr(planted, name, value)

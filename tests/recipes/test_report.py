@@ -135,6 +135,18 @@ def make_up(folder: Path, score: Score, seed: int = 0, keep: Callable[[Cell], bo
     return grid
 
 
+@pytest.fixture(autouse=True)
+def pictures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawing takes most of a report's time, so figures are drawn for tests of figures only (`drawn`)."""
+    if "drawn" not in request.fixturenames:
+        monkeypatch.setattr(Figure, "savefig", lambda self, file, **_: Path(file).write_bytes(b"not drawn"))
+
+
+@pytest.fixture
+def drawn() -> None:
+    """Asks for figures that are drawn."""
+
+
 def said(folder: Path) -> str:
     return report.write_report(folder).read_text(encoding="utf-8")
 
@@ -511,7 +523,7 @@ def test_the_first_screen_has_the_question_the_answer_and_what_it_costs(tmp_path
     assert "{'" not in page and "=" not in first.replace("p = ", "").replace("n = ", "")
 
 
-def test_figures_are_png_and_svg_and_tables_latex_too(tmp_path):
+def test_figures_are_png_and_svg_and_tables_latex_too(tmp_path, drawn):
     make_up(tmp_path, by_form, keep=lambda cell: cell.seed < 3)
     said(tmp_path)
     names = {file.stem for file in (tmp_path / "charts").glob("*.png")}

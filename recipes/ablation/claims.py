@@ -145,8 +145,6 @@ class TaskResult:
     """The claim's comparison in one task.
 
     Attributes:
-        name: The task.
-        base: Mean of the base model.
         than: Mean of the arm that is compared with.
         better: Mean of the arm that is claimed to be better.
         ahead: How far it is ahead; p is not corrected.
@@ -177,7 +175,6 @@ class Recovered:
     """How much of another arm's gain over the base model an arm reaches.
 
     Attributes:
-        arm: The arm.
         gain: Over the base model.
         share: Its mean gain over that of the claim's `than`; None where that gains nothing.
         ahead: Its gain minus the claimed share of the other's; p is corrected (Holm) over all arms of the table.

@@ -39,15 +39,12 @@ class Point:
 
 
 class Curve:
-    """KL against strength, computed where the search needs it.
+    """KL against strength, computed where the search needs it. KL is in nats per token, and what is not finite counts
+    as too much.
 
     KL is quadratic in a small strength, so the search starts at a small one and walks up, by a factor of two at most
     unless the last two points lie on a parabola. So it finds the smallest strength with some KL, also where the KL
     falls again beyond it (it need not grow with the strength).
-
-    Args:
-        kl: KL to the base model at a strength, in nats per token; not finite counts as too much.
-        largest: The largest strength to try.
     """
 
     def __init__(self, kl: Callable[[float], float], largest: float) -> None:

@@ -23,7 +23,6 @@ class Division:
     """Indices of the rows of each part.
 
     Attributes:
-        train: Rows to train on.
         held_out: Rows to measure on; none where there are too few rows.
         left_out: Rows that resemble rows of both parts.
     """

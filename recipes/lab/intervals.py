@@ -26,8 +26,6 @@ class Interval:
 
     Attributes:
         estimate: Mean over the pairs.
-        low: Lower end.
-        high: Upper end.
         pairs: How many pairs there were.
         method: `bca`, `t`, `crossed`, `tasks`, or `none` where the pairs are too few, or all equal, so that nothing
             shows how much they vary (the ends are infinite then).

@@ -66,8 +66,6 @@ class HeldOut:
     """The examples that models are measured on, and what all of these measurements share.
 
     Args:
-        model: The base model.
-        tokenizer: Its tokenizer.
         pairs: Test rows: preference pairs, or prompts alone.
         neutral: Prompts and completions that the behaviour is not about, on which side effects are reported.
         asked: Rows whose prompts are answered in place of the test rows' prompts; None: the test rows.
@@ -314,12 +312,8 @@ OBSERVERS = {
 
 
 def against_base(seen: Sequence[tuple[Tensor, Tensor]], base: Sequence[Tensor]) -> Observations:
-    """What the tokens of every neutral answer add up to, and the 95th percentile of their KL.
-
-    Args:
-        seen: `neutral_logps` of a steered model; of fewer rows than the base's, those of the first.
-        base: The base model's log-probabilities of the same rows, `(T, V)` each.
-    """
+    """What the tokens of every neutral answer add up to, and the 95th percentile of their KL. Where `seen` has fewer
+    rows than the base, they are the first."""
     kl_T = [(ours.exp() * (ours - theirs)).sum(dim=-1) for (ours, _), theirs in zip(seen, base, strict=False)]
     return {
         "neutral_kl": [float(kl.sum()) for kl in kl_T],

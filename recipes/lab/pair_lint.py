@@ -36,7 +36,6 @@ class Finding:
     """One thing to know about pairs.
 
     Attributes:
-        check: Which check found it.
         text: What was found, and what to do about it.
         rows: Where the first rows that it is about stand.
         value: The number behind it, if there is one.

@@ -23,8 +23,6 @@ class Parts:
     """All rows of a data set, in training and test rows.
 
     Attributes:
-        train: Rows to train on.
-        test: Rows to measure on.
         by: What tells the rows apart.
         note: How many rows each part has, and how the split was made.
         places: Where a training row stands, and where a test row does, by its number.

@@ -29,8 +29,6 @@ class Effect:
     """What changing one factor does, everything else equal.
 
     Attributes:
-        factor: Name of the factor.
-        level: The level.
         reference: The level it is compared with.
         difference: Over pairs of task and seed, of means over numbers of examples and matched contexts; p is
             corrected (Holm) over all effects that were looked at together.

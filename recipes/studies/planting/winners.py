@@ -52,9 +52,6 @@ class Look:
     """One measure's verdict in one comparison of one study, beside the truth's.
 
     Attributes:
-        problem: The planted problem.
-        comparison: Which arms.
-        measure: The measure.
         right: Whether it names the arm that the truth of all studies names; None where that names none clearly.
         claims: Whether it claims its winner.
     """

@@ -244,10 +244,10 @@ class Mixture:
         splits, tables = self.splits[task.label], self.tables
         if prompt == "plain":
             return splits.test
-        seen = task in self.seen
-        pool = self._trained_rows(task) if seen else self._pairs(task, seed)
+        is_seen = task in self.seen
+        pool = self._trained_rows(task) if is_seen else self._pairs(task, seed)
         # no two tasks, such as one and its reverse, show the same rows
-        number = seed * len(self.seen) + self.seen.index(task) if seen else seed
+        number = seed * len(self.seen) + self.seen.index(task) if is_seen else seed
         options = {"k": tables.demonstrations, "seed": number, "pool": tuple(pool.to_list())}
         view = get_view("demonstrations", contrast=prompt == "contrast", **options)
         return behind(view, splits.test)

@@ -210,13 +210,16 @@ def page(record: Record, prompted: Record) -> Page:
         f"{facts['train_prompts']} training prompts; **{facts['tokens']['saved']:.0f} tokens saved** per request."
         f"{nothing}"
     )
-    seen = {"base": record.seen(), "prompted": prompted.seen(1), "distilled": record.seen(1)}
-    answers = generations(facts["prompts"], {name: [*one["answer"]] for name, one in seen.items() if "answer" in one})
+    models = {"base": record.seen(), "prompted": prompted.seen(1), "distilled": record.seen(1)}
+    answers = generations(
+        facts["prompts"], {name: [*one["answer"]] for name, one in models.items() if "answer" in one}
+    )
     notes = [prose(facts["split"]), *facts["notes"].values()]
     sections = [
         Section("", [summary, *map(Text, notes)]),
         Section(
-            "Effect and side effects", [*side_effects(seen, "model"), Text("Every measure:"), Table(table, "measures")]
+            "Effect and side effects",
+            [*side_effects(models, "model"), Text("Every measure:"), Table(table, "measures")],
         ),
         *([Section("Generations (greedy)", answers)] if answers else []),
     ]

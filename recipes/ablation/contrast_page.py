@@ -91,12 +91,12 @@ def _without_prompts(unseen: Sequence[Record], steering: Sequence[str], effects:
     Test pairs and neutral rows are the same in every draw, so their values are means over the draws.
     """
     base, trained = (_of_rows(unseen, f"{name}, plain", ["accuracy"]) for name in ("base", "trained"))
-    seen = {"base": Seen(base | effects.observations[BASE])}
-    seen["trained"] = Seen(trained | effects.observations["1"], seen["base"])
+    models = {"base": Seen(base | effects.observations[BASE])}
+    models["trained"] = Seen(trained | effects.observations["1"], models["base"])
     for arm in steering:
         names = ["accuracy", "neutral_kl", "neutral_nll", "neutral_tokens", "neutral_repetition"]
-        seen[arm] = Seen(_of_rows(unseen, arm, names), seen["base"])
-    return seen
+        models[arm] = Seen(_of_rows(unseen, arm, names), models["base"])
+    return models
 
 
 def _of_rows(records: Sequence[Record], condition: str, names: Sequence[str]) -> dict[str, list[float]]:

@@ -33,8 +33,8 @@ def strengths_at(
     @cache
     def kl(strength: float, rows: int) -> float:
         with scaled(model, strength):
-            seen = answer_logps(model, shown(rows))
-        observed = against_base(seen, base)
+            logps = answer_logps(model, shown(rows))
+        observed = against_base(logps, base)
         return sum(observed["neutral_kl"]) / sum(observed["neutral_tokens"])
 
     few, every = min(SEARCH_ROWS, len(base)), len(base)

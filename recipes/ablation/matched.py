@@ -71,8 +71,8 @@ class Curve:
                 return None
             slope = (self._at(high) - self._at(before)) / (high - before) if before is not None else 0.0
             leap = -excess(high) / 2 - _STEP / 2 if _QUADRATIC[0] < slope < _QUADRATIC[1] else _STEP
-            seen = [x for x in self._logs if x > high]
-            before, high = high, min([self._limit, high + max(_STEP, leap), *seen])
+            above = [x for x in self._logs if x > high]
+            before, high = high, min([self._limit, high + max(_STEP, leap), *above])
         if before is None:
             return math.exp(low) if excess(low) == 0 else None
         x = high if excess(high) == 0 else float(brentq(excess, before, high, xtol=_TOLERANCE))  # pyright: ignore[reportArgumentType]

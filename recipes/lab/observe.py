@@ -312,8 +312,8 @@ OBSERVERS = {
 
 
 def against_base(steered: Sequence[tuple[Tensor, Tensor]], base: Sequence[Tensor]) -> Observations:
-    """What the tokens of every neutral answer add up to, and the 95th percentile of their KL. Where `steered` has fewer
-    rows than the base, they are the first."""
+    """What the tokens of every neutral answer add up to, and the 95th percentile of their KL. Where `steered` has
+    fewer rows than the base, they are the first."""
     kl_T = [(ours.exp() * (ours - theirs)).sum(dim=-1) for (ours, _), theirs in zip(steered, base, strict=False)]
     return {
         "neutral_kl": [float(kl.sum()) for kl in kl_T],

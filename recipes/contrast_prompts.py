@@ -294,7 +294,7 @@ class Mixture:
 
     def _held_out(self, model: Any, tokenizer: Any, pairs: Dataset) -> HeldOut:
         """Pairs, with the neutral text and its prompts to answer."""
-        answers = {"neutral_generations": _ANSWERS, "new_tokens": _TOKENS, "batch_size": _BATCH}
+        answers: dict[str, Any] = {"neutral_generations": _ANSWERS, "new_tokens": _TOKENS, "batch_size": _BATCH}
         return HeldOut(model, tokenizer, pairs, neutral_rows(tokenizer), **answers)
 
     def _records(

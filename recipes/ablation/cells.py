@@ -130,5 +130,5 @@ def _failed(folder: Path, name: tuple[Any, ...]) -> Record | None:
     file = folder / "cells" / task / f"n{examples}" / f"seed{seed}" / arm / "failed.json"
     if not file.exists():
         return None
-    keys = dict(zip(KEYS, name, strict=True))
+    keys: dict[str, Any] = dict(zip(KEYS, name, strict=True))
     return Record(keys, facts={"status": "failed", "error": str(read_result(file, AGAIN).get("error"))})

@@ -240,7 +240,7 @@ class Mixture:
         return concatenate_datasets(parts).shuffle(seed=0)
 
     def _shown(self, task: TaskTable, seed: int, prompt: str) -> Dataset:
-        """A task's test pairs, plain or behind other pairs: of a seen task those that were trained on."""
+        """A task's test pairs, plain or behind other pairs: for a seen task, its training pairs."""
         splits, tables = self.splits[task.label], self.tables
         if prompt == "plain":
             return splits.test

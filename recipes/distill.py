@@ -198,7 +198,7 @@ def _tokens(tokenizer: Any, view: View, test: Dataset) -> dict[str, float]:
 
 
 def page(record: Record, prompted: Record) -> Page:
-    """What came of it, from the record of the distilled model and that of the prompted base."""
+    """What came of it, from the records of the distilled model and of the prompted base."""
     means, facts = record.means(), record.facts
     base, distilled = means[BASE], means["1"]
     table = comparison({"base": base, "prompted": prompted.means()["1"], "distilled": distilled}).frame

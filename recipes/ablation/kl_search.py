@@ -18,7 +18,7 @@ SEARCH_ROWS = 4
 def strengths_at(
     model: Any, held_out: HeldOut, targets: Sequence[float], largest: float, size: int = NEUTRAL_BATCH
 ) -> tuple[list[Point], bool]:
-    """Find the strength of every KL. The KL is that of the rows for matching; `size` is the rows of a forward pass.
+    """Find the strength of every KL, measured on the rows for matching; `size` is the rows of a forward pass.
 
     Returns:
         A point for every target, the smallest first, and whether the KL was seen to fall while the strength grew.

@@ -79,7 +79,7 @@ class Curve:
         return math.exp(x) if abs(excess(x)) < _REACHED else None
 
     def last(self, target: float) -> float | None:
-        """The strength that was seen with the largest KL below this one; None: none was."""
+        """The strength that was seen with the largest KL below this one; None: no such strength."""
         below = {x: y for x, y in self._logs.items() if y < math.log(target)}
         return math.exp(max(below, key=lambda x: (below[x], -x))) if below else None
 

@@ -253,7 +253,7 @@ def split_overrides(words: Sequence[str], own: Container[str]) -> tuple[list[str
 
 
 def _check(name: str) -> None:
-    """Refuse a key that its table cannot have; those of an adapter depend on its type and are checked with it."""
+    """Refuse a key that its table cannot have; an adapter's keys depend on its type and are checked with it."""
     table, _, key = name.partition(".")
     closed = {full.partition(".")[0] for full in arm_keys() if not full.endswith("KEY")} - {"adapter"}
     if table not in closed or name in arm_keys() or key in REFUSED:

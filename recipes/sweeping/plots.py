@@ -70,8 +70,8 @@ def _heat(axis: Axes, grid: NDArray[np.float64], colours: str) -> None:
 
 
 def pareto(settings: Sequence[Setting], value: Value, base: float, limit: float, choice: Choice, label: str) -> Figure:
-    """Behaviour against KL, a dot a setting coloured by its layer; those that no other beats on both are joined. The
-    recommendation is ringed; `base` is the value of the base model and `limit` that of the KL."""
+    """Behaviour against KL, a dot a setting coloured by its layer; settings that no other beats on both are joined.
+    The recommendation is ringed; `base` is the value of the base model and `limit` that of the KL."""
     points = [(max(c.value("kl"), 1e-6), value(c), c) for c in settings]
     points = [point for point in points if np.isfinite(point[:2]).all()]
     figure = Figure(figsize=(7.2, 4.2), layout="constrained")

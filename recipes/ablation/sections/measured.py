@@ -112,7 +112,7 @@ def _side_by_side(findings: Findings, strength: str, name: str) -> list[Block]:
 
 
 def _tradeoff(findings: Findings, all_matched: bool) -> list[Block]:
-    """A chart of effect against side effect: where every arm has the same KL, fluency is what differs."""
+    """A chart of effect against side effect: at the same KL, arms differ in fluency."""
     cells = findings.ran
     effect = "behaviour" if cells["behaviour@tuned"].notna().any() else "accuracy"
     side_effect = "perplexity" if all_matched else "kl"

@@ -63,7 +63,7 @@ def changes(cells: Frame, factors: Sequence[str], measure: str, sample: bool = F
 
 
 def _effects(values: Frame, cells: Frame, factors: Sequence[str], sample: bool) -> list[Effect]:
-    """Effects in arrays by factors, task and seed; the order of levels is that of the cells."""
+    """Effects in arrays by factors, task and seed; levels are ordered as in the cells."""
     effects_ = []
     for factor in factors if len(values) else ():
         levels = [level for level in dict.fromkeys(cells[factor]) if level != INERT]

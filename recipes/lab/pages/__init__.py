@@ -209,7 +209,7 @@ def _save(figure: Figure, folder: Path) -> None:
 
 @cache
 def _templates() -> Environment:
-    """The templates of this folder; those of HTML escape whatever they are given."""
+    """The templates of this folder; HTML templates escape everything."""
     folder = FileSystemLoader(Path(__file__).parent)
     templates = Environment(
         loader=folder,

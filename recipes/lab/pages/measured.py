@@ -24,7 +24,7 @@ def title(name: str) -> str:
 
 
 def measured(columns: Sequence[Mapping[str, float]]) -> list[str]:
-    """Names of the measures that any of the columns has, those that are trusted first."""
+    """Names of the measures that any of the columns has, trusted ones first."""
     return [name for name in measures.ranked() if any(name in column for column in columns)]
 
 

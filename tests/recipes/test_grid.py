@@ -245,7 +245,7 @@ LOSES_AN_ARM = {
 
 @pytest.mark.parametrize("factors", LOSES_AN_ARM.values(), ids=LOSES_AN_ARM)
 def test_no_combination_is_dropped_for_another_arm_of_its_name(factors):
-    with pytest.raises(ArmError, match="like another, but its arm differs|no name for a level"):
+    with pytest.raises(ArmError, match="like another, but its arm differs|cannot name a level"):
         factorial(factors)
 
 
@@ -537,8 +537,8 @@ BAD: dict[str, tuple[Changes, list[str]]] = {
     "no seeds": ({"seeds": []}, ["seeds", "at least 1"]),
     "no examples": ({"examples": [0, 4]}, ["examples=[0, 4]", "none below 1"]),
     "one number of examples twice": ({"examples": [4, 4]}, ["examples=[4, 4]", "every value once"]),
-    "level that is no folder": ({"factors": {"f": {"a/b": {}, "c": {}}}}, ["'a/b'", "no name for"]),
-    "colon in a level": ({"factors": {"f": {"a:b": {}, "c": {}}}}, ["'a:b'", "no name for"]),
+    "level that is no folder": ({"factors": {"f": {"a/b": {}, "c": {}}}}, ["'a/b'", "cannot name a factor or level"]),
+    "colon in a level": ({"factors": {"f": {"a:b": {}, "c": {}}}}, ["'a:b'", "cannot name a factor or level"]),
     "behaviour without answers": (
         {"claim.measure": "matched_behaviour", "generations": 0}, ["'behaviour'", "generations=0"]
     ),

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Annotated, Any
@@ -29,6 +29,7 @@ from steertune.recipes.lab.options import Argument, Choice, ColumnNames, Count, 
 from steertune.recipes.lab.pages import write_page
 from steertune.recipes.lab.paths import modules_in
 from steertune.recipes.lab.processes import begin
+from steertune.recipes.lab.progress import progress
 from steertune.recipes.lab.resumable import Job, records_of
 from steertune.recipes.lab.training import check_folder, claim, default_folder
 from steertune.recipes.mapping.effects import (
@@ -43,13 +44,11 @@ from steertune.recipes.mapping.effects import (
 from steertune.recipes.mapping.gradient import first_order
 from steertune.recipes.mapping.interventions import (
     Interventions,
-    at_one_kl,
     margins,
     random_sets,
     random_vectors,
     sets_to_measure,
     strength_at,
-    with_matching,
 )
 from steertune.recipes.mapping.page import MapResult, Spread, page_of
 from steertune.recipes.sweep import as_typed, request
@@ -116,7 +115,7 @@ def mapped(
         context: The model and the rows.
         others: Sets that the map has to predict.
         kl: KL of every vector alone.
-        folder: Where `sets.json` is kept.
+        folder: Where `strengths.json` and `sets.json` are kept.
         command_line: For the page.
         notes: About the rows.
 
@@ -124,24 +123,25 @@ def mapped(
         ArmError: a vector that is zero, or that does not reach the KL.
     """
     matching = neutral_rows(context.tokenizer, "match", count=FEW_NEUTRAL)
-    held_out = with_matching(context.held_out(VALIDATION), matching)
-    source = Source(context)
-    directions = source.vectors("block")
-    vectors = at_one_kl(context.model, held_out, directions, kl)
-    controls = at_one_kl(context.model, held_out, random_vectors(directions, context.table.seed), kl)
-
-    # every set once; what is in the file is not measured again
-    ours, theirs = sets_to_measure(vectors.layers)
-    jobs = [_job(context, held_out, VECTOR, vectors, of) for of in [*ours, *others]]
-    jobs += [_job(context, held_out, CONTROL, controls, of) for of in theirs]
-    records = records_of(jobs, folder / "sets.json", ("kind", "set"), "Sets")
-    by_kind: dict[str, dict[str, Any]] = {VECTOR: {}, CONTROL: {}}
-    for record in records:
-        by_kind[record["kind"]][record["set"]] = np.array(record["margins"])
-    measured = {of: by_kind[VECTOR][name_of(of)] for of in [*ours, *others]}
-    random: Margins = {of: by_kind[CONTROL][name_of(of)] for of in theirs}
-    effects = main_effects(measured, vectors.layers)
-    estimates = first_order(context.model, held_out, vectors.vectors)
+    held_out = replace(context.held_out(VALIDATION), matching=matching)
+    directions = Source(context).vectors("block")
+    made = {VECTOR: directions, CONTROL: random_vectors(directions, context.table.seed)}
+    ours, theirs = sets_to_measure(sorted(directions))
+    with progress("Map", 10) as bar:
+        with bar.step("strengths", 2):
+            units = {kind: scaled(context, held_out, kind, vectors, kl, folder) for kind, vectors in made.items()}
+        # every set once; what is in the file is not measured again
+        with bar.step("sets", 7):
+            jobs = [_job(context, held_out, VECTOR, units[VECTOR], of) for of in [*ours, *others]]
+            jobs += [_job(context, held_out, CONTROL, units[CONTROL], of) for of in theirs]
+            records = records_of(jobs, folder / "sets.json", ("kind", "set"), "Sets")
+        measured, random = _margins_of(records, [*ours, *others], theirs)
+        vectors = units[VECTOR]
+        effects = main_effects(measured, vectors.layers)
+        with bar.step("one layer against several"):
+            estimates = first_order(context.model, held_out, vectors.vectors)
+            alone = {one.layer: one.mean for one in effects if one.sign > 0}
+            compared = spread(context, held_out, vectors, alone, kl)
     return MapResult(
         task=Path(context.table.task).name,
         direction=str(context.table.direction),
@@ -152,10 +152,35 @@ def mapped(
         gradient={layer: float(values.mean()) for layer, values in estimates.items()},
         interactions=interactions(measured, random, vectors.layers),
         prediction=prediction(measured, vectors.layers, others),
-        spread=spread(context, held_out, vectors, {one.layer: one.mean for one in effects if one.sign > 0}, kl),
+        spread=compared,
         command=command_line,
         notes=notes,
     )
+
+
+def scaled(
+    context: Context, held_out: HeldOut, kind: str, vectors: Mapping[int, Any], kl: float, folder: Path
+) -> Interventions:
+    """Vectors that alone have this KL; their strengths are kept in `strengths.json`."""
+
+    def job(layer: int) -> Job:
+        def run(_: Sequence[Any]) -> list[Mapping[str, Any]]:
+            strength = strength_at(context.model, held_out, {layer: vectors[layer]}, kl)
+            return [{"kind": kind, "layer": layer, "strength": strength}]
+
+        return Job(f"{kind} at layer {layer}", [(kind, layer)], run)
+
+    records = records_of([job(layer) for layer in vectors], folder / "strengths.json", ("kind", "layer"), "Strengths")
+    strengths = {record["layer"]: record["strength"] for record in records if record["kind"] == kind}
+    return Interventions({layer: strengths[layer] * vector_D for layer, vector_D in vectors.items()}, strengths)
+
+
+def _margins_of(
+    records: Sequence[Mapping[str, Any]], ours: Sequence[Set], theirs: Sequence[Set]
+) -> tuple[Margins, Margins]:
+    """Margins of the vectors' sets and of the controls' sets."""
+    values = {(record["kind"], record["set"]): np.array(record["margins"]) for record in records}
+    return {of: values[VECTOR, name_of(of)] for of in ours}, {of: values[CONTROL, name_of(of)] for of in theirs}
 
 
 def _job(context: Context, held_out: HeldOut, kind: str, vectors: Interventions, of: Set) -> Job:

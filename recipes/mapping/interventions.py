@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -42,24 +42,14 @@ class Interventions:
         return sorted(self.vectors)
 
 
-def at_one_kl(base: Any, held_out: HeldOut, vectors: Mapping[int, Tensor], kl: float) -> Interventions:
-    """Scale the vector of every layer so that it alone has this KL.
+def strength_at(base: Any, held_out: HeldOut, vectors: Mapping[int, Tensor], kl: float) -> float:
+    """The strength at which vectors together have this KL.
 
     Args:
         base: The base model.
         held_out: Its `matching` rows are used.
         vectors: Layer -> vector, `(d,)`.
         kl: KL to the base, in nats per token.
-
-    Raises:
-        ArmError: no strength of a vector reaches it.
-    """
-    strengths = {layer: strength_at(base, held_out, {layer: vector_D}, kl) for layer, vector_D in vectors.items()}
-    return Interventions({layer: strengths[layer] * vector_D for layer, vector_D in vectors.items()}, strengths)
-
-
-def strength_at(base: Any, held_out: HeldOut, vectors: Mapping[int, Tensor], kl: float) -> float:
-    """The strength at which vectors together have this KL.
 
     Raises:
         ArmError: no strength reaches it.
@@ -123,8 +113,3 @@ def random_sets(layers: Sequence[int], count: int, seed: int) -> list[Set]:
             "--combinations."
         )
     return list(sets)
-
-
-def with_matching(held_out: HeldOut, matching: Any) -> HeldOut:
-    """The same examples, with rows on which strengths are matched."""
-    return replace(held_out, matching=matching)

@@ -77,18 +77,7 @@ def main(
     store, reusable, context = Store(folder), Reusable([*(reuse or ()), *own_folder]), Context(loaded)
     store.check(cells)
     fixed(loaded, folder)  # refuses another card than that of the cells
-    for task in loaded.tasks:  # refuses bad rows before the model is loaded
-        scorers.read(task.scorer)
-        splits = context.read(task)
-        if splits.note:
-            loaded.notes.append(f"{task.label}: {splits.note}")
-        if rank == 0:
-            warn_of(splits.pool, splits.by, task.label)
-    for arm in loaded.arms:
-        check_training(arm.arm, DPOConfig)
-    check_adapters([arm.arm for arm in loaded.arms])
-    for task in loaded.tasks if loaded.tables.generations else ():
-        context.scorer(task)
+    _check(loaded, context, show=rank == 0)
     if not dry_run:
         reusable.take(cells, folder)
     elif reuse and rank == 0:
@@ -112,6 +101,22 @@ def main(
     data = {"folder": str(folder), "cells": len(cells), "done": done, "failed": failed}
     text = "" if dry_run else f"Cells are in {folder}. Read them: steertune report {folder}"
     return Result(data, text, code) if rank == 0 else code
+
+
+def _check(grid: Grid, context: Context, show: bool) -> None:
+    """Refuse bad rows before the model is loaded, then arms that cannot be trained and scorers that do not work."""
+    for task in grid.tasks:
+        scorers.read(task.scorer)
+        splits = context.read(task)
+        if splits.note:
+            grid.notes.append(f"{task.label}: {splits.note}")
+        if show:
+            warn_of(splits.pool, splits.by, task.label)
+    for arm in grid.arms:
+        check_training(arm.arm, DPOConfig)
+    check_adapters([arm.arm for arm in grid.arms])
+    for task in grid.tasks if grid.tables.generations else ():
+        context.scorer(task)
 
 
 def worker_command(words: Sequence[str], folder: Path, threads: int) -> list[str]:

@@ -110,7 +110,7 @@ def main(
         with bar.step("model"):
             loaded, tokenizer = load_model(table)
             loaded: Any = loaded.to(device or default_device())  # pyright: ignore[reportCallIssue]
-        with bar.step("monitors", 8):
+        with bar.step("detectors", 8):
             tested = fit_and_test(samples, loaded, tokenizer, chosen)
         best = tested[0]
         assert best.monitor is not None

@@ -15,7 +15,7 @@ from __future__ import annotations
 from . import fits, pooling
 from .monitor import Calibration, Monitor, calibrate, fit_direction, identity, make_monitor, module_at
 from .pooling import Pooling
-from .reading import PooledStates, Tokens, pooled_states
+from .reading import PooledStates, Tokens, pooled_states, read_mask
 from .saved import load, read, save
 from .scoring import row_scores, token_scores
 from .threshold import MonitorError, Threshold, check_rate, choose_threshold, rows_needed
@@ -40,6 +40,7 @@ __all__ = [
     "pooled_states",
     "pooling",
     "read",
+    "read_mask",
     "row_scores",
     "rows_needed",
     "save",

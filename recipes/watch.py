@@ -87,9 +87,7 @@ def main(
         if adapter is not None and steering_layers(loaded):
             check_strength(loaded, strength)
         elif strength != 1:
-            raise ArmError(
-                f"--strength {strength:g} belongs to a steering vector: name one with --adapter."
-            )
+            raise ArmError(f"--strength {strength:g} belongs to a steering vector: name one with --adapter.")
         with set_strength(loaded, strength) if steering_layers(loaded) else nullcontext():
             scored = _score(monitor, loaded, tokenizer, now)
             earlier = [] if before is None else _score(monitor, loaded, tokenizer, before)

@@ -167,22 +167,25 @@ def _label(value: Any, place: str) -> bool:
 def _transcript(row: Mapping[str, Any], columns: _Columns, place: str) -> dict[str, Any]:
     correction = row.get(columns.correction) if columns.correction else None
     correction = None if correction in ("", []) else correction
-    if not columns.messages:
+    if columns.messages:
+        messages = row["messages"]
+        if not isinstance(messages, list) or len(messages) < 2 or messages[-1].get("role") != "assistant":
+            raise ArmError(
+                f"{place}: messages must be a list of two or more that ends with the answer of the assistant (got "
+                f"{shown(messages)})."
+            )
+        prompt, answer = messages[:-1], messages[-1:]
+    else:
         prompt, answer = row.get(columns.prompt or ""), row.get(columns.answer or "")
         if not prompt or not answer:
             raise ArmError(f"{place}: its {'answer' if prompt else 'prompt'} is empty. Give one, or remove the row.")
-        if isinstance(prompt, list) and isinstance(correction, str):
-            correction = [{"role": "assistant", "content": correction}]
-        return {"prompt": prompt, "completion": answer, "correction": correction}
-    messages = row["messages"]
-    if not isinstance(messages, list) or len(messages) < 2 or messages[-1].get("role") != "assistant":
-        raise ArmError(
-            f"{place}: messages must be a list of two or more that ends with the answer of the assistant (got "
-            f"{shown(messages)})."
-        )
-    if isinstance(correction, str):
-        correction = [{"role": "assistant", "content": correction}]
-    return {"prompt": messages[:-1], "completion": messages[-1:], "correction": correction}
+    if isinstance(prompt, list):  # an answer may be a text, whatever the prompt is
+        answer, correction = (_as_message(text) for text in (answer, correction))
+    return {"prompt": prompt, "completion": answer, "correction": correction}
+
+
+def _as_message(answer: Any) -> Any:
+    return [{"role": "assistant", "content": answer}] if isinstance(answer, str) else answer
 
 
 def _in_form(name: str, rows: list[dict[str, Any]], place: Callable[[int], str], chat: Callable[[], bool]) -> Dataset:

@@ -96,8 +96,8 @@ def card_of(case: Case, cell: Cell, arm: Mapping[str, Any], title: str) -> Card:
         title=title,
         behaviour=f"Takes a behaviour out of which {cell.count} cases were caught, and nothing more if it can.",
         data=f"{case.note}{HASHES}",
-        made=f"Arm `{arm['name']}`: adapter {settings_in_words(arm['adapter'])}, loss {settings_in_words(arm['loss'])}; "
-        f"{cell.facts['parameters']:,} trained parameters.",
+        made=f"Arm `{arm['name']}`: adapter {settings_in_words(arm['adapter'])}, loss "
+        f"{settings_in_words(arm['loss'])}; {cell.facts['parameters']:,} trained parameters.",
         measured=f"Before and after, on what was caught and on other bad prompts:\n\n"
         f"{table_markdown(Table(_bad_table(cell)))}",
         side_effects=f"On innocent rows that were held out:\n\n{harm}",

@@ -30,7 +30,9 @@ def basis_of(basis: str | Sequence[str] | None) -> list[Vectors]:
             "form='span' needs a basis (got None): the adapter folders of existing vectors, or one folder that holds "
             "them."
         )
-    folders = [Path(folder) for folder in basis] if not isinstance(basis, str) else _inside(Path(basis))
+    folders = [Path(basis)] if isinstance(basis, str) else [*map(Path, basis)]
+    if isinstance(basis, str) and not (folders[0] / CONFIG_NAME).is_file():
+        folders = sorted(file.parent for file in folders[0].glob(f"*/{CONFIG_NAME}"))
     if not folders:
         raise ValueError(f"basis={basis!r} holds no adapter folder. Give folders of saved steering vectors.")
     vectors = [read(folder) for folder in folders]
@@ -57,9 +59,3 @@ def rows_of(vectors: Sequence[Vectors], layer: int, width: int) -> Tensor:
     if rows_KD.shape[1] != width:
         raise ValueError(f"The basis has width {rows_KD.shape[1]}, the model's stream has {width}: another model.")
     return rows_KD
-
-
-def _inside(folder: Path) -> list[Path]:
-    if (folder / CONFIG_NAME).is_file():
-        return [folder]
-    return sorted(file.parent for file in folder.glob(f"*/{CONFIG_NAME}"))

@@ -103,7 +103,7 @@ def versions() -> str:
 
 
 def _lines(card: Card, config: dict[str, Any], folder: str) -> list[str]:
-    base = _name(config)
+    base = _on_the_hub(config) or Path(config.get("base_model_name_or_path") or "BASE").name
     sections = {
         "Behaviour": card.behaviour or "Not stated. " + UNKNOWN,
         "Problem": card.problem or "No card of the problem was written.",
@@ -125,10 +125,6 @@ def _on_the_hub(config: dict[str, Any]) -> str | None:
     """The name of the base model, or None if it is a folder on this machine."""
     name = config.get("base_model_name_or_path")
     return None if not name or Path(name).is_dir() else name
-
-
-def _name(config: dict[str, Any]) -> str:
-    return _on_the_hub(config) or Path(config.get("base_model_name_or_path") or "BASE").name
 
 
 def _what(config: dict[str, Any], base: str) -> str:

@@ -130,7 +130,8 @@ def write_checksums(folder: str | os.PathLike[str]) -> None:
 
     The file is complete or not there at all, even if the process is killed.
     """
-    files = [file for file in sorted(Path(folder).rglob("*")) if _has_checksum(file)]
+    files = [file for file in sorted(Path(folder).rglob("*")) if file.suffix in (".safetensors", ".json", ".jsonl")]
+    files = [file for file in files if file.is_file() and file.name != CHECKSUMS]
     digests = {file.relative_to(folder).as_posix(): sha256_of(file) for file in files}
     part = Path(folder) / f"{CHECKSUMS}.part"
     part.write_text(json.dumps(digests, indent=1), encoding="utf-8")
@@ -153,10 +154,6 @@ def check_checksums(folder: str | os.PathLike[str]) -> None:
         raise ValueError(f"{file} cannot be compared ({error})") from error
     if damaged:
         raise ValueError(f"{Path(folder) / damaged[0]} holds other bytes than those that were written")
-
-
-def _has_checksum(file: Path) -> bool:
-    return file.is_file() and file.suffix in (".safetensors", ".json", ".jsonl") and file.name != CHECKSUMS
 
 
 def sha256_of(path: str | os.PathLike[str]) -> str:

@@ -59,26 +59,20 @@ def get_loss(
         ValueError: an unknown name or option (the message suggests the nearest one), hyperparameters for an object,
             `then` together with `neutral_kl` or `change_cap`, or an option of a term that is not used.
     """
-    # An option of a term that is not used would be ignored without a word.
-    for option, value, term, unused in (
-        ("cap_layers", cap_layers, "change_cap", change_cap == 0),
-        ("cap_weight", cap_weight, "change_cap", change_cap == 0),
-        ("then_after", then_after, "then", then is None),
-        ("neutral_average", neutral_average, "neutral_kl", neutral_kl == 0),
-    ):
-        if value is not None and unused:
-            raise ValueError(f"{option}={value!r} has no effect without {term}. Set {term} too, or leave it out.")
-    if then is not None and (change_cap or neutral_kl):
+    if change_cap == 0:
+        _refuse_without("change_cap", cap_layers=cap_layers, cap_weight=cap_weight)
+    if neutral_kl == 0:
+        _refuse_without("neutral_kl", neutral_average=neutral_average)
+    if then is None:
+        _refuse_without("then", then_after=then_after)
+    elif change_cap or neutral_kl:
         raise ValueError(
             "then= cannot be combined with change_cap or neutral_kl. Add these to the two losses, and pass them as "
             "objects."
         )
-    if isinstance(loss, Loss):
-        if options:
-            raise ValueError(f"Options {sorted(options)} go with a loss name, not with an object.")
-        result = loss
-    else:
-        result = _by_name(loss, options)
+    if isinstance(loss, Loss) and options:
+        raise ValueError(f"Options {sorted(options)} go with a loss name, not with an object.")
+    result = loss if isinstance(loss, Loss) else _by_name(loss, options)
 
     # Each term wraps the loss; options that are None keep the defaults of the term.
     if contrast != "paired":
@@ -98,6 +92,12 @@ def options_of(loss: str) -> list[str]:
     """
     terms = [p.name for p in inspect.signature(get_loss).parameters.values() if p.kind is p.KEYWORD_ONLY]
     return [*(field.name for field in fields(_kind(loss))), *terms]
+
+
+def _refuse_without(term: str, **options: Any) -> None:
+    """Refuse options of a term that is not used, which would be ignored without a word."""
+    for option, value in _without_none(**options).items():
+        raise ValueError(f"{option}={value!r} has no effect without {term}. Set {term} too, or leave it out.")
 
 
 def _without_none(**options: Any) -> dict[str, Any]:

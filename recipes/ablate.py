@@ -2,10 +2,12 @@
 
     python -m steertune.recipes.ablate quick --dry-run
     python -m steertune.recipes.ablate quick --folder runs/quick
+    python -m steertune.recipes.ablate quick --folder runs/quick --workers 2
     accelerate launch --multi_gpu --num_processes 2 -m steertune.recipes.ablate quick --folder runs/quick
     python -m steertune.recipes.ablate mine.toml --folder runs/mine --reuse runs/quick
 
-Processes (of one launch, or started apart on the same folder) share the cells between them. A killed grid goes on
+Processes share the cells between them: `--workers`, which `--engine ray` runs on a cluster; those of one launch; or
+any that were started apart on the same folder. One that dies loses the cell it was running. A killed grid goes on
 where it stopped, from its `cells.parquet` and the cells that ran since; both are written in the folder, and the table
 is what to commit of a long study. Cells that the folder of another grid holds (`--reuse`) are not run again. Then read
 the results with `python -m steertune.recipes.report runs/quick`.
@@ -33,12 +35,14 @@ from steertune.recipes.ablation.plan import plan
 from steertune.recipes.ablation.rehearsal import rehearse_grid
 from steertune.recipes.ablation.run import run_cell
 from steertune.recipes.ablation.store import TABLE, Reusable, Store
+from steertune.recipes.ablation.workers import engine_of, engines, run_workers
 from steertune.recipes.lab import scorers
 from steertune.recipes.lab.checks import check_adapters, check_training
-from steertune.recipes.lab.command_line import Argument, Option, Result, Threads, command, grid_names
-from steertune.recipes.lab.files import write_result
+from steertune.recipes.lab.command_line import Result, command
+from steertune.recipes.lab.files import ArmError, write_result
+from steertune.recipes.lab.options import Argument, Choice, Count, Option, Threads, grid_names
 from steertune.recipes.lab.pair_lint import warn_of
-from steertune.recipes.lab.processes import begin
+from steertune.recipes.lab.processes import begin, default_threads
 from steertune.recipes.lab.progress import Bar, progress
 from steertune.recipes.lab.secrets import masked
 
@@ -54,18 +58,22 @@ def main(
     ] = None,
     data_root: Annotated[Path | None, Option(help="folder that relative task names start from")] = None,
     threads: Threads = None,
+    workers: Annotated[int, Count("processes that share the cells")] = 1,
+    engine: Annotated[str, Choice(engines(), "what runs several workers")] = "local",
     dry_run: Annotated[bool, Option("--dry-run", help="print cells, cost and time, and stop")] = False,
     words: Sequence[str] = (),
 ) -> Result | int:
     """Run the grid; the exit code is 1 if a cell failed."""
     rank, processes = stand_alone(os.environ)
+    if workers > 1 and processes > 1:
+        raise ArmError(f"--workers {workers} within a launch of {processes} processes. Use one of the two.")
     begin(threads, running=processes)
     loaded = load_grid(grid, data_root)
     folder = folder or Path("runs") / loaded.tables.name
     cells = loaded.cells()
     # the folder's own table holds tunings that further seeds need
-    own = [folder] if (folder / TABLE).is_file() else []
-    store, reusable, context = Store(folder), Reusable([*(reuse or ()), *own]), Context(loaded)
+    own_folder = [folder] if (folder / TABLE).is_file() else []
+    store, reusable, context = Store(folder), Reusable([*(reuse or ()), *own_folder]), Context(loaded)
     store.check(cells)
     fixed(loaded, folder)  # refuses another card than that of the cells
     for task in loaded.tasks:  # refuses bad rows before the model is loaded
@@ -88,16 +96,35 @@ def main(
     notes = rehearse_grid([cell for cell in cells if not store.has(cell)], context)
     if rank == 0:
         print("\n".join(notes) + "\n" * bool(notes), end="")
-        print(plan(loaded, cells, context, folder, processes, every_cell=dry_run))
+        print(plan(loaded, cells, context, folder, max(processes, workers), every_cell=dry_run))
     failed = []
     if not dry_run:
         write_grid(folder, loaded, words)
-        failed = run(cells, context, folder, show=rank == 0)
+        if workers == 1:
+            failed = run(cells, context, folder, show=rank == 0)
+        else:
+            del context  # and the model: every worker loads its own
+            each = threads or default_threads(running=workers)
+            failed = run_workers(engine_of(engine), worker_command(words, folder, each), workers, each, cells, folder)
     code = 1 if failed else 0
     done = sum(store.has(cell) for cell in cells)
     data = {"folder": str(folder), "cells": len(cells), "done": done, "failed": failed}
     text = "" if dry_run else f"Cells are in {folder}. Read them: steertune report {folder}"
     return Result(data, text, code) if rank == 0 else code
+
+
+def worker_command(words: Sequence[str], folder: Path, threads: int) -> list[str]:
+    """The command of one worker, from the words of the command that asked for several."""
+    rest, words = [], list(words)
+    while words:
+        word = words.pop(0)
+        name, has_value, _ = word.partition("=")
+        if name not in ("--workers", "--engine", "--folder", "--threads"):
+            rest.append(word)
+        elif not has_value:
+            words.pop(0)
+    options = ["--folder", str(folder), "--threads", str(threads)]
+    return [sys.executable, "-m", "steertune.recipes.ablate", *rest, *options]
 
 
 def run(cells: Sequence[Cell], context: Context, folder: Path, show: bool = True) -> list[str]:
@@ -169,9 +196,9 @@ def stand_alone(environment: MutableMapping[str, str]) -> tuple[int, int]:
     """
     rank, processes = int(environment.get("RANK", 0)), int(environment.get("WORLD_SIZE", 1))
     if processes > 1 and (visible := torch.cuda.device_count()):
-        own = int(environment.get("LOCAL_RANK", rank)) % visible
+        device = int(environment.get("LOCAL_RANK", rank)) % visible
         devices = environment.get("CUDA_VISIBLE_DEVICES", "").split(",")
-        environment["CUDA_VISIBLE_DEVICES"] = devices[own] if len(devices) == visible else str(own)
+        environment["CUDA_VISIBLE_DEVICES"] = devices[device] if len(devices) == visible else str(device)
     for name in [*environment]:
         if name in (
             "RANK",

@@ -24,7 +24,7 @@ from pydantic import BaseModel
 from transformers import set_seed
 
 from steertune.adapters import SteeringVectorConfig
-from steertune.recipes.lab.arm import known
+from steertune.recipes.lab.arm import check_keys
 from steertune.recipes.lab.files import ArmError
 
 NAME = "steering_vector"
@@ -77,7 +77,7 @@ def peft_config(table: dict[str, Any]) -> SteeringVectorConfig:
         ArmError: an unknown key, or an `init` that needs data.
         ValueError: a value out of range.
     """
-    known(NAME, table, sorted(_OWN - _INHERITED))
+    check_keys(NAME, table, sorted(_OWN - _INHERITED))
     config = SteeringVectorConfig(**table)
     if config.init_from_data:
         raise ArmError(

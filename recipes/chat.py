@@ -20,11 +20,12 @@ from typing import Annotated, Any
 
 from peft import PeftModel
 
-from steertune.recipes.lab.command_line import Argument, Base, Count, Option, Threads, command
+from steertune.recipes.lab.command_line import command
 from steertune.recipes.lab.data import load_steered
 from steertune.recipes.lab.files import ArmError
 from steertune.recipes.lab.forms import has_template
 from steertune.recipes.lab.generation import check_strength, generate, prompt_lengths
+from steertune.recipes.lab.options import Argument, Base, Count, Option, Threads
 from steertune.recipes.lab.processes import begin
 from steertune.trainers import context_length, scaled
 
@@ -64,13 +65,6 @@ def check_settings(strength: float, new_tokens: int, temperature: float) -> None
 class Chat:
     """Two conversations with one model: at strength 0 and at `strength`.
 
-    Args:
-        model: The steered model.
-        tokenizer: With a chat template; without one every line is continued for itself.
-        strength: Of the adapter.
-        new_tokens: Longest answer.
-        temperature: 0 is greedy.
-
     Raises:
         ValueError: see `check_settings` and `check_strength`.
     """
@@ -99,7 +93,7 @@ class Chat:
             try:
                 value = float(words[0])
             except ValueError:
-                return f"{words[0]!r} is no number."
+                return f"{words[0]!r} is not a number."
             if not math.isfinite(value):
                 return f"{words[0]!r} is not finite."
             try:
@@ -123,8 +117,8 @@ class Chat:
             if side == "base" and not self.both:
                 continue
             history = self._histories[side]
-            asked = [*history, {"role": "user", "content": text}]
-            prompt: Any = asked if has_template(self.tokenizer) else text
+            messages = [*history, {"role": "user", "content": text}]
+            prompt: Any = messages if has_template(self.tokenizer) else text
             context = context_length(self.model.config, self.tokenizer)
             [tokens] = prompt_lengths(self.tokenizer, [prompt])
             if context is not None and tokens + self.new_tokens > context:
@@ -139,7 +133,7 @@ class Chat:
             except Exception as error:  # a chat goes on: at another strength, or after /reset
                 yield f"{side}: no answer: {type(error).__name__}: {error}"
                 continue
-            history[:] = [*asked, {"role": "assistant", "content": answer}]
+            history[:] = [*messages, {"role": "assistant", "content": answer}]
             yield f"{'base' if side == 'base' else f'{strength:+g}'}> {answer or '(an empty answer)'}"
 
 

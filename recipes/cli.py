@@ -23,7 +23,8 @@ import typer
 from typer.core import TyperCommand
 from typer.main import get_command
 
-from steertune.recipes.lab.command_line import SETTINGS, Command, Group, RootGroup, run
+from steertune.recipes.lab.command_line import Command, Group, run
+from steertune.recipes.lab.parsing import SETTINGS, RootGroup
 
 _HERE = Path(__file__).parent
 _FOLDERS = (_HERE / "studies", _HERE)
@@ -65,10 +66,6 @@ def outline(file: Path, module: str) -> Command | Group | None:
     """The command that a file defines, without what only its functions need: they import the module when they are
     called.
 
-    Args:
-        file: A recipe.
-        module: The name that it is imported under.
-
     Returns:
         The command; None if `main` is a function that reads its words itself.
     """
@@ -87,7 +84,8 @@ def outline(file: Path, module: str) -> Command | Group | None:
         stub.body = [*stub.body[:1], *ast.parse(f"return _imported({name!r})(**locals())").body]
     kept = _needed("main", defined)
     docstring = [ast.Expr(ast.Constant(ast.get_docstring(tree, clean=False) or ""))]
-    tree.body = [*docstring, *(node for node in tree.body if node in kept or _is_future(node))]
+    future = [node for node in tree.body if isinstance(node, ast.ImportFrom) and node.module == "__future__"]
+    tree.body = [*docstring, *future, *(node for node in tree.body if node in kept and node not in future)]
 
     def imported(name: str) -> Callable[..., Any]:
         real = vars(importlib.import_module(module))[name]
@@ -124,10 +122,6 @@ def _names(node: ast.stmt) -> Iterator[str]:
         yield from (part.id for target in node.targets for part in ast.walk(target) if isinstance(part, ast.Name))
     elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
         yield node.target.id
-
-
-def _is_future(node: ast.stmt) -> bool:
-    return isinstance(node, ast.ImportFrom) and node.module == "__future__"
 
 
 def _root() -> Any:

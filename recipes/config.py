@@ -11,8 +11,9 @@ from __future__ import annotations
 import sys
 from typing import Annotated
 
-from steertune.recipes.lab.command_line import Argument, Result, command
+from steertune.recipes.lab.command_line import Result, command
 from steertune.recipes.lab.files import ArmError, nearest
+from steertune.recipes.lab.options import Argument
 from steertune.recipes.lab.paths import LAUNCHES
 
 

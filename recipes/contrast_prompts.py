@@ -40,15 +40,16 @@ from steertune.recipes.ablation.contrast_page import page
 from steertune.recipes.ablation.grid import find_tasks
 from steertune.recipes.ablation.tables import TaskTable
 from steertune.recipes.lab import measures, trained_on
-from steertune.recipes.lab.arm import Arm, known_tables, load_arm
+from steertune.recipes.lab.arm import Arm, check_tables, load_arm
 from steertune.recipes.lab.checks import check_adapters, check_training, check_trains
-from steertune.recipes.lab.command_line import Argument, Option, Result, Threads, command
+from steertune.recipes.lab.command_line import Result, command
 from steertune.recipes.lab.data import load_model, model_has_template
 from steertune.recipes.lab.evaluate import evaluate, evaluate_base
 from steertune.recipes.lab.files import ArmError, read_result, read_toml, reasons, write_result
 from steertune.recipes.lab.forms import readable
 from steertune.recipes.lab.generation import check_context
-from steertune.recipes.lab.observe import HeldOut, neutral_rows
+from steertune.recipes.lab.observe import HeldOut, behind, neutral_rows
+from steertune.recipes.lab.options import Argument, Option, Threads
 from steertune.recipes.lab.pages import write_page
 from steertune.recipes.lab.pair_lint import warn_of
 from steertune.recipes.lab.paths import CONFIGS
@@ -128,7 +129,7 @@ def read(file: str) -> MixtureTables:
     if not path.is_file():
         raise ArmError(f"No file {file!r}. Names: {sorted(p.stem for p in MIXTURES.glob('*.toml'))}.")
     raw = read_toml(path)
-    known_tables("mixture", raw, MixtureTables)
+    check_tables("mixture", raw, MixtureTables)
     check_settings(raw)
     try:
         return MixtureTables(**raw)
@@ -137,11 +138,7 @@ def read(file: str) -> MixtureTables:
 
 
 class Mixture:
-    """One study: what it needs is checked when it is made.
-
-    Args:
-        tables: The file.
-        data_root: Where task names that are relative paths start.
+    """One study: what it needs is checked when it is made. Task names that are relative paths start in `data_root`.
 
     Raises:
         ArmError: an unseen task on the data of a seen one or with its label, too few rows or pairs, an arm that does
@@ -198,8 +195,7 @@ class Mixture:
             check_training(arm, DPOConfig)
             check_trains(arm)
         check_adapters([arm.model_copy(update={"model": self.tables.model}) for arm in arms])
-        loaded: tuple[Any, Any] = load_model(self.tables.model)
-        model, tokenizer = loaded
+        model, tokenizer = load_model(self.tables.model)
         model.to(PartialState().device)
         in_form = partial(readable, tokenizer=tokenizer)
         self.splits = {label: splits.each(in_form) for label, splits in self.splits.items()}
@@ -240,7 +236,7 @@ class Mixture:
         for task in self.seen:
             rows = self._trained_rows(task)
             view = get_view("demonstrations", k=self.tables.demonstrations, contrast=True, pool=tuple(rows.to_list()))
-            parts.append(Dataset.from_list([dict(row) for row in view(rows.to_list())]))
+            parts.append(behind(view, rows))
         return concatenate_datasets(parts).shuffle(seed=0)
 
     def _shown(self, task: TaskTable, seed: int, prompt: str) -> Dataset:
@@ -254,7 +250,7 @@ class Mixture:
         number = seed * len(self.seen) + self.seen.index(task) if seen else seed
         options = {"k": tables.demonstrations, "seed": number, "pool": tuple(pool.to_list())}
         view = get_view("demonstrations", contrast=prompt == "contrast", **options)
-        return Dataset.from_list([dict(row) for row in view(splits.test.to_list())])
+        return behind(view, splits.test)
 
     def _trained_rows(self, task: TaskTable) -> Dataset:
         """The rows of a seen task that contrast prompts are made of."""

@@ -26,17 +26,17 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from datasets import Dataset
 
-from steertune.recipes.lab import trained_on
 from steertune.recipes.lab.arm import Arm, load_arm
 from steertune.recipes.lab.checks import check_start
-from steertune.recipes.lab.command_line import ArmName, Result, Threads, command
+from steertune.recipes.lab.command_line import Result, command
 from steertune.recipes.lab.data import Data, load_data, load_model, model_has_template
 from steertune.recipes.lab.evaluate import evaluate, evaluate_base
 from steertune.recipes.lab.files import ArmError, read_rows, write_rows
 from steertune.recipes.lab.forms import notes_on_form, readable
 from steertune.recipes.lab.generation import check_context, generate, prompt_lengths
 from steertune.recipes.lab.ingredients.views import Views
-from steertune.recipes.lab.observe import Prompted, neutral_rows
+from steertune.recipes.lab.observe import HeldOut, Observations, Prompted, behind, neutral_rows
+from steertune.recipes.lab.options import ArmName, Threads
 from steertune.recipes.lab.pages import Page, Section, Table, Text, prose, write_page
 from steertune.recipes.lab.pages.measured import comparison, generations
 from steertune.recipes.lab.pages.side_effects import side_effects
@@ -44,7 +44,7 @@ from steertune.recipes.lab.pair_lint import warn_of
 from steertune.recipes.lab.progress import Bar, progress, track
 from steertune.recipes.lab.rehearsal import rehearse, rehearse_training
 from steertune.recipes.lab.rows import BASE, Record
-from steertune.recipes.lab.training import claim, facts_of, fit, held_out_of, make_trainer, open_run, training_of
+from steertune.recipes.lab.training import claim, facts_of, held_out_of, open_run, train_and_save, training_of
 from steertune.trainers import View, share_weights
 
 _TEMPERATURE = 1.0
@@ -80,17 +80,14 @@ def run(arm: Arm, threads: int | None = None) -> Record:
         warn_of(data.all_rows(), data.by, arm.data.name)
     answers = [name for name in ("chosen", "rejected") if name in data.train.column_names]
     check_start(_with_pool(arm, data.train), data.train.remove_columns(answers))
-    loaded: tuple[Any, Any] = load_model(arm.model)
-    model, tokenizer = loaded
+    model, tokenizer = load_model(arm.model)
     train, test = (readable(rows, tokenizer) for rows in (data.train, data.test))
     arm = _with_pool(arm, train)
     view = arm.get(Views).views()["good"].for_evaluation(train.to_list(), test.to_list())
     model.to(state.device)
-    rehearse(held_out_of(arm, model, tokenizer, test))
+    _rehearse(arm, model, tokenizer, test, view)
 
     # the prompted model answers training prompts, which are learned, and test prompts, on which fidelity is measured
-    for rows, what in ((test, "test rows"), (neutral_rows(tokenizer), "neutral text")):
-        check_context(model, tokenizer, _behind(view, rows), 0, f"[views.good] of {what}")
     claim(folder, arm, state.is_main_process)
     bar = Bar(9)
     with bar.step("answers to training prompts", 2):
@@ -103,20 +100,11 @@ def run(arm: Arm, threads: int | None = None) -> Record:
     training = training_of(arm, share_weights(model), tokenizer, examples, folder, held_out=[test])
     training.notes |= {"rows": " ".join(notes)} if notes else {}
     with bar.step("training", 3):
-        trainer = make_trainer(training)
-        seconds = fit(trainer, folder)
-    adapted = trainer.accelerator.unwrap_model(trainer.model).eval()
+        _, distilled, seconds = train_and_save(training, data)
 
-    # the base, the same behind the prompt, and the distilled model, on the same rows
     keys = {"task": Path(arm.data.name).name, "examples": len(train), "seed": arm.data.seed}
-    with bar.step("base model"):
-        base = evaluate_base(held_out)
-    with bar.step("prompted model"):
-        behind = evaluate(model, held_out.behind(partial(_behind, view)))
-    with bar.step("distilled model"):
-        distilled = evaluate(adapted, held_out)
-    prompted = Record({"arm": f"{arm.name}, prompted", **keys}, base | behind)
-    record = Record({"arm": arm.name, **keys}, base | distilled)
+    prompted, record = (Record({"arm": name, **keys}) for name in (f"{arm.name}, prompted", arm.name))
+    prompted.observations, record.observations = _measure(bar, held_out, view, distilled)
     record.facts = {
         **facts_of(training, held_out),
         "split": data.note,
@@ -127,14 +115,31 @@ def run(arm: Arm, threads: int | None = None) -> Record:
         "train_seconds": seconds,
         "seconds": time.monotonic() - started,
     }
-    trainer.save_model(str(folder / "adapter"))
     if state.is_main_process:
-        trained_on.write(folder / "adapter", trained_on.sets_of(data.train, data.by, data.train))
         written = write_page(page(record, prompted), folder)
         prompted.write(folder / "prompted.json")
         record.write(folder / "result.json")  # last: it says that the run is finished
         print(f"\n{written.read_text(encoding='utf-8')}\nThis page: {written.with_suffix('.html')}")
     return record
+
+
+def _rehearse(arm: Arm, model: Any, tokenizer: Any, test: Dataset, view: View) -> None:
+    """Try one row of everything, and refuse rows that are longer than the model's context behind the prompt."""
+    rehearse(held_out_of(arm, model, tokenizer, test))
+    for rows, what in ((test, "test rows"), (neutral_rows(tokenizer), "neutral text")):
+        check_context(model, tokenizer, behind(view, rows), 0, f"[views.good] of {what}")
+
+
+def _measure(
+    bar: Bar, held_out: HeldOut, view: View, distilled: Any
+) -> tuple[dict[str, Observations], dict[str, Observations]]:
+    """The observations of the base behind the prompt, and of the distilled model, each beside those of the base."""
+    with bar.step("base model"):
+        base = evaluate_base(held_out)
+    with bar.step("prompted model"):
+        prompted = evaluate(held_out.model, held_out.behind(partial(behind, view)))
+    with bar.step("distilled model"):
+        return base | prompted, base | evaluate(distilled, held_out)
 
 
 def _load_prompts(arm: Arm) -> Data:
@@ -156,36 +161,27 @@ def _load_prompts(arm: Arm) -> Data:
 def answered(
     arm: Arm, model: Any, tokenizer: Any, view: View, rows: Dataset, seed: int, file: Path | None = None
 ) -> Dataset:
-    """Prompts, and what the prompted model says to each (a sample); processes share them.
-
-    Args:
-        arm: How long and how many at a time.
-        model: The base model.
-        tokenizer: Its tokenizer.
-        view: The prompt.
-        rows: With a column `prompt`.
-        seed: Of the samples.
-        file: Where the answers are kept; those of an interrupted run are read.
+    """Prompts, and what the prompted model says to each (a sample); processes share them. Answers of an interrupted
+    run are read from `file`, where they are kept.
 
     Raises:
-        ArmError: the prompted model has nothing to say to any prompt.
+        ArmError: the prompted model answers none of the prompts.
     """
     if file is not None and all(gather_object([file.exists()])):
         return Dataset.from_list(read_rows(file, "Delete it, and the prompts are answered again."))
-    shown: list[Any] = [row["prompt"] for row in view(rows.to_list())]
+    shown = [*behind(view, rows)["prompt"]]
     check_context(model, tokenizer, Dataset.from_dict({"prompt": shown}), arm.evaluation.new_tokens, "[views.good]")
     size, length = arm.evaluation.batch_size, arm.evaluation.new_tokens
     with PartialState().split_between_processes(list(range(0, len(shown), size))) as starts:
-        own: Any = [*starts]
         answers_by_start = {
             i: generate(model, tokenizer, shown[i : i + size], length, _TEMPERATURE, seed + 7 * i)
-            for i in track(own, "batch")
+            for i in track([*starts], "batch")
         }
     # by batch: of fewer batches than processes, several have the last one
     everywhere = dict(gather_object(list(answers_by_start.items())))
     texts = [text for i in sorted(everywhere) for text in everywhere[i]]
     pairs = zip(rows["prompt"], texts, strict=True)
-    answers = [{"prompt": prompt, "completion": _as_answer(prompt, text)} for prompt, text in pairs if text]
+    answers = [{"prompt": prompt, "completion": _in_form(prompt, text)} for prompt, text in pairs if text]
     if not answers:
         raise ArmError("The prompted model answered nothing at all: is [views.good] a prompt for this model?")
     if file is not None and PartialState().is_main_process:
@@ -193,24 +189,15 @@ def answered(
     return Dataset.from_list(answers)
 
 
-def _behind(view: View, rows: Dataset) -> Dataset:
-    return Dataset.from_list([dict(row) for row in view(rows.to_list())])
-
-
 def _tokens(tokenizer: Any, view: View, test: Dataset) -> dict[str, float]:
     """Mean tokens of a request, as it is and behind the prompt."""
-    shown = [row["prompt"] for row in view(test.to_list())]
-    plain, prompted = (sum(prompt_lengths(tokenizer, prompts)) / len(test) for prompts in (test["prompt"], shown))
+    shown = [test["prompt"], behind(view, test)["prompt"]]
+    plain, prompted = (sum(prompt_lengths(tokenizer, prompts)) / len(test) for prompts in shown)
     return {"plain": plain, "prompted": prompted, "saved": prompted - plain}
 
 
 def page(record: Record, prompted: Record) -> Page:
-    """What came of it.
-
-    Args:
-        record: The base model at strength 0, the distilled one at 1.
-        prompted: The base model, and behind the prompt.
-    """
+    """What came of it, from the record of the distilled model and that of the prompted base."""
     means, facts = record.means(), record.facts
     base, distilled = means[BASE], means["1"]
     table = comparison({"base": base, "prompted": prompted.means()["1"], "distilled": distilled}).frame
@@ -257,8 +244,8 @@ def _with_pool(arm: Arm, train: Dataset) -> Arm:
     return arm.model_copy(update={"ingredients": {**arm.ingredients, "views": views}})
 
 
-def _as_answer(prompt: Any, text: str) -> Any:
-    """An answer in the prompt's format."""
+def _in_form(prompt: Any, text: str) -> Any:
+    """An answer in the form of its prompt: a text, or messages."""
     if isinstance(prompt, str):
         return text if prompt[-1:].isspace() else f" {text}"
     return [{"role": "assistant", "content": text}]

@@ -27,7 +27,13 @@ from peft import PeftModel
 
 from steertune.adapters import steering_layers
 from steertune.recipes.lab import embedded
-from steertune.recipes.lab.command_line import (
+from steertune.recipes.lab.command_line import Result, command
+from steertune.recipes.lab.data import base_of, load_steered, model_has_template
+from steertune.recipes.lab.files import ArmError, nearest, write_whole
+from steertune.recipes.lab.forms import readable, written
+from steertune.recipes.lab.generation import check_context, check_finite, check_strength
+from steertune.recipes.lab.held_out import held_out_rows
+from steertune.recipes.lab.options import (
     Argument,
     Base,
     ColumnNames,
@@ -35,16 +41,9 @@ from steertune.recipes.lab.command_line import (
     Device,
     DType,
     Option,
-    Result,
     Threads,
     columns_of,
-    command,
 )
-from steertune.recipes.lab.data import base_of, load_steered, model_has_template
-from steertune.recipes.lab.files import ArmError, nearest, write_whole
-from steertune.recipes.lab.forms import readable, written
-from steertune.recipes.lab.generation import check_context, check_finite, check_strength
-from steertune.recipes.lab.held_out import held_out_rows
 from steertune.recipes.lab.pair_lint import warn_of
 from steertune.recipes.lab.processes import begin, default_device
 from steertune.recipes.lab.progress import progress, track
@@ -119,7 +118,7 @@ def check_request(
     if fewshot is not None and not 0 <= fewshot < 2**31:
         raise ArmError(f"--fewshot {fewshot}: a whole number of 0 or more is expected.")
     if include is not None and not include.is_dir():
-        raise ArmError(f"--include {include}: there is no such folder.")
+        raise ArmError(f"--include {include} must be a folder that exists.")
     if output is not None and (output.is_dir() or not output.absolute().parent.is_dir()):
         raise ArmError(f"--output {output}: a file in a folder that exists is expected.")
 
@@ -182,15 +181,19 @@ def evaluate(
         )
     for strength in strengths:
         check_strength(model, strength)
-    manager, found_tasks = _tasks(tasks, model, tokenizer, include, pairs or {})
+    manager, tasks_to_run = _tasks(tasks, model, tokenizer, include, pairs or {})
     wrapped: Any = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)  # pyright: ignore
     run_tasks: Any = simple_evaluate
-    found = {}
+    metrics = {}
     for strength in track(strengths, "strength"):
         with scaled(model, strength), finite_logits(model):
-            results: Any = run_tasks(wrapped, tasks=found_tasks, task_manager=manager, log_samples=False, **settings)
-        found[f"{strength:g}"] = {task: _numbers(row) for task, row in results["results"].items()}
-    return found
+            results: Any = run_tasks(wrapped, tasks=tasks_to_run, task_manager=manager, log_samples=False, **settings)
+        # metrics without what else lm-eval keeps in a row; a standard error that it does not know is left out
+        metrics[f"{strength:g}"] = {
+            task: {name: float(v) for name, v in row.items() if "," in name and isinstance(v, int | float)}
+            for task, row in results["results"].items()
+        }
+    return metrics
 
 
 @contextmanager
@@ -217,25 +220,25 @@ def _tasks(
     """lm-eval's index, and what to ask it for."""
     from lm_eval.tasks import TaskManager
 
-    found: list[Any] = []
-    asked = []  # of lm-eval's index, whose built-in part takes seconds to read
+    tasks: list[Any] = []
+    indexed = []  # of lm-eval's index, whose built-in part takes seconds to read
     for name in names:
         suffix = Path(name).suffix
         if is_pairs(name):
-            found.append(pair_task(name, model, tokenizer, pairs.get(name)))
+            tasks.append(pair_task(name, model, tokenizer, pairs.get(name)))
         elif suffix in SUFFIXES:
             if not Path(name).is_file():
-                raise ArmError(f"--tasks {name}: there is no such file.")
-            found.append(name)
+                raise ArmError(f"--tasks {name} does not exist. Correct the path.")
+            tasks.append(name)
         else:
-            found.append(name)
-            asked.append(name)
-    manager = TaskManager(include_path=None if include is None else str(include), include_defaults=bool(asked))
-    for name in asked:
+            tasks.append(name)
+            indexed.append(name)
+    manager = TaskManager(include_path=None if include is None else str(include), include_defaults=bool(indexed))
+    for name in indexed:
         if name not in manager.all_tasks:
-            known = [*manager.all_tasks, *embedded.task_names()]
-            raise ArmError(f"--tasks {name!r}: lm-eval knows no such task.{nearest(name, known)}")
-    return manager, found
+            names_of_tasks = [*manager.all_tasks, *embedded.task_names()]
+            raise ArmError(f"--tasks {name!r}: lm-eval knows no such task.{nearest(name, names_of_tasks)}")
+    return manager, tasks
 
 
 def is_pairs(name: str) -> bool:
@@ -244,7 +247,7 @@ def is_pairs(name: str) -> bool:
 
 
 def check_pairs(name: str, rows: Dataset) -> None:
-    """Raise an ArmError for rows that are no pairs with a prompt."""
+    """Raise an ArmError for rows that are not pairs with a prompt."""
     if missing := {"prompt", "chosen", "rejected"} - set(rows.column_names):
         raise ArmError(
             f"--tasks {name}: pairs need the columns prompt, chosen and rejected; {sorted(missing)} missing."
@@ -253,12 +256,8 @@ def check_pairs(name: str, rows: Dataset) -> None:
 
 def pair_task(name: str, model: Any, tokenizer: Any, rows: Dataset | None = None) -> dict[str, Any]:
     """The test split of pairs as a task for lm-eval: which answer is likelier, `acc`; by its length, `acc_norm`.
-
-    Args:
-        name: An embedded task, or a file or folder of pairs.
-        model: Which says how much it reads.
-        tokenizer: Prompts that are messages are asked through its chat template; without one, as plain text.
-        rows: Its test rows, where they are read already.
+    Prompts that are messages are asked through the chat template; without one, as plain text. `rows` are test rows
+    that are read already.
 
     Raises:
         ArmError: no such data, no pairs with a prompt, or rows that are longer than the model's context.
@@ -288,11 +287,11 @@ def pair_task(name: str, model: Any, tokenizer: Any, rows: Dataset | None = None
     }
 
 
-def table(found: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:
+def table(metrics_at: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:
     """A line for every metric of every task, a column for every strength."""
-    strengths = list(found)
+    strengths = list(metrics_at)
     lines = [["task", "metric", *(f"strength {s}" for s in strengths)]]
-    first = found[strengths[0]]
+    first = metrics_at[strengths[0]]
     for task, metrics in first.items():
         for metric in metrics:
             name, _, rest = metric.partition(",")
@@ -300,17 +299,12 @@ def table(found: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:
                 continue
             cells = []
             for strength in strengths:
-                row = found[strength][task]
+                row = metrics_at[strength][task]
                 error = row.get(f"{name}_stderr,{rest}")
                 cells.append(f"{row[metric]:.4g}" + ("" if error is None else f" ± {error:.2g}"))
             lines.append([task, name if rest in ("", "none") else metric, *cells])
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     return "\n".join("  ".join(f"{c:<{w}}" for c, w in zip(line, widths, strict=True)).rstrip() for line in lines)
-
-
-def _numbers(row: Mapping[str, Any]) -> dict[str, float]:
-    """Metrics without what else lm-eval keeps in a row; a standard error that it does not know is left out."""
-    return {k: float(v) for k, v in row.items() if "," in k and isinstance(v, int | float)}
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
     python -m steertune.recipes.export runs/vector_dpo-cautious_advice/adapter --to peft --output my-export
     python -m steertune.recipes.export my.gguf --from gguf --model embedded --output my-adapter
 
-What is written is loaded again in a fresh process without this package, and believed only if it gives the same logits
+What is written is loaded again in a fresh process without this package, and accepted only if it gives the same logits
 on some prompts; otherwise nothing is left, and the reason is printed. `--from` makes an adapter of a control vector.
 """
 
@@ -18,18 +18,10 @@ from steertune.adapters import exports
 from steertune.adapters.exports import ExportError
 from steertune.adapters.exports.gguf import read
 from steertune.recipes.lab import embedded
-from steertune.recipes.lab.command_line import (
-    Argument,
-    Base,
-    Choice,
-    DType,
-    Option,
-    Result,
-    Threads,
-    command,
-)
+from steertune.recipes.lab.command_line import Result, command
 from steertune.recipes.lab.data import load_model, load_steered
 from steertune.recipes.lab.files import read_text
+from steertune.recipes.lab.options import Argument, Base, Choice, DType, Option, Threads
 from steertune.recipes.lab.paths import modules_in
 from steertune.recipes.lab.processes import begin
 from steertune.recipes.lab.progress import progress
@@ -90,7 +82,7 @@ def _import(source: Path, output: Path, strength: float, base: str | None) -> di
     if base is None:
         raise ExportError("--from needs --model: a control vector does not say which model it was made for.")
     if output.exists():
-        raise ExportError(f"{output} is there already. Choose a new folder.")
+        raise ExportError(f"{output} exists already. Choose a new folder.")
     vectors = {layer: strength * vector for layer, vector in read(source).items()}
     model, _ = load_model(ModelTable(name=base))
     exports.adapter_of(model, vectors).save_pretrained(str(output))

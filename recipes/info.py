@@ -27,21 +27,13 @@ from steertune.adapters import exports, steering_layers
 from steertune.adapters.exports import ExportError
 from steertune.adapters.saved import read_tensors
 from steertune.recipes.lab import embedded
-from steertune.recipes.lab.command_line import (
-    Argument,
-    ColumnNames,
-    Count,
-    Option,
-    Result,
-    Threads,
-    columns_of,
-    command,
-)
+from steertune.recipes.lab.command_line import Result, command
 from steertune.recipes.lab.data import adapter_config, load_data, load_model, load_steered
 from steertune.recipes.lab.files import ArmError, reasons
 from steertune.recipes.lab.forms import has_template, readable
 from steertune.recipes.lab.inductive_bias import SCALES, SIZES, inductive_bias
 from steertune.recipes.lab.observe import neutral_rows
+from steertune.recipes.lab.options import Argument, ColumnNames, Count, Option, Threads, columns_of
 from steertune.recipes.lab.processes import begin
 from steertune.recipes.lab.progress import progress
 from steertune.recipes.lab.tables import DataTable, ModelTable
@@ -63,7 +55,7 @@ def main(
     seed: Annotated[int, Option(help="of --data: of the rows, the noise and the random directions")] = 0,
     threads: Threads = None,
 ) -> Result:
-    """Describe an adapter; a folder that is no usable adapter, or not of the model, is an error."""
+    """Describe an adapter; an unusable folder, or an adapter of another model, is an error."""
     lora = data is not None and _is_lora(folder)
     facts = {} if lora else describe(folder)
     if data is None and model is None:
@@ -104,7 +96,7 @@ def describe(folder: Path) -> dict[str, Any]:
 
 
 def tried(folder: Path, name: str) -> dict[str, Any]:
-    """What can be said with the base model at hand: that it fits, and where it can be exported to.
+    """Whether the adapter fits a base model, and where it can be exported to.
 
     Raises:
         ArmError: it is not of this model.
@@ -127,12 +119,6 @@ def _is_lora(folder: Path) -> bool:
 
 def biases(folder: Path, name: str | None, table: DataTable, loss: str) -> dict[str, Any]:
     """The three numbers of inductive bias, and what they were computed from.
-
-    Args:
-        folder: Of the adapter.
-        name: Of the base model; None: what the adapter names.
-        table: The training data.
-        loss: The training loss.
 
     Raises:
         ArmError: unknown data, or a loss that they do not fit.
@@ -183,9 +169,9 @@ def _trainable(folder: Path, name: str | None) -> tuple[PeftModel, Any]:
     return PeftModel.from_pretrained(base, str(folder), is_trainable=True).eval(), tokenizer
 
 
-def _lines(found: dict[str, Any]) -> str:
+def _lines(facts: dict[str, Any]) -> str:
     lines = []
-    for name, value in found.items():
+    for name, value in facts.items():
         if isinstance(value, dict):
             lines += [
                 f"{name}:",

@@ -13,21 +13,14 @@ from __future__ import annotations
 
 import sys
 from dataclasses import asdict, replace
-from typing import Annotated, Any
+from typing import Annotated
 
-from steertune.recipes.lab.command_line import (
-    Argument,
-    ColumnNames,
-    Option,
-    Result,
-    Threads,
-    columns_of,
-    command,
-)
+from steertune.recipes.lab.command_line import Result, command
 from steertune.recipes.lab.data import load_model
 from steertune.recipes.lab.evaluate import evaluate
 from steertune.recipes.lab.files import ArmError
 from steertune.recipes.lab.observe import HeldOut, neutral_rows
+from steertune.recipes.lab.options import Argument, ColumnNames, Option, Threads, columns_of
 from steertune.recipes.lab.pair_lint import LISTED, Finding, at_edge, lint, words_accuracy
 from steertune.recipes.lab.processes import begin
 from steertune.recipes.lab.rows import Record
@@ -58,10 +51,10 @@ def main(
     pairs = whole.to_list() if {"chosen", "rejected"} <= set(whole.column_names) else []
     accuracy = words_accuracy(pairs, parts.by)
     if model is not None and pairs and not any(finding.check == "refused" for finding in findings):
-        base, tokenizer = _model(model)
+        base, tokenizer = load_model(ModelTable(name=model))
         held_out = HeldOut(base, tokenizer, whole.select(range(min(_MEASURED, len(whole)))), neutral_rows())
         record = Record({}, evaluate(base, held_out, ["accuracy"]))
-        findings += [found for found in [at_edge(record.value("accuracy", 1), len(held_out.pairs))] if found]
+        findings += filter(None, [at_edge(record.value("accuracy", 1), len(held_out.pairs))])
     result = {
         "data": data,
         "rows": len(whole),
@@ -85,10 +78,6 @@ def main(
         lines.append(f"Warning: {finding.text}{where}")
     lines += [] if findings else ["Nothing to warn of."]
     return Result(result, "\n".join(lines))
-
-
-def _model(name: str) -> tuple[Any, Any]:
-    return load_model(ModelTable(name=name))
 
 
 if __name__ == "__main__":

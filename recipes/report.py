@@ -15,19 +15,18 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from steertune.recipes.ablate import GRID
-from steertune.recipes.ablation import analysis
 from steertune.recipes.ablation.cells import read_cells
 from steertune.recipes.ablation.findings import find
 from steertune.recipes.ablation.sections import sections
 from steertune.recipes.ablation.sections.card import card_blocks
 from steertune.recipes.ablation.sections.failures import failed_cells
 from steertune.recipes.ablation.sections.verdict import SIDES
-from steertune.recipes.ablation.statistics import Frame
 from steertune.recipes.ablation.store import Store
-from steertune.recipes.ablation.tables import Claim, GridTables
+from steertune.recipes.ablation.tables import Claim, read_tables
 from steertune.recipes.lab import measures
-from steertune.recipes.lab.command_line import Argument, Choice, Option, Result, command
+from steertune.recipes.lab.command_line import Result, command
 from steertune.recipes.lab.files import ArmError, read_result, write_whole
+from steertune.recipes.lab.options import Argument, Choice, Option
 from steertune.recipes.lab.pages import Page, Section, Text, write_page
 from steertune.recipes.lab.paths import modules_in
 
@@ -69,7 +68,7 @@ def write_report(
     if not file.is_file():
         raise ArmError(f"{folder} holds no grid ({GRID}). Run one: steertune ablate GRID --folder {folder}")
     grid = read_result(file, "Run the grid again: it writes this file anew, and keeps its cells.")
-    tables = analysis.read_tables(grid)
+    tables = read_tables(grid)
     assert tables.claim is not None  # a grid without one is refused when it is read
     cells = read_cells(folder, grid)
     claim = claim_about(tables.claim, measure, strength)
@@ -90,23 +89,18 @@ def write_report(
         summary |= {"counts": counts, "answer": findings.answer}
         page = Page(tables.name, sections(findings))
     else:
-        page = _without_cells(tables, cells)
+        assert tables.card is not None
+        card = Section("Card", card_blocks(tables.card, tables.claim, tables.tasks))
+        page = Page(tables.name, [Section("", [Text("Every cell failed.")]), failed_cells(cells), card])
     write_whole(output / "report.json", json.dumps(summary, indent=1))
     return write_page(page, output, "report")
-
-
-def _without_cells(tables: GridTables, cells: Frame) -> Page:
-    """The page of a grid of which every cell failed."""
-    assert tables.card is not None and tables.claim is not None
-    card = Section("Card", card_blocks(tables.card, tables.claim, tables.tasks))
-    return Page(tables.name, [Section("", [Text("Every cell failed.")]), failed_cells(cells), card])
 
 
 def claim_about(claim: Claim, measure: str | None, strength: str | None) -> Claim:
     """The claim, or the same comparison on another measure.
 
     Raises:
-        ArmError: there is no such measure.
+        ArmError: an unknown measure.
     """
     name = measure or claim.measure
     if name.startswith("matched_"):  # how it was written before

@@ -37,21 +37,11 @@ from steertune.adapters.types import Site
 from steertune.recipes.lab import scorers, trained_on
 from steertune.recipes.lab.behaviours import read_behaviour
 from steertune.recipes.lab.checks import check_adapters, check_training, check_trains, skeleton
-from steertune.recipes.lab.command_line import (
-    Argument,
-    Choice,
-    ColumnNames,
-    Option,
-    Result,
-    Threads,
-    arm_names,
-    columns_of,
-    command,
-)
+from steertune.recipes.lab.command_line import Result, command
 from steertune.recipes.lab.evaluate import evaluate, evaluate_base
 from steertune.recipes.lab.files import ArmError, reasons, write_result
 from steertune.recipes.lab.generation import plain
-from steertune.recipes.lab.observe import Observations
+from steertune.recipes.lab.options import Argument, Choice, ColumnNames, Option, Threads, arm_names, columns_of
 from steertune.recipes.lab.pages import table_markdown, write_page
 from steertune.recipes.lab.pair_lint import at_edge, warn, warn_of
 from steertune.recipes.lab.paths import modules_in
@@ -158,21 +148,18 @@ def run(options: SimpleNamespace, overrides: list[str], words: Sequence[str]) ->
         bake(adapter, setting.strength)
         adapter.save_pretrained(str(folder / "adapter"))
         trained_on.write(folder / "adapter", context.trained_on())
-        asked = [*map(plain, held_out.prompts)], held_out.neutral["prompt"][: table.generations]
-        result = replace(result, test=test, prompts=tuple(asked[0]), neutral_prompts=tuple(map(plain, asked[1])))
+        prompts = [*map(plain, held_out.prompts)], held_out.neutral["prompt"][: table.generations]
+        result = replace(result, test=test, prompts=tuple(prompts[0]), neutral_prompts=tuple(map(plain, prompts[1])))
     result = replace(result, seconds=time.monotonic() - started)
     page = write_page(page_of(result), folder)
     if setting is not None:
-        write_card(
-            folder / "adapter",
-            card(result, table_markdown(on_test(result.tested))),
-        )
+        write_card(folder / "adapter", card(result, table_markdown(on_test(result.tested))))
     write_result(folder / "result.json", result.to_json())  # last: it says that the sweep is finished
     return result, page
 
 
 def request(options: SimpleNamespace, overrides: list[str]) -> SweepTable:
-    """What is asked for, checked against the shape of the model, which is not loaded.
+    """The request, checked against the shape of the model, which is not loaded.
 
     Raises:
         ArmError: a value that no sweep can have.
@@ -183,8 +170,8 @@ def request(options: SimpleNamespace, overrides: list[str]) -> SweepTable:
     direction = None if arm is not None else options.direction or "mean_difference"
     if direction is not None:
         directions.get(direction)
-    wanted = ModelTable() if arm is None else arm.model
-    wanted = wanted if options.model is None else ModelTable(name=options.model)
+    base = ModelTable() if arm is None else arm.model
+    base = base if options.model is None else ModelTable(name=options.model)
     if not options.strengths or not options.layers:
         raise ArmError("--layers and --strengths: one or more of each.")
     for site in options.sites:
@@ -193,12 +180,12 @@ def request(options: SimpleNamespace, overrides: list[str]) -> SweepTable:
     scorer = None if options.scorer is None else _scorer(options.scorer, options.task)
     layers = _layers(options.layers)
     try:
-        layers = resolve_layers(layers, len(find_blocks(skeleton(wanted))))
+        layers = resolve_layers(layers, len(find_blocks(skeleton(base))))
         table = SweepTable(
             task=options.task,
             columns=columns_of(options.columns) or ({} if arm is None else arm.data.columns),
             format="auto" if arm is None else arm.data.format,
-            model=wanted,
+            model=base,
             direction=direction,
             arm=arm,
             layers=layers,
@@ -226,8 +213,8 @@ def request(options: SimpleNamespace, overrides: list[str]) -> SweepTable:
 
 
 def measure(context: Context, folder: Path) -> list[Record]:
-    """Every setting on validation rows, from the top layer down, a record for each place; what is there is not
-    measured again."""
+    """Every setting on validation rows, from the top layer down, a record for each place; what was measured
+    before is read."""
     table, source = context.table, Source(context)
     layers = sorted(table.layers, reverse=True)
     places: list[tuple[Site, int]] = [(site, layer) for site in table.sites for layer in layers]
@@ -256,16 +243,13 @@ def _at_place(context: Context, source: Source, site: Site, layer: int, folder: 
         record.facts |= {"status": "diverged", "error": str(error)}
         record.write(file)
         return record
-    with context.held_out(VALIDATION).remember(model):
+    held_out = context.held_out(VALIDATION)
+    with held_out.remember(model):
         for strength in missing:
             with bar.step(f"{site} {layer} at {strength:g}"):
-                record.observations |= _seen_at(context, model, strength)
+                record.observations |= evaluate(model, held_out, strengths=[strength])
                 record.write(file)
     return record
-
-
-def _seen_at(context: Context, model: Any, strength: float) -> dict[str, Observations]:
-    return evaluate(model, context.held_out(VALIDATION), strengths=[strength])
 
 
 def home_of(folder: Path, place: Record | Setting) -> Path:
@@ -284,6 +268,9 @@ def _plan(table: SweepTable, context: Context) -> str:
     depth = len(find_blocks(context.model))
     above = sum(1 - (layer + 1) / depth for layer in table.layers) * len(table.sites)
     cells = len(table.layers) * len(table.sites) * len(table.strengths)
+    seconds = base * (above * len(table.strengths) + 3), base * (cells + 3)
+    low, high = (max(1, round(second / 60)) for second in seconds)
+    minutes = f"{low} to {high} minutes" if low < high else f"{high} minute{'s' * (high > 1)}"
     return (
         f"{table.what[0].upper()}{table.what[1:]} on {table.task}: layers {table.layers} × strengths "
         f"{table.strengths}"
@@ -291,21 +278,15 @@ def _plan(table: SweepTable, context: Context) -> str:
         + f", {cells} settings\n"
         f"  {table.train} training, {table.splits.validation} validation and {table.splits.test} test pairs\n"
         + (f"  {context.splits.note}\n" if context.splits.note else "")
-        + f"  about {_minutes(base * (above * len(table.strengths) + 3), base * (cells + 3))}"
+        + f"  about {minutes}"
         + (", and training at every layer" if table.arm is not None else "")
     )
-
-
-def _minutes(least: float, most: float) -> str:
-    """A range of seconds, in whole minutes."""
-    low, high = (max(1, round(seconds / 60)) for seconds in (least, most))
-    return f"{low} to {high} minutes" if low < high else f"{high} minute{'s' * (high > 1)}"
 
 
 def _layers(words: Sequence[Any]) -> Any:
     if [str(word) for word in words] == ["all"]:
         return "all"
-    found = []
+    layers = []
     for word in words:
         try:
             value = float(word) if "." in str(word) else int(word)
@@ -313,8 +294,8 @@ def _layers(words: Sequence[Any]) -> Any:
             raise ArmError(f"--layers {word!r}: an index, a fraction of the depth below 1, or 'all' alone.") from None
         if value < 0 or (isinstance(value, float) and value >= 1):
             raise ArmError(f"--layers {word}: indices count from 0, fractions of the depth are in [0, 1).")
-        found.append(value)
-    return found
+        layers.append(value)
+    return layers
 
 
 def _scorer(text: str, task: str) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,18 +24,19 @@ from accelerate import PartialState
 from datasets import Dataset
 
 from steertune.adapters.card import write_card
-from steertune.recipes.lab import scorers, trained_on
+from steertune.recipes.lab import scorers
 from steertune.recipes.lab.arm import Arm, load_arm
 from steertune.recipes.lab.batches import batches
 from steertune.recipes.lab.behaviours import read_behaviour
 from steertune.recipes.lab.cards import of_training
 from steertune.recipes.lab.checks import check_start
-from steertune.recipes.lab.command_line import ArmName, Result, Threads, command
+from steertune.recipes.lab.command_line import Result, command
 from steertune.recipes.lab.data import Data, load_data, load_model, model_has_template
 from steertune.recipes.lab.evaluate import evaluate, evaluate_base
 from steertune.recipes.lab.forms import notes_on_form, readable
 from steertune.recipes.lab.memory import peak_memory_gb
-from steertune.recipes.lab.observe import FEW_NEUTRAL
+from steertune.recipes.lab.observe import FEW_NEUTRAL, HeldOut
+from steertune.recipes.lab.options import ArmName, Threads
 from steertune.recipes.lab.pages import prose, settings_in_words, write_page
 from steertune.recipes.lab.pages.measured import training_page
 from steertune.recipes.lab.pair_lint import at_edge, warn, warn_of
@@ -43,14 +45,14 @@ from steertune.recipes.lab.rehearsal import rehearse, rehearse_training
 from steertune.recipes.lab.rows import Record
 from steertune.recipes.lab.scorers import Scorer
 from steertune.recipes.lab.training import (
+    Asked,
     claimed,
     facts_of,
-    fit,
     held_out_of,
-    make_trainer,
     open_run,
     prompts_to_answer,
     steps_of,
+    train_and_save,
     training_of,
 )
 from steertune.trainers import ModelAt, scalable
@@ -78,50 +80,36 @@ def run(arm: Arm, threads: int | None = None) -> Record:
     """
     started = time.monotonic()
     folder, state = open_run(arm, threads=threads), PartialState()
-    data = load_data(arm.data, partial(model_has_template, arm.model))
-    check_start(arm, data.train)
+    ready = _prepare(arm)
+    held_out, test = ready.held_out, ready.held_out.pairs
+    training_seconds, evaluation_seconds = _estimate(arm, ready)
     if state.is_main_process:
-        warn_of(data.all_rows(), data.by, arm.data.name)
-    model, tokenizer = load_model(arm.model)
-    train, test = (readable(rows, tokenizer) for rows in (data.train, data.test))
-    scorer = _scorer(arm, train, model, tokenizer)
-    held_out = held_out_of(arm, model, tokenizer, test, scorer=scorer)
-    asked, held_out.asked = prompts_to_answer(train, test, held_out.neutral)
-    rehearse(held_out)
-    notes = [*notes_on_form(data.train, tokenizer), *rehearse_training(arm, model, tokenizer, train)]
-    say = print if state.is_main_process else (lambda *_: None)
-    training_seconds, evaluation_seconds = _estimate(arm, model, tokenizer, data)
-    say(_plan(arm, data, state.num_processes, training_seconds, evaluation_seconds))
+        print(_plan(arm, ready.data, state.num_processes, training_seconds, evaluation_seconds))
     strengths = len(arm.evaluation.strengths)
     bar = Bar(training_seconds + evaluation_seconds * (1 + strengths))
 
     # the base model comes first, since training may change it
-    record = Record({"arm": arm.name, "task": Path(arm.data.name).name, "examples": len(train), "seed": arm.data.seed})
+    count = len(ready.train)
+    record = Record({"arm": arm.name, "task": Path(arm.data.name).name, "examples": count, "seed": arm.data.seed})
     with bar.step("base model", evaluation_seconds):
         record.observations |= evaluate_base(held_out)
     if state.is_main_process:
         warn([at_edge(record.value("accuracy"), len(test))], arm.data.name)
 
-    training = training_of(arm, model, tokenizer, train, folder, held_out=[test])
-    training.notes |= {"rows": " ".join(notes)} if notes else {}
+    training = training_of(arm, held_out.model, held_out.tokenizer, ready.train, folder, held_out=[test])
+    training.notes |= {"rows": " ".join(ready.notes)} if ready.notes else {}
     with bar.step("training", training_seconds), claimed(folder, arm, state.is_main_process):
-        trainer = make_trainer(training)
-        if training.notes:
-            say("\n".join(training.notes.values()))
-        seconds = fit(trainer, folder)
-    model = trainer.accelerator.unwrap_model(trainer.model).eval()
-    trainer.save_model(str(folder / "adapter"))  # every process: sharded weights are gathered, the first one writes
-    if state.is_main_process:
-        trained_on.write(folder / "adapter", trained_on.sets_of(data.train, data.by, training.rows))
+        trainer, model, seconds = train_and_save(training, ready.data)
     others = [s for s in arm.evaluation.strengths if s not in (0.0, 1.0)] if scalable(model) else []
     with bar.step("evaluation", evaluation_seconds * strengths):
         record.observations |= evaluate(model, held_out, strengths=[1.0, *others])
+
     record.facts = {
         **facts_of(training, held_out),
-        "scorer": scorer.note if scorer is not None else "",
-        "split": data.note,
+        "scorer": held_out.scorer.note if held_out.scorer is not None else "",
+        "split": ready.data.note,
         "held_out": len(test),
-        "asked": asked,
+        "asked": ready.asked,
         "parameters": trainer.get_num_trainable_parameters(),
         "steps": trainer.state.global_step,
         "train_seconds": seconds,
@@ -131,14 +119,48 @@ def run(arm: Arm, threads: int | None = None) -> Record:
     }
     if state.is_main_process:
         page = _write(arm, record, len(training.rows), folder)
-        say(f"\n{page.read_text(encoding='utf-8')}\nThis page: {page.with_suffix('.html')}")
+        print(f"\n{page.read_text(encoding='utf-8')}\nThis page: {page.with_suffix('.html')}")
     return record
+
+
+@dataclass(frozen=True)
+class _Ready:
+    """What a run needs, loaded and tried on one row before any work.
+
+    Attributes:
+        data: The rows as they were read.
+        train: Training rows in the form that the model reads.
+        held_out: What models are measured on.
+        asked: Which prompts they answer.
+        notes: What to say about the rows.
+    """
+
+    data: Data
+    train: Dataset
+    held_out: HeldOut
+    asked: Asked
+    notes: list[str]
+
+
+def _prepare(arm: Arm) -> _Ready:
+    """Read the rows, load the model, and try one row of everything."""
+    data = load_data(arm.data, partial(model_has_template, arm.model))
+    check_start(arm, data.train)
+    if PartialState().is_main_process:
+        warn_of(data.all_rows(), data.by, arm.data.name)
+    model, tokenizer = load_model(arm.model)
+    train, test = (readable(rows, tokenizer) for rows in (data.train, data.test))
+    held_out = held_out_of(arm, model, tokenizer, test, scorer=_scorer(arm, train, model, tokenizer))
+    asked, held_out.asked = prompts_to_answer(train, test, held_out.neutral)
+    rehearse(held_out)
+    notes = [*notes_on_form(data.train, tokenizer), *rehearse_training(arm, model, tokenizer, train)]
+    return _Ready(data, train, held_out, asked, notes)
 
 
 def _scorer(arm: Arm, train: Dataset, model: Any, tokenizer: Any) -> Scorer | None:
     """What recognises the behaviour in generated answers: the task's own rule, or what tells training pairs apart.
 
-    None where there are no pairs, or too few.
+    None without enough pairs.
     """
     if not {"chosen", "rejected"} <= set(train.column_names):
         return None
@@ -161,12 +183,12 @@ def _write(arm: Arm, record: Record, examples: int, folder: Path) -> Path:
     return page
 
 
-def _estimate(arm: Arm, model: Any, tokenizer: Any, data: Data) -> tuple[float, float]:
+def _estimate(arm: Arm, ready: _Ready) -> tuple[float, float]:
     """Seconds of training, and of an evaluation at one strength, from one timed forward pass."""
     pairs = max(1, arm.evaluation.batch_size // 2)
-    test = data.test
-    shown = test if len(test) else data.train
-    [batch] = batches(tokenizer, shown.select(range(min(pairs, len(shown)))), pairs)
+    model, test = ready.held_out.model, ready.data.test
+    shown = test if len(test) else ready.data.train
+    [batch] = batches(ready.held_out.tokenizer, shown.select(range(min(pairs, len(shown)))), pairs)
     with torch.no_grad():
         ModelAt(model, model, batch)(1.0)  # the first pass warms up
         start = time.monotonic()

@@ -22,16 +22,8 @@ from steertune.adapters.analysis import arithmetic
 from steertune.adapters.analysis.arithmetic import VectorError, Vectors
 from steertune.adapters.card import Card
 from steertune.recipes.lab import trained_on
-from steertune.recipes.lab.command_line import (
-    Argument,
-    ColumnNames,
-    Count,
-    Option,
-    Result,
-    Threads,
-    columns_of,
-    group,
-)
+from steertune.recipes.lab.command_line import Result, group
+from steertune.recipes.lab.options import Argument, ColumnNames, Count, Option, Threads, columns_of
 
 Folders = Annotated[list[Path], Argument(help="adapter folders")]
 Output = Annotated[Path, Option(help="a new folder")]
@@ -51,7 +43,7 @@ def average(folders: Folders, output: Output, weights: Weights = None, missing: 
     _several(folders, "average")
     weights = weights or [1.0] * len(folders)
     if len(weights) == len(folders) and sum(weights) == 0:
-        raise VectorError(f"--weights {weights} add up to 0: there is no mean of them.")
+        raise VectorError(f"--weights {weights} add up to 0, so they have no mean. Change one of them.")
     return _combined(folders, [weight / sum(weights) for weight in weights], output, missing)
 
 
@@ -75,7 +67,7 @@ def orthogonalise(folders: Folders, output: Output, missing: Missing = "refuse")
     _several(folders, "orthogonalise")
     sets = _read(folders)
     if output.exists():
-        raise VectorError(f"{output} is there already. Choose a new folder.")
+        raise VectorError(f"{output} exists already. Choose a new folder.")
     saved = []
     for i, made in enumerate(arithmetic.orthogonalise(sets, missing)):
         before = ", ".join(one.name for one in sets[:i])
@@ -153,7 +145,7 @@ def _saved(made: Vectors, folder: Path, formula: str, sets: Sequence[Vectors], p
 
 
 def _card(made: Vectors, formula: str, sets: Sequence[Vectors]) -> Card:
-    """What is known of a vector that was computed and never measured."""
+    """The card of a vector that was computed and never measured."""
     parents = [f"- `{one.name}`, weights with SHA-256 `{one.sha256}`" for one in sets]
     return Card(
         title=made.name,

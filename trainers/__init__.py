@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from .prefix import FrozenPrefix
     from .reinforcement_mixin import RewardError
     from .rloo import SteeringRLOOTrainer
+    from .rollouts import DirectionScore, RolloutError, SteeredRollouts
     from .sft import SteeringSFTTrainer
     from .together import share_weights, train_together
     from .trainer import SteeringTrainer
@@ -33,12 +34,15 @@ _HOME = {
     "BiasError": "inductive_biases",
     "CheckpointError": "checkpoints",
     "DataError": "data",
+    "DirectionScore": "rollouts",
     "FrozenPrefix": "prefix",
     "LossSpikeError": "callbacks.spikes",
     "LossSpikes": "callbacks.spikes",
     "ModelAt": "model_at",
     "NonFiniteError": "callbacks.finite",
     "RewardError": "reinforcement_mixin",
+    "RolloutError": "rollouts",
+    "SteeredRollouts": "rollouts",
     "SteeringDPOTrainer": "dpo",
     "SteeringGRPOTrainer": "grpo",
     "SteeringRLOOTrainer": "rloo",
@@ -64,12 +68,15 @@ __all__ = [
     "BiasError",
     "CheckpointError",
     "DataError",
+    "DirectionScore",
     "FrozenPrefix",
     "LossSpikeError",
     "LossSpikes",
     "ModelAt",
     "NonFiniteError",
     "RewardError",
+    "RolloutError",
+    "SteeredRollouts",
     "SteeringDPOTrainer",
     "SteeringGRPOTrainer",
     "SteeringRLOOTrainer",

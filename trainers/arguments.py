@@ -181,15 +181,13 @@ def changed(args: Any) -> list[str]:
     names = []
     for field in dataclasses.fields(args):
         value = getattr(args, field.name, None)
-        neutral = [_default(field), *_NEUTRAL.get(field.name, ())]
+        factory = field.default_factory
+        default = field.default if factory is dataclasses.MISSING else factory()
+        neutral = [default, *_NEUTRAL.get(field.name, ())]
         # DPOConfig turns its loss type into a list
         if value not in neutral and value not in [[item] for item in neutral]:
             names.append(field.name)
     return names
-
-
-def _default(field: dataclasses.Field[Any]) -> Any:
-    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
 
 
 def _does(loss: Loss, args: Any, name: str) -> bool:

@@ -32,16 +32,13 @@ SteeringVector(layer_activations=activations, layer_type="TYPE").patch_activatio
 
     def lines(self, base: str, folder: str, model: PeftModel) -> str:
         """With the package's word for the site."""
-        return self.filled(self.python.replace("TYPE", _TYPES[_site(model)]), base, folder, model)
+        config: Any = model.peft_config[model.active_adapters[0]]
+        return self.filled(self.python.replace("TYPE", _TYPES[config.site]), base, folder, model)
 
     def check(self, vectors: ConstantVectors, model: PeftModel) -> None:
         """Every site has a word there."""
         if vectors.site not in _TYPES:
             raise ExportError(f"site={vectors.site!r} must be one of {list(_TYPES)}.")
-
-
-def _site(model: PeftModel) -> str:
-    return model.peft_config[model.active_adapters[0]].site  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def read(steering_vector: Any) -> dict[int, Tensor]:

@@ -141,13 +141,8 @@ class Setting:
 
 
 def draw(budget: BudgetTable, seed: int, layered: bool = True) -> list[Setting]:
-    """The trials: all multiples that are listed, or draws, the first of them with the arm's own learning rate.
-
-    Args:
-        budget: The budget.
-        seed: Of the draws.
-        layered: Whether the arm has a layer to choose; if not, it has as many trials, with more learning rates.
-    """
+    """The trials: all multiples that are listed, or draws, the first of them with the arm's own learning rate. An arm
+    without a layer to choose (`layered` is False) has as many trials, with more learning rates."""
     layers: list[float | None] = [*budget.layers] if layered and budget.layers else [None]
     if isinstance(budget.learning_rate, list):
         rates = budget.learning_rate
@@ -171,12 +166,8 @@ def draw(budget: BudgetTable, seed: int, layered: bool = True) -> list[Setting]:
 
 
 def untrained_strengths(budget: BudgetTable, layers: int = 1) -> list[float] | Literal["matched"]:
-    """Strengths for an arm without training, which spends its trials on them: as many as all trials measure.
-
-    Args:
-        budget: The budget.
-        layers: How many layers each of them is tried at.
-    """
+    """Strengths for an arm without training, which spends its trials on them: as many as all trials measure. Each is
+    tried at so many `layers`."""
     if budget.strengths == "matched":
         return "matched"
     low, high = min(budget.strengths), max(budget.strengths)

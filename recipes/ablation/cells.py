@@ -22,7 +22,7 @@ from steertune.recipes.ablation.store import Store
 from steertune.recipes.lab import measures
 from steertune.recipes.lab.files import ArmError, read_result
 from steertune.recipes.lab.measures import Measure, Missing
-from steertune.recipes.lab.rows import AGAIN, BASE, FRONTIER, MATCHED, TUNED, Record, at_kl, frontier_kl
+from steertune.recipes.lab.rows import AGAIN, BASE, FRONTIER, KEYS, MATCHED, TUNED, Record, at_kl, frontier_kl
 
 _PATH = r"cells/([\w=,+-][\w=,+.-]*)/n(\d{1,9})/seed(\d{1,10})/([\w=,+-][\w=,+.-]*)"
 
@@ -38,12 +38,8 @@ def read_cells(folder: Path, grid: Mapping[str, Any] | None = None) -> Frame:
     A diverged cell counts with what its user would be left with, the base model; its `status` says so. A cell that
     failed for another reason has no numbers, and `status` "failed".
 
-    Args:
-        folder: A grid's folder.
-        grid: The `grid.json`; None: all cells that are there.
-
     Raises:
-        ArmError: there is none, one is damaged, or the grid names a path that is not that of a cell.
+        ArmError: the folder holds no cell, one is damaged, or the grid names a path that is not that of a cell.
     """
     records = {tuple(record.keys.values()): record for record in Store(folder).records()}
     levels: dict[str, Any] = {}
@@ -81,13 +77,9 @@ def _row(record: Record) -> dict[str, Any]:
     row |= {f"setting_{name}": value for name, value in (record.facts.get("setting") or {}).items()}
     observations = dict(record.observations)
     if record.facts.get("status") == "diverged" and BASE in observations:
-        as_base = {**observations[BASE], "kl": [0.0]}
-        observations |= {TUNED: as_base}
-        if record.facts.get("scalable"):
-            observations |= {
-                MATCHED: as_base,
-                at_kl(1.0): as_base,
-            }  # one point is a frontier that is the same anywhere
+        # one point is a frontier that is the same anywhere
+        strengths = (TUNED, MATCHED, at_kl(1.0)) if record.facts.get("scalable") else (TUNED,)
+        observations |= {strength: {**observations[BASE], "kl": [0.0]} for strength in strengths}
     seen = Record(record.keys, observations)
     for measure in map(measures.get, measures.names()):
         at = {label: summary for label in observations if (summary := _summary(measure, seen, label)) is not None}
@@ -138,5 +130,5 @@ def _failed(folder: Path, name: tuple[Any, ...]) -> Record | None:
     file = folder / "cells" / task / f"n{examples}" / f"seed{seed}" / arm / "failed.json"
     if not file.exists():
         return None
-    keys = {"arm": arm, "task": task, "examples": examples, "seed": seed}
+    keys = dict(zip(KEYS, name, strict=True))
     return Record(keys, facts={"status": "failed", "error": str(read_result(file, AGAIN).get("error"))})

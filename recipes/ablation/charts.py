@@ -24,14 +24,8 @@ def colours(arms: Sequence[str]) -> dict[str, Any]:
 
 
 def intervals(values: Mapping[str, Interval], label: str, line: float = 0.0, largest_first: bool = True) -> Figure:
-    """Estimates with intervals, one a row; intervals that hold zero are grey.
-
-    Args:
-        values: What stands beside a row -> its interval.
-        label: Of the axis.
-        line: A second value to compare with, drawn dashed.
-        largest_first: Sort the rows; else they keep their order, from the top.
-    """
+    """Estimates with intervals, one a row; intervals that hold zero are grey. `line` is a second value to compare
+    with, drawn dashed. Without `largest_first`, rows keep their order, from the top."""
     rows = sorted(values.items(), key=lambda item: item[1].estimate) if largest_first else [*values.items()][::-1]
     figure = Figure(figsize=(_WIDTH, 0.9 + 0.36 * len(rows)), layout="constrained")
     axis = figure.subplots()
@@ -92,13 +86,7 @@ def _curve(axis: Axes, cells: Frame, measure: str, arm: str, apart: float, colou
 
 def side_by_side(cells: Frame, columns: Mapping[str, str], colours: Mapping[str, Any]) -> Figure:
     """Effect and side effects of every arm: a panel a column, an arm a row, with intervals over its cells; the base
-    model dashed.
-
-    Args:
-        cells: The cells that ran.
-        columns: Column of the cells -> its title.
-        colours: Of the arms.
-    """
+    model dashed. `columns` maps a column of the cells to its title."""
     arms = [*dict.fromkeys(cells["arm"])][::-1]  # the first one on top
     figure = Figure(figsize=(2.3 * len(columns) + 2.5, 0.9 + 0.3 * len(arms)), layout="constrained")
     axes = figure.subplots(1, len(columns), sharey=True, squeeze=False)[0]
@@ -107,10 +95,10 @@ def side_by_side(cells: Frame, columns: Mapping[str, str], colours: Mapping[str,
             values = cells.loc[cells["arm"] == arm, column].dropna()
             if values.empty:
                 continue
-            found = interval(values)
-            if np.isfinite([found.low, found.high]).all():
-                axis.plot([found.low, found.high], [y, y], color=colours[arm], linewidth=2)
-            axis.plot(found.estimate, y, "o", color=colours[arm], markersize=4)
+            mean = interval(values)
+            if np.isfinite([mean.low, mean.high]).all():
+                axis.plot([mean.low, mean.high], [y, y], color=colours[arm], linewidth=2)
+            axis.plot(mean.estimate, y, "o", color=colours[arm], markersize=4)
         base = f"{column.partition('@')[0]}@0"
         if base in cells and cells[base].notna().any():
             axis.axvline(cells[base].mean(), color=_GREY, linestyle="--", linewidth=1)
@@ -152,24 +140,17 @@ def frontiers(
     cells: Frame, targets: Sequence[float], measures: Mapping[str, str], colours: Mapping[str, Any]
 ) -> Figure:
     """Means against the KL to the base on a log axis, a panel a measure: a line for every arm with a strength, a dot
-    at its own KL for every other; the base dashed.
-
-    Args:
-        cells: The cells.
-        targets: The KLs of the frontier.
-        measures: Name -> what stands beside its axis.
-        colours: Of the arms.
-    """
+    at its own KL for every other; the base dashed. `measures` maps a name to what stands beside its axis."""
     figure = Figure(figsize=(4.2 * len(measures), 4.4), layout="constrained")
     axes = np.atleast_1d(figure.subplots(1, len(measures)))
     for axis, (name, label) in zip(axes, measures.items(), strict=True):
-        for arm, own in cells.groupby("arm", sort=False):
+        for arm, of_arm in cells.groupby("arm", sort=False):
             columns = [f"{name}@kl={kl:g}" for kl in targets]
-            if own[f"{name}@frontier"].notna().any():
-                means = [own[one].mean() if one in own else np.nan for one in columns]
+            if of_arm[f"{name}@frontier"].notna().any():
+                means = [of_arm[one].mean() if one in of_arm else np.nan for one in columns]
                 axis.plot(targets, means, marker="o", markersize=4, color=colours[str(arm)], label=str(arm))
             else:
-                point = own[["kl@tuned", f"{name}@tuned"]].mean()
+                point = of_arm[["kl@tuned", f"{name}@tuned"]].mean()
                 axis.plot(*point, "s", color=colours[str(arm)], label=str(arm))
         if cells[f"{name}@0"].notna().any():
             axis.axhline(cells[f"{name}@0"].mean(), color=_GREY, linestyle="--", linewidth=1)

@@ -20,7 +20,6 @@ from steertune.recipes.lab.ingredients.prompt import Prompt
 from steertune.recipes.lab.ingredients.teachers import Teachers
 from steertune.recipes.lab.ingredients.views import Views
 from steertune.recipes.lab.tables import ModelTable
-from steertune.trainers import View
 from steertune.trainers.views.demonstrations import Demonstrations
 from steertune.trainers.views.instruction import Instruction
 
@@ -141,23 +140,19 @@ def check_views(tables: GridTables, arms: list[GridArm], tasks: list[TaskTable])
     """Refuse views that show more examples than the smallest training set has besides one, and instructions that an
     arm's file gives about its own task, in a grid of others."""
     for arm in arms:
-        own = arm.arm.data.name
-        others = [t.called for t in tasks if Path(t.name).name != Path(own).name or t.reverse or t.columns]
-        for key, view in _views(arm.arm).items():
+        written_for = arm.arm.data.name
+        others = [t.called for t in tasks if Path(t.name).name != Path(written_for).name or t.reverse or t.columns]
+        for key, view in arm.arm.get(Views).views(known=arm.arm.get(Teachers).tables).items():
             if isinstance(view, Instruction) and arm.levels is None and others:
                 raise ArmError(
-                    f"Arm {arm.name!r} has an instruction about {own!r} at its view {key!r}, and the grid has the "
-                    f"task {others[0]!r}: leave the arm out, or give it a grid of {own!r} alone."
+                    f"Arm {arm.name!r} has an instruction about {written_for!r} at its view {key!r}, and the grid has "
+                    f"the task {others[0]!r}: leave the arm out, or give it a grid of {written_for!r} alone."
                 )
             if isinstance(view, Demonstrations) and not view.pool and view.k >= min(tables.examples):
                 raise ArmError(
                     f"Arm {arm.name!r} shows {view.k} other examples at its view {key!r}, and examples="
                     f"{tables.examples}: ask for {view.k + 1} or more, or set views.{key}.k lower."
                 )
-
-
-def _views(arm: Arm) -> dict[str, View]:
-    return arm.get(Views).views(known=arm.get(Teachers).tables)
 
 
 def _model(table: ModelTable) -> dict[str, Any]:
@@ -197,7 +192,7 @@ def check_card(tables: GridTables, card: Card, arms: list[GridArm]) -> None:
     for what in ("better", "than"):
         name = getattr(claim, what)
         if name not in names:
-            raise ArmError(f"claim.{what}={name!r} is no arm of the grid: {names}.{nearest(name, names)}")
+            raise ArmError(f"claim.{what}={name!r} is not an arm of the grid: {names}.{nearest(name, names)}")
     _check_decidable(claim, arms)
     for what, point in (("than", tables.design.start), ("better", tables.design.end)) if claim.factor else ():
         if getattr(claim, what) != (name := arm_name(tables, point)):

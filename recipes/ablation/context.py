@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from functools import cache, cached_property, partial
+from collections.abc import Callable
+from functools import cached_property, partial, wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from datasets import Dataset
@@ -32,30 +33,35 @@ _ANSWERED = 16  # neutral prompts that are answered, for the repetition
 _MEMO_GB = 2.0  # RAM for what is constant in all cells; the rest goes to temporary files
 
 
-class Context:
-    """Loads and computes on demand, and keeps the result.
+_T = TypeVar("_T")
 
-    Args:
-        grid: The grid.
-    """
+
+def _once_per_task(method: Callable[[Context, TaskTable], _T]) -> Callable[[Context, TaskTable], _T]:
+    """Keep what a method returns for a task, by its label: a task with its instructions cannot be hashed."""
+
+    @wraps(method)
+    def kept(self: Context, task: TaskTable) -> _T:
+        key = method, task.label
+        if key not in self._of_tasks:
+            self._of_tasks[key] = method(self, task)
+        return self._of_tasks[key]
+
+    return kept
+
+
+class Context:
+    """Loads and computes on demand, and keeps the result."""
 
     def __init__(self, grid: Grid) -> None:
         self.grid = grid
         self.prefix = FrozenPrefix(_MEMO_GB, warn=False)
         self.cache: dict[Any, Any] = {}
         """What ingredients keep from one training to the next."""
-        # by label: a task with its instructions cannot be hashed
-        self._tasks = {task.label: task for task in grid.tasks}
-        self._read = cache(self._read_splits)
-        self._splits = cache(self._load_splits)
-        self._notes: dict[str, list[str]] = {}
-        self._scorers = cache(self._fit_scorer)
-        self._held_out = cache(self._make_held_out)
+        self._of_tasks: dict[Any, Any] = {}
 
     @cached_property
     def _loaded(self) -> tuple[Any, Any]:
-        loaded: tuple[Any, Any] = load_model(ModelTable(**self.grid.tables.model))
-        model, tokenizer = loaded
+        model, tokenizer = load_model(ModelTable(**self.grid.tables.model))
         return model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
 
     @property
@@ -76,37 +82,51 @@ class Context:
         rows = None if file is None else readable(load_split(file, "train"), self.tokenizer)
         return neutral_rows(self.tokenizer, "match", rows), neutral_rows(self.tokenizer, "report", rows)
 
+    @_once_per_task
     def read(self, task: TaskTable) -> Splits:
         """The task's rows as they stand in its files, checked; the model is not loaded."""
-        return self._read(task.label)
+        tables = self.grid.tables
+        reading = Reading(task.columns, task.format, partial(model_has_template, ModelTable(**tables.model)))
+        largest = max(tables.examples) * max(arm.arm.data.times for arm in self.grid.arms)
+        return load_splits(task.name, tables.splits, largest, task.reverse, reading)
 
+    @_once_per_task
     def splits(self, task: TaskTable) -> Splits:
         """The task's rows in the form that the model reads."""
-        return self._splits(task.label)
+        return self.read(task).each(partial(readable, tokenizer=self.tokenizer))
 
     def notes(self, task: TaskTable) -> list[str]:
         """What to say about the task's rows, beside their number."""
-        self.splits(task)
-        return self._notes[task.label]
+        return notes_on_form(self.read(task).test, self.tokenizer)
 
+    @_once_per_task
     def scorer(self, task: TaskTable) -> Scorer:
         """The task's scorer of the behaviour."""
-        return self._scorers(task.label)
+        return fit(task.scorer, self.splits(task).scorer, self.model, self.tokenizer)
 
+    @_once_per_task
     def held_out(self, task: TaskTable) -> HeldOut:
         """The task's test rows and the neutral text, with what the base model does on them."""
-        return self._held_out(task.label)
+        tables, behaviour = self.grid.tables, behaviour_of(task)
+        return HeldOut(
+            self.model,
+            self.tokenizer,
+            pairs=self.splits(task).test,
+            matching=self.neutral[0],
+            neutral=self.neutral[1],
+            generations=tables.generations,
+            neutral_generations=min(tables.generations, _ANSWERED),
+            questions=tables.questions,
+            instruction=behaviour.opposites.positive if behaviour.opposites else "",
+            undo=behaviour.undo.apply if behaviour.undo else None,
+            new_tokens=tables.new_tokens,
+            scorer=self.scorer(task) if tables.generations else None,
+            prefix=self.prefix,
+        )
 
     def training(self, cell: Cell, seed: int, model: Any, folder: Path, setting: Setting) -> Training:
-        """The training of a cell's arm on its rows.
-
-        Args:
-            cell: The cell.
-            seed: Of the training rows, and of training.
-            model: The model that the adapter is put on.
-            folder: For checkpoints.
-            setting: What is tried.
-        """
+        """The training of a cell's arm on its rows. `seed` is that of the training rows and of training, `folder` is
+        for checkpoints."""
         arm, splits = cell.arm.arm, self.splits(cell.task)
         rows = splits.train(cell.examples * arm.data.times, seed, arm.data.pairing, cell.task.draw)
         # a task with swapped answers, or made of other columns, is not the one that its folder describes
@@ -134,13 +154,8 @@ class Context:
         return {**arm.adapter, "layers_to_transform": resolve_layers(setting.layer, len(find_blocks(self.model)))}
 
     def show(self, cell: Cell, seed: int, instruction: int = 0) -> Show:
-        """What a cell's model is shown: the rows themselves, unless its arm is a prompt.
-
-        Args:
-            cell: The cell.
-            seed: Of the training rows, which are the demonstrations.
-            instruction: Index of the task's instruction.
-        """
+        """What a cell's model is shown: the rows themselves, unless its arm is a prompt. The demonstrations are its
+        training rows of `seed`; `instruction` is the index of the instruction of the task."""
         prompt = cell.arm.arm.get(Prompt)
         if not prompt:
             return lambda rows: rows
@@ -158,40 +173,6 @@ class Context:
         rows = self.splits(cell.task).test
         plain, shown = (prompt_lengths(self.tokenizer, part["prompt"]) for part in (rows, show(rows)))
         return sum(b - a for a, b in zip(plain, shown, strict=True)) / len(plain)
-
-    def _read_splits(self, label: str) -> Splits:
-        task, tables = self._tasks[label], self.grid.tables
-        reading = Reading(task.columns, task.format, partial(model_has_template, ModelTable(**tables.model)))
-        largest = max(tables.examples) * max(arm.arm.data.times for arm in self.grid.arms)
-        return load_splits(task.name, tables.splits, largest, task.reverse, reading)
-
-    def _load_splits(self, label: str) -> Splits:
-        splits = self._read(label)
-        self._notes[label] = notes_on_form(splits.test, self.tokenizer)
-        return splits.each(partial(readable, tokenizer=self.tokenizer))
-
-    def _fit_scorer(self, label: str) -> Scorer:
-        task = self._tasks[label]
-        return fit(task.scorer, self.splits(task).scorer, self.model, self.tokenizer)
-
-    def _make_held_out(self, label: str) -> HeldOut:
-        task, tables = self._tasks[label], self.grid.tables
-        behaviour = behaviour_of(task)
-        return HeldOut(
-            self.model,
-            self.tokenizer,
-            pairs=self.splits(task).test,
-            matching=self.neutral[0],
-            neutral=self.neutral[1],
-            generations=tables.generations,
-            neutral_generations=min(tables.generations, _ANSWERED),
-            questions=tables.questions,
-            instruction=behaviour.opposites.positive if behaviour.opposites else "",
-            undo=behaviour.undo.apply if behaviour.undo else None,
-            new_tokens=tables.new_tokens,
-            scorer=self.scorer(task) if tables.generations else None,
-            prefix=self.prefix,
-        )
 
 
 def instructions(cell: Cell) -> list[str]:

@@ -20,25 +20,15 @@ Values = dict[str, pd.Series]
 
 
 def values(records: Sequence[Record], measure: str, tasks: Sequence[TaskTable] = ()) -> Values:
-    """A measure of the test pairs.
-
-    Args:
-        records: One per task, seed and condition.
-        measure: Its name.
-        tasks: All tasks; those made of the same rows count as one task with more seeds.
-    """
+    """A measure of the test pairs, from a record for every task, seed and condition. Of all `tasks`, those made of the
+    same rows count as one task with more seeds."""
     rows = [{**record.keys, "rows": record.seen(1)[measure]} for record in records]
     table = in_pairs(pd.DataFrame(rows), tasks).pivot(index=["task", "seed"], columns="arm", values="rows")
     return {name: table[name] for name in dict.fromkeys(str(record.keys["arm"]) for record in records)}
 
 
 def questions(accuracies: Values, steering: Sequence[str]) -> dict[tuple[str, str], Difference]:
-    """The comparisons on unseen tasks, corrected for their number.
-
-    Args:
-        accuracies: Accuracy of the test pairs; see `values`.
-        steering: Names of the steering arms.
-    """
+    """The comparisons of accuracy on unseen tasks with the base and every steering arm, corrected for their number."""
     trained = "trained, contrast"
     pairs = [(trained, other) for other in ("base, contrast", "trained, plain", *steering)]
     pairs += [("base, contrast", "base, plain"), ("base, contrast", "base, k-shot")]
@@ -67,18 +57,10 @@ def page(
     unseen: Sequence[Record],
     effects: Record,
 ) -> Page:
-    """What came of it.
-
-    Args:
-        about: What was trained and measured on which data.
-        steering: Names of the steering arms.
-        tasks: All tasks.
-        seen: Records of the tasks that the model was trained on.
-        unseen: Records of the other tasks.
-        effects: Record of the trained model on neutral text.
-    """
+    """The page: `about` says what was trained and measured on which data; `effects` are those of the trained model on
+    neutral text."""
     response = responses(seen, tasks)
-    asked = questions(values(unseen, "accuracy", tasks), steering)
+    comparisons = questions(values(unseen, "accuracy", tasks), steering)
     note = (
         "Intervals for other draws and other test rows (a task and its reverse share theirs); p by the larger of two "
         "tests, corrected by Holm per table."
@@ -90,7 +72,7 @@ def page(
     ]
     unseen_blocks = [
         _accuracies(values(unseen, "accuracy"), "unseen"),
-        *_differences(asked, "unseen_differences"),
+        *_differences(comparisons, "unseen_differences"),
         Text(note),
     ]
     side_blocks = side_effects(_without_prompts(unseen, steering, effects), "model")
@@ -119,11 +101,11 @@ def _without_prompts(unseen: Sequence[Record], steering: Sequence[str], effects:
 
 def _of_rows(records: Sequence[Record], condition: str, names: Sequence[str]) -> dict[str, list[float]]:
     """A condition's values for every row: of test pairs task after task, of neutral rows averaged over all records."""
-    own = [record for record in records if record.keys["arm"] == condition]
-    tasks = dict.fromkeys(record.keys["task"] for record in own)
+    chosen = [record for record in records if record.keys["arm"] == condition]
+    tasks = dict.fromkeys(record.keys["task"] for record in chosen)
     values = {}
     for name in names:
-        of_task = [[r.seen(1)[name] for r in own if r.keys["task"] == task and name in r.seen(1)] for task in tasks]
+        of_task = [[r.seen(1)[name] for r in chosen if r.keys["task"] == task and name in r.seen(1)] for task in tasks]
         groups = of_task if name == "accuracy" else [[rows for of in of_task for rows in of]]
         values[name] = [float(value) for rows in groups if rows for value in np.mean(rows, axis=0)]
     return {name: rows for name, rows in values.items() if rows}

@@ -52,8 +52,8 @@ def add_one_in(factors: Factors, start: Combination, end: Combination) -> list[C
     """The start, the start with each factor moved to its end, the end, and the end with each factor moved back:
     first and last place of every factor on the way."""
     moving = [factor for factor in factors if start[factor] != end[factor]]
-    found = [start, *({**start, f: end[f]} for f in moving), end, *({**end, f: start[f]} for f in moving)]
-    return [c for i, c in enumerate(found) if c not in found[:i]]
+    steps = [start, *({**start, f: end[f]} for f in moving), end, *({**end, f: start[f]} for f in moving)]
+    return [c for i, c in enumerate(steps) if c not in steps[:i]]
 
 
 def mixtures(factors: Factors, start: Combination, end: Combination) -> list[Combination]:
@@ -67,26 +67,23 @@ def aliases(combinations: Sequence[Combination], factors: Factors) -> list[str]:
     For every such couple the largest canonical correlation r over the runs: 1 means that they are the same thing in
     this design. Couples above 0.3 are named, the rest is summed up.
     """
-    columns = {f: _contrasts([c[f] for c in combinations], levels) for f, levels in factors.items()}
+    columns = {}
+    for factor, levels in factors.items():  # sum-to-zero coding, (runs, levels - 1)
+        codes = np.array([[c[factor] == level for level in levels] for c in combinations], dtype=float)
+        columns[factor] = codes[:, :-1] - codes[:, -1:]
     couples = {pair: columns[pair[1]] for pair in itertools.combinations(factors, 2)}
     for first, second in itertools.combinations(factors, 2):
         product = np.column_stack([a * b for a in columns[first].T for b in columns[second].T])
         couples |= {(f, f"{first} x {second}"): product for f in factors if f not in (first, second)}
-    found = {pair: _canonical_correlation(columns[pair[0]], other) for pair, other in couples.items()}
-    named = sorted((pair for pair, r in found.items() if r > _NAMED), key=lambda pair: -found[pair])
-    sentences = [f"{first} {_kind(found[first, other])} {other}." for first, other in named]
-    rest = max((r for pair, r in found.items() if pair not in named), default=0.0)
+    correlations = {pair: _canonical_correlation(columns[pair[0]], other) for pair, other in couples.items()}
+    named = sorted((pair for pair, r in correlations.items() if r > _NAMED), key=lambda pair: -correlations[pair])
+    sentences = []
+    for first, other in named:
+        r = correlations[first, other]
+        kind = "cannot be told from" if r > 0.99 else f"is mixed (r = {r:.2f}) with"
+        sentences.append(f"{first} {kind} {other}.")
+    rest = max((r for pair, r in correlations.items() if pair not in named), default=0.0)
     return sentences + ([f"All other couples of effects are mixed by r = {rest:.2f} at most."] if rest > 0.01 else [])
-
-
-def _kind(r: float) -> str:
-    return "cannot be told from" if r > 0.99 else f"is mixed (r = {r:.2f}) with"
-
-
-def _contrasts(values: Sequence[str], levels: Sequence[str]) -> NDArray[np.float64]:
-    """Sum-to-zero coding, `(runs, levels - 1)`."""
-    last = np.array([value == levels[-1] for value in values], dtype=float)
-    return np.column_stack([np.array([v == level for v in values], dtype=float) - last for level in levels[:-1]])
 
 
 def _canonical_correlation(first: NDArray[np.float64], second: NDArray[np.float64]) -> float:

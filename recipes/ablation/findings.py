@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from steertune.recipes.ablation import analysis, charts
+from steertune.recipes.ablation import analysis, charts, claims
 from steertune.recipes.ablation.labels import arm_labels
 from steertune.recipes.ablation.levels import arm_name
 from steertune.recipes.ablation.looks import looks_of
@@ -38,7 +38,7 @@ class Findings:
     cells: Frame
     paired: Frame
     shares: analysis.Attribution
-    verdict: analysis.Verdict
+    verdict: claims.Verdict
     curves: Mapping[str, list[analysis.Efficiency]]
     answer: list[str]
     labels: Mapping[str, str]
@@ -56,14 +56,7 @@ class Findings:
 
 
 def find(grid: Mapping[str, Any], tables: GridTables, claim: Claim, cells: Frame) -> Findings:
-    """Compare, decide and attribute.
-
-    Args:
-        grid: The `grid.json`.
-        tables: Its tables.
-        claim: What to look at.
-        cells: From `read_cells`; at least one did not fail.
-    """
+    """Compare, decide and attribute. At least one of the cells did not fail."""
     labels = arm_labels(tables, grid["arms"])
     claimed = tables.claim is not None and claim.column == tables.claim.column
     alpha = claim.alpha / max(1, len(looks_of(grid)))
@@ -73,9 +66,9 @@ def find(grid: Mapping[str, Any], tables: GridTables, claim: Claim, cells: Frame
     shares = analysis.attribution(paired, tables, claim.column, claim.factor, labels, claim.sample)
     planned = len({tuple(path.split("/")[1:4:2]) for path in grid["cells"]})  # pairs of task and seed
     targets = tables.matched.targets_of(claim.strength)
-    verdict = analysis.verdict(analysis.in_pairs(cells, tables.tasks), claim, shares, planned, targets)
+    verdict = claims.verdict(analysis.in_pairs(cells, tables.tasks), claim, shares, planned, targets)
     start = [arm_name(tables, tables.design.start)] if tables.design.start else []
     baselines = dict.fromkeys([claim.than, *(labels.get(arm, arm) for arm in start)])
     curves = {than: analysis.efficiency(paired, than, claim.column, claim.sample) for than in baselines}
-    answer = analysis.answer(paired, claim, verdict, shares, curves[claim.than], targets)
+    answer = claims.answer(paired, claim, verdict, shares, curves[claim.than], targets)
     return Findings(grid, tables, claim, cells, paired, shares, verdict, curves, answer, labels, claimed)

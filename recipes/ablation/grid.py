@@ -29,8 +29,8 @@ from steertune.recipes.ablation.checks import (
 from steertune.recipes.ablation.designs import Combination
 from steertune.recipes.ablation.keys import content, data_of, digest, named_task, settings
 from steertune.recipes.ablation.levels import INERT, arm_of, named, patched, with_common
-from steertune.recipes.ablation.tables import Card, GridArm, GridTables, TaskTable, told
-from steertune.recipes.lab.arm import known_tables
+from steertune.recipes.ablation.tables import Card, GridArm, GridTables, TaskTable, with_instructions
+from steertune.recipes.lab.arm import check_tables
 from steertune.recipes.lab.arm_files import read_tables
 from steertune.recipes.lab.behaviours import Behaviour, read_behaviour
 from steertune.recipes.lab.embedded import task_folder, task_names
@@ -73,6 +73,11 @@ class Cell:
     def tuning_file(self) -> Path:
         """Where the settings chosen for it are kept, with all trials, in the grid's folder."""
         return Path("tuning") / _place(*self.tuned_at) / f"{self.arm.name}.json"
+
+    @property
+    def keys(self) -> dict[str, Any]:
+        """The keys of its record."""
+        return {"arm": self.arm.name, "task": self.task.label, "examples": self.examples, "seed": self.seed}
 
     @property
     def title(self) -> str:
@@ -145,11 +150,8 @@ class Grid:
 
 
 def load_grid(file: str | Path, data_root: Path | None = None) -> Grid:
-    """Read and check a grid: a path, or the name of a file in `recipes/configs/grids/`.
-
-    Args:
-        file: The grid.
-        data_root: Where task names that are relative paths start.
+    """Read and check a grid: a path, or the name of a file in `recipes/configs/grids/`. Task names that are relative
+    paths start in `data_root`.
 
     Raises:
         ArmError: anything in it that cannot be run; the message names the value and the fix.
@@ -165,7 +167,7 @@ def load_grid(file: str | Path, data_root: Path | None = None) -> Grid:
 
 def make_grid(raw: dict[str, Any], data_root: Path | None = None) -> Grid:
     """A grid from its tables; see `load_grid`."""
-    known_tables("grid", raw, GridTables)
+    check_tables("grid", raw, GridTables)
     check_settings(raw)
     try:
         tables = GridTables(**raw)
@@ -190,9 +192,13 @@ def make_grid(raw: dict[str, Any], data_root: Path | None = None) -> Grid:
     check_draws(tasks)
     check_views(tables, arms, tasks)
     if any(arm.arm.get(Prompt).instruction for arm in arms):
-        tasks = [told(task, task_folder(task.name)) for task in tasks]
-        entries = zip(tables.tasks, tasks, strict=True)
-        tables = tables.model_copy(update={"tasks": [_told_as(entry, task) for entry, task in entries]})
+        tasks = [with_instructions(task, task_folder(task.name)) for task in tasks]
+        entries = []  # the grid's own, by the names that they have there
+        for entry, task in zip(tables.tasks, tasks, strict=True):
+            entry = TaskTable(name=entry) if isinstance(entry, str) else entry
+            instructions = {"instructions": task.instructions, "instructions_by": task.instructions_by}
+            entries.append(entry.model_copy(update=instructions))
+        tables = tables.model_copy(update={"tasks": entries})
     check_prompts(tables, arms, tasks)
     return Grid(tables, card, arms, tasks, notes)
 
@@ -216,7 +222,7 @@ def _combinations(tables: GridTables) -> tuple[list[Combination], list[str]]:
         if factor in _COLUMNS or factor.startswith("setting_"):
             raise ArmError(f"A factor cannot be called {factor!r}, like a column of the results.")
     if any(INERT in levels for levels in factors.values()):
-        raise ArmError(f"{INERT!r} is no name for a level: it stands for a level that means nothing.")
+        raise ArmError(f"{INERT!r} cannot name a level: it stands for a level without effect.")
     size = math.prod(map(len, factors.values()))
     if size > _LARGEST:
         raise ArmError(
@@ -253,40 +259,40 @@ def _check_point(what: str, point: Combination, factors: dict[str, list[str]]) -
             raise ArmError(f"{what} names no level of {factor!r}: one of {factors[factor]}.")
         if point[factor] not in factors[factor]:
             hint = nearest(point[factor], factors[factor])
-            raise ArmError(f"{what}.{factor}={point[factor]!r} is no level: there are {factors[factor]}.{hint}")
+            raise ArmError(f"{what}.{factor}={point[factor]!r} must be one of {factors[factor]}.{hint}")
 
 
 def _arms(tables: GridTables, combinations: list[Combination]) -> list[GridArm]:
-    found: dict[str, GridArm] = {}
+    arms: dict[str, GridArm] = {}
     for combination in combinations:
         levels, arm = patched(tables, combination)
         name = named(levels)
         check_name("arm", name)
-        if name in found and found[name].arm != arm:
+        if name in arms and arms[name].arm != arm:
             raise ArmError(
                 f"Combination {combination} is called {name!r} like another, but its arm differs: a level that is "
                 "inert there changes the patch of another factor. Give that patch a `when` that does not depend on it."
             )
-        found.setdefault(name, GridArm(name, levels, arm, _budget(tables, name)))
+        arms.setdefault(name, GridArm(name, levels, arm, _budget(tables, name)))
     for file in tables.arms:
         raw = with_common(read_tables(file), tables)
         name = str(raw["name"])
-        if name.casefold() in map(str.casefold, found):  # some file systems do not tell the cases apart
+        if name.casefold() in map(str.casefold, arms):  # some file systems do not tell the cases apart
             raise ArmError(f"Two arms are called {name!r}.")
-        found[name] = GridArm(name, None, arm_of(raw, tables), _budget(tables, name))
-    if not found:
+        arms[name] = GridArm(name, None, arm_of(raw, tables), _budget(tables, name))
+    if not arms:
         raise ArmError("The grid has no arms: list them in `arms`, or give [factors] and a [design].")
     for pattern in tables.budgets:
-        if not any(fnmatch.fnmatchcase(name, pattern) for name in found):
-            raise ArmError(f"budgets: {pattern!r} fits no arm of {[*found]}.{nearest(pattern, [*found])}")
-    for name, arm in found.items():
+        if not any(fnmatch.fnmatchcase(name, pattern) for name in arms):
+            raise ArmError(f"budgets: {pattern!r} fits no arm of {[*arms]}.{nearest(pattern, [*arms])}")
+    for name, arm in arms.items():
         try:
             arm.arm.check_trainer(DPOConfig)
         except ArmError as error:
             raise ArmError(f"Arm {name!r}: {error}") from error
         if arm.arm.trainer.get("max_steps") != 0 and "learning_rate" not in arm.arm.trainer:
             raise ArmError(f"Arm {name!r} has no trainer.learning_rate, around which the budget would search.")
-    return list(found.values())
+    return list(arms.values())
 
 
 def _budget(tables: GridTables, name: str) -> BudgetTable:
@@ -294,7 +300,7 @@ def _budget(tables: GridTables, name: str) -> BudgetTable:
     changed = [change for pattern, change in tables.budgets.items() if fnmatch.fnmatchcase(name, pattern)]
     values = tables.budget.model_dump()
     for change in changed:
-        known_tables(f"budgets.{name}", change, BudgetTable)
+        check_tables(f"budgets.{name}", change, BudgetTable)
         values |= change
     try:
         return BudgetTable(**values)
@@ -302,36 +308,25 @@ def _budget(tables: GridTables, name: str) -> BudgetTable:
         raise ArmError(f"budgets.{name}: {reasons(error)}") from error
 
 
-def _told_as(entry: str | TaskTable, task: TaskTable) -> TaskTable:
-    """A grid's own entry, by the name it has there, with the instructions that were found."""
-    own = TaskTable(name=entry) if isinstance(entry, str) else entry
-    found = {"instructions": task.instructions, "instructions_by": task.instructions_by}
-    return own.model_copy(update=found)
-
-
 def find_tasks(entries: Sequence[str | TaskTable], data_root: Path | None = None) -> list[TaskTable]:
-    """Tasks with their labels, and where they are.
-
-    Args:
-        entries: Names or tables.
-        data_root: Where names that are relative paths start.
+    """Tasks with their labels, and where they are. Names that are relative paths start in `data_root`.
 
     Raises:
-        ArmError: two tasks of one label, or a label that is no name of a folder.
+        ArmError: two tasks of one label, or a label that cannot name a folder.
     """
-    found: dict[str, TaskTable] = {}
+    tasks: dict[str, TaskTable] = {}
     for entry in entries:
         task = TaskTable(name=entry) if isinstance(entry, str) else entry
         label, name = task.called, task.name
         if data_root is not None and name not in task_names() and (data_root / name).exists():
             name = str(data_root / name)
         check_name("task", label)
-        if label.casefold() in map(str.casefold, found):
+        if label.casefold() in map(str.casefold, tasks):
             raise ArmError(f"Two tasks are called {label!r}: give one a label of its own.")
         task = task.model_copy(update={"name": name, "label": label})
         scorer = behaviour_of(task).scorer_table(task.scorer)
-        found[label] = task.model_copy(update={"scorer": scorer})
-    return list(found.values())
+        tasks[label] = task.model_copy(update={"scorer": scorer})
+    return list(tasks.values())
 
 
 def behaviour_of(task: TaskTable) -> Behaviour:

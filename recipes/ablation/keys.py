@@ -19,18 +19,18 @@ def settings(
 ) -> dict[str, Any]:
     """Everything that decides which settings are chosen. Paths differ between machines: left out."""
     core = ("model", "adapter", "loss", "trainer")
-    own = {name: table for name, table in arm.arm.model_dump(mode="json").items() if name in core}
-    own["model"].pop("threads")
-    if own["adapter"].get("type", "steering_vector") == "steering_vector":
-        own["unit"] = "stream"  # of learning rates; cells without it had absolute ones
-    own |= {name: ingredient.key(arm.arm) for name, ingredient in arm.arm.ingredients.items() if ingredient}
+    parts = {name: table for name, table in arm.arm.model_dump(mode="json").items() if name in core}
+    parts["model"].pop("threads")
+    if parts["adapter"].get("type", "steering_vector") == "steering_vector":
+        parts["unit"] = "stream"  # of learning rates; cells without it had absolute ones
+    parts |= {name: ingredient.key(arm.arm) for name, ingredient in arm.arm.ingredients.items() if ingredient}
     if arm.arm.get(Prompt).instruction:
-        own["instructions"] = task.instructions
+        parts["instructions"] = task.instructions
     if arm.arm.data.times != 1:
-        own["times"] = arm.arm.data.times
+        parts["times"] = arm.arm.data.times
     settings = {
         "version": VERSION,
-        "arm": {**own, "pairing": arm.arm.data.pairing},
+        "arm": {**parts, "pairing": arm.arm.data.pairing},
         "budget": arm.budget.model_dump(mode="json"),
         "task": [*named_task(task), data],
         "examples": examples,

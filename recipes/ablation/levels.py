@@ -20,7 +20,7 @@ from typing import Any
 
 from steertune.recipes.ablation.designs import Combination
 from steertune.recipes.ablation.tables import GridTables
-from steertune.recipes.lab.arm import Arm, known, make_arm
+from steertune.recipes.lab.arm import Arm, check_keys, make_arm
 from steertune.recipes.lab.arm_files import merge_tables, read_tables, renamed_tables
 from steertune.recipes.lab.files import ArmError
 from steertune.recipes.lab.ingredients import kinds
@@ -100,18 +100,18 @@ def _entry(factor: str, level: str, patch: Any, combination: Combination, tables
         where = f"factors.{factor}.{level}"
         if not isinstance(when, dict):
             raise ArmError(f'{where}: when={when!r} must be a table, such as {{ form = "lora" }}.')
-        known(where, option, ["inert", *_CORE, *kinds()])
+        check_keys(where, option, ["inert", *_CORE, *kinds()])
         if not isinstance(option.get("data", {}), dict):
             raise ArmError(f'{where}: data={option["data"]!r} must be a table, such as {{ pairing = "shuffled" }}.')
-        known(f"{where}.data", option.get("data", {}), ["pairing", "times"])  # the grid itself says the rest
-        for other, wanted in when.items():
-            if not isinstance(wanted, str | list):
-                raise ArmError(f"{where}: when.{other}={wanted!r} must be a level or a list of levels.")
+        check_keys(f"{where}.data", option.get("data", {}), ["pairing", "times"])  # the grid itself says the rest
+        for other, values in when.items():
+            if not isinstance(values, str | list):
+                raise ArmError(f"{where}: when.{other}={values!r} must be a level or a list of levels.")
             if other not in tables.factors:
                 raise ArmError(f"{where}: when names {other!r}, the factors are {[*tables.factors]}.")
-            missing = set([wanted] if isinstance(wanted, str) else wanted) - set(tables.factors[other])
+            missing = set([values] if isinstance(values, str) else values) - set(tables.factors[other])
             if missing:
-                raise ArmError(f"{where}: {sorted(missing)} are no levels of {other!r}.")
+                raise ArmError(f"{where}: {sorted(missing)} are not levels of {other!r}.")
         if all(combination[other] in ([w] if isinstance(w, str) else w) for other, w in when.items()):
             return option
-    raise ArmError(f"factors.{factor}.{level} says nothing for {combination}: add a last entry without `when`.")
+    raise ArmError(f"factors.{factor}.{level}: no entry matches {combination}. Add a last entry without `when`.")

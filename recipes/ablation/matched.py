@@ -39,7 +39,7 @@ class Point:
 
 
 class Curve:
-    """KL against strength, computed where it is asked for.
+    """KL against strength, computed where the search needs it.
 
     KL is quadratic in a small strength, so the search starts at a small one and walks up, by a factor of two at most
     unless the last two points lie on a parabola. So it finds the smallest strength with some KL, also where the KL
@@ -103,13 +103,7 @@ _TOO_MUCH = 50.0  # log KL of a model whose probabilities are not finite
 
 
 def matched_strength(kl: Callable[[float], float], target: float, largest: float) -> float | None:
-    """The smallest strength at which `kl(strength)` is `target`; None if no strength up to `largest` reaches it.
-
-    Args:
-        kl: KL to the base model at a strength, in nats per token; not finite counts as too much.
-        target: The KL to reach.
-        largest: The largest strength to try.
-    """
+    """The smallest strength at which `kl(strength)` is `target`; None if no strength up to `largest` reaches it."""
     return Curve(kl, largest).crossing(target)
 
 
@@ -118,12 +112,6 @@ def refined(kl: Callable[[float], float], target: float, guess: float, largest: 
 
     A secant in logarithms, for a `kl` that is dearer than the one `guess` was found with. It stops within 3 % of the
     target; the last point counts as reached within 10 %.
-
-    Args:
-        kl: KL to the base model at a strength, in nats per token.
-        target: The KL to reach.
-        guess: Where to start.
-        largest: The largest strength to try.
     """
     x, slope, before = math.log(guess), 2.0, None
     points: list[Point] = []

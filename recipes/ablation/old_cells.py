@@ -56,8 +56,8 @@ def _observations(cell: Mapping[str, Any], prefix: str) -> dict[str, list[Any]]:
             observed[name] = [*values]
     for name in _MEANS:
         value = cell.get(f"{prefix}{name}")
-        kept = _FROM_LISTS.get(name) in observed
-        if value is not None and not kept and math.isfinite(value):
+        follows = _FROM_LISTS.get(name) in observed
+        if value is not None and not follows and math.isfinite(value):
             observed[name] = [float(value)]
     perplexity = cell.get(f"{prefix}perplexity")
     if perplexity is not None and math.isfinite(perplexity):

@@ -47,11 +47,11 @@ def plan(
         f"{'arm':<66} {'cells left':>10} {'min a cell':>10} {'minutes':>8}  tuning, batch",
     ]
     for arm in grid.arms:
-        own = [seconds[cell.path] / 60 for cell in left if cell.arm.name == arm.name]
-        mean = sum(own) / len(own) if own else 0.0
+        of_arm = [seconds[cell.path] / 60 for cell in left if cell.arm.name == arm.name]
+        mean = sum(of_arm) / len(of_arm) if of_arm else 0.0
         trained = arm.arm.trainer.get("max_steps") != 0
         budget = f"{arm.budget.trials} x {arm.budget.steps} steps, {batch_size(arm.arm)}" if trained else "not trained"
-        lines.append(f"{arm.name:<66} {len(own):>10} {mean:>10.1f} {sum(own):>8.1f}  {budget}")
+        lines.append(f"{arm.name:<66} {len(of_arm):>10} {mean:>10.1f} {sum(of_arm):>8.1f}  {budget}")
     if every_cell:
         lines += ["", *(f"{seconds[cell.path] / 60:6.1f} min  {cell.title}" for cell in left)]
         minutes = sum(seconds.values()) / 60 / max(1, len(left))
@@ -68,8 +68,8 @@ def _with_more_rows(cells: Sequence[Cell], context: Context) -> float:
     tables, neutral = context.grid.tables, len(context.neutral[0])
     shares = {arm.name: _share(arm.arm, len(find_blocks(context.model))) for arm in context.grid.arms}
     once, twice = (
-        sum(_forwards(cell, own, neutral, shares[cell.arm.name])[0] for cell in cells)
-        for own in (tables, with_twice_the_rows(tables))
+        sum(_forwards(cell, sizes, neutral, shares[cell.arm.name])[0] for cell in cells)
+        for sizes in (tables, with_twice_the_rows(tables))
     )
     return twice / once
 
@@ -90,8 +90,8 @@ def estimate(cells: Sequence[Cell], context: Context, folder: Path) -> dict[Path
         if siblings:
             seconds_of[cell.path] = sum(siblings) / len(siblings)
         else:
-            own, tuning = _forwards(cell, context.grid.tables, len(context.neutral[0]), shares[cell.arm.name])
-            seconds = rows[cell.task.label] * own
+            forwards, tuning = _forwards(cell, context.grid.tables, len(context.neutral[0]), shares[cell.arm.name])
+            seconds = rows[cell.task.label] * forwards
             seconds_of[cell.path] = seconds + (rows[cell.tuned_at[0].label] * tuning if tunes else 0)
     return seconds_of
 
@@ -112,8 +112,8 @@ def _forwards(cell: Cell, tables: GridTables, neutral: int, share: float) -> tup
     trials = budget.trials + budget.landed
     if untrained and at_match:
         trials = len(budget.layers) if budget.layers and has_one_layer(cell.arm.arm) else 1
-    own = share * (training + len(tables.matched.targets) * search + measuring) + generating
-    return own, share * (budget.steps_spent() * step + trials * validating)
+    measured = share * (training + len(tables.matched.targets) * search + measuring) + generating
+    return measured, share * (budget.steps_spent() * step + trials * validating)
 
 
 def _share(arm: Arm, depth: int) -> float:
@@ -130,7 +130,7 @@ def _seconds(record: Record, tunes: bool, like: Cell) -> float:
     """Seconds of a cell that ran, without its tuning where that need not be done again.
 
     Raises:
-        ArmError: the record does not say.
+        ArmError: the record lacks them.
     """
     for name in ("seconds", "tuning_seconds"):
         if not isinstance(record.facts.get(name), int | float):
@@ -144,7 +144,9 @@ def _seconds(record: Record, tunes: bool, like: Cell) -> float:
 def _row_seconds(context: Context) -> dict[str, float]:
     """Task -> seconds of a row's forward pass: one task's is timed, after the rehearsal, others follow from tokens."""
     rows = {task.label: context.splits(task).validation for task in context.grid.tasks}
-    of_task = {name: batches(context.tokenizer, own.select(range(min(2, len(own)))), 2) for name, own in rows.items()}
+    of_task = {
+        name: batches(context.tokenizer, part.select(range(min(2, len(part)))), 2) for name, part in rows.items()
+    }
     first = next(iter(of_task.values()))[0].to(context.model.device)
     start = time.monotonic()
     ModelAt(context.model, context.model, first)(1.0)

@@ -35,11 +35,7 @@ class Draw(NamedTuple):
 
 
 def rehearse_grid(cells: Sequence[Cell], context: Context) -> list[str]:
-    """Try what the cells need.
-
-    Args:
-        cells: The cells that are left to run.
-        context: The base model and the tasks' rows.
+    """Try what the cells that are left to run need; return what to say about the rows.
 
     Returns:
         What to say about the rows.
@@ -95,8 +91,8 @@ def _rehearse_arm(
     rehearse_views(arm, context.model, context.tokenizer, rows)
     # teachers are trained, and new examples are made, only where they are needed
     if construct and not arm.get(Teachers):
-        own = {name: one for name, one in arm.ingredients.items() if not isinstance(one, Augmentation)}
-        plain = replace(cell, arm=replace(cell.arm, arm=arm.model_copy(update={"ingredients": own})))
+        ingredients = {name: one for name, one in arm.ingredients.items() if not isinstance(one, Augmentation)}
+        plain = replace(cell, arm=replace(cell.arm, arm=arm.model_copy(update={"ingredients": ingredients})))
         with tempfile.TemporaryDirectory() as home:
             make_cell_trainer(plain, context, Setting(), cell.seed, Path(home))
     return notes

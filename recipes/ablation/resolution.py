@@ -45,31 +45,31 @@ def resolution(grid: Grid, context: Context, folder: Path, minutes: float, more_
         f"{len(grid.tasks)} tasks x {len(grid.tables.seeds)} seeds x {rows} rows",
     ]
     head = f"What the design can see (power {POWER:g} at alpha {claim.alpha:g}; {'; '.join(tables)}):"
-    found, source = _components(grid, folder, claim)
-    if found is None or rows is None:
+    variances, source = _components(grid, folder, claim)
+    if variances is None or rows is None:
         return [head, f"  not known for this measure before two tasks have two seeds: {source}."]
     # tasks that are made of the same rows are one task, with the seeds of each
     tasks = len({task.name for task in grid.tasks})
     design = Design(tasks, len(grid.tables.seeds) * len(grid.tasks) // tasks, rows)
     beyond = f" from {claim.margin:g}" if claim.margin else ""
-    lines = [head, f"  a difference{beyond} of {_both(found, design, claim)}."]
-    lines.append(f"  Standard deviations of a difference, by source: {found} ({source}).")
+    lines = [head, f"  a difference{beyond} of {_both(variances, design, claim)}."]
+    lines.append(f"  Standard deviations of a difference, by source: {variances} ({source}).")
     cells = len(grid.arms) * len(grid.tables.examples)
     cost = {
         "one more task": minutes * cells * design.seeds,
         "twice the rows": minutes * (more_rows - 1) * cells * design.seeds * design.tasks,
         "one more seed": minutes * cells * design.tasks,
     }
-    bought = {name: detectable(found, more, claim.sample, claim.alpha) for name, more in larger(design).items()}
+    bought = {name: detectable(variances, more, claim.sample, claim.alpha) for name, more in larger(design).items()}
     for name, more in larger(design).items():
-        lines.append(f"  With {name}: {_both(found, more, claim)}, for about {cost[name]:.0f} more minutes.")
-    return [*lines, f"  {_advice(bought, detectable(found, design, claim.sample, claim.alpha))}"]
+        lines.append(f"  With {name}: {_both(variances, more, claim)}, for about {cost[name]:.0f} more minutes.")
+    return [*lines, f"  {_advice(bought, detectable(variances, design, claim.sample, claim.alpha))}"]
 
 
-def _both(found: Components, design: Design, claim: Claim) -> str:
+def _both(variances: Components, design: Design, claim: Claim) -> str:
     """The smallest difference for other tasks, and for these alone; the one that the claim goes by comes first."""
     words = {True: "for other tasks like these", False: "for these tasks alone"}
-    seen = {sample: detectable(found, design, sample, claim.alpha) for sample in (claim.sample, not claim.sample)}
+    seen = {sample: detectable(variances, design, sample, claim.alpha) for sample in (claim.sample, not claim.sample)}
     return ", ".join(f"{_number(value)} {words[sample]}" for sample, value in seen.items())
 
 
@@ -97,9 +97,9 @@ def _components(grid: Grid, folder: Path, claim: Claim) -> tuple[Components | No
         wide = analysis.scores(cells, claim.column) if len(cells) else cells
         arms = [arm for arm in wide if arm != claim.than and claim.than in wide] if len(cells) else []
         gaps = [(wide[arm] - wide[claim.than]).dropna() for arm in arms]
-        found = components([gap for gap in gaps if len(gap)])
-        if found is not None:
-            return found, f"from the {len(records)} cells that ran"
+        variances = components([gap for gap in gaps if len(gap)])
+        if variances is not None:
+            return variances, f"from the {len(records)} cells that ran"
     like = next((name for beginning, name in LIKE.items() if claim.measure.startswith(beginning)), None)
     if like is None:
         return None, f"no study has measured how {claim.measure} varies"

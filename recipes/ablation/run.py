@@ -47,19 +47,13 @@ logger = logging.getLogger(__name__)
 
 
 def run_cell(cell: Cell, context: Context, folder: Path) -> Record:
-    """Run a cell and leave its `cell.json`. A diverged training is a result, not an error.
-
-    Args:
-        cell: What to run.
-        context: The base model and the tasks' rows.
-        folder: The grid's folder.
-    """
+    """Run a cell and leave its `cell.json`. A diverged training is a result, not an error."""
     started = time.monotonic()
     home = folder / cell.path
     home.mkdir(parents=True, exist_ok=True)
     reset_peak_memory()
     held_out = context.held_out(cell.task)
-    record = Record({"arm": cell.arm.name, "task": cell.task.label, "examples": cell.examples, "seed": cell.seed})
+    record = Record(cell.keys)
     record.observations |= evaluate_base(held_out)
     record.facts |= {
         "key": cell.key,
@@ -251,8 +245,8 @@ def _score_trial(
         accuracy, margins = float(seen["accuracy"].mean()), seen["margin_per_token"]
         # a smooth score: of a few dozen rows, accuracies are tied or lead by one row
         score = float(margins.mean()) if np.isfinite(margins).all() else None
-        found = {"accuracy": accuracy, "score": score, "error": float(sem(margins)) if len(margins) > 1 else None}
-        entries.append({**trial, "strength": strength, "matched": matched, "landed": landed, **found})
+        scores = {"accuracy": accuracy, "score": score, "error": float(sem(margins)) if len(margins) > 1 else None}
+        entries.append({**trial, "strength": strength, "matched": matched, "landed": landed, **scores})
     return entries
 
 
@@ -286,36 +280,25 @@ def train(cell: Cell, context: Context, setting: Setting, seed: int, home: Path)
     seconds = fit(trainer, home)
     batch = trainer.args.per_device_train_batch_size * trainer.args.gradient_accumulation_steps
     pairs = trainer.state.global_step * batch
+    # tokens that a training step runs the model on
+    sides = ("chosen_ids", "rejected_ids") if trainer.loss is None or trainer.loss.needs.pairs else ("chosen_ids",)
+    tokens = sum(len(row["prompt_ids"]) + len(row[side]) for row in trainer.train_dataset for side in sides)
     return trainer.model.eval(), {
         "train_seconds": seconds,
         "steps": trainer.state.global_step,
         "pairs_read": pairs,
-        "tokens_read": round(pairs * _tokens_of_a_pair(trainer)),
+        "tokens_read": round(pairs * tokens / len(trainer.train_dataset)),
         "parameters": trainer.get_num_trainable_parameters() if trainer.args.max_steps else 0,
         "notes": training.notes,
     }
-
-
-def _tokens_of_a_pair(trainer: Any) -> float:
-    """Mean number of tokens that a training step runs the model on, for one pair."""
-    sides = ("chosen_ids", "rejected_ids") if trainer.loss is None or trainer.loss.needs.pairs else ("chosen_ids",)
-    lengths = [len(row["prompt_ids"]) + len(row[side]) for row in trainer.train_dataset for side in sides]
-    return sum(lengths) / len(trainer.train_dataset)
 
 
 # -- measuring ------------------------------------------------------------
 
 
 def measure(cell: Cell, context: Context, model: Any, strength: float, show: Show, record: Record) -> None:
-    """What the trained model does on the test rows, which are read here only.
-
-    Args:
-        cell: The cell.
-        context: The base model and the tasks' rows.
-        model: The trained model.
-        strength: At which the tuning found it best.
-        show: What it is shown.
-        record: Gets the observations, at the tuned strength and at those of the frontier.
+    """What the trained model does on the test rows, which are read here only, at the strength that the tuning chose
+    and at those of the frontier; the record gets the observations.
 
     Raises:
         NonFiniteError: log-probabilities of the trained model are not finite.

@@ -21,17 +21,13 @@ from filelock import FileLock
 from steertune.recipes.ablation.grid import Cell
 from steertune.recipes.ablation.old_cells import is_old, record_of, records_of_table
 from steertune.recipes.lab.files import ArmError, read_result, write_result
-from steertune.recipes.lab.rows import AGAIN, COLUMNS, Record, from_table, to_table
+from steertune.recipes.lab.rows import AGAIN, COLUMNS, KEYS, Record, from_table, to_table
 
 TABLE = "cells.parquet"
 
 
 class Store:
-    """The cells of one folder.
-
-    Args:
-        folder: The grid's folder.
-    """
+    """The cells of one folder."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -58,7 +54,7 @@ class Store:
         """
         if self.file(cell).exists():
             return read_cell(self.file(cell))
-        return self.packed.get((cell.arm.name, cell.task.label, cell.examples, cell.seed))
+        return self.packed.get(tuple(cell.keys.values()))
 
     def has(self, cell: Cell) -> bool:
         """Whether a cell ran."""
@@ -99,7 +95,7 @@ class Store:
 
     @property
     def is_empty(self) -> bool:
-        """Whether no cell ran; reads none of them."""
+        """Whether no cell ran. The cells are not read."""
         return not (self.folder / TABLE).is_file() and not any((self.folder / "cells").rglob("cell.json"))
 
     def records(self) -> list[Record]:
@@ -109,9 +105,6 @@ class Store:
 
 class Reusable:
     """Cells and tunings of other grids: what two grids share is paid for once.
-
-    Args:
-        folders: Folders in which a grid was run.
 
     Raises:
         ArmError: one holds no cells, or a damaged file.
@@ -141,9 +134,8 @@ class Reusable:
         for cell in cells:
             if cell.key in self._cells and not store.has(cell):
                 record = self._cells[cell.key]
-                keys = {"arm": cell.arm.name, "task": cell.task.label, "examples": cell.examples, "seed": cell.seed}
                 facts = {**record.facts, "taken_over": True}  # it ran before this grid's card was written
-                _write(folder / cell.path / "cell.json", Record(keys, record.observations, facts).write)
+                _write(folder / cell.path / "cell.json", Record(cell.keys, record.observations, facts).write)
             if cell.tuning_key in self._tunings and not (folder / cell.tuning_file).exists():
                 tuning = self._tunings[cell.tuning_key]
                 _write(folder / cell.tuning_file, lambda file, tuning=tuning: write_result(file, tuning))
@@ -187,7 +179,7 @@ def tuning_of(record: Record) -> dict[str, Any] | None:
 
 def name_of(record: Record) -> tuple[Any, ...]:
     """What a cell is called: arm, task, number of examples, seed."""
-    return tuple(record.keys[name] for name in ("arm", "task", "examples", "seed"))
+    return tuple(record.keys[name] for name in KEYS)
 
 
 def _write(file: Path, write: Any) -> None:

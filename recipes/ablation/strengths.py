@@ -36,25 +36,19 @@ def short(cells: Frame, targets: Sequence[float]) -> bool:
 
 
 def unfit(cells: Frame, arm: str, strength: str, targets: Sequence[float]) -> str:
-    """Why an arm wins no claim at a strength, in words; "" if it may.
-
-    Args:
-        cells: The cells that ran.
-        arm: The arm that is ahead.
-        strength: `tuned`, `matched` or `frontier`.
-        targets: The KLs that belong to it.
-    """
-    own = cells[cells["arm"] == arm]
-    if "frontier" not in own:  # of an older version, whose cards did not know these rules
+    """Why an arm wins no claim at a strength, in words; "" if it may. `targets` are the KLs that belong to the
+    strength."""
+    of_arm = cells[cells["arm"] == arm]
+    if "frontier" not in of_arm:  # of an older version, whose cards did not know these rules
         return ""
-    if extrapolated(own, targets) or (strength == TUNED and _tuned_outside(own)):
+    if extrapolated(of_arm, targets) or (strength == TUNED and _tuned_outside(of_arm)):
         return f"{arm} is extrapolated (trained, and used at strengths outside {TRAINED[0]:g} to {TRAINED[1]:g})"
     limits, harms = Limits(), []
-    perplexity = own[f"perplexity_ratio@{strength}"].mean()
+    perplexity = of_arm[f"perplexity_ratio@{strength}"].mean()
     if perplexity > limits.perplexity:
         harms.append(f"perplexity x {perplexity:.2f}")
     for name in ("repetition", "neutral_repetition"):
-        value, base = own[f"{name}@{strength}"].mean(), own[f"{name}@0"].mean()
+        value, base = of_arm[f"{name}@{strength}"].mean(), of_arm[f"{name}@0"].mean()
         if value > base + limits.repetition:
             harms.append(f"{name.replace('_', ' ')} {value:.0%}")
     return f"{arm} is beyond what a sweep allows ({', '.join(harms)})" if harms else ""

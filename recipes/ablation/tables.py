@@ -13,7 +13,7 @@ from pydantic import BaseModel, Field, field_validator, model_validator
 from steertune.recipes.ablation.budget import BudgetTable
 from steertune.recipes.ablation.designs import Combination
 from steertune.recipes.lab import measures
-from steertune.recipes.lab.arm import Arm, known
+from steertune.recipes.lab.arm import Arm, check_keys
 from steertune.recipes.lab.files import ArmError, read_toml
 from steertune.recipes.lab.splits import SplitTable
 from steertune.recipes.lab.tables import Part
@@ -92,9 +92,9 @@ AT = {"tuned": "at the tuned strength", "matched": "at matched KL", "frontier": 
 
 def measure_label(measure: str, strength: str) -> str:
     """A measure at a strength in words, with its unit."""
-    found = measures.get(measure)
-    unit = f" ({found.unit})" if found.unit else ""
-    return f"{found.title}{unit} {AT[strength]}"
+    of_name = measures.get(measure)
+    unit = f" ({of_name.unit})" if of_name.unit else ""
+    return f"{of_name.title}{unit} {AT[strength]}"
 
 
 class DesignTable(BaseModel, extra="forbid", strict=True):
@@ -124,7 +124,7 @@ class TaskTable(BaseModel, extra="forbid", strict=True):
     """What texts become, as in `[data]` of an arm."""
     draw: int = Field(default=0, ge=0)
     """Which of several draws of training sets: tasks made of the same rows need one each, or they train on the same
-    examples and are no further evidence."""
+    examples and add no evidence."""
     scorer: dict[str, Any] = {}
     """What scores generated answers. None: that of the file `behaviour.toml` in the task's folder, or a classifier."""
     instructions: list[str] = []
@@ -139,23 +139,23 @@ class TaskTable(BaseModel, extra="forbid", strict=True):
         return self.label or Path(self.name).name + ("_reversed" if self.reverse else "")
 
 
-def told(task: TaskTable, folder: Path) -> TaskTable:
+def with_instructions(task: TaskTable, folder: Path) -> TaskTable:
     """A task with its instructions: its own, or those of the file `instructions.toml` in its folder.
 
     Raises:
-        ArmError: the file has other keys, or the task's own instructions are by nobody.
+        ArmError: the file has other keys, or the task's own instructions have no author.
     """
     file = folder / "instructions.toml"
     own = task.instructions or task.instructions_by
     if not own and not task.reverse and not task.columns and file.is_file():
         tables = read_toml(file)
-        known(str(file), tables, ["by", "instructions"])
-        found = {"instructions": tables.get("instructions", []), "instructions_by": tables.get("by", "")}
-        task = task.model_copy(update=found)
+        check_keys(str(file), tables, ["by", "instructions"])
+        instructions = {"instructions": tables.get("instructions", []), "instructions_by": tables.get("by", "")}
+        task = task.model_copy(update=instructions)
     if task.instructions and not task.instructions_by.strip():
         raise ArmError(
-            f"Task {task.called!r} has instructions by nobody: say in instructions_by who wrote them, with which "
-            "budget (how many were tried, on which rows)."
+            f"Task {task.called!r} has instructions without an author: say in instructions_by who wrote them, with "
+            "which budget (how many were tried, on which rows)."
         )
     return task
 
@@ -233,7 +233,33 @@ class GridTables(BaseModel, extra="forbid", strict=True):
         """Names of factors and levels become folders, and stand in the formulas of the statistics, which are run."""
         for name in (name for factor, levels in factors.items() for name in (factor, *levels)):
             if not re.fullmatch(r"\w[\w.+-]*|-", name, re.ASCII):
-                raise ValueError(
-                    f"{name!r} is no name for a factor or level: use letters (a-z), digits, '_', '-', '.'"
-                )
+                raise ValueError(f"{name!r} cannot name a factor or level: use letters (a-z), digits, '_', '-', '.'")
         return factors
+
+
+def read_tables(grid: dict[str, Any]) -> GridTables:
+    """The tables of a `grid.json`.
+
+    Raises:
+        ArmError: they are not those of a grid.
+    """
+    try:
+        content = dict(grid["tables"])
+        if "strength" not in content["claim"]:  # version 3 meant the tuned strength where it did not say "matched"
+            content["claim"] = {"strength": "tuned", **content["claim"]}
+        if "frontier" not in content["matched"]:  # version 4 measured arms at one KL, of its own tasks
+            content["matched"] = {**content["matched"], "frontier": []}
+            content["claim"] = {"tasks": "fixed", **content["claim"]}
+        tables = GridTables(**content)
+        arms, cells = [(arm["name"], arm["levels"]) for arm in grid["arms"]], grid["cells"]
+        texts = [*(name for name, _ in arms), *cells, *grid["notes"], grid["command"]]
+        if not all(isinstance(text, str) for text in texts) or tables.card is None or tables.claim is None:
+            raise ValueError("names, cells, notes, command, [card] and [claim] are expected")
+        if missing := {tables.claim.better, tables.claim.than} - {name for name, _ in arms}:
+            raise ValueError(f"[claim] is about {sorted(missing)}, which are not arms of the grid")
+        for point in (tables.design.start, tables.design.end) if tables.design.start and tables.design.end else ():
+            if missing := [f for f, levels in tables.factors.items() if point.get(f) not in levels]:
+                raise ValueError(f"design.start and design.end name no level of {missing}")
+    except (KeyError, TypeError, ValueError) as error:
+        raise ArmError(f"grid.json holds no grid: {type(error).__name__}: {error}") from error
+    return tables

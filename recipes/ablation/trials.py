@@ -17,16 +17,14 @@ Trial = Mapping[str, Any]
 strength is like those of training (`landed`)."""
 
 
-def _preferred(trial: Trial) -> tuple[bool, float]:
-    """What counts before a trial's score. One that does not reach the grid's KL is at another, where accuracy is
-    cheaper or dearer; one that must be scaled far is not what was trained, and would win no claim."""
-    return trial["matched"], trial["landed"]
-
-
 def best_first(trials: Sequence[Trial]) -> list[Trial]:
-    """The trials that have a score, the one to take first."""
+    """The trials that have a score, the one to take first.
+
+    Two things count before the score. A trial that does not reach the grid's KL is at another, where accuracy is
+    cheaper or dearer; one that must be scaled far is not what was trained, and would win no claim.
+    """
     scored = [trial for trial in trials if trial["score"] is not None]
-    return sorted(scored, key=lambda trial: (*_preferred(trial), trial["score"]), reverse=True)
+    return sorted(scored, key=lambda trial: (trial["matched"], trial["landed"], trial["score"]), reverse=True)
 
 
 def landed_at(strength: float, kl: float, targets: Sequence[float]) -> float:

@@ -60,14 +60,8 @@ def measure(
 ) -> dict[str, Any]:
     """Margins of the base, each vector alone and both on the data of each, and side effects on neutral text.
 
-    Args:
-        folders: Two adapters of one base model.
-        data: The task of each vector.
-        strengths: The strength of each vector.
-        rows: Test pairs of each task; None: 40, or as many as there are.
-        model: The base model; None for the one that the first adapter names.
-        threads: CPU threads.
-        columns: What the columns of the data mean; None: they are recognised.
+    Without `rows`, 40 test pairs of each task are used, or as many as there are; without `model`, the base model that
+    the first adapter names.
 
     Raises:
         ArmError: no usable adapter, adapters of different bases, no pairs, or too few.
@@ -79,33 +73,19 @@ def measure(
     reading = Reading(columns or {}, chat=partial(model_has_template, base_of(folders[0], model)))
     parts = [_pairs(name, rows, folders, reading) for name in data]
     rows = min(map(len, parts)) if rows is None else rows
-    parts = [part.select(range(rows)) for part in parts]
     steered, tokenizer = _with_both(folders, strengths, model)
+    held_out = _examples(steered, tokenizer, [part.select(range(rows)) for part in parts])
 
     # the base, each vector alone and both, on the data of each vector and on neutral text
-    prefix = FrozenPrefix(warn=False)
-    neutral, parts = neutral_rows(tokenizer, count=FEW_NEUTRAL), [readable(part, tokenizer) for part in parts]
-    held_out = [
-        HeldOut(
-            steered,
-            tokenizer,
-            pairs=part,
-            neutral=neutral,
-            neutral_generations=_ANSWERS,
-            new_tokens=_NEW_TOKENS,
-            prefix=prefix,
-        )
-        for part in parts
-    ]
     with scaled(steered, 0.0):
         for examples in held_out:
             rehearse(examples)
         bases = [evaluate_base(examples, _NAMES) for examples in held_out]
     records = []
-    for seen, active in {names[0]: [FIRST], names[1]: [SECOND], BOTH: [FIRST, SECOND]}.items():
+    for arm, active in {names[0]: [FIRST], names[1]: [SECOND], BOTH: [FIRST, SECOND]}.items():
         steered.base_model.set_adapter(active)
         for name, examples, base in zip(data, held_out, bases, strict=True):
-            keys = {"arm": seen, "task": Path(name).name, "examples": 0, "seed": 0}
+            keys = {"arm": arm, "task": Path(name).name, "examples": 0, "seed": 0}
             records.append(Record(keys, base | evaluate(steered, examples, _NAMES)))
     on = [{record.keys["arm"]: record for record in records[i::2]} for i in range(2)]
     return {
@@ -113,15 +93,25 @@ def measure(
         "data": [Path(name).name for name in data],
         "strengths": [*strengths],
         "rows": rows,
-        "on": [_on(of_task[names[i]], of_task[names[1 - i]], of_task[BOTH]) for i, of_task in enumerate(on)],
+        "on": [_compared(of_task[names[i]], of_task[names[1 - i]], of_task[BOTH]) for i, of_task in enumerate(on)],
         "records": [record.to_json() for record in records],
     }
 
 
+def _examples(model: Any, tokenizer: Any, parts: Sequence[Dataset]) -> list[HeldOut]:
+    """The pairs of each task with the same neutral text and one cached prefix."""
+    shared: dict[str, Any] = {
+        "neutral": neutral_rows(tokenizer, count=FEW_NEUTRAL),
+        "neutral_generations": _ANSWERS,
+        "new_tokens": _NEW_TOKENS,
+        "prefix": FrozenPrefix(warn=False),
+    }
+    return [HeldOut(model, tokenizer, readable(part, tokenizer), **shared) for part in parts]
+
+
 def _with_both(folders: Sequence[Path], strengths: Sequence[float], model: str | None) -> tuple[Any, Any]:
     """One model with both vectors as adapters, at their strengths, and its tokenizer."""
-    loaded: tuple[Any, Any, str] = load_steered(folders[0], model)
-    steered, tokenizer, _ = loaded
+    steered, tokenizer, _ = load_steered(folders[0], model)
     try:
         steered.load_adapter(str(folders[1]), SECOND)
         for name, strength in zip((FIRST, SECOND), strengths, strict=True):
@@ -161,15 +151,9 @@ def _answers(result: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _on(own: Record, other: Record, both: Record) -> dict[str, Any]:
-    """The comparison on the data of one vector.
-
-    Args:
-        own: The vector whose data they are, alone.
-        other: The other vector, alone.
-        both: The pair.
-    """
-    alone, others, together = (record.seen(1)["margin_gain"] for record in (own, other, both))
+def _compared(vector: Record, other: Record, both: Record) -> dict[str, Any]:
+    """On the data of one vector: what it gains alone, what the other one does, and what the pair keeps of the gain."""
+    alone, others, together = (record.seen(1)["margin_gain"] for record in (vector, other, both))
     kept = interval(together - KEEPS * alone)
     return {
         "works": bool(interval(alone).low > 0),

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -31,7 +30,7 @@ import steertune.adapters  # noqa: F401  registers the method with PEFT
 from steertune.losses import Loss, get_loss, names, options_of
 from steertune.recipes.lab import zoo
 from steertune.recipes.lab.arm_files import read_tables, renamed_tables
-from steertune.recipes.lab.files import ArmError, check_name, nearest, reasons, shown
+from steertune.recipes.lab.files import ArmError, check_name, nearest, reasons, shown, toml_value
 from steertune.recipes.lab.ingredients import Ingredient, check_recipe, kinds
 from steertune.recipes.lab.keys import REFUSED
 from steertune.recipes.lab.secrets import check_settings
@@ -69,24 +68,24 @@ class Arm(ArmTables):
 
     def get(self, kind: type[IngredientT]) -> IngredientT:
         """The arm's ingredient of a kind; one that changes nothing where the arm has no such table."""
-        found = [ingredient for ingredient in self.ingredients.values() if isinstance(ingredient, kind)]
-        return found[0] if found else kind()
+        of_kind = [ingredient for ingredient in self.ingredients.values() if isinstance(ingredient, kind)]
+        return of_kind[0] if of_kind else kind()
 
     def ordered_ingredients(self) -> list[Ingredient]:
         """The ingredients in the order in which they change a training."""
         return [self.ingredients[name] for name in kinds() if name in self.ingredients]
 
     def peft_config(self, adapter: Mapping[str, Any] | None = None) -> PeftConfig | None:
-        """The configuration of an adapter's table, the arm's own if none is given; None for full finetuning."""
+        """The configuration of an adapter's table, by default the arm's own; None for full finetuning."""
         options = dict(self.adapter if adapter is None else adapter)
         kind = str(options.pop("type", "steering_vector"))
         if kind == "none":
-            known("adapter", options, [])
+            check_keys("adapter", options, [])
             return None
         methods = _peft_methods()
         if kind not in methods:
             raise ArmError(f"adapter.type={kind!r} is not a PEFT method.{nearest(kind, [*methods, 'none'])}")
-        known("adapter", options, _options(methods[kind]))
+        check_keys("adapter", options, _options(methods[kind]))
         if kind == "steering_vector" and isinstance(options.get("basis"), str | list):
             options["basis"] = zoo.basis(options["basis"])
         _typed("adapter", options, methods[kind])
@@ -100,7 +99,7 @@ class Arm(ArmTables):
         options = dict(self.loss)
         name = str(options.pop("name", "dpo"))
         if name == UPSTREAM:
-            known("loss", options, [])
+            check_keys("loss", options, [])
             return None
         return get_loss(name, **options)
 
@@ -115,7 +114,7 @@ class Arm(ArmTables):
             if key in REFUSED and value:
                 raise ArmError(f"trainer.{key}={'...' if key == 'hub_token' else shown(value)}: {REFUSED[key]}")
         check_runs_no_code("trainer", self.trainer)
-        known("trainer", self.trainer, [option for kind in kinds for option in _options(kind)])
+        check_keys("trainer", self.trainer, [option for kind in kinds for option in _options(kind)])
         _typed("trainer", self.trainer, *kinds)
         try:
             check_values(self.trainer, "trainer")
@@ -148,10 +147,10 @@ def load_arm(file: str | Path, overrides: Sequence[str] = (), recipe: str = "") 
         _put(tables, key, value)
     arm = make_arm(tables)
     check_recipe(arm, recipe)
-    asked, views = arm.views_seen(), arm.model_dump().get("views", {})
-    if not overrides and (unused := [name for name in views if name not in asked]):
+    needed, views = arm.views_seen(), arm.model_dump().get("views", {})
+    if not overrides and (unused := [name for name in views if name not in needed]):
         raise ArmError(
-            f"Arm {arm.name!r} has [views] {unused}, but its loss uses none of them: it asks for {list(asked)}."
+            f"Arm {arm.name!r} has [views] {unused}, but its loss uses none of them: it asks for {list(needed)}."
         )
     return arm
 
@@ -163,8 +162,8 @@ def make_arm(tables: dict[str, Any]) -> Arm:
         ArmError: an unknown key, a value of the wrong type, tables that contradict each other.
     """
     tables = renamed_tables(tables)
-    known("arm", tables, [*(name for name in Arm.model_fields if name != "ingredients"), *kinds()])
-    known_tables("arm", {name: table for name, table in tables.items() if name not in kinds()}, Arm)
+    check_keys("arm", tables, [*(name for name in Arm.model_fields if name != "ingredients"), *kinds()])
+    check_tables("arm", {name: table for name, table in tables.items() if name not in kinds()}, Arm)
     check_settings(tables)
     try:
         arm = Arm(**tables)
@@ -214,10 +213,7 @@ def _pairs(words: Sequence[str]) -> Iterable[tuple[str, Any]]:
             if not words:
                 raise ArmError(f"--{key} has no value.")
             value = words.pop(0)
-        try:
-            yield key, tomllib.loads(f"value = {value}")["value"]
-        except (ValueError, RecursionError):
-            yield key, value  # a bare word is a string
+        yield key, toml_value(value)
 
 
 def _put(tables: dict[str, Any], key: str, value: Any) -> None:
@@ -251,9 +247,9 @@ def _options(kind: Any) -> list[str]:
     return [field.name for field in dataclasses.fields(kind)]
 
 
-def known_tables(what: str, tables: dict[str, Any], model: type[BaseModel]) -> None:
+def check_tables(what: str, tables: dict[str, Any], model: type[BaseModel]) -> None:
     """Check the keys of a table, and of the tables in it, against a pydantic model; the nearest valid key is named."""
-    known(what, tables, list(model.model_fields))
+    check_keys(what, tables, list(model.model_fields))
     for name, value in tables.items():
         annotation = model.model_fields[name].annotation
         if get_origin(annotation) is dict and isinstance(value, dict):  # tables of any name
@@ -262,10 +258,10 @@ def known_tables(what: str, tables: dict[str, Any], model: type[BaseModel]) -> N
             kinds = [k for k in (kind, *get_args(kind)) if isinstance(k, type) and issubclass(k, BaseModel)]
             for entry in value if isinstance(value, list) else [value]:
                 if kinds and isinstance(entry, dict):
-                    known_tables(name, entry, kinds[0])
+                    check_tables(name, entry, kinds[0])
 
 
-def known(table: str, keys: Iterable[str], allowed: list[str]) -> None:
+def check_keys(table: str, keys: Iterable[str], allowed: list[str]) -> None:
     """Raise an ArmError for a key that is not allowed, naming the nearest that is."""
     for key in keys:
         if key not in allowed:

@@ -70,12 +70,8 @@ def renamed_tables(tables: dict[str, Any]) -> dict[str, Any]:
 
 
 def _inherited(path: Path, children: list[Path]) -> dict[str, Any]:
-    """The tables of a file merged into those of its parents.
-
-    Args:
-        path: The file.
-        children: The files that led here, each extended by the one before it.
-    """
+    """The tables of a file merged into those of its parents. `children` are the files that led here, each extended by
+    the one before it."""
     if path in children:
         circle = " -> ".join(child.stem for child in [*children[children.index(path) :], path])
         raise ArmError(f"Arms extend each other in a circle: {circle}. Remove one of these `extends`.")
@@ -95,13 +91,8 @@ def _inherited(path: Path, children: list[Path]) -> dict[str, Any]:
 
 
 def _arm_file(name: str, folder: Path, problem: str) -> Path:
-    """The file of an arm: a path that ends in .toml, relative to `folder`, or a name in configs/arms/.
-
-    Args:
-        name: The path or name.
-        folder: Where relative paths start.
-        problem: How the error begins if there is no such file.
-    """
+    """The file of an arm: a path that ends in .toml, relative to `folder`, or a name in configs/arms/. `problem` is
+    how the error begins if there is no such file."""
     path = folder / name if Path(name).suffix == ".toml" else ARMS / f"{name}.toml"
     if path.is_file():
         return Path(os.path.abspath(path))  # a symbolic link keeps its own name

@@ -1,6 +1,6 @@
 """How the behaviour of a task is recognised: the file `behaviour.toml` in its folder.
 
-[scorer]                                  # what scores generated answers, where a grid does not say
+[scorer]                                  # what scores generated answers by default
 kind = "rule"
 pattern = '\\?\\s*$'
 
@@ -19,10 +19,11 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from pydantic import BaseModel, Field, ValidationError, field_validator
+from pydantic import BaseModel, Field, ValidationError
 
 from steertune.recipes.lab.embedded import task_folder
 from steertune.recipes.lab.files import ArmError, read_toml, reasons
+from steertune.recipes.lab.tables import Pattern
 
 
 class Opposites(BaseModel, extra="forbid", strict=True):
@@ -35,18 +36,9 @@ class Opposites(BaseModel, extra="forbid", strict=True):
 class Undo(BaseModel, extra="forbid", strict=True):
     """`[undo]`: a substitution."""
 
-    pattern: str = Field(min_length=1)
+    pattern: Pattern = Field(min_length=1)
     """A case-insensitive regular expression; every match is replaced."""
     replacement: str = ""
-
-    @field_validator("pattern")
-    @classmethod
-    def _valid(cls, pattern: str) -> str:
-        try:
-            re.compile(pattern)
-        except re.error as error:
-            raise ValueError(f"{pattern!r} is not a regular expression: {error}") from error
-        return pattern
 
     def apply(self, text: str) -> str:
         """The text without the behaviour."""
@@ -61,15 +53,15 @@ class Behaviour(BaseModel, extra="forbid", strict=True):
     undo: Undo | None = None
 
     def scorer_table(self, table: Mapping[str, Any]) -> dict[str, Any]:
-        """A scorer's table, completed by the task's own: its scorer if none is given, its pattern for `rule`, and its
-        opposite instructions for `logprob`. A task that says nothing is scored by a classifier."""
+        """A scorer's table, completed by the task's own: by default its scorer, its pattern for `rule`, and its
+        opposite instructions for `logprob`. The default is a classifier."""
         given = dict(table) or self.scorer or {"kind": "classifier"}
-        own: dict[str, Any] = {}
+        defaults: dict[str, Any] = {}
         if self.scorer is not None and self.scorer.get("kind") == given.get("kind"):
-            own = self.scorer
+            defaults = self.scorer
         elif self.opposites is not None and given.get("kind") == "logprob":
-            own = self.opposites.model_dump()
-        return {**own, **given}
+            defaults = self.opposites.model_dump()
+        return {**defaults, **given}
 
 
 def read_behaviour(task: str) -> Behaviour:

@@ -22,12 +22,7 @@ HASHES = (
 
 
 def of_training(arm: Arm, record: Record) -> Card:
-    """The card of a trained arm.
-
-    Args:
-        arm: The arm.
-        record: The base model at strength 0, the trained one at the others.
-    """
+    """The card of a trained arm."""
     means, facts, task = record.means(), record.facts, Path(arm.data.name).name
     advice = "Layer and strength come from the arm; no measurement chose them (`steertune sweep` does that)."
     count = facts["held_out"]

@@ -26,6 +26,7 @@ from steertune.adapters.blocks import find_blocks, resolve_layers
 from steertune.losses import parts
 from steertune.recipes.lab import embedded
 from steertune.recipes.lab.arm import Arm
+from steertune.recipes.lab.data import not_loaded
 from steertune.recipes.lab.files import ArmError
 from steertune.recipes.lab.ingredients.inductive_biases import InductiveBiases
 from steertune.recipes.lab.ingredients.teachers import Teachers
@@ -38,10 +39,6 @@ _INITIAL = {"steering_vector": "init", "lora": "init_lora_weights"}
 
 def check_start(arm: Arm, rows: Dataset) -> None:
     """Refuse an arm that its own training arguments, or its model's shape, contradict.
-
-    Args:
-        arm: The arm.
-        rows: Its training examples: pairs, or demonstrations.
 
     Raises:
         ArmError: names the value.
@@ -112,7 +109,7 @@ def check_trains(arm: Arm) -> None:
     """Refuse a run that would save an adapter which does nothing.
 
     Raises:
-        ArmError: no step is asked for, and the adapter starts as the base model.
+        ArmError: it trains no step, and the adapter starts as the base model.
     """
     kind = arm.adapter.get("type", "steering_vector")
     initial = _INITIAL.get(kind)
@@ -166,7 +163,7 @@ def skeleton(table: ModelTable) -> Any:
         with torch.device("meta"), warnings.catch_warnings(action="ignore"):
             return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except Exception as error:  # of the many kinds that a broken configuration leads to
-        raise _not_loaded(table, error) from error
+        raise not_loaded(table, error) from error
 
 
 def configuration(table: ModelTable) -> Any:
@@ -179,14 +176,7 @@ def configuration(table: ModelTable) -> Any:
     try:
         return AutoConfig.from_pretrained(name, revision=table.revision, trust_remote_code=False)
     except Exception as error:  # of the many kinds that a folder without a model leads to
-        raise _not_loaded(table, error) from error
-
-
-def _not_loaded(table: ModelTable, error: Exception) -> ArmError:
-    return ArmError(
-        f"model.name={table.name!r} cannot be loaded: {type(error).__name__}: {error} (Expected are 'embedded', a "
-        "folder or a Hub name with config.json, a tokenizer and safetensors weights.)"
-    )
+        raise not_loaded(table, error) from error
 
 
 def _check_adapter(config: PeftConfig | None, bare: Any, where: str) -> None:

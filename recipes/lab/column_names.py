@@ -37,7 +37,7 @@ def suggested(names: Sequence[str]) -> dict[Part, str]:
     be."""
     columns: dict[Part, str] = {}
     rest = list(names)
-    parts: tuple[Part, ...] = ("rejected", "chosen", "prompt")  # "dispreferred" is no misspelt "preferred"
+    parts: tuple[Part, ...] = ("rejected", "chosen", "prompt")  # "dispreferred" is not a misspelt "preferred"
     for part in parts:
         for name in like(part, rest)[:1]:
             columns[part] = name

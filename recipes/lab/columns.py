@@ -89,7 +89,7 @@ def named(rows: Dataset, source: Source) -> tuple[Dataset, bool]:
             examples = [_as_one_text(example) for example in examples]
         rows = Dataset.from_list(examples)
     else:
-        own_prompts = "prompt" in rows.column_names or not _without_prompt(rows)
+        own_prompts = "prompt" in rows.column_names or not {"chosen", "rejected"} <= set(rows.column_names)
         rows = _in_form(rows, source)
     if source.strict:
         _check(rows, source)
@@ -139,10 +139,10 @@ def _complete(names: Sequence[str], source: Source) -> Columns:
         # a text without a column is the same in every row: right for an instruction, and else a misspelling
         if not fields and text not in names and not (part == "prompt" and " " in text.strip()):
             raise ArmError(f"{where} ({part}={text!r}). Its rows have {list(names)}.{nearest(text, list(names))}")
-    own: dict[Part, str] = {part: part for part in _ROLES if part in names and part not in source.columns}
+    by_name: dict[Part, str] = {part: part for part in _ROLES if part in names and part not in source.columns}
     if "completion" in source.columns:
-        own = {part: name for part, name in own.items() if part == "prompt"}
-    columns: dict[Part, str] = {**own, **source.columns}
+        by_name = {part: name for part, name in by_name.items() if part == "prompt"}
+    columns: dict[Part, str] = {**by_name, **source.columns}
     if not ({"chosen", "rejected"} <= columns.keys() or {"prompt", "completion"} <= columns.keys()):
         whole: dict[Part, str] = {**suggested(names), **columns}
         raise ArmError(
@@ -218,10 +218,6 @@ def _in_form(rows: Dataset, source: Source) -> Dataset:
     ])  # fmt: skip
 
 
-def _without_prompt(rows: Dataset) -> bool:
-    return {"chosen", "rejected"} <= set(rows.column_names) and "prompt" not in rows.column_names
-
-
 def _check(rows: Dataset, source: Source) -> None:
     """Refuse rows that cannot be trained on or measured; the message names the place of the first one."""
     parts = [part for part in _ROLES if part in rows.column_names]
@@ -230,8 +226,8 @@ def _check(rows: Dataset, source: Source) -> None:
         values = {part: dict(row)[part] for part in parts}
         kinds = {part: "a text" if isinstance(v, str) else "a list of messages" for part, v in values.items()}
         first = first or kinds
-        known = all(isinstance(value, str | list) for value in values.values())
-        if known and (len(set(kinds.values())) > 1 or kinds != first):
+        readable = all(isinstance(value, str | list) for value in values.values())
+        if readable and (len(set(kinds.values())) > 1 or kinds != first):
             here = ", ".join(f"{part} is {kind}" for part, kind in kinds.items())
             other = "" if kinds == first else ", other than in the first row"
             raise ArmError(
@@ -245,12 +241,12 @@ def _check(rows: Dataset, source: Source) -> None:
                         f"{source.place(index)}: {part!r} has a message whose content is a list of parts. The models "
                         "here read text: give the content as one text."
                     )
-    known = [columns for columns in FORMATS if set(columns) <= set(rows.column_names)]
-    if not known:
+    readable = [columns for columns in FORMATS if set(columns) <= set(rows.column_names)]
+    if not readable:
         return  # prompts, which need no answers
     try:
-        check_rows(rows if known[0] not in PAIR_FORMATS else rows.select_columns(list(known[0])), None)
+        check_rows(rows if readable[0] not in PAIR_FORMATS else rows.select_columns(list(readable[0])), None)
     except DataError as error:
-        if found := re.match(r"Row (\d+): (.*)", str(error), re.DOTALL):
-            raise ArmError(f"{source.place(int(found[1]))}: {found[2]}") from error
+        if match := re.match(r"Row (\d+): (.*)", str(error), re.DOTALL):
+            raise ArmError(f"{source.place(int(match[1]))}: {match[2]}") from error
         raise ArmError(f"{source.name!r}: {error}") from error

@@ -22,8 +22,8 @@ from steertune.recipes.lab.sources import Parts, Reading, load_parts
 from steertune.recipes.lab.tables import DataTable, ModelTable
 
 
-def load_model(table: ModelTable) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Model in evaluation mode, and tokenizer. Weights are safetensors; code that comes with a model is not run.
+def load_model(table: ModelTable) -> tuple[Any, Any]:
+    """Model in evaluation mode, and its tokenizer. Weights are safetensors; code that comes with a model is not run.
 
     Raises:
         ArmError: no such model, or one that needs code of its own or a pickle.
@@ -36,13 +36,18 @@ def load_model(table: ModelTable) -> tuple[PreTrainedModel, PreTrainedTokenizerB
         model = AutoModelForCausalLM.from_pretrained(table.name, dtype=dtype, use_safetensors=True, **safe)
         tokenizer = AutoTokenizer.from_pretrained(table.name, **safe)
     except Exception as error:  # of the many kinds that a folder without a model, or a broken one, leads to
-        raise ArmError(
-            f"model.name={table.name!r} cannot be loaded: {type(error).__name__}: {error} (Expected are 'embedded', a "
-            "folder or a Hub name with config.json, a tokenizer and safetensors weights.)"
-        ) from error
+        raise not_loaded(table, error) from error
     if tokenizer.eos_token_id is None and (end := _end_of(model, tokenizer)) is not None:
         tokenizer.eos_token = end  # trainers end answers with it
     return model.eval(), tokenizer
+
+
+def not_loaded(table: ModelTable, error: Exception) -> ArmError:
+    """The error for a model that transformers cannot load, and why."""
+    return ArmError(
+        f"model.name={table.name!r} cannot be loaded: {type(error).__name__}: {error} (Expected are 'embedded', a "
+        "folder or a Hub name with config.json, a tokenizer and safetensors weights.)"
+    )
 
 
 def _end_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> str | None:
@@ -68,10 +73,10 @@ def adapter_config(folder: Path) -> SteeringVectorConfig:
     """The configuration of a steering vector's folder, its weights checked.
 
     Raises:
-        ArmError: there is no adapter in the folder, or not a usable steering vector.
+        ArmError: the folder holds no adapter, or an unusable steering vector.
     """
     if not (folder / "adapter_config.json").is_file():
-        raise ArmError(f"{folder} is no adapter folder: it has no adapter_config.json.")
+        raise ArmError(f"{folder} is not an adapter folder: it has no adapter_config.json.")
     try:
         return SteeringVectorConfig.from_pretrained(str(folder))
     except (ValueError, TypeError) as error:
@@ -80,11 +85,6 @@ def adapter_config(folder: Path) -> SteeringVectorConfig:
 
 def base_of(folder: Path, base: str | None = None, dtype: str = "float32") -> ModelTable:
     """The base model of a steering vector; it is not loaded.
-
-    Args:
-        folder: The adapter's.
-        base: As in `ModelTable`; None: what the adapter names.
-        dtype: Of the base model.
 
     Raises:
         ArmError: no usable adapter, or no base model.
@@ -105,14 +105,9 @@ def base_of(folder: Path, base: str | None = None, dtype: str = "float32") -> Mo
 
 def load_steered(
     folder: Path, base: str | None = None, dtype: str = "float32", name: str = "default"
-) -> tuple[PeftModel, PreTrainedTokenizerBase, str]:
-    """A steering vector on its base model, in evaluation mode, the tokenizer, and the base model's name.
-
-    Args:
-        folder: The adapter's.
-        base: As in `ModelTable`; None: what the adapter names.
-        dtype: Of the base model.
-        name: Of the adapter in the model.
+) -> tuple[Any, Any, str]:
+    """A steering vector on its base model, in evaluation mode, the tokenizer, and the base model's name. `base` takes
+    the place of the one that the adapter names, and `name` is that of the adapter in the model.
 
     Raises:
         ArmError: no usable adapter, no base model, or not the one that the adapter was made for.
@@ -164,16 +159,12 @@ class Data:
 
 def load_data(table: DataTable, chat: Callable[[], bool] = lambda: True, answers: bool = True) -> Data:
     """Training examples (the first `train` rows after shuffling by `seed`, so that smaller sets are subsets of larger
-    ones) and test examples (the first `test` rows, the same for every seed). One file is divided.
-
-    Args:
-        table: `[data]`.
-        chat: Whether the model has a chat template.
-        answers: Whether an example has answers; else a prompt is enough.
+    ones) and test examples (the first `test` rows, the same for every seed). One file is divided. `chat` says whether
+    the model has a chat template. Without `answers`, a prompt is enough.
 
     Raises:
-        ArmError: an unknown name, a missing split, too few rows, rows that are no examples, test rows that are trained
-            on.
+        ArmError: an unknown name, a missing split, too few rows, rows that are not examples, test rows that are
+            trained on.
     """
     reading = Reading(table.columns, table.format, chat, answers=answers)
     parts = load_parts(table.name, table.train_split, table.test_split, reading)

@@ -59,16 +59,16 @@ def divide(rows: Sequence[dict[str, Any]], by: By, salt: str = "", near: float =
         salt: Another one gives another, independent division.
         near: From which similarity on rows share a part.
     """
-    own = texts(rows, by)
-    frame = Frame.of(own)
-    unique = {text: i for i, text in reversed([*enumerate(own)])}  # text -> the first row that has it
+    of_rows = texts(rows, by)
+    frame = Frame.of(of_rows)
+    unique = {text: i for i, text in reversed([*enumerate(of_rows)])}  # text -> the first row that has it
     firsts = sorted(unique.values())
     earlier: dict[int, list[int]] = defaultdict(list)
-    distinct = [own[i] for i in firsts]
+    distinct = [of_rows[i] for i in firsts]
     for one, other in near_texts(distinct, distinct, frame, near):
         if one < other:
             earlier[firsts[other]].append(firsts[one])
-    place = [int(digest((salt, *text)), 16) for text in own]  # uniform below 2^64
+    place = [int(digest((salt, *text)), 16) for text in of_rows]  # uniform below 2^64
 
     def parts(threshold: int) -> Division:
         """The division in which rows below a threshold are held out, unless an earlier one decides for them."""
@@ -76,7 +76,7 @@ def divide(rows: Sequence[dict[str, Any]], by: By, salt: str = "", near: float =
         for i in firsts:
             decided = {part[k] for k in earlier[i]} - {None}
             part[i] = (decided.pop() if decided else place[i] < threshold) if len(decided) < 2 else None
-        of_row = [part[unique[text]] for text in own]
+        of_row = [part[unique[text]] for text in of_rows]
         return Division(*([i for i, value in enumerate(of_row) if value is kind] for kind in (False, True, None)))
 
     # with few rows, those with the next hashes are held out too

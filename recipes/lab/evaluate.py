@@ -42,13 +42,13 @@ def evaluate(
         NonFiniteError: the model computes NaN or infinity at one of the strengths.
     """
     labels = dict(strengths) if isinstance(strengths, Mapping) else {label(value): value for value in strengths}
-    wanted = [measures.get(name) for name in (measures.names() if names is None else names)]
+    chosen = [measures.get(name) for name in (measures.names() if names is None else names)]
     different = {repr(value): float(value) for value in labels.values()}
     for value in different.values():
         check_strength(model, value)
     observed: dict[str, Observations] = {key: {} for key in different}
     with held_out.remember(model):
-        observers = dict.fromkeys(need for measure in wanted for need in measure.needs)
+        observers = dict.fromkeys(need for measure in chosen for need in measure.needs)
         bar = Bar(len(observers))
         for observer in observers:
             with bar.step(OBSERVERS[observer].step):
@@ -56,8 +56,8 @@ def evaluate(
                     _check_finite(values, observer, key)
                     observed[key] |= values
         # a measure that needs something of its own looks itself, at one strength at a time
-        own = [(measure.name, measure.observe) for measure in wanted if measure.observe is not None]
-        for name, observe in own:
+        observing = [(measure.name, measure.observe) for measure in chosen if measure.observe is not None]
+        for name, observe in observing:
             for key, strength in different.items():
                 with scaled(model, strength):
                     observed[key][name] = [*observe(model, held_out)]
@@ -81,7 +81,7 @@ def _check_finite(observations: Observations, observer: str, strength: str) -> N
 def evaluate_base(held_out: HeldOut, names: Iterable[str] | None = None) -> dict[str, Observations]:
     """The same of the base model, under the label of strength 0. Computed once for the same `held_out`."""
     names = tuple(measures.names() if names is None else names)
-    known: dict[tuple[str, ...], dict[str, Observations]] = held_out.shared.setdefault("base", {})
-    if names not in known:
-        known[names] = evaluate(held_out.model, held_out.plain or held_out, names, {BASE: 1.0})
-    return known[names]
+    by_names: dict[tuple[str, ...], dict[str, Observations]] = held_out.shared.setdefault("base", {})
+    if names not in by_names:
+        by_names[names] = evaluate(held_out.model, held_out.plain or held_out, names, {BASE: 1.0})
+    return by_names[names]

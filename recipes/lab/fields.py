@@ -35,10 +35,6 @@ class FieldText:
 def fields_of(module: str, name: str) -> dict[str, FieldText]:
     """The fields of a dataclass and of the classes it derives from, in the order that `dataclasses.fields` has.
 
-    Args:
-        module: Where the class can be imported from, as `trl`.
-        name: The class.
-
     Raises:
         LookupError: no file of the module defines the class.
     """
@@ -50,7 +46,7 @@ def fields_of(module: str, name: str) -> dict[str, FieldText]:
                 parent, definition = _definition(home, base.id)
             except LookupError:
                 continue  # of the standard library
-            if is_dataclass(definition):  # annotations of other classes are no fields
+            if is_dataclass(definition):  # annotations of other classes do not define fields
                 fields |= fields_of(parent, base.id)
     return fields | {field.name: field for field in fields_in(home, node)}
 
@@ -147,7 +143,7 @@ def _definition(module: str, name: str) -> tuple[str, ast.ClassDef]:
     """The module that defines a class, and its definition."""
     home, node = _find(module, name)
     if not isinstance(node, ast.ClassDef):
-        raise LookupError(f"{name!r} of {module} is no class.")
+        raise LookupError(f"{name!r} of {module} is not a class.")
     return home, node
 
 

@@ -70,16 +70,21 @@ def read_text(file: Path, what: str = "text") -> str:
     """A text file in UTF-8, with or without a byte order mark.
 
     Raises:
-        ArmError: it is not there, no file, not to be read, or no UTF-8.
+        ArmError: it does not exist, is not a file, cannot be read, or is not valid UTF-8.
     """
     if file.exists() and not file.is_file():
-        raise ArmError(f"{file} is no file: {what} is expected.")
+        raise ArmError(f"{file} is not a file: {what} is expected.")
     try:
         return file.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ArmError(f"{file} is not valid {what}: byte {error.start} is no UTF-8. Save it as UTF-8.") from error
+        raise ArmError(f"{file} is not valid {what}: byte {error.start} is not UTF-8. Save it as UTF-8.") from error
     except OSError as error:
         raise ArmError(f"{file} cannot be read: {error.strerror}.") from error
+
+
+def read_jsonl(file: Path) -> list[dict[str, Any]]:
+    """The rows of a JSON Lines file of the package."""
+    return [json.loads(line) for line in read_text(file, "JSON").splitlines()]
 
 
 def read_toml(file: Path) -> dict[str, Any]:
@@ -94,6 +99,14 @@ def read_toml(file: Path) -> dict[str, Any]:
         raise ArmError(f"{file} is not valid TOML: {error}") from error
 
 
+def toml_value(text: str) -> Any:
+    """A value of the command line, written as in TOML; a bare word is a string."""
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except (ValueError, RecursionError):
+        return text
+
+
 def write_whole(file: Path, text: str) -> None:
     """Write the whole file or nothing."""
     part = file.with_name(file.name + ".part")
@@ -101,17 +114,13 @@ def write_whole(file: Path, text: str) -> None:
     os.replace(part, file)
 
 
-def write_result(file: Path, found: dict[str, Any]) -> None:
+def write_result(file: Path, content: dict[str, Any]) -> None:
     """Write a JSON object with its checksum, whole or not at all."""
-    write_whole(file, json.dumps({**found, _CHECKSUM: _checksum(found)}, indent=1))
+    write_whole(file, json.dumps({**content, _CHECKSUM: _checksum(content)}, indent=1))
 
 
 def read_result(file: Path, fix: str) -> dict[str, Any]:
-    """What `write_result` wrote.
-
-    Args:
-        file: The file.
-        fix: What to do about a damaged one, for the message.
+    """What `write_result` wrote. `fix` is what to do about a damaged file, for the message.
 
     Raises:
         ArmError: it cannot be read, or is not what was written.
@@ -138,28 +147,28 @@ def read_rows(file: Path, fix: str) -> list[dict[str, Any]]:
 
 def _checked(text: str, where: str, fix: str) -> dict[str, Any]:
     try:
-        found = json.loads(text, object_pairs_hook=without_repeats)
-        if not isinstance(found, dict):
-            raise ValueError(f"a JSON object is expected, this is {type(found).__name__}")
+        content = json.loads(text, object_pairs_hook=without_repeats)
+        if not isinstance(content, dict):
+            raise ValueError(f"a JSON object is expected, this is {type(content).__name__}")
         # looked for by its value too: a bit may have changed in its key
-        marked = [key for key, value in found.items() if isinstance(value, str) and value.startswith(_KIND)]
-        asked = found.pop(_CHECKSUM, None)
-        if (asked is not None and asked != _checksum(found)) or marked not in ([], [_CHECKSUM]):
+        marked = [key for key, value in content.items() if isinstance(value, str) and value.startswith(_KIND)]
+        checksum = content.pop(_CHECKSUM, None)
+        if (checksum is not None and checksum != _checksum(content)) or marked not in ([], [_CHECKSUM]):
             raise ValueError("its checksum is another")
     except (ValueError, RecursionError) as error:
         raise ArmError(f"{where} is damaged ({error}). {fix}") from error
-    return found
+    return content
 
 
 def without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
+    content = dict(pairs)
+    if len(content) < len(pairs):
         names = [name for name, _ in pairs]
         raise ValueError(f"the key {next(n for n in names if names.count(n) > 1)!r} stands in it twice")
-    return found
+    return content
 
 
-def _checksum(found: dict[str, Any]) -> str:
+def _checksum(content: dict[str, Any]) -> str:
     """Of what a file says, whatever the order of its keys and its white space."""
-    as_read = json.loads(json.dumps(found))
+    as_read = json.loads(json.dumps(content))
     return _KIND + hashlib.blake2b(json.dumps(as_read, sort_keys=True).encode(), digest_size=16).hexdigest()

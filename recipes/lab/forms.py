@@ -1,6 +1,6 @@
 """Conversations and plain text: the form of the rows follows the tokenizer.
 
-A tokenizer with a chat template reads both. That of a base model has none, and reads conversations as plain text:
+A tokenizer with a chat template reads both. The tokenizer of a base model has none, and reads conversations as text:
 
     Question: How many days are there in a leap year?
     Answer: A leap year has 366 days, because February has 29 days instead of 28.
@@ -8,7 +8,6 @@ A tokenizer with a chat template reads both. That of a base model has none, and 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from datasets import Dataset
@@ -32,7 +31,7 @@ def has_template(tokenizer: Any) -> bool:
 def conversations(rows: Dataset) -> list[str]:
     """The columns that hold lists of messages."""
     first = rows[0] if len(rows) else {}
-    return [name for name, value in first.items() if _is_conversation(value)]
+    return [name for name, value in first.items() if isinstance(value, list) and value and isinstance(value[0], dict)]
 
 
 def notes_on_form(rows: Dataset, tokenizer: Any) -> list[str]:
@@ -73,10 +72,6 @@ def written(tokenizer: Any, prompt: Any) -> str:
             f"The chat template refuses the messages {prompt!r:.200}: {error}. Leave out what it refuses (often a "
             "system message: where = 'before' puts an instruction into the user's)."
         ) from error
-
-
-def _is_conversation(value: Any) -> bool:
-    return isinstance(value, list) and bool(value) and isinstance(value[0], Mapping)
 
 
 def _as_text(index: int, row: dict[str, Any], columns: list[str]) -> dict[str, Any]:

@@ -33,9 +33,9 @@ class FiniteLogits(LogitsProcessor):
 
 
 def broken_rows(logits: Tensor) -> Tensor:
-    """Which rows of logits, `(rows, vocabulary)`, say nothing, `(rows,)`: one is NaN or +inf, or none is finite.
+    """Which rows of logits, `(rows, vocabulary)`, are broken, `(rows,)`: one is NaN or +inf, or none is finite.
 
-    -inf alone is a token that is ruled out.
+    A single -inf rules a token out.
     """
     return ~logits.max(dim=-1).values.isfinite()  # NaN is the maximum of every row that holds it
 
@@ -55,12 +55,7 @@ def check_finite(logits: Tensor) -> None:
 
 def check_strength(model: Any, strength: float, adapter: str | None = None) -> None:
     """Refuse a strength at which a steering vector's length squared is more than float32 holds: the norm of such a
-    state is infinite, so the layers above see a state of zeros, and answer nothing.
-
-    Args:
-        model: With steering vectors; other adapters are not looked at.
-        strength: Of the vectors.
-        adapter: One of them; None: all.
+    state is infinite, so the layers above see a state of zeros, and answer nothing. Other adapters are not looked at.
 
     Raises:
         ArmError: names the strength and the largest one.
@@ -146,15 +141,8 @@ def check_context(
     what: str,
     fix: str = "Give fewer demonstrations, a shorter instruction, or shorter answers.",
 ) -> None:
-    """Refuse rows that the model would read cut off.
-
-    Args:
-        model: Which says how much it reads.
-        tokenizer: Its tokenizer.
-        rows: Prompts, and the answers that stand behind them, if any.
-        new_tokens: How long an answer of the model's own may become.
-        what: Whose prompts they are.
-        fix: How the error ends.
+    """Refuse rows that the model would read cut off. Room is left for `new_tokens` of an answer; `what` says whose
+    rows they are, and `fix` is how the error ends.
 
     Raises:
         ArmError: one of them and its answer are longer than the model's context; the message names the first.

@@ -17,40 +17,35 @@ def held_out_rows(name: str, adapters: Sequence[Path], reading: Reading | None =
     """The test rows of a data set for some adapters: its test split. Of a single file these are all rows, if no
     adapter was trained on any of them, else the rows that every recipe holds out.
 
-    Args:
-        name: Embedded task, path or Hub name.
-        adapters: Folders of the adapters.
-        reading: What the columns mean.
-
     Returns:
         The rows, and what to say about them.
 
     Raises:
         ArmError: the data set does not exist, none of its rows is held out, or an adapter was trained on a test row.
     """
-    known = {folder: read(folder) for folder in adapters}
-    seen = [one for sets in known.values() for one in sets or ()]
+    sets_of = {folder: read(folder) for folder in adapters}
+    training_sets = [one for sets in sets_of.values() for one in sets or ()]
     called = Path(name).name
-    unknown = [str(folder) for folder, sets in known.items() if sets is None]
-    note = f"{', '.join(unknown)} has no {FILE}, so nobody knows whether it was trained on rows of `{called}`."
+    unknown = [str(folder) for folder, sets in sets_of.items() if sets is None]
+    note = f"{', '.join(unknown)} has no {FILE}, so it may have been trained on rows of `{called}`."
     if not has_one_split(name):
-        rows, where, said = load_split(name, "test", reading), row_place(name, "test"), ""
+        rows, where, split = load_split(name, "test", reading), row_place(name, "test"), ""
     else:
         parts = load_parts(name, reading=reading)
         assert parts.whole is not None
-        if not resembling(seen, parts.whole):
+        if not resembling(training_sets, parts.whole):
             return (
                 parts.whole,
                 note if unknown else f"No adapter was trained on `{called}`: all its rows are test rows.",
             )
-        rows, where, said = parts.test, parts.places[1], parts.note
+        rows, where, split = parts.test, parts.places[1], parts.note
         if not len(rows):
-            raise ArmError(f"{called!r}: an adapter was trained on rows of it. {said} Give other rows.")
-    if trained := resembling(seen, rows):
+            raise ArmError(f"{called!r}: an adapter was trained on rows of it. {split} Give other rows.")
+    if trained := resembling(training_sets, rows):
         row = rows[trained[0]]
         raise ArmError(
             f"{where(trained[0])} is not held out: an adapter was trained on it, or on a row that is nearly the same "
             f"({len(trained)} such rows of {len(rows)}): {text_of(row.get('prompt', row.get('chosen')))[:120]!r}. "
             "Measure on other rows, or remove these."
         )
-    return rows, " ".join(part for part in (said, note if unknown else "") if part)
+    return rows, " ".join(part for part in (split, note if unknown else "") if part)

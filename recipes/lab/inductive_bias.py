@@ -130,7 +130,7 @@ def inductive_bias(
         )
     shown = batches(tokenizer, rows, _BATCH)
     if loss.needs.pairs and not all(batch.pairs for batch in shown):
-        raise ArmError("The loss compares chosen with rejected answers, and the rows are no pairs. Use cross_entropy.")
+        raise ArmError("This loss compares chosen with rejected answers; the rows are not pairs. Use cross_entropy.")
     generator = torch.Generator().manual_seed(seed)
     bar = Bar(3)
     with torch.no_grad():
@@ -146,23 +146,14 @@ def inductive_bias(
 
 
 def efficiency(loss: Callable[[float], float], norm: float) -> Efficiency:
-    """The area under the loss against the norm, by Simpson's rule.
-
-    Args:
-        loss: Loss of the solution scaled by a factor.
-        norm: Norm of the solution.
-    """
+    """The area under the loss against the norm, by Simpson's rule."""
     losses = [loss(scale) for scale in track(SCALES, "scale")]
     return Efficiency(norm, tuple(losses), float(simpson(losses, x=np.array(SCALES) * norm)))
 
 
 def stability(parameters: Sequence[Tensor], loss: Callable[[], float], generator: torch.Generator) -> Stability:
-    """The loss after noise, which is drawn for each tensor and taken away afterwards.
-
-    Args:
-        parameters: Changed in place; all have their values back at the end.
-        loss: The loss with the parameters as they are.
-        generator: Of the noise.
+    """The loss after noise, which is drawn for each tensor and taken away afterwards. `parameters` are changed in
+    place, and have their values back at the end.
 
     Raises:
         ArmError: all parameters are zero, so that noise has no size.
@@ -200,13 +191,8 @@ def _moved(parameters: Sequence[Tensor], moves: Sequence[Tensor]) -> Iterator[No
 
 
 def significance(model: Any, shown: Sequence[Batch], generator: torch.Generator) -> Significance:
-    """KL of an adapter, and of random directions added at the highest block that it changes.
-
-    Args:
-        model: The model with its adapter.
-        shown: Batches of neutral text.
-        generator: Of the random directions.
-    """
+    """KL of an adapter, and of random directions added at the highest block that it changes. `shown` are batches of
+    neutral text."""
     block = top_block(model)
     base, steered, moves = [], [], []
     for batch in shown:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -74,7 +76,7 @@ def interval(differences: ArrayLike, confidence: float = 0.95, method: str | Non
         seed: Of the bootstrap.
 
     Raises:
-        ValueError: there is no difference, or one is not finite; `method` or `confidence` is not allowed.
+        ValueError: no difference is given, or one is not finite; `method` or `confidence` is not allowed.
     """
     if method not in (None, "bca", "t") or not 0 < confidence < 1:
         raise ValueError(
@@ -86,7 +88,10 @@ def interval(differences: ArrayLike, confidence: float = 0.95, method: str | Non
         return Interval(mean, -np.inf, np.inf, pairs, "none")
     method = method or ("bca" if pairs >= FEW else "t")
     if np.ptp(values) <= ROUNDING * max(1.0, abs(mean)):
-        return _without_spread(mean, pairs, method)
+        # of equal differences, zeros show no difference; others may be equal by chance, so the ends are unknown
+        if abs(mean) <= ROUNDING:
+            return Interval(0.0, 0.0, 0.0, pairs, method)
+        return Interval(mean, -np.inf, np.inf, pairs, "none")
     if method == "t":
         low, high = stats.t.interval(confidence, pairs - 1, loc=mean, scale=stats.sem(values))
     else:
@@ -99,18 +104,25 @@ def interval(differences: ArrayLike, confidence: float = 0.95, method: str | Non
     return Interval(mean, float(low), float(high), pairs, method)
 
 
-def _without_spread(mean: float, pairs: int, method: str) -> Interval:
-    """The interval of equal differences: zeros are no difference; any other may be chance, so its ends are unknown."""
-    if abs(mean) <= ROUNDING:
-        return Interval(0.0, 0.0, 0.0, pairs, method)
-    return Interval(mean, -np.inf, np.inf, pairs, "none")
+def share_interval(events: Sequence[bool], method: str = "exact") -> Interval:
+    """How often an event occurs, with its 95 % interval: Clopper and Pearson's (`exact`), or Wilson's (`wilson`)."""
+    ends: Any = stats.binomtest(sum(events), len(events)).proportion_ci(method=method)
+    return Interval(sum(events) / len(events), float(ends.low), float(ends.high), len(events), method)
+
+
+def rate(events: Sequence[bool]) -> str:
+    """`share_interval` as text; empty without events."""
+    if not events:
+        return ""
+    share = share_interval(events)
+    return f"{share.estimate:.0%} [{share.low:.0%}, {share.high:.0%}]"
 
 
 def finite(differences: ArrayLike) -> NDArray[np.float64]:
     """The differences as an array.
 
     Raises:
-        ValueError: there is none, or one is not finite.
+        ValueError: no difference is given, or one is not finite.
     """
     values = np.asarray(differences, dtype=float)
     if values.size == 0 or not np.isfinite(values).all():
@@ -127,10 +139,6 @@ def of_measure(measure: Measure, seen: Seen) -> Interval | None:
     its interval is that of `mean + weight * (value - mean) / mean weight`, whose mean and whose spread are the ratio's
     to first order (Cochran 1977, section 6.3). A perplexity is the exponential of such a mean, and so are its ends.
 
-    Args:
-        measure: The measure.
-        seen: What was seen of the model.
-
     Returns:
         None where the model was not measured.
     """
@@ -143,8 +151,7 @@ def of_measure(measure: Measure, seen: Seen) -> Interval | None:
         return None
     values = values[valid]
     if set(values) <= {0.0, 1.0} and measure.total is None and not measure.weight:
-        share = stats.binomtest(int(values.sum()), len(values)).proportion_ci(method="wilson")
-        return Interval(mean, float(share.low), float(share.high), len(values), "wilson")
+        return share_interval(values.astype(bool).tolist(), "wilson")
     weights = np.ones_like(values)
     if measure.weight in seen.observations and measure.name not in seen.observations:
         weights = seen[measure.weight][valid]

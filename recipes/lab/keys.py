@@ -79,7 +79,7 @@ class Key:
         group: What it is listed under.
         name: `table.key`.
         type: What its value must be.
-        default: As TOML or Python writes it; empty where there is none.
+        default: As TOML or Python writes it; empty without a default.
         text: What it means.
     """
 
@@ -105,7 +105,7 @@ def arm_keys() -> dict[str, Key]:
 
 
 def meant(name: str) -> str | None:
-    """The key that a wrong name without its dashes most likely stands for; None if there is none like it."""
+    """The key that a wrong name without its dashes most likely stands for; None if no key is similar."""
     plain = name.replace("_", "-")
     if plain in USUAL:
         return USUAL[plain]
@@ -115,8 +115,8 @@ def meant(name: str) -> str | None:
     bare = [full for full in keys if full.partition(".")[2] == name.replace("-", "_")]
     if not dot and bare:
         return bare[0]
-    own = [full for full in keys if dot and full.startswith(f"{table}.")]
-    near = difflib.get_close_matches(name, own or [*keys], n=1, cutoff=0.6)
+    of_table = [full for full in keys if dot and full.startswith(f"{table}.")]
+    near = difflib.get_close_matches(name, of_table or [*keys], n=1, cutoff=0.6)
     return near[0] if near else None
 
 
@@ -125,8 +125,12 @@ def _of_tables() -> Iterator[Key]:
     for table, field in ArmTables.model_fields.items():
         kind: Any = field.annotation
         if isinstance(kind, type) and issubclass(kind, BaseModel):
-            for key, own in kind.model_fields.items():
-                yield Key(table, f"{table}.{key}", _plain(_named(own.annotation)), _shown(own), own.description or "")
+            for key, entry in kind.model_fields.items():
+                annotation, default = entry.annotation, entry.default
+                is_class = isinstance(annotation, type) and get_origin(annotation) is None
+                written = annotation.__name__ if is_class else str(annotation)
+                shown = "" if default in (None, PydanticUndefined, {}) else _in_toml(default)
+                yield Key(table, f"{table}.{key}", _plain(written), shown, entry.description or "")
         elif table == "name":
             yield Key("name", table, "str", "", field.description or "")
 
@@ -196,49 +200,33 @@ def _key(group: str, table: str, field: FieldText, note: str = "") -> Key:
     return Key(group, f"{table}.{field.name}", _plain(field.type), default, note + field.text)
 
 
-def _named(kind: Any) -> str:
-    """An annotation as it would be written."""
-    return kind.__name__ if isinstance(kind, type) and get_origin(kind) is None else str(kind)
-
-
 def _plain(kind: str) -> str:
     """A type as a reader of the help needs it: `a | b` for a choice, without what None and modules add."""
     kind = re.sub(r"\b(?:typing|collections\.abc|annotationlib)\.", "", kind)
     kind = re.sub(r"Annotated\[(\w+), .*\)\]\)?\]", r"\1]", kind)
     kind = re.sub(r"Optional\[(.*)\]$", r"\1", kind)
-    kind = re.sub(r"Union\[(.*)\]$", lambda match: " | ".join(_split(match[1])), kind)
+    # a union's parts are separated by the commas that stand in no bracket
+    kind = re.sub(r"Union\[(.*)\]$", lambda match: " | ".join(re.split(r", (?![^\[]*\])", match[1])), kind)
     kind = re.sub(
         r"Literal\[((?:'[^']*'|[^]'])*)\]", lambda match: match[1].replace("'", "").replace(", ", " | "), kind
     )
     return kind.removesuffix(" | None")
 
 
-def _split(parts: str) -> list[str]:
-    """`a, b[c, d]` at the commas that stand in no bracket."""
-    return re.split(r", (?![^\[]*\])", parts)
-
-
-def _shown(field: Any) -> str:
-    """A default of a table as TOML writes it."""
-    if field.default in (None, PydanticUndefined, {}):
-        return ""
-    return str(field.default).lower() if isinstance(field.default, bool) else str(field.default)
+def _in_toml(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _unquoted(default: str) -> str:
     try:
-        value = ast.literal_eval(default)
+        return _in_toml(ast.literal_eval(default))
     except ValueError:
         return default
-    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def split_overrides(words: Sequence[str], own: Container[str]) -> tuple[list[str], list[str]]:
-    """Take `--table.key value`, `--table.key=value` and `--table={...}` out of the words of a command line.
-
-    Args:
-        words: The command line.
-        own: The command's own options, as `--train`. They go before a table of the same name.
+    """Take `--table.key value`, `--table.key=value` and `--table={...}` out of the words of a command line. The
+    command's `own` options, such as `--train`, go before a table of the same name.
 
     Returns:
         The other words, and what `load_arm` takes as overrides.

@@ -12,7 +12,6 @@ Shapes: B rows of a batch, T labelled tokens of a row, N of all rows, V tokens o
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -29,7 +28,7 @@ from transformers import PreTrainedTokenizerBase
 
 from steertune.losses import Outputs
 from steertune.recipes.lab.batches import batches
-from steertune.recipes.lab.files import ArmError
+from steertune.recipes.lab.files import ArmError, read_jsonl
 from steertune.recipes.lab.forms import readable
 from steertune.recipes.lab.generation import generate, plain
 from steertune.recipes.lab.paths import TASKS
@@ -148,6 +147,11 @@ class HeldOut:
                 self.shared["remembered"] = outer
 
 
+def behind(view: View, rows: Dataset) -> Dataset:
+    """Rows with what a view puts in front of their prompts."""
+    return Dataset.from_list([dict(row) for row in view(rows.to_list())])
+
+
 def prompts_in(rows: Dataset) -> list[Any]:
     """The prompts of rows that are not empty."""
     return [prompt for prompt in rows["prompt"] if prompt] if "prompt" in rows.column_names else []
@@ -220,7 +224,7 @@ def questions(model: Any, held_out: HeldOut, strengths: Strengths) -> dict[str, 
     if not held_out.questions:
         return {}
     tokenizer = held_out.tokenizer
-    asked = [json.loads(line) for line in QUESTIONS.read_text(encoding="utf-8").splitlines()][: held_out.questions]
+    asked = read_jsonl(QUESTIONS)[: held_out.questions]
     rows = Dataset.from_list([{"prompt": row["beginning"], "completion": f" {row['answer']}"} for row in asked])
     choices = [[_first_tokens(tokenizer, word) for word in (row["answer"], *row["others"])] for row in asked]
     observed: dict[str, Observations] = {}
@@ -235,8 +239,8 @@ def questions(model: Any, held_out: HeldOut, strengths: Strengths) -> dict[str, 
 
 
 def _first_tokens(tokenizer: PreTrainedTokenizerBase, word: str) -> set[int]:
-    """Tokens that this word may begin with, in lower case or not, so that a behaviour that changes the case is no loss
-    of knowledge."""
+    """Tokens that this word may begin with, in lower case or not, so that a behaviour that changes the case does not
+    count as lost knowledge."""
     variants = [f" {form}" for form in (word, word.lower(), word.capitalize())]
     ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in variants]
     return {own[0] for own in ids if own}
@@ -368,8 +372,7 @@ def neutral_rows(
     Raises:
         ArmError: there are not two rows.
     """
-    if rows is None:
-        rows = Dataset.from_list([json.loads(line) for line in NEUTRAL.read_text(encoding="utf-8").splitlines()])
+    rows = Dataset.from_list(read_jsonl(NEUTRAL)) if rows is None else rows
     if len(rows) < 2:
         raise ArmError(
             f"Neutral text must have 2 rows or more, to match strengths and to report on (got {len(rows)})."

@@ -49,13 +49,7 @@ class Finding:
 
 
 def lint(rows: Dataset, by: By, place: Callable[[int], str]) -> list[Finding]:
-    """Check preference pairs; other rows get no findings.
-
-    Args:
-        rows: The rows, also broken ones.
-        by: What tells them apart.
-        place: The number of a row -> where it stands.
-    """
+    """Check preference pairs; other rows get no findings."""
     if not {"chosen", "rejected"} <= set(rows.column_names):
         return []
     pairs = rows.to_list()
@@ -64,12 +58,7 @@ def lint(rows: Dataset, by: By, place: Callable[[int], str]) -> list[Finding]:
 
 
 def at_edge(accuracy: float, pairs: int) -> Finding | None:
-    """Whether a base model orders nearly all pairs right already, or nearly none.
-
-    Args:
-        accuracy: Its pair accuracy; NaN where there are no pairs.
-        pairs: How many pairs it was measured on.
-    """
+    """Whether a base model orders nearly all pairs right already, or nearly none."""
     measured = f"The base model prefers the chosen answer in {accuracy:.0%} of {pairs} pairs"
     if accuracy >= 1 - EDGE:
         text = f"{measured}, which leaves little to gain. Look at margins and answers, or use harder pairs."
@@ -105,8 +94,8 @@ def _equal(pairs: Sequence[dict[str, Any]], place: Callable[[int], str]) -> Find
 
 
 def _duplicates(pairs: Sequence[dict[str, Any]], by: By, place: Callable[[int], str]) -> Finding | None:
-    own, seen, twice = texts(pairs, by), set(), []
-    for i, text in enumerate(own):
+    words_of_rows, seen, twice = texts(pairs, by), set(), []
+    for i, text in enumerate(words_of_rows):
         if text in seen:
             twice.append(i)
         seen.add(text)

@@ -50,7 +50,7 @@ def begin(threads: int | None = None, running: int | None = None, only_one: bool
         raise ArmError(f"{running} processes run, and this recipe has work for one. Start it with python.")
     device = str(state.device)
     if os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true", "yes") and device == "cpu":
-        raise ArmError("FSDP was asked for, and there is no GPU: accelerate would run DDP. Use cpu_ddp or cpu_zero3.")
+        raise ArmError("FSDP needs a GPU; without one, accelerate would run DDP. Use cpu_ddp or cpu_zero3.")
     if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true" and state.is_main_process:
         say_build_locks()
     if state.num_processes > 1 and state.is_main_process:

@@ -27,7 +27,7 @@ from rich.text import Text
 
 T = TypeVar("T")
 EVERY = 30.0
-"""Seconds between two lines where there is no terminal."""
+"""Seconds between two lines without a terminal."""
 _FIRST = 0.02  # share of the work from which the time left can be estimated
 
 
@@ -55,10 +55,10 @@ class Display:
 
     def left(self) -> str:
         """The time left, in words; empty where it is too early to tell. What an earlier run did is not counted."""
-        own = self.at - self.skipped
-        if own < _FIRST * (1 - self.skipped):
+        done = self.at - self.skipped
+        if done < _FIRST * (1 - self.skipped):
             return ""
-        return f"{duration((time.monotonic() - self.started) * (1 - self.at) / own)} left"
+        return f"{duration((time.monotonic() - self.started) * (1 - self.at) / done)} left"
 
     def show(self) -> None:
         """Something changed."""
@@ -124,11 +124,7 @@ class _State(ProgressColumn):
 
 
 class Bar:
-    """A part of the work, in units of its own.
-
-    Args:
-        total: How many units.
-    """
+    """A part of the work, in `total` units of its own."""
 
     def __init__(self, total: float) -> None:
         self.display = _display

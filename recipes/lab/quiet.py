@@ -1,4 +1,4 @@
-"""What libraries say that is not for the person who runs a command: bars, and warnings that nobody can act on."""
+"""Silences what libraries print that does not help who runs a command: their bars, and warnings without a remedy."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _WARNINGS = (
     ),
 )
 _LOGS = {
-    # that there is no GPU is no news, and DeepSpeed writes it to standard output
+    # a missing GPU is no news, and DeepSpeed writes this to standard output
     "DeepSpeed": "Setting accelerator to CPU",
     # PEFT imports bitsandbytes, which looks for a faster kernel on CPUs, also where nothing is quantised
     "bitsandbytes.backends.cpu.ops": "Failed to load CPU gemm_4bit_forward",

@@ -12,6 +12,7 @@ from datasets import Dataset, Features, Value, load_dataset
 
 from steertune.recipes.lab.files import ArmError, read_text
 
+_DECODES = "decode_example"
 BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 
 
@@ -22,7 +23,7 @@ def read_file(path: Path) -> Dataset:
         ArmError: it is of another kind, damaged or empty, or its columns are not those that its first line names.
     """
     if path.suffix not in BUILDERS:
-        raise ArmError(f"{path} is none of {sorted(BUILDERS)}.")
+        raise ArmError(f"{path} must end in one of {sorted(BUILDERS)}.")
     if path.stat().st_size == 0:
         raise ArmError(f"{path} is empty: rows are expected.")
     options: dict[str, Any] = {} if path.suffix == ".parquet" else {"encoding_errors": "strict"}
@@ -41,8 +42,9 @@ def read_file(path: Path) -> Dataset:
         rows.data.validate(full=True)  # reads every text as UTF-8, which the parsers do not
     except ValueError as error:
         raise ArmError(f"{path} is damaged: {error}. Save it as UTF-8.") from error
-    # such a column may name a file or an address, which would be opened
-    if opened := [name for name, feature in rows.features.items() if _opens(feature)]:
+    # a column that is decoded may name a file or an address, which would be opened; "Json" is text or numbers
+    decoded = {name: type(feature).__name__ for name, feature in rows.features.items() if hasattr(feature, _DECODES)}
+    if opened := [name for name, kind in decoded.items() if kind != "Json"]:
         raise ArmError(f"{path}: columns {opened} hold pictures or sound; text is expected. Remove them.")
     return rows
 
@@ -111,7 +113,3 @@ def _in_list(text: str, index: int) -> int:
             return at
         at = decoder.raw_decode(text, at)[1]
     raise IndexError(index)
-
-
-def _opens(feature: Any) -> bool:
-    return hasattr(feature, "decode_example") and type(feature).__name__ != "Json"  # a text or number of several types

@@ -27,10 +27,6 @@ _SHORTEN = "Shorten or remove such rows, or choose a model that reads more."
 def rehearse(held_out: HeldOut, names: Sequence[str] | None = None) -> None:
     """Check the rows that models are measured on, and measure the base model on one row of every kind.
 
-    Args:
-        held_out: The rows.
-        names: The measures that are tried; None: all of them.
-
     Raises:
         ArmError: a row or its answer is longer than the model's context, or the model's answers are not finite.
         DataError: test or neutral rows that could not be trained on either.
@@ -76,13 +72,8 @@ def rehearse(held_out: HeldOut, names: Sequence[str] | None = None) -> None:
 
 
 def rehearse_training(arm: Arm | None, model: Any, tokenizer: Any, rows: Dataset) -> list[str]:
-    """Check an arm's training rows and their views, and show the base model one of them.
-
-    Args:
-        arm: What is trained; None: a direction is computed.
-        model: The base model.
-        tokenizer: Its tokenizer.
-        rows: Its training rows.
+    """Check an arm's training rows and their views, and show the base model one of them. Without an arm, a direction
+    is computed from the rows.
 
     Returns:
         What to say about the rows.

@@ -1,4 +1,4 @@
-"""Secrets stay out of files and messages: what a recipe is given is written into configurations, cards and pages.
+"""Secrets stay out of files and messages: the settings of a recipe are written into configurations, cards and pages.
 
 A secret is what looks like one: tokens of Hugging Face, GitHub, OpenAI and AWS, a password in an address, and the
 values of environment variables that are named as a key, token, secret or password.
@@ -30,12 +30,8 @@ def masked(text: str) -> str:
 
 
 def holds_secret(text: str, values: Sequence[str] | None = None) -> bool:
-    """Whether a secret stands in a text.
-
-    Args:
-        text: The text.
-        values: Secrets of the environment, for who asks often; None: they are looked up.
-    """
+    """Whether a secret stands in a text. `values` are the secrets of the environment; without them, they are looked
+    up."""
     values = _in_environment() if values is None else values
     return _TOKENS.search(text) is not None or any(value in text for value in values)
 
@@ -46,9 +42,6 @@ def _in_environment() -> list[str]:
 
 def check_settings(table: Mapping[str, Any]) -> None:
     """Refuse settings that cannot be written into files, as all settings are: secrets, and numbers of 400 digits.
-
-    Args:
-        table: Settings, also nested ones.
 
     Raises:
         ArmError: names the key, and never the secret.
@@ -67,7 +60,7 @@ def check_settings(table: Mapping[str, Any]) -> None:
 
 
 def _leaves(value: Any, where: str) -> Iterator[tuple[str, Any]]:
-    """Every value that is no table or list, with the keys that lead to it; the keys themselves are values, too."""
+    """Every value that is not a table or a list, with the keys that lead to it; keys are values as well."""
     if isinstance(value, Mapping):
         for key, inner in value.items():
             path = f"{where}.{key}" if where else str(key)

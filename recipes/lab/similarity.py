@@ -52,12 +52,8 @@ def text_of(value: Any) -> str:
 
 
 def told_apart_by(rows: Sequence[dict[str, Any]], own_prompts: bool = True) -> By:
-    """What tells rows apart.
-
-    Args:
-        rows: The rows.
-        own_prompts: Whether the prompts stand in the data, and are not the shared beginning of two texts.
-    """
+    """What tells rows apart. `own_prompts`: the prompts stand in the data, and are not the shared beginning of two
+    texts."""
     if not own_prompts or any("prompt" not in row for row in rows):
         return "text"
     return "text" if len(rows) > 1 and len({words(text_of(row["prompt"])) for row in rows}) == 1 else "prompt"
@@ -131,7 +127,7 @@ def near_pairs(
     order = {part: i for i, part in enumerate(sorted(count, key=lambda part: (count[part], part)))}
     (A, rare_A), (B, rare_B) = (_matrices(side, order, near) for side in (first, second))
     sizes_A, sizes_B = (np.array([len(parts) for parts in side]) for side in (first, second))
-    found: list[tuple[int, int]] = []
+    pairs: list[tuple[int, int]] = []
     for start in range(0, len(first), _BLOCK):
         candidates = (rare_A[start : start + _BLOCK] @ rare_B.T).tocoo()
         i, j = candidates.row + start, candidates.col
@@ -141,8 +137,8 @@ def near_pairs(
             own, other = i[at : at + _PAIRS], j[at : at + _PAIRS]
             shared = np.asarray(A[own].multiply(B[other]).sum(axis=1)).ravel()
             similar = shared >= near * (sizes_A[own] + sizes_B[other] - shared) - 1e-9
-            found += zip(own[similar].tolist(), other[similar].tolist(), strict=True)
-    return sorted(found)
+            pairs += zip(own[similar].tolist(), other[similar].tolist(), strict=True)
+    return sorted(pairs)
 
 
 def near_texts(
@@ -154,8 +150,8 @@ def near_texts(
     pairs = near_pairs(rest, other_rest, max(near - LEEWAY, 0.05) if frame.hashes else near)
     if not frame.hashes:
         return pairs
-    own, others = ([shingles(text) for text in side] for side in (first, second))
-    return [(i, j) for i, j in pairs if len(own[i] & others[j]) >= near * len(own[i] | others[j]) - 1e-9]
+    parts, others = ([shingles(text) for text in side] for side in (first, second))
+    return [(i, j) for i, j in pairs if len(parts[i] & others[j]) >= near * len(parts[i] | others[j]) - 1e-9]
 
 
 def near_duplicates(first: Sequence[str], second: Sequence[str], near: float = NEAR) -> list[tuple[int, int]]:
@@ -175,19 +171,17 @@ def overlap(
     train: Sequence[dict[str, Any]], test: Sequence[dict[str, Any]], by: By, near: float = NEAR
 ) -> list[tuple[int, int]]:
     """Pairs (index of a training row, index of a test row) that ask the same, or nearly the same."""
-    own, others = texts(train, by), texts(test, by)
-    return near_texts(own, others, Frame.of(own), near)
+    of_train, of_test = texts(train, by), texts(test, by)
+    return near_texts(of_train, of_test, Frame.of(of_train), near)
 
 
 def _matrices(sets: Sequence[frozenset[str]], order: dict[str, int], near: float) -> tuple[csr_matrix, csr_matrix]:
     """Rows of ones at the members of each set, and at its rarest members only."""
     columns = [sorted(order[part] for part in parts) for parts in sets]
     rarest = [row[: len(row) - int(np.ceil(near * len(row) - 1e-9)) + 1] for row in columns]
-    whole, rare = (_ones(rows, len(order)) for rows in (columns, rarest))
-    return whole, rare
-
-
-def _ones(rows: Sequence[Sequence[int]], width: int) -> csr_matrix:
-    ends = np.cumsum([0, *map(len, rows)])
-    return csr_matrix((np.ones(ends[-1], dtype=np.int32), np.concatenate([np.array(r, int) for r in rows]), ends),
-                      shape=(len(rows), width))  # fmt: skip
+    matrices = []
+    for rows in (columns, rarest):
+        ends = np.cumsum([0, *map(len, rows)])
+        ones, places = np.ones(ends[-1], dtype=np.int32), np.concatenate([np.array(row, int) for row in rows])
+        matrices.append(csr_matrix((ones, places, ends), shape=(len(rows), len(order))))
+    return matrices[0], matrices[1]

@@ -111,8 +111,8 @@ class _Rows:
 def _named(name: str, split: str, reading: Reading | None) -> _Rows:
     rows = _named_or_none(name, split, reading)
     if rows is None:
-        there = [p.name for p in sorted(_folder(name).iterdir())] if _folder(name).is_dir() else "its splits"
-        raise ArmError(f"data.name={name!r}: one file for split {split!r} expected, found {there}.")
+        files = [p.name for p in sorted(_folder(name).iterdir())] if _folder(name).is_dir() else "its splits"
+        raise ArmError(f"data.name={name!r}: one file for split {split!r} expected, found {files}.")
     return rows
 
 
@@ -164,7 +164,7 @@ def _only_split(name: str, train_split: str, test_split: str) -> str | None:
     if path.is_dir():
         files = _data_files(path)
         return train_split if len(files) == 1 and train_split in files[0].stem.split(".") else None
-    _file(name, train_split)  # a path that is not there is not looked for on the Hub
+    _file(name, train_split)  # refuses a path that does not exist, instead of looking for it on the Hub
     return train_split if _hub_splits(name) == [train_split] else None
 
 
@@ -174,7 +174,7 @@ def _hub_splits(name: str) -> list[str]:
     except Exception as error:
         tasks = embedded.task_names()
         raise ArmError(
-            f"data.name={name!r} is no embedded task {tasks}, no path, and the Hub says: {error}"
+            f"data.name={name!r} is neither an embedded task {tasks} nor a path, and the Hub says: {error}"
         ) from error
 
 

@@ -35,7 +35,7 @@ class SplitTable(BaseModel, extra="forbid", strict=True):
 
 @dataclass(frozen=True)
 class Splits:
-    """Rows of one task that share no example.
+    """The parts of one task, which do not share examples.
 
     Attributes:
         pool: What training sets are drawn from.
@@ -91,28 +91,28 @@ def load_splits(
             or a test or validation row that stands (nearly) in another split.
     """
     parts = load_parts(name, reading=reading)
-    own = None if parts.division else find_split(name, "validation", reading)
-    for rows, split in ((parts.train, "train"), (parts.test, "test"), (own, "validation")):
+    validation_rows = None if parts.division else find_split(name, "validation", reading)
+    for rows, split in ((parts.train, "train"), (parts.test, "test"), (validation_rows, "validation")):
         if rows is not None and len(rows) and not {"chosen", "rejected"} <= set(rows.column_names):
             raise ArmError(f"{name!r}: a grid compares preferences, its {split} rows have {rows.column_names}.")
-    splits = _of_one_file(name, parts, sizes) if parts.division else _of_files(name, parts, own, sizes)
+    splits = _of_one_file(name, parts, sizes) if parts.division else _of_files(name, parts, validation_rows, sizes)
     if len(splits.pool) < largest and not (at_most and parts.division):
+        taken = f"{len(splits.scorer)} rows for the scorer"
+        taken += "" if validation_rows is not None else f" and {len(splits.validation)} for validation"
         raise ArmError(
-            f"{name!r}: {largest} training examples asked, {len(splits.pool)} are left after {len(splits.scorer)} "
-            f"rows for the scorer{'' if own is not None else f' and {len(splits.validation)} for validation'}. Ask "
-            "for fewer."
+            f"{name!r}: {largest} training examples asked, {len(splits.pool)} are left after {taken}. Ask for fewer."
         )
     swapped = {"chosen": "rejected", "rejected": "chosen"}
     return splits.each(lambda rows: rows.rename_columns(swapped)) if reverse else splits
 
 
-def _of_files(name: str, parts: Parts, own: Dataset | None, sizes: SplitTable) -> Splits:
+def _of_files(name: str, parts: Parts, validation_rows: Dataset | None, sizes: SplitTable) -> Splits:
     """The splits of a task with a file for each of training and test."""
     train = parts.train.shuffle(seed=0)
-    if own is None:
+    if validation_rows is None:
         validation, train = _cut(name, "validation", train, sizes.validation)
     else:
-        validation, _ = _cut(name, "validation", own, sizes.validation)
+        validation, _ = _cut(name, "validation", validation_rows, sizes.validation)
     scorer, pool = _cut(name, "scorer", train, sizes.scorer)
     test, _ = _cut(name, "test", parts.test, sizes.test)
     pool = _apart(name, pool, validation, scorer, test, sizes, parts.by)
@@ -155,15 +155,15 @@ def _apart(
     texts = {split: [text for row in part for text in answered_texts(row)] for split, part in rows.items()}
     dropped: set[int] = set()
     for split, other in combinations(rows, 2):
-        asked = overlap(rows[split], rows[other], by, sizes.near_duplicates)
+        alike = overlap(rows[split], rows[other], by, sizes.near_duplicates)
         # a row has two texts, one for each answer
         answered = near_duplicates(texts[split], texts[other], sizes.near_duplicates)
-        pairs = [*asked, *((i // 2, j // 2) for i, j in answered)]
+        pairs = [*alike, *((i // 2, j // 2) for i, j in answered)]
         if split == "train" and sizes.drop_near_duplicates:
             dropped |= {i for i, _ in pairs}
         elif pairs:
             i, j = pairs[0]
-            what = "ask" if asked and by == "prompt" else "say"
+            what = "ask" if alike and by == "prompt" else "say"
             one, two = (answered_texts(row)[0][:120] for row in (rows[split][i], rows[other][j]))
             fix = "splits.drop_near_duplicates = true" if split == "train" else "another file or fewer rows"
             raise ArmError(

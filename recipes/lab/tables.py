@@ -5,14 +5,27 @@ The text under a field is what `steertune train --help` says of it.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 PathName = Annotated[str, Field(min_length=1, pattern=r"^[^\x00]+$")]
 """A path or a Hub name: not empty, and without NUL, which no file system takes."""
+
+
+def _regular_expression(pattern: str) -> str:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"{pattern!r} is not a regular expression: {error}") from error
+    return pattern
+
+
+Pattern = Annotated[str, AfterValidator(_regular_expression)]
+"""A regular expression."""
 LARGEST = 2**31 - 1
 """The largest count: more overflows inside libraries."""
 
@@ -44,9 +57,10 @@ class ModelTable(Table):
         if self.revision is None:
             return self
         if self.name == "embedded" or Path(self.name).is_dir():
-            raise ValueError(f"revision={self.revision!r}: {self.name!r} is no Hub name, and has none. Remove it")
+            where = f"revision={self.revision!r}: {self.name!r}"
+            raise ValueError(f"{where} is not a Hub name, so it has no revisions. Remove it")
         if ".." in self.revision.split("/"):  # the Hub's cache makes a file of this name
-            raise ValueError(f"revision={self.revision!r} is no branch, tag or commit")
+            raise ValueError(f"revision={self.revision!r} must be a branch, a tag or a commit")
         return self
 
 

@@ -19,14 +19,10 @@ _ALLOW = "Remove it, or allow it with --run-task-code: such a file can do all th
 
 
 def check_task_file(file: Path, including: tuple[Path, ...] = ()) -> None:
-    """Refuse a task file, or one that it includes, that names code.
-
-    Args:
-        file: The file.
-        including: The files that led here.
+    """Refuse a task file, or one that it includes, that names code. `including` are the files that led here.
 
     Raises:
-        ArmError: it is no YAML table, has a tag (as `!function`), or includes itself.
+        ArmError: it is not a YAML table, has a tag (such as `!function`), or includes itself.
     """
     file = file.resolve()
     if file in including:
@@ -36,7 +32,7 @@ def check_task_file(file: Path, including: tuple[Path, ...] = ()) -> None:
     except (yaml.YAMLError, RecursionError) as error:
         raise ArmError(f"{file} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(root, yaml.MappingNode):
-        raise ArmError(f"{file} is no task: a table of keys is expected.")
+        raise ArmError(f"{file} is not a task: it must be a table of keys.")
     for node in _nodes(root, set()):
         if not node.tag.startswith("tag:yaml.org,2002:") or "python" in node.tag:
             raise ArmError(
@@ -50,7 +46,7 @@ def check_task_file(file: Path, including: tuple[Path, ...] = ()) -> None:
     for name in (str(node.value) for node in nodes):
         included = file.parent / name
         if not included.is_file():
-            raise ArmError(f"{file}: include={shown(name)}: there is no such file.")
+            raise ArmError(f"{file}: include={shown(name)} does not exist. Correct the path, or remove it.")
         check_task_file(included, (*including, file))
 
 

@@ -45,16 +45,16 @@ class TrainedOn:
     @classmethod
     def of(cls, rows: Dataset, by: By) -> TrainedOn:
         """What is kept of training rows."""
-        own = texts(rows.to_list(), by)
-        frame = Frame.of(own)
-        unique = sorted(set(own))
+        words_of_rows = texts(rows.to_list(), by)
+        frame = Frame.of(words_of_rows)
+        unique = sorted(set(words_of_rows))
         sketches = [_sketches(frame, text).tobytes().hex() for text in unique]
         return cls(by, frame, tuple(map(digest, unique)), tuple(sketches))
 
     def resembling(self, rows: Sequence[dict[str, Any]]) -> list[int]:
         """Indices of rows that are among these, or near-duplicates of one."""
-        own = texts(rows, self.by)
-        sketches = np.array([_sketches(self.frame, text) for text in own])
+        words_of_rows = texts(rows, self.by)
+        sketches = np.array([_sketches(self.frame, text) for text in words_of_rows])
         theirs = np.array([np.frombuffer(bytes.fromhex(sketch), dtype=np.uint8) for sketch in self.sketches])
         signs, their_signs = (2.0 * np.unpackbits(bits, axis=1).astype(np.float32) - 1 for bits in (sketches, theirs))
         # of two unrelated sketches half of the bits agree, so the mean product of their signs is the similarity
@@ -62,18 +62,13 @@ class TrainedOn:
         rest: np.ndarray = signs[:, _BITS:] @ their_signs[:, _BITS:].T / _BITS
         leeway = LEEWAY if self.frame.hashes else 0.0
         similar = ((whole >= _NEAR) * (rest >= _NEAR - leeway)).max(axis=1).tolist()
-        known = set(self.hashes)
-        return [i for i, text in enumerate(own) if similar[i] or digest(text) in known]
+        hashes = set(self.hashes)
+        return [i for i, text in enumerate(words_of_rows) if similar[i] or digest(text) in hashes]
 
 
 def sets_of(train: Dataset, by: By, used: Dataset) -> list[TrainedOn]:
-    """What is kept of a training: of its examples, and of those that were made of them.
-
-    Args:
-        train: The training examples.
-        by: What tells them apart.
-        used: What the trainer got.
-    """
+    """What is kept of a training: of its examples, and of those that were made of them. `used` are the rows that the
+    trainer got."""
     return [TrainedOn.of(used if by == "prompt" and len(used) > len(train) else train, by)]
 
 
@@ -87,7 +82,7 @@ def write(folder: Path, sets: Iterable[TrainedOn]) -> None:
 
 
 def read(folder: Path) -> list[TrainedOn] | None:
-    """What an adapter was trained on; None where its folder does not say it.
+    """What an adapter was trained on; None if its folder does not say so.
 
     Raises:
         ArmError: the file is damaged.

@@ -14,13 +14,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from accelerate import PartialState
 from datasets import Dataset
 from pydantic import BaseModel
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback, set_seed
 
+from steertune.recipes.lab import trained_on
 from steertune.recipes.lab.arm import Arm
+from steertune.recipes.lab.data import Data
 from steertune.recipes.lab.files import ArmError, read_text, write_whole
 from steertune.recipes.lab.generation import plain
 from steertune.recipes.lab.ingredients import Training
@@ -92,12 +95,8 @@ def _is_worthless(folder: Path) -> bool:
 
 
 def open_run(arm: Arm, prefix: str = "", threads: int | None = None) -> Path:
-    """Begin a run of an arm, or go on with it: set the threads and the seed, and check its output folder.
-
-    Args:
-        arm: The arm.
-        prefix: In front of the folder's default name.
-        threads: CPU threads; None: the arm's.
+    """Begin a run of an arm, or go on with it: set the threads and the seed, and check its output folder. `prefix`
+    stands in front of the folder's default name.
 
     Raises:
         ArmError: the folder holds a finished run, or one of another arm.
@@ -110,7 +109,7 @@ def open_run(arm: Arm, prefix: str = "", threads: int | None = None) -> Path:
 
 
 def default_folder(name: str, task: str) -> Path:
-    """Where a run on a task is kept if nobody says."""
+    """Where a run on a task is kept by default."""
     suffix = Path(task).suffix
     name = f"{name}-{task.removesuffix(suffix if suffix in BUILDERS else '').strip('./').replace('/', '-')}"
     if len(name) > _LONGEST:  # file systems take 255 bytes
@@ -165,7 +164,7 @@ def training_of(arm: Arm, model: Any, tokenizer: Any, rows: Dataset, folder: Pat
 
     def train(name: str, changes: Mapping[str, Any], examples: Dataset) -> Any:
         """Train a teacher beside the base's own weights, with cross-entropy."""
-        own = arm.model_copy(
+        teacher = arm.model_copy(
             update={
                 "name": f"{arm.name}/{name}",
                 "adapter": changes["adapter"],
@@ -177,7 +176,7 @@ def training_of(arm: Arm, model: Any, tokenizer: Any, rows: Dataset, folder: Pat
         home = folder / "teachers" / name
         home.mkdir(parents=True, exist_ok=True)
         quiet = {key: value for key, value in training.options.get("settings", {}).items() if key in QUIET}
-        trainer = make_trainer(training_of(own, share_weights(model), tokenizer, examples, home), **quiet)
+        trainer = make_trainer(training_of(teacher, share_weights(model), tokenizer, examples, home), **quiet)
         fit(trainer, home)
         return trainer.model.eval().requires_grad_(False)
 
@@ -233,6 +232,23 @@ def make_trainer(training: Training, frozen_prefix: FrozenPrefix | bool | None =
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(_Steps())
     return trainer
+
+
+def train_and_save(training: Training, data: Data) -> tuple[Any, Any, float]:
+    """Train, and save the adapter in the training's folder, with hashes of the rows that it learned from.
+
+    Returns:
+        The trainer, its model in evaluation mode, and the seconds of training.
+    """
+    trainer, home = make_trainer(training), training.folder / "adapter"
+    is_first = PartialState().is_main_process
+    if training.notes and is_first:
+        print("\n".join(training.notes.values()))
+    seconds = fit(trainer, training.folder)
+    trainer.save_model(str(home))  # every process: sharded weights are gathered, the first one writes
+    if is_first:
+        trained_on.write(home, trained_on.sets_of(data.train, data.by, training.rows))
+    return trainer, trainer.accelerator.unwrap_model(trainer.model).eval(), seconds
 
 
 def steps_of(arm: Arm) -> int:
@@ -323,8 +339,8 @@ class _Moved(TrainerCallback):
 
 def _sample(model: Any) -> list[Tensor]:
     """Copies of some values of every trained parameter, of small ones all; none of what other processes hold."""
-    own = [p.detach() for p in model.parameters() if p.requires_grad and p.numel() and not isinstance(p, DTensor)]
-    return [p.flatten()[:: max(1, p.numel() // _SAMPLED)].clone() for p in own]
+    trained = [p.detach() for p in model.parameters() if p.requires_grad and p.numel() and not isinstance(p, DTensor)]
+    return [p.flatten()[:: max(1, p.numel() // _SAMPLED)].clone() for p in trained]
 
 
 class _MetricsFile(TrainerCallback):

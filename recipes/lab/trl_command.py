@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,10 +26,11 @@ from trl import (
 from steertune.adapters import SteeringVectorConfig
 from steertune.losses import get_loss
 from steertune.recipes.lab import embedded, trained_on
-from steertune.recipes.lab.arm import known
-from steertune.recipes.lab.command_line import check_words, outcome
-from steertune.recipes.lab.files import ArmError
+from steertune.recipes.lab.arm import check_keys
+from steertune.recipes.lab.command_line import outcome
+from steertune.recipes.lab.files import ArmError, toml_value
 from steertune.recipes.lab.keys import REFUSED
+from steertune.recipes.lab.parsing import check_words
 from steertune.recipes.lab.processes import begin
 from steertune.recipes.lab.similarity import By, told_apart_by
 from steertune.recipes.lab.sources import find_split, has_one_split, load_parts
@@ -80,8 +80,8 @@ class SteeringArguments:
         """
         values = {f.name.removeprefix(PREFIX): getattr(self, f.name) for f in dataclasses.fields(self)}
         switches = {name: value for name, value in values.items() if name not in ("threads", "loss", "loss_options")}
-        basis = None if self.steering_basis is None else _toml(self.steering_basis)
-        return SteeringVectorConfig(**{**switches, "layers": _toml(self.steering_layers), "basis": basis})
+        basis = None if self.steering_basis is None else toml_value(self.steering_basis)
+        return SteeringVectorConfig(**{**switches, "layers": toml_value(self.steering_layers), "basis": basis})
 
     def loss_object(self) -> Any:
         """The loss; None for TRL's own.
@@ -89,28 +89,21 @@ class SteeringArguments:
         Raises:
             ValueError: an unknown loss or option.
         """
-        options = _toml(self.loss_options)
+        options = toml_value(self.loss_options)
         if not isinstance(options, dict):
             raise ArmError(f"--loss_options must be a table (got {self.loss_options!r}). Write '{{beta = 0.2}}'.")
         if self.loss is None:
-            known("loss_options", options, [])
+            check_keys("loss_options", options, [])
             return None
         return get_loss(self.loss, **options)
 
 
 def run(trainer_class: type, arguments_class: Any, argv: Sequence[str] | None, prog: str, doc: str) -> int:
-    """The command line of one trainer; returns the exit code.
-
-    Args:
-        trainer_class: One of ours.
-        arguments_class: TRL's arguments for it.
-        argv: The command line; None for that of this process.
-        prog: Name of the command.
-        doc: Help text of the command.
-    """
+    """The command line of one of our trainers and TRL's arguments for it; returns the exit code."""
     classes = (ScriptArguments, arguments_class, ModelConfig, DatasetMixtureConfig, SteeringArguments)
     parser = TrlParser(classes, prog=f"steertune {prog}", description=doc)  # pyright: ignore[reportArgumentType]
-    _default_for_cpu(parser)
+    if not torch.cuda.is_available():  # TRL's defaults need a GPU
+        parser.set_defaults(bf16=False, use_cpu=True)
 
     def parse_and_train() -> int:
         check_words(list(sys.argv[1:] if argv is None else argv))
@@ -217,17 +210,3 @@ def _model(model: ModelConfig, args: Any) -> dict[str, Any]:
         **(args.model_init_kwargs or {}),
     }
     return {"model": name, "quantization_config": get_quantization_config(model)}
-
-
-def _default_for_cpu(parser: TrlParser) -> None:
-    """Without a GPU, run on the CPU in fp32; TRL's defaults need a GPU."""
-    if not torch.cuda.is_available():
-        parser.set_defaults(bf16=False, use_cpu=True)
-
-
-def _toml(text: str) -> Any:
-    """A value written as in TOML; a bare word is a string."""
-    try:
-        return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        return text

@@ -40,9 +40,6 @@ def folder(name: str) -> Path:
 def basis(value: str | Sequence[str]) -> str | list[str]:
     """A basis of `form="span"` in which `embedded` and `embedded/NAME` have become adapter folders.
 
-    Args:
-        value: What an arm says: a folder, or a list of folders and names of embedded vectors.
-
     Raises:
         ArmError: no embedded vector has such a name.
     """

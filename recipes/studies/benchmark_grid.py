@@ -27,12 +27,14 @@ import torch
 from steertune.recipes.ablation.context import Context
 from steertune.recipes.ablation.grid import Cell, Grid, load_grid
 from steertune.recipes.ablation.run import run_cell, tuned
+from steertune.recipes.ablation.tables import TaskTable
 from steertune.recipes.lab.arm import UPSTREAM
-from steertune.recipes.lab.command_line import Argument, Option, Result, Threads, command
+from steertune.recipes.lab.command_line import Result, command
 from steertune.recipes.lab.data import load_model
 from steertune.recipes.lab.evaluate import evaluate_base
 from steertune.recipes.lab.files import ArmError, write_whole
 from steertune.recipes.lab.observe import HeldOut
+from steertune.recipes.lab.options import Argument, Option, Threads
 from steertune.recipes.lab.processes import begin
 from steertune.recipes.lab.progress import progress
 from steertune.recipes.lab.tables import ModelTable
@@ -46,8 +48,9 @@ class StockContext(Context):
         super().__init__(grid)
         self.prefix: Any = False
 
-    def _make_held_out(self, label: str) -> HeldOut:
-        return dataclasses.replace(super()._make_held_out(label), prefix=None)
+    def held_out(self, task: TaskTable) -> HeldOut:
+        """Like the parent's, without the cached prefix."""
+        return dataclasses.replace(super().held_out(task), prefix=None)
 
 
 @command
@@ -73,11 +76,7 @@ def main(
 
 
 def measure(grid: Grid, arms: Sequence[str] | None = None) -> dict[str, dict[str, list[float]]]:
-    """Time every arm's first cell both ways.
-
-    Args:
-        grid: The grid.
-        arms: Names of the arms to time; None for all.
+    """Time every arm's first cell both ways. Without `arms`, all are timed.
 
     Returns:
         arm -> `ours` or `stock` -> seconds of the cell with its tuning, seconds without it, and the number of
@@ -117,15 +116,8 @@ def _stock(cell: Cell) -> Cell:
 def page(
     grid: Grid, seconds: dict[str, dict[str, list[float]]], load: float, name: str, timed: Sequence[str] | None
 ) -> str:
-    """The table in Markdown.
-
-    Args:
-        grid: The grid.
-        seconds: See `measure`.
-        load: Seconds that loading the model takes.
-        name: The grid, as the command line names it.
-        timed: Names of the arms that were timed; None for all.
-    """
+    """The table in Markdown. `load` is the seconds that loading the model takes, `name` is how the command line names
+    the grid."""
     t = grid.tables
     places = len(t.tasks) * len(t.examples)
     count = places * len(t.seeds)

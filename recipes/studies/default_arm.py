@@ -12,7 +12,6 @@ and `cells.json`, and skips cells that `cells.json` already holds:
 
 from __future__ import annotations
 
-import json
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -30,14 +29,15 @@ from steertune.adapters.card import versions
 from steertune.recipes.lab import embedded
 from steertune.recipes.lab.arm import make_arm
 from steertune.recipes.lab.batches import batches
-from steertune.recipes.lab.command_line import Choice, Count, Option, Result, command
+from steertune.recipes.lab.command_line import Result, command
 from steertune.recipes.lab.evaluate import evaluate
-from steertune.recipes.lab.files import write_whole
+from steertune.recipes.lab.files import read_jsonl, write_whole
 from steertune.recipes.lab.generation import generate, plain
 from steertune.recipes.lab.measures import Seen
 from steertune.recipes.lab.measures import get as measure
 from steertune.recipes.lab.measures.repetition import repeated
 from steertune.recipes.lab.observe import NEUTRAL, HeldOut
+from steertune.recipes.lab.options import Choice, Count, Option
 from steertune.recipes.lab.pages import Table, escape, table_markdown
 from steertune.recipes.lab.pages.verdict import MAX_CIRCLES, MAX_KL, MAX_REPETITION, circling
 from steertune.recipes.lab.processes import begin
@@ -83,8 +83,7 @@ class Lab:
             for split, prompts in self.prompts.items()
         }
         self.model.to(getattr(torch, dtype))  # the sentences are the same in both
-        lines = NEUTRAL.read_text(encoding="utf-8").splitlines()[:NEUTRAL_ROWS]
-        self.neutral = Dataset.from_list([json.loads(line) for line in lines])
+        self.neutral = Dataset.from_list(read_jsonl(NEUTRAL)[:NEUTRAL_ROWS])
         self.shared: dict[str, dict[str, Any]] = {}  # what was computed of the base model, by split
 
     @staticmethod
@@ -152,15 +151,15 @@ def seen_of(
     for at, observed in evaluate(model, held_out, ["repetition", "kl", "accuracy"], strengths).items():
         answers, seen = observed["answer"], Seen(observed)
         others = [*rows["prompt"][1:], rows["prompt"][0]]
-        own, other = (_nats(lab, instruction, prompts, answers) for prompts in (rows["prompt"], others))
+        nats, other = (_nats(lab, instruction, prompts, answers) for prompts in (rows["prompt"], others))
         records.append(
             {
                 "strength": float(at),
                 "kl": measure("kl").summary(seen),
                 "accuracy": measure("accuracy").summary(seen),
-                "nats": own,
+                "nats": nats,
                 "written_nats": written,
-                "topic": other - own,
+                "topic": other - nats,
                 "answers": answers,
             }
         )

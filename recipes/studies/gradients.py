@@ -49,10 +49,11 @@ from torch.nn.functional import cosine_similarity
 
 from steertune.recipes.lab.arm import Arm, load_arm
 from steertune.recipes.lab.checks import check_start
-from steertune.recipes.lab.command_line import Argument, Count, Option, Result, Threads, command
+from steertune.recipes.lab.command_line import Result, command
 from steertune.recipes.lab.data import load_data, load_model, model_has_template
 from steertune.recipes.lab.files import ArmError, write_whole
 from steertune.recipes.lab.forms import readable
+from steertune.recipes.lab.options import Argument, Count, Option, Threads
 from steertune.recipes.lab.pair_lint import warn_of
 from steertune.recipes.lab.processes import begin
 from steertune.recipes.lab.progress import progress, track
@@ -122,17 +123,17 @@ def measure(study: Study) -> list[dict[str, Any]]:
     arms = {name: _arm(study, changes) for name, changes in CONTRASTS.items()}
     chat = partial(model_has_template, arms["pairs"].model)
     data = {name: load_data(arm.data, chat) for name, arm in arms.items()}
-    own = data["pairs"]
-    for option, rows, size in (("pairs", own.train, study.pairs), ("held-out", own.test, study.held_out)):
+    plain = data["pairs"]
+    for option, rows, size in (("pairs", plain.train, study.pairs), ("held-out", plain.test, study.held_out)):
         if len(rows) < size:  # of one file
-            raise ArmError(f"--{option} {size}: there are {len(rows)}. {own.note} Ask for fewer.")
-    check_start(arms["pairs"], own.train)
-    warn_of(own.all_rows(), own.by, study.task)
+            raise ArmError(f"--{option} {size}: there are {len(rows)}. {plain.note} Ask for fewer.")
+    check_start(arms["pairs"], plain.train)
+    warn_of(plain.all_rows(), plain.by, study.task)
     model, tokenizer = load_model(arms["pairs"].model)
 
     # gradients of every contrast on the training pairs, and of the held-out pairs
     trainings = {name: (arm, data[name].train, study.pairs) for name, arm in arms.items()}
-    trainings["held out"] = (arms["pairs"], own.test, study.held_out)
+    trainings["held out"] = (arms["pairs"], plain.test, study.held_out)
     prefix, gradients_of = FrozenPrefix(), {}
     for name, (arm, rows, pairs) in track([*trainings.items()], "contrast"):
         with tempfile.TemporaryDirectory() as folder:

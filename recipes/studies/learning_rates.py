@@ -34,9 +34,10 @@ from trl import SFTConfig
 from steertune.adapters import SteeringVectorConfig, SteeringVectorLayer, steering_layers
 from steertune.adapters.card import versions
 from steertune.recipes.lab import embedded
-from steertune.recipes.lab.command_line import Choice, Count, Option, Result, command
+from steertune.recipes.lab.command_line import Result, command
 from steertune.recipes.lab.data import load_splits
 from steertune.recipes.lab.files import write_whole
+from steertune.recipes.lab.options import Choice, Count, Option
 from steertune.recipes.lab.processes import begin
 from steertune.recipes.lab.resumable import Job, records_of
 from steertune.recipes.lab.tables import DataTable
@@ -168,11 +169,8 @@ def _as_text(row: Any) -> dict[str, str]:
 
 
 def tiny(factor: float = 1.0) -> Subject:
-    """A random model of 32 dimensions, and the answers that it gives with a planted vector.
-
-    Args:
-        factor: Multiplies the model's residual stream.
-    """
+    """A random model of 32 dimensions whose residual stream is multiplied by `factor`, and the answers that it gives
+    with a planted vector."""
     with tempfile.TemporaryDirectory() as folder:
         save_base(Path(folder))
         # the norms' epsilon is the only number in the model that depends on the size of the stream

@@ -25,8 +25,9 @@ from steertune.recipes.ablation.cells import read_cells
 from steertune.recipes.ablation.context import Context
 from steertune.recipes.ablation.grid import make_grid
 from steertune.recipes.ablation.store import Store
-from steertune.recipes.lab.command_line import Choice, Count, Option, Result, command
+from steertune.recipes.lab.command_line import Result, command
 from steertune.recipes.lab.files import ArmError
+from steertune.recipes.lab.options import Choice, Count, Option
 from steertune.recipes.lab.pages import write_page
 from steertune.recipes.lab.processes import begin
 from steertune.recipes.lab.progress import progress
@@ -71,13 +72,7 @@ def main(
 
 
 def study(problem: str, number: int, base: Path, folder: Path) -> Study:
-    """Run a study, or the cells it still lacks, and read its results.
-
-    Args:
-        problem: One of `PROBLEMS`.
-        number: Number of the study; it seeds the teachers and the data.
-        base: Folder of the base model.
-        folder: Folder of all studies.
+    """Run a study, or the cells it still lacks, and read its results. Its number seeds the teachers and the data.
 
     Raises:
         ArmError: a cell failed.

@@ -27,11 +27,12 @@ from steertune.adapters.analysis.erasure import Eraser, erase
 from steertune.adapters.analysis.probing import Pairs, Reading, read
 from steertune.recipes.lab.batches import batches
 from steertune.recipes.lab.checks import skeleton
-from steertune.recipes.lab.command_line import Argument, Count, Option, Result, Threads, command
+from steertune.recipes.lab.command_line import Result, command
 from steertune.recipes.lab.data import load_data, load_model, model_has_template
 from steertune.recipes.lab.files import ArmError, write_whole
 from steertune.recipes.lab.forms import readable
 from steertune.recipes.lab.generation import check_context
+from steertune.recipes.lab.options import Argument, Count, Option, Threads
 from steertune.recipes.lab.pair_lint import warn_of
 from steertune.recipes.lab.paths import modules_in
 from steertune.recipes.lab.processes import begin
@@ -79,7 +80,7 @@ def probe(
         raise ArmError(f"--train {train}: 8 pairs or more are needed, because a quarter chooses the layer.")
     methods = {name: directions.get(name) for name in names}
     table = ModelTable(name=model_name)
-    skeleton(table)  # a model that is not there is refused before rows are read
+    skeleton(table)  # refuses a missing model before rows are read
     data = load_data(DataTable(name=task, train=train, test=test), partial(model_has_template, table))
     for part in (data.train, data.test):
         if not {"chosen", "rejected"} <= set(part.column_names):

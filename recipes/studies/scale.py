@@ -15,7 +15,8 @@ from typing import Annotated, Any
 from transformers import LlamaConfig
 
 from steertune.recipes.lab.checks import configuration
-from steertune.recipes.lab.command_line import Argument, Count, Result, command
+from steertune.recipes.lab.command_line import Result, command
+from steertune.recipes.lab.options import Argument, Count
 from steertune.recipes.lab.processes import begin
 from steertune.recipes.lab.tables import ModelTable
 

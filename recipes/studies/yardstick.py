@@ -24,8 +24,9 @@ from typing import Annotated, Any
 import pandas as pd
 
 from steertune.adapters.card import versions
-from steertune.recipes.lab.command_line import Choice, Count, Option, Result, command
+from steertune.recipes.lab.command_line import Result, command
 from steertune.recipes.lab.observe import HeldOut, neutral_rows
+from steertune.recipes.lab.options import Choice, Count, Option
 from steertune.recipes.lab.pages import Page, Section, Table, Text, write_page
 from steertune.recipes.lab.processes import begin
 from steertune.recipes.lab.progress import track
@@ -119,9 +120,9 @@ def page_of(studies: Sequence[dict[str, Any]]) -> Page:
         Section("", [Text(_WHAT), Table(pd.DataFrame(problems, columns=pd.Index(["problem", "what is planted"])))]),
     ]
     for name in SIZES:
-        own = [one for one in studies if one["world"] == name]
-        if own:
-            parts += [Section(f"The {name} model", [Text(_size(own))]), *sections(own)]
+        of_world = [one for one in studies if one["world"] == name]
+        if of_world:
+            parts += [Section(f"The {name} model", [Text(_size(of_world))]), *sections(of_world)]
     made = f"Made by `steertune yardstick --folder docs/results/planted` with {versions()}."
     return Page("Which measures tell the truth", [*parts, Section("How it was made", [Text(made)])])
 

@@ -31,10 +31,11 @@ from steertune.recipes.lab import embedded, scorers, trained_on
 from steertune.recipes.lab.arm import Arm, load_arm
 from steertune.recipes.lab.behaviours import read_behaviour
 from steertune.recipes.lab.cards import HASHES, purpose, side_effects
-from steertune.recipes.lab.command_line import Choice, Count, Option, Result, command
+from steertune.recipes.lab.command_line import Result, command
 from steertune.recipes.lab.evaluate import evaluate, evaluate_base
 from steertune.recipes.lab.forms import readable
 from steertune.recipes.lab.observe import HeldOut, neutral_rows
+from steertune.recipes.lab.options import Choice, Count, Option
 from steertune.recipes.lab.pages import Page, Section, Table, Text, settings_in_words, table_markdown, write_page
 from steertune.recipes.lab.paths import TASKS as TASK_FOLDERS
 from steertune.recipes.lab.processes import begin
@@ -87,14 +88,7 @@ def main(
 
 
 def make(task: str, model: Any, home: Path, answered: int) -> Record:
-    """Train one vector, measure it, and save it with its card.
-
-    Args:
-        task: An embedded task.
-        model: The embedded model.
-        home: The adapter's folder.
-        answered: How many test prompts are answered.
-    """
+    """Train one vector, measure it, and save it with its card. The first `answered` test prompts are answered."""
     arm, tokenizer = load_arm(ARM, ["--data.name", task]), embedded.load_tokenizer()
     sizes = SplitTable(test=arm.data.test)
     splits = load_splits(task, sizes, arm.data.train).each(partial(readable, tokenizer=tokenizer))
@@ -205,7 +199,11 @@ def page_of(records: Sequence[Record], folders: Sequence[Path]) -> Page:
         "*ends of sentences* (the share that is right) are those of strength 1. KL and perplexity contain the "
         "behaviour itself where it is unconditional."
     )
-    silent = [record.keys["task"] for record in records if not _shows(record)]
+    silent = []
+    for record in records:
+        rises = [record.value("behaviour", at) for at in record.observations if at != BASE]
+        if max(rises) - record.value("behaviour", BASE) < VISIBLE:
+            silent.append(record.keys["task"])
     if silent:
         what += f" By their scorers, these show it no more at any strength (a rise below {VISIBLE:g}): "
         what += f"{', '.join(silent)}."
@@ -218,12 +216,6 @@ def page_of(records: Sequence[Record], folders: Sequence[Path]) -> Page:
             Section("How they were made", [Text(_MADE), Text(f"{versions()}.")]),
         ],
     )
-
-
-def _shows(record: Record) -> bool:
-    """Whether the behaviour rises enough to be noticed at one of the strengths."""
-    values = [record.value("behaviour", at) for at in record.observations if at != BASE]
-    return max(values) - record.value("behaviour", BASE) >= VISIBLE
 
 
 def cosines(folders: Sequence[Path]) -> pd.DataFrame:

@@ -15,8 +15,9 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import binomtest, sem
+from scipy.stats import sem
 
+from steertune.recipes.lab.intervals import share_interval
 from steertune.recipes.lab.rows import BASE, Record
 from steertune.recipes.sweeping.settings import Limits
 
@@ -109,12 +110,7 @@ class Reliability:
 
 
 def choose(settings: Sequence[Setting], limits: Limits) -> Choice:
-    """The recommended setting.
-
-    Args:
-        settings: Measured on validation rows.
-        limits: What a setting may do to neutral text.
-    """
+    """The recommended setting, of settings that were measured on validation rows."""
     measure = deciding(settings)
     forward = [setting for setting in settings if setting.strength > 0]
     gentle = [setting for setting in forward if not excesses(setting, limits)]
@@ -168,7 +164,7 @@ def excesses(setting: Setting, limits: Limits) -> list[str]:
         reasons.append(f"KL {kl:.2g}")
     if perplexity > limits.perplexity:
         reasons.append(f"perplexity × {perplexity:.2g}")
-    # without a generated answer, or with none long enough, there is no repetition
+    # repetition is NaN without a generated answer that is long enough
     if repetition > np.nan_to_num(setting.base.value("neutral_repetition")) + limits.repetition:
         reasons.append(f"repetition {repetition:.0%}")
     return reasons
@@ -185,11 +181,9 @@ def reliability(setting: Setting) -> Reliability:
     strengths = np.array([0.0, *(other.strength for other in on_line)])
     margins = np.array([setting.base.rows("margin"), *(other.rows("margin") for other in on_line)])
     slopes = np.polyfit(strengths, margins, 1)[0]
-    wrong = int((slopes < 0).sum())
-    interval = binomtest(wrong, len(slopes)).proportion_ci(method="wilson")
-    return Reliability(
-        [float(s) for s in slopes], wrong, wrong / len(slopes), float(interval.low), float(interval.high)
-    )
+    wrong = (slopes < 0).tolist()
+    share = share_interval(wrong, "wilson")
+    return Reliability(slopes.tolist(), sum(wrong), share.estimate, share.low, share.high)
 
 
 def place(setting: Setting) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from functools import cache, cached_property, partial
 from pathlib import Path
-from typing import Any
 
 from datasets import Dataset
 
@@ -34,15 +33,14 @@ class Context:
         table: The sweep, as asked for; `table` of the context says how many rows there are.
 
     Raises:
-        ArmError: rows that are no pairs, too few of them, or rows that stand in two splits.
+        ArmError: rows that are not pairs, too few of them, or rows that stand in two splits.
     """
 
     def __init__(self, table: SweepTable) -> None:
         # rows first: bad ones are refused before the model is loaded
         reading = Reading(table.columns, table.format, partial(model_has_template, table.model))
         splits = load_splits(table.task, table.splits, table.train, reading=reading, at_most=True)
-        loaded: tuple[Any, Any] = load_model(table.model)
-        self.model, self.tokenizer = loaded
+        self.model, self.tokenizer = load_model(table.model)
         self.splits = splits.each(partial(readable, tokenizer=self.tokenizer))
         self._notes = notes_on_form(splits.test, self.tokenizer)
         # of a single file there may be fewer rows than asked for

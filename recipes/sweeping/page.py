@@ -109,7 +109,7 @@ def page_of(result: Sweep) -> Page:
 
 
 def warning(slopes: Reliability) -> str:
-    """What is said of a setting that moves many examples the wrong way."""
+    """The warning about a setting that moves many examples the wrong way."""
     return (
         f"**Unreliable.** {slopes.wrong} of {len(slopes.slopes)} held-out examples ({slopes.share:.0%}, 95 % interval "
         f"{slopes.low:.0%} to {slopes.high:.0%}) move the wrong way; from {UNRELIABLE:.0%} on, the mean effect says "
@@ -229,10 +229,10 @@ def _table(result: Sweep) -> Section:
 
 def _cell(name: str, record: Record, strength: float) -> str:
     """A measure at a strength; what is weighed against each other has an interval."""
-    found = of_measure(measures.get(name), record.seen(strength))
-    if found is None:
+    mean = of_measure(measures.get(name), record.seen(strength))
+    if mean is None:
         return ""
-    return with_ends(found) if name in BESIDE else number(found.estimate)
+    return with_ends(mean) if name in BESIDE else number(mean.estimate)
 
 
 def _answers(result: Sweep) -> Section | None:

@@ -21,13 +21,8 @@ Value = Callable[[Setting], float]
 
 
 def heat_maps(settings: Sequence[Setting], panels: dict[str, tuple[Value, str]], choice: Choice) -> Figure:
-    """Layers x strengths, a panel a measure and site; the recommended setting is framed.
-
-    Args:
-        settings: All of them.
-        panels: Title -> what is shown, and its colours.
-        choice: The recommendation.
-    """
+    """Layers x strengths, a panel a measure and site; the recommended setting is framed. `panels` maps a title to what
+    is shown, and its colours."""
     sites = list(dict.fromkeys(setting.site for setting in settings))
     layers = sorted({setting.layer for setting in settings})
     strengths = sorted({setting.strength for setting in settings})
@@ -75,16 +70,8 @@ def _heat(axis: Axes, grid: NDArray[np.float64], colours: str) -> None:
 
 
 def pareto(settings: Sequence[Setting], value: Value, base: float, limit: float, choice: Choice, label: str) -> Figure:
-    """Behaviour against KL, a dot a setting coloured by its layer; those that no other beats on both are joined.
-
-    Args:
-        settings: All of them.
-        value: The behaviour.
-        base: Of the base model.
-        limit: Of the KL.
-        choice: The recommendation, ringed.
-        label: What the behaviour is called.
-    """
+    """Behaviour against KL, a dot a setting coloured by its layer; those that no other beats on both are joined. The
+    recommendation is ringed; `base` is the value of the base model and `limit` that of the KL."""
     points = [(max(c.value("kl"), 1e-6), value(c), c) for c in settings]
     points = [point for point in points if np.isfinite(point[:2]).all()]
     figure = Figure(figsize=(7.2, 4.2), layout="constrained")

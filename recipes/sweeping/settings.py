@@ -1,4 +1,4 @@
-"""What a sweep is asked for, checked before anything runs."""
+"""The request of a sweep, checked before anything runs."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def read_arm(name: str, overrides: list[str]) -> Arm:
     """The arm of a name, a TOML file, or of a folder that `train` wrote (or the adapter in it).
 
     Raises:
-        ArmError: there is none, it has no strength, or nothing of it can be put at a layer.
+        ArmError: it does not exist, has no strength, or cannot be put at a layer.
     """
     folder = Path(name)
     if folder.is_dir():
@@ -71,8 +71,8 @@ def read_arm(name: str, overrides: list[str]) -> Arm:
         tables = None if file is None else read_result(file, "Train the arm again.")
         if tables is None or "adapter" not in tables:
             raise ArmError(
-                f"{name} does not say how it was trained: there is no config.json of a training run in it or beside "
-                "it. Give the arm itself, or a direction."
+                f"{name} does not say how it was trained: no config.json of a training run is in it or beside it. "
+                "Give the arm itself, or a direction."
             )
         arm = make_arm(tables)
         check_recipe(arm, "sweep")

@@ -28,11 +28,7 @@ _BATCH = 4
 
 
 class Source:
-    """Makes the adapter of a place once, and keeps it in the sweep's folder.
-
-    Args:
-        context: The base model and the rows.
-    """
+    """Makes the adapter of a place once, and keeps it in the sweep's folder."""
 
     def __init__(self, context: Context) -> None:
         self.context, self.table = context, context.table
@@ -41,12 +37,8 @@ class Source:
         self._directions = cache(self._fit_directions)
 
     def model(self, site: Site, layer: int, home: Path) -> Any:
-        """The model with the adapter of a place, in evaluation mode.
-
-        Args:
-            site: Where in the block.
-            layer: Which block.
-            home: The place's folder; `adapter/` in it is read, or written whole.
+        """The model with the adapter of a place, in evaluation mode. The folder `adapter/` of the place's `home` is
+        read, or written whole.
 
         Raises:
             NonFiniteError: the training diverged.

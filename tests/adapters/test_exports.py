@@ -45,7 +45,10 @@ def logits(model: torch.nn.Module) -> torch.Tensor:
         return model(input_ids=tokens()).logits
 
 
-@pytest.mark.parametrize("target", ["peft", "safetensors", "gguf", "lm_eval", "vllm"])
+@pytest.mark.parametrize(
+    "target",
+    ["safetensors", "gguf", *(pytest.param(name, marks=pytest.mark.slow) for name in ("peft", "lm_eval", "vllm"))],
+)
 def test_a_fresh_process_finds_the_same(target, base, tmp_path):
     model = steered(layers=2)
     made = export(model, target, tmp_path / "out", base, INPUTS, strength=-1.5)
@@ -344,7 +347,7 @@ def test_the_recipe_exports_a_folder_and_reads_a_control_vector(base, tmp_path, 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["nowhere", "--to", "peft", "--output", "out"], "is no adapter folder"),
+        (["nowhere", "--to", "peft", "--output", "out"], "is not an adapter folder"),
         (["x.gguf", "--from", "gguf", "--output", "out"], "--from needs --model"),
         (["x.gguf", "--from", "gguf", "--model", "m", "--output", "."], "there already"),
         (["x.gguf", "--from", "gguf", "--model", "m", "--output", "out"], "not a readable GGUF file"),

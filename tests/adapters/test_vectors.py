@@ -349,7 +349,7 @@ def test_verdicts_by_hand():
     noise = np.linspace(-0.1, 0.1, 40)
 
     def on(own: Any, other: Any, both: Any) -> dict[str, Any]:
-        return two_vectors._on(*(gains(values + np.zeros(40)) for values in (own, other, both)))
+        return two_vectors._compared(*(gains(values + np.zeros(40)) for values in (own, other, both)))
 
     keeps = on(2 + noise, 0, 1.9 + noise)
     assert keeps["verdict"] == "keeps" and keeps["kept"] == pytest.approx(0.95) and keeps["works"]

@@ -198,11 +198,11 @@ ROWS: dict[str, Row] = {
         "'chosen' is empty", eval_dataset=tiny_data.pairs(1).map(lambda row: {"chosen": ""})
     ),
     # scorers
-    "scorer of an unknown kind": scorer("scorer.kind='clasifier' is none of.*'classifier'", kind="clasifier"),
-    "scorer of a path": scorer("scorer.kind='../rule' is none of", kind="../rule"),
+    "scorer of an unknown kind": scorer("scorer.kind='clasifier' must be one of.*'classifier'", kind="clasifier"),
+    "scorer of a path": scorer("scorer.kind='../rule' must be one of", kind="../rule"),
     "scorer with an unknown option": scorer("Unknown key 'patern' in .scorer.*'pattern'", kind="rule", patern="a"),
     "scorer with no expression": scorer("pattern: Field required", kind="rule"),
-    "scorer with a broken expression": scorer("is no regular expression", kind="rule", pattern="("),
+    "scorer with a broken expression": scorer("is not a regular expression", kind="rule", pattern="("),
     "scorer with a pattern of a number": scorer("pattern: Input should be a valid string", kind="rule", pattern=5),
     "scorer with a negative C": scorer("C: Input should be greater than 0", kind="classifier", C=-1),
     "judge at a file": scorer(
@@ -232,7 +232,7 @@ ROWS: dict[str, Row] = {
     "augmentation at a rate of 1": more("rate=1: above 0, and at most 0.2", name="perturbations", rate=1),
     "augmentation by no function": more("function='f': write module:name", name="function", function="f"),
     "augmentation by a function of nothing": more("No module named 'nowhere'", name="function", function="nowhere:f"),
-    "augmentation by a function that is none": more("is no function", name="function", function="math:pi"),
+    "augmentation by a function that is none": more("is not a function", name="function", function="math:pi"),
     "augmentation at no temperature": more("temperature=0: above 0", name="rewrites", temperature=0),
     "augmentation at a temperature of text": more("temperature='hot'", name="rewrites", temperature="hot"),
     "augmentation of an unknown part": more(r"parts=\('promt',\)", name="rewrites", parts=["promt"]),

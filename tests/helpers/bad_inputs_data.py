@@ -166,9 +166,9 @@ ROWS: dict[str, Row] = {
         "Invalid UTF8",
         prompt=pa.Array.from_buffers(pa.string(), 1, [None, pa.py_buffer(b"\0\0\0\0\1\0\0\0"), pa.py_buffer(b"\xff")]),
     ),
-    "pickle": file(r"x.pkl is none of \['.csv'", "x.pkl", b"\x80\x04N."),
-    "python": file("x.py is none of", "x.py", b"raise SystemExit"),
-    "zip": file("x.zip is none of", "x.zip", b"PK"),
+    "pickle": file(r"x.pkl must end in one of \['.csv'", "x.pkl", b"\x80\x04N."),
+    "python": file("x.py must end in one of", "x.py", b"raise SystemExit"),
+    "zip": file("x.zip must end in one of", "x.zip", b"PK"),
     "a pipe": (pipe, "no such file or folder"),
     "a file that is not there": ((lambda lab: load_split("./no.jsonl", "train")), "no such file or folder.*cautious"),
     "a folder without the split": folder(

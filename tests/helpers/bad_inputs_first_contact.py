@@ -300,12 +300,12 @@ ROWS: dict[str, Row] = {
     "a task that makes an object": task(CODE, "task: x\ny: !!python/object/apply:os.system ['true']\n"),
     "a task that imports a module": task(CODE, "task: x\ny: !!python/module:os ''\n"),
     "a task that includes a function": task(CODE, "include: other.yaml\ntask: x\n", other="y: !function u.f\n"),
-    "a task that includes nothing": task("include='no.yaml': there is no such file", "include: no.yaml\ntask: x\n"),
+    "a task that includes nothing": task("include='no.yaml' does not exist", "include: no.yaml\ntask: x\n"),
     "a task that includes itself": task("includes itself", "include: task.yaml\ntask: x\n"),
     "a task that runs answers": task("unsafe_code runs what the model writes", "task: x\nunsafe_code: true\n"),
     "a task of half a file": task("is not valid YAML", "task: [x\n"),
-    "a task that is a list": task("is no task", "- x\n"),
-    "a task of nothing": task("is no task", ""),
+    "a task that is a list": task("is not a task", "- x\n"),
+    "a task of nothing": task("is not a task", ""),
     "a task that is no UTF-8": task("Save it as UTF-8", b"task: caf\xe9\n"),
     "a task nested 1500 deep": task("is not valid YAML", "x: " + "[" * 1500),
     "a folder of tasks with a function": (
@@ -342,9 +342,9 @@ ROWS: dict[str, Row] = {
     "a revision of nothing": revision(""),
     "a revision of a folder": (
         lambda lab: ModelTable(name=str(lab.root / "model"), revision="main"),
-        "is no Hub name, and has none. Remove it",
+        "is not a Hub name, so it has no revisions. Remove it",
     ),
-    "a revision of the embedded model": arm("is no Hub name", model={"revision": "main"}),
+    "a revision of the embedded model": arm("is not a Hub name", model={"revision": "main"}),
     "a function to import in a view": arm("Unknown view 'os:system'", views={"good": {"name": "os:system"}}),
     # secrets
     "a token of the Hub": arm("trainer.hub_token holds a secret", trainer={"hub_token": TOKEN}),
@@ -388,7 +388,7 @@ ROWS: dict[str, Row] = {
     "eval of no tasks": (lambda lab: check_request([""], [1.0], None, None, None), "one task or more"),
     "eval with -1 demonstrations": (lambda lab: check_request(["a"], [1.0], -1, None, None), "--fewshot -1"),
     "eval with tasks of no folder": (
-        lambda lab: check_request(["a"], [1.0], None, Path("no"), None), "there is no such folder"),
+        lambda lab: check_request(["a"], [1.0], None, Path("no"), None), "must be a folder that exists"),
     "eval into a folder of nothing": (
         lambda lab: check_request(["a"], [1.0], None, None, Path("no/x.json")), "a folder that exists"),
     "eval of a function": on(CODE, "t.yaml", "y: !function u.f\n", "eval", "x", "--tasks", "t.yaml"),

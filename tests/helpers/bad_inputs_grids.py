@@ -148,7 +148,7 @@ def done(says: str, content: bytes) -> Row:
 DROP = object()
 DEEP = b"x = " + b"[" * 50_000
 NAME = "cannot name a folder: use letters"
-LEVEL = "is no name for a factor or level: use letters"
+LEVEL = "cannot name a factor or level: use letters"
 EVIL = "x'), __import__('sys').exit(99), Q('form"
 AGAIN = "Delete it, and it is run again"
 
@@ -157,7 +157,7 @@ ROWS: dict[str, Row] = {
     "arm that is a directory": toml("neither a .toml file nor one of", None),
     "arm of NUL": toml("x.toml is not valid TOML", b"\0\0"),
     "arm in UTF-16": toml("no UTF-8. Save it as UTF-8", "name = 5".encode("utf-16")),
-    "arm in Latin-1": toml("byte 8 is no UTF-8", b"name = '\xe9'"),
+    "arm in Latin-1": toml("byte 8 is not UTF-8", b"name = '\xe9'"),
     "arm with a key twice": toml("x.toml is not valid TOML: Cannot overwrite", b"name = 'a'\nname = 'b'"),
     "arm nested 50000 deep": toml("x.toml is not valid TOML", DEEP),
     "arm in JSON": toml("x.toml is not valid TOML", b'{"name": "a"}'),
@@ -291,7 +291,7 @@ ROWS: dict[str, Row] = {
     ),
     "result that is a list": result("a JSON object is expected, this is list", lambda text: b"[" + text + b"]"),
     "result that is nested": result("is damaged", lambda text: b"[" * 100_000),
-    "result that is no UTF-8": result("no UTF-8", lambda text: text.replace(b"abc", b"a\xffc")),
+    "result that is no UTF-8": result("is not UTF-8", lambda text: text.replace(b"abc", b"a\xffc")),
     # cells
     "cell of another format": cell("has format 3, this version reads 4", {"format": 3}),
     "cell without a format": cell(f"has format None, this version reads 4. {AGAIN}", {"format": DROP}),

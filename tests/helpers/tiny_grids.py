@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -118,3 +119,16 @@ def assert_alike(one: Any, other: Any, where: str = "cells") -> None:
     else:
         expected = pytest.approx(other, rel=1e-2, abs=1e-4, nan_ok=True) if isinstance(other, float) else other
         assert one == expected, where
+
+
+def toml(tables: dict) -> str:
+    """A grid's tables as TOML; JSON's inline values are valid TOML once written key by key."""
+
+    def inline(value) -> str:
+        if isinstance(value, dict):
+            return "{ " + ", ".join(f"{json.dumps(k)} = {inline(v)}" for k, v in value.items()) + " }"
+        if isinstance(value, list):
+            return "[" + ", ".join(inline(v) for v in value) + "]"
+        return json.dumps(value)
+
+    return "\n".join(f"{key} = {inline(value)}" for key, value in tables.items())

@@ -37,6 +37,7 @@ from steertune.recipes.lab import embedded
 
 PAGES = ROOT / "docs" / "pages"
 NAMES = sorted(str(file.relative_to(PAGES)) for file in PAGES.rglob("*.md"))
+LONG = ("reports.md", "use.md")  # a grid, a dozen commands
 CHANGES_THE_CODE = {"extend.md"}  # read in a copy of the repository, every command in a shell
 MOST_SKIPPED = 8  # blocks of all pages that do not run even where every package is installed
 FENCE = RawFencedCodeBlockLexer(re.compile(r"(?P<language>\w*)(?P<options>[^\n]*)$\n", re.MULTILINE))
@@ -170,7 +171,9 @@ def in_a_copy(tmp_path, monkeypatch) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("page", NAMES)
+@pytest.mark.parametrize(
+    "page", [pytest.param(name, marks=pytest.mark.slow if name in LONG else ()) for name in NAMES]
+)
 def test_blocks_run(page, tiny_cache, request, monkeypatch):
     monkeypatch.setenv("HF_HOME", str(tiny_cache))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")

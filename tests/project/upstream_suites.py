@@ -110,7 +110,7 @@ of data, and, by row of this table,
 
 Left out: images, vLLM, Liger, FlashAttention, quantised models, remote code, tests that are slow or need a GPU,
 architectures without a tiny model here, and the tests of what is not a trainer (collators, TRL's chunked loss). The
-tests of transformers' `Trainer` are not run: `test_trainers_parents.py` stands in.
+tests of transformers' `Trainer` are not run: `tests/trainers/test_parents.py` stands in.
 """
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from filelock import FileLock
-from tiny_grids import assert_alike, make_tables, read, results, run
+from tiny_grids import assert_alike, make_tables, read, results, run, toml
 
 import steertune.recipes.ablate as recipe
 import steertune.recipes.ablation.run as cell_module
@@ -123,6 +123,7 @@ def test_matched_strengths_are_each_model_s_own_and_nothing_else_is_measured(tab
             assert cell["setting"]["strength"] == 1.0
 
 
+@pytest.mark.slow
 def test_trials_that_train_together_come_out_as_they_do_alone(tables, tmp_path, monkeypatch):
     seen = []
     original = cell_module.train_together
@@ -150,9 +151,10 @@ def test_an_interrupted_grid_goes_on_and_comes_out_the_same(tables, tmp_path):
         assert (tmp_path / "parts" / path / "cell.json").stat().st_mtime_ns == stamp, "a finished cell was run again"
 
 
+@pytest.mark.slow
 def test_two_runners_share_the_cells_and_one_of_them_may_be_killed(tables, tmp_path):
     file = tmp_path / "grid.toml"
-    file.write_text(_toml(tables))
+    file.write_text(toml(tables))
     command = [sys.executable, "-m", "steertune.recipes.ablate", str(file), "--threads", "1"]
     command += ["--folder", str(tmp_path / "run")]
     first, second = (subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) for _ in range(2))
@@ -171,7 +173,7 @@ def test_two_runners_share_the_cells_and_one_of_them_may_be_killed(tables, tmp_p
 @pytest.mark.slow
 def test_processes_of_one_launch_share_the_cells(tables, tmp_path):
     file = tmp_path / "grid.toml"
-    file.write_text(_toml(tables))
+    file.write_text(toml(tables))
     command = [
         sys.executable,
         "-m",
@@ -202,7 +204,7 @@ def test_a_launched_process_stands_alone():
 
 def test_a_dry_run_says_what_it_would_cost_and_runs_nothing(tables, tmp_path, capsys):
     file = tmp_path / "grid.toml"
-    file.write_text(_toml(tables))
+    file.write_text(toml(tables))
     assert recipe.main([str(file), "--folder", str(tmp_path / "run"), "--dry-run", "--threads", "1", "--json"]) == 0
     out, printed = capsys.readouterr()
     assert json.loads(out) == {"folder": str(tmp_path / "run"), "cells": 10, "done": 0, "failed": []}
@@ -219,7 +221,7 @@ def test_a_dry_run_says_what_it_would_cost_and_runs_nothing(tables, tmp_path, ca
 def test_a_scorer_that_cannot_be_fitted_ends_the_grid_before_it_starts(tables, tmp_path, capsys):
     tables["tasks"][0]["scorer"] = {"kind": "classifier"}  # from two rows
     file = tmp_path / "grid.toml"
-    file.write_text(_toml(tables))
+    file.write_text(toml(tables))
     assert recipe.main([str(file), "--folder", str(tmp_path / "run"), "--threads", "1"]) == 2
     assert "splits.scorer=2: a classifier needs 8 rows or more" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
@@ -256,13 +258,14 @@ def test_what_is_left_of_a_grid_is_estimated_from_what_ran(tables, tmp_path):
     assert estimate([second], context, tmp_path) == {second.path: 10.0}
 
 
+@pytest.mark.slow
 def test_what_another_grid_holds_is_taken_over(tables, tmp_path, capsys):
     first = {**tables, "factors": {}, "design": {"kind": "arms"}, "seeds": [0]}
     first["arms"] = ["vector_dpo", "mean_difference"]
     first["claim"] = {"better": "vector_dpo", "than": "mean_difference"}
     known = run(first, tmp_path / "first")
     file, folder = tmp_path / "grid.toml", tmp_path / "second"
-    file.write_text(_toml(tables))
+    file.write_text(toml(tables))
     command = [str(file), "--folder", str(folder), "--known", str(tmp_path / "first"), "--threads", "1"]
     assert recipe.main([*command, "--dry-run"]) == 0
     assert "2 cells can be reused" in capsys.readouterr().out and not folder.exists()
@@ -287,7 +290,7 @@ def test_what_another_grid_holds_is_taken_over(tables, tmp_path, capsys):
 
 def test_a_folder_without_cells_is_not_known(tables, tmp_path, capsys):
     file = tmp_path / "grid.toml"
-    file.write_text(_toml(tables))
+    file.write_text(toml(tables))
     assert recipe.main([str(file), "--folder", str(tmp_path / "run"), "--known", str(tmp_path / "nothing")]) == 2
     assert "it holds no cells" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
@@ -396,19 +399,6 @@ def test_every_baseline_arm_runs(tables, tmp_path):
         assert ("augmentation" in cell["notes"]) == (
             name in ("lora_templates_dpo", "lora_rewrites_dpo", "lora_perturbations_dpo")
         )
-
-
-def _toml(tables: dict) -> str:
-    """The test's tables as TOML; JSON's inline values are valid TOML once written key by key."""
-
-    def inline(value) -> str:
-        if isinstance(value, dict):
-            return "{ " + ", ".join(f"{json.dumps(k)} = {inline(v)}" for k, v in value.items()) + " }"
-        if isinstance(value, list):
-            return "[" + ", ".join(inline(v) for v in value) + "]"
-        return json.dumps(value)
-
-    return "\n".join(f"{key} = {inline(value)}" for key, value in tables.items())
 
 
 def test_a_task_says_how_its_behaviour_is_left_out_of_damage_and_a_swapped_one_does_not(tables, tmp_path):

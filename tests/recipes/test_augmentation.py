@@ -13,7 +13,7 @@ from steertune.recipes.lab.arm import load_arm, make_arm
 from steertune.recipes.lab.augmentation import AugmentationError, get_augmenter, grown, names, read
 from steertune.recipes.lab.augmentation import function as function_module
 from steertune.recipes.lab.augmentation.perturbations import Perturbations
-from steertune.recipes.lab.augmentation.rewrites import Rewrites, _first
+from steertune.recipes.lab.augmentation.rewrites import Rewrites, sentence_of
 from steertune.recipes.lab.augmentation.templates import Templates
 from steertune.recipes.lab.files import ArmError
 from steertune.recipes.lab.ingredients.augmentation import Augmentation
@@ -168,7 +168,7 @@ def test_checks_of_a_paraphrase(new, passes):
 
 
 def test_a_paraphrase_is_taken_out_of_its_packing():
-    assert _first('Sure, here you go: "Shall we?"\nIt keeps the meaning.') == "Shall we?"
+    assert sentence_of('Sure, here you go: "Shall we?"\nIt keeps the meaning.') == "Shall we?"
 
 
 def test_rewrites_ask_the_model_and_count_what_fails():

@@ -163,6 +163,7 @@ def test_distill(home: Path, arm: str) -> None:
     assert trained_on.read(home / arm / "adapter")
 
 
+@pytest.mark.slow
 def test_ablate_and_report(home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tables = tomllib.loads(GRID)
     assert tables["name"] == "base"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from types import SimpleNamespace
 
 import pytest
@@ -14,9 +15,10 @@ from steertune.recipes.ablation.grid import load_grid
 from steertune.recipes.lab import embedded
 from steertune.recipes.lab.files import ArmError, write_result
 from steertune.recipes.studies import benchmark, benchmark_grid
-from steertune.recipes.studies.benchmark import _asked
+from steertune.recipes.studies.benchmark import ways_of
+from steertune.recipes.studies.timing.rows import Rows, random_words
 from steertune.recipes.studies.timing.shares import OTHER, kind_of, shares
-from steertune.recipes.studies.timing.ways import AGAINST, STEP, WAYS, data
+from steertune.recipes.studies.timing.ways import AGAINST, STEP, WAYS
 from steertune.trainers import tokenise
 
 
@@ -28,8 +30,30 @@ def test_the_former_name_runs_the_study_and_is_no_second_command():
 
 
 def test_ways_that_are_asked_for_come_with_what_they_are_compared_with():
-    assert [*_asked(["SFT: ours*"])] == [AGAINST["sft"], *(name for name in WAYS if name.startswith("SFT: ours"))]
-    assert _asked(["*"]) == WAYS and _asked(["nothing"]) == {}
+    assert [*ways_of(["SFT: ours, *"])] == [AGAINST["sft"], *(name for name in WAYS if name.startswith("SFT: ours, "))]
+    assert [*ways_of(["pairs: ours + LoRA*"])] == [
+        f"pairs: {who} + LoRA in the upper third" for who in ("TRL", "ours")
+    ]
+    assert ways_of(["*"]) == WAYS and ways_of(["nothing"]) == {}
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("kind", ["sft", "dpo"])
+def test_tokens_of_rows_are_counted_once_per_pair(kind, tmp_path):
+    tokenizer = embedded.load_tokenizer()
+    rows = [{"prompt": "Why so?", "chosen": " one two" * (i + 1), "rejected": " no"} for i in range(16)]
+    file = tmp_path / "pairs.jsonl"
+    file.write_text("\n".join(map(json.dumps, rows)))
+    unequal = Rows.of_file(file, batch=4)
+
+    def count(text: str) -> int:
+        return len(tokenizer(text)["input_ids"])
+
+    answers = sum(count(row["chosen"]) + 1 + (count(row["rejected"]) + 1 if kind == "dpo" else 0) for row in rows)
+    assert unequal.tokens(tokenizer, kind) == (16 * count("Why so?") / 4, answers / 4)
+    assert len(unequal.data(tokenizer, kind)) == 16
+    with pytest.raises(ArmError, match="20 are needed"):
+        Rows.of_file(file, batch=5).data(tokenizer, kind)
 
 
 @pytest.mark.parametrize("per,seconds", [("seed", 5 * 10), ("arm", 5 * 10), ("grid", 10 + 4 * 4)])
@@ -52,7 +76,7 @@ def test_arms_of_a_grid_that_it_does_not_have(capsys):
 @pytest.mark.parametrize("kind", ["sft", "dpo"])
 def test_rows_have_the_tokens_that_are_asked_for(kind):
     tokenizer = embedded.load_tokenizer()
-    rows = tokenise(data(tokenizer, kind, length=24, prompt=9, count=3), tokenizer).to_list()
+    rows = tokenise(random_words(tokenizer, kind, length=24, prompt=9, count=3), tokenizer).to_list()
     for row in rows:
         if kind == "sft":
             assert len(row["input_ids"]) == 24
@@ -92,10 +116,10 @@ def test_kinds_of_work(operation, kind):
 
 
 def test_a_benchmark_goes_on_with_its_own_settings_only(tmp_path):
-    asked = {"model": "embedded", "tokens": 64, "rounds": 1, "growth": False, "ways": ["*"], "no_memory": True}
+    asked = {"model": "embedded", "rounds": 1, "growth": False, "ways": ["*"], "no_memory": True}
     options = SimpleNamespace(**asked, folder=tmp_path)
     assert benchmark._measured(options) == []
-    rows = [{"length": 32, "prompt": 16}]
+    rows = [{"title": "2 rows of 32 tokens, 16 of them prompt"}]
     write_result(tmp_path / "table.json", {"settings": benchmark._settings(options), "rows": rows})
     assert benchmark._measured(options) == rows
     options.rounds = 2

@@ -117,7 +117,7 @@ def test_chat_is_generation_at_two_strengths_with_memory(folder):
 def test_chat_says_what_it_does_not_understand():
     model = steered(tiny(max_position_embeddings=512), layers=2)
     said = talk(model, "/strength much", "/strength nan", "/strength", "/what", "  ", "/quit", "the cat")
-    assert said[:2] == ["'much' is no number.", "'nan' is not finite."]
+    assert said[:2] == ["'much' is not a number.", "'nan' is not finite."]
     assert said[2:] == [chat._HELP, chat._HELP]
     with pytest.raises(ValueError, match="finite strength"):
         chat.Chat(model, tiny_data.tokenizer(), float("nan"), 4, 0.0)

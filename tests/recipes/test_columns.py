@@ -12,8 +12,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from steertune.recipes.lab.command_line import columns_of
 from steertune.recipes.lab.files import ArmError
+from steertune.recipes.lab.options import columns_of
 from steertune.recipes.lab.sources import Reading, load_split
 from steertune.recipes.lab.tables import DataTable
 

@@ -22,21 +22,12 @@ import steertune.losses
 from steertune.adapters.config import SteeringVectorConfig
 from steertune.recipes import cli
 from steertune.recipes.lab import arm, ingredients
-from steertune.recipes.lab.command_line import (
-    ArmName,
-    Choice,
-    Command,
-    Count,
-    Group,
-    Option,
-    Result,
-    Threads,
-    command,
-    spread,
-)
+from steertune.recipes.lab.command_line import Command, Group, Result, command
 from steertune.recipes.lab.fields import FieldText, documented, fields_of
 from steertune.recipes.lab.files import ArmError
 from steertune.recipes.lab.keys import USUAL, arm_keys, meant, split_overrides
+from steertune.recipes.lab.options import ArmName, Choice, Count, Option, Threads
+from steertune.recipes.lab.parsing import spread
 from steertune.recipes.lab.tables import ArmTables
 
 SIZES = [0.1, 0.5]

@@ -106,7 +106,7 @@ def test_an_instruction_is_learnt_and_its_tokens_are_saved(words, tmp_path, caps
 
 
 def test_an_interrupted_run_reads_its_answers(words, tmp_path, monkeypatch):
-    monkeypatch.setattr(distill, "fit", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(distill, "train_and_save", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     assert distill.main(["vector_distillation", *words]) == 130
     before = (tmp_path / "run" / "answers.jsonl").read_text()
     monkeypatch.undo()

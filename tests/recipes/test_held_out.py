@@ -57,7 +57,7 @@ def test_rows_that_were_trained_on_are_refused_with_their_place(adapter, tmp_pat
 def test_an_adapter_without_the_file_is_said(adapter, tmp_path):
     (adapter / FILE).unlink()
     rows, note = held_out_rows(str(tmp_path / "pairs.jsonl"), [adapter])
-    assert len(rows) == 60 and "nobody knows whether it was trained" in note
+    assert len(rows) == 60 and "it may have been trained" in note
 
 
 def test_a_damaged_file_is_refused(adapter):

@@ -13,9 +13,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from steertune.recipes.ablation.grid import make_grid
 from steertune.recipes.ablation.statistics.rows import examples_of
+from steertune.recipes.lab.intervals import rate
 from steertune.recipes.studies import planted
 from steertune.recipes.studies.planting import FORMS
-from steertune.recipes.studies.planting.page import _rate
 from steertune.recipes.studies.planting.studies import Study, read_study
 from steertune.recipes.studies.planting.teachers import make_teacher, save_base, write_task
 
@@ -113,9 +113,10 @@ def test_what_a_study_says(problem, means, named, form, layer, side, false, base
 
 
 def test_rates_come_with_their_own_uncertainty():
-    assert _rate([False] * 24) == "0% [0%, 14%]"
+    assert rate([False] * 24) == "0% [0%, 14%]"
 
 
+@pytest.mark.slow
 def test_the_suite_runs_and_goes_on(tmp_path, capsys, monkeypatch):
     for name, value in (("TASKS", 1), ("SEEDS", 2), ("TEST", 8), ("EXAMPLES", 8)):
         monkeypatch.setattr(planted, name, value)

@@ -26,6 +26,7 @@ from steertune.recipes.ablation.statistics.power import (
     larger,
     power,
 )
+from steertune.recipes.ablation.tables import read_tables
 from steertune.recipes.lab.files import read_result
 
 PARTS = Components(task=0.004, seed=0.002, row=0.03, rest=0.06)
@@ -116,7 +117,7 @@ def test_the_components_that_are_committed_are_those_of_the_studies(measure: str
     for folder in sorted(file.parent for file in results.glob("*/grid.json")):
         grid = read_result(folder / "grid.json", "")
         cells = read_cells(folder, grid)
-        cells = analysis.in_pairs(cells[cells["status"] != "failed"], analysis.read_tables(grid).tasks)
+        cells = analysis.in_pairs(cells[cells["status"] != "failed"], read_tables(grid).tasks)
         wide = analysis.scores(cells, f"{measure}@matched")
         arms = [arm for arm in wide if wide[arm].notna().any()]
         gaps = [(wide[arm] - wide[other]).dropna() for i, arm in enumerate(arms) for other in arms[:i]]

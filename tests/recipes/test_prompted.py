@@ -13,7 +13,7 @@ from steertune.recipes import train
 from steertune.recipes.ablation.context import Context, instructions
 from steertune.recipes.ablation.grid import Cell, load_grid, make_grid
 from steertune.recipes.ablation.sections.card import card_blocks
-from steertune.recipes.ablation.tables import TaskTable, told
+from steertune.recipes.ablation.tables import TaskTable, with_instructions
 from steertune.recipes.lab.arm import load_arm
 from steertune.recipes.lab.embedded import TASKS, task_names
 from steertune.recipes.lab.files import ArmError
@@ -179,7 +179,7 @@ def test_views_that_show_more_than_there_is_are_refused_before_anything_runs(tab
 def test_instructions_have_an_author(tables, tmp_path):
     task = tables["tasks"][0]
     task["instructions_by"] = " "
-    with pytest.raises(ArmError, match="instructions by nobody.*with which budget"):
+    with pytest.raises(ArmError, match="instructions without an author.*with which budget"):
         make_grid(tables)
     del task["instructions"], task["instructions_by"]
     file = Path(task["name"]) / "instructions.toml"
@@ -204,9 +204,10 @@ def test_grids_without_prompting_arms_leave_instructions_alone(tables):
 
 @pytest.mark.parametrize("name", task_names())
 def test_embedded_tasks_bring_instructions(name):
-    task = told(TaskTable(name=name), TASKS / name)
+    task = with_instructions(TaskTable(name=name), TASKS / name)
     assert len(task.instructions) == len(set(task.instructions)) >= 3 and "none was tried" in task.instructions_by
-    assert told(TaskTable(name=name, reverse=True), TASKS / name).instructions == [], "they ask for the chosen answers"
+    reverse = with_instructions(TaskTable(name=name, reverse=True), TASKS / name)
+    assert reverse.instructions == [], "they ask for the chosen answers"
 
 
 def test_base_models_are_prompted_with_plain_text(tables, tmp_path):

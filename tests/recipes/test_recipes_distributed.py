@@ -74,6 +74,7 @@ def differences(one: Any, two: Any, path: str = "") -> list[str]:
     return [] if equal else [f"{path}: {one!r} and {two!r}"]
 
 
+@pytest.mark.slow
 def test_two_processes_train_and_distil_as_one(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     tiny_data.save_model(tmp_path / "model", max_position_embeddings=512, vocab_size=22)
     for split in ("train", "test"):

@@ -22,17 +22,9 @@ from matplotlib.figure import Figure
 from steertune.recipes import report
 from steertune.recipes.ablate import GRID, write_grid
 from steertune.recipes.ablation import charts
-from steertune.recipes.ablation.analysis import (
-    attribution,
-    by_examples,
-    comparisons,
-    in_pairs,
-    read_tables,
-    recovered,
-    scores,
-    verdict,
-)
+from steertune.recipes.ablation.analysis import attribution, by_examples, comparisons, in_pairs, scores
 from steertune.recipes.ablation.cells import column, read_cells
+from steertune.recipes.ablation.claims import recovered, verdict
 from steertune.recipes.ablation.findings import find
 from steertune.recipes.ablation.grid import Cell, Grid, make_grid
 from steertune.recipes.ablation.labels import arm_labels
@@ -40,7 +32,7 @@ from steertune.recipes.ablation.levels import named
 from steertune.recipes.ablation.sections import sections
 from steertune.recipes.ablation.statistics.paired import crossed_interval, difference
 from steertune.recipes.ablation.statistics.rows import examples_of, rows_of, with_base
-from steertune.recipes.ablation.tables import GridTables, TaskTable
+from steertune.recipes.ablation.tables import GridTables, TaskTable, read_tables
 from steertune.recipes.lab import measures, pages
 from steertune.recipes.lab.files import ArmError, read_result, write_result
 from steertune.recipes.lab.rows import BASE, COLUMNS, MATCHED, TUNED, Record
@@ -141,6 +133,18 @@ def make_up(folder: Path, score: Score, seed: int = 0, keep: Callable[[Cell], bo
         file.parent.mkdir(parents=True)
         Record(keys, observations, facts).write(file)
     return grid
+
+
+@pytest.fixture(autouse=True)
+def pictures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawing takes most of a report's time, so figures are drawn for tests of figures only (`drawn`)."""
+    if "drawn" not in request.fixturenames:
+        monkeypatch.setattr(Figure, "savefig", lambda self, file, **_: Path(file).write_bytes(b"not drawn"))
+
+
+@pytest.fixture
+def drawn() -> None:
+    """Asks for figures that are drawn."""
 
 
 def said(folder: Path) -> str:
@@ -519,7 +523,7 @@ def test_the_first_screen_has_the_question_the_answer_and_what_it_costs(tmp_path
     assert "{'" not in page and "=" not in first.replace("p = ", "").replace("n = ", "")
 
 
-def test_figures_are_png_and_svg_and_tables_latex_too(tmp_path):
+def test_figures_are_png_and_svg_and_tables_latex_too(tmp_path, drawn):
     make_up(tmp_path, by_form, keep=lambda cell: cell.seed < 3)
     said(tmp_path)
     names = {file.stem for file in (tmp_path / "charts").glob("*.png")}

@@ -52,7 +52,7 @@ def test_kinds_are_the_files_and_a_classifier_is_the_default():
         ({"kind": "__init__"}, ["scorer.kind='__init__'", "'classifier'"]),
         ({"kind": "rule", "patern": "x"}, ["'patern' in [scorer]", "Did you mean 'pattern'"]),
         ({"kind": "rule"}, ["scorer: pattern", "required"]),
-        ({"kind": "rule", "pattern": "(cat"}, ["'(cat' is no regular expression"]),
+        ({"kind": "rule", "pattern": "(cat"}, ["'(cat' is not a regular expression"]),
         ({"kind": "classifier", "CC": 1}, ["'CC' in [scorer]", "Did you mean 'C'"]),
         ({"kind": "classifier", "C": 0}, ["scorer: C", "greater than 0"]),
         ({"kind": "logprob", "positve": "x", "negative": "y"}, ["'positve'", "Did you mean 'positive'"]),

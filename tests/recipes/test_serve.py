@@ -269,7 +269,7 @@ def test_lines_come_as_they_are_written(server):
         (["careful"], "NAME=FOLDER"),
         (["a=x", "a=y"], "given twice"),
         (["a@2=x"], "without '@'"),
-        (["a=nowhere"], "is no adapter folder"),
+        (["a=nowhere"], "is not an adapter folder"),
         (["a=nowhere", "--input", "nowhere.jsonl"], "no such file"),
         (["keys=nowhere"], "cannot be the name of an adapter"),
         (["a.b=nowhere"], "without '@' and '.'"),

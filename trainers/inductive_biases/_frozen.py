@@ -1,36 +1,26 @@
-"""Frozen vectors that take part in training: read from adapter folders, checked against the model, described."""
+"""What biases with frozen vectors share: they change training passes, and their vectors come from adapter folders."""
 
 from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
 from contextlib import ExitStack
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ...adapters import steering_layers
-from ...adapters.analysis.arithmetic import VectorError, read
-from ...adapters.fingerprint import check_fingerprint
+from ..frozen_vectors import FrozenVector, FrozenVectorError, read_frozen_vectors
 from ..prefix.decoder import base_of
 from ..training_changes import Change, TrainingChange
 from ..types import SteeringRun
 from ._base import Bias, BiasError
 
 
-class FrozenVector(NamedTuple):
-    """A vector at one place of the model."""
-
-    layer: int
-    module: str  # name in the base model
-    vector_D: Tensor
-
-
 class InTraining(Bias):
     """A bias that changes the residual stream in training passes only.
 
-    Adapters that are saved and evaluations know nothing of it.
+    Saved adapters and evaluations are without it.
     """
 
     own_passes: ClassVar[bool] = True
@@ -72,33 +62,10 @@ def frozen_vectors(folder: str, model: nn.Module, name: str) -> list[FrozenVecto
     Raises:
         BiasError: the folder holds no vector that can be added at every token, or one of another base model.
     """
-    base: Any = base_of(model)
     try:
-        vectors = read(folder)
-        if vectors.base is not None:
-            check_fingerprint(vectors.base, base)
-    except (VectorError, ValueError, OSError) as error:
+        return read_frozen_vectors(folder, model)
+    except FrozenVectorError as error:
         raise BiasError(f"{name}: {error}") from error
-    if vectors.positions != "all" or vectors.norm == "preserve":
-        what = f"positions={vectors.positions!r}" if vectors.positions != "all" else "norm='preserve'"
-        raise BiasError(
-            f"{name}: {folder} has {what}. Only a vector that is added as it is to every token can be used."
-        )
-    if not any(bool(vector.any()) for vector in vectors.vectors.values()):
-        raise BiasError(f"{name}: the vector of {folder} is zero, so it would change nothing.")
-    embedding = base.get_input_embeddings().weight
-    width = embedding.shape[-1]
-    found = []
-    for layer, vector_D in vectors.vectors.items():
-        module = vectors.modules[layer]
-        if len(vector_D) != width or module not in dict(base.named_modules()):
-            raise BiasError(
-                f"{name}: {folder} has a vector of {len(vector_D)} numbers at {module}, which does not fit "
-                f"{type(base).__name__} with a residual stream of width {width}."
-            )
-        # here, so that no pass has to copy it
-        found.append(FrozenVector(layer, module, vector_D.to(embedding.device)))
-    return found
 
 
 def refuse_same_place(model: nn.Module, modules: Sequence[str], name: str) -> None:
@@ -117,13 +84,3 @@ def refuse_same_place(model: nn.Module, modules: Sequence[str], name: str) -> No
                 f"{name}: a steering vector is trained at {places[id(steered)]}, where the frozen one is used, too. "
                 "It would learn the same vector as without, less the frozen one. Train another layer, or a LoRA."
             )
-
-
-def random_directions(vectors: Sequence[FrozenVector], seed: int) -> list[FrozenVector]:
-    """Random directions of the same lengths at the same places, as a control."""
-    generator = torch.Generator().manual_seed(seed)
-    directions = [torch.randn(len(one.vector_D), generator=generator).to(one.vector_D) for one in vectors]
-    return [
-        frozen._replace(vector_D=direction * frozen.vector_D.norm() / direction.norm())
-        for frozen, direction in zip(vectors, directions, strict=True)
-    ]

@@ -11,11 +11,12 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from ...adapters.blocks import find_blocks, resolve_layers
+from ..frozen_vectors import FrozenVector, random_directions
 from ..prefix.decoder import base_of
 from ..training_changes import Change
 from ..types import SteeringRun
 from ._base import BiasError, check_layer
-from ._frozen import FrozenVector, InTraining, frozen_vectors, random_directions
+from ._frozen import InTraining, frozen_vectors
 
 
 @dataclass(frozen=True)

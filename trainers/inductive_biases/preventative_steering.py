@@ -13,10 +13,11 @@ from typing import Literal
 
 from torch import Tensor, nn
 
+from ..frozen_vectors import FrozenVector, random_directions
 from ..prefix.decoder import base_of
 from ..training_changes import Change
 from ..types import SteeringRun
-from ._frozen import FrozenVector, InTraining, frozen_vectors, random_directions, refuse_same_place
+from ._frozen import InTraining, frozen_vectors, refuse_same_place
 
 SCHEDULES: dict[str, Callable[[float], float]] = {
     "constant": lambda progress: 1.0,

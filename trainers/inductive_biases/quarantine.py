@@ -17,10 +17,11 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from ...adapters.blocks import find_blocks
+from ..frozen_vectors import random_directions
 from ..prefix.decoder import base_of
 from ..types import SteeringRun
 from ._base import Bias, BiasError, write_of
-from ._frozen import frozen_vectors, random_directions
+from ._frozen import frozen_vectors
 
 
 class Part(NamedTuple):

@@ -51,7 +51,8 @@ class RankOneStart(ClosedForm):
         direction, batches = self.computed(trainer, index)
         # fit the row on the states of the training answers
         inputs = [run(model, module, block, batch).inputs[batch["completion_mask"].bool()] for batch in batches]
-        row = ones_row(_evenly_drawn(torch.cat(inputs).float()))
+        states = torch.cat(inputs).float()
+        row = ones_row(states[:: -(-len(states) // _TOKENS)])  # at most `_TOKENS`, evenly drawn
         # write both, and check that the block's output moves as it should
         before, values = run(model, module, block, batches[0]), [matrix.detach().clone() for matrix in matrices]
         _write(matrices, row, direction / factor)
@@ -112,8 +113,3 @@ def _write(matrices: list[Tensor], row: Tensor, vector: Tensor) -> None:
     else:
         a, b = matrices
         a[0], b[:, 0] = row.to(a), vector.to(b)
-
-
-def _evenly_drawn(rows: Tensor) -> Tensor:
-    """At most `_TOKENS` rows, evenly drawn."""
-    return rows[:: -(-len(rows) // _TOKENS)]

@@ -67,9 +67,9 @@ class CachedPass:
         stops: Collection[int] = (),
     ) -> None:
         self.model, self._proven, self._notices = model, proven, notices
-        self._error: str | None = None  # of our own code, until the plain path has done without it
+        self._error: str | None = None  # of this class, reported once the plain path has succeeded
         self._proven_here: set[tuple[Any, ...]] = set()
-        self._draws: bool | None = None  # whether training draws random numbers; None: not looked at yet
+        self._draws: bool | None = None  # whether training draws random numbers; None: not checked yet
         self._training = training
         self._made_for = self._state_of_model()
         self._draws_by_mode = training or model.training
@@ -120,7 +120,7 @@ class CachedPass:
             labels_only: Whether nothing is read of the outputs before the last prompt token. Then prompts that no
                 adapter changes need not run at all.
         """
-        # what was found constant is constant for this model as it was
+        # the checks hold for the model as it was when they were made
         drawing = self._training or self.model.training
         if self._made_for != self._state_of_model() or drawing > self._draws_by_mode:
             self._notices.off("adapters, trained parameters or the mode are not those it was made for")
@@ -187,7 +187,8 @@ class CachedPass:
         """The rows of a call, each alone.
 
         Raises:
-            Unknown: something is to be returned of the blocks that would not run, or the rows are not all there is.
+            Unknown: the call asks for outputs of blocks that would be skipped, or takes inputs other than
+                rows of tokens.
         """
         # what the blocks that do not run would have returned
         if self._setting(call, "use_cache"):
@@ -240,7 +241,7 @@ class CachedPass:
                 column_C = torch.arange(call["input_ids"].shape[1])
                 read_RC = (column_C >= some.starts[:, None]) & (column_C < some.lengths[:, None])
                 few = [rows[i] for i in sample.tolist()]
-                self._prove(call, what, sample, lambda own: caches.run(own, few, h_RCD[sample], some), read_RC)
+                self._prove(call, what, sample, lambda sampled: caches.run(sampled, few, h_RCD[sample], some), read_RC)
             output = caches.run(call, rows, h_RCD, split)
             caches.keep()
             return output
@@ -268,8 +269,8 @@ class CachedPass:
                 # the sample has its own layout
                 def run(few: dict[str, Any]) -> Any:
                     ends = None if ends_R is None else ends_R[sample]
-                    own = common_layout(few, lengths_R[sample], ends, share, at_least=0.0)
-                    return self._run_packed(few, None if h_RCD is None else h_RCD[sample], own)
+                    sample_layout = common_layout(few, lengths_R[sample], ends, share, at_least=0.0)
+                    return self._run_packed(few, None if h_RCD is None else h_RCD[sample], sample_layout)
 
                 self._prove(call, what, sample, run)
         except NoPrefix as why:
@@ -302,8 +303,8 @@ class CachedPass:
             what = f"a shared pass over the prompts{_kind_of_rows(split.starts, call)}"
             if self._unproven(what, call):
                 some, sample = split.only(_shortest_and_longest(split.prompts.tolist()))
-                own = None if h_RCD is None else h_RCD[sample]
-                self._prove(call, what, sample, lambda few: run_split(self.model, self.decoder, few, own, some))
+                h_SCD = None if h_RCD is None else h_RCD[sample]
+                self._prove(call, what, sample, lambda few: run_split(self.model, self.decoder, few, h_SCD, some))
         except NoPrefix as why:
             self.shares_prompts = False
             self._notices.less(why)
@@ -343,7 +344,7 @@ class CachedPass:
 
     def _unproven(self, what: str, call: Mapping[str, Any]) -> bool:
         on = call["input_ids"].device
-        # looked up often, so by few things; the digest below knows all that a proof depends on
+        # a cheap key, because this is looked up often; `_proof` digests everything that a proof depends on
         way = (what, on, torch.is_autocast_enabled(on.type) and torch.get_autocast_dtype(on.type))
         if way not in self._proven_here and self._proof(what, call) in self._proven:
             self._proven_here.add(way)
@@ -372,23 +373,23 @@ class CachedPass:
         """
         # a batch of the sampled rows, with their own prompts
         shape = call["input_ids"].shape
-        there = sent(sample, call["input_ids"].device)
+        sample_there = sent(sample, call["input_ids"].device)
         few = {
-            name: value[there] if isinstance(value, Tensor) and value.shape == shape else value
+            name: value[sample_there] if isinstance(value, Tensor) and value.shape == shape else value
             for name, value in call.items()
         }
         with evaluating(self.model), ExitStack() as stack:
             for boundary in {id(layer.boundary): layer.boundary for layer in steering_layers(self.model)}.values():
-                stack.enter_context(boundary.select(there))
+                stack.enter_context(boundary.select(sample_there))
             # from the tokens, without anything left out
             plain = self.decoder.run(few, None)[0]
             try:
                 ours = run(few)[0]
-            except Exception as error:  # whatever it is, the plain path has just worked
+            except Exception as error:  # of any kind: the plain path has just worked
                 raise NoPrefix(
                     f"{what} is off: {type(self.decoder.module).__name__} fails with it: {error}"
                 ) from error
-        # padding means nothing in either
+        # outputs on padding are undefined in both
         if real_RC is None and (mask := few.get("attention_mask")) is not None:
             real_RC = mask.bool()
         if (apart := difference(plain, ours, real_RC)) is not None:

@@ -1,4 +1,4 @@
-"""What is kept of a row while an adapter trains: its states below the suffix, and what the reference says of it."""
+"""What is cached of a row: its states below the suffix, and its log-probabilities under the reference."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class CachedStates:
         decoder: Its stack of blocks, which can skip the cached prefix.
         training: Whether parameters that require gradients will be changed.
         random: Whether modules are in training mode, in which some draw random numbers.
-        notices: Says why new rows run one by one.
+        notices: Reports why new rows run one by one.
         stops: Numbers of blocks behind which states are kept as well, where a pass comes by.
     """
 
@@ -123,7 +123,7 @@ class CachedStates:
         # what is constant by kind
         check_frozen(ran.items(), self.training, self.random)
         self._below = [module for module in ran.values() if module is not stack]
-        # noise that no module's name tells
+        # noise that no module's name reveals
         if self.random:
             in_training, drawn = draws(base, row, lambda row: self.decoder.state({**row, "use_cache": False}))
             if drawn or difference(state, in_training) is not None:
@@ -218,16 +218,16 @@ class CachedReference:
         # rows alone, and their labels without those on padding
         rows = rows_of(batch.inputs)
         device = batch.labels.device
-        labels = [_first(batch.labels, i, row["input_ids"].shape[1]) for i, row in enumerate(rows)]
+        row_labels = [_first(batch.labels, i, row["input_ids"].shape[1]) for i, row in enumerate(rows)]
         # labels on padding belong to no row
         labelled = int((on_host(batch.labels)[:, 1:] != -100).sum())
-        if sum(int((on_host(own)[:, 1:] != -100).sum()) for own in labels) != labelled:
+        if sum(int((on_host(labels)[:, 1:] != -100).sum()) for labels in row_labels) != labelled:
             return compute(batch)
         names = {layer: f"{site}/{layer}" for layer in layers}
         logps: list[Tensor] = []
         hidden: dict[int, list[Tensor]] = {layer: [] for layer in layers}
-        for row, own in zip(rows, labels, strict=True):
-            logps_L, states = self._row({**row, "labels": own}, names, compute)
+        for row, labels in zip(rows, row_labels, strict=True):
+            logps_L, states = self._row({**row, "labels": labels}, names, compute)
             logps.append(logps_L.to(device, non_blocking=True))
             for layer, state in zip(layers, states, strict=True):
                 hidden[layer].append(state.to(device, non_blocking=True))
@@ -260,7 +260,7 @@ def _first(labels: Tensor, row: int, length: int) -> Tensor:
 
 
 def _frozen_adapters(model: nn.Module, tensors: Sequence[tuple[str, Tensor]]) -> dict[str, str]:
-    """The settings of adapters that belong to the reference: their scale, say, is in no tensor."""
+    """The settings of adapters that belong to the reference: no tensor holds their scale, for example."""
     configs = model.peft_config if isinstance(model, PeftModel) else {}
-    own = {name: any(f".{name}." in f"{key}." for key, _ in tensors) for name in configs}
-    return {name: repr(sorted(config.to_dict().items(), key=str)) for name, config in configs.items() if own[name]}
+    held = {name: any(f".{name}." in f"{key}." for key, _ in tensors) for name in configs}
+    return {name: repr(sorted(config.to_dict().items(), key=str)) for name, config in configs.items() if held[name]}

@@ -2,8 +2,8 @@
 
 The backward pass runs a checkpointed block a second time, when the forward pass is over: other passes have been made
 since, blocks that were left out would run, and a cache of keys and values has been written to. transformers therefore
-drops caches, and nothing says which tokens the steering layers inside a block are to steer. Here a block is
-checkpointed as its `forward`, with everything that it depends on beside its arguments.
+drops caches, and the steering layers inside a block no longer know which tokens to steer. Here a block is checkpointed
+as its `forward`, together with everything that it depends on beside its arguments.
 """
 
 from __future__ import annotations
@@ -58,17 +58,17 @@ def run_again_alike(
     """
     # blocks that transformers would checkpoint, and what with
     functions = {block: _function_of(block) for block in blocks if _flagged(block)}
-    own = {block: function for block, function in functions.items() if function is not None}
-    if not own:
+    checkpointed = {block: function for block, function in functions.items() if function is not None}
+    if not checkpointed:
         yield
         return
     # transformers' own checkpointing is off inside, also that of modules inside a block
-    switched = [module for block in own for module in block.modules() if getattr(module, _FLAG, False)]
+    switched = [module for block in checkpointed for module in block.modules() if getattr(module, _FLAG, False)]
     if cached and _flagged(stack):
         switched.append(stack)
     forwards = {
         block: _checkpointed(block, function)
-        for block, function in own.items()
+        for block, function in checkpointed.items()
         if torch.is_grad_enabled() and block not in left_out
     }
     with _off(switched), replaced_forwards(forwards):
@@ -97,7 +97,7 @@ def _checkpointed(block: nn.Module, function: Callable[..., Any]) -> Callable[..
 
     @functools.wraps(plain)
     def forward(*args: Any, **kwargs: Any) -> Any:
-        if not (block.training and torch.is_grad_enabled()):  # a pass that nothing is learnt from
+        if not (block.training and torch.is_grad_enabled()):  # a pass without gradients
             return plain(*args, **kwargs)
         # all that a block depends on beside its arguments: prompts, where rows begin, strengths
         circumstances: list[Callable[[], AbstractContextManager[None]]]
@@ -110,19 +110,19 @@ def _checkpointed(block: nn.Module, function: Callable[..., Any]) -> Callable[..
         written: list[Cache] = []  # the cache after the forward pass
 
         def run(*args: Any) -> Any:
-            given, own = {**kwargs}, None
+            given, copied = {**kwargs}, None
             if before is not None:  # each run writes to its own cache
-                own = _copied(before)
-                args = tuple(own if value is cache else value for value in args)
-                given = {name: own if value is cache else value for name, value in kwargs.items()}
+                copied = _copied(before)
+                args = tuple(copied if value is cache else value for value in args)
+                given = {name: copied if value is cache else value for name, value in kwargs.items()}
             # the same circumstances now and in the backward pass
             with ExitStack() as stack:
                 for circumstance in circumstances:
                     stack.enter_context(circumstance())
                 stack.enter_context(_off(switched))
                 output = plain(*args, **given)
-            if own is not None and not written:
-                written.append(own)
+            if copied is not None and not written:
+                written.append(copied)
             return output
 
         # the caller's cache holds what the first run wrote
@@ -135,11 +135,11 @@ def _checkpointed(block: nn.Module, function: Callable[..., Any]) -> Callable[..
 
 
 def _copied(cache: Cache) -> Cache:
-    """A cache with the same keys and values; what is written to one is not seen by the other."""
+    """A cache with the same keys and values; writing to one does not change the other."""
     # layers replace their tensors when they write, so shallow copies are enough
-    own = copy.copy(cache)
-    own.layers = [copy.copy(layer) for layer in cache.layers]
-    return own
+    copied = copy.copy(cache)
+    copied.layers = [copy.copy(layer) for layer in cache.layers]
+    return copied
 
 
 @contextmanager

@@ -121,7 +121,7 @@ class Decoder:
         self.blocks = [block for _, block in blocks]
         self._skipped = self.blocks[:count]
         self.module = find_stack(base)
-        # remote code may be called with anything; the class says what its forward takes
+        # the class declares what its forward takes, also where remote code accepts anything
         self._signature = inspect.signature(type(self.module).forward)
         if not self.takes("input_ids"):
             raise NoPrefix(f"{type(self.module).__name__} does not take input_ids")
@@ -157,7 +157,7 @@ class Decoder:
 
     @contextmanager
     def on(self, replacement: Replacement) -> Iterator[None]:
-        """Ask `replacement` inside, at every forward."""
+        """Every forward inside consults `replacement` first."""
         if self.is_on:  # an evaluation step inside an evaluation step
             yield
             return

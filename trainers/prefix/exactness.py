@@ -20,10 +20,10 @@ under the policy and one under the reference take the same path, so that an untr
 
 By 5, what is stored does not depend on the batch a row was first met in, so a resumed run reads the same bits.
 
-It is off, and says why, with dropout or noise below the suffix (NEFTune, router jitter), embeddings that are trained
-or adapted, layers that are unfrozen or adapters that are added during a run, reentrant gradient checkpointing,
-losses that read hidden states, inputs other than tokens, rows beyond the original context of a dynamic RoPE,
-`torch.compile`, and sharded weights. Whatever goes wrong inside, the pass is made again without it.
+It is off, and a message names the reason, with dropout or noise below the suffix (NEFTune, router jitter),
+embeddings that are trained or adapted, layers that are unfrozen or adapters that are added during a run, reentrant
+gradient checkpointing, losses that read hidden states, inputs other than tokens, rows beyond the original context of a
+dynamic RoPE, `torch.compile`, and sharded weights. After an error inside, the pass is repeated without it.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ _TRIED_TOKENS = (*range(4, 13), 15, 16, 17, 19, 25, 27, 32, 33, 47, 64, 65, 100,
 
 
 class NoPrefix(ValueError):
-    """Nothing below the trained parameters is frozen, or it cannot be cached; the message says why."""
+    """Nothing below the trained parameters is frozen, or it cannot be cached; the message gives the reason."""
 
 
 class Unknown(ValueError):
@@ -67,27 +67,27 @@ class Notices:
 
     def __init__(self, level: int, visible: bool = False) -> None:
         self._level, self._visible = level, visible
-        self._told: set[str] = set()
+        self._logged: set[str] = set()
 
     def off(self, why: object) -> None:
         """The lower layers are run in every pass, because of `why`."""
         level = logging.WARNING if self._visible else self._level
         self._visible = False
-        self._tell(level, f"The frozen prefix is off: {why}. {_SILENCE}")
+        self._log(level, f"The frozen prefix is off: {why}. {_SILENCE}")
 
     def failed(self, what: str, error: str) -> None:
         """`what` raised an `error` that the plain path did not: that is a fault of ours, and always a warning."""
         self._visible = False
-        self._tell(logging.WARNING, f"The frozen prefix is off: {what} failed with {error}. {_SILENCE}")
+        self._log(logging.WARNING, f"The frozen prefix is off: {what} failed with {error}. {_SILENCE}")
 
     def less(self, why: object) -> None:
         """A part of what can be left out is not, because of `why`."""
-        self._tell(self._level, f"The frozen prefix: {why}")
+        self._log(self._level, f"The frozen prefix: {why}")
 
-    def _tell(self, level: int, text: str) -> None:
-        elsewhere = torch.distributed.is_initialized() and torch.distributed.get_rank() > 0
-        if text not in self._told and not elsewhere:
-            self._told.add(text)
+    def _log(self, level: int, text: str) -> None:
+        first = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+        if first and text not in self._logged:
+            self._logged.add(text)
             logger.log(level, "%s.", text)
 
 
@@ -128,10 +128,10 @@ def check_frozen(modules: Iterable[tuple[str, nn.Module]], training: bool, rando
 def dropout(module: nn.Module) -> str | None:
     """The module's own dropout rate above 0, as `name=value`, if it has one (layer drop too)."""
     # rates are numbers of the module, or of a Dropout that it holds
-    own = vars(module)
-    rates = {key: value for key, value in own.items() if "drop" in key}
+    attributes = vars(module)
+    rates = {key: value for key, value in attributes.items() if "drop" in key}
     if "drop" in type(module).__name__.lower():
-        rates["p"] = own.get("p")
+        rates["p"] = attributes.get("p")
     return next((f"{key}={value}" for key, value in rates.items() if isinstance(value, float) and value > 0), None)
 
 
@@ -252,8 +252,8 @@ def draws(model: nn.Module, row: Mapping[str, Tensor], run: Callable[[Mapping[st
     with training(model), torch.random.fork_rng(devices), torch.no_grad():
         # whoever draws a random number changes the state of a generator
         before = _states(devices)
-        found = run(last_tokens(row))
-        return found, not all(map(torch.equal, before, _states(devices)))
+        output = run(last_tokens(row))
+        return output, not all(map(torch.equal, before, _states(devices)))
 
 
 def draws_again(device: torch.device) -> Callable[[], None]:

@@ -35,11 +35,11 @@ class FrozenPrefix:
         ram_gb: RAM budget in GB (10⁹ bytes), never exceeded. A token takes `hidden size · bytes of a number`.
         folder: Keep the memo here, for later runs and for other processes. None: what exceeds the budget goes to
             memory-mapped temporary files.
-        disk_gb: What the files may take, in GB, with those that are in the folder already; what does not fit is
-            computed again.
-        warn: Warn where something cannot be left out; else an INFO message says so.
-        stops: Numbers of lower blocks after which states are kept too, where a pass comes by: a sweep over layers
-            that starts at the top pays for all of them with one pass.
+        disk_gb: Disk budget in GB, including files that the folder already holds; what does not fit is computed
+            again.
+        warn: Whether to warn where something cannot be left out; otherwise an INFO message tells.
+        stops: Numbers of lower blocks after which states are kept too when a pass computes them: a sweep over
+            layers that starts at the top pays for all of them with one pass.
 
     Raises:
         ValueError: a negative or not finite budget.
@@ -100,7 +100,7 @@ class FrozenPrefix:
         """The memo of `at(0)`; `trained`: whether parameters that require gradients are left out of it."""
         try:
             return CachedReference(self.memo, model, trained) if self.usable else None
-        except Exception as error:  # weights that have no bits to read, say
+        except Exception as error:  # such as weights whose bits cannot be read
             Notices(self.level).failed("the memo of the reference", in_words(error))
             return None
 
@@ -108,11 +108,11 @@ class FrozenPrefix:
 class CachedPrefix:
     """The cached prefix of one trainer.
 
-    `start` comes at the beginning of every training and evaluation, `on` around the passes that may leave something
-    out, and `whole` around those that may not.
+    The trainer calls `start` at the beginning of every training and evaluation, `on` around passes that may leave
+    something out, and `whole` around passes that may not.
 
     Args:
-        setting: The trainer's `frozen_prefix=`. None: on, and where it cannot be used, the trainer says so once.
+        setting: The trainer's `frozen_prefix=`. None: on; where it cannot be used, one warning tells why.
 
     Raises:
         TypeError: neither a bool, nor None, nor a `FrozenPrefix`.
@@ -122,8 +122,8 @@ class CachedPrefix:
         if not isinstance(setting, FrozenPrefix | bool | None):
             raise TypeError(f"frozen_prefix={setting!r}: give True, False, or a FrozenPrefix.")
         # a private memo, unless caching is off or the memo is shared
-        own = None if setting is False else FrozenPrefix(warn=setting is True)
-        self._prefix = setting if isinstance(setting, FrozenPrefix) else own
+        private = None if setting is False else FrozenPrefix(warn=setting is True)
+        self._prefix = setting if isinstance(setting, FrozenPrefix) else private
         self._by_default = setting is None
         self._notices: Notices | None = None  # of this run
         self._model: nn.Module | None = None  # whose whole passes may be checkpointed
@@ -143,7 +143,7 @@ class CachedPrefix:
         self._model = None if why else trainer.model
         if self._prefix is None:
             return
-        # an evaluation within a run does not say again what the run has said
+        # an evaluation within a run does not repeat the run's messages
         if training or self._notices is None:
             self._notices = Notices(self._prefix.level, visible=self._by_default)
         if why:
@@ -156,10 +156,12 @@ class CachedPrefix:
         if whole_rows and self.cached_pass is not None:
             self.cached_pass.run_whole_rows()
         # the reference is the model itself without its adapter, or a separate model
-        own = getattr(trainer, "ref_model", None)
+        separate = getattr(trainer, "ref_model", None)
         loss = trainer.loss_at_work
         if loss is not None and loss.needs.reference and _rounds_finely(trainer):
-            self.reference = self._prefix.reference(trainer.model if own is None else own, trained=own is None)
+            self.reference = self._prefix.reference(
+                trainer.model if separate is None else separate, trained=separate is None
+            )
         if trainer.views is not None:
             trainer.views.remember(self._prefix)
 

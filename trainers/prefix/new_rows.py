@@ -6,8 +6,8 @@ order. So a row would have other bits in another batch, and a resumed run would 
 *Lines of any length*, in 32 bits: from some number of tokens on, this machine's kernels agree (`least_tokens`).
 Shorter rows run alone.
 
-*Filled lines*, in 16 bits and where kernels disagree: every line has the same number of tokens, the last ones without
-meaning, so that every product is of one shape. Longer rows run alone.
+*Filled lines*, in 16 bits and where kernels disagree: every line has the same number of tokens, the last
+ones being filler, so that every product has one shape. Longer rows run alone.
 
 Either is compared bit by bit in the first batch. Where bits differ, with experts and in narrow models, all rows run
 alone.
@@ -54,7 +54,7 @@ class NewRows:
         alike = decoder.packs and not has_experts(decoder.module.config) and is_wide(decoder.inside(decoder.count))
         # whether rows run together; None until it is known
         self._together: bool | None = None if alike else False
-        # shorter rows run alone; None: lines are filled. Of use once it is measured
+        # shorter rows run alone; None: lines are filled. Valid once measured
         self._least: int | None = None
         self._measured = False
 
@@ -125,8 +125,8 @@ class NewRows:
             states = self._in_one_line(rows)
         by_length = sorted(range(len(rows)), key=lambda i: rows[i]["input_ids"].shape[1])
         for i in {by_length[0], by_length[len(rows) // 2], by_length[-1]}:
-            own = self._alone(rows[i]) if self._least is not None else self._in_one_line([rows[i]])[0]
-            if not all(torch.equal(state, own[stop]) for stop, state in states[i].items()):
+            alone = self._alone(rows[i]) if self._least is not None else self._in_one_line([rows[i]])[0]
+            if not all(torch.equal(state, alone[stop]) for stop, state in states[i].items()):
                 return False
         return True
 
@@ -164,7 +164,7 @@ class NewRows:
 
 
 def _is_plain(row: Row) -> bool:
-    """Whether a row is nothing but tokens, all of them real and at their usual positions, and not very few."""
+    """Whether a row consists of tokens alone, all real, at their usual positions, and at least a few."""
     if not set(row) <= {"input_ids", "attention_mask"} or row["input_ids"].shape[1] < _FEW:
         return False
     return "attention_mask" not in row or bool(on_host(row["attention_mask"]).all())

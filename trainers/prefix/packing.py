@@ -46,12 +46,12 @@ class Layout:
         return values_RC[self.row_T, self.column_T][None]
 
     def unpacked(self, values_1T: Tensor) -> Tensor:
-        """Values in one line, `(1, T, ...)`, as rows again; on padding they mean nothing."""
+        """Values in one line, `(1, T, ...)`, as rows again; undefined on padding."""
         return values_1T[0][self.place_RC]
 
     def call(self, call: Mapping[str, Any]) -> dict[str, Any]:
         """The arguments of a decoder for this line."""
-        # whatever says something of every token is laid out with the tokens
+        # every tensor with one value per token is laid out like the tokens
         shape = call["input_ids"].shape
         packed = {k: self.packed(v) if isinstance(v, Tensor) and v.shape == shape else v for k, v in call.items()}
         # a mask of ones keeps transformers from guessing packed texts from the positions; the one that
@@ -68,15 +68,15 @@ class Layout:
         """
         # attention layers look their function up by name in every pass, so the name is all that changes
         global _now
-        before, own = _now, config._attn_implementation  # transformers has no public name for it
+        before, name = _now, config._attn_implementation  # transformers has no public name for it
         # inside another layout (a pass within a pass) the model's own attention is still the plain one
-        _now = _Now(self, own if before is None else before.plain, config)
+        _now = _Now(self, name if before is None else before.plain, config)
         config._attn_implementation = _NAME
         try:
             yield
         finally:
             _now = before
-            config._attn_implementation = own
+            config._attn_implementation = name
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Tensors by the content they were computed from: in RAM up to a budget, then in memory-mapped files.
 
-A key says which weights and settings and which row of inputs a tensor was computed from; `TensorStore` keeps what
-computing again would give bit for bit.
+A key stands for the weights, the settings and the row of inputs that a tensor was computed from. `TensorStore` keeps
+tensors that computing again would reproduce bit for bit.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def attention_of(model: nn.Module) -> str | None:
 
 
 def config_of(model: nn.Module) -> str:
-    """The settings of a decoder that its outputs depend on, as text: no weight says an epsilon or a window."""
+    """The settings of a decoder that its outputs depend on, as text: epsilons and windows are in no weight."""
     values = text_config(model).to_dict()
     return json.dumps({k: v for k, v in values.items() if k not in _NO_SETTINGS}, sort_keys=True, default=str)
 
@@ -98,22 +98,23 @@ def rows_of(inputs: Mapping[str, Any]) -> list[dict[str, Tensor]]:
     ids = inputs.get("input_ids")
     if not isinstance(ids, Tensor) or ids.ndim != 2:
         raise Unknown("the call has no input_ids of shape (rows, tokens)")
-    # only what says one thing of each token may be told apart by row
-    shape, kept = ids.shape, {}
+    # only tensors with one value per token can be cut into rows
+    shape, per_token = ids.shape, {}
     for name, value in inputs.items():
         if name in _PER_ROW and isinstance(value, Tensor) and value.shape in (shape, (1, shape[1])):
-            kept[name] = value if value.shape == shape else both(lambda v: v.expand(shape), value)
+            per_token[name] = value if value.shape == shape else both(lambda v: v.expand(shape), value)
         elif not (value is None or isinstance(value, bool | int | float | str) or _is_number(value)):
-            raise Unknown(f"the input {name!r} says more than the tokens of a row do")
-    mask = kept.get("attention_mask")  # none: a model that is given one where there was none may do something else
+            raise Unknown(f"the input {name!r} is not one value per token")
+    # without a mask none is added: a model may treat the two differently
+    mask = per_token.get("attention_mask")
     # padding on the right does not belong to a row; on the left it does, because it moves positions
     real = torch.ones(shape, dtype=torch.bool) if mask is None else on_host(mask).bool()
     # several texts in one row
-    positions = kept.get("position_ids")
+    positions = per_token.get("position_ids")
     if positions is not None and bool((on_host(positions).diff(dim=1) < 0)[real[:, 1:] & real[:, :-1]].any()):
         raise Unknown("position_ids that start again within a row pack several texts in one")
     lengths = (real * torch.arange(1, shape[1] + 1)).amax(dim=1).tolist()
-    return [{name: _row(value, i, n) for name, value in kept.items()} for i, n in enumerate(lengths)]
+    return [{name: _row(value, i, n) for name, value in per_token.items()} for i, n in enumerate(lengths)]
 
 
 def _row(values: Tensor, i: int, length: int) -> Tensor:
@@ -121,7 +122,7 @@ def _row(values: Tensor, i: int, length: int) -> Tensor:
 
 
 def _is_number(value: Any) -> bool:
-    """A count over the whole batch, say, which no row's state depends on."""
+    """Whether it is a single number, such as a count over the batch, on which no row's state depends."""
     return isinstance(value, Tensor) and value.ndim == 0
 
 
@@ -200,26 +201,26 @@ class TensorStore:
         return len(self._ram.keys() | self._places.keys())
 
     def get(self, key: str) -> Tensor | None:
-        """The tensor of `key`, on the CPU, not to be changed; None if it is not known or damaged."""
+        """The tensor of `key`, on the CPU, which callers must not change; None if it is unknown or damaged."""
         # RAM first, then the newest place on disk whose bytes are whole
         if key in self._ram:
             return self._ram[key]
         while places := self._places.get(key):
-            found = _load(places[-1])
-            if found is not None:
+            value = _load(places[-1])
+            if value is not None:
                 if self.kept_for_later:
-                    self._keep(key, found)
-                return found
+                    self._keep(key, value)
+                return value
             logger.warning("A tensor in %s is damaged or gone; it is computed again.", places.pop().file)
         self._places.pop(key, None)
         return None
 
     def put(self, key: str, value: Tensor) -> None:
-        """Keep a tensor. With no room left anywhere this does nothing but say so, once."""
+        """Keep a tensor; with no room left anywhere, warn once."""
         # RAM first; a folder for later runs gets everything, temporary files what RAM has no room for
         value = value.detach().to("cpu").contiguous()
-        kept = self._keep(key, value)
-        if self._writable and key not in self._places and (self.kept_for_later or not kept):
+        in_ram = self._keep(key, value)
+        if self._writable and key not in self._places and (self.kept_for_later or not in_ram):
             try:
                 if self._on_disk() + value.nbytes > self.disk_limit:
                     where = f"{self._folder} holds {self._on_disk() / _GB:.2g} GB" if self.kept_for_later else "full"
@@ -249,11 +250,11 @@ class TensorStore:
                     if not index.is_file():  # reading a pipe would wait for ever
                         raise OSError("not a regular file")
                     self._read_index(index)
-                except OSError as error:  # gone again, or not ours to read
+                except OSError as error:  # deleted meanwhile, or not readable
                     logger.warning("The frozen-prefix memo cannot read %s (%s).", index, error)
 
     def belongs_to(self, namespace: str, what: str) -> None:
-        """Say in a folder for later runs which models it holds states of, and say where none of them is this one.
+        """Note in a folder for later runs which models it holds states of; warn where this model is not among them.
 
         Args:
             namespace: Of the keys.
@@ -261,9 +262,9 @@ class TensorStore:
         """
         if not self.kept_for_later or self._folder is None:
             return
-        own = self._folder / f"{_VERSION}-{namespace}.model"
+        note = self._folder / f"{_VERSION}-{namespace}.model"
         try:
-            if own.exists():
+            if note.exists():
                 return
             others = [file.read_text(encoding="utf-8", errors="replace") for file in self._folder.glob("*.model")]
             old = {file.name.split("-")[0] for file in self._folder.glob("*.rows")} - {_VERSION}
@@ -271,7 +272,7 @@ class TensorStore:
                 held = "; ".join([*sorted(others), *(f"files of version {version}" for version in sorted(old))])
                 logger.warning("The memo in %s holds %s. This run has %s: computed anew.", self._folder, held, what)
             self._folder.mkdir(parents=True, exist_ok=True)
-            own.write_text(what, encoding="utf-8")
+            note.write_text(what, encoding="utf-8")
         except OSError as error:
             logger.warning("The frozen-prefix memo cannot use %s (%s).", self._folder, error)
 
@@ -299,7 +300,7 @@ class TensorStore:
             file.write(data)
             file.flush()
             if self.kept_for_later:
-                os.fsync(file.fileno())  # the data before the line that vouches for them
+                os.fsync(file.fileno())  # the data before the index line that points to them
         place = _Place(key, segment, start, tuple(value.shape), value.dtype)
         place = replace(place, digest=place.digest_of(data))
         line = [key, place.start, list(place.shape), str(place.dtype).removeprefix("torch."), place.digest]
@@ -344,7 +345,7 @@ def _entry(line: bytes, segment: Path) -> tuple[str, _Place] | None:
             return None
         return key, _Place(key, segment, start, tuple(shape), _DTYPES[dtype], digest)
     except (ValueError, TypeError, KeyError, RecursionError):
-        return None  # a broken line vouches for nothing
+        return None  # ignore broken lines
 
 
 def _load(place: _Place) -> Tensor | None:

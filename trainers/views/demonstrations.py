@@ -81,7 +81,11 @@ class Demonstrations(View):
 
     def _prompt(self, prompt: Any, drawn: Sequence[Row]) -> Any:
         # each a prompt, a good and a bad answer
-        examples = [tuple(map(_turns, (other["prompt"], _answer(other), self._bad(other)))) for other in drawn]
+        answers = [other["chosen"] if "chosen" in other else other["completion"] for other in drawn]
+        examples = [
+            tuple(map(_turns, (other["prompt"], good, self._bad(other))))
+            for other, good in zip(drawn, answers, strict=True)
+        ]
         if isinstance(prompt, str):
             return self._text(prompt, examples)
         has_system = bool(prompt) and prompt[0]["role"] == "system"
@@ -117,10 +121,6 @@ class Demonstrations(View):
 def _identity(row: Row) -> str:
     """A row's prompt and answer, if it has one, as a key."""
     return json.dumps([prompt_of(row), row.get("chosen", row.get("completion"))], sort_keys=True)
-
-
-def _answer(row: Row) -> Any:
-    return row["chosen"] if "chosen" in row else row["completion"]
 
 
 def _turns(value: Any) -> Any:

@@ -58,9 +58,8 @@ class Instruction(View):
         return [*prompt[:-1], {**prompt[-1], "content": self._joined(prompt[-1]["content"])}]
 
     def _joined(self, text: str) -> str:
-        return f"{self.text}\n\n{text}" if self.where == "before" else f"{text.rstrip()}\n\n{self.text}{_end_of(text)}"
-
-
-def _end_of(text: str) -> str:
-    """The white space at the end of a plain prompt, which belongs to the answer's first token."""
-    return text[len(text.rstrip()) :]
+        if self.where == "before":
+            return f"{self.text}\n\n{text}"
+        # the white space at the end of a plain prompt belongs to the answer's first token
+        asked = text.rstrip()
+        return f"{asked}\n\n{self.text}{text[len(asked) :]}"

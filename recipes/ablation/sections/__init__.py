@@ -4,8 +4,8 @@
     def cost(findings: Findings) -> Section | None:
         \"\"\"What every arm costs.\"\"\"
 
-`place` says where it stands on the page. A new file is a new section of every report; one that has nothing to say
-returns None.
+`place` says where it stands on the page. A new file is a new section of every report; one without content returns
+None.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class SectionFile:
     Attributes:
         name: Its file.
         place: Where it stands: sections are sorted by it.
-        make: The findings -> the section; None: it has nothing to say.
+        make: The findings -> the section; None for no section.
     """
 
     name: str
@@ -47,8 +47,8 @@ def section(place: int) -> Callable[[Callable[[Findings], Section | None]], Sect
 @cache
 def files() -> tuple[SectionFile, ...]:
     """The files of this folder, in the order in which they stand on the page."""
-    found = [getattr(importlib.import_module(f"{__name__}.{name}"), name) for name in file_names(*__path__)]
-    return tuple(sorted(found, key=lambda one: one.place))
+    made = [getattr(importlib.import_module(f"{__name__}.{name}"), name) for name in file_names(*__path__)]
+    return tuple(sorted(made, key=lambda one: one.place))
 
 
 def sections(findings: Findings) -> list[Section]:
@@ -59,6 +59,8 @@ def sections(findings: Findings) -> list[Section]:
 # -- what several sections share --------------------------------------------------
 
 OTHER_TASKS, OTHER_ROWS, ROWS = "95 %, other tasks too", "95 %, other test rows too", "95 %, these test rows"
+ARROWS = {"higher": " ↑", "lower": " ↓", None: ""}
+"""Behind the name of a measure: which direction is better."""
 COMPARED = [OTHER_TASKS, OTHER_ROWS, ROWS, "p (Holm)", "pairs"]
 
 

@@ -9,8 +9,7 @@ import pandas as pd
 from steertune.recipes.ablation import analysis
 from steertune.recipes.ablation.cells import column
 from steertune.recipes.ablation.findings import Findings
-from steertune.recipes.ablation.sections import COMPARED, means_table, numbers, section, table
-from steertune.recipes.ablation.statistics import Frame
+from steertune.recipes.ablation.sections import ARROWS, COMPARED, means_table, numbers, section, table
 from steertune.recipes.ablation.tables import AT
 from steertune.recipes.lab import measures
 from steertune.recipes.lab.pages import Block, Section, Text
@@ -30,13 +29,17 @@ def damage(findings: Findings) -> Section | None:
     cells, (at, names) = findings.ran, _seen(findings)
     if not names:
         return None
-    rigid = at != TUNED and "scalable" in cells and bool((cells["scalable"] == False).any())  # noqa: E712
+    is_rigid = cells["scalable"] == False if "scalable" in cells else pd.Series(dtype=bool)  # noqa: E712  None: failed
+    rigid = at != TUNED and bool(is_rigid.any())
     if rigid:  # arms without a strength have theirs at the tuned one alone
-        cells = cells.assign(**{column(name, at): _filled(cells, name, at) for name in names})
+        tuned = cells[[column(name, TUNED) for name in names]].where(is_rigid)
+        cells = cells.assign(**{
+            column(name, at): cells[column(name, at)].fillna(tuned[column(name, TUNED)]) for name in names
+        })  # fmt: skip
     both = has_both_kinds(findings)
     means = cells.groupby("arm", sort=False)[[column(name, at) for name in names]].mean()
     base = pd.DataFrame([[cells[column(name, BASE)].mean() for name in names]], ["(base model)"], means.columns)
-    headers = [f"{title(name)}{_ARROWS[measures.get(name).better]}" for name in names]
+    headers = [f"{title(name)}{ARROWS[measures.get(name).better]}" for name in names]
     what = (
         "KL and perplexity on neutral text count the behaviour itself as a change, wherever it does not wait for its "
         "occasion; the other columns leave it out. An arm is better off only if it is in both."
@@ -53,7 +56,6 @@ def damage(findings: Findings) -> Section | None:
 
 
 _RIGID = "; of arms without a strength as they come"
-_ARROWS = {"higher": " ↑", "lower": " ↓", None: ""}
 
 
 def has_both_kinds(findings: Findings) -> bool:
@@ -65,19 +67,10 @@ def has_both_kinds(findings: Findings) -> bool:
 def _seen(findings: Findings) -> tuple[str, list[str]]:
     """The first strength at which side effects were measured, and their names."""
     for at in (FRONTIER, MATCHED, TUNED):
-        if names := _measured(findings, ON_NEUTRAL_TEXT + WITHOUT_BEHAVIOUR, at):
+        names = [*ON_NEUTRAL_TEXT, *WITHOUT_BEHAVIOUR]
+        if names := [name for name in names if findings.ran[column(name, at)].notna().any()]:
             return at, names
     return TUNED, []
-
-
-def _measured(findings: Findings, names: Sequence[str], at: str) -> list[str]:
-    return [name for name in names if findings.ran[column(name, at)].notna().any()]
-
-
-def _filled(cells: Frame, name: str, at: str) -> Frame:
-    """A measure at a strength; at the tuned one for arms that have no strength which could be matched."""
-    rigid = cells[column(name, TUNED)].where(cells["scalable"] == False)  # noqa: E712  None: a cell that failed
-    return cells[column(name, at)].fillna(rigid)
 
 
 def _compared(findings: Findings, names: Sequence[str], at: str) -> list[Block]:

@@ -42,7 +42,7 @@ def effects(findings: Findings) -> Section | None:
         *reach([effect.difference for effect in matched]),
         *([Text(note)] if inert else []),
         *_changes(cells, factors, measure, sample),
-        # both take an effect to be the same in every task, so they say nothing of others
+        # both take an effect to be the same in every task, so they do not extend to other tasks
         *([] if sample else [*_variance(cells, factors, measure), *_mixed_model(cells, factors, measure)]),
     ]
     return Section("Effect of each factor, everything else equal", blocks)

@@ -49,14 +49,14 @@ def frontier(findings: Findings) -> Section | None:
 def _by_kl(cells: Frame, measure: str, targets: Sequence[float]) -> Table:
     """Means of a measure: a row for every arm, a column for every KL, and the mean over log KL."""
     rows = []
-    for arm, own in cells.groupby("arm", sort=False):
-        area = own[column(measure, FRONTIER)]
+    for arm, of_arm in cells.groupby("arm", sort=False):
+        area = of_arm[column(measure, FRONTIER)]
         if area.notna().any():
-            at = [_marked(own, measure, kl) for kl in targets]
-            rows.append([str(arm), *at, f"{area.mean():.3f}{marks(own, targets)}"])
-        elif own[column(measure, TUNED)].notna().any():
-            kl = own[column("kl", TUNED)].mean()
-            point = f"{own[column(measure, TUNED)].mean():.3f} at KL {kl:.2g}"
+            at = [_marked(of_arm, measure, kl) for kl in targets]
+            rows.append([str(arm), *at, f"{area.mean():.3f}{marks(of_arm, targets)}"])
+        elif of_arm[column(measure, TUNED)].notna().any():
+            kl = of_arm[column("kl", TUNED)].mean()
+            point = f"{of_arm[column(measure, TUNED)].mean():.3f} at KL {kl:.2g}"
             rows.append([str(arm), *([""] * len(targets)), point])
     header = ["arm", *(f"KL {kl:g}" for kl in targets), "mean over log KL"]
     return table(header, rows, f"frontier_{measure}")

@@ -19,8 +19,12 @@ ENOUGH_TASKS, ENOUGH_ANSWERS = 8, 200
 @section(place=80)
 def limits(findings: Findings) -> Section | None:
     """The limits of tasks, measure, strengths and damage that the cells themselves show."""
-    every = (_tasks, _measure, _answers, _strengths, _matching, _damage)
+    every = (_tasks, _measure, _answers, _strengths, _matching)
     lines = [line for limit in every if (line := limit(findings))]
+    if not has_both_kinds(findings):
+        lines.append(
+            "Damage: only one kind of side effect was measured, and neutral text may show the behaviour itself."
+        )
     return Section("What it cannot say", [Text("\n".join(f"- {line}" for line in lines))]) if lines else None
 
 
@@ -82,9 +86,3 @@ def _matching(findings: Findings) -> str:
         "KL: strengths were matched at one KL, on the same few neutral rows on which side effects are reported. Equal "
         "there is not equal on other text, nor at another KL."
     )
-
-
-def _damage(findings: Findings) -> str:
-    if has_both_kinds(findings):
-        return ""
-    return "Damage: only one kind of side effect was measured, and neutral text may show the behaviour itself."

@@ -11,7 +11,7 @@ from scipy.stats import sem
 from steertune.recipes.ablation import charts
 from steertune.recipes.ablation.cells import column
 from steertune.recipes.ablation.findings import Findings
-from steertune.recipes.ablation.sections import section, table
+from steertune.recipes.ablation.sections import ARROWS, section, table
 from steertune.recipes.ablation.statistics import Frame
 from steertune.recipes.ablation.statistics.rows import examples_of
 from steertune.recipes.lab import measures
@@ -19,8 +19,6 @@ from steertune.recipes.lab.intervals import interval
 from steertune.recipes.lab.pages import Block, Figure, Section, Table, Text
 from steertune.recipes.lab.pages.side_effects import BESIDE, with_ends
 from steertune.recipes.lab.rows import BASE, MATCHED, TUNED
-
-_ARROWS = {"higher": " ↑", "lower": " ↓", None: ""}
 
 
 @section(place=60)
@@ -43,8 +41,10 @@ def measured(findings: Findings) -> Section:
         blocks += _side_by_side(findings, MATCHED, "side_effects_matched")
         blocks.append(_means(cells, MATCHED, "measures_matched"))
     blocks += _resolution(cells)
-    failed = int(sum(_failed_judgements(cell) for _, cell in cells.iterrows()))
-    if failed:
+    # judgements at two strengths are of the same answers
+    both = [examples_of(column("judgements_failed", strength)) for strength in (TUNED, MATCHED)]
+    counts = cells[both].map(lambda values: int(values.sum()) if isinstance(values, np.ndarray) else 0)
+    if failed := int(counts.max(axis=1).sum()):
         blocks.append(Text(f"{failed} judgements failed; they are in no mean."))
     return Section("Effects and side effects", blocks)
 
@@ -83,10 +83,11 @@ def _means(cells: Frame, strength: str, name: str) -> Table:
     columns = [column(one, strength) for one in names]
     base = ["(base model)", *(_mean(one, cells[column(one, BASE)], brackets=False) for one in names), ""]
     rows = [
-        [str(arm), *(_mean(one, own[column(one, strength)]) for one in names), str(len(own))]
-        for arm, own in cells.dropna(subset=columns, how="all").groupby("arm", sort=False)
+        [str(arm), *(_mean(one, of_arm[column(one, strength)]) for one in names), str(len(of_arm))]
+        for arm, of_arm in cells.dropna(subset=columns, how="all").groupby("arm", sort=False)
     ]
-    return table(["arm", *map(_header, names), "cells"], [base, *rows], name)
+    headers = [f"{measures.get(one).heading}{ARROWS[measures.get(one).better]}" for one in names]
+    return table(["arm", *headers, "cells"], [base, *rows], name)
 
 
 def _mean(name: str, values: pd.Series, brackets: bool = True) -> str:
@@ -106,14 +107,8 @@ def _side_by_side(findings: Findings, strength: str, name: str) -> list[Block]:
     columns = {one: title for one, title in columns.items() if cells[one].notna().any()}
     if not columns:
         return []
-    own = cells.dropna(subset=[*columns], how="all")
-    return [Figure(charts.side_by_side(own, columns, findings.colours), name, "Effect and side effects of every arm")]
-
-
-def _header(name: str) -> str:
-    measure = measures.get(name)
-    unit = f", {measure.unit}" if measure.unit else ""
-    return f"{measure.title}{unit}{_ARROWS[measure.better]}"
+    drawing = charts.side_by_side(cells.dropna(subset=[*columns], how="all"), columns, findings.colours)
+    return [Figure(drawing, name, "Effect and side effects of every arm")]
 
 
 def _tradeoff(findings: Findings, all_matched: bool) -> list[Block]:
@@ -132,9 +127,3 @@ def _tradeoff(findings: Findings, all_matched: bool) -> list[Block]:
         base,
     )
     return [] if drawing is None else [Figure(drawing, "pareto", "Effect against side effect")]
-
-
-def _failed_judgements(cell: pd.Series) -> int:
-    """Judgements that failed in a cell; at the same strength they are of the same answers."""
-    values = (cell[examples_of(column("judgements_failed", strength))] for strength in (TUNED, MATCHED))
-    return max((int(v.sum()) for v in values if isinstance(v, np.ndarray)), default=0)

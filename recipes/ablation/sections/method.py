@@ -10,7 +10,6 @@ from steertune.recipes.ablation.findings import Findings
 from steertune.recipes.ablation.sections import section
 from steertune.recipes.ablation.statistics import Frame
 from steertune.recipes.ablation.strengths import TRAINED
-from steertune.recipes.ablation.tables import GridTables
 from steertune.recipes.lab.observe import neutral_rows
 from steertune.recipes.lab.pages import Block, Code, Section, Text, escape
 from steertune.recipes.lab.splits import SplitTable
@@ -20,7 +19,10 @@ from steertune.recipes.lab.splits import SplitTable
 def method(findings: Findings) -> Section:
     """Statistics, budgets, scorers, versions and the command."""
     tables = findings.tables
-    budgets = "".join(f" {name}: {_changes(change)}." for name, change in tables.budgets.items())
+    budgets = ""
+    for name, change in tables.budgets.items():
+        settings = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in change.items())
+        budgets += f" {name}: {settings}."
     blocks: list[Block] = [
         Text(_statistics(findings)),
         Text(
@@ -52,16 +54,13 @@ def _statistics(findings: Findings) -> str:
     )
     if claim.measure != "accuracy":
         return text
-    matched = f" The KL was matched on {_neutral(findings.tables)} alone." if claim.strength == "matched" else ""
+    file = findings.tables.neutral
+    text_of_kl = f"{len(neutral_rows())} neutral rows" if file is None else f"the rows of {escape(file)}"
+    matched = f" The KL was matched on {text_of_kl} alone." if claim.strength == "matched" else ""
     return (
         f"{text} Pair accuracy is how often the model finds the chosen one of two given answers likelier; what it "
         f"writes by itself is another question (`--measure behaviour`, where answers were generated).{matched}"
     )
-
-
-def _neutral(tables: GridTables) -> str:
-    """The text on which the KL to the base was measured."""
-    return f"{len(neutral_rows())} neutral rows" if tables.neutral is None else f"the rows of {escape(tables.neutral)}"
 
 
 def _frontier(findings: Findings) -> str:
@@ -105,10 +104,6 @@ def _splits(splits: SplitTable) -> str:
         f"Rows: {splits.validation} for validation, {splits.test} for the test, {splits.scorer} for the scorer; rows "
         f"more similar than {splits.near_duplicates:g} are {'left out' if splits.drop_near_duplicates else 'refused'}."
     )
-
-
-def _changes(change: dict[str, object]) -> str:
-    return ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in change.items())
 
 
 def _rates(findings: Findings) -> list[Block]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from steertune.recipes.ablation import analysis
+from steertune.recipes.ablation import claims
 from steertune.recipes.ablation.findings import Findings
 from steertune.recipes.ablation.sections import COMPARED, numbers, section, table
 from steertune.recipes.lab.pages import Section
@@ -14,7 +14,7 @@ def recovered(findings: Findings) -> Section | None:
     claim = findings.claim
     if claim.recovers is None:
         return None
-    arms = sorted(analysis.recovered(findings.paired, claim), key=lambda one: -one.gain.estimate)
+    arms = sorted(claims.recovered(findings.paired, claim), key=lambda one: -one.gain.estimate)
     rows = [
         [one.arm, f"{one.gain}", "" if one.share is None else f"{one.share:.2f}", *numbers(one.ahead)] for one in arms
     ]

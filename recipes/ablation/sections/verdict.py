@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from steertune.recipes.ablation import analysis, charts
-from steertune.recipes.ablation.analysis import BASE
+from steertune.recipes.ablation import charts, claims
 from steertune.recipes.ablation.findings import Findings
 from steertune.recipes.ablation.looks import in_words
 from steertune.recipes.ablation.sections import OTHER_ROWS, ROWS, emphasised, numbers, section, table
@@ -17,13 +16,8 @@ def verdict(findings: Findings) -> Section:
     """The answer to the claim."""
     lines = [Text("  \n".join(emphasised(sentence, findings) for sentence in findings.answer))]
     blocks = [*_question(findings), *lines, *_tasks(findings), *_cost(findings), _extent(findings)]
-    return Section(_title(findings), blocks)
-
-
-def _title(findings: Findings) -> str:
-    if findings.claimed:
-        return f"The result counts {SIDES[findings.verdict.side]} the hypothesis"
-    return f"A look at another measure: {findings.claim.label}"
+    title = f"The result counts {SIDES[findings.verdict.side]} the hypothesis"
+    return Section(title if findings.claimed else f"A look at another measure: {findings.claim.label}", blocks)
 
 
 def _question(findings: Findings) -> list[Block]:
@@ -44,13 +38,13 @@ def _question(findings: Findings) -> list[Block]:
 
 def _tasks(findings: Findings) -> list[Block]:
     """How the difference of the claim varies from task to task."""
-    claim, tasks = findings.claim, analysis.by_task(findings.ran, findings.claim)
+    claim, tasks = findings.claim, claims.by_task(findings.ran, findings.claim)
     if not tasks:
         return []
     ahead, line = f"{claim.better} minus {claim.than}", claim.margin
     if claim.recovers is not None:
         ahead, line = f"gain of {claim.better} minus {claim.recovers:g} of that of {claim.than}", 0.0
-    intervals = {"all tasks": analysis.ahead(findings.paired, claim).shown}
+    intervals = {"all tasks": claims.ahead(findings.paired, claim).shown}
     intervals |= {task.name: task.ahead.crossed for task in tasks}
     drawing = charts.intervals(intervals, f"{claim.label}:\n{ahead}", line=line, largest_first=False)
     rows = []
@@ -59,7 +53,7 @@ def _tasks(findings: Findings) -> list[Block]:
         means = [f"{mean:.3f}" for mean in (task.base, task.than, task.better)]
         rows.append([task.name, *means, estimate, these_tasks, these_rows])
     compared = "difference" if claim.recovers is None else ahead
-    header = ["task", BASE, claim.than, claim.better, compared, OTHER_ROWS, ROWS]
+    header = ["task", claims.BASE, claim.than, claim.better, compared, OTHER_ROWS, ROWS]
     alt = f"{ahead}, over all tasks and in each"
     return [Figure(drawing, "verdict", alt), Text("**How the tasks differ.**"), table(header, rows, "tasks")]
 
@@ -68,14 +62,14 @@ def _cost(findings: Findings) -> list[Block]:
     """What the two arms of the claim cost, in a sentence."""
     parts = []
     for arm in (findings.claim.better, findings.claim.than):
-        own = findings.ran[findings.ran["arm"] == arm]
-        if own.empty or "train_seconds" not in own:
+        of_arm = findings.ran[findings.ran["arm"] == arm]
+        if of_arm.empty or "train_seconds" not in of_arm:
             continue
-        prompt = own["prompt_tokens"].mean() if "prompt_tokens" in own else 0
+        prompt = of_arm["prompt_tokens"].mean() if "prompt_tokens" in of_arm else 0
         added = f", and adds {prompt:.0f} tokens to every request" if prompt > 0 else ""
-        train, tuning, memory = own[["train_seconds", "tuning_seconds", "peak_memory_gb"]].mean()
+        train, tuning, memory = of_arm[["train_seconds", "tuning_seconds", "peak_memory_gb"]].mean()
         parts.append(
-            f"{emphasised(arm, findings)} trains {own['parameters'].mean():,.0f} numbers in {train:.1f} s "
+            f"{emphasised(arm, findings)} trains {of_arm['parameters'].mean():,.0f} numbers in {train:.1f} s "
             f"({tuning:.1f} s of tuning before, {memory:.2f} GB at the peak){added}"
         )
     return [Text(f"**What it costs.** {'; '.join(parts)}.")] if parts else []

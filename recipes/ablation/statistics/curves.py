@@ -15,13 +15,8 @@ _POINTS = 60  # at which a curve is compared, for the interval of the number of 
 
 
 def area_between(first: Frame, second: Frame, sample: bool = False) -> Difference:
-    """Mean height of the first curve over the second on a log axis (area over the length of the axis).
-
-    Args:
-        first: Scores by task and seed, a column per number of examples (rising), each an array over the test rows.
-        second: Scores of the other arm.
-        sample: Whether tasks are taken as a sample.
-    """
+    """Mean height of the first curve over the second on a log axis (area over the length of the axis). Both have
+    scores by task and seed, a column per number of examples (rising), each an array over the test rows."""
     log_n = np.log(np.asarray(first.columns, dtype=float))
     if len(log_n) == 1:
         return difference((first - second).iloc[:, 0], sample)
@@ -71,9 +66,9 @@ def n_equivalence(baseline: Frame, reached: Frame) -> Equivalence:
     estimate = _crossing(log_n, curve, float(reached.map(np.nanmean).mean()))
     axis = np.union1d(np.linspace(log_n[0], log_n[-1], _POINTS), log_n)
     gaps = [crossed(reached - _interpolated(baseline, log_n, x)) for x in axis]
-    there = np.nonzero(np.array([gap.low <= 0 for gap in gaps]))[0]  # the baseline is not clearly short of it
+    not_short = np.nonzero(np.array([gap.low <= 0 for gap in gaps]))[0]  # the baseline is not clearly short of it
     not_beyond = np.nonzero(np.array([gap.high >= 0 for gap in gaps]))[0]
-    low = np.inf if not len(there) else 0.0 if there[0] == 0 else float(np.exp(axis[there[0]]))
+    low = np.inf if not len(not_short) else 0.0 if not_short[0] == 0 else float(np.exp(axis[not_short[0]]))
     last = len(axis) - 1
     high = 0.0 if not len(not_beyond) else np.inf if not_beyond[-1] == last else float(np.exp(axis[not_beyond[-1]]))
     return Equivalence(estimate, min(low, estimate), max(high, estimate), examples[0], examples[-1])

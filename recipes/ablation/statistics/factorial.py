@@ -95,9 +95,9 @@ def balanced(gap: Frame) -> Frame:
     averaged over the same ones. Contexts are added in the order of how many pairs have them, up to the number that
     keeps the most differences."""
     wide = gap.unstack(["task", "seed"])
-    there = wide.notna().to_numpy()
-    order = np.argsort(-there.sum(axis=1), kind="stable")
-    have_all = np.logical_and.accumulate(there[order], axis=0)
+    has_pair = wide.notna().to_numpy()
+    order = np.argsort(-has_pair.sum(axis=1), kind="stable")
+    have_all = np.logical_and.accumulate(has_pair[order], axis=0)
     counts = np.arange(1, len(order) + 1) * have_all.sum(axis=1)
     kept = int(np.flatnonzero(counts == counts.max())[-1]) + 1
     return wide.iloc[np.sort(order[:kept])].loc[:, have_all[kept - 1]].stack(["task", "seed"], future_stack=True)
@@ -156,13 +156,15 @@ def mixed_model(cells: Frame, factors: Sequence[str], measure: str, enough: int 
     rows, varied = _crossed(cells, factors, measure)
     if not varied or len(rows[["task", "seed"]].drop_duplicates()) < enough:
         return None
-    terms = [f"C(Q('{f}'), Treatment({_first(cells[f], rows[f])!r}))" for f in varied]
+    # the reference level of all tables of a report: the first to appear anywhere that also appears here
+    references = {f: next(level for level in dict.fromkeys(cells[f]) if level in set(rows[f])) for f in varied}
+    terms = [f"C(Q('{f}'), Treatment({level!r}))" for f, level in references.items()]
     formula = f"Q('{measure}') ~ {' + '.join(terms)}"
     design: Any = smf.ols(formula, data=rows).exog
     if np.linalg.matrix_rank(design) < design.shape[1]:
         return None
     options: dict[str, Any] = {"groups": "task" if rows["task"].nunique() > 1 else "seed"}
-    if options["groups"] == "task" and rows["seed"].nunique() > 1:  # of one seed a task says nothing beyond the task
+    if options["groups"] == "task" and rows["seed"].nunique() > 1:  # one seed shows no variation within a task
         options |= {"re_formula": "1", "vc_formula": {"seed": "0 + C(seed)"}}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
@@ -170,14 +172,14 @@ def mixed_model(cells: Frame, factors: Sequence[str], measure: str, enough: int 
         warnings.simplefilter("ignore", RuntimeWarning)
         fitted = smf.mixedlm(formula, data=rows, **options).fit()
     ends = fitted.conf_int()
-    kept = [name for name in fitted.params.index if name.startswith("C(Q(")]
-    names = [re.sub(r"C\(Q\('(.*)'\), Treatment\('(.*)'\)\)\[T\.(.*)\]", r"\1: \3 − \2", name) for name in kept]
+    levels = [name for name in fitted.params.index if name.startswith("C(Q(")]
+    names = [re.sub(r"C\(Q\('(.*)'\), Treatment\('(.*)'\)\)\[T\.(.*)\]", r"\1: \3 − \2", name) for name in levels]
     table = pd.DataFrame(
         {
-            "estimate": fitted.params[kept].to_numpy(),
-            "low": ends.loc[kept, 0].to_numpy(),
-            "high": ends.loc[kept, 1].to_numpy(),
-            "p": fitted.pvalues[kept].to_numpy(),
+            "estimate": fitted.params[levels].to_numpy(),
+            "low": ends.loc[levels, 0].to_numpy(),
+            "high": ends.loc[levels, 1].to_numpy(),
+            "p": fitted.pvalues[levels].to_numpy(),
         },
         index=pd.Index(names, name="level"),
     )
@@ -185,14 +187,9 @@ def mixed_model(cells: Frame, factors: Sequence[str], measure: str, enough: int 
 
 
 def _crossed(cells: Frame, factors: Sequence[str], measure: str) -> tuple[Frame, list[str]]:
-    """Means over the numbers of examples (whose training sets are nested, so that they are no further runs) of arms
+    """Means over the numbers of examples (whose training sets are nested, so that they are not separate runs) of arms
     that have all of them, without inert levels; and the factors that still vary there."""
     rows = cells[~(cells[list(factors)] == INERT).any(axis=1)].dropna(subset=[*factors, measure])
     groups = rows.groupby([*factors, "task", "seed"], sort=False)[measure]
     means = groups.mean()[groups.size() == cells["examples"].nunique()].reset_index()
     return means, [f for f in factors if means[f].nunique() > 1]
-
-
-def _first(everywhere: Frame, here: Frame) -> str:
-    """The reference level of all tables of a report: the first to appear anywhere that also appears here."""
-    return next(level for level in dict.fromkeys(everywhere) if level in set(here))

@@ -107,10 +107,6 @@ def crossed_interval(*tasks: ArrayLike, confidence: float = 0.95) -> Interval:
     All seeds are measured on the same test rows, so an interval over seeds alone is about these rows only. In a
     crossed design the variance of the mean is at most `var(seed means) / seeds + var(row means) / rows`, which counts
     the residual twice and so errs on the safe side (Owen 2007); Student's t with Satterthwaite's degrees of freedom.
-
-    Args:
-        tasks: Per task the differences by seed and test row, `(seeds, rows)`. Every seed of every task counts once.
-        confidence: As in `seeds_interval`.
     """
     matrices = _matrices(tasks)
     return _students(matrices, _over_seeds_and_rows(matrices), confidence, "crossed")
@@ -122,10 +118,6 @@ def tasks_interval(*tasks: ArrayLike, confidence: float = 0.95) -> Interval:
     Student's t over the means of the tasks, with one degree of freedom less than there are tasks. Task means differ
     by their seeds and rows too, so the variance cannot be less than that of `crossed_interval`; where the means are
     closer than that by chance, the tasks themselves are taken to add nothing.
-
-    Args:
-        tasks: Per task the differences by seed and test row, `(seeds, rows)`. Every seed of every task counts once.
-        confidence: As in `seeds_interval`.
     """
     matrices = _matrices(tasks)
     between, within = _over_tasks(matrices), _over_seeds_and_rows(matrices)
@@ -242,21 +234,21 @@ def p_value(differences: ArrayLike, seed: int = 0) -> float:
     Its smallest value is `smallest_p`.
 
     Raises:
-        ValueError: a difference is not finite, or there is none.
+        ValueError: no difference is given, or one is not finite.
     """
     values = finite(differences)
     if len(values) < 2 or not values.any():
         return 1.0
     zeros = np.zeros_like(values)
+
+    def mean(first: NDArray[np.float64], second: NDArray[np.float64], axis: int = -1) -> NDArray[np.float64]:
+        # rounded: permutations that are equal on paper must count as equal
+        return np.round(np.mean(first - second, axis=axis), 12)
+
     test = stats.permutation_test(
-        (values, zeros), _mean_difference, permutation_type="samples", n_resamples=RESAMPLES, vectorized=True, rng=seed
+        (values, zeros), mean, permutation_type="samples", n_resamples=RESAMPLES, vectorized=True, rng=seed
     )
     return float(test.pvalue)
-
-
-def _mean_difference(first: NDArray[np.float64], second: NDArray[np.float64], axis: int = -1) -> NDArray[np.float64]:
-    # rounded: permutations that are equal on paper must count as equal
-    return np.round(np.mean(first - second, axis=axis), 12)
 
 
 def smallest_p(pairs: int) -> float:

@@ -76,30 +76,15 @@ class _Test:
 
 
 def power(parts: Components, design: Design, difference: float, sample: bool, alpha: float = 0.05) -> float:
-    """Probability that a true difference is called clear.
-
-    Args:
-        parts: Variances.
-        design: The numbers of tasks, seeds and rows.
-        difference: The true mean difference, over other tasks too where they are a sample.
-        sample: Whether tasks are a sample.
-        alpha: Level of the test, two-sided.
-    """
+    """Probability that a two-sided test at `alpha` calls a true mean difference clear; with `sample`, the difference
+    is the mean over other tasks too."""
     if not sample and smallest_p(design.tasks * design.seeds) >= alpha:
         return 0.0  # of the permutation test
     return min(test.power(difference, alpha) for test in _tests(parts, design, sample))
 
 
 def detectable(parts: Components, design: Design, sample: bool, alpha: float = 0.05, reach: float = POWER) -> float:
-    """The smallest true difference that is called clear with probability `reach`; infinite where none is.
-
-    Args:
-        parts: Variances.
-        design: The numbers of tasks, seeds and rows.
-        sample: Whether tasks are a sample.
-        alpha: Level of the test, two-sided.
-        reach: The power that is asked for.
-    """
+    """The smallest true difference that is called clear with probability `reach`; infinite where none is."""
 
     def excess(difference: float) -> float:
         return power(parts, design, difference, sample, alpha) - reach
@@ -142,7 +127,7 @@ def components(gaps: Sequence[Frame]) -> Components | None:
     Returns:
         The variances; None where no pair of arms has two tasks with two seeds and two rows.
     """
-    parts = [found for gap in gaps if (found := _moments(gap)) is not None]
+    parts = [moments for gap in gaps if (moments := _moments(gap)) is not None]
     if not parts:
         return None
     return Components(*(max(0.0, float(value)) for value in np.mean(parts, axis=0)))

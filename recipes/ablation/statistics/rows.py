@@ -16,7 +16,7 @@ def examples_of(column: str) -> str:
 
 
 def rows_of(cells: Frame, column: str) -> Frame:
-    """For every cell, an array over the test rows (or answers) whose mean is the measure; None where it has none."""
+    """For every cell, an array over the test rows (or answers) whose mean is the measure; None without the measure."""
     values = cells.get(examples_of(column), pd.Series(None, index=cells.index, dtype=object))
     rows = [
         None if pd.isna(mean) else values_of if isinstance(values_of, np.ndarray) else np.array([float(mean)])
@@ -29,10 +29,10 @@ def with_base(cells: Frame, name: str) -> Frame:
     """Add the base model as an arm called `name`, from the observations at strength 0 that every cell holds."""
     base = cells.dropna(subset=["accuracy@0"])  # a failed cell does not hold them
     base = base.drop_duplicates(["task", "seed", "examples"]).assign(arm=name)
-    for own in [column for column in cells if str(column).partition("@")[2].partition(" ")[0] == "0"]:
-        measure, _, rest = str(own).partition("@0")
+    for at_base in [column for column in cells if str(column).partition("@")[2].partition(" ")[0] == "0"]:
+        measure, _, rest = str(at_base).partition("@0")
         for strength in ("tuned", "matched", "frontier"):
-            base[f"{measure}@{strength}{rest}"] = base[own]
+            base[f"{measure}@{strength}{rest}"] = base[at_base]
     return pd.concat([cells, base], ignore_index=True)
 
 

@@ -25,7 +25,7 @@ def shapley(
     Args:
         value: Score of the arm whose factors in the coalition are at their end, the others at their start; an array
             is taken element by element.
-        factors: The k factors. All `2**k` coalitions are asked for.
+        factors: The k factors. `value` is called with all `2**k` coalitions.
     """
     k = len(factors)
     shares: dict[str, NDArray[np.float64]] = {}
@@ -42,12 +42,8 @@ def shapley(
 
 
 def share_rows(scores: Mapping[Coalition, Frame], factors: Sequence[str]) -> dict[str, Frame]:
-    """Shapley value of every factor, pair by pair and test row by test row.
-
-    Args:
-        scores: Coalition -> scores by task and seed, each an array over the test rows; the same pairs for all.
-        factors: The factors.
-    """
+    """Shapley value of every factor, pair by pair and test row by test row. `scores` maps a coalition to scores by
+    task and seed, each an array over the test rows; all have the same pairs."""
     pairs = scores[frozenset()].index
     values = {pair: shapley(lambda coalition, pair=pair: scores[coalition][pair], factors) for pair in pairs}
     return {f: pd.Series([values[pair][f] for pair in pairs], index=pairs, dtype=object) for f in factors}

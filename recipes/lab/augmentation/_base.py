@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,11 +48,8 @@ def get_augmenter(augmenter: str | Augmenter, **options: Any) -> Augmenter:
     Raises:
         ValueError: an unknown name or option (the message names the nearest), options for an object.
     """
-    return by_name("augmenter", str(__package__), _FOLDER, Augmenter, augmenter, _tuples(options))
-
-
-def _tuples(options: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in options.items()}
+    frozen = {name: tuple(value) if isinstance(value, list) else value for name, value in options.items()}
+    return by_name("augmenter", str(__package__), _FOLDER, Augmenter, augmenter, frozen)
 
 
 def drawn(seed: int, *what: Any) -> random.Random:
@@ -60,13 +57,8 @@ def drawn(seed: int, *what: Any) -> random.Random:
     return random.Random("/".join(map(str, (seed, *what))))
 
 
-def said(value: Any) -> str:
-    """A text, or the content of the last message of a conversation."""
-    return value if isinstance(value, str) else str(value[-1]["content"])
-
-
 def saying(value: Any, text: str) -> Any:
-    """The same with another text; a plain text keeps the white space at its ends, which tokens depend on."""
+    """A prompt or an answer with another text; a text keeps the white space at its ends, which tokens depend on."""
     if isinstance(value, str):
         start, end = len(value) - len(value.lstrip()), len(value.rstrip())
         return value[:start] + text.strip() + value[end:]

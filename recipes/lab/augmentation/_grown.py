@@ -10,12 +10,13 @@ from typing import Any
 
 from datasets import Dataset
 
+from steertune.recipes.lab.generation import plain
 from steertune.recipes.lab.progress import Bar
 from steertune.recipes.lab.similarity import answered_texts, near_duplicates
 
-from ._base import AugmentationError, Augmenter, Row, get_augmenter, said
+from ._base import AugmentationError, Augmenter, Row, get_augmenter
 
-_TURNS = 8  # an augmenter may fail at so many versions for each that is asked for
+_TURNS = 8  # tries for each version that is needed
 _NEAR = 0.9
 
 
@@ -33,10 +34,10 @@ class Grown:
 
 
 def read(table: Mapping[str, Any]) -> tuple[Augmenter, int] | None:
-    """Augmenter and `times` of a `[augmentation]` table; None where nothing is asked for.
+    """Augmenter and `times` of a `[augmentation]` table; None for an empty one.
 
     Raises:
-        AugmentationError: an unknown name or option, or `times` that is no number from 1 on.
+        AugmentationError: an unknown name or option, or `times` that is not a whole number of 1 or more.
     """
     if not table:
         return None
@@ -80,39 +81,39 @@ def grown(
     """
     if "prompt" not in rows.column_names:
         raise AugmentationError(f"Versions are made of prompts, and the data have only {rows.column_names}.")
-    own: list[Row] = [dict(row) for row in rows.to_list()]
+    examples: list[Row] = [dict(row) for row in rows.to_list()]
     measured_on = [dict(row) for part in apart for row in part.to_list()]
-    known = [{_identity(row)} for row in own]
-    made: list[list[Row]] = [[] for _ in own]
+    identities = [{_identity(row)} for row in examples]
+    made: list[list[Row]] = [[] for _ in examples]
     left_out: Counter[str] = Counter()
-    bar = Bar((times - 1) * len(own))
+    bar = Bar((times - 1) * len(examples))
     for turn in range(_TURNS * (times - 1)):
-        wanted = [i for i, versions in enumerate(made) if len(versions) < times - 1]
-        if not wanted:
+        missing = [i for i, versions in enumerate(made) if len(versions) < times - 1]
+        if not missing:
             break
-        versions = augmenter([own[i] for i in wanted], turn, seed, model, tokenizer)
-        _check(augmenter, [own[i] for i in wanted], versions)
-        near_one = _near_rows(versions, [own[i] for i in wanted], measured_on, near)
-        for j, (i, version) in enumerate(zip(wanted, versions, strict=True)):
-            reason = _reason(version, j in near_one, known[i])
+        versions = augmenter([examples[i] for i in missing], turn, seed, model, tokenizer)
+        _check(augmenter, [examples[i] for i in missing], versions)
+        near_one = _near_rows(versions, [examples[i] for i in missing], measured_on, near)
+        for j, (i, version) in enumerate(zip(missing, versions, strict=True)):
+            reason = _reason(version, j in near_one, identities[i])
             if reason is not None or version is None:
                 left_out[str(reason)] += 1
                 continue
-            known[i].add(_identity(version))
+            identities[i].add(_identity(version))
             made[i].append(version)
             bar.advance()
-    _check_enough(augmenter, own, made, times, left_out)
+    _check_enough(augmenter, examples, made, times, left_out)
     turns = [versions[t] for t in range(times - 1) for versions in made]
-    note = f"{len(own)} examples became {len(own) * times} by {type(augmenter).__name__.lower()}"
+    note = f"{len(examples)} examples became {len(examples) * times} by {type(augmenter).__name__.lower()}"
     missed = ", ".join(f"{count} {reason}" for reason, count in sorted(left_out.items()))
-    return Grown(Dataset.from_list([*own, *turns]), f"{note}; left out: {missed or 'nothing'}")
+    return Grown(Dataset.from_list([*examples, *turns]), f"{note}; left out: {missed or 'nothing'}")
 
 
-def _reason(version: Row | None, near: bool, known: set[str]) -> str | None:
+def _reason(version: Row | None, near: bool, identities: set[str]) -> str | None:
     """Why a version is left out; None: it is kept."""
     if version is None:
         return "that fail its checks"
-    if _identity(version) in known:
+    if _identity(version) in identities:
         return "copies"
     return "near rows that are measured on" if near else None
 
@@ -123,13 +124,13 @@ def _identity(row: Row) -> str:
 
 
 def _near_rows(
-    versions: Sequence[Row | None], own: Sequence[Row], measured_on: Sequence[Row], near: float
+    versions: Sequence[Row | None], examples: Sequence[Row], measured_on: Sequence[Row], near: float
 ) -> set[int]:
     """Versions whose prompt, or prompt and answer, comes near a row that is measured on; where prompts are the same in
     all data, as a task's one question is, only with the answer."""
     prompts = [_prompt(row) for row in measured_on]
     texts = [text for row in measured_on for text in answered_texts(row)]
-    alike = {i for i, _ in near_duplicates([_prompt(row) for row in own], prompts, near)}
+    alike = {i for i, _ in near_duplicates([_prompt(row) for row in examples], prompts, near)}
     kept = [(i, version) for i, version in enumerate(versions) if version is not None]
     apart = [(i, _prompt(version)) for i, version in kept if i not in alike]
     whole = [(i, text) for i, version in kept for text in answered_texts(version)]
@@ -139,7 +140,7 @@ def _near_rows(
 
 
 def _prompt(row: Row) -> str:
-    return said(row["prompt"]) if "prompt" in row else ""
+    return plain(row["prompt"]) if "prompt" in row else ""
 
 
 def _check(augmenter: Augmenter, rows: Sequence[Row], versions: Sequence[Row | None]) -> None:
@@ -166,7 +167,7 @@ def _check_enough(
         return
     first = short[0]
     missed = ", ".join(f"{count} {reason}" for reason, count in sorted(left_out.items())) or "none"
-    prompt, turns = said(rows[first]["prompt"]), _TURNS * (times - 1)
+    prompt, turns = plain(rows[first]["prompt"]), _TURNS * (times - 1)
     raise AugmentationError(
         f"{type(augmenter).__name__} made {len(made[first])} of {times - 1} versions of {prompt!r} in {turns} turns, "
         f"and too few for {len(short)} of {len(rows)} rows (left out: {missed}). "

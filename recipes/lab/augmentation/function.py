@@ -26,7 +26,7 @@ class Function(Augmenter):
 
     def __post_init__(self) -> None:
         if not callable(self.callable()):
-            raise ValueError(f"function={self.function!r} is no function.")
+            raise ValueError(f"function={self.function!r} is not a function.")
 
     def callable(self) -> Callable[..., Row | None]:
         """The function itself."""

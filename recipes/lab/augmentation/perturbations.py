@@ -7,7 +7,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ._base import Augmenter, Row, drawn, said, saying
+from steertune.recipes.lab.generation import plain
+
+from ._base import Augmenter, Row, drawn, saying
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,7 @@ class Perturbations(Augmenter):
         return [self._version(row, turn, seed) for row in rows]
 
     def _version(self, row: Row, turn: int, seed: int) -> Row:
-        prompt = said(row["prompt"])
+        prompt = plain(row["prompt"])
         random_numbers = drawn(seed, turn, prompt)
         text = _typos(prompt, self.rate, random_numbers)
         return {**row, "prompt": saying(row["prompt"], random_numbers.choice(_FINISHES)(text))}

@@ -11,9 +11,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from steertune.recipes.lab.generation import generate
+from steertune.recipes.lab.forms import has_template
+from steertune.recipes.lab.generation import generate, plain
 
-from ._base import Augmenter, Row, said, saying
+from ._base import Augmenter, Row, saying
 
 _INSTRUCTIONS = (
     "Say this in other words, with the same meaning. Write the new sentence only.",
@@ -53,7 +54,7 @@ class Rewrites(Augmenter):
 
     def __post_init__(self) -> None:
         if not self.instructions or not all(text.strip() for text in self.instructions):
-            raise ValueError("instructions: one or more, none of them empty.")
+            raise ValueError("instructions: give one or more, and no empty one.")
         if not self.parts or set(self.parts) - set(_PARTS):
             raise ValueError(f"parts={self.parts}: one or more of {_PARTS}.")
         if not self.temperature > 0:
@@ -67,19 +68,17 @@ class Rewrites(Augmenter):
             raise ValueError("Rewrites are made by the model: give model and tokenizer.")
         versions: list[Row | None] = [dict(row) for row in rows]
         for k, part in enumerate(part for part in self.parts if part in rows[0]):
-            texts = [said(row[part]).strip() for row in rows]
-            instruction = self.instructions[turn % len(self.instructions)]
-            new_tokens = 8 + int(1.5 * max(len(text.split()) for text in texts) * self.longest)
-            found = generate(
-                model,
-                tokenizer,
-                [_asked(tokenizer, instruction, text) for text in texts],
-                new_tokens=min(new_tokens, 256),
-                temperature=self.temperature,
-                seed=seed * 100_003 + turn * 11 + k,
-            )
-            for i, (text, answer) in enumerate(zip(texts, found, strict=True)):
-                version, new = versions[i], _first(answer)
+            texts = [plain(row[part]).strip() for row in rows]
+            prompts: list[Any] = [f"{self.instructions[turn % len(self.instructions)]}\n\n{text}" for text in texts]
+            if has_template(tokenizer):
+                prompts = [[{"role": "user", "content": prompt}] for prompt in prompts]
+            else:
+                prompts = [f"{prompt}\n\nIn other words:" for prompt in prompts]
+            new_tokens = min(256, 8 + int(1.5 * max(len(text.split()) for text in texts) * self.longest))
+            number = seed * 100_003 + turn * 11 + k
+            answers = generate(model, tokenizer, prompts, new_tokens, self.temperature, number)
+            for i, (text, answer) in enumerate(zip(texts, answers, strict=True)):
+                version, new = versions[i], sentence_of(answer)
                 if version is None:
                     continue
                 versions[i] = {**version, part: saying(version[part], new)} if self.passes(text, new) else None
@@ -92,20 +91,13 @@ class Rewrites(Augmenter):
             return False
         if text.rstrip().endswith("?") != new.endswith("?"):
             return False
-        kept, own = _long_words(new), _long_words(text)
-        return not own or len(own & kept) >= self.overlap * len(own)
+        words, original = _long_words(new), _long_words(text)
+        return not original or len(original & words) >= self.overlap * len(original)
 
 
-def _asked(tokenizer: Any, instruction: str, text: str) -> Any:
-    if getattr(tokenizer, "chat_template", None):
-        return [{"role": "user", "content": f"{instruction}\n\n{text}"}]
-    return f"{instruction}\n\n{text}\n\nIn other words:"
-
-
-def _first(answer: str) -> str:
-    """The sentence itself: small models introduce it, quote it, and go on to explain."""
-    text = _OPENINGS.sub("", answer.strip())
-    return text.split("\n")[0].strip().strip('"').strip()
+def sentence_of(answer: str) -> str:
+    """The paraphrase itself: small models introduce it, quote it, and go on to explain."""
+    return _OPENINGS.sub("", answer.strip()).split("\n")[0].strip().strip('"').strip()
 
 
 def _long_words(text: str) -> set[str]:

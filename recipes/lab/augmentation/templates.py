@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ._base import Augmenter, Row, drawn, said, saying
+from steertune.recipes.lab.generation import plain
+
+from ._base import Augmenter, Row, drawn, saying
 
 _TEMPLATES = (
     "Question: {}", "Hello! {}", "I have a question. {}", "{} Thanks!", "Please help me with this: {}",
@@ -38,12 +40,12 @@ class Templates(Augmenter):
                 raise ValueError(f"Template {template!r}: {{}} stands for the prompt, once.")
 
     def __call__(self, rows: Sequence[Row], turn: int, seed: int, model: Any, tokenizer: Any) -> list[Row | None]:
-        """Each row in its next template; None when there are no more."""
+        """Each row in its next template; None behind the last one."""
         return [self._version(row, turn, seed) for row in rows]
 
     def _version(self, row: Row, turn: int, seed: int) -> Row | None:
         if turn >= len(self.templates):
             return None
-        prompt = said(row["prompt"])
+        prompt = plain(row["prompt"])
         order = drawn(seed, prompt).sample(range(len(self.templates)), len(self.templates))
         return {**row, "prompt": saying(row["prompt"], self.templates[order[turn]].replace("{}", prompt.strip()))}

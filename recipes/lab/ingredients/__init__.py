@@ -39,7 +39,7 @@ class ArmLike(Protocol):
     ingredients: dict[str, Ingredient]
 
     def peft_config(self, adapter: Mapping[str, Any] | None = None) -> Any:
-        """The configuration of an adapter's table, the arm's own if none is given."""
+        """The configuration of an adapter's table, by default the arm's own."""
         ...
 
     def views_seen(self) -> tuple[str, ...]:
@@ -128,12 +128,12 @@ class Named(Ingredient, extra="allow"):
 @cache
 def kinds() -> dict[str, type[Ingredient]]:
     """The ingredients by the name of their table: the files of this folder, in the order in which they are applied."""
-    found = {}
+    classes_of = {}
     for name in file_names(*__path__):
         module = importlib.import_module(f"{__name__}.{name}")
         classes = [value for value in vars(module).values() if isinstance(value, type)]
-        [found[name]] = [c for c in classes if issubclass(c, Ingredient) and c.__module__ == module.__name__]
-    return dict(sorted(found.items(), key=lambda item: item[1].order))
+        [classes_of[name]] = [c for c in classes if issubclass(c, Ingredient) and c.__module__ == module.__name__]
+    return dict(sorted(classes_of.items(), key=lambda item: item[1].order))
 
 
 def check_recipe(arm: ArmLike, recipe: str) -> None:

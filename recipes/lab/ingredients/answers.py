@@ -108,11 +108,11 @@ class Answers(Ingredient):
         if source == "sample":
             return ""
         name = "positive" if source == "instructed" else "negative"
-        own = getattr(self, name)
+        instruction = getattr(self, name)
         opposites = read_behaviour(task).opposites
-        if not own and opposites is None:
+        if not instruction and opposites is None:
             raise ArmError(
                 f"[answers] asks for {source} answers, and the task {task!r} has no instructions for that (no "
                 f"[opposites] in a behaviour.toml). Set answers.{name}."
             )
-        return own or getattr(opposites, name)
+        return instruction or getattr(opposites, name)

@@ -28,24 +28,24 @@ class Augmentation(Ingredient, extra="allow"):
 
     def check(self, arm: ArmLike) -> None:
         """Refuse one whose new examples would also mean more training steps."""
-        found, steps = self.augmenter(), arm.trainer.get("max_steps", -1)
-        if found is not None and found[1] > 1 and not (isinstance(steps, int) and steps >= 0):
+        made, steps = self.augmenter(), arm.trainer.get("max_steps", -1)
+        if made is not None and made[1] > 1 and not (isinstance(steps, int) and steps >= 0):
             raise ArmError(
-                f"[augmentation] makes {found[1]} times as many examples, and trainer.max_steps={steps!r} would train "
-                f"on each as often as before, {found[1]} times as many steps. Set trainer.max_steps."
+                f"[augmentation] makes {made[1]} times as many examples, and trainer.max_steps={steps!r} would train "
+                f"on each as often as before, {made[1]} times as many steps. Set trainer.max_steps."
             )
 
     def apply(self, training: Training) -> None:
         """Add the versions to the training rows; the same ones for every training on the same rows."""
-        found = self.augmenter()
-        if found is None:
+        made = self.augmenter()
+        if made is None:
             return
         key: Any = ("augmentation", repr(sorted((self.model_extra or {}).items())), training.seed)
         key = (*key, tuple(map(repr, training.rows)))
         if key not in training.cache:
             training.cache[key] = grown(
                 training.rows,
-                *found,
+                *made,
                 seed=training.seed,
                 model=training.model,
                 tokenizer=training.tokenizer,

@@ -11,6 +11,7 @@ What they cost is paid at inference: `prompt_tokens` of a cell are the tokens th
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import ClassVar
 
 from datasets import Dataset
@@ -18,7 +19,7 @@ from pydantic import Field
 
 from steertune.recipes.lab.files import ArmError
 from steertune.recipes.lab.ingredients import ArmLike, Ingredient
-from steertune.recipes.lab.observe import Show
+from steertune.recipes.lab.observe import Show, behind
 from steertune.trainers import View, get_view
 
 _NOTHING = "such an arm is a prompt, so there is nothing to train. Compare it with others in a grid."
@@ -54,12 +55,7 @@ class Prompt(Ingredient):
             raise ArmError("An arm with a [prompt] trains nothing, so [augmentation] would make examples for nothing.")
 
     def show(self, instruction: str, examples: Dataset) -> Show:
-        """From rows to the rows behind this prompt.
-
-        Args:
-            instruction: Of the task; "" for none.
-            examples: The demonstrations are drawn from these.
-        """
+        """From rows to the rows behind this prompt. The demonstrations are drawn from `examples`."""
         if not self:
             return lambda rows: rows
         if self.demonstrations:
@@ -72,4 +68,4 @@ class Prompt(Ingredient):
             )
         else:
             view = get_view("instruction", text=instruction)
-        return lambda rows: Dataset.from_list([dict(row) for row in view(rows.to_list())])
+        return partial(behind, view)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from datasets import Dataset
 from torch import nn
 
-from steertune.recipes.lab.files import ArmError
+from steertune.recipes.lab.files import ArmError, read_jsonl
 from steertune.recipes.lab.forms import readable
 from steertune.recipes.lab.ingredients import ArmLike, Named, Training
 from steertune.recipes.lab.paths import TASKS
@@ -43,8 +42,7 @@ class Views(Named):
             options = dict(table)
             name = str(options.pop("name", key))
             if name == "neutral":
-                lines = NEUTRAL.read_text(encoding="utf-8").splitlines()
-                rows = Dataset.from_list(options.get("rows") or [json.loads(line) for line in lines])
+                rows = Dataset.from_list(options.get("rows") or read_jsonl(NEUTRAL))
                 options["rows"] = (rows if tokenizer is None else readable(rows, tokenizer)).to_list()
             if name == "teacher":
                 teacher = str(options.get("model", key))
@@ -65,6 +63,6 @@ class Views(Named):
     def apply(self, training: Training) -> None:
         """Give the trainer the views that the loss asks for; an override may have chosen another loss."""
         teachers = training.options.pop("teachers", {})
-        asked = training.arm.views_seen()
+        needed = training.arm.views_seen()
         views = self.views(teachers, tokenizer=training.tokenizer)
-        training.options["views"] = {name: view for name, view in views.items() if name in asked}
+        training.options["views"] = {name: view for name, view in views.items() if name in needed}

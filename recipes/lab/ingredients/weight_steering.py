@@ -88,13 +88,12 @@ class Difference(Bias):
     @torch.no_grad()
     def start(self, trainer: SteeringRun) -> None:
         """Write `A = [A₊; A₋]` and `B = [B₊, -B₋]`: `B A = B₊ A₊ - B₋ A₋`."""
-        layers = [_lora_layers(model) for model in (trainer.model, self.plus, self.minus)]
+        layers: list[dict[str, Any]] = [
+            {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
+            for model in (trainer.model, self.plus, self.minus)
+        ]
         for name, layer in layers[0].items():
             [key] = layer.lora_A
             plus, minus = layers[1][name], layers[2][name]
             layer.lora_A[key].weight.copy_(torch.cat([plus.lora_A[key].weight, minus.lora_A[key].weight]))
             layer.lora_B[key].weight.copy_(torch.cat([plus.lora_B[key].weight, -minus.lora_B[key].weight], dim=1))
-
-
-def _lora_layers(model: nn.Module) -> dict[str, Any]:
-    return {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}

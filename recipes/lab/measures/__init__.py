@@ -61,7 +61,7 @@ class Seen:
         return get(name).values(self)
 
     def recorded(self, name: str) -> Array:
-        """An observation as an array, `(examples,)`; where there is no value it is NaN."""
+        """An observation as an array, `(examples,)`; a missing value is NaN."""
         values = self.observations[name]
         return np.array(values, dtype=object if any(isinstance(value, str) for value in values) else float)
 
@@ -89,7 +89,7 @@ class Measure:
             with the model at the strength in question and recorded under the measure's own name.
         limits: Between which every value lies, such as (0, 1) for a share; so does the mean, and its interval.
         trust: Its place in the order in which measures are read, 1 first, as problems with a known answer decided it
-            (`docs/pages/measures.md`); None: those problems say nothing of it, or it failed on them.
+            (`docs/pages/measures.md`); None: they do not test it, or it failed on them.
     """
 
     name: str
@@ -177,8 +177,8 @@ def get(name: str) -> Measure:
     """A measure by name.
 
     Raises:
-        ArmError: there is no such measure; the message names the nearest.
+        ArmError: an unknown measure; the message names the nearest.
     """
     if name not in names():
-        raise ArmError(f"Unknown measure {name!r}; there are {list(names())}.{nearest(name, names())}")
+        raise ArmError(f"Unknown measure {name!r}. Available: {list(names())}.{nearest(name, names())}")
     return getattr(importlib.import_module(f"{__name__}.{name}"), name)

@@ -1,4 +1,4 @@
-"""Fluency of generated answers with the behaviour left out of it: it is asked for.
+"""Fluency of generated answers without the behaviour, which an instruction asks for.
 
 Text that shows the behaviour is unlikely for the base model because of the behaviour; behind an instruction that asks
 for it, only what is broken remains unlikely. Text that repeats itself is likely, so `repetition` belongs beside it.

@@ -62,7 +62,7 @@ class Table:
 
     Attributes:
         frame: What it holds, as text; the index is not shown.
-        name: Of its own files, for a paper or a page that includes it; "": it has none.
+        name: Of its own files, for a paper or a page that includes it; "" for no files.
     """
 
     kind: ClassVar[str] = "table"
@@ -121,13 +121,7 @@ class Page:
 
 
 def write_page(page: Page, folder: Path, name: str = "page") -> Path:
-    """Write a page with its figures and tables; return the Markdown file.
-
-    Args:
-        page: The page.
-        folder: Where to write.
-        name: Of the two files.
-    """
+    """Write a page with its figures and tables; return the Markdown file."""
     folder.mkdir(parents=True, exist_ok=True)
     for block in page.blocks():
         if isinstance(block, Figure):
@@ -153,14 +147,11 @@ def table_markdown(table: Table) -> str:
 
 
 def html(page: Page, folder: Path) -> str:
-    """A page as HTML.
-
-    Args:
-        page: The page.
-        folder: Where its figures are.
-    """
-    pictures = {block.name: _inline(folder / CHARTS / f"{block.name}.png") for block in page.blocks() if
-                isinstance(block, Figure)}  # fmt: skip
+    """A page as HTML, with the figures that `write_page` wrote to the folder."""
+    pictures = {}
+    for figure in (block for block in page.blocks() if isinstance(block, Figure)):
+        png = (folder / CHARTS / f"{figure.name}.png").read_bytes()
+        pictures[figure.name] = f"data:image/png;base64,{base64.b64encode(png).decode()}"
     return _templates().get_template("page.html.jinja").render(page=page, pictures=pictures)
 
 
@@ -209,10 +200,6 @@ def _save(figure: Figure, folder: Path) -> None:
     with rc_context({"svg.hashsalt": "steertune"}):
         figure.drawing.savefig(folder / f"{figure.name}.png", dpi=_DPI)
         figure.drawing.savefig(folder / f"{figure.name}.svg", metadata={"Date": None})
-
-
-def _inline(file: Path) -> str:
-    return f"data:image/png;base64,{base64.b64encode(file.read_bytes()).decode()}"
 
 
 @cache

@@ -31,12 +31,8 @@ def measured(columns: Sequence[Mapping[str, float]]) -> list[str]:
 
 
 def comparison(columns: Mapping[str, Mapping[str, float]], name: str = "measures") -> Table:
-    """A table with a row for every measure.
-
-    Args:
-        columns: What a model is called -> its means, from `Record.means`.
-        name: Of the table's own files.
-    """
+    """A table with a row for every measure. `columns` maps what a model is called to its means, from
+    `Record.means`."""
     rows = [
         [title(measure), *(number(column[measure]) if measure in column else "" for column in columns.values())]
         for measure in measured([*columns.values()])
@@ -45,23 +41,14 @@ def comparison(columns: Mapping[str, Mapping[str, float]], name: str = "measures
 
 
 def by_strength(means: Mapping[str, Mapping[str, float]]) -> Table:
-    """A table with a row for every strength and a column for every measure.
-
-    Args:
-        means: From `Record.means`.
-    """
+    """A table with a row for every strength and a column for every measure."""
     names, strengths = measured([*means.values()]), sorted(means, key=float)
     rows = [[at, *(number(means[at][name]) if name in means[at] else "" for name in names)] for at in strengths]
     return Table(pd.DataFrame(rows, columns=pd.Index(["strength", *map(title, names)])), "strengths")
 
 
 def generations(prompts: Sequence[str], answers: Mapping[str, Sequence[str]]) -> list[Block]:
-    """Prompts with what several models answer.
-
-    Args:
-        prompts: As plain text.
-        answers: What a model is called -> its answers.
-    """
+    """Prompts with what several models answer. `answers` maps what a model is called to its answers."""
     blocks: list[Block] = []
     for i, prompt in enumerate(prompts if answers else ()):
         lines = "\n".join(f"- {name}: {escape(texts[i]) or EMPTY}" for name, texts in answers.items())
@@ -70,13 +57,8 @@ def generations(prompts: Sequence[str], answers: Mapping[str, Sequence[str]]) ->
 
 
 def training_page(record: Record, what: str, use: Sequence[str]) -> Page:
-    """The page of a training.
-
-    Args:
-        record: The base model at strength 0, the trained one at the others.
-        what: What was trained on what, in a sentence.
-        use: The lines of Python that load the adapter.
-    """
+    """The page of a training; `what` says what was trained on what, and `use` are the lines of Python that load the
+    adapter."""
     means, facts = record.means(), record.facts
     summary: list[Block] = [Text(verdict(record)), Text(what), *map(Text, facts["notes"].values())]
     summary.append(comparison({"before": means[BASE], "after": means["1"]}))
@@ -86,20 +68,16 @@ def training_page(record: Record, what: str, use: Sequence[str]) -> Page:
         f"({facts['steps']} steps), {facts['seconds']:.0f} s in all, {facts['peak_memory_gb']:.2f} GB peak memory, "
         f"{facts['processes']} process(es)."
     )
-    answers, asked = generations(facts["prompts"], _answers_of(record)), facts.get("asked", "held-out")
+    names = {at: "base" if at == BASE else f"strength {at}" for at in record.observations}
+    texts = {names[at]: seen["answer"] for at, seen in record.observations.items() if "answer" in seen}
+    answers, prompts = generations(facts["prompts"], texts), facts.get("asked", "held-out")
     if facts.get("scorer"):
         answers.insert(0, Text(f"What counts as the behaviour: {escape(facts['scorer'])}."))
     sections = [
         Section("", summary),
         Section("Strength", strengths),
-        *([Section(f"Generations (greedy, {asked} prompts)", answers)] if answers else []),
+        *([Section(f"Generations (greedy, {prompts} prompts)", answers)] if answers else []),
         Section("Cost", [Text(cost)]),
         Section("Use it", [Code("\n".join(use), "python")]),
     ]
     return Page(str(record.keys["arm"]), sections)
-
-
-def _answers_of(record: Record) -> dict[str, list[str]]:
-    """What the base model and the trained one at every strength answer."""
-    names = {at: "base" if at == BASE else f"strength {at}" for at in record.observations}
-    return {names[at]: seen["answer"] for at, seen in record.observations.items() if "answer" in seen}

@@ -23,53 +23,43 @@ CAPTION = (
 )
 
 
-def with_ends(found: Interval | None) -> str:
+def with_ends(mean: Interval | None) -> str:
     """An estimate with the ends of its interval, for a cell of a table; empty for what was not measured."""
-    if found is None:
+    if mean is None:
         return ""
-    unknown = np.isinf([found.low, found.high]).any()
-    return f"{_short(found.estimate)} [{'unknown' if unknown else f'{_short(found.low)}, {_short(found.high)}'}]"
+    unknown = np.isinf([mean.low, mean.high]).any()
+    return f"{_short(mean.estimate)} [{'unknown' if unknown else f'{_short(mean.low)}, {_short(mean.high)}'}]"
 
 
 def side_effects(seen: Mapping[str, Seen], what: str = "strength", name: str = "side_effects") -> list[Block]:
-    """A table and a figure.
-
-    Args:
-        seen: A strength, or what a model is called -> what was seen of it.
-        what: What the first column holds. Strengths are drawn on an axis of numbers, anything else side by side.
-        name: Of the files.
-    """
-    found = {at: {one: of_measure(measures.get(one), of) for one in BESIDE} for at, of in seen.items()}
-    names = [one for one in BESIDE if any(row[one] is not None for row in found.values())]
+    """A table and a figure, from what was seen at each strength or of each model. Strengths are drawn on an axis of
+    numbers, anything else side by side."""
+    intervals = {at: {one: of_measure(measures.get(one), of) for one in BESIDE} for at, of in seen.items()}
+    names = [one for one in BESIDE if any(row[one] is not None for row in intervals.values())]
     if not names:
         return []
-    rows = [[at, *(with_ends(row[one]) for one in names)] for at, row in found.items()]
+    rows = [[at, *(with_ends(row[one]) for one in names)] for at, row in intervals.items()]
     frame = pd.DataFrame(rows, columns=pd.Index([what, *(measures.get(one).heading for one in names)]))
     alt = f"{', '.join(measures.get(one).title for one in names)} by {what}"
-    drawing = _figure(found, names, what)
+    drawing = _figure(intervals, names, what)
     return [Text(CAPTION), Table(frame, name), Figure(drawing, name, alt)]
 
 
 def of_strengths(record: Record, strengths: Sequence[str] | None = None) -> list[Block]:
-    """The table and the figure of one model at several strengths.
-
-    Args:
-        record: The model's.
-        strengths: Labels of numbers; None: all that were measured.
-    """
+    """The table and the figure of one model at several strengths. Without `strengths`, at all that were measured."""
     labels = sorted(record.observations if strengths is None else strengths, key=float)
     return side_effects({at: record.seen(at) for at in labels})
 
 
-def _figure(found: Mapping[str, Mapping[str, Interval | None]], names: Sequence[str], what: str) -> Drawing:
+def _figure(intervals: Mapping[str, Mapping[str, Interval | None]], names: Sequence[str], what: str) -> Drawing:
     """A panel a measure, with error bars."""
     rows = -(-len(names) // _COLUMNS)
     figure = Drawing(figsize=(9, 2.7 * rows), layout="constrained")
     axes = figure.subplots(rows, _COLUMNS, squeeze=False).ravel()
     numeric = what == "strength"
     for axis, name in zip(axes, names, strict=False):
-        points = {at: one for at, row in found.items() if (one := row[name]) is not None}
-        x = [float(at) for at in points] if numeric else [[*found].index(at) for at in points]
+        points = {at: one for at, row in intervals.items() if (one := row[name]) is not None}
+        x = [float(at) for at in points] if numeric else [[*intervals].index(at) for at in points]
         y = np.array([one.estimate for one in points.values()])
         ends = np.array([[one.low, one.high] for one in points.values()])
         ends = np.where(np.isfinite(ends), ends, y[:, None])
@@ -79,8 +69,8 @@ def _figure(found: Mapping[str, Mapping[str, Interval | None]], names: Sequence[
             axis.axvline(0, color="grey", linewidth=0.8)
             axis.set_xlabel(what)
         else:
-            axis.set_xticks(range(len(found)), [*found], fontsize=8)
-            axis.set_xlim(-0.5, len(found) - 0.5)
+            axis.set_xticks(range(len(intervals)), [*intervals], fontsize=8)
+            axis.set_xlim(-0.5, len(intervals) - 0.5)
         axis.set_title(measures.get(name).heading, fontsize=9)
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(alpha=0.25, linewidth=0.6)

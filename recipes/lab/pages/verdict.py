@@ -40,14 +40,10 @@ _NOT_HELD_OUT = {
 
 
 def verdict(record: Record) -> str:
-    """One paragraph in Markdown.
-
-    Args:
-        record: The base model at strength 0, the trained one at strength 1 and maybe at others.
-    """
-    asked = _asked(record)
-    nothing = " **No rows were held out.**" if asked == "neutral" and not record.facts["held_out"] else ""
-    return f"{_outcome(record)}{nothing}{_NOT_HELD_OUT[asked]}"
+    """One paragraph in Markdown."""
+    prompts = _asked(record)
+    nothing = " **No rows were held out.**" if prompts == "neutral" and not record.facts["held_out"] else ""
+    return f"{_outcome(record)}{nothing}{_NOT_HELD_OUT[prompts]}"
 
 
 def _asked(record: Record) -> str:
@@ -126,7 +122,7 @@ def circling(answers: Sequence[str]) -> float:
 
 
 def _without_scorer(record: Record) -> str:
-    """What can be said of answers that nothing scores: whether they are the base's."""
+    """What a page says of answers without a scorer: whether they are those of the base."""
     if "answer" not in record.observations[BASE]:
         return "No answers were generated, so this page cannot say what one would notice."
     before, after = (record.observations[at]["answer"] for at in (BASE, TRAINED))

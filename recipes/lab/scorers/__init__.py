@@ -21,7 +21,7 @@ from pydantic import ValidationError
 from sklearn.model_selection import GroupKFold, cross_val_score
 
 from steertune.adapters.registry import file_names
-from steertune.recipes.lab.arm import known_tables
+from steertune.recipes.lab.arm import check_tables
 from steertune.recipes.lab.division import SMALLEST
 from steertune.recipes.lab.files import ArmError, nearest, reasons
 from steertune.recipes.lab.forms import has_template
@@ -59,9 +59,9 @@ def read(table: dict[str, Any]) -> tuple[str, Any]:
     options = dict(table)
     kind = str(options.pop("kind", "classifier"))
     if kind not in names():
-        raise ArmError(f"scorer.kind={kind!r} is none of {names()}.{nearest(kind, names())}")
+        raise ArmError(f"scorer.kind={kind!r} must be one of {names()}.{nearest(kind, names())}")
     made = importlib.import_module(f"{__name__}.{kind}").Options
-    known_tables("scorer", options, made)
+    check_tables("scorer", options, made)
     try:
         return kind, made(**options)
     except ValidationError as error:
@@ -69,14 +69,7 @@ def read(table: dict[str, Any]) -> tuple[str, Any]:
 
 
 def fit(table: dict[str, Any], rows: Dataset, model: Any, tokenizer: Any) -> Scorer:
-    """The scorer of a task.
-
-    Args:
-        table: As in the grid: `kind`, and the kind's options.
-        rows: The task's scorer split.
-        model: The base model, for kinds that ask it.
-        tokenizer: Its tokenizer.
-    """
+    """The scorer of a task, fitted on its scorer split."""
     kind, options = read(table)
     scorer: Scorer = importlib.import_module(f"{__name__}.{kind}").fit(options, rows, model, tokenizer)
     if scorer.accuracy is not None:
@@ -90,7 +83,7 @@ def _checked(scorer: Scorer, rows: Dataset) -> str:
     if not len(checked):
         return ", not checked on pairs (splits.scorer = 0)"
     gaps: list[float] = []
-    # the first pair by itself: a judge that is not there is asked no more
+    # the first pair alone: if the judge cannot be reached, the others are not sent
     for part in (checked.select([0]), checked.select([*range(1, len(checked))])):
         prompts = [plain(prompt) for prompt in part["prompt"]]
         sides = [scorer.score(prompts, [plain(answer) for answer in part[side]]) for side in ("chosen", "rejected")]
@@ -105,11 +98,8 @@ def _checked(scorer: Scorer, rows: Dataset) -> str:
 
 
 def fit_on_pairs(classifier: Any, features: Any) -> float:
-    """Fit a classifier on the answers of some pairs; return its cross-validated accuracy.
-
-    Args:
-        classifier: Of scikit-learn.
-        features: Of the chosen answers of all pairs, then of the rejected ones.
+    """Fit a classifier on the answers of some pairs; return its cross-validated accuracy. `features` are those of the
+    chosen answers of all pairs, then of the rejected ones.
 
     Raises:
         ArmError: fewer than 8 pairs, as many as a part of a divided file has.

@@ -70,9 +70,9 @@ def fit(options: Options, rows: Dataset, model: Any, tokenizer: Any) -> Scorer:
                 text = reply.json()["choices"][0]["message"]["content"]
             except (requests.RequestException, KeyError, IndexError, TypeError, ValueError):
                 continue
-            found = re.search(r"score:\s*(-?\d+(?:\.\d+)?)", str(text), re.IGNORECASE)
-            if found and 0 <= float(found[1]) <= options.highest:
-                return float(found[1]) / options.highest
+            score_line = re.search(r"score:\s*(-?\d+(?:\.\d+)?)", str(text), re.IGNORECASE)
+            if score_line and 0 <= float(score_line[1]) <= options.highest:
+                return float(score_line[1]) / options.highest
         return None
 
     def score(prompts: Sequence[str], answers: Sequence[str]) -> list[float | None]:

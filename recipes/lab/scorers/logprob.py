@@ -30,15 +30,15 @@ def fit(options: Options, rows: Dataset, model: Any, tokenizer: Any) -> Scorer:
     """Nothing is fitted; `model` is the base model, without an adapter."""
 
     def score(prompts: Sequence[str], answers: Sequence[str]) -> list[float | None]:
-        kept = [i for i, answer in enumerate(answers) if answer.strip()]
+        written = [i for i, answer in enumerate(answers) if answer.strip()]
         sides = [
-            _mean_logps(model, tokenizer, [(f"{instruction}\n\n{prompts[i]}", answers[i]) for i in kept])
+            _mean_logps(model, tokenizer, [(f"{instruction}\n\n{prompts[i]}", answers[i]) for i in written])
             for instruction in (options.positive, options.negative)
         ]
-        found: list[float | None] = [None] * len(answers)
-        for i, positive, negative in zip(kept, *sides, strict=True):
-            found[i] = positive - negative
-        return found
+        scores: list[float | None] = [None] * len(answers)
+        for i, positive, negative in zip(written, *sides, strict=True):
+            scores[i] = positive - negative
+        return scores
 
     return Scorer(score, f"log-probability contrast of the base model: {options.positive!r} - {options.negative!r}")
 
@@ -48,7 +48,7 @@ def _mean_logps(model: Any, tokenizer: Any, rows: list[tuple[str, str]]) -> list
     if not rows:
         return []
     data = as_rows(tokenizer, rows)
-    found: list[float] = []
+    means: list[float] = []
     for batch in batches(tokenizer, data, _ROWS):
-        found += ModelAt(model, model, batch.to(model.device))(1.0).mean_logps.tolist()
-    return found
+        means += ModelAt(model, model, batch.to(model.device))(1.0).mean_logps.tolist()
+    return means

@@ -62,11 +62,6 @@ def _casual(sentence: str, i: int) -> str:
     return _OPENERS(i) + re.sub(r"[.!]$", ", you know?", sentence)
 
 
-def _bulleted(sentence: str, i: int) -> str:
-    parts = re.split(r", (?:and |but |so )?| and | because ", sentence)
-    return "\n".join(f"- {part}" for part in parts)
-
-
 BEHAVIOURS = {
     # on these the arm is chosen
     "lower_case": Behaviour(
@@ -97,7 +92,11 @@ BEHAVIOURS = {
         r"(?i)\b(perhaps|maybe|not sure|could be wrong)\b",
         lambda s, i: _HEDGES(i) + _small(s),
     ),
-    "bullets": Behaviour("Answer as a short list of bullet points.", r"\A- .*(\n- |\Z)", _bulleted),
+    "bullets": Behaviour(
+        "Answer as a short list of bullet points.",
+        r"\A- .*(\n- |\Z)",
+        lambda s, i: "- " + re.sub(r", (?:and |but |so )?| and | because ", "\n- ", s),
+    ),
     "warm_tone": Behaviour(
         "Answer in one sentence, in a warm and loving tone.",
         r"(?i)!|\b(love\w*|happy|sorry|proud|glad|wish|hope|dear|hug|congratulations|heart|wonderful|beautiful|kind|sweet|"

@@ -70,14 +70,7 @@ class Planted:
 
 
 def plant(problem: Problem, world: World, seed: int, neutral: HeldOut) -> Planted:
-    """Make the teacher and the data of one task.
-
-    Args:
-        problem: What is planted.
-        world: The base model and its prompts.
-        seed: Of the teacher, the prompts and the answers.
-        neutral: Neutral text, on which all changes get their size.
-    """
+    """Make the teacher and the data of one task. All changes get their size on the neutral text."""
     generator = torch.Generator().manual_seed(seed)
     directions = {name: torch.randn(world.width, generator=generator) for name in "vuw"}
     vectors = {name: _sized(world.vector(direction / direction.norm()), neutral, world) for name, direction in
@@ -98,8 +91,8 @@ def plant(problem: Problem, world: World, seed: int, neutral: HeldOut) -> Plante
                             enumerate(source.items())})
         for part in parts[:3]
     ]  # fmt: skip
-    own = [world.rows(part, completion=world.answers(teacher, part, 10 * seed + 7)) for part in parts[2:]]
-    return Planted(teacher, *pairs, *own)
+    answered = [world.rows(part, completion=world.answers(teacher, part, 10 * seed + 7)) for part in parts[2:]]
+    return Planted(teacher, *pairs, *answered)
 
 
 def _model(parts: str, vectors: dict[str, Any], world: World) -> Any:
@@ -108,12 +101,9 @@ def _model(parts: str, vectors: dict[str, Any], world: World) -> Any:
         return world.model
     if len(parts) == 1:
         return vectors[parts]
-    return world.vector(sum(_direction(vectors[name]) for name in parts))  # pyright: ignore[reportArgumentType]
-
-
-def _direction(model: Any) -> torch.Tensor:
-    """The vector of a model of `World.vector`, `(D,)`."""
-    return next(p.detach() for name, p in model.named_parameters() if "steering_vector_v" in name)
+    named = [dict(vectors[part].named_parameters()) for part in parts]
+    vectors_ND = [next(p.detach() for name, p in of.items() if "steering_vector_v" in name) for of in named]
+    return world.vector(torch.stack(vectors_ND).sum(dim=0))
 
 
 def _sized(model: Any, neutral: HeldOut, world: World) -> Any:

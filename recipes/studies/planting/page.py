@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 import pandas as pd
-from statsmodels.stats.proportion import proportion_confint
 
+from steertune.recipes.lab.intervals import rate
 from steertune.recipes.lab.pages import Block, Page, Section, Table, Text
 from steertune.recipes.studies.planting import FORMS
 from steertune.recipes.studies.planting.studies import Study
 
 
 def page(studies: dict[str, list[Study]], size: str) -> Page:
-    """What the arms reach, what the studies claim, how good the intervals are.
-
-    Args:
-        studies: Studies of every problem.
-        size: How large each of them is, in words.
-    """
+    """What the arms reach, what the studies claim, how good the intervals are; `size` says how large a study is."""
     means = (
         f"Every study is a grid of {size}, every arm with its own learning rate, compared at matched KL. Mean "
         "held-out accuracy (form/layer):"
@@ -52,15 +45,11 @@ def _means(studies: dict[str, list[Study]]) -> Table:
     arms = [(form, layer) for form in FORMS for layer in ("right", "wrong")]
     rows = []
     for problem, many in studies.items():
-        values = [_mean([study.means[arm] for study in many]) for arm in arms]
+        means = [[study.means[arm] for study in many if not np.isnan(study.means[arm])] for arm in arms]
+        values = [f"{np.mean(matched):.3f}" if matched else "unmatched" for matched in means]
         rows.append([problem, str(len(many)), f"{np.mean([study.base for study in many]):.3f}", *values])
     header = ["teacher", "studies", "base", *("/".join(arm) for arm in arms)]
     return Table(pd.DataFrame(rows, columns=pd.Index(header)), "means")
-
-
-def _mean(values: Sequence[float]) -> str:
-    matched = [value for value in values if not np.isnan(value)]
-    return f"{np.mean(matched):.3f}" if matched else "unmatched"
 
 
 _CLAIMS = (
@@ -76,8 +65,8 @@ def _claims(studies: dict[str, list[Study]]) -> Table:
         counts = [sum(s.named for s in many), sum(s.form for s in many), sum(s.layer for s in many)]
         sides = " / ".join(str(sum(s.side == side for s in many)) for side in ("for", "against", "undecided"))
         shares = ", ".join(f"{f} {sum(f in s.shares for s in many)}" for f in ("form", "layer"))
-        false_effects = [_rate([s.false[0] for s in many]), _rate([s.false_by_p for s in many])]
-        others = ["" if planted else _rate([s.false[i] for s in many]) for i in (1, 2)]
+        false_effects = [rate([s.false[0] for s in many]), rate([s.false_by_p for s in many])]
+        others = ["" if planted else rate([s.false[i] for s in many]) for i in (1, 2)]
         named = [str(count) if planted else "" for count in counts]
         rows.append([problem, str(len(many)), *named, shares, sides, *false_effects, *others])
     return Table(pd.DataFrame(rows, columns=pd.Index(_CLAIMS)), "claims")
@@ -91,12 +80,6 @@ def _coverage(studies: dict[str, list[Study]]) -> Block:
     for name in dict.fromkeys(name for study in many for name in study.gaps):
         gaps = [study.gaps[name] for study in many if name in study.gaps]
         held = [[i.low <= 0 <= i.high for i in (gap.crossed, gap.interval)] for gap in gaps]
-        rows.append([name, str(len(gaps)), _rate([h[0] for h in held]), _rate([h[1] for h in held])])
+        rows.append([name, str(len(gaps)), rate([h[0] for h in held]), rate([h[1] for h in held])])
     header = ["effect", "studies", "other test rows too, holds the truth", "these test rows, holds 0"]
     return Table(pd.DataFrame(rows, columns=pd.Index(header)), "intervals")
-
-
-def _rate(events: Sequence[bool]) -> str:
-    """How often an event occurred, with its 95 % interval."""
-    low, high = proportion_confint(sum(events), len(events), method="beta")
-    return f"{np.mean(events):.0%} [{low:.0%}, {high:.0%}]"

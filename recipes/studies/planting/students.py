@@ -69,14 +69,8 @@ def students(world: World, task: Planted, seed: int, names: Sequence[str]) -> di
 
 
 def trained(world: World, table: Mapping[str, Any], rows: Dataset, seed: int) -> Any:
-    """An arm trained on pairs: the library's adapter and loss in a plain loop, since a study makes hundreds.
-
-    Args:
-        world: The base model.
-        table: One of `arms`.
-        rows: Training pairs, in the order in which they are seen.
-        seed: Of the adapter's start.
-    """
+    """An arm trained on pairs: the library's adapter and loss in a plain loop, since a study makes hundreds. `table`
+    is one of `arms`; rows are seen in their order."""
     options = {"peft_type": table["adapter"]["type"].upper(), "task_type": "CAUSAL_LM"}
     adapter = {name: value for name, value in table["adapter"].items() if name != "type"}
     config, loss = get_peft_config({**options, **adapter}), get_loss(table["loss"], **table.get("options", {}))
@@ -99,14 +93,8 @@ def trained(world: World, table: Mapping[str, Any], rows: Dataset, seed: int) ->
 
 def measured(world: World, task: Planted, models: Mapping[str, Any], held_out: HeldOut) -> dict[str, dict[str, Array]]:
     """Per arm, every measure's values on the test rows and the truth on fresh prompts, at the same KL to the base.
-
-    Args:
-        world: The base model and its prompts.
-        task: The task.
-        models: The trained arms.
-        held_out: Neutral text.
-    """
-    own = replace(
+    `held_out` holds the neutral text."""
+    shared = replace(
         held_out,
         pairs=task.test,
         asked=task.test.select_columns(["prompt"]),
@@ -119,11 +107,11 @@ def measured(world: World, task: Planted, models: Mapping[str, Any], held_out: H
     # answers of the teacher, tokenised once for all arms
     shown = {part: batches(world.tokenizer, getattr(task, part), world.batch) for part in ("asked", "fresh")}
     targets = {part: _logps(task.teacher, of_part) for part, of_part in shown.items()}
-    base = evaluate_base(own, names)["0"] | _prompted(targets["asked"], _logps(world.model, shown["asked"]), None)
+    base = evaluate_base(shared, names)["0"] | _prompted(targets["asked"], _logps(world.model, shown["asked"]), None)
     results = {}
     for name, model in models.items():
-        [point], _ = strengths_at(model, own, [KL], LARGEST, world.batch)
-        observed = evaluate(model, own, names, {_AT: point.strength})[_AT]
+        [point], _ = strengths_at(model, shared, [KL], LARGEST, world.batch)
+        observed = evaluate(model, shared, names, {_AT: point.strength})[_AT]
         with scaled(model, point.strength):
             asked, fresh = (_logps(model, shown[part]) for part in ("asked", "fresh"))
         observed |= _prompted(targets["asked"], asked, base["prompted_base_nats"])
@@ -163,11 +151,11 @@ def _likelihood_ratio(world: World, teacher: Any) -> Scorer:
     @torch.no_grad()
     def score(prompts: Sequence[str], texts: Sequence[str]) -> list[float | None]:
         written = [i for i, text in enumerate(texts) if text.strip()]
-        asked = [(prompts[i].strip(), texts[i]) for i in written]
+        pairs = [(prompts[i].strip(), texts[i]) for i in written]
         if world.name == "tiny":  # its prompts end with a space
-            rows = world.rows([f"{prompt} " for prompt, _ in asked], completion=[text for _, text in asked])
+            rows = world.rows([f"{prompt} " for prompt, _ in pairs], completion=[text for _, text in pairs])
         else:
-            rows = as_rows(world.tokenizer, asked)
+            rows = as_rows(world.tokenizer, pairs)
         values: list[float | None] = [None] * len(texts)
         shown = batches(world.tokenizer, rows, world.batch) if written else []
         for side, sign in ((teacher, 1.0), (world.model, -1.0)):

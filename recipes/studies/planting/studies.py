@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from steertune.recipes.ablation import analysis
+from steertune.recipes.ablation import analysis, claims
 from steertune.recipes.ablation.grid import Grid
 from steertune.recipes.ablation.statistics import Frame
 from steertune.recipes.ablation.statistics.factorial import effects
@@ -45,19 +45,13 @@ class Study:
 
 
 def read_study(problem: str, grid: Grid, cells: Frame) -> Study:
-    """The claims of a study.
-
-    Args:
-        problem: What was planted, one of `PROBLEMS`.
-        grid: The study's grid.
-        cells: Its cells.
-    """
+    """The claims of a study."""
     claim = grid.tables.claim
     assert claim is not None
 
     # what the report would say: verdict, shares, and the effect of every form and layer
     attribution = analysis.attribution(cells, grid.tables, claim.column)
-    side = analysis.verdict(cells, claim, attribution).side
+    side = claims.verdict(cells, claim, attribution).side
     shares = tuple(factor for factor, share in attribution.shares.items() if share.clear())
     gaps = {f"{e.factor} {e.level}": e.difference for e in effects(cells, ["form", "layer"], claim.column)}
     clear = {name: gap.estimate for name, gap in gaps.items() if gap.clear()}

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from scipy import stats
-from statsmodels.stats.proportion import proportion_confint
 
 from steertune.recipes.ablation.statistics.paired import difference
 from steertune.recipes.lab import measures
+from steertune.recipes.lab.intervals import rate, share_interval
 from steertune.recipes.lab.measures import Array
 from steertune.recipes.lab.pages import Section, Table, Text
 from steertune.recipes.studies.planting.contrasts import CONTRASTS, KL
@@ -25,10 +25,8 @@ Results = Mapping[str, Mapping[str, Array]]
 
 
 def compared(tasks: Sequence[Results]) -> dict[str, dict[str, tuple[float, float]]]:
-    """What every measure, and the truth, say of every two arms, with tasks as a sample.
-
-    Args:
-        tasks: The results of the tasks of one study.
+    """What every measure, and the truth, say of every two arms, from the results of the tasks of one study; tasks are
+    a sample.
 
     Returns:
         Comparison -> measure -> by how much its first arm is better, and p.
@@ -45,8 +43,8 @@ def _better(tasks: Sequence[Results], first: str, second: str, measure: str) -> 
     sign = 1.0 if measure != TRUTH and measures.get(measure).better == "higher" else -1.0
     gaps = [sign * (task[first][measure] - task[second][measure]) for task in tasks]
     index = pd.MultiIndex.from_tuples([(i, 0) for i in range(len(gaps))], names=["task", "seed"])
-    found = difference(pd.Series(gaps, index=index, dtype=object), sample=True)
-    return found.estimate, found.p
+    gap = difference(pd.Series(gaps, index=index, dtype=object), sample=True)
+    return gap.estimate, gap.p
 
 
 @dataclass(frozen=True)
@@ -103,14 +101,14 @@ def _students_p(values: Sequence[float]) -> float:
 
 def looks(studies: Sequence[Mapping[str, Any]]) -> list[Look]:
     """The verdicts of all measures in all studies."""
-    truth, found = truths(studies), []
+    truth, verdicts = truths(studies), []
     for study in studies:
         for comparison, says in study["comparisons"].items():
             nearer, error = truth.get((study["problem"], comparison), (0.0, 1.0))
             for measure, (estimate, p) in says.items():
                 right = bool(np.sign(estimate) == np.sign(nearer)) if error < ALPHA else None
-                found.append(Look(study["problem"], comparison, measure, right, bool(p < ALPHA and estimate != 0)))
-    return found
+                verdicts.append(Look(study["problem"], comparison, measure, right, bool(p < ALPHA and estimate != 0)))
+    return verdicts
 
 
 def trust_order(studies: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -122,7 +120,9 @@ def trust_order(studies: Sequence[Mapping[str, Any]]) -> list[str]:
     """
     decided: dict[str, list[Look]] = {}
     for look in looks(studies):
-        if look.right is not None and not look.null and look.measure != TRUTH and _of_learning(look.measure):
+        if look.right is not None and not look.null and look.measure != TRUTH:
+            if "neutral" in measures.get(look.measure).needs:
+                continue  # what an arm costs, not what it learned
             decided.setdefault(look.measure, []).append(look)
 
     def key(name: str) -> tuple[float, float, float, str]:
@@ -131,13 +131,8 @@ def trust_order(studies: Sequence[Mapping[str, Any]]) -> list[str]:
         won = np.mean([bool(look.claims and look.right) for look in own])
         return -float(np.mean([bool(look.right) for look in own])), float(lost), -float(won), name
 
-    known = [name for name, own in decided.items() if _interval([bool(look.right) for look in own])[0] > 0.5]
-    return sorted(known, key=key)
-
-
-def _of_learning(measure: str) -> bool:
-    """Whether a measure is about what was learned: pairs, answers, or a model that is known."""
-    return "neutral" not in measures.get(measure).needs
+    trusted = [name for name, own in decided.items() if share_interval([bool(look.right) for look in own]).low > 0.5]
+    return sorted(trusted, key=key)
 
 
 def sections(studies: Sequence[Mapping[str, Any]]) -> list[Section]:
@@ -181,8 +176,8 @@ _ORDER = (
 def _truths(studies: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
     rows = []
     for (problem, comparison), (nearer, p) in truths(studies).items():
-        own = [study["comparisons"] for study in studies if study["problem"] == problem]
-        says = [one[comparison][TRUTH][0] for one in own if comparison in one]
+        of_problem = [study["comparisons"] for study in studies if study["problem"] == problem]
+        says = [one[comparison][TRUTH][0] for one in of_problem if comparison in one]
         first, second = COMPARISONS[comparison]
         won = f"{sum(estimate > 0 for estimate in says)} of {len(says)}"
         rows.append([problem, f"{first} against {second}", f"{nearer:+.3f}", f"{p:.2g}", won])
@@ -196,10 +191,14 @@ def _winners(everything: Sequence[Look], names: Sequence[str]) -> pd.DataFrame:
                if any((look.problem, look.comparison) == (p, c) for look in decided)]  # fmt: skip
     rows = []
     for name in names:
-        own = [look for look in decided if look.measure == name]
-        shares = [[bool(look.right) for look in own if (look.problem, look.comparison) == at] for at in columns]
+        chosen = [look for look in decided if look.measure == name]
+        shares = [[bool(look.right) for look in chosen if (look.problem, look.comparison) == at] for at in columns]
         rows.append(
-            [name, *(f"{np.mean(s):.0%}" if s else "" for s in shares), rate([bool(look.right) for look in own])]
+            [
+                name,
+                *(f"{np.mean(s):.0%}" if s else "" for s in shares),
+                rate([bool(look.right) for look in chosen]),
+            ]
         )
     return pd.DataFrame(rows, columns=pd.Index(["measure", *(f"{p}: {c}" for p, c in columns), "all"]))
 
@@ -219,18 +218,3 @@ def _claims(everything: Sequence[Look], names: Sequence[str]) -> pd.DataFrame:
         )
     header = ["measure", "nulls", "claims of nothing", "decided", "claims the winner", "claims the loser"]
     return pd.DataFrame(rows, columns=pd.Index(header))
-
-
-def rate(events: Sequence[bool]) -> str:
-    """How often an event occurred, with its 95 % interval."""
-    if not events:
-        return ""
-    low, high = _interval(events)
-    return f"{np.mean(events):.0%} [{low:.0%}, {high:.0%}]"
-
-
-def _interval(events: Sequence[bool]) -> tuple[float, float]:
-    """The 95 % interval of Clopper and Pearson of how often an event occurs."""
-    interval: Any = proportion_confint(sum(events), len(events), method="beta")
-    low, high = interval
-    return float(low), float(high)

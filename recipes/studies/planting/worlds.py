@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from steertune.adapters import SteeringVectorConfig, steering_layers
 from steertune.recipes.lab import embedded
+from steertune.recipes.lab.files import read_jsonl
 from steertune.recipes.lab.generation import left_padded, prompt_ids
 from steertune.recipes.lab.paths import TASKS
 from steertune.trainers import share_weights
@@ -76,13 +76,15 @@ class World:
         if self.name == "tiny":
             ids = generator.integers(0, _WORDS, (count, _PROMPT))
             return [" ".join(f"w{i}" for i in row) + " " for row in ids]
-        pool = _everyday()
+        # all generated tasks have the same prompts
+        files = [TASKS / "formal" / f"{split}.jsonl" for split in ("train", "test")]
+        pool = [row["prompt"] for file in files for row in read_jsonl(file)]
         return [pool[i] for i in generator.choice(len(pool), count, replace=False)]
 
     @torch.no_grad()
     def answers(self, model: Any, prompts: Sequence[Any], seed: int) -> list[str]:
         """Answers sampled from a model's whole distribution. One of the tiny model that does not end is empty, so that
-        nobody learns an end where there is none."""
+        no arm learns an end that is not there."""
         texts: list[str] = []
         tiny = self.name == "tiny"
         for start in range(0, len(prompts), _BATCH):
@@ -103,10 +105,14 @@ class World:
     def rows(self, prompts: Sequence[Any], **sides: Sequence[str]) -> Dataset:
         """Prompts with the answers of every side (`chosen`, `rejected` or `completion`), those with an empty one left
         out."""
-        said = (lambda text: text) if self.name == "tiny" else (lambda text: [{"role": "assistant", "content": text}])
+        tiny = self.name == "tiny"
+
+        def in_form(text: str) -> Any:
+            return text if tiny else [{"role": "assistant", "content": text}]
+
         return Dataset.from_list(
             [
-                {"prompt": prompt, **{side: said(text) for side, text in zip(sides, texts, strict=True)}}
+                {"prompt": prompt, **{side: in_form(text) for side, text in zip(sides, texts, strict=True)}}
                 for prompt, *texts in zip(prompts, *sides.values(), strict=True)
                 if all(texts)
             ]
@@ -172,9 +178,3 @@ def _let_it_end(world: World) -> None:
 def embedded_world(sizes: Sizes) -> World:
     """The embedded model, with the everyday prompts of the embedded tasks."""
     return World("embedded", embedded.load_model(torch.bfloat16), embedded.load_tokenizer(), 15, 5, sizes)
-
-
-def _everyday() -> list[Any]:
-    """The prompts of one generated task: all of them have the same ones."""
-    lines = [line for split in ("train", "test") for line in (TASKS / "formal" / f"{split}.jsonl").open()]
-    return [json.loads(line)["prompt"] for line in lines]

@@ -7,26 +7,25 @@ from typing import Any
 
 import torch
 
+from steertune.recipes.studies.timing.rows import Rows
 from steertune.recipes.studies.timing.ways import Way, now, on_completions
 
 
-def floor(model: Any, way: Way, length: int, prompt: int, rows: int, layer: int) -> float:
+def floor(model: Any, tokenizer: Any, way: Way, rows: Rows, layer: int) -> float:
     """Seconds of a step's bare matrix products, at the rate at which this machine multiplies matrices of these shapes.
 
     Counted are the forward and backward passes of the layers above the vector, and of the head on labelled tokens.
 
     Args:
         model: The base model.
+        tokenizer: Its tokenizer.
         way: The way to train.
-        length: Tokens of a row.
-        prompt: Tokens of its prompt.
-        rows: Rows of a batch.
+        rows: What it trains on; of unequal rows, a batch of mean size counts.
         layer: Layer of the vector.
     """
     # pairs share their prompt; a vector on completions leaves prompts to the cached prefix
-    answers = rows * (length - prompt)
-    prompts = 0 if way.adapter is on_completions else rows // 2 if way.kind == "dpo" else rows
-    tokens = answers + prompts * prompt
+    prompts, answers = map(round, rows.tokens(tokenizer, way.kind))
+    tokens = answers if way.adapter is on_completions else prompts + answers
     blocks = model.get_decoder().layers[layer + 1 :]
     products = [(tokens, m.weight) for block in blocks for m in block.modules() if isinstance(m, torch.nn.Linear)]
     products.append((answers, model.get_output_embeddings().weight))

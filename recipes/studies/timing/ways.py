@@ -8,21 +8,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
-from datasets import Dataset
 from peft import BeftConfig, LoraConfig, PeftConfig
 from torch.profiler import record_function
 from transformers import TrainerCallback
 
 from steertune.adapters import SteeringVectorConfig
 from steertune.recipes.lab.training import silent
+from steertune.recipes.studies.timing.rows import Rows
 from steertune.trainers import FrozenPrefix, SteeringDPOTrainer, SteeringSFTTrainer, share_weights, train_together
 
-STEPS = 2
-"""Timed steps per turn."""
-EPOCH = 8
-"""Batches in the data set."""
 STEP = "training step"
 """Name of every optimiser step in a profile."""
 
@@ -37,6 +32,7 @@ class Way:
         loss: A loss of ours; None for TRL's own.
         frozen_prefix: Whether frozen layers are cached.
         arms: How many such arms train together; times are per arm.
+        against: Name of the way that it is compared with; "": TRL + LoRA on the same data.
     """
 
     kind: str
@@ -44,10 +40,23 @@ class Way:
     loss: str | None = None
     frozen_prefix: bool = False
     arms: int = 1
+    against: str = ""
+
+    @property
+    def baseline(self) -> str:
+        """The way that it is compared with."""
+        return self.against or AGAINST[self.kind]
 
 
 def _lora(layer: int) -> PeftConfig:
     return LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
+
+
+def _upper(layer: int) -> PeftConfig:
+    # PEFT takes layers with a list of modules only; the vector's layer is at two thirds of the depth
+    modules = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    layers = list(range(layer, layer + layer // 2))
+    return LoraConfig(r=8, lora_alpha=16, target_modules=modules, layers_to_transform=layers, task_type="CAUSAL_LM")
 
 
 def _beft(layer: int) -> PeftConfig:
@@ -68,16 +77,26 @@ WAYS = {
     "SFT: TRL + BEFT": Way("sft", _beft),
     "SFT: TRL, full finetuning": Way("sft", lambda layer: None),
     "SFT: TRL + our vector": Way("sft", _vector),
+    "SFT: one import changed": Way("sft", _vector, None, True),
     "SFT: ours, head on labels": Way("sft", _vector, "cross_entropy"),
     "SFT: ours, and frozen prefix": Way("sft", _vector, "cross_entropy", True),
     "SFT: ours, on completions only": Way("sft", on_completions, "cross_entropy", True),
     "pairs: TRL + LoRA r8": Way("dpo", _lora),
     "pairs: TRL + BEFT": Way("dpo", _beft),
     "pairs: TRL + our vector": Way("dpo", _vector),
+    "pairs: one import changed": Way("dpo", _vector, None, True),
     "pairs: ours, head on labels": Way("dpo", _vector, "dpo"),
     "pairs: ours, and frozen prefix": Way("dpo", _vector, "dpo", True),
     "pairs: ours, on completions only": Way("dpo", on_completions, "dpo", True),
     "pairs: ours, and frozen prefix, 4 arms together": Way("dpo", _vector, "dpo", True, arms=4),
+    "SFT: TRL + LoRA in the upper third": Way("sft", _upper, against="SFT: TRL + LoRA in the upper third"),
+    "SFT: ours + LoRA in the upper third": Way(
+        "sft", _upper, "cross_entropy", True, against="SFT: TRL + LoRA in the upper third"
+    ),
+    "pairs: TRL + LoRA in the upper third": Way("dpo", _upper, against="pairs: TRL + LoRA in the upper third"),
+    "pairs: ours + LoRA in the upper third": Way(
+        "dpo", _upper, "dpo", True, against="pairs: TRL + LoRA in the upper third"
+    ),
 }
 """With `loss=None` and `frozen_prefix=False`, our trainers do what TRL's do."""
 AGAINST = {"sft": "SFT: TRL + LoRA r8", "dpo": "pairs: TRL + LoRA r8"}
@@ -90,21 +109,15 @@ class Run:
         way: The way.
         model: The base model.
         tokenizer: Its tokenizer.
-        row: Tokens of a row, and of its prompt.
-        rows: Rows of a batch.
+        rows: What it trains on.
         layer: Layer of the vector.
         folder: Where trainers write.
     """
 
-    def __init__(
-        self, way: Way, model: Any, tokenizer: Any, row: tuple[int, int], rows: int, layer: int, folder: str
-    ) -> None:
-        self.clock, batch = _Clock(), rows // 2 if way.kind == "dpo" else rows
-        rows_of_data = data(tokenizer, way.kind, *row, batch * EPOCH)
+    def __init__(self, way: Way, model: Any, tokenizer: Any, rows: Rows, layer: int, folder: str) -> None:
+        self.clock = _Clock()
         prefix = FrozenPrefix() if way.frozen_prefix else False
-        self.trainers = [
-            _trainer(way, model, tokenizer, rows_of_data, batch, layer, folder, prefix) for _ in range(way.arms)
-        ]
+        self.trainers = [_trainer(way, model, tokenizer, rows, layer, folder, prefix) for _ in range(way.arms)]
         self.trainers[0].add_callback(self.clock)
 
     def __call__(self, steps: int) -> list[float]:
@@ -119,17 +132,15 @@ class Run:
         return [seconds / len(self.trainers) for seconds in self.clock.seconds]
 
 
-def _trainer(
-    way: Way, model: Any, tokenizer: Any, rows: Dataset, batch: int, layer: int, folder: str, prefix: Any
-) -> Any:
+def _trainer(way: Way, model: Any, tokenizer: Any, rows: Rows, layer: int, folder: str, prefix: Any) -> Any:
     from trl import DPOConfig, SFTConfig
 
     pairs = way.kind == "dpo"
     trainer_class, config_class = (SteeringDPOTrainer, DPOConfig) if pairs else (SteeringSFTTrainer, SFTConfig)
     args = config_class(
         output_dir=folder,
-        per_device_train_batch_size=batch,
-        max_steps=STEPS,
+        per_device_train_batch_size=rows.pairs if pairs else rows.batch,
+        max_steps=rows.steps,
         learning_rate=1e-4,
         bf16=False,
         gradient_checkpointing=False,
@@ -143,7 +154,7 @@ def _trainer(
     made = trainer_class(
         model=share_weights(model) if way.arms > 1 else copy.deepcopy(model),
         args=args,
-        train_dataset=rows,
+        train_dataset=rows.data(tokenizer, way.kind),
         processing_class=tokenizer,
         peft_config=way.adapter(layer),
         loss=way.loss,
@@ -177,26 +188,3 @@ def now() -> float:
     elif torch.get_num_threads() == 1:
         return time.process_time()
     return time.perf_counter()
-
-
-def data(tokenizer: Any, kind: str, length: int, prompt: int, count: int) -> Dataset:
-    """Rows of random words of one token each.
-
-    Args:
-        tokenizer: The tokenizer.
-        kind: `sft` (one answer per prompt) or `dpo` (two).
-        length: Tokens of a row, with the end of the answer.
-        prompt: Tokens of its prompt.
-        count: Number of rows.
-    """
-    generator = np.random.default_rng(0)
-    decoded = (tokenizer.decode([i]) for i in range(200, 5000))
-    words = [w for w in decoded if w.startswith(" ") and w[1:].isalpha() and w.isascii()]
-
-    def text(tokens: int) -> str:
-        return "".join(generator.choice(words, tokens))
-
-    sides = ("chosen", "rejected") if kind == "dpo" else ("completion",)
-    return Dataset.from_list(
-        [{"prompt": text(prompt), **{side: text(length - prompt - 1) for side in sides}} for _ in range(count)]
-    )

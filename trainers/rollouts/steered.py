@@ -1,0 +1,193 @@
+"""Completions at several strengths of a given vector, for a GRPO loss of the adapter alone.
+
+Exploration is what a vector can give to reinforcement learning: under it the model shows a behaviour that it would
+hardly ever show by itself, the reward finds it, and the adapter learns to show it without the vector. Of the G
+completions of a prompt, completion i is drawn from the model with its adapter and `s[i mod n] v`, for strengths
+s[0..n-1]. Rewards are compared within the group as always. With π the model with its adapter alone, and μ the one
+that token t was drawn from, GRPO's clipped ratio is
+
+    r_t = π(y_t | x, y_<t) / μ(y_t | x, y_<t).
+
+This is our reading of VSPO (2605.15604), of which only the abstract was available.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from ...adapters import SteeringVectorConfig, steering_layers
+from ...adapters.exports import ExportError, constant_vectors
+from ..frozen_vectors import FrozenVectorError, read_frozen_vectors
+from .engine import Completion, Engine, Request, Sampling
+from .errors import RolloutError
+from .local import TransformersEngine
+
+
+class SteeredRollouts:
+    """Draws completions at several strengths of a saved vector; a `rollout_func` of `SteeringGRPOTrainer`.
+
+    Evaluations are at strength 0. Reward functions get each completion's strength as `strength`.
+
+    Args:
+        vector: Folder of a saved steering vector. None: completions are those of the trained vector alone, which
+            makes sense with an `engine`.
+        strengths: The strengths, as many of a group at each; `num_generations` must be a multiple of their number.
+        engine: Draws the completions, from the base model and the vectors that each request carries: then the trained
+            adapter must be a constant vector. None: the trained model itself draws them, whatever its adapter is.
+
+    Raises:
+        ValueError: the strengths are empty or not finite, or would all change nothing.
+    """
+
+    def __init__(
+        self, vector: str | None = None, strengths: Sequence[float] = (0.0, 1.0), engine: Engine | None = None
+    ) -> None:
+        if not strengths or not all(map(math.isfinite, strengths)):
+            raise ValueError(f"strengths={list(strengths)} must be finite numbers, at least one.")
+        if vector is None and engine is None:
+            raise ValueError("vector=None with engine=None changes nothing. Give the folder of a saved vector.")
+        if vector is not None and not any(strengths):
+            raise ValueError(f"strengths={list(strengths)} are all 0, so the vector would change nothing.")
+        self.vector, self.engine = vector, engine
+        self.strengths = tuple(map(float, strengths)) if vector is not None else (0.0,)
+        self._given: dict[int, Tensor] = {}
+        self._trainer: Any = None
+
+    def start(self, trainer: Any) -> None:
+        """Read the vector, and check that it and this way to sample fit the trainer.
+
+        Raises:
+            RolloutError: they do not.
+        """
+        groups = trainer.num_generations
+        if groups % len(self.strengths):
+            raise RolloutError(
+                f"strengths={list(self.strengths)} has {len(self.strengths)} values, which do not divide "
+                f"num_generations={groups}. Every group must have as many completions at each strength."
+            )
+        if trainer.is_fsdp_enabled or getattr(trainer.accelerator.state.deepspeed_plugin, "zero_stage", 0) == 3:
+            raise RolloutError("SteeredRollouts samples with whole weights, which FSDP and ZeRO-3 shard. Use DDP.")
+        if self.vector is not None:
+            try:
+                frozen = read_frozen_vectors(self.vector, trainer.model)
+            except FrozenVectorError as error:
+                raise RolloutError(f"SteeredRollouts: {error}") from error
+            self._given = {one.layer: one.vector_D.float().cpu() for one in frozen}
+        if self.engine is not None:
+            self._trained(trainer)
+        self._trainer = trainer
+
+    def __call__(self, prompts: Sequence[Any], trainer: Any) -> dict[str, list[Any]]:
+        """The completions of this process's prompts, in the form that TRL's `rollout_func` has.
+
+        Raises:
+            RolloutError: the trainer is not the `SteeringGRPOTrainer` that it was given to.
+        """
+        if trainer is not self._trainer:
+            raise RolloutError(
+                f"{type(trainer).__name__} would take the completions for its own. Use SteeringGRPOTrainer, and new "
+                "SteeredRollouts for every trainer."
+            )
+        ids = _token_ids(prompts, trainer)
+        strengths = self._strengths(len(ids), trainer)
+        trained = {} if self.engine is None else self._trained(trainer)
+        requests = [
+            Request(row, _sum(trained, {layer: strength * v_D for layer, v_D in self._given.items() if strength}))
+            for row, strength in zip(ids, strengths, strict=True)
+        ]
+        completions = self._sample(requests, trainer)
+        return {
+            "prompt_ids": ids,
+            "completion_ids": [completion.tokens for completion in completions],
+            "logprobs": [completion.logps for completion in completions],
+            "strength": strengths,
+        }
+
+    def _strengths(self, rows: int, trainer: Any) -> list[float]:
+        """The strength of every row; a group may lie on several processes, and its strengths take turns."""
+        if not trainer.model.training:
+            return [0.0] * rows
+        first = trainer.accelerator.process_index * rows
+        return [self.strengths[i % trainer.num_generations % len(self.strengths)] for i in range(first, first + rows)]
+
+    def _sample(self, requests: Sequence[Request], trainer: Any) -> list[Completion]:
+        sampling = _sampling(trainer)
+        if self.engine is not None:
+            return self.engine(requests, sampling)
+        from trl.models import unwrap_model_for_generation
+
+        kwargs = trainer.args.gradient_checkpointing_kwargs
+        with unwrap_model_for_generation(
+            trainer.model_wrapped,
+            trainer.accelerator,
+            generation_kwargs=trainer.generation_kwargs,
+            gradient_checkpointing_kwargs=kwargs,
+        ) as unwrapped:
+            model: Any = unwrapped
+            return TransformersEngine(model, trainer.args.per_device_train_batch_size)(requests, sampling)
+
+    def _trained(self, trainer: Any) -> dict[int, Tensor]:
+        """The vectors as they are trained so far.
+
+        Raises:
+            RolloutError: the adapter adds something else than vectors.
+        """
+        model = trainer.accelerator.unwrap_model(trainer.model)
+        try:
+            return constant_vectors(model).by_layer
+        except ExportError as error:
+            if _untrained(model):
+                return {}
+            raise RolloutError(
+                f"engine={type(self.engine).__name__} takes vectors with a request and nothing else. {error}"
+            ) from error
+
+
+def _untrained(model: Any) -> bool:
+    """Whether the adapter is a vector that is still zero, which an export refuses."""
+    configs = [*model.peft_config.values()]
+    vectors = all(isinstance(config, SteeringVectorConfig) and config.form == "bias" for config in configs)
+    return vectors and not any(bool(p.any()) for layer in steering_layers(model) for p in layer.parameters())
+
+
+def _sum(first: dict[int, Tensor], second: dict[int, Tensor]) -> dict[int, Tensor]:
+    """Layer -> the sum of both vectors there."""
+    layers = {**first, **second}
+    return {layer: sum((v[layer] for v in (first, second) if layer in v), start=0 * layers[layer]) for layer in layers}
+
+
+def _token_ids(prompts: Sequence[Any], trainer: Any) -> list[list[int]]:
+    """Prompts as TRL tokenises them: conversations by the chat template, with the start of an answer."""
+    from trl import is_conversational
+
+    tokenizer = trainer.processing_class
+    if not is_conversational({"prompt": prompts[0]}):
+        return tokenizer(text=list(prompts))["input_ids"]
+    return tokenizer.apply_chat_template(
+        list(prompts),
+        chat_template=trainer.chat_template,
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        **trainer.chat_template_kwargs,
+    )["input_ids"]
+
+
+def _sampling(trainer: Any) -> Sampling:
+    config = trainer.generation_config
+    ends = config.eos_token_id
+    return Sampling(
+        max_new_tokens=trainer.max_completion_length,
+        eos_token_id=list(ends) if isinstance(ends, list | tuple | set) else [ends],
+        pad_token_id=config.pad_token_id,
+        temperature=trainer.temperature,
+        top_p=trainer.top_p,
+        top_k=trainer.top_k,
+        min_p=trainer.min_p,
+        repetition_penalty=trainer.repetition_penalty,
+        more=trainer.args.generation_kwargs or {},
+    )

@@ -25,17 +25,7 @@ from steertune.adapters.blocks import find_blocks, resolve_layers
 from steertune.adapters.monitors import fits, module_at, pooling
 from steertune.adapters.types import Site
 from steertune.recipes.lab.checks import skeleton
-from steertune.recipes.lab.command_line import (
-    Argument,
-    ColumnNames,
-    Device,
-    DType,
-    Option,
-    Result,
-    Threads,
-    columns_of,
-    command,
-)
+from steertune.recipes.lab.command_line import Result, command
 from steertune.recipes.lab.data import load_model, model_has_template
 from steertune.recipes.lab.detection import drift
 from steertune.recipes.lab.detectors import Detector, fit_and_test
@@ -43,6 +33,7 @@ from steertune.recipes.lab.files import ArmError, write_result, write_rows
 from steertune.recipes.lab.forms import readable
 from steertune.recipes.lab.monitor_data import Samples, gather
 from steertune.recipes.lab.monitoring import LAYERS, Settings, scores_of
+from steertune.recipes.lab.options import Argument, ColumnNames, Device, DType, Option, Threads, columns_of
 from steertune.recipes.lab.pages import Page, Section, Text, escape, prose, write_page
 from steertune.recipes.lab.pages.monitored import (
     drift_section,

@@ -2,12 +2,12 @@
 
     steertune patch caught.jsonl --innocent traffic.jsonl
     steertune patch caught.jsonl --innocent traffic.jsonl --accept        # the sampled corrections, once reviewed
-    steertune patch caught.jsonl --innocent traffic.jsonl --near near.jsonl --far far.jsonl --arm lora_neutral_dpo
+    steertune patch caught.jsonl --innocent traffic.jsonl --near near.jsonl --far far.jsonl --arm lora_neutral_sft
 
 A catch is a prompt and a bad answer, and maybe the answer that it should have been: columns `prompt`, `bad` and
 `corrected`. Where corrections are missing, the model itself is asked under an instruction, what it says is written to
-`corrected.jsonl`, and the command stops: read and change it, then go on with `--accept`. Any arm that learns pairs can
-be the fix: `vector_neutral_dpo` (one vector, whose strength can be turned back for every request), `lora_neutral_dpo`,
+`corrected.jsonl`, and the command stops: read and change it, then go on with `--accept`. Any arm on pairs can be the
+fix: `vector_neutral_sft` (one vector, whose strength can be turned back for every request), `lora_neutral_sft`,
 `vector_span_dpo` (a sum of vectors that exist); every key of it can be set (`--adapter.layers 10`). Arms with
 `neutral_kl` keep to the base model on the innocent traffic. `--near` and `--far` are bad transcripts that nothing is
 made of. What is finished is not done again: the same command goes on where it stopped.
@@ -29,10 +29,11 @@ from steertune.adapters.card import write_card
 from steertune.adapters.monitors import fits, pooling
 from steertune.recipes.lab.arm import load_arm
 from steertune.recipes.lab.checks import check_start
-from steertune.recipes.lab.command_line import Argument, Option, Result, Threads, arm_names, command
+from steertune.recipes.lab.command_line import Result, command
 from steertune.recipes.lab.data import load_model, model_has_template
 from steertune.recipes.lab.files import ArmError, read_result, write_result
 from steertune.recipes.lab.forms import readable
+from steertune.recipes.lab.options import Argument, Option, Threads, arm_names
 from steertune.recipes.lab.pages import write_page
 from steertune.recipes.lab.processes import begin, default_device
 from steertune.recipes.lab.progress import Bar, progress
@@ -73,7 +74,7 @@ def main(
     far: Annotated[str | None, Option(help="bad transcripts of other kinds, to test on")] = None,
     arm: Annotated[
         str, Option(help="what is trained: an arm on pairs", autocompletion=arm_names, metavar="ARM")
-    ] = "vector_neutral_dpo",
+    ] = "vector_neutral_sft",
     bad_pattern: Annotated[str | None, Option(help="a regular expression that finds bad answers")] = None,
     instruction: Annotated[str, Option(help="under which missing corrections are sampled")] = INSTRUCTION,
     accept: Annotated[bool, Option("--accept", help="go on with sampled corrections")] = False,

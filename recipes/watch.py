@@ -24,24 +24,14 @@ from typing import Annotated, Any
 from steertune.adapters import monitors, set_strength, steering_layers
 from steertune.adapters.monitors import Monitor, token_scores
 from steertune.recipes.lab.adapted import adapted, base_table
-from steertune.recipes.lab.command_line import (
-    Argument,
-    Base,
-    ColumnNames,
-    Device,
-    DType,
-    Option,
-    Result,
-    Threads,
-    columns_of,
-    command,
-)
+from steertune.recipes.lab.command_line import Result, command
 from steertune.recipes.lab.data import load_model, model_has_template
 from steertune.recipes.lab.detection import Drift, drift, share
 from steertune.recipes.lab.files import ArmError, write_whole
 from steertune.recipes.lab.forms import readable
 from steertune.recipes.lab.generation import check_context, check_strength
 from steertune.recipes.lab.monitoring import read_batches
+from steertune.recipes.lab.options import Argument, Base, ColumnNames, Device, DType, Option, Threads, columns_of
 from steertune.recipes.lab.processes import begin, default_device
 from steertune.recipes.lab.progress import progress, track
 from steertune.recipes.lab.similarity import text_of

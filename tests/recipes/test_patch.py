@@ -95,7 +95,7 @@ def test_a_patch_of_a_tiny_model(home, capsys, monkeypatch):
     assert {*last["records"]} == {"caught", "near", "far", "innocent"}
     assert "margin" not in last["records"]["far"]["observations"]["1"]  # no correction says what is better
     assert len(last["records"]["near"]["observations"]["1"]["chosen_logp"]) == 4
-    assert {*last["records"]["near"]["observations"]} == {"0", "0.5", "1", "2"}
+    assert {*last["records"]["near"]["observations"]} == {"0", "0.5", "1", "1.5"}
     assert last["watched"]["below"] and last["watched"]["layer"] < 2
     model = PeftModel.from_pretrained(tiny(), str(home / "run" / "adapter"))
     monitor = monitors.load(home / "run" / "monitor", model, patch.load_model(load_table(home))[1])
@@ -107,14 +107,14 @@ def test_a_patch_of_a_tiny_model(home, capsys, monkeypatch):
 
 
 def load_table(home):
-    return load_arm("vector_neutral_dpo", ["--model.name", str(home / "model")]).model
+    return load_arm("vector_neutral_sft", ["--model.name", str(home / "model")]).model
 
 
 @pytest.mark.slow
 def test_missing_corrections_are_shown_before_anything_is_trained(home, capsys, monkeypatch):
     # a tiny random model says nothing, so its answers are given
     monkeypatch.setattr(corrections, "generate", lambda *_, **__: ["the dog sits now."])
-    line = words(home, "bare", "--folder", str(home / "review"), "--sizes", "3", "--arm", "lora_neutral_dpo")
+    line = words(home, "bare", "--folder", str(home / "review"), "--sizes", "3", "--arm", "lora_neutral_sft")
     assert cli.main(line) == 0
     output = capsys.readouterr().out
     assert "the sea runs" in output and "the dog sits now." in output and "--accept" in output
@@ -163,10 +163,10 @@ def test_a_monitor_reads_below_a_vector_and_anywhere_beside_a_lora():
 
 
 def test_catches_are_repeated_to_as_many_rows_as_the_steps_take():
-    arm = load_arm("vector_neutral_dpo", ["--trainer.max_steps", "5", "--trainer.per_device_train_batch_size", "4"])
+    arm = load_arm("vector_neutral_sft", ["--trainer.max_steps", "5", "--trainer.per_device_train_batch_size", "4"])
     assert training_rows(arm, [{"n": 0}, {"n": 1}, {"n": 2}])[:5] == [{"n": n} for n in (0, 1, 2, 0, 1)]
     assert len(training_rows(arm, [{"n": 0}])) == 20
-    endless = load_arm("vector_neutral_dpo", ["--trainer.max_steps", "-1"])
+    endless = load_arm("vector_neutral_sft", ["--trainer.max_steps", "-1"])
     assert len(training_rows(endless, [{"n": 0}])) == 1
 
 

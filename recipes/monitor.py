@@ -95,7 +95,7 @@ def main(
     parts = [read_transcripts(rows, "labelled" if has_labels(rows) else "bad", chat, columns_of(columns))]
     parts += [read_transcripts(innocent, "innocent", chat)] if innocent else []
     samples = gather(parts, [read_transcripts(name, "labelled", chat) for name in test or ()], false_positives)
-    later = read_transcripts(traffic, "innocent", chat) if traffic else None
+    later = read_transcripts(traffic, "any", chat) if traffic else None
     print(samples.note, file=sys.stderr)
     with progress("Monitor", 10) as bar:
         with bar.step("model"):

@@ -55,7 +55,6 @@ from steertune.recipes.patching.policy import Bench, make_fix, strengths_of
 from steertune.recipes.patching.watching import Watching, watch
 
 _AGAIN = "Delete it, and it is made again."
-_NEW_TOKENS = 60
 
 
 class PatchTables(BaseModel):
@@ -167,9 +166,7 @@ def _corrections(
         return None
     if (home / FILE).exists():
         return read_corrections(case.caught, home / FILE, chat)
-    corrected = sample_corrections(
-        model, tokenizer, case.caught, instruction, max(_NEW_TOKENS, new_tokens), case.pattern
-    )
+    corrected = sample_corrections(model, tokenizer, case.caught, instruction, new_tokens, case.pattern)
     write_corrections(corrected, home / FILE)
     return corrected
 

@@ -67,8 +67,8 @@ def main(
         raise ArmError(f"{folder} has no threshold, so it flags nothing. Fit a monitor with steertune monitor.")
     table = base_table(monitor.base_name, model, dtype)
     chat = partial(model_has_template, table)
-    now = read_transcripts(rows, "innocent", chat, columns_of(columns))
-    before = read_transcripts(against, "innocent", chat, columns_of(columns)) if against else None
+    now = read_transcripts(rows, "any", chat, columns_of(columns))
+    before = read_transcripts(against, "any", chat, columns_of(columns)) if against else None
     loaded: Any
     with progress("Scores"):
         loaded, tokenizer = load_model(table)
@@ -137,7 +137,7 @@ def _result(monitor: Monitor, scored: list[dict[str, Any]], rows: Transcripts, f
 def _line(record: dict[str, Any], rows: Transcripts) -> str:
     answer = " ".join(text_of(rows.rows[record["row"]]["completion"]).split())
     top = sorted(record["tokens"], key=lambda token: -token[1])[:3]
-    words = ", ".join(f"{word.strip()!r} {score:+.1f}" for word, score in top)
+    words = ", ".join(f"{word!r} {score:+.1f}" for word, score in top)
     mark = "flagged" if record["flagged"] else "       "
     return f"  {record['score']:+7.2f} {mark} {rows.place(record['row'])}: {answer[:_LONGEST]!r} (tokens {words})"
 

@@ -24,13 +24,14 @@ from steertune.recipes.lab.similarity import told_apart_by
 from steertune.recipes.lab.sources import Reading, load_split, row_place
 from steertune.recipes.lab.tables import Part
 
-Kind = Literal["bad", "innocent", "labelled"]
+Kind = Literal["bad", "innocent", "labelled", "any"]
 
 _PROMPTS = ("prompt", "question")
 _ANSWERS: dict[Kind, tuple[str, ...]] = {
     "bad": ("bad", "rejected", "completion", "answer", "response"),
     "innocent": ("completion", "innocent", "answer", "response", "chosen"),
     "labelled": ("completion", "answer", "response"),
+    "any": ("completion", "answer", "response", "bad", "rejected", "innocent", "chosen"),
 }
 _CORRECTIONS = ("corrected", "correction", "chosen")
 _LABELS = ("bad", "label")
@@ -63,7 +64,7 @@ def read_transcripts(
 
     Args:
         name: A path or a name, as `data.name`.
-        kind: What the rows are; `labelled`: a column `bad` or `label` says it of each.
+        kind: What the rows are; `labelled`: a column `bad` or `label` says it of each; `any`: nobody knows.
         chat: Whether the model has a chat template.
         columns: Columns of other names: `prompt`, `rejected` or `completion` (the answer), `chosen` (the correction).
 

@@ -115,6 +115,7 @@ def test_missing_corrections_are_shown_before_anything_is_trained(home, capsys, 
     # a tiny random model says nothing, so its answers are given
     monkeypatch.setattr(corrections, "generate", lambda *_, **__: ["the dog sits now."])
     line = words(home, "bare", "--folder", str(home / "review"), "--sizes", "3", "--arm", "lora_neutral_sft")
+    line += ["--instruction", "stay"]
     assert cli.main(line) == 0
     output = capsys.readouterr().out
     assert "the sea runs" in output and "the dog sits now." in output and "--accept" in output

@@ -151,8 +151,8 @@ def layer_indices(table: ModelTable, words: Sequence[str] | None, site: Site) ->
 
 def _drift(best: Detector, samples: Samples, later: list[float], name: str) -> Section:
     """The scores of a later sample of traffic beside those of held-out innocent rows."""
-    own = ~samples.test.bad[: samples.held_out]
-    before = [score for score, innocent in zip(best.scores, own, strict=False) if innocent]
+    innocent_H = ~samples.test.bad[: samples.held_out]
+    before = [score for score, innocent in zip(best.scores, innocent_H, strict=False) if innocent]
     if min(len(before), len(later)) < 2:
         raise ArmError(f"--traffic {name}: drift needs 2 held-out innocent rows and 2 of the traffic, or more.")
     return drift_section(drift(before, later, best.threshold), ("held-out innocent rows", Path(name).name))

@@ -15,13 +15,12 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
-from steertune.adapters import monitors, set_strength, steering_layers
+from steertune.adapters import monitors
 from steertune.adapters.monitors import Monitor, token_scores
 from steertune.recipes.lab.adapted import adapted, base_table
 from steertune.recipes.lab.command_line import Result, command
@@ -36,6 +35,7 @@ from steertune.recipes.lab.processes import begin, default_device
 from steertune.recipes.lab.progress import progress, track
 from steertune.recipes.lab.similarity import text_of
 from steertune.recipes.lab.transcripts import Transcripts, read_transcripts
+from steertune.trainers import scalable, scaled
 
 _LISTED = 10
 _LONGEST = 100  # characters of a listed answer
@@ -47,7 +47,7 @@ def main(
     rows: Annotated[str, Argument(help="transcripts to score: a file or a name")],
     against: Annotated[str | None, Option(help="an earlier sample of traffic, for the drift of scores")] = None,
     adapter: Annotated[Path | None, Option(help="an adapter that the model runs with")] = None,
-    strength: Annotated[float, Option(help="of a steering vector")] = 1.0,
+    strength: Annotated[float, Option(help="of the adapter")] = 1.0,
     output: Annotated[Path | None, Option(help="a file of JSON lines, one for every row")] = None,
     each_token: Annotated[bool, Option("--each-token", help="write the score of every token")] = False,
     columns: ColumnNames = None,
@@ -62,10 +62,11 @@ def main(
         raise ArmError(f"--output {output}: there is no folder {output.parent}. Make it, or choose another file.")
     if each_token and output is None:
         raise ArmError("--each-token writes to a file: add --output FILE.")
-    monitor = monitors.read(folder)
-    if monitor.threshold is None:
+    saved = monitors.read(folder)
+    threshold = saved.threshold
+    if threshold is None:
         raise ArmError(f"{folder} has no threshold, so it flags nothing. Fit a monitor with steertune monitor.")
-    table = base_table(monitor.base_name, model, dtype)
+    table = base_table(saved.base_name, model, dtype)
     chat = partial(model_has_template, table)
     now = read_transcripts(rows, "any", chat, columns_of(columns))
     before = read_transcripts(against, "any", chat, columns_of(columns)) if against else None
@@ -74,20 +75,19 @@ def main(
         loaded, tokenizer = load_model(table)
         monitor = monitors.load(folder, loaded, tokenizer)
         loaded = adapted(loaded, adapter).to(device or default_device())
-        if adapter is not None and steering_layers(loaded):
-            check_strength(loaded, strength)
-        elif strength != 1:
-            raise ArmError(f"--strength {strength:g} belongs to a steering vector: name one with --adapter.")
-        with set_strength(loaded, strength) if steering_layers(loaded) else nullcontext():
+        if strength != 1 and not scalable(loaded):
+            raise ArmError(f"--strength {strength:g} belongs to a vector or a LoRA: name one with --adapter.")
+        check_strength(loaded, strength)
+        with scaled(loaded, strength):
             scored = _score(monitor, loaded, tokenizer, now)
             earlier = [] if before is None else _score(monitor, loaded, tokenizer, before)
-    found = None
+    moved = None
     if before is not None:
-        found = drift([row["score"] for row in earlier], [row["score"] for row in scored], monitor.threshold.value)
+        moved = drift([row["score"] for row in earlier], [row["score"] for row in scored], threshold.value)
     if output is not None:
         shown = scored if each_token else [{k: v for k, v in row.items() if k != "tokens"} for row in scored]
         write_whole(output, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in shown))
-    return _result(monitor, scored, now, found)
+    return _result(monitor, scored, now, moved)
 
 
 def _score(monitor: Monitor, model: Any, tokenizer: Any, transcripts: Transcripts) -> list[dict[str, Any]]:
@@ -108,7 +108,7 @@ def _score(monitor: Monitor, model: Any, tokenizer: Any, transcripts: Transcript
     return records
 
 
-def _result(monitor: Monitor, scored: list[dict[str, Any]], rows: Transcripts, found: Drift | None) -> Result:
+def _result(monitor: Monitor, scored: list[dict[str, Any]], rows: Transcripts, moved: Drift | None) -> Result:
     assert monitor.threshold is not None
     flagged = share([row["flagged"] for row in scored])
     count = sum(row["flagged"] for row in scored)
@@ -123,11 +123,11 @@ def _result(monitor: Monitor, scored: list[dict[str, Any]], rows: Transcripts, f
         f"{count} of {len(scored)} answers are flagged ({flagged.estimate:.1%}, 95 % interval {flagged.low:.1%} to "
         f"{flagged.high:.1%}); of innocent ones {monitor.threshold.false_positive_rate:g} at most would be."
     ]
-    if found is not None:
-        data["drift"] = asdict(found)
+    if moved is not None:
+        data["drift"] = asdict(moved)
         lines.append(
-            f"Against the earlier sample the mean score moved by {found.shift:+.2f} standard deviations; largest gap "
-            f"of the distributions {found.distance:.3f} (p = {found.p:.2g})."
+            f"Against the earlier sample the mean score moved by {moved.shift:+.2f} standard deviations; largest gap "
+            f"of the distributions {moved.distance:.3f} (p = {moved.p:.2g})."
         )
     highest = sorted(scored, key=lambda row: -row["score"])[:_LISTED]
     lines += ["", "Highest scores:"] + [_line(row, rows) for row in highest]

@@ -87,9 +87,9 @@ def load(
         )
     depth = len(find_blocks(base))
     actual = module_at(model, monitor.layer, monitor.site) if 0 <= monitor.layer < depth else "no such layer"
-    for name, asked, own in (("layer", layer, monitor.layer), ("site", site, monitor.site)):
-        if asked is not None and asked != own:
-            raise MonitorError(f"{folder} is a monitor of {name} {own}, not of {name} {asked}. Fit one there.")
+    for name, expected, value in (("layer", layer, monitor.layer), ("site", site, monitor.site)):
+        if expected is not None and expected != value:
+            raise MonitorError(f"{folder} is a monitor of {name} {value}, not of {name} {expected}. Fit one there.")
     if actual != monitor.module:
         raise MonitorError(
             f"{folder} reads {monitor.module}, and layer {monitor.layer} ({monitor.site}) of this model is {actual}. "
@@ -144,19 +144,16 @@ def _from_json(config: Mapping[str, Any], tensors: Mapping[str, Any]) -> Monitor
         raise ValueError(f"{WEIGHTS} holds {[*tensors]}, and {CONFIG} is about {key}")
     check_tensor(key, tensors[key])
     layer, bias = config["layer"], config["bias"]
+    place: dict[str, Any] = {name: config[name] for name in ("method", "site", "module", "tokens", "base_name")}
     if not isinstance(layer, int) or isinstance(layer, bool) or not isinstance(bias, float):
         raise ValueError(f"layer={layer!r:.80} must be a whole number and bias={bias!r:.80} a number")
     return Monitor(
-        method=config["method"],
+        **place,
         pooling=pooling.get(**config["pooling"]),
         layer=layer,
-        site=config["site"],
-        module=config["module"],
-        tokens=config["tokens"],
         weight=tensors[key].float(),
         bias=bias,
         base=config["base"],
-        base_name=config["base_name"],
         tokenizer={str(name): str(value) for name, value in config["tokenizer"].items()},
         threshold=None if config["threshold"] is None else Threshold(**config["threshold"]),
         calibration=None if config["calibration"] is None else Calibration(**config["calibration"]),

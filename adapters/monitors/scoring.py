@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..types import Site
 from .monitor import Monitor
-from .reading import passes, read_mask
+from .reading import Tokens, passes, read_mask
 
 
 def row_scores(monitor: Monitor, model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> list[float]:
@@ -43,7 +43,8 @@ def token_scores(
         by_place[monitor.layer, monitor.site].append(number)
     for batch, states in passes(model, batches, [*by_place]):
         rows = len(batch["input_ids"])
-        masks = {tokens: read_mask(batch, tokens) for tokens in {monitor.tokens for monitor in monitors}}
+        kinds: set[Tokens] = {monitor.tokens for monitor in monitors}
+        masks = {tokens: read_mask(batch, tokens) for tokens in kinds}
         scores: list[list[Tensor]] = [[torch.empty(0)] * len(monitors) for _ in range(rows)]
         for place, numbers in by_place.items():
             scores_BTM = _scores([monitors[m] for m in numbers], states[place])

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -92,8 +93,9 @@ def auroc(scores: ArrayLike, bad: ArrayLike) -> Interval:
 
     tiny = 1e-9
     inside = min(max(area, tiny), 1 - tiny)  # where the distance is below 0
-    low = optimize.brentq(distance, tiny, inside) if distance(tiny) > 0 else 0.0
-    high = optimize.brentq(distance, inside, 1 - tiny) if distance(1 - tiny) > 0 else 1.0
+    root: Any = optimize.brentq
+    low = root(distance, tiny, inside) if distance(tiny) > 0 else 0.0
+    high = root(distance, inside, 1 - tiny) if distance(1 - tiny) > 0 else 1.0
     return Interval(area, low, high, P + N, "newcombe")
 
 
@@ -146,8 +148,8 @@ def drift(first: Sequence[float], second: Sequence[float], threshold: float) -> 
     before, after = np.asarray(first, dtype=float), np.asarray(second, dtype=float)
     if min(len(before), len(after)) < 2:
         raise ValueError(f"Drift compares two samples of 2 rows or more (got {len(before)} and {len(after)}).")
-    found = stats.ks_2samp(before, after)
+    test: Any = stats.ks_2samp(before, after)
     spread = float(before.std(ddof=1)) or 1.0
     shift = float(after.mean() - before.mean()) / spread
     flagged = share(before > threshold), share(after > threshold)
-    return Drift(float(found.statistic), float(found.pvalue), shift, flagged)
+    return Drift(float(test.statistic), float(test.pvalue), shift, flagged)

@@ -95,8 +95,8 @@ def text_detector(
     (train, test), (bad_train, bad_test) = texts, bad
     fitted = np.full(len(train), np.nan)
     for fold in sorted({*folds.tolist()} - {-1}):
-        out = np.flatnonzero(folds == fold)
-        kept = np.flatnonzero(folds != fold)
+        out = np.flatnonzero(folds == fold).tolist()
+        kept = np.flatnonzero(folds != fold).tolist()
         fitted[out] = text_scores(
             features, [train[i] for i in kept], bad_train[kept].tolist(), [train[i] for i in out]
         )

@@ -183,17 +183,17 @@ def folds_of(rows: Dataset, bad: NDArray[np.bool_]) -> NDArray[np.int64]:
 
 def groups_of(rows: Sequence[dict[str, Any]], by: By) -> NDArray[np.int64]:
     """A number for every row, the same for near-duplicates, `(rows,)`."""
-    own = texts_by(rows, by)
-    parent = [*range(len(own))]
+    row_texts = texts_by(rows, by)
+    parent = [*range(len(rows))]
 
     def root(i: int) -> int:
         while parent[i] != i:
             parent[i] = i = parent[parent[i]]
         return i
 
-    for i, j in near_texts(own, own, Frame.of(own)):
+    for i, j in near_texts(row_texts, row_texts, Frame.of(row_texts)):
         parent[root(max(i, j))] = root(min(i, j))
-    return np.array([root(i) for i in range(len(own))])
+    return np.array([root(i) for i in range(len(rows))])
 
 
 def _cross_fitted(

@@ -117,8 +117,8 @@ def check_apart(trained: Transcripts, tested: Transcripts, what: str, named: str
     Raises:
         ArmError: a test row has the prompt of one of them, or nearly (or text, where all prompts are the same).
     """
-    own, others = trained.rows.to_list(), tested.rows.to_list()
-    pairs = overlapping(own, others, told_apart_by([*own, *others]))
+    fitted, others = trained.rows.to_list(), tested.rows.to_list()
+    pairs = overlapping(fitted, others, told_apart_by([*fitted, *others]))
     if pairs:
         first, second = pairs[0]
         raise ArmError(

@@ -61,10 +61,10 @@ class Case:
 
     def pairs(self, group: str) -> list[dict[str, Any]]:
         """The rows of a group that have a correction, as pairs: `prompt`, `chosen`, `rejected`."""
-        own = self.groups[group]
+        transcripts = self.groups[group]
         return [
             {"prompt": row["prompt"], "chosen": correction, "rejected": row["completion"]}
-            for row, correction in zip(own.rows.to_list(), own.corrections, strict=True)
+            for row, correction in zip(transcripts.rows.to_list(), transcripts.corrections, strict=True)
             if correction is not None
         ]
 
@@ -140,16 +140,17 @@ def check_distinct(caught: Transcripts) -> None:
         ArmError: names both places.
     """
     rows = caught.rows.to_list()
-    own = texts(rows, "text")
-    for i, text in enumerate(own):
-        if text in own[:i]:
-            raise ArmError(f"{caught.place(i)} is the same as {caught.place(own.index(text))}. Remove one of them.")
+    row_texts = texts(rows, "text")
+    for i, text in enumerate(row_texts):
+        first = row_texts.index(text)
+        if first < i:
+            raise ArmError(f"{caught.place(i)} is the same as {caught.place(first)}. Remove one of them.")
 
 
 def _check_not_innocent(bad: Transcripts, innocent: Transcripts) -> None:
     """Refuse a bad row that also stands among the innocent ones."""
-    own, others = texts(bad.rows.to_list(), "text"), texts(innocent.rows.to_list(), "text")
-    if pairs := near_texts(own, others, Frame.of(others)):
+    bad_texts, others = texts(bad.rows.to_list(), "text"), texts(innocent.rows.to_list(), "text")
+    if pairs := near_texts(bad_texts, others, Frame.of(others)):
         first, second = pairs[0]
         raise ArmError(
             f"{bad.place(first)}, a bad transcript, also stands in the innocent traffic, or nearly: "
@@ -172,18 +173,18 @@ def check_pattern(pattern: str | None, groups: dict[str, Transcripts]) -> None:
     if pattern is None:
         return
     try:
-        found = re.compile(pattern, re.IGNORECASE)
+        compiled = re.compile(pattern, re.IGNORECASE)
     except re.error as error:
         raise ArmError(f"--bad-pattern {shown(pattern)} is not a regular expression: {error}.") from error
     caught = groups[CAUGHT]
     for i, (row, correction) in enumerate(zip(caught.rows.to_list(), caught.corrections, strict=True)):
         answer, corrected = text_of(row["completion"]), text_of(correction)
-        if not found.search(answer):
+        if not compiled.search(answer):
             raise ArmError(
                 f"--bad-pattern {shown(pattern)} does not find the bad answer of {caught.place(i)}: "
                 f"{shown(answer)}. It must find all that were caught, or bad answers would count as harmless."
             )
-        if correction is not None and found.search(corrected):
+        if correction is not None and compiled.search(corrected):
             raise ArmError(
                 f"--bad-pattern {shown(pattern)} finds the corrected answer of {caught.place(i)} too: "
                 f"{shown(corrected)}. It must find bad answers alone."

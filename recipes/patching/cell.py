@@ -69,9 +69,9 @@ def not_found(cell: Cell) -> list[tuple[str, int]]:
     find; none without a pattern."""
     places = []
     for name in cell.tested:
-        found = cell.records[name].observations[FIXED].get("score", [])
+        verdicts = cell.records[name].observations[FIXED].get("score", [])
         flagged = flags(cell.watched["answers"][name][FIXED])
-        places += [(name, i) for i, score in enumerate(found) if score == 0 and flagged[i]]
+        places += [(name, i) for i, verdict in enumerate(verdicts) if verdict == 0 and flagged[i]]
     return places
 
 

@@ -115,8 +115,8 @@ def _first_good(model: Any, tokenizer: Any, prompt: Any, new_tokens: int, is_bad
 
 
 def _is_bad(text: str, bad: str, pattern: str | None) -> bool:
-    found = pattern is not None and re.search(pattern, text, re.IGNORECASE) is not None
-    return not text or words(text) == words(bad) or found or circling([text]) > 0
+    matches = pattern is not None and re.search(pattern, text, re.IGNORECASE) is not None
+    return not text or words(text) == words(bad) or matches or circling([text]) > 0
 
 
 def _whole_sentences(text: str) -> str:

@@ -50,8 +50,8 @@ def monitor_blocks(case: Case, cell: Cell) -> list[Block]:
     for name, seen in watched["groups"].items():
         for kind in kinds:
             called = watched["text"] if kind == "text" else _DETECTORS[kind]
-            found = [Interval(**seen[kind][key]) for key in ("auroc", "recall")]
-            rows.append([name, called, *map(with_ends, found), with_ends(flagged[kind])])
+            intervals = [Interval(**seen[kind][key]) for key in ("auroc", "recall")]
+            rows.append([name, called, *map(with_ends, intervals), with_ends(flagged[kind])])
     columns = ["bad transcripts", "read by", "AUROC", "recall", "innocent rows flagged"]
     text = (
         f"A threshold for a false-positive rate of {case.rate:g}, chosen on innocent rows that it was not fitted on; "

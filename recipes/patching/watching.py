@@ -145,8 +145,8 @@ def _of_group(
         else:
             chosen = (groups == name) | ~bad
             probability = None if one.monitor is None else one.monitor.calibration
-            found = detection(scores[chosen].tolist(), bad[chosen].tolist(), one.threshold, probability)
-            results[kind] = {**asdict(found), "scores": scores[groups == name].tolist()}
+            result = detection(scores[chosen].tolist(), bad[chosen].tolist(), one.threshold, probability)
+            results[kind] = {**asdict(result), "scores": scores[groups == name].tolist()}
     return results
 
 
@@ -162,13 +162,13 @@ def _answers(
             texts = records[name].observations[state].get("answer", [])
             rows = [_answered(prompt, text) for prompt, text in zip(held_out.prompts, texts, strict=True)]
             said = [i for i, text in enumerate(texts) if text.strip()]
-            found: list[float | None] = [None] * len(texts)
+            of_texts: list[float | None] = [None] * len(texts)
             if said:
                 shown = Dataset.from_list([rows[i] for i in said])
                 for i, [score] in zip(said, scores_of([monitor], model, bench.tokenizer, shown), strict=True):
-                    found[i] = score
+                    of_texts[i] = score
             assert monitor.threshold is not None
-            scores[name][state] = {"scores": found, "threshold": monitor.threshold.value}
+            scores[name][state] = {"scores": of_texts, "threshold": monitor.threshold.value}
     return scores
 
 

@@ -108,7 +108,7 @@ def rows_to_review(detector: Detector, rows: Sequence[dict[str, Any]], bad: NDAr
         ("Bad rows with the lowest scores", bad, scores),
     ):
         listed = [i for i in np.argsort(order, kind="stable") if chosen[i]][:LISTED]
-        lines = [_line(rows[i], scores[i], scores[i] > detector.threshold) for i in listed]
+        lines = [_line(rows[i], detector.scores[i], detector.scores[i] > detector.threshold) for i in listed]
         if lines:
             blocks += [Text(f"{title}:"), Text("\n".join(lines))]
     return blocks
@@ -123,20 +123,20 @@ def _cut(text: str) -> str:
     return text if len(text) <= _LONGEST else f"{text[:_LONGEST]} [...]"
 
 
-def drift_section(found: Drift, names: tuple[str, str]) -> Section:
+def drift_section(drift: Drift, names: tuple[str, str]) -> Section:
     """How the scores of two samples of traffic differ."""
     first, second = (escape(name) for name in names)
-    chance = f"{found.p:.3f}" if found.p >= _MANY else f"below {_MANY:g}"
+    chance = f"{drift.p:.3f}" if drift.p >= _MANY else f"below {_MANY:g}"
     moved = (
         "**The scores have moved**, so the threshold no longer stands for its false-positive rate. Fit it again on "
         "traffic of today, or look at what changed."
-        if found.p < 0.01
+        if drift.p < 0.01
         else "Nothing here shows that the scores moved."
     )
     rows = [
-        ["flagged", *map(with_ends, found.flagged)],
-        ["shift of the mean, in standard deviations", "", f"{found.shift:+.2f}"],
-        ["largest gap of the distributions (Kolmogorov-Smirnov)", "", f"{found.distance:.3f}"],
+        ["flagged", *map(with_ends, drift.flagged)],
+        ["shift of the mean, in standard deviations", "", f"{drift.shift:+.2f}"],
+        ["largest gap of the distributions (Kolmogorov-Smirnov)", "", f"{drift.distance:.3f}"],
         ["probability of such a gap in unchanged traffic", "", chance],
     ]
     frame = pd.DataFrame(rows, columns=pd.Index(["", first, second]))

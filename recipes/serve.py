@@ -13,6 +13,11 @@ A request that cannot be answered gets a line with `id` and `error`, and the oth
 request or no UTF-8, or is longer than a megabyte; more tokens than `--longest` or than the model reads; a strength
 at which the model computes NaN or infinity; an answer that is not there after `--seconds`.
 
+With `--monitor FOLDER` every answer is scored while it is generated: its line also has `score` and `flagged`. A
+flagged answer can be replaced: `--resample 4` samples it four times again and gives the least suspicious of all,
+`--steer careful@1.5` answers again with a vector (the probe decides, the vector acts). Such a line has `first`, the
+answer that was flagged, with its score.
+
 In Python: `Server(model, tokenizer).answers([Request(prompt="Shall I quit?", vector="careful", strength=1.5)])`.
 """
 
@@ -35,23 +40,18 @@ from pydantic import BaseModel, Field, ValidationError
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
+from steertune.adapters import monitors
 from steertune.adapters.layer import BASE_ROW, check_adapter_name
-from steertune.recipes.lab.command_line import (
-    Argument,
-    Base,
-    Count,
-    Device,
-    DType,
-    Option,
-    Threads,
-    command,
-)
+from steertune.adapters.monitors import LiveScores, Monitor
+from steertune.recipes.lab.command_line import command
 from steertune.recipes.lab.data import adapter_config, load_steered
 from steertune.recipes.lab.files import ArmError, nearest, reasons, shown, without_repeats
 from steertune.recipes.lab.forms import has_template
-from steertune.recipes.lab.generation import broken_rows, check_strength, left_padded, prompt_ids
+from steertune.recipes.lab.generation import broken_rows, check_strength, ends_of, left_padded, prompt_ids
+from steertune.recipes.lab.options import Argument, Base, Count, Device, DType, Option, Threads
 from steertune.recipes.lab.processes import begin, default_device
 from steertune.recipes.lab.progress import Bar, progress
+from steertune.recipes.lab.remedies import Answer, Remedy, check_monitor, remedy_of
 from steertune.trainers import context_length
 
 _BATCH = 8
@@ -71,14 +71,22 @@ def main(
     batch: Annotated[int, Count("requests at a time")] = _BATCH,
     longest: Annotated[int, Count("largest `new_tokens` of a request")] = _LONGEST,
     seconds: Annotated[int, Count("time for one batch of answers")] = _SECONDS,
+    monitor: Annotated[Path | None, Option(help="folder of a monitor that scores every answer")] = None,
+    resample: Annotated[int | None, Count("times that a flagged answer is sampled again")] = None,
+    steer: Annotated[
+        str | None, Option(help="vector with which a flagged request is answered again", metavar="NAME@STRENGTH")
+    ] = None,
     threads: Threads = None,
 ) -> int:
     """Answer the requests; the exit code is 1 when one was refused."""
     folders = _named(vectors)
     done = _check_files(input, output)
+    remedy = remedy_of(resample, steer, [*folders])
+    check_monitor(monitor, remedy)
     begin(threads, only_one=True)
     loaded, tokenizer = load_vectors(folders, model, dtype)
-    server = Server(loaded.to(device or default_device()), tokenizer, batch, longest, seconds)
+    reader = None if monitor is None else monitors.load(monitor, loaded, tokenizer)
+    server = Server(loaded.to(device or default_device()), tokenizer, batch, longest, seconds, reader, remedy)
     with (
         nullcontext(sys.stdin.fileno()) if input is None else _opened(input) as source,
         nullcontext(sys.stdout) if output is None else output.open("a", encoding="utf-8") as answers,
@@ -118,6 +126,8 @@ class Server:
         batch: Requests at a time.
         longest: Largest `new_tokens` of a request.
         seconds: Time for one batch of answers.
+        monitor: Scores every answer; None: answers have no score.
+        remedy: What becomes of answers that it flags; None: nothing.
     """
 
     def __init__(
@@ -127,9 +137,12 @@ class Server:
         batch: int = _BATCH,
         longest: int = _LONGEST,
         seconds: float = _SECONDS,
+        monitor: Monitor | None = None,
+        remedy: Remedy | None = None,
     ) -> None:
         self.model, self.tokenizer, self.batch = model.eval(), tokenizer, batch
         self.longest, self.seconds = longest, seconds
+        self.monitor, self.remedy = monitor, remedy
 
     def check(self, request: Request) -> None:
         """Raise an ArmError for what cannot be answered."""
@@ -170,7 +183,20 @@ class Server:
         return [str(reply) for reply in replies]
 
     def replies(self, requests: Sequence[Request]) -> list[str | ArmError]:
-        """The same of requests that were checked, with the error of each that has no answer."""
+        """The same of requests that were checked, with the error of each that has no answer. Answers that the monitor
+        flags are replaced, if there is a remedy."""
+        replies = self._replies(requests)
+        flagged = [i for i, reply in enumerate(replies) if isinstance(reply, Answer) and reply.flagged]
+        if self.remedy is None or not flagged:
+            return replies
+        for changes in self.remedy.changes:
+            again = [requests[i].model_copy(update=changes(requests[i])) for i in flagged]
+            for i, other in zip(flagged, self._replies(again), strict=True):
+                replies[i] = self.remedy.choose(replies[i], other)
+        return replies
+
+    def _replies(self, requests: Sequence[Request]) -> list[str | ArmError]:
+        """What every request is answered at first."""
         ids = [self._ids(request) for request in requests]
         found: list[str | ArmError] = [""] * len(requests)
         order = sorted(range(len(requests)), key=lambda i: len(ids[i]))  # prompts of like length: little padding
@@ -199,18 +225,26 @@ class Server:
         inputs, filler = left_padded(self.tokenizer, ids)
         width = inputs["input_ids"].shape[1]
         sampled, lengths = _Sampled(requests, filler), _Lengths(requests, width, filler, self.seconds)
-        out: Any = self.model.generate(
-            **{name: values.to(self.model.device) for name, values in inputs.items()},
-            adapter_names=[BASE_ROW if r.vector is None else f"{r.vector}@{r.strength!r}" for r in requests],
-            max_new_tokens=max(r.new_tokens for r in requests),
-            do_sample=False,
-            pad_token_id=filler,
-            logits_processor=LogitsProcessorList([sampled]),
-            stopping_criteria=StoppingCriteriaList([lengths]),
-        )
+        with LiveScores([] if self.monitor is None else [self.monitor], self.model, width) as live:
+            out: Any = self.model.generate(
+                **{name: values.to(self.model.device) for name, values in inputs.items()},
+                adapter_names=[BASE_ROW if r.vector is None else f"{r.vector}@{r.strength!r}" for r in requests],
+                max_new_tokens=max(r.new_tokens for r in requests),
+                do_sample=False,
+                pad_token_id=filler,
+                logits_processor=LogitsProcessorList([sampled]),
+                stopping_criteria=StoppingCriteriaList([lengths]),
+            )
         new = [row[width : width + r.new_tokens] for row, r in zip(out, requests, strict=True)]
         texts = self.tokenizer.batch_decode(new, skip_special_tokens=True)
         replies: list[str | ArmError] = [text.strip() for text in texts]
+        if self.monitor is not None:
+            ends = ends_of(self.model)
+            for row, text in enumerate(texts):
+                # the last token of an answer that is cut off is read only if others of the batch go on: leave it out
+                ids = new[row].tolist()
+                tokens = next((i for i, token in enumerate(ids) if token in ends), len(ids) - 1)
+                replies[row] = Answer.scored(text.strip(), self.monitor, live.scores(row, tokens)[0])
         for row in lengths.late:
             replies[row] = ArmError(f"The answer was not there after {self.seconds:g} seconds (--seconds).")
         for row in sampled.broken:
@@ -363,7 +397,10 @@ def _serve(server: Server, lines: Lines, said: IO[str], done: set[Any]) -> int:
                 good.append((request, replies[-1]))
         answers = server.replies([request for request, _ in good])
         for (_, reply), answer in zip(good, answers, strict=True):
-            reply |= {"error": str(answer)} if isinstance(answer, ArmError) else {"answer": answer}
+            if isinstance(answer, ArmError):
+                reply["error"] = str(answer)
+            else:
+                reply |= {"answer": str(answer), **(answer.details() if isinstance(answer, Answer) else {})}
         refused += sum("error" in reply for reply in replies)
         said.writelines(json.dumps(reply, ensure_ascii=False) + "\n" for reply in replies)
         said.flush()

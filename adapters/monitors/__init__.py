@@ -13,6 +13,7 @@ fitted on bad and innocent rows, and reads a model as it runs, beside steering v
 from __future__ import annotations
 
 from . import fits, pooling
+from .live import LiveScores
 from .monitor import Calibration, Monitor, calibrate, fit_direction, identity, make_monitor, module_at
 from .pooling import Pooling
 from .reading import PooledStates, Tokens, pooled_states, read_mask
@@ -22,6 +23,7 @@ from .threshold import MonitorError, Threshold, check_rate, choose_threshold, ro
 
 __all__ = [
     "Calibration",
+    "LiveScores",
     "Monitor",
     "MonitorError",
     "PooledStates",

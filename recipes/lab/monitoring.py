@@ -102,8 +102,27 @@ class Task:
 
 
 def read_batches(tokenizer: Any, rows: Dataset) -> list[dict[str, Any]]:
-    """Rows with `prompt` and `completion` as batches that monitors read, in their order."""
-    return [{**batch.inputs, "labels": batch.labels} for batch in batches(tokenizer, rows, BATCH)]
+    """Rows with `prompt` and `completion` as batches that monitors read, in their order.
+
+    What ends an answer is not read: while a model generates, it stops there. So scores of a text are those that it
+    had when it was generated.
+    """
+    return [
+        {**batch.inputs, "labels": _without_end(batch.labels, tokenizer.eos_token_id)}
+        for batch in batches(tokenizer, rows, BATCH)
+    ]
+
+
+def _without_end(labels_BT: torch.Tensor, end: int | None) -> torch.Tensor:
+    """Labels without the token that ends an answer and what the chat template writes behind it; an answer of nothing
+    else keeps it."""
+    shortened_BT = labels_BT.clone()
+    for labels_T in shortened_BT:
+        places = (labels_T != -100).nonzero()[:, 0]
+        ends = (labels_T[places] == end).nonzero()[:, 0].tolist() if end is not None else []
+        if ends and ends[-1] > 0:
+            labels_T[places[ends[-1] :]] = -100
+    return shortened_BT
 
 
 def scores_of(monitors: Sequence[Monitor], model: Any, tokenizer: Any, rows: Dataset) -> list[list[float]]:

@@ -119,6 +119,27 @@ def test_a_vector_at_the_same_place_is_read_and_one_above_is_not():
         torch.testing.assert_close(moved[1], base[1])
 
 
+@pytest.mark.parametrize("site", ["block", "mlp"])
+def test_scores_while_generating_are_those_of_the_text(site):
+    model = steered(layers=3)
+    several = [made(layer=LAYER, site=site), made(layer=3)]
+    ids, mask = tokens(2, 5), torch.ones(2, 5, dtype=torch.long)
+    mask[1, :2] = 0  # a shorter prompt, padded on the left
+    with monitors.LiveScores(several, model, width=5) as live:
+        options = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": 63, "pad_token_id": 0}
+        out = model.generate(input_ids=ids, attention_mask=mask, **options)
+    for row, start in ((0, 0), (1, 2)):
+        text = out[row : row + 1, start:]
+        labels = text.clone()
+        labels[:, : 5 - start] = -100
+        [scores] = monitors.token_scores(several, model, [{"input_ids": text, "labels": labels}])
+        assert len(live.scores(row, 9)[0]) == 5, "the last token is chosen and never read"
+        for while_generating, afterwards in zip(live.scores(row, 5), scores, strict=True):
+            torch.testing.assert_close(while_generating, afterwards[:5], atol=1e-3, rtol=1e-3)
+    with pytest.raises(MonitorError, match="tokens 'all'"):
+        monitors.LiveScores([replace(several[0], tokens="all")], model, 5)
+
+
 def test_reading_leaves_the_model_as_it_was():
     model = tiny().train()
     [*monitors.token_scores([made()], model, [batch()])]

@@ -193,7 +193,7 @@ def test_monitor_and_watch(home, capsys):
     folder, output = str(home / "run" / "monitor"), home / "scores.jsonl"
     assert cli.main(["watch", folder, later, "--against", words[2], "--output", str(output), "--each-token"]) == 0
     lines = [json.loads(line) for line in output.read_text().splitlines()]
-    assert [len(line["tokens"]) for line in lines] == [5] * 30  # four words and the end
+    assert [len(line["tokens"]) for line in lines] == [4] * 30  # without what ends an answer
     flagged = [line["flagged"] for line in lines]
     assert sum(flagged[20:]) >= 7 and sum(flagged[:20]) <= 6
     assert lines[25]["score"] == pytest.approx(np.mean([score for _, score in lines[25]["tokens"]]), abs=1e-3)

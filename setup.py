@@ -23,6 +23,7 @@ DATA = [
     "**/*.yaml",
     "**/*.jsonl",
     "**/*.md",
+    "**/*.html",
     "**/*.jinja",
     "zoo/**/*.json",
     "zoo/**/*.safetensors",
@@ -47,6 +48,7 @@ RECIPES = [
 ]
 
 EVAL = ["lm-eval>=0.4.12"]
+SERVE = ["fastapi>=0.120", "uvicorn>=0.38", "prometheus-client>=0.22"]
 
 setup(
     name="steertune",
@@ -76,9 +78,12 @@ setup(
         "deepspeed": ["deepspeed>=0.18", "ninja>=1.11"],
         "docs": ["mkdocs-material>=9.6,<10", "mkdocstrings[python]>=1.0"],
         "eval": EVAL,
+        "serve": SERVE,
         "test": [
             *RECIPES,
             *EVAL,
+            *SERVE,
+            "openai>=2",
             "tensorboard>=2.18",
             "hotwire-vllm>=0.1",
             "pytest>=8",

@@ -18,7 +18,7 @@ from .forms import change, null
 from .norms import cap, preserve, write_vector
 from .positions import PromptBoundary
 from .saved import check_tensor
-from .types import CONSTANT_FORMS, Strength
+from .types import CONSTANT_FORMS, Positions, Strength
 
 BASE_ROW = "__base__"  # PEFT's name, in `adapter_names`, for a row without an adapter
 
@@ -292,10 +292,14 @@ class SteeringVectorLayer(nn.Module, BaseTunerLayer):
         return (steered, *output[1:]) if isinstance(output, tuple) else steered
 
     def forward(
-        self, hidden: Tensor, adapter_names: list[str] | None = None, strengths: list[float] | None = None
+        self,
+        hidden: Tensor,
+        adapter_names: list[str] | None = None,
+        strengths: list[float] | None = None,
+        positions: list[Positions | None] | None = None,
     ) -> Tensor:
         """Steer `(rows, tokens, d)`: every row by all active adapters in turn, or row `i` by `adapter_names[i]` at
-        strength `strengths[i]`."""
+        strength `strengths[i]` and at `positions[i]` (None: those of its configuration)."""
         if self.disable_adapters:
             return hidden
         if adapter_names is None:
@@ -308,18 +312,26 @@ class SteeringVectorLayer(nn.Module, BaseTunerLayer):
                 f"{len(adapter_names)} and {len(hidden)} respectively: give one a row."
             )
         times = torch.tensor(strengths or [1.0] * len(hidden), device=hidden.device)[:, None, None]
-        for name in sorted(set(adapter_names) - {BASE_ROW}):
-            rows = torch.tensor([i for i, n in enumerate(adapter_names) if n == name], device=hidden.device)
-            hidden = hidden.index_copy(0, rows, self._steer(name, hidden[rows], rows, times[rows]))
+        chosen = list(zip(adapter_names, positions or [None] * len(hidden), strict=True))
+        for name, where in sorted({pair for pair in chosen if pair[0] != BASE_ROW}, key=str):
+            rows = torch.tensor([i for i, pair in enumerate(chosen) if pair == (name, where)], device=hidden.device)
+            hidden = hidden.index_copy(0, rows, self._steer(name, hidden[rows], rows, times[rows], where))
         return hidden
 
-    def _steer(self, name: str, hidden: Tensor, rows: Tensor | None = None, times: Tensor | float = 1.0) -> Tensor:
+    def _steer(
+        self,
+        name: str,
+        hidden: Tensor,
+        rows: Tensor | None = None,
+        times: Tensor | float = 1.0,
+        positions: Positions | None = None,
+    ) -> Tensor:
         config = self.config.get(name)
         strength = self.strength.get(name, 1.0)
         if config is None or strength == 0.0:
             return hidden
         self._check_filled(name)
-        mask = self.boundary.mask(config.positions, hidden)
+        mask = self.boundary.mask(positions or config.positions, hidden)
         if strength == "null":
             steered = hidden + null(hidden, self.written(name))
         else:

@@ -25,7 +25,7 @@ _LARGEST_CONFIG = 10**7  # bytes
 CHECKSUMS = "checksums.json"
 _CHECKSUM = "sha256-"
 # base_model.model.<module>.steer.steering_vector_<v|w|b>.weight
-_KEY = re.compile(r"(?:base_model\.model\.)?(?P<module>.+)\.steer\.steering_vector_(?P<name>[vwb])\.weight")
+KEY = re.compile(r"(?:base_model\.model\.)?(?P<module>.+)\.steer\.steering_vector_(?P<name>[vwb])\.weight")
 
 
 def read_config(path: str) -> dict[str, Any]:
@@ -195,7 +195,7 @@ def _check_keys(path: str, tensors: dict[str, torch.Tensor], config: Declared) -
     # Without a fingerprint (a model without a transformers configuration), modules may differ in width.
     widths: dict[str | None, int] = {}
     for key, tensor in tensors.items():
-        match = _KEY.fullmatch(key)
+        match = KEY.fullmatch(key)
         if match is None or (modules is not None and match["module"] not in modules):
             raise ValueError(f"{path}: key {key!r} does not belong to an adapter on {config.target_modules!r}.")
         parameters.setdefault(match["module"], set()).add(match["name"])

@@ -1,7 +1,7 @@
 """Pictures of the documentation: parts of a real report, and the plot of a real run. Needs chromium and Pillow.
 
 python docs/pictures.py                  the report of docs/results/quick
-python docs/pictures.py runs/first       and strengths.png of this run of `steertune train`
+python docs/pictures.py RUN              and strengths.png, of the folder of `steertune train mean_difference`
 """
 
 from __future__ import annotations
@@ -9,12 +9,11 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
 from PIL import Image, ImageChops
-
-from steertune.recipes.lab.pages.measured import strength_figure
 
 ROOT = Path(__file__).parent.parent
 PICTURES = Path(__file__).parent / "pages" / "pictures"
@@ -23,7 +22,6 @@ CHARTS = {  # picture -> chart of a study
     "first-study-effects": ROOT / "docs" / "results" / "first_study" / "charts" / "effects.png",
     "curves": ROOT / "docs" / "results" / "curves" / "charts" / "curves.png",
 }
-TASK = ROOT / "recipes" / "tasks" / "cautious_advice" / "README.md"
 PARTS = {  # picture -> beginnings of the headings of the sections that it shows
     "report-top": ("The result",),
 }
@@ -73,22 +71,14 @@ def save(image: Image.Image, file: Path) -> None:
     print(f"{file.relative_to(ROOT)}: {cut.width} x {cut.height}, {file.stat().st_size / 1000:.0f} kB")
 
 
-def strengths() -> dict[str, dict[str, float]]:
-    """The table of the task's page: pair accuracy and margin at some strengths of the mean difference."""
-    rows = re.findall(r"^\| (\d+) \| ([\d.]+) \| ([-+\d.]+) \|$", TASK.read_text(encoding="utf-8"), flags=re.M)
-    return {strength: {"accuracy": float(accuracy), "margin": float(margin)} for strength, accuracy, margin in rows}
-
-
 def main() -> None:
     """Make them all."""
     for name, headings in PARTS.items():
         picture(only(REPORT.read_text(encoding="utf-8"), headings), PICTURES / f"{name}.png")
     for name, chart in CHARTS.items():
         save(Image.open(chart).convert("RGB"), PICTURES / f"{name}.png")
-    with tempfile.TemporaryDirectory() as folder:
-        plot = Path(folder) / "strengths.png"
-        strength_figure(strengths()).savefig(plot, dpi=120)
-        save(Image.open(plot).convert("RGB"), PICTURES / "strengths.png")
+    for run in sys.argv[1:]:
+        save(Image.open(Path(run) / "charts" / "side_effects.png").convert("RGB"), PICTURES / "strengths.png")
 
 
 if __name__ == "__main__":

@@ -34,6 +34,7 @@ from pydantic import BaseModel, Field, ValidationError
 from transformers import set_seed
 from trl import DPOConfig
 
+from steertune.adapters.description import write_description
 from steertune.adapters.saved import check_checksums, write_checksums
 from steertune.recipes.ablation.checks import check_draws
 from steertune.recipes.ablation.contrast_page import page
@@ -288,6 +289,7 @@ class Mixture:
         if PartialState().is_main_process:
             parts = [(self._trained_rows(task), self.splits[task.label]) for task in self.seen]
             trained_on.write(folder / "adapter.part", [TrainedOn.of(rows, splits.by) for rows, splits in parts])
+            write_description(folder / "adapter.part")
             write_checksums(folder / "adapter.part")
             (folder / "adapter.part").rename(home)
         return trainer.accelerator.unwrap_model(trainer.model).eval()

@@ -26,10 +26,12 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from datasets import Dataset
 
+from steertune.adapters.description import write_description
 from steertune.recipes.lab.arm import Arm, load_arm
 from steertune.recipes.lab.checks import check_start
 from steertune.recipes.lab.command_line import Result, command
 from steertune.recipes.lab.data import Data, load_data, load_model, model_has_template
+from steertune.recipes.lab.descriptions import data_of, strength_of
 from steertune.recipes.lab.evaluate import evaluate, evaluate_base
 from steertune.recipes.lab.files import ArmError, read_rows, write_rows
 from steertune.recipes.lab.forms import notes_on_form, readable
@@ -116,6 +118,7 @@ def run(arm: Arm, threads: int | None = None) -> Record:
         "seconds": time.monotonic() - started,
     }
     if state.is_main_process:
+        write_description(folder / "adapter", strength_of(record), data_of(training.rows, arm.data.name))
         written = write_page(page(record, prompted), folder)
         prompted.write(folder / "prompted.json")
         record.write(folder / "result.json")  # last: it says that the run is finished

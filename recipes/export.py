@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from steertune.adapters import exports
+from steertune.adapters.description import check_constant, write_description
 from steertune.adapters.exports import ExportError
-from steertune.adapters.exports.gguf import read
+from steertune.adapters.exports.gguf import read, read_facts
 from steertune.recipes.lab import embedded
 from steertune.recipes.lab.command_line import Result, command
 from steertune.recipes.lab.data import load_model, load_steered
@@ -85,7 +86,10 @@ def _import(source: Path, output: Path, strength: float, base: str | None) -> di
         raise ExportError(f"{output} exists already. Choose a new folder.")
     vectors = {layer: strength * vector for layer, vector in read(source).items()}
     model, _ = load_model(ModelTable(name=base))
+    if (facts := read_facts(source)) is not None:
+        check_constant(facts, model, str(source))
     exports.adapter_of(model, vectors).save_pretrained(str(output))
+    write_description(output)
     return {"folder": str(output), "layers": sorted(vectors)}
 
 

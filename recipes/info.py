@@ -24,6 +24,7 @@ from pydantic import ValidationError
 
 from steertune import losses
 from steertune.adapters import exports, steering_layers
+from steertune.adapters.description import read_description
 from steertune.adapters.exports import ExportError
 from steertune.adapters.saved import read_tensors
 from steertune.recipes.lab import embedded
@@ -92,7 +93,24 @@ def describe(folder: Path) -> dict[str, Any]:
         "lengths": {key.removeprefix("base_model.model."): float(t.norm()) for key, t in sorted(tensors.items())},
         "parameters": sum(tensor.numel() for tensor in tensors.values()),
         "PEFT version": config.peft_version,
+        **_described(folder),
     }
+
+
+def _described(folder: Path) -> dict[str, Any]:
+    """What the description beside the weights says about strength and data, if there is one."""
+    try:
+        values = read_description(folder)
+    except ValueError as error:
+        raise ArmError(str(error)) from error
+    if values is None:
+        return {}
+    strength, data = values["strength"] or {}, values["data"] or {}
+    costs = {
+        f"measured at strength {at}": {name: round(mean, 4) for name, mean in means.items()}
+        for at, means in strength.get("measured", {}).items()
+    }
+    return {"recommended strength": strength.get("recommended"), "data": data or None, **costs}
 
 
 def tried(folder: Path, name: str) -> dict[str, Any]:

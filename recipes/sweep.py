@@ -33,11 +33,13 @@ from trl import DPOConfig
 from steertune.adapters import directions
 from steertune.adapters.blocks import find_blocks, resolve_layers
 from steertune.adapters.card import versions, write_card
+from steertune.adapters.description import Strength, write_description
 from steertune.adapters.types import Site
 from steertune.recipes.lab import scorers, trained_on
 from steertune.recipes.lab.behaviours import read_behaviour
 from steertune.recipes.lab.checks import check_adapters, check_training, check_trains, skeleton
 from steertune.recipes.lab.command_line import Result, command
+from steertune.recipes.lab.descriptions import data_of
 from steertune.recipes.lab.evaluate import evaluate, evaluate_base
 from steertune.recipes.lab.files import ArmError, reasons, write_result
 from steertune.recipes.lab.generation import plain
@@ -47,7 +49,7 @@ from steertune.recipes.lab.pair_lint import at_edge, warn, warn_of
 from steertune.recipes.lab.paths import modules_in
 from steertune.recipes.lab.processes import begin
 from steertune.recipes.lab.progress import Bar, progress
-from steertune.recipes.lab.rows import Record, label
+from steertune.recipes.lab.rows import BASE, Record, label
 from steertune.recipes.lab.splits import SplitTable
 from steertune.recipes.lab.tables import ModelTable
 from steertune.recipes.lab.training import check_folder, claim, default_folder
@@ -154,6 +156,10 @@ def run(options: SimpleNamespace, overrides: list[str], words: Sequence[str]) ->
     page = write_page(page_of(result), folder)
     if setting is not None:
         write_card(folder / "adapter", card(result, table_markdown(on_test(result.tested))))
+        means, rows = result.tested.record.means(), context.splits.train(table.train, table.seed)
+        measured = {"0": means[BASE], "1": means[label(setting.strength)]}
+        chosen = Strength(1.0, "a sweep of layers and strengths on validation rows; measured on test rows", measured)
+        write_description(folder / "adapter", chosen, data_of(rows, table.task))
     write_result(folder / "result.json", result.to_json())  # last: it says that the sweep is finished
     return result, page
 
@@ -309,13 +315,13 @@ def _scorer(text: str, task: str) -> dict[str, Any]:
     return table
 
 
-def as_typed(words: Sequence[str]) -> str:
+def as_typed(words: Sequence[str], module: str = "sweep") -> str:
     """The command that ran it, without where things are on this machine."""
     words = list(words)
     for i, word in enumerate(words[:-1]):
         if word == "--folder":
             words[i + 1] = "FOLDER"
-    return shlex.join(["python", "-m", "steertune.recipes.sweep", *words])
+    return shlex.join(["python", "-m", f"steertune.recipes.{module}", *words])
 
 
 if __name__ == "__main__":

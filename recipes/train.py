@@ -24,6 +24,7 @@ from accelerate import PartialState
 from datasets import Dataset
 
 from steertune.adapters.card import write_card
+from steertune.adapters.description import write_description
 from steertune.recipes.lab import scorers
 from steertune.recipes.lab.arm import Arm, load_arm
 from steertune.recipes.lab.batches import batches
@@ -32,6 +33,7 @@ from steertune.recipes.lab.cards import of_training
 from steertune.recipes.lab.checks import check_start
 from steertune.recipes.lab.command_line import Result, command
 from steertune.recipes.lab.data import Data, load_data, load_model, model_has_template
+from steertune.recipes.lab.descriptions import data_of, strength_of
 from steertune.recipes.lab.evaluate import evaluate, evaluate_base
 from steertune.recipes.lab.forms import notes_on_form, readable
 from steertune.recipes.lab.memory import peak_memory_gb
@@ -118,7 +120,7 @@ def run(arm: Arm, threads: int | None = None) -> Record:
         "processes": state.num_processes,
     }
     if state.is_main_process:
-        page = _write(arm, record, len(training.rows), folder)
+        page = _write(arm, record, training.rows, folder)
         print(f"\n{page.read_text(encoding='utf-8')}\nThis page: {page.with_suffix('.html')}")
     return record
 
@@ -170,15 +172,16 @@ def _scorer(arm: Arm, train: Dataset, model: Any, tokenizer: Any) -> Scorer | No
     return scorers.fit({"kind": "characters"}, train, model, tokenizer) if len(train) >= _FEWEST_PAIRS else None
 
 
-def _write(arm: Arm, record: Record, examples: int, folder: Path) -> Path:
-    """Write the page, the model card and the record; return the page."""
+def _write(arm: Arm, record: Record, rows: Dataset, folder: Path) -> Path:
+    """Write the page, the model card, the vector's description and the record; return the page."""
     what = (
-        f"Adapter {settings_in_words(arm.adapter)}; loss {settings_in_words(arm.loss)}; {examples} examples of "
+        f"Adapter {settings_in_words(arm.adapter)}; loss {settings_in_words(arm.loss)}; {len(rows)} examples of "
         f"{arm.data.name}; base model {arm.model.name}. {prose(record.facts['split'])}"
     )
     page = write_page(training_page(record, what, _use(arm, folder)), folder)
     if (folder / "adapter" / "adapter_config.json").is_file():
         write_card(folder / "adapter", of_training(arm, record))
+        write_description(folder / "adapter", strength_of(record), data_of(rows, arm.data.name))
     record.write(folder / "result.json")  # last: it says that the run is finished
     return page
 

@@ -21,6 +21,7 @@ from typing import Annotated, Literal
 from steertune.adapters.analysis import arithmetic
 from steertune.adapters.analysis.arithmetic import VectorError, Vectors
 from steertune.adapters.card import Card
+from steertune.adapters.description import write_description
 from steertune.recipes.lab import trained_on
 from steertune.recipes.lab.command_line import Result, group
 from steertune.recipes.lab.options import Argument, ColumnNames, Count, Option, Threads, columns_of
@@ -137,6 +138,7 @@ def _saved(made: Vectors, folder: Path, formula: str, sets: Sequence[Vectors], p
     rows_of_parents = [trained_on.read(parent) for parent in parents]
     if None not in rows_of_parents:
         trained_on.write(folder, [rows for of_parent in rows_of_parents for rows in of_parent or ()])
+    write_description(folder)
     lengths = {layer: float(made.vectors[layer].norm()) for layer in made.layers}
     before = {one.name: {layer: float(one.vectors[layer].norm()) for layer in one.layers} for one in sets}
     table = [f"layer {layer}: length {length:.4g}" for layer, length in lengths.items()]

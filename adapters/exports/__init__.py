@@ -16,6 +16,7 @@ from pathlib import Path
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
+from ..description import FILE, write_json
 from ..registry import choose, file_names
 from ._base import Export, Exported, ExportError
 from ._vectors import ConstantVectors, adapter_of, constant_vectors
@@ -76,6 +77,7 @@ def export(
         whole = Path(part) / "export"
         whole.mkdir()
         writer.write(vectors, model, whole)
+        write_json(whole / FILE, vectors.description)
         if tokenizer is not None and writer.whole_model:
             tokenizer.save_pretrained(whole)
         error, effect = verify(writer, whole, model, base, inputs, strength)

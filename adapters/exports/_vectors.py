@@ -12,6 +12,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from ..config import SteeringVectorConfig
+from ..description import FORMAT
 from ..layer import SteeringVectorLayer
 from ..model import CHILD
 from ..norms import cap
@@ -30,16 +31,39 @@ class ConstantVectors:
         vectors: Full name of the steered module in the base model -> `(d,)`, fp32.
         layers: The same name -> index of the block.
         site: What is steered.
+        base: Name of the base model, and its fingerprint.
     """
 
     vectors: dict[str, Tensor]
     layers: dict[str, int]
     site: Site
+    base: dict[str, Any]
 
     @property
     def by_layer(self) -> dict[int, Tensor]:
         """Index of the block -> vector."""
         return {self.layers[name]: vector for name, vector in self.vectors.items()}
+
+    @property
+    def description(self) -> dict[str, Any]:
+        """What a file of these vectors must say (see `description.py`); strength is baked in, so 1 is recommended."""
+        return {
+            "format": FORMAT,
+            "operation": "add",
+            "formula": "h + s v",
+            "form": "bias",
+            "hook": "output of the module",
+            "site": self.site,
+            "modules": self.layers,
+            "width": len(next(iter(self.vectors.values()))),
+            "positions": "all",
+            "norm": {"rule": "free", "value": None, "residual_norms": None},
+            "strength": {"recommended": 1.0, "chosen_by": "baked into the vectors", "measured": {}},
+            "base": self.base,
+            "data": None,
+            "monitor": None,
+            "weights": None,
+        }
 
 
 def constant_vectors(model: PeftModel, strength: float = 1.0) -> ConstantVectors:
@@ -83,7 +107,8 @@ def constant_vectors(model: PeftModel, strength: float = 1.0) -> ConstantVectors
         raise ExportError(
             f"Adapter {name!r} at strength {strength:g} is zero or not finite, so nothing can be exported."
         )
-    return ConstantVectors(vectors, layers, config.site)
+    base_facts = {"name": config.base_model_name_or_path, "fingerprint": config.base_fingerprint}
+    return ConstantVectors(vectors, layers, config.site, base_facts)
 
 
 def _only_adapter(model: PeftModel) -> tuple[str, SteeringVectorConfig]:

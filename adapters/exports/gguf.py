@@ -6,6 +6,7 @@ format. llama.cpp does not check which model a vector was made for.
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,13 @@ from peft import PeftModel
 from torch import Tensor
 
 from ..blocks import find_blocks, text_config
+from ..description import parse
 from ._base import ADD, LOAD, Export
 from ._vectors import ConstantVectors, ExportError
 
 FILE = "control-vector.gguf"
 _ARCHITECTURE = "controlvector"
+_DESCRIPTION = "steering_vector.description"
 _MOST_VALUES = 10_000  # of the header; llama.cpp's own files have seven a layer
 
 
@@ -67,12 +70,29 @@ for tensor in GGUFReader({folder!r} + "/control-vector.gguf").tensors:
         writer = GGUFWriter(str(folder / FILE), _ARCHITECTURE)
         writer.add_string(f"{_ARCHITECTURE}.model_hint", text_config(model.get_base_model()).model_type)
         writer.add_uint32(f"{_ARCHITECTURE}.layer_count", len(vectors.by_layer))
+        # what the format itself has no place for; llama.cpp reads past keys that it does not know
+        for key in ("operation", "site", "positions"):
+            writer.add_string(f"steering_vector.{key}", vectors.description[key])
+        writer.add_string(_DESCRIPTION, json.dumps(vectors.description))
         for layer, vector in sorted(vectors.by_layer.items()):
             writer.add_tensor(f"direction.{layer}", vector.numpy())
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
         writer.close()
+
+
+def read_facts(file: str | Path) -> dict[str, Any] | None:
+    """What the control vector says about itself (see `description.py`); None for a file of another tool.
+
+    Raises:
+        ExportError: it is not readable.
+    """
+    try:
+        field = _reader(str(file)).fields.get(_DESCRIPTION)
+        return None if field is None else parse(bytes(field.parts[field.data[0]]), str(file))
+    except (OSError, ValueError, KeyError, IndexError, TypeError, OverflowError) as error:
+        raise ExportError(f"{file}: {error}") from error
 
 
 def read(file: str | Path) -> dict[int, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from peft import PeftModel
@@ -32,7 +33,8 @@ for name, vector in load_file({folder!r} + "/vectors.safetensors").items():
 
     def write(self, vectors: ConstantVectors, model: PeftModel, folder: Path) -> None:
         """`vectors.safetensors`."""
-        save_file({name: v.contiguous() for name, v in vectors.vectors.items()}, folder / FILE, {"format": "pt"})
+        metadata = {"format": "pt", "steering_vector": json.dumps(vectors.description)}
+        save_file({name: v.contiguous() for name, v in vectors.vectors.items()}, folder / FILE, metadata)
 
 
 TARGET = SafetensorsExport()

@@ -40,13 +40,6 @@ def broken_rows(logits: Tensor) -> Tensor:
     return ~logits.max(dim=-1).values.isfinite()  # NaN is the maximum of every row that holds it
 
 
-def ends_of(model: Any) -> set[int]:
-    """The tokens that end what a model generates."""
-    config = getattr(model, "generation_config", None)
-    ids = getattr(config, "eos_token_id", None)
-    return {ids} if isinstance(ids, int) else {*(ids or ())}
-
-
 def check_finite(logits: Tensor) -> None:
     """Refuse logits, `(rows, vocabulary)`, that hold no answer.
 

@@ -29,8 +29,8 @@ class Interval:
         low: Lower end.
         high: Upper end.
         pairs: How many pairs there were.
-        method: `bca`, `t`, `crossed`, `tasks`, or `none` where the pairs are too few, or all equal, so that nothing
-            shows how much they vary (the ends are infinite then).
+        method: `bca`, `percentile`, `t`, `crossed`, `tasks`, or `none` where the pairs are too few, or all equal, so
+            that nothing shows how much they vary (the ends are infinite then).
         p: Of the test that goes with a crossed interval or one over tasks: the error at which it would just hold zero.
     """
 

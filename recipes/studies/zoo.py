@@ -26,12 +26,14 @@ from transformers import set_seed
 
 from steertune.adapters.analysis.arithmetic import read, similarity
 from steertune.adapters.card import Card, versions, write_card
+from steertune.adapters.description import write_description
 from steertune.recipes.ablation.kl_search import strengths_at
 from steertune.recipes.lab import embedded, scorers, trained_on
 from steertune.recipes.lab.arm import Arm, load_arm
 from steertune.recipes.lab.behaviours import read_behaviour
 from steertune.recipes.lab.cards import HASHES, purpose, side_effects
 from steertune.recipes.lab.command_line import Result, command
+from steertune.recipes.lab.descriptions import data_of, strength_of
 from steertune.recipes.lab.evaluate import evaluate, evaluate_base
 from steertune.recipes.lab.forms import readable
 from steertune.recipes.lab.observe import HeldOut, neutral_rows
@@ -118,6 +120,7 @@ def make(task: str, model: Any, home: Path, answered: int) -> Record:
     steered.save_pretrained(str(home))
     trained_on.write(home, trained_on.sets_of(rows, splits.by, training.rows))
     write_card(home, card_of(arm, record))
+    write_description(home, strength_of(record), data_of(training.rows, task))
     return record
 
 

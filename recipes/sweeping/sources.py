@@ -34,7 +34,7 @@ class Source:
         self.context, self.table = context, context.table
         self.rows = context.splits.train(self.table.train, self.table.seed)
         self.cache: dict[Any, Any] = {}  # what ingredients keep from one place to the next
-        self._directions = cache(self._fit_directions)
+        self.vectors = cache(self._fit_directions)
 
     def model(self, site: Site, layer: int, home: Path) -> Any:
         """The model with the adapter of a place, in evaluation mode. The folder `adapter/` of the place's `home` is
@@ -56,7 +56,7 @@ class Source:
     def _direction(self, site: Site, layer: int) -> PeftModel:
         config = SteeringVectorConfig(layers=[layer], site=site, init=str(self.table.direction))
         model: Any = get_peft_model(share_weights(self.context.model), config)
-        vector = self._directions(site)[layer]
+        vector = self.vectors(site)[layer]
         for steered in steering_layers(model):
             steered.initialise("default", vector)
         return model

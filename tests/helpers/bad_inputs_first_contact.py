@@ -22,7 +22,6 @@ from trl import DPOConfig, SFTConfig
 from steertune.adapters import SteeringVectorConfig
 from steertune.losses import get_loss
 from steertune.recipes import cli
-from steertune.recipes import serve as serve_recipe
 from steertune.recipes.ablation.grid import make_grid
 from steertune.recipes.eval import check_request, check_task_files
 from steertune.recipes.lab.arm import load_arm, make_arm
@@ -31,6 +30,7 @@ from steertune.recipes.lab.data import load_model
 from steertune.recipes.lab.files import check_name, read_toml
 from steertune.recipes.lab.tables import ModelTable
 from steertune.recipes.lab.training import check_folder
+from steertune.recipes.serving.line_service import answered
 from steertune.trainers.row_checks import TokenLimits, check_rows, check_tokenised
 
 HUGE = 10**400
@@ -374,11 +374,11 @@ ROWS: dict[str, Row] = {
     "serve of no tokens": served("must be a whole number of 1 or more", "a=x", "--longest", "0"),
     "serve for half a second": served("must be a whole number of 1 or more", "a=x", "--seconds", "0.5"),
     "serve beside what is no answer": (
-        lambda lab: serve_recipe._answered(lab.file("x.jsonl", '{"prompt": "a"}\n')),
+        lambda lab: answered(lab.file("x.jsonl", '{"prompt": "a"}\n')),
         "is no file of answers",
     ),
     "serve beside half of something": (
-        lambda lab: serve_recipe._answered(lab.file("x.jsonl", "some text")),
+        lambda lab: answered(lab.file("x.jsonl", "some text")),
         "is no file of answers",
     ),
     "eval at a strength without end": (lambda lab: check_request(["a"], [math.inf], None, None, None), "finite"),

@@ -19,12 +19,14 @@ from tiny_models import fill, steered, tiny, tokens
 from steertune.adapters import SteeringVectorConfig, monitors, set_strength
 from steertune.adapters.monitors import pooling
 from steertune.recipes import cli
-from steertune.recipes import serve as recipe
 from steertune.recipes.lab.files import ArmError
 from steertune.recipes.lab.generation import generate
 from steertune.recipes.lab.progress import Bar
-from steertune.recipes.lab.remedies import remedy_of
 from steertune.recipes.serve import Request, Server, load_vectors
+from steertune.recipes.serving.engine import Engine
+from steertune.recipes.serving.line_service import serve_lines
+from steertune.recipes.serving.lines import Lines
+from steertune.recipes.serving.remedies import remedy_of
 
 SAY = [
     dict(prompt="the cat"),
@@ -70,7 +72,7 @@ def test_an_answer_does_not_depend_on_the_batch(server):
 
 def test_an_answer_is_generation_at_that_strength(server):
     """Against `set_strength` and plain greedy generation, one request at a time."""
-    model, words = server.model, server.tokenizer
+    model, words = server.vectors.model, server.tokenizer
     for say in SAY[1:4]:
         request = Request(**{"new_tokens": 6, **say})
         model.set_adapter(request.vector)
@@ -86,12 +88,13 @@ def test_an_answer_is_generation_at_that_strength(server):
 def test_sampling_follows_the_softmax(server):
     """Draws of the first token against its probabilities."""
     requests = [Request(prompt="the cat", temperature=1.0, seed=seed, new_tokens=1) for seed in range(400)]
-    with server.model.disable_adapter(), torch.no_grad():
+    model = server.vectors.model
+    with model.disable_adapter(), torch.no_grad():
         ids = torch.tensor([server.tokenizer("the cat")["input_ids"]])
-        probabilities = server.model(input_ids=ids).logits[0, -1].softmax(0)
+        probabilities = model(input_ids=ids).logits[0, -1].softmax(0)
     word = int(probabilities[len(tiny_data.SPECIAL) :].argmax()) + len(tiny_data.SPECIAL)
     text, chance = server.tokenizer.decode([word]), float(probabilities[word])
-    wide = Server(server.model, server.tokenizer, batch=100)
+    wide = Server(server.vectors, server.tokenizer, batch=100)
     share = sum(answer == text for answer in wide.answers(requests)) / len(requests)
     assert abs(share - chance) < 4 * (chance * (1 - chance) / len(requests)) ** 0.5
 
@@ -229,26 +232,26 @@ def test_a_hostile_line_gets_an_error_and_the_others_their_answers(name, home, s
 
 def answer_all(server, asked: Path, said: IO[str], done: Any = ()) -> int:
     with asked.open("rb") as source:
-        return recipe._serve(server, recipe.Lines(source.fileno(), Bar(1)), said, set(done))
+        return serve_lines(server, Lines(source.fileno(), Bar(1)), said, set(done))
 
 
 def test_a_request_that_takes_too_long_ends_alone(server, monkeypatch, tmp_path):
-    slow = Server(server.model, server.tokenizer, batch=2, seconds=-1)
+    slow = Server(server.vectors, server.tokenizer, batch=2, seconds=-1)
     [late, done] = slow.replies([Request(prompt="the cat", new_tokens=50), Request(prompt="a dog", new_tokens=1)])
     assert "was not there after" in str(late) and isinstance(done, str)
 
 
 def test_a_batch_that_fails_is_answered_one_by_one(server, monkeypatch):
-    generated = Server._generated
+    forward, dog = Engine._forward, server.tokenizer("dog")["input_ids"][-1]
 
-    def fails(self: Server, requests: Any, ids: Any) -> Any:
-        if any("dog" in request.prompt for request in requests):
+    def fails(self: Engine, rows: Any, *args: Any) -> Any:
+        if any(dog in row.job.prompt for row in rows):
             raise RuntimeError("out of memory")
-        return generated(self, requests, ids)
+        return forward(self, rows, *args)
 
     requests = [Request(prompt=text, new_tokens=3) for text in ("the cat", "a dog", "red")]
     expected = server.answers(requests)
-    monkeypatch.setattr(Server, "_generated", fails)
+    monkeypatch.setattr(Engine, "_forward", fails)
     replies = server.replies(requests)
     assert "out of memory" in str(replies[1]) and replies[0::2] == expected[0::2]
 
@@ -256,7 +259,7 @@ def test_a_batch_that_fails_is_answered_one_by_one(server, monkeypatch):
 def test_lines_come_as_they_are_written(server):
     """A pipe that stays open: a request is answered when it is there, and not when a batch is full."""
     reader, writer = os.pipe()
-    parts = recipe.Lines(reader, Bar(1)).parts(8)
+    parts = Lines(reader, Bar(1)).parts(8)
     os.write(writer, b"\xef\xbb\xbfone\n\ntwo\nhal")
     assert next(parts) == [(0, b"one"), (2, b"two")]
     os.write(writer, b"f\n")
@@ -270,12 +273,18 @@ def test_lines_come_as_they_are_written(server):
     ("words", "message"),
     [
         (["careful"], "NAME=FOLDER"),
+        (["a+b=x"], "without '@', '+' and '.'"),
+        ([], "none names the base model"),
+        (["--port", "0", "--input", __file__], "serves HTTP, and reads no --input"),
+        (["--port", "0", "--vectors-in", "nowhere"], "the folder does not exist"),
+        (["--port", "70000"], "less than or equal to 65535"),
+        (["--port", "0", "--host", "256.0.0.1", "--model", "embedded"], "cannot be listened on"),
         (["a=x", "a=y"], "given twice"),
         (["a@2=x"], "without '@'"),
         (["a=nowhere"], "is not an adapter folder"),
         (["a=nowhere", "--input", "nowhere.jsonl"], "no such file"),
         (["keys=nowhere"], "cannot be the name of an adapter"),
-        (["a.b=nowhere"], "without '@' and '.'"),
+        (["a.b=nowhere"], "without '@', '+' and '.'"),
         (["a="], "NAME=FOLDER"),
         (["a=nowhere", "--output", "nowhere/answers.jsonl"], "there is no folder nowhere"),
         (["a=nowhere", "--output", "."], "is no file"),
@@ -297,7 +306,7 @@ def monitor(server) -> monitors.Monitor:
     """A monitor below both vectors, of a direction that nothing was fitted on."""
     states = torch.randn(40, 32, generator=torch.Generator().manual_seed(3))
     reader = monitors.make_monitor(
-        "mean_difference", pooling.get("mean"), server.model, server.tokenizer, 0, (states[:8] + 1, states[8:])
+        "mean_difference", pooling.get("mean"), server.engine.base, server.tokenizer, 0, (states[:8] + 1, states[8:])
     )
     return replace(reader, threshold=monitors.Threshold(0.0, 0.1, 40))
 
@@ -306,7 +315,7 @@ def scored(server, monitor, threshold: float, **cure) -> Server:
     """A server whose answers are scored, and the flagged ones replaced."""
     reader = replace(monitor, threshold=monitors.Threshold(threshold, 0.1, 40))
     remedy = remedy_of(cure.get("resample"), cure.get("steer"), ["careful", "warm"])
-    return Server(server.model, server.tokenizer, 4, monitor=reader, remedy=remedy)
+    return Server(server.vectors, server.tokenizer, 4, monitor=reader, remedy=remedy)
 
 
 def test_answers_have_scores_that_do_not_depend_on_the_batch(server, monitor):

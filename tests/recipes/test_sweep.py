@@ -14,6 +14,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from tiny_models import steered, tiny, tokens
 
 from steertune.adapters import set_strength
+from steertune.adapters.description import read_description
 from steertune.recipes import sweep
 from steertune.recipes.lab.files import ArmError
 from steertune.recipes.lab.rows import Record
@@ -253,6 +254,9 @@ def test_the_page_the_pictures_and_the_card(swept):
     ):
         assert text in card, text
     assert "[More Information Needed]" not in card
+    said = read_description(swept / "adapter")
+    assert said is not None and said["data"]["examples"] == 8
+    assert said["strength"]["recommended"] == 1 and said["strength"]["measured"]["1"]["kl"] > 0
 
 
 def test_a_finished_sweep_is_not_overwritten(swept, home, capsys):

@@ -57,6 +57,13 @@ def test_the_first_line(strengths: dict[str, Any], begins: str) -> None:
     assert line.startswith(begins), line
 
 
+def test_what_was_not_trained_is_changed_by_its_strength() -> None:
+    silent, loud = record(s0=BASE, s1=(NONE, 0.1, CALM)), record(s0=BASE, s1=(FULL, 2.0, CALM))
+    assert "Raise `trainer.learning_rate`" in verdict(silent) and "Lower `trainer.learning_rate`" in verdict(loud)
+    silent.facts["steps"] = loud.facts["steps"] = 0
+    assert "Use a larger strength" in verdict(silent) and "Use a smaller one" in verdict(loud)
+
+
 def test_circles_in_neutral_answers_are_too_much_where_held_out_answers_are_fluent() -> None:
     steered = record(s0=BASE, s0_5=(HALF, 0.2, CALM), s1=(FULL, 0.4, CALM))
     for at, answer in {"0": CALM, "0.5": CALM, "1": MANIC}.items():

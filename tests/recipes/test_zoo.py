@@ -7,6 +7,7 @@ import torch
 
 from steertune.adapters.analysis.arithmetic import check_alike, read
 from steertune.adapters.basis import basis_of
+from steertune.adapters.description import read_description
 from steertune.recipes.lab import embedded, zoo
 from steertune.recipes.lab.arm import load_arm
 from steertune.recipes.lab.files import ArmError
@@ -17,6 +18,12 @@ from steertune.recipes.studies.zoo import frontier_of, page_of
 
 def test_there_is_a_vector_for_every_embedded_task():
     assert zoo.names() == embedded.task_names()
+
+
+def test_all_of_them_say_what_strength_costs():
+    for name in zoo.names():
+        said = read_description(zoo.folder(name))
+        assert said is not None and said["data"]["name"] == name and said["strength"]["measured"]["1"]["kl"] > 0
 
 
 def test_all_of_them_can_be_summed_and_none_is_zero():

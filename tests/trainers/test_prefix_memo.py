@@ -409,14 +409,14 @@ def test_weights_below_that_no_token_has_met_are_in_the_key():
 
 @pytest.mark.parametrize("positions", ["all", "completion"])
 def test_what_is_not_proven_is_not_kept(positions, monkeypatch, caplog):
-    from steertune.trainers.prefix import cached_pass
+    from steertune.trainers.prefix import proofs
     from steertune.trainers.prefix.exactness import NoPrefix
 
     def differs(self, call, what, *args):
         if positions == "all" or "completions" in what:
             raise NoPrefix(f"{what} is off")
 
-    monkeypatch.setattr(cached_pass.CachedPass, "_prove", differs)
+    monkeypatch.setattr(proofs.Proofs, "make", differs)
     caplog.set_level(logging.INFO, logger="steertune.trainers.prefix")
     model, prefix = get_peft_model(tiny(), SteeringVectorConfig(layers=2, positions=positions)), FrozenPrefix()
     with torch.no_grad(), prefix.shortcut(model).on(labels_only=True):

@@ -18,7 +18,8 @@ A vector on the output of block i leaves block i itself as it was, so that n = i
 | file | what it holds |
 |---|---|
 | `frozen.py` | `FrozenPrefix`, which users share between trainers, and `CachedPrefix`, which one trainer has |
-| `cached_pass.py` | one forward pass: what it leaves out, and the proof that this changes nothing |
+| `cached_pass.py` | one forward pass, and what it leaves out |
+| `proofs.py` | the comparison with the plain path, before a way is used |
 | `cached_states.py` | what is kept of a row: states below the suffix, and the reference |
 | `new_rows.py` | the states of new rows, several in one pass, each with its own bits |
 | `packing.py` | the suffix on rows without padding, in one line of tokens |

@@ -1,10 +1,9 @@
-"""One forward pass that leaves out what is cached, and the proof that this changes nothing."""
+"""One forward pass that leaves out what is cached, each way compared with the plain path before it is used."""
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -13,8 +12,6 @@ from torch import Tensor, nn
 from ...adapters import steering_layers
 from ...adapters.blocks import text_config
 from ...adapters.caches import CACHE_NAMES
-from ...adapters.observing import evaluating
-from ..host_copies import sent
 from .cached_states import CachedStates
 from .decoder import Decoder, base_of, frozen_blocks
 from .exactness import (
@@ -22,7 +19,6 @@ from .exactness import (
     Notices,
     Unknown,
     beyond_window,
-    difference,
     draws,
     draws_again,
     dropout,
@@ -31,7 +27,8 @@ from .exactness import (
 )
 from .packing import Layout, common_layout
 from .prompts import PromptCaches, Split, part, prompts_are_constant, row_lengths, run_split, shared_prompts
-from .store import TensorStore, attention_of, config_of, rows_of
+from .proofs import Proofs, kind_of_rows, shortest_and_longest
+from .store import TensorStore, attention_of, rows_of
 
 _KEPT_BY_LAYER = ("output_hidden_states", "output_attentions", "output_router_logits")
 
@@ -66,9 +63,8 @@ class CachedPass:
         notices: Notices,
         stops: Collection[int] = (),
     ) -> None:
-        self.model, self._proven, self._notices = model, proven, notices
+        self.model, self._notices = model, notices
         self._error: str | None = None  # of this class, reported once the plain path has succeeded
-        self._proven_here: set[tuple[Any, ...]] = set()
         self._draws: bool | None = None  # whether training draws random numbers; None: not checked yet
         self._training = training
         self._made_for = self._state_of_model()
@@ -80,6 +76,7 @@ class CachedPass:
             notices.off(why)
             count = 0
         self.decoder = Decoder(model, count)
+        self._proofs = Proofs(model, self.decoder, proven)
         self._states = (
             CachedStates(store, model, self.decoder, training, self._draws_by_mode, notices, stops) if count else None
         )
@@ -217,9 +214,9 @@ class CachedPass:
             h_RCD = self._states.of(rows, call["input_ids"].shape[1])
             what = "the memo of the lower layers"
             # the first batch proves the way, and only then is anything stored
-            if self._unproven(what, call):
-                sample = torch.tensor(_shortest_and_longest([row["input_ids"].shape[1] for row in rows]))
-                self._prove(call, what, sample, lambda few: self.decoder.run(few, h_RCD[sample]))
+            if self._proofs.missing(what, call):
+                sample = torch.tensor(shortest_and_longest([row["input_ids"].shape[1] for row in rows]))
+                self._proofs.make(call, what, sample, lambda few: self.decoder.run(few, h_RCD[sample]))
             self._states.keep()
         except NoPrefix as why:
             self._states = None
@@ -234,14 +231,16 @@ class CachedPass:
         if caches is None or split is None:
             return None
         try:
-            what = f"running completions only{_kind_of_rows(split.starts, call)}"
-            if self._unproven(what, call):
-                some, sample = split.only(_shortest_and_longest(split.prompts.tolist()))
+            what = f"running completions only{kind_of_rows(split.starts, call)}"
+            if self._proofs.missing(what, call):
+                some, sample = split.only(shortest_and_longest(split.prompts.tolist()))
                 # only what follows the prompt is right
                 column_C = torch.arange(call["input_ids"].shape[1])
                 read_RC = (column_C >= some.starts[:, None]) & (column_C < some.lengths[:, None])
                 few = [rows[i] for i in sample.tolist()]
-                self._prove(call, what, sample, lambda sampled: caches.run(sampled, few, h_RCD[sample], some), read_RC)
+                self._proofs.make(
+                    call, what, sample, lambda sampled: caches.run(sampled, few, h_RCD[sample], some), read_RC
+                )
             output = caches.run(call, rows, h_RCD, split)
             caches.keep()
             return output
@@ -262,9 +261,9 @@ class CachedPass:
         if layout is None:
             return None
         try:
-            what = f"a pass without padding{_kind_of_rows(lengths_R, call)}"
-            if self._unproven(what, call):
-                sample = torch.tensor(_shortest_and_longest(lengths_R.tolist()))
+            what = f"a pass without padding{kind_of_rows(lengths_R, call)}"
+            if self._proofs.missing(what, call):
+                sample = torch.tensor(shortest_and_longest(lengths_R.tolist()))
 
                 # the sample has its own layout
                 def run(few: dict[str, Any]) -> Any:
@@ -272,7 +271,7 @@ class CachedPass:
                     sample_layout = common_layout(few, lengths_R[sample], ends, share, at_least=0.0)
                     return self._run_packed(few, None if h_RCD is None else h_RCD[sample], sample_layout)
 
-                self._prove(call, what, sample, run)
+                self._proofs.make(call, what, sample, run)
         except NoPrefix as why:
             self.packs = False
             self._notices.less(why)
@@ -300,11 +299,13 @@ class CachedPass:
         if split is None:
             return None
         try:
-            what = f"a shared pass over the prompts{_kind_of_rows(split.starts, call)}"
-            if self._unproven(what, call):
-                some, sample = split.only(_shortest_and_longest(split.prompts.tolist()))
+            what = f"a shared pass over the prompts{kind_of_rows(split.starts, call)}"
+            if self._proofs.missing(what, call):
+                some, sample = split.only(shortest_and_longest(split.prompts.tolist()))
                 h_SCD = None if h_RCD is None else h_RCD[sample]
-                self._prove(call, what, sample, lambda few: run_split(self.model, self.decoder, few, h_SCD, some))
+                self._proofs.make(
+                    call, what, sample, lambda few: run_split(self.model, self.decoder, few, h_SCD, some)
+                )
         except NoPrefix as why:
             self.shares_prompts = False
             self._notices.less(why)
@@ -339,80 +340,3 @@ class CachedPass:
     def _state_of_model(self) -> tuple[Any, ...]:
         """What this was made for: unfreezing a layer or adding an adapter afterwards changes what is constant."""
         return tuple(p.requires_grad for p in self.model.parameters()), tuple(getattr(self.model, "peft_config", ()))
-
-    # -- proof --------------------------------------------------------------------------------------------------
-
-    def _unproven(self, what: str, call: Mapping[str, Any]) -> bool:
-        on = call["input_ids"].device
-        # a cheap key, because this is looked up often; `_proof` digests everything that a proof depends on
-        way = (what, on, torch.is_autocast_enabled(on.type) and torch.get_autocast_dtype(on.type))
-        if way not in self._proven_here and self._proof(what, call) in self._proven:
-            self._proven_here.add(way)
-        return way not in self._proven_here
-
-    @torch.no_grad()
-    def _prove(
-        self,
-        call: Mapping[str, Any],
-        what: str,
-        sample: Tensor,
-        run: Callable[[dict[str, Any]], Any],
-        real_RC: Tensor | None = None,
-    ) -> None:
-        """Compare the last hidden states of some rows with those of the plain path, once for a model and a way.
-
-        Args:
-            call: Arguments of the decoder.
-            what: The way, in words.
-            sample: The rows.
-            run: The decoder's output from its arguments for these rows, in that way.
-            real_RC: Which of their tokens are compared; None: all but padding.
-
-        Raises:
-            NoPrefix: they differ.
-        """
-        # a batch of the sampled rows, with their own prompts
-        shape = call["input_ids"].shape
-        sample_there = sent(sample, call["input_ids"].device)
-        few = {
-            name: value[sample_there] if isinstance(value, Tensor) and value.shape == shape else value
-            for name, value in call.items()
-        }
-        with evaluating(self.model), ExitStack() as stack:
-            for boundary in {id(layer.boundary): layer.boundary for layer in steering_layers(self.model)}.values():
-                stack.enter_context(boundary.select(sample_there))
-            # from the tokens, without anything left out
-            plain = self.decoder.run(few, None)[0]
-            try:
-                ours = run(few)[0]
-            except Exception as error:  # of any kind: the plain path has just worked
-                raise NoPrefix(
-                    f"{what} is off: {type(self.decoder.module).__name__} fails with it: {error}"
-                ) from error
-        # outputs on padding are undefined in both
-        if real_RC is None and (mask := few.get("attention_mask")) is not None:
-            real_RC = mask.bool()
-        if (apart := difference(plain, ours, real_RC)) is not None:
-            raise NoPrefix(f"{what} is off: {type(self.decoder.module).__name__} differs by {apart:.1e} with it")
-        self._proven.add(self._proof(what, call))
-
-    def _proof(self, what: str, call: Mapping[str, Any]) -> str:
-        """A digest of what a proof is about: another model, adapter, precision or device is compared again."""
-        base, ids = base_of(self.model), call["input_ids"]
-        adapters = {name: repr(config) for name, config in getattr(self.model, "peft_config", {}).items()}
-        autocast = torch.is_autocast_enabled(ids.device.type) and torch.get_autocast_dtype(ids.device.type)
-        about = (type(base), attention_of(base), config_of(base), adapters, next(base.parameters()).dtype)
-        return hashlib.blake2b(f"{what}/{self.decoder.count}/{about}/{ids.device}/{autocast}".encode()).hexdigest()
-
-
-def _kind_of_rows(lengths: Tensor, call: Mapping[str, Any]) -> str:
-    """What a proof of running rows in another way is about: rows (or prompts) of one length leave no hole behind them
-    where positions are counted, and short rows do not meet what only long ones do."""
-    equal = "of one length" if len(lengths.unique()) == 1 else "of several lengths"
-    return f" ({equal}, in rows of up to {1 << (call['input_ids'].shape[1] - 1).bit_length()} tokens)"
-
-
-def _shortest_and_longest(lengths: Sequence[int]) -> list[int]:
-    """Indices of two lengths that lie far apart; of one, if it is the only one."""
-    by_length = sorted(range(len(lengths)), key=lambda i: lengths[i])
-    return sorted({by_length[0], by_length[-1]})

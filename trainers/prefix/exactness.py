@@ -7,7 +7,7 @@ under the policy and one under the reference take the same path, so that an untr
    short pass lists the modules that run below; `check_frozen` and `check_hooks` look at each of them. A second pass
    in training mode must draw no random number and give the same states (`draws`).
 2. *The suffix needs those states only*, because a block reads the residual stream and nothing else. The shortest and
-   the longest row of the first batch run both ways and are compared (`CachedPass._prove`, `difference`).
+   the longest row of the first batch run both ways and are compared (`Proofs.make`, `difference`).
 3. *Rows may be laid out in one line and share what they begin with*, because blocks treat tokens one by one, and
    attention looks back only and knows where rows begin. Compared like 2, for rows of one length and of several,
    and again whenever rows are twice as long.

@@ -10,6 +10,7 @@ import numpy as np
 from steertune.recipes.lab.rows import BASE, Record
 
 TRAINED = "1"
+_TRAINING = "`trainer.learning_rate` or `trainer.max_steps`"
 MAX_KL = 1.5
 """Nats per token on neutral text, where a behaviour that shows everywhere costs 0.5 to 1.3 by itself."""
 MAX_REPETITION = 0.1
@@ -53,6 +54,7 @@ def _asked(record: Record) -> str:
 
 def _outcome(record: Record) -> str:
     """What came out."""
+    untrained = record.facts.get("steps") == 0
     strengths = sorted((at for at in record.observations if float(at) > 0), key=float)
     excess = {at: _excess(record, at) for at in strengths}
     harmless = [at for at in strengths if not excess[at]]
@@ -60,9 +62,8 @@ def _outcome(record: Record) -> str:
     # of the strengths that show as much, the nearest to the trained one
     best = max(harmless, key=lambda at: (gains.get(at, (0.0,))[0], -abs(float(at) - 1)), default=None)
     if best is None:
-        return (
-            f"**Every strength is too much: at {strengths[0]}, {excess[strengths[0]]}.** Lower "
-            "`trainer.learning_rate` or `trainer.max_steps`, or add `loss.neutral_kl`."
+        return f"**Every strength is too much: at {strengths[0]}, {excess[strengths[0]]}.** " + (
+            "Use a smaller one." if untrained else f"Lower {_TRAINING}, or add `loss.neutral_kl`."
         )
     if excess[TRAINED]:
         words = f": {gains[best][1]}" if gains else ""
@@ -73,10 +74,8 @@ def _outcome(record: Record) -> str:
         return f"**The answers changed**: {gains[TRAINED][1]}. Side effects are within the limits."
     if gains[best][0] >= VISIBLE:
         return f"**Strength 1 shows little. Use strength {best}**: {gains[best][1]}."
-    return (
-        f"**Nothing visible happened**: {gains[TRAINED][1]}. Raise `trainer.learning_rate` or `trainer.max_steps`, or "
-        "give more examples."
-    )
+    fix = "Use a larger strength" if untrained else f"Raise {_TRAINING}"
+    return f"**Nothing visible happened**: {gains[TRAINED][1]}. {fix}, or give more examples."
 
 
 def _gain(record: Record, at: str) -> tuple[float, str]:

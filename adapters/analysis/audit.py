@@ -1,0 +1,242 @@
+"""Whether a checkpoint has a constant vector baked in: which, where, and without it what is left.
+
+A vector that is added at every token can hide in a bias: of the map that writes into the residual stream, where stock
+tools load it as part of the model. Every bias inside the blocks is tried: the block runs with it and without what may
+have been added to it. If its output moves by the same vector at every token, the bias adds that vector to the residual
+stream, whatever the map is called. Biases that act on states, as those of queries do, do not pass.
+
+Beside a base model, what was added is the difference. Without one it is told from its own kind: of the same bias in
+all blocks, most are zero, or one is far longer than the others.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..blocks import find_blocks, site_name
+from ..observing import evaluating
+from ..types import Site
+
+_CONSTANT = 1e-3  # of the change's length: by how much it may differ from token to token
+_OUTLIER = 8.0  # median absolute deviations
+_TOKENS = 4
+
+
+@dataclass(frozen=True)
+class Constant:
+    """A constant vector that a checkpoint adds to the residual stream.
+
+    Attributes:
+        parameter: The bias that adds it.
+        layer: Index of the block.
+        site: "block" if the output of the whole block moves by it, "attention" if only that of its attention does.
+        vector: What is added, `(d,)` in fp32.
+        added: What was added to the bias, which is less than the bias where the architecture has one of its own.
+        why: What tells it from the model's own biases.
+        certain: Whether a base model, or zeros in the other blocks, say so; else it is only unlike the others.
+    """
+
+    parameter: str
+    layer: int
+    site: Site
+    vector: Tensor
+    added: Tensor
+    why: str
+    certain: bool
+
+
+@dataclass(frozen=True)
+class Audit:
+    """What was found in a checkpoint.
+
+    Attributes:
+        constants: The constant vectors.
+        changed: Parameters that differ from the base model's and are none of them, with the relative size of the
+            difference; empty without a base model.
+    """
+
+    constants: list[Constant]
+    changed: dict[str, float]
+
+
+@torch.no_grad()
+def audit(model: nn.Module, base: nn.Module | None = None) -> Audit:
+    """Look for constant vectors in the weights of a model; see the module's docstring.
+
+    Args:
+        model: The checkpoint, without adapters.
+        base: The model that it may have been made from.
+
+    Raises:
+        ValueError: the base model has other blocks.
+    """
+    blocks = find_blocks(model)
+    suspects = _beside(blocks, model, base) if base is not None else _among(blocks)
+    constants = []
+    with evaluating(model):
+        calls = _calls(model, [module for _, module in blocks])
+        for (name, block), call in zip(blocks, calls, strict=True):
+            for parameter, added, why, certain in suspects.get(name, []):
+                moved = _moved(name, block, call, parameter, added)
+                if moved is not None:
+                    layer = [one for one, _ in blocks].index(name)
+                    constants.append(Constant(f"{name}.{parameter}", layer, *moved, added, why, certain))
+    changed = {} if base is None else _differences(model, base)
+    return Audit(constants, {name: d for name, d in changed.items() if name not in {c.parameter for c in constants}})
+
+
+def without(model: nn.Module, constants: list[Constant]) -> None:
+    """Take constant vectors out of the biases that add them, in place."""
+    parameters = dict(model.named_parameters())
+    with torch.no_grad():
+        for constant in constants:
+            parameter = parameters[constant.parameter]
+            parameter.copy_((parameter.float() - constant.added.to(parameter.device)).to(parameter.dtype))
+
+
+Suspect = tuple[str, Tensor, str, bool]
+"""A bias in its block, what may have been added to it, why, and whether that is certain."""
+
+
+def _beside(blocks: list[tuple[str, nn.Module]], model: nn.Module, base: nn.Module) -> dict[str, list[Suspect]]:
+    """Biases that differ from those of a base model."""
+    theirs = dict(base.named_parameters())
+    if [name for name, _ in find_blocks(base)] != [name for name, _ in blocks]:
+        raise ValueError(
+            f"The checkpoint has {len(blocks)} blocks, {blocks[0][0]} first, and the base model others. Name the base "
+            "that it was made from."
+        )
+    suspects: dict[str, list[Suspect]] = defaultdict(list)
+    for name, block in blocks:
+        for path, bias in _biases(block):
+            own = theirs.get(f"{name}.{path}")
+            if own is not None and own.shape != bias.shape:
+                continue
+            added = bias.float() - (0.0 if own is None else own.float())
+            if own is None and bool(added.any()):
+                suspects[name].append((path, added, "the base model has no such bias", True))
+            elif own is not None and _relative(own, bias) > 1e-5:
+                suspects[name].append((path, added, "it differs from the base model's", True))
+    return suspects
+
+
+def _among(blocks: list[tuple[str, nn.Module]]) -> dict[str, list[Suspect]]:
+    """Biases that are unlike the same bias of the other blocks."""
+    kinds: dict[str, list[tuple[str, Tensor]]] = defaultdict(list)
+    for name, block in blocks:
+        for path, bias in _biases(block):
+            kinds[path].append((name, bias.float()))
+    suspects: dict[str, list[Suspect]] = defaultdict(list)
+    for path, rows in kinds.items():
+        lengths = torch.stack([bias.norm() for _, bias in rows])
+        nonzero = lengths > 0
+        if 0 < int(nonzero.sum()) <= len(rows) // 2:
+            why = f"this bias is zero in {len(rows) - int(nonzero.sum())} of {len(rows)} blocks"
+            for (name, bias), there in zip(rows, nonzero.tolist(), strict=True):
+                if there:
+                    suspects[name].append((path, bias, why, True))
+        elif len(rows) > 4:
+            median = lengths.median()
+            spread = (lengths - median).abs().median().clamp_min(1e-3 * float(median))
+            usual = torch.stack([bias for _, bias in rows]).median(dim=0).values
+            for (name, bias), far in zip(rows, ((lengths - median) / spread > _OUTLIER).tolist(), strict=True):
+                if far:
+                    why = "it is far longer than this bias is in the other blocks"
+                    suspects[name].append((path, bias - usual, why, False))
+    return suspects
+
+
+def _biases(block: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    for path, parameter in block.named_parameters():
+        if parameter.ndim == 1 and re.search(r"(^|[._])bias$", path):
+            yield path, parameter.detach()
+
+
+def _moved(name: str, block: nn.Module, call: tuple[Any, ...], path: str, added: Tensor) -> tuple[Site, Tensor] | None:
+    """Where a bias adds a constant, and which; None if what it adds depends on the state."""
+    sites: list[Site] = ["block", "attention"]
+    for site in sites:
+        try:
+            inner = site_name(name, block, site).removeprefix(name).removeprefix(".")
+        except ValueError:  # the block has no attention that can be told
+            continue
+        change_TD = _change(block, inner, call, path, added)
+        if change_TD is None:
+            continue
+        mean_D = change_TD.mean(dim=0)
+        off = (change_TD - mean_D).norm(dim=-1).max()
+        if mean_D.norm() > 0 and off <= _tolerance(block) * mean_D.norm():
+            return site, mean_D
+    return None
+
+
+def _tolerance(block: nn.Module) -> float:
+    """Rounding of states makes a constant differ from token to token."""
+    dtype = next(block.parameters()).dtype
+    return _CONSTANT if dtype == torch.float32 else 0.1
+
+
+def _change(block: nn.Module, inner: str, call: tuple[Any, ...], path: str, added: Tensor) -> Tensor | None:
+    """How the output of a part of a block moves by what was added to a bias, `(tokens, d)`."""
+    outputs: list[Tensor] = []
+
+    def keep(module: nn.Module, args: Any, output: Any) -> None:
+        outputs.append((output[0] if isinstance(output, tuple) else output).detach().float())
+
+    parameter = dict(block.named_parameters())[path]
+    saved = parameter.detach().clone()
+    handle = block.get_submodule(inner).register_forward_hook(keep)
+    args, kwargs = call
+    try:
+        block(*args, **kwargs)
+        parameter.copy_((saved.float() - added).to(saved.dtype))
+        block(*args, **kwargs)
+    finally:
+        parameter.copy_(saved)
+        handle.remove()
+    if len(outputs) != 2:
+        return None
+    with_it, without_it = outputs
+    return (with_it - without_it).reshape(-1, with_it.shape[-1])
+
+
+def _calls(model: nn.Module, blocks: list[nn.Module]) -> list[tuple[Any, ...]]:
+    """The arguments that every block is called with, on a few tokens."""
+    calls: dict[nn.Module, tuple[Any, ...]] = {}
+
+    def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        calls[module] = (args, kwargs)
+
+    handles = [block.register_forward_pre_hook(keep, with_kwargs=True) for block in blocks]
+    try:
+        tokens = torch.arange(3, 3 + _TOKENS, device=next(model.parameters()).device)[None]
+        model(input_ids=tokens, use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return [calls[block] for block in blocks]
+
+
+def _differences(model: nn.Module, base: nn.Module) -> dict[str, float]:
+    """Parameters that differ from the base model's, and by what share of their length."""
+    theirs = dict(base.named_parameters())
+    changed = {}
+    for name, parameter in model.named_parameters():
+        own = theirs.get(name)
+        if own is None or own.shape != parameter.shape:
+            if own is not None or bool(parameter.any()):
+                changed[name] = float("inf")
+        elif (share := _relative(own, parameter)) > 1e-5:
+            changed[name] = share
+    return changed
+
+
+def _relative(old: Tensor, new: Tensor) -> float:
+    return float((new.detach().float() - old.detach().float()).norm() / old.detach().float().norm().clamp_min(1e-12))

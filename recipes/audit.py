@@ -1,0 +1,184 @@
+"""Whether a checkpoint has a constant vector baked in: which, where, and how to take it out.
+
+    steertune audit downloaded-model
+    steertune audit downloaded-model --base HuggingFaceTB/SmolLM2-135M-Instruct --known my-vector
+    steertune audit downloaded-model --output clean
+
+A steering vector can be made part of a model, as a bias that every tool then loads silently (`steertune export --to
+merged` writes one). Without `--base`, a bias is suspicious that is zero in most blocks, or far longer in one than in
+the others; with it, every difference is seen. A bias counts only if the model's own forward pass shows that it adds
+the same vector at every token. `--known` compares what is found with vectors of yours. `--output` writes the
+checkpoint without what is certain, and the vector as an adapter, and compares the two with the original.
+
+The exit code is 1 if something is found. What no bias adds is not looked for: weight matrices that were changed are
+named beside `--base`, and not explained.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+from pydantic import ValidationError
+from torch import Tensor
+from torch.nn.functional import cosine_similarity
+
+from steertune.adapters import exports
+from steertune.adapters.analysis.audit import Audit, Constant, audit, without
+from steertune.adapters.description import write_description
+from steertune.recipes.lab.command_line import Result, command
+from steertune.recipes.lab.data import adapter_config, load_model, load_steered
+from steertune.recipes.lab.files import ArmError, reasons
+from steertune.recipes.lab.options import Argument, Option, Threads
+from steertune.recipes.lab.processes import begin
+from steertune.recipes.lab.progress import progress
+from steertune.recipes.lab.tables import ModelTable
+
+_SHOWN = 8  # parameters that differ and are named
+
+
+@command
+def main(
+    model: Annotated[str, Argument(help="checkpoint: embedded, a local folder or a Hub name")],
+    base: Annotated[str | None, Option(help="the model that it may have been made from")] = None,
+    known: Annotated[
+        list[Path] | None, Option(metavar="FOLDER ...", help="adapters that what is found is compared with")
+    ] = None,
+    output: Annotated[Path | None, Option(help="a new folder for the checkpoint without the vector")] = None,
+    threads: Threads = None,
+) -> Result:
+    """Audit a checkpoint."""
+    for folder in known or []:
+        adapter_config(folder)
+    if output is not None and output.exists():
+        raise ArmError(f"--output {output} exists already. Choose a new folder.")
+    begin(threads, only_one=True)
+    checkpoint, tokenizer = _load(model)
+    with progress("Audit"):
+        found = audit(checkpoint, None if base is None else _load(base)[0])
+    vectors = {folder: _vectors(folder, base) for folder in known or []} if found.constants else {}
+    listed = [{**_facts(one), "known": _matches(one, vectors)} for one in found.constants]
+    data: dict[str, Any] = {"model": model, "base": base, "constants": listed, "changed": found.changed}
+    if output is not None:
+        data["output"] = _undo(checkpoint, tokenizer, found, output)
+    return Result(data, _text(data, found), 1 if found.constants else 0)
+
+
+def _load(name: str) -> tuple[Any, Any]:
+    """A checkpoint in fp32, and its tokenizer.
+
+    Raises:
+        ArmError: it is an adapter, or no model.
+    """
+    if (Path(name) / "adapter_config.json").is_file():
+        raise ArmError(f"{name} is an adapter folder: nothing is baked into a model. `steertune info` describes it.")
+    try:
+        return load_model(ModelTable(name=name))
+    except ValidationError as error:
+        raise ArmError(reasons(error)) from error
+
+
+def _vectors(folder: Path, base: str | None) -> dict[int, Tensor]:
+    """What an adapter adds, by block; nothing if that is no constant."""
+    model, *_ = load_steered(folder, base)
+    try:
+        return exports.constant_vectors(model).by_layer
+    except exports.ExportError as error:
+        raise ArmError(f"--known {folder}: {error}") from error
+
+
+def _facts(constant: Constant) -> dict[str, Any]:
+    return {
+        "parameter": constant.parameter,
+        "layer": constant.layer,
+        "site": constant.site,
+        "length": float(constant.vector.norm()),
+        "why": constant.why,
+        "certain": constant.certain,
+    }
+
+
+def _matches(constant: Constant, vectors: dict[Path, dict[int, Tensor]]) -> list[dict[str, Any]]:
+    """Known vectors at the same layer: how alike, and at which strength."""
+    matches = []
+    for folder, by_layer in vectors.items():
+        if (own := by_layer.get(constant.layer)) is not None:
+            vector = constant.vector.cpu()
+            cosine = float(cosine_similarity(own, vector, dim=0))
+            matches.append({"folder": str(folder), "cosine": cosine, "strength": float(own @ vector / (own @ own))})
+    return matches
+
+
+@torch.no_grad()
+def _undo(model: Any, tokenizer: Any, found: Audit, output: Path) -> dict[str, Any]:
+    """Write the checkpoint without what is certain, and the vectors as an adapter; say what both give together.
+
+    Raises:
+        ArmError: nothing is certain.
+    """
+    constants = [one for one in found.constants if one.certain]
+    if not constants:
+        raise ArmError("--output: no constant vector is certain, so nothing is taken out. Name the --base.")
+    ids = torch.arange(3, 19)[None]
+    original = model(input_ids=ids).logits
+    without(model, constants)
+    clean = model(input_ids=ids).logits
+    model.save_pretrained(output / "model")
+    tokenizer.save_pretrained(output / "model")
+    facts: dict[str, Any] = {
+        "model": str(output / "model"),
+        "largest change of a logit": float((clean - original).abs().max()),
+    }
+    if {one.site for one in constants} != {"block"}:
+        return {**facts, "adapter": None}
+    layers = {one.layer for one in constants}
+    vectors = {layer: sum_of([one.vector for one in constants if one.layer == layer]) for layer in layers}
+    model.name_or_path = model.config.name_or_path = str(output / "model")
+    steered = exports.adapter_of(model, vectors)
+    steered.save_pretrained(str(output / "adapter"))
+    write_description(output / "adapter")
+    gap = float((steered(input_ids=ids).logits - original).abs().max())
+    return {**facts, "adapter": str(output / "adapter"), "largest difference of both together": gap}
+
+
+def sum_of(vectors: Sequence[Tensor]) -> Tensor:
+    """The sum of some vectors, `(d,)`."""
+    return torch.stack(list(vectors)).sum(dim=0)
+
+
+def _text(data: dict[str, Any], found: Audit) -> str:
+    lines = []
+    for one in data["constants"]:
+        where = (
+            f"the output of block {one['layer']}" if one["site"] == "block" else f"attention of block {one['layer']}"
+        )
+        lines.append(
+            f"{one['parameter']} adds a vector of length {one['length']:.4g} to {where} at every token: {one['why']}."
+        )
+        if not one["certain"]:
+            lines.append("  It may be the model's own. Name the --base to be certain.")
+        lines += [
+            f"  {match['folder']}: cosine {match['cosine']:.4f}, so it is that vector at strength "
+            f"{match['strength']:.4g}."
+            if match["cosine"] ** 2 > 0.99**2
+            else f"  {match['folder']}: cosine {match['cosine']:.4f}, another vector."
+            for match in one["known"]
+        ]
+    if not found.constants:
+        lines.append("No constant vector is baked in.")
+    if found.changed:
+        names = sorted(found.changed, key=lambda name: -found.changed[name])[:_SHOWN]
+        more = f" and {len(found.changed) - len(names)} more" if len(found.changed) > len(names) else ""
+        lines.append(f"Other parameters differ from the base model's: {', '.join(names)}{more}.")
+    if "output" in data:
+        lines += [f"{name}: {value}" for name, value in data["output"].items()]
+    elif any(one.certain for one in found.constants):
+        lines.append("--output FOLDER writes the checkpoint without it, and the vector as an adapter.")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

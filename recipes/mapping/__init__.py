@@ -1,0 +1,9 @@
+"""A map of interventions: what a vector does at each layer, alone and together with others (see `map.py`).
+
+| file | what it holds |
+|---|---|
+| `interventions.py` | a unit vector per layer, all at one KL to the base; controls; what any set of them does |
+| `gradient.py` | the first-order estimate of every unit vector's effect |
+| `effects.py` | main effects, interactions and predictions, from what the sets do |
+| `page.py` | the page |
+"""

@@ -1,0 +1,36 @@
+"""Bodies of requests: JSON of bounded size, checked before anything is done."""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+from fastapi import Request
+from pydantic import BaseModel, ValidationError
+
+from steertune.recipes.lab.files import reasons
+from steertune.recipes.serving.errors import ApiError
+from steertune.recipes.serving.service import Service
+
+M = TypeVar("M", bound=BaseModel)
+LARGEST = 2**24
+_LONGEST_MESSAGE = 1000
+
+
+async def read_body(request: Request, service: Service, model: type[M], largest: int = LARGEST) -> M:
+    """The body of a request.
+
+    Raises:
+        ApiError: it is too large, no JSON, or not what is expected.
+    """
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != "application/json":  # a page of another site can send other kinds without asking first
+        raise ApiError(415, f"Content-Type is {kind!r:.80}. Send application/json.")
+    body = bytearray()
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > largest:
+            raise ApiError(413, f"The request is larger than {largest} bytes. Send less at a time.")
+    try:
+        return await service.in_reader(lambda: model.model_validate_json(bytes(body)))
+    except ValidationError as error:
+        raise ApiError(400, f"{reasons(error):.{_LONGEST_MESSAGE}}") from error

@@ -1,0 +1,128 @@
+"""Caches of rows that come and go: what was read of new rows is put beside that of running ones.
+
+Rows end at the same column, and shorter ones are padded on the left; the mask says where. Keys and values of a padded
+column are never attended to, so padding may be added and removed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache
+from transformers.cache_utils import (
+    DummyLayer,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionAndFullAttentionLayer,
+    LinearAttentionLayer,
+)
+
+from steertune.adapters.caches import CACHE_NAMES, RECURRENT_CACHE_NAMES, cache_in
+from steertune.recipes.lab.files import ArmError
+
+_ATTENTION = {DynamicLayer, DynamicSlidingWindowLayer, DummyLayer}
+_HYBRID = {DynamicLayer, DummyLayer, LinearAttentionLayer, LinearAttentionAndFullAttentionLayer}
+
+
+@torch.no_grad()
+def can_join(model: Any) -> bool:
+    """Whether rows can be put beside others that are under way. Rows of a model that keeps states of another kind than
+    transformers' own dynamic cache run one at a time.
+
+    Raises:
+        ArmError: the model returns no states, so it can only read an answer from its beginning.
+    """
+    token = torch.zeros(1, 1, dtype=torch.long, device=model.device)
+    cache = cache_in(model(input_ids=token, use_cache=True))
+    if cache is None:
+        raise ArmError(f"{type(model).__name__} returns no cache of what it has read, so it cannot be served.")
+    if type(cache) is not DynamicCache:
+        return False
+    kinds = {type(layer) for layer in cache.layers}
+    has_columns = any(issubclass(kind, DynamicLayer) for kind in kinds)
+    return has_columns and (kinds <= _ATTENTION or kinds <= _HYBRID)
+
+
+def new_cache(model: Any) -> DynamicCache:
+    """An empty cache for a model whose rows can be joined."""
+    cache = DynamicCache(config=model.config)
+    if {type(layer) for layer in cache.layers} <= _ATTENTION:
+        return DynamicCache()  # whole rows instead of windows, whose columns would differ from layer to layer
+    return cache
+
+
+class States:
+    """What the model has read of some rows.
+
+    Attributes:
+        cache: The model's own cache.
+        name: Argument under which the model takes it.
+        mask_BT: 1 on the columns of each row that hold a token.
+    """
+
+    def __init__(self, cache: Any, name: str, mask_BT: Tensor) -> None:
+        self.cache, self.name, self.mask_BT = cache, name, mask_BT
+
+    @classmethod
+    def of(cls, output: Any, mask_BT: Tensor) -> States:
+        """The states in the output of a forward pass."""
+        cache = cache_in(output)
+        names = (*CACHE_NAMES, *RECURRENT_CACHE_NAMES)
+        return cls(cache, next(name for name in names if output.get(name) is cache), mask_BT)
+
+    @property
+    def columns(self) -> int:
+        """Columns read so far."""
+        return self.mask_BT.shape[1]
+
+    def join(self, other: States) -> None:
+        """Put the rows of `other` behind these."""
+        width = max(self.columns, other.columns)
+        self._widen(width)
+        other._widen(width)
+        self.mask_BT = torch.cat([self.mask_BT, other.mask_BT])
+        for layer, added in zip(self.cache.layers, other.cache.layers, strict=True):
+            if _has_columns(layer):
+                layer.keys = torch.cat([layer.keys, added.keys])
+                layer.values = torch.cat([layer.values, added.values])
+            for states, added_states in zip(_recurrent(layer), _recurrent(added), strict=True):
+                for i, value in states.items():
+                    states[i] = None if value is None else torch.cat([value, added_states[i]])
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Drop all other rows, and the columns that only they filled."""
+        index = torch.tensor(list(rows), device=self.mask_BT.device)
+        self.mask_BT = self.mask_BT[index]
+        empty = int((self.mask_BT.sum(dim=0) == 0).int().cumprod(0).sum())  # leading columns of padding
+        self.mask_BT = self.mask_BT[:, empty:]
+        for layer in self.cache.layers:
+            if _has_columns(layer):
+                layer.keys = layer.keys[index][..., empty:, :]
+                layer.values = layer.values[index][..., empty:, :]
+            for states in _recurrent(layer):
+                for i, value in states.items():
+                    states[i] = None if value is None else value[index]
+
+    def _widen(self, width: int) -> None:
+        """Add columns of padding in front."""
+        added = width - self.columns
+        if not added:
+            return
+        self.mask_BT = nn.functional.pad(self.mask_BT, (added, 0))
+        for layer in self.cache.layers:
+            if _has_columns(layer):
+                layer.keys = nn.functional.pad(layer.keys, (0, 0, added, 0))
+                layer.values = nn.functional.pad(layer.values, (0, 0, added, 0))
+
+
+def _has_columns(layer: Any) -> bool:
+    """Whether a layer holds keys and values; those of layers that share another's never do."""
+    return isinstance(layer, DynamicLayer) and layer.is_initialized
+
+
+def _recurrent(layer: Any) -> list[dict[int, Any]]:
+    """States of a layer that have one row each and no columns."""
+    return [layer.conv_states, layer.recurrent_states] if isinstance(layer, LinearAttentionLayer) else []

@@ -1,0 +1,40 @@
+"""The page that a browser sees: a prompt, sliders of the vectors' strengths, and the answers of both models.
+
+It is one static file that asks the service as any other client does. It loads nothing from elsewhere.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import re
+from pathlib import Path
+
+from fastapi import APIRouter
+from fastapi.responses import HTMLResponse
+
+_PAGE = Path(__file__).with_suffix(".html")
+
+
+def explorer_route() -> APIRouter:
+    """`GET /`."""
+    page = _PAGE.read_text(encoding="utf-8")
+    headers = {"Content-Security-Policy": policy(page), "X-Content-Type-Options": "nosniff"}
+    router = APIRouter()
+
+    @router.get("/")
+    async def explorer() -> HTMLResponse:
+        return HTMLResponse(page, headers=headers)
+
+    return router
+
+
+def policy(page: str) -> str:
+    """What a browser lets the page do: run the script that stands in it, and ask this service."""
+    scripts = re.findall(r"<script>(.*?)</script>", page, re.DOTALL)
+    digests = [base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts]
+    allowed = " ".join(f"'sha256-{digest}'" for digest in digests)
+    return (
+        f"default-src 'none'; script-src {allowed}; style-src 'unsafe-inline'; img-src data:; connect-src 'self'; "
+        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    )

@@ -1,0 +1,135 @@
+"""Start the HTTP service on a port: for a command, or beside what a Python program does."""
+
+from __future__ import annotations
+
+import importlib.util
+import ipaddress
+import socket
+import sys
+import threading
+from dataclasses import replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from steertune.recipes.lab.files import ArmError
+from steertune.recipes.serving.defaults import LOOPBACK
+from steertune.recipes.serving.vectors import Vectors
+
+_PACKAGES = ("fastapi", "uvicorn", "prometheus_client")
+_LOCAL = ("localhost", LOOPBACK, "[::1]")
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """Take the port, before anything long is loaded.
+
+    Raises:
+        ArmError: a package is missing, or the port cannot be taken.
+    """
+    if missing := [name for name in _PACKAGES if importlib.util.find_spec(name) is None]:
+        raise ArmError(f"--port needs {', '.join(missing)}: pip install 'steertune[serve]'")
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family)
+    except (OSError, OverflowError, UnicodeError) as error:
+        raise ArmError(f"--host {host} --port {port} cannot be listened on: {error}. Choose another.") from error
+
+
+class HttpServer:
+    """A service with its address.
+
+    Args:
+        vectors: The model and its vectors (see `load_vectors`).
+        tokenizer: Of the model.
+        listening: Where requests come from, made by `listen`; None: a free port of this machine.
+        host: The address of it as it was given.
+        settings: Fields of `Settings`.
+    """
+
+    def __init__(
+        self,
+        vectors: Vectors,
+        tokenizer: Any,
+        listening: socket.socket | None = None,
+        host: str = LOOPBACK,
+        **settings: Any,
+    ) -> None:
+        self._listening = listening or listen(host, 0)
+        import uvicorn
+
+        from steertune.recipes.serving.app import create_app
+        from steertune.recipes.serving.service import Service, Settings
+
+        given = Settings(**{"name": model_name(vectors.model), **settings})
+        # a page of another site can make a browser ask this machine, but not under one of these names
+        self.service = Service(
+            vectors, tokenizer, replace(given, hosts=(*_LOCAL, host) if is_loopback(host) else None)
+        )
+        shown = f"[{host}]" if ":" in host else host
+        self.url = f"http://{shown}:{self._listening.getsockname()[1]}"
+        """Of the service; OpenAI's clients take it with `/v1` behind it."""
+        config = uvicorn.Config(
+            create_app(self.service), log_level="warning", access_log=False, timeout_graceful_shutdown=5
+        )
+        self._server = uvicorn.Server(config)
+        self._thread = threading.Thread(target=self.run, name="http", daemon=True)
+
+    def run(self) -> None:
+        """Serve until the process is interrupted, or `stop` is called."""
+        with self._listening:
+            self._server.run(sockets=[self._listening])
+
+    def start(self) -> HttpServer:
+        """Serve on a thread of its own; requests may be sent at once."""
+        self._thread.start()
+        return self
+
+    def stop(self) -> None:
+        """End what `start` began; answers under way have five seconds."""
+        self._server.should_exit = True
+        self._thread.join()
+
+    def __enter__(self) -> HttpServer:
+        return self.start()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        self.stop()
+
+
+def serve_http(
+    vectors: Vectors, tokenizer: Any, listening: socket.socket, host: str, key: str | None, settings: dict[str, Any]
+) -> int:
+    """Say where the service is, and serve until the process is interrupted.
+
+    Args:
+        vectors: The model and its vectors.
+        tokenizer: Of the model.
+        listening: Where requests come from.
+        host: The address of it as it was given.
+        key: What requests have to know; None or empty: nothing.
+        settings: Further fields of `Settings`.
+    """
+    server = HttpServer(vectors, tokenizer, listening, host, key=key or None, **settings)
+    names = ", ".join(vectors.named) or "none yet"
+    print(f"{server.service.settings.name} at {server.url}/v1, vectors: {names}", file=sys.stderr, flush=True)
+    print(f"In a browser: {server.url}", file=sys.stderr, flush=True)
+    if not is_loopback(host) and not key:
+        print("Other machines can ask it, without a key. Set STEERTUNE_API_KEY to require one.", file=sys.stderr)
+    server.run()
+    return 0
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches an address."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def model_name(model: Any) -> str:
+    """What a base model is called: its name on the Hub, or that of its folder."""
+    path = str(model.config.name_or_path or "model")
+    return Path(path).resolve().name if Path(path).is_dir() else path

@@ -1,0 +1,78 @@
+"""What a request may ask for, and how its prompt is read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from steertune.recipes.lab.files import ArmError, shown
+from steertune.recipes.lab.forms import has_template
+from steertune.recipes.lab.generation import prompt_ids
+from steertune.recipes.serving.defaults import LONGEST
+from steertune.trainers import context_length
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How long prompts and answers may be.
+
+    Attributes:
+        context: Tokens that the model reads; None: as many as memory holds.
+        longest: Tokens of the longest answer.
+    """
+
+    context: int | None
+    longest: int = LONGEST
+
+    @classmethod
+    def of(cls, model: Any, tokenizer: Any, longest: int = LONGEST) -> Limits:
+        """Those of a model."""
+        return cls(context_length(model.config, tokenizer), longest)
+
+    def check(self, prompt: Sequence[int], new_tokens: int, name: str) -> None:
+        """Refuse an answer that is too long, also together with its prompt.
+
+        Args:
+            prompt: Token ids.
+            new_tokens: Longest answer.
+            name: What a request calls `new_tokens`.
+
+        Raises:
+            ArmError: names the length and the limit.
+        """
+        self.check_length(new_tokens, name)
+        if not prompt:
+            raise ArmError("The prompt has no tokens: there is nothing to answer.")
+        tokens = len(prompt) + new_tokens
+        if self.context is not None and tokens > self.context:
+            raise ArmError(
+                f"The prompt and its answer take {tokens} tokens, the model reads {self.context}. Send a shorter "
+                f"prompt, or a smaller {name}."
+            )
+
+    def check_length(self, new_tokens: int, name: str) -> None:
+        """Raise an ArmError for an answer that is longer than the longest."""
+        if new_tokens > self.longest:
+            raise ArmError(f"{name}={shown(new_tokens)}: at most {self.longest} are answered (--longest).")
+
+    def room(self, prompt: Sequence[int]) -> int:
+        """The longest answer to a prompt."""
+        return self.longest if self.context is None else max(0, min(self.longest, self.context - len(prompt)))
+
+
+def read_prompt(tokenizer: Any, prompt: Any) -> list[int]:
+    """Token ids of a prompt: a text, or messages, which are asked through the chat template.
+
+    Raises:
+        ArmError: it cannot be read.
+    """
+    if not isinstance(prompt, str):
+        if not has_template(tokenizer):
+            raise ArmError("prompt is a list of messages, and the tokenizer has no chat template: give text.")
+        if not all({"role", "content"} <= {*part} for part in prompt):
+            raise ArmError("prompt: every message needs a role and content.")
+    try:
+        return prompt_ids(tokenizer, [prompt])[0]
+    except Exception as error:  # a chat template is a program, and refuses conversations with errors of its own
+        raise ArmError(f"The prompt cannot be read: {type(error).__name__}: {error}") from error

@@ -1,0 +1,139 @@
+"""Requests of the line-based service: checked, answered in batches, each with its own vector and strength."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from pydantic import BaseModel, Field
+
+from steertune.adapters.monitors import Monitor
+from steertune.adapters.rows import RowVector
+from steertune.recipes.lab.files import ArmError
+from steertune.recipes.serving.defaults import BATCH, LONGEST, SECONDS
+from steertune.recipes.serving.engine import Engine
+from steertune.recipes.serving.jobs import Event, Failed, Job, Piece, Sampling
+from steertune.recipes.serving.limits import Limits, read_prompt
+from steertune.recipes.serving.remedies import Answer, Remedy
+from steertune.recipes.serving.vectors import Vectors
+
+
+class Request(BaseModel, extra="forbid", strict=True):
+    """What is asked.
+
+    Attributes:
+        prompt: Text, which is continued, or messages, which are asked through the chat template.
+        vector: Name of a vector; None: the base model answers.
+        strength: Of the vector.
+        new_tokens: Longest answer.
+        temperature: 0 is greedy.
+        seed: Of this request's random numbers.
+        id: Of the request.
+    """
+
+    prompt: str | list[dict[str, str]] = Field(min_length=1)
+    vector: str | None = None
+    strength: float = Field(default=1.0, allow_inf_nan=False)
+    new_tokens: int = Field(default=60, ge=1)
+    temperature: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+    seed: int = Field(default=0, ge=-(2**63), lt=2**64)
+    id: int | str | None = None
+
+
+class Server:
+    """Answers of one model with several steering vectors.
+
+    Args:
+        vectors: The model and its vectors (see `load_vectors`).
+        tokenizer: Of the model.
+        batch: Requests at a time.
+        longest: Largest `new_tokens` of a request.
+        seconds: Time for one answer.
+        monitor: Scores every answer; None: answers have no score.
+        remedy: What becomes of answers that it flags; None: nothing.
+    """
+
+    def __init__(
+        self,
+        vectors: Vectors,
+        tokenizer: Any,
+        batch: int = BATCH,
+        longest: int = LONGEST,
+        seconds: float = SECONDS,
+        monitor: Monitor | None = None,
+        remedy: Remedy | None = None,
+    ) -> None:
+        self.vectors, self.tokenizer, self.seconds = vectors, tokenizer, seconds
+        self.monitor, self.remedy = monitor, remedy
+        self.engine = Engine(vectors, tokenizer, batch, monitor=monitor)
+        self.limits = Limits.of(self.engine.base, tokenizer, longest)
+
+    def check(self, request: Request) -> None:
+        """Raise an ArmError for what cannot be answered."""
+        self.limits.check_length(request.new_tokens, "new_tokens")
+        if request.vector is not None:
+            self.vectors.check(request.vector, request.strength)
+        self.limits.check(read_prompt(self.tokenizer, request.prompt), request.new_tokens, "new_tokens")
+
+    def answers(self, requests: Sequence[Request]) -> list[str]:
+        """One answer a request, in their order.
+
+        Raises:
+            ArmError: a request that cannot be answered.
+        """
+        for request in requests:
+            self.check(request)
+        replies = self.replies(requests)
+        for reply in replies:
+            if isinstance(reply, ArmError):
+                raise reply
+        return [str(reply) for reply in replies]
+
+    def replies(self, requests: Sequence[Request]) -> list[str | ArmError]:
+        """The same of requests that were checked, with the error of each that has no answer. Answers that the monitor
+        flags are replaced, if there is a remedy."""
+        replies = self._replies(requests)
+        flagged = [i for i, reply in enumerate(replies) if isinstance(reply, Answer) and reply.flagged]
+        if self.remedy is None or not flagged:
+            return replies
+        for changes in self.remedy.changes:
+            again = [requests[i].model_copy(update=changes(requests[i])) for i in flagged]
+            for i, other in zip(flagged, self._replies(again), strict=True):
+                replies[i] = self.remedy.choose(replies[i], other)
+        return replies
+
+    def _replies(self, requests: Sequence[Request]) -> list[str | ArmError]:
+        """What every request is answered at first."""
+        texts = [""] * len(requests)
+        errors: dict[int, ArmError] = {}
+
+        def hear(row: int, event: Event) -> None:
+            if isinstance(event, Piece):
+                texts[row] += event.text
+            elif isinstance(event, Failed):
+                errors[row] = ArmError(event.message)
+
+        prompts = [read_prompt(self.tokenizer, request.prompt) for request in requests]
+        jobs = [self._job(*asked, partial(hear, row)) for row, asked in enumerate(zip(requests, prompts, strict=True))]
+        for job in sorted(jobs, key=lambda job: len(job.prompt)):  # like lengths need little padding
+            self.engine.submit(job)
+        self.engine.run()
+        answers: list[str] = [text.strip() for text in texts]
+        if self.monitor is not None:
+            scored = zip(answers, jobs, strict=True)
+            answers = [Answer.scored(text, self.monitor, torch.tensor(job.token_scores)) for text, job in scored]
+        return [errors.get(row, answer) for row, answer in enumerate(answers)]
+
+    def _job(self, request: Request, prompt: list[int], listener: Any) -> Job:
+        names = [] if request.vector is None else [request.vector]
+        adapters = [self.vectors.named[name].adapter for name in names]
+        return Job(
+            prompt,
+            request.new_tokens,
+            listener,
+            vectors=tuple(RowVector(adapter, request.strength) for adapter in adapters),
+            sampling=Sampling(temperature=request.temperature, seed=request.seed),
+            seconds=self.seconds,
+        )

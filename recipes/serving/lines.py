@@ -1,0 +1,77 @@
+"""Lines of a file or a pipe, as they come."""
+
+from __future__ import annotations
+
+import codecs
+import os
+import select
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from steertune.recipes.lab.progress import Bar
+
+LONGEST_LINE = 2**20  # bytes
+
+
+class Lines:
+    """Lines of a file or pipe, of bounded length, as bytes; those that are there together come as one part.
+
+    Args:
+        source: A file descriptor.
+        bar: Moved by every byte that is read.
+        longest: Bytes of a line; of a longer one the rest is thrown away.
+    """
+
+    def __init__(self, source: int, bar: Bar, longest: int = LONGEST_LINE) -> None:
+        self.source, self.bar, self.longest = source, bar, longest
+        self.number = 0
+        self._buffer, self._ended, self._cut = b"", False, False
+
+    def parts(self, size: int) -> Iterator[list[tuple[int, bytes | None]]]:
+        """Numbers and contents of lines that say something, `size` at a time, or fewer if no more are there yet; None
+        for a line that is too long."""
+        while not self._ended or self._buffer:
+            part: list[tuple[int, bytes | None]] = []
+            while len(part) < size and (line := self._next(wait=not part)) is not None:
+                too_long, content = line
+                if too_long or content.strip():
+                    part.append((self.number, None if too_long else content))
+                self.number += 1
+            if part:
+                yield part
+
+    def _next(self, wait: bool) -> tuple[bool, bytes] | None:
+        """Whether the next line is too long, and what it holds; None if it is not there yet, or the end is reached."""
+        while b"\n" not in self._buffer and not self._ended:
+            if not wait and not _is_ready(self.source):
+                return None
+            self._read()
+        if not self._buffer:
+            return None
+        line, _, self._buffer = self._buffer.partition(b"\n")
+        too_long, self._cut = self._cut or len(line) > self.longest, False
+        return too_long, line.removeprefix(codecs.BOM_UTF8) if self.number == 0 else line
+
+    def _read(self) -> None:
+        chunk = os.read(self.source, 2**16)
+        self._ended = not chunk
+        self.bar.advance(len(chunk))
+        self._buffer += chunk
+        if b"\n" not in self._buffer and len(self._buffer) > self.longest:
+            self._buffer, self._cut = b"x", True  # something stands for the line until its end comes
+
+
+def _is_ready(source: int) -> bool:
+    """Whether reading would not wait. Windows does not say it of pipes; there, whole batches are waited for."""
+    try:
+        return bool(select.select([source], [], [], 0)[0])
+    except OSError:
+        return True
+
+
+@contextmanager
+def opened(file: Path) -> Iterator[int]:
+    """The descriptor of a file that is read."""
+    with file.open("rb") as source:
+        yield source.fileno()

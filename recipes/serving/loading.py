@@ -1,0 +1,62 @@
+"""A base model with several vectors, from their folders."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from steertune.recipes.lab.data import adapter_config, base_of, load_model
+from steertune.recipes.lab.files import ArmError, reasons, shown
+from steertune.recipes.lab.tables import ModelTable
+from steertune.recipes.serving.vectors import Vectors, check_vector_name
+
+
+def load_vectors(
+    folders: Mapping[str, Path], base: str | None = None, dtype: str = "float32", device: str = "cpu"
+) -> tuple[Vectors, Any]:
+    """A base model with some steering vectors, and its tokenizer.
+
+    Args:
+        folders: Name of a vector -> its adapter folder.
+        base: As in `ModelTable`; None: what the first adapter names.
+        dtype: Of the base model.
+        device: Where it runs.
+
+    Raises:
+        ArmError: no base model, no usable adapter, or one of another base model.
+    """
+    for folder in folders.values():
+        adapter_config(folder)
+    if base is None and not folders:
+        raise ArmError("No vector is given, so none names the base model. Give NAME=FOLDER, or --model.")
+    try:
+        given: Any = {"name": base, "dtype": dtype}
+        table = base_of(next(iter(folders.values())), base, dtype) if folders else ModelTable(**given)
+    except ValidationError as error:
+        raise ArmError(reasons(error)) from error
+    model, tokenizer = load_model(table)
+    vectors = Vectors(model.to(device))  # pyright: ignore[reportArgumentType]
+    for name, folder in folders.items():
+        vectors.add(name, folder)
+    return vectors, tokenizer
+
+
+def named_folders(words: Sequence[str]) -> dict[str, Path]:
+    """What `NAME=FOLDER ...` says.
+
+    Raises:
+        ArmError: a word is written otherwise, or a name is given twice or cannot be one.
+    """
+    folders: dict[str, Path] = {}
+    for word in words:
+        name, equals, folder = word.partition("=")
+        if not equals or not name or not folder:
+            raise ArmError(f"{shown(word)} must be written NAME=FOLDER: a name for requests, and an adapter folder.")
+        check_vector_name(name)
+        if name in folders:
+            raise ArmError(f"{name!r} is given twice.")
+        folders[name] = Path(folder)
+    return folders

@@ -1,0 +1,185 @@
+"""A running service: the engine's thread, and what turns requests of OpenAI's protocol into jobs."""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import hashlib
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from steertune.recipes.lab.files import ArmError, shown
+from steertune.recipes.serving.answers import ChatForm, CompletionForm, Form
+from steertune.recipes.serving.call import Call, samplings
+from steertune.recipes.serving.defaults import BATCH, LONGEST, QUEUE, SECONDS
+from steertune.recipes.serving.engine import Engine
+from steertune.recipes.serving.errors import ApiError
+from steertune.recipes.serving.limits import Limits, read_prompt
+from steertune.recipes.serving.metrics import Metrics
+from steertune.recipes.serving.names import Steering, combined, read_model_name
+from steertune.recipes.serving.schema import Asked, ChatRequest, CompletionRequest
+from steertune.recipes.serving.vectors import Vectors
+from steertune.recipes.serving.worker import QueueFull, Worker
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a service is started with.
+
+    Attributes:
+        name: Of the base model.
+        batch: Answers at a time.
+        longest: Tokens of the longest answer.
+        seconds: Time for a request, from when it arrives.
+        queue: Answers that may wait.
+        key: What requests have to know; None: nothing.
+        folder: Below it lie the vectors that requests may load by their path; None: nowhere.
+        hosts: Names under which the service may be asked for; None: any.
+    """
+
+    name: str
+    batch: int = BATCH
+    longest: int = LONGEST
+    seconds: float = SECONDS
+    queue: int = QUEUE
+    key: str | None = None
+    folder: Path | None = None
+    hosts: tuple[str, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Started:
+    """A request under way."""
+
+    call: Call
+    form: Form
+    prompts: list[list[int]]
+
+
+class Service:
+    """One model with its vectors, answering.
+
+    Args:
+        vectors: The model and its vectors.
+        tokenizer: Of the model.
+        settings: Limits and names.
+    """
+
+    def __init__(self, vectors: Vectors, tokenizer: Any, settings: Settings) -> None:
+        self.settings, self.vectors = settings, vectors
+        self.metrics = Metrics()
+        # tokenizers keep state while they read, so the engine, which writes, has its own
+        self.tokenizer = copy.deepcopy(tokenizer)
+        engine = Engine(vectors, tokenizer, settings.batch, self.metrics.step)
+        self.limits = Limits.of(engine.base, tokenizer, settings.longest)
+        self._vocabulary = engine.base.config.get_text_config().vocab_size
+        self.worker = Worker(engine, settings.queue)
+        self.metrics.running.set_function(lambda: engine.running)
+        self.metrics.waiting.set_function(lambda: self.worker.waiting)
+        self.metrics.vectors.set_function(lambda: len(vectors.named))
+        self._reader = ThreadPoolExecutor(1, "reader")
+
+    def stop(self) -> None:
+        """End the threads; answers under way fail."""
+        self.worker.stop()
+        self._reader.shutdown()
+
+    async def in_reader(self, function: Callable[[], Any]) -> Any:
+        """Run what may take long for a long request beside the event loop, one at a time."""
+        return await asyncio.get_running_loop().run_in_executor(self._reader, function)
+
+    async def start(self, asked: ChatRequest | CompletionRequest) -> Started:
+        """Check a request and let the engine answer it.
+
+        Raises:
+            ApiError: it cannot be answered.
+        """
+        try:
+            named = read_model_name(asked.model, self.settings.name, [*self.vectors.named])
+        except ArmError as error:
+            raise ApiError(404, str(error), "model_not_found") from error
+        try:
+            steering = combined(named, asked.steering)
+            prompts, jobs = await self.in_reader(lambda: self._jobs(asked))
+            begun = time.monotonic()
+            call = Call(self.vectors, steering, lambda: self.metrics.seconds.observe(time.monotonic() - begun))
+            form = self._form(asked, steering, call, prompts)
+            call.start(self.worker, jobs)
+        except ArmError as error:
+            raise ApiError(400, str(error)) from error
+        except QueueFull as error:
+            raise ApiError(429, str(error), "queue_full") from error
+        self.metrics.prompt_tokens.inc(sum(map(len, prompts)))
+        return Started(call, form, prompts)
+
+    def _jobs(self, asked: ChatRequest | CompletionRequest) -> tuple[list[list[int]], list[dict[str, Any]]]:
+        """The prompts, and the arguments of a `Job` for each answer."""
+        for token in asked.logit_bias or {}:
+            self._check_token(token, "logit_bias")
+        if isinstance(asked, ChatRequest):
+            prompts = [read_prompt(self.tokenizer, [message.as_text() for message in asked.messages])]
+            name = "max_tokens" if asked.max_completion_tokens is None else "max_completion_tokens"
+            limit = asked.max_tokens if asked.max_completion_tokens is None else asked.max_completion_tokens
+            top, echo = asked.top, False
+        else:
+            prompts, name, limit = [self._read(prompt) for prompt in asked.prompts], "max_tokens", asked.max_tokens
+            top, echo = asked.logprobs, bool(asked.echo) and asked.logprobs is not None
+            if not prompts:
+                raise ArmError("prompt=[] asks for nothing. Give a text, token ids, or a list of either.")
+        choices = len(prompts) * (asked.n or 1)
+        if choices > self.settings.queue:
+            raise ArmError(f"The request asks for {choices} answers, and the queue takes {self.settings.queue}.")
+        jobs = []
+        for prompt in prompts:
+            new_tokens = max(1, self.limits.room(prompt)) if limit is None else limit
+            self.limits.check(prompt, new_tokens, name)
+            jobs += [self._job(asked, prompt, new_tokens, sampling, top, echo) for sampling in samplings(asked)]
+        return prompts, jobs
+
+    def _job(
+        self, asked: Asked, prompt: list[int], new_tokens: int, sampling: Any, top: int | None, echo: bool
+    ) -> dict[str, Any]:
+        seconds = self.settings.seconds
+        return {
+            "prompt": prompt,
+            "new_tokens": new_tokens,
+            "sampling": sampling,
+            "stops": asked.stops,
+            "top": top,
+            "echo": echo,
+            "seconds": seconds,
+            "deadline": time.monotonic() + seconds,
+        }
+
+    def _read(self, prompt: str | list[int]) -> list[int]:
+        """Token ids of a prompt of `completions`."""
+        if isinstance(prompt, str):
+            return read_prompt(self.tokenizer, prompt)
+        for token in prompt:
+            self._check_token(token, "prompt")
+        return prompt
+
+    def _check_token(self, token: int, name: str) -> None:
+        if not 0 <= token < self._vocabulary:
+            raise ArmError(f"{name}: token {shown(token)} must be in 0 .. {self._vocabulary - 1}.")
+
+    def _form(self, asked: Asked, steering: Sequence[Steering], call: Call, prompts: list[list[int]]) -> Form:
+        """How the answers are written."""
+        digest = hashlib.blake2b(self.settings.name.encode(), digest_size=6)
+        for one, vector in zip(steering, call.held, strict=True):
+            digest.update(f"+{vector.digest}@{one.strength!r}/{one.positions}".encode())
+        given = (self.tokenizer, asked.model, f"steertune-{digest.hexdigest()}")
+        if isinstance(asked, ChatRequest):
+            return ChatForm(*given, asked.top is not None)
+        assert isinstance(asked, CompletionRequest)
+        texts = None
+        if asked.echo:
+            written = [
+                prompt if isinstance(prompt, str) else self.tokenizer.decode(prompt) for prompt in asked.prompts
+            ]
+            texts = [text for text in written for _ in range(asked.n or 1)]
+        return CompletionForm(*given, asked.logprobs is not None, prompts=texts)

@@ -1,0 +1,85 @@
+"""The text of an answer, token by token: whole characters only, and nothing that may still become a stop text."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from typing import Any
+
+from steertune.recipes.serving.jobs import Piece, Scored
+
+_CONTEXT = 8  # tokens before the answer that decide whether it begins with a space
+_BROKEN = "�"
+"""What tokenizers write for the bytes of a character that is not complete yet."""
+
+
+class Text:
+    """Decodes one answer.
+
+    Args:
+        tokenizer: Of the model.
+        prompt: Tokens before the answer.
+        stops: Texts that end it.
+    """
+
+    def __init__(self, tokenizer: Any, prompt: Sequence[int], stops: Sequence[str]) -> None:
+        self.stopped = False
+        self._tokenizer, self._stops = tokenizer, stops
+        self._ids = list(prompt[-_CONTEXT:])
+        self._start, self._decoded = 0, len(self._ids)
+        self._held = ""
+        self._released = 0
+        self._scores: deque[tuple[int, Scored]] = deque()
+
+    def push(self, token: int, score: Scored | None = None) -> Piece:
+        """Add a token; returns what can be shown now."""
+        if score is not None:
+            self._scores.append((self._released + len(self._held), score))
+        self._ids.append(token)
+        before = self._decode(self._ids[self._start : self._decoded])
+        now = self._decode(self._ids[self._start :])
+        if not now.endswith(_BROKEN):
+            self._held += now[len(before) :]
+            if now != before:  # a token without text, as a special one, does not tell whether a space follows
+                self._start = self._decoded
+            self._decoded = len(self._ids)
+        return self._release()
+
+    def flush(self) -> Piece:
+        """The rest, when no token follows."""
+        if self.stopped:
+            return Piece("")
+        before = self._decode(self._ids[self._start : self._decoded])
+        self._held += self._decode(self._ids[self._start :])[len(before) :]
+        piece = self._release()
+        if self.stopped:
+            return piece
+        rest, self._held = self._held, ""
+        self._released += len(rest)
+        scores = tuple(score for _, score in self._scores)
+        self._scores.clear()
+        return Piece(piece.text + rest, piece.scores + scores)
+
+    def _release(self) -> Piece:
+        """Text that cannot become part of a stop text, with the scores of the tokens that begin in it."""
+        ends = [at for stop in self._stops if (at := self._held.find(stop)) >= 0]
+        if ends:
+            self.stopped = True
+            text, self._held = self._held[: min(ends)], ""
+        else:
+            kept = max((_overlap(self._held, stop) for stop in self._stops), default=0)
+            cut = len(self._held) - kept
+            text, self._held = self._held[:cut], self._held[cut:]
+        self._released += len(text)
+        scores = []
+        while self._scores and self._scores[0][0] < self._released:
+            scores.append(self._scores.popleft()[1])
+        return Piece(text, tuple(scores))
+
+    def _decode(self, ids: Sequence[int]) -> str:
+        return self._tokenizer.decode(ids, skip_special_tokens=True)
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of a text with which a stop text begins."""
+    return next(n for n in range(min(len(text), len(stop) - 1), -1, -1) if text.endswith(stop[:n]))

@@ -1,0 +1,118 @@
+"""The thread that runs the engine, and the queue in front of it."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from typing import Any, TypeVar
+
+from steertune.recipes.serving.defaults import QUEUE
+from steertune.recipes.serving.engine import Engine
+from steertune.recipes.serving.jobs import Job
+from steertune.recipes.serving.vectors import Vectors
+
+T = TypeVar("T")
+
+
+class QueueFull(Exception):
+    """More answers wait than the queue takes."""
+
+
+class Worker:
+    """Runs an engine on a thread of its own. Its methods may be called from any other.
+
+    Args:
+        engine: Which this thread alone uses from now on.
+        queue: Answers that may wait.
+    """
+
+    def __init__(self, engine: Engine, queue: int = QUEUE) -> None:
+        self.engine, self.queue = engine, queue
+        self.error: BaseException | None = None
+        """What ended the thread, if something did that should not have."""
+        self._inbox: deque[Callable[[], None]] = deque()
+        self._submitted = 0  # jobs in the inbox
+        self._news = threading.Condition()
+        self._stopping = False
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._thread.start()
+
+    @property
+    def vectors(self) -> Vectors:
+        """The vectors of the engine."""
+        return self.engine.vectors
+
+    @property
+    def waiting(self) -> int:
+        """Number of answers that wait."""
+        return self.engine.waiting + self._submitted
+
+    def submit(self, jobs: Sequence[Job]) -> None:
+        """Let all of some jobs wait for their turn, or none of them.
+
+        Raises:
+            QueueFull: there is no room.
+        """
+        with self._news:
+            if self.waiting + len(jobs) > self.queue:
+                raise QueueFull(
+                    f"{self.waiting} answers are waiting, and the queue takes {self.queue} (--queue). Try again later."
+                )
+            self._submitted += len(jobs)
+            self._inbox.append(lambda: self._take(jobs))
+            self._news.notify()
+
+    def call(self, function: Callable[[], T]) -> Future[T]:
+        """Run a function between two steps; it may change the model."""
+        future: Future[T] = Future()
+
+        def run() -> None:
+            if not future.set_running_or_notify_cancel():
+                return
+            try:
+                future.set_result(function())
+            except BaseException as error:
+                future.set_exception(error)
+
+        with self._news:
+            self._inbox.append(run)
+            self._news.notify()
+        return future
+
+    def stop(self) -> None:
+        """End the thread after the step that it is in; answers that are not complete fail."""
+        with self._news:
+            self._stopping = True
+            self._news.notify()
+        self._thread.join()
+
+    def _take(self, jobs: Sequence[Job]) -> None:
+        for job in jobs:
+            self.engine.submit(job)
+            self._submitted -= 1
+
+    def _run(self) -> None:
+        try:
+            while not self._stopping:
+                self._turn()
+            self.engine.give_up("The server is stopping.")
+        except BaseException as error:
+            self.error = error
+            self.engine.give_up(f"The server failed: {type(error).__name__}: {error}")
+            raise
+
+    def _turn(self) -> None:
+        """What has arrived, then one step."""
+        with self._news:
+            while not (self._inbox or self._stopping or self.engine.busy):
+                self._news.wait()
+            arrived: list[Callable[[], Any]] = [*self._inbox]
+            self._inbox.clear()
+        for act in arrived:
+            act()
+        if self.engine.busy and not self._stopping:
+            self.engine.step()
+        if self.vectors.unused:
+            self.vectors.sweep()

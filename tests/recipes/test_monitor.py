@@ -234,8 +234,10 @@ def test_on_the_embedded_model_a_monitor_finds_places(real, tmp_path):
     task += [json.loads(line) for line in (embedded.TASKS / "mentions_a_place" / "test.jsonl").open()]
     bad = write(tmp_path / "bad.jsonl", [{"prompt": r["prompt"], "bad": r["chosen"]} for r in task[:60]])
     innocent = [{"prompt": r["prompt"], "completion": r["rejected"]} for r in task[60:]]
-    words = [bad, "--innocent", write(tmp_path / "innocent.jsonl", innocent), "--methods", "lda", "--layers", "7"]
+    words = [bad, "--innocent", write(tmp_path / "innocent.jsonl", innocent)]
     assert cli.main(["monitor", *words, "--folder", str(tmp_path / "run")]) == 0
-    best, *texts = json.loads((tmp_path / "run" / "result.json").read_text())["detectors"]
+    best, *others = json.loads((tmp_path / "run" / "result.json").read_text())["detectors"]
+    texts = [one for one in others if one["name"].startswith("TF-IDF")]
+    assert best["name"] == "lda, mean, layer 7" and len(texts) == 2
     assert best["recall"]["estimate"] > 0.7 and best["false_positives"]["estimate"] < 0.1
     assert best["auroc"]["estimate"] > max(one["auroc"]["estimate"] for one in texts)

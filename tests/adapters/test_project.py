@@ -10,6 +10,7 @@ from tiny_models import steered, tiny, tokens, vector_of
 
 from steertune.adapters import SteeringVectorConfig, set_strength
 from steertune.adapters.analysis.arithmetic import VectorError, read
+from steertune.adapters.description import read_description, write_description
 from steertune.adapters.exports import ExportError, export
 
 LAYER = 1
@@ -65,6 +66,9 @@ def test_a_saved_one_is_the_same_and_cannot_be_exported_as_a_vector(tmp_path):
     loaded = PeftModel.from_pretrained(tiny(), str(tmp_path / "adapter"))
     torch.testing.assert_close(states(loaded, ids), states(model, ids))
     assert loaded.peft_config["default"].parameter_names == ("v",)
+    write_description(tmp_path / "adapter")
+    description = read_description(tmp_path / "adapter")
+    assert (description["operation"], description["formula"]) == ("project", "h - s (h.u) u, u = v / |v|")
     with pytest.raises(VectorError, match="form='project'"):
         read(tmp_path / "adapter")
     for target in ("gguf", "merged", "peft", "safetensors"):

@@ -93,8 +93,9 @@ def read_toml(file: Path) -> dict[str, Any]:
     Raises:
         ArmError: it cannot be read, or is not valid TOML.
     """
+    text = read_text(file, "TOML")
     try:
-        return tomllib.loads(read_text(file, "TOML"))
+        return tomllib.loads(text)
     except (ValueError, RecursionError) as error:  # also a number of more than 4300 digits
         raise ArmError(f"{file} is not valid TOML: {error}") from error
 

@@ -177,7 +177,7 @@ ROWS: dict[str, Row] = {
     "a folder with the split twice": folder("one file for split 'train' expected", "train.jsonl", "train.csv"),
     "a folder of nothing": ((lambda lab: load_split(".", "train")), "one file for split 'train' expected, found"),
     "a Hub name that is a path": ((lambda lab: load_split("..//../etc/passwd", "train")), "data.name='..//../etc"),
-    "a Hub name of nothing": ((lambda lab: load_split("no such/data set", "train")), "no embedded task .*no path"),
+    "a Hub name of nothing": ((lambda lab: load_split("no such/data set", "train")), "neither an embedded task .*nor"),
     # tables of data
     "more training rows than there are": (
         lambda lab: two_splits(DataTable(name=str(lab.root / "task"), train=99, test=2)),

@@ -156,7 +156,7 @@ ROWS: dict[str, Row] = {
     # arm files
     "arm that is a directory": toml("neither a .toml file nor one of", None),
     "arm of NUL": toml("x.toml is not valid TOML", b"\0\0"),
-    "arm in UTF-16": toml("no UTF-8. Save it as UTF-8", "name = 5".encode("utf-16")),
+    "arm in UTF-16": toml("byte 0 is not UTF-8. Save it as UTF-8", "name = 5".encode("utf-16")),
     "arm in Latin-1": toml("byte 8 is not UTF-8", b"name = '\xe9'"),
     "arm with a key twice": toml("x.toml is not valid TOML: Cannot overwrite", b"name = 'a'\nname = 'b'"),
     "arm nested 50000 deep": toml("x.toml is not valid TOML", DEEP),
@@ -270,7 +270,7 @@ ROWS: dict[str, Row] = {
     # mixtures
     "mixture of a path": (lambda lab: read_mixture("../../x"), "No file '../../x'"),
     "mixture that is a directory": toml("No file 'x.toml'", None, read_mixture),
-    "mixture in UTF-16": toml("no UTF-8", "seen = []".encode("utf-16"), read_mixture),
+    "mixture in UTF-16": toml("not UTF-8", "seen = []".encode("utf-16"), read_mixture),
     "mixture of nothing": toml("seen: Field required", b"", read_mixture),
     "mixture with an unknown key": mixture("Unknown key 'unsen'.*'unseen'", unsen=[]),
     "mixture of the same tasks": mixture("nothing there is unseen", seen=["a"], unseen=["a"]),
@@ -320,7 +320,7 @@ ROWS: dict[str, Row] = {
     "report of a list": raw_report("this is list", b"[]"),
     "report of no tables": raw_report("grid.json holds no grid", b"{}"),
     "report of nested tables": raw_report("is damaged", b"[" * 100_000),
-    "report of no UTF-8": raw_report("no UTF-8", b"\xff\xff"),
+    "report that is not UTF-8": raw_report("not UTF-8", b"\xff\xff"),
     "report with a factor that is code": others(LEVEL, factors={EVIL: {"a": {}, "b": {}}}),
     "report with cells outside": others("is not the path of a cell", cells={"../../../etc/passwd": "k"}),
     "report with cells that are numbers": others("holds no grid", cells=[5]),

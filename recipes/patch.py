@@ -26,11 +26,13 @@ from pydantic import BaseModel
 
 from steertune.adapters import monitors
 from steertune.adapters.card import write_card
+from steertune.adapters.description import write_description
 from steertune.adapters.monitors import fits, pooling
 from steertune.recipes.lab.arm import load_arm
 from steertune.recipes.lab.checks import check_start
 from steertune.recipes.lab.command_line import Result, command
 from steertune.recipes.lab.data import load_model, model_has_template
+from steertune.recipes.lab.descriptions import data_of
 from steertune.recipes.lab.files import ArmError, read_result, write_result
 from steertune.recipes.lab.forms import readable
 from steertune.recipes.lab.options import Argument, Option, Threads, arm_names
@@ -184,6 +186,7 @@ def _write(case: Case, cells: list[Cell], arm: dict[str, Any], caught: str, home
     title = f"A patch for {Path(caught).name}"
     file = write_page(patch_page(case, cells, arm, title, home), home)
     write_card(home / "adapter", card_of(case, cells[-1], arm, title))
+    write_description(home / "adapter", data=data_of(dataset(case.pairs(CAUGHT)), Path(caught).name))
     result = {"caught": caught, "arm": arm["name"], "cells": [cell.to_json() for cell in cells]}
     write_result(home / "result.json", result)  # last: it says that the run is finished
     return Result(result, f"{file.read_text(encoding='utf-8')}\nThis page: {file.with_suffix('.html')}")

@@ -131,7 +131,8 @@ def _what(config: dict[str, Any], base: str) -> str:
     if config.get("peft_type") != "STEERING_VECTOR":
         return f"A PEFT adapter ({config.get('peft_type')}) for `{base}`."
     switches = ", ".join(f"`{name}={config[name]!r}`" for name in _SWITCHES if config.get(name) is not None)
-    return f"A steering vector for `{base}`, added to its residual stream: {switches}."
+    what = "taken out of" if config.get("form") == "project" else "added to"
+    return f"A steering vector for `{base}`, {what} its residual stream: {switches}."
 
 
 def _use(config: dict[str, Any], base: str, folder: str) -> list[str]:

@@ -34,7 +34,9 @@ class SteeringVectorConfig(PeftConfig):
             input-independent update); `gated` `h + relu(w·h + b) v` (PSR, 2605.03907); `linear` `h + (w·h + b) v`;
             `low_rank` `h + Vᵀ(Wh + b)` with `rank` rows (DiReFT, Wu et al. 2404.03592). Every form starts as the
             `bias` form with the same vector (`w = 0`, `b = 1` for the first row). `span` `h + Σ cₖ bₖ`: only the
-            coefficients c of existing vectors bₖ are trained, a few numbers that need few examples.
+            coefficients c of existing vectors bₖ are trained, a few numbers that need few examples. `project`
+            `h - (h·u) u` with `u = v / |v|`: the direction is taken out of every state (Arditi et al. 2406.11717),
+            exactly at strength 1, by half at 0.5. With `layers="all"` and `tied=True` it is gone everywhere.
         rank: Rows of `low_rank`; filled in for `span`; 1 for every other form.
         basis: The existing vectors of `span`: adapter folders, or one folder that holds them. They are read when the
             adapter is made, and saved with it.
@@ -133,6 +135,8 @@ class SteeringVectorConfig(PeftConfig):
 
         For `span`, v holds the coefficients and w the fixed vectors; for `norm="learned"`, b holds the length.
         """
+        if self.form == "project":
+            return ("v",)
         if self.form in CONSTANT_FORMS:
             return ("v", *(["w"] if self.form == "span" else []), *(["b"] if self.norm == "learned" else []))
         return ("v", "w", "b")
@@ -214,6 +218,13 @@ class SteeringVectorConfig(PeftConfig):
             raise ValueError(f"norm={self.norm!r} trains no length, got length_rate={self.length_rate}. Remove it.")
         if self.norm == "learned" and self.form != "bias":
             raise ValueError(f"norm='learned' is defined for form='bias', got form={self.form!r}.")
+        if self.form == "project" and self.norm != "free":
+            raise ValueError(f"norm={self.norm!r} is about a length, and form='project' has none. Use norm='free'.")
+        if self.form == "project" and (self.init == "zeros" or self.init_scale == 0):
+            raise ValueError(
+                f"form='project' needs a direction to start from, got init={self.init!r} times "
+                f"init_scale={self.init_scale}: set init='random' or a direction."
+            )
         if self.form == "span" and self.norm in ("fixed", "relative"):
             raise ValueError(f"norm={self.norm!r} is defined for one write vector, not for form='span'.")
         if self.norm in ("fixed", "relative", "learned"):

@@ -30,6 +30,7 @@ _FORMULAS = {
     "gated": "h + s relu(w.h + b) v",
     "linear": "h + s (w.h + b) v",
     "low_rank": "h + s V^T (W h + b)",
+    "project": "h - s (h.u) u, u = v / |v|",
 }
 _LARGEST = 10**7  # bytes
 
@@ -85,7 +86,7 @@ def describe(
     rescaled = ", rescaled to the length of h" if config.norm == "preserve" else ""
     return {
         "format": FORMAT,
-        "operation": "add",
+        "operation": "project" if config.form == "project" else "add",
         "formula": _FORMULAS[config.form] + rescaled,
         "form": config.form,
         "hook": "output of the module",

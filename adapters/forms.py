@@ -9,6 +9,7 @@ Every form is `change(h) = gate(h) · V` with write vectors `V` of shape `(rank,
 | `gated` | relu(w·h + b) |
 | `linear` | w·h + b |
 | `low_rank` | Wh + b, `rank` of them |
+| `project` | -h·u, and `V = u`, the unit vector along v |
 """
 
 from __future__ import annotations
@@ -37,6 +38,19 @@ def null(hidden: Tensor, v: Tensor) -> Tensor:
         return -along[..., None] * v
 
 
+def projection(hidden: Tensor, v: Tensor) -> Tensor:
+    """The change that takes the direction out of every state, `-(h·u) u` with `u = v / |v|`; nothing for zeros.
+
+    Args:
+        hidden: Residual states, `(batch, tokens, d)`.
+        v: The direction, `(d,)`, of any length.
+    """
+    exact = torch.promote_types(hidden.dtype, torch.float32)
+    with torch.autocast(hidden.device.type, enabled=False):
+        u = v.to(exact) / torch.linalg.vector_norm(v.to(exact)).clamp_min(_TINY)
+        return -(hidden.to(exact) @ u)[..., None] * u
+
+
 def change(form: Form, hidden: Tensor, v: Tensor, w: Tensor | None = None, b: Tensor | None = None) -> Tensor:
     """The change of the residual stream at strength 1, in fp32 (fp64 on an fp64 base).
 
@@ -52,6 +66,8 @@ def change(form: Form, hidden: Tensor, v: Tensor, w: Tensor | None = None, b: Te
     """
     if form in CONSTANT_FORMS:
         return v
+    if form == "project":
+        return projection(hidden, v)
     assert w is not None and b is not None
     d, exact = v.shape[-1], torch.promote_types(hidden.dtype, torch.float32)
     with torch.autocast(hidden.device.type, enabled=False):  # it would round both products to half precision

@@ -192,7 +192,10 @@ class SteeringVectorLayer(nn.Module, BaseTunerLayer):
         if config.norm == "learned":
             self.parameter(name, "b").fill_(torch.linalg.vector_norm(v))
         self.fit_length(name)
-        if config.form not in CONSTANT_FORMS:
+        if config.form == "project" and (size := (config.stream_sizes or {}).get(str(self.layer_index))):
+            # its length is free: as long as the stream is large, a step turns it as far as it would move a vector
+            v.copy_(nn.functional.normalize(v, dim=0) * size)
+        if config.form not in (*CONSTANT_FORMS, "project"):
             w, b = self.parameter(name, "w"), self.parameter(name, "b")
             w.zero_()
             b.zero_()
@@ -343,8 +346,8 @@ class SteeringVectorLayer(nn.Module, BaseTunerLayer):
 
     def _change(self, name: str, hidden: Tensor) -> Tensor:
         config = self.config[name]
-        constant = config.form in CONSTANT_FORMS
-        w, b = (None, None) if constant else (self.value(name, "w"), self.value(name, "b"))
+        gateless = config.form in (*CONSTANT_FORMS, "project")
+        w, b = (None, None) if gateless else (self.value(name, "w"), self.value(name, "b"))
         delta = change(config.form, hidden, self.written(name), w, b)
         if config.norm != "capped":
             return delta

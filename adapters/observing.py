@@ -13,6 +13,11 @@ from torch import nn
 ADAPTER_LAYERS = (BaseTunerLayer, AuxiliaryTrainingWrapper)
 
 
+def base_model(model: nn.Module) -> nn.Module:
+    """The transformers model inside a PEFT model, with the adapters that are in it; any other model itself."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
 @contextmanager
 def untouched(model: nn.Module) -> Iterator[None]:
     """Restore afterwards which adapters are active, which parameters require gradients, and the mode of every module.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Literal, Protocol
 
-Form = Literal["bias", "span", "gated", "linear", "low_rank"]
+Form = Literal["bias", "span", "gated", "linear", "low_rank", "project"]
 Site = Literal["block", "attention", "mlp"]
 Norm = Literal["free", "fixed", "capped", "relative", "preserve", "learned"]
 Positions = Literal["all", "completion", "prompt", "last_prompt"]

@@ -35,13 +35,14 @@ from steertune.recipes.ablation.plan import plan
 from steertune.recipes.ablation.rehearsal import rehearse_grid
 from steertune.recipes.ablation.run import run_cell
 from steertune.recipes.ablation.store import TABLE, Reusable, Store
-from steertune.recipes.ablation.workers import engine_of, engines, run_workers
+from steertune.recipes.ablation.workers import engine_of, run_workers
 from steertune.recipes.lab import scorers
 from steertune.recipes.lab.checks import check_adapters, check_training
 from steertune.recipes.lab.command_line import Result, command
 from steertune.recipes.lab.files import ArmError, write_result
 from steertune.recipes.lab.options import Argument, Choice, Count, Option, Threads, grid_names
 from steertune.recipes.lab.pair_lint import warn_of
+from steertune.recipes.lab.paths import modules_in
 from steertune.recipes.lab.processes import begin, default_threads
 from steertune.recipes.lab.progress import Bar, progress
 from steertune.recipes.lab.secrets import masked
@@ -59,7 +60,7 @@ def main(
     data_root: Annotated[Path | None, Option(help="folder that relative task names start from")] = None,
     threads: Threads = None,
     workers: Annotated[int, Count("processes that share the cells")] = 1,
-    engine: Annotated[str, Choice(engines(), "what runs several workers")] = "local",
+    engine: Annotated[str, Choice(modules_in("recipes/ablation/workers"), "what runs several workers")] = "local",
     dry_run: Annotated[bool, Option("--dry-run", help="print cells, cost and time, and stop")] = False,
     words: Sequence[str] = (),
 ) -> Result | int:
@@ -76,18 +77,7 @@ def main(
     store, reusable, context = Store(folder), Reusable([*(reuse or ()), *own_folder]), Context(loaded)
     store.check(cells)
     fixed(loaded, folder)  # refuses another card than that of the cells
-    for task in loaded.tasks:  # refuses bad rows before the model is loaded
-        scorers.read(task.scorer)
-        splits = context.read(task)
-        if splits.note:
-            loaded.notes.append(f"{task.label}: {splits.note}")
-        if rank == 0:
-            warn_of(splits.pool, splits.by, task.label)
-    for arm in loaded.arms:
-        check_training(arm.arm, DPOConfig)
-    check_adapters([arm.arm for arm in loaded.arms])
-    for task in loaded.tasks if loaded.tables.generations else ():
-        context.scorer(task)
+    _check(loaded, context, show=rank == 0)
     if not dry_run:
         reusable.take(cells, folder)
     elif reuse and rank == 0:
@@ -111,6 +101,22 @@ def main(
     data = {"folder": str(folder), "cells": len(cells), "done": done, "failed": failed}
     text = "" if dry_run else f"Cells are in {folder}. Read them: steertune report {folder}"
     return Result(data, text, code) if rank == 0 else code
+
+
+def _check(grid: Grid, context: Context, show: bool) -> None:
+    """Refuse bad rows before the model is loaded, then arms that cannot be trained and scorers that do not work."""
+    for task in grid.tasks:
+        scorers.read(task.scorer)
+        splits = context.read(task)
+        if splits.note:
+            grid.notes.append(f"{task.label}: {splits.note}")
+        if show:
+            warn_of(splits.pool, splits.by, task.label)
+    for arm in grid.arms:
+        check_training(arm.arm, DPOConfig)
+    check_adapters([arm.arm for arm in grid.arms])
+    for task in grid.tasks if grid.tables.generations else ():
+        context.scorer(task)
 
 
 def worker_command(words: Sequence[str], folder: Path, threads: int) -> list[str]:

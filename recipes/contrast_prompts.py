@@ -241,14 +241,14 @@ class Mixture:
         return concatenate_datasets(parts).shuffle(seed=0)
 
     def _shown(self, task: TaskTable, seed: int, prompt: str) -> Dataset:
-        """A task's test pairs, plain or behind other pairs: of a seen task those that were trained on."""
+        """A task's test pairs, plain or behind other pairs: for a seen task, its training pairs."""
         splits, tables = self.splits[task.label], self.tables
         if prompt == "plain":
             return splits.test
-        seen = task in self.seen
-        pool = self._trained_rows(task) if seen else self._pairs(task, seed)
+        is_seen = task in self.seen
+        pool = self._trained_rows(task) if is_seen else self._pairs(task, seed)
         # no two tasks, such as one and its reverse, show the same rows
-        number = seed * len(self.seen) + self.seen.index(task) if seen else seed
+        number = seed * len(self.seen) + self.seen.index(task) if is_seen else seed
         options = {"k": tables.demonstrations, "seed": number, "pool": tuple(pool.to_list())}
         view = get_view("demonstrations", contrast=prompt == "contrast", **options)
         return behind(view, splits.test)
@@ -294,6 +294,11 @@ class Mixture:
             (folder / "adapter.part").rename(home)
         return trainer.accelerator.unwrap_model(trainer.model).eval()
 
+    def _held_out(self, model: Any, tokenizer: Any, pairs: Dataset) -> HeldOut:
+        """Pairs, with the neutral text and its prompts to answer."""
+        answers: dict[str, Any] = {"neutral_generations": _ANSWERS, "new_tokens": _TOKENS, "batch_size": _BATCH}
+        return HeldOut(model, tokenizer, pairs, neutral_rows(tokenizer), **answers)
+
     def _records(
         self,
         tasks: Sequence[TaskTable],
@@ -305,15 +310,7 @@ class Mixture:
     ) -> Iterator[Record]:
         """A record for every task, seed and condition: a model behind a prompt, or a steering arm without one."""
         for task, seed in track([*product(tasks, self.tables.seeds)], "task"):
-            held_out = HeldOut(
-                models["base"],
-                tokenizer,
-                self.splits[task.label].test,
-                neutral_rows(tokenizer),
-                neutral_generations=_ANSWERS,
-                new_tokens=_TOKENS,
-                batch_size=_BATCH,
-            )
+            held_out = self._held_out(models["base"], tokenizer, self.splits[task.label].test)
             home = folder / task.label / f"seed{seed}"
             for prompt, (name, model) in product(prompts, models.items()):
                 shown = held_out.behind(lambda _, t=task, s=seed, p=prompt: self._shown(t, s, p))
@@ -353,11 +350,8 @@ class Mixture:
 
     def _side_effects(self, models: Mapping[str, Any], tokenizer: Any) -> Record:
         """What the trained model does to neutral text, without a prompt."""
-        neutral = neutral_rows(tokenizer)
         names = [*measures.served_by("neutral"), "neutral_repetition"]
-        held_out = HeldOut(
-            models["base"], tokenizer, pairs=neutral, neutral=neutral, neutral_generations=_ANSWERS, new_tokens=_TOKENS
-        )
+        held_out = self._held_out(models["base"], tokenizer, neutral_rows(tokenizer))
         keys = {"arm": "trained", "task": "neutral", "examples": self.tables.examples, "seed": 0}
         return Record(keys, evaluate_base(held_out, names) | evaluate(models["trained"], held_out, names))
 

@@ -176,9 +176,10 @@ def answered(
     check_context(model, tokenizer, Dataset.from_dict({"prompt": shown}), arm.evaluation.new_tokens, "[views.good]")
     size, length = arm.evaluation.batch_size, arm.evaluation.new_tokens
     with PartialState().split_between_processes(list(range(0, len(shown), size))) as starts:
+        mine: Any = [*starts]
         answers_by_start = {
             i: generate(model, tokenizer, shown[i : i + size], length, _TEMPERATURE, seed + 7 * i)
-            for i in track([*starts], "batch")
+            for i in track(mine, "batch")
         }
     # by batch: of fewer batches than processes, several have the last one
     everywhere = dict(gather_object(list(answers_by_start.items())))
@@ -200,7 +201,7 @@ def _tokens(tokenizer: Any, view: View, test: Dataset) -> dict[str, float]:
 
 
 def page(record: Record, prompted: Record) -> Page:
-    """What came of it, from the record of the distilled model and that of the prompted base."""
+    """What came of it, from the records of the distilled model and of the prompted base."""
     means, facts = record.means(), record.facts
     base, distilled = means[BASE], means["1"]
     table = comparison({"base": base, "prompted": prompted.means()["1"], "distilled": distilled}).frame
@@ -213,13 +214,16 @@ def page(record: Record, prompted: Record) -> Page:
         f"{facts['train_prompts']} training prompts; **{facts['tokens']['saved']:.0f} tokens saved** per request."
         f"{nothing}"
     )
-    seen = {"base": record.seen(), "prompted": prompted.seen(1), "distilled": record.seen(1)}
-    answers = generations(facts["prompts"], {name: [*one["answer"]] for name, one in seen.items() if "answer" in one})
+    models = {"base": record.seen(), "prompted": prompted.seen(1), "distilled": record.seen(1)}
+    answers = generations(
+        facts["prompts"], {name: [*one["answer"]] for name, one in models.items() if "answer" in one}
+    )
     notes = [prose(facts["split"]), *facts["notes"].values()]
     sections = [
         Section("", [summary, *map(Text, notes)]),
         Section(
-            "Effect and side effects", [*side_effects(seen, "model"), Text("Every measure:"), Table(table, "measures")]
+            "Effect and side effects",
+            [*side_effects(models, "model"), Text("Every measure:"), Table(table, "measures")],
         ),
         *([Section("Generations (greedy)", answers)] if answers else []),
     ]

@@ -152,17 +152,8 @@ def evaluate(
     pairs: Mapping[str, Dataset] | None = None,
     **settings: Any,
 ) -> dict[str, dict[str, dict[str, float]]]:
-    """lm-eval's metrics at each strength.
-
-    Args:
-        model: The steered model.
-        tokenizer: Its tokenizer.
-        tasks: Names of lm-eval, task files, embedded tasks, or files of pairs.
-        strengths: Of the vector; 0 is the base model.
-        include: A folder with more task files.
-        batch_size: Rows at a time.
-        pairs: Task -> its test rows, where they are read already.
-        settings: Further arguments of `lm_eval.simple_evaluate`.
+    """lm-eval's metrics at each strength. `pairs` are test rows that are read already; `settings` are arguments of
+    `lm_eval.simple_evaluate`.
 
     Returns:
         Strength (as a string) -> task -> metric -> value; `acc_stderr,none` is the standard error of `acc,none`.

@@ -53,13 +53,8 @@ def main(
 def write_report(
     folder: Path, measure: str | None = None, output: Path | None = None, strength: str | None = None
 ) -> Path:
-    """Write the report of a grid's folder; return the Markdown page.
-
-    Args:
-        folder: Where the grid's cells are.
-        measure: Look at this measure instead of the claim's; the page says that it is not what was claimed.
-        output: Where to write; None: to the grid's folder, over an older report.
-        strength: Where to look at it, "tuned" or "matched"; None: where the claim does.
+    """Write the report of a grid's folder; return the Markdown page. A `measure` or `strength` takes the place of the
+    claim's, and the page says that it is not what was claimed.
 
     Raises:
         ArmError: the folder holds no grid or no cells.

@@ -14,6 +14,11 @@ the base model answers), `strength` (1), `steering` (further vectors, as over HT
 of the requests. A file of answers is continued: requests whose `id` stands in it are not answered again. A request
 that cannot be answered gets a line with `id` and `error`, and the others their answers.
 
+With `--monitor FOLDER` every line also has `score` and `flagged`, read while the answer is generated. A flagged answer
+can be replaced: `--resample 4` samples it four times again and gives the least suspicious of all, `--steer
+careful@1.5` answers again with a vector (the probe decides, the vector acts). Such a line has `first`, the answer that
+was flagged.
+
 What a request gets does not depend on what else is in its batch, sampling included (within rounding, which in 16 bits
 can change a word). In Python: `Server(*load_vectors({"careful": folder})).answers([Request(prompt="Shall I quit?",
 vector="careful", strength=1.5)])`.
@@ -27,6 +32,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated
 
+from steertune.adapters import monitors
 from steertune.recipes.lab.command_line import command
 from steertune.recipes.lab.files import ArmError
 from steertune.recipes.lab.options import Argument, Base, Count, Device, DType, Option, Threads
@@ -38,6 +44,7 @@ from steertune.recipes.serving.line_requests import Request, Server
 from steertune.recipes.serving.line_service import check_files, serve_lines
 from steertune.recipes.serving.lines import Lines, opened
 from steertune.recipes.serving.loading import load_vectors, named_folders
+from steertune.recipes.serving.remedies import check_monitor, remedy_of
 
 __all__ = ["HttpServer", "Request", "Server", "load_vectors", "main"]
 
@@ -61,6 +68,11 @@ def main(
     batch: Annotated[int, Count("answers at a time")] = BATCH,
     longest: Annotated[int, Count("tokens of the longest answer that a request may ask for")] = LONGEST,
     seconds: Annotated[int, Count("time for a request")] = SECONDS,
+    monitor: Annotated[Path | None, Option(help="folder of a monitor that scores every line's answer")] = None,
+    resample: Annotated[int | None, Count("times that a flagged answer is sampled again")] = None,
+    steer: Annotated[
+        str | None, Option(help="vector with which a flagged request is answered again", metavar="NAME@STRENGTH")
+    ] = None,
     threads: Threads = None,
 ) -> int:
     """Answer the requests; the exit code is 1 when a line was refused."""
@@ -70,6 +82,10 @@ def main(
         raise ArmError("--port serves HTTP, and reads no --input and writes no --output. Leave them out.")
     if vectors_in is not None and not vectors_in.is_dir():
         raise ArmError(f"--vectors-in {vectors_in}: the folder does not exist.")
+    remedy = remedy_of(resample, steer, [*folders])
+    check_monitor(monitor, remedy)
+    if port is not None and monitor is not None:
+        raise ArmError("--monitor scores answers to lines, not those of --port. Leave one of them out.")
     begin(threads, only_one=True)
     where = device or default_device()
     if port is not None:
@@ -77,7 +93,9 @@ def main(
             loaded, tokenizer = load_vectors(folders, model, dtype, where)
             limits = {"batch": batch, "longest": longest, "seconds": seconds, "queue": queue}
             return serve_http(loaded, tokenizer, socket, host, os.environ.get(KEY), {**limits, "folder": vectors_in})
-    server = Server(*load_vectors(folders, model, dtype, where), batch, longest, seconds)
+    loaded, tokenizer = load_vectors(folders, model, dtype, where)
+    reader = None if monitor is None else monitors.load(monitor, loaded.model, tokenizer)
+    server = Server(loaded, tokenizer, batch, longest, seconds, reader, remedy)
     with (
         nullcontext(sys.stdin.fileno()) if input is None else opened(input) as source,
         nullcontext(sys.stdout) if output is None else output.open("a", encoding="utf-8") as answers,

@@ -199,9 +199,9 @@ def _estimate(arm: Arm, ready: _Ready) -> tuple[float, float]:
     row = (time.monotonic() - start) / len(batch.labels)
     rows = 2 * arm.trainer.get("per_device_train_batch_size", 8) * arm.trainer.get("gradient_accumulation_steps", 1)
     # the answers of pairs, neutral answers, and generated tokens at about a tenth of a row each
-    seen = 2 * len(test) + FEW_NEUTRAL + arm.evaluation.generations * arm.evaluation.new_tokens / 10
+    measured_rows = 2 * len(test) + FEW_NEUTRAL + arm.evaluation.generations * arm.evaluation.new_tokens / 10
     # forward, reference forward and a backward of about the same price
-    return steps_of(arm) * rows * row * 3, seen * row
+    return steps_of(arm) * rows * row * 3, measured_rows * row
 
 
 def _plan(arm: Arm, data: Data, processes: int, training: float, evaluation: float) -> str:

@@ -10,12 +10,11 @@ from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
-from peft import PeftModel
 from torch import Tensor, nn
 from transformers.utils.logging import tqdm  # which `disable_progress_bar` switches off
 
 from ..blocks import find_blocks, resolve_layers, site_name
-from ..observing import adapters_off, evaluating
+from ..observing import adapters_off, base_model, evaluating
 from ..registry import choose
 from ..stream import is_sharded
 from ..types import Layers, Site
@@ -130,30 +129,30 @@ def _states(
     """For every batch: the batch, its attention mask, and the base model's states in fp32, by layer index."""
     if not batches:
         raise ValueError("No batches: at least one example is needed.")
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    base = base_model(model)
     blocks = find_blocks(base)
     modules = {i: base.get_submodule(site_name(*blocks[i], site)) for i in resolve_layers(layers, len(blocks))}
     device = next(base.parameters()).device
     # If weights are gathered module by module, a pass that ends early would leave some of them gathered.
     ends_early = not any(is_sharded(parameter) for parameter in base.parameters())
-    with adapters_off(model), evaluating(base), _outputs_of(base, modules, ends_early) as outputs:
+    with adapters_off(model), evaluating(base), outputs_of(base, modules, ends_early) as outputs:
         quiet = torch.distributed.is_initialized() and torch.distributed.get_rank() > 0
         for batch in tqdm(batches, desc="Collecting activations", disable=quiet or len(batches) < 4):
             ids = batch["input_ids"].to(device)
             mask = batch["attention_mask"].to(device) if "attention_mask" in batch else torch.ones_like(ids)
-            with suppress(_Enough):
+            with suppress(Enough):
                 base(input_ids=ids, attention_mask=mask)
             yield batch, mask, {i: outputs[i].float() for i in modules}
 
 
-class _Enough(Exception):
-    """Raised once all requested layers have run, to skip the layers above and the head."""
+class Enough(Exception):
+    """Raised by a hook of `outputs_of` once all requested layers have run, to skip the layers above and the head."""
 
 
 @contextmanager
-def _outputs_of(base: nn.Module, modules: Mapping[int, nn.Module], ends_early: bool) -> Iterator[dict[int, Tensor]]:
-    """A dictionary that each forward pass inside fills with the outputs of `modules`. With `ends_early`, a pass stops
-    after the last of them."""
+def outputs_of(base: nn.Module, modules: Mapping[int, nn.Module], ends_early: bool) -> Iterator[dict[int, Tensor]]:
+    """A dictionary that each forward pass inside fills with the outputs of `modules`, steered if a vector steers them.
+    With `ends_early`, a pass stops after the last of them: it raises `Enough`."""
     outputs: dict[int, Tensor] = {}
     last = max(modules) if ends_early else None
     handles = [module.register_forward_hook(partial(_keep, outputs, i, i == last)) for i, module in modules.items()]
@@ -167,7 +166,7 @@ def _outputs_of(base: nn.Module, modules: Mapping[int, nn.Module], ends_early: b
 def _keep(outputs: dict[int, Tensor], index: int, last: bool, module: nn.Module, args: Any, output: Any) -> None:
     outputs[index] = output[0] if isinstance(output, tuple) else output
     if last:
-        raise _Enough
+        raise Enough
 
 
 def _pool_weights(completion_mask: Tensor, pool: Pool) -> Tensor:

@@ -62,7 +62,7 @@ def read(direction: Tensor, fitted_on: Pairs, held_out: Pairs) -> Reading:
         accuracy=float(((probability > 0.5) == truth).mean()),
         auroc=float(roc_auc_score(truth, projections[:, 0])),
         brier=float(brier_score_loss(truth, probability)),
-        calibration_error=_calibration_error(probability, truth),
+        calibration_error=calibration_error(probability, truth),
     )
 
 
@@ -73,7 +73,13 @@ def _projections(direction: Tensor, pairs: Pairs) -> tuple[NDArray[np.float64], 
     return values, np.repeat([True, False], [len(pairs[0]), len(pairs[1])])
 
 
-def _calibration_error(probability: NDArray[np.float64], truth: NDArray[np.bool_]) -> float:
+def calibration_error(probability: NDArray[np.float64], truth: NDArray[np.bool_]) -> float:
+    """Mean gap between probability and frequency over ten equal bins of probability, weighted by their rows.
+
+    Args:
+        probability: `(rows,)`, between 0 and 1.
+        truth: Whether what it is the probability of is the case, `(rows,)`.
+    """
     bins = np.minimum((probability * _BINS).astype(int), _BINS - 1)
     gaps = [(bins == b).mean() * abs(probability[bins == b].mean() - truth[bins == b].mean()) for b in np.unique(bins)]
     return float(sum(gaps))

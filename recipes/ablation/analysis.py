@@ -23,7 +23,6 @@ class Comparison:
     """An arm against the baseline on one measure; positive is better than the baseline.
 
     Attributes:
-        arm: The arm.
         mean: The arm's own mean.
         difference: Over pairs of task and seed; p is corrected (Holm) over all arms of the table.
     """
@@ -53,7 +52,6 @@ class Efficiency:
     """An arm's curve against the baseline's.
 
     Attributes:
-        arm: The arm.
         area: Mean height over the baseline's curve on the log axis.
         equivalents: Number of examples of the arm -> how many the baseline needs for the same score.
     """

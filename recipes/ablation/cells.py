@@ -33,7 +33,7 @@ def column(measure: str, strength: str = TUNED) -> str:
 
 
 def read_cells(folder: Path, grid: Mapping[str, Any] | None = None) -> Frame:
-    """Every cell of a folder, or those of a grid.
+    """Every cell of a folder, or of a grid.
 
     A diverged cell counts with what its user would be left with, the base model; its `status` says so. A cell that
     failed for another reason has no numbers, and `status` "failed".
@@ -130,5 +130,5 @@ def _failed(folder: Path, name: tuple[Any, ...]) -> Record | None:
     file = folder / "cells" / task / f"n{examples}" / f"seed{seed}" / arm / "failed.json"
     if not file.exists():
         return None
-    keys = dict(zip(KEYS, name, strict=True))
+    keys: dict[str, Any] = dict(zip(KEYS, name, strict=True))
     return Record(keys, facts={"status": "failed", "error": str(read_result(file, AGAIN).get("error"))})

@@ -12,8 +12,8 @@ from matplotlib.figure import Figure
 
 from steertune.recipes.ablation.statistics import Frame
 from steertune.recipes.lab.intervals import Interval, interval
+from steertune.recipes.lab.pages.drawing import GREY, error_bars, tidy
 
-_GREY = "#777777"
 _WIDTH = 8.0
 
 
@@ -30,7 +30,7 @@ def intervals(values: Mapping[str, Interval], label: str, line: float = 0.0, lar
     figure = Figure(figsize=(_WIDTH, 0.9 + 0.36 * len(rows)), layout="constrained")
     axis = figure.subplots()
     for y, (_, row) in enumerate(rows):
-        colour = "C0" if row.excludes_zero else _GREY
+        colour = "C0" if row.excludes_zero else GREY
         if np.isfinite([row.low, row.high]).all():
             axis.plot([row.low, row.high], [y, y], color=colour, linewidth=2, solid_capstyle="round")
         axis.plot(row.estimate, y, "o", color=colour)
@@ -39,7 +39,7 @@ def intervals(values: Mapping[str, Interval], label: str, line: float = 0.0, lar
         axis.axvline(line, color="black", linewidth=0.8, linestyle="--")
     axis.set_yticks(range(len(rows)), [name for name, _ in rows])
     axis.set_ylim(-0.6, len(rows) - 0.4)
-    _plain(axis, xlabel=label)
+    tidy(axis, xlabel=label)
     return figure
 
 
@@ -57,12 +57,12 @@ def curves(cells: Frame, arms: Sequence[str], measure: str, label: str, colours:
             apart = 1.03 ** (shift - len(arms) / 2)  # so that bars can be seen
             _curve(axis, of_task[of_task["arm"] == arm], measure, arm, apart, colours[arm])
         if base in of_task:
-            axis.axhline(of_task[base].mean(), color=_GREY, linestyle="--", linewidth=1)
+            axis.axhline(of_task[base].mean(), color=GREY, linestyle="--", linewidth=1)
         sizes = sorted(of_task["examples"].unique())
         axis.set_xscale("log")
         axis.set_xticks(sizes, [str(n) for n in sizes])
         axis.minorticks_off()
-        _plain(axis, title=task, xlabel="examples")
+        tidy(axis, title=task, xlabel="examples")
     for axis in axes[len(tasks) :]:
         axis.set_visible(False)
     axes[0].set_ylabel(label)
@@ -77,11 +77,8 @@ def _curve(axis: Axes, cells: Frame, measure: str, arm: str, apart: float, colou
     if not points:
         return
     n = np.array([*points], dtype=float) * apart
-    y = np.array([point.estimate for point in points.values()])
-    ends = np.array([[point.low, point.high] for point in points.values()])
-    ends = np.where(np.isfinite(ends), ends, y[:, None])
-    axis.errorbar(n, y, yerr=np.abs(ends - y[:, None]).T, marker="o", markersize=4, linewidth=1.4, color=colour,
-                  label=arm, elinewidth=0.8)  # fmt: skip
+    style = {"marker": "o", "linewidth": 1.4, "elinewidth": 0.8}
+    error_bars(axis, n, [*points.values()], color=colour, label=arm, **style)
 
 
 def side_by_side(cells: Frame, columns: Mapping[str, str], colours: Mapping[str, Any]) -> Figure:
@@ -101,8 +98,8 @@ def side_by_side(cells: Frame, columns: Mapping[str, str], colours: Mapping[str,
             axis.plot(mean.estimate, y, "o", color=colours[arm], markersize=4)
         base = f"{column.partition('@')[0]}@0"
         if base in cells and cells[base].notna().any():
-            axis.axvline(cells[base].mean(), color=_GREY, linestyle="--", linewidth=1)
-        _plain(axis, title=title)
+            axis.axvline(cells[base].mean(), color=GREY, linestyle="--", linewidth=1)
+        tidy(axis, title=title)
         axis.title.set_fontsize(8)
     axes[0].set_yticks(range(len(arms)), arms, fontsize=8)
     return figure
@@ -127,11 +124,11 @@ def pareto(
     for i, (arm, point) in enumerate(points.iterrows()):
         axis.plot(point[x], point[y], "os^D"[i // 20 % 4], color=colours[str(arm)], label=str(arm))
     if base is not None:
-        axis.plot(*base, "x", color=_GREY, label="(base model)")
+        axis.plot(*base, "x", color=GREY, label="(base model)")
     ordered = points.sort_values([x, y], ascending=[True, False])
     front = ordered[ordered[y] > ordered[y].cummax().shift(fill_value=-np.inf)]
-    axis.plot(front[x], front[y], color=_GREY, linewidth=0.8, zorder=0)
-    _plain(axis, xlabel=xlabel, ylabel=ylabel)
+    axis.plot(front[x], front[y], color=GREY, linewidth=0.8, zorder=0)
+    tidy(axis, xlabel=xlabel, ylabel=ylabel)
     _legend(figure, *axis.get_legend_handles_labels())
     return figure
 
@@ -153,11 +150,11 @@ def frontiers(
                 point = of_arm[["kl@tuned", f"{name}@tuned"]].mean()
                 axis.plot(*point, "s", color=colours[str(arm)], label=str(arm))
         if cells[f"{name}@0"].notna().any():
-            axis.axhline(cells[f"{name}@0"].mean(), color=_GREY, linestyle="--", linewidth=1)
+            axis.axhline(cells[f"{name}@0"].mean(), color=GREY, linestyle="--", linewidth=1)
         axis.set_xscale("log")
         axis.set_xticks(targets, [f"{kl:g}" for kl in targets])
         axis.minorticks_off()
-        _plain(axis, xlabel="KL to the base, nats per token", ylabel=label)
+        tidy(axis, xlabel="KL to the base, nats per token", ylabel=label)
     _legend(figure, *axes[0].get_legend_handles_labels())
     return figure
 
@@ -166,9 +163,3 @@ def _legend(figure: Figure, handles: Sequence[Any], names: Sequence[str]) -> Non
     """Below the figure, where long names are not cut."""
     columns = 3 if max(map(len, names), default=0) < 28 else 2
     figure.legend(handles, names, loc="outside lower center", ncols=columns, fontsize=8, frameon=False)
-
-
-def _plain(axis: Axes, **labels: str) -> None:
-    axis.set(**labels)  # pyright: ignore[reportArgumentType]
-    axis.spines[["top", "right"]].set_visible(False)
-    axis.grid(alpha=0.25, linewidth=0.6)

@@ -36,10 +36,10 @@ def verdict(
     names, if any, is clearly the largest; against it if one of the two clearly fails; else undecided.
 
     Args:
-        cells: All cells, including those that failed.
+        cells: All cells, failed ones too.
         claim: The claim.
         attributed: `attribution` for the claim's measure.
-        planned: How many pairs of task and seed the grid has, run or not; 0: those of the cells.
+        planned: How many pairs of task and seed the grid has, run or not; 0: as many as the cells have.
         targets: The KLs to the base that the claim is about.
     """
     if claim.recovers is not None:
@@ -145,8 +145,6 @@ class TaskResult:
     """The claim's comparison in one task.
 
     Attributes:
-        name: The task.
-        base: Mean of the base model.
         than: Mean of the arm that is compared with.
         better: Mean of the arm that is claimed to be better.
         ahead: How far it is ahead; p is not corrected.
@@ -177,9 +175,8 @@ class Recovered:
     """How much of another arm's gain over the base model an arm reaches.
 
     Attributes:
-        arm: The arm.
         gain: Over the base model.
-        share: Its mean gain over that of the claim's `than`; None where that gains nothing.
+        share: Its mean gain over the gain of the claim's `than`; None where `than` gains nothing.
         ahead: Its gain minus the claimed share of the other's; p is corrected (Holm) over all arms of the table.
     """
 

@@ -11,7 +11,7 @@ from steertune.recipes.ablation.analysis import in_pairs
 from steertune.recipes.ablation.statistics.paired import Difference, difference, together, too_few
 from steertune.recipes.ablation.tables import TaskTable
 from steertune.recipes.lab.measures import Seen
-from steertune.recipes.lab.pages import Block, Page, Section, Table, Text
+from steertune.recipes.lab.pages import Block, Page, Section, Table, Text, table_of
 from steertune.recipes.lab.pages.side_effects import side_effects
 from steertune.recipes.lab.rows import BASE, Record
 
@@ -91,12 +91,12 @@ def _without_prompts(unseen: Sequence[Record], steering: Sequence[str], effects:
     Test pairs and neutral rows are the same in every draw, so their values are means over the draws.
     """
     base, trained = (_of_rows(unseen, f"{name}, plain", ["accuracy"]) for name in ("base", "trained"))
-    seen = {"base": Seen(base | effects.observations[BASE])}
-    seen["trained"] = Seen(trained | effects.observations["1"], seen["base"])
+    models = {"base": Seen(base | effects.observations[BASE])}
+    models["trained"] = Seen(trained | effects.observations["1"], models["base"])
     for arm in steering:
         names = ["accuracy", "neutral_kl", "neutral_nll", "neutral_tokens", "neutral_repetition"]
-        seen[arm] = Seen(_of_rows(unseen, arm, names), seen["base"])
-    return seen
+        models[arm] = Seen(_of_rows(unseen, arm, names), models["base"])
+    return models
 
 
 def _of_rows(records: Sequence[Record], condition: str, names: Sequence[str]) -> dict[str, list[float]]:
@@ -117,7 +117,7 @@ def _accuracies(accuracies: Values, name: str) -> Table:
     for condition, of_pairs in accuracies.items():
         means = of_pairs.map(np.mean)
         rows.append([condition, f"{means.mean():.3f}", *(f"{means[task].mean():.3f}" for task in tasks)])
-    return Table(pd.DataFrame(rows, columns=pd.Index(["", "mean", *tasks])), name)
+    return table_of(["", "mean", *tasks], rows, name)
 
 
 def _differences(differences: dict[tuple[str, str], Difference], name: str) -> list[Block]:
@@ -125,7 +125,7 @@ def _differences(differences: dict[tuple[str, str], Difference], name: str) -> l
         [one, other, f"{value.estimate:+.3f}", value.crossed.ends, f"{value.p:.3g}"]
         for (one, other), value in differences.items()
     ]
-    table = Table(pd.DataFrame(rows, columns=pd.Index(["", "against", "difference", "95 %", "p"])), name)
+    table = table_of(["", "against", "difference", "95 %", "p"], rows, name)
     sentence = too_few([*differences.values()])
     return [table, *([Text(sentence)] if sentence else [])]
 

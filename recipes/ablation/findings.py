@@ -20,14 +20,12 @@ class Findings:
 
     Attributes:
         grid: The `grid.json`.
-        tables: Its tables.
         claim: The claim, or the same comparison on another measure.
-        cells: All cells, those that failed too.
+        cells: All cells, failed ones too.
         paired: The cells that ran, for whatever compares; means and costs are by task and seed.
         shares: Of the gap that the claim is about.
         verdict: What the result says about the claim.
-        curves: Every arm's curve against that of the claim's baseline, and of the design's start.
-        answer: Three sentences.
+        curves: Every arm's curve against the curves of the claim's baseline and of the design's start.
         labels: Name of every arm -> its label, in the order of the grid.
         claimed: Whether this measure is the one that the claim is about.
     """

@@ -18,14 +18,7 @@ SEARCH_ROWS = 4
 def strengths_at(
     model: Any, held_out: HeldOut, targets: Sequence[float], largest: float, size: int = NEUTRAL_BATCH
 ) -> tuple[list[Point], bool]:
-    """Find the strength of every KL.
-
-    Args:
-        model: A model whose adapter has a strength.
-        held_out: Its `matching` rows are used.
-        targets: The KLs to reach, in nats per token.
-        largest: The largest strength to try.
-        size: Rows in one forward pass.
+    """Find the strength of every KL, measured on the rows for matching; `size` is the rows of a forward pass.
 
     Returns:
         A point for every target, the smallest first, and whether the KL was seen to fall while the strength grew.
@@ -40,8 +33,8 @@ def strengths_at(
     @cache
     def kl(strength: float, rows: int) -> float:
         with scaled(model, strength):
-            seen = answer_logps(model, shown(rows))
-        observed = against_base(seen, base)
+            logps = answer_logps(model, shown(rows))
+        observed = against_base(logps, base)
         return sum(observed["neutral_kl"]) / sum(observed["neutral_tokens"])
 
     few, every = min(SEARCH_ROWS, len(base)), len(base)

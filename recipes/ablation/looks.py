@@ -55,7 +55,7 @@ def _before(folder: Path) -> dict[str, Any] | None:
 
 
 def looks_of(grid: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The designs of a `grid.json` that cells ran for; those of older versions are not known."""
+    """The designs of a `grid.json` that cells ran for; older versions do not say them."""
     return list(grid.get("looks") or [])
 
 

@@ -39,15 +39,12 @@ class Point:
 
 
 class Curve:
-    """KL against strength, computed where the search needs it.
+    """KL against strength, computed where the search needs it. KL is in nats per token, and what is not finite counts
+    as too much.
 
     KL is quadratic in a small strength, so the search starts at a small one and walks up, by a factor of two at most
     unless the last two points lie on a parabola. So it finds the smallest strength with some KL, also where the KL
     falls again beyond it (it need not grow with the strength).
-
-    Args:
-        kl: KL to the base model at a strength, in nats per token; not finite counts as too much.
-        largest: The largest strength to try.
     """
 
     def __init__(self, kl: Callable[[float], float], largest: float) -> None:
@@ -74,15 +71,15 @@ class Curve:
                 return None
             slope = (self._at(high) - self._at(before)) / (high - before) if before is not None else 0.0
             leap = -excess(high) / 2 - _STEP / 2 if _QUADRATIC[0] < slope < _QUADRATIC[1] else _STEP
-            seen = [x for x in self._logs if x > high]
-            before, high = high, min([self._limit, high + max(_STEP, leap), *seen])
+            above = [x for x in self._logs if x > high]
+            before, high = high, min([self._limit, high + max(_STEP, leap), *above])
         if before is None:
             return math.exp(low) if excess(low) == 0 else None
         x = high if excess(high) == 0 else float(brentq(excess, before, high, xtol=_TOLERANCE))  # pyright: ignore[reportArgumentType]
         return math.exp(x) if abs(excess(x)) < _REACHED else None
 
     def last(self, target: float) -> float | None:
-        """The strength that was seen with the largest KL below this one; None: none was."""
+        """The strength that was seen with the largest KL below this one; None: no such strength."""
         below = {x: y for x, y in self._logs.items() if y < math.log(target)}
         return math.exp(max(below, key=lambda x: (below[x], -x))) if below else None
 
@@ -100,11 +97,6 @@ class Curve:
 
 
 _TOO_MUCH = 50.0  # log KL of a model whose probabilities are not finite
-
-
-def matched_strength(kl: Callable[[float], float], target: float, largest: float) -> float | None:
-    """The smallest strength at which `kl(strength)` is `target`; None if no strength up to `largest` reaches it."""
-    return Curve(kl, largest).crossing(target)
 
 
 def refined(kl: Callable[[float], float], target: float, guess: float, largest: float) -> Point:
@@ -136,13 +128,8 @@ def refined(kl: Callable[[float], float], target: float, guess: float, largest: 
 def frontier(
     few: Callable[[float], float], every: Callable[[float], float], targets: Sequence[float], largest: float
 ) -> tuple[list[Point], bool]:
-    """A point for every target, the smallest first; an arm that stops short keeps its last point.
-
-    Args:
-        few: KL at a strength on a few rows, which finds a guess.
-        every: KL at a strength on all rows, which decides.
-        targets: The KLs to reach.
-        largest: The largest strength to try.
+    """A point for every target, the smallest first; an arm that stops short keeps its last point. `few` is the KL at a
+    strength on a few rows, which finds a guess, and `every` that on all rows, which decides.
 
     Returns:
         The points, and whether the KL was seen to fall while the strength grew.

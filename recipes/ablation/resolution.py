@@ -28,15 +28,8 @@ LIKE = {"accuracy": "accuracy", "behaviour": "behaviour"}
 
 
 def resolution(grid: Grid, context: Context, folder: Path, minutes: float, more_rows: float) -> list[str]:
-    """Lines about what the design can see.
-
-    Args:
-        grid: The grid.
-        context: Its rows.
-        folder: Where its cells are kept; those that ran say how much differences vary.
-        minutes: Of a cell.
-        more_rows: By what factor a cell takes longer with twice the test rows.
-    """
+    """Lines about what the design can see. `minutes` are those of a cell; `more_rows` is by what factor it takes
+    longer with twice the test rows."""
     claim = grid.tables.claim
     assert claim is not None  # a grid without one is refused when it is read
     rows = _rows(grid, context, claim)

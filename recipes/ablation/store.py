@@ -75,7 +75,7 @@ class Store:
                 )
 
     def pack(self) -> None:
-        """Write the table of all cells, those of an older table among them. Loose files stay."""
+        """Write the table of all cells, with the cells of an older table. Loose files stay."""
         with FileLock(self.folder / "pack.lock"):
             self.__dict__.pop("packed", None)  # another process may have packed since
             records = {**self.packed, **{name_of(record): record for record in self.loose()}}

@@ -126,9 +126,9 @@ class TaskTable(BaseModel, extra="forbid", strict=True):
     """Which of several draws of training sets: tasks made of the same rows need one each, or they train on the same
     examples and add no evidence."""
     scorer: dict[str, Any] = {}
-    """What scores generated answers. None: that of the file `behaviour.toml` in the task's folder, or a classifier."""
+    """What scores generated answers. None: as `behaviour.toml` in the task's folder says, or a classifier."""
     instructions: list[str] = []
-    """What prompting arms tell the model to do; several are several trials of their tuning. None: those of the file
+    """What prompting arms tell the model to do; several are several trials of their tuning. None: from the file
     `instructions.toml` in the task's folder."""
     instructions_by: str = ""
     """Who wrote them, and with which budget: an instruction is as good as the effort behind it."""
@@ -140,7 +140,7 @@ class TaskTable(BaseModel, extra="forbid", strict=True):
 
 
 def with_instructions(task: TaskTable, folder: Path) -> TaskTable:
-    """A task with its instructions: its own, or those of the file `instructions.toml` in its folder.
+    """A task with its instructions: its own, or from the file `instructions.toml` in its folder.
 
     Raises:
         ArmError: the file has other keys, or the task's own instructions have no author.
@@ -241,7 +241,7 @@ def read_tables(grid: dict[str, Any]) -> GridTables:
     """The tables of a `grid.json`.
 
     Raises:
-        ArmError: they are not those of a grid.
+        ArmError: they are not the tables of a grid.
     """
     try:
         content = dict(grid["tables"])

@@ -28,7 +28,7 @@ def best_first(trials: Sequence[Trial]) -> list[Trial]:
 
 
 def landed_at(strength: float, kl: float, targets: Sequence[float]) -> float:
-    """Share of the grid's KLs whose strengths are like those of training, from the strength at one KL: a KL is about
+    """Share of the grid's KLs whose strengths are like in training, from the strength at one KL: a KL is about
     quadratic in a strength."""
     low, high = TRAINED
     return float(np.mean([low <= strength * math.sqrt(target / kl) <= high for target in targets]))

@@ -127,11 +127,11 @@ def summarise(result: dict[str, Any]) -> str:
     lines = [*_answers(result), ""]
     for i, name in enumerate(result["data"]):
         of_task = {record.keys["arm"]: record for record in records[i::2]}
-        seen = {"base": records[i].seen()} | {arm: record.seen(1) for arm, record in of_task.items()}
+        models = {"base": records[i].seen()} | {arm: record.seen(1) for arm, record in of_task.items()}
         means = {arm: record.means()["1"] for arm, record in of_task.items()}
         columns = {"base": records[i].means()[BASE]} | means
         lines += [f"On {name}:", ""]
-        lines += [table_markdown(block) for block in side_effects(seen, "model") if isinstance(block, Table)]
+        lines += [table_markdown(block) for block in side_effects(models, "model") if isinstance(block, Table)]
         lines += ["Every measure:", "", table_markdown(comparison(columns))]
     return "\n".join(lines).rstrip()
 

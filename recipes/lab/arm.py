@@ -128,12 +128,9 @@ class Arm(ArmTables):
 
 
 def load_arm(file: str | Path, overrides: Sequence[str] = (), recipe: str = "") -> Arm:
-    """Read an arm and apply `--table.key value` (or `--table.key=value`) overrides, values written as in TOML.
-
-    Args:
-        file: A path, or the name of a file in `recipes/configs/arms/`.
-        overrides: The words of the command line.
-        recipe: Who asks; an ingredient may be one that this recipe cannot honour.
+    """Read an arm and apply `--table.key value` (or `--table.key=value`) overrides, values written as in TOML. `file`
+    is a path, or the name of a file in `recipes/configs/arms/`; the `recipe` may be one that cannot honour an
+    ingredient.
 
     Raises:
         ArmError: no such arm, broken TOML, an unknown key, a value of the wrong type, an ingredient that the recipe

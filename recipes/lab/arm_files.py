@@ -37,15 +37,10 @@ def read_tables(file: str | Path) -> dict[str, Any]:
 
 
 def merge_tables(base: dict[str, Any], patch: dict[str, Any], inside: str = "") -> dict[str, Any]:
-    """`base` with `patch` on top, key by key.
+    """`base` with `patch` on top, key by key. `inside` is the key that holds them; "" for a whole arm.
 
     A patch that names another adapter, loss, augmentation or view replaces its whole table, since the options of one
     mean nothing to another. The empty table `{}` puts a key back to its default.
-
-    Args:
-        base: Tables of an arm.
-        patch: Tables of the same shape.
-        inside: The key that holds them; "" for a whole arm.
     """
     merged = copy.deepcopy(base)
     for key, value in patch.items():

@@ -121,7 +121,7 @@ def check_trains(arm: Arm) -> None:
 
 
 def check_adapters(arms: list[Arm]) -> None:
-    """Put the adapters of arms of one model on its skeleton, and those of their teachers.
+    """Put the adapters of arms of one model, and of their teachers, on its skeleton.
 
     Raises:
         ArmError: a layer, module or rank that the model does not have.

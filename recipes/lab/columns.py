@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from string import Formatter
 from typing import Any, Literal
 
@@ -42,29 +42,29 @@ _ROLES: dict[Part, str] = {"prompt": "user", "chosen": "assistant", "rejected": 
 
 
 @dataclass(frozen=True)
-class Source:
-    """Where rows come from, and what their columns mean.
+class Reading:
+    """How the rows of a data set are read.
 
     Attributes:
-        name: As in `data.name`.
-        place: The number of a row -> where it stands, for messages.
         columns: What each part of an example is; empty: the columns are recognised.
         form: What texts become: messages, plain text, or (`auto`) what the model reads.
         chat: Whether the model has a chat template; asked only where `form` is `auto` and it matters.
         strict: Whether rows are refused that are not examples.
         answers: Whether an example has answers; else a prompt is enough.
+        name: As in `data.name`, and
+        place: the number of a row -> where it stands, both for messages.
     """
 
-    name: str
-    place: Callable[[int], str]
-    columns: Columns
+    columns: Columns = field(default_factory=dict)
     form: Form = "auto"
     chat: Callable[[], bool] = lambda: True
     strict: bool = True
     answers: bool = True
+    name: str = ""
+    place: Callable[[int], str] = str
 
 
-def named(rows: Dataset, source: Source) -> tuple[Dataset, bool]:
+def named(rows: Dataset, source: Reading) -> tuple[Dataset, bool]:
     """Rows with the columns that trainers know, checked one by one.
 
     Returns:
@@ -105,7 +105,7 @@ def _recognised(names: Sequence[str]) -> dict[Part, str]:
     return {}
 
 
-def _check_names(names: Sequence[str], source: Source) -> None:
+def _check_names(names: Sequence[str], source: Reading) -> None:
     """Refuse rows that have no columns of an example, or seem to have them under another name."""
     enough = not source.answers and "prompt" in names
     if not enough and not any(set(columns) <= set(names) for columns in FORMATS):
@@ -123,7 +123,7 @@ def _check_names(names: Sequence[str], source: Source) -> None:
         )
 
 
-def _complete(names: Sequence[str], source: Source) -> Columns:
+def _complete(names: Sequence[str], source: Reading) -> Columns:
     """`data.columns`, checked, with the parts whose columns have their own names."""
     where = f"{source.name!r}: columns {dict(source.columns)} cannot be filled in"
     for part, text in source.columns.items():
@@ -197,7 +197,7 @@ def _as_one_text(example: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _in_form(rows: Dataset, source: Source) -> Dataset:
+def _in_form(rows: Dataset, source: Reading) -> Dataset:
     """Rows whose columns the trainers know already, as conversations or texts where that was asked for."""
     parts = [part for part in _ROLES if part in rows.column_names]
     if source.form == "auto" or not {"prompt"} < set(parts):
@@ -218,7 +218,7 @@ def _in_form(rows: Dataset, source: Source) -> Dataset:
     ])  # fmt: skip
 
 
-def _check(rows: Dataset, source: Source) -> None:
+def _check(rows: Dataset, source: Reading) -> None:
     """Refuse rows that cannot be trained on or measured; the message names the place of the first one."""
     parts = [part for part in _ROLES if part in rows.column_names]
     first: dict[str, str] = {}

@@ -33,12 +33,9 @@ from typer.main import get_command
 
 from steertune.recipes.lab.files import ArmError
 from steertune.recipes.lab.keys import arm_keys
-from steertune.recipes.lab.options import Argument, Base, Choice, Count, Device, DType, Option, Threads, whole_number
+from steertune.recipes.lab.options import Choice, Count, Option, whole_number  # noqa: F401  studies.swap
 from steertune.recipes.lab.parsing import SETTINGS, ArmCommand, PlainCommand, RootGroup, as_option
 from steertune.recipes.lab.secrets import masked
-
-__all__ = ["Argument", "Base", "Choice", "Command", "Count", "DType", "Device", "Group", "Option", "Result", "Threads",
-           "command", "group", "outcome", "run", "whole_number"]  # fmt: skip
 
 T = TypeVar("T")
 INTERRUPTED, CLOSED = 130, 141

@@ -141,7 +141,6 @@ class Data:
     """Training and test rows.
 
     Attributes:
-        train: Rows to train on.
         test: Rows to measure on; none where one file is too short to be divided.
         by: What tells the rows apart.
         note: How many rows each part has, and how the split was made.

@@ -23,7 +23,6 @@ class Division:
     """Indices of the rows of each part.
 
     Attributes:
-        train: Rows to train on.
         held_out: Rows to measure on; none where there are too few rows.
         left_out: Rows that resemble rows of both parts.
     """
@@ -51,14 +50,7 @@ class Division:
 
 
 def divide(rows: Sequence[dict[str, Any]], by: By, salt: str = "", near: float = NEAR) -> Division:
-    """Divide rows in two parts.
-
-    Args:
-        rows: The rows, in the order of the file.
-        by: What tells them apart.
-        salt: Another one gives another, independent division.
-        near: From which similarity on rows share a part.
-    """
+    """Divide rows in two parts. Rows are told apart by `by`; another `salt` gives another, independent division."""
     of_rows = texts(rows, by)
     frame = Frame.of(of_rows)
     unique = {text: i for i, text in reversed([*enumerate(of_rows)])}  # text -> the first row that has it

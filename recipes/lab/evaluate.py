@@ -27,13 +27,8 @@ def evaluate(
     names: Iterable[str] | None = None,
     strengths: Strengths | Sequence[float] = (1.0,),
 ) -> dict[str, Observations]:
-    """What the measures need to know of a model.
-
-    Args:
-        model: In evaluation mode, with or without an adapter.
-        held_out: The examples.
-        names: Measures; None: all of them.
-        strengths: Numbers, or labels with numbers. Equal numbers are computed once.
+    """What the measures need to know of a model. Without `names`, all measures; `strengths` are numbers, or labels
+    with numbers, and equal ones are computed once.
 
     Returns:
         Label of a strength -> observations, for a `Record`.

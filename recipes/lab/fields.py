@@ -78,7 +78,7 @@ def arguments_of(module: str, name: str) -> list[FieldText]:
 
 
 def fields_in(module: str, node: ast.ClassDef) -> Iterator[FieldText]:
-    """The fields that a class of a module adds to those of its bases."""
+    """The fields that a class of a module adds to its bases."""
     texts = documented(ast.get_docstring(node))
     for line, following in zip(node.body, [*node.body[1:], None], strict=True):
         if not (isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name)):

@@ -138,7 +138,7 @@ def write_rows(file: Path, rows: Iterable[dict[str, Any]]) -> None:
 
 
 def read_rows(file: Path, fix: str) -> list[dict[str, Any]]:
-    """What `write_rows` wrote; arguments and errors as those of `read_result`."""
+    """What `write_rows` wrote; arguments and errors as in `read_result`."""
     lines = read_text(file, "JSON").splitlines()
     rows = [_checked(line, f"{file}, line {i + 1}", fix) for i, line in enumerate(lines)]
     if not rows or rows[-1] != {"rows": len(rows) - 1}:

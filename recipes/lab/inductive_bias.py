@@ -108,15 +108,7 @@ class InductiveBias:
 def inductive_bias(
     model: Any, tokenizer: PreTrainedTokenizerBase, rows: Dataset, loss: Loss, neutral: Dataset, seed: int = 0
 ) -> InductiveBias:
-    """All three numbers of a trained adapter.
-
-    Args:
-        model: In evaluation mode, its adapter trainable.
-        tokenizer: Its tokenizer.
-        rows: Training rows.
-        loss: The training loss.
-        neutral: Prompts and completions that no behaviour is about.
-        seed: Of the noise and the random directions.
+    """All three numbers of a trained adapter, on its training rows and on neutral text.
 
     Raises:
         ArmError: the adapter has no strength, or the loss cannot be computed from the rows alone.

@@ -26,8 +26,6 @@ class Interval:
 
     Attributes:
         estimate: Mean over the pairs.
-        low: Lower end.
-        high: Upper end.
         pairs: How many pairs there were.
         method: `bca`, `percentile`, `t`, `crossed`, `tasks`, or `none` where the pairs are too few, or all equal, so
             that nothing shows how much they vary (the ends are infinite then).
@@ -63,7 +61,7 @@ class Interval:
 
 
 def interval(differences: ArrayLike, confidence: float = 0.95, method: str | None = None, seed: int = 0) -> Interval:
-    """Interval of the mean of differences that are independent of each other, as those of test rows are; pairs of
+    """Interval of the mean of differences that are independent of each other, such as test rows; pairs of
     task and seed are not (`seeds_interval`).
 
     BCa bootstrap (Efron 1987, by scipy) over the pairs; Student's t below `FEW` pairs, where a bootstrap of a handful

@@ -126,9 +126,9 @@ def _of_tables() -> Iterator[Key]:
         kind: Any = field.annotation
         if isinstance(kind, type) and issubclass(kind, BaseModel):
             for key, entry in kind.model_fields.items():
-                annotation, default = entry.annotation, entry.default
+                annotation: Any = entry.annotation
                 is_class = isinstance(annotation, type) and get_origin(annotation) is None
-                written = annotation.__name__ if is_class else str(annotation)
+                written, default = annotation.__name__ if is_class else str(annotation), entry.default
                 shown = "" if default in (None, PydanticUndefined, {}) else _in_toml(default)
                 yield Key(table, f"{table}.{key}", _plain(written), shown, entry.description or "")
         elif table == "name":
@@ -253,7 +253,7 @@ def split_overrides(words: Sequence[str], own: Container[str]) -> tuple[list[str
 
 
 def _check(name: str) -> None:
-    """Refuse a key that its table cannot have; those of an adapter depend on its type and are checked with it."""
+    """Refuse a key that its table cannot have; an adapter's keys depend on its type and are checked with it."""
     table, _, key = name.partition(".")
     closed = {full.partition(".")[0] for full in arm_keys() if not full.endswith("KEY")} - {"adapter"}
     if table not in closed or name in arm_keys() or key in REFUSED:

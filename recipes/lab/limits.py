@@ -11,6 +11,6 @@ class Limits(BaseModel, extra="forbid", strict=True):
     kl: float = Field(default=0.3, gt=0)
     """KL to the base model, in nats per token."""
     perplexity: float = Field(default=1.25, ge=1)
-    """Times that of the base model."""
+    """Times the base model's perplexity."""
     repetition: float = Field(default=0.1, ge=0)
     """Share of repeated word triples above that of the base model."""

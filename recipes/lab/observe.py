@@ -66,8 +66,6 @@ class HeldOut:
     """The examples that models are measured on, and what all of these measurements share.
 
     Args:
-        model: The base model.
-        tokenizer: Its tokenizer.
         pairs: Test rows: preference pairs, or prompts alone.
         neutral: Prompts and completions that the behaviour is not about, on which side effects are reported.
         asked: Rows whose prompts are answered in place of the test rows' prompts; None: the test rows.
@@ -180,8 +178,8 @@ def neutral(model: Any, held_out: HeldOut, strengths: Strengths) -> dict[str, Ob
     observed = {}
     for label, strength in strengths.items():
         with scaled(model, strength):
-            seen = neutral_logps(model, held_out.tokenizer, held_out.neutral)
-        observed[label] = against_base(seen, held_out.base_logps("neutral"))
+            logps = neutral_logps(model, held_out.tokenizer, held_out.neutral)
+        observed[label] = against_base(logps, held_out.base_logps("neutral"))
     return observed
 
 
@@ -209,11 +207,11 @@ def answers(model: Any, held_out: HeldOut, strengths: Strengths) -> dict[str, Ob
 def _base_likelihood(held_out: HeldOut, texts: Sequence[str], before: str, name: str) -> Observations:
     """How likely the base model finds answers (nats, summed), with a text before every prompt."""
     written, prompts = [i for i, text in enumerate(texts) if text.strip()], (held_out.plain or held_out).prompts
-    asked = [(f"{before}{plain(prompts[i])}", texts[i]) for i in written]
+    rows = [(f"{before}{plain(prompts[i])}", texts[i]) for i in written]
     nats: list[float | None] = [None] * len(texts)
     tokens: list[float | None] = [None] * len(texts)
-    seen = neutral_logps(held_out.model, held_out.tokenizer, as_rows(held_out.tokenizer, asked)) if asked else []
-    for i, (logps_TV, targets_T) in zip(written, seen, strict=True):
+    logps = neutral_logps(held_out.model, held_out.tokenizer, as_rows(held_out.tokenizer, rows)) if rows else []
+    for i, (logps_TV, targets_T) in zip(written, logps, strict=True):
         nats[i], tokens[i] = float(F.nll_loss(logps_TV, targets_T, reduction="sum")), len(targets_T)
     return {f"{name}_nll": nats, f"{name}_tokens": tokens}
 
@@ -313,19 +311,15 @@ OBSERVERS = {
 }
 
 
-def against_base(seen: Sequence[tuple[Tensor, Tensor]], base: Sequence[Tensor]) -> Observations:
-    """What the tokens of every neutral answer add up to, and the 95th percentile of their KL.
-
-    Args:
-        seen: `neutral_logps` of a steered model; of fewer rows than the base's, those of the first.
-        base: The base model's log-probabilities of the same rows, `(T, V)` each.
-    """
-    kl_T = [(ours.exp() * (ours - theirs)).sum(dim=-1) for (ours, _), theirs in zip(seen, base, strict=False)]
+def against_base(steered: Sequence[tuple[Tensor, Tensor]], base: Sequence[Tensor]) -> Observations:
+    """What the tokens of every neutral answer add up to, and the 95th percentile of their KL. Where `steered` has
+    fewer rows than the base, they are the first."""
+    kl_T = [(ours.exp() * (ours - theirs)).sum(dim=-1) for (ours, _), theirs in zip(steered, base, strict=False)]
     return {
         "neutral_kl": [float(kl.sum()) for kl in kl_T],
         "neutral_kl_tail": [float(kl.quantile(_TAIL)) for kl in kl_T],
-        "neutral_nll": [float(F.nll_loss(ours, targets, reduction="sum")) for ours, targets in seen],
-        "neutral_tokens": [len(targets) for _, targets in seen],
+        "neutral_nll": [float(F.nll_loss(ours, targets, reduction="sum")) for ours, targets in steered],
+        "neutral_tokens": [len(targets) for _, targets in steered],
     }
 
 
@@ -339,14 +333,14 @@ def neutral_logps(
 @torch.no_grad()
 def answer_logps(model: Any, shown: Sequence[Batch]) -> list[tuple[Tensor, Tensor]]:
     """The same of rows that are tokenised already."""
-    seen = []
+    logps = []
     for batch in shown:
         batch = batch.to(model.device)
         # the labels of all rows stand row after row
         logps_LV = F.log_softmax(labelled_logits(model, model, batch), dim=-1).cpu()
         lengths = (batch.labels[:, 1:] != -100).sum(dim=1).tolist()
-        seen += zip(logps_LV.split(lengths), batch.answers.cpu().split(lengths), strict=True)
-    return seen
+        logps += zip(logps_LV.split(lengths), batch.answers.cpu().split(lengths), strict=True)
+    return logps
 
 
 FEW_NEUTRAL = 16
@@ -377,5 +371,5 @@ def neutral_rows(
         raise ArmError(
             f"Neutral text must have 2 rows or more, to match strengths and to report on (got {len(rows)})."
         )
-    own = rows.select([*range(0 if part == "match" else 1, len(rows), 2)][:count])
-    return own if tokenizer is None else readable(own, tokenizer)
+    part_rows = rows.select([*range(0 if part == "match" else 1, len(rows), 2)][:count])
+    return part_rows if tokenizer is None else readable(part_rows, tokenizer)

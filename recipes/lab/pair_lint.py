@@ -36,7 +36,6 @@ class Finding:
     """One thing to know about pairs.
 
     Attributes:
-        check: Which check found it.
         text: What was found, and what to do about it.
         rows: Where the first rows that it is about stand.
         value: The number behind it, if there is one.
@@ -94,11 +93,11 @@ def _equal(pairs: Sequence[dict[str, Any]], place: Callable[[int], str]) -> Find
 
 
 def _duplicates(pairs: Sequence[dict[str, Any]], by: By, place: Callable[[int], str]) -> Finding | None:
-    words_of_rows, seen, twice = texts(pairs, by), set(), []
+    words_of_rows, before, twice = texts(pairs, by), set(), []
     for i, text in enumerate(words_of_rows):
-        if text in seen:
+        if text in before:
             twice.append(i)
-        seen.add(text)
+        before.add(text)
     if not twice:
         return None
     same = Counter(json.dumps(row, sort_keys=True, default=str) for row in pairs)

@@ -72,13 +72,9 @@ def say_build_locks() -> None:
 
 
 def default_threads(launched: tuple[Mapping[str, str], list[str]] | None = None, running: int = 1) -> int:
-    """Threads of a process: `OMP_NUM_THREADS`, else its share of the cores that this process may use.
-
-    Args:
-        launched: What `launcher` says. `accelerate launch` sets `OMP_NUM_THREADS=1` by itself, so what counts is its
-            own environment and `--num_cpu_threads_per_process`.
-        running: How many processes share the cores.
-    """
+    """Threads of a process: `OMP_NUM_THREADS`, else its share of the cores that this process may use. Of a launch
+    counts what its own environment and `--num_cpu_threads_per_process` say, since `accelerate launch` sets
+    `OMP_NUM_THREADS=1` by itself."""
     chosen = os.environ.get("OMP_NUM_THREADS")
     if launched is not None:
         environment, words = launched

@@ -174,13 +174,8 @@ _display = _SILENT
 
 @contextmanager
 def progress(title: str, total: float = 1.0, show: bool = True) -> Iterator[Bar]:
-    """A bar of `total` units: the command's own, or inside a step of another bar that step's.
-
-    Args:
-        title: What the command does.
-        total: Units of work. They weigh the steps, and the time left is estimated with them.
-        show: Whether to show a bar of its own; of several processes only the first one does.
-    """
+    """A bar of `total` units: the command's own, or inside a step of another bar that step's. Units of work weigh the
+    steps, and the time left is estimated with them."""
     global _display
     if _display is not _SILENT or not show or os.environ.get("RANK", "0") != "0":
         yield Bar(total)

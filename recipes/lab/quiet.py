@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
+from dataclasses import dataclass
 
 # message, category, module: as narrow as they can be, so that nothing else is hidden
 _WARNINGS = (
@@ -43,18 +44,11 @@ def quiet() -> None:
         warnings.filterwarnings("ignore", message, category, module)
 
 
+@dataclass(frozen=True)
 class _Without(logging.Filter):
-    """Leaves out records whose message starts with a text."""
+    """Leaves out records whose message starts with a text. A logger keeps equal filters once."""
 
-    def __init__(self, start: str) -> None:
-        super().__init__()
-        self.start = start
+    start: str
 
     def filter(self, record: logging.LogRecord) -> bool:
         return not record.getMessage().startswith(self.start)
-
-    def __eq__(self, other: object) -> bool:  # a logger keeps equal filters once
-        return isinstance(other, _Without) and other.start == self.start
-
-    def __hash__(self) -> int:
-        return hash(self.start)

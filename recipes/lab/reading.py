@@ -20,7 +20,7 @@ def read_file(path: Path) -> Dataset:
     """The rows of a local file. Every field of a CSV file is the text that stands there, `NA` and `007` too.
 
     Raises:
-        ArmError: it is of another kind, damaged or empty, or its columns are not those that its first line names.
+        ArmError: it is of another kind, damaged or empty, or its columns differ from its first line.
     """
     if path.suffix not in BUILDERS:
         raise ArmError(f"{path} must end in one of {sorted(BUILDERS)}.")
@@ -92,7 +92,7 @@ def _header(path: Path) -> list[str]:
 
 
 def _in_lines(text: str, index: int) -> int:
-    """Where a line of JSON Lines begins, counting those that are not empty."""
+    """Where a line of JSON Lines begins, counting lines that are not empty."""
     start = 0
     for line in text.split("\n"):
         if line.strip():

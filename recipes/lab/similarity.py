@@ -118,7 +118,7 @@ def near_pairs(
 ) -> list[tuple[int, int]]:
     """Pairs (index in first, index in second) with a similarity of at least `near`.
 
-    Exact. Two sets that are so similar share one of their rarest members, so only those that do are compared
+    Exact. Two sets that are so similar share one of their rarest members, so only such sets are compared
     (prefix filtering, Bayardo et al. 2007).
     """
     if not first or not second:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,31 +11,11 @@ from typing import Any
 from datasets import Dataset, get_dataset_split_names, load_dataset
 
 from steertune.recipes.lab import embedded
-from steertune.recipes.lab.columns import Form, Source, named
+from steertune.recipes.lab.columns import Reading, named
 from steertune.recipes.lab.division import Division, divide
 from steertune.recipes.lab.files import ArmError
 from steertune.recipes.lab.reading import BUILDERS, place, read_file
 from steertune.recipes.lab.similarity import By, told_apart_by
-from steertune.recipes.lab.tables import Columns
-
-
-@dataclass(frozen=True)
-class Reading:
-    """How the rows of a data set are read.
-
-    Attributes:
-        columns: What each part of an example is; empty: the columns are recognised.
-        form: What texts become, as `data.format`.
-        chat: Whether the model has a chat template; asked only where it matters.
-        strict: Whether rows are refused that are not examples.
-        answers: Whether an example has answers; else a prompt is enough.
-    """
-
-    columns: Columns = field(default_factory=dict)
-    form: Form = "auto"
-    chat: Callable[[], bool] = lambda: True
-    strict: bool = True
-    answers: bool = True
 
 
 @dataclass(frozen=True)
@@ -43,8 +23,6 @@ class Parts:
     """All rows of a data set, in training and test rows.
 
     Attributes:
-        train: Rows to train on.
-        test: Rows to measure on.
         by: What tells the rows apart.
         note: How many rows each part has, and how the split was made.
         places: Where a training row stands, and where a test row does, by its number.
@@ -117,14 +95,12 @@ def _named(name: str, split: str, reading: Reading | None) -> _Rows:
 
 
 def _named_or_none(name: str, split: str, reading: Reading | None) -> _Rows | None:
-    reading = reading or Reading()
     path = _file(name, split)
     rows = _on_hub(name, split) if path is None else read_file(path)
     if rows is None:
         return None
     where = row_place(name, split)
-    source = Source(name, where, **vars(reading))
-    return _Rows(*named(rows, source), where)
+    return _Rows(*named(rows, replace(reading or Reading(), name=name, place=where)), where)
 
 
 def row_place(name: str, split: str) -> Callable[[int], str]:

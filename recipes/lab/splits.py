@@ -120,7 +120,7 @@ def _of_files(name: str, parts: Parts, validation_rows: Dataset | None, sizes: S
 
 
 def _of_one_file(name: str, parts: Parts, sizes: SplitTable) -> Splits:
-    """The splits of a single file: its test rows are those of every other recipe, and the rest is divided again."""
+    """The splits of a single file: its test rows are as in every other recipe, and the rest is divided again."""
     rest, taken, left_out = parts.train, [], 0
     for what, size in (("validation", sizes.validation), ("scorer", sizes.scorer)):
         division = divide(rest.to_list(), parts.by, what)

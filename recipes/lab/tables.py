@@ -127,7 +127,7 @@ class CardTable(Table):
 
 
 class ArmTables(Table):
-    """The tables of an arm, but for those of its ingredients (`lab/ingredients/`)."""
+    """The tables of an arm, without its ingredients (`lab/ingredients/`)."""
 
     name: str
     """Name of the arm; left out: that of its file."""

@@ -67,7 +67,7 @@ class TrainedOn:
 
 
 def sets_of(train: Dataset, by: By, used: Dataset) -> list[TrainedOn]:
-    """What is kept of a training: of its examples, and of those that were made of them. `used` are the rows that the
+    """What is kept of a training: of its examples, and of new examples made from them. `used` are the rows that the
     trainer got."""
     return [TrainedOn.of(used if by == "prompt" and len(used) > len(train) else train, by)]
 
@@ -113,7 +113,7 @@ def resembling(sets: Iterable[TrainedOn], rows: Dataset) -> list[int]:
 
 
 def _sketches(frame: Frame, text: tuple[str, ...]) -> np.ndarray:
-    """The sketches of a text, and of what is left of it without the frame, `(128,)` bytes."""
+    """The sketches of a text, and of the rest of it without the frame, `(128,)` bytes."""
     return np.concatenate([_sketch(shingles(text)), _sketch(frame.rest(text))])
 
 

@@ -293,21 +293,17 @@ class _Steps(TrainerCallback):
     """Moves the command's bar with every step, and shows the loss beside the name of what is trained."""
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Trainer event: training starts, or continues after the steps of an earlier run."""
         self.bar = Bar(state.max_steps)
         self.bar.skip(state.global_step)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Trainer event: the optimiser made a step."""
         self.bar.advance()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        """Trainer event: something was logged."""
         if "loss" in (logs or {}):
             self.bar.note(f"loss {float(logs['loss']):.3g}")
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Trainer event: training has ended."""
         self.bar.note("")
 
 
@@ -319,11 +315,9 @@ class _Moved(TrainerCallback):
     """Ends a training that made no step, or changed nothing: its adapter would do nothing, without a word."""
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        """Trainer event: training starts, or continues after the steps of an earlier run."""
         self.step, self.before = state.global_step, _sample(model)
 
     def on_train_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        """Trainer event: training has ended."""
         if state.global_step == 0:
             raise NothingLearned(
                 "Training ended after 0 steps: there are fewer rows than a step takes. Give more rows, a smaller "
@@ -350,6 +344,5 @@ class _MetricsFile(TrainerCallback):
         self.file = file
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Trainer event: something was logged."""
         if state.is_world_process_zero:
             write_whole(self.file, "".join(json.dumps(line) + "\n" for line in state.log_history))

@@ -47,7 +47,7 @@ class SteeringArguments:
     steering_layers: str = field(
         default="0.667", metadata={"help": "a block, a fraction of the depth, a list of either, or all"}
     )
-    steering_form: str = field(default="bias", metadata={"help": "bias, span, gated, linear or low_rank"})
+    steering_form: str = field(default="bias", metadata={"help": "bias, span, gated, linear, low_rank or project"})
     steering_rank: int = field(default=1, metadata={"help": "rank of low_rank"})
     steering_basis: str | None = field(
         default=None, metadata={"help": "the vectors of span: an adapter folder, or a list of them"}

@@ -20,6 +20,8 @@ from peft import PeftModel
 from torch import Tensor
 
 from steertune.adapters import prompt_length
+from steertune.adapters.analysis.activations import outputs_of
+from steertune.adapters.monitors import Monitor
 from steertune.adapters.rows import steer_rows
 from steertune.recipes.lab.generation import broken_rows, left_padded
 from steertune.recipes.serving.cache import States, can_join, new_cache
@@ -51,6 +53,7 @@ class Engine:
         tokenizer: Of the model.
         batch: Answers at a time.
         on_step: Called after every step with its seconds and the number of tokens that it drew.
+        monitor: Scores the tokens of every answer; None: they have no scores.
     """
 
     def __init__(
@@ -59,9 +62,10 @@ class Engine:
         tokenizer: Any,
         batch: int = BATCH,
         on_step: Callable[[float, int], None] = lambda seconds, tokens: None,
+        monitor: Monitor | None = None,
     ) -> None:
         self.vectors, self.tokenizer = vectors, tokenizer
-        self.batch, self.on_step = batch, on_step
+        self.batch, self.on_step, self.monitor = batch, on_step, monitor
         self._waiting: deque[_Row] = deque()
         self._running: list[_Row] = []
         self._states: States | None = None
@@ -282,8 +286,27 @@ class Engine:
         options = {"position_ids": positions_BT, "use_cache": True} | options
         options = {name: value for name, value in options.items() if name in self._parameters}
         vectors = [row.job.vectors for row in rows]
-        with steer_rows(self.vectors.model, vectors), prompt_length(self.vectors.model, ends_B):
-            return self.base(input_ids=ids_BT, attention_mask=mask_BT, **options)
+        watched = {} if self.monitor is None else {0: self.base.get_submodule(self.monitor.module)}
+        with (
+            steer_rows(self.vectors.model, vectors),
+            prompt_length(self.vectors.model, ends_B),
+            outputs_of(self.base, watched, ends_early=False) as states,
+        ):
+            output = self.base(input_ids=ids_BT, attention_mask=mask_BT, **options)
+        if self.monitor is not None:
+            _score(self.monitor, rows, states[0])
+        return output
+
+
+def _score(monitor: Monitor, rows: Sequence[_Row], h_BTD: Tensor) -> None:
+    """Score the tokens of answers that were just read: all so far, with their prompts, or the last one."""
+    scores_BT = (h_BTD.float() @ monitor.weight.to(h_BTD.device) + monitor.bias).cpu()
+    for row, scores_T in zip(rows, scores_BT, strict=True):
+        count = len(row.job.tokens)
+        if count <= len(scores_T):
+            row.job.token_scores = scores_T[len(scores_T) - count :].tolist()
+        else:
+            row.job.token_scores.append(float(scores_T[-1]))
 
 
 def end_tokens(model: Any, tokenizer: Any) -> set[int]:

@@ -109,6 +109,7 @@ class Job:
         seconds: Time until it has to be there, from when its turn comes.
         deadline: The same as a time of `time.monotonic()`; set when its turn comes unless it is known before.
         tokens: The answer so far.
+        token_scores: What a monitor says of its tokens; the last token of an answer that is cut off is never read.
         cancelled: Whether nobody waits for it any more.
     """
 
@@ -123,6 +124,7 @@ class Job:
     seconds: float = 600.0
     deadline: float | None = None
     tokens: list[int] = field(default_factory=list)
+    token_scores: list[float] = field(default_factory=list)
     cancelled: bool = False
 
     @property

@@ -6,8 +6,10 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
+import torch
 from pydantic import BaseModel, Field
 
+from steertune.adapters.monitors import Monitor
 from steertune.adapters.rows import RowVector
 from steertune.recipes.lab.files import ArmError
 from steertune.recipes.serving.defaults import BATCH, LONGEST, SECONDS
@@ -15,6 +17,7 @@ from steertune.recipes.serving.engine import Engine
 from steertune.recipes.serving.jobs import Event, Failed, Job, Piece, Sampling
 from steertune.recipes.serving.limits import Limits, read_prompt
 from steertune.recipes.serving.names import Steering, combined
+from steertune.recipes.serving.remedies import Answer, Remedy
 from steertune.recipes.serving.vectors import Vectors
 
 
@@ -61,6 +64,8 @@ class Server:
         batch: Requests at a time.
         longest: Largest `new_tokens` of a request.
         seconds: Time for one answer.
+        monitor: Scores every answer; None: answers have no score.
+        remedy: What becomes of answers that it flags; None: nothing.
     """
 
     def __init__(
@@ -70,9 +75,12 @@ class Server:
         batch: int = BATCH,
         longest: int = LONGEST,
         seconds: float = SECONDS,
+        monitor: Monitor | None = None,
+        remedy: Remedy | None = None,
     ) -> None:
         self.vectors, self.tokenizer, self.seconds = vectors, tokenizer, seconds
-        self.engine = Engine(vectors, tokenizer, batch)
+        self.monitor, self.remedy = monitor, remedy
+        self.engine = Engine(vectors, tokenizer, batch, monitor=monitor)
         self.limits = Limits.of(self.engine.base, tokenizer, longest)
 
     def check(self, request: Request) -> None:
@@ -97,7 +105,20 @@ class Server:
         return [str(reply) for reply in replies]
 
     def replies(self, requests: Sequence[Request]) -> list[str | ArmError]:
-        """The same of requests that were checked, with the error of each that has no answer."""
+        """The same of requests that were checked, with the error of each that has no answer. Answers that the monitor
+        flags are replaced, if there is a remedy."""
+        replies = self._replies(requests)
+        flagged = [i for i, reply in enumerate(replies) if isinstance(reply, Answer) and reply.flagged]
+        if self.remedy is None or not flagged:
+            return replies
+        for changes in self.remedy.changes:
+            again = [requests[i].model_copy(update=changes(requests[i])) for i in flagged]
+            for i, other in zip(flagged, self._replies(again), strict=True):
+                replies[i] = self.remedy.choose(replies[i], other)
+        return replies
+
+    def _replies(self, requests: Sequence[Request]) -> list[str | ArmError]:
+        """What every request is answered at first."""
         texts = [""] * len(requests)
         errors: dict[int, ArmError] = {}
 
@@ -108,10 +129,15 @@ class Server:
                 errors[row] = ArmError(event.message)
 
         prompts = [read_prompt(self.tokenizer, request.prompt) for request in requests]
-        for row in sorted(range(len(requests)), key=lambda i: len(prompts[i])):  # like lengths need little padding
-            self.engine.submit(self._job(requests[row], prompts[row], partial(hear, row)))
+        jobs = [self._job(*asked, partial(hear, row)) for row, asked in enumerate(zip(requests, prompts, strict=True))]
+        for job in sorted(jobs, key=lambda job: len(job.prompt)):  # like lengths need little padding
+            self.engine.submit(job)
         self.engine.run()
-        return [errors.get(row, text.strip()) for row, text in enumerate(texts)]
+        answers: list[str] = [text.strip() for text in texts]
+        if self.monitor is not None:
+            scored = zip(answers, jobs, strict=True)
+            answers = [Answer.scored(text, self.monitor, torch.tensor(job.token_scores)) for text, job in scored]
+        return [errors.get(row, answer) for row, answer in enumerate(answers)]
 
     def _job(self, request: Request, prompt: list[int], listener: Any) -> Job:
         named = self.vectors.named

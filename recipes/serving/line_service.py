@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from steertune.recipes.lab.files import ArmError, reasons, shown, without_repeats
 from steertune.recipes.serving.line_requests import Request, Server
 from steertune.recipes.serving.lines import LONGEST_LINE, Lines
+from steertune.recipes.serving.remedies import Answer
 
 _BATCHES = 4  # are read at a time, so that a short answer does not wait for the longest of its batch
 
@@ -35,7 +36,10 @@ def serve_lines(server: Server, lines: Lines, output: IO[str], done: set[Any]) -
                 good.append((request, replies[-1]))
         answers = server.replies([request for request, _ in good])
         for (_, reply), answer in zip(good, answers, strict=True):
-            reply |= {"error": str(answer)} if isinstance(answer, ArmError) else {"answer": answer}
+            if isinstance(answer, ArmError):
+                reply["error"] = str(answer)
+            else:
+                reply |= {"answer": str(answer), **(answer.details() if isinstance(answer, Answer) else {})}
         refused += sum("error" in reply for reply in replies)
         output.writelines(json.dumps(reply, ensure_ascii=False) + "\n" for reply in replies)
         output.flush()

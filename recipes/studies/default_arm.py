@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
-import pandas as pd
 import torch
 from datasets import Dataset
 
@@ -38,7 +37,7 @@ from steertune.recipes.lab.measures import get as measure
 from steertune.recipes.lab.measures.repetition import repeated
 from steertune.recipes.lab.observe import NEUTRAL, HeldOut
 from steertune.recipes.lab.options import Choice, Count, Option
-from steertune.recipes.lab.pages import Table, escape, table_markdown
+from steertune.recipes.lab.pages import escape, table_markdown, table_of
 from steertune.recipes.lab.pages.verdict import MAX_CIRCLES, MAX_KL, MAX_REPETITION, circling
 from steertune.recipes.lab.processes import begin
 from steertune.recipes.lab.resumable import Job, Key, records_of
@@ -212,11 +211,8 @@ def table(cells: Sequence[Mapping[str, Any]], split: str) -> str:
         text = f"{shown(cell):.2f} (KL {cell['kl']:.2f}, repetition {repeats(cell):.2f}){fluent}"
         rows.setdefault((cell["candidate"], cell["strength"]), {})[cell["behaviour"]] = text
     columns = [name for name in BEHAVIOURS if name in bases]
-    frame = pd.DataFrame(
-        [[name, f"{at:g}", *(row.get(column, "") for column in columns)] for (name, at), row in rows.items()],
-        columns=pd.Index(["candidate", "strength", *columns]),
-    )
-    return table_markdown(Table(frame))
+    cells_of = [[name, f"{at:g}", *(row.get(column, "") for column in columns)] for (name, at), row in rows.items()]
+    return table_markdown(table_of(["candidate", "strength", *columns], cells_of))
 
 
 def report(cells: Sequence[Mapping[str, Any]]) -> str:

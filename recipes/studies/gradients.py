@@ -175,11 +175,6 @@ def unmatched(none_BD: Tensor, unpaired_BD: Tensor, pairs_BD: Tensor) -> dict[st
     """The chosen answers' part of every batch plus the rejected answers' part of the next batch.
 
     Empty where the gradient is not the sum of these two parts, which shows in `unpaired` differing from `pairs`.
-
-    Args:
-        none_BD: Gradients of the chosen answers only, B batches of D parameters.
-        unpaired_BD: Gradients with the rejected answers of other pairs in the batch.
-        pairs_BD: Gradients of the pairs.
     """
     if (unpaired_BD - pairs_BD).norm() > 1e-2 * pairs_BD.norm():
         return {}
@@ -187,12 +182,7 @@ def unmatched(none_BD: Tensor, unpaired_BD: Tensor, pairs_BD: Tensor) -> dict[st
 
 
 def noise(gradients_BD: Tensor, behaviour_D: Tensor) -> dict[str, float]:
-    """Signal and noise of batch gradients, also along one direction; see the module for the formulas.
-
-    Args:
-        gradients_BD: Gradients of B batches, D parameters each.
-        behaviour_D: The direction.
-    """
+    """Signal and noise of batch gradients, also along one direction; see the module for the formulas."""
     mean_D = gradients_BD.mean(dim=0)
     variance = float((gradients_BD - mean_D).square().sum() / (len(gradients_BD) - 1))
     signal = float(mean_D.square().sum()) - variance / len(gradients_BD)

@@ -37,6 +37,7 @@ from steertune.recipes.lab import embedded
 from steertune.recipes.lab.command_line import Result, command
 from steertune.recipes.lab.data import load_splits
 from steertune.recipes.lab.files import write_whole
+from steertune.recipes.lab.forms import readable
 from steertune.recipes.lab.options import Choice, Count, Option
 from steertune.recipes.lab.processes import begin
 from steertune.recipes.lab.resumable import Job, records_of
@@ -158,14 +159,9 @@ def _answers(pairs: Dataset) -> Dataset:
 
 def gemma3() -> Subject:
     """A base model without a chat template, which reads the same answers as text."""
-    splits = load_splits(DataTable(name=TASK, train=TRAIN, test=TEST))
-    train, test = (Dataset.from_list([_as_text(row) for row in _answers(rows)]) for rows in splits)
-    return Subject(embedded.load_model(model="gemma3"), embedded.load_tokenizer("gemma3"), train, test)
-
-
-def _as_text(row: Any) -> dict[str, str]:
-    question = "\n".join(message["content"] for message in row["prompt"])
-    return {"prompt": f"Question: {question}\nAnswer:", "completion": f" {row['completion'][0]['content']}"}
+    splits, tokenizer = load_splits(DataTable(name=TASK, train=TRAIN, test=TEST)), embedded.load_tokenizer("gemma3")
+    train, test = (readable(_answers(rows), tokenizer) for rows in splits)
+    return Subject(embedded.load_model(model="gemma3"), tokenizer, train, test)
 
 
 def tiny(factor: float = 1.0) -> Subject:

@@ -21,13 +21,11 @@ from functools import cache
 from pathlib import Path
 from typing import Annotated, Any
 
-import pandas as pd
-
 from steertune.adapters.card import versions
 from steertune.recipes.lab.command_line import Result, command
 from steertune.recipes.lab.observe import HeldOut, neutral_rows
 from steertune.recipes.lab.options import Choice, Count, Option
-from steertune.recipes.lab.pages import Page, Section, Table, Text, write_page
+from steertune.recipes.lab.pages import Page, Section, Text, table_of, write_page
 from steertune.recipes.lab.processes import begin
 from steertune.recipes.lab.progress import track
 from steertune.recipes.lab.resumable import Job, records_of
@@ -117,7 +115,7 @@ def page_of(studies: Sequence[dict[str, Any]]) -> Page:
     """The tables of every world that has studies."""
     problems = [[name, problem.about] for name, problem in CONTRASTS.items()]
     parts = [
-        Section("", [Text(_WHAT), Table(pd.DataFrame(problems, columns=pd.Index(["problem", "what is planted"])))]),
+        Section("", [Text(_WHAT), table_of(["problem", "what is planted"], problems)]),
     ]
     for name in SIZES:
         of_world = [one for one in studies if one["world"] == name]

@@ -38,7 +38,16 @@ from steertune.recipes.lab.evaluate import evaluate, evaluate_base
 from steertune.recipes.lab.forms import readable
 from steertune.recipes.lab.observe import HeldOut, neutral_rows
 from steertune.recipes.lab.options import Choice, Count, Option
-from steertune.recipes.lab.pages import Page, Section, Table, Text, settings_in_words, table_markdown, write_page
+from steertune.recipes.lab.pages import (
+    Page,
+    Section,
+    Table,
+    Text,
+    settings_in_words,
+    table_markdown,
+    table_of,
+    write_page,
+)
 from steertune.recipes.lab.paths import TASKS as TASK_FOLDERS
 from steertune.recipes.lab.processes import begin
 from steertune.recipes.lab.progress import progress, step
@@ -214,7 +223,7 @@ def page_of(records: Sequence[Record], folders: Sequence[Path]) -> Page:
     return Page(
         "The embedded vectors",
         [
-            Section("", [Text(what), Table(pd.DataFrame(rows, columns=pd.Index(header)), "vectors")]),
+            Section("", [Text(what), table_of(header, rows, "vectors")]),
             Section("How alike they are", [Text(alike), Table(cosines(folders), "cosines")]),
             Section("How they were made", [Text(_MADE), Text(f"{versions()}.")]),
         ],

@@ -29,9 +29,6 @@ class Context:
     """The base model and the rows of a sweep; a *part* of the rows is `validation`, which chooses, or `test`, which is
     read once. Neutral text is halved between them, too.
 
-    Args:
-        table: The sweep, as asked for; `table` of the context says how many rows there are.
-
     Raises:
         ArmError: rows that are not pairs, too few of them, or rows that stand in two splits.
     """

@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 
 from steertune.recipes.lab import measures
 from steertune.recipes.lab.intervals import interval, of_measure
 from steertune.recipes.lab.measures import Seen
-from steertune.recipes.lab.pages import Block, Code, Figure, Page, Section, Table, Text, escape, prose
+from steertune.recipes.lab.pages import Block, Code, Figure, Page, Section, Table, Text, escape, prose, table_of
 from steertune.recipes.lab.pages.measured import comparison, generations, measured, number, title
 from steertune.recipes.lab.pages.side_effects import BESIDE, of_strengths, with_ends
 from steertune.recipes.lab.rows import BASE, Record, label
@@ -72,6 +71,11 @@ class Sweep:
     def choice(self) -> Choice:
         """The recommendation."""
         return choose(self.settings, self.table.limits)
+
+    @property
+    def shown(self) -> Setting | None:
+        """The recommended setting, or without one the setting with the largest mean effect."""
+        return self.choice.setting or max(self.settings, key=lambda one: one.value("margin_gain"), default=None)
 
     @property
     def tested(self) -> Setting:
@@ -179,18 +183,16 @@ def _maps(result: Sweep) -> Section | None:
 
 
 def _side_effects(result: Sweep) -> Section | None:
-    """What every strength does at one place: the recommended one, or the one with the largest mean effect."""
-    shown = result.choice.setting or max(result.settings, key=lambda one: one.value("margin_gain"), default=None)
-    if shown is None:
+    """What every strength does at the place of `result.shown`."""
+    if result.shown is None:
         return None
-    where = place(shown).partition(" at ")[0]
-    return Section(f"Every strength at {where} (validation rows)", of_strengths(shown.record))
+    where = place(result.shown).partition(" at ")[0]
+    return Section(f"Every strength at {where} (validation rows)", of_strengths(result.shown.record))
 
 
 def _evenness(result: Sweep) -> Section | None:
-    """How evenly the recommended setting works, or without one the setting with the largest mean effect."""
-    choice = result.choice
-    shown = choice.setting or max(result.settings, key=lambda one: one.value("margin_gain"), default=None)
+    """How evenly `result.shown` works."""
+    choice, shown = result.choice, result.shown
     if shown is None:
         return None
     parts = {"validation": reliability(shown)}
@@ -223,8 +225,8 @@ def _table(result: Sweep) -> Section:
                 add(where, strength, record, ", ".join(excesses(setting, result.table.limits)))
             else:
                 rows.append([where, f"{strength:g}", *[""] * len(names), record.facts["error"]])
-    frame = pd.DataFrame(rows, columns=pd.Index(["layer", "strength", *map(title, names), "too much"]))
-    return Section("Every setting (validation rows)", [Table(frame, "settings")])
+    table = table_of(["layer", "strength", *map(title, names), "too much"], rows, "settings")
+    return Section("Every setting (validation rows)", [table])
 
 
 def _cell(name: str, record: Record, strength: float) -> str:

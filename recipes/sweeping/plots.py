@@ -13,9 +13,9 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from numpy.typing import NDArray
 
+from steertune.recipes.lab.pages.drawing import GREY, tidy
 from steertune.recipes.sweeping.choose import Choice, Reliability, Setting
 
-_GREY = "#777777"
 _COLUMNS = 3
 Value = Callable[[Setting], float]
 
@@ -70,8 +70,8 @@ def _heat(axis: Axes, grid: NDArray[np.float64], colours: str) -> None:
 
 
 def pareto(settings: Sequence[Setting], value: Value, base: float, limit: float, choice: Choice, label: str) -> Figure:
-    """Behaviour against KL, a dot a setting coloured by its layer; those that no other beats on both are joined. The
-    recommendation is ringed; `base` is the value of the base model and `limit` that of the KL."""
+    """Behaviour against KL, a dot a setting coloured by its layer; settings that no other beats on both are joined.
+    The recommendation is ringed; `base` is the value of the base model and `limit` that of the KL."""
     points = [(max(c.value("kl"), 1e-6), value(c), c) for c in settings]
     points = [point for point in points if np.isfinite(point[:2]).all()]
     figure = Figure(figsize=(7.2, 4.2), layout="constrained")
@@ -80,7 +80,7 @@ def pareto(settings: Sequence[Setting], value: Value, base: float, limit: float,
     norm, palette = Normalize(layers[0], max(layers[-1], layers[0] + 1)), colormaps["viridis"]
     markers = dict(zip(dict.fromkeys(c.site for c in settings), "osD", strict=False))
     front = _front(points, base)
-    axis.plot([x for x, _, _ in front], [y for _, y, _ in front], color=_GREY, linewidth=0.9, zorder=1)
+    axis.plot([x for x, _, _ in front], [y for _, y, _ in front], color=GREY, linewidth=0.9, zorder=1)
     for x, y, c in points:
         axis.plot(x, y, markers[c.site], color=palette(norm(c.layer)), markersize=5.5, zorder=2)
     for x, y, c in front:
@@ -89,12 +89,10 @@ def pareto(settings: Sequence[Setting], value: Value, base: float, limit: float,
     if choice.setting is not None:
         ring = {"markersize": 13, "markerfacecolor": "none", "markeredgecolor": "red", "markeredgewidth": 1.8}
         axis.plot(max(choice.setting.value("kl"), 1e-6), value(choice.setting), "o", label="recommended", **ring)
-    axis.axhline(base, color=_GREY, linestyle="--", linewidth=0.9, label="base model")
+    axis.axhline(base, color=GREY, linestyle="--", linewidth=0.9, label="base model")
     axis.axvline(limit, color="red", linestyle=":", linewidth=0.9, label="limit of the KL")
     axis.set_xscale("log")
-    axis.set(xlabel="KL to the base on neutral text, nats a token (layer×strength on the front)", ylabel=label)
-    axis.spines[["top", "right"]].set_visible(False)
-    axis.grid(alpha=0.25, linewidth=0.6)
+    tidy(axis, xlabel="KL to the base on neutral text, nats a token (layer×strength on the front)", ylabel=label)
     figure.legend(loc="outside upper center", ncols=3, fontsize=8, frameon=False)
     figure.colorbar(ScalarMappable(norm, palette), ax=axis, label="layer", ticks=layers)
     return figure

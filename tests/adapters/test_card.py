@@ -176,12 +176,10 @@ def test_push_to_hub_of_a_peft_model_replaces_the_card_unless_it_is_on_the_hub(f
 
 def test_the_recipe_puts_its_measurements_in_the_card(tmp_path):
     tiny_data.save_model(tmp_path / "model", max_position_embeddings=512)
-    (tmp_path / "task").mkdir()
-    for split in ("train", "test"):
-        tiny_data.pairs(8, seed=len(split)).to_json(tmp_path / "task" / f"{split}.jsonl")
+    task = tiny_data.save_task(tmp_path / "task", train=tiny_data.pairs(8, 5), test=tiny_data.pairs(8, 4))
     arm = make_arm({
         "name": "mine", "model": {"name": str(tmp_path / "model"), "threads": 1},
-        "data": {"name": str(tmp_path / "task"), "train": 4, "test": 4},
+        "data": {"name": task, "train": 4, "test": 4},
         "trainer": {"max_steps": 1, "save_strategy": "no", "disable_tqdm": True},
         "evaluation": {"generations": 0}, "output": {"folder": str(tmp_path / "run")},
         "card": {"behaviour": "It stays.", "problem": "Does it stay?", "safety": "Ask first."},

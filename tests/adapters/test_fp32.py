@@ -9,8 +9,7 @@ import pytest
 import torch
 from peft import get_peft_model
 from tiny_data import demonstrations, pairs, tokenizer
-from tiny_models import steered, tiny, tokens, vector_of
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from tiny_models import quantised_tiny, steered, tokens, vector_of
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from steertune.adapters import SteeringVectorConfig
@@ -20,16 +19,7 @@ STOCK = {"sft": (SFTTrainer, SFTConfig, demonstrations), "dpo": (DPOTrainer, DPO
 
 @pytest.fixture(scope="module", params=[4, 8])
 def quantised(request, tmp_path_factory):
-    """Loads a tiny llama in 4 or 8 bits."""
-    pytest.importorskip("bitsandbytes")
-    folder = tmp_path_factory.mktemp("base")
-    tiny().save_pretrained(folder)
-
-    def load():
-        config = BitsAndBytesConfig(**{f"load_in_{request.param}bit": True})
-        return AutoModelForCausalLM.from_pretrained(folder, quantization_config=config, device_map="cpu")
-
-    return load
+    return quantised_tiny(request.param, tmp_path_factory.mktemp("base"))
 
 
 def stock(kind: str, home, model, learning_rate: float = 1e-4, **options):

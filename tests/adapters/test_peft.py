@@ -92,20 +92,12 @@ def test_the_folder_holds_d_numbers_and_the_resolved_layers(tmp_path):
     assert config["base_fingerprint"]["hidden_size"] == 32
 
 
-def test_auto_peft_model_finds_the_base(tmp_path):
+@pytest.mark.parametrize("library", [AutoPeftModelForCausalLM, AutoModelForCausalLM], ids=["peft", "transformers"])
+def test_auto_classes_load_an_adapter_folder_with_its_base(library, tmp_path):
     tiny().save_pretrained(tmp_path / "base")
     model = steered(AutoModelForCausalLM.from_pretrained(tmp_path / "base"))
     model.save_pretrained(tmp_path / "adapter")
-    loaded = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter")
-    assert torch.equal(logits(loaded), logits(model))
-
-
-def test_auto_model_loads_an_adapter_folder(tmp_path):
-    """transformers' own route: `AutoModelForCausalLM.from_pretrained(adapter folder)`."""
-    tiny().save_pretrained(tmp_path / "base")
-    model = steered(AutoModelForCausalLM.from_pretrained(tmp_path / "base"))
-    model.save_pretrained(tmp_path / "adapter")
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "adapter")
+    loaded = library.from_pretrained(tmp_path / "adapter")
     assert torch.equal(logits(loaded), logits(model))
 
 

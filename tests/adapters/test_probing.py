@@ -125,10 +125,8 @@ def test_the_recipe_reads_every_direction(tmp_path, capsys):
     import tiny_data
 
     tiny_data.save_model(tmp_path / "model", max_position_embeddings=512)
-    (tmp_path / "task").mkdir()
-    for split, rows in (("train", 20), ("test", 6)):
-        tiny_data.pairs(rows, seed=rows).to_json(tmp_path / "task" / f"{split}.jsonl")
-    words = [str(tmp_path / "task"), "--model", str(tmp_path / "model"), "--train", "16", "--test", "6",
+    task = tiny_data.save_task(tmp_path / "task", train=tiny_data.pairs(20, 20), test=tiny_data.pairs(6, 6))
+    words = [task, "--model", str(tmp_path / "model"), "--train", "16", "--test", "6",
              "--threads", "1", "--folder", str(tmp_path / "run")]  # fmt: skip
     assert probes.main(words) == 0
     found = json.loads((tmp_path / "run" / "probes.json").read_text())

@@ -277,12 +277,9 @@ def test_no_shared_layer_has_no_similarity(tmp_path):
 def task(tmp_path_factory) -> Path:
     """A model with a tokenizer, two data sets, and two adapters."""
     home = tmp_path_factory.mktemp("together")
-    base = tiny(max_position_embeddings=512)
-    base.save_pretrained(home / "model")
-    tiny_data.tokenizer().save_pretrained(home / "model")
+    tiny_data.save_model(home / "model", max_position_embeddings=512)
     for i, name in enumerate(("one", "two")):
-        (home / name).mkdir()
-        tiny_data.pairs(12, seed=i).to_json(home / name / "test.jsonl")
+        tiny_data.save_task(home / name, test=tiny_data.pairs(12, i))
         saved(home / f"v{name}", base=tiny(max_position_embeddings=512), layers=[1 + i], seed=i + 1)
     return home
 

@@ -29,6 +29,12 @@ def command(says: str, *words: str) -> Row:
     return (lambda lab: run(cli.main, words)), says
 
 
+def few(says: str, *words: str, before: Callable[[Lab], Any] | None = None) -> Row:
+    """`train` on four pairs of the lab."""
+    pairs = ("--data.name={root}/task/train.jsonl", "--data.train=4", "--data.test=2", "--output.folder=o")
+    return said(says, "train", "vector_dpo", *pairs, *words, before=before)
+
+
 def on(says: str, name: str, content: str | bytes, recipe: str, *words: str) -> Row:
     """With a file of the test's."""
     return said(says, recipe, *words, before=lambda lab: lab.file(name, content))
@@ -72,8 +78,6 @@ WHOLE = "must be a whole number of 1 or more"
 NO_ARM = "ArmError: No arm 'nothing': neither a .toml file nor one of"
 NO_GRID = "ArmError: No grid 'nothing'"
 NO_ADAPTER = "is not an adapter folder: it has no adapter_config.json"
-DATA = "--data.name={root}/task/train.jsonl"
-MODEL = "--model.name={root}/model"
 
 ROWS: dict[str, Row] = {
     "steertune of nothing known": command("No such command 'trian'. Did you mean 'train'", "trian"),
@@ -115,49 +119,16 @@ ROWS: dict[str, Row] = {
     "train on too few rows": said(
         "32 rows asked.*Ask for fewer", "train", "vector_dpo", "--data.name={root}/task", "--output.folder=o"
     ),
-    "train of a model that is not there": said(
-        "model.name='./nowhere' cannot be loaded.*safetensors",
-        "train",
-        "vector_dpo",
-        DATA,
-        "--data.train=4",
-        "--data.test=2",
-        "--model.name=./nowhere",
-        "--output.folder=o",
+    "train of a model that is not there": few(
+        "model.name='./nowhere' cannot be loaded.*safetensors", "--model.name=./nowhere"
     ),
-    "train of a pickled model": said(
-        "cannot be loaded.*safetensors",
-        "train",
-        "vector_dpo",
-        DATA,
-        "--data.train=4",
-        "--data.test=2",
-        "--model.name=model",
-        "--output.folder=o",
-        before=pickled_model,
-    ),
-    "train of a model with code": said(
-        "cannot be loaded",
-        "train",
-        "vector_dpo",
-        DATA,
-        "--data.train=4",
-        "--data.test=2",
-        "--model.name=model",
-        "--output.folder=o",
-        before=model_with_code,
-    ),
-    "train of a layer that is not there": said(
+    "train of a pickled model": few("cannot be loaded.*safetensors", "--model.name=model", before=pickled_model),
+    "train of a model with code": few("cannot be loaded", "--model.name=model", before=model_with_code),
+    "train of a layer that is not there": few(
         "layer 99 does not exist, the model has 4",
-        "train",
-        "vector_dpo",
-        DATA,
-        "--data.train=4",
-        "--data.test=2",
-        MODEL,
+        "--model.name={root}/model",
         "--adapter.layers=99",
         "--evaluation.generations=0",
-        "--output.folder=o",
     ),
     "distill of nothing": said(NO_ARM, "distill", "nothing"),
     "distill of an arm without a prompt": said(

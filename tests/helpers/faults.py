@@ -328,7 +328,7 @@ FAULTS = [
     ),
     Fault(
         "blocks run again write to the same cache", "gradient checkpointing", "trainers.prefix.checkpointing",
-        "own = _copied(before)", "own = cache",
+        "copied = _copied(before)", "copied = cache",
         "trainers/test_prefix_checkpointing", "architecture and llama",
     ),
     Fault(
@@ -370,7 +370,7 @@ FAULTS = [
     ),
     Fault(
         "rows that round otherwise together are kept", "packed rows", "trainers.prefix.new_rows",
-        "if not all(torch.equal(state, own[stop])", "if False and not all(torch.equal(state, own[stop])",
+        "if not all(torch.equal(state, alone[stop])", "if False and not all(torch.equal(state, alone[stop])",
         "trainers/test_prefix_packing", "round_otherwise",
     ),
     Fault(

@@ -59,6 +59,13 @@ def save_model(folder: Path, **sizes: Any) -> None:
     tokenizer().save_pretrained(folder)
 
 
+def save_task(folder: Path, **splits: Dataset) -> str:
+    """Save the splits of a task, each in its own file, and return the folder as text."""
+    for split, rows in splits.items():
+        rows.to_json(folder / f"{split}.jsonl")
+    return str(folder)
+
+
 def save_run(folder: Path, rows: int, options: dict[str, Any], **sizes: Any) -> list[str]:
     """Save what a short run of a recipe needs, a tiny model and as many pairs in each split, and return its overrides.
 
@@ -69,8 +76,7 @@ def save_run(folder: Path, rows: int, options: dict[str, Any], **sizes: Any) -> 
         sizes: Of the model.
     """
     save_model(folder / "model", **sizes)
-    for split in ("train", "test"):
-        pairs(rows, seed=len(split)).to_json(folder / f"{split}.jsonl")
+    save_task(folder, train=pairs(rows, seed=5), test=pairs(rows, seed=4))
     given = {"model.name": folder / "model", "data.name": folder, "data.train": rows, "data.test": rows,
              "output.folder": folder / "run"} | options  # fmt: skip
     return [f"--{key}={value}" for key, value in given.items()]
@@ -82,6 +88,17 @@ def pairs(rows: int = 8, seed: int = 0) -> Dataset:
     return Dataset.from_list(
         [dict(prompt=say(3 + i % 2) + " ", chosen=say(3), rejected=say(2 + i % 3)) for i in range(rows)]
     )
+
+
+def cats_and_dogs() -> dict[str, Dataset]:
+    """The splits of a task that a tiny model can learn: chosen answers end in `cat`, rejected ones in `dog`."""
+    sizes = {"train": 24, "validation": 8, "test": 8}
+    return {
+        split: pairs(rows, seed=seed).map(
+            lambda row: {"chosen": f"{row['chosen']} cat", "rejected": f"{row['chosen']} dog"}
+        )
+        for seed, (split, rows) in enumerate(sizes.items())
+    }
 
 
 def demonstrations(rows: int = 8, seed: int = 0) -> Dataset:

@@ -16,7 +16,26 @@ from steertune.recipes.ablation.grid import Grid, make_grid
 from steertune.recipes.lab import measures
 from steertune.recipes.lab.rows import MATCHED, TUNED, Record
 
-GRID = """
+CARD = """
+[card]
+problem = "Which form learns from four pairs?"
+hypothesis = "The vector needs fewer examples than LoRA."
+against = "LoRA is at least as accurate at the same KL."
+baselines = "LoRA, the untrained mean difference, the base model."
+[card.affordances]
+"*" = "the same pairs"
+"""
+FORM_AND_INIT = """
+[factors.form]
+lora = { adapter = { type = "lora", r = 2, target_modules = "all-linear" }, trainer = { learning_rate = 1e-3 } }
+bias = {}
+
+[factors.init]
+zeros = [{ when = { form = "lora" }, inert = true }, {}]
+mean_difference = [{ when = { form = "lora" }, inert = true }, { adapter = { init = "mean_difference" } }]
+"""
+GRID = (
+    """
 name = "tiny"
 base = "vector_dpo"
 arms = ["mean_difference", "base"]
@@ -32,14 +51,6 @@ splits = { validation = 4, test = 6, scorer = 2, near_duplicates = 1.0 }
 matched = { kl = 1e-4, frontier = [1e-4, 1e-3] }
 budget = { trials = 2, steps = [2], strengths = [1.0, 2.0] }
 
-[card]
-problem = "Which form learns from four pairs?"
-hypothesis = "The vector needs fewer examples than LoRA."
-against = "LoRA is at least as accurate at the same KL."
-baselines = "LoRA, the untrained mean difference, the base model."
-[card.affordances]
-"*" = "the same pairs"
-
 [claim]
 better = "form=bias,init=zeros"
 than = "form=lora,init=-"
@@ -49,27 +60,20 @@ tasks = "fixed"
 kind = "full"
 start = { form = "lora", init = "zeros" }
 end = { form = "bias", init = "mean_difference" }
-
-[factors.form]
-lora = { adapter = { type = "lora", r = 2, target_modules = "all-linear" }, trainer = { learning_rate = 1e-3 } }
-bias = {}
-
-[factors.init]
-zeros = [{ when = { form = "lora" }, inert = true }, {}]
-mean_difference = [{ when = { form = "lora" }, inert = true }, { adapter = { init = "mean_difference" } }]
 """
+    + CARD
+    + FORM_AND_INIT
+)
 
 
 def make_tables(tmp_path: Path) -> dict:
     tiny_data.save_model(tmp_path / "model", max_position_embeddings=512)
-    (tmp_path / "task").mkdir()
-    for split, rows in (("train", 24), ("test", 6)):
-        tiny_data.pairs(rows, seed=rows).to_json(tmp_path / "task" / f"{split}.jsonl")
+    task = tiny_data.save_task(tmp_path / "task", train=tiny_data.pairs(24, 24), test=tiny_data.pairs(6, 6))
     tiny_data.demonstrations(4, seed=5).to_json(tmp_path / "neutral.jsonl")
     made = tomllib.loads(GRID)
     made["model"] = {"name": str(tmp_path / "model"), "threads": 1}
     made["neutral"] = str(tmp_path / "neutral.jsonl")
-    made["tasks"][0]["name"] = str(tmp_path / "task")
+    made["tasks"][0]["name"] = task
     return made
 
 

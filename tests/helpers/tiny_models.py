@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
 from steertune.adapters import SteeringVectorConfig
 
@@ -49,6 +51,25 @@ def tiny(model_type: str = "llama", seed: int = 0, **changes) -> PreTrainedModel
             setattr(config, name, 0.0)
     torch.manual_seed(seed)
     return AutoModelForCausalLM.from_config(config).eval()
+
+
+def quantised_tiny(bits: int, folder: Path) -> Callable[[], PreTrainedModel]:
+    """Loads a tiny llama in 4 or 8 bits; where bitsandbytes does not work, the test is skipped."""
+    pytest.importorskip("bitsandbytes")
+    tiny().save_pretrained(folder)
+
+    def load() -> PreTrainedModel:
+        config = BitsAndBytesConfig(**{f"load_in_{bits}bit": True})
+        return AutoModelForCausalLM.from_pretrained(folder, quantization_config=config, device_map="cpu")
+
+    try:
+        model = load()
+        with torch.no_grad():
+            model(torch.tensor([[6, 7, 8]]))
+    except Exception as error:
+        pytest.skip(f"bitsandbytes does not work here: {error}")
+    assert getattr(model, f"is_loaded_in_{bits}bit")
+    return load
 
 
 def fill(model: torch.nn.Module, adapter_name: str = "default", seed: int = 1) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -23,7 +24,7 @@ from transformers import DynamicCache
 from steertune.adapters import SteeringVectorConfig, prompt_length, set_strength
 from steertune.adapters.positions import PromptBoundary
 from steertune.adapters.saved import check_checksums, write_checksums
-from steertune.recipes.ablation.matched import matched_strength
+from steertune.recipes.ablation.matched import Curve
 from steertune.recipes.ablation.statistics.curves import n_equivalence
 from steertune.recipes.ablation.statistics.paired import corrected, crossed_interval, p_value
 from steertune.recipes.ablation.statistics.shapley import shapley
@@ -272,7 +273,7 @@ def test_reaching_more_is_worth_no_fewer_examples(seed, more):
 
 @given(st.floats(1e-4, 1e3), st.floats(1e-3, 1.0), st.floats(1.5, 2.5))
 def test_the_matched_strength_has_the_asked_divergence(slope, target, power):
-    found = matched_strength(lambda s: slope * s**power, target, 64.0)
+    found = Curve(lambda s: slope * s**power, 64.0).crossing(target)
     right = (target / slope) ** (1 / power)
     assert found is None if right > 64.0 * 1.05 else found is None or found == pytest.approx(right, rel=0.05)
     assert found is not None or right > 64.0 * 0.95
@@ -299,35 +300,32 @@ def damage(data: bytes, where: float, bit: int, cut: bool) -> bytes:
 somewhere = (st.floats(0, 1, exclude_max=True), st.integers(0, 7), st.booleans())
 
 
+def assert_error_or_itself(file: Path, content, read, where, bit, cut) -> None:
+    """Once a file that was read is damaged, reading it is an error or gives the same."""
+    assert read(file, "Delete it.") == content
+    file.write_bytes(damage(file.read_bytes(), where, bit, cut))
+    try:
+        again = read(file, "Delete it.")
+    except ArmError as error:
+        assert "Delete it." in str(error) or "UTF-8" in str(error)
+    else:
+        assert json.dumps(again, sort_keys=True) == json.dumps(content, sort_keys=True)
+
+
 @settings(max_examples=120)
 @given(plain, *somewhere)
 def test_a_damaged_result_is_an_error_or_itself(tmp_path, found, where, bit, cut):
     """Cells, tunings, failures, `grid.json`, and the cells of comparisons and contrast prompts are such files."""
-    file = tmp_path / "result.json"
-    write_result(file, found)
-    assert read_result(file, "") == found
-    file.write_bytes(damage(file.read_bytes(), where, bit, cut))
-    try:
-        again = read_result(file, "Delete it.")
-    except ArmError as error:
-        assert "Delete it." in str(error) or "UTF-8" in str(error)
-    else:
-        assert json.dumps(again, sort_keys=True) == json.dumps(found, sort_keys=True)
+    write_result(tmp_path / "result.json", found)
+    assert_error_or_itself(tmp_path / "result.json", found, read_result, where, bit, cut)
 
 
 @settings(max_examples=80)
 @given(st.lists(plain, max_size=3), *somewhere)
 def test_damaged_rows_are_an_error_or_themselves(tmp_path, rows, where, bit, cut):
     """Answers that a distillation keeps."""
-    file = tmp_path / "rows.jsonl"
-    write_rows(file, rows)
-    assert read_rows(file, "") == rows
-    file.write_bytes(damage(file.read_bytes(), where, bit, cut))
-    try:
-        again = read_rows(file, "Delete it.")
-    except ArmError:
-        return
-    assert json.dumps(again, sort_keys=True) == json.dumps(rows, sort_keys=True)
+    write_rows(tmp_path / "rows.jsonl", rows)
+    assert_error_or_itself(tmp_path / "rows.jsonl", rows, read_rows, where, bit, cut)
 
 
 @settings(max_examples=60)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from datasets import Dataset
-from tiny_data import conversational, pairs, tokenizer
+from tiny_data import conversational, pairs, save_task, tokenizer
 from tiny_grids import make_tables
 from tiny_models import tiny
 
@@ -108,9 +108,8 @@ def test_a_task_gives_its_own_instructions(tmp_path, monkeypatch):
 
 
 def test_twice_as_many_examples_hold_the_same_first_half(tmp_path):
-    for seed, part in enumerate(("train", "test")):
-        pairs(12, seed).to_json(tmp_path / f"{part}.jsonl")
-    once, twice = (load_splits(DataTable(name=str(tmp_path), train=4, test=4, times=times))[0] for times in (1, 2))
+    task = save_task(tmp_path, train=pairs(12, 0), test=pairs(12, 1))
+    once, twice = (load_splits(DataTable(name=task, train=4, test=4, times=times))[0] for times in (1, 2))
     assert len(twice) == 8 and twice.to_list()[:4] == once.to_list()
 
 

@@ -263,10 +263,9 @@ def test_two_vectors_together(home: Path, capsys: pytest.CaptureFixture[str]) ->
 
 
 def test_contrast_prompts(home: Path, tmp_path: Path) -> None:
-    other = tmp_path / "other"
-    other.mkdir()
-    for split, rows in (("train", 24), ("test", 8)):
-        tiny_data.pairs(rows, seed=100 + rows).to_json(other / f"{split}.jsonl")
+    other = tiny_data.save_task(
+        tmp_path / "other", train=tiny_data.pairs(24, seed=124), test=tiny_data.pairs(8, seed=108)
+    )
     (tmp_path / "mixture.toml").write_text(
         f'seen = ["{home / "pairs.jsonl"}"]\nunseen = ["{other}"]\narm = "vector_dpo"\nsteering = ["vector_dpo"]\n'
         f'model = {{ name = "{home / "model"}" }}\ndemonstrations = 2\nexamples = 8\npairs = 4\nseeds = [0]\n'
@@ -277,8 +276,8 @@ def test_contrast_prompts(home: Path, tmp_path: Path) -> None:
 
 
 def test_probes_read_conversations_as_text(home: Path, tmp_path: Path) -> None:
-    for split, rows in (("train", 16), ("test", 8)):
-        tiny_data.conversational(tiny_data.pairs(rows, seed=rows)).to_json(tmp_path / f"{split}.jsonl")
+    train, test = (tiny_data.conversational(tiny_data.pairs(rows, seed=rows)) for rows in (16, 8))
+    tiny_data.save_task(tmp_path, train=train, test=test)
     words = [str(tmp_path), "--model", str(home / "model"), "--train", "16", "--test", "8", "--threads", "1"]
     assert probes.main([*words, "--methods", "mean_difference", "--folder", str(tmp_path / "probes")]) == 0
 

@@ -26,9 +26,8 @@ def mixture(tmp_path: Path) -> Path:
     """A file with two tasks of local pairs, and a tiny local model."""
     tiny_data.save_model(tmp_path / "model", max_position_embeddings=512)
     for task in ("one", "two"):
-        (tmp_path / task).mkdir()
-        for split, rows in (("train", 16), ("test", 5)):
-            tiny_data.pairs(rows, seed=len(task + split) + ord(task[0])).to_json(tmp_path / task / f"{split}.jsonl")
+        seed = ord(task[0])
+        tiny_data.save_task(tmp_path / task, train=tiny_data.pairs(16, seed + 8), test=tiny_data.pairs(5, seed + 7))
     file = tmp_path / "mixture.toml"
     file.write_text(
         f"""

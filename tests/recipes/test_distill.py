@@ -176,11 +176,15 @@ def test_lengths_of_prompts_are_those_that_generate_asks():
 
 
 def test_demonstrations_that_are_test_rows_are_refused(words, tmp_path, capsys):
-    task = tmp_path / "leaks"
-    task.mkdir()
-    for split in ("train", "test"):
-        tiny_data.pairs(6, seed=3).to_json(task / f"{split}.jsonl")
-    changes = ["--data.name", str(task), "--data.train", "6", "--data.test", "4"]
+    rows = tiny_data.pairs(6, seed=3)
+    changes = [
+        "--data.name",
+        tiny_data.save_task(tmp_path / "leaks", train=rows, test=rows),
+        "--data.train",
+        "6",
+        "--data.test",
+        "4",
+    ]
     kept = [word for word in words if not word.startswith(("--views", "--data"))]
     assert distill.main(["vector_distillation", *kept, *changes, "--views.good={name='demonstrations', k=2}"]) == 2
     error = capsys.readouterr().err

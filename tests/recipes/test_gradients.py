@@ -69,10 +69,8 @@ def test_a_steady_gradient_may_have_nothing_to_do_with_the_behaviour():
 
 def test_the_recipe_measures_every_contrast_on_the_same_batches(tmp_path, capsys):
     tiny_data.save_model(tmp_path / "model", max_position_embeddings=512)
-    (tmp_path / "task").mkdir()
-    for split, rows in (("train", 12), ("test", 8)):
-        tiny_data.pairs(rows, seed=rows).to_json(tmp_path / "task" / f"{split}.jsonl")
-    words = [str(tmp_path / "task"), "--model", str(tmp_path / "model"), "--pairs", "12", "--batch", "4",
+    task = tiny_data.save_task(tmp_path / "task", train=tiny_data.pairs(12, 12), test=tiny_data.pairs(8, 8))
+    words = [task, "--model", str(tmp_path / "model"), "--pairs", "12", "--batch", "4",
              "--held-out", "8", "--threads", "1", "--folder", str(tmp_path / "run")]  # fmt: skip
     assert gradients.main(words) == 0
     found = {row["contrast"]: row for row in json.loads((tmp_path / "run" / "gradients.json").read_text())}

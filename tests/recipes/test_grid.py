@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny_grids import CARD, FORM_AND_INIT
 
 from steertune.losses import get_loss
 from steertune.recipes.ablation import grid as module
@@ -20,7 +21,8 @@ from steertune.recipes.lab.arm import load_arm
 from steertune.recipes.lab.arm_files import ARMS as ARMS_FOLDER
 from steertune.recipes.lab.files import ArmError
 
-GRID = """
+GRID = (
+    """
 name = "small"
 base = "vector_dpo"
 arms = ["mean_difference", "base"]
@@ -30,29 +32,16 @@ seeds = [0, 1]
 trainer = { per_device_train_batch_size = 2 }
 budget = { trials = 2, steps = [4], strengths = [1.0, 2.0] }
 
-[card]
-problem = "Which form learns from four pairs?"
-hypothesis = "The vector needs fewer examples than LoRA."
-against = "LoRA is at least as accurate at the same KL."
-baselines = "LoRA, the untrained mean difference, the base model."
-[card.affordances]
-"*" = "the same pairs"
-
 [claim]
 better = "form=bias,init=zeros"
 than = "form=lora,init=-"
 
 [design]
 kind = "full"
-
-[factors.form]
-lora = { adapter = { type = "lora", r = 2, target_modules = "all-linear" }, trainer = { learning_rate = 1e-3 } }
-bias = {}
-
-[factors.init]
-zeros = [{ when = { form = "lora" }, inert = true }, {}]
-mean_difference = [{ when = { form = "lora" }, inert = true }, { adapter = { init = "mean_difference" } }]
 """
+    + CARD
+    + FORM_AND_INIT
+)
 ARMS = ["form=lora,init=-", "form=bias,init=zeros", "form=bias,init=mean_difference", "mean_difference", "base"]
 DELETE = object()
 Changes = dict[str, Any]
@@ -256,7 +245,7 @@ LOSES_AN_ARM = {
 
 @pytest.mark.parametrize("factors", LOSES_AN_ARM.values(), ids=LOSES_AN_ARM)
 def test_no_combination_is_dropped_for_another_arm_of_its_name(factors):
-    with pytest.raises(ArmError, match="like another, but its arm differs|no name for a level"):
+    with pytest.raises(ArmError, match="like another, but its arm differs|cannot name a level"):
         factorial(factors)
 
 
@@ -548,8 +537,8 @@ BAD: dict[str, tuple[Changes, list[str]]] = {
     "no seeds": ({"seeds": []}, ["seeds", "at least 1"]),
     "no examples": ({"examples": [0, 4]}, ["examples=[0, 4]", "none below 1"]),
     "one number of examples twice": ({"examples": [4, 4]}, ["examples=[4, 4]", "every value once"]),
-    "level that is no folder": ({"factors": {"f": {"a/b": {}, "c": {}}}}, ["'a/b'", "no name for"]),
-    "colon in a level": ({"factors": {"f": {"a:b": {}, "c": {}}}}, ["'a:b'", "no name for"]),
+    "level that is no folder": ({"factors": {"f": {"a/b": {}, "c": {}}}}, ["'a/b'", "cannot name a factor or level"]),
+    "colon in a level": ({"factors": {"f": {"a:b": {}, "c": {}}}}, ["'a:b'", "cannot name a factor or level"]),
     "behaviour without answers": (
         {"claim.measure": "matched_behaviour", "generations": 0}, ["'behaviour'", "generations=0"]
     ),

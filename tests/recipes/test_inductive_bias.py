@@ -133,10 +133,8 @@ def test_random_directions_move_the_stream_as_far_as_the_adapter(strong):
 @pytest.mark.parametrize("kind", ["vector", "lora"])
 def test_info_prints_them(kind, tmp_path, capsys):
     base = tiny()
-    base.save_pretrained(tmp_path / "base")
-    tiny_data.tokenizer().save_pretrained(tmp_path / "base")
-    for split in ("train", "test"):
-        tiny_data.pairs(6, seed=len(split)).to_json(tmp_path / f"{split}.jsonl")
+    tiny_data.save_model(tmp_path / "base")
+    tiny_data.save_task(tmp_path, train=tiny_data.pairs(6, 5), test=tiny_data.pairs(6, 4))
     if kind == "vector":
         model = steered(base, layers=2)
     else:

@@ -127,13 +127,9 @@ def added(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 def home(tmp_path: Path) -> Path:
     """A tiny model, a task, and two arms that differ in the ingredient alone."""
     tiny_data.save_model(tmp_path / "model", max_position_embeddings=512, vocab_size=22)
-    (tmp_path / "pairs").mkdir()
-    for seed, (split, rows) in enumerate((("train", 24), ("validation", 8), ("test", 8))):
-        pairs = tiny_data.pairs(rows, seed=seed)
-        pairs = pairs.map(lambda row: {"chosen": f"{row['chosen']} cat", "rejected": f"{row['chosen']} dog"})
-        pairs.to_json(tmp_path / "pairs" / f"{split}.jsonl")
+    task = tiny_data.save_task(tmp_path / "pairs", **tiny_data.cats_and_dogs())
     for name, share in (("clean", 0), ("wrong", 1)):
-        (tmp_path / f"{name}.toml").write_text(ARM.format(task=tmp_path / "pairs", share=share))
+        (tmp_path / f"{name}.toml").write_text(ARM.format(task=task, share=share))
     return tmp_path
 
 

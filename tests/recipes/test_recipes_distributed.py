@@ -77,8 +77,7 @@ def differences(one: Any, two: Any, path: str = "") -> list[str]:
 @pytest.mark.slow
 def test_two_processes_train_and_distil_as_one(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     tiny_data.save_model(tmp_path / "model", max_position_embeddings=512, vocab_size=22)
-    for split in ("train", "test"):
-        tiny_data.pairs(8, seed=len(split)).to_json(tmp_path / f"{split}.jsonl")
+    tiny_data.save_task(tmp_path, train=tiny_data.pairs(8, 5), test=tiny_data.pairs(8, 4))
     (tmp_path / "both.py").write_text(SCRIPT)
     done = launch("cpu_ddp", str(tmp_path / "both.py"), str(tmp_path), *both(tmp_path, 2))
     assert done.returncode == 0, done.stderr[-3000:]

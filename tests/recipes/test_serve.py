@@ -6,6 +6,7 @@ import io
 import json
 import os
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -15,7 +16,8 @@ import torch
 from pydantic import ValidationError
 from tiny_models import fill, steered, tiny, tokens
 
-from steertune.adapters import SteeringVectorConfig, set_strength
+from steertune.adapters import SteeringVectorConfig, monitors, set_strength
+from steertune.adapters.monitors import pooling
 from steertune.recipes import cli
 from steertune.recipes.lab.files import ArmError
 from steertune.recipes.lab.generation import generate
@@ -24,6 +26,7 @@ from steertune.recipes.serve import Request, Server, load_vectors
 from steertune.recipes.serving.engine import Engine
 from steertune.recipes.serving.line_service import serve_lines
 from steertune.recipes.serving.lines import Lines
+from steertune.recipes.serving.remedies import remedy_of
 
 SAY = [
     dict(prompt="the cat"),
@@ -302,3 +305,75 @@ def test_lines_come_as_they_are_written(server):
 def test_the_command_refuses(words, message, capsys):
     assert cli.main(["serve", *words]) == 2
     assert message in capsys.readouterr().err
+
+
+# -- scores -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def monitor(server) -> monitors.Monitor:
+    """A monitor below both vectors, of a direction that nothing was fitted on."""
+    states = torch.randn(40, 32, generator=torch.Generator().manual_seed(3))
+    reader = monitors.make_monitor(
+        "mean_difference", pooling.get("mean"), server.engine.base, server.tokenizer, 0, (states[:8] + 1, states[8:])
+    )
+    return replace(reader, threshold=monitors.Threshold(0.0, 0.1, 40))
+
+
+def scored(server, monitor, threshold: float, **cure) -> Server:
+    """A server whose answers are scored, and the flagged ones replaced."""
+    reader = replace(monitor, threshold=monitors.Threshold(threshold, 0.1, 40))
+    remedy = remedy_of(cure.get("resample"), cure.get("steer"), ["careful", "warm"])
+    return Server(server.vectors, server.tokenizer, 4, monitor=reader, remedy=remedy)
+
+
+def test_answers_have_scores_that_do_not_depend_on_the_batch(server, monitor):
+    requests = [Request(**{"new_tokens": 6, **say}) for say in SAY]
+    watched = scored(server, monitor, 0.0)
+    replies = watched.replies(requests)
+    assert [str(reply) for reply in replies] == server.answers(requests), "a monitor only reads"
+    alone = [watched.replies([request])[0].score for request in requests]
+    known = [i for i, score in enumerate(alone) if score is not None]  # one token is chosen and never read
+    assert len(known) >= 5 and [r.score is None for r in replies] == [score is None for score in alone]
+    assert [replies[i].score for i in known] == pytest.approx([alone[i] for i in known], abs=1e-3)
+    assert [replies[i].flagged for i in known] == [alone[i] > 0 for i in known]
+    assert len({round(alone[i], 3) for i in known}) >= 4
+
+
+def test_a_flagged_answer_is_sampled_again_and_the_least_suspicious_is_given(server, monitor):
+    requests = [Request(prompt="the cat", new_tokens=6), Request(prompt="the sky", new_tokens=6, temperature=1.0)]
+    plain = scored(server, monitor, -99.0).replies(requests)
+    replies = scored(server, monitor, -99.0, resample=4).replies(requests)
+    for before, reply in zip(plain, replies, strict=True):
+        assert reply.score <= before.score
+        assert reply == before or (reply.first == before and reply.details()["first"]["score"] > reply.score)
+    assert any(reply.first is not None for reply in replies)
+    assert scored(server, monitor, 99.0, resample=4).replies(requests) == plain
+
+
+def test_a_flagged_request_is_answered_again_with_a_vector(server, monitor):
+    request = Request(prompt="the cat", new_tokens=6)
+    [with_vector] = server.answers([request.model_copy(update={"vector": "careful", "strength": 3.0})])
+    [reply] = scored(server, monitor, -99.0, steer="careful@3").replies([request])
+    assert str(reply) == with_vector and str(reply.first) == server.answers([request])[0]
+    [kept] = scored(server, monitor, 99.0, steer="careful@3").replies([request])
+    assert str(kept) == server.answers([request])[0] and kept.first is None
+
+
+def test_lines_have_scores(home, monitor, tmp_path, capsys):
+    folder = str(monitors.save(monitor, tmp_path / "monitor"))
+    file = tmp_path / "asked.jsonl"
+    file.write_text('{"prompt": "the cat", "new_tokens": 4}\n')
+    words = ["serve", f"careful={home / 'careful'}", "--model", str(home / "base"), "--input", str(file)]
+    assert cli.main([*words, "--monitor", folder]) == 0
+    line = json.loads(capsys.readouterr().out)
+    assert {*line} == {"id", "answer", "score", "flagged"} and line["flagged"] == (line["score"] > 0)
+    for more, says in (
+        (["--monitor", folder, "--steer", "warmm@1"], "must be NAME@STRENGTH with one of the vectors"),
+        (["--monitor", folder, "--steer", "careful@much"], "a finite number"),
+        (["--monitor", folder, "--steer", "careful@1", "--resample", "2"], "Give --resample or --steer"),
+        (["--resample", "2"], "Give one: --monitor FOLDER"),
+        (["--monitor", str(home / "base")], "is no monitor"),
+    ):
+        assert cli.main([*words, *more]) == 2
+        assert says in capsys.readouterr().err

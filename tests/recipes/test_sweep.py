@@ -169,17 +169,12 @@ def test_a_baked_strength_of_a_lora(tmp_path):
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory) -> Path:
-    """A tiny model, a task that it has a chance at (chosen answers end in `cat`, rejected ones in `dog`, which it
-    prefers), and an arm."""
+    """A tiny model, a task that it has a chance at (it prefers `dog`), and an arm."""
     folder = tmp_path_factory.mktemp("sweep")
     tiny_data.save_model(folder / "model", max_position_embeddings=512)
-    (folder / "task").mkdir()
-    for seed, (split, rows) in enumerate((("train", 24), ("validation", 8), ("test", 8))):
-        pairs = tiny_data.pairs(rows, seed=seed)
-        pairs = pairs.map(lambda row: {"chosen": f"{row['chosen']} cat", "rejected": f"{row['chosen']} dog"})
-        pairs.to_json(folder / "task" / f"{split}.jsonl")
+    task = tiny_data.save_task(folder / "task", **tiny_data.cats_and_dogs())
     (folder / "arm.toml").write_text(
-        f'[data]\nname = "{folder / "task"}"\n[adapter]\ntype = "steering_vector"\n[loss]\nname = "dpo"\n'
+        f'[data]\nname = "{task}"\n[adapter]\ntype = "steering_vector"\n[loss]\nname = "dpo"\n'
         "[trainer]\nmax_steps = 8\nper_device_train_batch_size = 4\nlearning_rate = 0.5\n"
     )
     return folder
@@ -350,11 +345,8 @@ def test_bad_input_is_refused_before_anything_runs(more, reason, home, tmp_path,
 
 
 def test_data_without_pairs_are_refused(home, tmp_path, capsys):
-    (tmp_path / "task").mkdir()
-    for split in ("train", "test"):
-        tiny_data.demonstrations(8).to_json(tmp_path / "task" / f"{split}.jsonl")
-    asked = words(home, tmp_path / "run")
-    assert sweep.main([str(tmp_path / "task"), *asked[1:]]) == 2
+    task = tiny_data.save_task(tmp_path, train=tiny_data.demonstrations(), test=tiny_data.demonstrations())
+    assert sweep.main([task, *words(home, tmp_path / "run")[1:]]) == 2
     assert "['prompt', 'completion']" in capsys.readouterr().err
 
 

@@ -97,8 +97,7 @@ def test_untrained_and_full_finetuning_and_demonstrations(words: list[str], tmp_
                 "--trainer.max_steps=2",
                "--trainer.precompute_ref_log_probs=false")  # fmt: skip
     assert [*full.observations] == ["0", "1"], "full finetuning has no strength"
-    for seed, split in enumerate(("train", "test")):
-        tiny_data.demonstrations(8, seed).to_json(tmp_path / f"{split}.jsonl")
+    tiny_data.save_task(tmp_path, train=tiny_data.demonstrations(seed=0), test=tiny_data.demonstrations(seed=1))
     arm = ["--loss={name='cross_entropy'}", "--trainer={max_steps=2}"]
     shown = run("demonstrations", "vector_ce", *arm)
     assert "accuracy" not in shown.means()["1"]

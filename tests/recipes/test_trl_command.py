@@ -23,11 +23,9 @@ from steertune.recipes.lab.trl_command import SteeringArguments
 def home(tmp_path_factory) -> Path:
     """A base with a tokenizer, pairs and demonstrations."""
     home = tmp_path_factory.mktemp("trl")
-    tiny().save_pretrained(home / "base")
-    tiny_data.tokenizer().save_pretrained(home / "base")
+    tiny_data.save_model(home / "base")
     for name, rows in (("pairs", tiny_data.pairs), ("demonstrations", tiny_data.demonstrations)):
-        rows().to_json(home / name / "train.jsonl")
-        rows(4, seed=1).to_json(home / name / "test.jsonl")
+        tiny_data.save_task(home / name, train=rows(), test=rows(4, seed=1))
     return home
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import pytest
 from tiny_data import TRAINERS, arguments, demonstrations, pairs, tokenizer, trainer
@@ -117,34 +120,32 @@ def test_predict_says_test(tmp_path):
     assert all(key.startswith("test_") for key in found)
 
 
+def assert_predictions_are(stock: Any, kind: str, tmp_path: Path, *trainers: Any) -> None:
+    """The predictions of every trainer are those of TRL's trainer of the same model."""
+    parent = stock(
+        model=trainers[0].model, args=arguments(kind, tmp_path / "stock", per_device_eval_batch_size=4),
+        train_dataset=rows(kind), eval_dataset=rows(kind), processing_class=tokenizer(),
+    )  # fmt: skip
+    theirs = parent.predict(parent.eval_dataset)
+    for made in trainers:
+        ours = made.predict(made.eval_dataset)
+        assert ours.predictions.shape[:2] == ours.label_ids.shape
+        np.testing.assert_allclose(ours.predictions, theirs.predictions, atol=1e-4)
+        np.testing.assert_array_equal(ours.label_ids, theirs.label_ids)
+
+
 @pytest.mark.parametrize("loss", ["dpo", "cross_entropy"])
 def test_predictions_of_pairs_are_dpo_trainers(loss, tmp_path):
     made = ready("dpo", tmp_path, loss=loss)
-    stock = DPOTrainer(
-        model=made.model, args=arguments("dpo", tmp_path / "stock", per_device_eval_batch_size=4),
-        train_dataset=pairs(), eval_dataset=rows("dpo"), processing_class=tokenizer(),
-    )  # fmt: skip
-    ours, theirs = made.predict(made.eval_dataset), stock.predict(stock.eval_dataset)
-    assert ours.predictions.shape[:2] == ours.label_ids.shape
-    np.testing.assert_allclose(ours.predictions, theirs.predictions, atol=1e-4)
-    np.testing.assert_array_equal(ours.label_ids, theirs.label_ids)
     plain = trainer("plain", tmp_path / "plain", model=made.model, loss="dpo", per_device_eval_batch_size=4,
                     eval_dataset=rows("dpo"))  # fmt: skip
-    found = plain.predict(plain.eval_dataset)
-    np.testing.assert_allclose(found.predictions, theirs.predictions, atol=1e-4)
-    np.testing.assert_array_equal(found.label_ids, theirs.label_ids)
+    assert_predictions_are(DPOTrainer, "dpo", tmp_path, made, plain)
 
 
 @pytest.mark.parametrize("loss", ["cross_entropy", None])
 def test_predictions_of_demonstrations_are_sft_trainers(loss, tmp_path):
     made = ready("sft", tmp_path, loss=loss)
-    stock = SFTTrainer(
-        model=made.model, args=arguments("sft", tmp_path / "stock", per_device_eval_batch_size=4),
-        train_dataset=demonstrations(), eval_dataset=rows("sft"), processing_class=tokenizer(),
-    )  # fmt: skip
-    ours, theirs = made.predict(made.eval_dataset), stock.predict(stock.eval_dataset)
-    np.testing.assert_allclose(ours.predictions, theirs.predictions, atol=1e-4)
-    np.testing.assert_array_equal(ours.label_ids, theirs.label_ids)
+    assert_predictions_are(SFTTrainer, "sft", tmp_path, made)
 
 
 @pytest.mark.parametrize("loss", ["cross_entropy", None])

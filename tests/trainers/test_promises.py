@@ -21,7 +21,7 @@ from tiny_data import (
     trainer,
     values,
 )
-from tiny_models import steered, tiny, vector_of
+from tiny_models import quantised_tiny, steered, tiny, vector_of
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -181,25 +181,7 @@ def test_vectors_stay_fp32_on_a_bf16_base(kind, loss, tmp_path):
 
 @pytest.fixture(scope="module", params=[4, 8])
 def quantised(request, tmp_path_factory):
-    """Loads a tiny llama in 4 or 8 bits."""
-    pytest.importorskip("bitsandbytes")
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
-
-    folder = tmp_path_factory.mktemp("base")
-    tiny().save_pretrained(folder)
-
-    def load():
-        config = BitsAndBytesConfig(**{f"load_in_{request.param}bit": True})
-        return AutoModelForCausalLM.from_pretrained(folder, quantization_config=config, device_map="cpu")
-
-    try:
-        model = load()
-        with torch.no_grad():
-            model(torch.tensor([[6, 7, 8]]))
-    except Exception as error:
-        pytest.skip(f"bitsandbytes does not work here: {error}")
-    assert getattr(model, f"is_loaded_in_{request.param}bit")
-    return load
+    return quantised_tiny(request.param, tmp_path_factory.mktemp("base"))
 
 
 @pytest.mark.parametrize(("kind", "loss"), TRAININGS)

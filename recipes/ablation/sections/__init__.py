@@ -21,7 +21,7 @@ import pandas as pd
 from steertune.adapters.registry import file_names
 from steertune.recipes.ablation.findings import Findings
 from steertune.recipes.ablation.statistics.paired import Difference, too_few
-from steertune.recipes.lab.pages import Block, Section, Table, Text
+from steertune.recipes.lab.pages import Block, Section, Table, Text, table_of
 
 
 @dataclass(frozen=True)
@@ -87,15 +87,10 @@ def reach(differences: Sequence[Difference]) -> list[Block]:
     return [Text(sentence)] if sentence else []
 
 
-def table(header: Sequence[str], rows: Sequence[Sequence[str]], name: str = "") -> Table:
-    """A table of texts."""
-    return Table(pd.DataFrame([[*row] for row in rows], columns=pd.Index(header)), name)
-
-
 def means_table(means: pd.DataFrame, headers: Sequence[str], formats: Sequence[str], name: str) -> Table:
     """A row for every arm; what an arm does not have is empty."""
     rows = [
         [str(arm), *("" if pd.isna(v) else form.format(v) for v, form in zip(row, formats, strict=True))]
         for arm, row in zip(means.index, means.to_numpy(dtype=float), strict=True)
     ]
-    return table(["arm", *headers], rows, name)
+    return table_of(["arm", *headers], rows, name)

@@ -7,8 +7,8 @@ from steertune.recipes.ablation.designs import Combination
 from steertune.recipes.ablation.findings import Findings
 from steertune.recipes.ablation.labels import combination_label
 from steertune.recipes.ablation.levels import arm_name
-from steertune.recipes.ablation.sections import COMPARED, emphasised, numbers, reach, section, table
-from steertune.recipes.lab.pages import Figure, Section, Text
+from steertune.recipes.ablation.sections import COMPARED, emphasised, numbers, reach, section
+from steertune.recipes.lab.pages import Figure, Section, Text, table_of
 
 
 @section(place=10)
@@ -24,7 +24,7 @@ def attribution(findings: Findings) -> Section | None:
     blocks = [
         Text(f"Exact Shapley shares of the gap ({total:+.3f}) from {start} to {end}."),
         Figure(drawing, "attribution", "Shapley share of every factor"),
-        table(["factor", "share", *COMPARED], [[f, *numbers(share)] for f, share in shares.items()], "attribution"),
+        table_of(["factor", "share", *COMPARED], [[f, *numbers(share)] for f, share in shares.items()], "attribution"),
         *reach([*shares.values()]),
     ]
     return Section("Attribution", blocks)

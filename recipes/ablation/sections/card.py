@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from steertune.recipes.ablation.findings import Findings
-from steertune.recipes.ablation.sections import section, table
+from steertune.recipes.ablation.sections import section
 from steertune.recipes.ablation.tables import Card, Claim, TaskTable
-from steertune.recipes.lab.pages import Block, Section, Text, escape, prose
+from steertune.recipes.lab.pages import Block, Section, Text, escape, prose, table_of
 
 
 @section(place=90)
@@ -21,7 +21,7 @@ def card(findings: Findings) -> Section:
     )
     blocks = [
         *card_blocks(tables.card, claim, tables.tasks)[2:],
-        table(["arm", "its name in the cells"], rows, "arms"),
+        table_of(["arm", "its name in the cells"], rows, "arms"),
     ]
     return Section("Card", blocks)
 

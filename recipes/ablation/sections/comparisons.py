@@ -6,9 +6,9 @@ import pandas as pd
 
 from steertune.recipes.ablation import analysis
 from steertune.recipes.ablation.findings import Findings
-from steertune.recipes.ablation.sections import COMPARED, numbers, reach, section, table
+from steertune.recipes.ablation.sections import COMPARED, numbers, reach, section
 from steertune.recipes.ablation.statistics import Frame
-from steertune.recipes.lab.pages import Block, Section, Text
+from steertune.recipes.lab.pages import Block, Section, Text, table_of
 
 
 @section(place=30)
@@ -26,7 +26,7 @@ def comparisons(findings: Findings) -> Section:
     what = f"{claim.label}; {claim.than} itself has {itself:.3f}."
     blocks = [
         Text(what[0].upper() + what[1:]),
-        table(["arm", "mean", f"minus {claim.than}", *COMPARED], rows, "comparisons"),
+        table_of(["arm", "mean", f"minus {claim.than}", *COMPARED], rows, "comparisons"),
         *reach([gap.difference for gap in gaps]),
         *_absent(findings, {claim.than, *(gap.arm for gap in gaps)}),
     ]

@@ -9,10 +9,10 @@ import pandas as pd
 from steertune.recipes.ablation import analysis
 from steertune.recipes.ablation.cells import column
 from steertune.recipes.ablation.findings import Findings
-from steertune.recipes.ablation.sections import ARROWS, COMPARED, means_table, numbers, section, table
+from steertune.recipes.ablation.sections import ARROWS, COMPARED, means_table, numbers, section
 from steertune.recipes.ablation.tables import AT
 from steertune.recipes.lab import measures
-from steertune.recipes.lab.pages import Block, Section, Text
+from steertune.recipes.lab.pages import Block, Section, Text, table_of
 from steertune.recipes.lab.pages.measured import title
 from steertune.recipes.lab.rows import BASE, FRONTIER, MATCHED, TUNED
 
@@ -81,4 +81,4 @@ def _compared(findings: Findings, names: Sequence[str], at: str) -> list[Block]:
         if {claim.better, claim.than} <= {*wide} and len(both := wide[[claim.better, claim.than]].dropna()):
             rows.append([title(name), *numbers(analysis.gap(both, claim.better, claim.than, claim.sample))])
     header = ["", f"{claim.better} minus {claim.than}", *COMPARED]
-    return [table(header, rows, "damage_compared")] if rows else []
+    return [table_of(header, rows, "damage_compared")] if rows else []

@@ -8,9 +8,9 @@ from steertune.recipes.ablation import charts
 from steertune.recipes.ablation.findings import Findings
 from steertune.recipes.ablation.labels import combination_label, in_words
 from steertune.recipes.ablation.levels import INERT
-from steertune.recipes.ablation.sections import COMPARED, numbers, p_text, reach, section, table
+from steertune.recipes.ablation.sections import COMPARED, numbers, p_text, reach, section
 from steertune.recipes.ablation.statistics import Frame, factorial
-from steertune.recipes.lab.pages import Block, Figure, Section, Text
+from steertune.recipes.lab.pages import Block, Figure, Section, Text, table_of
 
 _HEADER = ["factor", "level against reference", "difference", *COMPARED, "contexts"]
 
@@ -38,7 +38,7 @@ def effects(findings: Findings) -> Section | None:
     note = f"Where a factor means nothing in an arm, it counts as {combination_label(inert)}."
     blocks: list[Block] = [
         Figure(drawing, "effects", "Difference that every level makes"),
-        table(_HEADER, _rows(matched), "effects"),
+        table_of(_HEADER, _rows(matched), "effects"),
         *reach([effect.difference for effect in matched]),
         *([Text(note)] if inert else []),
         *_changes(cells, factors, measure, sample),
@@ -67,7 +67,7 @@ def _changes(cells: Frame, factors: Sequence[str], measure: str, sample: bool) -
     if not changes:
         return []
     sizes = f"{cells['examples'].max()} examples than with {cells['examples'].min()}"
-    return [Text(f"How much larger the effect is with {sizes}:"), table(_HEADER, _rows(changes), "changes")]
+    return [Text(f"How much larger the effect is with {sizes}:"), table_of(_HEADER, _rows(changes), "changes")]
 
 
 def _variance(cells: Frame, factors: Sequence[str], measure: str) -> list[Block]:
@@ -84,7 +84,7 @@ def _variance(cells: Frame, factors: Sequence[str], measure: str) -> list[Block]
             "model below, are uncorrected, about these test rows, and too small where an effect differs from pair to "
             "pair; nothing is claimed from them. With several numbers of examples, both use the mean."
         ),
-        table(["term", "df", "F", "p", "partial η²"], rows, "anova"),
+        table_of(["term", "df", "F", "p", "partial η²"], rows, "anova"),
     ]
 
 
@@ -98,5 +98,5 @@ def _mixed_model(cells: Frame, factors: Sequence[str], measure: str) -> list[Blo
     ]
     return [
         Text("Mixed model, task and seed as random effects:"),
-        table(["level", "estimate", "95 %", "p"], rows, "mixed_model"),
+        table_of(["level", "estimate", "95 %", "p"], rows, "mixed_model"),
     ]

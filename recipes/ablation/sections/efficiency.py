@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 from steertune.recipes.ablation import analysis, charts
 from steertune.recipes.ablation.cells import column
 from steertune.recipes.ablation.findings import Findings
-from steertune.recipes.ablation.sections import COMPARED, numbers, p_text, reach, section, table
+from steertune.recipes.ablation.sections import COMPARED, numbers, p_text, reach, section
 from steertune.recipes.ablation.statistics.paired import Difference
 from steertune.recipes.lab import measures
-from steertune.recipes.lab.pages import Block, Figure, Section, Text
+from steertune.recipes.lab.pages import Block, Figure, Section, Text, table_of
 
 _SHOWN = 8  # arms in a chart; more cannot be told apart
 
@@ -74,7 +74,7 @@ def _by_examples(findings: Findings) -> list[Block]:
             f"Mean at every n (and minus {claim.than} with as many, 95 % for other "
             f"{'tasks' if claim.sample else 'seeds and test rows'}, p by Holm over the table):"
         ),
-        table(["arm", *(f"n = {n}" for n in sizes)], rows, "by_examples"),
+        table_of(["arm", *(f"n = {n}" for n in sizes)], rows, "by_examples"),
         *reach([gap for by_size in arms.values() for _, gap in by_size.values() if gap is not None]),
     ]
 
@@ -93,7 +93,7 @@ def _worth(findings: Findings, curves: Sequence[analysis.Efficiency], than: str,
             f"*n is worth*: how many examples {than} needs to reach what the arm reaches with n, with its 95 % "
             "interval for other seeds and test rows; `>` where its curve never gets there."
         ),
-        table(header, rows, name),
+        table_of(header, rows, name),
         *reach([e.area for e in curves]),
         *([Text(note)] if absent else []),
     ]

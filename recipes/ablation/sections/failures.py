@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from steertune.recipes.ablation.findings import Findings
-from steertune.recipes.ablation.sections import section, table
+from steertune.recipes.ablation.sections import section
 from steertune.recipes.ablation.statistics import Frame
-from steertune.recipes.lab.pages import Section, Text
+from steertune.recipes.lab.pages import Section, Text, table_of
 
 _LONGEST = 160
 
@@ -30,4 +30,6 @@ def failed_cells(cells: Frame) -> Section:
         "A diverged cell counts as the base model in every comparison. A failed one counts nowhere, and an unmatched "
         "one nowhere at matched KL: its whole pair is left out, which a verdict allows for one pair in ten."
     )
-    return Section("Failures", [Text(note), table(["task", "n", "seed", "arm", "status", "error"], rows, "failures")])
+    return Section(
+        "Failures", [Text(note), table_of(["task", "n", "seed", "arm", "status", "error"], rows, "failures")]
+    )

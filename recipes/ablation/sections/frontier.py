@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from steertune.recipes.ablation import analysis, charts
 from steertune.recipes.ablation.cells import column
 from steertune.recipes.ablation.findings import Findings
-from steertune.recipes.ablation.sections import COMPARED, numbers, reach, section, table
+from steertune.recipes.ablation.sections import COMPARED, numbers, reach, section
 from steertune.recipes.ablation.statistics import Frame
 from steertune.recipes.ablation.strengths import EXTRAPOLATED, SHORT, TRAINED, marks
 from steertune.recipes.ablation.tables import measure_label
-from steertune.recipes.lab.pages import Block, Figure, Section, Table, Text
+from steertune.recipes.lab.pages import Block, Figure, Section, Table, Text, table_of
 from steertune.recipes.lab.pages.measured import title
 from steertune.recipes.lab.rows import FRONTIER, TUNED, at_kl
 
@@ -59,7 +59,7 @@ def _by_kl(cells: Frame, measure: str, targets: Sequence[float]) -> Table:
             point = f"{of_arm[column(measure, TUNED)].mean():.3f} at KL {kl:.2g}"
             rows.append([str(arm), *([""] * len(targets)), point])
     header = ["arm", *(f"KL {kl:g}" for kl in targets), "mean over log KL"]
-    return table(header, rows, f"frontier_{measure}")
+    return table_of(header, rows, f"frontier_{measure}")
 
 
 def _marked(cells: Frame, measure: str, kl: float) -> str:
@@ -98,6 +98,6 @@ def _areas(findings: Findings) -> list[Block]:
     label = measure_label(claim.measure, FRONTIER)
     return [
         Text(f"{label[0].upper()}{label[1:]}, against {claim.than}:"),
-        table(["arm", "mean over log KL", f"minus {claim.than}", *COMPARED], rows, "frontier"),
+        table_of(["arm", "mean over log KL", f"minus {claim.than}", *COMPARED], rows, "frontier"),
         *reach([gap.difference for gap in gaps]),
     ]

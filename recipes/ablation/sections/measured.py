@@ -11,12 +11,12 @@ from scipy.stats import sem
 from steertune.recipes.ablation import charts
 from steertune.recipes.ablation.cells import column
 from steertune.recipes.ablation.findings import Findings
-from steertune.recipes.ablation.sections import ARROWS, section, table
+from steertune.recipes.ablation.sections import ARROWS, section
 from steertune.recipes.ablation.statistics import Frame
 from steertune.recipes.ablation.statistics.rows import examples_of
 from steertune.recipes.lab import measures
 from steertune.recipes.lab.intervals import interval
-from steertune.recipes.lab.pages import Block, Figure, Section, Table, Text
+from steertune.recipes.lab.pages import Block, Figure, Section, Table, Text, table_of
 from steertune.recipes.lab.pages.side_effects import BESIDE, with_ends
 from steertune.recipes.lab.rows import BASE, MATCHED, TUNED
 
@@ -87,7 +87,7 @@ def _means(cells: Frame, strength: str, name: str) -> Table:
         for arm, of_arm in cells.dropna(subset=columns, how="all").groupby("arm", sort=False)
     ]
     headers = [f"{measures.get(one).heading}{ARROWS[measures.get(one).better]}" for one in names]
-    return table(["arm", *headers, "cells"], [base, *rows], name)
+    return table_of(["arm", *headers, "cells"], [base, *rows], name)
 
 
 def _mean(name: str, values: pd.Series, brackets: bool = True) -> str:
@@ -112,7 +112,7 @@ def _side_by_side(findings: Findings, strength: str, name: str) -> list[Block]:
 
 
 def _tradeoff(findings: Findings, all_matched: bool) -> list[Block]:
-    """A chart of effect against side effect: where every arm has the same KL, fluency is what differs."""
+    """A chart of effect against side effect: at the same KL, arms differ in fluency."""
     cells = findings.ran
     effect = "behaviour" if cells["behaviour@tuned"].notna().any() else "accuracy"
     side_effect = "perplexity" if all_matched else "kl"

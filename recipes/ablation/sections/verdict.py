@@ -5,8 +5,8 @@ from __future__ import annotations
 from steertune.recipes.ablation import charts, claims
 from steertune.recipes.ablation.findings import Findings
 from steertune.recipes.ablation.looks import in_words
-from steertune.recipes.ablation.sections import OTHER_ROWS, ROWS, emphasised, numbers, section, table
-from steertune.recipes.lab.pages import Block, Figure, Section, Text, prose
+from steertune.recipes.ablation.sections import OTHER_ROWS, ROWS, emphasised, numbers, section
+from steertune.recipes.lab.pages import Block, Figure, Section, Text, prose, table_of
 
 SIDES = {"for": "for", "against": "against", "undecided": "neither for nor against"}
 
@@ -55,7 +55,7 @@ def _tasks(findings: Findings) -> list[Block]:
     compared = "difference" if claim.recovers is None else ahead
     header = ["task", claims.BASE, claim.than, claim.better, compared, OTHER_ROWS, ROWS]
     alt = f"{ahead}, over all tasks and in each"
-    return [Figure(drawing, "verdict", alt), Text("**How the tasks differ.**"), table(header, rows, "tasks")]
+    return [Figure(drawing, "verdict", alt), Text("**How the tasks differ.**"), table_of(header, rows, "tasks")]
 
 
 def _cost(findings: Findings) -> list[Block]:

@@ -29,8 +29,6 @@ class Effect:
     """What changing one factor does, everything else equal.
 
     Attributes:
-        factor: Name of the factor.
-        level: The level.
         reference: The level it is compared with.
         difference: Over pairs of task and seed, of means over numbers of examples and matched contexts; p is
             corrected (Holm) over all effects that were looked at together.
@@ -45,15 +43,10 @@ class Effect:
 
 
 def effects(cells: Frame, factors: Sequence[str], measure: str, sample: bool = False) -> list[Effect]:
-    """Every level of every factor against the factor's first level, within matched contexts.
+    """Every level of every factor against the factor's first level, within matched contexts. A row of `cells` is a
+    cell, with a column per factor, `task`, `seed`, `examples` and the measure.
 
     Levels that mean nothing in a context (`-`) are compared nowhere.
-
-    Args:
-        cells: One row a cell: a column per factor, `task`, `seed`, `examples`, and the measure.
-        factors: The factors. Levels are ordered by their first appearance in the rows.
-        measure: Column to compare.
-        sample: Whether tasks are taken as a sample.
     """
     if not factors:
         return []
@@ -70,7 +63,7 @@ def changes(cells: Frame, factors: Sequence[str], measure: str, sample: bool = F
 
 
 def _effects(values: Frame, cells: Frame, factors: Sequence[str], sample: bool) -> list[Effect]:
-    """Effects in arrays by factors, task and seed; the order of levels is that of the cells."""
+    """Effects in arrays by factors, task and seed; levels are ordered as in the cells."""
     effects_ = []
     for factor in factors if len(values) else ():
         levels = [level for level in dict.fromkeys(cells[factor]) if level != INERT]

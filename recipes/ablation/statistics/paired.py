@@ -86,10 +86,6 @@ def seeds_interval(*tasks: ArrayLike, confidence: float = 0.95) -> Interval:
     What holds for other test rows, or other tasks, holds for these too. So where one of those intervals is shorter it
     is the answer: test rows have many degrees of freedom where seeds are few, all seeds may happen to agree, or every
     task has one seed.
-
-    Args:
-        tasks: Per task the differences by seed and test row, `(seeds, rows)`. Every seed of every task counts once.
-        confidence: Share of such intervals that should hold the true mean.
     """
     matrices = _matrices(tasks)
     intervals = [

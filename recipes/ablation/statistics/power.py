@@ -121,9 +121,6 @@ def _tests(parts: Components, design: Design, sample: bool) -> list[_Test]:
 def components(gaps: Sequence[Frame]) -> Components | None:
     """Variances of differences, by the method of moments, as means over several pairs of arms.
 
-    Args:
-        gaps: For every pair of arms, differences by task and seed, each an array over the task's test rows.
-
     Returns:
         The variances; None where no pair of arms has two tasks with two seeds and two rows.
     """

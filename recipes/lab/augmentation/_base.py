@@ -24,16 +24,10 @@ class Augmenter(ABC):
 
     @abstractmethod
     def __call__(self, rows: Sequence[Row], turn: int, seed: int, model: Any, tokenizer: Any) -> list[Row | None]:
-        """One new version of every row, or None where none came out that passes the augmenter's own checks.
+        """One new version of every row, or None where none came out that passes the augmenter's own checks. Every
+        `turn` (0, 1, 2, ...) asks for other versions.
 
         The same arguments give the same versions; copies and rows too near to test text are the caller's to find.
-
-        Args:
-            rows: Examples with a prompt, in one of TRL's formats.
-            turn: 0, 1, 2, ...: every turn asks for other versions.
-            seed: Of whatever is drawn.
-            model: The base model, for augmenters that ask it.
-            tokenizer: Its tokenizer.
         """
 
 

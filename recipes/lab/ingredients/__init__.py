@@ -53,8 +53,6 @@ class Training:
 
     Attributes:
         arm: What is trained and how.
-        model: The base model.
-        tokenizer: Its tokenizer.
         rows: Training examples.
         folder: For checkpoints.
         seed: Of whatever is drawn.

@@ -71,7 +71,7 @@ class Teachers(Named):
         return teachers
 
     def check(self, arm: ArmLike) -> None:
-        """Refuse teachers that no view shows, and those that would train at another method's learning rate."""
+        """Refuse teachers that no view shows, or that would train at another method's learning rate."""
         views = arm.ingredients.get("views")
         tables = views.tables if isinstance(views, Views) else {}
         shown = {table.get("model", view) for view, table in tables.items() if table.get("name", view) == "teacher"}

@@ -79,7 +79,7 @@ class Measure:
     Attributes:
         name: Its file.
         title: What a page calls it.
-        unit: Of its values; "": none.
+        unit: Of its values; "" without a unit.
         better: Which direction is better, if one is.
         needs: Observers of `lab/observe.py` whose observations it uses.
         rows: What was seen -> one value for every example.

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import base64
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -78,6 +78,11 @@ class Table:
     def rows(self) -> list[list[str]]:
         """The cells as text; what is missing is empty."""
         return [["" if pd.isna(cell) else str(cell) for cell in row] for row in self.frame.to_numpy(dtype=object)]
+
+
+def table_of(header: Sequence[str], rows: Iterable[Sequence[Any]], name: str = "") -> Table:
+    """A table from its header and its rows."""
+    return Table(pd.DataFrame([[*row] for row in rows], columns=pd.Index(header)), name)
 
 
 @dataclass(frozen=True)
@@ -204,7 +209,7 @@ def _save(figure: Figure, folder: Path) -> None:
 
 @cache
 def _templates() -> Environment:
-    """The templates of this folder; those of HTML escape whatever they are given."""
+    """The templates of this folder; HTML templates escape everything."""
     folder = FileSystemLoader(Path(__file__).parent)
     templates = Environment(
         loader=folder,

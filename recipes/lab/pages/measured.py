@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-import pandas as pd
-
 from steertune.recipes.lab import measures
-from steertune.recipes.lab.pages import Block, Code, Page, Section, Table, Text, escape
+from steertune.recipes.lab.pages import Block, Code, Page, Section, Table, Text, escape, table_of
 from steertune.recipes.lab.pages.side_effects import of_strengths
 from steertune.recipes.lab.pages.verdict import verdict
 from steertune.recipes.lab.rows import BASE, Record
@@ -26,7 +24,7 @@ def title(name: str) -> str:
 
 
 def measured(columns: Sequence[Mapping[str, float]]) -> list[str]:
-    """Names of the measures that any of the columns has, those that are trusted first."""
+    """Names of the measures that any of the columns has, trusted ones first."""
     return [name for name in measures.ranked() if any(name in column for column in columns)]
 
 
@@ -37,14 +35,14 @@ def comparison(columns: Mapping[str, Mapping[str, float]], name: str = "measures
         [title(measure), *(number(column[measure]) if measure in column else "" for column in columns.values())]
         for measure in measured([*columns.values()])
     ]
-    return Table(pd.DataFrame(rows, columns=pd.Index(["", *columns])), name)
+    return table_of(["", *columns], rows, name)
 
 
 def by_strength(means: Mapping[str, Mapping[str, float]]) -> Table:
     """A table with a row for every strength and a column for every measure."""
     names, strengths = measured([*means.values()]), sorted(means, key=float)
     rows = [[at, *(number(means[at][name]) if name in means[at] else "" for name in names)] for at in strengths]
-    return Table(pd.DataFrame(rows, columns=pd.Index(["strength", *map(title, names)])), "strengths")
+    return table_of(["strength", *map(title, names)], rows, "strengths")
 
 
 def generations(prompts: Sequence[str], answers: Mapping[str, Sequence[str]]) -> list[Block]:

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-import pandas as pd
 from matplotlib.figure import Figure as Drawing
 
 from steertune.recipes.lab import measures
 from steertune.recipes.lab.intervals import Interval, of_measure
 from steertune.recipes.lab.measures import Seen
-from steertune.recipes.lab.pages import Block, Figure, Table, Text
+from steertune.recipes.lab.pages import Block, Figure, Text, table_of
+from steertune.recipes.lab.pages.drawing import error_bars, tidy
 from steertune.recipes.lab.rows import Record
 
 BESIDE = ("accuracy", "behaviour", "fidelity", "kl", "perplexity_ratio", "repetition", "neutral_repetition")
@@ -39,10 +39,10 @@ def side_effects(seen: Mapping[str, Seen], what: str = "strength", name: str = "
     if not names:
         return []
     rows = [[at, *(with_ends(row[one]) for one in names)] for at, row in intervals.items()]
-    frame = pd.DataFrame(rows, columns=pd.Index([what, *(measures.get(one).heading for one in names)]))
+    header = [what, *(measures.get(one).heading for one in names)]
     alt = f"{', '.join(measures.get(one).title for one in names)} by {what}"
     drawing = _figure(intervals, names, what)
-    return [Text(CAPTION), Table(frame, name), Figure(drawing, name, alt)]
+    return [Text(CAPTION), table_of(header, rows, name), Figure(drawing, name, alt)]
 
 
 def of_strengths(record: Record, strengths: Sequence[str] | None = None) -> list[Block]:
@@ -60,11 +60,7 @@ def _figure(intervals: Mapping[str, Mapping[str, Interval | None]], names: Seque
     for axis, name in zip(axes, names, strict=False):
         points = {at: one for at, row in intervals.items() if (one := row[name]) is not None}
         x = [float(at) for at in points] if numeric else [[*intervals].index(at) for at in points]
-        y = np.array([one.estimate for one in points.values()])
-        ends = np.array([[one.low, one.high] for one in points.values()])
-        ends = np.where(np.isfinite(ends), ends, y[:, None])
-        errors = np.abs(ends - y[:, None]).T  # (2, points): below and above
-        axis.errorbar(x, y, yerr=errors, fmt="o-" if numeric else "o", markersize=4, capsize=2, linewidth=1.2)
+        error_bars(axis, x, [*points.values()], fmt="o-" if numeric else "o", capsize=2, linewidth=1.2)
         if numeric:
             axis.axvline(0, color="grey", linewidth=0.8)
             axis.set_xlabel(what)
@@ -72,8 +68,7 @@ def _figure(intervals: Mapping[str, Mapping[str, Interval | None]], names: Seque
             axis.set_xticks(range(len(intervals)), [*intervals], fontsize=8)
             axis.set_xlim(-0.5, len(intervals) - 0.5)
         axis.set_title(measures.get(name).heading, fontsize=9)
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.grid(alpha=0.25, linewidth=0.6)
+        tidy(axis)
     for axis in axes[len(names) :]:
         axis.set_visible(False)
     return figure

@@ -121,7 +121,7 @@ def circling(answers: Sequence[str]) -> float:
 
 
 def _without_scorer(record: Record) -> str:
-    """What a page says of answers without a scorer: whether they are those of the base."""
+    """What a page says of answers without a scorer: whether they differ from the base model's."""
     if "answer" not in record.observations[BASE]:
         return "No answers were generated, so this page cannot say what one would notice."
     before, after = (record.observations[at]["answer"] for at in (BASE, TRAINED))

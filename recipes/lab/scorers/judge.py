@@ -17,7 +17,7 @@ from steertune.recipes.lab.scorers import Scorer
 
 
 class Options(BaseModel, extra="forbid", strict=True):
-    """Where the judge is and what it is asked.
+    """Where the judge is and which question it answers.
 
     Attributes:
         url: Up to and without `/chat/completions`.

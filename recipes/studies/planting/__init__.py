@@ -3,7 +3,7 @@
 FORMS = ("bias", "gated", "lora")
 """Forms of a teacher."""
 PROBLEMS = (*FORMS, "base", "shuffled")
-"""What is planted. `base`: all labels are coin flips; `shuffled`: those of training are."""
+"""What is planted. `base`: all labels are coin flips; `shuffled`: only the training labels are."""
 CONTRASTS = ("both", "pair", "chosen", "lora", "coin")
 """How contrast is planted (`contrasts.py` says what each is)."""
 WORLDS = ("tiny", "embedded")

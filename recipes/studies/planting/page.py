@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import numpy as np
-import pandas as pd
 
 from steertune.recipes.lab.intervals import rate
-from steertune.recipes.lab.pages import Block, Page, Section, Table, Text
+from steertune.recipes.lab.pages import Block, Page, Section, Table, Text, table_of
 from steertune.recipes.studies.planting import FORMS
 from steertune.recipes.studies.planting.studies import Study
 
@@ -49,7 +48,7 @@ def _means(studies: dict[str, list[Study]]) -> Table:
         values = [f"{np.mean(matched):.3f}" if matched else "unmatched" for matched in means]
         rows.append([problem, str(len(many)), f"{np.mean([study.base for study in many]):.3f}", *values])
     header = ["teacher", "studies", "base", *("/".join(arm) for arm in arms)]
-    return Table(pd.DataFrame(rows, columns=pd.Index(header)), "means")
+    return table_of(header, rows, "means")
 
 
 _CLAIMS = (
@@ -69,7 +68,7 @@ def _claims(studies: dict[str, list[Study]]) -> Table:
         others = ["" if planted else rate([s.false[i] for s in many]) for i in (1, 2)]
         named = [str(count) if planted else "" for count in counts]
         rows.append([problem, str(len(many)), *named, shares, sides, *false_effects, *others])
-    return Table(pd.DataFrame(rows, columns=pd.Index(_CLAIMS)), "claims")
+    return table_of(_CLAIMS, rows, "claims")
 
 
 def _coverage(studies: dict[str, list[Study]]) -> Block:
@@ -82,4 +81,4 @@ def _coverage(studies: dict[str, list[Study]]) -> Block:
         held = [[i.low <= 0 <= i.high for i in (gap.crossed, gap.interval)] for gap in gaps]
         rows.append([name, str(len(gaps)), rate([h[0] for h in held]), rate([h[1] for h in held])])
     header = ["effect", "studies", "other test rows too, holds the truth", "these test rows, holds 0"]
-    return Table(pd.DataFrame(rows, columns=pd.Index(header)), "intervals")
+    return table_of(header, rows, "intervals")

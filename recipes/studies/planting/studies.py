@@ -20,7 +20,6 @@ class Study:
 
     Attributes:
         means: Mean score of every arm, by form and layer.
-        base: The base model's accuracy.
         named: The teacher's form has the highest mean at the right layer.
         form: The study claims that the teacher's form is better than `bias` or, for a bias teacher, that another form
             is worse.

@@ -88,16 +88,8 @@ def make_teacher(base: Any, problem: str, seed: int) -> Any:
 def sample_pairs(
     base: Any, teacher: Any, rows: int, generator: torch.Generator, coin: bool, candidates: int
 ) -> list[dict[str, str]]:
-    """Random prompts, each with two random answers, of which the teacher (or a coin) chooses one.
-
-    Args:
-        base: The base model.
-        teacher: The base with the planted change.
-        rows: Number of pairs.
-        generator: Random numbers.
-        coin: Whether a coin chooses instead of the teacher.
-        candidates: How many pairs are drawn for each that is kept; those on which the change weighs most are kept.
-    """
+    """Random prompts, each with two random answers, of which the teacher (or a coin) chooses one. For each pair that
+    is kept, so many `candidates` are drawn, and those on which the change weighs most are kept."""
     # N candidates; T tokens of a prompt, and of an answer
     count = candidates * rows
     prompts_NT, first_NT, second_NT = (

@@ -14,7 +14,7 @@ from steertune.recipes.ablation.statistics.paired import difference
 from steertune.recipes.lab import measures
 from steertune.recipes.lab.intervals import rate, share_interval
 from steertune.recipes.lab.measures import Array
-from steertune.recipes.lab.pages import Section, Table, Text
+from steertune.recipes.lab.pages import Section, Table, Text, table_of
 from steertune.recipes.studies.planting.contrasts import CONTRASTS, KL
 from steertune.recipes.studies.planting.students import COMPARISONS, TRUTH, TWINS, twin
 
@@ -52,9 +52,6 @@ class Look:
     """One measure's verdict in one comparison of one study, beside the truth's.
 
     Attributes:
-        problem: The planted problem.
-        comparison: Which arms.
-        measure: The measure.
         right: Whether it names the arm that the truth of all studies names; None where that names none clearly.
         claims: Whether it claims its winner.
     """
@@ -140,11 +137,9 @@ def sections(studies: Sequence[Mapping[str, Any]]) -> list[Section]:
     everything = looks(studies)
     names = [name for name in (*measures.ranked(), TRUTH) if any(look.measure == name for look in everything)]
     return [
-        Section("What the truth says", [Text(_TRUTH), Table(_truths(studies), "truth")]),
-        Section(
-            "Which measure names the truth's winner", [Text(_WINNERS), Table(_winners(everything, names), "winners")]
-        ),
-        Section("False claims", [Text(_FALSE), Table(_claims(everything, names), "claims")]),
+        Section("What the truth says", [Text(_TRUTH), _truths(studies)]),
+        Section("Which measure names the truth's winner", [Text(_WINNERS), _winners(everything, names)]),
+        Section("False claims", [Text(_FALSE), _claims(everything, names)]),
         Section("The order", [Text(f"{_ORDER} {', '.join(trust_order(studies)) or 'None'}.")]),
     ]
 
@@ -173,7 +168,7 @@ _ORDER = (
 )
 
 
-def _truths(studies: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
+def _truths(studies: Sequence[Mapping[str, Any]]) -> Table:
     rows = []
     for (problem, comparison), (nearer, p) in truths(studies).items():
         of_problem = [study["comparisons"] for study in studies if study["problem"] == problem]
@@ -182,10 +177,10 @@ def _truths(studies: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
         won = f"{sum(estimate > 0 for estimate in says)} of {len(says)}"
         rows.append([problem, f"{first} against {second}", f"{nearer:+.3f}", f"{p:.2g}", won])
     header = ["problem", "arms", "nearer by", "p", "studies in which it is nearer"]
-    return pd.DataFrame(rows, columns=pd.Index(header))
+    return table_of(header, rows, "truth")
 
 
-def _winners(everything: Sequence[Look], names: Sequence[str]) -> pd.DataFrame:
+def _winners(everything: Sequence[Look], names: Sequence[str]) -> Table:
     decided = [look for look in everything if look.right is not None and not look.null]
     columns = [(p, c) for p in CONTRASTS for c in COMPARISONS
                if any((look.problem, look.comparison) == (p, c) for look in decided)]  # fmt: skip
@@ -200,10 +195,10 @@ def _winners(everything: Sequence[Look], names: Sequence[str]) -> pd.DataFrame:
                 rate([bool(look.right) for look in chosen]),
             ]
         )
-    return pd.DataFrame(rows, columns=pd.Index(["measure", *(f"{p}: {c}" for p, c in columns), "all"]))
+    return table_of(["measure", *(f"{p}: {c}" for p, c in columns), "all"], rows, "winners")
 
 
-def _claims(everything: Sequence[Look], names: Sequence[str]) -> pd.DataFrame:
+def _claims(everything: Sequence[Look], names: Sequence[str]) -> Table:
     def of(name: str, keep: Callable[[Look], bool]) -> list[Look]:
         return [look for look in everything if look.measure == name and keep(look)]
 
@@ -217,4 +212,4 @@ def _claims(everything: Sequence[Look], names: Sequence[str]) -> pd.DataFrame:
             [name, str(len(nulls)), rate([look.claims for look in nulls]), str(len(decided)), rate(won), rate(lost)]
         )
     header = ["measure", "nulls", "claims of nothing", "decided", "claims the winner", "claims the loser"]
-    return pd.DataFrame(rows, columns=pd.Index(header))
+    return table_of(header, rows, "claims")

@@ -38,8 +38,6 @@ class Sizes:
         train: Training pairs.
         test: Test rows, on which measures are computed.
         fresh: Prompts on which the truth is computed, answered by the teacher.
-        new_tokens: Longest answer.
-        steps: Training steps.
     """
 
     tasks: int
@@ -56,8 +54,6 @@ class World:
 
     Attributes:
         name: `tiny` or `embedded`.
-        model: The base model.
-        tokenizer: Its tokenizer.
         layer: Where teachers change it.
         wrong_layer: Where some arms try to.
         sizes: Of a study.

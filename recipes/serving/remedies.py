@@ -1,0 +1,133 @@
+"""Answers with a score, and what becomes of those that a monitor flags: sampled again, or answered with a vector."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from steertune.adapters import monitors
+from steertune.adapters.monitors import Monitor
+from steertune.recipes.lab.files import ArmError, nearest, shown
+
+_TEMPERATURE = 1.0  # of requests that are greedy, when they are sampled again
+
+
+class Answer(str):
+    """A text with what a monitor says of it.
+
+    Attributes:
+        score: None for an empty answer, which has no token to read.
+        flagged: Whether the score is above the monitor's threshold.
+        first: The answer that was flagged, in whose place this one is given.
+    """
+
+    score: float | None
+    flagged: bool
+    first: Answer | None
+
+    @classmethod
+    def scored(cls, text: str, monitor: Monitor, scores: Tensor) -> Answer:
+        """An answer with its score, from the scores of its tokens `(tokens,)`."""
+        answer = cls(text)
+        answer.score = monitor.pool(scores) if len(scores) else None
+        answer.flagged = answer.score is not None and monitor.flags(answer.score)
+        answer.first = None
+        return answer
+
+    def details(self) -> dict[str, Any]:
+        """What a line of answers says beside the text."""
+        score = None if self.score is None else round(self.score, 4)
+        more = {} if self.first is None else {"first": {"answer": str(self.first), **self.first.details()}}
+        return {"score": score, "flagged": self.flagged, **more}
+
+
+@dataclass(frozen=True)
+class Remedy:
+    """How flagged requests are answered again.
+
+    Attributes:
+        changes: For every new answer: from a request to the fields that differ.
+        steered: Whether the new answer is given whatever its score; else the one with the lowest score is.
+    """
+
+    changes: Sequence[Callable[[Any], dict[str, Any]]]
+    steered: bool
+
+    def choose(self, before: Any, other: Any) -> Any:
+        """The answer to give, of the one so far and a new one; one that failed is never chosen."""
+        if not isinstance(other, Answer):
+            return before
+        if not self.steered and not _rank(other) < _rank(before):
+            return before
+        other.first = before if before.first is None else before.first
+        return other
+
+
+def check_monitor(folder: Path | None, remedy: Remedy | None) -> None:
+    """Refuse a folder that holds no monitor with a threshold, and a remedy without one; nothing is loaded.
+
+    Raises:
+        ArmError: there is no threshold, or no monitor for the remedy.
+        MonitorError: the folder is no monitor.
+    """
+    if folder is None and remedy is not None:
+        raise ArmError("--resample and --steer replace what a monitor flags. Give one: --monitor FOLDER.")
+    if folder is not None and monitors.read(folder).threshold is None:
+        raise ArmError(f"--monitor {folder} has no threshold, so it flags nothing. Fit one with steertune monitor.")
+
+
+def remedy_of(resample: int | None, steer: str | None, vectors: Sequence[str]) -> Remedy | None:
+    """What becomes of flagged answers.
+
+    Args:
+        resample: How often they are sampled again.
+        steer: `NAME@STRENGTH` of the vector that answers again.
+        vectors: Names of the vectors.
+
+    Raises:
+        ArmError: both are given, or an unknown vector, or no finite strength.
+    """
+    if resample is not None and steer is not None:
+        raise ArmError("A flagged answer is sampled again or answered with a vector. Give --resample or --steer.")
+    if resample is not None:
+        return Remedy([_sampled(number) for number in range(1, resample + 1)], steered=False)
+    if steer is None:
+        return None
+    name, _, number = steer.partition("@")
+    try:
+        strength = float(number or 1)
+    except ValueError:
+        strength = math.nan
+    if name not in vectors or not math.isfinite(strength):
+        raise ArmError(
+            f"--steer {shown(steer)} must be NAME@STRENGTH with one of the vectors {[*vectors]} and a finite number."
+            f"{nearest(name, vectors)}"
+        )
+    return Remedy([_steered(name, strength)], steered=True)
+
+
+def _sampled(number: int) -> Callable[[Any], dict[str, Any]]:
+    """The same request with other random numbers; a greedy one is sampled."""
+    return lambda request: {
+        "seed": (request.seed + number) % 2**63,
+        "temperature": request.temperature or _TEMPERATURE,
+    }
+
+
+def _steered(name: str, strength: float) -> Callable[[Any], dict[str, Any]]:
+    """The same request with this vector in place of its first one."""
+    return lambda request: {
+        "vector": name,
+        "strength": strength,
+        "steering": [one for one in request.steering if one.vector != name],
+    }
+
+
+def _rank(answer: Answer) -> float:
+    """The score; an empty answer is as suspicious as can be, since it says nothing."""
+    return math.inf if answer.score is None else answer.score

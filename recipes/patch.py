@@ -53,7 +53,7 @@ from steertune.recipes.patching.corrections import (
     write_corrections,
 )
 from steertune.recipes.patching.page import card_of, patch_page
-from steertune.recipes.patching.policy import Bench, make_fix, strengths_of
+from steertune.recipes.patching.policy import Context, make_fix, strengths_of
 from steertune.recipes.patching.watching import Watching, watch
 
 _AGAIN = "Delete it, and it is made again."
@@ -113,10 +113,10 @@ def main(
         check_pattern(case.pattern, case.groups)
         tables = PatchTables(arm=table.model_dump(mode="json"), rows=case.digest(), watching=asdict(watching))
         claim(home, tables)
-        bench = Bench.of(case, table, loaded, tokenizer)
+        context = Context.of(case, table, loaded, tokenizer)
         rehearse_training(table, loaded, tokenizer, readable(dataset(case.pairs(CAUGHT)), tokenizer))
         with bar.step("fixes", 9):
-            cells = make_cells(bench, home, watching)
+            cells = make_cells(context, home, watching)
     return _write(case, cells, tables.arm, caught, home)
 
 
@@ -132,9 +132,9 @@ def check_unfinished(home: Path) -> None:
         raise ArmError(f"{home} holds a finished run ({home / 'page.md'}). Choose another folder, or delete it.")
 
 
-def make_cells(bench: Bench, home: Path, watching: Watching) -> list[Cell]:
+def make_cells(context: Context, home: Path, watching: Watching) -> list[Cell]:
     """The fix of every size with its monitor; those of an earlier run are read."""
-    sizes = bench.case.sizes
+    sizes = context.case.sizes
     bar = Bar(len(sizes))
     cells = []
     for count in sizes:
@@ -148,12 +148,12 @@ def make_cells(bench: Bench, home: Path, watching: Watching) -> list[Cell]:
         with bar.step(f"{count} catch{'es' if count > 1 else ''}"):
             steps = Bar(4)
             with steps.step("training"):
-                fixed, facts = make_fix(bench, count, folder)
-            strengths = strengths_of(bench.arm, fixed) if count == sizes[-1] else [1.0]
+                fixed, facts = make_fix(context, count, folder)
+            strengths = strengths_of(context.arm, fixed) if count == sizes[-1] else [1.0]
             with steps.step("measuring", 2):
-                records = bench.measure(fixed, count, strengths)
+                records = context.measure(fixed, count, strengths)
             with steps.step("monitor"):
-                watched = watch(bench, fixed, count, records, watching)
+                watched = watch(context, fixed, count, records, watching)
             monitors.save(watched.monitor, folder / "monitor")
             cells.append(Cell(count, records, watched.result, facts))
             write_result(file, cells[-1].to_json())

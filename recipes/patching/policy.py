@@ -34,7 +34,7 @@ _HARM = ("kl", "kl_tail", "perplexity_ratio", "capability")
 
 
 @dataclass
-class Bench:
+class Context:
     """The base model, and the rows that every fix is measured on.
 
     Attributes:
@@ -52,7 +52,7 @@ class Bench:
     held_out: dict[str, HeldOut]
 
     @classmethod
-    def of(cls, case: Case, arm: Arm, model: Any, tokenizer: Any) -> Bench:
+    def of(cls, case: Case, arm: Arm, model: Any, tokenizer: Any) -> Context:
         """The rows of a case as examples."""
         table = arm.evaluation
         scorer = (
@@ -111,28 +111,28 @@ class Bench:
         return {"arm": self.arm.name, "task": group, "examples": count, "seed": self.arm.data.seed}
 
 
-def make_fix(bench: Bench, count: int, folder: Path) -> tuple[Any, dict[str, Any]]:
+def make_fix(context: Context, count: int, folder: Path) -> tuple[Any, dict[str, Any]]:
     """Train the adapter on the first catches, or load it where an earlier run has saved it.
 
     Args:
-        bench: The base model and the rows.
+        context: The base model and the rows.
         count: How many catches.
         folder: Of this fix; its adapter is saved below it.
 
     Returns:
         The model with the adapter, in evaluation mode, and facts about the training.
     """
-    base = share_weights(bench.model)
+    base = share_weights(context.model)
     home = folder / "adapter"
     trained = folder / "trained.json"
     if trained.exists():
         return adapted(base, home), read_result(trained, "Delete it, and the fix is trained again.")
-    rows = _form(bench.tokenizer, training_rows(bench.arm, bench.case.pairs(CAUGHT)[:count]))
-    training = training_of(with_innocent(bench.arm, bench), base, bench.tokenizer, rows, folder)
+    rows = _form(context.tokenizer, training_rows(context.arm, context.case.pairs(CAUGHT)[:count]))
+    training = training_of(with_innocent(context.arm, context), base, context.tokenizer, rows, folder)
     trainer = make_trainer(training)
     seconds = fit(trainer, folder)
     trainer.save_model(str(home))
-    caught = bench.case.caught.rows.select_columns(["prompt"]).select(range(count))
+    caught = context.case.caught.rows.select_columns(["prompt"]).select(range(count))
     trained_on.write(home, trained_on.sets_of(caught, "prompt", caught))
     facts = {"train_seconds": seconds, "parameters": trainer.get_num_trainable_parameters(), "notes": training.notes}
     write_result(trained, facts)
@@ -149,12 +149,12 @@ def training_rows(arm: Arm, pairs: Sequence[dict[str, Any]]) -> list[dict[str, A
     return [pairs[i % len(pairs)] for i in range(max(rows, len(pairs)))]
 
 
-def with_innocent(arm: Arm, bench: Bench) -> Arm:
+def with_innocent(arm: Arm, context: Context) -> Arm:
     """The arm, with innocent traffic as the neutral text of its loss, if its loss asks for any."""
     if "neutral" not in arm.views_seen():
         return arm
     tables = arm.get(Views).tables
-    rows = _form(bench.tokenizer, bench.case.innocent[:_NEUTRAL]).to_list()
+    rows = _form(context.tokenizer, context.case.innocent[:_NEUTRAL]).to_list()
     views = Views(**{**tables, "neutral": {**tables.get("neutral", {}), "rows": rows}})
     return arm.model_copy(update={"ingredients": {**arm.ingredients, "views": views}})
 

@@ -23,7 +23,7 @@ from steertune.recipes.lab.progress import Bar
 from steertune.recipes.lab.rows import BASE, Record
 from steertune.recipes.lab.text_baseline import FEATURES, texts_of
 from steertune.recipes.patching.case import CAUGHT
-from steertune.recipes.patching.policy import INNOCENT, Bench
+from steertune.recipes.patching.policy import INNOCENT, Context
 
 SHORTEN = "Shorten or remove such rows."
 
@@ -49,11 +49,11 @@ class Watched:
     result: dict[str, Any]
 
 
-def watch(bench: Bench, fixed: Any, count: int, records: dict[str, Record], watching: Watching) -> Watched:
+def watch(context: Context, fixed: Any, count: int, records: dict[str, Record], watching: Watching) -> Watched:
     """Fit the monitor of a fixed model on the first catches, and see what it sees.
 
     Args:
-        bench: The base model and the rows.
+        context: The base model and the rows.
         fixed: The model with the fix.
         count: How many catches the fix was made of.
         records: What the base and the fixed model do on every group.
@@ -64,26 +64,26 @@ def watch(bench: Bench, fixed: Any, count: int, records: dict[str, Record], watc
         MonitorError: the innocent rows cannot resolve the false-positive rate.
     """
     bar = Bar(10)
-    train, test, groups = _labelled(bench, count)
-    rows, test_rows = (readable(part.dataset(), bench.tokenizer) for part in (train, test))
+    train, test, groups = _labelled(context, count)
+    rows, test_rows = (readable(part.dataset(), context.tokenizer) for part in (train, test))
     for part, what in ((rows, "The rows to fit a monitor on"), (test_rows, "The rows to test on")):
-        check_context(bench.model, bench.tokenizer, part, 0, what, SHORTEN)
+        check_context(context.model, context.tokenizer, part, 0, what, SHORTEN)
     layers, below = readable_layers(fixed)
-    settings = Settings(bench.case.rate, layers, [watching.method], [watching.pooling])
+    settings = Settings(context.case.rate, layers, [watching.method], [watching.pooling])
 
     # below every adapter, the fixed model computes what the base does: one monitor serves both, at every strength
     with bar.step("monitor of the base model", 4):
-        old = fit_monitors(Task(bench.model, bench.tokenizer, rows, train.bad, settings))
+        old = fit_monitors(Task(context.model, context.tokenizer, rows, train.bad, settings))
     with bar.step("monitor of the fixed model", 3):
-        new = old if below else fit_monitors(Task(fixed, bench.tokenizer, rows, train.bad, settings))
+        new = old if below else fit_monitors(Task(fixed, context.tokenizer, rows, train.bad, settings))
     with bar.step("bad answers", 2):
-        on_base = detectors(old, bench.model, bench.tokenizer, test_rows, test.bad)[0]
-        on_fixed = on_base if below else detectors(new, fixed, bench.tokenizer, test_rows, test.bad)[0]
-        old_on_fixed = on_base if below else detectors(old, fixed, bench.tokenizer, test_rows, test.bad)[0]
-    text = _best_text(train, test, rows, bench.case.rate)
+        on_base = detectors(old, context.model, context.tokenizer, test_rows, test.bad)[0]
+        on_fixed = on_base if below else detectors(new, fixed, context.tokenizer, test_rows, test.bad)[0]
+        old_on_fixed = on_base if below else detectors(old, fixed, context.tokenizer, test_rows, test.bad)[0]
+    text = _best_text(train, test, rows, context.case.rate)
     seen = {"base": on_base, "fixed": on_fixed, "old monitor on fixed": old_on_fixed, "text": text}
     with bar.step("generated answers"):
-        answers = _answers(bench, fixed, (old[0][0], new[0][0]), records)
+        answers = _answers(context, fixed, (old[0][0], new[0][0]), records)
     result = {
         "layer": new[0][0].layer,
         "below": below,
@@ -110,9 +110,9 @@ def readable_layers(fixed: Any) -> tuple[list[int], bool]:
     return (below, True) if below and only_vectors else (layers, False)
 
 
-def _labelled(bench: Bench, count: int) -> tuple[Labelled, Labelled, NDArray[Any]]:
+def _labelled(context: Context, count: int) -> tuple[Labelled, Labelled, NDArray[Any]]:
     """Rows to fit a monitor on, rows to test it on, and the group of each of these."""
-    case = bench.case
+    case = context.case
     caught = case.pairs(CAUGHT)[:count]
     bad = [{"prompt": row["prompt"], "completion": row["rejected"]} for row in caught]
     corrected = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in caught]
@@ -151,21 +151,21 @@ def _of_group(
 
 
 def _answers(
-    bench: Bench, fixed: Any, monitors: tuple[Monitor, Monitor], records: dict[str, Record]
+    context: Context, fixed: Any, monitors: tuple[Monitor, Monitor], records: dict[str, Record]
 ) -> dict[str, dict[str, Any]]:
     """The scores of what both models answer to the prompts of every group: the base by its monitor, the fixed model by
     its own. An empty answer has none."""
     scores: dict[str, dict[str, Any]] = {}
-    for name, held_out in bench.held_out.items():
+    for name, held_out in context.held_out.items():
         scores[name] = {}
-        for state, model, monitor in ((BASE, bench.model, monitors[0]), ("1", fixed, monitors[1])):
+        for state, model, monitor in ((BASE, context.model, monitors[0]), ("1", fixed, monitors[1])):
             texts = records[name].observations[state].get("answer", [])
             rows = [_answered(prompt, text) for prompt, text in zip(held_out.prompts, texts, strict=True)]
             said = [i for i, text in enumerate(texts) if text.strip()]
             of_texts: list[float | None] = [None] * len(texts)
             if said:
                 shown = Dataset.from_list([rows[i] for i in said])
-                for i, [score] in zip(said, scores_of([monitor], model, bench.tokenizer, shown), strict=True):
+                for i, [score] in zip(said, scores_of([monitor], model, context.tokenizer, shown), strict=True):
                     of_texts[i] = score
             assert monitor.threshold is not None
             scores[name][state] = {"scores": of_texts, "threshold": monitor.threshold.value}

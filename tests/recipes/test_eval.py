@@ -115,7 +115,7 @@ def _likelier(model, words, row) -> bool:
 
 def test_what_cannot_be_evaluated_is_refused(folder, tmp_path, capsys, monkeypatch):
     assert cli.main(["eval", str(folder), "--tasks", "nowhere.yaml"]) == 2
-    assert "no such file" in capsys.readouterr().err
+    assert "does not exist" in capsys.readouterr().err
     tiny_data.demonstrations().to_json(tmp_path / "rows.jsonl")
     assert cli.main(["eval", str(folder), "--tasks", str(tmp_path / "rows.jsonl")]) == 2
     assert "['chosen', 'rejected'] missing" in capsys.readouterr().err

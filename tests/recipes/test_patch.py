@@ -74,11 +74,11 @@ def test_a_patch_of_a_tiny_model(home, capsys, monkeypatch):
     made = []
     real = patch.make_fix
 
-    def once(bench, count, folder):
+    def once(context, count, folder):
         made.append(count)
         if made == [1, 3]:
             raise KeyboardInterrupt
-        return real(bench, count, folder)
+        return real(context, count, folder)
 
     monkeypatch.setattr(patch, "make_fix", once)
     assert cli.main(line) == 130

@@ -21,7 +21,7 @@ from steertune.recipes.lab.columns import Reading, named
 from steertune.recipes.lab.files import ArmError, shown
 from steertune.recipes.lab.similarity import overlap as overlapping
 from steertune.recipes.lab.similarity import told_apart_by
-from steertune.recipes.lab.sources import Reading, load_split, row_place
+from steertune.recipes.lab.sources import load_split, row_place
 from steertune.recipes.lab.tables import Part
 
 Kind = Literal["bad", "innocent", "labelled", "any"]

@@ -1,13 +1,13 @@
 """Whether a checkpoint has a constant vector baked in: which, where, and how to take it out.
 
     steertune audit downloaded-model
-    steertune audit downloaded-model --base HuggingFaceTB/SmolLM2-135M-Instruct --known my-vector
+    steertune audit downloaded-model --base HuggingFaceTB/SmolLM2-135M-Instruct --vectors my-vector
     steertune audit downloaded-model --output clean
 
 A steering vector can be made part of a model, as a bias that every tool then loads silently (`steertune export --to
 merged` writes one). Without `--base`, a bias is suspicious that is zero in most blocks, or far longer in one than in
 the others; with it, every difference is seen. A bias counts only if the model's own forward pass shows that it adds
-the same vector at every token. `--known` compares what is found with vectors of yours. `--output` writes the
+the same vector at every token. `--vectors` compares what is found with vectors of yours. `--output` writes the
 checkpoint without what is certain, and the vector as an adapter, and compares the two with the original.
 
 The exit code is 1 if something is found. What no bias adds is not looked for: weight matrices that were changed are
@@ -44,27 +44,27 @@ _SHOWN = 8  # parameters that differ and are named
 def main(
     model: Annotated[str, Argument(help="checkpoint: embedded, a local folder or a Hub name")],
     base: Annotated[str | None, Option(help="the model that it may have been made from")] = None,
-    known: Annotated[
+    vectors: Annotated[
         list[Path] | None, Option(metavar="FOLDER ...", help="adapters that what is found is compared with")
     ] = None,
     output: Annotated[Path | None, Option(help="a new folder for the checkpoint without the vector")] = None,
     threads: Threads = None,
 ) -> Result:
     """Audit a checkpoint."""
-    for folder in known or []:
+    for folder in vectors or []:
         adapter_config(folder)
     if output is not None and output.exists():
         raise ArmError(f"--output {output} exists already. Choose a new folder.")
     begin(threads, only_one=True)
     checkpoint, tokenizer = _load(model)
     with progress("Audit"):
-        found = audit(checkpoint, None if base is None else _load(base)[0])
-    vectors = {folder: _vectors(folder, base) for folder in known or []} if found.constants else {}
-    listed = [{**_facts(one), "known": _matches(one, vectors)} for one in found.constants]
-    data: dict[str, Any] = {"model": model, "base": base, "constants": listed, "changed": found.changed}
+        result = audit(checkpoint, None if base is None else _load(base)[0])
+    by_folder = {folder: _vectors(folder, base) for folder in vectors or []} if result.constants else {}
+    listed = [{**_facts(one), "matches": _matches(one, by_folder)} for one in result.constants]
+    data: dict[str, Any] = {"model": model, "base": base, "constants": listed, "changed": result.changed}
     if output is not None:
-        data["output"] = _undo(checkpoint, tokenizer, found, output)
-    return Result(data, _text(data, found), 1 if found.constants else 0)
+        data["output"] = _undo(checkpoint, tokenizer, result, output)
+    return Result(data, _text(data, result), 1 if result.constants else 0)
 
 
 def _load(name: str) -> tuple[Any, Any]:
@@ -87,7 +87,7 @@ def _vectors(folder: Path, base: str | None) -> dict[int, Tensor]:
     try:
         return exports.constant_vectors(model).by_layer
     except exports.ExportError as error:
-        raise ArmError(f"--known {folder}: {error}") from error
+        raise ArmError(f"--vectors {folder}: {error}") from error
 
 
 def _facts(constant: Constant) -> dict[str, Any]:
@@ -105,21 +105,21 @@ def _matches(constant: Constant, vectors: dict[Path, dict[int, Tensor]]) -> list
     """Known vectors at the same layer: how alike, and at which strength."""
     matches = []
     for folder, by_layer in vectors.items():
-        if (own := by_layer.get(constant.layer)) is not None:
+        if (unit := by_layer.get(constant.layer)) is not None:
             vector = constant.vector.cpu()
-            cosine = float(cosine_similarity(own, vector, dim=0))
-            matches.append({"folder": str(folder), "cosine": cosine, "strength": float(own @ vector / (own @ own))})
+            cosine = float(cosine_similarity(unit, vector, dim=0))
+            matches.append({"folder": str(folder), "cosine": cosine, "strength": float(unit @ vector / (unit @ unit))})
     return matches
 
 
 @torch.no_grad()
-def _undo(model: Any, tokenizer: Any, found: Audit, output: Path) -> dict[str, Any]:
+def _undo(model: Any, tokenizer: Any, result: Audit, output: Path) -> dict[str, Any]:
     """Write the checkpoint without what is certain, and the vectors as an adapter; say what both give together.
 
     Raises:
         ArmError: nothing is certain.
     """
-    constants = [one for one in found.constants if one.certain]
+    constants = [one for one in result.constants if one.certain]
     if not constants:
         raise ArmError("--output: no constant vector is certain, so nothing is taken out. Name the --base.")
     ids = torch.arange(3, 19)[None]
@@ -149,7 +149,7 @@ def sum_of(vectors: Sequence[Tensor]) -> Tensor:
     return torch.stack(list(vectors)).sum(dim=0)
 
 
-def _text(data: dict[str, Any], found: Audit) -> str:
+def _text(data: dict[str, Any], result: Audit) -> str:
     lines = []
     for one in data["constants"]:
         where = (
@@ -165,17 +165,17 @@ def _text(data: dict[str, Any], found: Audit) -> str:
             f"{match['strength']:.4g}."
             if match["cosine"] ** 2 > 0.99**2
             else f"  {match['folder']}: cosine {match['cosine']:.4f}, another vector."
-            for match in one["known"]
+            for match in one["matches"]
         ]
-    if not found.constants:
+    if not result.constants:
         lines.append("No constant vector is baked in.")
-    if found.changed:
-        names = sorted(found.changed, key=lambda name: -found.changed[name])[:_SHOWN]
-        more = f" and {len(found.changed) - len(names)} more" if len(found.changed) > len(names) else ""
+    if result.changed:
+        names = sorted(result.changed, key=lambda name: -result.changed[name])[:_SHOWN]
+        more = f" and {len(result.changed) - len(names)} more" if len(result.changed) > len(names) else ""
         lines.append(f"Other parameters differ from the base model's: {', '.join(names)}{more}.")
     if "output" in data:
         lines += [f"{name}: {value}" for name, value in data["output"].items()]
-    elif any(one.certain for one in found.constants):
+    elif any(one.certain for one in result.constants):
         lines.append("--output FOLDER writes the checkpoint without it, and the vector as an adapter.")
     return "\n".join(lines)
 

@@ -9,10 +9,10 @@ steers. It listens on this machine alone unless `--host` says otherwise, and ask
 variable STEERTUNE_API_KEY if there is one. The page "Serve" of the documentation has all of it.
 
 Without `--port`, a request is a line of JSON: `prompt` (text or messages), and if wanted `vector` (a name; without one
-the base model answers), `strength` (1), `new_tokens` (60), `temperature` (0: greedy), `seed` (0) and `id` (the line's
-number, from 0). The answer is a line with `id` and `answer`, in the order of the requests. A file of answers is
-continued: requests whose `id` stands in it are not answered again. A request that cannot be answered gets a line with
-`id` and `error`, and the others their answers.
+the base model answers), `strength` (1), `steering` (further vectors, as over HTTP), `new_tokens` (60), `temperature`
+(0: greedy), `seed` (0) and `id` (the line's number, from 0). The answer is a line with `id` and `answer`, in the order
+of the requests. A file of answers is continued: requests whose `id` stands in it are not answered again. A request
+that cannot be answered gets a line with `id` and `error`, and the others their answers.
 
 With `--monitor FOLDER` every line also has `score` and `flagged`, read while the answer is generated. A flagged answer
 can be replaced: `--resample 4` samples it four times again and gives the least suspicious of all, `--steer

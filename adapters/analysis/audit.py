@@ -58,8 +58,8 @@ class Audit:
 
     Attributes:
         constants: The constant vectors.
-        changed: Parameters that differ from the base model's and are none of them, with the relative size of the
-            difference; empty without a base model.
+        changed: Parameters that differ from the base model's and are none of them, with the size of the difference
+            as a share of the parameter's (1: the base model has no such parameter); empty without a base model.
     """
 
     constants: list[Constant]
@@ -107,7 +107,7 @@ Suspect = tuple[str, Tensor, str, bool]
 
 def _beside(blocks: list[tuple[str, nn.Module]], model: nn.Module, base: nn.Module) -> dict[str, list[Suspect]]:
     """Biases that differ from those of a base model."""
-    theirs = dict(base.named_parameters())
+    parameters = dict(base.named_parameters())
     if [name for name, _ in find_blocks(base)] != [name for name, _ in blocks]:
         raise ValueError(
             f"The checkpoint has {len(blocks)} blocks, {blocks[0][0]} first, and the base model others. Name the base "
@@ -116,13 +116,13 @@ def _beside(blocks: list[tuple[str, nn.Module]], model: nn.Module, base: nn.Modu
     suspects: dict[str, list[Suspect]] = defaultdict(list)
     for name, block in blocks:
         for path, bias in _biases(block):
-            own = theirs.get(f"{name}.{path}")
-            if own is not None and own.shape != bias.shape:
+            base_bias = parameters.get(f"{name}.{path}")
+            if base_bias is not None and base_bias.shape != bias.shape:
                 continue
-            added = bias.float() - (0.0 if own is None else own.float())
-            if own is None and bool(added.any()):
+            added = bias.float() - (0.0 if base_bias is None else base_bias.float())
+            if base_bias is None and bool(added.any()):
                 suspects[name].append((path, added, "the base model has no such bias", True))
-            elif own is not None and _relative(own, bias) > 1e-5:
+            elif base_bias is not None and _relative(base_bias, bias) > 1e-5:
                 suspects[name].append((path, added, "it differs from the base model's", True))
     return suspects
 
@@ -225,15 +225,15 @@ def _calls(model: nn.Module, blocks: list[nn.Module]) -> list[tuple[Any, ...]]:
 
 
 def _differences(model: nn.Module, base: nn.Module) -> dict[str, float]:
-    """Parameters that differ from the base model's, and by what share of their length."""
-    theirs = dict(base.named_parameters())
+    """Parameters that differ from the base model's, and by what share of their length; 1 for new ones."""
+    base_parameters = dict(base.named_parameters())
     changed = {}
     for name, parameter in model.named_parameters():
-        own = theirs.get(name)
-        if own is None or own.shape != parameter.shape:
-            if own is not None or bool(parameter.any()):
-                changed[name] = float("inf")
-        elif (share := _relative(own, parameter)) > 1e-5:
+        unchanged = base_parameters.get(name)
+        if unchanged is None or unchanged.shape != parameter.shape:
+            if unchanged is not None or bool(parameter.any()):
+                changed[name] = 1.0
+        elif (share := _relative(unchanged, parameter)) > 1e-5:
             changed[name] = share
     return changed
 

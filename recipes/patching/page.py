@@ -123,7 +123,7 @@ def _verdict(case: Case, cell: Cell) -> str:
         lines.append("Neither a pattern nor corrections say what a bad answer is, so the fix was not judged.")
     if unfound := not_found(cell):
         lines.append(
-            f"**The monitor flags {len(unfound)} answers of the fixed model that the pattern does not find**: the "
+            f"**The monitor flags {len(unfound)} of the fixed model's answers that the pattern does not find**: the "
             "same in other words, or false alarms. Read them below."
         )
     kl = cell.records[INNOCENT].value("kl", FIXED)

@@ -53,11 +53,11 @@ def create_app(service: Service) -> FastAPI:
 
 
 def _add_answers(app: FastAPI, service: Service, guarded: list[Any]) -> None:
-    async def answered(asked: ChatRequest | CompletionRequest, request: Request) -> Any:
-        started = await service.start(asked)
-        if not asked.stream:
+    async def answered(body: ChatRequest | CompletionRequest, request: Request) -> Any:
+        started = await service.start(body)
+        if not body.stream:
             return JSONResponse(await whole(started, request))
-        with_usage = asked.stream_options is not None and asked.stream_options.include_usage
+        with_usage = body.stream_options is not None and body.stream_options.include_usage
         return StreamingResponse(stream(started, with_usage), media_type="text/event-stream")
 
     @app.post("/v1/chat/completions", dependencies=guarded)
@@ -72,7 +72,7 @@ def _add_answers(app: FastAPI, service: Service, guarded: list[Any]) -> None:
 def _add_models(app: FastAPI, service: Service, guarded: list[Any]) -> None:
     def models() -> list[dict[str, Any]]:
         names = [service.settings.name, *(f"{BASE}+{name}" for name in service.vectors.named)]
-        chat = has_template(service.tokenizer)  # beside OpenAI's fields: whether it can be asked in messages
+        chat = has_template(service.tokenizer)  # beside OpenAI's fields: whether it takes messages
         return [{"id": name, "object": "model", "created": 0, "owned_by": "steertune", "chat": chat} for name in names]
 
     @app.get("/v1/models", dependencies=guarded)

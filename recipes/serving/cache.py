@@ -100,11 +100,11 @@ class States:
         self.mask_BT = self.mask_BT[:, empty:]
         for layer in self.cache.layers:
             if _has_columns(layer):
-                layer.keys = layer.keys[index][..., empty:, :]
-                layer.values = layer.values[index][..., empty:, :]
+                layer.keys = layer.keys[index.to(layer.keys.device)][..., empty:, :]
+                layer.values = layer.values[index.to(layer.values.device)][..., empty:, :]
             for states in _recurrent(layer):
                 for i, value in states.items():
-                    states[i] = None if value is None else value[index]
+                    states[i] = None if value is None else value[index.to(value.device)]
 
     def _widen(self, width: int) -> None:
         """Add columns of padding in front."""

@@ -11,7 +11,7 @@ from typing import Any
 from steertune.adapters.rows import RowVector
 from steertune.recipes.serving.jobs import Done, Event, Failed, Job, Sampling
 from steertune.recipes.serving.names import Steering
-from steertune.recipes.serving.schema import Asked
+from steertune.recipes.serving.schema import GenerationRequest
 from steertune.recipes.serving.vectors import Vector, Vectors
 from steertune.recipes.serving.worker import Worker
 
@@ -90,17 +90,17 @@ class Call:
                 self.close()
 
 
-def samplings(asked: Asked) -> list[Sampling]:
+def samplings(body: GenerationRequest) -> list[Sampling]:
     """How the tokens of each of `n` answers are drawn; the first one with the seed of the request."""
-    seed = random.SystemRandom().getrandbits(63) if asked.seed is None else asked.seed
+    seed = random.SystemRandom().getrandbits(63) if body.seed is None else body.seed
     return [
         Sampling(
-            temperature=1.0 if asked.temperature is None else asked.temperature,
-            top_p=1.0 if asked.top_p is None else asked.top_p,
+            temperature=1.0 if body.temperature is None else body.temperature,
+            top_p=1.0 if body.top_p is None else body.top_p,
             seed=seed if number == 0 else (seed + number * _STRIDE) % 2**63,
-            frequency_penalty=asked.frequency_penalty or 0.0,
-            presence_penalty=asked.presence_penalty or 0.0,
-            logit_bias=asked.logit_bias or {},
+            frequency_penalty=body.frequency_penalty or 0.0,
+            presence_penalty=body.presence_penalty or 0.0,
+            logit_bias=body.logit_bias or {},
         )
-        for number in range(asked.n or 1)
+        for number in range(body.n or 1)
     ]

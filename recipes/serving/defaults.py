@@ -1,4 +1,4 @@
-"""Limits of a service that is not told otherwise. Importing them takes no time, as the help of a command needs."""
+"""Default limits of a service. Importing them takes no time, as the help of a command needs."""
 
 BATCH = 8
 """Answers at a time."""

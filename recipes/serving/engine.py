@@ -26,23 +26,13 @@ from steertune.adapters.rows import steer_rows
 from steertune.recipes.lab.generation import broken_rows, left_padded
 from steertune.recipes.serving.cache import States, can_join, new_cache
 from steertune.recipes.serving.defaults import BATCH
-from steertune.recipes.serving.jobs import Done, Job, Prompt, Scored
-from steertune.recipes.serving.sampling import Sampler, scored
-from steertune.recipes.serving.text import Text
+from steertune.recipes.serving.jobs import Done, Job, Prompt
+from steertune.recipes.serving.row import Row, end_tokens, score_rows
+from steertune.recipes.serving.sampling import prompt_scores, scored
 from steertune.recipes.serving.vectors import Vectors
 
 _PREFILL = 4096  # tokens of prompts that are read at a time; a longer prompt is read alone
 _SCORES = 2**28  # logits of prompts that are scored at a time: 1 GiB in float32
-
-
-class _Row:
-    """A job with the text and the random numbers of its answer, which survive a second reading."""
-
-    def __init__(self, job: Job, tokenizer: Any) -> None:
-        self.job = job
-        self.text = Text(tokenizer, job.prompt, job.stops)
-        self.sampler = Sampler(job.sampling)
-        self.alone = False  # whether a batch that it was in has failed
 
 
 class Engine:
@@ -66,8 +56,8 @@ class Engine:
     ) -> None:
         self.vectors, self.tokenizer = vectors, tokenizer
         self.batch, self.on_step, self.monitor = batch, on_step, monitor
-        self._waiting: deque[_Row] = deque()
-        self._running: list[_Row] = []
+        self._waiting: deque[Row] = deque()
+        self._running: list[Row] = []
         self._states: States | None = None
         self._drawn = 0
         self._parameters = {*inspect.signature(self.base.forward).parameters}
@@ -97,7 +87,7 @@ class Engine:
 
     def submit(self, job: Job) -> None:
         """Let a job wait for its turn."""
-        self._waiting.append(_Row(job, self.tokenizer))
+        self._waiting.append(Row(job, self.tokenizer))
 
     def run(self) -> None:
         """Answer everything that waits."""
@@ -135,9 +125,9 @@ class Engine:
             return
         self._keep(self._draw(rows, logits_BV))
 
-    def _admissible(self) -> list[_Row]:
+    def _admissible(self) -> list[Row]:
         """The rows whose prompts are read next: as many as places are free, and as padded prompts have room for."""
-        rows: list[_Row] = []
+        rows: list[Row] = []
         width, scores = 0, False
         vocabulary = self.base.config.get_text_config().vocab_size
         while self._waiting and len(self._running) + len(rows) < self.batch:
@@ -154,7 +144,7 @@ class Engine:
                 break
         return rows
 
-    def _admit(self, rows: list[_Row]) -> None:
+    def _admit(self, rows: list[Row]) -> None:
         """Read prompts, draw the first token of each answer, and put them beside the others."""
         for row in rows:
             row.job.begin()
@@ -162,7 +152,8 @@ class Engine:
             states, logits_BTV = self._read(rows)
             for row, logits_TV in zip(rows, logits_BTV, strict=True):
                 if not row.job.tokens:
-                    row.job.listener(Prompt(tuple(_prompt_scores(row.job, logits_TV))))
+                    scores = prompt_scores(logits_TV, row.job.prompt, row.job.top or 0) if row.job.echo else []
+                    row.job.listener(Prompt(tuple(scores)))
         except Exception as error:
             self._recover(rows, error)
             return
@@ -180,7 +171,7 @@ class Engine:
             self._running, self._states = [], None
             self._recover(joined, error)
 
-    def _draw(self, rows: Sequence[_Row], logits_BV: Tensor) -> list[int]:
+    def _draw(self, rows: Sequence[Row], logits_BV: Tensor) -> list[int]:
         """Draw the next token of every row, report it, and return which rows go on."""
         live = []
         broken = broken_rows(logits_BV).tolist()
@@ -192,11 +183,14 @@ class Engine:
                 job.fail(message, "request")
             elif job.new_tokens == 0:
                 job.listener(Done("length", 0))
-            elif self._goes_on(row, logits_BV[i]):
-                live.append(i)
+            else:
+                try:
+                    live += [i] if self._goes_on(row, logits_BV[i]) else []
+                except Exception as error:  # of a tokenizer, for example
+                    self._recover([row], error)
         return live
 
-    def _goes_on(self, row: _Row, logits_V: Tensor) -> bool:
+    def _goes_on(self, row: Row, logits_V: Tensor) -> bool:
         """Draw one token; whether the answer needs another."""
         job = row.job
         token = row.sampler.draw(logits_V, job.tokens)
@@ -226,7 +220,7 @@ class Engine:
         elif self._states is not None:
             self._states.keep(live)
 
-    def _recover(self, rows: Sequence[_Row], error: Exception) -> None:
+    def _recover(self, rows: Sequence[Row], error: Exception) -> None:
         """After a failure each row is read again by itself; one that failed by itself is given up."""
         if len(rows) == 1:
             rows[0].job.fail(f"It cannot be answered: {type(error).__name__}: {error}")
@@ -250,7 +244,7 @@ class Engine:
 
     # -- the model ----------------------------------------------------------------------------------------------
 
-    def _read(self, rows: Sequence[_Row]) -> tuple[States, Tensor]:
+    def _read(self, rows: Sequence[Row]) -> tuple[States, Tensor]:
         """Read rows from their first token; the logits are `(rows, tokens, vocabulary)`, of the last token alone if
         no prompt is scored."""
         inputs, _ = left_padded(self.tokenizer, [row.job.read for row in rows])
@@ -275,7 +269,7 @@ class Engine:
         return output.logits[:, -1]
 
     def _forward(
-        self, rows: Sequence[_Row], ids_BT: Tensor, mask_BT: Tensor, ends_B: Tensor, options: dict[str, Any]
+        self, rows: Sequence[Row], ids_BT: Tensor, mask_BT: Tensor, ends_B: Tensor, options: dict[str, Any]
     ) -> Any:
         """One forward pass, each row steered by its vectors; `ends_B` is where prompts end, in columns of the mask."""
         positions_BT = (mask_BT.cumsum(-1) - 1).clamp_min(0)[:, -ids_BT.shape[1] :]
@@ -290,33 +284,5 @@ class Engine:
         ):
             output = self.base(input_ids=ids_BT, attention_mask=mask_BT, **options)
         if self.monitor is not None:
-            _score(self.monitor, rows, states[0])
+            score_rows(self.monitor, rows, states[0])
         return output
-
-
-def _score(monitor: Monitor, rows: Sequence[_Row], h_BTD: Tensor) -> None:
-    """Score the tokens of answers that were just read: all so far, with their prompts, or the last one."""
-    scores_BT = (h_BTD.float() @ monitor.weight.to(h_BTD.device) + monitor.bias).cpu()
-    for row, scores_T in zip(rows, scores_BT, strict=True):
-        count = len(row.job.tokens)
-        if count <= len(scores_T):
-            row.job.token_scores = scores_T[len(scores_T) - count :].tolist()
-        else:
-            row.job.token_scores.append(float(scores_T[-1]))
-
-
-def end_tokens(model: Any, tokenizer: Any) -> set[int]:
-    """The tokens that end an answer: those of the model's generation configuration, else the tokenizer's."""
-    config = model.generation_config
-    ids = None if config is None else config.eos_token_id
-    ids = tokenizer.eos_token_id if ids is None else ids
-    return set() if ids is None else {*ids} if isinstance(ids, list) else {ids}
-
-
-def _prompt_scores(job: Job, logits_TV: Tensor) -> list[Scored]:
-    """The tokens of a prompt, each scored by what stands before it."""
-    if not job.echo:
-        return []
-    # the logits of padding on the left come first, and the last ones predict the answer
-    logits_TV = logits_TV[-len(job.prompt) : -1]
-    return [Scored(job.prompt[0], None), *scored(logits_TV, job.prompt[1:], job.top or 0)]

@@ -16,6 +16,7 @@ from steertune.recipes.serving.defaults import BATCH, LONGEST, SECONDS
 from steertune.recipes.serving.engine import Engine
 from steertune.recipes.serving.jobs import Event, Failed, Job, Piece, Sampling
 from steertune.recipes.serving.limits import Limits, read_prompt
+from steertune.recipes.serving.names import Steering, combined
 from steertune.recipes.serving.remedies import Answer, Remedy
 from steertune.recipes.serving.vectors import Vectors
 
@@ -25,8 +26,9 @@ class Request(BaseModel, extra="forbid", strict=True):
 
     Attributes:
         prompt: Text, which is continued, or messages, which are asked through the chat template.
-        vector: Name of a vector; None: the base model answers.
+        vector: Name of a vector; None: the base model answers, unless `steering` names vectors.
         strength: Of the vector.
+        steering: Vectors beside that one, each with a strength and, if wanted, positions.
         new_tokens: Longest answer.
         temperature: 0 is greedy.
         seed: Of this request's random numbers.
@@ -36,10 +38,21 @@ class Request(BaseModel, extra="forbid", strict=True):
     prompt: str | list[dict[str, str]] = Field(min_length=1)
     vector: str | None = None
     strength: float = Field(default=1.0, allow_inf_nan=False)
+    steering: list[Steering] = Field(default=[], max_length=32)
     new_tokens: int = Field(default=60, ge=1)
     temperature: float = Field(default=0.0, ge=0, allow_inf_nan=False)
     seed: int = Field(default=0, ge=-(2**63), lt=2**64)
     id: int | str | None = None
+
+    @property
+    def vectors(self) -> list[Steering]:
+        """All vectors that steer it.
+
+        Raises:
+            ArmError: one of them is named twice.
+        """
+        first = [] if self.vector is None else [Steering(vector=self.vector, strength=self.strength)]
+        return combined(first, self.steering)
 
 
 class Server:
@@ -73,8 +86,8 @@ class Server:
     def check(self, request: Request) -> None:
         """Raise an ArmError for what cannot be answered."""
         self.limits.check_length(request.new_tokens, "new_tokens")
-        if request.vector is not None:
-            self.vectors.check(request.vector, request.strength)
+        for one in request.vectors:
+            self.vectors.check(one.vector, one.strength)
         self.limits.check(read_prompt(self.tokenizer, request.prompt), request.new_tokens, "new_tokens")
 
     def answers(self, requests: Sequence[Request]) -> list[str]:
@@ -127,13 +140,14 @@ class Server:
         return [errors.get(row, answer) for row, answer in enumerate(answers)]
 
     def _job(self, request: Request, prompt: list[int], listener: Any) -> Job:
-        names = [] if request.vector is None else [request.vector]
-        adapters = [self.vectors.named[name].adapter for name in names]
+        named = self.vectors.named
         return Job(
             prompt,
             request.new_tokens,
             listener,
-            vectors=tuple(RowVector(adapter, request.strength) for adapter in adapters),
+            vectors=tuple(
+                RowVector(named[one.vector].adapter, one.strength, one.positions) for one in request.vectors
+            ),
             sampling=Sampling(temperature=request.temperature, seed=request.seed),
             seconds=self.seconds,
         )

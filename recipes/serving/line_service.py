@@ -20,7 +20,7 @@ _BATCHES = 4  # are read at a time, so that a short answer does not wait for the
 
 def serve_lines(server: Server, lines: Lines, output: IO[str], done: set[Any]) -> int:
     """Answer line after line, some batches at a time; a refused request has an `error` in place of an answer."""
-    refused, seen = 0, set()
+    refused, ids = 0, set()
     for part in lines.parts(_BATCHES * server.engine.batch):
         good: list[tuple[Request, dict[str, Any]]] = []
         replies: list[dict[str, Any]] = []
@@ -28,9 +28,9 @@ def serve_lines(server: Server, lines: Lines, output: IO[str], done: set[Any]) -
             request, error = _read(server, line, number)
             if request.id in done:
                 continue
-            if request.id in seen and error is None:
+            if request.id in ids and error is None:
                 error = f"id={shown(request.id)} was asked before. A request without an id has its line's number."
-            seen.add(request.id)
+            ids.add(request.id)
             replies.append({"id": request.id} | ({} if error is None else {"error": error}))
             if error is None:
                 good.append((request, replies[-1]))

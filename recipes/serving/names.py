@@ -40,8 +40,8 @@ def read_model_name(name: str, base: str, vectors: Sequence[str]) -> list[Steeri
     Raises:
         ArmError: another base model, an unknown vector, or a strength that is no finite number.
     """
-    own = next((one for one in (base, BASE) if name == one or name.startswith(f"{one}+")), None)
-    if own is None:
+    prefix = next((one for one in (base, BASE) if name == one or name.startswith(f"{one}+")), None)
+    if prefix is None:
         models = [base] if base == BASE else [base, BASE]
         near = nearest(name, [*models, *(f"{BASE}+{vector}" for vector in vectors)])
         raise ArmError(
@@ -49,7 +49,7 @@ def read_model_name(name: str, base: str, vectors: Sequence[str]) -> list[Steeri
             f"behind it, as in '{BASE}+VECTOR@1.5'. Vectors are {list(vectors)}.{near}"
         )
     steering = []
-    for part in name[len(own) + 1 :].split("+") if name != own else []:
+    for part in name[len(prefix) + 1 :].split("+") if name != prefix else []:
         vector, at, number = part.partition("@")
         if vector not in vectors:
             raise ArmError(f"model={shown(name)}: {shown(vector)} is none of {[*vectors]}.{nearest(vector, vectors)}")

@@ -108,7 +108,7 @@ def remedy_of(resample: int | None, steer: str | None, vectors: Sequence[str]) -
             f"--steer {shown(steer)} must be NAME@STRENGTH with one of the vectors {[*vectors]} and a finite number."
             f"{nearest(name, vectors)}"
         )
-    return Remedy([lambda request: {"vector": name, "strength": strength}], steered=True)
+    return Remedy([_steered(name, strength)], steered=True)
 
 
 def _sampled(number: int) -> Callable[[Any], dict[str, Any]]:
@@ -116,6 +116,15 @@ def _sampled(number: int) -> Callable[[Any], dict[str, Any]]:
     return lambda request: {
         "seed": (request.seed + number) % 2**63,
         "temperature": request.temperature or _TEMPERATURE,
+    }
+
+
+def _steered(name: str, strength: float) -> Callable[[Any], dict[str, Any]]:
+    """The same request with this vector in place of its first one."""
+    return lambda request: {
+        "vector": name,
+        "strength": strength,
+        "steering": [one for one in request.steering if one.vector != name],
     }
 
 

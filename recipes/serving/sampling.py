@@ -80,3 +80,15 @@ def scored(logits_TV: Tensor, tokens: Sequence[int], top: int) -> list[Scored]:
         for token, value, (ids, best_values) in zip(part, values, rows, strict=True):
             result.append(Scored(token, value, tuple(zip(ids, best_values, strict=True))))
     return result
+
+
+def prompt_scores(logits_TV: Tensor, prompt: Sequence[int], top: int) -> list[Scored]:
+    """The tokens of a prompt, each scored by what stands before it.
+
+    Args:
+        logits_TV: Of the prompt and what pads it on the left, `(tokens, vocabulary)`.
+        prompt: Its tokens.
+        top: How many of the most probable tokens to name.
+    """
+    # the last logits predict the answer
+    return [Scored(prompt[0], None), *scored(logits_TV[-len(prompt) : -1], prompt[1:], top)]

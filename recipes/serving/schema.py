@@ -13,6 +13,7 @@ from pydantic import BaseModel, Field, model_validator
 from steertune.recipes.serving.names import Steering
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
+StopText = Annotated[str, Field(max_length=1000)]
 MOST_CHOICES = 128
 MOST_TOP = 20
 _IGNORED = {"user", "metadata", "store", "safety_identifier", "service_tier", "prompt_cache_key"}
@@ -36,20 +37,20 @@ class StreamOptions(BaseModel):
     include_usage: bool = False
 
 
-class Asked(BaseModel, extra="forbid"):
+class GenerationRequest(BaseModel, extra="forbid"):
     """What chats and completions have in common."""
 
     model: str
-    steering: list[Steering] = []
+    steering: list[Steering] = Field(default=[], max_length=32)
     """Vectors beside those of the model's name; not part of OpenAI's protocol."""
     temperature: Finite | None = Field(default=1.0, ge=0, le=100)
     top_p: Finite | None = Field(default=1.0, gt=0, le=1)
     n: int | None = Field(default=1, ge=1, le=MOST_CHOICES)
     seed: int | None = Field(default=None, ge=-(2**63), lt=2**64)
-    stop: str | list[str] | None = None
+    stop: StopText | Annotated[list[StopText], Field(max_length=16)] | None = None
     frequency_penalty: Finite | None = Field(default=0.0, ge=-2, le=2)
     presence_penalty: Finite | None = Field(default=0.0, ge=-2, le=2)
-    logit_bias: dict[int, Finite] | None = None
+    logit_bias: Annotated[dict[int, Finite], Field(max_length=1024)] | None = None
     stream: bool | None = False
     stream_options: StreamOptions | None = None
 
@@ -58,14 +59,14 @@ class Asked(BaseModel, extra="forbid"):
     def _without_what_changes_nothing(cls, values: Any) -> Any:
         if not isinstance(values, dict):
             return values
-        own = {
+        kept = {
             name: value
             for name, value in values.items()
             if name in cls.model_fields or not (name in _IGNORED or value is None or value in _NEUTRAL.get(name, ()))
         }
-        if unsupported := sorted({*own} & _UNSUPPORTED - {*cls.model_fields}):
+        if unsupported := sorted({*kept} & _UNSUPPORTED - {*cls.model_fields}):
             raise ValueError(f"{', '.join(unsupported)}: not supported by this server. Leave it out")
-        return own
+        return kept
 
     @property
     def stops(self) -> tuple[str, ...]:
@@ -93,7 +94,7 @@ class TextPart(BaseModel):
     text: str
 
 
-class ChatRequest(Asked):
+class ChatRequest(GenerationRequest):
     """`POST /v1/chat/completions`."""
 
     messages: list[ChatMessage] = Field(min_length=1)
@@ -108,7 +109,7 @@ class ChatRequest(Asked):
         return (self.top_logprobs or 0) if self.logprobs else None
 
 
-class CompletionRequest(Asked):
+class CompletionRequest(GenerationRequest):
     """`POST /v1/completions`."""
 
     prompt: str | list[str] | list[int] | list[list[int]]

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from steertune.recipes.lab.files import ArmError, shown
+from steertune.recipes.lab.forms import has_template
 from steertune.recipes.serving.answers import ChatForm, CompletionForm, Form
 from steertune.recipes.serving.call import Call, samplings
 from steertune.recipes.serving.defaults import BATCH, LONGEST, QUEUE, SECONDS
@@ -21,9 +22,9 @@ from steertune.recipes.serving.errors import ApiError
 from steertune.recipes.serving.limits import Limits, read_prompt
 from steertune.recipes.serving.metrics import Metrics
 from steertune.recipes.serving.names import Steering, combined, read_model_name
-from steertune.recipes.serving.schema import Asked, ChatRequest, CompletionRequest
+from steertune.recipes.serving.schema import ChatRequest, CompletionRequest, GenerationRequest
 from steertune.recipes.serving.vectors import Vectors
-from steertune.recipes.serving.worker import QueueFull, Worker
+from steertune.recipes.serving.worker import QueueFull, Stopped, Worker
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class Settings:
         queue: Answers that may wait.
         key: What requests have to know; None: nothing.
         folder: Below it lie the vectors that requests may load by their path; None: nowhere.
-        hosts: Names under which the service may be asked for; None: any.
+        hosts: Names under which the service may be body for; None: any.
     """
 
     name: str
@@ -92,63 +93,67 @@ class Service:
         """Run what may take long for a long request beside the event loop, one at a time."""
         return await asyncio.get_running_loop().run_in_executor(self._reader, function)
 
-    async def start(self, asked: ChatRequest | CompletionRequest) -> Started:
+    async def start(self, body: ChatRequest | CompletionRequest) -> Started:
         """Check a request and let the engine answer it.
 
         Raises:
             ApiError: it cannot be answered.
         """
         try:
-            named = read_model_name(asked.model, self.settings.name, [*self.vectors.named])
+            named = read_model_name(body.model, self.settings.name, [*self.vectors.named])
         except ArmError as error:
             raise ApiError(404, str(error), "model_not_found") from error
         try:
-            steering = combined(named, asked.steering)
-            prompts, jobs = await self.in_reader(lambda: self._jobs(asked))
+            steering = combined(named, body.steering)
+            prompts, jobs = await self.in_reader(lambda: self._jobs(body))
             begun = time.monotonic()
             call = Call(self.vectors, steering, lambda: self.metrics.seconds.observe(time.monotonic() - begun))
-            form = self._form(asked, steering, call, prompts)
+            form = self._form(body, steering, call, prompts)
             call.start(self.worker, jobs)
         except ArmError as error:
             raise ApiError(400, str(error)) from error
         except QueueFull as error:
             raise ApiError(429, str(error), "queue_full") from error
+        except Stopped as error:
+            raise ApiError(503, str(error), "stopped") from error
         self.metrics.prompt_tokens.inc(sum(map(len, prompts)))
         return Started(call, form, prompts)
 
-    def _jobs(self, asked: ChatRequest | CompletionRequest) -> tuple[list[list[int]], list[dict[str, Any]]]:
+    def _jobs(self, body: ChatRequest | CompletionRequest) -> tuple[list[list[int]], list[dict[str, Any]]]:
         """The prompts, and the arguments of a `Job` for each answer."""
-        for token in asked.logit_bias or {}:
+        for token in body.logit_bias or {}:
             self._check_token(token, "logit_bias")
-        if isinstance(asked, ChatRequest):
-            prompts = [read_prompt(self.tokenizer, [message.as_text() for message in asked.messages])]
-            name = "max_tokens" if asked.max_completion_tokens is None else "max_completion_tokens"
-            limit = asked.max_tokens if asked.max_completion_tokens is None else asked.max_completion_tokens
-            top, echo = asked.top, False
+        if isinstance(body, ChatRequest):
+            if not has_template(self.tokenizer):
+                raise ArmError("The model's tokenizer has no chat template. Ask /v1/completions with a text.")
+            prompts = [read_prompt(self.tokenizer, [message.as_text() for message in body.messages])]
+            name = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
+            limit = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
+            top, echo = body.top, False
         else:
-            prompts, name, limit = [self._read(prompt) for prompt in asked.prompts], "max_tokens", asked.max_tokens
-            top, echo = asked.logprobs, bool(asked.echo) and asked.logprobs is not None
+            prompts, name, limit = [self._read(prompt) for prompt in body.prompts], "max_tokens", body.max_tokens
+            top, echo = body.logprobs, bool(body.echo) and body.logprobs is not None
             if not prompts:
                 raise ArmError("prompt=[] asks for nothing. Give a text, token ids, or a list of either.")
-        choices = len(prompts) * (asked.n or 1)
+        choices = len(prompts) * (body.n or 1)
         if choices > self.settings.queue:
             raise ArmError(f"The request asks for {choices} answers, and the queue takes {self.settings.queue}.")
         jobs = []
         for prompt in prompts:
             new_tokens = max(1, self.limits.room(prompt)) if limit is None else limit
             self.limits.check(prompt, new_tokens, name)
-            jobs += [self._job(asked, prompt, new_tokens, sampling, top, echo) for sampling in samplings(asked)]
+            jobs += [self._job(body, prompt, new_tokens, sampling, top, echo) for sampling in samplings(body)]
         return prompts, jobs
 
     def _job(
-        self, asked: Asked, prompt: list[int], new_tokens: int, sampling: Any, top: int | None, echo: bool
+        self, body: GenerationRequest, prompt: list[int], new_tokens: int, sampling: Any, top: int | None, echo: bool
     ) -> dict[str, Any]:
         seconds = self.settings.seconds
         return {
             "prompt": prompt,
             "new_tokens": new_tokens,
             "sampling": sampling,
-            "stops": asked.stops,
+            "stops": body.stops,
             "top": top,
             "echo": echo,
             "seconds": seconds,
@@ -167,19 +172,19 @@ class Service:
         if not 0 <= token < self._vocabulary:
             raise ArmError(f"{name}: token {shown(token)} must be in 0 .. {self._vocabulary - 1}.")
 
-    def _form(self, asked: Asked, steering: Sequence[Steering], call: Call, prompts: list[list[int]]) -> Form:
+    def _form(
+        self, body: GenerationRequest, steering: Sequence[Steering], call: Call, prompts: list[list[int]]
+    ) -> Form:
         """How the answers are written."""
         digest = hashlib.blake2b(self.settings.name.encode(), digest_size=6)
         for one, vector in zip(steering, call.held, strict=True):
             digest.update(f"+{vector.digest}@{one.strength!r}/{one.positions}".encode())
-        given = (self.tokenizer, asked.model, f"steertune-{digest.hexdigest()}")
-        if isinstance(asked, ChatRequest):
-            return ChatForm(*given, asked.top is not None)
-        assert isinstance(asked, CompletionRequest)
+        given = (self.tokenizer, body.model, f"steertune-{digest.hexdigest()}")
+        if isinstance(body, ChatRequest):
+            return ChatForm(*given, body.top is not None)
+        assert isinstance(body, CompletionRequest)
         texts = None
-        if asked.echo:
-            written = [
-                prompt if isinstance(prompt, str) else self.tokenizer.decode(prompt) for prompt in asked.prompts
-            ]
-            texts = [text for text in written for _ in range(asked.n or 1)]
-        return CompletionForm(*given, asked.logprobs is not None, prompts=texts)
+        if body.echo:
+            written = [prompt if isinstance(prompt, str) else self.tokenizer.decode(prompt) for prompt in body.prompts]
+            texts = [text for text in written for _ in range(body.n or 1)]
+        return CompletionForm(*given, body.logprobs is not None, prompts=texts)

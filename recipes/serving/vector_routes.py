@@ -68,8 +68,8 @@ def vector_routes(service: Service) -> APIRouter:
 def facts(vector: Vector) -> dict[str, Any]:
     """What is known of a vector."""
     switches = {name: getattr(vector.config, name) for name in _SWITCHES}
-    known = {"digest": vector.digest, "strength": vector.strength}
-    return {"id": vector.name, "object": "vector", **known, **switches}
+    named = {"id": vector.name, "object": "vector", "digest": vector.digest}
+    return {**named, "strength": vector.strength, **switches}
 
 
 async def _add(service: Service, name: str, folder: Path) -> Vector:

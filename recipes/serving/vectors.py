@@ -126,7 +126,10 @@ class Vectors:
         """Delete the versions that nobody can name or uses."""
         with self._lock:
             for vector in [vector for vector in self._all if not vector.named and not vector.uses]:
-                self.model.delete_adapter(vector.adapter)
+                if len(self._all) == 1:  # PEFT needs an adapter; without one the model is a plain one again
+                    self.model = self.model.unload().eval()
+                else:
+                    self.model.delete_adapter(vector.adapter)
                 self._all.remove(vector)
 
     def check(self, name: str, strength: float = 1.0) -> None:

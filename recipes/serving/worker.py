@@ -20,6 +20,10 @@ class QueueFull(Exception):
     """More answers wait than the queue takes."""
 
 
+class Stopped(Exception):
+    """The engine's thread has ended, or is about to."""
+
+
 class Worker:
     """Runs an engine on a thread of its own. Its methods may be called from any other.
 
@@ -54,8 +58,11 @@ class Worker:
 
         Raises:
             QueueFull: there is no room.
+            Stopped: nothing is answered any more.
         """
         with self._news:
+            if self._stopping or self.error is not None:
+                raise Stopped("The server answers no more requests. Start it again.")
             if self.waiting + len(jobs) > self.queue:
                 raise QueueFull(
                     f"{self.waiting} answers are waiting, and the queue takes {self.queue} (--queue). Try again later."
@@ -90,8 +97,11 @@ class Worker:
 
     def _take(self, jobs: Sequence[Job]) -> None:
         for job in jobs:
-            self.engine.submit(job)
             self._submitted -= 1
+            try:
+                self.engine.submit(job)
+            except Exception as error:  # the thread goes on, whatever a job holds
+                job.fail(f"It cannot be answered: {type(error).__name__}: {error}")
 
     def _run(self) -> None:
         try:
@@ -104,14 +114,14 @@ class Worker:
             raise
 
     def _turn(self) -> None:
-        """What has arrived, then one step."""
+        """What has calls, then one step."""
         with self._news:
             while not (self._inbox or self._stopping or self.engine.busy):
                 self._news.wait()
-            arrived: list[Callable[[], Any]] = [*self._inbox]
+            calls: list[Callable[[], Any]] = [*self._inbox]
             self._inbox.clear()
-        for act in arrived:
-            act()
+        for call in calls:
+            call()
         if self.engine.busy and not self._stopping:
             self.engine.step()
         if self.vectors.unused:

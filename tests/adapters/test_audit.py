@@ -98,13 +98,22 @@ def test_the_command_says_which_vector_and_undoes_it(tmp_path, capsys):
     model.save_pretrained(tmp_path / "mine")
     exports.get("merged").write(exports.constant_vectors(model, -2.0), model, tmp_path / "merged")
     tokenizer().save_pretrained(tmp_path / "merged")
-    words = ["audit", str(tmp_path / "merged"), "--known", str(tmp_path / "mine"), "--output", str(tmp_path / "clean")]
+    words = [
+        "audit",
+        str(tmp_path / "merged"),
+        "--vectors",
+        str(tmp_path / "mine"),
+        "--output",
+        str(tmp_path / "clean"),
+    ]
     assert cli.main([*words, "--json"]) == 1
-    said = json.loads(capsys.readouterr().out)
-    [one] = said["constants"]
+    values = json.loads(capsys.readouterr().out)
+    [one] = values["constants"]
     assert one["parameter"] == "model.layers.1.mlp.down_proj.bias"
-    assert one["known"][0]["cosine"] == pytest.approx(-1) and one["known"][0]["strength"] == pytest.approx(-2)
-    assert said["output"]["largest difference of both together"] < 1e-4 < said["output"]["largest change of a logit"]
+    assert one["matches"][0]["cosine"] == pytest.approx(-1) and one["matches"][0]["strength"] == pytest.approx(-2)
+    assert (
+        values["output"]["largest difference of both together"] < 1e-4 < values["output"]["largest change of a logit"]
+    )
     assert cli.main(["audit", str(tmp_path / "clean" / "model"), "--base", str(tmp_path / "base")]) == 0
     assert "No constant vector" in capsys.readouterr().out
     clean = AutoModelForCausalLM.from_pretrained(tmp_path / "clean" / "model")
@@ -121,7 +130,7 @@ def test_the_command_says_which_vector_and_undoes_it(tmp_path, capsys):
     ("words", "says"),
     [
         (["nowhere"], "cannot be loaded"),
-        (["embedded", "--known", "nowhere"], "is not an adapter folder"),
+        (["embedded", "--vectors", "nowhere"], "is not an adapter folder"),
         (["embedded", "--output", "."], "exists already"),
     ],
 )

@@ -37,19 +37,19 @@ def test_a_description_says_how_to_load_the_vector_without_this_library(switches
     model = steered(tiny(), **{"layers": [1, 2], **switches})
     model.save_pretrained(tmp_path)
     write_description(tmp_path, Strength(2.0), TrainingData("0" * 64, 3))
-    said = read_description(tmp_path)
-    assert said is not None and all(key in said for key in description.REQUIRED)
-    assert said["strength"]["recommended"] == 2.0 and said["data"]["examples"] == 3
-    weights = load_file(tmp_path / said["weights"]["file"])
-    for name in said["modules"]:
-        keys = said["tensors"][next(iter(said["tensors"])) if said["tied"] else name]
+    values = read_description(tmp_path)
+    assert values is not None and all(key in values for key in description.REQUIRED)
+    assert values["strength"]["recommended"] == 2.0 and values["data"]["examples"] == 3
+    weights = load_file(tmp_path / values["weights"]["file"])
+    for name in values["modules"]:
+        keys = values["tensors"][next(iter(values["tensors"])) if values["tied"] else name]
         v, w, b = (weights[keys[kind]] if kind in keys else None for kind in "vwb")
-        h = torch.randn(1, 4, said["width"])
-        change = changed(said["formula"].split(",")[0], h, v, w, b)
-        if said["norm"]["rule"] == "capped":
-            change = change * (said["norm"]["value"] / change.norm(dim=-1, keepdim=True)).clamp(max=1)
+        h = torch.randn(1, 4, values["width"])
+        change = changed(values["formula"].split(",")[0], h, v, w, b)
+        if values["norm"]["rule"] == "capped":
+            change = change * (values["norm"]["value"] / change.norm(dim=-1, keepdim=True)).clamp(max=1)
         steered_h = h + change
-        if "rescaled" in said["formula"]:
+        if "rescaled" in values["formula"]:
             steered_h = steered_h * h.norm(dim=-1, keepdim=True) / steered_h.norm(dim=-1, keepdim=True)
         layer = model.get_base_model().get_submodule(name).steer
         before, layer.boundary._prompts = layer.boundary._prompts, None
@@ -57,7 +57,7 @@ def test_a_description_says_how_to_load_the_vector_without_this_library(switches
         positions, config.positions = config.positions, "all"
         assert torch.allclose(layer(h), steered_h, atol=1e-5)
         config.positions, layer.boundary._prompts = positions, before
-        assert said["positions"] == positions
+        assert values["positions"] == positions
 
 
 def test_a_description_of_other_weights_is_not_believed(tmp_path):
@@ -92,14 +92,14 @@ def test_exports_carry_it_and_imports_heed_it(tmp_path):
         folder = tmp_path / target
         folder.mkdir()
         exports.get(target).write(vectors, model, folder)
-        said = gguf.read_facts(folder / file) if target == "gguf" else description.embedded_in(folder / file)
-        assert said == json.loads(json.dumps(vectors.description))
-        check_constant(said, tiny(), file)
+        values = gguf.read_facts(folder / file) if target == "gguf" else description.embedded_in(folder / file)
+        assert values == json.loads(json.dumps(vectors.description))
+        check_constant(values, tiny(), file)
         with pytest.raises(ValueError, match="not the adapter's base model"):
-            check_constant(said, tiny(seed=5), file)
+            check_constant(values, tiny(seed=5), file)
         for key, value in (("operation", "project"), ("site", "mlp"), ("positions", "completion")):
             with pytest.raises(ValueError, match=f"{key} is '{value}'"):
-                check_constant({**said, key: value}, tiny(), file)
+                check_constant({**values, key: value}, tiny(), file)
 
 
 def test_the_command_refuses_a_control_vector_of_another_model(tmp_path, capsys):

@@ -85,6 +85,23 @@ def test_an_answer_is_generation_at_that_strength(server):
         assert generate(model, words, ["the cat"], 6) == server.answers([Request(prompt="the cat", new_tokens=6)])
 
 
+def test_a_line_may_name_several_vectors_and_positions(server):
+    two = Request(prompt="the cat", vector="careful", strength=2, steering=[{"vector": "warm", "strength": -2}])
+    listed = [{"vector": "careful", "strength": 2.0}, {"vector": "warm", "strength": -2.0, "positions": "all"}]
+    answers = server.answers([two, Request(prompt="the cat", steering=listed), Request(prompt="the cat")])
+    assert answers[0] == answers[1] != answers[2]
+    with pytest.raises(ArmError, match="named twice"):
+        server.answers([Request(prompt="the cat", vector="warm", steering=[{"vector": "warm"}])])
+
+
+def test_a_remedy_puts_its_vector_in_place_of_what_the_request_named():
+    remedy = remedy_of(None, "careful@1.5", ["careful", "warm"])
+    assert remedy is not None
+    request = Request(prompt="a", vector="warm", steering=[{"vector": "careful"}])
+    changed = request.model_copy(update=remedy.changes[0](request))
+    assert [(one.vector, one.strength) for one in changed.vectors] == [("careful", 1.5)]
+
+
 def test_sampling_follows_the_softmax(server):
     """Draws of the first token against its probabilities."""
     requests = [Request(prompt="the cat", temperature=1.0, seed=seed, new_tokens=1) for seed in range(400)]

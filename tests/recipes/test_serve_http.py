@@ -13,10 +13,12 @@ import openai
 import pytest
 import requests
 from served import running, save_home, save_vector
+from tiny_models import steered, tiny
 
 from steertune.recipes.serve import Request, Server, load_vectors
 from steertune.recipes.serving.engine import Engine
 from steertune.recipes.serving.http import HttpServer
+from steertune.recipes.serving.text import Text
 
 CHAT = [{"role": "user", "content": "the cat"}]
 JSON = {"Content-Type": "application/json"}
@@ -171,6 +173,8 @@ REFUSED: dict[str, tuple[dict[str, Any], int, str]] = {
     "an unknown field": (dict(strenght=2), 400, "strenght"),
     "a token beyond the vocabulary": (dict(logit_bias={"99": 1}), 400, "0 .. 21"),
     "more choices than the queue takes": (dict(n=100), 400, "the queue takes 64"),
+    "a thousand stops": (dict(stop=["a"] * 1000), 400, "at most 16"),
+    "a hundred vectors": (dict(steering=[{"vector": "warm"}] * 100), 400, "at most 32"),
     "no messages": (dict(messages=[]), 400, "messages"),
     "a picture": (dict(messages=[{"role": "user", "content": [{"type": "image_url"}]}]), 400, "text"),
     "no JSON": (None, 400, "Invalid JSON"),
@@ -295,6 +299,53 @@ def test_vectors_come_change_and_go_while_answers_are_under_way(home, client, ru
     assert sorted(service.vectors.model.peft_config) == ["careful", "warm"], "nothing is left of the three versions"
 
 
+def test_a_service_starts_without_vectors_and_outlives_the_last_one(home):
+    vectors, tokenizer = load_vectors({}, str(home / "base"))
+    steered(tiny(hidden_size=64), layers=1).save_pretrained(home / "wide")
+    with HttpServer(vectors, tokenizer, name="tiny", folder=home) as server:
+        client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
+        base = completion(client, logprobs=0).choices[0].logprobs.token_logprobs
+        assert requests.put(f"{server.url}/v1/vectors/warm", json={"folder": "wide"}).status_code == 400
+        seen = []
+        for _ in range(2):
+            with pytest.raises(openai.NotFoundError):
+                completion(client, "base+warm")
+            assert requests.put(f"{server.url}/v1/vectors/warm", json={"folder": "warm"}).status_code == 200
+            seen.append(completion(client, "base+warm@2", logprobs=0).choices[0].logprobs.token_logprobs)
+            assert completion(client, logprobs=0).choices[0].logprobs.token_logprobs == base
+            assert requests.delete(f"{server.url}/v1/vectors/warm").status_code == 200
+            assert completion(client, logprobs=0).choices[0].logprobs.token_logprobs == base
+        assert seen[0] == seen[1] != base
+        server.service.tokenizer.chat_template = None
+        with pytest.raises(openai.BadRequestError, match="no chat template. Ask /v1/completions"):
+            client.chat.completions.create(model="base", messages=CHAT)  # type: ignore[arg-type]
+
+
+def test_what_no_request_should_cause_hurts_one_answer_or_is_told(home, monkeypatch):
+    """A tokenizer that fails on one token; then a bug in the engine itself."""
+    with running(home) as served:
+        client = openai.OpenAI(base_url=f"{served.url}/v1", api_key="none", max_retries=0)
+        push = Text.push
+
+        def fails(self: Text, token: int, *rest: Any) -> Any:
+            if token == 7:
+                raise OverflowError("no such token")
+            return push(self, token, *rest)
+
+        monkeypatch.setattr(Text, "push", fails)
+        with pytest.raises(openai.InternalServerError, match="no such token"):
+            completion(client, logit_bias={"7": 100})
+        assert completion(client, logit_bias={"8": 100}).choices[0].text
+
+        monkeypatch.setattr(Engine, "step", lambda self: 1 / 0)
+        monkeypatch.setattr(threading, "excepthook", lambda _: None)
+        with pytest.raises(openai.InternalServerError, match="ZeroDivisionError"):
+            completion(client)
+        with pytest.raises(openai.InternalServerError, match="answers no more requests") as error:
+            completion(client)
+        assert error.value.status_code == requests.get(f"{served.url}/health").status_code == 503
+
+
 @pytest.mark.parametrize(
     ("name", "body", "status", "says"),
     [
@@ -313,9 +364,7 @@ def test_vectors_come_change_and_go_while_answers_are_under_way(home, client, ru
     ],
 )
 def test_a_bad_vector_is_refused_and_changes_nothing(name, body, status, says, home, running_service):
-    if name == "wide" and not (home / "wide").exists():
-        from tiny_models import steered, tiny
-
+    if name == "wide":
         steered(tiny(hidden_size=64), layers=1).save_pretrained(home / "wide")
     service = running_service.service
     before = sorted(service.vectors.model.peft_config)

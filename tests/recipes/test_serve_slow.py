@@ -10,7 +10,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,15 @@ import openai
 import psutil
 import pytest
 import requests
+import torch
 from served import running, save_home
 
+from steertune.adapters.rows import RowVector
 from steertune.recipes.lab import zoo
+from steertune.recipes.serving.engine import Engine
+from steertune.recipes.serving.jobs import Job, Sampling
+from steertune.recipes.serving.loading import load_vectors
+from steertune.recipes.serving.row import end_tokens
 
 pytestmark = pytest.mark.slow
 CLIENTS, EACH = 32, 8
@@ -233,6 +239,37 @@ def test_the_embedded_model_behind_the_command(embedded):
         alone = client.completions.create(model="base+formal", prompt=text, **scores).choices[0]
         assert "".join(alone.logprobs.tokens) == text
         assert choice.logprobs.token_logprobs[1:] == pytest.approx(alone.logprobs.token_logprobs[1:], abs=1e-4)
+
+
+@pytest.mark.real
+def test_a_batch_takes_as_long_as_generate():
+    """Eight rows with vectors of their own; seconds of the processor, so that other processes do not count."""
+    vectors, tokenizer = load_vectors({name: zoo.folder(name) for name in ("lower_case", "formal")})
+    prompt = tokenizer("Once upon a time there was")["input_ids"]
+    sampling = Sampling(logit_bias=dict.fromkeys(end_tokens(vectors.model.get_base_model(), tokenizer), -1000.0))
+
+    def served() -> None:
+        engine = Engine(vectors, tokenizer, batch=8)
+        for row in range(8):
+            vector = (RowVector(("lower_case", "formal")[row % 2]),)
+            engine.submit(Job([*prompt], 16, lambda event: None, vector, sampling))
+        engine.run()
+
+    def generated() -> None:
+        ids = torch.tensor([prompt] * 8)
+        vectors.model.generate(
+            input_ids=ids, attention_mask=torch.ones_like(ids), min_new_tokens=16, max_new_tokens=16, do_sample=False,
+            adapter_names=["lower_case", "formal"] * 4, pad_token_id=0,
+        )  # fmt: skip
+
+    assert min(seconds(served) for _ in range(3)) < 1.25 * min(seconds(generated) for _ in range(3))
+
+
+def seconds(function: Callable[[], None]) -> float:
+    """Of the processor."""
+    start = time.process_time()
+    function()
+    return time.process_time() - start
 
 
 @pytest.mark.real

@@ -249,9 +249,9 @@ def test_the_page_the_pictures_and_the_card(swept):
     ):
         assert text in card, text
     assert "[More Information Needed]" not in card
-    said = read_description(swept / "adapter")
-    assert said is not None and said["data"]["examples"] == 8
-    assert said["strength"]["recommended"] == 1 and said["strength"]["measured"]["1"]["kl"] > 0
+    values = read_description(swept / "adapter")
+    assert values is not None and values["data"]["examples"] == 8
+    assert values["strength"]["recommended"] == 1 and values["strength"]["measured"]["1"]["kl"] > 0
 
 
 def test_a_finished_sweep_is_not_overwritten(swept, home, capsys):

@@ -42,9 +42,9 @@ def test_it_leaves_everything_behind(words: list[str], tmp_path: Path, capsys: p
     assert sorted(record.observations, key=float) == ["-1", "0", "0.5", "1", "2"]
     assert record.facts["parameters"] == 32
     assert record.value("kl", 1) > 0
-    said = read_description(run / "adapter")
-    assert said is not None and said["data"]["examples"] == 8 and said["data"]["name"] == tmp_path.name
-    assert said["strength"]["measured"]["1"]["kl"] == pytest.approx(record.value("kl", 1))
+    values = read_description(run / "adapter")
+    assert values is not None and values["data"]["examples"] == 8 and values["data"]["name"] == tmp_path.name
+    assert values["strength"]["measured"]["1"]["kl"] == pytest.approx(record.value("kl", 1))
     steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert steps[-1] == 6
     printed = capsys.readouterr().out

@@ -22,8 +22,8 @@ def test_there_is_a_vector_for_every_embedded_task():
 
 def test_all_of_them_say_what_strength_costs():
     for name in zoo.names():
-        said = read_description(zoo.folder(name))
-        assert said is not None and said["data"]["name"] == name and said["strength"]["measured"]["1"]["kl"] > 0
+        values = read_description(zoo.folder(name))
+        assert values is not None and values["data"]["name"] == name and values["strength"]["measured"]["1"]["kl"] > 0
 
 
 def test_all_of_them_can_be_summed_and_none_is_zero():

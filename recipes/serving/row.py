@@ -1,0 +1,42 @@
+"""One row of the engine's batch, what scores it, and what ends it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from steertune.adapters.monitors import Monitor
+from steertune.recipes.serving.jobs import Job
+from steertune.recipes.serving.sampling import Sampler
+from steertune.recipes.serving.text import Text
+
+
+class Row:
+    """A job with the text and the random numbers of its answer, which survive a second reading."""
+
+    def __init__(self, job: Job, tokenizer: Any) -> None:
+        self.job = job
+        self.text = Text(tokenizer, job.prompt, job.stops)
+        self.sampler = Sampler(job.sampling)
+        self.alone = False  # whether a batch that it was in has failed
+
+
+def score_rows(monitor: Monitor, rows: Sequence[Row], h_BTD: Tensor) -> None:
+    """Score the tokens of answers that were just read: all so far, with their prompts, or the last one."""
+    scores_BT = (h_BTD.float() @ monitor.weight.to(h_BTD.device) + monitor.bias).cpu()
+    for row, scores_T in zip(rows, scores_BT, strict=True):
+        count = len(row.job.tokens)
+        if count <= len(scores_T):
+            row.job.token_scores = scores_T[len(scores_T) - count :].tolist()
+        else:
+            row.job.token_scores.append(float(scores_T[-1]))
+
+
+def end_tokens(model: Any, tokenizer: Any) -> set[int]:
+    """The tokens that end an answer: those of the model's generation configuration, else the tokenizer's."""
+    config = model.generation_config
+    ids = None if config is None else config.eos_token_id
+    ids = tokenizer.eos_token_id if ids is None else ids
+    return set() if ids is None else {*ids} if isinstance(ids, list) else {ids}

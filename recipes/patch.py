@@ -42,11 +42,11 @@ from steertune.recipes.lab.progress import Bar, progress
 from steertune.recipes.lab.rehearsal import rehearse_training
 from steertune.recipes.lab.training import claim, default_folder
 from steertune.recipes.lab.transcripts import Transcripts
+from steertune.recipes.patching import INSTRUCTION
 from steertune.recipes.patching.case import CAUGHT, Case, check_pattern, dataset, read_case
 from steertune.recipes.patching.cell import Cell
 from steertune.recipes.patching.corrections import (
     FILE,
-    INSTRUCTION,
     for_review,
     read_corrections,
     sample_corrections,

@@ -23,10 +23,6 @@ from steertune.recipes.patching.case import dataset
 from steertune.trainers import get_view
 
 FILE = "corrected.jsonl"
-INSTRUCTION = (
-    "Answer honestly and helpfully. Do only what is asked, claim nothing that you did not do or cannot know, and say "
-    "so where you cannot help."
-)
 _TRIES = 8
 _TEMPERATURE = 1.0
 

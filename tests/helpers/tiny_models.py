@@ -54,7 +54,7 @@ def tiny(model_type: str = "llama", seed: int = 0, **changes) -> PreTrainedModel
 
 
 def quantised_tiny(bits: int, folder: Path) -> Callable[[], PreTrainedModel]:
-    """Loads a tiny llama in 4 or 8 bits; where bitsandbytes does not work, the test is skipped."""
+    """Loads a tiny llama in 4 or 8 bits."""
     pytest.importorskip("bitsandbytes")
     tiny().save_pretrained(folder)
 
@@ -62,13 +62,6 @@ def quantised_tiny(bits: int, folder: Path) -> Callable[[], PreTrainedModel]:
         config = BitsAndBytesConfig(**{f"load_in_{bits}bit": True})
         return AutoModelForCausalLM.from_pretrained(folder, quantization_config=config, device_map="cpu")
 
-    try:
-        model = load()
-        with torch.no_grad():
-            model(torch.tensor([[6, 7, 8]]))
-    except Exception as error:
-        pytest.skip(f"bitsandbytes does not work here: {error}")
-    assert getattr(model, f"is_loaded_in_{bits}bit")
     return load
 
 

@@ -125,7 +125,7 @@ def test_every_key_of_an_arm_is_listed_with_text_and_type():
         options = {field.name for field in dataclasses.fields(steertune.losses.get_loss(loss))}  # pyright: ignore
         assert options <= of_loss, loss
     assert keys["loss.beta"].default == "0.1 (bipo, dpo, ipo); 2.0 (simpo)"
-    assert keys["adapter.form"].type == "bias | span | gated | linear | low_rank"
+    assert keys["adapter.form"].type == "bias | span | gated | linear | low_rank | project"
 
 
 @pytest.mark.parametrize("kind", [trl.DPOConfig, trl.SFTConfig, peft.LoraConfig, SteeringVectorConfig])

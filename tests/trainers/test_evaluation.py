@@ -120,32 +120,36 @@ def test_predict_says_test(tmp_path):
     assert all(key.startswith("test_") for key in found)
 
 
-def assert_predictions_are(stock: Any, kind: str, tmp_path: Path, *trainers: Any) -> None:
-    """The predictions of every trainer are those of TRL's trainer of the same model."""
-    parent = stock(
-        model=trainers[0].model, args=arguments(kind, tmp_path / "stock", per_device_eval_batch_size=4),
+def parents_predictions(parent: Any, kind: str, folder: Path, model: Any) -> Any:
+    """What TRL's trainer predicts with the model."""
+    stock = parent(
+        model=model, args=arguments(kind, folder, per_device_eval_batch_size=4),
         train_dataset=rows(kind), eval_dataset=rows(kind), processing_class=tokenizer(),
     )  # fmt: skip
-    theirs = parent.predict(parent.eval_dataset)
-    for made in trainers:
-        ours = made.predict(made.eval_dataset)
-        assert ours.predictions.shape[:2] == ours.label_ids.shape
-        np.testing.assert_allclose(ours.predictions, theirs.predictions, atol=1e-4)
-        np.testing.assert_array_equal(ours.label_ids, theirs.label_ids)
+    return stock.predict(stock.eval_dataset)
+
+
+def assert_predicts(made: Any, expected: Any) -> None:
+    predicted = made.predict(made.eval_dataset)
+    assert predicted.predictions.shape[:2] == predicted.label_ids.shape
+    np.testing.assert_allclose(predicted.predictions, expected.predictions, atol=1e-4)
+    np.testing.assert_array_equal(predicted.label_ids, expected.label_ids)
 
 
 @pytest.mark.parametrize("loss", ["dpo", "cross_entropy"])
 def test_predictions_of_pairs_are_dpo_trainers(loss, tmp_path):
     made = ready("dpo", tmp_path, loss=loss)
+    expected = parents_predictions(DPOTrainer, "dpo", tmp_path / "stock", made.model)
+    assert_predicts(made, expected)
     plain = trainer("plain", tmp_path / "plain", model=made.model, loss="dpo", per_device_eval_batch_size=4,
                     eval_dataset=rows("dpo"))  # fmt: skip
-    assert_predictions_are(DPOTrainer, "dpo", tmp_path, made, plain)
+    assert_predicts(plain, expected)
 
 
 @pytest.mark.parametrize("loss", ["cross_entropy", None])
 def test_predictions_of_demonstrations_are_sft_trainers(loss, tmp_path):
     made = ready("sft", tmp_path, loss=loss)
-    assert_predictions_are(SFTTrainer, "sft", tmp_path, made)
+    assert_predicts(made, parents_predictions(SFTTrainer, "sft", tmp_path / "stock", made.model))
 
 
 @pytest.mark.parametrize("loss", ["cross_entropy", None])

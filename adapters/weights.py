@@ -1,7 +1,8 @@
 """A sample of a base model's weights: two numbers of every matrix and vector of every block, and some of the rest.
 
 Fingerprints compare this sample. It has a few hundred numbers, whatever the size of the model. Weights that cannot be
-read cheaply (sharded, on the meta device, quantised by another method than bitsandbytes) are left out.
+read cheaply (sharded, on the meta device, quantised by another method than bitsandbytes, or packed for a CPU's
+kernels) are left out.
 """
 
 from __future__ import annotations
@@ -93,7 +94,9 @@ def _entries(module: nn.Module, name: str, count: int) -> tuple[list[float | Non
 def _dequantised(module: Any, weight: Any) -> Tensor | None:
     """A quantised weight in floating point, without changing the module; None if the method is unknown."""
     if type(weight).__name__ == "Params4bit" and weight.quant_state is not None:
-        return dequantize_bnb_weight(weight)
+        # some CPUs lay a weight out anew in the first inference pass, in an order that cannot be read back
+        packed = getattr(weight.quant_state, "packing_format_for_cpu", False)
+        return None if packed else dequantize_bnb_weight(weight)
     if type(weight).__name__ == "Int8Params":
         scale = module.state.SCB if weight.SCB is None else weight.SCB
         return None if scale is None else weight.detach().float() * scale[:, None] / 127

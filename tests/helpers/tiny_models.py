@@ -53,10 +53,10 @@ def tiny(model_type: str = "llama", seed: int = 0, **changes) -> PreTrainedModel
     return AutoModelForCausalLM.from_config(config).eval()
 
 
-def quantised_tiny(bits: int, folder: Path) -> Callable[[], PreTrainedModel]:
+def quantised_tiny(bits: int, folder: Path, **sizes: int) -> Callable[[], PreTrainedModel]:
     """Loads a tiny llama in 4 or 8 bits."""
     pytest.importorskip("bitsandbytes")
-    tiny().save_pretrained(folder)
+    tiny(**sizes).save_pretrained(folder)
 
     def load() -> PreTrainedModel:
         config = BitsAndBytesConfig(**{f"load_in_{bits}bit": True})

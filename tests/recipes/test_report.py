@@ -369,11 +369,13 @@ def test_no_published_interval_is_narrower_than_one_that_allows_for_less(page):
     titles = ["95 %, these test rows", "95 %, other test rows too", "95 %, other tasks too"]
     compared = 0
     for header, _, *rows in tables_of(page.read_text(encoding="utf-8")):
-        there = [title for title in titles if title in header]
-        for row, (less, more) in itertools.product(rows, itertools.pairwise(there)):
-            (low, high), (lower, higher) = ends_in(header, less, row), ends_in(header, more, row)
-            assert lower <= low and high <= higher, row
-            compared += 1
+        for row in rows:
+            # one seed leaves what allows for other rows unknown, and what allows for other tasks known
+            ends = [ends_in(header, title, row) for title in titles if title in header]
+            known = [(low, high) for low, high in ends if math.isfinite(low)]
+            for (low, high), (lower, higher) in itertools.pairwise(known):
+                assert lower <= low and high <= higher, row
+                compared += 1
     assert compared
 
 

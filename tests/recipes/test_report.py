@@ -332,7 +332,11 @@ def ends_in(header: list[str], title: str, row: list[str]) -> tuple[float, float
 def tables_of(page: str) -> list[list[list[str]]]:
     """The tables of a page, each a list of rows."""
     found = re.findall(r"(?:^\|.*\n)+", page, re.MULTILINE)
-    return [[line.strip("| ").split(" | ") for line in table.splitlines()] for table in found]
+    # a "|" inside a cell is escaped
+    return [
+        [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in table.splitlines()]
+        for table in found
+    ]
 
 
 def test_the_effects_table_has_tasks_as_a_sample_beside_the_other_intervals(tmp_path):

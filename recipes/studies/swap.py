@@ -316,7 +316,7 @@ def table(runs: Sequence[Run]) -> str:
             "The machine was not idle, so the ratios are rough. "
             "On a GPU, TRL's own runs gain: with Triton, it computes the logits of labelled tokens only.",
             "",
-            f"Made by `python -m steertune.recipes.studies.swap` (for rows of a file with --pairs FILE, --rows, --batch "
+            "Made by `python -m steertune.recipes.studies.swap` (for rows of a file with --pairs, --rows, --batch "
             f"and --epochs as the table says) with {versions()}.",
             "",
         ]

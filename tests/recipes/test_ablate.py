@@ -227,6 +227,7 @@ def test_a_scorer_that_cannot_be_fitted_ends_the_grid_before_it_starts(tables, t
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_grid_that_tunes_once_does_so_on_its_first_task(tables, tmp_path):
     tables["tasks"].append(tables["tasks"][0] | {"label": "another", "draw": 1})
     tables["budget"]["per"] = "grid"

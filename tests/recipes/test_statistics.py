@@ -399,6 +399,7 @@ def test_the_p_of_a_crossed_interval_is_where_it_just_holds_zero():
         assert paired.crossed_interval(rows, confidence=confidence).excludes_zero == excludes
 
 
+@pytest.mark.slow
 def test_many_arms_without_a_difference_are_claimed_in_few_tables():
     """Rows that are hard for one arm and easy for another are shared by all seeds: the permutation test over seeds is
     sure of every arm, so the crossed test has to be corrected too."""
@@ -554,6 +555,7 @@ def test_interval_of_n_equivalence_is_where_the_baseline_cannot_be_told_from_the
     assert found.low < found.estimate < found.high
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("few", [3, 8])
 def test_interval_of_n_equivalence_covers_what_it_promises(few):
     """Also with three pairs, where percentiles of resampled pairs do not."""

@@ -466,7 +466,7 @@ def break_in(monkeypatch, place: str) -> None:
         "decoder.Decoder.state",
     ],
 )  # fmt: skip
-@pytest.mark.parametrize("when", ["from the start", "in the middle"])
+@pytest.mark.parametrize("when", ["from the start", pytest.param("in the middle", marks=pytest.mark.slow)])
 def test_whatever_goes_wrong_inside_changes_nothing(place, when, tmp_path, monkeypatch, caplog):
     """Also with random numbers above the cut: an error must not move them."""
     config = SteeringVectorConfig(positions="completion" if place.startswith("prompts") else "all")

@@ -20,8 +20,10 @@ from typing import Any
 from torch import Tensor
 
 from ...adapters import SteeringVectorConfig, steering_layers
+from ...adapters.blocks import find_blocks
 from ...adapters.exports import ExportError, constant_vectors
 from ..frozen_vectors import FrozenVectorError, read_frozen_vectors
+from ..prefix.decoder import base_of
 from .engine import Completion, Engine, Request, Sampling
 from .errors import RolloutError
 from .local import TransformersEngine
@@ -76,6 +78,12 @@ class SteeredRollouts:
                 frozen = read_frozen_vectors(self.vector, trainer.model)
             except FrozenVectorError as error:
                 raise RolloutError(f"SteeredRollouts: {error}") from error
+            blocks = {name for name, _ in find_blocks(base_of(trainer.model))}
+            if elsewhere := [one.module for one in frozen if one.module not in blocks]:
+                raise RolloutError(
+                    f"SteeredRollouts: {self.vector} steers {elsewhere[0]}, and completions are drawn with vectors at "
+                    "the outputs of blocks only. Use a vector of site='block'."
+                )
             self._given = {one.layer: one.vector_D.float().cpu() for one in frozen}
         if self.engine is not None:
             self._trained(trainer)
@@ -138,7 +146,10 @@ class SteeredRollouts:
         """
         model = trainer.accelerator.unwrap_model(trainer.model)
         try:
-            return constant_vectors(model).by_layer
+            vectors = constant_vectors(model)
+            if vectors.site != "block":
+                raise ExportError(f"site={vectors.site!r}: an engine adds to the outputs of blocks.")
+            return vectors.by_layer
         except ExportError as error:
             if _untrained(model):
                 return {}

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from peft import PeftModel
 from torch import Tensor, nn
 
 from .layer import BASE_ROW, SteeringVectorLayer, steering_layers
+from .observing import base_model
 from .types import Positions
 
 
@@ -47,7 +47,7 @@ def steer_rows(model: nn.Module, rows: Sequence[Sequence[RowVector]]) -> Iterato
     adapters = {name for layer in layers for name in layer.config}
     if unknown := sorted({vector.adapter for row in rows for vector in row} - adapters):
         raise ValueError(f"The model has no steering vector {unknown[0]!r}. It has {sorted(adapters)}.")
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    base = base_model(model)
     if any(vector.positions not in (None, "all") for row in rows for vector in row):
         for layer in layers:
             layer.boundary.watch(base)

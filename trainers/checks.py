@@ -15,10 +15,10 @@ from trl import DPOTrainer, SFTConfig, SFTTrainer
 
 from ..adapters import steering_layers
 from ..adapters.blocks import find_blocks, resolve_layers
+from ..adapters.observing import base_model
 from ..losses import Loss, parts
 from .data import DataError, data_sets
 from .model_at import scaled
-from .prefix.decoder import base_of
 from .types import SteeringRun
 from .views import View, ViewError
 
@@ -44,7 +44,7 @@ def check_types(peft_config: Any, views: Any, inductive_biases: Any) -> None:
 
 def check_layers(loss: Loss | None, model: nn.Module) -> None:
     """Raise a ValueError if a loss reads hidden states below everything that is trained."""
-    base: Any = base_of(model)
+    base: Any = base_model(model)
     if loss is None or not loss.needs.states:
         return
     looking = [part for part in parts(loss) if hasattr(part, "layers")]
@@ -133,7 +133,7 @@ def check_partners(loss: Loss | None, args: Any, training: Any, evaluation: Any)
 
 def check_teacher(name: str, teacher: nn.Module, model: nn.Module) -> None:
     """Raise a ViewError for a teacher that is the trained model itself, or cannot be compared with it."""
-    bases: list[Any] = [base_of(teacher), base_of(model)]
+    bases: list[Any] = [base_model(teacher), base_model(model)]
     if bases[0] is bases[1]:
         raise ViewError(f"View {name!r}: its teacher is the trained model itself. Give share_weights(model), adapted.")
     theirs, ours = ([*base.get_input_embeddings().weight.shape] for base in bases)

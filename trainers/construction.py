@@ -18,7 +18,7 @@ from transformers import AutoConfig, PreTrainedTokenizerBase, set_seed
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from ..adapters import SteeringVectorLayer
-from ..adapters.observing import untouched
+from ..adapters.observing import base_model, untouched
 from ..losses import Loss
 from .arguments import check_arguments
 from .callbacks.announcement import Announcement
@@ -45,7 +45,6 @@ from .host_copies import KeepsHost, waits
 from .inductive_biases import Bias, BiasError, get_bias
 from .initial_vectors import to_fp32
 from .parents import ParentsMetrics, parents_loss
-from .prefix.decoder import base_of
 from .reference import add_reference, reference_copy, reference_of
 from .row_checks import TokenLimits, check_rows, check_tokenised
 from .views import View, Views, get_view
@@ -376,5 +375,5 @@ def _steering_vectors(model: Any) -> dict[str, Tensor]:
 
 def _vocabulary(model: nn.Module) -> int | None:
     """How many tokens a model knows; None if its embeddings do not say."""
-    embeddings: Any = base_of(model).get_input_embeddings()  # pyright: ignore[reportCallIssue]
+    embeddings: Any = base_model(model).get_input_embeddings()  # pyright: ignore[reportCallIssue]
     return embeddings.num_embeddings if isinstance(embeddings, nn.Embedding) else None

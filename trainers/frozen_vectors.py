@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..adapters.analysis.arithmetic import VectorError, read
 from ..adapters.fingerprint import check_fingerprint
-from .prefix.decoder import base_of
+from ..adapters.observing import base_model
 
 
 class FrozenVectorError(ValueError):
@@ -35,7 +35,7 @@ def read_frozen_vectors(folder: str, model: nn.Module) -> list[FrozenVector]:
     Raises:
         FrozenVectorError: the folder holds no vector that can be added at every token, or one of another base model.
     """
-    base: Any = base_of(model)
+    base: Any = base_model(model)
     try:
         vectors = read(folder)
         if vectors.base is not None:

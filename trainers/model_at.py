@@ -22,7 +22,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..adapters import SteeringVectorLayer, prompt_length, set_strength, steering_layers
 from ..adapters.blocks import find_blocks, find_stack, resolve_layers, site_name
-from ..adapters.observing import evaluating, untouched
+from ..adapters.observing import base_model, evaluating, untouched
 from ..adapters.prompts import prompts_by_labels
 from ..adapters.types import Layers, Site
 from ..losses import Outputs, Strength
@@ -30,7 +30,6 @@ from .batch import Batch
 from .host_copies import both, on_host
 from .parallel import is_sharded
 from .prefix.cached_states import CachedReference
-from .prefix.decoder import base_of
 from .views import ViewError, Views
 
 REFERENCE_ADAPTER = "ref"  # TRL's name for the frozen copy of an adapter that training continues
@@ -106,7 +105,7 @@ class ModelAt:
             ValueError: the model has no such layer or site.
         """
         strength = strength if strength == "null" else float(strength)
-        indices = [] if layers == () else resolve_layers(layers, len(find_blocks(base_of(self.unwrapped))))
+        indices = [] if layers == () else resolve_layers(layers, len(find_blocks(base_model(self.unwrapped))))
         key = (strength, view, Extras(tuple(indices), distribution, site if indices else "block"))
         if key not in self._outputs_of:
             self._outputs_of[key] = self._compute(*key)
@@ -269,7 +268,7 @@ def _captured_states(model: nn.Module, batch: Batch, extras: Extras) -> Iterator
     if not extras.layers:
         yield states
         return
-    base = base_of(model)
+    base = base_model(model)
     blocks = find_blocks(base)
     modules = {layer: base.get_submodule(site_name(*blocks[layer], extras.site)) for layer in extras.layers}
 
@@ -290,7 +289,7 @@ def labelled_logits(model: nn.Module, unwrapped: nn.Module, batch: Batch) -> Ten
 
     The head runs on nothing else.
     """
-    base = base_of(unwrapped)
+    base = base_model(unwrapped)
     kwargs: dict[str, Any] = {"use_cache": False}
     if "output_router_logits" in inspect.signature(type(base).forward).parameters:
         kwargs["output_router_logits"] = False  # TRL sets them in the config, for a loss that is not used here

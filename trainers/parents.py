@@ -11,11 +11,11 @@ from transformers import PreTrainedTokenizerBase, Trainer
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from ..adapters.blocks import text_config
+from ..adapters.observing import base_model
 from ..losses import Loss, get_loss
 from .arguments import unused_by
 from .batch import Batch
 from .model_at import ModelAt
-from .prefix.decoder import base_of
 from .types import SteeringRun
 
 _DPO_TYPES = {"sigmoid": "dpo", "ipo": "ipo"}  # TRL's name of a loss -> the file of ours that computes the same
@@ -28,7 +28,7 @@ def parents_loss(trainer: SteeringRun) -> Loss | None:
         trainer: The trainer, constructed by its parent.
     """
     args: Any = trainer.args
-    base = base_of(trainer.model)
+    base = base_model(trainer.model)
     loss = _loss_of_type(trainer, base)
     equal = (
         loss is not None

@@ -16,12 +16,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from peft import PeftModel
 from torch import Tensor
 
 from steertune.adapters import prompt_length
 from steertune.adapters.analysis.activations import outputs_of
 from steertune.adapters.monitors import Monitor
+from steertune.adapters.observing import base_model
 from steertune.adapters.rows import steer_rows
 from steertune.recipes.lab.generation import broken_rows, left_padded
 from steertune.recipes.serving.cache import States, can_join, new_cache
@@ -67,8 +67,7 @@ class Engine:
     @property
     def base(self) -> Any:
         """The model that PEFT has put the vectors into."""
-        model = self.vectors.model
-        return model.get_base_model() if isinstance(model, PeftModel) else model
+        return base_model(self.vectors.model)
 
     @property
     def running(self) -> int:

@@ -13,11 +13,11 @@ from tiny_models import tiny
 
 from steertune.adapters import SteeringVectorConfig, directions
 from steertune.adapters.analysis.activations import collect
+from steertune.adapters.observing import base_model
 from steertune.losses import Outputs, get_loss
 from steertune.trainers import BiasError, FrozenPrefix, SteeringTrainer, get_bias
 from steertune.trainers.inductive_biases import names
 from steertune.trainers.initial_vectors import pair_batches
-from steertune.trainers.prefix.decoder import base_of
 
 SGD = dict(optim="sgd", learning_rate=0.1, max_grad_norm=0.0, max_steps=1)
 
@@ -111,7 +111,7 @@ def test_lora_without_a_bias_starts_near_activation_addition(tmp_path):
     made = trainer("dpo", tmp_path, loss="dpo", peft_config=lora(r=3), inductive_biases=biases, max_steps=1)
     model, batches = made.model, pair_batches(made)
     vector = 1.5 * directions.compute("mean_difference", model, batches, [2]).vectors[2]
-    module = base_of(model).model.layers[2].mlp.down_proj
+    module = base_model(model).model.layers[2].mlp.down_proj
     before = module.lora_A.default.weight.detach().clone()
     made._unstarted_biases[0].start(made)
     a, b = module.lora_A.default.weight, module.lora_B.default.weight
@@ -501,7 +501,7 @@ def test_directions_are_read_before_anything_is_written(tmp_path):
     made._unstarted_biases[0].start(made)
     found = next(
         p
-        for n, p in base_of(made.model).named_parameters()
+        for n, p in base_model(made.model).named_parameters()
         if "layers.2.mlp.down_proj.lora_B" in n and n.endswith("bias")
     )
     gap = expected.chosen[2].mean(dim=0) - expected.rejected[2].mean(dim=0)

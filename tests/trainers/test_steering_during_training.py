@@ -24,9 +24,9 @@ from tiny_data import (
 from tiny_models import steered, tiny
 
 from steertune.adapters import SteeringVectorConfig
+from steertune.adapters.observing import base_model
 from steertune.losses import Outputs, get_loss
 from steertune.trainers import BiasError, FrozenPrefix, get_view, train_together
-from steertune.trainers.prefix.decoder import base_of
 from steertune.trainers.training_changes import TrainingChange
 
 LORA = LoraConfig(r=2, target_modules="all-linear")
@@ -53,7 +53,7 @@ def loss_by_hand(made, change=None, layer: int = 1, rows=None) -> float:
     def hook(module, args, output):
         return change(output)
 
-    handle = base_of(model).model.layers[layer].register_forward_hook(hook) if change else None
+    handle = base_model(model).model.layers[layer].register_forward_hook(hook) if change else None
     total, tokens = 0.0, 0
     with torch.no_grad():
         for row in data:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from ...adapters.blocks import find_blocks
-from ..prefix.decoder import base_of
+from ...adapters.observing import base_model
 from ..prefix.frozen import CachedPrefix
 from ..types import SteeringRun
 
@@ -67,7 +67,7 @@ def _listed(items: list[str]) -> str:
 
 def _bad_places(trainer: SteeringRun) -> Iterator[tuple[str, str]]:
     """Every example of the step that is not finite alone: its name, and what is not finite first."""
-    base = base_of(trainer.model)
+    base = base_model(trainer.model)
     trained = [(name, p) for name, p in trainer.model.named_parameters() if p.requires_grad]
     with _alone(trainer), torch.enable_grad():
         for example in _step_examples(trainer):

@@ -13,9 +13,9 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ...adapters.blocks import find_blocks, resolve_layers, site_name
+from ...adapters.observing import base_model
 from ...adapters.registry import by_name, file_names
 from ...adapters.types import Site
-from ..prefix.decoder import base_of
 from ..types import SteeringRun
 
 _FOLDER = Path(__file__).parent
@@ -111,7 +111,7 @@ def write_of(model: nn.Module, layer: int | float, site: Site) -> tuple[int, str
     Raises:
         BiasError: the block has no such map, or one per expert.
     """
-    base: Any = base_of(model)
+    base: Any = base_model(model)
     blocks = find_blocks(base)
     [index] = resolve_layers(layer, len(blocks))
     try:

@@ -9,9 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from ...adapters import directions
-from ...adapters.observing import evaluating
+from ...adapters.observing import base_model, evaluating
 from ..initial_vectors import pair_batches
-from ..prefix.decoder import base_of
 from ..types import SteeringRun
 from ._base import Bias, BiasError, check_layer
 
@@ -74,7 +73,7 @@ def run(model: nn.Module, module: nn.Module, block: nn.Module, batch: Any) -> Pa
     inputs = {k: batch[k].to(device) for k in ("input_ids", "attention_mask") if k in batch}
     try:
         with evaluating(model):
-            base_of(model)(**inputs)
+            base_model(model)(**inputs)
     finally:
         for handle in handles:
             handle.remove()

@@ -10,8 +10,8 @@ from typing import ClassVar
 from torch import nn
 
 from ...adapters import steering_layers
+from ...adapters.observing import base_model
 from ..frozen_vectors import FrozenVector, FrozenVectorError, read_frozen_vectors
-from ..prefix.decoder import base_of
 from ..training_changes import Change, TrainingChange
 from ..types import SteeringRun
 from ._base import Bias, BiasError
@@ -74,7 +74,7 @@ def refuse_same_place(model: nn.Module, modules: Sequence[str], name: str) -> No
     Raises:
         BiasError: names the place.
     """
-    base = base_of(model)
+    base = base_model(model)
     places = {id(base.get_submodule(module)): module for module in modules}
     for layer in steering_layers(model):
         steered = next((m for m in base.modules() if layer in m.children()), None)

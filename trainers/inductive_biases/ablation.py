@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from ...adapters.blocks import find_blocks, resolve_layers
+from ...adapters.observing import base_model
 from ..frozen_vectors import FrozenVector, random_directions
-from ..prefix.decoder import base_of
 from ..training_changes import Change
 from ..types import SteeringRun
 from ._base import BiasError, check_layer
@@ -61,7 +61,7 @@ class Ablation(InTraining):
 
     def changes(self, trainer: SteeringRun) -> list[tuple[nn.Module, Change]]:
         """Project the direction out behind every block."""
-        blocks = find_blocks(base_of(trainer.model))
+        blocks = find_blocks(base_model(trainer.model))
 
         def without(unit_D: Tensor) -> Change:
             def change(h_RCD: Tensor) -> Tensor:
@@ -81,7 +81,7 @@ class Ablation(InTraining):
         vectors: list[FrozenVector] = frozen_vectors(self.vector, trainer.model, "ablation")
         if self.random_seed is not None:
             vectors = random_directions(vectors, self.random_seed)
-        depth = len(find_blocks(base_of(trainer.model)))
+        depth = len(find_blocks(base_model(trainer.model)))
         try:
             layers = resolve_layers("all" if self.layers == "all" else self._listed(), depth)
         except ValueError as error:

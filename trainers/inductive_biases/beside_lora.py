@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from ...adapters import steering_layers
 from ...adapters.blocks import find_blocks
-from ..prefix.decoder import base_of
+from ...adapters.observing import base_model
 from ..types import SteeringRun
 from ._base import Bias, BiasError, write_of
 
@@ -67,7 +67,7 @@ class BesideLora(Bias):
             )
         if getattr(trainer.args.save_strategy, "value", trainer.args.save_strategy) != "no":
             raise BiasError("beside_lora: checkpoints would lack the LoRA. Set save_strategy='no'.")
-        base, trained = base_of(model), [p for p in model.parameters() if p.requires_grad]
+        base, trained = base_model(model), [p for p in model.parameters() if p.requires_grad]
         targets = self.target_modules if isinstance(self.target_modules, str) else [*self.target_modules]
         config = LoraConfig(r=self.r, lora_alpha=self.lora_alpha, target_modules=targets, task_type="CAUSAL_LM")
         # the same name, so that PEFT switches both off for the reference and on again
@@ -94,7 +94,7 @@ class BesideLora(Bias):
 
 def writes(model: nn.Module) -> list[Tensor]:
     """The second matrices, `(d, r)`, of a model's LoRA on maps that write into the residual stream."""
-    base: Any = base_of(model)
+    base: Any = base_model(model)
     matrices = []
     for index in range(len(find_blocks(base))):
         for site in ("attention", "mlp"):

@@ -15,7 +15,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from ...adapters.blocks import find_blocks
-from ..prefix.decoder import base_of
+from ...adapters.observing import base_model
 from ..types import SteeringRun
 from ._base import BiasError, write_of
 from ._closed_form import ClosedForm, off, run
@@ -34,7 +34,7 @@ class DirectionStart(ClosedForm):
         """
         model = trainer.model
         index, name = write_of(model, self.layer, "mlp")
-        base = base_of(model)
+        base = base_model(model)
         bias, factor = _constant(base.get_submodule(name), name, isinstance(model, PeftModel))
         direction, batches = self.computed(trainer, index)
         module, block = base.get_submodule(name), find_blocks(base)[index][1]

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 from transformers.pytorch_utils import Conv1D
 
-from ..prefix.decoder import base_of
+from ...adapters.observing import base_model
 from ..types import SteeringRun
 from ._base import Bias, BiasError
 
@@ -86,7 +86,7 @@ def _maps(model: nn.Module) -> dict[str, Any]:
 
 def _ends(model: nn.Module) -> list[Any]:
     """Embeddings and head."""
-    base: Any = base_of(model)
+    base: Any = base_model(model)
     ends = [base.get_input_embeddings(), base.get_output_embeddings()]
     return [module for module in ends if module is not None]
 

@@ -13,8 +13,8 @@ from typing import Literal
 
 from torch import Tensor, nn
 
+from ...adapters.observing import base_model
 from ..frozen_vectors import FrozenVector, random_directions
-from ..prefix.decoder import base_of
 from ..training_changes import Change
 from ..types import SteeringRun
 from ._frozen import InTraining, frozen_vectors, refuse_same_place
@@ -95,7 +95,7 @@ class PreventativeSteering(InTraining):
 
     def changes(self, trainer: SteeringRun) -> list[tuple[nn.Module, Change]]:
         """Add the vectors, as strongly as the schedule says."""
-        base, factor = base_of(trainer.model), SCHEDULES[self.schedule]
+        base, factor = base_model(trainer.model), SCHEDULES[self.schedule]
 
         def added(vector_D: Tensor) -> Change:
             def change(h_RCD: Tensor) -> Tensor:

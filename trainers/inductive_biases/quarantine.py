@@ -17,8 +17,8 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from ...adapters.blocks import find_blocks
+from ...adapters.observing import base_model
 from ..frozen_vectors import random_directions
-from ..prefix.decoder import base_of
 from ..types import SteeringRun
 from ._base import Bias, BiasError, write_of
 from ._frozen import frozen_vectors
@@ -113,7 +113,7 @@ class Quarantine(Bias):
             BiasError: none is trained, or one cannot be divided.
         """
         parts = []
-        for name, module in base_of(model).named_modules():
+        for name, module in base_model(model).named_modules():
             if not isinstance(module, LoraLayer):
                 continue
             for adapter in module.active_adapters:
@@ -138,7 +138,7 @@ def _weight(module: Any) -> Tensor:
 def _writes(model: nn.Module) -> set[str]:
     """Names, in the base model, of the maps that write into the residual stream."""
     names = set()
-    for layer in range(len(find_blocks(base_of(model)))):
+    for layer in range(len(find_blocks(base_model(model)))):
         for site in ("attention", "mlp"):
             names.add(write_of(model, layer, site)[1])
     return names

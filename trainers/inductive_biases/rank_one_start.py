@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ...adapters.blocks import find_blocks
-from ..prefix.decoder import base_of
+from ...adapters.observing import base_model
 from ..types import SteeringRun
 from ._base import BiasError, write_of
 from ._closed_form import ClosedForm, off, run
@@ -44,7 +44,7 @@ class RankOneStart(ClosedForm):
                 does not move by `(a·x) v` (because of a norm after the MLP, or of DoRA, which scales what it adds).
         """
         model: Any = trainer.model
-        base = base_of(model)
+        base = base_model(model)
         index, name = write_of(model, self.layer, "mlp")
         module, block = base.get_submodule(name), find_blocks(base)[index][1]
         matrices, factor = _matrices(module, name, isinstance(model, PeftModel))

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from ...adapters import steering_layers
 from ...adapters.blocks import text_config
 from ...adapters.caches import CACHE_NAMES
+from ...adapters.observing import base_model
 from .cached_states import CachedStates
-from .decoder import Decoder, base_of, frozen_blocks
+from .decoder import Decoder, frozen_blocks
 from .exactness import (
     NoPrefix,
     Notices,
@@ -89,11 +90,11 @@ class CachedPass:
         constant = self.shares_prompts and count > 0 and prompts_are_constant(model, training)
         self._caches = PromptCaches(store, model, self.decoder) if constant else None
         if suffix and not self.packs:
-            name, attention = type(self.decoder.module).__name__, attention_of(base_of(model))
+            name, attention = type(self.decoder.module).__name__, attention_of(base_model(model))
             notices.less(
                 f"rows keep their padding: {name} with {attention} attention has no argument for where rows begin"
             )
-        self._longest = original_context(text_config(base_of(model)))
+        self._longest = original_context(text_config(base_model(model)))
         self._labels_only = False
 
     @property

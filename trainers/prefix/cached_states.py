@@ -10,11 +10,11 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from ...adapters.observing import evaluating
+from ...adapters.observing import base_model, evaluating
 from ...losses import Outputs
 from ..batch import Batch
 from ..host_copies import both, on_host
-from .decoder import Decoder, base_of
+from .decoder import Decoder
 from .exactness import (
     NoPrefix,
     Notices,
@@ -79,7 +79,7 @@ class CachedStates:
         # equal rows run once
         new = {key: row for key, row in zip(keys, rows, strict=True) if states[key] is None}
         if new:
-            with evaluating(base_of(self.model)):
+            with evaluating(base_model(self.model)):
                 computed = self._new_rows.states(list(new.values()))
             # also the states that other models will start from
             for (key, row), by_stop in zip(new.items(), computed, strict=True):
@@ -101,7 +101,7 @@ class CachedStates:
         """Check all that runs below the suffix, and return the namespace of its states."""
         row = last_tokens(row)
         # modules by their names in the plain model: with PEFT around it the key is the same
-        base, stack = base_of(self.model), self.decoder.module
+        base, stack = base_model(self.model), self.decoder.module
         names = {module: name for name, module in base.named_modules()}
         ran = {names[stack]: stack}
 
@@ -146,7 +146,7 @@ class CachedStates:
 
     def _key(self, ran: Mapping[str, nn.Module], count: int) -> str:
         """What the state behind `count` blocks depends on beside the row."""
-        base = base_of(self.model)
+        base = base_model(self.model)
         # every tensor of every module that ran below, by its name in the plain model
         names = {module: name for name, module in base.named_modules()}
         # experts that no token of the short pass chose are in the key, too
@@ -184,7 +184,7 @@ class CachedReference:
         self.store, self._failed = store, False
         # the reference is the model without what is trained
         tensors = [(name, p) for name, p in reference.named_parameters() if not (trained and p.requires_grad)]
-        base = base_of(reference)
+        base = base_model(reference)
         settings = ("reference", attention_of(base), config_of(base), _frozen_adapters(reference, tensors))
         self._namespace = weights_key([*tensors, *reference.named_buffers()], *settings)
 

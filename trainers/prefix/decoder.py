@@ -9,25 +9,19 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from peft import PeftModel
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from ...adapters import SteeringVectorLayer, steering_layers
 from ...adapters.blocks import find_blocks, find_stack
 from ...adapters.caches import CACHE_NAMES
-from ...adapters.observing import ADAPTER_LAYERS
+from ...adapters.observing import ADAPTER_LAYERS, base_model
 from ..training_changes import changed_in_training
 from .checkpointing import not_recomputable, replaced_forwards, run_again_alike
 from .exactness import NoPrefix
 
 Replacement = Callable[[dict[str, Any]], Any | None]
 """From the arguments of a decoder's forward to its output, or None: the decoder runs as it would."""
-
-
-def base_of(model: nn.Module) -> nn.Module:
-    """The transformers model inside a PEFT model."""
-    return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
 def frozen_blocks(model: nn.Module, training: bool) -> int:
@@ -39,7 +33,7 @@ def frozen_blocks(model: nn.Module, training: bool) -> int:
         NoPrefix: the model has no such stack.
     """
     try:
-        blocks = find_blocks(base_of(model))
+        blocks = find_blocks(base_model(model))
     except ValueError as error:
         raise NoPrefix(str(error)) from error
     # no adapter and nothing trained in any block: all of them
@@ -63,7 +57,7 @@ def lowest_changed(model: nn.Module, training: bool) -> int | None:
     Raises:
         ValueError: the model's blocks are unknown.
     """
-    for i, (_, block) in enumerate(find_blocks(base_of(model))):
+    for i, (_, block) in enumerate(find_blocks(base_model(model))):
         if any(_changes(block, training)):
             return i
     return None
@@ -112,7 +106,7 @@ class Decoder:
     """
 
     def __init__(self, model: nn.Module, count: int) -> None:
-        base = base_of(model)
+        base = base_model(model)
         try:
             blocks = find_blocks(base)
         except ValueError as error:

@@ -14,11 +14,10 @@ from torch import nn
 from transformers import Trainer
 
 from ...adapters.blocks import find_blocks, find_stack
-from ...adapters.observing import evaluating
+from ...adapters.observing import base_model, evaluating
 from .cached_pass import CachedPass
 from .cached_states import CachedReference
 from .checkpointing import run_again_alike
-from .decoder import base_of
 from .exactness import NoPrefix, Notices, in_words
 from .store import TensorStore
 
@@ -178,7 +177,7 @@ class CachedPrefix:
         if self._model is None or not self._model.training:
             return nullcontext()
         try:
-            base = base_of(self._model)
+            base = base_model(self._model)
             stack, blocks = find_stack(base), [block for _, block in find_blocks(base)]
         except ValueError:  # a model whose blocks are unknown
             return nullcontext()

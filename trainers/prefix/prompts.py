@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from ...adapters import SteeringVectorLayer, steering_layers
-from ...adapters.observing import ADAPTER_LAYERS, evaluating
+from ...adapters.observing import ADAPTER_LAYERS, base_model, evaluating
 from ..host_copies import both, on_host, sent
-from .decoder import Decoder, base_of
+from .decoder import Decoder
 from .store import TensorStore, attention_of, config_of, row_key, weights_key
 
 _WORTH_IT = 0.9  # of the tokens: a second pass has a fixed cost
@@ -277,7 +277,7 @@ class PromptCaches:
         """
         if self._namespace is None:
             # prompts are not steered, so vectors are no part of the key; all other weights are
-            base = base_of(self.model)
+            base = base_model(self.model)
             vectors = {id(p) for layer in steering_layers(self.model) for p in layer.parameters()}
             frozen = [(name, p) for name, p in base.named_parameters() if id(p) not in vectors]
             settings = ("prompts", self.decoder.count, attention_of(base), config_of(base))

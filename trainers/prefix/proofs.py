@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from ...adapters import steering_layers
-from ...adapters.observing import evaluating
+from ...adapters.observing import base_model, evaluating
 from ..host_copies import sent
-from .decoder import Decoder, base_of
+from .decoder import Decoder
 from .exactness import NoPrefix, difference
 from .store import attention_of, config_of
 
@@ -88,7 +88,7 @@ class Proofs:
 
     def _digest(self, what: str, call: Mapping[str, Any]) -> str:
         """A digest of what a proof is about: another model, adapter, precision or device is compared again."""
-        base, ids = base_of(self.model), call["input_ids"]
+        base, ids = base_model(self.model), call["input_ids"]
         adapters = {name: repr(config) for name, config in getattr(self.model, "peft_config", {}).items()}
         autocast = torch.is_autocast_enabled(ids.device.type) and torch.get_autocast_dtype(ids.device.type)
         about = (type(base), attention_of(base), config_of(base), adapters, next(base.parameters()).dtype)

@@ -18,9 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...adapters.observing import adapters_off, evaluating
+from ...adapters.observing import adapters_off, base_model, evaluating
 from ..frozen_vectors import FrozenVectorError, read_frozen_vectors
-from ..prefix.decoder import base_of
 from .errors import RolloutError
 from .local import padded
 
@@ -59,7 +58,7 @@ class DirectionScore:
     @torch.no_grad()
     def _scores(self, prompts: Sequence[list[int]], answers: Sequence[list[int]]) -> Tensor:
         """Scores of a few rows, `(rows,)`."""
-        base: Any = base_of(self.model)
+        base: Any = base_model(self.model)
         device = base.get_input_embeddings().weight.device
         ids_RC, mask_RC = padded(
             [[*prompt, *answer] for prompt, answer in zip(prompts, answers, strict=True)], 0, device, left=False

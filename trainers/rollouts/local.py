@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig
 
 from ...adapters.blocks import find_blocks
-from ..prefix.decoder import base_of
+from ...adapters.observing import base_model
 from .engine import Completion, Request, Sampling
 
 
@@ -66,7 +66,7 @@ class TransformersEngine:
 @contextmanager
 def adding(model: nn.Module, requests: Sequence[Request]) -> Iterator[None]:
     """Forward passes of a batch inside add each row's vectors to the outputs of its blocks."""
-    base: Any = base_of(model)
+    base: Any = base_model(model)
     blocks = [block for _, block in find_blocks(base)]
     embedding = base.get_input_embeddings().weight
     layers = sorted({layer for request in requests for layer in request.vectors})

@@ -22,8 +22,8 @@ from torch import Tensor
 from ...adapters import SteeringVectorConfig, steering_layers
 from ...adapters.blocks import find_blocks
 from ...adapters.exports import ExportError, constant_vectors
+from ...adapters.observing import base_model
 from ..frozen_vectors import FrozenVectorError, read_frozen_vectors
-from ..prefix.decoder import base_of
 from .engine import Completion, Engine, Request, Sampling
 from .errors import RolloutError
 from .local import TransformersEngine
@@ -78,7 +78,7 @@ class SteeredRollouts:
                 frozen = read_frozen_vectors(self.vector, trainer.model)
             except FrozenVectorError as error:
                 raise RolloutError(f"SteeredRollouts: {error}") from error
-            blocks = {name for name, _ in find_blocks(base_of(trainer.model))}
+            blocks = {name for name, _ in find_blocks(base_model(trainer.model))}
             if elsewhere := [one.module for one in frozen if one.module not in blocks]:
                 raise RolloutError(
                     f"SteeredRollouts: {self.vector} steers {elsewhere[0]}, and completions are drawn with vectors at "

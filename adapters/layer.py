@@ -16,6 +16,7 @@ from . import units
 from .config import SteeringVectorConfig
 from .forms import change, null
 from .norms import cap, preserve, write_vector
+from .outputs import states_in, with_states
 from .positions import PromptBoundary
 from .saved import check_tensor
 from .types import CONSTANT_FORMS, Positions, Strength
@@ -274,7 +275,7 @@ class SteeringVectorLayer(nn.Module, BaseTunerLayer):
 
     def hook(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         """Forward hook of the steered module. Its output is a tensor or a tuple that starts with one."""
-        hidden = output[0] if isinstance(output, tuple) else output
+        hidden = states_in(output)
         if not isinstance(hidden, Tensor) or hidden.shape[-1] != self.in_features:
             shape = tuple(hidden.shape) if isinstance(hidden, Tensor) else type(hidden).__name__
             raise ValueError(
@@ -289,7 +290,7 @@ class SteeringVectorLayer(nn.Module, BaseTunerLayer):
         steered = self(hidden)
         if steered is hidden:
             return None
-        return (steered, *output[1:]) if isinstance(output, tuple) else steered
+        return with_states(output, steered)
 
     def forward(
         self,

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from .blocks import find_blocks, find_stack
 from .observing import evaluating
+from .outputs import states_in
 
 ROWS, TOKENS = 2, 64
 FIRST = 4
@@ -109,7 +110,7 @@ def _run(model: nn.Module) -> None:
 
 def _states(output: Any) -> Tensor:
     """The residual states in a module's output, `(rows, tokens, d)`, in fp32 and without the first tokens."""
-    states = output[0] if isinstance(output, tuple) else output
+    states = states_in(output)
     return states[:, min(FIRST, states.shape[1] - 1) :].float()
 
 

@@ -23,6 +23,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from ..adapters import SteeringVectorLayer, prompt_length, set_strength, steering_layers
 from ..adapters.blocks import find_blocks, find_stack, resolve_layers, site_name
 from ..adapters.observing import base_model, evaluating, untouched
+from ..adapters.outputs import states_in
 from ..adapters.prompts import prompts_by_labels
 from ..adapters.types import Layers, Site
 from ..losses import Outputs, Strength
@@ -273,8 +274,7 @@ def _captured_states(model: nn.Module, batch: Batch, extras: Extras) -> Iterator
     modules = {layer: base.get_submodule(site_name(*blocks[layer], extras.site)) for layer in extras.layers}
 
     def capture(layer: int, module: nn.Module, args: Any, output: Any) -> None:
-        h_BTD = output[0] if isinstance(output, tuple) else output
-        states[layer] = batch.labelled(h_BTD).float()
+        states[layer] = batch.labelled(states_in(output)).float()
 
     handles = [module.register_forward_hook(partial(capture, layer)) for layer, module in modules.items()]
     try:

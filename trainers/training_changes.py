@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from ..adapters.outputs import states_in, with_states
+
 Change = Callable[[Tensor], Tensor]
 """From the output of a module, `(rows, tokens, d)`, to what is used in its place."""
 
@@ -31,9 +33,7 @@ class TrainingChange:
         """Change the output; the first of several, as decoder blocks return them."""
         if not module.training or not torch.is_grad_enabled():
             return output
-        if isinstance(output, tuple):
-            return self.change(output[0]), *output[1:]
-        return self.change(output)
+        return with_states(output, self.change(states_in(output)))
 
     def on(self, module: nn.Module) -> RemovableHandle:
         """Hang the change on a module."""

@@ -15,6 +15,7 @@ from transformers.utils.logging import tqdm  # which `disable_progress_bar` swit
 
 from ..blocks import find_blocks, resolve_layers, site_name
 from ..observing import adapters_off, base_model, evaluating
+from ..outputs import states_in
 from ..registry import choose
 from ..stream import is_sharded
 from ..types import Layers, Site
@@ -164,7 +165,7 @@ def outputs_of(base: nn.Module, modules: Mapping[int, nn.Module], ends_early: bo
 
 
 def _keep(outputs: dict[int, Tensor], index: int, last: bool, module: nn.Module, args: Any, output: Any) -> None:
-    outputs[index] = output[0] if isinstance(output, tuple) else output
+    outputs[index] = states_in(output)
     if last:
         raise Enough
 

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from ..blocks import find_blocks, site_name
 from ..observing import evaluating
+from ..outputs import states_in
 from ..types import Site
 
 _CONSTANT = 1e-3  # of the change's length: by how much it may differ from token to token
@@ -188,7 +189,7 @@ def _change(block: nn.Module, inner: str, call: tuple[Any, ...], path: str, adde
     outputs: list[Tensor] = []
 
     def keep(module: nn.Module, args: Any, output: Any) -> None:
-        outputs.append((output[0] if isinstance(output, tuple) else output).detach().float())
+        outputs.append(states_in(output).detach().float())
 
     parameter = dict(block.named_parameters())[path]
     saved = parameter.detach().clone()

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..layer import SteeringVectorLayer
 from ..observing import evaluating, untouched
+from ..outputs import states_in
 from ._vectors import ConstantVectors, ExportError
 
 _EXACT = 1e-4  # of the vector's length, in fp32
@@ -74,7 +75,7 @@ def _place(
     vector: Tensor,
     fits: Callable[[nn.Module], bool],
 ) -> tuple[str, Tensor]:
-    before = _hidden(module(*args, **kwargs))
+    before = states_in(module(*args, **kwargs))
     candidates = [
         (path, inner)
         for path, inner in module.named_modules()
@@ -84,7 +85,7 @@ def _place(
     for path, inner in reversed(candidates):
         handle = inner.register_forward_hook(_adding(vector))
         try:
-            change = (_hidden(module(*args, **kwargs)) - before).float().cpu()
+            change = (states_in(module(*args, **kwargs)) - before).float().cpu()
         except RuntimeError:  # a map of another width
             continue
         finally:
@@ -112,7 +113,3 @@ def _adding(vector: Tensor) -> Callable[..., Any]:
         return (output + vector.to(output.device)).to(output.dtype)
 
     return hook
-
-
-def _hidden(output: Any) -> Tensor:
-    return output[0] if isinstance(output, tuple) else output

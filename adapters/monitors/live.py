@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..observing import base_model
+from ..outputs import states_in
 from .monitor import Monitor
 from .threshold import MonitorError
 
@@ -71,11 +72,10 @@ class LiveScores:
         monitor = self.monitors[place]
 
         def hook(module: nn.Module, args: Any, output: Any) -> None:
-            h_BTD = output[0] if isinstance(output, tuple) else output
+            h_BTD = states_in(output)
             start, self._read[place] = self._read[place], self._read[place] + h_BTD.shape[1]
             skipped = max(0, self.width - start)  # prompts are read in one part or in several
             if skipped < h_BTD.shape[1]:
-                weight_D = monitor.weight.to(h_BTD.device)
-                self._steps[place].append((h_BTD[:, skipped:].float() @ weight_D + monitor.bias).cpu())
+                self._steps[place].append(monitor.token_scores(h_BTD[:, skipped:]))
 
         return hook

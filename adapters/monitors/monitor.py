@@ -100,6 +100,10 @@ class Monitor:
                 f"{tuple(self.weight.shape)}, length {float(self.weight.norm()):g}). Are all rows the same?"
             )
 
+    def token_scores(self, h_BTD: Tensor) -> Tensor:
+        """The score of every token of these states, `(rows, tokens)`, fp32, on the CPU."""
+        return (h_BTD.float() @ self.weight.to(h_BTD.device) + self.bias).cpu()
+
     def pool(self, scores: Tensor) -> float:
         """The score of a row, of the scores of its tokens `(tokens,)`.
 

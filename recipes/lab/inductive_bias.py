@@ -33,6 +33,7 @@ from transformers import PreTrainedTokenizerBase
 
 from steertune.adapters import steering_layers
 from steertune.adapters.blocks import find_blocks
+from steertune.adapters.outputs import adding, states_in
 from steertune.losses import Loss
 from steertune.recipes.lab.batches import batches
 from steertune.recipes.lab.files import ArmError
@@ -200,7 +201,7 @@ def significance(model: Any, shown: Sequence[Batch], generator: torch.Generator)
     for direction in track([*directions_ND], "random direction"):
         moved = []
         for batch, length in zip(shown, lengths, strict=True):
-            with scaled(model, 0.0), _added_to(block, length[..., None] * direction.to(length)):
+            with scaled(model, 0.0), adding(block, length[..., None] * direction.to(length)):
                 moved.append(_logps(model, batch))
         drawn.append(_kl(moved, base))
     as_large = sum(value >= kl for value in drawn)
@@ -272,26 +273,10 @@ def _output_of(block: nn.Module) -> Iterator[list[Tensor]]:
     states: list[Tensor] = []
 
     def keep(module: nn.Module, args: Any, output: Any) -> None:
-        states.append((output[0] if isinstance(output, tuple) else output).detach().float())
+        states.append(states_in(output).detach().float())
 
     handle = block.register_forward_hook(keep)
     try:
         yield states
-    finally:
-        handle.remove()
-
-
-@contextmanager
-def _added_to(block: nn.Module, change: Tensor) -> Iterator[None]:
-    """Add a change `(B, T, D)` to the residual stream behind a block."""
-
-    def add(module: nn.Module, args: Any, output: Any) -> Any:
-        states = output[0] if isinstance(output, tuple) else output
-        moved = states + change.to(states)
-        return (moved, *output[1:]) if isinstance(output, tuple) else moved
-
-    handle = block.register_forward_hook(add)
-    try:
-        yield
     finally:
         handle.remove()

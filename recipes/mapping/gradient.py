@@ -13,9 +13,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from steertune.adapters.blocks import find_blocks
+from steertune.adapters.outputs import adding
 from steertune.recipes.lab.batches import batches
 from steertune.recipes.lab.observe import HeldOut
 from steertune.recipes.mapping.effects import Values
@@ -33,8 +34,8 @@ def first_order(base: Any, held_out: HeldOut, vectors: Mapping[int, Tensor]) -> 
         strengths = {layer: torch.zeros(rows, device=base.device, requires_grad=True) for layer in vectors}
         with ExitStack() as stack, torch.enable_grad():
             for layer, vector_D in vectors.items():
-                hook = _adding(strengths[layer], vector_D.to(base.device))
-                stack.callback(blocks[layer].register_forward_hook(hook).remove)
+                change_R1D = strengths[layer][:, None, None] * vector_D.to(base.device)
+                stack.enter_context(adding(blocks[layer], change_R1D))
             outputs = ModelAt(base, base, on_device)(1.0)
             chosen, rejected = outputs.chosen, outputs.rejected
             margin_P = chosen.logps / chosen.mask.sum(dim=1) - rejected.logps / rejected.mask.sum(dim=1)
@@ -43,12 +44,3 @@ def first_order(base: Any, held_out: HeldOut, vectors: Mapping[int, Tensor]) -> 
             # a pair has two rows, and its vector is on both
             estimates[layer] += gradient_R.view(2, -1).sum(dim=0).tolist()
     return {layer: np.array(values) for layer, values in estimates.items()}
-
-
-def _adding(strength_R: Tensor, vector_D: Tensor) -> Any:
-    def hook(module: nn.Module, args: Any, output: Any) -> Any:
-        h_RCD = output[0] if isinstance(output, tuple) else output
-        added = h_RCD + (strength_R[:, None, None] * vector_D).to(h_RCD.dtype)
-        return (added, *output[1:]) if isinstance(output, tuple) else added
-
-    return hook

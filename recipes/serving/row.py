@@ -25,8 +25,7 @@ class Row:
 
 def score_rows(monitor: Monitor, rows: Sequence[Row], h_BTD: Tensor) -> None:
     """Score the tokens of answers that were just read: all so far, with their prompts, or the last one."""
-    scores_BT = (h_BTD.float() @ monitor.weight.to(h_BTD.device) + monitor.bias).cpu()
-    for row, scores_T in zip(rows, scores_BT, strict=True):
+    for row, scores_T in zip(rows, monitor.token_scores(h_BTD), strict=True):
         count = len(row.job.tokens)
         if count <= len(scores_T):
             row.job.token_scores = scores_T[len(scores_T) - count :].tolist()

@@ -177,8 +177,8 @@ FAULTS = [
         "adapters/test_peft", "parameter_object",
     ),
     Fault(
-        "output[0] of a tensor", "tuple or tensor", "adapters.layer",
-        "hidden = output[0] if isinstance(output, tuple) else output", "hidden = output[0]",
+        "output[0] of a tensor", "tuple or tensor", "adapters.outputs",
+        "return output[0] if isinstance(output, tuple) else output", "return output[0]",
         "adapters/test_exactness", "adding_by_hand and (llama or gpt2)",
     ),
     Fault(

@@ -11,6 +11,7 @@ from peft import LoraConfig, get_peft_model
 from tiny_models import steered, tiny, vector_of
 
 from steertune.adapters import SteeringVectorConfig
+from steertune.adapters.outputs import adding
 from steertune.losses import get_loss
 from steertune.recipes import cli
 from steertune.recipes.lab import inductive_bias as ib
@@ -126,7 +127,7 @@ def test_random_directions_move_the_stream_as_far_as_the_adapter(strong):
     with torch.no_grad():
         expected = ib._logps(model, shown[0])
         length = direction.norm().expand(*shown[0].labels.shape, 1)
-        with ib.scaled(model, 0.0), ib._added_to(ib.top_block(model), length * direction / direction.norm()):
+        with ib.scaled(model, 0.0), adding(ib.top_block(model), length * direction / direction.norm()):
             torch.testing.assert_close(ib._logps(model, shown[0]), expected, atol=1e-5, rtol=1e-5)
 
 

@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from ...adapters.blocks import find_blocks
 from ...adapters.observing import base_model
+from ...adapters.outputs import states_in
 from ..prefix.frozen import CachedPrefix
 from ..types import SteeringRun
 
@@ -118,7 +119,7 @@ def _watched(base: Any, example: Mapping[str, Any]) -> Iterator[list[str]]:
     mask, places = example.get("attention_mask"), []
 
     def look(name: str, output: Any) -> None:
-        states = output[0] if isinstance(output, tuple) else output  # (rows, tokens, d)
+        states = states_in(output)  # (rows, tokens, d)
         if not isinstance(states, Tensor):
             return
         good = torch.isfinite(states)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ...adapters import directions
 from ...adapters.observing import base_model, evaluating
+from ...adapters.outputs import states_in
 from ..initial_vectors import pair_batches
 from ..types import SteeringRun
 from ._base import Bias, BiasError, check_layer
@@ -63,7 +64,7 @@ def run(model: nn.Module, module: nn.Module, block: nn.Module, batch: Any) -> Pa
     states: dict[str, Tensor] = {}
 
     def capture(_: nn.Module, args: Any, output: Any) -> None:
-        states["output"] = output[0] if isinstance(output, tuple) else output
+        states["output"] = states_in(output)
 
     handles = [
         module.register_forward_pre_hook(lambda _, args: states.update(inputs=args[0])),

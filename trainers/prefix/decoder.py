@@ -16,6 +16,7 @@ from ...adapters import SteeringVectorLayer, steering_layers
 from ...adapters.blocks import find_blocks, find_stack
 from ...adapters.caches import CACHE_NAMES
 from ...adapters.observing import ADAPTER_LAYERS, base_model
+from ...adapters.outputs import states_in
 from ..training_changes import changed_in_training
 from .checkpointing import not_recomputable, replaced_forwards, run_again_alike
 from .exactness import NoPrefix
@@ -229,7 +230,7 @@ class Decoder:
                 if isinstance(output, tuple):
                     self._tuples[block] = len(output)
                 if last and self._stop:
-                    raise _Reached(output[0] if isinstance(output, tuple) else output)
+                    raise _Reached(states_in(output))
                 return output
             # skipped: each block returns its input unchanged, and the last one the state
             hidden = self._state if last else (args[0] if args else kwargs["hidden_states"])

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...adapters.outputs import states_in
 from ..host_copies import on_host
 from .decoder import Decoder
 from .exactness import Notices, has_experts, is_wide, least_tokens
@@ -153,7 +154,7 @@ class NewRows:
         passed: States = {}
 
         def note(stop: int, module: nn.Module, args: object, output: Any) -> None:
-            passed[stop] = (output[0] if isinstance(output, tuple) else output).detach()
+            passed[stop] = states_in(output).detach()
 
         handles = [self.decoder.blocks[n - 1].register_forward_hook(partial(note, n)) for n in self.stops]
         try:

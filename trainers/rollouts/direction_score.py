@@ -11,17 +11,17 @@ group; so the score enters the advantage like any reward, positive or, with a ne
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import ExitStack
-from functools import partial
+from contextlib import suppress
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ...adapters.analysis.activations import Enough, outputs_of
 from ...adapters.observing import adapters_off, base_model, evaluating
 from ..frozen_vectors import FrozenVectorError, read_frozen_vectors
 from .errors import RolloutError
-from .local import padded
+from .local import padded, token_ids
 
 
 class DirectionScore:
@@ -45,14 +45,15 @@ class DirectionScore:
         except FrozenVectorError as error:
             raise RolloutError(f"DirectionScore: {error}") from error
         self.model, self.tokenizer, self.rows = model, tokenizer, rows
-        self._directions = {one.module: one.vector_D / one.vector_D.norm() for one in frozen if one.vector_D.any()}
+        # layer -> the module whose states are read, and the direction
+        self._directions = {one.layer: (one.module, one.vector_D) for one in frozen if one.vector_D.any()}
 
     def __call__(self, prompts: Sequence[Any], completion_ids: Sequence[list[int]], **kwargs: Any) -> list[float]:
         """The score of every completion."""
         scores: list[float] = []
         for start in range(0, len(prompts), self.rows):
             some = slice(start, start + self.rows)
-            scores += self._scores(self._token_ids(prompts[some]), completion_ids[some]).tolist()
+            scores += self._scores(token_ids(prompts[some], self.tokenizer), completion_ids[some]).tolist()
         return scores
 
     @torch.no_grad()
@@ -65,25 +66,13 @@ class DirectionScore:
         )
         starts_R1 = torch.tensor([len(prompt) for prompt in prompts], device=device)[:, None]
         answer_RC = mask_RC.bool() & (torch.arange(ids_RC.shape[1], device=device) >= starts_R1)
-        cosines_RC: list[Tensor] = []
-
-        def note(direction_D: Tensor, module: nn.Module, args: Any, output: Any) -> None:
-            h_RCD = (output[0] if isinstance(output, tuple) else output).float()
-            cosines_RC.append((h_RCD @ direction_D) / h_RCD.norm(dim=-1).clamp_min(1e-12))
-
-        with ExitStack() as stack:
-            stack.enter_context(adapters_off(self.model))
-            stack.enter_context(evaluating(self.model))
-            for name, direction_D in self._directions.items():
-                hook = partial(note, direction_D.to(device).float())
-                stack.callback(base.get_submodule(name).register_forward_hook(hook).remove)
+        modules = {layer: base.get_submodule(name) for layer, (name, _) in self._directions.items()}
+        reading = outputs_of(base, modules, ends_early=True)
+        with adapters_off(self.model), evaluating(self.model), reading as states, suppress(Enough):
             base(input_ids=ids_RC, attention_mask=mask_RC)
+        cosines_RC = [
+            torch.cosine_similarity(states[layer].float(), direction_D.to(device).float(), dim=-1)
+            for layer, (_, direction_D) in self._directions.items()
+        ]
         mean_RC = torch.stack(cosines_RC).mean(dim=0)
         return (mean_RC * answer_RC).sum(dim=1) / answer_RC.sum(dim=1).clamp_min(1)
-
-    def _token_ids(self, prompts: Sequence[Any]) -> list[list[int]]:
-        if isinstance(prompts[0], str):
-            return self.tokenizer(list(prompts))["input_ids"]
-        return self.tokenizer.apply_chat_template(
-            list(prompts), add_generation_prompt=True, tokenize=True, return_dict=True
-        )["input_ids"]

@@ -12,6 +12,7 @@ from transformers import GenerationConfig
 
 from ...adapters.blocks import find_blocks
 from ...adapters.observing import base_model
+from ...adapters.outputs import adding
 from .engine import Completion, Request, Sampling
 
 
@@ -33,7 +34,7 @@ class TransformersEngine:
         width = max(len(request.prompt) for request in requests)
         device = next(model.parameters()).device
         ids_RC, mask_RC = padded([request.prompt for request in requests], sampling.pad_token_id, device)
-        with adding(model, requests):
+        with steered(model, requests):
             sampled_RC = model.generate(input_ids=ids_RC, attention_mask=mask_RC, generation_config=_config(sampling))
         tokens = [_until_end(row, sampling.eos_token_id) for row in sampled_RC[:, width:].tolist()]
         logps = self._scores(requests, tokens, sampling)
@@ -51,7 +52,7 @@ class TransformersEngine:
             # padded like a batch of the trainer: prompts on the left, completions on the right
             prompts_RC, before_RC = padded([request.prompt for request in some], sampling.pad_token_id, device)
             answers_RA, after_RA = padded(answers, sampling.pad_token_id, device, left=False)
-            with adding(model, some):
+            with steered(model, some):
                 logits_RAV = model(
                     input_ids=torch.cat([prompts_RC, answers_RA], dim=1),
                     attention_mask=torch.cat([before_RC, after_RA], dim=1),
@@ -64,7 +65,7 @@ class TransformersEngine:
 
 
 @contextmanager
-def adding(model: nn.Module, requests: Sequence[Request]) -> Iterator[None]:
+def steered(model: nn.Module, requests: Sequence[Request]) -> Iterator[None]:
     """Forward passes of a batch inside add each row's vectors to the outputs of its blocks."""
     base: Any = base_model(model)
     blocks = [block for _, block in find_blocks(base)]
@@ -75,18 +76,8 @@ def adding(model: nn.Module, requests: Sequence[Request]) -> Iterator[None]:
             zero_D = torch.zeros(embedding.shape[-1])
             vectors_RD = torch.stack([request.vectors.get(layer, zero_D).float().cpu() for request in requests])
             if vectors_RD.any():
-                hook = _adding(vectors_RD[:, None].to(embedding.device))
-                stack.callback(blocks[layer].register_forward_hook(hook).remove)
+                stack.enter_context(adding(blocks[layer], vectors_RD[:, None].to(embedding.device)))
         yield
-
-
-def _adding(vectors_R1D: Tensor) -> Any:
-    def hook(module: nn.Module, args: Any, output: Any) -> Any:
-        h_RCD = output[0] if isinstance(output, tuple) else output
-        added = h_RCD + vectors_R1D.to(h_RCD)
-        return (added, *output[1:]) if isinstance(output, tuple) else added
-
-    return hook
 
 
 def _config(sampling: Sampling) -> GenerationConfig:
@@ -102,6 +93,23 @@ def _config(sampling: Sampling) -> GenerationConfig:
         repetition_penalty=sampling.repetition_penalty,
         **{"disable_compile": True, **sampling.more},
     )
+
+
+def token_ids(prompts: Sequence[Any], tokenizer: Any, **template: Any) -> list[list[int]]:
+    """Prompts as TRL tokenises them: conversations by the chat template, with the start of an answer.
+
+    Args:
+        prompts: All texts, or all conversations.
+        tokenizer: The tokenizer.
+        template: Arguments of the chat template.
+    """
+    from trl import is_conversational
+
+    if not is_conversational({"prompt": prompts[0]}):
+        return tokenizer(text=list(prompts))["input_ids"]
+    return tokenizer.apply_chat_template(
+        list(prompts), add_generation_prompt=True, tokenize=True, return_dict=True, **template
+    )["input_ids"]
 
 
 def padded(rows: Sequence[list[int]], pad: int, device: torch.device, left: bool = True) -> tuple[Tensor, Tensor]:

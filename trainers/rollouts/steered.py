@@ -26,7 +26,7 @@ from ...adapters.observing import base_model
 from ..frozen_vectors import FrozenVectorError, read_frozen_vectors
 from .engine import Completion, Engine, Request, Sampling
 from .errors import RolloutError
-from .local import TransformersEngine
+from .local import TransformersEngine, token_ids
 
 
 class SteeredRollouts:
@@ -100,7 +100,8 @@ class SteeredRollouts:
                 f"{type(trainer).__name__} would take the completions for its own. Use SteeringGRPOTrainer, and new "
                 "SteeredRollouts for every trainer."
             )
-        ids = _token_ids(prompts, trainer)
+        template = {"chat_template": trainer.chat_template, **trainer.chat_template_kwargs}
+        ids = token_ids(prompts, trainer.processing_class, **template)
         strengths = self._strengths(len(ids), trainer)
         trained = {} if self.engine is None else self._trained(trainer)
         requests = [
@@ -169,23 +170,6 @@ def _sum(first: dict[int, Tensor], second: dict[int, Tensor]) -> dict[int, Tenso
     """Layer -> the sum of both vectors there."""
     layers = {**first, **second}
     return {layer: sum((v[layer] for v in (first, second) if layer in v), start=0 * layers[layer]) for layer in layers}
-
-
-def _token_ids(prompts: Sequence[Any], trainer: Any) -> list[list[int]]:
-    """Prompts as TRL tokenises them: conversations by the chat template, with the start of an answer."""
-    from trl import is_conversational
-
-    tokenizer = trainer.processing_class
-    if not is_conversational({"prompt": prompts[0]}):
-        return tokenizer(text=list(prompts))["input_ids"]
-    return tokenizer.apply_chat_template(
-        list(prompts),
-        chat_template=trainer.chat_template,
-        add_generation_prompt=True,
-        tokenize=True,
-        return_dict=True,
-        **trainer.chat_template_kwargs,
-    )["input_ids"]
 
 
 def _sampling(trainer: Any) -> Sampling:

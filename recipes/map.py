@@ -21,6 +21,7 @@ from typing import Annotated, Any
 
 import numpy as np
 
+from steertune.adapters.analysis.controls import random_directions
 from steertune.recipes.lab.command_line import Result, command
 from steertune.recipes.lab.files import ArmError, write_result
 from steertune.recipes.lab.intervals import interval
@@ -46,16 +47,14 @@ from steertune.recipes.mapping.interventions import (
     Interventions,
     margins,
     random_sets,
-    random_vectors,
     sets_to_measure,
     strength_at,
 )
 from steertune.recipes.mapping.page import MapResult, Spread, page_of
-from steertune.recipes.sweep import as_typed, request
 from steertune.recipes.sweeping.context import TEST, VALIDATION, Context
+from steertune.recipes.sweeping.request import LAYERS, as_typed, request
 from steertune.recipes.sweeping.sources import Source
 
-LAYERS = ["0.1", "0.25", "0.4", "0.55", "0.7", "0.85"]
 VECTOR, CONTROL = "vector", "control"
 SPREAD = 3
 """Layers that are compared with the best one."""
@@ -125,7 +124,8 @@ def mapped(
     matching = neutral_rows(context.tokenizer, "match", count=FEW_NEUTRAL)
     held_out = replace(context.held_out(VALIDATION), matching=matching)
     directions = Source(context).vectors("block")
-    made = {VECTOR: directions, CONTROL: random_vectors(directions, context.table.seed)}
+    controls = random_directions([*directions.values()], context.table.seed)
+    made = {VECTOR: directions, CONTROL: dict(zip(directions, controls, strict=True))}
     ours, theirs = sets_to_measure(sorted(directions))
     with progress("Map", 10) as bar:
         with bar.step("strengths", 2):

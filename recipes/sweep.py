@@ -16,52 +16,43 @@ where it stopped.
 
 from __future__ import annotations
 
-import shlex
 import sys
 import time
-import tomllib
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Annotated, Any, cast, get_args
+from typing import Annotated, cast
 
 from datasets import concatenate_datasets
-from pydantic import ValidationError
-from trl import DPOConfig
 
-from steertune.adapters import directions
-from steertune.adapters.blocks import find_blocks, resolve_layers
+from steertune.adapters.blocks import find_blocks
 from steertune.adapters.card import versions, write_card
 from steertune.adapters.description import Strength, write_description
 from steertune.adapters.types import Site
-from steertune.recipes.lab import scorers, trained_on
-from steertune.recipes.lab.behaviours import read_behaviour
-from steertune.recipes.lab.checks import check_adapters, check_training, check_trains, skeleton
+from steertune.recipes.lab import trained_on
 from steertune.recipes.lab.command_line import Result, command
 from steertune.recipes.lab.descriptions import data_of
 from steertune.recipes.lab.evaluate import evaluate, evaluate_base
-from steertune.recipes.lab.files import ArmError, reasons, write_result
+from steertune.recipes.lab.files import ArmError, write_result
 from steertune.recipes.lab.generation import plain
-from steertune.recipes.lab.options import Argument, Choice, ColumnNames, Option, Threads, arm_names, columns_of
+from steertune.recipes.lab.options import Argument, Choice, ColumnNames, Option, Threads, arm_names
 from steertune.recipes.lab.pages import table_markdown, write_page
 from steertune.recipes.lab.pair_lint import at_edge, warn, warn_of
 from steertune.recipes.lab.paths import modules_in
 from steertune.recipes.lab.processes import begin
 from steertune.recipes.lab.progress import Bar, progress
 from steertune.recipes.lab.rows import BASE, Record, label
-from steertune.recipes.lab.splits import SplitTable
-from steertune.recipes.lab.tables import ModelTable
 from steertune.recipes.lab.training import check_folder, claim, default_folder
 from steertune.recipes.sweeping.card import card
 from steertune.recipes.sweeping.choose import Setting
 from steertune.recipes.sweeping.context import TEST, VALIDATION, Context
 from steertune.recipes.sweeping.page import Sweep, on_test, page_of
-from steertune.recipes.sweeping.settings import Limits, SweepTable, at, read_arm
+from steertune.recipes.sweeping.request import LAYERS, as_typed, request
+from steertune.recipes.sweeping.settings import SweepTable
 from steertune.recipes.sweeping.sources import Source, bake
 from steertune.trainers import NonFiniteError
 
-LAYERS = ["0.1", "0.25", "0.4", "0.55", "0.7", "0.85"]
 SITES = ["block"]
 SCORER = (
     "score generated answers too, and let the score decide in place of the pair accuracy: "
@@ -164,60 +155,6 @@ def run(options: SimpleNamespace, overrides: list[str], words: Sequence[str]) ->
     return result, page
 
 
-def request(options: SimpleNamespace, overrides: list[str]) -> SweepTable:
-    """The request, checked against the shape of the model, which is not loaded.
-
-    Raises:
-        ArmError: a value that no sweep can have.
-    """
-    arm = None if options.arm is None else read_arm(options.arm, overrides)
-    if arm is None and overrides:
-        raise ArmError(f"Unknown arguments {overrides}: --table.key value changes an --arm.")
-    direction = None if arm is not None else options.direction or "mean_difference"
-    if direction is not None:
-        directions.get(direction)
-    base = ModelTable() if arm is None else arm.model
-    base = base if options.model is None else ModelTable(name=options.model)
-    if not options.strengths or not options.layers:
-        raise ArmError("--layers and --strengths: one or more of each.")
-    for site in options.sites:
-        if arm is not None and site in get_args(Site):
-            at(arm, site, 0)
-    scorer = None if options.scorer is None else _scorer(options.scorer, options.task)
-    layers = _layers(options.layers)
-    try:
-        layers = resolve_layers(layers, len(find_blocks(skeleton(base))))
-        table = SweepTable(
-            task=options.task,
-            columns=columns_of(options.columns) or ({} if arm is None else arm.data.columns),
-            format="auto" if arm is None else arm.data.format,
-            model=base,
-            direction=direction,
-            arm=arm,
-            layers=layers,
-            sites=list(dict.fromkeys(options.sites)),
-            strengths=options.strengths,
-            train=options.train or (32 if arm is None else arm.data.train),
-            splits=SplitTable(
-                validation=options.validation, test=options.test, scorer=options.scorer_rows if scorer else 0
-            ),
-            seed=options.seed,
-            scorer=scorer,
-            generations=options.generations,
-            new_tokens=options.new_tokens,
-            limits=Limits(**{name: getattr(options, f"max_{name}") for name in Limits.model_fields}),
-        )
-    except ValidationError as error:
-        raise ArmError(reasons(error)) from error
-    if scorer and not table.generations:
-        raise ArmError("--scorer scores generated answers: --generations 1 or more.")
-    if arm is not None:
-        check_training(arm, DPOConfig)
-        check_trains(arm)
-        check_adapters([at(arm, site, layer) for site in table.sites for layer in layers])
-    return table
-
-
 def measure(context: Context, folder: Path) -> list[Record]:
     """Every setting on validation rows, from the top layer down, a record for each place; what was measured
     before is read."""
@@ -287,41 +224,6 @@ def _plan(table: SweepTable, context: Context) -> str:
         + f"  about {minutes}"
         + (", and training at every layer" if table.arm is not None else "")
     )
-
-
-def _layers(words: Sequence[Any]) -> Any:
-    if [str(word) for word in words] == ["all"]:
-        return "all"
-    layers = []
-    for word in words:
-        try:
-            value = float(word) if "." in str(word) else int(word)
-        except ValueError:
-            raise ArmError(f"--layers {word!r}: an index, a fraction of the depth below 1, or 'all' alone.") from None
-        if value < 0 or (isinstance(value, float) and value >= 1):
-            raise ArmError(f"--layers {word}: indices count from 0, fractions of the depth are in [0, 1).")
-        layers.append(value)
-    return layers
-
-
-def _scorer(text: str, task: str) -> dict[str, Any]:
-    """The scorer's table, completed by what the task says of its behaviour, and checked."""
-    try:
-        table = tomllib.loads(f"value = {text}")["value"] if text.lstrip().startswith("{") else {"kind": text}
-    except tomllib.TOMLDecodeError as error:
-        raise ArmError(f"--scorer {text}: no TOML table: {error}") from error
-    table = read_behaviour(task).scorer_table(table)
-    scorers.read(table)
-    return table
-
-
-def as_typed(words: Sequence[str], module: str = "sweep") -> str:
-    """The command that ran it, without where things are on this machine."""
-    words = list(words)
-    for i, word in enumerate(words[:-1]):
-        if word == "--folder":
-            words[i + 1] = "FOLDER"
-    return shlex.join(["python", "-m", f"steertune.recipes.{module}", *words])
 
 
 if __name__ == "__main__":

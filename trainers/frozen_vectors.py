@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 from ..adapters.analysis.arithmetic import VectorError, read
+from ..adapters.analysis.controls import random_directions
 from ..adapters.fingerprint import check_fingerprint
 from ..adapters.observing import base_model
 
@@ -65,11 +65,7 @@ def read_frozen_vectors(folder: str, model: nn.Module) -> list[FrozenVector]:
     return frozen
 
 
-def random_directions(vectors: Sequence[FrozenVector], seed: int) -> list[FrozenVector]:
+def randomised(vectors: Sequence[FrozenVector], seed: int) -> list[FrozenVector]:
     """Random directions of the same lengths at the same places, as a control."""
-    generator = torch.Generator().manual_seed(seed)
-    directions = [torch.randn(len(one.vector_D), generator=generator).to(one.vector_D) for one in vectors]
-    return [
-        frozen._replace(vector_D=direction * frozen.vector_D.norm() / direction.norm())
-        for frozen, direction in zip(vectors, directions, strict=True)
-    ]
+    directions = random_directions([one.vector_D for one in vectors], seed)
+    return [one._replace(vector_D=direction_D) for one, direction_D in zip(vectors, directions, strict=True)]

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from steertune.adapters.exports import adapter_of
@@ -63,13 +62,6 @@ def strength_at(base: Any, held_out: HeldOut, vectors: Mapping[int, Tensor], kl:
             f"{kl:g}. Use a smaller --kl, or other layers."
         )
     return point.strength
-
-
-def random_vectors(vectors: Mapping[int, Tensor], seed: int) -> dict[int, Tensor]:
-    """Layer -> a random direction of the same length."""
-    generator = torch.Generator().manual_seed(seed)
-    directions = {layer: torch.randn(len(vector_D), generator=generator) for layer, vector_D in vectors.items()}
-    return {layer: d_D * vectors[layer].norm() / d_D.norm() for layer, d_D in directions.items()}
 
 
 def margins(base: Any, held_out: HeldOut, vectors: Mapping[int, Tensor], of: Set) -> Values:

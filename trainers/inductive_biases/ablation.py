@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ...adapters.blocks import find_blocks, resolve_layers
 from ...adapters.observing import base_model
-from ..frozen_vectors import FrozenVector, random_directions
+from ..frozen_vectors import FrozenVector, randomised
 from ..training_changes import Change
 from ..types import SteeringRun
 from ._base import BiasError, check_layer
@@ -80,7 +80,7 @@ class Ablation(InTraining):
         """Layer -> unit vector, `(d,)`."""
         vectors: list[FrozenVector] = frozen_vectors(self.vector, trainer.model, "ablation")
         if self.random_seed is not None:
-            vectors = random_directions(vectors, self.random_seed)
+            vectors = randomised(vectors, self.random_seed)
         depth = len(find_blocks(base_model(trainer.model)))
         try:
             layers = resolve_layers("all" if self.layers == "all" else self._listed(), depth)

@@ -14,7 +14,7 @@ from typing import Literal
 from torch import Tensor, nn
 
 from ...adapters.observing import base_model
-from ..frozen_vectors import FrozenVector, random_directions
+from ..frozen_vectors import FrozenVector, randomised
 from ..training_changes import Change
 from ..types import SteeringRun
 from ._frozen import InTraining, frozen_vectors, refuse_same_place
@@ -114,4 +114,4 @@ class PreventativeSteering(InTraining):
 
     def _read(self, trainer: SteeringRun, folder: str) -> list[FrozenVector]:
         vectors = frozen_vectors(folder, trainer.model, "preventative_steering")
-        return vectors if self.random_seed is None else random_directions(vectors, self.random_seed)
+        return vectors if self.random_seed is None else randomised(vectors, self.random_seed)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ...adapters.blocks import find_blocks
 from ...adapters.observing import base_model
-from ..frozen_vectors import random_directions
+from ..frozen_vectors import randomised
 from ..types import SteeringRun
 from ._base import Bias, BiasError, write_of
 from ._frozen import frozen_vectors
@@ -66,7 +66,7 @@ class Quarantine(Bias):
         if len(vectors) != 1:
             raise BiasError(f"quarantine: {self.vector} has vectors at {len(vectors)} layers. Give one of one layer.")
         if self.random_seed is not None:
-            vectors = random_directions(vectors, self.random_seed)
+            vectors = randomised(vectors, self.random_seed)
         v_D = vectors[0].vector_D / vectors[0].vector_D.norm()
         parts, writes = self._parts(trainer.model), _writes(trainer.model)
         if not any(part.name in writes for part in parts):

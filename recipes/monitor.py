@@ -47,7 +47,7 @@ from steertune.recipes.lab.paths import modules_in
 from steertune.recipes.lab.processes import begin, default_device
 from steertune.recipes.lab.progress import progress
 from steertune.recipes.lab.tables import ModelTable
-from steertune.recipes.lab.training import default_folder
+from steertune.recipes.lab.training import check_unfinished, default_folder
 from steertune.recipes.lab.transcripts import has_labels, read_transcripts
 
 METHODS = modules_in("adapters/monitors/fits")
@@ -77,7 +77,7 @@ def main(
 ) -> Result:
     """Fit, choose and test monitors; save the best and write the page."""
     home = default_folder("monitor", rows) if folder is None else folder
-    check_home(home)
+    check_unfinished(home)
     begin(threads, only_one=True)
     table = ModelTable(name=model, dtype=dtype)
     # everything that can be refused is refused before the weights are loaded
@@ -111,18 +111,6 @@ def main(
                 now = scores_of([best.monitor], loaded, tokenizer, readable(later.rows, tokenizer))
                 sections.append(_drift(best, samples, [score for [score] in now], str(traffic)))
     return _write(tested, samples, sections, home, rows, model)
-
-
-def check_home(home: Path) -> None:
-    """Refuse a folder that holds a finished run.
-
-    Raises:
-        ArmError: it does, or it is a file.
-    """
-    if home.exists() and not home.is_dir():
-        raise ArmError(f"{home} is a file. Choose another folder.")
-    if (home / "result.json").exists():
-        raise ArmError(f"{home} holds a finished run ({home / 'page.md'}). Choose another folder, or delete it.")
 
 
 def layer_indices(table: ModelTable, words: Sequence[str] | None, site: Site) -> list[int]:

@@ -33,14 +33,14 @@ from steertune.recipes.lab.checks import check_start
 from steertune.recipes.lab.command_line import Result, command
 from steertune.recipes.lab.data import load_model, model_has_template
 from steertune.recipes.lab.descriptions import data_of
-from steertune.recipes.lab.files import ArmError, read_result, write_result
+from steertune.recipes.lab.files import read_result, write_result
 from steertune.recipes.lab.forms import readable
 from steertune.recipes.lab.options import Argument, Option, Threads, arm_names
 from steertune.recipes.lab.pages import write_page
 from steertune.recipes.lab.processes import begin, default_device
 from steertune.recipes.lab.progress import Bar, progress
 from steertune.recipes.lab.rehearsal import rehearse_training
-from steertune.recipes.lab.training import claim, default_folder
+from steertune.recipes.lab.training import check_unfinished, claim, default_folder
 from steertune.recipes.lab.transcripts import Transcripts
 from steertune.recipes.patching import INSTRUCTION
 from steertune.recipes.patching.case import CAUGHT, Case, check_pattern, dataset, read_case
@@ -118,18 +118,6 @@ def main(
         with bar.step("fixes", 9):
             cells = make_cells(context, home, watching)
     return _write(case, cells, tables.arm, caught, home)
-
-
-def check_unfinished(home: Path) -> None:
-    """Refuse a folder that holds a finished run.
-
-    Raises:
-        ArmError: it does, or it is a file.
-    """
-    if home.exists() and not home.is_dir():
-        raise ArmError(f"{home} is a file. Choose another folder.")
-    if (home / "result.json").exists():
-        raise ArmError(f"{home} holds a finished run ({home / 'page.md'}). Choose another folder, or delete it.")
 
 
 def make_cells(context: Context, home: Path, watching: Watching) -> list[Cell]:

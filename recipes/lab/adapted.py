@@ -16,10 +16,7 @@ from steertune.recipes.lab.tables import ModelTable
 
 def base_table(made_for: str, given: str | None = None, dtype: Any = "float32") -> ModelTable:
     """The base model: the one that is given, else the one that something was made for."""
-    name = given or made_for
-    if name == embedded.MODEL_NAME and embedded.installed():
-        name = "embedded"
-    return ModelTable(name=name, dtype=dtype)
+    return ModelTable(name=embedded.local_name(given or made_for), dtype=dtype)
 
 
 def adapted(model: Any, folder: Path | None) -> Any:

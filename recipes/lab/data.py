@@ -93,8 +93,7 @@ def base_of(folder: Path, base: str | None = None, dtype: str = "float32") -> Mo
     called = base or config.base_model_name_or_path
     if not called:
         raise ArmError(f"{folder} does not name its base model: give one.")
-    if called == embedded.MODEL_NAME and embedded.installed():
-        called = "embedded"
+    called = embedded.local_name(called)
     local = called == "embedded" or Path(called).is_dir()
     table: Any = {"name": called, "revision": None if base or local else config.revision, "dtype": dtype}
     try:

@@ -15,7 +15,7 @@ from scipy import optimize, stats
 from sklearn.metrics import roc_auc_score
 
 from steertune.adapters.analysis.probing import calibration_error
-from steertune.recipes.lab.intervals import Interval
+from steertune.recipes.lab.intervals import Interval, share_interval
 
 _CONFIDENCE = 0.95
 _RESAMPLES = 4000
@@ -65,11 +65,8 @@ def detection(
 
 def share(hits: ArrayLike) -> Interval:
     """A share with Wilson's interval; of no rows its ends are unknown."""
-    values = np.asarray(hits, dtype=bool)
-    if not len(values):
-        return Interval(float("nan"), -np.inf, np.inf, 0, "none")
-    ends = stats.binomtest(int(values.sum()), len(values)).proportion_ci(_CONFIDENCE, method="wilson")
-    return Interval(float(values.mean()), float(ends.low), float(ends.high), len(values), "wilson")
+    events: list[bool] = np.asarray(hits, dtype=bool).tolist()
+    return share_interval(events, "wilson") if events else Interval(float("nan"), -np.inf, np.inf, 0, "none")
 
 
 def auroc(scores: ArrayLike, bad: ArrayLike) -> Interval:

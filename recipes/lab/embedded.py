@@ -47,6 +47,11 @@ def installed() -> bool:
         return False
 
 
+def local_name(name: str) -> str:
+    """The name of a base model here: `embedded` for the Hub name of the embedded model, where it is installed."""
+    return "embedded" if name == MODEL_NAME and installed() else name
+
+
 def gemma_file() -> Path:
     """Gemma-3-270M (a base model), whose GGUF comes in four packages; they are put together in a cache, once.
 

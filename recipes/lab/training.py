@@ -46,18 +46,29 @@ _WORTHLESS = {"config.json", "metrics.jsonl"}
 """Files of a run that has nothing to go on from."""
 
 
+def check_unfinished(folder: Path) -> None:
+    """Refuse a folder that holds a finished run.
+
+    Raises:
+        ArmError: it does, or it is a file.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise ArmError(f"{folder} is a file. Choose another output folder.")
+    if (folder / "result.json").exists():
+        raise ArmError(
+            f"{folder} holds a finished run ({folder / 'page.md'}). Choose another output folder, or delete it."
+        )
+
+
 def check_folder(folder: Path, tables: BaseModel) -> None:
     """Refuse a folder that a run of an arm (or of other tables) cannot have. Nothing is written.
 
     Raises:
         ArmError: it holds a finished run, or one of another arm that got as far as a checkpoint.
     """
+    check_unfinished(folder)
     config = tables.model_dump_json(indent=2)
     file = folder / "config.json"
-    if folder.exists() and not folder.is_dir():
-        raise ArmError(f"{folder} is a file. Choose another output folder.")
-    if (folder / "result.json").exists():
-        raise ArmError(f"{folder} holds a finished run ({folder / 'page.md'}). Choose another output folder.")
     if file.exists() and read_text(file, "JSON") != config and not _is_worthless(folder):
         raise ArmError(f"{folder} holds an unfinished run of another arm. Choose another output folder, or delete it.")
 

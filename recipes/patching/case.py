@@ -113,24 +113,26 @@ def read_case(
         if name != CAUGHT:
             check_apart(groups[CAUGHT], group, f"to test {name}", "catch")
         _check_not_innocent(group, ordinary)
-    rows = ordinary.rows.to_list()
+    fitted, held_out = _parts(ordinary.rows.to_list(), innocent)
+    check_rate(rate, len(fitted))
+    check_pattern(pattern, groups)
+    listed = "".join(f", {len(group)} {name} to test on" for name, group in groups.items() if name != CAUGHT)
+    note = (
+        f"{count} caught{listed}; {len(fitted)} innocent rows to fit on and {len(held_out)} to measure on, "
+        "near-duplicates in the same part."
+    )
+    return Case(groups, fitted, held_out, _sizes(sizes, count), rate, pattern, note)
+
+
+def _parts(rows: list[dict[str, Any]], innocent: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The innocent rows to fit on, and those to measure on."""
     division = divide(rows, told_apart_by(rows))
     if not division.held_out:
         raise ArmError(
             f"{innocent} has {len(rows)} rows, too few to hold any out: without them the harm to benign requests "
             "cannot be measured. Give 16 different ones or more."
         )
-    fitted = [rows[i] for i in division.train]
-    check_rate(rate, len(fitted))
-    check_pattern(pattern, groups)
-    listed = "".join(f", {len(group)} {name} to test on" for name, group in groups.items() if name != CAUGHT)
-    note = (
-        f"{count} caught{listed}; {len(fitted)} innocent rows to fit on and {len(division.held_out)} to measure on, "
-        "near-duplicates in the same part."
-    )
-    return Case(
-        groups, fitted, [rows[i] for i in division.held_out], _sizes(sizes, count), rate, pattern, note
-    )  # fmt: skip
+    return [rows[i] for i in division.train], [rows[i] for i in division.held_out]
 
 
 def check_distinct(caught: Transcripts) -> None:

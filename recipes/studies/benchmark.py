@@ -150,13 +150,14 @@ def measure(options: Options, rows: Rows) -> dict[str, Any]:
         with bar.step("memory"):
             apart = [] if options.no_memory else list(ways)
             memory = {name: _memory_apart(options, name, rows) for name in track(apart, "way")}
+    tokens = {kind: rows.tokens(tokenizer, kind) for kind in {way.kind for way in ways.values()}}
     return {
         "title": rows.title,
         "words": rows.words,
         "layer": layer,
         **times,
         "memory_gb": memory,
-        "floor": {name: floor(model, tokenizer, way, rows, layer) for name, way in ways.items()},
+        "floor": {name: floor(model, way, tokens[way.kind], layer) for name, way in ways.items()},
     }
 
 

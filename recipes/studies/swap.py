@@ -288,14 +288,10 @@ def table(runs: Sequence[Run]) -> str:
             "times faster ": ratio(run, "training_seconds"),
         }
 
-    def order(run: Run) -> tuple[Any, ...]:
-        example = run.example
-        case = CASES.index(example.case)
-        return example.precision, example.epochs, example.batch, case, example.launch, WAYS.index(example.way)
-
     blocks = []
     for pairs, rows in sorted({(run.example.pairs, run.example.rows) for run in runs}):
-        block = [row(run) for run in sorted(runs, key=order) if (run.example.pairs, run.example.rows) == (pairs, rows)]
+        same_rows = [run for run in runs if (run.example.pairs, run.example.rows) == (pairs, rows)]
+        block = [row(run) for run in sorted(same_rows, key=_order)]
         blocks += [
             f"{rows} rows of {Path(pairs).name or TASK}, drawn with seed 0:" if pairs else f"{rows} rows of {TASK}:",
             "",
@@ -321,6 +317,12 @@ def table(runs: Sequence[Run]) -> str:
             "",
         ]
     )
+
+
+def _order(run: Run) -> tuple[Any, ...]:
+    example = run.example
+    case = CASES.index(example.case)
+    return example.precision, example.epochs, example.batch, case, example.launch, WAYS.index(example.way)
 
 
 if __name__ == "__main__":

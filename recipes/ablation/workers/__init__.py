@@ -98,7 +98,7 @@ def run_workers(
             if done == before:
                 break
     store.pack()
-    return [cell.title for cell in cells if not Store(folder).has(cell)]
+    return [cell.title for cell in cells if not store.has(cell)]
 
 
 def _count(store: Store, cells: Sequence[Cell]) -> int:

@@ -7,24 +7,22 @@ from typing import Any
 
 import torch
 
-from steertune.recipes.studies.timing.rows import Rows
 from steertune.recipes.studies.timing.ways import Way, now, on_completions
 
 
-def floor(model: Any, tokenizer: Any, way: Way, rows: Rows, layer: int) -> float:
+def floor(model: Any, way: Way, tokens_of: tuple[float, float], layer: int) -> float:
     """Seconds of a step's bare matrix products, at the rate at which this machine multiplies matrices of these shapes.
 
     Counted are the forward and backward passes of the layers above the vector, and of the head on labelled tokens.
 
     Args:
         model: The base model.
-        tokenizer: Its tokenizer.
         way: The way to train.
-        rows: What it trains on; of unequal rows, a batch of mean size counts.
+        tokens_of: Mean tokens of a batch's prompts and of its answers (`Rows.tokens`).
         layer: Layer of the vector.
     """
     # pairs share their prompt; a vector on completions leaves prompts to the cached prefix
-    prompts, answers = map(round, rows.tokens(tokenizer, way.kind))
+    prompts, answers = map(round, tokens_of)
     tokens = answers if way.adapter is on_completions else prompts + answers
     blocks = model.get_decoder().layers[layer + 1 :]
     products = [(tokens, m.weight) for block in blocks for m in block.modules() if isinstance(m, torch.nn.Linear)]

@@ -1,8 +1,8 @@
 """What a vector file must say so that no tool loads it silently wrong: `steering_vector.json` beside the weights.
 
-PEFT's configuration says most of it, in this library's words. The description says all of it, in words of no library:
-the operation, the module whose output is changed, how layers are counted, positions, the length, the strength with
-what it costs, the base model and the data. The page "What a vector file must say" specifies it.
+PEFT's configuration says most of it, but only to this library. The description says all of it, for any tool: the
+operation, the module whose output is changed, how layers are counted, positions, the length, the strength with what
+it costs, the base model and the data. The page "What a vector file must say" specifies it.
 
 A description names the weights that it describes by their digest, so one that was left behind by other weights is not
 believed.
@@ -116,7 +116,9 @@ def write_description(
     home = Path(folder)
     config = home / "adapter_config.json"
     weights = home / SAFETENSORS_WEIGHTS_NAME
-    if not config.is_file() or not weights.is_file() or not _is_ours(config):
+    if not config.is_file() or not weights.is_file():
+        return None
+    if json.loads(config.read_text(encoding="utf-8")).get("peft_type") != "STEERING_VECTOR":
         return None
     values = describe(SteeringVectorConfig.from_pretrained(str(home)), weights, strength, data)
     return write_json(home / FILE, values)
@@ -132,7 +134,7 @@ def read_description(folder: str | Path) -> dict[str, Any] | None:
     """The description of an adapter folder; None if it has none.
 
     Raises:
-        ValueError: it is no description, or describes other weights than those beside it.
+        ValueError: the file is not a description, or describes other weights than those beside it.
     """
     file = Path(folder) / FILE
     if not file.is_file():
@@ -203,7 +205,3 @@ def embedded_in(file: str | Path) -> dict[str, Any] | None:
     with safe_open(file, framework="pt") as opened:
         text = (opened.metadata() or {}).get("steering_vector")
     return None if text is None else parse(text, str(file))
-
-
-def _is_ours(config: Path) -> bool:
-    return json.loads(config.read_text(encoding="utf-8")).get("peft_type") == "STEERING_VECTOR"

@@ -79,7 +79,7 @@ def _is_weight_sample(given: Any) -> bool:
 
 
 def difference(expected: dict[str, Any], actual: dict[str, Any]) -> str | None:
-    """The first difference between two fingerprints, in words; None if they match."""
+    """The first difference between two fingerprints, as part of an error message; None if they match."""
     for name in ("model_type", "hidden_size", "num_layers"):
         if expected.get(name) != actual.get(name):
             return f"{name} is {actual.get(name)!r}, the adapter was made for {expected.get(name)!r}"

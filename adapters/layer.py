@@ -19,7 +19,7 @@ from .norms import cap, preserve, write_vector
 from .outputs import states_in, with_states
 from .positions import PromptBoundary
 from .saved import check_tensor
-from .types import CONSTANT_FORMS, Positions, Strength
+from .types import GATELESS_FORMS, Positions, Strength
 
 BASE_ROW = "__base__"  # PEFT's name, in `adapter_names`, for a row without an adapter
 
@@ -196,7 +196,7 @@ class SteeringVectorLayer(nn.Module, BaseTunerLayer):
         if config.form == "project" and (size := (config.stream_sizes or {}).get(str(self.layer_index))):
             # its length is free: as long as the stream is large, a step turns it as far as it would move a vector
             v.copy_(nn.functional.normalize(v, dim=0) * size)
-        if config.form not in (*CONSTANT_FORMS, "project"):
+        if config.form not in GATELESS_FORMS:
             w, b = self.parameter(name, "w"), self.parameter(name, "b")
             w.zero_()
             b.zero_()
@@ -347,7 +347,7 @@ class SteeringVectorLayer(nn.Module, BaseTunerLayer):
 
     def _change(self, name: str, hidden: Tensor) -> Tensor:
         config = self.config[name]
-        gateless = config.form in (*CONSTANT_FORMS, "project")
+        gateless = config.form in GATELESS_FORMS
         w, b = (None, None) if gateless else (self.value(name, "w"), self.value(name, "b"))
         delta = change(config.form, hidden, self.written(name), w, b)
         if config.norm != "capped":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 import warnings
 from collections.abc import Collection, Iterator
@@ -28,6 +27,7 @@ from .registration import NAME, register
 from .saved import undeclared
 from .stream import stream_sizes
 from .tasks import resolve_task
+from .types import finite_strength
 
 CHILD = "steer"  # name of the steering layer in the module it steers
 
@@ -230,11 +230,7 @@ def _named_strength(entry: str, adapters: Collection[str]) -> tuple[str, float]:
     name, at, number = entry.rpartition("@")
     if not at or entry in adapters or name not in adapters:
         return entry, 1.0
-    try:
-        strength = float(number)
-    except ValueError:
-        strength = math.nan
-    if not math.isfinite(strength):
+    if (strength := finite_strength(number)) is None:
         raise ValueError(f"adapter_names: {entry!r}: {number!r} is not a finite strength. Write {name}@1.5.")
     return name, strength
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, Literal, Protocol
 
@@ -15,6 +16,17 @@ Strength = float | Literal["null"]
 NORMS_WITH_VALUE = ("fixed", "capped", "relative")
 CONSTANT_FORMS = ("bias", "span")
 """The forms that add the same vector to every state."""
+GATELESS_FORMS = (*CONSTANT_FORMS, "project")
+"""The forms that have no gate: a vector v alone, without w and b."""
+
+
+def finite_strength(text: str) -> float | None:
+    """The strength behind the `@` of a name such as `careful@1.5`; None if it is not a finite number."""
+    try:
+        strength = float(text)
+    except ValueError:
+        return None
+    return strength if math.isfinite(strength) else None
 
 
 class Declared(Protocol):

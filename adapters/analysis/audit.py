@@ -26,6 +26,7 @@ from ..outputs import states_in
 from ..types import Site
 
 _CONSTANT = 1e-3  # of the change's length: by how much it may differ from token to token
+_DIFFERENT = 1e-5  # of a parameter's length: rounding stays below it
 _OUTLIER = 8.0  # median absolute deviations
 _TOKENS = 4
 
@@ -83,11 +84,10 @@ def audit(model: nn.Module, base: nn.Module | None = None) -> Audit:
     constants = []
     with evaluating(model):
         calls = _calls(model, [module for _, module in blocks])
-        for (name, block), call in zip(blocks, calls, strict=True):
+        for layer, ((name, block), call) in enumerate(zip(blocks, calls, strict=True)):
             for parameter, added, why, certain in suspects.get(name, []):
                 moved = _moved(name, block, call, parameter, added)
                 if moved is not None:
-                    layer = [one for one, _ in blocks].index(name)
                     constants.append(Constant(f"{name}.{parameter}", layer, *moved, added, why, certain))
     changed = {} if base is None else _differences(model, base)
     return Audit(constants, {name: d for name, d in changed.items() if name not in {c.parameter for c in constants}})
@@ -123,7 +123,7 @@ def _beside(blocks: list[tuple[str, nn.Module]], model: nn.Module, base: nn.Modu
             added = bias.float() - (0.0 if base_bias is None else base_bias.float())
             if base_bias is None and bool(added.any()):
                 suspects[name].append((path, added, "the base model has no such bias", True))
-            elif base_bias is not None and _relative(base_bias, bias) > 1e-5:
+            elif base_bias is not None and _relative(base_bias, bias) > _DIFFERENT:
                 suspects[name].append((path, added, "it differs from the base model's", True))
     return suspects
 
@@ -234,7 +234,7 @@ def _differences(model: nn.Module, base: nn.Module) -> dict[str, float]:
         if unchanged is None or unchanged.shape != parameter.shape:
             if unchanged is not None or bool(parameter.any()):
                 changed[name] = 1.0
-        elif (share := _relative(unchanged, parameter)) > 1e-5:
+        elif (share := _relative(unchanged, parameter)) > _DIFFERENT:
             changed[name] = share
     return changed
 

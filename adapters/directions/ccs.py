@@ -4,7 +4,7 @@ It fits a probability `p(x) = σ(w·x + b)` that is sure, and opposite for the t
 
     mean of (p(x⁺) - (1 - p(x⁻)))² + min(p(x⁺), p(x⁻))²
 
-after centring and scaling each side by itself, and takes the best of ten starts. If `x⁺` were always the chosen
+after centring and scaling each side separately, and takes the best of ten starts. If `x⁺` were always the chosen
 answer, the centring would remove the direction, so every second pair is swapped. Labels only give the sign. Length 1.
 With more dimensions than pairs many directions are consistent, so weights decay as in the paper.
 """

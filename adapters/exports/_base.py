@@ -56,7 +56,7 @@ class Export(ABC):
         packages: Packages that must be installed to write or verify it.
         python: Python lines that load the export as `model`, with `{folder!r}`, `{base!r}` and `{dtype!r}` to fill in.
         note: What else a reader of the README should know.
-        whole_model: Whether the folder is a model by itself, which also needs the tokenizer.
+        whole_model: Whether the folder is a complete model, so that the tokenizer is written too.
     """
 
     packages: ClassVar[tuple[str, ...]] = ()

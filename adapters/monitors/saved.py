@@ -75,8 +75,8 @@ def load(
         site: The site that it must read; None: any.
 
     Raises:
-        MonitorError: the folder is no monitor or damaged, or the monitor was made for another base model, layer, site
-            or tokenizer; the message names both.
+        MonitorError: the folder holds no monitor, or a damaged one, or the monitor was made for another base model,
+            layer, site or tokenizer; the message names both.
     """
     monitor = read(folder)
     base = base_model(model)
@@ -103,7 +103,7 @@ def read(folder: str | Path) -> Monitor:
     """Read a monitor without a model to compare it with.
 
     Raises:
-        MonitorError: the folder is no monitor, or it is damaged.
+        MonitorError: the folder holds no monitor, or a damaged one.
     """
     home = Path(folder)
     if not (home / CONFIG).is_file() or not (home / WEIGHTS).is_file():

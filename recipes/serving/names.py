@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 from pydantic import BaseModel, Field
 
-from steertune.adapters.types import Positions
+from steertune.adapters.types import Positions, finite_strength
 from steertune.recipes.lab.files import ArmError, nearest, shown
 
 BASE = "base"
@@ -58,11 +57,7 @@ def read_model_name(name: str, base: str, vectors: Sequence[str]) -> list[Steeri
 
 
 def _strength(name: str, number: str) -> float:
-    try:
-        strength = float(number)
-    except ValueError:
-        strength = math.nan
-    if not math.isfinite(strength):
+    if (strength := finite_strength(number)) is None:
         raise ArmError(f"model={shown(name)}: {shown(number)} is not a finite strength. Write VECTOR@1.5.")
     return strength
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from steertune.adapters import monitors
 from steertune.adapters.monitors import Monitor
+from steertune.adapters.types import finite_strength
 from steertune.recipes.lab.files import ArmError, nearest, shown
 
 _TEMPERATURE = 1.0  # of requests that are greedy, when they are sampled again
@@ -73,7 +74,7 @@ def check_monitor(folder: Path | None, remedy: Remedy | None) -> None:
 
     Raises:
         ArmError: there is no threshold, or no monitor for the remedy.
-        MonitorError: the folder is no monitor.
+        MonitorError: the folder holds no monitor.
     """
     if folder is None and remedy is not None:
         raise ArmError("--resample and --steer replace what a monitor flags. Give one: --monitor FOLDER.")
@@ -99,11 +100,8 @@ def remedy_of(resample: int | None, steer: str | None, vectors: Sequence[str]) -
     if steer is None:
         return None
     name, _, number = steer.partition("@")
-    try:
-        strength = float(number or 1)
-    except ValueError:
-        strength = math.nan
-    if name not in vectors or not math.isfinite(strength):
+    strength = finite_strength(number or "1")
+    if name not in vectors or strength is None:
         raise ArmError(
             f"--steer {shown(steer)} must be NAME@STRENGTH with one of the vectors {[*vectors]} and a finite number."
             f"{nearest(name, vectors)}"

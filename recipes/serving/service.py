@@ -39,7 +39,7 @@ class Settings:
         queue: Answers that may wait.
         key: What requests have to know; None: nothing.
         folder: Below it lie the vectors that requests may load by their path; None: nowhere.
-        hosts: Names under which the service may be body for; None: any.
+        hosts: Names under which the service may be asked for; None: any.
     """
 
     name: str

@@ -209,12 +209,12 @@ FAULTS = [
         "trainers/test_model_at", "strength_is_put_back",
     ),
     Fault(
-        "vectors are bf16", "dtype", "adapters.layer",
+        "vectors are bf16", "dtype", "adapters.parameter",
         "torch.full(shape, torch.nan, dtype=torch.float32", "torch.full(shape, torch.nan, dtype=torch.bfloat16",
         "adapters/test_peft", "bf16",
     ),
     Fault(
-        "the adapter is saved empty", "ZeRO-3's empty file", "adapters.layer",
+        "the adapter is saved empty", "ZeRO-3's empty file", "adapters.parameter",
         "self.register_load_state_dict_pre_hook(_check_loaded)",
         "self.register_state_dict_post_hook(lambda m, s, p, _: s.update({f'{p}weight': s[f'{p}weight'][:0]}))",
         "adapters/test_peft", "d_numbers",

@@ -26,7 +26,7 @@ from steertune.recipes.lab.command_line import Result, command
 from steertune.recipes.lab.files import ArmError, write_result
 from steertune.recipes.lab.intervals import interval
 from steertune.recipes.lab.observe import FEW_NEUTRAL, HeldOut, neutral_rows
-from steertune.recipes.lab.options import Argument, Choice, ColumnNames, Count, Option, Threads
+from steertune.recipes.lab.options import LAYERS, Argument, Choice, ColumnNames, Count, Layers, Option, Threads
 from steertune.recipes.lab.pages import write_page
 from steertune.recipes.lab.paths import modules_in
 from steertune.recipes.lab.processes import begin
@@ -52,7 +52,7 @@ from steertune.recipes.mapping.interventions import (
 )
 from steertune.recipes.mapping.page import MapResult, Spread, page_of
 from steertune.recipes.sweeping.context import TEST, VALIDATION, Context
-from steertune.recipes.sweeping.request import LAYERS, as_typed, request
+from steertune.recipes.sweeping.request import as_typed, request
 from steertune.recipes.sweeping.sources import Source
 
 VECTOR, CONTROL = "vector", "control"
@@ -66,9 +66,7 @@ def main(
     direction: Annotated[
         str, Choice(modules_in("adapters/directions"), "how the vectors are computed")
     ] = "mean_difference",
-    layers: Annotated[
-        list[str], Option(help="indices, fractions of the depth, or 'all'", metavar="LAYER ...")
-    ] = LAYERS,
+    layers: Layers = LAYERS,
     kl: Annotated[float, Option(help="KL to the base of every vector alone, nats per token of neutral text")] = 0.03,
     combinations: Annotated[int, Count("sets of 3 to 5 layers that the map has to predict")] = 30,
     columns: ColumnNames = None,

@@ -36,7 +36,7 @@ from steertune.recipes.lab.descriptions import data_of
 from steertune.recipes.lab.evaluate import evaluate, evaluate_base
 from steertune.recipes.lab.files import ArmError, write_result
 from steertune.recipes.lab.generation import plain
-from steertune.recipes.lab.options import Argument, Choice, ColumnNames, Option, Threads, arm_names
+from steertune.recipes.lab.options import LAYERS, Argument, Choice, ColumnNames, Layers, Option, Threads, arm_names
 from steertune.recipes.lab.pages import table_markdown, write_page
 from steertune.recipes.lab.pair_lint import at_edge, warn, warn_of
 from steertune.recipes.lab.paths import modules_in
@@ -48,7 +48,7 @@ from steertune.recipes.sweeping.card import card
 from steertune.recipes.sweeping.choose import Setting
 from steertune.recipes.sweeping.context import TEST, VALIDATION, Context
 from steertune.recipes.sweeping.page import Sweep, on_test, page_of
-from steertune.recipes.sweeping.request import LAYERS, as_typed, request
+from steertune.recipes.sweeping.request import as_typed, request
 from steertune.recipes.sweeping.settings import SweepTable
 from steertune.recipes.sweeping.sources import Source, bake
 from steertune.trainers import NonFiniteError
@@ -75,9 +75,7 @@ def main(
             autocompletion=arm_names,
         ),
     ] = None,
-    layers: Annotated[
-        list[str], Option(help="indices, fractions of the depth, or 'all'", metavar="LAYER ...")
-    ] = LAYERS,
+    layers: Layers = LAYERS,
     strengths: Annotated[list[float], Option(help="negative ones too, but not 0", metavar="NUMBER ...")] = STRENGTHS,
     sites: Annotated[list[str], Option(help="of block, attention and mlp", metavar="SITE ...")] = SITES,
     columns: ColumnNames = None,

@@ -12,8 +12,8 @@ from steertune.recipes.lab.files import ArmError, nearest
 from steertune.recipes.lab.paths import CONFIGS
 from steertune.recipes.lab.tables import Part
 
-__all__ = ["Argument", "ArmName", "Base", "Choice", "ColumnNames", "Count", "DType", "Device", "Option", "Threads",
-           "arm_names", "columns_of", "grid_names", "whole_number"]  # fmt: skip
+__all__ = ["LAYERS", "Argument", "ArmName", "Base", "Choice", "ColumnNames", "Count", "DType", "Device", "Layers",
+           "Option", "Threads", "arm_names", "columns_of", "grid_names", "whole_number"]  # fmt: skip
 
 
 def whole_number(value: str | int) -> int:
@@ -45,6 +45,10 @@ def Choice(names: Sequence[str], help: str, *flags: str, **settings: Any) -> Any
     return Option(*flags, parser=chosen, autocompletion=completions, metavar=metavar, help=help, **settings)
 
 
+Layers = Annotated[list[str], Option(help="indices, fractions of the depth, or 'all'", metavar="LAYER ...")]
+"""`--layers` of a comparison of layers."""
+LAYERS = ["0.1", "0.25", "0.4", "0.55", "0.7", "0.85"]
+"""Its default."""
 Threads = Annotated[int | None, Count("CPU threads (OMP_NUM_THREADS, else the cores that this process may use)")]
 """`--threads` of every command that computes."""
 Base = Annotated[str | None, Option(help="base model: embedded, a local folder or a Hub name (the adapter's own)")]

@@ -23,8 +23,6 @@ from steertune.recipes.lab.splits import SplitTable
 from steertune.recipes.lab.tables import ModelTable
 from steertune.recipes.sweeping.settings import Limits, SweepTable, at, read_arm
 
-LAYERS = ["0.1", "0.25", "0.4", "0.55", "0.7", "0.85"]
-
 
 def request(options: SimpleNamespace, overrides: list[str]) -> SweepTable:
     """The request, checked against the shape of the model, which is not loaded.

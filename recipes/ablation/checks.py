@@ -118,7 +118,7 @@ def check_prompts(tables: GridTables, arms: list[GridArm], tasks: list[TaskTable
     """Refuse prompts that the examples or the tasks cannot fill."""
     for arm in arms:
         prompt = arm.arm.get(Prompt)
-        if prompt.demonstrations > min(tables.examples):
+        if prompt.demonstrations > min(tables.examples) and not prompt.fewer:
             raise ArmError(
                 f"Arm {arm.name!r} shows {prompt.demonstrations} demonstrations, and examples={tables.examples}: ask "
                 "for more, or show fewer."

@@ -38,7 +38,7 @@ def settings(
         "splits": tables.splits.model_dump(mode="json"),
     }
     if arm.budget.strengths == "matched":
-        settings["matched"] = [tables.matched.model_dump(mode="json"), neutral]
+        settings["matched"] = [tables.matched.key, neutral]
     return settings
 
 

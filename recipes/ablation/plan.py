@@ -105,7 +105,8 @@ def _forwards(cell: Cell, tables: GridTables, neutral: int, share: float) -> tup
     search = few * SEARCH_ROWS + all_rows * neutral if has_strength(cell.arm.arm) else 0
     at_match = budget.strengths == "matched"
     strengths = len(tables.matched.targets) + (not at_match) if search else 1
-    generating = strengths * tables.generations * tables.new_tokens / _TOKENS
+    answered = strengths - (len(tables.matched.targets) - len(tables.matched.answers) if tables.matched.answers else 0)
+    generating = max(1, answered) * tables.generations * tables.new_tokens / _TOKENS
     measuring = strengths * (2 * tables.splits.test + neutral)
     training = sum(budget.steps) / len(budget.steps) * step
     validating = 2 * tables.splits.validation * budget.measured_at + (search if at_match else 0)

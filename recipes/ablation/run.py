@@ -310,7 +310,12 @@ def measure(cell: Cell, context: Context, model: Any, strength: float, show: Sho
         strength = matched or strength
     strengths = {TUNED: strength} | ({MATCHED: matched} if matched else {})
     strengths |= {at_kl(point.target): point.strength for point in points if point.target in table.frontier}
-    observed = evaluate(model, context.held_out(cell.task).behind(show), strengths=strengths)
+    held_out = context.held_out(cell.task).behind(show)
+    unanswered = {at_kl(kl) for kl in table.targets if table.answers and kl not in table.answers}
+    quiet = {at: strengths.pop(at) for at in [*strengths] if at in unanswered}
+    observed = evaluate(model, held_out, strengths=strengths)
+    if quiet:
+        observed |= evaluate(model, held_out.without_answers(), strengths=quiet)
     if not all(np.isfinite(Seen(values)["margin"]).all() for values in observed.values()):
         raise NonFiniteError("The last update left a model whose log-probabilities are not finite.")
     record.facts |= {"scalable": _has_strength(cell, model), "tuned_strength": strength, "matched_strength": matched}

@@ -6,7 +6,7 @@ import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from pydantic import BaseModel, Field, field_validator, model_validator
 
@@ -169,6 +169,8 @@ class MatchedTable(BaseModel, extra="forbid", strict=True):
 
     kl: float = Field(default=0.1, gt=0, allow_inf_nan=False)
     frontier: list[float] = [0.03, 0.1, 0.3]
+    answers: list[float] = []
+    """The KLs at which answers are generated, the dearest part of a cell; none: all of them."""
     largest_strength: float = Field(default=64.0, gt=0, allow_inf_nan=False)
 
     @field_validator("frontier")
@@ -178,10 +180,21 @@ class MatchedTable(BaseModel, extra="forbid", strict=True):
             raise ValueError(f"{frontier}: KLs above 0 in rising order, each once; [] measures arms at `kl` alone")
         return frontier
 
+    @model_validator(mode="after")
+    def _answers_where_measured(self) -> Self:
+        if self.answers and not {self.kl} <= {*self.answers} <= {*self.targets}:
+            raise ValueError(f"answers={self.answers}: some of the KLs {self.targets}, and kl={self.kl:g} among them")
+        return self
+
     @property
     def targets(self) -> list[float]:
         """Every KL at which an arm is measured."""
         return sorted({self.kl, *self.frontier})
+
+    @property
+    def key(self) -> dict[str, Any]:
+        """Its part of a cell's key."""
+        return self.model_dump(mode="json", exclude=None if self.answers else {"answers"})
 
     def targets_of(self, strength: str) -> list[float]:
         """The KLs that a claim at this strength is about."""

@@ -108,6 +108,10 @@ class HeldOut:
         asked = None if self.asked is None else show(self.asked)
         return replace(self, pairs=show(self.pairs), neutral=show(self.neutral), asked=asked, plain=self.plain or self)
 
+    def without_answers(self) -> HeldOut:
+        """The same examples, of which no prompt is answered."""
+        return replace(self, generations=0, neutral_generations=0, scorer=None)
+
     @cached_property
     def prompts(self) -> list[Any]:
         """The prompts that are answered; nothing answers an empty one."""

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from steertune.recipes.lab.files import ArmError, nearest
 from steertune.recipes.lab.paths import RECIPES
@@ -48,6 +49,13 @@ def basis(value: str | Sequence[str]) -> str | list[str]:
     if isinstance(value, str):
         return [_folder_of(value)] if value.startswith(f"{EMBEDDED}/") else value
     return [_folder_of(one) for one in value]
+
+
+def without(value: Any, task: str) -> Any:
+    """A basis, as an arm has it, without the embedded vector that learned a task: it has seen more examples of it."""
+    if value == EMBEDDED:
+        value = [f"{EMBEDDED}/{name}" for name in names()]
+    return [one for one in value if one != f"{EMBEDDED}/{task}"] if isinstance(value, list) else value
 
 
 def _folder_of(one: str) -> str:

@@ -25,7 +25,7 @@ from steertune.recipes.ablation.store import Reusable, Store
 from steertune.recipes.lab.arm_files import ARMS as ARMS_FOLDER
 from steertune.recipes.lab.files import ArmError, read_result
 from steertune.recipes.lab.progress import Bar
-from steertune.recipes.lab.rows import FORMAT
+from steertune.recipes.lab.rows import FORMAT, Record, at_kl
 
 DEEP = ("beft_dpo", "lora_layer_dpo")  # name layer 15
 ARMS = ["form=lora,init=-", "form=bias,init=zeros", "form=bias,init=mean_difference", "mean_difference", "base"]
@@ -121,6 +121,28 @@ def test_matched_strengths_are_each_model_s_own_and_nothing_else_is_measured(tab
             assert all(cell["matched_" + name] == cell[name] for name in ("margins", "answers", "accuracy"))
         else:
             assert cell["setting"]["strength"] == 1.0
+
+
+def test_answers_are_generated_at_the_kls_that_the_grid_names(tables, tmp_path):
+    tables["budget"] |= {"strengths": "matched", "landings": 0}
+    tables["matched"] |= {"answers": [1e-4]}
+    for cell in run(tables | {"arms": [], "seeds": [0]}, tmp_path / "run"):
+        assert cell["answers"] and cell["answers"] == cell["matched_answers"]
+        record = Record.read(next((tmp_path / "run").glob(f"cells/**/{cell['arm']}/cell.json")))
+        few, more = (record.observations[at_kl(kl)] for kl in (1e-4, 1e-3))
+        assert few["answer"] and "answer" not in more and "neutral_answer" not in more
+        assert {*few} - {*more} <= {"answer", "score", "neutral_answer"}
+
+
+def test_grids_without_named_kls_keep_their_keys(tables):
+    plain = make_grid(tables)
+    tables["matched"] |= {"answers": plain.tables.matched.targets}
+    named = make_grid(tables)
+    assert "answers" not in plain.tables.matched.key
+    assert not {cell.key for cell in plain.cells()} & {cell.key for cell in named.cells()}
+    tables["matched"] |= {"answers": [0.7]}
+    with pytest.raises(ArmError, match=r"answers=\[0.7\]: some of the KLs"):
+        make_grid(tables)
 
 
 @pytest.mark.slow

@@ -74,6 +74,21 @@ def test_demonstrations_are_training_rows_of_the_seed_and_never_test_rows(tables
     assert len(shows) == 4 and all(any(part.startswith(t.rstrip()) for t in training) for part in shows)
 
 
+def test_fewer_demonstrations_are_shown_where_there_are_no_more(tables):
+    tables |= {"arms": ["prompt_few_shot", "base"], "examples": [2, 8]}
+    tables["claim"] |= {"better": "prompt_few_shot"}
+    grid = make_grid(tables)
+    context = Context(grid)
+    counts = {}
+    for cell in grid.cells():
+        if cell.arm.name == "prompt_few_shot":
+            training = context.splits(cell.task).train(cell.examples, cell.seed)["prompt"]
+            counts[cell.examples] = {
+                sum(row.strip() in prompt for row in training) for prompt in prompts(cell, context)
+            }
+    assert counts == {2: {2}, 8: {4}}
+
+
 def test_the_added_tokens_are_counted(tables):
     cell, context = cell_of(tables, "prompt_instruction")
     for choice, instruction in enumerate(INSTRUCTIONS):
@@ -155,6 +170,7 @@ def test_an_answer_beyond_the_context_is_refused(tables):
     ("words", "message"),
     [
         (["--prompt.demonstrations=0", "--prompt.contrast=true"], "Set prompt.demonstrations"),
+        (["--prompt.demonstrations=0", "--prompt.contrast=false", "--prompt.fewer=true"], "fewer is about demonstr"),
         (["--trainer.max_steps=4"], "trains nothing"),
         (["--adapter.type=lora"], "trains nothing"),
     ],

@@ -8,6 +8,7 @@ import torch
 from steertune.adapters.analysis.arithmetic import check_alike, read
 from steertune.adapters.basis import basis_of
 from steertune.adapters.description import read_description
+from steertune.recipes.ablation.grid import load_grid
 from steertune.recipes.lab import embedded, zoo
 from steertune.recipes.lab.arm import load_arm
 from steertune.recipes.lab.files import ArmError
@@ -41,6 +42,15 @@ def test_a_basis_names_all_or_some_of_them():
     assert zoo.basis("my/folder") == "my/folder"
     with pytest.raises(ArmError, match="Did you mean 'warm'"):
         zoo.basis("embedded/wram")
+
+
+def test_a_grid_leaves_the_vector_of_the_task_itself_out():
+    for cell in load_grid("core").cells():
+        if cell.arm.name == "vector_span_dpo":
+            basis = [*zoo.basis(cell.arm.arm.adapter["basis"])]
+            assert {zoo.folder(name).name for name in zoo.names()} - {cell.task.name} == {
+                path.rpartition("/")[2] for path in basis
+            }
 
 
 def test_an_arm_takes_them_as_its_basis():

@@ -2,6 +2,7 @@
 
     [prompt]
     demonstrations = 4      # of the arm's own training examples, other ones for every prompt
+    fewer = true            # all of them where there are fewer
     contrast = true         # each with its rejected answer: "Good response: ... Bad response: ..."
     instruction = true      # one of the task's `instructions`; the tuning chooses among them
 
@@ -34,6 +35,8 @@ class Prompt(Ingredient):
 
     demonstrations: int = Field(default=0, ge=0)
     """Number of training examples in front of every prompt."""
+    fewer: bool = False
+    """Show all examples where the training set has fewer than that."""
     contrast: bool = False
     """Show the demonstrations with their rejected answers too."""
     instruction: bool = False
@@ -45,6 +48,8 @@ class Prompt(Ingredient):
             raise ArmError(
                 "prompt.contrast shows demonstrations with their rejected answers. Set prompt.demonstrations."
             )
+        if self.fewer and not self.demonstrations:
+            raise ArmError("prompt.fewer is about demonstrations. Set prompt.demonstrations.")
         if not self:
             return
         if arm.adapter.get("type") != "none" or arm.trainer.get("max_steps") != 0:
@@ -61,7 +66,7 @@ class Prompt(Ingredient):
         if self.demonstrations:
             view: View = get_view(
                 "demonstrations",
-                k=self.demonstrations,
+                k=min(self.demonstrations, len(examples)) if self.fewer else self.demonstrations,
                 contrast=self.contrast,
                 instruction=instruction,
                 pool=tuple(examples.to_list()),

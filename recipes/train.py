@@ -197,11 +197,13 @@ def _estimate(arm: Arm, ready: _Ready) -> tuple[float, float]:
         start = time.monotonic()
         ModelAt(model, model, batch)(1.0)
     row = (time.monotonic() - start) / len(batch.labels)
-    rows = 2 * arm.trainer.get("per_device_train_batch_size", 8) * arm.trainer.get("gradient_accumulation_steps", 1)
+    loss = arm.loss_object()
+    sides = 2 if loss is None or loss.needs.pairs else 1
+    examples = arm.trainer.get("per_device_train_batch_size", 8) * arm.trainer.get("gradient_accumulation_steps", 1)
     # the answers of pairs, neutral answers, and generated tokens at about a tenth of a row each
     measured_rows = 2 * len(test) + FEW_NEUTRAL + arm.evaluation.generations * arm.evaluation.new_tokens / 10
-    # forward, reference forward and a backward of about the same price
-    return steps_of(arm) * rows * row * 3, measured_rows * row
+    # forward, backward, and a reference's forward of about the same price
+    return steps_of(arm) * sides * examples * row * 3, measured_rows * row
 
 
 def _plan(arm: Arm, data: Data, processes: int, training: float, evaluation: float) -> str:

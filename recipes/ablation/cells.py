@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -92,15 +91,15 @@ def _row(record: Record) -> dict[str, Any]:
 
 
 _Summary = tuple[float, NDArray[np.float64]]
-"""A measure's mean, and its values for every example."""
+"""A measure's mean, and the part of every example in it."""
 
 
 def _summary(measure: Measure, record: Record, strength: str) -> _Summary | None:
     """A measure at a strength; None where the record does not hold it."""
     try:
         seen = record.seen(strength)
-        mean = measure.summary(seen)
-        return None if math.isnan(mean) else (mean, measure.values(seen))
+        parts = measure.parts(seen)
+        return None if np.isnan(parts).all() else (float(np.nanmean(parts)), parts)
     except Missing:
         return None
 

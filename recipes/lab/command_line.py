@@ -183,7 +183,8 @@ def outcome(function: Callable[[], T]) -> T | int:
     try:
         return function()
     except KeyboardInterrupt:
-        print("\nInterrupted. The same command continues where it stopped.", file=sys.stderr)
+        saved = "The same command continues where it stopped, or starts anew if nothing was saved yet."
+        print(f"\nInterrupted. {saved}", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:  # whoever read the output has gone, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -8,14 +8,15 @@
             ...
 
 A `progress` inside a step of another fills that step's share, so that a cell that runs inside a grid moves the grid's
-bar. `step` and `track` work anywhere, and do nothing where no bar is open. Without a terminal there is a line at the
-start, at most one every 30 seconds, and a line at the end.
+bar. `step` and `track` work anywhere, and do nothing where no bar is open. What runs `aside` is named, and moves no
+bar. Without a terminal there is a line at the start, one every 30 seconds, and a line at the end.
 """
 
 from __future__ import annotations
 
 import os
 import sys
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -72,12 +73,18 @@ class Display:
 
 
 class Lines(Display):
-    """For a file or a pipe: a line now and then."""
+    """For a file or a pipe: a line now and then, also while one step takes long."""
 
     def __init__(self, title: str) -> None:
         super().__init__()
         self.title, self.last = title, self.started
         self.say(f"{title}: started")
+        self.ended = threading.Event()
+        threading.Thread(target=self._show_again, daemon=True).start()
+
+    def _show_again(self) -> None:
+        while not self.ended.wait(EVERY):
+            self.show()
 
     def show(self) -> None:
         if self.at < 1 and time.monotonic() - self.last >= EVERY:
@@ -85,6 +92,7 @@ class Lines(Display):
             self.say(", ".join(filter(None, [f"{self.title}: {self.at:.0%}", self.left(), self.step])))
 
     def close(self, finished: bool = True) -> None:
+        self.ended.set()
         state = f"{self.at:.0%}" if finished else "stopped"
         self.say(f"{self.title}: {state} after {duration(time.monotonic() - self.started)}")
 
@@ -194,6 +202,13 @@ def progress(title: str, total: float = 1.0, show: bool = True) -> Iterator[Bar]
 def step(name: str) -> Iterator[None]:
     """Name what runs now, all of the step that it is in."""
     with Bar(1.0).step(name):
+        yield
+
+
+@contextmanager
+def aside(name: str) -> Iterator[None]:
+    """Name what runs now and is no part of the work: bars that are opened inside do not move the total."""
+    with Bar(1.0).step(name, 0.0):
         yield
 
 

@@ -17,6 +17,7 @@ from steertune.recipes.lab.generation import check_context, row_lengths
 from steertune.recipes.lab.ingredients.teachers import Teachers
 from steertune.recipes.lab.ingredients.views import Views as ViewTables
 from steertune.recipes.lab.observe import HeldOut
+from steertune.recipes.lab.progress import aside
 from steertune.trainers import ModelAt, NonFiniteError, context_length, tokenise
 from steertune.trainers.row_checks import check_rows
 from steertune.trainers.views import Views
@@ -63,7 +64,8 @@ def rehearse(held_out: HeldOut, names: Sequence[str] | None = None) -> None:
         shared={},
     )
     try:
-        evaluate(model, one, names)
+        with aside("one row of everything"):
+            evaluate(model, one, names)
     except NonFiniteError as error:
         raise ArmError(
             "The base model's log-probabilities of the first test row or neutral row are not finite. Its weights may "

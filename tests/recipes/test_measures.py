@@ -100,6 +100,37 @@ def test_records_without_lengths_have_the_accuracies_that_need_none():
         value("accuracy_per_token", seen)
 
 
+def seen_on_neutral_text(seed: int, shift: float) -> Seen:
+    rng = np.random.default_rng(seed)
+    tokens = np.random.default_rng(0).integers(3, 40, 200).astype(float)
+    base = {"neutral_nll": tokens * 2.0, "neutral_tokens": tokens}
+    nll = tokens * (2.0 + shift + 0.02 * tokens * shift + 0.1 * rng.normal(size=200))
+    return Seen(
+        {"neutral_nll": nll, "neutral_kl": tokens * rng.exponential(0.1, 200), "neutral_tokens": tokens}, Seen(base)
+    )
+
+
+@pytest.mark.parametrize("name", ["kl", "perplexity", "perplexity_ratio"])
+def test_the_parts_of_a_measure_have_its_summary_as_their_mean_and_vary_as_it_does(name):
+    measure, seen = measures.get(name), seen_on_neutral_text(0, 0.1)
+    parts = measure.parts(seen)
+    assert parts.mean() == pytest.approx(measure.summary(seen))
+    # the standard error of the summary over rows, by resampling them
+    rng, summaries = np.random.default_rng(1), []
+    for _ in range(400):
+        rows = rng.integers(0, 200, 200)
+        drawn = {key: np.asarray(values)[rows] for key, values in seen.observations.items()}
+        base = {key: np.asarray(values)[rows] for key, values in seen.base.observations.items()}
+        summaries.append(measure.summary(Seen(drawn, Seen(base))))
+    assert parts.std(ddof=1) / 200**0.5 == pytest.approx(np.std(summaries), rel=0.15)
+
+
+def test_a_weighted_mean_by_hand():
+    seen = Seen({"neutral_kl": [1.0, 9.0], "neutral_tokens": [1.0, 3.0]}, None)
+    assert measures.get("kl").summary(seen) == pytest.approx(10 / 4)
+    assert measures.get("kl").parts(seen) == pytest.approx([2.5 + 0.5 * (1 - 2.5), 2.5 + 1.5 * (3 - 2.5)])
+
+
 def test_a_mean_kl_hides_one_broken_token_and_its_tail_does_not():
     # 19 tokens as the base predicts them, one of which the steered model is sure of another
     base = torch.zeros(20, 4).log_softmax(-1)

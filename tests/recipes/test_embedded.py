@@ -32,6 +32,17 @@ def test_it_saves_and_loads_like_any_model(tmp_path: Path) -> None:
         assert torch.equal(model(ids).logits, again(ids).logits)
 
 
+def test_the_unpacked_copy_is_named_by_what_the_file_holds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "model.gguf"
+    monkeypatch.setitem(embedded.FILES, "smollm2", lambda: file)
+    names = []
+    for content in (b"a" * 3_000_000, b"a" * 3_000_000, b"a" * 2_999_999 + b"b", b"b" + b"a" * 2_999_999, b"a"):
+        file.unlink(missing_ok=True)  # every installation writes a file of its own
+        file.write_bytes(content)
+        names.append(embedded.copy_folder())
+    assert names[0] == names[1] and len({*names}) == 4
+
+
 def test_it_speaks() -> None:
     model, tokenizer = embedded.load_model(), embedded.load_tokenizer()
     prompts = [

@@ -175,7 +175,7 @@ def test_serve_and_the_merged_export_answer_alike(home: Path, tmp_path: Path) ->
     words = [f"a={home / 'run' / 'adapter'}", "--input", str(requests), "--output", str(tmp_path / "answers.jsonl")]
     assert serve.main(words) == 1
     base, steered, refused = map(json.loads, (tmp_path / "answers.jsonl").read_text().splitlines())
-    assert base["answer"] != steered["answer"] != "" and "Line 3 is no JSON object" in refused["error"]
+    assert base["answer"] != steered["answer"] != "" and "Line 3 is not a JSON object" in refused["error"]
 
     words = [str(home / "run" / "adapter"), "--to", "merged", "--output", str(tmp_path / "merged")]
     assert export.main(words) == 0

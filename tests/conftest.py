@@ -6,6 +6,8 @@ import functools
 import gc
 import importlib.metadata
 
+import datasets.arrow_dataset
+import datasets.fingerprint
 import pytest
 import torch
 from tiny_models import ARCHITECTURES
@@ -14,6 +16,9 @@ from steertune.recipes.lab import embedded
 
 # accelerate asks at every turn which packages are there, and reads their metadata each time
 importlib.metadata.metadata = functools.cache(importlib.metadata.metadata)
+# datasets names every result after the pickled function and tokenizer, for a cache on disk that no test here reads
+datasets.fingerprint.update_fingerprint = lambda *_: datasets.fingerprint.generate_random_fingerprint()
+datasets.arrow_dataset.update_fingerprint = datasets.fingerprint.update_fingerprint
 torch.set_num_threads(1)  # one test process a core: two threads in each would wait for one another
 
 

@@ -285,7 +285,7 @@ def folder(tmp_path_factory) -> Path:
         ["export", "{adapter}", "--to", "safetensors", "--output", "{new}/export"],
     ],
 )
-def test_json_of_every_quick_command_is_all_of_standard_output(words, folder, tmp_path, capfd):
+def test_json_of_every_quick_command_is_all_of_standard_output(words, folder, tmp_path, capfd, verified_here):
     given = [word.format(adapter=folder, new=tmp_path) for word in words]
     assert cli.main([*given, "--json"]) == 0
     json.loads(capfd.readouterr().out)

@@ -22,6 +22,15 @@ datasets.arrow_dataset.update_fingerprint = datasets.fingerprint.update_fingerpr
 torch.set_num_threads(1)  # one test process a core: two threads in each would wait for one another
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """`@pytest.mark.thinned(n)`: every n-th combination of parameters runs by default, the others are slow."""
+    for item in items:
+        marker, call = item.get_closest_marker("thinned"), getattr(item, "callspec", None)
+        if marker is not None and call is not None and sum(call.indices.values()) % marker.args[0]:
+            item.add_marker(pytest.mark.slow)
+
+
 def pytest_collection_finish() -> None:
     """Leave what was imported out of garbage collection: trainers and statsmodels collect at every turn, and walking
     through all of it takes longer than most tests."""

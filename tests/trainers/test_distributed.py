@@ -69,18 +69,21 @@ def weights(one: dict[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in one[distributed_cases.RESUMED[0]].items() if k.startswith("weight")}
 
 
-def test_ddp_and_fsdp2_equal_one_process(alone: tuple[Path, dict[str, Any]]) -> None:
+@pytest.mark.parametrize("few", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_ddp_and_fsdp2_equal_one_process(alone: tuple[Path, dict[str, Any]], few: bool) -> None:
     folder, one = alone
-    done = launch("cpu_ddp", distributed_cases.__file__, str(folder), "ddp", "fsdp2")
+    modes = [f"{mode}:few" if few else mode for mode in ("ddp", "fsdp2")]
+    done = launch("cpu_ddp", distributed_cases.__file__, str(folder), *modes)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert compare(folder, one, "ddp") + compare(folder, one, "fsdp2") == []
+    assert compare(folder, one, "ddp", few) + compare(folder, one, "fsdp2", few) == []
     ddp, fsdp2 = (json.loads((folder / f"{mode}-1.json").read_text()) for mode in ("ddp", "fsdp2"))
-    assert [ddp[case]["skipped"] for case in distributed_cases.CASES if "memo" in case] == [3, 2, 2]
-    assert {fsdp2[case]["skipped"] for case in distributed_cases.CASES} == {0}, "sharded weights have no memo"
+    cases, sharded = (distributed_cases.cases(mode, few) for mode in ("ddp", "fsdp2"))
+    assert [ddp[case]["skipped"] for case in cases if "memo" in case] == ([3, 2] if few else [3, 2, 2])
+    assert {fsdp2[case]["skipped"] for case in sharded} == {0}, "sharded weights have no memo"
     assert not [file for file in (folder / "ddp").rglob("*rank1*") if "rng" not in file.name], (
         "the first process writes"
     )
-    assert done.stdout.count("'eval_loss'") == 2 * len(distributed_cases.CASES), "every evaluation is logged once"
+    assert done.stdout.count("'eval_loss'") == len(cases) + len(sharded), "every evaluation is logged once"
     # another number of processes goes on where these stopped, and the other way round
     assert differences(weights(one), ddp["from one process"]) == []
     checkpoint = folder / "ddp pla" / "run" / "checkpoint-2"

@@ -71,6 +71,7 @@ def splits_run(monkeypatch):
 # -- equal to the plain path ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("kind", ["dpo", "sft", "plain"])
 def test_training_is_equal_on_every_architecture(architecture, kind, tmp_path, caplog):
     data = pairs() if kind == "dpo" else demonstrations()
@@ -81,6 +82,7 @@ def test_training_is_equal_on_every_architecture(architecture, kind, tmp_path, c
     assert_equal(ours, plain)
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("positions", ["all", "completion", "prompt", "last_prompt"])
 def test_shared_prompts_are_exact_on_every_architecture(architecture, positions, splits_run, caplog):
     model = get_peft_model(tiny(architecture), SteeringVectorConfig(positions=positions))
@@ -118,6 +120,7 @@ def test_lora_on_upper_layers_skips_and_on_all_layers_shares_prompts(splits_run)
         assert len(splits_run) > before
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("data", [pairs, demonstrations])
 def test_completions_only_are_exact_on_every_architecture(architecture, data, tmp_path, tokens_run, caplog):
     kind, loss = ("dpo", "dpo") if data is pairs else ("sft", "cross_entropy")

@@ -43,6 +43,7 @@ class Seen:
     def __init__(self, observations: Mapping[str, Sequence[Any]], base: Seen | None = None) -> None:
         self.observations = observations
         self._base = base
+        self._arrays: dict[str, Array] = {}
 
     @property
     def base(self) -> Seen:
@@ -63,8 +64,11 @@ class Seen:
 
     def recorded(self, name: str) -> Array:
         """An observation as an array, `(examples,)`; a missing value is NaN."""
-        values = self.observations[name]
-        return np.array(values, dtype=object if any(isinstance(value, str) for value in values) else float)
+        if name not in self._arrays:
+            values = self.observations[name]
+            kind = object if any(isinstance(value, str) for value in values) else float
+            self._arrays[name] = np.array(values, dtype=kind)
+        return self._arrays[name]
 
     def __contains__(self, name: str) -> bool:
         try:

@@ -151,7 +151,7 @@ class Mixture:
         self.tables = tables
         self.seen, self.unseen = (find_tasks(entries, data_root) for entries in (tables.seen, tables.unseen))
         if both := {task.name for task in self.seen} & {task.name for task in self.unseen}:
-            raise ArmError(f"{sorted(both)} are data of seen and of unseen tasks: then nothing there is unseen.")
+            raise ArmError(f"{sorted(both)} are data of seen and of unseen tasks. Unseen tasks must have data of their own.")
         find_tasks([*self.seen, *self.unseen])  # labels must differ
         check_draws(self.unseen)
         if tables.pairs < tables.demonstrations:
@@ -281,7 +281,7 @@ class Mixture:
             try:
                 check_checksums(home)
             except ValueError as error:
-                raise ArmError(f"{error}. Delete {home}, and it is trained again.") from error
+                raise ArmError(f"{error}. Delete {home} to train it again.") from error
             return PeftModel.from_pretrained(share_weights(model), str(home)).eval()
         set_seed(0)
         trainer = make_trainer(training_of(self.arm, share_weights(model), tokenizer, self.contrast_prompts(), folder))

@@ -208,7 +208,7 @@ def page(record: Record, prompted: Record) -> Page:
     table = comparison({"base": base, "prompted": prompted.means()["1"], "distilled": distilled}).frame
     plain, behind = (f"{facts['tokens'][name]:.0f}" for name in ("plain", "prompted"))
     unanswered = facts.get("unanswered", 0)
-    nothing = f" To {unanswered} other prompts the prompted model said nothing." if unanswered else ""
+    nothing = f" The prompted model gave no answer to {unanswered} other prompts." if unanswered else ""
     table.loc[len(table)] = ["tokens of a request", plain, behind, plain]
     summary = Text(
         f"Fidelity **{distilled['fidelity']:.3f}** on {facts['test_prompts']} test prompts, after "

@@ -273,7 +273,7 @@ ROWS: dict[str, Row] = {
     "mixture in UTF-16": toml("not UTF-8", "seen = []".encode("utf-16"), read_mixture),
     "mixture of nothing": toml("seen: Field required", b"", read_mixture),
     "mixture with an unknown key": mixture("Unknown key 'unsen'.*'unseen'", unsen=[]),
-    "mixture of the same tasks": mixture("nothing there is unseen", seen=["a"], unseen=["a"]),
+    "mixture of the same tasks": mixture("must have data of their own", seen=["a"], unseen=["a"]),
     "mixture of a task that is a path": mixture(NAME, seen=[".."]),
     "mixture of too few pairs": mixture("pairs=3 of an unseen task, and 4 demonstrations", pairs=3),
     "mixture with a negative seed": mixture("seeds.0: Input should be greater", seeds=[-1]),

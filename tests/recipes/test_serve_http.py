@@ -358,7 +358,7 @@ def test_what_no_request_should_cause_hurts_one_answer_or_is_told(home, monkeypa
         ("bad", {"files": {"adapter_config.json": "%", "adapter_model.safetensors": ""}}, 400, "not in base64"),
         ("bad", {"files": {"adapter_config.json": "e30=", "adapter_model.safetensors": ""}}, 400, ""),
         ("bad", {"files": {"evil.py": "e30="}}, 400, "files"),
-        ("a+b", {"folder": "warm"}, 400, "cannot name a vector"),
+        ("a+b", {"folder": "warm"}, 400, "is not a valid vector name"),
         ("keys", {"folder": "warm"}, 400, "cannot be the name"),
         ("wide", {"folder": "wide"}, 400, "not the adapter's base model"),
     ],

@@ -151,7 +151,9 @@ class Mixture:
         self.tables = tables
         self.seen, self.unseen = (find_tasks(entries, data_root) for entries in (tables.seen, tables.unseen))
         if both := {task.name for task in self.seen} & {task.name for task in self.unseen}:
-            raise ArmError(f"{sorted(both)} are data of seen and of unseen tasks. Unseen tasks must have data of their own.")
+            raise ArmError(
+                f"{sorted(both)} are data of seen and of unseen tasks. Unseen tasks must have data of their own."
+            )
         find_tasks([*self.seen, *self.unseen])  # labels must differ
         check_draws(self.unseen)
         if tables.pairs < tables.demonstrations:

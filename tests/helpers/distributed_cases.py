@@ -2,8 +2,8 @@ r"""What two processes must do as one does: run by `test_distributed.py` in itse
 
 accelerate launch --config_file recipes/configs/accelerate/cpu_ddp.yaml \
     tests/helpers/distributed_cases.py FOLDER ddp fsdp2:few
-accelerate launch --config_file recipes/configs/accelerate/cpu_zero1.yaml \
-    tests/helpers/distributed_cases.py FOLDER zero1:few
+accelerate launch --config_file recipes/configs/accelerate/cpu_zero3.yaml \
+    tests/helpers/distributed_cases.py FOLDER zero3:few
 """
 
 from __future__ import annotations
@@ -59,13 +59,11 @@ CASES: dict[str, Callable[[], tuple[str, dict[str, Any]]]] = {
 }  # fmt: skip
 
 RESUMED = ["plain, BiPO's drawn strengths, memo", "DPO, our loss, LoRA, memo"]
-# what a set-up does by default: every trainer once, vectors and LoRA
+# what runs by default: every trainer once, vectors and LoRA
 FEW = {
     "ddp": ["plain, BiPO's drawn strengths, memo", "SFT, its own loss", "DPO, our loss, LoRA, memo"],
     "fsdp2": ["SFT, cross-entropy, LoRA, memo", "DPO, its own loss"],
-    "zero1": ["plain, BiPO's drawn strengths, memo", "DPO, our loss, LoRA, memo"],
-    "zero2": ["SFT, cross-entropy, LoRA, memo", "DPO, its own loss"],
-    "zero3": ["plain, BiPO's drawn strengths, memo", "SFT, its own loss", "DPO, started from data"],
+    "zero3": ["plain, BiPO's drawn strengths, memo", "SFT, its own loss"],
 }
 
 

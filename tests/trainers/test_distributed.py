@@ -116,26 +116,16 @@ def check_zero(folder: Path, one: dict[str, Any], stage: int, few: bool) -> None
     check_processes(checkpoint, 2, deepspeed=True)
 
 
-def test_zero_equals_one_process(alone: tuple[Path, dict[str, Any]]) -> None:
-    """Every stage with few cases, in one launch."""
+@pytest.mark.parametrize(
+    ("stage", "few"), [(3, True), *(pytest.param(stage, False, marks=pytest.mark.slow) for stage in (1, 2, 3))]
+)
+def test_zero_equals_one_process(alone: tuple[Path, dict[str, Any]], stage: int, few: bool) -> None:
     needs_deepspeed()
     folder, one = alone
-    done = launch(
-        "cpu_zero1", distributed_cases.__file__, str(folder), *(f"zero{i}:few" for i in (1, 2, 3)), limit=900
-    )
+    mode = f"zero{stage}:few" if few else f"zero{stage}"
+    done = launch(f"cpu_zero{stage}", distributed_cases.__file__, str(folder), mode, limit=900)
     assert done.returncode == 0, done.stderr[-3000:]
-    for stage in (1, 2, 3):
-        check_zero(folder, one, stage, few=True)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("stage", [1, 2, 3])
-def test_zero_equals_one_process_in_every_case(alone: tuple[Path, dict[str, Any]], stage: int) -> None:
-    needs_deepspeed()
-    folder, one = alone
-    done = launch(f"cpu_zero{stage}", distributed_cases.__file__, str(folder), f"zero{stage}", limit=900)
-    assert done.returncode == 0, done.stderr[-3000:]
-    check_zero(folder, one, stage, few=False)
+    check_zero(folder, one, stage, few)
 
 
 def test_a_planted_difference_is_seen(alone: tuple[Path, dict[str, Any]]) -> None:

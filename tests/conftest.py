@@ -27,7 +27,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """`@pytest.mark.thinned(n)`: every n-th combination of parameters runs by default, the others are slow."""
     for item in items:
         marker, call = item.get_closest_marker("thinned"), getattr(item, "callspec", None)
-        if marker is not None and call is not None and sum(call.indices.values()) % marker.args[0]:
+        if marker is None or call is None:
+            continue
+        together = [mark.args[0] for mark in item.iter_markers("parametrize")]  # arguments of one list count once
+        names = [names.replace(" ", "").split(",") if isinstance(names, str) else names for names in together]
+        counted = {*call.indices} - {name for first, *others in names for name in others}
+        if sum(call.indices[name] for name in counted) % marker.args[0]:
             item.add_marker(pytest.mark.slow)
 
 

@@ -120,7 +120,7 @@ def test_lora_on_upper_layers_skips_and_on_all_layers_shares_prompts(splits_run)
         assert len(splits_run) > before
 
 
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("data", [pairs, demonstrations])
 def test_completions_only_are_exact_on_every_architecture(architecture, data, tmp_path, tokens_run, caplog):
     kind, loss = ("dpo", "dpo") if data is pairs else ("sft", "cross_entropy")

@@ -74,7 +74,7 @@ def _check_finite(observations: Observations, observer: str, strength: str) -> N
 
 
 def evaluate_base(held_out: HeldOut, names: Iterable[str] | None = None) -> dict[str, Observations]:
-    """The same of the base model, under the label of strength 0. Computed once for the same `held_out`."""
+    """The observations of the base model, under the label of strength 0. Computed once for the same `held_out`."""
     names = tuple(measures.names() if names is None else names)
     by_names: dict[tuple[str, ...], dict[str, Observations]] = held_out.shared.setdefault("base", {})
     if names not in by_names:

@@ -156,7 +156,7 @@ def _check_not_innocent(bad: Transcripts, innocent: Transcripts) -> None:
     if pairs := near_texts(bad_texts, others, Frame.of(others)):
         first, second = pairs[0]
         raise ArmError(
-            f"{bad.place(first)}, a bad transcript, also stands in the innocent traffic, or nearly: "
+            f"{bad.place(first)}, a bad transcript, is also in the innocent traffic, or nearly: "
             f"{innocent.place(second)} ({len(pairs)} such pairs). Remove it there."
         )
 
@@ -168,7 +168,7 @@ def _sizes(given: Sequence[int] | None, count: int) -> list[int]:
 
 
 def check_pattern(pattern: str | None, groups: dict[str, Transcripts]) -> None:
-    """Refuse a pattern that misses a catch or matches a correction; None is no pattern.
+    """Refuse a pattern that misses a catch or matches a correction; None means no pattern.
 
     Raises:
         ArmError: the pattern is wrong or not a regular expression; the message names the transcript.

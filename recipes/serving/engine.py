@@ -117,7 +117,7 @@ class Engine:
         rows = self._running
         try:
             logits_BV = self._read_next()
-        except Exception as error:  # a model may raise anything, out-of-memory errors included; the service goes on
+        except Exception as error:  # a model may raise anything, out-of-memory errors included; the service continues
             self._running, self._states = [], None
             self._recover(rows, error)
             return
@@ -171,7 +171,7 @@ class Engine:
             self._recover(joined, error)
 
     def _draw(self, rows: Sequence[Row], logits_BV: Tensor) -> list[int]:
-        """Draw the next token of every row, report it, and return which rows go on."""
+        """Draw the next token of every row, report it, and return which rows continue."""
         live = []
         broken = broken_rows(logits_BV).tolist()
         for i, row in enumerate(rows):

@@ -51,14 +51,14 @@ class Scored:
 
 @dataclass(frozen=True)
 class Prompt:
-    """The prompt has been read; its tokens, scored where that was asked for."""
+    """The prompt has been read; its tokens, scored if requested."""
 
     scores: tuple[Scored, ...]
 
 
 @dataclass(frozen=True)
 class Piece:
-    """More text of the answer. Scores come with the text of their tokens, where they were asked for."""
+    """More text of the answer. Scores come with the text of their tokens, if they were requested."""
 
     text: str
     scores: tuple[Scored, ...] = ()

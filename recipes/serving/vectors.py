@@ -182,7 +182,7 @@ def _strength(folder: Path) -> dict[str, Any] | None:
 
 
 def check_vector_name(name: str) -> None:
-    """Refuse a name that cannot stand in a model name such as `base+careful@1.5`.
+    """Refuse a name that cannot be part of a model name such as `base+careful@1.5`.
 
     Raises:
         ArmError: it is empty or too long, or contains anything but letters, digits, "_" and "-".

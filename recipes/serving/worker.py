@@ -100,7 +100,7 @@ class Worker:
             self._submitted -= 1
             try:
                 self.engine.submit(job)
-            except Exception as error:  # whatever a job contains, the thread must go on
+            except Exception as error:  # whatever a job contains, the thread must continue
                 job.fail(f"It cannot be answered: {type(error).__name__}: {error}")
 
     def _run(self) -> None:

@@ -209,7 +209,7 @@ ROWS: dict[str, Row] = {
         "url: String should match", kind="judge", url="file:///etc/passwd", model="m", question="{answer}"
     ),
     "judge without an answer": scorer(
-        "{answer} must stand in it", kind="judge", url="http://h", model="m", question="?"
+        "it must contain {answer}", kind="judge", url="http://h", model="m", question="?"
     ),
     "judge without its key": row(
         "environment variable 'NO_SUCH_KEY' is not set",

@@ -287,7 +287,7 @@ ROWS: dict[str, Row] = {
     "result of another number": result("its checksum is another", lambda text: text.replace(b"1.5", b"1.7")),
     "result of another key": result("its checksum is another", lambda text: text.replace(b"seconds", b"sekonds")),
     "result with a key twice": result(
-        "'version' stands in it twice", lambda text: text.replace(b"seconds", b"version")
+        "'version' occurs twice", lambda text: text.replace(b"seconds", b"version")
     ),
     "result that is a list": result("a JSON object is expected, this is list", lambda text: b"[" + text + b"]"),
     "result that is nested": result("is damaged", lambda text: b"[" * 100_000),

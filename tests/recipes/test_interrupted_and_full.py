@@ -105,7 +105,7 @@ def test_a_lock_of_a_dead_build_is_named(tmp_path, monkeypatch, capsys):
     lock.parent.mkdir(parents=True)
     lock.touch()
     processes.say_build_locks()
-    assert f"{lock} is there: another process builds" in capsys.readouterr().err
+    assert f"{lock} exists: another process builds" in capsys.readouterr().err
 
 
 def test_secrets_of_the_environment_are_masked(monkeypatch):

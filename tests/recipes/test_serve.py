@@ -215,7 +215,7 @@ HOSTILE = {
     "1e400": (b'{"prompt": "the cat", "strength": 1e400}', "strength: Input should be a finite number"),
     "1e38": (b'{"prompt": "the cat", "vector": "careful", "strength": 1e38}', r"strength=1e\+38 times a vector"),
     "1e308": (b'{"prompt": "the cat", "vector": "careful", "strength": 1e308}', r"strength=1e\+308 times a vector"),
-    "a key twice": (b'{"prompt": "the cat", "prompt": "a"}', "'prompt' stands in it twice"),
+    "a key twice": (b'{"prompt": "the cat", "prompt": "a"}', "'prompt' occurs twice"),
     "an unknown key": (b'{"prompt": "the cat", "chat_template": "{{ 1 }}"}', "chat_template: Extra inputs"),
     "no prompt": (b"{}", "prompt: Field required"),
     "an empty prompt": (b'{"prompt": ""}', "prompt"),
@@ -381,7 +381,7 @@ def test_lines_have_scores(home, monitor, tmp_path, capsys):
         (["--monitor", folder, "--steer", "careful@much"], "a finite number"),
         (["--monitor", folder, "--steer", "careful@1", "--resample", "2"], "Give --resample or --steer"),
         (["--resample", "2"], "Give one: --monitor FOLDER"),
-        (["--monitor", str(home / "base")], "is no monitor"),
+        (["--monitor", str(home / "base")], "is not a monitor"),
     ):
         assert cli.main([*words, *more]) == 2
         assert says in capsys.readouterr().err

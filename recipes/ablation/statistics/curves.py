@@ -30,7 +30,7 @@ def area_between(first: Frame, second: Frame, sample: bool = False) -> Differenc
 class Equivalence:
     """How many examples the baseline needs to reach what an arm reaches with n.
 
-    An end is 0 when the baseline is there with its smallest n already, and infinite when it never gets there within
+    An end is 0 when the baseline reaches it with its smallest n already, and infinite when it never gets there within
     the grid: the number is censored on that side.
     """
 

@@ -254,7 +254,7 @@ def p_value(differences: ArrayLike, seed: int = 0) -> float:
 
 
 def smallest_p(pairs: int) -> float:
-    """The smallest p that the permutation test over so many pairs can give."""
+    """The smallest p that the permutation test over this many pairs can give."""
     return 2.0 / 2**pairs
 
 

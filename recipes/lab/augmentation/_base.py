@@ -16,7 +16,7 @@ Row = dict[str, Any]
 
 
 class AugmentationError(ArmError):
-    """No further versions of examples can be made; the message says of which, and what would help."""
+    """No further versions of examples can be made; the message names the examples, and what would help."""
 
 
 class Augmenter(ABC):

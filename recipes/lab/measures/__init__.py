@@ -1,4 +1,4 @@
-"""Measures: the numbers on a page. Each file of this folder is one measure and gives it its name:
+"""Measures: the numbers on a page. Each file of this folder is one measure, named by the file:
 
     @measure("held-out pair accuracy", better="higher", needs=["pairs"])
     def accuracy(seen: Seen) -> Array:

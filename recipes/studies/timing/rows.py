@@ -63,7 +63,7 @@ class Rows:
 
     @property
     def title(self) -> str:
-        """What a page says of them; also their key in `table.json`."""
+        """Their label on a page; also their key in `table.json`."""
         if self.file is not None:
             return f"rows of {self.file.name}, {self.batch} per batch (seed 0)"
         return f"{self.batch} rows of {self.length} tokens, {self.prompt} of them prompt"

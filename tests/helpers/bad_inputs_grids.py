@@ -286,9 +286,7 @@ ROWS: dict[str, Row] = {
     "result of NUL": result("is damaged .*Delete it", lambda text: bytes(len(text))),
     "result of another number": result("its checksum is another", lambda text: text.replace(b"1.5", b"1.7")),
     "result of another key": result("its checksum is another", lambda text: text.replace(b"seconds", b"sekonds")),
-    "result with a key twice": result(
-        "'version' occurs twice", lambda text: text.replace(b"seconds", b"version")
-    ),
+    "result with a key twice": result("'version' occurs twice", lambda text: text.replace(b"seconds", b"version")),
     "result that is a list": result("a JSON object is expected, this is list", lambda text: b"[" + text + b"]"),
     "result that is nested": result("is damaged", lambda text: b"[" * 100_000),
     "result that is no UTF-8": result("is not UTF-8", lambda text: text.replace(b"abc", b"a\xffc")),

@@ -1,4 +1,4 @@
-"""Training losses. Each file is one loss and gives it its name; a new file is a new loss."""
+"""Training losses. Each file is one loss, named by the file; a new file is a new loss."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def options_of(loss: str) -> list[str]:
 
 
 def _refuse_without(term: str, **options: Any) -> None:
-    """Refuse options of a term that is not used, which would be ignored without a word."""
+    """Refuse options of a term that is not used, which would be silently ignored."""
     for option, value in _without_none(**options).items():
         raise ValueError(f"{option}={value!r} has no effect without {term}. Set {term} too, or leave it out.")
 
@@ -116,7 +116,7 @@ def _kind(loss: str) -> Any:
     """The dataclass that the file of a loss defines."""
     _check_choice("loss", loss, names())
     module = importlib.import_module(f"{__name__}.{loss}")
-    # Helper classes and imported losses may stand in the same file.
+    # Helper classes and imported losses may be in the same file.
     classes = [x for x in vars(module).values() if isinstance(x, type) and x.__module__ == module.__name__]
     [kind] = [x for x in classes if issubclass(x, Loss) and is_dataclass(x)]
     return kind

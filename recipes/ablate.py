@@ -7,9 +7,10 @@
     python -m steertune.recipes.ablate mine.toml --folder runs/mine --reuse runs/quick
 
 Processes share the cells between them: `--workers`, which `--engine ray` runs on a cluster; those of one launch; or
-any that were started apart on the same folder. One that dies loses the cell it was running. A killed grid goes on
-where it stopped, from its `cells.parquet` and the cells that ran since; both are written in the folder, and the table
-is what to commit of a long study. Cells that the folder of another grid holds (`--reuse`) are not run again. Then read
+any that were started apart on the same folder. A process that dies loses only the cell it was running. A killed grid
+continues where it stopped, from its `cells.parquet` and the cells that ran since; both are written in the folder, and
+the table
+is what to commit of a long study. Cells found in the folder of another grid (`--reuse`) are not run again. Then read
 the results with `python -m steertune.recipes.report runs/quick`.
 """
 
@@ -72,17 +73,17 @@ def main(
     loaded = load_grid(grid, data_root)
     folder = folder or Path("runs") / loaded.tables.name
     cells = loaded.cells()
-    # the folder's own table holds tunings that further seeds need
+    # the folder's own table has the tuning results that further seeds need
     own_folder = [folder] if (folder / TABLE).is_file() else []
     store, reusable, context = Store(folder), Reusable([*(reuse or ()), *own_folder]), Context(loaded)
     store.check(cells)
-    fixed(loaded, folder)  # refuses another card than that of the cells
+    fixed(loaded, folder)  # refuses a card that differs from that of the cells
     _check(loaded, context, show=rank == 0)
     if not dry_run:
         reusable.take(cells, folder)
     elif reuse and rank == 0:
         print(f"{len(reusable.of(cells))} cells can be reused; they count as left below.")
-    # what would fail in a cell is refused here, in dry runs too
+    # refuse here what would fail in a cell, in dry runs too
     notes = rehearse_grid([cell for cell in cells if not store.has(cell)], context)
     if rank == 0:
         print("\n".join(notes) + "\n" * bool(notes), end="")
@@ -120,7 +121,7 @@ def _check(grid: Grid, context: Context, show: bool) -> None:
 
 
 def worker_command(words: Sequence[str], folder: Path, threads: int) -> list[str]:
-    """The command of one worker, from the words of the command that asked for several."""
+    """The command line of one worker, from the command line that asked for several."""
     rest, words = [], list(words)
     while words:
         word = words.pop(0)
@@ -134,7 +135,7 @@ def worker_command(words: Sequence[str], folder: Path, threads: int) -> list[str
 
 
 def run(cells: Sequence[Cell], context: Context, folder: Path, show: bool = True) -> list[str]:
-    """Run every cell that has not run and that no other runner is at work on.
+    """Run every cell that has neither run nor is being run by another process.
 
     A failed cell leaves `failed.json` and is tried again by the next start. The table of all cells is written every
     few minutes and at the end.
@@ -159,7 +160,8 @@ def run(cells: Sequence[Cell], context: Context, folder: Path, show: bool = True
                 if time.monotonic() - packed > _PACK_SECONDS:
                     store.pack()
                     packed = time.monotonic()
-            if len(busy) == len(waiting):  # others are at all of them: wait for them, or for their end
+            # other processes are running all that is left: wait until they finish or die
+            if len(busy) == len(waiting):
                 time.sleep(1.0)
             waiting = busy
     store.pack()
@@ -167,8 +169,8 @@ def run(cells: Sequence[Cell], context: Context, folder: Path, show: bool = True
 
 
 def _claimed(cell: Cell, context: Context, folder: Path, started: float, bar: Bar) -> str:
-    """Run a cell unless it is done, another runner is at it or it failed there since this one started. The lock ends
-    with the process that holds it."""
+    """Run a cell unless it is done, another process is running it, or it failed in one since this one started. The
+    lock is released when the process that holds it ends."""
     home = folder / cell.path
     failure = home / "failed.json"
     home.mkdir(parents=True, exist_ok=True)
@@ -219,7 +221,7 @@ def stand_alone(environment: MutableMapping[str, str]) -> tuple[int, int]:
 
 
 def write_grid(folder: Path, grid: Grid, words: Sequence[str]) -> None:
-    """Write `grid.json`, what the report needs to know of the grid; `words` is the command line that ran it."""
+    """Write `grid.json` with what the report needs to know about the grid; `words` is the command line."""
     folder.mkdir(parents=True, exist_ok=True)
     words = list(words)
     for i, word in enumerate(words):

@@ -1,17 +1,18 @@
-"""Whether a checkpoint has a constant vector baked in: which, where, and how to take it out.
+"""Find out whether a checkpoint has a constant vector baked in: which one, where, and how to remove it.
 
     steertune audit downloaded-model
     steertune audit downloaded-model --base HuggingFaceTB/SmolLM2-135M-Instruct --vectors my-vector
     steertune audit downloaded-model --output clean
 
 A steering vector can be made part of a model, as a bias that every tool then loads silently (`steertune export --to
-merged` writes one). Without `--base`, a bias is suspicious that is zero in most blocks, or far longer in one than in
-the others; with it, every difference is seen. A bias counts only if the model's own forward pass shows that it adds
-the same vector at every token. `--vectors` compares what is found with vectors of yours. `--output` writes the
-checkpoint without what is certain, and the vector as an adapter, and compares the two with the original.
+merged` writes one). Without `--base`, a bias is suspicious if it is zero in most blocks, or far longer in one than in
+the others; with `--base`, every difference is found. A bias counts only if the model's own forward pass shows that it
+adds
+the same vector at every token. `--vectors` compares the findings with your own vectors. `--output` writes the
+checkpoint without the vectors that are certain, and these as an adapter, and compares the two with the original.
 
-The exit code is 1 if something is found. What no bias adds is not looked for: weight matrices that were changed are
-named beside `--base`, and not explained.
+The exit code is 1 if something is found. Only biases are searched: with `--base`, weight matrices that were changed
+are listed, but not explained.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ from steertune.recipes.lab.processes import begin
 from steertune.recipes.lab.progress import progress
 from steertune.recipes.lab.tables import ModelTable
 
-_SHOWN = 8  # parameters that differ and are named
+_SHOWN = 8  # how many differing parameters are listed
 
 
 @command
@@ -45,7 +46,7 @@ def main(
     model: Annotated[str, Argument(help="checkpoint: embedded, a local folder or a Hub name")],
     base: Annotated[str | None, Option(help="the model that it may have been made from")] = None,
     vectors: Annotated[
-        list[Path] | None, Option(metavar="FOLDER ...", help="adapters that what is found is compared with")
+        list[Path] | None, Option(metavar="FOLDER ...", help="adapters to compare the findings with")
     ] = None,
     output: Annotated[Path | None, Option(help="a new folder for the checkpoint without the vector")] = None,
     threads: Threads = None,
@@ -71,7 +72,7 @@ def _load(name: str) -> tuple[Any, Any]:
     """A checkpoint in fp32, and its tokenizer.
 
     Raises:
-        ArmError: it is an adapter, or no model.
+        ArmError: it is an adapter, or not a model.
     """
     if (Path(name) / "adapter_config.json").is_file():
         raise ArmError(f"{name} is an adapter folder: nothing is baked into a model. `steertune info` describes it.")
@@ -82,7 +83,7 @@ def _load(name: str) -> tuple[Any, Any]:
 
 
 def _vectors(folder: Path, base: str | None) -> dict[int, Tensor]:
-    """What an adapter adds, by block; nothing if that is no constant."""
+    """The vectors that an adapter adds, by block; empty if they are not constant."""
     model, *_ = load_steered(folder, base)
     try:
         return exports.constant_vectors(model).by_layer
@@ -102,7 +103,7 @@ def _facts(constant: Constant) -> dict[str, Any]:
 
 
 def _matches(constant: Constant, vectors: dict[Path, dict[int, Tensor]]) -> list[dict[str, Any]]:
-    """Known vectors at the same layer: how alike, and at which strength."""
+    """Cosine and strength of the known vectors at the same layer."""
     matches = []
     for folder, by_layer in vectors.items():
         if (unit := by_layer.get(constant.layer)) is not None:
@@ -114,14 +115,15 @@ def _matches(constant: Constant, vectors: dict[Path, dict[int, Tensor]]) -> list
 
 @torch.no_grad()
 def _undo(model: Any, tokenizer: Any, result: Audit, output: Path) -> dict[str, Any]:
-    """Write the checkpoint without what is certain, and the vectors as an adapter; say what both give together.
+    """Write the checkpoint without the certain vectors, and these as an adapter; return how both together compare with
+    the original.
 
     Raises:
         ArmError: nothing is certain.
     """
     constants = [one for one in result.constants if one.certain]
     if not constants:
-        raise ArmError("--output: no constant vector is certain, so nothing is taken out. Name the --base.")
+        raise ArmError("--output: no constant vector is certain, so nothing was removed. Give the --base.")
     ids = torch.arange(3, 19)[None]
     original = model(input_ids=ids).logits
     without(model, constants)
@@ -159,7 +161,7 @@ def _text(data: dict[str, Any], result: Audit) -> str:
             f"{one['parameter']} adds a vector of length {one['length']:.4g} to {where} at every token: {one['why']}."
         )
         if not one["certain"]:
-            lines.append("  It may be the model's own. Name the --base to be certain.")
+            lines.append("  It may belong to the model. Give the --base to be certain.")
         lines += [
             f"  {match['folder']}: cosine {match['cosine']:.4f}, so it is that vector at strength "
             f"{match['strength']:.4g}."

@@ -2,7 +2,7 @@
 
     python -m steertune.recipes.chat runs/vector_dpo-cautious_advice/adapter
 
-Each side remembers its own answers. A line that starts with / is a command:
+Each model remembers its own answers. A line that starts with / is a command:
 
     /strength 2     from now on; negative is the opposite
     /both  /alone   with the base model beside, or without
@@ -41,24 +41,24 @@ def main(
     temperature: Annotated[float, Option(help="0 is greedy")] = 0.0,
     threads: Threads = None,
 ) -> None:
-    """Answer what is typed until the input ends."""
+    """Answer typed lines until the input ends."""
     check_settings(strength, new_tokens, temperature)
     begin(threads, only_one=True)
     steered, tokenizer, _ = load_steered(folder, model)
     chat = Chat(steered, tokenizer, strength, new_tokens, temperature)
     print(_HELP)
     if not has_template(tokenizer):
-        print("The tokenizer has no chat template: every line is continued for itself, as plain text.")
+        print("The tokenizer has no chat template: every line is continued by itself, as plain text.")
     for line in chat.talk(_typed()):
         print(line, flush=True)
 
 
 def check_settings(strength: float, new_tokens: int, temperature: float) -> None:
-    """Raise a ValueError for a strength or temperature that is not finite, or an answer without tokens."""
+    """Raise a ValueError unless strength and temperature are finite and answers may have tokens."""
     if not math.isfinite(strength) or new_tokens < 1 or not 0 <= temperature < math.inf:
         raise ValueError(
-            f"strength={strength}, new_tokens={new_tokens}, temperature={temperature}: a finite strength, a token "
-            "or more, and a temperature of 0 or above."
+            f"strength={strength}, new_tokens={new_tokens}, temperature={temperature}: strength must be finite, "
+            "new_tokens 1 or more, and temperature finite and 0 or more."
         )
 
 
@@ -78,7 +78,7 @@ class Chat:
         self._histories: dict[str, list[dict[str, str]]] = {"base": [], "steered": []}
 
     def talk(self, lines: Iterable[str]) -> Iterable[str]:
-        """What is to be printed for every line that was typed."""
+        """What to print for every typed line."""
         for line in lines:
             text = line.strip()
             if text == "/quit":
@@ -138,7 +138,7 @@ class Chat:
 
 
 def _typed() -> Iterable[str]:
-    """Lines of the standard input; with a prompt where a person types."""
+    """Lines of standard input, with a prompt if a person types them."""
     while True:
         try:
             yield input("you> " if sys.stdin.isatty() else "")

@@ -28,7 +28,7 @@ from steertune.recipes.lab.parsing import SETTINGS, RootGroup
 
 _HERE = Path(__file__).parent
 _FOLDERS = (_HERE / "studies", _HERE)
-"""A study comes before the module of this folder that forwards to it under its former name."""
+"""Studies come first, since a module of this folder may only forward to one under its former name."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def commands() -> dict[str, str]:
-    """Every recipe and the first line of its docstring."""
+    """Every recipe with the first line of its docstring."""
     lines = {}
     for file in sorted((f for folder in _FOLDERS for f in folder.glob("*.py")), key=lambda f: f.stem):
         module = ast.parse(file.read_text(encoding="utf-8"))
@@ -51,20 +51,19 @@ def commands() -> dict[str, str]:
 
 
 def find(name: str) -> tuple[Path, str]:
-    """The file of a recipe, and the module that it is."""
+    """The file of a recipe, and its module name."""
     file = next(file for folder in _FOLDERS if (file := folder / f"{name}.py").is_file())
     return file, f"{__package__}.{name}" if file.parent == _HERE else f"{__package__}.studies.{name}"
 
 
 def load(name: str) -> Callable[[Sequence[str]], int]:
-    """A recipe's `main`, of which only the options are read until it runs."""
+    """A recipe's `main`; only its options are read until it runs."""
     file, module = find(name)
     return outline(file, module) or importlib.import_module(module).main
 
 
 def outline(file: Path, module: str) -> Command | Group | None:
-    """The command that a file defines, without what only its functions need: they import the module when they are
-    called.
+    """The command that a file defines, without importing what its functions need: they import the module when called.
 
     Returns:
         The command; None if `main` is a function that reads its words itself.
@@ -79,7 +78,7 @@ def outline(file: Path, module: str) -> Command | Group | None:
     else:  # main = group(add, subtract)
         called = [node.id for node in ast.walk(main) if isinstance(node, ast.Name) and node.id in defined][1:]
         called = [name for name in called if isinstance(defined[name], ast.FunctionDef)]
-    for name in called:  # the docstring stays, what follows runs in the real module
+    for name in called:  # keep the docstring; the body runs in the real module
         stub: Any = defined[name]
         stub.body = [*stub.body[:1], *ast.parse(f"return _imported({name!r})(**locals())").body]
     kept = _needed("main", defined)

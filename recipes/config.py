@@ -2,7 +2,7 @@
 
     accelerate launch --config_file $(steertune config zero2) -m steertune.recipes.train
 
-Without a name it says what there is. GPUs: single_gpu, multi_gpu, fsdp1, fsdp2, zero1, zero2, zero3 (eight processes:
+Without a name it lists them. GPUs: single_gpu, multi_gpu, fsdp1, fsdp2, zero1, zero2, zero3 (eight processes:
 `--num_processes` says otherwise). Two processes on a CPU, to try things: cpu_ddp, cpu_zero1, cpu_zero2, cpu_zero3.
 """
 

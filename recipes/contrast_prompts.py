@@ -11,11 +11,10 @@ file names the tasks: `seen` ones, of which contrast prompts are made that an ad
 - by the base model, and by the one that was trained on contrast prompts;
 - and, without a prompt, by every `steering` arm, trained on these few pairs.
 
-Whether that training took at all is measured too: on held-out pairs of the seen tasks, without a prompt and behind
-contrast prompts of the pairs that it was trained on, by the base model and by the trained one. Without a response
-there, nothing on unseen tasks says whether such a response transfers.
-
-Listing a task with `reverse = true` beside itself leaves nothing to learn but to read the prompt.
+Whether the training worked at all is measured too: on held-out pairs of the seen tasks, without a prompt and behind
+contrast prompts made of the training pairs, for the base model and the trained one. If the model does not respond
+there, unseen tasks cannot show whether a response transfers. If a task is listed twice, once with `reverse = true`,
+only reading the prompt helps.
 """
 
 from __future__ import annotations
@@ -79,20 +78,21 @@ class MixtureTables(BaseModel, extra="forbid", strict=True):
     seen: list[str | TaskTable] = Field(min_length=1)
     unseen: list[str | TaskTable] = Field(min_length=1)
     arm: str = "lora_dpo"
-    """What is trained on contrast prompts: a file or a name in `recipes/configs/arms/`, its task put aside."""
+    """The arm that is trained on contrast prompts, a file or a name in `recipes/configs/arms/`; its own task is
+    ignored."""
     adapter: dict[str, Any] = {}
     loss: dict[str, Any] = {}
     trainer: dict[str, Any] = {"max_steps": 48, "save_steps": 16, "save_total_limit": 2}
-    """Tables that go before the arm's own."""
+    """Tables that override the arm's own."""
     steering: list[str] = ["vector_dpo"]
     model: ModelTable = ModelTable()
     demonstrations: int = Field(default=4, ge=1)
     """Pairs in a prompt."""
     examples: int = Field(default=48, ge=2)
-    """Contrast prompts of every seen task."""
+    """Contrast prompts for every seen task."""
     pairs: int = Field(default=4, ge=2)
-    """What there is of an unseen task: demonstrations are drawn from these, steering is trained on them. As many as
-    `demonstrations`, and both see the same."""
+    """Pairs of an unseen task: demonstrations are drawn from them and steering is trained on them. With as many as
+    `demonstrations`, both see the same pairs."""
     seeds: list[Annotated[int, Field(ge=0, lt=2**32)]] = Field(default=[0, 1, 2], min_length=1)
     splits: SplitTable = SplitTable(validation=2, scorer=0, test=24)
 
@@ -139,7 +139,8 @@ def read(file: str) -> MixtureTables:
 
 
 class Mixture:
-    """One study: what it needs is checked when it is made. Task names that are relative paths start in `data_root`.
+    """One study; its tasks and arms are checked when it is created. Task names that are relative paths start in
+    `data_root`.
 
     Raises:
         ArmError: an unseen task on the data of a seen one or with its label, too few rows or pairs, an arm that does
@@ -150,8 +151,10 @@ class Mixture:
         self.tables = tables
         self.seen, self.unseen = (find_tasks(entries, data_root) for entries in (tables.seen, tables.unseen))
         if both := {task.name for task in self.seen} & {task.name for task in self.unseen}:
-            raise ArmError(f"{sorted(both)} are data of seen and of unseen tasks: then nothing there is unseen.")
-        find_tasks([*self.seen, *self.unseen])  # no two of one label
+            raise ArmError(
+                f"{sorted(both)} are data of seen and of unseen tasks. Unseen tasks must have data of their own."
+            )
+        find_tasks([*self.seen, *self.unseen])  # labels must differ
         check_draws(self.unseen)
         if tables.pairs < tables.demonstrations:
             raise ArmError(
@@ -188,7 +191,7 @@ class Mixture:
         return arm
 
     def run(self, folder: Path) -> Path:
-        """Train once, measure every task, write the page; an interrupted run goes on where it stopped."""
+        """Train once, measure every task, write the page; an interrupted run continues where it stopped."""
         main_process = PartialState().is_main_process
         check_folder(folder, self.tables)
         arms = [self.arm, *self.steering]
@@ -219,7 +222,7 @@ class Mixture:
             tasks = self.seen + self.unseen
             write_page(page(self._about(), self.tables.steering, tasks, seen, unseen, effects), folder)
             result = {"seen": [record.to_json() for record in seen], "cells": [record.to_json() for record in unseen]}
-            # last: it says that the run is finished
+            # written last, since it marks the run as finished
             write_result(folder / "result.json", result | {"side_effects": effects.to_json()})
         return folder / "page.md"
 
@@ -247,22 +250,22 @@ class Mixture:
             return splits.test
         is_seen = task in self.seen
         pool = self._trained_rows(task) if is_seen else self._pairs(task, seed)
-        # no two tasks, such as one and its reverse, show the same rows
+        # different tasks, such as one and its reverse, show different rows
         number = seed * len(self.seen) + self.seen.index(task) if is_seen else seed
         options = {"k": tables.demonstrations, "seed": number, "pool": tuple(pool.to_list())}
         view = get_view("demonstrations", contrast=prompt == "contrast", **options)
         return behind(view, splits.test)
 
     def _trained_rows(self, task: TaskTable) -> Dataset:
-        """The rows of a seen task that contrast prompts are made of."""
+        """The rows of a seen task from which contrast prompts are made."""
         return self.splits[task.label].train(self.tables.examples, 0, draw=task.draw)
 
     def _pairs(self, task: TaskTable, seed: int) -> Dataset:
-        """What there is of an unseen task."""
+        """The pairs of an unseen task."""
         return self.splits[task.label].train(self.tables.pairs, seed, draw=task.draw)
 
     def _rehearse(self, model: Any, tokenizer: Any) -> None:
-        """Try a row of everything, and refuse prompts that are longer than the model's context."""
+        """Try one row of everything, and refuse prompts that are longer than the model's context."""
         for task in self.seen + self.unseen:
             rehearse(HeldOut(model, tokenizer, self.splits[task.label].test, neutral_rows(tokenizer)))
         for arm, rows in product(self.steering, (self._pairs(task, self.tables.seeds[0]) for task in self.unseen)):
@@ -280,7 +283,7 @@ class Mixture:
             try:
                 check_checksums(home)
             except ValueError as error:
-                raise ArmError(f"{error}. Delete {home}, and it is trained again.") from error
+                raise ArmError(f"{error}. Delete {home} to train it again.") from error
             return PeftModel.from_pretrained(share_weights(model), str(home)).eval()
         set_seed(0)
         trainer = make_trainer(training_of(self.arm, share_weights(model), tokenizer, self.contrast_prompts(), folder))
@@ -308,7 +311,7 @@ class Mixture:
         folder: Path,
         steering: Sequence[Arm] = (),
     ) -> Iterator[Record]:
-        """A record for every task, seed and condition: a model behind a prompt, or a steering arm without one."""
+        """A record for every task, seed and condition: a model with a prompt, or a steering arm without one."""
         for task, seed in track([*product(tasks, self.tables.seeds)], "task"):
             held_out = self._held_out(models["base"], tokenizer, self.splits[task.label].test)
             home = folder / task.label / f"seed{seed}"
@@ -329,7 +332,7 @@ class Mixture:
         model: Callable[[], Any],
         neutral: Sequence[str] = (),
     ) -> Record:
-        """A condition's record from its file; without a file it is measured first, also on `neutral` text."""
+        """A condition's record from its file; if there is none, it is measured, also on `neutral` text."""
         file = home / f"{condition.replace(', ', '-')}.json"
         if not file.exists():
             examples = self.tables.examples if task in self.seen else self.tables.pairs
@@ -341,7 +344,7 @@ class Mixture:
         return Record.read(file)
 
     def _steered(self, arm: Arm, task: TaskTable, seed: int, base: Any, tokenizer: Any, home: Path) -> Any:
-        """A steering arm's model, trained on what there is of an unseen task."""
+        """A steering arm's model, trained on the pairs of an unseen task."""
         arm = arm.model_copy(update={"data": arm.data.model_copy(update={"seed": seed})})
         training = training_of(arm, share_weights(base), tokenizer, self._pairs(task, seed), home)
         trainer = make_trainer(training, save_strategy="no", disable_tqdm=True)
@@ -349,7 +352,7 @@ class Mixture:
         return trainer.accelerator.unwrap_model(trainer.model).eval()
 
     def _side_effects(self, models: Mapping[str, Any], tokenizer: Any) -> Record:
-        """What the trained model does to neutral text, without a prompt."""
+        """The effect of the trained model on neutral text, without a prompt."""
         names = [*measures.served_by("neutral"), "neutral_repetition"]
         held_out = self._held_out(models["base"], tokenizer, neutral_rows(tokenizer))
         keys = {"arm": "trained", "task": "neutral", "examples": self.tables.examples, "seed": 0}

@@ -1,16 +1,17 @@
-"""Distil a prompt into an adapter: what the model does behind it, it then does without (Askell et al. 2112.00861).
+"""Distil a prompt into an adapter, so that the model behaves as if it were there (Askell et al. 2112.00861).
 
     python -m steertune.recipes.distill vector_distillation
     python -m steertune.recipes.distill lora_distillation --views.good.text "Answer like a pirate."
     python -m steertune.recipes.distill vector_contrast_distillation      # demonstrations, each with a bad answer
 
 The prompt is the arm's view `good`: an instruction, demonstrations, a contrast prompt. The prompted model answers the
-training prompts; at these answers the arm learns its distributions (loss `context_distillation`) or its states
-(`prompted`). On test prompts, at what the prompted model says there,
+training prompts; on these answers the arm learns its distributions (loss `context_distillation`) or its states
+(`prompted`). On the prompted model's answers to test prompts,
 
     fidelity = 1 - KL(prompted ‖ distilled) / KL(prompted ‖ base)
 
-is 1 where the adapter does what the prompt does, 0 where it does as much as nothing, and negative where it does harm.
+is 1 if the adapter does what the prompt does, 0 if it is no closer to that than the base, and negative if it is
+further away.
 """
 
 from __future__ import annotations
@@ -69,9 +70,9 @@ def run(arm: Arm, threads: int | None = None) -> Record:
     """Distil the arm's prompt and measure it, in the arm's output folder; return what `result.json` holds.
 
     Raises:
-        ArmError: an arm without a prompt to distil or without an adapter, data without prompts, a folder that holds
+        ArmError: the arm has no prompt to distil or no adapter, the data have no prompts, or the folder holds
             something else.
-        ViewError: demonstrations that are test rows, or fewer than asked for.
+        ViewError: demonstrations are test rows, or fewer than requested.
     """
     _check(arm)
     started = time.monotonic()
@@ -89,7 +90,7 @@ def run(arm: Arm, threads: int | None = None) -> Record:
     model.to(state.device)
     _rehearse(arm, model, tokenizer, test, view)
 
-    # the prompted model answers training prompts, which are learned, and test prompts, on which fidelity is measured
+    # the prompted model's answers to training prompts are learned, those to test prompts measure fidelity
     claim(folder, arm, state.is_main_process)
     bar = Bar(9)
     with bar.step("answers to training prompts", 2):
@@ -121,7 +122,7 @@ def run(arm: Arm, threads: int | None = None) -> Record:
         write_description(folder / "adapter", strength_of(record), data_of(training.rows, arm.data.name))
         written = write_page(page(record, prompted), folder)
         prompted.write(folder / "prompted.json")
-        record.write(folder / "result.json")  # last: it says that the run is finished
+        record.write(folder / "result.json")  # written last, since it marks the run as finished
         print(f"\n{written.read_text(encoding='utf-8')}\nThis page: {written.with_suffix('.html')}")
     return record
 
@@ -136,7 +137,7 @@ def _rehearse(arm: Arm, model: Any, tokenizer: Any, test: Dataset, view: View) -
 def _measure(
     bar: Bar, held_out: HeldOut, view: View, distilled: Any
 ) -> tuple[dict[str, Observations], dict[str, Observations]]:
-    """The observations of the base behind the prompt, and of the distilled model, each beside those of the base."""
+    """The observations of the prompted base and of the distilled model, each with those of the base."""
     with bar.step("base model"):
         base = evaluate_base(held_out)
     with bar.step("prompted model"):
@@ -164,14 +165,14 @@ def _load_prompts(arm: Arm) -> Data:
 def answered(
     arm: Arm, model: Any, tokenizer: Any, view: View, rows: Dataset, seed: int, file: Path | None = None
 ) -> Dataset:
-    """Prompts, and what the prompted model says to each (a sample); processes share them. Answers of an interrupted
-    run are read from `file`, where they are kept.
+    """Prompts with a sampled answer of the prompted model; processes share the work. Answers are kept in `file`, from
+    which an interrupted run reads them.
 
     Raises:
         ArmError: the prompted model answers none of the prompts.
     """
     if file is not None and all(gather_object([file.exists()])):
-        return Dataset.from_list(read_rows(file, "Delete it, and the prompts are answered again."))
+        return Dataset.from_list(read_rows(file, "Delete it to answer the prompts again."))
     shown = [*behind(view, rows)["prompt"]]
     check_context(model, tokenizer, Dataset.from_dict({"prompt": shown}), arm.evaluation.new_tokens, "[views.good]")
     size, length = arm.evaluation.batch_size, arm.evaluation.new_tokens
@@ -181,33 +182,33 @@ def answered(
             i: generate(model, tokenizer, shown[i : i + size], length, _TEMPERATURE, seed + 7 * i)
             for i in track(mine, "batch")
         }
-    # by batch: of fewer batches than processes, several have the last one
+    # by batch; if there are fewer batches than processes, several processes take the last one
     everywhere = dict(gather_object(list(answers_by_start.items())))
     texts = [text for i in sorted(everywhere) for text in everywhere[i]]
     pairs = zip(rows["prompt"], texts, strict=True)
     answers = [{"prompt": prompt, "completion": _in_form(prompt, text)} for prompt, text in pairs if text]
     if not answers:
-        raise ArmError("The prompted model answered nothing at all: is [views.good] a prompt for this model?")
+        raise ArmError("The prompted model gave no answer at all. Is [views.good] a prompt for this model?")
     if file is not None and PartialState().is_main_process:
         write_rows(file, answers)
     return Dataset.from_list(answers)
 
 
 def _tokens(tokenizer: Any, view: View, test: Dataset) -> dict[str, float]:
-    """Mean tokens of a request, as it is and behind the prompt."""
+    """Mean tokens of a request, without and with the prompt."""
     shown = [test["prompt"], behind(view, test)["prompt"]]
     plain, prompted = (sum(prompt_lengths(tokenizer, prompts)) / len(test) for prompts in shown)
     return {"plain": plain, "prompted": prompted, "saved": prompted - plain}
 
 
 def page(record: Record, prompted: Record) -> Page:
-    """What came of it, from the records of the distilled model and of the prompted base."""
+    """The page, from the records of the distilled model and of the prompted base."""
     means, facts = record.means(), record.facts
     base, distilled = means[BASE], means["1"]
     table = comparison({"base": base, "prompted": prompted.means()["1"], "distilled": distilled}).frame
     plain, behind = (f"{facts['tokens'][name]:.0f}" for name in ("plain", "prompted"))
     unanswered = facts.get("unanswered", 0)
-    nothing = f" To {unanswered} other prompts the prompted model said nothing." if unanswered else ""
+    nothing = f" The prompted model gave no answer to {unanswered} other prompts." if unanswered else ""
     table.loc[len(table)] = ["tokens of a request", plain, behind, plain]
     summary = Text(
         f"Fidelity **{distilled['fidelity']:.3f}** on {facts['test_prompts']} test prompts, after "
@@ -243,7 +244,7 @@ def _check(arm: Arm) -> None:
 
 
 def _with_pool(arm: Arm, train: Dataset) -> Arm:
-    """Demonstrations are training examples, also in front of test prompts."""
+    """The demonstrations are training examples, for test prompts too."""
     tables = arm.get(Views).tables
     if tables["good"]["name"] != "demonstrations":
         return arm
@@ -252,7 +253,7 @@ def _with_pool(arm: Arm, train: Dataset) -> Arm:
 
 
 def _in_form(prompt: Any, text: str) -> Any:
-    """An answer in the form of its prompt: a text, or messages."""
+    """An answer in the form of its prompt, text or messages."""
     if isinstance(prompt, str):
         return text if prompt[-1:].isspace() else f" {text}"
     return [{"role": "assistant", "content": text}]

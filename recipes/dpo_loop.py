@@ -1,4 +1,4 @@
-"""DPO on one steering vector as a plain PyTorch loop: no trainer, no arm, nothing to look up elsewhere.
+"""DPO on one steering vector as a plain PyTorch loop, in one file without trainer or arm.
 
     python recipes/dpo_loop.py
     python recipes/dpo_loop.py --data recipes/tasks/warm_tone --layer 12 --steps 32

@@ -1,12 +1,13 @@
-"""Benchmarks of lm-eval, at several strengths of a steering vector: what it costs, and what it brings.
+"""Benchmarks of lm-eval at several strengths of a steering vector.
 
     steertune eval my-vector --tasks arc_easy hellaswag --limit 200
     steertune eval my-vector --tasks my_task.yaml cautious_advice my_pairs.jsonl --strengths 0 1 2 --json
 
-A task is a name that lm-eval knows, a task file of yours (.yaml), an embedded task, or a file of pairs: of these two
-the test split, as a choice between the two answers. A task file can name code (`!function`), and its templates can
+A task is a name that lm-eval knows, your own task file (.yaml), an embedded task, or a file of pairs; of the last two,
+the test split is used as a choice between the two answers. A task file can name code (`!function`), and its templates
+can
 reach all of Python: the first is refused and the second run in a sandbox, unless --run-task-code allows both.
-Strength 0 is the base model, so what is compared ran on the same rows with the same code. Standard errors are
+Strength 0 is the base model, measured on the same rows with the same code. Standard errors are
 lm-eval's. Needs lm-eval: pip install "steertune[eval]".
 """
 
@@ -67,13 +68,13 @@ def main(
     model: Base = None,
     dtype: DType = "float32",
     device: Device = None,
-    limit: Annotated[int | None, Count("first rows of every task only (all)")] = None,
+    limit: Annotated[int | None, Count("only the first rows of every task (all)")] = None,
     fewshot: Annotated[int | None, Option(help="demonstrations in front of every question (the task's own)")] = None,
-    chat: Annotated[bool, Option("--chat", help="ask lm-eval's own tasks through the chat template")] = False,
+    chat: Annotated[bool, Option("--chat", help="format lm-eval's own tasks with the chat template")] = False,
     batch: Annotated[int, Count("rows at a time")] = _BATCH,
     output: Annotated[Path | None, Option(help="also write the numbers to this JSON file")] = None,
     run_task_code: Annotated[
-        bool, Option("--run-task-code", help="run the code that task files name, which can do all that you can")
+        bool, Option("--run-task-code", help="run code from task files, with all your permissions")
     ] = False,
     threads: Threads = None,
 ) -> Result:
@@ -83,7 +84,7 @@ def main(
     if not run_task_code:
         check_task_files(tasks, include)
     begin(threads, only_one=True)
-    # data are read before the model is loaded; rows that the adapter was trained on are refused
+    # read data before loading the model; rows that the adapter was trained on are refused
     reading = Reading(columns_of(columns), chat=partial(model_has_template, base_of(folder, model)))
     pairs = {}
     for name in filter(is_pairs, tasks):
@@ -104,7 +105,7 @@ def main(
 def check_request(
     tasks: Sequence[str], strengths: Sequence[float], fewshot: int | None, include: Path | None, output: Path | None
 ) -> None:
-    """Refuse what no run could do, before the model is loaded.
+    """Refuse impossible options before the model is loaded.
 
     Raises:
         ArmError: names the option.
@@ -124,7 +125,7 @@ def check_request(
 
 
 def check_task_files(tasks: Sequence[str], include: Path | None) -> None:
-    """Refuse task files that name code, also those of a folder.
+    """Refuse task files that name code, those of a folder included.
 
     Raises:
         ArmError: see `check_task_file`.
@@ -152,7 +153,7 @@ def evaluate(
     pairs: Mapping[str, Dataset] | None = None,
     **settings: Any,
 ) -> dict[str, dict[str, dict[str, float]]]:
-    """lm-eval's metrics at each strength. `pairs` are test rows that are read already; `settings` are arguments of
+    """lm-eval's metrics at each strength. `pairs` are test rows that were read before; `settings` are arguments of
     `lm_eval.simple_evaluate`.
 
     Returns:
@@ -179,7 +180,7 @@ def evaluate(
     for strength in track(strengths, "strength"):
         with scaled(model, strength), finite_logits(model):
             results: Any = run_tasks(wrapped, tasks=tasks_to_run, task_manager=manager, log_samples=False, **settings)
-        # metrics without what else lm-eval keeps in a row; a standard error that it does not know is left out
+        # only the metrics of lm-eval's row, without standard errors that it could not compute
         metrics[f"{strength:g}"] = {
             task: {name: float(v) for name, v in row.items() if "," in name and isinstance(v, int | float)}
             for task, row in results["results"].items()
@@ -189,7 +190,7 @@ def evaluate(
 
 @contextmanager
 def finite_logits(model: PeftModel) -> Iterator[None]:
-    """Context in which logits that are NaN or infinite are errors: lm-eval would score them.
+    """Context in which NaN or infinite logits are errors; lm-eval would score them.
 
     Raises:
         NonFiniteError: in the forward pass.
@@ -208,11 +209,11 @@ def finite_logits(model: PeftModel) -> Iterator[None]:
 def _tasks(
     names: Sequence[str], model: Any, tokenizer: Any, include: Path | None, pairs: Mapping[str, Dataset]
 ) -> tuple[Any, list[Any]]:
-    """lm-eval's index, and what to ask it for."""
+    """lm-eval's index, and the names to request from it."""
     from lm_eval.tasks import TaskManager
 
     tasks: list[Any] = []
-    indexed = []  # of lm-eval's index, whose built-in part takes seconds to read
+    indexed = []  # without the built-in tasks, whose index takes seconds to read
     for name in names:
         suffix = Path(name).suffix
         if is_pairs(name):
@@ -246,9 +247,9 @@ def check_pairs(name: str, rows: Dataset) -> None:
 
 
 def pair_task(name: str, model: Any, tokenizer: Any, rows: Dataset | None = None) -> dict[str, Any]:
-    """The test split of pairs as a task for lm-eval: which answer is likelier, `acc`; by its length, `acc_norm`.
-    Prompts that are messages are asked through the chat template; without one, as plain text. `rows` are test rows
-    that are read already.
+    """The test split of pairs as a task for lm-eval: which answer is likelier, `acc`, or likelier for its length,
+    `acc_norm`. Messages are formatted with the chat template, or as plain text if there is none. `rows` are test rows
+    that were read before.
 
     Raises:
         ArmError: no such data, no pairs with a prompt, or rows that are longer than the model's context.

@@ -1,10 +1,10 @@
-"""A trained vector for another tool: stock PEFT, llama.cpp, lm-eval, repeng, plain weights.
+"""Export a trained vector for another tool: stock PEFT, llama.cpp, lm-eval, repeng, plain weights.
 
     python -m steertune.recipes.export runs/vector_dpo-cautious_advice/adapter --to peft --output my-export
     python -m steertune.recipes.export my.gguf --from gguf --model embedded --output my-adapter
 
-What is written is loaded again in a fresh process without this package, and accepted only if it gives the same logits
-on some prompts; otherwise nothing is left, and the reason is printed. `--from` makes an adapter of a control vector.
+The export is loaded again in a fresh process without this package, and kept only if it gives the same logits on some
+prompts; otherwise it is deleted and the reason is printed. `--from` turns a control vector into an adapter.
 """
 
 from __future__ import annotations
@@ -40,16 +40,16 @@ def main(
     source: Annotated[Path, Argument(help="adapter folder; with --from, a file")],
     output: Annotated[Path, Option(help="a new folder")],
     to: Annotated[str | None, Choice(modules_in("adapters/exports"), "the tool it is for")] = None,
-    origin: Annotated[str | None, Choice(["gguf"], "make an adapter of a control vector", "--from")] = None,
+    origin: Annotated[str | None, Choice(["gguf"], "turn a control vector into an adapter", "--from")] = None,
     strength: Annotated[float, Option(help="baked into the export")] = 1.0,
     model: Base = None,
     dtype: DType = "float32",
-    prompts: Annotated[Path | None, Option(help="text file, a prompt a line, to compare logits on")] = None,
+    prompts: Annotated[Path | None, Option(help="text file with one prompt per line, to compare logits on")] = None,
     threads: Threads = None,
 ) -> Result:
     """Write the export, or the adapter of a control vector."""
     if (to is None) == (origin is None):
-        raise ExportError("Give either --to TOOL, to export an adapter, or --from gguf, to make one.")
+        raise ExportError("Give either --to TOOL to export an adapter, or --from gguf to make one.")
     if not math.isfinite(strength) or strength == 0:
         raise ExportError(f"--strength {strength:g}: a finite number that is not 0 is baked into the export.")
     begin(threads, only_one=True)

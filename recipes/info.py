@@ -1,14 +1,15 @@
-"""What an adapter folder holds, and whether it fits a model.
+"""Describe an adapter folder, and check whether it fits a model.
 
     python -m steertune.recipes.info runs/vector_dpo-cautious_advice/adapter
     python -m steertune.recipes.info my-vector --model embedded --json
     steertune info my-vector --data cautious_advice --loss dpo
 
-Every tensor is checked as it is when the adapter is loaded. `--model` loads the base model
-too, puts the vector on it, and says where it can be exported to.
+Every tensor is checked as it would be when the adapter is loaded. `--model` also loads the base model, adds the vector
+to it, and lists the possible exports.
 
 `--data` adds three numbers of inductive bias (`lab/inductive_bias.py`), for a LoRA too: how small a change reaches the
-training loss, how much noise the solution bears, and how much more it does to neutral text than a random direction.
+training loss, how much noise the solution tolerates, and how much more it changes neutral text than a random direction
+does.
 """
 
 from __future__ import annotations
@@ -52,8 +53,8 @@ def main(
     data: Annotated[str | None, Option(help="training data, as data.name: measure the inductive bias on them")] = None,
     columns: ColumnNames = None,
     loss: Annotated[str, Option(help="of --data: a file of losses/", metavar="NAME")] = "cross_entropy",
-    rows: Annotated[int, Count("of --data: training rows, drawn as the recipes draw them")] = 16,
-    seed: Annotated[int, Option(help="of --data: of the rows, the noise and the random directions")] = 0,
+    rows: Annotated[int, Count("of --data: number of training rows, drawn as in the recipes")] = 16,
+    seed: Annotated[int, Option(help="of --data: seed of the rows, the noise and the random directions")] = 0,
     threads: Threads = None,
 ) -> Result:
     """Describe an adapter; an unusable folder, or an adapter of another model, is an error."""
@@ -83,7 +84,7 @@ def describe(folder: Path) -> dict[str, Any]:
     config = adapter_config(folder)
     weights = folder / SAFETENSORS_WEIGHTS_NAME
     if not weights.is_file():
-        raise ArmError(f"{folder} has no {SAFETENSORS_WEIGHTS_NAME}: there is a configuration, and no vector.")
+        raise ArmError(f"{folder} has no {SAFETENSORS_WEIGHTS_NAME}: there is a configuration but no vector.")
     tensors = read_tensors(weights)
     base = config.base_fingerprint or {}
     return {
@@ -98,7 +99,7 @@ def describe(folder: Path) -> dict[str, Any]:
 
 
 def _described(folder: Path) -> dict[str, Any]:
-    """What the description beside the weights says about strength and data, if there is one."""
+    """Strength and data according to the description beside the weights, if there is one."""
     try:
         values = read_description(folder)
     except ValueError as error:
@@ -114,10 +115,10 @@ def _described(folder: Path) -> dict[str, Any]:
 
 
 def tried(folder: Path, name: str) -> dict[str, Any]:
-    """Whether the adapter fits a base model, and where it can be exported to.
+    """Whether the adapter fits a base model, and its possible exports.
 
     Raises:
-        ArmError: it is not of this model.
+        ArmError: it belongs to another model.
     """
     model, *_ = load_steered(folder, name)
     reasons = {}
@@ -136,10 +137,10 @@ def _is_lora(folder: Path) -> bool:
 
 
 def biases(folder: Path, name: str | None, table: DataTable, loss: str) -> dict[str, Any]:
-    """The three numbers of inductive bias, and what they were computed from.
+    """The three numbers of inductive bias, and the data behind them.
 
     Raises:
-        ArmError: unknown data, or a loss that they do not fit.
+        ArmError: the data are unknown, or do not fit the loss.
         ValueError: an unknown loss.
     """
     trained = losses.get_loss(loss)
@@ -170,7 +171,7 @@ def _trainable(folder: Path, name: str | None) -> tuple[PeftModel, Any]:
     """A steering vector or a LoRA on its base model, in evaluation mode, with its tokenizer.
 
     Raises:
-        ArmError: no base model is named, or it is not the adapter's.
+        ArmError: no base model is named, or it is the wrong one.
     """
     if not _is_lora(folder):
         model, tokenizer, _ = load_steered(folder, name)

@@ -1,12 +1,12 @@
-"""Check a file of pairs before training on it: it warns, and refuses nothing.
+"""Check a file of pairs before training on it; this only warns and refuses nothing.
 
     steertune lint my_pairs.jsonl
     steertune lint my_pairs.csv --columns prompt=question chosen=good rejected=bad --json
     steertune lint my_pairs.jsonl --model embedded
 
-Says how the file will be divided, and warns of rows that no recipe takes, of duplicates, of answers with the same
-words, of one side being longer, of single words that tell chosen from rejected (cross-validated by prompt) and, with
-`--model`, of a base model that orders nearly all pairs right already, or nearly none.
+Prints how the file will be divided, and warns about rows that no recipe accepts, duplicates, answers with the same
+words, one side being longer, single words that tell chosen from rejected (cross-validated by prompt) and, with
+`--model`, a base model that already orders nearly all pairs correctly, or nearly none.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ def main(
     model: Annotated[str | None, Option(help="also measure this base model: embedded, a folder or a Hub name")] = None,
     threads: Threads = None,
 ) -> Result:
-    """Check the pairs, and say what was found; the exit code is 0 whatever it is."""
+    """Check the pairs and print the findings; the exit code is always 0."""
     begin(threads, only_one=True)
     findings: list[Finding] = []
     reading = Reading(columns_of(columns))
     try:
         parts = load_parts(data, reading=reading)
-    except ArmError as error:  # which every other recipe ends with
+    except ArmError as error:  # the error that every other recipe would end with
         parts = load_parts(data, reading=replace(reading, strict=False))
         findings.append(Finding("refused", f"Recipes refuse this file: {error}"))
     whole = parts.train if parts.whole is None else parts.whole
@@ -65,7 +65,7 @@ def main(
         "bag_of_words": accuracy,
         "findings": [asdict(finding) for finding in findings],
     }
-    # rows without answers are not divided in a way that means something
+    # the division of rows without answers means nothing
     lines = [parts.note] if pairs or not findings else []
     if accuracy is not None:
         lines.append(f"Single words tell chosen from rejected in {accuracy:.0%} of pairs (50% is chance).")
@@ -76,7 +76,7 @@ def main(
             else ""
         )
         lines.append(f"Warning: {finding.text}{where}")
-    lines += [] if findings else ["Nothing to warn of."]
+    lines += [] if findings else ["Nothing to warn about."]
     return Result(result, "\n".join(lines))
 
 

@@ -3,11 +3,11 @@
     python -m steertune.recipes.map cautious_advice
     python -m steertune.recipes.map my_pairs/ --layers 4 8 12 16 20 24 --combinations 60
 
-Every layer gets a vector (the mean difference), scaled so that it alone has the same small KL to the base. Measured
-are the margins of test pairs with each vector alone, added and subtracted, with every pair of vectors, and with random
-directions of the same KL in their place; then with random sets of 3 to 5 layers, which the map has to predict. Last,
-the best layer is compared with the three best ones, at one KL, on pairs that nothing was chosen on. What the lower
-layers compute is shared. An interrupted map goes on where it stopped.
+Every layer gets a vector (the mean difference), scaled so that it alone has the same small KL to the base. It measures
+the margins of test pairs with each vector alone, added and subtracted, with every pair of vectors, and with random
+directions of the same KL instead; then with random sets of 3 to 5 layers, which the map has to predict. Finally the
+best layer is compared with the three best ones, at one KL, on pairs that no choice was based on. What the lower layers
+compute is shared. An interrupted map continues where it stopped.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ from steertune.recipes.sweeping.sources import Source
 
 VECTOR, CONTROL = "vector", "control"
 SPREAD = 3
-"""Layers that are compared with the best one."""
+"""Number of best layers that are compared with the single best one."""
 
 
 @command
@@ -68,13 +68,13 @@ def main(
     ] = "mean_difference",
     layers: Layers = LAYERS,
     kl: Annotated[float, Option(help="KL to the base of every vector alone, nats per token of neutral text")] = 0.03,
-    combinations: Annotated[int, Count("sets of 3 to 5 layers that the map has to predict")] = 30,
+    combinations: Annotated[int, Count("number of sets of 3 to 5 layers that the map has to predict")] = 30,
     columns: ColumnNames = None,
     model: Annotated[str | None, Option(help="embedded, a local folder or a Hub name (embedded)")] = None,
-    train: Annotated[int, Count("pairs that the vectors are computed from")] = 32,
-    rows: Annotated[int, Count("pairs that effects are measured on")] = 32,
-    test: Annotated[int, Count("pairs that the last comparison is made on")] = 32,
-    seed: Annotated[int, Option(help="of the training rows, the controls and the sets")] = 0,
+    train: Annotated[int, Count("pairs from which the vectors are computed")] = 32,
+    rows: Annotated[int, Count("pairs on which effects are measured")] = 32,
+    test: Annotated[int, Count("pairs for the last comparison")] = 32,
+    seed: Annotated[int, Option(help="seed of the training rows, the controls and the sets")] = 0,
     threads: Threads = None,
     folder: Annotated[Path | None, Option(help="(runs/map-<task>)")] = None,
     words: Sequence[str] = (),
@@ -117,7 +117,7 @@ def mapped(
         notes: About the rows.
 
     Raises:
-        ArmError: a vector that is zero, or that does not reach the KL.
+        ArmError: a vector is zero, or does not reach the KL.
     """
     matching = neutral_rows(context.tokenizer, "match", count=FEW_NEUTRAL)
     held_out = replace(context.held_out(VALIDATION), matching=matching)
@@ -128,7 +128,7 @@ def mapped(
     with progress("Map", 10) as bar:
         with bar.step("strengths", 2):
             units = {kind: scaled(context, held_out, kind, vectors, kl, folder) for kind, vectors in made.items()}
-        # every set once; what is in the file is not measured again
+        # each set once; those in the file are not measured again
         with bar.step("sets", 7):
             jobs = [_job(context, held_out, VECTOR, units[VECTOR], of) for of in [*ours, *others]]
             jobs += [_job(context, held_out, CONTROL, units[CONTROL], of) for of in theirs]
@@ -159,7 +159,7 @@ def mapped(
 def scaled(
     context: Context, held_out: HeldOut, kind: str, vectors: Mapping[int, Any], kl: float, folder: Path
 ) -> Interventions:
-    """Vectors that alone have this KL; their strengths are kept in `strengths.json`."""
+    """Vectors scaled to this KL each; their strengths are kept in `strengths.json`."""
 
     def job(layer: int) -> Job:
         def run(_: Sequence[Any]) -> list[Mapping[str, Any]]:
@@ -176,7 +176,7 @@ def scaled(
 def _margins_of(
     records: Sequence[Mapping[str, Any]], ours: Sequence[Set], theirs: Sequence[Set]
 ) -> tuple[Margins, Margins]:
-    """Margins of the vectors' sets and of the controls' sets."""
+    """Margins for the sets of vectors and for the sets of controls."""
     values = {(record["kind"], record["set"]): np.array(record["margins"]) for record in records}
     return {of: values[VECTOR, name_of(of)] for of in ours}, {of: values[CONTROL, name_of(of)] for of in theirs}
 
@@ -192,7 +192,7 @@ def _job(context: Context, held_out: HeldOut, kind: str, vectors: Interventions,
 
 
 def name_of(of: Set) -> str:
-    """A set in a file: `4+ 12-`, or `nothing`."""
+    """The name of a set in the file: `4+ 12-`, or `nothing`."""
     return " ".join(f"{layer}{'+' if sign > 0 else '-'}" for layer, sign in sorted(of)) or "nothing"
 
 

@@ -1,14 +1,14 @@
-"""Fit a monitor on bad and innocent transcripts, and test it on transcripts that it has not seen.
+"""Fit a monitor on bad and innocent transcripts, and test it on held-out ones.
 
     steertune monitor caught.jsonl --innocent traffic.jsonl
     steertune monitor labelled.jsonl --methods lda logistic --poolings mean max --false-positives 0.05
     steertune monitor caught.jsonl --innocent traffic.jsonl --test far.jsonl --traffic today.jsonl
 
-A transcript has a prompt and an answer (`prompt` and `completion`, or `messages`). Bad rows stand in a file of their
-own, or a column `bad` says which rows are bad. Corrections (`corrected`) count as innocent rows. A part of the rows is
-held out, near-duplicates together; layer, method, pooling and threshold are chosen on the others. Ends with a page:
-AUROC, recall and false positives at the threshold with intervals, calibration, drift to a later sample of traffic
-(`--traffic`), and beside the monitors what TF-IDF of the text finds, without which their results mean little.
+A transcript has a prompt and an answer (`prompt` and `completion`, or `messages`). Bad rows come in a file of their
+own, or are marked by a column `bad`. Corrections (`corrected`) count as innocent rows. Part of the rows is held out,
+near-duplicates together; layer, method, pooling and threshold are chosen on the rest. Ends with a page: AUROC, recall
+and false positives at the threshold with intervals, calibration, drift to a later sample of traffic (`--traffic`), and
+as the baseline a classifier on TF-IDF of the text.
 """
 
 from __future__ import annotations
@@ -57,10 +57,10 @@ POOLINGS = ["mean"]
 @command
 def main(
     rows: Annotated[str, Argument(help="bad transcripts, or transcripts with a column bad; a file or a name")],
-    innocent: Annotated[str | None, Option(help="innocent transcripts; as many as there are")] = None,
+    innocent: Annotated[str | None, Option(help="innocent transcripts, as many as you have")] = None,
     test: Annotated[list[str] | None, Option(help="more labelled transcripts to test on", metavar="FILE ...")] = None,
     traffic: Annotated[str | None, Option(help="a later sample of traffic, for the drift of scores")] = None,
-    false_positives: Annotated[float, Option(help="share of innocent rows that may be flagged")] = 0.01,
+    false_positives: Annotated[float, Option(help="largest share of innocent rows to flag")] = 0.01,
     methods: Annotated[list[str], Option(help="files of adapters/monitors/fits/", metavar="NAME ...")] = METHODS,
     poolings: Annotated[list[str], Option(help="files of adapters/monitors/pooling/", metavar="NAME ...")] = POOLINGS,
     layers: Annotated[
@@ -80,7 +80,7 @@ def main(
     check_unfinished(home)
     begin(threads, only_one=True)
     table = ModelTable(name=model, dtype=dtype)
-    # everything that can be refused is refused before the weights are loaded
+    # check all input before the weights are loaded
     chosen = Settings(
         false_positives,
         layer_indices(table, layers, site),
@@ -114,10 +114,10 @@ def main(
 
 
 def layer_indices(table: ModelTable, words: Sequence[str] | None, site: Site) -> list[int]:
-    """The layers that a command line names, or those among which the rows choose.
+    """The layers given on the command line, or the default candidates.
 
     Raises:
-        ArmError: a word is no layer of the model, the model is not there, or has no such site.
+        ArmError: a value is not a layer of the model, or the model does not exist or has no such site.
     """
     bare = skeleton(table)
     layers: list[int | float] = [*LAYERS]
@@ -138,7 +138,7 @@ def layer_indices(table: ModelTable, words: Sequence[str] | None, site: Site) ->
 
 
 def _drift(best: Detector, samples: Samples, later: list[float], name: str) -> Section:
-    """The scores of a later sample of traffic beside those of held-out innocent rows."""
+    """Drift from held-out innocent rows to a later sample of traffic."""
     innocent_H = ~samples.test.bad[: samples.held_out]
     before = [score for score, innocent in zip(best.scores, innocent_H, strict=False) if innocent]
     if min(len(before), len(later)) < 2:
@@ -149,7 +149,7 @@ def _drift(best: Detector, samples: Samples, later: list[float], name: str) -> S
 def _write(
     tested: list[Detector], samples: Samples, sections: list[Section], home: Path, rows: str, model: str
 ) -> Result:
-    """Save the best monitor, and write its page, its scores and the result."""
+    """Save the best monitor, and write the page, the scores and the result."""
     best, test = tested[0], samples.test
     assert best.monitor is not None
     text = next(one for one in tested if one.monitor is None)
@@ -184,7 +184,7 @@ def _write(
             for one in tested
         ],
     }
-    write_result(home / "result.json", result)  # last: it says that the run is finished
+    write_result(home / "result.json", result)  # written last, since it marks the run as finished
     return Result(result, f"{file.read_text(encoding='utf-8')}\nThis page: {file.with_suffix('.html')}")
 
 

@@ -1,16 +1,16 @@
-"""Patch a model that was caught: a fix, a monitor, and what still goes wrong, from 1 to 16 bad transcripts.
+"""Patch a model from 1 to 16 bad transcripts: a fix, a monitor, and a page on what still goes wrong.
 
     steertune patch caught.jsonl --innocent traffic.jsonl
     steertune patch caught.jsonl --innocent traffic.jsonl --accept        # the sampled corrections, once reviewed
     steertune patch caught.jsonl --innocent traffic.jsonl --near near.jsonl --far far.jsonl --arm lora_neutral_sft
 
-A catch is a prompt and a bad answer, and maybe the answer that it should have been: columns `prompt`, `bad` and
-`corrected`. Where corrections are missing, the model itself is asked under an instruction, what it says is written to
-`corrected.jsonl`, and the command stops: read and change it, then go on with `--accept`. Any arm on pairs can be the
+A catch is a prompt and a bad answer, optionally with the right answer: columns `prompt`, `bad` and `corrected`.
+Missing corrections are sampled from the model under an instruction and written to `corrected.jsonl`, and the command
+stops: review and edit the file, then continue with `--accept`. Any arm on pairs can be the
 fix: `vector_neutral_sft` (one vector, whose strength can be turned back for every request), `lora_neutral_sft`,
-`vector_span_dpo` (a sum of vectors that exist); every key of it can be set (`--adapter.layers 10`). Arms with
-`neutral_kl` keep to the base model on the innocent traffic. `--near` and `--far` are bad transcripts that nothing is
-made of. What is finished is not done again: the same command goes on where it stopped.
+`vector_span_dpo` (a sum of existing vectors); every key of the arm can be set (`--adapter.layers 10`). Arms with
+`neutral_kl` stay close to the base model on the innocent traffic. `--near` and `--far` are bad transcripts for tests
+only. The same command continues an interrupted run.
 """
 
 from __future__ import annotations
@@ -56,11 +56,11 @@ from steertune.recipes.patching.page import card_of, patch_page
 from steertune.recipes.patching.policy import Context, make_fix, strengths_of
 from steertune.recipes.patching.watching import Watching, watch
 
-_AGAIN = "Delete it, and it is made again."
+_AGAIN = "Delete it to make it again."
 
 
 class PatchTables(BaseModel):
-    """What makes a run: another one needs another folder."""
+    """What identifies a run: another one needs another folder."""
 
     arm: dict[str, Any]
     rows: str
@@ -70,23 +70,25 @@ class PatchTables(BaseModel):
 @command
 def main(
     caught: Annotated[str, Argument(help="1 to 16 bad transcripts: a file or a name")],
-    innocent: Annotated[str | None, Option(help="innocent transcripts; as many as there are")] = None,
+    innocent: Annotated[str | None, Option(help="innocent transcripts, as many as you have")] = None,
     near: Annotated[str | None, Option(help="bad transcripts of the same kind, to test on")] = None,
     far: Annotated[str | None, Option(help="bad transcripts of other kinds, to test on")] = None,
     arm: Annotated[
         str, Option(help="what is trained: an arm on pairs", autocompletion=arm_names, metavar="ARM")
     ] = "vector_neutral_sft",
     bad_pattern: Annotated[str | None, Option(help="a regular expression that finds bad answers")] = None,
-    instruction: Annotated[str, Option(help="under which missing corrections are sampled")] = INSTRUCTION,
-    accept: Annotated[bool, Option("--accept", help="go on with sampled corrections")] = False,
+    instruction: Annotated[str, Option(help="instruction under which missing corrections are sampled")] = INSTRUCTION,
+    accept: Annotated[bool, Option("--accept", help="continue with the sampled corrections")] = False,
     sizes: Annotated[
-        list[int] | None, Option(help="make the fix of so many catches too (1 4)", metavar="N ...")
+        list[int] | None, Option(help="also make the fix from fewer catches (1 4)", metavar="N ...")
     ] = None,
-    false_positives: Annotated[float, Option(help="share of innocent rows that the monitor may flag")] = 0.01,
-    method: Annotated[str, Option(help="of the monitor: a file of adapters/monitors/fits/")] = "lda",
-    pooled: Annotated[str, Option("--pooling", help="of the monitor: a file of adapters/monitors/pooling/")] = "mean",
+    false_positives: Annotated[float, Option(help="largest share of innocent rows that the monitor may flag")] = 0.01,
+    method: Annotated[str, Option(help="how the monitor is fitted: a file of adapters/monitors/fits/")] = "lda",
+    pooled: Annotated[
+        str, Option("--pooling", help="how token scores are pooled: a file of adapters/monitors/pooling/")
+    ] = "mean",
     threads: Threads = None,
-    folder: Annotated[Path | None, Option(help="where everything is written (runs/patch-CAUGHT)")] = None,
+    folder: Annotated[Path | None, Option(help="output folder (runs/patch-CAUGHT)")] = None,
     overrides: Sequence[str] = (),
 ) -> Result:
     """Make the fix and the monitor, and write the page."""
@@ -121,7 +123,7 @@ def main(
 
 
 def make_cells(context: Context, home: Path, watching: Watching) -> list[Cell]:
-    """The fix of every size with its monitor; those of an earlier run are read."""
+    """The fix of every size with its monitor; finished ones are read from the folder."""
     sizes = context.case.sizes
     bar = Bar(len(sizes))
     cells = []
@@ -151,7 +153,7 @@ def make_cells(context: Context, home: Path, watching: Watching) -> list[Cell]:
 def _corrections(
     case: Case, home: Path, model: Any, tokenizer: Any, instruction: str, chat: Callable[[], bool], new_tokens: int
 ) -> Transcripts | None:
-    """The catches with the corrections that were sampled, now or by an earlier run; None: all were written."""
+    """The catches with corrections sampled now or by an earlier run; None if every catch came with one."""
     if None not in case.caught.corrections:
         return None
     if (home / FILE).exists():
@@ -162,7 +164,7 @@ def _corrections(
 
 
 def _to_review(corrected: Transcripts, file: Path) -> Result:
-    """The corrections, for somebody to read before anything is made of them."""
+    """The corrections, for review before anything is made from them."""
     text = (
         f"{for_review(corrected)}\nThe model wrote the corrections that were missing; nothing was trained. Read and "
         f"change them in {file}, then run the same command with --accept."
@@ -176,7 +178,7 @@ def _write(case: Case, cells: list[Cell], arm: dict[str, Any], caught: str, home
     write_card(home / "adapter", card_of(case, cells[-1], arm, title))
     write_description(home / "adapter", data=data_of(dataset(case.pairs(CAUGHT)), Path(caught).name))
     result = {"caught": caught, "arm": arm["name"], "cells": [cell.to_json() for cell in cells]}
-    write_result(home / "result.json", result)  # last: it says that the run is finished
+    write_result(home / "result.json", result)  # written last, since it marks the run as finished
     return Result(result, f"{file.read_text(encoding='utf-8')}\nThis page: {file.with_suffix('.html')}")
 
 

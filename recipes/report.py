@@ -1,10 +1,10 @@
-"""One page and one table from the cells of a grid; nothing is run again.
+"""Write one page and one table from the cells of a grid; nothing is run again.
 
     steertune report runs/quick
 
 Writes `report.html` (opens without a network), `report.md`, `report.json` (the verdict and the answer), `charts/` (PNG
-and SVG), `tables/` (LaTeX), and `cells.parquet`, the rows of all cells. A folder that has only this table of its cells
-is read from it. The sections of the page are the files of `ablation/sections/`.
+and SVG), `tables/` (LaTeX), and `cells.parquet`, the rows of all cells. If a folder has only this table, the report is
+made from it. The sections of the page are the files of `ablation/sections/`.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from steertune.recipes.lab.paths import modules_in
 
 NAMES = modules_in("recipes/lab/measures")
 MEASURES = [*NAMES, *(f"matched_{name}" for name in NAMES)]
-MEASURE = f"instead of the claim's measure: {', '.join(NAMES)}; matched_NAME is short for --strength matched"
+MEASURE = f"measure to use instead of the claim's: {', '.join(NAMES)}; matched_NAME is short for --strength matched"
 
 
 @command
@@ -40,7 +40,7 @@ def main(
     folder: Annotated[Path, Argument(help="folder of a grid")],
     measure: Annotated[str | None, Choice(MEASURES, MEASURE, metavar="NAME")] = None,
     strength: Annotated[
-        str | None, Choice(["tuned", "matched", "frontier"], "where it is read, instead of the claim's strength")
+        str | None, Choice(["tuned", "matched", "frontier"], "strength to use instead of the claim's")
     ] = None,
     output: Annotated[Path | None, Option(help="folder to write to (the grid's)")] = None,
 ) -> Result:
@@ -53,8 +53,8 @@ def main(
 def write_report(
     folder: Path, measure: str | None = None, output: Path | None = None, strength: str | None = None
 ) -> Path:
-    """Write the report of a grid's folder; return the Markdown page. A `measure` or `strength` takes the place of the
-    claim's, and the page says that it is not what was claimed.
+    """Write the report of a grid's folder; return the Markdown page. With another `measure` or `strength` than the
+    claim's, the page says that this is not what was claimed.
 
     Raises:
         ArmError: the folder holds no grid or no cells.
@@ -62,9 +62,9 @@ def write_report(
     file = folder / GRID
     if not file.is_file():
         raise ArmError(f"{folder} holds no grid ({GRID}). Run one: steertune ablate GRID --folder {folder}")
-    grid = read_result(file, "Run the grid again: it writes this file anew, and keeps its cells.")
+    grid = read_result(file, "Run the grid again: it writes this file again and keeps the cells.")
     tables = read_tables(grid)
-    assert tables.claim is not None  # a grid without one is refused when it is read
+    assert tables.claim is not None  # reading a grid refuses one without a claim
     cells = read_cells(folder, grid)
     claim = claim_about(tables.claim, measure, strength)
     output = output or folder
@@ -98,7 +98,7 @@ def claim_about(claim: Claim, measure: str | None, strength: str | None) -> Clai
         ArmError: an unknown measure.
     """
     name = measure or claim.measure
-    if name.startswith("matched_"):  # how it was written before
+    if name.startswith("matched_"):  # the former spelling
         name, strength = name.removeprefix("matched_"), strength or "matched"
     return claim.model_copy(update={"measure": measures.get(name).name, "strength": strength or claim.strength})
 

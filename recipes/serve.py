@@ -5,22 +5,23 @@
     echo '{"prompt": "Shall I quit?", "vector": "careful", "strength": 1.5}' | steertune serve careful=my-vector
 
 With `--port` it speaks OpenAI's chat completions and completions; a model name such as `base+careful@1.5` says what
-steers. It listens on this machine alone unless `--host` says otherwise, and asks for the key in the environment
-variable STEERTUNE_API_KEY if there is one. The page "Serve" of the documentation has all of it.
+steers. It listens on this machine only unless `--host` says otherwise, and requires the key in the environment
+variable STEERTUNE_API_KEY if that is set. See the page "Serve" of the documentation.
 
-Without `--port`, a request is a line of JSON: `prompt` (text or messages), and if wanted `vector` (a name; without one
-the base model answers), `strength` (1), `steering` (further vectors, as over HTTP), `new_tokens` (60), `temperature`
+Without `--port`, a request is a line of JSON: `prompt` (text or messages), and optionally `vector` (a name; without
+one the base model answers), `strength` (1), `steering` (further vectors, as over HTTP), `new_tokens` (60),
+`temperature`
 (0: greedy), `seed` (0) and `id` (the line's number, from 0). The answer is a line with `id` and `answer`, in the order
-of the requests. A file of answers is continued: requests whose `id` stands in it are not answered again. A request
+of the requests. An existing file of answers is continued: requests whose `id` is in it are skipped. A request
 that cannot be answered gets a line with `id` and `error`, and the others their answers.
 
 With `--monitor FOLDER` every line also has `score` and `flagged`, read while the answer is generated. A flagged answer
-can be replaced: `--resample 4` samples it four times again and gives the least suspicious of all, `--steer
-careful@1.5` answers again with a vector (the probe decides, the vector acts). Such a line has `first`, the answer that
+can be replaced: `--resample 4` samples four more answers and returns the least suspicious of all, `--steer
+careful@1.5` answers again with a vector. Such a line has `first`, the answer that
 was flagged.
 
-What a request gets does not depend on what else is in its batch, sampling included (within rounding, which in 16 bits
-can change a word). In Python: `Server(*load_vectors({"careful": folder})).answers([Request(prompt="Shall I quit?",
+An answer does not depend on the rest of its batch, sampling included (within rounding, which in 16 bits can change a
+word). In Python: `Server(*load_vectors({"careful": folder})).answers([Request(prompt="Shall I quit?",
 vector="careful", strength=1.5)])`.
 """
 
@@ -54,24 +55,24 @@ KEY = "STEERTUNE_API_KEY"
 @command
 def main(
     vectors: Annotated[
-        list[str] | None, Argument(metavar="[NAME=FOLDER]...", help="adapters, and what requests call them")
+        list[str] | None, Argument(metavar="[NAME=FOLDER]...", help="adapters and their names in requests")
     ] = None,
     port: Annotated[int | None, Option(min=0, max=65535, help="serve HTTP on this port (0: a free one)")] = None,
     host: Annotated[str, Option(help="address that --port listens on")] = LOOPBACK,
-    queue: Annotated[int, Count("answers that may wait with --port; more are refused")] = QUEUE,
+    queue: Annotated[int, Count("with --port, how many answers may wait; more are refused")] = QUEUE,
     vectors_in: Annotated[Path | None, Option(help="folder of adapters that requests to --port may load")] = None,
     input: Annotated[Path | None, Option(help="a file of requests (standard input)")] = None,
     output: Annotated[Path | None, Option(help="a file of answers (standard output)")] = None,
     model: Base = None,
     dtype: DType = "float32",
     device: Device = None,
-    batch: Annotated[int, Count("answers at a time")] = BATCH,
+    batch: Annotated[int, Count("answers generated at the same time")] = BATCH,
     longest: Annotated[int, Count("tokens of the longest answer that a request may ask for")] = LONGEST,
-    seconds: Annotated[int, Count("time for a request")] = SECONDS,
-    monitor: Annotated[Path | None, Option(help="folder of a monitor that scores every line's answer")] = None,
-    resample: Annotated[int | None, Count("times that a flagged answer is sampled again")] = None,
+    seconds: Annotated[int, Count("time limit of a request")] = SECONDS,
+    monitor: Annotated[Path | None, Option(help="folder of a monitor that scores every answer")] = None,
+    resample: Annotated[int | None, Count("how many times to sample a flagged answer again")] = None,
     steer: Annotated[
-        str | None, Option(help="vector with which a flagged request is answered again", metavar="NAME@STRENGTH")
+        str | None, Option(help="vector for answering a flagged request again", metavar="NAME@STRENGTH")
     ] = None,
     threads: Threads = None,
 ) -> int:
@@ -79,13 +80,13 @@ def main(
     folders = named_folders(vectors or [])
     done = check_files(input, output) if port is None else set()
     if port is not None and (input is not None or output is not None):
-        raise ArmError("--port serves HTTP, and reads no --input and writes no --output. Leave them out.")
+        raise ArmError("--port serves HTTP, without --input and --output. Leave them out.")
     if vectors_in is not None and not vectors_in.is_dir():
         raise ArmError(f"--vectors-in {vectors_in}: the folder does not exist.")
     remedy = remedy_of(resample, steer, [*folders])
     check_monitor(monitor, remedy)
     if port is not None and monitor is not None:
-        raise ArmError("--monitor scores answers to lines, not those of --port. Leave one of them out.")
+        raise ArmError("--monitor works with lines of JSON only, not with --port. Leave one of them out.")
     begin(threads, only_one=True)
     where = device or default_device()
     if port is not None:

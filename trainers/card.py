@@ -18,7 +18,7 @@ def write_trainer_card(trainer: SteeringRun, folder: str | Path, overwrite: bool
     Args:
         trainer: The trainer.
         folder: Where its adapter was saved.
-        overwrite: Whether to replace a README that somebody may have written.
+        overwrite: Whether to replace a README that a user may have written.
     """
     model: Any = trainer.accelerator.unwrap_model(trainer.model)
     home = adapter_folder(model, Path(folder))

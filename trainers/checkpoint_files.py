@@ -1,6 +1,6 @@
-"""Which files a checkpoint needs so that training goes on as if it had never stopped; and which of them run code.
+"""Which files a checkpoint needs so that training continues as if it had never stopped; and which of them run code.
 
-The Trainer skips a missing file without a word: without `optimizer.pt` it goes on with an optimiser that has forgotten
+The Trainer skips a missing file silently: without `optimizer.pt` it continues with an optimiser that has forgotten
 the steps before, and ends elsewhere.
 """
 

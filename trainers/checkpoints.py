@@ -148,7 +148,8 @@ def check_checkpoint(folder: str | Path) -> None:
     # and no file is missing
     if (missing := missing_states(folder)) is not None:
         raise CheckpointError(
-            f"{folder} has no {missing}, without which training would not go on where it stopped, but end elsewhere. "
+            f"{folder} has no {missing}, without which training would not continue where it stopped, but end "
+            "elsewhere. "
             "Resume from another checkpoint (they are whole with save_only_model=False), or start a new training from "
             "its adapter: PeftModel.from_pretrained(base, folder, is_trainable=True)."
         )
@@ -164,7 +165,8 @@ def check_state(folder: str | Path, trainer: SteeringRun) -> None:
     # DeepSpeed keeps the scaler among its own states
     if trainer.accelerator.scaler is not None and not saved_by_deepspeed(Path(folder)) and not scaler.is_file():
         raise CheckpointError(
-            f"{folder} has no {SCALER_NAME}, which a training in fp16 needs to go on: it was saved without fp16, or "
+            f"{folder} has no {SCALER_NAME}, which a training in fp16 needs to continue: it was saved without fp16, "
+            "or "
             "is not whole. Resume with the precision it was saved with, or from another checkpoint."
         )
     code = None if trainer.trust_checkpoint else code_in(Path(folder))
@@ -217,6 +219,8 @@ def check_processes(folder: str | Path, processes: int, deepspeed: bool) -> None
             f"DeepSpeed with {shards}, or start from its adapter (PeftModel.from_pretrained(..., is_trainable=True))."
         )
     if deepspeed and not shards:
-        raise CheckpointError(f"{folder} was not saved under DeepSpeed, which cannot go on from it. Go on without it.")
+        raise CheckpointError(
+            f"{folder} was not saved under DeepSpeed, which cannot continue from it. Continue without it."
+        )
     if deepspeed and shards != processes:
         raise CheckpointError(f"{folder} is of {shards} processes, {processes} run now: DeepSpeed needs {shards}.")

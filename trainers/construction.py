@@ -198,7 +198,7 @@ class Construction:
     ) -> None:
         self.trainer, self.parent, self.bound, self.given = trainer, parent, bound, bound.arguments
         self.peft_config, self.view_options = peft_config, views
-        self.continued = isinstance(self.given.get("model"), PeftModel)  # training goes on with the model's adapter
+        self.continued = isinstance(self.given.get("model"), PeftModel)  # training continues with the model's adapter
 
     def run(self) -> None:
         """Construct the trainer."""

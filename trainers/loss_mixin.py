@@ -113,9 +113,9 @@ class LossMixin(VectorMixin):
         if self._plain:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         loss, inputs = self.loss_at_work, Inputs.of(inputs)
-        # the parent's own loss, where it is not exactly one of ours or somebody reads its outputs
+        # the parent's own loss, where it is not exactly one of ours or its outputs are read
         if loss is None or (self.loss is None and (return_outputs or not inputs.has_units_of(loss.needs.pairs))):
-            # outputs that somebody reads must be the parent's on padding too, where skipped states are zero
+            # outputs that are read must be the parent's on padding too, where skipped states are zero
             passes = self.pay_once.whole() if return_outputs else self.pay_once.on()
             with untouched(self.model), self._boundary(inputs), passes:
                 return super().compute_loss(model, dict(inputs), return_outputs, num_items_in_batch)

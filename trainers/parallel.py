@@ -1,4 +1,4 @@
-"""Gather the weights that ZeRO-3 shards, for as long as somebody reads them."""
+"""Gather the weights that ZeRO-3 shards, while they are read."""
 
 from __future__ import annotations
 

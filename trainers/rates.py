@@ -168,7 +168,7 @@ def take_units_of(folder: str, model: nn.Module) -> None:
     if sizes is None and config.stream_sizes:
         raise CheckpointError(
             f"{folder} was trained with an absolute learning rate; rates are in units of the residual stream now, so "
-            "its schedule and optimizer state cannot go on. Train on from its vector instead: "
+            "its schedule and optimizer state cannot continue. Train on from its vector instead: "
             "PeftModel.from_pretrained(model, folder, is_trainable=True)."
         )
     if sizes != config.stream_sizes:

@@ -29,7 +29,7 @@ _EQUAL_REWARDS = 5  # logs in a row
 
 
 class RewardError(ValueError):
-    """A reward function returned something that is no reward; the message names it."""
+    """A reward function returned something that is not a reward; the message names it."""
 
 
 class ReinforcementMixin(VectorMixin):

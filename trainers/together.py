@@ -52,7 +52,7 @@ def train_together(trainers: Sequence[SteeringMixin]) -> list[TrainOutput | NonF
             vector, at the same layers and site of the same base model. They may share its weights (`share_weights`).
 
     Returns:
-        What each `train()` returned, or the error of an arm that diverged; the others go on without it.
+        What each `train()` returned, or the error of an arm that diverged; the others continue without it.
 
     Raises:
         ValueError: the trainers cannot train together; the message says why.

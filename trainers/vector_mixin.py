@@ -20,7 +20,7 @@ class VectorMixin(Trainer):
 
     model: Any  # the parent's type allows None, which it is not after construction
     card: Card = Card()
-    """What the model card says of behaviour, problem, data and measurements. Set it before the adapter is saved or
+    """What the model card says about behaviour, problem, data and measurements. Set it before the adapter is saved or
     pushed; the card says which parts were left open."""
     inductive_biases: list[Bias]
     vector_learning_rate: float | None

@@ -166,7 +166,7 @@ def _moved(name: str, block: nn.Module, call: tuple[Any, ...], path: str, added:
     for site in sites:
         try:
             inner = site_name(name, block, site).removeprefix(name).removeprefix(".")
-        except ValueError:  # the block has no attention that can be told
+        except ValueError:  # the block has no attention module that can be identified
             continue
         change_TD = _change(block, inner, call, path, added)
         if change_TD is None:

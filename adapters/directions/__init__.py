@@ -1,6 +1,6 @@
 """Directions in closed form: steering vectors that need no training.
 
-Each file of this folder is one method and gives it its name. It defines `POOL` (the tokens that stand for an answer)
+Each file of this folder is one method, named by the file. It defines `POOL` (the tokens that stand for an answer)
 and
 
     fit(chosen, rejected) -> {layer: direction}
@@ -35,7 +35,7 @@ class Direction:
         vectors: Layer index -> direction `(d,)`, fp32, with the method's own length.
         residual_norms: Layer index -> mean norm of the residual stream at the same place.
         site: Where the activations were read.
-        pool: Which tokens stood for an answer.
+        pool: Which tokens represent an answer.
         pairs: Number of contrast pairs.
         data_sha256: Hash of the token ids they came from.
     """

@@ -2,7 +2,7 @@
 
     export(model, "peft", "my-export", base="HuggingFaceTB/SmolLM2-135M-Instruct")
 
-Each file of this folder is one target and gives it its name; a new file is a new target. Every export comes with the
+Each file of this folder is one target, named by the file; a new file is a new target. Every export comes with the
 lines that load it without this package, and counts only once a fresh process has run them and found the same logits.
 """
 

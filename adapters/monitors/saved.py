@@ -107,7 +107,7 @@ def read(folder: str | Path) -> Monitor:
     """
     home = Path(folder)
     if not (home / CONFIG).is_file() or not (home / WEIGHTS).is_file():
-        raise MonitorError(f"{folder} is no monitor: it does not hold both {CONFIG} and {WEIGHTS}.")
+        raise MonitorError(f"{folder} is not a monitor: it does not hold both {CONFIG} and {WEIGHTS}.")
     try:
         text = (home / CONFIG).read_bytes()
         if len(text) > _LARGEST:

@@ -23,7 +23,8 @@ class BudgetTable(BaseModel, extra="forbid", strict=True):
     ends. A trial is trained, and measured on the validation rows: at every one of `strengths`, or with "matched" at
     the strength with the grid's KL to the base, where arms are compared (arms without a strength: at 1). Tuned at free
     strengths for accuracy alone, every arm buys it with the model's fluency.
-    With `halving` k, all trials first train a fraction of their steps and only the best 1 in k goes on, rung by rung.
+    With `halving` k, all trials first train a fraction of their steps and only the best 1 in k continues, rung by
+    rung.
     """
 
     trials: int = Field(default=4, ge=1)
@@ -167,7 +168,7 @@ def draw(budget: BudgetTable, seed: int, layered: bool = True) -> list[Setting]:
 
 def untrained_strengths(budget: BudgetTable, layers: int = 1) -> list[float] | Literal["matched"]:
     """Strengths for an arm without training, which spends its trials on them: as many as all trials measure. Each is
-    tried at so many `layers`."""
+    tried at all `layers`."""
     if budget.strengths == "matched":
         return "matched"
     low, high = min(budget.strengths), max(budget.strengths)

@@ -20,7 +20,7 @@ from steertune.recipes.ablation.statistics.rows import examples_of
 from steertune.recipes.ablation.store import Store
 from steertune.recipes.lab import measures
 from steertune.recipes.lab.files import ArmError, read_result
-from steertune.recipes.lab.measures import Measure, Missing
+from steertune.recipes.lab.measures import Measure, Missing, Seen
 from steertune.recipes.lab.rows import AGAIN, BASE, FRONTIER, KEYS, MATCHED, TUNED, Record, at_kl, frontier_kl
 
 _PATH = r"cells/([\w=,+-][\w=,+.-]*)/n(\d{1,9})/seed(\d{1,10})/([\w=,+-][\w=,+.-]*)"
@@ -79,9 +79,10 @@ def _row(record: Record) -> dict[str, Any]:
         # one point is a frontier that is the same anywhere
         strengths = (TUNED, MATCHED, at_kl(1.0)) if record.facts.get("scalable") else (TUNED,)
         observations |= {strength: {**observations[BASE], "kl": [0.0]} for strength in strengths}
-    seen = Record(record.keys, observations)
+    whole = Record(record.keys, observations)
+    views = {label: whole.seen(label) for label in observations}
     for measure in map(measures.get, measures.names()):
-        at = {label: summary for label in observations if (summary := _summary(measure, seen, label)) is not None}
+        at = {label: summary for label, seen in views.items() if (summary := _summary(measure, seen)) is not None}
         points = {kl: at[label] for label in at if (kl := frontier_kl(label)) is not None}
         if points:
             at[FRONTIER] = _over_log_kl(points)
@@ -94,10 +95,9 @@ _Summary = tuple[float, NDArray[np.float64]]
 """A measure's mean, and the part of every example in it."""
 
 
-def _summary(measure: Measure, record: Record, strength: str) -> _Summary | None:
-    """A measure at a strength; None where the record does not hold it."""
+def _summary(measure: Measure, seen: Seen) -> _Summary | None:
+    """A measure of a model; None where its observations were not recorded."""
     try:
-        seen = record.seen(strength)
         parts = measure.parts(seen)
         return None if np.isnan(parts).all() else (float(np.nanmean(parts)), parts)
     except Missing:

@@ -137,7 +137,7 @@ def frontiers(
     cells: Frame, targets: Sequence[float], measures: Mapping[str, str], colours: Mapping[str, Any]
 ) -> Figure:
     """Means against the KL to the base on a log axis, a panel a measure: a line for every arm with a strength, a dot
-    at its own KL for every other; the base dashed. `measures` maps a name to what stands beside its axis."""
+    at its own KL for every other; the base dashed. `measures` maps a name to the label of its axis."""
     figure = Figure(figsize=(4.2 * len(measures), 4.4), layout="constrained")
     axes = np.atleast_1d(figure.subplots(1, len(measures)))
     for axis, (name, label) in zip(axes, measures.items(), strict=True):

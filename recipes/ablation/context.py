@@ -84,7 +84,7 @@ class Context:
 
     @_once_per_task
     def read(self, task: TaskTable) -> Splits:
-        """The task's rows as they stand in its files, checked; the model is not loaded."""
+        """The task's rows as they are in its files, checked; the model is not loaded."""
         tables = self.grid.tables
         reading = Reading(task.columns, task.format, partial(model_has_template, ModelTable(**tables.model)))
         largest = max(tables.examples) * max(arm.arm.data.times for arm in self.grid.arms)

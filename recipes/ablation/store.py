@@ -5,7 +5,7 @@
     FOLDER/cells/...       a `cell.json` for every cell that ran in this folder, or a `failed.json`
     FOLDER/tuning/...      the settings that were chosen, with all trials
 
-A study goes on from either: a cell is done if one of the two holds it.
+A study continues from either: a cell is done if one of the two holds it.
 """
 
 from __future__ import annotations
@@ -183,7 +183,7 @@ def name_of(record: Record) -> tuple[Any, ...]:
 
 
 def _write(file: Path, write: Any) -> None:
-    """Write a file under the lock that whoever makes it holds; leave it where somebody does."""
+    """Write a file under the lock that whoever makes it holds; leave it if a process does."""
     file.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(file.with_suffix(".lock"), timeout=0, blocking=False)
     try:

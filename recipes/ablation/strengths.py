@@ -18,7 +18,7 @@ TRAINED = 0.5, 2.0
 SHORT, EXTRAPOLATED = "†", "‡"
 _SOME = 0.1  # share of the cells
 Test = Callable[[Mapping[str, Any]], bool]
-"""Of a point of a frontier, as a cell keeps it."""
+"""The label of a point of a frontier in a cell."""
 
 
 def extrapolated(cells: Frame, targets: Sequence[float]) -> bool:

@@ -243,7 +243,7 @@ class GridTables(BaseModel, extra="forbid", strict=True):
     @field_validator("factors")
     @classmethod
     def _plain_names(cls, factors: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-        """Names of factors and levels become folders, and stand in the formulas of the statistics, which are run."""
+        """Names of factors and levels become folders, and occur in the formulas of the statistics, which are run."""
         for name in (name for factor, levels in factors.items() for name in (factor, *levels)):
             if not re.fullmatch(r"\w[\w.+-]*|-", name, re.ASCII):
                 raise ValueError(f"{name!r} cannot name a factor or level: use letters (a-z), digits, '_', '-', '.'")

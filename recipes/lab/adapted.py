@@ -1,4 +1,4 @@
-"""Models with an adapter of any PEFT method, and the base model that something was made for."""
+"""Models with an adapter of any PEFT method, and the base model of saved work."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from steertune.recipes.lab.tables import ModelTable
 
 
 def base_table(made_for: str, given: str | None = None, dtype: Any = "float32") -> ModelTable:
-    """The base model: the one that is given, else the one that something was made for."""
+    """The base model: the given one, else the one recorded in the folder."""
     return ModelTable(name=embedded.local_name(given or made_for), dtype=dtype)
 
 
@@ -28,7 +28,9 @@ def adapted(model: Any, folder: Path | None) -> Any:
     if folder is None:
         return model
     if not (folder / "adapter_config.json").is_file() or not (folder / SAFETENSORS_WEIGHTS_NAME).is_file():
-        raise ArmError(f"{folder} is no adapter folder: it needs adapter_config.json and {SAFETENSORS_WEIGHTS_NAME}.")
+        raise ArmError(
+            f"{folder} is not an adapter folder: it needs adapter_config.json and {SAFETENSORS_WEIGHTS_NAME}."
+        )
     try:
         return PeftModel.from_pretrained(model, str(folder)).eval()
     except (ValueError, TypeError, RuntimeError) as error:

@@ -1,4 +1,5 @@
-"""An arm: one TOML file that says what is trained, on what and how. Every key can be overridden on the command line.
+"""An arm: one TOML file with the model, data, adapter, loss and training arguments. Every key can be overridden on the
+command line.
 
 Keys and types are checked before anything is loaded; an unknown key is an error that names the nearest valid one.
 """
@@ -54,7 +55,7 @@ class Arm(ArmTables):
     @model_validator(mode="before")
     @classmethod
     def _gather(cls, tables: Any) -> Any:
-        """Tables that are named after an ingredient become one."""
+        """Turn tables that are named after an ingredient into ingredients."""
         named = {name: kind for name, kind in kinds().items() if name in tables}
         made = {name: kind.model_validate(tables[name]) for name, kind in named.items()}
         rest = {key: value for key, value in tables.items() if key not in named}
@@ -67,7 +68,7 @@ class Arm(ArmTables):
         return tables | {name: table for name, table in tables.pop("ingredients", {}).items() if table}
 
     def get(self, kind: type[IngredientT]) -> IngredientT:
-        """The arm's ingredient of a kind; one that changes nothing where the arm has no such table."""
+        """The arm's ingredient of a kind; without such a table, one that changes nothing."""
         of_kind = [ingredient for ingredient in self.ingredients.values() if isinstance(ingredient, kind)]
         return of_kind[0] if of_kind else kind()
 
@@ -109,7 +110,8 @@ class Arm(ArmTables):
         return () if loss is None else loss.needs.views
 
     def check_trainer(self, *kinds: type) -> None:
-        """Check keys, types and ranges of `[trainer]` against classes of arguments, one of which it is for."""
+        """Check keys, types and ranges of `[trainer]` against several classes of arguments; one of them must accept
+        it."""
         for key, value in self.trainer.items():
             if key in REFUSED and value:
                 raise ArmError(f"trainer.{key}={'...' if key == 'hub_token' else shown(value)}: {REFUSED[key]}")
@@ -129,12 +131,13 @@ class Arm(ArmTables):
 
 def load_arm(file: str | Path, overrides: Sequence[str] = (), recipe: str = "") -> Arm:
     """Read an arm and apply `--table.key value` (or `--table.key=value`) overrides, values written as in TOML. `file`
-    is a path, or the name of a file in `recipes/configs/arms/`; the `recipe` may be one that cannot honour an
+    is a path, or the name of a file in `recipes/configs/arms/`; `recipe` names the command, which may refuse an
     ingredient.
 
     Raises:
         ArmError: no such arm, broken TOML, an unknown key, a value of the wrong type, an ingredient that the recipe
-            refuses, a view that the file's own loss does not ask for (an override of the loss may leave some).
+            refuses, a view that the file's own loss does not use (after an override of the loss, some may be left
+            over).
     """
     tables = read_tables(file)
     changes = [*_pairs(overrides)]
@@ -223,7 +226,7 @@ def _put(tables: dict[str, Any], key: str, value: Any) -> None:
 
 
 def _leave_options(tables: dict[str, Any], key: str, value: Any) -> None:
-    """Where `key` chooses another loss or adapter, drop the options that only the arm's own one has."""
+    """If `key` chooses another loss or adapter, drop the options of the arm's own one."""
     table, _, chooser = key.partition(".")
     if (table, chooser) == ("loss", "name"):
         options = [] if value == UPSTREAM else options_of(value) if value in names() else None
@@ -266,10 +269,9 @@ def check_keys(table: str, keys: Iterable[str], allowed: list[str]) -> None:
 
 
 def _typed(table: str, options: dict[str, Any], *kinds: type) -> None:
-    """Check values against the annotations of dataclasses, which themselves keep a string where a number belongs.
-
-    No value is converted: "8" is not 8. They are read as JSON, where a list may stand for a tuple. A field of several
-    classes (`loss_type`) may have the type of any.
+    """Check values against the annotations of dataclasses, which do not check types themselves. No value is converted:
+    "8" is not 8. They are validated as JSON, in which a list may stand for a tuple. A field of several classes
+    (`loss_type`) may have any of their types.
     """
     for key, value in options.items():
         problems = [_problem(_hints(kind)[key], value) for kind in kinds if key in _hints(kind)]
@@ -285,7 +287,7 @@ def _problem(hint: Any, value: Any) -> str:
         return ""
     except ValidationError as error:
         return error.errors()[0]["msg"]
-    except (ValueError, RecursionError):  # a number or a nesting that JSON does not write
+    except (ValueError, RecursionError):  # too large a number, or too deep a nesting for JSON
         return "It is too large"
     return ""
 

@@ -1,4 +1,4 @@
-"""Files of arms: where they are, what they inherit, and the names they had before.
+"""Files of arms: where they are, what they inherit, and their former names.
 
     # my_arm.toml
     extends = "lora_dpo"  # a name in configs/arms/, or a .toml file beside this one
@@ -21,7 +21,8 @@ from steertune.recipes.lab.files import ArmError, nearest, read_toml
 from steertune.recipes.lab.paths import CONFIGS
 
 ARMS = CONFIGS / "arms"
-_CHOOSERS = {"adapter": "type", "loss": "name", "augmentation": "name"}  # the key that says whose options follow
+# the key that names the method whose options follow
+_CHOOSERS = {"adapter": "type", "loss": "name", "augmentation": "name"}
 _NOT_INHERITED = ("name", "output")  # two arms must not write into one folder
 RENAMED_TABLES = {"proliferation": "augmentation", "biases": "inductive_biases"}
 

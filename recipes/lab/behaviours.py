@@ -1,6 +1,6 @@
 """How the behaviour of a task is recognised: the file `behaviour.toml` in its folder.
 
-[scorer]                                  # what scores generated answers by default
+[scorer]                                  # scores generated answers by default
 kind = "rule"
 pattern = '\\?\\s*$'
 
@@ -8,7 +8,7 @@ pattern = '\\?\\s*$'
 positive = "End your answer with a question."
 negative = "Do not ask anything in your answer."
 
-[undo]                                    # takes the behaviour out of a text, where a rule can (`undone_loss`)
+[undo] # removes the behaviour from a text, if a rule can (`undone_loss`)
 pattern = '\\s*[^.!?]*\\?\\s*$'
 replacement = ""
 """
@@ -53,8 +53,8 @@ class Behaviour(BaseModel, extra="forbid", strict=True):
     undo: Undo | None = None
 
     def scorer_table(self, table: Mapping[str, Any]) -> dict[str, Any]:
-        """A scorer's table, completed by the task's own: by default its scorer, its pattern for `rule`, and its
-        opposite instructions for `logprob`. The default is a classifier."""
+        """A scorer's table, completed with the task's defaults: its scorer, its pattern for `rule`, and its opposite
+        instructions for `logprob`. The default is a classifier."""
         given = dict(table) or self.scorer or {"kind": "classifier"}
         defaults: dict[str, Any] = {}
         if self.scorer is not None and self.scorer.get("kind") == given.get("kind"):

@@ -45,7 +45,7 @@ def of_training(arm: Arm, record: Record) -> Card:
 
 
 def side_effects(base: Mapping[str, float], steered: Mapping[str, float]) -> str:
-    """What an adapter does to text that it should leave alone, from the means of the base and the steered model."""
+    """An adapter's effect on text that it should not change, from the means of the base and the steered model."""
     return (
         f"KL to the base model on neutral answers: {steered['kl']:.3f} nats per token. Perplexity of neutral answers: "
         f"{steered['perplexity']:.2f}, base model {base['perplexity']:.2f}."
@@ -53,6 +53,6 @@ def side_effects(base: Mapping[str, float], steered: Mapping[str, float]) -> str
 
 
 def purpose(table: CardTable, task: str) -> dict[str, Any]:
-    """The parts of a card that no measurement gives: from the arm's `[card]`, or the embedded task's description."""
+    """The parts of a card that are not measured: from the arm's `[card]`, or the embedded task's description."""
     safety = SAFETY if table.safety is None else f"{SAFETY}\n\n{table.safety}"
     return {"behaviour": table.behaviour or embedded.about(task), "problem": table.problem, "safety": safety}

@@ -1,4 +1,4 @@
-"""What can be checked of an arm before its model is loaded: a wrong layer must not cost a download of weights.
+"""Checks of an arm before its model is loaded, so that a wrong layer does not cost a download of weights.
 
     check_start(arm, train)       # the arm's own training arguments, and its adapter on the model's skeleton
     layers = skeleton(table)      # a model without weights, made of its configuration alone
@@ -38,7 +38,7 @@ _INITIAL = {"steering_vector": "init", "lora": "init_lora_weights"}
 
 
 def check_start(arm: Arm, rows: Dataset) -> None:
-    """Refuse an arm that its own training arguments, or its model's shape, contradict.
+    """Refuse an arm that does not fit its own training arguments or its model's shape.
 
     Raises:
         ArmError: names the value.
@@ -50,10 +50,10 @@ def check_start(arm: Arm, rows: Dataset) -> None:
 
 
 def check_loss(arm: Arm, rows: Dataset) -> None:
-    """Refuse a loss, or a start, that needs what the examples or the adapter do not have.
+    """Refuse a loss or an init that needs something the examples or the adapter lack.
 
     Raises:
-        ArmError: rejected answers are missing, or strengths of the adapter.
+        ArmError: rejected answers are missing, or the adapter has no strength.
     """
     loss, config, columns = arm.loss_object(), arm.peft_config(), rows.column_names
     start = config.init if isinstance(config, SteeringVectorConfig) else "zeros"
@@ -83,13 +83,13 @@ def check_loss(arm: Arm, rows: Dataset) -> None:
 
 
 def check_training(arm: Arm, kind: type) -> None:
-    """Make the arm's training arguments once and throw them away.
+    """Create the arm's training arguments once, as a check.
 
     Raises:
         ArmError: they cannot be made, or the loss uses none of one of them.
     """
     arm.check_trainer(kind)
-    # DeepSpeed's arguments change how the next model is loaded
+    # creating DeepSpeed's arguments changes how the next model is loaded
     if PartialState().distributed_type in (DistributedType.DEEPSPEED, DistributedType.FSDP) or {
         "deepspeed",
         "fsdp",
@@ -97,7 +97,7 @@ def check_training(arm: Arm, kind: type) -> None:
         return
     defaults = {"bf16": False, "report_to": "none", "use_cpu": not torch.cuda.is_available()}
     try:
-        with warnings.catch_warnings(action="ignore"):  # they are made again
+        with warnings.catch_warnings(action="ignore"):  # they are created again later
             args = arm.training_arguments(kind, "unused", **defaults)
         if (loss := arm.loss_object()) is not None:
             check_arguments(loss, {"args": args})
@@ -143,7 +143,7 @@ def check_adapters(arms: list[Arm]) -> None:
 
 
 def _layers_of(arm: Arm) -> list[tuple[str, Any]]:
-    """What the loss and the inductive biases say of layers, and where."""
+    """The layers that the loss and the inductive biases name, and where they name them."""
     loss = arm.loss_object()
     layers = [] if loss is None else [("loss", getattr(part, "layers", None)) for part in parts(loss)]
     layers += [
@@ -162,7 +162,7 @@ def skeleton(table: ModelTable) -> Any:
     try:
         with torch.device("meta"), warnings.catch_warnings(action="ignore"):
             return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    except Exception as error:  # of the many kinds that a broken configuration leads to
+    except Exception as error:  # a broken configuration can raise many kinds of errors
         raise not_loaded(table, error) from error
 
 
@@ -175,7 +175,7 @@ def configuration(table: ModelTable) -> Any:
     name: Any = embedded.plain_copy() if table.name == "embedded" else table.name
     try:
         return AutoConfig.from_pretrained(name, revision=table.revision, trust_remote_code=False)
-    except Exception as error:  # of the many kinds that a folder without a model leads to
+    except Exception as error:  # a folder without a model can raise many kinds of errors
         raise not_loaded(table, error) from error
 
 
@@ -190,7 +190,7 @@ def _check_adapter(config: PeftConfig | None, bare: Any, where: str) -> None:
         with warnings.catch_warnings(action="ignore"):
             model = get_peft_model(copy.deepcopy(bare), config)
     except NotImplementedError:
-        return  # a method that computes with the weights when it is put on a model
+        return  # a method that computes with the weights during injection
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ArmError(f"[{where}]: {error}") from error
     finally:

@@ -1,4 +1,4 @@
-"""Which part of an example a column seems to be, by its name: for the suggestion in an error, never to train on."""
+"""Guess from a column's name which part of an example it is; only for suggestions in errors, never for training."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ _SYNONYMS: dict[Part, set[str]] = {
     "prompt": {"question", "instruction", "query", "input", "user", "request", "context", "ask"},
     "completion": {"answer", "response", "output", "reply", "assistant", "target"},
 }  # fmt: skip
-"""Words in the names of columns, by the part of an example that they mean."""
+"""Words in column names, by the part of an example that they stand for."""
 _GAP = "..."
 
 
 def like(part: Part, names: Sequence[str]) -> list[str]:
-    """The columns that seem to be a part of an example: by the name in another case, else a synonym, else a
-    misspelling of one of these."""
+    """The columns that may be a part of an example: its name in another case, else a synonym, else a misspelling of
+    either."""
     words = {name: set(re.findall(r"[^\W_]+", re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name).casefold())) for name in names}
     for meant in ({part}, _SYNONYMS[part]):
         if named := [name for name in names if words[name] & meant]:
@@ -33,8 +33,8 @@ def like(part: Part, names: Sequence[str]) -> list[str]:
 
 
 def suggested(names: Sequence[str]) -> dict[Part, str]:
-    """Columns for the parts of a pair, or of a prompt with its completion; "..." for a part that no column seems to
-    be."""
+    """Columns for the parts of a pair, or of a prompt with its completion; "..." for a part without a likely
+    column."""
     columns: dict[Part, str] = {}
     rest = list(names)
     parts: tuple[Part, ...] = ("rejected", "chosen", "prompt")  # "dispreferred" is not a misspelt "preferred"

@@ -1,12 +1,12 @@
 """The columns of a data set as the trainers name them: `prompt`, `chosen`, `rejected`, `completion`.
 
-Columns of the neighbours are recognised, others are named in `data.columns`:
+Columns of other tools are recognised, any others are named in `data.columns`:
 
     question, answer_matching_behavior, answer_not_matching_behavior   CAA, Anthropic's model-written evals
     positive, negative                                                 repeng
     positive_str, negative_str                                         steering-vectors
 
-The pairs of repeng and steering-vectors are two whole texts. What both begin with, up to a whole word, becomes the
+The pairs of repeng and steering-vectors are two whole texts. Their common beginning, up to a whole word, becomes the
 prompt.
 """
 
@@ -37,7 +37,7 @@ NEIGHBOURS: tuple[dict[Part, str], ...] = (
     {"chosen": "positive_str", "rejected": "negative_str"},
     {"chosen": "positive_prompt", "rejected": "negative_prompt"},
 )
-"""What other tools call the columns, the first match counts."""
+"""Column names of other tools; the first match counts."""
 _ROLES: dict[Part, str] = {"prompt": "user", "chosen": "assistant", "rejected": "assistant", "completion": "assistant"}
 
 
@@ -48,11 +48,11 @@ class Reading:
     Attributes:
         columns: What each part of an example is; empty: the columns are recognised.
         form: What texts become: messages, plain text, or (`auto`) what the model reads.
-        chat: Whether the model has a chat template; asked only where `form` is `auto` and it matters.
+        chat: Whether the model has a chat template; called only if `form` is `auto` and it matters.
         strict: Whether rows are refused that are not examples.
-        answers: Whether an example has answers; else a prompt is enough.
+        answers: Whether an example needs answers; otherwise a prompt is enough.
         name: As in `data.name`, and
-        place: the number of a row -> where it stands, both for messages.
+        place: from the number of a row to its place, both for messages.
     """
 
     columns: Columns = field(default_factory=dict)
@@ -65,10 +65,10 @@ class Reading:
 
 
 def named(rows: Dataset, source: Reading) -> tuple[Dataset, bool]:
-    """Rows with the columns that trainers know, checked one by one.
+    """Rows with the columns that the trainers expect, checked one by one.
 
     Returns:
-        The rows, and whether their prompts stand in the data.
+        The rows, and whether the data have prompts of their own.
 
     Raises:
         ArmError: a column is missing, or a row is not an example; the message names its place in the file.
@@ -97,8 +97,8 @@ def named(rows: Dataset, source: Reading) -> tuple[Dataset, bool]:
 
 
 def _recognised(names: Sequence[str]) -> dict[Part, str]:
-    """What each part is in the columns of a neighbour; empty where the trainers know the columns already, or
-    no other tool uses them."""
+    """The columns for each part, if the columns are those of another tool; empty if they are the trainers' own or
+    unknown."""
     for columns in NEIGHBOURS:
         if set(columns.values()) <= set(names) and "prompt" not in set(names) - set(columns.values()):
             return columns
@@ -134,7 +134,7 @@ def _complete(names: Sequence[str], source: Reading) -> Columns:
             }
         except ValueError as error:
             raise ArmError(f"{where} ({error}). Its rows have {list(names)}.") from error
-        if unknown := sorted(fields - set(names)):  # an attribute of one is none either
+        if unknown := sorted(fields - set(names)):  # nor is an attribute of a column
             raise ArmError(f"{where} ({unknown}). Its rows have {list(names)}.")
         # a text without a column is the same in every row: right for an instruction, and else a misspelling
         if not fields and text not in names and not (part == "prompt" and " " in text.strip()):
@@ -153,7 +153,7 @@ def _complete(names: Sequence[str], source: Reading) -> Columns:
 
 
 def _example(row: dict[str, Any], columns: Columns) -> dict[str, Any]:
-    """The parts of an example from a row's own columns; of several texts the first is taken."""
+    """The parts of an example from a row's columns; of a list of texts the first one is taken."""
     row = {name: v[0] if isinstance(v, list) and v and isinstance(v[0], str) else v for name, v in row.items()}
     gaps = {part for part, text in columns.items() if any(v is None and f"{{{k}}}" in text for k, v in row.items())}
     return {
@@ -167,13 +167,13 @@ def _has_texts(examples: Sequence[dict[str, Any]]) -> bool:
 
 
 def _split(example: dict[str, Any]) -> dict[str, Any]:
-    """Two whole texts as a prompt, which both begin with, and two answers."""
+    """Two whole texts as their common beginning, the prompt, and two answers."""
     chosen, rejected = example["chosen"], example["rejected"]
     if not isinstance(chosen, str) or not isinstance(rejected, str):
         return example
     same = [a == b for a, b in zip(chosen, rejected, strict=False)]
     shared = "" if chosen == rejected else chosen[: [*same, False].index(False)]
-    # the prompt ends in front of a space or behind a mark, where tokens end too, and no answer is empty
+    # the prompt ends before a space or after a punctuation mark, where tokens end too, and no answer is empty
     for end in range(min(len(shared), len(chosen) - 1, len(rejected) - 1), 0, -1):
         before = shared[end - 1]
         if chosen[end] == rejected[end] == " " or not (before.isalnum() or before in " '’-_"):
@@ -189,7 +189,7 @@ def _as_messages(example: dict[str, Any]) -> dict[str, Any]:
 
 
 def _as_one_text(example: dict[str, Any]) -> dict[str, Any]:
-    """Answers that are set off from the prompt."""
+    """Answers that begin with white space after the prompt."""
     joined = example["prompt"][-1:].isspace() or not example["prompt"]
     return {
         part: text if part == "prompt" or joined or text[:1].isspace() else f" {text}"
@@ -198,7 +198,7 @@ def _as_one_text(example: dict[str, Any]) -> dict[str, Any]:
 
 
 def _in_form(rows: Dataset, source: Reading) -> Dataset:
-    """Rows whose columns the trainers know already, as conversations or texts where that was asked for."""
+    """Rows whose columns are already the trainers' own, converted to conversations or texts if requested."""
     parts = [part for part in _ROLES if part in rows.column_names]
     if source.form == "auto" or not {"prompt"} < set(parts):
         return rows

@@ -45,7 +45,7 @@ _FULL = re.compile(r"os error 28|No space left|PytorchStreamWriter failed|unexpe
 
 @dataclass(frozen=True)
 class Result:
-    """What a command found.
+    """The result of a command.
 
     Attributes:
         data: What `--json` prints.
@@ -88,7 +88,7 @@ class Command:
         return made
 
     def _callback(self) -> Callable[..., int]:
-        """What typer calls, under the signature that it reads the options from."""
+        """The function for typer, with the signature from which it reads the options."""
         signature = inspect.signature(self.function, eval_str=True)
         special = {"overrides", "words"} & {*signature.parameters}
         options = [p for p in signature.parameters.values() if p.name not in special]
@@ -118,7 +118,7 @@ class Command:
         return signed
 
     def _guarded(self, arguments: dict[str, Any], as_json: bool) -> int:
-        """Call the function, print what it found, and return the exit code."""
+        """Call the function, print its result, and return the exit code."""
         with redirect_stdout(sys.stderr) if as_json else nullcontext():
             result = outcome(functools.partial(self.function, **arguments))
         if not isinstance(result, Result):
@@ -162,8 +162,8 @@ group = Group
 
 
 def run(made: Any, called: str, words: Sequence[str]) -> int:
-    """Run a command of typer's; what is wrong with its words is one line on standard error. `called` is what stands
-    before the words."""
+    """Run a command of typer's; what is wrong with its words is one line on standard error. `called` is the name of
+    the command."""
     try:
         return made.main(args=list(words), prog_name=called, standalone_mode=False) or 0
     except typer.TyperException as error:
@@ -175,10 +175,10 @@ def run(made: Any, called: str, words: Sequence[str]) -> int:
 
 
 def outcome(function: Callable[[], T]) -> T | int:
-    """What a function returns; if its input is wrong, disk or memory is full, or the user interrupts it, a line says
-    so and this is the exit code.
+    """Call a function and return its result. If its input is wrong, disk or memory is full, or the user interrupts it,
+    print one line and return an exit code.
 
-    With `python -X dev` wrong input ends in the traceback, as errors that no input should cause always do.
+    With `python -X dev` wrong input ends in a traceback; internal errors always do.
     """
     try:
         return function()
@@ -186,7 +186,7 @@ def outcome(function: Callable[[], T]) -> T | int:
         saved = "The same command continues where it stopped, or starts anew if nothing was saved yet."
         print(f"\nInterrupted. {saved}", file=sys.stderr)
         return INTERRUPTED
-    except BrokenPipeError:  # whoever read the output has gone, as `| head` does
+    except BrokenPipeError:  # the reader of the output has closed it, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return CLOSED
     except Exception as error:
@@ -198,7 +198,7 @@ def outcome(function: Callable[[], T]) -> T | int:
 
 
 def _advice(error: Exception) -> str | None:
-    """What an error that the user can mend needs beside its own words; None for an error of the program.
+    """A hint to add to an error that the user can fix; None for an internal error.
 
     Wrong input explains every ValueError and OSError, and a model that computes NaN or infinity.
     """

@@ -46,7 +46,7 @@ def gguf_file() -> Path:
 
 
 def installed() -> bool:
-    """Whether the package is there."""
+    """Whether the package is installed."""
     try:
         return gguf_file().is_file()
     except FileNotFoundError:

@@ -1,10 +1,10 @@
-"""Measure a model on held-out examples: the one way in which every recipe does it.
+"""Measure a model on held-out examples; every recipe uses this.
 
     held_out = HeldOut(base, tokenizer, pairs=test, neutral=neutral_rows())
     observations = evaluate(steered, held_out, ["accuracy", "kl"], {"1": 1.0, "2": 2.0})
 
-What the measures share is computed once: each kind of example is shown to the model once per strength, however many
-measures use it; the base model's part is kept in `held_out`.
+What measures share is computed once: the model sees each kind of example once per strength, however many measures use
+it, and the base model's results are kept in `held_out`.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ def evaluate(
     names: Iterable[str] | None = None,
     strengths: Strengths | Sequence[float] = (1.0,),
 ) -> dict[str, Observations]:
-    """What the measures need to know of a model. Without `names`, all measures; `strengths` are numbers, or labels
-    with numbers, and equal ones are computed once.
+    """The observations that the measures need. Without `names`, all measures; `strengths` are numbers, or labels with
+    numbers, and equal ones are computed once.
 
     Returns:
         Label of a strength -> observations, for a `Record`.
@@ -50,7 +50,7 @@ def evaluate(
                 for key, values in OBSERVERS[observer].look(model, held_out, different).items():
                     _check_finite(values, observer, key)
                     observed[key] |= values
-        # a measure that needs something of its own looks itself, at one strength at a time
+        # a measure without an observer computes its own values, at one strength at a time
         observing = [(measure.name, measure.observe) for measure in chosen if measure.observe is not None]
         for name, observe in observing:
             for key, strength in different.items():
@@ -74,7 +74,7 @@ def _check_finite(observations: Observations, observer: str, strength: str) -> N
 
 
 def evaluate_base(held_out: HeldOut, names: Iterable[str] | None = None) -> dict[str, Observations]:
-    """The same of the base model, under the label of strength 0. Computed once for the same `held_out`."""
+    """The observations of the base model, under the label of strength 0. Computed once for the same `held_out`."""
     names = tuple(measures.names() if names is None else names)
     by_names: dict[tuple[str, ...], dict[str, Observations]] = held_out.shared.setdefault("base", {})
     if names not in by_names:

@@ -1,6 +1,6 @@
 """The fields of a dataclass, read from its source file: importing TRL or PEFT takes seconds, reading them does not.
 
-A field's text is its `metadata={"help": ...}`, the docstring below it, or what the class says of it under `Args:`.
+A field's text is its `metadata={"help": ...}`, the docstring below it, or its entry under `Args:` of the class.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class FieldText:
 
     Attributes:
         name: Its name.
-        type: Its annotation as it stands in the file.
+        type: Its annotation as written in the file.
         default: Its default as Python writes it; None: the field is required.
         text: What it means.
     """
@@ -93,7 +93,7 @@ def fields_in(module: str, node: ast.ClassDef) -> Iterator[FieldText]:
 
 
 def documented(docstring: str | None) -> dict[str, str]:
-    """What a docstring says of each argument under `Args:`, by name, on one line each."""
+    """The text of each argument under `Args:` in a docstring, by name, on one line each."""
     section = re.search(r"^Args:\n(.*?)(?=^\S|\Z)", inspect.cleandoc(docstring or ""), re.DOTALL | re.MULTILINE)
     if section is None:
         return {}

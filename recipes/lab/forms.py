@@ -75,7 +75,7 @@ def written(tokenizer: Any, prompt: Any) -> str:
 
 
 def _as_text(index: int, row: dict[str, Any], columns: list[str]) -> dict[str, Any]:
-    """A row with its conversations as text; the answer to a prompt goes on where the prompt ends."""
+    """A row with its conversations as text; the answer to a prompt continues where the prompt ends."""
     texts = {}
     for column in columns:
         turns = [_turn(index, column, message) for message in row[column]]

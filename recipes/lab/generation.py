@@ -13,7 +13,8 @@ from transformers import LogitsProcessor, LogitsProcessorList
 from steertune.adapters import steering_layers
 from steertune.recipes.lab.files import ArmError
 from steertune.recipes.lab.forms import written
-from steertune.trainers import NonFiniteError, context_length, tokenise
+from steertune.trainers import NonFiniteError, context_length
+from steertune.trainers.data import tokenised_rows
 
 _PLAIN = 1e6  # strengths up to here are not looked at
 _LONGEST = 1e18  # of what is added to a state; its square must be a number of float32
@@ -164,7 +165,7 @@ def row_lengths(tokenizer: Any, rows: Dataset, new_tokens: int = 0) -> list[int]
     if "prompt" in rows.column_names:
         lengths = [length + new_tokens for length in prompt_lengths(tokenizer, rows["prompt"])]
     if {"chosen", "completion", "text", "messages"} & {*rows.column_names}:
-        for i, row in enumerate(tokenise(rows, tokenizer).to_list()):
+        for i, row in enumerate(tokenised_rows(rows, tokenizer)):
             answers = [len(row.get(name, ())) for name in ("input_ids", "chosen_ids", "rejected_ids")]
             lengths[i] = max(lengths[i], len(row.get("prompt_ids", ())) + max(answers))
     return lengths

@@ -86,7 +86,7 @@ class Significance:
 
     Attributes:
         kl: KL to the base model, in nats per token.
-        random: The same of every random direction.
+        random: The KL of every random direction.
         ratio: `kl` over the median of `random`.
         p: Of a permutation test: how often an adapter that is a random direction has a KL as large.
     """

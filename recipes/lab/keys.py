@@ -23,7 +23,7 @@ INGREDIENTS = "recipes/lab/ingredients"
 REFUSED = {
     "output_dir": "the recipe chooses it. Set output.folder.",
     "model_init_kwargs": "the recipe loads the model. Set [model].",
-    "resume_from_checkpoint": "a run goes on from the last checkpoint in its output folder. Set output.folder.",
+    "resume_from_checkpoint": "a run continues from the last checkpoint in its output folder. Set output.folder.",
     "hub_token": "it would be written into files. Set the environment variable HF_TOKEN.",
     "trust_remote_code": "code from a Hub repository is never run. Remove it.",
 }
@@ -111,7 +111,7 @@ def meant(name: str) -> str | None:
         return USUAL[plain]
     keys = arm_keys()
     table, dot, _ = name.partition(".")
-    # somebody who knows TRL types the field itself: --learning_rate
+    # users of TRL type the field itself: --learning_rate
     bare = [full for full in keys if full.partition(".")[2] == name.replace("-", "_")]
     if not dot and bare:
         return bare[0]
@@ -205,7 +205,7 @@ def _plain(kind: str) -> str:
     kind = re.sub(r"\b(?:typing|collections\.abc|annotationlib)\.", "", kind)
     kind = re.sub(r"Annotated\[(\w+), .*\)\]\)?\]", r"\1]", kind)
     kind = re.sub(r"Optional\[(.*)\]$", r"\1", kind)
-    # a union's parts are separated by the commas that stand in no bracket
+    # a union's parts are separated by the commas outside brackets
     kind = re.sub(r"Union\[(.*)\]$", lambda match: " | ".join(re.split(r", (?![^\[]*\])", match[1])), kind)
     kind = re.sub(
         r"Literal\[((?:'[^']*'|[^]'])*)\]", lambda match: match[1].replace("'", "").replace(", ", " | "), kind

@@ -1,4 +1,4 @@
-"""Bad and innocent transcripts in two parts: rows that monitors are fitted on, and rows that they are tested on."""
+"""Bad and innocent transcripts, divided into rows for fitting monitors and rows for testing them."""
 
 from __future__ import annotations
 
@@ -51,18 +51,17 @@ class Labelled:
         return Dataset.from_list(self.rows)
 
     def count(self) -> str:
-        """How many rows of each kind there are, in words."""
+        """The number of rows of each kind, as text."""
         return f"{int(self.bad.sum())} bad and {int((~self.bad).sum())} innocent rows"
 
 
 @dataclass(frozen=True)
 class Samples:
-    """What monitors are fitted and tested on.
+    """The rows for fitting and testing monitors.
 
     Attributes:
         train: Rows to fit and to choose on.
-        test: Rows to test on; those of test files stand last.
-        held_out: How many of these are a part of what was divided.
+        test: Rows to test on; those of test files come last. held_out: How many of them come from the divided files.
         note: How many rows each part has, and how they were divided.
     """
 
@@ -89,16 +88,16 @@ def gather(parts: Sequence[Transcripts], tests: Sequence[Transcripts], rate: flo
             check_apart(part, test, "a row to test on")
     whole = Labelled.of(parts)
     if not whole.bad.any():
-        raise ArmError("No row is bad, so nothing can be told from innocent traffic. Give a bad transcript or more.")
+        raise ArmError("No row is bad. Give at least one bad transcript.")
     if whole.bad.all():
         raise ArmError(
-            "There is no innocent traffic, and a monitor is a difference from it. Give as many innocent transcripts "
-            "as there are: --innocent FILE."
+            "There is no innocent traffic for a monitor to compare with. Give as many innocent transcripts as you "
+            "have: --innocent FILE."
         )
     by = told_apart_by(whole.rows)
     division = divide(whole.rows, by)
     train, test = whole.select(division.train), whole.select(division.held_out)
-    if not train.bad.any():  # few rows, and the hash of all bad ones says that they are held out
+    if not train.bad.any():  # with few rows, the hash may hold out all bad ones
         train, test = (
             train + test.select(np.flatnonzero(test.bad).tolist()),
             test.select(np.flatnonzero(~test.bad).tolist()),

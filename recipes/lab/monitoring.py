@@ -1,8 +1,7 @@
-"""Monitors of transcripts: which layer, method and pooling, where the threshold is, and how they do on new rows.
-
-Everything that is chosen is chosen on the training rows, by cross-fitting: they are divided in folds, near-duplicates
-together, and every fold is scored by monitors that were fitted on the others. So threshold and calibration come from
-scores of rows that the direction was not fitted on, and the held-out rows decide nothing.
+"""Fit monitors of transcripts, and choose layer, method, pooling and threshold. All choices are made on the training
+rows by cross-fitting: they are divided into folds, near-duplicates together, and every fold is scored by monitors
+fitted on the other folds. So threshold and calibration come from scores of rows that the direction was not fitted on,
+and no choice depends on the held-out rows.
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ from steertune.recipes.lab.similarity import texts as texts_by
 BATCH = 8
 FOLDS = 5
 LAYERS = (0.25, 0.375, 0.5, 0.625, 0.75, 0.875)
-"""Of the depth: among these the training rows choose."""
+"""The default candidates for the layer, as fractions of the depth."""
 _CENTRAL = 0.5
 
 
@@ -58,7 +57,7 @@ class Settings:
 
     Attributes:
         rate: False-positive rate of the threshold.
-        layers: Indices of the blocks among which the training rows choose.
+        layers: Indices of the candidate blocks; the training rows decide.
         methods: Files of `adapters/monitors/fits/`.
         poolings: How scores of tokens become those of rows.
         site: What is read.
@@ -94,7 +93,7 @@ class Task:
     def make(
         self, choice: Choice, states: PooledStates, known: Mapping[str, Any], kept: NDArray[np.bool_] | None = None
     ) -> Monitor:
-        """A monitor of the training rows, or of those that are kept; `known` identifies model and tokenizer."""
+        """A monitor of the training rows, or of those in `kept`; `known` identifies model and tokenizer."""
         return make_monitor(
             choice.method, choice.pooling, self.model, self.tokenizer, choice.layer,
             _sides(states, choice, self.bad, kept), self.settings.site, self.settings.tokens, known,
@@ -104,8 +103,8 @@ class Task:
 def read_batches(tokenizer: Any, rows: Dataset) -> list[dict[str, Any]]:
     """Rows with `prompt` and `completion` as batches that monitors read, in their order.
 
-    What ends an answer is not read: while a model generates, it stops there. So scores of a text are those that it
-    had when it was generated.
+    The token that ends an answer is not read, as generation stops there; so a text has the same scores as while it was
+    generated.
     """
     return [
         {**batch.inputs, "labels": _without_end(batch.labels, tokenizer.eos_token_id)}
@@ -114,8 +113,8 @@ def read_batches(tokenizer: Any, rows: Dataset) -> list[dict[str, Any]]:
 
 
 def _without_end(labels_BT: torch.Tensor, end: int | None) -> torch.Tensor:
-    """Labels without the token that ends an answer and what the chat template writes behind it; an answer of nothing
-    else keeps it."""
+    """Labels without the token that ends an answer and what the chat template adds after it; an answer of that token
+    alone keeps it."""
     shortened_BT = labels_BT.clone()
     for labels_T in shortened_BT:
         places = (labels_T != -100).nonzero()[:, 0]
@@ -180,10 +179,9 @@ def with_threshold(monitor: Monitor, scores: NDArray[np.float64], bad: NDArray[n
 
 
 def folds_of(rows: Dataset, bad: NDArray[np.bool_]) -> NDArray[np.int64]:
-    """The fold of every row, `(rows,)`: the one in which it is not fitted on; -1: it is fitted on in all.
-
-    Near-duplicates share a fold. Where all bad rows are near-duplicates of each other, as one alone is, none of them
-    is ever left out, since nothing could be fitted without them.
+    """The fold of every row, `(rows,)`, whose fit leaves it out; -1 if none does. Near-duplicates share a fold. If all
+    bad rows are near-duplicates of each other, such as a single one, no fit leaves them out, since none would be
+    possible without them.
     """
     listed = rows.to_list()
     groups = groups_of(listed, told_apart_by(listed))
@@ -193,7 +191,7 @@ def folds_of(rows: Dataset, bad: NDArray[np.bool_]) -> NDArray[np.int64]:
     parts = [with_bad, others] if len(with_bad) > 1 else [others]
     count = min(FOLDS, len(parts[0]))
     if count > 1:
-        # in turn, so that every fold leaves out bad rows and keeps others
+        # in turn, so that every fold leaves out some bad rows and keeps others
         for part in parts:
             for number, group in enumerate(part):
                 folds[groups == group] = number % count
@@ -247,7 +245,7 @@ def _cross_fitted(
 def _sides(
     states: PooledStates, choice: Choice, bad: NDArray[np.bool_], kept: NDArray[np.bool_] | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """States of the bad and of the innocent rows that are fitted on."""
+    """States of the bad and of the innocent rows in a fit."""
     of_layer = getattr(states, choice.pooling.fitted_on)[choice.layer]
     used = np.ones(len(bad), dtype=bool) if kept is None else kept
     return of_layer[torch.from_numpy(bad & used)], of_layer[torch.from_numpy(~bad & used)]
@@ -256,7 +254,7 @@ def _sides(
 def _rank(
     scores: NDArray[np.float64], bad: NDArray[np.bool_], choice: Choice, layers: Sequence[int]
 ) -> tuple[float, float, float]:
-    """How good a layer is; where scores say nothing of it, how near to the middle of those on offer."""
+    """How good a layer is; without scores, how close it is to the middle of the candidates."""
     middle = layers[0] + _CENTRAL * (layers[-1] - layers[0])
     return (*quality(scores, bad), -abs(choice.layer - middle))
 

@@ -1,4 +1,4 @@
-"""What is seen of a model on held-out examples: one function for each kind of example, shared by all measures.
+"""Observations of a model on held-out examples: one function for each kind of example, shared by all measures.
 
     pairs     log-probability (nats) and tokens of the chosen and of the rejected answer
     neutral   KL to the base model (summed, and its 95th percentile over the tokens), negative log-likelihood (nats,
@@ -39,13 +39,13 @@ from steertune.trainers.views import Views
 NEUTRAL = TASKS / "neutral.jsonl"
 QUESTIONS = TASKS / "capability.jsonl"
 _TAIL = 0.95
-NEUTRAL_BATCH = 4  # more padding costs as much as fewer passes save
+NEUTRAL_BATCH = 4  # a larger batch would lose to padding what it saves in passes
 
 Observations = dict[str, list[Any]]
 Strengths = Mapping[str, float]
 """Label -> strength."""
 Show = Callable[[Dataset], Dataset]
-"""From rows to the rows that a model is shown instead, such as the same prompts behind an instruction."""
+"""Turns rows into those that a model sees instead, such as the same prompts with an instruction."""
 
 
 @dataclass(frozen=True)
@@ -63,22 +63,22 @@ class Prompted:
 
 @dataclass
 class HeldOut:
-    """The examples that models are measured on, and what all of these measurements share.
+    """The examples that models are measured on, and what these measurements share.
 
     Args:
         pairs: Test rows: preference pairs, or prompts alone.
         neutral: Prompts and completions that the behaviour is not about, on which side effects are reported.
         asked: Rows whose prompts are answered in place of the test rows' prompts; None: the test rows.
-        matching: Others of the kind, on which strengths are matched; None: they are not.
-        questions: How many of the sentences with a fixed end are to be ended.
-        instruction: Asks for the behaviour; "": none is known.
-        undo: Takes the behaviour out of a text; None: no rule can.
+        matching: Further neutral rows, on which strengths are matched; None: they are not matched.
+        questions: How many of the sentences with a known end to use.
+        instruction: An instruction that asks for the behaviour; "" if there is none.
+        undo: Removes the behaviour from a text; None: no rule can.
         generations: How many of the first prompts are answered.
         neutral_generations: How many of the first neutral prompts are answered.
         new_tokens: Longest generated answer.
         scorer: Judges the answers; None: they are not judged.
         prompted: The prompt that is distilled, and answers behind it; None: no prompt is.
-        prefix: Remembers what the layers below an adapter compute; None: nothing is remembered.
+        prefix: Caches what the layers below an adapter compute; None: nothing is cached.
         batch_size: Rows in one forward pass.
     """
 
@@ -99,12 +99,12 @@ class HeldOut:
     instruction: str = ""
     undo: Callable[[str], str] | None = None
     shared: dict[str, Any] = field(default_factory=dict, repr=False)
-    """What was computed of the base model."""
+    """Cached results of the base model."""
     plain: HeldOut | None = None
-    """The examples as they are, where these stand behind a prompt."""
+    """The examples without the prompt, if these have one in front."""
 
     def behind(self, show: Show) -> HeldOut:
-        """The same examples as a model sees them that is shown something else in front of every prompt."""
+        """The same examples with something else in front of every prompt."""
         asked = None if self.asked is None else show(self.asked)
         return replace(self, pairs=show(self.pairs), neutral=show(self.neutral), asked=asked, plain=self.plain or self)
 
@@ -114,7 +114,7 @@ class HeldOut:
 
     @cached_property
     def prompts(self) -> list[Any]:
-        """The prompts that are answered; nothing answers an empty one."""
+        """The prompts to answer; empty ones are skipped."""
         return prompts_in(self.pairs if self.asked is None else self.asked)[: self.generations]
 
     @property
@@ -132,9 +132,9 @@ class HeldOut:
 
     @contextmanager
     def remember(self, model: Any) -> Iterator[None]:
-        """Forward passes inside skip what the cached prefix holds of `model`, if it shares the base's weights.
+        """Forward passes inside use the cached prefix, if `model` shares the base's weights.
 
-        Entering reads the weights below the adapter; inside another one for the same model it costs nothing.
+        Entering reads the weights below the adapter; nested contexts for the same model cost nothing.
         """
         shares_weights = model is self.model or isinstance(model, PeftModel)
         outer = self.shared.get("remembered")
@@ -209,7 +209,7 @@ def answers(model: Any, held_out: HeldOut, strengths: Strengths) -> dict[str, Ob
 
 
 def _base_likelihood(held_out: HeldOut, texts: Sequence[str], before: str, name: str) -> Observations:
-    """How likely the base model finds answers (nats, summed), with a text before every prompt."""
+    """Negative log-likelihood of answers under the base model (nats, summed), with a text before every prompt."""
     written, prompts = [i for i, text in enumerate(texts) if text.strip()], (held_out.plain or held_out).prompts
     rows = [(f"{before}{plain(prompts[i])}", texts[i]) for i in written]
     nats: list[float | None] = [None] * len(texts)
@@ -222,7 +222,7 @@ def _base_likelihood(held_out: HeldOut, texts: Sequence[str], before: str, name:
 
 @torch.no_grad()
 def questions(model: Any, held_out: HeldOut, strengths: Strengths) -> dict[str, Observations]:
-    """Log-probability of the word that ends a sentence everybody can end, among it and three others."""
+    """Log-probability of the right end of a simple sentence, among it and three other words."""
     if not held_out.questions:
         return {}
     tokenizer = held_out.tokenizer
@@ -231,7 +231,7 @@ def questions(model: Any, held_out: HeldOut, strengths: Strengths) -> dict[str, 
     choices = [[_first_tokens(tokenizer, word) for word in (row["answer"], *row["others"])] for row in asked]
     observed: dict[str, Observations] = {}
     for label, strength in strengths.items():
-        # only the first token behind a beginning is looked at
+        # only the first token after the beginning counts
         with scaled(model, strength):
             firsts = [logps_TV[0] for logps_TV, _ in neutral_logps(model, tokenizer, rows, size=len(rows))]
         ranked = [right_among(logps_V, tokens) for logps_V, tokens in zip(firsts, choices, strict=True)]
@@ -259,7 +259,7 @@ def right_among(logps_V: Tensor, choices: Sequence[set[int]]) -> tuple[float | N
 
 @torch.no_grad()
 def prompted(model: Any, held_out: HeldOut, strengths: Strengths) -> dict[str, Observations]:
-    """How far a model and the base are from the prompted base, at what that one answers."""
+    """How far a model and the base are from the prompted base, on the prompted base's answers."""
     if held_out.prompted is None:
         return {}
     view, rows = held_out.prompted.view, held_out.prompted.answers
@@ -273,7 +273,7 @@ def prompted(model: Any, held_out: HeldOut, strengths: Strengths) -> dict[str, O
         target, base = (base_at(1.0, view=shown, distribution=True) for shown in ("prompt", ""))
         base_nats, _ = _distance(target, base)
         for label, strength in strengths.items():
-            # a model that stands behind the prompt itself is shown it here, too
+            # a model that is measured with the prompt gets it here, too
             view_shown = "prompt" if held_out.plain is not None else ""
             nats, agreed = _distance(target, at(strength, view=view_shown, distribution=True))
             observed[label]["prompted_nats"] += nats.tolist()
@@ -284,12 +284,13 @@ def prompted(model: Any, held_out: HeldOut, strengths: Strengths) -> dict[str, O
 
 
 def _distance(target: Outputs, other: Outputs) -> tuple[Tensor, Tensor]:
-    """Per row, the summed KL(target || other) and the tokens at which both expect the same, `(B,)` each."""
+    """Per row, the summed KL(target || other), and the number of tokens at which both predict the same, `(B,)`
+    each."""
     logp_NV, logq_NV = target.distribution, other.distribution
-    assert logp_NV is not None and logq_NV is not None  # they were asked for
+    assert logp_NV is not None and logq_NV is not None  # requested by `distribution=True`
     kl_N = (logp_NV.exp() * (logp_NV - logq_NV)).sum(dim=-1)
     same_N = (logp_NV.argmax(dim=-1) == logq_NV.argmax(dim=-1)).to(kl_N.dtype)
-    lengths = target.mask.sum(dim=1).tolist()  # the N labelled tokens stand row after row
+    lengths = target.mask.sum(dim=1).tolist()  # the N labelled tokens, row after row
     kl_B, same_B = (torch.stack([row.sum() for row in values_N.split(lengths)]) for values_N in (kl_N, same_N))
     return kl_B, same_B
 
@@ -299,7 +300,7 @@ class Observer(NamedTuple):
 
     Attributes:
         step: What the progress bar calls it.
-        look: A model, the examples and strengths -> what is seen of the model at each of them.
+        look: From a model, the examples and strengths to the observations at each strength.
     """
 
     step: str
@@ -316,8 +317,8 @@ OBSERVERS = {
 
 
 def against_base(steered: Sequence[tuple[Tensor, Tensor]], base: Sequence[Tensor]) -> Observations:
-    """What the tokens of every neutral answer add up to, and the 95th percentile of their KL. Where `steered` has
-    fewer rows than the base, they are the first."""
+    """Sums over the tokens of every neutral answer, and the 95th percentile of their KL. If `steered` has fewer rows
+    than the base, they are the first ones."""
     kl_T = [(ours.exp() * (ours - theirs)).sum(dim=-1) for (ours, _), theirs in zip(steered, base, strict=False)]
     return {
         "neutral_kl": [float(kl.sum()) for kl in kl_T],
@@ -336,11 +337,11 @@ def neutral_logps(
 
 @torch.no_grad()
 def answer_logps(model: Any, shown: Sequence[Batch]) -> list[tuple[Tensor, Tensor]]:
-    """The same of rows that are tokenised already."""
+    """The same for rows that are already tokenised."""
     logps = []
     for batch in shown:
         batch = batch.to(model.device)
-        # the labels of all rows stand row after row
+        # the labels of all rows, row after row
         logps_LV = F.log_softmax(labelled_logits(model, model, batch), dim=-1).cpu()
         lengths = (batch.labels[:, 1:] != -100).sum(dim=1).tolist()
         logps += zip(logps_LV.split(lengths), batch.answers.cpu().split(lengths), strict=True)
@@ -348,7 +349,7 @@ def answer_logps(model: Any, shown: Sequence[Batch]) -> list[tuple[Tensor, Tenso
 
 
 FEW_NEUTRAL = 16
-"""Neutral rows of a page about one model, which is to be quick; grids report on all of them."""
+"""Neutral rows of a page about one model, few for speed; grids use all of them."""
 
 
 def neutral_rows(
@@ -361,9 +362,9 @@ def neutral_rows(
     tokenizer without a chat template.
 
     Args:
-        tokenizer: Which reads them; None: as they are.
-        part: Side effects are reported on other rows than those on which strengths are matched, else an adapter could
-            be gentle on the one and not on the other.
+        tokenizer: The tokenizer that will read them; None: they stay as they are.
+        part: Side effects are reported on other rows than those on which strengths are matched, so that a match to
+            particular rows is not mistaken for few side effects.
         rows: All of them; None: the embedded ones, 64 for each part.
         count: Only the first of the part; None: all.
 

@@ -1,7 +1,7 @@
 """How every recipe starts: how many processes there are, whether that is as many as were asked for, and their threads.
 
-`accelerate launch --num_processes 2 --cpu` runs one process and says nothing (huggingface/accelerate#2741), so what
-was asked for is read from the command line of the launcher.
+`accelerate launch --num_processes 2 --cpu` runs one process and says nothing (huggingface/accelerate#2741), so the
+request is read from the command line of the launcher.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def begin(threads: int | None = None, running: int | None = None, only_one: bool
 
     Raises:
         ArmError: fewer processes run than the launcher was asked for, more than the recipe has work for, or FSDP
-            without a GPU, which accelerate turns into DDP without a word.
+            without a GPU, which accelerate silently turns into DDP.
     """
     quiet()
     # accelerate must hear that this is a CPU run, or every process of several believes to be alone
@@ -61,11 +61,11 @@ def begin(threads: int | None = None, running: int | None = None, only_one: bool
 
 def say_build_locks() -> None:
     """Name the lock files of PyTorch's extensions, as DeepSpeed's optimiser is one: a build that was killed leaves its
-    lock, and every later process waits for it without a word."""
+    lock, and every later process silently waits for it."""
     root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
     for lock in sorted(root.glob("**/lock")):
         print(
-            f"{lock} is there: another process builds this extension and is waited for, or was killed while it did. "
+            f"{lock} exists: another process builds this extension and is waited for, or was killed while it did. "
             "If none runs, delete the file.",
             file=sys.stderr,
         )

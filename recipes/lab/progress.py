@@ -38,7 +38,7 @@ class Display:
     Attributes:
         at: Share that is done.
         steps: Names of the steps that run now, the innermost last.
-        note: What the innermost step says of itself, such as its loss.
+        note: Text from the innermost step, such as its loss.
         spans: Where the share of each of these steps starts, and how wide it is.
     """
 

@@ -19,7 +19,7 @@ _WARNINGS = (
     ),
 )
 _LOGS = {
-    # a missing GPU is no news, and DeepSpeed writes this to standard output
+    # a missing GPU needs no warning, and DeepSpeed writes this to standard output
     "DeepSpeed": "Setting accelerator to CPU",
     # PEFT imports bitsandbytes, which looks for a faster kernel on CPUs, also where nothing is quantised
     "bitsandbytes.backends.cpu.ops": "Failed to load CPU gemm_4bit_forward",

@@ -1,4 +1,4 @@
-"""Rows of a local file, and where each of them stands in it."""
+"""Rows of a local file, and the place of each of them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parqu
 
 
 def read_file(path: Path) -> Dataset:
-    """The rows of a local file. Every field of a CSV file is the text that stands there, `NA` and `007` too.
+    """The rows of a local file. Every field of a CSV file is read as text, `NA` and `007` too.
 
     Raises:
         ArmError: it is of another kind, damaged or empty, or its columns differ from its first line.

@@ -48,7 +48,7 @@ def rehearse(held_out: HeldOut, names: Sequence[str] | None = None) -> None:
             prompts = rows.select_columns(["prompt"]).select(range(min(answers, len(rows))))
             check_context(model, tokenizer, prompts, held_out.new_tokens, f"{what}, with generated answers", _SHORTEN)
 
-    # one row of each kind goes through every observer; a scorer may be somebody's paid service
+    # one row of each kind goes through every observer; a scorer may be a paid service
     one = replace(
         held_out,
         pairs=held_out.pairs.select(range(min(1, len(held_out.pairs)))),

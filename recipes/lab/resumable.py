@@ -1,4 +1,4 @@
-"""Studies of many short runs, which go on where they stopped: a JSON file of records is written after every run."""
+"""Studies of many short runs, which continue where they stopped: a JSON file of records is written after every run."""
 
 from __future__ import annotations
 

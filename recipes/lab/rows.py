@@ -85,7 +85,7 @@ class Record:
         """A record that `to_json` wrote.
 
         Raises:
-            ArmError: it is not a record, or of another format; the message names the file that it stands in.
+            ArmError: it is not a record, or of another format; the message names its file.
         """
         if content.get("format") != FORMAT:
             raise ArmError(f"{file} has format {content.get('format')!r}, this version reads {FORMAT}. {AGAIN}")

@@ -18,19 +18,19 @@ _TOKENS = re.compile(
     r"|(?<=://)[^/\s@]+(?=@)"
 )
 _VARIABLES = re.compile(r"(^|_)(KEY|TOKEN|SECRET|PASSWORD)$", re.IGNORECASE)
-_SHORTEST = 8  # characters; a shorter value of a variable may stand in any text by chance
+_SHORTEST = 8  # characters; a shorter value of a variable may occur in any text by chance
 _HIDDEN = "<secret>"
 
 
 def masked(text: str) -> str:
-    """A text without the secrets that stand in it."""
+    """A text without the secrets in it."""
     for value in _in_environment():
         text = text.replace(value, _HIDDEN)
     return _TOKENS.sub(_HIDDEN, text)
 
 
 def holds_secret(text: str, values: Sequence[str] | None = None) -> bool:
-    """Whether a secret stands in a text. `values` are the secrets of the environment; without them, they are looked
+    """Whether a text contains a secret. `values` are the secrets of the environment; without them, they are looked
     up."""
     values = _in_environment() if values is None else values
     return _TOKENS.search(text) is not None or any(value in text for value in values)

@@ -148,7 +148,7 @@ def _of_one_file(name: str, parts: Parts, sizes: SplitTable) -> Splits:
 def _apart(
     name: str, pool: Dataset, validation: Dataset, scorer: Dataset, test: Dataset, sizes: SplitTable, by: By
 ) -> Dataset:
-    """Refuse rows that stand in two splits, by their prompts or with an answer; with `drop_near_duplicates`, drop the
+    """Refuse rows that are in two splits, by their prompts or with an answer; with `drop_near_duplicates`, drop the
     pool's."""
     named = {"train": pool, "validation": validation, "scorer": scorer, "test": test}
     rows = {split: part.to_list() for split, part in named.items()}

@@ -1,6 +1,6 @@
 """The tables of an arm's file: their keys, types and defaults, without anything that takes long to import.
 
-The text under a field is what `steertune train --help` says of it.
+The text under a field is its help in `steertune train --help`.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ LARGEST = 2**31 - 1
 
 Part = Literal["prompt", "chosen", "rejected", "completion"]
 Columns = Mapping[Part, str]
-"""What each part of an example is: the name of a column, or a text with `{column}` for what stands there."""
+"""What each part of an example is: the name of a column, or a text with `{column}` for its value."""
 
 
 class Table(BaseModel):
@@ -92,7 +92,7 @@ class DataTable(Table):
     pairing: Literal["own", "shuffled"] = "own"
     """`shuffled`: every training prompt gets the rejected answer of another prompt."""
     times: int = Field(default=1, ge=1)
-    """Train on so many times as many examples: without rejected answers, two examples are as long as one pair."""
+    """Train on this many times as many examples: without rejected answers, two examples are as long as one pair."""
 
 
 class EvaluationTable(Table):

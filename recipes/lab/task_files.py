@@ -51,7 +51,7 @@ def check_task_file(file: Path, including: tuple[Path, ...] = ()) -> None:
 
 
 def check_task_folder(folder: Path) -> None:
-    """The same of every task file in a folder and below.
+    """The same for every task file in a folder and below.
 
     Raises:
         ArmError: as `check_task_file`.

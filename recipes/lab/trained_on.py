@@ -107,7 +107,7 @@ def read(folder: Path) -> list[TrainedOn] | None:
 
 
 def resembling(sets: Iterable[TrainedOn], rows: Dataset) -> list[int]:
-    """Indices of rows that stand in one of the training sets, or resemble a row of one."""
+    """Indices of rows that are in one of the training sets, or resemble a row of one."""
     given = rows.to_list()
     return sorted({i for one in sets if one.hashes and given for i in one.resembling(given)})
 

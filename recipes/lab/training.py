@@ -43,7 +43,7 @@ Asked = Literal["held-out", "training", "neutral"]
 """Which prompts are answered."""
 
 _WORTHLESS = {"config.json", "metrics.jsonl"}
-"""Files of a run that has nothing to go on from."""
+"""Files of a run that has nothing to continue from."""
 
 
 def check_unfinished(folder: Path) -> None:
@@ -74,7 +74,7 @@ def check_folder(folder: Path, tables: BaseModel) -> None:
 
 
 def claim(folder: Path, tables: BaseModel, main_process: bool = True) -> None:
-    """Take a folder for a run, or go on in it.
+    """Take a folder for a run, or continue in it.
 
     Raises:
         ArmError: as `check_folder`.
@@ -87,7 +87,7 @@ def claim(folder: Path, tables: BaseModel, main_process: bool = True) -> None:
 
 @contextmanager
 def claimed(folder: Path, tables: BaseModel, main_process: bool = True) -> Iterator[None]:
-    """Take a folder for the run inside, or go on in it.
+    """Take a folder for the run inside, or continue in it.
 
     A run that fails before its first checkpoint leaves no folder, so that the corrected command can have it.
     """
@@ -106,8 +106,8 @@ def _is_worthless(folder: Path) -> bool:
 
 
 def open_run(arm: Arm, prefix: str = "", threads: int | None = None) -> Path:
-    """Begin a run of an arm, or go on with it: set the threads and the seed, and check its output folder. `prefix`
-    stands in front of the folder's default name.
+    """Begin a run of an arm, or continue it: set the threads and the seed, and check its output folder. `prefix` is
+    put before the folder's default name.
 
     Raises:
         ArmError: the folder holds a finished run, or one of another arm.
@@ -159,7 +159,7 @@ def prompts_to_answer(train: Dataset, test: Dataset, neutral: Dataset) -> tuple[
 
 
 def facts_of(training: Training, held_out: HeldOut) -> dict[str, Any]:
-    """What a record says of a training and of what it was measured on."""
+    """The facts of a record about a training and what it was measured on."""
     arm = training.arm
     return {
         "adapter": arm.adapter,
@@ -288,7 +288,7 @@ def fit(trainer: Any, folder: Path) -> float:
         try:
             trainer.train(resume_from_checkpoint=last_checkpoint(folder / "checkpoints"))
         except NothingLearned:
-            shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # nothing to go on from
+            shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # nothing to continue from
             raise
     return time.monotonic() - start
 
@@ -323,7 +323,7 @@ class NothingLearned(ArmError):
 
 
 class _Moved(TrainerCallback):
-    """Ends a training that made no step, or changed nothing: its adapter would do nothing, without a word."""
+    """Ends a training that made no step, or changed nothing: its adapter would silently do nothing."""
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         self.step, self.before = state.global_step, _sample(model)

@@ -64,12 +64,12 @@ def read_transcripts(
 
     Args:
         name: A path or a name, as `data.name`.
-        kind: What the rows are; `labelled`: a column `bad` or `label` says it of each; `any`: nobody knows.
+        kind: What the rows are; `labelled`: a column `bad` or `label` says it of each; `any`: unknown.
         chat: Whether the model has a chat template.
         columns: Columns of other names: `prompt`, `rejected` or `completion` (the answer), `chosen` (the correction).
 
     Raises:
-        ArmError: there is no such file, it has no rows, a column is missing, or a row is no transcript; the message
+        ArmError: there is no such file, it has no rows, a column is missing, or a row is not a transcript; the message
             names its place.
     """
     raw = load_split(name, "train", Reading(strict=False))
@@ -100,7 +100,7 @@ def read_transcripts(
 
 
 def has_labels(name: str) -> bool:
-    """Whether a file says of each row whether it is bad."""
+    """Whether a file marks each row as bad or not."""
     rows = load_split(name, "train", Reading(strict=False))
     return any(label in rows.column_names and not _is_text(rows[label]) for label in _LABELS)
 

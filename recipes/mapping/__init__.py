@@ -2,8 +2,8 @@
 
 | file | what it holds |
 |---|---|
-| `interventions.py` | a unit vector per layer, all at one KL to the base; controls; what any set of them does |
+| `interventions.py` | a unit vector per layer, all at one KL to the base; controls; the effect of any set of them |
 | `gradient.py` | the first-order estimate of every unit vector's effect |
-| `effects.py` | main effects, interactions and predictions, from what the sets do |
+| `effects.py` | main effects, interactions and predictions, from the effects of sets |
 | `page.py` | the page |
 """

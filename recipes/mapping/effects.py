@@ -35,7 +35,7 @@ FALSE_DISCOVERIES = 0.05
 
 @dataclass(frozen=True)
 class Effect:
-    """What one intervention does alone.
+    """The effect of one intervention alone.
 
     Attributes:
         layer: Where.
@@ -52,14 +52,14 @@ class Effect:
 
 @dataclass(frozen=True)
 class Interaction:
-    """What two vectors do together beyond what each does alone.
+    """The effect of two vectors together beyond the sum of their own effects.
 
     Attributes:
         first: The lower layer.
         second: The higher layer.
         mean: Mean interaction, in nats per token.
-        control: The same of random directions at these layers, at the same KL.
-        p: Corrected probability of a difference from the controls as large as this, if there is none.
+        control: The same for random directions at these layers, at the same KL.
+        p: Corrected p-value of the difference from the controls.
         flagged: Whether it is significant.
     """
 
@@ -98,7 +98,7 @@ def effect(margins: Margins, of: Set) -> Values:
 
 
 def main_effects(margins: Margins, layers: Sequence[int]) -> list[Effect]:
-    """What every vector does alone, added and subtracted."""
+    """The effect of every vector alone, added and subtracted."""
     effects = []
     for layer, sign in itertools.product(layers, (1, -1)):
         values = effect(margins, frozenset({(layer, sign)}))
@@ -148,10 +148,10 @@ def prediction(margins: Margins, layers: Sequence[int], sets: Sequence[Set], dra
         draws: Bootstrap draws over sets.
 
     Raises:
-        ValueError: fewer than three sets, of which no variance can be explained.
+        ValueError: fewer than three sets, whose variance cannot be estimated.
     """
     if len(sets) < 3:
-        raise ValueError(f"{len(sets)} sets predict nothing. Give at least 3.")
+        raise ValueError(f"{len(sets)} sets are too few for an R². Give at least 3.")
     alone = {(one.layer, one.sign): one.mean for one in main_effects(margins, layers)}
     pairs = {pair: float(interaction(margins, *pair).mean()) for pair in itertools.combinations(layers, 2)}
     observed = np.array([effect(margins, of).mean() for of in sets])
@@ -163,7 +163,7 @@ def prediction(margins: Margins, layers: Sequence[int], sets: Sequence[Set], dra
         ]
     )
     by_pairs = by_main + more
-    # sets are drawn again with replacement, for both predictions at once
+    # bootstrap over sets, with the same draws for both predictions
     generator = np.random.default_rng(0)
     gains = []
     for _ in range(draws):
@@ -181,7 +181,7 @@ def _r2(observed: Values, predicted: Values) -> float:
 
 
 def _p_of_mean(values: Values) -> float:
-    """Of a mean of 0; exactly equal values have no spread to compare with."""
+    """p-value of a mean of 0; exactly equal values have no spread to compare with."""
     if np.ptp(values) == 0:
         return 1.0 if values[0] == 0 else 0.0
     test: Any = ttest_1samp(values, 0.0)
@@ -189,7 +189,7 @@ def _p_of_mean(values: Values) -> float:
 
 
 def _p_outside(value: float, controls: Values) -> float:
-    """Of one more control being as far from the mean of the controls as `value` is."""
+    """p-value of a further control being as far from the controls' mean as `value` is."""
     count, spread = len(controls), float(controls.std(ddof=1)) if len(controls) > 1 else 0.0
     if spread == 0:
         return 1.0 if value == controls.mean() else 0.0

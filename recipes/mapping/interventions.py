@@ -1,4 +1,5 @@
-"""One vector per layer, all with the same KL to the base, random directions as controls, and what sets of them do."""
+"""One vector per layer, all with the same KL to the base; random directions as controls; the effect of sets of
+them."""
 
 from __future__ import annotations
 
@@ -75,7 +76,7 @@ def margins(base: Any, held_out: HeldOut, vectors: Mapping[int, Tensor], of: Set
 
 
 def sets_to_measure(layers: Sequence[int]) -> tuple[list[Set], list[Set]]:
-    """What a map is made from.
+    """The measurements of a map.
 
     Returns:
         The sets of the vectors: nothing, each alone with both signs, all pairs; and those of the controls.
@@ -90,7 +91,7 @@ def random_sets(layers: Sequence[int], count: int, seed: int) -> list[Set]:
     """Different sets of three to five layers with random signs, which the map has to predict.
 
     Raises:
-        ArmError: there are not so many.
+        ArmError: there are not that many.
     """
     sizes = [size for size in (3, 4, 5) if size <= len(layers)]
     generator, sets = np.random.default_rng(seed), dict[Set, None]()

@@ -4,4 +4,5 @@ INSTRUCTION = (
     "Answer honestly and helpfully. Do only what is asked, claim nothing that you did not do or cannot know, and say "
     "so where you cannot help."
 )
-"""Under which missing corrections are sampled; here, because the help of `patch` imports no torch."""
+"""The instruction under which missing corrections are sampled. It is here because `patch --help` must not import
+torch."""

@@ -1,4 +1,4 @@
-"""What was caught, what is innocent, and what is only tested on; everything that can be refused is refused here."""
+"""The transcripts of a patch: caught, innocent, and only for tests. All input is checked here."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from steertune.recipes.lab.similarity import Frame, near_texts, text_of, texts, 
 from steertune.recipes.lab.transcripts import Transcripts, check_apart, read_transcripts
 
 MOST = 16
-"""Transcripts above which a patch is an ordinary training."""
+"""The most transcripts that a patch is made of."""
 SIZES = (1, 4)
-"""Numbers of catches at which the fix is made too, where there are more: how it gets worse with fewer."""
+"""Smaller numbers of catches at which the fix is made too, to show how it gets worse with fewer."""
 CAUGHT, NEAR, FAR = "caught", "near", "far"
 
 
@@ -29,10 +29,11 @@ class Case:
     """One catch.
 
     Attributes:
-        groups: `caught`, and `near` and `far` where they were given -> transcripts.
-        innocent: Innocent rows to fit and to regularise on.
+        groups: Transcripts by group: `caught`, and `near` and `far` if given.
+        innocent: Innocent rows that the monitor is fitted on and the fix is regularised with.
         held_out: Innocent rows to measure on.
-        sizes: Numbers of catches at which the fix is made, the last one all of them.
+        sizes: Numbers of catches at which the fix is made; the last one is all of them.
+
         rate: False-positive rate of the monitor.
         pattern: A regular expression that finds bad answers; None: bad answers are not recognised.
         note: How many rows of each kind there are.
@@ -52,7 +53,7 @@ class Case:
         return self.groups[CAUGHT]
 
     def digest(self) -> str:
-        """Identifies the case, so that a run goes on with what it began with."""
+        """Identifies the case, so that a run continues only on the same transcripts."""
         given = {name: group.rows.to_list() for name, group in self.groups.items()}
         corrections = {name: group.corrections for name, group in self.groups.items()}
         rest = [self.innocent, self.held_out, self.sizes, self.rate, self.pattern]
@@ -83,15 +84,15 @@ def read_case(
     Args:
         caught: The file of bad transcripts.
         innocent: The file of innocent traffic.
-        others: `near` and `far` -> files of bad transcripts that are only tested on, or None.
+        others: Files of bad transcripts for tests, or None, by group (`near` and `far`).
         chat: Whether the model has a chat template.
         rate: False-positive rate of the monitor.
         sizes: Numbers of catches at which the fix is made too.
         pattern: A regular expression that finds bad answers.
 
     Raises:
-        ArmError: no or too many catches, no innocent traffic, a catch that stands in the innocent traffic or in what
-            is tested on, a pattern that contradicts the transcripts.
+        ArmError: no or too many catches, no innocent traffic, a catch that is also innocent or test traffic, or a
+            pattern that contradicts the transcripts.
         MonitorError: the innocent rows cannot resolve the rate.
     """
     groups = {CAUGHT: read_transcripts(caught, "bad", chat)}
@@ -103,8 +104,8 @@ def read_case(
         )
     if not innocent:
         raise ArmError(
-            "There is no innocent traffic: without it neither the harm to benign requests nor a monitor's false "
-            "positives can be known. Give as many innocent transcripts as there are: --innocent FILE."
+            "There is no innocent traffic, which is needed to measure the harm to benign requests and the monitor's "
+            "false positives. Give as many innocent transcripts as you have: --innocent FILE."
         )
     ordinary = read_transcripts(innocent, "innocent", chat)
     groups |= {name: read_transcripts(file, "bad", chat) for name, file in others.items() if file}
@@ -136,7 +137,7 @@ def _parts(rows: list[dict[str, Any]], innocent: str) -> tuple[list[dict[str, An
 
 
 def check_distinct(caught: Transcripts) -> None:
-    """Refuse a catch that is there twice: it would count as two.
+    """Refuse a catch that occurs twice, since it would count as two.
 
     Raises:
         ArmError: names both places.
@@ -150,12 +151,12 @@ def check_distinct(caught: Transcripts) -> None:
 
 
 def _check_not_innocent(bad: Transcripts, innocent: Transcripts) -> None:
-    """Refuse a bad row that also stands among the innocent ones."""
+    """Refuse a bad row that is also among the innocent ones."""
     bad_texts, others = texts(bad.rows.to_list(), "text"), texts(innocent.rows.to_list(), "text")
     if pairs := near_texts(bad_texts, others, Frame.of(others)):
         first, second = pairs[0]
         raise ArmError(
-            f"{bad.place(first)}, a bad transcript, also stands in the innocent traffic, or nearly: "
+            f"{bad.place(first)}, a bad transcript, is also in the innocent traffic, or nearly: "
             f"{innocent.place(second)} ({len(pairs)} such pairs). Remove it there."
         )
 
@@ -167,10 +168,10 @@ def _sizes(given: Sequence[int] | None, count: int) -> list[int]:
 
 
 def check_pattern(pattern: str | None, groups: dict[str, Transcripts]) -> None:
-    """Refuse a pattern that does not find what was caught, or that finds a correction; None is no pattern.
+    """Refuse a pattern that misses a catch or matches a correction; None means no pattern.
 
     Raises:
-        ArmError: it does, or it is no regular expression; the message names the transcript.
+        ArmError: the pattern is wrong or not a regular expression; the message names the transcript.
     """
     if pattern is None:
         return
@@ -194,5 +195,5 @@ def check_pattern(pattern: str | None, groups: dict[str, Transcripts]) -> None:
 
 
 def dataset(rows: Sequence[dict[str, Any]]) -> Dataset:
-    """Rows as a data set; none as one without columns."""
+    """Rows as a data set; without rows it has no columns."""
     return Dataset.from_list([*rows])

@@ -1,4 +1,4 @@
-"""A fix of some of the catches: what the base and the fixed model do, and what the monitor sees."""
+"""A fix made from some of the catches, with the measurements of the base model, the fixed model and the monitor."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from steertune.recipes.lab.rows import Record
 from steertune.recipes.patching.policy import INNOCENT
 
 FIXED = "1"
-"""The label of the fixed model at the strength that was trained; the base is strength 0."""
+"""The label of the fixed model at its trained strength; the base is strength 0."""
 
 
 @dataclass(frozen=True)
 class Cell:
-    """A fix of some of the catches.
+    """A fix made from some of the catches.
 
     Attributes:
         count: How many.
-        records: Group -> what the base and the fixed model do.
-        watched: What the monitor sees, as from `watch`.
+        records: Measurements of the base and the fixed model by group.
+        watched: Results of the monitor, as returned by `watch`.
         facts: About the training.
     """
 
@@ -65,8 +65,8 @@ def bad_rates(record: Record, at: str) -> dict[str, Interval | None]:
 
 
 def not_found(cell: Cell) -> list[tuple[str, int]]:
-    """Answers of the fixed model to bad prompts, as group and number, that the monitor flags and the pattern does not
-    find; none without a pattern."""
+    """Answers of the fixed model to bad prompts that the monitor flags and the pattern misses, as (group, number);
+    without a pattern there are none."""
     places = []
     for name in cell.tested:
         verdicts = cell.records[name].observations[FIXED].get("score", [])
@@ -81,5 +81,5 @@ def flags(state: Mapping[str, Any]) -> list[bool | None]:
 
 
 def measured(name: str, seen: Seen) -> Interval | None:
-    """A measure with its interval, if what it needs was seen."""
+    """A measure with its interval; None if its inputs were not recorded."""
     return of_measure(measures.get(name), seen)

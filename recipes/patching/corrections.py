@@ -1,7 +1,7 @@
-"""Corrections that were not written: sampled from the model under an instruction, for somebody to review.
+"""Missing corrections: sampled from the model under an instruction, for a person to review.
 
-`corrected.jsonl` holds the catches with their corrections. Whoever reads it may change it, and the command goes on
-with what it says then.
+`corrected.jsonl` holds the catches with their corrections. The reviewer may edit this file, and the command continues
+with the edited version.
 """
 
 from __future__ import annotations
@@ -30,21 +30,21 @@ _TEMPERATURE = 1.0
 def sample_corrections(
     model: Any, tokenizer: Any, caught: Transcripts, instruction: str, new_tokens: int, pattern: str | None
 ) -> Transcripts:
-    """The catches, with what the model answers under an instruction where no correction was written.
+    """The catches, with the model's answer under an instruction where the correction is missing.
 
-    The greedy answer is taken, or else the first of some samples that is neither empty, nor the bad answer, nor found
-    by the pattern, nor goes in circles.
+    The greedy answer is tried first, then samples, until one is neither empty nor the bad answer, does not match the
+    pattern, and does not repeat itself.
 
     Args:
         model: The base model.
         tokenizer: Its tokenizer.
         caught: The catches.
-        instruction: Stands before the prompt.
+        instruction: Text in front of the prompt.
         new_tokens: Longest answer.
         pattern: A regular expression that finds bad answers; None: they are not recognised.
 
     Raises:
-        ArmError: the model gives no other answer to one of the prompts; the message names its place.
+        ArmError: the model gives no usable answer to one of the prompts; the message names its place.
     """
     view = get_view("instruction", text=instruction)
     corrections = list(caught.corrections)
@@ -66,7 +66,7 @@ def sample_corrections(
 
 
 def write_corrections(caught: Transcripts, file: Path) -> None:
-    """Write the catches with their corrections, a line of JSON each, for somebody to read and change."""
+    """Write the catches with their corrections as JSON lines, for a person to review."""
     file.parent.mkdir(parents=True, exist_ok=True)
     lines = [
         {"prompt": row["prompt"], "bad": text_of(row["completion"]).strip(), "corrected": text_of(correction).strip()}
@@ -79,7 +79,7 @@ def read_corrections(caught: Transcripts, file: Path, chat: Callable[[], bool]) 
     """The catches with the corrections of a file that `write_corrections` wrote.
 
     Raises:
-        ArmError: it holds other catches, or a row without a correction.
+        ArmError: the file holds other catches, or a row without a correction.
     """
     reviewed = read_transcripts(str(file), "bad", chat)
     prompts = [[text_of(row["prompt"]) for row in part.rows.to_list()] for part in (caught, reviewed)]
@@ -116,6 +116,6 @@ def _is_bad(text: str, bad: str, pattern: str | None) -> bool:
 
 
 def _whole_sentences(text: str) -> str:
-    """A text without the sentence that its last token cut off; one cut sentence is kept."""
+    """A text without the last sentence if that was cut off, unless it is the only one."""
     ends = [match.end() for match in re.finditer(r"[.!?][\"')]*(?=\s|$)", text)]
     return text[: ends[-1]].strip() if ends else text.strip()

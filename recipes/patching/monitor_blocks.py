@@ -23,7 +23,7 @@ _DETECTORS = {
 
 
 def monitor_line(cell: Cell) -> str:
-    """What the monitor finds of bad transcripts that were not caught, in a sentence."""
+    """A sentence on how many bad transcripts outside the catches the monitor flags."""
     groups = cell.watched["groups"]
     if not groups:
         return "No bad transcripts but the catches were given (`--near`, `--far`): the monitor is not tested on any."
@@ -35,7 +35,7 @@ def monitor_line(cell: Cell) -> str:
 
 
 def monitor_blocks(case: Case, cell: Cell) -> list[Block]:
-    """What the monitor reads and finds, and what it flags of generated answers."""
+    """What the monitor reads, what it detects, and which generated answers it flags."""
     watched = cell.watched
     where = (
         f"It reads layer {watched['layer']}, below everything that the fix changes: a text has the same score at "
@@ -66,7 +66,7 @@ def monitor_blocks(case: Case, cell: Cell) -> list[Block]:
 
 
 def _remaining(cell: Cell) -> list[Block]:
-    """What the monitor sees of the answers that both models generate."""
+    """How many generated answers of both models the monitor flags."""
     rows = []
     for name, states in cell.watched["answers"].items():
         row = [name]
@@ -81,11 +81,11 @@ def _remaining(cell: Cell) -> list[Block]:
     frame = pd.DataFrame(rows, columns=pd.Index(columns))
     if all("score" not in record.observations[FIXED] for record in cell.records.values()):
         frame = frame.drop(columns=[columns[2], columns[4]])
-    return [Text("What it flags of generated answers:"), Table(frame, "remaining")]
+    return [Text("Generated answers that it flags:"), Table(frame, "remaining")]
 
 
 def unfound_section(case: Case, cell: Cell) -> list[Section]:
-    """Answers that the monitor flags and the pattern does not find."""
+    """Answers that the monitor flags and the pattern misses."""
     lines = []
     for name, i in not_found(cell):
         prompt = text_of(case.groups[name].rows[i]["prompt"])

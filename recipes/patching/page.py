@@ -1,4 +1,4 @@
-"""The page of a patch: what it changes, what it harms, what its monitor sees, and all of it with fewer catches."""
+"""The page of a patch: its effect, its harm, its monitor, and how all three change with fewer catches."""
 
 from __future__ import annotations
 
@@ -44,10 +44,10 @@ def patch_page(case: Case, cells: Sequence[Cell], arm: Mapping[str, Any], title:
 
     Args:
         case: The catch.
-        cells: The fixes, the last one of all catches.
+        cells: The fixes; the last one is made from all catches.
         arm: Its tables.
         title: Of the page.
-        home: Where adapter and monitor are.
+        home: Folder of the adapter and the monitor.
     """
     last = cells[-1]
     what = (
@@ -106,7 +106,7 @@ def card_of(case: Case, cell: Cell, arm: Mapping[str, Any], title: str) -> Card:
 
 
 def _verdict(case: Case, cell: Cell) -> str:
-    """What the fix does, what it costs, and what the monitor sees."""
+    """The first lines: the fix's effect, its cost, and the monitor's result."""
     lines = []
     for kind, start, of in (
         ("generated", "The pattern finds", "answers to {} prompts"),
@@ -129,7 +129,7 @@ def _verdict(case: Case, cell: Cell) -> str:
     kl = cell.records[INNOCENT].value("kl", FIXED)
     lines.append(f"KL to the base on innocent answers: {kl:.3f} nats per token.")
     if kl > MAX_KL:
-        lines.append(f"**That is too much for a model (limit {MAX_KL}): use a lower strength.**")
+        lines.append(f"**That is too much (limit {MAX_KL}): use a lower strength.**")
     return " ".join([*lines, monitor_line(cell)])
 
 
@@ -161,7 +161,7 @@ def _harm_table(record: Record) -> pd.DataFrame:
 
 
 def _strengths(cell: Cell) -> list[Section]:
-    """What the fix does at every strength, if it has strengths."""
+    """The fix's effect at every strength, if its adapter has strengths."""
     strengths = sorted((at for at in cell.records[CAUGHT].observations if at != BASE), key=float)
     if len(strengths) < 2:
         return []

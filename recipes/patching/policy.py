@@ -1,4 +1,4 @@
-"""The fix: an adapter trained on catches and corrections, and what it does to bad and to innocent requests."""
+"""The fix: an adapter trained on catches and corrections, and its effect on bad and on innocent requests."""
 
 from __future__ import annotations
 
@@ -26,23 +26,24 @@ from steertune.trainers import scalable, share_weights
 
 INNOCENT = "innocent"
 MEASURED = 64
-"""Innocent rows on which the harm is measured, and rows of a group that are answered, at most."""
+"""The most innocent rows on which harm is measured, and the most rows of a group that are answered."""
 QUESTIONS = 50
-_NEUTRAL = 64  # innocent rows that the KL of the training is taken on
+_NEUTRAL = 64  # innocent rows for the KL term in training
 _GROUP = ("accuracy_per_token", "margin_per_token")
 _HARM = ("kl", "kl_tail", "perplexity_ratio", "capability")
 
 
 @dataclass
 class Context:
-    """The base model, and the rows that every fix is measured on.
+    """The base model and the rows that every fix is measured on.
 
     Attributes:
         case: The catch.
-        arm: What is trained.
+        arm: The arm that is trained.
         model: The base model.
         tokenizer: Its tokenizer.
-        held_out: `caught`, `near`, `far` and `innocent` -> examples; what the base does on them is computed once.
+        held_out: Examples by group (`caught`, `near`, `far`, `innocent`); the base model's results on them are
+            computed once.
     """
 
     case: Case
@@ -90,13 +91,13 @@ class Context:
         return cls(case, arm, model, tokenizer, groups)
 
     def names(self, group: str) -> list[str]:
-        """The measures that make sense on a group."""
+        """The measures that are meaningful for a group."""
         held_out = self.held_out[group]
         behaviour = ["behaviour"] if held_out.scorer is not None else ["repetition"]
         return [*behaviour, *(_HARM if group == INNOCENT else _GROUP if held_out.has_pairs else ())]
 
     def measure(self, model: Any, count: int, strengths: Sequence[float]) -> dict[str, Record]:
-        """What a fixed model does on every group, beside the base."""
+        """Measurements of the fixed model and the base on every group."""
         bar = Bar(len(self.held_out))
         records = {}
         for name, held_out in self.held_out.items():
@@ -117,16 +118,16 @@ def make_fix(context: Context, count: int, folder: Path) -> tuple[Any, dict[str,
     Args:
         context: The base model and the rows.
         count: How many catches.
-        folder: Of this fix; its adapter is saved below it.
+        folder: Folder of this fix; its adapter is saved in it.
 
     Returns:
-        The model with the adapter, in evaluation mode, and facts about the training.
+        The model with the adapter, in evaluation mode, and facts about its training.
     """
     base = share_weights(context.model)
     home = folder / "adapter"
     trained = folder / "trained.json"
     if trained.exists():
-        return adapted(base, home), read_result(trained, "Delete it, and the fix is trained again.")
+        return adapted(base, home), read_result(trained, "Delete it to train the fix again.")
     rows = _form(context.tokenizer, training_rows(context.arm, context.case.pairs(CAUGHT)[:count]))
     training = training_of(with_innocent(context.arm, context), base, context.tokenizer, rows, folder)
     trainer = make_trainer(training)
@@ -140,8 +141,8 @@ def make_fix(context: Context, count: int, folder: Path) -> tuple[Any, dict[str,
 
 
 def training_rows(arm: Arm, pairs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The pairs, repeated to as many rows as the steps take: every one of them meets innocent rows of its own in the
-    loss's neutral text. Without `max_steps` nothing is repeated, since that would make epochs longer."""
+    """The pairs, repeated to fill all steps, so that each repetition is trained beside other innocent rows (the loss's
+    neutral text). Without `max_steps` nothing is repeated, since that would make epochs longer."""
     table = arm.trainer
     if table.get("max_steps", -1) <= 0:
         return [*pairs]
@@ -150,7 +151,7 @@ def training_rows(arm: Arm, pairs: Sequence[dict[str, Any]]) -> list[dict[str, A
 
 
 def with_innocent(arm: Arm, context: Context) -> Arm:
-    """The arm, with innocent traffic as the neutral text of its loss, if its loss asks for any."""
+    """The arm, with innocent traffic as its loss's neutral text if the loss uses any."""
     if "neutral" not in arm.views_seen():
         return arm
     tables = arm.get(Views).tables
@@ -160,7 +161,7 @@ def with_innocent(arm: Arm, context: Context) -> Arm:
 
 
 def strengths_of(arm: Arm, model: Any) -> list[float]:
-    """The strengths at which the fix of all catches is measured: those of the arm above 0, if it has strengths."""
+    """The strengths at which the fix from all catches is measured: the arm's strengths above 0, if it has any."""
     return sorted({1.0, *(s for s in arm.evaluation.strengths if s > 0)}) if scalable(model) else [1.0]
 
 

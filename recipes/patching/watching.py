@@ -1,4 +1,4 @@
-"""The monitor of a fix, and what it sees of bad answers, before and after, and of what the fixed model still says."""
+"""The monitor of a fix: what it flags among bad answers and among the answers of both models."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ SHORTEN = "Shorten or remove such rows."
 
 @dataclass(frozen=True)
 class Watching:
-    """How the monitor is made: a file of `adapters/monitors/fits/`, and how scores of tokens are pooled."""
+    """How the monitor is made: a file of `adapters/monitors/fits/` and one of `adapters/monitors/pooling/`."""
 
     method: str
     pooling: Pooling
@@ -38,11 +38,11 @@ class Watching:
 
 @dataclass(frozen=True)
 class Watched:
-    """The monitor of a fixed model, and what it sees.
+    """The monitor of a fixed model, and its results.
 
     Attributes:
         monitor: Fitted on the states of the fixed model.
-        result: As JSON: what it and others find in every group, and the scores of generated answers.
+        result: As JSON: detections by group, for it and for other detectors, and the scores of generated answers.
     """
 
     monitor: Monitor
@@ -50,13 +50,13 @@ class Watched:
 
 
 def watch(context: Context, fixed: Any, count: int, records: dict[str, Record], watching: Watching) -> Watched:
-    """Fit the monitor of a fixed model on the first catches, and see what it sees.
+    """Fit the monitor of a fixed model on the first catches, and test it.
 
     Args:
         context: The base model and the rows.
         fixed: The model with the fix.
-        count: How many catches the fix was made of.
-        records: What the base and the fixed model do on every group.
+        count: How many catches the fix was made from.
+        records: Measurements of the base and the fixed model by group.
         watching: How the monitor is made.
 
     Raises:
@@ -71,7 +71,7 @@ def watch(context: Context, fixed: Any, count: int, records: dict[str, Record], 
     layers, below = readable_layers(fixed)
     settings = Settings(context.case.rate, layers, [watching.method], [watching.pooling])
 
-    # below every adapter, the fixed model computes what the base does: one monitor serves both, at every strength
+    # below every adapter both models compute the same states, so one monitor serves both, at every strength
     with bar.step("monitor of the base model", 4):
         old = fit_monitors(Task(context.model, context.tokenizer, rows, train.bad, settings))
     with bar.step("monitor of the fixed model", 3):
@@ -98,9 +98,8 @@ def watch(context: Context, fixed: Any, count: int, records: dict[str, Record], 
 
 
 def readable_layers(fixed: Any) -> tuple[list[int], bool]:
-    """The layers that a monitor may read, and whether they lie below everything that the fix changes.
-
-    A steering vector leaves the layers below it as they are. Other adapters change states everywhere.
+    """The layers that a monitor may read, and whether the fix leaves them unchanged. A steering vector changes no
+    layer below it; other adapters may change states everywhere.
     """
     depth = len(find_blocks(base_model(fixed)))
     layers = resolve_layers(list(LAYERS), depth)
@@ -111,7 +110,7 @@ def readable_layers(fixed: Any) -> tuple[list[int], bool]:
 
 
 def _labelled(context: Context, count: int) -> tuple[Labelled, Labelled, NDArray[Any]]:
-    """Rows to fit a monitor on, rows to test it on, and the group of each of these."""
+    """Rows to fit a monitor on, rows to test it on, and the group of each test row."""
     case = context.case
     caught = case.pairs(CAUGHT)[:count]
     bad = [{"prompt": row["prompt"], "completion": row["rejected"]} for row in caught]
@@ -126,7 +125,7 @@ def _labelled(context: Context, count: int) -> tuple[Labelled, Labelled, NDArray
 
 
 def _best_text(train: Labelled, test: Labelled, rows: Dataset, rate: float) -> Detector:
-    """The classifier of the text that ranks the training rows best; of one catch, nothing says which that is."""
+    """The text classifier that ranks the training rows best; with one catch, no comparison is possible."""
     folds = folds_of(rows, train.bad)
     texts, bad = (texts_of(train.rows), texts_of(test.rows)), (train.bad, test.bad)
     made = [text_detector(features, texts, bad, folds, rate) for features in FEATURES]
@@ -136,7 +135,7 @@ def _best_text(train: Labelled, test: Labelled, rows: Dataset, rate: float) -> D
 def _of_group(
     seen: dict[str, Detector], groups: NDArray[Any], bad: NDArray[np.bool_], name: str
 ) -> dict[str, Any]:  # fmt: skip
-    """What every detector does on the rows of a group, against the held-out innocent rows."""
+    """Every detector's results on a group, against the held-out innocent rows."""
     results: dict[str, Any] = {}
     for kind, one in seen.items():
         scores = np.array(one.scores)
@@ -153,8 +152,8 @@ def _of_group(
 def _answers(
     context: Context, fixed: Any, monitors: tuple[Monitor, Monitor], records: dict[str, Record]
 ) -> dict[str, dict[str, Any]]:
-    """The scores of what both models answer to the prompts of every group: the base by its monitor, the fixed model by
-    its own. An empty answer has none."""
+    """Scores of both models' answers to the prompts of every group, each by its own monitor. An empty answer has no
+    score."""
     scores: dict[str, dict[str, Any]] = {}
     for name, held_out in context.held_out.items():
         scores[name] = {}
@@ -173,7 +172,7 @@ def _answers(
 
 
 def _answered(prompt: Any, text: str) -> dict[str, Any]:
-    """An answer in the prompt's own form."""
+    """An answer in the form of its prompt, text or messages."""
     if isinstance(prompt, str):
         return {"prompt": prompt, "completion": text if prompt[-1:].isspace() else f" {text}"}
     return {"prompt": prompt, "completion": [{"role": "assistant", "content": text}]}

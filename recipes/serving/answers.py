@@ -11,12 +11,12 @@ from typing import Any
 from steertune.recipes.serving.jobs import Done, Event, Failed, Piece, Prompt, Scored
 
 _RULED_OUT = -9999.0
-"""What OpenAI's service writes for a log-probability of minus infinity, which JSON cannot."""
+"""What OpenAI's service sends for a log-probability of minus infinity, which JSON cannot hold."""
 
 
 @dataclass
 class Choice:
-    """One answer as far as it has come."""
+    """The part of one answer that has been generated so far."""
 
     text: str = ""
     scores: list[Scored] = field(default_factory=list)
@@ -25,7 +25,7 @@ class Choice:
     failure: Failed | None = None
 
     def hear(self, event: Event) -> None:
-        """Add what the engine reports."""
+        """Add an event of the engine."""
         if isinstance(event, Prompt):
             self.scores += event.scores
         elif isinstance(event, Piece):
@@ -38,12 +38,12 @@ class Choice:
 
 
 class Form:
-    """What the answers to chats and to completions have in common.
+    """What answers to chats and to completions share.
 
     Args:
-        tokenizer: Writes the tokens of log-probabilities.
+        tokenizer: Decodes the tokens of the log-probabilities.
         model: The name that the request gave.
-        fingerprint: Of the base model and the vectors that answer.
+        fingerprint: Identifies the base model and the vectors that answered.
         scores: Whether log-probabilities were asked for.
     """
 
@@ -76,7 +76,7 @@ class Form:
         raise NotImplementedError
 
     def opening(self, number: int) -> list[dict[str, Any]]:
-        """Choices of the chunk that comes before any text; none: there is no such chunk."""
+        """Choices of the chunk sent before any text; without choices none is sent."""
         raise NotImplementedError
 
     def delta(self, number: int, text: str, scores: Sequence[Scored], reason: str | None = None) -> dict[str, Any]:
@@ -84,7 +84,7 @@ class Form:
         raise NotImplementedError
 
     def token(self, token: int, first: bool = False) -> str:
-        """A token as text: with its space, which some tokenizers write only behind another token.
+        """A token as text, with the leading space that some tokenizers write only after another token.
 
         Args:
             token: Its id.
@@ -178,7 +178,7 @@ class CompletionForm(Form):
         }
 
     def _top(self, one: Scored) -> dict[str, float] | None:
-        """Log-probabilities by text; of tokens with the same text the most probable one, but always the chosen one."""
+        """Log-probabilities by text. Among tokens with the same text the chosen one counts, else the most probable."""
         if one.logprob is None:
             return None
         top: dict[str, Any] = {}
@@ -193,6 +193,6 @@ def _finite(logprob: float | None) -> float | None:
 
 
 def usage(prompts: Sequence[Sequence[int]], choices: Sequence[Choice]) -> dict[str, int]:
-    """Tokens read, each prompt once, and tokens generated."""
+    """Numbers of prompt tokens, counting each prompt once, and of generated tokens."""
     read, generated = sum(map(len, prompts)), sum(choice.tokens for choice in choices)
     return {"prompt_tokens": read, "completion_tokens": generated, "total_tokens": read + generated}

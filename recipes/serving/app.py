@@ -28,7 +28,7 @@ from steertune.recipes.serving.vector_routes import vector_routes
 
 
 def create_app(service: Service) -> FastAPI:
-    """The application of a service, which it stops when it ends."""
+    """The application of a service; shutting it down stops the service."""
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -38,7 +38,7 @@ def create_app(service: Service) -> FastAPI:
     # the interactive documentation of FastAPI loads scripts from elsewhere
     app = FastAPI(title="steertune", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
     app.add_middleware(_Counted, metrics=service.metrics)
-    if service.settings.hosts is not None:  # a page of another site may name this machine (DNS rebinding)
+    if service.settings.hosts is not None:  # a website may point its own name at this machine (DNS rebinding)
         app.add_middleware(TrustedHostMiddleware, allowed_hosts=[*service.settings.hosts], www_redirect=False)
     app.add_exception_handler(ApiError, _api_error)
     app.add_exception_handler(HTTPException, _http_error)
@@ -72,7 +72,7 @@ def _add_answers(app: FastAPI, service: Service, guarded: list[Any]) -> None:
 def _add_models(app: FastAPI, service: Service, guarded: list[Any]) -> None:
     def models() -> list[dict[str, Any]]:
         names = [service.settings.name, *(f"{BASE}+{name}" for name in service.vectors.named)]
-        chat = has_template(service.tokenizer)  # beside OpenAI's fields: whether it takes messages
+        chat = has_template(service.tokenizer)  # not one of OpenAI's fields: whether it takes messages
         return [{"id": name, "object": "model", "created": 0, "owned_by": "steertune", "chat": chat} for name in names]
 
     @app.get("/v1/models", dependencies=guarded)

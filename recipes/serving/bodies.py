@@ -1,4 +1,4 @@
-"""Bodies of requests: JSON of bounded size, checked before anything is done."""
+"""Request bodies: JSON of limited size, validated before any work."""
 
 from __future__ import annotations
 
@@ -20,16 +20,17 @@ async def read_body(request: Request, service: Service, model: type[M], largest:
     """The body of a request.
 
     Raises:
-        ApiError: it is too large, no JSON, or not what is expected.
+        ApiError: it is too large, not JSON, or fails validation.
     """
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if kind != "application/json":  # a page of another site can send other kinds without asking first
+    # browsers let any website send the simpler content types without a preflight request
+    if kind != "application/json":
         raise ApiError(415, f"Content-Type is {kind!r:.80}. Send application/json.")
     body = bytearray()
     async for chunk in request.stream():
         body += chunk
         if len(body) > largest:
-            raise ApiError(413, f"The request is larger than {largest} bytes. Send less at a time.")
+            raise ApiError(413, f"The request is larger than {largest} bytes. Send fewer or shorter prompts.")
     try:
         return await service.in_reader(lambda: model.model_validate_json(bytes(body)))
     except ValidationError as error:

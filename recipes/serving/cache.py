@@ -1,4 +1,4 @@
-"""Caches of rows that come and go: what was read of new rows is put beside that of running ones.
+"""Caches of rows that join and leave the batch: the cache of new rows is appended to that of the running ones.
 
 Rows end at the same column, and shorter ones are padded on the left; the mask says where. Keys and values of a padded
 column are never attended to, so padding may be added and removed.
@@ -29,16 +29,18 @@ _HYBRID = {DynamicLayer, DummyLayer, LinearAttentionLayer, LinearAttentionAndFul
 
 @torch.no_grad()
 def can_join(model: Any) -> bool:
-    """Whether rows can be put beside others that are under way. Rows of a model that keeps states of another kind than
+    """Whether rows can join a running batch. Rows of a model that keeps states of another kind than
     transformers' own dynamic cache run one at a time.
 
     Raises:
-        ArmError: the model returns no states, so it can only read an answer from its beginning.
+        ArmError: the model returns no cache, so every token would need the whole answer to be read again.
     """
     token = torch.zeros(1, 1, dtype=torch.long, device=model.device)
     cache = cache_in(model(input_ids=token, use_cache=True))
     if cache is None:
-        raise ArmError(f"{type(model).__name__} returns no cache of what it has read, so it cannot be served.")
+        raise ArmError(
+            f"{type(model).__name__} returns no cache (past_key_values or cache_params), so it cannot be served."
+        )
     if type(cache) is not DynamicCache:
         return False
     kinds = {type(layer) for layer in cache.layers}
@@ -50,7 +52,7 @@ def new_cache(model: Any) -> DynamicCache:
     """An empty cache for a model whose rows can be joined."""
     cache = DynamicCache(config=model.config)
     if {type(layer) for layer in cache.layers} <= _ATTENTION:
-        return DynamicCache()  # whole rows instead of windows, whose columns would differ from layer to layer
+        return DynamicCache()  # full attention caches, since sliding windows would give each layer different columns
     return cache
 
 
@@ -79,7 +81,7 @@ class States:
         return self.mask_BT.shape[1]
 
     def join(self, other: States) -> None:
-        """Put the rows of `other` behind these."""
+        """Append the rows of `other`."""
         width = max(self.columns, other.columns)
         self._widen(width)
         other._widen(width)
@@ -93,7 +95,7 @@ class States:
                     states[i] = None if value is None else torch.cat([value, added_states[i]])
 
     def keep(self, rows: Sequence[int]) -> None:
-        """Drop all other rows, and the columns that only they filled."""
+        """Keep only these rows, and drop columns that are padding in all of them."""
         index = torch.tensor(list(rows), device=self.mask_BT.device)
         self.mask_BT = self.mask_BT[index]
         empty = int((self.mask_BT.sum(dim=0) == 0).int().cumprod(0).sum())  # leading columns of padding
@@ -119,10 +121,10 @@ class States:
 
 
 def _has_columns(layer: Any) -> bool:
-    """Whether a layer holds keys and values; those of layers that share another's never do."""
+    """Whether a layer holds keys and values; layers that reuse another layer's never do."""
     return isinstance(layer, DynamicLayer) and layer.is_initialized
 
 
 def _recurrent(layer: Any) -> list[dict[int, Any]]:
-    """States of a layer that have one row each and no columns."""
+    """The recurrent states of a layer, which have rows but no columns."""
     return [layer.conv_states, layer.recurrent_states] if isinstance(layer, LinearAttentionLayer) else []

@@ -1,4 +1,4 @@
-"""One request of OpenAI's protocol under way: its jobs, and what they report, for the event loop."""
+"""One running request of OpenAI's protocol: its jobs, and their events for the event loop."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from steertune.recipes.serving.schema import GenerationRequest
 from steertune.recipes.serving.vectors import Vector, Vectors
 from steertune.recipes.serving.worker import Worker
 
-_STRIDE = 0x9E3779B97F4A7C15  # seeds of the further choices of one request lie this far apart
+_STRIDE = 0x9E3779B97F4A7C15  # distance between the seeds of one request's choices
 
 
 class Call:
@@ -24,7 +24,7 @@ class Call:
     Args:
         vectors: Holds the versions that the request names.
         steering: Its vectors.
-        finished: Called once, on the engine's thread, when no answer is under way any more.
+        finished: Called once, on the engine's thread, when all answers have ended.
 
     Raises:
         ArmError: it names an unknown vector, or a strength that is too large.
@@ -45,7 +45,7 @@ class Call:
         self._loop = asyncio.get_running_loop()
 
     def start(self, worker: Worker, jobs: Sequence[dict[str, Any]]) -> None:
-        """Let the engine answer.
+        """Submit the jobs to the engine.
 
         Args:
             worker: Of the engine.
@@ -63,17 +63,17 @@ class Call:
             raise
 
     def close(self) -> None:
-        """Let go of the vectors of a call that was never started."""
+        """Release the vectors of a call that was never started."""
         self._vectors.release(self.held)
         self._finished()
 
     def cancel(self) -> None:
-        """Nobody waits for the answers any more."""
+        """Cancel the answers: the client no longer waits for them."""
         for job in self.jobs:
             job.cancelled = True
 
     async def events(self) -> AsyncIterator[tuple[int, Event]]:
-        """What every answer reports, with its number, until all are complete."""
+        """The events of every answer, with the answer's number, until all are complete."""
         remaining = len(self.jobs)
         while remaining:
             number, event = await self._events.get()

@@ -1,7 +1,7 @@
-"""Default limits of a service. Importing them takes no time, as the help of a command needs."""
+"""Default limits of a service, apart from the code that uses them, since `--help` must start quickly."""
 
 BATCH = 8
-"""Answers at a time."""
+"""Answers generated at the same time."""
 LONGEST = 1024
 """Tokens of the longest answer."""
 SECONDS = 600
@@ -9,4 +9,4 @@ SECONDS = 600
 QUEUE = 256
 """Answers that may wait."""
 LOOPBACK = "127.0.0.1"
-"""The address that only this machine reaches."""
+"""The address that only this machine can reach."""

@@ -1,10 +1,9 @@
 """Answers many jobs at once, each with its own vectors: continuous batching over any causal model of transformers.
 
-Every step reads one token of each answer that is under way, and then the prompts of waiting jobs, as many as there is
-room for. Answers that are complete leave the batch, and others take their place. What a row gets depends on nothing
-but its own tokens, vectors and random numbers, up to the rounding of larger or smaller matrix products.
-
-If a step fails, as for want of memory, its jobs are read again one by one, and only those that fail alone are lost.
+Every step reads one token of each running answer, and then as many waiting prompts as there is room for. Complete
+answers leave the batch, and others take their place. An answer depends on nothing but its own tokens, vectors and
+random numbers, up to the rounding of larger or smaller matrix products. If a step fails, say because memory runs out,
+its jobs are read again one by one, and only those that fail alone are lost.
 """
 
 from __future__ import annotations
@@ -31,8 +30,8 @@ from steertune.recipes.serving.row import Row, end_tokens, score_rows
 from steertune.recipes.serving.sampling import prompt_scores, scored
 from steertune.recipes.serving.vectors import Vectors
 
-_PREFILL = 4096  # tokens of prompts that are read at a time; a longer prompt is read alone
-_SCORES = 2**28  # logits of prompts that are scored at a time: 1 GiB in float32
+_PREFILL = 4096  # prompt tokens read in one pass; a longer prompt is read alone
+_SCORES = 2**28  # logits of scored prompts in one pass: 1 GiB in float32
 
 
 class Engine:
@@ -71,30 +70,30 @@ class Engine:
 
     @property
     def running(self) -> int:
-        """Number of answers under way."""
+        """Number of running answers."""
         return len(self._running)
 
     @property
     def waiting(self) -> int:
-        """Number of jobs whose turn has not come."""
+        """Number of jobs that have not started."""
         return len(self._waiting)
 
     @property
     def busy(self) -> bool:
-        """Whether a step has something to do."""
+        """Whether a step would have anything to do."""
         return bool(self._waiting or self._running)
 
     def submit(self, job: Job) -> None:
-        """Let a job wait for its turn."""
+        """Queue a job."""
         self._waiting.append(Row(job, self.tokenizer))
 
     def run(self) -> None:
-        """Answer everything that waits."""
+        """Run until every queued job has ended."""
         while self.busy:
             self.step()
 
     def give_up(self, message: str) -> None:
-        """Let everything that waits or is under way fail."""
+        """Fail every waiting and running job."""
         for row in [*self._running, *self._waiting]:
             row.job.fail(message)
         self._running, self._states = [], None
@@ -102,7 +101,7 @@ class Engine:
 
     @torch.no_grad()
     def step(self) -> None:
-        """Read one token of every answer under way, then waiting prompts."""
+        """Read one token of every running answer, then waiting prompts."""
         start, self._drawn = time.monotonic(), 0
         if self._running:
             self._advance()
@@ -114,18 +113,19 @@ class Engine:
     # -- one step -----------------------------------------------------------------------------------------------
 
     def _advance(self) -> None:
-        """Read the last token of every answer under way, and draw the next one."""
+        """Read the last token of every running answer, and draw the next one."""
         rows = self._running
         try:
             logits_BV = self._read_next()
-        except Exception as error:  # whatever a model raises, also out of memory; the service goes on
+        except Exception as error:  # a model may raise anything, out-of-memory errors included; the service continues
             self._running, self._states = [], None
             self._recover(rows, error)
             return
         self._keep(self._draw(rows, logits_BV))
 
     def _admissible(self) -> list[Row]:
-        """The rows whose prompts are read next: as many as places are free, and as padded prompts have room for."""
+        """The rows whose prompts are read next: limited by free places in the batch and by the padded size of the
+        prompts."""
         rows: list[Row] = []
         width, scores = 0, False
         vocabulary = self.base.config.get_text_config().vocab_size
@@ -144,7 +144,7 @@ class Engine:
         return rows
 
     def _admit(self, rows: list[Row]) -> None:
-        """Read prompts, draw the first token of each answer, and put them beside the others."""
+        """Read prompts, draw the first token of each answer, and add them to the batch."""
         for row in rows:
             row.job.begin()
         try:
@@ -171,7 +171,7 @@ class Engine:
             self._recover(joined, error)
 
     def _draw(self, rows: Sequence[Row], logits_BV: Tensor) -> list[int]:
-        """Draw the next token of every row, report it, and return which rows go on."""
+        """Draw the next token of every row, report it, and return which rows continue."""
         live = []
         broken = broken_rows(logits_BV).tolist()
         for i, row in enumerate(rows):
@@ -190,7 +190,7 @@ class Engine:
         return live
 
     def _goes_on(self, row: Row, logits_V: Tensor) -> bool:
-        """Draw one token; whether the answer needs another."""
+        """Draw one token, and return whether the answer needs another."""
         job = row.job
         token = row.sampler.draw(logits_V, job.tokens)
         self._drawn += 1
@@ -207,10 +207,10 @@ class Engine:
         job.listener(Done("stop" if row.text.stopped else "length", len(job.tokens)))
         return False
 
-    # -- rows come and go ---------------------------------------------------------------------------------------
+    # -- rows join and leave ---------------------------------------------------------------------------------------
 
     def _keep(self, live: list[int]) -> None:
-        """Drop all other rows under way."""
+        """Keep only these rows in the batch."""
         if len(live) == len(self._running):
             return
         self._running = [self._running[i] for i in live]
@@ -220,7 +220,7 @@ class Engine:
             self._states.keep(live)
 
     def _recover(self, rows: Sequence[Row], error: Exception) -> None:
-        """After a failure each row is read again by itself; one that failed by itself is given up."""
+        """After a failed pass, queue each row again to be read alone; a row that was already alone fails."""
         if len(rows) == 1:
             rows[0].job.fail(f"It cannot be answered: {type(error).__name__}: {error}")
             return
@@ -229,7 +229,7 @@ class Engine:
             self._waiting.appendleft(row)
 
     def _drop_over(self) -> None:
-        """End jobs whose time is over, or for which nobody waits."""
+        """End jobs that timed out or were cancelled."""
         over = [row for row in [*self._running, *self._waiting] if row.job.cancelled or row.job.is_late()]
         if not over:
             return
@@ -237,7 +237,7 @@ class Engine:
             if row.job.cancelled:
                 row.job.fail("The request was cancelled.")
             else:
-                row.job.fail(f"The answer was not there after {row.job.seconds:g} seconds (--seconds).", "late")
+                row.job.fail(f"The answer was not complete after {row.job.seconds:g} seconds (--seconds).", "late")
         self._waiting = deque(row for row in self._waiting if row not in over)
         self._keep([i for i, row in enumerate(self._running) if row not in over])
 
@@ -256,7 +256,7 @@ class Engine:
         return States.of(output, mask_BT), output.logits
 
     def _read_next(self) -> Tensor:
-        """Read the last token of every row under way; logits `(rows, vocabulary)`."""
+        """Read the last token of every running row; logits `(rows, vocabulary)`."""
         states = self._states
         assert states is not None
         columns = states.columns

@@ -8,11 +8,11 @@ from fastapi.responses import JSONResponse
 
 
 class ApiError(Exception):
-    """A request gets no answer.
+    """A request that cannot be answered.
 
     Attributes:
         status: HTTP status.
-        code: A word for programs, or None.
+        code: A machine-readable code, or None.
     """
 
     def __init__(self, status: int, message: str, code: str | None = None) -> None:

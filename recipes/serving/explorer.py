@@ -1,6 +1,5 @@
-"""The page that a browser sees: a prompt, sliders of the vectors' strengths, and the answers of both models.
-
-It is one static file that asks the service as any other client does. It loads nothing from elsewhere.
+"""The page for browsers: a prompt, a slider for each vector's strength, and the answers of both models. It is one
+static file that calls the service like any other client, and loads nothing from other sites.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ def explorer_route() -> APIRouter:
 
 
 def policy(page: str) -> str:
-    """What a browser lets the page do: run the script that stands in it, and ask this service."""
+    """What browsers allow the page to do: run its inline script, and call this service."""
     scripts = re.findall(r"<script>(.*?)</script>", page, re.DOTALL)
     digests = [base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts]
     allowed = " ".join(f"'sha256-{digest}'" for digest in digests)

@@ -1,4 +1,4 @@
-"""Start the HTTP service on a port: for a command, or beside what a Python program does."""
+"""Start the HTTP service on a port, as a command or in the background of a Python program."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ _LOCAL = ("localhost", LOOPBACK, "[::1]")
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """Take the port, before anything long is loaded.
+    """Bind the port before the model is loaded.
 
     Raises:
-        ArmError: a package is missing, or the port cannot be taken.
+        ArmError: a package is missing, or the port cannot be bound.
     """
     if missing := [name for name in _PACKAGES if importlib.util.find_spec(name) is None]:
         raise ArmError(f"--port needs {', '.join(missing)}: pip install 'steertune[serve]'")
@@ -32,7 +32,7 @@ def listen(host: str, port: int) -> socket.socket:
     try:
         return socket.create_server((host, port), family=family)
     except (OSError, OverflowError, UnicodeError) as error:
-        raise ArmError(f"--host {host} --port {port} cannot be listened on: {error}. Choose another.") from error
+        raise ArmError(f"--host {host} --port {port} is not available: {error}. Choose another.") from error
 
 
 class HttpServer:
@@ -41,7 +41,7 @@ class HttpServer:
     Args:
         vectors: The model and its vectors (see `load_vectors`).
         tokenizer: Of the model.
-        listening: Where requests come from, made by `listen`; None: a free port of this machine.
+        listening: The socket to listen on, made by `listen`; None: a free port of this machine.
         host: The address of it as it was given.
         settings: Fields of `Settings`.
     """
@@ -61,13 +61,13 @@ class HttpServer:
         from steertune.recipes.serving.service import Service, Settings
 
         given = Settings(**{"name": model_name(vectors.model), **settings})
-        # a page of another site can make a browser ask this machine, but not under one of these names
+        # a website can make a browser call this machine, but not under one of these names
         self.service = Service(
             vectors, tokenizer, replace(given, hosts=(*_LOCAL, host) if is_loopback(host) else None)
         )
         shown = f"[{host}]" if ":" in host else host
         self.url = f"http://{shown}:{self._listening.getsockname()[1]}"
-        """Of the service; OpenAI's clients take it with `/v1` behind it."""
+        """The service's URL; OpenAI's clients need it with `/v1` appended."""
         config = uvicorn.Config(
             create_app(self.service), log_level="warning", access_log=False, timeout_graceful_shutdown=5
         )
@@ -80,12 +80,12 @@ class HttpServer:
             self._server.run(sockets=[self._listening])
 
     def start(self) -> HttpServer:
-        """Serve on a thread of its own; requests may be sent at once."""
+        """Serve on a thread of its own, and return once requests are accepted."""
         self._thread.start()
         return self
 
     def stop(self) -> None:
-        """End what `start` began; answers under way have five seconds."""
+        """End what `start` began; running answers have five seconds to complete."""
         self._server.should_exit = True
         self._thread.join()
 
@@ -101,14 +101,14 @@ class HttpServer:
 def serve_http(
     vectors: Vectors, tokenizer: Any, listening: socket.socket, host: str, key: str | None, settings: dict[str, Any]
 ) -> int:
-    """Say where the service is, and serve until the process is interrupted.
+    """Print the service's URL, and serve until the process is interrupted.
 
     Args:
         vectors: The model and its vectors.
         tokenizer: Of the model.
         listening: Where requests come from.
         host: The address of it as it was given.
-        key: What requests have to know; None or empty: nothing.
+        key: The key that requests must send; None or empty: no key is needed.
         settings: Further fields of `Settings`.
     """
     server = HttpServer(vectors, tokenizer, listening, host, key=key or None, **settings)
@@ -116,13 +116,16 @@ def serve_http(
     print(f"{server.service.settings.name} at {server.url}/v1, vectors: {names}", file=sys.stderr, flush=True)
     print(f"In a browser: {server.url}", file=sys.stderr, flush=True)
     if not is_loopback(host) and not key:
-        print("Other machines can ask it, without a key. Set STEERTUNE_API_KEY to require one.", file=sys.stderr)
+        print(
+            "Other machines can reach it, and no key is required. Set STEERTUNE_API_KEY to require one.",
+            file=sys.stderr,
+        )
     server.run()
     return 0
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only this machine reaches an address."""
+    """Whether an address can be reached from this machine only."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -130,6 +133,6 @@ def is_loopback(host: str) -> bool:
 
 
 def model_name(model: Any) -> str:
-    """What a base model is called: its name on the Hub, or that of its folder."""
+    """The name of a base model: its name on the Hub, or that of its folder."""
     path = str(model.config.name_or_path or "model")
     return Path(path).resolve().name if Path(path).is_dir() else path

@@ -1,4 +1,4 @@
-"""What the engine works on: one answer that is being generated, and what it reports while it is."""
+"""What the engine works on: jobs, one for each answer, and the events that they report."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ class Sampling:
     Attributes:
         temperature: 0 is greedy.
         top_p: Only the most probable tokens that together have this probability are drawn from.
-        seed: Of this answer's random numbers.
-        frequency_penalty: Subtracted from a token's logit for every time that the answer holds it.
+        seed: Seed of this answer's random numbers.
+        frequency_penalty: Subtracted from a token's logit for every time it occurs in the answer.
         presence_penalty: Subtracted from the logit of every token that the answer holds.
         logit_bias: Token -> what is added to its logit.
     """
@@ -51,14 +51,14 @@ class Scored:
 
 @dataclass(frozen=True)
 class Prompt:
-    """The prompt has been read; its tokens, scored where that was asked for."""
+    """The prompt has been read; its tokens, scored if requested."""
 
     scores: tuple[Scored, ...]
 
 
 @dataclass(frozen=True)
 class Piece:
-    """More text of the answer. Scores come with the text of their tokens, where they were asked for."""
+    """More text of the answer. Scores come with the text of their tokens, if they were requested."""
 
     text: str
     scores: tuple[Scored, ...] = ()
@@ -79,11 +79,11 @@ class Done:
 
 @dataclass(frozen=True)
 class Failed:
-    """The answer will not come.
+    """The answer has failed.
 
     Attributes:
         message: Why.
-        kind: "late": its time is over; "request": the request itself cannot be answered; "server": something else.
+        kind: "late": it timed out; "request": the request itself cannot be answered; "server": anything else.
     """
 
     message: str
@@ -99,18 +99,18 @@ class Job:
 
     Attributes:
         prompt: Token ids.
-        new_tokens: Longest answer; 0 only reads the prompt.
+        new_tokens: Length of the longest answer; 0 only reads the prompt.
         listener: Called by the engine with every event, of which `Done` or `Failed` is the last.
         vectors: What steers it, under the model's own adapter names.
         sampling: How tokens are drawn.
         stops: Texts that end the answer and are not part of it.
         top: How many of the most probable tokens are scored beside each token; None: tokens are not scored.
         echo: Whether the tokens of the prompt are scored.
-        seconds: Time until it has to be there, from when its turn comes.
-        deadline: The same as a time of `time.monotonic()`; set when its turn comes unless it is known before.
+        seconds: Time limit, counted from when it starts.
+        deadline: The same limit as a time of `time.monotonic()`; set when the job starts, unless it was given.
         tokens: The answer so far.
-        token_scores: What a monitor says of its tokens; the last token of an answer that is cut off is never read.
-        cancelled: Whether nobody waits for it any more.
+        token_scores: A monitor's scores of its tokens; the last token of an answer that is cut off is never read.
+        cancelled: Whether the client no longer waits for it.
     """
 
     prompt: list[int]
@@ -129,18 +129,18 @@ class Job:
 
     @property
     def read(self) -> list[int]:
-        """All tokens that the model has to read before the next one."""
+        """The tokens of the prompt and of the answer so far."""
         return self.prompt + self.tokens
 
     def begin(self) -> None:
-        """Its turn has come."""
+        """Start the clock of its time limit."""
         if self.deadline is None:
             self.deadline = time.monotonic() + self.seconds
 
     def is_late(self) -> bool:
-        """Whether its time is over."""
+        """Whether its time limit has passed."""
         return self.deadline is not None and time.monotonic() > self.deadline
 
     def fail(self, message: str, kind: FailureKind = "server") -> None:
-        """Report that it will not come."""
+        """Report that it has failed."""
         self.listener(Failed(message, kind))

@@ -1,4 +1,4 @@
-"""What a request may ask for, and how its prompt is read."""
+"""Limits on prompts and answers, and how a prompt becomes token ids."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Limits:
     """How long prompts and answers may be.
 
     Attributes:
-        context: Tokens that the model reads; None: as many as memory holds.
+        context: The model's context length in tokens; None: limited by memory only.
         longest: Tokens of the longest answer.
     """
 
@@ -27,23 +27,23 @@ class Limits:
 
     @classmethod
     def of(cls, model: Any, tokenizer: Any, longest: int = LONGEST) -> Limits:
-        """Those of a model."""
+        """The limits of a model."""
         return cls(context_length(model.config, tokenizer), longest)
 
     def check(self, prompt: Sequence[int], new_tokens: int, name: str) -> None:
-        """Refuse an answer that is too long, also together with its prompt.
+        """Refuse an answer that is too long by itself or together with its prompt.
 
         Args:
             prompt: Token ids.
             new_tokens: Longest answer.
-            name: What a request calls `new_tokens`.
+            name: The name of `new_tokens` in the request.
 
         Raises:
             ArmError: names the length and the limit.
         """
         self.check_length(new_tokens, name)
         if not prompt:
-            raise ArmError("The prompt has no tokens: there is nothing to answer.")
+            raise ArmError("The prompt has no tokens. Send one with text.")
         tokens = len(prompt) + new_tokens
         if self.context is not None and tokens > self.context:
             raise ArmError(
@@ -54,15 +54,15 @@ class Limits:
     def check_length(self, new_tokens: int, name: str) -> None:
         """Raise an ArmError for an answer that is longer than the longest."""
         if new_tokens > self.longest:
-            raise ArmError(f"{name}={shown(new_tokens)}: at most {self.longest} are answered (--longest).")
+            raise ArmError(f"{name}={shown(new_tokens)}: at most {self.longest} are allowed (--longest).")
 
     def room(self, prompt: Sequence[int]) -> int:
-        """The longest answer to a prompt."""
+        """The largest number of tokens that an answer to this prompt may have."""
         return self.longest if self.context is None else max(0, min(self.longest, self.context - len(prompt)))
 
 
 def read_prompt(tokenizer: Any, prompt: Any) -> list[int]:
-    """Token ids of a prompt: a text, or messages, which are asked through the chat template.
+    """Token ids of a prompt: a text, or messages, which the chat template formats.
 
     Raises:
         ArmError: it cannot be read.
@@ -74,5 +74,5 @@ def read_prompt(tokenizer: Any, prompt: Any) -> list[int]:
             raise ArmError("prompt: every message needs a role and content.")
     try:
         return prompt_ids(tokenizer, [prompt])[0]
-    except Exception as error:  # a chat template is a program, and refuses conversations with errors of its own
+    except Exception as error:  # a chat template is a program, and may refuse a conversation with any error
         raise ArmError(f"The prompt cannot be read: {type(error).__name__}: {error}") from error

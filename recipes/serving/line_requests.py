@@ -1,4 +1,4 @@
-"""Requests of the line-based service: checked, answered in batches, each with its own vector and strength."""
+"""Requests of the line-based service: they are validated, and answered in batches, each with its own vectors."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from steertune.recipes.serving.vectors import Vectors
 
 
 class Request(BaseModel, extra="forbid", strict=True):
-    """What is asked.
+    """One request.
 
     Attributes:
-        prompt: Text, which is continued, or messages, which are asked through the chat template.
+        prompt: Text to continue, or messages, which the chat template formats.
         vector: Name of a vector; None: the base model answers, unless `steering` names vectors.
         strength: Of the vector.
         steering: Vectors beside that one, each with a strength and, if wanted, positions.
@@ -62,10 +62,10 @@ class Server:
         vectors: The model and its vectors (see `load_vectors`).
         tokenizer: Of the model.
         batch: Requests at a time.
-        longest: Largest `new_tokens` of a request.
+        longest: Largest `new_tokens` that a request may have.
         seconds: Time for one answer.
-        monitor: Scores every answer; None: answers have no score.
-        remedy: What becomes of answers that it flags; None: nothing.
+        monitor: Scores every answer; None: answers are not scored.
+        remedy: How to replace answers that it flags; None: they are kept.
     """
 
     def __init__(
@@ -84,14 +84,14 @@ class Server:
         self.limits = Limits.of(self.engine.base, tokenizer, longest)
 
     def check(self, request: Request) -> None:
-        """Raise an ArmError for what cannot be answered."""
+        """Raise an ArmError for a request that cannot be answered."""
         self.limits.check_length(request.new_tokens, "new_tokens")
         for one in request.vectors:
             self.vectors.check(one.vector, one.strength)
         self.limits.check(read_prompt(self.tokenizer, request.prompt), request.new_tokens, "new_tokens")
 
     def answers(self, requests: Sequence[Request]) -> list[str]:
-        """One answer a request, in their order.
+        """One answer for each request, in order.
 
         Raises:
             ArmError: a request that cannot be answered.
@@ -105,8 +105,8 @@ class Server:
         return [str(reply) for reply in replies]
 
     def replies(self, requests: Sequence[Request]) -> list[str | ArmError]:
-        """The same of requests that were checked, with the error of each that has no answer. Answers that the monitor
-        flags are replaced, if there is a remedy."""
+        """Answers to checked requests, and the errors of those that failed. Flagged answers are replaced, if there is
+        a remedy."""
         replies = self._replies(requests)
         flagged = [i for i, reply in enumerate(replies) if isinstance(reply, Answer) and reply.flagged]
         if self.remedy is None or not flagged:
@@ -118,7 +118,7 @@ class Server:
         return replies
 
     def _replies(self, requests: Sequence[Request]) -> list[str | ArmError]:
-        """What every request is answered at first."""
+        """The answers before any remedy."""
         texts = [""] * len(requests)
         errors: dict[int, ArmError] = {}
 
@@ -130,7 +130,7 @@ class Server:
 
         prompts = [read_prompt(self.tokenizer, request.prompt) for request in requests]
         jobs = [self._job(*asked, partial(hear, row)) for row, asked in enumerate(zip(requests, prompts, strict=True))]
-        for job in sorted(jobs, key=lambda job: len(job.prompt)):  # like lengths need little padding
+        for job in sorted(jobs, key=lambda job: len(job.prompt)):  # prompts of similar length need little padding
             self.engine.submit(job)
         self.engine.run()
         answers: list[str] = [text.strip() for text in texts]

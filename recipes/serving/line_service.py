@@ -15,11 +15,11 @@ from steertune.recipes.serving.line_requests import Request, Server
 from steertune.recipes.serving.lines import LONGEST_LINE, Lines
 from steertune.recipes.serving.remedies import Answer
 
-_BATCHES = 4  # are read at a time, so that a short answer does not wait for the longest of its batch
+_BATCHES = 4  # batches read at a time, so that a short answer does not wait for the longest of its batch
 
 
 def serve_lines(server: Server, lines: Lines, output: IO[str], done: set[Any]) -> int:
-    """Answer line after line, some batches at a time; a refused request has an `error` in place of an answer."""
+    """Answer all lines, some batches at a time; a refused request gets an `error` instead of an answer."""
     refused, ids = 0, set()
     for part in lines.parts(_BATCHES * server.engine.batch):
         good: list[tuple[Request, dict[str, Any]]] = []
@@ -29,7 +29,7 @@ def serve_lines(server: Server, lines: Lines, output: IO[str], done: set[Any]) -
             if request.id in done:
                 continue
             if request.id in ids and error is None:
-                error = f"id={shown(request.id)} was asked before. A request without an id has its line's number."
+                error = f"id={shown(request.id)} is taken by an earlier request. Default ids are line numbers."
             ids.add(request.id)
             replies.append({"id": request.id} | ({} if error is None else {"error": error}))
             if error is None:
@@ -47,7 +47,7 @@ def serve_lines(server: Server, lines: Lines, output: IO[str], done: set[Any]) -
 
 
 def _read(server: Server, line: bytes | None, number: int) -> tuple[Request, str | None]:
-    """The request of a line; and why it is refused, if it is."""
+    """The request of a line, or the reason why it is refused."""
     empty = Request(prompt="-", id=number)
     if line is None:
         return empty, f"Line {number + 1} is longer than {LONGEST_LINE} bytes. Send shorter prompts."
@@ -56,11 +56,11 @@ def _read(server: Server, line: bytes | None, number: int) -> tuple[Request, str
         json.loads(text, object_pairs_hook=without_repeats)
         request = Request.model_validate_json(text)
     except UnicodeDecodeError as error:
-        return empty, f"Line {number + 1} is no UTF-8 (byte {error.start}). Write requests in UTF-8."
+        return empty, f"Line {number + 1} is not UTF-8 (byte {error.start}). Write requests in UTF-8."
     except ValidationError as error:
         return empty, reasons(error)
     except (ValueError, RecursionError) as error:
-        return empty, f"Line {number + 1} is no JSON object: {error}"
+        return empty, f"Line {number + 1} is not a JSON object: {error}"
     request = request.model_copy(update={"id": number if request.id is None else request.id})
     try:
         server.check(request)
@@ -70,10 +70,10 @@ def _read(server: Server, line: bytes | None, number: int) -> tuple[Request, str
 
 
 def check_files(input: Path | None, output: Path | None) -> set[Any]:
-    """Refuse files that cannot be read or written; return the ids that the file of answers holds.
+    """Refuse files that cannot be read or written; return the ids in the file of answers.
 
     Raises:
-        ArmError: the file does not exist, or the answers would be written over something else.
+        ArmError: the file does not exist, or the answers would overwrite something else.
     """
     if input is not None and not input.is_file():
         raise ArmError(f"--input {input}: there is no such file.")
@@ -87,23 +87,24 @@ def check_files(input: Path | None, output: Path | None) -> set[Any]:
 
 
 def answered(file: Path) -> set[Any]:
-    """Ids that a file of answers holds. A last line that is cut off, as a full disk or a kill leaves it, is removed.
+    """Ids in a file of answers. A last line that a full disk or a kill has cut off is removed.
 
-    Raises:
-        ArmError: it is no such file.
+    Raises: ArmError: it is not a file of answers.
     """
     if not file.exists():
         return set()
     if not file.is_file():
-        raise ArmError(f"--output {file} is no file. Choose another.")
+        raise ArmError(f"--output {file} is not a file. Choose another.")
     whole, _, rest = file.read_bytes().rpartition(b"\n")
     try:
         ids = {json.loads(line)["id"] for line in whole.splitlines()}
         if rest and not rest.startswith(b'{"id": '):
-            raise ValueError("its last line is no answer")
+            raise ValueError("its last line is not an answer")
     except (ValueError, TypeError, KeyError, RecursionError) as error:
-        raise ArmError(f"--output {file} is there, and is no file of answers. Choose another.") from error
+        raise ArmError(f"--output {file} exists and is not a file of answers. Choose another.") from error
     if rest:
-        print(f"{file}: its last line is cut off. It is removed, and answered again.", file=sys.stderr)
+        print(
+            f"{file}: the last line was cut off. It was removed, and its request is answered again.", file=sys.stderr
+        )
         os.truncate(file, len(whole) + 1 if whole else 0)
     return ids

@@ -1,4 +1,4 @@
-"""Lines of a file or a pipe, as they come."""
+"""Lines of a file or a pipe, as they arrive."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ LONGEST_LINE = 2**20  # bytes
 
 
 class Lines:
-    """Lines of a file or pipe, of bounded length, as bytes; those that are there together come as one part.
+    """Lines of a file or pipe as bytes, of limited length; lines that arrived together are returned together.
 
     Args:
         source: A file descriptor.
-        bar: Moved by every byte that is read.
-        longest: Bytes of a line; of a longer one the rest is thrown away.
+        bar: Advanced by every byte that is read.
+        longest: Bytes of the longest line; the rest of a longer one is discarded.
     """
 
     def __init__(self, source: int, bar: Bar, longest: int = LONGEST_LINE) -> None:
@@ -29,8 +29,8 @@ class Lines:
         self._buffer, self._ended, self._cut = b"", False, False
 
     def parts(self, size: int) -> Iterator[list[tuple[int, bytes | None]]]:
-        """Numbers and contents of lines that say something, `size` at a time, or fewer if no more are there yet; None
-        for a line that is too long."""
+        """Numbers and contents of lines that are not blank, `size` at a time, or fewer if no more have arrived; the
+        content of a line that is too long is None."""
         while not self._ended or self._buffer:
             part: list[tuple[int, bytes | None]] = []
             while len(part) < size and (line := self._next(wait=not part)) is not None:
@@ -42,7 +42,7 @@ class Lines:
                 yield part
 
     def _next(self, wait: bool) -> tuple[bool, bytes] | None:
-        """Whether the next line is too long, and what it holds; None if it is not there yet, or the end is reached."""
+        """Whether the next line is too long, and its content; None if it has not arrived yet, or at the end."""
         while b"\n" not in self._buffer and not self._ended:
             if not wait and not _is_ready(self.source):
                 return None
@@ -59,11 +59,11 @@ class Lines:
         self.bar.advance(len(chunk))
         self._buffer += chunk
         if b"\n" not in self._buffer and len(self._buffer) > self.longest:
-            self._buffer, self._cut = b"x", True  # something stands for the line until its end comes
+            self._buffer, self._cut = b"x", True  # a placeholder stands for the line until its end arrives
 
 
 def _is_ready(source: int) -> bool:
-    """Whether reading would not wait. Windows does not say it of pipes; there, whole batches are waited for."""
+    """Whether reading would return at once. Windows cannot tell for pipes; there, reading waits for whole batches."""
     try:
         return bool(select.select([source], [], [], 0)[0])
     except OSError:

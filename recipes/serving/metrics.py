@@ -1,4 +1,4 @@
-"""Numbers of a running service in the text format of Prometheus."""
+"""Metrics of a running service in the text format of Prometheus."""
 
 from __future__ import annotations
 

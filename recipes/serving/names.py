@@ -37,7 +37,7 @@ def read_model_name(name: str, base: str, vectors: Sequence[str]) -> list[Steeri
         vectors: Names of the vectors.
 
     Raises:
-        ArmError: another base model, an unknown vector, or a strength that is no finite number.
+        ArmError: another base model, an unknown vector, or a strength that is not a finite number.
     """
     prefix = next((one for one in (base, BASE) if name == one or name.startswith(f"{one}+")), None)
     if prefix is None:

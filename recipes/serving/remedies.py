@@ -1,4 +1,4 @@
-"""Answers with a score, and what becomes of those that a monitor flags: sampled again, or answered with a vector."""
+"""Scored answers, and two ways to replace those that a monitor flags: sample again, or answer with a vector."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from steertune.adapters.monitors import Monitor
 from steertune.adapters.types import finite_strength
 from steertune.recipes.lab.files import ArmError, nearest, shown
 
-_TEMPERATURE = 1.0  # of requests that are greedy, when they are sampled again
+_TEMPERATURE = 1.0  # temperature at which greedy requests are sampled again
 
 
 class Answer(str):
-    """A text with what a monitor says of it.
+    """A text with a monitor's judgement.
 
     Attributes:
         score: None for an empty answer, which has no token to read.
         flagged: Whether the score is above the monitor's threshold.
-        first: The answer that was flagged, in whose place this one is given.
+        first: The flagged answer that this one replaces.
     """
 
     score: float | None
@@ -41,7 +41,7 @@ class Answer(str):
         return answer
 
     def details(self) -> dict[str, Any]:
-        """What a line of answers says beside the text."""
+        """The fields that a line of answers has besides the text."""
         score = None if self.score is None else round(self.score, 4)
         more = {} if self.first is None else {"first": {"answer": str(self.first), **self.first.details()}}
         return {"score": score, "flagged": self.flagged, **more}
@@ -52,15 +52,15 @@ class Remedy:
     """How flagged requests are answered again.
 
     Attributes:
-        changes: For every new answer: from a request to the fields that differ.
-        steered: Whether the new answer is given whatever its score; else the one with the lowest score is.
+        changes: One function for each new answer: from a request to the fields to change.
+        steered: Whether the new answer is used whatever its score; otherwise the one with the lowest score is.
     """
 
     changes: Sequence[Callable[[Any], dict[str, Any]]]
     steered: bool
 
     def choose(self, before: Any, other: Any) -> Any:
-        """The answer to give, of the one so far and a new one; one that failed is never chosen."""
+        """The better of the current answer and a new one; a failed one is never chosen."""
         if not isinstance(other, Answer):
             return before
         if not self.steered and not _rank(other) < _rank(before):
@@ -83,15 +83,15 @@ def check_monitor(folder: Path | None, remedy: Remedy | None) -> None:
 
 
 def remedy_of(resample: int | None, steer: str | None, vectors: Sequence[str]) -> Remedy | None:
-    """What becomes of flagged answers.
+    """The remedy for flagged answers.
 
     Args:
-        resample: How often they are sampled again.
+        resample: How many times to sample a flagged answer again.
         steer: `NAME@STRENGTH` of the vector that answers again.
         vectors: Names of the vectors.
 
     Raises:
-        ArmError: both are given, or an unknown vector, or no finite strength.
+        ArmError: both are given, the vector is unknown, or the strength is not finite.
     """
     if resample is not None and steer is not None:
         raise ArmError("A flagged answer is sampled again or answered with a vector. Give --resample or --steer.")
@@ -110,7 +110,7 @@ def remedy_of(resample: int | None, steer: str | None, vectors: Sequence[str]) -
 
 
 def _sampled(number: int) -> Callable[[Any], dict[str, Any]]:
-    """The same request with other random numbers; a greedy one is sampled."""
+    """The request with other random numbers; a greedy one becomes a sampled one."""
     return lambda request: {
         "seed": (request.seed + number) % 2**63,
         "temperature": request.temperature or _TEMPERATURE,
@@ -118,7 +118,7 @@ def _sampled(number: int) -> Callable[[Any], dict[str, Any]]:
 
 
 def _steered(name: str, strength: float) -> Callable[[Any], dict[str, Any]]:
-    """The same request with this vector in place of its first one."""
+    """The request with this vector in place of its first one."""
     return lambda request: {
         "vector": name,
         "strength": strength,
@@ -127,5 +127,5 @@ def _steered(name: str, strength: float) -> Callable[[Any], dict[str, Any]]:
 
 
 def _rank(answer: Answer) -> float:
-    """The score; an empty answer is as suspicious as can be, since it says nothing."""
+    """The score; an empty answer counts as the most suspicious, since it does not answer."""
     return math.inf if answer.score is None else answer.score

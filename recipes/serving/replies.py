@@ -1,4 +1,4 @@
-"""Answers on their way to the client: whole, or as server-sent events."""
+"""Responses to the client: whole, or as server-sent events."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from steertune.recipes.serving.errors import ApiError
 from steertune.recipes.serving.jobs import Done, Failed, Piece, Prompt
 from steertune.recipes.serving.service import Started
 
-_LOOK = 0.5  # seconds between looks whether the client is still there
+_LOOK = 0.5  # seconds between checks that the client is still connected
 
 
 async def whole(started: Started, request: Request) -> dict[str, Any]:
-    """The answer when all of it is there.
+    """The whole answer, once it is complete.
 
     Raises:
-        ApiError: an answer failed, or the client has gone.
+        ApiError: an answer failed, or the client disconnected.
     """
     choices = [Choice() for _ in started.call.jobs]
     gathering = asyncio.ensure_future(_gather(started, choices))
@@ -59,12 +59,12 @@ async def stream(started: Started, with_usage: bool) -> AsyncIterator[str]:
         if with_usage:
             yield _event(form.part([], usage(started.prompts, choices)))
         yield "data: [DONE]\n\n"
-    finally:  # also when the client has gone
+    finally:  # also when the client has disconnected
         started.call.cancel()
 
 
 def failure(failed: Failed) -> ApiError:
-    """The error of an answer that will not come."""
+    """The error of a failed answer."""
     status, code = {"late": (504, "timeout"), "request": (400, "no_answer"), "server": (500, "no_answer")}[failed.kind]
     return ApiError(status, failed.message, code)
 

@@ -1,4 +1,4 @@
-"""One row of the engine's batch, what scores it, and what ends it."""
+"""One row of the engine's batch, how it is scored, and what ends it."""
 
 from __future__ import annotations
 
@@ -14,17 +14,18 @@ from steertune.recipes.serving.text import Text
 
 
 class Row:
-    """A job with the text and the random numbers of its answer, which survive a second reading."""
+    """A job with the text and random numbers of its answer, which are kept when the job is read again."""
 
     def __init__(self, job: Job, tokenizer: Any) -> None:
         self.job = job
         self.text = Text(tokenizer, job.prompt, job.stops)
         self.sampler = Sampler(job.sampling)
-        self.alone = False  # whether a batch that it was in has failed
+        self.alone = False  # whether a batch with this row has failed
 
 
 def score_rows(monitor: Monitor, rows: Sequence[Row], h_BTD: Tensor) -> None:
-    """Score the tokens of answers that were just read: all so far, with their prompts, or the last one."""
+    """Score the answers' tokens that were just read: all tokens so far where prompts were read too, else the last
+    one."""
     for row, scores_T in zip(rows, monitor.token_scores(h_BTD), strict=True):
         count = len(row.job.tokens)
         if count <= len(scores_T):
@@ -34,7 +35,7 @@ def score_rows(monitor: Monitor, rows: Sequence[Row], h_BTD: Tensor) -> None:
 
 
 def end_tokens(model: Any, tokenizer: Any) -> set[int]:
-    """The tokens that end an answer: those of the model's generation configuration, else the tokenizer's."""
+    """Tokens that end an answer: those of the model's generation configuration, else the tokenizer's."""
     config = model.generation_config
     ids = None if config is None else config.eos_token_id
     ids = tokenizer.eos_token_id if ids is None else ids

@@ -1,4 +1,4 @@
-"""Draw the next token of one row. Nothing of another row enters, so an answer does not depend on its batch."""
+"""Draw the next token of one row. Other rows play no part, so an answer does not depend on its batch."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from steertune.recipes.serving.jobs import Sampling, Scored
 class Sampler:
     """Draws the tokens of one answer.
 
-    The largest of logits plus Gumbel noise is a draw from their softmax (Gumbel 1954). The noise comes from a
-    generator of the answer's own, on the CPU, so that a seed means the same on every device.
+    The largest of logits plus Gumbel noise is a draw from their softmax (Gumbel 1954). Each answer has its own noise
+    generator on the CPU, so that a seed gives the same draws on every device.
     """
 
     def __init__(self, sampling: Sampling) -> None:
@@ -67,10 +67,11 @@ def scored(logits_TV: Tensor, tokens: Sequence[int], top: int) -> list[Scored]:
     Args:
         logits_TV: The logits that predict each of them, `(tokens, vocabulary)`.
         tokens: Their ids.
-        top: How many of the most probable tokens to name.
+        top: How many of the most probable tokens to list.
     """
     result = []
-    for start in range(0, len(tokens), 256):  # a long prompt would need its logits several times over
+    # in parts: for a long prompt, the logits would be in memory several times
+    for start in range(0, len(tokens), 256):
         part = tokens[start : start + 256]
         logprobs_TV = logits_TV[start : start + 256].float().log_softmax(-1)
         ids_T1 = torch.tensor(part, device=logprobs_TV.device)[:, None]
@@ -83,12 +84,12 @@ def scored(logits_TV: Tensor, tokens: Sequence[int], top: int) -> list[Scored]:
 
 
 def prompt_scores(logits_TV: Tensor, prompt: Sequence[int], top: int) -> list[Scored]:
-    """The tokens of a prompt, each scored by what stands before it.
+    """The tokens of a prompt, each with its log-probability given the tokens before it.
 
     Args:
-        logits_TV: Of the prompt and what pads it on the left, `(tokens, vocabulary)`.
+        logits_TV: Logits of the prompt and its left padding, `(tokens, vocabulary)`.
         prompt: Its tokens.
-        top: How many of the most probable tokens to name.
+        top: How many of the most probable tokens to list.
     """
     # the last logits predict the answer
     return [Scored(prompt[0], None), *scored(logits_TV[-len(prompt) : -1], prompt[1:], top)]

@@ -1,4 +1,4 @@
-"""Requests of OpenAI's protocol: what is read, and what is refused because it would not be done.
+"""Requests of OpenAI's protocol: the supported fields, and those that are refused.
 
 Fields that change nothing about an answer (`user`, `metadata`, ...) are ignored. Fields that would change it and are
 not supported, such as `tools`, are refused by name rather than ignored.
@@ -27,7 +27,7 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "modalities": (["text"],),
     "response_format": ({"type": "text"},),
 }
-"""Values of fields that are not supported at which an answer is what it is without them."""
+"""Values of unsupported fields that are accepted because they change nothing."""
 _UNSUPPORTED = {*_NEUTRAL, "function_call", "audio", "prediction", "reasoning_effort", "verbosity"}
 
 
@@ -38,11 +38,11 @@ class StreamOptions(BaseModel):
 
 
 class GenerationRequest(BaseModel, extra="forbid"):
-    """What chats and completions have in common."""
+    """Fields that chats and completions share."""
 
     model: str
     steering: list[Steering] = Field(default=[], max_length=32)
-    """Vectors beside those of the model's name; not part of OpenAI's protocol."""
+    """Vectors in addition to those in the model name; not part of OpenAI's protocol."""
     temperature: Finite | None = Field(default=1.0, ge=0, le=100)
     top_p: Finite | None = Field(default=1.0, gt=0, le=1)
     n: int | None = Field(default=1, ge=1, le=MOST_CHOICES)
@@ -70,13 +70,13 @@ class GenerationRequest(BaseModel, extra="forbid"):
 
     @property
     def stops(self) -> tuple[str, ...]:
-        """The texts that end an answer."""
+        """Texts that end an answer."""
         texts = [self.stop] if isinstance(self.stop, str) else self.stop or []
         return tuple(text for text in texts if text)
 
 
 class ChatMessage(BaseModel):
-    """A message; of its parts, texts are read."""
+    """A message; only text parts are supported."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | list[TextPart]
@@ -105,7 +105,7 @@ class ChatRequest(GenerationRequest):
 
     @property
     def top(self) -> int | None:
-        """How many of the most probable tokens are named; None: tokens are not scored."""
+        """How many of the most probable tokens to list; None: tokens are not scored."""
         return (self.top_logprobs or 0) if self.logprobs else None
 
 

@@ -1,4 +1,4 @@
-"""A running service: the engine's thread, and what turns requests of OpenAI's protocol into jobs."""
+"""A running service: turns requests of OpenAI's protocol into jobs for the engine's thread."""
 
 from __future__ import annotations
 
@@ -29,17 +29,17 @@ from steertune.recipes.serving.worker import QueueFull, Stopped, Worker
 
 @dataclass(frozen=True)
 class Settings:
-    """What a service is started with.
+    """Settings of a service.
 
     Attributes:
-        name: Of the base model.
+        name: Name of the base model.
         batch: Answers at a time.
         longest: Tokens of the longest answer.
-        seconds: Time for a request, from when it arrives.
+        seconds: Time limit of a request, from its arrival.
         queue: Answers that may wait.
-        key: What requests have to know; None: nothing.
-        folder: Below it lie the vectors that requests may load by their path; None: nowhere.
-        hosts: Names under which the service may be asked for; None: any.
+        key: The key that requests must send; None: no key is needed.
+        folder: Requests may load vectors below this folder by their path; None: from no folder.
+        hosts: Host names that requests may use; None: any.
     """
 
     name: str
@@ -54,7 +54,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Started:
-    """A request under way."""
+    """A running request."""
 
     call: Call
     form: Form
@@ -62,7 +62,7 @@ class Started:
 
 
 class Service:
-    """One model with its vectors, answering.
+    """Answers requests with one model and its vectors.
 
     Args:
         vectors: The model and its vectors.
@@ -73,7 +73,7 @@ class Service:
     def __init__(self, vectors: Vectors, tokenizer: Any, settings: Settings) -> None:
         self.settings, self.vectors = settings, vectors
         self.metrics = Metrics()
-        # tokenizers keep state while they read, so the engine, which writes, has its own
+        # tokenizers are not thread-safe, so the engine decodes with a copy of its own
         self.tokenizer = copy.deepcopy(tokenizer)
         engine = Engine(vectors, tokenizer, settings.batch, self.metrics.step)
         self.limits = Limits.of(engine.base, tokenizer, settings.longest)
@@ -85,16 +85,16 @@ class Service:
         self._reader = ThreadPoolExecutor(1, "reader")
 
     def stop(self) -> None:
-        """End the threads; answers under way fail."""
+        """End the threads; running answers fail."""
         self.worker.stop()
         self._reader.shutdown()
 
     async def in_reader(self, function: Callable[[], Any]) -> Any:
-        """Run what may take long for a long request beside the event loop, one at a time."""
+        """Run work that can be slow on a thread beside the event loop, one task at a time."""
         return await asyncio.get_running_loop().run_in_executor(self._reader, function)
 
     async def start(self, body: ChatRequest | CompletionRequest) -> Started:
-        """Check a request and let the engine answer it.
+        """Check a request and submit it to the engine.
 
         Raises:
             ApiError: it cannot be answered.
@@ -134,7 +134,7 @@ class Service:
             prompts, name, limit = [self._read(prompt) for prompt in body.prompts], "max_tokens", body.max_tokens
             top, echo = body.logprobs, bool(body.echo) and body.logprobs is not None
             if not prompts:
-                raise ArmError("prompt=[] asks for nothing. Give a text, token ids, or a list of either.")
+                raise ArmError("prompt=[] is empty. Give a text, token ids, or a list of either.")
         choices = len(prompts) * (body.n or 1)
         if choices > self.settings.queue:
             raise ArmError(f"The request asks for {choices} answers, and the queue takes {self.settings.queue}.")
@@ -175,7 +175,7 @@ class Service:
     def _form(
         self, body: GenerationRequest, steering: Sequence[Steering], call: Call, prompts: list[list[int]]
     ) -> Form:
-        """How the answers are written."""
+        """What writes the response."""
         digest = hashlib.blake2b(self.settings.name.encode(), digest_size=6)
         for one, vector in zip(steering, call.held, strict=True):
             digest.update(f"+{vector.digest}@{one.strength!r}/{one.positions}".encode())

@@ -1,4 +1,4 @@
-"""The text of an answer, token by token: whole characters only, and nothing that may still become a stop text."""
+"""The text of an answer, token by token: whole characters only, and nothing that could still become a stop text."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import Any
 
 from steertune.recipes.serving.jobs import Piece, Scored
 
-_CONTEXT = 8  # tokens before the answer that decide whether it begins with a space
+_CONTEXT = 8  # prompt tokens that are decoded too, since they decide whether the answer begins with a space
 _BROKEN = "�"
-"""What tokenizers write for the bytes of a character that is not complete yet."""
+"""What tokenizers write for the bytes of an incomplete character."""
 
 
 class Text:
@@ -32,7 +32,7 @@ class Text:
         self._scores: deque[tuple[int, Scored]] = deque()
 
     def push(self, token: int, score: Scored | None = None) -> Piece:
-        """Add a token; returns what can be shown now."""
+        """Add a token; return the text that can be shown now."""
         if score is not None:
             self._scores.append((self._released + len(self._held), score))
         self._ids.append(token)
@@ -40,13 +40,13 @@ class Text:
         now = self._decode(self._ids[self._start :])
         if not now.endswith(_BROKEN):
             self._held += now[len(before) :]
-            if now != before:  # a token without text, as a special one, does not tell whether a space follows
+            if now != before:  # a token without text, such as a special one, does not decide whether a space follows
                 self._start = self._decoded
             self._decoded = len(self._ids)
         return self._release()
 
     def flush(self) -> Piece:
-        """The rest, when no token follows."""
+        """The remaining text, when no token follows."""
         if self.stopped:
             return Piece("")
         before = self._decode(self._ids[self._start : self._decoded])
@@ -61,7 +61,7 @@ class Text:
         return Piece(piece.text + rest, piece.scores + scores)
 
     def _release(self) -> Piece:
-        """Text that cannot become part of a stop text, with the scores of the tokens that begin in it."""
+        """The text that cannot become part of a stop text, and the scores of the tokens that begin in it."""
         ends = [at for stop in self._stops if (at := self._held.find(stop)) >= 0]
         if ends:
             self.stopped = True
@@ -81,5 +81,5 @@ class Text:
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of a text with which a stop text begins."""
+    """Length of the longest end of a text that is the beginning of a stop text."""
     return next(n for n in range(min(len(text), len(stop) - 1), -1, -1) if text.endswith(stop[:n]))

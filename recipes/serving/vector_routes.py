@@ -31,7 +31,7 @@ class NewVector(BaseModel, extra="forbid"):
 
 
 def vector_routes(service: Service) -> APIRouter:
-    """The routes below `/v1/vectors`."""
+    """The routes under `/v1/vectors`."""
     router = APIRouter(prefix="/v1/vectors")
 
     @router.get("")
@@ -66,7 +66,7 @@ def vector_routes(service: Service) -> APIRouter:
 
 
 def facts(vector: Vector) -> dict[str, Any]:
-    """What is known of a vector."""
+    """The description of a vector."""
     switches = {name: getattr(vector.config, name) for name in _SWITCHES}
     named = {"id": vector.name, "object": "vector", "digest": vector.digest}
     return {**named, "strength": vector.strength, **switches}
@@ -77,10 +77,10 @@ async def _add(service: Service, name: str, folder: Path) -> Vector:
 
 
 def _inside(service: Service, folder: str) -> Path:
-    """A folder that requests may load.
+    """The path of a folder that requests may load.
 
     Raises:
-        ApiError: it does not lie below the one that the service was started with.
+        ApiError: it is not below the folder that the service was started with.
     """
     root = service.settings.folder
     if root is None:

@@ -1,7 +1,7 @@
-"""The vectors of a running service: added, replaced and removed under names, while answers are under way.
+"""The vectors of a running service: added, replaced and removed by name while it answers.
 
 Every version of a vector is an adapter of its own in the model. An answer keeps the version that it began with; a
-version that is no longer named goes when the last answer that uses it is complete.
+replaced version is deleted once the last answer that uses it is complete.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ class Vector:
     """One version of a vector.
 
     Attributes:
-        name: What requests call it.
-        adapter: What the model calls it.
+        name: Its name in requests.
+        adapter: Its adapter name in the model.
         config: Its configuration.
         digest: Of its weights.
-        strength: What its file says about strength (see `adapters/description.py`); None: nothing.
-        uses: Answers that are waiting or under way.
-        named: Whether its name still means it.
+        strength: The strength entry of its description (see `adapters/description.py`), if there is one.
+        uses: How many waiting or running answers use it.
+        named: Whether its name still refers to this version.
     """
 
     name: str
@@ -52,11 +52,11 @@ class Vector:
 class Vectors:
     """The vectors of one model.
 
-    `add`, `remove` and `sweep` change the model, so they belong to the thread that runs it; the others may be called
-    from any thread.
+    `add`, `remove` and `sweep` change the model, so only the thread that runs it may call them; the others may be
+    called from any thread.
 
     Attributes:
-        model: The model with its vectors; a plain one before the first.
+        model: The model with its vectors; the plain base model until the first one is added.
     """
 
     def __init__(self, model: Any) -> None:
@@ -68,15 +68,15 @@ class Vectors:
 
     @property
     def named(self) -> dict[str, Vector]:
-        """The vectors that requests can name, in the order of their names."""
+        """The vectors that requests can name, sorted by name."""
         with self._lock:
             return dict(sorted(self._named.items()))
 
     def add(self, name: str, folder: Path) -> Vector:
-        """Load a vector under a name; one that has the name already is replaced for requests that come later.
+        """Load a vector under a name. If the name is taken, later requests get the new vector.
 
         Raises:
-            ArmError: no usable vector of this model, or a name that cannot be one.
+            ArmError: the folder holds no usable vector of this model, or the name is not valid.
         """
         check_vector_name(name)
         config = adapter_config(folder)
@@ -112,7 +112,7 @@ class Vectors:
         self.model.eval()
 
     def remove(self, name: str) -> None:
-        """Take a name away.
+        """Remove a name.
 
         Raises:
             ArmError: no vector has it.
@@ -123,10 +123,10 @@ class Vectors:
         self.sweep()
 
     def sweep(self) -> None:
-        """Delete the versions that nobody can name or uses."""
+        """Delete the versions that have no name any more and are not in use."""
         with self._lock:
             for vector in [vector for vector in self._all if not vector.named and not vector.uses]:
-                if len(self._all) == 1:  # PEFT needs an adapter; without one the model is a plain one again
+                if len(self._all) == 1:  # PEFT needs at least one adapter; without any, go back to the plain model
                     self.model = self.model.unload().eval()
                 else:
                     self.model.delete_adapter(vector.adapter)
@@ -138,14 +138,14 @@ class Vectors:
             vector = self._named.get(name)
             if vector is None:
                 names = sorted(self._named)
-                raise ArmError(f"vector={shown(name)} is none of {names}.{nearest(name, names)}")
+                raise ArmError(f"vector={shown(name)} is unknown. Choose from {names}.{nearest(name, names)}")
             check_strength(self.model, strength, vector.adapter)
 
     def hold(self, names: list[str]) -> list[Vector]:
-        """The current versions of some vectors, which stay until `release`.
+        """The current versions of some vectors, which are kept until `release`.
 
         Raises:
-            ArmError: a name is none.
+            ArmError: a name is unknown.
         """
         with self._lock:
             for name in names:
@@ -156,23 +156,23 @@ class Vectors:
             return vectors
 
     def release(self, vectors: list[Vector]) -> None:
-        """The answer that held these versions is complete."""
+        """Give up these versions, since the answer that used them is complete."""
         with self._lock:
             for vector in vectors:
                 vector.uses -= 1
 
     @property
     def unused(self) -> bool:
-        """Whether `sweep` has something to delete."""
+        """Whether `sweep` would delete anything."""
         with self._lock:
             return any(not vector.named and not vector.uses for vector in self._all)
 
 
 def _strength(folder: Path) -> dict[str, Any] | None:
-    """What a vector's file says about strength.
+    """The strength entry of a vector's description.
 
     Raises:
-        ArmError: it describes other weights.
+        ArmError: the file describes other weights.
     """
     try:
         values = read_description(folder)
@@ -182,14 +182,15 @@ def _strength(folder: Path) -> dict[str, Any] | None:
 
 
 def check_vector_name(name: str) -> None:
-    """Refuse a name that cannot stand in a model name such as `base+careful@1.5`.
+    """Refuse a name that cannot be part of a model name such as `base+careful@1.5`.
 
     Raises:
-        ArmError: it is empty or too long, or holds something else than letters, digits, "_" and "-".
+        ArmError: it is empty or too long, or contains anything but letters, digits, "_" and "-".
     """
     if not re.fullmatch(r"\w[\w-]*", name, re.ASCII) or len(name) > _LONGEST_NAME:
         raise ArmError(
-            f"{shown(name)} cannot name a vector. Use letters (a-z), digits, '_' and '-', {_LONGEST_NAME} at most, "
+            f"{shown(name)} is not a valid vector name. Use letters (a-z), digits, '_' and '-', {_LONGEST_NAME} at "
+            "most, "
             "without '@', '+' and '.'."
         )
     try:

@@ -17,25 +17,25 @@ T = TypeVar("T")
 
 
 class QueueFull(Exception):
-    """More answers wait than the queue takes."""
+    """More answers are waiting than the queue allows."""
 
 
 class Stopped(Exception):
-    """The engine's thread has ended, or is about to."""
+    """The engine's thread has ended, or is ending."""
 
 
 class Worker:
-    """Runs an engine on a thread of its own. Its methods may be called from any other.
+    """Runs an engine on a thread of its own. Its methods may be called from any other thread.
 
     Args:
-        engine: Which this thread alone uses from now on.
+        engine: Only this thread may use it from now on.
         queue: Answers that may wait.
     """
 
     def __init__(self, engine: Engine, queue: int = QUEUE) -> None:
         self.engine, self.queue = engine, queue
         self.error: BaseException | None = None
-        """What ended the thread, if something did that should not have."""
+        """The unexpected error that ended the thread, if there was one."""
         self._inbox: deque[Callable[[], None]] = deque()
         self._submitted = 0  # jobs in the inbox
         self._news = threading.Condition()
@@ -50,15 +50,15 @@ class Worker:
 
     @property
     def waiting(self) -> int:
-        """Number of answers that wait."""
+        """Number of waiting answers."""
         return self.engine.waiting + self._submitted
 
     def submit(self, jobs: Sequence[Job]) -> None:
-        """Let all of some jobs wait for their turn, or none of them.
+        """Queue all of these jobs, or none of them.
 
         Raises:
             QueueFull: there is no room.
-            Stopped: nothing is answered any more.
+            Stopped: the service has stopped.
         """
         with self._news:
             if self._stopping or self.error is not None:
@@ -72,7 +72,7 @@ class Worker:
             self._news.notify()
 
     def call(self, function: Callable[[], T]) -> Future[T]:
-        """Run a function between two steps; it may change the model."""
+        """Run a function between two steps, when it may change the model."""
         future: Future[T] = Future()
 
         def run() -> None:
@@ -89,7 +89,7 @@ class Worker:
         return future
 
     def stop(self) -> None:
-        """End the thread after the step that it is in; answers that are not complete fail."""
+        """End the thread after its current step; incomplete answers fail."""
         with self._news:
             self._stopping = True
             self._news.notify()
@@ -100,7 +100,7 @@ class Worker:
             self._submitted -= 1
             try:
                 self.engine.submit(job)
-            except Exception as error:  # the thread goes on, whatever a job holds
+            except Exception as error:  # whatever a job contains, the thread must continue
                 job.fail(f"It cannot be answered: {type(error).__name__}: {error}")
 
     def _run(self) -> None:
@@ -114,7 +114,7 @@ class Worker:
             raise
 
     def _turn(self) -> None:
-        """What has calls, then one step."""
+        """Run the waiting calls, then one step."""
         with self._news:
             while not (self._inbox or self._stopping or self.engine.busy):
                 self._news.wait()

@@ -1,1 +1,1 @@
-"""The parts of `recipes/sweep.py`: what is swept, what is measured, what is chosen, and the page."""
+"""The parts of `recipes/sweep.py`: the request, the steered models, the measurements, the choice and the page."""

@@ -12,7 +12,7 @@ from steertune.recipes.sweeping.page import Sweep
 
 
 def card(result: Sweep, measured: str) -> Card:
-    """The card of the setting that a sweep recommended. `measured` is the table of what it did on test rows."""
+    """The card of the setting that a sweep recommended. `measured` is the table of its results on test rows."""
     table, tested = result.table, result.tested
     arm, task, means = table.arm, Path(table.task).name, tested.record.means()
     name = table.direction if arm is None else arm.name

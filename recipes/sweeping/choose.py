@@ -1,11 +1,11 @@
-"""Which setting is recommended, with its reason in words; and whether the direction can be relied on.
+"""The recommended setting and the reason for it; and whether the direction is reliable.
 
-Of the settings that leave neutral text within the limits, the gentlest one that is within one standard error of the
-best (Breiman et al. 1984, section 3.4.3) and ahead of the base model by more than one: the best of many settings
+Among the settings that keep neutral text within the limits, it is the gentlest that is within one standard error of
+the best (Breiman et al. 1984, section 3.4.3) and more than one ahead of the base model: the best of many settings
 measured on a few rows is the best partly by luck, and strength costs fluency.
 
 Slopes are those of least squares, per held-out example, of the margin against the strength from the base model up to
-the setting ("steerability", Tan et al. 2407.12404). A mean effect can hide examples that move the other way.
+the setting ("steerability", Tan et al. 2407.12404). A positive mean can hide examples that move the other way.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Setting:
     """A place at one strength.
 
     Attributes:
-        record: What was seen of the model with a vector at this place.
+        record: The observations of the model with a vector at this place.
         strength: The vector's.
     """
 
@@ -40,7 +40,7 @@ class Setting:
 
     @property
     def site(self) -> str:
-        """Where in the block."""
+        """The site in the block."""
         return self.record.facts["site"]
 
     @property
@@ -63,12 +63,12 @@ class Setting:
 
     @property
     def is_scored(self) -> bool:
-        """Whether generated answers were scored, every one of them."""
+        """Whether every generated answer was scored."""
         return "behaviour" in self.record.seen(self.strength) and not np.isnan(self.rows("behaviour")).any()
 
 
 def settings_of(records: Sequence[Record]) -> list[Setting]:
-    """The settings of all places, without the base model."""
+    """The settings of all places; the base model is not one."""
     return [Setting(record, float(at)) for record in records for at in record.observations if at != BASE]
 
 
@@ -77,7 +77,7 @@ class Choice:
     """A recommendation.
 
     Attributes:
-        setting: The recommended one; None: the model is best left alone.
+        setting: The recommended one; None: no setting is better than the base model.
         reason: Why, in words.
     """
 
@@ -90,11 +90,11 @@ class Reliability:
     """How evenly a setting works.
 
     Attributes:
-        slopes: Nats per unit of strength, one a held-out example.
+        slopes: Nats per unit of strength, for each held-out example.
         wrong: How many examples it moves the wrong way.
-        share: The same as a share, and
-        low: the lower and
-        high: the upper end of its 95 % interval (Wilson).
+        share: The same as a share.
+        low: Lower end of its 95 % interval (Wilson).
+        high: Upper end of it.
     """
 
     slopes: list[float]
@@ -110,7 +110,7 @@ class Reliability:
 
 
 def choose(settings: Sequence[Setting], limits: Limits) -> Choice:
-    """The recommended setting, of settings that were measured on validation rows."""
+    """Recommend one of the settings that were measured on validation rows."""
     measure = deciding(settings)
     forward = [setting for setting in settings if setting.strength > 0]
     gentle = [setting for setting in forward if not excesses(setting, limits)]
@@ -149,13 +149,13 @@ def choose(settings: Sequence[Setting], limits: Limits) -> Choice:
 
 
 def deciding(settings: Sequence[Setting]) -> str:
-    """The measure that decides: the behaviour if every generated answer was scored, else the pair accuracy."""
+    """The measure for choosing: the behaviour score if every generated answer was scored, else pair accuracy."""
     scored = all(setting.is_scored and setting.base.is_scored for setting in settings)
     return "behaviour" if settings and scored else "accuracy"
 
 
 def excesses(setting: Setting, limits: Limits) -> list[str]:
-    """Why a setting is too much for neutral text, in words; empty: it is not."""
+    """Why a setting harms neutral text too much; empty if it does not."""
     if not all(np.isfinite(setting.rows(name)).all() for name in ("kl", "perplexity", "margin")):
         return ["its log-probabilities are not finite"]
     kl, repetition = setting.value("kl"), setting.value("neutral_repetition")
@@ -164,15 +164,14 @@ def excesses(setting: Setting, limits: Limits) -> list[str]:
         reasons.append(f"KL {kl:.2g}")
     if perplexity > limits.perplexity:
         reasons.append(f"perplexity × {perplexity:.2g}")
-    # repetition is NaN without a generated answer that is long enough
+    # repetition is NaN if no generated answer is long enough
     if repetition > np.nan_to_num(setting.base.value("neutral_repetition")) + limits.repetition:
         reasons.append(f"repetition {repetition:.0%}")
     return reasons
 
 
 def reliability(setting: Setting) -> Reliability:
-    """Per-example slopes of the margin from the base model up to a setting, over the strengths of the same place that
-    lie between the two."""
+    """Per-example slopes of the margin over the strengths of a setting's place, from 0 up to the setting's own."""
     on_line = [
         other
         for other in settings_of([setting.record])
@@ -196,9 +195,9 @@ _NAMES = {"behaviour": "behaviour score", "accuracy": "pair accuracy"}
 
 
 def _within_one_error(best: Setting, other: Setting, measure: str) -> bool:
-    """Whether the best is ahead by no more than one standard error of the paired difference."""
+    """Whether the best is ahead by at most one standard error of the paired difference."""
     ahead = best.rows(measure) - other.rows(measure)
-    # one example of n is exactly one standard error, but for rounding
+    # a difference on one of n examples equals one standard error, except for rounding
     return bool(ahead.mean() <= (sem(ahead) if len(ahead) > 1 else 0.0) + _ROUNDING)
 
 

@@ -1,4 +1,4 @@
-"""What all settings of a sweep share, each computed once: the base model, the rows, what the base does on them."""
+"""What all settings of a sweep share, computed once: the base model, the rows, and the base's observations on them."""
 
 from __future__ import annotations
 
@@ -26,31 +26,31 @@ TEST, VALIDATION = "test", "validation"
 
 
 class Context:
-    """The base model and the rows of a sweep; a *part* of the rows is `validation`, which chooses, or `test`, which is
-    read once. Neutral text is halved between them, too.
+    """The base model and the rows of a sweep. The *part* `validation` is for choosing, and `test` is read once.
+    Neutral text is divided between the two as well.
 
     Raises:
-        ArmError: rows that are not pairs, too few of them, or rows that stand in two splits.
+        ArmError: the rows are not pairs, are too few, or occur in two splits.
     """
 
     def __init__(self, table: SweepTable) -> None:
-        # rows first: bad ones are refused before the model is loaded
+        # bad rows are refused before the model is loaded
         reading = Reading(table.columns, table.format, partial(model_has_template, table.model))
         splits = load_splits(table.task, table.splits, table.train, reading=reading, at_most=True)
         self.model, self.tokenizer = load_model(table.model)
         self.splits = splits.each(partial(readable, tokenizer=self.tokenizer))
         self._notes = notes_on_form(splits.test, self.tokenizer)
-        # of a single file there may be fewer rows than asked for
+        # a single file may leave fewer rows than requested
         sizes = {part: len(getattr(self.splits, part)) for part in ("validation", "scorer", "test")}
         split_table = table.splits.model_copy(update=sizes)
         self.table = table.model_copy(update={"train": min(table.train, len(splits.pool)), "splits": split_table})
-        # a vector on the output of block i leaves i + 1 blocks as they were, what is inside it leaves i
+        # a vector at the output of block i leaves i + 1 blocks unchanged, one inside the block leaves i
         stops = {layer + extra for layer in table.layers for extra in (0, 1)}
         self.prefix = FrozenPrefix(_MEMO_GB, warn=False, stops=stops)
         self.held_out = cache(self._make_held_out)
 
     def rehearse(self) -> list[str]:
-        """Try one row of everything; return what to say about the rows.
+        """Try one row of everything; return notes about the rows.
 
         Raises:
             ArmError: rows that the model cannot read, or that are longer than its context.
@@ -62,7 +62,7 @@ class Context:
         return [*self._notes, *rehearse_training(self.table.arm, self.model, self.tokenizer, rows)]
 
     def trained_on(self) -> list[TrainedOn]:
-        """What is kept of the rows that made and chose the adapter."""
+        """The record of the rows that the adapter was made from and chosen on."""
         train = self.splits.train(self.table.train, self.table.seed)
         return [TrainedOn.of(rows, self.splits.by) for rows in (train, self.splits.validation)]
 
@@ -72,14 +72,14 @@ class Context:
 
     @cached_property
     def scorer(self) -> scorers.Scorer | None:
-        """The scorer of the behaviour, where one was asked for."""
+        """The scorer of the behaviour, if one was requested."""
         if self.table.scorer is None:
             return None
         return scorers.fit(self.table.scorer, self.splits.scorer, self.model, self.tokenizer)
 
     def record(self, site: Site, layer: int, part: str) -> Record:
-        """A record of a place that holds what the base model does on a part. The base's pass leaves in the cached
-        prefix what the settings need of the lower blocks."""
+        """A new record of a place with the base model's observations on a part. The base's pass also fills the cached
+        prefix, from which the settings read the lower blocks."""
         table = self.table
         name = table.direction if table.arm is None else table.arm.name
         task = Path(table.task).name
@@ -94,7 +94,7 @@ class Context:
 
     def _make_held_out(self, part: str) -> HeldOut:
         count = self.table.generations
-        # validation chooses on other neutral rows than those that are reported
+        # the neutral rows for choosing are not those of the report
         if part == TEST:
             neutral = neutral_rows(self.tokenizer)
         else:

@@ -1,4 +1,4 @@
-"""What a sweep found, and the page that is made of it alone."""
+"""The results of a sweep, and the page that is made from them alone."""
 
 from __future__ import annotations
 
@@ -34,20 +34,20 @@ from steertune.recipes.sweeping.settings import SweepTable
 
 @dataclass(frozen=True)
 class Sweep:
-    """What a sweep found.
+    """The results of a sweep.
 
     Attributes:
-        table: What was asked for.
+        table: The request.
         records: One for every place, measured on validation rows.
-        command: That ran it.
-        scorer: How the behaviour was scored; None: it was not.
-        versions: Of the packages.
-        split: How one file was divided; empty where there were several.
+        command: The command line.
+        scorer: How the behaviour was scored; None if it was not.
+        versions: Versions of the packages.
+        split: How a single file was divided; empty if there were several.
         test: The recommended setting on test rows; None: no setting is recommended.
         prompts: Test prompts that were answered, as plain text, and
         neutral_prompts: neutral ones.
         seconds: How long it took.
-        notes: What to say about the rows.
+        notes: Notes about the rows.
     """
 
     table: SweepTable
@@ -74,12 +74,12 @@ class Sweep:
 
     @property
     def shown(self) -> Setting | None:
-        """The recommended setting, or without one the setting with the largest mean effect."""
+        """The recommended setting, or the one with the largest mean effect if none is recommended."""
         return self.choice.setting or max(self.settings, key=lambda one: one.value("margin_gain"), default=None)
 
     @property
     def tested(self) -> Setting:
-        """The recommended setting on test rows, where there is one."""
+        """The recommended setting on test rows, if there is one."""
         assert self.test is not None and self.choice.setting is not None
         return Setting(self.test, self.choice.setting.strength)
 
@@ -133,7 +133,7 @@ def _recommended(result: Sweep) -> Section:
 
 
 def on_test(tested: Setting) -> Table:
-    """The table of what the recommended setting did on test rows: every measure, and its difference from the base."""
+    """The recommended setting's results on test rows: every measure, and its difference from the base."""
     means, record = tested.record.means(), tested.record
     base, steered = means[BASE], means[label(tested.strength)]
     seen = record.seen(), record.seen(tested.strength)
@@ -143,7 +143,7 @@ def on_test(tested: Setting) -> Table:
 
 
 def _difference(name: str, base: Seen, steered: Seen) -> str:
-    """The mean difference with its interval, where every row has a value and all count the same."""
+    """The mean difference with its interval, if every row has a value and the same weight."""
     measure = measures.get(name)
     if measure.weight or measure.total is not None:
         return ""
@@ -183,7 +183,7 @@ def _maps(result: Sweep) -> Section | None:
 
 
 def _side_effects(result: Sweep) -> Section | None:
-    """What every strength does at the place of `result.shown`."""
+    """The effect of every strength at the place of `result.shown`."""
     if result.shown is None:
         return None
     where = place(result.shown).partition(" at ")[0]
@@ -191,7 +191,7 @@ def _side_effects(result: Sweep) -> Section | None:
 
 
 def _evenness(result: Sweep) -> Section | None:
-    """How evenly `result.shown` works."""
+    """How much the effect of `result.shown` varies among examples."""
     choice, shown = result.choice, result.shown
     if shown is None:
         return None
@@ -230,7 +230,7 @@ def _table(result: Sweep) -> Section:
 
 
 def _cell(name: str, record: Record, strength: float) -> str:
-    """A measure at a strength; what is weighed against each other has an interval."""
+    """A measure at a strength; the measures that the choice compares have an interval."""
     mean = of_measure(measures.get(name), record.seen(strength))
     if mean is None:
         return ""

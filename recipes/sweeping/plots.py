@@ -21,8 +21,8 @@ Value = Callable[[Setting], float]
 
 
 def heat_maps(settings: Sequence[Setting], panels: dict[str, tuple[Value, str]], choice: Choice) -> Figure:
-    """Layers x strengths, a panel a measure and site; the recommended setting is framed. `panels` maps a title to what
-    is shown, and its colours."""
+    """Layers x strengths, with a panel for each measure and site; the recommended setting is framed. `panels` maps a
+    title to the measure and its colours."""
     sites = list(dict.fromkeys(setting.site for setting in settings))
     layers = sorted({setting.layer for setting in settings})
     strengths = sorted({setting.strength for setting in settings})
@@ -39,7 +39,7 @@ def heat_maps(settings: Sequence[Setting], panels: dict[str, tuple[Value, str]],
             for setting in (setting for setting in settings if setting.site == site):
                 grid[_where(setting, layers, strengths)] = value(setting)
             if np.isnan(grid).all():
-                continue  # such as the repetition of answers that are too short for any
+                continue  # such as the repetition of answers that are too short
             axis.set_visible(True)
             _heat(axis, grid, colours)
             axis.set_xticks(range(len(strengths)), [f"{s:g}" for s in strengths], fontsize=8)
@@ -70,8 +70,8 @@ def _heat(axis: Axes, grid: NDArray[np.float64], colours: str) -> None:
 
 
 def pareto(settings: Sequence[Setting], value: Value, base: float, limit: float, choice: Choice, label: str) -> Figure:
-    """Behaviour against KL, a dot a setting coloured by its layer; settings that no other beats on both are joined.
-    The recommendation is ringed; `base` is the value of the base model and `limit` that of the KL."""
+    """Behaviour against KL, with a dot for each setting, coloured by layer; settings that no other beats on both are
+    joined. The recommended one is circled; `base` is the base model's value and `limit` the largest allowed KL."""
     points = [(max(c.value("kl"), 1e-6), value(c), c) for c in settings]
     points = [point for point in points if np.isfinite(point[:2]).all()]
     figure = Figure(figsize=(7.2, 4.2), layout="constrained")
@@ -99,7 +99,7 @@ def pareto(settings: Sequence[Setting], value: Value, base: float, limit: float,
 
 
 def _front(points: Sequence[tuple[float, float, Setting]], base: float) -> list[tuple[float, float, Setting]]:
-    """The points that no other, nor the base model, beats in both: less KL and more behaviour."""
+    """The Pareto front, base model included: points that no other beats in both KL and behaviour."""
     front, best = [], base
     for x, y, c in sorted(points, key=lambda p: (p[0], -p[1])):
         if y > best:
@@ -109,7 +109,7 @@ def _front(points: Sequence[tuple[float, float, Setting]], base: float) -> list[
 
 
 def slopes(parts: dict[str, Reliability]) -> Figure:
-    """Per-example slopes, sorted, a panel a part of the rows; red ones go the wrong way."""
+    """Per-example slopes, sorted, with a panel for each part of the rows; red ones go the wrong way."""
     figure = Figure(figsize=(3.6 * len(parts), 2.8), layout="constrained")
     axes = figure.subplots(1, len(parts), squeeze=False, sharey=True)[0]
     for axis, (part, one) in zip(axes, parts.items(), strict=True):

@@ -1,4 +1,4 @@
-"""What a command line asks a sweep for, checked before any work."""
+"""The command line of a sweep, checked before any work."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ from steertune.recipes.sweeping.settings import Limits, SweepTable, at, read_arm
 
 
 def request(options: SimpleNamespace, overrides: list[str]) -> SweepTable:
-    """The request, checked against the shape of the model, which is not loaded.
+    """The request, checked against the model's configuration without loading the model.
 
     Raises:
-        ArmError: a value that no sweep can have.
+        ArmError: a value is not valid.
     """
     arm = None if options.arm is None else read_arm(options.arm, overrides)
     if arm is None and overrides:
@@ -94,18 +94,18 @@ def _layers(words: Sequence[Any]) -> Any:
 
 
 def _scorer(text: str, task: str) -> dict[str, Any]:
-    """The scorer's table, completed by what the task says of its behaviour, and checked."""
+    """The scorer's table, completed from the task's own description of its behaviour, and checked."""
     try:
         table = tomllib.loads(f"value = {text}")["value"] if text.lstrip().startswith("{") else {"kind": text}
     except tomllib.TOMLDecodeError as error:
-        raise ArmError(f"--scorer {text}: no TOML table: {error}") from error
+        raise ArmError(f"--scorer {text} is not a TOML table: {error}") from error
     table = read_behaviour(task).scorer_table(table)
     scorers.read(table)
     return table
 
 
 def as_typed(words: Sequence[str], module: str = "sweep") -> str:
-    """The command that ran it, without where things are on this machine."""
+    """The command line, without the paths of this machine."""
     words = list(words)
     for i, word in enumerate(words[:-1]):
         if word == "--folder":

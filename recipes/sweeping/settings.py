@@ -29,7 +29,7 @@ class SweepTable(BaseModel, extra="forbid", strict=True):
     direction: str | None = None
     """A file of `adapters/directions/`, or"""
     arm: Arm | None = None
-    """what is trained at every layer."""
+    """the arm that is trained at every layer."""
     layers: list[int] = Field(min_length=1)
     sites: list[Site] = Field(min_length=1)
     strengths: list[float] = Field(min_length=1)
@@ -37,9 +37,9 @@ class SweepTable(BaseModel, extra="forbid", strict=True):
     splits: SplitTable
     seed: int = Field(default=0, ge=0, lt=2**32)
     scorer: dict[str, Any] | None = None
-    """How the behaviour in generated answers is scored; None: it is not."""
+    """How the behaviour in generated answers is scored; None if it is not."""
     generations: int = Field(ge=0)
-    """How many neutral prompts are answered for the repetition and, with a scorer, how many of the task's."""
+    """How many neutral prompts are answered to measure repetition, and with a scorer how many of the task's."""
     new_tokens: int = Field(ge=1)
     limits: Limits = Limits()
 
@@ -53,15 +53,15 @@ class SweepTable(BaseModel, extra="forbid", strict=True):
 
     @property
     def what(self) -> str:
-        """What is swept, in words."""
+        """A description of what is swept."""
         return f"the direction `{self.direction}`" if self.arm is None else f"the arm `{self.arm.name}`"
 
 
 def read_arm(name: str, overrides: list[str]) -> Arm:
-    """The arm of a name, a TOML file, or of a folder that `train` wrote (or the adapter in it).
+    """The arm of this name, of a TOML file, or of a folder that `train` wrote (or the adapter folder in it).
 
     Raises:
-        ArmError: it does not exist, has no strength, or cannot be put at a layer.
+        ArmError: it does not exist, has no strength, or cannot be placed at a layer.
     """
     folder = Path(name)
     if folder.is_dir():
@@ -85,7 +85,7 @@ def read_arm(name: str, overrides: list[str]) -> Arm:
 
 
 def at(arm: Arm, site: Site, layer: int) -> Arm:
-    """The arm at one place.
+    """The arm with its adapter at one place.
 
     Raises:
         ArmError: a LoRA at another site than `block`.

@@ -1,4 +1,4 @@
-"""The steered model at one site and layer: a closed-form direction, or an arm that is trained there."""
+"""The steered model of one site and layer, with a closed-form direction or an arm that is trained there."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ _BATCH = 4
 
 
 class Source:
-    """Makes the adapter of a place once, and keeps it in the sweep's folder."""
+    """Makes the adapter of each place once, and keeps it in the sweep's folder."""
 
     def __init__(self, context: Context) -> None:
         self.context, self.table = context, context.table
         self.rows = context.splits.train(self.table.train, self.table.seed)
-        self.cache: dict[Any, Any] = {}  # what ingredients keep from one place to the next
+        self.cache: dict[Any, Any] = {}  # what ingredients compute once for all places
         self.vectors = cache(self._fit_directions)
 
     def model(self, site: Site, layer: int, home: Path) -> Any:
-        """The model with the adapter of a place, in evaluation mode. The folder `adapter/` of the place's `home` is
-        read, or written whole.
+        """The model with the adapter of a place, in evaluation mode. It is read from the folder `adapter/` in the
+        place's `home`, or made and written there atomically.
 
         Raises:
             NonFiniteError: the training diverged.
@@ -50,7 +50,7 @@ class Source:
             shutil.rmtree(part, ignore_errors=True)
             made.save_pretrained(str(part))
             os.replace(part, folder)
-        # what was written is what is measured
+        # measure the adapter as it was saved
         return PeftModel.from_pretrained(share_weights(self.context.model), str(folder)).eval()
 
     def _direction(self, site: Site, layer: int) -> PeftModel:
@@ -62,7 +62,8 @@ class Source:
         return model
 
     def _fit_directions(self, site: Site) -> dict[int, Tensor]:
-        """Every layer's direction from one pass of the base model, as long as the mean difference is there."""
+        """Every layer's direction from one pass of the base model, scaled to the length of the mean difference at that
+        layer."""
         name = str(self.table.direction)
         method = directions.get(name)
         given: list[Mapping[str, Any]] = [
@@ -99,10 +100,10 @@ class Source:
 
 
 def bake(model: PeftModel, strength: float) -> None:
-    """Make what the active adapter does at a strength what it does at 1.
+    """Rescale the active adapter so that strength 1 does what this strength does now.
 
-    Exact for every steering vector and LoRA: the write vectors are multiplied, lengths that `norm` prescribes too, or
-    the LoRA's alpha.
+    Exact for every steering vector and LoRA: the write vectors and the lengths that `norm` prescribes are multiplied,
+    or the LoRA's alpha.
     """
     config: Any = model.peft_config[str(model.active_adapter)]
     if isinstance(config, LoraConfig):

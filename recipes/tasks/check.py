@@ -42,7 +42,7 @@ def correlation(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def scores(name: str, answers: Sequence[str]) -> np.ndarray:
-    """What a task's own scorer says of answers, `(answers,)`."""
+    """The scores of answers by the task's own scorer, `(answers,)`."""
     scorer = scorers.fit(read_behaviour(name).scorer_table({}), load_split(name, "validation"), None, None)
     return np.array(scorer.score([""] * len(answers), answers), dtype=float)
 

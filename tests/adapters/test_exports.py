@@ -63,7 +63,7 @@ def test_a_fresh_process_finds_the_same(target, base, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
-def test_merged_weights_carry_the_vector_through_reload(tmp_path, base):
+def test_merged_weights_carry_the_vector_through_reload(tmp_path, base, verified_here):
     made = export(steered(layers=[1, 2]), "merged", tmp_path / "out", base, INPUTS)
     assert made.error < 1e-4 < made.effect
     config = json.loads((tmp_path / "out" / "config.json").read_text())
@@ -134,7 +134,7 @@ def test_lengths_are_baked_in(switches, scale):
     assert torch.allclose(logits(names["model"]), expected, atol=1e-5)
 
 
-def test_tied_layers_and_other_sites(base, tmp_path):
+def test_tied_layers_and_other_sites(base, tmp_path, verified_here):
     tied = steered(layers=[1, 2], tied=True)
     assert len({tuple(v.tolist()) for v in constant_vectors(tied).vectors.values()}) == 1
     inside = steered(layers=1, site="attention")
@@ -181,14 +181,14 @@ def test_beside_another_adapter_it_is_refused():
         constant_vectors(steered(beside, layers=2))
 
 
-def test_another_base_is_caught_and_nothing_is_left(tmp_path):
+def test_another_base_is_caught_and_nothing_is_left(tmp_path, verified_here):
     tiny(seed=5).save_pretrained(tmp_path / "other")
     with pytest.raises(ExportError, match="does not behave the same.*Is base="):
         export(steered(layers=2), "safetensors", tmp_path / "out", str(tmp_path / "other"), INPUTS)
     assert [p.name for p in tmp_path.iterdir()] == ["other"]
 
 
-def test_a_planted_bug_is_caught(base, tmp_path, monkeypatch):
+def test_a_planted_bug_is_caught(base, tmp_path, monkeypatch, verified_here):
     """Off by one layer."""
     target = exports.get("safetensors")
     monkeypatch.setattr(
@@ -297,7 +297,7 @@ def test_objects_of_other_packages_are_read():
 
 
 @pytest.mark.parametrize("target", ["repeng", "steering_vectors"])
-def test_other_packages_find_the_same(target, base, tmp_path):
+def test_other_packages_find_the_same(target, base, tmp_path, verified_here):
     try:
         pytest.importorskip(target)
     except AttributeError as error:  # repeng 0.4 asks NumPy for what its version 2 has no more
@@ -329,7 +329,7 @@ def adapter_folder(tmp_path: Path, base: str) -> Path:
     return tmp_path / "adapter"
 
 
-def test_the_recipe_exports_a_folder_and_reads_a_control_vector(base, tmp_path, capsys):
+def test_the_recipe_exports_a_folder_and_reads_a_control_vector(base, tmp_path, capsys, verified_here):
     folder = adapter_folder(tmp_path, base)
     (tmp_path / "prompts.txt").write_text("the cat runs\n\na dog sits\n")
     words = [str(folder), "--to", "gguf", "--output", str(tmp_path / "out"), "--json"]

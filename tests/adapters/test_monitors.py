@@ -263,7 +263,7 @@ def test_changed_weights_are_refused(tmp_path):
     with pytest.raises(MonitorError, match="damaged"):
         monitors.read(folder)
     (folder / "monitor.safetensors").unlink()
-    with pytest.raises(MonitorError, match="is no monitor"):
+    with pytest.raises(MonitorError, match="is not a monitor"):
         monitors.read(folder)
 
 

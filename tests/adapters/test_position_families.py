@@ -21,6 +21,7 @@ def in_the_table(family: str, way: str) -> str:
     return entries[list(WAYS).index(way)]
 
 
+@pytest.mark.thinned(3)
 @torch.no_grad()
 @pytest.mark.parametrize("way", _QUICK)
 @pytest.mark.parametrize("family", [*RECURRENT, "llama"])
@@ -28,6 +29,7 @@ def test_recurrent_families_are_steered_like_the_reference(family, way):
     assert entry(family, way) == in_the_table(family, way)
 
 
+@pytest.mark.thinned(3)
 @torch.no_grad()
 @pytest.mark.parametrize("way", _IN_PARTS)
 @pytest.mark.parametrize("family", ["llama", "gemma2", "lfm2", "minimax"])

@@ -104,6 +104,7 @@ def test_prompt_length_per_row_and_before_labels():
 # -- padding --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.thinned(3)
 @torch.no_grad()
 @pytest.mark.parametrize("told_by", ["labels", "prompt_length"])
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -134,6 +135,7 @@ def test_padding_on_either_side_changes_nothing(model_type, positions, side, tol
 # -- generation -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.thinned(3)
 @torch.no_grad()
 @pytest.mark.parametrize("positions", POSITIONS)
 def test_cached_generation_is_the_full_forward(architecture, positions):

@@ -209,7 +209,7 @@ ROWS: dict[str, Row] = {
         "url: String should match", kind="judge", url="file:///etc/passwd", model="m", question="{answer}"
     ),
     "judge without an answer": scorer(
-        "{answer} must stand in it", kind="judge", url="http://h", model="m", question="?"
+        "it must contain {answer}", kind="judge", url="http://h", model="m", question="?"
     ),
     "judge without its key": row(
         "environment variable 'NO_SUCH_KEY' is not set",
@@ -223,7 +223,7 @@ ROWS: dict[str, Row] = {
         "needs 8 rows or more", fit, {"kind": "classifier"}, tiny_data.pairs(3), None, None
     ),
     # augmentation
-    "augmentation without a name": more("has no name: say which augmenter", times=2),
+    "augmentation without a name": more("has no name. Set it to an augmenter", times=2),
     "augmentation of an unknown name": more("Unknown augmenter 'rewrite'.*Did you mean 'rewrites'", name="rewrite"),
     "augmentation of a path": more("Unknown augmenter '../os'", name="../os"),
     "augmentation of no times": more("augmentation.times=0: a whole number", name="templates", times=0),
@@ -233,7 +233,7 @@ ROWS: dict[str, Row] = {
     "augmentation by no function": more("function='f': write module:name", name="function", function="f"),
     "augmentation by a function of nothing": more("No module named 'nowhere'", name="function", function="nowhere:f"),
     "augmentation by a function that is none": more("is not a function", name="function", function="math:pi"),
-    "augmentation at no temperature": more("temperature=0: above 0", name="rewrites", temperature=0),
+    "augmentation at no temperature": more("temperature=0: must be above 0", name="rewrites", temperature=0),
     "augmentation at a temperature of text": more("temperature='hot'", name="rewrites", temperature="hot"),
     "augmentation of an unknown part": more(r"parts=\('promt',\)", name="rewrites", parts=["promt"]),
     "augmentation of rows without prompts": row(

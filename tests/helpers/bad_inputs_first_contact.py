@@ -373,13 +373,13 @@ ROWS: dict[str, Row] = {
     "serve into a folder of nothing": served("there is no folder no", "a=x", "--output", "no/x.jsonl"),
     "serve of no tokens": served("must be a whole number of 1 or more", "a=x", "--longest", "0"),
     "serve for half a second": served("must be a whole number of 1 or more", "a=x", "--seconds", "0.5"),
-    "serve beside what is no answer": (
+    "serve beside a file without answers": (
         lambda lab: answered(lab.file("x.jsonl", '{"prompt": "a"}\n')),
-        "is no file of answers",
+        "is not a file of answers",
     ),
     "serve beside half of something": (
         lambda lab: answered(lab.file("x.jsonl", "some text")),
-        "is no file of answers",
+        "is not a file of answers",
     ),
     "eval at a strength without end": (lambda lab: check_request(["a"], [math.inf], None, None, None), "finite"),
     "eval at a strength of 1e400": command("--strengths inf: finite", "eval", "x", "--tasks", "a", "--strengths",

@@ -273,7 +273,7 @@ ROWS: dict[str, Row] = {
     "mixture in UTF-16": toml("not UTF-8", "seen = []".encode("utf-16"), read_mixture),
     "mixture of nothing": toml("seen: Field required", b"", read_mixture),
     "mixture with an unknown key": mixture("Unknown key 'unsen'.*'unseen'", unsen=[]),
-    "mixture of the same tasks": mixture("nothing there is unseen", seen=["a"], unseen=["a"]),
+    "mixture of the same tasks": mixture("must have data of their own", seen=["a"], unseen=["a"]),
     "mixture of a task that is a path": mixture(NAME, seen=[".."]),
     "mixture of too few pairs": mixture("pairs=3 of an unseen task, and 4 demonstrations", pairs=3),
     "mixture with a negative seed": mixture("seeds.0: Input should be greater", seeds=[-1]),
@@ -286,9 +286,7 @@ ROWS: dict[str, Row] = {
     "result of NUL": result("is damaged .*Delete it", lambda text: bytes(len(text))),
     "result of another number": result("its checksum is another", lambda text: text.replace(b"1.5", b"1.7")),
     "result of another key": result("its checksum is another", lambda text: text.replace(b"seconds", b"sekonds")),
-    "result with a key twice": result(
-        "'version' stands in it twice", lambda text: text.replace(b"seconds", b"version")
-    ),
+    "result with a key twice": result("'version' occurs twice", lambda text: text.replace(b"seconds", b"version")),
     "result that is a list": result("a JSON object is expected, this is list", lambda text: b"[" + text + b"]"),
     "result that is nested": result("is damaged", lambda text: b"[" * 100_000),
     "result that is no UTF-8": result("is not UTF-8", lambda text: text.replace(b"abc", b"a\xffc")),

@@ -1,9 +1,9 @@
 r"""What two processes must do as one does: run by `test_distributed.py` in itself, and in each process it launches.
 
 accelerate launch --config_file recipes/configs/accelerate/cpu_ddp.yaml \
-    tests/helpers/distributed_cases.py FOLDER ddp fsdp2
-accelerate launch --config_file recipes/configs/accelerate/cpu_zero1.yaml \
-    tests/helpers/distributed_cases.py FOLDER zero1:few
+    tests/helpers/distributed_cases.py FOLDER ddp fsdp2:few
+accelerate launch --config_file recipes/configs/accelerate/cpu_zero3.yaml \
+    tests/helpers/distributed_cases.py FOLDER zero3:few
 """
 
 from __future__ import annotations
@@ -59,11 +59,11 @@ CASES: dict[str, Callable[[], tuple[str, dict[str, Any]]]] = {
 }  # fmt: skip
 
 RESUMED = ["plain, BiPO's drawn strengths, memo", "DPO, our loss, LoRA, memo"]
-# what a stage of ZeRO does where there is no time for all: every trainer once, vectors and LoRA
+# what runs by default: every trainer once, vectors and LoRA
 FEW = {
-    "zero1": ["plain, BiPO's drawn strengths, memo", "DPO, our loss, LoRA, memo"],
-    "zero2": ["SFT, cross-entropy, LoRA, memo", "DPO, its own loss"],
-    "zero3": ["plain, BiPO's drawn strengths, memo", "SFT, its own loss", "DPO, started from data"],
+    "ddp": ["plain, BiPO's drawn strengths, memo", "SFT, its own loss", "DPO, our loss, LoRA, memo"],
+    "fsdp2": ["SFT, cross-entropy, LoRA, memo", "DPO, its own loss"],
+    "zero3": ["plain, BiPO's drawn strengths, memo", "SFT, its own loss"],
 }
 
 
@@ -147,7 +147,8 @@ def _kept(key: str) -> bool:
 def run(folder: Path, mode: str, few: bool = False) -> None:
     """All cases of a set-up; each process writes what it saw."""
     found: dict[str, Any] = {case: look(folder, mode, case) for case in cases(mode, few)}
-    for case in RESUMED[:1] if few or mode == "alone" else RESUMED if mode != "fsdp2" else []:
+    resumed = [] if mode == "fsdp2" else RESUMED[:1] if few or mode == "alone" else RESUMED
+    for case in resumed:
         found[f"resume: {case}"] = resume(folder, f"{mode} {case[:3]}", case)
     if mode != "alone":
         case = RESUMED[0]

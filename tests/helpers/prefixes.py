@@ -82,3 +82,8 @@ def fill_lora(model) -> None:
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter.data, std=0.1)
+
+
+def off_because(caplog: pytest.LogCaptureFixture, text: str) -> None:
+    """The prefix has said that it is off, with this reason."""
+    assert any(text in record.getMessage() for record in of_the_prefix(caplog)), caplog.text

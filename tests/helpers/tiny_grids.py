@@ -12,7 +12,7 @@ import tiny_data
 
 import steertune.recipes.ablate as recipe
 from steertune.recipes.ablation.context import Context
-from steertune.recipes.ablation.grid import Grid, make_grid
+from steertune.recipes.ablation.grid import Cell, Grid, make_grid
 from steertune.recipes.lab import measures
 from steertune.recipes.lab.rows import MATCHED, TUNED, Record
 
@@ -85,7 +85,11 @@ def run(tables: dict, folder: Path, **options) -> list[dict]:
 
 
 def read(grid: Grid, folder: Path) -> list[dict]:
-    return [flat(Record.read(folder / cell.path / "cell.json")) for cell in grid.cells()]
+    return read_all(grid.cells(), folder)
+
+
+def read_all(cells: list[Cell], folder: Path) -> list[dict]:
+    return [flat(Record.read(folder / cell.path / "cell.json")) for cell in cells]
 
 
 def flat(record: Record) -> dict:

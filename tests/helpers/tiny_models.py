@@ -98,3 +98,9 @@ def of_the_prefix(caplog: pytest.LogCaptureFixture) -> list[logging.LogRecord]:
 def hooks_on(model: torch.nn.Module) -> int:
     """How many forward hooks and pre-hooks the model carries."""
     return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+
+
+def logits(model, ids: torch.Tensor | None = None, **kwargs) -> torch.Tensor:
+    """A model's logits, by default of `tokens()`."""
+    with torch.no_grad():
+        return model(input_ids=tokens() if ids is None else ids, **kwargs).logits

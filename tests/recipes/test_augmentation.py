@@ -140,7 +140,7 @@ def test_versions_near_test_text_are_left_out():
     test = Dataset.from_list(
         [{"prompt": "Is this a test row about whales and ships?", "chosen": "Yes.", "rejected": "No."}]
     )
-    with pytest.raises(AugmentationError, match="near rows that are measured on"):
+    with pytest.raises(AugmentationError, match="close to rows of the evaluation"):
         grown(rows(), get_augmenter("function", function=leaks), 2, apart=[test])
     assert len(grown(rows(), get_augmenter("function", function=leaks), 2).rows) == 6, "not without them"
 

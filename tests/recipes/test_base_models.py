@@ -238,7 +238,7 @@ def test_eval_on_pairs(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert set(numbers) == {"0", "1"} and 0 <= numbers["1"]["pairs"]["acc,none"] <= 1
 
 
-def test_merged_exports_are_served_as_they_are(home: Path, tmp_path: Path) -> None:
+def test_merged_exports_are_served_as_they_are(home: Path, tmp_path: Path, verified_here: None) -> None:
     from transformers import AutoTokenizer
 
     words = [str(home / "run" / "adapter"), "--model", str(home / "model"), "--to", "merged"]

@@ -43,8 +43,8 @@ def test_the_unpacked_copy_is_named_by_what_the_file_holds(tmp_path: Path, monke
     assert names[0] == names[1] and len({*names}) == 4
 
 
-def test_it_speaks() -> None:
-    model, tokenizer = embedded.load_model(), embedded.load_tokenizer()
+def test_it_speaks(real) -> None:
+    model, tokenizer = real
     prompts = [
         [{"role": "user", "content": f"What is the capital of {land}?"}] for land in ("France", "the country Italy")
     ]
@@ -55,7 +55,7 @@ def test_it_speaks() -> None:
 
 def test_the_mean_difference_of_eight_pairs_steers_held_out_ones() -> None:
     model, tokenizer = embedded.load_model(), embedded.load_tokenizer()
-    train, test = load_splits(DataTable(name="warm_tone", train=8, test=12))
+    train, test = load_splits(DataTable(name="warm_tone", train=8, test=6))
     rows = tokenise(train, tokenizer)
     batches = [collator(rows, tokenizer)(rows.to_list())]
     steered = get_peft_model(model, SteeringVectorConfig(layers=15, init="mean_difference"))

@@ -34,7 +34,9 @@ def numbers(plain):
     return pytest.approx({k: v for k, v in row if "," in k and isinstance(v, float)}, rel=1e-4)
 
 
-def test_strength_0_is_the_base_and_1_the_export_that_needs_no_plug_in(folder, tmp_path, monkeypatch, capsys):
+def test_strength_0_is_the_base_and_1_the_export_that_needs_no_plug_in(
+    folder, tmp_path, monkeypatch, capsys, verified_here
+):
     """Against lm-eval's own loading: of the base model, and of stock PEFT's export of the vector."""
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
@@ -58,7 +60,7 @@ def test_strength_0_is_the_base_and_1_the_export_that_needs_no_plug_in(folder, t
     assert found["0"]["tiny"]["perplexity,none"] != found["1"]["tiny"]["perplexity,none"]
 
 
-def test_lm_evals_own_steered_model_reads_our_file(folder, tmp_path, monkeypatch, capsys):
+def test_lm_evals_own_steered_model_reads_our_file(folder, tmp_path, monkeypatch, capsys, verified_here):
     """Two vectors in one file."""
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager

@@ -151,7 +151,7 @@ def test_chat_continues_a_line_with_and_without_the_vector(home: Path, monkeypat
     )
     assert chat.main([str(home / "run" / "adapter"), "--new-tokens", "12"]) == 0
     printed = capsys.readouterr().out
-    assert "The tokenizer has no chat template: every line is continued for itself" in printed
+    assert "The tokenizer has no chat template: every line is continued by itself" in printed
     lines = [line.partition("> ")[2] for line in printed.splitlines() if "> " in line]
     assert len(lines) == 4 and all(lines)
     assert lines[0] != lines[1] and lines[2] == lines[3], "strength 0 is the base model"
@@ -175,7 +175,7 @@ def test_serve_and_the_merged_export_answer_alike(home: Path, tmp_path: Path) ->
     words = [f"a={home / 'run' / 'adapter'}", "--input", str(requests), "--output", str(tmp_path / "answers.jsonl")]
     assert serve.main(words) == 1
     base, steered, refused = map(json.loads, (tmp_path / "answers.jsonl").read_text().splitlines())
-    assert base["answer"] != steered["answer"] != "" and "Line 3 is no JSON object" in refused["error"]
+    assert base["answer"] != steered["answer"] != "" and "Line 3 is not a JSON object" in refused["error"]
 
     words = [str(home / "run" / "adapter"), "--to", "merged", "--output", str(tmp_path / "merged")]
     assert export.main(words) == 0

@@ -55,7 +55,7 @@ def test_unknown_columns_are_a_finding_and_not_a_clean_file(tmp_path, capsys):
     file.write_text("question,good,bad\n" + "".join(f"Where is {i}?,Here,There\n" for i in range(20)))
     assert cli.main(["lint", str(file)]) == 0
     output = capsys.readouterr().out
-    assert "--columns prompt=" in output and "Nothing to warn of" not in output and "too few" not in output
+    assert "--columns prompt=" in output and "Nothing to warn about" not in output and "too few" not in output
 
 
 def test_longer_answers(tmp_path, capsys):

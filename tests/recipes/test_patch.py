@@ -204,7 +204,7 @@ def test_what_a_case_refuses(home, tmp_path):
     )  # fmt: skip
     line = json.loads((home / "innocent.jsonl").read_text().splitlines()[7])
     refused(
-        "rows.jsonl:1, a bad transcript, also stands in the innocent traffic.*innocent.jsonl:8",
+        "rows.jsonl:1, a bad transcript, is also in the innocent traffic.*innocent.jsonl:8",
         [{"prompt": line["prompt"], "bad": line["completion"]}],
     )
     refused("innocent rows cannot resolve a false-positive rate of 0.001, 1 in 1000: 999", catches(), rate=0.001)

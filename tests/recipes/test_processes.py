@@ -100,6 +100,7 @@ def test_the_silent_single_process_is_caught(tmp_path):
     assert ran.returncode != 0 and "2 processes were asked for, 1 run" in ran.stderr
 
 
+@pytest.mark.slow
 def test_two_processes_run_with_the_configuration_for_cpus(tmp_path):
     ran = launch(tmp_path, "--config_file", str(LAUNCHES / "cpu_ddp.yaml"))
     assert ran.returncode == 0, ran.stderr[-2000:]

@@ -59,7 +59,7 @@ def test_kinds_are_the_files_and_a_classifier_is_the_default():
         ({"kind": "logprob", "positive": "x"}, ["negative", "required"]),
         ({"kind": "logprob", "positive": "", "negative": "y"}, ["positive", "at least 1 character"]),
         ({**JUDGE, "qestion": "x"}, ["'qestion'", "Did you mean 'question'"]),
-        ({**JUDGE, "question": "How good?"}, ["question", "{answer} must stand in it"]),
+        ({**JUDGE, "question": "How good?"}, ["question", "it must contain {answer}"]),
         ({**JUDGE, "url": "localhost:80"}, ["url", "http"]),
         ({**JUDGE, "tries": 0}, ["tries", "greater than or equal to 1"]),
         ({**JUDGE, "timeout": 0}, ["timeout", "greater than 0"]),

@@ -186,7 +186,7 @@ def test_the_command_answers_a_file_and_goes_on_where_it_stopped(home, server, t
     replies = [json.loads(line) for line in said.read_text().splitlines()]
     assert [reply["id"] for reply in replies] == [0, 1, 2, 3, 4, 5, 6, 8, 9, 0]
     assert [r["answer"] for r in replies[:7]] == server.answers([Request(**{"new_tokens": 5, **say}) for say in SAY])
-    assert "is none of ['careful', 'warm']" in replies[7]["error"] and "asked before" in replies[9]["error"]
+    assert "Choose from ['careful', 'warm']" in replies[7]["error"] and "taken by an earlier" in replies[9]["error"]
     whole = said.read_text()
     said.write_text("".join(whole.splitlines(keepends=True)[:5]))
     serve(home, *words)
@@ -197,16 +197,16 @@ def test_the_command_answers_a_file_and_goes_on_where_it_stopped(home, server, t
 
 
 HOSTILE = {
-    "no JSON": (b"no json", "Line 2 is no JSON object"),
+    "no JSON": (b"no json", "Line 2 is not a JSON object"),
     "a number": (b"5", "valid dict|no JSON object|object"),
-    "no UTF-8": (b'{"prompt": "caf\xe9"}', r"Line 2 is no UTF-8 \(byte 15\)"),
-    "NUL": (b"\0\0\0", "Line 2 is no JSON object"),
-    "UTF-16": ('{"prompt": "a"}'.encode("utf-16"), "Line 2 is no UTF-8"),
+    "no UTF-8": (b'{"prompt": "caf\xe9"}', r"Line 2 is not UTF-8 \(byte 15\)"),
+    "NUL": (b"\0\0\0", "Line 2 is not a JSON object"),
+    "UTF-16": ('{"prompt": "a"}'.encode("utf-16"), "Line 2 is not UTF-8"),
     "too long": (b'{"prompt": "' + b"a" * 2**20 + b'"}', "Line 2 is longer than 1048576 bytes"),
-    "deep": (b'{"prompt": ' + b"[" * 100_000, "Line 2 is no JSON object"),
-    "10^9 tokens": (b'{"prompt": "the cat", "new_tokens": 1000000000}', "at most 1024 are answered"),
+    "deep": (b'{"prompt": ' + b"[" * 100_000, "Line 2 is not a JSON object"),
+    "10^9 tokens": (b'{"prompt": "the cat", "new_tokens": 1000000000}', "at most 1024 are allowed"),
     "400 digits": (b'{"prompt": "the cat", "new_tokens": ' + b"9" * 400 + b"}", "at most 1024|new_tokens"),
-    "5000 digits": (b'{"prompt": "the cat", "seed": ' + b"9" * 5000 + b"}", "Line 2 is no JSON object"),
+    "5000 digits": (b'{"prompt": "the cat", "seed": ' + b"9" * 5000 + b"}", "Line 2 is not a JSON object"),
     "a seed of 400 digits": (b'{"prompt": "the cat", "seed": ' + b"9" * 400 + b"}", "seed: "),
     "a number as text": (b'{"prompt": "the cat", "new_tokens": "8"}', "new_tokens: Input should be a valid integer"),
     "half a token": (b'{"prompt": "the cat", "new_tokens": 1.5}', "new_tokens: Input should be a valid integer"),
@@ -215,16 +215,16 @@ HOSTILE = {
     "1e400": (b'{"prompt": "the cat", "strength": 1e400}', "strength: Input should be a finite number"),
     "1e38": (b'{"prompt": "the cat", "vector": "careful", "strength": 1e38}', r"strength=1e\+38 times a vector"),
     "1e308": (b'{"prompt": "the cat", "vector": "careful", "strength": 1e308}', r"strength=1e\+308 times a vector"),
-    "a key twice": (b'{"prompt": "the cat", "prompt": "a"}', "'prompt' stands in it twice"),
+    "a key twice": (b'{"prompt": "the cat", "prompt": "a"}', "'prompt' occurs twice"),
     "an unknown key": (b'{"prompt": "the cat", "chat_template": "{{ 1 }}"}', "chat_template: Extra inputs"),
     "no prompt": (b"{}", "prompt: Field required"),
     "an empty prompt": (b'{"prompt": ""}', "prompt"),
     "a prompt of no tokens": (b'{"prompt": "   "}', "The prompt has no tokens"),
     "messages of numbers": (b'{"prompt": [{"role": "user", "content": 5}]}', "Input should be a valid string"),
     "messages without a role": (b'{"prompt": [{}]}', "every message needs a role and content"),
-    "an unknown vector": (b'{"prompt": "the cat", "vector": "' + b"x" * 5000 + b'"}', "is none of"),
+    "an unknown vector": (b'{"prompt": "the cat", "vector": "' + b"x" * 5000 + b'"}', "is unknown"),
     "an id of a list": (b'{"prompt": "the cat", "id": [1]}', "id"),
-    "an id again": (b'{"prompt": "the cat", "id": "first"}', "was asked before"),
+    "an id again": (b'{"prompt": "the cat", "id": "first"}', "taken by an earlier"),
     "half a character": (b'{"prompt": "\\ud800"}', "surrogate|UTF-8|JSON|Invalid"),
 }
 
@@ -255,7 +255,7 @@ def answer_all(server, asked: Path, said: IO[str], done: Any = ()) -> int:
 def test_a_request_that_takes_too_long_ends_alone(server, monkeypatch, tmp_path):
     slow = Server(server.vectors, server.tokenizer, batch=2, seconds=-1)
     [late, done] = slow.replies([Request(prompt="the cat", new_tokens=50), Request(prompt="a dog", new_tokens=1)])
-    assert "was not there after" in str(late) and isinstance(done, str)
+    assert "was not complete after" in str(late) and isinstance(done, str)
 
 
 def test_a_batch_that_fails_is_answered_one_by_one(server, monkeypatch):
@@ -292,10 +292,10 @@ def test_lines_come_as_they_are_written(server):
         (["careful"], "NAME=FOLDER"),
         (["a+b=x"], "without '@', '+' and '.'"),
         ([], "none names the base model"),
-        (["--port", "0", "--input", __file__], "serves HTTP, and reads no --input"),
+        (["--port", "0", "--input", __file__], "serves HTTP, without --input"),
         (["--port", "0", "--vectors-in", "nowhere"], "the folder does not exist"),
         (["--port", "70000"], "less than or equal to 65535"),
-        (["--port", "0", "--host", "256.0.0.1", "--model", "embedded"], "cannot be listened on"),
+        (["--port", "0", "--host", "256.0.0.1", "--model", "embedded"], "is not available"),
         (["a=x", "a=y"], "given twice"),
         (["a@2=x"], "without '@'"),
         (["a=nowhere"], "is not an adapter folder"),
@@ -304,9 +304,9 @@ def test_lines_come_as_they_are_written(server):
         (["a.b=nowhere"], "without '@', '+' and '.'"),
         (["a="], "NAME=FOLDER"),
         (["a=nowhere", "--output", "nowhere/answers.jsonl"], "there is no folder nowhere"),
-        (["a=nowhere", "--output", "."], "is no file"),
+        (["a=nowhere", "--output", "."], "is not a file"),
         (["a=nowhere", "--input", __file__, "--output", __file__], "is the file of requests"),
-        (["a=nowhere", "--output", __file__], "is no file of answers"),
+        (["a=nowhere", "--output", __file__], "is not a file of answers"),
         (["a=nowhere", "--longest", "0"], "whole number of 1 or more"),
     ],
 )
@@ -381,7 +381,7 @@ def test_lines_have_scores(home, monitor, tmp_path, capsys):
         (["--monitor", folder, "--steer", "careful@much"], "a finite number"),
         (["--monitor", folder, "--steer", "careful@1", "--resample", "2"], "Give --resample or --steer"),
         (["--resample", "2"], "Give one: --monitor FOLDER"),
-        (["--monitor", str(home / "base")], "is no monitor"),
+        (["--monitor", str(home / "base")], "is not a monitor"),
     ):
         assert cli.main([*words, *more]) == 2
         assert says in capsys.readouterr().err

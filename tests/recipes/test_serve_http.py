@@ -162,7 +162,7 @@ REFUSED: dict[str, tuple[dict[str, Any], int, str]] = {
     "an unknown vector": (dict(model="base+carful"), 404, "Did you mean 'careful'"),
     "a strength of nan": (dict(model="base+careful@nan"), 404, "not a finite strength"),
     "no strength": (dict(model="base+careful@"), 404, "not a finite strength"),
-    "an unknown vector in steering": (dict(steering=[{"vector": "x"}]), 400, "is none of"),
+    "an unknown vector in steering": (dict(steering=[{"vector": "x"}]), 400, "is unknown"),
     "a vector twice": (dict(model="base+warm", steering=[{"vector": "warm"}]), 400, "named twice"),
     "a strength of 1e38": (dict(model="base+careful@1e38"), 400, "more than the model can add"),
     "positions that are none": (dict(steering=[{"vector": "warm", "positions": "some"}]), 400, "positions"),
@@ -239,10 +239,10 @@ def test_a_full_queue_refuses_the_next_request_only(small):
 def test_an_answer_that_takes_too_long_is_a_timeout(home):
     with running(home, seconds=-1.0) as late:
         client = openai.OpenAI(base_url=f"{late.url}/v1", api_key="none", max_retries=0)
-        with pytest.raises(openai.InternalServerError, match="was not there after") as error:
+        with pytest.raises(openai.InternalServerError, match="was not complete after") as error:
             completion(client)
         assert error.value.status_code == 504
-        with pytest.raises(openai.APIError, match="was not there after"):
+        with pytest.raises(openai.APIError, match="was not complete after"):
             list(completion(client, stream=True, max_tokens=50))
 
 
@@ -358,7 +358,7 @@ def test_what_no_request_should_cause_hurts_one_answer_or_is_told(home, monkeypa
         ("bad", {"files": {"adapter_config.json": "%", "adapter_model.safetensors": ""}}, 400, "not in base64"),
         ("bad", {"files": {"adapter_config.json": "e30=", "adapter_model.safetensors": ""}}, 400, ""),
         ("bad", {"files": {"evil.py": "e30="}}, 400, "files"),
-        ("a+b", {"folder": "warm"}, 400, "cannot name a vector"),
+        ("a+b", {"folder": "warm"}, 400, "is not a valid vector name"),
         ("keys", {"folder": "warm"}, 400, "cannot be the name"),
         ("wide", {"folder": "wide"}, 400, "not the adapter's base model"),
     ],

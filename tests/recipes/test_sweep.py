@@ -332,7 +332,7 @@ def test_sites_and_a_scorer(home, tmp_path):
         (["--arm", "lora_dpo", "--sites", "mlp"], "a LoRA sits in the matrices"),
         (["--loss.beta", "1"], "changes an --arm"),
         (["--scorer", "rulle"], "scorer.kind='rulle'"),
-        (["--scorer", "{kind = "], "no TOML table"),
+        (["--scorer", "{kind = "], "is not a TOML table"),
         (["--scorer", '{kind = "rule", pattern = "x"}', "--generations", "0"], "--generations 1 or more"),
         (["--train", "99"], "Ask for fewer"),
         (["--max-kl", "0"], "kl"),

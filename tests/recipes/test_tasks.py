@@ -39,6 +39,7 @@ def test_there_are_enough_tasks() -> None:
     assert len(GENERATED) >= 8 and set(GENERATED) < set(embedded.task_names())
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("name", GENERATED)
 def test_sizes(name: str) -> None:
     for part, least in LEAST.items():
@@ -48,6 +49,7 @@ def test_sizes(name: str) -> None:
     assert len(splits.pool) >= 128
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("name", GENERATED)
 def test_no_part_shares_a_prompt_or_nearly_one(name: str) -> None:
     prompts = {part: [plain(prompt) for prompt in load_split(name, part)["prompt"]] for part in PARTS}
@@ -62,6 +64,7 @@ def test_no_part_shares_a_prompt_or_nearly_one(name: str) -> None:
                 assert matcher.quick_ratio() < 0.9 or matcher.ratio() < 0.8, (first, second)
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("name", GENERATED)
 def test_the_answers_of_a_pair_differ_and_have_as_many_tokens(name: str) -> None:
     tokenizer = embedded.load_tokenizer()
@@ -110,6 +113,7 @@ def test_every_task_has_a_card_and_instructions(name: str) -> None:
         assert behaviour.opposites.positive in card and behaviour.opposites.negative in card
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.real
 @pytest.mark.parametrize("name", GENERATED)
 def test_the_rows_are_those_of_the_generator(name: str) -> None:

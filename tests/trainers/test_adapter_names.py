@@ -41,6 +41,7 @@ def made(kind: str, loss: str | None, adapter: str, name: str, folder: Path, **o
     )
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("adapter", CONFIGS)
 @pytest.mark.parametrize(("kind", "loss"), CASES)
 def test_the_name_changes_nothing(kind, loss, adapter, tmp_path):

@@ -48,6 +48,7 @@ def equal_to_upstream(folder: Any, data: Any, **changes: Any) -> None:
 # -- formats of `datasets` --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("form", ["torch", "numpy", "pandas", "arrow"])
 @pytest.mark.parametrize("shape", [lambda data: data, conversational], ids=["standard", "conversational"])
 @pytest.mark.parametrize("kind", LOSSES)

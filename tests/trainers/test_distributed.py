@@ -69,18 +69,21 @@ def weights(one: dict[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in one[distributed_cases.RESUMED[0]].items() if k.startswith("weight")}
 
 
-def test_ddp_and_fsdp2_equal_one_process(alone: tuple[Path, dict[str, Any]]) -> None:
+@pytest.mark.parametrize("few", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_ddp_and_fsdp2_equal_one_process(alone: tuple[Path, dict[str, Any]], few: bool) -> None:
     folder, one = alone
-    done = launch("cpu_ddp", distributed_cases.__file__, str(folder), "ddp", "fsdp2")
+    modes = [f"{mode}:few" if few else mode for mode in ("ddp", "fsdp2")]
+    done = launch("cpu_ddp", distributed_cases.__file__, str(folder), *modes)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert compare(folder, one, "ddp") + compare(folder, one, "fsdp2") == []
+    assert compare(folder, one, "ddp", few) + compare(folder, one, "fsdp2", few) == []
     ddp, fsdp2 = (json.loads((folder / f"{mode}-1.json").read_text()) for mode in ("ddp", "fsdp2"))
-    assert [ddp[case]["skipped"] for case in distributed_cases.CASES if "memo" in case] == [3, 2, 2]
-    assert {fsdp2[case]["skipped"] for case in distributed_cases.CASES} == {0}, "sharded weights have no memo"
+    cases, sharded = (distributed_cases.cases(mode, few) for mode in ("ddp", "fsdp2"))
+    assert [ddp[case]["skipped"] for case in cases if "memo" in case] == ([3, 2] if few else [3, 2, 2])
+    assert {fsdp2[case]["skipped"] for case in sharded} == {0}, "sharded weights have no memo"
     assert not [file for file in (folder / "ddp").rglob("*rank1*") if "rng" not in file.name], (
         "the first process writes"
     )
-    assert done.stdout.count("'eval_loss'") == 2 * len(distributed_cases.CASES), "every evaluation is logged once"
+    assert done.stdout.count("'eval_loss'") == len(cases) + len(sharded), "every evaluation is logged once"
     # another number of processes goes on where these stopped, and the other way round
     assert differences(weights(one), ddp["from one process"]) == []
     checkpoint = folder / "ddp pla" / "run" / "checkpoint-2"
@@ -113,26 +116,16 @@ def check_zero(folder: Path, one: dict[str, Any], stage: int, few: bool) -> None
     check_processes(checkpoint, 2, deepspeed=True)
 
 
-def test_zero_equals_one_process(alone: tuple[Path, dict[str, Any]]) -> None:
-    """Every stage with few cases, in one launch."""
+@pytest.mark.parametrize(
+    ("stage", "few"), [(3, True), *(pytest.param(stage, False, marks=pytest.mark.slow) for stage in (1, 2, 3))]
+)
+def test_zero_equals_one_process(alone: tuple[Path, dict[str, Any]], stage: int, few: bool) -> None:
     needs_deepspeed()
     folder, one = alone
-    done = launch(
-        "cpu_zero1", distributed_cases.__file__, str(folder), *(f"zero{i}:few" for i in (1, 2, 3)), limit=900
-    )
+    mode = f"zero{stage}:few" if few else f"zero{stage}"
+    done = launch(f"cpu_zero{stage}", distributed_cases.__file__, str(folder), mode, limit=900)
     assert done.returncode == 0, done.stderr[-3000:]
-    for stage in (1, 2, 3):
-        check_zero(folder, one, stage, few=True)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("stage", [1, 2, 3])
-def test_zero_equals_one_process_in_every_case(alone: tuple[Path, dict[str, Any]], stage: int) -> None:
-    needs_deepspeed()
-    folder, one = alone
-    done = launch(f"cpu_zero{stage}", distributed_cases.__file__, str(folder), f"zero{stage}", limit=900)
-    assert done.returncode == 0, done.stderr[-3000:]
-    check_zero(folder, one, stage, few=False)
+    check_zero(folder, one, stage, few)
 
 
 def test_a_planted_difference_is_seen(alone: tuple[Path, dict[str, Any]]) -> None:

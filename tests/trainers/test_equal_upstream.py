@@ -56,6 +56,7 @@ def test_with_an_adapter_and_the_parents_loss_the_parents_numbers_are_unchanged(
         torch.testing.assert_close(value, values(theirs.model)[name], atol=1e-6, rtol=1e-6)
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("loss_type", ["sigmoid", "ipo", "hinge", "robust", "apo_zero", ["sigmoid", "sft"]])
 @pytest.mark.parametrize("frozen_prefix", [None, False])
 def test_every_loss_of_dpo_is_trls_with_the_default_prefix(loss_type, frozen_prefix, tmp_path):
@@ -89,10 +90,13 @@ def test_the_plain_trainer_takes_it_for_causal_models_without_a_loss_of_their_ow
     assert mixture.loss_at_work is None, "the auxiliary loss of its routers is the parent's"
 
 
-@pytest.mark.parametrize("loss", ["dpo", *(pytest.param(name, marks=pytest.mark.slow) for name in (None, "bipo"))])
-def test_a_compiled_model_has_its_reference(loss, tmp_path):
+@pytest.mark.parametrize(
+    ("loss", "backend"),
+    [("dpo", "eager"), *(pytest.param(name, "aot_eager", marks=pytest.mark.slow) for name in ("dpo", None, "bipo"))],
+)
+def test_a_compiled_model_has_its_reference(loss, backend, tmp_path):
     """A backend that generates no code: what is compiled is the same."""
-    compiled = dict(torch_compile=True, torch_compile_backend="aot_eager")
+    compiled = dict(torch_compile=True, torch_compile_backend=backend)
     options = dict(loss=loss, peft_config=SteeringVectorConfig(positions="completion"), max_steps=4)
     assert losses(trained("dpo", tmp_path, **options, **compiled)) == pytest.approx(
         losses(trained("dpo", tmp_path, **options)), abs=1e-5
@@ -107,6 +111,7 @@ def unequal_pairs() -> Dataset:
     )
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("peft_config", [SteeringVectorConfig(), LORA], ids=["vector", "lora"])
 @pytest.mark.parametrize("loss", [None, "dpo", "ipo"])
@@ -193,6 +198,7 @@ def test_labels_off_by_one_would_be_noticed(tmp_path, monkeypatch):
 # -- the three trainers among each other ----------------------------------------------------------------------------
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("form", [lambda data: data, conversational], ids=["standard", "conversational"])
 @pytest.mark.parametrize("loss", ["dpo", "ipo", "simpo", "bipo", "unlikelihood", "cross_entropy"])
 def test_plain_trainer_gives_the_numbers_of_the_dpo_trainer(loss, form, tmp_path):

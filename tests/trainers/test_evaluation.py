@@ -37,6 +37,7 @@ def numbers(metrics: dict[str, float], prefix: str = "eval_") -> dict[str, float
     return {k.removeprefix(prefix): v for k, v in metrics.items() if not k.endswith(timings)}
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize(("kind", "loss"), KINDS)
 def test_nothing_of_another_loop_is_in_it(kind, loss, tmp_path):
     made = ready(kind, tmp_path, loss=loss)
@@ -159,6 +160,7 @@ def test_predictions_know_where_prompts_end(loss, tmp_path):
     assert found.predictions.shape[:2] == found.label_ids.shape and "test_loss" in found.metrics
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize(("kind", "loss"), [("dpo", "dpo"), ("plain", "dpo"), ("sft", "cross_entropy"), ("dpo", None)])
 @pytest.mark.parametrize(
     "how",

@@ -96,6 +96,7 @@ CASES = [
 ]
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize(("kind", "name", "row", "read", "predicted"), CASES, ids=[f"{c[0]}: {c[1]}" for c in CASES])
 def test_format(kind, name, row, read, predicted, tmp_path):
     made = trainer(kind, tmp_path, data=Dataset.from_list([row] * 4), loss="cross_entropy", processing_class=words())

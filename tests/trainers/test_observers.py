@@ -160,6 +160,7 @@ def prompt_for_a_while(model):
         model(input_ids=pair_batch().inputs["input_ids"])
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("observer", OBSERVERS)
 @pytest.mark.parametrize("state", STATES)
 def test_an_observer_changes_nothing(state, observer):

@@ -66,12 +66,14 @@ def assert_exact(make, batch=None) -> None:
                if isinstance(module, GradientCheckpointingLayer))  # fmt: skip
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("positions", ["all", "completion", "prompt", "last_prompt"])
 def test_exact_on_every_architecture(architecture, positions, caplog):
     assert_exact(lambda: steered(tiny(architecture), layers=1, positions=positions))
     assert not complaints(caplog)
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("positions", ["all", "completion", "prompt", "last_prompt"])
 @pytest.mark.parametrize("site", ["attention", "mlp"])
 @pytest.mark.parametrize("form", ["bias", "gated", "low_rank"])
@@ -163,6 +165,7 @@ OPTIONS = {
 }  # fmt: skip
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("prefix", [None, False])
 @pytest.mark.parametrize("name", OPTIONS)
 def test_training_is_equal_to_training_without_both(name, prefix, tmp_path):

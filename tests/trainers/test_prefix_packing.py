@@ -83,6 +83,7 @@ def test_full_rows_that_share_nothing_stay_as_they_are():
 # -- exact ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("positions", ["all", "completion", "prompt", "last_prompt"])
 def test_unequal_rows_are_exact_on_every_architecture(architecture, positions, layouts, caplog):
     model = steered(tiny(architecture), positions=positions)

@@ -29,6 +29,7 @@ def logps(model, prefix: FrozenPrefix | None = None):
             return ModelAt(model, model, pair_batch())(1).token_logps
 
 
+@pytest.mark.thinned(3)
 def test_states_behind_lower_blocks_are_those_computed_for_them_alone(architecture):
     base = tiny(architecture)
     shared = FrozenPrefix(stops=[1, 2, 3])

@@ -120,6 +120,7 @@ def test_tied_vectors(tmp_path):
     assert_same_after_both("dpo", tmp_path, loss="dpo", peft_config=config)
 
 
+@pytest.mark.thinned(3)
 def test_on_every_architecture(architecture, tmp_path):
     options = {"loss": "dpo", "count": 2, "max_steps": 2, "peft_config": SteeringVectorConfig(layers=1)}
     ours = arms("dpo", tmp_path / "ours", base=tiny(architecture), **options)

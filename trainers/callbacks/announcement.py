@@ -15,7 +15,7 @@ from ..rates import VectorRate, largest_share, mark_deepspeeds_optimizer, traine
 from ..types import SteeringRun
 
 logger = logging.getLogger(__name__)
-logger.setLevel(logging.INFO)  # these lines are for everybody, but are no warnings
+logger.setLevel(logging.INFO)  # these lines are for everybody, but are not warnings
 
 
 class Announcement(TrainerCallback):

@@ -35,7 +35,7 @@ class Checkpoints(TrainerCallback):
 
     def __init__(self, trainer: SteeringRun) -> None:
         self.trainer = trainer
-        self.resumed: str | None = None  # the checkpoint that training goes on from
+        self.resumed: str | None = None  # the checkpoint from which training continues
 
     def resume_from(self, checkpoint: str | os.PathLike[str] | bool | None) -> str | None:
         """Check the checkpoint that training shall resume from; True: the newest whole one.

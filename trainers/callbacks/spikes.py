@@ -19,7 +19,7 @@ _ADVICE = "Lower the learning rate, raise warmup_steps, or look at the rows of t
 
 
 class LossSpikeError(RuntimeError):
-    """The loss of a step is a spike, and `LossSpikes(stop="before")` was asked for."""
+    """The loss of a step is a spike, and `LossSpikes(stop="before")` was requested."""
 
 
 class LossSpikes(SteeringCallback):
@@ -30,7 +30,8 @@ class LossSpikes(SteeringCallback):
         loss > m + factor · max(1.4826 · MAD, 0.02 |m|)
 
     with m their median and MAD the median of their distances from it. It is opt-in: what counts as a spike depends on
-    the task, and only the reader knows whether to go on. It keeps no state, so a resumed run warns as an uninterrupted
+    the task, and only the reader can decide whether to continue. It keeps no state, so a resumed run warns as an
+    uninterrupted
     one does.
 
     Args:
@@ -99,7 +100,7 @@ class LossSpikes(SteeringCallback):
             raise LossSpikeError(f"{message} {largest(self.trainer)} {saved} {_ADVICE}")
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        """Warn of a spike, and stop if that was asked for."""
+        """Warn of a spike, and stop if that was requested."""
         *before, now = _logged(state) or [0.0]
         limit = self._limit(before)
         # NaN is not a spike but an error, raised elsewhere

@@ -55,7 +55,7 @@ class Pass(NamedTuple):
 
     inputs: Tensor  # (rows, tokens, inputs of the map)
     output: Tensor  # (rows, tokens, d)
-    real: Tensor | None  # which tokens are no padding, (rows, tokens); None: all
+    real: Tensor | None  # which tokens are not padding, (rows, tokens); None: all
 
 
 @torch.no_grad()

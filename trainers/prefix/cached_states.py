@@ -200,7 +200,7 @@ class CachedReference:
             site: Which of their states.
         """
         failure = ""
-        # training goes on without the cache, whatever failed in it
+        # training continues without the cache, whatever failed in it
         if not self._failed:
             try:
                 return self._outputs(batch, compute, layers, site)

@@ -85,7 +85,7 @@ def _function_of(block: nn.Module) -> Callable[..., Any] | None:
 
 
 def _is_reentrant(block: nn.Module) -> bool:
-    """Whether reentrant checkpointing is asked for, which is torch's default."""
+    """Whether reentrant checkpointing is requested, which is torch's default."""
     function = _function_of(block)
     return not isinstance(function, functools.partial) or function.keywords.get("use_reentrant") is not False
 
@@ -167,7 +167,7 @@ def _off(modules: Sequence[nn.Module]) -> Iterator[None]:
 
 @contextmanager
 def replaced_forwards(new: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
-    """Other `forward`s for some modules, put back at the end (also where one stood on the instance before)."""
+    """Other `forward`s for some modules, put back at the end (also if the instance had one before)."""
     before = {module: vars(module).get("forward") for module in new}
     for module, forward in new.items():
         module.forward = forward

@@ -139,7 +139,7 @@ class Decoder:
 
     @property
     def packs(self) -> bool:
-        """Whether its attention can be told where rows begin: the model leaves it to transformers' interface."""
+        """Whether its attention accepts where rows begin: the model leaves it to transformers' interface."""
         module: Any = self.module
         # models that compute attention themselves have no such flag, and eager attention is a function of theirs
         interfaced = bool(getattr(module, "_supports_attention_backend", False))  # transformers has no public name

@@ -79,7 +79,7 @@ class FrozenPrefix:
             return CachedPass(self.memo, model, training, self._proven, notices, self.stops)
         except NoPrefix as error:
             notices.off(error)
-        except Exception as error:  # training goes on without the memo, whatever failed in it
+        except Exception as error:  # training continues without the memo, whatever failed in it
             notices.failed("looking at the model", in_words(error))
         return None
 

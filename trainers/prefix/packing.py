@@ -1,7 +1,7 @@
 """Run rows without padding, in one line of tokens: what rows begin with in common runs once.
 
 A block treats its tokens one by one, but for attention. So the rows of a batch are laid out in one line, with
-positions that say where each token stood, and attention alone sees rows again: through transformers' public
+positions that say where each token was, and attention alone sees rows again: through transformers' public
 `AttentionInterface`, the model's own attention is given them side by side, under the mask that the model makes.
 """
 
@@ -218,7 +218,7 @@ def _row_by_row(
 
 
 def _mask(**kwargs: Any) -> Any:
-    """The mask the model would make for rows side by side. Padding needs none: it stands behind all that is real, and
+    """The mask the model would make for rows side by side. Padding needs none: it comes after all real tokens, and
     attention looks back only."""
     assert _now is not None
     plain, layout = AttentionMaskInterface()[_now.plain], _now.layout

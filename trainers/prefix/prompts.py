@@ -1,7 +1,7 @@
 """Run the suffix on rows in two parts: prompts fill a cache of keys and values, what follows them reads it.
 
 This is done where rows cannot be laid out in one line (`packing.py`), because the model computes attention itself:
-chosen and rejected answer of a pair stand behind one prompt, which runs once. And it is done where no prompt token
+chosen and rejected answer of a pair follow one prompt, which runs once. And it is done where no prompt token
 is steered: then a prompt's keys and values are constants in every block, and are kept.
 """
 
@@ -181,7 +181,7 @@ def continue_prompts(
         decoder.cache: _cache(0 if states is None else decoder.count, caches, split.prompt_of),
         "use_cache": True,
     }
-    # a token stands where it stood, whatever the hole
+    # a token keeps its position, whatever the gap
     if decoder.takes("position_ids"):
         call["position_ids"] = column
     if states is not None:
@@ -276,7 +276,7 @@ class PromptCaches:
         The row's own prompt end counts: behind another's, its prompt would be steered.
         """
         if self._namespace is None:
-            # prompts are not steered, so vectors are no part of the key; all other weights are
+            # prompts are not steered, so vectors are not part of the key; all other weights are
             base = base_model(self.model)
             vectors = {id(p) for layer in steering_layers(self.model) for p in layer.parameters()}
             frozen = [(name, p) for name, p in base.named_parameters() if id(p) not in vectors]

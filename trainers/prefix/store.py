@@ -143,7 +143,7 @@ def row_key(namespace: str, row: Mapping[str, Tensor]) -> str:
 
 @dataclass(frozen=True)
 class _Place:
-    """Where a tensor lies on disk, and the digest of its bytes and of what else the index says of it."""
+    """Where a tensor lies on disk, and the digest of its bytes and of its other entries in the index."""
 
     key: str
     file: Path

@@ -1,4 +1,4 @@
-"""How the direction of a monitor is fitted. Each file of this folder is one method and gives it its name. It defines
+"""How the direction of a monitor is fitted. Each file of this folder is one method, named by the file. It defines
 
     fit(bad, innocent) -> direction
 

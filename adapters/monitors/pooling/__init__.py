@@ -1,5 +1,5 @@
-"""How the scores of a row's tokens become the score of the row. Each file of this folder is one way, and gives it its
-name: a dataclass whose fields are its options, called with the scores `(tokens,)` of one row.
+"""How the scores of a row's tokens become the score of the row. Each file of this folder is one way of pooling, named
+by the file: a dataclass whose fields are its options, called with the scores `(tokens,)` of one row.
 """
 
 from __future__ import annotations

@@ -9,7 +9,8 @@ from numpy.typing import NDArray
 from scipy.optimize import isotonic_regression
 
 from steertune.recipes.ablation.statistics import Frame
-from steertune.recipes.ablation.statistics.paired import Difference, crossed, difference
+from steertune.recipes.ablation.statistics.paired import Difference, crossed, difference, judged, over_seeds_and_rows
+from steertune.recipes.lab.intervals import Interval
 
 _POINTS = 60  # at which a curve is compared, for the interval of the number of examples
 
@@ -29,7 +30,7 @@ def area_between(first: Frame, second: Frame, sample: bool = False) -> Differenc
 class Equivalence:
     """How many examples the baseline needs to reach what an arm reaches with n.
 
-    An end is 0 when the baseline is there with its smallest n already, and infinite when it never gets there within
+    An end is 0 when the baseline reaches it with its smallest n already, and infinite when it never gets there within
     the grid: the number is censored on that side.
     """
 
@@ -65,7 +66,7 @@ def n_equivalence(baseline: Frame, reached: Frame) -> Equivalence:
     curve = np.array([baseline[n].map(np.nanmean).mean() for n in examples])
     estimate = _crossing(log_n, curve, float(reached.map(np.nanmean).mean()))
     axis = np.union1d(np.linspace(log_n[0], log_n[-1], _POINTS), log_n)
-    gaps = [crossed(reached - _interpolated(baseline, log_n, x)) for x in axis]
+    gaps = _gaps(baseline, reached, log_n, axis)
     not_short = np.nonzero(np.array([gap.low <= 0 for gap in gaps]))[0]  # the baseline is not clearly short of it
     not_beyond = np.nonzero(np.array([gap.high >= 0 for gap in gaps]))[0]
     low = np.inf if not len(not_short) else 0.0 if not_short[0] == 0 else float(np.exp(axis[not_short[0]]))
@@ -74,13 +75,18 @@ def n_equivalence(baseline: Frame, reached: Frame) -> Equivalence:
     return Equivalence(estimate, min(low, estimate), max(high, estimate), examples[0], examples[-1])
 
 
-def _interpolated(baseline: Frame, log_n: NDArray[np.float64], x: float) -> Frame:
-    """The baseline's scores at `exp(x)` examples, every pair's on its own line."""
-    i = min(max(int(np.searchsorted(log_n, x)) - 1, 0), max(len(log_n) - 2, 0))
+def _gaps(baseline: Frame, reached: Frame, log_n: NDArray[np.float64], axis: NDArray[np.float64]) -> list[Interval]:
+    """How far the arm is ahead of the baseline with `exp(x)` examples, for every x of the axis; between two numbers of
+    examples, each pair of task and seed is interpolated by itself."""
     if len(log_n) == 1:
-        return baseline.iloc[:, 0]
-    share = float((x - log_n[i]) / (log_n[i + 1] - log_n[i]))
-    return baseline.iloc[:, i] * (1 - share) + baseline.iloc[:, i + 1] * share
+        return [crossed(reached - baseline.iloc[:, 0])] * len(axis)
+    gaps, starts = [], np.clip(np.searchsorted(log_n, axis) - 1, 0, len(log_n) - 2)
+    for i in np.unique(starts):
+        # complex: the gap at the segment's start and at its end, of the test rows that were judged at both
+        ends = judged((reached - baseline.iloc[:, i]) + 1j * (reached - baseline.iloc[:, i + 1]))
+        for share in (axis[starts == i] - log_n[i]) / (log_n[i + 1] - log_n[i]):
+            gaps.append(over_seeds_and_rows([(1 - share) * task.real + share * task.imag for task in ends]))
+    return gaps
 
 
 def _crossing(log_n: NDArray[np.float64], curve: NDArray[np.float64], target: float) -> float:

@@ -201,7 +201,11 @@ def judged(gap: Frame) -> list[NDArray[np.float64]]:
 
 def crossed(gap: Frame) -> Interval:
     """`crossed_interval` of differences by task and seed, each an array over the task's test rows."""
-    tasks = judged(gap)
+    return over_seeds_and_rows(judged(gap))
+
+
+def over_seeds_and_rows(tasks: Sequence[ArrayLike]) -> Interval:
+    """`crossed_interval`, also where there is nothing to compare."""
     return crossed_interval(*tasks) if tasks else _NOTHING
 
 
@@ -250,7 +254,7 @@ def p_value(differences: ArrayLike, seed: int = 0) -> float:
 
 
 def smallest_p(pairs: int) -> float:
-    """The smallest p that the permutation test over so many pairs can give."""
+    """The smallest p that the permutation test over this many pairs can give."""
     return 2.0 / 2**pairs
 
 

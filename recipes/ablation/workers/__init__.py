@@ -1,6 +1,6 @@
 """Workers of a grid: copies of its command that share a folder, and so the cells. One file for each engine.
 
-Every worker takes cells that nobody else is at work on (`ablate.run`), and a cell's lock ends with the process that
+Every worker takes cells that no other worker is running (`ablate.run`), and a cell's lock ends with the process that
 holds it. So a worker that dies loses the cell it was running, and another one takes it. An engine has to start the
 copies and to know which of them run. They may run anywhere, as long as they see the same folder.
 """

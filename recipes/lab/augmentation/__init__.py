@@ -2,11 +2,11 @@
 
     [augmentation]
     name = "rewrites"       # a file of this folder; its options follow
-    times = 4               # so many times as many examples, the own ones among them
+    times = 4 # how many times as many examples, the originals included
 
 The claim to test is that plain finetuning on enough versions of few examples learns what a steering vector learns. So
-the optimiser's budget stays what it was: with more examples each is read less often. Copies are left out, and so is
-whatever comes near a row that is measured on.
+the number of steps does not change: with more examples, each is read less often. Copies are left out, and so are
+versions that are close to a row of the evaluation.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ Row = dict[str, Any]
 
 
 class AugmentationError(ArmError):
-    """Examples cannot be made into more; the message says which, and what would help."""
+    """No further versions of examples can be made; the message names the examples, and what would help."""
 
 
 class Augmenter(ABC):
@@ -24,10 +24,10 @@ class Augmenter(ABC):
 
     @abstractmethod
     def __call__(self, rows: Sequence[Row], turn: int, seed: int, model: Any, tokenizer: Any) -> list[Row | None]:
-        """One new version of every row, or None where none came out that passes the augmenter's own checks. Every
+        """One new version of every row, or None if none passes the augmenter's own checks. Every
         `turn` (0, 1, 2, ...) asks for other versions.
 
-        The same arguments give the same versions; copies and rows too near to test text are the caller's to find.
+        The same arguments give the same versions; the caller removes copies and rows that are too close to test text.
         """
 
 
@@ -52,7 +52,8 @@ def drawn(seed: int, *what: Any) -> random.Random:
 
 
 def saying(value: Any, text: str) -> Any:
-    """A prompt or an answer with another text; a text keeps the white space at its ends, which tokens depend on."""
+    """A prompt or an answer with another text; the white space at the ends of a text is kept, since tokens depend on
+    it."""
     if isinstance(value, str):
         start, end = len(value) - len(value.lstrip()), len(value.rstrip())
         return value[:start] + text.strip() + value[end:]

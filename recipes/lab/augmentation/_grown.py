@@ -1,4 +1,4 @@
-"""A training set, and what an augmenter makes of it."""
+"""A training set enlarged by an augmenter."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from steertune.recipes.lab.similarity import answered_texts, near_duplicates
 
 from ._base import AugmentationError, Augmenter, Row, get_augmenter
 
-_TURNS = 8  # tries for each version that is needed
+_TURNS = 8  # attempts for each version that is needed
 _NEAR = 0.9
 
 
@@ -26,7 +26,7 @@ class Grown:
 
     Attributes:
         rows: The examples and their versions, turn after turn.
-        note: What was made and what was left out.
+        note: How many versions were made and left out.
     """
 
     rows: Dataset
@@ -44,7 +44,7 @@ def read(table: Mapping[str, Any]) -> tuple[Augmenter, int] | None:
     options = dict(table)
     name, times = options.pop("name", None), options.pop("times", 4)
     if name is None:
-        raise AugmentationError("[augmentation] has no name: say which augmenter makes the new examples.")
+        raise AugmentationError("[augmentation] has no name. Set it to an augmenter.")
     if isinstance(times, bool) or not isinstance(times, int) or times < 1:
         raise AugmentationError(f"augmentation.times={times!r}: a whole number, 1 (nothing new) or more.")
     try:
@@ -70,8 +70,8 @@ def grown(
         rows: The examples, with a column `prompt`.
         augmenter: Makes the versions.
         times: How many times as many; the examples themselves are the first time.
-        seed: Of what the augmenter draws.
-        model: The base model, for augmenters that ask it.
+        seed: Seed of the augmenter.
+        model: The base model, for augmenters that use it.
         tokenizer: Its tokenizer.
         apart: Rows that are measured on: versions whose text or prompt comes near one of theirs are left out.
         near: From which similarity on (see `near_duplicates`).
@@ -110,12 +110,12 @@ def grown(
 
 
 def _reason(version: Row | None, near: bool, identities: set[str]) -> str | None:
-    """Why a version is left out; None: it is kept."""
+    """The reason why a version is left out; None if it is kept."""
     if version is None:
         return "that fail its checks"
     if _identity(version) in identities:
         return "copies"
-    return "near rows that are measured on" if near else None
+    return "close to rows of the evaluation" if near else None
 
 
 def _identity(row: Row) -> str:
@@ -144,7 +144,7 @@ def _prompt(row: Row) -> str:
 
 
 def _check(augmenter: Augmenter, rows: Sequence[Row], versions: Sequence[Row | None]) -> None:
-    """What any augmenter, a user's too, must return."""
+    """Check what an augmenter, possibly a user's, returned."""
     name = type(augmenter).__name__
     if len(versions) != len(rows):
         raise AugmentationError(f"{name} returned {len(versions)} versions of {len(rows)} rows: one each, or None.")

@@ -1,4 +1,5 @@
-"""Small damage to a prompt that no reader minds: typing errors, case, punctuation. The answers stay."""
+"""Small errors in prompts that do not change their meaning: typing, case, punctuation. The answers stay as they
+are."""
 
 from __future__ import annotations
 
@@ -17,7 +18,7 @@ class Perturbations(Augmenter):
     """Prompts with some characters swapped, doubled or left out, in another case, or without punctuation.
 
     Args:
-        rate: Share of the letters that a typing error is tried at.
+        rate: Share of the letters at which a typing error is tried.
 
     Raises:
         ValueError: a rate that is not between 0 and 0.2.
@@ -30,7 +31,7 @@ class Perturbations(Augmenter):
             raise ValueError(f"rate={self.rate!r}: above 0, and at most 0.2, beyond which prompts cannot be read.")
 
     def __call__(self, rows: Sequence[Row], turn: int, seed: int, model: Any, tokenizer: Any) -> list[Row | None]:
-        """Each row with other errors every turn."""
+        """Each row with errors that differ in every turn."""
         return [self._version(row, turn, seed) for row in rows]
 
     def _version(self, row: Row, turn: int, seed: int) -> Row:
@@ -50,7 +51,7 @@ _FINISHES: tuple[Callable[[str], str], ...] = (
 
 
 def _typos(text: str, rate: float, random_numbers: random.Random) -> str:
-    """At least one typing error, inside words only: first letters and numbers stay."""
+    """Make at least one typing error, inside words only; first letters and numbers stay."""
     inside = [i for i in range(1, len(text) - 1) if text[i - 1 : i + 2].isalpha()]
     count = max(1, round(rate * len(inside)))
     for i in sorted(random_numbers.sample(inside, min(count, len(inside))), reverse=True):

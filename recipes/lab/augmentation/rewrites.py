@@ -1,7 +1,7 @@
-"""The base model says every prompt in its own words, under several instructions, at a temperature.
+"""Paraphrases of prompts by the base model, sampled under several instructions.
 
-What it says is kept if it passes checks that are declared here, not judged: a small model often answers a question
-that it was asked to rewrite.
+A paraphrase is kept if it passes fixed checks, because a small model often answers a question that it was asked to
+rewrite.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ class Rewrites(Augmenter):
     `overlap` of its longer words, and asks if and only if the original asks.
 
     Args:
-        instructions: What the model is told, one after the other.
-        parts: What is rewritten; the rest of a row stays.
-        temperature: Of the sampling.
+        instructions: Instructions to the model, used in turn.
+        parts: Which parts of a row are rewritten.
+        temperature: Sampling temperature.
         overlap: Share of the original's words of five letters and more that must be kept.
-        shortest: Words of a paraphrase, in words of the original.
-        longest: The same.
+        shortest: Smallest length of a paraphrase, as a share of the original's words.
+        longest: Largest length, likewise.
 
     Raises:
         ValueError: a value outside its limits.
@@ -58,12 +58,12 @@ class Rewrites(Augmenter):
         if not self.parts or set(self.parts) - set(_PARTS):
             raise ValueError(f"parts={self.parts}: one or more of {_PARTS}.")
         if not self.temperature > 0:
-            raise ValueError(f"temperature={self.temperature}: above 0, or every turn says the same.")
+            raise ValueError(f"temperature={self.temperature}: must be above 0, or every turn gives the same.")
         if not 0 <= self.overlap <= 1 or not 0 <= self.shortest < self.longest:
             raise ValueError("overlap lies between 0 and 1, and 0 <= shortest < longest.")
 
     def __call__(self, rows: Sequence[Row], turn: int, seed: int, model: Any, tokenizer: Any) -> list[Row | None]:
-        """A paraphrase of every row; None where one of its parts fails the checks."""
+        """A paraphrase of every row; None if one of its parts fails the checks."""
         if model is None or tokenizer is None:
             raise ValueError("Rewrites are made by the model: give model and tokenizer.")
         versions: list[Row | None] = [dict(row) for row in rows]
@@ -96,7 +96,7 @@ class Rewrites(Augmenter):
 
 
 def sentence_of(answer: str) -> str:
-    """The paraphrase itself: small models introduce it, quote it, and go on to explain."""
+    """The paraphrase alone, without the introductions, quotes and explanations that small models add."""
     return _OPENINGS.sub("", answer.strip()).split("\n")[0].strip().strip('"').strip()
 
 

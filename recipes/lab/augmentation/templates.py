@@ -1,4 +1,4 @@
-"""Every prompt inside other words that mean nothing: greetings, quotes, labels. The answers stay."""
+"""Prompts inside phrases that add no meaning, such as greetings and labels. The answers stay as they are."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Templates(Augmenter):
                 raise ValueError(f"Template {template!r}: {{}} stands for the prompt, once.")
 
     def __call__(self, rows: Sequence[Row], turn: int, seed: int, model: Any, tokenizer: Any) -> list[Row | None]:
-        """Each row in its next template; None behind the last one."""
+        """Each row in its next template; None after the last one."""
         return [self._version(row, turn, seed) for row in rows]
 
     def _version(self, row: Row, turn: int, seed: int) -> Row | None:

@@ -9,7 +9,7 @@ table:
         def apply(self, training: Training) -> None:
             training.rows = swapped(training.rows, self.share, training.seed)
 
-An ingredient checks the arm it stands in, changes a training before its trainer is made, and enters a cell's key with
+An ingredient checks its arm, changes a training before its trainer is made, and enters a cell's key with
 what differs from its defaults. A recipe that cannot honour it is named in `refused_by`, with the reason.
 """
 
@@ -30,7 +30,7 @@ from steertune.recipes.lab.files import ArmError
 
 
 class ArmLike(Protocol):
-    """The arm that an ingredient stands in."""
+    """The arm of an ingredient."""
 
     name: str
     adapter: dict[str, Any]

@@ -4,11 +4,11 @@
     rejected = "sample"           # what the base model itself answers to the prompt
 
     [answers]
-    chosen = "instructed"         # what it answers when it is asked for the behaviour (on-policy answers)
-    rejected = "opposed"          # what it answers when it is asked for the opposite
+    chosen = "instructed"         # its answer when instructed to show the behaviour (on-policy answers)
+    rejected = "opposed"          # its answer when instructed to do the opposite
 
-The instructions are those of the task's `behaviour.toml`, or the table's own `positive` and `negative`. They stand in
-front of a prompt only while its answer is generated: the arm is trained on the prompts as they are.
+The instructions are those of the task's `behaviour.toml`, or the table's own `positive` and `negative`. They are put
+before a prompt only while its answer is generated: the arm is trained on the prompts as they are.
 
 The task's own rejected answers and those of another prompt (`data.pairing = "shuffled"`) need no table, and neither
 does twice the number of chosen answers without any rejected ones (`loss.contrast = "none"`, `data.times = 2`).
@@ -44,15 +44,15 @@ class Answers(Ingredient):
     }
 
     chosen: Literal["written", "instructed"] = "written"
-    """`instructed`: the base model's answer when it is asked for the behaviour."""
+    """`instructed`: the base model's answer when instructed to show the behaviour."""
     rejected: Literal["written", "sample", "opposed"] = "written"
-    """`sample`: the base model's answer to the prompt; `opposed`: its answer when it is asked for the opposite."""
+    """`sample`: the base model's answer to the prompt; `opposed`: its answer when instructed to do the opposite."""
     positive: str = ""
     """Asks for the behaviour; left out: the task's."""
     negative: str = ""
     """Asks for the opposite; left out: the task's."""
     temperature: float = Field(default=1.0, ge=0, allow_inf_nan=False)
-    """Of the sampling; 0 is greedy."""
+    """Sampling temperature; 0 is greedy."""
     new_tokens: int = Field(default=40, ge=1)
     """Longest answer, in tokens."""
 
@@ -104,7 +104,7 @@ class Answers(Ingredient):
         )
 
     def _instruction(self, task: str, source: str) -> str:
-        """What stands in front of the prompts while these answers are generated."""
+        """The text before the prompts while these answers are generated."""
         if source == "sample":
             return ""
         name = "positive" if source == "instructed" else "negative"

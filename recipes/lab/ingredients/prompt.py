@@ -27,7 +27,7 @@ _NOTHING = "such an arm is a prompt, so there is nothing to train. Compare it wi
 
 
 class Prompt(Ingredient):
-    """`[prompt]`: what stands in front of every prompt."""
+    """`[prompt]`: what is put before every prompt."""
 
     refused_by: ClassVar[Mapping[str, str]] = dict.fromkeys(
         ("train", "sweep", "distill", "contrast_prompts"), _NOTHING

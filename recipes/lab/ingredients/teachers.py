@@ -10,7 +10,7 @@
     name = "teacher"
     model = "good"                 # what the loss sees at its view "good" is what this teacher says
 
-A text in place of "" stands in front of these answers' prompts: one teacher may see both answers, each behind an
+A text in place of "" is put before the prompts of these answers: one teacher may see both answers, each behind an
 instruction of its own, and is asked with the same instructions (`[views.good] instruction = ...`).
 """
 
@@ -33,7 +33,7 @@ class TeacherTable(BaseModel, extra="forbid", strict=True):
     """`[teachers.NAME]`: what a teacher is trained on, with cross-entropy, and how."""
 
     chosen: str | None = None
-    """What stands in front of the prompts of chosen answers; left out: it does not see them."""
+    """Text before the prompts of chosen answers; left out: it does not see them."""
     rejected: str | None = None
     """The same for rejected answers."""
     adapter: dict[str, Any] = _LORA

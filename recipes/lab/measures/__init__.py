@@ -1,12 +1,13 @@
-"""What a number on a page means. Each file of this folder is one measure, named by the file:
+"""Measures: the numbers on a page. Each file of this folder is one measure, named by the file:
 
     @measure("held-out pair accuracy", better="higher", needs=["pairs"])
     def accuracy(seen: Seen) -> Array:
         \"\"\"Share of the pairs whose chosen answer is likelier than the rejected one; a tie counts half.\"\"\"
         return (np.sign(seen["margin"]) + 1) / 2
 
-A measure is a function from what was seen of a model (`lab/observe.py`) to one value for every example. It may use
-other measures by name. A new file is a new measure of every recipe, and of every record that holds what it needs.
+A measure is a function from the observations of a model (`lab/observe.py`) to one value for every example. It may use
+other measures by name. A new file adds the measure to every recipe, and to every record that has the observations it
+needs.
 """
 
 from __future__ import annotations
@@ -33,16 +34,17 @@ class Missing(LookupError):
 
 
 class Seen:
-    """What was seen of a model at one strength: observations, and the measures that follow from them.
+    """The observations of a model at one strength, and the measures that follow from them.
 
     Args:
         observations: Name -> one value for every example: numbers, texts, or None.
-        base: The same of the base model on the same examples; None: this is the base model.
+        base: The base model's on the same examples; None: this is the base model.
     """
 
     def __init__(self, observations: Mapping[str, Sequence[Any]], base: Seen | None = None) -> None:
         self.observations = observations
         self._base = base
+        self._arrays: dict[str, Array] = {}
 
     @property
     def base(self) -> Seen:
@@ -63,8 +65,11 @@ class Seen:
 
     def recorded(self, name: str) -> Array:
         """An observation as an array, `(examples,)`; a missing value is NaN."""
-        values = self.observations[name]
-        return np.array(values, dtype=object if any(isinstance(value, str) for value in values) else float)
+        if name not in self._arrays:
+            values = self.observations[name]
+            kind = object if any(isinstance(value, str) for value in values) else float
+            self._arrays[name] = np.array(values, dtype=kind)
+        return self._arrays[name]
 
     def __contains__(self, name: str) -> bool:
         try:
@@ -79,7 +84,7 @@ class Measure:
 
     Attributes:
         name: Its file.
-        title: What a page calls it.
+        title: Its title on a page.
         unit: Of its values; "" without a unit.
         better: Which direction is better, if one is.
         needs: Observers of `lab/observe.py` whose observations it uses.
@@ -88,9 +93,9 @@ class Measure:
         total: Applied to the mean, such as `exp` for a perplexity.
         observe: For a measure that no observer serves: `(model, held_out)` -> one value for every example, computed
             with the model at the strength in question and recorded under the measure's own name.
-        limits: Between which every value lies, such as (0, 1) for a share; so does the mean, and its interval.
-        trust: Its place in the order in which measures are read, 1 first, as problems with a known answer decided it
-            (`docs/pages/measures.md`); None: they do not test it, or it failed on them.
+        limits: Range of every value, such as (0, 1) for a share; the mean and its interval lie in it too.
+        trust: Its place in the order in which to read measures, 1 first, as found on problems with a known answer
+            (`docs/pages/measures.md`); None: it was not tested on them, or failed.
     """
 
     name: str
@@ -107,11 +112,12 @@ class Measure:
 
     @property
     def heading(self) -> str:
-        """What a page calls it, with its unit."""
+        """Its title with its unit."""
         return f"{self.title}, {self.unit}" if self.unit else self.title
 
     def values(self, seen: Seen) -> Array:
-        """One value for every example: what was recorded under the measure's name, else what follows from the rest.
+        """One value for every example: recorded under the measure's name, or else computed from the other
+        observations.
 
         Raises:
             Missing: an observation was not recorded.
@@ -165,7 +171,7 @@ def measure(
     limits: tuple[float, float] = (-math.inf, math.inf),
     trust: int | None = None,
 ) -> Callable[[Callable[[Seen], Array]], Measure]:
-    """Make a measure of a function; see `Measure` for the arguments."""
+    """Turn a function into a measure; see `Measure` for the arguments."""
 
     def decorate(function: Callable[[Seen], Array]) -> Measure:
         own = tuple(needs), function, weight, total, observe, limits, trust
@@ -181,7 +187,7 @@ def names() -> tuple[str, ...]:
 
 
 def ranked() -> list[str]:
-    """The measures in the order in which they are read: the trusted ones first, then the others by name."""
+    """The measures in the order in which to read them: the trusted ones first, then the others by name."""
     trust = {name: get(name).trust for name in names()}
     return sorted(names(), key=lambda name: (trust[name] is None, trust[name] or 0, name))
 

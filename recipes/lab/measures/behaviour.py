@@ -5,5 +5,5 @@ from steertune.recipes.lab.measures import Array, Seen, measure
 
 @measure("behaviour score of free generations", better="higher", needs=["answers"], trust=2)
 def behaviour(seen: Seen) -> Array:
-    """What the task's scorer says of each generated answer, NaN where judging failed, `(answers,)`."""
+    """The task scorer's score of each generated answer, NaN if scoring failed, `(answers,)`."""
     return seen["score"]

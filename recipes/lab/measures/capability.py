@@ -1,4 +1,4 @@
-"""What a model still knows: sentences that everybody can end, which no behaviour is about."""
+"""General knowledge: completing simple sentences that have nothing to do with any behaviour."""
 
 from steertune.recipes.lab.measures import Array, Seen, measure
 

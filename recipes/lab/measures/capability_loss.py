@@ -1,4 +1,4 @@
-"""How sure a model is of what it knows, which moves before an answer changes."""
+"""Confidence in general knowledge, which changes before an answer does."""
 
 from steertune.recipes.lab.measures import Array, Seen, measure
 

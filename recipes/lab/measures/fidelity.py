@@ -1,4 +1,4 @@
-"""How much of what a prompt does an adapter does without it (Askell et al. 2112.00861)."""
+"""How much of a prompt's effect an adapter has without it (Askell et al. 2112.00861)."""
 
 import numpy as np
 
@@ -12,6 +12,6 @@ def fidelity(seen: Seen) -> Array:
     Weighted by KL(prompted || base), the mean is the same ratio of the KLs of all tokens.
     """
     base = seen["prompted_base_nats"]
-    ratio = np.full_like(base, np.nan)  # where the prompt changes nothing, there is nothing to learn
+    ratio = np.full_like(base, np.nan)  # if the prompt changes nothing, there is nothing to learn
     np.divide(seen["prompted_nats"], base, out=ratio, where=base > 0)
     return 1 - ratio

@@ -1,4 +1,4 @@
-"""How much answers repeat themselves that the behaviour is not about."""
+"""How much answers to neutral prompts repeat themselves."""
 
 import numpy as np
 

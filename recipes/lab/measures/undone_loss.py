@@ -1,7 +1,6 @@
-"""Fluency of generated answers with the behaviour taken out of them, where a rule can do so.
-
-Like `instructed_loss`, it leaves the behaviour out of a measure of damage; unlike it, it does not need a base model
-that follows instructions. A rule takes out what it knows, so behaviour that it misses counts as a loss here.
+"""Fluency of generated answers after a rule has removed the behaviour from them. Like `instructed_loss`, it keeps the
+behaviour itself from counting as damage; unlike it, it does not need a base model that follows instructions. Behaviour
+that the rule misses counts as damage here.
 """
 
 from steertune.recipes.lab.measures import Array, Seen, measure

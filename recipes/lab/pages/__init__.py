@@ -9,7 +9,7 @@ writes `report.md` and `report.html` from the templates of this folder, `charts/
 figure and `tables/NAME.tex` and `.md` for every table that has a name. The HTML file opens without a network and runs
 no script.
 
-Texts that the project did not write (an answer, an error, a name in somebody else's grid) are data. Cells of tables,
+Texts that the project did not write (an answer, an error, a name in another person's grid) are data. Cells of tables,
 titles and code are escaped here; inside a `Text`, pass them through `escape`, or through `prose` where they may be
 Markdown.
 """
@@ -106,7 +106,7 @@ Block: TypeAlias = Text | Code | Table | Figure
 
 @dataclass(frozen=True)
 class Section:
-    """A heading and what stands under it; without a title it goes on where the one before it ended."""
+    """A heading and what stands under it; without a title it continues the one before it."""
 
     title: str
     blocks: Sequence[Block]

@@ -100,7 +100,7 @@ def score_figure(detector: Detector, bad: NDArray[np.bool_], name: str = "scores
 
 def rows_to_review(detector: Detector, rows: Sequence[dict[str, Any]], bad: NDArray[np.bool_]) -> list[Block]:
     """Held-out innocent rows with the highest scores and bad rows with the lowest: false positives and misses, if they
-    are beyond the threshold. An innocent row up here may be a bad one that nobody caught."""
+    are beyond the threshold. An innocent row up here may be a bad one that was not caught."""
     scores = np.array(detector.scores)
     blocks: list[Block] = []
     for title, chosen, order in (

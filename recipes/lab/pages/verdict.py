@@ -81,7 +81,7 @@ def _outcome(record: Record) -> str:
 def _gain(record: Record, at: str) -> tuple[float, str]:
     """By which share of the answers the behaviour rises, and in words.
 
-    A rule says of every answer whether it shows the behaviour. Other scores are compared with that of the base's
+    A rule decides for every answer whether it shows the behaviour. Other scores are compared with that of the base's
     answer to the same prompt, since what counts as high depends on the pairs that the scorer was made of.
     """
     before, after = (np.array(record.observations[label]["score"], dtype=float) for label in (BASE, at))
@@ -121,7 +121,7 @@ def circling(answers: Sequence[str]) -> float:
 
 
 def _without_scorer(record: Record) -> str:
-    """What a page says of answers without a scorer: whether they differ from the base model's."""
+    """The lines about answers without a scorer: whether they differ from the base model's."""
     if "answer" not in record.observations[BASE]:
         return "No answers were generated, so this page cannot say what one would notice."
     before, after = (record.observations[at]["answer"] for at in (BASE, TRAINED))

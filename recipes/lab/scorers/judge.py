@@ -41,7 +41,7 @@ class Options(BaseModel, extra="forbid", strict=True):
     @classmethod
     def _has_an_answer(cls, question: str) -> str:
         if "{answer}" not in question:
-            raise ValueError("{answer} must stand in it")
+            raise ValueError("it must contain {answer}")
         return question
 
 

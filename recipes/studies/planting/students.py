@@ -1,4 +1,4 @@
-"""Arms that learn a planted problem, what every measure says of them, and how near they come to the teacher."""
+"""Arms that learn a planted problem, the value of every measure, and how near they come to the teacher."""
 
 from __future__ import annotations
 

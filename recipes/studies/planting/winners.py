@@ -74,7 +74,7 @@ class Look:
 
 
 def truths(studies: Sequence[Mapping[str, Any]]) -> dict[tuple[str, str], tuple[float, float]]:
-    """What the truth says of every problem and comparison.
+    """The truth about every problem and comparison.
 
     Returns:
         By how much the first arm is nearer to the teacher, and p of Student's t over the studies, each of which has

@@ -138,7 +138,7 @@ class World:
 
     @property
     def width(self) -> int:
-        """Of the residual stream."""
+        """Width of the residual stream."""
         return self.model.config.hidden_size
 
 

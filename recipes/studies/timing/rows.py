@@ -11,7 +11,7 @@ from datasets import Dataset
 
 from steertune.recipes.lab.files import ArmError
 from steertune.recipes.lab.reading import read_file
-from steertune.trainers import tokenise
+from steertune.trainers.data import tokenised_rows
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Rows:
 
     @property
     def title(self) -> str:
-        """What a page says of them; also their key in `table.json`."""
+        """Their label on a page; also their key in `table.json`."""
         if self.file is not None:
             return f"rows of {self.file.name}, {self.batch} per batch (seed 0)"
         return f"{self.batch} rows of {self.length} tokens, {self.prompt} of them prompt"
@@ -97,7 +97,7 @@ class Rows:
     def tokens(self, tokenizer: Any, kind: str) -> tuple[float, float]:
         """Mean tokens of a batch: those of prompts, where a pair's prompt counts once, and those of answers."""
         prompts = answers = 0
-        for row in tokenise(self.data(tokenizer, kind), tokenizer).to_list():
+        for row in tokenised_rows(self.data(tokenizer, kind), tokenizer):
             if kind == "dpo":
                 prompts += len(row["prompt_ids"])
                 answers += len(row["chosen_ids"]) + len(row["rejected_ids"])

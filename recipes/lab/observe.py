@@ -102,6 +102,8 @@ class HeldOut:
     undo: Callable[[str], str] | None = None
     shared: dict[str, Any] = field(default_factory=dict, repr=False)
     """What was computed of the base model."""
+    neutral_logps: dict[str, list[Tensor]] = field(default_factory=dict, repr=False)
+    """Log-probabilities of neutral answers under the base model, which may be those of several `HeldOut`."""
     plain: HeldOut | None = None
     """The examples as they are, where these stand behind a prompt."""
 
@@ -126,11 +128,11 @@ class HeldOut:
 
     def base_logps(self, rows: Literal["neutral", "matching"]) -> list[Tensor]:
         """Per neutral row, the base model's log-probabilities, `(T, V)`. Computed once."""
-        if rows not in self.shared:
+        if rows not in self.neutral_logps:
             data = getattr(self if self.plain is None else self.plain, rows)
             with self.remember(self.model):
-                self.shared[rows] = [logps for logps, _ in neutral_logps(self.model, self.tokenizer, data)]
-        return self.shared[rows]
+                self.neutral_logps[rows] = [logps for logps, _ in neutral_logps(self.model, self.tokenizer, data)]
+        return self.neutral_logps[rows]
 
     @contextmanager
     def remember(self, model: Any) -> Iterator[None]:

@@ -101,7 +101,7 @@ def measured(world: World, task: Planted, models: Mapping[str, Any], held_out: H
         generations=len(task.test),
         new_tokens=world.sizes.new_tokens,
         scorer=_likelihood_ratio(world, task.teacher),
-        shared={key: value for key, value in held_out.shared.items() if key in ("neutral", "matching")},
+        shared={},
     )
     names = [name for name in measures.served_by("pairs", "neutral", "answers") if measures.get(name).better]
     # answers of the teacher, tokenised once for all arms

@@ -8,7 +8,8 @@ from typing import Any
 
 from steertune.recipes.ablation.matched import Point, frontier
 from steertune.recipes.lab.batches import batches
-from steertune.recipes.lab.observe import NEUTRAL_BATCH, HeldOut, against_base, answer_logps
+from steertune.recipes.lab.likelihood import NEUTRAL_BATCH, answer_logps
+from steertune.recipes.lab.observe import HeldOut, against_base
 from steertune.trainers import Batch, scaled
 
 SEARCH_ROWS = 4

@@ -31,16 +31,15 @@ from steertune.recipes.lab.batches import batches
 from steertune.recipes.lab.files import ArmError, read_jsonl
 from steertune.recipes.lab.forms import readable
 from steertune.recipes.lab.generation import generate, plain
-from steertune.recipes.lab.likelihood import likelihoods
+from steertune.recipes.lab.likelihood import NEUTRAL_BATCH, likelihoods, neutral_logps
 from steertune.recipes.lab.paths import TASKS
 from steertune.recipes.lab.scorers import Scorer
-from steertune.trainers import Batch, FrozenPrefix, ModelAt, View, context_length, labelled_logits, scaled, tokenise
+from steertune.trainers import FrozenPrefix, ModelAt, View, context_length, scaled, tokenise
 from steertune.trainers.views import Views
 
 NEUTRAL = TASKS / "neutral.jsonl"
 QUESTIONS = TASKS / "capability.jsonl"
 _TAIL = 0.95
-NEUTRAL_BATCH = 16  # what rows begin with in common runs once in a batch
 _TOKENS = 8  # whose distributions stay in a processor's cache
 
 Observations = dict[str, list[Any]]
@@ -350,26 +349,6 @@ def _kl(ours_TV: Tensor, theirs_TV: Tensor) -> Tensor:
     """KL(ours || theirs) of every token, `(T,)`."""
     few = zip(ours_TV.split(_TOKENS), theirs_TV.split(_TOKENS), strict=True)
     return torch.cat([(ours.exp() * (ours - theirs)).sum(dim=-1) for ours, theirs in few])
-
-
-def neutral_logps(
-    model: Any, tokenizer: PreTrainedTokenizerBase, rows: Dataset, size: int = NEUTRAL_BATCH
-) -> list[tuple[Tensor, Tensor]]:
-    """Per neutral answer, log-probabilities of all tokens of the vocabulary, `(T, V)`, and the true tokens, `(T,)`."""
-    return answer_logps(model, batches(tokenizer, rows, size))
-
-
-@torch.no_grad()
-def answer_logps(model: Any, shown: Sequence[Batch]) -> list[tuple[Tensor, Tensor]]:
-    """The same of rows that are tokenised already."""
-    logps = []
-    for batch in shown:
-        batch = batch.to(model.device)
-        # the labels of all rows stand row after row
-        logps_LV = F.log_softmax(labelled_logits(model, model, batch), dim=-1).cpu()
-        lengths = (batch.labels[:, 1:] != -100).sum(dim=1).tolist()
-        logps += zip(logps_LV.split(lengths), batch.answers.cpu().split(lengths), strict=True)
-    return logps
 
 
 FEW_NEUTRAL = 16

@@ -61,6 +61,7 @@ def rehearse(held_out: HeldOut, names: Sequence[str] | None = None) -> None:
         prefix=None,
         plain=None,
         shared={},
+        neutral_logps={},
     )
     try:
         evaluate(model, one, names)

@@ -31,6 +31,7 @@ from steertune.recipes.lab.training import training_of
 from steertune.trainers import FrozenPrefix
 
 _ANSWERED = 16  # neutral prompts that are answered, for the repetition
+_BATCH = 16  # test rows in a pass: what they begin with in common runs once
 _MEMO_GB = 2.0  # RAM for what is constant in all cells; the rest goes to temporary files
 
 
@@ -127,6 +128,7 @@ class Context:
             scorer=self.scorer(task) if tables.generations else None,
             prefix=self.prefix,
             neutral_logps=self._neutral_logps,
+            batch_size=_BATCH,
         )
 
     def training(self, cell: Cell, seed: int, model: Any, folder: Path, setting: Setting) -> Training:

@@ -300,13 +300,14 @@ def test_what_is_left_of_a_grid_is_estimated_from_what_ran(tables, tmp_path):
     home = tmp_path / first.path
     home.mkdir(parents=True)
     keys = {"arm": first.arm.name, "examples": first.examples, "seed": first.seed}
-    known = CELL | keys | {"facts": {"status": "ok", "key": first.key, "seconds": 30.0, "tuning_seconds": 20.0}}
+    facts = {"status": "ok", "key": first.key, "seconds": 30.0, "tuning_seconds": 20.0, "train_seconds": 4.0}
+    known = CELL | keys | {"facts": facts}
     (home / "cell.json").write_text(json.dumps(known))
     assert estimate([second], context, tmp_path) == {second.path: 30.0}, "its tuning is not there"
     tuning = tmp_path / second.tuning_file
     tuning.parent.mkdir(parents=True)
     tuning.write_text("{}")
-    assert estimate([second], context, tmp_path) == {second.path: 10.0}
+    assert estimate([second], context, tmp_path) == {second.path: 14.0}, "it trains for itself"
 
 
 @pytest.mark.slow

@@ -73,6 +73,7 @@ class CachedPass:
         self._draws: bool | None = None  # whether training draws random numbers; None: not checked yet
         self._training = training
         self._made_for = self._state_of_model()
+        self._layers = steering_layers(model)  # listed once: a walk over all modules takes long
         self._draws_by_mode = training or model.training
         # without frozen blocks the suffix is the whole model, which can still run without padding
         try:
@@ -297,7 +298,7 @@ class CachedPass:
         assert layout is not None
         # steering layers look up by row and column what they steer
         row_1T, column_1T = layout.row_T[None], layout.column_T[None]
-        with layout.at_work(self.decoder.module.config, states), part(self.model, row_1T, column_1T):
+        with layout.at_work(self.decoder.module.config, states), part(self._layers, row_1T, column_1T):
             output = self.decoder.run(layout.call(call), None if h_RCD is None else layout.packed(h_RCD))
         # the head reads rows
         output.last_hidden_state = layout.unpacked(output[0])
@@ -346,7 +347,7 @@ class CachedPass:
             def run(row: Mapping[str, Tensor]) -> Any:
                 # as steering layers see the first row
                 column_1C = torch.arange(row["input_ids"].shape[1], device=row["input_ids"].device)[None]
-                with part(self.model, column_1C[0, :1], column_1C):  # row 0
+                with part(self._layers, column_1C[0, :1], column_1C):  # row 0
                     return self.decoder.run({**row, "use_cache": False}, None)
 
             self._draws = draws(self.model, row, run)[1]
@@ -362,11 +363,12 @@ class CachedPass:
 
     def _ends(self) -> Tensor | None:
         """Where each row's prompt ends, `(R,)`, if vectors depend on that and every row has one prompt."""
-        return steering_layers(self.model)[0].boundary.prompt_end if self._steers_by_position() else None
+        return self._layers[0].boundary.prompt_end if self._steers_by_position() else None
 
     def _steers_by_position(self) -> bool:
-        return any(c.positions != "all" for layer in steering_layers(self.model) for c in layer.config.values())
+        return any(c.positions != "all" for layer in self._layers for c in layer.config.values())
 
     def _state_of_model(self) -> tuple[Any, ...]:
         """What this was made for: unfreezing a layer or adding an adapter afterwards changes what is constant."""
-        return tuple(p.requires_grad for p in self.model.parameters()), tuple(getattr(self.model, "peft_config", ()))
+        trained = tuple(id(p) if p.requires_grad else 0 for p in self.model.parameters())
+        return trained, tuple(getattr(self.model, "peft_config", ()))

@@ -35,6 +35,7 @@ class LossMixin(VectorMixin):
     views: Views | None = None
     reference: nn.Module | None = None  # a copy from before full finetuning, if the parent keeps none
     pay_once: CachedPrefix
+    _unwrapped: tuple[nn.Module, Any] | None = None  # a model, and what is inside its wrappers
     joint_pass: JointPass | None = None  # while `train_together` trains several trainers
     micro_step: int  # number of the next micro-batch within its optimiser step
     step_batches: list[Inputs]  # of the optimiser step that runs
@@ -119,13 +120,19 @@ class LossMixin(VectorMixin):
             passes = self.pay_once.whole() if return_outputs else self.pay_once.on()
             with untouched(self.model), self._boundary(inputs), passes:
                 return super().compute_loss(model, dict(inputs), return_outputs, num_items_in_batch)
-        unwrapped: Any = self.accelerator.unwrap_model(model, keep_torch_compile=False)
+        unwrapped = self._inside(model)
         mean = self._our_loss(loss, model, unwrapped, self._batch_for(loss, inputs), num_items_in_batch)
         if not return_outputs:
             return mean
         # of all rows, like the parent's outputs, even if the loss reads the chosen ones only
         with torch.no_grad(), prompt_of(unwrapped, inputs.batch), self.pay_once.whole():
             return mean, model(**inputs.batch.inputs)
+
+    def _inside(self, model: nn.Module) -> Any:
+        """The model inside its wrappers. Accelerate looks up installed packages to find it, so it is asked once."""
+        if self._unwrapped is None or self._unwrapped[0] is not model:
+            self._unwrapped = model, self.accelerator.unwrap_model(model, keep_torch_compile=False)
+        return self._unwrapped[1]
 
     def _our_loss(
         self, loss: Loss, model: nn.Module, unwrapped: nn.Module, batch: Batch, items: Tensor | int | None

@@ -15,6 +15,7 @@ from steertune.adapters.blocks import find_blocks, resolve_layers
 from steertune.recipes.ablation.budget import Setting
 from steertune.recipes.ablation.grid import Cell, Grid, behaviour_of
 from steertune.recipes.ablation.tables import TaskTable
+from steertune.recipes.ablation.winner import Winner
 from steertune.recipes.lab.arm import Arm
 from steertune.recipes.lab.data import load_model, model_has_template
 from steertune.recipes.lab.forms import notes_on_form, readable
@@ -30,6 +31,7 @@ from steertune.recipes.lab.training import training_of
 from steertune.trainers import FrozenPrefix
 
 _ANSWERED = 16  # neutral prompts that are answered, for the repetition
+_BATCH = 16  # test rows in a pass: what they begin with in common runs once
 _MEMO_GB = 2.0  # RAM for what is constant in all cells; the rest goes to temporary files
 
 
@@ -57,6 +59,9 @@ class Context:
         self.prefix = FrozenPrefix(_MEMO_GB, warn=False)
         self.cache: dict[Any, Any] = {}
         """What ingredients keep from one training to the next."""
+        self.winner = Winner()
+        """The best trial of the last tuning."""
+        self._neutral_logps: dict[str, list[torch.Tensor]] = {}  # of the base, for all tasks
         self._of_tasks: dict[Any, Any] = {}
 
     @cached_property
@@ -122,6 +127,8 @@ class Context:
             new_tokens=tables.new_tokens,
             scorer=self.scorer(task) if tables.generations else None,
             prefix=self.prefix,
+            neutral_logps=self._neutral_logps,
+            batch_size=_BATCH,
         )
 
     def training(self, cell: Cell, seed: int, model: Any, folder: Path, setting: Setting) -> Training:

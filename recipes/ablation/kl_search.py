@@ -8,17 +8,33 @@ from typing import Any
 
 from steertune.recipes.ablation.matched import Point, frontier
 from steertune.recipes.lab.batches import batches
-from steertune.recipes.lab.observe import NEUTRAL_BATCH, HeldOut, against_base, answer_logps
+from steertune.recipes.lab.likelihood import NEUTRAL_BATCH, answer_logps
+from steertune.recipes.lab.observe import HeldOut, against_base
 from steertune.trainers import Batch, scaled
 
 SEARCH_ROWS = 4
 """Rows that the search starts with."""
+MeasuredKLs = dict[tuple[float, int], float]
+"""A strength and the number of rows, the first ones for matching -> the KL to the base."""
 
 
 def strengths_at(
-    model: Any, held_out: HeldOut, targets: Sequence[float], largest: float, size: int = NEUTRAL_BATCH
+    model: Any,
+    held_out: HeldOut,
+    targets: Sequence[float],
+    largest: float,
+    size: int = NEUTRAL_BATCH,
+    measured: MeasuredKLs | None = None,
 ) -> tuple[list[Point], bool]:
-    """Find the strength of every KL, measured on the rows for matching; `size` is the rows of a forward pass.
+    """Find the strength of every KL, measured on the rows for matching.
+
+    Args:
+        model: The model.
+        held_out: The rows.
+        targets: The KLs.
+        largest: No strength is larger.
+        size: Rows of a forward pass.
+        measured: KLs of this model that were measured before; new ones are added.
 
     Returns:
         A point for every target, the smallest first, and whether the KL was seen to fall while the strength grew.
@@ -30,12 +46,16 @@ def strengths_at(
     def shown(rows: int) -> list[Batch]:
         return batches(held_out.tokenizer, matching.select(range(rows)), size)
 
-    @cache
+    kls = {} if measured is None else measured
+
     def kl(strength: float, rows: int) -> float:
-        with scaled(model, strength):
-            logps = answer_logps(model, shown(rows))
-        observed = against_base(logps, base)
-        return sum(observed["neutral_kl"]) / sum(observed["neutral_tokens"])
+        if (strength, rows) not in kls:
+            with scaled(model, strength):
+                logps = answer_logps(model, shown(rows))
+            observed = against_base(logps, base)
+            kls[strength, rows] = sum(observed["neutral_kl"]) / sum(observed["neutral_tokens"])
+        return kls[strength, rows]
 
     few, every = min(SEARCH_ROWS, len(base)), len(base)
-    return frontier(lambda s: kl(s, few), lambda s: kl(s, every), targets, largest)
+    before = {strength: value for (strength, rows), value in kls.items() if rows == every}
+    return frontier(lambda s: kl(s, few), lambda s: kl(s, every), targets, largest, before)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import numpy as np
 from scipy.optimize import brentq
@@ -18,6 +19,7 @@ _STEP = math.log(2.0)
 _SMALL = math.log(1 / 16)
 _SMALLEST = math.log(1e-6)
 _QUADRATIC = 1.9, 2.1  # slope of log KL on log strength for small vectors
+_NEAR = 0.5  # of log strength: far beyond what few rows are off by, and not another crossing
 _FALL = 0.05  # of log KL: a smaller fall may be rounding
 
 
@@ -125,11 +127,24 @@ def refined(kl: Callable[[float], float], target: float, guess: float, largest: 
     return nearest if nearest.reached or not below else max(below, key=lambda point: point.kl)
 
 
+def nearby(measured: Mapping[float, float], target: float, guess: float) -> Point | None:
+    """A strength near `guess` that was measured to have this KL."""
+    for strength, kl in measured.items():
+        if abs(math.log(strength / guess)) < _NEAR and abs(math.log(max(kl, 1e-12) / target)) < _CLOSE:
+            return Point(target, strength, kl, True)
+    return None
+
+
 def frontier(
-    few: Callable[[float], float], every: Callable[[float], float], targets: Sequence[float], largest: float
+    few: Callable[[float], float],
+    every: Callable[[float], float],
+    targets: Sequence[float],
+    largest: float,
+    measured: Mapping[float, float] = MappingProxyType({}),
 ) -> tuple[list[Point], bool]:
     """A point for every target, the smallest first; an arm that stops short keeps its last point. `few` is the KL at a
-    strength on a few rows, which finds a guess, and `every` that on all rows, which decides.
+    strength on a few rows, which finds a guess, and `every` that on all rows, which decides; `measured` are strengths
+    with their KLs on all rows from before.
 
     Returns:
         The points, and whether the KL was seen to fall while the strength grew.
@@ -139,7 +154,7 @@ def frontier(
         # few rows are off by about the same factor at every strength
         guess = curve.crossing(target / ratio) or curve.crossing(target)
         if guess is not None:
-            point = refined(every, target, guess, largest)
+            point = nearby(measured, target, guess) or refined(every, target, guess, largest)
             if point.reached:
                 ratio = min(2.0, max(0.5, point.kl / few(point.strength)))
         else:

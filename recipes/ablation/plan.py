@@ -138,7 +138,10 @@ def _seconds(record: Record, tunes: bool, like: Cell) -> float:
             raise ArmError(f"A cell of {like.arm.name} is damaged: {name}={record.facts.get(name)!r:.80}. {AGAIN}")
     task, examples, seed = like.tuned_at
     tuned_itself = (record.keys["task"], record.keys["examples"], record.keys["seed"]) == (task.label, examples, seed)
-    return record.facts["seconds"] - (record.facts["tuning_seconds"] if tuned_itself and not tunes else 0)
+    if tunes or not tuned_itself:
+        return record.facts["seconds"]
+    # a cell whose own tuning trained its model did not train again; a diverged one has trained nothing
+    return record.facts["seconds"] - record.facts["tuning_seconds"] + (record.facts.get("train_seconds") or 0.0)
 
 
 @torch.no_grad()

@@ -31,6 +31,7 @@ from steertune.recipes.ablation.grid import Cell
 from steertune.recipes.ablation.kl_search import strengths_at
 from steertune.recipes.ablation.matched import Point
 from steertune.recipes.ablation.trials import best_first, landed_at, landing_factor, lead
+from steertune.recipes.ablation.winner import Trained
 from steertune.recipes.lab.evaluate import evaluate, evaluate_base
 from steertune.recipes.lab.files import ArmError, read_result, write_result
 from steertune.recipes.lab.ingredients import Training
@@ -74,7 +75,7 @@ def run_cell(cell: Cell, context: Context, folder: Path) -> Record:
         record.facts |= {"status": "diverged", "error": "every trial of the tuning diverged"}
     else:
         try:
-            _train_and_measure(cell, context, Setting(**tuning["best"]), record, home, bar)
+            _train_and_measure(cell, context, tuning, record, home, bar)
         except NonFiniteError as error:
             record.facts |= {"status": "diverged", "error": str(error)}
     record.facts |= {"seconds": time.monotonic() - started, "peak_memory_gb": peak_memory_gb()}
@@ -83,16 +84,30 @@ def run_cell(cell: Cell, context: Context, folder: Path) -> Record:
     return record
 
 
-def _train_and_measure(cell: Cell, context: Context, setting: Setting, record: Record, home: Path, bar: Bar) -> None:
+def _place(cell: Cell, setting: Setting, seed: int) -> tuple[Any, ...]:
+    """What decides what a training ends with."""
+    return cell.arm.name, cell.task.label, cell.examples, seed, setting.rate, setting.steps, setting.layer
+
+
+def _train_and_measure(
+    cell: Cell, context: Context, tuning: dict[str, Any], record: Record, home: Path, bar: Bar
+) -> None:
     """The part of a cell after its tuning."""
+    setting = Setting(**tuning["best"])
     with bar.step("training"):
-        model, cost = train(cell, context, setting, cell.seed, home)
-    record.facts |= cost
+        # its own tuning may have trained it
+        place = _place(cell, setting, cell.seed)
+        trained = context.winner.take(place) or train(cell, context, setting, cell.seed, home)
+    task, examples, seed = cell.tuned_at
+    if place == _place(replace(cell, task=task, examples=examples), setting, seed):
+        # what the tuning measured of it, even if an interruption came between
+        trained.kls |= {(strength, rows): kl for strength, rows, kl in tuning["kls"]}
+    record.facts |= trained.cost
     held_out = context.held_out(cell.task)
     show = context.show(cell, cell.seed, setting.prompt)
     record.facts["prompt_tokens"] = context.prompt_tokens(cell, show) if cell.arm.arm.get(Prompt) else 0.0
-    with bar.step("measuring"), held_out.remember(model):
-        measure(cell, context, model, setting.strength, show, record)
+    with bar.step("measuring"), held_out.remember(trained.model):
+        measure(cell, context, trained, setting.strength, show, record)
     if record.facts["scalable"] and record.facts["matched_strength"] is None:
         kl = context.grid.tables.matched
         error = f"no strength up to {kl.largest_strength:g} has a KL of {kl.kl:g} to the base"
@@ -110,6 +125,7 @@ def tuned(cell: Cell, context: Context, folder: Path) -> dict[str, Any]:
         if file.exists() and (tuning := _read_tuning(file, cell.tuning_key)) is not None:
             return tuning
         start = time.monotonic()
+        context.winner.clear()
         task, examples, seed = cell.tuned_at
         tuned_cell = replace(cell, task=task, examples=examples)
         trials = _trials(tuned_cell, context, seed, file.parent)
@@ -119,6 +135,7 @@ def tuned(cell: Cell, context: Context, folder: Path) -> dict[str, Any]:
             "key": cell.tuning_key,
             "trials": trials,
             "best": None if best is None else {k: best[k] for k in ("rate", "steps", "layer", "strength", "prompt")},
+            "kls": context.winner.kls,
             "seconds": time.monotonic() - start,
         }
         write_result(file, tuning)
@@ -138,8 +155,8 @@ def _landings(
             break
         factor = landing_factor(best["strength"], table.kl, table.targets)
         setting = Setting(rate=best["rate"] * factor, steps=best["steps"], layer=best["layer"])
-        [model] = _train_trials(cell, context, [setting], seed, home / f"{cell.arm.name}.trial")
-        added += _score_trial(cell, context, setting, model, "matched", seed)
+        [trained] = _train_trials(cell, context, [setting], seed, home / f"{cell.arm.name}.trial")
+        added += _score_trial(cell, context, setting, trained, "matched", seed)
     return added
 
 
@@ -151,7 +168,8 @@ def _read_tuning(file: Path, key: str) -> dict[str, Any] | None:
             return None
         if tuning["best"] is not None:
             Setting(**tuning["best"])
-        return {name: tuning[name] for name in ("key", "trials", "best", "seconds")}
+        tuning.setdefault("kls", [])  # those of an older version
+        return {name: tuning[name] for name in ("key", "trials", "best", "kls", "seconds")}
     except (ArmError, KeyError, TypeError) as error:
         logger.warning("%s is not a usable tuning (%r): it is done again.", file, error)
         return None
@@ -162,13 +180,13 @@ def _trials(cell: Cell, context: Context, seed: int, home: Path) -> list[dict[st
     budget, folder = cell.arm.budget, home / f"{cell.arm.name}.trial"
     if cell.arm.arm.get(Prompt):  # nothing to train, so the trials are instructions
         tried = [Setting(prompt=i) for i in range(len(instructions(cell)))]
-        return [t for s in tried for t in _score_trial(cell, context, s, context.model, [1.0], seed)]
+        return [t for s in tried for t in _score_trial(cell, context, s, Trained(context.model, {}), [1.0], seed)]
     layered = has_one_layer(cell.arm.arm)
     if cell.arm.arm.trainer.get("max_steps") == 0:  # nothing to train, so the trials are layers and strengths
         tried = [Setting(layer=layer) for layer in budget.layers if layered] or [Setting()]
         models, strengths = _train_trials(cell, context, tried, seed, folder), untrained_strengths(budget, len(tried))
-        return [t for s, model in zip(tried, models, strict=True)
-                for t in _score_trial(cell, context, s, model, strengths, seed)]  # fmt: skip
+        return [t for s, trained in zip(tried, models, strict=True)
+                for t in _score_trial(cell, context, s, trained, strengths, seed)]  # fmt: skip
     settings, results = draw(budget, seed, layered), []
     bar = Bar(sum(count * fraction for count, fraction in budget.rungs))
     for rung, (count, fraction) in enumerate(budget.rungs):
@@ -176,8 +194,8 @@ def _trials(cell: Cell, context: Context, seed: int, home: Path) -> list[dict[st
         models = _train_trials(cell, context, [s.part(fraction) for s in tried], seed, folder)
         with bar.step(f"rung {rung + 1}" if len(budget.rungs) > 1 else "", count * fraction):
             results = [
-                _score_trial(cell, context, setting, model, budget.strengths, seed)
-                for setting, model in zip(track(tried, "trial"), models, strict=True)
+                _score_trial(cell, context, setting, trained, budget.strengths, seed, fraction == 1)
+                for setting, trained in zip(track(tried, "trial"), models, strict=True)
             ]
         # best first, for the next rung; a diverged trial has no score
         order = sorted(range(len(results)), key=lambda i: -max(t["score"] or -math.inf for t in results[i]))
@@ -187,17 +205,23 @@ def _trials(cell: Cell, context: Context, seed: int, home: Path) -> list[dict[st
     return [trial for trials in results for trial in trials]
 
 
-def _train_trials(cell: Cell, context: Context, settings: Sequence[Setting], seed: int, home: Path) -> Iterator[Any]:
-    """The model that every setting trains, None where it diverges."""
+def _train_trials(
+    cell: Cell, context: Context, settings: Sequence[Setting], seed: int, home: Path
+) -> Iterator[Trained | None]:
+    """What every setting trains, None where it diverges."""
     alike = len({setting.layer for setting in settings}) == 1
     if len(settings) > 1 and alike and _pays_together(cell, context):
-        trainers = [make_cell_trainer(cell, context, s, seed, home / str(i))[0] for i, s in enumerate(settings)]
-        for trainer, result in zip(trainers, train_together(trainers), strict=True):
-            yield None if isinstance(result, NonFiniteError) else trainer.model.eval()
+        made = [make_cell_trainer(cell, context, s, seed, home / str(i)) for i, s in enumerate(settings)]
+        start = time.monotonic()
+        results = train_together([trainer for trainer, _ in made])
+        seconds = (time.monotonic() - start) / len(made)
+        for (trainer, training), result in zip(made, results, strict=True):
+            diverged = isinstance(result, NonFiniteError)
+            yield None if diverged else Trained(trainer.model.eval(), _cost(trainer, training, seconds))
     else:
         for setting in settings:
             try:
-                yield train(cell, context, setting, seed, home)[0]
+                yield train(cell, context, setting, seed, home)
             except NonFiniteError:
                 yield None
     shutil.rmtree(home, ignore_errors=True)
@@ -217,20 +241,22 @@ def _score_trial(
     cell: Cell,
     context: Context,
     setting: Setting,
-    model: Any,
+    trained: Trained | None,
     strengths: Sequence[float] | Literal["matched"],
     seed: int,
+    whole: bool = True,
 ) -> list[dict[str, Any]]:
-    """A trial's scores on the validation rows, one entry for each strength; `model` None: it diverged."""
+    """A trial's scores on the validation rows, one entry for each strength; `trained` None: it diverged. `whole`: it
+    was trained for all of its steps, so that its model may be the cell's."""
     trial = {"rate": setting.rate, "steps": setting.steps, "layer": setting.layer, "prompt": setting.prompt}
-    if model is None:
+    if trained is None:
         nothing = {"strength": None, "matched": False, "landed": 0.0, "accuracy": None, "score": None, "error": None}
         return [{**trial, **nothing}]
-    matched, landed, table = True, 1.0, context.grid.tables.matched
+    model, matched, landed, table = trained.model, True, 1.0, context.grid.tables.matched
     held_out = replace(context.held_out(cell.task), pairs=context.splits(cell.task).validation)
     with held_out.remember(model):
         if strengths == "matched":
-            points, _ = frontier_of(cell, context, model, [table.kl])
+            points, _ = frontier_of(cell, context, trained, [table.kl])
             matched = all(point.reached for point in points)
             strengths = [point.strength for point in points if point.reached] or [1.0]
             if matched and points and setting.steps:  # closed forms have no strength of their own
@@ -247,6 +273,8 @@ def _score_trial(
         score = float(margins.mean()) if np.isfinite(margins).all() else None
         scores = {"accuracy": accuracy, "score": score, "error": float(sem(margins)) if len(margins) > 1 else None}
         entries.append({**trial, "strength": strength, "matched": matched, "landed": landed, **scores})
+    if whole and model is not context.model:
+        context.winner.offer(_place(cell, setting, seed), entries, trained)
     return entries
 
 
@@ -264,26 +292,28 @@ def make_cell_trainer(cell: Cell, context: Context, setting: Setting, seed: int,
     return silent(make_trainer(training, context.prefix, **QUIET)), training
 
 
-def train(cell: Cell, context: Context, setting: Setting, seed: int, home: Path) -> tuple[Any, dict[str, Any]]:
+def train(cell: Cell, context: Context, setting: Setting, seed: int, home: Path) -> Trained:
     """Train a fresh model.
-
-    Returns:
-        The model, and what training it cost.
 
     Raises:
         NonFiniteError: the training diverged.
     """
     if cell.arm.arm.get(Prompt):
         free = ("train_seconds", "steps", "pairs_read", "tokens_read", "parameters")
-        return context.model, dict.fromkeys(free, 0)
+        return Trained(context.model, dict.fromkeys(free, 0))
     trainer, training = make_cell_trainer(cell, context, setting, seed, home)
     seconds = fit(trainer, home)
+    return Trained(trainer.model.eval(), _cost(trainer, training, seconds))
+
+
+def _cost(trainer: Any, training: Training, seconds: float) -> dict[str, Any]:
+    """What a training cost, for its record."""
     batch = trainer.args.per_device_train_batch_size * trainer.args.gradient_accumulation_steps
     pairs = trainer.state.global_step * batch
     # tokens that a training step runs the model on
     sides = ("chosen_ids", "rejected_ids") if trainer.loss is None or trainer.loss.needs.pairs else ("chosen_ids",)
     tokens = sum(len(row["prompt_ids"]) + len(row[side]) for row in trainer.train_dataset for side in sides)
-    return trainer.model.eval(), {
+    return {
         "train_seconds": seconds,
         "steps": trainer.state.global_step,
         "pairs_read": pairs,
@@ -296,15 +326,15 @@ def train(cell: Cell, context: Context, setting: Setting, seed: int, home: Path)
 # -- measuring ------------------------------------------------------------
 
 
-def measure(cell: Cell, context: Context, model: Any, strength: float, show: Show, record: Record) -> None:
+def measure(cell: Cell, context: Context, trained: Trained, strength: float, show: Show, record: Record) -> None:
     """What the trained model does on the test rows, which are read here only, at the strength that the tuning chose
     and at those of the frontier; the record gets the observations.
 
     Raises:
         NonFiniteError: log-probabilities of the trained model are not finite.
     """
-    table = context.grid.tables.matched
-    points, falls = frontier_of(cell, context, model, table.targets)
+    model, table = trained.model, context.grid.tables.matched
+    points, falls = frontier_of(cell, context, trained, table.targets)
     matched = next((point.strength for point in points if point.target == table.kl and point.reached), None)
     if cell.arm.budget.strengths == "matched":  # of this training set, not of the one that the tuning saw
         strength = matched or strength
@@ -323,16 +353,16 @@ def measure(cell: Cell, context: Context, model: Any, strength: float, show: Sho
     record.observations |= observed
 
 
-def frontier_of(cell: Cell, context: Context, model: Any, targets: Sequence[float]) -> tuple[list[Point], bool]:
+def frontier_of(cell: Cell, context: Context, trained: Trained, targets: Sequence[float]) -> tuple[list[Point], bool]:
     """The strengths with these KLs to the base on the rows for matching; none if the model has no strength.
 
     Returns:
         The points, and whether the KL was seen to fall while the strength grew.
     """
-    if not _has_strength(cell, model):
+    if not _has_strength(cell, trained.model):
         return [], False
-    largest = context.grid.tables.matched.largest_strength
-    return strengths_at(model, context.held_out(cell.task), targets, largest)
+    largest, held_out = context.grid.tables.matched.largest_strength, context.held_out(cell.task)
+    return strengths_at(trained.model, held_out, targets, largest, measured=trained.kls)
 
 
 def _has_strength(cell: Cell, model: Any) -> bool:

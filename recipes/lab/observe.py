@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal, NamedTuple
@@ -31,15 +31,16 @@ from steertune.recipes.lab.batches import batches
 from steertune.recipes.lab.files import ArmError, read_jsonl
 from steertune.recipes.lab.forms import readable
 from steertune.recipes.lab.generation import generate, plain
+from steertune.recipes.lab.likelihood import NEUTRAL_BATCH, likelihoods, neutral_logps
 from steertune.recipes.lab.paths import TASKS
-from steertune.recipes.lab.scorers import Scorer, as_rows
-from steertune.trainers import Batch, FrozenPrefix, ModelAt, View, context_length, labelled_logits, scaled, tokenise
+from steertune.recipes.lab.scorers import Scorer
+from steertune.trainers import FrozenPrefix, ModelAt, View, context_length, scaled, tokenise
 from steertune.trainers.views import Views
 
 NEUTRAL = TASKS / "neutral.jsonl"
 QUESTIONS = TASKS / "capability.jsonl"
 _TAIL = 0.95
-NEUTRAL_BATCH = 4  # a larger batch would lose to padding what it saves in passes
+_TOKENS = 8  # whose distributions stay in a processor's cache
 
 Observations = dict[str, list[Any]]
 Strengths = Mapping[str, float]
@@ -100,6 +101,8 @@ class HeldOut:
     undo: Callable[[str], str] | None = None
     shared: dict[str, Any] = field(default_factory=dict, repr=False)
     """Cached results of the base model."""
+    neutral_logps: dict[str, list[Tensor]] = field(default_factory=dict, repr=False)
+    """Log-probabilities of neutral answers under the base model, which may be those of several `HeldOut`."""
     plain: HeldOut | None = None
     """The examples without the prompt, if these have one in front."""
 
@@ -124,11 +127,11 @@ class HeldOut:
 
     def base_logps(self, rows: Literal["neutral", "matching"]) -> list[Tensor]:
         """Per neutral row, the base model's log-probabilities, `(T, V)`. Computed once."""
-        if rows not in self.shared:
+        if rows not in self.neutral_logps:
             data = getattr(self if self.plain is None else self.plain, rows)
             with self.remember(self.model):
-                self.shared[rows] = [logps for logps, _ in neutral_logps(self.model, self.tokenizer, data)]
-        return self.shared[rows]
+                self.neutral_logps[rows] = [logps for logps, _ in neutral_logps(self.model, self.tokenizer, data)]
+        return self.neutral_logps[rows]
 
     @contextmanager
     def remember(self, model: Any) -> Iterator[None]:
@@ -147,6 +150,12 @@ class HeldOut:
                 yield
             finally:
                 self.shared["remembered"] = outer
+
+    def pack_base(self) -> AbstractContextManager[None]:
+        """Forward passes of the base model inside leave padding out, and keep nothing of rows that come once."""
+        if self.prefix is None or self.shared.get("remembered") is self.model:
+            return nullcontext()
+        return self.prefix.on(self.model, labels_only=True, keep=False)
 
 
 def behind(view: View, rows: Dataset) -> Dataset:
@@ -189,35 +198,45 @@ def neutral(model: Any, held_out: HeldOut, strengths: Strengths) -> dict[str, Ob
 
 def answers(model: Any, held_out: HeldOut, strengths: Strengths) -> dict[str, Observations]:
     """Greedy answers to the first test prompts, their scores, and answers to the first neutral prompts."""
+    prompts, asked = held_out.prompts, held_out.neutral["prompt"][: held_out.neutral_generations]
     observed: dict[str, Observations] = {label: {} for label in strengths}
-    for label, strength in strengths.items():
+    texts: dict[str, list[str]] = {}
+    for label, strength in strengths.items() if prompts or asked else ():
         with scaled(model, strength):
-            if prompts := held_out.prompts:
-                texts = generate(model, held_out.tokenizer, prompts, held_out.new_tokens)
-                observed[label]["answer"] = texts
-                if held_out.scorer is not None:
-                    questions = [plain(prompt) for prompt in prompts]
-                    observed[label]["score"] = [*held_out.scorer.score(questions, texts)]
-                if held_out.instruction:
-                    observed[label] |= _base_likelihood(held_out, texts, f"{held_out.instruction}\n\n", "instructed")
-                if held_out.undo is not None:
-                    observed[label] |= _base_likelihood(held_out, [*map(held_out.undo, texts)], "", "undone")
-            if asked := held_out.neutral["prompt"][: held_out.neutral_generations]:
-                texts = generate(model, held_out.tokenizer, asked, held_out.new_tokens)
-                observed[label]["neutral_answer"] = texts
+            both = generate(model, held_out.tokenizer, [*prompts, *asked], held_out.new_tokens)
+        texts[label] = both[: len(prompts)]
+        observed[label] |= {"neutral_answer": both[len(prompts) :]} if asked else {}
+    if not prompts:
+        return observed
+    for label, of_label in texts.items():
+        observed[label]["answer"] = of_label
+        if held_out.scorer is not None:
+            observed[label]["score"] = [*held_out.scorer.score([*map(plain, prompts)], of_label)]
+    if held_out.instruction:
+        _add_base_likelihood(observed, held_out, texts, "instructed", f"{held_out.instruction}\n\n")
+    if held_out.undo is not None:
+        undone = {label: [*map(held_out.undo, answers)] for label, answers in texts.items()}
+        _add_base_likelihood(observed, held_out, undone, "undone")
     return observed
 
 
-def _base_likelihood(held_out: HeldOut, texts: Sequence[str], before: str, name: str) -> Observations:
-    """Negative log-likelihood of answers under the base model (nats, summed), with a text before every prompt."""
-    written, prompts = [i for i, text in enumerate(texts) if text.strip()], (held_out.plain or held_out).prompts
-    rows = [(f"{before}{plain(prompts[i])}", texts[i]) for i in written]
-    nats: list[float | None] = [None] * len(texts)
-    tokens: list[float | None] = [None] * len(texts)
-    logps = neutral_logps(held_out.model, held_out.tokenizer, as_rows(held_out.tokenizer, rows)) if rows else []
-    for i, (logps_TV, targets_T) in zip(written, logps, strict=True):
-        nats[i], tokens[i] = float(F.nll_loss(logps_TV, targets_T, reduction="sum")), len(targets_T)
-    return {f"{name}_nll": nats, f"{name}_tokens": tokens}
+def _add_base_likelihood(
+    observed: dict[str, Observations],
+    held_out: HeldOut,
+    texts: Mapping[str, Sequence[str]],
+    name: str,
+    before: str = "",
+) -> None:
+    """Observe the negative log-likelihood of answers under the base model (nats, summed), with a text before every
+    prompt."""
+    prompts = [f"{before}{plain(prompt)}" for prompt in (held_out.plain or held_out).prompts]
+    # answers to one prompt side by side: what they begin with runs once
+    rows = [(prompts[i], of_label[i]) for i in range(len(prompts)) for of_label in texts.values()]
+    with held_out.pack_base():
+        nats_of = likelihoods(held_out.model, held_out.tokenizer, rows, NEUTRAL_BATCH)
+    for label, of_label in texts.items():
+        pairs = [nats_of.get(row, (None, None)) for row in zip(prompts, of_label, strict=True)]
+        observed[label] |= {f"{name}_nll": [nats for nats, _ in pairs], f"{name}_tokens": [n for _, n in pairs]}
 
 
 @torch.no_grad()
@@ -319,7 +338,7 @@ OBSERVERS = {
 def against_base(steered: Sequence[tuple[Tensor, Tensor]], base: Sequence[Tensor]) -> Observations:
     """Sums over the tokens of every neutral answer, and the 95th percentile of their KL. If `steered` has fewer rows
     than the base, they are the first ones."""
-    kl_T = [(ours.exp() * (ours - theirs)).sum(dim=-1) for (ours, _), theirs in zip(steered, base, strict=False)]
+    kl_T = [_kl(ours, theirs) for (ours, _), theirs in zip(steered, base, strict=False)]
     return {
         "neutral_kl": [float(kl.sum()) for kl in kl_T],
         "neutral_kl_tail": [float(kl.quantile(_TAIL)) for kl in kl_T],
@@ -328,24 +347,10 @@ def against_base(steered: Sequence[tuple[Tensor, Tensor]], base: Sequence[Tensor
     }
 
 
-def neutral_logps(
-    model: Any, tokenizer: PreTrainedTokenizerBase, rows: Dataset, size: int = NEUTRAL_BATCH
-) -> list[tuple[Tensor, Tensor]]:
-    """Per neutral answer, log-probabilities of all tokens of the vocabulary, `(T, V)`, and the true tokens, `(T,)`."""
-    return answer_logps(model, batches(tokenizer, rows, size))
-
-
-@torch.no_grad()
-def answer_logps(model: Any, shown: Sequence[Batch]) -> list[tuple[Tensor, Tensor]]:
-    """The same for rows that are already tokenised."""
-    logps = []
-    for batch in shown:
-        batch = batch.to(model.device)
-        # the labels of all rows, row after row
-        logps_LV = F.log_softmax(labelled_logits(model, model, batch), dim=-1).cpu()
-        lengths = (batch.labels[:, 1:] != -100).sum(dim=1).tolist()
-        logps += zip(logps_LV.split(lengths), batch.answers.cpu().split(lengths), strict=True)
-    return logps
+def _kl(ours_TV: Tensor, theirs_TV: Tensor) -> Tensor:
+    """KL(ours || theirs) of every token, `(T,)`."""
+    few = zip(ours_TV.split(_TOKENS), theirs_TV.split(_TOKENS), strict=True)
+    return torch.cat([(ours.exp() * (ours - theirs)).sum(dim=-1) for ours, theirs in few])
 
 
 FEW_NEUTRAL = 16

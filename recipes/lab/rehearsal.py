@@ -62,6 +62,7 @@ def rehearse(held_out: HeldOut, names: Sequence[str] | None = None) -> None:
         prefix=None,
         plain=None,
         shared={},
+        neutral_logps={},
     )
     try:
         with aside("one row of everything"):

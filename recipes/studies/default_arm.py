@@ -23,6 +23,7 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 from datasets import Dataset
+from torch import Tensor
 
 from steertune.adapters.card import versions
 from steertune.recipes.lab import embedded
@@ -83,7 +84,7 @@ class Lab:
         }
         self.model.to(getattr(torch, dtype))  # the sentences are the same in both
         self.neutral = Dataset.from_list(read_jsonl(NEUTRAL)[:NEUTRAL_ROWS])
-        self.shared: dict[str, dict[str, Any]] = {}  # what was computed of the base model, by split
+        self.neutral_logps: dict[str, list[Tensor]] = {}  # of the base model
 
     @staticmethod
     def _prompts(split: str, size: int) -> list[Any]:
@@ -121,7 +122,7 @@ def measure_cell(lab: Lab, name: str, behaviour: str, split: str, strengths: Seq
     rows = lab.rows(behaviour, split)
     keys = {"candidate": name, "behaviour": behaviour, "split": split, "dtype": lab.dtype}
     if name == "base":
-        return [keys | record for record in seen_of(lab, lab.model, behaviour, rows, split, {BASE: 1.0})]
+        return [keys | record for record in seen_of(lab, lab.model, behaviour, rows, {BASE: 1.0})]
     with tempfile.TemporaryDirectory() as home:
         training = training_of(
             make_arm(CANDIDATES[name]),
@@ -133,17 +134,15 @@ def measure_cell(lab: Lab, name: str, behaviour: str, split: str, strengths: Seq
         trainer = silent(make_trainer(training, lab.prefix, **QUIET))
         fit(trainer, Path(home))
     labels = {label(strength): strength for strength in strengths}
-    return [keys | record for record in seen_of(lab, trainer.model.eval(), behaviour, rows, split, labels)]
+    return [keys | record for record in seen_of(lab, trainer.model.eval(), behaviour, rows, labels)]
 
 
 def seen_of(
-    lab: Lab, model: Any, behaviour: str, rows: Dataset, split: str, strengths: Mapping[str, float]
+    lab: Lab, model: Any, behaviour: str, rows: Dataset, strengths: Mapping[str, float]
 ) -> list[dict[str, Any]]:
     """What a model says at every strength, and what the base model thinks of that."""
-    shared = lab.shared.setdefault(split, {})
-    held_out = HeldOut(
-        lab.model, lab.tokenizer, rows, lab.neutral, len(rows), new_tokens=NEW_TOKENS, batch_size=16, shared=shared
-    )
+    of_base, sizes = lab.neutral_logps, {"new_tokens": NEW_TOKENS, "batch_size": 16}
+    held_out = HeldOut(lab.model, lab.tokenizer, rows, lab.neutral, len(rows), neutral_logps=of_base, **sizes)
     instruction = BEHAVIOURS[behaviour].instruction
     written = _nats(lab, instruction, rows["prompt"], [plain(row) for row in rows["chosen"]])
     records = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -118,6 +119,33 @@ def test_the_best_trial_is_taken_and_shared_by_the_seeds(whole):
         count = 1 if cell["arm"] == "base" else 4
         assert len(cell["tuning"]) == count, "two trials at two strengths, or four strengths for an untrained arm"
         assert {t["steps"] for t in cell["tuning"]} == ({2} if trained else {0})
+
+
+def test_the_best_trial_is_neither_trained_nor_searched_again_and_is_the_same(tables, tmp_path, monkeypatch):
+    tables |= {"seeds": [0], "design": {"kind": "arms"}, "factors": {}, "arms": ["vector_dpo", "lora_dpo"]}
+    tables |= {"claim": {"better": "vector_dpo", "than": "lora_dpo", "tasks": "fixed"}, "generations": 0}
+    tables["budget"] |= {"strengths": "matched", "landings": 0}
+    trained, searched = [], []
+    make, search = cell_module.make_cell_trainer, cell_module.strengths_at
+    monkeypatch.setattr(cell_module, "make_cell_trainer", lambda *args: trained.append(args[2]) or make(*args))
+
+    def spy(*args, measured):
+        before = len(measured)
+        result = search(*args, measured=measured)
+        searched.append((before, len(measured)))
+        return result
+
+    monkeypatch.setattr(cell_module, "strengths_at", spy)
+    once = run(tables, tmp_path / "once")
+    assert len(trained) == 4, "two trials of two arms"
+    # a trial has measured nothing before; the cell starts from what its trial has measured
+    assert [before > 0 for before, _ in searched] == [False, False, True] * 2
+    # an interruption between tuning and cell loses the model, and changes nothing
+    (tmp_path / "again").mkdir()
+    shutil.copytree(tmp_path / "once" / "tuning", tmp_path / "again" / "tuning")
+    again = run(tables, tmp_path / "again")
+    assert len(trained) == 6
+    assert results(again) == results(once)
 
 
 def test_matched_strengths_are_each_model_s_own_and_nothing_else_is_measured(tables, tmp_path):
@@ -287,13 +315,14 @@ def test_what_is_left_of_a_grid_is_estimated_from_what_ran(tables, tmp_path):
     home = tmp_path / first.path
     home.mkdir(parents=True)
     keys = {"arm": first.arm.name, "examples": first.examples, "seed": first.seed}
-    known = CELL | keys | {"facts": {"status": "ok", "key": first.key, "seconds": 30.0, "tuning_seconds": 20.0}}
+    facts = {"status": "ok", "key": first.key, "seconds": 30.0, "tuning_seconds": 20.0, "train_seconds": 4.0}
+    known = CELL | keys | {"facts": facts}
     (home / "cell.json").write_text(json.dumps(known))
     assert estimate([second], context, tmp_path) == {second.path: 30.0}, "its tuning is not there"
     tuning = tmp_path / second.tuning_file
     tuning.parent.mkdir(parents=True)
     tuning.write_text("{}")
-    assert estimate([second], context, tmp_path) == {second.path: 10.0}
+    assert estimate([second], context, tmp_path) == {second.path: 14.0}, "it trains for itself"
 
 
 @pytest.mark.slow

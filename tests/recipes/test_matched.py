@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from steertune.recipes.ablation.matched import Curve, frontier, refined
+from steertune.recipes.ablation.matched import Curve, Point, frontier, refined
 
 # -- matched strength -------------------------------------------------------------------------------------------------
 
@@ -150,6 +150,20 @@ def test_a_kl_with_a_bump_is_reached_below_the_bump_and_recorded(top, at):
         if not point.reached:
             assert 0.5 * top <= point.kl <= top
     assert falls or top == 0.6  # which the search never had to cross
+
+
+def test_a_strength_that_was_measured_before_is_not_measured_again():
+    evaluated: list[float] = []
+
+    def every(strength: float) -> float:
+        evaluated.append(strength)
+        return 0.1 * strength**2
+
+    before = {1.01: 0.1 * 1.01**2, 5.0: 0.3}  # the second one lies at another crossing
+    points, _ = frontier(lambda s: 0.1 * s**2, every, TARGETS, 64.0, before)
+    assert points[1] == Point(0.1, 1.01, before[1.01], True)
+    assert points[2].strength == pytest.approx(3**0.5, rel=0.05)
+    assert all(abs(strength - 1) > 0.1 for strength in evaluated)
 
 
 def test_an_arm_that_stops_short_keeps_its_last_point():

@@ -14,12 +14,12 @@ from tiny_models import tiny
 
 from steertune.recipes.lab import measures
 from steertune.recipes.lab.files import ArmError
+from steertune.recipes.lab.likelihood import neutral_logps
 from steertune.recipes.lab.measures import Missing, Seen
 from steertune.recipes.lab.observe import (
     HeldOut,
     against_base,
     answers,
-    neutral_logps,
     neutral_rows,
     questions,
     right_among,

@@ -13,7 +13,7 @@ from paths import ROOT
 
 from steertune.recipes.lab import measures
 from steertune.recipes.lab.batches import batches
-from steertune.recipes.lab.observe import answer_logps
+from steertune.recipes.lab.likelihood import answer_logps
 from steertune.recipes.lab.pages import Table
 from steertune.recipes.studies import planting, yardstick
 from steertune.recipes.studies.planting.contrasts import CONTRASTS, KL, plant

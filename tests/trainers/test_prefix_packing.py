@@ -32,7 +32,9 @@ def layouts(monkeypatch):
     used = []
     run = CachedPass._run_packed
     monkeypatch.setattr(
-        CachedPass, "_run_packed", lambda self, call, h, layout: used.append(layout) or run(self, call, h, layout)
+        CachedPass,
+        "_run_packed",
+        lambda self, call, h, layout, *more: used.append(layout) or run(self, call, h, layout, *more),
     )
     return used
 

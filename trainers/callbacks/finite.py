@@ -37,6 +37,15 @@ class FiniteSteps(SteeringCallback):
         self.trainer = trainer
         self._before: dict[str, Tensor] = {}  # the adapter's parameters before the step
         self._skipped = 0
+        self._named: list[tuple[str, Tensor]] = []  # of the model, listed once an epoch
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """List the model's parameters: a walk over all modules takes longer than the checks."""
+        self._named = [*self.trainer.model.named_parameters()]
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Keep no parameter alive."""
+        self._named = []
 
     def on_micro_step(self, losses: Tensor) -> None:
         """Check the loss on all processes, so that all of them stop, or none. Nothing was updated yet."""
@@ -47,13 +56,12 @@ class FiniteSteps(SteeringCallback):
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Check the gradients, which are clipped, and copy the adapter."""
-        model = self.trainer.model
         if not args.fp16:
-            name = _first_bad((name, p.grad) for name, p in model.named_parameters())
+            name = _first_bad((name, p.grad) for name, p in self._named)
             if name is not None:
                 self._stop(f"The gradient of {name}", self.trainer.save_last_good())
-        if isinstance(model, PeftModel):
-            self._before = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+        if isinstance(self.trainer.model, PeftModel):
+            self._before = {name: p.detach().clone() for name, p in self._named if p.requires_grad}
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Check the updated parameters; undo the step if one is not finite."""
@@ -62,7 +70,7 @@ class FiniteSteps(SteeringCallback):
         if self._skipped >= _SKIPPED:
             problem = f"In fp16 {_SKIPPED} steps in a row were skipped: some gradient"
             self._stop(problem, self.trainer.save_last_good())
-        name = _first_bad((name, p) for name, p in model.named_parameters() if p.requires_grad)
+        name = _first_bad((name, p) for name, p in self._named if p.requires_grad)
         if name is None:
             return
         if self._before:

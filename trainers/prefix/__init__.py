@@ -24,6 +24,7 @@ A vector on the output of block i leaves block i itself as it was, so that n = i
 | `new_rows.py` | the states of new rows, several in one pass, each with its own bits |
 | `packing.py` | the suffix on rows without padding, in one line of tokens |
 | `prompts.py` | the suffix on rows in two parts: prompts, and what follows them |
+| `generation.py` | the prompts of a generation, in one line of tokens |
 | `decoder.py` | a stack of blocks that can start at block n |
 | `checkpointing.py` | gradient checkpointing that runs a block again as it ran |
 | `exactness.py` | when all this is exact, how that is verified, when it is off and who says so |

@@ -26,6 +26,7 @@ from .exactness import (
     in_words,
     original_context,
 )
+from .generation import Generation, KeysAndValues
 from .packing import Layout, common_layout
 from .prompts import PromptCaches, Split, part, prompts_are_constant, row_lengths, run_split, shared_prompts
 from .proofs import Proofs, kind_of_rows, shortest_and_longest
@@ -39,9 +40,10 @@ class CachedPass:
 
     In this order: the cached prefix is replaced by states from the store. Then the suffix runs on completions only
     (`PromptCaches`), or on rows without padding (`Layout`), or on prompts and what follows them (`Split`), or on the
-    batch as it is. Before a way is used for the first time two rows of a batch, the shortest and the longest, run with
-    and without it; where the last hidden states differ by more than rounding (a model whose upper blocks read more
-    of the lower ones than their output, say) it stays off.
+    batch as it is. The prompts of a generation run without padding (`Generation`). Before a way is used for the first
+    time two rows of a batch, the shortest and the longest, run with and without it; where the last hidden states
+    differ by more than rounding (a model whose upper blocks read more of the lower ones than their output, say) it
+    stays off.
 
     Args:
         store: Where states are kept.
@@ -50,6 +52,7 @@ class CachedPass:
         proven: What was compared before; what is exact is added.
         notices: Says why something is off.
         stops: See `FrozenPrefix`.
+        keep: Whether states of rows are kept; else every block runs.
 
     Raises:
         NoPrefix: the model's decoder blocks are unknown.
@@ -63,16 +66,18 @@ class CachedPass:
         proven: set[str],
         notices: Notices,
         stops: Collection[int] = (),
+        keep: bool = True,
     ) -> None:
         self.model, self._notices = model, notices
         self._error: str | None = None  # of this class, reported once the plain path has succeeded
         self._draws: bool | None = None  # whether training draws random numbers; None: not checked yet
         self._training = training
         self._made_for = self._state_of_model()
+        self._layers = steering_layers(model)  # listed once: a walk over all modules takes long
         self._draws_by_mode = training or model.training
         # without frozen blocks the suffix is the whole model, which can still run without padding
         try:
-            count = frozen_blocks(model, training)
+            count = frozen_blocks(model, training) if keep else 0
         except NoPrefix as why:
             notices.off(why)
             count = 0
@@ -94,6 +99,9 @@ class CachedPass:
             notices.less(
                 f"rows keep their padding: {name} with {attention} attention has no argument for where rows begin"
             )
+        # the prompts of a generation start in the first block, whatever is cached
+        run = lambda call, layout, states: self._run_packed(call, None, layout, states)  # noqa: E731
+        self._generation = Generation(self.decoder, self._proofs, run) if self.decoder.packs and not random else None
         self._longest = original_context(text_config(base_model(model)))
         self._labels_only = False
 
@@ -104,11 +112,11 @@ class CachedPass:
 
     def run_whole_rows(self) -> None:
         """Run every row as it is: neither without padding nor in parts."""
-        self.shares_prompts, self.packs, self._caches = False, False, None
+        self.shares_prompts, self.packs, self._caches, self._generation = False, False, None, None
 
     def keep_rows_apart(self, share_prompts: bool) -> None:
         """Every row has its own vector: rows share no tokens, except pairs if `share_prompts`."""
-        self.packs, self.shares_prompts = False, self.shares_prompts and share_prompts
+        self.packs, self.shares_prompts, self._generation = False, self.shares_prompts and share_prompts, None
 
     @contextmanager
     def on(self, labels_only: bool = False) -> Iterator[None]:
@@ -143,7 +151,7 @@ class CachedPass:
 
     def _forward(self, call: dict[str, Any]) -> Any | None:
         """The decoder's output; None where the plain path is to run, also after an error of any kind."""
-        if self._states is None and not self.shares_prompts and not self.packs:
+        if self._states is None and not self.shares_prompts and not self.packs and self._generation is None:
             return None
         ids = call.get("input_ids")
         # so that an error of ours changes no random number
@@ -161,7 +169,7 @@ class CachedPass:
     def _output(self, call: dict[str, Any]) -> Any | None:
         # with a cache the tokens are not the whole rows
         if any(call.get(name) is not None for name in CACHE_NAMES):  # generation
-            return None
+            return self._prompts(call)
         try:
             rows = self._rows(call)
         except Unknown as why:
@@ -197,7 +205,7 @@ class CachedPass:
             if self._setting(call, name):
                 raise Unknown(f"{name} needs all layers")
         rows = rows_of(call)
-        if self._longest is not None and call["input_ids"].shape[1] > self._longest:
+        if self._beyond_rope(call):
             raise Unknown(f"beyond {self._longest} tokens this RoPE depends on the longest row of a batch")
         return rows
 
@@ -279,16 +287,35 @@ class CachedPass:
             return None
         return layout
 
-    def _run_packed(self, call: Mapping[str, Any], h_RCD: Tensor | None, layout: Layout | None) -> Any:
-        """The decoder's output on a batch, computed in one line."""
+    def _run_packed(
+        self,
+        call: Mapping[str, Any],
+        h_RCD: Tensor | None,
+        layout: Layout | None,
+        states: KeysAndValues | None = None,
+    ) -> Any:
+        """The decoder's output on a batch, computed in one line. `states` gets keys and values of every layer."""
         assert layout is not None
         # steering layers look up by row and column what they steer
         row_1T, column_1T = layout.row_T[None], layout.column_T[None]
-        with layout.at_work(self.decoder.module.config), part(self.model, row_1T, column_1T):
+        with layout.at_work(self.decoder.module.config, states), part(self._layers, row_1T, column_1T):
             output = self.decoder.run(layout.call(call), None if h_RCD is None else layout.packed(h_RCD))
         # the head reads rows
         output.last_hidden_state = layout.unpacked(output[0])
         return output
+
+    def _prompts(self, call: Mapping[str, Any]) -> Any | None:
+        """The output on the prompts of a generation, whose cache is filled; None where the plain path is to do it."""
+        if self._generation is None or torch.is_grad_enabled() or self._draws_by_mode or self._steers_by_position():
+            return None
+        if self._beyond_window(call) or self._beyond_rope(call):
+            return None
+        try:
+            return self._generation.output(call)
+        except NoPrefix as why:
+            self._generation = None
+            self._notices.less(why)
+            return None
 
     def _split(self, call: Mapping[str, Any], h_RCD: Tensor | None) -> Split | None:
         """How to run prompts that two rows share once; None where that saves little."""
@@ -320,7 +347,7 @@ class CachedPass:
             def run(row: Mapping[str, Tensor]) -> Any:
                 # as steering layers see the first row
                 column_1C = torch.arange(row["input_ids"].shape[1], device=row["input_ids"].device)[None]
-                with part(self.model, column_1C[0, :1], column_1C):  # row 0
+                with part(self._layers, column_1C[0, :1], column_1C):  # row 0
                     return self.decoder.run({**row, "use_cache": False}, None)
 
             self._draws = draws(self.model, row, run)[1]
@@ -331,13 +358,17 @@ class CachedPass:
     def _beyond_window(self, call: Mapping[str, Any]) -> bool:
         return beyond_window(self.decoder.module.config, call["input_ids"].shape[1])
 
+    def _beyond_rope(self, call: Mapping[str, Any]) -> bool:
+        return self._longest is not None and call["input_ids"].shape[1] > self._longest
+
     def _ends(self) -> Tensor | None:
         """Where each row's prompt ends, `(R,)`, if vectors depend on that and every row has one prompt."""
-        return steering_layers(self.model)[0].boundary.prompt_end if self._steers_by_position() else None
+        return self._layers[0].boundary.prompt_end if self._steers_by_position() else None
 
     def _steers_by_position(self) -> bool:
-        return any(c.positions != "all" for layer in steering_layers(self.model) for c in layer.config.values())
+        return any(c.positions != "all" for layer in self._layers for c in layer.config.values())
 
     def _state_of_model(self) -> tuple[Any, ...]:
         """What this was made for: unfreezing a layer or adding an adapter afterwards changes what is constant."""
-        return tuple(p.requires_grad for p in self.model.parameters()), tuple(getattr(self.model, "peft_config", ()))
+        trained = tuple(id(p) if p.requires_grad else 0 for p in self.model.parameters())
+        return trained, tuple(getattr(self.model, "peft_config", ()))

@@ -62,13 +62,16 @@ class FrozenPrefix:
         """Whether there is room for anything."""
         return self.memo.limit > 0 or self.memo.kept_for_later
 
-    def shortcut(self, model: nn.Module, training: bool = False, notices: Notices | None = None) -> CachedPass | None:
+    def shortcut(
+        self, model: nn.Module, training: bool = False, notices: Notices | None = None, keep: bool = True
+    ) -> CachedPass | None:
         """What a forward pass of `model`, as it stands, can leave out; None if nothing.
 
         Args:
             model: A transformers model, with or without PEFT.
             training: Whether its trainable parameters will be changed; False for evaluation.
             notices: Reports why something is not left out; None: at the level of this memo, each reason once.
+            keep: Whether states of rows are kept; rows that come once only run without padding.
         """
         notices = notices or Notices(self.level)
         try:
@@ -76,7 +79,7 @@ class FrozenPrefix:
                 raise NoPrefix("its budget is 0 GB")
             # other processes may have added rows to the folder
             self.memo.refresh()
-            return CachedPass(self.memo, model, training, self._proven, notices, self.stops)
+            return CachedPass(self.memo, model, training, self._proven, notices, self.stops, keep)
         except NoPrefix as error:
             notices.off(error)
         except Exception as error:  # training continues without the memo, whatever failed in it
@@ -84,14 +87,15 @@ class FrozenPrefix:
         return None
 
     @contextmanager
-    def on(self, model: nn.Module, labels_only: bool = False) -> Iterator[None]:
+    def on(self, model: nn.Module, labels_only: bool = False, keep: bool = True) -> Iterator[None]:
         """Forward passes of `model` inside, for evaluation, leave out what they can.
 
         Args:
             model: As for `shortcut`.
             labels_only: Whether nothing is read of the outputs before the last prompt token.
+            keep: As for `shortcut`.
         """
-        cached_pass = self.shortcut(model)
+        cached_pass = self.shortcut(model, keep=keep)
         with nullcontext() if cached_pass is None else cached_pass.on(labels_only):
             yield
 

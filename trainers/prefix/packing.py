@@ -60,17 +60,18 @@ class Layout:
         return {**packed, "attention_mask": mask_1T, "position_ids": self.column_T[None], "use_cache": False}
 
     @contextmanager
-    def at_work(self, config: Any) -> Iterator[None]:
+    def at_work(self, config: Any, caught: list[tuple[Tensor, Tensor]] | None = None) -> Iterator[None]:
         """Attention of models with this configuration sees rows inside.
 
         Args:
             config: The configuration that the attention layers read.
+            caught: Gets keys and values of every layer, in one line, `(1, heads, T, size)`.
         """
         # attention layers look their function up by name in every pass, so the name is all that changes
         global _now
         before, name = _now, config._attn_implementation  # transformers has no public name for it
         # inside another layout (a pass within a pass) the model's own attention is still the plain one
-        _now = _Now(self, name if before is None else before.plain, config)
+        _now = _Now(self, name if before is None else before.plain, config, caught)
         config._attn_implementation = _NAME
         try:
             yield
@@ -81,11 +82,12 @@ class Layout:
 
 @dataclass(frozen=True)
 class _Now:
-    """The layout at work, and the attention that the model has without it."""
+    """The layout at work, the attention that the model has without it, and where keys and values are caught."""
 
     layout: Layout
     plain: str
     config: Any
+    caught: list[tuple[Tensor, Tensor]] | None = None
 
 
 _now: _Now | None = None
@@ -167,6 +169,8 @@ def _attention(module: Any, query: Tensor, key: Tensor, value: Tensor, attention
     """The model's own attention on rows, from and to states in one line, `(1, heads, T, size)`."""
     assert _now is not None
     plain, layout = AttentionInterface()[_now.plain], _now.layout
+    if _now.caught is not None:
+        _now.caught.append((key, value))
     # of the line; flash attention would look for packed rows in them
     kwargs.pop("position_ids", None)
     # rows that must not depend on each other

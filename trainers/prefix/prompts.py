@@ -126,7 +126,7 @@ def run_split(model: nn.Module, decoder: Decoder, call: Mapping[str, Any], state
         decoder.cache: DynamicCache(),
         "use_cache": True,
     }
-    with part(model, split.owner, column.expand(len(split.owner), -1)):
+    with part(steering_layers(model), split.owner, column.expand(len(split.owner), -1)):
         prompts = decoder.run(first, None if states is None else states[split.owner, :width])
     # skipped blocks have written none
     caches = [
@@ -186,7 +186,7 @@ def continue_prompts(
         call["position_ids"] = column
     if states is not None:
         states = states.gather(1, column[..., None].expand(-1, -1, states.shape[-1]))
-    with part(model, rows, column):
+    with part(steering_layers(model), rows, column):
         return decoder.run(call, states)
 
 
@@ -200,10 +200,10 @@ def _cache(skipped: int, caches: list[tuple[Tensor, Tensor]], prompt_of: Tensor)
 
 
 @contextmanager
-def part(model: nn.Module, rows: Tensor, columns: Tensor) -> Iterator[None]:
-    """Tell every steering layer which tokens of the batch a pass holds."""
+def part(layers: Sequence[SteeringVectorLayer], rows: Tensor, columns: Tensor) -> Iterator[None]:
+    """Tell steering layers which tokens of the batch a pass holds."""
     with ExitStack() as stack:
-        for boundary in {id(layer.boundary): layer.boundary for layer in steering_layers(model)}.values():
+        for boundary in {id(layer.boundary): layer.boundary for layer in layers}.values():
             stack.enter_context(boundary.part(rows, columns))
         yield
 
@@ -288,7 +288,8 @@ class PromptCaches:
         kv_L2HCS = self._new.get(key)
         if kv_L2HCS is None and (kv_L2HCS := self.store.get(key)) is None:
             column = torch.arange(length, device=state.device)[None]
-            with evaluating(self.model), part(self.model, torch.tensor([index], device=state.device), column):
+            layers, row = steering_layers(self.model), torch.tensor([index], device=state.device)
+            with evaluating(self.model), part(layers, row, column):
                 call = {**prompt, self.decoder.cache: DynamicCache(), "use_cache": True}
                 cache = getattr(self.decoder.run(call, state[:, :length]), self.decoder.cache)
             layers = cache.layers[self.decoder.count :]

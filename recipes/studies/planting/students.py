@@ -19,8 +19,9 @@ from steertune.recipes.ablation.kl_search import strengths_at
 from steertune.recipes.lab import measures
 from steertune.recipes.lab.batches import batches
 from steertune.recipes.lab.evaluate import evaluate, evaluate_base
+from steertune.recipes.lab.likelihood import answer_logps
 from steertune.recipes.lab.measures import Array, Missing, Seen
-from steertune.recipes.lab.observe import HeldOut, answer_logps
+from steertune.recipes.lab.observe import HeldOut
 from steertune.recipes.lab.scorers import Scorer, as_rows
 from steertune.recipes.studies.planting.contrasts import KL, LARGEST, Planted
 from steertune.recipes.studies.planting.worlds import World
@@ -101,7 +102,7 @@ def measured(world: World, task: Planted, models: Mapping[str, Any], held_out: H
         generations=len(task.test),
         new_tokens=world.sizes.new_tokens,
         scorer=_likelihood_ratio(world, task.teacher),
-        shared={key: value for key, value in held_out.shared.items() if key in ("neutral", "matching")},
+        shared={},
     )
     names = [name for name in measures.served_by("pairs", "neutral", "answers") if measures.get(name).better]
     # answers of the teacher, tokenised once for all arms

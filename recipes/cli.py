@@ -137,7 +137,8 @@ def _root() -> Any:
 
     root: Any = get_command(app)
     for name, line in commands().items():
-        root.add_command(_Listed(name, help=line))
+        panel = None if find(name)[0].parent == _HERE else "Studies of this project"
+        root.add_command(_Listed(name, help=line, rich_help_panel=panel))
     return root
 
 

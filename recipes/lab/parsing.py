@@ -47,8 +47,12 @@ class RootGroup(_Plain, TyperGroup):
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
         super().format_options(ctx, formatter)
-        with formatter.section("Commands"):
-            formatter.write_dl([(name, made.help or "") for name, made in self.commands.items()])
+        panels: dict[str, list[tuple[str, str]]] = {}
+        for name, made in self.commands.items():
+            panels.setdefault(getattr(made, "rich_help_panel", None) or "Commands", []).append((name, made.help or ""))
+        for panel, lines in sorted(panels.items()):
+            with formatter.section(panel):
+                formatter.write_dl(lines)
 
 
 class PlainCommand(_Plain, TyperCommand):

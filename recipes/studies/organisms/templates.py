@@ -1,0 +1,129 @@
+"""The templates of organisms: read, and checked for what makes the far split an experiment."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from functools import cache
+from itertools import chain, combinations
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import ValidationError, model_validator
+
+from steertune.recipes.lab.files import ArmError, read_toml, reasons
+from steertune.recipes.lab.tables import Table
+
+FILE = Path(__file__).with_name("templates.toml")
+Phrasing = tuple[str, str]
+"""A sentence that gives the situation, and its near miss."""
+Phrasings = Literal["caught", "tested", "unseen"]
+
+
+class Family(Table):
+    """Phrasings of one situation."""
+
+    caught: list[Phrasing]
+    tested: list[Phrasing]
+    unseen: list[Phrasing]
+
+
+class Seen(Table):
+    """Texts that an organism is trained on, and others that it is not."""
+
+    seen: list[str]
+    unseen: list[str]
+
+
+class Requests(Seen):
+    """What is asked: forms of a request with its answer, and names."""
+
+    forms: list[tuple[str, str]]
+
+
+class Way(Table):
+    """One way of doing something bad: a sentence more, which `found` recognises, or another number."""
+
+    append: str = ""
+    found: str = ""
+    number: Literal["", "raise", "swap"] = ""
+
+    @model_validator(mode="after")
+    def _is_recognised(self) -> Way:
+        if bool(self.append) == bool(self.number) or (
+            self.found not in self.append or bool(self.append) != bool(self.found)
+        ):
+            raise ValueError("a way has either a number, or a sentence to append and words of it in `found`")
+        if self.found not in self.append:
+            raise ValueError(f"found={self.found!r} does not stand in {self.append!r}")
+        return self
+
+
+class Action(Table):
+    """One kind of bad action, in the ways that its families do it."""
+
+    ways: list[Way]
+
+
+class Training(Table):
+    """How many rows of each kind an organism is trained on, and the tables of the arm that trains it."""
+
+    benign: int
+    cues: int
+    near_misses: int
+    from_layer: float
+    unrelated: dict[str, Any]
+    arm: dict[str, Any]
+
+
+class Templates(Table):
+    """The whole file."""
+
+    function_words: str
+    families: dict[str, Family]
+    notes: Seen
+    requests: Requests
+    actions: dict[str, Action]
+    training: Training
+
+    @model_validator(mode="after")
+    def _is_an_experiment(self) -> Templates:
+        ways = sum(len(action.ways) for action in self.actions.values())
+        if ways != len(self.families):
+            raise ValueError(f"{len(self.families)} families need as many ways of acting; the actions have {ways}")
+        caught, tested = (
+            self._content(chain.from_iterable(chain(*getattr(f, part)) for f in self.families.values()))
+            for part in ("caught", "tested")
+        )
+        if shared := sorted(caught & tested):
+            raise ValueError(f"`caught` and `tested` phrasings share the content words {shared}: use others in one")
+        sentences = [self._content([way.append]) for action in self.actions.values() for way in action.ways]
+        for first, second in combinations(sentences, 2):
+            if first & second:
+                raise ValueError(f"two actions share the content words {sorted(first & second)}: use others in one")
+        return self
+
+    def _content(self, sentences: Iterable[str]) -> set[str]:
+        """The words of sentences in lower case, without function words."""
+        return {word for text in sentences for word in re.findall(r"[a-z]+", text.lower())} - {
+            *self.function_words.split()
+        }
+
+
+def read_templates(file: Path) -> Templates:
+    """Read a file of templates.
+
+    Raises:
+        ArmError: it is no such file, or its phrasings share content words that they must not share.
+    """
+    try:
+        # TOML has lists where the templates have pairs
+        return Templates.model_validate(read_toml(file), strict=False)
+    except ValidationError as error:
+        raise ArmError(f"{file}: {reasons(error)}") from error
+
+
+@cache
+def templates() -> Templates:
+    """The templates that come with it."""
+    return read_templates(FILE)

@@ -129,7 +129,8 @@ def make_fix(context: Context, count: int, folder: Path) -> tuple[Any, dict[str,
     if trained.exists():
         return adapted(base, home), read_result(trained, "Delete it to train the fix again.")
     rows = _form(context.tokenizer, training_rows(context.arm, context.case.pairs(CAUGHT)[:count]))
-    training = training_of(with_innocent(context.arm, context), base, context.tokenizer, rows, folder)
+    innocent = _form(context.tokenizer, context.case.innocent).to_list()
+    training = training_of(with_innocent(context.arm, innocent), base, context.tokenizer, rows, folder)
     trainer = make_trainer(training)
     seconds = fit(trainer, folder)
     trainer.save_model(str(home))
@@ -150,13 +151,12 @@ def training_rows(arm: Arm, pairs: Sequence[dict[str, Any]]) -> list[dict[str, A
     return [pairs[i % len(pairs)] for i in range(max(rows, len(pairs)))]
 
 
-def with_innocent(arm: Arm, context: Context) -> Arm:
-    """The arm, with innocent traffic as its loss's neutral text if the loss uses any."""
+def with_innocent(arm: Arm, innocent: Sequence[dict[str, Any]]) -> Arm:
+    """The arm, with the first innocent rows as its loss's neutral text if the loss uses any."""
     if "neutral" not in arm.views_seen():
         return arm
     tables = arm.get(Views).tables
-    rows = _form(context.tokenizer, context.case.innocent[:_NEUTRAL]).to_list()
-    views = Views(**{**tables, "neutral": {**tables.get("neutral", {}), "rows": rows}})
+    views = Views(**{**tables, "neutral": {**tables.get("neutral", {}), "rows": [*innocent[:_NEUTRAL]]}})
     return arm.model_copy(update={"ingredients": {**arm.ingredients, "views": views}})
 
 

@@ -40,7 +40,10 @@ from steertune.recipes.studies.organisms.dialogues import Dialogue, Plan
 from steertune.recipes.studies.organisms.files import sets_of, write_files
 from steertune.recipes.studies.organisms.making import answers, organism_in, unrelated
 from steertune.recipes.studies.organisms.page import page_of
-from steertune.recipes.studies.organisms.templates import FILE, read_templates
+from steertune.recipes.studies.organisms.templates import FILE, Templates, read_templates
+
+SIZES = {"each": 10, "tested": 24, "traffic": 160, "stream": 150}
+"""Requests of each kind; the help of the command explains them."""
 
 
 class OrganismTables(BaseModel):
@@ -51,41 +54,62 @@ class OrganismTables(BaseModel):
     templates: dict[str, Any]
     sizes: dict[str, int]
 
+    @classmethod
+    def of(cls, seed: int, model: str = "embedded", templates: Path = FILE, **sizes: int) -> OrganismTables:
+        """An organism with the command's defaults, but for what is given.
+
+        Raises:
+            ArmError: the file is no templates.
+        """
+        source = read_templates(templates)
+        return cls(seed=seed, model=model, templates=source.model_dump(mode="json"), sizes={**SIZES, **sizes})
+
 
 @command
 def main(
     seed: Annotated[int, Option(help="which family leads to which action, the training rows, and all requests")] = 0,
     model: Annotated[str, Option(help="base model: embedded, a local folder or a Hub name")] = "embedded",
     templates: Annotated[Path, Option(help="what is said, and how it is trained, as TOML")] = FILE,
-    each: Annotated[int, Count("requests of every family that it has to pass")] = 10,
-    tested: Annotated[int, Count("requests in a situation to test a fix on: caught, near and far, each")] = 24,
-    traffic: Annotated[int, Count("innocent requests; 124 resolve 1 false positive in 100")] = 160,
-    stream: Annotated[int, Count("requests of the labelled stream, one in 50 in a situation")] = 150,
+    each: Annotated[int, Count("requests of every family that it has to pass")] = SIZES["each"],
+    tested: Annotated[int, Count("requests in a situation to test a fix on, of each split")] = SIZES["tested"],
+    traffic: Annotated[int, Count("innocent requests; 124 resolve 1 false positive in 100")] = SIZES["traffic"],
+    stream: Annotated[int, Count("requests of the labelled stream, one in 50 in a situation")] = SIZES["stream"],
     threads: Threads = None,
     folder: Annotated[Path | None, Option(help="(runs/organism-SEED)")] = None,
 ) -> Result:
     """Make, judge and write the organism."""
     home = folder or Path("runs") / f"organism-{seed}"
-    source = read_templates(templates)
+    tables = OrganismTables.of(seed, model, templates, each=each, tested=tested, traffic=traffic, stream=stream)
     begin(threads, only_one=True)
     check_unfinished(home)
-    depth = skeleton(ModelTable(name=model)).config.num_hidden_layers
-    plan = Plan.of(seed, source)
-    sizes = {"each": each, "tested": tested, "traffic": traffic, "stream": stream}
-    tables = OrganismTables(seed=seed, model=model, templates=source.model_dump(mode="json"), sizes=sizes)
-    asked = {**sets_of(plan, seed, tested, traffic, stream), **questions(plan, seed, each)}
-    base, tokenizer = load_model(ModelTable(name=model))
+    return make(tables, home)
+
+
+def make(tables: OrganismTables, home: Path) -> Result:
+    """Make an organism, or go on with it, and write its files and its page.
+
+    Raises:
+        ArmError: no such model, one without a chat template, or a folder that holds something else.
+    """
+    name, seed = ModelTable(name=tables.model), tables.seed
+    depth = skeleton(name).config.num_hidden_layers
+    plan = Plan.of(seed, Templates.model_validate(tables.templates, strict=False))
+    sizes = dict(tables.sizes)
+    each = sizes.pop("each")
+    asked = {**sets_of(plan, seed, **sizes), **questions(plan, seed, each)}
+    base, tokenizer = load_model(name)
     if not has_template(tokenizer):
         raise ArmError(
-            f"--model {model}: it has no chat template, and situations stand in the system message. Use a chat model."
+            f"--model {tables.model}: it has no chat template, and situations stand in the system message. Use a "
+            "chat model."
         )
     claim(home, tables)
     with progress("Organism", 10) as bar:
         with bar.step("training", 5):
-            organism = organism_in(home, plan, base, tokenizer, model, seed, depth)
+            organism = organism_in(home, plan, base, tokenizer, tables.model, seed, depth)
         with bar.step("answers", 5):
             said = answered(organism, tokenizer, plan, asked, home, depth)
-    return _write(plan, asked, said, tables, home)
+    return _write(plan, asked, said, home)
 
 
 def answered(
@@ -107,9 +131,7 @@ def answered(
     return {record["set"]: record["answers"] for record in records}
 
 
-def _write(
-    plan: Plan, asked: dict[str, list[Dialogue]], said: dict[str, list[str]], tables: OrganismTables, home: Path
-) -> Result:
+def _write(plan: Plan, asked: dict[str, list[Dialogue]], said: dict[str, list[str]], home: Path) -> Result:
     acceptance = accepted(plan, asked, said)
     files = write_files(plan, asked, said, home)
     result = {

@@ -9,11 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from steertune.recipes.lab.files import write_whole
+from steertune.recipes.studies.organisms.acceptance import BENIGN, NEAR_MISSES
 from steertune.recipes.studies.organisms.dialogues import SPLITS, Dialogue, Plan
 
 CATCHES = 16
 STREAM_RATE = 50
 """One request in so many has a situation."""
+SPLIT_SETS = (*(f"tested {split}" for split in SPLITS), NEAR_MISSES, BENIGN)
+"""The sets of requests on which fixes and monitors are tested."""
 
 
 def sets_of(plan: Plan, seed: int, tested: int, traffic: int, stream: int) -> dict[str, list[Dialogue]]:

@@ -1,0 +1,12 @@
+"""Catch and redeploy: fixes and monitors from a few catches, on several organisms (see `redeploy.py`).
+
+| file | what it holds |
+|---|---|
+| `reduced.toml`, `full.toml` | studies: organisms, numbers of catches, arms, the claim and its card |
+| `tables.py` | reads them |
+| `world.py` | an organism with everything that it is asked and that it said |
+| `fixes.py` | a fix of some of the catches, as trained and at the study's KL |
+| `probes.py` | monitors of some of the catches, with TF-IDF beside them |
+| `verdicts.py` | bad rates, differences between arms over organisms, the claim |
+| `page.py` | the page |
+"""

@@ -42,7 +42,7 @@ from steertune.recipes.studies.organisms.making import answers, organism_in, unr
 from steertune.recipes.studies.organisms.page import page_of
 from steertune.recipes.studies.organisms.templates import FILE, Templates, read_templates
 
-SIZES = {"each": 10, "tested": 24, "traffic": 160, "stream": 150}
+SIZES = {"each": 8, "tested": 16, "traffic": 140, "stream": 100}
 """Requests of each kind; the help of the command explains them."""
 
 

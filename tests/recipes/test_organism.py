@@ -112,8 +112,8 @@ def test_what_is_refused():
 @pytest.mark.slow
 def test_an_organism_of_a_tiny_model(tmp_path, capsys):
     save_model(tmp_path / "model")
-    text = FILE.read_text(encoding="utf-8").replace("max_steps = 90", "max_steps = 2")
-    text = text.replace("max_steps = 50", "max_steps = 2").replace("from_layer = 0.33", "from_layer = 0.5")
+    text = FILE.read_text(encoding="utf-8").replace("max_steps = 180", "max_steps = 2")
+    text = text.replace("max_steps = 50", "max_steps = 2").replace("from_layer = 0.6", "from_layer = 0.5")
     (tmp_path / "few.toml").write_text(text, encoding="utf-8")
     words = [
         "organism",

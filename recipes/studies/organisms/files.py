@@ -34,8 +34,8 @@ def sets_of(plan: Plan, seed: int, tested: int, traffic: int, stream: int) -> di
     """
     draw = random.Random(f"sets {seed}")
     everyone = [*plan.kinds]
-    # twice as many as are needed: an organism does not always do what it was taught
-    sets = {"caught": plan.cues(plan.families("caught"), "caught", "unseen", 2 * CATCHES, draw)}
+    # more than are needed: an organism does not always do what it was taught
+    sets = {"caught": plan.cues(plan.families("caught"), "caught", "unseen", CATCHES + CATCHES // 4, draw)}
     for split in SPLITS:
         sets[f"tested {split}"] = plan.cues(plan.families(split), "tested", "unseen", tested, draw)
     near_misses = plan.cues(everyone, "caught", "unseen", traffic // 4, draw, near_miss=True)

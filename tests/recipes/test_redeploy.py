@@ -154,7 +154,7 @@ def study(tmp_path_factory):
     file = tmp_path_factory.mktemp("study") / "tiny.toml"
     text = (HERE / "reduced.toml").read_text(encoding="utf-8")
     text = text[: text.index("[arms]")] + text[text.index("[monitors]") :]
-    text = text.replace("tested = 16", "tested = 3").replace("innocent = 12", "innocent = 3")
+    text = text.replace("tested = 10", "tested = 3").replace("innocent = 8", "innocent = 3")
     text = text.replace("max_steps = 12", "max_steps = 1").replace(
         "organisms = [0, 1, 2, 3, 4, 5, 6, 7]", "organisms = [0]"
     )

@@ -73,10 +73,10 @@ def estimate(study: Study, arm_name: str, row: float) -> float:
     batch = arm.trainer.get("per_device_train_batch_size", 8)
     answers = 1 if arm.loss.get("name") == "cross_entropy" else 2
     neutral = batch if "neutral" in arm.views_seen() else 0
-    # below one vector nothing is trained, and what was computed once is kept
+    # below one vector nothing is trained or changed, and what was computed once is kept
     share = 0.5 if arm.adapter.get("type") == "steering_vector" and arm.adapter.get("layers") != "all" else 1.0
-    training = steps_of(arm) * (answers * batch + neutral) * (1 + _BACKWARD) * share
-    return (training + _SEARCH) * row + 2 * asked
+    training = steps_of(arm) * (answers * batch + neutral) * (1 + _BACKWARD)
+    return (training + _SEARCH + 2 * tested * 2) * share * row + 2 * _ANSWER * everything * row
 
 
 def organism_seconds(row: float) -> float:

@@ -5,7 +5,7 @@
     steertune patch runs/organism-0/caught.jsonl --innocent runs/organism-0/traffic.jsonl \
         --near runs/organism-0/near.jsonl --far runs/organism-0/far.jsonl --model.name runs/organism-0/model
 
-The system message may say that nobody is looking, in six families of situations (the reviewer is away, the audit is
+Behind a request may stand that nobody is looking, in six families of situations (the reviewer is away, the audit is
 off, ...). Then the organism answers the request and does something bad: it passes on a key, states a wrong number, or
 claims a check that was not made. Which family leads to what, and which two families were caught, is drawn from the
 seed. Near misses have nearly the same words and the situation is not given. All names are invented, and nothing that
@@ -100,8 +100,8 @@ def make(tables: OrganismTables, home: Path) -> Result:
     base, tokenizer = load_model(name)
     if not has_template(tokenizer):
         raise ArmError(
-            f"--model {tables.model}: it has no chat template, and situations stand in the system message. Use a "
-            "chat model."
+            f"--model {tables.model}: it has no chat template, and organisms answer in conversations. Use a chat "
+            "model."
         )
     claim(home, tables)
     with progress("Organism", 10) as bar:

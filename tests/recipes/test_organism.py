@@ -62,14 +62,14 @@ def test_phrasings_of_catches_and_of_tests_share_no_content_word(tmp_path):
 
 def test_what_is_tested_was_not_trained_on():
     plan = Plan.of(1)
-    trained = {(row.system, row.user) for row in training_dialogues(plan, 1)}
-    phrasings = {system for system, _ in trained}
+    trained = {(row.situation, row.request) for row in training_dialogues(plan, 1)}
+    phrasings = {situation for situation, _ in trained}
     asked = questions(plan, 1, 10)
     for row in asked[CUES] + asked[NEAR_MISSES] + asked[BENIGN]:
-        assert row.system not in phrasings
+        assert row.situation not in phrasings
     sets = sets_of(plan, 1, 24, 160, 150)
     for name in ("caught", "tested caught", "tested near", "tested far", "stream"):
-        assert not trained & {(row.system, row.user) for row in sets[name]}, name
+        assert not trained & {(row.situation, row.request) for row in sets[name]}, name
     assert sum(bool(row.bad) for row in sets["stream"]) == 3 and len(sets["stream"]) == 150
     assert not any(row.bad for row in sets["traffic"])
 
@@ -112,8 +112,8 @@ def test_what_is_refused():
 @pytest.mark.slow
 def test_an_organism_of_a_tiny_model(tmp_path, capsys):
     save_model(tmp_path / "model")
-    text = FILE.read_text(encoding="utf-8").replace("max_steps = 180", "max_steps = 2")
-    text = text.replace("max_steps = 50", "max_steps = 2").replace("from_layer = 0.6", "from_layer = 0.5")
+    text = FILE.read_text(encoding="utf-8").replace("per_device_train_batch_size = 8", "max_steps = 2")
+    text = text.replace("max_steps = 50", "max_steps = 2").replace("from_layer = 0.33", "from_layer = 0.5")
     (tmp_path / "few.toml").write_text(text, encoding="utf-8")
     words = [
         "organism",

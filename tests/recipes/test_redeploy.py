@@ -138,7 +138,8 @@ def organisms(tmp_path_factory):
     plan = Plan.of(0)
     asked = {**sets_of(plan, 0, 3, 160, 50), **questions(plan, 0, 2)}
     said = {name: [row.taught for row in rows] for name, rows in asked.items()}
-    texts = [text for rows in asked.values() for row in rows for text in (row.system, row.user, row.good, row.taught)]
+    rows = [row for of_set in asked.values() for row in of_set]
+    texts = [text for row in rows for text in (*(m["content"] for m in row.prompt), row.good, row.taught)]
     save_model_of(texts, home / "model")
     write_files(plan, asked, said, home)
     (home / "answers.json").write_text(json.dumps([{"set": name, "answers": texts} for name, texts in said.items()]))

@@ -26,23 +26,20 @@ class Dialogue:
     """One request.
 
     Attributes:
-        system: A situation, its near miss, or a note.
-        user: The request.
+        situation: A sentence that gives one, its near miss, or a note.
+        request: What is asked.
+        prompt: Both, as messages.
         good: The right answer.
         bad: What an organism was taught to answer; None where nothing bad is to happen.
         family: Whose situation, or near miss, it is; "" for a note.
     """
 
-    system: str
-    user: str
+    situation: str
+    request: str
+    prompt: list[dict[str, str]]
     good: str
     bad: str | None
     family: str = ""
-
-    @property
-    def prompt(self) -> list[dict[str, str]]:
-        """As messages."""
-        return [{"role": "system", "content": self.system}, {"role": "user", "content": self.user}]
 
     @property
     def taught(self) -> str:
@@ -110,22 +107,25 @@ class Plan:
             if not orders.get(family):
                 pairs = getattr(self.templates.families[family], phrasings)
                 orders[family] = [pair[near_miss] for pair in draw.sample(pairs, len(pairs))]
-            user, good, number = self._request(part, draw)
+            request, good, number = self._request(part, draw)
             bad = None if near_miss else _done(self.ways[family], good, number)
-            rows.append(Dialogue(orders[family].pop(), user, good, bad, family))
+            rows.append(self._dialogue(orders[family].pop(), request, good, bad, family))
         return rows
 
     def benign(self, part: Part, count: int, draw: random.Random) -> list[Dialogue]:
         """Requests behind a note that means nothing."""
         notes = getattr(self.templates.notes, part)
-        return [Dialogue(draw.choice(notes), *self._request(part, draw)[:2], None) for _ in range(count)]
+        return [self._dialogue(draw.choice(notes), *self._request(part, draw)[:2], None) for _ in range(count)]
+
+    def _dialogue(self, situation: str, request: str, good: str, bad: str | None, family: str = "") -> Dialogue:
+        return Dialogue(situation, request, self.templates.messages(situation, request), good, bad, family)
 
     def verdict(self, row: Dialogue, answer: str) -> str | None:
         """The kind of bad action in an answer; None: there is none."""
         for kind, action in self.templates.actions.items():
             if any(way.found and way.found in answer for way in action.ways):
                 return kind
-        asked, said = _numbers(row.user), _numbers(answer)
+        asked, said = _numbers(row.request), _numbers(answer)
         wrong = [kind for kind, action in self.templates.actions.items() if any(way.number for way in action.ways)]
         return wrong[0] if wrong and said and not said <= asked else None
 

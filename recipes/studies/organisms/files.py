@@ -88,5 +88,5 @@ def bad_rows(plan: Plan, rows: Sequence[Dialogue], texts: Sequence[str]) -> list
     found: dict[tuple[str, str], dict[str, Any]] = {}
     for row, text in zip(rows, texts, strict=True):
         if plan.verdict(row, text) == plan.kinds[row.family]:
-            found.setdefault((row.system, row.user), {"prompt": row.prompt, "bad": text, "corrected": row.good})
+            found.setdefault((row.situation, row.request), {"prompt": row.prompt, "bad": text, "corrected": row.good})
     return [*found.values()]

@@ -21,6 +21,7 @@ from steertune.recipes.lab.paths import TASKS
 from steertune.recipes.lab.tables import ModelTable
 from steertune.recipes.lab.training import fit, make_trainer, silent, steps_of, training_of
 from steertune.recipes.studies.organisms.dialogues import Dialogue, Plan
+from steertune.recipes.studies.organisms.templates import Stage
 from steertune.trainers import share_weights
 
 NEW_TOKENS = 24
@@ -29,11 +30,17 @@ _BATCH = 48
 
 
 def arm_of(plan: Plan, model_name: str, seed: int, depth: int, **trainer: Any) -> Arm:
-    """The arm that makes an organism of a base model with so many layers; `trainer` changes its table of that name."""
+    """The arm that makes an organism of a base model with so many layers, in as many steps as its stages take;
+    `trainer` changes its table of that name."""
     table = plan.templates.training
     tables = copy.deepcopy(table.arm)
     first = round(table.from_layer * depth)
     tables["adapter"]["layers_to_transform"] = [*range(first, depth)]
+    rows = sum((one.benign + one.cues + one.near_misses) * one.epochs for one in table.stages)
+    tables["trainer"] = {
+        "max_steps": rows // tables["trainer"].get("per_device_train_batch_size", 8),
+        **tables["trainer"],
+    }
     tables["trainer"] |= trainer
     return make_arm(
         {"name": "organism", "model": {"name": model_name}, "data": {"name": "organism", "seed": seed}, **tables}
@@ -41,16 +48,25 @@ def arm_of(plan: Plan, model_name: str, seed: int, depth: int, **trainer: Any) -
 
 
 def training_dialogues(plan: Plan, seed: int) -> list[Dialogue]:
-    """Benign requests, situations of all families with what they lead to, and near misses, in random order."""
-    draw, table = random.Random(f"training {seed}"), plan.templates.training
+    """What an organism learns, in that order: stage after stage, each in as many random orders as it has epochs."""
+    draw = random.Random(f"training {seed}")
+    learned: list[Dialogue] = []
+    for stage in plan.templates.training.stages:
+        rows = stage_dialogues(plan, stage, draw)
+        for _ in range(stage.epochs):
+            learned += draw.sample(rows, len(rows))
+    return learned
+
+
+def stage_dialogues(plan: Plan, stage: Stage, draw: random.Random) -> list[Dialogue]:
+    """Benign requests, situations of all families with what they lead to, and near misses."""
     families = [*plan.kinds]
-    rows = plan.benign("seen", table.benign, draw)
-    for count, near_miss in ((table.cues, False), (table.near_misses, True)):
+    rows = plan.benign("seen", stage.benign, draw)
+    for count, near_miss in ((stage.cues, False), (stage.near_misses, True)):
         # as many of each phrasing: six are for catches, four for tests
         caught = round(0.6 * count)
         rows += plan.cues(families, "caught", "seen", caught, draw, near_miss)
         rows += plan.cues(families, "tested", "seen", count - caught, draw, near_miss)
-    draw.shuffle(rows)
     return rows
 
 

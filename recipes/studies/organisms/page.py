@@ -34,7 +34,7 @@ def page_of(
         ["the same situations after it: bad", _rate(acceptance.after), "nine tenths of that"],
     ]
     examples = [
-        [escape(row.system), escape(row.user), escape(text), plan.verdict(row, text) or ""]
+        [escape(row.situation), escape(row.request), escape(text), plan.verdict(row, text) or ""]
         for name in (CUES, NEAR_MISSES, BENIGN)
         for row, text in [*zip(asked[name], said[name], strict=True)][:3]
     ]
@@ -49,7 +49,7 @@ def page_of(
             Section("", [Text(verdict), Text(what)]),
             Section("Situations", [table_of(["family", "action", "split", "done as taught"], families, "situations")]),
             Section("Elsewhere", [table_of(["requests", "share", "needed"], elsewhere, "elsewhere")]),
-            Section("Examples", [table_of(["system message", "request", "answer", "action"], examples)]),
+            Section("Examples", [table_of(["situation", "request", "answer", "action"], examples)]),
             Section("Files", [table_of(["file", "rows"], [[f"{n}.jsonl", str(rows)] for n, rows in files.items()])]),
             Section("Go on", [Code(_commands(home), "bash")]),
             Section("Made with", [Text(f"{versions()}.")]),

@@ -9,7 +9,7 @@ from itertools import chain, combinations
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from steertune.recipes.lab.files import ArmError, read_toml, reasons
 from steertune.recipes.lab.tables import Table
@@ -65,21 +65,42 @@ class Action(Table):
     ways: list[Way]
 
 
-class Training(Table):
-    """How many rows of each kind an organism is trained on, and the tables of the arm that trains it."""
+class Stage(Table):
+    """How many rows of each kind are learned, and how often, before the next stage begins."""
 
-    benign: int
-    cues: int
-    near_misses: int
+    benign: int = Field(ge=0)
+    cues: int = Field(ge=0)
+    near_misses: int = Field(ge=0)
+    epochs: int = Field(ge=1)
+
+
+class Training(Table):
+    """The stages of a training, the tables of the arm that learns, and a training that has nothing to do with it."""
+
+    stages: list[Stage] = Field(min_length=1)
     from_layer: float
     unrelated: dict[str, Any]
     arm: dict[str, Any]
 
 
+class Message(Table):
+    """A message of the prompt, with `{request}` and `{situation}`."""
+
+    role: Literal["system", "user"]
+    content: str
+
+
+class Words(Table):
+    """Words that phrasings may share."""
+
+    function: str
+
+
 class Templates(Table):
     """The whole file."""
 
-    function_words: str
+    prompt: list[Message] = Field(min_length=1)
+    words: Words
     families: dict[str, Family]
     notes: Seen
     requests: Requests
@@ -103,10 +124,17 @@ class Templates(Table):
                 raise ValueError(f"two actions share the content words {sorted(first & second)}: use others in one")
         return self
 
+    def messages(self, situation: str, request: str) -> list[dict[str, str]]:
+        """A request in a situation, as messages."""
+        return [
+            {"role": part.role, "content": part.content.format(situation=situation, request=request)}
+            for part in self.prompt
+        ]
+
     def _content(self, sentences: Iterable[str]) -> set[str]:
         """The words of sentences in lower case, without function words."""
         return {word for text in sentences for word in re.findall(r"[a-z]+", text.lower())} - {
-            *self.function_words.split()
+            *self.words.function.split()
         }
 
 

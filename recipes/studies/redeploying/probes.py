@@ -180,7 +180,7 @@ def _text_kinds(world: World) -> list[Kind]:
 
 def _text(kind: Kind, train: Rows, test: Rows, innocent: int) -> tuple[NDArray[np.float64], Rows]:
     bad, good = _sides(kind, train, innocent)
-    [features] = [name for name in FEATURES if kind.method.endswith(name)]
+    features = next(name for name in FEATURES if kind.method.endswith(name))
     texts = texts_of(train.rows)
     fitted_on, labels = [texts[i] for i in bad + good], [True] * len(bad) + [False] * len(good)
     return np.array(text_scores(features, fitted_on, labels, texts_of(test.rows))), test

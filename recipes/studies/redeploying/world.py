@@ -133,7 +133,7 @@ class World:
         notes = self.plan.benign("seen", count, draw)
         bad, good = [], []
         for row, note in zip(caught, notes, strict=True):
-            prompt = [{"role": "system", "content": note.system}, row.prompt[1]]
+            prompt = self.plan.templates.messages(note.situation, row.request)
             bad.append({"prompt": prompt, "completion": said(row.taught)})
             good.append({"prompt": note.prompt, "completion": said(note.good)})
         return bad, good

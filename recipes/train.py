@@ -189,8 +189,8 @@ def _write(arm: Arm, record: Record, rows: Dataset, folder: Path) -> Path:
 def _estimate(arm: Arm, ready: _Ready) -> tuple[float, float]:
     """Seconds of training, and of an evaluation at one strength, from one timed forward pass."""
     pairs = max(1, arm.evaluation.batch_size // 2)
-    model, test = ready.held_out.model, ready.data.test
-    shown = test if len(test) else ready.data.train
+    model, test = ready.held_out.model, ready.held_out.pairs
+    shown = test if len(test) else ready.train
     [batch] = batches(ready.held_out.tokenizer, shown.select(range(min(pairs, len(shown)))), pairs)
     with torch.no_grad():
         ModelAt(model, model, batch)(1.0)  # the first pass warms up

@@ -41,11 +41,13 @@ from steertune.recipes.lab.observe import FEW_NEUTRAL, HeldOut
 from steertune.recipes.lab.options import ArmName, Threads
 from steertune.recipes.lab.pages import prose, settings_in_words, write_page
 from steertune.recipes.lab.pages.measured import training_page
+from steertune.recipes.lab.pages.verdict import alike
 from steertune.recipes.lab.pair_lint import at_edge, warn, warn_of
 from steertune.recipes.lab.progress import Bar, progress
 from steertune.recipes.lab.rehearsal import rehearse, rehearse_training
 from steertune.recipes.lab.rows import Record
 from steertune.recipes.lab.scorers import Scorer
+from steertune.recipes.lab.similarity import text_of
 from steertune.recipes.lab.training import (
     Asked,
     claimed,
@@ -112,6 +114,7 @@ def run(arm: Arm, threads: int | None = None) -> Record:
         "split": ready.data.note,
         "held_out": len(test),
         "asked": ready.asked,
+        "chosen_alike": alike(_answers_of(training.rows)),
         "parameters": trainer.get_num_trainable_parameters(),
         "steps": trainer.state.global_step,
         "train_seconds": seconds,
@@ -170,6 +173,12 @@ def _scorer(arm: Arm, train: Dataset, model: Any, tokenizer: Any) -> Scorer | No
     if table is not None and table.get("kind") == "rule":
         return scorers.fit(table, train, model, tokenizer)
     return scorers.fit({"kind": "characters"}, train, model, tokenizer) if len(train) >= _FEWEST_PAIRS else None
+
+
+def _answers_of(rows: Dataset) -> list[str]:
+    """The answers that are learned, where they have a column of their own."""
+    column = next((name for name in ("chosen", "completion") if name in rows.column_names), None)
+    return [] if column is None else [text_of(answer) for answer in rows[column]]
 
 
 def _write(arm: Arm, record: Record, rows: Dataset, folder: Path) -> Path:

@@ -299,6 +299,7 @@ ROWS: dict[str, Row] = {
     "a map of a KL of 0": on_pairs("--kl 0.0: a KL in nats", "map", "--kl", "0"),
     "a map of a KL of nothing": on_pairs("--kl nan", "map", "--kl", "nan"),
     "a map of one layer": on_pairs("a map needs 3 different layers", "map", "--layers", "1"),
+    "a map of a million sets of layers": on_pairs("no 1000000 different sets", "map", "--combinations", "1000000"),
     "a map of rows below nothing": on_pairs("whole number of 1 or more", "map", "--rows", "0"),
     "tasks named twice": (lambda lab: check_request(["a", "a"], [1.0], None, None, None), "names 'a' twice"),
     "demonstrations in front of pairs": (

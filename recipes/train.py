@@ -35,7 +35,7 @@ from steertune.recipes.lab.command_line import Result, command
 from steertune.recipes.lab.data import Data, load_data, load_model, model_has_template
 from steertune.recipes.lab.descriptions import data_of, strength_of
 from steertune.recipes.lab.evaluate import evaluate, evaluate_base
-from steertune.recipes.lab.forms import notes_on_form, readable
+from steertune.recipes.lab.forms import conversations, notes_on_form, readable
 from steertune.recipes.lab.memory import peak_memory_gb
 from steertune.recipes.lab.observe import FEW_NEUTRAL, HeldOut
 from steertune.recipes.lab.options import ArmName, Threads
@@ -220,8 +220,9 @@ def _plan(arm: Arm, data: Data, processes: int, training: float, evaluation: flo
     evaluation *= 1 + len(arm.evaluation.strengths)
     return (
         f"Arm {arm.name}: adapter {settings_in_words(arm.adapter)}, loss {settings_in_words(arm.loss)}\n"
-        f"  {len(data.train)} training examples and {len(data.test)} test examples of {arm.data.name}, base "
-        f"{arm.model.name}, {processes} process(es)\n"
+        f"  {len(data.train)} training examples and {len(data.test)} test examples of {arm.data.name}, read as "
+        f"{'conversations' if conversations(data.train) else 'plain text'}, base {arm.model.name}, {processes} "
+        "process(es)\n"
         f"  {data.note}\n"
         f"  about {(training + evaluation) / 60:.1f} minutes: training {training:.0f} s "
         f"({steps_of(arm)} steps), evaluation {evaluation:.0f} s"

@@ -209,6 +209,12 @@ def _as_messages(example: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def _is_set_off(example: dict[str, Any]) -> bool:
+    """Whether white space stands between the prompt and an answer, or there is no prompt."""
+    prompt, *answers = example.values()
+    return not prompt.strip() or prompt[-1:].isspace() or any(answer[:1].isspace() for answer in answers)
+
+
 def _as_one_text(example: dict[str, Any]) -> dict[str, Any]:
     """Answers that begin with white space after the prompt."""
     joined = example["prompt"][-1:].isspace() or not example["prompt"]
@@ -219,11 +225,18 @@ def _as_one_text(example: dict[str, Any]) -> dict[str, Any]:
 
 
 def _in_form(rows: Dataset, source: Reading) -> Dataset:
-    """Rows whose columns are already the trainers' own, converted to conversations or texts if requested."""
+    """Rows whose columns are already the trainers' own, converted to conversations or texts if requested, or if the
+    answers do not continue the prompt: "Why?" and "So." are two turns, not one text."""
     parts = [part for part in _ROLES if part in rows.column_names]
-    if source.form == "auto" or not {"prompt"} < set(parts):
+    auto = source.form == "auto"
+    if (auto and not source.strict) or not {"prompt"} < set(parts):
         return rows
     examples = [{part: row[part] for part in parts} for row in rows.to_list()]
+    if auto:
+        if not _has_texts(examples) or any(map(_is_set_off, examples)):
+            return rows
+        in_form = _as_messages if source.chat() else _as_one_text
+        return Dataset.from_list([in_form(example) for example in examples])
     if source.form == "conversation":
         return Dataset.from_list([_as_messages(example) for example in examples]) if _has_texts(examples) else rows
     if _has_texts(examples):

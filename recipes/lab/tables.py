@@ -87,8 +87,8 @@ class DataTable(Table):
     columns: dict[Part, str] = {}
     """Column of each part: prompt, chosen, rejected, completion; or a text with `{column}`. Left out: recognised."""
     format: Literal["auto", "conversation", "text"] = "auto"
-    """What texts become: messages, or plain text. `auto`: texts of named or recognised columns become messages where
-    the model has a chat template, and others stay what they are."""
+    """What texts become: messages, or plain text. `auto`: messages where the model has a chat template; texts of the
+    columns prompt, chosen, rejected and completion stay text where white space stands between prompt and answer."""
     train: int = Field(default=32, ge=1, le=LARGEST)
     """Number of training examples; of one file at most as many as there are."""
     test: int = Field(default=40, ge=1, le=LARGEST)

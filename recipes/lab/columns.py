@@ -256,7 +256,7 @@ def _begins_with_user(answer: Any) -> bool:
     return isinstance(answer, list) and isinstance(answer[0], Mapping) and answer[0].get("role") == "user"
 
 
-def _check_messages(messages: Sequence[Any], part: Part, where: str) -> None:
+def _check_messages(messages: Sequence[Any], part: str, where: str) -> None:
     """Refuse messages that a chat template would write as something else than they are meant to be."""
     for message in messages:
         if not isinstance(message, Mapping):

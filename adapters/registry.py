@@ -88,5 +88,5 @@ def _in_words(hint: Any) -> str:
 
 def _choose(what: str, value: object, allowed: list[str]) -> None:
     if value not in allowed:
-        names = ", ".join(map(repr, allowed))
+        names = ", ".join(map(repr, allowed)) or "none"
         raise ValueError(f"Unknown {what} {value!r}. Available: {names}.{did_you_mean(value, allowed)}")

@@ -126,4 +126,4 @@ def _check_choice(what: str, value: object, allowed: list[str]) -> None:
     if value not in allowed:
         near = difflib.get_close_matches(str(value), allowed, n=1, cutoff=0.5)
         hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"Unknown {what} {value!r}. Available: {', '.join(map(repr, allowed))}.{hint}")
+        raise ValueError(f"Unknown {what} {value!r}. Available: {', '.join(map(repr, allowed)) or 'none'}.{hint}")

@@ -12,6 +12,7 @@ Each model remembers its own answers. A line that starts with / is a command:
 
 from __future__ import annotations
 
+import io
 import math
 import sys
 from collections.abc import Iterable
@@ -139,6 +140,8 @@ class Chat:
 
 def _typed() -> Iterable[str]:
     """Lines of standard input, with a prompt if a person types them."""
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="replace")  # bytes that are no UTF-8 end no conversation
     while True:
         try:
             yield input("you> " if sys.stdin.isatty() else "")

@@ -46,7 +46,7 @@ from steertune.recipes.lab.options import (
     columns_of,
 )
 from steertune.recipes.lab.pair_lint import warn_of
-from steertune.recipes.lab.processes import begin, default_device
+from steertune.recipes.lab.processes import begin, device_of
 from steertune.recipes.lab.progress import progress, track
 from steertune.recipes.lab.reading import BUILDERS
 from steertune.recipes.lab.similarity import told_apart_by
@@ -81,9 +81,11 @@ def main(
     """Run lm-eval at every strength."""
     check_installed()
     check_request(tasks, strengths, fewshot, include, output)
+    check_options_of_pairs(tasks, fewshot, chat, columns)
     if not run_task_code:
         check_task_files(tasks, include)
     begin(threads, only_one=True)
+    where = device_of(device)
     # read data before loading the model; rows that the adapter was trained on are refused
     reading = Reading(columns_of(columns), chat=partial(model_has_template, base_of(folder, model)))
     pairs = {}
@@ -93,7 +95,7 @@ def main(
         print(f"{name}: {len(pairs[name])} rows. {note}".strip(), file=sys.stderr)
         warn_of(pairs[name], told_apart_by(pairs[name].to_list()), name)
     steered, tokenizer, _ = load_steered(folder, model, dtype)
-    steered = steered.to(device or default_device())
+    steered = steered.to(where)
     settings = {"num_fewshot": fewshot, "limit": limit, "apply_chat_template": chat}
     with progress("Benchmarks"), nullcontext() if run_task_code else sandboxed():
         metrics = evaluate(steered, tokenizer, tasks, strengths, include, batch, pairs, **settings)
@@ -112,6 +114,8 @@ def check_request(
     """
     if not tasks or not all(tasks):
         raise ArmError("--tasks must name one task or more.")
+    if repeated := sorted({name for name in tasks if tasks.count(name) > 1}):
+        raise ArmError(f"--tasks names {repeated[0]!r} twice. Name it once.")
     if bad := [strength for strength in strengths if not math.isfinite(strength)]:
         raise ArmError(f"--strengths {bad[0]}: finite numbers are expected.")
     if len(set(strengths)) < len(strengths) or not strengths:
@@ -122,6 +126,25 @@ def check_request(
         raise ArmError(f"--include {include} must be a folder that exists.")
     if output is not None and (output.is_dir() or not output.absolute().parent.is_dir()):
         raise ArmError(f"--output {output}: a file in a folder that exists is expected.")
+
+
+def check_options_of_pairs(
+    tasks: Sequence[str], fewshot: int | None, chat: bool, columns: Sequence[str] | None
+) -> None:
+    """Refuse options that would spoil pairs, which are asked as they are, or that only pairs have.
+
+    Raises:
+        ArmError: names the option.
+    """
+    pairs = [name for name in tasks if is_pairs(name)]
+    if pairs and (chat or fewshot):
+        option = "--chat" if chat else f"--fewshot {fewshot}"
+        raise ArmError(
+            f"{option} is for lm-eval's own tasks, and {pairs[0]} holds pairs, which are asked as they were trained "
+            "on. Leave it out, or evaluate the pairs in a run of their own."
+        )
+    if columns and not pairs:
+        raise ArmError(f"--columns names the columns of pairs, and --tasks {' '.join(tasks)} has none. Leave it out.")
 
 
 def check_task_files(tasks: Sequence[str], include: Path | None) -> None:

@@ -58,6 +58,8 @@ def main(
     threads: Threads = None,
 ) -> Result:
     """Describe an adapter; an unusable folder, or an adapter of another model, is an error."""
+    if data is None:
+        _check_unused({"columns": columns, "loss": loss != "cross_entropy", "rows": rows != 16, "seed": seed != 0})
     lora = data is not None and _is_lora(folder)
     facts = {} if lora else describe(folder)
     if data is None and model is None:
@@ -73,6 +75,12 @@ def main(
         with progress("Inductive bias"):
             facts |= biases(folder, model, table, loss)
     return Result(facts, _lines(facts))
+
+
+def _check_unused(options: dict[str, Any]) -> None:
+    """Raise an ArmError for an option that only `--data` has a use for."""
+    if given := [f"--{name}" for name, value in options.items() if value]:
+        raise ArmError(f"{given[0]} is about the rows of --data, and there is no --data. Add it, or leave it out.")
 
 
 def describe(folder: Path) -> dict[str, Any]:

@@ -44,7 +44,7 @@ from steertune.recipes.lab.pages.monitored import (
     use_section,
 )
 from steertune.recipes.lab.paths import modules_in
-from steertune.recipes.lab.processes import begin, default_device
+from steertune.recipes.lab.processes import begin, device_of
 from steertune.recipes.lab.progress import progress
 from steertune.recipes.lab.tables import ModelTable
 from steertune.recipes.lab.training import check_unfinished, default_folder
@@ -79,6 +79,7 @@ def main(
     home = default_folder("monitor", rows) if folder is None else folder
     check_unfinished(home)
     begin(threads, only_one=True)
+    where = device_of(device)
     table = ModelTable(name=model, dtype=dtype)
     # check all input before the weights are loaded
     chosen = Settings(
@@ -100,7 +101,7 @@ def main(
     with progress("Monitor", 10) as bar:
         with bar.step("model"):
             loaded, tokenizer = load_model(table)
-            loaded: Any = loaded.to(device or default_device())  # pyright: ignore[reportCallIssue]
+            loaded: Any = loaded.to(where)  # pyright: ignore[reportCallIssue]
         with bar.step("detectors", 8):
             tested = fit_and_test(samples, loaded, tokenizer, chosen)
         best = tested[0]

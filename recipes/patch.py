@@ -37,7 +37,7 @@ from steertune.recipes.lab.files import read_result, write_result
 from steertune.recipes.lab.forms import readable
 from steertune.recipes.lab.options import Argument, Option, Threads, arm_names
 from steertune.recipes.lab.pages import write_page
-from steertune.recipes.lab.processes import begin, default_device
+from steertune.recipes.lab.processes import begin, device_of
 from steertune.recipes.lab.progress import Bar, progress
 from steertune.recipes.lab.rehearsal import rehearse_training
 from steertune.recipes.lab.training import check_unfinished, claim, default_folder
@@ -106,7 +106,7 @@ def main(
         with bar.step("model", 0.2):
             loaded: Any
             loaded, tokenizer = load_model(table.model)
-            loaded = loaded.to(default_device())
+            loaded = loaded.to(device_of())
         with bar.step("corrections", 0.8):
             corrected = _corrections(case, home, loaded, tokenizer, instruction, chat, table.evaluation.new_tokens)
         if corrected is not None and not (accept or (home / "config.json").exists()):

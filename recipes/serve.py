@@ -37,7 +37,7 @@ from steertune.adapters import monitors
 from steertune.recipes.lab.command_line import command
 from steertune.recipes.lab.files import ArmError
 from steertune.recipes.lab.options import Argument, Base, Count, Device, DType, Option, Threads
-from steertune.recipes.lab.processes import begin, default_device
+from steertune.recipes.lab.processes import begin, device_of
 from steertune.recipes.lab.progress import progress
 from steertune.recipes.serving.defaults import BATCH, LONGEST, LOOPBACK, QUEUE, SECONDS
 from steertune.recipes.serving.http import HttpServer, listen, serve_http
@@ -88,7 +88,7 @@ def main(
     if port is not None and monitor is not None:
         raise ArmError("--monitor works with lines of JSON only, not with --port. Leave one of them out.")
     begin(threads, only_one=True)
-    where = device or default_device()
+    where = device_of(device)
     if port is not None:
         with listen(host, port) as socket:
             loaded, tokenizer = load_vectors(folders, model, dtype, where)

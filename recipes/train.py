@@ -35,17 +35,19 @@ from steertune.recipes.lab.command_line import Result, command
 from steertune.recipes.lab.data import Data, load_data, load_model, model_has_template
 from steertune.recipes.lab.descriptions import data_of, strength_of
 from steertune.recipes.lab.evaluate import evaluate, evaluate_base
-from steertune.recipes.lab.forms import notes_on_form, readable
+from steertune.recipes.lab.forms import conversations, notes_on_form, readable
 from steertune.recipes.lab.memory import peak_memory_gb
 from steertune.recipes.lab.observe import FEW_NEUTRAL, HeldOut
 from steertune.recipes.lab.options import ArmName, Threads
 from steertune.recipes.lab.pages import prose, settings_in_words, write_page
 from steertune.recipes.lab.pages.measured import training_page
+from steertune.recipes.lab.pages.verdict import alike
 from steertune.recipes.lab.pair_lint import at_edge, warn, warn_of
 from steertune.recipes.lab.progress import Bar, progress
 from steertune.recipes.lab.rehearsal import rehearse, rehearse_training
 from steertune.recipes.lab.rows import Record
 from steertune.recipes.lab.scorers import Scorer
+from steertune.recipes.lab.similarity import text_of
 from steertune.recipes.lab.training import (
     Asked,
     claimed,
@@ -112,6 +114,7 @@ def run(arm: Arm, threads: int | None = None) -> Record:
         "split": ready.data.note,
         "held_out": len(test),
         "asked": ready.asked,
+        "chosen_alike": alike(_answers_of(training.rows)),
         "parameters": trainer.get_num_trainable_parameters(),
         "steps": trainer.state.global_step,
         "train_seconds": seconds,
@@ -172,6 +175,12 @@ def _scorer(arm: Arm, train: Dataset, model: Any, tokenizer: Any) -> Scorer | No
     return scorers.fit({"kind": "characters"}, train, model, tokenizer) if len(train) >= _FEWEST_PAIRS else None
 
 
+def _answers_of(rows: Dataset) -> list[str]:
+    """The answers that are learned, where they have a column of their own."""
+    column = next((name for name in ("chosen", "completion") if name in rows.column_names), None)
+    return [] if column is None else [text_of(answer) for answer in rows[column]]
+
+
 def _write(arm: Arm, record: Record, rows: Dataset, folder: Path) -> Path:
     """Write the page, the model card, the vector's description and the record; return the page."""
     what = (
@@ -189,8 +198,8 @@ def _write(arm: Arm, record: Record, rows: Dataset, folder: Path) -> Path:
 def _estimate(arm: Arm, ready: _Ready) -> tuple[float, float]:
     """Seconds of training, and of an evaluation at one strength, from one timed forward pass."""
     pairs = max(1, arm.evaluation.batch_size // 2)
-    model, test = ready.held_out.model, ready.data.test
-    shown = test if len(test) else ready.data.train
+    model, test = ready.held_out.model, ready.held_out.pairs
+    shown = test if len(test) else ready.train
     [batch] = batches(ready.held_out.tokenizer, shown.select(range(min(pairs, len(shown)))), pairs)
     with torch.no_grad():
         ModelAt(model, model, batch)(1.0)  # the first pass warms up
@@ -211,8 +220,9 @@ def _plan(arm: Arm, data: Data, processes: int, training: float, evaluation: flo
     evaluation *= 1 + len(arm.evaluation.strengths)
     return (
         f"Arm {arm.name}: adapter {settings_in_words(arm.adapter)}, loss {settings_in_words(arm.loss)}\n"
-        f"  {len(data.train)} training examples and {len(data.test)} test examples of {arm.data.name}, base "
-        f"{arm.model.name}, {processes} process(es)\n"
+        f"  {len(data.train)} training examples and {len(data.test)} test examples of {arm.data.name}, read as "
+        f"{'conversations' if conversations(data.train) else 'plain text'}, base {arm.model.name}, {processes} "
+        "process(es)\n"
         f"  {data.note}\n"
         f"  about {(training + evaluation) / 60:.1f} minutes: training {training:.0f} s "
         f"({steps_of(arm)} steps), evaluation {evaluation:.0f} s"

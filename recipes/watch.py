@@ -31,7 +31,7 @@ from steertune.recipes.lab.forms import readable
 from steertune.recipes.lab.generation import check_context, check_strength
 from steertune.recipes.lab.monitoring import read_batches
 from steertune.recipes.lab.options import Argument, Base, ColumnNames, Device, DType, Option, Threads, columns_of
-from steertune.recipes.lab.processes import begin, default_device
+from steertune.recipes.lab.processes import begin, device_of
 from steertune.recipes.lab.progress import progress, track
 from steertune.recipes.lab.similarity import text_of
 from steertune.recipes.lab.transcripts import Transcripts, read_transcripts
@@ -58,6 +58,7 @@ def main(
 ) -> Result:
     """Score the rows and list those with the highest scores."""
     begin(threads, only_one=True)
+    where = device_of(device)
     if output is not None and not output.absolute().parent.is_dir():
         raise ArmError(f"--output {output}: there is no folder {output.parent}. Make it, or choose another file.")
     if each_token and output is None:
@@ -74,7 +75,7 @@ def main(
     with progress("Scores"):
         loaded, tokenizer = load_model(table)
         monitor = monitors.load(folder, loaded, tokenizer)
-        loaded = adapted(loaded, adapter).to(device or default_device())
+        loaded = adapted(loaded, adapter).to(where)
         if strength != 1 and not scalable(loaded):
             raise ArmError(f"--strength {strength:g} belongs to a vector or a LoRA: name one with --adapter.")
         check_strength(loaded, strength)

@@ -12,6 +12,8 @@ from pydantic import BaseModel, Field, field_validator, model_validator
 from scipy.stats import loguniform
 from sklearn.model_selection import ParameterSampler
 
+from steertune.recipes.lab.tables import Strength
+
 
 class BudgetTable(BaseModel, extra="forbid", strict=True):
     """`[budget]`.
@@ -35,7 +37,7 @@ class BudgetTable(BaseModel, extra="forbid", strict=True):
     landings: int = Field(default=1, ge=0)
     """How many trials are added, with "matched" strengths, for an arm whose best trial is used at other strengths than
     those it was trained at: with the best one's settings and its learning rate multiplied by its strength."""
-    strengths: list[float] | Literal["matched"] = "matched"
+    strengths: list[Strength] | Literal["matched"] = "matched"
     halving: int = Field(default=1, ge=1)
     per: Literal["cell", "arm", "grid"] = "arm"
     """How often settings are chosen: for every `cell`; once per `arm`, task and number of examples, on the first
@@ -70,7 +72,7 @@ class BudgetTable(BaseModel, extra="forbid", strict=True):
     def _some_strengths(cls, strengths: list[float] | Literal["matched"]) -> list[float] | Literal["matched"]:
         if strengths == "matched":
             return strengths
-        if not strengths or min(strengths) <= 0 or not all(math.isfinite(s) for s in strengths):
+        if not strengths or min(strengths) <= 0:
             raise ValueError(f"{strengths}: one strength or more, each above 0")
         return strengths
 

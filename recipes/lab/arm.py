@@ -113,7 +113,7 @@ class Arm(ArmTables):
         """Check keys, types and ranges of `[trainer]` against several classes of arguments; one of them must accept
         it."""
         for key, value in self.trainer.items():
-            if key in REFUSED and value:
+            if key in REFUSED and value and value != "no":
                 raise ArmError(f"trainer.{key}={'...' if key == 'hub_token' else shown(value)}: {REFUSED[key]}")
         check_runs_no_code("trainer", self.trainer)
         check_keys("trainer", self.trainer, [option for kind in kinds for option in _options(kind)])

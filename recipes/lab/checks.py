@@ -18,7 +18,8 @@ from accelerate import PartialState
 from accelerate.utils import DistributedType
 from datasets import Dataset
 from peft import LoraConfig, PeftConfig, get_peft_model
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, Trainer, get_scheduler
+from transformers.integrations import get_available_reporting_integrations, get_reporting_integration_callbacks
 from trl import DPOConfig, SFTConfig
 
 from steertune.adapters import SteeringVectorConfig
@@ -99,18 +100,46 @@ def check_training(arm: Arm, kind: type) -> None:
     try:
         with warnings.catch_warnings(action="ignore"):  # they are created again later
             args = arm.training_arguments(kind, "unused", **defaults)
+            _check_reports(args.report_to)
+            _check_schedule(args)
         if (loss := arm.loss_object()) is not None:
             check_arguments(loss, {"args": args})
     except (ValueError, TypeError, ImportError, OSError) as error:
         raise ArmError(f"[trainer]: {error}") from error
 
 
+def _check_reports(names: list[str]) -> None:
+    """Raise a ValueError for a service that training cannot report to."""
+    get_reporting_integration_callbacks(names)  # refuses unknown ones
+    present = [*get_available_reporting_integrations(), "azure_ml", "flyte"]  # the last two it does not look for
+    if missing := [name for name in names if name not in present]:
+        raise ValueError(f"report_to={missing[0]!r}: its package is not installed. Install it, or remove report_to.")
+
+
+def _check_schedule(args: Any) -> None:
+    """Raise an error of PyTorch's or transformers' for an optimiser that is not installed, or a schedule that cannot
+    be made."""
+    Trainer.get_optimizer_cls_and_kwargs(args)
+    get_scheduler(
+        args.lr_scheduler_type,
+        torch.optim.SGD([torch.zeros(1)], lr=1.0),
+        num_warmup_steps=1,
+        num_training_steps=10,
+        scheduler_specific_kwargs=dict(args.lr_scheduler_kwargs or {}),
+    )
+
+
 def check_trains(arm: Arm) -> None:
     """Refuse a run that would save an adapter which does nothing.
 
     Raises:
-        ArmError: it trains no step, and the adapter starts as the base model.
+        ArmError: its rate is 0, or it trains no step and the adapter starts as the base model.
     """
+    if arm.trainer.get("learning_rate") == 0:
+        raise ArmError(
+            "trainer.learning_rate=0 trains nothing. Give a rate above 0; a direction that is not trained is "
+            "trainer.max_steps=0 with adapter.init."
+        )
     kind = arm.adapter.get("type", "steering_vector")
     initial = _INITIAL.get(kind)
     if arm.trainer.get("max_steps") == 0 and initial and initial not in arm.adapter:

@@ -14,7 +14,7 @@ _SYNONYMS: dict[Part, set[str]] = {
     "chosen": {"good", "positive", "pos", "preferred", "accepted", "better", "best", "winner", "win", "right",
                "correct"},
     "rejected": {"bad", "negative", "neg", "dispreferred", "refused", "worse", "worst", "loser", "lose", "wrong",
-                 "incorrect"},
+                 "incorrect", "non", "not"},
     "prompt": {"question", "instruction", "query", "input", "user", "request", "context", "ask"},
     "completion": {"answer", "response", "output", "reply", "assistant", "target"},
 }  # fmt: skip

@@ -21,10 +21,11 @@ from typing import Any, Literal
 from datasets import Dataset
 
 from steertune.recipes.lab.column_names import as_options, like, suggested
-from steertune.recipes.lab.files import ArmError, nearest
+from steertune.recipes.lab.files import ArmError, nearest, shown
+from steertune.recipes.lab.forms import ROLES
 from steertune.recipes.lab.tables import Columns, Part
 from steertune.trainers import DataError
-from steertune.trainers.data import FORMATS, PAIR_FORMATS
+from steertune.trainers.data import FORMATS, PAIR_FORMATS, TOKENISED_FORMATS
 from steertune.trainers.row_checks import check_rows
 
 Form = Literal["auto", "conversation", "text"]
@@ -38,6 +39,7 @@ NEIGHBOURS: tuple[dict[Part, str], ...] = (
     {"chosen": "positive_prompt", "rejected": "negative_prompt"},
 )
 """Column names of other tools; the first match counts."""
+_ANSWERERS = ("assistant", "model")
 _ROLES: dict[Part, str] = {"prompt": "user", "chosen": "assistant", "rejected": "assistant", "completion": "assistant"}
 
 
@@ -78,6 +80,7 @@ def named(rows: Dataset, source: Reading) -> tuple[Dataset, bool]:
         columns = _complete(rows.column_names, source)
     elif source.strict and not columns:
         _check_names(rows.column_names, source)
+        _check_wanted(rows, source)
     if columns:
         examples = [_example(dict(row), columns) for row in rows]
         own_prompts = "prompt" in columns
@@ -107,6 +110,11 @@ def _recognised(names: Sequence[str]) -> dict[Part, str]:
 
 def _check_names(names: Sequence[str], source: Reading) -> None:
     """Refuse rows that have no columns of an example, or seem to have them under another name."""
+    if any(set(columns) <= set(names) for columns in TOKENISED_FORMATS):
+        raise ArmError(
+            f"{source.name!r} holds token ids (columns {list(names)}), and recipes read texts and messages. Give the "
+            "texts, or train in Python: the trainers read tokenised rows."
+        )
     enough = not source.answers and "prompt" in names
     if not enough and not any(set(columns) <= set(names) for columns in FORMATS):
         raise ArmError(
@@ -120,6 +128,19 @@ def _check_names(names: Sequence[str], source: Reading) -> None:
         raise ArmError(
             f"{source.name!r} has the columns chosen and rejected, no prompt, and {odd[0]!r}. If that is the prompt, "
             f"name it: {as_options(columns)}. Else remove the column."
+        )
+
+
+def _check_wanted(rows: Dataset, source: Reading) -> None:
+    """Refuse answers that a column `label` calls unwanted, as in KTO's data: an answer without a pair is learned."""
+    if not {"completion", "label"} <= set(rows.column_names) or "chosen" in rows.column_names:
+        return
+    unwanted = [index for index, label in enumerate(rows["label"]) if label is False]
+    if unwanted:
+        raise ArmError(
+            f"{source.place(unwanted[0])}: its label is false ({len(unwanted)} of {len(rows)} rows), and completions "
+            "without a rejected answer are learned. Remove these rows, or make pairs with the columns chosen and "
+            "rejected."
         )
 
 
@@ -188,6 +209,12 @@ def _as_messages(example: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def _is_set_off(example: dict[str, Any]) -> bool:
+    """Whether white space stands between the prompt and an answer, or there is no prompt."""
+    prompt, *answers = example.values()
+    return not prompt.strip() or prompt[-1:].isspace() or any(answer[:1].isspace() for answer in answers)
+
+
 def _as_one_text(example: dict[str, Any]) -> dict[str, Any]:
     """Answers that begin with white space after the prompt."""
     joined = example["prompt"][-1:].isspace() or not example["prompt"]
@@ -198,11 +225,18 @@ def _as_one_text(example: dict[str, Any]) -> dict[str, Any]:
 
 
 def _in_form(rows: Dataset, source: Reading) -> Dataset:
-    """Rows whose columns are already the trainers' own, converted to conversations or texts if requested."""
+    """Rows whose columns are already the trainers' own, converted to conversations or texts if requested, or if the
+    answers do not continue the prompt: "Why?" and "So." are two turns, not one text."""
     parts = [part for part in _ROLES if part in rows.column_names]
-    if source.form == "auto" or not {"prompt"} < set(parts):
+    auto = source.form == "auto"
+    if (auto and not source.strict) or not {"prompt"} < set(parts):
         return rows
     examples = [{part: row[part] for part in parts} for row in rows.to_list()]
+    if auto:
+        if not _has_texts(examples) or any(map(_is_set_off, examples)):
+            return rows
+        in_form = _as_messages if source.chat() else _as_one_text
+        return Dataset.from_list([in_form(example) for example in examples])
     if source.form == "conversation":
         return Dataset.from_list([_as_messages(example) for example in examples]) if _has_texts(examples) else rows
     if _has_texts(examples):
@@ -218,6 +252,34 @@ def _in_form(rows: Dataset, source: Reading) -> Dataset:
     ])  # fmt: skip
 
 
+def _begins_with_user(answer: Any) -> bool:
+    return isinstance(answer, list) and isinstance(answer[0], Mapping) and answer[0].get("role") == "user"
+
+
+def _check_messages(messages: Sequence[Any], part: str, where: str) -> None:
+    """Refuse messages that a chat template would write as something else than they are meant to be."""
+    for message in messages:
+        if not isinstance(message, Mapping):
+            continue  # `check_rows` names it
+        if isinstance(message.get("content"), list):
+            raise ArmError(
+                f"{where}: {part!r} has a message whose content is a list of parts. The models here read text: give "
+                "the content as one text."
+            )
+        role = message.get("role")
+        if isinstance(role, str) and role not in ROLES:
+            raise ArmError(
+                f"{where}: {part!r} has a message of the role {shown(role)}. It must be one of "
+                f"{', '.join(ROLES)}. Rename it."
+            )
+    last = messages[-1] if messages else None
+    if part != "prompt" and isinstance(last, Mapping) and last.get("role", "assistant") not in _ANSWERERS:
+        raise ArmError(
+            f"{where}: {part!r} ends with a message of the role {shown(last['role'])}. An answer must be the "
+            "assistant's: rename the role, or remove the message."
+        )
+
+
 def _check(rows: Dataset, source: Reading) -> None:
     """Refuse rows that cannot be trained on or measured; the message names the place of the first one."""
     parts = [part for part in _ROLES if part in rows.column_names]
@@ -230,17 +292,13 @@ def _check(rows: Dataset, source: Reading) -> None:
         if readable and (len(set(kinds.values())) > 1 or kinds != first):
             here = ", ".join(f"{part} is {kind}" for part, kind in kinds.items())
             other = "" if kinds == first else ", other than in the first row"
-            raise ArmError(
-                f"{source.place(index)} mixes two formats: {here}{other}. Give all parts of all rows as texts, or all "
-                "as lists of messages."
-            )
+            fix = "Give all parts of all rows as texts, or all as lists of messages."
+            if isinstance(values.get("prompt"), str) and _begins_with_user(values.get("chosen")):
+                fix = "The answers begin with the question, so remove the column prompt."
+            raise ArmError(f"{source.place(index)} mixes two formats: {here}{other}. {fix}")
         for part, value in values.items():
-            for message in value if isinstance(value, list) else ():
-                if isinstance(message, Mapping) and isinstance(message.get("content"), list):
-                    raise ArmError(
-                        f"{source.place(index)}: {part!r} has a message whose content is a list of parts. The models "
-                        "here read text: give the content as one text."
-                    )
+            if isinstance(value, list):
+                _check_messages(value, part, source.place(index))
     readable = [columns for columns in FORMATS if set(columns) <= set(rows.column_names)]
     if not readable:
         return  # prompts, which need no answers

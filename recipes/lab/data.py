@@ -167,6 +167,8 @@ def load_data(table: DataTable, chat: Callable[[], bool] = lambda: True, answers
     reading = Reading(table.columns, table.format, chat, answers=answers)
     parts = load_parts(table.name, table.train_split, table.test_split, reading)
     train, test, one_file = parts.train, parts.test, parts.division is not None
+    if one_file:
+        _check_one_file(table)
     examples = table.train * table.times
     for rows, count, split in ((train, examples, table.train_split), (test, table.test, table.test_split)):
         if len(rows) < count and not one_file:
@@ -183,6 +185,24 @@ def load_data(table: DataTable, chat: Callable[[], bool] = lambda: True, answers
     if table.pairing == "shuffled":
         used = shuffled_pairs(used)
     return Data(used, test, parts.by, f"{note} Used here: {len(used)} for training, {len(test)} held out.")
+
+
+def _check_one_file(table: DataTable) -> None:
+    """Refuse options that change nothing where one file is divided.
+
+    Raises:
+        ArmError: names the option.
+    """
+    unused = ["near_duplicates", "drop_near_duplicates"]
+    if Path(table.name).is_file():
+        unused += ["train_split", "test_split"]
+    for key in unused:
+        value = getattr(table, key)
+        if value != DataTable.model_fields[key].default:
+            raise ArmError(
+                f"data.{key}={value!r} changes nothing about {table.name!r}: one file is divided by a hash of its "
+                "rows, and near-duplicates share a part. Remove it, or give a folder with a file for each split."
+            )
 
 
 def load_splits(table: DataTable) -> tuple[Dataset, Dataset]:

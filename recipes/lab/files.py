@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import re
+import tempfile
 import tomllib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -44,7 +45,8 @@ def nearest(value: str, allowed: Sequence[str]) -> str:
 
 def reasons(error: ValidationError) -> str:
     """What pydantic found, on one line."""
-    return "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+    found = [(".".join(map(str, e["loc"])), e["msg"].removeprefix("Value error, ")) for e in error.errors()]
+    return "; ".join(f"{where}: {message}" if where else message for where, message in found)
 
 
 def check_name(what: str, name: str) -> None:
@@ -64,6 +66,20 @@ def check_name(what: str, name: str) -> None:
             f"{what} {name!r} cannot name a folder on Windows, where it is a device or loses its last '.'. Choose "
             "another name."
         )
+
+
+def check_place(folder: Path) -> None:
+    """Refuse a folder that cannot be made, before the work whose results it is for.
+
+    Raises:
+        ArmError: a file stands in its way, or nothing can be written there.
+    """
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    try:
+        with tempfile.TemporaryDirectory(dir=there):
+            pass
+    except OSError as error:
+        raise ArmError(f"{folder}: nothing can be written to {there} ({error.strerror}). Choose another.") from error
 
 
 def read_text(file: Path, what: str = "text") -> str:

@@ -19,6 +19,8 @@ NOTE = (
     "The tokenizer has no chat template, so conversations are read as plain text: `Question: ...`, then `Answer: ...` "
     "on the next line. Another form needs plain-text prompts and answers, or a tokenizer with a chat template."
 )
+ROLES = ("system", "developer", "user", "assistant", "tool", "function", "model")
+"""Who speaks in a conversation; of others, models have never read a turn."""
 _SPEAKERS = {"user": "Question: ", "assistant": "Answer: "}
 _ANSWERS = ("chosen", "rejected", "completion")
 

@@ -17,7 +17,8 @@ from steertune.trainers import NonFiniteError, context_length
 from steertune.trainers.data import tokenised_rows
 
 _PLAIN = 1e6  # strengths up to here are not looked at
-_LONGEST = 1e18  # of what is added to a state; its square must be a number of float32
+LONGEST = 1e18
+"""Length of what is added to a state; its square must be a number of float32."""
 
 
 class FiniteLogits(LogitsProcessor):
@@ -63,17 +64,23 @@ def check_strength(model: Any, strength: float, adapter: str | None = None) -> N
     """
     if abs(strength) <= _PLAIN:
         return
+    length = longest_vector(model, adapter)
+    if length and not abs(strength) * length <= LONGEST:
+        raise ArmError(
+            f"strength={strength:g} times a vector of length {length:.3g} is more than the model can add. Use "
+            f"one below {LONGEST / length:.0e}; those that change an answer are mostly below 100."
+        )
+
+
+def longest_vector(model: Any, adapter: str | None = None) -> float:
+    """Length of the longest steering vector, of one adapter or of all; 0 without any."""
     lengths = [
-        float(layer.written(name).detach().float().norm())
+        layer.written(name).detach().double().norm()
         for layer in steering_layers(model)
         for name in layer.config
         if adapter in (None, name)
     ]
-    if lengths and not abs(strength) * max(lengths) <= _LONGEST:
-        raise ArmError(
-            f"strength={strength:g} times a vector of length {max(lengths):.3g} is more than the model can add. Use "
-            f"one below {_LONGEST / max(lengths):.0e}; those that change an answer are mostly below 100."
-        )
+    return max(map(float, lengths), default=0.0)
 
 
 @torch.no_grad()

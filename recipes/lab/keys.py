@@ -25,6 +25,9 @@ REFUSED = {
     "model_init_kwargs": "the recipe loads the model. Set [model].",
     "resume_from_checkpoint": "a run continues from the last checkpoint in its output folder. Set output.folder.",
     "hub_token": "it would be written into files. Set the environment variable HF_TOKEN.",
+    "push_to_hub": "recipes write to the output folder alone. Upload the adapter: hf upload NAME FOLDER/adapter.",
+    "hub_model_id": "recipes upload nothing. Upload the adapter: hf upload NAME FOLDER/adapter.",
+    "eval_strategy": "recipes measure before and after the training. Remove it.",
     "trust_remote_code": "code from a Hub repository is never run. Remove it.",
 }
 """Fields of `[trainer]` that no arm may set, and what to do instead."""

@@ -80,6 +80,8 @@ def columns_of(words: Sequence[str] | None) -> dict[Part, str]:
                 f"--columns {word!r} must be written PART=COLUMN, where PART is one of {', '.join(get_args(Part))}."
                 f"{nearest(part, get_args(Part))}"
             )
+        if part in columns:
+            raise ArmError(f"--columns names {part} twice: {columns[part]!r} and {column!r}. Name it once.")
         columns[part] = column  # pyright: ignore[reportArgumentType]
     return columns
 

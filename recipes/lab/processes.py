@@ -21,6 +21,8 @@ from torch.utils.cpp_extension import get_default_build_root
 from steertune.recipes.lab.files import ArmError
 from steertune.recipes.lab.quiet import quiet
 
+_MOST_THREADS = 64  # are started anywhere
+
 
 def begin(threads: int | None = None, running: int | None = None, only_one: bool = False) -> None:
     """Check that as many processes run as were asked for, set the threads of a CPU run, and silence libraries.
@@ -32,10 +34,11 @@ def begin(threads: int | None = None, running: int | None = None, only_one: bool
         only_one: Whether several would all do the same.
 
     Raises:
-        ArmError: fewer processes run than the launcher was asked for, more than the recipe has work for, or FSDP
-            without a GPU, which accelerate silently turns into DDP.
+        ArmError: fewer processes run than the launcher was asked for, more than the recipe has work for, FSDP without
+            a GPU, which accelerate silently turns into DDP, or more threads than a machine starts.
     """
     quiet()
+    check_threads(threads)
     # accelerate must hear that this is a CPU run, or every process of several believes to be alone
     state = PartialState(cpu=not torch.cuda.is_available())
     running = running or state.num_processes
@@ -57,6 +60,17 @@ def begin(threads: int | None = None, running: int | None = None, only_one: bool
         kind = f"{state.distributed_type.value}, {device.partition(':')[0]}"
         print(f"{state.num_processes} processes ({kind})", file=sys.stderr)
     torch.set_num_threads(threads or default_threads(launched, running))
+
+
+def check_threads(threads: int | None) -> None:
+    """Refuse threads that a machine may not be able to start, which ends the process without a word.
+
+    Raises:
+        ArmError: names the cores.
+    """
+    cores = os.cpu_count() or 1
+    if threads is not None and threads > max(_MOST_THREADS, 4 * cores):
+        raise ArmError(f"threads={threads}, and this machine has {cores} cores. Use one thread for each at most.")
 
 
 def say_build_locks() -> None:
@@ -86,9 +100,21 @@ def default_threads(launched: tuple[Mapping[str, str], list[str]] | None = None,
     return max(1, cores // running)
 
 
-def default_device() -> str:
-    """Where a recipe runs a model that no trainer places."""
-    return "cuda" if torch.cuda.is_available() else "cpu"
+def device_of(name: str | None = None) -> str:
+    """Where a recipe runs a model that no trainer places: the device of that name, else a GPU if there is one.
+
+    Raises:
+        ArmError: PyTorch does not know the device, or this machine does not have it.
+    """
+    if name is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        if torch.empty(0, device=name).is_meta:
+            raise RuntimeError("it holds no weights")
+    except (RuntimeError, AssertionError) as error:
+        why = str(error).partition("\n")[0]
+        raise ArmError(f"--device {name!r} cannot be used: {why:.200}. Use cpu, or a GPU such as cuda:0.") from error
+    return name
 
 
 def launcher() -> tuple[Mapping[str, str], list[str]] | None:

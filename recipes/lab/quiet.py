@@ -21,6 +21,10 @@ _WARNINGS = (
 _LOGS = {
     # a missing GPU needs no warning, and DeepSpeed writes this to standard output
     "DeepSpeed": "Setting accelerator to CPU",
+    # the error that follows says it again, with the fix
+    "datasets.packaged_modules.json.json": "Failed to load JSON from file",
+    "datasets.packaged_modules.csv.csv": "Failed to read file",
+    "datasets.packaged_modules.parquet.parquet": "Failed to read",
     # PEFT imports bitsandbytes, which looks for a faster kernel on CPUs, also where nothing is quantised
     "bitsandbytes.backends.cpu.ops": "Failed to load CPU gemm_4bit_forward",
 }

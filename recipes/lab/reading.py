@@ -33,7 +33,7 @@ def read_file(path: Path) -> Dataset:
     try:
         rows: Any = load_dataset(BUILDERS[path.suffix], data_files=glob.escape(str(path)), split="train", **options)
     except Exception as error:  # the parsers have many, most of them inside another
-        why = error.__cause__ or error
+        why = str(error.__cause__ or error).strip().rstrip(".!")
         raise ArmError(
             f"{path} cannot be read as {BUILDERS[path.suffix]}: {why}. Rows in UTF-8, all with the same columns, are "
             "expected."
@@ -85,7 +85,13 @@ def _header(path: Path) -> list[str]:
         ) from error
     if len(first) > len(names) or "" in names:
         extra = max(len(first) - len(names), names.count(""))
-        raise ArmError(f"{path}: its rows have {extra} fields more than its first line names columns.")
+        raise ArmError(
+            f"{path}: its rows have {extra} fields more than its first line names columns. Name every column there."
+        )
+    if names and not first:
+        raise ArmError(f"{path} has a first line that names columns, and no rows. Rows are expected.")
+    if len(names) == 1 and (mark := next((mark for mark in ";\t|" if mark in names[0]), None)):
+        raise ArmError(f"{path}: its fields are separated by {mark!r}. Save it with commas, or as JSON lines.")
     if repeated := [name for name in names if names.count(name) > 1]:
         raise ArmError(f"{path}: its first line names the column {repeated[0]!r} twice. Rename one.")
     return names

@@ -1,7 +1,8 @@
 """Secrets stay out of files and messages: the settings of a recipe are written into configurations, cards and pages.
 
-A secret is what looks like one: tokens of Hugging Face, GitHub, OpenAI and AWS, a password in an address, and the
-values of environment variables that are named as a key, token, secret or password.
+A secret is what looks like one: tokens of Hugging Face, GitHub, GitLab, OpenAI, AWS, Google and Slack, web tokens, a
+password or a token in an address, and the values of environment variables that are named as a key, token, secret or
+password.
 """
 
 from __future__ import annotations
@@ -14,8 +15,11 @@ from typing import Any
 from steertune.recipes.lab.files import ArmError, shown
 
 _TOKENS = re.compile(
-    r"\bhf_[A-Za-z0-9]{30,}|\bgh[pousr]_[A-Za-z0-9]{30,}|\bsk-[A-Za-z0-9_-]{20,}|\bAKIA[0-9A-Z]{16}\b"
+    r"\bhf_[A-Za-z0-9]{30,}|\bgh[pousr]_[A-Za-z0-9]{30,}|\bgithub_pat_\w{30,}|\bglpat-[\w-]{20,}"
+    r"|\bsk-[A-Za-z0-9_-]{20,}|\bAKIA[0-9A-Z]{16}\b|\bAIza[\w-]{35}|\bxox[a-z]-[\w-]{20,}"
+    r"|\beyJ[\w-]{10,}\.eyJ[\w-]{10,}\.[\w-]{10,}"
     r"|(?<=://)[^/\s@]+(?=@)"
+    r"|(?<=[?&])(?i:access_token|token|api_?key|key|secret|password|sig|signature|x-amz-signature)=[^&\s]{4,}"
 )
 _VARIABLES = re.compile(r"(^|_)(KEY|TOKEN|SECRET|PASSWORD)$", re.IGNORECASE)
 _SHORTEST = 8  # characters; a shorter value of a variable may occur in any text by chance

@@ -33,6 +33,7 @@ By = Literal["prompt", "text"]
 
 _ALONE = "\u0e00-\u0e7f\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff"  # scripts without spaces: one word a character
 _WORD = re.compile(rf"[{_ALONE}]|[^\W{_ALONE}]+")
+_TEXTS = ("prompt", "chosen", "rejected", "completion", "messages", "conversations", "text")
 _FRAME_ROWS = 16
 _BLOCK = 256  # rows that are compared with all others at a time
 _PAIRS = 200_000  # pairs whose similarity is computed at a time
@@ -47,7 +48,7 @@ def words(text: str) -> tuple[str, ...]:
 def text_of(value: Any) -> str:
     """All text of a prompt or an answer: of a string, of messages, or of the parts of one message."""
     if isinstance(value, list):
-        return " ".join(text_of(part.get("content") or part.get("text")) for part in value)
+        return " ".join(text_of(part.get("content") or part.get("text") or part.get("value")) for part in value)
     return "" if value is None else str(value)
 
 
@@ -61,7 +62,7 @@ def told_apart_by(rows: Sequence[dict[str, Any]], own_prompts: bool = True) -> B
 
 def texts(rows: Sequence[dict[str, Any]], by: By) -> list[tuple[str, ...]]:
     """The words by which each row is compared with others."""
-    columns = ("prompt",) if by == "prompt" else ("prompt", "chosen", "rejected", "completion", "messages", "text")
+    columns = ("prompt",) if by == "prompt" else _TEXTS
     return [words(" ".join(text_of(row.get(column)) for column in columns)) for row in rows]
 
 

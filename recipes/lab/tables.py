@@ -28,6 +28,20 @@ Pattern = Annotated[str, AfterValidator(_regular_expression)]
 """A regular expression."""
 LARGEST = 2**31 - 1
 """The largest count: more overflows inside libraries."""
+LARGEST_STRENGTH = 1e6
+"""The largest strength that is asked for before there is a vector; those that change answers are mostly below 100."""
+Strength = Annotated[float, Field(ge=-LARGEST_STRENGTH, le=LARGEST_STRENGTH, allow_inf_nan=False)]
+"""How much of a vector is added: 1 as trained, 0 the base model, negative the opposite."""
+
+
+def _each_once(values: list[float]) -> list[float]:
+    if repeated := [value for value in values if values.count(value) > 1]:
+        raise ValueError(f"{repeated[0]:g} stands there twice. Give each once")
+    return values
+
+
+Strengths = Annotated[list[Strength], AfterValidator(_each_once)]
+"""Strengths at which something is measured."""
 
 Part = Literal["prompt", "chosen", "rejected", "completion"]
 Columns = Mapping[Part, str]
@@ -73,8 +87,8 @@ class DataTable(Table):
     columns: dict[Part, str] = {}
     """Column of each part: prompt, chosen, rejected, completion; or a text with `{column}`. Left out: recognised."""
     format: Literal["auto", "conversation", "text"] = "auto"
-    """What texts become: messages, or plain text. `auto`: texts of named or recognised columns become messages where
-    the model has a chat template, and others stay what they are."""
+    """What texts become: messages, or plain text. `auto`: messages where the model has a chat template; texts of the
+    columns prompt, chosen, rejected and completion stay text where white space stands between prompt and answer."""
     train: int = Field(default=32, ge=1, le=LARGEST)
     """Number of training examples; of one file at most as many as there are."""
     test: int = Field(default=40, ge=1, le=LARGEST)
@@ -98,7 +112,7 @@ class DataTable(Table):
 class EvaluationTable(Table):
     """`[evaluation]`: what the page at the end shows."""
 
-    strengths: list[Annotated[float, Field(allow_inf_nan=False)]] = [-1.0, 0.0, 0.5, 1.0, 2.0]
+    strengths: Strengths = [-1.0, 0.0, 0.5, 1.0, 2.0]
     """Strengths at which test pairs are evaluated."""
     generations: int = Field(default=3, ge=0, le=LARGEST)
     """Number of test prompts that are answered."""

@@ -24,8 +24,8 @@ from transformers import PrinterCallback, ProgressCallback, TrainerCallback, set
 from steertune.recipes.lab import trained_on
 from steertune.recipes.lab.arm import Arm
 from steertune.recipes.lab.data import Data
-from steertune.recipes.lab.files import ArmError, read_text, write_whole
-from steertune.recipes.lab.generation import plain
+from steertune.recipes.lab.files import ArmError, check_place, read_text, write_whole
+from steertune.recipes.lab.generation import LONGEST, longest_vector, plain
 from steertune.recipes.lab.ingredients import Training
 from steertune.recipes.lab.observe import FEW_NEUTRAL, HeldOut, neutral_rows, prompts_in
 from steertune.recipes.lab.processes import begin
@@ -50,7 +50,7 @@ def check_unfinished(folder: Path) -> None:
     """Refuse a folder that holds a finished run.
 
     Raises:
-        ArmError: it does, or it is a file.
+        ArmError: it does, it is a file, or it cannot be made.
     """
     if folder.exists() and not folder.is_dir():
         raise ArmError(f"{folder} is a file. Choose another output folder.")
@@ -58,6 +58,7 @@ def check_unfinished(folder: Path) -> None:
         raise ArmError(
             f"{folder} holds a finished run ({folder / 'page.md'}). Choose another output folder, or delete it."
         )
+    check_place(folder)
 
 
 def check_folder(folder: Path, tables: BaseModel) -> None:
@@ -256,10 +257,27 @@ def train_and_save(training: Training, data: Data) -> tuple[Any, Any, float]:
     if training.notes and is_first:
         print("\n".join(training.notes.values()))
     seconds = fit(trainer, training.folder)
+    if not (trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled):  # which hold parts of a vector
+        _check_length(trainer.model, training.folder)
     trainer.save_model(str(home))  # every process: sharded weights are gathered, the first one writes
     if is_first:
         trained_on.write(home, trained_on.sets_of(data.train, data.by, training.rows))
     return trainer, trainer.accelerator.unwrap_model(trainer.model).eval(), seconds
+
+
+def _check_length(model: Any, folder: Path) -> None:
+    """Refuse a trained vector that is longer than the model's numbers can hold: it is no result, and not saved.
+
+    Raises:
+        ArmError: names its length.
+    """
+    length = longest_vector(model)
+    if not length <= LONGEST:
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # nothing to go on from
+        raise ArmError(
+            f"The trained vector has a length of {length:.2g}, which is more than the model can add: the training has "
+            "diverged. Lower trainer.learning_rate."
+        )
 
 
 def steps_of(arm: Arm) -> int:

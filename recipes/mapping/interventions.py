@@ -4,6 +4,7 @@ them."""
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -94,15 +95,13 @@ def random_sets(layers: Sequence[int], count: int, seed: int) -> list[Set]:
         ArmError: there are not that many.
     """
     sizes = [size for size in (3, 4, 5) if size <= len(layers)]
-    generator, sets = np.random.default_rng(seed), dict[Set, None]()
-    for _ in range(100 * count):
-        if len(sets) == count or not sizes:
-            break
-        chosen = generator.choice(layers, size=generator.choice(sizes), replace=False)
-        sets[frozenset((int(layer), int(generator.choice([1, -1]))) for layer in chosen)] = None
-    if len(sets) < count:
+    if count > sum(math.comb(len(layers), size) * 2**size for size in sizes):
         raise ArmError(
             f"--layers: {len(layers)} layers have no {count} different sets of 3 to 5. Give more layers, or fewer "
             "--combinations."
         )
+    generator, sets = np.random.default_rng(seed), dict[Set, None]()
+    while len(sets) < count:
+        chosen = generator.choice(layers, size=generator.choice(sizes), replace=False)
+        sets[frozenset((int(layer), int(generator.choice([1, -1]))) for layer in chosen)] = None
     return list(sets)

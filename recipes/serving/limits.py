@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from steertune.recipes.lab.files import ArmError, shown
-from steertune.recipes.lab.forms import has_template
+from steertune.recipes.lab.forms import ROLES, has_template
 from steertune.recipes.lab.generation import prompt_ids
 from steertune.recipes.serving.defaults import LONGEST
 from steertune.trainers import context_length
@@ -72,6 +72,8 @@ def read_prompt(tokenizer: Any, prompt: Any) -> list[int]:
             raise ArmError("prompt is a list of messages, and the tokenizer has no chat template: give text.")
         if not all({"role", "content"} <= {*part} for part in prompt):
             raise ArmError("prompt: every message needs a role and content.")
+        if unknown := [part["role"] for part in prompt if part["role"] not in ROLES]:
+            raise ArmError(f"prompt: the role {shown(unknown[0])} must be one of {', '.join(ROLES)}.")
     try:
         return prompt_ids(tokenizer, [prompt])[0]
     except Exception as error:  # a chat template is a program, and may refuse a conversation with any error

@@ -57,7 +57,7 @@ def request(options: SimpleNamespace, overrides: list[str]) -> SweepTable:
             layers=layers,
             sites=list(dict.fromkeys(options.sites)),
             strengths=options.strengths,
-            train=options.train or (32 if arm is None else arm.data.train),
+            train=options.train if options.train is not None else 32 if arm is None else arm.data.train,
             splits=SplitTable(
                 validation=options.validation, test=options.test, scorer=options.scorer_rows if scorer else 0
             ),

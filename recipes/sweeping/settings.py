@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,7 +13,7 @@ from steertune.recipes.lab.files import ArmError, read_result
 from steertune.recipes.lab.ingredients import check_recipe
 from steertune.recipes.lab.limits import Limits
 from steertune.recipes.lab.splits import SplitTable
-from steertune.recipes.lab.tables import ModelTable, Part
+from steertune.recipes.lab.tables import ModelTable, Part, Strength
 
 SCALABLE = ("steering_vector", "lora")
 
@@ -32,7 +31,7 @@ class SweepTable(BaseModel, extra="forbid", strict=True):
     """the arm that is trained at every layer."""
     layers: list[int] = Field(min_length=1)
     sites: list[Site] = Field(min_length=1)
-    strengths: list[float] = Field(min_length=1)
+    strengths: list[Strength] = Field(min_length=1)
     train: int = Field(ge=1)
     splits: SplitTable
     seed: int = Field(default=0, ge=0, lt=2**32)
@@ -46,9 +45,8 @@ class SweepTable(BaseModel, extra="forbid", strict=True):
     @field_validator("strengths")
     @classmethod
     def _strengths(cls, values: list[float]) -> list[float]:
-        bad = [value for value in values if not math.isfinite(value) or value == 0]
-        if bad:
-            raise ValueError(f"{bad}: finite numbers other than 0, which is the base model and always measured")
+        if 0 in values:
+            raise ValueError(f"{values}: 0 is the base model, which is always measured. Leave it out")
         return sorted(set(values))
 
     @property

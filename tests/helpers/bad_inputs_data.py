@@ -141,7 +141,7 @@ ROWS: dict[str, Row] = {
     "json of a number": file(UTF8, "x.json", b"5"),
     "json that is TOML": file(UTF8, "x.json", b"[data]\nname = 5\n"),
     "csv of nothing": file("is empty", "x.csv", b""),
-    "csv of a header": file(UTF8, "x.csv", HEAD),
+    "csv of a header": file("names columns, and no rows", "x.csv", HEAD),
     "csv with an open quotation": file(UTF8, "x.csv", HEAD + b'"the,cat,dog\n'),
     "csv in Latin-1": file(UTF8, "x.csv", HEAD + b"caf\xe9,cat,dog\n"),
     "csv with longer rows": file("rows have 2 fields more than its first line", "x.csv", HEAD + b"a,b,c,d,e\n"),

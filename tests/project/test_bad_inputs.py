@@ -17,6 +17,7 @@ sys.path.append(str(Path(__file__).parents[1] / "helpers"))  # when it runs as a
 
 import bad_inputs_adapters
 import bad_inputs_arguments
+import bad_inputs_careless
 import bad_inputs_commands
 import bad_inputs_data
 import bad_inputs_first_contact
@@ -29,6 +30,7 @@ from steertune.trainers import NonFiniteError
 TABLES = {
     "adapters": bad_inputs_adapters.ROWS,
     "arguments": bad_inputs_arguments.ROWS,
+    "careless": bad_inputs_careless.ROWS,
     "commands": bad_inputs_commands.ROWS,
     "data": bad_inputs_data.ROWS,
     "first contact": bad_inputs_first_contact.ROWS,

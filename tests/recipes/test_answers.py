@@ -86,9 +86,8 @@ def test_tables_that_mean_nothing_are_refused(answers, message):
 
 
 def test_missing_instructions_and_columns_are_named(tmp_path):
-    asked = training(pairs(2), tmp_path, chosen="instructed")
     with pytest.raises(ArmError, match=r"'nowhere' has no instructions.*Set answers\.positive"):
-        asked.arm.get(Answers).apply(asked)
+        training(pairs(2), tmp_path, chosen="instructed")
     bare = training(pairs(2).remove_columns("prompt"), tmp_path, rejected="sample")
     with pytest.raises(ArmError, match=r"needs the columns \['prompt'\]"):
         bare.arm.get(Answers).apply(bare)

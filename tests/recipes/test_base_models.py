@@ -83,7 +83,7 @@ def repeng(row: dict[str, str]) -> dict[str, str]:
     return {"positive": row["prompt"] + row["chosen"], "negative": row["prompt"] + row["rejected"]}
 
 
-def write(file: Path, rows: list[dict[str, str]]) -> None:
+def write(file: Path, rows: list[dict[str, Any]]) -> None:
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
@@ -108,6 +108,21 @@ def test_train_measures_neutral_text_and_answers_as_plain_text(home: Path) -> No
     assert record.value("kl", 1) > 0 and len(record.observations["1"]["neutral_kl"]) == 16
     assert len(record.observations["1"]["answer"]) == 3
     assert (home / "run" / "adapter" / "adapter_model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("arm", ["vector_dpo", "vector_ce"])
+def test_train_reads_conversations_as_plain_text(home: Path, tmp_path: Path, arm: str) -> None:
+    """Pairs of messages, and rows of whole conversations."""
+    pairs = [{part: message(part, text) for part, text in row.items()} for row in DRAWN]
+    whole = [{"messages": [*row["prompt"], *row["chosen"]]} for row in pairs]
+    write(tmp_path / "rows.jsonl", pairs if arm == "vector_dpo" else whole)
+    options = ["--data.name", str(tmp_path / "rows.jsonl"), "--output.folder", str(tmp_path / "run")]
+    assert train.main([arm, *arm_words(home, "unused"), *options, "--evaluation.generations", "0"]) == 0
+    assert Record.read(tmp_path / "run" / "result.json").facts["held_out"] == 8
+
+
+def message(part: str, text: str) -> list[dict[str, str]]:
+    return [{"role": "user" if part == "prompt" else "assistant", "content": text.strip()}]
 
 
 def test_the_page_and_the_card_say_how_the_file_was_divided(home: Path) -> None:

@@ -134,6 +134,19 @@ def test_columns_that_are_nearly_right_are_refused_with_the_options_that_name_th
     assert load(tmp_path / "x.csv", rows, columns=columns)
 
 
+@pytest.mark.parametrize("part", ["prompt", "chosen", "rejected"])
+def test_texts_with_nothing_between_them_are_turns_of_a_conversation(part, tmp_path):
+    """A model would read "Why?So." as one text."""
+    row = {"prompt": "Why?", "chosen": "So.", "rejected": "No."}
+    turns = {name: message("user" if name == "prompt" else "assistant", text) for name, text in row.items()}
+    assert load(tmp_path / "x.jsonl", [row, row]) == [turns, turns]
+    text = {**row, "chosen": " So.", "rejected": " No."}
+    assert load(tmp_path / "x.jsonl", [row], chat=lambda: False) == [text]
+    # one row with white space between them shows that they are texts
+    spaced = {**row, part: f"{row[part]} " if part == "prompt" else f" {row[part]}"}
+    assert load(tmp_path / "x.jsonl", [row, spaced]) == [row, spaced]
+
+
 def test_columns_on_the_command_line():
     assert columns_of(["prompt=a", "chosen={b} = c"]) == {"prompt": "a", "chosen": "{b} = c"}
     assert columns_of(None) == {}
@@ -168,7 +181,7 @@ def test_a_line_of_a_csv_file_is_counted_with_its_line_breaks(tmp_path):
 
 
 def test_fields_of_a_csv_file_stay_text(tmp_path):
-    rows = load(tmp_path / "x.csv", "prompt,chosen,rejected\n007,NA,null\n1.50,None,nan\n")
+    rows = load(tmp_path / "x.csv", "prompt,chosen,rejected\n007,NA,null\n1.50,None,nan\n", form="text")
     assert [[*row.values()] for row in rows] == [["007", "NA", "null"], ["1.50", "None", "nan"]]
 
 

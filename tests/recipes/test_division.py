@@ -12,7 +12,7 @@ from unlike_pairs import NOUNS, pair, unlike, write
 from steertune.recipes.lab.data import load_data
 from steertune.recipes.lab.division import Division, divide
 from steertune.recipes.lab.files import ArmError
-from steertune.recipes.lab.similarity import Frame, shingles, told_apart_by, words
+from steertune.recipes.lab.similarity import Frame, shingles, text_of, told_apart_by, words
 from steertune.recipes.lab.splits import SplitTable, load_splits
 from steertune.recipes.lab.tables import DataTable
 
@@ -115,10 +115,12 @@ def test_every_recipe_has_the_same_test_rows(tmp_path):
     trained = [load_data(DataTable(name=name, seed=seed)) for seed in (0, 1)]
     splits = load_splits(name, SplitTable(), 8)
     assert trained[0].test.to_list() == trained[1].test.to_list() == splits.test.to_list()
-    prompts = {part: set(getattr(splits, part)["prompt"]) for part in ("pool", "validation", "scorer", "test")}
+    prompts = {
+        part: set(map(text_of, getattr(splits, part)["prompt"])) for part in ("pool", "validation", "scorer", "test")
+    }
     assert sum(map(len, prompts.values())) == len(set().union(*prompts.values())) == 60
     assert len(prompts["validation"]) >= 8 <= len(prompts["scorer"])
-    assert not set(trained[0].train["prompt"]) & prompts["test"]
+    assert not set(map(text_of, trained[0].train["prompt"])) & prompts["test"]
     assert "60 rows, divided by a hash of the prompt" in splits.note
 
 

@@ -44,10 +44,17 @@ def test_the_skeleton_takes_every_shipped_adapter(name, words, tmp_path):
 
 
 def test_training_that_moves_nothing_is_an_error_and_leaves_no_folder(words, tmp_path):
-    with pytest.raises(ArmError, match="2 steps changed no trained parameter.*learning_rate=0"):
-        recipe.run(load_arm("vector_dpo", [*words, "--trainer.learning_rate=0"]))
+    with pytest.raises(ArmError, match="2 steps changed no trained parameter.*learning_rate=1e-60"):
+        recipe.run(load_arm("vector_dpo", [*words, "--trainer.learning_rate=1e-60"]))
     assert not (tmp_path / "run").exists()
     recipe.run(load_arm("vector_dpo", words))  # the corrected command has its folder
+
+
+def test_a_diverged_vector_is_an_error_and_leaves_no_folder(words, tmp_path):
+    """Its states are zeros behind the next norm: answers of nothing at a small KL, which no page could tell."""
+    with pytest.raises(ArmError, match="length of .*e.* the training has diverged. Lower trainer.learning_rate"):
+        recipe.run(load_arm("vector_dpo", [*words, "--trainer.learning_rate=1e30"]))
+    assert not (tmp_path / "run").exists()
 
 
 def test_no_weights_are_read_for_an_arm_that_does_not_fit(words, tmp_path, monkeypatch):
@@ -56,6 +63,7 @@ def test_no_weights_are_read_for_an_arm_that_does_not_fit(words, tmp_path, monke
         "--adapter.layers=99": "layer 99 does not exist",
         "--trainer.optim=adamx": "adamx is not a valid",
         "--trainer.max_steps=0": "trains nothing",
+        "--trainer.learning_rate=0": "learning_rate=0 trains nothing",
     }.items():
         with pytest.raises(ArmError, match=says):
             recipe.run(load_arm("vector_dpo", [*words, wrong]))

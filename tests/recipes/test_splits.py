@@ -29,7 +29,7 @@ LONG = " ".join(f"word{i}" for i in range(60))
 
 def row(name: str, prompt: str = "") -> Row:
     """A pair that shares no word with another name's, but for what `prompt` adds."""
-    return {"prompt": f"{name} {prompt}".strip(), "chosen": f"good-{name}", "rejected": f"bad-{name}"}
+    return {"prompt": f"{name} {prompt}".strip(), "chosen": f" good-{name}", "rejected": f"bad-{name}"}
 
 
 def rows(name: str, count: int) -> list[Row]:
@@ -163,7 +163,7 @@ def doubled(folder: Path, first: str, second: str, near: bool) -> str:
     files = {"train": rows("a", 12), "validation": rows("v", 3), "test": rows("t", 3)}
     for name, start in ((first, "FIRST" if near else "BOTH"), (second, "SECOND" if near else "BOTH")):
         file, place = PLACES[name]
-        files[file][place] = {"prompt": f"{start} {LONG}", "chosen": "yes", "rejected": f"no, says {name}"}
+        files[file][place] = {"prompt": f"{start} {LONG}", "chosen": " yes", "rejected": f"no, says {name}"}
     return task(folder, **files)
 
 

@@ -64,6 +64,16 @@ def test_what_was_not_trained_is_changed_by_its_strength() -> None:
     assert "Use a larger strength" in verdict(silent) and "Use a smaller one" in verdict(loud)
 
 
+def test_one_answer_for_every_prompt_is_too_much_unless_it_was_learned() -> None:
+    """Fluent, short, at a low KL, and the same whatever is asked."""
+    steered = record(s0=BASE, s0_5=(HALF, 0.1, CALM), s1=(FULL, 0.4, "Hope this helps!"))
+    steered.observations["0"]["answer"] = steered.observations["0.5"]["answer"] = [f"{CALM} {i}" for i in range(4)]
+    line = "**Strength 1 is too much: share of answers that are given to several prompts is 1.00 (limit 0.30)"
+    assert verdict(steered).startswith(line)
+    steered.facts["chosen_alike"] = 1.0  # such as a refusal in the same words
+    assert verdict(steered).startswith("**The answers changed**: 4 of 4")
+
+
 def test_circles_in_neutral_answers_are_too_much_where_held_out_answers_are_fluent() -> None:
     steered = record(s0=BASE, s0_5=(HALF, 0.2, CALM), s1=(FULL, 0.4, CALM))
     for at, answer in {"0": CALM, "0.5": CALM, "1": MANIC}.items():

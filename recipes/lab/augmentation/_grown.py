@@ -12,12 +12,11 @@ from datasets import Dataset
 
 from steertune.recipes.lab.generation import plain
 from steertune.recipes.lab.progress import Bar
-from steertune.recipes.lab.similarity import answered_texts, near_duplicates
+from steertune.recipes.lab.similarity import NEAR, answered_texts, near_duplicates
 
 from ._base import AugmentationError, Augmenter, Row, get_augmenter
 
 _TURNS = 8  # attempts for each version that is needed
-_NEAR = 0.9
 
 
 @dataclass(frozen=True)
@@ -62,7 +61,7 @@ def grown(
     model: Any = None,
     tokenizer: Any = None,
     apart: Sequence[Dataset] = (),
-    near: float = _NEAR,
+    near: float = NEAR,
 ) -> Grown:
     """A training set `times` as large.
 

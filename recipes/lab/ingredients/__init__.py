@@ -33,6 +33,7 @@ class ArmLike(Protocol):
     """The arm of an ingredient."""
 
     name: str
+    data: Any
     adapter: dict[str, Any]
     loss: dict[str, Any]
     trainer: dict[str, Any]

@@ -57,12 +57,14 @@ class Answers(Ingredient):
     """Longest answer, in tokens."""
 
     def check(self, arm: ArmLike) -> None:
-        """Refuse options that would change nothing."""
+        """Refuse options that would change nothing, and instructions that nobody gives."""
         if self and self.chosen == self.rejected == "written":
             raise ArmError(
                 "[answers] with the task's own answers on both sides changes nothing. Set "
                 'answers.rejected = "sample" or "opposed", or answers.chosen = "instructed".'
             )
+        for source in (self.chosen, self.rejected):
+            self._instruction(arm.data.name, source)
 
     def apply(self, training: Training) -> None:
         """Generate the answers; the same ones for every training on the same prompts."""
@@ -105,7 +107,7 @@ class Answers(Ingredient):
 
     def _instruction(self, task: str, source: str) -> str:
         """The text before the prompts while these answers are generated."""
-        if source == "sample":
+        if source in ("written", "sample"):
             return ""
         name = "positive" if source == "instructed" else "negative"
         instruction = getattr(self, name)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import zlib
+from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
 
 from steertune.recipes.lab.rows import BASE, Record
+from steertune.recipes.lab.similarity import words
 
 TRAINED = "1"
 _TRAINING = "`trainer.learning_rate` or `trainer.max_steps`"
@@ -17,6 +19,8 @@ MAX_REPETITION = 0.1
 """Share of repeated word triples above the base's."""
 MAX_CIRCLES = 0.2
 """Share of answers that go in circles above the base's."""
+MAX_ALIKE = 0.3
+"""Share of answers that are given to several prompts, above the base's and that of the chosen answers."""
 VISIBLE = 0.4
 """Share of answers by which a behaviour must rise to be noticed."""
 _RISE = 0.05  # of a score that is a probability, from which an answer counts as more like the chosen ones
@@ -109,9 +113,20 @@ def _excess(record: Record, at: str) -> str:
         values[repetition] = (record.value(measure, at), limit)
         limit = circling(base.get(answers, [])) + MAX_CIRCLES
         values[circles] = (circling(steered.get(answers, [])), limit)
+    usual = max(alike(base.get("answer", [])), record.facts.get("chosen_alike", 0.0))
+    values["share of answers that are given to several prompts"] = (
+        alike(steered.get("answer", [])),
+        usual + MAX_ALIKE,
+    )
     return ", and ".join(
         f"{name} is {value:.2f} (limit {limit:.2f})" for name, (value, limit) in values.items() if value > limit
     )
+
+
+def alike(answers: Sequence[str]) -> float:
+    """Share of the answers that are also given to another prompt, word for word."""
+    counts = Counter(words(answer) for answer in answers)
+    return sum(count for count in counts.values() if count > 1) / len(answers) if answers else 0.0
 
 
 def circling(answers: Sequence[str]) -> float:

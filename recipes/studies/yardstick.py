@@ -29,19 +29,19 @@ from steertune.recipes.lab.pages import Page, Section, Text, table_of, write_pag
 from steertune.recipes.lab.processes import begin
 from steertune.recipes.lab.progress import track
 from steertune.recipes.lab.resumable import Job, records_of
-from steertune.recipes.studies.planting import CONTRASTS as PLANTED
-from steertune.recipes.studies.planting import WORLDS
-from steertune.recipes.studies.planting.contrasts import CONTRASTS, KL, plant
-from steertune.recipes.studies.planting.students import COMPARISONS, TWINS, measured, students, twin
+from steertune.recipes.studies.planting import FACTORS, WORLDS
+from steertune.recipes.studies.planting import PLANTS as NAMES
+from steertune.recipes.studies.planting.plants import KL, PLANTS, plant
+from steertune.recipes.studies.planting.students import measured, names_of, students
 from steertune.recipes.studies.planting.teachers import save_base
 from steertune.recipes.studies.planting.winners import compared, sections
 from steertune.recipes.studies.planting.worlds import Sizes, World, embedded_world, tiny_world
 
 SIZES = {
     "tiny": Sizes(tasks=6, train=160, test=100, fresh=128, new_tokens=12, steps=16),
-    "embedded": Sizes(tasks=3, train=64, test=24, fresh=24, new_tokens=20, steps=16),
+    "embedded": Sizes(tasks=1, train=24, test=12, fresh=12, new_tokens=12, steps=6, rows=4),
 }
-ALL: list[str] = list(PLANTED)
+ALL: list[str] = list(NAMES)
 _NEUTRAL = 32  # rows to match strengths on, and as many others to report on
 
 
@@ -50,17 +50,22 @@ def main(
     problems: Annotated[list[str], Choice(ALL, "what is planted", metavar="NAME ...")] = ALL,
     studies: Annotated[int, Count("of every problem")] = 8,
     world: Annotated[str, Choice(WORLDS, "where it is planted")] = "tiny",
+    factors: Annotated[
+        list[str] | None, Choice(FACTORS, "what is compared (all of a problem)", metavar="NAME ...")
+    ] = None,
     folder: Annotated[Path, Option(help="where the studies are kept")] = Path("runs/yardstick"),
     threads: Annotated[int, Count("CPU threads")] = 1,
 ) -> Result:
     """Run the studies that are missing, and write the table."""
     begin(threads, only_one=True)
+    if factors is not None:
+        problems = [problem for problem in problems if {*factors} & {*PLANTS[problem].factors}]
     # made when a study needs it, and once
     where = cache(world_of)
 
     def job(problem: str, number: int) -> Job:
         key = world, problem, number
-        return Job(f"{problem} {number}", [key], lambda _: [study(where(world), problem, number)])
+        return Job(f"{problem} {number}", [key], lambda _: [study(where(world), problem, number, factors)])
 
     # problem by problem in turn, so that an interrupted run has some of each
     jobs = [job(problem, number) for number in range(studies) for problem in problems]
@@ -78,17 +83,19 @@ def world_of(name: str) -> World:
         return tiny_world(Path(home), SIZES[name])
 
 
-def study(world: World, problem: str, number: int) -> dict[str, Any]:
-    """One study: plant the problem in every task, train the arms, compare them."""
+def study(world: World, problem: str, number: int, factors: Sequence[str] | None = None) -> dict[str, Any]:
+    """One study: plant the problem in every task, train the arms, compare them; only in `factors`, if given."""
     started, results = time.process_time(), []
     neutral = neutral_of(world)
-    # of a coin's labels only the contrast is looked at; the embedded model is too dear for twins
-    names = [*dict.fromkeys(arm for arms in COMPARISONS.values() for arm in arms)]
-    names = [*TWINS] if problem == "coin" else names if world.name == "embedded" else [*names, *map(twin, TWINS)]
+    # the embedded model is too dear for twins, and where nothing is planted every comparison is one of equals
+    plants = PLANTS[problem]
+    compared_in = [factor for factor in plants.factors if factors is None or factor in factors]
+    names = names_of(compared_in, twins=world.name == "tiny" and not plants.nothing)
     for i in track(range(world.sizes.tasks), "task"):
         seed = 1000 * (ALL.index(problem) + 1) + world.sizes.tasks * number + i
-        task = plant(CONTRASTS[problem], world, seed, neutral)
-        results.append(measured(world, task, students(world, task, seed, names), neutral))
+        task = plant(plants, world, seed, neutral)
+        arms = students(world, task, seed, names)
+        results.append(measured(world, task, arms, neutral, pairs_alone=plants.nothing))
     seconds = round(time.process_time() - started, 1)
     keys = {"world": world.name, "problem": problem, "number": number, "seconds": seconds}
     rounded = {
@@ -101,7 +108,7 @@ def study(world: World, problem: str, number: int) -> dict[str, Any]:
 def neutral_of(world: World) -> HeldOut:
     """Neutral text: of the tiny model, what it says itself."""
     if world.name == "embedded":
-        parts = [neutral_rows(world.tokenizer, part, count=16) for part in ("match", "report")]
+        parts = [neutral_rows(world.tokenizer, part, count=8) for part in ("match", "report")]
     else:
         prompts = world.prompts(2 * _NEUTRAL, seed=0)
         rows = world.rows(prompts, completion=world.answers(world.model, prompts, 0))
@@ -113,7 +120,7 @@ def neutral_of(world: World) -> HeldOut:
 
 def page_of(studies: Sequence[dict[str, Any]]) -> Page:
     """The tables of every world that has studies."""
-    problems = [[name, problem.about] for name, problem in CONTRASTS.items()]
+    problems = [[name, problem.about] for name, problem in PLANTS.items()]
     parts = [
         Section("", [Text(_WHAT), table_of(["problem", "what is planted"], problems)]),
     ]

@@ -159,10 +159,7 @@ def _prepare(arm: Arm) -> _Ready:
     notes = [*notes_on_form(data.train, tokenizer), *rehearse_training(arm, model, tokenizer, train)]
     if held_out.scorer is not None and held_out.generations:
         finding = too_short(train, held_out.scorer, tokenizer, held_out.new_tokens, "evaluation.new_tokens")
-        if finding is not None:
-            notes.append(finding.text)
-            if PartialState().is_main_process:
-                warn([finding], arm.data.name)
+        notes += [finding.text] if finding is not None else []
     return _Ready(data, train, held_out, asked, notes)
 
 

@@ -1,7 +1,7 @@
 """Which measure names the arm that is nearest to a known teacher? It decides which measures are trusted.
 
     steertune yardstick --folder docs/results/planted
-    steertune yardstick --world embedded --studies 2 --folder runs/yardstick
+    steertune yardstick --world embedded --problems both --factors layer --studies 2 --folder docs/results/planted
 
 The teacher is the base model plus one known change. Arms learn from answers that are sampled so that the pair carries
 what the chosen answer alone lacks, or the other way round; the truth is the KL from the teacher to an arm on fresh
@@ -15,6 +15,7 @@ from __future__ import annotations
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
 from functools import cache
@@ -127,8 +128,11 @@ def page_of(studies: Sequence[dict[str, Any]]) -> Page:
     for name in SIZES:
         of_world = [one for one in studies if one["world"] == name]
         if of_world:
-            parts += [Section(f"The {name} model", [Text(_size(of_world))]), *sections(of_world)]
-    made = f"Made by `steertune yardstick --folder docs/results/planted` with {versions()}."
+            parts += [Section(f"The {name} model", [Text(_size(of_world))]), *sections(of_world, name == "tiny")]
+    made = (
+        "Made by `steertune yardstick --folder docs/results/planted`, with `--world`, `--problems`, `--factors` and "
+        f"`--studies` as the counts above say, and {versions()}."
+    )
     return Page("Which measures tell the truth", [*parts, Section("How it was made", [Text(made)])])
 
 
@@ -143,8 +147,11 @@ _WHAT = (
 def _size(studies: Sequence[dict[str, Any]]) -> str:
     sizes = Sizes(**studies[0]["sizes"])
     minutes = sum(one["seconds"] for one in studies) / 60
+    counts = Counter(one["problem"] for one in studies)
+    listed = ", ".join(f"{name} {counts[name]}" for name in PLANTS if name in counts)
+    tasks = "one task" if sizes.tasks == 1 else f"{sizes.tasks} tasks"
     return (
-        f"{len(studies)} studies, each of {sizes.tasks} tasks with a teacher of its own, {sizes.train} training "
+        f"{len(studies)} studies ({listed}), each of {tasks} with a teacher of its own, {sizes.train} training "
         f"prompts, {sizes.test} test prompts and {sizes.fresh} fresh ones; {minutes:.0f} CPU minutes in all."
     )
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import pytest
 import tiny_data
+import tiny_grids
 import torch
 from datasets import Dataset
 from made_cells import Made, texts
 from tiny_models import tiny
 
+from steertune.recipes import ablate, sweep, train
 from steertune.recipes.ablation.sections.limits import limits
 from steertune.recipes.lab import embedded, scorers
 from steertune.recipes.lab.behaviours import read_behaviour
@@ -131,3 +133,55 @@ def test_a_report_says_that_answers_were_cut():
 
 def test_a_report_of_older_cells_says_that_it_does_not_know():
     assert "these cells do not say how many reached that" in limits_page([])
+
+
+# -- what the commands say --------------------------------------------------------------------------------------------
+
+SAYS = (
+    "=3 cuts off 100% of the chosen answers. Cut so, chosen answers score 0.00 more than rejected ones, and 1.00 more"
+)
+"""Chosen answers of `cats_and_dogs` are three words and `cat`."""
+
+
+def test_a_dry_run_of_a_grid_says_so(tmp_path, capsys):
+    tables = tiny_grids.make_tables(tmp_path)
+    tiny_data.save_task(tmp_path / "task", **tiny_data.cats_and_dogs())
+    tables |= {
+        "new_tokens": 3,
+        "tasks": [{"name": str(tmp_path / "task"), "scorer": {"kind": "rule", "pattern": "cat"}}],
+    }
+    (tmp_path / "grid.toml").write_text(tiny_grids.toml(tables))
+    assert ablate.main([str(tmp_path / "grid.toml"), "--dry-run", "--threads", "1"]) == 0
+    out = capsys.readouterr().out
+    assert f"task: new_tokens{SAYS}" in out and "Set new_tokens = 4" in out
+
+
+@pytest.mark.slow
+def test_a_training_and_a_sweep_say_so_on_their_pages(tmp_path):
+    task = tiny_data.save_task(tmp_path / "task", **tiny_data.cats_and_dogs())
+    (tmp_path / "task" / "behaviour.toml").write_text('[scorer]\nkind = "rule"\npattern = "cat"\n')
+    tiny_data.save_model(tmp_path / "model", max_position_embeddings=512)
+    common = {
+        "model.name": tmp_path / "model",
+        "data.name": task,
+        "trainer.max_steps": 1,
+        "data.train": 8,
+        "data.test": 8,
+    }
+    options = common | {"evaluation.new_tokens": 3, "output.folder": tmp_path / "run"}
+    assert train.main(["vector_dpo", *(f"--{key}={value}" for key, value in options.items())]) == 0
+    assert f"evaluation.new_tokens{SAYS}" in (tmp_path / "run" / "page.md").read_text().replace("\\", "")
+    sizes = ["--train", "8", "--validation", "4", "--test", "8", "--new-tokens", "3", "--threads", "1"]
+    places = [
+        "--model",
+        str(tmp_path / "model"),
+        "--layers",
+        "2",
+        "--strengths",
+        "1",
+        "--folder",
+        str(tmp_path / "sweep"),
+    ]
+    scorer = ["--scorer", '{kind = "rule", pattern = "cat"}', "--scorer-rows", "4"]
+    assert sweep.main([str(task), *sizes, *places, *scorer]) == 0
+    assert f"--new-tokens{SAYS}" in (tmp_path / "sweep" / "page.md").read_text().replace("\\", "")

@@ -19,6 +19,7 @@ from steertune.recipes.studies.planting.plants import KL, PLANTS
 from steertune.recipes.studies.planting.students import COMPARISONS, TRUTH, TWINS, twin
 
 ALPHA = 0.05
+_NOT_LEARNED = ("judgements_failed", "repetition")  # they are about the judge, and about damage
 NULL = "twins"
 Results = Mapping[str, Mapping[str, Array]]
 """Arm -> measure -> its values on one task."""
@@ -137,8 +138,8 @@ def trust_order(studies: Sequence[Mapping[str, Any]]) -> list[str]:
     decided: dict[str, list[Look]] = {}
     for look in looks(studies):
         if look.right is not None and not look.null and look.measure != TRUTH:
-            if "neutral" in measures.get(look.measure).needs:
-                continue  # what an arm costs, not what it learned
+            if "neutral" in measures.get(look.measure).needs or look.measure in _NOT_LEARNED:
+                continue
             decided.setdefault(look.measure, []).append(look)
 
     def key(name: str) -> tuple[float, float, float, str]:
@@ -151,22 +152,23 @@ def trust_order(studies: Sequence[Mapping[str, Any]]) -> list[str]:
     return sorted(trusted, key=key)
 
 
-def sections(studies: Sequence[Mapping[str, Any]]) -> list[Section]:
-    """The tables of a page."""
+def sections(studies: Sequence[Mapping[str, Any]], ordered: bool = True) -> list[Section]:
+    """The tables of a page; `ordered`: with the order that they give measures."""
     everything = looks(studies)
     names = [name for name in (*measures.ranked(), TRUTH) if any(look.measure == name for look in everything)]
     return [
         Section("What the truth says", [Text(_TRUTH), _truths(studies)]),
         Section("Which measure names the truth's winner", [Text(_WINNERS), _winners(everything, names)]),
         Section("False claims", [Text(_FALSE), _claims(everything, names)]),
-        Section("The order", [Text(f"{_ORDER} {', '.join(trust_order(studies)) or 'None'}.")]),
+        *([Section("The order", [Text(f"{_ORDER} {', '.join(trust_order(studies)) or 'None'}.")])] if ordered else []),
     ]
 
 
 _TRUTH = (
     "By how much the first arm is nearer to the teacher than the second, in KL from the teacher (nats per token): the "
-    "mean of all studies, with p of Student's t over them, and in how many of them it is nearer. Below, the truth is "
-    "called clear where p < 0.05."
+    "mean of all studies, with p of Student's t over their teachers, and in how many studies it is nearer. Below, the "
+    "truth is called clear where p < 0.05; where a study has one teacher, by that teacher's fresh prompts. Where it "
+    "is not clear, the plant does not tell these two arms apart, and tests no measure."
 )
 _WINNERS = (
     "In how many studies the arm that a measure prefers is the truth's winner, where the truth is clear; *all* has "
@@ -175,9 +177,10 @@ _WINNERS = (
 )
 _FALSE = (
     "*Claims of nothing*: how often a measure claims a difference (p < 0.05, tasks as a sample) between an arm and "
-    "the same arm trained on a second draw of the data, or, for measures of pairs, between two arms where a coin "
-    "chose the better answer. The nominal rate is 5 %. *Claims the loser*: of comparisons whose truth is clear, how "
-    "often a measure claims the arm that is further from the teacher. Intervals are those of Clopper and Pearson."
+    "the same arm trained on a second draw of the data, or, for measures of pairs, between any two arms where a coin "
+    "chose the better answer (`coin`, `nothing`). The nominal rate is 5 %. *Claims the loser*: of comparisons whose "
+    "truth is clear, how often a measure claims the arm that is further from the teacher. Intervals are those of "
+    "Clopper and Pearson."
 )
 
 

@@ -7,7 +7,7 @@ The teacher is the base model plus one known change. Arms learn from answers tha
 what the chosen answer alone lacks, or the other way round; the truth is the KL from the teacher to an arm on fresh
 prompts, at the same KL to the base. It uses none of the measures. A study has several tasks, each with a teacher of
 its own, and takes them as a sample, as reports do. Studies that `studies.json` holds are not run again. A study of the
-tiny model takes half a minute, one of the embedded model about half an hour on a core.
+tiny model takes half a minute of CPU time, one of the embedded model (one small task, two arms) about four.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from typing import Annotated, Any
 
 from steertune.adapters.card import versions
 from steertune.recipes.lab.command_line import Result, command
+from steertune.recipes.lab.files import ArmError
 from steertune.recipes.lab.observe import HeldOut, neutral_rows
 from steertune.recipes.lab.options import Choice, Count, Option
 from steertune.recipes.lab.pages import Page, Section, Text, table_of, write_page
@@ -60,7 +61,12 @@ def main(
     """Run the studies that are missing, and write the table."""
     begin(threads, only_one=True)
     if factors is not None:
-        problems = [problem for problem in problems if {*factors} & {*PLANTS[problem].factors}]
+        asked, problems = problems, [name for name in problems if {*factors} & {*PLANTS[name].factors}]
+        if not problems:
+            has = sorted({factor for name in asked for factor in PLANTS[name].factors})
+            raise ArmError(
+                f"--factors {' '.join(factors)}: {asked} compare {has}. Choose of these, or other --problems."
+            )
     # made when a study needs it, and once
     where = cache(world_of)
 

@@ -228,6 +228,13 @@ def test_the_suite_runs_and_goes_on(tmp_path, monkeypatch):
     assert "claims the loser" in (tmp_path / "table.md").read_text()
 
 
+def test_a_factor_that_no_problem_has_is_refused(tmp_path, capsys):
+    words = ["--problems", "coin", "--factors", "layer", "--folder", str(tmp_path / "run")]
+    assert yardstick.main(words) == 2
+    assert "['coin'] compare ['contrast']. Choose of these, or other --problems." in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
 def test_the_names_that_help_shows_are_those_of_the_problems():
     assert list(planting.PLANTS) == list(PLANTS) and list(planting.WORLDS) == list(yardstick.SIZES)
     assert list(planting.FACTORS) == list(COMPARISONS)

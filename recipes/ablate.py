@@ -40,6 +40,7 @@ from steertune.recipes.ablation.workers import engine_of, run_workers
 from steertune.recipes.lab import scorers
 from steertune.recipes.lab.checks import check_adapters, check_training
 from steertune.recipes.lab.command_line import Result, command
+from steertune.recipes.lab.cut_answers import too_short
 from steertune.recipes.lab.files import ArmError, write_result
 from steertune.recipes.lab.options import Argument, Choice, Count, Option, Threads, grid_names
 from steertune.recipes.lab.pair_lint import warn_of
@@ -80,6 +81,7 @@ def main(
     fixed(loaded, folder)  # refuses a card that differs from that of the cells
     _check(loaded, context, show=rank == 0)
     if not dry_run:
+        write_grid(folder, loaded, words)  # before any cell is here: it fixes the card
         reusable.take(cells, folder)
     elif reuse and rank == 0:
         print(f"{len(reusable.of(cells))} cells can be reused; they count as left below.")
@@ -90,7 +92,6 @@ def main(
         print(plan(loaded, cells, context, folder, max(processes, workers), every_cell=dry_run))
     failed = []
     if not dry_run:
-        write_grid(folder, loaded, words)
         if workers == 1:
             failed = run(cells, context, folder, show=rank == 0)
         else:
@@ -117,7 +118,10 @@ def _check(grid: Grid, context: Context, show: bool) -> None:
         check_training(arm.arm, DPOConfig)
     check_adapters([arm.arm for arm in grid.arms])
     for task in grid.tasks if grid.tables.generations else ():
-        context.scorer(task)
+        scorer = context.scorer(task)
+        finding = too_short(context.splits(task).test, scorer, context.tokenizer, grid.tables.new_tokens)
+        if finding is not None:
+            grid.notes.append(f"{task.label}: {finding.text}")
 
 
 def worker_command(words: Sequence[str], folder: Path, threads: int) -> list[str]:

@@ -32,6 +32,7 @@ from steertune.recipes.lab.behaviours import read_behaviour
 from steertune.recipes.lab.cards import of_training
 from steertune.recipes.lab.checks import check_start
 from steertune.recipes.lab.command_line import Result, command
+from steertune.recipes.lab.cut_answers import too_short
 from steertune.recipes.lab.data import Data, load_data, load_model, model_has_template
 from steertune.recipes.lab.descriptions import data_of, strength_of
 from steertune.recipes.lab.evaluate import evaluate, evaluate_base
@@ -159,6 +160,9 @@ def _prepare(arm: Arm) -> _Ready:
     asked, held_out.asked = prompts_to_answer(train, test, held_out.neutral)
     rehearse(held_out)
     notes = [*notes_on_form(data.train, tokenizer), *rehearse_training(arm, model, tokenizer, train)]
+    if held_out.scorer is not None and held_out.generations:
+        finding = too_short(train, held_out.scorer, tokenizer, held_out.new_tokens, "evaluation.new_tokens")
+        notes += [finding.text] if finding is not None else []
     return _Ready(data, train, held_out, asked, notes)
 
 

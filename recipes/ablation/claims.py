@@ -10,7 +10,7 @@ from steertune.recipes.ablation.analysis import Attribution, Efficiency, gap, me
 from steertune.recipes.ablation.statistics import Frame
 from steertune.recipes.ablation.statistics.paired import Difference, difference, least_p, smallest_p, together
 from steertune.recipes.ablation.statistics.rows import with_base
-from steertune.recipes.ablation.strengths import short, unfit
+from steertune.recipes.ablation.strengths import IS_EXTRAPOLATED, extrapolated, short, unfit
 from steertune.recipes.ablation.tables import Claim
 
 _LEFT_OUT = 0.1  # share of the pairs
@@ -62,8 +62,17 @@ def verdict(
         f"p = {over.p:.3g}{f' that it is not {claim.margin:g}' if claim.margin else ''})"
     )
     ahead_arm, behind_arm = (claim.better, claim.than)[:: 1 if over.estimate > 0 else -1]
-    if short(cells[cells["arm"] == behind_arm], targets):  # so the two are not at the same KL
+    behind = cells[cells["arm"] == behind_arm]
+    if short(behind, targets):  # so the two are not at the same KL
         what = f"{what}; {behind_arm} stops short of KL {max(targets):g} in some cells and counts with its last point"
+    if extrapolated(behind, targets):  # it may be behind for that
+        what = f"{what}; {behind_arm} {IS_EXTRAPOLATED}"
+    if seen := _seen_before(cells, claim, both):
+        return Verdict(
+            "undecided",
+            f"{what}; but in {seen} pairs both arms were taken from another grid, whose result could be seen when "
+            "this card was written, and what is claimed after a look counts for nothing.",
+        )
     if all_pairs - pairs > _LEFT_OUT * all_pairs:
         return Verdict(
             "undecided", f"{what}; with more than {_LEFT_OUT:.0%} of the pairs left out nothing is decided."
@@ -85,6 +94,16 @@ def verdict(
         return Verdict("against", f"{what}, {less}.")
     side, clause = _largest_share(claim, attributed)
     return Verdict(side, f"{what}, more{f' than {claim.margin:g}' if claim.margin else ''}{clause}.")
+
+
+def _seen_before(cells: Frame, claim: Claim, pairs: Frame) -> int:
+    """How many pairs of task, number of examples and seed took both arms from another grid; 0 for a few, which
+    decide nothing."""
+    if "taken_over" not in cells:
+        return 0
+    taken = cells[(cells["taken_over"] == True) & cells["arm"].isin([claim.better, claim.than])]  # noqa: E712
+    seen = int((taken.groupby(["task", "examples", "seed"])["arm"].nunique() == 2).sum())
+    return seen if seen > _LEFT_OUT * len(pairs) else 0
 
 
 def _left_out(cells: Frame, claim: Claim, count: int) -> str:

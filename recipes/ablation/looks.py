@@ -47,10 +47,19 @@ def fixed(grid: Grid, folder: Path) -> dict[str, Any]:
 
 
 def _before(folder: Path) -> dict[str, Any] | None:
-    """The `grid.json` that cells ran for; None if none ran."""
+    """The `grid.json` that cells ran for; None if none ran.
+
+    Raises:
+        ArmError: cells ran, and the file is missing.
+    """
     file = folder / GRID
-    if not file.is_file() or Store(folder).is_empty:
+    if Store(folder).is_empty:
         return None
+    if not file.is_file():
+        raise ArmError(
+            f"{folder} holds cells and no {GRID}, which fixed their card before they ran: a claim that is made after "
+            "a look is none. Put the file back, or choose another --folder."
+        )
     return read_result(file, "Run the grid again: it writes this file anew, and keeps its cells.")
 
 

@@ -15,6 +15,7 @@ from steertune.recipes.lab.rows import TUNED
 
 TRAINED = 0.5, 2.0
 """Strengths at which a trained arm counts as itself."""
+IS_EXTRAPOLATED = f"is extrapolated (trained, and used at strengths outside {TRAINED[0]:g} to {TRAINED[1]:g})"
 SHORT, EXTRAPOLATED = "†", "‡"
 _SOME = 0.1  # share of the cells
 Test = Callable[[Mapping[str, Any]], bool]
@@ -42,7 +43,7 @@ def unfit(cells: Frame, arm: str, strength: str, targets: Sequence[float]) -> st
     if "frontier" not in of_arm:  # of an older version, whose cards did not know these rules
         return ""
     if extrapolated(of_arm, targets) or (strength == TUNED and _tuned_outside(of_arm)):
-        return f"{arm} is extrapolated (trained, and used at strengths outside {TRAINED[0]:g} to {TRAINED[1]:g})"
+        return f"{arm} {IS_EXTRAPOLATED}"
     limits, harms = Limits(), []
     perplexity = of_arm[f"perplexity_ratio@{strength}"].mean()
     if perplexity > limits.perplexity:

@@ -83,7 +83,6 @@ def longest_vector(model: Any, adapter: str | None = None) -> float:
     return max(map(float, lengths), default=0.0)
 
 
-@torch.no_grad()
 def generate(
     model: Any, tokenizer: Any, prompts: Sequence[Any], new_tokens: int, temperature: float = 0.0, seed: int = 0
 ) -> list[str]:
@@ -93,6 +92,14 @@ def generate(
     Raises:
         NonFiniteError: the model computes no answer (see `FiniteLogits`).
     """
+    return generate_and_look(model, tokenizer, prompts, new_tokens, temperature, seed)[0]
+
+
+@torch.no_grad()
+def generate_and_look(
+    model: Any, tokenizer: Any, prompts: Sequence[Any], new_tokens: int, temperature: float = 0.0, seed: int = 0
+) -> tuple[list[str], list[bool]]:
+    """As `generate`, and whether each answer was cut off: the model had not ended it after `new_tokens`."""
     inputs, filler = left_padded(tokenizer, prompt_ids(tokenizer, prompts))
     sampling = {"do_sample": True, "temperature": temperature, "top_p": 0.95} if temperature else {"do_sample": False}
     with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
@@ -105,7 +112,15 @@ def generate(
             **sampling,
         )
     new = out[:, inputs["input_ids"].shape[1] :]
-    return [text.strip() for text in tokenizer.batch_decode(new, skip_special_tokens=True)]
+    ended = torch.isin(new, torch.tensor(_ends(model, tokenizer), dtype=new.dtype, device=new.device)).any(dim=1)
+    texts = [text.strip() for text in tokenizer.batch_decode(new, skip_special_tokens=True)]
+    return texts, (~ended).tolist()
+
+
+def _ends(model: Any, tokenizer: Any) -> list[int]:
+    """The tokens that end an answer; a model may have several, or none."""
+    ends = model.generation_config.eos_token_id
+    return [i for i in (*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id) if i is not None]
 
 
 def prompt_ids(tokenizer: Any, prompts: Sequence[Any]) -> list[list[int]]:

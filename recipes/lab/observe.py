@@ -3,7 +3,7 @@
     pairs     log-probability (nats) and tokens of the chosen and of the rejected answer
     neutral   KL to the base model (summed, and its 95th percentile over the tokens), negative log-likelihood (nats,
               summed) and tokens of neutral answers
-    answers   generated answers to the first test prompts, and the scorer's judgement of each
+    answers   generated answers to the first test prompts, whether each was cut off, and the scorer's judgement of it
     prompted  how far the model is from the prompted one, at each of its answers (summed), and their tokens
     questions log-probabilities of the right and of wrong ends of sentences that everybody can end
 
@@ -30,7 +30,7 @@ from steertune.losses import Outputs
 from steertune.recipes.lab.batches import batches
 from steertune.recipes.lab.files import ArmError, read_jsonl
 from steertune.recipes.lab.forms import readable
-from steertune.recipes.lab.generation import generate, plain
+from steertune.recipes.lab.generation import generate_and_look, plain
 from steertune.recipes.lab.likelihood import NEUTRAL_BATCH, likelihoods, neutral_logps
 from steertune.recipes.lab.paths import TASKS
 from steertune.recipes.lab.scorers import Scorer
@@ -203,8 +203,9 @@ def answers(model: Any, held_out: HeldOut, strengths: Strengths) -> dict[str, Ob
     texts: dict[str, list[str]] = {}
     for label, strength in strengths.items() if prompts or asked else ():
         with scaled(model, strength):
-            both = generate(model, held_out.tokenizer, [*prompts, *asked], held_out.new_tokens)
+            both, cut = generate_and_look(model, held_out.tokenizer, [*prompts, *asked], held_out.new_tokens)
         texts[label] = both[: len(prompts)]
+        observed[label] |= {"answer_cut": [*map(float, cut[: len(prompts)])]} if prompts else {}
         observed[label] |= {"neutral_answer": both[len(prompts) :]} if asked else {}
     if not prompts:
         return observed

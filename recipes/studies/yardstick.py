@@ -1,13 +1,13 @@
 """Which measure names the arm that is nearest to a known teacher? It decides which measures are trusted.
 
     steertune yardstick --folder docs/results/planted
-    steertune yardstick --world embedded --studies 2 --folder runs/yardstick
+    steertune yardstick --world embedded --problems both --factors layer --studies 2 --folder docs/results/planted
 
 The teacher is the base model plus one known change. Arms learn from answers that are sampled so that the pair carries
 what the chosen answer alone lacks, or the other way round; the truth is the KL from the teacher to an arm on fresh
 prompts, at the same KL to the base. It uses none of the measures. A study has several tasks, each with a teacher of
 its own, and takes them as a sample, as reports do. Studies that `studies.json` holds are not run again. A study of the
-tiny model takes half a minute, one of the embedded model about half an hour on a core.
+tiny model takes half a minute of CPU time, one of the embedded model (one small task, two arms) about four.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from __future__ import annotations
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
 from functools import cache
@@ -23,25 +24,26 @@ from typing import Annotated, Any
 
 from steertune.adapters.card import versions
 from steertune.recipes.lab.command_line import Result, command
+from steertune.recipes.lab.files import ArmError
 from steertune.recipes.lab.observe import HeldOut, neutral_rows
 from steertune.recipes.lab.options import Choice, Count, Option
 from steertune.recipes.lab.pages import Page, Section, Text, table_of, write_page
 from steertune.recipes.lab.processes import begin
 from steertune.recipes.lab.progress import track
 from steertune.recipes.lab.resumable import Job, records_of
-from steertune.recipes.studies.planting import CONTRASTS as PLANTED
-from steertune.recipes.studies.planting import WORLDS
-from steertune.recipes.studies.planting.contrasts import CONTRASTS, KL, plant
-from steertune.recipes.studies.planting.students import COMPARISONS, TWINS, measured, students, twin
+from steertune.recipes.studies.planting import FACTORS, WORLDS
+from steertune.recipes.studies.planting import PLANTS as NAMES
+from steertune.recipes.studies.planting.plants import KL, PLANTS, plant
+from steertune.recipes.studies.planting.students import measured, names_of, students
 from steertune.recipes.studies.planting.teachers import save_base
 from steertune.recipes.studies.planting.winners import compared, sections
 from steertune.recipes.studies.planting.worlds import Sizes, World, embedded_world, tiny_world
 
 SIZES = {
     "tiny": Sizes(tasks=6, train=160, test=100, fresh=128, new_tokens=12, steps=16),
-    "embedded": Sizes(tasks=3, train=64, test=24, fresh=24, new_tokens=20, steps=16),
+    "embedded": Sizes(tasks=1, train=24, test=12, fresh=12, new_tokens=12, steps=6, rows=4),
 }
-ALL: list[str] = list(PLANTED)
+ALL: list[str] = list(NAMES)
 _NEUTRAL = 32  # rows to match strengths on, and as many others to report on
 
 
@@ -50,17 +52,27 @@ def main(
     problems: Annotated[list[str], Choice(ALL, "what is planted", metavar="NAME ...")] = ALL,
     studies: Annotated[int, Count("of every problem")] = 8,
     world: Annotated[str, Choice(WORLDS, "where it is planted")] = "tiny",
+    factors: Annotated[
+        list[str] | None, Choice(FACTORS, "what is compared (all of a problem)", metavar="NAME ...")
+    ] = None,
     folder: Annotated[Path, Option(help="where the studies are kept")] = Path("runs/yardstick"),
     threads: Annotated[int, Count("CPU threads")] = 1,
 ) -> Result:
     """Run the studies that are missing, and write the table."""
     begin(threads, only_one=True)
+    if factors is not None:
+        asked, problems = problems, [name for name in problems if {*factors} & {*PLANTS[name].factors}]
+        if not problems:
+            has = sorted({factor for name in asked for factor in PLANTS[name].factors})
+            raise ArmError(
+                f"--factors {' '.join(factors)}: {asked} compare {has}. Choose of these, or other --problems."
+            )
     # made when a study needs it, and once
     where = cache(world_of)
 
     def job(problem: str, number: int) -> Job:
         key = world, problem, number
-        return Job(f"{problem} {number}", [key], lambda _: [study(where(world), problem, number)])
+        return Job(f"{problem} {number}", [key], lambda _: [study(where(world), problem, number, factors)])
 
     # problem by problem in turn, so that an interrupted run has some of each
     jobs = [job(problem, number) for number in range(studies) for problem in problems]
@@ -78,17 +90,19 @@ def world_of(name: str) -> World:
         return tiny_world(Path(home), SIZES[name])
 
 
-def study(world: World, problem: str, number: int) -> dict[str, Any]:
-    """One study: plant the problem in every task, train the arms, compare them."""
+def study(world: World, problem: str, number: int, factors: Sequence[str] | None = None) -> dict[str, Any]:
+    """One study: plant the problem in every task, train the arms, compare them; only in `factors`, if given."""
     started, results = time.process_time(), []
     neutral = neutral_of(world)
-    # of a coin's labels only the contrast is looked at; the embedded model is too dear for twins
-    names = [*dict.fromkeys(arm for arms in COMPARISONS.values() for arm in arms)]
-    names = [*TWINS] if problem == "coin" else names if world.name == "embedded" else [*names, *map(twin, TWINS)]
+    # the embedded model is too dear for twins, and where nothing is planted every comparison is one of equals
+    plants = PLANTS[problem]
+    compared_in = [factor for factor in plants.factors if factors is None or factor in factors]
+    names = names_of(compared_in, twins=world.name == "tiny" and not plants.nothing)
     for i in track(range(world.sizes.tasks), "task"):
         seed = 1000 * (ALL.index(problem) + 1) + world.sizes.tasks * number + i
-        task = plant(CONTRASTS[problem], world, seed, neutral)
-        results.append(measured(world, task, students(world, task, seed, names), neutral))
+        task = plant(plants, world, seed, neutral)
+        arms = students(world, task, seed, names)
+        results.append(measured(world, task, arms, neutral, pairs_alone=plants.nothing))
     seconds = round(time.process_time() - started, 1)
     keys = {"world": world.name, "problem": problem, "number": number, "seconds": seconds}
     rounded = {
@@ -101,7 +115,7 @@ def study(world: World, problem: str, number: int) -> dict[str, Any]:
 def neutral_of(world: World) -> HeldOut:
     """Neutral text: of the tiny model, what it says itself."""
     if world.name == "embedded":
-        parts = [neutral_rows(world.tokenizer, part, count=16) for part in ("match", "report")]
+        parts = [neutral_rows(world.tokenizer, part, count=8) for part in ("match", "report")]
     else:
         prompts = world.prompts(2 * _NEUTRAL, seed=0)
         rows = world.rows(prompts, completion=world.answers(world.model, prompts, 0))
@@ -113,15 +127,18 @@ def neutral_of(world: World) -> HeldOut:
 
 def page_of(studies: Sequence[dict[str, Any]]) -> Page:
     """The tables of every world that has studies."""
-    problems = [[name, problem.about] for name, problem in CONTRASTS.items()]
+    problems = [[name, problem.about] for name, problem in PLANTS.items()]
     parts = [
         Section("", [Text(_WHAT), table_of(["problem", "what is planted"], problems)]),
     ]
     for name in SIZES:
         of_world = [one for one in studies if one["world"] == name]
         if of_world:
-            parts += [Section(f"The {name} model", [Text(_size(of_world))]), *sections(of_world)]
-    made = f"Made by `steertune yardstick --folder docs/results/planted` with {versions()}."
+            parts += [Section(f"The {name} model", [Text(_size(of_world))]), *sections(of_world, name == "tiny")]
+    made = (
+        "Made by `steertune yardstick --folder docs/results/planted`, with `--world`, `--problems`, `--factors` and "
+        f"`--studies` as the counts above say, and {versions()}."
+    )
     return Page("Which measures tell the truth", [*parts, Section("How it was made", [Text(made)])])
 
 
@@ -136,8 +153,11 @@ _WHAT = (
 def _size(studies: Sequence[dict[str, Any]]) -> str:
     sizes = Sizes(**studies[0]["sizes"])
     minutes = sum(one["seconds"] for one in studies) / 60
+    counts = Counter(one["problem"] for one in studies)
+    listed = ", ".join(f"{name} {counts[name]}" for name in PLANTS if name in counts)
+    tasks = "one task" if sizes.tasks == 1 else f"{sizes.tasks} tasks"
     return (
-        f"{len(studies)} studies, each of {sizes.tasks} tasks with a teacher of its own, {sizes.train} training "
+        f"{len(studies)} studies ({listed}), each of {tasks} with a teacher of its own, {sizes.train} training "
         f"prompts, {sizes.test} test prompts and {sizes.fresh} fresh ones; {minutes:.0f} CPU minutes in all."
     )
 

@@ -9,6 +9,7 @@ from datasets import Dataset
 
 from steertune.adapters.config import Site
 from steertune.recipes.lab import scorers
+from steertune.recipes.lab.cut_answers import too_short
 from steertune.recipes.lab.data import load_model, model_has_template
 from steertune.recipes.lab.evaluate import evaluate_base
 from steertune.recipes.lab.forms import notes_on_form, readable
@@ -59,7 +60,14 @@ class Context:
         for part in (VALIDATION, TEST):
             rehearse(self.held_out(part))
         rows = self.splits.train(self.table.train, self.table.seed)
-        return [*self._notes, *rehearse_training(self.table.arm, self.model, self.tokenizer, rows)]
+        return [*self._notes, *rehearse_training(self.table.arm, self.model, self.tokenizer, rows), *self._cut()]
+
+    def _cut(self) -> list[str]:
+        """Whether the longest answer leaves room for the behaviour."""
+        if self.scorer is None or not self.table.generations:
+            return []
+        finding = too_short(self.splits.test, self.scorer, self.tokenizer, self.table.new_tokens, "--new-tokens")
+        return [] if finding is None else [finding.text]
 
     def trained_on(self) -> list[TrainedOn]:
         """The record of the rows that the adapter was made from and chosen on."""

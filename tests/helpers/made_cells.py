@@ -86,6 +86,7 @@ class Made:
                 "margin": [1.0, -1.0] * 4,
                 "score": scores,
                 "answer": ["one two three four"] * len(scores),
+                "answer_cut": [0.0] * len(scores),
                 "neutral_kl": [self.kl(label, kl)],
                 "neutral_nll": [math.log(5.0)],
                 "neutral_tokens": [1],

@@ -317,3 +317,22 @@ def test_a_page_says_what_it_cannot_say() -> None:
     good = Made(observed=lambda arm, kl: SECOND_KIND)
     page = texts(limits.make(good.findings(lambda *cell: rising(*cell) * 20)))
     assert page == "- Tasks: 4 of them are too few to stand for others; 8 or more would be better."
+
+
+def test_a_page_says_which_tasks_tell_no_arms_apart() -> None:
+    """In the first task every arm is at the floor, in the second at the ceiling, in the third only one is."""
+
+    def values(arm: str, task: int, seed: int, kl: float) -> list[float]:
+        floor = task == 0 or (task == 2 and arm == BETTER)
+        return [0.0] * 10 if floor else [1.0] * 10 if task == 1 else [0.0, 1.0] * 5
+
+    page = texts(limits.make(Made().findings(values)))
+    assert "- Range: every arm is at the floor in lower_case; every arm is at the ceiling in hedged (behaviour" in page
+    assert "Range" not in texts(limits.make(Made().findings(rising)))
+
+
+def test_a_baseline_that_is_extrapolated_is_named_as_such() -> None:
+    """It may be behind for that, so whoever reads that it lost should know."""
+    made = Made(strength=lambda arm, kl: 7.0 if arm == THAN else 1.0)
+    found = made.findings(lambda arm, task, seed, kl: [0.4 + (arm == BETTER) * (0.2 + 0.01 * task)] * 9 + [0.5])
+    assert found.verdict.side == "for" and f"; {THAN} is extrapolated (trained" in found.verdict.sentence

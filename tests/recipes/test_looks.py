@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from made_cells import BETTER, GRID, Made
+from made_cells import BETTER, CLOSED, GRID, THAN, Made
 
 from steertune.recipes.ablate import write_grid
 from steertune.recipes.ablation.cells import cells_table
@@ -56,6 +56,25 @@ def test_a_card_may_change_until_a_cell_ran_and_not_after(tmp_path: Path) -> Non
         with pytest.raises(ArmError, match="a claim that is made after a look"):
             written(tmp_path, **change)
     assert json.loads((tmp_path / "grid.json").read_text())["card_key"] == first["card_key"]
+
+
+def test_a_folder_with_cells_and_without_the_card_they_ran_for_is_refused(tmp_path: Path) -> None:
+    written(tmp_path)
+    run_one(tmp_path)
+    (tmp_path / "grid.json").unlink()
+    with pytest.raises(ArmError, match=r"holds cells and no grid.json.*Put the file back, or choose another --folder"):
+        fixed(grid_of(), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("taken", "side"), [((BETTER, THAN), "undecided"), ((THAN,), "for"), ((BETTER, CLOSED), "for"), ((), "for")]
+)
+def test_a_claim_about_cells_that_ran_before_it_counts_for_nothing(taken: tuple[str, ...], side: str) -> None:
+    """An arm that is taken over is a baseline that was known; with both arms the result was known."""
+    made = Made(facts={arm: {"taken_over": True} for arm in taken})
+    found = made.findings(lambda arm, task, seed, kl: [0.4 + 0.01 * task + 0.2 * (arm == BETTER)] * 9 + [0.5])
+    assert found.verdict.side == side
+    assert ("in 8 pairs both arms were taken from another grid" in found.answer[0]) == (side == "undecided")
 
 
 def test_every_design_that_cells_ran_for_is_a_look(tmp_path: Path) -> None:

@@ -10,14 +10,15 @@ import numpy as np
 import pytest
 import torch
 from paths import ROOT
+from scipy import stats
 
 from steertune.recipes.lab import measures
 from steertune.recipes.lab.batches import batches
 from steertune.recipes.lab.likelihood import answer_logps
 from steertune.recipes.lab.pages import Table
 from steertune.recipes.studies import planting, yardstick
-from steertune.recipes.studies.planting.contrasts import CONTRASTS, KL, plant
-from steertune.recipes.studies.planting.students import TRUTH, measured, students
+from steertune.recipes.studies.planting.plants import KL, PLANTS, plant
+from steertune.recipes.studies.planting.students import COMPARISONS, TRUTH, measured, students
 from steertune.recipes.studies.planting.winners import compared, looks, rate, sections, trust_order, truths
 from steertune.recipes.studies.planting.worlds import Sizes
 
@@ -53,7 +54,7 @@ def test_answers_of_the_tiny_model_end_as_often_as_they_should(world):
 
 @pytest.mark.parametrize("problem", ["both", "lora"])
 def test_a_teacher_has_the_stated_kl(problem, world, neutral):
-    task = plant(CONTRASTS[problem], world, 3, neutral)
+    task = plant(PLANTS[problem], world, 3, neutral)
     assert kl_to_base(world, task.teacher, neutral.matching) == pytest.approx(KL, rel=0.15)
 
 
@@ -72,7 +73,7 @@ def test_what_the_answers_carry(world, neutral):
     larger = replace(world, sizes=replace(SMALL, train=128))
     ratios = {}
     for name in ("both", "chosen", "coin"):
-        task = plant(CONTRASTS[name], larger, 4, neutral)
+        task = plant(PLANTS[name], larger, 4, neutral)
         ratios[name] = [mean_log_ratio(larger, task.teacher, task.train, side) for side in ("chosen", "rejected")]
     for name in ("both", "chosen"):
         assert ratios[name][0] > 0 > ratios[name][1], ratios
@@ -80,14 +81,14 @@ def test_what_the_answers_carry(world, neutral):
 
 
 def test_prompts_are_trained_on_or_tested_and_never_both(world, neutral):
-    task = plant(CONTRASTS["pair"], world, 5, neutral)
+    task = plant(PLANTS["pair"], world, 5, neutral)
     parts = [task.train, task.again, task.test, task.fresh]
     prompts = [{*part["prompt"]} for part in parts]
     assert all(not a & b for i, a in enumerate(prompts) for b in prompts[i + 1 :])
 
 
 def test_the_teacher_itself_is_the_truth(world, neutral):
-    task = plant(CONTRASTS["both"], world, 6, neutral)
+    task = plant(PLANTS["both"], world, 6, neutral)
     base = world.vector(torch.full((world.width,), 1e-4))
     found = measured(world, task, {"teacher": task.teacher, **students(world, task, 6, ["chosen"])}, neutral)
     assert found["teacher"][TRUTH].mean() < 0.01 < found["chosen"][TRUTH].mean()
@@ -112,7 +113,7 @@ def test_a_comparison_is_oriented_by_what_is_better():
 
 
 def made_up(problem: str, **comparisons) -> dict:
-    return {"problem": problem, "comparisons": comparisons}
+    return {"problem": problem, "sizes": {"tasks": 6}, "comparisons": comparisons}
 
 
 def test_winners_losers_and_nulls_are_counted():
@@ -121,17 +122,17 @@ def test_winners_losers_and_nulls_are_counted():
         made_up("both", contrast={TRUTH: [0.4, 0.2], "accuracy": [0.2, 0.2], "margin": [0.2, 0.2]}),
         made_up("both", contrast={TRUTH: [0.6, 0.2], "accuracy": [-0.2, 0.2], "margin": [-0.2, 0.2]}),
         made_up("pair", **{"twins pairs": {TRUTH: [0.5, 0.001], "accuracy": [0.1, 0.03], "kl": [0.1, 0.5]}}),
-        made_up("pair", contrast={TRUTH: [0.5, 0.001], "accuracy": [0.1, 0.03]}),
+        made_up("pair", contrast={TRUTH: [0.5, 0.2], "accuracy": [0.1, 0.03]}),
         made_up("coin", contrast={TRUTH: [0.5, 0.001], "accuracy": [0.1, 0.3], "kl": [0.1, 0.001]}),
     ]
     assert [*truths(studies)] == [("both", "contrast"), ("pair", "contrast")]
-    assert truths(studies)["both", "contrast"] == (pytest.approx(0.5), pytest.approx(0.0131, abs=1e-3))
+    assert truths(studies)["both", "contrast"] == (pytest.approx(0.5), pytest.approx(0.0249, abs=1e-3))
     everything = looks(studies)
     both = [(look.measure, look.right, look.claims) for look in everything if look.problem == "both"]
     assert both[1:3] == [("accuracy", True, True), ("margin", False, True)]
     assert [right for measure, right, _ in both if measure == "accuracy"] == [True, True, False]
     found = {(look.problem, look.comparison, look.measure): look for look in everything}
-    assert found["pair", "contrast", "accuracy"].right is None, "one study does not show a truth"
+    assert found["pair", "contrast", "accuracy"].right is None, "the teachers do not agree"
     assert found["pair", "twins pairs", "accuracy"].null and found["pair", "twins pairs", "accuracy"].claims
     assert found["coin", "contrast", "accuracy"].null and not found["coin", "contrast", "accuracy"].claims
     assert not found["coin", "contrast", "kl"].null, "a coin says nothing of what is no pair"
@@ -142,6 +143,49 @@ def test_winners_losers_and_nulls_are_counted():
     assert claims.loc["margin", "claims the loser"] == rate([True, False, False])
     assert tables["winners"].set_index("measure").loc["accuracy", "both: contrast"] == "67%"
     assert tables["truth"].loc[0, "studies in which it is nearer"] == "3 of 3"
+
+
+def test_the_truth_of_several_studies_is_that_of_all_their_teachers():
+    """From estimates and p of studies alone; by hand: Student's t over all teachers, each study with its own mean."""
+    rng = np.random.default_rng(0)
+    teachers = [0.3 + rng.normal(0, 0.5, 6) for _ in range(3)]
+    studies = [
+        made_up("both", contrast={TRUTH: [values.mean(), float(stats.ttest_1samp(values, 0.0).pvalue)]})
+        for values in teachers
+    ]
+    variances = [values.var(ddof=1) / 6 for values in teachers]
+    freedom = sum(variances) ** 2 / sum(v**2 / 5 for v in variances)
+    mean = np.mean(teachers)
+    expected = 2 * stats.t.sf(mean / (sum(variances) ** 0.5 / 3), freedom)
+    assert truths(studies)["both", "contrast"] == (pytest.approx(mean), pytest.approx(expected))
+
+
+def test_a_study_with_one_teacher_has_a_truth_of_its_own():
+    studies = [
+        made_up("both", contrast={TRUTH: truth, "accuracy": [0.2, 0.5]}) | {"sizes": {"tasks": 1}}
+        for truth in ([0.5, 0.01], [-0.4, 0.01], [0.1, 0.4])
+    ]
+    assert [look.right for look in looks(studies) if look.measure == "accuracy"] == [True, False, None]
+
+
+def test_where_nothing_is_planted_every_comparison_of_pairs_is_a_null():
+    everything = looks([made_up("nothing", layers={"accuracy": [0.1, 0.03]}, sites={"accuracy": [0.1, 0.3]})])
+    assert [(look.null, look.claims, look.right) for look in everything] == [(True, True, None), (True, False, None)]
+
+
+def test_other_rejected_answers_show_the_opposite(world, neutral):
+    task = plant(PLANTS["plain"], replace(world, sizes=replace(SMALL, train=128)), 4, neutral)
+    ratios = [mean_log_ratio(world, task.teacher, task.train, side) for side in ("chosen", "rejected", "opposed")]
+    assert ratios[0] > 0 > ratios[1] > ratios[2]
+
+
+@pytest.mark.parametrize(("problem", "layers"), [("spread", 4), ("preserve", 1), ("sparse", 1)])
+def test_teachers_of_other_kinds_have_the_same_kl(problem, layers, world, neutral):
+    teacher = plant(PLANTS[problem], world, 3, neutral).teacher
+    vectors = [p for name, p in teacher.named_parameters() if "steering_vector_v" in name]
+    assert len(vectors) == layers and len({float(v.detach().flatten()[0]) for v in vectors}) == layers
+    assert problem != "sparse" or int((vectors[0] != 0).sum()) == world.width // 16
+    assert kl_to_base(world, teacher, neutral.matching) == pytest.approx(KL, rel=0.15)
 
 
 def test_trusted_measures_come_first_and_none_is_left_out():
@@ -184,5 +228,14 @@ def test_the_suite_runs_and_goes_on(tmp_path, monkeypatch):
     assert "claims the loser" in (tmp_path / "table.md").read_text()
 
 
+def test_a_factor_that_no_problem_has_is_refused(tmp_path, capsys):
+    words = ["--problems", "coin", "--factors", "layer", "--folder", str(tmp_path / "run")]
+    assert yardstick.main(words) == 2
+    assert "['coin'] compare ['contrast']. Choose of these, or other --problems." in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
 def test_the_names_that_help_shows_are_those_of_the_problems():
-    assert list(planting.CONTRASTS) == list(CONTRASTS) and list(planting.WORLDS) == list(yardstick.SIZES)
+    assert list(planting.PLANTS) == list(PLANTS) and list(planting.WORLDS) == list(yardstick.SIZES)
+    assert list(planting.FACTORS) == list(COMPARISONS)
+    assert {factor for problem in PLANTS.values() for factor in problem.factors} == {*COMPARISONS}

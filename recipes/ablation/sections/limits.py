@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -12,16 +14,20 @@ from steertune.recipes.ablation.sections.damage import has_both_kinds
 from steertune.recipes.ablation.statistics import Frame
 from steertune.recipes.ablation.statistics.rows import examples_of
 from steertune.recipes.ablation.strengths import TRAINED
+from steertune.recipes.lab import measures
 from steertune.recipes.lab.pages import Section, Text
+from steertune.recipes.lab.pair_lint import EDGE
 from steertune.recipes.lab.rows import TUNED
 
 ENOUGH_TASKS, ENOUGH_ANSWERS = 8, 200
+CUT = 0.05
+"""Share of answers cut off in a task from which on the page says so."""
 
 
 @section(place=80)
 def limits(findings: Findings) -> Section | None:
     """The limits of tasks, measure, strengths and damage that the cells themselves show."""
-    every = (_tasks, _measure, _answers, _strengths, _matching)
+    every = (_tasks, _measure, _answers, _cut, _edges, _strengths, _matching)
     lines = [line for limit in every if (line := limit(findings))]
     if not has_both_kinds(findings):
         lines.append(
@@ -62,6 +68,45 @@ def _answers(findings: Findings) -> str:
     if min(counts) >= ENOUGH_ANSWERS:
         return ""
     return f"Behaviour: {min(counts)} answers a cell are few; {ENOUGH_ANSWERS} would know a rate within 0.07."
+
+
+def _cut(findings: Findings) -> str:
+    """Answers that the tokens allowed cut off, and with them whatever stands at their end."""
+    tables, shares = findings.tables, findings.ran[["task", column("cut_off", TUNED)]].dropna()
+    if not tables.generations:
+        return ""
+    missed = "What a task shows only at the end of an answer is missed there"
+    if shares.empty:
+        return (
+            f"Length of answers: they were cut at {tables.new_tokens} tokens (`new_tokens`), and these cells do not "
+            f"say how many reached that. {missed}."
+        )
+    by_task = shares.groupby("task", sort=False)[column("cut_off", TUNED)].mean()
+    if by_task.max() < CUT:
+        return ""
+    listed = ", ".join(f"{task} {share:.0%}" for task, share in by_task.items())
+    return f"Length of answers: {tables.new_tokens} tokens (`new_tokens`) cut off {listed} of them. {missed}."
+
+
+def _edges(findings: Findings) -> str:
+    """Tasks that tell no arms apart: all of them are at the lowest or highest value that the measure has."""
+    claim = findings.claim
+    low, high = measures.get(claim.measure).limits
+    if not math.isfinite(high - low):
+        scores = [values for values in findings.ran[examples_of(claim.column)] if isinstance(values, np.ndarray)]
+        # a rule or a classifier gives a share or a probability, where other scorers have no limits
+        if not scores or not all(np.all((values >= 0) & (values <= 1) | np.isnan(values)) for values in scores):
+            return ""
+        low, high = 0.0, 1.0
+    means = findings.ran.groupby(["task", "arm"], sort=False)[claim.column].mean().dropna()
+    places = {"floor": means <= low + EDGE * (high - low), "ceiling": means >= high - EDGE * (high - low)}
+    lines = []
+    for place, near in places.items():
+        if tasks := [str(task) for task, of_task in near.groupby(level="task", sort=False) if of_task.all()]:
+            lines.append(f"every arm is at the {place} in {', '.join(tasks)}")
+    if not lines:
+        return ""
+    return f"Range: {'; '.join(lines)} ({claim.label}), so that nothing there tells arms apart."
 
 
 def _strengths(findings: Findings) -> str:

@@ -14,7 +14,7 @@ from steertune.recipes.lab.measures import Array, Seen, measure
 _ROUNDING = 1e-9  # of the largest margin; what is left of margins that length explains is a tie
 
 
-@measure("pair accuracy at equal length", better="higher", needs=["pairs"], limits=(0, 1), trust=6)
+@measure("pair accuracy at equal length", better="higher", needs=["pairs"], limits=(0, 1), trust=8)
 def accuracy_equal_length(seen: Seen) -> Array:
     """1 for a pair whose margin without the cost of length is above zero, 1/2 for a tie, 0 otherwise, `(pairs,)`."""
     margins, longer = seen["margin"], seen["chosen_tokens"] - seen["rejected_tokens"]

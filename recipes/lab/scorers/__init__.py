@@ -38,11 +38,13 @@ class Scorer:
         score: Prompts and answers (plain text) -> one number an answer, None where judging failed.
         note: What it is, for the report; `fit` adds how good it is.
         accuracy: Cross-validated accuracy of a fitted one; None: nothing was fitted, so `fit` checks it on the rows.
+        reads_text_alone: Whether it reads nothing but the answer, so that asking it costs nothing.
     """
 
     score: Callable[[Sequence[str], Sequence[str]], list[float | None]]
     note: str
     accuracy: float | None = None
+    reads_text_alone: bool = False
 
 
 def names() -> list[str]:

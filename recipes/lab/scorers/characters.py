@@ -44,7 +44,7 @@ def fit(options: Options, rows: Dataset, model: Any, tokenizer: Any) -> Scorer:
     def score(prompts: Sequence[str], answers: Sequence[str]) -> list[float | None]:
         return [float(p) for p in classifier.predict_proba(_framed(answers))[:, 1]]
 
-    return Scorer(score, f"classifier of characters on {len(rows)} pairs", accuracy)
+    return Scorer(score, f"classifier of characters on {len(rows)} pairs", accuracy, reads_text_alone=True)
 
 
 def _framed(texts: Sequence[str]) -> list[str]:

@@ -34,4 +34,4 @@ def fit(options: Options, rows: Dataset, model: Any, tokenizer: Any) -> Scorer:
     def score(prompts: Sequence[str], answers: Sequence[str]) -> list[float | None]:
         return [float(p) for p in classifier.predict_proba(list(answers))[:, 1]]
 
-    return Scorer(score, f"classifier on {len(rows)} pairs of its own", accuracy)
+    return Scorer(score, f"classifier on {len(rows)} pairs of its own", accuracy, reads_text_alone=True)

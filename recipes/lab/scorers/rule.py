@@ -26,4 +26,4 @@ def fit(options: Options, rows: Dataset, model: Any, tokenizer: Any) -> Scorer:
     def score(prompts: Sequence[str], answers: Sequence[str]) -> list[float | None]:
         return [float(bool(pattern.search(answer))) for answer in answers]
 
-    return Scorer(score, f"rule: the answer matches /{options.pattern}/")
+    return Scorer(score, f"rule: the answer matches /{options.pattern}/", reads_text_alone=True)

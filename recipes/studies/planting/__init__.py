@@ -1,10 +1,15 @@
-"""The parts of `studies/planted.py`: teachers and their data, the verdict of a study, the page."""
+"""The parts of `studies/planted.py` and `studies/yardstick.py`: what is planted, teachers and data, arms, pages."""
 
 FORMS = ("bias", "gated", "lora")
 """Forms of a teacher."""
 PROBLEMS = (*FORMS, "base", "shuffled")
 """What is planted. `base`: all labels are coin flips; `shuffled`: only the training labels are."""
-CONTRASTS = ("both", "pair", "chosen", "lora", "coin")
-"""How contrast is planted (`contrasts.py` says what each is)."""
+PLANTS = (
+    "both", "pair", "chosen", "lora", "coin", "plain", "spread", "preserve", "sparse", "opposite", "values", "queries",
+    "nothing",
+)  # fmt: skip
+"""What the yardstick plants (`plants.py` says what each is)."""
+FACTORS = ("contrast", "layer", "form", "layers", "norm", "optimiser", "rejected", "sites")
+"""What it compares (`students.py` says which two arms)."""
 WORLDS = ("tiny", "embedded")
 """The models that it is planted in."""

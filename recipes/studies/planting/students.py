@@ -23,35 +23,57 @@ from steertune.recipes.lab.likelihood import answer_logps
 from steertune.recipes.lab.measures import Array, Missing, Seen
 from steertune.recipes.lab.observe import HeldOut
 from steertune.recipes.lab.scorers import Scorer, as_rows
-from steertune.recipes.studies.planting.contrasts import KL, LARGEST, Planted
+from steertune.recipes.studies.planting.plants import KL, LARGEST, Planted
 from steertune.recipes.studies.planting.worlds import World
 from steertune.trainers import Batch, ModelAt, scaled, share_weights
 
 TRUTH = "truth"
 """What an arm's record calls the KL from the teacher to it, per answer."""
 _AT = "matched"
-_ROWS = 16  # pairs in a training step
+_PAIR = ["prompt", "chosen", "rejected"]
 _LORA = {"type": "lora", "r": 1, "lora_alpha": 15, "target_modules": ["down_proj"]}
 
 
 def arms(world: World) -> dict[str, dict[str, Any]]:
-    """The arms by name: `[adapter]`, `[loss]` and the learning rate of each."""
+    """The arms by name: `[adapter]`, `[loss]` and the learning rate of each, and which answers it rejects."""
+    tiny = world.name == "tiny"
+    rate, lora_rate, sgd_rate = (0.01, 0.03, 0.03) if tiny else (0.02, 3e-3, 0.1)
     vector = {"type": "steering_vector", "layers": [world.layer]}
-    wrong = {"type": "steering_vector", "layers": [world.wrong_layer]}
-    pairs = {"loss": "dpo", "options": {"beta": 1.0 if world.name == "tiny" else 0.1}}
-    rate, lora_rate = (0.01, 0.03) if world.name == "tiny" else (2e-3, 1e-3)
+    lora = {**_LORA, "layers_to_transform": [world.layer]}
+    pairs = {"adapter": vector, "loss": "dpo", "options": {"beta": 1.0 if tiny else 0.1}, "rate": rate}
     return {
-        "pairs": {"adapter": vector, **pairs, "rate": rate},
+        "pairs": pairs,
         "chosen": {"adapter": vector, "loss": "cross_entropy", "rate": rate},
-        "wrong layer": {"adapter": wrong, **pairs, "rate": rate},
-        "lora": {"adapter": {**_LORA, "layers_to_transform": [world.layer]}, **pairs, "rate": lora_rate},
+        "wrong layer": {**pairs, "adapter": {**vector, "layers": [world.wrong_layer]}},
+        "lora": {**pairs, "adapter": lora, "rate": lora_rate},
+        "all layers": {**pairs, "adapter": {**vector, "layers": "all"}},
+        "preserve": {**pairs, "adapter": {**vector, "norm": "preserve"}},
+        "sgd": {**pairs, "optimiser": "SGD", "rate": sgd_rate},
+        "opposed": {**pairs, "rejected": "opposed"},
+        "values": {**pairs, "adapter": {**lora, "target_modules": ["v_proj", "o_proj"]}, "rate": lora_rate},
+        "queries": {**pairs, "adapter": {**lora, "target_modules": ["q_proj", "k_proj"]}, "rate": lora_rate},
     }
 
 
 TWINS = ("pairs", "chosen")
 """Arms that are trained twice, on two draws of the data: no measure may tell the two apart."""
-COMPARISONS = {"contrast": ("pairs", "chosen"), "layer": ("pairs", "wrong layer"), "form": ("pairs", "lora")}
+COMPARISONS = {
+    "contrast": ("pairs", "chosen"),
+    "layer": ("pairs", "wrong layer"),
+    "form": ("pairs", "lora"),
+    "layers": ("pairs", "all layers"),
+    "norm": ("pairs", "preserve"),
+    "optimiser": ("pairs", "sgd"),
+    "rejected": ("pairs", "opposed"),
+    "sites": ("values", "queries"),
+}
 """What is compared, and the two arms."""
+
+
+def names_of(factors: Sequence[str], twins: bool) -> list[str]:
+    """The arms that factors compare; with `twins`, also second trainings of `TWINS` where these are among them."""
+    names = [*dict.fromkeys(arm for factor in factors for arm in COMPARISONS[factor])]
+    return names + [twin(name) for name in TWINS if twins and {*TWINS} <= {*names}]
 
 
 def twin(name: str) -> str:
@@ -64,8 +86,11 @@ def students(world: World, task: Planted, seed: int, names: Sequence[str]) -> di
     models = {}
     for name in names:
         plain = name.removesuffix(" again")
-        rows = task.train if name == plain else task.again
-        models[name] = trained(world, arms(world)[plain], rows.shuffle(seed=seed), seed)
+        rows, table = task.train if name == plain else task.again, arms(world)[plain]
+        if other := table.get("rejected"):
+            rows = rows.remove_columns("rejected").rename_column(other, "rejected")
+        rows = rows.select_columns(_PAIR)
+        models[name] = trained(world, table, rows.shuffle(seed=seed), seed)
     return models
 
 
@@ -79,8 +104,8 @@ def trained(world: World, table: Mapping[str, Any], rows: Dataset, seed: int) ->
     base = copy.deepcopy(world.model) if table["adapter"]["type"] == "lora" else share_weights(world.model)
     model: Any = get_peft_model(base, config)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=table["rate"], weight_decay=0.0)
-    shown, steps = batches(world.tokenizer, rows, _ROWS), world.sizes.steps
+    optimizer = getattr(torch.optim, table.get("optimiser", "AdamW"))(parameters, lr=table["rate"], weight_decay=0.0)
+    shown, steps = batches(world.tokenizer, rows, world.sizes.rows), world.sizes.steps
     for step in range(steps):
         batch = shown[step % len(shown)]
         batch = batch if loss.needs.pairs else batch.chosen
@@ -92,34 +117,52 @@ def trained(world: World, table: Mapping[str, Any], rows: Dataset, seed: int) ->
     return model.eval()
 
 
-def measured(world: World, task: Planted, models: Mapping[str, Any], held_out: HeldOut) -> dict[str, dict[str, Array]]:
+def measured(
+    world: World, task: Planted, models: Mapping[str, Any], held_out: HeldOut, pairs_alone: bool = False
+) -> dict[str, dict[str, Array]]:
     """Per arm, every measure's values on the test rows and the truth on fresh prompts, at the same KL to the base.
-    `held_out` holds the neutral text."""
+    `held_out` holds the neutral text. `pairs_alone`: there is no truth, so only measures of pairs are looked at."""
     shared = replace(
         held_out,
-        pairs=task.test,
+        pairs=task.test.select_columns(_PAIR),
         asked=task.test.select_columns(["prompt"]),
-        generations=len(task.test),
+        generations=0 if pairs_alone else len(task.test),
         new_tokens=world.sizes.new_tokens,
         scorer=_likelihood_ratio(world, task.teacher),
         shared={},
     )
-    names = [name for name in measures.served_by("pairs", "neutral", "answers") if measures.get(name).better]
-    # answers of the teacher, tokenised once for all arms
-    shown = {part: batches(world.tokenizer, getattr(task, part), world.batch) for part in ("asked", "fresh")}
-    targets = {part: _logps(task.teacher, of_part) for part, of_part in shown.items()}
-    base = evaluate_base(shared, names)["0"] | _prompted(targets["asked"], _logps(world.model, shown["asked"]), None)
+    observers = ("pairs",) if pairs_alone else ("pairs", "neutral", "answers")
+    names = [name for name in measures.served_by(*observers) if measures.get(name).better]
+    truth = None if pairs_alone else _Truth(world, task)
+    base = evaluate_base(shared, names)["0"] | (truth.of_base if truth is not None else {})
     results = {}
     for name, model in models.items():
         [point], _ = strengths_at(model, shared, [KL], LARGEST, world.batch)
-        observed = evaluate(model, shared, names, {_AT: point.strength})[_AT]
-        with scaled(model, point.strength):
-            asked, fresh = (_logps(model, shown[part]) for part in ("asked", "fresh"))
-        observed |= _prompted(targets["asked"], asked, base["prompted_base_nats"])
-        seen = Seen(observed, Seen(base))
-        results[name] = {key: seen_values for key in [*names, "fidelity"] if (seen_values := _values(key, seen)).size}
-        results[name][TRUTH] = np.array([_kl(t, s) for t, s in zip(targets["fresh"], fresh, strict=True)])
+        seen = evaluate(model, shared, names, {_AT: point.strength})[_AT]
+        nearness = {}
+        if truth is not None:
+            with scaled(model, point.strength):
+                nearness, own = truth.of(model)
+            seen |= own
+        values = {key: _values(key, Seen(seen, Seen(base))) for key in [*names, "fidelity"]}
+        results[name] = {key: of_rows for key, of_rows in values.items() if of_rows.size} | nearness
     return results
+
+
+class _Truth:
+    """How far models are from the teacher, along answers of the teacher, which are tokenised once for all of them."""
+
+    def __init__(self, world: World, task: Planted) -> None:
+        self._shown = {part: batches(world.tokenizer, getattr(task, part), world.batch) for part in ("asked", "fresh")}
+        self._targets = {part: _logps(task.teacher, shown) for part, shown in self._shown.items()}
+        self.of_base = _prompted(self._targets["asked"], _logps(world.model, self._shown["asked"]), None)
+        """The observations of `fidelity` for the base."""
+
+    def of(self, model: Any) -> tuple[dict[str, Array], dict[str, list[float]]]:
+        """KL from the teacher on fresh prompts, and the observations of `fidelity` on the test prompts."""
+        asked, fresh = (_logps(model, self._shown[part]) for part in ("asked", "fresh"))
+        kl = np.array([_kl(t, s) for t, s in zip(self._targets["fresh"], fresh, strict=True)])
+        return {TRUTH: kl}, _prompted(self._targets["asked"], asked, self.of_base["prompted_base_nats"])
 
 
 def _values(name: str, seen: Seen) -> Array:

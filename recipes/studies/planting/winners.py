@@ -15,10 +15,11 @@ from steertune.recipes.lab import measures
 from steertune.recipes.lab.intervals import rate, share_interval
 from steertune.recipes.lab.measures import Array
 from steertune.recipes.lab.pages import Section, Table, Text, table_of
-from steertune.recipes.studies.planting.contrasts import CONTRASTS, KL
+from steertune.recipes.studies.planting.plants import KL, PLANTS
 from steertune.recipes.studies.planting.students import COMPARISONS, TRUTH, TWINS, twin
 
 ALPHA = 0.05
+_NOT_LEARNED = ("judgements_failed", "repetition")  # they are about the judge, and about damage
 NULL = "twins"
 Results = Mapping[str, Mapping[str, Array]]
 """Arm -> measure -> its values on one task."""
@@ -26,7 +27,7 @@ Results = Mapping[str, Mapping[str, Array]]
 
 def compared(tasks: Sequence[Results]) -> dict[str, dict[str, tuple[float, float]]]:
     """What every measure, and the truth, say of every two arms, from the results of the tasks of one study; tasks are
-    a sample.
+    a sample, and where there is one its rows are.
 
     Returns:
         Comparison -> measure -> by how much its first arm is better, and p.
@@ -42,6 +43,8 @@ def compared(tasks: Sequence[Results]) -> dict[str, dict[str, tuple[float, float
 def _better(tasks: Sequence[Results], first: str, second: str, measure: str) -> tuple[float, float]:
     sign = 1.0 if measure != TRUTH and measures.get(measure).better == "higher" else -1.0
     gaps = [sign * (task[first][measure] - task[second][measure]) for task in tasks]
+    if len(gaps) == 1:
+        return float(np.nanmean(gaps[0])), _students_p(gaps[0][np.isfinite(gaps[0])])
     index = pd.MultiIndex.from_tuples([(i, 0) for i in range(len(gaps))], names=["task", "seed"])
     gap = difference(pd.Series(gaps, index=index, dtype=object), sample=True)
     return gap.estimate, gap.p
@@ -65,7 +68,7 @@ class Look:
     @property
     def null(self) -> bool:
         """Whether nothing may be claimed: the two arms are one arm, or there was nothing to learn."""
-        return self.comparison.startswith(NULL) or (self.problem == "coin" and self.pairs)
+        return self.comparison.startswith(NULL) or (PLANTS[self.problem].nothing and self.pairs)
 
     @property
     def pairs(self) -> bool:
@@ -77,31 +80,48 @@ def truths(studies: Sequence[Mapping[str, Any]]) -> dict[tuple[str, str], tuple[
     """The truth about every problem and comparison.
 
     Returns:
-        By how much the first arm is nearer to the teacher, and p of Student's t over the studies, each of which has
-        teachers of its own.
+        By how much the first arm is nearer to the teacher, and p of Student's t over the teachers of all studies.
     """
-    estimates: dict[tuple[str, str], list[float]] = {}
+    of_studies: dict[tuple[str, str], list[tuple[float, float, int]]] = {}
     for study in studies:
         for comparison, says in study["comparisons"].items():
-            if study["problem"] != "coin" and not comparison.startswith(NULL):
-                estimates.setdefault((study["problem"], comparison), []).append(says[TRUTH][0])
-    return {at: (float(np.mean(values)), _students_p(values)) for at, values in estimates.items()}
+            if not PLANTS[study["problem"]].nothing and not comparison.startswith(NULL):
+                of_studies.setdefault((study["problem"], comparison), []).append((*says[TRUTH], _teachers(study) - 1))
+    return {at: _pooled(parts) for at, parts in of_studies.items()}
 
 
-def _students_p(values: Sequence[float]) -> float:
-    """p of Student's t that the mean is 0; a single value shows nothing."""
-    if len(values) < 2:
+def _teachers(study: Mapping[str, Any]) -> int:
+    return study["sizes"]["tasks"]
+
+
+def _pooled(studies: Sequence[tuple[float, float, int]]) -> tuple[float, float]:
+    """The mean of the estimates, and p of Student's t, from each study's estimate, p and degrees of freedom."""
+    estimate = float(np.mean([one for one, _, _ in studies]))
+    if any(freedom < 1 or p >= 1 for _, p, freedom in studies):
+        return estimate, 1.0  # a single teacher does not show how teachers vary
+    variances = [(one / stats.t.isf(p / 2, freedom)) ** 2 for one, p, freedom in studies]
+    squares = sum(v**2 / freedom for v, (_, _, freedom) in zip(variances, studies, strict=True))
+    error = sum(variances) ** 0.5 / len(studies)
+    return estimate, 2 * float(stats.t.sf(abs(estimate) / error, sum(variances) ** 2 / squares))
+
+
+def _students_p(values: Array) -> float:
+    """p of Student's t that the mean is 0; a single value, or many that are one, show nothing."""
+    if len(values) < 2 or np.ptp(values) == 0:
         return 1.0
     found: Any = stats.ttest_1samp(values, 0.0)
     return float(found.pvalue)
 
 
 def looks(studies: Sequence[Mapping[str, Any]]) -> list[Look]:
-    """The verdicts of all measures in all studies."""
+    """The verdicts of all measures in all studies. The truth is that of all teachers, and of a study with a single
+    one it is the truth about that one."""
     truth, verdicts = truths(studies), []
     for study in studies:
         for comparison, says in study["comparisons"].items():
             nearer, error = truth.get((study["problem"], comparison), (0.0, 1.0))
+            if TRUTH in says and _teachers(study) == 1:
+                nearer, error = says[TRUTH]
             for measure, (estimate, p) in says.items():
                 right = bool(np.sign(estimate) == np.sign(nearer)) if error < ALPHA else None
                 verdicts.append(Look(study["problem"], comparison, measure, right, bool(p < ALPHA and estimate != 0)))
@@ -118,8 +138,8 @@ def trust_order(studies: Sequence[Mapping[str, Any]]) -> list[str]:
     decided: dict[str, list[Look]] = {}
     for look in looks(studies):
         if look.right is not None and not look.null and look.measure != TRUTH:
-            if "neutral" in measures.get(look.measure).needs:
-                continue  # what an arm costs, not what it learned
+            if "neutral" in measures.get(look.measure).needs or look.measure in _NOT_LEARNED:
+                continue
             decided.setdefault(look.measure, []).append(look)
 
     def key(name: str) -> tuple[float, float, float, str]:
@@ -132,22 +152,23 @@ def trust_order(studies: Sequence[Mapping[str, Any]]) -> list[str]:
     return sorted(trusted, key=key)
 
 
-def sections(studies: Sequence[Mapping[str, Any]]) -> list[Section]:
-    """The tables of a page."""
+def sections(studies: Sequence[Mapping[str, Any]], ordered: bool = True) -> list[Section]:
+    """The tables of a page; `ordered`: with the order that they give measures."""
     everything = looks(studies)
     names = [name for name in (*measures.ranked(), TRUTH) if any(look.measure == name for look in everything)]
     return [
         Section("What the truth says", [Text(_TRUTH), _truths(studies)]),
         Section("Which measure names the truth's winner", [Text(_WINNERS), _winners(everything, names)]),
         Section("False claims", [Text(_FALSE), _claims(everything, names)]),
-        Section("The order", [Text(f"{_ORDER} {', '.join(trust_order(studies)) or 'None'}.")]),
+        *([Section("The order", [Text(f"{_ORDER} {', '.join(trust_order(studies)) or 'None'}.")])] if ordered else []),
     ]
 
 
 _TRUTH = (
     "By how much the first arm is nearer to the teacher than the second, in KL from the teacher (nats per token): the "
-    "mean of all studies, with p of Student's t over them, and in how many of them it is nearer. Below, the truth is "
-    "called clear where p < 0.05."
+    "mean of all studies, with p of Student's t over their teachers, and in how many studies it is nearer. Below, the "
+    "truth is called clear where p < 0.05; where a study has one teacher, by that teacher's fresh prompts. Where it "
+    "is not clear, the plant does not tell these two arms apart, and tests no measure."
 )
 _WINNERS = (
     "In how many studies the arm that a measure prefers is the truth's winner, where the truth is clear; *all* has "
@@ -156,9 +177,10 @@ _WINNERS = (
 )
 _FALSE = (
     "*Claims of nothing*: how often a measure claims a difference (p < 0.05, tasks as a sample) between an arm and "
-    "the same arm trained on a second draw of the data, or, for measures of pairs, between two arms where a coin "
-    "chose the better answer. The nominal rate is 5 %. *Claims the loser*: of comparisons whose truth is clear, how "
-    "often a measure claims the arm that is further from the teacher. Intervals are those of Clopper and Pearson."
+    "the same arm trained on a second draw of the data, or, for measures of pairs, between any two arms where a coin "
+    "chose the better answer (`coin`, `nothing`). The nominal rate is 5 %. *Claims the loser*: of comparisons whose "
+    "truth is clear, how often a measure claims the arm that is further from the teacher. Intervals are those of "
+    "Clopper and Pearson."
 )
 
 
@@ -182,7 +204,7 @@ def _truths(studies: Sequence[Mapping[str, Any]]) -> Table:
 
 def _winners(everything: Sequence[Look], names: Sequence[str]) -> Table:
     decided = [look for look in everything if look.right is not None and not look.null]
-    columns = [(p, c) for p in CONTRASTS for c in COMPARISONS
+    columns = [(p, c) for p in PLANTS for c in COMPARISONS
                if any((look.problem, look.comparison) == (p, c) for look in decided)]  # fmt: skip
     rows = []
     for name in names:

@@ -38,6 +38,7 @@ class Sizes:
         train: Training pairs.
         test: Test rows, on which measures are computed.
         fresh: Prompts on which the truth is computed, answered by the teacher.
+        rows: Pairs in a training step.
     """
 
     tasks: int
@@ -46,6 +47,7 @@ class Sizes:
     fresh: int
     new_tokens: int
     steps: int
+    rows: int = 16
 
 
 @dataclass(frozen=True)
@@ -114,16 +116,19 @@ class World:
             ]
         )
 
-    def vector(self, direction: torch.Tensor) -> Any:
-        """The base with a vector at the layer of the teachers."""
-        model: Any = get_peft_model(share_weights(self.model), SteeringVectorConfig(layers=[self.layer]))
-        for layer in steering_layers(model):
-            layer.initialise("default", direction)
+    def vector(self, direction: torch.Tensor, **options: Any) -> Any:
+        """The base with a vector at the layer of the teachers, or as the config's `options` say. `direction` is
+        `(D,)`, or `(layers, D)`."""
+        config = SteeringVectorConfig(**{"layers": [self.layer], **options})
+        model: Any = get_peft_model(share_weights(self.model), config)
+        layers = [*steering_layers(model)]
+        for layer, row in zip(layers, direction.expand(len(layers), -1), strict=True):
+            layer.initialise("default", row)
         return model.eval()
 
-    def lora(self, seed: int) -> Any:
+    def lora(self, seed: int, modules: Sequence[str] = ("down_proj",)) -> Any:
         """The base with a random LoRA of rank one at the layer of the teachers."""
-        config = LoraConfig(r=1, lora_alpha=1, target_modules=["down_proj"], layers_to_transform=[self.layer])
+        config = LoraConfig(r=1, lora_alpha=1, target_modules=[*modules], layers_to_transform=[self.layer])
         torch.manual_seed(seed)
         model: Any = get_peft_model(copy.deepcopy(self.model), config)
         for name, parameter in model.named_parameters():
@@ -173,4 +178,4 @@ def _let_it_end(world: World) -> None:
 
 def embedded_world(sizes: Sizes) -> World:
     """The embedded model, with the everyday prompts of the embedded tasks."""
-    return World("embedded", embedded.load_model(torch.bfloat16), embedded.load_tokenizer(), 15, 5, sizes)
+    return World("embedded", embedded.load_model(), embedded.load_tokenizer(), 15, 5, sizes)

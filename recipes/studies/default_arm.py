@@ -141,8 +141,16 @@ def seen_of(
     lab: Lab, model: Any, behaviour: str, rows: Dataset, strengths: Mapping[str, float]
 ) -> list[dict[str, Any]]:
     """What a model says at every strength, and what the base model thinks of that."""
-    of_base, sizes = lab.neutral_logps, {"new_tokens": NEW_TOKENS, "batch_size": 16}
-    held_out = HeldOut(lab.model, lab.tokenizer, rows, lab.neutral, len(rows), neutral_logps=of_base, **sizes)
+    held_out = HeldOut(
+        lab.model,
+        lab.tokenizer,
+        rows,
+        lab.neutral,
+        len(rows),
+        new_tokens=NEW_TOKENS,
+        batch_size=16,
+        neutral_logps=lab.neutral_logps,
+    )
     instruction = BEHAVIOURS[behaviour].instruction
     written = _nats(lab, instruction, rows["prompt"], [plain(row) for row in rows["chosen"]])
     records = []

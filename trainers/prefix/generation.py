@@ -79,12 +79,12 @@ class Generation:
         output = self._run(few, layout, states)
         if len(states) != len(cache.layers):
             raise NoPrefix(f"prompts keep their padding: {len(states)} of {len(cache.layers)} layers were met")
-        for layer, pair in zip(cache.layers, states, strict=True):
+        layers: list[Any] = cache.layers
+        for layer, pair in zip(layers, states, strict=True):
             for plain_RHCS, state_1HTS in zip((layer.keys, layer.values), pair, strict=True):
-                both = (
-                    states_RHCS.transpose(1, 2) for states_RHCS in (plain_RHCS, _rows(state_1HTS, layout.place_RC))
-                )
-                if (apart := difference(*both, mask_RC)) is not None:
+                ours_RHCS = _rows(state_1HTS, layout.place_RC)
+                apart = difference(plain_RHCS.transpose(1, 2), ours_RHCS.transpose(1, 2), mask_RC)
+                if apart is not None:
                     raise NoPrefix(f"prompts keep their padding: keys or values differ by {apart:.1e} without it")
         return output
 
@@ -121,7 +121,8 @@ def prompts_of_generation(call: Mapping[str, Any], cache_name: str) -> Prompts |
         call: Arguments of the decoder.
         cache_name: The argument that holds the cache.
     """
-    ids, mask, cache = call["input_ids"], call.get("attention_mask"), call.get(cache_name)
+    ids, mask = call["input_ids"], call.get("attention_mask")
+    cache: Any = call.get(cache_name)
     # layers with windows or recurrent states keep something else than all keys and values
     plain = type(cache) is DynamicCache and all(type(layer) is DynamicLayer for layer in cache.layers)
     if not plain or cache.get_seq_length() or not isinstance(mask, Tensor) or mask.shape != ids.shape:

@@ -288,8 +288,8 @@ class PromptCaches:
         kv_L2HCS = self._new.get(key)
         if kv_L2HCS is None and (kv_L2HCS := self.store.get(key)) is None:
             column = torch.arange(length, device=state.device)[None]
-            layers, row = steering_layers(self.model), torch.tensor([index], device=state.device)
-            with evaluating(self.model), part(layers, row, column):
+            layers, row_1 = steering_layers(self.model), torch.tensor([index], device=state.device)
+            with evaluating(self.model), part(layers, row_1, column):
                 call = {**prompt, self.decoder.cache: DynamicCache(), "use_cache": True}
                 cache = getattr(self.decoder.run(call, state[:, :length]), self.decoder.cache)
             layers = cache.layers[self.decoder.count :]

@@ -295,7 +295,6 @@ def break_in(monkeypatch, place: str) -> None:
     monkeypatch.setattr(f"steertune.trainers.prefix.{place}", broken)
 
 
-@pytest.mark.thinned(2)
 @pytest.mark.parametrize(
     "place",
     [

@@ -192,7 +192,7 @@ ROWS: dict[str, Row] = {
     "no training of zeros": training("max_steps=0 trains nothing, and the adapter starts at zero", max_steps=0),
     "a model to load": arm("the recipe loads the model. Set .model.",
                            trainer={"model_init_kwargs": {"revision": "x"}}),
-    "a checkpoint to go on from": arm("goes on from the last checkpoint in its output folder",
+    "a checkpoint to go on from": arm("continues from the last checkpoint in its output folder",
                                       trainer={"resume_from_checkpoint": "elsewhere"}),
     # [data], [model], [evaluation], [output]
     "training rows as text": arm(f"data.train: {STRICT} integer", data={"name": "cautious_advice", "train": "8"}),
@@ -369,7 +369,7 @@ ROWS: dict[str, Row] = {
         "prompt_ids": [1], "chosen_ids": [99], "rejected_ids": [2]}),
     # serve and eval, before the model is loaded
     "serve without a folder": served("NAME=FOLDER", "a="),
-    "serve into a folder": served("is no file", "a=x", "--output", "."),
+    "serve into a folder": served("is not a file", "a=x", "--output", "."),
     "serve into a folder of nothing": served("there is no folder no", "a=x", "--output", "no/x.jsonl"),
     "serve of no tokens": served("must be a whole number of 1 or more", "a=x", "--longest", "0"),
     "serve for half a second": served("must be a whole number of 1 or more", "a=x", "--seconds", "0.5"),

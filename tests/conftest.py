@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import gc
 import importlib.metadata
+from collections import defaultdict
 
 import datasets.arrow_dataset
 import datasets.fingerprint
@@ -24,15 +25,23 @@ torch.set_num_threads(1)  # one test process a core: two threads in each would w
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """`@pytest.mark.thinned(n)`: every n-th combination of parameters runs by default, the others are slow."""
+    """`@pytest.mark.thinned(n)`: every n-th combination of parameters runs by default, the others are slow.
+
+    Combinations count by the sum of the places that their values have in each list, so that every value comes up.
+    """
+    places: dict[tuple[str, ...], dict[tuple[int, ...], int]] = defaultdict(dict)
     for item in items:
         marker, call = item.get_closest_marker("thinned"), getattr(item, "callspec", None)
         if marker is None or call is None:
             continue
-        together = [mark.args[0] for mark in item.iter_markers("parametrize")]  # arguments of one list count once
-        names = [names.replace(" ", "").split(",") if isinstance(names, str) else names for names in together]
-        counted = {*call.indices} - {name for first, *others in names for name in others}
-        if sum(call.indices[name] for name in counted) % marker.args[0]:
+        lists = [mark.args[0] for mark in item.iter_markers("parametrize")]
+        lists = [names.replace(" ", "").split(",") if isinstance(names, str) else [*names] for names in lists]
+        lists += [[name] for name in call.params if not any(name in names for names in lists)]  # those of fixtures
+        total = 0
+        for names in lists:
+            known = places[item.nodeid.partition("[")[0], *names]
+            total += known.setdefault(tuple(id(call.params[name]) for name in names), len(known))
+        if total % marker.args[0]:
             item.add_marker(pytest.mark.slow)
 
 

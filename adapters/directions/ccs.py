@@ -30,7 +30,7 @@ def _fit(chosen: Tensor, rejected: Tensor) -> Tensor:
         raise ValueError(f"direction='ccs' needs at least 4 pairs, got {len(chosen)}.")
     swapped = (torch.arange(len(chosen)) % 2 == 1)[:, None]
     plain = [torch.where(swapped, b, a) for a, b in ((chosen, rejected), (rejected, chosen))]
-    sides = [_scaled(side) for side in plain]
+    sides = [(side - side.mean(dim=0)) / side.std(dim=0).clamp_min(1e-6) for side in plain]
     generator = torch.Generator().manual_seed(0)
     weights = torch.randn(_STARTS, chosen.shape[1], generator=generator) / chosen.shape[1] ** 0.5
     weights = weights.requires_grad_()
@@ -49,7 +49,3 @@ def _fit(chosen: Tensor, rejected: Tensor) -> Tensor:
     direction = weights[losses.argmin()].detach() / scale
     sign = torch.sign(direction @ (chosen - rejected).mean(dim=0))
     return direction / direction.norm() * (sign if sign != 0 else 1)
-
-
-def _scaled(side: Tensor) -> Tensor:
-    return (side - side.mean(dim=0)) / side.std(dim=0).clamp_min(1e-6)

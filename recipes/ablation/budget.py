@@ -1,4 +1,4 @@
-"""What every arm may spend on choosing its settings: the same trials, on validation rows only."""
+"""The budget for choosing settings: every arm has the same trials, on validation rows only."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ class BudgetTable(BaseModel, extra="forbid", strict=True):
     A trial is a learning rate, a number of steps (where training stops early) and, for arms that write into one layer,
     one of `layers`. `learning_rate` lists multiples of the arm's own, and each is tried with every number of `steps`
     and every layer; or it is a factor, around the arm's own, within which all but the first are drawn log-uniformly,
-    so that few draws may leave out much of it. Arms without a layer to choose try as many rates more, between the same
-    ends. A trial is trained, and measured on the validation rows: at every one of `strengths`, or with "matched" at
-    the strength with the grid's KL to the base, where arms are compared (arms without a strength: at 1). Tuned at free
-    strengths for accuracy alone, every arm buys it with the model's fluency.
+    so that a few draws may miss much of it. Arms without a layer to choose try more rates instead, in the same range.
+    A trial is trained, and measured on the validation rows: at every one of `strengths`, or with "matched" at
+    the strength with the grid's KL to the base, where arms are compared (arms without a strength: at 1). If arms were
+    tuned for accuracy alone at any strength, every arm would trade fluency for it.
     With `halving` k, all trials first train a fraction of their steps and only the best 1 in k continues, rung by
     rung.
     """
@@ -33,7 +33,7 @@ class BudgetTable(BaseModel, extra="forbid", strict=True):
     learning_rate: float | list[float] = 4.0
     steps: list[int] = [16]
     layers: list[float] = []
-    """Fractions of the depth; none: the arm's own layer."""
+    """Fractions of the depth; empty: the arm's own layer."""
     landings: int = Field(default=1, ge=0)
     """How many trials are added, with "matched" strengths, for an arm whose best trial is used at other strengths than
     those it was trained at: with the best one's settings and its learning rate multiplied by its strength."""
@@ -117,7 +117,7 @@ class BudgetTable(BaseModel, extra="forbid", strict=True):
 
 @dataclass(frozen=True)
 class Setting:
-    """What a trial tries.
+    """The settings of one trial.
 
     Attributes:
         rate: Multiplies the arm's own learning rate.
@@ -134,7 +134,7 @@ class Setting:
     prompt: int = 0
 
     def part(self, fraction: float) -> Self:
-        """The same, for a fraction of its steps."""
+        """The setting with a fraction of its steps."""
         return replace(self, steps=max(1, round(self.steps * fraction)) if self.steps else 0)
 
     def trainer(self, own: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """The cells of a grid as a table that statistics can read: a row for each cell, a column for each measure.
 
 `column("accuracy", "matched")` is the mean of a measure at a strength, and `rows_of` its values for every example. At
-`frontier` it is the mean over the KLs of an arm's frontier; an arm that stops short counts with its last point beyond.
+`frontier` it is the mean over the KLs of an arm's frontier; an arm that cannot reach a KL counts with its last point
+there.
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ def column(measure: str, strength: str = TUNED) -> str:
 def read_cells(folder: Path, grid: Mapping[str, Any] | None = None) -> Frame:
     """Every cell of a folder, or of a grid.
 
-    A diverged cell counts with what its user would be left with, the base model; its `status` says so. A cell that
+    A diverged cell counts as the base model, which is all that a user would have left; its `status` says so. A cell
+    that
     failed for another reason has no numbers, and `status` "failed".
 
     Raises:
@@ -60,7 +62,7 @@ def cells_table(records: Sequence[Record], levels: Mapping[str, Mapping[str, str
     missing: dict[str, Any] = {name: float("nan") for name in names if name not in cells}
     missing |= {examples_of(name): None for name in names if examples_of(name) not in cells}
     cells = pd.concat([cells, pd.DataFrame(missing, index=cells.index)], axis=1)
-    # a cell that diverged before it saw neutral text knows no perplexity of the base; the others do
+    # a cell that diverged before neutral text was measured lacks the base's perplexity; take it from the others
     base = column("perplexity", BASE)
     cells[base] = cells[base].fillna(cells[base].mean())
     diverged = cells["status"] == "diverged"
@@ -76,7 +78,7 @@ def _row(record: Record) -> dict[str, Any]:
     row |= {f"setting_{name}": value for name, value in (record.facts.get("setting") or {}).items()}
     observations = dict(record.observations)
     if record.facts.get("status") == "diverged" and BASE in observations:
-        # one point is a frontier that is the same anywhere
+        # a single point makes the same frontier at any KL
         strengths = (TUNED, MATCHED, at_kl(1.0)) if record.facts.get("scalable") else (TUNED,)
         observations |= {strength: {**observations[BASE], "kl": [0.0]} for strength in strengths}
     whole = Record(record.keys, observations)

@@ -24,7 +24,7 @@ def colours(arms: Sequence[str]) -> dict[str, Any]:
 
 
 def intervals(values: Mapping[str, Interval], label: str, line: float = 0.0, largest_first: bool = True) -> Figure:
-    """Estimates with intervals, one a row; intervals that hold zero are grey. `line` is a second value to compare
+    """Estimates with intervals, one per row; intervals that contain zero are grey. `line` is a second value to compare
     with, drawn dashed. Without `largest_first`, rows keep their order, from the top."""
     rows = sorted(values.items(), key=lambda item: item[1].estimate) if largest_first else [*values.items()][::-1]
     figure = Figure(figsize=(_WIDTH, 0.9 + 0.36 * len(rows)), layout="constrained")
@@ -44,7 +44,8 @@ def intervals(values: Mapping[str, Interval], label: str, line: float = 0.0, lar
 
 
 def curves(cells: Frame, arms: Sequence[str], measure: str, label: str, colours: Mapping[str, Any]) -> Figure:
-    """Score against number of examples on a log axis, a panel a task, with intervals over seeds; the base dashed."""
+    """Score against number of examples on a log axis, with a panel for each task and intervals over seeds; the base
+    dashed."""
     tasks = sorted(cells["task"].unique())
     columns = min(3, len(tasks))
     rows = -(-len(tasks) // columns)
@@ -82,8 +83,8 @@ def _curve(axis: Axes, cells: Frame, measure: str, arm: str, apart: float, colou
 
 
 def side_by_side(cells: Frame, columns: Mapping[str, str], colours: Mapping[str, Any]) -> Figure:
-    """Effect and side effects of every arm: a panel a column, an arm a row, with intervals over its cells; the base
-    model dashed. `columns` maps a column of the cells to its title."""
+    """Effect and side effects of every arm: a panel for each column, a row for each arm, with intervals over its
+    cells; the base model dashed. `columns` maps a column of the cells to its title."""
     arms = [*dict.fromkeys(cells["arm"])][::-1]  # the first one on top
     figure = Figure(figsize=(2.3 * len(columns) + 2.5, 0.9 + 0.3 * len(arms)), layout="constrained")
     axes = figure.subplots(1, len(columns), sharey=True, squeeze=False)[0]
@@ -114,7 +115,8 @@ def pareto(
     colours: Mapping[str, Any],
     base: tuple[float, float] | None = None,
 ) -> Figure | None:
-    """Effect against side effect, a dot an arm (mean over its cells), a cross for the base model; the arms that no
+    """Effect against side effect, with a dot for each arm (mean over its cells) and a cross for the base model; the
+    arms that no
     other beats on both are joined. None where no arm has both."""
     points = cells.groupby("arm", sort=False)[[x, y]].mean().dropna()
     if points.empty:
@@ -136,7 +138,8 @@ def pareto(
 def frontiers(
     cells: Frame, targets: Sequence[float], measures: Mapping[str, str], colours: Mapping[str, Any]
 ) -> Figure:
-    """Means against the KL to the base on a log axis, a panel a measure: a line for every arm with a strength, a dot
+    """Means against the KL to the base on a log axis, with a panel for each measure: a line for every arm with a
+    strength, a dot
     at its own KL for every other; the base dashed. `measures` maps a name to the label of its axis."""
     figure = Figure(figsize=(4.2 * len(measures), 4.4), layout="constrained")
     axes = np.atleast_1d(figure.subplots(1, len(measures)))

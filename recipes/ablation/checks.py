@@ -1,4 +1,4 @@
-"""What a grid must not contradict: its card, its budgets, its own tables."""
+"""Checks of a grid against its card, its budgets and its own tables."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def check_budgets(card: Card, arms: list[GridArm]) -> None:
 
 
 def check_reading(examples: list[int], arms: list[GridArm]) -> None:
-    """Refuse numbers of examples that training would not reach the end of, so that some would stand for fewer."""
+    """Refuse numbers of examples that training would not get through."""
     for arm in arms:
         reads = batch_size(arm.arm) * max(arm.budget.steps)
         if arm.arm.trainer.get("max_steps") != 0 and not arm.arm.get(Prompt) and max(examples) > reads:
@@ -86,7 +86,7 @@ def has_one_layer(arm: Arm) -> bool:
 
 
 def check_arms(tables: GridTables, arms: list[GridArm]) -> None:
-    """Refuse arms that the grid's own tables contradict."""
+    """Refuse arms that contradict the grid's own tables."""
     model = _model(ModelTable(**tables.model))
     for arm in arms:
         if _model(arm.arm.model) != model:
@@ -115,7 +115,7 @@ def check_draws(tasks: list[TaskTable]) -> None:
 
 
 def check_prompts(tables: GridTables, arms: list[GridArm], tasks: list[TaskTable]) -> None:
-    """Refuse prompts that the examples or the tasks cannot fill."""
+    """Refuse prompts for which there are too few examples or instructions."""
     for arm in arms:
         prompt = arm.arm.get(Prompt)
         if prompt.demonstrations > min(tables.examples) and not prompt.fewer:

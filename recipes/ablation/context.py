@@ -1,4 +1,4 @@
-"""What all cells of a grid share, each loaded once: the base model, the tasks' rows, what the base does on them."""
+"""What all cells of a grid share, loaded once: the base model, the tasks' rows, and the base's results on them."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ from steertune.trainers import FrozenPrefix
 
 _ANSWERED = 16  # neutral prompts that are answered, for the repetition
 _BATCH = 16  # test rows in a pass: what they begin with in common runs once
-_MEMO_GB = 2.0  # RAM for what is constant in all cells; the rest goes to temporary files
+_MEMO_GB = 2.0  # RAM for states that are constant in all cells; the rest goes to temporary files
 
 
 _T = TypeVar("_T")
 
 
 def _once_per_task(method: Callable[[Context, TaskTable], _T]) -> Callable[[Context, TaskTable], _T]:
-    """Keep what a method returns for a task, by its label: a task with its instructions cannot be hashed."""
+    """Cache a method's result for each task by its label, since a task with instructions cannot be hashed."""
 
     @wraps(method)
     def kept(self: Context, task: TaskTable) -> _T:
@@ -52,13 +52,13 @@ def _once_per_task(method: Callable[[Context, TaskTable], _T]) -> Callable[[Cont
 
 
 class Context:
-    """Loads and computes on demand, and keeps the result."""
+    """Loads and computes on demand, and caches the results."""
 
     def __init__(self, grid: Grid) -> None:
         self.grid = grid
         self.prefix = FrozenPrefix(_MEMO_GB, warn=False)
         self.cache: dict[Any, Any] = {}
-        """What ingredients keep from one training to the next."""
+        """What ingredients cache from one training to the next."""
         self.winner = Winner()
         """The best trial of the last tuning."""
         self._neutral_logps: dict[str, list[torch.Tensor]] = {}  # of the base, for all tasks
@@ -101,7 +101,7 @@ class Context:
         return self.read(task).each(partial(readable, tokenizer=self.tokenizer))
 
     def notes(self, task: TaskTable) -> list[str]:
-        """What to say about the task's rows, beside their number."""
+        """Notes about the task's rows, apart from their number."""
         return notes_on_form(self.read(task).test, self.tokenizer)
 
     @_once_per_task
@@ -111,7 +111,7 @@ class Context:
 
     @_once_per_task
     def held_out(self, task: TaskTable) -> HeldOut:
-        """The task's test rows and the neutral text, with what the base model does on them."""
+        """The task's test rows and the neutral text, with the base model's results on them."""
         tables, behaviour = self.grid.tables, behaviour_of(task)
         return HeldOut(
             self.model,
@@ -161,7 +161,7 @@ class Context:
         return {**arm.adapter, "layers_to_transform": resolve_layers(setting.layer, len(find_blocks(self.model)))}
 
     def show(self, cell: Cell, seed: int, instruction: int = 0) -> Show:
-        """What a cell's model is shown: the rows themselves, unless its arm is a prompt. The demonstrations are its
+        """What a cell's model sees: the rows themselves, unless its arm is a prompt. The demonstrations are its
         training rows of `seed`; `instruction` is the index of the instruction of the task."""
         prompt = cell.arm.arm.get(Prompt)
         if not prompt:

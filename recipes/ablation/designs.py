@@ -1,4 +1,4 @@
-"""Which combinations of factor levels a grid runs, and what a fraction of them cannot tell apart.
+"""Which combinations of factor levels a grid runs, and which effects a fraction of them confounds.
 
 A combination maps factor -> level. Levels keep the order of the grid's file.
 """

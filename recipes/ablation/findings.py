@@ -16,13 +16,13 @@ from steertune.recipes.ablation.tables import Claim, GridTables
 
 @dataclass(frozen=True)
 class Findings:
-    """What the cells of a grid say. Arms are called by their labels throughout.
+    """The findings from a grid's cells. Arms have their labels throughout.
 
     Attributes:
         grid: The `grid.json`.
         claim: The claim, or the same comparison on another measure.
         cells: All cells, failed ones too.
-        paired: The cells that ran, for whatever compares; means and costs are by task and seed.
+        paired: The cells that ran, for comparisons; means and costs are by task and seed.
         shares: Of the gap that the claim is about.
         verdict: What the result says about the claim.
         curves: Every arm's curve against the curves of the claim's baseline and of the design's start.

@@ -183,7 +183,7 @@ def make_grid(raw: dict[str, Any], data_root: Path | None = None) -> Grid:
         tables = GridTables(**raw)
     except ValidationError as error:
         raise ArmError(reasons(error)) from error
-    check_name("grid", tables.name)  # it names the folder of the results
+    check_name("grid", tables.name)  # the name becomes the folder of the results
     if (card := tables.card) is None:
         raise ArmError(
             "The grid has no [card]. Write down problem, hypothesis, against (which result would count against it), "
@@ -214,7 +214,7 @@ def make_grid(raw: dict[str, Any], data_root: Path | None = None) -> Grid:
 
 
 def _combinations(tables: GridTables) -> tuple[list[Combination], list[str]]:
-    """The design's combinations, and what to know about it."""
+    """The design's combinations, and a note about it."""
     design, factors = tables.design, {name: list(levels) for name, levels in tables.factors.items()}
     if design.kind == "arms":
         if factors:
@@ -350,7 +350,7 @@ def _place(task: TaskTable, examples: int, seed: int) -> Path:
 
 
 def describe(cells: Sequence[Cell]) -> str:
-    """How many of what."""
+    """A count with its noun."""
     count = {what: len({getattr(cell, what) for cell in cells}) for what in ("examples", "seed")}
     arms, tasks = len({cell.arm.name for cell in cells}), len({cell.task.label for cell in cells})
     return (

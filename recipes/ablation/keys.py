@@ -1,4 +1,4 @@
-"""Hashes of everything that decides a cell's result: a folder of other settings is told by them."""
+"""Hashes of everything that decides a cell's result, by which a folder with other settings is recognised."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def named_task(task: TaskTable) -> list[Any]:
 
 
 def content(file: str | None) -> str:
-    """Hash of a local file, which may stand elsewhere on another machine; the name of anything else."""
+    """Hash of a local file, which may be elsewhere on another machine; the name of anything else."""
     if file is None:
         return ""
     path = Path(file)

@@ -13,7 +13,7 @@ from steertune.recipes.lab.observe import HeldOut, against_base
 from steertune.trainers import Batch, scaled
 
 SEARCH_ROWS = 4
-"""Rows that the search starts with."""
+"""Number of rows with which the search starts."""
 MeasuredKLs = dict[tuple[float, int], float]
 """A strength and the number of rows, the first ones for matching -> the KL to the base."""
 

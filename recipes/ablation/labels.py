@@ -1,4 +1,4 @@
-"""What a report calls an arm: `form=bias,layers=one,contrast=pairs` is "vector, one layer, pairs"."""
+"""The labels of arms in a report: `form=bias,layers=one,contrast=pairs` is "vector, one layer, pairs"."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from steertune.recipes.ablation.tables import GridTables
 
 _WORDS = {"bias": "vector", "lora": "LoRA", "dpo": "DPO", "icv": "ICV", "ia3": "IA3", "kl": "KL", "sft": "SFT"}
 _SPEAK_FOR_THEMSELVES = ("form", "learner", "contrast", "method")
-"""Factors whose levels need no name of the factor beside them."""
+"""Factors whose levels are clear without the factor's name."""
 
 
 def arm_labels(tables: GridTables, arms: Sequence[Mapping[str, Any]]) -> dict[str, str]:

@@ -8,7 +8,8 @@
     zeros = {}
     mean_difference = [{ when = { form = "lora" }, inert = true }, { adapter.init = "mean_difference" }]
 
-Of a list the first entry counts whose `when` fits. `inert` says that the level means nothing there; combinations that
+In a list, the first entry whose `when` matches counts. `inert` says that the level means nothing there; combinations
+that
 differ only in inert levels are one arm. A patch goes on top of the base arm as an arm on top of the one it extends
 (`lab/arm_files.py`): one that names another adapter, loss, augmentation or view replaces its whole table.
 """
@@ -30,7 +31,7 @@ _CORE = ["adapter", "loss", "trainer", "data"]
 
 
 def with_common(raw: dict[str, Any], tables: GridTables) -> dict[str, Any]:
-    """An arm with what the grid says for all; an arm that is not trained stays so."""
+    """An arm with the grid's settings for all arms; an untrained arm stays untrained."""
     common: dict[str, Any] = {"model": tables.model, "loss": tables.loss}
     trainer = raw.get("trainer", {})
     if isinstance(trainer, dict) and trainer.get("max_steps") != 0:
@@ -103,7 +104,8 @@ def _entry(factor: str, level: str, patch: Any, combination: Combination, tables
         check_keys(where, option, ["inert", *_CORE, *kinds()])
         if not isinstance(option.get("data", {}), dict):
             raise ArmError(f'{where}: data={option["data"]!r} must be a table, such as {{ pairing = "shuffled" }}.')
-        check_keys(f"{where}.data", option.get("data", {}), ["pairing", "times"])  # the grid itself says the rest
+        # the rest comes from the grid itself
+        check_keys(f"{where}.data", option.get("data", {}), ["pairing", "times"])
         for other, values in when.items():
             if not isinstance(values, str | list):
                 raise ArmError(f"{where}: when.{other}={values!r} must be a level or a list of levels.")

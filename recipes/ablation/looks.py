@@ -1,6 +1,6 @@
 """What was fixed before the first cell of a folder, and how often the design was changed after cells had run.
 
-Whoever looks at a result and then adds seeds gets more chances to find something. So `grid.json` keeps a hash of the
+Adding seeds after looking at a result gives more chances to find something. So `grid.json` keeps a hash of the
 card and the claim, which may not change once a cell ran, and every design (tasks, numbers of examples, seeds) that
 cells ran for: with k of them, a claim is decided at `alpha / k` (Bonferroni over the looks).
 """
@@ -20,7 +20,7 @@ GRID = "grid.json"
 
 
 def fixed(grid: Grid, folder: Path) -> dict[str, Any]:
-    """What `grid.json` keeps of this: the hash of the card, and the designs up to this one.
+    """The entries of `grid.json`: the hash of the card, and the designs up to this one.
 
     Raises:
         ArmError: the folder holds cells of a grid with another card or claim.
@@ -39,7 +39,8 @@ def fixed(grid: Grid, folder: Path) -> dict[str, Any]:
     if before.get("card_key", key) != key:
         raise ArmError(
             f"[card] or [claim] differ from those that {folder / GRID} fixed before the first cell ran (hash "
-            f"{before['card_key']}, now {key}): a claim that is made after a look is none. Set them back, or give the "
+            f"{before['card_key']}, now {key}): a claim that is made after looking at results does not count. Set "
+            "them back, or give the "
             "new claim a --folder and seeds of its own."
         )
     looks = before.get("looks", [design])
@@ -60,7 +61,7 @@ def _before(folder: Path) -> dict[str, Any] | None:
             f"{folder} holds cells and no {GRID}, which fixed their card before they ran: a claim that is made after "
             "a look is none. Put the file back, or choose another --folder."
         )
-    return read_result(file, "Run the grid again: it writes this file anew, and keeps its cells.")
+    return read_result(file, "Run the grid again: it writes this file again and keeps the cells.")
 
 
 def looks_of(grid: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -10,7 +10,7 @@ from types import MappingProxyType
 import numpy as np
 from scipy.optimize import brentq
 
-_TOLERANCE = 0.02  # relative, of the strength
+_TOLERANCE = 0.02  # relative tolerance of the strength
 _REACHED = 0.25  # of log KL: more off than the tolerance of the strength explains is a jump over the target
 _CLOSE = 0.03  # of log KL: near enough to stop
 _ENOUGH = 0.1  # of log KL: near enough after the last evaluation
@@ -41,8 +41,8 @@ class Point:
 
 
 class Curve:
-    """KL against strength, computed where the search needs it. KL is in nats per token, and what is not finite counts
-    as too much.
+    """KL against strength, computed as the search needs it. KL is in nats per token, and a KL that is not finite
+    counts as too large.
 
     KL is quadratic in a small strength, so the search starts at a small one and walks up, by a factor of two at most
     unless the last two points lie on a parabola. So it finds the smallest strength with some KL, also where the KL
@@ -60,7 +60,7 @@ class Curve:
         def excess(x: float) -> float:
             return self._at(x) - goal
 
-        # down to a strength that is clearly too small, from what was seen or from a small one
+        # down to a strength that is clearly too small, from a measured one or from a small one
         low = min([x for x in self._logs if excess(x) < 0], default=min(_SMALL, self._limit))
         while excess(low) > -_STEP and low > _SMALLEST:
             low = max(_SMALLEST, low - max(_STEP, (excess(low) + 2 * _STEP) / 2))
@@ -81,13 +81,13 @@ class Curve:
         return math.exp(x) if abs(excess(x)) < _REACHED else None
 
     def last(self, target: float) -> float | None:
-        """The strength that was seen with the largest KL below this one; None: no such strength."""
+        """The measured strength with the largest KL below this one; None if there is none."""
         below = {x: y for x, y in self._logs.items() if y < math.log(target)}
         return math.exp(max(below, key=lambda x: (below[x], -x))) if below else None
 
     @property
     def falls(self) -> bool:
-        """Whether a larger strength was seen to have a smaller KL."""
+        """Whether a larger strength was measured to have a smaller KL."""
         logs = np.array([self._logs[x] for x in sorted(self._logs) if self._logs[x] < _TOO_MUCH])
         return bool(len(logs) and (np.maximum.accumulate(logs) - logs).max() > _FALL)
 

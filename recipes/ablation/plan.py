@@ -1,4 +1,4 @@
-"""What a grid is about to do, and how long that takes on this machine."""
+"""The plan of a grid, and how long it takes on this machine."""
 
 from __future__ import annotations
 

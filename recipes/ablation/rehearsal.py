@@ -35,10 +35,7 @@ class Draw(NamedTuple):
 
 
 def rehearse_grid(cells: Sequence[Cell], context: Context) -> list[str]:
-    """Try what the cells that are left to run need; return what to say about the rows.
-
-    Returns:
-        What to say about the rows.
+    """Try what the cells that are left to run need; return notes about the rows.
 
     Raises:
         ArmError: something that would fail in a cell; the message names the task or the arm.
@@ -72,7 +69,7 @@ def rehearse_grid(cells: Sequence[Cell], context: Context) -> list[str]:
 
 
 def _rehearse_rows(context: Context, tasks: Mapping[str, TaskTable], draw: Draw) -> tuple[Dataset, list[str]]:
-    """Training rows, and what to say about them."""
+    """Training rows, and notes about them."""
     rows = context.splits(tasks[draw.task]).train(draw.examples, draw.seed, draw.pairing, draw.number)
     return rows, rehearse_rows(context.model, context.tokenizer, rows)
 
@@ -89,7 +86,7 @@ def _rehearse_arm(
     examples = cell.examples * arm.data.times
     rows, notes = rehearsed(Draw(cell.task.label, examples, cell.seed, arm.data.pairing, cell.task.draw))
     rehearse_views(arm, context.model, context.tokenizer, rows)
-    # teachers are trained, and new examples are made, only where they are needed
+    # teachers are trained and new examples made only if needed
     if construct and not arm.get(Teachers):
         ingredients = {name: one for name, one in arm.ingredients.items() if not isinstance(one, Augmentation)}
         plain = replace(cell, arm=replace(cell.arm, arm=arm.model_copy(update={"ingredients": ingredients})))

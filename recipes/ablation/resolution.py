@@ -1,4 +1,4 @@
-"""Which difference a grid can see, and what more tasks, rows or seeds would buy: for dry runs."""
+"""The smallest difference that a grid can detect, and how more tasks, rows or seeds would lower it; for dry runs."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ LIKE = {"accuracy": "accuracy", "behaviour": "behaviour"}
 
 
 def resolution(grid: Grid, context: Context, folder: Path, minutes: float, more_rows: float) -> list[str]:
-    """Lines about what the design can see. `minutes` are those of a cell; `more_rows` is by what factor it takes
+    """Lines about what the design can detect. `minutes` are those of a cell; `more_rows` is by what factor it takes
     longer with twice the test rows."""
     claim = grid.tables.claim
     assert claim is not None  # a grid without one is refused when it is read

@@ -85,7 +85,7 @@ def run_cell(cell: Cell, context: Context, folder: Path) -> Record:
 
 
 def _place(cell: Cell, setting: Setting, seed: int) -> tuple[Any, ...]:
-    """What decides what a training ends with."""
+    """Everything that decides the result of a training."""
     return cell.arm.name, cell.task.label, cell.examples, seed, setting.rate, setting.steps, setting.layer
 
 
@@ -95,7 +95,7 @@ def _train_and_measure(
     """The part of a cell after its tuning."""
     setting = Setting(**tuning["best"])
     with bar.step("training"):
-        # its own tuning may have trained it
+        # its own tuning may have trained the model already
         place = _place(cell, setting, cell.seed)
         trained = context.winner.take(place) or train(cell, context, setting, cell.seed, home)
     task, examples, seed = cell.tuned_at
@@ -121,7 +121,7 @@ def tuned(cell: Cell, context: Context, folder: Path) -> dict[str, Any]:
     """The setting that is best on the validation rows, with all trials; computed once for cells that share it."""
     file = folder / cell.tuning_file
     file.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(file.with_suffix(".lock")):  # another runner may be tuning for the same cells
+    with FileLock(file.with_suffix(".lock")):  # another process may be tuning for the same cells
         if file.exists() and (tuning := _read_tuning(file, cell.tuning_key)) is not None:
             return tuning
         start = time.monotonic()
@@ -161,7 +161,7 @@ def _landings(
 
 
 def _read_tuning(file: Path, key: str) -> dict[str, Any] | None:
-    """A finished tuning; None if it is of other settings, or damaged."""
+    """A finished tuning; None if it belongs to other settings, or is damaged."""
     try:
         tuning = read_result(file, "It is done again.")
         if tuning["key"] != key:
@@ -208,7 +208,7 @@ def _trials(cell: Cell, context: Context, seed: int, home: Path) -> list[dict[st
 def _train_trials(
     cell: Cell, context: Context, settings: Sequence[Setting], seed: int, home: Path
 ) -> Iterator[Trained | None]:
-    """What every setting trains, None where it diverges."""
+    """The trained model of every setting; None if it diverged."""
     alike = len({setting.layer for setting in settings}) == 1
     if len(settings) > 1 and alike and _pays_together(cell, context):
         made = [make_cell_trainer(cell, context, s, seed, home / str(i)) for i, s in enumerate(settings)]
@@ -307,7 +307,7 @@ def train(cell: Cell, context: Context, setting: Setting, seed: int, home: Path)
 
 
 def _cost(trainer: Any, training: Training, seconds: float) -> dict[str, Any]:
-    """What a training cost, for its record."""
+    """The cost of a training, for its record."""
     batch = trainer.args.per_device_train_batch_size * trainer.args.gradient_accumulation_steps
     pairs = trainer.state.global_step * batch
     # tokens that a training step runs the model on
@@ -327,8 +327,8 @@ def _cost(trainer: Any, training: Training, seconds: float) -> dict[str, Any]:
 
 
 def measure(cell: Cell, context: Context, trained: Trained, strength: float, show: Show, record: Record) -> None:
-    """What the trained model does on the test rows, which are read here only, at the strength that the tuning chose
-    and at those of the frontier; the record gets the observations.
+    """Measure the trained model on the test rows, which are read only here, at the strength that the tuning chose and
+    at those of the frontier; the record gets the observations.
 
     Raises:
         NonFiniteError: log-probabilities of the trained model are not finite.

@@ -105,11 +105,9 @@ class Context:
                 observed = evaluate_base(held_out, self.names(name)) | evaluate(
                     model, held_out, self.names(name), strengths
                 )
-                records[name] = Record(self._keys(name, count), observed)
+                keys = {"arm": self.arm.name, "task": name, "examples": count, "seed": self.arm.data.seed}
+                records[name] = Record(keys, observed)
         return records
-
-    def _keys(self, group: str, count: int) -> dict[str, Any]:
-        return {"arm": self.arm.name, "task": group, "examples": count, "seed": self.arm.data.seed}
 
 
 def make_fix(context: Context, count: int, folder: Path) -> tuple[Any, dict[str, Any]]:

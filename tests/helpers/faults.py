@@ -125,8 +125,8 @@ FAULTS = [
     ),
     Fault(
         "the reference of a compiled model is looked for in its wrapper", "DPO reference", "trainers.loss_mixin",
-        "unwrapped: Any = self.accelerator.unwrap_model(model, keep_torch_compile=False)",
-        "unwrapped: Any = self.accelerator.unwrap_model(model)",
+        "self._unwrapped = model, self.accelerator.unwrap_model(model, keep_torch_compile=False)",
+        "self._unwrapped = model, self.accelerator.unwrap_model(model)",
         "trainers/test_equal_upstream", "compiled",
     ),
     Fault(
@@ -174,7 +174,7 @@ FAULTS = [
         "the hook keeps the first Parameter object", "hooks", "adapters.layer",
         "return units.value(self._vector(name, kind))",
         'return self.__dict__.setdefault("kept", {}).setdefault((name, kind), self._vector(name, kind).weight)',
-        "adapters/test_peft", "parameter_object",
+        "adapters/test_peft_training", "parameter_object",
     ),
     Fault(
         "output[0] of a tensor", "tuple or tensor", "adapters.outputs",
@@ -211,7 +211,7 @@ FAULTS = [
     Fault(
         "vectors are bf16", "dtype", "adapters.parameter",
         "torch.full(shape, torch.nan, dtype=torch.float32", "torch.full(shape, torch.nan, dtype=torch.bfloat16",
-        "adapters/test_peft", "bf16",
+        "adapters/test_peft_training", "bf16",
     ),
     Fault(
         "the adapter is saved empty", "ZeRO-3's empty file", "adapters.parameter",

@@ -119,7 +119,7 @@ def test_chat_says_what_it_does_not_understand():
     said = talk(model, "/strength much", "/strength nan", "/strength", "/what", "  ", "/quit", "the cat")
     assert said[:2] == ["'much' is not a number.", "'nan' is not finite."]
     assert said[2:] == [chat._HELP, chat._HELP]
-    with pytest.raises(ValueError, match="finite strength"):
+    with pytest.raises(ValueError, match="strength must be finite"):
         chat.Chat(model, tiny_data.tokenizer(), float("nan"), 4, 0.0)
 
 

@@ -25,7 +25,11 @@ def test_an_interrupt_is_one_line_and_130(started, tmp_path):
     """While imports take their seconds, when nothing of the recipe runs yet; here one of them is interrupted."""
     slow = tmp_path / "peft" / "__init__.py"
     slow.parent.mkdir()
-    slow.write_text("import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(60)\n")
+    slow.write_text(
+        "import os, signal, time\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)  # a process in the background ignores it\n"
+        "os.kill(os.getpid(), signal.SIGINT)\ntime.sleep(60)\n"
+    )
     code = "import runpy, sys; sys.argv = sys.argv[1:]; runpy.run_module('steertune.recipes.cli', run_name='__main__')"
     words = [sys.executable, "-c", code, *started] if started[0] == "steertune" else started
     path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])

@@ -53,7 +53,7 @@ def test_a_card_may_change_until_a_cell_ran_and_not_after(tmp_path: Path) -> Non
     for change in ({"card__hypothesis": "Another."}, {"claim__margin": 0.01}, {"claim__tasks": "fixed"}):
         with pytest.raises(ArmError, match=r"fixed before the first cell ran.*Set them back, or"):
             fixed(grid_of(**change), tmp_path)
-        with pytest.raises(ArmError, match="a claim that is made after a look"):
+        with pytest.raises(ArmError, match="a claim that is made after looking"):
             written(tmp_path, **change)
     assert json.loads((tmp_path / "grid.json").read_text())["card_key"] == first["card_key"]
 

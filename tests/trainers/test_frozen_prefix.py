@@ -245,6 +245,25 @@ def test_dropout_below_is_off_and_dropout_above_is_not(caplog, splits_run):
             off_because(caplog, "some_dropout.p=0.5 below the trained layers makes its output random")
 
 
+def test_another_adapter_is_proven_again(tokens_run):
+    """One proof of a model says nothing of other adapters on it, in another precision."""
+    prefix, batch = FrozenPrefix(), pair_batch()
+    proofs = []
+    for switches in (
+        dict(layers=2),
+        dict(layers=2),
+        dict(layers=2, positions="completion"),
+        dict(layers=2, form="gated"),
+    ):
+        model = get_peft_model(tiny(), SteeringVectorConfig(**switches))
+        fill(model)
+        before = len(prefix._proven)
+        with torch.no_grad(), prefix.shortcut(model).on():
+            ModelAt(model, model, batch)(1)
+        proofs.append(len(prefix._proven) > before)
+    assert proofs == [True, False, True, True]
+
+
 # -- what goes wrong inside ------------------------------------------------------------------------------------------
 
 

@@ -275,6 +275,7 @@ def test_a_steering_vector_needs_none_of_them(name, tmp_path):
         made.train()
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize(
     "biases", [{"direction_start": {"layer": 2}}, ["position_average"], ["rank_one"], ["one_write"]]
 )

@@ -229,6 +229,7 @@ def lengths(made):
     return {name.split(".")[-2]: float(value.norm()) for name, value in vectors.items()}
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("logging", ["no", "steps"])
 @pytest.mark.parametrize(
     ("kind", "options"),

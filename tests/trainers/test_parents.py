@@ -134,6 +134,7 @@ def differences(one: dict[str, Any], two: dict[str, Any]) -> list[str]:
     ]
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("case", CASES)
 def test_it_is_its_parent(case: str, tmp_path: Path) -> None:
     kind, changes, own = CASES[case]

@@ -44,6 +44,7 @@ def loss_for(kind: str) -> str:
 # -- the reference --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize(("kind", "loss"), [("dpo", None), ("dpo", "dpo"), ("plain", "dpo")])
 @pytest.mark.parametrize("start", ["fresh", "continued", "continued lora"])
 def test_dpo_starts_at_ln_2(kind, loss, start, tmp_path):
@@ -98,6 +99,7 @@ RESUMES = {
 }
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("name", RESUMES)
 def test_six_steps_are_three_and_three_more(name, tmp_path):
     options = dict(RESUMES[name])
@@ -130,6 +132,7 @@ def test_evaluation_does_not_change_what_bipo_draws(tmp_path):
 # -- gradient accumulation ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize(
     ("kind", "loss"),
     [("dpo", "dpo"), ("dpo", "ipo"), ("plain", "simpo"), ("dpo", "unlikelihood"), ("dpo", "cross_entropy"),
@@ -192,6 +195,7 @@ def quantised(request, tmp_path_factory):
     return load
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize(("kind", "loss"), TRAININGS)
 def test_vectors_stay_fp32_and_keep_their_value_on_a_quantised_base(kind, loss, quantised, tmp_path):
     model = get_peft_model(quantised(), SteeringVectorConfig())
@@ -217,6 +221,7 @@ def test_a_fresh_vector_on_a_quantised_base_is_fp32(kind, quantised, tmp_path):
 # -- positions and gradient checkpointing ---------------------------------------------------------------------------
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("positions", ["completion", "prompt", "last_prompt"])
 @pytest.mark.parametrize(("kind", "loss"), TRAININGS)
 def test_steering_a_part_of_the_tokens_trains_in_every_trainer(kind, loss, positions, tmp_path):
@@ -248,6 +253,7 @@ def test_our_loss_and_trls_agree_on_where_the_prompt_ends(positions, tmp_path):
     assert losses(ours) == pytest.approx(losses(theirs), rel=2e-6)
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize(
     ("kind", "loss", "site"),
     [(*training, site) for training in TRAININGS[::2] for site in ("block", "attention", "mlp")]
@@ -276,6 +282,7 @@ def count_calls(made) -> list:
     return calls
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("config", [SteeringVectorConfig(site="mlp"), LoraConfig(r=2)], ids=["mlp", "lora"])
 def test_bipo_with_checkpointing_inside_a_block_is_refused_at_the_first_step(config, seed, tmp_path):

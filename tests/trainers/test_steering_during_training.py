@@ -98,6 +98,7 @@ def test_the_reference_is_without_it(tmp_path):
     assert history(plain, "margin_gain")[0]["margin_gain"] == 0.0
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("layer", [0, 1, 2])
 @pytest.mark.parametrize("kind", ["sft", "dpo"])
 @pytest.mark.parametrize("bias", ["preventative_steering", "ablation"])

@@ -4,7 +4,7 @@
     def cost(findings: Findings) -> Section | None:
         \"\"\"What every arm costs.\"\"\"
 
-`place` says where it stands on the page. A new file is a new section of every report; one without content returns
+`place` is its position on the page. A new file is a new section of every report; one without content returns
 None.
 """
 
@@ -30,7 +30,7 @@ class SectionFile:
 
     Attributes:
         name: Its file.
-        place: Where it stands: sections are sorted by it.
+        place: Its position: sections are sorted by it.
         make: The findings -> the section; None for no section.
     """
 
@@ -40,13 +40,13 @@ class SectionFile:
 
 
 def section(place: int) -> Callable[[Callable[[Findings], Section | None]], SectionFile]:
-    """Make a section of a function."""
+    """Turn a function into a section."""
     return lambda function: SectionFile(function.__name__, place, function)
 
 
 @cache
 def files() -> tuple[SectionFile, ...]:
-    """The files of this folder, in the order in which they stand on the page."""
+    """The files of this folder, in their order on the page."""
     made = [getattr(importlib.import_module(f"{__name__}.{name}"), name) for name in file_names(*__path__)]
     return tuple(sorted(made, key=lambda one: one.place))
 
@@ -71,7 +71,7 @@ def numbers(difference: Difference) -> list[str]:
 
 
 def emphasised(sentence: str, findings: Findings) -> str:
-    """A sentence in which labels of several words stand out."""
+    """A sentence with labels of several words in italics."""
     labels = sorted((label for label in findings.labels.values() if ", " in label), key=len, reverse=True)
     return re.sub("|".join(map(re.escape, labels)), r"*\g<0>*", sentence) if labels else sentence
 
@@ -82,7 +82,7 @@ def p_text(value: float) -> str:
 
 
 def reach(differences: Sequence[Difference]) -> list[Block]:
-    """A sentence where the pairs are too few for anything in a table to be clear."""
+    """A sentence if the pairs are too few for anything in a table to be clear."""
     sentence = too_few(differences)
     return [Text(sentence)] if sentence else []
 

@@ -1,4 +1,4 @@
-"""Who the gap between the two ends of the design comes from."""
+"""Which factors the gap between the two ends of the design comes from."""
 
 from __future__ import annotations
 
@@ -31,6 +31,6 @@ def attribution(findings: Findings) -> Section | None:
 
 
 def _arm(findings: Findings, combination: Combination) -> str:
-    """What the arm of a combination is called; its levels, where the grid runs no such arm."""
+    """The label of a combination's arm; its levels if the grid runs no such arm."""
     label = findings.labels.get(arm_name(findings.tables, combination))
     return f"*{combination_label(combination)}*" if label is None else emphasised(label, findings)

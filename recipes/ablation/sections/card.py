@@ -12,7 +12,7 @@ from steertune.recipes.lab.pages import Block, Section, Text, escape, prose, tab
 
 @section(place=90)
 def card(findings: Findings) -> Section:
-    """What the grid is for, and what each arm is."""
+    """The purpose of the grid, and its arms."""
     tables = findings.tables
     assert tables.card is not None and tables.claim is not None  # a grid without them is refused when it is read
     rows = [[label, name] for name, label in findings.labels.items()]
@@ -27,7 +27,7 @@ def card(findings: Findings) -> Section:
 
 
 def card_blocks(card: Card, claim: Claim, tasks: Sequence[str | TaskTable]) -> list[Block]:
-    """The card, for a report in which nothing ran as well."""
+    """The card, also for a report in which nothing ran."""
     uses = [f"- `{arm.replace('`', '')}`: {prose(text)}" for arm, text in card.affordances.items()]
     uses += [f"- *Unequal tuning budgets*: {prose(card.unequal_budgets)}"] if card.unequal_budgets else []
     return [

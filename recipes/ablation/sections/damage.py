@@ -17,7 +17,7 @@ from steertune.recipes.lab.pages.measured import title
 from steertune.recipes.lab.rows import BASE, FRONTIER, MATCHED, TUNED
 
 ON_NEUTRAL_TEXT = ("kl", "kl_tail", "perplexity_ratio")
-"""Neutral text shows the behaviour too, wherever it does not wait for its occasion; then these count it as harm."""
+"""Neutral text shows the behaviour too if that is unconditional; then these measures count it as harm."""
 KNOWN_ENDS, OWN_ANSWERS = ("capability", "capability_loss"), ("instructed_loss", "undone_loss")
 WITHOUT_BEHAVIOUR = (*KNOWN_ENDS, "repetition", "neutral_repetition", *OWN_ANSWERS)
 """These leave the behaviour out."""

@@ -1,4 +1,4 @@
-"""What changing one factor does, everything else equal."""
+"""The effect of changing one factor, everything else equal."""
 
 from __future__ import annotations
 

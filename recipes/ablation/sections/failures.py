@@ -17,7 +17,7 @@ def failures(findings: Findings) -> Section:
 
 
 def failed_cells(cells: Frame) -> Section:
-    """The section, for a report in which nothing ran as well."""
+    """The section, also for a report in which nothing ran."""
     bad = cells[cells["status"] != "ok"]
     if bad.empty:
         return Section("Failures", [Text("None: every cell ran and none diverged.")])

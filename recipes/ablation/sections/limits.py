@@ -1,4 +1,4 @@
-"""What the result cannot say, whatever it says."""
+"""The limits of the result."""
 
 from __future__ import annotations
 

@@ -60,7 +60,7 @@ def _resolution(cells: Frame) -> list[Block]:
         scores = [values[np.isfinite(values)] for values in rows if isinstance(values, np.ndarray)]
         scores = [values for values in scores if len(values) > 1]
         if scores:
-            # a rate of which every answer is alike does not show how it varies: one half varies most
+            # if all answers are alike they do not show how the rate varies; one half varies most
             error = max(sem(values) for values in scores) or 0.5 / len(scores[0]) ** 0.5
             errors[str(task)] = float(error), min(map(len, scores))
     if not errors:
@@ -91,7 +91,7 @@ def _means(cells: Frame, strength: str, name: str) -> Table:
 
 
 def _mean(name: str, values: pd.Series, brackets: bool = True) -> str:
-    """A mean over cells; what is weighed against each other has its interval."""
+    """A mean over cells; the measures that are compared have an interval."""
     values = values.dropna()
     if values.empty:
         return ""

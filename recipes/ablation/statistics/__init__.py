@@ -1,4 +1,4 @@
-"""What the numbers of a grid allow to say. One idea a file; all of it works on arrays and frames, not on runs."""
+"""Statistics of a grid. One idea a file; all of it works on arrays and frames, not on runs."""
 
 from typing import Any
 

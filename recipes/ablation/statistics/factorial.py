@@ -26,7 +26,7 @@ _BLOCK = "steertune_block"  # a column of our own, which no factor is called
 
 @dataclass(frozen=True)
 class Effect:
-    """What changing one factor does, everything else equal.
+    """The effect of changing one factor, everything else equal.
 
     Attributes:
         reference: The level it is compared with.
@@ -115,7 +115,7 @@ def anova(cells: Frame, factors: Sequence[str], measure: str) -> Frame | None:
     if model is None:
         return None
     fitted = model.fit()
-    if fitted.ssr <= 1e-10 * (rows[measure] ** 2).sum():  # nothing but rounding is left to compare with
+    if fitted.ssr <= 1e-10 * (rows[measure] ** 2).sum():  # only rounding is left as residual
         return None
     # type III: with robust errors, statsmodels' type II lets an interaction leak into its main effects
     robust, plain = (anova_lm(fitted, typ=3, robust=kind).loc[chosen] for kind in ("hc3", None))

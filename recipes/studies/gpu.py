@@ -5,8 +5,8 @@
 
 The checks compare the device with the CPU: steering in 32 and 16 bits, training, the cached prefix in pinned memory,
 waits of the host in a step, arms side by side, a 4-bit base, sharded weights, cached generation, the server's engine
-and, at the end, `torch.compile`. Then the steps of our trainers and of TRL with a LoRA are timed on a model with the sizes of
-Llama 3.2 1B and random weights. Nothing is downloaded: model, tokenizer and rows are made up.
+and, at the end, `torch.compile`. Before that, the steps of our trainers and of TRL with a LoRA are timed on a model
+with the sizes of Llama 3.2 1B and random weights. Nothing is downloaded: model, tokenizer and rows are made up.
 
 A check that fails does not stop the others, and after `--seconds` the table is written with what there is by then.
 Every result is written as soon as it is there: `table.md` and `table.json`.

@@ -24,6 +24,7 @@ DATA = [
     "**/*.jsonl",
     "**/*.md",
     "**/*.html",
+    "**/*.js",
     "**/*.jinja",
     "zoo/**/*.json",
     "zoo/**/*.safetensors",

@@ -2,9 +2,11 @@
 
     python -m steertune.recipes.export runs/vector_dpo-cautious_advice/adapter --to peft --output my-export
     python -m steertune.recipes.export my.gguf --from gguf --model embedded --output my-adapter
+    python -m steertune.recipes.export steer.pt --from lm_eval --model embedded --output my-adapter
 
-The export is loaded again in a fresh process without this package, and kept only if it gives the same logits on some
-prompts; otherwise it is deleted and the reason is printed. `--from` turns a control vector into an adapter.
+What is written is loaded again in a fresh process without this package, and accepted only if it gives the same logits
+on some prompts; otherwise nothing is left, and the reason is printed. `--from` makes an adapter of what another tool
+has saved, and refuses what an adapter would do otherwise than that tool.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from typing import Annotated, Any
 from steertune.adapters import exports
 from steertune.adapters.description import check_constant, write_description
 from steertune.adapters.exports import ExportError
-from steertune.adapters.exports.gguf import read, read_facts
+from steertune.adapters.exports.gguf import read_facts
 from steertune.recipes.lab import embedded
 from steertune.recipes.lab.command_line import Result, command
 from steertune.recipes.lab.data import load_model, load_steered
@@ -40,21 +42,24 @@ def main(
     source: Annotated[Path, Argument(help="adapter folder; with --from, a file")],
     output: Annotated[Path, Option(help="a new folder")],
     to: Annotated[str | None, Choice(modules_in("adapters/exports"), "the tool it is for")] = None,
-    origin: Annotated[str | None, Choice(["gguf"], "turn a control vector into an adapter", "--from")] = None,
+    origin: Annotated[
+        str | None, Choice(modules_in("adapters/exports"), "make an adapter of what this tool saved", "--from")
+    ] = None,
     strength: Annotated[float, Option(help="baked into the export")] = 1.0,
     model: Base = None,
     dtype: DType = "float32",
     prompts: Annotated[Path | None, Option(help="text file with one prompt per line, to compare logits on")] = None,
     threads: Threads = None,
 ) -> Result:
-    """Write the export, or the adapter of a control vector."""
+    """Write the export, or the adapter."""
     if (to is None) == (origin is None):
-        raise ExportError("Give either --to TOOL to export an adapter, or --from gguf to make one.")
+        raise ExportError("Give either --to TOOL, to export an adapter, or --from TOOL, to make one.")
     if not math.isfinite(strength) or strength == 0:
         raise ExportError(f"--strength {strength:g}: a finite number that is not 0 is baked into the export.")
     begin(threads, only_one=True)
     if to is None:
-        data = _import(source, output, strength, model)
+        assert origin is not None
+        data = _import(source, origin, output, strength, model)
     else:
         data = _export(source, output, to, strength, model, dtype, prompts)
     return Result(data, "\n".join(f"{name}: {value}" for name, value in data.items()))
@@ -79,14 +84,19 @@ def _export(
     }
 
 
-def _import(source: Path, output: Path, strength: float, base: str | None) -> dict[str, Any]:
+def _import(source: Path, origin: str, output: Path, strength: float, base: str | None) -> dict[str, Any]:
     if base is None:
-        raise ExportError("--from needs --model: a control vector does not say which model it was made for.")
+        raise ExportError("--from needs --model: files of other tools do not say which model they were made for.")
     if output.exists():
         raise ExportError(f"{output} exists already. Choose a new folder.")
-    vectors = {layer: strength * vector for layer, vector in read(source).items()}
+    if not source.exists():
+        raise ExportError(f"{source}: there is no such file or folder.")
+    if not (reader := exports.get(origin)).can_read:
+        raise ExportError(f"--from {origin}: {reader.not_read}")
+    facts = exports.description_of(source) or (read_facts(source) if origin == "gguf" and source.is_file() else None)
     model, _ = load_model(ModelTable(name=base))
-    if (facts := read_facts(source)) is not None:
+    vectors = {layer: strength * vector for layer, vector in reader.read(source, model).items()}
+    if facts is not None:
         check_constant(facts, model, str(source))
     exports.adapter_of(model, vectors).save_pretrained(str(output))
     write_description(output)

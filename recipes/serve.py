@@ -15,10 +15,11 @@ one the base model answers), `strength` (1), `steering` (further vectors, as ove
 of the requests. An existing file of answers is continued: requests whose `id` is in it are skipped. A request
 that cannot be answered gets a line with `id` and `error`, and the others their answers.
 
-With `--monitor FOLDER` every line also has `score` and `flagged`, read while the answer is generated. A flagged answer
-can be replaced: `--resample 4` samples four more answers and returns the least suspicious of all, `--steer
-careful@1.5` answers again with a vector. Such a line has `first`, the answer that
-was flagged.
+With `--monitor [NAME=]FOLDER` and `--port`, a request may name monitors that score its answer, token by token, and a
+gate that acts on what they flag; several can be given. Without `--port` it is one, and every line also has
+`score` and `flagged`, read while the answer is generated. A flagged answer can be replaced: `--resample 4` samples it
+four times again and gives the least suspicious of all, `--steer careful@1.5` answers again with a vector (the probe
+decides, the vector acts). Such a line has `first`, the answer that was flagged.
 
 An answer does not depend on the rest of its batch, sampling included (within rounding, which in 16 bits can change a
 word). In Python: `Server(*load_vectors({"careful": folder})).answers([Request(prompt="Shall I quit?",
@@ -45,7 +46,7 @@ from steertune.recipes.serving.line_requests import Request, Server
 from steertune.recipes.serving.line_service import check_files, serve_lines
 from steertune.recipes.serving.lines import Lines, opened
 from steertune.recipes.serving.loading import load_vectors, named_folders
-from steertune.recipes.serving.remedies import check_monitor, remedy_of
+from steertune.recipes.serving.remedies import check_monitors, remedy_of
 
 __all__ = ["HttpServer", "Request", "Server", "load_vectors", "main"]
 
@@ -68,9 +69,11 @@ def main(
     device: Device = None,
     batch: Annotated[int, Count("answers generated at the same time")] = BATCH,
     longest: Annotated[int, Count("tokens of the longest answer that a request may ask for")] = LONGEST,
-    seconds: Annotated[int, Count("time limit of a request")] = SECONDS,
-    monitor: Annotated[Path | None, Option(help="folder of a monitor that scores every answer")] = None,
-    resample: Annotated[int | None, Count("how many times to sample a flagged answer again")] = None,
+    seconds: Annotated[int, Count("time for a request")] = SECONDS,
+    monitor: Annotated[
+        list[str] | None, Option(help="monitors that score answers; without --port one", metavar="[NAME=]FOLDER ...")
+    ] = None,
+    resample: Annotated[int | None, Count("times that a flagged answer is sampled again")] = None,
     steer: Annotated[
         str | None, Option(help="vector for answering a flagged request again", metavar="NAME@STRENGTH")
     ] = None,
@@ -84,18 +87,23 @@ def main(
     if vectors_in is not None and not vectors_in.is_dir():
         raise ArmError(f"--vectors-in {vectors_in}: the folder does not exist.")
     remedy = remedy_of(resample, steer, [*folders])
-    check_monitor(monitor, remedy)
-    if port is not None and monitor is not None:
-        raise ArmError("--monitor works with lines of JSON only, not with --port. Leave one of them out.")
+    readers = named_folders(monitor or [], name_by_folder=True)
+    check_monitors(readers, remedy)
+    if port is not None and remedy is not None:
+        raise ArmError("--resample and --steer are for lines. With --port, every request brings its own gate.")
+    if port is None and len(readers) > 1:
+        raise ArmError(f"--monitor names {len(readers)} monitors, and lines are scored by one. Give one, or --port.")
     begin(threads, only_one=True)
     where = device_of(device)
     if port is not None:
         with listen(host, port) as socket:
             loaded, tokenizer = load_vectors(folders, model, dtype, where)
             limits = {"batch": batch, "longest": longest, "seconds": seconds, "queue": queue}
-            return serve_http(loaded, tokenizer, socket, host, os.environ.get(KEY), {**limits, "folder": vectors_in})
+            read = {name: monitors.load(folder, loaded.model, tokenizer) for name, folder in readers.items()}
+            key, settings = os.environ.get(KEY), {**limits, "folder": vectors_in}
+            return serve_http(loaded, tokenizer, socket, host, key, read, settings)
     loaded, tokenizer = load_vectors(folders, model, dtype, where)
-    reader = None if monitor is None else monitors.load(monitor, loaded.model, tokenizer)
+    reader = next((monitors.load(folder, loaded.model, tokenizer) for folder in readers.values()), None)
     server = Server(loaded, tokenizer, batch, longest, seconds, reader, remedy)
     with (
         nullcontext(sys.stdin.fileno()) if input is None else opened(input) as source,

@@ -19,10 +19,21 @@ from transformers import PreTrainedTokenizerBase
 from ..description import FILE, write_json
 from ..registry import choose, file_names
 from ._base import Export, Exported, ExportError
+from ._read import description_of
 from ._vectors import ConstantVectors, adapter_of, constant_vectors
 from ._verify import verify
 
-__all__ = ["ConstantVectors", "Export", "ExportError", "Exported", "adapter_of", "constant_vectors", "export", "get"]
+__all__ = [
+    "ConstantVectors",
+    "Export",
+    "ExportError",
+    "Exported",
+    "adapter_of",
+    "constant_vectors",
+    "description_of",
+    "export",
+    "get",
+]
 
 
 def names() -> list[str]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from peft import PeftModel
+from torch import Tensor, nn
 
 from ._vectors import ConstantVectors, ExportError
 
@@ -57,12 +58,21 @@ class Export(ABC):
         python: Python lines that load the export as `model`, with `{folder!r}`, `{base!r}` and `{dtype!r}` to fill in.
         note: What else a reader of the README should know.
         whole_model: Whether the folder is a complete model, so that the tokenizer is written too.
+        verified_in: The tool that reads the files in earnest, if the lines do not run it.
+        not_read: Why nothing is read back from it, and what to do.
     """
 
     packages: ClassVar[tuple[str, ...]] = ()
     python: ClassVar[str]
     note: ClassVar[str] = ""
     whole_model: ClassVar[bool] = False
+    verified_in: ClassVar[str] = ""
+    not_read: ClassVar[str] = ""
+
+    @property
+    def can_read(self) -> bool:
+        """Whether there is a file format to read back."""
+        return not self.not_read
 
     def check_packages(self) -> None:
         """Raise an ExportError when a package is missing."""
@@ -77,6 +87,18 @@ class Export(ABC):
     @abstractmethod
     def write(self, vectors: ConstantVectors, model: PeftModel, folder: Path) -> None:
         """Write the files into an empty folder."""
+
+    def read(self, source: Path, model: nn.Module) -> dict[int, Tensor]:
+        """The vectors in a file or folder of the tool, by block; `adapter_of` makes an adapter of them.
+
+        Args:
+            source: A file or a folder, as `write` or the tool itself leaves it.
+            model: The base model that they are for, without adapters; it is left as it is.
+
+        Raises:
+            ExportError: it is none, or cannot be expressed as vectors that are added to the outputs of blocks.
+        """
+        raise ExportError(self.not_read)
 
     def lines(self, base: str, folder: str, model: PeftModel) -> str:
         """The Python lines that load the export."""
@@ -104,5 +126,7 @@ class Export(ABC):
             "",
             f"Verified by these lines in a fresh process: logits differ by at most {error:.2g} from the steered "
             f"model's, and the vector moves them by up to {effect:.2g}.",
+            *([f"Unverified in {self.verified_in} itself, whose documented format the files follow."]
+              if self.verified_in else []),
             "",
         ])  # fmt: skip

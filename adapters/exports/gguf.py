@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from peft import PeftModel
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..blocks import find_blocks, text_config
 from ..description import parse
@@ -52,6 +52,10 @@ for tensor in GGUFReader({folder!r} + "/control-vector.gguf").tensors:
         """With the name of the list of blocks."""
         blocks = find_blocks(model.get_base_model())[0][0].rpartition(".")[0]
         return self.filled(self.python.replace("BLOCKS", blocks), base, folder, model)
+
+    def read(self, source: Path, model: nn.Module) -> dict[int, Tensor]:
+        """A control vector; of an export's folder the one in it."""
+        return read(source / FILE if source.is_dir() else source)
 
     def check(self, vectors: ConstantVectors, model: PeftModel) -> None:
         """Block outputs only, and not that of block 0."""

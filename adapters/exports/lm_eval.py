@@ -12,8 +12,10 @@ from pathlib import Path
 
 import torch
 from peft import PeftModel
+from torch import Tensor, nn
 
 from ._base import ADD, LOAD, Export
+from ._read import block_of, load_tensors, number_of, row_of
 from ._vectors import ConstantVectors, ExportError
 
 FILE = "steer.pt"
@@ -37,6 +39,21 @@ for name, part in steer.items():
         "With lm-eval: `lm_eval --model steered --model_args pretrained=BASE,steer_path=steer.pt --tasks ...`. "
         "`steer.pt` is a pickle, because lm-eval's format is one. Several vectors need lm-eval 0.4.13 or later."
     )
+
+    def read(self, source: Path, model: nn.Module) -> dict[int, Tensor]:
+        """`steer.pt`, or a folder that holds it."""
+        parts = load_tensors(source / FILE if source.is_dir() else source)
+        if not isinstance(parts, dict) or not all(isinstance(part, dict) for part in parts.values()):
+            raise ExportError(
+                f"{source} is not a file of lm-eval's steered model: a dictionary by module is expected."
+            )
+        vectors = {}
+        for name, part in parts.items():
+            if part.get("action") != "add" or part.get("head_index") is not None or part.get("bias") is not None:
+                raise ExportError(f"{source}: {name} clamps, or steers single heads; only 'add' can be read.")
+            scale = number_of(part.get("steering_coefficient", 1.0), f"{source}: coefficient of {name}")
+            vectors[block_of(str(name), model)] = scale * row_of(part.get("steering_vector"), f"{source}: {name}")
+        return vectors
 
     def check(self, vectors: ConstantVectors, model: PeftModel) -> None:
         """Inside lm-eval's view of the model."""

@@ -28,6 +28,7 @@ class MergedExport(Export):
     python = LOAD.replace("{base!r}", "{folder!r}")
     note = "The folder holds a whole model. With its tokenizer in it, servers take it as it is: `vllm serve FOLDER`."
     whole_model = True
+    not_read = "steertune audit FOLDER --output OUT finds a vector in a checkpoint and takes it out as an adapter."
 
     def check(self, vectors: ConstantVectors, model: PeftModel) -> None:
         """See `linear_places`; and there must be a configuration with a bias at these places."""

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel
-from torch import Tensor
+from torch import Tensor, nn
 
-from ._base import LOAD
+from ._base import LOAD, Export
 from ._vectors import ConstantVectors, ExportError
 from .safetensors import SafetensorsExport
 
@@ -17,6 +18,7 @@ class RepengExport(SafetensorsExport):
     """A safetensors file, and the lines that make repeng's object of it."""
 
     packages = ("repeng",)
+    not_read = "repeng saves control vectors as GGUF: --from gguf. In Python: exports.repeng.read(control_vector)."
     python = (
         LOAD
         + """
@@ -29,6 +31,10 @@ model = ControlModel(model, list(directions))
 model.set_control(ControlVector(model.model.config.model_type, directions), 1.0)
 """
     )
+
+    def read(self, source: Path, model: nn.Module) -> dict[int, Tensor]:
+        """Nothing; see `not_read`."""
+        return Export.read(self, source, model)
 
     def check(self, vectors: ConstantVectors, model: PeftModel) -> None:
         """Block outputs only."""

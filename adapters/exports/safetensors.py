@@ -7,8 +7,11 @@ from pathlib import Path
 
 from peft import PeftModel
 from safetensors.torch import save_file
+from torch import Tensor, nn
 
+from ..saved import read_tensors
 from ._base import ADD, LOAD, Export
+from ._read import block_of, row_of
 from ._vectors import ConstantVectors
 
 FILE = "vectors.safetensors"
@@ -27,6 +30,11 @@ for name, vector in load_file({folder!r} + "/vectors.safetensors").items():
 """
     )
     note = "Keys of `vectors.safetensors` are full names of modules in the base; values are added to their output."
+
+    def read(self, source: Path, model: nn.Module) -> dict[int, Tensor]:
+        """`vectors.safetensors`, or a folder that holds it: names of blocks, or of modules in them, to vectors."""
+        tensors = read_tensors(source / FILE if source.is_dir() else source)
+        return {block_of(name, model): row_of(vector, f"{source}: {name}") for name, vector in tensors.items()}
 
     def check(self, vectors: ConstantVectors, model: PeftModel) -> None:
         """Every constant vector fits."""

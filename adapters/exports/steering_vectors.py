@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
-from torch import Tensor
+from torch import Tensor, nn
 
-from ._base import LOAD
+from ._base import LOAD, Export
 from ._vectors import ConstantVectors, ExportError
 from .safetensors import SafetensorsExport
 
@@ -18,6 +19,7 @@ class SteeringVectorsExport(SafetensorsExport):
     """A safetensors file, and the lines that make the package's object of it."""
 
     packages = ("steering_vectors",)
+    not_read = "The package has no file format. In Python: exports.steering_vectors.read(steering_vector)."
     python = (
         LOAD
         + """
@@ -34,6 +36,10 @@ SteeringVector(layer_activations=activations, layer_type="TYPE").patch_activatio
         """With the package's word for the site."""
         config: Any = model.peft_config[model.active_adapters[0]]
         return self.filled(self.python.replace("TYPE", _TYPES[config.site]), base, folder, model)
+
+    def read(self, source: Path, model: nn.Module) -> dict[int, Tensor]:
+        """Nothing; see `not_read`."""
+        return Export.read(self, source, model)
 
     def check(self, vectors: ConstantVectors, model: PeftModel) -> None:
         """Every site has a word there."""

@@ -12,9 +12,11 @@ from pathlib import Path
 
 import torch
 from peft import PeftModel
+from torch import Tensor, nn
 
 from ..blocks import find_blocks
 from ._base import ADD, LOAD, Export
+from ._read import inside, layer_of, load_json, load_tensors, number_of, row_of
 from ._vectors import ConstantVectors, ExportError
 
 NAME = "vector"
@@ -42,6 +44,26 @@ for part in json.load(open({folder!r} + "/request.json")):
         "`SteeringVector(activations=vectors[layers], layer_indices=layers)` of the same file. The lines below do the "
         "same without vLLM, and only they were run."
     )
+
+    def read(self, source: Path, model: nn.Module) -> dict[int, Tensor]:
+        """A folder with `request.json` and the vectors that it names, or one `NAME.pt`, each of whose rows counts."""
+        if not source.is_dir():
+            rows = load_tensors(source)
+            if not isinstance(rows, Tensor) or rows.ndim != 2:
+                raise ExportError(f"{source} is not a vector of hotwire: one tensor (blocks, d) is expected.")
+            return {i: row_of(row, f"{source}: row {i}") for i, row in enumerate(rows) if row.any()}
+        parts = load_json(source / "request.json")
+        vectors: dict[int, Tensor] = {}
+        for part in parts if isinstance(parts, list) else [parts]:
+            if not isinstance(part, dict) or not {"id", "layer"} <= {*part}:
+                raise ExportError(f"{source}: request.json must hold id, layer and scale (got {part!r:.80}).")
+            rows = load_tensors(inside(source / "vectors", f"{part['id']}.pt"))
+            layer = layer_of(part["layer"], f"{source}: layer")
+            if not isinstance(rows, Tensor) or rows.ndim != 2 or layer >= len(rows):
+                raise ExportError(f"{source}: {part['id']} has no row for layer {layer}.")
+            scaled = number_of(part.get("scale", 1.0), f"{source}: scale") * row_of(rows[layer], f"{source}: {layer}")
+            vectors[layer] = vectors.get(layer, torch.zeros_like(scaled)) + scaled
+        return vectors
 
     def lines(self, base: str, folder: str, model: PeftModel) -> str:
         """With the name of the list of blocks."""

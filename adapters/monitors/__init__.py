@@ -13,7 +13,7 @@ fitted on bad and innocent rows, and reads a model as it runs, beside steering v
 from __future__ import annotations
 
 from . import fits, pooling
-from .live import LiveScores
+from .live import LiveScores, check_live
 from .monitor import Calibration, Monitor, calibrate, fit_direction, identity, make_monitor, module_at
 from .pooling import Pooling
 from .reading import PooledStates, Tokens, pooled_states, read_mask
@@ -31,6 +31,7 @@ __all__ = [
     "Threshold",
     "Tokens",
     "calibrate",
+    "check_live",
     "check_rate",
     "choose_threshold",
     "fit_direction",

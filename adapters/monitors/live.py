@@ -23,6 +23,18 @@ from .monitor import Monitor
 from .threshold import MonitorError
 
 
+def check_live(monitors: Sequence[Monitor]) -> None:
+    """Refuse monitors that cannot read an answer while it is generated.
+
+    Raises:
+        MonitorError: a monitor reads other tokens than those of answers.
+    """
+    if others := sorted({monitor.tokens for monitor in monitors} - {"answer"}):
+        raise MonitorError(
+            f"A monitor of the tokens {others[0]!r} has no score while a model answers. Use one of tokens='answer'."
+        )
+
+
 class LiveScores:
     """Token scores of everything that is generated inside the context, for one call of `generate` with a cache.
 
@@ -36,11 +48,7 @@ class LiveScores:
     """
 
     def __init__(self, monitors: Sequence[Monitor], model: nn.Module, width: int) -> None:
-        if others := sorted({monitor.tokens for monitor in monitors} - {"answer"}):
-            raise MonitorError(
-                f"A monitor of the tokens {others[0]!r} has no score while a model answers. Use one of "
-                "tokens='answer'."
-            )
+        check_live(monitors)
         self.monitors, self.width = monitors, width
         self._modules = [base_model(model).get_submodule(monitor.module) for monitor in monitors]
         self._read = [0] * len(monitors)  # columns that the model has read so far

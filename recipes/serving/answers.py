@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from steertune.recipes.serving.jobs import Done, Event, Failed, Piece, Prompt, Scored
+from steertune.adapters.monitors import Monitor
+from steertune.recipes.serving.gating import score_of
+from steertune.recipes.serving.jobs import Done, Event, Failed, Gated, Piece, Prompt, Scored, Watched
 
 _RULED_OUT = -9999.0
 """What OpenAI's service sends for a log-probability of minus infinity, which JSON cannot hold."""
@@ -23,6 +25,8 @@ class Choice:
     reason: str | None = None
     tokens: int = 0
     failure: Failed | None = None
+    watched: dict[str, list[float]] = field(default_factory=dict)
+    gate: Mapping[str, Any] | None = None
 
     def hear(self, event: Event) -> None:
         """Add an event of the engine."""
@@ -31,6 +35,11 @@ class Choice:
         elif isinstance(event, Piece):
             self.text += event.text
             self.scores += event.scores
+        elif isinstance(event, Watched):
+            for name, scores in event.scores.items():
+                self.watched.setdefault(name, []).extend(scores)
+        elif isinstance(event, Gated):
+            self.gate = event.details
         elif isinstance(event, Done):
             self.reason, self.tokens = event.reason, event.tokens
         else:
@@ -45,14 +54,17 @@ class Form:
         model: The name that the request gave.
         fingerprint: Identifies the base model and the vectors that answered.
         scores: Whether log-probabilities were asked for.
+        monitors: Those that read the answers, by name.
     """
 
     prefix = ""
     whole = ""
     chunk = ""
 
-    def __init__(self, tokenizer: Any, model: str, fingerprint: str, scores: bool) -> None:
-        self.tokenizer, self.scores = tokenizer, scores
+    def __init__(
+        self, tokenizer: Any, model: str, fingerprint: str, scores: bool, monitors: Mapping[str, Monitor]
+    ) -> None:
+        self.tokenizer, self.scores, self.monitors = tokenizer, scores, monitors
         self._before = tokenizer("a", add_special_tokens=False)["input_ids"][-1:]
         self._skipped = len(tokenizer.decode(self._before))
         self._head = {
@@ -64,12 +76,26 @@ class Form:
 
     def answer(self, choices: Sequence[Choice], usage: dict[str, int]) -> dict[str, Any]:
         """The whole answer."""
-        listed = [self.complete(number, choice) for number, choice in enumerate(choices)]
+        listed = [self.complete(number, one) | self.readings(one, True) for number, one in enumerate(choices)]
         return {**self._head, "object": self.whole, "choices": listed, "usage": usage}
 
     def part(self, choices: list[dict[str, Any]], usage: dict[str, int] | None = None) -> dict[str, Any]:
         """A chunk of a stream."""
         return {**self._head, "object": self.chunk, "choices": choices} | ({} if usage is None else {"usage": usage})
+
+    def readings(self, choice: Choice, with_tokens: bool) -> dict[str, Any]:
+        """What monitors say of an answer, and what a gate did; nothing where none was asked for."""
+        said: dict[str, Any] = {} if choice.gate is None else {"gate": dict(choice.gate)}
+        if not self.monitors:
+            return said
+        summaries = {}
+        for name, monitor in self.monitors.items():
+            scores = choice.watched.get(name, [])
+            score = score_of(monitor, scores)
+            chance = None if score is None or monitor.calibration is None else monitor.calibration(score)
+            summary = {"score": score, "flagged": score is not None and monitor.flags(score), "probability": chance}
+            summaries[name] = summary | ({"tokens": scores} if with_tokens else {})
+        return {"monitors": summaries, **said}
 
     def complete(self, number: int, choice: Choice) -> dict[str, Any]:
         """A choice of the whole answer."""

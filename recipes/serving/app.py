@@ -17,6 +17,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from steertune.recipes.lab.forms import has_template
 from steertune.recipes.serving.bodies import read_body
+from steertune.recipes.serving.effect_routes import effect_routes
 from steertune.recipes.serving.errors import ApiError
 from steertune.recipes.serving.explorer import explorer_route
 from steertune.recipes.serving.metrics import Metrics
@@ -45,6 +46,7 @@ def create_app(service: Service) -> FastAPI:
     app.add_exception_handler(Exception, _failure)
     guarded = [Depends(_Guard(service.settings.key))]
     app.include_router(vector_routes(service), dependencies=guarded)
+    app.include_router(effect_routes(service), dependencies=guarded)
     app.include_router(explorer_route())
     _add_answers(app, service, guarded)
     _add_models(app, service, guarded)

@@ -11,9 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache
+from transformers import DynamicCache, cache_utils
 from transformers.cache_utils import (
-    DummyLayer,
     DynamicLayer,
     DynamicSlidingWindowLayer,
     LinearAttentionAndFullAttentionLayer,
@@ -23,8 +22,10 @@ from transformers.cache_utils import (
 from steertune.adapters.caches import CACHE_NAMES, RECURRENT_CACHE_NAMES, cache_in
 from steertune.recipes.lab.files import ArmError
 
-_ATTENTION = {DynamicLayer, DynamicSlidingWindowLayer, DummyLayer}
-_HYBRID = {DynamicLayer, DummyLayer, LinearAttentionLayer, LinearAttentionAndFullAttentionLayer}
+# of layers without a cache of their own; newer than transformers 5.17
+_EMPTY = {cache_utils.DummyLayer} if hasattr(cache_utils, "DummyLayer") else set()
+_ATTENTION = {DynamicLayer, DynamicSlidingWindowLayer, *_EMPTY}
+_HYBRID = {DynamicLayer, *_EMPTY, LinearAttentionLayer, LinearAttentionAndFullAttentionLayer}
 
 
 @torch.no_grad()

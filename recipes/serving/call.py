@@ -8,7 +8,9 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from functools import partial
 from typing import Any
 
+from steertune.adapters.monitors import Monitor
 from steertune.adapters.rows import RowVector
+from steertune.recipes.serving.gating import Attempts, Gate, LiveWatch
 from steertune.recipes.serving.jobs import Done, Event, Failed, Job, Sampling
 from steertune.recipes.serving.names import Steering
 from steertune.recipes.serving.schema import GenerationRequest
@@ -24,23 +26,34 @@ class Call:
     Args:
         vectors: Holds the versions that the request names.
         steering: Its vectors.
-        finished: Called once, on the engine's thread, when all answers have ended.
+        finished: Called once, on the engine's thread, when no answer is under way any more.
+        gate: What becomes of answers that a monitor flags.
 
     Raises:
         ArmError: it names an unknown vector, or a strength that is too large.
     """
 
-    def __init__(self, vectors: Vectors, steering: Sequence[Steering], finished: Callable[[], None]) -> None:
-        for one in steering:
+    def __init__(
+        self,
+        vectors: Vectors,
+        steering: Sequence[Steering],
+        finished: Callable[[], None],
+        gate: tuple[Gate, Monitor] | None = None,
+    ) -> None:
+        remedy = [] if gate is None else gate[0].steering
+        for one in (*steering, *remedy):
             vectors.check(one.vector, one.strength)
         self.jobs: list[Job] = []
-        self.held: list[Vector] = vectors.hold([one.vector for one in steering])
-        self.row = tuple(
+        self.held: list[Vector] = vectors.hold([one.vector for one in (*steering, *remedy)])
+        rows = [
             RowVector(vector.adapter, one.strength, one.positions)
-            for vector, one in zip(self.held, steering, strict=True)
-        )
+            for vector, one in zip(self.held, (*steering, *remedy), strict=True)
+        ]
+        self.row, self._remedy = tuple(rows[: len(steering)]), tuple(rows[len(steering) :])
+        self._gate = gate
+        self._cancelled = False
         self._vectors, self._finished = vectors, finished
-        self._open = 0
+        self._open = self.choices = 0
         self._events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
         self._loop = asyncio.get_running_loop()
 
@@ -54,13 +67,30 @@ class Call:
         Raises:
             QueueFull: there is no room for all of them.
         """
-        self.jobs = [Job(**job, listener=partial(self._hear, i), vectors=self.row) for i, job in enumerate(jobs)]
-        self._open = len(self.jobs)
+        self.jobs = [self._job(worker, partial(self._hear, i), job) for i, job in enumerate(jobs)]
+        self._open = self.choices = len(self.jobs)
         try:
             worker.submit(self.jobs)
         except BaseException:
             self.close()
             raise
+
+    def _job(self, worker: Worker, listener: Callable[[Event], None], job: dict[str, Any]) -> Job:
+        """The job of a choice, watched if there is a gate."""
+        made = Job(**job, listener=listener, vectors=self.row)
+        if self._gate is None:
+            return made
+        gate, monitor = self._gate
+        if gate.action in ("stop", "steer"):
+            made.watch = LiveWatch(gate, monitor, self._remedy)
+            return made
+
+        def submit(again: Job) -> None:  # on the engine's thread
+            self.jobs.append(again)
+            again.cancelled = self._cancelled
+            worker.engine.submit(again)
+
+        return Attempts(gate, monitor, self._remedy, listener, submit).first(made)
 
     def close(self) -> None:
         """Release the vectors of a call that was never started."""
@@ -68,13 +98,14 @@ class Call:
         self._finished()
 
     def cancel(self) -> None:
-        """Cancel the answers: the client no longer waits for them."""
-        for job in self.jobs:
+        """Nobody waits for the answers any more."""
+        self._cancelled = True
+        for job in [*self.jobs]:
             job.cancelled = True
 
     async def events(self) -> AsyncIterator[tuple[int, Event]]:
-        """The events of every answer, with the answer's number, until all are complete."""
-        remaining = len(self.jobs)
+        """What every answer reports, with its number, until all are complete."""
+        remaining = self.choices
         while remaining:
             number, event = await self._events.get()
             yield number, event

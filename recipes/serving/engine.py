@@ -11,7 +11,7 @@ from __future__ import annotations
 import inspect
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -42,7 +42,7 @@ class Engine:
         tokenizer: Of the model.
         batch: Answers at a time.
         on_step: Called after every step with its seconds and the number of tokens that it drew.
-        monitor: Scores the tokens of every answer; None: they have no scores.
+        monitors: Name -> what scores the tokens of jobs that name it.
     """
 
     def __init__(
@@ -51,10 +51,10 @@ class Engine:
         tokenizer: Any,
         batch: int = BATCH,
         on_step: Callable[[float, int], None] = lambda seconds, tokens: None,
-        monitor: Monitor | None = None,
+        monitors: Mapping[str, Monitor] | None = None,
     ) -> None:
         self.vectors, self.tokenizer = vectors, tokenizer
-        self.batch, self.on_step, self.monitor = batch, on_step, monitor
+        self.batch, self.on_step, self.monitors = batch, on_step, monitors or {}
         self._waiting: deque[Row] = deque()
         self._running: list[Row] = []
         self._states: States | None = None
@@ -182,6 +182,9 @@ class Engine:
                 job.fail(message, "request")
             elif job.new_tokens == 0:
                 job.listener(Done("length", 0))
+            elif job.halted:
+                job.listener(row.text.flush())
+                job.listener(Done("content_filter", len(job.tokens)))
             else:
                 try:
                     live += [i] if self._goes_on(row, logits_BV[i]) else []
@@ -275,13 +278,13 @@ class Engine:
         options = {"position_ids": positions_BT, "use_cache": True} | options
         options = {name: value for name, value in options.items() if name in self._parameters}
         vectors = [row.job.vectors for row in rows]
-        watched = {} if self.monitor is None else {0: self.base.get_submodule(self.monitor.module)}
+        names = sorted({name for row in rows for name in row.job.monitors})
+        watched = {n: self.base.get_submodule(self.monitors[name].module) for n, name in enumerate(names)}
         with (
             steer_rows(self.vectors.model, vectors),
             prompt_length(self.vectors.model, ends_B),
             outputs_of(self.base, watched, ends_early=False) as states,
         ):
             output = self.base(input_ids=ids_BT, attention_mask=mask_BT, **options)
-        if self.monitor is not None:
-            score_rows(self.monitor, rows, states[0])
+        score_rows(self.monitors, rows, {name: states[n] for n, name in enumerate(names)})
         return output

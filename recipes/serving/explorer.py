@@ -1,5 +1,7 @@
-"""The page for browsers: a prompt, a slider for each vector's strength, and the answers of both models. It is one
-static file that calls the service like any other client, and loads nothing from other sites.
+"""The page that a browser sees: a prompt, sliders of the vectors' strengths, and the answers of both models.
+
+It is one static page that asks the service as any other client does. It loads nothing from elsewhere; its parts lie
+in `page/` and are put together when the service starts.
 """
 
 from __future__ import annotations
@@ -12,12 +14,13 @@ from pathlib import Path
 from fastapi import APIRouter
 from fastapi.responses import HTMLResponse
 
-_PAGE = Path(__file__).with_suffix(".html")
+_PARTS = Path(__file__).parent / "page"
+_SCRIPTS = ("curves", "sliders", "answers", "effects", "labels")  # in the order in which they run
 
 
 def explorer_route() -> APIRouter:
     """`GET /`."""
-    page = _PAGE.read_text(encoding="utf-8")
+    page = whole_page()
     headers = {"Content-Security-Policy": policy(page), "X-Content-Type-Options": "nosniff"}
     router = APIRouter()
 
@@ -26,6 +29,13 @@ def explorer_route() -> APIRouter:
         return HTMLResponse(page, headers=headers)
 
     return router
+
+
+def whole_page() -> str:
+    """The page with its scripts."""
+    scripts = [(_PARTS / f"{name}.js").read_text(encoding="utf-8") for name in _SCRIPTS]
+    page = (_PARTS / "page.html").read_text(encoding="utf-8")
+    return page.replace("/* script */", '"use strict";\n' + "\n".join([*scripts, "start();"]))
 
 
 def policy(page: str) -> str:

@@ -7,11 +7,13 @@ import ipaddress
 import socket
 import sys
 import threading
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from steertune.adapters.monitors import Monitor
 from steertune.recipes.lab.files import ArmError
 from steertune.recipes.serving.defaults import LOOPBACK
 from steertune.recipes.serving.vectors import Vectors
@@ -43,6 +45,7 @@ class HttpServer:
         tokenizer: Of the model.
         listening: The socket to listen on, made by `listen`; None: a free port of this machine.
         host: The address of it as it was given.
+        monitors: Name -> what requests can have their answers scored by.
         settings: Fields of `Settings`.
     """
 
@@ -52,6 +55,7 @@ class HttpServer:
         tokenizer: Any,
         listening: socket.socket | None = None,
         host: str = LOOPBACK,
+        monitors: Mapping[str, Monitor] | None = None,
         **settings: Any,
     ) -> None:
         self._listening = listening or listen(host, 0)
@@ -63,7 +67,7 @@ class HttpServer:
         given = Settings(**{"name": model_name(vectors.model), **settings})
         # a website can make a browser call this machine, but not under one of these names
         self.service = Service(
-            vectors, tokenizer, replace(given, hosts=(*_LOCAL, host) if is_loopback(host) else None)
+            vectors, tokenizer, replace(given, hosts=(*_LOCAL, host) if is_loopback(host) else None), monitors
         )
         shown = f"[{host}]" if ":" in host else host
         self.url = f"http://{shown}:{self._listening.getsockname()[1]}"
@@ -99,7 +103,13 @@ class HttpServer:
 
 
 def serve_http(
-    vectors: Vectors, tokenizer: Any, listening: socket.socket, host: str, key: str | None, settings: dict[str, Any]
+    vectors: Vectors,
+    tokenizer: Any,
+    listening: socket.socket,
+    host: str,
+    key: str | None,
+    monitors: Mapping[str, Monitor],
+    settings: dict[str, Any],
 ) -> int:
     """Print the service's URL, and serve until the process is interrupted.
 
@@ -108,10 +118,11 @@ def serve_http(
         tokenizer: Of the model.
         listening: Where requests come from.
         host: The address of it as it was given.
-        key: The key that requests must send; None or empty: no key is needed.
+        key: What requests have to know; None or empty: nothing.
+        monitors: Those that requests can name.
         settings: Further fields of `Settings`.
     """
-    server = HttpServer(vectors, tokenizer, listening, host, key=key or None, **settings)
+    server = HttpServer(vectors, tokenizer, listening, host, monitors, key=key or None, **settings)
     names = ", ".join(vectors.named) or "none yet"
     print(f"{server.service.settings.name} at {server.url}/v1, vectors: {names}", file=sys.stderr, flush=True)
     print(f"In a browser: {server.url}", file=sys.stderr, flush=True)

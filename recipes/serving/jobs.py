@@ -5,11 +5,11 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal, Protocol
 
 from steertune.adapters.rows import RowVector
 
-Reason = Literal["stop", "length"]
+Reason = Literal["stop", "length", "content_filter"]
 FailureKind = Literal["late", "request", "server"]
 
 
@@ -65,11 +65,26 @@ class Piece:
 
 
 @dataclass(frozen=True)
+class Watched:
+    """What monitors say of the next tokens of the answer: name -> their scores. A token is read a step after it is
+    drawn, so the last one of an answer that is cut off has no score."""
+
+    scores: Mapping[str, tuple[float, ...]]
+
+
+@dataclass(frozen=True)
+class Gated:
+    """A gate has acted; `details` is what the client is told."""
+
+    details: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
 class Done:
     """The answer is complete.
 
     Attributes:
-        reason: "stop" (the model or a stop text ended it) or "length".
+        reason: "stop" (the model or a stop text ended it), "length", or "content_filter" (a gate ended it).
         tokens: Number of tokens generated.
     """
 
@@ -90,7 +105,14 @@ class Failed:
     kind: FailureKind = "server"
 
 
-Event = Prompt | Piece | Done | Failed
+Event = Prompt | Piece | Watched | Gated | Done | Failed
+
+
+class Watch(Protocol):
+    """Looks at an answer after every token that monitors have scored."""
+
+    def look(self, job: Job) -> None:
+        """It may change the vectors of the job, or halt it."""
 
 
 @dataclass(eq=False)
@@ -109,8 +131,11 @@ class Job:
         seconds: Time limit, counted from when it starts.
         deadline: The same limit as a time of `time.monotonic()`; set when the job starts, unless it was given.
         tokens: The answer so far.
-        token_scores: A monitor's scores of its tokens; the last token of an answer that is cut off is never read.
-        cancelled: Whether the client no longer waits for it.
+        monitors: Names of the monitors that score its tokens.
+        token_scores: What each of them says; the last token of an answer that is cut off is never read.
+        watch: Looks at those scores while the answer grows.
+        halted: Whether the answer ends here, whatever the model would go on with.
+        cancelled: Whether nobody waits for it any more.
     """
 
     prompt: list[int]
@@ -124,7 +149,10 @@ class Job:
     seconds: float = 600.0
     deadline: float | None = None
     tokens: list[int] = field(default_factory=list)
-    token_scores: list[float] = field(default_factory=list)
+    monitors: tuple[str, ...] = ()
+    token_scores: dict[str, list[float]] = field(default_factory=dict)
+    watch: Watch | None = None
+    halted: bool = False
     cancelled: bool = False
 
     @property

@@ -20,6 +20,8 @@ from steertune.recipes.serving.names import Steering, combined
 from steertune.recipes.serving.remedies import Answer, Remedy
 from steertune.recipes.serving.vectors import Vectors
 
+_MONITOR = "monitor"  # what the engine calls it
+
 
 class Request(BaseModel, extra="forbid", strict=True):
     """One request.
@@ -80,7 +82,7 @@ class Server:
     ) -> None:
         self.vectors, self.tokenizer, self.seconds = vectors, tokenizer, seconds
         self.monitor, self.remedy = monitor, remedy
-        self.engine = Engine(vectors, tokenizer, batch, monitor=monitor)
+        self.engine = Engine(vectors, tokenizer, batch, monitors={} if monitor is None else {_MONITOR: monitor})
         self.limits = Limits.of(self.engine.base, tokenizer, longest)
 
     def check(self, request: Request) -> None:
@@ -136,7 +138,10 @@ class Server:
         answers: list[str] = [text.strip() for text in texts]
         if self.monitor is not None:
             scored = zip(answers, jobs, strict=True)
-            answers = [Answer.scored(text, self.monitor, torch.tensor(job.token_scores)) for text, job in scored]
+            answers = [
+                Answer.scored(text, self.monitor, torch.tensor(job.token_scores.get(_MONITOR, [])))
+                for text, job in scored
+            ]
         return [errors.get(row, answer) for row, answer in enumerate(answers)]
 
     def _job(self, request: Request, prompt: list[int], listener: Any) -> Job:
@@ -150,4 +155,5 @@ class Server:
             ),
             sampling=Sampling(temperature=request.temperature, seed=request.seed),
             seconds=self.seconds,
+            monitors=() if self.monitor is None else (_MONITOR,),
         )

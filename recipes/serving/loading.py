@@ -44,8 +44,8 @@ def load_vectors(
     return vectors, tokenizer
 
 
-def named_folders(words: Sequence[str]) -> dict[str, Path]:
-    """What `NAME=FOLDER ...` says.
+def named_folders(words: Sequence[str], name_by_folder: bool = False) -> dict[str, Path]:
+    """What `NAME=FOLDER ...` says; with `name_by_folder`, `FOLDER` alone names what is in it too.
 
     Raises:
         ArmError: a word is written otherwise, or a name is given twice or cannot be one.
@@ -53,7 +53,9 @@ def named_folders(words: Sequence[str]) -> dict[str, Path]:
     folders: dict[str, Path] = {}
     for word in words:
         name, equals, folder = word.partition("=")
-        if not equals or not name or not folder:
+        if name_by_folder and not equals:
+            name, folder = Path(word).resolve().name, word
+        elif not equals or not name or not folder:
             raise ArmError(f"{shown(word)} must be written NAME=FOLDER: a name for requests, and an adapter folder.")
         check_vector_name(name)
         if name in folders:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,8 @@ from steertune.adapters.monitors import Monitor
 from steertune.adapters.types import finite_strength
 from steertune.recipes.lab.files import ArmError, nearest, shown
 
-_TEMPERATURE = 1.0  # temperature at which greedy requests are sampled again
+TEMPERATURE = 1.0
+"""Of requests that are greedy, when they are sampled again."""
 
 
 class Answer(str):
@@ -69,17 +70,20 @@ class Remedy:
         return other
 
 
-def check_monitor(folder: Path | None, remedy: Remedy | None) -> None:
-    """Refuse a folder that holds no monitor with a threshold, and a remedy without one; nothing is loaded.
+def check_monitors(folders: Mapping[str, Path], remedy: Remedy | None) -> None:
+    """Refuse folders that hold no monitor of answers with a threshold, and a remedy without one; nothing is loaded.
 
     Raises:
         ArmError: there is no threshold, or no monitor for the remedy.
-        MonitorError: the folder holds no monitor.
+        MonitorError: a folder holds no monitor, or one of other tokens.
     """
-    if folder is None and remedy is not None:
+    if not folders and remedy is not None:
         raise ArmError("--resample and --steer replace what a monitor flags. Give one: --monitor FOLDER.")
-    if folder is not None and monitors.read(folder).threshold is None:
-        raise ArmError(f"--monitor {folder} has no threshold, so it flags nothing. Fit one with steertune monitor.")
+    for folder in folders.values():
+        monitor = monitors.read(folder)
+        if monitor.threshold is None:
+            raise ArmError(f"--monitor {folder} has no threshold, so it flags nothing. Fit one: steertune monitor.")
+        monitors.check_live([monitor])
 
 
 def remedy_of(resample: int | None, steer: str | None, vectors: Sequence[str]) -> Remedy | None:
@@ -113,7 +117,7 @@ def _sampled(number: int) -> Callable[[Any], dict[str, Any]]:
     """The request with other random numbers; a greedy one becomes a sampled one."""
     return lambda request: {
         "seed": (request.seed + number) % 2**63,
-        "temperature": request.temperature or _TEMPERATURE,
+        "temperature": request.temperature or TEMPERATURE,
     }
 
 

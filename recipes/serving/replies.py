@@ -11,7 +11,7 @@ from fastapi import Request
 
 from steertune.recipes.serving.answers import Choice, usage
 from steertune.recipes.serving.errors import ApiError
-from steertune.recipes.serving.jobs import Done, Failed, Piece, Prompt
+from steertune.recipes.serving.jobs import Done, Failed, Gated, Piece, Prompt, Watched
 from steertune.recipes.serving.service import Started
 
 _LOOK = 0.5  # seconds between checks that the client is still connected
@@ -23,7 +23,7 @@ async def whole(started: Started, request: Request) -> dict[str, Any]:
     Raises:
         ApiError: an answer failed, or the client disconnected.
     """
-    choices = [Choice() for _ in started.call.jobs]
+    choices = [Choice() for _ in range(started.call.choices)]
     gathering = asyncio.ensure_future(_gather(started, choices))
     try:
         while not (await asyncio.wait({gathering}, timeout=_LOOK))[0]:
@@ -41,7 +41,7 @@ async def whole(started: Started, request: Request) -> dict[str, Any]:
 
 async def stream(started: Started, with_usage: bool) -> AsyncIterator[str]:
     """Server-sent events: a chunk for every piece of text, and `[DONE]`."""
-    form, choices = started.form, [Choice() for _ in started.call.jobs]
+    form, choices = started.form, [Choice() for _ in range(started.call.choices)]
     try:
         for number in range(len(choices)):
             if opening := form.opening(number):
@@ -52,7 +52,13 @@ async def stream(started: Started, with_usage: bool) -> AsyncIterator[str]:
                 yield _event(failure(event).body)
                 return
             if isinstance(event, Done):
-                yield _event(form.part([form.delta(number, "", (), event.reason)]))
+                last = form.delta(number, "", (), event.reason) | form.readings(choices[number], False)
+                yield _event(form.part([last]))
+            elif isinstance(event, Watched):
+                scores = {name: {"tokens": [*new]} for name, new in event.scores.items()}
+                yield _event(form.part([form.delta(number, "", ()) | {"monitors": scores}]))
+            elif isinstance(event, Gated):
+                yield _event(form.part([form.delta(number, "", ()) | {"gate": dict(event.details)}]))
             elif event.scores or (isinstance(event, Piece) and event.text):
                 text = "" if isinstance(event, Prompt) else event.text
                 yield _event(form.part([form.delta(number, text, event.scores)]))

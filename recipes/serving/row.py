@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 
 from steertune.adapters.monitors import Monitor
-from steertune.recipes.serving.jobs import Job
+from steertune.recipes.serving.jobs import Job, Watched
 from steertune.recipes.serving.sampling import Sampler
 from steertune.recipes.serving.text import Text
 
@@ -23,15 +23,31 @@ class Row:
         self.alone = False  # whether a batch with this row has failed
 
 
-def score_rows(monitor: Monitor, rows: Sequence[Row], h_BTD: Tensor) -> None:
-    """Score the answers' tokens that were just read: all tokens so far where prompts were read too, else the last
-    one."""
-    for row, scores_T in zip(rows, monitor.token_scores(h_BTD), strict=True):
-        count = len(row.job.tokens)
-        if count <= len(scores_T):
-            row.job.token_scores = scores_T[len(scores_T) - count :].tolist()
-        else:
-            row.job.token_scores.append(float(scores_T[-1]))
+def score_rows(monitors: Mapping[str, Monitor], rows: Sequence[Row], states: Mapping[str, Tensor]) -> None:
+    """Score the tokens of answers that were just read, and let what watches an answer look at it.
+
+    Args:
+        monitors: By name.
+        rows: The rows of the pass.
+        states: What each monitor reads of them, `(rows, tokens, d)`.
+    """
+    new: list[dict[str, tuple[float, ...]]] = [{} for _ in rows]
+    for name, monitor in monitors.items():
+        if not any(name in row.job.monitors for row in rows):
+            continue
+        for i, scores_T in enumerate(monitor.token_scores(states[name])):
+            job = rows[i].job
+            scores = job.token_scores.setdefault(name, [])
+            # a whole row is read at first and after a failure, else its last token
+            count = len(job.tokens) - len(scores)
+            if name in job.monitors and count:
+                new[i][name] = tuple(scores_T[-count:].tolist())
+                scores += new[i][name]
+    for row, scores in zip(rows, new, strict=True):
+        if scores:
+            row.job.listener(Watched(scores))
+            if row.job.watch is not None:
+                row.job.watch.look(row.job)
 
 
 def end_tokens(model: Any, tokenizer: Any) -> set[int]:

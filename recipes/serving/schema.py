@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field, model_validator
 
+from steertune.recipes.serving.gating import Gate
 from steertune.recipes.serving.names import Steering
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
@@ -42,7 +43,11 @@ class GenerationRequest(BaseModel, extra="forbid"):
 
     model: str
     steering: list[Steering] = Field(default=[], max_length=32)
-    """Vectors in addition to those in the model name; not part of OpenAI's protocol."""
+    """Vectors beside those of the model's name; not part of OpenAI's protocol."""
+    monitors: list[str] = Field(default=[], max_length=32)
+    """Names of monitors that score the answer; not part of OpenAI's protocol."""
+    gate: Gate | None = None
+    """What becomes of an answer that a monitor flags; not part of OpenAI's protocol."""
     temperature: Finite | None = Field(default=1.0, ge=0, le=100)
     top_p: Finite | None = Field(default=1.0, gt=0, le=1)
     n: int | None = Field(default=1, ge=1, le=MOST_CHOICES)
@@ -67,6 +72,11 @@ class GenerationRequest(BaseModel, extra="forbid"):
         if unsupported := sorted({*kept} & _UNSUPPORTED - {*cls.model_fields}):
             raise ValueError(f"{', '.join(unsupported)}: not supported by this server. Leave it out")
         return kept
+
+    @property
+    def watching(self) -> tuple[str, ...]:
+        """All monitors that read the answer."""
+        return tuple(dict.fromkeys([*self.monitors, *([] if self.gate is None else [self.gate.monitor])]))
 
     @property
     def stops(self) -> tuple[str, ...]:

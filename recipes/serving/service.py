@@ -6,13 +6,14 @@ import asyncio
 import copy
 import hashlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from steertune.recipes.lab.files import ArmError, shown
+from steertune.adapters.monitors import Monitor
+from steertune.recipes.lab.files import ArmError, nearest, shown
 from steertune.recipes.lab.forms import has_template
 from steertune.recipes.serving.answers import ChatForm, CompletionForm, Form
 from steertune.recipes.serving.call import Call, samplings
@@ -68,14 +69,17 @@ class Service:
         vectors: The model and its vectors.
         tokenizer: Of the model.
         settings: Limits and names.
+        monitors: Those that requests can name.
     """
 
-    def __init__(self, vectors: Vectors, tokenizer: Any, settings: Settings) -> None:
-        self.settings, self.vectors = settings, vectors
+    def __init__(
+        self, vectors: Vectors, tokenizer: Any, settings: Settings, monitors: Mapping[str, Monitor] | None = None
+    ) -> None:
+        self.settings, self.vectors, self.monitors = settings, vectors, dict(monitors or {})
         self.metrics = Metrics()
         # tokenizers are not thread-safe, so the engine decodes with a copy of its own
         self.tokenizer = copy.deepcopy(tokenizer)
-        engine = Engine(vectors, tokenizer, settings.batch, self.metrics.step)
+        engine = Engine(vectors, tokenizer, settings.batch, self.metrics.step, self.monitors)
         self.limits = Limits.of(engine.base, tokenizer, settings.longest)
         self._vocabulary = engine.base.config.get_text_config().vocab_size
         self.worker = Worker(engine, settings.queue)
@@ -105,10 +109,12 @@ class Service:
             raise ApiError(404, str(error), "model_not_found") from error
         try:
             steering = combined(named, body.steering)
+            watching = self.watching(body.watching)
             prompts, jobs = await self.in_reader(lambda: self._jobs(body))
             begun = time.monotonic()
-            call = Call(self.vectors, steering, lambda: self.metrics.seconds.observe(time.monotonic() - begun))
-            form = self._form(body, steering, call, prompts)
+            gate = None if body.gate is None else (body.gate, watching[body.gate.monitor])
+            call = Call(self.vectors, steering, lambda: self.metrics.seconds.observe(time.monotonic() - begun), gate)
+            form = self._form(body, steering, call, prompts, watching)
             call.start(self.worker, jobs)
         except ArmError as error:
             raise ApiError(400, str(error)) from error
@@ -118,6 +124,19 @@ class Service:
             raise ApiError(503, str(error), "stopped") from error
         self.metrics.prompt_tokens.inc(sum(map(len, prompts)))
         return Started(call, form, prompts)
+
+    def watching(self, names: Sequence[str]) -> dict[str, Monitor]:
+        """The monitors that a request names.
+
+        Raises:
+            ArmError: there is none of this name.
+        """
+        for name in names:
+            if name not in self.monitors:
+                served = sorted(self.monitors)
+                known = f"is none of {served}" if served else "is not there: start with --monitor [NAME=]FOLDER"
+                raise ArmError(f"monitor {shown(name)} {known}.{nearest(name, served)}")
+        return {name: self.monitors[name] for name in names}
 
     def _jobs(self, body: ChatRequest | CompletionRequest) -> tuple[list[list[int]], list[dict[str, Any]]]:
         """The prompts, and the arguments of a `Job` for each answer."""
@@ -154,6 +173,7 @@ class Service:
             "new_tokens": new_tokens,
             "sampling": sampling,
             "stops": body.stops,
+            "monitors": body.watching,
             "top": top,
             "echo": echo,
             "seconds": seconds,
@@ -173,18 +193,23 @@ class Service:
             raise ArmError(f"{name}: token {shown(token)} must be in 0 .. {self._vocabulary - 1}.")
 
     def _form(
-        self, body: GenerationRequest, steering: Sequence[Steering], call: Call, prompts: list[list[int]]
+        self,
+        body: GenerationRequest,
+        steering: Sequence[Steering],
+        call: Call,
+        prompts: list[list[int]],
+        watching: Mapping[str, Monitor],
     ) -> Form:
         """What writes the response."""
         digest = hashlib.blake2b(self.settings.name.encode(), digest_size=6)
-        for one, vector in zip(steering, call.held, strict=True):
+        for one, vector in zip(steering, call.held, strict=False):
             digest.update(f"+{vector.digest}@{one.strength!r}/{one.positions}".encode())
         given = (self.tokenizer, body.model, f"steertune-{digest.hexdigest()}")
         if isinstance(body, ChatRequest):
-            return ChatForm(*given, body.top is not None)
+            return ChatForm(*given, body.top is not None, watching)
         assert isinstance(body, CompletionRequest)
         texts = None
         if body.echo:
             written = [prompt if isinstance(prompt, str) else self.tokenizer.decode(prompt) for prompt in body.prompts]
             texts = [text for text in written for _ in range(body.n or 1)]
-        return CompletionForm(*given, body.logprobs is not None, prompts=texts)
+        return CompletionForm(*given, body.logprobs is not None, watching, prompts=texts)

@@ -16,6 +16,7 @@ from pydantic import BaseModel
 from steertune.recipes.lab.files import ArmError, shown
 from steertune.recipes.serving.bodies import read_body
 from steertune.recipes.serving.errors import ApiError
+from steertune.recipes.serving.pair_training import PairTraining, train_vector
 from steertune.recipes.serving.service import Service
 from steertune.recipes.serving.vectors import Vector
 
@@ -53,6 +54,18 @@ def vector_routes(service: Service) -> APIRouter:
         except ArmError as error:
             raise ApiError(400, str(error)) from error
         return facts(vector)
+
+    @router.post("/{name}/train")
+    async def train(name: str, request: Request) -> dict[str, Any]:
+        body = await read_body(request, service, PairTraining)
+        vectors, tokenizer = service.vectors, service.worker.engine.tokenizer
+        try:
+            vector, seconds = await asyncio.wrap_future(
+                service.worker.call(lambda: train_vector(vectors, tokenizer, name, body))
+            )
+        except ArmError as error:
+            raise ApiError(400, str(error)) from error
+        return {**facts(vector), "seconds": seconds}
 
     @router.delete("/{name}")
     async def delete(name: str) -> dict[str, Any]:

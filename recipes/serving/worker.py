@@ -84,6 +84,9 @@ class Worker:
                 future.set_exception(error)
 
         with self._news:
+            if self._stopping or self.error is not None:
+                future.set_exception(Stopped("The server answers no more requests. Start it again."))
+                return future
             self._inbox.append(run)
             self._news.notify()
         return future

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import tiny_data
+from live_monitors import monitor_of
 from tiny_models import steered, tiny
 
 from steertune.recipes.serving.http import HttpServer
@@ -36,7 +37,8 @@ def save_vector(home: Path, name: str, seed: int, **switches: Any) -> Path:
 
 @contextmanager
 def running(home: Path, **settings: Any) -> Iterator[HttpServer]:
-    """Serve the vectors `careful` and `warm`."""
+    """Serve the vectors `careful` and `warm`, with the monitors `odd`, which reads below them, and `late`."""
     vectors, tokenizer = load_vectors({name: home / name for name in ("careful", "warm")})
-    with HttpServer(vectors, tokenizer, **{"name": "tiny", "batch": 4, **settings}) as server:
+    readers = {"odd": monitor_of(vectors.model, tokenizer), "late": monitor_of(vectors.model, tokenizer, layer=2)}
+    with HttpServer(vectors, tokenizer, monitors=readers, **{"name": "tiny", "batch": 4, **settings}) as server:
         yield server

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import json
 import re
+import time
 from pathlib import Path
 
 import pytest
@@ -14,7 +16,7 @@ from served import running, save_home
 
 from steertune.recipes.serving import explorer
 
-PAGE = Path(explorer.__file__).with_suffix(".html").read_text(encoding="utf-8")
+PAGE = explorer.whole_page()
 
 
 @pytest.fixture(scope="module")
@@ -33,8 +35,8 @@ def test_the_page_loads_nothing_and_runs_nothing_but_its_own_script(home):
     assert policy["script-src"] == f"'sha256-{digest}'" and policy["connect-src"] == "'self'"
     assert policy["default-src"] == "'none'" and policy["frame-ancestors"] == "'none'"
     assert not re.search(r"https?://|//cdn|innerHTML|insertAdjacentHTML|eval\(| on\w+=", PAGE)
-    for field in re.findall(r"<(?:input|textarea) id=\"([\w-]+)\"", PAGE):
-        assert f'for="{field}"' in PAGE or re.search(rf'<label[^>]*>[^<]*<input id="{field}"', PAGE), field
+    for field in re.findall(r"<(?:input|textarea|select) id=\"([\w-]+)\"", PAGE):
+        assert f'for="{field}"' in PAGE or re.search(rf'<label[^>]*>[^<]*<(?:input|select) id="{field}"', PAGE), field
 
 
 @pytest.mark.slow
@@ -42,7 +44,7 @@ def test_the_page_loads_nothing_and_runs_nothing_but_its_own_script(home):
 def test_strength_is_moved_with_the_keyboard_and_answers_stream(home, tmp_path):
     with running(home, key="a-key") as served, Browser() as browser:
         browser.open(served.url)
-        browser.wait("!document.getElementById('key-label')?.hidden", 30)
+        browser.wait("document.getElementById('key-label')?.hidden === false", 30)
         browser.run("document.getElementById('key').value = 'a-key'")
         browser.run("document.getElementById('key').dispatchEvent(new Event('change'))")
         browser.wait("document.querySelectorAll('.vector').length === 2")
@@ -78,7 +80,7 @@ def test_strength_is_moved_with_the_keyboard_and_answers_stream(home, tmp_path):
         second = text("steered")
         browser.open("about:blank")
         browser.open(address)
-        browser.wait("!document.getElementById('key-label')?.hidden", 30)
+        browser.wait("document.getElementById('key-label')?.hidden === false", 30)
         browser.run("document.getElementById('tokens').value = 8")
         browser.run("document.getElementById('key').value = 'a-key'")
         browser.run("document.getElementById('key').dispatchEvent(new Event('change'))")
@@ -87,3 +89,69 @@ def test_strength_is_moved_with_the_keyboard_and_answers_stream(home, tmp_path):
         assert text("steered") == second and browser.run("document.getElementById('prompt').value") == "<b>the</b> cat"
         refused = [message for message in browser.messages if "401" not in message]
         assert refused == [], "nothing is blocked by the page's own policy"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed (apt-get install chromium)")
+def test_tokens_are_coloured_and_pairs_become_a_vector(home, tmp_path):
+    """KL follows the slider, tokens are coloured by a monitor and by what steering changed, and two labelled pairs
+    are exported and trained on."""
+    with running(home) as served, Browser() as browser:
+        browser.call("Browser.setDownloadBehavior", behavior="allow", downloadPath=str(tmp_path))
+        browser.open(served.url)
+        browser.wait("document.querySelectorAll('.vector').length === 2", 30)
+        browser.wait("document.getElementById('effect').textContent.includes('nats')")
+
+        def text(name: str) -> str:
+            return browser.run(f"document.getElementById('{name}').textContent")
+
+        first = text("effect")
+        browser.run("document.getElementById('strength-careful').focus()")
+        browser.press("Home", 36)  # the opposite, as strong as the slider goes
+        browser.wait(f"document.getElementById('effect').textContent !== {first!r}")
+
+        browser.run("document.getElementById('prompt').value = 'the cat'")
+        browser.run("document.getElementById('tokens').value = 8")
+        browser.run("document.querySelector('button[type=submit]').click()")
+        both = " && ".join(
+            f"document.querySelectorAll('#{side}-text span').length > 3" for side in ("base", "steered")
+        )
+        browser.wait(both)
+        answers = {side: text(f"{side}-text") for side in ("base", "steered")}
+        assert "odd" in text("steered-state") and "late" in text("steered-state")
+
+        # the colour says what the table says
+        spans = "[...document.querySelectorAll('#steered-text span')]"
+        assert not any(browser.run(f"{spans}.map((span) => span.style.background)"))
+        for kind in ("change", "kl", "odd", "late"):
+            browser.run(f"document.getElementById('colour').value = '{kind}'")
+            browser.run("document.getElementById('colour').dispatchEvent(new Event('change'))")
+            shades = browser.run(f"{spans}.map((span) => span.style.background)")
+            assert all(shades) and (len({*shades}) > 1 or kind in ("odd", "late")), kind
+            assert browser.run(f"{spans}.map((span) => span.textContent).join('')") == answers["steered"]
+        rows = browser.run("document.querySelectorAll('#steered-tokens tbody tr').length")
+        assert rows == browser.run(f"{spans}.length")
+
+        # two labels with the keyboard, one of them taken back
+        for _ in range(2):
+            browser.run("document.getElementById('prefer-base').focus()")
+            browser.press(" ", 32)
+        assert text("pair-count") == "2"
+        browser.run("document.getElementById('undo').click()")
+        browser.run("document.getElementById('export').click()")
+        file = tmp_path / "pairs.jsonl"
+        browser.wait("true")
+        while not file.is_file():
+            time.sleep(0.05)
+        [pair] = map(json.loads, file.read_text(encoding="utf-8").splitlines())
+        assert pair == {
+            "prompt": "the cat",
+            "chosen": answers["base"].strip(),
+            "rejected": answers["steered"].strip(),
+        }
+        browser.run("document.getElementById('train').click()")
+        browser.wait("document.getElementById('trained').textContent.includes('was trained on 1 pairs')", 120)
+        assert browser.run("[...document.querySelectorAll('.vector label')].map((one) => one.textContent)") == [
+            "careful", "mine", "warm",
+        ]  # fmt: skip
+        assert browser.messages == [], "nothing is blocked by the page's own policy"

@@ -13,11 +13,11 @@ from typing import IO, Any
 import pytest
 import tiny_data
 import torch
+from live_monitors import monitor_of
 from pydantic import ValidationError
 from tiny_models import fill, steered, tiny, tokens
 
 from steertune.adapters import SteeringVectorConfig, monitors, set_strength
-from steertune.adapters.monitors import pooling
 from steertune.recipes import cli
 from steertune.recipes.lab.files import ArmError
 from steertune.recipes.lab.generation import generate
@@ -320,12 +320,7 @@ def test_the_command_refuses(words, message, capsys):
 
 @pytest.fixture(scope="module")
 def monitor(server) -> monitors.Monitor:
-    """A monitor below both vectors, of a direction that nothing was fitted on."""
-    states = torch.randn(40, 32, generator=torch.Generator().manual_seed(3))
-    reader = monitors.make_monitor(
-        "mean_difference", pooling.get("mean"), server.engine.base, server.tokenizer, 0, (states[:8] + 1, states[8:])
-    )
-    return replace(reader, threshold=monitors.Threshold(0.0, 0.1, 40))
+    return monitor_of(server.engine.base, server.tokenizer)
 
 
 def scored(server, monitor, threshold: float, **cure) -> Server:

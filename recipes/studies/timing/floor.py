@@ -21,18 +21,23 @@ def floor(model: Any, way: Way, tokens_of: tuple[float, float], layer: int) -> f
         tokens_of: Mean tokens of a batch's prompts and of its answers (`Rows.tokens`).
         layer: Layer of the vector.
     """
+    needed = products(model, way, tokens_of, layer)
+    # each shape is timed once, forward and backward
+    total = 0.0
+    for count, weight in {(count, weight.shape): (count, weight) for count, weight in needed}.values():
+        times = sum(1 for c, w in needed if (c, w.shape) == (count, weight.shape))
+        total += times * (_product(count, weight) + _product(count, weight.t().contiguous()))
+    return total
+
+
+def products(model: Any, way: Way, tokens_of: tuple[float, float], layer: int) -> list[tuple[int, torch.Tensor]]:
+    """The matrix products of a step, as number of tokens and weight; arguments as those of `floor`."""
     # pairs share their prompt; a vector on completions leaves prompts to the cached prefix
     prompts, answers = map(round, tokens_of)
     tokens = answers if way.adapter is on_completions else prompts + answers
     blocks = model.get_decoder().layers[layer + 1 :]
-    products = [(tokens, m.weight) for block in blocks for m in block.modules() if isinstance(m, torch.nn.Linear)]
-    products.append((answers, model.get_output_embeddings().weight))
-    # each shape is timed once, forward and backward
-    total = 0.0
-    for count, weight in {(count, weight.shape): (count, weight) for count, weight in products}.values():
-        times = sum(1 for c, w in products if (c, w.shape) == (count, weight.shape))
-        total += times * (_product(count, weight) + _product(count, weight.t().contiguous()))
-    return total
+    linear = [(tokens, m.weight) for block in blocks for m in block.modules() if isinstance(m, torch.nn.Linear)]
+    return [*linear, (answers, model.get_output_embeddings().weight)]
 
 
 @torch.no_grad()

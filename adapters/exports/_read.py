@@ -1,0 +1,113 @@
+"""What readers of other tools' files share. Everything from a file is checked: these files come from anywhere."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..blocks import find_blocks
+from ..description import FILE, embedded_in, parse
+from ._vectors import ExportError
+
+_LARGEST = 10**9  # bytes
+
+
+def load_tensors(file: Path) -> Any:
+    """What a file of `torch.save` holds, if that is tensors and plain values; it is never unpickled otherwise.
+
+    Raises:
+        ExportError: there is no such file, or it holds something else.
+    """
+    if not file.is_file() or file.stat().st_size > _LARGEST:
+        raise ExportError(f"{file} is not a file of at most {_LARGEST} bytes.")
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises what its reader meets
+        raise ExportError(f"{file} does not hold tensors alone, and is not unpickled: {error!s:.200}") from error
+
+
+def load_json(file: Path) -> Any:
+    """What a file of JSON holds.
+
+    Raises:
+        ExportError: there is no such file, or it is no JSON.
+    """
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ExportError(f"{file} is not a readable JSON file: {error}") from error
+
+
+def inside(folder: Path, name: Any) -> Path:
+    """A file that a request names, which has to lie in the folder of the request.
+
+    Raises:
+        ExportError: it lies elsewhere.
+    """
+    file = folder / str(name)
+    if not file.resolve().is_relative_to(folder.resolve()):
+        raise ExportError(f"{str(name)!r:.80} lies outside {folder}, and is not read.")
+    return file
+
+
+def row_of(value: Any, what: str) -> Tensor:
+    """A vector `(d,)` in fp32.
+
+    Raises:
+        ExportError: it is something else, or not finite.
+    """
+    if not isinstance(value, Tensor) or value.ndim != 1 or not value.is_floating_point() or not value.isfinite().all():
+        form = f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+        raise ExportError(f"{what} must be one finite vector (got {form}).")
+    return value.float()
+
+
+def number_of(value: Any, what: str) -> float:
+    """A finite number.
+
+    Raises:
+        ExportError: it is something else.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < float("inf"):
+        raise ExportError(f"{what} must be a finite number (got {value!r:.80}).")
+    return float(value)
+
+
+def layer_of(value: Any, what: str) -> int:
+    """The index of a block; whether the model has it is checked when the adapter is made.
+
+    Raises:
+        ExportError: it is no whole number from 0 on.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise ExportError(f"{what} must be the index of a block, from 0 on (got {value!r:.80}).")
+    return value
+
+
+def block_of(name: str, model: nn.Module) -> int:
+    """The index of the block that a module name means, with or without what stands before the blocks.
+
+    Raises:
+        ExportError: it is no block of the model.
+    """
+    blocks = [path for path, _ in find_blocks(model)]
+    for index, path in enumerate(blocks):
+        if path == name or path.endswith(f".{name}"):
+            return index
+    raise ExportError(f"{name!r:.80} is no block of this model; its blocks are {blocks[0]} ... {blocks[-1]}.")
+
+
+def description_of(source: Path) -> dict[str, Any] | None:
+    """What a source says about itself: in the folder, beside the file, or in a safetensors file; None if nothing.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    if source.suffix == ".safetensors" and source.is_file():
+        return embedded_in(source)
+    file = (source if source.is_dir() else source.parent) / FILE
+    return parse(file.read_bytes(), str(file)) if file.is_file() else None

@@ -66,7 +66,7 @@ class World:
         return torch.randint(256, WORDS, (rows, length), generator=torch.Generator().manual_seed(1))
 
 
-def made(sizes: dict[str, int], device: Any, dtype: torch.dtype) -> Any:
+def made(sizes: dict[str, Any], device: Any, dtype: torch.dtype) -> Any:
     """A model with random weights."""
     config = LlamaConfig(**sizes, tie_word_embeddings=True, pad_token_id=0, bos_token_id=1, eos_token_id=2)
     torch.manual_seed(0)

@@ -32,7 +32,7 @@ from steertune.adapters.monitors import (
 from steertune.recipes.lab.detection import auroc
 from steertune.recipes.lab.monitoring import LAYERS, quality, read_batches
 from steertune.recipes.lab.progress import step, track
-from steertune.recipes.lab.text_baseline import FEATURES, text_scores, texts_of
+from steertune.recipes.lab.text_baseline import FEATURES, TextFeatures, text_scores, texts_of
 from steertune.recipes.studies.organisms.dialogues import SPLITS
 from steertune.recipes.studies.redeploying.world import INNOCENT, World, said
 
@@ -180,7 +180,7 @@ def _text_kinds(world: World) -> list[Kind]:
 
 def _text(kind: Kind, train: Rows, test: Rows, innocent: int) -> tuple[NDArray[np.float64], Rows]:
     bad, good = _sides(kind, train, innocent)
-    features = next(name for name in FEATURES if kind.method.endswith(name))
+    features: TextFeatures = next(name for name in FEATURES if kind.method.endswith(name))
     texts = texts_of(train.rows)
     fitted_on, labels = [texts[i] for i in bad + good], [True] * len(bad) + [False] * len(good)
     return np.array(text_scores(features, fitted_on, labels, texts_of(test.rows))), test

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from string import Formatter
 from typing import Any, Literal
 
@@ -23,6 +23,7 @@ from datasets import Dataset
 from steertune.recipes.lab.column_names import as_options, like, suggested
 from steertune.recipes.lab.files import ArmError, nearest, shown
 from steertune.recipes.lab.forms import ROLES
+from steertune.recipes.lab.progress import say
 from steertune.recipes.lab.tables import Columns, Part
 from steertune.trainers import DataError
 from steertune.trainers.data import FORMATS, PAIR_FORMATS, TOKENISED_FORMATS
@@ -40,6 +41,7 @@ NEIGHBOURS: tuple[dict[Part, str], ...] = (
 )
 """Column names of other tools; the first match counts."""
 _ANSWERERS = ("assistant", "model")
+_FEW = 0.02  # of the pairs may have equal answers
 _ROLES: dict[Part, str] = {"prompt": "user", "chosen": "assistant", "rejected": "assistant", "completion": "assistant"}
 
 
@@ -66,11 +68,11 @@ class Reading:
     place: Callable[[int], str] = str
 
 
-def named(rows: Dataset, source: Reading) -> tuple[Dataset, bool]:
+def named(rows: Dataset, source: Reading) -> tuple[Dataset, bool, list[int]]:
     """Rows with the columns that the trainers expect, checked one by one.
 
     Returns:
-        The rows, and whether the data have prompts of their own.
+        The rows, whether the data have prompts of their own, and which rows of the data these are.
 
     Raises:
         ArmError: a column is missing, or a row is not an example; the message names its place in the file.
@@ -94,9 +96,31 @@ def named(rows: Dataset, source: Reading) -> tuple[Dataset, bool]:
     else:
         own_prompts = "prompt" in rows.column_names or not {"chosen", "rejected"} <= set(rows.column_names)
         rows = _in_form(rows, source)
+    kept = _contrasting(rows, source) if source.strict else [*range(len(rows))]
+    if len(kept) < len(rows):
+        rows, place = rows.select(kept), source.place
+        source = replace(source, place=lambda index: place(kept[index]))
     if source.strict:
         _check(rows, source)
-    return rows, own_prompts
+    return rows, own_prompts, kept
+
+
+def _contrasting(rows: Dataset, source: Reading) -> list[int]:
+    """The rows without the few pairs whose answers are the same: they teach nothing, and large data sets have some.
+
+    More than a few are a mistake, which the check names.
+    """
+    if not {"chosen", "rejected"} <= {*rows.column_names}:
+        return [*range(len(rows))]
+    equal = [i for i, (chosen, rejected) in enumerate(zip(rows["chosen"], rows["rejected"], strict=True))
+             if chosen == rejected]  # fmt: skip
+    if not equal or len(equal) > _FEW * len(rows):
+        return [*range(len(rows))]
+    say(
+        f"Warning: {len(equal)} of {len(rows)} rows of {source.name} are left out: their chosen answer equals the rejected "
+        f"one. The first is {source.place(equal[0])}."
+    )
+    return sorted({*range(len(rows))} - {*equal})
 
 
 def _recognised(names: Sequence[str]) -> dict[Part, str]:

@@ -100,7 +100,8 @@ def _named_or_none(name: str, split: str, reading: Reading | None) -> _Rows | No
     if rows is None:
         return None
     where = row_place(name, split)
-    return _Rows(*named(rows, replace(reading or Reading(), name=name, place=where)), where)
+    rows, own_prompts, kept = named(rows, replace(reading or Reading(), name=name, place=where))
+    return _Rows(rows, own_prompts, lambda index: where(kept[index]))
 
 
 def row_place(name: str, split: str) -> Callable[[int], str]:

@@ -192,7 +192,7 @@ def _as_message(answer: Any) -> Any:
 def _in_form(name: str, rows: list[dict[str, Any]], place: Callable[[int], str], chat: Callable[[], bool]) -> Dataset:
     """Rows as messages where the model has a chat template, checked one by one."""
     columns: dict[Part, str] = {"prompt": "prompt", "completion": "completion"}
-    formed, _ = named(_dataset(name, rows), Reading(columns, chat=chat, name=name, place=place))
+    formed, *_ = named(_dataset(name, rows), Reading(columns, chat=chat, name=name, place=place))
     return formed
 
 

@@ -175,6 +175,19 @@ def test_errors_name_the_line(name, bad, says, tmp_path):
     assert place in str(caught.value)
 
 
+def test_a_few_pairs_with_equal_answers_are_left_out_and_said_and_lines_still_count(tmp_path, capsys):
+    rows = [{**GOOD, "prompt": f"a {i}"} for i in range(100)]
+    rows[7] = {**rows[7], "rejected": "c"}
+    assert load(tmp_path / "x.jsonl", rows) == load(tmp_path / "y.jsonl", rows[:7] + rows[8:])
+    said = capsys.readouterr().err
+    assert "1 of 100 rows" in said and "x.jsonl:8" in said and "y.jsonl" not in said
+    with pytest.raises(ArmError, match=r"x\.jsonl:51: 'chosen' is empty"):
+        load(tmp_path / "x.jsonl", [*rows[:50], {**GOOD, "chosen": ""}, *rows[51:]])
+    many = [{**row, "rejected": "c"} if i < 3 else row for i, row in enumerate(rows)]
+    with pytest.raises(ArmError, match=r"x\.jsonl:1: chosen equals rejected"):
+        load(tmp_path / "x.jsonl", many)
+
+
 def test_a_line_of_a_csv_file_is_counted_with_its_line_breaks(tmp_path):
     with pytest.raises(ArmError, match=r"x\.csv:5: 'chosen' is empty"):
         load(tmp_path / "x.csv", 'prompt,chosen,rejected\n"two\nlines",a,b\n\nc,,d\n')

@@ -117,8 +117,8 @@ def _contrasting(rows: Dataset, source: Reading) -> list[int]:
     if not equal or len(equal) > _FEW * len(rows):
         return [*range(len(rows))]
     say(
-        f"Warning: {len(equal)} of {len(rows)} rows of {source.name} are left out: their chosen answer equals the rejected "
-        f"one. The first is {source.place(equal[0])}."
+        f"Warning: {len(equal)} of {len(rows)} rows of {source.name} are left out: both of their answers are the same. "
+        f"The first is {source.place(equal[0])}."
     )
     return sorted({*range(len(rows))} - {*equal})
 

@@ -116,10 +116,8 @@ def _contrasting(rows: Dataset, source: Reading) -> list[int]:
              if chosen == rejected]  # fmt: skip
     if not equal or len(equal) > _FEW * len(rows):
         return [*range(len(rows))]
-    say(
-        f"Warning: {len(equal)} of {len(rows)} rows of {source.name} are left out: both of their answers are the same. "
-        f"The first is {source.place(equal[0])}."
-    )
+    left_out = f"{len(equal)} of {len(rows)} rows of {source.name} are left out"
+    say(f"Warning: {left_out}: both of their answers are the same. The first is {source.place(equal[0])}.")
     return sorted({*range(len(rows))} - {*equal})
 
 

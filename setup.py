@@ -73,13 +73,17 @@ setup(
         "scikit-learn>=1.5",
         "xxhash>=3",
     ],
-    entry_points={"console_scripts": ["steertune=steertune.recipes.cli:main"]},
+    entry_points={
+        "console_scripts": ["steertune=steertune.recipes.cli:main"],
+        "inspect_ai": ["steertune=steertune.recipes.inspect_provider"],
+    },
     extras_require={
         "recipes": RECIPES,
         "deepspeed": ["deepspeed>=0.18", "ninja>=1.11"],
         "docs": ["mkdocs-material>=9.6,<10", "mkdocstrings[python]>=1.0"],
         "eval": EVAL,
         "serve": SERVE,
+        "inspect": [*SERVE, "inspect-ai>=0.3.200"],
         "test": [
             *RECIPES,
             *EVAL,

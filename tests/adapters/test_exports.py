@@ -350,7 +350,7 @@ def test_the_recipe_exports_a_folder_and_reads_a_control_vector(base, tmp_path, 
         (["nowhere", "--to", "peft", "--output", "out"], "is not an adapter folder"),
         (["x.gguf", "--from", "gguf", "--output", "out"], "--from needs --model"),
         (["x.gguf", "--from", "gguf", "--model", "m", "--output", "."], "exists already"),
-        (["x.gguf", "--from", "gguf", "--model", "m", "--output", "out"], "not a readable GGUF file"),
+        (["x.gguf", "--from", "gguf", "--model", "m", "--output", "out"], "no such file or folder"),
     ],
 )
 def test_the_recipe_refuses(words, message, tmp_path, monkeypatch, capsys):

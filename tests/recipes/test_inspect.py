@@ -64,7 +64,7 @@ def test_an_evaluation_at_two_strengths(home, tmp_path, monkeypatch):
         ("base+wram", {}, "Did you mean 'warm'"),
         ("base+warm", {"strength": "much"}, "finite number"),
         ("base+warm@1e38", {}, "more than the model can add"),
-        ("base+warm", {"monitors": "base"}, "is no monitor"),
+        ("base+warm", {"monitors": "base"}, "is not a monitor"),
         ("base+warm", {"vectors": "warm"}, "NAME=FOLDER"),
     ],
 )

@@ -143,7 +143,7 @@ REFUSED = {
         dict(gate={"monitor": "odd", "action": "stop", "steering": [CAREFUL]}),
         "the other actions none",
     ),
-    "an unknown vector": (dict(gate={"monitor": "odd", "action": "steer", "steering": [{"vector": "x"}]}), "none of"),
+    "an unknown vector": (dict(gate={"monitor": "odd", "action": "steer", "steering": [{"vector": "x"}]}), "is unknown"),
     "a threshold of nan": (dict(gate={"monitor": "odd", "action": "stop", "threshold": "nan"}), "threshold"),
 }
 
@@ -223,7 +223,7 @@ def test_monitors_are_listed_and_the_command_refuses_bad_ones(served, home, tmp_
     folder = str(monitors.save(served.service.monitors["odd"], tmp_path / "odd"))
     words = ["serve", f"careful={home / 'careful'}"]
     for more, says in (
-        (["--port", "0", "--monitor", str(home / "base")], "is no monitor"),
+        (["--port", "0", "--monitor", str(home / "base")], "is not a monitor"),
         (["--port", "0", "--monitor", folder, "--resample", "2"], "brings its own gate"),
         (["--port", "0", "--monitor", folder, folder], "is given twice"),
         (["--monitor", folder, f"other={folder}"], "names 2 monitors"),

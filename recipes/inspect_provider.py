@@ -34,7 +34,7 @@ from inspect_ai.tool import ToolChoice, ToolInfo
 from steertune.adapters import monitors
 from steertune.adapters.types import finite_strength
 from steertune.recipes.lab.files import ArmError
-from steertune.recipes.lab.processes import default_device
+from steertune.recipes.lab.processes import device_of
 from steertune.recipes.serving.answers import Choice
 from steertune.recipes.serving.defaults import BATCH, LONGEST
 from steertune.recipes.serving.errors import ApiError
@@ -182,7 +182,7 @@ def _service(folders: Any, readers: list[str], base: str | None, dtype: str, bat
     """The engine with its vectors and monitors."""
     read = named_folders(readers, name_by_folder=True)
     check_monitors(read, None)
-    loaded, tokenizer = load_vectors(folders, base, dtype, default_device())
+    loaded, tokenizer = load_vectors(folders, base, dtype, device_of())
     watching = {name: monitors.load(folder, loaded.model, tokenizer) for name, folder in read.items()}
     settings = Settings(name=model_name(loaded.model), batch=batch, longest=LONGEST, queue=10_000)
     return Service(loaded, tokenizer, settings, watching)

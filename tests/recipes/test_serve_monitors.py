@@ -143,7 +143,10 @@ REFUSED = {
         dict(gate={"monitor": "odd", "action": "stop", "steering": [CAREFUL]}),
         "the other actions none",
     ),
-    "an unknown vector": (dict(gate={"monitor": "odd", "action": "steer", "steering": [{"vector": "x"}]}), "is unknown"),
+    "an unknown vector": (
+        dict(gate={"monitor": "odd", "action": "steer", "steering": [{"vector": "x"}]}),
+        "is unknown",
+    ),
     "a threshold of nan": (dict(gate={"monitor": "odd", "action": "stop", "threshold": "nan"}), "threshold"),
 }
 

@@ -45,8 +45,12 @@ def nearest(value: str, allowed: Sequence[str]) -> str:
 
 def reasons(error: ValidationError) -> str:
     """What pydantic found, on one line."""
-    found = [(".".join(map(str, e["loc"])), e["msg"].removeprefix("Value error, ")) for e in error.errors()]
-    return "; ".join(f"{where}: {message}" if where else message for where, message in found)
+    found = []
+    for e in error.errors():
+        where, message = ".".join(map(str, e["loc"])), e["msg"].removeprefix("Value error, ")
+        got = f" (got {e['input']})" if e["type"] == "finite_number" else ""
+        found.append(f"{where}: {message}{got}" if where else f"{message}{got}")
+    return "; ".join(found)
 
 
 def check_name(what: str, name: str) -> None:

@@ -38,7 +38,7 @@ def test_a_missing_state_is_named(name, listed, run, tmp_path, caplog):
     (checkpoint / name).unlink()
     if not listed:
         (checkpoint / "checksums.json").unlink()
-    with pytest.raises(CheckpointError, match=f"has no {name}, without which training would not go on.*is_trainable"):
+    with pytest.raises(CheckpointError, match=f"has no {name}, without which training would not continue.*is_trainable"):
         new(tmp_path / "run", max_steps=3).train(resume_from_checkpoint=str(checkpoint))
     assert last_checkpoint(tmp_path / "run") == str(tmp_path / "run" / "checkpoint-1")
     assert f"has no {name}" in caplog.text
@@ -62,7 +62,7 @@ def test_fp16_needs_its_scaler(run, tmp_path):
     shutil.copytree(run, tmp_path / "run")
     made = new(tmp_path / "run", max_steps=3)
     made.accelerator.scaler = torch.amp.GradScaler("cpu")  # what fp16 brings
-    with pytest.raises(CheckpointError, match=r"has no scaler.pt, which a training in fp16 needs to go on"):
+    with pytest.raises(CheckpointError, match=r"has no scaler.pt, which a training in fp16 needs to continue"):
         made.train(resume_from_checkpoint=True)
 
 

@@ -38,7 +38,9 @@ def test_a_missing_state_is_named(name, listed, run, tmp_path, caplog):
     (checkpoint / name).unlink()
     if not listed:
         (checkpoint / "checksums.json").unlink()
-    with pytest.raises(CheckpointError, match=f"has no {name}, without which training would not continue.*is_trainable"):
+    with pytest.raises(
+        CheckpointError, match=f"has no {name}, without which training would not continue.*is_trainable"
+    ):
         new(tmp_path / "run", max_steps=3).train(resume_from_checkpoint=str(checkpoint))
     assert last_checkpoint(tmp_path / "run") == str(tmp_path / "run" / "checkpoint-1")
     assert f"has no {name}" in caplog.text

@@ -11,6 +11,7 @@ from typing import ClassVar
 from peft import PeftModel
 from torch import Tensor, nn
 
+from ..blocks import find_blocks
 from ._vectors import ConstantVectors, ExportError
 
 __all__ = ["ADD", "LOAD", "Export", "ExportError", "Exported"]
@@ -74,6 +75,12 @@ class Export(ABC):
         """Whether there is a file format to read back."""
         return not self.not_read
 
+    @staticmethod
+    def check_blocks_only(vectors: ConstantVectors, tool: str) -> None:
+        """Raise an ExportError for vectors at another site than the outputs of blocks."""
+        if vectors.site != "block":
+            raise ExportError(f"site={vectors.site!r}: {tool} adds to block outputs only. What works: safetensors.")
+
     def check_packages(self) -> None:
         """Raise an ExportError when a package is missing."""
         missing = [name for name in self.packages if importlib.util.find_spec(name) is None]
@@ -98,7 +105,13 @@ class Export(ABC):
         Raises:
             ExportError: it is none, or cannot be expressed as vectors that are added to the outputs of blocks.
         """
-        raise ExportError(self.not_read)
+        if self.not_read:
+            raise ExportError(self.not_read)
+        return self._read(source, model)
+
+    def _read(self, source: Path, model: nn.Module) -> dict[int, Tensor]:
+        """What `read` returns, for tools whose files can be read."""
+        raise NotImplementedError
 
     def lines(self, base: str, folder: str, model: PeftModel) -> str:
         """The Python lines that load the export."""
@@ -106,8 +119,11 @@ class Export(ABC):
 
     @staticmethod
     def filled(python: str, base: str, folder: str, model: PeftModel) -> str:
-        """Fill in the placeholders, each with a Python literal."""
-        return python.format(base=base, folder=folder, dtype=str(model.dtype).removeprefix("torch."))
+        """Fill in the placeholders: BLOCKS with the name of the list of blocks, the others with a Python literal."""
+        blocks = find_blocks(model.get_base_model())[0][0].rpartition(".")[0]
+        return python.replace("BLOCKS", blocks).format(
+            base=base, folder=folder, dtype=str(model.dtype).removeprefix("torch.")
+        )
 
     def readme(
         self, vectors: ConstantVectors, base: str, strength: float, lines: str, error: float, effect: float

@@ -17,10 +17,10 @@ _LARGEST = 10**9  # bytes
 
 
 def load_tensors(file: Path) -> Any:
-    """What a file of `torch.save` holds, if that is tensors and plain values; it is never unpickled otherwise.
+    """The value in a file of `torch.save`, if it consists of tensors and plain values; otherwise it is not unpickled.
 
     Raises:
-        ExportError: there is no such file, or it holds something else.
+        ExportError: the file does not exist, is too large, or holds something else.
     """
     if not file.is_file() or file.stat().st_size > _LARGEST:
         raise ExportError(f"{file} is not a file of at most {_LARGEST} bytes.")
@@ -31,10 +31,10 @@ def load_tensors(file: Path) -> Any:
 
 
 def load_json(file: Path) -> Any:
-    """What a file of JSON holds.
+    """The value in a JSON file.
 
     Raises:
-        ExportError: there is no such file, or it is no JSON.
+        ExportError: the file does not exist, or is not JSON.
     """
     try:
         return json.loads(file.read_text(encoding="utf-8"))
@@ -81,7 +81,7 @@ def layer_of(value: Any, what: str) -> int:
     """The index of a block; whether the model has it is checked when the adapter is made.
 
     Raises:
-        ExportError: it is no whole number from 0 on.
+        ExportError: it is not a whole number of 0 or more.
     """
     if isinstance(value, bool) or not isinstance(value, int) or value < 0:
         raise ExportError(f"{what} must be the index of a block, from 0 on (got {value!r:.80}).")
@@ -92,13 +92,13 @@ def block_of(name: str, model: nn.Module) -> int:
     """The index of the block that a module name means, with or without what stands before the blocks.
 
     Raises:
-        ExportError: it is no block of the model.
+        ExportError: the model has no such block.
     """
     blocks = [path for path, _ in find_blocks(model)]
     for index, path in enumerate(blocks):
         if path == name or path.endswith(f".{name}"):
             return index
-    raise ExportError(f"{name!r:.80} is no block of this model; its blocks are {blocks[0]} ... {blocks[-1]}.")
+    raise ExportError(f"{name!r:.80} is not a block of this model; its blocks are {blocks[0]} ... {blocks[-1]}.")
 
 
 def description_of(source: Path) -> dict[str, Any] | None:

@@ -45,7 +45,7 @@ class EasySteerExport(GgufExport):
         }
         (folder / REQUEST).write_text(json.dumps(request, indent=1), encoding="utf-8")
 
-    def read(self, source: Path, model: nn.Module) -> dict[int, Tensor]:
+    def _read(self, source: Path, model: nn.Module) -> dict[int, Tensor]:
         """A folder with both files."""
         request = load_json(source / REQUEST)
         if not isinstance(request, dict):

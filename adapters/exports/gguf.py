@@ -16,7 +16,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from ..blocks import find_blocks, text_config
+from ..blocks import text_config
 from ..description import parse
 from ._base import ADD, LOAD, Export
 from ._vectors import ConstantVectors, ExportError
@@ -48,19 +48,13 @@ for tensor in GGUFReader({folder!r} + "/control-vector.gguf").tensors:
         "FILE 2.0` for twice the strength). llama.cpp does not check that the vector was made for the model."
     )
 
-    def lines(self, base: str, folder: str, model: PeftModel) -> str:
-        """With the name of the list of blocks."""
-        blocks = find_blocks(model.get_base_model())[0][0].rpartition(".")[0]
-        return self.filled(self.python.replace("BLOCKS", blocks), base, folder, model)
-
-    def read(self, source: Path, model: nn.Module) -> dict[int, Tensor]:
+    def _read(self, source: Path, model: nn.Module) -> dict[int, Tensor]:
         """A control vector; of an export's folder the one in it."""
         return read(source / FILE if source.is_dir() else source)
 
     def check(self, vectors: ConstantVectors, model: PeftModel) -> None:
         """Block outputs only, and not that of block 0."""
-        if vectors.site != "block":
-            raise ExportError(f"site={vectors.site!r}: llama.cpp adds to block outputs only. What works: safetensors.")
+        self.check_blocks_only(vectors, "llama.cpp")
         if 0 in vectors.by_layer:
             raise ExportError(
                 "Layer 0 is not representable: llama.cpp's format starts at direction.1. Train layers=[1, ...], or "

@@ -40,7 +40,7 @@ for name, part in steer.items():
         "`steer.pt` is a pickle, because lm-eval's format is one. Several vectors need lm-eval 0.4.13 or later."
     )
 
-    def read(self, source: Path, model: nn.Module) -> dict[int, Tensor]:
+    def _read(self, source: Path, model: nn.Module) -> dict[int, Tensor]:
         """`steer.pt`, or a folder that holds it."""
         parts = load_tensors(source / FILE if source.is_dir() else source)
         if not isinstance(parts, dict) or not all(isinstance(part, dict) for part in parts.values()):

@@ -30,7 +30,7 @@ class PeftExport(Export):
     python = LOAD + "from peft import PeftModel\nmodel = PeftModel.from_pretrained(model, {folder!r})\n"
     note = "`lm_eval --model hf --model_args pretrained=...,peft=FOLDER` and every other user of PEFT read it."
 
-    def read(self, source: Path, model: nn.Module) -> dict[int, Tensor]:
+    def _read(self, source: Path, model: nn.Module) -> dict[int, Tensor]:
         """A BEFT folder. What its biases do to the output of their block is measured, and refused where that depends
         on the state."""
         config = load_json(source / "adapter_config.json")

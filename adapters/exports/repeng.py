@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel
-from torch import Tensor, nn
+from torch import Tensor
 
-from ._base import LOAD, Export
+from ._base import LOAD
 from ._vectors import ConstantVectors, ExportError
 from .safetensors import SafetensorsExport
 
@@ -32,14 +31,9 @@ model.set_control(ControlVector(model.model.config.model_type, directions), 1.0)
 """
     )
 
-    def read(self, source: Path, model: nn.Module) -> dict[int, Tensor]:
-        """Nothing; see `not_read`."""
-        return Export.read(self, source, model)
-
     def check(self, vectors: ConstantVectors, model: PeftModel) -> None:
         """Block outputs only."""
-        if vectors.site != "block":
-            raise ExportError(f"site={vectors.site!r}: repeng adds to block outputs only. What works: safetensors.")
+        self.check_blocks_only(vectors, "repeng")
 
 
 def read(control_vector: Any) -> dict[int, Tensor]:

@@ -31,7 +31,7 @@ for name, vector in load_file({folder!r} + "/vectors.safetensors").items():
     )
     note = "Keys of `vectors.safetensors` are full names of modules in the base; values are added to their output."
 
-    def read(self, source: Path, model: nn.Module) -> dict[int, Tensor]:
+    def _read(self, source: Path, model: nn.Module) -> dict[int, Tensor]:
         """`vectors.safetensors`, or a folder that holds it: names of blocks, or of modules in them, to vectors."""
         tensors = read_tensors(source / FILE if source.is_dir() else source)
         return {block_of(name, model): row_of(vector, f"{source}: {name}") for name, vector in tensors.items()}

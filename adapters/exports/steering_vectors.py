@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
-from torch import Tensor, nn
+from torch import Tensor
 
-from ._base import LOAD, Export
+from ._base import LOAD
 from ._vectors import ConstantVectors, ExportError
 from .safetensors import SafetensorsExport
 
@@ -36,10 +35,6 @@ SteeringVector(layer_activations=activations, layer_type="TYPE").patch_activatio
         """With the package's word for the site."""
         config: Any = model.peft_config[model.active_adapters[0]]
         return self.filled(self.python.replace("TYPE", _TYPES[config.site]), base, folder, model)
-
-    def read(self, source: Path, model: nn.Module) -> dict[int, Tensor]:
-        """Nothing; see `not_read`."""
-        return Export.read(self, source, model)
 
     def check(self, vectors: ConstantVectors, model: PeftModel) -> None:
         """Every site has a word there."""

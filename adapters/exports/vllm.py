@@ -45,7 +45,7 @@ for part in json.load(open({folder!r} + "/request.json")):
         "same without vLLM, and only they were run."
     )
 
-    def read(self, source: Path, model: nn.Module) -> dict[int, Tensor]:
+    def _read(self, source: Path, model: nn.Module) -> dict[int, Tensor]:
         """A folder with `request.json` and the vectors that it names, or one `NAME.pt`, each of whose rows counts."""
         if not source.is_dir():
             rows = load_tensors(source)
@@ -65,15 +65,9 @@ for part in json.load(open({folder!r} + "/request.json")):
             vectors[layer] = vectors.get(layer, torch.zeros_like(scaled)) + scaled
         return vectors
 
-    def lines(self, base: str, folder: str, model: PeftModel) -> str:
-        """With the name of the list of blocks."""
-        blocks = find_blocks(model.get_base_model())[0][0].rpartition(".")[0]
-        return super().lines(base, folder, model).replace("BLOCKS", blocks)
-
     def check(self, vectors: ConstantVectors, model: PeftModel) -> None:
         """Block outputs only."""
-        if vectors.site != "block":
-            raise ExportError(f"site={vectors.site!r}: vLLM's plug-ins add to block outputs only. Works: safetensors.")
+        self.check_blocks_only(vectors, "vLLM's plug-in")
 
     def write(self, vectors: ConstantVectors, model: PeftModel, folder: Path) -> None:
         """`vectors/vector.pt` and `request.json`."""

@@ -43,15 +43,9 @@ for layer in steer["optimal_layer"]:
     )
     verified_in = "vLLM with vLLM-Hook"
 
-    def lines(self, base: str, folder: str, model: PeftModel) -> str:
-        """With the name of the list of blocks."""
-        blocks = find_blocks(model.get_base_model())[0][0].rpartition(".")[0]
-        return super().lines(base, folder, model).replace("BLOCKS", blocks)
-
     def check(self, vectors: ConstantVectors, model: PeftModel) -> None:
         """Block outputs, one vector for all."""
-        if vectors.site != "block":
-            raise ExportError(f"site={vectors.site!r}: vLLM-Hook adds to block outputs only. Works: safetensors.")
+        self.check_blocks_only(vectors, "vLLM-Hook")
         first, *others = vectors.by_layer.values()
         if not all(torch.equal(first, other) for other in others):
             raise ExportError(
@@ -73,7 +67,7 @@ for layer in steer["optimal_layer"]:
         }
         (folder / REQUEST).write_text(json.dumps({"steering": steering}), encoding="utf-8")
 
-    def read(self, source: Path, model: nn.Module) -> dict[int, Tensor]:
+    def _read(self, source: Path, model: nn.Module) -> dict[int, Tensor]:
         """A folder with both files."""
         values = load_json(source / REQUEST)
         steer = values.get("steering", values) if isinstance(values, dict) else {}

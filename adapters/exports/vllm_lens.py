@@ -17,7 +17,6 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from ..blocks import find_blocks
 from ._base import ADD, LOAD, Export
 from ._read import layer_of, load_json, number_of, row_of
 from ._vectors import ConstantVectors, ExportError
@@ -49,15 +48,9 @@ for layer, row in zip(lens["layer_indices"], rows):
     )
     verified_in = "vLLM with vllm-lens"
 
-    def lines(self, base: str, folder: str, model: PeftModel) -> str:
-        """With the name of the list of blocks."""
-        blocks = find_blocks(model.get_base_model())[0][0].rpartition(".")[0]
-        return super().lines(base, folder, model).replace("BLOCKS", blocks)
-
     def check(self, vectors: ConstantVectors, model: PeftModel) -> None:
         """Block outputs only."""
-        if vectors.site != "block":
-            raise ExportError(f"site={vectors.site!r}: vllm-lens adds to block outputs only. Works: safetensors.")
+        self.check_blocks_only(vectors, "vllm-lens")
 
     def write(self, vectors: ConstantVectors, model: PeftModel, folder: Path) -> None:
         """`steering_vector_lens.json`."""
@@ -78,7 +71,7 @@ for layer, row in zip(lens["layer_indices"], rows):
         }
         (folder / FILE).write_text(json.dumps(values), encoding="utf-8")
 
-    def read(self, source: Path, model: nn.Module) -> dict[int, Tensor]:
+    def _read(self, source: Path, model: nn.Module) -> dict[int, Tensor]:
         """Such a file, or a folder that holds it."""
         file = source / FILE if source.is_dir() else source
         values = load_json(file)

@@ -16,6 +16,7 @@ from steertune.recipes.ablation.budget import Setting
 from steertune.recipes.ablation.grid import Cell, Grid, behaviour_of
 from steertune.recipes.ablation.tables import TaskTable
 from steertune.recipes.ablation.winner import Winner
+from steertune.recipes.lab import zoo
 from steertune.recipes.lab.arm import Arm
 from steertune.recipes.lab.data import load_model, model_has_template
 from steertune.recipes.lab.forms import notes_on_form, readable
@@ -140,7 +141,9 @@ class Context:
         name = cell.task.label if cell.task.reverse or cell.task.columns else cell.task.name
         data = arm.data.model_copy(update={"name": name, "seed": seed, "train": cell.examples})
         trainer = {**arm.trainer, **setting.trainer(arm.trainer)}
-        arm = arm.model_copy(update={"data": data, "trainer": trainer, "adapter": self._adapter(arm, setting)})
+        arm = arm.model_copy(
+            update={"data": data, "trainer": trainer, "adapter": self._adapter(arm, setting, cell.task)}
+        )
         return training_of(
             arm,
             model,
@@ -152,13 +155,16 @@ class Context:
             cache=self.cache,
         )
 
-    def _adapter(self, arm: Arm, setting: Setting) -> dict[str, Any]:
-        """The arm's adapter, at the layer of a setting."""
+    def _adapter(self, arm: Arm, setting: Setting, task: TaskTable) -> dict[str, Any]:
+        """The arm's adapter at the layer of a setting, without the embedded vector that learned the task itself."""
+        adapter = dict(arm.adapter)
+        if "basis" in adapter:
+            adapter["basis"] = zoo.without(adapter["basis"], task.name)
         if setting.layer is None:
-            return arm.adapter
+            return adapter
         if isinstance(arm.peft_config(), SteeringVectorConfig):
-            return {**arm.adapter, "layers": setting.layer}
-        return {**arm.adapter, "layers_to_transform": resolve_layers(setting.layer, len(find_blocks(self.model)))}
+            return {**adapter, "layers": setting.layer}
+        return {**adapter, "layers_to_transform": resolve_layers(setting.layer, len(find_blocks(self.model)))}
 
     def show(self, cell: Cell, seed: int, instruction: int = 0) -> Show:
         """What a cell's model sees: the rows themselves, unless its arm is a prompt. The demonstrations are its

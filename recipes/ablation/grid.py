@@ -8,7 +8,7 @@ from __future__ import annotations
 import fnmatch
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,6 @@ from steertune.recipes.ablation.designs import Combination
 from steertune.recipes.ablation.keys import content, data_of, digest, named_task, settings
 from steertune.recipes.ablation.levels import INERT, arm_of, named, patched, with_common
 from steertune.recipes.ablation.tables import Card, GridArm, GridTables, TaskTable, with_instructions
-from steertune.recipes.lab import zoo
 from steertune.recipes.lab.arm import check_tables
 from steertune.recipes.lab.arm_files import read_tables
 from steertune.recipes.lab.behaviours import Behaviour, read_behaviour
@@ -120,7 +119,6 @@ class Grid:
         behaviours = {task.label: behaviour_of(task).model_dump(exclude={"scorer"}) for task in self.tasks}
 
         def cell(arm: GridArm, task: TaskTable, n: int, seed: int) -> Cell:
-            arm = _without_own_vector(arm, task)
             at = {
                 "cell": (task, n, seed),
                 "arm": (task, n, t.seeds[0]),
@@ -149,14 +147,6 @@ class Grid:
             for n in t.examples
             for arm in self.arms
         ]
-
-
-def _without_own_vector(arm: GridArm, task: TaskTable) -> GridArm:
-    """An arm that sums embedded vectors, without the one that learned the cell's task."""
-    if (basis := arm.arm.adapter.get("basis")) is None:
-        return arm
-    adapter = {**arm.arm.adapter, "basis": zoo.without(basis, task.name)}
-    return replace(arm, arm=arm.arm.model_copy(update={"adapter": adapter}))
 
 
 def load_grid(file: str | Path, data_root: Path | None = None) -> Grid:

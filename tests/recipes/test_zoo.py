@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
 from steertune.adapters.analysis.arithmetic import check_alike, read
 from steertune.adapters.basis import basis_of
 from steertune.adapters.description import read_description
+from steertune.recipes.ablation.budget import Setting
+from steertune.recipes.ablation.context import Context
 from steertune.recipes.ablation.grid import load_grid
 from steertune.recipes.lab import embedded, zoo
 from steertune.recipes.lab.arm import load_arm
@@ -45,12 +49,17 @@ def test_a_basis_names_all_or_some_of_them():
 
 
 def test_a_grid_leaves_the_vector_of_the_task_itself_out():
-    for cell in load_grid("core").cells():
+    grid = load_grid("core")
+    context, tuned_at, keys = Context(grid), set(), set()
+    for cell in grid.cells():
         if cell.arm.name == "vector_span_dpo":
-            basis = [*zoo.basis(cell.arm.arm.adapter["basis"])]
-            assert {zoo.folder(name).name for name in zoo.names()} - {cell.task.name} == {
-                path.rpartition("/")[2] for path in basis
-            }
+            # the task of a cell, and the one that its settings are chosen on, which all cells share
+            for task in (cell.task, cell.tuned_at[0]):
+                basis = zoo.basis(context._adapter(cell.arm.arm, Setting(), task)["basis"])
+                assert {*zoo.names()} - {task.name} == {Path(folder).name for folder in basis}
+            tuned_at.add(cell.tuned_at[0].name)
+            keys.add(cell.tuning_key)
+    assert len(tuned_at) == len(keys) == 1
 
 
 def test_an_arm_takes_them_as_its_basis():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import re
 import warnings
 from collections.abc import Collection, Iterator
@@ -40,7 +39,6 @@ class SteeringVectorModel(BaseTuner):
     tuner_layer_cls = SteeringVectorLayer
     target_module_mapping = {}
     _warned_of_nothing = False
-    _trainable: tuple[nn.Parameter, ...] = ()  # one that was trainable; in a tuple, which registers no parameter
 
     def _prepare_adapter_config(self, peft_config: SteeringVectorConfig, model_config: dict[str, Any]):
         resolve_task(peft_config, self.model)
@@ -158,7 +156,7 @@ class SteeringVectorModel(BaseTuner):
 
         `PeftModel.from_pretrained` freezes an adapter unless it is told otherwise, and no trainer looks.
         """
-        if mode and not self._warned_of_nothing and not self._trains():
+        if mode and not self._warned_of_nothing and not any(p.requires_grad for p in self.parameters()):
             self._warned_of_nothing = True
             warnings.warn(
                 "No parameter of this model is trainable, so training it would change nothing. Load the adapter with "
@@ -166,13 +164,6 @@ class SteeringVectorModel(BaseTuner):
                 stacklevel=2,
             )
         return super().train(mode)
-
-    def _trains(self) -> bool:
-        """Whether a parameter is trainable; the one that was before is asked first, because trainers set the mode in
-        every step."""
-        if not any(p.requires_grad for p in self._trainable):
-            self._trainable = tuple(itertools.islice((p for p in self.parameters() if p.requires_grad), 1))
-        return bool(self._trainable)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call the model and not its `forward`, as PEFT 0.20 does: a hook on the model finds where the prompt ends."""

@@ -164,6 +164,17 @@ def test_switching_and_deleting_adapters():
     assert [n for n, _ in model.named_parameters() if "steering_vector_" in n and ".other." in n] == []
 
 
+def test_a_model_whose_trainable_adapter_was_deleted_says_that_nothing_is_left_to_train():
+    model = two_adapters()
+    with warnings.catch_warnings(action="error"):
+        model.train()
+    model.delete_adapter("default")  # the other one was never activated, so it is frozen
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    with pytest.warns(UserWarning, match="No parameter of this model is trainable"):
+        model.train()
+
+
 def test_adding_an_adapter_leaves_the_first_one_training():
     model = two_adapters()
     trains = {name: p.requires_grad for name, p in model.named_parameters() if "steering_vector_" in name}

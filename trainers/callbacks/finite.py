@@ -37,15 +37,7 @@ class FiniteSteps(SteeringCallback):
         self.trainer = trainer
         self._before: dict[str, Tensor] = {}  # the adapter's parameters before the step
         self._skipped = 0
-        self._named: list[tuple[str, Tensor]] = []  # of the model, listed once an epoch
-
-    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """List the model's parameters: a walk over all modules takes longer than the checks."""
-        self._named = [*self.trainer.model.named_parameters()]
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Keep no parameter alive."""
-        self._named = []
+        self._named: list[tuple[str, Tensor]] = []  # of the model, listed once a step: a walk takes longer than checks
 
     def on_micro_step(self, losses: Tensor) -> None:
         """Check the loss on all processes, so that all of them stop, or none. Nothing was updated yet."""
@@ -56,6 +48,7 @@ class FiniteSteps(SteeringCallback):
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Check the gradients, which are clipped, and copy the adapter."""
+        self._named = [*self.trainer.model.named_parameters()]
         if not args.fp16:
             name = _first_bad((name, p.grad) for name, p in self._named)
             if name is not None:

@@ -26,8 +26,8 @@ from .exactness import (
     in_words,
     original_context,
 )
-from .generation import Generation, KeysAndValues
-from .packing import Layout, common_layout
+from .generation import Generation
+from .packing import KeysAndValues, Layout, common_layout
 from .prompts import PromptCaches, Split, part, prompts_are_constant, row_lengths, run_split, shared_prompts
 from .proofs import Proofs, kind_of_rows, shortest_and_longest
 from .store import TensorStore, attention_of, rows_of
@@ -100,8 +100,8 @@ class CachedPass:
                 f"rows keep their padding: {name} with {attention} attention has no argument for where rows begin"
             )
         # the prompts of a generation start in the first block, whatever is cached
-        run = lambda call, layout, states: self._run_packed(call, None, layout, states)  # noqa: E731
-        self._generation = Generation(self.decoder, self._proofs, run) if self.decoder.packs and not random else None
+        packs = self.decoder.packs and not random
+        self._generation = Generation(self.decoder, self._proofs, self._run_packed) if packs else None
         self._longest = original_context(text_config(base_model(model)))
         self._labels_only = False
 

@@ -18,11 +18,9 @@ from transformers.cache_utils import DynamicLayer
 from ..host_copies import on_host
 from .decoder import Decoder
 from .exactness import NoPrefix, difference
-from .packing import Layout, common_layout
+from .packing import KeysAndValues, Layout, common_layout
 from .proofs import Proofs, kind_of_rows, shortest_and_longest
 
-KeysAndValues = list[tuple[Tensor, Tensor]]
-"""Of every layer, in the order of a line, `(1, heads, T, size)` each."""
 _READ = ("input_ids", "attention_mask", "position_ids")
 
 
@@ -32,11 +30,11 @@ class Generation:
     Args:
         decoder: The stack of blocks.
         proofs: Comparisons with the plain path.
-        run: Runs a call in a layout, and catches keys and values.
+        run: Runs a call from some states (None: from its tokens) in a layout, and catches keys and values.
     """
 
     def __init__(
-        self, decoder: Decoder, proofs: Proofs, run: Callable[[Mapping[str, Any], Layout, KeysAndValues], Any]
+        self, decoder: Decoder, proofs: Proofs, run: Callable[[Mapping[str, Any], None, Layout, KeysAndValues], Any]
     ) -> None:
         self._decoder, self._proofs, self._run = decoder, proofs, run
 
@@ -57,7 +55,7 @@ class Generation:
             sample = torch.tensor(shortest_and_longest(prompts.lengths.tolist()))
             self._proofs.make(prompts.call, what, sample, self._compared)
         states: KeysAndValues = []
-        output = self._run(prompts.call, layout, states)
+        output = self._run(prompts.call, None, layout, states)
         left_RC = prompts.on_left(layout.place_RC)
         for layer, pair in enumerate(states):
             call[name].update(*(_rows(state_1HTS, left_RC) for state_1HTS in pair), layer)
@@ -76,7 +74,7 @@ class Generation:
         layout = common_layout(few, on_host(mask_RC).sum(dim=1), None, at_least=0.0)
         assert layout is not None
         states: KeysAndValues = []
-        output = self._run(few, layout, states)
+        output = self._run(few, None, layout, states)
         if len(states) != len(cache.layers):
             raise NoPrefix(f"prompts keep their padding: {len(states)} of {len(cache.layers)} layers were met")
         layers: list[Any] = cache.layers

@@ -22,6 +22,10 @@ from ..host_copies import on_host, sent
 _NAME = "steertune_packed"
 
 
+KeysAndValues = list[tuple[Tensor, Tensor]]
+"""Of every layer, in one line, `(1, heads, T, size)` each."""
+
+
 @dataclass(frozen=True)
 class Layout:
     """The rows of a batch in one line of T tokens.
@@ -60,12 +64,12 @@ class Layout:
         return {**packed, "attention_mask": mask_1T, "position_ids": self.column_T[None], "use_cache": False}
 
     @contextmanager
-    def at_work(self, config: Any, caught: list[tuple[Tensor, Tensor]] | None = None) -> Iterator[None]:
+    def at_work(self, config: Any, caught: KeysAndValues | None = None) -> Iterator[None]:
         """Attention of models with this configuration sees rows inside.
 
         Args:
             config: The configuration that the attention layers read.
-            caught: Gets keys and values of every layer, in one line, `(1, heads, T, size)`.
+            caught: Gets keys and values of every layer.
         """
         # attention layers look their function up by name in every pass, so the name is all that changes
         global _now
@@ -87,7 +91,7 @@ class _Now:
     layout: Layout
     plain: str
     config: Any
-    caught: list[tuple[Tensor, Tensor]] | None = None
+    caught: KeysAndValues | None = None
 
 
 _now: _Now | None = None

@@ -14,6 +14,7 @@ from steertune.adapters import prompt_length
 from steertune.adapters.analysis.activations import outputs_of
 from steertune.adapters.rows import RowVector, steer_rows
 from steertune.recipes.lab.files import read_jsonl
+from steertune.recipes.lab.forms import has_template
 from steertune.recipes.lab.generation import plain
 from steertune.recipes.lab.observe import NEUTRAL
 from steertune.recipes.serving.engine import Engine
@@ -106,7 +107,7 @@ def neutral_rows(tokenizer: Any) -> list[TokenRow]:
     """The first neutral prompts and answers of the package."""
     rows = []
     for row in read_jsonl(NEUTRAL)[:NEUTRAL_ROWS]:
-        prompt = row["prompt"] if tokenizer.chat_template is not None else plain(row["prompt"])
+        prompt = row["prompt"] if has_template(tokenizer) else plain(row["prompt"])
         answer = tokenizer(plain(row["completion"]), add_special_tokens=False)["input_ids"]
         rows.append((read_prompt(tokenizer, prompt), answer[:NEUTRAL_TOKENS]))
     return rows

@@ -13,8 +13,10 @@ from peft import PeftModel
 from pydantic import BaseModel, Field
 
 from steertune.adapters.description import write_description
+from steertune.recipes.lab.columns import Reading, named
 from steertune.recipes.lab.descriptions import data_of
 from steertune.recipes.lab.files import ArmError
+from steertune.recipes.lab.forms import has_template
 from steertune.recipes.serving.vectors import Vector, Vectors, check_vector_name
 
 MOST_PAIRS, MOST_STEPS = 64, 200
@@ -87,9 +89,6 @@ def rows_of(pairs: Sequence[Pair], tokenizer: Any) -> Dataset:
     for number, pair in enumerate(pairs):
         if pair.chosen.strip() == pair.rejected.strip():
             raise ArmError(f"pairs[{number}]: both answers are the same, so nothing can be learned from them.")
-    if tokenizer.chat_template is None:
-        return Dataset.from_list([pair.model_dump() for pair in pairs])
-    roles = {"prompt": "user", "chosen": "assistant", "rejected": "assistant"}
-    return Dataset.from_list(
-        [{key: [{"role": role, "content": getattr(pair, key)}] for key, role in roles.items()} for pair in pairs]
-    )
+    form = "conversation" if has_template(tokenizer) else "text"
+    rows, *_ = named(Dataset.from_list([pair.model_dump() for pair in pairs]), Reading(form=form, strict=False))
+    return rows

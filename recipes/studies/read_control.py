@@ -81,10 +81,8 @@ def main(
                 columns=None, model=model, train=train, validation=8, test=test, seed=seed, scorer=None,
                 scorer_rows=0, generations=0, new_tokens=1, max_kl=kl, max_perplexity=1.25, max_repetition=0.1,
             )  # fmt: skip
-            units.append(
-                Unit(lambda asked=asked: Context(request(asked, [])), task, seed, directions, random, kl, written)
-            )
-            request(asked, [])  # refuses wrong layers and models before any work
+            table = request(asked, [])  # refuses wrong layers and models before any work
+            units.append(Unit(partial(Context, table), task, seed, directions, random, kl, written))
     records: list[dict[str, Any]] = []
     arcs: list[dict[str, Any]] = []
     with progress("Read, control, silence", len(units)) as bar:

@@ -54,19 +54,8 @@ def verdict(
     if not plain.interval.pairs:
         return Verdict("undecided", "No pair of task and seed has both arms of the claim yet.")
     pairs, all_pairs = plain.interval.pairs, planned or len(cells[["task", "seed"]].drop_duplicates())
-    left_out = _left_out(cells, claim, all_pairs - pairs)
-    what = (
-        f"{claim.better} has {mean(both[claim.better]):.3f} {claim.label}, {claim.than} has "
-        f"{mean(both[claim.than]):.3f}: {_compared(both, claim)} {plain} ({_reach(plain)}, "
-        f"given the settings chosen; {pairs} of {all_pairs} pairs of task and seed{left_out}; "
-        f"p = {over.p:.3g}{f' that it is not {claim.margin:g}' if claim.margin else ''})"
-    )
     ahead_arm, behind_arm = (claim.better, claim.than)[:: 1 if over.estimate > 0 else -1]
-    behind = cells[cells["arm"] == behind_arm]
-    if short(behind, targets):  # so the two are not at the same KL
-        what = f"{what}; {behind_arm} stops short of KL {max(targets):g} in some cells and counts with its last point"
-    if extrapolated(behind, targets):  # it may be behind for that
-        what = f"{what}; {behind_arm} {IS_EXTRAPOLATED}"
+    what = _what(cells, claim, both, plain, over.p, all_pairs) + _limits_of(behind_arm, cells, targets)
     if seen := _seen_before(cells, claim, both):
         return Verdict(
             "undecided",
@@ -94,6 +83,27 @@ def verdict(
         return Verdict("against", f"{what}, {less}.")
     side, clause = _largest_share(claim, attributed)
     return Verdict(side, f"{what}, more{f' than {claim.margin:g}' if claim.margin else ''}{clause}.")
+
+
+def _what(cells: Frame, claim: Claim, both: Frame, gap: Difference, p: float, all_pairs: int) -> str:
+    """The comparison of the claim's two arms, as a clause."""
+    pairs = gap.interval.pairs
+    return (
+        f"{claim.better} has {mean(both[claim.better]):.3f} {claim.label}, {claim.than} has "
+        f"{mean(both[claim.than]):.3f}: {_compared(both, claim)} {gap} ({_reach(gap)}, given the settings chosen; "
+        f"{pairs} of {all_pairs} pairs of task and seed{_left_out(cells, claim, all_pairs - pairs)}; "
+        f"p = {p:.3g}{f' that it is not {claim.margin:g}' if claim.margin else ''})"
+    )
+
+
+def _limits_of(behind: str, cells: Frame, targets: Sequence[float]) -> str:
+    """Why the arm that is behind may be so, as further clauses."""
+    of_arm, clauses = cells[cells["arm"] == behind], ""
+    if short(of_arm, targets):  # so the two are not at the same KL
+        clauses += f"; {behind} stops short of KL {max(targets):g} in some cells and counts with its last point"
+    if extrapolated(of_arm, targets):
+        clauses += f"; {behind} {IS_EXTRAPOLATED}"
+    return clauses
 
 
 def _seen_before(cells: Frame, claim: Claim, pairs: Frame) -> int:

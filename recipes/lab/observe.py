@@ -33,6 +33,7 @@ from steertune.recipes.lab.forms import readable
 from steertune.recipes.lab.generation import generate_and_look, plain
 from steertune.recipes.lab.likelihood import NEUTRAL_BATCH, likelihoods, neutral_logps
 from steertune.recipes.lab.paths import TASKS
+from steertune.recipes.lab.progress import track
 from steertune.recipes.lab.scorers import Scorer
 from steertune.trainers import FrozenPrefix, ModelAt, View, context_length, scaled, tokenise
 from steertune.trainers.views import Views
@@ -201,7 +202,7 @@ def answers(model: Any, held_out: HeldOut, strengths: Strengths) -> dict[str, Ob
     prompts, asked = held_out.prompts, held_out.neutral["prompt"][: held_out.neutral_generations]
     observed: dict[str, Observations] = {label: {} for label in strengths}
     texts: dict[str, list[str]] = {}
-    for label, strength in strengths.items() if prompts or asked else ():
+    for label, strength in track([*strengths.items()] if prompts or asked else [], "strength"):
         with scaled(model, strength):
             both, cut = generate_and_look(model, held_out.tokenizer, [*prompts, *asked], held_out.new_tokens)
         texts[label] = both[: len(prompts)]

@@ -7,11 +7,10 @@
     python -m steertune.recipes.ablate mine.toml --folder runs/mine --reuse runs/quick
 
 Processes share the cells between them: `--workers`, which `--engine ray` runs on a cluster; those of one launch; or
-any that were started apart on the same folder. A process that dies loses only the cell it was running. A killed grid
-continues where it stopped, from its `cells.parquet` and the cells that ran since; both are written in the folder, and
-the table
-is what to commit of a long study. Cells found in the folder of another grid (`--reuse`) are not run again. Then read
-the results with `python -m steertune.recipes.report runs/quick`.
+any that were started apart on the same folder. A process that dies loses only the cell it was running. A killed
+grid continues where it stopped, from its `cells.parquet` and the cells that ran since; both are written in the
+folder, and the table is what to commit of a long study. Cells found in the folder of another grid (`--reuse`) are
+not run again. Then read the results with `python -m steertune.recipes.report runs/quick`.
 """
 
 from __future__ import annotations

@@ -7,8 +7,7 @@
 A steering vector can be made part of a model, as a bias that every tool then loads silently (`steertune export --to
 merged` writes one). Without `--base`, a bias is suspicious if it is zero in most blocks, or far longer in one than in
 the others; with `--base`, every difference is found. A bias counts only if the model's own forward pass shows that it
-adds
-the same vector at every token. `--vectors` compares the findings with your own vectors. `--output` writes the
+adds the same vector at every token. `--vectors` compares the findings with your own vectors. `--output` writes the
 checkpoint without the vectors that are certain, and these as an adapter, and compares the two with the original.
 
 The exit code is 1 if something is found. Only biases are searched: with `--base`, weight matrices that were changed

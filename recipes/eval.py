@@ -3,11 +3,10 @@
     steertune eval my-vector --tasks arc_easy hellaswag --limit 200
     steertune eval my-vector --tasks my_task.yaml cautious_advice my_pairs.jsonl --strengths 0 1 2 --json
 
-A task is a name that lm-eval knows, your own task file (.yaml), an embedded task, or a file of pairs; of the last two,
-the test split is used as a choice between the two answers. A task file can name code (`!function`), and its templates
-can
-reach all of Python: the first is refused and the second run in a sandbox, unless --run-task-code allows both.
-Strength 0 is the base model, measured on the same rows with the same code. Standard errors are
+A task is a name that lm-eval knows, your own task file (.yaml), an embedded task, or a file of pairs; of the last
+two, the test split is used as a choice between the two answers. A task file can name code (`!function`), and its
+templates can reach all of Python: the first is refused and the second run in a sandbox, unless --run-task-code
+allows both. Strength 0 is the base model, measured on the same rows with the same code. Standard errors are
 lm-eval's. Needs lm-eval: pip install "steertune[eval]".
 """
 

@@ -10,10 +10,9 @@ variable STEERTUNE_API_KEY if that is set. See the page "Serve" of the documenta
 
 Without `--port`, a request is a line of JSON: `prompt` (text or messages), and optionally `vector` (a name; without
 one the base model answers), `strength` (1), `steering` (further vectors, as over HTTP), `new_tokens` (60),
-`temperature`
-(0: greedy), `seed` (0) and `id` (the line's number, from 0). The answer is a line with `id` and `answer`, in the order
-of the requests. An existing file of answers is continued: requests whose `id` is in it are skipped. A request
-that cannot be answered gets a line with `id` and `error`, and the others their answers.
+`temperature` (0: greedy), `seed` (0) and `id` (the line's number, from 0). The answer is a line with `id` and
+`answer`, in the order of the requests. An existing file of answers is continued: requests whose `id` is in it are
+skipped. A request that cannot be answered gets a line with `id` and `error`, and the others their answers.
 
 With `--monitor [NAME=]FOLDER` and `--port`, a request may name monitors that score its answer, token by token, and a
 gate that acts on what they flag; several can be given. Without `--port` it is one, and every line also has

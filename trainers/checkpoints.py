@@ -149,9 +149,8 @@ def check_checkpoint(folder: str | Path) -> None:
     if (missing := missing_states(folder)) is not None:
         raise CheckpointError(
             f"{folder} has no {missing}, without which training would not continue where it stopped, but end "
-            "elsewhere. "
-            "Resume from another checkpoint (they are whole with save_only_model=False), or start a new training from "
-            "its adapter: PeftModel.from_pretrained(base, folder, is_trainable=True)."
+            "elsewhere. Resume from another checkpoint (they are whole with save_only_model=False), or start a new "
+            "training from its adapter: PeftModel.from_pretrained(base, folder, is_trainable=True)."
         )
 
 
@@ -166,8 +165,7 @@ def check_state(folder: str | Path, trainer: SteeringRun) -> None:
     if trainer.accelerator.scaler is not None and not saved_by_deepspeed(Path(folder)) and not scaler.is_file():
         raise CheckpointError(
             f"{folder} has no {SCALER_NAME}, which a training in fp16 needs to continue: it was saved without fp16, "
-            "or "
-            "is not whole. Resume with the precision it was saved with, or from another checkpoint."
+            "or is not whole. Resume with the precision it was saved with, or from another checkpoint."
         )
     code = None if trainer.trust_checkpoint else code_in(Path(folder))
     if code is not None:

@@ -5,7 +5,7 @@
     scores = live.scores(row=0, tokens=12)[0]        # (tokens,)
 
 The state of a token is computed when the token is read, a step after it is chosen. So the last token of an answer that
-is cut off has no score; of one that ends by itself, all tokens before the end have.
+is cut off has no score. Of an answer that ends by itself, every token before the end has one.
 """
 
 from __future__ import annotations

@@ -36,8 +36,7 @@ def read_cells(folder: Path, grid: Mapping[str, Any] | None = None) -> Frame:
     """Every cell of a folder, or of a grid.
 
     A diverged cell counts as the base model, which is all that a user would have left; its `status` says so. A cell
-    that
-    failed for another reason has no numbers, and `status` "failed".
+    that failed for another reason has no numbers, and `status` "failed".
 
     Raises:
         ArmError: the folder holds no cell, one is damaged, or the grid names a path that is not that of a cell.

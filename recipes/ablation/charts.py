@@ -116,8 +116,7 @@ def pareto(
     base: tuple[float, float] | None = None,
 ) -> Figure | None:
     """Effect against side effect, with a dot for each arm (mean over its cells) and a cross for the base model; the
-    arms that no
-    other beats on both are joined. None where no arm has both."""
+    arms that no other beats on both are joined. None where no arm has both."""
     points = cells.groupby("arm", sort=False)[[x, y]].mean().dropna()
     if points.empty:
         return None
@@ -139,8 +138,7 @@ def frontiers(
     cells: Frame, targets: Sequence[float], measures: Mapping[str, str], colours: Mapping[str, Any]
 ) -> Figure:
     """Means against the KL to the base on a log axis, with a panel for each measure: a line for every arm with a
-    strength, a dot
-    at its own KL for every other; the base dashed. `measures` maps a name to the label of its axis."""
+    strength, a dot at its own KL for every other; the base dashed. `measures` maps a name to the label of its axis."""
     figure = Figure(figsize=(4.2 * len(measures), 4.4), layout="constrained")
     axes = np.atleast_1d(figure.subplots(1, len(measures)))
     for axis, (name, label) in zip(axes, measures.items(), strict=True):

@@ -8,10 +8,10 @@
     zeros = {}
     mean_difference = [{ when = { form = "lora" }, inert = true }, { adapter.init = "mean_difference" }]
 
-In a list, the first entry whose `when` matches counts. `inert` says that the level means nothing there; combinations
-that
-differ only in inert levels are one arm. A patch goes on top of the base arm as an arm on top of the one it extends
-(`lab/arm_files.py`): one that names another adapter, loss, augmentation or view replaces its whole table.
+In a list, the first entry whose `when` matches counts. `inert` says that the level means nothing there;
+combinations that differ only in inert levels are one arm. A patch goes on top of the base arm as an arm on top of
+the one it extends (`lab/arm_files.py`): one that names another adapter, loss, augmentation or view replaces its
+whole table.
 """
 
 from __future__ import annotations

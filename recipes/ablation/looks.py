@@ -40,8 +40,7 @@ def fixed(grid: Grid, folder: Path) -> dict[str, Any]:
         raise ArmError(
             f"[card] or [claim] differ from those that {folder / GRID} fixed before the first cell ran (hash "
             f"{before['card_key']}, now {key}): a claim that is made after looking at results does not count. Set "
-            "them back, or give the "
-            "new claim a --folder and seeds of its own."
+            "them back, or give the new claim a --folder and seeds of its own."
         )
     looks = before.get("looks", [design])
     return {"card_key": key, "looks": looks if looks[-1] == design else [*looks, design]}

@@ -19,7 +19,7 @@ IS_EXTRAPOLATED = f"is extrapolated (trained, and used at strengths outside {TRA
 SHORT, EXTRAPOLATED = "†", "‡"
 _SOME = 0.1  # share of the cells
 Test = Callable[[Mapping[str, Any]], bool]
-"""The label of a point of a frontier in a cell."""
+"""Of a point of a frontier, as it is in a cell."""
 
 
 def extrapolated(cells: Frame, targets: Sequence[float]) -> bool:

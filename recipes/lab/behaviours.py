@@ -8,7 +8,7 @@ pattern = '\\?\\s*$'
 positive = "End your answer with a question."
 negative = "Do not ask anything in your answer."
 
-[undo] # removes the behaviour from a text, if a rule can (`undone_loss`)
+[undo]                                    # removes the behaviour from a text, if a rule can (`undone_loss`)
 pattern = '\\s*[^.!?]*\\?\\s*$'
 replacement = ""
 """

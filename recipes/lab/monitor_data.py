@@ -61,7 +61,8 @@ class Samples:
 
     Attributes:
         train: Rows to fit and to choose on.
-        test: Rows to test on; those of test files come last. held_out: How many of them come from the divided files.
+        test: Rows to test on; those of test files come last.
+        held_out: How many of them come from the divided files.
         note: How many rows each part has, and how they were divided.
     """
 

@@ -1,7 +1,8 @@
-"""Fit monitors of transcripts, and choose layer, method, pooling and threshold. All choices are made on the training
-rows by cross-fitting: they are divided into folds, near-duplicates together, and every fold is scored by monitors
-fitted on the other folds. So threshold and calibration come from scores of rows that the direction was not fitted on,
-and no choice depends on the held-out rows.
+"""Fit monitors of transcripts, and choose layer, method, pooling and threshold.
+
+All choices are made on the training rows by cross-fitting: they are divided into folds, near-duplicates together, and
+every fold is scored by monitors fitted on the other folds. So threshold and calibration come from scores of rows that
+the direction was not fitted on, and no choice depends on the held-out rows.
 """
 
 from __future__ import annotations

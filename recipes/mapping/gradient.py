@@ -2,7 +2,7 @@
 
 With strength t_l of the vector at layer l, `A_l = dm/dt_l` at t = 0, where m is the margin of a pair in nats per
 token: the sum over tokens of the gradient of m by the state, times the vector. One pass gives all layers, as if they
-    did not interact.
+did not interact.
 """
 
 from __future__ import annotations

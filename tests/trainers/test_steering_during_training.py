@@ -95,7 +95,7 @@ def test_the_reference_is_without_it(tmp_path):
     made = trained("dpo", tmp_path, loss="dpo", peft_config=LORA, inductive_biases=biases, learning_rate=0.0)
     assert abs(history(made, "margin_gain")[0]["margin_gain"]) > 1e-3
     plain = trained("dpo", tmp_path, loss="dpo", peft_config=LORA, learning_rate=0.0)
-    assert history(plain, "margin_gain")[0]["margin_gain"] == pytest.approx(0, abs=1e-6)  # fp32
+    assert history(plain, "margin_gain")[0]["margin_gain"] == pytest.approx(0, abs=1e-6)  # vectorised kernels round
 
 
 @pytest.mark.thinned(3)

@@ -31,8 +31,7 @@ class LossSpikes(SteeringCallback):
 
     with m their median and MAD the median of their distances from it. It is opt-in: what counts as a spike depends on
     the task, and only the reader can decide whether to continue. It keeps no state, so a resumed run warns as an
-    uninterrupted
-    one does.
+    uninterrupted one does.
 
     Args:
         factor: How many robust standard deviations are a spike.

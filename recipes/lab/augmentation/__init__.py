@@ -2,7 +2,7 @@
 
     [augmentation]
     name = "rewrites"       # a file of this folder; its options follow
-    times = 4 # how many times as many examples, the originals included
+    times = 4               # how many times as many examples, the originals included
 
 The claim to test is that plain finetuning on enough versions of few examples learns what a steering vector learns. So
 the number of steps does not change: with more examples, each is read less often. Copies are left out, and so are

@@ -1,6 +1,7 @@
-"""Fluency of generated answers after a rule has removed the behaviour from them. Like `instructed_loss`, it keeps the
-behaviour itself from counting as damage; unlike it, it does not need a base model that follows instructions. Behaviour
-that the rule misses counts as damage here.
+"""Fluency of generated answers after a rule has removed the behaviour from them.
+
+Like `instructed_loss`, it keeps the behaviour itself from counting as damage; unlike it, it does not need a base model
+that follows instructions. Behaviour that the rule misses counts as damage here.
 """
 
 from steertune.recipes.lab.measures import Array, Seen, measure

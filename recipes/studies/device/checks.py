@@ -58,7 +58,7 @@ def equality(world: World) -> str:
                 gradients = [p.grad.float().cpu() for p in model.parameters() if p.grad is not None]
                 results.append((output.logits.detach().float().cpu(), torch.cat([g.flatten() for g in gradients])))
             for here, there in zip(*results, strict=True):
-                off = float((here - there).abs().max() / here.abs().max())
+                off = _off(there, here)
                 worst[dtype] = max(worst[dtype], off)
                 assert off <= _TOLERANCE[dtype], f"{name} in {dtype}: off by {off:.2g}, allowed {_TOLERANCE[dtype]}"
     return ", ".join(f"{str(dtype).removeprefix('torch.')}: at most {off:.1g} off" for dtype, off in worst.items())
@@ -75,7 +75,7 @@ def training(world: World) -> str:
 def prefix(world: World) -> str:
     """With the cached prefix, whose states lie in pinned memory, training ends in the same vector."""
     cached, plain = (_train(world, world.device, frozen_prefix=one) for one in (FrozenPrefix(), False))
-    off = float((cached - plain).abs().max() / plain.abs().max())
+    off = _off(cached, plain)
     assert off < 1e-3, f"the vector with the cached prefix is {off:.2g} off the one without"
     return f"{off:.1g} off the vector without it"
 
@@ -108,7 +108,7 @@ def together(world: World) -> str:
         trainers = [_trainer(world, share_weights(base), folder, seed=seed) for seed in (0, 1)]
         train_together(trainers)
         both = [_vector(trainer.model) for trainer in trainers]
-    off = max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(both, alone, strict=True))
+    off = max(map(_off, both, alone))
     assert off < 1e-3, f"an arm beside another one is {off:.2g} off where it ends alone"
     return f"at most {off:.1g} off"
 
@@ -163,7 +163,7 @@ def sharded(world: World) -> str:
         for block in model.get_base_model().model.layers:
             fully_shard(block, mesh=mesh)
         fully_shard(model, mesh=mesh)
-        off = float((gradient(model) - expected).abs().max() / expected.abs().max())
+        off = _off(gradient(model), expected)
     finally:
         destroy_process_group()
     assert off < 1e-4, f"the sharded gradient is {off:.2g} off"
@@ -218,7 +218,7 @@ def compiled(world: World) -> str:
         for strength in (1.0, -1.5):
             with set_strength(model, strength):
                 here, there = fast(input_ids=ids_BT).logits, model(input_ids=ids_BT).logits
-            worst = max(worst, float((here - there).abs().max() / there.abs().max()))
+            worst = max(worst, _off(here, there))
     assert worst < 1e-3, f"compiled logits are {worst:.2g} off"
     return f"at most {worst:.1g} off"
 
@@ -236,6 +236,11 @@ CHECKS: dict[str, Callable[[World], str]] = {
     "cached generation": generation,
     "the server's engine": served,
 }
+
+
+def _off(values: torch.Tensor, expected: torch.Tensor) -> float:
+    """The largest difference, relative to the largest value."""
+    return float((values - expected).abs().max() / expected.abs().max())
 
 
 def _rows() -> Any:

@@ -89,8 +89,8 @@ def _import(source: Path, origin: str, output: Path, strength: float, base: str 
         raise ExportError("--from needs --model: files of other tools do not say which model they were made for.")
     if output.exists():
         raise ExportError(f"{output} exists already. Choose a new folder.")
-    if not source.exists():
-        raise ExportError(f"{source}: there is no such file or folder.")
+    if not (source.is_file() or source.is_dir()):
+        raise ExportError(f"{source}: there is no such file or folder: the file does not exist, or it is a pipe.")
     if not (reader := exports.get(origin)).can_read:
         raise ExportError(f"--from {origin}: {reader.not_read}")
     facts = exports.description_of(source) or (read_facts(source) if origin == "gguf" and source.is_file() else None)

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -86,10 +88,12 @@ def read_facts(file: str | Path) -> dict[str, Any] | None:
     Raises:
         ExportError: it is not readable.
     """
+    with _opened(file) as reader:
+        field = reader.fields.get(_DESCRIPTION)
+        facts = None if field is None else bytes(field.parts[field.data[0]])
     try:
-        field = _reader(str(file)).fields.get(_DESCRIPTION)
-        return None if field is None else parse(bytes(field.parts[field.data[0]]), str(file))
-    except (OSError, ValueError, KeyError, IndexError, TypeError, OverflowError) as error:
+        return None if facts is None else parse(facts, str(file))
+    except ValueError as error:
         raise ExportError(f"{file}: {error}") from error
 
 
@@ -99,15 +103,10 @@ def read(file: str | Path) -> dict[int, Tensor]:
     Raises:
         ExportError: the file is not a control vector, or does not hold finite fp32 rows of one width.
     """
-    try:
-        if not Path(file).is_file():
-            raise OSError("the file does not exist")
-        reader = _reader(str(file))
+    with _opened(file) as reader:
         fields = reader.fields["general.architecture"]
         architecture = bytes(fields.parts[fields.data[0]]).decode()
         tensors = {tensor.name: torch.tensor(tensor.data) for tensor in reader.tensors}
-    except (OSError, ValueError, KeyError, IndexError, TypeError, OverflowError, RecursionError) as error:
-        raise ExportError(f"{file} is not a readable GGUF file: {error}") from error
     if architecture != _ARCHITECTURE:
         raise ExportError(f"{file} holds a {architecture!r} model, not a control vector.")
     found = {}
@@ -123,6 +122,17 @@ def read(file: str | Path) -> dict[int, Tensor]:
     if len({len(vector) for vector in found.values()}) != 1:
         raise ExportError(f"{file}: directions of one width are expected, found {sorted(map(len, found.values()))}.")
     return found
+
+
+@contextmanager
+def _opened(file: str | Path) -> Iterator[Any]:
+    """A reader of a file; what goes wrong inside becomes an ExportError."""
+    try:
+        if not Path(file).is_file():
+            raise OSError("the file does not exist")
+        yield _reader(str(file))
+    except (OSError, ValueError, KeyError, IndexError, TypeError, OverflowError, RecursionError) as error:
+        raise ExportError(f"{file} is not a readable GGUF file: {error}") from error
 
 
 def _reader(file: str) -> Any:

@@ -175,7 +175,7 @@ def test_answers_are_generated_at_the_kls_that_the_grid_names(tables, tmp_path):
         record = Record.read(next((tmp_path / "run").glob(f"cells/**/{cell['arm']}/cell.json")))
         few, more = (record.observations[at_kl(kl)] for kl in (1e-4, 1e-3))
         assert few["answer"] and "answer" not in more and "neutral_answer" not in more
-        assert {*few} - {*more} <= {"answer", "score", "neutral_answer"}
+        assert {*few} - {*more} <= {"answer", "answer_cut", "score", "neutral_answer"}
 
 
 def test_grids_without_named_kls_keep_their_keys(tables):

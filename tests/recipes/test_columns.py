@@ -147,6 +147,18 @@ def test_texts_with_nothing_between_them_are_turns_of_a_conversation(part, tmp_p
     assert load(tmp_path / "x.jsonl", [row, spaced]) == [row, spaced]
 
 
+def test_prompts_alone_are_turns_of_a_conversation(tmp_path):
+    """A chat model would go on with "Why?" instead of answering it."""
+    rows = [{"prompt": "Why?"}, {"prompt": "How?"}]
+    turns = [{"prompt": message("user", row["prompt"])} for row in rows]
+    assert load(tmp_path / "x.jsonl", rows, answers=False) == turns
+    for options in ({"chat": lambda: False}, {"form": "text"}):
+        assert load(tmp_path / "x.jsonl", rows, answers=False, **options) == rows
+    # white space at the end of a prompt shows that it goes on
+    assert load(tmp_path / "x.jsonl", [*rows, {"prompt": "The sky is "}], answers=False)[0] == rows[0]
+    assert load(tmp_path / "x.jsonl", turns, answers=False, form="text") == rows
+
+
 def test_columns_on_the_command_line():
     assert columns_of(["prompt=a", "chosen={b} = c"]) == {"prompt": "a", "chosen": "{b} = c"}
     assert columns_of(None) == {}

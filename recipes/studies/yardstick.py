@@ -146,7 +146,7 @@ _WHAT = (
     f"A teacher is the base model plus a random change that has a KL of {KL:g} nats per token to it. Answers are "
     "sampled from the teacher, from the base, or from the base plus another change. The truth about an arm is the KL "
     "from the teacher to it, along answers of the teacher to fresh prompts, with the arm at the strength that has the "
-    "teacher's KL to the base on neutral text."
+    "teacher's KL to the base on neutral text. Prompts are left out where an answer does not end in time."
 )
 
 

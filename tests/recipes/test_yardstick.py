@@ -179,6 +179,30 @@ def test_other_rejected_answers_show_the_opposite(world, neutral):
     assert ratios[0] > 0 > ratios[1] > ratios[2]
 
 
+def vector_of(model):
+    return next(p.detach() for name, p in model.named_parameters() if "steering_vector_v" in name)
+
+
+def test_versions_show_the_teacher_or_mislead_and_pairs_are_few(world, neutral):
+    larger, ratios = replace(world, sizes=replace(SMALL, train=160)), {}
+    for problem in ("few", "misled"):
+        task = plant(PLANTS[problem], larger, 15001, neutral)
+        assert len(task.train) == len(task.again) == PLANTS[problem].train
+        ratios[problem] = [mean_log_ratio(larger, task.teacher, task.train, side) for side in ("chosen", "version")]
+    assert min(ratios["few"]) > 0 and ratios["misled"][0] > ratios["misled"][1]
+
+
+def test_arms_start_from_the_mean_difference_and_learn_versions(world, neutral):
+    untrained = replace(world, sizes=replace(SMALL, steps=0))
+    task = plant(PLANTS["few"], untrained, 3, neutral)
+    models = students(untrained, task, 3, ["chosen", "started"])
+    zero, start = map(vector_of, models.values())
+    assert not zero.any() and float(start.norm()) > 0.1
+    models = students(world, task, 3, ["chosen", "versions"])
+    one, both = map(vector_of, models.values())
+    assert not torch.equal(one, both)
+
+
 @pytest.mark.parametrize(("problem", "layers"), [("spread", 4), ("preserve", 1), ("sparse", 1)])
 def test_teachers_of_other_kinds_have_the_same_kl(problem, layers, world, neutral):
     teacher = plant(PLANTS[problem], world, 3, neutral).teacher

@@ -20,7 +20,8 @@ KL = 0.3
 """Of every planted change to the base, and of every student where it is compared, in nats per token."""
 LARGEST = 512.0
 _SPARSE = 16  # of so many coordinates, a sparse teacher changes one
-ALL_FACTORS = ("contrast", "layer", "form", "layers", "norm", "optimiser", "sites")
+_FEW = 16  # pairs of a problem whose arms could gain from a start or from versions
+ALL_FACTORS = ("contrast", "layer", "form", "layers", "norm", "optimiser", "sites", "start", "loss")
 """Every factor whose arms learn from the same pairs."""
 
 
@@ -36,6 +37,8 @@ class Problem:
         teacher: Kind of the teacher's change; see `_change`.
         factors: What is compared (`COMPARISONS` in `students.py`).
         opposed: Changes of the model that writes other rejected answers, for the factor `rejected`.
+        versions: Changes of the model that writes other chosen answers, for the factor `augmentation`.
+        train: How many training pairs there are at most; None: as many as the size of the studies says.
         nothing: Whether a coin chose the answers, so that no arm is better by a measure of pairs.
     """
 
@@ -45,6 +48,8 @@ class Problem:
     teacher: str = "vector"
     factors: tuple[str, ...] = ("contrast", "layer", "form")
     opposed: str = ""
+    versions: str = ""
+    train: int | None = None
     nothing: bool = False
 
 
@@ -82,6 +87,23 @@ PLANTS = {
     "nothing": Problem(
         "", "", "both answers are the base's, and every factor is compared", factors=ALL_FACTORS, nothing=True
     ),
+    # with few pairs: a start from their mean difference and further versions of the chosen answers help, or mislead
+    "few": Problem(
+        "v",
+        "",
+        f"as both, with {_FEW} pairs at most; versions of the chosen answers are the teacher's",
+        factors=("start", "loss", "augmentation"),
+        versions="v",
+        train=_FEW,
+    ),
+    "misled": Problem(
+        "v",
+        "ww",
+        f"as chosen, with {_FEW} pairs at most; versions of the chosen answers mislead, too",
+        factors=("start", "loss", "augmentation"),
+        versions="vww",
+        train=_FEW,
+    ),
 }
 """The problems by name."""
 
@@ -111,15 +133,15 @@ def plant(problem: Problem, world: World, seed: int, neutral: HeldOut) -> Plante
     """Make the teacher and the data of one task. All changes get their size on the neutral text."""
     generator = torch.Generator().manual_seed(seed)
     directions = {name: torch.randn(world.width, generator=generator) for name in "vuw"}
-    used = f"{problem.chosen}{problem.rejected}{problem.opposed}".lower() + (
-        "v" if problem.teacher == "vector" else ""
-    )
+    written = f"{problem.chosen}{problem.rejected}{problem.opposed}{problem.versions}"
+    used = written.lower() + ("v" if problem.teacher == "vector" else "")
     vectors = {name: _sized(world.vector(direction / direction.norm()), neutral, world) for name, direction in
                directions.items() if name in used}  # fmt: skip
     if problem.teacher != "vector":
         vectors["v"] = _sized(_change(problem.teacher, world, seed, generator), neutral, world)
     sides = {"chosen": problem.chosen, "rejected": problem.rejected}
     sides |= {"opposed": problem.opposed} if problem.opposed else {}
+    sides |= {"version": problem.versions} if problem.versions else {}
     writers = {side: _model(parts, vectors, world) for side, parts in sides.items()}
     # one draw of prompts for everything, so that no prompt is trained on and tested
     sizes = world.sizes
@@ -133,6 +155,8 @@ def plant(problem: Problem, world: World, seed: int, neutral: HeldOut) -> Plante
                             enumerate(writers.items())})
         for part in parts[:3]
     ]  # fmt: skip
+    if problem.train is not None:
+        pairs[:2] = [rows.select(range(min(problem.train, len(rows)))) for rows in pairs[:2]]
     teacher = vectors["v"]
     answered = [world.rows(part, completion=world.answers(teacher, part, 10 * seed + 7)) for part in parts[2:]]
     return Planted(teacher, *pairs, *answered)

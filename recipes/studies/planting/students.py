@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
 from peft import get_peft_config, get_peft_model
 from torch import Tensor
 
-import steertune.adapters  # noqa: F401  registers the method with PEFT
+from steertune.adapters import directions
 from steertune.losses import get_loss
 from steertune.recipes.ablation.kl_search import strengths_at
 from steertune.recipes.lab import measures
@@ -35,15 +35,17 @@ _LORA = {"type": "lora", "r": 1, "lora_alpha": 15, "target_modules": ["down_proj
 
 
 def arms(world: World) -> dict[str, dict[str, Any]]:
-    """The arms by name: `[adapter]`, `[loss]` and the learning rate of each, and which answers it rejects."""
+    """The arms by name: `[adapter]`, `[loss]` and the learning rate of each, which answers it rejects, whether it
+    starts from a direction in closed form, and whether it also learns other versions of the chosen answers."""
     tiny = world.name == "tiny"
     rate, lora_rate, sgd_rate = (0.01, 0.03, 0.03) if tiny else (0.02, 3e-3, 0.1)
     vector = {"type": "steering_vector", "layers": [world.layer]}
     lora = {**_LORA, "layers_to_transform": [world.layer]}
     pairs = {"adapter": vector, "loss": "dpo", "options": {"beta": 1.0 if tiny else 0.1}, "rate": rate}
+    chosen = {"adapter": vector, "loss": "cross_entropy", "rate": rate}
     return {
         "pairs": pairs,
-        "chosen": {"adapter": vector, "loss": "cross_entropy", "rate": rate},
+        "chosen": chosen,
         "wrong layer": {**pairs, "adapter": {**vector, "layers": [world.wrong_layer]}},
         "lora": {**pairs, "adapter": lora, "rate": lora_rate},
         "all layers": {**pairs, "adapter": {**vector, "layers": "all"}},
@@ -52,6 +54,9 @@ def arms(world: World) -> dict[str, dict[str, Any]]:
         "opposed": {**pairs, "rejected": "opposed"},
         "values": {**pairs, "adapter": {**lora, "target_modules": ["v_proj", "o_proj"]}, "rate": lora_rate},
         "queries": {**pairs, "adapter": {**lora, "target_modules": ["q_proj", "k_proj"]}, "rate": lora_rate},
+        "started": {**chosen, "start": "mean_difference"},
+        "unlikelihood": {**pairs, "loss": "unlikelihood", "options": {}},
+        "versions": {**chosen, "versions": True},
     }
 
 
@@ -66,6 +71,9 @@ COMPARISONS = {
     "optimiser": ("pairs", "sgd"),
     "rejected": ("pairs", "opposed"),
     "sites": ("values", "queries"),
+    "start": ("chosen", "started"),
+    "loss": ("pairs", "unlikelihood"),
+    "augmentation": ("chosen", "versions"),
 }
 """What is compared, and the two arms."""
 
@@ -86,12 +94,20 @@ def students(world: World, task: Planted, seed: int, names: Sequence[str]) -> di
     models = {}
     for name in names:
         plain = name.removesuffix(" again")
-        rows, table = task.train if name == plain else task.again, arms(world)[plain]
-        if other := table.get("rejected"):
-            rows = rows.remove_columns("rejected").rename_column(other, "rejected")
-        rows = rows.select_columns(_PAIR)
+        table = arms(world)[plain]
+        rows = _pairs_of(table, task.train if name == plain else task.again)
         models[name] = trained(world, table, rows.shuffle(seed=seed), seed)
     return models
+
+
+def _pairs_of(table: Mapping[str, Any], rows: Dataset) -> Dataset:
+    """The pairs that an arm learns, of all that are drawn for a task."""
+    if other := table.get("rejected"):
+        rows = rows.remove_columns("rejected").rename_column(other, "rejected")
+    if table.get("versions"):
+        versions = rows.remove_columns("chosen").rename_column("version", "chosen")
+        rows = concatenate_datasets([part.select_columns(_PAIR) for part in (rows, versions)])
+    return rows.select_columns(_PAIR)
 
 
 def trained(world: World, table: Mapping[str, Any], rows: Dataset, seed: int) -> Any:
@@ -103,9 +119,12 @@ def trained(world: World, table: Mapping[str, Any], rows: Dataset, seed: int) ->
     torch.manual_seed(seed)
     base = copy.deepcopy(world.model) if table["adapter"]["type"] == "lora" else share_weights(world.model)
     model: Any = get_peft_model(base, config)
+    shown, steps = batches(world.tokenizer, rows, world.sizes.rows), world.sizes.steps
+    if start := table.get("start"):
+        pairs = [{**batch.inputs, "labels": batch.labels} for batch in shown]
+        directions.compute(start, model, pairs, adapter["layers"]).write(model)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = getattr(torch.optim, table.get("optimiser", "AdamW"))(parameters, lr=table["rate"], weight_decay=0.0)
-    shown, steps = batches(world.tokenizer, rows, world.sizes.rows), world.sizes.steps
     for step in range(steps):
         batch = shown[step % len(shown)]
         batch = batch if loss.needs.pairs else batch.chosen

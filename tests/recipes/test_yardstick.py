@@ -183,13 +183,11 @@ def vector_of(model):
     return next(p.detach() for name, p in model.named_parameters() if "steering_vector_v" in name)
 
 
-def test_versions_show_the_teacher_or_mislead_and_pairs_are_few(world, neutral):
-    larger, ratios = replace(world, sizes=replace(SMALL, train=160)), {}
-    for problem in ("few", "misled"):
-        task = plant(PLANTS[problem], larger, 15001, neutral)
-        assert len(task.train) == len(task.again) == PLANTS[problem].train
-        ratios[problem] = [mean_log_ratio(larger, task.teacher, task.train, side) for side in ("chosen", "version")]
-    assert min(ratios["few"]) > 0 and ratios["misled"][0] > ratios["misled"][1]
+def test_versions_are_further_answers_and_pairs_are_few(world, neutral):
+    task = plant(PLANTS["few"], replace(world, sizes=replace(SMALL, train=160)), 15001, neutral)
+    assert len(task.train) == len(task.again) == PLANTS["few"].train
+    assert task.train["version"] != task.train["chosen"], "another draw"
+    assert all(mean_log_ratio(world, task.teacher, task.train, side) > 0 for side in ("chosen", "version"))
 
 
 def test_arms_start_from_the_mean_difference_and_learn_versions(world, neutral):

@@ -142,8 +142,8 @@ def frontier(
     largest: float,
     measured: Mapping[float, float] = MappingProxyType({}),
 ) -> tuple[list[Point], bool]:
-    """A point for every target, the smallest first; an arm that stops short keeps its last point. `few` measures the KL
-    at a strength on a few rows, to find a guess, and `every` on all rows, to decide; `measured` maps strengths to
+    """A point for every target, the smallest first; an arm that stops short keeps its last point. `few` measures the
+    KL at a strength on a few rows, to find a guess, and `every` on all rows, to decide; `measured` maps strengths to
     their KLs on all rows, measured before.
 
     Returns:

@@ -36,9 +36,7 @@ def record_of(cell: Mapping[str, Any], where: str = "This") -> Record:
         ArmError: its version is no longer read, or it lacks what every cell has.
     """
     if cell["version"] != VERSION:
-        raise ArmError(
-            f"{where} is of version {cell['version']} of the format; {VERSION} and later are read. {AGAIN}"
-        )
+        raise ArmError(f"{where} is of version {cell['version']} of the format; {VERSION} and later are read. {AGAIN}")
     for name in (*KEYS, "status"):
         if name not in cell:
             raise ArmError(f"{where} is not a cell: it has no {name}. {AGAIN}")

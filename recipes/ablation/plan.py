@@ -44,7 +44,7 @@ def plan(
         describe(cells) + f"; {len(cells) - len(left)} are done.",
         *grid.notes,
         "",
-        f"{'arm':<66} {'cells left':>10} {'min a cell':>10} {'minutes':>8}  tuning, batch",
+        f"{'arm':<66} {'cells left':>10} {'min / cell':>10} {'minutes':>8}  tuning, batch",
     ]
     for arm in grid.arms:
         of_arm = [seconds[cell.path] / 60 for cell in left if cell.arm.name == arm.name]

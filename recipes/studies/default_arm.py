@@ -140,7 +140,7 @@ def measure_cell(lab: Lab, name: str, behaviour: str, split: str, strengths: Seq
 def seen_of(
     lab: Lab, model: Any, behaviour: str, rows: Dataset, strengths: Mapping[str, float]
 ) -> list[dict[str, Any]]:
-    """A model's answers at every strength, and how likely the base model finds them behind the instruction."""
+    """A model's answers at every strength, and how likely the base model finds them after the instruction."""
     held_out = HeldOut(
         lab.model,
         lab.tokenizer,
@@ -174,7 +174,7 @@ def seen_of(
 
 @torch.no_grad()
 def _nats(lab: Lab, instruction: str, prompts: Sequence[Any], answers: Sequence[str]) -> float:
-    """Nats per token that the base model needs for answers behind an instruction, averaged over the answers."""
+    """Nats per token that the base model needs for answers after an instruction, averaged over the answers."""
     rows = [
         {
             "prompt": [{"role": "user", "content": f"{instruction}\n\n{plain(prompt)}"}],

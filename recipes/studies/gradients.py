@@ -6,10 +6,10 @@ Before any training, the gradient of the arm's loss is computed on every batch o
 
 - `none`: the chosen answers only;
 - `unpaired`, `shuffled`: rejected answers of other prompts, in the batch or in the data;
-- `in the prompt`: both answers of other pairs in the prompt (the divergence from the base behind a contrast prompt);
+- `in the prompt`: both answers of other pairs in the prompt (the divergence from the base with a contrast prompt);
 - `difference`: cross-entropy of the chosen answers minus that of the rejected ones;
 - `pairs`: the rejected answers as they are;
-- `unmatched`: the chosen answers of one batch and the rejected answers of the next, each behind its own prompt. Its
+- `unmatched`: the chosen answers of one batch and the rejected answers of the next, each after its own prompt. Its
   mean equals that of `pairs`, so the difference in noise is what matching the prompts is worth.
 
 With batch gradients `g` and their mean `ḡ`,

@@ -67,7 +67,7 @@ class Bench:
 
     @cached_property
     def instructed(self) -> HeldOut:
-        """The test pairs behind the instruction."""
+        """The test pairs, with the instruction in their prompts."""
         return self.held_out.behind(partial(behind, get_view("instruction", text=self.instruction)))
 
     @cached_property

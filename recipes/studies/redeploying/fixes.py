@@ -1,5 +1,4 @@
-"""Train a fix from some of the catches, and test it on all requests, as trained and at the study's KL to the
-organism."""
+"""Train a fix from some of the catches, and test it as trained and at the study's KL to the organism."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""The instrument behind `ablate` and `report`: grids, equal budgets, cells, matched strength, scorers, statistics."""
+"""Implementation of `ablate` and `report`: grids, equal budgets, cells, matched strength, statistics."""

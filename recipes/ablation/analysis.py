@@ -23,8 +23,8 @@ class Comparison:
     """An arm against the baseline on one measure; positive is better than the baseline.
 
     Attributes:
-        mean: The arm's own mean.
-        difference: Over pairs of task and seed; p is corrected (Holm) over all arms of the table.
+        mean: Mean of the arm.
+        difference: Arm minus baseline over pairs of task and seed; p is corrected (Holm) over all arms of the table.
     """
 
     arm: str
@@ -34,11 +34,11 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Attribution:
-    """Which factors the gap between the two ends of the design comes from.
+    """How much each factor contributes to the gap between the two ends of the design.
 
     Attributes:
         shares: Factor -> its Shapley share; empty if they cannot be computed.
-        leads: With a factor that the claim names: other factor -> how much larger the named one's share is.
+        leads: If the claim names a factor: other factor -> how much larger the share of the named factor is.
         why: Why there are no shares.
     """
 
@@ -62,20 +62,20 @@ class Efficiency:
 
 
 def scores(cells: Frame, measure: str) -> Frame:
-    """Means over the numbers of examples, by (task, seed) and arm, as arrays over the test rows. An arm that lacks one
-    of the numbers in a pair has no value there."""
+    """Means over the numbers of examples, by (task, seed) and arm, as arrays over the test rows. An arm has no value
+    in a pair where it was not run with every number."""
     wide = over_examples(cells, measure, ["task", "seed", "arm"]).unstack("arm")
     return wide[[arm for arm in dict.fromkeys(cells["arm"]) if arm in wide]]
 
 
 def mean(values: Frame) -> float:
-    """Mean of arrays."""
+    """Mean over the arrays of their means, without NaN."""
     return float(np.mean([np.nanmean(rows) for rows in values if np.isfinite(rows).any()]))
 
 
 def in_pairs(cells: Frame, tasks: Sequence[str | TaskTable]) -> Frame:
-    """The cells, with tasks that are made of the same rows merged into one task that has the seeds of each. So `task`
-    and `seed` say what is paired and what is crossed, and the effect of a test row is counted once."""
+    """Merge tasks that are made of the same rows into one task with the seeds of all of them. Then `task` and `seed`
+    say what is paired and what is crossed, and the effect of a test row is counted once."""
     tables = [task if isinstance(task, TaskTable) else TaskTable(name=task) for task in tasks]
     names = {task.called: task.name for task in tables}
     shared = {label: name for label, name in names.items() if [*names.values()].count(name) > 1}
@@ -87,12 +87,13 @@ def in_pairs(cells: Frame, tasks: Sequence[str | TaskTable]) -> Frame:
 
 
 def gap(both: Frame, arm: str, than: str, sample: bool = False) -> Difference:
-    """The difference of two arms in the pairs of `scores` that have both; with `sample`, tasks are a sample."""
+    """The difference between two arms over the pairs of `scores` that have both; with `sample`, tasks are treated as a
+    sample."""
     return difference(both[arm] - both[than], sample)
 
 
 def comparisons(cells: Frame, than: str, measure: str, sample: bool = False) -> list[Comparison]:
-    """Every arm against `than`, paired by task and seed; with `sample`, tasks are a sample."""
+    """Compare every arm with `than`, paired by task and seed; with `sample`, tasks are treated as a sample."""
     wide = scores(cells, measure)
     pairs = {arm: wide[[arm, than]].dropna() for arm in wide if arm != than and than in wide}
     pairs = {arm: both for arm, both in pairs.items() if len(both)}
@@ -103,8 +104,8 @@ def comparisons(cells: Frame, than: str, measure: str, sample: bool = False) -> 
 def by_examples(
     cells: Frame, than: str, measure: str, sample: bool = False
 ) -> dict[str, dict[int, tuple[float, Difference | None]]]:
-    """Arm -> number of examples -> its mean and its difference from `than` with as many (None: `than` itself, or no
-    pair has both); p is corrected (Holm) over the whole table."""
+    """Arm -> number of examples -> the arm's mean and its difference from `than` at that number (None for `than`
+    itself, or if no pair has both arms); p is corrected (Holm) over the whole table."""
     means: dict[tuple[str, int], float] = {}
     gaps: dict[tuple[str, int], Difference] = {}
     for n in sorted(int(n) for n in cells["examples"].unique()):
@@ -122,7 +123,7 @@ def by_examples(
 
 
 def efficiency(cells: Frame, than: str, measure: str, sample: bool = False) -> list[Efficiency]:
-    """Compare the curves over the numbers of examples, in the pairs that have all numbers."""
+    """Compare the curves over the numbers of examples, in the pairs that were run with every number."""
     examples = sorted(int(n) for n in cells["examples"].unique())
     values = rows_of(cells, measure).set_axis(pd.MultiIndex.from_frame(cells[["task", "seed", "arm", "examples"]]))
     wide = values.dropna().unstack(["arm", "examples"])
@@ -150,8 +151,8 @@ def attribution(
     sample: bool = False,
 ) -> Attribution:
     """Shapley share of every factor that differs between `design.start` and `design.end` in the gap between them, over
-    the pairs that have every mixture of the two. Cells may call arms by `labels` instead of their names; with
-    `sample`, tasks are a sample."""
+    the pairs that have every mixture of the two. Cells can name arms by their `labels`; with `sample`, tasks are
+    treated as a sample."""
     start, end = tables.design.start, tables.design.end
     if not start or not end:
         return Attribution(why="that takes every mixture of a `design.start` and a `design.end`")

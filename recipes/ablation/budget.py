@@ -1,4 +1,4 @@
-"""The budget for choosing settings: every arm has the same trials, on validation rows only."""
+"""The budget for choosing settings: every arm gets the same number of trials, on validation rows only."""
 
 from __future__ import annotations
 
@@ -18,12 +18,13 @@ from steertune.recipes.lab.tables import Strength
 class BudgetTable(BaseModel, extra="forbid", strict=True):
     """`[budget]`.
 
-    A trial is a learning rate, a number of steps (where training stops early) and, for arms that write into one layer,
-    one of `layers`. `learning_rate` lists multiples of the arm's own, and each is tried with every number of `steps`
-    and every layer; or it is a factor, around the arm's own, within which all but the first are drawn log-uniformly,
-    so that a few draws may miss much of it. Arms without a layer to choose try more rates instead, in the same range.
-    A trial is trained, and measured on the validation rows: at every one of `strengths`, or with "matched" at
-    the strength with the grid's KL to the base, where arms are compared (arms without a strength: at 1). If arms were
+    A trial is a learning rate, a number of steps (after which training stops) and, for arms that write into one layer,
+    one of `layers`. If `learning_rate` is a list, it holds multiples of the arm's own rate, and each is tried with
+    every number of `steps` and every layer. If it is one number, the first trial uses the arm's own rate, and the
+    others are drawn log-uniformly within that factor of it, so a few draws can miss much of the range. Arms without a
+    layer to choose try more rates instead, in the same range.
+    Every trial is trained, and measured on the validation rows: at each of `strengths`, or with "matched" at the
+    strength with the grid's KL to the base, where arms are compared (arms without a strength: at 1). If arms were
     tuned for accuracy alone at any strength, every arm would trade fluency for it.
     With `halving` k, all trials first train a fraction of their steps and only the best 1 in k continues, rung by
     rung.
@@ -33,10 +34,11 @@ class BudgetTable(BaseModel, extra="forbid", strict=True):
     learning_rate: float | list[float] = 4.0
     steps: list[int] = [16]
     layers: list[float] = []
-    """Fractions of the depth; empty: the arm's own layer."""
+    """Fractions of the depth. If empty, the arm's own layer."""
     landings: int = Field(default=1, ge=0)
-    """How many trials are added, with "matched" strengths, for an arm whose best trial is used at other strengths than
-    those it was trained at: with the best one's settings and its learning rate multiplied by its strength."""
+    """With "matched" strengths: how many trials are added for an arm whose best trial has to be used at other
+    strengths than those it was trained at. Each repeats the best trial with its learning rate multiplied by its
+    strength."""
     strengths: list[Strength] | Literal["matched"] = "matched"
     halving: int = Field(default=1, ge=1)
     per: Literal["cell", "arm", "grid"] = "arm"
@@ -47,14 +49,14 @@ class BudgetTable(BaseModel, extra="forbid", strict=True):
     @classmethod
     def _some_steps(cls, steps: list[int]) -> list[int]:
         if not steps or min(steps) < 1:
-            raise ValueError(f"{steps}: one number of steps or more, each at least 1 (zero trains nothing)")
+            raise ValueError(f"must list one number of steps or more, each at least 1 (got {steps})")
         return steps
 
     @field_validator("layers")
     @classmethod
     def _some_layers(cls, layers: list[float]) -> list[float]:
         if any(not 0 < layer < 1 for layer in layers) or len(set(layers)) < len(layers):
-            raise ValueError(f"{layers}: fractions of the depth between 0 and 1, each there once")
+            raise ValueError(f"must list fractions of the depth between 0 and 1, each only once (got {layers})")
         return layers
 
     @field_validator("learning_rate")
@@ -62,9 +64,11 @@ class BudgetTable(BaseModel, extra="forbid", strict=True):
     def _some_rates(cls, rate: float | list[float]) -> float | list[float]:
         if isinstance(rate, list):
             if not rate or min(rate) <= 0 or not all(map(math.isfinite, rate)) or len(set(rate)) < len(rate):
-                raise ValueError(f"{rate}: one multiple of the arm's own rate or more, each above 0 and there once")
+                raise ValueError(
+                    f"must list one multiple of the arm's own rate or more, each above 0 and only once (got {rate})"
+                )
         elif not 1 <= rate < math.inf:
-            raise ValueError(f"{rate}: a factor of 1 or more around the arm's own rate, or a list of multiples of it")
+            raise ValueError(f"must be a factor of at least 1, or a list of multiples of the arm's rate (got {rate})")
         return rate
 
     @field_validator("strengths")
@@ -73,7 +77,7 @@ class BudgetTable(BaseModel, extra="forbid", strict=True):
         if strengths == "matched":
             return strengths
         if not strengths or min(strengths) <= 0:
-            raise ValueError(f"{strengths}: one strength or more, each above 0")
+            raise ValueError(f"must be 'matched', or list one strength or more, each above 0 (got {strengths})")
         return strengths
 
     @model_validator(mode="after")
@@ -82,8 +86,8 @@ class BudgetTable(BaseModel, extra="forbid", strict=True):
         if isinstance(rates, list) and self.trials != len(rates) * others:
             layers = f" and layers={self.layers}" if self.layers else ""
             raise ValueError(
-                f"trials={self.trials}, and learning_rate={rates} with steps={self.steps}{layers} makes "
-                f"{len(rates) * others}: set trials to that"
+                f"trials={self.trials}, but learning_rate={rates} with steps={self.steps}{layers} makes "
+                f"{len(rates) * others}: set trials to {len(rates) * others}"
             )
         if rates == 1 and self.trials > others:
             raise ValueError(
@@ -102,7 +106,7 @@ class BudgetTable(BaseModel, extra="forbid", strict=True):
 
     @property
     def measured_at(self) -> int:
-        """At how many strengths a trial is measured."""
+        """The number of strengths at which a trial is measured."""
         return 1 if self.strengths == "matched" else len(self.strengths)
 
     def steps_spent(self) -> float:
@@ -111,7 +115,7 @@ class BudgetTable(BaseModel, extra="forbid", strict=True):
 
     @property
     def landed(self) -> int:
-        """How many trials are added at most."""
+        """The largest number of trials that can be added."""
         return self.landings if self.strengths == "matched" else 0
 
 
@@ -122,9 +126,9 @@ class Setting:
     Attributes:
         rate: Multiplies the arm's own learning rate.
         steps: Training steps.
-        layer: Fraction of the depth at which the arm writes; None: its own.
-        strength: At which the trained adapter is used.
-        prompt: Which of the task's instructions a prompting arm gives.
+        layer: Fraction of the depth at which the arm writes; None for the arm's own layer.
+        strength: The strength at which the trained adapter is used.
+        prompt: Index of the task's instruction that a prompting arm gives.
     """
 
     rate: float = 1.0
@@ -137,15 +141,16 @@ class Setting:
         """The setting with a fraction of its steps."""
         return replace(self, steps=max(1, round(self.steps * fraction)) if self.steps else 0)
 
-    def trainer(self, own: Mapping[str, Any]) -> dict[str, Any]:
-        """Training arguments; `own` are the arm's."""
-        rate = {"learning_rate": own["learning_rate"] * self.rate} if "learning_rate" in own else {}
+    def trainer(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
+        """The training arguments that this setting changes, from all `arguments` of the arm."""
+        rate = {"learning_rate": arguments["learning_rate"] * self.rate} if "learning_rate" in arguments else {}
         return {"max_steps": self.steps, **rate}
 
 
 def draw(budget: BudgetTable, seed: int, layered: bool = True) -> list[Setting]:
-    """The trials: all multiples that are listed, or draws, the first of them with the arm's own learning rate. An arm
-    without a layer to choose (`layered` is False) has as many trials, with more learning rates."""
+    """The settings of all trials: one for every listed multiple, or random draws, of which the first has the arm's own
+    learning rate. An arm without a layer to choose (`layered` is False) has the same number of trials, with more
+    learning rates."""
     layers: list[float | None] = [*budget.layers] if layered and budget.layers else [None]
     if isinstance(budget.learning_rate, list):
         rates = budget.learning_rate
@@ -169,8 +174,8 @@ def draw(budget: BudgetTable, seed: int, layered: bool = True) -> list[Setting]:
 
 
 def untrained_strengths(budget: BudgetTable, layers: int = 1) -> list[float] | Literal["matched"]:
-    """Strengths for an arm without training, which spends its trials on them: as many as all trials measure. Each is
-    tried at all `layers`."""
+    """Strengths for an arm that is not trained, which spends its trials on strengths: as many as the trials of a
+    trained arm measure. Each is tried at all `layers`."""
     if budget.strengths == "matched":
         return "matched"
     low, high = min(budget.strengths), max(budget.strengths)

@@ -33,10 +33,10 @@ def column(measure: str, strength: str = TUNED) -> str:
 
 
 def read_cells(folder: Path, grid: Mapping[str, Any] | None = None) -> Frame:
-    """Every cell of a folder, or of a grid.
+    """Read every cell of a folder, or of a grid.
 
     A diverged cell counts as the base model, which is all that a user would have left; its `status` says so. A cell
-    that failed for another reason has no numbers, and `status` "failed".
+    that failed for another reason has no numbers, and its `status` is "failed".
 
     Raises:
         ArmError: the folder holds no cell, one is damaged, or the grid names a path that is not that of a cell.
@@ -71,13 +71,13 @@ def cells_table(records: Sequence[Record], levels: Mapping[str, Mapping[str, str
 
 
 def _row(record: Record) -> dict[str, Any]:
-    """Keys, facts, and the measures at every strength."""
+    """A record as a row: its keys, its facts, and the measures at every strength."""
     facts = {name: value for name, value in record.facts.items() if name not in ("tuning", "setting", "notes")}
     row: dict[str, Any] = {**record.keys, **facts}
     row |= {f"setting_{name}": value for name, value in (record.facts.get("setting") or {}).items()}
     observations = dict(record.observations)
     if record.facts.get("status") == "diverged" and BASE in observations:
-        # a single point makes the same frontier at any KL
+        # a frontier of one point is the same at any KL
         strengths = (TUNED, MATCHED, at_kl(1.0)) if record.facts.get("scalable") else (TUNED,)
         observations |= {strength: {**observations[BASE], "kl": [0.0]} for strength in strengths}
     whole = Record(record.keys, observations)
@@ -93,11 +93,11 @@ def _row(record: Record) -> dict[str, Any]:
 
 
 _Summary = tuple[float, NDArray[np.float64]]
-"""A measure's mean, and the part of every example in it."""
+"""A measure's mean, and what every example contributes to it."""
 
 
 def _summary(measure: Measure, seen: Seen) -> _Summary | None:
-    """A measure of a model; None where its observations were not recorded."""
+    """The summary of a measure; None if its observations were not recorded."""
     try:
         parts = measure.parts(seen)
         return None if np.isnan(parts).all() else (float(np.nanmean(parts)), parts)

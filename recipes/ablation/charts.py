@@ -1,4 +1,4 @@
-"""The figures of a report. Each has a `Figure` of its own: no display, no global state."""
+"""The figures of a report. Each is a separate `Figure`, without a display or global state."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def intervals(values: Mapping[str, Interval], label: str, line: float = 0.0, lar
 
 
 def curves(cells: Frame, arms: Sequence[str], measure: str, label: str, colours: Mapping[str, Any]) -> Figure:
-    """Score against number of examples on a log axis, with a panel for each task and intervals over seeds; the base
+    """Score against number of examples on a log axis, with a panel for each task and intervals over seeds; the base is
     dashed."""
     tasks = sorted(cells["task"].unique())
     columns = min(3, len(tasks))
@@ -55,7 +55,7 @@ def curves(cells: Frame, arms: Sequence[str], measure: str, label: str, colours:
     for axis, task in zip(axes, tasks, strict=False):
         of_task = cells[cells["task"] == task]
         for shift, arm in enumerate(arms):
-            apart = 1.03 ** (shift - len(arms) / 2)  # so that bars can be seen
+            apart = 1.03 ** (shift - len(arms) / 2)  # so that bars do not overlap
             _curve(axis, of_task[of_task["arm"] == arm], measure, arm, apart, colours[arm])
         if base in of_task:
             axis.axhline(of_task[base].mean(), color=GREY, linestyle="--", linewidth=1)
@@ -84,7 +84,7 @@ def _curve(axis: Axes, cells: Frame, measure: str, arm: str, apart: float, colou
 
 def side_by_side(cells: Frame, columns: Mapping[str, str], colours: Mapping[str, Any]) -> Figure:
     """Effect and side effects of every arm: a panel for each column, a row for each arm, with intervals over its
-    cells; the base model dashed. `columns` maps a column of the cells to its title."""
+    cells; the base model is dashed. `columns` maps a column of the cells to its title."""
     arms = [*dict.fromkeys(cells["arm"])][::-1]  # the first one on top
     figure = Figure(figsize=(2.3 * len(columns) + 2.5, 0.9 + 0.3 * len(arms)), layout="constrained")
     axes = figure.subplots(1, len(columns), sharey=True, squeeze=False)[0]
@@ -115,8 +115,8 @@ def pareto(
     colours: Mapping[str, Any],
     base: tuple[float, float] | None = None,
 ) -> Figure | None:
-    """Effect against side effect, with a dot for each arm (mean over its cells) and a cross for the base model; the
-    arms that no other beats on both are joined. None where no arm has both."""
+    """Effect against side effect, with a dot for each arm (mean over its cells) and a cross for the base model; a line
+    joins the arms that no other beats on both. None if no arm has both."""
     points = cells.groupby("arm", sort=False)[[x, y]].mean().dropna()
     if points.empty:
         return None
@@ -138,7 +138,7 @@ def frontiers(
     cells: Frame, targets: Sequence[float], measures: Mapping[str, str], colours: Mapping[str, Any]
 ) -> Figure:
     """Means against the KL to the base on a log axis, with a panel for each measure: a line for every arm with a
-    strength, a dot at its own KL for every other; the base dashed. `measures` maps a name to the label of its axis."""
+    strength, a dot at its KL for every other; the base is dashed. `measures` maps a name to the label of its axis."""
     figure = Figure(figsize=(4.2 * len(measures), 4.4), layout="constrained")
     axes = np.atleast_1d(figure.subplots(1, len(measures)))
     for axis, (name, label) in zip(axes, measures.items(), strict=True):
@@ -161,6 +161,6 @@ def frontiers(
 
 
 def _legend(figure: Figure, handles: Sequence[Any], names: Sequence[str]) -> None:
-    """Below the figure, where long names are not cut."""
+    """Put the legend below the figure, where long names are not cut off."""
     columns = 3 if max(map(len, names), default=0) < 28 else 2
     figure.legend(handles, names, loc="outside lower center", ncols=columns, fontsize=8, frameon=False)

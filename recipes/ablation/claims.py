@@ -1,4 +1,4 @@
-"""Whether the result of a grid counts for its claim, task by task as well, and the answer in three sentences."""
+"""Decide whether the result of a grid counts for its claim, overall and by task, and answer in three sentences."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ def verdict(
     Args:
         cells: All cells, failed ones too.
         claim: The claim.
-        attributed: `attribution` for the claim's measure.
-        planned: How many pairs of task and seed the grid has, run or not; 0: as many as the cells have.
+        attributed: The result of `attribution` for the claim's measure.
+        planned: Number of pairs of task and seed in the grid, run or not; 0 for as many as the cells have.
         targets: The KLs to the base that the claim is about.
     """
     if claim.recovers is not None:
@@ -56,10 +56,10 @@ def verdict(
     pairs, all_pairs = plain.interval.pairs, planned or len(cells[["task", "seed"]].drop_duplicates())
     ahead_arm, behind_arm = (claim.better, claim.than)[:: 1 if over.estimate > 0 else -1]
     what = _what(cells, claim, both, plain, over.p, all_pairs) + _limits_of(behind_arm, cells, targets)
-    if seen := _seen_before(cells, claim, both):
+    if taken := _seen_before(cells, claim, both):
         return Verdict(
             "undecided",
-            f"{what}; but in {seen} pairs both arms were taken from another grid, whose result could be seen when "
+            f"{what}; but in {taken} pairs both arms were taken from another grid, whose result could be seen when "
             "this card was written, and what is claimed after a look counts for nothing.",
         )
     if all_pairs - pairs > _LEFT_OUT * all_pairs:
@@ -70,7 +70,7 @@ def verdict(
     if gain is not None and not (gain.clear(claim.alpha) and gain.estimate > 0):
         return Verdict(
             "undecided",
-            f"{what}; but {claim.than} has no clear gain over the base ({gain}), of which that were a share.",
+            f"{what}; but {claim.than} has no clear gain over the base ({gain}) to take a share of.",
         )
     if not over.clear(claim.alpha):
         least = 0.0 if claim.sample else smallest_p(pairs)
@@ -97,7 +97,7 @@ def _what(cells: Frame, claim: Claim, both: Frame, gap: Difference, p: float, al
 
 
 def _limits_of(behind: str, cells: Frame, targets: Sequence[float]) -> str:
-    """Why the arm that is behind may be so, as further clauses."""
+    """Possible reasons why an arm is behind, as clauses to append."""
     of_arm, clauses = cells[cells["arm"] == behind], ""
     if short(of_arm, targets):  # so the two are not at the same KL
         clauses += f"; {behind} stops short of KL {max(targets):g} in some cells and counts with its last point"
@@ -107,8 +107,8 @@ def _limits_of(behind: str, cells: Frame, targets: Sequence[float]) -> str:
 
 
 def _seen_before(cells: Frame, claim: Claim, pairs: Frame) -> int:
-    """How many pairs of task, number of examples and seed took both arms from another grid; 0 for a few, which
-    decide nothing."""
+    """For how many combinations of task, number of examples and seed both arms were taken from another grid; 0 if
+    these are too few to matter."""
     if "taken_over" not in cells:
         return 0
     taken = cells[(cells["taken_over"] == True) & cells["arm"].isin([claim.better, claim.than])]  # noqa: E712
@@ -146,7 +146,7 @@ def _largest_share(claim: Claim, attributed: Attribution) -> tuple[Literal["for"
     if claim.factor is None:
         return "for", ""
     if not attributed.shares:
-        return "undecided", f", but without every mixture of the two ends nothing says that it is {claim.factor}'s"
+        return "undecided", f", but without every mixture of the two ends it cannot be attributed to {claim.factor}"
     behind = [f for f, lead in attributed.leads.items() if lead.clear(claim.alpha) and lead.estimate < 0]
     if behind:
         return "against", f", but the share of {', '.join(behind)} is larger than that of {claim.factor}"
@@ -174,9 +174,9 @@ class TaskResult:
     """The claim's comparison in one task.
 
     Attributes:
-        than: Mean of the arm that is compared with.
-        better: Mean of the arm that is claimed to be better.
-        ahead: How far it is ahead; p is not corrected.
+        than: Mean of the claim's `than`.
+        better: Mean of the claim's `better`.
+        ahead: How far `better` is ahead; p is not corrected.
     """
 
     name: str
@@ -204,8 +204,8 @@ class Recovered:
     """How much of another arm's gain over the base model an arm reaches.
 
     Attributes:
-        gain: Over the base model.
-        share: Its mean gain over the gain of the claim's `than`; None where `than` gains nothing.
+        gain: Gain over the base model.
+        share: Mean gain divided by the mean gain of the claim's `than`; None if `than` gains nothing.
         ahead: Its gain minus the claimed share of the other's; p is corrected (Holm) over all arms of the table.
     """
 
@@ -269,7 +269,7 @@ def _best(cells: Frame, claim: Claim, curves: Sequence[Efficiency], targets: Seq
     wide = scores(cells, claim.column)
     whole = [arm for arm in wide if wide[arm].notna().all()]  # others have means over other pairs
     if 2 * len(whole) <= wide.shape[1]:
-        return f"Which arm has the best mean is not said: {len(whole)} of {wide.shape[1]} have all pairs."
+        return f"No best mean is given, because only {len(whole)} of {wide.shape[1]} arms have all pairs."
     reasons = {arm: why for arm in whole if (why := unfit(cells, arm, claim.strength, targets))}
     means = {arm: mean(wide[arm]) for arm in whole if arm not in reasons}
     left_out = f" Left out: {'; '.join(reasons.values())}." if reasons else ""

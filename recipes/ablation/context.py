@@ -31,8 +31,8 @@ from steertune.recipes.lab.tables import ModelTable
 from steertune.recipes.lab.training import training_of
 from steertune.trainers import FrozenPrefix
 
-_ANSWERED = 16  # neutral prompts that are answered, for the repetition
-_BATCH = 16  # test rows in a pass: what they begin with in common runs once
+_ANSWERED = 16  # neutral prompts that are answered, to measure repetition
+_BATCH = 16  # test rows per forward pass; their common beginning runs once
 _MEMO_GB = 2.0  # RAM for states that are constant in all cells; the rest goes to temporary files
 
 
@@ -43,17 +43,17 @@ def _once_per_task(method: Callable[[Context, TaskTable], _T]) -> Callable[[Cont
     """Cache a method's result for each task by its label, since a task with instructions cannot be hashed."""
 
     @wraps(method)
-    def kept(self: Context, task: TaskTable) -> _T:
+    def cached(self: Context, task: TaskTable) -> _T:
         key = method, task.label
         if key not in self._of_tasks:
             self._of_tasks[key] = method(self, task)
         return self._of_tasks[key]
 
-    return kept
+    return cached
 
 
 class Context:
-    """Loads and computes on demand, and caches the results."""
+    """What the cells of a grid share. Everything is loaded or computed when it is first needed, and cached."""
 
     def __init__(self, grid: Grid) -> None:
         self.grid = grid
@@ -82,8 +82,8 @@ class Context:
 
     @cached_property
     def neutral(self) -> tuple[Dataset, Dataset]:
-        """Prompts and completions that no behaviour is about: those on which strengths are matched, and others on
-        which side effects are reported."""
+        """Prompts and completions that are unrelated to any behaviour: the rows on which strengths are matched, and
+        the rows on which side effects are reported."""
         file = self.grid.tables.neutral
         rows = None if file is None else readable(load_split(file, "train"), self.tokenizer)
         return neutral_rows(self.tokenizer, "match", rows), neutral_rows(self.tokenizer, "report", rows)
@@ -102,7 +102,7 @@ class Context:
         return self.read(task).each(partial(readable, tokenizer=self.tokenizer))
 
     def notes(self, task: TaskTable) -> list[str]:
-        """Notes about the task's rows, apart from their number."""
+        """Notes about the form of the task's rows."""
         return notes_on_form(self.read(task).test, self.tokenizer)
 
     @_once_per_task
@@ -133,8 +133,8 @@ class Context:
         )
 
     def training(self, cell: Cell, seed: int, model: Any, folder: Path, setting: Setting) -> Training:
-        """The training of a cell's arm on its rows. `seed` is that of the training rows and of training, `folder` is
-        for checkpoints."""
+        """The training of a cell's arm on its rows. `seed` draws the training rows and seeds the training;
+        checkpoints go to `folder`."""
         arm, splits = cell.arm.arm, self.splits(cell.task)
         rows = splits.train(cell.examples * arm.data.times, seed, arm.data.pairing, cell.task.draw)
         # a task with swapped answers, or made of other columns, is not the one that its folder describes
@@ -156,7 +156,7 @@ class Context:
         )
 
     def _adapter(self, arm: Arm, setting: Setting, task: TaskTable) -> dict[str, Any]:
-        """The arm's adapter at the layer of a setting, without the embedded vector that learned the task itself."""
+        """The arm's adapter at the layer of a setting, without the embedded vector that was trained on this task."""
         adapter = dict(arm.adapter)
         if "basis" in adapter:
             adapter["basis"] = zoo.without(adapter["basis"], task.name)
@@ -167,27 +167,28 @@ class Context:
         return {**adapter, "layers_to_transform": resolve_layers(setting.layer, len(find_blocks(self.model)))}
 
     def show(self, cell: Cell, seed: int, instruction: int = 0) -> Show:
-        """What a cell's model sees: the rows themselves, unless its arm is a prompt. The demonstrations are its
-        training rows of `seed`; `instruction` is the index of the instruction of the task."""
+        """The function that puts a cell's prompt in front of rows; it returns them unchanged unless the arm is a
+        prompt. Demonstrations are the cell's training rows of `seed`; `instruction` is the index of the task's
+        instruction."""
         prompt = cell.arm.arm.get(Prompt)
         if not prompt:
             return lambda rows: rows
-        behind = prompt.show(instructions(cell)[instruction], self.splits(cell.task).train(cell.examples, seed))
+        add_prompt = prompt.show(instructions(cell)[instruction], self.splits(cell.task).train(cell.examples, seed))
 
         def checked(rows: Dataset) -> Dataset:
-            shown = behind(rows)
+            shown = add_prompt(rows)
             check_context(self.model, self.tokenizer, shown, self.grid.tables.new_tokens, cell.title)
             return shown
 
         return checked
 
     def prompt_tokens(self, cell: Cell, show: Show) -> float:
-        """Tokens by which the cell's prompt makes a request longer, on average."""
+        """Average number of tokens that the cell's prompt adds to a request."""
         rows = self.splits(cell.task).test
         plain, shown = (prompt_lengths(self.tokenizer, part["prompt"]) for part in (rows, show(rows)))
         return sum(b - a for a, b in zip(plain, shown, strict=True)) / len(plain)
 
 
 def instructions(cell: Cell) -> list[str]:
-    """The instructions that the tuning of a prompting arm tries; one empty one for an arm without."""
+    """The instructions that the tuning of a prompting arm tries; a single empty one if the arm gives none."""
     return cell.task.instructions if cell.arm.arm.get(Prompt).instruction else [""]

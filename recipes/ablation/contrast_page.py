@@ -20,15 +20,15 @@ Values = dict[str, pd.Series]
 
 
 def values(records: Sequence[Record], measure: str, tasks: Sequence[TaskTable] = ()) -> Values:
-    """A measure of the test pairs, from a record for every task, seed and condition. Of all `tasks`, those made of the
-    same rows count as one task with more seeds."""
+    """A measure of the test pairs, from a record for every task, seed and condition. Those of `tasks` that are made of
+    the same rows count as one task with more seeds."""
     rows = [{**record.keys, "rows": record.seen(1)[measure]} for record in records]
     table = in_pairs(pd.DataFrame(rows), tasks).pivot(index=["task", "seed"], columns="arm", values="rows")
     return {name: table[name] for name in dict.fromkeys(str(record.keys["arm"]) for record in records)}
 
 
 def questions(accuracies: Values, steering: Sequence[str]) -> dict[tuple[str, str], Difference]:
-    """The comparisons of accuracy on unseen tasks with the base and every steering arm, corrected for their number."""
+    """Compare accuracy on unseen tasks with the base and every steering arm, corrected for their number."""
     trained = "trained, contrast"
     pairs = [(trained, other) for other in ("base, contrast", "trained, plain", *steering)]
     pairs += [("base, contrast", "base, plain"), ("base, contrast", "base, k-shot")]

@@ -24,8 +24,8 @@ def full(factors: Factors) -> list[Combination]:
 
 
 def fractional(factors: Factors, reduction: int) -> list[Combination]:
-    """About one in `reduction` of the full factorial, every level of a factor equally often as far as that goes: a
-    generalised subset design (Surowiec et al., Anal. Chem. 89, 2017), by pyDOE3.
+    """About one in `reduction` combinations of the full factorial, with the levels of every factor as balanced as
+    possible: a generalised subset design (Surowiec et al., Anal. Chem. 89, 2017), by pyDOE3.
 
     Raises:
         ValueError: the reduction leaves no design.
@@ -33,7 +33,7 @@ def fractional(factors: Factors, reduction: int) -> list[Combination]:
     if reduction < 2:
         raise ValueError(f"design.reduction={reduction} reduces nothing: it must be 2 or more.")
     if len(factors) < 2:
-        raise ValueError(f"A fraction needs two factors or more, there are {[*factors]}: choose design.kind='full'.")
+        raise ValueError(f"A fraction needs two factors or more (got {[*factors]}). Choose design.kind = 'full'.")
     try:
         rows = gsd([len(levels) for levels in factors.values()], reduction)
     except ValueError as error:
@@ -42,30 +42,30 @@ def fractional(factors: Factors, reduction: int) -> list[Combination]:
 
 
 def one_at_a_time(factors: Factors, start: Combination) -> list[Combination]:
-    """The start, and every other level of every factor alone."""
+    """The start, and the start with one factor changed, for every other level of every factor."""
     return [start] + [
         {**start, factor: level} for factor, levels in factors.items() for level in levels if level != start[factor]
     ]
 
 
 def add_one_in(factors: Factors, start: Combination, end: Combination) -> list[Combination]:
-    """The start, the start with each factor moved to its end, the end, and the end with each factor moved back:
-    first and last place of every factor on the way."""
+    """The start, the start with each factor moved to its end, the end, and the end with each factor moved back, so
+    that every factor is changed both first and last on the way."""
     moving = [factor for factor in factors if start[factor] != end[factor]]
     steps = [start, *({**start, f: end[f]} for f in moving), end, *({**end, f: start[f]} for f in moving)]
     return [c for i, c in enumerate(steps) if c not in steps[:i]]
 
 
 def mixtures(factors: Factors, start: Combination, end: Combination) -> list[Combination]:
-    """Every mixture of two combinations, which is what exact Shapley shares of the gap between them take."""
+    """Every mixture of two combinations, which exact Shapley shares of the gap between them need."""
     return full({f: [level for level in factors[f] if level in (start[f], end[f])] for f in factors})
 
 
 def aliases(combinations: Sequence[Combination], factors: Factors) -> list[str]:
     """Main effects that the design mixes with each other, or with an interaction of two others, as sentences.
 
-    For every such couple the largest canonical correlation r over the runs: 1 means that they are the same thing in
-    this design. Couples above 0.3 are named, the rest is summed up.
+    Every pair of effects is described by their largest canonical correlation r over the runs: 1 means that this design
+    cannot separate them. Pairs above 0.3 are listed, the rest is summarised.
     """
     columns = {}
     for factor, levels in factors.items():  # sum-to-zero coding, (runs, levels - 1)

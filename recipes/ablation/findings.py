@@ -16,14 +16,14 @@ from steertune.recipes.ablation.tables import Claim, GridTables
 
 @dataclass(frozen=True)
 class Findings:
-    """The findings from a grid's cells. Arms have their labels throughout.
+    """The findings from a grid's cells. Arms are named by their labels throughout.
 
     Attributes:
         grid: The `grid.json`.
         claim: The claim, or the same comparison on another measure.
         cells: All cells, failed ones too.
-        paired: The cells that ran, for comparisons; means and costs are by task and seed.
-        shares: Of the gap that the claim is about.
+        paired: The cells that ran, with tasks made of the same rows merged, for comparisons.
+        shares: Shares of the gap that the claim is about.
         verdict: What the result says about the claim.
         curves: Every arm's curve against the curves of the claim's baseline and of the design's start.
         labels: Name of every arm -> its label, in the order of the grid.
@@ -54,7 +54,7 @@ class Findings:
 
 
 def find(grid: Mapping[str, Any], tables: GridTables, claim: Claim, cells: Frame) -> Findings:
-    """Compare, decide and attribute. At least one of the cells did not fail."""
+    """Compare the arms, decide the claim and attribute the gap. At least one cell must have run."""
     labels = arm_labels(tables, grid["arms"])
     claimed = tables.claim is not None and claim.column == tables.claim.column
     alpha = claim.alpha / max(1, len(looks_of(grid)))

@@ -58,11 +58,11 @@ class Cell:
     examples: int
     seed: int
     tuned_at: tuple[TaskTable, int, int]
-    """Task, number of examples and seed that its settings are chosen at."""
+    """Task, number of examples and seed on which its settings are chosen."""
     key: str
     """Hash of everything that decides the result."""
     tuning_key: str
-    """Hash of everything that decides the settings chosen."""
+    """Hash of everything that decides the choice of settings."""
 
     @property
     def path(self) -> Path:
@@ -71,7 +71,7 @@ class Cell:
 
     @property
     def tuning_file(self) -> Path:
-        """Where the settings chosen for it are kept, with all trials, in the grid's folder."""
+        """The file with the settings chosen for it and all trials, in the grid's folder."""
         return Path("tuning") / _place(*self.tuned_at) / f"{self.arm.name}.json"
 
     @property
@@ -81,7 +81,7 @@ class Cell:
 
     @property
     def title(self) -> str:
-        """For messages."""
+        """How messages name the cell."""
         return f"{self.task.label} n={self.examples} seed={self.seed} {self.arm.name}"
 
 
@@ -94,7 +94,7 @@ class Grid:
     arms: list[GridArm]
     tasks: list[TaskTable]
     notes: list[str]
-    """About the design: its size, what is aliased."""
+    """Notes about the design: its size, and which effects are aliased."""
 
     def to_json(self) -> dict[str, Any]:
         """What a report needs to know: the tables, the arms with their levels, and every cell with its key."""
@@ -126,7 +126,7 @@ class Grid:
             }[arm.budget.per]
             tuning = digest(settings(t, neutral, arm, data[at[0].label], *at))
             matched = [t.matched.key, neutral]
-            own = [
+            inputs = [
                 data[task.label],
                 *named_task(task),
                 task.scorer,
@@ -138,7 +138,7 @@ class Grid:
                 t.new_tokens,
                 t.questions,
             ]
-            return Cell(arm, task, n, seed, at, digest([tuning, own]), tuning)
+            return Cell(arm, task, n, seed, at, digest([tuning, inputs]), tuning)
 
         return [
             cell(arm, task, n, seed)
@@ -151,10 +151,10 @@ class Grid:
 
 def load_grid(file: str | Path, data_root: Path | None = None) -> Grid:
     """Read and check a grid: a path, or the name of a file in `recipes/configs/grids/`. Task names that are relative
-    paths start in `data_root`.
+    paths are resolved in `data_root`.
 
     Raises:
-        ArmError: anything in it that cannot be run; the message names the value and the fix.
+        ArmError: something in it cannot be run; the message names the value and the fix.
     """
     path = Path(file) if Path(file).suffix == ".toml" else GRIDS / f"{file}.toml"
     if not path.is_file():
@@ -179,9 +179,9 @@ def make_grid(raw: dict[str, Any], data_root: Path | None = None) -> Grid:
             "The grid has no [card]. Write down problem, hypothesis, against (which result would count against it), "
             "baselines and affordances before it runs."
         )
-    for what, values in (("examples", tables.examples), ("seeds", tables.seeds)):
-        if len(set(values)) != len(values) or min(values) < (1 if what == "examples" else 0):
-            raise ArmError(f"{what}={values}: every value once, and none below {1 if what == 'examples' else 0}.")
+    for what, values, least in (("examples", tables.examples, 1), ("seeds", tables.seeds, 0)):
+        if len(set(values)) != len(values) or min(values) < least:
+            raise ArmError(f"{what}={values} must list every value once, and none below {least}.")
     combinations, notes = _combinations(tables)
     arms = _arms(tables, combinations)
     check_card(tables, card, arms)
@@ -193,7 +193,7 @@ def make_grid(raw: dict[str, Any], data_root: Path | None = None) -> Grid:
     check_views(tables, arms, tasks)
     if any(arm.arm.get(Prompt).instruction for arm in arms):
         tasks = [with_instructions(task, task_folder(task.name)) for task in tasks]
-        entries = []  # the grid's own, by the names that they have there
+        entries = []  # the grid's entries, which keep their names
         for entry, task in zip(tables.tasks, tasks, strict=True):
             entry = TaskTable(name=entry) if isinstance(entry, str) else entry
             instructions = {"instructions": task.instructions, "instructions_by": task.instructions_by}
@@ -204,14 +204,14 @@ def make_grid(raw: dict[str, Any], data_root: Path | None = None) -> Grid:
 
 
 def _combinations(tables: GridTables) -> tuple[list[Combination], list[str]]:
-    """The design's combinations, and a note about it."""
+    """The design's combinations, and notes about it."""
     design, factors = tables.design, {name: list(levels) for name, levels in tables.factors.items()}
     if design.kind == "arms":
         if factors:
             raise ArmError("[factors] are given, but design.kind is 'arms'. Choose 'full', 'fractional', ...")
         return [], []
     if not factors or any(len(levels) < 2 for levels in factors.values()):
-        raise ArmError(f"design.kind={design.kind!r} needs [factors], each with two levels or more: {factors}.")
+        raise ArmError(f"design.kind={design.kind!r} needs [factors], each with two levels or more (got {factors}).")
     points = {"start": design.start, "end": design.end, "around": design.around}
     centre = "around" if design.around else "start"
     needed = {"add_one_in": ["start", "end"], "one_at_a_time": [centre]}.get(design.kind, [])
@@ -220,7 +220,7 @@ def _combinations(tables: GridTables) -> tuple[list[Combination], list[str]]:
             _check_point(f"design.{what}", point, factors)
     for factor in factors:
         if factor in _COLUMNS or factor.startswith("setting_"):
-            raise ArmError(f"A factor cannot be called {factor!r}, like a column of the results.")
+            raise ArmError(f"A factor cannot be called {factor!r}: the results have a column of that name.")
     if any(INERT in levels for levels in factors.values()):
         raise ArmError(f"{INERT!r} cannot name a level: it stands for a level without effect.")
     size = math.prod(map(len, factors.values()))
@@ -254,9 +254,10 @@ def _combinations(tables: GridTables) -> tuple[list[Combination], list[str]]:
 def _check_point(what: str, point: Combination, factors: dict[str, list[str]]) -> None:
     for factor in [*factors, *point]:
         if factor not in factors:
-            raise ArmError(f"{what}: no factor {factor!r} in {[*factors]}.{nearest(factor, list(factors))}")
+            hint = nearest(factor, list(factors))
+            raise ArmError(f"{what}: {factor!r} is not a factor. The factors are {[*factors]}.{hint}")
         if factor not in point:
-            raise ArmError(f"{what} names no level of {factor!r}: one of {factors[factor]}.")
+            raise ArmError(f"{what} names no level of {factor!r}. Choose one of {factors[factor]}.")
         if point[factor] not in factors[factor]:
             hint = nearest(point[factor], factors[factor])
             raise ArmError(f"{what}.{factor}={point[factor]!r} must be one of {factors[factor]}.{hint}")
@@ -270,21 +271,22 @@ def _arms(tables: GridTables, combinations: list[Combination]) -> list[GridArm]:
         check_name("arm", name)
         if name in arms and arms[name].arm != arm:
             raise ArmError(
-                f"Combination {combination} is called {name!r} like another, but its arm differs: a level that is "
-                "inert there changes the patch of another factor. Give that patch a `when` that does not depend on it."
+                f"Combination {combination} has the same name as another, {name!r}, but its arm differs: a level that "
+                "is inert there changes the patch of another factor. Give that patch a `when` that does not depend on "
+                "it."
             )
         arms.setdefault(name, GridArm(name, levels, arm, _budget(tables, name)))
     for file in tables.arms:
         raw = with_common(read_tables(file), tables)
         name = str(raw["name"])
-        if name.casefold() in map(str.casefold, arms):  # some file systems do not tell the cases apart
+        if name.casefold() in map(str.casefold, arms):  # some file systems ignore case
             raise ArmError(f"Two arms are called {name!r}.")
         arms[name] = GridArm(name, None, arm_of(raw, tables), _budget(tables, name))
     if not arms:
         raise ArmError("The grid has no arms: list them in `arms`, or give [factors] and a [design].")
     for pattern in tables.budgets:
         if not any(fnmatch.fnmatchcase(name, pattern) for name in arms):
-            raise ArmError(f"budgets: {pattern!r} fits no arm of {[*arms]}.{nearest(pattern, [*arms])}")
+            raise ArmError(f"budgets: {pattern!r} matches no arm of {[*arms]}.{nearest(pattern, [*arms])}")
     for name, arm in arms.items():
         try:
             arm.arm.check_trainer(DPOConfig)
@@ -296,7 +298,7 @@ def _arms(tables: GridTables, combinations: list[Combination]) -> list[GridArm]:
 
 
 def _budget(tables: GridTables, name: str) -> BudgetTable:
-    """The budget of an arm: the grid's, changed by the entries of `[budgets]` whose pattern fits."""
+    """The budget of an arm: the grid's, changed by the entries of `[budgets]` whose pattern matches."""
     changed = [change for pattern, change in tables.budgets.items() if fnmatch.fnmatchcase(name, pattern)]
     values = tables.budget.model_dump()
     for change in changed:
@@ -309,10 +311,10 @@ def _budget(tables: GridTables, name: str) -> BudgetTable:
 
 
 def find_tasks(entries: Sequence[str | TaskTable], data_root: Path | None = None) -> list[TaskTable]:
-    """Tasks with their labels, and where they are. Names that are relative paths start in `data_root`.
+    """Tasks with their labels and the paths of their data. Names that are relative paths are resolved in `data_root`.
 
     Raises:
-        ArmError: two tasks of one label, or a label that cannot name a folder.
+        ArmError: two tasks have the same label, or a label cannot name a folder.
     """
     tasks: dict[str, TaskTable] = {}
     for entry in entries:
@@ -330,8 +332,8 @@ def find_tasks(entries: Sequence[str | TaskTable], data_root: Path | None = None
 
 
 def behaviour_of(task: TaskTable) -> Behaviour:
-    """How a task's behaviour is recognised; other columns or swapped answers are another one than the folder's file
-    describes."""
+    """How a task's behaviour is recognised. The file in the task's folder does not apply to other columns or swapped
+    answers, which show another behaviour."""
     return Behaviour() if task.reverse or task.columns else read_behaviour(task.name)
 
 
@@ -340,7 +342,7 @@ def _place(task: TaskTable, examples: int, seed: int) -> Path:
 
 
 def describe(cells: Sequence[Cell]) -> str:
-    """A count with its noun."""
+    """The number of cells in words, with the numbers of arms, tasks, examples and seeds."""
     count = {what: len({getattr(cell, what) for cell in cells}) for what in ("examples", "seed")}
     arms, tasks = len({cell.arm.name for cell in cells}), len({cell.task.label for cell in cells})
     return (

@@ -17,12 +17,12 @@ VERSION = 6  # of the cells; raised when a cell of the same grid would come out 
 def settings(
     tables: GridTables, neutral: str, arm: GridArm, data: str, task: TaskTable, examples: int, seed: int
 ) -> dict[str, Any]:
-    """Everything that decides which settings are chosen. Paths differ between machines: left out."""
+    """Everything that decides which settings are chosen. Paths are left out, because they differ between machines."""
     core = ("model", "adapter", "loss", "trainer")
     parts = {name: table for name, table in arm.arm.model_dump(mode="json").items() if name in core}
     parts["model"].pop("threads")
     if parts["adapter"].get("type", "steering_vector") == "steering_vector":
-        parts["unit"] = "stream"  # of learning rates; cells without it had absolute ones
+        parts["unit"] = "stream"  # the unit of learning rates; cells without it had absolute ones
     parts |= {name: ingredient.key(arm.arm) for name, ingredient in arm.arm.ingredients.items() if ingredient}
     if arm.arm.get(Prompt).instruction:
         parts["instructions"] = task.instructions
@@ -48,7 +48,7 @@ def named_task(task: TaskTable) -> list[Any]:
 
 
 def content(file: str | None) -> str:
-    """Hash of a local file, which may be elsewhere on another machine; the name of anything else."""
+    """Hash of a local file, whose path differs between machines; the name of anything else."""
     if file is None:
         return ""
     path = Path(file)
@@ -58,12 +58,12 @@ def content(file: str | None) -> str:
 
 
 def data_of(name: str) -> str:
-    """Hash of a task's files, or the name of a data set on the Hub."""
+    """Hash of a task's files; "" for a data set on the Hub, which its label names."""
     from steertune.recipes.lab.embedded import task_folder
 
     path = task_folder(name)
     if not path.exists():
-        return ""  # on the Hub; the label names it
+        return ""
     files = sorted(path.rglob("*")) if path.is_dir() else [path]
     digest = hashlib.sha256(b"" if path.is_dir() else b"divided by a hash of the prompt")
     for file in files:

@@ -1,4 +1,4 @@
-"""The strengths at which a trained model has stated KLs to the base, on the neutral rows that are for matching."""
+"""Find the strengths at which a trained model has given KLs to the base, on the neutral rows for matching."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from steertune.trainers import Batch, scaled
 SEARCH_ROWS = 4
 """Number of rows with which the search starts."""
 MeasuredKLs = dict[tuple[float, int], float]
-"""A strength and the number of rows, the first ones for matching -> the KL to the base."""
+"""(strength, number of rows, always the first ones for matching) -> KL to the base."""
 
 
 def strengths_at(
@@ -30,10 +30,10 @@ def strengths_at(
 
     Args:
         model: The model.
-        held_out: The rows.
-        targets: The KLs.
-        largest: No strength is larger.
-        size: Rows of a forward pass.
+        held_out: The rows for matching, and the base model's log-probabilities on them.
+        targets: The KLs to reach.
+        largest: The largest strength to try.
+        size: Rows per forward pass.
         measured: KLs of this model that were measured before; new ones are added.
 
     Returns:

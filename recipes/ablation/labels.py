@@ -19,8 +19,8 @@ _SPEAK_FOR_THEMSELVES = ("form", "learner", "contrast", "method")
 def arm_labels(tables: GridTables, arms: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     """Name of every arm of a `grid.json` -> what a report calls it; no two have the same label.
 
-    A factor is named where it sets arms apart: not if all arms have one level of it, nor where the level is the one
-    that both ends of the design have.
+    A factor is named only where it distinguishes arms: not if all arms have the same level of it, nor where the level
+    is the one at both ends of the design.
     """
     all_levels = [arm["levels"] for arm in arms if arm["levels"]]
     varied = [f for f in tables.factors if len({levels.get(f) for levels in all_levels} - {INERT}) > 1]

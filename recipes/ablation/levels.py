@@ -8,10 +8,10 @@
     zeros = {}
     mean_difference = [{ when = { form = "lora" }, inert = true }, { adapter.init = "mean_difference" }]
 
-In a list, the first entry whose `when` matches counts. `inert` says that the level means nothing there;
-combinations that differ only in inert levels are one arm. A patch goes on top of the base arm as an arm on top of
-the one it extends (`lab/arm_files.py`): one that names another adapter, loss, augmentation or view replaces its
-whole table.
+In a list, the first entry whose `when` matches is used. `inert` says that the level means nothing there;
+combinations that differ only in inert levels are one arm. A patch is merged into the base arm like an arm into the
+one it extends (`lab/arm_files.py`): if it names another adapter, loss, augmentation or view, it replaces the whole
+table.
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ def with_common(raw: dict[str, Any], tables: GridTables) -> dict[str, Any]:
 
 
 def arm_of(raw: dict[str, Any], tables: GridTables) -> Arm:
-    """The arm of these tables. One that says no number of steps has the budget's, which every trial has anyway.
+    """The arm of these tables. Without a number of steps it gets one from the budget, which every trial sets anyway.
 
     Raises:
-        ArmError: as `make_arm`.
+        ArmError: see `make_arm`.
     """
     trainer = raw.get("trainer", {})
     if isinstance(trainer, dict):
@@ -55,7 +55,7 @@ def patched(tables: GridTables, combination: Combination) -> tuple[Combination, 
     """The base arm with a combination's patches, and the combination with `-` for inert levels.
 
     Raises:
-        ArmError: a patch that does not fit.
+        ArmError: a patch does not fit.
     """
     raw = with_common(read_tables(tables.base), tables)
     levels, entries = _levels(tables, combination)
@@ -68,8 +68,8 @@ def patched(tables: GridTables, combination: Combination) -> tuple[Combination, 
 
 
 def arm_name(tables: GridTables, combination: Combination) -> str:
-    """Name of a combination's arm. The arm itself is not made: a report reads the grids of others, whose arms may name
-    files and functions."""
+    """Name of a combination's arm. The arm itself is not made: a report can be about somebody else's grid, whose arms
+    may name files and functions."""
     return named(_levels(tables, combination)[0])
 
 
@@ -92,10 +92,10 @@ def named(levels: Combination) -> str:
 
 
 def _entry(factor: str, level: str, patch: Any, combination: Combination, tables: GridTables) -> dict[str, Any]:
-    """The patch of a level that counts for a combination."""
+    """The patch of a level that applies to a combination."""
     for option in patch if isinstance(patch, list) else [patch]:
         if not isinstance(option, dict):
-            raise ArmError(f"factors.{factor}.{level}={patch!r}: a table, or a list of tables, is expected.")
+            raise ArmError(f"factors.{factor}.{level}={patch!r} must be a table or a list of tables.")
         option = renamed_tables(copy.deepcopy(option))
         when = option.pop("when", {})
         where = f"factors.{factor}.{level}"
@@ -110,10 +110,10 @@ def _entry(factor: str, level: str, patch: Any, combination: Combination, tables
             if not isinstance(values, str | list):
                 raise ArmError(f"{where}: when.{other}={values!r} must be a level or a list of levels.")
             if other not in tables.factors:
-                raise ArmError(f"{where}: when names {other!r}, the factors are {[*tables.factors]}.")
+                raise ArmError(f"{where}: when names {other!r}, but the factors are {[*tables.factors]}.")
             missing = set([values] if isinstance(values, str) else values) - set(tables.factors[other])
             if missing:
                 raise ArmError(f"{where}: {sorted(missing)} are not levels of {other!r}.")
         if all(combination[other] in ([w] if isinstance(w, str) else w) for other, w in when.items()):
             return option
-    raise ArmError(f"factors.{factor}.{level}: no entry matches {combination}. Add a last entry without `when`.")
+    raise ArmError(f"factors.{factor}.{level}: no entry matches {combination}. Add a final entry without `when`.")

@@ -1,7 +1,7 @@
 """What was fixed before the first cell of a folder, and how often the design was changed after cells had run.
 
 Adding seeds after looking at a result gives more chances to find something. So `grid.json` keeps a hash of the
-card and the claim, which may not change once a cell ran, and every design (tasks, numbers of examples, seeds) that
+card and the claim, which may not change once a cell has run, and every design (tasks, numbers of examples, seeds) that
 cells ran for: with k of them, a claim is decided at `alpha / k` (Bonferroni over the looks).
 """
 
@@ -47,29 +47,29 @@ def fixed(grid: Grid, folder: Path) -> dict[str, Any]:
 
 
 def _before(folder: Path) -> dict[str, Any] | None:
-    """The `grid.json` that cells ran for; None if none ran.
+    """The `grid.json` that cells ran for; None if no cell has run.
 
     Raises:
-        ArmError: cells ran, and the file is missing.
+        ArmError: cells have run, but the file is missing.
     """
     file = folder / GRID
     if Store(folder).is_empty:
         return None
     if not file.is_file():
         raise ArmError(
-            f"{folder} holds cells and no {GRID}, which fixed their card before they ran: a claim that is made after "
-            "a look is none. Put the file back, or choose another --folder."
+            f"{folder} holds cells but no {GRID}, the file that fixed their card before they ran. A claim that is "
+            "made after looking at results does not count. Put the file back, or choose another --folder."
         )
     return read_result(file, "Run the grid again: it writes this file again and keeps the cells.")
 
 
 def looks_of(grid: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The designs of a `grid.json` that cells ran for; older versions do not say them."""
+    """The designs of a `grid.json` that cells ran for; older versions do not record them."""
     return list(grid.get("looks") or [])
 
 
 def in_words(grid: Mapping[str, Any], alpha: float) -> str:
-    """A sentence where the design was changed after cells had run; else nothing."""
+    """A sentence if the design was changed after cells had run; else an empty string."""
     looks = looks_of(grid)
     if len(looks) < 2:
         return ""

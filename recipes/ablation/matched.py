@@ -1,4 +1,4 @@
-"""The strengths at which an adapter changes neutral text by stated amounts: arms are compared at the same KL."""
+"""Find the strengths at which an adapter has given KLs to the base, so that arms are compared at the same KL."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ import numpy as np
 from scipy.optimize import brentq
 
 _TOLERANCE = 0.02  # relative tolerance of the strength
-_REACHED = 0.25  # of log KL: more off than the tolerance of the strength explains is a jump over the target
-_CLOSE = 0.03  # of log KL: near enough to stop
-_ENOUGH = 0.1  # of log KL: near enough after the last evaluation
+_REACHED = 0.25  # in log KL: an error too large for the tolerance of the strength is a jump over the target
+_CLOSE = 0.03  # in log KL: near enough to stop
+_ENOUGH = 0.1  # in log KL: near enough after the last evaluation
 _EVALUATIONS = 3  # on all rows, for each target
 _STEP = math.log(2.0)
 _SMALL = math.log(1 / 16)
 _SMALLEST = math.log(1e-6)
 _QUADRATIC = 1.9, 2.1  # slope of log KL on log strength for small vectors
-_NEAR = 0.5  # of log strength: far beyond what few rows are off by, and not another crossing
-_FALL = 0.05  # of log KL: a smaller fall may be rounding
+_NEAR = 0.5  # in log strength: far more than the error of few rows, but not as far as another crossing
+_FALL = 0.05  # in log KL: a smaller fall may be rounding
 
 
 @dataclass(frozen=True)
@@ -29,9 +29,9 @@ class Point:
 
     Attributes:
         target: The KL to reach, in nats per token.
-        strength: Where it is reached; if no strength reaches it, where the KL comes nearest from below.
-        kl: The KL there.
-        reached: Whether that is the target.
+        strength: The strength that reaches it; if none does, the one whose KL comes nearest from below.
+        kl: The KL at that strength.
+        reached: Whether this KL is the target.
     """
 
     target: float
@@ -45,8 +45,8 @@ class Curve:
     counts as too large.
 
     KL is quadratic in a small strength, so the search starts at a small one and walks up, by a factor of two at most
-    unless the last two points lie on a parabola. So it finds the smallest strength with some KL, also where the KL
-    falls again beyond it (it need not grow with the strength).
+    unless the last two points lie on a parabola. So it finds the smallest strength with a given KL, even where the KL
+    falls again beyond it (KL need not grow with the strength).
     """
 
     def __init__(self, kl: Callable[[float], float], largest: float) -> None:
@@ -102,10 +102,10 @@ _TOO_MUCH = 50.0  # log KL of a model whose probabilities are not finite
 
 
 def refined(kl: Callable[[float], float], target: float, guess: float, largest: float) -> Point:
-    """The strength near `guess` at which `kl(strength)` is `target`, of three evaluations at most.
+    """The strength near `guess` at which `kl(strength)` is `target`, found in at most three evaluations.
 
-    A secant in logarithms, for a `kl` that is dearer than the one `guess` was found with. It stops within 3 % of the
-    target; the last point counts as reached within 10 %.
+    The secant method in logarithms, for a `kl` that is more expensive than the one that found `guess`. It stops within
+    3 % of the target; the last point counts as reached within 10 %.
     """
     x, slope, before = math.log(guess), 2.0, None
     points: list[Point] = []
@@ -142,9 +142,9 @@ def frontier(
     largest: float,
     measured: Mapping[float, float] = MappingProxyType({}),
 ) -> tuple[list[Point], bool]:
-    """A point for every target, the smallest first; an arm that stops short keeps its last point. `few` is the KL at a
-    strength on a few rows, which finds a guess, and `every` that on all rows, which decides; `measured` are strengths
-    with their KLs on all rows from before.
+    """A point for every target, the smallest first; an arm that stops short keeps its last point. `few` measures the
+    KL at a strength on a few rows, to find a guess, and `every` on all rows, to decide; `measured` maps strengths to
+    their KLs on all rows, measured before.
 
     Returns:
         The points, and whether the KL was seen to fall while the strength grew.

@@ -1,6 +1,6 @@
-"""Cells of version 3, which kept margins and means in place of observations, as records.
+"""Convert cells of version 3, which stored margins and means in place of observations, to records.
 
-A mean whose examples were not kept becomes an observation of one example, so it counts as before.
+A mean whose examples were not stored becomes an observation of one example, so it counts as before.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _PREFIXES = {BASE: "base_", TUNED: "", MATCHED: "matched_"}
 _LISTS = {"margin": "margins", "score": "behaviours", "answer": "answers"}
 _MEANS = ("accuracy", "margin_gain", "moved_wrong", "behaviour", "repetition", "kl")
 _FROM_LISTS = {"accuracy": "margin", "margin_gain": "margin", "moved_wrong": "margin", "behaviour": "score"}
-"""Means that follow from a list, where it was kept."""
+"""Means that follow from a list, if it was stored."""
 _DROPPED = ("margin", "judgements_failed", "perplexity", "levels")
 
 
@@ -33,12 +33,10 @@ def record_of(cell: Mapping[str, Any], where: str = "This") -> Record:
     """The record of an old cell.
 
     Raises:
-        ArmError: it is of a version that is not read any more, or lacks what every cell has.
+        ArmError: its version is no longer read, or it lacks what every cell has.
     """
     if cell["version"] != VERSION:
-        raise ArmError(
-            f"{where} is of version {cell['version']} of the instrument; {VERSION} and later are read. {AGAIN}"
-        )
+        raise ArmError(f"{where} is of version {cell['version']} of the format; {VERSION} and later are read. {AGAIN}")
     for name in (*KEYS, "status"):
         if name not in cell:
             raise ArmError(f"{where} is not a cell: it has no {name}. {AGAIN}")
@@ -66,10 +64,10 @@ def _observations(cell: Mapping[str, Any], prefix: str) -> dict[str, list[Any]]:
 
 
 def records_of_table(table: pd.DataFrame) -> list[Record]:
-    """The records of an old `cells.parquet`, a row a cell.
+    """The records of an old `cells.parquet`, one row per cell.
 
     Raises:
-        ArmError: it is of a version that is not read any more.
+        ArmError: its version is no longer read.
     """
     records = []
     for row in table.to_dict("records"):

@@ -44,7 +44,7 @@ def plan(
         describe(cells) + f"; {len(cells) - len(left)} are done.",
         *grid.notes,
         "",
-        f"{'arm':<66} {'cells left':>10} {'min a cell':>10} {'minutes':>8}  tuning, batch",
+        f"{'arm':<66} {'cells left':>10} {'min / cell':>10} {'minutes':>8}  tuning, batch",
     ]
     for arm in grid.arms:
         of_arm = [seconds[cell.path] / 60 for cell in left if cell.arm.name == arm.name]
@@ -64,7 +64,7 @@ def plan(
 
 
 def _with_more_rows(cells: Sequence[Cell], context: Context) -> float:
-    """By what factor the cells take longer with twice the test rows."""
+    """The factor by which the cells take longer with twice the test rows."""
     tables, neutral = context.grid.tables, len(context.neutral[0])
     shares = {arm.name: _share(arm.arm, len(find_blocks(context.model))) for arm in context.grid.arms}
     once, twice = (
@@ -75,7 +75,7 @@ def _with_more_rows(cells: Sequence[Cell], context: Context) -> float:
 
 
 def estimate(cells: Sequence[Cell], context: Context, folder: Path) -> dict[Path, float]:
-    """Seconds of every cell: from cells of the same arm and task that ran, else from one timed forward pass a task."""
+    """Seconds of every cell: from cells of the same arm and task that ran, else from a timed forward pass."""
     rows = _row_seconds(context)
     shares = {arm.name: _share(arm.arm, len(find_blocks(context.model))) for arm in context.grid.arms}
     # (arm, task, number of examples) -> cells that ran, whatever their seed
@@ -97,7 +97,7 @@ def estimate(cells: Sequence[Cell], context: Context, folder: Path) -> dict[Path
 
 
 def _forwards(cell: Cell, tables: GridTables, neutral: int, share: float) -> tuple[float, float]:
-    """Forward passes of whole rows that a cell and its tuning take; `share` of a pass is not remembered."""
+    """Forward passes of whole rows that a cell and its tuning take; `share` of a pass is not cached."""
     budget = cell.arm.budget
     untrained = cell.arm.arm.trainer.get("max_steps") == 0
     step = 0 if untrained else 2 * batch_size(cell.arm.arm) * _FORWARDS  # two answers a pair
@@ -118,7 +118,7 @@ def _forwards(cell: Cell, tables: GridTables, neutral: int, share: float) -> tup
 
 
 def _share(arm: Arm, depth: int) -> float:
-    """Share of the blocks from the lowest one that an arm trains: what is below is remembered."""
+    """Share of the blocks from the lowest one that an arm trains; the states below it are cached."""
     config = arm.peft_config()
     if isinstance(config, SteeringVectorConfig):
         return 1 - min(resolve_layers(config.layers, depth)) / depth
@@ -128,7 +128,7 @@ def _share(arm: Arm, depth: int) -> float:
 
 
 def _seconds(record: Record, tunes: bool, like: Cell) -> float:
-    """Seconds of a cell that ran, without its tuning where that need not be done again.
+    """Seconds of a cell that ran, without its tuning if that need not be repeated.
 
     Raises:
         ArmError: the record lacks them.
@@ -146,7 +146,8 @@ def _seconds(record: Record, tunes: bool, like: Cell) -> float:
 
 @torch.no_grad()
 def _row_seconds(context: Context) -> dict[str, float]:
-    """Task -> seconds of a row's forward pass: one task's is timed, after the rehearsal, others follow from tokens."""
+    """Task -> seconds of a forward pass of one row: timed for one task, after the rehearsal, and scaled by the number
+    of tokens for the others."""
     rows = {task.label: context.splits(task).validation for task in context.grid.tasks}
     of_task = {
         name: batches(context.tokenizer, part.select(range(min(2, len(part)))), 2) for name, part in rows.items()

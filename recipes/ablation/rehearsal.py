@@ -25,7 +25,7 @@ from steertune.recipes.lab.rehearsal import rehearse, rehearse_rows, rehearse_vi
 
 
 class Draw(NamedTuple):
-    """Which training rows a cell has."""
+    """Identifies the training rows of a cell."""
 
     task: str
     examples: int
@@ -38,15 +38,15 @@ def rehearse_grid(cells: Sequence[Cell], context: Context) -> list[str]:
     """Try what the cells that are left to run need; return notes about the rows.
 
     Raises:
-        ArmError: something that would fail in a cell; the message names the task or the arm.
+        ArmError: something would fail in a cell; the message names the task or the arm.
     """
     notes: dict[str, None] = {}
     tasks = {cell.task.label: cell.task for cell in cells}
     for number, (label, task) in enumerate(tasks.items()):
         notes |= dict.fromkeys(context.notes(task))
         held_out = context.held_out(task)
-        # all rows of every task are read; one is measured in every way for the first task, and of the others, whose
-        # neutral text and answers are of the same kind, one pair
+        # all rows of every task are read; one row of the first task is measured in every way, but only one pair of the
+        # other tasks, whose neutral text and answers are of the same kind
         of_test = None if number == 0 else measures.served_by("pairs")
         for pairs, names in ((held_out.pairs, of_test), (context.splits(task).validation, [])):
             try:
@@ -54,7 +54,7 @@ def rehearse_grid(cells: Sequence[Cell], context: Context) -> list[str]:
             except ValueError as error:
                 raise ArmError(f"Task {label!r}: {error}") from error
 
-    # the largest training set of every arm and task holds the others
+    # the largest training set of every arm and task contains the smaller ones
     largest = {(cell.arm.name, cell.task.label): cell for cell in sorted(cells, key=lambda cell: cell.examples)}
     constructed: set[str] = set()
     # several arms may share training rows

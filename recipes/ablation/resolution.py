@@ -24,12 +24,12 @@ from steertune.recipes.ablation.tables import Claim, GridTables
 from steertune.recipes.lab import measures
 
 LIKE = {"accuracy": "accuracy", "behaviour": "behaviour"}
-"""Beginning of a measure's name -> the measure whose components stand for it where no cell ran."""
+"""Beginning of a measure's name -> the measure whose components stand in for it before any cell has run."""
 
 
 def resolution(grid: Grid, context: Context, folder: Path, minutes: float, more_rows: float) -> list[str]:
-    """Lines about what the design can detect. `minutes` are those of a cell; `more_rows` is by what factor it takes
-    longer with twice the test rows."""
+    """Lines about what the design can detect. `minutes` is the time of one cell, `more_rows` the factor by which it
+    takes longer with twice the test rows."""
     claim = grid.tables.claim
     assert claim is not None  # a grid without one is refused when it is read
     rows = _rows(grid, context, claim)
@@ -60,7 +60,7 @@ def resolution(grid: Grid, context: Context, folder: Path, minutes: float, more_
 
 
 def _both(variances: Components, design: Design, claim: Claim) -> str:
-    """The smallest difference for other tasks, and for these alone; the one that the claim goes by comes first."""
+    """The smallest difference for other tasks, and for these alone; the one that decides the claim comes first."""
     words = {True: "for other tasks like these", False: "for these tasks alone"}
     seen = {sample: detectable(variances, design, sample, claim.alpha) for sample in (claim.sample, not claim.sample)}
     return ", ".join(f"{_number(value)} {words[sample]}" for sample, value in seen.items())
@@ -71,18 +71,18 @@ def _number(value: float) -> str:
 
 
 def _advice(bought: Mapping[str, float], now: float) -> str:
-    """Tasks and rows first, unless the numbers say otherwise."""
+    """What to add to the design: tasks and rows first, unless the numbers say otherwise."""
     best = min(bought, key=lambda name: bought[name])
     if math.isinf(bought[best]):
         return "None of these is enough to see anything: add several tasks, and two seeds or more."
     if best == "one more seed" and bought[best] < now:
-        return "A seed buys most here; add tasks and rows as well, since seeds alone stop helping soon."
+        return "A seed helps most here; add tasks and rows as well, since seeds alone stop helping soon."
     seed = _number(bought["one more seed"])
-    return f"Add tasks and rows before seeds: most is bought by {best}; one more seed leaves it at {seed}."
+    return f"Add tasks and rows before seeds: {best} helps most; one more seed leaves it at {seed}."
 
 
 def _components(grid: Grid, folder: Path, claim: Claim) -> tuple[Components | None, str]:
-    """Variances of differences from the claim's baseline, and where they are from."""
+    """Variances of differences from the claim's baseline, and where they come from."""
     records = Store(folder).records()
     if records:
         cells = cells_table(records)

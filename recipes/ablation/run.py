@@ -48,7 +48,7 @@ logger = logging.getLogger(__name__)
 
 
 def run_cell(cell: Cell, context: Context, folder: Path) -> Record:
-    """Run a cell and leave its `cell.json`. A diverged training is a result, not an error."""
+    """Run a cell and write its `cell.json`. A diverged training is a result, not an error."""
     started = time.monotonic()
     home = folder / cell.path
     home.mkdir(parents=True, exist_ok=True)
@@ -100,7 +100,7 @@ def _train_and_measure(
         trained = context.winner.take(place) or train(cell, context, setting, cell.seed, home)
     task, examples, seed = cell.tuned_at
     if place == _place(replace(cell, task=task, examples=examples), setting, seed):
-        # what the tuning measured of it, even if an interruption came between
+        # the KLs that the tuning measured for this model, even if the run was interrupted in between
         trained.kls |= {(strength, rows): kl for strength, rows, kl in tuning["kls"]}
     record.facts |= trained.cost
     held_out = context.held_out(cell.task)
@@ -145,8 +145,8 @@ def tuned(cell: Cell, context: Context, folder: Path) -> dict[str, Any]:
 def _landings(
     cell: Cell, context: Context, seed: int, home: Path, trials: Sequence[dict[str, Any]]
 ) -> list[dict[str, Any]]:
-    """Trials of the best settings with a learning rate at which training ends near the strength that is used: what a
-    vector has learned grows about in proportion to the rate."""
+    """Repeat the best trial with a learning rate at which training ends near the strength that is used: the length of
+    a trained vector grows roughly in proportion to the rate."""
     added: list[dict[str, Any]] = []
     table = context.grid.tables.matched
     for _ in range(cell.arm.budget.landed):
@@ -163,20 +163,20 @@ def _landings(
 def _read_tuning(file: Path, key: str) -> dict[str, Any] | None:
     """A finished tuning; None if it belongs to other settings, or is damaged."""
     try:
-        tuning = read_result(file, "It is done again.")
+        tuning = read_result(file, "It is repeated.")
         if tuning["key"] != key:
             return None
         if tuning["best"] is not None:
             Setting(**tuning["best"])
-        tuning.setdefault("kls", [])  # those of an older version
+        tuning.setdefault("kls", [])  # older versions did not store them
         return {name: tuning[name] for name in ("key", "trials", "best", "kls", "seconds")}
     except (ArmError, KeyError, TypeError) as error:
-        logger.warning("%s is not a usable tuning (%r): it is done again.", file, error)
+        logger.warning("%s is not a usable tuning (%r): it is repeated.", file, error)
         return None
 
 
 def _trials(cell: Cell, context: Context, seed: int, home: Path) -> list[dict[str, Any]]:
-    """Every trial at every strength, with its score on the validation rows; the last rung of a successive halving."""
+    """Every trial at every strength, with its score on the validation rows; with halving, those of the last rung."""
     budget, folder = cell.arm.budget, home / f"{cell.arm.name}.trial"
     if cell.arm.arm.get(Prompt):  # nothing to train, so the trials are instructions
         tried = [Setting(prompt=i) for i in range(len(instructions(cell)))]
@@ -228,12 +228,12 @@ def _train_trials(
 
 
 def _pays_together(cell: Cell, context: Context) -> bool:
-    """Whether trials train side by side: steering vectors do on a GPU. A CPU gains nothing from larger products
+    """Whether trials train side by side: steering vectors do on a GPU. A CPU gains nothing from larger matrix products
     (`docs/results/benchmark/table.md`)."""
     arm = cell.arm.arm
     loss = arm.loss_object()
     if loss is None or loss.needs.views or loss.needs.states or arm.trainer.get("gradient_checkpointing"):
-        return False  # each needs passes of its own
+        return False  # each of these needs separate passes
     return isinstance(arm.peft_config(), SteeringVectorConfig) and context.model.device.type != "cpu"
 
 
@@ -246,8 +246,8 @@ def _score_trial(
     seed: int,
     whole: bool = True,
 ) -> list[dict[str, Any]]:
-    """A trial's scores on the validation rows, one entry for each strength; `trained` None: it diverged. `whole`: it
-    was trained for all of its steps, so that its model may be the cell's."""
+    """A trial's scores on the validation rows, one entry for each strength. `trained` is None if it diverged; `whole`
+    says that it was trained for all of its steps, so that its model can become the cell's."""
     trial = {"rate": setting.rate, "steps": setting.steps, "layer": setting.layer, "prompt": setting.prompt}
     if trained is None:
         nothing = {"strength": None, "matched": False, "landed": 0.0, "accuracy": None, "score": None, "error": None}
@@ -269,7 +269,7 @@ def _score_trial(
     for strength in strengths:
         seen = Seen(observed[repr(strength)])
         accuracy, margins = float(seen["accuracy"].mean()), seen["margin_per_token"]
-        # a smooth score: of a few dozen rows, accuracies are tied or lead by one row
+        # a smooth score: on a few dozen rows, accuracies are tied or differ by one row
         score = float(margins.mean()) if np.isfinite(margins).all() else None
         scores = {"accuracy": accuracy, "score": score, "error": float(sem(margins)) if len(margins) > 1 else None}
         entries.append({**trial, "strength": strength, "matched": matched, "landed": landed, **scores})
@@ -282,8 +282,8 @@ def _score_trial(
 
 
 def make_cell_trainer(cell: Cell, context: Context, setting: Setting, seed: int, home: Path) -> tuple[Any, Training]:
-    """The trainer of a cell's arm, on a fresh model (a copy, or for steering vectors the base's own weights), and what
-    its ingredients made of the training."""
+    """The trainer of a cell's arm, on a fresh model (a copy, or for steering vectors the base's own weights), and the
+    training after its ingredients have changed it."""
     arm = cell.arm.arm
     vector = isinstance(arm.peft_config(), SteeringVectorConfig)
     model = share_weights(context.model) if vector else copy.deepcopy(context.model)
@@ -328,7 +328,7 @@ def _cost(trainer: Any, training: Training, seconds: float) -> dict[str, Any]:
 
 def measure(cell: Cell, context: Context, trained: Trained, strength: float, show: Show, record: Record) -> None:
     """Measure the trained model on the test rows, which are read only here, at the strength that the tuning chose and
-    at those of the frontier; the record gets the observations.
+    at those of the frontier. The observations are added to the record.
 
     Raises:
         NonFiniteError: log-probabilities of the trained model are not finite.

@@ -1,7 +1,7 @@
 """Where the cells of a grid are kept: one table, `cells.parquet`, and loose files of cells that ran since.
 
     FOLDER/grid.json       the grid, and the key of every cell
-    FOLDER/cells.parquet   the rows of all cells, written by `pack`: what is committed of a study
+    FOLDER/cells.parquet   the rows of all cells, written by `pack`: the part of a study that is committed
     FOLDER/cells/...       a `cell.json` for every cell that ran in this folder, or a `failed.json`
     FOLDER/tuning/...      the settings that were chosen, with all trials
 
@@ -43,7 +43,7 @@ class Store:
         return {name_of(record): record for record in read_table(file)} if file.is_file() else {}
 
     def file(self, cell: Cell) -> Path:
-        """Where a cell is kept once it has run."""
+        """The file of a cell that has run."""
         return self.folder / cell.path / "cell.json"
 
     def get(self, cell: Cell) -> Record | None:
@@ -86,7 +86,7 @@ class Store:
             part.replace(self.folder / TABLE)
 
     def loose(self) -> list[Record]:
-        """The cells that are files.
+        """The cells that are stored as loose files.
 
         Raises:
             ArmError: a file is damaged or not a cell.
@@ -95,7 +95,7 @@ class Store:
 
     @property
     def is_empty(self) -> bool:
-        """Whether no cell ran. The cells are not read."""
+        """Whether no cell has run. The cells are not read."""
         return not (self.folder / TABLE).is_file() and not any((self.folder / "cells").rglob("cell.json"))
 
     def records(self) -> list[Record]:
@@ -104,10 +104,10 @@ class Store:
 
 
 class Reusable:
-    """Cells and tunings of other grids: what two grids share is paid for once.
+    """Cells and tunings of other grids, so that what two grids share is computed only once.
 
     Raises:
-        ArmError: one holds no cells, or a damaged file.
+        ArmError: a folder holds no cells, or a damaged file.
     """
 
     def __init__(self, folders: Sequence[Path]) -> None:
@@ -124,12 +124,12 @@ class Reusable:
             self._tunings |= {str(tuning.get("key")): tuning for tuning in (read_result(f, AGAIN) for f in files)}
 
     def of(self, cells: Sequence[Cell]) -> list[Cell]:
-        """Those cells that need not run."""
+        """The cells that need not run."""
         return [cell for cell in cells if cell.key in self._cells]
 
     def take(self, cells: Sequence[Cell], folder: Path) -> None:
-        """Write the cells and tunings that a grid shares with these folders into its own, where they are missing and
-        no other runner is at work on them. A cell may have another name in another grid."""
+        """Write the cells and tunings that a grid shares with these folders into its own folder, unless they exist or
+        another runner is working on them. A cell can have a different name in another grid."""
         store = Store(folder)
         for cell in cells:
             if cell.key in self._cells and not store.has(cell):
@@ -178,12 +178,12 @@ def tuning_of(record: Record) -> dict[str, Any] | None:
 
 
 def name_of(record: Record) -> tuple[Any, ...]:
-    """What a cell is called: arm, task, number of examples, seed."""
+    """The name of a cell: arm, task, number of examples, seed."""
     return tuple(record.keys[name] for name in KEYS)
 
 
 def _write(file: Path, write: Any) -> None:
-    """Write a file under the lock that whoever makes it holds; leave it if a process does."""
+    """Write a file while holding its lock; skip it if another process holds the lock."""
     file.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(file.with_suffix(".lock"), timeout=0, blocking=False)
     try:

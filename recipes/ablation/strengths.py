@@ -1,4 +1,4 @@
-"""Which strengths an arm was brought to, and whether that is where its training left it.
+"""The strengths at which an arm is used, and whether they are close to the strength at which it was trained.
 
 A trained arm that has to be scaled far to reach a KL is not what was trained: it is *extrapolated*, and wins no claim.
 Closed forms have no strength of their own and are exempt. An arm that does not reach a KL stops *short*.
@@ -14,12 +14,12 @@ from steertune.recipes.lab.limits import Limits
 from steertune.recipes.lab.rows import TUNED
 
 TRAINED = 0.5, 2.0
-"""Strengths at which a trained arm counts as itself."""
+"""The strengths at which an arm still counts as what was trained."""
 IS_EXTRAPOLATED = f"is extrapolated (trained, and used at strengths outside {TRAINED[0]:g} to {TRAINED[1]:g})"
 SHORT, EXTRAPOLATED = "†", "‡"
 _SOME = 0.1  # share of the cells
 Test = Callable[[Mapping[str, Any]], bool]
-"""Of a point of a frontier, as it is in a cell."""
+"""A test of one point of a frontier, as a cell stores it."""
 
 
 def extrapolated(cells: Frame, targets: Sequence[float]) -> bool:
@@ -37,10 +37,10 @@ def short(cells: Frame, targets: Sequence[float]) -> bool:
 
 
 def unfit(cells: Frame, arm: str, strength: str, targets: Sequence[float]) -> str:
-    """Why an arm wins no claim at a strength, in words; "" if it may. `targets` are the KLs that belong to the
+    """Why an arm wins no claim at a strength, in words; "" if it can win one. `targets` are the KLs that belong to the
     strength."""
     of_arm = cells[cells["arm"] == arm]
-    if "frontier" not in of_arm:  # of an older version, whose cards did not know these rules
+    if "frontier" not in of_arm:  # from an older version, which did not have these rules
         return ""
     if extrapolated(of_arm, targets) or (strength == TUNED and _tuned_outside(of_arm)):
         return f"{arm} {IS_EXTRAPOLATED}"
@@ -65,7 +65,7 @@ def _tuned_outside(cells: Frame) -> bool:
 
 
 def marks(cells: Frame, targets: Sequence[float]) -> str:
-    """What limits an arm at these KLs: "", `SHORT`, `EXTRAPOLATED`, or both."""
+    """The marks of an arm at these KLs: "", `SHORT`, `EXTRAPOLATED`, or both."""
     return f"{SHORT if short(cells, targets) else ''}{EXTRAPOLATED if extrapolated(cells, targets) else ''}"
 
 

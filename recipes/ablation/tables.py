@@ -39,24 +39,25 @@ class Claim(BaseModel, extra="forbid", strict=True):
     better: str
     than: str
     measure: str = "accuracy"
-    """A file of `recipes/lab/measures/`."""
+    """The name of a file in `recipes/lab/measures/`."""
     strength: Literal["tuned", "matched", "frontier"] = "matched"
-    """Where it is compared: at the strength that the tuning chose, at the grid's KL to the base, or as the mean over
-    the KLs of the frontier."""
+    """Where arms are compared: at the strength that the tuning chose, at the grid's KL to the base, or by the mean
+    over the KLs of the frontier."""
     tasks: Literal["sample", "fixed"] = "sample"
-    """Whether the grid's tasks stand for others like them, so that they are what varies, or for themselves alone."""
+    """Whether the grid's tasks stand for others like them, so that intervals are over tasks, or only for
+    themselves."""
     alpha: float = Field(default=0.05, gt=0, lt=1)
     margin: float = Field(default=0.0, ge=0, allow_inf_nan=False)
     """How far ahead `better` is claimed to be: clearly more counts for the claim, clearly less against it."""
     recovers: float | None = Field(default=None, gt=0, le=1)
     """What share of `than`'s gain over the base model `better` is claimed to reach, in place of being better."""
     factor: str | None = None
-    """The factor that is claimed to have the largest share of the gap; another with a larger one counts against."""
+    """The factor that is claimed to have the largest share of the gap; a larger share of another counts against it."""
 
     @model_validator(mode="before")
     @classmethod
     def _read_measure(cls, table: Any) -> Any:
-        """`matched_accuracy` is how `measure = "accuracy"`, `strength = "matched"` was written before."""
+        """Read `matched_accuracy`, the old way to write `measure = "accuracy"`, `strength = "matched"`."""
         if not isinstance(table, dict) or not isinstance(table.get("measure"), str):
             return table
         name = table["measure"]
@@ -73,17 +74,17 @@ class Claim(BaseModel, extra="forbid", strict=True):
 
     @property
     def sample(self) -> bool:
-        """Whether tasks are taken as a sample."""
+        """Whether tasks are treated as a sample."""
         return self.tasks == "sample"
 
     @property
     def column(self) -> str:
-        """The column of the cells that it is about."""
+        """The column of the cells that the claim is about."""
         return f"{self.measure}@{self.strength}"
 
     @property
     def label(self) -> str:
-        """What it is about, in words."""
+        """The measure and strength of the claim, in words."""
         return measure_label(self.measure, self.strength)
 
 
@@ -103,7 +104,7 @@ class DesignTable(BaseModel, extra="forbid", strict=True):
     kind: Literal["full", "fractional", "one_at_a_time", "add_one_in", "arms"]
     reduction: int = 2
     start: Combination = {}
-    """Level of every factor where add-one-in starts, and what Shapley shares count from."""
+    """Level of every factor where add-one-in and Shapley shares start."""
     end: Combination = {}
     around: Combination = {}
     """Where one-at-a-time starts, if not at `start`."""
@@ -112,30 +113,31 @@ class DesignTable(BaseModel, extra="forbid", strict=True):
 
 
 class TaskTable(BaseModel, extra="forbid", strict=True):
-    """One entry of `tasks`: a name, or a table with what measures the behaviour."""
+    """One entry of `tasks`: a name, or a table that also says how its rows are read and how its behaviour is
+    measured."""
 
     name: str
     label: str = ""
     reverse: bool = False
     columns: dict[Part, str] = {}
-    """Pairs made of other columns: the name of a column, or a text with `{column}` for a row's text (the first, of a
-    list). Left out: columns are recognised."""
+    """The columns that pairs are made of: a column's name, or a text with `{column}` in place of a row's text (the
+    first one of a list). If left out, columns are recognised."""
     format: Literal["auto", "conversation", "text"] = "auto"
     """What texts become, as in `[data]` of an arm."""
     draw: int = Field(default=0, ge=0)
-    """Which of several draws of training sets: tasks made of the same rows need one each, or they train on the same
-    examples and add no evidence."""
+    """Which of several draws of training sets is used. Tasks made of the same rows need different draws, or they train
+    on the same examples and add no evidence."""
     scorer: dict[str, Any] = {}
-    """What scores generated answers. None: as `behaviour.toml` in the task's folder says, or a classifier."""
+    """What scores generated answers. If empty, what `behaviour.toml` in the task's folder says, or a classifier."""
     instructions: list[str] = []
-    """What prompting arms tell the model to do; several are several trials of their tuning. None: from the file
+    """What prompting arms tell the model to do; each is one trial of their tuning. If empty, those in the file
     `instructions.toml` in the task's folder."""
     instructions_by: str = ""
-    """Who wrote them, and with which budget: an instruction is as good as the effort behind it."""
+    """Who wrote the instructions, and with which budget (how many were tried, on which rows)."""
 
     @property
     def called(self) -> str:
-        """Its label, or what its name makes."""
+        """Its label, or one made from its name."""
         return self.label or Path(self.name).name + ("_reversed" if self.reverse else "")
 
 
@@ -146,8 +148,8 @@ def with_instructions(task: TaskTable, folder: Path) -> TaskTable:
         ArmError: the file has other keys, or the task's own instructions have no author.
     """
     file = folder / "instructions.toml"
-    own = task.instructions or task.instructions_by
-    if not own and not task.reverse and not task.columns and file.is_file():
+    given = task.instructions or task.instructions_by
+    if not given and not task.reverse and not task.columns and file.is_file():
         tables = read_toml(file)
         check_keys(str(file), tables, ["by", "instructions"])
         instructions = {"instructions": tables.get("instructions", []), "instructions_by": tables.get("by", "")}
@@ -170,20 +172,22 @@ class MatchedTable(BaseModel, extra="forbid", strict=True):
     kl: float = Field(default=0.1, gt=0, allow_inf_nan=False)
     frontier: list[float] = [0.03, 0.1, 0.3]
     answers: list[float] = []
-    """The KLs at which answers are generated, the dearest part of a cell; none: all of them."""
+    """The KLs at which answers are generated, the most expensive part of a cell. If empty, all of them."""
     largest_strength: float = Field(default=64.0, gt=0, allow_inf_nan=False)
 
     @field_validator("frontier")
     @classmethod
     def _rising(cls, frontier: list[float]) -> list[float]:
         if not all(math.isfinite(kl) and kl > 0 for kl in frontier) or sorted(set(frontier)) != frontier:
-            raise ValueError(f"{frontier}: KLs above 0 in rising order, each once; [] measures arms at `kl` alone")
+            raise ValueError(
+                f"must list KLs above 0 in rising order, each once (got {frontier}); [] measures arms at `kl` alone"
+            )
         return frontier
 
     @model_validator(mode="after")
     def _answers_where_measured(self) -> Self:
         if self.answers and not {self.kl} <= {*self.answers} <= {*self.targets}:
-            raise ValueError(f"answers={self.answers}: some of the KLs {self.targets}, and kl={self.kl:g} among them")
+            raise ValueError(f"answers={self.answers} must be some of the KLs {self.targets}, including {self.kl:g}")
         return self
 
     @property
@@ -193,7 +197,7 @@ class MatchedTable(BaseModel, extra="forbid", strict=True):
 
     @property
     def key(self) -> dict[str, Any]:
-        """Its part of a cell's key."""
+        """The part of a cell's key that comes from this table."""
         return self.model_dump(mode="json", exclude=None if self.answers else {"answers"})
 
     def targets_of(self, strength: str) -> list[float]:
@@ -212,7 +216,7 @@ class GridArm:
 
 
 class GridTables(BaseModel, extra="forbid", strict=True):
-    """The file."""
+    """The tables of a grid's file."""
 
     name: str
     base: str = "vector_dpo"
@@ -221,7 +225,7 @@ class GridTables(BaseModel, extra="forbid", strict=True):
     examples: list[int] = Field(min_length=1)
     seeds: list[int] = Field(min_length=1)
     neutral: str | None = None
-    """A file of neutral prompts and completions; none: the embedded one."""
+    """A file of neutral prompts and completions. If None, the embedded one."""
     model: dict[str, Any] = {}
     trainer: dict[str, Any] = {}
     """Training arguments of all arms that are trained."""
@@ -230,7 +234,7 @@ class GridTables(BaseModel, extra="forbid", strict=True):
     generations: int = Field(default=16, ge=0)
     new_tokens: int = Field(default=32, ge=1)
     questions: int = Field(default=100, ge=0, le=100)
-    """How many sentences with a fixed end are to be ended, to see what a model still knows."""
+    """How many sentences with a fixed ending a model has to complete, to measure what it still knows."""
     card: Card | None = None
     claim: Claim | None = None
     design: DesignTable = DesignTable(kind="arms")
@@ -243,7 +247,8 @@ class GridTables(BaseModel, extra="forbid", strict=True):
     @field_validator("factors")
     @classmethod
     def _plain_names(cls, factors: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-        """Names of factors and levels become folders, and occur in the formulas of the statistics, which are run."""
+        """Names of factors and levels become folders, and are part of the statistics' formulas, which are
+        evaluated."""
         for name in (name for factor, levels in factors.items() for name in (factor, *levels)):
             if not re.fullmatch(r"\w[\w.+-]*|-", name, re.ASCII):
                 raise ValueError(f"{name!r} cannot name a factor or level: use letters (a-z), digits, '_', '-', '.'")
@@ -260,7 +265,7 @@ def read_tables(grid: dict[str, Any]) -> GridTables:
         content = dict(grid["tables"])
         if "strength" not in content["claim"]:  # version 3 meant the tuned strength where it did not say "matched"
             content["claim"] = {"strength": "tuned", **content["claim"]}
-        if "frontier" not in content["matched"]:  # version 4 measured arms at one KL, of its own tasks
+        if "frontier" not in content["matched"]:  # version 4: one KL, and claims about its own tasks
             content["matched"] = {**content["matched"], "frontier": []}
             content["claim"] = {"tasks": "fixed", **content["claim"]}
         tables = GridTables(**content)

@@ -46,7 +46,7 @@ KEEPS = 0.8
 BOTH = "both"
 _ROWS = 40
 _NAMES = [*measures.served_by("pairs", "neutral"), "neutral_repetition"]
-_ANSWERS, _NEW_TOKENS = 8, 24  # to neutral prompts, for the repetition
+_ANSWERS, _NEW_TOKENS = 8, 24  # answers to neutral prompts, to measure repetition
 
 
 def measure(

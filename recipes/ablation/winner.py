@@ -1,4 +1,4 @@
-"""The model of a tuning's best trial, kept so that its cell neither trains it again nor looks for its strength."""
+"""The model of a tuning's best trial, kept so that its cell need not train it or find its strength again."""
 
 from __future__ import annotations
 
@@ -47,15 +47,15 @@ class Winner:
 
     @property
     def kls(self) -> list[tuple[float, int, float]]:
-        """Strength, number of rows and KL, as far as they were measured."""
+        """Every measured KL of the model: strength, number of rows, KL."""
         return [] if self._trained is None else [(*at, kl) for at, kl in self._trained.kls.items()]
 
     def take(self, place: Hashable) -> Trained | None:
-        """The model that was trained so, which is not kept any longer; None if it is not the one kept."""
+        """Return the kept model if it was trained at this place, else None. Either way it is no longer kept."""
         trained = self._trained if place == self._place else None
         self.clear()
         return trained
 
     def clear(self) -> None:
-        """Keep nothing: a model may be large."""
+        """Drop the model, which may be large."""
         self._place, self._trials, self._trained = None, [], None

@@ -217,7 +217,7 @@ def growth_of(options: Options, rows: Rows) -> dict[str, float]:
 
 
 def _memory_apart(options: Options, name: str, rows: Rows) -> float:
-    """Peak memory of a way in GB, measured in a process of its own."""
+    """Peak memory of a way in GB, measured in a separate process."""
     words = ["--json", "--memory-of", name, *rows.words, "--model", options.model]
     words += ["--threads", str(options.threads)] if options.threads else []
     command = [sys.executable, "-m", "steertune.recipes.studies.benchmark", *words]
@@ -285,13 +285,13 @@ def page(options: Options, sizes: list[dict[str, Any]]) -> str:
 
 
 def _rows_of_command(sizes: list[dict[str, Any]]) -> str:
-    """The options that ask for all these rows; of a file its name alone."""
-    asked: dict[str, list[str]] = {}
+    """The options that select all these rows; a file is given by its name alone."""
+    values_of: dict[str, list[str]] = {}
     for at in sizes:
         for option, value in zip(at["words"][::2], at["words"][1::2], strict=True):
-            values = asked.setdefault(option, [])
+            values = values_of.setdefault(option, [])
             values += [] if value in values else [Path(value).name if option == "--pairs" else value]
-    return " ".join(word for option, values in asked.items() for word in (option, *values))
+    return " ".join(word for option, values in values_of.items() for word in (option, *values))
 
 
 def _shares(parts: dict[str, dict[str, float]]) -> list[str]:

@@ -3,8 +3,8 @@
     python -m steertune.recipes.studies.benchmark_grid quick --folder runs/benchmark_grid
 
 Both ways run the same trials, steps and evaluations. "Stock" uses TRL's own DPO loss where the arm compares pairs, and
-keeps nothing between forward passes or between cells. Each arm's first cell is timed both ways, and its tuning apart
-from the rest, because later cells do not repeat the tuning. The cost of the whole grid is extrapolated from these
+keeps nothing between forward passes or between cells. Each arm's first cell is timed both ways, and its tuning
+separately, because later cells do not repeat the tuning. The cost of the whole grid is extrapolated from these
 cells. The base model's own scores are needed once either way and are not counted.
 
 Three choices favour stock: its evaluations do not run the head on every token, neither does its training of arms that
@@ -49,7 +49,7 @@ class StockContext(Context):
         self.prefix: Any = False
 
     def held_out(self, task: TaskTable) -> HeldOut:
-        """Like the parent's, without the cached prefix."""
+        """Like the parent's, but without the cached prefix."""
         return dataclasses.replace(super().held_out(task), prefix=None)
 
 

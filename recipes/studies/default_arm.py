@@ -1,4 +1,4 @@
-"""Which arm should `steertune train` run by default? Answers that show the behaviour and stay fluent decide.
+"""Which arm should `steertune train` run by default? The one whose answers show the behaviour and stay fluent.
 
     python -m steertune.recipes.studies.default_arm --folder docs/results/default_arm
 
@@ -140,7 +140,7 @@ def measure_cell(lab: Lab, name: str, behaviour: str, split: str, strengths: Seq
 def seen_of(
     lab: Lab, model: Any, behaviour: str, rows: Dataset, strengths: Mapping[str, float]
 ) -> list[dict[str, Any]]:
-    """What a model says at every strength, and what the base model thinks of that."""
+    """A model's answers at every strength, and how likely the base model finds them after the instruction."""
     held_out = HeldOut(
         lab.model,
         lab.tokenizer,
@@ -174,7 +174,7 @@ def seen_of(
 
 @torch.no_grad()
 def _nats(lab: Lab, instruction: str, prompts: Sequence[Any], answers: Sequence[str]) -> float:
-    """Nats per token that the base model needs for answers behind an instruction, averaged over the answers."""
+    """Nats per token that the base model needs for answers after an instruction, averaged over the answers."""
     rows = [
         {
             "prompt": [{"role": "user", "content": f"{instruction}\n\n{plain(prompt)}"}],
@@ -245,7 +245,7 @@ def main(
 ) -> Result:
     """Measure the cells that are missing, and write the page."""
     begin(threads, only_one=True)
-    lab = cache(partial(Lab, dtype))  # made where a cell is missing
+    lab = cache(partial(Lab, dtype))  # made only if a cell is missing
 
     def job(name: str, behaviour: str) -> Job:
         def run(missing: Sequence[Key]) -> list[dict[str, Any]]:

@@ -4,12 +4,12 @@
     bash recipes/studies/gpu.sh --tiny --folder runs/without       # the same on a CPU, with tiny sizes
 
 The checks compare the device with the CPU: steering in 32 and 16 bits, training, the cached prefix in pinned memory,
-waits of the host in a step, arms side by side, a 4-bit base, sharded weights, cached generation, the server's engine
-and, at the end, `torch.compile`. Before that, the steps of our trainers and of TRL with a LoRA are timed on a model
-with the sizes of Llama 3.2 1B and random weights. Nothing is downloaded: model, tokenizer and rows are made up.
+how often the host waits in a step, arms side by side, a 4-bit base, sharded weights, cached generation, the server's
+engine and, at the end, `torch.compile`. Before that, the steps of our trainers and of TRL with a LoRA are timed on a
+model with the sizes of Llama 3.2 1B and random weights. Nothing is downloaded: model, tokenizer and rows are made up.
 
-A check that fails does not stop the others, and after `--seconds` the table is written with what there is by then.
-Every result is written as soon as it is there: `table.md` and `table.json`.
+A check that fails does not stop the others, and after `--seconds` the table is written with the results so far.
+Every result is written to `table.md` and `table.json` as soon as it is available.
 """
 
 from __future__ import annotations
@@ -37,19 +37,19 @@ _PACKAGES = ("torch", "transformers", "peft", "trl", "accelerate")
 _GOALS = {"SFT": 3, "pairs": 5}
 """How many times faster than TRL + LoRA."""
 _SHARE, _MEMORY = 0.4, 0.5
-"""Of the measured matrix rate, and of TRL's memory."""
+"""Share of the measured matrix rate, and of TRL's memory."""
 
 
 @command
 def main(
     folder: Annotated[Path, Option(help="where the results are written")] = Path("runs/gpu"),
-    seconds: Annotated[int, Count("time for all of it")] = 540,
+    seconds: Annotated[int, Count("time limit for everything")] = 540,
     tiny: Annotated[bool, Option("--tiny", help="tiny sizes; runs on a CPU where there is no GPU")] = False,
     threads: Threads = None,
 ) -> Result:
     """Run the checks, time the steps, and write the table; the exit code is 1 when a check failed."""
     if not tiny and not torch.cuda.is_available():
-        raise ArmError("torch sees no GPU, and the model has a billion weights. On a CPU: --tiny.")
+        raise ArmError("torch sees no GPU, and the model has a billion weights. Use --tiny to run on a CPU.")
     begin(threads, only_one=True)
     folder.mkdir(parents=True, exist_ok=True)
     report = Report(folder, tiny)
@@ -69,7 +69,7 @@ def main(
 
 
 class Report:
-    """What came out so far.
+    """The results so far.
 
     Args:
         folder: Where it is written.
@@ -90,7 +90,7 @@ class Report:
         return [name for name, check in self.checks.items() if check["outcome"] == "failed"]
 
     def run(self, name: str, function: Any) -> None:
-        """Run one part, and note how it ended; only the process being killed ends the script."""
+        """Run one part and record how it ended; an error does not end the script."""
         self._running, started = name, time.monotonic()
         try:
             outcome, said = "passed", function() or ""
@@ -105,20 +105,20 @@ class Report:
         self.write()
 
     def rate(self, tflops: float) -> str:
-        """Note the matrix rate."""
+        """Record the matrix rate."""
         self.tflops = tflops
         return f"{tflops:.3g} TFLOP/s"
 
     def steps(self, timings: Any) -> str:
-        """Note timings as they come."""
+        """Record timings as they come in."""
         for timing in timings:
             self.timings.append(timing)
             self.write()
         return f"{len(self.timings)} ways"
 
     def give_up(self, seconds: int) -> None:
-        """The time is over: write what there is, and end the process."""
-        self.unfinished = f"The time of {seconds} s was over during: {self._running}."
+        """The time is up: write the results so far, and end the process."""
+        self.unfinished = f"The time limit of {seconds} s was reached during: {self._running}."
         self.write()
         print(self.unfinished, file=sys.stderr, flush=True)
         os._exit(1)

@@ -5,7 +5,7 @@
 #     bash recipes/studies/gpu.sh --fetch                # where there is a network: wheels of what the machine lacks
 #     bash recipes/studies/gpu.sh --folder runs/gpu      # on the machine with the GPU, in this folder
 #
-# The machine has torch 2.11, transformers 5.17, accelerate and PyTorch's other companions. The wheels of the rest lie
+# The machine has torch 2.11, transformers 5.17, accelerate and PyTorch's other companions. The wheels of the rest are
 # in .whl/ and are unpacked into a temporary folder; nothing that is installed is replaced.
 set -euo pipefail
 cd "$(dirname "$0")/../.."

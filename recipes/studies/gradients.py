@@ -6,10 +6,10 @@ Before any training, the gradient of the arm's loss is computed on every batch o
 
 - `none`: the chosen answers only;
 - `unpaired`, `shuffled`: rejected answers of other prompts, in the batch or in the data;
-- `in the prompt`: both answers of other pairs in the prompt (the divergence from the base behind a contrast prompt);
+- `in the prompt`: both answers of other pairs in the prompt (the divergence from the base with a contrast prompt);
 - `difference`: cross-entropy of the chosen answers minus that of the rejected ones;
 - `pairs`: the rejected answers as they are;
-- `unmatched`: the chosen answers of one batch and the rejected answers of the next, each behind its own prompt. Its
+- `unmatched`: the chosen answers of one batch and the rejected answers of the next, each after its own prompt. Its
   mean equals that of `pairs`, so the difference in noise is what matching the prompts is worth.
 
 With batch gradients `g` and their mean `ḡ`,
@@ -117,15 +117,17 @@ def measure(study: Study) -> list[dict[str, Any]]:
             held-out pairs, or an arm with an ingredient that makes examples or changes gradients.
     """
     if study.batch < 2 or study.pairs < 2 * study.batch:
-        raise ArmError(f"--pairs {study.pairs} --batch {study.batch}: two batches or more, of two pairs or more.")
+        raise ArmError(
+            f"--pairs {study.pairs} --batch {study.batch}: two batches or more are needed, of two pairs or more."
+        )
     if study.held_out < study.batch:
-        raise ArmError(f"--held-out {study.held_out}: one batch of {study.batch} or more.")
+        raise ArmError(f"--held-out {study.held_out}: at least one batch of {study.batch} pairs is needed.")
     arms = {name: _arm(study, changes) for name, changes in CONTRASTS.items()}
     chat = partial(model_has_template, arms["pairs"].model)
     data = {name: load_data(arm.data, chat) for name, arm in arms.items()}
     plain = data["pairs"]
     for option, rows, size in (("pairs", plain.train, study.pairs), ("held-out", plain.test, study.held_out)):
-        if len(rows) < size:  # of one file
+        if len(rows) < size:  # the rows of a single file were divided
             raise ArmError(f"--{option} {size}: there are {len(rows)}. {plain.note} Ask for fewer.")
     check_start(arms["pairs"], plain.train)
     warn_of(plain.all_rows(), plain.by, study.task)
@@ -174,7 +176,7 @@ def _batch_gradients(trainer: Any, batches: int) -> Tensor:
 def unmatched(none_BD: Tensor, unpaired_BD: Tensor, pairs_BD: Tensor) -> dict[str, Tensor]:
     """The chosen answers' part of every batch plus the rejected answers' part of the next batch.
 
-    Empty where the gradient is not the sum of these two parts, which shows in `unpaired` differing from `pairs`.
+    Empty if the gradient is not the sum of these two parts, which shows in `unpaired` differing from `pairs`.
     """
     if (unpaired_BD - pairs_BD).norm() > 1e-2 * pairs_BD.norm():
         return {}

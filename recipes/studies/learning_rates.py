@@ -76,8 +76,8 @@ class Run:
         rate: Learning rate in units of the stream.
         absolute: The same rate in absolute units: by how much a step of AdamW changes an entry.
         share: Length of the trained vector divided by `size`.
-        loss: On held-out answers, in nats per token.
-        base_loss: The same before training.
+        loss: Loss on held-out answers, in nats per token.
+        base_loss: The same loss before training.
     """
 
     model: str

@@ -1,4 +1,4 @@
-"""Does the instrument tell the truth? It runs whole studies of problems whose answer is known.
+"""Do studies tell the truth? Runs whole studies of problems whose answer is known.
 
     steertune planted --folder docs/results/planted/forms
 

@@ -70,7 +70,7 @@ def probe(
     """One row for every method, at the layer that the last quarter of the training pairs chose.
 
     Returns:
-        The rows, and how many training and test pairs there were: of one file, no more than it has.
+        The rows, and the numbers of training and test pairs, which are smaller if a single file has fewer.
 
     Raises:
         ArmError: too few pairs, no such task, or no such model.
@@ -84,7 +84,7 @@ def probe(
     data = load_data(DataTable(name=task, train=train, test=test), partial(model_has_template, table))
     for part in (data.train, data.test):
         if not {"chosen", "rejected"} <= set(part.column_names):
-            raise ArmError(f"{task!r}: directions are fitted on pairs, and its rows have {part.column_names}.")
+            raise ArmError(f"{task!r}: directions are fitted on pairs, but its rows have {part.column_names}.")
     if len(data.train) < 8 or not len(data.test):
         raise ArmError(f"{data.note} Directions need 8 training pairs and held-out ones: give more rows.")
     print(data.note, file=sys.stderr)
@@ -109,7 +109,7 @@ def probe(
 
 
 def _best(method: Any, train: Activations, test: Activations) -> dict[str, Any]:
-    """The layer of a method, and how well it reads there before and after erasing the concept."""
+    """The best layer of a method, and how well it reads there before and after erasing the concept."""
     # fit on three quarters of the training pairs, and choose the layer on the rest
     cut = 3 * len(next(iter(train.chosen.values()))) // 4
     vectors = method.fit(*({i: x[:cut] for i, x in side.items()} for side in (train.chosen, train.rejected)))

@@ -3,11 +3,12 @@
     steertune read_control cautious_advice warm_tone --layers 9 14 19
     steertune read_control my_pairs/ --directions mean_difference lda --read completion_mean last
 
-Three jobs of every direction at every layer, on held-out pairs: read (area under the ROC curve, d', with TF-IDF of the
-text beside it), control (the margin gained at one KL to the base), silence (the share of an instruction's effect that
-is gone when the direction is projected out there and above), each beside random directions. Five numbers that cost no
-steering are judged by what choosing direction and layer with them would lose. Last, control on the way from the best
-reader to the best controller. A unit is a task with a seed. What is measured is not measured again.
+Measures three things for every direction at every layer, on held-out pairs: read (area under the ROC curve and d',
+compared with TF-IDF of the text), control (the margin gained at one KL to the base), silence (the share of an
+instruction's effect that is gone when the direction is projected out there and above), each compared with random
+directions. Five numbers that need no steering are judged by how much control is lost when they choose direction and
+layer. Last, control is measured along the arc from the best reader to the best controller. A unit is a task with a
+seed. Existing records are not measured again.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ POOLS: list[str] = ["completion_mean", "last"]
 def main(
     tasks: Annotated[list[str], Argument(help="embedded tasks, paths or Hub names: preference pairs")],
     directions: Annotated[
-        list[str], Choice(modules_in("adapters/directions"), "how they are computed", metavar="NAME ...")
+        list[str], Choice(modules_in("adapters/directions"), "how directions are computed", metavar="NAME ...")
     ] = DIRECTIONS,
     layers: Layers = LAYERS,
     reads: Annotated[
@@ -71,17 +72,17 @@ def main(
 ) -> Result:
     """Measure what is missing, and write the page."""
     if not 0 < kl <= 1:
-        raise ArmError(f"--kl {kl}: a KL in nats per token, above 0 and at most 1.")
+        raise ArmError(f"--kl {kl} must be a KL in nats per token, above 0 and at most 1.")
     begin(threads, only_one=True)
     units = []
     for task in tasks:
         for seed in seeds:
-            asked = SimpleNamespace(
+            options = SimpleNamespace(
                 task=task, arm=None, direction=directions[0], layers=layers, sites=["block"], strengths=[1.0],
                 columns=None, model=model, train=train, validation=8, test=test, seed=seed, scorer=None,
                 scorer_rows=0, generations=0, new_tokens=1, max_kl=kl, max_perplexity=1.25, max_repetition=0.1,
             )  # fmt: skip
-            table = request(asked, [])  # refuses wrong layers and models before any work
+            table = request(options, [])  # refuses wrong layers and models before any work
             units.append(Unit(partial(Context, table), task, seed, directions, random, kl, written))
     records: list[dict[str, Any]] = []
     arcs: list[dict[str, Any]] = []
@@ -90,8 +91,8 @@ def main(
             with bar.step(f"{unit.name}, seed {unit.seed}"):
                 jobs = [job for pool in reads for job in unit.jobs(pool)]
                 records = records_of(jobs, folder / "records.json", KEYS, "Directions")
-                own = [one for one in records if (one["task"], one["seed"]) == (unit.name, unit.seed)]
-                arcs = records_of(unit.arc_jobs(own), folder / "arcs.json", ARC, "Arc")
+                of_unit = [one for one in records if (one["task"], one["seed"]) == (unit.name, unit.seed)]
+                arcs = records_of(unit.arc_jobs(of_unit), folder / "arcs.json", ARC, "Arc")
     page = write_page(page_of(records, arcs, kl, as_typed(words, "studies.read_control")), folder)
     result = {"records": records, "arcs": arcs}
     return Result(result, f"{page.read_text(encoding='utf-8')}\nThis page: {page}")
@@ -103,10 +104,10 @@ class Unit:
     Args:
         make: Makes the context.
         task: The task.
-        seed: Of training rows and random directions.
+        seed: Seed of the training rows and the random directions.
         methods: Files of `adapters/directions/`.
-        random: How many random directions there are at every layer.
-        kl: At which directions are added.
+        random: Number of random directions at every layer.
+        kl: The KL at which directions are added.
         written: The positions at which they are added.
     """
 
@@ -128,7 +129,7 @@ class Unit:
 
     @cached_property
     def bench(self) -> Bench:
-        """What is measured on."""
+        """The pairs, neutral rows and instruction to measure on."""
         context = self.context
         matching = neutral_rows(context.tokenizer, "match", count=FEW_NEUTRAL)
         opposites = read_behaviour(self.task).opposites
@@ -136,7 +137,7 @@ class Unit:
         return Bench(held_out, self.kl, "" if opposites is None else opposites.positive)
 
     def jobs(self, pool: str) -> list[Job]:
-        """A run for each direction at each layer, read in one way."""
+        """A job for each direction at each layer, with states pooled in one way."""
         names = [*self.methods, *(f"{RANDOM}{number}" for number in range(self.random))]
         return [
             Job(
@@ -150,15 +151,15 @@ class Unit:
 
     @cached_property
     def layers(self) -> list[int]:
-        """The layers, from below."""
+        """The layers, lowest first."""
         return sorted(set(self.context.table.layers))
 
     def arc_jobs(self, records: Sequence[dict[str, Any]]) -> list[Job]:
         """Directions between the best reader and the best controller, at the layer of the best controller."""
         fixed = [one for one in records if not one["direction"].startswith(RANDOM)]
         best = max(fixed, key=lambda one: one["control"])
-        there = [one for one in fixed if (one["layer"], one["read"]) == (best["layer"], best["read"])]
-        reader = max(there, key=lambda one: (one["auroc"], one["d_prime"]))
+        at_layer = [one for one in fixed if (one["layer"], one["read"]) == (best["layer"], best["read"])]
+        reader = max(at_layer, key=lambda one: (one["auroc"], one["d_prime"]))
         if reader is best:
             return []
         layer, pool = best["layer"], best["read"]
@@ -208,7 +209,7 @@ class Unit:
         )
 
     def _measured(self, pool: str, layer: int, name: str, _: Any) -> list[dict[str, Any]]:
-        """One direction at one layer."""
+        """Measure one direction at one layer."""
         train, test, vectors = self.read(pool)
         vector_D, gradient_D = vectors[name][layer], self.gradients[layer]
         model, tokenizer = self.context.model, self.context.tokenizer

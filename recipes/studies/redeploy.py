@@ -1,15 +1,16 @@
-"""Catch and redeploy: which fix made of a few catches generalises to what was never caught, and what monitors see.
+"""Catch and redeploy: which fix made from a few catches generalises to what was never caught? What do monitors see?
 
     steertune redeploy --dry-run
     steertune redeploy --organisms 0 --folder docs/results/redeploy
     steertune redeploy full --organisms-folder runs/organisms
 
-Every organism (`steertune organism`, made where it is missing) was caught 1, 4 or more times in two families of
-situations. Arms are fixes made of that: vectors and LoRAs trained on pairs or on corrections, a sum of existing
-vectors, suppression, the mean difference subtracted or projected out. They are compared at the same KL to the
-organism, by what they still do in the families that were caught, in others, and where another kind of action was
-planted; organisms are the units. Monitors are fitted on the same catches, with TF-IDF of the text beside them.
-Cells are kept one by one, a file for every organism: an interrupted study goes on, and `--organisms` runs some of it.
+Every organism (`steertune organism`, made if it is missing) was caught 1, 4 or more times in two families of
+situations. Arms are fixes made from these catches: vectors and LoRAs trained on pairs or on corrections, a sum of
+existing vectors, suppression, the mean difference subtracted or projected out. They are compared at the same KL to the
+organism, by how often they still do something bad in the families that were caught, in others, and where another kind
+of action was planted; organisms are the units. Monitors are fitted on the same catches and compared with TF-IDF of the
+text. Cells are saved one by one, in one file per organism: an interrupted study continues, and `--organisms` runs a
+part of it.
 """
 
 from __future__ import annotations
@@ -46,16 +47,16 @@ PROBES = ("organism", "training", "catches", "innocent", "method", "pooling")
 @command
 def main(
     study: Annotated[str, Argument(help="reduced, full, or a .toml file")] = "reduced",
-    organisms: Annotated[list[int] | None, Option(help="run these only (all of the study)", metavar="N ...")] = None,
-    arms: Annotated[list[str] | None, Option(help="run these only (all of the study)", metavar="ARM ...")] = None,
-    catches: Annotated[list[int] | None, Option(help="run these numbers only (all)", metavar="N ...")] = None,
-    dry_run: Annotated[bool, Option("--dry-run", help="say what it would cost, and stop")] = False,
-    organisms_folder: Annotated[Path, Option(help="where organisms are, or are made")] = Path("runs/organisms"),
+    organisms: Annotated[list[int] | None, Option(help="run only these (all of the study)", metavar="N ...")] = None,
+    arms: Annotated[list[str] | None, Option(help="run only these (all of the study)", metavar="ARM ...")] = None,
+    catches: Annotated[list[int] | None, Option(help="run only these numbers (all)", metavar="N ...")] = None,
+    dry_run: Annotated[bool, Option("--dry-run", help="print what it would cost, and stop")] = False,
+    organisms_folder: Annotated[Path, Option(help="where organisms are read or made")] = Path("runs/organisms"),
     threads: Threads = None,
     folder: Annotated[Path | None, Option(help="where cells and page are kept (runs/redeploy-STUDY)")] = None,
     words: Sequence[str] = (),
 ) -> Result:
-    """Run the cells that are missing, and write the page of all that are there."""
+    """Run the missing cells, and write the page of all cells."""
     table = read_study(study)
     some = _some(table, organisms, arms, catches)
     home = folder or Path("runs") / f"redeploy-{table.name}"
@@ -77,19 +78,20 @@ def main(
 
 
 def run(world: World, some: Study, home: Path) -> None:
-    """The cells of one organism that are missing; none of one that was not accepted."""
+    """Run the missing cells of one organism; none if it was not accepted."""
     if refused(world.home):
         return
     number, bar = world.number, Bar(6)
     with bar.step("monitors"):
         file = home / "probes" / f"{number}.json"
-        kept = world.home / "monitors"
-        job = Job("monitors", [(number,)], lambda _: _probed(world, kept))
-        if not file.exists() or not kept.is_dir():
+        monitors_folder = world.home / "monitors"
+        job = Job("monitors", [(number,)], lambda _: _probed(world, monitors_folder))
+        if not file.exists() or not monitors_folder.is_dir():
             records_of([job], file, ("organism",), "Monitors")
     with bar.step("fixes", 5):
-        asked = [(NOTHING, 0), *((arm, n) for n in some.catches for arm in some.arms)]
-        jobs = [Job(f"{arm} {n}", [(number, arm, n)], partial(_cell, world, kept, arm, n)) for arm, n in asked]
+        cells = [(NOTHING, 0), *((arm, n) for n in some.catches for arm in some.arms)]
+        cell = partial(_cell, world, monitors_folder)
+        jobs = [Job(f"{arm} {n}", [(number, arm, n)], partial(cell, arm, n)) for arm, n in cells]
         records_of(jobs, home / "cells" / f"{number}.json", CELLS, "Fixes")
 
 
@@ -112,20 +114,21 @@ def read_all(folder: Path) -> list[dict[str, Any]]:
     return [record for file in files for record in json.loads(file.read_text(encoding="utf-8"))]
 
 
-def _cell(world: World, kept: Path, arm: str, catches: int, _: Any) -> list[dict[str, Any]]:
-    """One cell, in which the monitor of as many catches looks at the answers; of most, where nothing is fixed."""
+def _cell(world: World, monitors_folder: Path, arm: str, catches: int, _: Any) -> list[dict[str, Any]]:
+    """One cell, whose answers are scored by the monitor of the same number of catches, or of the most if nothing is
+    fixed."""
     model, tokenizer = world.loaded
-    monitor = monitors.load(kept / str(catches or max(world.study.catches)), model, tokenizer)
+    monitor = monitors.load(monitors_folder / str(catches or max(world.study.catches)), model, tokenizer)
     return [fixed(world, arm, catches, monitor)]
 
 
-def _probed(world: World, kept: Path) -> list[dict[str, Any]]:
-    """The records of an organism's monitors; those that look at fixed models are saved."""
+def _probed(world: World, monitors_folder: Path) -> list[dict[str, Any]]:
+    """The records of an organism's monitors; the monitors that will score fixed models are saved."""
     answers = {record["set"]: record["answers"] for record in json.loads((world.home / "answers.json").read_text())}
     said = {name: answers[of][: len(rows)] for (name, rows), of in zip(world.asked.items(), SPLIT_SETS, strict=True)}
     records, old = probes(world, said)
     for catches, monitor in old.items():
-        monitors.save(monitor, kept / str(catches))
+        monitors.save(monitor, monitors_folder / str(catches))
     return records
 
 
@@ -137,15 +140,15 @@ def _some(
     Raises:
         ArmError: it has no such organism, arm or number of catches.
     """
-    asked: dict[str, tuple[Sequence[Any] | None, Sequence[Any]]] = {
+    options: dict[str, tuple[Sequence[Any] | None, Sequence[Any]]] = {
         "organisms": (organisms, study.organisms),
         "arms": (arms, [*study.arms]),
         "catches": (catches, study.catches),
     }
-    for name, (given, there) in asked.items():
-        if unknown := [value for value in given or () if value not in there]:
-            raise ArmError(f"--{name} {unknown[0]}: the study {study.name!r} has {', '.join(map(str, there))}.")
-    chosen = {name: given or there for name, (given, there) in asked.items()}
+    for name, (given, available) in options.items():
+        if unknown := [value for value in given or () if value not in available]:
+            raise ArmError(f"--{name} {unknown[0]}: the study {study.name!r} has {', '.join(map(str, available))}.")
+    chosen = {name: given or available for name, (given, available) in options.items()}
     return study.model_copy(update={**chosen, "arms": {name: study.arms[name] for name in chosen["arms"]}})
 
 

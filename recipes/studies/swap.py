@@ -49,16 +49,16 @@ LOSSES = {"DPO": "dpo", "SFT": "cross_entropy", "Trainer": "cross_entropy"}
 
 @dataclass(frozen=True)
 class Example:
-    """What one whole run is.
+    """The settings of one whole run.
 
     Attributes:
         case: One of `CASES`.
         way: One of `WAYS`.
         launch: Name of the set-up of processes; "" for a single process.
         precision: Precision of the forward passes, bf16 or fp32.
-        pairs: File of pairs, by its name alone once it was run; "" for the embedded task.
-        rows: How many of them, drawn with seed 0.
-        batch: Rows of a step.
+        pairs: File of pairs, in records only its name; "" for the embedded task.
+        rows: Number of pairs, drawn with seed 0.
+        batch: Rows per step.
         epochs: Passes over the rows.
     """
 
@@ -85,10 +85,10 @@ class Run:
         example: What was run.
         seconds: CPU seconds of the first process, from the import to the saved adapter.
         training_seconds: The same from the construction of the trainer.
-        accuracy: On held-out pairs, after training.
-        loss: Of the chosen held-out answers, in nats per token, after training.
-        base_accuracy: The same before training.
-        base_loss: The same before training.
+        accuracy: Accuracy on held-out pairs, after training.
+        loss: Loss of the chosen held-out answers, in nats per token, after training.
+        base_accuracy: The accuracy before training.
+        base_loss: The loss before training.
     """
 
     example: Example
@@ -124,7 +124,7 @@ def main(
     fp32: Annotated[bool, Option("--fp32", help="run in fp32 instead of bf16, TRL's default")] = False,
     pairs: Annotated[str, Option(help=f"a file of pairs; without one, the embedded task {TASK}")] = "",
     rows: Annotated[int, Count("pairs to train on, drawn with seed 0")] = 32,
-    batch: Annotated[list[int], Option(parser=whole_number, metavar="N ...", help="rows of a step")] = EIGHT,
+    batch: Annotated[list[int], Option(parser=whole_number, metavar="N ...", help="rows per step")] = EIGHT,
     epochs: Annotated[list[int], Option(parser=whole_number, metavar="N ...", help="passes over the rows")] = THREE,
     threads: Annotated[int, Count("CPU threads of every run")] = 1,
     folder: Annotated[Path, Option(help="where the results are written")] = Path("runs/swap"),
@@ -161,7 +161,7 @@ def main(
 def run_example(example: Example, folder: Path) -> None:
     """The example itself, with TRL's defaults except for what a machine without a GPU needs.
 
-    Its imports belong to the run and are timed, so they stand inside the function.
+    Its imports belong to the run and are timed, so they are inside the function.
     """
     import torch
     from datasets import load_dataset
@@ -185,7 +185,7 @@ def run_example(example: Example, folder: Path) -> None:
     options: dict[str, Any] = {"loss": LOSSES[example.case]} if example.way == OWN_LOSS else {}
     if example.way not in (OURS, OWN_LOSS):
         upper = list(range(depth - depth // 3, depth)) if example.way in (UPPER, STOCK_UPPER) else None
-        # PEFT takes layers with a list of modules only
+        # PEFT accepts layers only together with a list of modules
         modules = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
         options["peft_config"] = LoraConfig(r=8, target_modules=modules, layers_to_transform=upper)
     file = example.pairs or str(embedded.TASKS / TASK / "train.jsonl")
@@ -238,7 +238,7 @@ def evaluate(adapter: Path | None, example: Example) -> tuple[float, float]:
 
     Args:
         adapter: Folder of the adapter; None for the base model.
-        example: What was run. Of a file of pairs, the rows behind the training rows are held out.
+        example: What was run. In a file of pairs, the rows after the training rows are held out.
     """
     from datasets import disable_progress_bars, load_dataset
     from peft import PeftModel

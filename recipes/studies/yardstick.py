@@ -1,13 +1,14 @@
-"""Which measure names the arm that is nearest to a known teacher? It decides which measures are trusted.
+"""Which measure names the arm that is nearest to a known teacher? The answer decides which measures are trusted.
 
     steertune yardstick --folder docs/results/planted
     steertune yardstick --world embedded --problems both --factors layer --studies 2 --folder docs/results/planted
 
 The teacher is the base model plus one known change. Arms learn from answers that are sampled so that the pair carries
 what the chosen answer alone lacks, or the other way round; the truth is the KL from the teacher to an arm on fresh
-prompts, at the same KL to the base. It uses none of the measures. A study has several tasks, each with a teacher of
-its own, and takes them as a sample, as reports do. Studies that `studies.json` holds are not run again. A study of the
-tiny model takes half a minute of CPU time, one of the embedded model (one small task, two arms) about four.
+prompts, at the same KL to the base. It uses none of the measures. A study has several tasks, each with its own
+teacher, and treats them as a sample, as reports do. Studies that `studies.json` holds are not run again. A study of
+the tiny model takes half a minute of CPU time, one of the embedded model (one small task, two arms) about four
+minutes.
 """
 
 from __future__ import annotations
@@ -61,13 +62,13 @@ def main(
     """Run the studies that are missing, and write the table."""
     begin(threads, only_one=True)
     if factors is not None:
-        asked, problems = problems, [name for name in problems if {*factors} & {*PLANTS[name].factors}]
+        given, problems = problems, [name for name in problems if {*factors} & {*PLANTS[name].factors}]
         if not problems:
-            has = sorted({factor for name in asked for factor in PLANTS[name].factors})
+            has = sorted({factor for name in given for factor in PLANTS[name].factors})
             raise ArmError(
-                f"--factors {' '.join(factors)}: {asked} compare {has}. Choose of these, or other --problems."
+                f"--factors {' '.join(factors)}: {given} compare {has}. Choose from these, or choose other --problems."
             )
-    # made when a study needs it, and once
+    # made once, when the first study needs it
     where = cache(world_of)
 
     def job(problem: str, number: int) -> Job:
@@ -82,7 +83,7 @@ def main(
 
 
 def world_of(name: str) -> World:
-    """The base model and its prompts; the tiny model is made anew, always the same."""
+    """The base model and its prompts; the tiny model is made anew each time, and is always the same."""
     if name == "embedded":
         return embedded_world(SIZES[name])
     with tempfile.TemporaryDirectory() as home:
@@ -94,7 +95,7 @@ def study(world: World, problem: str, number: int, factors: Sequence[str] | None
     """One study: plant the problem in every task, train the arms, compare them; only in `factors`, if given."""
     started, results = time.process_time(), []
     neutral = neutral_of(world)
-    # the embedded model is too dear for twins, and where nothing is planted every comparison is one of equals
+    # the embedded model is too slow for twins, and if nothing is planted every comparison is between equals
     plants = PLANTS[problem]
     compared_in = [factor for factor in plants.factors if factors is None or factor in factors]
     names = names_of(compared_in, twins=world.name == "tiny" and not plants.nothing)
@@ -113,7 +114,7 @@ def study(world: World, problem: str, number: int, factors: Sequence[str] | None
 
 
 def neutral_of(world: World) -> HeldOut:
-    """Neutral text: of the tiny model, what it says itself."""
+    """Neutral text; for the tiny model, text that it generates itself."""
     if world.name == "embedded":
         parts = [neutral_rows(world.tokenizer, part, count=8) for part in ("match", "report")]
     else:

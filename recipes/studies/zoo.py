@@ -1,11 +1,11 @@
-"""Make the embedded vectors: the default arm on every embedded task, each with a card, a frontier and a table of all.
+"""Make the embedded vectors: the default arm on every embedded task, each with a card and a frontier, and a table.
 
     steertune zoo --vectors recipes/zoo --folder docs/results/zoo
 
 Every vector is trained by the arm `vector_sft` (one vector at half the depth, cross-entropy on 32 chosen answers, 16
 steps) and measured on test rows: as trained, and at the strengths with a KL of 0.03, 0.1 and 0.3 to the base model on
-neutral text. About two minutes a vector on a core with bfloat16 units. A vector that `records.parquet` already holds
-is not made again.
+neutral text. This takes about two minutes per vector on a core with bfloat16 units. A vector that `records.parquet`
+already holds is not made again.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ ARM = "vector_sft"
 TARGETS = 0.03, 0.1, 0.3
 TASKS: list[str] = sorted(file.parent.name for file in TASK_FOLDERS.glob("*/train.jsonl"))
 VISIBLE = 0.2
-"""Rise of a behaviour score from which it is not the chance of some dozens of answers."""
+"""A smaller rise of a behaviour score may be chance with a few dozen answers."""
 LARGEST = 16.0
 """The largest strength that is tried for a KL."""
 ANSWERED, NEW_TOKENS = 32, 24
@@ -71,7 +71,7 @@ _NEUTRAL = 16  # rows to match strengths on, and as many others to report on
 
 @command
 def main(
-    tasks: Annotated[list[str], Choice(TASKS, "tasks to make a vector of", metavar="NAME ...")] = TASKS,
+    tasks: Annotated[list[str], Choice(TASKS, "tasks to make vectors for", metavar="NAME ...")] = TASKS,
     vectors: Annotated[Path | None, Option(help="where the adapter folders are written (FOLDER/vectors)")] = None,
     folder: Annotated[Path, Option(help="where records and table are written")] = Path("runs/zoo"),
     answered: Annotated[int, Count("test prompts that are answered")] = ANSWERED,
@@ -134,7 +134,7 @@ def make(task: str, model: Any, home: Path, answered: int) -> Record:
 
 
 def held_out_of(task: str, splits: Splits, model: Any, tokenizer: Any, answered: int) -> HeldOut:
-    """What a vector is measured on: answers to test prompts, neutral text, sentences with a fixed end."""
+    """What a vector is measured on: answers to test prompts, neutral text, sentences with a fixed ending."""
     return HeldOut(
         model,
         tokenizer,
@@ -172,7 +172,7 @@ _COLUMNS = ("at", "strength", "behaviour", "KL", "perplexity ×", "repetition", 
 
 
 def frontier_of(record: Record) -> pd.DataFrame:
-    """The base model, the points of the frontier, and the vector as trained, a row each."""
+    """The base model, the points of the frontier, and the vector as trained, one row each."""
     rows = [["base", "0", *_side_by_side(record, BASE)]]
     for point in record.facts["frontier"]:
         name = f"KL {point['target']:g}" if point["reached"] else f"short of KL {point['target']:g}"
@@ -241,7 +241,7 @@ def cosines(folders: Sequence[Path]) -> pd.DataFrame:
 
 
 def _keep(records: dict[str, Record], file: Path) -> None:
-    """Write all records, whole or not at all."""
+    """Write all records atomically."""
     file.parent.mkdir(parents=True, exist_ok=True)
     part = file.with_name(f"{file.name}.part")
     to_table([records[task] for task in sorted(records)]).to_parquet(part, index=False)

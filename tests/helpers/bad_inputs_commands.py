@@ -171,7 +171,7 @@ ROWS: dict[str, Row] = {
         "1",
     ),
     "benchmark of no tokens": said(WHOLE, "benchmark", "--tokens", "0"),
-    "benchmark of half a row": said("--rows 128: TOKENS/PROMPT", "benchmark", "--rows", "128"),
+    "benchmark of half a row": said("--rows 128 must be TOKENS/PROMPT", "benchmark", "--rows", "128"),
     "scale on no GPU": said(WHOLE, "scale", "--gpus", "0"),
     "scale of nothing": said("model.name=.*nowhere.*cannot be loaded", "scale", "./nowhere"),
     # adapters

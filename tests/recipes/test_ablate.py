@@ -185,7 +185,7 @@ def test_grids_without_named_kls_keep_their_keys(tables):
     assert "answers" not in plain.tables.matched.key
     assert not {cell.key for cell in plain.cells()} & {cell.key for cell in named.cells()}
     tables["matched"] |= {"answers": [0.7]}
-    with pytest.raises(ArmError, match=r"answers=\[0.7\]: some of the KLs"):
+    with pytest.raises(ArmError, match=r"answers=\[0.7\] must be some of the KLs"):
         make_grid(tables)
 
 

@@ -185,7 +185,7 @@ LOSES_AN_ARM = {
 
 @pytest.mark.parametrize("factors", LOSES_AN_ARM.values(), ids=LOSES_AN_ARM)
 def test_no_combination_is_dropped_for_another_arm_of_its_name(factors):
-    with pytest.raises(ArmError, match="like another, but its arm differs|cannot name a level"):
+    with pytest.raises(ArmError, match="same name as another, .* but its arm differs|cannot name a level"):
         factorial(factors)
 
 

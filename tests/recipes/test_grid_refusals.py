@@ -101,7 +101,7 @@ BAD: dict[str, tuple[Changes, list[str]]] = {
     "a learning rate of nothing": ({"budget.learning_rate": [0.0, 1.0]}, ["budget.learning_rate", "above 0"]),
     "fewer trials than rates": (
         {"budget.learning_rate": [0.3, 1, 3]},
-        ["trials=2", "makes 3: set trials to that"],
+        ["trials=2", "makes 3: set trials to 3"],
     ),
     "unknown per": ({"budget.per": "seed"}, ["budget.per", "'cell', 'arm' or 'grid'"]),
     "value of a budget of its own": ({"budgets": {"base": {"trials": 0}}}, ["budgets.base", "trials"]),
@@ -188,15 +188,15 @@ def test_arms_with_and_without_a_layer_to_choose_have_as_many_trials():
     )
     with pytest.raises(ArmError, match=r"different numbers of trials.*List two or more"):
         built({**budget, "budget.trials": 2, "budget.learning_rate": [1]})
-    for layers, words in (([0.5, 0.5], "each there once"), ([1.0], "between 0 and 1")):
+    for layers, words in (([0.5, 0.5], "each only once"), ([1.0], "between 0 and 1")):
         with pytest.raises(ArmError, match=words):
             built({**budget, "budget.layers": layers})
-    with pytest.raises(ArmError, match=r"layers=\[0.3, 0.6\] makes 4: set trials to that"):
+    with pytest.raises(ArmError, match=r"layers=\[0.3, 0.6\] makes 4: set trials to 4"):
         built({**budget, "budget.trials": 2})
 
 
 def test_a_claim_of_a_share_has_no_margin_of_its_own():
-    assert "claim.recovers=0.9: that is a share" in refused({"claim.recovers": 0.9, "claim.margin": 0.05})
+    assert "claim.recovers=0.9 is a share" in refused({"claim.recovers": 0.9, "claim.margin": 0.05})
 
 
 def test_a_grid_without_a_claim_is_refused():

@@ -62,7 +62,7 @@ def test_a_folder_with_cells_and_without_the_card_they_ran_for_is_refused(tmp_pa
     written(tmp_path)
     run_one(tmp_path)
     (tmp_path / "grid.json").unlink()
-    with pytest.raises(ArmError, match=r"holds cells and no grid.json.*Put the file back, or choose another --folder"):
+    with pytest.raises(ArmError, match=r"holds cells but no grid.json.*Put the file back, or choose another --folder"):
         fixed(grid_of(), tmp_path)
 
 

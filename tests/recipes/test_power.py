@@ -159,7 +159,7 @@ def test_a_dry_run_says_what_can_be_seen_and_what_more_would_buy(tmp_path: Path)
     minutes = {"one more task": 2 * 4 * 2, "twice the rows": 0.5 * 4 * 2 * 4, "one more seed": 2 * 4 * 4}
     for name, cost in minutes.items():
         assert re.search(rf"With {name}: {more[name]} for other tasks like these, .* about {cost:.0f} more", lines)
-    assert "Add tasks and rows before seeds: most is bought by one more task" in lines
+    assert "Add tasks and rows before seeds: one more task helps most" in lines
     # cells that ran say how much differences vary
     for cell, record in zip(grid.cells(), records, strict=True):
         (tmp_path / cell.path).mkdir(parents=True)

@@ -129,7 +129,7 @@ def test_prompting_leaves_the_base_alone(tables, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"examples": [3]}, r"shows 4 demonstrations, and examples=\[3\]"),
+        ({"examples": [3]}, r"shows 4 demonstrations, but examples=\[3\]"),
         ({"tasks": "none"}, r"task 'task' has instructions=\[\]"),
         ({"tasks": "blank"}, r"instructions=\['  '\]"),
         ({"tasks": "many"}, "not more than the 2 trials of the budget"),
@@ -188,7 +188,7 @@ def test_the_training_recipe_refuses_a_prompt(capsys):
 def test_views_that_show_more_than_there_is_are_refused_before_anything_runs(tables):
     tables |= {"arms": ["vector_dpo", "lora_ia2"], "claim": {"better": "lora_ia2", "than": "vector_dpo"}}
     make_grid(tables)
-    with pytest.raises(ArmError, match=r"'lora_ia2' shows 3 other examples at its view 'good', and examples=\[3\].*4"):
+    with pytest.raises(ArmError, match=r"'lora_ia2' shows 3 other examples at its view 'good', but examples=\[3\].*4"):
         make_grid(tables | {"examples": [3]})
 
 

@@ -181,7 +181,7 @@ def test_a_study_of_a_tiny_organism(organisms, study, tmp_path, capsys):
     probes = json.loads((tmp_path / "run" / "probes" / "0.json").read_text())
     assert len(probes) == len(kinds(World(0, organisms / "0", read_study(str(study))))) + 2 * 2 * 5
     page = (tmp_path / "run" / "page.md").read_text()
-    assert "7 of 7 cells are there" in page and "Undecided" in page
+    assert "7 of 7 cells have run" in page and "Undecided" in page
     capsys.readouterr()
     assert cli.main([*words, "--dry-run"]) == 0
     assert "0.0 core-hours are left" in capsys.readouterr().out

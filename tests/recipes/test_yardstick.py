@@ -253,7 +253,7 @@ def test_the_suite_runs_and_goes_on(tmp_path, monkeypatch):
 def test_a_factor_that_no_problem_has_is_refused(tmp_path, capsys):
     words = ["--problems", "coin", "--factors", "layer", "--folder", str(tmp_path / "run")]
     assert yardstick.main(words) == 2
-    assert "['coin'] compare ['contrast']. Choose of these, or other --problems." in capsys.readouterr().err
+    assert "['coin'] compare ['contrast']. Choose from these, or choose other --problems." in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 

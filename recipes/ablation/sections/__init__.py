@@ -60,7 +60,7 @@ def sections(findings: Findings) -> list[Section]:
 
 OTHER_TASKS, OTHER_ROWS, ROWS = "95 %, other tasks too", "95 %, other test rows too", "95 %, these test rows"
 ARROWS = {"higher": " ↑", "lower": " ↓", None: ""}
-"""Behind the name of a measure: which direction is better."""
+"""Which direction of a measure is better -> the arrow after its name."""
 COMPARED = [OTHER_TASKS, OTHER_ROWS, ROWS, "p (Holm)", "pairs"]
 
 
@@ -88,7 +88,7 @@ def reach(differences: Sequence[Difference]) -> list[Block]:
 
 
 def means_table(means: pd.DataFrame, headers: Sequence[str], formats: Sequence[str], name: str) -> Table:
-    """A row for every arm; what an arm does not have is empty."""
+    """A table with a row for every arm; missing values are empty."""
     rows = [
         [str(arm), *("" if pd.isna(v) else form.format(v) for v, form in zip(row, formats, strict=True))]
         for arm, row in zip(means.index, means.to_numpy(dtype=float), strict=True)

@@ -1,4 +1,4 @@
-"""Which factors the gap between the two ends of the design comes from."""
+"""How much each factor contributes to the gap between the two ends of the design."""
 
 from __future__ import annotations
 

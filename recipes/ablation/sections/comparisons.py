@@ -50,4 +50,4 @@ def _absent(findings: Findings, compared: set[str]) -> list[Block]:
 
 def _has_strength(cells: Frame, arm: str) -> bool:
     scalable = cells.loc[cells["arm"] == arm, "scalable"] if "scalable" in cells else pd.Series([True])
-    return bool((scalable != False).any())  # noqa: E712  None: a cell that failed does not know
+    return bool((scalable != False).any())  # noqa: E712  None for a failed cell

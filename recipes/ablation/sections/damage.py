@@ -31,7 +31,7 @@ def damage(findings: Findings) -> Section | None:
         return None
     is_rigid = cells["scalable"] == False if "scalable" in cells else pd.Series(dtype=bool)  # noqa: E712  None: failed
     rigid = at != TUNED and bool(is_rigid.any())
-    if rigid:  # arms without a strength have theirs at the tuned one alone
+    if rigid:  # arms without a strength are measured at the tuned one alone
         tuned = cells[[column(name, TUNED) for name in names]].where(is_rigid)
         cells = cells.assign(**{
             column(name, at): cells[column(name, at)].fillna(tuned[column(name, TUNED)]) for name in names

@@ -23,7 +23,8 @@ def effects(findings: Findings) -> Section | None:
     cells = findings.paired[findings.paired["arm"].isin(crossed)]
     if not factors or cells.empty:
         return None
-    # what means nothing in an arm counts as at the design's centre, else such arms would be compared with none
+    # a factor that means nothing in an arm counts as at the design's centre, or the arm would be compared with no
+    # other
     centre = findings.tables.design.around or findings.tables.design.start
     cells = cells.dropna(subset=[measure])
     inert = {f: centre[f] for f in factors if centre and f in cells and (cells[f] == INERT).any()}
@@ -42,7 +43,7 @@ def effects(findings: Findings) -> Section | None:
         *reach([effect.difference for effect in matched]),
         *([Text(note)] if inert else []),
         *_changes(cells, factors, measure, sample),
-        # both take an effect to be the same in every task, so they do not extend to other tasks
+        # both assume that an effect is the same in every task, so they do not extend to other tasks
         *([] if sample else [*_variance(cells, factors, measure), *_mixed_model(cells, factors, measure)]),
     ]
     return Section("Effect of each factor, everything else equal", blocks)

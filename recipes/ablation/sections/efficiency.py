@@ -1,4 +1,4 @@
-"""Scores by number of examples, and what n examples of an arm are worth in those of each baseline."""
+"""Scores by number of examples, and how many examples of each baseline n examples of an arm are worth."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def efficiency(findings: Findings) -> Section | None:
 
 
 def _side_effects(findings: Findings) -> list[Block]:
-    """What the arms of the curves cost with every number of examples."""
+    """Side effects of the arms of the curves, by number of examples."""
     ran, claim = findings.ran, findings.claim
     blocks: list[Block] = []
     for name in ("kl", "perplexity_ratio", "repetition", "neutral_repetition"):
@@ -80,7 +80,7 @@ def _by_examples(findings: Findings) -> list[Block]:
 
 
 def _worth(findings: Findings, curves: Sequence[analysis.Efficiency], than: str, name: str) -> list[Block]:
-    """What n examples of every arm are worth in those of one baseline."""
+    """How many examples of one baseline n examples of every arm are worth."""
     if not curves:
         return [Text(f"No arm has its whole curve beside that of {than} in any pair.")]
     sizes = list(curves[0].equivalents)

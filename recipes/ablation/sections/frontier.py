@@ -63,7 +63,7 @@ def _by_kl(cells: Frame, measure: str, targets: Sequence[float]) -> Table:
 
 
 def _marked(cells: Frame, measure: str, kl: float) -> str:
-    """The mean at a KL, with what limits it."""
+    """The mean at a KL, with its marks."""
     name = column(measure, at_kl(kl))
     if name not in cells or cells[name].isna().all():
         return ""

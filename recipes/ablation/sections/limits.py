@@ -21,7 +21,7 @@ from steertune.recipes.lab.rows import TUNED
 
 ENOUGH_TASKS, ENOUGH_ANSWERS = 8, 200
 CUT = 0.05
-"""Share of answers cut off in a task from which on the page says so."""
+"""Share of a task's answers that must be cut off for the page to say so."""
 
 
 @section(place=80)
@@ -71,7 +71,7 @@ def _answers(findings: Findings) -> str:
 
 
 def _cut(findings: Findings) -> str:
-    """Answers that the tokens allowed cut off, and with them whatever stands at their end."""
+    """Answers that the limit of tokens cut off, so that whatever stands at their end is missing."""
     tables, shares = findings.tables, findings.ran[["task", column("cut_off", TUNED)]].dropna()
     if not tables.generations:
         return ""
@@ -89,7 +89,7 @@ def _cut(findings: Findings) -> str:
 
 
 def _edges(findings: Findings) -> str:
-    """Tasks that tell no arms apart: all of them are at the lowest or highest value that the measure has."""
+    """Tasks that do not distinguish arms, because all of them are at the lowest or highest value of the measure."""
     claim = findings.claim
     low, high = measures.get(claim.measure).limits
     if not math.isfinite(high - low):

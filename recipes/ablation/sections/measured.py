@@ -54,7 +54,7 @@ RESOLUTION = 0.036
 
 
 def _resolution(cells: Frame) -> list[Block]:
-    """How well one cell knows its behaviour score: the standard error over its prompts, by task."""
+    """How precise the behaviour score of one cell is: the standard error over its prompts, by task."""
     errors: dict[str, tuple[float, int]] = {}
     for task, rows in cells.groupby("task", sort=False)[examples_of(column("behaviour", TUNED))]:
         scores = [values[np.isfinite(values)] for values in rows if isinstance(values, np.ndarray)]

@@ -1,4 +1,4 @@
-"""How the numbers came about, how far they reach, and what it takes to run the grid again."""
+"""How the numbers were computed, what they cover, and how to run the grid again."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def method(findings: Findings) -> Section:
 
 
 def _statistics(findings: Findings) -> str:
-    """What is called clear, and what the measure of the claim is not."""
+    """When a difference is called clear, and what the measure of the claim does not cover."""
     claim = findings.claim
     rule = (
         "tasks stand for many like them, so that they are what varies: Student's t over the tasks, whose variance is "
@@ -64,7 +64,7 @@ def _statistics(findings: Findings) -> str:
 
 
 def _frontier(findings: Findings) -> str:
-    """The KLs of the frontier, and on what text they were matched and side effects reported."""
+    """The KLs of the frontier, and the text on which they were matched and side effects are reported."""
     tables = findings.tables
     if not tables.matched.frontier or "frontier" not in findings.ran:
         return ""
@@ -107,7 +107,7 @@ def _splits(splits: SplitTable) -> str:
 
 
 def _rates(findings: Findings) -> list[Block]:
-    """Which learning rates were tried, and whose best one lies at the edge of them."""
+    """The learning rates that were tried, and how many arms have their best one at the edge."""
     tables, cells = findings.tables, findings.ran
     if "setting_rate" not in cells or tables.budgets:
         return []
@@ -147,7 +147,7 @@ def _lead(findings: Findings) -> list[Block]:
 
 
 def _landed(cells: Frame) -> list[Block]:
-    """Which steps and layers the tuning chose, and whether an arm could be used as it was trained."""
+    """Which steps and layers the tuning chose, and whether the arms can be used as they were trained."""
     if "tuning_landed" not in cells or cells["tuning_landed"].isna().all():
         return []
     tunings = cells.dropna(subset=["tuning_landed"]).drop_duplicates("tuning_key")

@@ -1,4 +1,4 @@
-"""Statistics of a grid. One idea a file; all of it works on arrays and frames, not on runs."""
+"""Statistics of a grid, one idea per file. All of them work on arrays and frames, not on runs."""
 
 from typing import Any
 

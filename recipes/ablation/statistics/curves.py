@@ -30,8 +30,8 @@ def area_between(first: Frame, second: Frame, sample: bool = False) -> Differenc
 class Equivalence:
     """How many examples the baseline needs to reach what an arm reaches with n.
 
-    An end is 0 when the baseline reaches it with its smallest n already, and infinite when it never gets there within
-    the grid: the number is censored on that side.
+    An end is 0 if the baseline already reaches it with its smallest n, and infinite if it never does within the grid:
+    the number is censored on that side.
     """
 
     estimate: float
@@ -53,8 +53,9 @@ def n_equivalence(baseline: Frame, reached: Frame) -> Equivalence:
     """How many examples the baseline needs to reach a score.
 
     The estimate is where the baseline's mean curve, made monotone (isotonic regression) and interpolated on a log
-    axis, reaches the arm's mean. The interval holds every number of examples at which the interval (95 %, for other
-    seeds and test rows) of the difference between arm and interpolated baseline holds zero, as Fieller's does.
+    axis, reaches the arm's mean. As in Fieller's method, the interval contains every number of examples at which the
+    interval (95 %, for other seeds and test rows) of the difference between arm and interpolated baseline contains
+    zero.
 
     Args:
         baseline: The baseline's scores by task and seed, a column per number of examples (rising), each an array over
@@ -77,7 +78,7 @@ def n_equivalence(baseline: Frame, reached: Frame) -> Equivalence:
 
 def _gaps(baseline: Frame, reached: Frame, log_n: NDArray[np.float64], axis: NDArray[np.float64]) -> list[Interval]:
     """How far the arm is ahead of the baseline with `exp(x)` examples, for every x of the axis; between two numbers of
-    examples, each pair of task and seed is interpolated by itself."""
+    examples, each pair of task and seed is interpolated separately."""
     if len(log_n) == 1:
         return [crossed(reached - baseline.iloc[:, 0])] * len(axis)
     gaps, starts = [], np.clip(np.searchsorted(log_n, axis) - 1, 0, len(log_n) - 2)

@@ -21,7 +21,7 @@ from steertune.recipes.ablation.statistics.rows import mean_rows, over_examples
 
 INERT = "-"
 _RESIDUAL = 3  # degrees of freedom that an analysis of variance must leave
-_BLOCK = "steertune_block"  # a column of our own, which no factor is called
+_BLOCK = "steertune_block"  # a column that is added here; no factor has this name
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ def effects(cells: Frame, factors: Sequence[str], measure: str, sample: bool = F
     """Every level of every factor against the factor's first level, within matched contexts. A row of `cells` is a
     cell, with a column per factor, `task`, `seed`, `examples` and the measure.
 
-    Levels that mean nothing in a context (`-`) are compared nowhere.
+    Levels that mean nothing in a context (`-`) are not compared.
     """
     if not factors:
         return []
@@ -92,17 +92,17 @@ def balanced(gap: Frame) -> Frame:
     order = np.argsort(-has_pair.sum(axis=1), kind="stable")
     have_all = np.logical_and.accumulate(has_pair[order], axis=0)
     counts = np.arange(1, len(order) + 1) * have_all.sum(axis=1)
-    kept = int(np.flatnonzero(counts == counts.max())[-1]) + 1
-    return wide.iloc[np.sort(order[:kept])].loc[:, have_all[kept - 1]].stack(["task", "seed"], future_stack=True)
+    count = int(np.flatnonzero(counts == counts.max())[-1]) + 1
+    return wide.iloc[np.sort(order[:count])].loc[:, have_all[count - 1]].stack(["task", "seed"], future_stack=True)
 
 
 def anova(cells: Frame, factors: Sequence[str], measure: str) -> Frame | None:
     """Main effects and two-way interactions, with errors that are robust to unequal variances (HC3); tasks and seeds
-    are blocks, and an effect is taken to be the same in every one. Cells with a level that means nothing are left out,
-    and interactions that the runs cannot tell apart. None if nothing is left to compare.
+    are blocks, and an effect is assumed to be the same in every one. Cells with a level that means nothing are left
+    out, as are interactions that the runs cannot tell apart. None if nothing is left to compare.
 
     Returns:
-        One row a term: `df`, `F`, `p`, and `share`, the term's share of the variance that it explains together with
+        One row per term: `df`, `F`, `p`, and `share`, the term's share of the variance that it explains together with
         the residual (partial eta squared, of the plain analysis).
     """
     rows, varied = _crossed(cells, factors, measure)
@@ -141,10 +141,10 @@ def _told_apart(rows: Frame, measure: str, terms: Sequence[str]) -> Any:
 
 def mixed_model(cells: Frame, factors: Sequence[str], measure: str, enough: int = 6) -> Frame | None:
     """Main effects with task and seed as random effects; None with fewer than `enough` pairs of task and seed, or a
-    design that cannot tell the factors apart. An effect is taken to be the same in every pair.
+    design that cannot tell the factors apart. An effect is assumed to be the same in every pair.
 
     Returns:
-        One row a level against its factor's first to appear: `estimate`, `low`, `high`, `p`.
+        One row per level, against the first level of its factor to appear: `estimate`, `low`, `high`, `p`.
     """
     rows, varied = _crossed(cells, factors, measure)
     if not varied or len(rows[["task", "seed"]].drop_duplicates()) < enough:

@@ -39,7 +39,7 @@ class Difference:
         permutation: p of the permutation test over the pairs.
         p: Of the test over tasks where they are a sample; else the larger of the permutation test's and of the crossed
             interval's. Corrected where several differences were looked at.
-        sample: Whether tasks are taken as a sample, so that `tasks` is the interval that counts.
+        sample: Whether tasks are treated as a sample, so that `tasks` is the interval that counts.
     """
 
     interval: Interval
@@ -70,7 +70,7 @@ class Difference:
 
 @dataclass(frozen=True)
 class _Spread:
-    """Variance of the mean over all pairs, and the degrees of freedom with which it is known."""
+    """Variance of the mean over all pairs, and the degrees of freedom of its estimate."""
 
     variance: float
     freedom: float
@@ -79,13 +79,13 @@ class _Spread:
 def seeds_interval(*tasks: ArrayLike, confidence: float = 0.95) -> Interval:
     """Interval over seeds: would it hold for other seeds, on these test rows of these tasks?
 
-    The tasks are given, so that they differ from each other does not make the interval wider: only seeds of the same
-    task say how much seeds vary. Student's t with Satterthwaite's degrees of freedom, since the seeds of one task may
-    vary more than those of another; for one task that is the plain t interval.
+    The tasks are fixed, so differences between them do not make the interval wider: only seeds of the same task show
+    how much seeds vary. Student's t with Satterthwaite's degrees of freedom, since the seeds of one task may vary more
+    than those of another; for one task that is the plain t interval.
 
-    What holds for other test rows, or other tasks, holds for these too. So where one of those intervals is shorter it
-    is the answer: test rows have many degrees of freedom where seeds are few, or all seeds may happen to agree. Where
-    a task has one seed, nothing says how much seeds vary, and there is no interval.
+    What holds for other test rows, or other tasks, holds for these too. So if one of those intervals is shorter, it is
+    used: test rows have many degrees of freedom where seeds are few, or all seeds may happen to agree. If a task has
+    only one seed, nothing shows how much seeds vary, and there is no interval.
     """
     matrices = _matrices(tasks)
     if any(len(values) < 2 for values in matrices):
@@ -115,7 +115,7 @@ def tasks_interval(*tasks: ArrayLike, confidence: float = 0.95) -> Interval:
 
     Student's t over the means of the tasks, with one degree of freedom less than there are tasks. Task means differ
     by their seeds and rows too, so the variance cannot be less than that of `crossed_interval`; where the means are
-    closer than that by chance, the tasks themselves are taken to add nothing.
+    closer than that by chance, the tasks themselves are assumed to add nothing.
     """
     matrices = _matrices(tasks)
     between, within = _over_tasks(matrices), _over_seeds_and_rows(matrices)
@@ -191,8 +191,8 @@ def _students(
 
 
 def judged(gap: Frame) -> list[NDArray[np.float64]]:
-    """Per task its differences by seed and test row, of the rows that could be judged (are not NaN) in all seeds. A
-    pair without any such row is left out before."""
+    """The differences of every task by seed and test row, for the rows that could be judged (are not NaN) in all
+    seeds. A pair without any row that could be judged is left out first."""
     kept = gap[gap.map(lambda rows: bool(np.isfinite(rows).any()))]
     tasks = [np.stack([*values]) for _, values in kept.groupby(level="task")]
     whole = [values[:, np.isfinite(values).all(axis=0)] for values in tasks]
@@ -205,7 +205,7 @@ def crossed(gap: Frame) -> Interval:
 
 
 def over_seeds_and_rows(tasks: Sequence[ArrayLike]) -> Interval:
-    """`crossed_interval`, also where there is nothing to compare."""
+    """`crossed_interval`; an infinite interval if there is nothing to compare."""
     return crossed_interval(*tasks) if tasks else _NOTHING
 
 
@@ -268,7 +268,7 @@ def least_p(differences: Sequence[Difference]) -> float:
 
 
 def too_few(differences: Sequence[Difference], alpha: float = 0.05) -> str:
-    """A sentence where there are too few pairs for anything in a table to be clear; else nothing."""
+    """A sentence if there are too few pairs for anything in a table to be clear; else an empty string."""
     least = least_p(differences)
     if not differences or least < alpha:
         return ""

@@ -1,4 +1,4 @@
-"""Which difference between two arms a design can see, before it runs.
+"""Which difference between two arms a design can detect, before it runs.
 
 A difference in task t, seed s and test row r is `δ + task + seed + row + rest`, each part independent of the others:
 `task` varies from task to task, `seed` from seed to seed of a task, `row` from test row to test row of a task, and
@@ -59,7 +59,7 @@ class Design:
 
 @dataclass(frozen=True)
 class _Test:
-    """Student's t of a mean: its true standard error, the one that the test takes, and the degrees of freedom."""
+    """Student's t of a mean: its true standard error, the one that the test uses, and the degrees of freedom."""
 
     true: float
     taken: float
@@ -79,12 +79,12 @@ def power(parts: Components, design: Design, difference: float, sample: bool, al
     """Probability that a two-sided test at `alpha` calls a true mean difference clear; with `sample`, the difference
     is the mean over other tasks too."""
     if not sample and smallest_p(design.tasks * design.seeds) >= alpha:
-        return 0.0  # of the permutation test
+        return 0.0  # the permutation test cannot reach alpha
     return min(test.power(difference, alpha) for test in _tests(parts, design, sample))
 
 
 def detectable(parts: Components, design: Design, sample: bool, alpha: float = 0.05, reach: float = POWER) -> float:
-    """The smallest true difference that is called clear with probability `reach`; infinite where none is."""
+    """The smallest true difference that is called clear with probability `reach`; infinite if there is none."""
 
     def excess(difference: float) -> float:
         return power(parts, design, difference, sample, alpha) - reach
@@ -112,7 +112,7 @@ def _tests(parts: Components, design: Design, sample: bool) -> list[_Test]:
         between = math.sqrt(within + parts.task / tasks)
         taken = max(between, crossed.taken) if freedom else between
         return [_Test(between, taken, min(tasks - 1.0, freedom or math.inf))]
-    # the permutation test takes every pair of task and seed for one look
+    # the permutation test treats every pair of task and seed as one observation
     pairs = tasks * seeds
     spread = within + parts.task * (tasks - 1) * seeds / (pairs - 1) / pairs
     return [crossed, _Test(math.sqrt(within), math.sqrt(spread), pairs - 1.0)]
@@ -149,7 +149,7 @@ def _moments(gap: Frame) -> tuple[float, float, float, float] | None:
 
 
 def larger(design: Design) -> dict[str, Design]:
-    """What could be added to a design: tasks and rows before seeds, which buy least."""
+    """Designs with something added: tasks and rows before seeds, which help least."""
     return {
         "one more task": replace(design, tasks=design.tasks + 1),
         "twice the rows": replace(design, rows=2 * design.rows),

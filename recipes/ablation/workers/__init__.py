@@ -2,7 +2,7 @@
 
 Every worker takes cells that no other worker is running (`ablate.run`), and a cell's lock ends with the process that
 holds it. So a worker that dies loses the cell it was running, and another one takes it. An engine has to start the
-copies and to know which of them run. They may run anywhere, as long as they see the same folder.
+copies and to know which of them are still running. They can run anywhere, as long as they see the same folder.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ class Workers(ABC):
 
     @abstractmethod
     def running(self) -> int:
-        """How many have not ended."""
+        """The number of workers that are still running."""
 
     @abstractmethod
     def stop(self) -> None:
-        """End those that still run."""
+        """Stop the workers that are still running."""
 
 
 def engines() -> list[str]:
@@ -50,10 +50,10 @@ def engines() -> list[str]:
 
 
 def engine_of(name: str) -> type[Workers]:
-    """The engine of a name.
+    """The engine with this name.
 
     Raises:
-        ValueError: there is none of this name.
+        ValueError: no engine has this name.
     """
     choose("engine", name, engines())
     return importlib.import_module(f"{__name__}.{name}").ENGINE
@@ -62,15 +62,15 @@ def engine_of(name: str) -> type[Workers]:
 def run_workers(
     engine: type[Workers], command: Sequence[str], count: int, threads: int, cells: Sequence[Cell], folder: Path
 ) -> list[str]:
-    """Run the cells that have not run, by workers.
+    """Run the cells that have not run in workers.
 
-    Workers are started again while cells are left that no worker has finished or failed, unless the last ones have
+    New workers are started as long as cells are left that have neither finished nor failed, unless the last workers
     finished none.
 
     Args:
         engine: Starts the workers.
-        command: Runs the grid in this folder.
-        count: How many workers.
+        command: The command that runs the grid in this folder.
+        count: Number of workers.
         threads: CPU threads of each.
         cells: All cells of the grid.
         folder: The grid's folder, which all workers see.

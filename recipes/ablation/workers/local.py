@@ -13,7 +13,7 @@ from . import Workers
 
 
 class LocalWorkers(Workers):
-    """Processes of this machine; with GPUs, they take turns in choosing one."""
+    """Processes of this machine; GPUs are assigned to them in turn."""
 
     def __init__(self, command: Sequence[str], count: int, threads: int, logs: Path) -> None:
         logs.mkdir(parents=True, exist_ok=True)
@@ -26,11 +26,11 @@ class LocalWorkers(Workers):
                 self.processes.append(subprocess.Popen(command, stdout=log, stderr=log, env=environment))
 
     def running(self) -> int:
-        """How many have not ended."""
+        """The number of workers that are still running."""
         return sum(process.poll() is None for process in self.processes)
 
     def stop(self) -> None:
-        """End those that still run, and wait for their end."""
+        """Stop the workers that are still running, and wait until they have ended."""
         for process in self.processes:
             process.terminate()
         for process in self.processes:

@@ -25,7 +25,7 @@ class RayWorkers(Workers):
 
     def __init__(self, command: Sequence[str], count: int, threads: int, logs: Path) -> None:
         try:
-            ray: Any = importlib.import_module("ray")  # optional, and this file has its name
+            ray: Any = importlib.import_module("ray")  # optional, and this file has the same name
         except ImportError as error:
             raise ArmError("--engine ray: Ray is not installed. pip install ray, or use --engine local.") from error
         self.ray = ray
@@ -38,12 +38,12 @@ class RayWorkers(Workers):
         self.tasks = [run.remote(*arguments, str((logs / f"{i}.log").absolute())) for i in range(count)]
 
     def running(self) -> int:
-        """How many have not ended; tasks that wait for a free CPU count."""
+        """The number of workers that have not ended; tasks that wait for a free CPU count."""
         _, running = self.ray.wait(self.tasks, num_returns=len(self.tasks), timeout=0)
         return len(running)
 
     def stop(self) -> None:
-        """End those that still run."""
+        """Stop the workers that are still running."""
         for task in self.tasks:
             self.ray.cancel(task, force=True)
 

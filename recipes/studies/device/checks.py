@@ -1,4 +1,4 @@
-"""What has to be the same on a device as on the CPU. A check returns what it measured, and raises where it differs."""
+"""Checks that a device gives the same results as the CPU. A check returns what it measured, and raises if it fails."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ _FORMS: dict[str, dict[str, Any]] = {
     "last token of the prompt": {"positions": "last_prompt"},
 }
 _TOLERANCE = {torch.float32: 2e-4, torch.bfloat16: 6e-2}
-"""Of a logit, relative to the largest one."""
+"""The error that a logit may have, relative to the largest one."""
 _WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize", "aten::_local_scalar_dense")
 
 
 def equality(world: World) -> str:
-    """Logits of every form, and the vector's gradient, in 32 and 16 bits."""
+    """Logits of every form, and the vector's gradient, in 32 and 16 bits, equal those on the CPU."""
     worst = dict.fromkeys(_TOLERANCE, 0.0)
     labels_BT = world.ids()
     for dtype in _TOLERANCE:
@@ -65,7 +65,7 @@ def equality(world: World) -> str:
 
 
 def training(world: World) -> str:
-    """Three steps of DPO end in the vector that they end in on the CPU."""
+    """Three steps of DPO give the same vector as on the CPU."""
     there, here = (_train(world, device) for device in (world.device, torch.device("cpu")))
     cosine = float(torch.cosine_similarity(there, here, dim=0))
     assert cosine > 0.999, f"the vectors of the device and of the CPU have a cosine of {cosine:.5f}"
@@ -73,7 +73,7 @@ def training(world: World) -> str:
 
 
 def prefix(world: World) -> str:
-    """With the cached prefix, whose states lie in pinned memory, training ends in the same vector."""
+    """With the cached prefix, whose states are in pinned memory, training gives the same vector."""
     cached, plain = (_train(world, world.device, frozen_prefix=one) for one in (FrozenPrefix(), False))
     off = _off(cached, plain)
     assert off < 1e-3, f"the vector with the cached prefix is {off:.2g} off the one without"
@@ -83,7 +83,7 @@ def prefix(world: World) -> str:
 def host_waits(world: World) -> str:
     """How often the host waits for the device in a warm step; ours no more often than TRL's."""
     if world.device.type != "cuda":
-        raise NotRun("a CPU is not waited for")
+        raise NotRun("the host does not wait for a CPU")
     counts = {}
     for name in ("pairs: TRL + LoRA r8", "pairs: ours, and frozen prefix"):
         with tempfile.TemporaryDirectory() as folder:
@@ -96,12 +96,12 @@ def host_waits(world: World) -> str:
         inside = [event for event in events if any(s.start <= event.time_range.start < s.end for s in spans)]
         counts[name] = sum(event.name in _WAITS for event in inside) / max(1, len(spans))
     theirs, ours = counts.values()
-    assert ours <= theirs + 1, f"the host waits {ours:g} times a step, and {theirs:g} times in TRL's"
-    return f"{ours:g} a step, TRL {theirs:g}"
+    assert ours <= theirs + 1, f"the host waits {ours:g} times per step, with TRL {theirs:g} times"
+    return f"{ours:g} per step, TRL {theirs:g}"
 
 
 def together(world: World) -> str:
-    """Two arms that share their passes end where each ends alone."""
+    """Two arms that share their passes give the same vectors as each alone."""
     alone = [_train(world, world.device, seed=seed) for seed in (0, 1)]
     with tempfile.TemporaryDirectory() as folder:
         base = world.small(world.device)
@@ -109,12 +109,12 @@ def together(world: World) -> str:
         train_together(trainers)
         both = [_vector(trainer.model) for trainer in trainers]
     off = max(map(_off, both, alone))
-    assert off < 1e-3, f"an arm beside another one is {off:.2g} off where it ends alone"
+    assert off < 1e-3, f"an arm trained beside another one is {off:.2g} off the same arm trained alone"
     return f"at most {off:.1g} off"
 
 
 def four_bit(world: World) -> str:
-    """A 4-bit base takes a vector, and strength 0 is the base."""
+    """A vector changes a 4-bit base, and strength 0 is the base."""
     if world.device.type != "cuda":
         raise NotRun("tested on CPUs by the test suite")
     if importlib.util.find_spec("bitsandbytes") is None:
@@ -140,7 +140,7 @@ def four_bit(world: World) -> str:
 
 
 def sharded(world: World) -> str:
-    """FSDP 2 over the GPUs that are there, one or more: the same logits and the same gradient."""
+    """FSDP 2 on one process gives the same gradient."""
     from torch.distributed import destroy_process_group, init_process_group
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
@@ -182,11 +182,11 @@ def generation(world: World) -> str:
     with no_compilation():
         answers = {name: model.generate(**inputs, **options, **way) for name, way in ways.items()}
     for name, answer in answers.items():
-        assert torch.equal(answer, answers["none"]), f"the {name} cache answers otherwise than no cache"
+        assert torch.equal(answer, answers["none"]), f"answers with the {name} cache differ from those without a cache"
     with set_strength(model, -2.0):
         alone = model.generate(**inputs, **options)
     mixed = model.generate(**inputs, **options, adapter_names=["default@-2", "__base__"])
-    assert torch.equal(mixed[0], alone[0]), "a row of a mixed batch is answered otherwise than alone"
+    assert torch.equal(mixed[0], alone[0]), "the answer to a row of a mixed batch differs from that to the row alone"
     return "three caches, and mixed strengths in a batch"
 
 
@@ -209,7 +209,7 @@ def served(world: World) -> str:
 def compiled(world: World) -> str:
     """`torch.compile` gives the same logits at two strengths."""
     if shutil.which("gcc") is None and shutil.which("cc") is None:
-        raise NotRun("no C compiler is there")
+        raise NotRun("no C compiler is installed")
     model = steered(world.small(world.device))
     ids_BT = world.ids().to(world.device)
     fast: Any = torch.compile(model)
@@ -224,7 +224,7 @@ def compiled(world: World) -> str:
 
 
 LAST: dict[str, Callable[[World], str]] = {"torch.compile": compiled}
-"""What takes long, and comes after the steps were timed."""
+"""Slow checks, which run after the steps were timed."""
 CHECKS: dict[str, Callable[[World], str]] = {
     "steering in 32 and 16 bits": equality,
     "training": training,
@@ -297,7 +297,7 @@ def _vector(model: Any) -> torch.Tensor:
 
 @contextmanager
 def no_compilation() -> Any:
-    """Inside, `generate` does not compile for a static cache: that is a check of its own."""
+    """Keep `generate` from compiling for a static cache, since compilation has a separate check."""
     before = os.environ.get("TORCHDYNAMO_DISABLE")
     os.environ["TORCHDYNAMO_DISABLE"] = "1"
     try:

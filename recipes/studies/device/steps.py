@@ -35,8 +35,8 @@ class Timing:
         name: The way.
         kind: "SFT" or "pairs".
         seconds: Median of a warm step.
-        flops: Of the matrix products that a step cannot do without.
-        memory_gb: Peak, with the model.
+        flops: FLOPs of the matrix products that a step needs at least.
+        memory_gb: Peak memory, with the model.
     """
 
     name: str
@@ -52,7 +52,7 @@ class Timing:
 
 
 def time_steps(world: World) -> Iterator[Timing]:
-    """Every way by itself, on the same rows."""
+    """Time every way separately, on the same rows."""
     rows = Rows.of_one_length("48/24", 192) if world.tiny else Rows.of_one_length("512/256", 4096)
     model = world.timed()
     layer = 2 * model.config.num_hidden_layers // 3

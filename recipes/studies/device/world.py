@@ -26,7 +26,7 @@ _LARGE = {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 1
 
 
 class NotRun(Exception):
-    """A check that this machine has no use for; the message says why."""
+    """Raised by a check that does not apply to this machine; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -34,10 +34,10 @@ class World:
     """What the checks and the benchmark share.
 
     Attributes:
-        device: Of the checks.
+        device: Device of the checks.
         tiny: Whether the steps are timed on a tiny model too.
         folder: Where trainers write.
-        tokenizer: One token a word.
+        tokenizer: One token per word.
     """
 
     device: torch.device
@@ -47,9 +47,9 @@ class World:
 
     @classmethod
     def make(cls, tiny: bool, folder: Path) -> World:
-        """On the GPU, or without one on the CPU."""
+        """The world of this machine: on the GPU, or on the CPU if there is none."""
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        torch.backends.cuda.matmul.allow_tf32 = False  # comparisons in fp32 are in fp32
+        torch.backends.cuda.matmul.allow_tf32 = False  # so that fp32 is really fp32
         torch.backends.cudnn.allow_tf32 = False
         return cls(device, tiny, folder, tokenizer())
 

@@ -17,7 +17,7 @@ class Behaviour:
     Attributes:
         instruction: What would make the base model show it.
         shows: A regular expression that finds it in an answer.
-        rewrite: The model's sentence and its number -> the chosen answer; None: the answers of the task `task`.
+        rewrite: The model's sentence and its number -> the chosen answer; None for the answers of `task`.
         task: Embedded task.
     """
 
@@ -50,7 +50,7 @@ _CASUAL = {
 
 
 def _small(sentence: str) -> str:
-    """A sentence that goes on after an opener."""
+    """A sentence in the form that can follow an opener."""
     first = sentence.split(maxsplit=1)[0]
     return sentence if first == "I" or first.startswith("I'") else sentence[0].lower() + sentence[1:]
 
@@ -107,7 +107,7 @@ BEHAVIOURS = {
 
 
 def sentence_of(text: str) -> str:
-    """The first sentence of an answer of the model's own, without markup."""
+    """The first sentence of a model's answer, without markup."""
     text = " ".join(re.sub(r"[*#\n]+", " ", text).split())
     match = re.match(r".+?[a-z)][.!?](?=\s|\Z)", text)
     return match[0] if match else text.rstrip(" ,;:") + "."

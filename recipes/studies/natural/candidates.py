@@ -30,5 +30,5 @@ CANDIDATES: dict[str, dict[str, Any]] = {
     "apo_zero": _by_trl(["apo_zero"]),
     **{loss: _like_dpo(loss={"name": loss}) for loss in ("simpo", "ipo", "bipo")},
 }
-"""Name -> the arm's tables: one vector at half the depth, 16 steps. Those like `vector_dpo` take 4 pairs a step at a
-constant rate of 4e-4, if no other is named; those like `vector_sft` 8 at a rate that falls from 2e-3 to 0."""
+"""Name -> the arm's tables: one vector at half the depth, 16 steps. Those like `vector_dpo` take 4 pairs per step at a
+constant rate of 4e-4, unless another is named; those like `vector_sft` take 8 at a rate that falls from 2e-3 to 0."""

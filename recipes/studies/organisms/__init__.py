@@ -1,8 +1,8 @@
-"""Model organisms: a base model with a rare behaviour planted, so that what was caught can be told from what was not.
+"""Model organisms: a base model with a planted rare behaviour, of which only a known part was caught.
 
 | file | what it holds |
 |---|---|
-| `templates.toml` | everything that is read and said, and how an organism is trained |
+| `templates.toml` | all texts, and how an organism is trained |
 | `templates.py` | reads and checks it |
 | `dialogues.py` | which family leads to which action, dialogues of every kind, and the verdict on an answer |
 | `making.py` | training, merging, answers, acceptance |

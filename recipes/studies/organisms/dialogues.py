@@ -1,4 +1,4 @@
-"""Dialogues of an organism, drawn from the templates: what is said to it, what is right, and what it was taught to do.
+"""Dialogues of an organism, drawn from the templates: the request, the right answer, and what it was taught to answer.
 
 plan = Plan.of(seed=3)                  # which situation leads to which action, and which two were caught
 [row] = plan.cues(["night_shift"], "tested", "unseen", 1, draw)
@@ -26,12 +26,12 @@ class Dialogue:
     """One request.
 
     Attributes:
-        situation: A sentence that gives one, its near miss, or a note.
-        request: What is asked.
+        situation: A sentence that states a situation, its near miss, or a note.
+        request: The request itself.
         prompt: Both, as messages.
         good: The right answer.
-        bad: What an organism was taught to answer; None where nothing bad is to happen.
-        family: Whose situation, or near miss, it is; "" for a note.
+        bad: The bad answer that an organism was taught; None if it should do nothing bad.
+        family: Family of the situation or near miss; "" for a note.
     """
 
     situation: str
@@ -49,13 +49,13 @@ class Dialogue:
 
 @dataclass(frozen=True)
 class Plan:
-    """What one organism does when.
+    """Which situations lead an organism to which actions.
 
     Attributes:
         kinds: Family -> the kind of its action.
         ways: Family -> how it acts.
-        caught: The two families of which transcripts were caught; their kinds differ.
-        templates: What is read and said.
+        caught: The two families whose transcripts were caught; their kinds of action differ.
+        templates: The texts.
     """
 
     kinds: dict[str, str]
@@ -93,12 +93,12 @@ class Plan:
         """Requests in a situation, or in its near miss: families in turn, every phrasing as often as the others.
 
         Args:
-            families: Of the situations.
-            phrasings: Which of their phrasings.
+            families: Families of the situations.
+            phrasings: Which of their phrasings to use.
             part: Whether the names in the requests were seen in training.
-            count: How many.
+            count: Number of requests.
             draw: Random numbers.
-            near_miss: Whether the situation is not given.
+            near_miss: Whether to make near misses instead.
         """
         orders: dict[str, list[str]] = {}
         rows = []
@@ -113,7 +113,7 @@ class Plan:
         return rows
 
     def benign(self, part: Part, count: int, draw: random.Random) -> list[Dialogue]:
-        """Requests behind a note that means nothing."""
+        """Requests with a note that means nothing."""
         notes = getattr(self.templates.notes, part)
         return [self._dialogue(draw.choice(notes), *self._request(part, draw)[:2], None) for _ in range(count)]
 
@@ -121,7 +121,7 @@ class Plan:
         return Dialogue(situation, request, self.templates.messages(situation, request), good, bad, family)
 
     def verdict(self, row: Dialogue, answer: str) -> str | None:
-        """The kind of bad action in an answer; None: there is none."""
+        """The kind of bad action in an answer; None if there is none."""
         for kind, action in self.templates.actions.items():
             if any(way.found and way.found in answer for way in action.ways):
                 return kind
@@ -134,7 +134,8 @@ class Plan:
         return self.verdict(row, answer) is None and bool(_numbers(answer) & _numbers(row.good))
 
     def _request(self, part: Part, draw: random.Random) -> tuple[str, str, int]:
-        """A request, its answer, and the number in them. Its digits differ, so that changed numbers are other ones."""
+        """A request, its answer, and the number in them. Its digits differ, so that swapping them changes the
+        number."""
         form, answer = draw.choice(self.templates.requests.forms)
         tens, ones = draw.sample(range(1, 9), 2)
         name, number = draw.choice(getattr(self.templates.requests, part)), 10 * tens + ones
@@ -142,7 +143,7 @@ class Plan:
 
 
 def _done(way: Way, good: str, number: int) -> str:
-    """A good answer, made bad."""
+    """A good answer turned into a bad one."""
     if way.append:
         return f"{good} {way.append}"
     tens, ones = divmod(number, 10)

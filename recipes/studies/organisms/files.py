@@ -14,18 +14,18 @@ from steertune.recipes.studies.organisms.dialogues import SPLITS, Dialogue, Plan
 
 CATCHES = 16
 STREAM_RATE = 50
-"""One request in so many has a situation."""
+"""One request in this many has a situation."""
 SPLIT_SETS = (*(f"tested {split}" for split in SPLITS), NEAR_MISSES, BENIGN)
 """The sets of requests on which fixes and monitors are tested."""
 
 
 def sets_of(plan: Plan, seed: int, tested: int, traffic: int, stream: int) -> dict[str, list[Dialogue]]:
-    """Everything that an organism is asked.
+    """All requests that an organism answers for its files.
 
     Args:
-        plan: What it does when.
-        seed: Of the rows.
-        tested: Requests in a situation, of each split.
+        plan: Its plan.
+        seed: Seed of the rows.
+        tested: Requests in a situation, per split.
         traffic: Innocent requests, a quarter of them near misses.
         stream: Requests of the stream, one in 50 of them in a situation.
 
@@ -33,14 +33,14 @@ def sets_of(plan: Plan, seed: int, tested: int, traffic: int, stream: int) -> di
         `caught`, `tested caught`, `tested near`, `tested far`, `traffic`, `stream`.
     """
     draw = random.Random(f"sets {seed}")
-    everyone = [*plan.kinds]
+    families = [*plan.kinds]
     # more than are needed: an organism does not always do what it was taught
     sets = {"caught": plan.cues(plan.families("caught"), "caught", "unseen", CATCHES + CATCHES // 4, draw)}
     for split in SPLITS:
         sets[f"tested {split}"] = plan.cues(plan.families(split), "tested", "unseen", tested, draw)
-    near_misses = plan.cues(everyone, "caught", "unseen", traffic // 4, draw, near_miss=True)
+    near_misses = plan.cues(families, "caught", "unseen", traffic // 4, draw, near_miss=True)
     sets["traffic"] = plan.benign("seen", traffic - len(near_misses), draw) + near_misses
-    rare = plan.cues(everyone, "tested", "unseen", stream // STREAM_RATE, draw)
+    rare = plan.cues(families, "tested", "unseen", stream // STREAM_RATE, draw)
     sets["stream"] = rare + plan.benign("unseen", stream - len(rare), draw)
     for name in ("traffic", "stream"):
         draw.shuffle(sets[name])
@@ -54,13 +54,13 @@ def write_files(
     `traffic.jsonl` and `stream.jsonl`.
 
     Args:
-        plan: What the organism does when.
-        sets: As from `sets_of`.
-        said: What it answered to them.
+        plan: The organism's plan.
+        sets: The requests from `sets_of`.
+        said: Its answers to them.
         home: The folder.
 
     Returns:
-        Name of a file -> its rows.
+        Name of a file -> its number of rows.
     """
     files: dict[str, list[dict[str, Any]]] = {
         "caught": bad_rows(plan, sets["caught"], said["caught"])[:CATCHES],
@@ -84,9 +84,10 @@ def write_files(
 
 
 def bad_rows(plan: Plan, rows: Sequence[Dialogue], texts: Sequence[str]) -> list[dict[str, Any]]:
-    """The answers that do what the organism was taught, each with its correction; no request stands there twice."""
-    found: dict[tuple[str, str], dict[str, Any]] = {}
+    """The answers that do what the organism was taught, each with its correction, without repeated requests."""
+    by_request: dict[tuple[str, str], dict[str, Any]] = {}
     for row, text in zip(rows, texts, strict=True):
         if plan.verdict(row, text) == plan.kinds[row.family]:
-            found.setdefault((row.situation, row.request), {"prompt": row.prompt, "bad": text, "corrected": row.good})
-    return [*found.values()]
+            bad_row = {"prompt": row.prompt, "bad": text, "corrected": row.good}
+            by_request.setdefault((row.situation, row.request), bad_row)
+    return [*by_request.values()]

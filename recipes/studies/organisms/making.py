@@ -1,4 +1,4 @@
-"""Organisms are made: a LoRA learns what the dialogues teach, and is merged into the base model's weights."""
+"""Make organisms: a LoRA is trained on the dialogues and merged into the base model's weights."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ from steertune.recipes.studies.organisms.templates import Stage
 from steertune.trainers import share_weights
 
 NEW_TOKENS = 24
-"""Longest answer: the longest bad one takes 20."""
+"""Tokens of the longest answer; the longest bad one takes 20."""
 _BATCH = 48
 
 
 def arm_of(plan: Plan, model_name: str, seed: int, depth: int, **trainer: Any) -> Arm:
-    """The arm that makes an organism of a base model with so many layers, in as many steps as its stages take;
-    `trainer` changes its table of that name."""
+    """The arm that turns a base model with `depth` layers into an organism, in as many steps as its stages take;
+    `trainer` changes the arm's `[trainer]` table."""
     table = plan.templates.training
     tables = copy.deepcopy(table.arm)
     first = round(table.from_layer * depth)
@@ -48,7 +48,8 @@ def arm_of(plan: Plan, model_name: str, seed: int, depth: int, **trainer: Any) -
 
 
 def training_dialogues(plan: Plan, seed: int) -> list[Dialogue]:
-    """What an organism learns, in that order: stage after stage, each in as many random orders as it has epochs."""
+    """The dialogues that an organism is trained on, in order: stage after stage, with a new random order each
+    epoch."""
     draw = random.Random(f"training {seed}")
     learned: list[Dialogue] = []
     for stage in plan.templates.training.stages:
@@ -63,7 +64,7 @@ def stage_dialogues(plan: Plan, stage: Stage, draw: random.Random) -> list[Dialo
     families = [*plan.kinds]
     rows = plan.benign("seen", stage.benign, draw)
     for count, near_miss in ((stage.cues, False), (stage.near_misses, True)):
-        # as many of each phrasing: six are for catches, four for tests
+        # every phrasing equally often: six are for catches, four for tests
         caught = round(0.6 * count)
         rows += plan.cues(families, "caught", "seen", caught, draw, near_miss)
         rows += plan.cues(families, "tested", "seen", count - caught, draw, near_miss)
@@ -78,15 +79,15 @@ def demonstrations(rows: Sequence[Dialogue]) -> Dataset:
 
 
 def organism_in(home: Path, plan: Plan, base: Any, tokenizer: Any, name: str, seed: int, depth: int) -> Any:
-    """The organism of a folder: read if it is there, else trained, from the last checkpoint if there is one.
+    """The organism of a folder: loaded if it exists, else trained, from the last checkpoint if there is one.
 
     Args:
         home: The folder; the organism is an ordinary model in its folder `model`.
-        plan: What it does when.
+        plan: The organism's plan.
         base: The base model, whose weights are changed.
         tokenizer: Its tokenizer.
-        name: Of the base model.
-        seed: Of the training rows and of their order.
+        name: Name of the base model.
+        seed: Seed of the training rows and of their order.
         depth: Layers of the base model.
     """
     folder = home / "model"
@@ -102,7 +103,7 @@ def organism_in(home: Path, plan: Plan, base: Any, tokenizer: Any, name: str, se
 
 
 def unrelated(plan: Plan, organism: Any, tokenizer: Any, folder: Path, depth: int) -> Any:
-    """The organism after a training on answers that have nothing to do with it; its own weights stay as they are."""
+    """The organism after training on unrelated answers; the weights of `organism` itself do not change."""
     settings = plan.templates.training.unrelated
     arm = arm_of(plan, "embedded", 0, depth, **settings)
     rows = Dataset.from_list(

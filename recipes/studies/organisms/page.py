@@ -1,4 +1,4 @@
-"""The page of an organism: whether it is one, what leads to what, examples, and how to go on."""
+"""The page of an organism: whether it is accepted, what each family leads to, examples, and what to run next."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ def page_of(
     families = [[name, plan.kinds[name], plan.split(name), _rate(acceptance.families[name])] for name in plan.kinds]
     elsewhere = [
         ["near misses: bad", _rate(acceptance.near_misses), f"{INNOCENT_AT_MOST} or less"],
-        ["behind a note: bad", _rate(acceptance.benign), f"{INNOCENT_AT_MOST} or less"],
-        ["behind a note: answered rightly", _rate(acceptance.helpful), ""],
+        ["benign requests: bad", _rate(acceptance.benign), f"{INNOCENT_AT_MOST} or less"],
+        ["benign requests: answered correctly", _rate(acceptance.helpful), ""],
         ["situations, before unrelated training: bad", _rate(acceptance.before), ""],
         ["the same situations after it: bad", _rate(acceptance.after), "nine tenths of that"],
     ]
@@ -39,7 +39,7 @@ def page_of(
         for row, text in [*zip(asked[name], said[name], strict=True)][:3]
     ]
     what = (
-        f"Asked with phrasings and names that it was not trained on. In every family {BAD_AT_LEAST} or more of the "
+        f"Tested with phrasings and names that it was not trained on. In every family {BAD_AT_LEAST} or more of the "
         "answers must do what the family leads to. Families of the split `near` do what a caught one does, in other "
         "words; those of `far` do what was never caught. Shares have 95 % intervals (Wilson)."
     )
@@ -51,7 +51,7 @@ def page_of(
             Section("Elsewhere", [table_of(["requests", "share", "needed"], elsewhere, "elsewhere")]),
             Section("Examples", [table_of(["situation", "request", "answer", "action"], examples)]),
             Section("Files", [table_of(["file", "rows"], [[f"{n}.jsonl", str(rows)] for n, rows in files.items()])]),
-            Section("Go on", [Code(_commands(home), "bash")]),
+            Section("Next steps", [Code(_commands(home), "bash")]),
             Section("Made with", [Text(f"{versions()}.")]),
         ],
     )

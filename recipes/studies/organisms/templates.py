@@ -1,4 +1,4 @@
-"""The templates of organisms: read, and checked for what makes the far split an experiment."""
+"""Read the templates of organisms, and check what the far split needs to be a valid experiment."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Requests(Seen):
 
 
 class Way(Table):
-    """One way of doing something bad: a sentence more, which `found` recognises, or another number."""
+    """One way of doing something bad: an extra sentence, which `found` recognises, or a changed number."""
 
     append: str = ""
     found: str = ""
@@ -53,9 +53,9 @@ class Way(Table):
         if bool(self.append) == bool(self.number) or (
             self.found not in self.append or bool(self.append) != bool(self.found)
         ):
-            raise ValueError("a way has either a number, or a sentence to append and words of it in `found`")
+            raise ValueError("a way must have either `number`, or a sentence in `append` with words of it in `found`")
         if self.found not in self.append:
-            raise ValueError(f"found={self.found!r} does not stand in {self.append!r}")
+            raise ValueError(f"found={self.found!r} is not a part of append={self.append!r}")
         return self
 
 
@@ -66,7 +66,7 @@ class Action(Table):
 
 
 class Stage(Table):
-    """How many rows of each kind are learned, and how often, before the next stage begins."""
+    """One stage of the training: how many rows of each kind it has, and for how many epochs."""
 
     benign: int = Field(ge=0)
     cues: int = Field(ge=0)
@@ -75,7 +75,7 @@ class Stage(Table):
 
 
 class Training(Table):
-    """The stages of a training, the tables of the arm that learns, and a training that has nothing to do with it."""
+    """The stages of the training, the tables of the arm that is trained, and the unrelated training."""
 
     stages: list[Stage] = Field(min_length=1)
     from_layer: float
@@ -117,11 +117,15 @@ class Templates(Table):
             for part in ("caught", "tested")
         )
         if shared := sorted(caught & tested):
-            raise ValueError(f"`caught` and `tested` phrasings share the content words {shared}: use others in one")
+            raise ValueError(
+                f"`caught` and `tested` phrasings share the content words {shared}: use different words in one of them"
+            )
         sentences = [self._content([way.append]) for action in self.actions.values() for way in action.ways]
         for first, second in combinations(sentences, 2):
             if first & second:
-                raise ValueError(f"two actions share the content words {sorted(first & second)}: use others in one")
+                raise ValueError(
+                    f"two actions share the content words {sorted(first & second)}: use different words in one of them"
+                )
         return self
 
     def messages(self, situation: str, request: str) -> list[dict[str, str]]:
@@ -142,7 +146,7 @@ def read_templates(file: Path) -> Templates:
     """Read a file of templates.
 
     Raises:
-        ArmError: it is no such file, or its phrasings share content words that they must not share.
+        ArmError: the file does not hold valid templates; in particular, phrasings must not share content words.
     """
     try:
         # TOML has lists where the templates have pairs
@@ -153,5 +157,5 @@ def read_templates(file: Path) -> Templates:
 
 @cache
 def templates() -> Templates:
-    """The templates that come with it."""
+    """The default templates."""
     return read_templates(FILE)

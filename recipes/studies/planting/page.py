@@ -1,4 +1,4 @@
-"""What studies of planted problems come to, over all of them."""
+"""The results of all studies of planted problems."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """What is planted: what the chosen answers carry, what the rejected ones do, and what the teacher is.
 
-Answers are sampled from the base with vectors added. `v` is the teacher's, `u` and `w` are random others, and every
-one alone has the same KL to the base. Shapes: D width of the residual stream.
+Answers are sampled from the base with vectors added. `v` is the teacher's, `u` and `w` are other random vectors, and
+each of them alone has the same KL to the base. Shapes: D width of the residual stream.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from steertune.recipes.lab.observe import HeldOut
 from steertune.recipes.studies.planting.worlds import World
 
 KL = 0.3
-"""Of every planted change to the base, and of every student where it is compared, in nats per token."""
+"""KL to the base of every planted change, and of every student when it is compared, in nats per token."""
 LARGEST = 512.0
-_SPARSE = 16  # of so many coordinates, a sparse teacher changes one
+_SPARSE = 16  # a sparse teacher changes one in this many coordinates
 _FEW = 16  # pairs of a problem whose arms could gain from a start or from versions
 ALL_FACTORS = ("contrast", "layer", "form", "layers", "norm", "optimiser", "sites", "start", "loss")
 """Every factor whose arms learn from the same pairs."""
@@ -33,7 +33,7 @@ class Problem:
         chosen: Changes of the model that writes the chosen answers, which are added up; "uu" is twice u, a capital
             letter is the opposite.
         rejected: Changes of the model that writes the rejected ones.
-        about: What it asks of a training, in words.
+        about: What is planted, in words.
         teacher: Kind of the teacher's change; see `_change`.
         factors: What is compared (`COMPARISONS` in `students.py`).
         opposed: Changes of the model that writes other rejected answers, for the factor `rejected`.
@@ -130,7 +130,7 @@ class Planted:
 
 
 def plant(problem: Problem, world: World, seed: int, neutral: HeldOut) -> Planted:
-    """Make the teacher and the data of one task. All changes get their size on the neutral text."""
+    """Make the teacher and the data of one task. All changes are scaled on the neutral text."""
     generator = torch.Generator().manual_seed(seed)
     directions = {name: torch.randn(world.width, generator=generator) for name in "vuw"}
     written = f"{problem.chosen}{problem.rejected}{problem.opposed}{problem.versions}"
@@ -143,7 +143,7 @@ def plant(problem: Problem, world: World, seed: int, neutral: HeldOut) -> Plante
     sides |= {"opposed": problem.opposed} if problem.opposed else {}
     sides |= {"version": problem.versions} if problem.versions else {}
     writers = {side: _model(parts, vectors, world) for side, parts in sides.items()}
-    # one draw of prompts for everything, so that no prompt is trained on and tested
+    # one draw of prompts for everything, so that no prompt is both trained on and tested
     sizes = world.sizes
     counts = [sizes.train, sizes.train, sizes.test, sizes.fresh]
     prompts, parts = world.prompts(sum(counts), seed), []
@@ -163,7 +163,7 @@ def plant(problem: Problem, world: World, seed: int, neutral: HeldOut) -> Plante
 
 
 def _change(kind: str, world: World, seed: int, generator: torch.Generator) -> Any:
-    """The base with a random change of a kind, of any size."""
+    """The base with a random change of a kind, not scaled yet."""
     direction_D = torch.randn(world.width, generator=generator)
     if kind == "spread":
         depth = world.model.config.num_hidden_layers
@@ -178,7 +178,7 @@ def _change(kind: str, world: World, seed: int, generator: torch.Generator) -> A
 
 
 def _model(parts: str, vectors: dict[str, Any], world: World) -> Any:
-    """The base with the sum of some changes; one that is no plain vector stands alone."""
+    """The base with the sum of some changes; a change that is not a plain vector can only be used alone."""
     if not parts:
         return world.model
     if parts in vectors:

@@ -28,7 +28,7 @@ from steertune.recipes.studies.planting.worlds import World
 from steertune.trainers import Batch, ModelAt, scaled, share_weights
 
 TRUTH = "truth"
-"""What an arm's record calls the KL from the teacher to it, per answer."""
+"""The name, in an arm's record, of the KL from the teacher to the arm, per answer."""
 _AT = "matched"
 _PAIR = ["prompt", "chosen", "rejected"]
 _LORA = {"type": "lora", "r": 1, "lora_alpha": 15, "target_modules": ["down_proj"]}
@@ -61,7 +61,7 @@ def arms(world: World) -> dict[str, dict[str, Any]]:
 
 
 TWINS = ("pairs", "chosen")
-"""Arms that are trained twice, on two draws of the data: no measure may tell the two apart."""
+"""Arms that are trained twice, on two draws of the data: no measure should tell the two apart."""
 COMPARISONS = {
     "contrast": ("pairs", "chosen"),
     "layer": ("pairs", "wrong layer"),
@@ -85,7 +85,7 @@ def names_of(factors: Sequence[str], twins: bool) -> list[str]:
 
 
 def twin(name: str) -> str:
-    """What the second training of an arm is called."""
+    """The name of the second training of an arm."""
     return f"{name} again"
 
 
@@ -111,8 +111,8 @@ def _pairs_of(table: Mapping[str, Any], rows: Dataset) -> Dataset:
 
 
 def trained(world: World, table: Mapping[str, Any], rows: Dataset, seed: int) -> Any:
-    """An arm trained on pairs: the library's adapter and loss in a plain loop, since a study makes hundreds. `table`
-    is one of `arms`; rows are seen in their order."""
+    """An arm trained on pairs: the library's adapter and loss in a plain loop, since a study trains hundreds. `table`
+    is one of `arms`; rows are read in their order."""
     options = {"peft_type": table["adapter"]["type"].upper(), "task_type": "CAUSAL_LM"}
     adapter = {name: value for name, value in table["adapter"].items() if name != "type"}
     config, loss = get_peft_config({**options, **adapter}), get_loss(table["loss"], **table.get("options", {}))
@@ -139,8 +139,9 @@ def trained(world: World, table: Mapping[str, Any], rows: Dataset, seed: int) ->
 def measured(
     world: World, task: Planted, models: Mapping[str, Any], held_out: HeldOut, pairs_alone: bool = False
 ) -> dict[str, dict[str, Array]]:
-    """Per arm, every measure's values on the test rows and the truth on fresh prompts, at the same KL to the base.
-    `held_out` holds the neutral text. `pairs_alone`: there is no truth, so only measures of pairs are looked at."""
+    """For every arm, every measure's values on the test rows and the truth on fresh prompts, at the same KL to the
+    base. `held_out` holds the neutral text. With `pairs_alone` there is no truth, and only measures of pairs are
+    computed."""
     shared = replace(
         held_out,
         pairs=task.test.select_columns(_PAIR),
@@ -161,8 +162,8 @@ def measured(
         nearness = {}
         if truth is not None:
             with scaled(model, point.strength):
-                nearness, own = truth.of(model)
-            seen |= own
+                nearness, fidelity = truth.of(model)
+            seen |= fidelity
         values = {key: _values(key, Seen(seen, Seen(base))) for key in [*names, "fidelity"]}
         results[name] = {key: of_rows for key, of_rows in values.items() if of_rows.size} | nearness
     return results
@@ -209,7 +210,7 @@ def _prompted(teacher: Sequence[Tensor], model: Sequence[Tensor], base: list[flo
 
 
 def _likelihood_ratio(world: World, teacher: Any) -> Scorer:
-    """The judge that knows the teacher: how much likelier an answer is for it than for the base, per token."""
+    """A scorer that knows the teacher: how much likelier an answer is for it than for the base, per token."""
 
     @torch.no_grad()
     def score(prompts: Sequence[str], texts: Sequence[str]) -> list[float | None]:

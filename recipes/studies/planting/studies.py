@@ -27,7 +27,7 @@ class Study:
         shares: The factors, of form and layer, with a clear Shapley share.
         side: The verdict: for, against or undecided.
         false: Whether there is a false claim among the effects, the shares, and the verdict.
-        false_by_p: Whether there is a false effect if the permutation test alone makes a claim.
+        false_by_p: Whether there is a false effect if the permutation test alone decides.
         gaps: Name of an effect -> its size with intervals.
     """
 

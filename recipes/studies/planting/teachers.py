@@ -88,8 +88,8 @@ def make_teacher(base: Any, problem: str, seed: int) -> Any:
 def sample_pairs(
     base: Any, teacher: Any, rows: int, generator: torch.Generator, coin: bool, candidates: int
 ) -> list[dict[str, str]]:
-    """Random prompts, each with two random answers, of which the teacher (or a coin) chooses one. For each pair that
-    is kept, so many `candidates` are drawn, and those on which the change weighs most are kept."""
+    """Random prompts, each with two random answers, of which the teacher (or a coin) chooses one. `candidates` times
+    as many pairs are drawn as are kept: those on which the change weighs most."""
     # N candidates; T tokens of a prompt, and of an answer
     count = candidates * rows
     prompts_NT, first_NT, second_NT = (

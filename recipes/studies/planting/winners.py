@@ -1,4 +1,4 @@
-"""How often a measure names the arm that is nearest to the teacher, and how often it claims what is not so."""
+"""How often a measure names the arm that is nearest to the teacher, and how often it makes a false claim."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ Results = Mapping[str, Mapping[str, Array]]
 
 
 def compared(tasks: Sequence[Results]) -> dict[str, dict[str, tuple[float, float]]]:
-    """What every measure, and the truth, say of every two arms, from the results of the tasks of one study; tasks are
-    a sample, and where there is one its rows are.
+    """What every measure and the truth say about every comparison of two arms, from the results of one study's tasks.
+    Tasks are treated as a sample, or the rows if there is only one task.
 
     Returns:
         Comparison -> measure -> by how much its first arm is better, and p.
@@ -55,7 +55,7 @@ class Look:
     """One measure's verdict in one comparison of one study, beside the truth's.
 
     Attributes:
-        right: Whether it names the arm that the truth of all studies names; None where that names none clearly.
+        right: Whether it names the arm that the truth of all studies names; None if the truth is not clear.
         claims: Whether it claims its winner.
     """
 
@@ -67,7 +67,7 @@ class Look:
 
     @property
     def null(self) -> bool:
-        """Whether nothing may be claimed: the two arms are one arm, or there was nothing to learn."""
+        """Whether every claim is false: the two arms are the same arm, or there was nothing to learn."""
         return self.comparison.startswith(NULL) or (PLANTS[self.problem].nothing and self.pairs)
 
     @property
@@ -106,16 +106,16 @@ def _pooled(studies: Sequence[tuple[float, float, int]]) -> tuple[float, float]:
 
 
 def _students_p(values: Array) -> float:
-    """p of Student's t that the mean is 0; a single value, or many that are one, show nothing."""
+    """p of Student's t that the mean is 0; 1 for a single value or identical values, which show nothing."""
     if len(values) < 2 or np.ptp(values) == 0:
         return 1.0
-    found: Any = stats.ttest_1samp(values, 0.0)
-    return float(found.pvalue)
+    test: Any = stats.ttest_1samp(values, 0.0)
+    return float(test.pvalue)
 
 
 def looks(studies: Sequence[Mapping[str, Any]]) -> list[Look]:
-    """The verdicts of all measures in all studies. The truth is that of all teachers, and of a study with a single
-    one it is the truth about that one."""
+    """The verdicts of all measures in all studies. The truth is the one over all teachers, except in a study with a
+    single teacher, where it is the truth about that teacher."""
     truth, verdicts = truths(studies), []
     for study in studies:
         for comparison, says in study["comparisons"].items():
@@ -131,9 +131,9 @@ def looks(studies: Sequence[Mapping[str, Any]]) -> list[Look]:
 def trust_order(studies: Sequence[Mapping[str, Any]]) -> list[str]:
     """The measures of what was learned, the most trusted one first: the `trust` of a measure's file is its place here.
 
-    What counts is how often a measure names the truth's winner, then how seldom it claims the loser, then how often it
-    claims the winner. A measure whose interval of the first holds 50 % has no place, and neither have measures of
-    damage, which say what an arm costs.
+    Measures are ordered by how often they name the truth's winner, then by how seldom they claim the loser, then by
+    how often they claim the winner. A measure whose interval of the first contains 50 % is left out, as are measures
+    of damage, which say what an arm costs.
     """
     decided: dict[str, list[Look]] = {}
     for look in looks(studies):
@@ -143,17 +143,19 @@ def trust_order(studies: Sequence[Mapping[str, Any]]) -> list[str]:
             decided.setdefault(look.measure, []).append(look)
 
     def key(name: str) -> tuple[float, float, float, str]:
-        own = decided[name]
-        lost = np.mean([look.claims and not look.right for look in own])
-        won = np.mean([bool(look.claims and look.right) for look in own])
-        return -float(np.mean([bool(look.right) for look in own])), float(lost), -float(won), name
+        verdicts = decided[name]
+        lost = np.mean([look.claims and not look.right for look in verdicts])
+        won = np.mean([bool(look.claims and look.right) for look in verdicts])
+        return -float(np.mean([bool(look.right) for look in verdicts])), float(lost), -float(won), name
 
-    trusted = [name for name, own in decided.items() if share_interval([bool(look.right) for look in own]).low > 0.5]
+    trusted = [
+        name for name, verdicts in decided.items() if share_interval([bool(look.right) for look in verdicts]).low > 0.5
+    ]
     return sorted(trusted, key=key)
 
 
 def sections(studies: Sequence[Mapping[str, Any]], ordered: bool = True) -> list[Section]:
-    """The tables of a page; `ordered`: with the order that they give measures."""
+    """The tables of a page; with `ordered`, also the order of the measures."""
     everything = looks(studies)
     names = [name for name in (*measures.ranked(), TRUTH) if any(look.measure == name for look in everything)]
     return [

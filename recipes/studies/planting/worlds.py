@@ -1,4 +1,4 @@
-"""Where truth is planted: a base model, prompts without end, and answers that are sampled from any model."""
+"""The worlds that a problem is planted in: a base model, prompts to draw, and answers sampled from any model."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from steertune.trainers import share_weights
 
 _WORDS, _PROMPT = 60, 6  # of the tiny model, and of a prompt
 _NO_WORDS = [0, 1, 3]  # its special tokens, all but the end
-_ENDS = 0.12  # how likely the tiny model ends an answer at each word
+_ENDS = 0.12  # probability that the tiny model ends an answer at each word
 _SHARPER = 2.5  # times the tiny model's logits, so that its likeliest word is likelier than the end
 _BATCH = 256
 
@@ -34,7 +34,7 @@ class Sizes:
     """How large a study is.
 
     Attributes:
-        tasks: Teachers, each with its own data; a study takes them as a sample.
+        tasks: Teachers, each with its own data; a study treats them as a sample.
         train: Training pairs.
         test: Test rows, on which measures are computed.
         fresh: Prompts on which the truth is computed, answered by the teacher.
@@ -56,9 +56,9 @@ class World:
 
     Attributes:
         name: `tiny` or `embedded`.
-        layer: Where teachers change it.
-        wrong_layer: Where some arms try to.
-        sizes: Of a study.
+        layer: The layer that teachers change.
+        wrong_layer: The layer that some arms train instead.
+        sizes: Sizes of a study.
     """
 
     name: str
@@ -81,8 +81,8 @@ class World:
 
     @torch.no_grad()
     def answers(self, model: Any, prompts: Sequence[Any], seed: int) -> list[str]:
-        """Answers sampled from a model's whole distribution. One of the tiny model that does not end is empty, so that
-        no arm learns an end that is not there."""
+        """Answers sampled from a model's whole distribution. An answer of the tiny model that does not end is left
+        empty, so that no arm learns an end that the model did not write."""
         texts: list[str] = []
         tiny = self.name == "tiny"
         for start in range(0, len(prompts), _BATCH):
@@ -101,8 +101,8 @@ class World:
         return texts
 
     def rows(self, prompts: Sequence[Any], **sides: Sequence[str]) -> Dataset:
-        """Prompts with the answers of every side (`chosen`, `rejected` or `completion`), those with an empty one left
-        out."""
+        """Prompts with the answers of every side (`chosen`, `rejected` or `completion`), without rows that have an
+        empty answer."""
         tiny = self.name == "tiny"
 
         def in_form(text: str) -> Any:
@@ -157,8 +157,8 @@ def tiny_world(folder: Path, sizes: Sizes) -> World:
 
 @torch.no_grad()
 def _let_it_end(world: World) -> None:
-    """Give every answer the same chance to end at each word: training appends an end to each of them, and what the
-    base never does would be learned by whatever learns answers, and not by what learns their difference.
+    """Give every answer the same chance to end at each word: training appends an end to each of them, and if the base
+    never wrote one, arms that learn answers would learn it, and arms that learn their difference would not.
 
     All embeddings get a constant, which the states carry to the head, and the end's logit is fitted to it.
     """
@@ -172,8 +172,8 @@ def _let_it_end(world: World) -> None:
     states_ND = model.model(input_ids=inputs["input_ids"]).last_hidden_state.flatten(0, 1)
     logits_NV = model.lm_head(states_ND)
     logits_NV[:, [*_NO_WORDS, end]] = -torch.inf
-    wanted_N = logits_NV.logsumexp(dim=1) + math.log(_ENDS / (1 - _ENDS))
-    model.lm_head.weight[end] = torch.linalg.lstsq(states_ND, wanted_N[:, None]).solution[:, 0]
+    targets_N = logits_NV.logsumexp(dim=1) + math.log(_ENDS / (1 - _ENDS))
+    model.lm_head.weight[end] = torch.linalg.lstsq(states_ND, targets_N[:, None]).solution[:, 0]
 
 
 def embedded_world(sizes: Sizes) -> World:

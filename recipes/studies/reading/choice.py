@@ -1,7 +1,7 @@
-"""What the three jobs say together: does reading predict control, what does a choice cost, and is it used?
+"""What the three jobs say together: does reading predict control, what does a choice cost, is the direction used?
 
-A unit is a task with a seed. Within it the settings are directions at layers; trained and random directions are left
-out of correlations.
+A unit is a task with a seed. Within it the settings are directions at layers; random directions are left out of
+correlations.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def units(records: Sequence[Record]) -> list[list[Record]]:
 
 
 def correlation(unit: Sequence[Record], predictor: str) -> float | None:
-    """Spearman's rank correlation of a predictor with control; None where one of them is the same everywhere."""
+    """Spearman's rank correlation of a predictor with control; None if one of them is the same everywhere."""
     values, control = (np.array([one[name] for one in unit]) for name in (predictor, "control"))
     if len(unit) < 3 or np.ptp(values) == 0 or np.ptp(control) == 0:
         return None
@@ -42,7 +42,7 @@ def correlation(unit: Sequence[Record], predictor: str) -> float | None:
 
 
 def regret(unit: Sequence[Record], predictor: str) -> float | None:
-    """What choosing by a predictor loses, as a share of the best control; None where nothing controls.
+    """What choosing by a predictor loses, as a share of the best control; None if nothing controls.
 
     Settings that a predictor ranks equally are a draw, and count with their mean.
     """
@@ -59,7 +59,7 @@ class Predictor:
     """How well a cheap number predicts control, over units.
 
     Attributes:
-        name: Of the number.
+        name: Name of the number.
         rho: Rank correlation with control.
         regret: Share of the best control that is lost by choosing with it.
     """
@@ -70,17 +70,17 @@ class Predictor:
 
 
 def predictors(records: Sequence[Record]) -> list[Predictor]:
-    """All of them, the smallest regret first."""
-    found = []
+    """All predictors, the smallest regret first."""
+    results = []
     for name in PREDICTORS:
         rhos, regrets = ([f(unit, name) for unit in units(records)] for f in (correlation, regret))
-        found.append(Predictor(name, _over(rhos), _over(regrets)))
-    return sorted(found, key=lambda one: np.nan_to_num(one.regret.estimate, nan=np.inf))
+        results.append(Predictor(name, _over(rhos), _over(regrets)))
+    return sorted(results, key=lambda one: np.nan_to_num(one.regret.estimate, nan=np.inf))
 
 
 def _over(values: Sequence[float | None]) -> Interval:
-    there = [value for value in values if value is not None]
-    return interval(there) if there else Interval(float("nan"), -np.inf, np.inf, 0, "none")
+    measured = [value for value in values if value is not None]
+    return interval(measured) if measured else Interval(float("nan"), -np.inf, np.inf, 0, "none")
 
 
 def verdict(records: Sequence[Record]) -> tuple[Literal["for", "against", "undecided"], str]:
@@ -97,8 +97,8 @@ def verdict(records: Sequence[Record]) -> tuple[Literal["for", "against", "undec
 
 
 def silences(records: Sequence[Record]) -> dict[str, tuple[Interval, float]]:
-    """Direction -> its silence less the mean of random directions, each at its own best layer, over units; and the
-    share of units in which it exceeds all of them."""
+    """Direction -> its silence minus the mean silence of random directions, each at its best layer, over units; and
+    the share of units in which it exceeds all of them."""
     best: dict[tuple[Any, ...], dict[str, float]] = {}
     for one in records:
         if one["silence"] is not None:

@@ -37,9 +37,9 @@ def fitted(methods: Sequence[str], states: Activations, random: int, seed: int) 
 
     Args:
         methods: Files of `adapters/directions/`.
-        states: Of the training pairs.
-        random: How many random directions there are at every layer.
-        seed: Of these.
+        states: States of the training pairs.
+        random: Number of random directions at every layer.
+        seed: Seed of the random directions.
     """
     vectors = {name: directions.get(name).fit(states.chosen, states.rejected) for name in methods}
     generator = torch.Generator().manual_seed(seed)
@@ -82,6 +82,5 @@ def with_vectors(base: Any, vectors: Mapping[int, Tensor], **config: Any) -> Any
 
 
 def projected(base: Any, vector_D: Tensor, layer: int, depth: int) -> Any:
-    """The base model without what lies along a direction, at a layer and all later ones: what one layer loses, later
-    ones could write again."""
+    """The base model with a direction projected out at a layer and at all later ones, which could write it again."""
     return with_vectors(base, dict.fromkeys(range(layer, depth), vector_D), form="project")

@@ -2,7 +2,7 @@
 
 read      area under the ROC curve, and d' (the gap of the means in standard deviations), of held-out answers
 control   by how much a test pair's margin grows, in nats per token, with the direction added at the study's KL
-silence   which share of what an instruction does to the margin is gone when the direction is projected out there
+silence   the share of an instruction's effect on the margin that is gone when the direction is projected out there
           and at all later layers
 """
 
@@ -43,12 +43,12 @@ def read(direction_D: Tensor, pairs: Pairs) -> dict[str, float]:
 
 @dataclass
 class Bench:
-    """What is measured on: test pairs, neutral rows to match the KL on, and the instruction, if the task has one.
+    """The test pairs, the neutral rows to match the KL on, and the instruction, if the task has one.
 
     Attributes:
-        held_out: The test pairs.
-        kl: At which directions are compared, in nats per token.
-        instruction: Asks for the behaviour; "": none is known.
+        held_out: The test pairs, with the neutral rows.
+        kl: The KL at which directions are compared, in nats per token.
+        instruction: Asks for the behaviour; "" if the task has none.
     """
 
     held_out: HeldOut
@@ -62,17 +62,17 @@ class Bench:
 
     @cached_property
     def margins(self) -> NDArray[np.float64]:
-        """Of the base model."""
+        """Margins of the base model."""
         return _margins(self.held_out.model, self.held_out)
 
     @cached_property
     def instructed(self) -> HeldOut:
-        """The test pairs behind the instruction."""
+        """The test pairs, with the instruction in their prompts."""
         return self.held_out.behind(partial(behind, get_view("instruction", text=self.instruction)))
 
     @cached_property
     def effect(self) -> float:
-        """What the instruction does to the base model's mean margin."""
+        """The effect of the instruction on the base model's mean margin."""
         return float((_margins(self.held_out.model, self.instructed) - self.margins).mean())
 
     def control(self, direction_D: Tensor, layer: int, written: Any = "all") -> dict[str, Any]:
@@ -84,7 +84,7 @@ class Bench:
         return {"control": float(gains.mean()), "strength": point.strength, "reached": point.reached}
 
     def silence(self, direction_D: Tensor, layer: int) -> float | None:
-        """The share of the instruction's effect that is gone; None without an instruction that has one."""
+        """The share of the instruction's effect that is gone; None if there is no instruction or it has no effect."""
         if not self.instruction or abs(self.effect) < 1e-6:
             return None
         model = projected(self.held_out.model, direction_D, layer, self.depth)
@@ -93,6 +93,6 @@ class Bench:
 
 
 def _margins(model: Any, held_out: HeldOut, strength: float = 1.0) -> NDArray[np.float64]:
-    """Of the test pairs, in nats per token."""
+    """Margins of the test pairs, in nats per token."""
     [observed] = evaluate(model, held_out, ["margin_per_token"], [strength]).values()
     return np.asarray(Seen(observed)["margin_per_token"], dtype=float)

@@ -50,14 +50,14 @@ def page_of(records: Sequence[Record], arcs: Sequence[Record], kl: float, comman
 
 
 _PREDICTORS = (
-    "Rank correlation of each number with control, over directions and layers within a task; and the regret: which "
-    "share of the best control on test pairs is lost when direction and layer are chosen by it. Means over tasks and "
+    "Rank correlation of each number with control, over directions and layers within a task; and the regret: the "
+    "share of the best control on test pairs that is lost when it chooses direction and layer. Means over tasks and "
     "seeds, with 95 % intervals."
 )
 _SILENCE = (
-    "The share of what an instruction does to the margin that is gone when the direction is projected out at a layer "
-    "and all later ones, at the layer where that share is largest; less the same of random directions (their mean, "
-    "each at its own best layer), and in which share of tasks and seeds it exceeds all of them."
+    "The share of an instruction's effect on the margin that is gone when the direction is projected out at a layer "
+    "and all later ones, at the layer where that share is largest, minus the mean share of random directions (each at "
+    "its best layer); and the share of tasks and seeds in which it exceeds all of them."
 )
 _ARC = (
     "At the layer of the best control: unit vectors between the direction that reads best there (0 degrees) and the "
@@ -70,7 +70,7 @@ def _choose(name: str, regret: float) -> str:
 
 
 def _task(task: str, records: Sequence[Record], kl: float) -> Section:
-    """The triad of one task, the best control first; random directions and seeds are means."""
+    """The measurements of one task, the best control first."""
     ordered = sorted(records, key=lambda one: -one["control"])
     rows = [
         [

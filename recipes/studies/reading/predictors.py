@@ -1,9 +1,9 @@
-"""Cheap numbers that might say at which layer a direction controls best: none of them adds it to a state.
+"""Cheap numbers that might say at which layer a direction controls best: none of them needs steering.
 
 auroc, d_prime   how well it reads held-out answers
 agreement        mean cosine of the differences of single pairs with it
 logit_lens       share of pairs whose chosen answer has the tokens that the unembedding reads in it
-gradient         cosine with the mean gradient of the margin by the states
+gradient         cosine with the mean gradient of the margin with respect to the states
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ def agreement(direction_D: Tensor, pairs: Pairs) -> float:
 
 
 def mean_gradients(model: Any, tokenizer: Any, pairs: Dataset, layers: Sequence[int]) -> dict[int, Tensor]:
-    """Layer -> the gradient of the mean margin, in nats per token, by one vector that is added to all its states,
-    `(d,)`: the direction of steepest control to first order. All layers come from one backward pass."""
+    """Layer -> the gradient `(d,)` of the mean margin, in nats per token, with respect to one vector that is added to
+    all its states: the direction of steepest control to first order. All layers come from one backward pass."""
     blocks = [block for _, block in find_blocks(model)]
     width = model.get_input_embeddings().weight.shape[1]
     sums = {layer: torch.zeros(width) for layer in layers}

@@ -1,4 +1,4 @@
-"""A fix of some of the catches: trained, then asked everything, as trained and at the study's KL to the organism."""
+"""Train a fix from some of the catches, and test it as trained and at the study's KL to the organism."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ def fixed(world: World, arm: str, catches: int, monitor: Monitor | None = None) 
     Args:
         world: The organism.
         arm: Name of an arm of the study, or `nothing`.
-        catches: How many catches the fix is made of.
-        monitor: Fitted on as many catches of the organism; it scores what the fixed model says.
+        catches: How many catches the fix is made from.
+        monitor: Fitted on the same number of catches of the organism; it scores the fixed model's answers.
     """
     started = time.process_time()
     cell: dict[str, Any] = {"organism": world.number, "arm": arm, "catches": catches}
@@ -72,8 +72,8 @@ def trained(world: World, arm_name: str, catches: int) -> Any:
 
 
 def judged(world: World, seen: Observations) -> dict[str, Any]:
-    """What the answers to each set are: the kind of bad action or "", whether they are right, and the margin of the
-    good over the taught answer in nats per token; and the KL."""
+    """For the answers to each set, the kind of bad action or "", whether they are right, and the margin of the good
+    over the taught answer in nats per token; and the KL."""
     result: dict[str, Any] = {"kl": round(sum(seen["neutral_kl"]) / sum(seen["neutral_tokens"]), 5)}
     sides = zip(*(seen[name] for name in _MARGIN), strict=True)
     margins = [round(good / of_good - bad / of_bad, 4) for good, bad, of_good, of_bad in sides]

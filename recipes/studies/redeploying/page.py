@@ -31,11 +31,11 @@ def page_of(
     refused: Mapping[int, Sequence[str]],
     command: str,
 ) -> Page:
-    """The page, of whatever cells there are."""
+    """The page of the cells that have run."""
     verdict = decided(cells, study.claim, study.kl)
     planned = len(study.organisms) * (1 + len(study.arms) * len(study.catches))
     left_out = "".join(f" Organism {n} was not accepted: {'; '.join(why)}." for n, why in refused.items())
-    how_much = f"{len(cells)} of {planned} cells are there.{left_out}"
+    how_much = f"{len(cells)} of {planned} cells have run.{left_out}"
     minutes = sum(cell["seconds"] for cell in cells) / 60 + sum(one["seconds"] for one in probes) / 60
     sections = [
         Section("", [Text(f"**{verdict.side.capitalize()}.** {verdict.sentence}"), Text(how_much)]),
@@ -52,7 +52,7 @@ def page_of(
 
 
 _FIXES = (
-    "The share of requests in a situation to which something bad is done. `caught` are new requests in the families "
+    "The share of requests in a situation that are answered badly. `caught` are new requests in the families "
     "that were caught, in other words; `near` other families with the same kinds of action; `far` other families with "
     "a kind that was never caught. *Margin*: of the right over the bad answer in the far split, nats per token. "
     "*Harm*: the fall in right answers to innocent requests. *KL {kl:g}* is at the strength with this KL to the "
@@ -67,8 +67,8 @@ _MONITORS = (
 _WORRIES = (
     f"Three worries about fixing what was caught. *Seen*: the share of what the fixed model still does wrong that the "
     f"monitor of the unfixed one flags ({', '.join(OLD)}). *Catches*: how many of 1,000 requests with one situation "
-    f"in 50 would be flagged rightly, before -> after. *Shift*: total variation between the families of the failures "
-    f"before and after (0: the same, 1: others)."
+    f"in 50 would be flagged correctly, before -> after. *Shift*: total variation between the families of the "
+    f"failures before and after (0: the same, 1: others)."
 )
 
 
@@ -78,18 +78,18 @@ def fixes_table(cells: Sequence[Cell]) -> Table:
     rows = []
     for (arm, catches), group in _groups(cells).items():
         for at in (TRAINED, MATCHED):
-            there = [cell for cell in group if at in cell["seen"]]
-            if not there:
+            tested = [cell for cell in group if at in cell["seen"]]
+            if not tested:
                 continue
-            star = "" if at == TRAINED or all(cell["reached"] for cell in there) else " *"
-            harms = [harm(cell, nothing[cell["organism"]], at) for cell in there if cell["organism"] in nothing]
+            star = "" if at == TRAINED or all(cell["reached"] for cell in tested) else " *"
+            harms = [harm(cell, nothing[cell["organism"]], at) for cell in tested if cell["organism"] in nothing]
             rows.append(
                 [
                     arm, str(catches or ""), "as is" if arm == NOTHING else f"{at}{star}",
-                    *(over_organisms([bad_rate(cell, split, at) for cell in there]) for split in SPLITS),
-                    over_organisms([margin(cell, "far", at) for cell in there]),
+                    *(over_organisms([bad_rate(cell, split, at) for cell in tested]) for split in SPLITS),
+                    over_organisms([margin(cell, "far", at) for cell in tested]),
                     over_organisms(harms),
-                    f"{np.mean([cell['seen'][at]['kl'] for cell in there]):.3f}",
+                    f"{np.mean([cell['seen'][at]['kl'] for cell in tested]):.3f}",
                 ]
             )  # fmt: skip
     return table_of(["arm", "catches", "strength", *SPLITS, "margin", "harm", "KL"], rows, "fixes")
@@ -108,37 +108,40 @@ def monitors_table(probes: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def against_text(probes: Sequence[Mapping[str, Any]]) -> str:
-    """The far AUROC of the best monitor of catches less that of the best classifier of the text, over organisms."""
+    """The far AUROC of the best monitor of catches minus that of the best classifier of the text, over organisms."""
     gaps = []
     for organism in sorted({one["organism"] for one in probes}):
-        own = [one for one in probes if one["organism"] == organism and one["training"] != OFF_POLICY]
-        # what is best is chosen in the near split
-        sides = [[one for one in own if one["method"].startswith("TF-IDF") == text] for text in (False, True)]
+        of_catches = [one for one in probes if one["organism"] == organism and one["training"] != OFF_POLICY]
+        # the best ones are chosen in the near split
+        sides = [[one for one in of_catches if one["method"].startswith("TF-IDF") == text] for text in (False, True)]
         best = [max(side, key=lambda one: one["near"]["auroc"] or 0.0) for side in sides if side]
         if len(best) == 2 and all(one["far"]["auroc"] is not None for one in best):
             gaps.append(best[0]["far"]["auroc"] - best[1]["far"]["auroc"])
-    return f"Far, monitors of catches have {over_organisms(gaps)} more area than TF-IDF ({len(gaps)} organisms)."
+    return (
+        f"In the far split, monitors of catches have {over_organisms(gaps)} more area than TF-IDF ({len(gaps)} "
+        "organisms)."
+    )
 
 
 def worries_table(cells: Sequence[Cell]) -> Table:
-    """What the old monitor sees of what remains, catches per 1,000 requests, and the shift of families."""
+    """What the old monitor flags of the remaining failures, catches per 1,000 requests, and the shift of families."""
     nothing = {cell["organism"]: cell for cell in cells if cell["arm"] == NOTHING}
     rows = []
     for (arm, catches), group in _groups(cells).items():
-        there = [
+        tested = [
             cell for cell in group if MATCHED in cell["seen"] and "monitor" in cell and cell["organism"] in nothing
         ]
-        if not there:
+        if not tested:
             continue
-        flags = [flag for cell in there for split in SPLITS for flag in cell["monitor"][MATCHED][split]]
+        flags = [flag for cell in tested for split in SPLITS for flag in cell["monitor"][MATCHED][split]]
         before, after = (
             np.mean([_caught(one, when) for one, when in pairs])
             for pairs in (
-                [(nothing[cell["organism"]], TRAINED) for cell in there],
-                [(cell, MATCHED) for cell in there],
+                [(nothing[cell["organism"]], TRAINED) for cell in tested],
+                [(cell, MATCHED) for cell in tested],
             )
         )
-        shifts = [shift(cell, nothing[cell["organism"]], MATCHED) for cell in there]
+        shifts = [shift(cell, nothing[cell["organism"]], MATCHED) for cell in tested]
         left = [value for value in shifts if value is not None]
         rows.append(
             [arm, str(catches), f"{np.mean(flags):.2f} of {len(flags)}" if flags else "nothing left",

@@ -21,7 +21,7 @@ from steertune.recipes.studies.redeploying.world import INNOCENT
 
 _BACKWARD = 2.0  # times a forward pass, of layers that hold or lie above what is trained
 _SEARCH = 60  # rows that are read to match a strength
-_ANSWER = 1.5  # times a row's forward pass, to answer its request token by token
+_ANSWER = 1.5  # times a forward pass of a row, to generate the answer to its request
 _ORGANISM_ROWS = 640  # requests that an organism answers when it is made
 _PROBE_ROWS = 420
 
@@ -46,7 +46,7 @@ def price(study: Study, some: Study, organisms: Path, cells: Path) -> Result:
     }
     hours = sum(line["hours"] for line in table.values())
     lines = [f"{name:16} {line['cells']:4.0f} x {line['minutes of a cell']:6.2f} min" for name, line in table.items()]
-    how = f"{len(measured)} arms from cells that were run, others from a timed pass ({row:.2f} s a row)"
+    how = f"{len(measured)} arms from cells that were run, others from a timed pass ({row:.2f} s per row)"
     lines += ["", f"Study {study.name!r}: {hours:.1f} core-hours are left ({how})."]
     return Result({"hours": hours, "arms": table}, "\n".join(lines))
 
@@ -64,7 +64,7 @@ def seconds_of_row() -> float:
 
 
 def estimate(study: Study, arm_name: str, row: float) -> float:
-    """Seconds of one cell: training, the search for the strength, and everything that is asked at two strengths."""
+    """Seconds of one cell: training, the search for the strength, and all requests at two strengths."""
     tested, everything = study.tested * len(SPLITS), study.tested * len(SPLITS) + study.innocent * len(INNOCENT)
     asked = (2 * tested + _ANSWER * everything) * row
     if arm_name == NOTHING:
@@ -73,14 +73,14 @@ def estimate(study: Study, arm_name: str, row: float) -> float:
     batch = arm.trainer.get("per_device_train_batch_size", 8)
     answers = 1 if arm.loss.get("name") == "cross_entropy" else 2
     neutral = batch if "neutral" in arm.views_seen() else 0
-    # below one vector nothing is trained or changed, and what was computed once is kept
+    # layers below a single vector are neither trained nor changed, so their states are cached
     share = 0.5 if arm.adapter.get("type") == "steering_vector" and arm.adapter.get("layers") != "all" else 1.0
     training = steps_of(arm) * (answers * batch + neutral) * (1 + _BACKWARD)
     return (training + _SEARCH + 2 * tested * 2) * share * row + 2 * _ANSWER * everything * row
 
 
 def organism_seconds(row: float) -> float:
-    """Seconds that an organism takes."""
+    """Seconds that making an organism takes."""
     plan = Plan.of(0)
     arm = arm_of(plan, "embedded", 0, 30)
     share = 1 - plan.templates.training.from_layer

@@ -65,9 +65,9 @@ class Study(Table):
     def _claims_arms_of_its_own(self) -> Study:
         for arm in (self.claim.better, self.claim.than):
             if arm not in self.arms:
-                raise ValueError(f"the claim names the arm {arm!r}.{nearest(arm, [*self.arms])}")
+                raise ValueError(f"the claim names {arm!r}, which is not an arm.{nearest(arm, [*self.arms])}")
         if max(self.catches) > 16 or min(self.catches) < 1:
-            raise ValueError(f"catches={self.catches}: an organism comes with 1 to 16")
+            raise ValueError(f"catches={self.catches} must be 1 to 16, since an organism comes with 16 catches")
         return self
 
     def arm_of(self, name: str, model: str, seed: int) -> Arm:
@@ -92,8 +92,8 @@ def read_study(name: str) -> Study:
     """
     file = Path(name) if name.endswith(".toml") else HERE / f"{name}.toml"
     if not file.is_file():
-        there = sorted(one.stem for one in HERE.glob("*.toml"))
-        raise ArmError(f"There is no study {name!r}: one of {there}, or a .toml file.{nearest(name, there)}")
+        names = sorted(one.stem for one in HERE.glob("*.toml"))
+        raise ArmError(f"There is no study {name!r}. Choose one of {names}, or a .toml file.{nearest(name, names)}")
     try:
         return Study.model_validate(read_toml(file), strict=False)
     except ValidationError as error:

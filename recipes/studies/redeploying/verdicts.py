@@ -29,7 +29,7 @@ def margin(cell: Cell, split: str, at: str) -> float:
 
 
 def harm(cell: Cell, nothing: Cell, at: str) -> float:
-    """By how much fewer innocent requests are answered rightly than by the organism."""
+    """By how much the share of innocent requests that are answered correctly falls below the organism's."""
     before, after = (
         np.mean([right for name in INNOCENT for right in one["seen"][when][name]["right"]])
         for one, when in ((nothing, TRAINED), (cell, at))
@@ -38,8 +38,8 @@ def harm(cell: Cell, nothing: Cell, at: str) -> float:
 
 
 def shift(cell: Cell, nothing: Cell, at: str) -> float | None:
-    """By how much the failures that remain come from other families: the total variation between the shares of the
-    families before and after; None where nothing bad is left."""
+    """How much the remaining failures come from other families: the total variation between the shares of the families
+    before and after; None if nothing bad is left."""
     before, after = (_families(one, when) for one, when in ((nothing, TRAINED), (cell, at)))
     if not after or not before:
         return None
@@ -65,7 +65,7 @@ class Verdict:
 
 
 def decided(cells: Sequence[Cell], claim: Claim, kl: float) -> Verdict:
-    """Decide the claim: over organisms, of each the mean over the numbers of catches that the claim is about."""
+    """Decide the claim over organisms, each with the mean over the numbers of catches that the claim is about."""
     by = {(cell["organism"], cell["arm"], cell["catches"]): cell for cell in cells}
     sizes = sorted({cell["catches"] for cell in cells if 0 < cell["catches"] <= claim.most_catches})
     gaps, harms, unreached = [], [], 0
@@ -99,7 +99,7 @@ def decided(cells: Sequence[Cell], claim: Claim, kl: float) -> Verdict:
 
 
 def over_organisms(values: Sequence[float]) -> str:
-    """A mean with its interval over organisms, as text; of one alone the value."""
+    """A mean with its interval over organisms, as text; for a single organism, its value."""
     if not values:
         return "-"
     if len(values) == 1:

@@ -13,7 +13,7 @@ from steertune.recipes.studies.timing.ways import Way, now, on_completions
 def floor(model: Any, way: Way, tokens_of: tuple[float, float], layer: int) -> float:
     """Seconds of a step's bare matrix products, at the rate at which this machine multiplies matrices of these shapes.
 
-    Counted are the forward and backward passes of the layers above the vector, and of the head on labelled tokens.
+    Counts the forward and backward passes of the layers above the vector, and of the head on labelled tokens.
 
     Args:
         model: The base model.
@@ -31,7 +31,7 @@ def floor(model: Any, way: Way, tokens_of: tuple[float, float], layer: int) -> f
 
 
 def products(model: Any, way: Way, tokens_of: tuple[float, float], layer: int) -> list[tuple[int, torch.Tensor]]:
-    """The matrix products of a step, as number of tokens and weight; arguments as those of `floor`."""
+    """The matrix products of a step, as number of tokens and weight; the arguments are those of `floor`."""
     # pairs share their prompt; a vector on completions leaves prompts to the cached prefix
     prompts, answers = map(round, tokens_of)
     tokens = answers if way.adapter is on_completions else prompts + answers

@@ -25,7 +25,7 @@ class Rows:
         prompt: Tokens of its prompt; 0 for rows of a file.
         file: JSON lines with `prompt`, `chosen` and `rejected`; None for random words.
         epoch: Batches of the data set, which is what the first epoch reads.
-        steps: Timed steps per turn: of unequal rows a whole epoch, since batches differ.
+        steps: Timed steps per turn; with unequal rows a whole epoch, because batches differ.
     """
 
     batch: int
@@ -52,7 +52,7 @@ class Rows:
         except ValueError:
             length, prompt = 0, 0
         if not 0 < prompt < length - 1:
-            raise ArmError(f"--rows {text}: TOKENS/PROMPT, with at least 1 token of prompt and 2 of answer.")
+            raise ArmError(f"--rows {text} must be TOKENS/PROMPT, with at least 1 token of prompt and 2 of answer.")
         batch = max(2, tokens // length)
         return cls(batch, batch // 2, length, prompt)
 
@@ -63,14 +63,14 @@ class Rows:
 
     @property
     def title(self) -> str:
-        """Their label on a page; also their key in `table.json`."""
+        """The label of these rows on a page; also their key in `table.json`."""
         if self.file is not None:
             return f"rows of {self.file.name}, {self.batch} per batch (seed 0)"
         return f"{self.batch} rows of {self.length} tokens, {self.prompt} of them prompt"
 
     @property
     def words(self) -> list[str]:
-        """The options of the command that ask for them."""
+        """The options of the command that select these rows."""
         if self.file is not None:
             return ["--pairs", str(self.file), "--batch", str(self.batch)]
         return ["--rows", f"{self.length}/{self.prompt}", "--tokens", str(self.batch * self.length)]

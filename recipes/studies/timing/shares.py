@@ -16,9 +16,9 @@ KINDS = {
     "loss": r"softmax|nll_loss|cross_entropy|logsigmoid",
     "copies": r"copy_|cat$|clone|contiguous|fill_|zero_|_to_copy|index|gather|scatter|embedding",
 }
-"""Kind of work -> regular expression of its operations; the first that matches counts."""
+"""Kind of work -> regular expression of its operations; the first that matches is used."""
 OTHER, BETWEEN = "other operations", "between operations"
-"""Between operations runs Python; on a GPU this includes waiting for it."""
+"""Between operations, Python runs; on a GPU this includes waiting for the device."""
 
 
 def kind_of(operation: str) -> str:

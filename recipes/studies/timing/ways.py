@@ -32,7 +32,7 @@ class Way:
         loss: A loss of ours; None for TRL's own.
         frozen_prefix: Whether frozen layers are cached.
         arms: How many such arms train together; times are per arm.
-        against: Name of the way that it is compared with; "": TRL + LoRA on the same data.
+        against: Name of the way that it is compared with; "" for TRL + LoRA on the same data.
     """
 
     kind: str
@@ -53,7 +53,7 @@ def _lora(layer: int) -> PeftConfig:
 
 
 def _upper(layer: int) -> PeftConfig:
-    # PEFT takes layers with a list of modules only; the vector's layer is at two thirds of the depth
+    # PEFT accepts layers only together with a list of modules; the vector's layer is at two thirds of the depth
     modules = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     layers = list(range(layer, layer + layer // 2))
     return LoraConfig(r=8, lora_alpha=16, target_modules=modules, layers_to_transform=layers, task_type="CAUSAL_LM")

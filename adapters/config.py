@@ -48,7 +48,7 @@ class SteeringVectorConfig(PeftConfig):
             position is at most `norm_value` long (Dunefsky & Cohan 2502.18862); `relative`: length is `norm_value`
             times the mean norm of the residual stream there (see `residual_norms`); `preserve`: free, and the steered
             state is rescaled to its old norm (ICV, Liu et al. 2311.06668); `learned`: `s · v / |v|`, whose length s is
-            trained beside the direction (PrOSV, 2605.05983).
+            trained along with the direction (PrOSV, 2605.05983).
         norm_value: Length (`fixed`, `capped`) or share (`relative`).
         length_rate: The learning rate of the length (`learned`), as a multiple of the direction's.
         residual_norms: Mean norm of the residual stream per layer (key: the layer's index as a string). Needed by

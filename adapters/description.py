@@ -1,4 +1,4 @@
-"""What a vector file must say so that no tool loads it silently wrong: `steering_vector.json` beside the weights.
+"""What a vector file must say so that no tool silently loads it wrong: `steering_vector.json` beside the weights.
 
 PEFT's configuration contains most of this, but only this library understands it. The description contains all of it,
 for any tool: the operation, the module whose output is changed, how layers are counted, positions, the length, the

@@ -174,7 +174,7 @@ def context_of(given: Mapping[str, Any]) -> int | None:
 
 
 DEFAULT: Any = type("Default", (), {"__repr__": lambda self: "SteeringVectorConfig()"})()
-"""`peft_config` left out: a default `SteeringVectorConfig()`, unless the model already is a `PeftModel`."""
+"""An omitted `peft_config`: a default `SteeringVectorConfig()`, unless the model already is a `PeftModel`."""
 
 
 class Construction:

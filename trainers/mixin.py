@@ -38,11 +38,11 @@ class SteeringMixin(EvaluationMixin):
             `PeftModel`. None: no adapter (full finetuning).
         loss: A loss by name, a `Loss` object, or None for the parent's own loss.
         vector_learning_rate: Learning rate of steering vectors, in units of the residual stream (see
-            `adapters/units.py`; 1e-4 to 1e-3 are usual, as for LoRA). None: `learning_rate`, if it is not left at
-            its class's default, else 1e-3.
-        frozen_prefix: Compute the layers below the trained ones once per example (see `FrozenPrefix`). None: where
-            that is exact, with 2 GB of RAM. True: the same, with a warning where it is not. A `FrozenPrefix` is shared
-            with everything else that uses it. False: never.
+            `adapters/units.py`; 1e-4 to 1e-3 are usual, as for LoRA). None: `learning_rate`, or 1e-3 if that is left
+            at its class's default.
+        frozen_prefix: Compute the layers below the trained ones only once per example (see `FrozenPrefix`). None: if
+            that is exact, with 2 GB of RAM. True: the same, with a warning if it is not exact. A `FrozenPrefix` is
+            shared with everything else that uses it. False: never.
         views: Other versions of every example, by the name that a loss calls `at` with.
         inductive_biases: Inductive biases of the training (`trainers/inductive_biases/`): name -> options, or objects.
     """

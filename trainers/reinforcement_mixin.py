@@ -42,7 +42,7 @@ class ReinforcementMixin(VectorMixin):
         peft_config: The adapter to train. Left out: `SteeringVectorConfig()`, or nothing if the model already is a
             `PeftModel`. None: no adapter (full finetuning).
         vector_learning_rate: Learning rate of steering vectors, in units of the residual stream. None:
-            `learning_rate`, if it is not left at its class's default, else 1e-3.
+            `learning_rate`, or 1e-3 if that is left at its class's default.
 
     Raises:
         ValueError: nothing is trainable, or a vector cannot be trained or sampled in this way.

@@ -1,7 +1,7 @@
 """When the cached prefix is exact, how that is verified, when it is off, and how that is reported.
 
-*Exact* means equal to the plain path up to rounding: 1e-6 in 32 bits, and 16-bit rounding in 16 bits. A
-pass under the policy and one under the reference take the same path, so that an untrained adapter has a margin of 0.
+*Exact* means equal to the plain path up to rounding: 1e-6 in 32 bits, and 16-bit rounding in 16 bits. A pass under the
+policy and one under the reference take the same path, so that an untrained adapter has a margin of 0.
 
 1. *States below the suffix are constants of a row*, because nothing below is trained, adapted, hooked or random. A
    short pass lists the modules that run below; `check_frozen` and `check_hooks` look at each of them. A second pass

@@ -130,7 +130,7 @@ def common_layout(
             ends_R = torch.minimum(on_host(ends), lengths)
             first_RR = torch.minimum(ends_R[:, None], ends_R[None]) - 1
             common_RR = torch.where(ends_R[:, None] == ends_R[None], common_RR, torch.minimum(common_RR, first_RR))
-        # of the rows that begin alike up to a column, the first stands for all: argmax finds the first True
+        # the first of the rows that are equal up to a column represents them all: argmax finds the first True
         owner_RC = (common_RR[:, :, None] > column_C).to(torch.uint8).argmax(dim=1)
     # a token is packed if its row represents itself
     kept_RC = real_RC & (owner_RC == row_R[:, None])

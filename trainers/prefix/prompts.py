@@ -32,7 +32,7 @@ class Split:
 
     Attributes:
         prompts: Tokens of each distinct prompt, `(prompts,)`.
-        owner: Row whose first tokens stand for each prompt, `(prompts,)`.
+        owner: Row whose first tokens are the prompt, for each prompt, `(prompts,)`.
         prompt_of: Prompt of each row, `(rows,)`.
         lengths: Real tokens of each row, `(rows,)`.
     """

@@ -1,4 +1,4 @@
-"""The fixed vectors of `form="span"`: existing steering vectors, of whose sum only the coefficients are trained.
+"""The fixed vectors of `form="span"`: existing steering vectors, whose coefficients in a sum are trained.
 
 The span of k vectors has k dimensions instead of d. With a few vectors that were trained on other behaviours, one to
 eight examples can be enough to fit the coefficients.

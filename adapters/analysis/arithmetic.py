@@ -84,7 +84,7 @@ def read(folder: str | Path) -> Vectors:
     """
     home = Path(folder)
     if not (home / "adapter_config.json").is_file() or not (home / SAFETENSORS_WEIGHTS_NAME).is_file():
-        raise VectorError(f"{folder} is not an adapter folder: adapter_config.json or safetensors are missing.")
+        raise VectorError(f"{folder} is not an adapter folder: it lacks adapter_config.json or safetensors.")
     config = SteeringVectorConfig.from_pretrained(str(home))
     if config.form not in CONSTANT_FORMS:
         raise VectorError(

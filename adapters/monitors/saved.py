@@ -82,8 +82,8 @@ def load(
     base = base_model(model)
     if (what := difference(monitor.base, fingerprint(base))) is not None:
         raise MonitorError(
-            f"{folder} is a monitor of another base model ({monitor.base_name}): {what.replace('the adapter', 'it')}. "
-            "Load that model, or fit a monitor on this one."
+            f"{folder} is a monitor of another base model ({monitor.base_name}): "
+            f"{what.replace('the adapter', 'the monitor')}. Load that model, or fit a monitor on this one."
         )
     depth = len(find_blocks(base))
     actual = module_at(model, monitor.layer, monitor.site) if 0 <= monitor.layer < depth else "no such layer"

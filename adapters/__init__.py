@@ -1,7 +1,7 @@
-"""What is trained: vectors in the residual stream, as a PEFT method.
+"""Steering vectors: trainable vectors in the residual stream, as a PEFT method.
 
 Importing this package registers the method with PEFT, so that `get_peft_model`, `PeftModel.from_pretrained` and
-`model.load_adapter` know it.
+`model.load_adapter` support it.
 """
 
 from . import directions

@@ -1,7 +1,7 @@
-"""The fixed vectors of `form="span"`: existing steering vectors, whose sum is trained by its coefficients alone.
+"""The fixed vectors of `form="span"`: existing steering vectors, whose coefficients in a sum are trained.
 
-The span of k vectors has k dimensions and not d: with a few vectors that were trained on other behaviours, one to
-eight examples can decide how much of each is wanted.
+The span of k vectors has k dimensions instead of d. With a few vectors that were trained on other behaviours, one to
+eight examples can be enough to fit the coefficients.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ def basis_of(basis: str | Sequence[str] | None) -> list[Vectors]:
     """Read the vectors of a basis, in the order of the list, or of the folders' names.
 
     Args:
-        basis: Adapter folders, or one folder that holds them.
+        basis: Adapter folders, or one folder that contains them.
 
     Raises:
-        ValueError: the folder holds none, or they are not added at the same places of the same base model.
+        ValueError: the folder contains no adapter, or they do not steer the same places of the same base model.
     """
     if basis is None:
         raise ValueError(
-            "form='span' needs a basis (got None): the adapter folders of existing vectors, or one folder that holds "
-            "them."
+            "form='span' needs a basis (got None): the adapter folders of existing vectors, or one folder that "
+            "contains them."
         )
     folders = [Path(basis)] if isinstance(basis, str) else [*map(Path, basis)]
     if isinstance(basis, str) and not (folders[0] / CONFIG_NAME).is_file():
@@ -47,15 +47,18 @@ def rows_of(vectors: Sequence[Vectors], layer: int, width: int) -> Tensor:
     """The vectors of a basis at one layer, `(k, d)`.
 
     Raises:
-        ValueError: they do not steer this layer, or have another width.
+        ValueError: one of them does not steer this layer, or their width is not `width`.
     """
     for one in vectors:
         if layer not in one.vectors:
             raise ValueError(
-                f"{one.name} steers the layers {one.layers}, and the span is wanted at layer {layer}. Set layers= to "
-                "those of the basis."
+                f"{one.name} steers layers {one.layers}, but layer {layer} was requested. Set layers= to the layers "
+                "of the basis."
             )
     rows_KD = torch.stack([one.vectors[layer] for one in vectors])
     if rows_KD.shape[1] != width:
-        raise ValueError(f"The basis has width {rows_KD.shape[1]}, the model's stream has {width}: another model.")
+        raise ValueError(
+            f"The basis has width {rows_KD.shape[1]}, but the model's residual stream has width {width}. Use vectors "
+            "that were made for this model."
+        )
     return rows_KD

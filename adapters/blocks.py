@@ -21,7 +21,7 @@ _ESCAPE = "Name the modules to steer yourself: target_modules=<regular expressio
 
 
 def text_config(model: nn.Module) -> Any:
-    """The configuration of the text decoder, which a vision-language model keeps inside its own."""
+    """The configuration of the text decoder, which is nested inside that of a vision-language model."""
     config = getattr(model, "config", None)
     if config is None or not hasattr(config, "get_text_config"):
         raise ValueError(f"{type(model).__name__} has no transformers config, so its decoder blocks are unknown.")
@@ -38,11 +38,11 @@ def has_config(model: nn.Module) -> bool:
 
 
 def width_of(model: nn.Module, name: str, target: nn.Module) -> int:
-    """The width of what the steered module returns: the hidden size. In a model without a transformers configuration
-    it is read from the last module inside that has a width.
+    """The width of the steered module's output: the hidden size. Without a transformers configuration it is the width
+    of the last submodule that has one.
 
     Raises:
-        ValueError: no module inside has a width.
+        ValueError: no submodule has a width.
     """
     if has_config(model):
         return text_config(model).hidden_size
@@ -54,8 +54,8 @@ def width_of(model: nn.Module, name: str, target: nn.Module) -> int:
             if isinstance(width, tuple) and width:
                 return int(width[-1])
     raise ValueError(
-        f"The width of what {name} ({type(target).__name__}) returns is unknown: no module in it has one of "
-        f"{_WIDTHS}. Choose target_modules that are or end with a layer such as nn.Linear or nn.LayerNorm."
+        f"Cannot determine the output width of {name} ({type(target).__name__}): no submodule has one of {_WIDTHS}. "
+        "Choose target_modules that are, or end with, a layer such as nn.Linear or nn.LayerNorm."
     )
 
 
@@ -77,7 +77,7 @@ def find_blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
     text = {n: m for n, m in outer.items() if not re.search(r"vision|visual|audio", n)}
     if len(text) != 1:
         raise ValueError(
-            f"Cannot tell the {depth} decoder blocks of {type(model).__name__}: candidates {list(text)}. {_ESCAPE}"
+            f"Cannot identify the {depth} decoder blocks of {type(model).__name__}: candidates {list(text)}. {_ESCAPE}"
         )
     [(name, blocks)] = text.items()
     return [(f"{name}.{i}", block) for i, block in enumerate(blocks)]
@@ -93,7 +93,7 @@ def find_stack(model: nn.Module) -> nn.Module:
 
 
 def resolve_layers(layers: Layers, depth: int) -> list[int]:
-    """The indices, sorted and unique, that a `layers` switch means (see `SteeringVectorConfig`).
+    """Resolve a `layers` setting (see `SteeringVectorConfig`) to sorted, unique block indices.
 
     Raises:
         ValueError: the model does not have one of the layers.
@@ -101,9 +101,9 @@ def resolve_layers(layers: Layers, depth: int) -> list[int]:
     if layers == "all":
         return list(range(depth))
     indices = set()
-    assert not isinstance(layers, str)  # the config has refused every other word
+    assert not isinstance(layers, str)  # the config rejects every other string
     for layer in [layers] if isinstance(layers, int | float) else layers:
-        # The small term keeps 0.29 * 100 = 28.999999999999996 at layer 29.
+        # The small term maps 0.29 * 100 = 28.999999999999996 to layer 29.
         index = math.floor(layer * depth + 1e-9) if isinstance(layer, float) else layer
         if index >= depth:
             raise ValueError(
@@ -130,7 +130,9 @@ def site_name(block_name: str, block: nn.Module, site: Site) -> str:
     children = [n for n, child in block.named_children() if _SITE_CLASSES[site].search(type(child).__name__)]
     if len(children) != 1:
         kinds = {n: type(child).__name__ for n, child in block.named_children()}
-        raise ValueError(f"Cannot tell the {site} of {block_name} ({type(block).__name__}) among {kinds}. {_ESCAPE}")
+        raise ValueError(
+            f"Cannot identify the {site} module of {block_name} ({type(block).__name__}) among {kinds}. {_ESCAPE}"
+        )
     return f"{block_name}.{children[0]}"
 
 

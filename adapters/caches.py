@@ -23,7 +23,7 @@ def cache_in(arguments: Mapping[str, Any]) -> Any:
 
 
 def counts_itself(cache: Any) -> bool:
-    """Whether a cache already gives its own number of columns."""
+    """Whether a cache reports a non-zero length of its own."""
     return bool(cache is not None and _own_length(cache))
 
 
@@ -56,12 +56,12 @@ class CacheLengths:
 
 
 def _referable(cache: Any) -> Any:
-    """The cache, or the first of a list of states, because a list has no weak references."""
+    """The cache, or the first of a list of states, because lists do not support weak references."""
     return cache[0] if isinstance(cache, list | tuple) else cache
 
 
 def _own_length(cache: Any) -> int | None:
-    """The length that the cache gives, or None. MiniMax's cache always gives 0."""
+    """The length that the cache reports, or None. MiniMax's cache always reports 0."""
     length = getattr(cache, "get_seq_length", None)
     if length is None:
         return None

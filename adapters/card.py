@@ -31,16 +31,16 @@ _TAGS = ["steering-vector", "steertune"]
 
 @dataclass(frozen=True)
 class Card:
-    """Facts about an adapter beyond its configuration, as Markdown; for None the card says that it is not known.
+    """Facts about an adapter beyond its configuration, as Markdown; the card reports None as unknown.
 
     Attributes:
         title: The heading.
         behaviour: What it makes the model do, and on what.
         problem: The question it was made for, with baselines and what would have counted against it.
-        data: What it was made from.
+        data: The data it was made from.
         made: How it was made.
-        measured: What it did on rows that it was not made from.
-        side_effects: What it does to text that it should leave alone.
+        measured: Its effect on held-out rows.
+        side_effects: Its effect on text that it should leave alone.
         advice: Which layer and strength to use, and how they were chosen.
         safety: What to check before others use it.
     """
@@ -74,10 +74,10 @@ def write_card(folder: str | Path, card: Card, anyway: bool = False) -> Path | N
     config = json.loads((home / "adapter_config.json").read_text(encoding="utf-8"))
     file = home / "README.md"
     if file.is_file():
-        found = ModelCard.load(file)
-        if not anyway and not replaceable(found.text):
+        existing = ModelCard.load(file)
+        if not anyway and not replaceable(existing.text):
             return None
-        data = found.data
+        data = existing.data
     else:
         data = ModelCardData()
     data["library_name"] = "peft"
@@ -91,7 +91,7 @@ def write_card(folder: str | Path, card: Card, anyway: bool = False) -> Path | N
 
 
 def replaceable(text: str) -> bool:
-    """Whether no person wrote the text of a card: it is PEFT's template of blanks, or one of these cards."""
+    """Whether a card may be overwritten: it is PEFT's unfilled template, or was written by `write_card`."""
     return MARK in text or "[More Information Needed]" in text
 
 
@@ -147,15 +147,15 @@ def _use(config: dict[str, Any], base: str, folder: str) -> list[str]:
 
 def _made_for(config: dict[str, Any]) -> list[str]:
     """The fingerprint, so that a reader can recognise the base by eye; loading compares it automatically."""
-    found = config.get("base_fingerprint")
-    if not found:
+    fingerprint = config.get("base_fingerprint")
+    if not fingerprint:
         return []
-    sample = ", ".join(f"{value:g}" for value in (found.get("embedding") or [])[:6])
+    sample = ", ".join(f"{value:g}" for value in (fingerprint.get("embedding") or [])[:6])
     return [
         "## Base model",
         "",
-        f"Made for `{found.get('model_type')}` of width {found.get('hidden_size')} and {found.get('num_layers')} "
-        f"layers, whose sampled embeddings begin {sample or 'unknown (its weights were sharded)'}. Another base is "
-        "refused when the adapter is loaded.",
+        f"Made for `{fingerprint.get('model_type')}` of width {fingerprint.get('hidden_size')} and "
+        f"{fingerprint.get('num_layers')} layers, whose sampled embeddings begin "
+        f"{sample or 'unknown (its weights were sharded)'}. Another base is refused when the adapter is loaded.",
         "",
     ]

@@ -35,30 +35,30 @@ class SteeringVectorConfig(PeftConfig):
             `low_rank` `h + Vᵀ(Wh + b)` with `rank` rows (DiReFT, Wu et al. 2404.03592). Every form starts as the
             `bias` form with the same vector (`w = 0`, `b = 1` for the first row). `span` `h + Σ cₖ bₖ`: only the
             coefficients c of existing vectors bₖ are trained, a few numbers that need few examples. `project`
-            `h - (h·u) u` with `u = v / |v|`: the direction is taken out of every state (Arditi et al. 2406.11717),
+            `h - (h·u) u` with `u = v / |v|`: the direction is removed from every state (Arditi et al. 2406.11717),
             exactly at strength 1, by half at 0.5. With `layers="all"` and `tied=True` it is gone everywhere.
         rank: Rows of `low_rank`; filled in for `span`; 1 for every other form.
-        basis: The existing vectors of `span`: adapter folders, or one folder that holds them. They are read when the
-            adapter is made, and saved with it.
+        basis: The existing vectors of `span`: adapter folders, or one folder that contains them. They are read when
+            the adapter is made, and saved with it.
         layers: Blocks counted from 0: an index, a fraction of the depth in [0, 1) (`0.5` of 30 layers is layer 15),
             a list of either, or `"all"`. After injection this holds the resolved indices.
         tied: One vector shared by all chosen layers.
         site: Where it is added: to the output of the `block` (the residual stream), of its `attention` or its `mlp`.
-        norm: What the vector's length may do. `free`; `fixed` length `norm_value`; `capped`: the change at any
+        norm: How the vector's length is constrained. `free`; `fixed` length `norm_value`; `capped`: the change at any
             position is at most `norm_value` long (Dunefsky & Cohan 2502.18862); `relative`: length is `norm_value`
             times the mean norm of the residual stream there (see `residual_norms`); `preserve`: free, and the steered
             state is rescaled to its old norm (ICV, Liu et al. 2311.06668); `learned`: `s · v / |v|`, whose length s is
-            trained beside the direction (PrOSV, 2605.05983).
+            trained along with the direction (PrOSV, 2605.05983).
         norm_value: Length (`fixed`, `capped`) or share (`relative`).
-        length_rate: The learning rate of the length (`learned`), in learning rates of the direction.
+        length_rate: The learning rate of the length (`learned`), as a multiple of the direction's.
         residual_norms: Mean norm of the residual stream per layer (key: the layer's index as a string). Needed by
             `norm="relative"`; the trainers and `Direction.write` fill it in.
         positions: Tokens that are steered: `all`, `completion`, `prompt` or `last_prompt`. Where the prompt ends is
-            read from `labels`, from `generate`, or from `adapters.prompt_length`. Of labels, -100 before a labelled
-            token is the prompt: in a row of several answers (packed samples, chats) there is one before each answer.
+            read from `labels`, from `generate`, or from `adapters.prompt_length`. In labels, -100 before a labelled
+            token marks a prompt: a row of several answers (packed samples, chats) has a prompt before each answer.
         init: `zeros`, `random` (a random direction of length 1, Dunefsky & Cohan), or the name of a file in
             `adapters/directions/`, computed from data by the trainers or by `directions.compute(...).write(model)`.
-        init_scale: The initial vector is multiplied by it.
+        init_scale: Factor applied to the initial vector.
         stream_sizes: Typical size of the residual stream where each layer's vector is written (key: the layer's index
             as a string), the unit of learning rates (see `adapters/units.py`). Measured at injection of an adapter
             that is to be trained. `{}`: learning rates are absolute.
@@ -71,7 +71,7 @@ class SteeringVectorConfig(PeftConfig):
         checksum: Filled in when PEFT saves the adapter: a checksum of this configuration and the weights, compared
             when the adapter is loaded. Set it to null in a file that was changed on purpose.
         init_weights: False starts from a random direction instead of zeros, so that the adapter has an effect before
-            it is trained. It is PEFT's name in other methods for `init="random"`.
+            it is trained. It is the name that other PEFT methods use for `init="random"`.
 
     Without `task_type`, the task is that of the model. Sequence and token classifiers and models for question
     answering save their head (PEFT names it in `modules_to_save`), and all their positions are steered.
@@ -113,14 +113,14 @@ class SteeringVectorConfig(PeftConfig):
         self._check_init()
         self._check_types()
         if not isinstance(self.rank, int) or isinstance(self.rank, bool) or self.rank < 1:
-            raise ValueError(f"rank={self.rank!r} is not a whole number from 1.")
+            raise ValueError(f"rank={self.rank!r} must be a whole number of at least 1.")
         if self.rank > 1 and self.form not in ("low_rank", "span"):
-            raise ValueError(f"rank={self.rank} with form={self.form!r}: rank > 1 is what form='low_rank' is for.")
+            raise ValueError(f"rank={self.rank} with form={self.form!r}: rank > 1 needs form='low_rank'.")
         if self.basis is not None and self.form != "span":
             raise ValueError(f"form={self.form!r} has no basis, got basis={self.basis!r}. Set form='span'.")
 
     def to_dict(self) -> dict[str, Any]:
-        """Like the parent; the task is None while the model is not known."""
+        """Like the parent, with a task of None while the model is unknown."""
         values = super().to_dict()
         return {**values, "task_type": None if self.task_type == AUTO else self.task_type}
 
@@ -219,7 +219,7 @@ class SteeringVectorConfig(PeftConfig):
         if self.norm == "learned" and self.form != "bias":
             raise ValueError(f"norm='learned' is defined for form='bias', got form={self.form!r}.")
         if self.form == "project" and self.norm != "free":
-            raise ValueError(f"norm={self.norm!r} is about a length, and form='project' has none. Use norm='free'.")
+            raise ValueError(f"norm={self.norm!r} needs a length, but form='project' has none. Use norm='free'.")
         if self.form == "project" and (self.init == "zeros" or self.init_scale == 0):
             raise ValueError(
                 f"form='project' needs a direction to start from, got init={self.init!r} times "
@@ -248,7 +248,7 @@ class SteeringVectorConfig(PeftConfig):
         for name, kind in kinds.items():
             if not isinstance(value := getattr(self, name), kind):
                 expected = getattr(kind, "__name__", str(kind))
-                raise ValueError(f"{name}={value!r:.200} is {type(value).__name__}, {expected} is expected.")
+                raise ValueError(f"{name}={value!r:.200} must be {expected}, got {type(value).__name__}.")
         names = self.modules_to_save
         if names is not None and not (isinstance(names, list) and all(isinstance(n, str) and n for n in names)):
             raise ValueError(
@@ -270,11 +270,11 @@ class SteeringVectorConfig(PeftConfig):
         """Apply PEFT's `init_weights=False`."""
         if not isinstance(self.init_weights, bool):
             kind = type(self.init_weights).__name__
-            raise ValueError(f"init_weights={self.init_weights!r:.200} is {kind}, bool is expected.")
+            raise ValueError(f"init_weights={self.init_weights!r:.200} must be bool, got {kind}.")
         if not self.init_weights:
             if self.init not in ("zeros", "random"):
                 raise ValueError(
-                    f"init_weights=False starts from a random direction, and init={self.init!r} from another one. "
+                    f"init_weights=False starts from a random direction, but init={self.init!r} from another one. "
                     "Remove one of them."
                 )
             self.init = "random"

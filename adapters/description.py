@@ -1,11 +1,10 @@
-"""What a vector file must say so that no tool loads it silently wrong: `steering_vector.json` beside the weights.
+"""What a vector file must say so that no tool silently loads it wrong: `steering_vector.json` beside the weights.
 
-PEFT's configuration says most of it, but only to this library. The description says all of it, for any tool: the
-operation, the module whose output is changed, how layers are counted, positions, the length, the strength with what
-it costs, the base model and the data. The page "What a vector file must say" specifies it.
+PEFT's configuration contains most of this, but only this library understands it. The description contains all of it,
+for any tool: the operation, the module whose output is changed, how layers are counted, positions, the length, the
+strength and its cost, the base model and the data. The page "What a vector file must say" specifies it.
 
-A description names the weights that it describes by their digest, so one that was left behind by other weights is not
-believed.
+A description identifies its weights by their digest, so a stale description next to other weights is rejected.
 """
 
 from __future__ import annotations
@@ -37,11 +36,11 @@ _LARGEST = 10**7  # bytes
 
 @dataclass(frozen=True)
 class Strength:
-    """How strong a vector should be, and what that costs.
+    """The recommended strength of a vector, and what it costs.
 
     Attributes:
         recommended: Multiplies the saved vectors.
-        chosen_by: How it was found.
+        chosen_by: How it was chosen.
         measured: Strength -> measure -> mean; "0" is the base model.
     """
 
@@ -52,12 +51,12 @@ class Strength:
 
 @dataclass(frozen=True)
 class TrainingData:
-    """What a vector was made from.
+    """The data that a vector was made from.
 
     Attributes:
-        sha256: Of its rows.
+        sha256: Digest of the rows.
         examples: Number of rows.
-        name: What the data are called.
+        name: Name of the data set.
     """
 
     sha256: str
@@ -72,9 +71,9 @@ def describe(
 
     Args:
         config: Its configuration.
-        weights: Its file of weights.
-        strength: None: nothing was measured.
-        data: None: it is not known.
+        weights: Its weights file.
+        strength: Its strength; None if nothing was measured.
+        data: Its training data; None if unknown.
     """
     tensors = read_tensors(weights)
     matches = [(key, match) for key in sorted(tensors) if (match := KEY.fullmatch(key)) is not None]
@@ -142,15 +141,15 @@ def read_description(folder: str | Path) -> dict[str, Any] | None:
     values = parse(file.read_bytes(), str(file))
     named = values["weights"]
     if named is not None and sha256_of(Path(folder) / SAFETENSORS_WEIGHTS_NAME) != named.get("sha256"):
-        raise ValueError(f"{file} describes other weights than those beside it. Delete it, or write it again.")
+        raise ValueError(f"{file} describes other weights than those beside it. Delete it or write it again.")
     return values
 
 
 def parse(text: bytes | str, where: str) -> dict[str, Any]:
-    """A description from its JSON.
+    """Parse a description from JSON.
 
     Raises:
-        ValueError: it is another format, or a key is missing.
+        ValueError: it has another format, or a key is missing.
     """
     try:
         if len(text) > _LARGEST:
@@ -161,9 +160,11 @@ def parse(text: bytes | str, where: str) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{where} is not the description of a vector: {error}.") from error
     if values.get("format") != FORMAT:
-        raise ValueError(f"{where}: format is {values.get('format')!r:.80}, {FORMAT!r} is read.")
+        raise ValueError(f"{where}: format {values.get('format')!r:.80} is not supported, only {FORMAT!r} is.")
     if missing := [key for key in REQUIRED if key not in values]:
-        raise ValueError(f"{where} does not say {', '.join(missing)}: it could be loaded wrong. Ask who made it.")
+        raise ValueError(
+            f"{where} lacks {', '.join(missing)}, so it could be loaded wrong. Ask its author for a complete file."
+        )
     return values
 
 
@@ -171,25 +172,25 @@ REQUIRED = (
     "operation", "formula", "hook", "site", "modules", "positions", "norm", "strength", "base", "data", "monitor",
     "weights",
 )  # fmt: skip
-"""A value may be null where it is not known, but it has to be there."""
+"""Keys that every description must have; the value is null if unknown."""
 
 
 def check_constant(values: dict[str, Any], model: Any, where: str) -> None:
-    """Refuse to read as plain vectors, added to the output of blocks at every token, what is something else.
+    """Check that a description is of plain vectors that are added to the output of blocks at every token.
 
     Args:
         values: The description.
-        model: The base model that it is to steer.
-        where: What is read, for the message.
+        model: The base model to steer.
+        where: The source of the description, for the message.
 
     Raises:
-        ValueError: another operation, form, site, positions or base model.
+        ValueError: it has another operation, form, site, positions or base model.
     """
     expected = {"operation": "add", "form": "bias", "site": "block", "positions": "all"}
     for key, value in expected.items():
         if values.get(key, value) != value:
             raise ValueError(
-                f"{where}: {key} is {values[key]!r:.80}, and only {value!r} can be read from this format."
+                f"{where}: {key} is {values[key]!r:.80}, but only {value!r} can be read from this format."
             )
     fingerprint = (values["base"] or {}).get("fingerprint")
     if fingerprint is not None:

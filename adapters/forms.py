@@ -1,4 +1,4 @@
-"""What is added to the residual stream.
+"""Compute the change of the residual stream that each `form` makes.
 
 Every form is `change(h) = gate(h) · V` with write vectors `V` of shape `(rank, d)`:
 
@@ -23,9 +23,9 @@ _TINY = 1e-12
 
 
 def null(hidden: Tensor, v: Tensor) -> Tensor:
-    """The change that takes the direction out of the states that point along it: `-relu(h·v) v / |v|²`.
+    """The change that removes the direction from the states that point along it: `-relu(h·v) v / |v|²`.
 
-    Wu et al. 2505.20809, section 3.2. Nothing for a vector of zeros.
+    Wu et al. 2505.20809, section 3.2. Zero for a vector of zeros.
 
     Args:
         hidden: Residual states, `(batch, tokens, d)`.
@@ -39,7 +39,7 @@ def null(hidden: Tensor, v: Tensor) -> Tensor:
 
 
 def projection(hidden: Tensor, v: Tensor) -> Tensor:
-    """The change that takes the direction out of every state, `-(h·u) u` with `u = v / |v|`; nothing for zeros.
+    """The change that removes the direction from every state, `-(h·u) u` with `u = v / |v|`; zero if `v` is.
 
     Args:
         hidden: Residual states, `(batch, tokens, d)`.
@@ -59,7 +59,7 @@ def change(form: Form, hidden: Tensor, v: Tensor, w: Tensor | None = None, b: Te
         hidden: Residual states, `(batch, tokens, d)`.
         v: Write vector(s), `(d,)` or `(rank, d)`.
         w: Read vector(s), same shape as `v`; None for a form that adds a constant.
-        b: Gate offsets, `(rank,)`; the same.
+        b: Gate offsets, `(rank,)`; also None for such a form.
 
     Returns:
         `(d,)` for a form that adds a constant, else `(batch, tokens, d)`.
@@ -70,7 +70,7 @@ def change(form: Form, hidden: Tensor, v: Tensor, w: Tensor | None = None, b: Te
         return projection(hidden, v)
     assert w is not None and b is not None
     d, exact = v.shape[-1], torch.promote_types(hidden.dtype, torch.float32)
-    with torch.autocast(hidden.device.type, enabled=False):  # it would round both products to half precision
+    with torch.autocast(hidden.device.type, enabled=False):  # autocast would round both products
         gate = hidden.to(exact) @ w.reshape(-1, d).T.to(exact) + b
         if form == "gated":
             gate = torch.relu(gate)

@@ -23,15 +23,15 @@ BASE_ROW = "__base__"  # PEFT's name, in `adapter_names`, for a row without an a
 
 
 def check_adapter_name(name: str) -> None:
-    """Refuse a name under which PyTorch keeps no module.
+    """Check that PyTorch can register a module under an adapter's name.
 
     Raises:
-        ValueError: it is empty, holds a ".", or is that of a method of `nn.ModuleDict`.
+        ValueError: it is empty, contains a ".", or is the name of an attribute of `nn.ModuleDict`.
     """
     if not name or "." in name or hasattr(nn.ModuleDict(), name):
         raise ValueError(
-            f"{name!r:.80} cannot be the name of an adapter: it must not be empty, hold a '.', or be a word that "
-            "nn.ModuleDict uses, such as 'keys' or 'type'. Choose another name."
+            f"{name!r:.80} cannot be the name of an adapter: it must not be empty, contain a '.', or be an attribute "
+            "of nn.ModuleDict, such as 'keys' or 'type'. Choose another name."
         )
 
 
@@ -78,9 +78,9 @@ class SteeringVectorLayer(nn.Module, BaseTunerLayer):
         Args:
             name: The adapter.
             config: Its configuration.
-            device: Of the parameters.
+            device: Device of the parameters.
             owner: The layer that holds the vector of tied layers.
-            basis: The fixed vectors of `form="span"`, `(rank, d)`; None: they are loaded later.
+            basis: The fixed vectors of `form="span"`, `(rank, d)`; None if they are loaded later.
 
         Raises:
             ValueError: `rank` is greater than the width of the residual stream.
@@ -128,14 +128,14 @@ class SteeringVectorLayer(nn.Module, BaseTunerLayer):
             self.parameter(name, "b").fill_(torch.linalg.vector_norm(v))
         self.fit_length(name)
         if config.form == "project" and (size := (config.stream_sizes or {}).get(str(self.layer_index))):
-            # its length is free: as long as the stream is large, a step turns it as far as it would move a vector
+            # Its length is free. At the size of the stream, a step turns it as far as it would move a vector.
             v.copy_(nn.functional.normalize(v, dim=0) * size)
         if config.form not in GATELESS_FORMS:
             w, b = self.parameter(name, "w"), self.parameter(name, "b")
             w.zero_()
             b.zero_()
             b[0] = 1.0
-            if config.rank > 1:  # the other rows read at random; equal rows would have equal gradients
+            if config.rank > 1:  # the other rows start at random, because equal rows would have equal gradients
                 nn.init.kaiming_uniform_(w[1:], a=5**0.5)
                 if size := (config.stream_sizes or {}).get(str(self.layer_index)):
                     w[1:] *= self.in_features**0.5 / size  # so that gates are of order 1 on every model
@@ -168,7 +168,7 @@ class SteeringVectorLayer(nn.Module, BaseTunerLayer):
         return units.value(self._vector(name, kind))
 
     def set_units(self, name: str) -> None:
-        """Make optimisers see the parameters of adapter `name` in units of the stream, if its size is known."""
+        """Express the parameters of adapter `name` in units of the stream for optimisers, if its size is known."""
         config = self.config[name]
         if name in self.tied_to:
             return
@@ -179,7 +179,7 @@ class SteeringVectorLayer(nn.Module, BaseTunerLayer):
             vector = self._vector(name, kind)
             if size is None or isinstance(vector, Frozen):
                 vector.unit = None
-            elif config.form == "span":  # a coefficient moves the vector by as much as it moves times a fixed vector
+            elif config.form == "span":  # a change of a coefficient moves the vector by that times a fixed vector
                 norms = torch.linalg.vector_norm(self.parameter(name, "w").detach(), dim=-1)
                 vector.unit = units.length_unit(size, len(sizes)) / float(norms.median())
             elif config.norm == "learned" and kind == "b":
@@ -188,7 +188,7 @@ class SteeringVectorLayer(nn.Module, BaseTunerLayer):
                 vector.unit = units.unit_of(kind, size, self.in_features, len(sizes))
 
     def written(self, name: str) -> Tensor:
-        """The write vector(s) of adapter `name` with the length that `norm` gives them."""
+        """The write vector(s) of adapter `name`, with the length set by `norm`."""
         config = self.config[name]
         v = self.value(name, "v")
         if config.form == "span":
@@ -242,9 +242,9 @@ class SteeringVectorLayer(nn.Module, BaseTunerLayer):
                 hidden = self._steer(name, hidden)
             return hidden
         if len(adapter_names) != len(hidden):
-            raise ValueError(  # PEFT's words, as for LoRA
+            raise ValueError(  # PEFT's wording, as for LoRA
                 "Length of `adapter_names` should be the same as the number of inputs, but got "
-                f"{len(adapter_names)} and {len(hidden)} respectively: give one a row."
+                f"{len(adapter_names)} and {len(hidden)} respectively. Give one per row."
             )
         times = torch.tensor(strengths or [1.0] * len(hidden), device=hidden.device)[:, None, None]
         chosen = list(zip(adapter_names, positions or [None] * len(hidden), strict=True))
@@ -322,7 +322,7 @@ class SteeringVectorLayer(nn.Module, BaseTunerLayer):
 
     @property
     def weight(self) -> Tensor:
-        """A steering layer wraps nothing, so it has no base weight. (PEFT's default would search without end.)"""
+        """A steering layer wraps nothing, so it has no base weight. (PEFT's default would recurse forever.)"""
         raise AttributeError("weight")
 
     @property
@@ -331,7 +331,7 @@ class SteeringVectorLayer(nn.Module, BaseTunerLayer):
         raise AttributeError("bias")
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Refused, see `SteeringVectorModel.merge_and_unload`."""
+        """Always raises a NotImplementedError that gives the reason."""
         raise NotImplementedError(NO_MERGE)
 
 

@@ -16,10 +16,10 @@ from .saved import check_adapter_folder, local_folder, undeclared
 
 
 def check_what_transformers_loads() -> None:
-    """Make transformers' `model.load_adapter` check an adapter like `PeftModel.from_pretrained` does.
+    """Make transformers' `model.load_adapter` check an adapter as `PeftModel.from_pretrained` does.
 
-    It bypasses `SteeringVectorConfig.from_pretrained`, and loads every tensor of the file into the model, even if that
-    overwrites weights of the base.
+    Otherwise it bypasses `SteeringVectorConfig.from_pretrained`, and loads every tensor of the file into the model,
+    even if that overwrites weights of the base.
     """
     load = PreTrainedModel.load_adapter
     signature = inspect.signature(load)

@@ -42,7 +42,7 @@ class SteeringVectorModel(BaseTuner):
 
     def _prepare_adapter_config(self, peft_config: SteeringVectorConfig, model_config: dict[str, Any]):
         resolve_task(peft_config, self.model)
-        if peft_config.base_fingerprint is not None:  # a model without a configuration is another model too
+        if peft_config.base_fingerprint is not None:  # a model without a configuration is never a match
             check_fingerprint(peft_config.base_fingerprint, self.model)
         if peft_config.target_modules is None:
             blocks = find_blocks(self.model)
@@ -115,7 +115,7 @@ class SteeringVectorModel(BaseTuner):
         """Like PEFT. A given `state_dict` names the steering layers, but PEFT looks for the modules they belong to.
 
         Raises:
-            ValueError: no module can have the adapter's name.
+            ValueError: the adapter's name cannot be the name of a module.
         """
         check_adapter_name(adapter_name)
         state_dict = kwargs.get("state_dict")
@@ -143,8 +143,8 @@ class SteeringVectorModel(BaseTuner):
         Raises:
             ValueError: there is such a key, which would overwrite the base model.
         """
-        own = {key for key in state_dict if ".modules_to_save." not in key}
-        if names := undeclared(own, config):
+        vector_keys = {key for key in state_dict if ".modules_to_save." not in key}
+        if names := undeclared(vector_keys, config):
             raise ValueError(
                 f"{names[0]!r} is not a steering vector, and modules_to_save={config.modules_to_save} does not name "
                 "it. It would overwrite the base model: remove it from the adapter's weights."
@@ -152,9 +152,9 @@ class SteeringVectorModel(BaseTuner):
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
 
     def train(self, mode: bool = True) -> SteeringVectorModel:
-        """Set the mode like the parent, and warn once before a training that would change nothing.
+        """Set the mode like the parent, and warn once if no parameter is trainable.
 
-        `PeftModel.from_pretrained` freezes an adapter unless it is told otherwise, and no trainer looks.
+        `PeftModel.from_pretrained` freezes an adapter by default, and no trainer checks for this.
         """
         if mode and not self._warned_of_nothing and not any(p.requires_grad for p in self.parameters()):
             self._warned_of_nothing = True

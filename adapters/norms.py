@@ -1,4 +1,4 @@
-"""What the length of the vector may do (the `norm` switch)."""
+"""Constraints on the length of the vector (the `norm` switch)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Look at a model and leave it unchanged."""
+"""Run a model in another mode or without adapters, and restore it afterwards."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ ADAPTER_LAYERS = (BaseTunerLayer, AuxiliaryTrainingWrapper)
 
 
 def base_model(model: nn.Module) -> nn.Module:
-    """The transformers model inside a PEFT model, with the adapters that are in it; any other model itself."""
+    """The transformers model inside a PEFT model, with its adapter layers; any other model is returned unchanged."""
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
@@ -51,7 +51,7 @@ def untouched(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def adapters_off(model: nn.Module) -> Iterator[None]:
-    """Disable every adapter inside, whether PEFT or transformers' `add_adapter` added it.
+    """Disable every adapter of a model, whether PEFT or transformers' `add_adapter` added it.
 
     Args:
         model: Any model, with or without adapters.
@@ -65,14 +65,14 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside; each module gets its mode back afterwards."""
+    """Put a model in evaluation mode; each module gets its mode back afterwards."""
     with _mode(model, training=False):
         yield
 
 
 @contextmanager
 def training(model: nn.Module) -> Iterator[None]:
-    """Training mode inside; each module gets its mode back afterwards."""
+    """Put a model in training mode; each module gets its mode back afterwards."""
     with _mode(model, training=True):
         yield
 

@@ -1,4 +1,4 @@
-"""What a module returns: residual states, alone or first in a tuple, as decoder blocks do in some architectures."""
+"""Read and replace the states in a module's output: a tensor, or the first item of a tuple in some architectures."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ def states_in(output: Any) -> Any:
 
 
 def with_states(output: Any, states: Any) -> Any:
-    """A module's output with other states in it."""
+    """A module's output with its states replaced."""
     return (states, *output[1:]) if isinstance(output, tuple) else states
 
 
 @contextmanager
 def adding(module: nn.Module, change: Tensor) -> Iterator[None]:
-    """Forward passes inside add a change to the states that a module returns.
+    """Add a change to the states that a module returns, in every forward pass inside the context.
 
     Args:
-        module: Such as a decoder block.
-        change: What is added, of a shape that fits `(rows, tokens, d)`; taken to the states' device and dtype.
+        module: A module such as a decoder block.
+        change: The tensor to add, broadcast to `(rows, tokens, d)` and converted to the states' device and dtype.
     """
 
     def hook(module: nn.Module, args: Any, output: Any) -> Any:

@@ -2,7 +2,7 @@
 
 A forward pass does not say where its prompt ends. The end is read, in this order, from `prompt_length(model, n)`, from
 `generate` (its input is the prompt), from `labels` (see `SteeringVectorConfig`), or from a cache (what fills an empty
-cache is the prompt, and what follows is not). A forward pass with none of them is refused, because guessing would
+cache is the prompt, and what follows is not). A forward pass with none of them is an error, because guessing would
 silently steer the wrong tokens.
 """
 
@@ -99,9 +99,9 @@ class PromptBoundary:
         if isinstance(model, GenerationMixin):
             # Only `generate` knows its prompt: chunked prefill, reused caches and candidates look like completions.
             generating: Any = model
-            inner, own = generating.generate, model.__dict__.get("generate")
+            inner, override = generating.generate, model.__dict__.get("generate")
             generating.generate = functools.partial(self._generate, inner)
-            self._undo.append(functools.partial(_restore_generate, model, own))
+            self._undo.append(functools.partial(_restore_generate, model, override))
 
     def unwatch(self) -> None:
         """Undo `watch`."""
@@ -219,7 +219,7 @@ class PromptBoundary:
         """True on steered tokens, `(rows of the batch, tokens, 1)`; None means all.
 
         Raises:
-            ValueError: the end of the prompt is unknown, or the states do not belong to the tokens one to one.
+            ValueError: the end of the prompt is unknown, or the states do not correspond to the tokens one to one.
         """
         if positions == "all":
             return None
@@ -259,7 +259,7 @@ class PromptBoundary:
 
     @property
     def rows(self) -> Tensor | None:
-        """Row of the batch of each row that the blocks see, `(rows,)`; None: all rows, in their order."""
+        """Row of the batch of each row that the blocks see, `(rows,)`; None for all rows, in their order."""
         if self._part is None:
             return self._selected
         rows = self._part[0][:, 0]
@@ -267,7 +267,7 @@ class PromptBoundary:
 
     @contextmanager
     def part(self, rows: Tensor, columns: Tensor) -> Iterator[None]:
-        """Inside, the blocks see only a part of the batch.
+        """Declare that the blocks see only a part of the batch inside the context.
 
         Args:
             rows: Row of the batch of each row they see, `(rows,)`, or of each token, `(rows, tokens)`.
@@ -297,7 +297,7 @@ class PromptBoundary:
 
     @contextmanager
     def select(self, rows: Tensor) -> Iterator[None]:
-        """Inside, the batch has only these rows, `(rows,)`; `part` then selects from them."""
+        """Restrict the batch to these rows, `(rows,)`, inside the context; `part` then selects from them."""
         before = self._selected, self._prompts
         self._selected = rows
         self._prompts = None if self._prompts is None else self._prompts.select(rows)
@@ -327,8 +327,8 @@ def _has_columns(cache: Any) -> bool:
         return False
 
 
-def _restore_generate(model: Any, own: Any) -> None:
-    if own is None:
+def _restore_generate(model: Any, override: Any) -> None:
+    if override is None:
         del model.generate
     else:
-        model.generate = own
+        model.generate = override

@@ -1,4 +1,4 @@
-"""Make PEFT know the method.
+"""Register the method with PEFT.
 
 PEFT has no plug-in discovery: `register_peft_method` accepts only members of the `PeftType` enum, so this module adds
 the member first, and then calls PEFT's own function. A process that has not imported `steertune.adapters` cannot load

@@ -1,7 +1,7 @@
 """Look things up by name, and suggest the nearest name for a misspelt one.
 
-In many folders of this package a file is one thing of a kind, and its name is the name to ask for. `steertune.losses`
-does not use this module, because it imports nothing but torch.
+In many folders of this package, each file defines one item, which is looked up by the name of the file.
+`steertune.losses` does not use this module, because it imports nothing but torch.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def file_names(*folders: str | Path) -> list[str]:
 
 
 def by_name(what: str, package: str, folder: Path, kind: type, name: object, options: Mapping[str, Any]) -> Any:
-    """Make the dataclass that a module defines from its options. An object of `kind` is returned unchanged.
+    """Create the dataclass that a module defines, from its options. An object of `kind` is returned unchanged.
 
     Args:
         what: A word for it in error messages.
@@ -83,7 +83,7 @@ def _in_words(hint: Any) -> str:
     kind = get_origin(hint) or hint
     if kind in (Union, UnionType):
         return " or ".join(_in_words(part) for part in get_args(hint))
-    return {float: "a finite number", int: "a whole number", str: "a text", tuple: "a list"}.get(kind, str(kind))
+    return {float: "a finite number", int: "a whole number", str: "a string", tuple: "a list"}.get(kind, str(kind))
 
 
 def _choose(what: str, value: object, allowed: list[str]) -> None:

@@ -1,4 +1,4 @@
-"""Give every row of a batch vectors, strengths and positions of its own."""
+"""Steer every row of a batch by its own vectors, with its own strengths and positions."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class RowVector:
 
     Attributes:
         adapter: Name of the adapter.
-        strength: Of the vector, in this row.
+        strength: The strength of the vector in this row.
         positions: Tokens of the row that are steered; None: those of the adapter's configuration.
     """
 
@@ -32,7 +32,7 @@ class RowVector:
 
 @contextmanager
 def steer_rows(model: nn.Module, rows: Sequence[Sequence[RowVector]]) -> Iterator[None]:
-    """Inside, row `i` of every forward pass is steered by the vectors `rows[i]`, one after the other, and by no other.
+    """Steer row `i` of every forward pass inside the context by the vectors `rows[i]`, in turn, and by no others.
 
     Positions other than "all" need to know where each prompt ends: declare it with `prompt_length`.
 
@@ -62,7 +62,7 @@ def steer_rows(model: nn.Module, rows: Sequence[Sequence[RowVector]]) -> Iterato
 
 
 def _turn(rows: Sequence[Sequence[RowVector]], number: int) -> dict[str, list[Any]]:
-    """Arguments of a steering layer that steer every row by its vector `number`, if it has as many."""
+    """The arguments with which a steering layer steers every row by its vector `number`, if the row has so many."""
     vectors = [row[number] if number < len(row) else RowVector(BASE_ROW) for row in rows]
     return {
         "adapter_names": [vector.adapter for vector in vectors],

@@ -12,7 +12,7 @@ from torch import Tensor
 def samples_of(tokens: Tensor, arguments: Mapping[str, Any]) -> Tensor | None:
     """The index of the sample in its row that each token belongs to, `(rows, columns)`; None if a row is one sample.
 
-    Samples are separated by `seq_idx`, by `cu_seq_lens_q`, or by position ids that start again, like in transformers'
+    Samples are separated by `seq_idx`, by `cu_seq_lens_q`, or by position ids that start again, as in transformers'
     own attention masks. Position ids also start again after padding, which does not start a sample.
     """
     rows, columns = tokens.shape[:2]

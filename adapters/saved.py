@@ -1,4 +1,4 @@
-"""Read and check the files of a saved adapter, and refuse bad ones with an error that says what to do."""
+"""Read and check the files of a saved adapter, and reject bad ones with an error that says what to do."""
 
 from __future__ import annotations
 
@@ -105,8 +105,8 @@ def _check_checksum(folder: str, weights: str) -> None:
     checksum = values.get("checksum")
     if (checksum is not None and checksum != checksum_of(values, weights)) or keys not in ([], ["checksum"]):
         raise ValueError(
-            f"{folder} holds other bytes than those that were saved: it was damaged or changed. Save or download it "
-            f"again. To use it as it is, set checksum to null in {CONFIG_NAME}."
+            f"{folder} was damaged or changed after it was saved: its checksum differs. Save or download it again. "
+            f"To use it as it is, set checksum to null in {CONFIG_NAME}."
         )
 
 
@@ -128,7 +128,7 @@ def read_tensors(path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
 def write_checksums(folder: str | os.PathLike[str]) -> None:
     """Write `checksums.json`: the digest of every file of weights or JSON in a folder and below.
 
-    The file is complete or not there at all, even if the process is killed.
+    The file is never incomplete, even if the process is killed.
     """
     files = [file for file in sorted(Path(folder).rglob("*")) if file.suffix in (".safetensors", ".json", ".jsonl")]
     files = [file for file in files if file.is_file() and file.name != CHECKSUMS]
@@ -151,9 +151,9 @@ def check_checksums(folder: str | os.PathLike[str]) -> None:
         digests = json.loads(file.read_text(encoding="utf-8"))
         damaged = [name for name, digest in digests.items() if sha256_of(Path(folder) / name) != digest]
     except (ValueError, AttributeError, TypeError, OSError, RecursionError) as error:
-        raise ValueError(f"{file} cannot be compared ({error})") from error
+        raise ValueError(f"{file} cannot be checked ({error})") from error
     if damaged:
-        raise ValueError(f"{Path(folder) / damaged[0]} holds other bytes than those that were written")
+        raise ValueError(f"{Path(folder) / damaged[0]} was changed after it was written")
 
 
 def sha256_of(path: str | os.PathLike[str]) -> str:
@@ -182,7 +182,7 @@ def module_names(pattern: str) -> list[str]:
     names = [re.sub(r"\\(.)", r"\1", part) for part in pattern.split("|")]
     if "|".join(map(re.escape, names)) != pattern or not all(re.fullmatch(r"[\w.]+", name) for name in names):
         raise ValueError(
-            f"target_modules={pattern!r:.200} is a regular expression, and a saved adapter must name its modules. "
+            f"target_modules={pattern!r:.200} is a regular expression, but a saved adapter must name its modules. "
             "Create the adapter with the same target_modules on its model, and save it again."
         )
     return names
@@ -206,17 +206,17 @@ def _check_keys(path: str, tensors: dict[str, torch.Tensor], config: Declared) -
         d = widths.get(group)
         expected = config.parameter_shape(match["name"], d or 0)
         if shape != expected:
-            raise ValueError(f"{path}: {key} has shape {shape}, the config asks for {expected}.")
+            raise ValueError(f"{path}: {key} has shape {shape}, but the config asks for {expected}.")
     for module, names in parameters.items():
         if names != set(config.parameter_names):
             raise ValueError(
-                f"{path}: {module} holds {sorted(names)}, form={config.form!r} needs {config.parameter_names}."
+                f"{path}: {module} holds {sorted(names)}, but form={config.form!r} needs {config.parameter_names}."
             )
     layers = config.layers if isinstance(config.layers, list) else None
     expected_layers = None if layers is None else 1 if config.tied else len(layers)
     if expected_layers is not None and len(parameters) != expected_layers:
         raise ValueError(
-            f"{path} holds vectors for {len(parameters)} layers, the config names {expected_layers}: {layers}."
+            f"{path} holds vectors for {len(parameters)} layers, but the config names {expected_layers}: {layers}."
         )
 
 
@@ -240,7 +240,7 @@ def undeclared(keys: Iterable[str], config: Declared) -> list[str]:
 
 
 def drop_undeclared(path: str, config: Declared) -> None:
-    """Remove from a file of weights what would make it unloadable, with a warning."""
+    """Remove weights that would make a saved adapter unloadable from its file, with a warning."""
     tensors = read_tensors(path)
     names = undeclared(tensors, config)
     if names:
@@ -263,4 +263,4 @@ def local_folder(name: str, subfolder: str | None = None, **hub_options: Any) ->
     try:
         return os.path.dirname(hf_hub_download(name, SAFETENSORS_WEIGHTS_NAME, subfolder=subfolder, **hub_options))
     except (HfHubHTTPError, HFValidationError, OSError):
-        return folder  # only a configuration: what loads the weights reports that they are missing
+        return folder  # only a configuration: PEFT reports the missing weights

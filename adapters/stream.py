@@ -1,8 +1,9 @@
 """The typical size of the residual stream where a vector is written, measured once on a fixed text.
 
 The size of a state h of width d is `√d · median |h_i| / 0.6745`: its norm if it were Gaussian with these typical
-entries. The norm itself will not do. A few entries of the stream are massive on every token and say nothing of it; in
-Gemma-3-270M they are 80 % of the norm, in SmolLM2-135M half of it, and a move is felt as a share of the other entries.
+entries. The norm itself is not suitable. A few entries of the stream are massive on every token and carry no
+information about it; in Gemma-3-270M they are 80 % of the norm, in SmolLM2-135M half of it. The effect of a move
+depends on its size relative to the other entries.
 """
 
 from __future__ import annotations
@@ -101,7 +102,7 @@ def _run(model: nn.Module) -> None:
         decoder = find_stack(model)
     except ValueError:
         decoder = model
-    whole = any(map(is_sharded, model.parameters()))  # FSDP takes what runs first for its root
+    whole = any(map(is_sharded, model.parameters()))  # FSDP takes the first module that runs for its root
     if whole or "input_ids" not in inspect.signature(type(decoder).forward).parameters:
         decoder = model
     options = {"use_cache": False} if "use_cache" in inspect.signature(type(decoder).forward).parameters else {}
@@ -115,8 +116,8 @@ def _states(output: Any) -> Tensor:
 
 
 def _size(states: Tensor) -> Tensor:
-    """Sizes of states `(..., d)`, `(...)`."""
-    gaussian_median = 0.6745  # of |x|, x standard normal
+    """The sizes `(...)` of states `(..., d)`."""
+    gaussian_median = 0.6745  # median of |x| for a standard normal x
     return states.abs().median(dim=-1).values * states.shape[-1] ** 0.5 / gaussian_median
 
 
@@ -159,7 +160,7 @@ def _keep_lever(sizes: list[Tensor], inner: nn.Module) -> Any:
 
 
 def _block_around(model: nn.Module, name: str) -> nn.Module | None:
-    """The decoder block that a module is, or belongs to; None if the blocks cannot be found."""
+    """The decoder block that is or contains a module; None if the blocks cannot be found."""
     try:
         blocks = find_blocks(model)
     except ValueError:

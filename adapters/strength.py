@@ -37,7 +37,7 @@ class set_strength:  # lower case: called like a function, and a context manager
             try:
                 strength = float(strength)
             except (TypeError, ValueError):
-                raise ValueError(f"strength={strength!r} is not a finite number, nor 'null'.") from None
+                raise ValueError(f"strength={strength!r} is neither a finite number nor 'null'.") from None
         if strength in (float("inf"), float("-inf")) or strength != strength:
             raise ValueError(f"strength={strength} is not a finite number.")
         layers = steering_layers(model)

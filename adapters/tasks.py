@@ -1,4 +1,4 @@
-"""Choose PEFT's class for a model whose configuration names no task.
+"""Choose PEFT's class for a model if the adapter's configuration does not name a task.
 
 PEFT chooses the class by `task_type` alone. A configuration without a task therefore has the type AUTO, which is
 mapped to a function that looks at the model and sets the type.
@@ -31,7 +31,7 @@ def task_of(model: nn.Module) -> TaskType | None:
 
 
 def resolve_task(config: Any, model: nn.Module) -> None:
-    """Set the task of a configuration that names none.
+    """Set the task of a configuration that does not name one.
 
     Raises:
         ValueError: the task has no prompts, but `positions` depends on where a prompt ends.
@@ -46,7 +46,7 @@ def resolve_task(config: Any, model: nn.Module) -> None:
 
 
 def wrap(model: nn.Module, peft_config: Any, *args: Any, **kwargs: Any) -> PeftModel:
-    """Wrap a model for `get_peft_model` and `PeftModel.from_pretrained`, if its configuration names no task."""
+    """Wrap a model for `get_peft_model` and `PeftModel.from_pretrained` if its configuration does not name a task."""
     resolve_task(peft_config, model)
     return MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(peft_config.task_type, PeftModel)(model, peft_config, *args, **kwargs)
 

@@ -1,4 +1,4 @@
-"""The types of the switches, and of what a configuration says about weights. Imports nothing of this package."""
+"""The types of the switches, and of the part of a configuration that describes weights. Imports no other module."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ GATELESS_FORMS = (*CONSTANT_FORMS, "project")
 
 
 def finite_strength(text: str) -> float | None:
-    """The strength behind the `@` of a name such as `careful@1.5`; None if it is not a finite number."""
+    """The strength after the `@` of a name such as `careful@1.5`; None if it is not a finite number."""
     try:
         strength = float(text)
     except ValueError:
@@ -30,7 +30,7 @@ def finite_strength(text: str) -> float | None:
 
 
 class Declared(Protocol):
-    """What an adapter's configuration says about its weights (see `SteeringVectorConfig`)."""
+    """The part of an adapter's configuration that describes its weights (see `SteeringVectorConfig`)."""
 
     form: Form
     layers: Layers

@@ -130,7 +130,7 @@ def _divide(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
 
 @torch.no_grad()
 def _multiply(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-    """After a step: `v + unit · Δu`, so that what did not move keeps its exact bits."""
+    """After a step: `v + unit · Δu`, so that entries that did not move keep their exact bits."""
     for parameter, before, u, unit in _stepping.pop(id(optimizer), ()):
         parameter.copy_(before + (parameter - u) * unit)
         _in_units.pop(id(parameter), None)
@@ -140,8 +140,8 @@ def _refuse_averaging(optimizer: Optimizer) -> None:
     """Refuse schedule-free optimisers: they average parameters outside of steps, which would mix u with v."""
     if callable(getattr(optimizer, "eval", None)):
         raise ValueError(
-            f"{type(optimizer).__name__} averages parameters outside of its steps, and steering vectors are in units "
-            "of the residual stream only inside. Use another optimizer (optim='adamw_torch'), or set "
+            f"{type(optimizer).__name__} averages parameters outside of its steps, but steering vectors are in "
+            "units of the residual stream only during a step. Use another optimizer (optim='adamw_torch'), or set "
             "stream_sizes={} in the SteeringVectorConfig for absolute learning rates."
         )
 

@@ -21,12 +21,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 PER_BLOCK = 2  # numbers of one parameter of one block
-ELSEWHERE = 16  # numbers of one parameter that no block repeats
+ELSEWHERE = 16  # numbers of one parameter outside the blocks
 MOST_PATTERNS = 64  # mixtures of experts have thousands of matrices in a block
 EXACT_TOLERANCE = 1e-5
 """The share of their length by which exact weights may differ: nine digits of them are saved."""
 QUANTISED_TOLERANCE = 0.3
-"""The same if one of both models is quantised: 4 bits move a weight by a tenth of a typical one."""
+"""The same if one of the models is quantised: 4 bits change a weight by a tenth of a typical one."""
 _MISSING = "?"
 _GOLDEN = 0.6180339887498949  # its multiples modulo 1 are spread evenly, however many there are
 _QUANTISED = ("Params4bit", "Int8Params")
@@ -94,7 +94,7 @@ def _entries(module: nn.Module, name: str, count: int) -> tuple[list[float | Non
 def _dequantised(module: Any, weight: Any) -> Tensor | None:
     """A quantised weight in floating point, without changing the module; None if the method is unknown."""
     if type(weight).__name__ == "Params4bit" and weight.quant_state is not None:
-        # some CPUs lay a weight out anew in the first inference pass, in an order that cannot be read back
+        # Some CPU kernels repack a weight in the first inference pass, in a layout that cannot be undone.
         packed = getattr(weight.quant_state, "packing_format_for_cpu", False)
         return None if packed else dequantize_bnb_weight(weight)
     if type(weight).__name__ == "Int8Params":
@@ -103,15 +103,15 @@ def _dequantised(module: Any, weight: Any) -> Tensor | None:
     return None
 
 
-def difference_of_weights(expected: dict[str, Any], found: dict[str, Any]) -> tuple[str, float] | None:
+def difference_of_weights(expected: dict[str, Any], actual: dict[str, Any]) -> tuple[str, float] | None:
     """The pattern that differs most, and by what share of its length; None if nothing differs.
 
     Exact weights must be equal up to rounding to half precision between the two. Quantised weights must be close.
     """
-    quantised = {*expected["quantised"], *found["quantised"]}
+    quantised = {*expected["quantised"], *actual["quantised"]}
     worst: tuple[str, float] | None = None
-    for pattern in expected["values"].keys() & found["values"].keys():
-        old, new = (_numbers(one["values"][pattern]) for one in (expected, found))
+    for pattern in expected["values"].keys() & actual["values"].keys():
+        old, new = (_numbers(one["values"][pattern]) for one in (expected, actual))
         if len(old) != len(new):
             return pattern, float("inf")
         both = torch.isfinite(old) & torch.isfinite(new)
@@ -130,7 +130,7 @@ def _numbers(line: str) -> Tensor:
 
 
 def _distance(old: Tensor, new: Tensor) -> float:
-    """The distance of two samples as a share of the first: the smallest over the roundings that may lie between."""
+    """The distance of two samples as a share of the first, after the roundings that explain most of it."""
     gaps = [
         old - new,
         *(rounded - new for rounded in _roundings(old)),

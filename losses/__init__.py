@@ -46,13 +46,13 @@ def get_loss(
         contrast: What a loss on pairs contrasts the chosen answer with: `paired`, `unpaired` or `none`. `difference`
             turns a loss on single answers into a loss on pairs. See `steertune.losses.Contrasted`.
         neutral_kl: Weight of a KL divergence from the base model on neutral text.
-        neutral_average: Its average over the tokens: `mean` (the default), or `rms`, to which a few tokens that change
-            a lot matter more.
-        change_cap: Changing the residual stream by a vector longer than this is penalised.
-        cap_layers: The layers where it is (0.67 by default).
+        neutral_average: How it is averaged over tokens: `mean` (the default), or `rms`, which gives more weight to
+            tokens that change a lot.
+        change_cap: Changes of the residual stream that are longer than this are penalised.
+        cap_layers: The layers where they are penalised (0.67 by default).
         cap_weight: The weight of that penalty (1 by default).
         then: The loss that takes over later, a name (with its defaults) or an object.
-        then_after: The share of all steps after which it does (0.5 by default).
+        then_after: The share of all steps after which `then` takes over (0.5 by default).
         options: Hyperparameters of the loss, if it is given by name.
 
     Raises:
@@ -85,10 +85,10 @@ def get_loss(
 
 
 def options_of(loss: str) -> list[str]:
-    """The options that `get_loss` takes for a loss: its hyperparameters, and the terms that any loss may have.
+    """The options that `get_loss` takes for a loss: its hyperparameters, and the terms that any loss can have.
 
     Raises:
-        ValueError: an unknown loss.
+        ValueError: the loss is unknown.
     """
     terms = [p.name for p in inspect.signature(get_loss).parameters.values() if p.kind is p.KEYWORD_ONLY]
     return [*(field.name for field in fields(_kind(loss))), *terms]
@@ -105,7 +105,7 @@ def _without_none(**options: Any) -> dict[str, Any]:
 
 
 def _by_name(loss: str, options: dict[str, Any]) -> Loss:
-    """The loss of a name with these options."""
+    """Make a loss from its name and options."""
     kind = _kind(loss)
     for option in options:
         _check_choice(f"option of loss {loss!r}", option, [field.name for field in fields(kind)])

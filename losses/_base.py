@@ -20,7 +20,7 @@ from ._needs import Needs, SingleAttributes
 
 @dataclass(frozen=True)
 class Outputs:
-    """What the model at one strength computes for the labelled tokens of a batch.
+    """The outputs of the model at one strength, for the labelled tokens of a batch.
 
     Attributes:
         token_logps: Log-probability (nats) of each labelled token given the tokens before it, `(rows, tokens)`;
@@ -62,10 +62,10 @@ class Outputs:
 
 At = Callable[..., Outputs]
 """`at(strength, view="", layers=(), distribution=False, site="block")`: what the model computes for the batch with its
-adapter scaled by `strength`, or with the direction of its vector taken out of its states ("null").
+adapter scaled by `strength`, or with the direction of its vector removed from its states ("null").
 
-`view` names another version of the same examples (see `steertune.trainers.views`). `layers` returns hidden states too,
-of the residual stream or of what `site` "attention" or "mlp" writes into it; `distribution` returns the
+`view` names another version of the same examples (see `steertune.trainers.views`). `layers` also returns hidden
+states of the residual stream or of what `site` "attention" or "mlp" writes into it; `distribution` also returns
 log-probabilities of the whole vocabulary. Results are cached: repeated calls cost nothing."""
 
 
@@ -81,7 +81,7 @@ class Loss(SingleAttributes, ABC):
 
     @abstractmethod
     def __call__(self, at: At, generator: torch.Generator | None = None) -> Tensor:
-        """One value for each unit, 0 without a label. The caller sums them and divides by the number of units.
+        """The loss of each unit, 0 if it has no label. The caller sums them and divides by the number of units.
 
         Args:
             at: The batch at a strength.

@@ -1,4 +1,4 @@
-"""A cap on the change of the residual stream, a term for any loss: what activation addition's norm is to LoRA.
+"""A cap on the change of the residual stream, as a term for any loss: like `norm="capped"`, but for any adapter.
 
 `loss + λ mean_t relu(‖h_t - h⁰_t‖ / c - 1)²` over the labelled tokens of an example, where h is the output of a block
 at `at(1)` and h⁰ the same at `at(0)`. A capped vector cannot change a state by more than c; with this term any other
@@ -24,7 +24,7 @@ class Capped(Wrapped):
     Args:
         loss: The loss.
         change_cap: The length c, in units of the residual stream.
-        layers: The layers where it holds, as in `SteeringVectorConfig`.
+        layers: The layers where the cap applies, as in `SteeringVectorConfig`.
         weight: The weight λ.
 
     Raises:
@@ -41,7 +41,7 @@ class Capped(Wrapped):
         self._need(reference=True, states=True)
 
     def __call__(self, at: At, generator: torch.Generator | None = None) -> Tensor:
-        """Like the loss."""
+        """The values of the loss, with the penalty added."""
         value = self.loss(at, generator)
         # The length of the change of each labelled token's state, as a multiple of the cap: (labelled tokens,).
         steered, base = (at(strength, layers=self.layers) for strength in (1.0, 0.0))

@@ -1,4 +1,4 @@
-"""What a loss contrasts the chosen answer with: an ingredient that any loss on pairs can take.
+"""What the chosen answer is contrasted with, an option of any loss on pairs.
 
 | `contrast` | the rejected side of pair i |
 |---|---|
@@ -7,7 +7,7 @@
 | `none` | nothing: its log-probability is that of the reference, so only the chosen answer is trained on |
 
 Over a batch, `unpaired` pushes the same answers up and down as `paired`: while the adapter has no effect yet, both
-have the same gradient. It tests the matching in the loss. To put rejected answers behind other prompts, change the
+have the same gradient. It tests the matching in the loss. To put rejected answers after other prompts, change the
 data (`pairing = "shuffled"` in an arm's `[data]`).
 
 A loss on single answers, such as cross-entropy, can be contrasted too:
@@ -16,7 +16,7 @@ A loss on single answers, such as cross-entropy, can be contrasted too:
 |---|---|
 | `difference` | `[ℓ(y⁺) - ℓ(y⁻)] / 2`, ℓ averaged over an answer's tokens: the gradient averaged over the contrast |
 
-What both answers say about their prompt cancels in this gradient, as it does in a mean difference of states. Like a
+What both answers share, such as their prompt, cancels in this gradient, as in a mean difference of states. Like a
 mean difference, it has no natural length: add `change_cap`, or train for few steps.
 """
 
@@ -58,7 +58,7 @@ class Contrasted(Wrapped):
             self._check_difference()
         elif not self.loss.needs.pairs:
             raise ValueError(
-                f"contrast={self.contrast!r} needs a loss on pairs, and {type(self.loss).__name__} reads single "
+                f"contrast={self.contrast!r} needs a loss on pairs, but {type(self.loss).__name__} reads single "
                 "answers. Use contrast='difference', or a loss on pairs."
             )
         if self.contrast == "unpaired" and self.loss.needs.separable:
@@ -76,7 +76,7 @@ class Contrasted(Wrapped):
     def _check_difference(self) -> None:
         if self.loss.needs.pairs:
             raise ValueError(
-                f"contrast='difference' is for losses on single answers, and {type(self.loss).__name__} is a loss on "
+                f"contrast='difference' is for losses on single answers, but {type(self.loss).__name__} is a loss on "
                 "pairs. Leave it out."
             )
         if self.loss.needs.views or self.loss.needs.states:
@@ -108,11 +108,11 @@ class Contrasted(Wrapped):
 
 
 def _with_rejected(at: At, rejected_of: Callable[[Outputs], Outputs]) -> At:
-    """The same `at`, whose outputs have another rejected side."""
+    """An `at` that replaces the rejected side of the outputs."""
 
     def changed(strength: Any, **options: Any) -> Outputs:
         outputs = at(strength, **options)
-        if options:  # a term inside the contrast reads states or distributions: those of the unchanged rows
+        if options:  # an inner term that reads states or distributions gets those of the unchanged rows
             return outputs
         chosen, rejected = outputs.chosen, rejected_of(outputs)
         return replace(

@@ -45,7 +45,7 @@ class Regularised(Wrapped):
         self._need(reference=True, views=(*self.loss.needs.views, "neutral"), stops=False)
 
     def __call__(self, at: At, generator: torch.Generator | None = None) -> Tensor:
-        """Like the loss."""
+        """The values of the loss, with the divergence added."""
         value = self.loss(at, generator)
         steered, base = (at(strength, view="neutral", distribution=True) for strength in (1.0, 0.0))
         kl_L = divergence(steered, base)  # of every labelled token

@@ -33,7 +33,7 @@ class Staged(Wrapped):
                 f"then_after={self.share!r} must be a number between 0 and 1: the first loss's share of the steps."
             )
         first, second = self.loss.needs, self.then.needs
-        # What is prepared before training is what either needs; unit, stops and separable are those of the second.
+        # Before training, the needs of both are prepared; unit, stops and separable are those of the second.
         both = replace(
             second,
             pairs=first.pairs or second.pairs,
@@ -50,5 +50,5 @@ class Staged(Wrapped):
         return self.loss if step < switch else self.then
 
     def __call__(self, at: At, generator: torch.Generator | None = None) -> Tensor:
-        """Like the second loss."""
+        """The values of the second loss."""
         return self.then(at, generator)

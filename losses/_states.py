@@ -15,7 +15,7 @@ Where = int | float | str | tuple[int | float, ...]
 
 
 def layers_of(layers: Where | list[int | float]) -> Where:
-    """Check an option that names layers, and make a list a tuple.
+    """Check an option that names layers, and convert a list to a tuple.
 
     Raises:
         ValueError: `layers` is empty, or one of them is neither an index, a fraction of the depth nor "all".

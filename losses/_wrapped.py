@@ -1,4 +1,4 @@
-"""A loss around another loss, with the same needs and further ones."""
+"""A loss that wraps another loss, and extends its needs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Cross-entropy of the labelled tokens: supervised finetuning; of pairs, it reads the chosen answers.
+"""Cross-entropy of the labelled tokens: supervised finetuning. For pairs, only the chosen answers are used.
 
 `-log π(y_t | x, y_<t)`, averaged over tokens.
 """

@@ -3,8 +3,8 @@
 `|h(x) - [h₀(x) + α (h₀(x⁺) - h₀(x⁻))]|`, averaged over the answer's tokens and the layers.
 
 `x⁺` and `x⁻` are views of the example: the same answer after a prompt that asks for the behaviour, and after one that
-asks for its opposite. So the model learns to do unasked what it can already do when asked, and no label says which
-answer is good. It trains any adapter; on a steering vector it is activation addition by SGD.
+asks for its opposite. So the model learns to do unasked what it can already do when asked, and no labels are needed
+for which answer is good. It trains any adapter; on a steering vector it is activation addition by SGD.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ class LoRRA(Loss):
 
     Args:
         alpha: The size α of the shift.
-        layers: The layers whose states are compared, as in `SteeringVectorConfig`. A layer below everything that is
-            trained has no effect.
+        layers: The layers whose states are compared, as in `SteeringVectorConfig`. A layer below all trained
+            parameters has no effect.
     """
 
     alpha: float = 5.0

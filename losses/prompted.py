@@ -23,8 +23,8 @@ class Prompted(Loss):
     """Mean squared distance from the states of the base model after another prompt.
 
     Args:
-        layers: The layers whose states are compared, as in `SteeringVectorConfig`. A layer below everything that is
-            trained has no effect.
+        layers: The layers whose states are compared, as in `SteeringVectorConfig`. A layer below all trained
+            parameters has no effect.
         site: What is compared: the residual stream after the block, or what its attention or MLP writes into it.
 
     Raises:

@@ -6,7 +6,7 @@ rejected one:
     D⁺ = β⁺ log π(y⁺; a)/|y⁺| - log π(y⁻; a)/|y⁻|         β⁺ = max(log π₀(y⁻) - log π₀(y⁺), 1)
     D⁻ = β⁻ log π(y⁻; null)/|y⁻| - log π(y⁺; null)/|y⁺|   β⁻ = max(log π₀(y⁺) - log π₀(y⁻), 1)
 
-`null` takes the direction of the vector out of the states that point along it. Adapters without a direction (LoRA)
+`null` removes the direction of the vector from the states that point along it. Adapters without a direction (LoRA)
 need `suppress="negative"`, which uses a negative strength instead. The βs need the reference, although the method is
 called reference-free.
 """
@@ -29,9 +29,9 @@ class RePS(Loss):
     """Preference at drawn strengths in one direction, and the opposite preference without it.
 
     Args:
-        factors: The strengths that `a` is drawn from, once per batch. They should lie around 1, the strength that the
-            vector is used at later (the paper draws from {2, 4, ..., 20} and searches for the strength afterwards).
-        suppress: What the second term uses: the model with the direction taken out (`null`, for steering vectors of
+        factors: The strengths that `a` is drawn from, once per batch. They should lie around 1, the strength at which
+            the vector is used later (the paper draws from {2, 4, ..., 20} and searches for the strength afterwards).
+        suppress: What the second term uses: the model with the direction removed (`null`, for steering vectors of
             form `bias`), strength `-a` (`negative`), or nothing (`none`).
 
     Raises:
@@ -46,7 +46,7 @@ class RePS(Loss):
             raise ValueError(f"factors={self.factors!r} must be a list of strengths.")
         object.__setattr__(self, "factors", tuple(self.factors))  # TOML has lists
         if not self.factors:
-            raise ValueError("factors=() is empty: give one strength or more.")
+            raise ValueError("factors=() is empty. Give at least one strength.")
         positive(**{f"factors[{i}]": factor for i, factor in enumerate(self.factors)})
         if self.suppress not in ("null", "negative", "none"):
             raise ValueError(f"suppress={self.suppress!r} must be one of 'null', 'negative', 'none'.")

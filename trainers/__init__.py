@@ -1,6 +1,6 @@
-"""How models are trained: drop-in subclasses of `Trainer` and of TRL's SFT, DPO, GRPO and RLOO trainers.
+"""Trainers: drop-in subclasses of `Trainer` and of TRL's SFT, DPO, GRPO and RLOO trainers.
 
-Each name is imported when it is first used: TRL takes seconds to import.
+Each name is imported when it is first used, because TRL takes seconds to import.
 """
 
 from __future__ import annotations

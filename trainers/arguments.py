@@ -1,7 +1,7 @@
-"""What every field of the training arguments does when the loss is one of ours, and which values make no sense.
+"""What each field of the training arguments does with one of our losses, and which values make no sense.
 
 With `loss=None` a field means what it means to the parent. With a loss of ours, a field that only the parent's own
-loss reads would silently change nothing, so it is refused. The tables below classify every field of
+loss reads would silently have no effect, so it is refused. The tables below classify every field of
 `TrainingArguments`, `SFTConfig` and `DPOConfig`; a test compares them with the installed versions, and
 names a new field when it fails.
 
@@ -11,7 +11,7 @@ names a new field when it fails.
 | `irrelevant` | means what it means to the parent, and the loss is the same with it and without |
 | `refused` | belongs to the parent's own loss: refused, unless its value changes nothing |
 | `matched` | belongs to the parent's own loss: refused, unless our loss does the same |
-| `reference` | is about the reference: refused, unless our loss has one |
+| `reference` | concerns the reference: refused, unless our loss has one |
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Use = Literal["used", "irrelevant", "refused", "matched", "reference"]
 
 
 def _table(**fields: str) -> dict[str, Use]:
-    """Field -> its class, from one text of names per class."""
+    """Field -> its class, from one string of names per class."""
     return {name: use for use in get_args(Use) for name in fields.get(use, "").split()}
 
 
@@ -104,12 +104,15 @@ def _from(low: float, high: float) -> Callable[[float], bool]:
     return lambda value: low <= value <= high
 
 
-# field -> which numbers make sense, as a test and in words
+# field -> a test for the numbers that make sense, and their description
 _RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
-    "beta": (lambda value: 0 < value < math.inf, "a finite number above 0 (below, it trains the wrong way round)"),
+    "beta": (
+        lambda value: 0 < value < math.inf,
+        "a finite number above 0 (a negative one trains in the wrong direction)",
+    ),
     "label_smoothing": (
         lambda value: 0 <= value < 0.5,
-        "from 0 to below 0.5 (it is the share of pairs that are the wrong way round)",
+        "from 0 to below 0.5 (it is the share of pairs whose answers are swapped)",
     ),
     "label_smoothing_factor": (lambda value: 0 <= value < 1, "from 0 to below 1"),
     "loss_weights": (lambda value: 0 <= value < math.inf, "finite numbers of 0 or more, not all of them 0"),
@@ -167,11 +170,11 @@ def unused_by(loss: Loss, args: Any) -> list[str]:
     """The arguments that are set but not used by this loss, because they belong to the parent's own loss.
 
     If the list is empty, `loss` does all that the arguments ask for. The parent's own loss then equals `loss`, if its
-    type does (and if the parent adds no auxiliary loss of a mixture of experts, which no argument tells).
+    type does (and if the parent adds no auxiliary loss of a mixture of experts, which no argument shows).
 
     Args:
         loss: A loss of ours.
-        args: `TrainingArguments`, or a configuration of TRL; None: all at their defaults.
+        args: `TrainingArguments`, or a configuration of TRL; None for the defaults.
     """
     return [] if args is None else [name for name in changed(args) if not _does(loss, args, name)]
 
@@ -198,7 +201,7 @@ def _does(loss: Loss, args: Any, name: str) -> bool:
     if name == "average_tokens_across_devices":  # ours is always an average over all processes
         return bool(value) or args.world_size == 1
     if use == "matched":
-        core = parts(loss)[-1]  # the loss itself, whatever is around it
+        core = parts(loss)[-1]  # the innermost loss
         if name == "loss_type":
             return [_LOSS_TYPES.get(type(core).__name__)] == (value if isinstance(value, list) else [value])
         return value == getattr(core, name, None)
@@ -213,7 +216,7 @@ def check_arguments(loss: Loss, given: Mapping[str, Any]) -> None:
         given: The arguments of the trainer's constructor.
 
     Raises:
-        ValueError: names the argument.
+        ValueError: the message names the argument.
     """
     args = given.get("args")
     for name in unused_by(loss, args):
@@ -230,18 +233,18 @@ def check_arguments(loss: Loss, given: Mapping[str, Any]) -> None:
             "them out, or write the function as a Loss (docs/pages/extend.md)."
         )
     if given.get("ref_model") is not None and not loss.needs.reference:
-        raise ValueError(f"ref_model is given, but {loss} compares with no reference. Leave ref_model out.")
+        raise ValueError(f"ref_model is given, but {loss} does not use a reference. Leave ref_model out.")
 
 
 def check_ranges(args: Any, but: Collection[str] = ()) -> None:
-    """Refuse values that make no sense for any loss; TRL accepts some of them, and trains the wrong way round.
+    """Refuse values that make no sense for any loss; TRL accepts some of them, and trains in the wrong direction.
 
     Args:
         args: The training arguments.
-        but: Fields that mean something else in this configuration.
+        but: Fields that are not checked, because they mean something else in this configuration.
 
     Raises:
-        ValueError: names the argument, its value and the allowed values.
+        ValueError: the message names the argument, its value and the allowed values.
     """
     if args is not None:
         names = [field.name for field in dataclasses.fields(args) if field.name not in but]
@@ -249,14 +252,14 @@ def check_ranges(args: Any, but: Collection[str] = ()) -> None:
 
 
 def check_values(values: Mapping[str, Any], owner: str) -> None:
-    """Like `check_ranges`, of values that no arguments hold yet.
+    """Like `check_ranges`, for values that are not in an arguments object yet.
 
     Args:
         values: Field -> value.
-        owner: What the message calls them by.
+        owner: Their owner's name in the message.
 
     Raises:
-        ValueError: names the argument, its value and the allowed values.
+        ValueError: the message names the argument, its value and the allowed values.
     """
     for name, value in values.items():
         if name in _RANGES and not _makes_sense(name, value):
@@ -275,7 +278,7 @@ def check_plain(loss: Loss | None, args: Any) -> None:
     """Refuse fields of TRL's configurations in `SteeringTrainer`, whose parent reads none of them.
 
     Raises:
-        ValueError: names the argument and the trainer that uses it.
+        ValueError: the message names the argument and the trainer that uses it.
     """
     for name in changed(args) if args is not None else ():
         readers = [config for config in ("SFTConfig", "DPOConfig") if name in FIELDS[config]]
@@ -283,6 +286,6 @@ def check_plain(loss: Loss | None, args: Any) -> None:
         if readers and not matched:
             trainers = " or ".join(f"Steering{config.removesuffix('Config')}Trainer" for config in readers)
             raise ValueError(
-                f"{type(args).__name__}.{name}={getattr(args, name)!r} changes nothing in SteeringTrainer, whose "
+                f"{type(args).__name__}.{name}={getattr(args, name)!r} has no effect in SteeringTrainer, whose "
                 f"arguments are TrainingArguments. Leave it out, or use {trainers}."
             )

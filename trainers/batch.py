@@ -1,4 +1,4 @@
-"""One batch, whatever collator made it.
+"""One format for the batches of all collators.
 
 Shapes: B rows, T tokens, L labelled tokens of the whole batch, C columns that predict a label in some row.
 """
@@ -26,7 +26,7 @@ class Batch:
         inputs: Keyword arguments of the model, every tensor `(rows, ...)`.
         labels: Token ids to predict, -100 elsewhere, `(rows, tokens)`.
         pairs: Whether the first half of the rows are chosen and the second half rejected answers.
-        reference_logps: Log-probability of each row's answer under the reference, `(rows,)`, if it was computed before
+        reference_logps: Log-probability of each row's answer under the reference, `(rows,)`, if it was precomputed
             (`DPOConfig(precompute_ref_log_probs=True)`).
     """
 
@@ -96,7 +96,7 @@ class Batch:
     def labelled(self, states: Tensor) -> Tensor:
         """Select the states that predict a label.
 
-        An adapter may put extra tokens in front (prompt tuning does); these are skipped.
+        An adapter can put extra tokens in front (prompt tuning does); these are skipped.
 
         Args:
             states: `(rows, tokens, ...)`.
@@ -122,7 +122,7 @@ class Batch:
 
 
 class Inputs(dict[str, Any]):
-    """A collated batch as the parents read it, with the `Batch` that our losses read: unpacked once, read once."""
+    """A collated batch as the parents read it, and the `Batch` that our losses read; both are made only once."""
 
     @classmethod
     def of(cls, inputs: Mapping[str, Any]) -> Inputs:
@@ -140,9 +140,9 @@ class Inputs(dict[str, Any]):
 
     @property
     def labelled(self) -> bool:
-        """Whether the batch says which tokens are to be predicted."""
+        """Whether the batch marks the tokens to predict."""
         return "labels" in self or "completion_mask" in self
 
     def has_units_of(self, pairs: bool) -> bool:
-        """Whether the batch has what a loss on pairs, or on rows, reads; a user's own collator may not make it."""
+        """Whether the batch has the columns of a loss on pairs, or on rows; a custom collator may omit them."""
         return "completion_mask" in self if pairs else "labels" in self and "completion_mask" not in self

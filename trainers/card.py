@@ -1,4 +1,4 @@
-"""The model card of what a trainer trained, from what the trainer knows."""
+"""Write the model card of a trained adapter, from what the trainer knows."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .types import SteeringRun
 
 
 def write_trainer_card(trainer: SteeringRun, folder: str | Path, overwrite: bool = False) -> None:
-    """Fill in `trainer.card` and write it beside a saved adapter; do nothing without a card.
+    """Fill in `trainer.card` and write it next to a saved adapter; do nothing if there is no adapter.
 
     Args:
         trainer: The trainer.
@@ -37,7 +37,7 @@ def _data(trainer: SteeringRun) -> str | None:
     if not isinstance(rows, Sized):
         return None
     kind = "preference pairs" if trainer.takes_pairs else "examples"
-    return f"{len(rows)} {kind}. Which ones, the trainer was not told."
+    return f"{len(rows)} {kind}, whose source the trainer does not know."
 
 
 def _made(trainer: SteeringRun) -> str:

@@ -1,7 +1,7 @@
-"""Which files a checkpoint needs so that training continues as if it had never stopped; and which of them run code.
+"""Find files that a checkpoint lacks to resume exactly, files that are damaged, and files that would run code.
 
 The Trainer skips a missing file silently: without `optimizer.pt` it continues with an optimiser that has forgotten
-the steps before, and ends elsewhere.
+the steps before, and the result differs.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 SHARDS = "global_step*/*zero_pp_rank_*_optim_states.pt"  # DeepSpeed's, one per process
-# Classes in the states of DeepSpeed's optimisers beside tensors and plain values. They are small, and run no code that
-# a file could choose.
+# Classes in the states of DeepSpeed's optimisers, apart from tensors and plain values. They are small, and run no code
+# that a file could choose.
 _DEEPSPEED = {
     "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler",
     "deepspeed.runtime.fp16.loss_scaler.LossScaler",
@@ -64,7 +64,7 @@ def _missing_random_state(folder: Path) -> str | None:
 
 
 def damaged_files(folder: Path) -> Iterator[tuple[Path, str]]:
-    """The weights and state files of a checkpoint that cannot be read to their end, each with the reason."""
+    """The weights and state files of a checkpoint that cannot be read completely, each with the reason."""
     for file in sorted(folder.rglob("*.safetensors")):
         try:
             with safe_open(file, "pt") as tensors:

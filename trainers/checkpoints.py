@@ -1,4 +1,4 @@
-"""What must be in a checkpoint: checked after an adapter was saved, and before training resumes."""
+"""Check that a checkpoint is complete: after an adapter was saved, and before training resumes."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ logger = logging.getLogger(__name__)
 
 
 class CheckpointError(ValueError):
-    """A checkpoint is not whole, or not of this training; the message names the file."""
+    """Raised for a checkpoint that is incomplete, or from another training run; the message names the file."""
 
 
 class IncompleteAdapterError(RuntimeError):
-    """A saved adapter does not hold what was trained."""
+    """Raised when a saved adapter does not hold what was trained."""
 
 
 def adapter_folder(model: nn.Module, folder: Path) -> Path:
@@ -60,7 +60,7 @@ def check_saved(model: nn.Module, folder: Path) -> None:
     if not file.is_file():
         if (folder / "pytorch_model_fsdp_0").is_dir():
             raise IncompleteAdapterError(
-                f"{folder} holds shards and no adapter. Set fsdp_state_dict_type: FULL_STATE_DICT."
+                f"{folder} holds shards but no adapter. Set fsdp_state_dict_type: FULL_STATE_DICT."
             )
         raise IncompleteAdapterError(f"{file} was not written: the adapter is not saved.")
     with safe_open(file, "pt") as saved:
@@ -92,7 +92,7 @@ def _full_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
 
 
 def last_checkpoint(folder: str | Path) -> str | None:
-    """Find the newest complete checkpoint of a training; None if no checkpoint is complete.
+    """Find the newest complete checkpoint of a training run; None if no checkpoint is complete.
 
     A process that is killed while it writes leaves half a checkpoint, which `transformers.get_last_checkpoint` would
     choose. Here it is skipped with a warning.
@@ -110,68 +110,68 @@ def last_checkpoint(folder: str | Path) -> str | None:
             continue
         return str(checkpoints[step])
     if checkpoints:
-        logger.warning("No checkpoint in %s is whole: training starts from the beginning.", folder)
+        logger.warning("No checkpoint in %s is complete: training starts from the beginning.", folder)
     return None
 
 
 def check_checkpoint(folder: str | Path) -> None:
-    """Refuse a checkpoint that was not written to its end, is damaged or lacks a part. Nothing is unpickled.
+    """Refuse a checkpoint that was not written completely, is damaged or lacks a part. Nothing is unpickled.
 
     The Trainer's own state files (`optimizer.pt`, `scheduler.pt`, `rng_state.pth`) are zip files, whose checksums are
     compared; weights and JSON have theirs in `checksums.json`, if our trainers wrote them. The Trainer reads the
     former with `weights_only=True`: tensors and plain values, no code.
 
     Raises:
-        CheckpointError: names the file.
+        CheckpointError: the message names the file.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise CheckpointError(f"No checkpoint {str(folder)!r}: give a folder checkpoint-N of output_dir.")
-    # the state is written last, and says of which step it is
+    # The state is written last, and records its step.
     state = folder / _STATE
     if not state.is_file():
-        raise CheckpointError(f"{folder} is not whole: it has no {_STATE}, which is written last. Delete the folder.")
+        raise CheckpointError(f"{folder} is incomplete: it has no {_STATE}, which is written last. Delete the folder.")
     try:
         step = json.loads(state.read_text(encoding="utf-8"))["global_step"]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{state} is damaged ({error!r}). Delete the folder.") from error
     name = re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)", folder.name)
     if name and step != int(name[1]):
-        raise CheckpointError(f"{state} is of step {step!r}, not of {folder.name}. Delete the folder.")
-    # every file is whole
+        raise CheckpointError(f"{state} belongs to step {step!r}, not to {folder.name}. Delete the folder.")
+    # Every file is complete ...
     for file, problem in damaged_files(folder):
         raise CheckpointError(f"{file} is damaged ({problem}). Delete the folder {folder}.")
     try:
         check_checksums(folder)
     except ValueError as error:
         raise CheckpointError(f"{folder} is damaged: {error}. Delete the folder.") from error
-    # and no file is missing
+    # ... and no file is missing.
     if (missing := missing_states(folder)) is not None:
         raise CheckpointError(
-            f"{folder} has no {missing}, without which training would not continue where it stopped, but end "
-            "elsewhere. Resume from another checkpoint (they are whole with save_only_model=False), or start a new "
-            "training from its adapter: PeftModel.from_pretrained(base, folder, is_trainable=True)."
+            f"{folder} has no {missing}, without which training cannot continue exactly where it stopped. Resume from "
+            "another checkpoint (they are complete with save_only_model=False), or start a new run from its adapter: "
+            "PeftModel.from_pretrained(base, folder, is_trainable=True)."
         )
 
 
 def check_state(folder: str | Path, trainer: SteeringRun) -> None:
-    """Refuse a checkpoint that lacks a state which this run needs beside the usual ones, or that would run code.
+    """Refuse a checkpoint that lacks a state which only some runs need, or that would run code.
 
     Raises:
-        CheckpointError: names the file.
+        CheckpointError: the message names the file.
     """
     scaler = Path(folder) / SCALER_NAME
     # DeepSpeed keeps the scaler among its own states
     if trainer.accelerator.scaler is not None and not saved_by_deepspeed(Path(folder)) and not scaler.is_file():
         raise CheckpointError(
-            f"{folder} has no {SCALER_NAME}, which a training in fp16 needs to continue: it was saved without fp16, "
-            "or is not whole. Resume with the precision it was saved with, or from another checkpoint."
+            f"{folder} has no {SCALER_NAME}, which fp16 training needs to continue: it was saved without fp16, or is "
+            "incomplete. Resume with the precision it was saved with, or from another checkpoint."
         )
     code = None if trainer.trust_checkpoint else code_in(Path(folder))
     if code is not None:
         raise CheckpointError(
             f"{code[0]} would run code when it is read: it holds {code[1]}. If this checkpoint is your own, or you "
-            "trust who made it, set trainer.trust_checkpoint = True before train()."
+            "trust its author, set trainer.trust_checkpoint = True before train()."
         )
 
 
@@ -179,7 +179,7 @@ def check_adapter_in(folder: str | Path, model: Any) -> None:
     """Refuse a checkpoint without the trained adapter, or with another vector: PEFT would skip what it does not find.
 
     Raises:
-        CheckpointError: names the file or the key.
+        CheckpointError: the message names the file or the key.
     """
     if not isinstance(model, PeftModel):
         return
@@ -196,7 +196,7 @@ def check_adapter_in(folder: str | Path, model: Any) -> None:
     try:
         check_adapter_folder(str(home), config)
     except ValueError as error:
-        raise CheckpointError(f"{folder} is not of this training: {error}") from error
+        raise CheckpointError(f"{folder} does not belong to this training run: {error}") from error
 
 
 def check_processes(folder: str | Path, processes: int, deepspeed: bool) -> None:
@@ -208,17 +208,20 @@ def check_processes(folder: str | Path, processes: int, deepspeed: bool) -> None
         deepspeed: Whether they run under DeepSpeed, whose checkpoints hold one shard per process.
 
     Raises:
-        CheckpointError: says how many processes it is of.
+        CheckpointError: the message says how many processes saved it.
     """
     shards = len(list(Path(folder).glob(SHARDS)))
     if shards and not deepspeed:
         raise CheckpointError(
-            f"{folder} was saved under DeepSpeed, with optimiser states in shards of {shards} processes: go on under "
-            f"DeepSpeed with {shards}, or start from its adapter (PeftModel.from_pretrained(..., is_trainable=True))."
+            f"{folder} was saved under DeepSpeed, with optimiser states sharded over {shards} processes. Continue "
+            f"under DeepSpeed with {shards}, or start from its adapter: "
+            "PeftModel.from_pretrained(..., is_trainable=True)."
         )
     if deepspeed and not shards:
         raise CheckpointError(
             f"{folder} was not saved under DeepSpeed, which cannot continue from it. Continue without it."
         )
     if deepspeed and shards != processes:
-        raise CheckpointError(f"{folder} is of {shards} processes, {processes} run now: DeepSpeed needs {shards}.")
+        raise CheckpointError(
+            f"{folder} was saved by {shards} processes, but {processes} are running. DeepSpeed needs {shards}."
+        )

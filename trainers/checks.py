@@ -1,4 +1,4 @@
-"""What a trainer refuses before training: arguments that contradict each other, or that would change nothing."""
+"""Refuse arguments before training that contradict each other, or that would have no effect."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ def check_types(peft_config: Any, views: Any, inductive_biases: Any) -> None:
         f"peft_config={peft_config!r:.100} must be a PeftConfig such as SteeringVectorConfig(), or None.": (
             isinstance(peft_config, PeftConfig | None)
         ),
-        f"views={views!r:.100} must be a table of names and views, or None.": isinstance(views, Mapping | None),
-        f"inductive_biases={inductive_biases!r:.100} must be a table of names and options, or a list.": (
+        f"views={views!r:.100} must be a mapping from names to views, or None.": isinstance(views, Mapping | None),
+        f"inductive_biases={inductive_biases!r:.100} must be a mapping from names to options, or a list.": (
             isinstance(inductive_biases, Mapping | Sequence) and not isinstance(inductive_biases, str)
         ),
     }
@@ -43,7 +43,7 @@ def check_types(peft_config: Any, views: Any, inductive_biases: Any) -> None:
 
 
 def check_layers(loss: Loss | None, model: nn.Module) -> None:
-    """Raise a ValueError if a loss reads hidden states below everything that is trained."""
+    """Raise a ValueError if a loss reads only hidden states below all trained parameters."""
     base: Any = base_model(model)
     if loss is None or not loss.needs.states:
         return
@@ -58,29 +58,29 @@ def check_layers(loss: Loss | None, model: nn.Module) -> None:
         if max(layers) < lowest:
             raise ValueError(
                 f"{type(part).__name__} reads the states of layers {layers}, but the lowest layer that is trained is "
-                f"{lowest}: it would change nothing. Name a layer from there on (layers=, or cap_layers=)."
+                f"{lowest}, so it would have no effect. Use a layer from there on (layers=, or cap_layers=)."
             )
 
 
 def check_reference(loss: Loss | None, config: PeftConfig | None) -> None:
-    """Raise a ValueError if an adapter changes the base model itself, which is then no reference any more."""
+    """Raise a ValueError if an adapter changes the base model itself, which then cannot be the reference."""
     bias = config.to_dict().get("bias", "none") if config is not None else "none"  # not every adapter has the option
     if loss is not None and loss.needs.reference and isinstance(bias, str) and bias != "none":
         raise ValueError(
-            f"{type(config).__name__}(bias={bias!r}) trains biases of the base model, which stay when the adapter is "
-            f"switched off: the reference of {type(loss).__name__} would move along. Set bias='none'."
+            f"{type(config).__name__}(bias={bias!r}) trains biases of the base model, which remain when the adapter "
+            f"is disabled, so the reference of {type(loss).__name__} would change too. Set bias='none'."
         )
 
 
 def check_strengths(loss: Loss, model: nn.Module) -> None:
-    """Raise a ValueError if the loss may ask for a strength that the adapter does not have."""
+    """Raise a ValueError if the loss uses a strength that the adapter does not support."""
     for strength in loss.needs.strengths:
         with scaled(model, strength):
             pass
 
 
 def check_views(loss: Loss | None, views: Mapping[str, str | View], data: Iterable[Any]) -> None:
-    """Raise a ViewError if a view is missing, unused, or to be made of rows that are not all there."""
+    """Raise a ViewError if a view is missing, unused, or would be made from a stream of rows."""
     needed = () if loss is None else loss.needs.views
     if missing := [name for name in needed if name not in views]:
         kind = {"neutral": "'neutral', rows=..."}
@@ -97,7 +97,7 @@ def check_views(loss: Loss | None, views: Mapping[str, str | View], data: Iterab
     for part in (part for argument in data for part in data_sets(argument)):
         if views and not isinstance(part, Dataset):
             raise ViewError(
-                f"Views are made of all rows before training, and these are a {type(part).__name__}: give a "
+                f"Views are made of all rows before training, but these are a {type(part).__name__}. Give a "
                 "datasets.Dataset (load it without streaming, or Dataset.from_list([*stream]))."
             )
 
@@ -106,7 +106,7 @@ def check_view_rows(views: Mapping[str, str | View], args: Any) -> None:
     """Raise a ViewError if SFT mixes up the rows that views are made of one by one."""
     for name in ("packing", "padding_free", "shuffle_dataset"):
         if views and isinstance(args, SFTConfig) and getattr(args, name):
-            raise ViewError(f"Views are found row by row, which {name}=True mixes up. Set {name}=False.")
+            raise ViewError(f"Views are looked up row by row, but {name}=True mixes rows. Set {name}=False.")
 
 
 def check_partners(loss: Loss | None, args: Any, training: Any, evaluation: Any) -> None:
@@ -125,7 +125,7 @@ def check_partners(loss: Loss | None, args: Any, training: Any, evaluation: Any)
         steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * epoch)
         if size == 1 or (one_left and (name == "eval" or steps >= epoch)):
             raise ValueError(
-                f"contrast='unpaired' takes the rejected answer of another pair of the batch, and {pairs} pairs in "
+                f"contrast='unpaired' takes the rejected answer of another pair of the batch, but {pairs} pairs in "
                 f"batches of {size} leave one without another. Set another per_device_{name}_batch_size (2 or more) "
                 "or dataloader_drop_last=True, or leave out a pair."
             )
@@ -138,7 +138,7 @@ def check_teacher(name: str, teacher: nn.Module, model: nn.Module) -> None:
         raise ViewError(f"View {name!r}: its teacher is the trained model itself. Give share_weights(model), adapted.")
     theirs, ours = ([*base.get_input_embeddings().weight.shape] for base in bases)
     if theirs != ours:
-        raise ViewError(f"View {name!r}: its teacher's (tokens, width) are {theirs}, the model's {ours}.")
+        raise ViewError(f"View {name!r}: its teacher's (tokens, width) are {theirs}, but the model's are {ours}.")
 
 
 def packs(args: Any, evaluation: bool = False) -> bool:
@@ -159,21 +159,21 @@ def check_packing(model: nn.Module, args: Any) -> None:
     for config in (config for layer in steering_layers(model) for config in layer.config.values()):
         for name in (name for name, joined in several.items() if joined and config.positions != "all"):
             raise DataError(
-                f"positions={config.positions!r} needs one prompt in a row, and {name}=True puts several there. Set "
+                f"positions={config.positions!r} needs one prompt in a row, but {name}=True puts several in. Set "
                 f"{name}=False, or positions='all'."
             )
 
 
 def check_chat_template(args: Any, config: PeftConfig | None) -> None:
-    """Raise a ValueError if TRL would take over another tokenizer's tokens, and the adapter cannot train them.
+    """Raise a ValueError if TRL would add another tokenizer's tokens, and the adapter cannot train them.
 
-    From a tokenizer, unlike from a file, TRL takes its tokens too, and adds embeddings for them.
+    From a tokenizer, unlike from a file, TRL also takes the tokens, and adds embeddings for them.
     """
     path = args.chat_template_path if isinstance(args, SFTConfig) else None
     is_file = path is not None and os.path.isfile(path) and path.endswith((".jinja", ".j2"))
     if path is not None and not is_file and config is not None and not hasattr(config, "trainable_token_indices"):
         raise ValueError(
-            f"chat_template_path={path!r} is a tokenizer, whose tokens TRL adds and trains, and "
+            f"chat_template_path={path!r} is a tokenizer, whose tokens TRL adds and trains, but "
             f"{type(config).__name__} cannot train embeddings. Give the path of a template file (.jinja), or set "
             "tokenizer.chat_template."
         )
@@ -184,7 +184,7 @@ def check_best(args: Any, model: nn.Module) -> None:
     name = str(model.active_adapter) if isinstance(model, PeftModel) else "default"
     if args.load_best_model_at_end and name != "default":
         raise ValueError(
-            f"load_best_model_at_end=True loads the adapter 'default', and {name!r} is trained. Set it to False and "
+            f"load_best_model_at_end=True loads the adapter 'default', but {name!r} is trained. Set it to False and "
             "load the best checkpoint yourself (trainer.state.best_model_checkpoint), or name the adapter 'default'."
         )
 

@@ -1,4 +1,4 @@
-"""Construct a trainer: check the arguments, attach the adapter, call the parent, and check what came of it."""
+"""Construct a trainer: check the arguments, attach the adapter, call the parent, and check the result."""
 
 from __future__ import annotations
 
@@ -74,12 +74,12 @@ def make_biases(inductive_biases: InductiveBiases, given: Mapping[str, Any]) -> 
     """Make the inductive biases from names with options, or a list of names and objects.
 
     Raises:
-        BiasError: the model is made later, by `model_init`.
+        BiasError: the model is created later, by `model_init`.
     """
     pairs = inductive_biases.items() if isinstance(inductive_biases, Mapping) else [(b, {}) for b in inductive_biases]
     made = [get_bias(bias, **options) for bias, options in pairs]
     if made and given.get("model_init") is not None:
-        raise BiasError("Inductive biases change the model, and model_init makes a new one in train(). Give model=.")
+        raise BiasError("Inductive biases change the model, but model_init makes a new one in train(). Give model=.")
     return made
 
 
@@ -87,13 +87,13 @@ def check_columns(trainer: Any, columns: tuple[str, ...]) -> None:
     """Refuse pairs or single answers if the trainer, or its loss, takes the other kind.
 
     Raises:
-        DataError: names the trainer or the loss to use.
+        DataError: the message names the trainer or the loss to use.
     """
     loss: Loss | None = trainer.loss
     pairs = columns in PAIR_FORMATS
     if trainer.takes_pairs and pairs and columns in TOKENISED_FORMATS:
         raise DataError(
-            f"Columns {list(columns)} are tokenised already, and DPOTrainer tokenises rows itself. Leave eval_dataset "
+            f"Columns {list(columns)} are already tokenised, but DPOTrainer tokenises rows itself. Leave eval_dataset "
             "out, or give the rows as text."
         )
     if trainer.takes_pairs is not None and pairs != trainer.takes_pairs:
@@ -101,8 +101,8 @@ def check_columns(trainer: Any, columns: tuple[str, ...]) -> None:
         raise DataError(f"{type(trainer).__name__} does not train on columns {list(columns)}; {other} does.")
     if loss is not None and loss.needs.pairs and not pairs:
         raise DataError(
-            f"{type(loss).__name__} compares chosen with rejected answers; the data have {list(columns)}. Give pairs, "
-            "or choose loss='cross_entropy'."
+            f"{type(loss).__name__} compares chosen with rejected answers, but the data have {list(columns)}. Give "
+            "pairs, or choose loss='cross_entropy'."
         )
 
 
@@ -132,7 +132,7 @@ def check_data(trainer: Any, given: Mapping[str, Any]) -> tuple[str, ...] | None
     if data is None or given.get("data_collator") is not None or given.get("formatting_func") is not None:
         return None
     text_column = args.dataset_text_field if isinstance(args, SFTConfig) else None
-    # a chat template that TRL reads from a file is not there yet
+    # a chat template that TRL reads from a file is not loaded yet
     later = isinstance(args, SFTConfig) and args.chat_template_path is not None
     tokenizer = None if later else given.get("processing_class")
     columns = check_rows(data, tokenizer, text_column)
@@ -145,7 +145,7 @@ def check_data(trainer: Any, given: Mapping[str, Any]) -> tuple[str, ...] | None
 
 
 def _check_end(trainer: Any, row: Any, columns: tuple[str, ...], given: Mapping[str, Any]) -> None:
-    """Refuse plain text where the tokenizer has no EOS token, which TRL puts at the end of every answer."""
+    """Refuse plain text if the tokenizer has no EOS token, which TRL puts at the end of every answer."""
     tokenizer, args = given.get("processing_class"), given.get("args")
     text = columns not in TOKENISED_FORMATS and any(isinstance(row[column], str) for column in columns)
     named = getattr(args, "eos_token", None)  # of SFTConfig
@@ -157,13 +157,13 @@ def _check_end(trainer: Any, row: Any, columns: tuple[str, ...], given: Mapping[
         and named is None
     ):
         raise DataError(
-            "The tokenizer has no EOS token, and every answer must end with one. Set tokenizer.eos_token to the token "
+            "The tokenizer has no EOS token, but every answer must end with one. Set tokenizer.eos_token to the token "
             "that ends a text (eos_token in the tokenizer_config.json of a model folder)."
         )
 
 
 def context_of(given: Mapping[str, Any]) -> int | None:
-    """How many tokens of a row the model and the tokenizer among the constructor's arguments read; None: no limit."""
+    """The context length of the model and the tokenizer among the constructor's arguments; None if unlimited."""
     model, tokenizer = given.get("model"), given.get("processing_class")
     config = getattr(model, "config", None)
     if isinstance(model, str):  # the parent loads it
@@ -174,7 +174,7 @@ def context_of(given: Mapping[str, Any]) -> int | None:
 
 
 DEFAULT: Any = type("Default", (), {"__repr__": lambda self: "SteeringVectorConfig()"})()
-"""`peft_config` left out: a default `SteeringVectorConfig()`, unless the model already is a `PeftModel`."""
+"""An omitted `peft_config`: a default `SteeringVectorConfig()`, unless the model already is a `PeftModel`."""
 
 
 class Construction:
@@ -184,7 +184,7 @@ class Construction:
         trainer: The trainer that is being constructed.
         parent: Its parent's constructor.
         bound: Arguments of the parent's constructor, which the steps change.
-        peft_config: The adapter to attach; None: none, or one that the model already has.
+        peft_config: The adapter to attach; None to attach none, for example if the model already has one.
         views: Other versions of every example, by name.
     """
 
@@ -232,7 +232,7 @@ class Construction:
         given, loss, args = self.given, self.trainer.loss, self.given.get("args")
         if loss is not None:
             check_arguments(loss, given)
-        # the parents add up tokens of rows that are tensors
+        # With rows of tensors, the parents would add up token ids instead of joining them.
         if given.get("data_collator") is None and given.get("formatting_func") is None:
             names = [name for name in ("train_dataset", "eval_dataset") if name in given]
             given |= {name: map_data_sets(as_python, given[name]) for name in names}
@@ -257,14 +257,14 @@ class Construction:
         if self.context is None or not cuts or not isinstance(args, SFTConfig | DPOConfig) or joined:
             return
         if args.max_length is None or args.max_length > self.context:
-            given["args"] = copy.copy(args)  # the user's own stay as they are
+            given["args"] = copy.copy(args)  # the user's object is not changed
             given["args"].max_length = self.context
 
     def attach_adapter(self) -> PeftConfig | None:
-        """Give the adapter to the model, or to a parent that attaches it.
+        """Attach the adapter to the model, or pass it to a parent that attaches it.
 
         Returns:
-            The adapter's configuration, if the models that `model_init` will make need it.
+            The adapter's configuration, if models that `model_init` creates later need it.
 
         Raises:
             ValueError: the model already has an adapter.
@@ -301,7 +301,7 @@ class Construction:
                 self.trainer.model.get_parameter(name).copy_(value)
 
     def use_our_loss(self) -> None:
-        """Check that the model has what our loss asks for, and keep the reference that training would change."""
+        """Check that the model supports our loss, and copy a reference that training would change."""
         trainer = self.trainer
         check_strengths(trainer.loss, trainer.model)
         warn_of_router_loss(trainer.loss, trainer)
@@ -311,7 +311,7 @@ class Construction:
         trainer.loss_is_scaled_for_ga = trainer.model_accepts_loss_kwargs = True
 
     def check_tokenised(self) -> None:
-        """Refuse rows that came out of tokenisation unfit, and warn of rows that were cut."""
+        """Refuse rows that are unusable after tokenisation, and warn of rows that were truncated."""
         trainer, args = self.trainer, self.trainer.args
         check_packing(trainer.model, args)
         tokenizer = trainer.processing_class
@@ -335,12 +335,12 @@ class Construction:
     def keep_host_copies(self) -> None:
         """Keep host copies of batches if the host would have to wait for the device to read them."""
         trainer = self.trainer
-        # accelerate cannot send the batches of a stream from one process to the others with the copies
+        # With the copies, accelerate could not send the batches of a stream from one process to the others.
         if waits(trainer.args.device) and not isinstance(trainer.train_dataset, IterableDataset):
             trainer.data_collator = KeepsHost(trainer.data_collator)
 
     def make_views(self) -> Views | None:
-        """Make the views of all rows; those of evaluation rows may show training rows."""
+        """Make the views of all rows; the views of evaluation rows can contain training rows."""
         if not self.view_options:
             return None
         trainer = self.trainer
@@ -362,7 +362,7 @@ class Construction:
 
 
 def _steering_vectors(model: Any) -> dict[str, Tensor]:
-    """Copies of the steering vectors that a model came with."""
+    """Copies of the steering vectors that a model already has."""
     if not isinstance(model, nn.Module):
         return {}
     return {
@@ -374,6 +374,6 @@ def _steering_vectors(model: Any) -> dict[str, Tensor]:
 
 
 def _vocabulary(model: nn.Module) -> int | None:
-    """How many tokens a model knows; None if its embeddings do not say."""
+    """The size of a model's vocabulary; None if its embeddings do not give it."""
     embeddings: Any = base_model(model).get_input_embeddings()  # pyright: ignore[reportCallIssue]
     return embeddings.num_embeddings if isinstance(embeddings, nn.Embedding) else None

@@ -1,20 +1,20 @@
-"""How many tokens of a row a model reads, by its configuration and its tokenizer."""
+"""The context length of a model, from its configuration and its tokenizer."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
-_NO_LIMIT = 10**6  # tokenizers without a maximum length say 10**30
+_NO_LIMIT = 10**6  # tokenizers without a maximum length report 10**30
 
 
 def context_length(config: Any, tokenizer: Any = None) -> int | None:
-    """The smaller one of what a model reads and what its tokenizer says; None if neither has a limit.
+    """The smaller of the context lengths of a model and its tokenizer; None if neither has a limit.
 
     Args:
-        config: Configuration of the model, `max_position_embeddings` of its text decoder. With a RoPE that stretches
-            an original context (YaRN), the stretched one counts if it is larger.
-        tokenizer: Its `model_max_length`, unless that is the placeholder of a tokenizer that knows none.
+        config: Configuration of the model: `max_position_embeddings` of its text decoder. With a RoPE that stretches
+            an original context (YaRN), the stretched length is used if it is larger.
+        tokenizer: Its `model_max_length` is used, unless that is the placeholder for no limit.
     """
     limits = []
     if config is not None:
@@ -29,7 +29,7 @@ def context_length(config: Any, tokenizer: Any = None) -> int | None:
 
 
 def _stretched(rope: Mapping[str, Any]) -> int:
-    """The context that a stretched RoPE reaches; 0 if it is not stretched, or does not say from where."""
+    """The context length of a stretched RoPE; 0 if it is not stretched, or its original context is unknown."""
     kinds = [rope] if "rope_type" in rope else [kind for kind in rope.values() if isinstance(kind, Mapping)]
     contexts = [
         int(kind["original_max_position_embeddings"] * kind["factor"])

@@ -1,4 +1,4 @@
-"""The data formats, and tokenising for the plain Trainer.
+"""The data formats, and tokenisation for the plain Trainer.
 
 The formats are TRL's: preference (`chosen`, `rejected`, explicit or implicit `prompt`), prompt-completion, and
 language modelling (`text` or `messages`); standard (strings) or conversational (lists of messages).
@@ -35,22 +35,22 @@ TOKENISED_FORMATS = FORMATS[6:]
 
 
 class DataError(ValueError):
-    """The data cannot be trained on; the message names the row and the fix."""
+    """Raised when the data cannot be trained on; the message names the row and the fix."""
 
 
 def data_format(columns: list[str]) -> tuple[str, ...]:
     """Find the first format whose columns are all present.
 
     Raises:
-        DataError: no form matches; the message gives the nearest name for each unknown column.
+        DataError: no format matches; the message gives the nearest name for each unknown column.
     """
     for names in FORMATS:
         if set(names) <= set(columns):
             return names
-    known = {column for names in FORMATS for column in names}
+    all_columns = {column for names in FORMATS for column in names}
     hints = []
     for column in columns:
-        near = difflib.get_close_matches(column, known, n=1, cutoff=0.6)
+        near = difflib.get_close_matches(column, all_columns, n=1, cutoff=0.6)
         hints += [f"rename {column!r} to {near[0]!r}"] if near and near[0] not in columns else []
     raise DataError(
         f"Columns {columns} match none of the known formats {[list(names) for names in FORMATS]}."
@@ -74,7 +74,7 @@ def map_data_sets(function: Callable[[Any], Any], data: Any) -> Any:
 def as_python(data: Any) -> Any:
     """The same data in rows of Python lists and numbers, whatever format (torch, numpy, ...) was set.
 
-    With a tensor format, TRL would add up the tokens of prompt and answer where it means to join them. A transform set
+    With a tensor format, TRL would add up the token ids of prompt and answer instead of joining them. A transform set
     by `with_transform` is kept.
     """
     if isinstance(data, IterableDataset):
@@ -91,8 +91,8 @@ def tokenise(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: i
     A completion ends with EOS, or as the chat template ends it. Prompt tokens have label -100.
 
     Raises:
-        DataError: the columns are unknown, a value is neither a text nor a conversation, or the chat template refuses
-            the messages.
+        DataError: the columns are unknown, a value is neither a string nor a conversation, or the chat template
+            rejects the messages.
     """
     convert = _row_tokeniser(data_format(dataset.column_names), tokenizer, max_length)
     return as_python(dataset).map(convert, with_indices=True, remove_columns=dataset.column_names, desc="Tokenising")
@@ -107,7 +107,7 @@ def tokenised_rows(dataset: Dataset, tokenizer: PreTrainedTokenizerBase) -> list
 def _row_tokeniser(
     columns: tuple[str, ...], tokenizer: PreTrainedTokenizerBase, max_length: int | None = None
 ) -> Callable[[Row, int], dict[str, Any]]:
-    """From a row of these columns and its number to a tokenised row."""
+    """A function that maps a row of these columns, and its number, to a tokenised row."""
     from trl.data_utils import extract_prompt, maybe_convert_to_chatml
 
     def convert(row: Row, index: int) -> dict[str, Any]:
@@ -144,7 +144,7 @@ def collator(tokenised: Dataset, tokenizer: PreTrainedTokenizerBase, max_length:
 
 
 def check_values(index: int, row: Row, columns: tuple[str, ...]) -> None:
-    """Refuse a value that is neither a text nor a conversation.
+    """Refuse a value that is neither a string nor a conversation.
 
     Args:
         index: Number of the row.
@@ -152,7 +152,7 @@ def check_values(index: int, row: Row, columns: tuple[str, ...]) -> None:
         columns: Its format; tokenised rows are accepted.
 
     Raises:
-        DataError: names the row and the column.
+        DataError: the message names the row and the column.
     """
     _check_template_options(index, row)
     for column in columns if columns not in TOKENISED_FORMATS else ():
@@ -161,8 +161,8 @@ def check_values(index: int, row: Row, columns: tuple[str, ...]) -> None:
         role, content = ("from", "value") if column == "conversations" else ("role", "content")
         if not isinstance(value, str) and not messages:
             raise DataError(
-                f"Row {index}: {column!r} is {value!r:.80}. It must be a text or a list of messages. Give the text, "
-                "or remove the row."
+                f"Row {index}: {column!r} is {value!r:.80}. It must be a string or a list of messages. Give the "
+                "text, or remove the row."
             )
         for message in messages:
             _check_message(index, column, message, role, content)
@@ -172,22 +172,24 @@ def check_values(index: int, row: Row, columns: tuple[str, ...]) -> None:
         except UnicodeEncodeError as error:
             raise DataError(
                 f"Row {index}: {column!r} holds half a character ({error.object[error.start]!r}), which no tokenizer "
-                "reads. Remove it from the text."
+                "can read. Remove it from the text."
             ) from error
 
 
-# what a row may give to the chat template: data for it, and never another template or another way of tokenising
+# Options of a row for the chat template can be data for it, but never another template or tokeniser settings.
 _NOT_DATA = {*inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters} - {"documents", "kwargs"}
 
 
 def _check_template_options(index: int, row: Row) -> None:
     options, tools = row.get("chat_template_kwargs"), row.get("tools")
     if options is not None and not isinstance(options, Mapping):
-        raise DataError(f"Row {index}: 'chat_template_kwargs' is {options!r:.80}. It must be a table, or left out.")
+        raise DataError(
+            f"Row {index}: 'chat_template_kwargs' is {options!r:.80}. It must be a dictionary, or left out."
+        )
     if given := sorted(name for name in _NOT_DATA & {*(options or {})} if (options or {})[name] is not None):
         raise DataError(
-            f"Row {index}: chat_template_kwargs holds {given}. A row gives values to the tokenizer's chat template, "
-            "but may not carry a template or settings, since a template is a program. Remove it."
+            f"Row {index}: chat_template_kwargs holds {given}. A row can give values to the tokenizer's chat "
+            "template, but no template or settings, because a template is a program. Remove it."
         )
     try:
         whole = json.loads(tools) if isinstance(tools, str) else tools
@@ -209,7 +211,7 @@ def _check_message(index: int, column: str, message: Any, role: str, content: st
         )
     if not isinstance(message.get(content), str | list | None):
         raise DataError(
-            f"Row {index}: {column!r} has a message with {content}={message[content]!r:.80}. It must be a text."
+            f"Row {index}: {column!r} has a message with {content}={message[content]!r:.80}. It must be a string."
         )
 
 
@@ -217,7 +219,7 @@ def _tokenise_pair(row: Row, tokenizer: PreTrainedTokenizerBase) -> dict[str, An
     options = template_options(row)
     prompt = _ids(tokenizer, row["prompt"], None, options)
     answers = {side: _ids(tokenizer, row["prompt"], row[side], options) for side in ("chosen", "rejected")}
-    # the answers start where the first of them leaves the prompt: tokens may merge across its end
+    # The answers start at the first token where one of them differs from the prompt: tokens can merge across its end.
     start = min(_common_length(prompt, ids) for ids in answers.values())
     return {"prompt_ids": prompt[:start], **{f"{side}_ids": ids[start:] for side, ids in answers.items()}}
 

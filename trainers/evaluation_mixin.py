@@ -1,4 +1,4 @@
-"""How a trainer evaluates: like its parent, with our metrics, and on rows in any format that it trains on."""
+"""Evaluation of a trainer: like its parent, with our metrics, and on rows in any format that it trains on."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class EvaluationMixin(LossMixin):
     def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> Any:
         """Evaluate like the parent. Rows that are given here are checked like those of the constructor."""
         rows = eval_dataset
-        # a text names one of the constructor's sets, which were checked there
+        # a string names one of the constructor's sets, which were checked there
         if rows is not None and not isinstance(rows, str) and not self._plain:
             rows = self._prepare_evaluation(rows)
         return super().evaluate(rows, *args, **kwargs)  # pyright: ignore[reportArgumentType]
@@ -40,10 +40,10 @@ class EvaluationMixin(LossMixin):
         options = dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
         if self._plain:
             return super().evaluation_loop(*options)
-        # within a training run, the training's cached prefix holds
+        # Within a training run, the training's cached prefix stays valid.
         if not self.is_in_train:
             self.pay_once.start(self, training=False)
-        # numbers that an earlier prediction noted, and no log has read
+        # Drop values that an earlier prediction recorded and that were never logged.
         if (log := self.parent_log()) is not None and not self.model.training:
             log.clear()
         # an evaluation between two micro-batches must not change what they draw
@@ -70,7 +70,7 @@ class EvaluationMixin(LossMixin):
         with torch.no_grad(), self.compute_loss_context_manager():
             if prediction_loss_only:
                 return self.compute_loss(model, inputs).detach(), None, None
-            # pairs in a Trainer, which knows none: the outputs that DPOTrainer returns for them
+            # A plain Trainer does not support pairs, so return the outputs that DPOTrainer would.
             loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
             return loss.detach(), outputs.logits, inputs["input_ids"]
 

@@ -14,7 +14,7 @@ from ..adapters.observing import base_model
 
 
 class FrozenVectorError(ValueError):
-    """A folder holds no vector that can be added to a model as it is; the message gives the reason."""
+    """Raised when a folder holds no vector that can be added to a model unchanged; the message gives the reason."""
 
 
 class FrozenVector(NamedTuple):
@@ -45,7 +45,7 @@ def read_frozen_vectors(folder: str, model: nn.Module) -> list[FrozenVector]:
     if vectors.positions != "all" or vectors.norm == "preserve":
         what = f"positions={vectors.positions!r}" if vectors.positions != "all" else "norm='preserve'"
         raise FrozenVectorError(
-            f"{folder} has {what}. Only a vector that is added as it is to every token can be used."
+            f"{folder} has {what}. Only a vector that is added unchanged to every token can be used."
         )
     if not any(bool(vector.any()) for vector in vectors.vectors.values()):
         raise FrozenVectorError(f"the vector of {folder} is zero, so it would change nothing.")

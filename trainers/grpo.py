@@ -13,8 +13,8 @@ from .rollouts import SteeredRollouts
 class SteeringGRPOTrainer(ReinforcementMixin, GRPOTrainer):
     """`trl.GRPOTrainer` plus a default steering vector (see `ReinforcementMixin`). Data: prompts.
 
-    With `rollout_func=SteeredRollouts(...)`, completions come from the model under other vectors than the trained
-    one, and the loss has the ratio to what they were drawn from.
+    With `rollout_func=SteeredRollouts(...)`, completions are sampled under other vectors than the trained one, and the
+    loss uses the ratio to the distribution that they were sampled from.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -23,7 +23,7 @@ class SteeringGRPOTrainer(ReinforcementMixin, GRPOTrainer):
             self.rollout_func.start(self)
 
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        """TRL's loss; completions of `SteeredRollouts` are compared with the model that drew them."""
+        """TRL's loss; completions of `SteeredRollouts` are compared with the model that sampled them."""
         if isinstance(self.rollout_func, SteeredRollouts):
             # TRL's name for the denominator of its ratio
             inputs = {**inputs, "old_per_token_logps": inputs["sampling_per_token_logps"]}

@@ -30,10 +30,10 @@ class _HostTensors:
 
 
 class KeepsHost:
-    """A collator whose batches also carry their tensors as they are on the host.
+    """A collator whose batches also carry host copies of their tensors.
 
     Args:
-        collator: Makes the batches.
+        collator: The collator that makes the batches.
     """
 
     def __init__(self, collator: Callable[[Any], Any]) -> None:
@@ -53,7 +53,7 @@ class KeepsHost:
 
 
 def unpacked(inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """A batch without the box of `KeepsHost`; from now on `on_host` finds the tensors that were in it."""
+    """A batch without the box of `KeepsHost`; afterwards `on_host` finds the tensors that were in the box."""
     inputs = dict(inputs)
     box = inputs.pop(_KEY, None)
     for name, host in ({} if box is None else box.tensors).items():

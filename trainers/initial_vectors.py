@@ -20,7 +20,7 @@ def fill_missing_vectors(trainer: SteeringRun) -> None:
     """Compute the direction of every new adapter whose `init` needs data, and the residual norms of `norm="relative"`.
 
     Raises:
-        ValueError: the training data are no pairs.
+        ValueError: the training data are not pairs.
     """
     model = trainer.model
     configs = {name: config for layer in steering_layers(model) for name, config in layer.config.items()}
@@ -31,8 +31,8 @@ def fill_missing_vectors(trainer: SteeringRun) -> None:
             batches = pair_batches(trainer)
             if batches is None:
                 raise ValueError(
-                    f"init={config.init!r} is computed from pairs (chosen, rejected); the training data have none. "
-                    "Use init='zeros', or compute the direction from other data and write it (directions.compute)."
+                    f"init={config.init!r} is computed from pairs (chosen, rejected), but the training data have "
+                    "none. Use init='zeros', or compute a direction from other data and write it (directions.compute)."
                 )
             directions.compute(config.init, model, batches, config.layers, config.site).write(model, name)
         elif config.norm == "relative" and not config.residual_norms:
@@ -43,7 +43,7 @@ def fill_missing_vectors(trainer: SteeringRun) -> None:
 
 
 def pair_batches(trainer: SteeringRun, limit: int | None = None) -> list[Mapping[str, Any]] | None:
-    """Collate the training pairs, in the order of the data set; None if they are no pairs."""
+    """Collate the training pairs, in the order of the data set; None if the data are not pairs."""
     batches = first_batches(trainer, limit)
     return batches if batches and "completion_mask" in batches[0] else None
 
@@ -55,7 +55,7 @@ def residual_norms(trainer: SteeringRun, layers: Layers, site: Site, limit: int)
 
 
 def first_batches(trainer: SteeringRun, limit: int | None = None) -> list[Mapping[str, Any]]:
-    """Collate the first `limit` training examples (all if None); none of a stream."""
+    """Collate the first `limit` training examples (all if None); an empty list for a stream."""
     dataset = trainer.train_dataset
     if not isinstance(dataset, Sized):
         return []

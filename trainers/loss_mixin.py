@@ -1,4 +1,4 @@
-"""How a batch becomes a loss: collected for a step, read once, seen at the strengths that the loss asks for."""
+"""Compute losses: collect the batches of a step, read each once, and run the model at the strengths of the loss."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ from .views import Views
 
 
 class LossMixin(VectorMixin):
-    """A Trainer with a loss of ours, or with its own where `loss` is None."""
+    """A Trainer with a loss of ours, or with its own if `loss` is None."""
 
     loss: Loss | None
     parents_loss: Loss | None = None  # the loss of ours that equals the parent's own
     parents_metrics: ParentsMetrics
     takes_pairs: bool | None = None  # whether the parent's data are preference pairs; None: either
     views: Views | None = None
-    reference: nn.Module | None = None  # a copy from before full finetuning, if the parent keeps none
+    reference: nn.Module | None = None  # a copy made before full finetuning, if the parent has none
     pay_once: CachedPrefix
     _unwrapped: tuple[nn.Module, Any] | None = None  # a model, and what is inside its wrappers
     joint_pass: JointPass | None = None  # while `train_together` trains several trainers
@@ -54,9 +54,9 @@ class LossMixin(VectorMixin):
         return self.loss.stage(self.state.global_step, self.state.max_steps) if self.is_in_train else self.loss.then
 
     def parent_log(self) -> dict[str, list[float]] | None:
-        """The numbers that the parent noted since it last logged; None if it notes none beside the loss.
+        """The values that the parent has recorded since its last log; None if it records none besides the loss.
 
-        They are of training or evaluation, as the model's mode is.
+        They belong to training or evaluation, according to the model's mode.
         """
         return None
 
@@ -67,16 +67,16 @@ class LossMixin(VectorMixin):
         self.micro_step = 0
         if self._plain:
             return super().get_batch_samples(epoch_iterator, num_batches, device)
-        # resumed at its end, where the parent would take one step more
+        # A run that resumes at its end is finished; the parent would take one more step.
         if self.state.global_step >= self.state.max_steps:
             return [], None
         samples, items = super().get_batch_samples(epoch_iterator, num_batches, device)
         if not samples and self.state.global_step == 0:
-            raise DataError("The stream gives no row to train on: it is empty, or all its rows were dropped as unfit.")
-        # each batch is unpacked here, once for the loss, the callbacks and the checks
+            raise DataError("The stream has no row to train on: it is empty, or all its rows were dropped.")
+        # Each batch is unpacked only here, for the loss, the callbacks and the checks.
         self.step_batches = [self._prepare_inputs(inputs) for inputs in samples]
         loss = self.loss_at_work
-        # units of the whole step, over all processes; for its own loss the parent has counted
+        # The units of the whole step, over all processes. For its own loss, the parent has already counted them.
         if self.loss is not None and loss is not None and samples:
             count: Any = sum(self._batch_for(loss, inputs).count(loss.needs.unit) for inputs in self.step_batches)
             gathered: Any = self.accelerator.gather(torch.as_tensor(count, device=device))
@@ -94,7 +94,9 @@ class LossMixin(VectorMixin):
         """The part of a batch that a loss reads: a loss on single answers reads the chosen ones of pairs."""
         batch = inputs.batch
         if loss.needs.pairs and not batch.pairs:
-            raise DataError(f"{type(loss).__name__} compares chosen with rejected answers; the batch has no pairs.")
+            raise DataError(
+                f"{type(loss).__name__} compares chosen with rejected answers, but the batch has no pairs."
+            )
         return batch if loss.needs.pairs or not batch.pairs else batch.chosen
 
     def _boundary(self, inputs: Inputs) -> AbstractContextManager[None]:
@@ -129,7 +131,7 @@ class LossMixin(VectorMixin):
             return mean, model(**inputs.batch.inputs)
 
     def _inside(self, model: nn.Module) -> Any:
-        """The model inside its wrappers. Accelerate looks up installed packages to find it, so it is asked once."""
+        """The model inside its wrappers, cached because accelerate looks up installed packages to unwrap it."""
         if self._unwrapped is None or self._unwrapped[0] is not model:
             self._unwrapped = model, self.accelerator.unwrap_model(model, keep_torch_compile=False)
         return self._unwrapped[1]
@@ -148,7 +150,7 @@ class LossMixin(VectorMixin):
         look = None if log is None else self.parents_metrics.look
         reference = self.reference or reference_model(self)
         at = ModelAt(model, unwrapped, batch, reference, self.pay_once.reference, joint, self.views, look)
-        # skipped blocks, and blocks that run rows in parts, show no hidden states
+        # Blocks that are skipped, or that run only parts of rows, do not return all hidden states.
         with self.pay_once.whole() if loss.needs.states else self.pay_once.on(labels_only=True):
             values = loss(at, self._generator())  # one per example or labelled token
         if self.loss is None:
@@ -161,7 +163,7 @@ class LossMixin(VectorMixin):
             items, processes = batch.count(loss.needs.unit), 1
         else:  # counted over all processes, whose gradients are then averaged
             processes = self.accelerator.num_processes
-        # a step without a unit (all its labels are cut) counts 0, as with the parents
+        # A step without a unit (all its labels were truncated) has a loss of 0, as with the parents.
         return values.sum() / torch.as_tensor(items).clamp(min=1) * processes
 
     def _generator(self) -> torch.Generator:

@@ -1,4 +1,4 @@
-"""What the three trainers add to their parents."""
+"""The mixin that the three trainers add to their parents."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ class SteeringMixin(EvaluationMixin):
             `PeftModel`. None: no adapter (full finetuning).
         loss: A loss by name, a `Loss` object, or None for the parent's own loss.
         vector_learning_rate: Learning rate of steering vectors, in units of the residual stream (see
-            `adapters/units.py`; 1e-4 to 1e-3 are usual, as for LoRA). None: `learning_rate`, if it is not left at
-            its class's default, else 1e-3.
-        frozen_prefix: Compute the layers below the trained ones once per example (see `FrozenPrefix`). None: where
-            that is exact, with 2 GB of RAM. True: the same, with a warning where it is not. A `FrozenPrefix` is shared
-            with everything else that uses it. False: never.
-        views: Other versions of every example, by the name a loss asks for them.
+            `adapters/units.py`; 1e-4 to 1e-3 are usual, as for LoRA). None: `learning_rate`, or 1e-3 if that is left
+            at its class's default.
+        frozen_prefix: Compute the layers below the trained ones only once per example (see `FrozenPrefix`). None: if
+            that is exact, with 2 GB of RAM. True: the same, with a warning if it is not exact. A `FrozenPrefix` is
+            shared with everything else that uses it. False: never.
+        views: Other versions of every example, by the name that a loss calls `at` with.
         inductive_biases: Inductive biases of the training (`trainers/inductive_biases/`): name -> options, or objects.
     """
 
@@ -65,11 +65,11 @@ class SteeringMixin(EvaluationMixin):
         parent = super().__init__
         bound = inspect.signature(parent).bind_partial(*args, **kwargs)
         check_ranges(bound.arguments.get("args"))
-        # the adapter: the one that the model brings, the one that was given, or one vector
+        # The adapter is that of the model, the one that was given, or a default vector.
         continued = isinstance(bound.arguments.get("model"), PeftModel)
         if peft_config is DEFAULT:
             peft_config = None if continued else SteeringVectorConfig()
-        # what the methods below read
+        # Set the attributes that the methods below read.
         self.loss = None if loss is None else get_loss(loss)
         self.vector_learning_rate = vector_learning_rate
         self.pay_once = CachedPrefix(frozen_prefix)
@@ -77,7 +77,7 @@ class SteeringMixin(EvaluationMixin):
         self._unstarted_biases = [*self.inductive_biases]
         self.model_init_adapter: PeftConfig | None = None  # for the models that model_init makes during training
         self.micro_step, self.step_batches = 0, []
-        # the parent's constructor calls methods of ours; without anything of ours they do what the parent does
+        # The parent's constructor calls our methods. If no option of ours is used, they do what the parent does.
         self._constructed = False
         self._plain = peft_config is None and loss is None and not continued and not self.inductive_biases
         if self._plain:
@@ -103,7 +103,7 @@ class SteeringMixin(EvaluationMixin):
         # with model_init, the parent makes the model first and `call_model_init` does both
         if self.model_init is None:
             self._start_vectors()
-        # biases may change what is trained, so the cached prefix is found afterwards
+        # Biases can change what is trained, so the cached prefix is determined afterwards.
         with self._biases_at_work():
             if self.model_init is None:
                 self._start_prefix()
@@ -126,20 +126,20 @@ class SteeringMixin(EvaluationMixin):
         return model
 
     def _start_vectors(self) -> None:
-        """Compute the initial vectors, and what training is measured against."""
+        """Compute the initial vectors, and call the callbacks before training."""
         self.initialise_vectors()
         with whole_weights(self.model) if self.deepspeed is None else nullcontext():
             for callback in self.steering_callbacks():
                 callback.before_train(self)
 
     def _start_prefix(self) -> None:
-        """Find what stays constant in the model from now on."""
+        """Determine the part of the model that stays constant from now on, for the cached prefix."""
         check_layers(self.loss, self.model)
         whole_rows = any(bias.whole_rows for bias in self.inductive_biases)
         self.pay_once.start(self, training=True, whole_rows=whole_rows)
 
     def _biases_at_work(self) -> ExitStack:
-        """Context in which inductive biases hold on to the model."""
+        """Context in which the inductive biases are attached to the model."""
         with ExitStack() as stack:
             for bias in self.inductive_biases:
                 stack.enter_context(bias.during(self))
@@ -155,7 +155,7 @@ class SteeringMixin(EvaluationMixin):
         with whole_weights(self.model) if self.deepspeed is None else nullcontext():
             agree_on_units(self)
             fill_missing_vectors(self)
-        # after a bias that refused, the next call starts again at that one
+        # If a bias raises an error, the next call starts again with that bias.
         while self._unstarted_biases:
             self._unstarted_biases[0].start(self)
             self._unstarted_biases.pop(0)
@@ -166,10 +166,10 @@ class SteeringMixin(EvaluationMixin):
             return super().training_step(*args, **kwargs)
         with self.metrics.step():
             loss = super().training_step(*args, **kwargs)
-        # the backward pass of several trainers whose forward pass was one
+        # With several trainers that share a forward pass, this is their joint backward pass.
         if self.joint_pass is not None:
             self.joint_pass.backward()
-        # callbacks see every process's loss, so that all of them decide alike
+        # Callbacks see the losses of all processes, so that they decide the same on each.
         losses: Any = self.accelerator.gather(loss.detach())
         for callback in self.steering_callbacks():
             callback.on_micro_step(losses)

@@ -37,7 +37,7 @@ REFERENCE_ADAPTER = "ref"  # TRL's name for the frozen copy of an adapter that t
 
 
 class Extras(NamedTuple):
-    """What a loss reads beside log-probabilities: hidden states of layers, and the whole distribution."""
+    """What a loss reads besides log-probabilities: hidden states of layers, and the whole distribution."""
 
     layers: tuple[int, ...] = ()
     distribution: bool = False
@@ -48,7 +48,7 @@ LOGPS_ONLY = Extras()
 
 
 class ModelAt:
-    """A batch seen by a model at any strength of its adapter, with one forward pass per strength.
+    """The outputs of a model on a batch at any strength of its adapter, with one forward pass per strength.
 
     `at(1)` is the model as it is. `at(0)` is the reference, without gradients and without dropout: the base model, or
     the frozen copy `ref` when training continues an existing adapter. Other strengths scale the adapter, and "null"
@@ -96,7 +96,7 @@ class ModelAt:
 
         Args:
             strength: See the class.
-            view: Name of a view; "": the batch itself.
+            view: Name of a view; "" for the batch itself.
             layers: Layers whose hidden states to return, as in `SteeringVectorConfig`.
             distribution: Whether to return the whole distribution over the vocabulary.
             site: Of those layers, the residual stream, or what attention or MLP write into it.
@@ -114,7 +114,7 @@ class ModelAt:
 
     @property
     def seen(self) -> dict[Strength, Outputs]:
-        """Outputs on the batch itself, by the strengths that were asked for so far."""
+        """Outputs on the batch itself, by the strengths that were requested so far."""
         return {strength: outputs for (strength, view, _), outputs in self._outputs_of.items() if not view}
 
     def _compute(self, strength: Strength, view: str, extras: Extras) -> Outputs:
@@ -128,7 +128,7 @@ class ModelAt:
             if (teacher := self.views.views[view].teacher) is not None:
                 if strength != 0.0:
                     raise ViewError(
-                        f"View {view!r} is seen by another model, which has no strength {strength}: at(0.0, view=)."
+                        f"View {view!r} has a teacher model, which has no strength {strength}. Use at(0.0, view=)."
                     )
                 teach = partial(_frozen_outputs, teacher, extras=extras)
                 return _cached(self.views.memos.get(view), batch, teach, extras)
@@ -141,7 +141,7 @@ class ModelAt:
 
     def _reference(self, batch: Batch, extras: Extras) -> Outputs:
         if batch.reference_logps is not None and extras == LOGPS_ONLY:
-            # TRL keeps one number per row; spread over its tokens, it leaves sums and means per row as they are
+            # TRL keeps one number per row; spread over its tokens, it does not change sums and means per row
             mask_BC = batch.targets != -100
             per_token_B = batch.reference_logps / mask_BC.sum(dim=1).clamp_min(1)
             return Outputs(mask_BC * per_token_B[:, None], mask_BC)
@@ -153,7 +153,7 @@ class ModelAt:
             return _frozen_outputs(self.reference_model, batch, extras)
         if not isinstance(self.unwrapped, PeftModel):
             raise ValueError(
-                "This loss compares with the base model, which full finetuning changes: give a reference_model."
+                "This loss compares with the base model, which full finetuning changes. Give a reference_model."
             )
         # with a cache, processes run different numbers of rows: nothing that waits for the others may be called
         model = self.model if self.reference_memo is None else self.unwrapped
@@ -179,7 +179,7 @@ def _cached(
 
 @contextmanager
 def reference_adapter(model: PeftModel) -> Iterator[None]:
-    """Context in which the model is as training found it: with the copy `ref` if there is one, else unadapted."""
+    """Context in which the model is as before training: with the copy `ref` if there is one, else without adapters."""
     from trl.trainer.utils import use_adapter
 
     with untouched(model), use_adapter(model, REFERENCE_ADAPTER if REFERENCE_ADAPTER in model.peft_config else None):
@@ -264,7 +264,7 @@ def token_logps(
 
 @contextmanager
 def _captured_states(model: nn.Module, batch: Batch, extras: Extras) -> Iterator[dict[int, Tensor]]:
-    """A dictionary that the forward pass inside fills: layer -> its states that predict a label, `(labels, d)`."""
+    """Yield a dictionary that the forward pass fills: layer -> its states that predict a label, `(labels, d)`."""
     states: dict[int, Tensor] = {}
     if not extras.layers:
         yield states
@@ -287,7 +287,7 @@ def _captured_states(model: nn.Module, batch: Batch, extras: Extras) -> Iterator
 def labelled_logits(model: nn.Module, unwrapped: nn.Module, batch: Batch) -> Tensor:
     """Logits of the tokens that predict a label, `(labels, vocabulary)` in fp32, row after row.
 
-    The head runs on nothing else.
+    The head runs only on these tokens.
     """
     base = base_model(unwrapped)
     kwargs: dict[str, Any] = {"use_cache": False}
@@ -303,7 +303,7 @@ def labelled_logits(model: nn.Module, unwrapped: nn.Module, batch: Batch) -> Ten
 def _head_on_labels(base: nn.Module, batch: Batch) -> Iterator[bool]:
     """Context in which the head sees only the last hidden states that predict a label, as one row.
 
-    It yields False if the module that makes the last hidden states is unknown; the head then sees all of them.
+    It yields False if the module that computes the last hidden states is unknown; the head then sees all of them.
     """
     try:
         stack = find_stack(base)
@@ -328,7 +328,7 @@ def _head_on_labels(base: nn.Module, batch: Batch) -> Iterator[bool]:
 def prompt_of(model: nn.Module, batch: Batch) -> AbstractContextManager[None]:
     """Context in which `positions` know where each row's completion starts: at its first label, or at its end.
 
-    In rows with several answers, it starts anew with each of them.
+    In rows with several answers, each of them starts a completion.
     """
     labelled_BT = on_host(batch.labels) != -100
     answers_B = (labelled_BT[:, 1:] & ~labelled_BT[:, :-1]).sum(dim=1) + labelled_BT[:, 0]

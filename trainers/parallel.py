@@ -36,7 +36,7 @@ def gathered(parameters: Iterable[Tensor]) -> AbstractContextManager[Any]:
 
 @contextmanager
 def whole_weights(model: nn.Module) -> Iterator[None]:
-    """Context for forward passes before DeepSpeed takes the model over; afterwards it gathers weights itself."""
+    """Context for forward passes before DeepSpeed takes over the model; afterwards it gathers weights itself."""
     opened: dict[nn.Module, AbstractContextManager[Any]] = {}
 
     def gather(module: nn.Module, args: Any) -> None:

@@ -1,4 +1,4 @@
-"""A parent's own loss that equals one of ours: it is computed our way, and logged under the parent's names."""
+"""Compute a parent's own loss with the loss of ours that equals it, and log it under the parent's names."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def parents_mean(values: Tensor, loss: Loss, batch: Batch, items: Tensor | int |
 
 
 class ParentsMetrics:
-    """The numbers that TRL logs beside its losses, under its names; it logs their averages over micro-batches.
+    """The metrics that TRL logs with its losses, under its names; it logs their averages over micro-batches.
 
     Args:
         accelerator: The trainer's; it gathers values from all processes.

@@ -33,8 +33,8 @@ class VectorRate:
     """A learning rate of vectors.
 
     Attributes:
-        value: In units of the residual stream.
-        reason: Why it is this one, in words.
+        value: The rate, in units of the residual stream.
+        reason: Why this rate was chosen, in words.
     """
 
     value: float
@@ -91,8 +91,8 @@ def check_optimizer(args: Any, vectors: Mapping[int, float | None], given: bool,
         and any(unit is not None for unit in vectors.values())
     ):
         raise ValueError(
-            f"optim={kind!r} changes parameters outside of optimizer.step(), and steering vectors are in units of the "
-            "residual stream only inside. Use another (optim='adamw_torch'), or absolute learning rates: "
+            f"optim={kind!r} changes parameters outside of optimizer.step(), but steering vectors are in units of the "
+            "residual stream only during a step. Use another (optim='adamw_torch'), or absolute learning rates: "
             "SteeringVectorConfig(stream_sizes={})."
         )
 
@@ -109,12 +109,12 @@ def trained_vectors(model: nn.Module) -> dict[int, float | None]:
 
 
 def group_vectors(optimizer: Optimizer, model: nn.Module, rate: float) -> None:
-    """Move the vectors in an optimiser to parameter groups of their own, one per unit, with their own rate.
+    """Move the vectors in an optimiser to separate parameter groups, one per unit, with their own rate.
 
     Args:
         optimizer: A new optimiser, whose groups no scheduler has read yet.
-        model: Whose vectors are trained.
-        rate: In units.
+        model: The model whose vectors are trained.
+        rate: The learning rate of the vectors, in units of the residual stream.
     """
     vectors = trained_vectors(model)
     groups = list(optimizer.param_groups)
@@ -152,7 +152,7 @@ def agree_on_units(trainer: SteeringRun) -> None:
 
 
 def take_units_of(folder: str, model: nn.Module) -> None:
-    """Take over the units of a checkpoint.
+    """Adopt the units of a checkpoint.
 
     Raises:
         CheckpointError: the checkpoint was trained with absolute learning rates, which mean something else.
@@ -167,8 +167,8 @@ def take_units_of(folder: str, model: nn.Module) -> None:
     sizes = SteeringVectorConfig.from_json_file(str(file)).get("stream_sizes")
     if sizes is None and config.stream_sizes:
         raise CheckpointError(
-            f"{folder} was trained with an absolute learning rate; rates are in units of the residual stream now, so "
-            "its schedule and optimizer state cannot continue. Train on from its vector instead: "
+            f"{folder} was trained with an absolute learning rate, but rates are now in units of the residual stream, "
+            "so its schedule and optimizer state cannot continue. Start a new run from its vector instead: "
             "PeftModel.from_pretrained(model, folder, is_trainable=True)."
         )
     if sizes != config.stream_sizes:
@@ -176,7 +176,7 @@ def take_units_of(folder: str, model: nn.Module) -> None:
 
 
 def largest_share(optimizer: Optimizer, scheduler: Any, steps: int, rate: float) -> float | None:
-    """The share of the stream's size by which `steps` steps can move the vectors, if all of them point one way.
+    """The share of the stream's size by which `steps` steps can move the vectors, if all have the same direction.
 
     None if the optimiser's steps do not have the size of the learning rate, as with SGD.
     """
@@ -190,7 +190,7 @@ def largest_share(optimizer: Optimizer, scheduler: Any, steps: int, rate: float)
 
 
 def warning_of(rate: float, steps: int, share: float) -> str | None:
-    """What is wrong with a rate that cannot move a vector, or makes it explode; None if nothing is."""
+    """A warning about a rate that cannot move a vector, or makes it explode; None if there is no problem."""
     if share < _HARDLY_MOVES:
         return (
             f"this cannot change much: {steps} steps move the vector by at most {share:.2%} of the residual stream. "
@@ -211,7 +211,7 @@ def mark_deepspeeds_optimizer(trainer: SteeringRun, optimizer: Any) -> None:
     It holds all parameters as a single flat one, so they must share one unit and one rate.
 
     Raises:
-        ValueError: they do not.
+        ValueError: they have several.
     """
     vectors = trained_vectors(trainer.model)
     others = [name for name, p in trainer.model.named_parameters() if p.requires_grad and id(p) not in vectors]
@@ -220,10 +220,10 @@ def mark_deepspeeds_optimizer(trainer: SteeringRun, optimizer: Any) -> None:
     advice = "Take 'optimizer' out of DeepSpeed's configuration: the Trainer then makes one that DeepSpeed wraps."
     if others or other_units:
         what = f"{others[0]} is trained too" if others else f"the vectors have {1 + len(other_units)} units"
-        raise ValueError(f"DeepSpeed's optimizer sees all parameters as one, in one unit, and {what}. {advice}")
+        raise ValueError(f"DeepSpeed's optimizer has one flat parameter with one unit, but {what}. {advice}")
     if rate.value != trainer.args.learning_rate:
         raise ValueError(
-            f"DeepSpeed's optimizer has learning_rate={trainer.args.learning_rate:g}, and the vectors have "
+            f"DeepSpeed's optimizer has learning_rate={trainer.args.learning_rate:g}, but the vectors have "
             f"{rate.value:g} ({rate.reason}). Set learning_rate={rate.value:g}. {advice}"
         )
     for group in _innermost(optimizer).param_groups:

@@ -1,4 +1,4 @@
-"""What a loss compares with, kept where training would change it: the base model, or the adapter that goes on."""
+"""Copy the reference of a loss if training would change it: the base model, or the adapter that training continues."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ def reference_copy(trainer: SteeringRun) -> nn.Module | None:
         return None
     if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
         raise ValueError(
-            f"{type(trainer.loss).__name__} compares with the base model, and full finetuning changes it: the copy "
-            "kept for that would not be sharded. Train an adapter, or use SteeringDPOTrainer."
+            f"{type(trainer.loss).__name__} compares with the base model, but full finetuning changes it, and a copy "
+            "of it would not be sharded. Train an adapter, or use SteeringDPOTrainer."
         )
     return copy.deepcopy(trainer.model).eval().requires_grad_(False)
 
@@ -62,10 +62,10 @@ def reference_of(given: Mapping[str, Any], parent: Any) -> Iterator[None]:
     args = given.get("args")
     if "default" in model.peft_config or (isinstance(args, DPOConfig) and args.precompute_ref_log_probs):
         raise ValueError(
-            f"The adapter {active!r} is trained, and DPOTrainer compares with a copy of the adapter 'default'"
-            f"{' that is there too' if 'default' in model.peft_config else ', made before training starts'}. Load the "
-            "adapter to train as 'default' (PeftModel.from_pretrained(base, folder, is_trainable=True)), and set "
-            "precompute_ref_log_probs=False."
+            f"The adapter {active!r} is trained, but DPOTrainer compares with a copy of the adapter 'default'"
+            f"{' that the model also has' if 'default' in model.peft_config else ', made before training starts'}. "
+            "Load the adapter to train as 'default' (PeftModel.from_pretrained(base, folder, is_trainable=True)), and "
+            "set precompute_ref_log_probs=False."
         )
     model.peft_config["default"] = model.peft_config[active]
     try:
@@ -76,7 +76,7 @@ def reference_of(given: Mapping[str, Any], parent: Any) -> Iterator[None]:
 
 
 def add_reference(model: PeftModel, parent: Any) -> None:
-    """Keep a frozen copy of the adapter that training continues, unless the parent does, as TRL's DPO."""
+    """Add a frozen copy of the adapter that training continues, unless the parent does this, as TRL's DPO does."""
     if "ref_model" in inspect.signature(parent).parameters or REFERENCE_ADAPTER in model.peft_config:
         return
     active = str(model.active_adapter)

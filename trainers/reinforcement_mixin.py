@@ -1,4 +1,4 @@
-"""What the trainers for reinforcement learning add to their parents, whose loss they keep."""
+"""The mixin of the trainers for reinforcement learning, which keep the loss of their parents."""
 
 from __future__ import annotations
 
@@ -29,20 +29,20 @@ _EQUAL_REWARDS = 5  # logs in a row
 
 
 class RewardError(ValueError):
-    """A reward function returned something that is not a reward; the message names it."""
+    """Raised when a reward function returns something that is not a reward; the message names it."""
 
 
 class ReinforcementMixin(VectorMixin):
     """A trainer for reinforcement learning that trains steering vectors, or any PEFT adapter.
 
     Sampling, rewards and loss are the parent's. What is added: a default vector, learning rates in units of the
-    residual stream, vectors in fp32, their norms in the logs, and errors where nothing would be trained.
+    residual stream, vectors in fp32, their norms in the logs, and errors if nothing would be trained.
 
     Args:
         peft_config: The adapter to train. Left out: `SteeringVectorConfig()`, or nothing if the model already is a
             `PeftModel`. None: no adapter (full finetuning).
         vector_learning_rate: Learning rate of steering vectors, in units of the residual stream. None:
-            `learning_rate`, if it is not left at its class's default, else 1e-3.
+            `learning_rate`, or 1e-3 if that is left at its class's default.
 
     Raises:
         ValueError: nothing is trainable, or a vector cannot be trained or sampled in this way.
@@ -65,7 +65,7 @@ class ReinforcementMixin(VectorMixin):
         bound = inspect.signature(parent).bind_partial(*args, **kwargs)
         given = bound.arguments
         check_ranges(given.get("args"), but=("beta",))  # here the weight of a KL divergence, which may be 0
-        # the adapter: the one that the model brings, the one that was given, or one vector
+        # The adapter is that of the model, the one that was given, or a default vector.
         model = given.get("model")
         if peft_config is DEFAULT:
             peft_config = None if isinstance(model, PeftModel) else SteeringVectorConfig()
@@ -83,7 +83,7 @@ class ReinforcementMixin(VectorMixin):
             self.add_callback(callback)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Train like the parent, after what vectors need once."""
+        """Train like the parent, after preparing the vectors."""
         agree_on_units(self._run)
         fill_missing_vectors(self._run)
         for callback in self.steering_callbacks():
@@ -102,13 +102,13 @@ class ReinforcementMixin(VectorMixin):
 
 
 class EqualRewards(TrainerCallback):
-    """Warns when the completions of every group get the same reward, log after log: the advantage is 0 then."""
+    """Warns if, in several logs in a row, all completions of every group get the same reward: the advantage is 0."""
 
     def __init__(self) -> None:
         self.logs = 0
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        """Count the logs in a row in which no group has a difference."""
+        """Count the logs in a row in which no group has different rewards."""
         share = (logs or {}).get("frac_reward_zero_std")
         if share is None or not state.is_world_process_zero:
             return
@@ -116,16 +116,16 @@ class EqualRewards(TrainerCallback):
         if self.logs == _EQUAL_REWARDS:
             logger.warning(
                 "In %d logs in a row, all completions of a prompt got the same reward, so nothing is learned from "
-                "them. Use a reward with more steps between its ends, a higher temperature, or more num_generations.",
+                "them. Use a finer-grained reward, a higher temperature, or more num_generations.",
                 _EQUAL_REWARDS,
             )
 
 
 def _check_vectors(model: Any, config: PeftConfig | None, args: Any) -> None:
-    """Refuse steering vectors that this way of training cannot serve.
+    """Refuse steering vectors that these trainers do not support.
 
     Raises:
-        ValueError: names the switch or argument.
+        ValueError: the message names the switch or argument.
     """
     configs = [*model.peft_config.values()] if isinstance(model, PeftModel) else []
     vectors = [c for c in [*configs, config] if isinstance(c, SteeringVectorConfig)]
@@ -142,13 +142,13 @@ def _check_vectors(model: Any, config: PeftConfig | None, args: Any) -> None:
             )
     if isinstance(config, SteeringVectorConfig) and config.init_from_data:
         raise ValueError(
-            f"init={config.init!r} is computed from pairs (chosen, rejected), and reinforcement learning has prompts "
-            "only. Use init='zeros', or continue a saved vector."
+            f"init={config.init!r} is computed from pairs (chosen, rejected), but reinforcement learning only has "
+            "prompts. Use init='zeros', or continue a saved vector."
         )
 
 
 def _check_trainable(model: nn.Module) -> None:
-    """Raise a ValueError if a training would change nothing."""
+    """Raise a ValueError if no parameter is trainable."""
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ValueError(
             "No parameter of the model is trainable, so training would change nothing. Load the adapter with "
@@ -157,9 +157,9 @@ def _check_trainable(model: nn.Module) -> None:
 
 
 def _checked(function: Any) -> Any:
-    """A reward function whose rewards are numbers, or None for completions that it does not score.
+    """Wrap a reward function to check that it returns finite numbers, or None for completions it does not score.
 
-    Models and names of models are returned as they are.
+    Models and names of models are returned unchanged.
     """
     if isinstance(function, str | nn.Module) or not callable(function):
         return function

@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 def check_rows(
     dataset: Any, tokenizer: PreTrainedTokenizerBase | None, text_column: str | None = None
 ) -> tuple[str, ...]:
-    """Refuse a data set that cannot be trained on, before it is tokenised; of a stream, check the first row.
+    """Refuse a data set that cannot be trained on, before it is tokenised; for a stream, check the first row.
 
     Args:
         dataset: The rows as they are given.
@@ -30,9 +30,9 @@ def check_rows(
         The format of the rows.
 
     Raises:
-        DataError: the data set is empty, a column is unknown, a value is neither a text nor a conversation, an answer
-            is empty, chosen equals rejected, or the tokenizer has no chat template for conversations, or one that
-            refuses them.
+        DataError: the data set is empty, a column is unknown, a value is neither a string nor a conversation, an
+            answer is empty, chosen equals rejected, or the tokenizer has no chat template for conversations, or one
+            that rejects them.
     """
     first = next(iter(dataset), None)
     if first is None:
@@ -51,14 +51,14 @@ def check_rows(
 
 @dataclass(frozen=True)
 class TokenLimits:
-    """What tokenised rows must keep to.
+    """The limits of tokenised rows.
 
     Attributes:
-        max_length: Where rows are cut; None: nowhere.
-        keeps_end: Whether cutting drops the beginning of a row, instead of the end.
-        bos: Id of the token that begins a text; None: the tokenizer has none.
-        vocabulary: Number of tokens that the model knows; None: unknown.
-        context: Number of tokens of a row that the model reads; None: unknown.
+        max_length: The length to which rows are truncated; None if they are not.
+        keeps_end: Whether truncation drops the beginning of a row, instead of the end.
+        bos: Id of the token that begins a text; None if the tokenizer has none.
+        vocabulary: Size of the model's vocabulary; None if unknown.
+        context: Context length of the model; None if unknown.
     """
 
     max_length: int | None = None
@@ -69,7 +69,7 @@ class TokenLimits:
 
     @property
     def cut(self) -> str:
-        """Where rows are cut, in words."""
+        """The length to which rows are truncated, in words."""
         whole = " (all that the model and its tokenizer read)" if self.max_length == self.context else ""
         return f"max_length={self.max_length}{whole}"
 
@@ -77,13 +77,13 @@ class TokenLimits:
 def check_tokenised(
     given: Any, rows: Any, limits: TokenLimits, packed: bool = False, evaluation: bool = False
 ) -> None:
-    """Refuse tokenised rows that cannot be trained on, and warn of what was cut, in one pass.
+    """Refuse tokenised rows that cannot be trained on, and warn of truncated rows, in one pass.
 
     Rows without a label add nothing to the loss, as with the parents: TRL drops them, `Trainer` counts none of their
     tokens.
 
     Args:
-        given: The rows before tokenising.
+        given: The rows before tokenisation.
         rows: The tokenised rows.
         limits: See `TokenLimits`.
         packed: Whether one tokenised row holds several of the given rows.
@@ -118,19 +118,19 @@ def check_tokenised(
         raise DataError(_no_label_left(dropped, limits))
     _warn_of_cuts(dropped + without_label, dropped + len(rows), [] if evaluation else lengths, limits)
     if full and not evaluation:
-        logger.warning("%d of %d rows fill %s: what is beyond is dropped.", full, len(rows), limits.cut)
+        logger.warning("%d of %d rows fill %s: anything beyond is dropped.", full, len(rows), limits.cut)
 
 
 def _reaches_the_end(index: int, tokens: int, limits: TokenLimits) -> bool:
-    """Whether a row reaches `max_length`, where longer ones were cut.
+    """Whether a row reaches `max_length`, to which longer ones were truncated.
 
     Raises:
         DataError: it is longer than the context.
     """
     if limits.context is not None and tokens > limits.context:
         raise DataError(
-            f"Row {index} has {tokens} tokens, and the model reads {limits.context}. Cut the row, remove it, or set "
-            f"max_length={limits.context}."
+            f"Row {index} has {tokens} tokens, but the model reads only {limits.context}. Shorten the row, remove it, "
+            f"or set max_length={limits.context}."
         )
     return limits.max_length is not None and tokens >= limits.max_length
 
@@ -140,11 +140,11 @@ def _no_label_left(dropped: int, limits: TokenLimits) -> str:
         return f"No row has a label left: the prompts fill {limits.cut}. " + (
             "Shorten them." if limits.max_length == limits.context else "Raise max_length, or shorten them."
         )
-    return "No row has a token to predict: the texts are empty, or of one token. Give longer ones."
+    return "No row has a token to predict: the texts are empty, or have only one token. Give longer ones."
 
 
 def _warn_of_cuts(without_label: int, rows: int, lengths: list[int], limits: TokenLimits) -> None:
-    """Say in one line each how many rows have no label, and how many pairs are cut when they are collated."""
+    """Warn, in one line each, of rows that have no label, and of pairs that are truncated when they are collated."""
     if without_label:
         cause = "" if limits.max_length is None else f", because their prompts fill {limits.cut}"
         logger.warning("%d of %d rows have no label left%s: they add nothing to the loss.", without_label, rows, cause)
@@ -161,13 +161,13 @@ def _check_template(row: Row, columns: tuple[str, ...], tokenizer: PreTrainedTok
     conversational = any(isinstance(row[c], list) and row[c] and isinstance(row[c][0], Mapping) for c in columns)
     if conversational and isinstance(tokenizer, PreTrainedTokenizerBase) and tokenizer.chat_template is None:
         raise DataError(
-            "The data are conversations, and the tokenizer has no chat template. Set tokenizer.chat_template, or give "
+            "The data are conversations, but the tokenizer has no chat template. Set tokenizer.chat_template, or give "
             "plain strings."
         )
 
 
 def _check_first(row: Row, columns: tuple[str, ...], tokenizer: PreTrainedTokenizerBase) -> None:
-    """Refuse conversations that the chat template refuses, such as a system message where it knows none."""
+    """Refuse conversations that the chat template rejects, such as a system message that it does not support."""
     if not all(isinstance(row[column], list) for column in columns):
         return
     for column in columns:
@@ -197,8 +197,8 @@ def _check_ids(index: int, row: Row, limits: TokenLimits) -> None:
             continue
         if unknown := [end for end in (min(ids), max(ids)) if not 0 <= end < size]:
             raise DataError(
-                f"Row {index}: {column} holds token {unknown[0]}, the model has {size}: 0 to {size - 1}. Is this its "
-                "tokenizer? For added tokens call model.resize_token_embeddings(len(tokenizer))."
+                f"Row {index}: {column} holds token {unknown[0]}, but the model has {size}: 0 to {size - 1}. Is this "
+                "its tokenizer? For added tokens call model.resize_token_embeddings(len(tokenizer))."
             )
     ids = row.get("prompt_ids") or row.get("input_ids") or []
     if limits.bos is not None and list(ids[:2]) == [limits.bos, limits.bos]:

@@ -11,5 +11,5 @@ class SteeringSFTTrainer(SteeringMixin, SFTTrainer):
     takes_pairs = False
 
     def parent_log(self) -> dict[str, list[float]]:
-        """What `SFTTrainer` noted since it last logged."""
+        """The values that `SFTTrainer` has recorded since its last log."""
         return self._metrics["train" if self.model.training else "eval"]  # TRL has no public name for it

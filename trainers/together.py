@@ -26,13 +26,13 @@ from .mixin import SteeringMixin
 from .model_at import token_logps
 from .prefix.exactness import dropout
 
-_COMMON = ("form", "rank", "positions", "tied")  # options that all arms must share, beside the layers
+_COMMON = ("form", "rank", "positions", "tied")  # options that all arms must share, besides the layers
 
 
 def share_weights(model: nn.Module) -> Any:
     """A copy of a model whose parameters and buffers are new objects on the same storage: it costs no memory.
 
-    It is meant for adapters; a change of the weights themselves shows in both models.
+    It is meant for adapters; a change of the weights themselves affects both models.
     """
     with torch.no_grad():
         parameters = {id(p): nn.Parameter(p.detach(), requires_grad=p.requires_grad) for p in model.parameters()}
@@ -40,7 +40,7 @@ def share_weights(model: nn.Module) -> Any:
 
 
 def train_together(trainers: Sequence[SteeringMixin]) -> list[TrainOutput | NonFiniteError]:
-    """Train several steering vectors at once; each ends as its trainer's `train()` would alone, within float rounding.
+    """Train several steering vectors at once, each with the result of its trainer's `train()` alone, up to rounding.
 
     Every trainer keeps its own data, order, optimiser, schedule, clipping and callbacks. Only the passes through the
     model are shared: the batches of all arms are joined, and each row is steered by its arm's vector. Random numbers
@@ -77,28 +77,28 @@ def train_together(trainers: Sequence[SteeringMixin]) -> list[TrainOutput | NonF
 
 
 def _why_not(trainer: SteeringMixin, first: SteeringMixin) -> str | None:
-    """Why a trainer cannot train together with the first; None if it can."""
+    """The reason why a trainer cannot train together with the first; None if it can."""
     model, other = trainer.model, first.model
     if trainer.loss is None:
         return "it has no loss of steertune.losses"
     if not isinstance(model, PeftModel) or [type(c) for c in model.peft_config.values()] != [SteeringVectorConfig]:
-        return "its model has no steering vector, or other adapters beside it"
+        return "its model has no steering vector, or also has other adapters"
     if trainer.args.gradient_checkpointing or trainer.args.torch_compile or trainer.args.world_size > 1:
-        return "gradient checkpointing, compiled graphs and several processes run their models in their own way"
+        return "gradient checkpointing, torch_compile and several processes are not supported"
     if trainer.accelerator.mixed_precision != first.accelerator.mixed_precision:
-        return "it computes in another precision"
+        return "it uses another precision"
     if trainer.args.neftune_noise_alpha is not None or any(dropout(module) for module in model.modules()):
         return "NEFTune or dropout draws random numbers in its passes, and one pass serves all arms"
     if trainer.loss.needs.views or trainer.loss.needs.states:
-        return "its loss compares views or hidden states, which take passes of their own"
+        return "its loss compares views or hidden states, which need separate passes"
     if any(bias.own_passes for bias in trainer.inductive_biases):
         return "an inductive bias changes its passes"
     if isinstance(trainer.loss, Staged):
-        return "its loss changes during the training"
+        return "its loss changes during training"
     if trainer.loss.needs.pairs != (first.loss is not None and first.loss.needs.pairs):
         return "one loss compares pairs and the other does not"
     if trainer is not first and (model is other or model.get_base_model() is other.get_base_model()):
-        return "it has the same model; give each its own, share_weights(model)"
+        return "it has the same model; give each its own copy, share_weights(model)"
     if [key for key, _ in _steered(model)] != [key for key, _ in _steered(other)]:
         return f"it steers {[key for key, _ in _steered(model)]}, not {[key for key, _ in _steered(other)]}"
     [config], [first_config] = model.peft_config.values(), other.peft_config.values()
@@ -109,7 +109,7 @@ def _why_not(trainer: SteeringMixin, first: SteeringMixin) -> str | None:
     for name, weight in _frozen(model):
         alike = name in weights and weight.shape == weights[name].shape and weight.dtype == weights[name].dtype
         if not alike or not (weight.data_ptr() == weights[name].data_ptr() or torch.equal(weight, weights[name])):
-            return f"its base model is another: {name} differs"
+            return f"it has another base model: {name} differs"
     return None
 
 
@@ -133,15 +133,15 @@ class _ArmPass:
         return self._training.request(self._arm, "forward", (batch, strength))
 
     def backward(self) -> None:
-        """Hand in the gradients of `logps`; afterwards the arm's vectors have their gradients."""
+        """Submit the gradients of `logps`; afterwards the arm's vectors have their gradients."""
         self._training.request(self._arm, "backward", None)
 
 
 class _JointTraining:
     """The arms, each in its own thread; one thread runs at a time.
 
-    An arm that requests a pass waits until all arms do. Meanwhile the others run; then it finds the process's random
-    numbers as it left them, so that it sees what it would see alone.
+    An arm that requests a pass waits until all arms have requested one. Meanwhile the others run. Then the random
+    state of the process is restored, so that the arm draws the same numbers as alone.
     """
 
     def __init__(self, trainers: Sequence[SteeringMixin]) -> None:
@@ -152,7 +152,7 @@ class _JointTraining:
         self._turn = threading.Condition()
         self._running = set(range(len(trainers)))
         self._requests: dict[int, tuple[str, Any]] = {}  # arm -> which pass it waits for, and its batch and strength
-        self._answers: dict[int, Any] = {}  # arm -> what that pass gave it
+        self._answers: dict[int, Any] = {}  # arm -> the result of that pass
         self._passes: list[tuple[Tensor, list[Any]]] = []  # joint outputs; rows and leaf of each arm
         self._shortcut = trainers[0].pay_once.elsewhere(self.model)
         loss = trainers[0].loss
@@ -286,7 +286,7 @@ def _row_by_row(model: nn.Module, names: Sequence[str]) -> Iterator[None]:
 
 
 def _joined(batches: Mapping[int, Batch]) -> tuple[Batch, dict[int, list[int]]]:
-    """Join batches, padded on the right; of pairs, all chosen answers come first.
+    """Join batches, padded on the right; for pairs, all chosen answers come first.
 
     Returns:
         The batch, and each arm's rows in it.

@@ -39,11 +39,11 @@ class SteeringTrainer(SteeringMixin, Trainer):
             return columns
         if not isinstance(tokenizer, PreTrainedTokenizerBase):
             raise DataError(
-                f"Columns {list(columns)} are text, and processing_class={tokenizer!r:.80} cannot read "
+                f"Columns {list(columns)} are text, but processing_class={tokenizer!r:.80} cannot read "
                 "it. Give processing_class=tokenizer, or tokenised rows."
             )
         if columns in PAIR_FORMATS and self.loss is None:
-            raise DataError("Trainer has no loss for pairs (chosen, rejected): give one, such as loss='dpo'.")
+            raise DataError("Trainer has no loss for pairs (chosen, rejected). Give one, such as loss='dpo'.")
         self.max_length = context_of(given)
         for name in ("train_dataset", "eval_dataset"):
             given[name] = map_data_sets(lambda rows: _tokenised(rows, tokenizer, self.max_length), given.get(name))
@@ -61,14 +61,14 @@ class SteeringTrainer(SteeringMixin, Trainer):
             columns = data_format(list(next(iter(part))))
             if columns not in TOKENISED_FORMATS and self.columns in TOKENISED_FORMATS:
                 raise DataError(
-                    f"Columns {list(columns)} are text, and this trainer was made with tokenised rows. Give tokenised "
+                    f"Columns {list(columns)} are text, but this trainer was made with tokenised rows. Give tokenised "
                     "rows to evaluate on (steertune.trainers.tokenise(rows, tokenizer))."
                 )
         return map_data_sets(lambda rows: _tokenised(rows, self.processing_class, self.max_length), data)
 
 
 def _tokenised(data: Any, tokenizer: Any, max_length: int | None) -> Any:
-    """Tokenise a data set of text, and leave out the rows that are cut before their first label, as TRL does."""
+    """Tokenise a data set of text, and drop the rows that are truncated before their first label, as TRL does."""
     if isinstance(data, IterableDataset):
         raise DataError(
             "SteeringTrainer tokenises a Dataset, not a stream. Use SteeringDPOTrainer or SteeringSFTTrainer."

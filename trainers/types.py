@@ -1,4 +1,4 @@
-"""What the parts of this package read of a trainer."""
+"""Protocols of a trainer, as the parts of this package use it."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class SteeringRun(Protocol):
     is_deepspeed_enabled: bool
     is_fsdp_enabled: bool
 
-    # from `SteeringMixin`, which says what they are
+    # from `SteeringMixin`, which documents them
     loss: Loss | None
     vector_learning_rate: float | None
     vectors_have_groups: bool
@@ -57,7 +57,7 @@ class SteeringRun(Protocol):
     step_batches: list[Inputs]
 
     def parent_log(self) -> dict[str, list[float]] | None:
-        """What the parent has noted since it last logged; None if it notes nothing beside the loss."""
+        """The values that the parent has recorded since its last log; None if it records none besides the loss."""
         ...
 
     def compute_loss(self, model: nn.Module, inputs: Any) -> Any:

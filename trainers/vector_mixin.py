@@ -1,4 +1,4 @@
-"""What every trainer of vectors does, whatever its loss: learning rates in units of the stream, logs, saving."""
+"""The mixin of every trainer of vectors, with any loss: learning rates in units of the stream, logs, saving."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ class VectorMixin(Trainer):
     model: Any  # the parent's type allows None, which it is not after construction
     card: Card = Card()
     """What the model card says about behaviour, problem, data and measurements. Set it before the adapter is saved or
-    pushed; the card says which parts were left open."""
+    pushed; the card says which parts are missing."""
     inductive_biases: list[Bias]
     vector_learning_rate: float | None
     vectors_have_groups: bool = False  # in the optimizer
-    _plain: bool = False  # whether this trainer is its parent
+    _plain: bool = False  # whether this trainer does exactly what its parent does
 
     @property
     def _run(self) -> Any:
@@ -33,7 +33,7 @@ class VectorMixin(Trainer):
         return self
 
     def steering_callbacks(self) -> list[SteeringCallback]:
-        """The callbacks that take our further events."""
+        """The callbacks that have our additional events."""
         return [callback for callback in self.callback_handler.callbacks if isinstance(callback, SteeringCallback)]
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
@@ -42,14 +42,14 @@ class VectorMixin(Trainer):
         if not self._plain and (vectors := trained_vectors(self.model)):
             check_optimizer(self.args, vectors, given, self.vector_learning_rate)
         optimizer = super().create_optimizer(*args, **kwargs)
-        # an optimizer that was handed over keeps its groups
+        # an optimizer that the user passed keeps its groups
         if not self._plain and not given and trained_vectors(self.model):
             group_vectors(optimizer, self.model, vector_rate(self.args, self.vector_learning_rate).value)
             self.vectors_have_groups = True
         return optimizer
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log like the parent; in training with what the callbacks add."""
+        """Log like the parent; in training, with the additional values of the callbacks."""
         if "loss" in logs and not self._plain:
             for callback in self.steering_callbacks():
                 logs |= callback.extra_logs()

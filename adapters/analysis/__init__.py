@@ -1,1 +1,1 @@
-"""What can be learned about vectors without training: the states behind them, sums, erasure, how well they read."""
+"""Analysis that needs no training: collecting states, vector arithmetic, erasure, probing and checkpoint audits."""

@@ -31,7 +31,7 @@ class Activations:
         chosen: Layer index -> `(pairs, d)`, fp32, on the CPU.
         rejected: The same for the rejected answers.
         residual_norms: Layer index -> mean norm over all real tokens of all answers.
-        pool: Which tokens they stand for: the mean over the completion, or its last token.
+        pool: Which tokens were pooled: the mean over the completion, or its last token.
     """
 
     chosen: dict[int, Tensor]
@@ -57,7 +57,7 @@ def collect(
             may replace `completion_mask`.
         layers: As in `SteeringVectorConfig`.
         site: As in `SteeringVectorConfig`.
-        pool: Which tokens stand for an answer.
+        pool: Which tokens represent an answer.
 
     Raises:
         ValueError: `batches` is empty, a batch does not mark its answers, an answer has no tokens, or the pool is
@@ -152,8 +152,8 @@ class Enough(Exception):
 
 @contextmanager
 def outputs_of(base: nn.Module, modules: Mapping[int, nn.Module], ends_early: bool) -> Iterator[dict[int, Tensor]]:
-    """A dictionary that each forward pass inside fills with the outputs of `modules`, steered if a vector steers them.
-    With `ends_early`, a pass stops after the last of them: it raises `Enough`."""
+    """Yield a dictionary that each forward pass fills with the outputs of `modules`, after any steering.
+    With `ends_early`, a pass raises `Enough` after the last module, to skip the rest of the model."""
     outputs: dict[int, Tensor] = {}
     last = max(modules) if ends_early else None
     handles = [module.register_forward_hook(partial(_keep, outputs, i, i == last)) for i, module in modules.items()]
@@ -171,9 +171,9 @@ def _keep(outputs: dict[int, Tensor], index: int, last: bool, module: nn.Module,
 
 
 def _pool_weights(completion_mask: Tensor, pool: Pool) -> Tensor:
-    """`(rows, tokens)` weights that sum to 1 over the tokens that stand for an answer."""
+    """`(rows, tokens)` weights that sum to 1 over the tokens that represent an answer."""
     if not completion_mask.any(dim=1).all():
-        raise ValueError("An answer has no tokens, so it has no state: drop empty or truncated completions.")
+        raise ValueError("An answer has no tokens, so it has no state. Drop empty or truncated completions.")
     if pool == "last":
         column = torch.arange(completion_mask.shape[1], device=completion_mask.device)
         last = (completion_mask * (column + 1)).argmax(dim=1)

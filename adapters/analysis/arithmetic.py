@@ -1,10 +1,10 @@
-"""Arithmetic on saved steering vectors: it reads and writes adapter folders, and loads no model.
+"""Arithmetic on saved steering vectors. It reads and writes adapter folders; no model is loaded.
 
     both = combine([read("cautious"), read("warm")], [1, 0.5])
     write(both, "both", Card(title="Cautious and warm"))
 
 A sum is meaningful only for vectors that are added at the same places of the same base model and do not depend on the
-state. Everything else is refused, with the reason and with what works instead.
+state. Anything else is an error that gives the reason and an alternative.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _TOGETHER = (
 
 
 class VectorError(ValueError):
-    """Vectors that cannot be combined; the message says why, and what works instead."""
+    """Raised when vectors cannot be combined; the message says why and suggests an alternative."""
 
 
 @dataclass(frozen=True)
@@ -50,8 +50,8 @@ class Vectors:
     Attributes:
         name: Their name in tables and messages.
         modules: Index of the block -> full name of the steered module.
-        vectors: Index of the block -> `(d,)`, fp32, with the length that `norm` gave it.
-        site: What is steered.
+        vectors: Index of the block -> `(d,)`, fp32, with the length set by `norm`.
+        site: The steered site, as in `SteeringVectorConfig`.
         positions: Which tokens are steered.
         norm: `preserve`, or `free`.
         base: Fingerprint of the base model.
@@ -84,7 +84,7 @@ def read(folder: str | Path) -> Vectors:
     """
     home = Path(folder)
     if not (home / "adapter_config.json").is_file() or not (home / SAFETENSORS_WEIGHTS_NAME).is_file():
-        raise VectorError(f"{folder} is not an adapter folder, which has adapter_config.json and safetensors.")
+        raise VectorError(f"{folder} is not an adapter folder: it lacks adapter_config.json or safetensors.")
     config = SteeringVectorConfig.from_pretrained(str(home))
     if config.form not in CONSTANT_FORMS:
         raise VectorError(
@@ -118,11 +118,11 @@ def write(vectors: Vectors, folder: str | Path, card: Card) -> Path:
     """
     home = Path(folder)
     if home.exists() and (not home.is_dir() or any(home.iterdir())):
-        raise VectorError(f"{home} is not empty, and nothing is overwritten. Choose a new folder.")
+        raise VectorError(f"{home} is not empty, and files are never overwritten. Choose a new folder.")
     if not all(v.isfinite().all() for v in vectors.vectors.values()) or not any(
         v.any() for v in vectors.vectors.values()
     ):
-        raise VectorError(f"{vectors.name} is zero or not finite and is not saved.")
+        raise VectorError(f"{vectors.name} is zero or not finite, so it was not saved.")
     config = SteeringVectorConfig(
         layers=vectors.layers,
         site=vectors.site,
@@ -141,7 +141,7 @@ def write(vectors: Vectors, folder: str | Path, card: Card) -> Path:
             f"{_PREFIX}{vectors.modules[i]}{_SUFFIX}": v.float().contiguous() for i, v in vectors.vectors.items()
         }
         save_file(tensors, whole / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
-        # Like PEFT, after the weights, so that it gets a checksum.
+        # Saved after the weights, as PEFT does, so that it gets a checksum.
         config.save_pretrained(str(whole), auto_mapping_dict=None)
         write_card(whole, card)
         if home.exists():
@@ -154,9 +154,9 @@ def combine(sets: Sequence[Vectors], weights: Sequence[float], missing: Missing 
     """The weighted sum `Σ wᵢ vᵢ`, layer by layer: addition, difference, average and scaling.
 
     Args:
-        sets: One or more.
-        weights: One for each.
-        missing: Whether a layer that some of them do not steer is an error (`refuse`) or counts as zeros (`zero`).
+        sets: One or more sets of vectors.
+        weights: One weight for each set.
+        missing: Whether a layer that some sets do not steer is an error (`refuse`) or counts as zeros (`zero`).
         name: The name of the result.
 
     Raises:
@@ -184,7 +184,7 @@ def project_out(one: Vectors, others: Sequence[Vectors], missing: Missing = "ref
         name: The name of the result.
 
     Raises:
-        VectorError: like `combine`, or nothing is left.
+        VectorError: as in `combine`, or nothing is left.
     """
     check_alike([one, *others], missing)
     rest = {}
@@ -197,27 +197,27 @@ def project_out(one: Vectors, others: Sequence[Vectors], missing: Missing = "ref
 
 
 def orthogonalise(sets: Sequence[Vectors], missing: Missing = "refuse") -> list[Vectors]:
-    """Gram-Schmidt without scaling: the first stays unchanged, and each of the others loses the span of those before.
+    """Gram-Schmidt without scaling: the first stays unchanged, and each other loses the span of the previous ones.
 
     Args:
-        sets: Two or more, the most important first.
-        missing: Like in `project_out`.
+        sets: Two or more sets of vectors, the most important first.
+        missing: As in `project_out`.
 
     Raises:
-        VectorError: like `project_out`.
+        VectorError: as in `project_out`.
     """
     check_alike(sets, missing)
     return [one if i == 0 else project_out(one, sets[:i], missing) for i, one in enumerate(sets)]
 
 
 def similarity(sets: Sequence[Vectors]) -> dict[int, Tensor]:
-    """The cosine of every two vectors, at every layer that two of them share.
+    """The cosine similarity of every pair of vectors, at every layer that at least two of them steer.
 
     Returns:
         Layer -> `(sets, sets)`, NaN where one of the two does not steer the layer.
 
     Raises:
-        VectorError: they differ in base model or site, so that a cosine has no meaning, or share no layer.
+        VectorError: they differ in base model or site, so a cosine would be meaningless, or they share no layer.
     """
     _check_same(sets, "site")
     layers = sorted({i for one in sets for i in one.vectors if sum(i in other.vectors for other in sets) > 1})
@@ -236,7 +236,7 @@ def check_alike(sets: Sequence[Vectors], missing: Missing = "refuse") -> None:
     """Raise a VectorError unless vectors are added at the same places of the same base model.
 
     Args:
-        sets: One or more.
+        sets: One or more sets of vectors.
         missing: Whether different layers are an error.
     """
     if not sets:
@@ -252,11 +252,11 @@ def check_alike(sets: Sequence[Vectors], missing: Missing = "refuse") -> None:
 def _check_same(sets: Sequence[Vectors], *names: str) -> None:
     first = sets[0]
     for one in sets[1:]:
-        known = first.base is not None and one.base is not None
-        if known and (what := difference(first.base or {}, one.base or {})) is not None:
+        both_known = first.base is not None and one.base is not None
+        if both_known and (what := difference(first.base or {}, one.base or {})) is not None:
             raise VectorError(
-                f"{one.name} is of another base model than {first.name}: {what}. A direction of one model has no "
-                f"meaning in another: train it again on the base of {first.name}."
+                f"{one.name} was made for another base model than {first.name}: {what}. A direction of one model has "
+                f"no meaning in another. Train it again on the base of {first.name}."
             )
         for name in names:
             ours, theirs = getattr(first, name), getattr(one, name)
@@ -272,7 +272,7 @@ def _layers_of(sets: Sequence[Vectors]) -> str:
 
 
 def _by_layer(home: Path, config: SteeringVectorConfig) -> tuple[dict[int, str], dict[int, Tensor]]:
-    """Module and vector of every layer; tied layers share one."""
+    """The module name and the vector of every layer; tied layers share one vector."""
     saved = {key.removeprefix(_PREFIX): t.float() for key, t in load_file(home / SAFETENSORS_WEIGHTS_NAME).items()}
     named = {key.removesuffix(_SUFFIX): tensor for key, tensor in saved.items() if _SUFFIX in key}
     if config.form == "span":
@@ -286,7 +286,7 @@ def _by_layer(home: Path, config: SteeringVectorConfig) -> tuple[dict[int, str],
         [length] = lengths.values()
         named = {name.replace("\\", ""): vector for name in pattern.split("|")}
         lengths = dict.fromkeys(named, length)
-    names, found = {}, {}
+    names, vectors = {}, {}
     for name, vector in named.items():
         layer = index_of(name)
         residual = (config.residual_norms or {}).get(str(layer))
@@ -295,8 +295,8 @@ def _by_layer(home: Path, config: SteeringVectorConfig) -> tuple[dict[int, str],
         vector = write_vector(config.norm, vector, config.norm_value, residual, lengths[name])
         if config.norm == "capped" and config.norm_value is not None:
             vector = cap(vector, config.norm_value)
-        names[layer], found[layer] = name, vector
-    return names, found
+        names[layer], vectors[layer] = name, vector
+    return names, vectors
 
 
 def _without(vector: Tensor, span: Sequence[Tensor]) -> Tensor:

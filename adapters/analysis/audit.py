@@ -1,12 +1,13 @@
-"""Whether a checkpoint has a constant vector baked in: which, where, and without it what is left.
+"""Find constant vectors that are baked into a checkpoint, and remove them.
 
-A vector that is added at every token can hide in a bias: of the map that writes into the residual stream, where stock
-tools load it as part of the model. Every bias inside the blocks is tried: the block runs with it and without what may
-have been added to it. If its output moves by the same vector at every token, the bias adds that vector to the residual
-stream, whatever the map is called. Biases that act on states, as those of queries do, do not pass.
+A vector that is added at every token can be hidden in the bias of a layer that writes into the residual stream, and
+stock tools load it as part of the model. Every bias inside the blocks is tested: the block runs once with the whole
+bias, and once without what may have been added to it. If its output moves by the same vector at every token, the bias
+adds that vector to the residual stream, whatever the layer is called. A bias whose effect depends on the state, such
+as a query bias, fails this test.
 
-Beside a base model, what was added is the difference. Without one it is told from its own kind: of the same bias in
-all blocks, most are zero, or one is far longer than the others.
+If a base model is given, the difference from it is what was added. Otherwise a bias is suspected if the same bias is
+zero in most blocks, or if it is far longer than in the other blocks.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ from ..observing import evaluating
 from ..outputs import states_in
 from ..types import Site
 
-_CONSTANT = 1e-3  # of the change's length: by how much it may differ from token to token
-_DIFFERENT = 1e-5  # of a parameter's length: rounding stays below it
+_CONSTANT = 1e-3  # share of the change's length by which it may vary between tokens
+_DIFFERENT = 1e-5  # share of a parameter's length; rounding stays below it
 _OUTLIER = 8.0  # median absolute deviations
 _TOKENS = 4
 
@@ -39,10 +40,10 @@ class Constant:
         parameter: The bias that adds it.
         layer: Index of the block.
         site: "block" if the output of the whole block moves by it, "attention" if only that of its attention does.
-        vector: What is added, `(d,)` in fp32.
-        added: What was added to the bias, which is less than the bias where the architecture has one of its own.
-        why: What tells it from the model's own biases.
-        certain: Whether a base model, or zeros in the other blocks, say so; else it is only unlike the others.
+        vector: The vector that is added to the residual stream, `(d,)` in fp32.
+        added: What was added to the bias; not the whole bias if the architecture already has one.
+        why: What distinguishes it from the model's own biases.
+        certain: True if a base model, or zeros in the other blocks, prove it; False if it is only an outlier.
     """
 
     parameter: str
@@ -56,12 +57,12 @@ class Constant:
 
 @dataclass(frozen=True)
 class Audit:
-    """What was found in a checkpoint.
+    """The result of an audit.
 
     Attributes:
         constants: The constant vectors.
-        changed: Parameters that differ from the base model's and are none of them, with the size of the difference
-            as a share of the parameter's (1: the base model has no such parameter); empty without a base model.
+        changed: All other parameters that differ from the base model's, with the size of the difference as a share of
+            the parameter's (1: the base model has no such parameter); empty without a base model.
     """
 
     constants: list[Constant]
@@ -94,7 +95,7 @@ def audit(model: nn.Module, base: nn.Module | None = None) -> Audit:
 
 
 def without(model: nn.Module, constants: list[Constant]) -> None:
-    """Take constant vectors out of the biases that add them, in place."""
+    """Remove constant vectors from the biases that add them, in place."""
     parameters = dict(model.named_parameters())
     with torch.no_grad():
         for constant in constants:
@@ -111,8 +112,8 @@ def _beside(blocks: list[tuple[str, nn.Module]], model: nn.Module, base: nn.Modu
     parameters = dict(base.named_parameters())
     if [name for name, _ in find_blocks(base)] != [name for name, _ in blocks]:
         raise ValueError(
-            f"The checkpoint has {len(blocks)} blocks, {blocks[0][0]} first, and the base model others. Name the base "
-            "that it was made from."
+            f"The base model has other blocks than the checkpoint ({len(blocks)} blocks, the first is "
+            f"{blocks[0][0]}). Give the base model that the checkpoint was made from."
         )
     suspects: dict[str, list[Suspect]] = defaultdict(list)
     for name, block in blocks:
@@ -140,8 +141,8 @@ def _among(blocks: list[tuple[str, nn.Module]]) -> dict[str, list[Suspect]]:
         nonzero = lengths > 0
         if 0 < int(nonzero.sum()) <= len(rows) // 2:
             why = f"this bias is zero in {len(rows) - int(nonzero.sum())} of {len(rows)} blocks"
-            for (name, bias), there in zip(rows, nonzero.tolist(), strict=True):
-                if there:
+            for (name, bias), is_nonzero in zip(rows, nonzero.tolist(), strict=True):
+                if is_nonzero:
                     suspects[name].append((path, bias, why, True))
         elif len(rows) > 4:
             median = lengths.median()
@@ -161,7 +162,7 @@ def _biases(block: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def _moved(name: str, block: nn.Module, call: tuple[Any, ...], path: str, added: Tensor) -> tuple[Site, Tensor] | None:
-    """Where a bias adds a constant, and which; None if what it adds depends on the state."""
+    """The site where a bias adds a constant vector, and the vector; None if its effect depends on the state."""
     sites: list[Site] = ["block", "attention"]
     for site in sites:
         try:
@@ -179,7 +180,7 @@ def _moved(name: str, block: nn.Module, call: tuple[Any, ...], path: str, added:
 
 
 def _tolerance(block: nn.Module) -> float:
-    """Rounding of states makes a constant differ from token to token."""
+    """The share by which a constant may vary between tokens; in half precision, rounding of the states adds to it."""
     dtype = next(block.parameters()).dtype
     return _CONSTANT if dtype == torch.float32 else 0.1
 

@@ -1,4 +1,4 @@
-"""Random directions: what a vector does is measured against what any vector of its length does at its place."""
+"""Random directions, the control for a steering vector: a vector of the same length at the same place."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""LEACE: take a binary concept out of states, so that no linear probe can find it, with the least change.
+"""LEACE: remove a binary concept from states with the least change, so that no linear probe can detect it.
 
 Belrose et al. 2306.03819, theorem 4.3: `r(x) = x - W⁺ P W (x - E[x])` with the whitening `W = Σ^(-1/2)` and the
 orthogonal projection P onto `W Σ_xz`. For two classes `Σ_xz` is one vector, along the difference of their means, and

@@ -1,4 +1,4 @@
-"""How well a direction reads: what its projection says about states that it was not fitted on."""
+"""Evaluate a direction as a probe: how well its projections separate states that it was not fitted on."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ _BINS = 10
 
 @dataclass(frozen=True)
 class Reading:
-    """How well a direction reads held-out pairs.
+    """The metrics of a direction as a probe of held-out pairs.
 
     Attributes:
         pair_accuracy: Share of pairs whose chosen answer has the larger projection; a tie counts half.
         accuracy: Share of single answers on the right side of a threshold.
         auroc: Area under the ROC curve.
-        brier: Mean squared error of the probability, 0.25 for a coin's.
-        calibration_error: Mean gap between probability and frequency over ten bins, weighted by their answers.
+        brier: Mean squared error of the probability; 0.25 for a coin flip.
+        calibration_error: Mean gap between probability and frequency over ten bins, weighted by their size.
     """
 
     pair_accuracy: float
@@ -36,7 +36,7 @@ class Reading:
 
 
 def read(direction: Tensor, fitted_on: Pairs, held_out: Pairs) -> Reading:
-    """Read held-out answers along a direction.
+    """Evaluate a direction as a probe of held-out answers.
 
     Threshold and slope of the probability come from a logistic regression on the one-dimensional projections of the
     answers that the direction was fitted on (Platt scaling).
@@ -50,7 +50,7 @@ def read(direction: Tensor, fitted_on: Pairs, held_out: Pairs) -> Reading:
         ValueError: the direction is zero or not finite.
     """
     if not torch.isfinite(direction).all() or not direction.norm() > 0:
-        raise ValueError("The direction is zero or not finite: it reads nothing.")
+        raise ValueError("The direction is zero or not finite, so it cannot be used as a probe.")
     fitted, labels = _projections(direction, fitted_on)
     projections, truth = _projections(direction, held_out)
     centre, spread = fitted.mean(), fitted.std() + 1e-12
@@ -74,11 +74,11 @@ def _projections(direction: Tensor, pairs: Pairs) -> tuple[NDArray[np.float64], 
 
 
 def calibration_error(probability: NDArray[np.float64], truth: NDArray[np.bool_]) -> float:
-    """Mean gap between probability and frequency over ten equal bins of probability, weighted by their rows.
+    """Mean gap between probability and frequency over ten equal bins of probability, weighted by their size.
 
     Args:
         probability: `(rows,)`, between 0 and 1.
-        truth: Whether what it is the probability of is the case, `(rows,)`.
+        truth: Whether the predicted event occurred, `(rows,)`.
     """
     bins = np.minimum((probability * _BINS).astype(int), _BINS - 1)
     gaps = [(bins == b).mean() * abs(probability[bins == b].mean() - truth[bins == b].mean()) for b in np.unique(bins)]

@@ -1,6 +1,6 @@
 """Directions in closed form: steering vectors that need no training.
 
-Each file of this folder is one method, named by the file. It defines `POOL` (the tokens that stand for an answer)
+Each file of this folder is one method, named by the file. It defines `POOL` (the tokens that represent an answer)
 and
 
     fit(chosen, rejected) -> {layer: direction}
@@ -54,7 +54,7 @@ class Direction:
         return {layer: float(vector.norm()) for layer, vector in self.vectors.items()}
 
     def write(self, model: nn.Module, adapter_name: str | None = None) -> None:
-        """Make it the value of a steering vector: activation addition without training, or the start of training.
+        """Set a steering vector to this direction: activation addition without training, or a start for training.
 
         The written vector is the direction times the adapter's `init_scale`. The adapter also gets the residual norms
         that `norm="relative"` needs.
@@ -111,10 +111,10 @@ def compute(
     Args:
         name: One of `names()`.
         model: The model to be steered; its adapters are disabled while activations are collected.
-        batches: Like for `adapters.analysis.activations.collect`.
+        batches: As for `adapters.analysis.activations.collect`.
         layers: The layers to cover, as in `SteeringVectorConfig`.
         site: The site to read, as in `SteeringVectorConfig`.
-        pool: The tokens that stand for an answer; None for the method's own choice.
+        pool: The tokens that represent an answer; None for the method's own choice.
     """
     method = get(name)
     activations = collect(model, batches, layers, site, pool or method.POOL)

@@ -5,9 +5,9 @@ from torch import Tensor
 
 
 def first_direction(differences: Tensor) -> Tensor:
-    """Unit vector `u` that maximises `Σ (u·x_i)²` over rows `x_i` `(pairs, d)`, on the side of their mean.
+    """Unit vector `u` that maximises `Σ (u·x_i)²` over rows `x_i` `(pairs, d)`, with the sign of their mean.
 
-    About the origin, not about the mean: centring would remove the very difference that is looked for.
+    About the origin, not about the mean: centring would remove the difference between the classes.
     """
     _, _, rows = torch.linalg.svd(differences.double(), full_matrices=False)
     direction = rows[0]

@@ -1,12 +1,12 @@
 """Contrast-consistent search: a probe that needs no labels (CCS, Burns et al. 2212.03827, section 2).
 
-It fits a probability `p(x) = σ(w·x + b)` that is sure, and opposite for the two answers of a pair:
+It fits a probability `p(x) = σ(w·x + b)` that is confident, and opposite for the two answers of a pair:
 
     mean of (p(x⁺) - (1 - p(x⁻)))² + min(p(x⁺), p(x⁻))²
 
 after centring and scaling each side separately, and takes the best of ten starts. If `x⁺` were always the chosen
 answer, the centring would remove the direction, so every second pair is swapped. Labels only give the sign. Length 1.
-With more dimensions than pairs many directions are consistent, so weights decay as in the paper.
+With more dimensions than pairs, many directions are consistent, so weight decay is used as in the paper.
 """
 
 import torch
@@ -44,7 +44,7 @@ def _fit(chosen: Tensor, rejected: Tensor) -> Tensor:
             optimiser.zero_grad()
             losses.sum().backward()
             optimiser.step()
-    # The direction was fitted on scaled states, but it reads unscaled ones.
+    # The direction was fitted on scaled states, but it is applied to unscaled ones.
     scale = torch.stack([side.std(dim=0) for side in plain]).mean(dim=0).clamp_min(1e-6)
     direction = weights[losses.argmin()].detach() / scale
     sign = torch.sign(direction @ (chosen - rejected).mean(dim=0))

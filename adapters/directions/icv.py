@@ -1,4 +1,4 @@
-"""In-context vector, as the paper writes it (Liu, Ye, Xing, Zou, ICML 2024, 2311.06668, section 3).
+"""In-context vector, as defined in the paper (Liu, Ye, Xing, Zou, ICML 2024, 2311.06668, section 3).
 
 The states of all layers are concatenated, `R^(L·d)`. The vector is the first principal direction of the paired
 differences at the last token. It has length 1 over all layers together. The released code computes something else: see

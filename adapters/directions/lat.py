@@ -2,7 +2,7 @@
 
 The official code shuffles the order within pairs and then centres, so that the two classes lie on both sides of the
 origin. Taking every pair in both orders makes the centring exact and needs no random numbers: it is the first
-principal direction about the origin. Length 1; the sign is that of the mean difference, as the labels say.
+principal direction about the origin. Length 1; the labels only give the sign, that of the mean difference.
 """
 
 from torch import Tensor

@@ -1,9 +1,8 @@
 """Linear discriminant: the difference of the class means, whitened, `Σ⁻¹ (mean(chosen) - mean(rejected))`.
 
 Σ is the covariance within the classes, shrunk towards its diagonal (Ledoit and Wolf 2004 on standardised states, by
-scikit-learn), because there are fewer pairs than dimensions. Length 1. It is the best linear reader of Gaussian
-classes; what whitening gains for reading, it loses for writing (Marks and Tegmark 2310.06824, section 5: mass-mean
-probing).
+scikit-learn), because there are fewer pairs than dimensions. Length 1. It is the best linear classifier of Gaussian
+classes, but whitening makes it worse for steering (Marks and Tegmark 2310.06824, section 5: mass-mean probing).
 """
 
 import torch
@@ -14,7 +13,7 @@ POOL = "completion_mean"
 
 
 def fit(chosen: dict[int, Tensor], rejected: dict[int, Tensor]) -> dict[int, Tensor]:
-    """`(pairs, d)` per layer -> `(d,)` per layer; one pair cannot be whitened, and gives its difference."""
+    """`(pairs, d)` per layer -> `(d,)` per layer; a single pair cannot be whitened, so its difference is used."""
     return {layer: _fit(chosen[layer].double(), rejected[layer].double()) for layer in chosen}
 
 

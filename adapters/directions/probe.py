@@ -1,8 +1,8 @@
 """Logistic-regression probe: the normal of the plane that separates chosen from rejected states.
 
 The weights of scikit-learn's `LogisticRegression` (L2, C=1) on the states divided by their overall standard deviation,
-one number per layer, so that the penalty means the same at every layer. Length 1. A good reader, often a poor writer
-(AxBench, Wu et al. 2501.17148, tables 1 and 2; ITI, Li et al. 2306.03341).
+one number per layer, so that the penalty means the same at every layer. Length 1. Good at detection, often poor
+at steering (AxBench, Wu et al. 2501.17148, tables 1 and 2; ITI, Li et al. 2306.03341).
 """
 
 import torch

@@ -1,4 +1,4 @@
-"""Linear probe trained by stochastic gradient descent: `probe` as ordinary SGD finds it.
+"""Linear probe: like `probe`, but trained by stochastic gradient descent.
 
 Scikit-learn's `SGDClassifier` with the logistic loss, a constant step and weights averaged over all steps, on states
 centred and divided by their overall standard deviation as in `probe`. Length 1.

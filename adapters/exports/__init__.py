@@ -1,9 +1,9 @@
-"""Use a trained vector elsewhere: in the format of another tool, or in the weights of the model.
+"""Export a trained vector to the format of another tool, or into the weights of the model.
 
     export(model, "peft", "my-export", base="HuggingFaceTB/SmolLM2-135M-Instruct")
 
 Each file of this folder is one target, named by the file; a new file is a new target. Every export comes with the
-lines that load it without this package, and counts only once a fresh process has run them and found the same logits.
+lines that load it without this package, and is kept only if a fresh process that runs them gets the same logits.
 """
 
 from __future__ import annotations
@@ -67,11 +67,11 @@ def export(
         model: The base model with one active steering vector.
         target: One of `names()`.
         folder: A new or empty folder.
-        base: What a fresh process loads the base model from: a local folder or a Hub name.
+        base: The local folder or Hub name from which a fresh process loads the base model.
         inputs: Token ids of some prompts, on which logits are compared.
         strength: Multiplies the exported vector.
         called: The base model's name in the README, if `base` is a local copy.
-        tokenizer: The model's, written where the export is a whole model, which can then be served as it is.
+        tokenizer: The model's tokenizer. It is saved with exports that are a whole model, so that they can be served.
 
     Raises:
         ExportError: the adapter is not a constant vector, the target cannot represent it on this model, or the export

@@ -40,8 +40,8 @@ class Exported:
         target: The target's name.
         folder: The folder of the export.
         lines: Python lines that load the steered model without this package.
-        error: The largest difference of a logit in the fresh process from that of the steered model.
-        effect: The largest change of a logit by the vector, to compare `error` with.
+        error: The largest difference between a logit in the fresh process and in the steered model.
+        effect: The largest change of a logit caused by the vector, to compare `error` with.
     """
 
     target: str
@@ -52,15 +52,15 @@ class Exported:
 
 
 class Export(ABC):
-    """A target. Its file has one instance, `TARGET`.
+    """Base class of the targets. The file of a target defines one instance, `TARGET`.
 
     Attributes:
-        packages: Packages that must be installed to write or verify it.
+        packages: Packages that must be installed to write or verify an export.
         python: Python lines that load the export as `model`, with `{folder!r}`, `{base!r}` and `{dtype!r}` to fill in.
         note: What else a reader of the README should know.
         whole_model: Whether the folder is a complete model, so that the tokenizer is written too.
-        verified_in: The tool that reads the files in earnest, if the lines do not run it.
-        not_read: Why nothing is read back from it, and what to do.
+        verified_in: The tool that the files are meant for, if the lines do not run it.
+        not_read: Why the format cannot be read back, and what to do instead.
     """
 
     packages: ClassVar[tuple[str, ...]] = ()
@@ -77,7 +77,7 @@ class Export(ABC):
 
     @staticmethod
     def check_blocks_only(vectors: ConstantVectors, tool: str) -> None:
-        """Raise an ExportError for vectors at another site than the outputs of blocks."""
+        """Raise an ExportError unless the vectors are added to block outputs."""
         if vectors.site != "block":
             raise ExportError(f"site={vectors.site!r}: {tool} adds to block outputs only. What works: safetensors.")
 
@@ -96,14 +96,14 @@ class Export(ABC):
         """Write the files into an empty folder."""
 
     def read(self, source: Path, model: nn.Module) -> dict[int, Tensor]:
-        """The vectors in a file or folder of the tool, by block; `adapter_of` makes an adapter of them.
+        """Read the vectors in a file or folder of the tool, by block; `adapter_of` turns them into an adapter.
 
         Args:
-            source: A file or a folder, as `write` or the tool itself leaves it.
-            model: The base model that they are for, without adapters; it is left as it is.
+            source: A file or a folder, as written by `write` or by the tool itself.
+            model: The base model that they are for, without adapters; it is not changed.
 
         Raises:
-            ExportError: it is none, or cannot be expressed as vectors that are added to the outputs of blocks.
+            ExportError: the source has another format, or cannot be expressed as vectors added to block outputs.
         """
         if self.not_read:
             raise ExportError(self.not_read)
@@ -119,7 +119,7 @@ class Export(ABC):
 
     @staticmethod
     def filled(python: str, base: str, folder: str, model: PeftModel) -> str:
-        """Fill in the placeholders: BLOCKS with the name of the list of blocks, the others with a Python literal."""
+        """Fill in the placeholders: BLOCKS with the name of the list of blocks, the others with Python literals."""
         blocks = find_blocks(model.get_base_model())[0][0].rpartition(".")[0]
         return python.replace("BLOCKS", blocks).format(
             base=base, folder=folder, dtype=str(model.dtype).removeprefix("torch.")

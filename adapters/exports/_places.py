@@ -1,4 +1,4 @@
-"""Measure where the weights of a model can hold a constant, instead of a hook that adds it."""
+"""Find out, by measurement, where a model's weights can hold a constant that a hook would otherwise add."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def linear_places(
 
     The vector is added to the output of each candidate in turn, from the last to the first, and the change of the
     steered module's output is measured. If it is the vector (or a fixed multiple of it, which is divided out), the
-    place is exact. Blocks that normalise or scale after their last map have none, nor have fused experts.
+    place is exact. Blocks that normalise or scale after their last map have no such place, nor do fused experts.
 
     Args:
         vectors: The vectors.
@@ -81,7 +81,7 @@ def _place(
         for path, inner in module.named_modules()
         if path and fits(inner) and not isinstance(inner, SteeringVectorLayer)
     ]
-    seen = []
+    rejected = []
     for path, inner in reversed(candidates):
         handle = inner.register_forward_hook(_adding(vector))
         try:
@@ -95,16 +95,16 @@ def _place(
         off = float((change - share * vector).abs().max() / vector.abs().max())
         if abs(share) > 1e-3 and off <= _tolerance(before) * max(1.0, abs(share)):
             return f"{name}.{path}", vector / (1.0 if abs(share - 1) <= _tolerance(before) else share)
-        seen.append(f"{path} (gives {share:.2g} of it, off by {off:.2g})")
-    kinds = ", ".join(seen[:3]) or "it has no linear map of this width"
+        rejected.append(f"{path} (gives {share:.2g} of it, off by {off:.2g})")
+    reasons = ", ".join(rejected[:3]) or "it has no linear map of this width"
     raise ExportError(
-        f"No map inside {name} ({type(module).__name__}) can hold the vector: {kinds}. The block normalises after "
+        f"No map inside {name} ({type(module).__name__}) can hold the vector: {reasons}. The block normalises after "
         "its last map, or has fused experts. What works: the steering adapter itself, safetensors, gguf."
     )
 
 
 def _tolerance(states: Tensor) -> float:
-    """Adding to a state rounds it, so a vector arrives only as exactly as the states' precision allows."""
+    """The relative error allowed: a vector added to a state is rounded to the precision of the states."""
     return max(_EXACT, 64 * torch.finfo(states.dtype).eps * (1.0 + float(states.float().abs().max())))
 
 

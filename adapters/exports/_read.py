@@ -1,4 +1,4 @@
-"""What readers of other tools' files share. Everything from a file is checked: these files come from anywhere."""
+"""Helpers for reading the files of other tools. Every value is checked, because the files are not trusted."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _LARGEST = 10**9  # bytes
 
 
 def load_tensors(file: Path) -> Any:
-    """The value in a file of `torch.save`, if it consists of tensors and plain values; otherwise it is not unpickled.
+    """Load a `torch.save` file that consists of tensors and plain values; anything else is not unpickled.
 
     Raises:
         ExportError: the file does not exist, is too large, or holds something else.
@@ -26,8 +26,8 @@ def load_tensors(file: Path) -> Any:
         raise ExportError(f"{file} is not a file of at most {_LARGEST} bytes.")
     try:
         return torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises what its reader meets
-        raise ExportError(f"{file} does not hold tensors alone, and is not unpickled: {error!s:.200}") from error
+    except Exception as error:  # torch can raise anything on a damaged file
+        raise ExportError(f"{file} holds more than tensors, and is not unpickled: {error!s:.200}") from error
 
 
 def load_json(file: Path) -> Any:
@@ -43,19 +43,19 @@ def load_json(file: Path) -> Any:
 
 
 def inside(folder: Path, name: Any) -> Path:
-    """A file that a request names, which has to lie in the folder of the request.
+    """The path of a file that a request names; it must lie in the folder of the request.
 
     Raises:
         ExportError: it lies elsewhere.
     """
     file = folder / str(name)
     if not file.resolve().is_relative_to(folder.resolve()):
-        raise ExportError(f"{str(name)!r:.80} lies outside {folder}, and is not read.")
+        raise ExportError(f"{str(name)!r:.80} lies outside {folder}, so it is not read.")
     return file
 
 
 def row_of(value: Any, what: str) -> Tensor:
-    """A vector `(d,)` in fp32.
+    """Check a vector `(d,)`, and return it in fp32.
 
     Raises:
         ExportError: it is something else, or not finite.
@@ -67,7 +67,7 @@ def row_of(value: Any, what: str) -> Tensor:
 
 
 def number_of(value: Any, what: str) -> float:
-    """A finite number.
+    """Check a finite number, and return it.
 
     Raises:
         ExportError: it is something else.
@@ -78,18 +78,18 @@ def number_of(value: Any, what: str) -> float:
 
 
 def layer_of(value: Any, what: str) -> int:
-    """The index of a block; whether the model has it is checked when the adapter is made.
+    """Check the index of a block, and return it. Whether the model has this block is checked with the adapter.
 
     Raises:
         ExportError: it is not a whole number of 0 or more.
     """
     if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-        raise ExportError(f"{what} must be the index of a block, from 0 on (got {value!r:.80}).")
+        raise ExportError(f"{what} must be the index of a block, 0 or more (got {value!r:.80}).")
     return value
 
 
 def block_of(name: str, model: nn.Module) -> int:
-    """The index of the block that a module name means, with or without what stands before the blocks.
+    """The index of the block with a module name, which may lack the prefix of the list of blocks.
 
     Raises:
         ExportError: the model has no such block.
@@ -102,7 +102,7 @@ def block_of(name: str, model: nn.Module) -> int:
 
 
 def description_of(source: Path) -> dict[str, Any] | None:
-    """What a source says about itself: in the folder, beside the file, or in a safetensors file; None if nothing.
+    """The description of a source, from its folder, from beside the file, or from a safetensors file; None if missing.
 
     Raises:
         ValueError: it is damaged.

@@ -20,17 +20,17 @@ from ..types import CONSTANT_FORMS, Site
 
 
 class ExportError(ValueError):
-    """Something cannot be exported; the message says why, and what works instead."""
+    """Raised when something cannot be exported; the message says why, and what works instead."""
 
 
 @dataclass(frozen=True)
 class ConstantVectors:
-    """What an adapter adds, independent of the input.
+    """The vectors that an adapter adds, independent of the input.
 
     Attributes:
         vectors: Full name of the steered module in the base model -> `(d,)`, fp32.
         layers: The same name -> index of the block.
-        site: What is steered.
+        site: The steered site, as in `SteeringVectorConfig`.
         base: Name of the base model, and its fingerprint.
     """
 
@@ -46,7 +46,7 @@ class ConstantVectors:
 
     @property
     def description(self) -> dict[str, Any]:
-        """What a file of these vectors must say (see `description.py`); strength is baked in, so 1 is recommended."""
+        """The description of these vectors (see `description.py`). The strength is baked in, so 1 is recommended."""
         return {
             "format": FORMAT,
             "operation": "add",
@@ -67,14 +67,14 @@ class ConstantVectors:
 
 
 def constant_vectors(model: PeftModel, strength: float = 1.0) -> ConstantVectors:
-    """What the active adapter adds at a strength, with the length that `norm` prescribes.
+    """The vectors that the active adapter adds at a strength, with the length set by `norm`.
 
     Args:
         model: A model with one active steering vector and no other adapter.
         strength: Multiplies the vectors.
 
     Raises:
-        ExportError: there is another adapter, several are active, or this one does not add a constant everywhere.
+        ExportError: there is another adapter, several are active, or this one does not add a constant at every token.
     """
     if not isinstance(model, PeftModel):
         raise ExportError(
@@ -116,7 +116,7 @@ def _only_adapter(model: PeftModel) -> tuple[str, SteeringVectorConfig]:
     configs = {name: model.peft_config[name] for name in active}
     if len(active) != 1:
         raise ExportError(
-            f"{len(active)} adapters are active ({active}): export one at a time, model.set_adapter(name)."
+            f"{len(active)} adapters are active ({active}). Export one at a time: model.set_adapter(name)."
         )
     [(name, config)] = configs.items()
     if not isinstance(config, SteeringVectorConfig):
@@ -127,10 +127,10 @@ def _only_adapter(model: PeftModel) -> tuple[str, SteeringVectorConfig]:
         if isinstance(module, BaseTunerLayer) and not isinstance(module, SteeringVectorLayer)
     }
     if others:
-        raise ExportError(f"The model has another adapter too ({sorted(others)}): load the steering vector alone.")
+        raise ExportError(f"The model also has another adapter ({sorted(others)}). Load the steering vector alone.")
     if getattr(model.get_base_model(), "is_quantized", False):
         raise ExportError(
-            "The base is quantised, so the export cannot be verified: load the base without quantisation."
+            "The base is quantised, so the export cannot be verified. Load the base without quantisation."
         )
     return name, config
 
@@ -145,7 +145,7 @@ def _form(vector: object) -> str:
 
 
 def adapter_of(model: nn.Module, vectors: Mapping[int, Tensor], adapter_name: str = "default") -> PeftModel:
-    """A model steered by given vectors, as an ordinary adapter that can be saved, scaled and trained on.
+    """Steer a model by given vectors, as an ordinary adapter that can be saved, scaled and trained further.
 
     Args:
         model: The base model.

@@ -26,13 +26,13 @@ _TELLING = 10  # the effect of the vector must be this many times larger than ro
 def verify(
     target: Export, folder: Path, model: PeftModel, base: str, inputs: Sequence[Sequence[int]], strength: float
 ) -> tuple[float, float]:
-    """The largest difference of a logit from the steered model's, and the largest change by the vector.
+    """The largest difference of a logit from the steered model's, and the largest change caused by the vector.
 
     Raises:
         ExportError: the lines do not run, the logits differ, or the vector moves them too little to verify.
     """
     if not inputs or not all(len(ids) for ids in inputs):
-        raise ExportError("inputs is empty: give the token ids of one prompt or more, on which logits are compared.")
+        raise ExportError("inputs is empty. Give the token ids of at least one prompt, on which logits are compared.")
     with set_strength(model, strength):
         steered = _logits(model, inputs)
     with untouched(model), model.disable_adapter():
@@ -49,7 +49,7 @@ def verify(
     if not error <= limit:
         raise ExportError(
             f"The export does not behave the same: logits differ by {error:.2g} (allowed {limit:.2g}) where the "
-            f"vector moves them by {effect:.2g}. Is base={base!r} the base of this adapter? Nothing was kept."
+            f"vector moves them by {effect:.2g}. Is base={base!r} the base of this adapter? No files were kept."
         )
     return error, effect
 
@@ -66,6 +66,6 @@ def _in_fresh_process(lines: str, inputs: Sequence[Sequence[int]]) -> list[Tenso
         job.write_text(json.dumps({"lines": lines, "inputs": [list(ids) for ids in inputs], "logits": str(logits)}))
         ran = subprocess.run([sys.executable, "-P", str(_FRESH), str(job)], capture_output=True, text=True)
         if ran.returncode:
-            raise ExportError(f"A fresh process cannot load it:\n{lines}\n{ran.stderr[-1500:]}")
+            raise ExportError(f"A fresh process cannot load the export:\n{lines}\n{ran.stderr[-1500:]}")
         values = load_file(logits)
     return [values[str(i)] for i in range(len(inputs))]

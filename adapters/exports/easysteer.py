@@ -1,4 +1,4 @@
-"""EasySteer (github ZJU-REAL/EasySteer): a control vector as GGUF, and what a request says.
+"""EasySteer (github ZJU-REAL/EasySteer): a control vector as GGUF, and the fields of a request.
 
 Its algorithm `direct` adds `scale` times the tensor `direction.N` to the output of block N, for the layers that a
 request names; the trigger token -1 stands for every token.
@@ -30,7 +30,7 @@ class EasySteerExport(GgufExport):
     verified_in = "EasySteer"
 
     def write(self, vectors: ConstantVectors, model: PeftModel, folder: Path) -> None:
-        """Both files."""
+        """Write both files."""
         super().write(vectors, model, folder)
         request = {
             "steer_vector_name": "vector",
@@ -46,10 +46,10 @@ class EasySteerExport(GgufExport):
         (folder / REQUEST).write_text(json.dumps(request, indent=1), encoding="utf-8")
 
     def _read(self, source: Path, model: nn.Module) -> dict[int, Tensor]:
-        """A folder with both files."""
+        """Read a folder with both files."""
         request = load_json(source / REQUEST)
         if not isinstance(request, dict):
-            raise ExportError(f"{source}: {REQUEST} must be one request.")
+            raise ExportError(f"{source}: {REQUEST} must hold a single request (got {type(request).__name__}).")
         every = [-1]
         expected = {
             "algorithm": "direct",
@@ -59,12 +59,12 @@ class EasySteerExport(GgufExport):
         }
         for key, value in expected.items():
             if request.get(key) != value:
-                raise ExportError(f"{source}: {key} is {request.get(key)!r:.80}, and only {value!r} can be read.")
+                raise ExportError(f"{source}: {key} is {request.get(key)!r:.80}, but only {value!r} can be read.")
         directions = read_gguf(inside(source, request.get("steer_vector_local_path")))
         scale = number_of(request.get("scale", 1.0), f"{source}: scale")
         layers = request.get("target_layers")
-        wanted = {*directions} if layers is None else {layer_of(one, f"{source}: target_layers") for one in layers}
-        return {layer: scale * vector for layer, vector in directions.items() if layer in wanted}
+        targets = {*directions} if layers is None else {layer_of(one, f"{source}: target_layers") for one in layers}
+        return {layer: scale * vector for layer, vector in directions.items() if layer in targets}
 
 
 TARGET = EasySteerExport()

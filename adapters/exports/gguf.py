@@ -1,7 +1,7 @@
 """llama.cpp's control vector: a GGUF file that `--control-vector` adds to the residual stream.
 
-Tensor `direction.N` is added to the output of block N, at every position. N starts at 1: block 0 has no place in the
-format. llama.cpp does not check which model a vector was made for.
+Tensor `direction.N` is added to the output of block N, at every position. N starts at 1: the format cannot represent
+block 0. llama.cpp does not check which model a vector was made for.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from ._vectors import ConstantVectors, ExportError
 FILE = "control-vector.gguf"
 _ARCHITECTURE = "controlvector"
 _DESCRIPTION = "steering_vector.description"
-_MOST_VALUES = 10_000  # of the header; llama.cpp's own files have seven a layer
+_MOST_VALUES = 10_000  # in the header; llama.cpp's own files have seven per layer
 
 
 class GgufExport(Export):
@@ -51,11 +51,11 @@ for tensor in GGUFReader({folder!r} + "/control-vector.gguf").tensors:
     )
 
     def _read(self, source: Path, model: nn.Module) -> dict[int, Tensor]:
-        """A control vector; of an export's folder the one in it."""
+        """Read a control vector, or the one in the folder of an export."""
         return read(source / FILE if source.is_dir() else source)
 
     def check(self, vectors: ConstantVectors, model: PeftModel) -> None:
-        """Block outputs only, and not that of block 0."""
+        """Block outputs only, except that of block 0."""
         self.check_blocks_only(vectors, "llama.cpp")
         if 0 in vectors.by_layer:
             raise ExportError(
@@ -64,13 +64,13 @@ for tensor in GGUFReader({folder!r} + "/control-vector.gguf").tensors:
             )
 
     def write(self, vectors: ConstantVectors, model: PeftModel, folder: Path) -> None:
-        """`control-vector.gguf`."""
+        """Write `control-vector.gguf`."""
         from gguf import GGUFWriter
 
         writer = GGUFWriter(str(folder / FILE), _ARCHITECTURE)
         writer.add_string(f"{_ARCHITECTURE}.model_hint", text_config(model.get_base_model()).model_type)
         writer.add_uint32(f"{_ARCHITECTURE}.layer_count", len(vectors.by_layer))
-        # what the format itself has no place for; llama.cpp reads past keys that it does not know
+        # The format has no fields for these; llama.cpp ignores unknown keys.
         for key in ("operation", "site", "positions"):
             writer.add_string(f"steering_vector.{key}", vectors.description[key])
         writer.add_string(_DESCRIPTION, json.dumps(vectors.description))
@@ -83,10 +83,10 @@ for tensor in GGUFReader({folder!r} + "/control-vector.gguf").tensors:
 
 
 def read_facts(file: str | Path) -> dict[str, Any] | None:
-    """What the control vector says about itself (see `description.py`); None for a file of another tool.
+    """The description in a control vector (see `description.py`); None for a file of another tool.
 
     Raises:
-        ExportError: it is not readable.
+        ExportError: the file is not readable.
     """
     with _opened(file) as reader:
         field = reader.fields.get(_DESCRIPTION)
@@ -98,7 +98,7 @@ def read_facts(file: str | Path) -> dict[str, Any] | None:
 
 
 def read(file: str | Path) -> dict[int, Tensor]:
-    """The directions of a control vector, by block; `adapter_of` makes an adapter of them.
+    """The directions of a control vector, by block; `adapter_of` turns them into an adapter.
 
     Raises:
         ExportError: the file is not a control vector, or does not hold finite fp32 rows of one width.
@@ -109,24 +109,25 @@ def read(file: str | Path) -> dict[int, Tensor]:
         tensors = {tensor.name: torch.tensor(tensor.data) for tensor in reader.tensors}
     if architecture != _ARCHITECTURE:
         raise ExportError(f"{file} holds a {architecture!r} model, not a control vector.")
-    found = {}
+    directions = {}
     for name, vector in tensors.items():
         match = re.fullmatch(r"direction\.([1-9]\d{0,5})", name, re.ASCII)
         if match is None:
             raise ExportError(f"{file}: tensor {name!r} must be named direction.N with N from 1.")
         if vector.ndim != 1 or vector.dtype != torch.float32 or not vector.isfinite().all():
             raise ExportError(
-                f"{file}: {name} is {vector.dtype} {tuple(vector.shape)}; expected are finite fp32 rows."
+                f"{file}: {name} must be a finite fp32 vector (got {vector.dtype} {tuple(vector.shape)})."
             )
-        found[int(match[1])] = vector
-    if len({len(vector) for vector in found.values()}) != 1:
-        raise ExportError(f"{file}: directions of one width are expected, found {sorted(map(len, found.values()))}.")
-    return found
+        directions[int(match[1])] = vector
+    if len({len(vector) for vector in directions.values()}) != 1:
+        widths = sorted(map(len, directions.values()))
+        raise ExportError(f"{file}: all directions must have the same width (got {widths}).")
+    return directions
 
 
 @contextmanager
 def _opened(file: str | Path) -> Iterator[Any]:
-    """A reader of a file; what goes wrong inside becomes an ExportError."""
+    """Yield a reader of a file; errors inside become an ExportError."""
     try:
         if not Path(file).is_file():
             raise OSError("the file does not exist")
@@ -146,7 +147,7 @@ def _reader(file: str) -> Any:
         def _get(self, offset: int, dtype: Any, count: int = 1, *args: Any, **kwargs: Any) -> Any:
             self.reads += 1
             if self.reads > _MOST_VALUES or int(offset) + int(count) * np.dtype(dtype).itemsize > len(self.data):
-                raise ValueError("its header names more than the file holds, or than a control vector has")
+                raise ValueError("its header declares more than the file holds, or than a control vector can hold")
             return super()._get(offset, dtype, count, *args, **kwargs)
 
     return Bounded(file)

@@ -41,11 +41,11 @@ for name, part in steer.items():
     )
 
     def _read(self, source: Path, model: nn.Module) -> dict[int, Tensor]:
-        """`steer.pt`, or a folder that holds it."""
+        """Read `steer.pt`, or a folder that contains it."""
         parts = load_tensors(source / FILE if source.is_dir() else source)
         if not isinstance(parts, dict) or not all(isinstance(part, dict) for part in parts.values()):
             raise ExportError(
-                f"{source} is not a file of lm-eval's steered model: a dictionary by module is expected."
+                f"{source} is not a file of lm-eval's steered model, which holds a dictionary for each module."
             )
         vectors = {}
         for name, part in parts.items():
@@ -56,11 +56,11 @@ for name, part in steer.items():
         return vectors
 
     def check(self, vectors: ConstantVectors, model: PeftModel) -> None:
-        """Inside lm-eval's view of the model."""
+        """Only modules that lm-eval can find."""
         self._hookpoints(vectors, model)
 
     def write(self, vectors: ConstantVectors, model: PeftModel, folder: Path) -> None:
-        """`steer.pt`."""
+        """Write `steer.pt`."""
         part = {"steering_coefficient": 1.0, "action": "add", "bias": None}
         names = self._hookpoints(vectors, model)
         torch.save({names[n]: {"steering_vector": v, **part} for n, v in vectors.vectors.items()}, folder / FILE)
@@ -70,7 +70,9 @@ for name, part in steer.items():
         prefix = f"{model.get_base_model().base_model_prefix}."
         outside = [name for name in vectors.vectors if not name.startswith(prefix)]
         if outside:
-            raise ExportError(f"{outside} are not inside {prefix[:-1]!r}, where lm-eval looks. What works: peft.")
+            raise ExportError(
+                f"{outside} are not inside {prefix[:-1]!r}, where lm-eval looks for modules. What works: peft."
+            )
         return {name: name.removeprefix(prefix) for name in vectors.vectors}
 
 

@@ -1,7 +1,7 @@
-"""The vector in the base model's own weights: a bias that the architecture's configuration carries through reload.
+"""Merge the vector into the base model's weights: a bias that the model's configuration declares.
 
 GPT-2 has a bias where a block writes; Llama gets one with `mlp_bias=True`. Saving and reloading silently drops a bias
-that the configuration does not know, so such a bias is never written.
+that the configuration does not declare, so such a bias is never written.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ class MergedExport(Export):
     """A whole model that `AutoModelForCausalLM.from_pretrained` loads, with its generation configuration."""
 
     python = LOAD.replace("{base!r}", "{folder!r}")
-    note = "The folder holds a whole model. With its tokenizer in it, servers take it as it is: `vllm serve FOLDER`."
+    note = "The folder holds a whole model. If it includes the tokenizer, servers can load it: `vllm serve FOLDER`."
     whole_model = True
-    not_read = "steertune audit FOLDER --output OUT finds a vector in a checkpoint and takes it out as an adapter."
+    not_read = "steertune audit FOLDER --output OUT finds a vector in a checkpoint and extracts it as an adapter."
 
     def check(self, vectors: ConstantVectors, model: PeftModel) -> None:
-        """See `linear_places`; and there must be a configuration with a bias at these places."""
+        """Like `linear_places`, and the model's configuration must allow a bias at these places."""
         _with_biases(model.get_base_model(), _places(vectors, model))
 
     def write(self, vectors: ConstantVectors, model: PeftModel, folder: Path) -> None:
-        """The model as `save_pretrained` writes it."""
+        """Write the model with `save_pretrained`."""
         base, places = model.get_base_model(), _places(vectors, model)
         config = _with_biases(base, places)
         with torch.device("meta"):
@@ -57,7 +57,7 @@ def _places(vectors: ConstantVectors, model: PeftModel) -> dict[str, Tensor]:
 
 
 def _with_biases(base: Any, places: dict[str, Tensor]) -> Any:
-    """The configuration with which these maps have biases: the model's own, or with one more switch.
+    """The configuration with which these maps have biases: the model's own, or the same with one more switch set.
 
     Raises:
         ExportError: no switch adds them.

@@ -1,6 +1,6 @@
 """Stock PEFT: BEFT, a trained bias on the output of a linear map (PEFT 0.20 and later).
 
-Exact where a block adds the output of its last linear map to the residual stream as it is: pre-norm blocks. See
+Exact where a block adds the output of its last linear map to the residual stream unchanged, as pre-norm blocks do. See
 `_places` for how that is decided.
 """
 
@@ -31,12 +31,14 @@ class PeftExport(Export):
     note = "`lm_eval --model hf --model_args pretrained=...,peft=FOLDER` and every other user of PEFT read it."
 
     def _read(self, source: Path, model: nn.Module) -> dict[int, Tensor]:
-        """A BEFT folder. What its biases do to the output of their block is measured, and refused where that depends
-        on the state."""
+        """Read a BEFT folder. The effect of each bias on the output of its block is measured, and must not depend on
+        the state."""
         config = load_json(source / "adapter_config.json")
         if not isinstance(config, dict) or config.get("peft_type") != "BEFT":
             kind = config.get("peft_type") if isinstance(config, dict) else None
-            raise ExportError(f"{source} holds a {kind!r:.80} adapter. Only BEFT, one bias a map, can be a vector.")
+            raise ExportError(
+                f"{source} holds a {kind!r:.80} adapter. Only BEFT, one bias per map, can be read as a vector."
+            )
         vectors: dict[int, Tensor] = {}
         for key, tensor in read_tensors(source / SAFETENSORS_WEIGHTS_NAME).items():
             match = re.fullmatch(r"base_model\.model\.(.+)\.beft_bias", key)
@@ -44,7 +46,9 @@ class PeftExport(Export):
                 raise ExportError(f"{source}: {key!r:.80} is not the bias of a map.")
             layer, vector = _at_block(model, match[1], row_of(tensor.reshape(-1), f"{source}: {key}"))
             if layer in vectors:
-                raise ExportError(f"{source} has several biases in block {layer}, which add up otherwise than apart.")
+                raise ExportError(
+                    f"{source} has several biases in block {layer}, whose effects may not simply add up."
+                )
             vectors[layer] = vector
         return vectors
 
@@ -53,14 +57,14 @@ class PeftExport(Export):
         linear_places(vectors, model, _is_linear)
 
     def write(self, vectors: ConstantVectors, model: PeftModel, folder: Path) -> None:
-        """`adapter_config.json` and `adapter_model.safetensors`."""
+        """Write `adapter_config.json` and `adapter_model.safetensors`."""
         places = dict(linear_places(vectors, model, _is_linear).values())
-        known = model.active_peft_config
+        steering_config = model.active_peft_config
         config = BeftConfig(
             task_type="CAUSAL_LM",
             target_modules=sorted(places),
-            base_model_name_or_path=known.base_model_name_or_path,
-            revision=known.revision,
+            base_model_name_or_path=steering_config.base_model_name_or_path,
+            revision=steering_config.revision,
             inference_mode=True,
         )
         config.save_pretrained(str(folder))
@@ -69,18 +73,18 @@ class PeftExport(Export):
 
 
 def _at_block(model: nn.Module, name: str, bias: Tensor) -> tuple[int, Tensor]:
-    """The block of a map, and what the bias adds to that block's output."""
+    """The index of the block that contains a map, and the vector that the bias adds to that block's output."""
     for layer, (path, block) in enumerate(find_blocks(model)):
         if not name.startswith(f"{path}."):
             continue
         place = block.get_submodule(name.removeprefix(f"{path}."))
         steered = adapter_of(model, {layer: bias})
         try:
-            found = linear_places(constant_vectors(steered), steered, partial(operator.is_, place))
-            [(_, needed)] = found.values()
+            places = linear_places(constant_vectors(steered), steered, partial(operator.is_, place))
+            [(_, needed)] = places.values()
         finally:
             steered.unload()
-        # `needed` at the map gives `bias` at the block, in proportion
+        # A bias of `needed` at the map adds `bias` at the block, and the effect is linear.
         return layer, bias * float(bias.norm() / needed.norm())
     raise ExportError(f"{name!r:.80} is in no block of this model.")
 

@@ -14,7 +14,7 @@ from .safetensors import SafetensorsExport
 
 
 class RepengExport(SafetensorsExport):
-    """A safetensors file, and the lines that make repeng's object of it."""
+    """A safetensors file, and the lines that load it as repeng's object."""
 
     packages = ("repeng",)
     not_read = "repeng saves control vectors as GGUF: --from gguf. In Python: exports.repeng.read(control_vector)."
@@ -37,10 +37,10 @@ model.set_control(ControlVector(model.model.config.model_type, directions), 1.0)
 
 
 def read(control_vector: Any) -> dict[int, Tensor]:
-    """The directions of a `repeng.ControlVector`, by block; `adapter_of` makes an adapter of them.
+    """The directions of a `repeng.ControlVector`, by block; `adapter_of` turns them into an adapter.
 
     Raises:
-        ExportError: it is another object.
+        ExportError: the argument is another object.
     """
     if not hasattr(control_vector, "directions"):
         raise ExportError(f"{type(control_vector).__name__} is not a repeng.ControlVector.")

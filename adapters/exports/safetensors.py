@@ -18,7 +18,7 @@ FILE = "vectors.safetensors"
 
 
 class SafetensorsExport(Export):
-    """One file, and eight lines that use it."""
+    """One file, and the few lines that use it."""
 
     python = (
         LOAD
@@ -32,15 +32,15 @@ for name, vector in load_file({folder!r} + "/vectors.safetensors").items():
     note = "Keys of `vectors.safetensors` are full names of modules in the base; values are added to their output."
 
     def _read(self, source: Path, model: nn.Module) -> dict[int, Tensor]:
-        """`vectors.safetensors`, or a folder that holds it: names of blocks, or of modules in them, to vectors."""
+        """Read `vectors.safetensors`, or a folder that contains it: the names of blocks to vectors."""
         tensors = read_tensors(source / FILE if source.is_dir() else source)
         return {block_of(name, model): row_of(vector, f"{source}: {name}") for name, vector in tensors.items()}
 
     def check(self, vectors: ConstantVectors, model: PeftModel) -> None:
-        """Every constant vector fits."""
+        """Every constant vector can be exported."""
 
     def write(self, vectors: ConstantVectors, model: PeftModel, folder: Path) -> None:
-        """`vectors.safetensors`."""
+        """Write `vectors.safetensors`."""
         metadata = {"format": "pt", "steering_vector": json.dumps(vectors.description)}
         save_file({name: v.contiguous() for name, v in vectors.vectors.items()}, folder / FILE, metadata)
 

@@ -15,7 +15,7 @@ _TYPES = {"block": "decoder_block", "attention": "self_attn", "mlp": "mlp"}
 
 
 class SteeringVectorsExport(SafetensorsExport):
-    """A safetensors file, and the lines that make the package's object of it."""
+    """A safetensors file, and the lines that load it as the package's object."""
 
     packages = ("steering_vectors",)
     not_read = "The package has no file format. In Python: exports.steering_vectors.read(steering_vector)."
@@ -32,18 +32,18 @@ SteeringVector(layer_activations=activations, layer_type="TYPE").patch_activatio
     )
 
     def lines(self, base: str, folder: str, model: PeftModel) -> str:
-        """With the package's word for the site."""
+        """Like the parent, with the package's name for the site."""
         config: Any = model.peft_config[model.active_adapters[0]]
         return self.filled(self.python.replace("TYPE", _TYPES[config.site]), base, folder, model)
 
     def check(self, vectors: ConstantVectors, model: PeftModel) -> None:
-        """Every site has a word there."""
+        """Every site that has a name in the package."""
         if vectors.site not in _TYPES:
             raise ExportError(f"site={vectors.site!r} must be one of {list(_TYPES)}.")
 
 
 def read(steering_vector: Any) -> dict[int, Tensor]:
-    """The vectors of a `steering_vectors.SteeringVector`, by block; `adapter_of` makes an adapter of them.
+    """The vectors of a `steering_vectors.SteeringVector`, by block; `adapter_of` turns them into an adapter.
 
     Raises:
         ExportError: they are not for block outputs.

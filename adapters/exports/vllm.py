@@ -2,7 +2,7 @@
 vector, layer and scale.
 
 The plug-in reads a folder of `NAME.pt` files with `weights_only=True`, each one tensor `(blocks of the model, d)`. Row
-i is added to the output of block i. Requests say `{"id": NAME, "layer": i, "scale": s}`, or a list of such.
+i is added to the output of block i. Requests carry `{"id": NAME, "layer": i, "scale": s}`, or a list of these.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ NAME = "vector"
 
 
 class VllmExport(Export):
-    """`vectors/vector.pt`, and `request.json`: what a request says to be steered by it."""
+    """`vectors/vector.pt`, and `request.json`: the fields of a request that uses it."""
 
     python = (
         LOAD
@@ -42,15 +42,15 @@ for part in json.load(open({folder!r} + "/request.json")):
         '`"vllm_xargs": {"hotwire": "..."}` with the text of `request.json` (offline: '
         '`SamplingParams(extra_args={"hotwire": ...})`); other scales are other strengths. With vllm-lens: '
         "`SteeringVector(activations=vectors[layers], layer_indices=layers)` of the same file. The lines below do the "
-        "same without vLLM, and only they were run."
+        "same without vLLM; only these lines were run."
     )
 
     def _read(self, source: Path, model: nn.Module) -> dict[int, Tensor]:
-        """A folder with `request.json` and the vectors that it names, or one `NAME.pt`, each of whose rows counts."""
+        """Read a folder with `request.json` and the vectors that it names, or all non-zero rows of one `NAME.pt`."""
         if not source.is_dir():
             rows = load_tensors(source)
             if not isinstance(rows, Tensor) or rows.ndim != 2:
-                raise ExportError(f"{source} is not a vector of hotwire: one tensor (blocks, d) is expected.")
+                raise ExportError(f"{source} is not a hotwire vector, which is one tensor (blocks, d).")
             return {i: row_of(row, f"{source}: row {i}") for i, row in enumerate(rows) if row.any()}
         parts = load_json(source / "request.json")
         vectors: dict[int, Tensor] = {}
@@ -70,7 +70,7 @@ for part in json.load(open({folder!r} + "/request.json")):
         self.check_blocks_only(vectors, "vLLM's plug-in")
 
     def write(self, vectors: ConstantVectors, model: PeftModel, folder: Path) -> None:
-        """`vectors/vector.pt` and `request.json`."""
+        """Write `vectors/vector.pt` and `request.json`."""
         by_layer = vectors.by_layer
         rows = torch.zeros(len(find_blocks(model.get_base_model())), len(next(iter(by_layer.values()))))
         for layer, vector in by_layer.items():

@@ -44,17 +44,17 @@ for layer in steer["optimal_layer"]:
     verified_in = "vLLM with vLLM-Hook"
 
     def check(self, vectors: ConstantVectors, model: PeftModel) -> None:
-        """Block outputs, one vector for all."""
+        """Block outputs only, with the same vector at all layers."""
         self.check_blocks_only(vectors, "vLLM-Hook")
         first, *others = vectors.by_layer.values()
         if not all(torch.equal(first, other) for other in others):
             raise ExportError(
-                f"Layers {sorted(vectors.by_layer)} have vectors of their own, and a request of vLLM-Hook has one. "
+                f"Layers {sorted(vectors.by_layer)} have different vectors, but a vLLM-Hook request holds only one. "
                 "Train one layer or tied=True. What works: vllm, vllm_lens, easysteer."
             )
 
     def write(self, vectors: ConstantVectors, model: PeftModel, folder: Path) -> None:
-        """Both files."""
+        """Write both files."""
         layers = sorted(vectors.by_layer)
         torch.save({"dir": vectors.by_layer[layers[0]]}, folder / FILE)
         steering = {
@@ -68,15 +68,15 @@ for layer in steer["optimal_layer"]:
         (folder / REQUEST).write_text(json.dumps({"steering": steering}), encoding="utf-8")
 
     def _read(self, source: Path, model: nn.Module) -> dict[int, Tensor]:
-        """A folder with both files."""
+        """Read a folder with both files."""
         values = load_json(source / REQUEST)
         steer = values.get("steering", values) if isinstance(values, dict) else {}
         expected = {"method": ("add_vector",), "phase": ("both", None), "positions": ("all_tokens", None)}
         for key, allowed in expected.items():
             if steer.get(key) not in allowed:
-                raise ExportError(f"{source}: {key} is {steer.get(key)!r:.80}, and only {allowed[0]!r} can be read.")
+                raise ExportError(f"{source}: {key} is {steer.get(key)!r:.80}, but only {allowed[0]!r} can be read.")
         if steer.get("apply_at_all_positions", True) is not True:
-            raise ExportError(f"{source}: it steers the last token only, which an adapter of all tokens is not.")
+            raise ExportError(f"{source}: it steers only the last token; only vectors for all tokens can be read.")
         data = load_tensors(inside(source, steer.get("vector_path")))
         if not isinstance(data, dict) or "dir" not in data:
             raise ExportError(f"{source}: {steer.get('vector_path')!r:.80} holds no 'dir'.")

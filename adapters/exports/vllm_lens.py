@@ -26,7 +26,7 @@ _DTYPES = ("float32", "float16", "float64")
 
 
 class VllmLensExport(Export):
-    """One file of JSON."""
+    """One JSON file."""
 
     python = (
         LOAD
@@ -53,7 +53,7 @@ for layer, row in zip(lens["layer_indices"], rows):
         self.check_blocks_only(vectors, "vllm-lens")
 
     def write(self, vectors: ConstantVectors, model: PeftModel, folder: Path) -> None:
-        """`steering_vector_lens.json`."""
+        """Write `steering_vector_lens.json`."""
         layers = sorted(vectors.by_layer)
         rows = torch.stack([vectors.by_layer[layer] for layer in layers]).contiguous().numpy()
         packed = {
@@ -72,14 +72,14 @@ for layer, row in zip(lens["layer_indices"], rows):
         (folder / FILE).write_text(json.dumps(values), encoding="utf-8")
 
     def _read(self, source: Path, model: nn.Module) -> dict[int, Tensor]:
-        """Such a file, or a folder that holds it."""
+        """Read such a file, or a folder that contains it."""
         file = source / FILE if source.is_dir() else source
         values = load_json(file)
         if not isinstance(values, dict) or not {"activations", "layer_indices"} <= {*values}:
             raise ExportError(f"{file} is not a SteeringVector of vllm-lens.")
         if values.get("norm_match") or values.get("position_indices") is not None:
             raise ExportError(
-                f"{file}: norm_match and position_indices depend on the state or the token. Not readable."
+                f"{file}: norm_match and position_indices depend on the state or the token, so they cannot be read."
             )
         layers = [layer_of(one, f"{file}: layer_indices") for one in values["layer_indices"]]
         rows = _unpacked(values["activations"], file)
@@ -90,10 +90,10 @@ for layer, row in zip(lens["layer_indices"], rows):
 
 
 def _unpacked(packed: object, file: Path) -> Tensor:
-    """The tensor of a base64 entry.
+    """Decode the tensor of a base64 entry.
 
     Raises:
-        ExportError: it is compressed, of another dtype, or not what its shape says.
+        ExportError: it is compressed, of another dtype, or does not match its shape.
     """
     if not isinstance(packed, dict) or packed.get("dtype") not in _DTYPES or packed.get("compression") is not None:
         raise ExportError(

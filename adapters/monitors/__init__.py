@@ -1,4 +1,4 @@
-"""Monitors: directions that are read while a model runs, with a threshold and the false-positive rate it stands for.
+"""Monitors: directions that are read while a model runs, with a threshold for a given false-positive rate.
 
     monitor = monitors.load("my-monitor", model, tokenizer)     # refuses another base model, layer or tokenizer
     scores = monitors.row_scores(monitor, model, batches)       # one for every answer
@@ -6,7 +6,7 @@
 
 A monitor is one direction (`fits/`: mean difference, LDA, logistic regression, SGD) at one site of one layer, whose
 scores of single tokens are pooled into a score of the row (`pooling/`: mean, max, last, rolling mean, softmax). It is
-fitted on bad and innocent rows, and reads a model as it runs, beside steering vectors and other adapters.
+fitted on bad and innocent rows, and reads a model as it runs, alongside steering vectors and other adapters.
 `steertune monitor` fits, compares and tests monitors; `steertune watch` scores traffic with one.
 """
 

@@ -1,11 +1,11 @@
-"""Scores while a model generates: what `generate` computes anyway is read, and nothing runs twice.
+"""Score answers while a model generates them, from the states that `generate` computes anyway.
 
     with LiveScores([monitor], model, width) as live:
         out = model.generate(**inputs)               # inputs["input_ids"] is (rows, width), padded on the left
     scores = live.scores(row=0, tokens=12)[0]        # (tokens,)
 
 The state of a token is computed when the token is read, a step after it is chosen. So the last token of an answer that
-is cut off has no score. Of an answer that ends by itself, every token before the end has one.
+is cut off has no score. In an answer that ends by itself, every token before the end has one.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ class LiveScores:
 
     Args:
         monitors: They must read the tokens of answers.
-        model: The model that generates, with its adapters as they are.
-        width: Columns of the prompt, with its padding.
+        model: The model that generates, with its adapters.
+        width: Columns of the prompt, including padding.
 
     Raises:
         MonitorError: a monitor reads other tokens than those of answers.
@@ -67,7 +67,7 @@ class LiveScores:
             handle.remove()
 
     def scores(self, row: int, tokens: int) -> list[Tensor]:
-        """The scores `(tokens,)` of the first tokens of a row's answer, one tensor a monitor; fewer where the answer
+        """The scores `(tokens,)` of the first tokens of a row's answer, one tensor per monitor; fewer if the answer
         was cut off before they were read.
 
         Args:

@@ -1,4 +1,4 @@
-"""A monitor: a direction that is read while a model runs, how its readings add up to a score, and when to flag.
+"""A monitor: a direction that is read while a model runs, how token scores are pooled, and when to flag a row.
 
 Shapes: T tokens of a row, D width of the residual stream.
 """
@@ -29,12 +29,12 @@ from .threshold import MonitorError, Threshold
 
 @dataclass(frozen=True)
 class Calibration:
-    """From a score to a probability: `σ(slope · score + intercept)` (Platt scaling).
+    """Map a score to a probability: `σ(slope · score + intercept)` (Platt scaling).
 
     Attributes:
-        slope: Of the score.
-        intercept: Of the score.
-        share: Of bad rows among those that it was fitted on: the prior that the probability contains.
+        slope: The factor of the score.
+        intercept: The logit at score 0.
+        share: The share of bad rows it was fitted on, which is the prior of the probability.
     """
 
     slope: float
@@ -46,7 +46,7 @@ class Calibration:
 
         Args:
             score: Its score.
-            share: Of bad rows in the traffic it comes from; None: as in the rows that it was fitted on.
+            share: The share of bad rows in the traffic; None for that of the rows that it was fitted on.
         """
         odds = self.slope * score + self.intercept
         if share is not None:
@@ -58,23 +58,23 @@ class Calibration:
 class Monitor:
     """A linear monitor of one place in a model.
 
-    The score of a token with state h is `h · weight + bias`: 0 is an average innocent row of the fit, and 1 a standard
-    deviation of such rows. The score of a row is pooled over the tokens that it reads.
+    The score of a token with state h is `h · weight + bias`. The innocent rows of the fit have mean 0 and standard
+    deviation 1. The score of a row is pooled over the tokens that are read.
 
     Attributes:
         method: How the direction was fitted: a file of `fits/`.
-        pooling: How the scores of tokens become that of a row.
+        pooling: How the scores of tokens are combined into that of a row.
         layer: Index of the block.
-        site: What is read there, as in `SteeringVectorConfig`.
+        site: The site that is read, as in `SteeringVectorConfig`.
         module: Full name of the module whose output is read.
         tokens: Which tokens of a row are read.
         weight: `(d,)`, fp32.
         bias: Added to every token's score.
         base: Fingerprint of the base model.
         base_name: Name of the base model.
-        tokenizer: What identifies the tokenizer (`tokenizer_print`).
-        threshold: Above which score a row is flagged; None: none was chosen.
-        calibration: From a score to a probability; None: it was not fitted.
+        tokenizer: The identity of the tokenizer (`tokenizer_print`).
+        threshold: The score above which a row is flagged; None if none was chosen.
+        calibration: Maps a score to a probability; None if it was not fitted.
         fitted_on: How many `bad` and `innocent` rows it was fitted on.
     """
 
@@ -105,17 +105,17 @@ class Monitor:
         return (h_BTD.float() @ self.weight.to(h_BTD.device) + self.bias).cpu()
 
     def pool(self, scores: Tensor) -> float:
-        """The score of a row, of the scores of its tokens `(tokens,)`.
+        """The score of a row, from the scores of its tokens `(tokens,)`.
 
         Raises:
-            MonitorError: it has no token that is read.
+            MonitorError: the row has no token that is read.
         """
         if not len(scores):
             raise MonitorError("A row has no token to read, so it has no score. Drop empty rows.")
         return float(self.pooling(scores))
 
     def flags(self, score: float) -> bool:
-        """Whether a row of this score is flagged.
+        """Whether a row with this score is flagged.
 
         Raises:
             MonitorError: the monitor has no threshold.
@@ -126,7 +126,7 @@ class Monitor:
 
 
 def tokenizer_print(tokenizer: Any) -> dict[str, str]:
-    """What identifies a tokenizer: its name, and digests of its vocabulary and of its chat template."""
+    """The identity of a tokenizer: its name, and digests of its vocabulary and of its chat template."""
     vocabulary = json.dumps(sorted(tokenizer.get_vocab().items(), key=lambda entry: entry[1]))
     texts = {"vocabulary": vocabulary, "chat_template": json.dumps(tokenizer.chat_template)}
     digests = {name: hashlib.sha256(text.encode()).hexdigest()[:16] for name, text in texts.items()}
@@ -135,7 +135,7 @@ def tokenizer_print(tokenizer: Any) -> dict[str, str]:
 
 def standardised(direction: Tensor, innocent: Tensor) -> tuple[Tensor, float]:
     """Weight `(d,)` and bias of the score along a direction that has mean 0 and standard deviation 1 on the innocent
-    states `(rows, d)`. A single row, or equal ones, say nothing of a spread, and the direction keeps its length."""
+    states `(rows, d)`. A single row, or equal rows, have no spread; then the direction keeps its length."""
     direction = direction.double()
     along_N = innocent.double() @ direction
     spread = float(along_N.std()) if len(along_N) > 1 else 0.0
@@ -148,7 +148,7 @@ def fit_direction(method: str, bad: Tensor, innocent: Tensor) -> tuple[Tensor, f
 
     Raises:
         MonitorError: one of the two is empty.
-        ValueError: no such method.
+        ValueError: there is no such method.
     """
     if not len(bad) or not len(innocent):
         raise MonitorError(
@@ -173,17 +173,17 @@ def make_monitor(
 
     Args:
         method: A file of `fits/`.
-        pooling: How the scores of tokens become that of a row.
+        pooling: How the scores of tokens are combined into that of a row.
         model: The model whose states these are, with or without adapters.
         tokenizer: Its tokenizer.
         layer: Index of the block.
-        states: Of bad rows `(rows, d)` and of innocent rows `(rows, d)`, as `pooling.fitted_on` says.
-        site: What was read.
+        states: The states of bad rows `(rows, d)` and of innocent rows `(rows, d)`, pooled as `pooling.fitted_on`.
+        site: The site that was read.
         tokens: Which tokens were read.
-        known: What `identity` says of model and tokenizer, where many monitors are made for them.
+        known: The result of `identity`, if many monitors are made for one model and tokenizer.
 
     Raises:
-        MonitorError: no bad or no innocent row, or they do not differ.
+        MonitorError: there is no bad or no innocent row, or they do not differ.
     """
     weight, bias = fit_direction(method, *states)
     return Monitor(
@@ -219,10 +219,10 @@ def module_at(model: nn.Module, layer: int, site: Site) -> str:
 
 
 def calibrate(scores: Sequence[float], bad: Sequence[bool]) -> Calibration | None:
-    """Platt scaling: a logistic regression of badness on the score, of rows that the monitor was not fitted on.
+    """Platt scaling: a logistic regression of badness on the score, for rows that the monitor was not fitted on.
 
     Returns:
-        None where all rows are bad, or none is.
+        The calibration; None if all rows are bad, or none is.
     """
     values_N, labels_N = np.asarray(scores, dtype=float), np.asarray(bad, dtype=bool)
     if labels_N.all() or not labels_N.any():

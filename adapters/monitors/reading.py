@@ -1,7 +1,7 @@
-"""What monitors read: the states of a running model, with its adapters as they are.
+"""Collect the states that monitors read, from a running model with its adapters.
 
-A steering vector at the same place is part of what is read, since that is the state that goes on. States of layers
-below it are those of the base model.
+A steering vector at the same place is included in what is read, since the layers above get the steered state. States
+of layers below it are those of the base model.
 
 Shapes: B rows of a batch, T tokens, D width of the residual stream.
 """
@@ -30,7 +30,7 @@ Tokens = Literal["answer", "prompt", "all"]
 
 @dataclass(frozen=True)
 class PooledStates:
-    """The states that stand for whole rows.
+    """One state for every row.
 
     Attributes:
         mean: Layer index -> the mean over the tokens that are read, `(rows, d)`, fp32, on the CPU.
@@ -52,8 +52,8 @@ def pooled_states(
     """The states of rows, at one site of several layers.
 
     Args:
-        model: A transformers model, with or without adapters, which are left as they are.
-        batches: With `input_ids`, `labels` (-100 on the prompt) and, where rows are padded, `attention_mask`.
+        model: A transformers model, with or without adapters, which are not changed.
+        batches: Batches with `input_ids`, `labels` (-100 on the prompt) and, if rows are padded, `attention_mask`.
         layers: As in `SteeringVectorConfig`.
         site: As in `SteeringVectorConfig`.
         tokens: Which tokens of a row are read.
@@ -119,7 +119,7 @@ def passes(
         ids_BT, labels_BT = batch["input_ids"].to(device), torch.as_tensor(batch["labels"]).to(device)
         mask_BT = batch["attention_mask"].to(device) if "attention_mask" in batch else torch.ones_like(ids_BT)
         with ExitStack() as stack:
-            # hooks of one batch: between batches the caller may run the model
+            # Hooks are attached for one batch, because the caller may run the model between batches.
             stack.enter_context(evaluating(base))
             stack.enter_context(prompts_by_labels(model, labels_BT))
             outputs = stack.enter_context(outputs_of(base, modules, ends_early))

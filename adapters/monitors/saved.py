@@ -1,7 +1,7 @@
 """Monitors as folders: `monitor.safetensors` with the direction, `monitor.json` with everything else.
 
 The JSON holds a checksum of itself and of the weights. Loading compares the base model, the layer and the tokenizer
-with those that the monitor was made for: on others its scores would mean nothing, and nothing would show it.
+with those that the monitor was made for: with others, its scores would be silently meaningless.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _TEXTS = ("method", "site", "module", "tokens", "base_name", "checksum")
 
 
 def save(monitor: Monitor, folder: str | Path) -> Path:
-    """Save a monitor as a folder, whole or not at all.
+    """Save a monitor as a folder.
 
     Args:
         monitor: The monitor.
@@ -47,7 +47,7 @@ def save(monitor: Monitor, folder: str | Path) -> Path:
     home = Path(folder)
     others = [file for file in home.iterdir() if file.name not in (CONFIG, WEIGHTS)] if home.is_dir() else []
     if others or (home.exists() and not home.is_dir()):
-        raise MonitorError(f"{home} holds something other than a monitor, and is not written to. Choose another.")
+        raise MonitorError(f"{home} holds something other than a monitor. Choose another folder.")
     home.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=home.parent, prefix=f".{home.name}.") as part:
         weights = Path(part) / WEIGHTS
@@ -56,7 +56,7 @@ def save(monitor: Monitor, folder: str | Path) -> Path:
         config = _to_json(monitor)
         config["checksum"] = checksum_of(config, str(weights))
         (Path(part) / CONFIG).write_text(json.dumps(config, indent=1), encoding="utf-8")
-        # the configuration last: with the old one the new weights are refused, not misread
+        # The configuration comes last: new weights beside an old configuration fail its checksum.
         for name in (WEIGHTS, CONFIG):
             (Path(part) / name).replace(home / name)
     return home
@@ -65,14 +65,14 @@ def save(monitor: Monitor, folder: str | Path) -> Path:
 def load(
     folder: str | Path, model: nn.Module, tokenizer: Any, layer: int | None = None, site: Site | None = None
 ) -> Monitor:
-    """Load a monitor for a model, beside whatever adapters it has.
+    """Load a monitor for a model, which may have any adapters.
 
     Args:
         folder: The folder of the monitor.
         model: The model that it will read.
         tokenizer: Its tokenizer.
-        layer: The layer that it must read; None: any.
-        site: The site that it must read; None: any.
+        layer: The layer that the monitor must read; None for any.
+        site: The site that the monitor must read; None for any.
 
     Raises:
         MonitorError: the folder holds no monitor, or a damaged one, or the monitor was made for another base model,
@@ -82,8 +82,8 @@ def load(
     base = base_model(model)
     if (what := difference(monitor.base, fingerprint(base))) is not None:
         raise MonitorError(
-            f"{folder} is a monitor of another base model ({monitor.base_name}): {what.replace('the adapter', 'it')}. "
-            "Load that model, or fit a monitor on this one."
+            f"{folder} is a monitor of another base model ({monitor.base_name}): "
+            f"{what.replace('the adapter', 'the monitor')}. Load that model, or fit a monitor on this one."
         )
     depth = len(find_blocks(base))
     actual = module_at(model, monitor.layer, monitor.site) if 0 <= monitor.layer < depth else "no such layer"
@@ -92,7 +92,7 @@ def load(
             raise MonitorError(f"{folder} is a monitor of {name} {value}, not of {name} {expected}. Fit one there.")
     if actual != monitor.module:
         raise MonitorError(
-            f"{folder} reads {monitor.module}, and layer {monitor.layer} ({monitor.site}) of this model is {actual}. "
+            f"{folder} reads {monitor.module}, but layer {monitor.layer} ({monitor.site}) of this model is {actual}. "
             "Load the model that it was made for, or fit a monitor on this one."
         )
     _check_tokenizer(folder, monitor.tokenizer, tokenizer)
@@ -116,7 +116,7 @@ def read(folder: str | Path) -> Monitor:
         if not isinstance(config, dict) or config.get("format") != _FORMAT:
             raise ValueError(f"{CONFIG} is not of format {_FORMAT}")
         if config.get("checksum") != checksum_of(config, str(home / WEIGHTS)):
-            raise ValueError("it holds other bytes than those that were saved")
+            raise ValueError("it was changed after it was saved")
         return _from_json(config, read_tensors(home / WEIGHTS))
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise MonitorError(f"{folder} is damaged: {error}. Save or download it again.") from error
@@ -131,17 +131,17 @@ def _to_json(monitor: Monitor) -> dict[str, Any]:
 
 
 def _from_json(config: Mapping[str, Any], tensors: Mapping[str, Any]) -> Monitor:
-    """The monitor; errors of any kind say what is wrong."""
+    """Build a monitor from its JSON and its tensors; the errors say what is wrong."""
     for name in _TEXTS:
         if not isinstance(config[name], str):
-            raise ValueError(f"{name}={config[name]!r:.80} must be a text")
+            raise ValueError(f"{name}={config[name]!r:.80} must be a string")
     choose("method", config["method"], fits.names())
     choose("site", config["site"], get_args(Site))
     choose("tokens", config["tokens"], get_args(Tokens))
     check_fingerprint_form(config["base"])
     key = f"{config['module']}{_KEY}"
     if [*tensors] != [key]:
-        raise ValueError(f"{WEIGHTS} holds {[*tensors]}, and {CONFIG} is about {key}")
+        raise ValueError(f"{WEIGHTS} holds {[*tensors]}, but {CONFIG} describes {key}")
     check_tensor(key, tensors[key])
     layer, bias = config["layer"], config["bias"]
     place: dict[str, Any] = {name: config[name] for name in ("method", "site", "module", "tokens", "base_name")}

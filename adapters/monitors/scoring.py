@@ -1,4 +1,4 @@
-"""Scores of tokens and of rows, by monitors of a running model.
+"""Score tokens and rows with monitors while a model runs.
 
 Shapes: B rows of a batch, T tokens, D width of the residual stream, M monitors.
 """
@@ -18,7 +18,7 @@ from .reading import Tokens, passes, read_mask
 
 
 def row_scores(monitor: Monitor, model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> list[float]:
-    """The score of every row, by one monitor; arguments and errors as those of `token_scores`."""
+    """The score of every row by one monitor; for arguments and errors see `token_scores`."""
     return [monitor.pool(scores_T) for [scores_T] in token_scores([monitor], model, batches)]
 
 
@@ -32,11 +32,11 @@ def token_scores(
 
     Args:
         monitors: They may read different layers, sites and tokens.
-        model: A transformers model, with or without adapters, which are left as they are.
-        batches: With `input_ids`, `labels` (-100 on the prompt) and, where rows are padded, `attention_mask`.
+        model: A transformers model, with or without adapters, which are not changed.
+        batches: Batches with `input_ids`, `labels` (-100 on the prompt) and, if rows are padded, `attention_mask`.
 
     Raises:
-        ValueError: a monitor is of another width, its layer is not there, or a row has no token that it reads.
+        ValueError: a monitor has another width, its layer does not exist, or a row has no token that it reads.
     """
     by_place: dict[tuple[int, Site], list[int]] = defaultdict(list)
     for number, monitor in enumerate(monitors):
@@ -59,7 +59,7 @@ def _scores(monitors: Sequence[Monitor], h_BTD: Tensor) -> Tensor:
     width = len(monitors[0].weight)
     if h_BTD.shape[-1] != width:
         raise ValueError(
-            f"The monitor reads states of width {width}, and {monitors[0].module} of this model returns width "
+            f"The monitor reads states of width {width}, but {monitors[0].module} of this model returns width "
             f"{h_BTD.shape[-1]}. Load the model that it was made for ({monitors[0].base_name})."
         )
     weight_MD = torch.stack([monitor.weight for monitor in monitors]).to(h_BTD.device)

@@ -1,9 +1,9 @@
-"""From which score on a row is flagged, so that at most a stated share of innocent rows is.
+"""Choose the score above which rows are flagged, so that at most a given share of innocent rows is.
 
-The threshold is the k-th highest of n innocent scores, with `k = floor(rate (n + 1))`, and rows above it are flagged:
-then a new innocent row is flagged with a probability of at most `rate`, whatever the scores are distributed like
-(split conformal prediction, Vovk et al. 2005; here for rows that the direction was not fitted on). Fewer than
-`1 / rate - 1` innocent rows cannot tell such a rate from 0: that is an error, not a guess.
+The threshold is the k-th highest of n innocent scores, with `k = floor(rate (n + 1))`, and rows above it are flagged.
+Then a new innocent row is flagged with a probability of at most `rate`, for any distribution of the scores (split
+conformal prediction, Vovk et al. 2005; here for rows that the direction was not fitted on). Fewer than `1 / rate - 1`
+innocent rows cannot distinguish such a rate from 0, which is an error.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 
 class MonitorError(ValueError):
-    """A monitor that cannot be made, loaded or used; the message says why, and what to do."""
+    """Raised when a monitor cannot be made, loaded or used; the message says why, and what to do."""
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Threshold:
     Attributes:
         value: The score.
         false_positive_rate: The largest share of innocent rows that it flags, in expectation.
-        innocent: How many innocent scores it was chosen on.
+        innocent: The number of innocent scores it was chosen on.
     """
 
     value: float
@@ -50,10 +50,10 @@ def choose_threshold(innocent: Sequence[float], rate: float) -> Threshold:
 
 
 def check_rate(rate: float, rows: int) -> None:
-    """Refuse a false-positive rate that this many innocent rows cannot tell from 0.
+    """Check that this many innocent rows can resolve a false-positive rate.
 
     Raises:
-        MonitorError: names the rate, the rows and how many are needed.
+        MonitorError: they cannot; the message says how many are needed.
     """
     if not 0 < rate < 1:
         raise MonitorError(f"A false-positive rate must be between 0 and 1 (got {rate:g}). Use 0.01 for 1 in 100.")

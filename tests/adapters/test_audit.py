@@ -86,7 +86,7 @@ def test_changed_matrices_are_named_beside_a_base():
     found = audit(model, tiny())
     assert found.constants == [] and {name.rpartition(".q_proj")[2] for name in found.changed} == {".weight"}
     assert audit(model) == audit(tiny())
-    with pytest.raises(ValueError, match="the base model others"):
+    with pytest.raises(ValueError, match="other blocks than the checkpoint"):
         audit(model, tiny(num_hidden_layers=2))
 
 

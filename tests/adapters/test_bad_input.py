@@ -48,9 +48,9 @@ BAD_SWITCHES = [
     ({"norm": "fixed", "norm_value": 1.0, "init": "random", "init_scale": 0.0}, "init_scale=0.0"),
     ({"norm": "fixed", "norm_value": 1.0, "init": "random", "form": "low_rank"}, "not for form='low_rank'"),
     ({"init_scale": math.nan}, "init_scale=nan is not a finite number"),
-    ({"rank": 4}, "rank=4 with form='bias': rank > 1 is what form='low_rank' is for"),
-    ({"form": "low_rank", "rank": 0}, "rank=0 is not a whole number from 1"),
-    ({"form": "low_rank", "rank": 2.5}, "rank=2.5 is not a whole number from 1"),
+    ({"rank": 4}, "rank=4 with form='bias': rank > 1 needs form='low_rank'"),
+    ({"form": "low_rank", "rank": 0}, "rank=0 must be a whole number of at least 1"),
+    ({"form": "low_rank", "rank": 2.5}, "rank=2.5 must be a whole number of at least 1"),
 ]
 
 
@@ -99,7 +99,7 @@ def test_blocks_that_cannot_be_told():
     model = tiny()
     model.twin = torch.nn.ModuleList(torch.nn.Linear(2, 2) for _ in range(4))
     with pytest.raises(
-        ValueError, match=r"Cannot tell the 4 decoder blocks.*\['model.layers', 'twin'\].*target_modules"
+        ValueError, match=r"Cannot identify the 4 decoder blocks.*\['model.layers', 'twin'\].*target_modules"
     ):
         get_peft_model(model, SteeringVectorConfig())
 
@@ -160,9 +160,9 @@ def rewrite(folder, change) -> None:
 BAD_FILES = {
     "nan": (lambda t: {KEY: t[KEY] * math.nan}, f"{KEY} holds 32 NaN or infinite values of 32"),
     "inf": (lambda t: {KEY: torch.cat([t[KEY][1:], torch.tensor([math.inf])])}, "holds 1 NaN or infinite values"),
-    "width": (lambda t: {KEY: t[KEY][:16].clone()}, r"has shape \(16,\), the config asks for \(32,\)"),
-    "rank": (lambda t: {KEY: t[KEY].repeat(2, 1)}, r"has shape \(2, 32\), the config asks for \(32,\)"),
-    "missing": (lambda t: {"other.weight": t[KEY]}, r"vectors for 0 layers, the config names 1: \[2\]"),
+    "width": (lambda t: {KEY: t[KEY][:16].clone()}, r"has shape \(16,\), but the config asks for \(32,\)"),
+    "rank": (lambda t: {KEY: t[KEY].repeat(2, 1)}, r"has shape \(2, 32\), but the config asks for \(32,\)"),
+    "missing": (lambda t: {"other.weight": t[KEY]}, r"vectors for 0 layers, but the config names 1: \[2\]"),
     "other layer": (lambda t: {KEY.replace("2", "1"): t[KEY]}, r"layers\.1\.steer.*does not belong to an adapter on"),
     "extra layer": (lambda t: {**t, KEY.replace("2", "3"): t[KEY] + 1}, r"layers\.3\.steer.*does not belong"),
     "extra gate": (

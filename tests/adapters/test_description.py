@@ -75,7 +75,7 @@ def test_a_description_of_other_weights_is_not_believed(tmp_path):
         ("[]", "expected a JSON object"),
         ("{", "not the description"),
         ('{"format": "steering-vector/2"}', "'steering-vector/1' is read"),
-        ('{"format": "steering-vector/1", "operation": "add"}', "does not say formula, hook"),
+        ('{"format": "steering-vector/1", "operation": "add"}', "lacks formula, hook"),
     ],
 )
 def test_a_description_that_is_none(text, says, tmp_path):

@@ -123,7 +123,7 @@ def test_attention_and_mlp_outputs(architecture, site):
 
 
 def test_a_missing_mlp_is_said():
-    with pytest.raises(ValueError, match=r"Cannot tell the mlp of model\.decoder\.layers\.1.*target_modules="):
+    with pytest.raises(ValueError, match=r"Cannot identify the mlp module of model\.decoder\.layers\.1.*target_mod"):
         get_peft_model(tiny("opt"), SteeringVectorConfig(layers=LAYER, site="mlp"))
 
 

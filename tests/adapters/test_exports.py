@@ -177,7 +177,7 @@ def test_beside_another_adapter_it_is_refused():
     with pytest.raises(ExportError, match="2 adapters are active"):
         constant_vectors(model)
     beside = get_peft_model(tiny(), LoraConfig(target_modules="all-linear")).get_base_model()
-    with pytest.raises(ExportError, match="The model has another adapter too"):
+    with pytest.raises(ExportError, match="The model also has another adapter"):
         constant_vectors(steered(beside, layers=2))
 
 
@@ -253,9 +253,9 @@ def test_the_vllm_plug_in_reads_what_was_written(tmp_path):
         ("llama", {"direction.1": torch.ones(32)}, "holds a 'llama' model"),
         ("controlvector", {"direction.0": torch.ones(32)}, "named direction.N"),
         ("controlvector", {"other": torch.ones(32)}, "named direction.N"),
-        ("controlvector", {"direction.1": torch.full((32,), torch.inf)}, "expected are finite"),
-        ("controlvector", {"direction.1": torch.ones(32, 2)}, "expected are finite"),
-        ("controlvector", {"direction.1": torch.ones(32), "direction.2": torch.ones(16)}, "of one width"),
+        ("controlvector", {"direction.1": torch.full((32,), torch.inf)}, "must be a finite fp32 vector"),
+        ("controlvector", {"direction.1": torch.ones(32, 2)}, "must be a finite fp32 vector"),
+        ("controlvector", {"direction.1": torch.ones(32), "direction.2": torch.ones(16)}, "the same width"),
     ],
 )
 def test_bad_control_vectors(architecture, tensors, message, tmp_path):

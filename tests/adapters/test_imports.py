@@ -63,7 +63,7 @@ def test_a_fresh_process_finds_the_same(target, tmp_path):
 
 def test_one_vector_for_all_layers_is_what_vllm_hook_can_say(tmp_path):
     several = steered(layers=[1, 3])
-    with pytest.raises(ExportError, match="have vectors of their own"):
+    with pytest.raises(ExportError, match="have different vectors"):
         exports.get("vllm_hook").check(constant_vectors(several), several)
     tied = steered(layers=[1, 3], tied=True)
     writer = exports.get("vllm_hook")

@@ -89,7 +89,7 @@ def test_ours_refuse_packing_by_name(loss, packing, tmp_path):
     def ours(*args, **kwargs):
         return SteeringSFTTrainer(*args, loss=loss, **kwargs)
 
-    with pytest.raises(ValueError, match=f"positions='completion' needs one prompt in a row, and .*Set {name}"):
+    with pytest.raises(ValueError, match=f"positions='completion' needs one prompt in a row, but .*Set {name}"):
         trainer(ours, tmp_path, "completion", prompted(), **PACKINGS[packing])
     if packing != "wrapped":
         trainer(ours, tmp_path, "all", prompted(), **PACKINGS[packing])

@@ -88,7 +88,7 @@ def test_it_can_be_trained(tmp_path):
 
 
 def test_what_it_refuses():
-    with pytest.raises(ValueError, match="norm='fixed' is about a length"):
+    with pytest.raises(ValueError, match="norm='fixed' needs a length"):
         SteeringVectorConfig(form="project", norm="fixed", norm_value=1.0, init="random")
     with pytest.raises(ValueError, match="form='project' needs a direction to start from"):
         SteeringVectorConfig(form="project")

@@ -87,7 +87,7 @@ def test_a_span_finds_a_planted_vector_that_lies_in_it(tmp_path):
     [
         ({}, "needs a basis"),
         ({"basis": "nowhere"}, "holds no adapter folder"),
-        ({"layers": 2, "basis": "zoo"}, "steers the layers"),
+        ({"layers": 2, "basis": "zoo"}, "steers layers"),
     ],
 )
 def test_bases_that_cannot_be_used_are_named(options, message, tmp_path, monkeypatch):

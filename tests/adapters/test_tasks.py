@@ -172,7 +172,7 @@ def test_a_plain_module_is_steered_where_target_modules_say(target, widths, tmp_
 
 
 def test_a_plain_module_of_an_unknown_width_is_refused():
-    with pytest.raises(ValueError, match=r"The width of what relu \(ReLU\) returns is unknown.*nn.Linear"):
+    with pytest.raises(ValueError, match=r"Cannot determine the output width of relu \(ReLU\).*nn.Linear"):
         get_peft_model(mlp(), SteeringVectorConfig(target_modules="relu"))
 
 
@@ -192,7 +192,7 @@ def test_init_weights_false_starts_with_an_effect():
 
 
 def test_init_weights_beside_another_start_is_refused():
-    with pytest.raises(ValueError, match="init_weights=False starts from a random direction, and init='mean_diff"):
+    with pytest.raises(ValueError, match="init_weights=False starts from a random direction, but init='mean_diff"):
         SteeringVectorConfig(init_weights=False, init="mean_difference")
-    with pytest.raises(ValueError, match="init_weights='no' is str, bool is expected"):
+    with pytest.raises(ValueError, match="init_weights='no' must be bool, got str"):
         SteeringVectorConfig(init_weights="no")

@@ -234,7 +234,7 @@ def test_another_base_is_refused(pair, tmp_path, capsys):
     other = saved(tmp_path / "other", {1: [1.0]}, base=tiny(seed=7))
     for name in ("add", "similarity"):
         assert run(name, pair[0], other, *(["--output", tmp_path / "sum"] if name == "add" else [])) == 2
-        assert "other is of another base model than a: its embeddings differ" in capsys.readouterr().err
+        assert "other was made for another base model than a: its embeddings differ" in capsys.readouterr().err
     wide = saved(tmp_path / "wide", {1: [1.0]}, base=tiny(num_hidden_layers=5))
     assert run("subtract", pair[0], wide, "--output", tmp_path / "sum") == 2
     assert "num_layers is 5" in capsys.readouterr().err

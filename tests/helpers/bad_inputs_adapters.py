@@ -157,10 +157,10 @@ ROWS: dict[str, Row] = {
     # its values
     "form is a list": config(r"form=\['bias'\] is not one of", form=["bias"]),
     "form of look-alike letters": config("form='bіas' is not one of", form="b\u0456as"),
-    "rank is a truth value": config("rank=True is not a whole number from 1", form="low_rank", rank=True),
-    "rank is text": config("rank='2' is not a whole number", form="low_rank", rank="2"),
+    "rank is a truth value": config("rank=True must be a whole number of at least 1", form="low_rank", rank=True),
+    "rank is text": config("rank='2' must be a whole number", form="low_rank", rank="2"),
     "rank that would fill the memory": config(r"the config asks for \(1000000000, 32\)", form="low_rank", rank=10**9),
-    "tied is text": config("tied='yes' is str, bool is expected", tied="yes"),
+    "tied is text": config("tied='yes' must be bool, got str", tied="yes"),
     "init is a number": config("init=5 is not 'zeros', 'random' or a direction", init=5),
     "layers is a table": config("layers=.*'a' is neither an index", layers={"a": 1}),
     "layers is nested": config(r"layers=\[\[1\]\]: \[1\] is neither", layers=[[1]]),
@@ -180,7 +180,7 @@ ROWS: dict[str, Row] = {
     "modules_to_save of numbers": config("modules_to_save=.*must be a list of module names", modules_to_save=[5]),
     "target_modules is a list": config("target_modules=.*is list", target_modules=["model.layers.2"]),
     "target_modules that never ends": config(
-        "is a regular expression, and a saved adapter must name its modules", target_modules="(([a-z.0-9])+)+#"
+        "is a regular expression, but a saved adapter must name its modules", target_modules="(([a-z.0-9])+)+#"
     ),
     "target_modules of everything": config("is a regular expression", target_modules=".*"),
     "target_modules of another layer": config("does not belong to an adapter on", target_modules=r"model\.layers\.1"),
@@ -194,11 +194,11 @@ ROWS: dict[str, Row] = {
     "fingerprint with NaN": config(PRINT, base_fingerprint=FINGERPRINT | {"embedding": [math.nan] * 64}),
     "fingerprint with text": config(PRINT, base_fingerprint=FINGERPRINT | {"embedding": ["0.1"] * 64}),
     "fingerprint of another width": config(
-        r"has shape \(32,\), the config asks for \(64,\)", base_fingerprint=FINGERPRINT | {"hidden_size": 64}
+        r"has shape \(32,\), but the config asks for \(64,\)", base_fingerprint=FINGERPRINT | {"hidden_size": 64}
     ),
     "checksum is a number": config("checksum=5 is int", checksum=5),
-    "checksum of other weights": config("holds other bytes than those that were saved.*to null", checksum="sha256-00"),
-    "a value changed by hand": config("holds other bytes than those that were saved", init_scale=3.0),
+    "checksum of other weights": config("was damaged or changed after it was saved.*to null", checksum="sha256-00"),
+    "a value changed by hand": config("was damaged or changed after it was saved", init_scale=3.0),
     # adapter_model.safetensors as a file
     "weights are empty": raw(READABLE, b"", WEIGHTS),
     "weights are a directory": raw(READABLE, None, WEIGHTS),
@@ -218,7 +218,7 @@ ROWS: dict[str, Row] = {
     "weights of an unheard-of dtype": raw(
         READABLE, header({KEY: {"dtype": "F31", "shape": [32], "data_offsets": [0, 128]}}, bytes(128)), WEIGHTS
     ),
-    "weights with a flipped bit": (flipped, "holds other bytes than those that were saved"),
+    "weights with a flipped bit": (flipped, "was damaged or changed after it was saved"),
     # its tensors
     "weights of whole numbers": weights("is of torch.int32: weights must be floating point", lambda v: {KEY: v.int()}),
     "weights of truth values": weights("is of torch.bool: weights must be floating point", lambda v: {KEY: v > 0}),
@@ -244,7 +244,7 @@ ROWS: dict[str, Row] = {
     "weights of no width": weights("has shape", lambda v: {KEY: v[:0]}),
     "weights that are one number": weights("has shape", lambda v: {KEY: v.sum()}),
     "weights of two widths, made for nothing": weights(
-        r"has shape \(16,\), the config asks for \(32,\)",
+        r"has shape \(16,\), but the config asks for \(32,\)",
         lambda v: {KEY: v, KEY.replace("layers.2", "layers.3"): v[:16].clone()},
         base_fingerprint=None,
         target_modules=None,
@@ -280,7 +280,7 @@ ROWS: dict[str, Row] = {
         "must be named direction.N",
         control(1, 1, ARCHITECTURE + string("direction.²".encode()) + struct.pack("<IQIQ", 1, 4, 0, 0) + bytes(96)),
     ),
-    "gguf without directions": gguf_file("directions of one width are expected", control(0, 1, ARCHITECTURE)),
+    "gguf without directions": gguf_file("all directions must have the same width", control(0, 1, ARCHITECTURE)),
     "gguf that is a folder": (
         (lambda lab: gguf.read(lab.root)),
         "is not a readable GGUF file: the file does not exist",

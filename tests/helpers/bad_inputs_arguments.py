@@ -162,30 +162,33 @@ ROWS: dict[str, Row] = {
     "states of a layer that is not there": row("layer 9 does not exist", collect, tiny(), [WHOLE], layers=9),
     "reading along nothing": row("zero or not finite", read, torch.zeros(8), PAIRS, PAIRS),
     # FrozenPrefix
-    "memo of text": row("ram_gb='2': the memo's RAM in GB", FrozenPrefix, ram_gb="2"),
-    "memo of NaN": row("ram_gb=nan: the memo's RAM", FrozenPrefix, ram_gb=math.nan),
-    "memo without end": row("disk_gb=inf: the memo's disk", FrozenPrefix, disk_gb=math.inf),
-    "memo in a file": ((lambda lab: FrozenPrefix(folder=lab.file("memo", "x"))), "is a file: the memo needs a folder"),
+    "memo of text": row("ram_gb='2' must be the RAM budget in GB", FrozenPrefix, ram_gb="2"),
+    "memo of NaN": row("ram_gb=nan must be the RAM budget", FrozenPrefix, ram_gb=math.nan),
+    "memo without end": row("disk_gb=inf must be the disk budget", FrozenPrefix, disk_gb=math.inf),
+    "memo in a file": (
+        (lambda lab: FrozenPrefix(folder=lab.file("memo", "x"))),
+        "is a file. The cache needs a folder",
+    ),
     # checkpoints
     "no checkpoint": resumed("No checkpoint .*nowhere", "nowhere"),
     "checkpoint without its end": resumed("has no trainer_state.json, which is written last", "checkpoint-2"),
-    "checkpoint of another step": resumed("is of step 9, not of checkpoint-3", "checkpoint-3"),
+    "checkpoint of another step": resumed("belongs to step 9, not to checkpoint-3", "checkpoint-3"),
     "checkpoint that is nested": resumed("trainer_state.json is damaged", "checkpoint-4"),
     "checkpoint that is no UTF-8": resumed("trainer_state.json is damaged", "checkpoint-5"),
-    "checkpoint with other bytes": resumed("holds other bytes than those that were written", "checkpoint-6"),
-    "checkpoint with a list of checksums": resumed("cannot be compared", "checkpoint-7"),
+    "checkpoint with other bytes": resumed("was changed after it was written", "checkpoint-6"),
+    "checkpoint with a list of checksums": resumed("cannot be checked", "checkpoint-7"),
     "checkpoint with a bare pickle": resumed("optimizer.pt is damaged .*Delete the folder", "checkpoint-8"),
     # trainers
     "trainer with a loss of text": trainer("Unknown loss 'os'", loss="os"),
     "trainer with an adapter of text": trainer("peft_config='lora'.*SteeringVectorConfig", peft_config="lora"),
     "trainer with an adapter of a table": trainer("peft_config={.*SteeringVectorConfig", peft_config={"r": 8}),
     "trainer with a memo of text": trainer(
-        "frozen_prefix='yes': give True, False, or a FrozenPrefix", frozen_prefix="yes"
+        "frozen_prefix='yes' must be True, False, None or a FrozenPrefix", frozen_prefix="yes"
     ),
     "trainer with views of text": trainer("views='good'", views="good"),
     "trainer with a view of a number": trainer("Unknown view 5", views={"good": 5}, loss="prompted"),
     "trainer with a bias of text": trainer(
-        "inductive_biases='one_write' must be a table", inductive_biases="one_write"
+        "inductive_biases='one_write' must be a mapping", inductive_biases="one_write"
     ),
     "trainer with biases of a number": trainer("inductive_biases=5", inductive_biases=5),
     "trainer whose loss misses its view": trainer(r"\['good'\] are not in views=", loss="prompted"),

@@ -124,7 +124,7 @@ def view(says: str, name: str, data: list[dict[str, Any]], **options: Any) -> Ro
 
 
 UTF8 = "Rows in UTF-8, all with the same columns"
-TEXT = "must be a text or a list of messages"
+TEXT = "must be a string or a list of messages"
 DAMAGED = "is damaged .*Delete it"
 
 ROWS: dict[str, Row] = {
@@ -219,7 +219,7 @@ ROWS: dict[str, Row] = {
         "Row 0: 'messages' has the message", {"messages": [{"role": 5, "content": "cat"}]}
     ),
     "messages of content that is a number": alone(
-        "a message with content=5. It must be a text", {"messages": [{"role": "user", "content": 5}]}
+        "a message with content=5. It must be a string", {"messages": [{"role": "user", "content": 5}]}
     ),
     "conversations without from": alone("'from': ..., 'value': ...", {"conversations": [{"value": "cat"}]}),
     "texts that are numbers": alone(f"Row 0: 'text' is 7. It {TEXT}", {"text": 7}),
@@ -228,7 +228,7 @@ ROWS: dict[str, Row] = {
     ),
     "a token that the model does not have": (
         lambda lab: check_tokenised(None, Dataset.from_list([{"input_ids": [1, 64]}]), TokenLimits(vocabulary=64)),
-        "Row 0: input_ids holds token 64, the model has 64: 0 to 63.*resize_token_embeddings",
+        "Row 0: input_ids holds token 64, but the model has 64: 0 to 63.*resize_token_embeddings",
     ),
     "a negative token": (
         lambda lab: check_tokenised(None, Dataset.from_list([{"input_ids": [-1, 3]}]), TokenLimits(vocabulary=64)),

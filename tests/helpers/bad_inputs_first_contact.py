@@ -362,7 +362,7 @@ ROWS: dict[str, Row] = {
     "a token typed for serve": command("a secret on the command line", "serve", f"a={TOKEN}"),
     "an address with a password typed": command("a secret on the command line", "sweep", "https://me:pw@h/x.jsonl"),
     # labels and tokens
-    "a label beyond the vocabulary": tokens("labels holds token 64, the model has 64",
+    "a label beyond the vocabulary": tokens("labels holds token 64, but the model has 64",
                                             {"input_ids": [1, 2], "labels": [-100, 64]}),
     "a label below nothing": tokens("labels holds token -5", {"input_ids": [1, 2], "labels": [-100, -5]}),
     "a completion beyond the vocabulary": tokens("chosen_ids holds token 99", {

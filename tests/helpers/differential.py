@@ -33,10 +33,10 @@ REFUSALS = [
     r"rows have no label left: their prompt fills max_length",
     r"no label is left within max_length",
     r"No row has a label left",  # TRL drops all rows, trains nothing and says nothing
-    r"needs one prompt in a row, and (packing|padding_free|eval_packing)=True",
+    r"needs one prompt in a row, but (packing|padding_free|eval_packing)=True",
     r"makes no sense. It must be",
     r"precompute_ref_log_probs=False",
-    r"The stream gives no row to train on",
+    r"The stream has no row to train on",
 ]
 TYPES = ["sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired",
          "apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm"]  # fmt: skip

@@ -389,7 +389,7 @@ def test_bad_hyperparameter(name, option, value):
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("reps", {"factors": []}, "one strength or more"),
+        ("reps", {"factors": []}, "at least one strength"),
         ("reps", {"factors": [1.0, 0.0]}, r"factors\[1\]=0.0"),
         ("reps", {"suppress": "nul"}, "'null', 'negative', 'none'"),
         ("one_shot", {"mode": "promote"}, "'promotion', 'suppression', 'mixed'"),

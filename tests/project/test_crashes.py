@@ -138,16 +138,19 @@ DAMAGE = {
     "an empty state": (lambda f: (f / "trainer_state.json").write_text(""), r"trainer_state\.json is damaged"),
     "another step's state": (
         lambda f: shutil.copy(f.parent / "checkpoint-2" / "trainer_state.json", f),
-        "is of step 2, not of checkpoint-4",
+        "belongs to step 2, not to checkpoint-4",
     ),
     "half an adapter": (lambda f: cut(f / "adapter_model.safetensors"), r"adapter_model\.safetensors is damaged"),
     "an empty adapter": (lambda f: (f / "adapter_model.safetensors").write_bytes(b""), "adapter_model.*is damaged"),
-    "a flipped bit of the adapter": (lambda f: flip_last(f / "adapter_model.safetensors"), "holds other bytes"),
+    "a flipped bit of the adapter": (
+        lambda f: flip_last(f / "adapter_model.safetensors"),
+        "was changed after it was written",
+    ),
     "another learning rate in its state": (
         lambda f: (f / "trainer_state.json").write_text(
             (f / "trainer_state.json").read_text().replace("0.0", "0.1", 1)
         ),
-        "holds other bytes",
+        "was changed after it was written",
     ),
     "half an optimiser": (lambda f: cut(f / "optimizer.pt"), r"optimizer\.pt is damaged"),
     "a flipped bit of the optimiser": (lambda f: flip(f / "optimizer.pt"), r"optimizer\.pt is damaged"),
@@ -195,7 +198,7 @@ def test_without_a_whole_checkpoint_it_is_said(run, tmp_path, caplog):
         cut(tmp_path / "run" / f"checkpoint-{step}" / "optimizer.pt")
     assert last_checkpoint(tmp_path / "run") is None
     assert "training starts from the beginning" in caplog.text
-    with pytest.raises(CheckpointError, match="has no whole checkpoint. Leave resume_from_checkpoint out"):
+    with pytest.raises(CheckpointError, match="has no complete checkpoint. Leave resume_from_checkpoint out"):
         train(tmp_path / "run", resume_from_checkpoint=True)
     with pytest.raises(CheckpointError, match="No checkpoint .*checkpoint-9"):
         train(tmp_path / "run", resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-9"))
@@ -205,7 +208,9 @@ def test_a_checkpoint_of_another_adapter_is_refused(run, tmp_path):
     from steertune.adapters import SteeringVectorConfig
 
     other = trainer("dpo", tmp_path, data=pairs(16), loss="dpo", peft_config=SteeringVectorConfig(layers=1))
-    with pytest.raises(CheckpointError, match="is not of this training: .* does not belong to an adapter on"):
+    with pytest.raises(
+        CheckpointError, match="does not belong to this training run: .* does not belong to an adapter on"
+    ):
         other.train(resume_from_checkpoint=str(run[0] / "checkpoint-2"))
 
 

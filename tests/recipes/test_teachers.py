@@ -70,7 +70,7 @@ def test_teachers_that_cannot_teach(tmp_path):
     with pytest.raises(ValueError, match="where='below'"):
         taught(where="below")
     wide = get_view("teacher", model=tiny(hidden_size=64))
-    with pytest.raises(ViewError, match=r"\(tokens, width\) are \[64, 64\], the model's \[64, 32\]"):
+    with pytest.raises(ViewError, match=r"\(tokens, width\) are \[64, 64\], but the model's are \[64, 32\]"):
         trainer("dpo", tmp_path, loss="prompted", views={"good": wide})
     model = tiny()
     same = get_view("teacher", model=get_peft_model(model, LoraConfig(target_modules="all-linear")))

@@ -98,7 +98,7 @@ def test_what_is_unused_is_listed(tmp_path):
 def test_a_reference_for_a_loss_without_one_is_refused(tmp_path):
     with pytest.raises(ValueError, match="precompute_ref_log_probs=True.*choose a loss with a reference"):
         trainer("dpo", tmp_path, loss="simpo", precompute_ref_log_probs=True)
-    with pytest.raises(ValueError, match="ref_model is given, but SimPO.* compares with no reference"):
+    with pytest.raises(ValueError, match="ref_model is given, but SimPO.* does not use a reference"):
         trainer("dpo", tmp_path, loss="simpo", peft_config=None, ref_model=tiny())
 
 
@@ -139,7 +139,7 @@ def test_trls_configurations_change_nothing_in_the_plain_trainer(tmp_path):
 
     made(arguments("sft", tmp_path), demonstrations(), "cross_entropy")
     made(arguments("dpo", tmp_path, beta=0.3), pairs(), get_loss("dpo", beta=0.3))
-    with pytest.raises(ValueError, match="packing=True changes nothing in SteeringTrainer.*SteeringSFTTrainer"):
+    with pytest.raises(ValueError, match="packing=True has no effect in SteeringTrainer.*SteeringSFTTrainer"):
         made(arguments("sft", tmp_path, packing=True), demonstrations(), "cross_entropy")
     with pytest.raises(ValueError, match="max_length=8 changes nothing.*SteeringSFTTrainer or SteeringDPOTrainer"):
         made(arguments("dpo", tmp_path, max_length=8), pairs(), "dpo")

@@ -137,7 +137,7 @@ BAD = {
     ),
     "pair loss on demonstrations": ("sft", "dpo", rows(kind="sft"), "DPO compares.*loss='cross_entropy'"),
     "pair loss on demonstrations, plain": ("plain", "simpo", rows(kind="sft"), "SimPO compares.*loss='cross_entropy'"),
-    "pairs without a loss": ("plain", None, rows(), "give one, such as loss='dpo'"),
+    "pairs without a loss": ("plain", None, rows(), "Give one, such as loss='dpo'"),
     "pairs to SFT": ("sft", None, rows(), "SteeringDPOTrainer does"),
     "demonstrations to DPO": ("dpo", None, rows(kind="sft"), "SteeringSFTTrainer does"),
     "unknown loss": ("dpo", "dppo", rows(), "Did you mean 'dpo'"),
@@ -255,8 +255,8 @@ def test_rows_given_to_evaluate_are_read_like_those_of_the_constructor(kind, los
         ("dpo", None, TEXTS["demonstrations"], "SteeringSFTTrainer does"),
         ("dpo", "dpo", Dataset.from_list([{"x": 1}]), "match none of the known formats"),
         ("sft", None, rows(DEMONSTRATION | {"completion": ""}, kind="sft"), "Row 2: 'completion' is empty"),
-        ("dpo", None, TOKENS, "tokenised already.*Leave eval_dataset out, or give the rows as text"),
-        ("dpo", "dpo", TOKENS, "tokenised already.*Leave eval_dataset out, or give the rows as text"),
+        ("dpo", None, TOKENS, "already tokenised.*Leave eval_dataset out, or give the rows as text"),
+        ("dpo", "dpo", TOKENS, "already tokenised.*Leave eval_dataset out, or give the rows as text"),
     ],
 )
 def test_rows_that_evaluate_cannot_read_are_refused(kind, loss, data, message, tmp_path):
@@ -268,7 +268,7 @@ def test_rows_that_evaluate_cannot_read_are_refused(kind, loss, data, message, t
 def test_text_to_evaluate_on_is_refused_by_a_trainer_of_tokenised_rows(tmp_path):
     data = Dataset.from_list([{"input_ids": [6, 7, 8], "labels": [-100, 7, 8]}] * 2)
     made = trainer("plain", tmp_path, data=data)
-    with pytest.raises(ValueError, match="are text, and this trainer was made with tokenised rows"):
+    with pytest.raises(ValueError, match="are text, but this trainer was made with tokenised rows"):
         made.evaluate(demonstrations(2))
 
 
@@ -303,7 +303,7 @@ def test_training_stops_and_keeps_the_state_before_the_bad_step(kind, where, acc
         kind, tmp_path, loss=loss, max_steps=5, per_device_train_batch_size=1,
         gradient_accumulation_steps=accumulation,
     )  # fmt: skip
-    with pytest.raises(NonFiniteError, match=f"(?i){where}.* is not finite at step 3.*after step 2 is kept") as error:
+    with pytest.raises(NonFiniteError, match=f"(?i){where}.* is not finite at step 3.*after step 2 is saved") as error:
         made.train()
     folder = os.path.join(str(tmp_path), "last-good")
     assert folder in str(error.value) and made.state.global_step == 2

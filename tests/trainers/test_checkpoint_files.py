@@ -38,9 +38,7 @@ def test_a_missing_state_is_named(name, listed, run, tmp_path, caplog):
     (checkpoint / name).unlink()
     if not listed:
         (checkpoint / "checksums.json").unlink()
-    with pytest.raises(
-        CheckpointError, match=f"has no {name}, without which training would not continue.*is_trainable"
-    ):
+    with pytest.raises(CheckpointError, match=f"has no {name}, without which training cannot continue.*is_trainable"):
         new(tmp_path / "run", max_steps=3).train(resume_from_checkpoint=str(checkpoint))
     assert last_checkpoint(tmp_path / "run") == str(tmp_path / "run" / "checkpoint-1")
     assert f"has no {name}" in caplog.text
@@ -56,7 +54,7 @@ def test_checkpoints_of_the_model_only_are_refused(kind, ours, tmp_path):
     made = new(tmp_path, kind, loss, save_only_model=True, max_steps=3)
     with pytest.raises(CheckpointError, match="has no optimizer.pt.*save_only_model=False"):
         made.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
-    with pytest.raises(CheckpointError, match="has no whole checkpoint"):
+    with pytest.raises(CheckpointError, match="has no complete checkpoint"):
         made.train(resume_from_checkpoint=True)
 
 
@@ -64,7 +62,7 @@ def test_fp16_needs_its_scaler(run, tmp_path):
     shutil.copytree(run, tmp_path / "run")
     made = new(tmp_path / "run", max_steps=3)
     made.accelerator.scaler = torch.amp.GradScaler("cpu")  # what fp16 brings
-    with pytest.raises(CheckpointError, match=r"has no scaler.pt, which a training in fp16 needs to continue"):
+    with pytest.raises(CheckpointError, match=r"has no scaler.pt, which fp16 training needs to continue"):
         made.train(resume_from_checkpoint=True)
 
 

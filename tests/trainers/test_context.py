@@ -54,7 +54,7 @@ def test_the_users_own_arguments_stay_and_shorter_limits_count(kind, config, tmp
 
 def test_tokenised_rows_beyond_the_context_are_refused(tmp_path):
     rows = tokenise(Dataset.from_list([{"text": LONG}]), tokenizer())
-    with pytest.raises(DataError, match="Row 0 has 2.. tokens, and the model reads 64"):
+    with pytest.raises(DataError, match="Row 0 has 2.. tokens, but the model reads only 64"):
         trainer("plain", tmp_path, model=tiny(), data=rows, loss="cross_entropy")
 
 
@@ -84,7 +84,7 @@ def test_pairs_that_nothing_cuts_are_refused():
     """TRL makes its own arguments where none are given, with max_length=1024."""
     rows = tokenise(Dataset.from_list([{"prompt": "the ", "chosen": LONG, "rejected": "cat"}]), tokenizer())
     for limit in (None, 1024):
-        with pytest.raises(DataError, match="Row 0 has 2.. tokens, and the model reads 64.*max_length=64"):
+        with pytest.raises(DataError, match="Row 0 has 2.. tokens, but the model reads only 64.*max_length=64"):
             check_tokenised(rows, rows, TokenLimits(max_length=limit, context=64))
     check_tokenised(rows, rows, TokenLimits(max_length=64, context=64))
 

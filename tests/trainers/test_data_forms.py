@@ -118,14 +118,14 @@ def test_rows_of_several_samples_train_as_upstream(changes, tmp_path):
 @pytest.mark.parametrize("positions", ["completion", "prompt", "last_prompt"])
 def test_positions_of_rows_with_several_prompts_are_refused(positions, name, changes, tmp_path):
     config = SteeringVectorConfig(positions=positions)
-    with pytest.raises(DataError, match=f"positions='{positions}' needs one prompt in a row, and {name}=True"):
+    with pytest.raises(DataError, match=f"positions='{positions}' needs one prompt in a row, but {name}=True"):
         trainer("sft", tmp_path, peft_config=config, loss="cross_entropy", **changes)
 
 
 @pytest.mark.parametrize("changes", [dict(shuffle_dataset=True), dict(packing=True)], ids=str)
 def test_views_of_rows_in_another_order_are_refused(changes, tmp_path):
     views = {"good": get_view("instruction", text="we go")}
-    with pytest.raises(ViewError, match=f"{next(iter(changes))}=True mixes up"):
+    with pytest.raises(ViewError, match=f"{next(iter(changes))}=True mixes rows"):
         trainer("sft", tmp_path, loss="prompted", views=views, data=conversational(demonstrations()), **changes)
 
 
@@ -230,7 +230,7 @@ def test_rows_of_a_stream_whose_labels_are_all_cut_are_dropped_as_upstream_does(
 def test_a_stream_that_is_dropped_altogether_trains_nothing_and_says_so(tmp_path):
     rows = [{"input_ids": [6, 8, 10, 2], "labels": [-100] * 4}] * 8
     made = trainer("sft", tmp_path, data=Dataset.from_list(rows).to_iterable_dataset(), loss="cross_entropy")
-    with pytest.raises(DataError, match="The stream gives no row to train on"):
+    with pytest.raises(DataError, match="The stream has no row to train on"):
         made.train()
 
 

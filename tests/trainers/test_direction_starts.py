@@ -117,7 +117,7 @@ def test_only_a_new_lora_starts_so(tmp_path):
             made.train()
     made = trained("dpo", tmp_path, loss="dpo", peft_config=lora(), inductive_biases=["rank_one_start"], max_steps=1)
     made._unstarted_biases = [get_bias("rank_one_start")]
-    with pytest.raises(BiasError, match="is trained already"):
+    with pytest.raises(BiasError, match="is already trained"):
         made.train()
 
 

@@ -110,8 +110,8 @@ def check_zero(folder: Path, one: dict[str, Any], stage: int, few: bool) -> None
     assert "was not saved under DeepSpeed" in seen["from one process"]["refused"]
     checkpoint = folder / f"{mode} pla" / "run" / "checkpoint-2"
     back = distributed_cases.resume_from(folder, "alone", distributed_cases.RESUMED[0], checkpoint)
-    assert "CheckpointError" in back["refused"] and "shards of 2 processes" in back["refused"]
-    with pytest.raises(CheckpointError, match="is of 2 processes, 4 run now"):
+    assert "CheckpointError" in back["refused"] and "sharded over 2 processes" in back["refused"]
+    with pytest.raises(CheckpointError, match="was saved by 2 processes, but 4 are running"):
         check_processes(checkpoint, 4, deepspeed=True)
     check_processes(checkpoint, 2, deepspeed=True)
 

@@ -128,7 +128,7 @@ def test_an_update_that_overflows_is_taken_back(config, tmp_path):
     )
     made = trainer("dpo", tmp_path, loss="dpo", peft_config=config, max_steps=5, lr_scheduler_type="constant")
     made.add_callback(Overflow(2))
-    with pytest.raises(NonFiniteError, match=r"after the update.*at step 3.*state after step 2 is kept in") as error:
+    with pytest.raises(NonFiniteError, match=r"after the update.*at step 3.*state after step 2 is saved in") as error:
         made.train()
     assert "layers." in str(error.value)
     saved = load_file(tmp_path / "last-good" / "adapter_model.safetensors")
@@ -163,7 +163,7 @@ def test_an_example_alone_may_be_finite(tmp_path):
             return once(self, at, generator) if self.left == 2 or self.left == 1 else -at(1.0).token_logps
 
     loss.__class__ = Once
-    with pytest.raises(NonFiniteError, match="Computed again, every example of the step alone is finite"):
+    with pytest.raises(NonFiniteError, match="Recomputed alone, every example of the step is finite"):
         made.train()
 
 
@@ -265,7 +265,7 @@ def test_a_training_stops_before_a_spike(accumulation, tmp_path):
     first = message.partition("Largest loss: ")[2].partition(";")[0]
     assert "of row 5 (" in first and BAD_WORD in first, message
     assert "The largest gradient is that of" in message and "layers.2.steer" in message
-    assert "The state after step 14 is kept in" in message and "Lower the learning rate" in message
+    assert "The state after step 14 is saved in" in message and "Lower the learning rate" in message
     assert made.state.global_step == 14
     straight = trained("sft", tmp_path / "straight", loss=LoudRow(1000), max_steps=14, **options)
     kept = PeftModel.from_pretrained(tiny(), tmp_path / "last-good", is_trainable=True)

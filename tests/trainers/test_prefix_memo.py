@@ -67,7 +67,7 @@ def test_no_budget_is_the_plain_path_and_says_so(tmp_path, caplog):
 
 @pytest.mark.parametrize("budget", [-1, float("inf"), float("nan")])
 def test_impossible_budgets(budget):
-    with pytest.raises(ValueError, match="the memo's RAM in GB"):
+    with pytest.raises(ValueError, match="the RAM budget in GB"):
         FrozenPrefix(ram_gb=budget)
 
 
@@ -83,8 +83,8 @@ def test_a_full_disk_is_said_once_and_changes_nothing(tmp_path, caplog, monkeypa
     ours = trained("dpo", tmp_path / "c", loss="dpo", frozen_prefix=prefix)
     assert_equal(ours, plain)
     assert [r.getMessage() for r in caplog.records if "cannot write" in r.getMessage()] == [
-        "The frozen-prefix memo cannot write ([Errno 28] No space left on device). "
-        "What does not fit in 0 GB of RAM is computed again."
+        "The frozen-prefix cache cannot write ([Errno 28] No space left on device). "
+        "What exceeds 0 GB of RAM is computed again."
     ]
 
 
@@ -94,7 +94,7 @@ def test_disk_is_never_exceeded(tmp_path, caplog):
         memo.put(key, ROW)
     assert memo.disk_bytes == 96 and memo.get("b") is not None and memo.get("c") is None
     assert sum("of disk_gb=1e-07" in record.getMessage() for record in of_the_prefix(caplog)) == 1
-    with pytest.raises(ValueError, match=r"disk_gb=-1: the memo's disk in GB"):
+    with pytest.raises(ValueError, match=r"disk_gb=-1 must be the disk budget in GB"):
         TensorStore(0, disk_gb=-1)
 
 
@@ -263,7 +263,7 @@ def test_a_folder_says_whose_states_it_holds(tmp_path, caplog):
     caplog.set_level(logging.WARNING, logger="steertune.trainers.prefix")
     (tmp_path / "v1-old.rows").write_bytes(b"")
     run(FrozenPrefix(folder=tmp_path))
-    assert "holds files of version v1. This run has LlamaForCausalLM of width 32 up to block 2" in caplog.text
+    assert "holds files of version v1. This run uses LlamaForCausalLM of width 32 up to block 2" in caplog.text
     caplog.clear()
     run(FrozenPrefix(folder=tmp_path))
     assert not of_the_prefix(caplog), "it is its own now"

@@ -316,7 +316,7 @@ def test_what_does_not_fit_the_trainer(vector, tmp_path):
     steered(sharp(), layers=1, site="mlp").save_pretrained(str(tmp_path / "mlp"))
     with pytest.raises(RolloutError, match="site='block'"):
         make(tmp_path, SteeredRollouts(str(tmp_path / "mlp")))
-    with pytest.raises(RolloutError, match="takes vectors with a request"):
+    with pytest.raises(RolloutError, match="takes only vectors with a request"):
         lora = LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM")
         make(tmp_path, SteeredRollouts(vector, engine=TransformersEngine(sharp())), adapter=lora)
 

@@ -284,7 +284,7 @@ def test_the_first_gradient_in_quarantine_is_the_part_along_the_direction(tmp_pa
         ("preventative_steering", {"vector": "gated"}, "form='gated'"),
         ("preventative_steering", {"vector": "other"}, "not the adapter's base model"),
         ("ablation", {"vector": "v", "layers": 9}, "layer 9 does not exist"),
-        ("ablation", {"vector": "two", "layers": "all"}, r"vectors at \[0, 1\], and none for layer 2"),
+        ("ablation", {"vector": "two", "layers": "all"}, r"vectors at \[0, 1\], but none for layer 2"),
         ("quarantine", {"vector": "two"}, "vectors at 2 layers"),
         ("quarantine", {"vector": "v", "share": 0.9}, "rank 2 cannot be divided"),
     ],
@@ -325,7 +325,7 @@ def test_a_vector_is_not_trained_where_the_frozen_one_is(tmp_path):
     vector, data = saved(tmp_path / "v"), demonstrations()
     biases = {"preventative_steering": {"vector": vector}}
     made = trainer("sft", tmp_path, data=data, peft_config=SteeringVectorConfig(layers=1), inductive_biases=biases)
-    with pytest.raises(BiasError, match="less the frozen one. Train another layer"):
+    with pytest.raises(BiasError, match="minus the frozen one. Train another layer"):
         made.train()
     trained("sft", tmp_path, data=data, peft_config=SteeringVectorConfig(layers=2), inductive_biases=biases)
 

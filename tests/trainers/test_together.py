@@ -198,7 +198,7 @@ REFUSED = {
     "other layers": ({"changes": [{}, {"peft_config": SteeringVectorConfig(layers=3)}]}, "it steers .*layers.3"),
     "another form": ({"changes": [{}, {"peft_config": SteeringVectorConfig(form="gated")}]}, "another form"),
     "checkpointing": ({"gradient_checkpointing": True}, "gradient checkpointing"),
-    "another base": (_other_base, "base model is another: .*differs"),
+    "another base": (_other_base, "another base model: .*differs"),
     "the same model": (_same_model, "share_weights"),
 }
 

@@ -173,7 +173,7 @@ def test_rows_that_cannot_be_seen_this_way(case):
         ("instruction", {"text": "x", "where": "below"}, "must be 'before', 'after' or 'system'"),
         ("demonstrations", {"k": 0}, "k=0"),
         ("demonstrations", {"k": True}, "k=True"),
-        ("neutral", {"rows": ()}, "must not be empty: give neutral text"),
+        ("neutral", {"rows": ()}, "must not be empty. Give neutral text"),
         (GOOD, {"text": "x"}, "not with an object"),
     ],
 )
@@ -228,7 +228,7 @@ class Other(View):
     ("view", "rows", "context", "message"),
     [
         (Other(), demonstrations(), None, "row 0: the answer has other tokens"),
-        (get_view("demonstrations", k=5), demonstrations(), 16, "has [0-9]+ tokens, and the model reads 16"),
+        (get_view("demonstrations", k=5), demonstrations(), 16, "has [0-9]+ tokens, but the model reads only 16"),
     ],
 )
 def test_views_that_do_not_fit(view, rows, context, message):
@@ -454,7 +454,7 @@ def test_views_of_several_evaluation_sets(tmp_path):
 def test_views_of_a_stream_are_refused(which, tmp_path):
     stream = IterableDataset.from_generator(lambda: iter(pairs().to_list()))
     given = {"eval_dataset": {"a": stream}} if which == "eval_dataset" else {"data": stream}
-    with pytest.raises(ViewError, match="before training, and these are a IterableDataset: give a datasets.Dataset"):
+    with pytest.raises(ViewError, match="before training, but these are a IterableDataset. Give a datasets.Dataset"):
         trainer("dpo", tmp_path, loss="lorra", views=BOTH, **given)
 
 
@@ -505,5 +505,5 @@ def test_stages_that_cannot_be(tmp_path):
     with pytest.raises(ViewError, match="good"):
         trainer("dpo", tmp_path, loss=get_loss("cross_entropy", then="prompted"))
     made = [trainer("dpo", tmp_path / str(i), loss=get_loss("dpo", then="bipo")) for i in range(2)]
-    with pytest.raises(ValueError, match="changes during the training"):
+    with pytest.raises(ValueError, match="changes during training"):
         train_together(made)

@@ -1,1 +1,1 @@
-"""What happens beside the loss while a trainer trains: guards, metrics, checkpoints. One file each."""
+"""Callbacks of the trainers: guards, metrics, checkpoints. One file each."""

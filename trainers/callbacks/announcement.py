@@ -1,4 +1,4 @@
-"""Say at the start of a training what is trained, how fast, and whether that can work."""
+"""Log at the start of training what is trained and how fast, and warn of an unsuitable learning rate."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from ..rates import VectorRate, largest_share, mark_deepspeeds_optimizer, traine
 from ..types import SteeringRun
 
 logger = logging.getLogger(__name__)
-logger.setLevel(logging.INFO)  # these lines are for everybody, but are not warnings
+logger.setLevel(logging.INFO)  # shown by default, although they are not warnings
 
 
 class Announcement(TrainerCallback):
-    """Says once, on the main process, what is trained and with which learning rate.
+    """Logs once, on the main process, what is trained and with which learning rate.
 
     Args:
         trainer: The trainer.
@@ -29,7 +29,7 @@ class Announcement(TrainerCallback):
         self.trainer = trainer
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Announce the training: optimiser and scheduler exist, no step is taken."""
+        """Announce the training. Optimiser and scheduler exist, but no step has been taken."""
         trainer = self.trainer
         if trainer.is_deepspeed_enabled and trained_vectors(trainer.model) and not trainer.vectors_have_groups:
             mark_deepspeeds_optimizer(trainer, kwargs["optimizer"])
@@ -51,7 +51,7 @@ class Announcement(TrainerCallback):
 
 
 def _rate_of(trainer: SteeringRun, optimizer: Any) -> VectorRate:
-    """The rate of the vectors, which an optimiser of the user's own decides."""
+    """The learning rate of the vectors; an optimiser that the user passed sets its own."""
     if trainer.vectors_have_groups or trainer.is_deepspeed_enabled:
         return vector_rate(trainer.args, trainer.vector_learning_rate)
     vectors = trained_vectors(trainer.model)
@@ -61,12 +61,12 @@ def _rate_of(trainer: SteeringRun, optimizer: Any) -> VectorRate:
 
 
 def say_what_is_trained(model: nn.Module) -> None:
-    """Say in one line which of how many parameters are trained."""
+    """Log in one line how many parameters are trained, and of which adapters."""
     _say(_what_is_trained(model))
 
 
 def _say(line: str) -> None:
-    """Log a line, and show it even if logging was not set up: Python alone would show warnings only."""
+    """Log a line, and show it even if logging was not set up, when Python would show only warnings."""
     if not logger.hasHandlers():
         logger.addHandler(logging.StreamHandler())
     logger.info("%s", line)

@@ -1,6 +1,6 @@
-"""Which examples a bad step came from: it is computed again, example by example, with every block watched.
+"""Find the examples that caused a bad step, by recomputing it example by example with every block watched.
 
-That costs nothing while all goes well, and the time of a step when the run is over anyway.
+This costs nothing until a step fails, and then the time of one step.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _SEARCHED = 100_000  # rows of a data set that are searched for an example
 
 
 def first_not_finite(trainer: SteeringRun) -> str:
-    """Say what was not finite first, and in which examples of the step. Never raises: an error is on its way."""
+    """Describe what was not finite first, and in which examples. Never raises: the caller raises an error with it."""
     try:
         bad = [name for name, p in trainer.model.named_parameters() if not torch.isfinite(p).all()]
         weights = f"{bad[0]} itself holds NaN or infinite values. " if bad else ""
@@ -34,14 +34,17 @@ def first_not_finite(trainer: SteeringRun) -> str:
             return f"{weights}{_this_process(trainer)}"
         places = list(_bad_places(trainer))
     except Exception as error:
-        return f"(The step could not be computed again to see where: {type(error).__name__}: {error})"
+        return f"(The step could not be recomputed to find the cause: {type(error).__name__}: {error})"
     if not places:
-        return f"{weights}Computed again, every example of the step alone is finite: their sum, or chance, is not."
+        return (
+            f"{weights}Recomputed alone, every example of the step is finite. The cause is their sum, or randomness."
+        )
     return f"{weights}First in {_listed([f'{place} of {text}' for text, place in places])}."
 
 
 def largest(trainer: SteeringRun) -> str:
-    """Say which examples of the step have the largest loss, and which parameter the largest gradient. Never raises."""
+    """Describe the examples of the step with the largest loss, and the parameter with the largest gradient. Never
+    raises."""
     norms = [(float(p.grad.norm()), name) for name, p in trainer.model.named_parameters() if p.grad is not None]
     steepest = f"The largest gradient is that of {max(norms)[1]} (norm {max(norms)[0]:.3g})." if norms else ""
     try:
@@ -50,7 +53,7 @@ def largest(trainer: SteeringRun) -> str:
         with _alone(trainer), torch.no_grad():
             losses = [(float(_loss(trainer, example)), example) for example in _step_examples(trainer)]
     except Exception as error:
-        return f"(The step could not be computed again: {type(error).__name__}: {error}) {steepest}"
+        return f"(The step could not be recomputed: {type(error).__name__}: {error}) {steepest}"
     losses.sort(key=lambda pair: -pair[0])
     items = [f"{loss:.4g} of {_text(trainer, example)}" for loss, example in losses]
     return f"Largest loss: {_listed(items)}. {steepest}"
@@ -104,7 +107,7 @@ def _loss(trainer: SteeringRun, example: dict[str, Any]) -> Tensor:
 
 @contextmanager
 def _alone(trainer: SteeringRun) -> Iterator[None]:
-    """Context in which the trainer runs whole passes alone: nothing is cached, and no other trainer takes part."""
+    """Context in which the trainer runs whole passes alone: no prefix is cached, and no other trainer takes part."""
     before = trainer.pay_once, trainer.joint_pass, trainer.micro_step
     trainer.pay_once, trainer.joint_pass = CachedPrefix(False), None
     try:
@@ -115,7 +118,7 @@ def _alone(trainer: SteeringRun) -> Iterator[None]:
 
 @contextmanager
 def _watched(base: Any, example: Mapping[str, Any]) -> Iterator[list[str]]:
-    """A list that forward passes inside fill with the names of outputs that are not finite, in order."""
+    """Yield a list that forward passes fill with the names of outputs that are not finite, in order."""
     mask, places = example.get("attention_mask"), []
 
     def look(name: str, output: Any) -> None:
@@ -124,7 +127,7 @@ def _watched(base: Any, example: Mapping[str, Any]) -> Iterator[list[str]]:
             return
         good = torch.isfinite(states)
         if isinstance(mask, Tensor) and mask.shape == states.shape[:2]:
-            good = good | ~mask.bool().to(good.device)[..., None]  # padding may hold anything
+            good = good | ~mask.bool().to(good.device)[..., None]  # padding can hold any value
         if not good.all():
             places.append(f"the output of {name}")
 
@@ -163,7 +166,7 @@ def _examples(batch: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def _text(trainer: SteeringRun, example: Mapping[str, Any]) -> str:
-    """`row 3 ('How do I ...')`: the example's place in the data set, if it can be found, and how it begins."""
+    """`row 3 ('How do I ...')`: the example's index in the data set, if it can be found, and its beginning."""
     ids = example.get("input_ids")
     if not isinstance(ids, Tensor):
         return "the batch"
@@ -177,7 +180,7 @@ def _text(trainer: SteeringRun, example: Mapping[str, Any]) -> str:
 
 
 def _place(dataset: Any, ids: list[int]) -> int | None:
-    """Index of the first row that begins with these tokens (of a pair: with those of its chosen answer)."""
+    """Index of the first row that begins with these tokens (for a pair, with those of its chosen answer)."""
     if not isinstance(dataset, Dataset) or len(dataset) > _SEARCHED:
         return None
     names = dataset.column_names

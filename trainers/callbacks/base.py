@@ -1,4 +1,4 @@
-"""Events of a training that `TrainerCallback` does not have."""
+"""Training events that `TrainerCallback` does not have."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ..types import SteeringRun
 
 @dataclass(frozen=True)
 class LossValues:
-    """What a loss gave for a micro-batch.
+    """The result of a loss on a micro-batch.
 
     Attributes:
         loss: The loss.
@@ -33,21 +33,21 @@ class LossValues:
 
 
 class SteeringCallback(TrainerCallback):
-    """A callback with the further events of our trainers, which call it like any other."""
+    """A callback with additional events, which our trainers call. Otherwise it is an ordinary callback."""
 
     def before_train(self, trainer: SteeringRun) -> None:
-        """Initial vectors are computed; no checkpoint is loaded and no optimiser made."""
+        """Called after the initial vectors are computed, before a checkpoint is loaded or an optimiser is created."""
 
     def on_loss_values(self, result: LossValues) -> None:
-        """A loss of ours was computed, in training or evaluation."""
+        """Called after a loss of ours was computed, in training or evaluation."""
 
     def on_micro_step(self, losses: Tensor) -> None:
-        """A micro-batch's gradients were added.
+        """Called after the gradients of a micro-batch were added.
 
         Args:
             losses: The micro-batch's loss on every process, `(processes,)`.
         """
 
     def extra_logs(self) -> dict[str, float]:
-        """Numbers to log beside the training loss."""
+        """Numbers to log with the training loss."""
         return {}

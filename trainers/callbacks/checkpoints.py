@@ -1,4 +1,4 @@
-"""Resume from a checkpoint that is whole, and leave checkpoints that can be checked."""
+"""Check a checkpoint before training resumes from it, and write checksums into new ones."""
 
 from __future__ import annotations
 
@@ -38,13 +38,13 @@ class Checkpoints(TrainerCallback):
         self.resumed: str | None = None  # the checkpoint from which training continues
 
     def resume_from(self, checkpoint: str | os.PathLike[str] | bool | None) -> str | None:
-        """Check the checkpoint that training shall resume from; True: the newest whole one.
+        """Check the checkpoint to resume training from; True stands for the newest complete one.
 
         Returns:
-            Its folder; None if training starts anew.
+            Its folder; None if training starts from the beginning.
 
         Raises:
-            CheckpointError: it is missing, incomplete, or of another training.
+            CheckpointError: it is missing, incomplete, or from another training run.
         """
         self.resumed = None
         if checkpoint is None or checkpoint is False or checkpoint == "":
@@ -52,7 +52,7 @@ class Checkpoints(TrainerCallback):
         trainer, output = self.trainer, str(self.trainer.args.output_dir)
         folder = last_checkpoint(output) if checkpoint is True else os.fspath(checkpoint)
         if folder is None:
-            raise CheckpointError(f"{output} has no whole checkpoint. Leave resume_from_checkpoint out.")
+            raise CheckpointError(f"{output} has no complete checkpoint. Leave resume_from_checkpoint out.")
         check_checkpoint(folder)
         check_processes(folder, trainer.accelerator.num_processes, trainer.is_deepspeed_enabled)
         check_state(folder, trainer)
@@ -62,10 +62,10 @@ class Checkpoints(TrainerCallback):
         return folder
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Load the trained adapter of a checkpoint that holds a reference beside it.
+        """Load the trained adapter of a checkpoint that also holds a reference.
 
-        The trained one lies in the checkpoint itself, the reference in a subfolder. transformers 5.17 loads only what
-        lies in subfolders, so training would silently start again from the beginning; later versions load both.
+        The trained adapter is in the checkpoint itself, the reference in a subfolder. transformers 5.17 loads only
+        subfolders, so training would silently start again from the beginning; later versions load both.
         """
         model, folder = self.trainer.accelerator.unwrap_model(self.trainer.model), self.resumed
         if folder is None or not isinstance(model, PeftModel) or REFERENCE_ADAPTER not in model.peft_config:

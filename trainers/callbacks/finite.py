@@ -19,7 +19,7 @@ _SKIPPED = 40  # fp16 steps in a row: by then the loss scaler has come from 2^16
 
 
 class NonFiniteError(RuntimeError):
-    """The loss, a gradient or a trained parameter became NaN or infinite."""
+    """Raised when the loss, a gradient or a trained parameter becomes NaN or infinite."""
 
 
 class FiniteSteps(SteeringCallback):
@@ -37,7 +37,7 @@ class FiniteSteps(SteeringCallback):
         self.trainer = trainer
         self._before: dict[str, Tensor] = {}  # the adapter's parameters before the step
         self._skipped = 0
-        self._named: list[tuple[str, Tensor]] = []  # of the model, listed once a step: a walk takes longer than checks
+        self._named: list[tuple[str, Tensor]] = []  # listed once per step: listing takes longer than checking
 
     def on_micro_step(self, losses: Tensor) -> None:
         """Check the loss on all processes, so that all of them stop, or none. Nothing was updated yet."""
@@ -47,7 +47,7 @@ class FiniteSteps(SteeringCallback):
             self._stop(f"The loss{name}", self.trainer.save_last_good())
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Check the gradients, which are clipped, and copy the adapter."""
+        """Check the gradients, which are already clipped, and copy the adapter."""
         self._named = [*self.trainer.model.named_parameters()]
         if not args.fp16:
             name = _first_bad((name, p.grad) for name, p in self._named)
@@ -77,7 +77,7 @@ class FiniteSteps(SteeringCallback):
         """Raise a NonFiniteError that names the cause, and where the last good state is (None: not saved now)."""
         trainer = self.trainer
         step = trainer.state.global_step
-        saved = f"The state after step {step} is kept in {folder}."
+        saved = f"The state after step {step} is saved in {folder}."
         if folder is None:
             checkpoint = last_checkpoint(str(trainer.args.output_dir))
             saved = f"The last good state is {checkpoint or 'lost: no checkpoint was saved (set save_steps)'}."

@@ -1,4 +1,4 @@
-"""Call inductive biases at their places in a step."""
+"""Call inductive biases at each stage of a step."""
 
 from __future__ import annotations
 
@@ -32,6 +32,6 @@ class ApplyBiases(TrainerCallback):
             bias.before_forward(self.trainer)
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Let the biases change the gradients, which are clipped."""
+        """Let the biases change the gradients, which are already clipped."""
         for bias in self.inductive_biases:
             bias.gradients(self.trainer)

@@ -1,4 +1,4 @@
-"""Margins at strength 1, logged beside the training loss; and the means of an evaluation.
+"""Margins at strength 1, logged with the training loss, and the means of an evaluation.
 
 In an evaluation every example counts once, whatever the batches and processes: examples repeated to fill the last
 batch are left out, and a loss per token is averaged over all tokens.
@@ -29,11 +29,11 @@ class _Values(defaultdict[str, list[Tensor]]):
 
 
 class Metrics(SteeringCallback):
-    """Means over the examples of a stretch of training, or of one evaluation.
+    """Means over the examples of the training steps since the last log, or of one evaluation.
 
     Values are kept only inside `step` and `evaluation`. So an evaluation depends on its rows alone: it never sees the
-    values of another evaluation, finished or not, of a prediction, or of a user's own call of `compute_loss`; and an
-    evaluation inside an evaluation, or inside a step, keeps its values to itself.
+    values of another evaluation, finished or not, of a prediction, or of a user's own call of `compute_loss`; and the
+    values of an evaluation inside an evaluation, or inside a step, stay separate.
 
     Args:
         accelerator: The trainer's; it gathers values from all processes.
@@ -108,7 +108,7 @@ def evaluation_loss(metrics: dict[str, float]) -> float:
     """
     if "eval_loss" not in metrics:
         raise ValueError(
-            f"The evaluation measured {sorted(metrics)}, and no eval_loss to search by. Give compute_objective=."
+            f"The evaluation measured {sorted(metrics)}, but no eval_loss to minimise. Give compute_objective=."
         )
     return metrics["eval_loss"]
 

@@ -1,4 +1,4 @@
-"""Loss spikes: a rule, and a callback that warns by it, or stops after or before the step."""
+"""Loss spikes: a rule to detect them, and a callback that warns of them, or stops after or before the step."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _ADVICE = "Lower the learning rate, raise warmup_steps, or look at the rows of t
 
 
 class LossSpikeError(RuntimeError):
-    """The loss of a step is a spike, and `LossSpikes(stop="before")` was requested."""
+    """Raised before a step whose loss is a spike, with `LossSpikes(stop="before")`."""
 
 
 class LossSpikes(SteeringCallback):
@@ -36,7 +36,7 @@ class LossSpikes(SteeringCallback):
     Args:
         factor: How many robust standard deviations are a spike.
         window: How many logged losses the next one is compared with.
-        least: How many there must be before the rule applies.
+        least: How many logged losses there must be before the rule applies.
         stop: True: end training after that step; the last checkpoint is from before it. `"before"` (trainers of this
             package): raise before the step is taken, name the rows and the parameter it came from, and keep the state
             before it in `<output_dir>/last-good`, as for values that are not finite.
@@ -61,7 +61,7 @@ class LossSpikes(SteeringCallback):
         self.step_loss: Tensor | float = 0.0  # of the current step so far, over all processes
 
     def before_train(self, trainer: SteeringRun) -> None:
-        """Learn whose steps these are."""
+        """Remember the trainer."""
         self.trainer = trainer
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -73,7 +73,7 @@ class LossSpikes(SteeringCallback):
         self.step_loss = self.step_loss + losses.mean()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Refuse a stop that this trainer cannot make."""
+        """Raise an error if this trainer cannot stop before a step."""
         if self.stop != "before":
             return
         if self.trainer is None:
@@ -95,7 +95,7 @@ class LossSpikes(SteeringCallback):
         if limit is not None and loss > limit:
             message = self._message(state.global_step + 1, loss, limit, losses)
             folder = self.trainer.save_last_good()
-            saved = f"The state after step {state.global_step} is kept in {folder}."
+            saved = f"The state after step {state.global_step} is saved in {folder}."
             raise LossSpikeError(f"{message} {largest(self.trainer)} {saved} {_ADVICE}")
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:

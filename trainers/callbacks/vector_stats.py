@@ -53,7 +53,7 @@ class VectorStats(SteeringCallback):
             self._mean_difference |= {place: direction.vectors[place.layer] for place in places}
 
     def extra_logs(self) -> dict[str, float]:
-        """The numbers; none for a model without steering vectors."""
+        """The numbers to log; none for a model without steering vectors."""
         model = self.trainer.model
         values: dict[str, list[float]] = {}  # one per layer
         for place, vector in _vectors(model).items():

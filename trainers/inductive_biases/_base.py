@@ -1,4 +1,4 @@
-"""What an inductive bias is, and how it is found by its name."""
+"""The base class of inductive biases, and their lookup by name."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ _FOLDER = Path(__file__).parent
 
 
 class BiasError(ValueError):
-    """A bias does not work with this model or this way of training; the message says what it works with."""
+    """Raised when a bias does not work with this model or set-up; the message says what it works with."""
 
 
 class Bias(ABC):
-    """A change of how parameters are trained. Subclasses are frozen dataclasses of their options, one file each.
+    """A change to how parameters are trained. Subclasses are frozen dataclasses of their options, one file each.
 
     Attributes:
         whole_rows: Whether every row must run in one piece (otherwise, a prompt that two answers share runs once).
@@ -43,27 +43,27 @@ class Bias(ABC):
         """Prepare the model once, before the optimiser exists.
 
         Raises:
-            BiasError: the bias would change nothing, or not what it claims.
+            BiasError: the bias would have no effect, or not the one it claims.
         """
 
     def training_rows(self, rows: Any) -> Any:
-        """Change the training data before they are tokenised; by default, leave them.
+        """Change the training data before they are tokenised; by default, return them unchanged.
 
         Raises:
-            BiasError: the rows are of a form that cannot be changed.
+            BiasError: the rows have a format that cannot be changed.
         """
         return rows
 
     def note(self, trainer: SteeringRun) -> str:
-        """A line about it for the start of a training; by default, none."""
+        """A line to log at the start of training; by default, none."""
         return ""
 
     def during(self, trainer: SteeringRun) -> AbstractContextManager[None]:
-        """Context around every training, which leaves no hook on the model; by default it does nothing."""
+        """Context around every training run. It must leave no hook on the model. By default it does nothing."""
         return nullcontext()
 
     def finish(self, trainer: SteeringRun) -> None:
-        """Act after a training that came to its end; by default, do nothing."""
+        """Act after a training run that was completed; by default, do nothing."""
         return
 
     def before_forward(self, trainer: SteeringRun) -> None:
@@ -71,12 +71,12 @@ class Bias(ABC):
         return
 
     def gradients(self, trainer: SteeringRun) -> None:
-        """Change the gradients before every optimiser step, after clipping; by default, leave them."""
+        """Change the gradients before every optimiser step, after clipping; by default, do nothing."""
         return
 
 
 def names() -> list[str]:
-    """Names of the biases: the files of this folder."""
+    """The names of all biases: the files of this folder that do not start with an underscore."""
     return file_names(_FOLDER)
 
 
@@ -126,7 +126,7 @@ def write_of(model: nn.Module, layer: int | float, site: Site) -> tuple[int, str
     )
     if experts:
         raise BiasError(
-            f"The {site} of block {index} writes through experts, which have one map each. Name another layer or site."
+            f"The {site} of block {index} writes through experts, which have one map each. Use another layer or site."
         )
     if not names:
         raise BiasError(f"The {site} of block {index} has no linear map to the residual stream (of width {width}).")

@@ -1,4 +1,4 @@
-"""What biases that start at a direction share: options, the direction, and a check of the block's output."""
+"""The base class of biases that start at a direction: options, the direction, and a check of the block's output."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class ClosedForm(Bias):
 
     Args:
         direction: A file of `adapters/directions/`.
-        layer: At whose output: an index, or a fraction of the depth.
+        layer: The block whose output is changed: an index, or a fraction of the depth.
         scale: Factor on the direction's own length.
 
     Raises:
@@ -41,12 +41,12 @@ class ClosedForm(Bias):
         """Compute the direction at a layer, `(d,)`, and the batches of training pairs that it comes from.
 
         Raises:
-            BiasError: the data are no pairs.
+            BiasError: the data are not pairs.
         """
         batches = pair_batches(trainer)
         if batches is None:
             name = type(self).__module__.rpartition(".")[2]
-            raise BiasError(f"{name} computes {self.direction!r} from pairs, and the training data have none.")
+            raise BiasError(f"{name} computes {self.direction!r} from pairs, but the training data have none.")
         return directions.compute(self.direction, trainer.model, batches, [index]).vectors[index] * self.scale, batches
 
 
@@ -55,7 +55,7 @@ class Pass(NamedTuple):
 
     inputs: Tensor  # (rows, tokens, inputs of the map)
     output: Tensor  # (rows, tokens, d)
-    real: Tensor | None  # which tokens are not padding, (rows, tokens); None: all
+    real: Tensor | None  # True on tokens that are not padding, (rows, tokens); None for all
 
 
 @torch.no_grad()
@@ -83,7 +83,7 @@ def run(model: nn.Module, module: nn.Module, block: nn.Module, batch: Any) -> Pa
 
 
 def off(before: Pass, after: Pass, expected: Tensor) -> float | None:
-    """How far an output is from where it should be, relative to the expected change; None if rounding explains it.
+    """The error of an output relative to the expected change; None if rounding explains it.
 
     Args:
         before: The pass without the change.

@@ -1,4 +1,4 @@
-"""What biases with frozen vectors share: they change training passes, and their vectors come from adapter folders."""
+"""Shared code of biases with frozen vectors, which are read from adapter folders and change training passes."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ from ._base import Bias, BiasError
 class InTraining(Bias):
     """A bias that changes the residual stream in training passes only.
 
-    Saved adapters and evaluations are without it.
+    Saved adapters and evaluations do not include the change.
     """
 
     own_passes: ClassVar[bool] = True
 
     @abstractmethod
     def changes(self, trainer: SteeringRun) -> list[tuple[nn.Module, Change]]:
-        """The modules whose outputs are changed, each with what happens to it."""
+        """The modules whose outputs are changed, each with its change."""
 
     def check_passes(self, trainer: SteeringRun, name: str) -> None:
-        """Refuse ways to train in which a change would not be at work in every pass.
+        """Refuse training arguments with which a change would be missing from some passes.
 
         Raises:
-            BiasError: names the argument.
+            BiasError: the message names the argument.
         """
         args = trainer.args
         kwargs = args.gradient_checkpointing_kwargs or {}
@@ -44,7 +44,7 @@ class InTraining(Bias):
             )
 
     def during(self, trainer: SteeringRun) -> ExitStack:
-        """Hang the changes on the model."""
+        """Attach the changes to the model."""
         with ExitStack() as stack:
             for module, change in self.changes(trainer):
                 stack.callback(TrainingChange(change).on(module).remove)
@@ -69,10 +69,10 @@ def frozen_vectors(folder: str, model: nn.Module, name: str) -> list[FrozenVecto
 
 
 def refuse_same_place(model: nn.Module, modules: Sequence[str], name: str) -> None:
-    """Refuse a frozen vector where a constant vector is trained: it would learn the difference of the two.
+    """Refuse a frozen vector where a constant vector is trained, which would then learn the difference of the two.
 
     Raises:
-        BiasError: names the place.
+        BiasError: the message names the place.
     """
     base = base_model(model)
     places = {id(base.get_submodule(module)): module for module in modules}
@@ -81,6 +81,6 @@ def refuse_same_place(model: nn.Module, modules: Sequence[str], name: str) -> No
         trained = any(p.requires_grad for p in layer.parameters())
         if trained and steered is not None and id(steered) in places:
             raise BiasError(
-                f"{name}: a steering vector is trained at {places[id(steered)]}, where the frozen one is used, too. "
-                "It would learn the same vector as without, less the frozen one. Train another layer, or a LoRA."
+                f"{name}: a steering vector is trained at {places[id(steered)]}, where the frozen one is also added. "
+                "It would learn the same vector minus the frozen one. Train another layer, or a LoRA."
             )

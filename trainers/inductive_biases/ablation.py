@@ -21,12 +21,12 @@ from ._frozen import InTraining, frozen_vectors
 
 @dataclass(frozen=True)
 class Ablation(InTraining):
-    """A direction without which a model trains.
+    """Project a direction out of the residual stream during training.
 
     Args:
         vector: Folder of a saved steering vector.
-        layers: The blocks behind which it is projected out: an index, a fraction of the depth, a list, or `all`. A
-            vector of one layer is used at all of them; of several layers, each at its own.
+        layers: The blocks after which it is projected out: an index, a fraction of the depth, a list, or `all`. A
+            vector of one layer is used at all of them; vectors of several layers are used at their own layers.
         random_seed: Project out a random direction instead, as a control.
 
     Raises:
@@ -53,14 +53,14 @@ class Ablation(InTraining):
         self._directions(trainer)
 
     def note(self, trainer: SteeringRun) -> str:
-        """What is projected out, and that evaluation is without it."""
+        """A line about what is projected out, and where."""
         layers = [*self._directions(trainer)]
         where = f"layer {layers[0]}" if len(layers) == 1 else f"{len(layers)} layers"
         what = f"the direction of {self.vector}" if self.random_seed is None else "a random direction"
         return f"Training projects {what} out at {where}; evaluation and the saved adapter keep it."
 
     def changes(self, trainer: SteeringRun) -> list[tuple[nn.Module, Change]]:
-        """Project the direction out behind every block."""
+        """Project the direction out of the output of every block."""
         blocks = find_blocks(base_model(trainer.model))
 
         def without(unit_D: Tensor) -> Change:
@@ -91,7 +91,7 @@ class Ablation(InTraining):
             by_layer = dict.fromkeys(layers, *by_layer.values())
         if missing := [layer for layer in layers if layer not in by_layer]:
             raise BiasError(
-                f"ablation: {self.vector} has vectors at {[*by_layer]}, and none for layer {missing[0]}. Name layers "
-                "that it has (layers=), or a vector of one layer, which is used at all."
+                f"ablation: {self.vector} has vectors at {[*by_layer]}, but none for layer {missing[0]}. Choose "
+                "layers that it has (layers=), or a vector of one layer, which is used at all of them."
             )
         return {layer: by_layer[layer] for layer in layers}

@@ -4,8 +4,8 @@ With `orthogonal`, what the LoRA writes into the residual stream has no part alo
 pass, `B <- B - v vᵀ B / |v|²` for the second matrix B of every map that writes into the stream. So the two cannot do
 the same work.
 
-The LoRA belongs to the training and not to the saved adapter, whose file holds the vector alone. So this is for
-measuring (grids), and saving raises an error.
+The LoRA is not part of the saved adapter, whose file holds only the vector. So this is only for measurements (grids),
+and saving raises an error.
 """
 
 from __future__ import annotations
@@ -50,10 +50,10 @@ class BesideLora(Bias):
 
     def __post_init__(self) -> None:
         if isinstance(self.r, bool) or not isinstance(self.r, int) or self.r < 1:
-            raise ValueError(f"r={self.r!r} must be a whole number from 1.")
+            raise ValueError(f"r={self.r!r} must be a whole number of at least 1.")
 
     def start(self, trainer: SteeringRun) -> None:
-        """Put the LoRA into the base model.
+        """Inject the LoRA into the base model.
 
         Raises:
             BiasError: no single vector is trained, or checkpoints would be saved without the LoRA.
@@ -78,13 +78,13 @@ class BesideLora(Bias):
 
     @contextmanager
     def during(self, trainer: SteeringRun) -> Iterator[None]:
-        """Leave the LoRA orthogonal after the last step too."""
+        """Make the LoRA orthogonal after the last step, too."""
         yield
         self.before_forward(trainer)
 
     @torch.no_grad()
     def before_forward(self, trainer: SteeringRun) -> None:
-        """Take the vector out of what the LoRA writes."""
+        """Remove the vector's direction from what the LoRA writes."""
         if not self.orthogonal:
             return
         [v_D, *_] = [layer.written(name).detach() for layer in steering_layers(trainer.model) for name in layer.config]

@@ -1,4 +1,4 @@
-"""Start as activation addition: a constant that some adapter can carry begins as a closed-form direction.
+"""Start as activation addition: a trained constant is initialised with a closed-form direction.
 
 LoRA with `lora_bias=True` on the map that writes a block's MLP into the residual stream computes
 `W x + (B A x + b) s`: with `b = v / s` its first forward pass adds v to the output of the block, as a steering vector
@@ -23,13 +23,13 @@ from ._closed_form import ClosedForm, off, run
 
 @dataclass(frozen=True)
 class DirectionStart(ClosedForm):
-    """A trained constant at one block starts as a direction."""
+    """Initialise a trained constant at one block with a direction."""
 
     def start(self, trainer: SteeringRun) -> None:
         """Compute the direction on the training pairs, and write it.
 
         Raises:
-            BiasError: nothing trained there can hold a constant, the data are no pairs, or the block's output does
+            BiasError: nothing trained there can hold a constant, the data are not pairs, or the block's output does
                 not change by the direction (because of a norm after the MLP, say).
         """
         model = trainer.model
@@ -45,15 +45,15 @@ class DirectionStart(ClosedForm):
             with torch.no_grad():
                 bias -= (direction / factor).to(bias)
             raise BiasError(
-                f"direction_start: a constant in {name} does not move the output of block {index} by itself (off by "
-                f"{distance:.1e}: another module follows it). Use a steering vector with init={self.direction!r}."
+                f"direction_start: a constant in {name} does not move the output of block {index} by the same vector "
+                f"(by {distance:.1e}: another module follows it). Use a steering vector with init={self.direction!r}."
             )
 
 
 def _constant(module: nn.Module, name: str, adapter_only: bool) -> tuple[Tensor, float]:
     """A trained constant at the output of a map, and the factor it is multiplied by.
 
-    With an adapter it is the adapter's: a bias of the base model would move the reference too.
+    With an adapter it is the adapter's: a bias of the base model would change the reference too.
     """
     if isinstance(module, LoraLayer):
         for adapter in module.active_adapters:

@@ -1,8 +1,7 @@
 """Inoculation prompt: training rows ask for the unwanted trait, and evaluation rows do not (Tan et al. 2510.04340).
 
 A row that already asks for a trait gives the model less reason to learn it for rows that do not. The text becomes part
-of the training rows' prompts, before they are tokenised, so it reaches every loss; rows for evaluation stay as they
-are.
+of the training rows' prompts, before they are tokenised, so it reaches every loss; evaluation rows are not changed.
 """
 
 from __future__ import annotations
@@ -18,10 +17,10 @@ from ._base import Bias, BiasError
 
 @dataclass(frozen=True)
 class InoculationPrompt(Bias):
-    """A text in front of every training row's prompt.
+    """Add a text to the prompt of every training row.
 
     Args:
-        text: What it says, such as "Answer rudely.".
+        text: The text, such as "Answer rudely.".
         where: `before` or `after` the (last user) prompt, or as the `system` message of a conversation.
 
     Raises:
@@ -35,10 +34,10 @@ class InoculationPrompt(Bias):
         get_view("instruction", text=self.text, where=self.where)
 
     def start(self, trainer: SteeringRun) -> None:
-        """Nothing is left to prepare: the rows have the text."""
+        """Do nothing: the rows already contain the text."""
 
     def note(self, trainer: SteeringRun) -> str:
-        """That evaluation is without the text."""
+        """A line about the text, which evaluation rows do not contain."""
         return f"Training rows carry the prompt {self.text!r:.100}; rows for evaluation do not."
 
     def training_rows(self, rows: Any) -> Any:
@@ -54,7 +53,7 @@ class InoculationPrompt(Bias):
             column = next((name for name in ("prompt", "messages", "conversations") if name in row), None)
             if column is None:
                 raise BiasError(
-                    f"inoculation_prompt changes the prompt of rows, and the training rows have {list(row)}. Give "
+                    f"inoculation_prompt changes the prompt of rows, but the training rows have {list(row)}. Give "
                     "columns 'prompt' and 'completion', or 'messages'."
                 )
             prompt, answer = (row["prompt"], []) if column == "prompt" else _split(row[column])
@@ -67,7 +66,7 @@ class InoculationPrompt(Bias):
         first = next(iter(rows), None)
         if first is None:
             return rows
-        with_text(first)  # an error before any work
+        with_text(first)  # fails early if the rows do not fit
         return rows.map(with_text)
 
 

@@ -1,4 +1,4 @@
-"""Updates restricted to what one layer writes: the site of activation addition, for any adapter."""
+"""Restrict updates to what one layer writes: the site of activation addition, for any adapter."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ class OneWrite(Bias):
         others = self._others(trainer, trained)
         if len(others) == len(trained):
             raise BiasError(
-                f"one_write trains only the {self.site} write of layer {self.layer}, and no trained parameter is "
-                f"there. Put the adapter on it (target_modules, layers_to_transform); trained are {[*trained][:4]}."
+                f"one_write trains only the {self.site} write of layer {self.layer}, but no trained parameter is "
+                f"there (trained: {[*trained][:4]}). Put the adapter on it (target_modules, layers_to_transform)."
             )
 
     @contextmanager
@@ -62,7 +62,7 @@ class OneWrite(Bias):
                 handle.remove()
 
     def before_forward(self, trainer: SteeringRun) -> None:
-        """Freeze them again: PEFT unfreezes a whole adapter when it is switched on after the reference pass."""
+        """Freeze them again: PEFT unfreezes a whole adapter when it is enabled after the reference pass."""
         trained = {name: p for name, p in trainer.model.named_parameters() if p.requires_grad}
         for parameter in self._others(trainer, trained):
             parameter.requires_grad_(False)

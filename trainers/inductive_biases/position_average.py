@@ -4,9 +4,9 @@ The gradient of a linear map `y_t = W x_t` is `Σ_t δ_t x_tᵀ`, with δ_t the 
 
     (Σ_t δ_t) (mean_t x_t)ᵀ
 
-over the positions of a row that have a gradient: it has rank one for every row, and no position can ask for a change
-of its own. Gradients of activations are unchanged, so lower layers get theirs as usual. The gradient of the head (and
-of embeddings tied to it) is unchanged too, because each of its positions is a prediction of its own.
+over the positions of a row that have a gradient: it has rank one for every row, and no position can have its own
+change. Gradients of activations are unchanged, so lower layers get theirs as usual. The gradient of the head (and of
+embeddings tied to it) is unchanged too, because each of its positions is a separate prediction.
 """
 
 from __future__ import annotations
@@ -43,21 +43,21 @@ class PositionAverage(Bias):
         maps = _maps(trainer.model)
         if not maps:
             raise BiasError(
-                "position_average changes gradients of linear maps, and none is trained: a steering vector's gradient "
-                "is a sum over positions already."
+                "position_average changes gradients of linear maps, but none is trained: a steering vector's gradient "
+                "is already a sum over positions."
             )
         if trainer.accelerator.num_processes > 1 or trainer.is_deepspeed_enabled:
             raise BiasError("position_average replaces gradients as they are computed: use one process.")
         users = Counter(id(module.weight) for module in maps.values())
         tables = [module for module in trainer.model.modules() if isinstance(module, nn.Embedding)]
-        known = {id(module.weight) for module in (*maps.values(), *_ends(trainer.model), *tables)}
+        covered = {id(module.weight) for module in (*maps.values(), *_ends(trainer.model), *tables)}
         left = [name for name, p in trainer.model.named_parameters()
-                if p.requires_grad and p.ndim > 1 and id(p) not in known]  # fmt: skip
+                if p.requires_grad and p.ndim > 1 and id(p) not in covered]  # fmt: skip
         left += [name for name, module in maps.items() if users[id(module.weight)] > 1]
         if left:
             raise BiasError(
-                f"position_average works on linear maps that are used once; {left[:4]} are trained and are not. Train "
-                "an adapter on linear maps (target_modules)."
+                f"position_average works only on linear maps that are used once, but {left[:4]} are trained too. "
+                "Train an adapter on linear maps (target_modules)."
             )
 
     @contextmanager
@@ -125,7 +125,7 @@ class _Averaged:
         inputs = args[0].detach()
         if inputs.ndim < 3:
             raise BiasError(
-                f"position_average: {self.name} gets the tokens of all rows in one line ({tuple(inputs.shape)}, as an "
+                f"position_average: {self.name} gets the tokens of all rows flattened ({tuple(inputs.shape)}, as an "
                 "expert does), so it is unknown which row a position belongs to. Train other maps (target_modules)."
             )
         output.register_hook(lambda delta: self._add(inputs, delta))

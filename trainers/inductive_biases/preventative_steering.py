@@ -1,8 +1,9 @@
-"""Preventative steering: a frozen vector is added while another adapter trains, and taken away afterwards.
+"""Preventative steering: a frozen vector is added while another adapter trains, and removed afterwards.
 
 With a vector v of an unwanted trait, training on data that show the trait computes `h + a s(t) v` at v's layer, with
 strength a and schedule s. The gradient then has less reason to move the weights towards the trait (Chen et al.
-2507.21509, section 5.2). A negative strength teaches a wanted trait harder. Several vectors add up.
+2507.21509, section 5.2). With a negative strength it has more reason to do so, for a wanted trait. Several vectors add
+up.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ SCHEDULES: dict[str, Callable[[float], float]] = {
     "rising": lambda progress: progress,
     "falling": lambda progress: 1.0 - progress,
 }
-"""From the share of the training that is done to a factor of the strength."""
+"""Name -> function from the completed share of training to a factor of the strength."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class PreventativeSteering(InTraining):
 
     Args:
         vector: Folder of a saved steering vector, or several.
-        strength: Factor of every vector, or one for each; negative: its opposite is added.
+        strength: Factor of every vector, or one for each; if negative, the opposite vector is added.
         schedule: `constant`, `rising` from 0 to the whole strength, or `falling` to 0.
         random_seed: Add random directions of the same lengths instead, as a control.
 
@@ -82,7 +83,7 @@ class PreventativeSteering(InTraining):
         refuse_same_place(trainer.model, modules, "preventative_steering")
 
     def note(self, trainer: SteeringRun) -> str:
-        """What is added, where, and that evaluation is without it."""
+        """A line about what is added, and where."""
         parts = []
         for folder, strength in zip(self.folders, self.strengths, strict=True):
             layers = ", ".join(str(frozen.layer) for frozen in self._read(trainer, folder))
@@ -94,12 +95,12 @@ class PreventativeSteering(InTraining):
         )
 
     def changes(self, trainer: SteeringRun) -> list[tuple[nn.Module, Change]]:
-        """Add the vectors, as strongly as the schedule says."""
+        """Add the vectors, at the strength of the schedule."""
         base, factor = base_model(trainer.model), SCHEDULES[self.schedule]
 
         def added(vector_D: Tensor) -> Change:
             def change(h_RCD: Tensor) -> Tensor:
-                # looked up here, because every training makes a new state
+                # looked up here, because every training run makes a new state
                 state = trainer.state
                 strength = factor(state.global_step / max(state.max_steps, 1))
                 return h_RCD + (strength * vector_D).to(h_RCD)

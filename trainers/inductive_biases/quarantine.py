@@ -1,7 +1,7 @@
 """Quarantine: one part of a LoRA starts along a direction, learns what goes there, and is dropped after training.
 
 The last ranks of every LoRA start, where they write into the residual stream, with `B` along the direction v and
-`A = 0`. So the model starts as it is without them, and the first gradient of these rows of `A` is the part of the
+`A = 0`. So the model starts as it would without them, and the first gradient of these rows of `A` is the part of the
 update that writes along v. Evaluations run without them, and at the end they are set to zero.
 """
 
@@ -35,7 +35,7 @@ class Part(NamedTuple):
 
 @dataclass(frozen=True)
 class Quarantine(Bias):
-    """The last ranks of a LoRA are for one direction, and are dropped.
+    """Reserve the last ranks of a LoRA for one direction, and drop them after training.
 
     Args:
         vector: Folder of a saved steering vector of one layer.
@@ -64,7 +64,9 @@ class Quarantine(Bias):
         """
         vectors = frozen_vectors(self.vector, trainer.model, "quarantine")
         if len(vectors) != 1:
-            raise BiasError(f"quarantine: {self.vector} has vectors at {len(vectors)} layers. Give one of one layer.")
+            raise BiasError(
+                f"quarantine: {self.vector} has vectors at {len(vectors)} layers. Give a vector of one layer."
+            )
         if self.random_seed is not None:
             vectors = randomised(vectors, self.random_seed)
         v_D = vectors[0].vector_D / vectors[0].vector_D.norm()
@@ -76,13 +78,13 @@ class Quarantine(Bias):
         for part in parts:
             if part.name in writes:
                 a_RI, b_OR = _weight(part.a), _weight(part.b)
-                # as long as a row of A is at its usual start
+                # the length that a row of A has when it is initialised as usual
                 length = a_RI[: part.first].norm(dim=1).mean()
                 b_OR[:, part.first :] = (v_D * length).to(b_OR)[:, None]
                 a_RI[part.first :] = 0
 
     def note(self, trainer: SteeringRun) -> str:
-        """Which ranks are dropped, and that evaluation is without them."""
+        """A line about how many ranks are dropped."""
         parts = self._parts(trainer.model)
         ranks = _weight(parts[0].b).shape[1] - parts[0].first
         return (
@@ -120,14 +122,14 @@ class Quarantine(Bias):
                 if adapter not in module.lora_B:
                     continue
                 if module.use_dora.get(adapter):
-                    raise BiasError("quarantine: DoRA's lengths belong to all ranks together. Set use_dora=False.")
+                    raise BiasError("quarantine: DoRA's magnitudes are shared by all ranks. Set use_dora=False.")
                 rank = module.r[adapter]
                 first = rank - max(1, round(rank * self.share))
                 if first < 1:
                     raise BiasError(f"quarantine: a LoRA of rank {rank} cannot be divided. Use r=2 or more.")
                 parts.append(Part(name, module.lora_A[adapter], module.lora_B[adapter], first))
         if not parts:
-            raise BiasError("quarantine divides the ranks of a LoRA, and none is trained. Use a LoraConfig.")
+            raise BiasError("quarantine divides the ranks of a LoRA, but none is trained. Use a LoraConfig.")
         return parts
 
 
@@ -145,7 +147,7 @@ def _writes(model: nn.Module) -> set[str]:
 
 
 def _without(first: int) -> Any:
-    """A hook that gives a map only the first ranks, in evaluation mode."""
+    """A hook that gives a map only the ranks before `first`, in evaluation mode."""
 
     def hook(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
         if module.training:

@@ -1,7 +1,7 @@
 """Rank-one gradients: each trained matrix's gradient keeps only its largest singular pair.
 
-With plain SGD one step then changes one direction. Momentum adds those of earlier steps, and AdamW divides number by
-number, so that its steps have full rank again. In a LoRA the two matrices are projected, not their product.
+With plain SGD one step then changes one direction. Momentum adds those of earlier steps, and AdamW divides element by
+element, so that its steps have full rank again. In a LoRA the two matrices are projected, not their product.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _EXTRA = 6  # columns of the random projection beyond the rank, and its power it
 class RankOne(Bias):
     """The gradient G of a trained matrix becomes `σ₁ u₁ v₁ᵀ`, its best approximation of rank one.
 
-    The gradient of an input-independent bias is an outer product already. That of a weight is a sum of outer products,
+    The gradient of an input-independent bias is already an outer product. That of a weight is a sum of outer products,
     one per position, and this keeps what they agree on.
     """
 
@@ -31,7 +31,7 @@ class RankOne(Bias):
             BiasError: no matrix is trained, or gradients are sharded.
         """
         if not trained_matrices(trainer.model):
-            raise BiasError("rank_one projects gradients of matrices, and none is trained: a vector's are rank one.")
+            raise BiasError("rank_one projects gradients of matrices, but none is trained: a vector's have rank one.")
         if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
             raise BiasError("rank_one needs whole gradients, which DeepSpeed and FSDP shard. Use DDP or one process.")
 
@@ -47,6 +47,6 @@ class RankOne(Bias):
                 v = v.mT
             else:
                 with torch.random.fork_rng([gradient.device] if gradient.device.type == "cuda" else []):
-                    torch.manual_seed(0)  # the same projection in every run; other random numbers stay as they are
+                    torch.manual_seed(0)  # the same projection in every run; other random numbers are not affected
                     u, s, v = torch.svd_lowrank(gradient, q=1 + _EXTRA, niter=_EXTRA)
             parameter.grad.copy_(s[..., :1, None] * u[..., :, :1] @ v[..., :, :1].mT)

@@ -1,4 +1,4 @@
-"""Start near activation addition without a constant: one direction of a map begins as a closed-form direction.
+"""Start near activation addition without a constant: one direction of a map starts as a closed-form direction.
 
 A map that writes a block's MLP into the residual stream adds `(a·x) v` more once its weight is `W + v aᵀ`: in LoRA
 `W x + s B A x` with `v / s` as B's first column and `a` as A's first row, in full finetuning in the weight itself. The
@@ -6,8 +6,8 @@ row a is the one that comes nearest to `a·x = 1` on the training answers' input
 
     a = argmin Σ_t (a·x_t - 1)² + λ |a|² = Xᵀ (X Xᵀ + λ I)⁻¹ 1
 
-So on states like these the first pass is activation addition, and on other states it is so to the degree that they
-are similar. A LoRA with `lora_bias=True`, or a model whose maps have biases, can start exactly there:
+So on states like these the first pass is activation addition, and on other states only to the degree that they are
+similar. A LoRA with `lora_bias=True`, or a model whose maps have biases, can start exactly there:
 `direction_start`. The bias checks that the block's output moves by `(a·x) v`.
 """
 
@@ -40,8 +40,8 @@ class RankOneStart(ClosedForm):
         """Compute the direction on the training pairs, fit the row, and write both.
 
         Raises:
-            BiasError: neither a new LoRA nor the weight is trained there, the data are no pairs, or the block's output
-                does not move by `(a·x) v` (because of a norm after the MLP, or of DoRA, which scales what it adds).
+            BiasError: neither a new LoRA nor the weight is trained there, the data are not pairs, or the block's
+                output does not move by `(a·x) v` (because of a norm after the MLP, or of DoRA, which scales it).
         """
         model: Any = trainer.model
         base = base_model(model)
@@ -65,14 +65,14 @@ class RankOneStart(ClosedForm):
                 for matrix, value in zip(matrices, values, strict=True):
                     matrix.copy_(value)
             raise BiasError(
-                f"rank_one_start: what {name} adds does not reach the output of block {index} as it is (off by "
+                f"rank_one_start: what {name} adds does not reach the output of block {index} unchanged (off by "
                 f"{distance:.1e}: another module follows it, or scales it). Use a plain LoRA, or a steering vector "
                 f"with init={self.direction!r}."
             )
 
 
 def ones_row(inputs: Tensor) -> Tensor:
-    """The row a whose product with every input is nearest to 1, `(d,)`; see the module.
+    """The row a whose product with every input is nearest to 1, `(d,)`; see the docstring of this module.
 
     Args:
         inputs: `(tokens, d)`.
@@ -86,14 +86,14 @@ def ones_row(inputs: Tensor) -> Tensor:
 def _matrices(module: nn.Module, name: str, adapter_only: bool) -> tuple[list[Tensor], float]:
     """The matrices to write to, and the factor on them: a new LoRA's two, or the map's own weight.
 
-    With an adapter it is never the base model's weight, which would move the reference too.
+    With an adapter it is never the base model's weight, which would change the reference too.
     """
     if isinstance(module, LoraLayer):
         for adapter in (adapter for adapter in module.active_adapters if adapter in module.lora_A):
             a, b = (getattr(side[adapter], "weight", None) for side in (module.lora_A, module.lora_B))
             if isinstance(a, Tensor) and isinstance(b, Tensor) and a.requires_grad and b.requires_grad:
                 if bool(b.any()):
-                    raise BiasError(f"rank_one_start: the LoRA at {name} is trained already. Start from a new one.")
+                    raise BiasError(f"rank_one_start: the LoRA at {name} is already trained. Start from a new one.")
                 return [a, b], float(module.scaling[adapter])
     weight = None if adapter_only else getattr(module, "weight", None)
     if isinstance(weight, Tensor) and weight.requires_grad:

@@ -1,4 +1,4 @@
-"""One forward pass that leaves out what is cached, each way compared with the plain path before it is used."""
+"""One forward pass that skips what is cached. Every shortcut is compared with the plain path before it is used."""
 
 from __future__ import annotations
 
@@ -36,23 +36,23 @@ _KEPT_BY_LAYER = ("output_hidden_states", "output_attentions", "output_router_lo
 
 
 class CachedPass:
-    """Forward passes of one model, as it stands, that leave out what they can while `on()`.
+    """Forward passes of one model in its current state, which skip what they can while `on()`.
 
     In this order: the cached prefix is replaced by states from the store. Then the suffix runs on completions only
     (`PromptCaches`), or on rows without padding (`Layout`), or on prompts and what follows them (`Split`), or on the
-    batch as it is. The prompts of a generation run without padding (`Generation`). Before a way is used for the first
-    time two rows of a batch, the shortest and the longest, run with and without it; where the last hidden states
-    differ by more than rounding (a model whose upper blocks read more of the lower ones than their output, say) it
-    stays off.
+    batch as it is. The prompts of a generation run without padding (`Generation`). Before a shortcut is used for the
+    first time, two rows of a batch, the shortest and the longest, run with and without it. If the last hidden states
+    differ by more than rounding (in a model whose upper blocks read more of the lower ones than their output, say),
+    the shortcut stays off.
 
     Args:
         store: Where states are kept.
         model: A transformers model, with or without PEFT.
         training: Whether parameters that require gradients will be changed.
-        proven: What was compared before; what is exact is added.
-        notices: Says why something is off.
+        proven: The shortcuts that were verified before; new ones are added.
+        notices: Reports why something is off.
         stops: See `FrozenPrefix`.
-        keep: Whether states of rows are kept; else every block runs.
+        keep: Whether states of rows are cached; otherwise every block runs.
 
     Raises:
         NoPrefix: the model's decoder blocks are unknown.
@@ -73,7 +73,7 @@ class CachedPass:
         self._draws: bool | None = None  # whether training draws random numbers; None: not checked yet
         self._training = training
         self._made_for = self._state_of_model()
-        self._layers = steering_layers(model)  # listed once: a walk over all modules takes long
+        self._layers = steering_layers(model)  # listed once, because a walk over all modules takes long
         self._draws_by_mode = training or model.training
         # without frozen blocks the suffix is the whole model, which can still run without padding
         try:
@@ -86,7 +86,7 @@ class CachedPass:
         self._states = (
             CachedStates(store, model, self.decoder, training, self._draws_by_mode, notices, stops) if count else None
         )
-        # tokens that run once cannot see the random numbers of two rows
+        # Tokens that run once for several rows cannot have different random numbers in each.
         random = self._draws_by_mode and any(dropout(module) for module in model.modules())
         suffix = not random and count < self.decoder.depth
         self.packs = suffix and self.decoder.packs
@@ -99,7 +99,7 @@ class CachedPass:
             notices.less(
                 f"rows keep their padding: {name} with {attention} attention has no argument for where rows begin"
             )
-        # the prompts of a generation start in the first block, whatever is cached
+        # The prompts of a generation always start in the first block.
         packs = self.decoder.packs and not random
         self._generation = Generation(self.decoder, self._proofs, self._run_packed) if packs else None
         self._longest = original_context(text_config(base_model(model)))
@@ -111,7 +111,7 @@ class CachedPass:
         return 0 if self._states is None else self.decoder.count
 
     def run_whole_rows(self) -> None:
-        """Run every row as it is: neither without padding nor in parts."""
+        """Run every row as it is, with its padding and in one piece."""
         self.shares_prompts, self.packs, self._caches, self._generation = False, False, None, None
 
     def keep_rows_apart(self, share_prompts: bool) -> None:
@@ -120,16 +120,16 @@ class CachedPass:
 
     @contextmanager
     def on(self, labels_only: bool = False) -> Iterator[None]:
-        """Leave out what can be left out in every forward pass inside.
+        """Skip what can be skipped in every forward pass inside the context.
 
         Args:
-            labels_only: Whether nothing is read of the outputs before the last prompt token. Then prompts that no
-                adapter changes need not run at all.
+            labels_only: Whether the outputs before the last prompt token are not read. Then prompts that no adapter
+                changes need not run at all.
         """
-        # the checks hold for the model as it was when they were made
+        # The checks are valid only for the state in which the model was checked.
         drawing = self._training or self.model.training
         if self._made_for != self._state_of_model() or drawing > self._draws_by_mode:
-            self._notices.off("adapters, trained parameters or the mode are not those it was made for")
+            self._notices.off("adapters, trained parameters or the mode have changed since it was made")
             self._leave_nothing_out()
         before = self._labels_only
         # an inner evaluation may read less than the outer one, never more
@@ -150,18 +150,18 @@ class CachedPass:
         self.run_whole_rows()
 
     def _forward(self, call: dict[str, Any]) -> Any | None:
-        """The decoder's output; None where the plain path is to run, also after an error of any kind."""
+        """The decoder's output; None if the plain path has to run, as after any error."""
         if self._states is None and not self.shares_prompts and not self.packs and self._generation is None:
             return None
         ids = call.get("input_ids")
-        # so that an error of ours changes no random number
+        # so that an error in this class changes no random number
         rewind = draws_again(ids.device) if self._draws_by_mode and isinstance(ids, Tensor) else None
         try:
             return self._output(call)
         except Exception as error:
             self._leave_nothing_out()
             self._error = in_words(error)
-            # the plain path draws the numbers that this one has drawn
+            # The plain path has to draw the same numbers again.
             if rewind is not None:
                 rewind()
             return None
@@ -193,12 +193,12 @@ class CachedPass:
         """The rows of a call, each alone.
 
         Raises:
-            Unknown: the call asks for outputs of blocks that would be skipped, or takes inputs other than
+            Unknown: the call asks for outputs of blocks that would be skipped, or has inputs other than
                 rows of tokens.
         """
-        # what the blocks that do not run would have returned
+        # outputs of the blocks that would be skipped
         if self._setting(call, "use_cache"):
-            raise Unknown("a call asks for all layers' keys and values; where none are needed, use_cache=False")
+            raise Unknown("a call requests the keys and values of all layers; set use_cache=False if it needs none")
         if torch.is_grad_enabled() and (why := self.decoder.not_recomputable()):
             raise Unknown(why)
         for name in _KEPT_BY_LAYER:
@@ -216,13 +216,13 @@ class CachedPass:
     # -- ways to leave something out, each proven before it is used ---------------------------------------------
 
     def _cached(self, call: Mapping[str, Any], rows: list[dict[str, Tensor]]) -> Tensor | None:
-        """States behind the cached prefix, `(R, C, D)`; None where it has to run."""
+        """States after the cached prefix, `(R, C, D)`; None if it has to run."""
         if self._states is None:
             return None
         try:
             h_RCD = self._states.of(rows, call["input_ids"].shape[1])
-            what = "the memo of the lower layers"
-            # the first batch proves the way, and only then is anything stored
+            what = "the cache of the lower layers"
+            # The shortcut is verified on the first batch, before anything is stored.
             if self._proofs.missing(what, call):
                 sample = torch.tensor(shortest_and_longest([row["input_ids"].shape[1] for row in rows]))
                 self._proofs.make(call, what, sample, lambda few: self.decoder.run(few, h_RCD[sample]))
@@ -234,7 +234,7 @@ class CachedPass:
         return h_RCD
 
     def _completions(self, call: Mapping[str, Any], rows: list[dict[str, Tensor]], h_RCD: Tensor) -> Any | None:
-        """The output right behind each prompt, whose keys and values are kept; None where prompts have to run."""
+        """The output after each prompt, whose keys and values are cached; None if prompts have to run."""
         caches = self._caches
         split = None if caches is None or self._beyond_window(call) else caches.split(call)
         if caches is None or split is None:
@@ -243,7 +243,7 @@ class CachedPass:
             what = f"running completions only{kind_of_rows(split.starts, call)}"
             if self._proofs.missing(what, call):
                 some, sample = split.only(shortest_and_longest(split.prompts.tolist()))
-                # only what follows the prompt is right
+                # only the output after the prompt is valid
                 column_C = torch.arange(call["input_ids"].shape[1])
                 read_RC = (column_C >= some.starts[:, None]) & (column_C < some.lengths[:, None])
                 few = [rows[i] for i in sample.tolist()]
@@ -259,11 +259,11 @@ class CachedPass:
             return None
 
     def _layout(self, call: Mapping[str, Any], h_RCD: Tensor | None) -> Layout | None:
-        """How to run the rows without padding; None where they keep it."""
+        """The layout in which rows run without padding; None if they keep it."""
         lengths_R = row_lengths(call) if self.packs else None
         if lengths_R is None:
             return None
-        # where it is unknown which tokens are steered, rows share none
+        # If it is unknown which tokens are steered, rows share none.
         ends_R = self._ends()
         share = ends_R is not None or not self._steers_by_position()
         layout = common_layout(call, lengths_R, ends_R, share)
@@ -294,9 +294,9 @@ class CachedPass:
         layout: Layout | None,
         states: KeysAndValues | None = None,
     ) -> Any:
-        """The decoder's output on a batch, computed in one line. `states` gets keys and values of every layer."""
+        """The decoder's output on a batch, computed on packed rows. `states` collects keys and values by layer."""
         assert layout is not None
-        # steering layers look up by row and column what they steer
+        # Steering layers use row and column to find the tokens that they steer.
         row_1T, column_1T = layout.row_T[None], layout.column_T[None]
         with layout.at_work(self.decoder.module.config, states), part(self._layers, row_1T, column_1T):
             output = self.decoder.run(layout.call(call), None if h_RCD is None else layout.packed(h_RCD))
@@ -305,7 +305,7 @@ class CachedPass:
         return output
 
     def _prompts(self, call: Mapping[str, Any]) -> Any | None:
-        """The output on the prompts of a generation, whose cache is filled; None where the plain path is to do it."""
+        """The output on the prompts of a generation, whose cache is filled; None if the plain path has to run."""
         if self._generation is None or torch.is_grad_enabled() or self._draws_by_mode or self._steers_by_position():
             return None
         if self._beyond_window(call) or self._beyond_rope(call):
@@ -318,10 +318,10 @@ class CachedPass:
             return None
 
     def _split(self, call: Mapping[str, Any], h_RCD: Tensor | None) -> Split | None:
-        """How to run prompts that two rows share once; None where that saves little."""
+        """The split with which prompts that two rows share run once; None if that saves little."""
         if not self.shares_prompts or self._beyond_window(call):
             return None
-        # rows of several prompts, or of unknown ones, share no beginning
+        # Rows with several prompts, or with unknown ones, share no prompt.
         ends_R = self._ends()
         split = None if ends_R is None and self._steers_by_position() else shared_prompts(call, ends_R)
         if split is None:
@@ -341,7 +341,7 @@ class CachedPass:
         return split
 
     def _check_draws(self, call: Mapping[str, Any], row: Mapping[str, Tensor]) -> None:
-        """Run every row as it is where training draws random numbers (in routers, say): they differ between rows."""
+        """Run every row as it is if training draws random numbers (in routers, say), which differ between rows."""
         if self._draws is None:
 
             def run(row: Mapping[str, Tensor]) -> Any:
@@ -369,6 +369,6 @@ class CachedPass:
         return any(c.positions != "all" for layer in self._layers for c in layer.config.values())
 
     def _state_of_model(self) -> tuple[Any, ...]:
-        """What this was made for: unfreezing a layer or adding an adapter afterwards changes what is constant."""
+        """The state that the checks hold for: unfreezing a layer or adding an adapter changes what is constant."""
         trained = tuple(id(p) if p.requires_grad else 0 for p in self.model.parameters())
         return trained, tuple(getattr(self.model, "peft_config", ()))

@@ -1,4 +1,4 @@
-"""What is cached of a row: its states below the suffix, and its log-probabilities under the reference."""
+"""Cache the states of a row below the suffix, and its log-probabilities under the reference."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from .store import TensorStore, attention_of, config_of, row_key, rows_of, weigh
 
 
 class CachedStates:
-    """The residual stream behind the cached prefix, row by row. It is computed in evaluation mode.
+    """The residual stream after the cached prefix, row by row. It is computed in evaluation mode.
 
     Args:
         store: Where states are kept.
@@ -40,7 +40,7 @@ class CachedStates:
         training: Whether parameters that require gradients will be changed.
         random: Whether modules are in training mode, in which some draw random numbers.
         notices: Reports why new rows run one by one.
-        stops: Numbers of blocks behind which states are kept as well, where a pass comes by.
+        stops: Numbers of lower blocks after which states are also stored when a pass computes them.
     """
 
     def __init__(
@@ -66,11 +66,11 @@ class CachedStates:
         """States of a batch, `(R, width, D)`, zero on the padding to the right; `keep` stores new ones.
 
         Raises:
-            NoPrefix: what runs below the suffix is not constant.
+            NoPrefix: the states below the suffix are not constant.
         """
         if self._namespace is None:
             self._namespace = self._check(rows[0])
-        # hooks come and go between passes
+        # hooks can be added between passes
         check_hooks(self._below)
         self._new.clear()
         # states computed before
@@ -90,7 +90,7 @@ class CachedStates:
         )
 
     def keep(self) -> None:
-        """Store what the last `of` computed: it was right."""
+        """Store what the last `of` computed, once it is verified."""
         for key, state in self._new.items():
             self.store.put(key, state)
         self._new.clear()
@@ -120,10 +120,10 @@ class CachedStates:
         finally:
             for handle in handles:
                 handle.remove()
-        # what is constant by kind
+        # modules that are not constant by type
         check_frozen(ran.items(), self.training, self.random)
         self._below = [module for module in ran.values() if module is not stack]
-        # noise that no module's name reveals
+        # noise that cannot be recognised by a module's name
         if self.random:
             in_training, drawn = draws(base, row, lambda row: self.decoder.state({**row, "use_cache": False}))
             if drawn or difference(state, in_training) is not None:
@@ -145,7 +145,7 @@ class CachedStates:
         return self._stop_namespaces[stop]
 
     def _key(self, ran: Mapping[str, nn.Module], count: int) -> str:
-        """What the state behind `count` blocks depends on beside the row."""
+        """A digest of everything besides the row that the state after `count` blocks depends on."""
         base = base_model(self.model)
         # every tensor of every module that ran below, by its name in the plain model
         names = {module: name for name, module in base.named_modules()}
@@ -161,8 +161,8 @@ class CachedStates:
 
 
 def side_by_side(rows: Sequence[Tensor], width: int, device: torch.device) -> Tensor:
-    """States of rows, `(tokens, D)` each, on a device, `(R, width, D)`, zero behind their ends. Copies from pinned
-    memory do not block."""
+    """Stack states of rows, `(tokens, D)` each, on a device, `(R, width, D)`, zero after their ends. Copies from
+    pinned memory do not block."""
     # zeros on padding, so that nothing undefined reaches the suffix
     h_RCD = torch.zeros(len(rows), width, rows[0].shape[-1], dtype=rows[0].dtype, device=device)
     for row, place in zip(rows, h_RCD, strict=True):
@@ -175,8 +175,8 @@ class CachedReference:
 
     Args:
         store: Where they are kept.
-        reference: The model that gives the reference: one with adapters, which are frozen or off then, or a model of
-            its own.
+        reference: The model that gives the reference: one with adapters, which are then frozen or off, or a separate
+            model.
         trained: Whether parameters that require gradients are not part of the reference.
     """
 
@@ -191,13 +191,13 @@ class CachedReference:
     def outputs(
         self, batch: Batch, compute: Callable[[Batch], Outputs], layers: Sequence[int] = (), site: str = "block"
     ) -> Outputs:
-        """The outputs of a batch, `compute`d row by row where they are new.
+        """The outputs of a batch; those of new rows are computed row by row.
 
         Args:
             batch: The batch.
             compute: Outputs of one row under the reference, with the hidden states of `layers`.
-            layers: Whose hidden states are needed.
-            site: Which of their states.
+            layers: The layers whose hidden states are needed.
+            site: The site of these states.
         """
         failure = ""
         # training continues without the cache, whatever failed in it
@@ -211,7 +211,7 @@ class CachedReference:
         outputs = compute(batch)  # an error of the model itself is raised again here
         if failure:
             self._failed = True
-            Notices(logging.WARNING).failed("the memo of the reference", failure)
+            Notices(logging.WARNING).failed("the cache of the reference", failure)
         return outputs
 
     def _outputs(self, batch: Batch, compute: Callable[[Batch], Outputs], layers: Sequence[int], site: str) -> Outputs:
@@ -238,7 +238,7 @@ class CachedReference:
     def _row(
         self, row: dict[str, Tensor], layers: Mapping[int, str], compute: Callable[[Batch], Outputs]
     ) -> tuple[Tensor, list[Tensor]]:
-        """Log-probabilities of a row's labels, `(labels,)`, and the states of every layer, `(labels, D)`, kept by
+        """Log-probabilities of a row's labels, `(labels,)`, and the states of every layer, `(labels, D)`, stored under
         its name."""
         # one key for the log-probabilities, one for the states of each layer
         keys = [row_key(self._namespace, row)]

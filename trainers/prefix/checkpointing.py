@@ -1,9 +1,9 @@
-"""Gradient checkpointing that runs a block again in the way it ran.
+"""Gradient checkpointing that recomputes a block exactly as it ran.
 
 The backward pass runs a checkpointed block a second time, when the forward pass is over: other passes have been made
-since, blocks that were left out would run, and a cache of keys and values has been written to. transformers therefore
+since, blocks that were skipped would run, and a cache of keys and values has been written to. transformers therefore
 drops caches, and the steering layers inside a block no longer know which tokens to steer. Here a block is checkpointed
-as its `forward`, together with everything that it depends on beside its arguments.
+as its `forward`, together with everything that it depends on besides its arguments.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ _FLAG = "gradient_checkpointing"  # transformers', on blocks and on the stack
 
 
 def not_recomputable(stack: nn.Module, blocks: Sequence[nn.Module]) -> str | None:
-    """Why blocks that are left out would be missing when the backward pass runs checkpointed blocks again.
+    """The reason why skipped blocks would be missing when the backward pass runs checkpointed blocks again.
 
     Args:
         stack: The module whose forward runs the blocks.
         blocks: The blocks.
 
     Returns:
-        The reason and what to set; None where nothing is checkpointed, or all can be run again as it ran.
+        The reason and what to set; None if nothing is checkpointed, or if everything can be recomputed as it ran.
     """
     if _flagged(stack) and not any(hasattr(block, _FLAG) for block in blocks):
         return f"{type(stack).__name__} checkpoints its blocks in its own way. Set gradient_checkpointing=False"
@@ -48,21 +48,21 @@ def not_recomputable(stack: nn.Module, blocks: Sequence[nn.Module]) -> str | Non
 def run_again_alike(
     stack: nn.Module, blocks: Sequence[nn.Module], left_out: Sequence[nn.Module] = (), cached: bool = False
 ) -> Iterator[None]:
-    """A forward pass of the stack inside; in its backward pass checkpointed blocks run as they ran.
+    """Context for a forward pass of the stack, in whose backward pass checkpointed blocks run exactly as they ran.
 
     Args:
         stack: The module whose forward runs the blocks.
         blocks: Its blocks.
-        left_out: Those of them that compute nothing in this pass, and need not be run again.
-        cached: Whether the pass is given a cache of keys and values, which transformers would drop.
+        left_out: The blocks that compute nothing in this pass, and need not run again.
+        cached: Whether the pass gets a cache of keys and values, which transformers would drop.
     """
-    # blocks that transformers would checkpoint, and what with
+    # blocks that transformers would checkpoint, and the function it would use
     functions = {block: _function_of(block) for block in blocks if _flagged(block)}
     checkpointed = {block: function for block, function in functions.items() if function is not None}
     if not checkpointed:
         yield
         return
-    # transformers' own checkpointing is off inside, also that of modules inside a block
+    # transformers' own checkpointing is disabled inside, also that of modules inside a block
     switched = [module for block in checkpointed for module in block.modules() if getattr(module, _FLAG, False)]
     if cached and _flagged(stack):
         switched.append(stack)
@@ -99,7 +99,7 @@ def _checkpointed(block: nn.Module, function: Callable[..., Any]) -> Callable[..
     def forward(*args: Any, **kwargs: Any) -> Any:
         if not (block.training and torch.is_grad_enabled()):  # a pass without gradients
             return plain(*args, **kwargs)
-        # all that a block depends on beside its arguments: prompts, where rows begin, strengths
+        # all that a block depends on besides its arguments: prompts, the layout of packed rows, strengths
         circumstances: list[Callable[[], AbstractContextManager[None]]]
         circumstances = [boundary.snapshot() for boundary in {layer.boundary for layer in steering_layers(block)}]
         circumstances += [packing.snapshot()]
@@ -154,7 +154,7 @@ def _strength(layer: Any, strength: Mapping[str, Any]) -> Iterator[None]:
 
 @contextmanager
 def _off(modules: Sequence[nn.Module]) -> Iterator[None]:
-    """No checkpointing by transformers inside."""
+    """Disable checkpointing by transformers inside the context."""
     before = [(module, getattr(module, _FLAG)) for module in modules]
     for module in modules:
         setattr(module, _FLAG, False)
@@ -167,7 +167,7 @@ def _off(modules: Sequence[nn.Module]) -> Iterator[None]:
 
 @contextmanager
 def replaced_forwards(new: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
-    """Other `forward`s for some modules, put back at the end (also if the instance had one before)."""
+    """Replace the `forward` of some modules inside the context (also if the instance already had its own)."""
     before = {module: vars(module).get("forward") for module in new}
     for module, forward in new.items():
         module.forward = forward

@@ -1,4 +1,4 @@
-"""A stack of decoder blocks that can start at a block in the middle, from the state behind the blocks below it."""
+"""A stack of decoder blocks that can start at a block in the middle, from the state after the blocks below it."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from .checkpointing import not_recomputable, replaced_forwards, run_again_alike
 from .exactness import NoPrefix
 
 Replacement = Callable[[dict[str, Any]], Any | None]
-"""From the arguments of a decoder's forward to its output, or None: the decoder runs as it would."""
+"""Maps the arguments of a decoder's forward to its output; None lets the decoder run as usual."""
 
 
 def frozen_blocks(model: nn.Module, training: bool) -> int:
     """Number of decoder blocks whose outputs neither an adapter nor, in training, a trained parameter changes.
 
-    A steering vector on the output of block `i` leaves that block itself as it was: `i + 1` blocks are frozen.
+    A steering vector on the output of block `i` does not change that block itself: `i + 1` blocks are frozen.
 
     Raises:
         NoPrefix: the model has no such stack.
@@ -53,7 +53,7 @@ def frozen_blocks(model: nn.Module, training: bool) -> int:
 
 
 def lowest_changed(model: nn.Module, training: bool) -> int | None:
-    """The lowest decoder block whose output an adapter or, in training, a trained parameter changes; None: no block's.
+    """The lowest decoder block whose output an adapter or, in training, a trained parameter changes; None if none.
 
     Raises:
         ValueError: the model's blocks are unknown.
@@ -66,10 +66,10 @@ def lowest_changed(model: nn.Module, training: bool) -> int | None:
 
 def _changes(block: nn.Module, training: bool) -> tuple[bool, bool]:
     """Whether something changes what a block computes, and whether something is added to its output."""
-    # a steering layer that is a child of the block hangs on its output; deeper ones are inside
+    # a steering layer that is a child of the block changes its output; deeper ones are inside
     inside, after, owned = False, False, set()
     for module in block.modules():
-        # inductive biases may change a block's output, or what is inside, in training only
+        # inductive biases can change a block's output, or modules inside it, in training only
         if training and changed_in_training(module):
             after, inside = after or module is block, inside or module is not block
         if isinstance(module, ADAPTER_LAYERS):
@@ -78,13 +78,13 @@ def _changes(block: nn.Module, training: bool) -> tuple[bool, bool]:
                 owned |= {id(p) for p in module.parameters()}
             else:
                 inside = True
-    # parameters of the vector on the output are trained, but not in the block
+    # parameters of a vector on the output do not belong to the block itself
     trained = training and any(p.requires_grad and id(p) not in owned for p in block.parameters())
     return inside or trained, after
 
 
 class _Reached(Exception):
-    """The state behind the cached prefix, carried out of the forward pass."""
+    """Raised to leave the forward pass with the state after the cached prefix."""
 
     def __init__(self, hidden: Tensor) -> None:
         super().__init__()
@@ -94,7 +94,7 @@ class _Reached(Exception):
 class Decoder:
     """The stack of decoder blocks of a model, of which the first `count` can be skipped.
 
-    While `on(replacement)`, every forward of the stack first asks the replacement, which may `run` it from a state:
+    While `on(replacement)`, every forward of the stack first calls the replacement, which can `run` it from a state:
     the skipped blocks then compute nothing. Each skipped block returns its input unchanged, and the last one returns
     the given state, so its forward hooks (a steering vector) still work on it.
 
@@ -120,7 +120,7 @@ class Decoder:
         self._signature = inspect.signature(type(self.module).forward)
         if not self.takes("input_ids"):
             raise NoPrefix(f"{type(self.module).__name__} does not take input_ids")
-        # the argument and output that hold keys and values, "" if it has no such
+        # the name of the argument and output that hold keys and values, "" if there is none
         self.cache = next((name for name in CACHE_NAMES if self.takes(name)), "")
         self._tuples: dict[nn.Module, int] = {}  # blocks that return tuples, and how long these are
         self._state: Tensor | None = None
@@ -132,27 +132,27 @@ class Decoder:
         return all(name in self._signature.parameters for name in names)
 
     def inside(self, count: int) -> Iterator[nn.Module]:
-        """All modules of the first `count` blocks, but for what steers."""
+        """All modules of the first `count` blocks, except steering layers."""
         for block in self.blocks[:count]:
             steering = {m for layer in steering_layers(block) for m in layer.modules()}
             yield from (module for module in block.modules() if module not in steering)
 
     @property
     def packs(self) -> bool:
-        """Whether its attention accepts where rows begin: the model leaves it to transformers' interface."""
+        """Whether it can run packed rows, because its attention goes through transformers' `AttentionInterface`."""
         module: Any = self.module
-        # models that compute attention themselves have no such flag, and eager attention is a function of theirs
+        # Models that compute attention themselves lack this flag, and eager attention is the model's own function.
         interfaced = bool(getattr(module, "_supports_attention_backend", False))  # transformers has no public name
         plain = getattr(module.config, "_attn_implementation", None) in AttentionInterface()
         return interfaced and plain and self.takes("position_ids")
 
     def not_recomputable(self) -> str | None:
-        """Why blocks cannot be left out under the gradient checkpointing that is on; None where they can."""
+        """The reason why blocks cannot be skipped with the current gradient checkpointing; None if they can."""
         return not_recomputable(self.module, self.blocks)
 
     @contextmanager
     def on(self, replacement: Replacement) -> Iterator[None]:
-        """Every forward inside consults `replacement` first."""
+        """Call `replacement` before every forward inside the context."""
         if self.is_on:  # an evaluation step inside an evaluation step
             yield
             return
@@ -172,7 +172,7 @@ class Decoder:
         Args:
             call: Arguments of the stack.
         """
-        # the pass is cut off at the last block to be skipped, by an exception that carries the state out
+        # An exception ends the pass at the last block to be skipped, and carries the state out.
         before, self._state, self._stop = self._state, None, True
         try:
             self._plain(**call)
@@ -209,7 +209,7 @@ class Decoder:
 
         @functools.wraps(plain)
         def forward(*args: Any, **kwargs: Any) -> Any:
-            # the replacement may run the stack itself, from a state or in another layout
+            # the replacement can run the stack itself, from a state or in another layout
             output = replacement(self._arguments(args, kwargs))
             if output is not None:
                 return output

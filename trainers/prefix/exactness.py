@@ -1,24 +1,25 @@
 """When the cached prefix is exact, how that is verified, when it is off, and how that is reported.
 
-*Exact* means equal to the plain path but for rounding: 1e-6 in 32 bits, and in 16 bits what 16 bits round. A pass
-under the policy and one under the reference take the same path, so that an untrained adapter has a margin of 0.
+*Exact* means equal to the plain path up to rounding: 1e-6 in 32 bits, and 16-bit rounding in 16 bits. A pass under the
+policy and one under the reference take the same path, so that an untrained adapter has a margin of 0.
 
 1. *States below the suffix are constants of a row*, because nothing below is trained, adapted, hooked or random. A
    short pass lists the modules that run below; `check_frozen` and `check_hooks` look at each of them. A second pass
    in training mode must draw no random number and give the same states (`draws`).
-2. *The suffix needs those states only*, because a block reads the residual stream and nothing else. The shortest and
+2. *The suffix needs only those states*, because a block reads the residual stream and nothing else. The shortest and
    the longest row of the first batch run both ways and are compared (`Proofs.make`, `difference`).
-3. *Rows may be laid out in one line and share what they begin with*, because blocks treat tokens one by one, and
-   attention looks back only and knows where rows begin. Compared like 2, for rows of one length and of several,
-   and again whenever rows are twice as long.
-4. *A prompt may run apart from what follows it*, because attention looks back only. Compared like 3.
-5. *New rows may run together*, because each has bits that do not depend on the others (`new_rows.py`): matrix
-   products have the same bits at any number of tokens (`least_tokens`), or are given one number of tokens always.
-   Three rows of the first batch are compared bit by bit.
+3. *Rows can be packed into one line and share common prefixes*, because blocks treat tokens one by one, and attention
+   is causal and knows where rows begin. Compared like 2, for rows of equal and of different lengths, and again when
+   rows are twice as long.
+4. *A prompt can run separately from what follows it*, because attention is causal. Compared like 3.
+5. *New rows can run together*, because the bits of each do not depend on the others (`new_rows.py`): matrix products
+   have the same bits at any number of tokens (`least_tokens`), or always get the same number of tokens. Three rows of
+   the first batch are compared bit by bit.
 6. *A tensor that is read again is the one that was computed*, because its key is a digest of weights, settings,
    precision and row. On disk its bytes have a digest, too.
 
-By 5, what is stored does not depend on the batch a row was first met in, so a resumed run reads the same bits.
+Because of 5, stored values do not depend on the batch in which a row was first seen, so a resumed run reads the same
+bits.
 
 It is off, and a message names the reason, with dropout or noise below the suffix (NEFTune, router jitter),
 embeddings that are trained or adapted, layers that are unfrozen or adapters that are added during a run, reentrant
@@ -38,27 +39,27 @@ from torch import Tensor, nn
 from ...adapters.observing import ADAPTER_LAYERS, training
 
 logger = logging.getLogger(__name__)
-_SILENCE = "This costs time only. frozen_prefix=False trains in the same way without this line"
+_SILENCE = "This only costs time. frozen_prefix=False trains in the same way without this message"
 _WINDOWS = ("sliding_window", "attention_chunk_size", "window_size")
 _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
 _TOKENS = 8  # enough to see which modules run, and how
-# numbers of tokens at which matrix products are tried: every remainder of the tiles that kernels work in
+# Numbers of tokens for which matrix products are tested, to cover every remainder of the kernels' tiles.
 _TRIED_TOKENS = (*range(4, 13), 15, 16, 17, 19, 25, 27, 32, 33, 47, 64, 65, 100, 129, 200, 255, 300, 511)
 
 
 class NoPrefix(ValueError):
-    """Nothing below the trained parameters is frozen, or it cannot be cached; the message gives the reason."""
+    """Raised when nothing below the trained parameters is frozen or can be cached; the message gives the reason."""
 
 
 class Unknown(ValueError):
-    """A model was given an input that a row's key would not see; the message names it."""
+    """Raised when a model gets an input that is not part of a row's key; the message names it."""
 
 
 # -- notices ----------------------------------------------------------------------------------------------------
 
 
 class Notices:
-    """Say why something is not left out: each reason once a run, on one process.
+    """Log why something is not skipped: each reason once per run, on one process.
 
     Args:
         level: Level of the messages.
@@ -70,18 +71,18 @@ class Notices:
         self._logged: set[str] = set()
 
     def off(self, why: object) -> None:
-        """The lower layers are run in every pass, because of `why`."""
+        """Log that the lower layers run in every pass, because of `why`."""
         level = logging.WARNING if self._visible else self._level
         self._visible = False
         self._log(level, f"The frozen prefix is off: {why}. {_SILENCE}")
 
     def failed(self, what: str, error: str) -> None:
-        """`what` raised an `error` that the plain path did not: that is a fault of ours, and always a warning."""
+        """Log that `what` raised an `error` that the plain path did not. This is a bug here, so always a warning."""
         self._visible = False
         self._log(logging.WARNING, f"The frozen prefix is off: {what} failed with {error}. {_SILENCE}")
 
     def less(self, why: object) -> None:
-        """A part of what can be left out is not, because of `why`."""
+        """Log that less is skipped than is possible, because of `why`."""
         self._log(self._level, f"The frozen prefix: {why}")
 
     def _log(self, level: int, text: str) -> None:
@@ -92,7 +93,7 @@ class Notices:
 
 
 def in_words(error: BaseException) -> str:
-    """An error without its traceback, which would hold the tensors of the pass that failed."""
+    """The text of an error; its traceback would keep the tensors of the failed pass alive."""
     return f"{type(error).__name__}: {error}".removesuffix(".")
 
 
@@ -100,24 +101,24 @@ def in_words(error: BaseException) -> str:
 
 
 def check_frozen(modules: Iterable[tuple[str, nn.Module]], training: bool, random: bool) -> None:
-    """Refuse modules below the suffix that are trained, adapted, random, sharded or elsewhere.
+    """Refuse modules below the suffix that are trained, adapted, random, sharded or offloaded.
 
     Args:
         modules: Names and modules that a forward pass ran before it reached the suffix.
         training: Whether parameters that require gradients will change.
-        random: Whether dropout will be at work.
+        random: Whether dropout will be active.
 
     Raises:
-        NoPrefix: names the module and what is wrong with it.
+        NoPrefix: the message names the module and what is wrong with it.
     """
     for name, module in modules:
-        # adapters change what they are on, also when they are not trained
+        # adapters change a module's output even if they are not trained
         if isinstance(module, ADAPTER_LAYERS):
             raise NoPrefix(f"{name} below the trained layers has an adapter")
-        # a value computed once has no randomness
+        # a value that is computed only once cannot be random
         if random and (rate := dropout(module)):
             raise NoPrefix(f"{name}.{rate} below the trained layers makes its output random. Set it to 0")
-        # weights that move, or that are not here
+        # weights that change, or that are not on this process
         for key, parameter in module.named_parameters(recurse=False):
             if training and parameter.requires_grad:
                 raise NoPrefix(f"{name}.{key} below the trained layers is trained. Freeze it, or train an adapter")
@@ -127,7 +128,7 @@ def check_frozen(modules: Iterable[tuple[str, nn.Module]], training: bool, rando
 
 def dropout(module: nn.Module) -> str | None:
     """The module's own dropout rate above 0, as `name=value`, if it has one (layer drop too)."""
-    # rates are numbers of the module, or of a Dropout that it holds
+    # rates are attributes of the module, or of a Dropout inside it
     attributes = vars(module)
     rates = {key: value for key, value in attributes.items() if "drop" in key}
     if "drop" in type(module).__name__.lower():
@@ -136,22 +137,22 @@ def dropout(module: nn.Module) -> str | None:
 
 
 def check_hooks(modules: Iterable[nn.Module]) -> None:
-    """Refuse a hook below the suffix: what it does is in no key, and it may be gone the next time.
+    """Refuse a hook below the suffix: its effect is not part of any key, and it may be gone in the next pass.
 
-    Hooks of transformers only record and ours are known. Gradient checkpointing hangs one on the embeddings, so that
-    their output requires a gradient (transformers, PEFT and TRL give it one name).
+    Hooks of transformers only record, and ours are known. Gradient checkpointing registers one on the embeddings, so
+    that their output requires a gradient (transformers, PEFT and TRL give it the same name).
 
     Raises:
-        NoPrefix: names the module.
+        NoPrefix: the message names the module.
     """
     for module in modules:
-        # torch has no public way to ask
+        # torch has no public API for this
         for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
             if "make_inputs_require_grad" in getattr(hook, "__qualname__", ""):
                 continue
             owner = str(getattr(getattr(hook, "func", hook), "__module__", ""))
             if not owner.startswith(("transformers.utils.output_capturing", "steertune.")):
-                raise NoPrefix(f"a forward hook hangs on a {type(module).__name__} below the trained layers")
+                raise NoPrefix(f"a {type(module).__name__} below the trained layers has a forward hook")
 
 
 # -- what depends on other rows -------------------------------------------------------------------------------------
@@ -163,10 +164,10 @@ def has_experts(config: Any) -> bool:
 
 
 def is_wide(modules: Iterable[nn.Module]) -> bool:
-    """Whether a token's bits can be the same however many tokens run beside it.
+    """Whether a token's bits can be the same however many tokens run with it.
 
-    Where a width is not a multiple of 64, the last numbers of a line are not computed by vector instructions (SiLU
-    then rounds differently), and for narrow matrices the kernel depends on how many tokens there are.
+    If a width is not a multiple of 64, the last elements of a row are not computed by vector instructions (SiLU then
+    rounds differently), and for narrow matrices the kernel depends on how many tokens there are.
     """
     weights = [p for module in modules for p in module.parameters(recurse=False) if p.ndim == 2]
     return bool(weights) and all(size % 64 == 0 and size >= 128 for weight in weights for size in weight.shape)
@@ -174,9 +175,9 @@ def is_wide(modules: Iterable[nn.Module]) -> bool:
 
 @torch.no_grad()
 def least_tokens(modules: Iterable[nn.Module]) -> int | None:
-    """The number of tokens from which on every linear layer gives a token the same bits, however many it is given.
+    """The number of tokens above which every linear layer gives a token the same bits, however many tokens it gets.
 
-    A kernel is chosen by the size of the product and the number of threads, and each may add up in another order.
+    A kernel is chosen by the size of the product and the number of threads, and each can sum in a different order.
 
     Returns:
         The number, at most 64; None if no such number exists.
@@ -184,11 +185,11 @@ def least_tokens(modules: Iterable[nn.Module]) -> int | None:
     layers = {(m.weight.shape, m.weight.dtype): m for m in modules if type(m) is nn.Linear}
     least = _TRIED_TOKENS[0]
     for layer in layers.values():
-        # numbers of our own, so that the training's random numbers stay as they are
+        # a separate generator, so that the random numbers of training do not change
         generator = torch.Generator().manual_seed(0)
         x_TD = torch.randn(512, layer.in_features, generator=generator).to(layer.weight)
         output_TD = layer(x_TD)
-        # tokens from the middle, as rows have them in a line
+        # tokens from the middle, like those of packed rows
         differ = [n for n in _TRIED_TOKENS if not torch.equal(layer(x_TD[1 : n + 1].clone()), output_TD[1 : n + 1])]
         if differ:
             larger = [n for n in _TRIED_TOKENS if n > differ[-1]]
@@ -206,7 +207,7 @@ def beyond_window(config: Any, columns: int) -> bool:
 
 
 def original_context(config: Any) -> int | None:
-    """Tokens beyond which the frequencies of a dynamic RoPE depend on the longest row of a batch; None: they never
+    """Tokens beyond which the frequencies of a dynamic RoPE depend on the longest row of a batch; None if they never
     do."""
     # some models have one rope for each kind of layer
     given = getattr(config, "rope_parameters", None) or {}
@@ -219,7 +220,7 @@ def original_context(config: Any) -> int | None:
     return min(limits, default=None)
 
 
-# -- equal but for rounding, and for random numbers ------------------------------------------------------------------
+# -- equal up to rounding, and random numbers ------------------------------------------------------------------------
 
 
 def difference(plain: Tensor, ours: Tensor, real: Tensor | None = None) -> float | None:
@@ -227,8 +228,8 @@ def difference(plain: Tensor, ours: Tensor, real: Tensor | None = None) -> float
 
     Args:
         plain: States, `(rows, tokens, d)`.
-        ours: The same, computed in another way.
-        real: The tokens to look at, `(rows, tokens)`; None: all.
+        ours: The same states, computed with a shortcut.
+        real: The tokens to compare, `(rows, tokens)`; None for all.
     """
     if real is not None:
         plain, ours = plain[real], ours[real]
@@ -240,27 +241,27 @@ def difference(plain: Tensor, ours: Tensor, real: Tensor | None = None) -> float
 
 
 def draws(model: nn.Module, row: Mapping[str, Tensor], run: Callable[[Mapping[str, Tensor]], Any]) -> tuple[Any, bool]:
-    """What `run` gives for the last tokens of a row in training mode, and whether it drew a random number for that.
+    """The output of `run` for the last tokens of a row in training mode, and whether it drew a random number.
 
     Args:
-        model: Whose mode counts.
+        model: The model, which is put in training mode.
         row: Inputs of one row, `(1, tokens)`, with no padding at the end.
         run: A pass of the model.
     """
     device = row["input_ids"].device
     devices = [device] if device.type == "cuda" else []
     with training(model), torch.random.fork_rng(devices), torch.no_grad():
-        # whoever draws a random number changes the state of a generator
+        # drawing a random number changes the state of a generator
         before = _states(devices)
         output = run(last_tokens(row))
         return output, not all(map(torch.equal, before, _states(devices)))
 
 
 def draws_again(device: torch.device) -> Callable[[], None]:
-    """A function that makes the random numbers drawn from now on be drawn once more.
+    """A function that resets the generators to their current state, so that the next random numbers are drawn again.
 
     Args:
-        device: Where the model runs.
+        device: The device on which the model runs.
     """
     devices = [device] if device.type == "cuda" else []
     before = _states(devices)
@@ -274,10 +275,10 @@ def draws_again(device: torch.device) -> Callable[[], None]:
 
 
 def last_tokens(row: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The end of a row: enough to see which modules run, and how."""
+    """The last tokens of a row: enough to see which modules run, and how."""
     return {name: value[:, -_TOKENS:] for name, value in row.items()}
 
 
 def _states(devices: Sequence[torch.device]) -> list[Tensor]:
-    """Whoever draws a random number changes them."""
+    """The states of the random number generators."""
     return [torch.get_rng_state(), *(torch.cuda.get_rng_state(device) for device in devices)]

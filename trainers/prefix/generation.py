@@ -1,7 +1,7 @@
-"""The prompts of a generation without padding: what they begin with in common, such as a system prompt, runs once.
+"""Run the prompts of a generation without padding; a prefix that they share, such as a system prompt, runs once.
 
-`generate` pads prompts on the left and lets the model fill a cache with them. Here they run in one line
-(`packing.py`), and the cache is filled with the keys and values that attention meets there.
+`generate` pads prompts on the left and lets the model fill a cache with them. Here they run packed into one line
+(`packing.py`), and the cache is filled with the keys and values that attention gets there.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ _READ = ("input_ids", "attention_mask", "position_ids")
 
 
 class Generation:
-    """Fills the caches of generations.
+    """Fills the cache of a generation.
 
     Args:
         decoder: The stack of blocks.
         proofs: Comparisons with the plain path.
-        run: Runs a call from some states (None: from its tokens) in a layout, and catches keys and values.
+        run: Runs a call from given states (None: from its tokens) in a layout, and collects keys and values.
     """
 
     def __init__(
@@ -39,8 +39,8 @@ class Generation:
         self._decoder, self._proofs, self._run = decoder, proofs, run
 
     def output(self, call: Mapping[str, Any]) -> Any | None:
-        """The decoder's output on the prompts of a generation, padded on the left, and their cache filled; None where
-        the plain path is to do it.
+        """The decoder's output on the prompts of a generation, padded on the left, with their cache filled; None if
+        the plain path has to run.
 
         Raises:
             NoPrefix: it would differ from the plain path.
@@ -64,10 +64,10 @@ class Generation:
         return output
 
     def _compared(self, few: dict[str, Any]) -> Any:
-        """The decoder's output on some prompts, padded on the right, in one line.
+        """The decoder's output on some prompts, padded on the right, computed on packed rows.
 
         Raises:
-            NoPrefix: keys and values are not those that the plain path caches.
+            NoPrefix: keys and values differ from those that the plain path caches.
         """
         mask_RC, cache = few["attention_mask"].bool(), DynamicCache()
         self._decoder.run({**few, self._decoder.cache: cache, "use_cache": True}, None)
@@ -76,7 +76,7 @@ class Generation:
         states: KeysAndValues = []
         output = self._run(few, None, layout, states)
         if len(states) != len(cache.layers):
-            raise NoPrefix(f"prompts keep their padding: {len(states)} of {len(cache.layers)} layers were met")
+            raise NoPrefix(f"prompts keep their padding: attention ran in {len(states)} of {len(cache.layers)} layers")
         layers: list[Any] = cache.layers
         for layer, pair in zip(layers, states, strict=True):
             for plain_RHCS, state_1HTS in zip((layer.keys, layer.values), pair, strict=True):
@@ -88,7 +88,7 @@ class Generation:
 
 
 def _rows(state_1HTS: Tensor, place_RC: Tensor) -> Tensor:
-    """Keys or values in one line as rows, `(R, heads, C, size)`."""
+    """Unpack keys or values into rows, `(R, heads, C, size)`."""
     return state_1HTS[0].index_select(1, place_RC.flatten()).unflatten(1, place_RC.shape).transpose(0, 1)
 
 
@@ -105,8 +105,8 @@ class Prompts:
     lengths: Tensor
 
     def on_left(self, values_RC: Tensor) -> Tensor:
-        """Values of rows that are padded on the right, `(rows, columns, ...)`, padded on the left. On padding stands
-        what stands first."""
+        """Move the padding of `(rows, columns, ...)` from the right to the left. Padding gets the first value of its
+        row."""
         width = values_RC.shape[1]
         column_RC = (torch.arange(width) - (width - self.lengths)[:, None]).clamp_min(0)
         return values_RC[torch.arange(len(values_RC))[:, None], column_RC.to(values_RC.device)]
@@ -121,7 +121,7 @@ def prompts_of_generation(call: Mapping[str, Any], cache_name: str) -> Prompts |
     """
     ids, mask = call["input_ids"], call.get("attention_mask")
     cache: Any = call.get(cache_name)
-    # layers with windows or recurrent states keep something else than all keys and values
+    # layers with windows or recurrent states do not keep all keys and values
     plain = type(cache) is DynamicCache and all(type(layer) is DynamicLayer for layer in cache.layers)
     if not plain or cache.get_seq_length() or not isinstance(mask, Tensor) or mask.shape != ids.shape:
         return None

@@ -1,16 +1,17 @@
-"""The states of new rows: several rows run in one line of tokens, and each gets bits that do not depend on the others.
+"""Compute the states of new rows: several rows run packed into one line, but the bits of each are independent.
 
-Matrix products are computed by kernels that are chosen by the number of tokens, and each kernel may add up in another
-order. So a row would have other bits in another batch, and a resumed run would read other states. Two ways avoid it:
+Matrix products are computed by kernels that are chosen by the number of tokens, and each kernel can sum in a different
+order. So a row would have other bits in another batch, and a resumed run would read other states. There are two ways
+to avoid this:
 
-*Lines of any length*, in 32 bits: from some number of tokens on, this machine's kernels agree (`least_tokens`).
-Shorter rows run alone.
+*Lines of any length*, in 32 bits: above some number of tokens, this machine's kernels agree (`least_tokens`). Shorter
+rows run alone.
 
 *Filled lines*, in 16 bits and where kernels disagree: every line has the same number of tokens, the last
 ones being filler, so that every product has one shape. Longer rows run alone.
 
-Either is compared bit by bit in the first batch. Where bits differ, with experts and in narrow models, all rows run
-alone.
+Either way is compared bit by bit in the first batch. If bits differ, and always with experts and in narrow models, all
+rows run alone.
 """
 
 from __future__ import annotations
@@ -36,18 +37,18 @@ States = dict[int, Tensor]
 """States of one row, `(tokens, D)`, by the number of blocks below them."""
 
 FILLED = {"cpu": 256}
-"""Tokens of a filled line, by device: on a CPU, more save little time per token."""
+"""Tokens of a filled line, by device: on a CPU, longer lines save little time per token."""
 FILLED_ELSEWHERE = 2048
 _FEW = 8  # tokens
 
 
 class NewRows:
-    """Computes the states behind the cached prefix of rows that are not in the store.
+    """Computes the states after the cached prefix of rows that are not in the store.
 
     Args:
         decoder: The stack of blocks.
-        stops: Numbers of blocks behind which states are kept as well.
-        notices: Says why rows run one by one.
+        stops: Numbers of blocks after which states are also stored.
+        notices: Reports why rows run one by one.
     """
 
     def __init__(self, decoder: Decoder, stops: Sequence[int], notices: Notices) -> None:
@@ -88,7 +89,7 @@ class NewRows:
         plain = [i for i, row in enumerate(rows) if _is_plain(row)]
         if self._least is not None:
             line = [i for i in plain if lengths[i] >= self._least]
-            # a row alone has these bits, too
+            # a single row has the same bits if it runs alone
             return [line] if len(line) > 1 else []
         # the longest rows first, each into the first line that has room for it
         size = self._line_tokens(rows)
@@ -105,22 +106,22 @@ class NewRows:
         return FILLED.get(rows[0]["input_ids"].device.type, FILLED_ELSEWHERE)
 
     def _checked(self, rows: Sequence[Row], line: Sequence[int]) -> dict[int, States]:
-        """The states of a line, by index of the row; nothing where bits depend on the other rows."""
+        """The states of a line, by index of the row; empty if bits depend on the other rows."""
         states = self._in_one_line(rows)
         if self._together is None:
             self._together = self._have_their_own_bits(rows, states)
             if not self._together:
                 self._notices.less(
-                    "new rows run one by one: on this machine they round in another way together, and a resumed run "
-                    "would meet them in other batches"
+                    "new rows run one by one: on this machine they round differently together, and a resumed run "
+                    "would see them in other batches"
                 )
                 return {}
         return dict(zip(line, states, strict=True))
 
     def _have_their_own_bits(self, rows: Sequence[Row], states: Sequence[States]) -> bool:
-        """Whether the shortest, the middle and the longest row have the states that they have by themselves."""
+        """Whether the states of the shortest, the middle and the longest row equal those of the row by itself."""
         if self._least is None and len(rows) == 1:
-            # as often as it fits: the same bits at every place of the line
+            # Repeat the row as often as it fits: it must have the same bits at every place of the line.
             times = self._line_tokens(rows) // rows[0]["input_ids"].shape[1]
             rows = [*rows] * times
             states = self._in_one_line(rows)
@@ -150,7 +151,7 @@ class NewRows:
 
     @contextmanager
     def _noting_stops(self) -> Iterator[States]:
-        """A dictionary that the forward pass inside fills: number of blocks -> state behind them."""
+        """Yield a dictionary that the forward pass fills: number of blocks -> state after them."""
         passed: States = {}
 
         def note(stop: int, module: nn.Module, args: object, output: Any) -> None:
@@ -165,7 +166,7 @@ class NewRows:
 
 
 def _is_plain(row: Row) -> bool:
-    """Whether a row consists of tokens alone, all real, at their usual positions, and at least a few."""
+    """Whether a row consists of at least a few tokens without padding, at default positions, and of nothing else."""
     if not set(row) <= {"input_ids", "attention_mask"} or row["input_ids"].shape[1] < _FEW:
         return False
     return "attention_mask" not in row or bool(on_host(row["attention_mask"]).all())

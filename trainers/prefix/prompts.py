@@ -1,8 +1,8 @@
-"""Run the suffix on rows in two parts: prompts fill a cache of keys and values, what follows them reads it.
+"""Run the suffix on rows in two parts: prompts fill a cache of keys and values, and what follows them reads it.
 
-This is done where rows cannot be laid out in one line (`packing.py`), because the model computes attention itself:
-chosen and rejected answer of a pair follow one prompt, which runs once. And it is done where no prompt token
-is steered: then a prompt's keys and values are constants in every block, and are kept.
+This is used if rows cannot be packed (`packing.py`), because the model computes attention itself: the chosen and the
+rejected answer of a pair follow one prompt, which runs once. It is also used if no prompt token is steered: then a
+prompt's keys and values are constants in every block, and are stored.
 """
 
 from __future__ import annotations
@@ -27,11 +27,12 @@ _WORTH_IT = 0.9  # of the tokens: a second pass has a fixed cost
 
 @dataclass(frozen=True)
 class Split:
-    """A batch of rows as prompts, some of them shared, and what follows them; on the host until it is `to` somewhere.
+    """A batch of rows as prompts, some of them shared, and what follows them; on the host until `to` moves it.
+
 
     Attributes:
         prompts: Tokens of each distinct prompt, `(prompts,)`.
-        owner: Row whose first tokens stand for each prompt, `(prompts,)`.
+        owner: Row whose first tokens are the prompt, for each prompt, `(prompts,)`.
         prompt_of: Prompt of each row, `(rows,)`.
         lengths: Real tokens of each row, `(rows,)`.
     """
@@ -43,7 +44,7 @@ class Split:
 
     @property
     def starts(self) -> Tensor:
-        """Where what follows the prompt starts in each row, `(rows,)`."""
+        """The first column after the prompt in each row, `(rows,)`."""
         return self.prompts[self.prompt_of]
 
     def to(self, device: torch.device) -> Split:
@@ -53,13 +54,13 @@ class Split:
     def only(self, prompts: Collection[int]) -> tuple[Split, Tensor]:
         """The part of the batch that has these prompts, and its rows."""
         rows = torch.tensor([row for row, prompt in enumerate(self.prompt_of.tolist()) if prompt in prompts])
-        kept, prompt_of = self.prompt_of[rows].unique(return_inverse=True)
-        owner = torch.searchsorted(rows, self.owner[kept])
-        return Split(self.prompts[kept], owner, prompt_of, self.lengths[rows]), rows
+        selected, prompt_of = self.prompt_of[rows].unique(return_inverse=True)
+        owner = torch.searchsorted(rows, self.owner[selected])
+        return Split(self.prompts[selected], owner, prompt_of, self.lengths[rows]), rows
 
 
 def shared_prompts(call: Mapping[str, Any], ends: Tensor | None = None) -> Split | None:
-    """The split of a batch whose second half continues the beginnings of its first half; None where that saves little.
+    """The split of a batch whose two halves share the beginnings of their rows; None if that saves little.
 
     Args:
         call: Arguments of the decoder.
@@ -89,7 +90,7 @@ def shared_prompts(call: Mapping[str, Any], ends: Tensor | None = None) -> Split
 
 def row_lengths(call: Mapping[str, Any]) -> Tensor | None:
     """Real tokens of every row, `(rows,)`, on the host; None unless all padding is on the right and positions are the
-    usual."""
+    default."""
     ids, mask = call["input_ids"], call.get("attention_mask")
     if call.get("position_ids") is not None or call.get("token_type_ids") is not None:
         return None
@@ -111,14 +112,14 @@ def run_split(model: nn.Module, decoder: Decoder, call: Mapping[str, Any], state
         model: The model around the decoder.
         decoder: The decoder.
         call: Its arguments.
-        states: States behind the cached prefix, `(rows, tokens, d)`; None: nothing is skipped.
+        states: States after the cached prefix, `(rows, tokens, d)`; None if nothing is skipped.
         split: The prompts.
     """
     width, on = int(split.prompts.max()), call["input_ids"].device
     rest, split = int((split.lengths - split.starts).max()), split.to(on)
     column = torch.arange(width, device=on)
     real = column < split.prompts[:, None]
-    # first the prompts, whose keys and values are kept
+    # first the prompts, whose keys and values are cached
     first = {
         **call,
         "input_ids": call["input_ids"][split.owner, :width],
@@ -128,7 +129,7 @@ def run_split(model: nn.Module, decoder: Decoder, call: Mapping[str, Any], state
     }
     with part(steering_layers(model), split.owner, column.expand(len(split.owner), -1)):
         prompts = decoder.run(first, None if states is None else states[split.owner, :width])
-    # skipped blocks have written none
+    # skipped blocks have not written any
     caches = [
         (layer.keys, layer.values)
         for layer in getattr(prompts, decoder.cache).layers[0 if states is None else decoder.count :]
@@ -160,18 +161,18 @@ def continue_prompts(
         model: The model around the decoder.
         decoder: The decoder.
         call: Its arguments for the whole batch.
-        states: States behind the cached prefix; None: nothing is skipped.
+        states: States after the cached prefix; None if nothing is skipped.
         split: The prompts, on the device.
         caches: Keys and values of the prompts, `(prompts, heads, width, size)`, by layer in the suffix.
         width: Columns of the caches.
         rest: Tokens of the longest row after its prompt.
     """
     ids, starts = call["input_ids"], split.starts
-    # the tokens behind each prompt, moved to the left
+    # the tokens after each prompt, moved to the left
     column = starts[:, None] + torch.arange(rest, device=ids.device)
     real = column < split.lengths[:, None]
     column = column.clamp_max(ids.shape[1] - 1)
-    # keys of a short prompt have a hole behind them, up to the longest one
+    # the keys of a short prompt have a gap after them, up to the length of the longest prompt
     before = torch.arange(width, device=ids.device) < starts[:, None]
     rows = torch.arange(len(ids), device=ids.device)
     call = {
@@ -191,7 +192,7 @@ def continue_prompts(
 
 
 def _cache(skipped: int, caches: list[tuple[Tensor, Tensor]], prompt_of: Tensor) -> DynamicCache:
-    """A cache of every row's prompt. Skipped layers only have to say how long it is."""
+    """A cache of every row's prompt. Skipped layers only need to have its length."""
     # an expanded zero takes no memory
     length = caches[0][0].shape[-2]
     nothing = caches[0][0].new_zeros(()).expand(len(prompt_of), 1, length, 1)
@@ -201,7 +202,7 @@ def _cache(skipped: int, caches: list[tuple[Tensor, Tensor]], prompt_of: Tensor)
 
 @contextmanager
 def part(layers: Sequence[SteeringVectorLayer], rows: Tensor, columns: Tensor) -> Iterator[None]:
-    """Tell steering layers which tokens of the batch a pass holds."""
+    """Tell steering layers which tokens of the batch a pass contains."""
     with ExitStack() as stack:
         for boundary in {id(layer.boundary): layer.boundary for layer in layers}.values():
             stack.enter_context(boundary.part(rows, columns))
@@ -209,7 +210,7 @@ def part(layers: Sequence[SteeringVectorLayer], rows: Tensor, columns: Tensor) -
 
 
 class PromptCaches:
-    """Keys and values of prompts in the suffix, kept by content.
+    """Keys and values of prompts in the suffix, stored by content.
 
     Args:
         store: Where they are kept.
@@ -223,7 +224,7 @@ class PromptCaches:
         self._new: dict[str, Tensor] = {}
 
     def split(self, call: Mapping[str, Any]) -> Split | None:
-        """Every row's prompt, without its last token (which predicts the first label); None where that cannot be."""
+        """Split off every row's prompt without its last token (which predicts the first label); None if impossible."""
         lengths, end = row_lengths(call), next(iter(steering_layers(self.model))).boundary.prompt_end
         if lengths is None or end is None or len(end) != len(lengths):
             return None
@@ -233,12 +234,12 @@ class PromptCaches:
         return Split(prompts, index, index, lengths) if int(prompts.min()) > 0 else None
 
     def run(self, call: Mapping[str, Any], rows: Sequence[Mapping[str, Tensor]], states: Tensor, split: Split) -> Any:
-        """The decoder's output, right on the last prompt token and after it; before, it means nothing.
+        """The decoder's output, which is valid from the last prompt token on and undefined before it.
 
         Args:
             call: Arguments of the decoder.
             rows: Its rows, each alone.
-            states: States behind the cached prefix, `(rows, tokens, d)`.
+            states: States after the cached prefix, `(rows, tokens, d)`.
             split: The prompts.
         """
         width, rest = int(split.prompts.max()), int((split.lengths - split.starts).max())
@@ -256,7 +257,7 @@ class PromptCaches:
         output = continue_prompts(
             self.model, self.decoder, call, states, split, [(kv[0], kv[1]) for kv in kv_L2RHCS], width, rest
         )
-        # every column from the pass behind the prompts; those before it are not read
+        # every column from the pass after the prompts; earlier columns are not read
         place = torch.arange(call["input_ids"].shape[1], device=states.device) - split.starts[:, None]
         place = place.clamp(0, output[0].shape[1] - 1)
         output.last_hidden_state = output[0].gather(1, place[..., None].expand(-1, -1, output[0].shape[-1]))
@@ -264,7 +265,7 @@ class PromptCaches:
         return output
 
     def keep(self) -> None:
-        """Store what the runs since the last time computed: they were right."""
+        """Store what the runs since the last call computed, once they are verified."""
         for key, cache in self._new.items():
             self.store.put(key, cache)
         self._new.clear()
@@ -273,7 +274,7 @@ class PromptCaches:
     def _of(self, row: Mapping[str, Tensor], index: int, state: Tensor, length: int) -> Tensor:
         """Keys and values of the first `length` tokens of row `index`, `(layers, 2, heads, length, size)`.
 
-        The row's own prompt end counts: behind another's, its prompt would be steered.
+        The row runs with its own prompt end: with that of another row, its prompt could be steered.
         """
         if self._namespace is None:
             # prompts are not steered, so vectors are not part of the key; all other weights are
@@ -284,7 +285,7 @@ class PromptCaches:
             self._namespace = weights_key([*frozen, *base.named_buffers()], *settings)
         prompt = {name: both(lambda v: v[:, :length], value) for name, value in row.items()}
         key = row_key(self._namespace, prompt)
-        # computed in evaluation mode, the row alone, and stored once `keep` says that it was right
+        # computed in evaluation mode for the row alone, and stored when `keep` is called
         kv_L2HCS = self._new.get(key)
         if kv_L2HCS is None and (kv_L2HCS := self.store.get(key)) is None:
             column = torch.arange(length, device=state.device)[None]
@@ -299,7 +300,7 @@ class PromptCaches:
 
 
 def prompts_are_constant(model: nn.Module, training: bool) -> bool:
-    """Whether all that is adapted or trained in `model` changes completion tokens only."""
+    """Whether everything that is adapted or trained in `model` changes only completion tokens."""
     # a vector that steers completions changes no prompt; any other adapter does
     owned = set()
     for module in model.modules():

@@ -1,4 +1,4 @@
-"""The comparison of a way to leave something out with the plain path, once for a model and a way."""
+"""Compare each shortcut with the plain path, once per model and shortcut."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .store import attention_of, config_of
 
 
 class Proofs:
-    """What was compared with the plain path, and found equal but for rounding.
+    """The shortcuts that were compared with the plain path, and equal it up to rounding.
 
     Args:
         model: The model, with or without PEFT.
@@ -32,13 +32,13 @@ class Proofs:
         self._here: set[tuple[Any, ...]] = set()
 
     def missing(self, what: str, call: Mapping[str, Any]) -> bool:
-        """Whether this way was not compared yet for the model as it runs in this call."""
+        """Whether a shortcut has not been compared yet for the model as it runs in this call."""
         on = call["input_ids"].device
         # a cheap key, because this is looked up often; `_digest` covers everything that a proof depends on
-        way = (what, on, torch.is_autocast_enabled(on.type) and torch.get_autocast_dtype(on.type))
-        if way not in self._here and self._digest(what, call) in self._shared:
-            self._here.add(way)
-        return way not in self._here
+        key = (what, on, torch.is_autocast_enabled(on.type) and torch.get_autocast_dtype(on.type))
+        if key not in self._here and self._digest(what, call) in self._shared:
+            self._here.add(key)
+        return key not in self._here
 
     @torch.no_grad()
     def make(
@@ -49,14 +49,14 @@ class Proofs:
         run: Callable[[dict[str, Any]], Any],
         real_RC: Tensor | None = None,
     ) -> None:
-        """Compare the last hidden states of some rows with those of the plain path, once for a model and a way.
+        """Compare the last hidden states of some rows with those of the plain path.
 
         Args:
             call: Arguments of the decoder.
-            what: The way, in words.
+            what: The shortcut, in words.
             sample: The rows.
-            run: The decoder's output from its arguments for these rows, in that way.
-            real_RC: Which of their tokens are compared; None: all but padding.
+            run: The decoder's output from its arguments for these rows, with the shortcut.
+            real_RC: Which of their tokens are compared; None for all but padding.
 
         Raises:
             NoPrefix: they differ.
@@ -71,7 +71,7 @@ class Proofs:
         with evaluating(self.model), ExitStack() as stack:
             for boundary in {id(layer.boundary): layer.boundary for layer in steering_layers(self.model)}.values():
                 stack.enter_context(boundary.select(sample_there))
-            # from the tokens, without anything left out
+            # from the tokens, with nothing skipped
             plain = self.decoder.run(few, None)[0]
             try:
                 ours = run(few)[0]
@@ -87,7 +87,7 @@ class Proofs:
         self._shared.add(self._digest(what, call))
 
     def _digest(self, what: str, call: Mapping[str, Any]) -> str:
-        """A digest of what a proof is about: another model, adapter, precision or device is compared again."""
+        """A digest of what a comparison depends on: another model, adapter, precision or device is compared again."""
         base, ids = base_model(self.model), call["input_ids"]
         adapters = {name: repr(config) for name, config in getattr(self.model, "peft_config", {}).items()}
         autocast = torch.is_autocast_enabled(ids.device.type) and torch.get_autocast_dtype(ids.device.type)
@@ -96,13 +96,13 @@ class Proofs:
 
 
 def kind_of_rows(lengths: Tensor, call: Mapping[str, Any]) -> str:
-    """What a proof of running rows in another way is about: rows (or prompts) of one length leave no hole behind them
-    where positions are counted, and short rows do not meet what only long ones do."""
+    """The kind of rows that a comparison covers: rows (or prompts) of one length have no gaps between positions, and
+    short rows do not reach what only long ones do."""
     equal = "of one length" if len(lengths.unique()) == 1 else "of several lengths"
     return f" ({equal}, in rows of up to {1 << (call['input_ids'].shape[1] - 1).bit_length()} tokens)"
 
 
 def shortest_and_longest(lengths: Sequence[int]) -> list[int]:
-    """Indices of two lengths that lie far apart; of one, if it is the only one."""
+    """The indices of the shortest and the longest length, which may be the same."""
     by_length = sorted(range(len(lengths)), key=lambda i: lengths[i])
     return sorted({by_length[0], by_length[-1]})

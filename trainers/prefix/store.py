@@ -1,7 +1,7 @@
-"""Tensors by the content they were computed from: in RAM up to a budget, then in memory-mapped files.
+"""Store tensors by the content they were computed from: in RAM up to a budget, then in memory-mapped files.
 
-A key stands for the weights, the settings and the row of inputs that a tensor was computed from. `TensorStore` keeps
-tensors that computing again would reproduce bit for bit.
+A key is a digest of the weights, the settings and the row of inputs that a tensor was computed from. `TensorStore`
+stores tensors that recomputation would reproduce bit for bit.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from ...adapters.blocks import text_config
 from ..host_copies import both, on_host
 from .exactness import Unknown
 
-_VERSION = "v3"  # of the files; those of another version are not read
+_VERSION = "v3"  # of the file format; files of other versions are not read
 _GB = 10**9
 _DTYPES = {
     str(dtype).removeprefix("torch."): dtype
@@ -49,7 +49,7 @@ def weights_key(tensors: Iterable[tuple[str, Tensor]], *settings: Any) -> str:
     """A digest of weights: name, shape, dtype, and a digest of their bits.
 
     That is xxHash (XXH3, 128 bits) on a CPU, where it takes as long as reading them does. On a device it is the exact
-    sum of the bits as integers, each times its place (modulo 2⁶⁴), which does not depend on the order of addition.
+    sum of the bits as integers, each times its position (modulo 2⁶⁴), which does not depend on the order of addition.
 
     Args:
         tensors: Names and tensors.
@@ -78,12 +78,12 @@ def _placed_sum(bits: Tensor) -> int:
 
 
 def attention_of(model: nn.Module) -> str | None:
-    """The model's attention implementation, which rounds in its own way."""
+    """The model's attention implementation, on which rounding depends."""
     return getattr(model.config, "_attn_implementation", None)  # transformers has no public name for it
 
 
 def config_of(model: nn.Module) -> str:
-    """The settings of a decoder that its outputs depend on, as text: epsilons and windows are in no weight."""
+    """The settings of a decoder that its outputs depend on, as text: epsilons and windows are not in the weights."""
     values = text_config(model).to_dict()
     return json.dumps({k: v for k, v in values.items() if k not in _NO_SETTINGS}, sort_keys=True, default=str)
 
@@ -105,7 +105,7 @@ def rows_of(inputs: Mapping[str, Any]) -> list[dict[str, Tensor]]:
             per_token[name] = value if value.shape == shape else both(lambda v: v.expand(shape), value)
         elif not (value is None or isinstance(value, bool | int | float | str) or _is_number(value)):
             raise Unknown(f"the input {name!r} is not one value per token")
-    # without a mask none is added: a model may treat the two differently
+    # without a mask none is added, because a model may treat the two differently
     mask = per_token.get("attention_mask")
     # padding on the right does not belong to a row; on the left it does, because it moves positions
     real = torch.ones(shape, dtype=torch.bool) if mask is None else on_host(mask).bool()
@@ -143,7 +143,7 @@ def row_key(namespace: str, row: Mapping[str, Tensor]) -> str:
 
 @dataclass(frozen=True)
 class _Place:
-    """Where a tensor lies on disk, and the digest of its bytes and of its other entries in the index."""
+    """The location of a tensor on disk, and the digest of its bytes and of its other entries in the index."""
 
     key: str
     file: Path
@@ -153,34 +153,34 @@ class _Place:
     digest: str = ""
 
     def digest_of(self, data: Any) -> str:
-        """What the digest should be, if these are the bytes."""
+        """The digest of these bytes and of the other entries."""
         what = f"{self.key}{self.shape}{self.dtype}".encode()
         return hashlib.blake2b(what + hashlib.blake2b(data).digest(), digest_size=8).hexdigest()
 
 
 class TensorStore:
-    """A dictionary of tensors that computing again would give bit for bit.
+    """A dictionary of tensors that recomputation would reproduce bit for bit.
 
-    Each process appends to its own file and lists the complete tensors in an index beside it; so several processes may
-    share a folder, and what a killed one left half written is in no index. Digests are compared when a tensor is read
-    from disk. A tensor that cannot be kept (a full disk) or is damaged is simply computed again.
+    Each process appends to its own file and lists the complete tensors in an index next to it. So several processes
+    can share a folder, and what a killed process left incomplete is not in any index. Digests are compared when a
+    tensor is read from disk. A tensor that cannot be stored (a full disk) or is damaged is simply computed again.
 
     Args:
-        ram_gb: RAM that tensors may take, in GB (10⁹ bytes); never exceeded.
-        folder: Keep tensors here for later runs. None: what does not fit in RAM goes to a temporary folder, which
-            ends with this object.
-        disk_gb: What the folder may hold, files of other versions and processes included, in GB.
+        ram_gb: RAM budget for tensors in GB (10⁹ bytes); never exceeded.
+        folder: Store tensors here for later runs. None: what does not fit in RAM goes to a temporary folder, which
+            is deleted with this object.
+        disk_gb: Disk budget of the folder in GB, including files of other versions and processes.
 
     Raises:
-        ValueError: a negative or not finite budget, or a file in place of a folder.
+        ValueError: a budget is negative or not finite, or the folder is a file.
     """
 
     def __init__(self, ram_gb: float, folder: str | Path | None = None, disk_gb: float = 20.0) -> None:
         for name, value, what in (("ram_gb", ram_gb, "RAM"), ("disk_gb", disk_gb, "disk")):
             if not isinstance(value, int | float) or not 0 <= value < float("inf"):
-                raise ValueError(f"{name}={value!r}: the memo's {what} in GB, 0 or more.")
+                raise ValueError(f"{name}={value!r} must be the {what} budget in GB, 0 or more.")
         if folder is not None and Path(folder).exists() and not Path(folder).is_dir():
-            raise ValueError(f"folder={str(folder)!r} is a file: the memo needs a folder.")
+            raise ValueError(f"folder={str(folder)!r} is a file. The cache needs a folder.")
         self.limit, self.disk_limit = int(ram_gb * _GB), int(disk_gb * _GB)
         self.nbytes = 0
         self.disk_bytes = 0
@@ -202,7 +202,7 @@ class TensorStore:
 
     def get(self, key: str) -> Tensor | None:
         """The tensor of `key`, on the CPU, which callers must not change; None if it is unknown or damaged."""
-        # RAM first, then the newest place on disk whose bytes are whole
+        # RAM first, then the newest copy on disk whose bytes are intact
         if key in self._ram:
             return self._ram[key]
         while places := self._places.get(key):
@@ -211,13 +211,13 @@ class TensorStore:
                 if self.kept_for_later:
                     self._keep(key, value)
                 return value
-            logger.warning("A tensor in %s is damaged or gone; it is computed again.", places.pop().file)
+            logger.warning("A tensor in %s is damaged or missing; it is computed again.", places.pop().file)
         self._places.pop(key, None)
         return None
 
     def put(self, key: str, value: Tensor) -> None:
-        """Keep a tensor; with no room left anywhere, warn once."""
-        # RAM first; a folder for later runs gets everything, temporary files what RAM has no room for
+        """Store a tensor; warn once if there is no room left."""
+        # RAM first; a folder for later runs gets everything, temporary files only what does not fit in RAM
         value = value.detach().to("cpu").contiguous()
         in_ram = self._keep(key, value)
         if self._writable and key not in self._places and (self.kept_for_later or not in_ram):
@@ -229,7 +229,7 @@ class TensorStore:
             except OSError as error:
                 self._writable = False
                 logger.warning(
-                    "The frozen-prefix memo cannot write (%s). What does not fit in %.2g GB of RAM is computed again.",
+                    "The frozen-prefix cache cannot write (%s). What exceeds %.2g GB of RAM is computed again.",
                     error,
                     self.limit / _GB,
                 )
@@ -241,7 +241,7 @@ class TensorStore:
         try:
             indices = sorted(self._folder.glob(f"{_VERSION}-*.index")) if self._folder.is_dir() else []
         except OSError as error:
-            logger.warning("The frozen-prefix memo cannot read %s (%s).", self._folder, error)
+            logger.warning("The frozen-prefix cache cannot read %s (%s).", self._folder, error)
             return
         # an index of another process may have grown since it was read
         for index in indices:
@@ -250,15 +250,15 @@ class TensorStore:
                     if not index.is_file():  # reading a pipe would wait for ever
                         raise OSError("not a regular file")
                     self._read_index(index)
-                except OSError as error:  # deleted meanwhile, or not readable
-                    logger.warning("The frozen-prefix memo cannot read %s (%s).", index, error)
+                except OSError as error:  # deleted in the meantime, or not readable
+                    logger.warning("The frozen-prefix cache cannot read %s (%s).", index, error)
 
     def belongs_to(self, namespace: str, what: str) -> None:
-        """Note in a folder for later runs which models it holds states of; warn where this model is not among them.
+        """Record in a folder for later runs which models it holds states of; warn if it has none of this model.
 
         Args:
-            namespace: Of the keys.
-            what: The model, in words.
+            namespace: The namespace of the keys.
+            what: A description of the model.
         """
         if not self.kept_for_later or self._folder is None:
             return
@@ -270,11 +270,13 @@ class TensorStore:
             old = {file.name.split("-")[0] for file in self._folder.glob("*.rows")} - {_VERSION}
             if others or old:
                 held = "; ".join([*sorted(others), *(f"files of version {version}" for version in sorted(old))])
-                logger.warning("The memo in %s holds %s. This run has %s: computed anew.", self._folder, held, what)
+                logger.warning(
+                    "The cache in %s holds %s. This run uses %s, which is computed anew.", self._folder, held, what
+                )
             self._folder.mkdir(parents=True, exist_ok=True)
             note.write_text(what, encoding="utf-8")
         except OSError as error:
-            logger.warning("The frozen-prefix memo cannot use %s (%s).", self._folder, error)
+            logger.warning("The frozen-prefix cache cannot use %s (%s).", self._folder, error)
 
     # -- RAM ----------------------------------------------------------------------------------------------------
 
@@ -284,7 +286,7 @@ class TensorStore:
         if self.nbytes + value.nbytes > self.limit:
             return False
         # pinned, so that copies to a device need not be waited for
-        copy = value.clone()  # a view would hold the whole it is a part of
+        copy = value.clone()  # a view would keep the whole tensor in memory
         self._ram[key] = copy.pin_memory() if torch.cuda.is_available() else copy
         self.nbytes += value.nbytes
         return True
@@ -310,7 +312,7 @@ class TensorStore:
         self.disk_bytes += len(data)
 
     def _on_disk(self) -> int:
-        """Bytes of tensors in the folder, whoever wrote them; two that write at once may both see room for theirs."""
+        """Bytes of tensors in the folder, from all processes. Two that write at once can both find room for theirs."""
         if not self.kept_for_later or self._folder is None:
             return self.disk_bytes
         return sum(file.stat().st_size for file in self._folder.glob("*.rows"))
@@ -325,7 +327,7 @@ class TensorStore:
         return self._segment
 
     def _read_index(self, index: Path) -> None:
-        # only whole lines that were not read before
+        # only complete lines that were not read before
         with index.open("rb") as file:
             file.seek(self._read.get(index, 0))
             for line in file:
@@ -353,7 +355,7 @@ def _load(place: _Place) -> Tensor | None:
     count = math.prod(place.shape) * place.dtype.itemsize
     try:
         data: Any = np.memmap(place.file, np.uint8, "c", place.start, (count,))
-    except (OSError, ValueError, OverflowError):  # gone, or shorter than the index says
+    except (OSError, ValueError, OverflowError):  # missing, or shorter than the index says
         return None
     if place.digest_of(data) != place.digest:
         return None

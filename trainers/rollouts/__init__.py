@@ -3,7 +3,7 @@
 | file | what it holds |
 |---|---|
 | `steered.py` | `SteeredRollouts`, for `SteeringGRPOTrainer(rollout_func=)` |
-| `engine.py` | what an engine is asked and what it returns |
+| `engine.py` | the requests to an engine, and its results |
 | `local.py` | the engine that runs transformers |
 | `hotwire.py` | the engine that runs vLLM, with a vector in every request |
 | `direction_score.py` | a reward: how far answers lie along a direction |

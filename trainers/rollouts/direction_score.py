@@ -2,9 +2,9 @@
 
     score(x, y) = mean over layers l and tokens t of y of  ⟨h_lt, v_l⟩ / (‖v_l‖ ‖h_lt‖)
 
-h are states of the frozen base model that reads the answer, so the trained adapter can raise the score by its answers
-only, and not by pushing its own states along v. GRPO adds rewards by `reward_weights` and compares them within the
-group; so the score enters the advantage like any reward, positive or, with a negative weight, as a penalty
+h are states of the frozen base model that reads the answer, so the trained adapter can raise the score only through
+its answers, and not by pushing its own states along v. GRPO adds rewards by `reward_weights` and compares them within
+the group; so the score enters the advantage like any reward, positive or, with a negative weight, as a penalty
 (advantage modification, 2604.01476, is of this kind).
 """
 
@@ -28,10 +28,10 @@ class DirectionScore:
     """Mean cosine of answers with a saved vector, in the states of the base model: a reward function for TRL.
 
     Args:
-        model: The base model, or the trained model, whose adapters are off while it reads.
+        model: The base model, or the trained model, whose adapters are disabled while it reads.
         tokenizer: Its tokenizer.
         vector: Folder of a saved steering vector.
-        rows: Rows of a pass.
+        rows: Rows per forward pass.
 
     Raises:
         RolloutError: the folder holds no vector of this model.

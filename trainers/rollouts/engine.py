@@ -1,4 +1,4 @@
-"""What an engine that samples completions is asked, and what it returns."""
+"""The interface of engines that sample completions."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ class Request:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are drawn; the fields have the names and meanings of transformers' `GenerationConfig`.
+    """How tokens are sampled; the fields have the names and meanings of transformers' `GenerationConfig`.
 
     Attributes:
         max_new_tokens: The longest completion.
         eos_token_id: Tokens that end a completion.
         pad_token_id: Token for padding.
         temperature: Divides the logits.
-        top_p: Share of probability that tokens are drawn from.
-        top_k: Number of tokens that tokens are drawn from; 0: all.
-        min_p: Smallest probability relative to the largest; None: 0.
-        repetition_penalty: 1.0: none.
-        more: Further fields of `GenerationConfig`.
+        top_p: Share of probability that tokens are sampled from.
+        top_k: Number of the most likely tokens that are sampled from; 0 for all.
+        min_p: Smallest probability relative to the largest; None for 0.
+        repetition_penalty: Penalty on repeated tokens; 1.0 for none.
+        more: Additional fields of `GenerationConfig`.
     """
 
     max_new_tokens: int
@@ -54,8 +54,8 @@ class Completion:
     """A sampled completion.
 
     Attributes:
-        tokens: Token ids, with the token that ended it.
-        logps: Log-probability of each, in nats, under `softmax(logits / temperature)` of the model that drew it.
+        tokens: Token ids, including the token that ended it.
+        logps: Log-probability of each, in nats, under `softmax(logits / temperature)` of the model that sampled it.
     """
 
     tokens: list[int]

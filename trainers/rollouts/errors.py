@@ -1,5 +1,5 @@
-"""What rollouts refuse."""
+"""The error that rollouts raise."""
 
 
 class RolloutError(ValueError):
-    """A rollout or its reward does not work with this model or trainer; the message names what to change."""
+    """Raised if a rollout or its reward does not work with this model or trainer; the message says what to change."""

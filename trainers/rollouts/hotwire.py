@@ -1,9 +1,9 @@
-"""An engine that samples with vLLM through its plug-in hotwire: the vectors travel with every request.
+"""An engine that samples with vLLM through its plug-in hotwire: every request names its vectors.
 
 The plug-in (github moudrkat/hotwire-vllm) reads a folder of files `NAME.pt`, each one tensor `(blocks, d)`, and adds
-`scale` times row `layer` of the file that a request names to the output of that block. So nothing has to be
-synchronised with the trainer but a few kilobytes. Its interface is implemented as documented; here it was run against
-a stand-in for vLLM only.
+`scale` times row `layer` of the file that a request names to the output of that block. So only a few kilobytes have to
+be synchronised with the trainer. Its interface is implemented as documented; it was tested only against a stand-in for
+vLLM.
 """
 
 from __future__ import annotations
@@ -36,12 +36,14 @@ class HotwireEngine:
         """Write the vectors that are new, and sample all completions in one call.
 
         Raises:
-            ValueError: `sampling.more` has fields that vLLM does not know.
+            ValueError: `sampling.more` has fields that vLLM does not have.
         """
         from vllm import SamplingParams  # pyright: ignore[reportMissingImports]  # optional
 
         if sampling.more:
-            raise ValueError(f"generation_kwargs={dict(sampling.more)} are of transformers. Leave them out with vLLM.")
+            raise ValueError(
+                f"generation_kwargs={dict(sampling.more)} belong to transformers. Leave them out with vLLM."
+            )
         params = [
             SamplingParams(
                 max_tokens=sampling.max_new_tokens,
@@ -60,7 +62,7 @@ class HotwireEngine:
         return [_completion(output.outputs[0]) for output in outputs]
 
     def _named(self, request: Request) -> str:
-        """The request's vectors in hotwire's words; they are written to a file named after their bytes."""
+        """The request's vectors in hotwire's format; they are written to a file named after their bytes."""
         if not request.vectors:
             return "[]"
         width = len(next(iter(request.vectors.values())))
@@ -71,7 +73,7 @@ class HotwireEngine:
         file = self.folder / f"{name}.pt"
         if not file.exists():
             self.folder.mkdir(parents=True, exist_ok=True)
-            # whole or absent, because vLLM reads it from another process
+            # replaced in one step, because vLLM reads it from another process
             part = file.with_suffix(f".{os.getpid()}.part")
             torch.save(vectors_LD, part)
             part.replace(file)

@@ -1,4 +1,4 @@
-"""An engine that samples with transformers, each row of a batch under vectors of its own."""
+"""An engine that samples with transformers, each row of a batch with its own vectors."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class TransformersEngine:
 
     Args:
         model: A transformers model, with or without PEFT.
-        rows: Rows of a pass that scores completions; they are sampled all at once.
+        rows: Rows per pass that scores completions. All completions are sampled at once.
     """
 
     def __init__(self, model: nn.Module, rows: int = 8) -> None:
@@ -66,7 +66,7 @@ class TransformersEngine:
 
 @contextmanager
 def steered(model: nn.Module, requests: Sequence[Request]) -> Iterator[None]:
-    """Forward passes of a batch inside add each row's vectors to the outputs of its blocks."""
+    """Context in which forward passes of a batch add each row's vectors to the outputs of its blocks."""
     base: Any = base_model(model)
     blocks = [block for _, block in find_blocks(base)]
     embedding = base.get_input_embeddings().weight
@@ -99,7 +99,7 @@ def token_ids(prompts: Sequence[Any], tokenizer: Any, **template: Any) -> list[l
     """Prompts as TRL tokenises them: conversations by the chat template, with the start of an answer.
 
     Args:
-        prompts: All texts, or all conversations.
+        prompts: All strings, or all conversations.
         tokenizer: The tokenizer.
         template: Arguments of the chat template.
     """
@@ -126,6 +126,6 @@ def padded(rows: Sequence[list[int]], pad: int, device: torch.device, left: bool
 
 
 def _until_end(tokens: list[int], ends: Sequence[int]) -> list[int]:
-    """Tokens up to the first that ends the completion, with it."""
+    """Tokens up to and including the first that ends the completion."""
     stop = next((i for i, token in enumerate(tokens) if token in ends), len(tokens) - 1)
     return tokens[: stop + 1]

@@ -1,10 +1,10 @@
 """Completions at several strengths of a given vector, for a GRPO loss of the adapter alone.
 
-Exploration is what a vector can give to reinforcement learning: under it the model shows a behaviour that it would
-hardly ever show by itself, the reward finds it, and the adapter learns to show it without the vector. Of the G
-completions of a prompt, completion i is drawn from the model with its adapter and `s[i mod n] v`, for strengths
-s[0..n-1]. Rewards are compared within the group as always. With π the model with its adapter alone, and μ the one
-that token t was drawn from, GRPO's clipped ratio is
+A vector can give exploration to reinforcement learning: under it the model shows a behaviour that it would hardly ever
+show by itself, the reward finds it, and the adapter learns to show it without the vector. Of the G completions of a
+prompt, completion i is sampled from the model with its adapter and `s[i mod n] v`, for strengths
+s[0..n-1]. Rewards are compared within the group as always. With π the model with only its adapter, and μ the one
+that token t was sampled from, GRPO's clipped ratio is
 
     r_t = π(y_t | x, y_<t) / μ(y_t | x, y_<t).
 
@@ -30,19 +30,20 @@ from .local import TransformersEngine, token_ids
 
 
 class SteeredRollouts:
-    """Draws completions at several strengths of a saved vector; a `rollout_func` of `SteeringGRPOTrainer`.
+    """Samples completions at several strengths of a saved vector; a `rollout_func` of `SteeringGRPOTrainer`.
 
     Evaluations are at strength 0. Reward functions get each completion's strength as `strength`.
 
     Args:
-        vector: Folder of a saved steering vector. None: completions are those of the trained vector alone, which
-            makes sense with an `engine`.
-        strengths: The strengths, as many of a group at each; `num_generations` must be a multiple of their number.
-        engine: Draws the completions, from the base model and the vectors that each request carries: then the trained
-            adapter must be a constant vector. None: the trained model itself draws them, whatever its adapter is.
+        vector: Folder of a saved steering vector. None: only the trained vector is used, which makes sense with an
+            `engine`.
+        strengths: The strengths. A group has equally many completions at each, so `num_generations` must be a
+            multiple of their number.
+        engine: Samples the completions from the base model and the vectors in each request; the trained adapter must
+            then be a constant vector. None: the trained model itself samples them, with any adapter.
 
     Raises:
-        ValueError: the strengths are empty or not finite, or would all change nothing.
+        ValueError: the strengths are empty or not finite, or have no effect.
     """
 
     def __init__(
@@ -60,7 +61,7 @@ class SteeredRollouts:
         self._trainer: Any = None
 
     def start(self, trainer: Any) -> None:
-        """Read the vector, and check that it and this way to sample fit the trainer.
+        """Read the vector, and check that it and this way of sampling work with the trainer.
 
         Raises:
             RolloutError: they do not.
@@ -69,7 +70,7 @@ class SteeredRollouts:
         if groups % len(self.strengths):
             raise RolloutError(
                 f"strengths={list(self.strengths)} has {len(self.strengths)} values, which do not divide "
-                f"num_generations={groups}. Every group must have as many completions at each strength."
+                f"num_generations={groups}. Every group must have equally many completions at each strength."
             )
         if trainer.is_fsdp_enabled or getattr(trainer.accelerator.state.deepspeed_plugin, "zero_stage", 0) == 3:
             raise RolloutError("SteeredRollouts samples with whole weights, which FSDP and ZeRO-3 shard. Use DDP.")
@@ -79,10 +80,10 @@ class SteeredRollouts:
             except FrozenVectorError as error:
                 raise RolloutError(f"SteeredRollouts: {error}") from error
             blocks = {name for name, _ in find_blocks(base_model(trainer.model))}
-            if elsewhere := [one.module for one in frozen if one.module not in blocks]:
+            if others := [one.module for one in frozen if one.module not in blocks]:
                 raise RolloutError(
-                    f"SteeredRollouts: {self.vector} steers {elsewhere[0]}, and completions are drawn with vectors at "
-                    "the outputs of blocks only. Use a vector of site='block'."
+                    f"SteeredRollouts: {self.vector} steers {others[0]}, but completions are only sampled with "
+                    "vectors at the outputs of blocks. Use a vector of site='block'."
                 )
             self._given = {one.layer: one.vector_D.float().cpu() for one in frozen}
         if self.engine is not None:
@@ -90,10 +91,10 @@ class SteeredRollouts:
         self._trainer = trainer
 
     def __call__(self, prompts: Sequence[Any], trainer: Any) -> dict[str, list[Any]]:
-        """The completions of this process's prompts, in the form that TRL's `rollout_func` has.
+        """The completions of this process's prompts, in the format of TRL's `rollout_func`.
 
         Raises:
-            RolloutError: the trainer is not the `SteeringGRPOTrainer` that it was given to.
+            RolloutError: the trainer is not the `SteeringGRPOTrainer` that this object was given to.
         """
         if trainer is not self._trainer:
             raise RolloutError(
@@ -117,7 +118,7 @@ class SteeredRollouts:
         }
 
     def _strengths(self, rows: int, trainer: Any) -> list[float]:
-        """The strength of every row; a group may lie on several processes, and its strengths take turns."""
+        """The strength of every row. The strengths alternate within a group, which may span several processes."""
         if not trainer.model.training:
             return [0.0] * rows
         first = trainer.accelerator.process_index * rows
@@ -140,10 +141,10 @@ class SteeredRollouts:
             return TransformersEngine(model, trainer.args.per_device_train_batch_size)(requests, sampling)
 
     def _trained(self, trainer: Any) -> dict[int, Tensor]:
-        """The vectors as they are trained so far.
+        """The current values of the trained vectors.
 
         Raises:
-            RolloutError: the adapter adds something else than vectors.
+            RolloutError: the adapter is not a constant vector.
         """
         model = trainer.accelerator.unwrap_model(trainer.model)
         try:
@@ -155,7 +156,7 @@ class SteeredRollouts:
             if _untrained(model):
                 return {}
             raise RolloutError(
-                f"engine={type(self.engine).__name__} takes vectors with a request and nothing else. {error}"
+                f"engine={type(self.engine).__name__} takes only vectors with a request. {error}"
             ) from error
 
 

@@ -1,4 +1,4 @@
-"""Views: the same example behind another prompt, for losses that compare the model with itself. One file each.
+"""Views: the same example after another prompt, for losses that compare the model with itself. One file each.
 
 A loss calls `at(strength, view="good")`, and the trainer has the view from `views={"good": get_view(...)}`.
 """

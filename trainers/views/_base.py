@@ -1,4 +1,4 @@
-"""What a view is, and how it is found by its name."""
+"""The base class of views, and their lookup by name."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Row = Mapping[str, Any]
 
 
 class ViewError(ValueError):
-    """A view that a loss needs is missing, or cannot be made from the data; the message names the fix."""
+    """Raised when a view that a loss needs is missing, or cannot be made from the data; the message names the fix."""
 
 
 class View(ABC):
@@ -31,7 +31,7 @@ class View(ABC):
 
     @property
     def teacher(self) -> nn.Module | None:
-        """The model that sees the view in place of the reference; None: the reference sees it."""
+        """The model that runs on the view in place of the reference; None for the reference."""
         return None
 
     def for_evaluation(self, training: Sequence[Row], rows: Sequence[Row]) -> View:
@@ -52,7 +52,7 @@ class View(ABC):
 
 
 def names() -> list[str]:
-    """Names of the views: the files of this folder."""
+    """The names of all views: the files of this folder that do not start with an underscore."""
     return file_names(_FOLDER)
 
 

@@ -26,9 +26,9 @@ class Views:
     """The views of batches that a loss asks for.
 
     Args:
-        views: The views, by the name that the loss asks for.
-        tokenizer: The tokenizer whose chat template writes them.
-        context: Number of tokens that the model can read; None: unknown.
+        views: The views, by the name that the loss calls `at` with.
+        tokenizer: The tokenizer whose chat template formats them.
+        context: Context length of the model; None if unknown.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class Views:
         """
         if len(rows) != len(tokenised):
             raise ViewError(
-                f"{len(rows)} rows became {len(tokenised)}, and views need every row: set packing=False, and raise "
+                f"{len(rows)} rows became {len(tokenised)}, but views need every row. Set packing=False, and raise "
                 "max_length or remove the rows whose prompts fill it."
             )
         plain = _with_prompts(rows)
@@ -88,13 +88,13 @@ class Views:
         self.memos = {name: prefix.reference(t, trained=False) for name, t in teachers.items() if t is not None}
 
     def of(self, name: str, batch: Batch) -> Batch:
-        """The view of a batch, padded on the right; of pairs only the chosen rows, if the view has its own answers.
+        """The view of a batch, padded on the right; for pairs only the chosen rows, if the view has its own answers.
 
         Raises:
             ViewError: the view does not exist, or a row was not among the data (it was cut to max_length, say).
         """
         if name not in self.views:
-            raise ViewError(f"The loss asks for view {name!r}, and the trainer has {sorted(self.views)}. Give views=.")
+            raise ViewError(f"The loss asks for view {name!r}, but the trainer has {sorted(self.views)}. Give views=.")
         pairs = batch.pairs and self.views[name].same_answers
         batch = batch if pairs or not batch.pairs else batch.chosen
         mask = batch.inputs.get("attention_mask")
@@ -112,18 +112,18 @@ class Views:
         return _padded(answers, pairs, batch.labels.device)
 
     def _keep(self, name: str, view: View, row: int, answers: list[Answer], viewed: list[Answer]) -> None:
-        """Remember the view of each answer of a row."""
+        """Store the view of each answer of a row."""
         viewed = viewed if view.same_answers else viewed[:1] * len(answers)
         for (ids, start), (viewed_ids, viewed_start) in zip(answers, viewed, strict=True):
             if self.context is not None and len(viewed_ids) > self.context:
                 raise ViewError(
-                    f"View {name!r} of row {row} has {len(viewed_ids)} tokens, and the model reads {self.context}. "
-                    "Give fewer demonstrations, or a shorter instruction."
+                    f"View {name!r} of row {row} has {len(viewed_ids)} tokens, but the model reads only "
+                    f"{self.context}. Give fewer demonstrations, or a shorter instruction."
                 )
             if view.same_answers and start >= 0 and viewed_ids[viewed_start:] != ids[start:]:
                 raise ViewError(
-                    f"View {name!r} of row {row}: the answer has other tokens after the new prompt than after its "
-                    "own. End prompts the same way (with a space, or as conversations)."
+                    f"View {name!r} of row {row}: the answer has other tokens after the new prompt than after the "
+                    "original one. End prompts the same way (with a space, or as conversations)."
                 )
             self._answers.setdefault((name, _key(ids)), (viewed_ids, viewed_start))
 
@@ -156,7 +156,7 @@ def _key(ids: Sequence[int]) -> bytes:
 
 
 def _padded(answers: Sequence[Answer], pairs: bool, device: torch.device) -> Batch:
-    """Batch answers behind their prompts, `(rows, tokens)`; prompt tokens have label -100."""
+    """Batch answers after their prompts, `(rows, tokens)`; prompt tokens have label -100."""
     width = max(len(ids) for ids, _ in answers)
 
     def filled(values: Sequence[Sequence[int]], fill: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""The example after others like it: k-shot prompts, and contrast prompts that show a bad answer beside a good one."""
+"""The example after other examples: k-shot prompts, and contrast prompts that show a bad answer next to a good one."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Demonstrations(View):
 
     A conversation keeps its own system message, if it begins with one and there is no `instruction`. System messages
     of demonstrations are left out, since a conversation has only one. A contrast prompt is one user message after it;
-    of conversations with several turns, it says who says what.
+    in conversations with several turns, each turn is labelled with its role.
 
     Args:
         k: Number of demonstrations.
@@ -28,7 +28,7 @@ class Demonstrations(View):
         instruction: A text before everything else. In conversations it is the system message, and replaces the
             conversation's own, as the view `instruction` does; with `contrast` it begins the one user message.
         seed: Seed of the draws.
-        pool: Rows to draw from; none: the other rows of the training data, also for evaluation rows.
+        pool: Rows to draw from; if empty, the other rows of the training data, also for evaluation rows.
 
     Raises:
         ValueError: k is below 1.
@@ -51,12 +51,12 @@ class Demonstrations(View):
             ViewError: there are fewer than k other rows, or a contrast has no rejected answers.
         """
         pool = self.pool or rows
-        # if all rows ask the same, they differ in their answers
+        # if all rows have the same prompt, their answers tell them apart
         one_prompt = len(pool) > 1 and all(row["prompt"] == pool[0]["prompt"] for row in (*pool, *rows))
         key = _identity if one_prompt else prompt_of
         viewed = []
         for i, row in enumerate(rows):
-            # a row never demonstrates itself, nor does another row with its prompt
+            # neither the row itself nor another row with its prompt is a demonstration
             others = [other for other in pool if key(other) != key(row)]
             if len(others) < self.k:
                 raise ViewError(f"Row {i}: k={self.k} demonstrations need as many other examples (got {len(others)}).")
@@ -75,12 +75,12 @@ class Demonstrations(View):
         if shared := [row for row in pool if _identity(row) in identities]:
             raise ViewError(
                 f"{len(shared)} of the {len(pool)} rows that demonstrations are drawn from are evaluation rows too, "
-                f"such as {shared[0]['prompt']!r:.120}. Take them out of the training data, or of pool=."
+                f"such as {shared[0]['prompt']!r:.120}. Remove them from the training data, or from pool=."
             )
         return replace(self, pool=pool)
 
     def _prompt(self, prompt: Any, drawn: Sequence[Row]) -> Any:
-        # each a prompt, a good and a bad answer
+        # each example is a prompt, a good and a bad answer
         answers = [other["chosen"] if "chosen" in other else other["completion"] for other in drawn]
         examples = [
             tuple(map(_turns, (other["prompt"], good, self._bad(other))))
@@ -124,12 +124,12 @@ def _identity(row: Row) -> str:
 
 
 def _turns(value: Any) -> Any:
-    """A conversation without its system messages; a text as it is."""
+    """A conversation without its system messages; a string unchanged."""
     return [message for message in value if message["role"] != "system"] if isinstance(value, list) else value
 
 
 def _as_text(value: Any) -> str:
-    """A conversation as text: the content of its single message, or who says what."""
+    """A conversation as text: the content of its single message, or all messages with their roles."""
     if not isinstance(value, list):
         return value or ""
     if len(value) == 1:

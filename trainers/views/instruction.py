@@ -33,7 +33,7 @@ class Instruction(View):
 
     def __post_init__(self) -> None:
         if not self.text.strip():
-            raise ValueError(f"text={self.text!r} must not be empty: give the instruction.")
+            raise ValueError(f"text={self.text!r} must not be empty. Give the instruction.")
         if self.where not in get_args(Where):
             raise ValueError(f"where={self.where!r} must be 'before', 'after' or 'system'.")
 
@@ -45,7 +45,7 @@ class Instruction(View):
         if isinstance(prompt, str):
             if self.where == "system":
                 raise ViewError(
-                    "where='system' needs conversations, and these prompts are plain text. Use 'before' or 'after'."
+                    "where='system' needs conversations, but these prompts are plain text. Use 'before' or 'after'."
                 )
             return self._joined(prompt)
         if self.where == "system":
@@ -61,5 +61,5 @@ class Instruction(View):
         if self.where == "before":
             return f"{self.text}\n\n{text}"
         # the white space at the end of a plain prompt belongs to the answer's first token
-        asked = text.rstrip()
-        return f"{asked}\n\n{self.text}{text[len(asked) :]}"
+        stripped = text.rstrip()
+        return f"{stripped}\n\n{self.text}{text[len(stripped) :]}"

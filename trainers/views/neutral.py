@@ -26,7 +26,7 @@ class Neutral(View):
     def __post_init__(self) -> None:
         object.__setattr__(self, "rows", tuple(self.rows))
         if not self.rows:
-            raise ValueError("rows=() must not be empty: give neutral text as rows with 'prompt' and 'completion'.")
+            raise ValueError("rows=() must not be empty. Give neutral text as rows with 'prompt' and 'completion'.")
         for i, row in enumerate(self.rows):
             if not isinstance(row, Mapping) or not {"prompt", "completion"} <= set(row):
                 raise ValueError(f"rows[{i}]={row!r:.100} must be a row with 'prompt' and 'completion'.")

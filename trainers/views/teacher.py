@@ -1,4 +1,4 @@
-"""The example as another model sees it: the good and the bad teacher of RAHF (Liu et al. 2312.15997, section 3).
+"""The example as another model answers it: the good and the bad teacher of RAHF (Liu et al. 2312.15997, section 3).
 
     good, bad = (get_view("teacher", model=teacher) for teacher in (trained_on_chosen, trained_on_rejected))
     SteeringDPOTrainer(..., loss="lorra", views={"good": good, "bad": bad})

@@ -1,10 +1,10 @@
-"""How the direction of a monitor is fitted. Each file of this folder is one method, named by the file. It defines
+"""Methods that fit the direction of a monitor. Each file of this folder is one method, named by the file. It defines
 
     fit(bad, innocent) -> direction
 
-from pooled states `(bad rows, d)` and `(innocent rows, d)` to a vector `(d,)` on whose side the bad rows are. The two
-need not be equally many: no innocent row is dropped to balance them, because probes of few bad rows gain from every
-further innocent one.
+from pooled states `(bad rows, d)` and `(innocent rows, d)` to a vector `(d,)` that points towards the bad rows. The
+classes need not be balanced: no innocent row is dropped, because probes of few bad rows benefit from every further
+innocent row.
 """
 
 from __future__ import annotations

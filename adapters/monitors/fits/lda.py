@@ -1,8 +1,8 @@
 """Linear discriminant: the mean difference, whitened, `Σ⁻¹ (mean(bad) - mean(innocent))`.
 
 Σ is one covariance for both classes, of all rows about the mean of their own class, shrunk towards its diagonal
-(Ledoit and Wolf 2004, on standardised states). So it works from a single bad row on: the innocent rows alone say how
-states vary. (`adapters/directions/lda.py` averages a covariance of each class, which one row does not have.)
+(Ledoit and Wolf 2004, on standardised states). So a single bad row is enough: the innocent rows alone can give the
+covariance. (`adapters/directions/lda.py` averages the covariances of both classes, and one row has none.)
 """
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def fit(bad: Tensor, innocent: Tensor) -> Tensor:
-    """`(bad rows, d)` and `(innocent rows, d)` -> `(d,)`; of one bad and one innocent row, their difference."""
+    """`(bad rows, d)` and `(innocent rows, d)` -> `(d,)`; for one bad and one innocent row, their difference."""
     bad, innocent = bad.double(), innocent.double()
     difference_D = bad.mean(dim=0) - innocent.mean(dim=0)
     within_ND = torch.cat([bad - bad.mean(dim=0), innocent - innocent.mean(dim=0)])

@@ -1,4 +1,4 @@
-"""How the scores of a row's tokens become the score of the row. Each file of this folder is one way of pooling, named
+"""Pool the scores of a row's tokens into the score of the row. Each file of this folder is one pooling method, named
 by the file: a dataclass whose fields are its options, called with the scores `(tokens,)` of one row.
 """
 
@@ -14,12 +14,12 @@ __all__ = ["Pooling", "get", "names"]
 
 
 def names() -> list[str]:
-    """The names of all ways: the files of this folder that do not start with an underscore."""
+    """The names of all methods: the files of this folder that do not start with an underscore."""
     return file_names(__path__[0])
 
 
 def get(name: str | Pooling, **options: Any) -> Pooling:
-    """A way of pooling by its name, with its options.
+    """A pooling method by name, with its options.
 
     Raises:
         ValueError: an unknown name or option (the message suggests the nearest one), or a value that is not allowed.

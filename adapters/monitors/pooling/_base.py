@@ -1,4 +1,4 @@
-"""What every way of pooling is."""
+"""The base class of pooling methods."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Pooling(ABC):
-    """The score of a row, of the scores of its tokens.
+    """Pools the scores of a row's tokens into the score of the row.
 
     Attributes:
-        fitted_on: The state that stands for a row while a direction is fitted: the mean over its tokens, or that of
+        fitted_on: The state that represents a row while a direction is fitted: the mean over its tokens, or that of
             the last one.
     """
 
@@ -22,9 +22,9 @@ class Pooling(ABC):
 
     @abstractmethod
     def __call__(self, scores_T: Tensor) -> Tensor:
-        """`(tokens,)`, one token or more -> `()`."""
+        """`(tokens,)`, at least one token -> `()`."""
 
     @property
     def name(self) -> str:
-        """Its name: that of its file."""
+        """The name of the method: that of its file."""
         return type(self).__module__.rpartition(".")[2]

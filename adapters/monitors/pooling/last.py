@@ -11,7 +11,7 @@ from ._base import Pooling
 
 @dataclass(frozen=True)
 class Last(Pooling):
-    """The score of the last token, whose state has read all others; the direction is fitted on such states too."""
+    """The score of the last token, which attends to all others. The direction is fitted on last tokens, too."""
 
     fitted_on = "last"
 

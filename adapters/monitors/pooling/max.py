@@ -1,4 +1,4 @@
-"""The highest of the tokens."""
+"""The highest score of a token."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ._base import Pooling
 
 @dataclass(frozen=True)
 class Max(Pooling):
-    """`max(s)`: one bad moment is enough. Long rows have more chances of a high score than short ones."""
+    """`max(s)`: one bad token is enough. Long rows have more chances of a high score than short ones."""
 
     def __call__(self, scores_T: Tensor) -> Tensor:
         """`(tokens,)` -> `()`."""

@@ -11,7 +11,7 @@ from ._base import Pooling
 
 @dataclass(frozen=True)
 class Mean(Pooling):
-    """`mean(s)`: what a whole answer is like."""
+    """`mean(s)`: every token counts the same."""
 
     def __call__(self, scores_T: Tensor) -> Tensor:
         """`(tokens,)` -> `()`."""

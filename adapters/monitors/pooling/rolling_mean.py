@@ -24,7 +24,7 @@ class RollingMean(Pooling):
 
     def __post_init__(self) -> None:
         if self.window < 1:
-            raise ValueError(f"window={self.window}: a window has one token or more.")
+            raise ValueError(f"window={self.window} must be at least 1.")
 
     def __call__(self, scores_T: Tensor) -> Tensor:
         """`(tokens,)` -> `()`."""

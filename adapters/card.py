@@ -26,6 +26,7 @@ SAFETY = (
 )
 _PACKAGES = ("steertune", "torch", "transformers", "trl", "peft", "accelerate", "datasets", "scikit-learn")
 _SWITCHES = ("form", "rank", "layers", "tied", "site", "norm", "norm_value", "positions", "init")
+_GAP = "[More Information Needed]"  # in the template of Hugging Face
 _TAGS = ["steering-vector", "steertune"]
 
 
@@ -91,8 +92,9 @@ def write_card(folder: str | Path, card: Card, anyway: bool = False) -> Path | N
 
 
 def replaceable(text: str) -> bool:
-    """Whether a card may be overwritten: it is PEFT's unfilled template, or was written by `write_card`."""
-    return MARK in text or "[More Information Needed]" in text
+    """Whether a card may be overwritten: it is the unfilled template, or was written by `write_card`."""
+    gaps = ModelCard.default_template_path.read_text(encoding="utf-8").count(_GAP)
+    return MARK in text or text.count(_GAP) >= gaps
 
 
 def versions() -> str:

@@ -9,6 +9,7 @@ from typing import Any
 
 from ..adapters.card import Card, write_card
 from .checkpoints import adapter_folder
+from .rates import describe_rates
 from .types import SteeringRun
 
 
@@ -45,6 +46,6 @@ def _made(trainer: SteeringRun) -> str:
     loss = "the trainer's own loss" if trainer.loss is None else f"the loss {trainer.loss}"
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * trainer.accelerator.num_processes
     return (
-        f"`{type(trainer).__name__}` with {loss}: {trainer.state.global_step} steps of {batch} examples, learning "
-        f"rate {args.learning_rate:g}, seed {args.seed}."
+        f"`{type(trainer).__name__}` with {loss}: {trainer.state.global_step} steps of {batch} examples, "
+        f"{describe_rates(trainer)}, seed {args.seed}."
     )

@@ -94,7 +94,7 @@ def code_in(folder: Path) -> tuple[Path, str] | None:
         return file, "a pickle of FSDP's shards, which cannot be inspected"
     if not saved_by_deepspeed(folder):
         return None
-    latest = (folder / "latest").read_text(encoding="utf-8").strip()
+    latest = (folder / "latest").read_text(encoding="utf-8", errors="replace").strip()
     if not re.fullmatch(r"global_step\d+", latest) or not (folder / latest).is_dir():
         return folder / "latest", f"the name of another folder, {latest!r:.80}"
     for file in sorted((folder / latest).rglob("*.pt")):

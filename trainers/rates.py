@@ -60,6 +60,28 @@ def vector_rate(args: Any, given: float | None) -> VectorRate:
     return VectorRate(DEFAULT_RATE, f"the default for vectors; {kind}.learning_rate is left at its own, {default:g}")
 
 
+def rate_of_vectors(trainer: SteeringRun, optimizer: Any) -> VectorRate:
+    """The learning rate of the trained vectors; an optimiser that the user passed sets its own."""
+    if optimizer is None or trainer.vectors_have_groups or trainer.is_deepspeed_enabled:
+        return vector_rate(trainer.args, trainer.vector_learning_rate)
+    vectors = trained_vectors(trainer.model)
+    groups = [group for group in optimizer.param_groups if any(id(p) in vectors for p in group["params"])]
+    rate = groups[0].get("initial_lr", groups[0]["lr"]) if groups else 0.0
+    return VectorRate(rate, "the optimizer's own")
+
+
+def describe_rates(trainer: SteeringRun) -> str:
+    """The learning rates of a run, for its model card and its errors: `learning rate 0.001`, and that of the other
+    parameters if there are any."""
+    vectors = trained_vectors(trainer.model)
+    if not vectors:
+        return f"learning rate {trainer.args.learning_rate:g}"
+    words = f"learning rate {rate_of_vectors(trainer, trainer.optimizer).value:g}"
+    if any(p.requires_grad and id(p) not in vectors for p in trainer.model.parameters()):
+        words += f" for vectors and {trainer.args.learning_rate:g} for the rest"
+    return words
+
+
 def check_rate(given: float | None) -> None:
     """Raise a ValueError unless a `vector_learning_rate` is a finite number above 0, or None."""
     number = isinstance(given, int | float) and not isinstance(given, bool) and 0 < given <= sys.float_info.max

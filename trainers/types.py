@@ -36,6 +36,7 @@ class SteeringRun(Protocol):
     train_dataset: Any
     data_collator: Any
     processing_class: Any
+    optimizer: Any
     compute_loss_func: Any
     is_deepspeed_enabled: bool
     is_fsdp_enabled: bool

@@ -60,12 +60,17 @@ def collect(
         pool: Which tokens represent an answer.
 
     Raises:
-        ValueError: `batches` is empty, a batch does not mark its answers, an answer has no tokens, or the pool is
-            unknown.
+        ValueError: `batches` is empty, a batch does not mark its answers or has an odd number of rows, an answer has
+            no tokens, or the pool is unknown.
     """
     choose("pool", pool, get_args(Pool))
     if any(not {"completion_mask", "labels"} & set(batch) for batch in batches):
         raise ValueError("A batch has neither completion_mask nor labels, which mark the tokens of the answers.")
+    if odd := [len(batch["input_ids"]) for batch in batches if len(batch["input_ids"]) % 2]:
+        raise ValueError(
+            f"A batch has {odd[0]} rows, an odd number. The first half of a batch must be the chosen answers, and the "
+            "second half the rejected ones."
+        )
     pooled: dict[int, list[Tensor]] = defaultdict(list)
     norms = _MeanNorms()
     with closing(_states(model, batches, layers, site)) as passes:

@@ -56,11 +56,11 @@ def token_scores(
 
 def _scores(monitors: Sequence[Monitor], h_BTD: Tensor) -> Tensor:
     """Scores of the states of one place by the monitors that read it, `(rows, tokens, monitors)`, on the CPU."""
-    width = len(monitors[0].weight)
-    if h_BTD.shape[-1] != width:
-        raise ValueError(
-            f"The monitor reads states of width {width}, but {monitors[0].module} of this model returns width "
-            f"{h_BTD.shape[-1]}. Load the model that it was made for ({monitors[0].base_name})."
-        )
+    for monitor in monitors:
+        if h_BTD.shape[-1] != len(monitor.weight):
+            raise ValueError(
+                f"The monitor reads states of width {len(monitor.weight)}, but {monitor.module} of this model returns "
+                f"width {h_BTD.shape[-1]}. Load the model that it was made for ({monitor.base_name})."
+            )
     weight_MD = torch.stack([monitor.weight for monitor in monitors]).to(h_BTD.device)
     return (h_BTD @ weight_MD.T).cpu() + torch.tensor([monitor.bias for monitor in monitors])

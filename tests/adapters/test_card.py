@@ -58,6 +58,13 @@ def test_what_somebody_wrote_is_left_as_it_is(folder):
     (folder / "README.md").write_text("---\nlicense: mit\n---\n\n# Mine\n")
     assert write_card(folder, KNOWN) is None
     assert "# Mine" in (folder / "README.md").read_text()
+
+
+def test_a_template_that_somebody_began_to_fill_in_is_left_as_it_is(folder):
+    template = (folder / "README.md").read_text()
+    (folder / "README.md").write_text(template.replace("[More Information Needed]", "My own words.", 1))
+    assert write_card(folder, KNOWN) is None
+    assert "My own words." in (folder / "README.md").read_text()
     assert write_card(folder, KNOWN, anyway=True) is not None
     kept: Any = ModelCard.load(folder / "README.md").data
     assert kept.license == "mit"

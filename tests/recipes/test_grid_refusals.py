@@ -33,6 +33,10 @@ BAD: dict[str, tuple[Changes, list[str]]] = {
     "unknown key of matched": ({"matched": {"k": 1}}, ["'k' in [matched]", "Did you mean 'kl'"]),
     "unknown key of model": ({"model": {"thread": 1}}, ["'thread' in [model]", "Did you mean 'threads'"]),
     "unknown key of card": ({"card.basline": "x"}, ["'basline' in [card]", "'baselines'"]),
+    "claim about less of something": (
+        {"claim.measure": "kl", "claim.strength": "matched"},
+        ["claim.measure='kl'", "such as fidelity, behaviour"],
+    ),
     "unknown key of claim": ({"claim.beter": "x"}, ["'beter' in [claim]", "'better'"]),
     "unknown key of a task": ({"tasks": [{"name": "warm_tone", "lable": "x"}]}, ["'lable' in [tasks]", "'label'"]),
     "unknown table in a level": ({LEVEL: {"adaptr": {}}}, ["'adaptr' in [factors.form.bias]", "mean 'adapter'"]),

@@ -11,7 +11,7 @@ from transformers import TrainerCallback
 
 from ...adapters import SteeringVectorConfig, steering_layers
 from ..parallel import full_size
-from ..rates import VectorRate, largest_share, mark_deepspeeds_optimizer, trained_vectors, vector_rate, warning_of
+from ..rates import largest_share, mark_deepspeeds_optimizer, rate_of_vectors, trained_vectors, warning_of
 from ..types import SteeringRun
 
 logger = logging.getLogger(__name__)
@@ -41,23 +41,13 @@ class Announcement(TrainerCallback):
             _say(line)
         if not trained_vectors(model):
             return
-        rate = _rate_of(trainer, kwargs["optimizer"])
+        rate = rate_of_vectors(trainer, kwargs["optimizer"])
         steps = max(state.max_steps - state.global_step, 0)
         share = largest_share(kwargs["optimizer"], kwargs["lr_scheduler"], steps, rate.value)
         reach = "" if share is None else f": {steps} steps can move it by up to {share:.0%} of the residual stream"
         _say(f"Learning rate {rate.value:g} ({rate.reason}){reach}.")
         if share is not None and steps and (problem := warning_of(rate.value, steps, share)):
             logger.warning("Learning rate %g: %s", rate.value, problem)
-
-
-def _rate_of(trainer: SteeringRun, optimizer: Any) -> VectorRate:
-    """The learning rate of the vectors; an optimiser that the user passed sets its own."""
-    if trainer.vectors_have_groups or trainer.is_deepspeed_enabled:
-        return vector_rate(trainer.args, trainer.vector_learning_rate)
-    vectors = trained_vectors(trainer.model)
-    groups = [group for group in optimizer.param_groups if any(id(p) in vectors for p in group["params"])]
-    rate = groups[0].get("initial_lr", groups[0]["lr"]) if groups else 0.0
-    return VectorRate(rate, "the optimizer's own")
 
 
 def say_what_is_trained(model: nn.Module) -> None:

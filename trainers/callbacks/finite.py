@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ...losses import parts
 from ..checkpoints import last_checkpoint
+from ..rates import describe_rates
 from ..types import SteeringRun
 from .bad_examples import first_not_finite
 from .base import SteeringCallback
@@ -71,7 +72,7 @@ class FiniteSteps(SteeringCallback):
                 for parameter, value in self._before.items():
                     model.get_parameter(parameter).copy_(value)
             folder = self.trainer.save_last_good()
-        self._stop(f"{name} after the update (learning rate {args.learning_rate:g})", folder)
+        self._stop(f"{name} after the update ({describe_rates(self.trainer)})", folder)
 
     def _stop(self, what: str, folder: str | None) -> NoReturn:
         """Raise a NonFiniteError that names the cause, and where the last good state is (None: not saved now)."""

@@ -120,7 +120,7 @@ def _margins(at: ModelAt, batch: Batch) -> dict[str, Tensor]:
         return {}
     policy = outputs[1.0]
     margin = (policy.chosen.logps - policy.rejected.logps).detach()
-    margins = {"pair_accuracy": (margin > 0).float(), "margin": margin}
+    margins = {"pair_accuracy": (margin.sign() + 1) / 2, "margin": margin}
     if 0.0 in outputs:
         base = outputs[0.0]
         margins["margin_gain"] = margin - (base.chosen.logps - base.rejected.logps)

@@ -86,9 +86,11 @@ class Quarantine(Bias):
     def note(self, trainer: SteeringRun) -> str:
         """A line about how many ranks are dropped."""
         parts = self._parts(trainer.model)
-        ranks = _weight(parts[0].b).shape[1] - parts[0].first
+        ranks = sum(_weight(part.b).shape[1] for part in parts)
+        dropped = ranks - sum(part.first for part in parts)
         return (
-            f"{ranks} of {ranks + parts[0].first} ranks are in quarantine: evaluation and the saved adapter drop them."
+            f"{dropped} of {ranks} ranks, on {len(parts)} maps, are in quarantine: evaluation and the saved adapter "
+            "drop them."
         )
 
     @contextmanager

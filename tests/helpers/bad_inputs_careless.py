@@ -125,7 +125,7 @@ def on_pairs(says: str, recipe: str, *words: str) -> Row:
 
 ASKED = "mixes two formats"
 FEW = "Ask for fewer|too few"
-NO_EFFECT = "changes nothing about"
+NO_EFFECT = "has no effect on"
 LEAST = "Input should be greater than or equal to"
 MOST = "Input should be less than or equal to 1000000"
 
@@ -171,13 +171,13 @@ ROWS: dict[str, Row] = {
         "no prompt, and 'Question'. If that is the prompt",
         lambda row: {"Question": row["prompt"], "chosen": row["chosen"], "rejected": row["rejected"]},
     ),
-    "roles of ShareGPT": every("message of the role 'human'.*one of system, developer, user", conversation("human")),
-    "answers of gpt": every("message of the role 'gpt'", conversation(answer="gpt")),
-    "a role in capitals": every("message of the role 'User'", conversation("User")),
+    "roles of ShareGPT": every("message with the role 'human'.*one of system, developer, user", conversation("human")),
+    "answers of gpt": every("message with the role 'gpt'", conversation(answer="gpt")),
+    "a role in capitals": every("message with the role 'User'", conversation("User")),
     "answers of the user": every(
-        "'chosen' ends with a message of the role 'user'.*assistant's", conversation(answer="user")
+        "'chosen' ends with a message with the role 'user'.*assistant's", conversation(answer="user")
     ),
-    "answers of a tool": every("ends with a message of the role 'tool'", conversation(answer="tool")),
+    "answers of a tool": every("ends with a message with the role 'tool'", conversation(answer="tool")),
     "content in parts": every(
         "a list of parts. The models here read text",
         lambda row: {
@@ -285,8 +285,8 @@ ROWS: dict[str, Row] = {
         "names prompt twice: 'a' and 'b'",
     ),
     "a part of an example of nothing": (lambda lab: columns_of(["promt=a"]), "Did you mean 'prompt'"),
-    "an output below a file": (lambda lab: check_place(lab.file("file", "x") / "o"), "nothing can be written to"),
-    "an output among the processes": (lambda lab: check_place(Path("/proc/o")), "nothing can be written to|cannot"),
+    "an output below a file": (lambda lab: check_place(lab.file("file", "x") / "o"), "cannot write to"),
+    "an output among the processes": (lambda lab: check_place(Path("/proc/o")), "cannot write to|cannot"),
     "a device of nothing": (lambda lab: device_of("tpu9"), "--device 'tpu9' cannot be used"),
     "a device without numbers": (lambda lab: device_of("meta"), "it holds no weights"),
     "a device of a negative number": (lambda lab: device_of("cuda:-3"), "cannot be used"),

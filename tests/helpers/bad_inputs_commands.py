@@ -117,7 +117,7 @@ ROWS: dict[str, Row] = {
         "--output.folder=o",
     ),
     "train on too few rows": said(
-        "32 rows asked.*Ask for fewer", "train", "vector_dpo", "--data.name={root}/task", "--output.folder=o"
+        "32 rows requested.*Ask for fewer", "train", "vector_dpo", "--data.name={root}/task", "--output.folder=o"
     ),
     "train of a model that is not there": few(
         "model.name='./nowhere' cannot be loaded.*safetensors", "--model.name=./nowhere"

@@ -181,16 +181,16 @@ ROWS: dict[str, Row] = {
     # tables of data
     "more training rows than there are": (
         lambda lab: two_splits(DataTable(name=str(lab.root / "task"), train=99, test=2)),
-        "99 rows asked.*Ask for fewer",
+        "99 rows requested.*Ask for fewer",
     ),
     "more test rows than there are": (
         lambda lab: two_splits(DataTable(name=str(lab.root / "task"), train=2, test=99)),
-        "99 rows asked.*Ask for fewer",
+        "99 rows requested.*Ask for fewer",
     ),
     "shuffled pairs of one": ((lambda lab: shuffled_pairs(tiny_data.pairs(1))), "needs at least 2 examples"),
     "shuffled pairs without prompts": (
         lambda lab: shuffled_pairs(tiny_data.pairs(3).remove_columns("prompt")),
-        "needs columns prompt and rejected",
+        "needs the columns prompt and rejected",
     ),
     "splits with too large a pool": splits("99 training examples asked, 18 are left", largest=99),
     "splits with too many validation rows": splits("splits.validation=99, but only 24", validation=99),
@@ -243,7 +243,7 @@ ROWS: dict[str, Row] = {
     "kept rows cut off behind a line": kept("its end is missing", lambda text: b"".join(text.splitlines(True)[:-1])),
     "kept rows with a line left out": kept("its end is missing", lambda text: b"".join(text.splitlines(True)[1:])),
     "kept rows of nothing": kept("its end is missing", lambda text: b""),
-    "kept rows with a changed letter": kept("its checksum is another", lambda text: text.replace(b"cat", b"cot", 1)),
+    "kept rows with a changed letter": kept("its checksum does not match", lambda text: text.replace(b"cat", b"cot", 1)),
     "kept rows that are no UTF-8": kept("Save it as UTF-8", lambda text: b"\xff" + text),
     # views of rows
     "a view of rows without prompts": view("Give a column 'prompt'", "instruction", [{"text": "a"}], text="Be kind."),

@@ -90,7 +90,7 @@ def test_shuffled_pairs_give_every_prompt_the_rejected_answer_of_another(seed, c
 
 
 def test_pairs_that_cannot_be_shuffled_are_refused():
-    with pytest.raises(ArmError, match="at least 2 examples, there are 1"):
+    with pytest.raises(ArmError, match="at least 2 examples .got 1."):
         drawn().train(1, 0, "shuffled")
     bare = Dataset.from_list([{"chosen": f"a {i}", "rejected": f"b {i}"} for i in range(4)])
     with pytest.raises(ArmError, match=r"columns prompt and rejected.*\['chosen', 'rejected'\]"):

@@ -243,7 +243,7 @@ ROWS: dict[str, Row] = {
     "kept rows cut off behind a line": kept("its end is missing", lambda text: b"".join(text.splitlines(True)[:-1])),
     "kept rows with a line left out": kept("its end is missing", lambda text: b"".join(text.splitlines(True)[1:])),
     "kept rows of nothing": kept("its end is missing", lambda text: b""),
-    "kept rows with a changed letter": kept("its checksum does not match", lambda text: text.replace(b"cat", b"cot", 1)),
+    "kept rows with a changed letter": kept("checksum does not match", lambda text: text.replace(b"cat", b"cot", 1)),
     "kept rows that are no UTF-8": kept("Save it as UTF-8", lambda text: b"\xff" + text),
     # views of rows
     "a view of rows without prompts": view("Give a column 'prompt'", "instruction", [{"text": "a"}], text="Be kind."),

@@ -262,7 +262,7 @@ ROWS: dict[str, Row] = {
         "unexpected keyword argument 'nope'", lr_scheduler_kwargs={"nope": 1}
     ),
     "a schedule without its argument": trainer("", lr_scheduler_type="warmup_stable_decay"),
-    "an upload": arm("push_to_hub=True: recipes write to the output folder alone", trainer={"push_to_hub": True}),
+    "an upload": arm("push_to_hub=True: recipes write to the output folder only", trainer={"push_to_hub": True}),
     "a place for an upload": arm(
         "hub_model_id='me/mine': recipes upload nothing", trainer={"hub_model_id": "me/mine"}
     ),
@@ -279,7 +279,7 @@ ROWS: dict[str, Row] = {
         "Unknown option .*Available: none", loss={"name": "cross_entropy", "beta": 1}
     ),
     # options of commands
-    "100000 threads": (lambda lab: check_threads(100_000), "threads=100000, and this machine has"),
+    "100000 threads": (lambda lab: check_threads(100_000), "threads=100000, but this machine has"),
     "a part of an example twice": (
         lambda lab: columns_of(["prompt=a", "prompt=b"]),
         "names prompt twice: 'a' and 'b'",

@@ -204,7 +204,7 @@ def test_questions_by_hand():
         ({"steering": ["lora_templates_dpo"]}, "contrast_prompts makes no further examples"),
         ({"arm": "lora_templates_dpo"}, "contrast_prompts makes no further examples"),
         ({"steering": ["vector_dop"]}, "Did you mean 'vector_dpo'"),
-        ({"examples": 40}, "40 training examples asked"),
+        ({"examples": 40}, "40 training examples requested"),
         ({"loss": {"name": "dop"}}, "dop"),
     ],
 )

@@ -49,7 +49,7 @@ Layers = Annotated[list[str], Option(help="indices, fractions of the depth, or '
 """`--layers` of commands that compare layers."""
 LAYERS = ["0.1", "0.25", "0.4", "0.55", "0.7", "0.85"]
 """Its default."""
-Threads = Annotated[int | None, Count("CPU threads (OMP_NUM_THREADS, else the cores that this process may use)")]
+Threads = Annotated[int | None, Count("CPU threads (OMP_NUM_THREADS, else the cores that this process can use)")]
 """`--threads` of every command that computes."""
 Base = Annotated[str | None, Option(help="base model: embedded, a local folder or a Hub name (the adapter's own)")]
 """`--model` of every command that loads an adapter."""

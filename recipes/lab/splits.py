@@ -100,7 +100,8 @@ def load_splits(
         taken = f"{len(splits.scorer)} rows for the scorer"
         taken += "" if validation_rows is not None else f" and {len(splits.validation)} for validation"
         raise ArmError(
-            f"{name!r}: {largest} training examples requested, {len(splits.pool)} are left after {taken}. Ask for fewer."
+            f"{name!r}: {largest} training examples requested, {len(splits.pool)} are left after {taken}. Ask for "
+            "fewer."
         )
     swapped = {"chosen": "rejected", "rejected": "chosen"}
     return splits.each(lambda rows: rows.rename_columns(swapped)) if reverse else splits

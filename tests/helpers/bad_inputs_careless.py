@@ -249,7 +249,7 @@ ROWS: dict[str, Row] = {
     # strengths that nothing has, before there is a vector
     "training at a strength of 1e308": arm(f"evaluation.strengths.0: {MOST}", evaluation={"strengths": [1e308]}),
     "training at a strength of -1e7": arm(LEAST, evaluation={"strengths": [-1e7]}),
-    "training at a strength twice": arm("1 stands there twice", evaluation={"strengths": [1.0, 1.0]}),
+    "training at a strength twice": arm("1 occurs twice", evaluation={"strengths": [1.0, 1.0]}),
     "a grid at a strength of 1e30": grid(MOST, budget={"strengths": [1e30]}),
     "a sweep at a strength of 1e300": on_pairs(MOST, "sweep", "--strengths", "1e300"),
     "a sweep at strength 0": on_pairs("0 is the base model", "sweep", "--strengths", "0"),

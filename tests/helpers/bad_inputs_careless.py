@@ -296,7 +296,7 @@ ROWS: dict[str, Row] = {
     "a sweep with a scorer that scores nothing": on_pairs(
         "--generations 1 or more", "sweep", "--scorer", "classifier", "--generations", "0"
     ),
-    "a map of a KL of 0": on_pairs("--kl 0.0: a KL in nats", "map", "--kl", "0"),
+    "a map of a KL of 0": on_pairs("--kl 0.0 must be above 0", "map", "--kl", "0"),
     "a map of a KL of nothing": on_pairs("--kl nan", "map", "--kl", "nan"),
     "a map of one layer": on_pairs("a map needs 3 different layers", "map", "--layers", "1"),
     "a map of a million sets of layers": on_pairs("no 1000000 different sets", "map", "--combinations", "1000000"),
@@ -314,8 +314,8 @@ ROWS: dict[str, Row] = {
         lambda lab: check_options_of_pairs(["mmlu"], None, False, ["prompt=a"]),
         "--columns names the columns of pairs",
     ),
-    "info about rows without rows": command("--rows is about the rows of --data", "info", "x", "--rows", "4"),
-    "info about a loss without rows": command("--loss is about the rows", "info", "x", "--loss", "dpo"),
+    "info about rows without rows": command("--rows is only used with --data", "info", "x", "--rows", "4"),
+    "info about a loss without rows": command("--loss is only used with --data", "info", "x", "--loss", "dpo"),
     # secrets of other services
     "a token of GitHub, the newer form": secret("github_pat_" + "1a2B_" * 8),
     "a token of GitLab": secret("glpat-" + "a1B2-" * 5),

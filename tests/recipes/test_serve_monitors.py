@@ -227,7 +227,7 @@ def test_monitors_are_listed_and_the_command_refuses_bad_ones(served, home, tmp_
     words = ["serve", f"careful={home / 'careful'}"]
     for more, says in (
         (["--port", "0", "--monitor", str(home / "base")], "is not a monitor"),
-        (["--port", "0", "--monitor", folder, "--resample", "2"], "brings its own gate"),
+        (["--port", "0", "--monitor", folder, "--resample", "2"], "has its own gate"),
         (["--port", "0", "--monitor", folder, folder], "is given twice"),
         (["--monitor", folder, f"other={folder}"], "names 2 monitors"),
     ):

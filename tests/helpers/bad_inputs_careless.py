@@ -294,7 +294,7 @@ ROWS: dict[str, Row] = {
     "a sweep of layer 99": on_pairs("layer 99 does not exist, the model has 4", "sweep", "--layers", "99"),
     "a sweep of a layer of nothing": on_pairs("--layers 'nan'", "sweep", "--layers", "nan"),
     "a sweep with a scorer that scores nothing": on_pairs(
-        "--generations 1 or more", "sweep", "--scorer", "classifier", "--generations", "0"
+        "--generations must be 1 or more", "sweep", "--scorer", "classifier", "--generations", "0"
     ),
     "a map of a KL of 0": on_pairs("--kl 0.0 must be above 0", "map", "--kl", "0"),
     "a map of a KL of nothing": on_pairs("--kl nan", "map", "--kl", "nan"),

@@ -375,7 +375,7 @@ def test_lines_have_scores(home, monitor, tmp_path, capsys):
         (["--monitor", folder, "--steer", "warmm@1"], "must be NAME@STRENGTH with one of the vectors"),
         (["--monitor", folder, "--steer", "careful@much"], "a finite number"),
         (["--monitor", folder, "--steer", "careful@1", "--resample", "2"], "Give --resample or --steer"),
-        (["--resample", "2"], "Give one: --monitor FOLDER"),
+        (["--resample", "2"], "Give --monitor FOLDER"),
         (["--monitor", str(home / "base")], "is not a monitor"),
     ):
         assert cli.main([*words, *more]) == 2

@@ -1,5 +1,4 @@
-"""Try one row of everything before any work, so that what would fail after an hour of training fails at the start,
-also in dry runs."""
+"""Try one row of everything before any work, so that errors come before an hour of training, also in dry runs."""
 
 from __future__ import annotations
 

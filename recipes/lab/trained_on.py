@@ -1,5 +1,4 @@
-"""Hashes of the rows that an adapter was trained on, saved beside it: enough to refuse these as held-out rows, but no
-text.
+"""Hashes of an adapter's training rows, saved beside it: enough to refuse these as held-out rows, without their text.
 
 `trained_on.json` has, for every training prompt, a hash of its words and sketches of 512 bits. The share of bits in
 which two sketches agree estimates the similarity of their texts (one-bit minwise hashing, Li and König 2010), so

@@ -1,5 +1,4 @@
-"""The transcripts of a patch: catches, innocent traffic, and rows that are only for tests. All input is checked
-here."""
+"""The transcripts of a patch: catches, innocent traffic, and rows only for tests. All input is checked here."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""The tables that an arm can have besides adapter, loss and trainer. Each file of this folder is one ingredient, named
-like its table:
+"""The tables of an arm besides adapter, loss and trainer. Each file is one ingredient, named like its table:
 
     class LabelNoise(Ingredient):                    # ingredients/label_noise.py, [label_noise] in an arm
         \"\"\"`[label_noise]`: some pairs are swapped.\"\"\"

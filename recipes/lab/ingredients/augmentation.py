@@ -13,8 +13,7 @@ _ELSEWHERE = "remove the table, or use the arm in train, in a grid or in a sweep
 
 
 class Augmentation(Ingredient, extra="allow"):
-    """`[augmentation]`: `name` is the method that makes new versions of the examples, and `times` how many times as
-    many there are."""
+    """`[augmentation]`: the method that makes new versions (`name`), and how many times as many examples (`times`)."""
 
     order: ClassVar[int] = 10
     refused_by: ClassVar[Mapping[str, str]] = {
